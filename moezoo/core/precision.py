@@ -1,0 +1,30 @@
+"""Where numbers change dtype. One list, for both backends; `float32` everywhere makes each of them a no-op.
+
+With `precision.compute: bfloat16` (parameters stay float32, and so do their gradients and moments):
+
+| value | dtype |
+|---|---|
+| parameters, gradients, optimizer moments | float32 |
+| embedding rows, residual stream, weights as they enter a product | compute |
+| products of attention, feed-forward, experts and head | compute in and out, accumulated in float32 by the hardware path |
+| RMSNorm: mean of squares, rsqrt and scale; result cast back | float32 |
+| RoPE angles and rotation; result cast back | float32 |
+| attention scores and softmax; probabilities cast back | float32 |
+| router logits, scores, weights (`router.dtype: float32`) | float32 |
+| weighted sum over the K chosen experts, cast back | float32 |
+| logits as returned, cross-entropy, auxiliary losses | float32 |
+"""
+
+from moezoo.core.spec import ModelSpec, RouterSpec
+
+COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def compute_dtype(spec: ModelSpec) -> str:
+    """Name of the activation dtype, `float32` or `bfloat16`."""
+    return spec.precision.compute
+
+
+def router_dtype(spec: ModelSpec, router: RouterSpec) -> str:
+    """Name of the dtype of the router's matrix product."""
+    return "float32" if router.dtype == "float32" else compute_dtype(spec)
