@@ -1,0 +1,123 @@
+"""Randomness without state: explicit counter keys into threefry, bit-equal to `jax.random`, in NumPy.
+
+Whoever needs a random number says for what: `uniform(fold_in(key(seed), step, layer, purpose), shape)`.
+Nothing is advanced and nothing is saved, so a resumed run draws what the first one would have drawn, on every
+backend.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import SpecError
+
+Bits = npt.NDArray[np.uint32]
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+_WORD = 1 << 32
+
+
+def key(seed: int) -> Bits:
+    """The key of a seed: uint32 [2], the seed's high and low word.
+
+    `seed` is an integer in [0, 2**64), else SpecError.
+
+    Source: `jax.random.key`.
+    Differs: JAX without 64-bit integers drops the high word, so that seeds which differ only there draw the
+    same; it is kept here, as JAX with 64-bit integers does.
+    """
+    if not _is_integer(seed) or not 0 <= seed < 1 << 64:
+        raise SpecError(
+            f"the seed is not a counter; got {seed!r}; expected an integer in [0, 2**64). Use another seed."
+        )
+    return np.array([int(seed) >> 32, int(seed) & (_WORD - 1)], np.uint32)
+
+
+def fold_in(key: Bits, *data: int) -> Bits:
+    """A new key from a key and counters, one after the other: fold_in(k, a, b) = fold_in(fold_in(k, a), b).
+
+    `key` is uint32 [2]; each of `data` is an integer in [0, 2**32), else SpecError; without data the key
+    comes back. Returns uint32 [2] = threefry(key, (0, data)).
+
+    Source: `jax.random.fold_in`.
+    """
+    _check_key(key)
+    for number in data:
+        if not _is_integer(number) or not 0 <= number < _WORD:
+            raise SpecError(
+                f"a number to fold into a key does not fit its word; got {number!r}; expected an integer in "
+                "[0, 2**32). Fold in a larger counter as two numbers, high word first."
+            )
+        y0, y1 = _threefry(key, np.zeros(1, np.uint32), np.array([number], np.uint32))
+        key = np.concatenate([y0, y1])
+    return key
+
+
+def split(key: Bits, count: int) -> Bits:
+    """`count` keys from one, at once: uint32 [count, 2], where row i is fold_in(key, i).
+
+    `key` is uint32 [2]; `count` is an integer in [0, 2**32).
+
+    Source: `jax.random.split` (partitionable mode).
+    """
+    _check_key(key)
+    if not _is_integer(count) or not 0 <= count < _WORD:
+        raise SpecError(f"cannot split a key into {count!r} keys; expected an integer in [0, 2**32).")
+    return np.stack(_threefry(key, np.zeros(count, np.uint32), np.arange(count, dtype=np.uint32)), axis=-1)
+
+
+def bits(key: Bits, shape: tuple[int, ...]) -> Bits:
+    """Random bits: uint32 [*shape] for a key [2], or [*keys, *shape] for keys [*keys, 2], each drawing alone.
+
+    Element i, counted row by row, is y0 xor y1 of threefry(key, (i >> 32, i mod 2**32)).
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (threefry2x32, 20 rounds);
+    `jax.random.bits` (partitionable mode, the default since JAX 0.5).
+    """
+    _check_key(key, batched=True)
+    index = np.arange(math.prod(shape), dtype=np.uint64)
+    y0, y1 = _threefry(key[..., None, :], (index >> np.uint64(32)).astype(np.uint32), index.astype(np.uint32))
+    return np.bitwise_xor(y0, y1).reshape(key.shape[:-1] + tuple(shape))
+
+
+def uniform(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Uniform numbers in [0, 1), multiples of 2**-23: float32 [*shape], or [*keys, *shape] as in `bits`.
+
+    The top 23 bits become the mantissa of a number in [1, 2), less one: exact on every machine. Scale
+    outside: a fused multiply-add inside a compiled backend would change the last bit.
+
+    Source: `jax.random.uniform` with its default range.
+    """
+    return ((bits(key, shape) >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1)
+
+
+def _threefry(key: Bits, x0: Bits, x1: Bits) -> tuple[Bits, Bits]:
+    """threefry2x32 with 20 rounds. The key's words broadcast with the counters, which have at least one axis.
+
+    Trap: NumPy warns when a uint32 *scalar* overflows, and not when an array does; overflow is the algorithm.
+    """
+    k0, k1 = key[..., 0], key[..., 1]
+    schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+    x0, x1 = x0 + k0, x1 + k1
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = ((x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation))) ^ x0
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + schedule[(group + 2) % 3] + np.array([group + 1], np.uint32)
+    return x0, x1
+
+
+def _is_integer(number: object) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
+
+
+def _check_key(key: Bits, batched: bool = False) -> None:
+    shape_ok = key.shape[-1:] == (2,) if batched else key.shape == (2,)
+    if key.dtype != np.uint32 or not shape_ok:
+        raise SpecError(
+            f"not a random key; got {key.dtype} {list(key.shape)}; expected uint32 "
+            f"[{'..., ' if batched else ''}2]. Make one with moezoo.core.random.key(seed)."
+        )
