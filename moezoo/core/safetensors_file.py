@@ -1,0 +1,315 @@
+"""Safetensors files, checked before they are believed.
+
+The header is checked in plain Python before any tensor is read, and more strictly than some loaders do (MLX's
+accepts overlaps, holes, duplicate names and trailing bytes). Data is read by plain file reads: a file that is
+truncated while it is mapped into memory would kill the process with SIGBUS.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import CheckpointError
+from moezoo.core.files import write_atomically
+
+Array = npt.NDArray[Any]
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+# Bits of one element, by the format's own names, narrow to wide in the order of the format's own list.
+_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+_RANK = {name: rank for rank, name in enumerate(_BITS)}
+
+# What NumPy can hold, alone or with ml_dtypes (which jax brings along): the format's name to NumPy's.
+_NUMPY_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+}
+_ML_DTYPES_NAMES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_FORMAT_NAMES = {numpy_name: name for name, numpy_name in (_NUMPY_NAMES | _ML_DTYPES_NAMES).items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: the format's dtype name (`F32`, `BF16`), its shape, and where its bytes lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start_byte: int  # from the beginning of the file
+    size_bytes: int
+
+
+def check_header(path: str | Path) -> dict[str, TensorEntry]:
+    """The tensors that a safetensors file holds, by name, after a strict check of its header alone.
+
+    Checked: the header's length fits the file and the format's limit; it is UTF-8 JSON without duplicate
+    keys; every entry has a known dtype, a shape and offsets, and nothing else; offsets span exactly what
+    dtype and shape need; the tensors fill the file without a hole, an overlap or a trailing byte.
+
+    Raises CheckpointError that names the file and the first problem.
+
+    Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+    Differs: stricter than its parser in that a duplicate name and an entry's unknown keys are refused.
+    """
+    with _opened(path) as file:
+        return _entries(file, path)
+
+
+def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Array]:
+    """Tensors of a safetensors file as NumPy arrays of the stored dtype, the header checked first.
+
+    `names` chooses some (all, in the file's order, by default). bfloat16 and float8 come as ml_dtypes arrays.
+
+    Raises CheckpointError for what `check_header` refuses, a name that the file lacks, a dtype that NumPy
+    cannot hold, a boolean that is neither 0 nor 1, or a file that ends while it is read.
+    """
+    with _opened(path) as file:
+        entries = _entries(file, path)
+        wanted = list(entries) if names is None else list(names)
+        missing = [name for name in wanted if name not in entries]
+        if missing:
+            raise CheckpointError(
+                f"{path} lacks {', '.join(missing)}; it holds {len(entries)} other tensors."
+            )
+        return {name: _read(file, path, name, entries[name]) for name in wanted}
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, all or nothing. `metadata` is free text by name, `{}` for none.
+
+    The same tensors and metadata always give the same bytes. Raises CheckpointError for a dtype that the
+    format or NumPy cannot hold, and RunError where the file cannot be written.
+    """
+    write_atomically(path, encode_tensors(tensors, metadata))
+
+
+def encode_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file; see `write_tensors`.
+
+    Wider dtypes come first, so that every tensor is aligned, then names in order: as safetensors itself
+    orders them.
+    Differs: safetensors 0.8 writes the metadata in an order that changes from run to run; here it is sorted.
+    """
+    arrays = {name: _encodable(name, array) for name, array in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    blocks: list[Array] = []
+    position = 0
+    dtypes = {name: _FORMAT_NAMES[array.dtype.name] for name, array in arrays.items()}
+    for name in sorted(arrays, key=lambda name: (-_RANK[dtypes[name]], name)):
+        array, dtype = arrays[name], dtypes[name]
+        end = position + array.nbytes
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [position, end]}
+        blocks.append(array.reshape(-1).view(np.uint8))
+        position = end
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"a tensor name or metadata is not valid Unicode: {error.reason}.") from None
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"the header would have {len(text)} bytes; the format allows {MAX_HEADER_BYTES}."
+        )
+    return b"".join([len(text).to_bytes(8, "little"), text, *(block.data for block in blocks)])
+
+
+def _encodable(name: str, array: Array) -> Array:
+    if name == "__metadata__":
+        raise CheckpointError(
+            "a tensor cannot be named __metadata__: the format keeps that name for metadata."
+        )
+    if array.dtype.name not in _FORMAT_NAMES:
+        known = ", ".join(_FORMAT_NAMES)
+        raise CheckpointError(
+            f"{name} has dtype {array.dtype}, which cannot be stored; expected one of {known}."
+        )
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return np.ascontiguousarray(array).reshape(array.shape)  # Trap: ascontiguousarray makes a scalar [1]
+
+
+class _Refused(Exception):
+    """What is wrong with a header, without the file's name."""
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
+
+
+def _entries(file: BinaryIO, path: str | Path) -> dict[str, TensorEntry]:
+    try:
+        return _checked(file)
+    except _Refused as problem:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {problem}. Fetch it again, or use another copy."
+        ) from None
+
+
+def _checked(file: BinaryIO) -> dict[str, TensorEntry]:
+    file_bytes = os.fstat(file.fileno()).st_size
+    if file_bytes < 8:
+        raise _Refused(f"it has {file_bytes} bytes, and the header's length alone takes 8")
+    header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise _Refused(f"its header claims {header_bytes} bytes, and the format allows {MAX_HEADER_BYTES}")
+    if header_bytes > file_bytes - 8:
+        raise _Refused(
+            f"its header claims {header_bytes} bytes, but only {file_bytes - 8} follow (cut short?)"
+        )
+    text = file.read(header_bytes)
+    if len(text) != header_bytes:
+        raise _Refused("it became shorter while it was read")
+    header = _parsed(text)
+    header.pop("__metadata__", None)
+    data_start = 8 + header_bytes
+    entries = {name: _entry(name, value, data_start) for name, value in header.items()}
+    position = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start_byte, item[1].size_bytes)):
+        if entry.start_byte != position:
+            what = (
+                "overlaps the tensor before it" if entry.start_byte < position else "leaves a hole before it"
+            )
+            raise _Refused(f"{name!r} {what} (it starts at byte {entry.start_byte}; expected {position})")
+        position += entry.size_bytes
+    if position != file_bytes:
+        raise _Refused(
+            f"its tensors end at byte {position}, but the file has {file_bytes} (cut or too long?)"
+        )
+    return entries
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """The header's JSON object, without what Python's parser lets pass: duplicates, NaN, other encodings."""
+    if not text.startswith(b"{"):
+        raise _Refused("its header does not begin with '{'")
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise _Refused(f"its header has the key {name!r:.80} twice")
+            found[name] = value
+        return found
+
+    def no_constant(name: str) -> None:
+        raise _Refused(f"its header has {name}, which is not JSON")
+
+    def natural(digits: str) -> int:
+        if digits.startswith("-"):  # Trap: -0 would pass as 0, and other parsers refuse it
+            raise _Refused(f"its header has the negative number {digits:.80}")
+        return int(digits)
+
+    try:
+        header = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=without_duplicates,
+            parse_constant=no_constant,
+            parse_int=natural,
+        )
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # Trap: a lone surrogate passes the parser
+    except (ValueError, RecursionError) as error:
+        raise _Refused(f"its header is not UTF-8 JSON ({type(error).__name__})") from None
+    assert isinstance(header, dict)  # it begins with '{'
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Refused("its __metadata__ is not a map from text to text")
+    return header
+
+
+def _entry(name: str, value: object, data_start: int) -> TensorEntry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _Refused(f"the entry of {name!r} is not {{dtype, shape, data_offsets}}; got {value!r:.80}")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise _Refused(f"the dtype of {name!r} is unknown; got {dtype!r:.80}")
+    if not _are_sizes(shape):
+        raise _Refused(f"the shape of {name!r} is not a list of sizes; got {shape!r:.80}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _Refused(f"the data_offsets of {name!r} are not two positions; got {offsets!r:.80}")
+    total_bits = _BITS[dtype]
+    for size in shape:
+        total_bits *= size
+        if total_bits >= 1 << 64:  # Trap: [2**40, 2**40, 0] holds nothing, and overflows every loader
+            raise _Refused(f"the shape of {name!r} is impossibly large; got {shape!r:.80}")
+    if total_bits % 8:
+        raise _Refused(f"{name!r} does not end on a whole byte: {total_bits} bits")
+    start, end = offsets
+    if end - start != total_bits // 8:
+        raise _Refused(
+            f"{name!r} is {dtype} {shape} and needs {total_bits // 8} bytes, but has offsets {offsets}"
+        )
+    return TensorEntry(dtype, tuple(shape), data_start + start, total_bits // 8)
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+
+
+def _read(file: BinaryIO, path: str | Path, name: str, entry: TensorEntry) -> Array:
+    array = np.empty(entry.size_bytes, np.uint8)
+    file.seek(entry.start_byte)
+    if file.readinto(array.data) != entry.size_bytes:  # type: ignore[attr-defined]
+        raise CheckpointError(f"{path} became shorter while {name} was read. Nothing of it is used.")
+    if entry.dtype == "BOOL" and array.size and array.max() > 1:
+        raise CheckpointError(f"{path}: {name} is BOOL, but holds a byte that is neither 0 nor 1.")
+    try:
+        return array.view(_numpy_dtype(path, name, entry)).reshape(entry.shape)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: NumPy cannot hold {name} of shape {list(entry.shape)} ({error})."
+        ) from None
+
+
+def _numpy_dtype(path: str | Path, name: str, entry: TensorEntry) -> np.dtype[Any]:
+    if entry.dtype in _NUMPY_NAMES:
+        return np.dtype(_NUMPY_NAMES[entry.dtype])
+    if entry.dtype in _ML_DTYPES_NAMES:
+        import ml_dtypes  # only where such a tensor is read: it is not NumPy's own
+
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[entry.dtype]))
+    known = ", ".join(_NUMPY_NAMES | _ML_DTYPES_NAMES)
+    raise CheckpointError(
+        f"{path}: {name} is {entry.dtype}, which NumPy cannot hold; expected one of {known}."
+    )
