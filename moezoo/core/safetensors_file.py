@@ -308,7 +308,8 @@ def _numpy_dtype(path: str | Path, name: str, entry: TensorEntry) -> np.dtype[An
     if entry.dtype in _ML_DTYPES_NAMES:
         import ml_dtypes  # only where such a tensor is read: it is not NumPy's own
 
-        return np.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[entry.dtype]))
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[entry.dtype]))
+        return dtype
     known = ", ".join(_NUMPY_NAMES | _ML_DTYPES_NAMES)
     raise CheckpointError(
         f"{path}: {name} is {entry.dtype}, which NumPy cannot hold; expected one of {known}."
