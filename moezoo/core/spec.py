@@ -23,7 +23,9 @@ class Part(BaseModel):
 
 def impossible(path: str, problem: str, advice: str) -> PydanticCustomError:
     """A combination of values that cannot be; `path` is relative to the part whose validator raises it."""
-    return PydanticCustomError("impossible", "{problem}. {advice}", {"path": path, "problem": problem, "advice": advice})
+    return PydanticCustomError(
+        "impossible", "{problem}. {advice}", {"path": path, "problem": problem, "advice": advice}
+    )
 
 
 # --- normalization ---------------------------------------------------------------------------------------------------
@@ -206,7 +208,11 @@ class MoESpec(Part):
             )
         kinds = [loss.kind for loss in self.losses]
         if len(set(kinds)) < len(kinds):
-            raise impossible("losses", f"names a loss twice: {', '.join(kinds)}", "Use each loss once, with one coefficient")
+            raise impossible(
+                "losses",
+                f"names a loss twice: {', '.join(kinds)}",
+                "Use each loss once, with one coefficient",
+            )
         return self
 
 
@@ -301,5 +307,7 @@ class ModelSpec(Part):
     def vocab(self) -> int:
         """V. Raises SpecError while `vocab_size` is null."""
         if self.vocab_size is None:
-            raise SpecError("model.vocab_size is null; expected a number once the model is built. Give it, or a tokenizer.")
+            raise SpecError(
+                "model.vocab_size is null; expected a number once the model is built. Give it, or a tokenizer."
+            )
         return self.vocab_size

@@ -1,0 +1,3 @@
+"""The MLX backend. Its BLAS is chosen before MLX is first imported."""
+
+from moezoo.mlx_backend.blas import BLAS as BLAS

@@ -1,0 +1,46 @@
+"""The one place that knows which backends exist."""
+
+import importlib.util
+import os
+import platform
+
+from moezoo.core.backend import Backend
+from moezoo.core.errors import BackendError, nearest
+
+NAMES = ("jax", "mlx")
+_PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
+
+
+def default_backend() -> str:
+    """`$BACKEND` if set, else mlx on Apple silicon and jax elsewhere."""
+    chosen = os.environ.get("BACKEND")
+    if chosen:
+        return chosen
+    return "mlx" if platform.system() == "Darwin" and platform.machine() == "arm64" else "jax"
+
+
+def missing_packages(name: str) -> list[str]:
+    """Packages that the backend needs and that are not installed."""
+    return [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
+
+
+def load_backend(name: str | None = None) -> Backend:
+    """Import a backend (the default one for None). Raises BackendError: unknown name, or not installed."""
+    name = name or default_backend()
+    if name not in NAMES:
+        raise BackendError(
+            f"no such backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}."
+        )
+    missing = missing_packages(name)
+    if missing:
+        raise BackendError(
+            f"backend {name} is not installed; missing {', '.join(missing)}. "
+            f"Run `pip install {' '.join(missing)}`, or choose another one with --backend."
+        )
+    if name == "jax":
+        from moezoo.jax_backend.steps import JaxBackend
+
+        return JaxBackend()
+    from moezoo.mlx_backend.steps import MlxBackend
+
+    return MlxBackend()

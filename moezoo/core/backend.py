@@ -1,0 +1,145 @@
+"""The one protocol between core and a backend. The train, generate and parity loops know only what stands here.
+
+Arrays cross it as NumPy, parameters by canonical name. Tokens are int32; B sequences of T tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezoo.core.config import OptimizerConfig
+from moezoo.core.spec import ModelSpec
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """Routing of one MoE layer. Experts by descending weight, ties to the lower id.
+
+    Fields:
+        layer: index of the layer in the model.
+        expert: int32 [B, T, K].
+        weight: float32 [B, T, K]; what multiplies each expert's output.
+        score: float32 [B, T, E]; scores of all experts.
+    """
+
+    layer: int
+    expert: Integers
+    weight: Floats
+    score: Floats
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `forward` gives: logits [B, T, V]; a LayerRouting per MoE layer; with targets, every loss term by name."""
+
+    logits: Floats
+    routing: list[LayerRouting]
+    losses: dict[str, float] = field(default_factory=dict)
+    intermediates: dict[str, Floats] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one training step measured, before its update.
+
+    Fields:
+        losses: every loss term by name, mean over the global batch.
+        gradient_norm: global norm before clipping.
+        load: per MoE layer, int64 [E]: tokens routed to each expert in the global step.
+        dropped: per MoE layer: routed copies that a capacity dropped.
+    """
+
+    losses: dict[str, float]
+    gradient_norm: float
+    load: list[NDArray[np.int64]]
+    dropped: list[int]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score` gives: nats per target token [B, T], and load and drops as in StepMetrics."""
+
+    token_losses: Floats
+    load: list[NDArray[np.int64]]
+    dropped: list[int]
+
+
+class PendingStep(Protocol):
+    """A step whose numbers may still be on their way; the device works on while the loop goes on."""
+
+    def fetch(self) -> StepMetrics:
+        """Wait for the numbers."""
+        ...
+
+
+class Model(Protocol):
+    """A built model. Its parameters live on the device; `train_step` changes them."""
+
+    spec: ModelSpec
+
+    def forward(
+        self,
+        tokens: Integers,
+        targets: Integers | None = None,
+        *,
+        forced: Sequence[Integers] | None = None,
+        record: bool = False,
+    ) -> Output:
+        """Logits and routing; `forced`: experts [B, T, K] per MoE layer to use; `record`: named intermediates too."""
+        ...
+
+    def score(self, tokens: Integers, targets: Integers) -> Scores:
+        """Loss of every target token, without keeping logits."""
+        ...
+
+    def loss_and_gradients(
+        self, tokens: Integers, targets: Integers, *, forced: Sequence[Integers] | None = None
+    ) -> tuple[dict[str, float], dict[str, Floats]]:
+        """Every loss term, and the gradient of `loss` by canonical name."""
+        ...
+
+    def start_training(
+        self, config: OptimizerConfig, state: Mapping[str, Floats] | None = None, update: int = 0
+    ) -> None:
+        """Make the optimizer; with `state` and the number of updates done, as `export_optimizer` gave them."""
+        ...
+
+    def train_step(self, windows: Integers, learning_rate: float) -> PendingStep:
+        """One update from windows int32 [A, B, T + 1]: A micro-batches of B sequences, with their next tokens."""
+        ...
+
+    def prefill(self, tokens: Integers, size: int) -> tuple[Floats, Any]:
+        """Logits [B, V] after the last token, and a cache with room for `size` tokens in all."""
+        ...
+
+    def decode(self, tokens: Integers, cache: Any) -> tuple[Floats, Any]:
+        """Logits [B, V] after one more token [B] per sequence, and the longer cache."""
+        ...
+
+    def export_parameters(self) -> dict[str, Floats]:
+        """Every parameter by canonical name."""
+        ...
+
+    def export_optimizer(self) -> dict[str, Floats]:
+        """`first_moment.<name>` and `second_moment.<name>` of every parameter."""
+        ...
+
+
+class Backend(Protocol):
+    """A framework that realizes specs."""
+
+    name: str
+
+    def build(self, spec: ModelSpec, weights: Mapping[str, Floats]) -> Model:
+        """A model with these weights. Raises CheckpointError where names or shapes differ from the parameter table."""
+        ...
+
+    def facts(self) -> dict[str, str]:
+        """What a run's header says: device, compute path of the experts, and the like."""
+        ...

@@ -1,0 +1,30 @@
+"""Arrays in and out: canonical names and NumPy on one side, NNX parameters on the other."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Weights:
+    """Values by canonical name, seen from one module: `inside("experts")` is the view of the sub-module `experts`."""
+
+    def __init__(self, values: Mapping[str, np.ndarray], prefix: str = ""):
+        self._values, self._prefix = values, prefix
+
+    def inside(self, name: str) -> "Weights":
+        """The view of a sub-module."""
+        return Weights(self._values, f"{self._prefix}{name}.")
+
+    def parameter(self, name: str) -> nnx.Param:
+        """A trainable parameter with this module's value of that name, float32."""
+        return nnx.Param(jnp.asarray(self._values[self._prefix + name], jnp.float32))
+
+
+def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Arrays by name -> float32 NumPy arrays by name."""
+    return {name: np.asarray(value, np.float32) for name, value in values.items()}

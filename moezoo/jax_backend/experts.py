@@ -1,0 +1,127 @@
+"""Routed experts, and the grouped product that they are made of. Spec: moezoo.core.reference.experts."""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moezoo.core.spec import ExpertsSpec
+from moezoo.jax_backend.arrays import Weights
+
+Path = Literal["blocks", "ragged_dot"]
+
+
+def grouped_path() -> Path:
+    """How grouped products are computed on this platform.
+
+    `ragged_dot` is XLA's own on GPU and TPU. On the CPU it multiplies every row by every expert, so there `blocks` loops
+    over blocks of rows that belong to one expert each.
+    """
+    return "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
+
+
+class Groups(NamedTuple):
+    """Consecutive groups of rows, one an expert, and their blocks of at most `block` rows.
+
+    A block starts inside its group and may reach over its end: what it computes there is overwritten by the next block.
+    """
+
+    size_E: jax.Array
+    first_block_E: jax.Array
+    start_block: jax.Array  # first row of each block
+    expert_block: jax.Array
+    end_block: jax.Array  # end of the block's group
+    block: int
+
+
+def group_rows(size_E: jax.Array, num_rows: int) -> Groups:
+    """Plan the blocks of R rows that are sorted by expert. The number of blocks is bounded, so shapes are static."""
+    num_experts = size_E.shape[0]
+    block = block_rows(num_rows, num_experts)
+    blocks_E = (size_E + block - 1) // block
+    last_block_E = jnp.cumsum(blocks_E)
+    index = jnp.arange(num_rows // block + num_experts)
+    expert = jnp.minimum(jnp.searchsorted(last_block_E, index, side="right"), num_experts - 1)
+    end_E = jnp.cumsum(size_E)
+    first_block_E = last_block_E - blocks_E
+    start = end_E[expert] - size_E[expert] + (index - first_block_E[expert]) * block
+    return Groups(size_E, jnp.append(first_block_E, last_block_E[-1]), start, expert, end_E[expert], block)
+
+
+def block_rows(num_rows: int, num_experts: int) -> int:
+    """Rows of a block: about half the mean group, a power of two from 16 to 256."""
+    block = 16
+    while block < 256 and block * 2 <= 0.75 * num_rows / num_experts:
+        block *= 2
+    return block
+
+
+def grouped_product(x_RD: jax.Array, w_EDF: jax.Array, groups: Groups) -> jax.Array:
+    """Spec: moezoo.core.reference.experts.grouped_product."""
+    if grouped_path() == "ragged_dot":
+        return lax.ragged_dot(x_RD, w_EDF, groups.size_E)
+    plan = (groups.first_block_E, groups.start_block, groups.expert_block, groups.end_block)
+    return _blocked_product(groups.block, x_RD, w_EDF, plan)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked_product(block: int, x_RD: jax.Array, w_EDF: jax.Array, plan: tuple[jax.Array, ...]) -> jax.Array:
+    first_block_E, start_block, expert_block, _ = plan
+    num_rows = x_RD.shape[0]
+    padded = jnp.pad(x_RD, ((0, block), (0, 0)))
+
+    def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(padded, start_block[index], block)
+        product = rows @ lax.dynamic_index_in_dim(w_EDF, expert_block[index], keepdims=False)
+        return lax.dynamic_update_slice_in_dim(out, product, start_block[index], axis=0)
+
+    out = jnp.zeros((num_rows + block, w_EDF.shape[-1]), x_RD.dtype)
+    return lax.fori_loop(0, first_block_E[-1], multiply, out)[:num_rows]
+
+
+def _blocked_forward(block: int, x_RD: jax.Array, w_EDF: jax.Array, plan: tuple[jax.Array, ...]):
+    return _blocked_product(block, x_RD, w_EDF, plan), (x_RD, w_EDF, plan)
+
+
+def _blocked_backward(block: int, saved, gradient_RF: jax.Array):
+    x_RD, w_EDF, plan = saved
+    first_block_E, start_block, _, end_block = plan
+    x_gradient = _blocked_product(block, gradient_RF, w_EDF.swapaxes(1, 2), plan)
+    x_padded = jnp.pad(x_RD, ((0, block), (0, 0)))
+    gradient_padded = jnp.pad(gradient_RF, ((0, block), (0, 0)))
+
+    def one_expert(expert: jax.Array, w_gradient: jax.Array) -> jax.Array:
+        def add_block(index: jax.Array, total: jax.Array) -> jax.Array:
+            start = start_block[index]
+            rows = lax.dynamic_slice_in_dim(x_padded, start, block)
+            inside = (start + jnp.arange(block) < end_block[index])[:, None]
+            gradient = jnp.where(inside, lax.dynamic_slice_in_dim(gradient_padded, start, block), 0)
+            return total + jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
+
+        zero = jnp.zeros(w_EDF.shape[1:], jnp.float32)
+        total = lax.fori_loop(first_block_E[expert], first_block_E[expert + 1], add_block, zero)
+        return lax.dynamic_update_index_in_dim(w_gradient, total.astype(w_EDF.dtype), expert, axis=0)
+
+    w_gradient = lax.fori_loop(0, w_EDF.shape[0], one_expert, jnp.zeros_like(w_EDF))
+    return x_gradient, w_gradient, None
+
+
+_blocked_product.defvjp(_blocked_forward, _blocked_backward)
+
+
+class SwiGLUExperts(nnx.Module):
+    """Spec: moezoo.core.reference.experts.swiglu_experts."""
+
+    def __init__(self, spec: ExpertsSpec, weights: Weights):
+        self.w_gate = weights.parameter("w_gate")
+        self.w_up = weights.parameter("w_up")
+        self.w_down = weights.parameter("w_down")
+
+    def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
+        groups = group_rows(size_E, x_RD.shape[0])
+        gate = grouped_product(x_RD, self.w_gate[...].astype(x_RD.dtype), groups)
+        up = grouped_product(x_RD, self.w_up[...].astype(x_RD.dtype), groups)
+        return grouped_product(jax.nn.silu(gate) * up, self.w_down[...].astype(x_RD.dtype), groups)

@@ -1,0 +1,47 @@
+"""The mixture of experts. Spec: moezoo.core.reference.moe."""
+
+import jax
+from flax import nnx
+
+from moezoo.core.spec import DroplessSpec, MoESpec
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch
+from moezoo.jax_backend.experts import SwiGLUExperts
+from moezoo.jax_backend.feed_forward import SwiGLU
+from moezoo.jax_backend.routing import Router, Routing
+
+
+class MoE(nnx.Module):
+    """Spec: moezoo.core.reference.moe.moe."""
+
+    def __init__(self, spec: MoESpec, weights: Weights):
+        self.spec = spec
+        self.router = Router(spec.router, weights.inside("router"))
+        self.experts = SwiGLUExperts(spec.experts, weights.inside("experts"))
+        if spec.shared is not None:
+            self.shared = SwiGLU(spec.shared.feed_forward, weights.inside("shared"))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        forced_PK: jax.Array | None = None,
+        dropless: bool = False,
+        record: dict[str, jax.Array] | None = None,
+        name: str = "moe",
+    ) -> tuple[jax.Array, Routing, Dispatch]:
+        """`dropless`: serve every token whatever the spec's capacity, as generation does."""
+        x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        routing = self.router(x_PD, forced_PK)
+        dispatched = dispatch(
+            DroplessSpec() if dropless else self.spec.dispatch, routing, self.spec.num_experts
+        )
+        y_RD = self.experts(x_PD[dispatched.token_R], dispatched.size_E)
+        out_PD = combine(dispatched, y_RD, x_PD.shape[0])
+        if record is not None:
+            record[f"{name}.router.logits"] = routing.logits_PE
+            record[f"{name}.router.weight"] = routing.weight_PK
+            record[f"{name}.routed"] = out_PD
+        if self.spec.shared is not None:
+            out_PD = out_PD + self.shared(x_PD)
+        return out_PD.reshape(x_BTD.shape), routing, dispatched

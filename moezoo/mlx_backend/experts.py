@@ -1,0 +1,146 @@
+"""Routed experts, and the grouped product that they are made of. Spec: moezoo.core.reference.experts."""
+
+from typing import Literal, NamedTuple
+
+import mlx.core as mx
+from mlx import nn
+
+from moezoo.core.spec import ExpertsSpec
+from moezoo.mlx_backend.arrays import Weights
+
+Path = Literal["gather_mm of blocks", "gather_mm of rows"]
+
+
+def grouped_path() -> Path:
+    """How grouped products are computed on this platform.
+
+    On the GPU `gather_mm` takes sorted single rows. On the CPU it would make one product a row, so there rows are
+    gathered into blocks that belong to one expert each.
+    """
+    return "gather_mm of rows" if mx.default_device() == mx.Device(mx.gpu) else "gather_mm of blocks"
+
+
+class Groups(NamedTuple):
+    """Consecutive groups of rows, one an expert, and where each row lies in their padded blocks.
+
+    Row `slot_R[r]` of the padded rows holds row r; padded row i holds row `source_I[i]`, or padding where that is R.
+    """
+
+    size_E: mx.array
+    expert_R: mx.array
+    slot_R: mx.array
+    source_I: mx.array
+    expert_block: mx.array
+    segment_E2: mx.array  # first and end padded row of each expert
+    block: int
+
+
+def group_rows(size_E: mx.array, num_rows: int) -> Groups:
+    """Plan the blocks of R rows that are sorted by expert. The number of blocks is bounded, so shapes are static."""
+    num_experts = size_E.shape[0]
+    block = block_rows(num_rows, num_experts)
+    num_blocks = num_rows // block + num_experts
+    blocks_E = (size_E + block - 1) // block
+    last_block_E, end_E = mx.cumsum(blocks_E), mx.cumsum(size_E)
+    first_block_E, start_E = last_block_E - blocks_E, end_E - size_E
+    row_R, index = mx.arange(num_rows), mx.arange(num_blocks)
+    expert_R = mx.sum((row_R[:, None] >= end_E[None]).astype(mx.int32), axis=1)
+    expert_block = mx.sum((index[:, None] >= last_block_E[None]).astype(mx.int32), axis=1)
+    slot_R = row_R - start_E[expert_R] + first_block_E[expert_R] * block
+    source_I = mx.full((num_blocks * block,), num_rows, mx.int32)
+    source_I = source_I.at[slot_R].add(row_R - num_rows)
+    segment_E2 = mx.stack([first_block_E * block, last_block_E * block], axis=1)
+    return Groups(
+        size_E,
+        expert_R.astype(mx.uint32),
+        slot_R,
+        source_I,
+        mx.minimum(expert_block, num_experts - 1).astype(mx.uint32),
+        segment_E2.astype(mx.uint32),
+        block,
+    )
+
+
+def block_rows(num_rows: int, num_experts: int) -> int:
+    """Rows of a block: about half the mean group, a power of two from 16 to 256."""
+    block = 16
+    while block < 256 and block * 2 <= 0.75 * num_rows / num_experts:
+        block *= 2
+    return block
+
+
+def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
+    """Spec: moezoo.core.reference.experts.grouped_product."""
+    if grouped_path() == "gather_mm of rows":
+        rows = mx.gather_mm(x_RD[:, None, :], w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)
+        return rows[:, 0, :]
+    return _collect(_blocked_product(_spread(x_RD, groups), w_EDF, groups), groups)
+
+
+def _spread(x_RD: mx.array, groups: Groups) -> mx.array:
+    """Rows [R, D] -> padded rows [I, D], padding zero. Its gradient is `_collect`: each row is used once."""
+
+    @mx.custom_function
+    def spread(rows: mx.array) -> mx.array:
+        padded = mx.concatenate([rows, mx.zeros((1, rows.shape[1]), rows.dtype)])
+        return padded[groups.source_I]
+
+    @spread.vjp
+    def _(rows: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return gradient[groups.slot_R]
+
+    return spread(x_RD)
+
+
+def _collect(x_ID: mx.array, groups: Groups) -> mx.array:
+    """Padded rows [I, D] -> rows [R, D]. Its gradient is `_spread`."""
+
+    @mx.custom_function
+    def collect(padded: mx.array) -> mx.array:
+        return padded[groups.slot_R]
+
+    @collect.vjp
+    def _(padded: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        rows = mx.concatenate([gradient, mx.zeros((1, gradient.shape[1]), gradient.dtype)])
+        return rows[groups.source_I]
+
+    return collect(x_ID)
+
+
+def _blocked_product(x_ID: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
+    """Padded rows times the matrix of their block's expert. On the CPU gather_mm and segmented_mm are float32 only."""
+    dtype = x_ID.dtype
+
+    def product(rows_ID: mx.array, matrices: mx.array) -> mx.array:
+        blocks = rows_ID.reshape(-1, groups.block, rows_ID.shape[-1])
+        out = mx.gather_mm(blocks, matrices, rhs_indices=groups.expert_block, sorted_indices=True)
+        return out.reshape(-1, matrices.shape[-1])
+
+    @mx.custom_function
+    def multiply(rows_ID: mx.array, matrices: mx.array) -> mx.array:
+        return product(rows_ID, matrices)
+
+    @multiply.vjp
+    def _(primals: tuple[mx.array, mx.array], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:
+        rows_ID, matrices = primals
+        return product(gradient, matrices.swapaxes(1, 2)), mx.segmented_mm(
+            rows_ID.T, gradient, groups.segment_E2
+        )
+
+    return multiply(x_ID.astype(mx.float32), w_EDF.astype(mx.float32)).astype(dtype)
+
+
+class SwiGLUExperts(nn.Module):
+    """Spec: moezoo.core.reference.experts.swiglu_experts."""
+
+    def __init__(self, spec: ExpertsSpec, weights: Weights):
+        super().__init__()
+        self.w_gate = weights.parameter("w_gate")
+        self.w_up = weights.parameter("w_up")
+        self.w_down = weights.parameter("w_down")
+
+    def __call__(self, x_RD: mx.array, size_E: mx.array) -> mx.array:
+        groups = group_rows(size_E, x_RD.shape[0])
+        gate = grouped_product(x_RD, self.w_gate.astype(x_RD.dtype), groups)
+        up = grouped_product(x_RD, self.w_up.astype(x_RD.dtype), groups)
+        return grouped_product(nn.silu(gate) * up, self.w_down.astype(x_RD.dtype), groups)

@@ -1,0 +1,216 @@
+"""The backend protocol in MLX: a built model, its steps, and its optimizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn, optimizers
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics
+from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.config import OptimizerConfig
+from moezoo.core.parameters import parameter_table
+from moezoo.core.spec import ModelSpec
+from moezoo.mlx_backend import BLAS
+from moezoo.mlx_backend.arrays import Weights, to_numpy
+from moezoo.mlx_backend.experts import grouped_path
+from moezoo.mlx_backend.kv_cache import KVCache, empty_cache
+from moezoo.mlx_backend.losses import loss_terms, token_losses
+from moezoo.mlx_backend.transformer import Forward, Transformer
+
+
+class MlxBackend:
+    """MLX on Apple silicon, or on the CPU."""
+
+    name = "mlx"
+
+    def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "MlxModel":
+        return MlxModel(spec, weights)
+
+    def facts(self) -> dict[str, str]:
+        device = "gpu (Metal)" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+        return {"device": f"{device}, MLX {mx.__version__}", "experts": grouped_path(), "blas": BLAS}
+
+
+class PendingMlxStep:
+    """Numbers of a step that MLX may still be computing."""
+
+    def __init__(self, values: Any):
+        self._values = values
+
+    def fetch(self) -> StepMetrics:
+        terms, norm, load, dropped = self._values
+        return StepMetrics(
+            {name: value.item() for name, value in terms.items()},
+            norm.item(),
+            [np.array(sizes, np.int64) for sizes in load],
+            [count.item() for count in dropped],
+        )
+
+
+class MlxModel:
+    """A module that holds its parameters; the canonical name of a parameter is its path in the module."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]):
+        table = parameter_table(spec)
+        check_names_and_shapes(
+            {name: value.shape for name, value in weights.items()},
+            {row.name: row.shape for row in table},
+            "the model",
+        )
+        self.spec = spec
+        self._module = Transformer(spec, Weights(weights))
+        self._decayed = {row.name: row.decay for row in table}
+        self._loss_and_gradients = nn.value_and_grad(self._module, self._loss)
+        mx.eval(self._module.parameters())
+
+    # --- inference ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray | None = None,
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        record: bool = False,
+    ) -> Output:
+        intermediates: dict[str, mx.array] = {}
+        result = self._module(mx.array(tokens), forced=_flat(forced), record=intermediates)
+        terms = {}
+        if targets is not None:
+            terms = loss_terms(self.spec, result.logits_BTV, mx.array(targets), result.routings)
+        mx.eval(result.logits_BTV, result.routings, terms, intermediates if record else {})
+        return Output(
+            np.array(result.logits_BTV),
+            _layer_routings(self.spec, result, tokens.shape),
+            {name: value.item() for name, value in terms.items()},
+            to_numpy(intermediates) if record else {},
+        )
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
+        result = self._module(mx.array(tokens))
+        losses = token_losses(result.logits_BTV, mx.array(targets))
+        load, dropped = _load(result)
+        mx.eval(losses, load, dropped)
+        return Scores(
+            np.array(losses),
+            [np.array(sizes, np.int64) for sizes in load],
+            [count.item() for count in dropped],
+        )
+
+    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, list[KVCache]]:
+        return self._cached(tokens, empty_cache(self.spec, tokens.shape[0], size))
+
+    def decode(self, tokens: np.ndarray, cache: list[KVCache]) -> tuple[np.ndarray, list[KVCache]]:
+        return self._cached(tokens[:, None], cache)
+
+    def _cached(self, tokens: np.ndarray, caches: list[KVCache]) -> tuple[np.ndarray, list[KVCache]]:
+        result = self._module(mx.array(tokens), caches=caches)
+        logits = result.logits_BTV[:, -1]
+        mx.eval(logits, [(cache.key_BSMH, cache.value_BSMH) for cache in result.caches])
+        return np.array(logits), result.caches
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def loss_and_gradients(
+        self, tokens: np.ndarray, targets: np.ndarray, *, forced: Sequence[np.ndarray] | None = None
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        (_, terms, _), gradients = self._loss_and_gradients(
+            mx.array(tokens), mx.array(targets), _flat(forced)
+        )
+        mx.eval(terms, gradients)
+        return {name: value.item() for name, value in terms.items()}, to_numpy(dict(tree_flatten(gradients)))
+
+    def _loss(self, tokens, targets, forced=None):
+        result = self._module(tokens, forced=forced)
+        terms = loss_terms(self.spec, result.logits_BTV, targets, result.routings)
+        return terms["loss"], terms, _load(result)
+
+    def start_training(
+        self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
+    ) -> None:
+        self._config = config
+        self._optimizer = _adamw(config, self._decayed)
+        self._optimizer.init(self._module.trainable_parameters())
+        if state is not None:
+            names = {"m": "first_moment", "v": "second_moment"}
+            for part in self._optimizer.optimizers:
+                restored = [
+                    (path, mx.array(state[f"{names[path.rpartition('.')[2]]}.{path.rpartition('.')[0]}"]))
+                    for path, _ in tree_flatten(part.state)
+                    if path.endswith((".m", ".v"))
+                ]
+                moments = tree_unflatten(restored) if restored else {}
+                part.state = {**part.state, **moments, "step": mx.array(update, mx.uint64)}
+                part._initialized = True
+        self._state = [self._module.state, self._optimizer.state]
+
+    def train_step(self, windows: np.ndarray, learning_rate: float) -> PendingMlxStep:
+        self._optimizer.learning_rate = learning_rate
+        gradients, terms, load = None, None, None
+        for window in mx.array(windows):
+            (_, *measured), gradient = self._loss_and_gradients(window[:, :-1], window[:, 1:])
+            if gradients is None:
+                gradients, (terms, load) = gradient, measured
+            else:
+                gradients = tree_map(mx.add, gradients, gradient)
+                terms, load = tree_map(mx.add, terms, measured[0]), tree_map(mx.add, load, measured[1])
+        if windows.shape[0] > 1:
+            gradients, terms = tree_map(lambda total: total / windows.shape[0], (gradients, terms))
+        norm = mx.sqrt(sum(mx.sum(mx.square(gradient)) for _, gradient in tree_flatten(gradients)))
+        if self._config.clip_norm is not None:
+            scale = mx.minimum(1.0, self._config.clip_norm / (norm + 1e-6))
+            gradients = tree_map(lambda gradient: gradient * scale, gradients)
+        self._optimizer.update(self._module, gradients)
+        values = (terms, norm, *load)
+        mx.async_eval(values, self._module.state, self._optimizer.state)
+        return PendingMlxStep(values)
+
+    # --- out ---------------------------------------------------------------------------------------------------------
+
+    def export_parameters(self) -> dict[str, np.ndarray]:
+        return to_numpy(dict(tree_flatten(self._module.parameters())))
+
+    def export_optimizer(self) -> dict[str, np.ndarray]:
+        moments = {}
+        for part in self._optimizer.optimizers:
+            for path, value in tree_flatten(part.state):
+                name, _, kind = path.rpartition(".")
+                if kind in ("m", "v"):
+                    moments[f"{'first' if kind == 'm' else 'second'}_moment.{name}"] = value
+        return to_numpy(moments)
+
+
+def _adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> optimizers.MultiOptimizer:
+    """AdamW with decay where the table says so. Spec: moezoo.core.reference.optimizer.adamw."""
+
+    def part(weight_decay: float) -> optimizers.AdamW:
+        # Trap: MLX leaves bias correction out unless asked.
+        betas = [config.beta1, config.beta2]
+        return optimizers.AdamW(0.0, betas, config.epsilon, weight_decay, bias_correction=True)
+
+    return optimizers.MultiOptimizer([part(config.weight_decay), part(0.0)], [lambda name, _: decayed[name]])
+
+
+def _flat(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
+    """Experts [B, T, K] -> [P, K]."""
+    return None if forced is None else [mx.array(expert.reshape(-1, expert.shape[-1])) for expert in forced]
+
+
+def _load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
+    """Per MoE layer: tokens of each expert, and dropped routed copies."""
+    load = [dispatched.size_E for dispatched in result.dispatches]
+    dropped = [mx.sum(dispatched.weight_R == 0) for dispatched in result.dispatches]
+    return load, dropped
+
+
+def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
+    def batched(values: mx.array) -> np.ndarray:
+        return np.array(values).reshape(*shape, -1)
+
+    return [
+        LayerRouting(layer, batched(routing.expert_PK), batched(routing.weight_PK), batched(routing.score_PE))
+        for layer, routing in zip(spec.moe_layers, result.routings, strict=True)
+    ]
