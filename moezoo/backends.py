@@ -28,9 +28,7 @@ def load_backend(name: str | None = None) -> Backend:
     """Import a backend (the default one for None). Raises BackendError: unknown name, or not installed."""
     name = name or default_backend()
     if name not in NAMES:
-        raise BackendError(
-            f"no such backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}."
-        )
+        raise BackendError(f"no such backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}.")
     missing = missing_packages(name)
     if missing:
         raise BackendError(

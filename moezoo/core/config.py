@@ -66,9 +66,7 @@ class DatasetSource(Part):
     weight: PositiveFloat = 1.0
 
 
-SourceSpec = Annotated[
-    TextSource | JSONLSource | TokenShardsSource | DatasetSource, Field(discriminator="kind")
-]
+SourceSpec = Annotated[TextSource | JSONLSource | TokenShardsSource | DatasetSource, Field(discriminator="kind")]
 
 
 class CharacterTokenizerSpec(Part):
@@ -113,9 +111,7 @@ class DataConfig(Part):
     @model_validator(mode="after")
     def _some_sources(self) -> "DataConfig":
         if not self.sources:
-            raise impossible(
-                "sources", "is empty", "Give at least one source, e.g. {kind: dataset, name: fables}"
-            )
+            raise impossible("sources", "is empty", "Give at least one source, e.g. {kind: dataset, name: fables}")
         return self
 
 
@@ -198,14 +194,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     file = Path(path)
     try:
         if file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise SpecError(
-                f"config is larger than {_MAX_CONFIG_BYTES} bytes; got {file}. Give a moezoo YAML config."
-            )
+            raise SpecError(f"config is larger than {_MAX_CONFIG_BYTES} bytes; got {file}. Give a moezoo YAML config.")
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError(
-            f"no such config; got {path}; expected a YAML file. See configs/ for examples."
-        ) from None
+        raise SpecError(f"no such config; got {path}; expected a YAML file. See configs/ for examples.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"config cannot be read; got {path} ({error}); expected a YAML text file.") from None
     return parse_config(text, where=str(path), overrides=overrides)
@@ -261,9 +253,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         if key in result:
-            raise SpecError(
-                f"key {key!r} stands twice (line {key_node.start_mark.line + 1}). Keep one of them."
-            )
+            raise SpecError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}). Keep one of them.")
         result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
     return result
 
@@ -289,15 +279,9 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one value of the raw config in place: `training.steps=20`, `model.layers[0].moe.num_experts=4`."""
     path, equals, text = override.partition("=")
-    keys = [
-        int(key) if key.isdigit() else key
-        for key in re.split(r"[.\[\]]+", path.strip().rstrip("]"))
-        if key != ""
-    ]
+    keys = [int(key) if key.isdigit() else key for key in re.split(r"[.\[\]]+", path.strip().rstrip("]")) if key != ""]
     if not equals or not keys:
-        raise SpecError(
-            f"--set {override} is not an override; expected path=value, e.g. --set training.steps=20."
-        )
+        raise SpecError(f"--set {override} is not an override; expected path=value, e.g. --set training.steps=20.")
     target: Any = raw
     for key in keys[:-1]:
         if isinstance(target, dict):
@@ -311,9 +295,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise SpecError(f"--set {path} has a value that is not YAML; got {text!r}. Quote it.") from None
     last = keys[-1]
-    if isinstance(target, dict) or (
-        isinstance(target, list) and isinstance(last, int) and last < len(target)
-    ):
+    if isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target)):
         target[last] = value
     else:
         raise SpecError(f"--set {path} does not exist in the config, at {last!r}. Check the path.")
@@ -348,9 +330,7 @@ def _explain(part: type[Part], raw: object, problem: ErrorDetails, where: str) -
             return f"{path or 'config'} is {problem['input']!r}; {message} ({where})."
 
 
-def _locate(
-    part: type[Part], raw: object, location: tuple[int | str, ...]
-) -> tuple[str, type[BaseModel] | None]:
+def _locate(part: type[Part], raw: object, location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
     """The path as a reader writes it (union tags left out), and the model that holds its last key."""
     path, value = "", raw
     owner: type[BaseModel] | None = None

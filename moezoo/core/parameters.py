@@ -18,9 +18,7 @@ from moezoo.core.spec import (
     UntiedHeadSpec,
 )
 
-Role = Literal[
-    "embeddings", "attention", "feed-forward", "router", "routed experts", "shared experts", "norms"
-]
+Role = Literal["embeddings", "attention", "feed-forward", "router", "routed experts", "shared experts", "norms"]
 ROLES: tuple[Role, ...] = (
     "embeddings",
     "attention",
@@ -71,9 +69,7 @@ class _Table:
         std = spec.initializer.std
         depth_scaled = isinstance(spec.initializer, DepthScaledInitializerSpec)
         self.matrix = Initializer("normal", std)
-        self.output = Initializer(
-            "normal", std / math.sqrt(2 * len(spec.all_layers)) if depth_scaled else std
-        )
+        self.output = Initializer("normal", std / math.sqrt(2 * len(spec.all_layers)) if depth_scaled else std)
         self.ones, self.zeros = Initializer("ones"), Initializer("zeros")
 
     def rows(self) -> Iterator[Parameter]:
@@ -105,24 +101,18 @@ class _Table:
         if spec.qk_norm is not None:
             yield self.scale(f"{name}.query_norm", h, "head_dim")
             yield self.scale(f"{name}.key_norm", h, "head_dim")
-        yield Parameter(
-            f"{name}.w_output", (n, h, d), ("head", "head_dim", "embed"), self.output, True, "attention"
-        )
+        yield Parameter(f"{name}.w_output", (n, h, d), ("head", "head_dim", "embed"), self.output, True, "attention")
         if spec.output_bias:
             yield Parameter(f"{name}.b_output", (d,), ("embed",), self.zeros, False, "attention")
 
-    def swiglu(
-        self, name: str, spec: SwiGLUSpec, role: Role, num_experts: int | None = None
-    ) -> Iterator[Parameter]:
+    def swiglu(self, name: str, spec: SwiGLUSpec, role: Role, num_experts: int | None = None) -> Iterator[Parameter]:
         d, f = self.spec.embed_dim, spec.hidden_dim
         lead: tuple[int, ...] = () if num_experts is None else (num_experts,)
         lead_axes = () if num_experts is None else ("expert",)
         for which in ("gate", "up"):
             axes = (*lead_axes, "embed", "hidden")
             yield Parameter(f"{name}.w_{which}", (*lead, d, f), axes, self.matrix, True, role)
-        yield Parameter(
-            f"{name}.w_down", (*lead, f, d), (*lead_axes, "hidden", "embed"), self.output, True, role
-        )
+        yield Parameter(f"{name}.w_down", (*lead, f, d), (*lead_axes, "hidden", "embed"), self.output, True, role)
 
     def moe(self, name: str, spec: MoESpec) -> Iterator[Parameter]:
         d, e = self.spec.embed_dim, spec.num_experts

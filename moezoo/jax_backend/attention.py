@@ -14,9 +14,7 @@ from moezoo.jax_backend.normalization import RMSNorm
 from moezoo.jax_backend.positions import rotate
 
 
-def attend(
-    query_BTMGH: jax.Array, key_BSMH: jax.Array, value_BSMH: jax.Array, mask_TS: jax.Array
-) -> jax.Array:
+def attend(query_BTMGH: jax.Array, key_BSMH: jax.Array, value_BSMH: jax.Array, mask_TS: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend."""
     score = jnp.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH, preferred_element_type=jnp.float32)
     score = jnp.where(mask_TS, score / math.sqrt(query_BTMGH.shape[-1]), -jnp.inf)

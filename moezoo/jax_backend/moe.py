@@ -33,9 +33,7 @@ class MoE(nnx.Module):
         """`dropless`: serve every token whatever the spec's capacity, as generation does."""
         x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.router(x_PD, forced_PK)
-        dispatched = dispatch(
-            DroplessSpec() if dropless else self.spec.dispatch, routing, self.spec.num_experts
-        )
+        dispatched = dispatch(DroplessSpec() if dropless else self.spec.dispatch, routing, self.spec.num_experts)
         y_RD = self.experts(x_PD[dispatched.token_R], dispatched.size_E)
         out_PD = combine(dispatched, y_RD, x_PD.shape[0])
         if record is not None:

@@ -37,9 +37,7 @@ class Router(nnx.Module):
         weight_PK = jnp.take_along_axis(score_PE, expert_PK, axis=-1)
         match spec.renormalize:
             case "sum":
-                weight_PK = weight_PK / (
-                    jnp.sum(weight_PK, axis=-1, keepdims=True) + spec.renormalize_epsilon
-                )
+                weight_PK = weight_PK / (jnp.sum(weight_PK, axis=-1, keepdims=True) + spec.renormalize_epsilon)
             case "none":
                 pass
             case _:

@@ -71,7 +71,7 @@ class JaxModel:
         module = Transformer(spec, Weights(weights))
         graph, state = nnx.split(module, nnx.Param)
         self._merge = _merger(graph, state)
-        self._parameters: Parameters = {name: value for name, value in _named(state)}
+        self._parameters: Parameters = dict(_named(state))
         self._decayed = {row.name: row.decay for row in table}
         self._forward = jax.jit(self._forward_values, static_argnames="record")
         self._score = jax.jit(self._score_values)
@@ -106,9 +106,7 @@ class JaxModel:
 
     def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
         losses, load, dropped = jax.device_get(self._score(self._parameters, tokens, targets))
-        return Scores(
-            losses, [np.asarray(sizes, np.int64) for sizes in load], [int(count) for count in dropped]
-        )
+        return Scores(losses, [np.asarray(sizes, np.int64) for sizes in load], [int(count) for count in dropped])
 
     def _score_values(self, parameters, tokens, targets):
         result = self._merge(parameters)(tokens)
@@ -132,9 +130,7 @@ class JaxModel:
     def _cached_values(self, parameters, tokens, caches, count):
         """Logits after the `count`-th of the tokens, and caches that hold just so many more."""
         result = self._merge(parameters)(tokens, caches=caches)
-        grown = [
-            new._replace(length=old.length + count) for old, new in zip(caches, result.caches, strict=True)
-        ]
+        grown = [new._replace(length=old.length + count) for old, new in zip(caches, result.caches, strict=True)]
         return result.logits_BTV[:, count - 1], grown
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -180,7 +176,10 @@ class JaxModel:
         else:
             shapes = jax.eval_shape(micro_batch, windows[0])
             zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-            add = lambda total, window: (jax.tree.map(jnp.add, total, micro_batch(window)), None)
+
+            def add(total, window):
+                return (jax.tree.map(jnp.add, total, micro_batch(window)), None)
+
             (gradients, terms, load), _ = jax.lax.scan(add, zeros, windows)
             gradients, terms = jax.tree.map(lambda total: total / windows.shape[0], (gradients, terms))
         norm = optax.global_norm(gradients)
@@ -202,9 +201,7 @@ class JaxModel:
         return to_numpy(first | second)
 
 
-def _adamw(
-    config: OptimizerConfig, decayed: Mapping[str, bool]
-) -> Callable[[Any], optax.GradientTransformation]:
+def _adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> Callable[[Any], optax.GradientTransformation]:
     """AdamW for one learning rate. Spec: moezoo.core.reference.optimizer.adamw."""
     return lambda learning_rate: optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
@@ -223,18 +220,12 @@ def _merger(graph: nnx.GraphDef, state: nnx.State) -> Callable[[Parameters], Tra
     """A function from parameters by name to the module."""
     structure = jax.tree.structure(state)
     names = [name for name, _ in _named(state)]
-    return lambda parameters: nnx.merge(
-        graph, jax.tree.unflatten(structure, [parameters[name] for name in names])
-    )
+    return lambda parameters: nnx.merge(graph, jax.tree.unflatten(structure, [parameters[name] for name in names]))
 
 
 def _flat(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
     """Experts [B, T, K] -> [P, K]."""
-    return (
-        None
-        if forced is None
-        else [np.asarray(expert, np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
-    )
+    return None if forced is None else [np.asarray(expert, np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
 
 
 def _load(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:

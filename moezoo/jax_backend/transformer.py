@@ -64,10 +64,7 @@ class Transformer(nnx.Module):
         self.spec = spec
         self.embedding = Embedding(weights.inside("embedding"))
         self.layers = nnx.List(
-            [
-                Layer(layer, spec, weights.inside(f"layers.{index}"))
-                for index, layer in enumerate(spec.all_layers)
-            ]
+            [Layer(layer, spec, weights.inside(f"layers.{index}")) for index, layer in enumerate(spec.all_layers)]
         )
         self.final_norm = RMSNorm(spec.norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec):

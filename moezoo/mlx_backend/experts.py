@@ -123,9 +123,7 @@ def _blocked_product(x_ID: mx.array, w_EDF: mx.array, groups: Groups) -> mx.arra
     @multiply.vjp
     def _(primals: tuple[mx.array, mx.array], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:
         rows_ID, matrices = primals
-        return product(gradient, matrices.swapaxes(1, 2)), mx.segmented_mm(
-            rows_ID.T, gradient, groups.segment_E2
-        )
+        return product(gradient, matrices.swapaxes(1, 2)), mx.segmented_mm(rows_ID.T, gradient, groups.segment_E2)
 
     return multiply(x_ID.astype(mx.float32), w_EDF.astype(mx.float32)).astype(dtype)
 

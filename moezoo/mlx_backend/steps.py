@@ -117,9 +117,7 @@ class MlxModel:
     def loss_and_gradients(
         self, tokens: np.ndarray, targets: np.ndarray, *, forced: Sequence[np.ndarray] | None = None
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        (_, terms, _), gradients = self._loss_and_gradients(
-            mx.array(tokens), mx.array(targets), _flat(forced)
-        )
+        (_, terms, _), gradients = self._loss_and_gradients(mx.array(tokens), mx.array(targets), _flat(forced))
         mx.eval(terms, gradients)
         return {name: value.item() for name, value in terms.items()}, to_numpy(dict(tree_flatten(gradients)))
 

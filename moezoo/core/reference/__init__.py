@@ -14,6 +14,4 @@ Record = dict[str, Array]
 
 def inside(parameters: Parameters, prefix: str) -> dict[str, Array]:
     """The parameters whose name starts with `prefix.`, by the rest of their name."""
-    return {
-        name[len(prefix) + 1 :]: value for name, value in parameters.items() if name.startswith(prefix + ".")
-    }
+    return {name[len(prefix) + 1 :]: value for name, value in parameters.items() if name.startswith(prefix + ".")}

@@ -20,9 +20,7 @@ def grouped_product(x_RD: Array, w_EDF: Array, size_E: Array) -> Array:
     Source: Gale et al. 2022, arXiv 2211.15841 (grouped products for dropless MoE).
     """
     end_E = np.cumsum(size_E)
-    return np.concatenate(
-        [x_RD[end - size : end] @ w for size, end, w in zip(size_E, end_E, w_EDF, strict=True)]
-    )
+    return np.concatenate([x_RD[end - size : end] @ w for size, end, w in zip(size_E, end_E, w_EDF, strict=True)])
 
 
 def swiglu_experts(parameters: Parameters, x_RD: Array, size_E: Array) -> Array:

@@ -56,9 +56,7 @@ def auxiliary_loss(spec: AuxiliaryLossSpec, routing: Routing) -> Array:
             return router_z(routing)
 
 
-def loss_terms(
-    spec: ModelSpec, logits_BTV: Array, target_BT: Array, routings: Sequence[Routing]
-) -> dict[str, Array]:
+def loss_terms(spec: ModelSpec, logits_BTV: Array, target_BT: Array, routings: Sequence[Routing]) -> dict[str, Array]:
     """Every loss term by name.
 
     `loss` is what training minimizes: `cross_entropy` (mean over tokens, nats) plus every `<name>_weighted`. For an auxiliary

@@ -44,9 +44,7 @@ def route(spec: RouterSpec, w_router_DE: Array, x_PD: Array, forced_PK: Array | 
     unnormalized = np.exp(logits_PE - np.max(logits_PE, axis=-1, keepdims=True))
     score_PE = unnormalized / np.sum(unnormalized, axis=-1, keepdims=True)
     # Trap: a stable sort of the negated score is the tie rule; argpartition has none.
-    expert_PK = (
-        np.argsort(-score_PE, axis=-1, kind="stable")[:, : spec.top_k] if forced_PK is None else forced_PK
-    )
+    expert_PK = np.argsort(-score_PE, axis=-1, kind="stable")[:, : spec.top_k] if forced_PK is None else forced_PK
     weight_PK = score_PE[np.arange(x_PD.shape[0])[:, None], expert_PK]
     if spec.renormalize == "sum":
         weight_PK = weight_PK / (np.sum(weight_PK, axis=-1, keepdims=True) + spec.renormalize_epsilon)
