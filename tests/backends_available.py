@@ -27,6 +27,4 @@ def require_backend(name: str) -> ModuleType:
     promised = [word.strip() for word in os.environ.get("MOEZOO_REQUIRE_BACKENDS", "").split(",")]
     if name in promised:
         pytest.fail(f"{module} is not installed, but MOEZOO_REQUIRE_BACKENDS promises {name}", pytrace=False)
-    pytest.skip(
-        f"{module} is not installed (MOEZOO_REQUIRE_BACKENDS does not name {name})", allow_module_level=True
-    )
+    pytest.skip(f"{module} is not installed (MOEZOO_REQUIRE_BACKENDS does not name {name})", allow_module_level=True)

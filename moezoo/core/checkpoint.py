@@ -92,8 +92,8 @@ def save_checkpoint(
     Saving a step again replaces it. A kill at any moment leaves every checkpoint that was whole before, or
     this one; see the module's text. When this returns, the checkpoint survives a power cut.
 
-    Raises CheckpointError for what cannot be stored and RunError where the folder cannot be written; then
-    `folder` is as before.
+    Raises CheckpointError for what cannot be stored and RunError where the folder cannot be written; what was
+    whole before then still is.
     """
     _check_request(step, tokens, keep)
     extra = _as_json(extra)
@@ -139,8 +139,8 @@ def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
         hidden = _HIDDEN_NAME.fullmatch(name)
         replaced = hidden is not None and hidden[2] == "replaced"
         step = _step_of(hidden[1] if hidden is not None and replaced else name)
-        if step is not None and not (replaced and step in found):  # hidden names sort first, so a plain one wins
-            found[step] = folder / name
+        if step is not None:
+            found[step] = folder / name  # hidden names come first, so that a plain one wins
     return [CheckpointInfo(step, found[step]) for step in sorted(found)]
 
 

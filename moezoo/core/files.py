@@ -94,13 +94,9 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise RunError(
-            f"{what}: {error.filename or 'a part of the path'} does not exist. Make it first."
-        ) from error
+        raise RunError(f"{what}: {error.filename or 'a part of the path'} does not exist. Make it first.") from error
     except PermissionError as error:
-        raise RunError(
-            f"{what}: permission denied. Choose another place, or change its permissions."
-        ) from error
+        raise RunError(f"{what}: permission denied. Choose another place, or change its permissions.") from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise RunError(f"{what}: {reason}. Free the place or choose another one.") from error

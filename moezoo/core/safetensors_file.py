@@ -107,9 +107,7 @@ def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> dict[s
         wanted = list(entries) if names is None else list(names)
         missing = [name for name in wanted if name not in entries]
         if missing:
-            raise CheckpointError(
-                f"{path} lacks {', '.join(missing)}; it holds {len(entries)} other tensors."
-            )
+            raise CheckpointError(f"{path} lacks {', '.join(missing)}; it holds {len(entries)} other tensors.")
         return {name: _read(file, path, name, entries[name]) for name in wanted}
 
 
@@ -146,22 +144,16 @@ def encode_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) ->
         raise CheckpointError(f"a tensor name or metadata is not valid Unicode: {error.reason}.") from None
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"the header would have {len(text)} bytes; the format allows {MAX_HEADER_BYTES}."
-        )
+        raise CheckpointError(f"the header would have {len(text)} bytes; the format allows {MAX_HEADER_BYTES}.")
     return b"".join([len(text).to_bytes(8, "little"), text, *(block.data for block in blocks)])
 
 
 def _encodable(name: str, array: Array) -> Array:
     if name == "__metadata__":
-        raise CheckpointError(
-            "a tensor cannot be named __metadata__: the format keeps that name for metadata."
-        )
+        raise CheckpointError("a tensor cannot be named __metadata__: the format keeps that name for metadata.")
     if array.dtype.name not in _FORMAT_NAMES:
         known = ", ".join(_FORMAT_NAMES)
-        raise CheckpointError(
-            f"{name} has dtype {array.dtype}, which cannot be stored; expected one of {known}."
-        )
+        raise CheckpointError(f"{name} has dtype {array.dtype}, which cannot be stored; expected one of {known}.")
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array).reshape(array.shape)  # Trap: ascontiguousarray makes a scalar [1]
@@ -195,9 +187,7 @@ def _checked(file: BinaryIO) -> dict[str, TensorEntry]:
     if header_bytes > MAX_HEADER_BYTES:
         raise _Refused(f"its header claims {header_bytes} bytes, and the format allows {MAX_HEADER_BYTES}")
     if header_bytes > file_bytes - 8:
-        raise _Refused(
-            f"its header claims {header_bytes} bytes, but only {file_bytes - 8} follow (cut short?)"
-        )
+        raise _Refused(f"its header claims {header_bytes} bytes, but only {file_bytes - 8} follow (cut short?)")
     text = file.read(header_bytes)
     if len(text) != header_bytes:
         raise _Refused("it became shorter while it was read")
@@ -208,15 +198,11 @@ def _checked(file: BinaryIO) -> dict[str, TensorEntry]:
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start_byte, item[1].size_bytes)):
         if entry.start_byte != position:
-            what = (
-                "overlaps the tensor before it" if entry.start_byte < position else "leaves a hole before it"
-            )
+            what = "overlaps the tensor before it" if entry.start_byte < position else "leaves a hole before it"
             raise _Refused(f"{name!r} {what} (it starts at byte {entry.start_byte}; expected {position})")
         position += entry.size_bytes
     if position != file_bytes:
-        raise _Refused(
-            f"its tensors end at byte {position}, but the file has {file_bytes} (cut or too long?)"
-        )
+        raise _Refused(f"its tensors end at byte {position}, but the file has {file_bytes} (cut or too long?)")
     return entries
 
 
@@ -277,9 +263,7 @@ def _entry(name: str, value: object, data_start: int) -> TensorEntry:
         raise _Refused(f"{name!r} does not end on a whole byte: {total_bits} bits")
     start, end = offsets
     if end - start != total_bits // 8:
-        raise _Refused(
-            f"{name!r} is {dtype} {shape} and needs {total_bits // 8} bytes, but has offsets {offsets}"
-        )
+        raise _Refused(f"{name!r} is {dtype} {shape} and needs {total_bits // 8} bytes, but has offsets {offsets}")
     return TensorEntry(dtype, tuple(shape), data_start + start, total_bits // 8)
 
 
@@ -297,9 +281,7 @@ def _read(file: BinaryIO, path: str | Path, name: str, entry: TensorEntry) -> Ar
     try:
         return array.view(_numpy_dtype(path, name, entry)).reshape(entry.shape)
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: NumPy cannot hold {name} of shape {list(entry.shape)} ({error})."
-        ) from None
+        raise CheckpointError(f"{path}: NumPy cannot hold {name} of shape {list(entry.shape)} ({error}).") from None
 
 
 def _numpy_dtype(path: str | Path, name: str, entry: TensorEntry) -> np.dtype[Any]:
@@ -311,6 +293,4 @@ def _numpy_dtype(path: str | Path, name: str, entry: TensorEntry) -> np.dtype[An
         dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[entry.dtype]))
         return dtype
     known = ", ".join(_NUMPY_NAMES | _ML_DTYPES_NAMES)
-    raise CheckpointError(
-        f"{path}: {name} is {entry.dtype}, which NumPy cannot hold; expected one of {known}."
-    )
+    raise CheckpointError(f"{path}: {name} is {entry.dtype}, which NumPy cannot hold; expected one of {known}.")

@@ -64,9 +64,7 @@ def test_file_is_flushed_before_the_rename_and_the_folder_after(tmp_path, monkey
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(
-        RunError, match=r"cannot write .*/nowhere/a: .*nowhere.* does not exist\. Make it first"
-    ):
+    with pytest.raises(RunError, match=r"cannot write .*/nowhere/a: .*nowhere.* does not exist\. Make it first"):
         write_atomically(tmp_path / "nowhere" / "a", "text")
 
 

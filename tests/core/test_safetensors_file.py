@@ -75,9 +75,7 @@ def test_what_is_written_is_read_by_us_and_by_safetensors(tmp_path):
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "pt"}])
 def test_bytes_are_those_of_safetensors(metadata):
-    assert encode_tensors(small_tensors(), metadata) == safetensors.numpy.save(
-        small_tensors(), metadata or None
-    )
+    assert encode_tensors(small_tensors(), metadata) == safetensors.numpy.save(small_tensors(), metadata or None)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
@@ -232,9 +230,7 @@ def test_file_cut_short_while_it_is_read_is_an_error_and_not_a_crash(tmp_path, m
 def corrupted(content, draw):
     """One of the ways in which files go wrong, or are made wrong."""
     length = int.from_bytes(content[:8], "little")
-    kind = draw.choice(
-        ["cut", "append", "flip", "flip header", "length", "offsets", "dtype", "shape", "twice", "swap"]
-    )
+    kind = draw.choice(["cut", "append", "flip", "flip header", "length", "offsets", "dtype", "shape", "twice", "swap"])
     spot = draw.randrange(len(content))
     if kind == "cut":
         return content[:spot]
@@ -271,10 +267,7 @@ def test_corruptions_are_accepted_only_where_safetensors_accepts_them(tmp_path):
         broken = corrupted(content, random.Random(seed))
         path.write_bytes(broken)
         try:
-            theirs = {
-                name: (value["dtype"], bytes(value["data"]))
-                for name, value in safetensors.deserialize(broken)
-            }
+            theirs = {name: (value["dtype"], bytes(value["data"])) for name, value in safetensors.deserialize(broken)}
         except safetensors.SafetensorError:
             theirs = None
         try:
@@ -298,9 +291,7 @@ def test_corruptions_are_accepted_only_where_safetensors_accepts_them(tmp_path):
         else:
             read = {name: array.tobytes() for name, array in values.items()}
             assert read == {name: data for name, (_, data) in theirs.items()}
-    assert [
-        text for text in refused_only_here if "twice" not in text
-    ] == []  # of a duplicate they keep the last
+    assert [text for text in refused_only_here if "twice" not in text] == []  # of a duplicate they keep the last
     assert all("NumPy cannot hold" in text or "neither 0 nor 1" in text for text in refused_when_read)
     assert accepted > NUM_CORRUPTIONS // 10
     assert refused > NUM_CORRUPTIONS // 2
