@@ -131,7 +131,7 @@ def test_text_that_leaves_the_grammar_is_refused_at_its_position(small: Grammar)
         small.surprisal(good[:at] + "X" + good[at + 1 :])
     with pytest.raises(DataError, match=r"position 4; got 'z' after 'The '; expected 'f' or 'h'"):
         small.surprisal("The zebra")
-    with pytest.raises(DataError, match="position 13; got 'o'.*expected 'r'"):
+    with pytest.raises(DataError, match=r"position 13; got 'o'.*expected 'r'"):
         small.surprisal("The fox met fox")  # the hero does not meet itself
 
 
