@@ -1,0 +1,55 @@
+"""moezoo: one spec for mixture-of-experts language models, realized in Flax NNX and in MLX, and proven equal.
+
+The public API is `load`, `parity`, the specs, and the errors. Importing it loads neither jax nor mlx.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moezoo.core.config import Config, load_config
+    from moezoo.core.errors import MoezooError
+    from moezoo.core.loaded_model import LoadedModel
+    from moezoo.core.parameters import parameter_table
+    from moezoo.core.parity import ParityReport
+    from moezoo.core.spec import ModelSpec
+
+__version__ = "0.1.0"
+__all__ = ["Config", "ModelSpec", "MoezooError", "load", "load_config", "parameter_table", "parity"]
+
+_LAZY = {
+    "Config": "moezoo.core.config",
+    "ModelSpec": "moezoo.core.spec",
+    "MoezooError": "moezoo.core.errors",
+    "load_config": "moezoo.core.config",
+    "parameter_table": "moezoo.core.parameters",
+}
+
+
+def load(path: str | Path, backend: str | None = None) -> "LoadedModel":
+    """The model of a run folder's newest whole checkpoint, on a backend (`jax`, `mlx`, or None for the default).
+
+    Raises RunError, CheckpointError, SpecError, TokenizerError or BackendError.
+    """
+    from moezoo.core.loaded_model import load_model
+
+    return load_model(path, backend)
+
+
+def parity(path: str | Path) -> "ParityReport":
+    """Compare the reference, JAX and MLX on a config's initial weights or a run's newest ones.
+
+    Both backends must be installed. Raises as `load`.
+    """
+    from moezoo.backends import NAMES, load_backend
+    from moezoo.core.parity import parity_of
+
+    return parity_of(path, {name: load_backend(name) for name in NAMES})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'moezoo' has no attribute {name!r}")

@@ -1,0 +1,273 @@
+"""The command line. Each command imports what it needs when it runs, so that `moezoo --help` is quick."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moezoo.core.errors import MoezooError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moezoo.core.config import Config
+    from moezoo.core.data import PreparedData
+    from moezoo.core.tokenizer import Tokenizer
+
+
+class _Commands(click.Group):
+    """Prints our errors in one line, in the order in which commands are used."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MoezooError as error:
+            for line in str(error).splitlines():
+                click.echo(f"{type(error).__name__}: {line}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="moezoo")
+def main() -> None:
+    """Mixture-of-experts language models: one spec, on JAX and on MLX, proven equal."""
+
+
+_backend = click.option("--backend", metavar="jax|mlx", help="Default: $BACKEND, else mlx on Apple silicon, else jax.")
+_set = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a value of the config.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+@main.command()
+@click.argument("config_path", metavar="CONFIG", type=Path)
+@_backend
+@click.option("--out", type=Path, metavar="RUN", help="Run folder. Default: runs/<config name>.")
+@_set
+@click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
+def train(config_path: Path, backend: str | None, out: Path | None, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train a model from a YAML config."""
+    from moezoo.backends import load_backend
+    from moezoo.core.config import load_config, with_vocab_size
+    from moezoo.core.console import ConsoleReporter, describe_evaluation
+    from moezoo.core.describe import header
+    from moezoo.core.picture import draw_run
+    from moezoo.core.run import create_run
+    from moezoo.core.tokenizer import load_tokenizer
+    from moezoo.core.train_loop import train as run_training
+
+    console = _console()
+    config = load_config(config_path, overrides)
+    realized = load_backend(backend)
+    path = out or Path("runs") / config_path.stem
+    known = load_tokenizer(path) if resume and (path / "config.yaml").exists() else None
+    data = _prepare(console, config, str(config_path), known)
+    config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
+    run = create_run(path, config, data.tokenizer, resume=resume)
+    console.print(header(config, {"backend": realized.name, **realized.facts(), "run": str(path)}))
+    for row in data.summary:
+        console.print(
+            f"{row.source}: {row.train_tokens:,} training and {row.validation_tokens:,} validation tokens",
+            highlight=False,
+        )
+    result = run_training(config, data, realized, run, reporter=ConsoleReporter(console))
+    optimum = result.evaluation.optimum if result.evaluation else None
+    draw_run(run.metrics_path, run.picture_path, optimum.best_possible if optimum else None)
+    if result.evaluation is None:
+        console.print(
+            f"stopped and saved after step {result.step} of {config.training.steps}. Go on with:\n"
+            f"  {_again(config_path, backend, out, overrides)}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+        return
+    console.print(describe_evaluation(result.evaluation), highlight=False, soft_wrap=True, markup=False)
+    console.print(f"run folder: {path}  (picture: {run.picture_path})", highlight=False, soft_wrap=True, markup=False)
+
+
+@main.command()
+@click.argument("run_path", metavar="RUN", type=Path)
+@click.option("--prompt", required=True, metavar="TEXT", help="The text to continue.")
+@_backend
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Keep the k most probable tokens.")
+@click.option("--top-p", type=float, help="Keep the fewest tokens that hold this probability.")
+@click.option("--min-p", type=float, help="Keep tokens at least this fraction as probable as the best.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Continue so many times at once.")
+def generate(run_path: Path, prompt: str, backend: str | None, max_new_tokens: int, samples: int, **options: Any) -> None:
+    """Continue a prompt with a trained model."""
+    import numpy as np
+
+    from moezoo.core.loaded_model import load_model
+    from moezoo.core.sampling import SamplingOptions
+    from moezoo.core.tokenizer import StreamDecoder
+
+    SamplingOptions(**options)  # refuse bad options before anything is loaded
+    model = load_model(run_path, backend)
+    for problem in model.problems:
+        click.echo(f"passed over: {problem}", err=True)
+    tokens = np.tile(model.tokenizer.encode(prompt)[None, :], (samples, 1))
+    decoders = [StreamDecoder(model.tokenizer) for _ in range(samples)]
+    texts = [prompt] * samples
+
+    def show(column: Any) -> None:
+        for index, token in enumerate(column):
+            piece = decoders[index].add([int(token)])
+            texts[index] += piece
+            if samples == 1:
+                click.echo(piece, nl=False)
+
+    if samples == 1:
+        click.echo(prompt, nl=False)
+    model.generate(tokens, max_new_tokens=max_new_tokens, on_tokens=show, **options)
+    endings = [decoder.finish() for decoder in decoders]
+    if samples == 1:
+        click.echo(endings[0])
+        return
+    for index, (text, ending) in enumerate(zip(texts, endings, strict=True)):
+        click.echo(f"--- sample {index + 1}\n{text}{ending}")
+
+
+@main.command("eval")
+@click.argument("run_path", metavar="RUN", type=Path)
+@_backend
+@_json
+def evaluate(run_path: Path, backend: str | None, as_json: bool) -> None:
+    """Validation loss, bits per byte and routing statistics of a run."""
+    import json
+
+    from moezoo.backends import load_backend
+    from moezoo.core.console import describe_evaluation
+    from moezoo.core.evaluation import evaluate as run_evaluation
+    from moezoo.core.evaluation import known_grammar
+    from moezoo.core.run import load_run
+
+    console = _console()
+    config, tokenizer, checkpoint, problems = load_run(run_path)
+    for problem in problems:
+        click.echo(f"passed over: {problem}", err=True)
+    model = load_backend(backend).build(config.model, checkpoint.weights)
+    data = _prepare(console, config, str(run_path), tokenizer, quiet=as_json)
+    result = run_evaluation(
+        model,
+        data.validation,
+        tokenizer,
+        sequence_length=config.training.sequence_length,
+        batch_size=config.training.batch_size,
+        grammar=known_grammar(config.data),
+    )
+    if as_json:
+        click.echo(json.dumps({"step": checkpoint.step, **result.to_dict()}, indent=2))
+        return
+    console.print(f"step {checkpoint.step}: {describe_evaluation(result)}", highlight=False, soft_wrap=True, markup=False)
+    for row in result.routing:
+        load = " ".join(f"{share * len(row['load']):.2f}" for share in row["load"])
+        console.print(
+            f"layer {row['layer']}: load {load} (1 is balanced), dropped {100 * row['dropped']:.2f} %",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@main.command()
+@click.argument("config_path", metavar="CONFIG", type=Path)
+@_set
+@_json
+def describe(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """A config's model on one page: layers, parameters, FLOPs, memory."""
+    import json
+
+    from moezoo.core.config import load_config
+    from moezoo.core.describe import describe as page
+    from moezoo.core.describe import description
+
+    config = load_config(config_path, overrides)
+    if as_json:
+        click.echo(json.dumps(description(config), indent=2))
+    else:
+        _console().print(page(config, str(config_path)))
+
+
+@main.command()
+@click.argument("path", metavar="CONFIG|RUN", type=Path)
+@_json
+@click.option("--all", "show_all", is_flag=True, help="Show every gradient.")
+def parity(path: Path, as_json: bool, show_all: bool) -> None:
+    """Compare reference, JAX and MLX on the same weights and tokens. Exit status 1 beyond tolerance."""
+    import moezoo
+
+    report = moezoo.parity(path)
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        _console().print(report.table(show_all=show_all))
+    if not report.passed:
+        sys.exit(1)
+
+
+@main.command()
+def schema() -> None:
+    """JSON Schema of a config, for editors that complete YAML."""
+    import json
+
+    from moezoo.core.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--file", type=Path, help="A copy that you already have; its checksum is verified.")
+def data(name: str | None, file: Path | None) -> None:
+    """Bring a dataset to this machine, verified; without NAME, list them."""
+    from moezoo.core.recipes import fetch, list_recipes
+
+    if name is None:
+        for recipe in list_recipes():
+            click.echo(f"{recipe.name:20} {recipe.characters:>10,} characters  {recipe.licence:28} {recipe.title}")
+        return
+    click.echo(fetch(name, file))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _prepare(
+    console: "Console", config: "Config", where: str, tokenizer: "Tokenizer | None", *, quiet: bool = False
+) -> "PreparedData":
+    from moezoo.core.data import prepare_data
+
+    if quiet:
+        return prepare_data(config.data, config.training.sequence_length, where=where, tokenizer=tokenizer)
+    with console.status("preparing data ...") as status:
+
+        def show(what: str, done: int, total: int | None) -> None:
+            status.update(f"{what}: {done / 1e6:,.0f} MB" + (f" of {total / 1e6:,.0f} MB" if total else ""))
+
+        return prepare_data(
+            config.data, config.training.sequence_length, where=where, tokenizer=tokenizer, on_progress=show
+        )
+
+
+def _again(config_path: Path, backend: str | None, out: Path | None, overrides: tuple[str, ...]) -> str:
+    """The command that resumes."""
+    import shlex
+
+    words = ["moezoo", "train", str(config_path)]
+    words += ["--backend", backend] if backend else []
+    words += ["--out", str(out)] if out else []
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join([*words, "--resume"])

@@ -1,0 +1,129 @@
+"""How good a model is on held-out data: nats per token, bits per byte, expert load, and distance from a known optimum."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezoo.core.backend import Model
+from moezoo.core.config import DataConfig, DatasetSource
+from moezoo.core.data import Split
+from moezoo.core.grammar import Grammar
+from moezoo.core.metrics import routing_statistics
+from moezoo.core.recipes import dataset_grammar
+from moezoo.core.tokenizer import CharacterTokenizer, Tokenizer
+
+MAX_WINDOWS = 4096
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Comparison with data whose entropy is known, on characters whose past the window shows whole.
+
+    Fields:
+        characters: how many characters were compared.
+        loss: the model's mean nats on them.
+        best_possible: the mean nats that the exact source gives the very same characters; no model is better on average.
+        entropy_rate: exact nats per character of the endless source, for orientation.
+        excess: loss / best_possible - 1.
+    """
+
+    characters: int
+    loss: float
+    best_possible: float
+    entropy_rate: float
+
+    @property
+    def excess(self) -> float:
+        return self.loss / self.best_possible - 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss of `windows` windows of `sequence_length` tokens."""
+
+    validation_loss: float
+    bits_per_byte: float | None
+    windows: int
+    sequence_length: int
+    routing: list[dict[str, Any]]
+    optimum: Optimum | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = asdict(self)
+        if self.optimum is not None:
+            values["optimum"]["excess"] = self.optimum.excess
+        return values
+
+
+def evaluate(
+    model: Model,
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    max_windows: int = MAX_WINDOWS,
+    grammar: Grammar | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score consecutive windows of a split, all of them or `max_windows` spread evenly over it.
+
+    Bits per byte = total nats / ln 2 / UTF-8 bytes of the target tokens; None where tokens have no text.
+    """
+    windows = np.asarray(split.windows(sequence_length, max_windows))
+    batch_size = _batch_that_divides(len(windows), batch_size)
+    losses = np.empty((len(windows), sequence_length), np.float64)
+    load: list[NDArray[np.int64]] = []
+    dropped: list[int] = []
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size]
+        scores = model.score(batch[:, :-1], batch[:, 1:])
+        losses[start : start + len(batch)] = scores.token_losses
+        load = [a + b for a, b in zip(load, scores.load, strict=True)] if load else scores.load
+        dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
+        if on_progress is not None:
+            on_progress(start + len(batch), len(windows))
+    num_bytes = tokenizer.byte_count(windows[:, 1:].reshape(-1))
+    return Evaluation(
+        validation_loss=float(losses.mean()),
+        bits_per_byte=float(losses.sum() / math.log(2) / num_bytes) if num_bytes else None,
+        windows=len(windows),
+        sequence_length=sequence_length,
+        routing=routing_statistics(model.spec.moe_layers, load, dropped),
+        optimum=_compare(windows, losses, tokenizer, grammar) if grammar is not None else None,
+    )
+
+
+def known_grammar(data: DataConfig) -> Grammar | None:
+    """The grammar behind the data, where it is one built-in dataset read by characters."""
+    match data.sources:
+        case (DatasetSource(name=name),) if data.tokenizer.kind == "character":
+            return dataset_grammar(name)
+    return None
+
+
+def _compare(
+    windows: NDArray[np.int32], losses: NDArray[np.float64], tokenizer: Tokenizer, grammar: Grammar
+) -> Optimum | None:
+    assert isinstance(tokenizer, CharacterTokenizer)
+    best = np.stack([grammar.fair_surprisal(tokenizer.decode(window)) for window in windows])
+    fair = ~np.isnan(best)
+    if not fair.any():
+        return None
+    return Optimum(
+        characters=int(fair.sum()),
+        loss=float(losses[fair].mean()),
+        best_possible=float(best[fair].mean()),
+        entropy_rate=grammar.entropy().nats_per_character,
+    )
+
+
+def _batch_that_divides(count: int, batch_size: int) -> int:
+    """The largest batch up to `batch_size` that leaves no remainder, unless it is less than half: one shape compiles once."""
+    divisor = next(size for size in range(min(batch_size, count), 0, -1) if count % size == 0)
+    return divisor if 2 * divisor >= min(batch_size, count) else min(batch_size, count)

@@ -1,0 +1,104 @@
+"""A trained model, ready to use: what `moezoo.load` returns."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from moezoo.core.backend import Integers, Model, Output
+from moezoo.core.checkpoint import save_checkpoint
+from moezoo.core.config import Config, dump_config
+from moezoo.core.errors import DataError, RunError, SpecError
+from moezoo.core.files import make_folder, write_atomically
+from moezoo.core.generate_loop import generate
+from moezoo.core.run import Run, load_run
+from moezoo.core.sampling import SamplingOptions
+from moezoo.core.tokenizer import Tokenizer
+
+
+class LoadedModel:
+    """A model with its tokenizer and config, on one backend."""
+
+    def __init__(self, model: Model, config: Config, tokenizer: Tokenizer, step: int, problems: list[str]):
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self.step = step
+        self.problems = problems  # damaged checkpoints that were passed over, a line each
+
+    def forward(self, tokens: Integers, targets: Integers | None = None) -> Output:
+        """Logits, routing and, given targets, losses.
+
+        Args:
+            tokens: int32 [B, T], 0 <= token < V.
+            targets: int32 [B, T], the token after each.
+
+        Returns:
+            `.logits` float32 [B, T, V]; `.routing`, one per MoE layer with `.layer`, `.expert` int32 [B, T, K] (descending
+            weight, ties to the lower id) and `.weight` float32 [B, T, K]; `.losses` by name.
+
+        Raises DataError: a token outside the vocabulary, or not two dimensions.
+        """
+        checked = self._checked(tokens, "tokens")
+        return self.model.forward(checked, None if targets is None else self._checked(targets, "targets"))
+
+    def generate(
+        self,
+        tokens: Integers,
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        on_tokens: Callable[[Integers], None] | None = None,
+    ) -> Integers:
+        """Continue prompts int32 [B, T] by up to `max_new_tokens`: int32 [B, new]. Temperature 0 is greedy.
+
+        `on_tokens` is called with each new column, int32 [B]. Raises DataError as `forward`, SpecError for bad options.
+        """
+        options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        return generate(
+            self.model,
+            self._checked(tokens, "tokens"),
+            max_new_tokens=max_new_tokens,
+            options=options,
+            end_of_text=self.tokenizer.end_of_text,
+            on_tokens=on_tokens,
+        )
+
+    def save(self, path: str | Path, format: Literal["moezoo"] = "moezoo") -> None:
+        """Write weights, config and tokenizer into a new folder that `moezoo.load` reads on either backend.
+
+        Raises RunError: the folder exists and is not empty. Raises SpecError: a format not known.
+        """
+        if format != "moezoo":
+            raise SpecError(f"no such format; got {format!r}; expected 'moezoo'.")
+        run = Run(Path(path))
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            raise RunError(f"{path} exists; expected a new or empty folder. Choose another.")
+        make_folder(run.path)
+        text = dump_config(self.config)
+        self.tokenizer.save(run.path)
+        save_checkpoint(run.checkpoints_path, self.step, self.model.export_parameters(), {}, text, {}, None)
+        write_atomically(run.config_path, text)
+
+    def _checked(self, tokens: Integers, name: str) -> Integers:
+        array = np.asarray(tokens)
+        if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+            raise DataError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [B, T], B and T >= 1.")
+        if array.min() < 0 or array.max() >= self.model.spec.vocab:
+            worst = array.min() if array.min() < 0 else array.max()
+            raise DataError(f"{name} has token {worst}; expected 0 <= token < {self.model.spec.vocab} (vocab_size).")
+        return array.astype(np.int32)
+
+
+def load_model(path: str | Path, backend: str | None = None) -> LoadedModel:
+    """See `moezoo.load`."""
+    from moezoo.backends import load_backend
+
+    config, tokenizer, checkpoint, problems = load_run(path)
+    model = load_backend(backend).build(config.model, checkpoint.weights)
+    return LoadedModel(model, config, tokenizer, checkpoint.step, problems)

@@ -1,0 +1,95 @@
+"""What a run writes down: `metrics.jsonl`, one JSON object a line.
+
+Training lines have `step` (updates done), `tokens`, `loss` (what is minimized), `cross_entropy`, every auxiliary loss as
+`<name>` (mean over its layers, unweighted) and `<name>_weighted` (what it adds to the loss), `gradient_norm`,
+`learning_rate`, `tokens_per_second`, and `routing`: per MoE layer `layer`, `load` (share of routed copies per expert, sums
+to 1), `worst_load` (the most loaded expert's share times the number of experts: 1 is balanced), and `dropped` (share of
+routed copies that a capacity dropped). Validation lines have `step`, `tokens`, `validation_loss` (nats a token) and what
+else `Evaluation.to_dict` gives.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezoo.core.errors import RunError
+from moezoo.core.files import write_atomically
+
+
+def routing_statistics(
+    layers: Sequence[int], load: Sequence[NDArray[np.int64]], dropped: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Per MoE layer: load, worst load and drop rate, from counts of routed copies per expert."""
+    rows = []
+    for layer, counts, lost in zip(layers, load, dropped, strict=True):
+        share = counts / counts.sum()
+        rows.append(
+            {
+                "layer": layer,
+                "load": [round(float(value), 6) for value in share],
+                "worst_load": round(float(share.max() * len(share)), 4),
+                "dropped": round(lost / int(counts.sum()), 6),
+            }
+        )
+    return rows
+
+
+def worst_load(routing: Iterable[Mapping[str, Any]]) -> float | None:
+    """The worst load of all layers; None for a dense model."""
+    return max((row["worst_load"] for row in routing), default=None)
+
+
+class MetricsFile:
+    """Appends lines; each is flushed, so a killed run loses none but the one it was writing."""
+
+    def __init__(self, path: Path, *, keep_to_step: int = 0):
+        """Open for appending. Lines after `keep_to_step` (of a run that went on after its last checkpoint) are dropped."""
+        self._path = path
+        kept = [line for line, record in _lines(path) if record.get("step", 0) <= keep_to_step]
+        write_atomically(path, "".join(kept))
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{path} cannot be written; got {error.strerror}. Check the folder's permissions.") from None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object. Values that are not finite become null, which JSON can hold."""
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file; [] where it does not exist."""
+    return [record for _, record in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the line that a kill cut short
+        if isinstance(record, dict) and line.endswith("\n"):
+            found.append((line, record))
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

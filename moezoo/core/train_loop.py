@@ -1,0 +1,208 @@
+"""The train loop, written once: it knows the backend protocol and nothing of JAX or MLX."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moezoo.core.backend import Backend, Model, PendingStep, StepMetrics
+from moezoo.core.checkpoint import save_checkpoint
+from moezoo.core.config import Config, dump_config
+from moezoo.core.console import Reporter, SilentReporter, describe_evaluation
+from moezoo.core.data import PreparedData
+from moezoo.core.errors import TrainingError
+from moezoo.core.evaluation import Evaluation, evaluate, known_grammar
+from moezoo.core.initialize import initial_weights
+from moezoo.core.metrics import MetricsFile, routing_statistics
+from moezoo.core.parameters import parameter_table
+from moezoo.core.run import Run, resume_point
+from moezoo.core.schedules import learning_rate
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended: `step` updates done, `finished` or stopped by a signal, the final evaluation if finished."""
+
+    step: int
+    finished: bool
+    evaluation: Evaluation | None
+
+
+def train(
+    config: Config, data: PreparedData, backend: Backend, run: Run, *, reporter: Reporter | None = None
+) -> TrainingResult:
+    """Train from the run's newest whole checkpoint, or from the beginning, to `training.steps`.
+
+    SIGINT and SIGTERM end the step, save, and return with `finished` False.
+
+    Raises TrainingError: the loss or a parameter is not finite. Nothing is saved then; the last good checkpoint stays.
+    """
+    return _Training(config, data, backend, run, reporter or SilentReporter()).go()
+
+
+class _Training:
+    def __init__(self, config: Config, data: PreparedData, backend: Backend, run: Run, reporter: Reporter):
+        self.config, self.data, self.run, self.reporter = config, data, run, reporter
+        checkpoint, problems = resume_point(run)
+        for problem in problems:
+            reporter.message(f"passed over: {problem}")
+        self.first_step = 0 if checkpoint is None else checkpoint.step
+        weights = initial_weights(config.model, config.training.seed) if checkpoint is None else checkpoint.weights
+        self.model: Model = backend.build(config.model, weights)
+        state = None if checkpoint is None else checkpoint.optimizer
+        self.model.start_training(config.optimizer, state, self.first_step)
+        self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
+        self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step)
+        self.pending: list[tuple[int, float, PendingStep]] = []
+        self.grammar = known_grammar(config.data)
+
+    def go(self) -> TrainingResult:
+        training = self.config.training
+        if self.first_step:
+            self.reporter.message(f"resumed after step {self.first_step}")
+        self.reporter.start(self.first_step, training.steps)
+        self.clock, self.clock_step = time.monotonic(), self.first_step
+        try:
+            with _stop_on_signal() as stop:
+                step = self.first_step
+                while step < training.steps and not stop.is_set():
+                    step += 1
+                    self._step(step)
+                self._report(step)
+                self._save(step)
+                finished = step >= training.steps
+                evaluation = self._validate(step, whole=True) if finished else None
+        finally:
+            self.reporter.stop()
+            self.metrics.close()
+        return TrainingResult(step, finished, evaluation)
+
+    def _step(self, step: int) -> None:
+        training, optimizer = self.config.training, self.config.optimizer
+        windows = self.data.train.batch(step - 1, training.batch_size, training.sequence_length, training.seed)
+        windows = windows.reshape(training.gradient_accumulation, -1, windows.shape[-1])
+        rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
+        self.pending.append((step, rate, self.model.train_step(windows, rate)))
+        if step % training.log_every == 0 or step == self.first_step + 1:
+            self._report(step)
+        last = step == training.steps
+        if training.validate_every and step % training.validate_every == 0 and not last:
+            self._validate(step, whole=False)
+        if training.checkpoint_every and step % training.checkpoint_every == 0 and not last:
+            self._save(step)
+
+    def _report(self, step: int) -> None:
+        """Wait for the steps since the last report, check them, and write and show the newest."""
+        if not self.pending:
+            return
+        for number, rate, pending in self.pending:
+            metrics = pending.fetch()
+            if not math.isfinite(metrics.losses["loss"]):
+                raise TrainingError(self._not_finite(number, metrics.losses["loss"]))
+            newest = number, rate, metrics
+        self.pending.clear()
+        now = time.monotonic()
+        speed = (step - self.clock_step) * self._tokens(1) / max(now - self.clock, 1e-9)
+        # The first step of a process compiles; it would spoil the average of those after it.
+        self.clock, self.clock_step = now, step
+        record = self._record(*newest, speed if step > self.first_step + 1 else None)
+        self.metrics.write(record)
+        self.reporter.step(record)
+
+    def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> dict[str, Any]:
+        names = ["loss", "cross_entropy", *(name for name in metrics.losses if name not in ("loss", "cross_entropy"))]
+        return {
+            "step": step,
+            "tokens": self._tokens(step),
+            **{name: metrics.losses[name] for name in names},
+            "gradient_norm": metrics.gradient_norm,
+            "learning_rate": rate,
+            "tokens_per_second": None if speed is None else round(speed, 1),
+            "routing": routing_statistics(self.config.model.moe_layers, metrics.load, metrics.dropped),
+        }
+
+    def _tokens(self, steps: int) -> int:
+        return steps * self.config.training.batch_size * self.config.training.sequence_length
+
+    def _validate(self, step: int, *, whole: bool) -> Evaluation:
+        self._report(step)
+        training = self.config.training
+        if whole:
+            self.reporter.message("validating ...")
+        evaluation = evaluate(
+            self.model,
+            self.data.validation,
+            self.data.tokenizer,
+            sequence_length=training.sequence_length,
+            batch_size=training.batch_size,
+            grammar=self.grammar if whole else None,
+            **({} if whole else {"max_windows": training.validation_sequences}),
+        )
+        self.metrics.write({"step": step, "tokens": self._tokens(step), **evaluation.to_dict()})
+        if not whole:
+            self.reporter.message(f"step {step}: {describe_evaluation(evaluation)}")
+        self.clock, self.clock_step = time.monotonic(), step
+        return evaluation
+
+    def _save(self, step: int) -> None:
+        if step == self.first_step and self.saved is not None:
+            return
+        self._report(step)
+        weights = self.model.export_parameters()
+        damaged = self._first_damaged(weights)
+        if damaged is not None:
+            raise TrainingError(
+                f"parameter {damaged} is not finite after step {step}; expected finite numbers. {self._way_out()}"
+            )
+        self.saved = save_checkpoint(
+            self.run.checkpoints_path,
+            step,
+            weights,
+            self.model.export_optimizer(),
+            dump_config(self.config),
+            {},
+            self.config.training.keep_checkpoints,
+            tokens=self._tokens(step),
+        )
+        self.clock, self.clock_step = time.monotonic(), step
+
+    def _not_finite(self, step: int, loss: float) -> str:
+        damaged = self._first_damaged(self.model.export_parameters())
+        first = f"first parameter that is not finite: {damaged}" if damaged else "all parameters are still finite"
+        return f"loss is not finite; got {loss} at step {step}; {first}. {self._way_out()}"
+
+    def _first_damaged(self, weights: dict[str, np.ndarray[Any, np.dtype[np.float32]]]) -> str | None:
+        names = (row.name for row in parameter_table(self.config.model))
+        return next((name for name in names if not np.isfinite(weights[name]).all()), None)
+
+    def _way_out(self) -> str:
+        kept = f"The last good checkpoint is kept in {self.run.checkpoints_path}" if self.saved else "Nothing was saved yet"
+        return f"{kept}. Lower optimizer.learning_rate, or lengthen the warm-up."
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """Set the event at SIGINT or SIGTERM, so that the step under way ends and is saved; a second one ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
