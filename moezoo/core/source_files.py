@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from moezoo.core.errors import DataError
 
-CHUNK_BYTES = 4 << 20  # read at once; a piece of text in memory is some 10 times as large while it is encoded
+CHUNK_BYTES = 1 << 20  # read at once; encoding a chunk takes up to 64 times as much memory, as measured
 
 
 @dataclass(frozen=True)
@@ -198,13 +198,23 @@ def _find_remote(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sour
         raise _unreadable(f"{path} ({where})", error) from error
     if not infos:
         raise DataError(
-            f"nothing is there; got {path}; expected a file, a glob, or a folder with {_patterns(suffixes)}; {where}. "
-            "Check the URL."
+            f"nothing is there; got {path}{_reason(filesystem, inner)}; expected a file, a glob, or a folder with "
+            f"{_patterns(suffixes)}; {where}. Check the URL, and the connection."
         )
     return tuple(
         SourceFile(name, info.get("size"), _stamp(protocol, info), filesystem)
         for name, info in zip(sorted(names), infos, strict=True)
     )
+
+
+def _reason(filesystem: Any, name: str) -> str:
+    """Why there is no such file, where the file system says more than that."""
+    try:
+        filesystem.info(name)
+    except Exception as error:  # whatever its client raises; fsspec puts FileNotFoundError on top of it
+        cause = error.__cause__ or error
+        return f" ({type(cause).__name__}: {' '.join(str(cause).split())})"
+    return ""
 
 
 def _stamp(protocol: str, info: dict[str, Any]) -> str:

@@ -224,7 +224,7 @@ def characters_of(texts: Texts, on_progress: Progress | None = None) -> set[str]
 def tokenize(texts: Texts, tokenizer: Tokenizer, on_progress: Progress | None = None) -> Tokens:
     """The texts' token ids, from the cache, or else made and put there.
 
-    Memory stays at some 10 times `source_files.CHUNK_BYTES`, whatever the size of the texts. Raises DataError
+    Memory stays at some 64 times `source_files.CHUNK_BYTES`, whatever the size of the texts. Raises DataError
     and TokenizerError.
     """
     entry = cache_folder() / _digest(texts.files, texts.field, tokenizer.content_hash)
