@@ -208,6 +208,13 @@ def test_hugging_face_tokenizer_is_copied_into_the_run(hub_folder, tmp_path):
         assert again.end_of_text == tokenizer.end_of_text
 
 
+def test_resumed_run_leaves_its_tokenizer_alone(hub_folder, tmp_path):
+    HuggingFaceTokenizer(str(hub_folder)).save(tmp_path)
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*.json")}
+    load_tokenizer(tmp_path).save(tmp_path)
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*.json")} == before
+
+
 def test_missing_hugging_face_folder_is_refused_without_asking_the_hub(tmp_path):
     with pytest.raises(TokenizerError, match=r"no such tokenizer; got .*nowhere; expected a folder"):
         HuggingFaceTokenizer(str(tmp_path / "nowhere"))
