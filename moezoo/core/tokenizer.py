@@ -220,7 +220,7 @@ class HuggingFaceTokenizer:
     def save(self, path: str | Path) -> None:
         """Spec: Tokenizer.save. The tokenizer's own files go into `tokenizer/`, beside `tokenizer.json`."""
         folder = _run_file(path).parent / _FOLDER
-        if folder.absolute() == Path(self.path).absolute():
+        if folder.absolute() == Path(self.path).absolute() and _run_file(path).is_file():
             return  # a resumed run's own: a kill while writing it again would damage it
         make_folder(folder)
         self._inner.save_pretrained(str(folder))
