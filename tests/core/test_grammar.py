@@ -92,6 +92,15 @@ def test_entropy_equals_the_sum_over_every_document(small: Grammar, every_docume
     assert math.isclose(entropy.bits_per_character, nats / characters / math.log(2), rel_tol=1e-12)
 
 
+def test_long_documents_do_not_meet_the_recursion_limit() -> None:
+    n = 3000
+    grammar = parse_grammar('end: "|"\nstart: "' + "{bit}" * n + '"\nlists: {bit: ["0", "1"]}')
+    entropy = grammar.entropy()
+    assert math.isclose(entropy.nats_per_document, n * math.log(2), rel_tol=1e-12)
+    assert entropy.characters_per_document == n + 1
+    assert len(next(grammar.documents(seed=0))) == n + 1
+
+
 def test_surprisal_of_every_document_is_minus_log_of_its_probability(
     small: Grammar, every_document: dict[str, float]
 ) -> None:
