@@ -1,0 +1,531 @@
+"""Do the reference and the backends compute the same model? Weights and tokens in, every difference out.
+
+What is compared, and why it is done under forced routing, stands in writings/parity.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezoo.core.backend import Backend, Floats, Integers, Model
+from moezoo.core.config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config, parse_config
+from moezoo.core.cost import parameter_counts
+from moezoo.core.errors import SpecError
+from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters import parameter_table
+from moezoo.core.parity_report import (
+    Comparison,
+    Kind,
+    ParityReport,
+    ParityTolerances,
+    RoutingComparison,
+    names_in_order,
+)
+from moezoo.core.random import fold_in, key, uniform
+from moezoo.core.spec import CapacitySpec, ModelSpec
+
+Doubles = NDArray[np.float64]
+
+LIMIT_BYTES = 8 * 2**30
+ASSUMED_VOCAB_SIZE = 64
+_UPDATES_DONE = 9  # the step is taken from moments as if this many updates had been made
+_TOKENS_PURPOSE = 0x706172  # "par": what the random tokens are for, as a counter
+
+
+def parity(
+    spec: ModelSpec,
+    weights: Mapping[str, Floats],
+    tokens: Integers,
+    targets: Integers,
+    backends: Mapping[str, Backend],
+    optimizer: OptimizerConfig,
+    tolerances: ParityTolerances | None = None,
+    *,
+    where: str = "model",
+    notes: Sequence[str] = (),
+) -> ParityReport:
+    """Run the float64 reference and each backend on the same weights and tokens, and compare every two of them.
+
+    Free routing: the sets of chosen experts, per layer. Forced routing (everyone takes the reference's experts):
+    intermediates, logits, loss terms, gradients. Then one optimizer step from given moments, with free routing, each
+    backend against a reference that takes that backend's experts.
+
+    Args:
+        spec: the model.
+        weights: float32 by canonical name.
+        tokens, targets: int32 [B, T]; targets are the next tokens: `targets[:, :-1] == tokens[:, 1:]`.
+        backends: name in the report -> backend; at least one.
+        optimizer: of the step; its learning rate is the peak.
+        tolerances: None for those of the spec's compute dtype.
+        where: what the report calls the model.
+        notes: lines for the report.
+
+    Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than LIMIT_BYTES.
+    """
+    _check_request(spec, tokens, targets, backends)
+    tolerances = tolerances or ParityTolerances.of(spec)
+    reference = _Reference(spec, weights, tokens, targets, optimizer)
+    sides = [reference.side()]
+    sides += [_backend_side(name, backend, reference) for name, backend in backends.items()]
+    pairs = [(left, right) for place, left in enumerate(sides) for right in sides[place + 1 :]]
+    comparisons: list[Comparison] = []
+    routing: list[RoutingComparison] = []
+    first: dict[str, str | None] = {}
+    for left, right in pairs:
+        pair = f"{left.name}/{right.name}"
+        routing += _compare_routing(pair, reference, left, right, tolerances)
+        rows = _compare(pair, sides[0], left, right, tolerances, optimizer.learning_rate)
+        first[pair] = next((row.name for row in rows if row.kind == "intermediate" and not row.passed), None)
+        comparisons += rows
+    return ParityReport(
+        where=where,
+        batch_size=tokens.shape[0],
+        sequence_length=tokens.shape[1],
+        pairs=tuple(first),
+        facts={name: backend.facts() for name, backend in backends.items()},
+        routing=tuple(routing),
+        comparisons=tuple(comparisons),
+        first_difference=first,
+        tolerances=tolerances,
+        notes=tuple(notes),
+    )
+
+
+def parity_of(
+    path: str | Path,
+    backends: Mapping[str, Backend],
+    *,
+    batch_size: int = 2,
+    sequence_length: int | None = None,
+    overrides: Sequence[str] = (),
+    tolerances: ParityTolerances | None = None,
+) -> ParityReport:
+    """`parity` of a config (initial weights of `training.seed`) or of a run folder (its newest whole checkpoint).
+
+    Tokens are random, a function of `training.seed`; T is `min(training.sequence_length, 64)` unless given. A
+    vocab_size of null becomes the tokenizer's number where it needs no data, and ASSUMED_VOCAB_SIZE elsewhere.
+
+    Raises SpecError or CheckpointError for what cannot be read, and SpecError as `parity` does.
+    """
+    path = Path(path)
+    notes: list[str] = []
+    weights: Mapping[str, Floats] | None = None
+    if path.is_dir():
+        config, weights = _newest_checkpoint(path, notes, overrides)
+    else:
+        config = load_config(path, overrides)
+    spec = _with_vocab_size(config, weights, notes)
+    length = min(config.training.sequence_length, 64) if sequence_length is None else sequence_length
+    if batch_size < 1 or length < 1:
+        raise SpecError(f"parity needs tokens; got {batch_size} sequences of {length}; expected at least 1 of 1.")
+    refuse_if_too_large(spec, batch_size, length, len(backends))
+    if weights is None:
+        weights = initial_weights(spec, config.training.seed)
+        notes.append(f"initial weights of seed {config.training.seed}")
+    windows = random_windows(spec.vocab, batch_size, length, config.training.seed)
+    return parity(
+        spec,
+        weights,
+        windows[:, :-1],
+        windows[:, 1:],
+        backends,
+        config.optimizer,
+        tolerances,
+        where=str(path),
+        notes=notes,
+    )
+
+
+def random_windows(vocab_size: int, batch_size: int, length: int, seed: int) -> Integers:
+    """Uniform random tokens int32 [B, T + 1], the same wherever they are drawn."""
+    share = uniform(fold_in(key(seed), _TOKENS_PURPOSE), (batch_size, length + 1))
+    return np.minimum((share.astype(np.float64) * vocab_size).astype(np.int32), np.int32(vocab_size - 1))
+
+
+def reference_bytes(spec: ModelSpec, batch_size: int, length: int, num_backends: int) -> int:
+    """Estimate of the memory that a check needs.
+
+    `n (96 + 40 * backends)` for n parameters: weights, gradients, moments and updates, in float64 and, per backend,
+    in float32. And what autograd keeps of each operation in float64, with P = B T and R = P K: per layer `64 P N T` for
+    the scores, `80 P F` or `80 R F` for a feed-forward, `16 P R` for the combine, `64 P (2 N + 2 M) H`, `160 P D`; and
+    `64 P V` at the end.
+    """
+    parameters = parameter_counts(spec).total
+    tokens, doubles = batch_size * length, 0
+    for layer in spec.all_layers:
+        attention, moe = layer.attention, layer.moe
+        heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
+        doubles += 8 * attention.num_heads * length + 8 * heads * attention.head_dim + 20 * spec.embed_dim
+        if layer.feed_forward is not None:
+            doubles += 10 * layer.feed_forward.hidden_dim
+        if moe is not None:
+            doubles += 10 * moe.router.top_k * moe.experts.hidden_dim + 2 * tokens * moe.router.top_k
+            doubles += 10 * moe.shared.feed_forward.hidden_dim if moe.shared is not None else 0
+    return parameters * (96 + 40 * num_backends) + 8 * tokens * (doubles + 8 * spec.vocab)
+
+
+def refuse_if_too_large(spec: ModelSpec, batch_size: int, length: int, num_backends: int) -> None:
+    """Raises SpecError where `reference_bytes` is above LIMIT_BYTES, before anything is built."""
+    needed = reference_bytes(spec, batch_size, length, num_backends)
+    if needed > LIMIT_BYTES:
+        raise SpecError(
+            f"the float64 reference of this model would need about {needed / 2**30:.1f} GiB (parameters "
+            f"{parameter_counts(spec).total:,}, tokens {batch_size} x {length}); expected at most "
+            f"{LIMIT_BYTES / 2**30:.0f} GiB. Check smaller sizes of the same parts, e.g. --set model.embed_dim=64."
+        )
+
+
+# --- the sides -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What one realization computed. `update`: its parameters after the step less those of the reference that took the
+    same experts, so that two backends that routed differently can still be compared; `moments`, `step` likewise."""
+
+    name: str
+    experts: list[Integers]
+    weights: Mapping[str, Any]
+    intermediates: Mapping[str, Any]
+    logits: Any
+    losses: Mapping[str, float]
+    gradients: Mapping[str, Any]
+    update: Mapping[str, Doubles]
+    moments: Mapping[str, Doubles]
+    step: Mapping[str, float]
+    moved_copies: float
+
+
+class _Reference:
+    """The float64 side, and what the others are measured with."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Floats],
+        tokens: Integers,
+        targets: Integers,
+        optimizer: OptimizerConfig,
+    ):
+        from moezoo.core.reference.losses import loss_and_gradients, loss_terms
+        from moezoo.core.reference.transformer import forward
+
+        self.spec, self.tokens, self.targets, self.optimizer = spec, tokens, targets, optimizer
+        self.weights32 = {row.name: np.asarray(weights[row.name], np.float32) for row in parameter_table(spec)}
+        self.weights = {name: value.astype(np.float64) for name, value in self.weights32.items()}
+        self.intermediates: dict[str, Any] = {}
+        self.logits, routings = forward(spec, self.weights, tokens, record=self.intermediates)
+        self.losses = {name: float(value) for name, value in loss_terms(spec, self.logits, targets, routings).items()}
+        self.experts = [np.asarray(routing.expert_PK, np.int32) for routing in routings]
+        self.margins = [_margin(routing.score_PE, routing.expert_PK.shape[1]) for routing in routings]
+        _, self.gradients = loss_and_gradients(spec, self.weights, tokens, targets, forced=self.experts)
+        self.moments = self._given_moments()
+
+    @property
+    def forced(self) -> list[Integers] | None:
+        """The experts as a backend takes them, [B, T, K] per MoE layer."""
+        return [expert.reshape(*self.tokens.shape, -1) for expert in self.experts] or None
+
+    @property
+    def windows(self) -> Integers:
+        """Tokens and their targets as one micro-batch [1, B, T + 1]."""
+        return np.concatenate([self.tokens, self.targets[:, -1:]], axis=1)[None].astype(np.int32)
+
+    def side(self) -> _Side:
+        """Itself; its differences to itself are zero."""
+        after, moments, step = self.stepped(self.experts)
+        return _Side(
+            name="reference",
+            experts=self.experts,
+            weights=self.weights,
+            intermediates=self.intermediates,
+            logits=self.logits,
+            losses=self.losses,
+            gradients=self.gradients,
+            update={name: np.zeros_like(value) for name, value in after.items()},
+            moments=moments,
+            step=step,
+            moved_copies=0.0,
+        )
+
+    def stepped(self, experts: list[Integers]) -> tuple[dict[str, Doubles], dict[str, Doubles], dict[str, float]]:
+        """Parameters, moments and measured numbers of one update with these experts."""
+        from moezoo.core.reference.losses import loss_and_gradients
+        from moezoo.core.reference.optimizer import Moments, adamw, global_norm
+
+        losses, gradients = self.losses, self.gradients
+        if any(not np.array_equal(own, other) for own, other in zip(self.experts, experts, strict=True)):
+            losses, gradients = loss_and_gradients(
+                self.spec, self.weights, self.tokens, self.targets, forced=experts or None
+            )
+        given = {name: value.astype(np.float64) for name, value in self.moments.items()}
+        parameters, moments = adamw(
+            self.optimizer,
+            self.weights,
+            gradients,
+            Moments(
+                {name: given[f"first_moment.{name}"] for name in self.weights},
+                {name: given[f"second_moment.{name}"] for name in self.weights},
+            ),
+            learning_rate=self.optimizer.learning_rate,
+            update=_UPDATES_DONE + 1,
+            decayed={row.name for row in parameter_table(self.spec) if row.decay},
+        )
+        first = {f"first_moment.{name}": value for name, value in moments.first.items()}
+        second = {f"second_moment.{name}": value for name, value in moments.second.items()}
+        return parameters, first | second, {"gradient_norm": global_norm(gradients), **losses}
+
+    def _given_moments(self) -> dict[str, Floats]:
+        """Moments from which a step depends smoothly on the gradient g: m = g / 2, v = g^2 + mean(g^2), g clipped.
+
+        Trap: from zero moments AdamW's first step is the sign of the gradient, which rounding decides where that is
+        small.
+        """
+        from moezoo.core.reference.optimizer import global_norm
+
+        norm, clip = global_norm(self.gradients), self.optimizer.clip_norm
+        scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+        count = sum(value.size for value in self.weights.values())
+        floor = (1e-3 * scale * norm) ** 2 / count
+        moments: dict[str, Floats] = {}
+        for name, gradient in self.gradients.items():
+            clipped = scale * np.asarray(gradient, np.float64)
+            moments[f"first_moment.{name}"] = (clipped / 2).astype(np.float32)
+            spread = max(float(np.mean(clipped**2)), floor, 1e-30)
+            moments[f"second_moment.{name}"] = (clipped**2 + spread).astype(np.float32)
+        return moments
+
+
+def _backend_side(name: str, backend: Backend, reference: _Reference) -> _Side:
+    """Run one backend on everything that the reference ran."""
+    model = backend.build(reference.spec, reference.weights32)
+    weights = model.export_parameters()
+    free = model.forward(reference.tokens)
+    experts = [routing.expert.reshape(-1, routing.expert.shape[-1]) for routing in free.routing]
+    output = model.forward(reference.tokens, reference.targets, forced=reference.forced, record=True)
+    _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, forced=reference.forced)
+    after, moments, step, load = _stepped(model, reference)
+    expected_after, expected_moments, expected_step = reference.stepped(experts)
+    own = reference.side()
+    return _Side(
+        name=name,
+        experts=experts,
+        weights=weights,
+        intermediates=output.intermediates,
+        logits=output.logits,
+        losses=output.losses,
+        gradients=gradients,
+        update=_less(after, expected_after, own.update),
+        moments=_less(moments, expected_moments, own.moments),
+        step={key: own.step[key] + step[key] - expected_step[key] for key in step if key in expected_step},
+        moved_copies=_moved_copies(reference.spec, experts, load),
+    )
+
+
+def _stepped(
+    model: Model, reference: _Reference
+) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float], list[NDArray[np.int64]]]:
+    """One `train_step` of a backend from the given moments."""
+    model.start_training(reference.optimizer, reference.moments, _UPDATES_DONE)
+    metrics = model.train_step(reference.windows, reference.optimizer.learning_rate).fetch()
+    numbers = {"gradient_norm": metrics.gradient_norm, **metrics.losses}
+    return model.export_parameters(), model.export_optimizer(), numbers, metrics.load
+
+
+def _less(
+    values: Mapping[str, Floats], expected: Mapping[str, Doubles], own: Mapping[str, Doubles]
+) -> dict[str, Doubles]:
+    """`own + (values - expected)` by name, for names whose shape is the expected one."""
+    return {
+        name: own[name] + (np.asarray(value, np.float64) - expected[name])
+        for name, value in values.items()
+        if name in expected and np.shape(value) == np.shape(expected[name])
+    }
+
+
+def _moved_copies(spec: ModelSpec, experts: list[Integers], load: list[NDArray[np.int64]]) -> float:
+    """Share of routed copies that the step sent to another expert than the forward pass did, in the worst layer."""
+    moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
+    if len(load) != len(moes):
+        return float("inf")
+    shares = [0.0]
+    for moe, expert_PK, size_E in zip(moes, experts, load, strict=True):
+        counts_E = np.bincount(expert_PK.reshape(-1), minlength=moe.num_experts)
+        shares.append(float(np.sum(np.abs(counts_E - size_E)) / 2 / expert_PK.size))
+    return max(shares)
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    pair: str, reference: _Side, left: _Side, right: _Side, tolerances: ParityTolerances, learning_rate: float
+) -> list[Comparison]:
+    """Every comparison but free routing; intermediates in the reference's order, which is that of the forward pass."""
+    t = tolerances
+    rows: list[Comparison] = []
+
+    def named(kind: Kind, tolerance: float, floor: float = 0.0, prefix: str = "") -> None:
+        known, a, b = (_values(side, kind, prefix) for side in (reference, left, right))
+        least = floor * max((_largest(value) for value in known.values()), default=0.0) if floor else 0.0
+        for name in names_in_order(list(known), [*a, *b]):
+            rows.append(_comparison(pair, kind, name, known.get(name), a.get(name), b.get(name), tolerance, least))
+
+    named("weights", 0.0)
+    named("intermediate", t.intermediate)
+    rows.append(_comparison(pair, "logits", "logits", reference.logits, left.logits, right.logits, t.logits, 0.0))
+    named("loss", t.loss)
+    named("gradient", t.gradient, t.gradient_floor)
+    float32_sides = 1 if left is reference else 2
+    for name, weight in reference.weights.items():
+        rows.append(
+            _update(pair, name, weight, left.update.get(name), right.update.get(name), learning_rate, float32_sides, t)
+        )
+    for order, power in (("first_moment.", 1), ("second_moment.", 2)):
+        named("moment", t.gradient, t.gradient_floor**power, order)
+    named("step", t.loss)
+    moved = max(left.moved_copies, right.moved_copies)
+    rows.append(Comparison(pair, "step", "load: share of copies sent elsewhere", moved, moved, t.load))
+    return rows
+
+
+def _values(side: _Side, kind: Kind, prefix: str) -> dict[str, Any]:
+    """What a side has of this kind, by name; of names that start with `prefix`."""
+    of: dict[Kind, Mapping[str, Any]] = {
+        "weights": side.weights,
+        "intermediate": side.intermediates,
+        "loss": side.losses,
+        "gradient": side.gradients,
+        "moment": side.moments,
+        "step": side.step,
+    }
+    return {name: value for name, value in of[kind].items() if name.startswith(prefix)}
+
+
+def _comparison(
+    pair: str, kind: Kind, name: str, reference: Any, left: Any, right: Any, tolerance: float, floor: float
+) -> Comparison:
+    """Largest absolute difference, and the same relative to the reference's largest absolute value, or to `floor`."""
+    if reference is None or left is None or right is None or np.shape(left) != np.shape(right):
+        return Comparison(pair, kind, name, float("inf"), float("inf"), tolerance)
+    absolute = _largest(np.asarray(left, np.float64) - np.asarray(right, np.float64))
+    scale = max(_largest(reference), floor)
+    relative = 0.0 if absolute == 0 else absolute / scale if scale else float("inf")
+    return Comparison(pair, kind, name, absolute, relative, tolerance)
+
+
+def _update(
+    pair: str,
+    name: str,
+    weight: Doubles,
+    left: Doubles | None,
+    right: Doubles | None,
+    learning_rate: float,
+    float32_sides: int,
+    tolerances: ParityTolerances,
+) -> Comparison:
+    """Difference of a parameter after the step; relative to the learning rate, beyond what float32 can hold."""
+    if left is None or right is None:
+        return Comparison(pair, "update", name, float("inf"), float("inf"), tolerances.update)
+    difference = np.abs(left - right)
+    last_place = np.spacing(np.abs(weight).astype(np.float32)).astype(np.float64)
+    beyond = _largest(np.maximum(difference - float32_sides * last_place, 0.0))
+    return Comparison(pair, "update", name, _largest(difference), beyond / learning_rate, tolerances.update)
+
+
+def _compare_routing(
+    pair: str, reference: _Reference, left: _Side, right: _Side, tolerances: ParityTolerances
+) -> list[RoutingComparison]:
+    """Sets of experts under free routing, layer by layer; what an earlier difference can have reached is set apart."""
+    spec, shape = reference.spec, reference.tokens.shape
+    reached_BT = np.zeros(shape, bool)
+    rows = []
+    for place, layer in enumerate(spec.moe_layers):
+        one, other = np.sort(left.experts[place], axis=-1), np.sort(right.experts[place], axis=-1)
+        differs_BT = np.any(one != other, axis=-1).reshape(shape)
+        margin_BT = reference.margins[place].reshape(shape)
+        judged = margin_BT[differs_BT & ~reached_BT]
+        rows.append(
+            RoutingComparison(
+                pair=pair,
+                layer=layer,
+                tokens=differs_BT.size,
+                identical=int(np.sum(~differs_BT)),
+                downstream=int(np.sum(differs_BT & reached_BT)),
+                margin=float(np.max(judged)) if judged.size else None,
+                tolerance=tolerances.margin,
+            )
+        )
+        # A token's own later layers, and through attention those of the tokens after it, see the difference.
+        reached_BT |= np.logical_or.accumulate(differs_BT, axis=1)
+        moe = spec.all_layers[layer].moe
+        if moe is not None and isinstance(moe.dispatch, CapacitySpec) and np.any(differs_BT):
+            reached_BT[:] = True  # a place taken from an expert's capacity is a place lost to any other token
+    return rows
+
+
+def _margin(score_PE: Doubles, top_k: int) -> Doubles:
+    """Gap between the last chosen and the first rejected score: [P]; infinite where all experts are chosen."""
+    falling_PE = -np.sort(-score_PE, axis=-1)
+    if top_k == falling_PE.shape[-1]:
+        return np.full(falling_PE.shape[0], np.inf)
+    margin: Doubles = falling_PE[:, top_k - 1] - falling_PE[:, top_k]
+    return margin
+
+
+def _largest(values: Any) -> float:
+    """Largest absolute value; NaN where there is one."""
+    array = np.abs(np.asarray(values, np.float64))
+    return float(np.max(array)) if array.size else 0.0
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def _check_request(spec: ModelSpec, tokens: Integers, targets: Integers, backends: Mapping[str, Backend]) -> None:
+    if not backends:
+        raise SpecError("parity compares backends with the reference; got none. Give at least one.")
+    if "reference" in backends:
+        raise SpecError("a backend is called 'reference', which is the name of the float64 side. Use another name.")
+    if tokens.shape != targets.shape or not np.array_equal(tokens[:, 1:], targets[:, :-1]):
+        raise SpecError(
+            f"targets are not the next tokens; got tokens {tokens.shape} and targets {targets.shape}; expected "
+            "targets[:, :-1] == tokens[:, 1:], as a training step has them. Cut both from one window."
+        )
+    refuse_if_too_large(spec, tokens.shape[0], tokens.shape[1], len(backends))
+
+
+def _newest_checkpoint(
+    path: Path, notes: list[str], overrides: Sequence[str]
+) -> tuple[Config, Mapping[str, NDArray[Any]]]:
+    from moezoo.core.checkpoint import latest_checkpoint, load_checkpoint
+
+    if not (path / "config.yaml").is_file():
+        raise SpecError(
+            f"{path} is neither a config nor a run folder; expected config.yaml in it. Name a YAML file or a run."
+        )
+    newest, problems = latest_checkpoint(path / "checkpoints")
+    checkpoint = load_checkpoint(newest)
+    notes.extend([*problems, f"weights of step {checkpoint.step} ({newest.name})"])
+    return parse_config(checkpoint.config_text, str(newest / "config.yaml"), overrides), checkpoint.weights
+
+
+def _with_vocab_size(config: Config, weights: Mapping[str, Floats] | None, notes: list[str]) -> ModelSpec:
+    spec = config.model
+    if spec.vocab_size is not None:
+        return spec
+    match config.data.tokenizer:
+        case TokenIdsSpec(vocab_size=size):
+            pass
+        case ByteTokenizerSpec():
+            size = 256
+        case tokenizer if weights is not None:
+            size = weights["embedding.weight"].shape[0]
+        case tokenizer:
+            size = ASSUMED_VOCAB_SIZE
+            notes.append(f"model.vocab_size is null and the tokenizer ({tokenizer.kind}) needs data: {size} assumed")
+    return spec.model_copy(update={"vocab_size": size})
