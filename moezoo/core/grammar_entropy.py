@@ -93,6 +93,7 @@ class Expectation:
         self.rests: dict[tuple[int, int, int], int] = {}
         self.kept: list[tuple[Template, int, int]] = []
         self.needed: list[frozenset[str]] = []
+        self.reads: dict[int, list[frozenset[str]]] = {}
 
     def of_document(self) -> float:
         """The sum, expected over all documents; the end marker is not counted."""
@@ -121,29 +122,33 @@ class Expectation:
             number = self.rests[key] = len(self.kept)
             self.kept.append((template, index, after))
             later = self.needed[after] if after >= 0 else frozenset()
-            self.needed.append(self._reads(template[index:]) | later)
+            self.needed.append(self._reads(template)[index] | later)
         return number
 
-    def _reads(self, template: Template) -> frozenset[str]:
-        """The names on which the sum over a template depends."""
-        names: set[str] = set()
-        for piece in template:
-            match piece:
-                case Choose():
-                    names.update(piece.excluded)
-                    for option in self.derivation.file.lists[piece.source]:
-                        names |= self._reads(option.template)
-                case Say() if piece.name == self.watched:
-                    names.add(piece.name)
-                case Attribute():
-                    branches = self._attribute(piece)
-                    if piece.name == self.watched or not all(map(is_plain, branches)):
-                        names.add(piece.name)
-                    for branch in branches:
-                        names |= self._reads(branch)
-                case _:
-                    pass
-        return frozenset(names)
+    def _reads(self, template: Template) -> list[frozenset[str]]:
+        """The names on which the sum over `template[index:]` depends, for each index."""
+        found = self.reads.get(id(template))
+        if found is None:
+            found = [frozenset[str]()]
+            for piece in reversed(template):
+                found.append(found[-1] | self._reads_of(piece))
+            found.reverse()
+            self.reads[id(template)] = found
+        return found
+
+    def _reads_of(self, piece: Piece) -> frozenset[str]:
+        match piece:
+            case Choose():
+                options = [option.template for option in self.derivation.file.lists[piece.source]]
+                return frozenset(piece.excluded).union(*(self._reads(option)[0] for option in options))
+            case Attribute():
+                branches = self._attribute(piece)
+                own = piece.name == self.watched or not all(map(is_plain, branches))
+                return frozenset({piece.name} if own else ()).union(*(self._reads(part)[0] for part in branches))
+            case Say():
+                return frozenset({piece.name} if piece.name == self.watched else ())
+            case Literal():
+                return frozenset()
 
     def _attribute(self, piece: Attribute) -> list[Template]:
         source = self.derivation.file.variables[piece.name]
@@ -167,10 +172,20 @@ class Expectation:
                 own = self._own(piece, None)
             case Choose():
                 odds = self.derivation.odds(piece, chosen)
-                total = self._own(piece, odds)
+                total, alike = self._own(piece, odds), 0.0
+                matters = following >= 0 and piece.name in self.needed[following]
                 for p, option, number in zip(odds.probability, odds.options, odds.numbers, strict=True):
                     then = {**chosen, piece.name: number} if piece.name is not None else chosen
-                    total += p * _sent((yield self._rest(option.template, 0, following), then))
+                    if not is_plain(option.template):
+                        total += p * _sent((yield self._rest(option.template, 0, following), then))
+                        continue
+                    total += p * sum(self._own(part, None) for part in option.template)
+                    if matters:
+                        total += p * _sent((yield following, then))
+                    else:
+                        alike += p  # what follows a plain option that nothing depends on is one state for all of them
+                if alike:
+                    total += alike * _sent((yield following, chosen))
                 return total
             case Say():
                 watched = piece.name == self.watched
