@@ -232,8 +232,8 @@ class ParityReport:
         if self.routing:
             parts.append(self._routing_table())
         if show_all:
-            for kind in ("intermediate", "loss", "gradient", "update"):
-                parts.append(self._details(kind))
+            shown: tuple[Kind, ...] = ("intermediate", "loss", "gradient", "update")
+            parts.extend(self._details(kind) for kind in shown)
         parts.extend(Text(f"note: {note}", "dim") for note in self.notes)
         parts.extend(Text(f"FAILED {line}", "red") for line in self.failures)
         return Group(*parts)
@@ -262,7 +262,7 @@ class ParityReport:
         return table
 
     def _details(self, kind: Kind) -> "Table":
-        table = _table(KINDS[kind], *self.pairs, "largest absolute")
+        table = _table(KINDS[kind], *self.pairs, "largest\nabsolute")
         rows: dict[str, dict[str, Comparison]] = {}
         for row in self.comparisons:
             if row.kind == kind:
@@ -272,7 +272,7 @@ class ParityReport:
             in_order = sorted(rows.items(), key=lambda item: -max(row.excess for row in item[1].values()))
         for name, by_pair in in_order:
             largest = max(row.absolute for row in by_pair.values())
-            table.add_row(name, *[_cell(by_pair.get(pair)) for pair in self.pairs], f"{largest:.1e}")
+            table.add_row(_short(name, 44), *[_cell(by_pair.get(pair)) for pair in self.pairs], f"{largest:.1e}")
         return table
 
 
@@ -302,7 +302,7 @@ def _table(first: str, *others: str) -> "Table":
     table.add_column(first, no_wrap=True, min_width=len(first))
     for name in others:
         heading = name.replace("/", " /\n")
-        least = 0 if name == "worst at" else max(len(line) for line in heading.split("\n"))
+        least = 0 if name == "worst at" else max(9, *map(len, heading.split("\n")))
         table.add_column(heading, justify="left" if name == "worst at" else "right", no_wrap=True, min_width=least)
     return table
 
@@ -318,7 +318,7 @@ def _share(row: RoutingComparison) -> str:
     return "all" if row.identical == row.tokens else f"{row.identical} of {row.tokens}"
 
 
-def _short(name: str, width: int = 36) -> str:
+def _short(name: str, width: int = 32) -> str:
     return name if len(name) <= width else f"…{name[-width + 1 :]}"
 
 

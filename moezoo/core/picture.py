@@ -1,7 +1,6 @@
 """One picture of a run: how the loss fell, and how evenly the experts were used."""
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.errors import RunError
 from moezoo.core.files import write_atomically
+from moezoo.core.metrics import read_metrics
 
 _INK, _PALE = "#22303c", "#8a97a3"
 _TRAINING, _VALIDATION, _OPTIMUM = "#2a6f97", "#d1495b", "#3a7d44"
@@ -39,7 +39,7 @@ def draw_run(metrics_path: Path, out: Path, optimum: float | None) -> None:
     `optimum` (nats, the entropy of a source where it is known) as a dashed line; bits on the right. Below, for a model
     with MoE layers: one strip a layer, an expert a row, its load relative to balanced (1 = its fair share).
 
-    Raises RunError: metrics that are missing, damaged, or without a training step; a folder that cannot be written.
+    Raises RunError: metrics without a training step, or damaged; a folder that cannot be written.
     """
     curves = _read(metrics_path)
     write_atomically(out, _render(curves, optimum, metrics_path.resolve().parent.name))
@@ -50,20 +50,17 @@ def draw_run(metrics_path: Path, out: Path, optimum: float | None) -> None:
 
 def _read(path: Path) -> _Curves:
     training, validation = [], []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
+    for row in read_metrics(path):
         try:
-            row = json.loads(line)
             step = float(row["step"])
             if row.get("cross_entropy") is not None:
                 training.append((step, float(row["cross_entropy"]), row.get("routing") or []))
             if row.get("validation_loss") is not None:
                 validation.append((step, float(row["validation_loss"])))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise RunError(
-                f"{path} line {number} is not a line of metrics ({type(error).__name__}: {error}); expected an object "
-                "with `step`. Delete the line, or draw another run."
+                f"{path} has a line that is not a line of metrics ({error!r}); expected `step` and losses as numbers. "
+                "Delete the line, or draw another run."
             ) from error
     if not training:
         raise RunError(f"{path} has no training step to draw; expected lines with `cross_entropy`. Train first.")
@@ -76,15 +73,6 @@ def _read(path: Path) -> _Curves:
         layers=layers,
         load=load,
     )
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise RunError(f"there are no metrics at {path}. Name a run folder that training has written.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} cannot be read: {error}.") from error
 
 
 def _loads(rows: Sequence[tuple[float, Any]], path: Path) -> tuple[tuple[int, ...], tuple[NDArray[np.float64], ...]]:
@@ -157,16 +145,9 @@ def _draw_loss(axes: Any, curves: _Curves, optimum: float | None) -> None:
     last = float(np.mean(curves.cross_entropy[-_window(len(curves.step)) :]))
     axes.plot(curves.step, curves.cross_entropy, color=_TRAINING, alpha=0.28, linewidth=0.8)
     smooth = _smoothed(curves.cross_entropy)
-    marker = "o" if len(curves.step) == 1 else ""  # a line through one point is invisible
-    axes.plot(
-        curves.step,
-        smooth,
-        marker,
-        linestyle="-",
-        color=_TRAINING,
-        linewidth=1.8,
-        label=f"training, {last:.3f} at the end",
-    )
+    marker = "o" if len(curves.step) == 1 else None  # a line through one point is invisible
+    label = f"training, {last:.3f} at the end"
+    axes.plot(curves.step, smooth, marker=marker, color=_TRAINING, linewidth=1.8, label=label)
     if len(curves.validation):
         axes.plot(
             curves.validation_step,
@@ -257,7 +238,7 @@ def _shared_steps(axes: Any, curves: _Curves) -> None:
     from matplotlib.ticker import MaxNLocator
 
     edges = _edges(curves.step)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
     axes.set_xlim(min(0.0, edges[0]) if edges[0] < 0.02 * edges[-1] else edges[0], edges[-1])
 
 

@@ -27,6 +27,22 @@ def attend(query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask
     return attended_BNTH.swapaxes(1, 2).reshape(query_BTMGH.shape)
 
 
+def attend_causally(query_BTMGH: mx.array, key_BTMH: mx.array, value_BTMH: mx.array) -> mx.array:
+    """`attend` of each token to itself and those before it, in chunks of queries that see only the keys they need.
+
+    On the CPU that saves half of the exponentials; the GPU has a fused kernel for the whole.
+    """
+    length = query_BTMGH.shape[1]
+    chunk = 64 if mx.default_device() == mx.Device(mx.cpu) else length
+    position_T = mx.arange(length)
+    attended = []
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        mask_TS = position_T[start:end, None] >= position_T[None, :end]
+        attended.append(attend(query_BTMGH[:, start:end], key_BTMH[:, :end], value_BTMH[:, :end], mask_TS))
+    return mx.concatenate(attended, axis=1)
+
+
 class GroupedQueryAttention(nn.Module):
     """Spec: moezoo.core.reference.attention.grouped_query_attention; with a cache, for the tokens that follow it."""
 
@@ -67,12 +83,14 @@ class GroupedQueryAttention(nn.Module):
                 pass
             case _:
                 assert_never(spec.position)
-        if cache is not None:
-            cache = cache.extended(key, value)
-            key, value = cache.key_BSMH, cache.value_BSMH
-        mask_TS = position_T[:, None] >= mx.arange(key.shape[1])[None, :]
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
-        attended = attend(grouped, key, value, mask_TS).reshape(batch, length, spec.num_heads, spec.head_dim)
+        if cache is None:
+            attended = attend_causally(grouped, key, value)
+        else:
+            cache = cache.extended(key, value)
+            mask_TS = position_T[:, None] >= mx.arange(cache.key_BSMH.shape[1])[None, :]
+            attended = attend(grouped, cache.key_BSMH, cache.value_BSMH, mask_TS)
+        attended = attended.reshape(batch, length, spec.num_heads, spec.head_dim)
         output = mx.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
         if spec.output_bias:
             output = output + self.b_output.astype(dtype)

@@ -1,0 +1,321 @@
+"""A model on one page: what it is made of and what it costs, before it is built."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, assert_never
+
+from moezoo.core.config import (
+    ByteTokenizerSpec,
+    CharacterTokenizerSpec,
+    Config,
+    HuggingFaceTokenizerSpec,
+    TokenIdsSpec,
+)
+from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
+from moezoo.core.spec import (
+    AttentionSpec,
+    CapacitySpec,
+    DroplessSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    NoPositionSpec,
+    RoPESpec,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_ASSUMED_CHARACTERS = 64
+_ASSUMED_SUBWORDS = 32_768
+
+
+def describe(config: Config, where: str) -> "RenderableType":
+    """The page of `moezoo describe`: layers, parameters by role, operations, cache and memory. `where` is its title."""
+    from rich.console import Group
+    from rich.text import Text
+
+    known = description(config)
+    parameters, training = known["parameters"], known["training"]
+    title = Text.assemble(
+        (where, "bold"),
+        f"\n{count(parameters['total'])} parameters, {count(parameters['active'])} active per token",
+        f" ({parameters['active'] / parameters['total']:.0%})" if parameters["active"] < parameters["total"] else "",
+    )
+    parts: list[RenderableType] = [title, _model_table(known), _parameter_table(known), _cost_table(known)]
+    if known["assumed"]:
+        parts.append(Text(f"assumed: {known['assumed']}", "yellow"))
+    amount = (
+        f"{training['steps']:,} steps of {training['tokens_per_step']:,} tokens = {count(training['tokens'])} tokens"
+    )
+    parts.append(Text(f"training: {amount}, {count(training['flops'], 'FLOPs')} in all", "dim"))
+    return Group(*parts)
+
+
+def header(config: Config, facts: Mapping[str, str]) -> "RenderableType":
+    """What a training run says first: parameters, operations, tokens per step; and `facts` of device and paths."""
+    from rich.table import Table
+
+    known = description(config)
+    parameters, flops, training = known["parameters"], known["flops_per_token"], known["training"]
+    roles = ", ".join(_role(name, row) for name, row in parameters["by_role"].items() if row["total"])
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_row("parameters", f"{count(parameters['total'])}, {count(parameters['active'])} active per token")
+    table.add_row("", f"[dim]{roles}")
+    table.add_row("compute", f"{count(flops['training']['total'], 'FLOPs')} per token, forward and backward")
+    pieces = training["gradient_accumulation"]
+    table.add_row(
+        "step",
+        f"{training['tokens_per_step']:,} tokens ({training['batch_size']} x {training['sequence_length']}"
+        + (f", in {pieces} parts)" if pieces > 1 else ")")
+        + f", {training['steps']:,} steps",
+    )
+    for name, fact in facts.items():
+        table.add_row(name, _escaped(fact))
+    return table
+
+
+def description(config: Config) -> dict[str, Any]:
+    """The page as plain data for `--json`: numbers exact, in units of one (parameters, FLOPs, bytes, tokens)."""
+    spec, assumed = _with_vocab_size(config)
+    config = config.model_copy(update={"model": spec})
+    counts = parameter_counts(spec)
+    training = config.training
+    forward, both = (flops_per_token(spec, training.sequence_length, kind) for kind in (False, True))
+    tokens_per_step = training.batch_size * training.sequence_length
+    memory = training_memory(config)
+    return {
+        "vocab_size": spec.vocab,
+        "assumed": assumed,
+        "embed_dim": spec.embed_dim,
+        "head": spec.head.kind,
+        "compute_dtype": spec.precision.compute,
+        "num_layers": len(spec.all_layers),
+        "layers": [run.to_dict() for run in _runs(spec)],
+        "parameters": {
+            "total": counts.total,
+            "active": counts.active,
+            "by_role": {
+                role: {"total": total, "active": counts.active_by_role[role]} for role, total in counts.by_role.items()
+            },
+        },
+        "flops_per_token": {
+            "sequence_length": training.sequence_length,
+            "forward": {"total": forward.total, **forward.by_part},
+            "training": {"total": both.total, **both.by_part},
+        },
+        "kv_cache_bytes_per_token": kv_cache_bytes_per_token(spec),
+        "training_memory_bytes": {"total": sum(memory.values()), **memory},
+        "training": {
+            "steps": training.steps,
+            "batch_size": training.batch_size,
+            "gradient_accumulation": training.gradient_accumulation,
+            "sequence_length": training.sequence_length,
+            "tokens_per_step": tokens_per_step,
+            "tokens": training.steps * tokens_per_step,
+            "flops": training.steps * tokens_per_step * both.total,
+        },
+    }
+
+
+def count(number: float, unit: str = "") -> str:
+    """Three significant digits: `1.23 M`, `12.3 GFLOPs`, `512`; thousands of millions are B without a unit, else G."""
+    value, prefixes = float(number), ["", "k", "M", "G" if unit else "B", "T", "P", "E", "Z"]
+    return _scaled(value, 1000.0, prefixes, unit)
+
+
+def bytes_text(number: float) -> str:
+    """Three significant digits in binary units: `1.50 MiB`."""
+    return _scaled(float(number), 1024.0, ["", "Ki", "Mi", "Gi", "Ti", "Pi"], "B")
+
+
+def _scaled(value: float, base: float, prefixes: list[str], unit: str) -> str:
+    place = 0
+    # 999.5 would be written as 1000 of the smaller prefix
+    while value >= (999.5 if base == 1000 else base) and place + 1 < len(prefixes):
+        value, place = value / base, place + 1
+    digits = 0 if place == 0 else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {prefixes[place]}{unit}".rstrip()
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive equal layers."""
+
+    first: int
+    last: int
+    layer: LayerSpec
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "last": self.last,
+            "attention": _attention(self.layer.attention),
+            "feed_forward": _feed_forward(self.layer),
+        }
+
+
+def _runs(spec: ModelSpec) -> list[_Run]:
+    """Layers in order, neighbours that are equal (however the config wrote them) as one run."""
+    runs: list[_Run] = []
+    for index, layer in enumerate(spec.all_layers):
+        plain = layer.model_copy(update={"repeat": 1})
+        if runs and runs[-1].layer == plain:
+            runs[-1] = _Run(runs[-1].first, index, plain)
+        else:
+            runs.append(_Run(index, index, plain))
+    return runs
+
+
+def _attention(spec: AttentionSpec) -> str:
+    n, m, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    if n == m:
+        heads = f"{n} {_plural('head', n)} of {h}"
+    else:
+        heads = f"{n} heads of {h}, {m} key/value"
+    match spec.position:
+        case RoPESpec(base=base):
+            position = f"RoPE {base:,.0f}"
+        case NoPositionSpec():
+            position = "no positions"
+        case _:
+            assert_never(spec.position)
+    extra = [
+        word
+        for word, there in (
+            ("qk norm", spec.qk_norm is not None),
+            ("qkv bias", spec.qkv_bias),
+            ("output bias", spec.output_bias),
+        )
+        if there
+    ]
+    return ", ".join([heads, position, *extra])
+
+
+def _feed_forward(layer: LayerSpec) -> str:
+    if layer.moe is not None:
+        return _moe(layer.moe)
+    assert layer.feed_forward is not None
+    return f"SwiGLU {layer.feed_forward.hidden_dim}"
+
+
+def _moe(spec: MoESpec) -> str:
+    parts = [f"{spec.router.top_k} of {spec.num_experts} experts, SwiGLU {spec.experts.hidden_dim}"]
+    if spec.shared is not None:
+        parts.append(f"{spec.shared.num_experts} shared, SwiGLU {spec.shared.hidden_dim}")
+    parts.append(f"{spec.router.score}" + (", renormalized" if spec.router.renormalize == "sum" else ""))
+    match spec.dispatch:
+        case DroplessSpec():
+            parts.append("dropless")
+        case CapacitySpec(factor=factor):
+            parts.append(f"capacity {factor:g}")
+        case _:
+            assert_never(spec.dispatch)
+    parts.extend(f"{loss.kind} {loss.coefficient:g}" for loss in spec.losses)
+    return "; ".join(parts)
+
+
+def _with_vocab_size(config: Config) -> tuple[ModelSpec, str | None]:
+    """The spec with a vocabulary, and what was assumed where only the data could tell."""
+    spec, tokenizer = config.model, config.data.tokenizer
+    if spec.vocab_size is not None:
+        return spec, None
+    assumed = None
+    match tokenizer:
+        case ByteTokenizerSpec():
+            size = 256
+        case TokenIdsSpec(vocab_size=given):
+            size = given
+        case CharacterTokenizerSpec():
+            size = _ASSUMED_CHARACTERS
+            assumed = f"{size} tokens in the vocabulary; a character tokenizer takes them from its data"
+        case HuggingFaceTokenizerSpec(path=path):
+            size = _ASSUMED_SUBWORDS
+            assumed = f"{size:,} tokens in the vocabulary; that of {path} is not read here (--set model.vocab_size=N)"
+        case _:
+            assert_never(tokenizer)
+    return spec.model_copy(update={"vocab_size": size}), assumed
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
+def _model_table(known: Mapping[str, Any]) -> "Table":
+    layers, dtype = known["num_layers"], known["compute_dtype"]
+    table = _table(f"{layers} {_plural('layer', layers)}", "attention", "feed-forward")
+    for run in known["layers"]:
+        single = run["first"] == run["last"]
+        table.add_row(
+            f"{run['first']}" if single else f"{run['first']} to {run['last']}", run["attention"], run["feed_forward"]
+        )
+    table.caption = f"width {known['embed_dim']}, vocabulary {known['vocab_size']:,}, {known['head']} head, {dtype}"
+    table.caption_justify = "left"
+    return table
+
+
+def _parameter_table(known: Mapping[str, Any]) -> "Table":
+    parameters = known["parameters"]
+    table = _table("parameters", "total", "share", "active per token", "share ", right=range(1, 5))
+    rows = [(name, row) for name, row in parameters["by_role"].items() if row["total"]]
+    for place, (name, row) in enumerate(rows):
+        table.add_row(
+            name,
+            count(row["total"]),
+            f"{row['total'] / parameters['total']:.1%}",
+            count(row["active"]),
+            f"{row['active'] / parameters['active']:.1%}",
+            end_section=place + 1 == len(rows),
+        )
+    table.add_row("total", count(parameters["total"]), "", count(parameters["active"]), "", style="bold")
+    return table
+
+
+def _cost_table(known: Mapping[str, Any]) -> "Table":
+    flops, memory = known["flops_per_token"], known["training_memory_bytes"]
+    parts = {name: value for name, value in flops["forward"].items() if name != "total" and value}
+    shares = ", ".join(f"{name} {value / flops['forward']['total']:.0%}" for name, value in parts.items())
+    held = ", ".join(f"{name} {bytes_text(value)}" for name, value in memory.items() if name != "total")
+    table = _table("cost", "", "made of")
+    table.columns[1].justify = "right"
+    table.columns[1].no_wrap = True
+    table.columns[2].style = "dim"
+    length = flops["sequence_length"]
+    table.add_row("forward, per token", count(flops["forward"]["total"], "FLOPs"), f"{shares}; {length} tokens long")
+    table.add_row("training, per token", count(flops["training"]["total"], "FLOPs"), "3 times forward")
+    cache = known["kv_cache_bytes_per_token"]
+    table.add_row("cache, per token", bytes_text(cache), f"{bytes_text(cache * length)} for {length} tokens")
+    table.add_row("training memory", f"about {bytes_text(memory['total'])}", held)
+    return table
+
+
+def _table(first: str, *others: str, right: Iterable[int] = ()) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column(first, no_wrap=True)
+    rightward = set(right)
+    for place, name in enumerate(others, start=1):
+        table.add_column(name, justify="right" if place in rightward else "left")
+    return table
+
+
+def _role(name: str, row: Mapping[str, int]) -> str:
+    active = f" ({count(row['active'])} active)" if row["active"] != row["total"] else ""
+    return f"{name} {count(row['total'])}{active}"
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}s"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
