@@ -1,0 +1,18 @@
+"""Fixtures for all tests."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' tolerances are float32's; a GPU would multiply in TF32
+
+import pytest
+
+import moezoo.mlx_backend  # noqa: F401  loads OpenBLAS, which must come before any test imports MLX
+from tests.backends_available import require_backend
+from tests.twins import Twin
+
+
+@pytest.fixture(scope="session", params=["jax", "mlx"])
+def twin(request: pytest.FixtureRequest) -> Twin:
+    """Each backend in turn; a skip where it is missing, or a failure where MOEZOO_REQUIRE_BACKENDS names it."""
+    require_backend(request.param)
+    return Twin(request.param)

@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+
+from moezoo.core.reference.experts import grouped_product, swiglu_experts
+from moezoo.core.reference.feed_forward import swiglu
+from moezoo.core.spec import SwiGLUSpec
+from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT64, assert_close
+from tests.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
+
+PATHS = {"jax": ("blocks", "ragged_dot"), "mlx": ("gather_mm of blocks", "gather_mm of rows")}
+# Rows of each of the 7 experts. A block has 16 rows up to R = 298, then 32, then 64 from R = 598.
+SIZES = {
+    "uneven, some empty": [0, 17, 1, 0, 9, 3, 0],
+    "fewer rows than one block": [1, 0, 0, 2, 0, 0, 0],
+    "all rows to the first expert": [50, 0, 0, 0, 0, 0, 0],
+    "all rows to the last expert": [0, 0, 0, 0, 0, 0, 50],
+    "whole blocks": [16, 32, 0, 16, 16, 48, 16],
+    "one more than a block each": [17, 17, 17, 17, 17, 17, 17],
+    "blocks of 64 rows": [0, 300, 65, 63, 1, 0, 171],
+    "one row": [0, 0, 0, 1, 0, 0, 0],
+}
+
+
+@pytest.fixture(params=[0, 1], ids=["first path", "second path"])
+def path(request, twin, monkeypatch) -> str:
+    """Each way of computing a grouped product, whatever this platform would take."""
+    name = PATHS[twin.name][request.param]
+    monkeypatch.setattr(twin.module("experts"), "grouped_path", lambda: name)
+    return name
+
+
+def values_of(num_experts: int = E) -> dict[str, np.ndarray]:
+    return {
+        "w_gate": 0.3 * normal(1, num_experts, D, F),
+        "w_up": 0.3 * normal(2, num_experts, D, F),
+        "w_down": 0.3 * normal(3, num_experts, F, D),
+    }
+
+
+def layer_of(twin: Twin, values: dict[str, np.ndarray]):
+    return twin.module("experts").SwiGLUExperts(SwiGLUSpec(hidden_dim=F), twin.weights(values))
+
+
+def on_cpu(twin: Twin) -> bool:
+    return "cpu" in twin.backend().facts()["device"]
+
+
+def assert_grouped_product_matches(twin: Twin, sizes: list[int], **tolerances) -> None:
+    experts, size_E, num_rows = twin.module("experts"), twin.array(sizes), sum(sizes)
+
+    def on_device(_, x_RD, w_EDF):
+        return experts.grouped_product(x_RD, w_EDF, experts.group_rows(size_E, num_rows))
+
+    def reference(_, x_RD, w_EDF):
+        return grouped_product(x_RD, w_EDF, np.array(sizes))
+
+    assert_layer_matches(
+        twin, None, on_device, reference, {}, normal(0, num_rows, D), normal(1, len(sizes), D, F), **tolerances
+    )
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_grouped_product_and_its_gradients_match_the_reference_on_every_path(twin, path, kind):
+    assert_grouped_product_matches(twin, SIZES[kind])
+
+
+def test_grouped_product_of_one_expert_is_a_plain_product(twin, path):
+    assert_grouped_product_matches(twin, [37])
+
+
+def test_grouped_product_of_bfloat16_is_near_float32(twin, path):
+    if path == "gather_mm of rows" and on_cpu(twin):
+        with pytest.raises(RuntimeError, match="only supports float32"):  # MLX's own limit, hence the other path
+            assert_grouped_product_matches(twin, SIZES["uneven, some empty"], dtype="bfloat16")
+        return
+    assert_grouped_product_matches(
+        twin,
+        SIZES["uneven, some empty"],
+        dtype="bfloat16",
+        tolerance=BFLOAT16,
+        gradient_tolerance=BFLOAT16_GRADIENT,
+    )
+
+
+def test_rows_of_other_experts_do_not_leak_in(twin, path):
+    """Expert 2's rows are huge; its neighbours' results and weight gradients stay small, wherever a block ends."""
+    experts, sizes = twin.module("experts"), [5, 3, 20, 4]
+    x_RD = normal(0, 32, D)
+    x_RD[8:28] *= 1e20
+    size_E, w_EDF = twin.array(sizes), twin.array(normal(1, 4, D, F))
+    out, _, (_, w_gradient) = twin.value_and_gradients(
+        lambda _, x, w: experts.grouped_product(x, w, experts.group_rows(size_E, 32)),
+        np.ones((32, F)),
+        None,
+        twin.array(x_RD),
+        w_EDF,
+    )
+    others = np.r_[0:8, 28:32]
+    assert np.max(np.abs(twin.numpy(out)[others])) < 1e3
+    assert np.max(np.abs(w_gradient[[0, 1, 3]])) < 1e3
+    assert np.max(np.abs(w_gradient[2])) > 1e19
+
+
+@pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block", "whole blocks"])
+def test_value_and_gradients_of_experts_match_the_reference(twin, path, kind):
+    sizes = SIZES[kind]
+    size_E = twin.array(sizes)
+    assert_layer_matches(
+        twin,
+        layer_of(twin, values_of()),
+        lambda layer, x: layer(x, size_E),
+        lambda values, x: swiglu_experts(values, x, np.array(sizes)),
+        values_of(),
+        normal(0, sum(sizes), D),
+    )
+
+
+def test_bfloat16_experts_are_near_float32(twin):
+    sizes = SIZES["uneven, some empty"]
+    size_E = twin.array(sizes)
+    assert_layer_matches(
+        twin,
+        layer_of(twin, values_of()),
+        lambda layer, x: layer(x, size_E),
+        lambda values, x: swiglu_experts(values, x, np.array(sizes)),
+        values_of(),
+        normal(0, sum(sizes), D),
+        dtype="bfloat16",
+        tolerance=BFLOAT16,
+        gradient_tolerance=BFLOAT16_GRADIENT,
+    )
+
+
+def test_an_expert_without_rows_gets_no_gradient(twin, path):
+    size_E = twin.array([0, 17, 1, 0, 9, 3, 0])
+    _, named, _ = twin.value_and_gradients(
+        lambda layer, x: layer(x, size_E),
+        np.ones((30, D)),
+        layer_of(twin, values_of()),
+        twin.array(normal(0, 30, D)),
+    )
+    for name, gradient in named.items():
+        np.testing.assert_array_equal(gradient[[0, 3, 6]], 0, err_msg=name)
+        assert np.all(np.max(np.abs(gradient[[1, 2, 4, 5]]), axis=(1, 2)) > 0), name
+
+
+def test_one_expert_is_a_dense_feed_forward(twin):
+    values, x = values_of(1), normal(0, 40, D)
+    dense = {name: value[0] for name, value in values.items()}
+    size_E = twin.array([40])
+    assert_layer_matches(
+        twin,
+        layer_of(twin, values),
+        lambda layer, x: layer(x, size_E),
+        lambda values, x: swiglu({name: value[0] for name, value in values.items()}, x),
+        values,
+        x,
+    )
+    assert_close(swiglu_experts(values, x, np.array([40])), swiglu(dense, x), FLOAT64)
+
+
+@pytest.mark.parametrize("num_experts", [1, 7, 128])
+@pytest.mark.parametrize("num_rows", [1, 30, 300, 4096, 100_000])
+def test_block_is_a_power_of_two_about_half_the_mean_group(twin, num_rows, num_experts):
+    block = twin.module("experts").block_rows(num_rows, num_experts)
+    assert block in (16, 32, 64, 128, 256)
+    mean = num_rows / num_experts
+    assert block == 16 or block <= 0.75 * mean
+    assert block == 256 or 2 * block > 0.75 * mean
+
+
+def test_reference_grouped_product_is_written_out():
+    sizes = SIZES["uneven, some empty"]
+    x_RD, w_EDF = normal(0, 30, D), normal(1, E, D, F)
+    expert_R = np.repeat(np.arange(E), sizes)
+    expected = np.stack([x_RD[r] @ w_EDF[expert_R[r]] for r in range(30)])
+    assert_close(grouped_product(x_RD, w_EDF, np.array(sizes)), expected, FLOAT64)
+
+
+def test_reference_gradient_agrees_with_finite_differences():
+    sizes, values = np.array([0, 3, 1]), {name: value[:3, :4, :5] for name, value in values_of().items()}
+    values["w_down"] = normal(3, 3, 5, 4)
+    assert_reference_gradient(
+        lambda x, *weights: swiglu_experts(dict(zip(values, weights, strict=True)), x, sizes),
+        normal(0, 4, 4),
+        *values.values(),
+    )

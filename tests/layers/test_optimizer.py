@@ -1,0 +1,194 @@
+import numpy as np
+import pytest
+
+from moezoo.core.config import OptimizerConfig, validate
+from moezoo.core.errors import SpecError
+from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters import parameter_table
+from moezoo.core.reference.losses import loss_and_gradients
+from moezoo.core.reference.optimizer import adamw, global_norm, zero_moments
+from moezoo.core.spec import (
+    CapacitySpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    RouterSpec,
+    SwiGLUSpec,
+)
+from tests.tolerances import (
+    FLOAT32,
+    FLOAT32_GRADIENT,
+    FLOAT32_UPDATE,
+    FLOAT64,
+    assert_all_close,
+    assert_close,
+)
+from tests.twins import D, E, F, H, K, M, N, T, V, normal
+
+MOE = MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=SwiGLUSpec(hidden_dim=F))
+ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, qkv_bias=True)
+SPEC = ModelSpec(
+    vocab_size=V,
+    embed_dim=D,
+    layers=(
+        LayerSpec(attention=ATTENTION, moe=MOE),
+        LayerSpec(attention=ATTENTION, moe=MOE.model_copy(update={"dispatch": CapacitySpec(factor=0.5)})),
+    ),
+)
+DROPLESS = ModelSpec(vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, moe=MOE),))
+DECAYED = {row.name for row in parameter_table(SPEC) if row.decay}
+RATES = (3e-3, 2e-3, 1e-3)
+# The step divides by sqrt(v) + epsilon: with the usual 1e-8 a gradient of 1e-9, a sum that should cancel, would move
+# its parameter by a full learning rate in a direction that is rounding. 1e-3 keeps the comparison about the formula.
+EPSILON = 1e-3
+CONFIGS = {
+    "clipped and decayed": OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON, clip_norm=0.05, weight_decay=0.3),
+    "no clip, no decay": OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON, clip_norm=None, weight_decay=0.0),
+    "other betas": OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON, beta1=0.5, beta2=0.8, clip_norm=100.0),
+}
+
+
+def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
+    return {name: 5 * value for name, value in initial_weights(spec, seed=0).items()}
+
+
+def windows_of(steps: int, micro_batches: int, batch: int) -> np.ndarray:
+    """int32 [steps, A, B, T + 1]."""
+    return np.random.default_rng(0).integers(0, V, (steps, micro_batches, batch, T + 1)).astype(np.int32)
+
+
+def reference_run(spec, config, windows, rates):
+    """Parameters, moments and per-step (losses, norm), in float64."""
+    parameters = {name: value.astype(np.float64) for name, value in weights_of(spec).items()}
+    moments, measured = zero_moments(parameters), []
+    for update, (window, rate) in enumerate(zip(windows, rates, strict=True), start=1):
+        losses, gradients = loss_and_gradients(spec, parameters, window[0, :, :-1], window[0, :, 1:])
+        measured.append((losses, global_norm(gradients)))
+        parameters, moments = adamw(
+            config, parameters, gradients, moments, learning_rate=rate, update=update, decayed=DECAYED
+        )
+    return parameters, moments, measured
+
+
+def change(after, before):
+    """What the updates did, so that the tolerance is relative to them and not to the weights."""
+    return {name: np.asarray(after[name], np.float64) - before[name] for name in after}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_three_steps_match_the_reference(twin, kind):
+    config, windows = CONFIGS[kind], windows_of(3, 1, 4)
+    parameters, moments, measured = reference_run(SPEC, config, windows, RATES)
+    model = twin.backend().build(SPEC, weights_of(SPEC))
+    model.start_training(config)
+    for window, rate, (losses, norm) in zip(windows, RATES, measured, strict=True):
+        metrics = model.train_step(window, rate).fetch()
+        assert_all_close(metrics.losses, losses, FLOAT32)
+        assert_close(metrics.gradient_norm, norm, FLOAT32)
+    assert (config.clip_norm is not None and norm > config.clip_norm) == (kind == "clipped and decayed")
+    before = weights_of(SPEC)
+    assert_all_close(change(model.export_parameters(), before), change(parameters, before), FLOAT32_UPDATE)
+    state = model.export_optimizer()
+    expected = {f"first_moment.{name}": value for name, value in moments.first.items()}
+    expected |= {f"second_moment.{name}": value for name, value in moments.second.items()}
+    assert_all_close(state, expected, FLOAT32_GRADIENT)
+
+
+def test_weight_decay_acts_on_matrices_only(twin):
+    """A step with and without decay differs by rate * decay * weight where the table says so, else not at all."""
+    windows, before = windows_of(1, 1, 4), weights_of(SPEC)
+    after = {}
+    for decay in (0.0, 0.5):
+        model = twin.backend().build(SPEC, before)
+        model.start_training(OptimizerConfig(learning_rate=1.0, weight_decay=decay, epsilon=EPSILON))
+        model.train_step(windows[0], 0.1).fetch()
+        after[decay] = model.export_parameters()
+    for name, value in before.items():
+        if name in DECAYED:
+            assert_close(after[0.0][name] - after[0.5][name], 0.1 * 0.5 * value, FLOAT32_UPDATE, name)
+        else:
+            np.testing.assert_array_equal(after[0.0][name], after[0.5][name], err_msg=name)
+
+
+def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin):
+    """Without losses that are not sums over tokens, and without a capacity: then accumulation is only another order."""
+    windows, config = windows_of(2, 1, 8), CONFIGS["clipped and decayed"]
+    runs = {}
+    for micro_batches in (1, 4):
+        model = twin.backend().build(DROPLESS, weights_of(DROPLESS))
+        model.start_training(config)
+        shape = (2, micro_batches, 8 // micro_batches, T + 1)
+        metrics = [model.train_step(window, 1e-3).fetch() for window in windows.reshape(shape)]
+        runs[micro_batches] = metrics, model.export_parameters(), model.export_optimizer()
+    for one, four in zip(runs[1][0], runs[4][0], strict=True):
+        assert_all_close(four.losses, one.losses, FLOAT32)
+        assert_close(four.gradient_norm, one.gradient_norm, FLOAT32)
+        np.testing.assert_array_equal(four.load, one.load)
+        assert np.sum(one.load[0]) == 8 * T * K
+    assert_all_close(runs[4][2], runs[1][2], FLOAT32_GRADIENT)
+    before = weights_of(DROPLESS)
+    assert_all_close(change(runs[4][1], before), change(runs[1][1], before), FLOAT32_UPDATE)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_each_choice_and_each_drop_is_counted_once(twin, micro_batches):
+    window = windows_of(1, 1, 4)[0].reshape(micro_batches, 4 // micro_batches, T + 1)
+    model = twin.backend().build(SPEC, weights_of(SPEC))
+    expected_load, expected_dropped = [np.zeros(E, np.int64), np.zeros(E, np.int64)], [0, 0]
+    for part in window:
+        scores = model.score(part[:, :-1], part[:, 1:])
+        expected_load = [total + of_part for total, of_part in zip(expected_load, scores.load, strict=True)]
+        expected_dropped = [total + of_part for total, of_part in zip(expected_dropped, scores.dropped, strict=True)]
+    model.start_training(CONFIGS["other betas"])
+    metrics = model.train_step(window, 1e-3).fetch()
+    np.testing.assert_array_equal(metrics.load, expected_load)
+    assert [int(np.sum(load)) for load in metrics.load] == [4 * T * K] * 2
+    assert metrics.dropped == expected_dropped
+    assert metrics.dropped[0] == 0
+    assert metrics.dropped[1] > 0
+
+
+def test_optimizer_that_is_restored_goes_on_as_if_never_stopped(twin):
+    windows, config = windows_of(3, 1, 4), CONFIGS["clipped and decayed"]
+    model = twin.backend().build(SPEC, weights_of(SPEC))
+    model.start_training(config)
+    for window, rate in zip(windows[:2], RATES[:2], strict=True):
+        model.train_step(window, rate).fetch()
+    restored = twin.backend().build(SPEC, model.export_parameters())
+    restored.start_training(config, model.export_optimizer(), update=2)
+    metrics = [each.train_step(windows[2], RATES[2]).fetch() for each in (model, restored)]
+    assert metrics[0].losses == metrics[1].losses
+    after, after_restored = model.export_parameters(), restored.export_parameters()
+    for name in after:
+        np.testing.assert_array_equal(after_restored[name], after[name], err_msg=name)
+
+
+def test_global_norm_is_that_of_all_gradients_as_one_vector():
+    gradients = {"a": normal(0, 3, 5), "b": normal(1, 7)}
+    together = np.concatenate([gradients["a"].reshape(-1), gradients["b"]])
+    assert_close(global_norm(gradients), np.linalg.norm(together), FLOAT64)
+
+
+def test_first_step_of_the_reference_is_the_sign_of_the_gradient():
+    """With bias correction, m / sqrt(v) of the first step is g / |g|; without, it would be sqrt(0.05) / 0.1 of that."""
+    parameters, gradients = {"w": np.ones((2, 3))}, {"w": normal(0, 2, 3)}
+    config = OptimizerConfig(learning_rate=1.0, epsilon=1e-12, clip_norm=None, weight_decay=0.5)
+    after, moments = adamw(
+        config, parameters, gradients, zero_moments(parameters), learning_rate=0.1, update=1, decayed={"w"}
+    )
+    assert_close(after["w"], 1 - 0.1 * (np.sign(gradients["w"]) + 0.5), FLOAT32)
+    assert_close(moments.first["w"], 0.1 * gradients["w"], FLOAT64)
+    assert_close(moments.second["w"], 0.05 * gradients["w"] ** 2, FLOAT64)
+
+
+def test_clipped_gradients_have_the_norm_asked_for():
+    parameters, gradients = {"w": np.ones((4, 5))}, {"w": 100 * normal(0, 4, 5)}
+    config = OptimizerConfig(learning_rate=1.0, clip_norm=0.25, beta1=0.0)
+    _, moments = adamw(config, parameters, gradients, zero_moments(parameters), learning_rate=0.1, update=1, decayed=())
+    assert_close(global_norm(moments.first), 0.25, FLOAT32)
+
+
+def test_decay_below_zero_is_refused():
+    with pytest.raises(SpecError, match=r"weight_decay is -0.1; input should be greater than or equal to 0"):
+        validate(OptimizerConfig, {"learning_rate": 1e-3, "weight_decay": -0.1}, "config")

@@ -1,0 +1,252 @@
+import numpy as np
+import pytest
+
+from moezoo.core.config import validate
+from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.initialize import initial_weights
+from moezoo.core.reference.losses import loss_and_gradients, loss_terms
+from moezoo.core.reference.transformer import forward
+from moezoo.core.spec import (
+    CapacitySpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    NoPositionSpec,
+    PrecisionSpec,
+    RMSNormSpec,
+    RouterSpec,
+    RouterZLossSpec,
+    SummedSharedExpertsSpec,
+    SwiGLUSpec,
+    SwitchBalanceLossSpec,
+    TiedHeadSpec,
+)
+from tests.tolerances import (
+    BFLOAT16,
+    BFLOAT16_GRADIENT,
+    BFLOAT16_LOSS,
+    FINITE_DIFFERENCE,
+    FLOAT32,
+    FLOAT32_GRADIENT,
+    assert_all_close,
+    assert_close,
+)
+from tests.twins import B, D, E, F, H, K, M, N, P, T, V, normal
+
+ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
+RICH_ATTENTION = GroupedQueryAttentionSpec(
+    num_heads=N,
+    num_kv_heads=M,
+    head_dim=H,
+    position=NoPositionSpec(),
+    qk_norm=RMSNormSpec(),
+    qkv_bias=True,
+    output_bias=True,
+)
+MOE = MoESpec(
+    num_experts=E,
+    router=RouterSpec(top_k=K),
+    experts=SwiGLUSpec(hidden_dim=F),
+    shared=SummedSharedExpertsSpec(hidden_dim=9),
+    losses=(SwitchBalanceLossSpec(coefficient=0.01), RouterZLossSpec(coefficient=0.001)),
+)
+SPEC = ModelSpec(
+    vocab_size=V,
+    embed_dim=D,
+    layers=(
+        LayerSpec(attention=ATTENTION, feed_forward=SwiGLUSpec(hidden_dim=F)),
+        LayerSpec(attention=RICH_ATTENTION, moe=MOE),
+    ),
+)
+TIED = SPEC.model_copy(update={"head": TiedHeadSpec()})
+TOKENS_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
+TARGET_BT = np.random.default_rng(1).integers(0, V, (B, T)).astype(np.int32)
+
+
+def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
+    """Ten times the usual initial weights, and biases and scales that are not 0 and 1, so that every term counts."""
+    weights = {name: 10 * value for name, value in initial_weights(spec, seed=0).items()}
+    for number, (name, value) in enumerate(weights.items()):
+        if name.endswith((".scale", ".b_query", ".b_key", ".b_value", ".b_output")):
+            weights[name] = (0.5 + 0.2 * normal(number, *value.shape)).astype(np.float32)
+    return weights
+
+
+WEIGHTS = weights_of(SPEC)
+
+
+def in_float64(weights) -> dict[str, np.ndarray]:
+    return {name: value.astype(np.float64) for name, value in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def model(twin):
+    return twin.backend().build(SPEC, WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def output(model):
+    return model.forward(TOKENS_BT, TARGET_BT, record=True)
+
+
+@pytest.fixture(scope="module")
+def recorded_by_reference():
+    record = {}
+    forward(SPEC, in_float64(WEIGHTS), TOKENS_BT, record=record)
+    return record
+
+
+def test_logits_and_routing_match_the_reference(output):
+    logits_BTV, routings = forward(SPEC, in_float64(WEIGHTS), TOKENS_BT)
+    assert output.logits.dtype == np.float32
+    assert_close(output.logits, logits_BTV, FLOAT32)
+    assert [routing.layer for routing in output.routing] == [1]
+    np.testing.assert_array_equal(output.routing[0].expert, routings[0].expert_PK.reshape(B, T, K))
+    assert_close(output.routing[0].weight, routings[0].weight_PK.reshape(B, T, K), FLOAT32)
+    assert_close(output.routing[0].score, routings[0].score_PE.reshape(B, T, E), FLOAT32)
+
+
+def test_intermediates_have_the_references_names_order_and_values(output, recorded_by_reference):
+    assert sorted(output.intermediates) == sorted(recorded_by_reference)
+    assert_all_close(output.intermediates, recorded_by_reference, FLOAT32)
+
+
+def test_losses_and_gradients_match_the_reference(model, output):
+    expected_losses, expected_gradients = loss_and_gradients(SPEC, in_float64(WEIGHTS), TOKENS_BT, TARGET_BT)
+    losses, gradients = model.loss_and_gradients(TOKENS_BT, TARGET_BT)
+    assert_all_close(losses, expected_losses, FLOAT32)
+    assert_all_close(output.losses, expected_losses, FLOAT32)
+    assert_all_close(gradients, expected_gradients, FLOAT32_GRADIENT)
+
+
+def test_score_is_the_loss_of_each_token_and_counts_each_choice(model, output):
+    scores = model.score(TOKENS_BT, TARGET_BT)
+    assert scores.token_losses.shape == (B, T)
+    assert_close(scores.token_losses.mean(), output.losses["cross_entropy"], FLOAT32)
+    counts = np.bincount(output.routing[0].expert.reshape(-1), minlength=E)
+    np.testing.assert_array_equal(scores.load[0], counts)
+    assert scores.dropped == [0]
+
+
+def test_forced_experts_are_used_forward_and_backward(model):
+    forced = np.random.default_rng(3).permuted(np.tile(np.arange(E), (P, 1)), axis=1)[:, :K].astype(np.int32)
+    losses, gradients = model.loss_and_gradients(TOKENS_BT, TARGET_BT, forced=[forced.reshape(B, T, K)])
+    expected_losses, expected = loss_and_gradients(SPEC, in_float64(WEIGHTS), TOKENS_BT, TARGET_BT, forced=[forced])
+    assert_all_close(losses, expected_losses, FLOAT32)
+    assert_all_close(gradients, expected, FLOAT32_GRADIENT)
+
+
+def test_later_tokens_and_other_sequences_are_invisible(model, output):
+    changed = TOKENS_BT.copy()
+    changed[:, -1] = (changed[:, -1] + 1) % V
+    changed[2] = (changed[2] + 1) % V
+    logits = model.forward(changed, TARGET_BT, record=True).logits
+    assert_close(logits[:2, :-1], output.logits[:2, :-1], FLOAT32)
+    assert np.all(np.max(np.abs(logits[:2, -1] - output.logits[:2, -1]), axis=-1) > 1e-2)
+
+
+def test_permuting_experts_changes_nothing_visible(twin, output):
+    order = np.array([3, 0, 6, 2, 5, 1, 4])
+    permuted = dict(WEIGHTS)
+    for name, value in WEIGHTS.items():
+        if "router" in name:
+            permuted[name] = value[:, order]
+        elif ".experts." in name:
+            permuted[name] = value[order]
+    other = twin.backend().build(SPEC, permuted).forward(TOKENS_BT, TARGET_BT, record=True)
+    assert_close(other.logits, output.logits, FLOAT32)
+    np.testing.assert_array_equal(order[other.routing[0].expert], output.routing[0].expert)
+    for name, value in output.losses.items():
+        assert_close(other.losses[name], value, FLOAT32, name)
+
+
+def test_gradient_of_a_tied_embedding_has_both_its_uses(twin):
+    weights = weights_of(TIED)
+    expected_losses, expected = loss_and_gradients(TIED, in_float64(weights), TOKENS_BT, TARGET_BT)
+    losses, gradients = twin.backend().build(TIED, weights).loss_and_gradients(TOKENS_BT, TARGET_BT)
+    assert_all_close(losses, expected_losses, FLOAT32)
+    assert_all_close(gradients, expected, FLOAT32_GRADIENT)
+    unused = sorted(set(range(V)) - set(TOKENS_BT.reshape(-1).tolist()))
+    assert np.all(np.any(gradients["embedding.weight"][unused] != 0, axis=1))
+
+
+def test_dropped_token_passes_through_the_residual_unchanged(twin):
+    """One expert serves ceil(0.3 * 15 / 1) = 5 of 15 tokens; the other ten leave the layer as they entered its MoE."""
+    moe = MoESpec(
+        num_experts=1,
+        router=RouterSpec(top_k=1),
+        experts=SwiGLUSpec(hidden_dim=F),
+        dispatch=CapacitySpec(factor=0.3),
+    )
+    spec = ModelSpec(vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, moe=moe),))
+    model = twin.backend().build(spec, weights_of(spec))
+    seen = model.forward(TOKENS_BT, record=True).intermediates
+    before = seen["embedding"] + seen["layers.0.attention"]
+    moved = np.max(np.abs(seen["layers.0"] - before), axis=-1).reshape(P)
+    assert np.all(moved[:5] > 1e-3)
+    np.testing.assert_array_equal(seen["layers.0.moe"].reshape(P, D)[5:], 0)
+    assert_close(seen["layers.0"].reshape(P, D)[5:], before.reshape(P, D)[5:], FLOAT32)
+    scores = model.score(TOKENS_BT, TARGET_BT)
+    assert scores.dropped == [10]
+    np.testing.assert_array_equal(scores.load[0], [P])
+
+
+def test_bfloat16_model_is_near_float32_forward_and_backward(twin):
+    """With the reference's experts forced, so that a rounding does not decide who computes."""
+    spec = SPEC.model_copy(update={"precision": PrecisionSpec(compute="bfloat16")})
+    weights = {name: value * (0.3 if value.ndim > 1 else 1) for name, value in WEIGHTS.items()}
+    _, routings = forward(SPEC, in_float64(weights), TOKENS_BT)
+    forced = [routing.expert_PK for routing in routings]
+    model = twin.backend().build(spec, weights)
+    output = model.forward(TOKENS_BT, forced=[forced[0].reshape(B, T, K).astype(np.int32)])
+    assert output.logits.dtype == np.float32
+    assert_close(output.logits, forward(SPEC, in_float64(weights), TOKENS_BT, forced=forced)[0], BFLOAT16)
+    losses, gradients = model.loss_and_gradients(
+        TOKENS_BT, TARGET_BT, forced=[forced[0].reshape(B, T, K).astype(np.int32)]
+    )
+    expected_losses, expected = loss_and_gradients(SPEC, in_float64(weights), TOKENS_BT, TARGET_BT, forced=forced)
+    assert_all_close(losses, expected_losses, BFLOAT16_LOSS)
+    assert all(gradient.dtype == np.float32 for gradient in gradients.values())
+    assert_all_close(gradients, expected, BFLOAT16_GRADIENT)
+
+
+def test_reference_gradient_agrees_with_finite_differences():
+    """Of every parameter, along one random direction each: a central difference of the whole model's loss."""
+    weights = in_float64(WEIGHTS)
+    forced = [routing.expert_PK for routing in forward(SPEC, weights, TOKENS_BT)[1]]
+    _, gradients = loss_and_gradients(SPEC, weights, TOKENS_BT, TARGET_BT, forced)
+    for number, (name, value) in enumerate(weights.items()):
+        direction = normal(number, *value.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = weights | {name: value + sign * 1e-5 * direction}
+            logits_BTV, routings = forward(SPEC, moved, TOKENS_BT, forced=forced)
+            ends.append(loss_terms(SPEC, logits_BTV, TARGET_BT, routings)["loss"])
+        expected = np.sum(gradients[name] * direction)
+        scale = np.linalg.norm(gradients[name]) * np.linalg.norm(direction)
+        difference = abs((ends[0] - ends[1]) / 2e-5 - expected)
+        assert difference <= FINITE_DIFFERENCE.relative * scale + 1e-10, name
+
+
+def test_weights_that_do_not_fit_are_all_named_at_once(twin):
+    wrong = dict(WEIGHTS)
+    del wrong["final_norm.scale"]
+    wrong["layers.0.attention.w_outptu"] = np.zeros(3, np.float32)
+    wrong["head.w_head"] = np.zeros((V, D), np.float32)
+    with pytest.raises(CheckpointError) as error:
+        twin.backend().build(SPEC, wrong)
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    assert any(line.startswith("- final_norm.scale") for line in lines)
+    assert any(line.startswith("+ layers.0.attention.w_outptu") for line in lines)
+    assert any(line.startswith("~ head.w_head") for line in lines)
+
+
+def test_a_layer_with_two_feed_forwards_is_refused():
+    layer = {
+        "attention": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6},
+        "feed_forward": {"hidden_dim": 4},
+        "moe": {"num_experts": 2, "router": {"top_k": 1}, "experts": {"hidden_dim": 4}},
+    }
+    with pytest.raises(SpecError, match=r"layers\[0\] has both feed_forward and moe \(config\). Give exactly one"):
+        validate(ModelSpec, {"embed_dim": 8, "layers": [layer]}, "config")
