@@ -241,7 +241,7 @@ def data(name: str | None, file: Path | None) -> None:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console()
+    return Console() if sys.stdout.isatty() else Console(width=100)
 
 
 def _prepare(
