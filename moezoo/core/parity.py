@@ -469,12 +469,17 @@ def _compare_routing(
 
 
 def _margin(score_PE: Doubles, top_k: int) -> Doubles:
-    """Gap between the last chosen and the first rejected score: [P]; infinite where all experts are chosen."""
+    """Gap between the last chosen and the first rejected score as a share of the former: [P], 0 at a tie.
+
+    For softmax scores it is, to first order, the gap of the two logits, and so does not shrink with the number of
+    experts. Infinite where all experts are chosen.
+    """
     falling_PE = -np.sort(-score_PE, axis=-1)
     if top_k == falling_PE.shape[-1]:
         return np.full(falling_PE.shape[0], np.inf)
-    margin: Doubles = falling_PE[:, top_k - 1] - falling_PE[:, top_k]
-    return margin
+    chosen_P, rejected_P = falling_PE[:, top_k - 1], falling_PE[:, top_k]
+    margin_P: Doubles = (chosen_P - rejected_P) / np.maximum(np.abs(chosen_P), np.finfo(np.float32).tiny)
+    return margin_P
 
 
 def _largest(values: Any) -> float:

@@ -41,7 +41,7 @@ class ParityTolerances:
         update: of a parameter's update, relative to the learning rate, after one unit in the last place of the float32
             parameter for each float32 side.
         margin: free routing may choose other experts where the gap between the last chosen and the first rejected score
-            is at most this.
+            is at most this share of the former (for softmax, nearly a gap of logits).
         load: share of routed copies that the step may send elsewhere than the forward pass did.
         reason: why these numbers.
     """
@@ -117,8 +117,8 @@ class RoutingComparison:
         tokens: P.
         identical: tokens with the same set of experts.
         downstream: differing tokens that an earlier difference can have reached; not held against the layer.
-        margin: the largest gap between the last chosen and the first rejected score of the reference, over the
-            differing tokens that are not downstream; None where there is none.
+        margin: the largest gap between the last chosen and the first rejected score of the reference, as a share of the
+            former, over the differing tokens that are not downstream; None where there is none.
         tolerance: of the margin.
     """
 
