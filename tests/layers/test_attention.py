@@ -77,6 +77,19 @@ def test_value_and_gradients_match_the_reference(twin, kind):
     )
 
 
+def test_sequences_of_several_chunks_match_the_reference(twin):
+    """70 tokens: on the CPU, JAX takes queries 64 at a time."""
+    spec = SPECS["grouped query"]
+    assert_layer_matches(
+        twin,
+        layer_of(twin, spec),
+        lambda layer, x: layer(x)[0],
+        lambda values, x: grouped_query_attention(spec, values, x),
+        values_of(spec),
+        normal(0, 2, 70, D),
+    )
+
+
 def test_attend_matches_the_reference_where_sources_outnumber_queries(twin):
     query, key, value = normal(1, B, T, M, G, H), normal(2, B, T + 2, M, H), normal(3, B, T + 2, M, H)
     mask_TS = np.arange(T)[:, None] + 2 >= np.arange(T + 2)[None, :]

@@ -37,20 +37,26 @@ SPEC = ModelSpec(
     ),
 )
 DROPLESS = ModelSpec(vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, moe=MOE),))
-DECAYED = {row.name for row in parameter_table(SPEC) if row.decay}
-RATES = (3e-3, 2e-3, 1e-3)
+DENSE = ModelSpec(
+    vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, feed_forward=SwiGLUSpec(hidden_dim=F)),)
+)
+RATES = (0.03, 0.02, 0.01)  # large, so that a float32 weight near 1 shows four digits of its update
 # The step divides by sqrt(v) + epsilon: with the usual 1e-8 a gradient of 1e-9, a sum that should cancel, would move
-# its parameter by a full learning rate in a direction that is rounding. 1e-3 keeps the comparison about the formula.
-EPSILON = 1e-3
+# its parameter by a full learning rate in a direction that is rounding. 1e-2 keeps the comparison about the formula.
+EPSILON = 1e-2
 CONFIGS = {
-    "clipped and decayed": OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON, clip_norm=0.05, weight_decay=0.3),
+    "clipped and decayed": OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON, clip_norm=0.2, weight_decay=0.3),
     "no clip, no decay": OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON, clip_norm=None, weight_decay=0.0),
     "other betas": OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON, beta1=0.5, beta2=0.8, clip_norm=100.0),
 }
 
 
 def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
-    return {name: 5 * value for name, value in initial_weights(spec, seed=0).items()}
+    return {name: 2 * value for name, value in initial_weights(spec, seed=0).items()}
+
+
+def decayed_of(spec: ModelSpec) -> set[str]:
+    return {row.name for row in parameter_table(spec) if row.decay}
 
 
 def windows_of(steps: int, micro_batches: int, batch: int) -> np.ndarray:
@@ -66,14 +72,9 @@ def reference_run(spec, config, windows, rates):
         losses, gradients = loss_and_gradients(spec, parameters, window[0, :, :-1], window[0, :, 1:])
         measured.append((losses, global_norm(gradients)))
         parameters, moments = adamw(
-            config, parameters, gradients, moments, learning_rate=rate, update=update, decayed=DECAYED
+            config, parameters, gradients, moments, learning_rate=rate, update=update, decayed=decayed_of(spec)
         )
     return parameters, moments, measured
-
-
-def change(after, before):
-    """What the updates did, so that the tolerance is relative to them and not to the weights."""
-    return {name: np.asarray(after[name], np.float64) - before[name] for name in after}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -87,8 +88,9 @@ def test_three_steps_match_the_reference(twin, kind):
         assert_all_close(metrics.losses, losses, FLOAT32)
         assert_close(metrics.gradient_norm, norm, FLOAT32)
     assert (config.clip_norm is not None and norm > config.clip_norm) == (kind == "clipped and decayed")
+    assert_all_close(model.export_parameters(), parameters, FLOAT32)
     before = weights_of(SPEC)
-    assert_all_close(change(model.export_parameters(), before), change(parameters, before), FLOAT32_UPDATE)
+    assert all(np.max(np.abs(value - before[name])) > 1e-4 for name, value in parameters.items())
     state = model.export_optimizer()
     expected = {f"first_moment.{name}": value for name, value in moments.first.items()}
     expected |= {f"second_moment.{name}": value for name, value in moments.second.items()}
@@ -97,15 +99,15 @@ def test_three_steps_match_the_reference(twin, kind):
 
 def test_weight_decay_acts_on_matrices_only(twin):
     """A step with and without decay differs by rate * decay * weight where the table says so, else not at all."""
-    windows, before = windows_of(1, 1, 4), weights_of(SPEC)
+    windows, before = windows_of(1, 1, 4), weights_of(DENSE)
     after = {}
     for decay in (0.0, 0.5):
-        model = twin.backend().build(SPEC, before)
+        model = twin.backend().build(DENSE, before)
         model.start_training(OptimizerConfig(learning_rate=1.0, weight_decay=decay, epsilon=EPSILON))
         model.train_step(windows[0], 0.1).fetch()
         after[decay] = model.export_parameters()
     for name, value in before.items():
-        if name in DECAYED:
+        if name in decayed_of(DENSE):
             assert_close(after[0.0][name] - after[0.5][name], 0.1 * 0.5 * value, FLOAT32_UPDATE, name)
         else:
             np.testing.assert_array_equal(after[0.0][name], after[0.5][name], err_msg=name)
@@ -119,7 +121,7 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin):
         model = twin.backend().build(DROPLESS, weights_of(DROPLESS))
         model.start_training(config)
         shape = (2, micro_batches, 8 // micro_batches, T + 1)
-        metrics = [model.train_step(window, 1e-3).fetch() for window in windows.reshape(shape)]
+        metrics = [model.train_step(window, 0.01).fetch() for window in windows.reshape(shape)]
         runs[micro_batches] = metrics, model.export_parameters(), model.export_optimizer()
     for one, four in zip(runs[1][0], runs[4][0], strict=True):
         assert_all_close(four.losses, one.losses, FLOAT32)
@@ -127,13 +129,11 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin):
         np.testing.assert_array_equal(four.load, one.load)
         assert np.sum(one.load[0]) == 8 * T * K
     assert_all_close(runs[4][2], runs[1][2], FLOAT32_GRADIENT)
-    before = weights_of(DROPLESS)
-    assert_all_close(change(runs[4][1], before), change(runs[1][1], before), FLOAT32_UPDATE)
+    assert_all_close(runs[4][1], runs[1][1], FLOAT32)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_each_choice_and_each_drop_is_counted_once(twin, micro_batches):
-    window = windows_of(1, 1, 4)[0].reshape(micro_batches, 4 // micro_batches, T + 1)
+def test_each_choice_and_each_drop_is_counted_once(twin):
+    window = windows_of(1, 2, 2)[0]
     model = twin.backend().build(SPEC, weights_of(SPEC))
     expected_load, expected_dropped = [np.zeros(E, np.int64), np.zeros(E, np.int64)], [0, 0]
     for part in window:
@@ -151,11 +151,11 @@ def test_each_choice_and_each_drop_is_counted_once(twin, micro_batches):
 
 def test_optimizer_that_is_restored_goes_on_as_if_never_stopped(twin):
     windows, config = windows_of(3, 1, 4), CONFIGS["clipped and decayed"]
-    model = twin.backend().build(SPEC, weights_of(SPEC))
+    model = twin.backend().build(DENSE, weights_of(DENSE))
     model.start_training(config)
     for window, rate in zip(windows[:2], RATES[:2], strict=True):
         model.train_step(window, rate).fetch()
-    restored = twin.backend().build(SPEC, model.export_parameters())
+    restored = twin.backend().build(DENSE, model.export_parameters())
     restored.start_training(config, model.export_optimizer(), update=2)
     metrics = [each.train_step(windows[2], RATES[2]).fetch() for each in (model, restored)]
     assert metrics[0].losses == metrics[1].losses
