@@ -175,7 +175,7 @@ def refuse_if_too_large(spec: ModelSpec, batch_size: int, length: int, num_backe
         raise SpecError(
             f"the float64 reference of this model would need about {needed / 2**30:.1f} GiB (parameters "
             f"{parameter_counts(spec).total:,}, tokens {batch_size} x {length}); expected at most "
-            f"{LIMIT_BYTES / 2**30:.0f} GiB. Check smaller sizes of the same parts, e.g. --set model.embed_dim=64."
+            f"{LIMIT_BYTES / 2**30:.0f} GiB. Check a config of the same parts with smaller sizes."
         )
 
 
