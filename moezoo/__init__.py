@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moezoo.core.errors import MoezooError
     from moezoo.core.loaded_model import LoadedModel
     from moezoo.core.parameters import parameter_table
-    from moezoo.core.parity import ParityReport
+    from moezoo.core.parity_report import ParityReport
     from moezoo.core.spec import ModelSpec
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moezoo.core.errors import MoezooError
+from moezoo.core.errors import DataError, MoezooError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +103,9 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
 @click.option("--min-p", type=float, help="Keep tokens at least this fraction as probable as the best.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Continue so many times at once.")
-def generate(run_path: Path, prompt: str, backend: str | None, max_new_tokens: int, samples: int, **options: Any) -> None:
+def generate(
+    run_path: Path, prompt: str, backend: str | None, max_new_tokens: int, samples: int, **options: Any
+) -> None:
     """Continue a prompt with a trained model."""
     import numpy as np
 
@@ -116,6 +118,8 @@ def generate(run_path: Path, prompt: str, backend: str | None, max_new_tokens: i
     for problem in model.problems:
         click.echo(f"passed over: {problem}", err=True)
     tokens = np.tile(model.tokenizer.encode(prompt)[None, :], (samples, 1))
+    if tokens.size == 0:
+        raise DataError("--prompt is empty; expected at least one token to continue. Give some text.")
     decoders = [StreamDecoder(model.tokenizer) for _ in range(samples)]
     texts = [prompt] * samples
 
@@ -168,7 +172,9 @@ def evaluate(run_path: Path, backend: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"step": checkpoint.step, **result.to_dict()}, indent=2))
         return
-    console.print(f"step {checkpoint.step}: {describe_evaluation(result)}", highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"step {checkpoint.step}: {describe_evaluation(result)}", highlight=False, soft_wrap=True, markup=False
+    )
     for row in result.routing:
         load = " ".join(f"{share * len(row['load']):.2f}" for share in row["load"])
         console.print(

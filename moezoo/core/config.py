@@ -221,8 +221,8 @@ def with_vocab_size(config: Config, vocab_size: int, where: str = "config") -> C
     given = config.model.vocab_size
     if given is not None and given != vocab_size:
         raise SpecError(
-            f"model.vocab_size is {given}, but the tokenizer ({config.data.tokenizer.kind}) has {vocab_size} tokens ({where}). "
-            "Set it to null to follow the tokenizer."
+            f"model.vocab_size is {given}, but the tokenizer ({config.data.tokenizer.kind}) has {vocab_size} tokens "
+            f"({where}). Set it to null to follow the tokenizer."
         )
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     return config.model_copy(update={"model": model})
@@ -251,10 +251,10 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
     result: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in result:
             raise SpecError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}). Keep one of them.")
-        result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        result[key] = loader.construct_object(value_node, deep=True)
     return result
 
 
@@ -271,7 +271,7 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
         raise SpecError(f"{where} is not valid YAML; got: {problem}. Mend the file.") from None
     if not isinstance(raw, dict):
         raise SpecError(
-            f"{where} is not a config; got {type(raw).__name__}; expected the sections model, data, training, optimizer."
+            f"{where} is not a config; got {type(raw).__name__}; expected sections model, data, training, ..."
         )
     return raw
 
@@ -322,7 +322,8 @@ def _explain(part: type[Part], raw: object, problem: ErrorDetails, where: str) -
                 str(context["tag"]),
                 str(context["expected_tags"]).replace("'", "").split(", "),
             )
-            return f"{path}.kind is {given!r}{nearest(given, known_tags)}; expected one of {', '.join(known_tags)} ({where})."
+            rule = f"expected one of {', '.join(known_tags)}"
+            return f"{path}.kind is {given!r}{nearest(given, known_tags)}; {rule} ({where})."
         case "union_tag_not_found":
             return f"{path}.kind is missing; expected one that names which part this is ({where})."
         case _:

@@ -110,7 +110,8 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         optimum = evaluation.optimum
         lines.append(
             f"where the window shows the whole past that matters: {optimum.loss:.4f} nats, best possible "
-            f"{optimum.best_possible:.4f}: {100 * optimum.excess:.1f} % above the optimum  ({optimum.characters:,} characters)"
+            f"{optimum.best_possible:.4f}: {100 * optimum.excess:.1f} % above the optimum  "
+            f"({optimum.characters:,} characters)"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""How good a model is on held-out data: nats per token, bits per byte, expert load, and distance from a known optimum."""
+"""How good a model is on held-out data: nats a token, bits a byte, expert load, distance from a known optimum."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Optimum:
     Fields:
         characters: how many characters were compared.
         loss: the model's mean nats on them.
-        best_possible: the mean nats that the exact source gives the very same characters; no model is better on average.
+        best_possible: mean nats that the exact source gives these same characters; no model is better on average.
         entropy_rate: exact nats per character of the endless source, for orientation.
         excess: loss / best_possible - 1.
     """
@@ -124,6 +124,6 @@ def _compare(
 
 
 def _batch_that_divides(count: int, batch_size: int) -> int:
-    """The largest batch up to `batch_size` that leaves no remainder, unless it is less than half: one shape compiles once."""
+    """The largest divisor of `count` up to `batch_size`, unless less than half of it: one shape compiles once."""
     divisor = next(size for size in range(min(batch_size, count), 0, -1) if count % size == 0)
     return divisor if 2 * divisor >= min(batch_size, count) else min(batch_size, count)

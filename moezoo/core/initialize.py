@@ -12,7 +12,7 @@ from moezoo.core.spec import ModelSpec
 def initial_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]]:
     """Canonical name -> float32 array. The same spec and seed give the same values on every backend.
 
-    A parameter's stream depends on its name and the seed only, so adding a part leaves the other parameters as they were.
+    A parameter's stream depends on its name and the seed only, so adding a part leaves the others as they were.
     """
     return {row.name: initial_value(row, seed) for row in parameter_table(spec)}
 

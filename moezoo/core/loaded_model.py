@@ -35,8 +35,8 @@ class LoadedModel:
             targets: int32 [B, T], the token after each.
 
         Returns:
-            `.logits` float32 [B, T, V]; `.routing`, one per MoE layer with `.layer`, `.expert` int32 [B, T, K] (descending
-            weight, ties to the lower id) and `.weight` float32 [B, T, K]; `.losses` by name.
+            `.logits` float32 [B, T, V]; `.routing`, one per MoE layer with `.layer`, `.expert` int32 [B, T, K]
+            (descending weight, ties to the lower id) and `.weight` float32 [B, T, K]; `.losses` by name.
 
         Raises DataError: a token outside the vocabulary, or not two dimensions.
         """

@@ -1,11 +1,11 @@
 """What a run writes down: `metrics.jsonl`, one JSON object a line.
 
-Training lines have `step` (updates done), `tokens`, `loss` (what is minimized), `cross_entropy`, every auxiliary loss as
-`<name>` (mean over its layers, unweighted) and `<name>_weighted` (what it adds to the loss), `gradient_norm`,
-`learning_rate`, `tokens_per_second`, and `routing`: per MoE layer `layer`, `load` (share of routed copies per expert, sums
-to 1), `worst_load` (the most loaded expert's share times the number of experts: 1 is balanced), and `dropped` (share of
-routed copies that a capacity dropped). Validation lines have `step`, `tokens`, `validation_loss` (nats a token) and what
-else `Evaluation.to_dict` gives.
+Training lines have `step` (updates done), `tokens`, `loss` (what is minimized), `cross_entropy`, every auxiliary loss
+as `<name>` (mean over its layers, unweighted) and `<name>_weighted` (what it adds to the loss), `gradient_norm`,
+`learning_rate`, `tokens_per_second`, and `routing`: per MoE layer `layer`, `load` (share of routed copies per expert,
+sums to 1), `worst_load` (the most loaded expert's share times the number of experts: 1 is balanced), and `dropped`
+(share of routed copies that a capacity dropped). Validation lines have `step`, `tokens`, `validation_loss` (nats a
+token) and what else `Evaluation.to_dict` gives.
 """
 
 import json
@@ -47,7 +47,7 @@ class MetricsFile:
     """Appends lines; each is flushed, so a killed run loses none but the one it was writing."""
 
     def __init__(self, path: Path, *, keep_to_step: int = 0):
-        """Open for appending. Lines after `keep_to_step` (of a run that went on after its last checkpoint) are dropped."""
+        """Open for appending. Lines after `keep_to_step`, of a run that outlived its last checkpoint, are dropped."""
         self._path = path
         kept = [line for line, record in _lines(path) if record.get("step", 0) <= keep_to_step]
         write_atomically(path, "".join(kept))

@@ -6,7 +6,7 @@ With `precision.compute: bfloat16` (parameters stay float32, and so do their gra
 |---|---|
 | parameters, gradients, optimizer moments | float32 |
 | embedding rows, residual stream, weights as they enter a product | compute |
-| products of attention, feed-forward, experts and head | compute in and out, accumulated in float32 by the hardware path |
+| products of attention, feed-forward, experts and head | compute in and out, accumulated in float32 |
 | RMSNorm: mean of squares, rsqrt and scale; result cast back | float32 |
 | RoPE angles and rotation; result cast back | float32 |
 | attention scores and softmax; probabilities cast back | float32 |

@@ -1,10 +1,10 @@
 """The run folder: everything that a run leaves behind, and enough to go on from.
 
-    <run>/config.yaml     the resolved config: defaults written out, the vocabulary's size filled in
-    <run>/tokenizer.json  or tokenizer/: what turns text into tokens
-    <run>/metrics.jsonl   one object a line, see metrics.py
-    <run>/picture.png     loss and expert load
-    <run>/checkpoints/    see checkpoint.py
+<run>/config.yaml     the resolved config: defaults written out, the vocabulary's size filled in
+<run>/tokenizer.json  or tokenizer/: what turns text into tokens
+<run>/metrics.jsonl   one object a line, see metrics.py
+<run>/picture.png     loss and expert load
+<run>/checkpoints/    see checkpoint.py
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.tokenizer import Tokenizer, load_tokenizer
 
-# What may differ when a run is resumed: how it is watched, not what it computes. Steps may grow, which moves the schedule.
+# What may differ when a run is resumed: how it is watched, and how long it goes on (which moves the schedule).
 _MAY_CHANGE = ("steps", "log_every", "validate_every", "validation_sequences", "checkpoint_every", "keep_checkpoints")
 
 
@@ -58,13 +58,18 @@ def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool
     if run.config_path.exists():
         if not resume:
             raise RunError(
-                f"{path} already holds a run. Add --resume to go on with it, choose another folder with --out, or delete it."
+                f"{path} already holds a run. Add --resume to go on with it, "
+                "choose another folder with --out, or delete it."
             )
         _check_same(load_config(run.config_path), config, run.config_path)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path} exists and is not a run folder; expected none, or an empty one. Choose another with --out.")
+        raise RunError(
+            f"{path} exists and is not a run folder; expected none, or an empty one. Choose another with --out."
+        )
     elif resume:
-        raise RunError(f"there is no run to resume at {path}. Start it without --resume, or name its folder with --out.")
+        raise RunError(
+            f"there is no run to resume at {path}. Start it without --resume, or name its folder with --out."
+        )
     make_folder(path)
     tokenizer.save(path)
     write_atomically(run.config_path, dump_config(config))

@@ -18,7 +18,7 @@ from moezoo.core.config import Config, dump_config
 from moezoo.core.console import Reporter, SilentReporter, describe_evaluation
 from moezoo.core.data import PreparedData
 from moezoo.core.errors import TrainingError
-from moezoo.core.evaluation import Evaluation, evaluate, known_grammar
+from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
 from moezoo.core.initialize import initial_weights
 from moezoo.core.metrics import MetricsFile, routing_statistics
 from moezoo.core.parameters import parameter_table
@@ -142,8 +142,8 @@ class _Training:
             self.data.tokenizer,
             sequence_length=training.sequence_length,
             batch_size=training.batch_size,
+            max_windows=MAX_WINDOWS if whole else training.validation_sequences,
             grammar=self.grammar if whole else None,
-            **({} if whole else {"max_windows": training.validation_sequences}),
         )
         self.metrics.write({"step": step, "tokens": self._tokens(step), **evaluation.to_dict()})
         if not whole:
@@ -183,7 +183,11 @@ class _Training:
         return next((name for name in names if not np.isfinite(weights[name]).all()), None)
 
     def _way_out(self) -> str:
-        kept = f"The last good checkpoint is kept in {self.run.checkpoints_path}" if self.saved else "Nothing was saved yet"
+        kept = (
+            f"The last good checkpoint is kept in {self.run.checkpoints_path}"
+            if self.saved
+            else "Nothing was saved yet"
+        )
         return f"{kept}. Lower optimizer.learning_rate, or lengthen the warm-up."
 
 

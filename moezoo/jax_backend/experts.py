@@ -17,8 +17,8 @@ Path = Literal["blocks", "ragged_dot"]
 def grouped_path() -> Path:
     """How grouped products are computed on this platform.
 
-    `ragged_dot` is XLA's own on GPU and TPU. On the CPU it multiplies every row by every expert, so there `blocks` loops
-    over blocks of rows that belong to one expert each.
+    `ragged_dot` is XLA's own on GPU and TPU. On the CPU it multiplies every row by every expert, so there `blocks`
+    loops over blocks of rows that belong to one expert each.
     """
     return "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
 

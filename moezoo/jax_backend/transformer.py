@@ -21,7 +21,7 @@ Record = dict[str, jax.Array]
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives: logits [B, T, V] float32, per MoE layer its routing and dispatch, per layer its cache."""
+    """Logits [B, T, V] float32, per MoE layer its routing and dispatch, per layer its cache."""
 
     logits_BTV: jax.Array
     routings: list[Routing]

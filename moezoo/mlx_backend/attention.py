@@ -14,7 +14,7 @@ from moezoo.mlx_backend.positions import rotate
 
 
 def attend(query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask_TS: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups query heads in the same order."""
+    """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike."""
     batch, length, kv_heads, group, head_dim = query_BTMGH.shape
     query_BNTH = query_BTMGH.reshape(batch, length, kv_heads * group, head_dim).swapaxes(1, 2)
     attended_BNTH = mx.fast.scaled_dot_product_attention(

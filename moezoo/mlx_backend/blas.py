@@ -1,9 +1,9 @@
 """A fast BLAS under MLX on Linux.
 
 MLX's Linux wheel brings the reference BLAS, whose float32 products run some forty times slower than OpenBLAS's. Symbols
-that are loaded globally before MLX win, so this module must be imported before `mlx.core`; every module of this backend
-that imports MLX gets that through the package's `__init__`. On macOS and where no OpenBLAS is found it does nothing, and
-the run's header says which BLAS is in use.
+that are loaded globally before MLX win, so this module must be imported before `mlx.core`; every module of this
+backend that imports MLX gets that through the package's `__init__`. On macOS and where no OpenBLAS is found it does
+nothing, and the run's header says which BLAS is in use.
 """
 
 import ctypes

@@ -20,7 +20,7 @@ Record = dict[str, mx.array]
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives: logits [B, T, V] float32, per MoE layer its routing and dispatch, per layer its cache."""
+    """Logits [B, T, V] float32, per MoE layer its routing and dispatch, per layer its cache."""
 
     logits_BTV: mx.array
     routings: list[Routing]

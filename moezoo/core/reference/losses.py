@@ -59,9 +59,9 @@ def auxiliary_loss(spec: AuxiliaryLossSpec, routing: Routing) -> Array:
 def loss_terms(spec: ModelSpec, logits_BTV: Array, target_BT: Array, routings: Sequence[Routing]) -> dict[str, Array]:
     """Every loss term by name.
 
-    `loss` is what training minimizes: `cross_entropy` (mean over tokens, nats) plus every `<name>_weighted`. For an auxiliary
-    loss `<name>` is the mean over the layers that have it, unweighted, and `<name>_weighted` the sum over layers of
-    coefficient times value.
+    `loss` is what training minimizes: `cross_entropy` (mean over tokens, nats) plus every `<name>_weighted`. For an
+    auxiliary loss `<name>` is the mean over the layers that have it, unweighted, and `<name>_weighted` the sum over
+    layers of coefficient times value.
     """
     terms = {"cross_entropy": np.mean(token_losses(logits_BTV, target_BT))}
     values: dict[str, list[Array]] = {}
@@ -88,14 +88,15 @@ def loss_and_gradients(
     forced: Sequence[Array] | None = None,
 ) -> tuple[dict[str, float], dict[str, Array]]:
     """Every loss term, and the gradient of `loss` by canonical parameter name."""
-    from autograd import value_and_grad  # type: ignore[import-untyped,unused-ignore]
+    from autograd import value_and_grad
+    from autograd.tracer import getval
 
     seen: dict[str, float] = {}
 
     def total(values: dict[str, Array]) -> Array:
         logits_BTV, routings = forward(spec, values, tokens_BT, forced=forced)
         terms = loss_terms(spec, logits_BTV, target_BT, routings)
-        seen.update({name: float(getattr(term, "_value", term)) for name, term in terms.items()})
+        seen.update({name: float(getval(term)) for name, term in terms.items()})
         return terms["loss"]
 
     _, gradients = value_and_grad(total)(dict(parameters))

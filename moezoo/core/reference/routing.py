@@ -27,8 +27,8 @@ class Routing(NamedTuple):
 def route(spec: RouterSpec, w_router_DE: Array, x_PD: Array, forced_PK: Array | None = None) -> Routing:
     """Score all experts, choose K, weight them.
 
-    `logits = x w_router`, `score = softmax(logits)`, experts = the K highest scores, `weight = score[expert]`, divided by
-    `sum + renormalize_epsilon` of the K if `renormalize: sum`.
+    `logits = x w_router`, `score = softmax(logits)`, experts = the K highest scores, `weight = score[expert]`, divided
+    by `sum + renormalize_epsilon` of the K if `renormalize: sum`.
 
     Args:
         spec: the router.

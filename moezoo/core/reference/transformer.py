@@ -23,7 +23,7 @@ def forward(
 ) -> tuple[Array, list[Routing]]:
     """Logits of the next token at every position, and the Routing of every MoE layer.
 
-    Each layer is pre-norm: `x + attention(norm(x))`, then `x + feed_forward(norm(x))` with a dense feed-forward or a MoE.
+    Each layer is pre-norm: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, dense or a MoE.
 
     Args:
         spec: the model.

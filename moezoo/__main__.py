@@ -1,0 +1,5 @@
+"""`python -m moezoo`."""
+
+from moezoo.cli import main
+
+main()

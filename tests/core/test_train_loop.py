@@ -1,0 +1,182 @@
+"""Training as a whole: both backends, resuming, signals, and losses that are not finite."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moezoo.backends import load_backend
+from moezoo.core.checkpoint import load_checkpoint
+from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.data import prepare_data
+from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError
+from moezoo.core.metrics import read_metrics
+from moezoo.core.run import create_run, load_run
+from moezoo.core.train_loop import TrainingResult, train
+from tests.backends_available import require_backend
+from tests.small_run import write_config
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
+
+
+def run(backend: str, config_path: Path, out: Path, *overrides: str, resume: bool = False) -> TrainingResult:
+    require_backend(backend)
+    config = load_config(config_path, overrides)
+    data = prepare_data(config.data, config.training.sequence_length)
+    config = with_vocab_size(config, data.tokenizer.vocab_size)
+    return train(config, data, load_backend(backend), create_run(out, config, data.tokenizer, resume=resume))
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line}
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_resumed_run_gives_bit_identical_losses_and_weights(backend: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, checkpoint_every=3, keep_checkpoints=5)
+    whole = run(backend, config, tmp_path / "whole")
+    assert whole.finished
+    assert whole.evaluation is not None
+    expected = losses(tmp_path / "whole")
+    assert len(expected) == 8
+    for last in (3, 6):  # as if the machine had died after that checkpoint, with later lines already written
+        out = tmp_path / f"from_{last}"
+        shutil.copytree(tmp_path / "whole", out)
+        for folder in (out / "checkpoints").iterdir():
+            if int(folder.name.removeprefix("step_")) > last:
+                shutil.rmtree(folder)
+        result = run(backend, config, out, resume=True)
+        assert result.finished
+        assert losses(out) == expected
+        one, other = (load_checkpoint(path / "checkpoints" / "step_00000008") for path in (tmp_path / "whole", out))
+        for name, value in one.weights.items():
+            assert np.array_equal(value, other.weights[name]), name
+        for name, value in one.optimizer.items():
+            assert np.array_equal(value, other.optimizer[name]), name
+
+
+def test_run_of_one_backend_goes_on_with_the_other(tmp_path: Path) -> None:
+    config = write_config(tmp_path, checkpoint_every=4)
+    run("jax", config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "step_00000008")
+    run("mlx", config, tmp_path / "moved", resume=True)
+    one, other = losses(tmp_path / "whole"), losses(tmp_path / "moved")
+    assert one.keys() == other.keys()
+    assert max(abs(one[step] - other[step]) for step in one) < 1e-5
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    config = write_config(tmp_path, checkpoint_every=4)
+    run("mlx", config, tmp_path / "run")
+    weights = tmp_path / "run" / "checkpoints" / "step_00000008" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    _, _, checkpoint, problems = load_run(tmp_path / "run")
+    assert checkpoint.step == 4
+    assert len(problems) == 1
+    assert "step_00000008" in problems[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    with pytest.raises(CheckpointError, match="step_00000008"):
+        load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(backend: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, checkpoint_every=2, log_every=5, steps=20)
+    schedule = "optimizer.schedule={kind: inverse_square_root, warmup_steps: 0}"
+    with pytest.raises(
+        TrainingError, match=r"not finite.*at step \d+; first parameter that is not finite: embedding"
+    ) as seen:
+        run(
+            backend,
+            config,
+            tmp_path / "run",
+            "optimizer.learning_rate=1e30",
+            schedule,
+            "training.checkpoint_every=null",
+        )
+    assert "Nothing was saved yet" in str(seen.value)
+    run(backend, config, tmp_path / "good", "training.steps=4")
+    with pytest.raises(TrainingError):
+        run(backend, config, tmp_path / "bad", "optimizer.learning_rate=1e30", schedule)
+    _, _, checkpoint, _ = load_run(tmp_path / "good")
+    assert checkpoint.step == 4
+    bad = tmp_path / "bad" / "checkpoints"
+    assert not bad.exists() or not any(bad.iterdir())
+
+
+def test_metrics_name_every_term_and_routing(tmp_path: Path) -> None:
+    config = write_config(tmp_path, validate_every=4)
+    result = run("mlx", config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    line = lines[0]
+    assert line["loss"] == pytest.approx(
+        line["cross_entropy"] + line["switch_balance_weighted"] + line["router_z_weighted"], abs=1e-6
+    )
+    assert line["switch_balance_weighted"] == pytest.approx(2 * 0.01 * line["switch_balance"], rel=1e-5)
+    assert {
+        "tokens",
+        "learning_rate",
+        "tokens_per_second",
+        "gradient_norm",
+        "switch_balance",
+        "router_z",
+    } <= line.keys()
+    assert [row["layer"] for row in line["routing"]] == [0, 1]
+    assert all(abs(sum(row["load"]) - 1) < 1e-5 and row["dropped"] == 0 for row in line["routing"])
+    validations = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validations] == [4, 8]
+    assert result.evaluation is not None
+    assert validations[-1]["validation_loss"] == result.evaluation.validation_loss
+
+
+def test_existing_run_needs_resume_and_resume_needs_the_same_config(tmp_path: Path) -> None:
+    config = write_config(tmp_path, steps=2)
+    run("mlx", config, tmp_path / "run")
+    with pytest.raises(RunError, match=r"already holds a run. Add --resume"):
+        run("mlx", config, tmp_path / "run")
+    with pytest.raises(SpecError, match=r"optimizer.learning_rate is 0.5, but the run was started with 0.003"):
+        run("mlx", config, tmp_path / "run", "optimizer.learning_rate=0.5", resume=True)
+    with pytest.raises(RunError, match="no run to resume"):
+        run("mlx", config, tmp_path / "other", resume=True)
+    assert run("mlx", config, tmp_path / "run", "training.steps=3", resume=True).step == 3
+
+
+def test_gradient_accumulation_counts_load_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path, steps=2, batch_size=4)
+    run("mlx", config, tmp_path / "one")
+    run("mlx", config, tmp_path / "two", "training.gradient_accumulation=2")
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("one", "two"))
+    assert one["routing"] == two["routing"]
+    assert one["cross_entropy"] == pytest.approx(two["cross_entropy"], rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_resume(number: signal.Signals, tmp_path: Path) -> None:
+    require_backend("mlx")
+    config, out = write_config(tmp_path, steps=100000), tmp_path / "run"
+    command = [sys.executable, "-m", "moezoo", "train", str(config), "--backend", "mlx", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    deadline = time.monotonic() + 60
+    while not losses(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert "stopped and saved after step" in printed
+    assert "--resume" in printed
+    assert "Traceback" not in printed
+    _, _, checkpoint, problems = load_run(out)
+    assert checkpoint.step == max(losses(out))
+    assert not problems
