@@ -30,6 +30,7 @@ FLOAT32_TRAINING = Tolerance(1e-4, "20 updates: each multiplies earlier differen
 BFLOAT16 = Tolerance(3e-2, "eps 2^-9 = 2e-3 a rounding, about ten roundings one after the other in a layer")
 BFLOAT16_LOSS = Tolerance(1e-2, "a mean over tokens of errors as in BFLOAT16, which partly cancel")
 BFLOAT16_GRADIENT = Tolerance(6e-2, "the roundings of the forward pass and as many again on the way back")
+BFLOAT16_TRAINING = Tolerance(2e-2, "20 updates from gradients as in BFLOAT16_GRADIENT, and free routing")
 
 ROUTING_MARGIN = 1e-5
 """Two scores nearer than this may change places between two realizations: FLOAT32 times a score of one."""

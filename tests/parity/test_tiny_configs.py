@@ -1,0 +1,267 @@
+"""Every config under configs/: JAX against MLX against the reference.
+
+Tiny ones are run: forward, losses, gradients and one optimizer step against the reference, then 20 steps of both
+backends side by side. Of larger ones the built names and shapes are compared with the parameter table, and of the
+largest, which no test can build, the table is checked alone.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moezoo.core.config import Config, load_config, with_vocab_size
+from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters import ROLES, parameter_table
+from moezoo.core.reference.losses import loss_and_gradients, loss_terms
+from moezoo.core.reference.optimizer import adamw, zero_moments
+from moezoo.core.reference.transformer import forward
+from tests.backends_available import require_backend
+from tests.tolerances import (
+    BFLOAT16,
+    BFLOAT16_GRADIENT,
+    BFLOAT16_LOSS,
+    BFLOAT16_TRAINING,
+    FLOAT32,
+    FLOAT32_GRADIENT,
+    FLOAT32_TRAINING,
+    ROUTING_MARGIN,
+    assert_all_close,
+    assert_close,
+)
+from tests.twins import Twin
+
+ROOT = Path(__file__).parents[2] / "configs"
+TINY = sorted((ROOT / "tiny").glob("*.yaml"))
+OTHERS = sorted(set(ROOT.rglob("*.yaml")) - set(TINY))
+VOCAB_SIZE = 31  # where the config leaves it to a tokenizer
+LARGEST_BUILT = 20_000_000  # parameters; more would take seconds to draw
+B, T, STEPS = 4, 9, 20  # a batch divides into the accumulation steps of every tiny config
+LEARNING_RATE = 1e-3
+
+
+def sized(path: Path) -> Config:
+    config = load_config(path)
+    return config if config.model.vocab_size is not None else with_vocab_size(config, VOCAB_SIZE)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one realization made of a config: a forward pass, gradients under forced routing, and 20 steps.
+
+    The forward pass is free in float32, and forced in bfloat16, where a rounding may choose another expert.
+    """
+
+    name: str
+    logits: np.ndarray
+    routing: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    losses: dict[str, float]
+    gradients: dict[str, np.ndarray]
+    stepped: dict[str, np.ndarray]
+    moments: dict[str, np.ndarray]
+    step_losses: list[float]
+    load: list[list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config with its weights and data, and the reference's view of both."""
+
+    config: Config
+    weights: dict[str, np.ndarray]
+    windows: np.ndarray  # int32 [steps, A, B / A, T + 1]
+    reference: Run
+
+    @property
+    def exact(self) -> bool:
+        return self.config.model.precision.compute == "float32"
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.windows[0, :, :, :-1].reshape(B, T)
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.windows[0, :, :, 1:].reshape(B, T)
+
+
+@cache
+def case_of(path: Path) -> Case:
+    config = sized(path)
+    spec = config.model
+    weights = initial_weights(spec, config.training.seed)
+    parts = config.training.gradient_accumulation
+    windows = np.random.default_rng(0).integers(0, spec.vocab, (STEPS, parts, B // parts, T + 1)).astype(np.int32)
+    first = windows[0].reshape(B, T + 1)
+    parameters = {name: value.astype(np.float64) for name, value in weights.items()}
+    logits, routings = forward(spec, parameters, first[:, :-1])
+    losses = {name: float(value) for name, value in loss_terms(spec, logits, first[:, 1:], routings).items()}
+    experts = [routing.expert_PK for routing in routings]
+    _, gradients = loss_and_gradients(spec, parameters, first[:, :-1], first[:, 1:], forced=experts)
+    stepped, moments = _reference_step(config, parameters, windows[0])
+    reference = Run(
+        name="reference",
+        logits=logits,
+        routing=[(r.expert_PK, r.weight_PK, r.score_PE) for r in routings],
+        losses=losses,
+        gradients=gradients,
+        stepped=stepped,
+        moments=moments,
+        step_losses=[],
+        load=[],
+    )
+    return Case(config, weights, windows, reference)
+
+
+def _reference_step(config, parameters, window):
+    """One update from the mean of the micro-batches' gradients."""
+    spec, sums = config.model, None
+    for part in window:
+        _, gradients = loss_and_gradients(spec, parameters, part[:, :-1], part[:, 1:])
+        sums = gradients if sums is None else {name: sums[name] + gradients[name] for name in sums}
+    gradients = {name: value / len(window) for name, value in sums.items()}
+    decayed = {row.name for row in parameter_table(spec) if row.decay}
+    stepped, moments = adamw(
+        config.optimizer,
+        parameters,
+        gradients,
+        zero_moments(parameters),
+        learning_rate=LEARNING_RATE,
+        update=1,
+        decayed=decayed,
+    )
+    state = {f"first_moment.{name}": value for name, value in moments.first.items()}
+    return stepped, state | {f"second_moment.{name}": value for name, value in moments.second.items()}
+
+
+@cache
+def run_of(path: Path, backend: str) -> Run:
+    case = case_of(path)
+    spec = case.config.model
+    model = Twin(backend).backend().build(spec, case.weights)
+    forced = [expert.reshape(B, T, -1).astype(np.int32) for expert, _, _ in case.reference.routing]
+    output = model.forward(case.tokens, case.targets, forced=None if case.exact else forced)
+    _, gradients = model.loss_and_gradients(case.tokens, case.targets, forced=forced)
+    model.start_training(case.config.optimizer)
+    step_losses, load, stepped, moments = [], [], {}, {}
+    for number, window in enumerate(case.windows):
+        metrics = model.train_step(window, LEARNING_RATE).fetch()
+        step_losses.append(metrics.losses["loss"])
+        load.append(metrics.load)
+        if number == 0:
+            stepped, moments = model.export_parameters(), model.export_optimizer()
+    return Run(
+        name=backend,
+        logits=output.logits,
+        routing=[tuple(value.reshape(B * T, -1) for value in (r.expert, r.weight, r.score)) for r in output.routing],
+        losses=output.losses,
+        gradients=gradients,
+        stepped=stepped,
+        moments=moments,
+        step_losses=step_losses,
+        load=load,
+    )
+
+
+@pytest.fixture(scope="module", params=TINY, ids=name_of)
+def path(request) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def both(path) -> list[Run]:
+    for backend in ("jax", "mlx"):
+        require_backend(backend)
+    return [run_of(path, backend) for backend in ("jax", "mlx")]
+
+
+def test_forward_pass_matches_the_reference(path, both):
+    case = case_of(path)
+    expected = case.reference
+    for run in both:
+        assert_close(run.logits, expected.logits, FLOAT32 if case.exact else BFLOAT16, f"logits of {run.name}")
+        assert_all_close(run.losses, expected.losses, FLOAT32 if case.exact else BFLOAT16_LOSS)
+
+
+def test_routing_is_the_same_wherever_it_is_not_a_near_tie(path, both):
+    case = case_of(path)
+    for layer, (expert_PK, weight_PK, score_PE) in enumerate(case.reference.routing):
+        falling_PE = -np.sort(-score_PE, axis=-1)
+        top_k = expert_PK.shape[-1]
+        # All neighbours in the order of the chosen, and the first that was not chosen.
+        margin_P = np.min(falling_PE[:, :top_k] - falling_PE[:, 1 : top_k + 1], axis=-1)
+        clear_P = margin_P > ROUTING_MARGIN if case.exact else np.ones_like(margin_P, bool)
+        assert np.mean(clear_P) > 0.95
+        for run in both:
+            own_expert, own_weight, own_score = run.routing[layer]
+            np.testing.assert_array_equal(own_expert[clear_P], expert_PK[clear_P], err_msg=f"{run.name}, {layer}")
+            assert_close(own_weight[clear_P], weight_PK[clear_P], FLOAT32 if case.exact else BFLOAT16)
+            assert_close(own_score, score_PE, FLOAT32 if case.exact else BFLOAT16)
+
+
+def test_gradients_under_forced_routing_match_the_reference_and_each_other(path, both):
+    case = case_of(path)
+    tolerance = FLOAT32_GRADIENT if case.exact else BFLOAT16_GRADIENT
+    for run in both:
+        assert_all_close(run.gradients, case.reference.gradients, tolerance)
+    assert_all_close(both[0].gradients, both[1].gradients, tolerance)
+
+
+def test_one_optimizer_step_matches_the_reference(path, both):
+    case = case_of(path)
+    if not case.exact:
+        pytest.skip("the step routes freely, and bfloat16 routes otherwise; its losses are compared over 20 steps")
+    for run in both:
+        assert_all_close(run.moments, case.reference.moments, FLOAT32_GRADIENT)
+        for name, expected in case.reference.stepped.items():
+            # Adam's first step is the sign of the gradient: where that is rounding, the moments alone can be compared.
+            gradient = np.abs(case.reference.moments[f"first_moment.{name}"])
+            clear = gradient > 100 * FLOAT32_GRADIENT.relative * np.max(gradient)
+            assert np.mean(clear) > 0.1, name
+            moved = (run.stepped[name] - case.weights[name])[clear]
+            assert_close(run.stepped[name][clear], expected[clear], FLOAT32, name)
+            assert np.max(np.abs(moved)) > LEARNING_RATE / 2, name
+
+
+def test_twenty_steps_give_the_same_losses_on_both_backends(path, both):
+    case = case_of(path)
+    jax, mlx = both
+    assert len(jax.step_losses) == STEPS
+    tolerance = FLOAT32_TRAINING if case.exact else BFLOAT16_TRAINING
+    for step in range(STEPS):
+        assert_close(jax.step_losses[step], mlx.step_losses[step], tolerance, f"loss of step {step}")
+        for one, other in zip(jax.load[step], mlx.load[step], strict=True):
+            assert one.sum() == other.sum()
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=name_of)
+def test_larger_configs_have_a_consistent_table(path):
+    rows = parameter_table(sized(path).model)
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    for row in rows:
+        assert len(row.shape) == len(row.axes), row.name
+        assert min(row.shape) > 0, row.name
+        assert row.role in ROLES, row.name
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=name_of)
+def test_larger_configs_that_a_test_can_build_have_the_tables_names_and_shapes(twin, path):
+    config = sized(path)
+    table = {row.name: row.shape for row in parameter_table(config.model)}
+    if sum(np.prod(shape) for shape in table.values()) > LARGEST_BUILT:
+        pytest.skip(f"more than {LARGEST_BUILT:,} parameters: its table is tested alone")
+    model = twin.backend().build(config.model, initial_weights(config.model, 0))
+    assert {name: value.shape for name, value in model.export_parameters().items()} == table
+
+
+def test_there_is_a_case_for_every_config():
+    """A config that no test sees fails here: every YAML file is tiny or among the others, and none is left out."""
+    assert len(TINY) >= 12
+    assert sorted([*TINY, *OTHERS]) == sorted(ROOT.rglob("*.y*ml"))
