@@ -1,0 +1,39 @@
+"""Each config opens with what it shows, where that comes from and how to run it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moezoo.core.config import dump_config, load_config, parse_config
+
+ROOT = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(ROOT.rglob("*.yaml"))
+TINY = sorted((ROOT / "tiny").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
+def test_tiny_config_opens_with_what_it_shows_its_source_and_its_command(path):
+    header = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        header.append(line)
+    assert len(header[0]) > 30
+    assert header[0].endswith(".")
+    assert any(line.startswith("# source: ") and ("arXiv" in line or "20" in line) for line in header)
+    assert f"# command: moezoo train configs/tiny/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config_is_valid_and_survives_being_written_out(path):
+    config = load_config(path)
+    assert parse_config(dump_config(config)) == config
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
+def test_tiny_config_trains_on_the_built_in_corpus_and_leaves_the_vocabulary_to_it(path):
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert "vocab_size" not in raw["model"]
+    assert raw["data"]["sources"] == [{"kind": "dataset", "name": "fables"}]
+    assert raw["training"]["steps"] <= 100

@@ -1,0 +1,78 @@
+"""Every field of the spec is read by someone, and both backends read the same ones."""
+
+import ast
+import inspect
+import typing
+from typing import Literal
+
+import pytest
+
+from moezoo.core import config, spec
+from moezoo.core.spec import Part
+from tests.contracts.source_tree import BACKENDS, PACKAGE, attribute_reads, backend_file, stems, tree_of
+from tests.contracts.test_twins import ONLY_IN, SHARED
+
+VALIDATED_ONLY = {"mesh"}  # until there is a second device: MeshConfig's validator refuses any number but 1
+
+
+def fields_of(part: type[Part]) -> set[str]:
+    """Fields that say something: not those that can have but one value, as a union's tag has."""
+    return {name for name, field in part.model_fields.items() if len(choices(field.annotation)) != 1}
+
+
+def choices(annotation) -> tuple:
+    """Values of a Literal, else nothing."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+
+
+def parts_in(module) -> list[type[Part]]:
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Part)]
+    own = [part for part in classes if part is not Part and part.__module__ == module.__name__]
+    return list(dict.fromkeys(own))  # an alias names a class again
+
+
+PARTS = [*parts_in(spec), *parts_in(config)]
+
+
+def without_validators(tree: ast.Module) -> ast.Module:
+    """Checking a field is not using it."""
+
+    class Remover(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef | None:
+            checks = any("model_validator" in ast.unparse(decorator) for decorator in node.decorator_list)
+            return None if checks else node
+
+    return Remover().visit(ast.parse(ast.unparse(tree)))
+
+
+@pytest.fixture(scope="module")
+def reads() -> set[str]:
+    found: set[str] = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found |= attribute_reads(without_validators(tree_of(path)))
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+def test_every_field_is_read_by_someone(part, reads):
+    assert fields_of(part) - reads - VALIDATED_ONLY == set()
+
+
+def spec_fields() -> set[str]:
+    return {name for part in parts_in(spec) for name in fields_of(part)}
+
+
+@pytest.mark.parametrize("stem", SHARED)
+def test_both_backends_read_the_same_fields_of_the_spec(stem):
+    jax, mlx = (attribute_reads(tree_of(backend_file(backend, stem))) & spec_fields() for backend in BACKENDS)
+    assert jax == mlx
+
+
+def test_backends_read_every_field_that_is_about_computing():
+    """Fields that only core reads are those of the table, of initialization and of writing layers out."""
+    only_core = {"repeat", "layers", "initializer", "std", "vocab_size", "embed_dim", "hidden_dim", "factor"}
+    for backend in BACKENDS:
+        read: set[str] = set()
+        for stem in stems(f"{backend}_backend") - ONLY_IN[backend]:
+            read |= attribute_reads(tree_of(backend_file(backend, stem)))
+        assert spec_fields() - read <= only_core
