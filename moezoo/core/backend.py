@@ -24,7 +24,7 @@ class LayerRouting:
     Fields:
         layer: index of the layer in the model.
         expert: int32 [B, T, K].
-        weight: float32 [B, T, K]; what multiplies each expert's output.
+        weight: float32 [B, T, K]; what multiplies each expert's output, 0 where a capacity dropped the token.
         score: float32 [B, T, E]; scores of all experts.
     """
 
@@ -32,6 +32,14 @@ class LayerRouting:
     expert: Integers
     weight: Floats
     score: Floats
+
+
+def combine_weights(expert_PK: Integers, token_R: Integers, expert_R: Integers, weight_R: Floats) -> Floats:
+    """Combine weights by token and choice, float32 [P, K], from the rows of a dispatch: 0 where a copy was dropped."""
+    weight_PK = np.zeros(expert_PK.shape, np.float32)
+    choice_R = np.argmax(expert_PK[token_R] == expert_R[:, None], axis=1)
+    weight_PK[token_R, choice_R] = weight_R
+    return weight_PK
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class StepMetrics:
     """What one training step measured, before its update.
 
     Fields:
-        losses: every loss term by name, mean over the global batch.
+        losses: every loss term by name, mean over the micro-batches.
         gradient_norm: global norm before clipping.
         load: per MoE layer, int64 [E]: tokens routed to each expert in the global step.
         dropped: per MoE layer: routed copies that a capacity dropped.

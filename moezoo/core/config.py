@@ -296,7 +296,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise SpecError(f"--set {path} has a value that is not YAML; got {text!r}. Quote it.") from None
     last = keys[-1]
     if isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target)):
-        target[last] = value
+        holder: Any = target
+        holder[last] = value
     else:
         raise SpecError(f"--set {path} does not exist in the config, at {last!r}. Check the path.")
 

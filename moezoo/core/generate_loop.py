@@ -37,7 +37,8 @@ def generate(
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise DataError(f"a prompt needs at least one token; got shape {list(tokens.shape)}; expected [B, T], T >= 1.")
     if tokens.min() < 0 or tokens.max() >= model.spec.vocab:
-        raise DataError(f"a prompt has token {tokens.max()}; expected 0 <= token < {model.spec.vocab}.")
+        worst = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise DataError(f"a prompt has token {worst}; expected 0 <= token < {model.spec.vocab}.")
     batch, length = tokens.shape
     columns: list[Integers] = []
     ended = np.zeros(batch, bool)

@@ -4,7 +4,8 @@ With `precision.compute: bfloat16` (parameters stay float32, and so do their gra
 
 | value | dtype |
 |---|---|
-| parameters, gradients, optimizer moments | float32 |
+| parameters, optimizer moments | float32 |
+| gradients of parameters (through the cast of the weight, so rounded to compute on the way) | float32 |
 | embedding rows, residual stream, weights as they enter a product | compute |
 | products of attention, feed-forward, experts and head | compute in and out, accumulated in float32 |
 | RMSNorm: mean of squares, rsqrt and scale; result cast back | float32 |

@@ -137,9 +137,9 @@ class DroplessSpec(Part):
 
 
 class CapacitySpec(Part):
-    """Each expert serves at most `ceil(factor * P * K / E)` of the P tokens of a forward pass, the earliest first.
+    """Each expert counts for at most `ceil(factor * P * K / E)` of the P tokens of a forward pass, the earliest first.
 
-    Later ones are dropped: their combine weight is zero, and the residual carries the token on.
+    Later ones are dropped: their combine weight is zero, and the residual carries the token on (no work is saved).
     Source: Fedus et al. 2021, arXiv 2101.03961, section 2.2. Generation is dropless, so that a token's text does not
     depend on its neighbours in the batch.
     """
@@ -200,6 +200,12 @@ class MoESpec(Part):
 
     @model_validator(mode="after")
     def _sizes(self) -> "MoESpec":
+        if self.router.renormalize == "none" and self.router.renormalize_epsilon:
+            raise impossible(
+                "router.renormalize_epsilon",
+                f"is {self.router.renormalize_epsilon}, but renormalize is none",
+                "Leave it out, or use renormalize: sum",
+            )
         if self.router.top_k > self.num_experts:
             raise impossible(
                 "router.top_k",

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from moezoo.core.backend import Backend, Model, PendingStep, StepMetrics
-from moezoo.core.checkpoint import save_checkpoint
+from moezoo.core.checkpoint import check_names_and_shapes, save_checkpoint
 from moezoo.core.config import Config, dump_config
 from moezoo.core.console import Reporter, SilentReporter, describe_evaluation
 from moezoo.core.data import PreparedData
-from moezoo.core.errors import TrainingError
+from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
 from moezoo.core.initialize import initial_weights
 from moezoo.core.metrics import MetricsFile, routing_statistics
@@ -57,6 +57,21 @@ class _Training:
         weights = initial_weights(config.model, config.training.seed) if checkpoint is None else checkpoint.weights
         self.model: Model = backend.build(config.model, weights)
         state = None if checkpoint is None else checkpoint.optimizer
+        if state is not None:
+            check_names_and_shapes(
+                {name: value.shape for name, value in state.items()},
+                {
+                    f"{moment}.{row.name}": row.shape
+                    for moment in ("first_moment", "second_moment")
+                    for row in parameter_table(config.model)
+                },
+                f"the optimizer state of {run.path}",
+            )
+        if self.first_step > config.training.steps:
+            raise RunError(
+                f"training.steps is {config.training.steps}, but the run has done {self.first_step} ({run.path}). "
+                f"Use steps >= {self.first_step}."
+            )
         self.model.start_training(config.optimizer, state, self.first_step)
         self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
         self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step)

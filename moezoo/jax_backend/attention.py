@@ -17,9 +17,8 @@ from moezoo.jax_backend.positions import rotate
 
 def attend(query_BTMGH: jax.Array, key_BSMH: jax.Array, value_BSMH: jax.Array, mask_TS: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend; divides by the softmax's denominator after the second product."""
-    query_BTMGH = query_BTMGH / math.sqrt(query_BTMGH.shape[-1])
     score = jnp.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH, preferred_element_type=jnp.float32)
-    score = jnp.where(mask_TS, score, -jnp.inf)
+    score = jnp.where(mask_TS, score / math.sqrt(query_BTMGH.shape[-1]), -jnp.inf)
     # The largest score only guards against overflow; it cancels, and so does its gradient.
     weight = jnp.exp(score - lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
     total_BTMG1 = jnp.moveaxis(jnp.sum(weight, axis=-1, keepdims=True), 3, 1)

@@ -11,7 +11,7 @@ from moezoo.jax_backend.arrays import DTYPES
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the first `length` of S positions; the rest is zero and masked by whoever attends."""
+    """Keys and values of the first `length` of S positions; what lies beyond is masked by whoever attends."""
 
     key_BSMH: jax.Array
     value_BSMH: jax.Array

@@ -32,8 +32,8 @@ class Router(nnx.Module):
         x_PD = x_PD.astype(jnp.float32) if spec.dtype == "float32" else x_PD
         logits_PE = jnp.einsum("PD,DE->PE", x_PD, self.w_router[...].astype(x_PD.dtype)).astype(jnp.float32)
         score_PE = jax.nn.softmax(logits_PE, axis=-1)
-        # lax.top_k sorts by descending score and breaks ties by the lower id.
-        expert_PK = lax.top_k(lax.stop_gradient(score_PE), spec.top_k)[1] if forced_PK is None else forced_PK
+        # Softmax keeps the order of the logits; lax.top_k sorts descending and breaks ties by the lower id.
+        expert_PK = lax.top_k(lax.stop_gradient(logits_PE), spec.top_k)[1] if forced_PK is None else forced_PK
         weight_PK = jnp.take_along_axis(score_PE, expert_PK, axis=-1)
         match spec.renormalize:
             case "sum":

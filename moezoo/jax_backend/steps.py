@@ -10,12 +10,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.arrays import Weights, to_numpy
+from moezoo.jax_backend.dispatch import num_dropped
 from moezoo.jax_backend.experts import grouped_path
 from moezoo.jax_backend.kv_cache import KVCache, empty_cache
 from moezoo.jax_backend.losses import loss_terms, token_losses
@@ -114,14 +115,15 @@ class JaxModel:
 
     def _score_values(self, parameters, tokens, targets):
         result = self._merge(parameters)(tokens)
-        return token_losses(result.logits_BTV, targets), *_load(result)
+        return token_losses(result.logits_BTV, targets), *_load(self.spec, result)
 
     def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, list[KVCache]]:
         batch, length = tokens.shape
         bucket = 16
         while bucket < length:
             bucket *= 2
-        caches = empty_cache(self.spec, batch, max(size, bucket))
+        # Sizes are rounded up too, so that prompts of like length share their compiled programs.
+        caches = empty_cache(self.spec, batch, max(-(-size // 64) * 64, bucket))
         # Padding comes after the prompt: later tokens overwrite it before any query may look there.
         padded = np.pad(tokens, ((0, 0), (0, bucket - length)))
         logits, caches = self._cached(self._parameters, padded, caches, length)
@@ -148,7 +150,7 @@ class JaxModel:
     def _loss(self, parameters, tokens, targets, forced=None):
         result = self._merge(parameters)(tokens, forced=forced)
         terms = loss_terms(self.spec, result.logits_BTV, targets, result.routings)
-        return terms["loss"], (terms, _load(result))
+        return terms["loss"], (terms, _load(self.spec, result))
 
     def start_training(
         self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
@@ -232,18 +234,19 @@ def _flat(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
     return None if forced is None else [np.asarray(expert, np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
 
 
-def _load(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
+def _load(spec: ModelSpec, result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
     """Per MoE layer: tokens of each expert, and dropped routed copies."""
+    num_tokens = result.logits_BTV.shape[0] * result.logits_BTV.shape[1]
+    layers = [layer.moe.dispatch for layer in spec.all_layers if layer.moe is not None]
     load = [dispatched.size_E for dispatched in result.dispatches]
-    dropped = [jnp.sum(dispatched.weight_R == 0) for dispatched in result.dispatches]
+    dropped = [num_dropped(*pair, num_tokens) for pair in zip(layers, result.dispatches, strict=True)]
     return load, dropped
 
 
 def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
-    def batched(values: jax.Array) -> np.ndarray:
-        return np.asarray(values).reshape(*shape, -1)
-
-    return [
-        LayerRouting(layer, batched(routing.expert_PK), batched(routing.weight_PK), batched(routing.score_PE))
-        for layer, routing in zip(spec.moe_layers, result.routings, strict=True)
-    ]
+    rows = []
+    for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
+        expert_PK, score_PE = np.array(routing.expert_PK), np.array(routing.score_PE)
+        weight_PK = combine_weights(expert_PK, *(np.array(values) for values in dispatched[:3]))
+        rows.append(LayerRouting(layer, *(values.reshape(*shape, -1) for values in (expert_PK, weight_PK, score_PE))))
+    return rows

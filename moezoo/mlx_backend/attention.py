@@ -15,6 +15,10 @@ from moezoo.mlx_backend.positions import rotate
 
 def attend(query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask_TS: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike."""
+    dtype = query_BTMGH.dtype
+    if mx.default_device() == mx.Device(mx.cpu):
+        # Trap: without a kernel the scores would be rounded to the dtype of the inputs.
+        query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
     batch, length, kv_heads, group, head_dim = query_BTMGH.shape
     query_BNTH = query_BTMGH.reshape(batch, length, kv_heads * group, head_dim).swapaxes(1, 2)
     attended_BNTH = mx.fast.scaled_dot_product_attention(
@@ -24,7 +28,7 @@ def attend(query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask
         scale=1 / math.sqrt(head_dim),
         mask=mask_TS,
     )
-    return attended_BNTH.swapaxes(1, 2).reshape(query_BTMGH.shape)
+    return attended_BNTH.swapaxes(1, 2).reshape(query_BTMGH.shape).astype(dtype)
 
 
 def attend_causally(query_BTMGH: mx.array, key_BTMH: mx.array, value_BTMH: mx.array) -> mx.array:

@@ -37,6 +37,19 @@ def dispatch(spec: DispatchSpec, routing: Routing, num_experts: int) -> Dispatch
     return Dispatch(token_R, expert_R, weight_R, size_E)
 
 
+def num_dropped(spec: DispatchSpec, dispatched: Dispatch, num_tokens: int) -> mx.array:
+    """Spec: moezoo.core.reference.dispatch.num_dropped."""
+    match spec:
+        case DroplessSpec():
+            return mx.array(0)
+        case CapacitySpec():
+            top_k = dispatched.token_R.shape[0] // num_tokens
+            most = capacity(spec, num_tokens, top_k, dispatched.size_E.shape[0])
+            return mx.sum(mx.maximum(dispatched.size_E - most, 0))
+        case _:
+            assert_never(spec)
+
+
 def expert_counts(expert_PK: mx.array, num_experts: int) -> mx.array:
     """Spec: moezoo.core.reference.losses.expert_counts; int32 [E]."""
     chosen = expert_PK.reshape(-1, 1) == mx.arange(num_experts)

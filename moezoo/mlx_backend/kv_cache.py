@@ -9,7 +9,7 @@ from moezoo.mlx_backend.arrays import DTYPES
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the first `length` of S positions; the rest is zero and masked by whoever attends."""
+    """Keys and values of the first `length` of S positions; what lies beyond is masked by whoever attends."""
 
     key_BSMH: mx.array
     value_BSMH: mx.array

@@ -31,8 +31,9 @@ class Router(nn.Module):
         x_PD = x_PD.astype(mx.float32) if spec.dtype == "float32" else x_PD
         logits_PE = mx.einsum("PD,DE->PE", x_PD, self.w_router.astype(x_PD.dtype)).astype(mx.float32)
         score_PE = mx.softmax(logits_PE, axis=-1, precise=True)
+        # Softmax keeps the order of the logits.
         # Trap: argsort is stable, so ties go to the lower id; argpartition has no tie rule.
-        order_PE = mx.argsort(-mx.stop_gradient(score_PE), axis=-1)
+        order_PE = mx.argsort(-mx.stop_gradient(logits_PE), axis=-1)
         expert_PK = order_PE[:, : spec.top_k].astype(mx.int32) if forced_PK is None else forced_PK
         # Trap: without it, "Cannot calculate VJP with respect to indices".
         expert_PK = mx.stop_gradient(expert_PK)

@@ -8,13 +8,14 @@ import numpy as np
 from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
 from moezoo.mlx_backend import BLAS
 from moezoo.mlx_backend.arrays import Weights, to_numpy
+from moezoo.mlx_backend.dispatch import num_dropped
 from moezoo.mlx_backend.experts import grouped_path
 from moezoo.mlx_backend.kv_cache import KVCache, empty_cache
 from moezoo.mlx_backend.losses import loss_terms, token_losses
@@ -92,7 +93,7 @@ class MlxModel:
     def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
         result = self._module(mx.array(tokens))
         losses = token_losses(result.logits_BTV, mx.array(targets))
-        load, dropped = _load(result)
+        load, dropped = _load(self.spec, result)
         mx.eval(losses, load, dropped)
         return Scores(
             np.array(losses),
@@ -124,7 +125,7 @@ class MlxModel:
     def _loss(self, tokens, targets, forced=None):
         result = self._module(tokens, forced=forced)
         terms = loss_terms(self.spec, result.logits_BTV, targets, result.routings)
-        return terms["loss"], terms, _load(result)
+        return terms["loss"], terms, _load(self.spec, result)
 
     def start_training(
         self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
@@ -143,7 +144,6 @@ class MlxModel:
                 moments = tree_unflatten(restored) if restored else {}
                 part.state = {**part.state, **moments, "step": mx.array(update, mx.uint64)}
                 part._initialized = True
-        self._state = [self._module.state, self._optimizer.state]
 
     def train_step(self, windows: np.ndarray, learning_rate: float) -> PendingMlxStep:
         self._optimizer.learning_rate = learning_rate
@@ -197,18 +197,19 @@ def _flat(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
     return None if forced is None else [mx.array(expert.reshape(-1, expert.shape[-1])) for expert in forced]
 
 
-def _load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
+def _load(spec: ModelSpec, result: Forward) -> tuple[list[mx.array], list[mx.array]]:
     """Per MoE layer: tokens of each expert, and dropped routed copies."""
+    num_tokens = result.logits_BTV.shape[0] * result.logits_BTV.shape[1]
+    layers = [layer.moe.dispatch for layer in spec.all_layers if layer.moe is not None]
     load = [dispatched.size_E for dispatched in result.dispatches]
-    dropped = [mx.sum(dispatched.weight_R == 0) for dispatched in result.dispatches]
+    dropped = [num_dropped(*pair, num_tokens) for pair in zip(layers, result.dispatches, strict=True)]
     return load, dropped
 
 
 def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
-    def batched(values: mx.array) -> np.ndarray:
-        return np.array(values).reshape(*shape, -1)
-
-    return [
-        LayerRouting(layer, batched(routing.expert_PK), batched(routing.weight_PK), batched(routing.score_PE))
-        for layer, routing in zip(spec.moe_layers, result.routings, strict=True)
-    ]
+    rows = []
+    for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
+        expert_PK, score_PE = np.array(routing.expert_PK), np.array(routing.score_PE)
+        weight_PK = combine_weights(expert_PK, *(np.array(values) for values in dispatched[:3]))
+        rows.append(LayerRouting(layer, *(values.reshape(*shape, -1) for values in (expert_PK, weight_PK, score_PE))))
+    return rows

@@ -1,6 +1,7 @@
 """Dispatch sorts routed copies of tokens by expert; combine adds the experts' answers up again."""
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import autograd.numpy as np
@@ -28,7 +29,19 @@ class Dispatch(NamedTuple):
 
 def capacity(spec: CapacitySpec, num_tokens: int, top_k: int, num_experts: int) -> int:
     """C = ceil(factor * P * K / E), the rows that an expert serves."""
-    return math.ceil(spec.factor * num_tokens * top_k / num_experts)
+    factor = Fraction(str(spec.factor))  # 1.1 is eleven tenths, so that 1.1 * 100 / 5 is 22 and not a little more
+    return math.ceil(factor * num_tokens * top_k / num_experts)
+
+
+def num_dropped(spec: DispatchSpec, dispatched: Dispatch, num_tokens: int) -> Array:
+    """How many routed copies the capacity drops: the sum over experts of `max(size_E - C, 0)`."""
+    match spec:
+        case DroplessSpec():
+            return 0
+        case CapacitySpec():
+            top_k = len(dispatched.token_R) // num_tokens
+            most = capacity(spec, num_tokens, top_k, len(dispatched.size_E))
+            return np.sum(np.maximum(dispatched.size_E - most, 0))
 
 
 def dispatch(spec: DispatchSpec, routing: Routing, num_experts: int) -> Dispatch:

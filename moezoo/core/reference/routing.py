@@ -37,14 +37,15 @@ def route(spec: RouterSpec, w_router_DE: Array, x_PD: Array, forced_PK: Array | 
         forced_PK: int; take these experts instead of choosing (weights are still this router's own). With it, two
             realizations can be compared where near ties would let them choose differently.
 
-    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 2 (top-k gating); softmax over all experts, then top-k with
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5 (top-k gating); softmax over all experts, then top-k with
     renormalization: Jiang et al. 2024, arXiv 2401.04088.
     """
     logits_PE = np.einsum("PD,DE->PE", x_PD, w_router_DE)
     unnormalized = np.exp(logits_PE - np.max(logits_PE, axis=-1, keepdims=True))
     score_PE = unnormalized / np.sum(unnormalized, axis=-1, keepdims=True)
-    # Trap: a stable sort of the negated score is the tie rule; argpartition has none.
-    expert_PK = np.argsort(-score_PE, axis=-1, kind="stable")[:, : spec.top_k] if forced_PK is None else forced_PK
+    # Softmax keeps the order of the logits, and they do not underflow to ties.
+    # Trap: a stable sort of the negated values is the tie rule; argpartition has none.
+    expert_PK = np.argsort(-logits_PE, axis=-1, kind="stable")[:, : spec.top_k] if forced_PK is None else forced_PK
     weight_PK = score_PE[np.arange(x_PD.shape[0])[:, None], expert_PK]
     if spec.renormalize == "sum":
         weight_PK = weight_PK / (np.sum(weight_PK, axis=-1, keepdims=True) + spec.renormalize_epsilon)
