@@ -5,7 +5,7 @@ import pytest
 
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.reference.dispatch import Dispatch, capacity, combine, dispatch
+from moezoo.core.reference.dispatch import Dispatch, capacity, combine, dispatch, num_dropped
 from moezoo.core.reference.losses import expert_counts
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
@@ -68,6 +68,24 @@ def test_capacity_rounds_up():
     assert capacity(spec, num_tokens=16, top_k=2, num_experts=8) == 5
     assert capacity(spec, num_tokens=15, top_k=2, num_experts=7) == math.ceil(5.357)
     assert capacity(CapacitySpec(factor=0.01), num_tokens=1, top_k=1, num_experts=7) == 1
+
+
+def test_capacity_takes_the_factor_as_it_is_written():
+    """1.1 * 100 / 5 is 22; in float64 it is a little more, and would be rounded up to 23."""
+    assert math.ceil(1.1 * 100 / 5) == 23
+    assert capacity(CapacitySpec(factor=1.1), num_tokens=100, top_k=1, num_experts=5) == 22
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_drops_are_counted_whatever_the_weights_are(twin, kind):
+    """A score may underflow to weight 0; that token is served all the same."""
+    reference = dispatch(SPECS[kind], routing_of(EXPERT_PK, np.zeros((P, K))), E)
+    limit = {"dropless": R, "tight": math.ceil(0.5 * P * K / E), "loose": R}[kind]
+    expected = sum(max(0, int(size) - limit) for size in reference.size_E)
+    assert (expected > 0) == (kind == "tight")
+    assert num_dropped(SPECS[kind], reference, P) == expected
+    rows = twin.module("dispatch").Dispatch(*(twin.array(value) for value in reference))
+    assert int(twin.numpy(twin.module("dispatch").num_dropped(SPECS[kind], rows, P))) == expected
 
 
 def test_capacity_serves_the_earliest_tokens(twin):

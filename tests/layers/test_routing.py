@@ -76,6 +76,15 @@ def test_ties_go_to_the_lower_id(twin):
     np.testing.assert_array_equal(all_equal.expert_PK, np.tile([0, 1], (P, 1)))
 
 
+def test_scores_that_underflow_do_not_tie(twin):
+    """Logits 0 and -300 .. -200: all scores but the first are 0, and yet the next best expert is the last."""
+    x_PD, w_DE = np.zeros((P, D)), np.zeros((D, E))
+    x_PD[:, 0] = 1.0
+    w_DE[0] = [0.0, -300.0, -280.0, -260.0, -240.0, -220.0, -200.0]
+    expert_PK = routed(twin, SPECS["renormalized"], x_PD, w_DE).expert_PK
+    np.testing.assert_array_equal(expert_PK, np.tile([0, 6], (P, 1)))
+
+
 def test_a_constant_added_to_the_logits_changes_nothing(twin):
     """The same column added to every expert adds x . v to all logits of a token."""
     shift_D1 = normal(2, D, 1)
@@ -149,4 +158,14 @@ def test_reference_gradient_agrees_with_finite_differences():
 def test_more_choices_than_experts_are_refused():
     raw = {"num_experts": 8, "router": {"top_k": 9}, "experts": {"hidden_dim": F}}
     with pytest.raises(SpecError, match=r"router.top_k is 9, but num_experts is 8 \(config\). Use top_k <= 8."):
+        validate(MoESpec, raw, "config")
+
+
+def test_an_epsilon_that_nothing_would_use_is_refused():
+    raw = {
+        "num_experts": E,
+        "router": {"top_k": K, "renormalize": "none", "renormalize_epsilon": 1e-6},
+        "experts": {"hidden_dim": F},
+    }
+    with pytest.raises(SpecError, match=r"router.renormalize_epsilon is 1e-06, but renormalize is none \(config\)"):
         validate(MoESpec, raw, "config")

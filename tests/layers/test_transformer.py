@@ -181,15 +181,25 @@ def test_dropped_token_passes_through_the_residual_unchanged(twin):
     )
     spec = ModelSpec(vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, moe=moe),))
     model = twin.backend().build(spec, weights_of(spec))
-    seen = model.forward(TOKENS_BT, record=True).intermediates
+    output = model.forward(TOKENS_BT, record=True)
+    seen = output.intermediates
     before = seen["embedding"] + seen["layers.0.attention"]
     moved = np.max(np.abs(seen["layers.0"] - before), axis=-1).reshape(P)
     assert np.all(moved[:5] > 1e-3)
     np.testing.assert_array_equal(seen["layers.0.moe"].reshape(P, D)[5:], 0)
     assert_close(seen["layers.0"].reshape(P, D)[5:], before.reshape(P, D)[5:], FLOAT32)
+    np.testing.assert_array_equal(output.routing[0].weight.reshape(P), [1.0] * 5 + [0.0] * 10)
     scores = model.score(TOKENS_BT, TARGET_BT)
     assert scores.dropped == [10]
     np.testing.assert_array_equal(scores.load[0], [P])
+
+
+def test_dropless_model_drops_nothing_even_where_weights_underflow(twin):
+    weights = dict(WEIGHTS)
+    weights["layers.1.moe.router.w_router"] = 1000 * WEIGHTS["layers.1.moe.router.w_router"]
+    model = twin.backend().build(SPEC, weights)
+    assert np.any(model.forward(TOKENS_BT, TARGET_BT, record=True).routing[0].weight == 0)
+    assert model.score(TOKENS_BT, TARGET_BT).dropped == [0]
 
 
 def test_bfloat16_model_is_near_float32_forward_and_backward(twin):

@@ -15,6 +15,7 @@ import pytest
 from moezoo.core.config import Config, load_config, with_vocab_size
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import ROLES, parameter_table
+from moezoo.core.reference.dispatch import dispatch
 from moezoo.core.reference.losses import loss_and_gradients, loss_terms
 from moezoo.core.reference.optimizer import adamw, zero_moments
 from moezoo.core.reference.transformer import forward
@@ -104,11 +105,15 @@ def case_of(path: Path) -> Case:
     parameters = {name: value.astype(np.float64) for name, value in weights.items()}
     logits, routings = forward(spec, parameters, first[:, :-1])
     losses = {name: float(value) for name, value in loss_terms(spec, logits, first[:, 1:], routings).items()}
+    moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
     gradients, stepped, moments = _reference_step(config, parameters, windows[0])
     reference = Run(
         name="reference",
         logits=logits,
-        routing=[(r.expert_PK, r.weight_PK, r.score_PE) for r in routings],
+        routing=[
+            (routing.expert_PK, _combine_weights(moe, routing), routing.score_PE)
+            for moe, routing in zip(moes, routings, strict=True)
+        ],
         losses=losses,
         gradients=gradients,
         stepped=stepped,
@@ -117,6 +122,15 @@ def case_of(path: Path) -> Case:
         load=[],
     )
     return Case(config, weights, windows, reference)
+
+
+def _combine_weights(moe, routing) -> np.ndarray:
+    """[P, K], written out: the weight of each choice, 0 where the capacity dropped it."""
+    rows = dispatch(moe.dispatch, routing, moe.num_experts)
+    weight_PK = np.zeros(routing.expert_PK.shape)
+    for token, expert, weight in zip(rows.token_R, rows.expert_R, rows.weight_R, strict=True):
+        weight_PK[token, list(routing.expert_PK[token]).index(expert)] = weight
+    return weight_PK
 
 
 def _reference_step(config, parameters, window):
