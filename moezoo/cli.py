@@ -78,7 +78,7 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
         )
     result = run_training(config, data, realized, run, reporter=ConsoleReporter(console))
     optimum = result.evaluation.optimum if result.evaluation else None
-    draw_run(run.metrics_path, run.picture_path, optimum.best_possible if optimum else None)
+    draw_run(run.metrics_path, run.picture_path, optimum.entropy_rate if optimum else None)
     if result.evaluation is None:
         console.print(
             f"stopped and saved after step {result.step} of {config.training.steps}. Go on with:\n"

@@ -68,12 +68,13 @@ class ConsoleReporter:
             self._progress.update(self._task, completed=step, numbers=numbers)
             return
         now = time.monotonic()
+        if step == self._first + 1:  # it compiled; later steps say how long a step takes
+            self._started, self._first = now, step
         if now - self._last_line >= _LINE_EVERY_S or step == self._total:
             self._last_line = now
-            remaining_s = (now - self._started) / max(step - self._first, 1) * (self._total - step)
-            self._console.print(
-                f"step {step:>6}/{self._total}  eta {_clock(remaining_s)}  {numbers}", highlight=False, soft_wrap=True
-            )
+            done = step - self._first
+            eta = _clock((now - self._started) / done * (self._total - step)) if done else "-:--:--"
+            self._console.print(f"step {step:>6}/{self._total}  eta {eta}  {numbers}", highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)

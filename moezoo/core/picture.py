@@ -163,7 +163,7 @@ def _draw_loss(axes: Any, curves: _Curves, optimum: float | None) -> None:
         )
     if optimum is not None:
         axes.axhline(
-            optimum, color=_OPTIMUM, linestyle=(0, (5, 3)), linewidth=1.4, label=f"best possible, {optimum:.3f}"
+            optimum, color=_OPTIMUM, linestyle=(0, (5, 3)), linewidth=1.4, label=f"entropy of the source, {optimum:.3f}"
         )
     shown = [*curves.cross_entropy, *curves.validation, *([] if optimum is None else [optimum])]
     shown = [value for value in shown if math.isfinite(value)] or [0.0, 1.0]

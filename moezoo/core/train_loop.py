@@ -132,7 +132,9 @@ class _Training:
         self.reporter.step(record)
 
     def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> dict[str, Any]:
-        names = ["loss", "cross_entropy", *(name for name in metrics.losses if name not in ("loss", "cross_entropy"))]
+        moes = [layer.moe for layer in self.config.model.all_layers if layer.moe is not None]
+        kinds = dict.fromkeys(loss.kind for moe in moes for loss in moe.losses)
+        names = ["loss", "cross_entropy", *(name for kind in kinds for name in (kind, f"{kind}_weighted"))]
         return {
             "step": step,
             "tokens": self._tokens(step),

@@ -1,5 +1,6 @@
 """Attention layers. Spec: moezoo.core.reference.attention."""
 
+import functools
 import math
 from typing import assert_never
 
@@ -34,17 +35,26 @@ def attend(query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask
 def attend_causally(query_BTMGH: mx.array, key_BTMH: mx.array, value_BTMH: mx.array) -> mx.array:
     """`attend` of each token to itself and those before it, in chunks of queries that see only the keys they need.
 
-    On the CPU that saves half of the exponentials; the GPU has a fused kernel for the whole.
+    On the CPU that saves half of the exponentials, and chunks take turns on two streams, each of which has a thread.
+    The GPU has a fused kernel for the whole.
     """
     length = query_BTMGH.shape[1]
-    chunk = 64 if mx.default_device() == mx.Device(mx.cpu) else length
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    chunk = 64 if on_cpu else length
+    streams = _two_cpu_streams() if on_cpu else [mx.default_stream(mx.default_device())]
     position_T = mx.arange(length)
     attended = []
-    for start in range(0, length, chunk):
+    for index, start in enumerate(range(0, length, chunk)):
         end = min(start + chunk, length)
         mask_TS = position_T[start:end, None] >= position_T[None, :end]
-        attended.append(attend(query_BTMGH[:, start:end], key_BTMH[:, :end], value_BTMH[:, :end], mask_TS))
+        with mx.stream(streams[index % len(streams)]):
+            attended.append(attend(query_BTMGH[:, start:end], key_BTMH[:, :end], value_BTMH[:, :end], mask_TS))
     return mx.concatenate(attended, axis=1)
+
+
+@functools.cache
+def _two_cpu_streams() -> list[mx.Stream]:
+    return [mx.default_stream(mx.Device(mx.cpu)), mx.new_stream(mx.Device(mx.cpu))]
 
 
 class GroupedQueryAttention(nn.Module):
