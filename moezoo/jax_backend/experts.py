@@ -10,6 +10,7 @@ from jax import lax
 
 from moezoo.core.spec import ExpertsSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.feed_forward import silu_gated
 
 Path = Literal["blocks", "ragged_dot"]
 
@@ -124,4 +125,4 @@ class SwiGLUExperts(nnx.Module):
         groups = group_rows(size_E, x_RD.shape[0])
         gate = grouped_product(x_RD, self.w_gate[...].astype(x_RD.dtype), groups)
         up = grouped_product(x_RD, self.w_up[...].astype(x_RD.dtype), groups)
-        return grouped_product(jax.nn.silu(gate) * up, self.w_down[...].astype(x_RD.dtype), groups)
+        return grouped_product(silu_gated(gate, up), self.w_down[...].astype(x_RD.dtype), groups)

@@ -19,4 +19,9 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = jnp.einsum("...D,DF->...F", x, self.w_gate[...].astype(x.dtype))
         up = jnp.einsum("...D,DF->...F", x, self.w_up[...].astype(x.dtype))
-        return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, self.w_down[...].astype(x.dtype))
+        return jnp.einsum("...F,FD->...D", silu_gated(gate, up), self.w_down[...].astype(x.dtype))
+
+
+def silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.feed_forward.silu_gated."""
+    return jax.nn.silu(gate) * up

@@ -1,6 +1,5 @@
 """Attention layers. Spec: moezoo.core.reference.attention."""
 
-import functools
 import math
 from typing import assert_never
 
@@ -8,7 +7,7 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
-from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.arrays import Weights, streams
 from moezoo.mlx_backend.kv_cache import KVCache
 from moezoo.mlx_backend.normalization import RMSNorm
 from moezoo.mlx_backend.positions import rotate
@@ -41,20 +40,15 @@ def attend_causally(query_BTMGH: mx.array, key_BTMH: mx.array, value_BTMH: mx.ar
     length = query_BTMGH.shape[1]
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     chunk = 64 if on_cpu else length
-    streams = _two_cpu_streams() if on_cpu else [mx.default_stream(mx.default_device())]
+    turns = streams()
     position_T = mx.arange(length)
     attended = []
     for index, start in enumerate(range(0, length, chunk)):
         end = min(start + chunk, length)
         mask_TS = position_T[start:end, None] >= position_T[None, :end]
-        with mx.stream(streams[index % len(streams)]):
+        with mx.stream(turns[index % len(turns)]):
             attended.append(attend(query_BTMGH[:, start:end], key_BTMH[:, :end], value_BTMH[:, :end], mask_TS))
     return mx.concatenate(attended, axis=1)
-
-
-@functools.cache
-def _two_cpu_streams() -> list[mx.Stream]:
-    return [mx.default_stream(mx.Device(mx.cpu)), mx.new_stream(mx.Device(mx.cpu))]
 
 
 class GroupedQueryAttention(nn.Module):

@@ -7,6 +7,7 @@ from mlx import nn
 
 from moezoo.core.spec import ExpertsSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.feed_forward import silu_gated
 
 Path = Literal["gather_mm of blocks", "gather_mm of rows"]
 
@@ -141,4 +142,4 @@ class SwiGLUExperts(nn.Module):
         groups = group_rows(size_E, x_RD.shape[0])
         gate = grouped_product(x_RD, self.w_gate.astype(x_RD.dtype), groups)
         up = grouped_product(x_RD, self.w_up.astype(x_RD.dtype), groups)
-        return grouped_product(nn.silu(gate) * up, self.w_down.astype(x_RD.dtype), groups)
+        return grouped_product(silu_gated(gate, up), self.w_down.astype(x_RD.dtype), groups)

@@ -10,6 +10,11 @@ def silu(x: Array) -> Array:
     return x * 0.5 * (1 + np.tanh(0.5 * x))
 
 
+def silu_gated(gate: Array, up: Array) -> Array:
+    """`silu(gate) * up`, elementwise: what stands between the products of SwiGLU. Both [..., F]."""
+    return silu(gate) * up
+
+
 def swiglu(parameters: Parameters, x: Array) -> Array:
     """`(silu(x w_gate) * (x w_up)) w_down`: [..., D] -> [..., D], through F hidden features.
 
@@ -17,4 +22,4 @@ def swiglu(parameters: Parameters, x: Array) -> Array:
     """
     gate = np.einsum("...D,DF->...F", x, parameters["w_gate"])
     up = np.einsum("...D,DF->...F", x, parameters["w_up"])
-    return np.einsum("...F,FD->...D", silu(gate) * up, parameters["w_down"])
+    return np.einsum("...F,FD->...D", silu_gated(gate, up), parameters["w_down"])
