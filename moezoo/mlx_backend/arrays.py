@@ -1,6 +1,5 @@
 """Arrays in and out: canonical names and NumPy on one side, MLX parameters on the other."""
 
-import functools
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -28,14 +27,3 @@ def to_numpy(values: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
     """Arrays by name -> float32 NumPy arrays by name."""
     # Trap: NumPy has no bfloat16, so cast before crossing over.
     return {name: np.array(value.astype(mx.float32)) for name, value in values.items()}
-
-
-@functools.cache
-def streams() -> list[mx.Stream]:
-    """Where work that falls into parts may take turns: two streams on the CPU, each with a thread; one on the GPU.
-
-    MLX's elementwise operations on the CPU use one thread, and exponentials are most of a training step there.
-    """
-    if mx.default_device() == mx.Device(mx.gpu):
-        return [mx.default_stream(mx.Device(mx.gpu))]
-    return [mx.default_stream(mx.Device(mx.cpu)), mx.new_stream(mx.Device(mx.cpu))]

@@ -7,10 +7,11 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
-from moezoo.mlx_backend.arrays import Weights, streams
+from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kv_cache import KVCache
 from moezoo.mlx_backend.normalization import RMSNorm
 from moezoo.mlx_backend.positions import rotate
+from moezoo.mlx_backend.streams import streams
 
 
 def attend(query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask_TS: mx.array) -> mx.array:

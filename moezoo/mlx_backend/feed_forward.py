@@ -4,7 +4,8 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.spec import SwiGLUSpec
-from moezoo.mlx_backend.arrays import Weights, streams
+from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.streams import streams
 
 
 class SwiGLU(nn.Module):

@@ -1,5 +1,6 @@
 """Training as a whole: both backends, resuming, signals, and losses that are not finite."""
 
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import moezoo
 from moezoo.backends import load_backend
 from moezoo.core.checkpoint import load_checkpoint
 from moezoo.core.config import load_config, with_vocab_size
@@ -151,6 +153,38 @@ def test_existing_run_needs_resume_and_resume_needs_the_same_config(tmp_path: Pa
     with pytest.raises(RunError, match="no run to resume"):
         run("mlx", config, tmp_path / "other", resume=True)
     assert run("mlx", config, tmp_path / "run", "training.steps=3", resume=True).step == 3
+
+
+def test_saved_model_cannot_be_resumed_and_steps_cannot_shrink(tmp_path: Path) -> None:
+    config = write_config(tmp_path, steps=2)
+    run("mlx", config, tmp_path / "run")
+    with pytest.raises(RunError, match=r"training.steps is 1, but the run has done 2"):
+        run("mlx", config, tmp_path / "run", "training.steps=1", resume=True)
+    moezoo.load(tmp_path / "run", backend="mlx").save(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"(?s)optimizer state.*first_moment.embedding.weight"):
+        run("mlx", config, tmp_path / "saved", "training.steps=3", resume=True)
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_capacity_is_reported_in_metrics_and_routing(backend: str, tmp_path: Path) -> None:
+    require_backend(backend)
+    config = write_config(tmp_path, steps=1)
+    dispatch = "model.layers[0].moe.dispatch={kind: capacity, factor: 0.5}"
+    run(backend, config, tmp_path / "run", dispatch)
+    routing = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["routing"]
+    copies = 3 * 24 * 2
+    for row in routing:
+        counts = np.round(np.array(row["load"]) * copies)
+        most = math.ceil(0.5 * copies / 5)
+        assert row["dropped"] == pytest.approx(np.maximum(counts - most, 0).sum() / copies, abs=1e-6)
+        assert row["dropped"] > 0
+    model = moezoo.load(tmp_path / "run", backend=backend)
+    tokens = np.arange(2 * 24).reshape(2, 24) % model.config.model.vocab
+    for layer in model.forward(tokens).routing:
+        for expert in range(5):
+            kept = ((layer.expert == expert) & (layer.weight > 0)).sum()
+            assert kept <= math.ceil(0.5 * tokens.size * 2 / 5)
+        assert (layer.weight == 0).any()
 
 
 def test_gradient_accumulation_counts_load_once(tmp_path: Path) -> None:
