@@ -342,7 +342,7 @@ def _locate(part: type[Part], raw: object, location: tuple[int | str, ...]) -> t
             path += f"[{key}]"
             value = value[key] if isinstance(value, Sequence) and key < len(value) else None
             continue
-        tagged = [model for model in candidates if _tag(model) == key]
+        tagged = [model for model in candidates if key in _tags(model)]
         is_tag = tagged and len(candidates) > 1 and not (isinstance(value, Mapping) and key in value)
         if is_tag:
             candidates = tagged
@@ -355,9 +355,10 @@ def _locate(part: type[Part], raw: object, location: tuple[int | str, ...]) -> t
     return path, owner
 
 
-def _tag(model: type[BaseModel]) -> object:
+def _tags(model: type[BaseModel]) -> tuple[object, ...]:
+    """The values that `kind` may have in this member of a union."""
     kind = model.model_fields.get("kind")
-    return kind.default if kind else None
+    return typing.get_args(kind.annotation) if kind else ()
 
 
 def _models_in(annotation: object) -> Iterator[type[BaseModel]]:

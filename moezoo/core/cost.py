@@ -125,7 +125,7 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
             router += 2 * d * layer.moe.num_experts
             routed += layer.moe.router.top_k * 2 * 3 * d * layer.moe.experts.hidden_dim
             if layer.moe.shared is not None:
-                shared += 2 * 3 * d * layer.moe.shared.feed_forward.hidden_dim
+                shared += 2 * 3 * d * layer.moe.shared_feed_forward.hidden_dim
     times = 3 if training else 1
     return Flops(
         attention_projections=times * projections,
@@ -192,5 +192,5 @@ def _activation_bytes(layer: LayerSpec, embed_dim: int, length: int, compute: in
         held += 2 * _FLOAT32_BYTES * layer.moe.num_experts
         held += compute * layer.moe.router.top_k * (4 * layer.moe.experts.hidden_dim + 2 * embed_dim)
         if layer.moe.shared is not None:
-            held += compute * 4 * layer.moe.shared.feed_forward.hidden_dim
+            held += compute * 4 * layer.moe.shared_feed_forward.hidden_dim
     return held

@@ -20,11 +20,26 @@ def initial_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]
 def initial_value(row: Parameter, seed: int) -> NDArray[np.float32]:
     """The initial value of one parameter."""
     match row.initializer.kind:
-        case "ones":
-            return np.ones(row.shape, np.float32)
-        case "zeros":
-            return np.zeros(row.shape, np.float32)
+        case "constant":
+            return np.full(row.shape, row.initializer.value, np.float32)
         case "normal":
-            key = int.from_bytes(hashlib.sha256(f"{seed}/{row.name}".encode()).digest()[:16], "little")
-            generator = np.random.Generator(np.random.Philox(key=key))
-            return (row.initializer.std * generator.standard_normal(row.shape)).astype(np.float32)
+            return (row.initializer.std * _generator(row, seed).standard_normal(row.shape)).astype(np.float32)
+        case "hash_table":
+            return _hash_table(row, seed)
+
+
+def _generator(row: Parameter, seed: int) -> np.random.Generator:
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{row.name}".encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def _hash_table(row: Parameter, seed: int) -> NDArray[np.float32]:
+    """[V, K]: in each row K different experts; in the first column each expert equally often, but for the rest."""
+    (rows, columns), experts = row.shape, int(row.initializer.value)
+    generator = _generator(row, seed)
+    first = generator.permutation(np.arange(rows) % experts)
+    shifts = np.array([generator.permutation(np.arange(1, experts))[: columns - 1] for _ in range(rows)]).reshape(
+        rows, -1
+    )
+    table = np.concatenate([first[:, None], (first[:, None] + shifts) % experts], axis=1)
+    return table.astype(np.float32)

@@ -164,7 +164,7 @@ def reference_bytes(spec: ModelSpec, batch_size: int, length: int, num_backends:
             doubles += 10 * layer.feed_forward.hidden_dim
         if moe is not None:
             doubles += 10 * moe.router.top_k * moe.experts.hidden_dim + 2 * tokens * moe.router.top_k
-            doubles += 10 * moe.shared.feed_forward.hidden_dim if moe.shared is not None else 0
+            doubles += 10 * moe.shared_feed_forward.hidden_dim if moe.shared is not None else 0
     return parameters * (96 + 40 * num_backends) + 8 * tokens * (doubles + 8 * spec.vocab)
 
 

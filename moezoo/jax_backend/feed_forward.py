@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moezoo.core.spec import SwiGLUSpec
+from moezoo.core.spec import GatedFeedForwardSpec
 from moezoo.jax_backend.arrays import Weights
 
 
 class SwiGLU(nnx.Module):
     """Spec: moezoo.core.reference.feed_forward.swiglu."""
 
-    def __init__(self, spec: SwiGLUSpec, weights: Weights):
+    def __init__(self, spec: GatedFeedForwardSpec, weights: Weights):
         self.w_gate = weights.parameter("w_gate")
         self.w_up = weights.parameter("w_up")
         self.w_down = weights.parameter("w_down")

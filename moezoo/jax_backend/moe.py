@@ -19,7 +19,7 @@ class MoE(nnx.Module):
         self.router = Router(spec.router, weights.inside("router"))
         self.experts = SwiGLUExperts(spec.experts, weights.inside("experts"))
         if spec.shared is not None:
-            self.shared = SwiGLU(spec.shared.feed_forward, weights.inside("shared"))
+            self.shared = SwiGLU(spec.shared_feed_forward, weights.inside("shared"))
 
     def __call__(
         self,

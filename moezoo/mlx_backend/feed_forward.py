@@ -3,7 +3,7 @@
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import SwiGLUSpec
+from moezoo.core.spec import GatedFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.streams import streams
 
@@ -11,7 +11,7 @@ from moezoo.mlx_backend.streams import streams
 class SwiGLU(nn.Module):
     """Spec: moezoo.core.reference.feed_forward.swiglu."""
 
-    def __init__(self, spec: SwiGLUSpec, weights: Weights):
+    def __init__(self, spec: GatedFeedForwardSpec, weights: Weights):
         super().__init__()
         self.w_gate = weights.parameter("w_gate")
         self.w_up = weights.parameter("w_up")

@@ -27,7 +27,7 @@ def choices(annotation) -> tuple:
 
 def parts_in(module) -> list[type[Part]]:
     classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Part)]
-    own = [part for part in classes if part is not Part and part.__module__ == module.__name__]
+    own = [part for part in classes if part is not Part and part.__module__.startswith(module.__name__)]
     return list(dict.fromkeys(own))  # an alias names a class again
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from moezoo.core.reference.experts import grouped_product, swiglu_experts
 from moezoo.core.reference.feed_forward import swiglu
-from moezoo.core.spec import SwiGLUSpec
+from moezoo.core.spec import GatedFeedForwardSpec
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT64, assert_close
 from tests.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
 
@@ -38,7 +38,7 @@ def values_of(num_experts: int = E) -> dict[str, np.ndarray]:
 
 
 def layer_of(twin: Twin, values: dict[str, np.ndarray]):
-    return twin.module("experts").SwiGLUExperts(SwiGLUSpec(hidden_dim=F), twin.weights(values))
+    return twin.module("experts").SwiGLUExperts(GatedFeedForwardSpec(hidden_dim=F), twin.weights(values))
 
 
 def on_cpu(twin: Twin) -> bool:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 
 from moezoo.core.reference.feed_forward import silu, swiglu
-from moezoo.core.spec import SwiGLUSpec
+from moezoo.core.spec import GatedFeedForwardSpec
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT64, assert_close
 from tests.twins import B, D, F, T, Twin, assert_layer_matches, assert_reference_gradient, normal
 
@@ -16,7 +16,7 @@ VALUES = {
 
 
 def layer_of(twin: Twin, values=VALUES):
-    return twin.module("feed_forward").SwiGLU(SwiGLUSpec(hidden_dim=F), twin.weights(values))
+    return twin.module("feed_forward").SwiGLU(GatedFeedForwardSpec(hidden_dim=F), twin.weights(values))
 
 
 def test_value_and_gradients_match_the_reference(twin):

@@ -7,6 +7,7 @@ from moezoo.core.spec import (
     CapacitySpec,
     DispatchSpec,
     DroplessSpec,
+    GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
     LayerSpec,
     ModelSpec,
@@ -15,7 +16,6 @@ from moezoo.core.spec import (
     PrecisionSpec,
     RMSNormSpec,
     RouterSpec,
-    SwiGLUSpec,
 )
 from tests.tolerances import BFLOAT16, FLOAT32, assert_close
 from tests.twins import B, D, E, F, H, K, M, N, V, normal
@@ -28,14 +28,14 @@ def model_of(dispatch: DispatchSpec) -> ModelSpec:
         layers=(
             LayerSpec(
                 attention=GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, qk_norm=RMSNormSpec()),
-                feed_forward=SwiGLUSpec(hidden_dim=F),
+                feed_forward=GatedFeedForwardSpec(hidden_dim=F),
             ),
             LayerSpec(
                 attention=GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, position=NoPositionSpec()),
                 moe=MoESpec(
                     num_experts=E,
                     router=RouterSpec(top_k=K),
-                    experts=SwiGLUSpec(hidden_dim=F),
+                    experts=GatedFeedForwardSpec(hidden_dim=F),
                     dispatch=dispatch,
                 ),
             ),

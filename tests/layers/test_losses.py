@@ -8,13 +8,13 @@ from moezoo.core.errors import SpecError
 from moezoo.core.reference import losses as reference
 from moezoo.core.reference.routing import Routing, route
 from moezoo.core.spec import (
+    GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
     LayerSpec,
     ModelSpec,
     MoESpec,
     RouterSpec,
     RouterZLossSpec,
-    SwiGLUSpec,
     SwitchBalanceLossSpec,
 )
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
@@ -47,7 +47,9 @@ def model_of(*layer_losses) -> ModelSpec:
     layers = [
         LayerSpec(
             attention=attention,
-            moe=MoESpec(num_experts=8, router=RouterSpec(top_k=2), experts=SwiGLUSpec(hidden_dim=3), losses=of_layer),
+            moe=MoESpec(
+                num_experts=8, router=RouterSpec(top_k=2), experts=GatedFeedForwardSpec(hidden_dim=3), losses=of_layer
+            ),
         )
         for of_layer in layer_losses
     ]

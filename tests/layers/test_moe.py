@@ -5,12 +5,12 @@ from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.feed_forward import swiglu
 from moezoo.core.reference.moe import moe
-from moezoo.core.spec import CapacitySpec, MoESpec, RouterSpec, SummedSharedExpertsSpec, SwiGLUSpec
+from moezoo.core.spec import CapacitySpec, GatedFeedForwardSpec, MoESpec, RouterSpec, SharedExpertsSpec
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_all_close, assert_close
 from tests.twins import B, D, E, F, K, P, T, Twin, assert_layer_matches, assert_reference_gradient, normal
 
 X_BTD = normal(0, B, T, D)
-EXPERTS = SwiGLUSpec(hidden_dim=F)
+EXPERTS = GatedFeedForwardSpec(hidden_dim=F)
 SPECS = {
     "top 2": MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=EXPERTS),
     "unnormalized": MoESpec(num_experts=E, router=RouterSpec(top_k=K, renormalize="none"), experts=EXPERTS),
@@ -20,7 +20,7 @@ SPECS = {
         num_experts=E,
         router=RouterSpec(top_k=K),
         experts=EXPERTS,
-        shared=SummedSharedExpertsSpec(num_experts=2, hidden_dim=9),
+        shared=SharedExpertsSpec(num_experts=2, hidden_dim=9),
     ),
 }
 

@@ -9,12 +9,12 @@ from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.reference.optimizer import adamw, global_norm, zero_moments
 from moezoo.core.spec import (
     CapacitySpec,
+    GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
     LayerSpec,
     ModelSpec,
     MoESpec,
     RouterSpec,
-    SwiGLUSpec,
 )
 from tests.backends_available import require_backend
 from tests.tolerances import (
@@ -27,7 +27,7 @@ from tests.tolerances import (
 )
 from tests.twins import D, E, F, H, K, M, N, T, V, normal
 
-MOE = MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=SwiGLUSpec(hidden_dim=F))
+MOE = MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=GatedFeedForwardSpec(hidden_dim=F))
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, qkv_bias=True)
 SPEC = ModelSpec(
     vocab_size=V,
@@ -39,7 +39,7 @@ SPEC = ModelSpec(
 )
 DROPLESS = ModelSpec(vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, moe=MOE),))
 DENSE = ModelSpec(
-    vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, feed_forward=SwiGLUSpec(hidden_dim=F)),)
+    vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, feed_forward=GatedFeedForwardSpec(hidden_dim=F)),)
 )
 RATES = (0.03, 0.02, 0.01)  # large, so that a float32 weight near 1 shows four digits of its update
 # The step divides by sqrt(v) + epsilon: with the usual 1e-8 a gradient of 1e-9, a sum that should cancel, would move

@@ -8,6 +8,7 @@ from moezoo.core.reference.losses import loss_and_gradients, loss_terms
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
     CapacitySpec,
+    GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
     LayerSpec,
     ModelSpec,
@@ -17,8 +18,7 @@ from moezoo.core.spec import (
     RMSNormSpec,
     RouterSpec,
     RouterZLossSpec,
-    SummedSharedExpertsSpec,
-    SwiGLUSpec,
+    SharedExpertsSpec,
     SwitchBalanceLossSpec,
     TiedHeadSpec,
 )
@@ -47,15 +47,15 @@ RICH_ATTENTION = GroupedQueryAttentionSpec(
 MOE = MoESpec(
     num_experts=E,
     router=RouterSpec(top_k=K),
-    experts=SwiGLUSpec(hidden_dim=F),
-    shared=SummedSharedExpertsSpec(hidden_dim=9),
+    experts=GatedFeedForwardSpec(hidden_dim=F),
+    shared=SharedExpertsSpec(hidden_dim=9),
     losses=(SwitchBalanceLossSpec(coefficient=0.01), RouterZLossSpec(coefficient=0.001)),
 )
 SPEC = ModelSpec(
     vocab_size=V,
     embed_dim=D,
     layers=(
-        LayerSpec(attention=ATTENTION, feed_forward=SwiGLUSpec(hidden_dim=F)),
+        LayerSpec(attention=ATTENTION, feed_forward=GatedFeedForwardSpec(hidden_dim=F)),
         LayerSpec(attention=RICH_ATTENTION, moe=MOE),
     ),
 )
@@ -176,7 +176,7 @@ def test_dropped_token_passes_through_the_residual_unchanged(twin):
     moe = MoESpec(
         num_experts=1,
         router=RouterSpec(top_k=1),
-        experts=SwiGLUSpec(hidden_dim=F),
+        experts=GatedFeedForwardSpec(hidden_dim=F),
         dispatch=CapacitySpec(factor=0.3),
     )
     spec = ModelSpec(vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=ATTENTION, moe=moe),))

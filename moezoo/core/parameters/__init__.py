@@ -1,0 +1,10 @@
+"""The parameter table: every parameter of a model, once.
+
+It drives initialization, checkpoints, weight decay, cost, sharding, and the shape tests of both backends. A canonical
+name is the attribute path of the parameter in both frameworks: `layers.3.moe.experts.w_gate`.
+"""
+
+from moezoo.core.parameters.model import parameter_table
+from moezoo.core.parameters.row import ROLES, Initializer, Parameter, Role
+
+__all__ = ["ROLES", "Initializer", "Parameter", "Role", "parameter_table"]

@@ -1,0 +1,78 @@
+"""Rows of the attention layers."""
+
+from collections.abc import Iterator
+from typing import assert_never
+
+from moezoo.core.parameters.row import Initializer, Parameter, Rows
+from moezoo.core.spec import (
+    AttentionSpec,
+    GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
+)
+
+
+def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> Iterator[Parameter]:
+    """Every parameter of the attention of this layer."""
+    match spec:
+        case GroupedQueryAttentionSpec():
+            yield from _grouped_query(rows, name, spec, layer)
+        case LatentAttentionSpec():
+            yield from _latent(rows, name, spec)
+        case GatedDeltaAttentionSpec():
+            yield from _gated_delta(rows, name, spec)
+        case _:
+            assert_never(spec)
+
+
+def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer: int) -> Iterator[Parameter]:
+    d, n, m, h = rows.embed_dim, spec.num_heads, spec.num_kv_heads, spec.head_dim
+    for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head"), ("value", m, "kv_head")):
+        axes = ("embed", axis, "head_dim")
+        yield rows.matrix(f"{name}.w_{which}", (d, heads, h), axes, "attention")
+        if spec.qkv_bias:
+            yield rows.vector(f"{name}.b_{which}", (heads, h), axes[1:], "attention")
+    if spec.qk_norm is not None:
+        for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head")):
+            shape, axes = ((h,), ("head_dim",)) if spec.qk_norm_over == "head" else ((heads, h), (axis, "head_dim"))
+            yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, shape, axes)
+    if spec.value_residual and layer > 0:
+        yield rows.vector(f"{name}.value_mix", (1,), ("one",), "attention", Initializer("constant", value=0.5))
+    if spec.sinks:
+        yield rows.vector(f"{name}.sink", (n,), ("head",), "attention")
+    if spec.gate is not None:
+        shape, axes = (
+            ((d, n), ("embed", "head")) if spec.gate == "headwise" else ((d, n, h), ("embed", "head", "head_dim"))
+        )
+        yield rows.matrix(f"{name}.w_gate", shape, axes, "attention")
+    yield rows.output(f"{name}.w_output", (n, h, d), ("head", "head_dim", "embed"), "attention")
+    if spec.output_bias:
+        yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
+
+
+def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parameter]:
+    d, n, z = rows.embed_dim, spec.num_heads, spec.latent_dim
+    h, o, v = spec.head_dim, spec.rope_head_dim, spec.value_head_dim
+    if spec.query_latent_dim is not None:
+        q = spec.query_latent_dim
+        yield rows.matrix(f"{name}.w_query_down", (d, q), ("embed", "latent"), "attention")
+        yield from rows.norm(f"{name}.query_norm", spec.norm, (q,), ("latent",))
+        yield rows.matrix(f"{name}.w_query", (q, n, h + o), ("latent", "head", "head_dim"), "attention")
+    else:
+        yield rows.matrix(f"{name}.w_query", (d, n, h + o), ("embed", "head", "head_dim"), "attention")
+    yield rows.matrix(f"{name}.w_latent", (d, z), ("embed", "latent"), "attention")
+    yield rows.matrix(f"{name}.w_rope_key", (d, o), ("embed", "head_dim"), "attention")
+    yield from rows.norm(f"{name}.latent_norm", spec.norm, (z,), ("latent",))
+    yield rows.matrix(f"{name}.w_key", (z, n, h), ("latent", "head", "head_dim"), "attention")
+    yield rows.matrix(f"{name}.w_value", (z, n, v), ("latent", "head", "head_dim"), "attention")
+    yield rows.output(f"{name}.w_output", (n, v, d), ("head", "head_dim", "embed"), "attention")
+    if spec.indexer is not None:
+        i, k = spec.indexer.num_heads, spec.indexer.head_dim
+        source, axis = (d, "embed") if spec.query_latent_dim is None else (spec.query_latent_dim, "latent")
+        yield rows.matrix(f"{name}.indexer.w_query", (source, i, k), (axis, "head", "head_dim"), "attention")
+        yield rows.matrix(f"{name}.indexer.w_key", (d, k), ("embed", "head_dim"), "attention")
+        yield rows.matrix(f"{name}.indexer.w_weight", (d, i), ("embed", "head"), "attention")
+
+
+def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterator[Parameter]:
+    yield from ()

@@ -1,0 +1,48 @@
+"""The whole table."""
+
+from collections.abc import Iterator
+
+from moezoo.core.parameters.attention import attention_rows
+from moezoo.core.parameters.feed_forward import feed_forward_rows
+from moezoo.core.parameters.moe import moe_rows
+from moezoo.core.parameters.row import Parameter, Rows
+from moezoo.core.spec import LayerSpec, LearnedPositionsSpec, ModelSpec, UntiedHeadSpec
+
+
+def parameter_table(spec: ModelSpec) -> tuple[Parameter, ...]:
+    """Every parameter of the model, in the order of the forward pass. Raises SpecError while vocab_size is null.
+
+    Weight decay acts on matrices (two dimensions or more, the embedding included), not on scales and biases.
+    """
+    return tuple(_rows(spec, Rows(spec)))
+
+
+def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
+    d, v = spec.embed_dim, spec.vocab
+    yield rows.matrix("embedding.weight", (v, d), ("vocab", "embed"), "embeddings")
+    if isinstance(spec.position, LearnedPositionsSpec):
+        yield rows.matrix("position.weight", (spec.position.max_length, d), ("length", "embed"), "embeddings")
+    previous: int | None = None
+    for index, layer in enumerate(spec.all_layers):
+        yield from _layer(rows, f"layers.{index}", layer, index, previous)
+        if layer.moe is not None:
+            previous = layer.moe.num_choices
+    yield from rows.norm("final_norm", spec.norm, (d,), ("embed",))
+    if isinstance(spec.head, UntiedHeadSpec):
+        yield rows.matrix("head.w_head", (d, v), ("embed", "vocab"), "embeddings")
+
+
+def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | None) -> Iterator[Parameter]:
+    norm, shape, axes = rows.spec.norm, (rows.embed_dim,), ("embed",)
+    yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
+    yield from attention_rows(rows, f"{name}.attention", layer.attention, index)
+    if layer.arrangement == "sandwich":
+        yield from rows.norm(f"{name}.attention_output_norm", norm, shape, axes)
+    if layer.arrangement != "parallel":
+        yield from rows.norm(f"{name}.feed_forward_norm", norm, shape, axes)
+    if layer.feed_forward is not None:
+        yield from feed_forward_rows(rows, f"{name}.feed_forward", layer.feed_forward, "feed-forward")
+    if layer.moe is not None:
+        yield from moe_rows(rows, f"{name}.moe", layer.moe, previous)
+    if layer.arrangement == "sandwich":
+        yield from rows.norm(f"{name}.feed_forward_output_norm", norm, shape, axes)

@@ -1,0 +1,70 @@
+"""Rows of the mixture: router, routed experts, experts without computation, shared experts."""
+
+from collections.abc import Iterator
+
+from moezoo.core.parameters.feed_forward import feed_forward_rows
+from moezoo.core.parameters.row import ONES, Initializer, Parameter, Rows
+from moezoo.core.spec import (
+    ExpertChoiceSpec,
+    HashChoiceSpec,
+    MoESpec,
+    NoisyTopKChoiceSpec,
+    ParallelFeedForwardSpec,
+    ZeroComputationSpec,
+)
+
+
+def moe_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iterator[Parameter]:
+    """Every parameter of one mixture; `previous`: how many logits the MoE layer before it has, None for the first."""
+    d, z = rows.embed_dim, spec.latent_dim
+    yield from _router(rows, f"{name}.router", spec, previous)
+    if z is not None:
+        yield rows.matrix(f"{name}.w_latent", (d, z), ("embed", "latent"), "routed experts")
+    yield from feed_forward_rows(
+        rows, f"{name}.experts", spec.experts, "routed experts", num_experts=spec.num_experts, latent_dim=z
+    )
+    if z is not None:
+        yield rows.output(f"{name}.w_output", (z, d), ("latent", "embed"), "routed experts")
+    if spec.zero_computation is not None:
+        yield from _constant_experts(rows, f"{name}.constant_experts", spec.zero_computation)
+    if spec.shared is not None:
+        yield from feed_forward_rows(rows, f"{name}.shared", spec.shared_feed_forward, "shared experts")
+        if isinstance(spec.shared, ParallelFeedForwardSpec):
+            for which in ("shared_output", "routed_input", "routed_output"):
+                yield from rows.norm(f"{name}.{which}_norm", spec.shared.norm, (d,), ("embed",))
+        elif spec.shared.kind == "sigmoid_gated":
+            yield rows.matrix(f"{name}.w_shared_gate", (d, 1), ("embed", "one"), "shared experts")
+
+
+def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iterator[Parameter]:
+    router, d, e = spec.router, rows.embed_dim, spec.num_choices
+    if router.input == "normalized":
+        yield rows.vector(f"{name}.input_scale", (d,), ("embed",), "router", ONES)
+    yield rows.matrix(f"{name}.w_router", (d, e), ("embed", "expert"), "router")
+    if router.bias:
+        yield rows.vector(f"{name}.b_router", (e,), ("expert",), "router")
+    if router.gating_residual and previous is not None:
+        zeros = Initializer("constant", value=0.0)
+        yield Parameter(f"{name}.w_residual", (previous, e), ("expert", "expert"), zeros, True, "router")
+    if router.per_expert_scale:
+        yield rows.vector(f"{name}.expert_scale", (e,), ("expert",), "router", ONES)
+    if router.selection_bias is not None:
+        yield rows.state(f"{name}.selection_bias", (e,), ("expert",), "router")
+    match router.choice:
+        case NoisyTopKChoiceSpec():
+            zeros = Initializer("constant", value=0.0)
+            yield Parameter(f"{name}.w_noise", (d, e), ("embed", "expert"), zeros, True, "router")
+        case HashChoiceSpec():
+            table = Initializer("hash_table", value=float(e))
+            shape = (rows.spec.vocab, router.top_k)
+            yield rows.state(f"{name}.hash_table", shape, ("vocab", "choice"), "router", table)
+        case ExpertChoiceSpec():
+            yield rows.state(f"{name}.cutoff", (e,), ("expert",), "router")
+            yield rows.state(f"{name}.cutoff_weight", (1,), ("one",), "router")
+
+
+def _constant_experts(rows: Rows, name: str, spec: ZeroComputationSpec) -> Iterator[Parameter]:
+    if spec.num_constant:
+        n, d = spec.num_constant, rows.embed_dim
+        yield rows.matrix(f"{name}.constant", (n, d), ("expert", "embed"), "routed experts")
+        yield rows.matrix(f"{name}.w_mix", (n, d, 2), ("expert", "embed", "two"), "routed experts")

@@ -1,0 +1,122 @@
+"""Auxiliary losses as data. Each is computed for each layer that names it, but `pooled_balance`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from moezoo.core.spec.base import Part
+
+Coefficient = Annotated[float, Field(ge=0)]
+
+
+class SwitchBalanceLossSpec(Part):
+    """Switch load-balancing loss of one layer, 1 when balanced. Source: Fedus et al. 2021, arXiv 2101.03961, eq. 4."""
+
+    kind: Literal["switch_balance"] = "switch_balance"
+    coefficient: Coefficient
+
+
+class RouterZLossSpec(Part):
+    """Penalty on large router logits. Source: Zoph et al. 2022, arXiv 2202.08906, eq. 5."""
+
+    kind: Literal["router_z"] = "router_z"
+    coefficient: Coefficient
+
+
+class ExpertBalanceLossSpec(Part):
+    """Expert-level balance, 1 when balanced. Source: Dai et al. 2024 (DeepSeekMoE), arXiv 2401.06066, eq. 12-14."""
+
+    kind: Literal["expert_balance"] = "expert_balance"
+    coefficient: Coefficient
+
+
+class DeviceBalanceLossSpec(Part):
+    """Balance between `num_devices` equal groups of consecutive experts, 1 when balanced.
+
+    Source: Dai et al. 2024 (DeepSeekMoE), arXiv 2401.06066, eq. 15-17.
+    """
+
+    kind: Literal["device_balance"] = "device_balance"
+    coefficient: Coefficient
+    num_devices: PositiveInt
+
+
+class CommunicationBalanceLossSpec(Part):
+    """Balance of what `num_devices` groups of experts receive; a token counts once for a group it is sent to.
+
+    `max_devices` is M, the number of groups that a token may be sent to. Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv
+    2405.04434, eq. 29-31.
+    """
+
+    kind: Literal["communication_balance"] = "communication_balance"
+    coefficient: Coefficient
+    num_devices: PositiveInt
+    max_devices: PositiveInt
+
+
+class SequenceBalanceLossSpec(Part):
+    """Balance inside each sequence, 1 when balanced. Source: DeepSeek-AI 2024 (DeepSeek-V3), 2412.19437, eq. 17-20."""
+
+    kind: Literal["sequence_balance"] = "sequence_balance"
+    coefficient: Coefficient
+
+
+class GlobalBalanceLossSpec(Part):
+    """Switch balance with the load of the whole step, over all its micro-batches and devices.
+
+    Source: Qiu et al. 2025, arXiv 2501.11873.
+    """
+
+    kind: Literal["global_balance"] = "global_balance"
+    coefficient: Coefficient
+
+
+class ImportanceLossSpec(Part):
+    """Squared coefficient of variation of the experts' summed weights. Source: Shazeer 2017, 1701.06538, eq. 6."""
+
+    kind: Literal["importance"] = "importance"
+    coefficient: Coefficient
+
+
+class LoadLossSpec(Part):
+    """Squared coefficient of variation of a smooth load; needs the noise of `noisy_top_k`.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 8-11.
+    """
+
+    kind: Literal["load"] = "load"
+    coefficient: Coefficient
+
+
+class HeterogeneousBalanceLossSpec(Part):
+    """Balance where a zero-computation expert counts `ffn_share`. Source: Jin 2024 (MoE++), arXiv 2410.07348, eq. 7."""
+
+    kind: Literal["heterogeneous_balance"] = "heterogeneous_balance"
+    coefficient: Coefficient
+
+
+class PooledBalanceLossSpec(Part):
+    """Hugging Face's form, for compatibility: rows of all layers that name it pooled, K when balanced.
+
+    It cannot see layers that are each collapsed on experts of their own. Source: transformers,
+    `load_balancing_loss_func` of its Mixtral model.
+    """
+
+    kind: Literal["pooled_balance"] = "pooled_balance"
+    coefficient: Coefficient
+
+
+AuxiliaryLossSpec = Annotated[
+    SwitchBalanceLossSpec
+    | RouterZLossSpec
+    | ExpertBalanceLossSpec
+    | DeviceBalanceLossSpec
+    | CommunicationBalanceLossSpec
+    | SequenceBalanceLossSpec
+    | GlobalBalanceLossSpec
+    | ImportanceLossSpec
+    | LoadLossSpec
+    | HeterogeneousBalanceLossSpec
+    | PooledBalanceLossSpec,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,155 @@
+"""Layers and the whole model as data."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from moezoo.core.errors import SpecError
+from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec
+from moezoo.core.spec.base import Part, impossible
+from moezoo.core.spec.feed_forward import FeedForwardSpec
+from moezoo.core.spec.moe import MoESpec
+from moezoo.core.spec.norms import NormSpec, RMSNormSpec
+from moezoo.core.spec.positions import EmbeddingPositionSpec
+
+
+class LayerSpec(Part):
+    """One transformer layer, or `repeat` equal ones: attention, then a dense feed-forward or a MoE, each a block f.
+
+    `arrangement` of norms: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv 2002.04745); `post` is `x + norm(f(x))`
+    (OLMo 2, arXiv 2501.00656); `sandwich` is `x + norm(f(norm(x)))` (Gemma 2, arXiv 2408.00118); `parallel` is
+    `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et al. 2022, arXiv 2204.02311).
+    """
+
+    repeat: PositiveInt = 1
+    arrangement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    attention: AttentionSpec
+    feed_forward: FeedForwardSpec | None = None
+    moe: MoESpec | None = None
+
+    @model_validator(mode="after")
+    def _one_feed_forward(self) -> "LayerSpec":
+        if (self.feed_forward is None) == (self.moe is None):
+            both = "both feed_forward and moe" if self.moe is not None else "neither feed_forward nor moe"
+            raise impossible("", f"has {both}", "Give exactly one of feed_forward (dense) and moe")
+        return self
+
+
+class TiedHeadSpec(Part):
+    """The output projection is the transposed embedding. Source: Press and Wolf 2016, arXiv 1608.05859."""
+
+    kind: Literal["tied"] = "tied"
+
+
+class UntiedHeadSpec(Part):
+    """The output projection is a matrix of its own."""
+
+    kind: Literal["untied"] = "untied"
+
+
+HeadSpec = Annotated[TiedHeadSpec | UntiedHeadSpec, Field(discriminator="kind")]
+
+
+class MultipliersSpec(Part):
+    """Constants on the embedding, on what each block adds to the residual stream, and on the logits (Granite, muP)."""
+
+    embedding: PositiveFloat = 1.0
+    residual: PositiveFloat = 1.0
+    logits: PositiveFloat = 1.0
+
+
+class NormalInitializerSpec(Part):
+    """Matrices drawn from N(0, std); scales are one, biases zero."""
+
+    kind: Literal["normal"] = "normal"
+    std: PositiveFloat = 0.02
+
+
+class DepthScaledInitializerSpec(Part):
+    """As `normal`, but projections that write into the residual stream use std / sqrt(2 L).
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+
+    kind: Literal["depth_scaled"] = "depth_scaled"
+    std: PositiveFloat = 0.02
+
+
+class ZeroOutputInitializerSpec(Part):
+    """As `normal`, but projections that write into the residual stream start at zero: each layer starts as nothing.
+
+    Source: Zhang et al. 2019 (Fixup), arXiv 1901.09321; tiny_moe, modded-nanogpt.
+    """
+
+    kind: Literal["zero_output"] = "zero_output"
+    std: PositiveFloat = 0.02
+
+
+InitializerSpec = Annotated[
+    NormalInitializerSpec | DepthScaledInitializerSpec | ZeroOutputInitializerSpec, Field(discriminator="kind")
+]
+
+
+class PrecisionSpec(Part):
+    """Dtype of activations and matrix products. Parameters are float32; `core/precision.py` lists the cast points."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+
+class ModelSpec(Part):
+    """A decoder-only language model. `vocab_size: null` in a config means: as many as the tokenizer has.
+
+    `position`: vectors added to the embedding, beside what the attention layers do. `softcap`: logits become
+    `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `dropout`: in training, this share of what each block
+    adds to the residual stream is set to zero and the rest scaled up (Srivastava et al. 2014).
+    """
+
+    vocab_size: PositiveInt | None = None
+    embed_dim: PositiveInt
+    position: EmbeddingPositionSpec | None = None
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec = RMSNormSpec()
+    head: HeadSpec = UntiedHeadSpec()
+    multipliers: MultipliersSpec = MultipliersSpec()
+    softcap: PositiveFloat | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    initializer: InitializerSpec = DepthScaledInitializerSpec()
+    precision: PrecisionSpec = PrecisionSpec()
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> "ModelSpec":
+        if not self.layers:
+            raise impossible("layers", "is empty", "Give at least one layer")
+        values = {
+            (attention.num_kv_heads, attention.head_dim)
+            for attention in (layer.attention for layer in self.layers)
+            if isinstance(attention, GroupedQueryAttentionSpec) and attention.value_residual
+        }
+        first = self.layers[0].attention
+        for heads in values:
+            if not isinstance(first, GroupedQueryAttentionSpec) or (first.num_kv_heads, first.head_dim) != heads:
+                raise impossible(
+                    "layers[0].attention",
+                    f"has no values of {heads[0]} heads of {heads[1]}, which a layer with value_residual mixes in",
+                    "Give the first layer grouped_query attention of the same num_kv_heads and head_dim",
+                )
+        return self
+
+    @property
+    def all_layers(self) -> tuple[LayerSpec, ...]:
+        """Every layer in order, `repeat` written out: length L."""
+        return tuple(layer for layer in self.layers for _ in range(layer.repeat))
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have a MoE."""
+        return tuple(index for index, layer in enumerate(self.all_layers) if layer.moe is not None)
+
+    @property
+    def vocab(self) -> int:
+        """V. Raises SpecError while `vocab_size` is null."""
+        if self.vocab_size is None:
+            raise SpecError(
+                "model.vocab_size is null; expected a number once the model is built. Give it, or a tokenizer."
+            )
+        return self.vocab_size

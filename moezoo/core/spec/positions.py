@@ -1,0 +1,151 @@
+"""Position information as data: rotations inside attention, and vectors added to the embedding."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from moezoo.core.spec.base import Part, impossible
+
+# --- stretching a rotation to longer texts ---------------------------------------------------------------------------
+
+
+class LinearScalingSpec(Part):
+    """Every angle divided by `factor` (position interpolation). Source: Chen et al. 2023, arXiv 2306.15595."""
+
+    kind: Literal["linear"] = "linear"
+    factor: Annotated[float, Field(ge=1)]
+
+
+class Llama3ScalingSpec(Part):
+    """Slow pairs divided by `factor`, fast ones left, a ramp between. Source: Dubey 2024 (Llama 3), arXiv 2407.21783.
+
+    A pair is slow where it turns less than `low_frequency_factor` times in `original_length` tokens, and fast where
+    more than `high_frequency_factor` times.
+    """
+
+    kind: Literal["llama3"] = "llama3"
+    factor: Annotated[float, Field(ge=1)]
+    original_length: PositiveInt
+    low_frequency_factor: PositiveFloat = 1.0
+    high_frequency_factor: PositiveFloat = 4.0
+
+    @model_validator(mode="after")
+    def _order(self) -> "Llama3ScalingSpec":
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise impossible(
+                "high_frequency_factor",
+                f"is {self.high_frequency_factor}, not above low_frequency_factor = {self.low_frequency_factor}",
+                "Use a larger one",
+            )
+        return self
+
+
+class YaRNScalingSpec(Part):
+    """As `llama3` with a ramp over pairs, and sharper attention. Source: Peng et al. 2023, arXiv 2309.00071.
+
+    Rotated features are multiplied by `attention_factor`; null: `m(mscale) / m(mscale_all_dim)` with
+    `m(s) = 0.1 s ln(factor) + 1`, where an mscale of null counts as 1 over 1 (m(1)). `mscale_all_dim` also multiplies
+    the scores of latent attention by `m(mscale_all_dim)^2` (DeepSeek-V2). `truncate` rounds the ends of the ramp to
+    whole pairs.
+    """
+
+    kind: Literal["yarn"] = "yarn"
+    factor: Annotated[float, Field(ge=1)]
+    original_length: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = None
+    mscale: PositiveFloat | None = None
+    mscale_all_dim: PositiveFloat | None = None
+    truncate: bool = True
+
+
+class LongRoPEScalingSpec(Part):
+    """One divisor for each pair, from one of two lists. Source: Ding et al. 2024, arXiv 2402.13753 (Phi-3).
+
+    The long list serves texts where `length > original_length`. Differs: `length` is a number of the spec, not that of
+    the text at hand, so that a token's rotation does not change while a text grows past the original length.
+    `attention_factor` multiplies rotated features; null: `sqrt(1 + ln(length / original) / ln(original))`, and 1 for
+    short texts.
+    """
+
+    kind: Literal["longrope"] = "longrope"
+    short_factors: tuple[PositiveFloat, ...]
+    long_factors: tuple[PositiveFloat, ...]
+    original_length: PositiveInt
+    length: PositiveInt
+    attention_factor: PositiveFloat | None = None
+
+
+RoPEScalingSpec = Annotated[
+    LinearScalingSpec | Llama3ScalingSpec | YaRNScalingSpec | LongRoPEScalingSpec, Field(discriminator="kind")
+]
+
+# --- inside attention ------------------------------------------------------------------------------------------------
+
+
+class RoPESpec(Part):
+    """Rotary position embedding. Source: Su et al. 2021, arXiv 2104.09864.
+
+    `layout`: pair i is features (i, i + n/2), `half_split`, or (2i, 2i + 1), `interleaved`, of the n rotated ones.
+    `fraction` of a head's features are rotated, the first ones; the others carry no position.
+    """
+
+    kind: Literal["rope"] = "rope"
+    base: PositiveFloat = 10_000.0
+    layout: Literal["half_split", "interleaved"] = "half_split"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    scaling: RoPEScalingSpec | None = None
+
+    def rotated_dim(self, head_dim: int) -> int:
+        """How many of a head's features are rotated."""
+        return int(head_dim * self.fraction)
+
+    def check(self, head_dim: int, path: str) -> None:
+        """Raise where a head of this width cannot be rotated so; `path` of the width in the caller's part."""
+        rotated = self.rotated_dim(head_dim)
+        if rotated % 2 or rotated == 0:
+            part = (
+                "" if self.fraction == 1 else f" and {rotated} of its features are rotated (fraction {self.fraction})"
+            )
+            raise impossible(
+                path,
+                f"is {head_dim}{part}, but RoPE rotates pairs",
+                "Use an even number, or position: {kind: none}",
+            )
+        match self.scaling:
+            case LongRoPEScalingSpec(short_factors=short, long_factors=long):
+                if {len(short), len(long)} != {rotated // 2}:
+                    raise impossible(
+                        "position.scaling",
+                        f"has {len(short)} short and {len(long)} long factors, but {rotated // 2} pairs are rotated",
+                        "Give one of each for a pair",
+                    )
+
+
+class NoPositionSpec(Part):
+    """No position information in this layer but the causal mask (NoPE). Source: Kazemnejad et al. 2023, 2305.19466."""
+
+    kind: Literal["none"] = "none"
+
+
+PositionSpec = Annotated[RoPESpec | NoPositionSpec, Field(discriminator="kind")]
+
+# --- added to the embedding ------------------------------------------------------------------------------------------
+
+
+class LearnedPositionsSpec(Part):
+    """A learned vector for each of `max_length` positions, added to the embedding. Source: Gehring 2017, 1705.03122."""
+
+    kind: Literal["learned"] = "learned"
+    max_length: PositiveInt
+
+
+class SinusoidalPositionsSpec(Part):
+    """Sines and cosines of falling frequency, added to the embedding. Source: Vaswani 2017, 1706.03762, 3.5."""
+
+    kind: Literal["sinusoidal"] = "sinusoidal"
+    base: PositiveFloat = 10_000.0
+
+
+EmbeddingPositionSpec = Annotated[LearnedPositionsSpec | SinusoidalPositionsSpec, Field(discriminator="kind")]
