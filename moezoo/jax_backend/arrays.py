@@ -10,6 +10,10 @@ from flax import nnx
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+class State(nnx.Variable):
+    """What a step changes in another way than by gradients."""
+
+
 class Weights:
     """Values by canonical name, seen from one module: `inside("experts")` is the view of the sub-module `experts`."""
 
@@ -20,9 +24,17 @@ class Weights:
         """The view of a sub-module."""
         return Weights(self._values, f"{self._prefix}{name}.")
 
+    def has(self, name: str) -> bool:
+        """Whether this module has a parameter of that name."""
+        return self._prefix + name in self._values
+
     def parameter(self, name: str) -> nnx.Param:
         """A trainable parameter with this module's value of that name, float32."""
         return nnx.Param(jnp.asarray(self._values[self._prefix + name], jnp.float32))
+
+    def state(self, name: str) -> "State":
+        """State with this module's value of that name, float32: not trained by gradients."""
+        return State(jnp.asarray(self._values[self._prefix + name], jnp.float32))
 
 
 def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:

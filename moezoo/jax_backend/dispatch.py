@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moezoo.core.reference.dispatch import capacity
-from moezoo.core.spec import CapacitySpec, DispatchSpec, DroplessSpec
+from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
 from moezoo.jax_backend.routing import Routing
 
 
@@ -17,38 +17,35 @@ class Dispatch(NamedTuple):
     expert_R: jax.Array
     weight_R: jax.Array
     size_E: jax.Array
+    kept_PK: jax.Array
 
 
-def dispatch(spec: DispatchSpec, routing: Routing, num_experts: int) -> Dispatch:
+def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dispatch:
     """Spec: moezoo.core.reference.dispatch.dispatch."""
     num_tokens, top_k = routing.expert_PK.shape
+    num_experts = spec.num_experts
     flat_R = routing.expert_PK.reshape(-1)
     order_R = jnp.argsort(flat_R, stable=True)
     expert_R, token_R, weight_R = flat_R[order_R], order_R // top_k, routing.weight_PK.reshape(-1)[order_R]
     size_E = expert_counts(routing.expert_PK, num_experts)
-    match spec:
+    kept_R = jnp.ones(flat_R.shape, jnp.bool_)
+    match DroplessSpec() if inference else spec.dispatch:
         case DroplessSpec():
             pass
-        case CapacitySpec():
+        case CapacitySpec() as limited:
             start_E = jnp.cumsum(size_E) - size_E
             place_R = jnp.arange(expert_R.size) - start_E[expert_R]
-            weight_R = jnp.where(place_R < capacity(spec, num_tokens, top_k, num_experts), weight_R, 0.0)
+            kept_R = place_R < capacity(limited, num_tokens, top_k, num_experts)
+            weight_R = jnp.where(kept_R, weight_R, 0.0)
         case _:
-            assert_never(spec)
-    return Dispatch(token_R, expert_R, weight_R, size_E)
+            assert_never(spec.dispatch)
+    kept_PK = kept_R[jnp.argsort(order_R)].reshape(num_tokens, top_k)
+    return Dispatch(token_R, expert_R, weight_R, size_E, kept_PK)
 
 
-def num_dropped(spec: DispatchSpec, dispatched: Dispatch, num_tokens: int) -> jax.Array:
-    """Spec: moezoo.core.reference.dispatch.num_dropped."""
-    match spec:
-        case DroplessSpec():
-            return jnp.zeros((), jnp.int32)
-        case CapacitySpec():
-            top_k = dispatched.token_R.shape[0] // num_tokens
-            most = capacity(spec, num_tokens, top_k, dispatched.size_E.shape[0])
-            return jnp.sum(jnp.maximum(dispatched.size_E - most, 0))
-        case _:
-            assert_never(spec)
+def num_dropped(routing: Routing, dispatched: Dispatch) -> jax.Array:
+    """Spec: moezoo.core.reference.dispatch.num_dropped; int32."""
+    return jnp.sum(routing.valid_PK & ~dispatched.kept_PK)
 
 
 def expert_counts(expert_PK: jax.Array, num_experts: int) -> jax.Array:

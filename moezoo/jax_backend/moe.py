@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from moezoo.core.spec import DroplessSpec, MoESpec
+from moezoo.core.spec import MoESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch
 from moezoo.jax_backend.experts import SwiGLUExperts
@@ -25,15 +25,26 @@ class MoE(nnx.Module):
         self,
         x_BTD: jax.Array,
         *,
+        raw_BTD: jax.Array | None = None,
+        token_BT: jax.Array | None = None,
+        previous_PE: jax.Array | None = None,
         forced_PK: jax.Array | None = None,
-        dropless: bool = False,
+        key: jax.Array | None = None,
+        inference: bool = False,
         record: dict[str, jax.Array] | None = None,
         name: str = "moe",
     ) -> tuple[jax.Array, Routing, Dispatch]:
-        """`dropless`: serve every token whatever the spec's capacity, as generation does."""
+        """`inference`: route as generation does: no noise, and every token served whatever the spec's capacity."""
         x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        routing = self.router(x_PD, forced_PK)
-        dispatched = dispatch(DroplessSpec() if dropless else self.spec.dispatch, routing, self.spec.num_experts)
+        routing = self.router(
+            x_PD,
+            token_P=None if token_BT is None else token_BT.reshape(-1),
+            previous_PE=previous_PE,
+            forced_PK=forced_PK,
+            key=key,
+            inference=inference,
+        )
+        dispatched = dispatch(self.spec, routing, inference=inference)
         y_RD = self.experts(x_PD[dispatched.token_R], dispatched.size_E)
         out_PD = combine(dispatched, y_RD, x_PD.shape[0])
         if record is not None:

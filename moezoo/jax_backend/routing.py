@@ -15,9 +15,14 @@ class Routing(NamedTuple):
     """Spec: moezoo.core.reference.routing.Routing."""
 
     expert_PK: jax.Array
+    valid_PK: jax.Array
     weight_PK: jax.Array
     score_PE: jax.Array
     logits_PE: jax.Array
+    selection_PE: jax.Array
+    clean_logits_PE: jax.Array | None
+    noise_scale_PE: jax.Array | None
+    cutoff_E: jax.Array | None
 
 
 class Router(nnx.Module):
@@ -27,7 +32,16 @@ class Router(nnx.Module):
         self.spec = spec
         self.w_router = weights.parameter("w_router")
 
-    def __call__(self, x_PD: jax.Array, forced_PK: jax.Array | None = None) -> Routing:
+    def __call__(
+        self,
+        x_PD: jax.Array,
+        *,
+        token_P: jax.Array | None = None,
+        previous_PE: jax.Array | None = None,
+        forced_PK: jax.Array | None = None,
+        key: jax.Array | None = None,
+        inference: bool = False,
+    ) -> Routing:
         spec = self.spec
         x_PD = x_PD.astype(jnp.float32) if spec.dtype == "float32" else x_PD
         logits_PE = jnp.einsum("PD,DE->PE", x_PD, self.w_router[...].astype(x_PD.dtype)).astype(jnp.float32)
@@ -42,4 +56,5 @@ class Router(nnx.Module):
                 pass
             case _:
                 assert_never(spec.renormalize)
-        return Routing(expert_PK, weight_PK, score_PE, logits_PE)
+        valid_PK = jnp.ones(expert_PK.shape, jnp.bool_)
+        return Routing(expert_PK, valid_PK, weight_PK, score_PE, logits_PE, logits_PE, None, None, None)

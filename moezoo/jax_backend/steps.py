@@ -236,10 +236,8 @@ def _flat(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
 
 def _load(spec: ModelSpec, result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
     """Per MoE layer: tokens of each expert, and dropped routed copies."""
-    num_tokens = result.logits_BTV.shape[0] * result.logits_BTV.shape[1]
-    layers = [layer.moe.dispatch for layer in spec.all_layers if layer.moe is not None]
     load = [dispatched.size_E for dispatched in result.dispatches]
-    dropped = [num_dropped(*pair, num_tokens) for pair in zip(layers, result.dispatches, strict=True)]
+    dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
     return load, dropped
 
 

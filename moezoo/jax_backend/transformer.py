@@ -98,7 +98,7 @@ class Transformer(nnx.Module):
                 out, routing, dispatched = layer.moe(
                     normed,
                     forced_PK=forced_PK,
-                    dropless=caches is not None,
+                    inference=caches is not None,
                     record=record,
                     name=f"{name}.moe",
                 )

@@ -18,9 +18,17 @@ class Weights:
         """The view of a sub-module."""
         return Weights(self._values, f"{self._prefix}{name}.")
 
+    def has(self, name: str) -> bool:
+        """Whether this module has a parameter of that name."""
+        return self._prefix + name in self._values
+
     def parameter(self, name: str) -> mx.array:
         """A trainable parameter with this module's value of that name, float32."""
         return mx.array(np.asarray(self._values[self._prefix + name], np.float32))
+
+    def state(self, name: str) -> mx.array:
+        """State with this module's value of that name, float32; the module must freeze it: no gradients train it."""
+        return self.parameter(name)
 
 
 def to_numpy(values: Mapping[str, mx.array]) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from typing import NamedTuple, assert_never
 import mlx.core as mx
 
 from moezoo.core.reference.dispatch import capacity
-from moezoo.core.spec import CapacitySpec, DispatchSpec, DroplessSpec
+from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
 from moezoo.mlx_backend.routing import Routing
 
 
@@ -16,38 +16,35 @@ class Dispatch(NamedTuple):
     expert_R: mx.array
     weight_R: mx.array
     size_E: mx.array
+    kept_PK: mx.array
 
 
-def dispatch(spec: DispatchSpec, routing: Routing, num_experts: int) -> Dispatch:
+def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dispatch:
     """Spec: moezoo.core.reference.dispatch.dispatch."""
     num_tokens, top_k = routing.expert_PK.shape
+    num_experts = spec.num_experts
     flat_R = routing.expert_PK.reshape(-1)
     order_R = mx.argsort(flat_R).astype(mx.int32)
     expert_R, token_R, weight_R = flat_R[order_R], order_R // top_k, routing.weight_PK.reshape(-1)[order_R]
     size_E = expert_counts(routing.expert_PK, num_experts)
-    match spec:
+    kept_R = mx.ones(flat_R.shape, mx.bool_)
+    match DroplessSpec() if inference else spec.dispatch:
         case DroplessSpec():
             pass
-        case CapacitySpec():
+        case CapacitySpec() as limited:
             start_E = mx.cumsum(size_E) - size_E
             place_R = mx.arange(expert_R.size) - start_E[expert_R]
-            weight_R = mx.where(place_R < capacity(spec, num_tokens, top_k, num_experts), weight_R, 0.0)
+            kept_R = place_R < capacity(limited, num_tokens, top_k, num_experts)
+            weight_R = mx.where(kept_R, weight_R, 0.0)
         case _:
-            assert_never(spec)
-    return Dispatch(token_R, expert_R, weight_R, size_E)
+            assert_never(spec.dispatch)
+    kept_PK = kept_R[mx.argsort(order_R)].reshape(num_tokens, top_k)
+    return Dispatch(token_R, expert_R, weight_R, size_E, kept_PK)
 
 
-def num_dropped(spec: DispatchSpec, dispatched: Dispatch, num_tokens: int) -> mx.array:
-    """Spec: moezoo.core.reference.dispatch.num_dropped."""
-    match spec:
-        case DroplessSpec():
-            return mx.array(0)
-        case CapacitySpec():
-            top_k = dispatched.token_R.shape[0] // num_tokens
-            most = capacity(spec, num_tokens, top_k, dispatched.size_E.shape[0])
-            return mx.sum(mx.maximum(dispatched.size_E - most, 0))
-        case _:
-            assert_never(spec)
+def num_dropped(routing: Routing, dispatched: Dispatch) -> mx.array:
+    """Spec: moezoo.core.reference.dispatch.num_dropped; int32."""
+    return mx.sum((routing.valid_PK & ~dispatched.kept_PK).astype(mx.int32))
 
 
 def expert_counts(expert_PK: mx.array, num_experts: int) -> mx.array:

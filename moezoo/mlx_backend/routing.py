@@ -13,9 +13,14 @@ class Routing(NamedTuple):
     """Spec: moezoo.core.reference.routing.Routing."""
 
     expert_PK: mx.array
+    valid_PK: mx.array
     weight_PK: mx.array
     score_PE: mx.array
     logits_PE: mx.array
+    selection_PE: mx.array
+    clean_logits_PE: mx.array | None
+    noise_scale_PE: mx.array | None
+    cutoff_E: mx.array | None
 
 
 class Router(nn.Module):
@@ -26,7 +31,16 @@ class Router(nn.Module):
         self.spec = spec
         self.w_router = weights.parameter("w_router")
 
-    def __call__(self, x_PD: mx.array, forced_PK: mx.array | None = None) -> Routing:
+    def __call__(
+        self,
+        x_PD: mx.array,
+        *,
+        token_P: mx.array | None = None,
+        previous_PE: mx.array | None = None,
+        forced_PK: mx.array | None = None,
+        key: mx.array | None = None,
+        inference: bool = False,
+    ) -> Routing:
         spec = self.spec
         x_PD = x_PD.astype(mx.float32) if spec.dtype == "float32" else x_PD
         logits_PE = mx.einsum("PD,DE->PE", x_PD, self.w_router.astype(x_PD.dtype)).astype(mx.float32)
@@ -45,4 +59,5 @@ class Router(nn.Module):
                 pass
             case _:
                 assert_never(spec.renormalize)
-        return Routing(expert_PK, weight_PK, score_PE, logits_PE)
+        valid_PK = mx.ones(expert_PK.shape, mx.bool_)
+        return Routing(expert_PK, valid_PK, weight_PK, score_PE, logits_PE, logits_PE, None, None, None)

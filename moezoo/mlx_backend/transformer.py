@@ -101,7 +101,7 @@ class Transformer(nn.Module):
                 out, routing, dispatched = layer.moe(
                     normed,
                     forced_PK=forced_PK,
-                    dropless=caches is not None,
+                    inference=caches is not None,
                     record=record,
                     name=f"{name}.moe",
                 )

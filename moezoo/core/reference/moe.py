@@ -15,7 +15,12 @@ def moe(
     parameters: Parameters,
     x_BTD: Array,
     *,
+    raw_BTD: Array | None = None,
+    token_BT: Array | None = None,
+    previous_PE: Array | None = None,
     forced_PK: Array | None = None,
+    key: Array | None = None,
+    inference: bool = False,
     record: Record | None = None,
     name: str = "moe",
 ) -> tuple[Array, Routing]:
@@ -24,8 +29,17 @@ def moe(
     `out = sum over chosen experts of weight * expert(x)  +  shared(x)`.
     """
     x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    routing = route(spec.router, parameters["router.w_router"], x_PD, forced_PK)
-    dispatched = dispatch(spec.dispatch, routing, spec.num_experts)
+    routing = route(
+        spec.router,
+        inside(parameters, "router"),
+        x_PD,
+        token_P=None if token_BT is None else token_BT.reshape(-1),
+        previous_PE=previous_PE,
+        forced_PK=forced_PK,
+        key=key,
+        inference=inference,
+    )
+    dispatched = dispatch(spec, routing, inference=inference)
     y_RD = swiglu_experts(inside(parameters, "experts"), x_PD[dispatched.token_R], dispatched.size_E)
     out_PD = combine(dispatched, y_RD, x_PD.shape[0])
     if record is not None:
