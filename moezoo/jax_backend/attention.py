@@ -10,7 +10,7 @@ from jax import lax
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.kv_cache import KVCache
+from moezoo.jax_backend.kv_cache import Attended, KVCache
 from moezoo.jax_backend.normalization import RMSNorm
 from moezoo.jax_backend.positions import rotate
 
@@ -46,7 +46,7 @@ def attend_causally(query_BTMGH: jax.Array, key_BTMH: jax.Array, value_BTMH: jax
 class GroupedQueryAttention(nnx.Module):
     """Spec: moezoo.core.reference.attention.grouped_query_attention; with a cache, for the tokens that follow it."""
 
-    def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights):
+    def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights, layer: int):
         self.spec = spec
         self.w_query = weights.parameter("w_query")
         self.w_key = weights.parameter("w_key")
@@ -62,7 +62,15 @@ class GroupedQueryAttention(nnx.Module):
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
 
-    def __call__(self, x_BTD: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        first_value_BTMH: jax.Array | None = None,
+        count: jax.Array | int | None = None,
+    ) -> Attended:
+        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
         spec, dtype = self.spec, x_BTD.dtype
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
         key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
@@ -86,11 +94,11 @@ class GroupedQueryAttention(nnx.Module):
         if cache is None:
             attended = attend_causally(grouped, key, value)
         else:
-            cache = cache.extended(key, value)
+            cache = cache.extended(key, value, count)
             mask_TS = position_T[:, None] >= jnp.arange(cache.key_BSMH.shape[1])[None, :]
             attended = attend(grouped, cache.key_BSMH, cache.value_BSMH, mask_TS)
         attended = attended.reshape(batch, length, spec.num_heads, spec.head_dim)
         output = jnp.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
         if spec.output_bias:
             output = output + self.b_output[...].astype(dtype)
-        return output, cache
+        return Attended(output, cache, value, None)

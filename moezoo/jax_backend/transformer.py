@@ -46,10 +46,10 @@ class Head(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm layer: attention, then a dense feed-forward or a MoE."""
 
-    def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights):
+    def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         self.spec = spec
         self.attention_norm = RMSNorm(model.norm, weights.inside("attention_norm"))
-        self.attention = GroupedQueryAttention(spec.attention, weights.inside("attention"))
+        self.attention = GroupedQueryAttention(spec.attention, weights.inside("attention"), index)
         self.feed_forward_norm = RMSNorm(model.norm, weights.inside("feed_forward_norm"))
         if spec.feed_forward is not None:
             self.feed_forward = SwiGLU(spec.feed_forward, weights.inside("feed_forward"))
@@ -64,7 +64,10 @@ class Transformer(nnx.Module):
         self.spec = spec
         self.embedding = Embedding(weights.inside("embedding"))
         self.layers = nnx.List(
-            [Layer(layer, spec, weights.inside(f"layers.{index}")) for index, layer in enumerate(spec.all_layers)]
+            [
+                Layer(layer, spec, weights.inside(f"layers.{index}"), index)
+                for index, layer in enumerate(spec.all_layers)
+            ]
         )
         self.final_norm = RMSNorm(spec.norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec):
@@ -83,15 +86,18 @@ class Transformer(nnx.Module):
         routings: list[Routing] = []
         dispatches: list[Dispatch] = []
         new_caches: list[KVCache | None] = []
+        first_value_BTMH: jax.Array | None = None
         x_BTD = self.embedding.weight[...][tokens_BT].astype(DTYPES[self.spec.precision.compute])
         record["embedding"] = x_BTD
         for index, layer in enumerate(self.layers):
             name = f"layers.{index}"
             cache = None if caches is None else caches[index]
-            attended, cache = layer.attention(layer.attention_norm(x_BTD), cache)
-            new_caches.append(cache)
-            record[f"{name}.attention"] = attended
-            x_BTD = x_BTD + attended
+            attended = layer.attention(layer.attention_norm(x_BTD), cache, first_value_BTMH=first_value_BTMH)
+            if index == 0:
+                first_value_BTMH = attended.value_BTMH
+            new_caches.append(attended.cache)
+            record[f"{name}.attention"] = attended.out_BTD
+            x_BTD = x_BTD + attended.out_BTD
             normed = layer.feed_forward_norm(x_BTD)
             if layer.spec.moe is not None:
                 forced_PK = None if forced is None else forced[len(routings)]

@@ -8,7 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.kv_cache import KVCache
+from moezoo.mlx_backend.kv_cache import Attended, KVCache
 from moezoo.mlx_backend.normalization import RMSNorm
 from moezoo.mlx_backend.positions import rotate
 from moezoo.mlx_backend.streams import streams
@@ -55,7 +55,7 @@ def attend_causally(query_BTMGH: mx.array, key_BTMH: mx.array, value_BTMH: mx.ar
 class GroupedQueryAttention(nn.Module):
     """Spec: moezoo.core.reference.attention.grouped_query_attention; with a cache, for the tokens that follow it."""
 
-    def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights):
+    def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights, layer: int):
         super().__init__()
         self.spec = spec
         self.w_query = weights.parameter("w_query")
@@ -72,7 +72,15 @@ class GroupedQueryAttention(nn.Module):
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
 
-    def __call__(self, x_BTD: mx.array, cache: KVCache | None = None) -> tuple[mx.array, KVCache | None]:
+    def __call__(
+        self,
+        x_BTD: mx.array,
+        cache: KVCache | None = None,
+        *,
+        first_value_BTMH: mx.array | None = None,
+        count: int | None = None,
+    ) -> Attended:
+        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
         spec, dtype = self.spec, x_BTD.dtype
         query = mx.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype))
         key = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
@@ -96,11 +104,11 @@ class GroupedQueryAttention(nn.Module):
         if cache is None:
             attended = attend_causally(grouped, key, value)
         else:
-            cache = cache.extended(key, value)
+            cache = cache.extended(key, value, count)
             mask_TS = position_T[:, None] >= mx.arange(cache.key_BSMH.shape[1])[None, :]
             attended = attend(grouped, cache.key_BSMH, cache.value_BSMH, mask_TS)
         attended = attended.reshape(batch, length, spec.num_heads, spec.head_dim)
         output = mx.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
         if spec.output_bias:
             output = output + self.b_output.astype(dtype)
-        return output, cache
+        return Attended(output, cache, value, None)

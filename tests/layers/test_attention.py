@@ -57,11 +57,11 @@ def values_of(spec: GroupedQueryAttentionSpec) -> dict[str, np.ndarray]:
 
 def layer_of(twin: Twin, spec: GroupedQueryAttentionSpec, values=None):
     weights = twin.weights(values_of(spec) if values is None else values)
-    return twin.module("attention").GroupedQueryAttention(spec, weights)
+    return twin.module("attention").GroupedQueryAttention(spec, weights, 0)
 
 
 def output(twin: Twin, spec: GroupedQueryAttentionSpec, x_BTD, values=None) -> np.ndarray:
-    return twin.numpy(layer_of(twin, spec, values)(twin.array(x_BTD))[0])
+    return twin.numpy(layer_of(twin, spec, values)(twin.array(x_BTD)).out_BTD)
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -70,8 +70,8 @@ def test_value_and_gradients_match_the_reference(twin, kind):
     assert_layer_matches(
         twin,
         layer_of(twin, spec),
-        lambda layer, x: layer(x)[0],
-        lambda values, x: grouped_query_attention(spec, values, x),
+        lambda layer, x: layer(x).out_BTD,
+        lambda values, x: grouped_query_attention(spec, values, x).out_BTD,
         values_of(spec),
         X_BTD,
     )
@@ -83,8 +83,8 @@ def test_sequences_of_several_chunks_match_the_reference(twin):
     assert_layer_matches(
         twin,
         layer_of(twin, spec),
-        lambda layer, x: layer(x)[0],
-        lambda values, x: grouped_query_attention(spec, values, x),
+        lambda layer, x: layer(x).out_BTD,
+        lambda values, x: grouped_query_attention(spec, values, x).out_BTD,
         values_of(spec),
         normal(0, 2, 70, D),
     )
@@ -110,8 +110,8 @@ def test_bfloat16_is_near_float32(twin, kind):
     assert_layer_matches(
         twin,
         layer_of(twin, spec),
-        lambda layer, x: layer(x)[0],
-        lambda values, x: grouped_query_attention(spec, values, x),
+        lambda layer, x: layer(x).out_BTD,
+        lambda values, x: grouped_query_attention(spec, values, x).out_BTD,
         values_of(spec),
         X_BTD,
         dtype="bfloat16",
@@ -132,7 +132,7 @@ def test_as_many_kv_heads_as_heads_is_plain_multi_head_attention(twin):
                 attended = sum(score[s] * value[s] for s in range(t + 1)) / sum(score)
                 expected[b, t] += attended @ values["w_output"][n]
     assert_close(output(twin, spec, X_BTD), expected, FLOAT32)
-    assert_close(grouped_query_attention(spec, values, X_BTD), expected, FLOAT64)
+    assert_close(grouped_query_attention(spec, values, X_BTD).out_BTD, expected, FLOAT64)
 
 
 def test_grouped_heads_equal_repeated_kv_heads(twin):
@@ -181,7 +181,9 @@ def test_reference_gradient_agrees_with_finite_differences(kind):
     spec = SPECS[kind]
     values = values_of(spec)
     assert_reference_gradient(
-        lambda x, *some: grouped_query_attention(spec, values | dict(zip(("w_key", "w_value"), some, strict=True)), x),
+        lambda x, *some: (
+            grouped_query_attention(spec, values | dict(zip(("w_key", "w_value"), some, strict=True)), x).out_BTD
+        ),
         X_BTD[:1, :3],
         values["w_key"],
         values["w_value"],

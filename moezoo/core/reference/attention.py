@@ -1,11 +1,25 @@
 """Attention layers."""
 
+from typing import NamedTuple
+
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.normalization import rms_norm
 from moezoo.core.reference.positions import rotate
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
+
+
+class Attended(NamedTuple):
+    """What an attention layer of any kind returns: its output [B, T, D], and two things that others ask of some kinds.
+
+    `value_BTMH`: grouped-query attention's own values, before any mix with those of the first layer. `index_loss`: a
+    scalar that trains an indexer. Each is None where there is none.
+    """
+
+    out_BTD: Array
+    value_BTMH: Array | None
+    index_loss: Array | None
 
 
 def attend(query_BTMGH: Array, key_BSMH: Array, value_BSMH: Array, mask_TS: Array) -> Array:
@@ -28,7 +42,9 @@ def attend(query_BTMGH: Array, key_BSMH: Array, value_BSMH: Array, mask_TS: Arra
     return np.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH)
 
 
-def grouped_query_attention(spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array) -> Array:
+def grouped_query_attention(
+    spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, *, first_value_BTMH: Array | None = None
+) -> Attended:
     """Causal self-attention of T tokens at positions 0 .. T-1: [B, T, D] -> [B, T, D].
 
     Order: project (and add biases), normalize each head if `qk_norm`, rotate if RoPE, attend, project back.
@@ -56,4 +72,6 @@ def grouped_query_attention(spec: GroupedQueryAttentionSpec, parameters: Paramet
     mask_TS = position_T[:, None] >= position_T[None, :]
     attended = attend(grouped, key, value, mask_TS).reshape(batch, length, spec.num_heads, spec.head_dim)
     output = np.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
-    return output + parameters["b_output"] if spec.output_bias else output
+    if spec.output_bias:
+        output = output + parameters["b_output"]
+    return Attended(output, value, None)

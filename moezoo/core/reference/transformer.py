@@ -39,15 +39,20 @@ def forward(
     """
     record = {} if record is None else record
     routings: list[Routing] = []
+    first_value_BTMH: Array | None = None
     x_BTD = parameters["embedding.weight"][tokens_BT]
     record["embedding"] = x_BTD
     for index, layer in enumerate(spec.all_layers):
         name = f"layers.{index}"
         own = inside(parameters, name)
         normed = rms_norm(x_BTD, own["attention_norm.scale"], spec.norm.epsilon)
-        attended = grouped_query_attention(layer.attention, inside(own, "attention"), normed)
-        record[f"{name}.attention"] = attended
-        x_BTD = x_BTD + attended
+        attended = grouped_query_attention(
+            layer.attention, inside(own, "attention"), normed, first_value_BTMH=first_value_BTMH
+        )
+        if index == 0:
+            first_value_BTMH = attended.value_BTMH
+        record[f"{name}.attention"] = attended.out_BTD
+        x_BTD = x_BTD + attended.out_BTD
         normed = rms_norm(x_BTD, own["feed_forward_norm.scale"], spec.norm.epsilon)
         if layer.moe is not None:
             forced_PK = None if forced is None else forced[len(routings)]
