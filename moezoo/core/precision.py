@@ -8,7 +8,7 @@ With `precision.compute: bfloat16` (parameters stay float32, and so do their gra
 | gradients of parameters (through the cast of the weight, so rounded to compute on the way) | float32 |
 | embedding rows, residual stream, weights as they enter a product | compute |
 | products of attention, feed-forward, experts and head | compute in and out, accumulated in float32 |
-| RMSNorm: mean of squares, rsqrt and scale; result cast back | float32 |
+| norms: means, rsqrt, scale and bias; result cast back | float32 |
 | RoPE angles and rotation; result cast back | float32 |
 | attention scores and softmax; probabilities cast back | float32 |
 | router logits, scores, weights (`router.dtype: float32`) | float32 |

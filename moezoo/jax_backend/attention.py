@@ -11,7 +11,7 @@ from jax import lax
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kv_cache import Attended, KVCache
-from moezoo.jax_backend.normalization import RMSNorm
+from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import rotate
 
 
@@ -57,8 +57,8 @@ class GroupedQueryAttention(nnx.Module):
             self.b_key = weights.parameter("b_key")
             self.b_value = weights.parameter("b_value")
         if spec.qk_norm is not None:
-            self.query_norm = RMSNorm(spec.qk_norm, weights.inside("query_norm"))
-            self.key_norm = RMSNorm(spec.qk_norm, weights.inside("key_norm"))
+            self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"))
+            self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"))
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
 

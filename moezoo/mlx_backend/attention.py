@@ -9,7 +9,7 @@ from mlx import nn
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kv_cache import Attended, KVCache
-from moezoo.mlx_backend.normalization import RMSNorm
+from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import rotate
 from moezoo.mlx_backend.streams import streams
 
@@ -67,8 +67,8 @@ class GroupedQueryAttention(nn.Module):
             self.b_key = weights.parameter("b_key")
             self.b_value = weights.parameter("b_value")
         if spec.qk_norm is not None:
-            self.query_norm = RMSNorm(spec.qk_norm, weights.inside("query_norm"))
-            self.key_norm = RMSNorm(spec.qk_norm, weights.inside("key_norm"))
+            self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"))
+            self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"))
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
 

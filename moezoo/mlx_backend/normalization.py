@@ -1,19 +1,67 @@
 """Normalization layers. Spec: moezoo.core.reference.normalization."""
 
+from typing import assert_never
+
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import NormSpec
+from moezoo.core.spec import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.mlx_backend.arrays import Weights
 
 
 class RMSNorm(nn.Module):
     """Spec: moezoo.core.reference.normalization.rms_norm; the fused kernel accumulates in float32."""
 
-    def __init__(self, spec: NormSpec, weights: Weights):
+    def __init__(self, spec: RMSNormSpec, weights: Weights):
         super().__init__()
-        self.scale = weights.parameter("scale")
-        self.epsilon = spec.epsilon
+        self.spec = spec
+        if spec.scale != "none":
+            self.scale = weights.parameter("scale")
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x.astype(mx.float32), self.scale, self.epsilon).astype(x.dtype)
+        scale = self._multiplier()
+        normed = mx.fast.rms_norm(_flat(x, scale), None if scale is None else scale.reshape(-1), self.spec.epsilon)
+        return normed.reshape(x.shape).astype(x.dtype)
+
+    def _multiplier(self) -> mx.array | None:
+        match self.spec.scale:
+            case "learned":
+                return self.scale
+            case "zero_centred":
+                return 1 + self.scale
+            case "none":
+                return None
+            case _:
+                assert_never(self.spec.scale)
+
+
+class LayerNorm(nn.Module):
+    """Spec: moezoo.core.reference.normalization.layer_norm; the fused kernel accumulates in float32."""
+
+    def __init__(self, spec: LayerNormSpec, weights: Weights):
+        super().__init__()
+        self.epsilon = spec.epsilon
+        self.scale = weights.parameter("scale")
+        self.bias = weights.parameter("bias") if spec.bias else None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        bias = None if self.bias is None else self.bias.reshape(-1)
+        normed = mx.fast.layer_norm(_flat(x, self.scale), self.scale.reshape(-1), bias, self.epsilon)
+        return normed.reshape(x.shape).astype(x.dtype)
+
+
+def norm(spec: NormSpec, weights: Weights) -> RMSNorm | LayerNorm:
+    """Spec: moezoo.core.reference.normalization.normalize."""
+    match spec:
+        case RMSNormSpec():
+            return RMSNorm(spec, weights)
+        case LayerNormSpec():
+            return LayerNorm(spec, weights)
+        case _:
+            assert_never(spec)
+
+
+def _flat(x: mx.array, scale: mx.array | None) -> mx.array:
+    """Float32, with the axes to normalize over as one: the kernels take the last."""
+    axes = 1 if scale is None else scale.ndim
+    return x.astype(mx.float32).reshape(*x.shape[: x.ndim - axes], -1)

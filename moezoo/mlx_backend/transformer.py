@@ -13,7 +13,7 @@ from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import SwiGLU
 from moezoo.mlx_backend.kv_cache import KVCache
 from moezoo.mlx_backend.moe import MoE
-from moezoo.mlx_backend.normalization import RMSNorm
+from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.routing import Routing
 
 Record = dict[str, mx.array]
@@ -50,9 +50,9 @@ class Layer(nn.Module):
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         super().__init__()
         self.spec = spec
-        self.attention_norm = RMSNorm(model.norm, weights.inside("attention_norm"))
+        self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
         self.attention = GroupedQueryAttention(spec.attention, weights.inside("attention"), index)
-        self.feed_forward_norm = RMSNorm(model.norm, weights.inside("feed_forward_norm"))
+        self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.feed_forward is not None:
             self.feed_forward = SwiGLU(spec.feed_forward, weights.inside("feed_forward"))
         if spec.moe is not None:
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         self.layers = [
             Layer(layer, spec, weights.inside(f"layers.{index}"), index) for index, layer in enumerate(spec.all_layers)
         ]
-        self.final_norm = RMSNorm(spec.norm, weights.inside("final_norm"))
+        self.final_norm = norm(spec.norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec):
             self.head = Head(weights.inside("head"))
 

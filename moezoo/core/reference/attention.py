@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters
-from moezoo.core.reference.normalization import rms_norm
+from moezoo.core.reference import Array, Parameters, inside
+from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import rotate
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 
@@ -59,8 +59,8 @@ def grouped_query_attention(
             value + parameters["b_value"],
         )
     if spec.qk_norm is not None:
-        query = rms_norm(query, parameters["query_norm.scale"], spec.qk_norm.epsilon)
-        key = rms_norm(key, parameters["key_norm.scale"], spec.qk_norm.epsilon)
+        query = normalize(spec.qk_norm, inside(parameters, "query_norm"), query)
+        key = normalize(spec.qk_norm, inside(parameters, "key_norm"), key)
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length)
     match spec.position:

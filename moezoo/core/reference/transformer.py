@@ -8,7 +8,7 @@ from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.attention import grouped_query_attention
 from moezoo.core.reference.feed_forward import swiglu
 from moezoo.core.reference.moe import moe
-from moezoo.core.reference.normalization import rms_norm
+from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import ModelSpec, TiedHeadSpec, UntiedHeadSpec
 
@@ -45,7 +45,7 @@ def forward(
     for index, layer in enumerate(spec.all_layers):
         name = f"layers.{index}"
         own = inside(parameters, name)
-        normed = rms_norm(x_BTD, own["attention_norm.scale"], spec.norm.epsilon)
+        normed = normalize(spec.norm, inside(own, "attention_norm"), x_BTD)
         attended = grouped_query_attention(
             layer.attention, inside(own, "attention"), normed, first_value_BTMH=first_value_BTMH
         )
@@ -53,7 +53,7 @@ def forward(
             first_value_BTMH = attended.value_BTMH
         record[f"{name}.attention"] = attended.out_BTD
         x_BTD = x_BTD + attended.out_BTD
-        normed = rms_norm(x_BTD, own["feed_forward_norm.scale"], spec.norm.epsilon)
+        normed = normalize(spec.norm, inside(own, "feed_forward_norm"), x_BTD)
         if layer.moe is not None:
             forced_PK = None if forced is None else forced[len(routings)]
             out, routing = moe(
@@ -66,7 +66,7 @@ def forward(
             record[f"{name}.feed_forward"] = out
         x_BTD = x_BTD + out
         record[name] = x_BTD
-    x_BTD = rms_norm(x_BTD, parameters["final_norm.scale"], spec.norm.epsilon)
+    x_BTD = normalize(spec.norm, inside(parameters, "final_norm"), x_BTD)
     record["final_norm"] = x_BTD
     match spec.head:
         case TiedHeadSpec():
