@@ -2,10 +2,12 @@
 
 Whoever needs a random number says for what: `uniform(fold_in(key(seed), step, layer, purpose), shape)`.
 Nothing is advanced and nothing is saved, so a resumed run draws what the first one would have drawn, on every
-backend.
+backend. Keys and uniforms are the same bit for bit on all three; normal and Gumbel numbers differ by the rounding of
+a logarithm or two, since a uniform is drawn first and transformed after.
 """
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,9 @@ import numpy.typing as npt
 from moezoo.core.errors import SpecError
 
 Bits = npt.NDArray[np.uint32]
+
+ROUTER_JITTER, ROUTER_NOISE, ROUTER_SAMPLE, ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT = range(1, 6)
+"""What a layer's random numbers are for, as counters: `fold_in(key, ROUTER_NOISE)`. A number is never given anew."""
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -91,6 +96,34 @@ def uniform(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     Source: `jax.random.uniform` with its default range.
     """
     return ((bits(key, shape) >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1)
+
+
+def normal(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Standard normal numbers: float64 [*shape], or [*keys, *shape] as in `bits`.
+
+    `Phi^-1(u + 2**-24)` for a uniform u: the middle of its cell, so that plus and minus are equally far, and the
+    largest is 5.3. A backend computes `sqrt(2) erfinv(2 u + 2**-23 - 1)`, whose argument is exact in float32.
+
+    Differs: `jax.random.normal` transforms the lower end of a cell, which is another number by up to a cell.
+    """
+    inverse = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
+    return np.asarray(inverse(uniform(key, shape).astype(np.float64) + 2.0**-24))
+
+
+def gumbel(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Standard Gumbel numbers, `-log(-log(max(u, 2**-126)))`: float64 [*shape], or [*keys, *shape] as in `bits`.
+
+    The place of the largest of `logits + gumbel` is a draw from softmax(logits). Source: `jax.random.gumbel`.
+    """
+    return -np.log(-np.log(np.maximum(uniform(key, shape).astype(np.float64), 2.0**-126)))
+
+
+def bernoulli(key: Bits, probability: float, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """True with a probability in [0, 1], compared in float32: bool [*shape], or [*keys, *shape] as in `bits`.
+
+    Source: `jax.random.bernoulli`.
+    """
+    return uniform(key, shape) < np.float32(probability)
 
 
 def _threefry(key: Bits, x0: Bits, x1: Bits) -> tuple[Bits, Bits]:

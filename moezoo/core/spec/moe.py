@@ -136,6 +136,11 @@ class MoESpec(Part):
         return self.num_experts + (self.zero_computation.num_experts if self.zero_computation else 0)
 
     @property
+    def num_slots(self) -> int:
+        """Experts a token can have at most, the K of `expert_PK`: top_k, or all of them where experts choose tokens."""
+        return self.num_choices if isinstance(self.router.choice, ExpertChoiceSpec) else self.router.top_k
+
+    @property
     def shared_feed_forward(self) -> FeedForwardSpec:
         """The one feed-forward that every token passes through; only where `shared` is not null."""
         match self.shared:

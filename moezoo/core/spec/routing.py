@@ -43,11 +43,14 @@ class NoisyTopKChoiceSpec(Part):
 
 
 class SparseMixerChoiceSpec(Part):
-    """Sparsemixer-v2: each of two experts is drawn from a softmax over logits near the best one, and its gradient is
-    estimated by Heun's method. Source: Liu et al. 2024 (GRIN), arXiv 2409.12136; Phi-3.5-MoE's released code.
+    """SparseMixer-v2: one or two experts, each drawn in training from a softmax over the logits near the best one.
 
-    Logits further below the best than `jitter * 2` of its size are out. In training an expert is sampled by Gumbel
-    noise, and half of the samples that are not the best one scale their weight's gradient; inference takes the best.
+    Near: within `2 * jitter` of the best, as a share of `max(|logit|, best)`. The weight is the drawn expert's share of
+    that softmax. If it is not the most probable one, its weight is divided by 3 three times out of four, while the
+    gradient stays that of the undivided weight: Heun's third-order estimate of what the choice was worth. The second
+    expert is drawn in the same way from what is left. Inference takes the best. The selection value plays no part.
+
+    Source: Liu et al. 2024 (GRIN), arXiv 2409.12136; the released code of Phi-3.5-MoE (transformers, `phimoe`).
     """
 
     kind: Literal["sparsemixer"] = "sparsemixer"
@@ -55,7 +58,11 @@ class SparseMixerChoiceSpec(Part):
 
 
 class TopPChoiceSpec(Part):
-    """The fewest experts whose scores sum to at least `p`, at most top_k. Source: Huang 2024, arXiv 2403.07652."""
+    """The fewest experts, best first, whose scores sum to at least `p`, and never more than top_k.
+
+    The expert with which the sum reaches p is among them. Source: Huang et al. 2024, arXiv 2403.07652, top-p routing.
+    Differs: the bound top_k, so that shapes are static.
+    """
 
     kind: Literal["top_p"] = "top_p"
     p: Annotated[float, Field(gt=0, lt=1)]
@@ -71,9 +78,10 @@ class HashChoiceSpec(Part):
 
 
 class ExpertChoiceSpec(Part):
-    """In training each expert takes the `P * top_k / E` tokens of the highest score: top_k is the mean over tokens.
+    """In training each expert takes the `C = ceil(P * top_k / E)` tokens of the highest score, ties to the earlier.
 
-    That looks at later tokens. So training keeps for each expert a moving average (`decay` a step) of its cutoff, the
+    So top_k is the mean number of experts a token has, and one token may have all E or none. That looks at later tokens
+    and at other sequences. So training keeps for each expert a moving average (`decay` a step) of its cutoff, the
     lowest score that it took, and at inference a token goes to every expert whose cutoff its score reaches.
     Source: Zhou et al. 2022, arXiv 2202.09368, section 3.2. Differs: inference by cutoffs is our own.
     """
@@ -156,8 +164,29 @@ class RouterSpec(Part):
     apply_to: Literal["output", "input"] = "output"
     jitter: JitterSpec | None = None
 
+    @property
+    def selection_basis(self) -> Literal["score", "logits"]:
+        """What the selection value is made of.
+
+        Softmax keeps the order of a token's logits, and logits do not underflow to ties. So they stand for softmax
+        scores wherever nothing but that order decides: not with a bias, with sums over a group, or between tokens.
+        """
+        if self.select_on == "logits" or self.score == "none":
+            return "logits"
+        match self.choice:
+            case ExpertChoiceSpec() | GroupedTopKChoiceSpec(group_value="top2"):
+                return "score"
+            case _:
+                return "logits" if self.score == "softmax" and self.selection_bias is None else "score"
+
     @model_validator(mode="after")
     def _combinations(self) -> "RouterSpec":
+        if isinstance(self.choice, TopPChoiceSpec) and self.score == "none":
+            raise impossible(
+                "choice",
+                "is top_p, which adds up scores, but score is none",
+                "Use score: softmax",
+            )
         if self.renormalize == "none" and self.renormalize_epsilon:
             raise impossible(
                 "renormalize_epsilon",
