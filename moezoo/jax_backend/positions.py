@@ -1,15 +1,63 @@
 """Position information. Spec: moezoo.core.reference.positions."""
 
+from typing import assert_never
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moezoo.core.reference.positions import frequencies, score_multiplier, sinusoidal_frequencies
+from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
+from moezoo.jax_backend.arrays import Weights
+
+__all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # the last is a number, and core's
 
 
-def rotate(x_BTNH: jax.Array, position_T: jax.Array, base: float) -> jax.Array:
+def rotate(spec: RoPESpec, x_BTNH: jax.Array, position_T: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.positions.rotate."""
-    half = x_BTNH.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (position_T[:, None].astype(jnp.float32) * frequency)[None, :, None, :]
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
+    rotated_dim = 2 * len(frequency)
+    angle = _angle(position_T, frequency)[None, :, None, :]
+    cosine, sine = attention_factor * jnp.cos(angle), attention_factor * jnp.sin(angle)
+
+    def turn(first: jax.Array, second: jax.Array) -> list[jax.Array]:
+        return [first * cosine - second * sine, second * cosine + first * sine]
+
+    x = x_BTNH[..., :rotated_dim].astype(jnp.float32)
+    match spec.layout:
+        case "half_split":
+            out = jnp.concatenate(turn(*jnp.split(x, 2, axis=-1)), axis=-1)
+        case "interleaved":
+            pairs = x.reshape(*x.shape[:-1], -1, 2)
+            out = jnp.stack(turn(pairs[..., 0], pairs[..., 1]), axis=-1).reshape(x.shape)
+        case _:
+            assert_never(spec.layout)
+    out = out.astype(x_BTNH.dtype)
+    return out if spec.fraction == 1 else jnp.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
+
+
+class EmbeddingPosition(nnx.Module):
+    """Spec: moezoo.core.reference.positions.embedding_positions."""
+
+    def __init__(self, spec: EmbeddingPositionSpec, embed_dim: int, weights: Weights):
+        self.spec = spec
+        self.embed_dim = embed_dim
+        if isinstance(spec, LearnedPositionsSpec):
+            self.weight = weights.parameter("weight")
+
+    def __call__(self, position_T: jax.Array) -> jax.Array:
+        match self.spec:
+            case LearnedPositionsSpec():
+                return self.weight[...][position_T]
+            case SinusoidalPositionsSpec():
+                angle = _angle(position_T, sinusoidal_frequencies(self.spec, self.embed_dim))
+                waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+                return waves.reshape(len(position_T), -1)[:, : self.embed_dim]
+            case _:
+                assert_never(self.spec)
+
+
+def _angle(position_T: jax.Array, frequency: np.ndarray) -> jax.Array:
+    """Positions times frequencies, in float32."""
+    return position_T[:, None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)

@@ -94,8 +94,8 @@ class GroupedQueryAttention(nn.Module):
         batch, length = x_BTD.shape[:2]
         position_T = mx.arange(length) + (0 if cache is None else cache.length)
         match spec.position:
-            case RoPESpec(base=base):
-                query, key = rotate(query, position_T, base), rotate(key, position_T, base)
+            case RoPESpec():
+                query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
             case NoPositionSpec():
                 pass
             case _:

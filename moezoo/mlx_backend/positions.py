@@ -1,14 +1,63 @@
 """Position information. Spec: moezoo.core.reference.positions."""
 
+from typing import assert_never
+
 import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from moezoo.core.reference.positions import frequencies, score_multiplier, sinusoidal_frequencies
+from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
+from moezoo.mlx_backend.arrays import Weights
+
+__all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # the last is a number, and core's
 
 
-def rotate(x_BTNH: mx.array, position_T: mx.array, base: float) -> mx.array:
+def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.positions.rotate."""
-    half = x_BTNH.shape[-1] // 2
-    frequency = base ** (-mx.arange(half, dtype=mx.float32) / half)
-    angle = (position_T[:, None].astype(mx.float32) * frequency)[None, :, None, :]
-    cosine, sine = mx.cos(angle), mx.sin(angle)
-    first, second = mx.split(x_BTNH.astype(mx.float32), 2, axis=-1)
-    rotated = mx.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
+    rotated_dim = 2 * len(frequency)
+    angle = _angle(position_T, frequency)[None, :, None, :]
+    cosine, sine = attention_factor * mx.cos(angle), attention_factor * mx.sin(angle)
+
+    def turn(first: mx.array, second: mx.array) -> list[mx.array]:
+        return [first * cosine - second * sine, second * cosine + first * sine]
+
+    x = x_BTNH[..., :rotated_dim].astype(mx.float32)
+    match spec.layout:
+        case "half_split":
+            out = mx.concatenate(turn(*mx.split(x, 2, axis=-1)), axis=-1)
+        case "interleaved":
+            pairs = x.reshape(*x.shape[:-1], -1, 2)
+            out = mx.stack(turn(pairs[..., 0], pairs[..., 1]), axis=-1).reshape(x.shape)
+        case _:
+            assert_never(spec.layout)
+    out = out.astype(x_BTNH.dtype)
+    return out if spec.fraction == 1 else mx.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
+
+
+class EmbeddingPosition(nn.Module):
+    """Spec: moezoo.core.reference.positions.embedding_positions."""
+
+    def __init__(self, spec: EmbeddingPositionSpec, embed_dim: int, weights: Weights):
+        super().__init__()
+        self.spec = spec
+        self.embed_dim = embed_dim
+        if isinstance(spec, LearnedPositionsSpec):
+            self.weight = weights.parameter("weight")
+
+    def __call__(self, position_T: mx.array) -> mx.array:
+        match self.spec:
+            case LearnedPositionsSpec():
+                return self.weight[position_T]
+            case SinusoidalPositionsSpec():
+                angle = _angle(position_T, sinusoidal_frequencies(self.spec, self.embed_dim))
+                waves = mx.stack([mx.sin(angle), mx.cos(angle)], axis=-1)
+                return waves.reshape(len(position_T), -1)[:, : self.embed_dim]
+            case _:
+                assert_never(self.spec)
+
+
+def _angle(position_T: mx.array, frequency: np.ndarray) -> mx.array:
+    """Positions times frequencies, in float32."""
+    return position_T[:, None].astype(mx.float32) * mx.array(frequency.astype(np.float32))

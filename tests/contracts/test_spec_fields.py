@@ -12,6 +12,17 @@ from moezoo.core.spec import Part
 from tests.contracts.source_tree import BACKENDS, PACKAGE, attribute_reads, backend_file, stems, tree_of
 from tests.contracts.test_twins import ONLY_IN, SHARED
 
+# Both backends take angles from core/reference/positions.py.
+IN_FREQUENCIES = {"base", "scaling", "factor", "original_length", "length", "short_factors", "long_factors", "truncate"}
+IN_FREQUENCIES |= {
+    "low_frequency_factor",
+    "high_frequency_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+}
+IN_FREQUENCIES |= {"attention_factor"}
 VALIDATED_ONLY = {"mesh"}  # until there is a second device: MeshConfig's validator refuses any number but 1
 
 
@@ -69,8 +80,8 @@ def test_both_backends_read_the_same_fields_of_the_spec(stem):
 
 
 def test_backends_read_every_field_that_is_about_computing():
-    """Fields that only core reads are those of the table, of initialization and of writing layers out."""
-    only_core = {"repeat", "layers", "initializer", "std", "vocab_size", "embed_dim", "hidden_dim", "factor"}
+    """Fields that only core reads: those of the table, of initialization, of frequencies, of writing layers out."""
+    only_core = {"repeat", "layers", "initializer", "std", "vocab_size", "embed_dim", "hidden_dim"} | IN_FREQUENCIES
     for backend in BACKENDS:
         read: set[str] = set()
         for stem in stems(f"{backend}_backend") - ONLY_IN[backend]:

@@ -64,8 +64,8 @@ def grouped_query_attention(
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length)
     match spec.position:
-        case RoPESpec(base=base):
-            query, key = rotate(query, position_T, base), rotate(key, position_T, base)
+        case RoPESpec():
+            query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
         case NoPositionSpec():
             pass
     grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)

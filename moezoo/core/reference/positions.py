@@ -1,31 +1,215 @@
-"""Position information."""
+"""Position information: rotations inside attention, and vectors added to the embedding."""
+
+import functools
+import math
+from typing import assert_never
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array
+from moezoo.core.reference import Array, Parameters
+from moezoo.core.spec import (
+    EmbeddingPositionSpec,
+    LearnedPositionsSpec,
+    LinearScalingSpec,
+    Llama3ScalingSpec,
+    LongRoPEScalingSpec,
+    PositionSpec,
+    RoPEScalingSpec,
+    RoPESpec,
+    SinusoidalPositionsSpec,
+    YaRNScalingSpec,
+)
 
 
-def rotate(x_BTNH: Array, position_T: Array, base: float) -> Array:
-    """Rotary position embedding, half-split: feature i and feature i + H/2 of a head form pair i.
+def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
+    """Rotary position embedding: pair i of a head's n rotated features turns by `t * frequency_i` at position t.
 
-    Pair i of position t turns by the angle `t * base^(-2 i / H)`.
+    Pair i is features i and i + n/2 (`half_split`) or 2i and 2i + 1 (`interleaved`); features from n on are left as
+    they are. Rotated features are multiplied by the attention factor of the scaling, which is 1 without one.
 
     Args:
-        x_BTNH: queries or keys (M heads in place of N for keys), H even.
+        spec: base, layout, fraction n / H, and scaling.
+        x_BTNH: queries or keys (M heads in place of N for keys), n even.
         position_T: int, the position of each token, counted from 0.
-        base: the wavelength of the slowest pair is about `2 pi base`.
 
     Returns:
         [B, T, N, H].
 
     Source: Su et al. 2021, arXiv 2104.09864, eq. 34.
-    Differs: the paper interleaves pairs (2i, 2i + 1); Llama and its kin use halves, which only permutes features.
+    Differs: the paper interleaves pairs; Llama and its kin use halves, which only permutes features.
     """
-    half = x_BTNH.shape[-1] // 2
-    frequency = base ** (-np.arange(half) / half)
+    frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
+    rotated_dim = 2 * len(frequency)
     angle = (position_T[:, None] * frequency)[None, :, None, :]
-    first, second = x_BTNH[..., :half], x_BTNH[..., half:]
-    return np.concatenate(
-        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)],
-        axis=-1,
-    )
+    cosine, sine = attention_factor * np.cos(angle), attention_factor * np.sin(angle)
+
+    def turn(first: Array, second: Array) -> list[Array]:
+        return [first * cosine - second * sine, second * cosine + first * sine]
+
+    x, rest = x_BTNH[..., :rotated_dim], x_BTNH[..., rotated_dim:]
+    match spec.layout:
+        case "half_split":
+            out = np.concatenate(turn(x[..., : rotated_dim // 2], x[..., rotated_dim // 2 :]), axis=-1)
+        case "interleaved":
+            out = np.reshape(np.stack(turn(x[..., 0::2], x[..., 1::2]), axis=-1), x.shape)
+        case _:
+            assert_never(spec.layout)
+    return np.concatenate([out, rest], axis=-1)
+
+
+@functools.cache
+def frequencies(spec: RoPESpec, head_dim: int) -> tuple[Array, float]:
+    """`frequency_i = base^(-2 i / n)` for the n rotated features, stretched as the scaling says.
+
+    Both backends use these numbers, rounded once, so that their angles are equal.
+
+    Args:
+        spec: base, fraction n / H, and scaling.
+        head_dim: H.
+
+    Returns:
+        float64 [n / 2], radians a token, not to be written to; and what rotated features are multiplied by.
+    """
+    rotated_dim = spec.rotated_dim(head_dim)
+    frequency = spec.base ** (-np.arange(rotated_dim // 2) * 2 / rotated_dim)
+    attention_factor = 1.0
+    if spec.scaling is not None:
+        frequency, attention_factor = _scaled(spec.scaling, frequency, spec.base)
+    frequency.setflags(write=False)
+    return frequency, attention_factor
+
+
+def _scaled(scaling: RoPEScalingSpec, frequency: Array, base: float) -> tuple[Array, float]:
+    match scaling:
+        case LinearScalingSpec():
+            return frequency / scaling.factor, 1.0
+        case Llama3ScalingSpec():
+            return llama3_scaled(scaling, frequency), 1.0
+        case YaRNScalingSpec():
+            return yarn_scaled(scaling, frequency, base), yarn_attention_factor(scaling)
+        case LongRoPEScalingSpec():
+            return longrope_scaled(scaling, frequency), longrope_attention_factor(scaling)
+        case _:
+            assert_never(scaling)
+
+
+def llama3_scaled(spec: Llama3ScalingSpec, frequency: Array) -> Array:
+    """`frequency * ((1 - fast) / factor + fast)`, fast from 0 to 1 with the turns that a pair makes.
+
+    `turns = original_length * frequency / (2 pi)`, `fast = clip((turns - low) / (high - low), 0, 1)`.
+
+    Source: Dubey et al. 2024 (Llama 3), arXiv 2407.21783, section 3.4.2, and its released code.
+    """
+    turns = spec.original_length * frequency / (2 * math.pi)
+    low, high = spec.low_frequency_factor, spec.high_frequency_factor
+    fast = np.clip((turns - low) / (high - low), 0, 1)
+    return frequency * ((1 - fast) / spec.factor + fast)
+
+
+def yarn_scaled(spec: YaRNScalingSpec, frequency: Array, base: float) -> Array:
+    """`frequency * (slow / factor + 1 - slow)`, slow from 0 to 1 along the pairs, from `pair(fast)` to `pair(slow)`.
+
+    `pair(beta) = n ln(original_length / (2 pi beta)) / (2 ln base)` is the one that turns beta times in
+    `original_length` tokens; with `truncate` the first is rounded down and the second up.
+
+    Source: Peng et al. 2023, arXiv 2309.00071, eq. 17 to 19.
+    Differs: the ramp runs over pairs, as in released code, not over turns, as in the paper.
+    """
+    rotated_dim = 2 * len(frequency)
+
+    def pair(beta: float) -> float:
+        return rotated_dim * math.log(spec.original_length / (2 * math.pi * beta)) / (2 * math.log(base))
+
+    first, last = pair(spec.beta_fast), pair(spec.beta_slow)
+    if spec.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotated_dim - 1)
+    if first == last:
+        last += 0.001
+    slow = np.clip((np.arange(len(frequency)) - first) / (last - first), 0, 1)
+    return frequency * (slow / spec.factor + 1 - slow)
+
+
+def yarn_attention_factor(spec: YaRNScalingSpec) -> float:
+    """`m(mscale) / m(mscale_all_dim)`, or m(1) where one of the two is null; `m(s) = 0.1 s ln(factor) + 1`.
+
+    Source: Peng et al. 2023, arXiv 2309.00071, eq. 22 (m(1)); the quotient: DeepSeek-V2's released code.
+    """
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.mscale is None or spec.mscale_all_dim is None:
+        return _mscale(spec, 1.0)
+    return _mscale(spec, spec.mscale) / _mscale(spec, spec.mscale_all_dim)
+
+
+def score_multiplier(spec: PositionSpec) -> float:
+    """What latent attention multiplies its scores by, beside its scale: `m(mscale_all_dim)^2` of YaRN, else 1.
+
+    Source: DeepSeek-V2's released code; m is that of `yarn_attention_factor`.
+    """
+    match spec:
+        case RoPESpec(scaling=YaRNScalingSpec(mscale_all_dim=float(mscale)) as scaling):
+            return _mscale(scaling, mscale) ** 2
+        case _:
+            return 1.0
+
+
+def _mscale(spec: YaRNScalingSpec, mscale: float) -> float:
+    return 0.1 * mscale * math.log(spec.factor) + 1
+
+
+def longrope_scaled(spec: LongRoPEScalingSpec, frequency: Array) -> Array:
+    """Each pair's frequency divided by its own factor, from the long list if `length > original_length`.
+
+    Source: Ding et al. 2024, arXiv 2402.13753, section 3, in the form of Phi-3's released code.
+    """
+    long = spec.length > spec.original_length
+    return frequency / np.array(spec.long_factors if long else spec.short_factors)
+
+
+def longrope_attention_factor(spec: LongRoPEScalingSpec) -> float:
+    """`sqrt(1 + ln(length / original_length) / ln(original_length))`, and 1 where that ratio is at most 1."""
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.length <= spec.original_length:
+        return 1.0
+    return math.sqrt(1 + math.log(spec.length / spec.original_length) / math.log(spec.original_length))
+
+
+def embedding_positions(
+    spec: EmbeddingPositionSpec, embed_dim: int, parameters: Parameters, position_T: Array
+) -> Array:
+    """Vectors to add to the embeddings of the tokens at these positions.
+
+    `learned` is row t of the parameter `weight`. `sinusoidal` has `sin(t base^(-2i/D))` as feature 2i and the cosine
+    of that angle as feature 2i + 1.
+
+    Args:
+        spec: which kind.
+        embed_dim: D.
+        parameters: `weight` [max_length, D] of the learned kind.
+        position_T: int, the position of each token, below `max_length`.
+
+    Returns:
+        [T, D], in float32 whatever the compute dtype.
+
+    Source: learned: Gehring et al. 2017, arXiv 1705.03122, section 3.1; sinusoidal: Vaswani et al. 2017, arXiv
+    1706.03762, section 3.5.
+    """
+    match spec:
+        case LearnedPositionsSpec():
+            return parameters["weight"][position_T]
+        case SinusoidalPositionsSpec():
+            angle = position_T[:, None] * sinusoidal_frequencies(spec, embed_dim)
+            waves = np.stack([np.sin(angle), np.cos(angle)], axis=-1)
+            return np.reshape(waves, (len(position_T), -1))[:, :embed_dim]
+        case _:
+            assert_never(spec)
+
+
+@functools.cache
+def sinusoidal_frequencies(spec: SinusoidalPositionsSpec, embed_dim: int) -> Array:
+    """`base^(-2i/D)` for each pair of a sine and a cosine, the last of which may lack its cosine: float64."""
+    frequency = spec.base ** (-np.arange((embed_dim + 1) // 2) * 2 / embed_dim)
+    frequency.setflags(write=False)
+    return frequency

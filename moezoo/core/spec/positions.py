@@ -44,9 +44,9 @@ class YaRNScalingSpec(Part):
     """As `llama3` with a ramp over pairs, and sharper attention. Source: Peng et al. 2023, arXiv 2309.00071.
 
     Rotated features are multiplied by `attention_factor`; null: `m(mscale) / m(mscale_all_dim)` with
-    `m(s) = 0.1 s ln(factor) + 1`, where an mscale of null counts as 1 over 1 (m(1)). `mscale_all_dim` also multiplies
-    the scores of latent attention by `m(mscale_all_dim)^2` (DeepSeek-V2). `truncate` rounds the ends of the ramp to
-    whole pairs.
+    `m(s) = 0.1 s ln(factor) + 1`, or m(1) where one of the two is null. `mscale_all_dim` also multiplies the scores of
+    latent attention by `m(mscale_all_dim)^2` (DeepSeek-V2). The ramp runs from the pair that turns `beta_fast` times in
+    `original_length` tokens to the one that turns `beta_slow` times; `truncate` rounds both outwards to whole pairs.
     """
 
     kind: Literal["yarn"] = "yarn"
@@ -58,6 +58,14 @@ class YaRNScalingSpec(Part):
     mscale: PositiveFloat | None = None
     mscale_all_dim: PositiveFloat | None = None
     truncate: bool = True
+
+    @model_validator(mode="after")
+    def _order(self) -> "YaRNScalingSpec":
+        if self.beta_fast <= self.beta_slow:
+            raise impossible(
+                "beta_fast", f"is {self.beta_fast}, not above beta_slow = {self.beta_slow}", "Use a larger one"
+            )
+        return self
 
 
 class LongRoPEScalingSpec(Part):
@@ -72,7 +80,7 @@ class LongRoPEScalingSpec(Part):
     kind: Literal["longrope"] = "longrope"
     short_factors: tuple[PositiveFloat, ...]
     long_factors: tuple[PositiveFloat, ...]
-    original_length: PositiveInt
+    original_length: Annotated[int, Field(ge=2)]
     length: PositiveInt
     attention_factor: PositiveFloat | None = None
 
@@ -92,7 +100,7 @@ class RoPESpec(Part):
     """
 
     kind: Literal["rope"] = "rope"
-    base: PositiveFloat = 10_000.0
+    base: Annotated[float, Field(gt=1)] = 10_000.0
     layout: Literal["half_split", "interleaved"] = "half_split"
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     scaling: RoPEScalingSpec | None = None
@@ -145,7 +153,7 @@ class SinusoidalPositionsSpec(Part):
     """Sines and cosines of falling frequency, added to the embedding. Source: Vaswani 2017, 1706.03762, 3.5."""
 
     kind: Literal["sinusoidal"] = "sinusoidal"
-    base: PositiveFloat = 10_000.0
+    base: Annotated[float, Field(gt=1)] = 10_000.0
 
 
 EmbeddingPositionSpec = Annotated[LearnedPositionsSpec | SinusoidalPositionsSpec, Field(discriminator="kind")]
