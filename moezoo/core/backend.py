@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.config import OptimizerConfig
+from moezoo.core.random import Bits
 from moezoo.core.spec import ModelSpec
 
 Floats = NDArray[np.float32]
@@ -98,18 +99,29 @@ class Model(Protocol):
         *,
         forced: Sequence[Integers] | None = None,
         record: bool = False,
+        key: Bits | None = None,
+        inference: bool = False,
     ) -> Output:
-        """Logits and routing; `forced`: experts [B, T, K] per MoE layer to use; `record`: named intermediates too."""
+        """Logits and routing.
+
+        `forced`: experts [B, T, K] per MoE layer to use, -1 for an unused slot; `record`: named intermediates too;
+        `key`: uint32 [2], the key of a training step, for noise and dropout; `inference`: route as generation does.
+        """
         ...
 
-    def score(self, tokens: Integers, targets: Integers) -> Scores:
-        """Loss of every target token, without keeping logits."""
+    def score(self, tokens: Integers, targets: Integers, *, inference: bool = False) -> Scores:
+        """Loss of every target token, without noise and without keeping logits; `inference` as in `forward`."""
         ...
 
     def loss_and_gradients(
-        self, tokens: Integers, targets: Integers, *, forced: Sequence[Integers] | None = None
+        self,
+        tokens: Integers,
+        targets: Integers,
+        *,
+        forced: Sequence[Integers] | None = None,
+        key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, Floats]]:
-        """Every loss term, and the gradient of `loss` by canonical name."""
+        """Every loss term, and the gradient of `loss` by canonical name of every trained parameter."""
         ...
 
     def start_training(
@@ -118,8 +130,11 @@ class Model(Protocol):
         """Make the optimizer; with `state` and the number of updates done, as `export_optimizer` gave them."""
         ...
 
-    def train_step(self, windows: Integers, learning_rate: float) -> PendingStep:
-        """One update from windows int32 [A, B, T + 1]: A micro-batches of B sequences, with their next tokens."""
+    def train_step(self, windows: Integers, learning_rate: float, keys: Bits | None = None) -> PendingStep:
+        """One update from windows int32 [A, B, T + 1]: A micro-batches of B sequences, with their next tokens.
+
+        `keys`: uint32 [A, 2], the key of each micro-batch; None: no noise. State is updated once, from all of them.
+        """
         ...
 
     def prefill(self, tokens: Integers, size: int) -> tuple[Floats, Any]:
@@ -131,11 +146,11 @@ class Model(Protocol):
         ...
 
     def export_parameters(self) -> dict[str, Floats]:
-        """Every parameter by canonical name."""
+        """Every parameter, trained or state, by canonical name."""
         ...
 
     def export_optimizer(self) -> dict[str, Floats]:
-        """`first_moment.<name>` and `second_moment.<name>` of every parameter."""
+        """`first_moment.<name>` and `second_moment.<name>` of every trained parameter."""
         ...
 
 

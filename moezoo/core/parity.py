@@ -25,8 +25,8 @@ from moezoo.core.parity_report import (
     RoutingComparison,
     names_in_order,
 )
-from moezoo.core.random import fold_in, key, uniform
-from moezoo.core.spec import CapacitySpec, ModelSpec
+from moezoo.core.random import fold_in, key, micro_batch_keys, uniform
+from moezoo.core.spec import CapacitySpec, ModelSpec, MoESpec
 
 Doubles = NDArray[np.float64]
 
@@ -217,12 +217,17 @@ class _Reference:
         self.spec, self.tokens, self.targets, self.optimizer = spec, tokens, targets, optimizer
         self.weights32 = {row.name: np.asarray(weights[row.name], np.float32) for row in parameter_table(spec)}
         self.weights = {name: value.astype(np.float64) for name, value in self.weights32.items()}
+        self.state = {row.name: self.weights[row.name] for row in parameter_table(spec) if not row.trained}
+        self.key = micro_batch_keys(0, 0, 1)[0]
         self.intermediates: dict[str, Any] = {}
-        self.logits, routings = forward(spec, self.weights, tokens, record=self.intermediates)
-        self.losses = {name: float(value) for name, value in loss_terms(spec, self.logits, targets, routings).items()}
-        self.experts = [np.asarray(routing.expert_PK, np.int32) for routing in routings]
-        self.margins = [_margin(routing.score_PE, routing.expert_PK.shape[1]) for routing in routings]
-        _, self.gradients = loss_and_gradients(spec, self.weights, tokens, targets, forced=self.experts)
+        result = forward(spec, self.weights, tokens, record=self.intermediates, key=self.key)
+        self.logits, routings = result.logits_BTV, result.routings
+        terms = loss_terms(spec, self.logits, targets, routings, index_losses=result.index_losses)
+        self.losses = {name: float(value) for name, value in terms.items()}
+        self.experts = [np.where(routing.valid_PK, routing.expert_PK, -1).astype(np.int32) for routing in routings]
+        self.margins = [routing.margin_P for routing in routings]
+        self.cutoffs = [routing.cutoff_E for routing in routings]
+        _, self.gradients = loss_and_gradients(spec, self.weights, tokens, targets, forced=self.experts, key=self.key)
         self.moments = self._given_moments()
 
     @property
@@ -256,20 +261,21 @@ class _Reference:
         """Parameters, moments and measured numbers of one update with these experts."""
         from moezoo.core.reference.losses import loss_and_gradients
         from moezoo.core.reference.optimizer import Moments, adamw, global_norm
+        from moezoo.core.reference.router_state import updated_state
 
         losses, gradients = self.losses, self.gradients
         if any(not np.array_equal(own, other) for own, other in zip(self.experts, experts, strict=True)):
             losses, gradients = loss_and_gradients(
-                self.spec, self.weights, self.tokens, self.targets, forced=experts or None
+                self.spec, self.weights, self.tokens, self.targets, forced=experts or None, key=self.key
             )
         given = {name: value.astype(np.float64) for name, value in self.moments.items()}
         parameters, moments = adamw(
             self.optimizer,
-            self.weights,
+            {name: self.weights[name] for name in gradients},
             gradients,
             Moments(
-                {name: given[f"first_moment.{name}"] for name in self.weights},
-                {name: given[f"second_moment.{name}"] for name in self.weights},
+                {name: given[f"first_moment.{name}"] for name in gradients},
+                {name: given[f"second_moment.{name}"] for name in gradients},
             ),
             learning_rate=self.optimizer.learning_rate,
             update=_UPDATES_DONE + 1,
@@ -277,7 +283,18 @@ class _Reference:
         )
         first = {f"first_moment.{name}": value for name, value in moments.first.items()}
         second = {f"second_moment.{name}": value for name, value in moments.second.items()}
-        return parameters, first | second, {"gradient_norm": global_norm(gradients), **losses}
+        # The load is that of the given experts; cutoffs do not depend on who was chosen.
+        loads = [
+            np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices).astype(np.float64)
+            for moe, expert_PK in zip(self.moes, experts, strict=True)
+        ]
+        state = updated_state(self.spec, self.state, loads, self.cutoffs)
+        return parameters | state, first | second, {"gradient_norm": global_norm(gradients), **losses}
+
+    @property
+    def moes(self) -> list[MoESpec]:
+        """Every mixture of the model."""
+        return [layer.moe for layer in self.spec.all_layers if layer.moe is not None]
 
     def _given_moments(self) -> dict[str, Floats]:
         """Moments from which a step depends smoothly on the gradient g: m = g / 2, v = g^2 + mean(g^2), g clipped.
@@ -289,7 +306,7 @@ class _Reference:
 
         norm, clip = global_norm(self.gradients), self.optimizer.clip_norm
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
-        count = sum(value.size for value in self.weights.values())
+        count = sum(value.size for value in self.gradients.values())
         floor = (1e-3 * scale * norm) ** 2 / count
         moments: dict[str, Floats] = {}
         for name, gradient in self.gradients.items():
@@ -304,10 +321,11 @@ def _backend_side(name: str, backend: Backend, reference: _Reference) -> _Side:
     """Run one backend on everything that the reference ran."""
     model = backend.build(reference.spec, reference.weights32)
     weights = model.export_parameters()
-    free = model.forward(reference.tokens)
+    free = model.forward(reference.tokens, key=reference.key)
     experts = [routing.expert.reshape(-1, routing.expert.shape[-1]) for routing in free.routing]
-    output = model.forward(reference.tokens, reference.targets, forced=reference.forced, record=True)
-    _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, forced=reference.forced)
+    given = {"forced": reference.forced, "key": reference.key}
+    output = model.forward(reference.tokens, reference.targets, record=True, **given)
+    _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, **given)
     after, moments, step, load = _stepped(model, reference)
     expected_after, expected_moments, expected_step = reference.stepped(experts)
     own = reference.side()
@@ -331,7 +349,7 @@ def _stepped(
 ) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float], list[NDArray[np.int64]]]:
     """One `train_step` of a backend from the given moments."""
     model.start_training(reference.optimizer, reference.moments, _UPDATES_DONE)
-    metrics = model.train_step(reference.windows, reference.optimizer.learning_rate).fetch()
+    metrics = model.train_step(reference.windows, reference.optimizer.learning_rate, reference.key[None]).fetch()
     numbers = {"gradient_norm": metrics.gradient_norm, **metrics.losses}
     return model.export_parameters(), model.export_optimizer(), numbers, metrics.load
 
@@ -354,8 +372,8 @@ def _moved_copies(spec: ModelSpec, experts: list[Integers], load: list[NDArray[n
         return float("inf")
     shares = [0.0]
     for moe, expert_PK, size_E in zip(moes, experts, load, strict=True):
-        counts_E = np.bincount(expert_PK.reshape(-1), minlength=moe.num_experts)
-        shares.append(float(np.sum(np.abs(counts_E - size_E)) / 2 / expert_PK.size))
+        counts_E = np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices)
+        shares.append(float(np.sum(np.abs(counts_E - size_E)) / 2 / max(counts_E.sum(), 1)))
     return max(shares)
 
 
@@ -466,20 +484,6 @@ def _compare_routing(
         if moe is not None and isinstance(moe.dispatch, CapacitySpec) and np.any(differs_BT):
             reached_BT[:] = True  # a place taken from an expert's capacity is a place lost to any other token
     return rows
-
-
-def _margin(score_PE: Doubles, top_k: int) -> Doubles:
-    """Gap between the last chosen and the first rejected score as a share of the former: [P], 0 at a tie.
-
-    For softmax scores it is, to first order, the gap of the two logits, and so does not shrink with the number of
-    experts. Infinite where all experts are chosen.
-    """
-    falling_PE = -np.sort(-score_PE, axis=-1)
-    if top_k == falling_PE.shape[-1]:
-        return np.full(falling_PE.shape[0], np.inf)
-    chosen_P, rejected_P = falling_PE[:, top_k - 1], falling_PE[:, top_k]
-    margin_P: Doubles = (chosen_P - rejected_P) / np.maximum(np.abs(chosen_P), np.finfo(np.float32).tiny)
-    return margin_P
 
 
 def _largest(values: Any) -> float:

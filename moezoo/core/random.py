@@ -22,6 +22,7 @@ ROUTER_JITTER, ROUTER_NOISE, ROUTER_SAMPLE, ATTENTION_DROPOUT, FEED_FORWARD_DROP
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 _WORD = 1 << 32
+_TRAINING = 0x747261  # "tra": what a seed's key is for in training, as a counter
 
 
 def key(seed: int) -> Bits:
@@ -58,6 +59,14 @@ def fold_in(key: Bits, *data: int) -> Bits:
         y0, y1 = _threefry(key, np.zeros(1, np.uint32), np.array([number], np.uint32))
         key = np.concatenate([y0, y1])
     return key
+
+
+def micro_batch_keys(seed: int, step: int, count: int) -> Bits:
+    """The keys of a training step's micro-batches: uint32 [count, 2], functions of (seed, step, micro-batch).
+
+    `step` counts from 0. What is drawn from them: fold_in(key, layer, purpose).
+    """
+    return split(fold_in(key(seed), _TRAINING, step), count)
 
 
 def split(key: Bits, count: int) -> Bits:

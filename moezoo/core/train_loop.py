@@ -22,6 +22,7 @@ from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_gram
 from moezoo.core.initialize import initial_weights
 from moezoo.core.metrics import MetricsFile, routing_statistics
 from moezoo.core.parameters import parameter_table
+from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import Run, resume_point
 from moezoo.core.schedules import learning_rate
 
@@ -64,6 +65,7 @@ class _Training:
                     f"{moment}.{row.name}": row.shape
                     for moment in ("first_moment", "second_moment")
                     for row in parameter_table(config.model)
+                    if row.trained
                 },
                 f"the optimizer state of {run.path}",
             )
@@ -104,7 +106,8 @@ class _Training:
         windows = self.data.train.batch(step - 1, training.batch_size, training.sequence_length, training.seed)
         windows = windows.reshape(training.gradient_accumulation, -1, windows.shape[-1])
         rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
-        self.pending.append((step, rate, self.model.train_step(windows, rate)))
+        keys = micro_batch_keys(training.seed, step - 1, training.gradient_accumulation)
+        self.pending.append((step, rate, self.model.train_step(windows, rate, keys)))
         if step % training.log_every == 0 or step == self.first_step + 1:
             self._report(step)
         last = step == training.steps

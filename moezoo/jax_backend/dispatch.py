@@ -27,7 +27,7 @@ def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dis
     flat_R = routing.expert_PK.reshape(-1)
     order_R = jnp.argsort(flat_R, stable=True)
     expert_R, token_R, weight_R = flat_R[order_R], order_R // top_k, routing.weight_PK.reshape(-1)[order_R]
-    size_E = expert_counts(routing.expert_PK, num_experts)
+    size_E = expert_counts(routing)
     kept_R = jnp.ones(flat_R.shape, jnp.bool_)
     match DroplessSpec() if inference else spec.dispatch:
         case DroplessSpec():
@@ -48,10 +48,10 @@ def num_dropped(routing: Routing, dispatched: Dispatch) -> jax.Array:
     return jnp.sum(routing.valid_PK & ~dispatched.kept_PK)
 
 
-def expert_counts(expert_PK: jax.Array, num_experts: int) -> jax.Array:
+def expert_counts(routing: Routing) -> jax.Array:
     """Spec: moezoo.core.reference.losses.expert_counts; int32 [E]."""
-    chosen = expert_PK.reshape(-1, 1) == jnp.arange(num_experts)
-    return jnp.sum(chosen, axis=0, dtype=jnp.int32)
+    chosen = routing.expert_PK.reshape(-1, 1) == jnp.arange(routing.logits_PE.shape[-1])
+    return jnp.sum((chosen & routing.valid_PK.reshape(-1, 1)).astype(jnp.int32), axis=0)
 
 
 def combine(dispatched: Dispatch, y_RD: jax.Array, num_tokens: int) -> jax.Array:

@@ -20,7 +20,7 @@ def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
 def switch_balance(routing: Routing) -> jax.Array:
     """Spec: moezoo.core.reference.losses.switch_balance."""
     num_experts = routing.score_PE.shape[-1]
-    share_E = expert_counts(routing.expert_PK, num_experts) / routing.expert_PK.size
+    share_E = expert_counts(routing) / routing.expert_PK.size
     return num_experts * jnp.sum(share_E * jnp.mean(routing.score_PE, axis=0))
 
 
@@ -41,7 +41,13 @@ def auxiliary_loss(spec: AuxiliaryLossSpec, routing: Routing) -> jax.Array:
 
 
 def loss_terms(
-    spec: ModelSpec, logits_BTV: jax.Array, target_BT: jax.Array, routings: Sequence[Routing]
+    spec: ModelSpec,
+    logits_BTV: jax.Array,
+    target_BT: jax.Array,
+    routings: Sequence[Routing],
+    *,
+    index_losses=(),
+    global_load=None,
 ) -> dict[str, jax.Array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": jnp.mean(token_losses(logits_BTV, target_BT))}

@@ -14,12 +14,15 @@ from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combi
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
-from moezoo.core.spec import ModelSpec
-from moezoo.jax_backend.arrays import Weights, to_numpy
-from moezoo.jax_backend.dispatch import num_dropped
+from moezoo.core.random import Bits
+from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
+from moezoo.jax_backend.arrays import State, Weights, to_numpy
+from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.experts import grouped_path
-from moezoo.jax_backend.kv_cache import KVCache, empty_cache
+from moezoo.jax_backend.kv_cache import KVCache as Cache
+from moezoo.jax_backend.kv_cache import empty_cache
 from moezoo.jax_backend.losses import loss_terms, token_losses
+from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.transformer import Forward, Transformer
 
 Parameters = dict[str, jax.Array]
@@ -74,14 +77,17 @@ class JaxModel:
         )
         self.spec = spec
         module = Transformer(spec, Weights(weights))
-        graph, state = nnx.split(module, nnx.Param)
-        self._merge = _merger(graph, state)
-        self._parameters: Parameters = dict(_named(state))
-        self._decayed = {row.name: row.decay for row in table}
-        self._forward = jax.jit(self._forward_values, static_argnames="record")
-        self._score = jax.jit(self._score_values)
+        graph, parameters, state = nnx.split(module, nnx.Param, State)
+        self._merge = _merger(graph, parameters, state)
+        self._parameters: Parameters = dict(_named(parameters))
+        self._state: Parameters = dict(_named(state))
+        self._decayed = {row.name: row.decay for row in table if row.trained}
+        moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
+        self._balances_globally = any(isinstance(loss, GlobalBalanceLossSpec) for moe in moes for loss in moe.losses)
+        self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
+        self._score = jax.jit(self._score_values, static_argnames="inference")
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
-        self._cached = jax.jit(self._cached_values, donate_argnums=2)
+        self._cached = jax.jit(self._cached_values, donate_argnums=3)
 
     # --- inference ---------------------------------------------------------------------------------------------------
 
@@ -92,10 +98,11 @@ class JaxModel:
         *,
         forced: Sequence[np.ndarray] | None = None,
         record: bool = False,
+        key: Bits | None = None,
+        inference: bool = False,
     ) -> Output:
-        result, terms, intermediates = jax.device_get(
-            self._forward(self._parameters, tokens, targets, _flat(forced), record=record)
-        )
+        inputs = (self._parameters, self._state, tokens, targets, _flat(forced), key)
+        result, terms, intermediates = jax.device_get(self._forward(*inputs, record=record, inference=inference))
         return Output(
             result.logits_BTV,
             _layer_routings(self.spec, result, tokens.shape),
@@ -103,54 +110,70 @@ class JaxModel:
             {name: np.asarray(value, np.float32) for name, value in intermediates.items()},
         )
 
-    def _forward_values(self, parameters, tokens, targets, forced, record):
+    def _forward_values(self, parameters, state, tokens, targets, forced, key, *, record, inference):
         intermediates: dict[str, jax.Array] = {}
-        result = self._merge(parameters)(tokens, forced=forced, record=intermediates)
-        terms = {} if targets is None else loss_terms(self.spec, result.logits_BTV, targets, result.routings)
-        return result, terms, intermediates if record else {}
+        module = self._merge(parameters, state)
+        result = module(tokens, forced=forced, record=intermediates, key=key, inference=inference)
+        terms = {} if targets is None else self._terms(result, targets)
+        return result._replace(index_losses=[]), terms, intermediates if record else {}
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
-        losses, load, dropped = jax.device_get(self._score(self._parameters, tokens, targets))
+    def _terms(self, result: Forward, targets, global_load=None):
+        losses = result.index_losses
+        return loss_terms(
+            self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
+        )
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
+        losses, load, dropped = jax.device_get(
+            self._score(self._parameters, self._state, tokens, targets, inference=inference)
+        )
         return Scores(losses, [np.asarray(sizes, np.int64) for sizes in load], [int(count) for count in dropped])
 
-    def _score_values(self, parameters, tokens, targets):
-        result = self._merge(parameters)(tokens)
-        return token_losses(result.logits_BTV, targets), *_load(self.spec, result)
+    def _score_values(self, parameters, state, tokens, targets, *, inference):
+        result = self._merge(parameters, state)(tokens, inference=inference)
+        return token_losses(result.logits_BTV, targets), *_load(result)
 
-    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, list[KVCache]]:
+    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, list[Cache]]:
         batch, length = tokens.shape
         bucket = 16
         while bucket < length:
             bucket *= 2
         # Sizes are rounded up too, so that prompts of like length share their compiled programs.
         caches = empty_cache(self.spec, batch, max(-(-size // 64) * 64, bucket))
-        # Padding comes after the prompt: later tokens overwrite it before any query may look there.
+        # Padding comes after the prompt, where no token of the prompt looks, and `count` keeps it out of the caches.
         padded = np.pad(tokens, ((0, 0), (0, bucket - length)))
-        logits, caches = self._cached(self._parameters, padded, caches, length)
+        logits, caches = self._cached(self._parameters, self._state, padded, caches, length)
         return np.asarray(logits), caches
 
-    def decode(self, tokens: np.ndarray, cache: list[KVCache]) -> tuple[np.ndarray, list[KVCache]]:
-        logits, cache = self._cached(self._parameters, tokens[:, None], cache, 1)
+    def decode(self, tokens: np.ndarray, cache: list[Cache]) -> tuple[np.ndarray, list[Cache]]:
+        logits, cache = self._cached(self._parameters, self._state, tokens[:, None], cache, 1)
         return np.asarray(logits), cache
 
-    def _cached_values(self, parameters, tokens, caches, count):
+    def _cached_values(self, parameters, state, tokens, caches, count):
         """Logits after the `count`-th of the tokens, and caches that hold just so many more."""
-        result = self._merge(parameters)(tokens, caches=caches)
-        grown = [new._replace(length=old.length + count) for old, new in zip(caches, result.caches, strict=True)]
-        return result.logits_BTV[:, count - 1], grown
+        result = self._merge(parameters, state)(tokens, caches=caches, count=count)
+        return result.logits_BTV[:, count - 1], result.caches
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def loss_and_gradients(
-        self, tokens: np.ndarray, targets: np.ndarray, *, forced: Sequence[np.ndarray] | None = None
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        (_, (terms, _)), gradients = self._gradients(self._parameters, tokens, targets, _flat(forced))
+        (_, (terms, *_)), gradients = self._gradients(
+            self._parameters, self._state, tokens, targets, key, _flat(forced)
+        )
         return {name: float(value) for name, value in terms.items()}, to_numpy(gradients)
 
-    def _loss(self, parameters, tokens, targets, forced=None):
-        result = self._merge(parameters)(tokens, forced=forced)
-        terms = loss_terms(self.spec, result.logits_BTV, targets, result.routings)
-        return terms["loss"], (terms, _load(self.spec, result))
+    def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
+        result = self._merge(parameters, state)(tokens, forced=forced, key=key)
+        terms = self._terms(result, targets, global_load)
+        cutoffs = [routing.cutoff_E for routing in result.routings]
+        return terms["loss"], (terms, cutoffs, _load(result))
 
     def start_training(
         self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
@@ -162,43 +185,47 @@ class JaxModel:
             second = {name: jnp.asarray(state[f"second_moment.{name}"]) for name in self._parameters}
             adam = optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second)
             self._moments = (adam, *self._moments[1:])
-        self._step = jax.jit(partial(self._step_values, config), donate_argnums=(0, 1))
+        self._step = jax.jit(partial(self._step_values, config), donate_argnums=(0, 1, 2))
 
-    def train_step(self, windows: np.ndarray, learning_rate: float) -> PendingJaxStep:
-        self._parameters, self._moments, values = self._step(
-            self._parameters, self._moments, windows, np.float32(learning_rate)
+    def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
+        self._parameters, self._state, self._moments, values = self._step(
+            self._parameters, self._state, self._moments, windows, np.float32(learning_rate), keys
         )
         return PendingJaxStep(values)
 
-    def _step_values(self, config, parameters, moments, windows, learning_rate):
+    def _step_values(self, config, parameters, state, moments, windows, learning_rate, keys):
         gradient_of = jax.value_and_grad(self._loss, has_aux=True)
+        global_load = None
+        if self._balances_globally and windows.shape[0] > 1:
+            # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
+            global_load = _sum_over(partial(self._counts, parameters, state), windows, keys)
 
-        def micro_batch(window):
-            (_, (terms, load)), gradients = gradient_of(parameters, window[:, :-1], window[:, 1:])
-            return gradients, terms, load
+        def micro_batch(window, key):
+            (_, (terms, cutoffs, load)), gradients = gradient_of(
+                parameters, state, window[:, :-1], window[:, 1:], key, global_load=global_load
+            )
+            return (gradients, terms, cutoffs), load
 
-        if windows.shape[0] == 1:
-            gradients, terms, load = micro_batch(windows[0])
-        else:
-            shapes = jax.eval_shape(micro_batch, windows[0])
-            zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-
-            def add(total, window):
-                return (jax.tree.map(jnp.add, total, micro_batch(window)), None)
-
-            (gradients, terms, load), _ = jax.lax.scan(add, zeros, windows)
-            gradients, terms = jax.tree.map(lambda total: total / windows.shape[0], (gradients, terms))
+        means, load = _sum_over(micro_batch, windows, keys)
+        if windows.shape[0] > 1:
+            means = jax.tree.map(lambda total: total / windows.shape[0], means)
+        gradients, terms, cutoffs = means
         norm = optax.tree.norm(gradients)
         if config.clip_norm is not None:
             scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
             gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
         updates, moments = self._optimizer(learning_rate).update(gradients, moments, parameters)
-        return optax.apply_updates(parameters, updates), moments, (terms, norm, *load)
+        state = updated_state(self.spec, state, load[0], cutoffs)
+        return optax.apply_updates(parameters, updates), state, moments, (terms, norm, *load)
+
+    def _counts(self, parameters, state, window, key):
+        """Per MoE layer, how many tokens chose each expert."""
+        return _load(self._merge(parameters, state)(window[:, :-1], key=key))[0]
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
     def export_parameters(self) -> dict[str, np.ndarray]:
-        return to_numpy(self._parameters)
+        return to_numpy(self._parameters | self._state)
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
         adam = self._moments[0]
@@ -222,11 +249,31 @@ def _named(state: nnx.State) -> list[tuple[str, jax.Array]]:
     return [(".".join(str(key.key) for key in path), value) for path, value in leaves]
 
 
-def _merger(graph: nnx.GraphDef, state: nnx.State) -> Callable[[Parameters], Transformer]:
-    """A function from parameters by name to the module."""
-    structure = jax.tree.structure(state)
-    names = [name for name, _ in _named(state)]
-    return lambda parameters: nnx.merge(graph, jax.tree.unflatten(structure, [parameters[name] for name in names]))
+def _merger(graph: nnx.GraphDef, *states: nnx.State) -> Callable[..., Transformer]:
+    """A function from values by name, one dict for each of the states, to the module."""
+    parts = [(jax.tree.structure(state), [name for name, _ in _named(state)]) for state in states]
+
+    def merge(*values: Parameters) -> Transformer:
+        pairs = zip(parts, values, strict=True)
+        return nnx.merge(
+            graph, *(jax.tree.unflatten(shape, [own[name] for name in names]) for (shape, names), own in pairs)
+        )
+
+    return merge
+
+
+def _sum_over(micro_batch: Callable[..., Any], windows: jax.Array, keys: jax.Array | None) -> Any:
+    """The sum of what `micro_batch(window, key)` gives for each of the windows, which are compiled once."""
+    first_key = None if keys is None else keys[0]
+    if windows.shape[0] == 1:
+        return micro_batch(windows[0], first_key)
+    shapes = jax.eval_shape(micro_batch, windows[0], first_key)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, micro_batch(*part)), None
+
+    return jax.lax.scan(add, zeros, (windows, keys))[0]
 
 
 def _flat(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
@@ -234,9 +281,9 @@ def _flat(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
     return None if forced is None else [np.asarray(expert, np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
 
 
-def _load(spec: ModelSpec, result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
+def _load(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
     """Per MoE layer: tokens of each expert, and dropped routed copies."""
-    load = [dispatched.size_E for dispatched in result.dispatches]
+    load = [expert_counts(routing) for routing in result.routings]
     dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
     return load, dropped
 

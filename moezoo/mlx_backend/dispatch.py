@@ -26,7 +26,7 @@ def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dis
     flat_R = routing.expert_PK.reshape(-1)
     order_R = mx.argsort(flat_R).astype(mx.int32)
     expert_R, token_R, weight_R = flat_R[order_R], order_R // top_k, routing.weight_PK.reshape(-1)[order_R]
-    size_E = expert_counts(routing.expert_PK, num_experts)
+    size_E = expert_counts(routing)
     kept_R = mx.ones(flat_R.shape, mx.bool_)
     match DroplessSpec() if inference else spec.dispatch:
         case DroplessSpec():
@@ -47,10 +47,10 @@ def num_dropped(routing: Routing, dispatched: Dispatch) -> mx.array:
     return mx.sum((routing.valid_PK & ~dispatched.kept_PK).astype(mx.int32))
 
 
-def expert_counts(expert_PK: mx.array, num_experts: int) -> mx.array:
+def expert_counts(routing: Routing) -> mx.array:
     """Spec: moezoo.core.reference.losses.expert_counts; int32 [E]."""
-    chosen = expert_PK.reshape(-1, 1) == mx.arange(num_experts)
-    return mx.sum(chosen.astype(mx.int32), axis=0)
+    chosen = routing.expert_PK.reshape(-1, 1) == mx.arange(routing.logits_PE.shape[-1])
+    return mx.sum((chosen & routing.valid_PK.reshape(-1, 1)).astype(mx.int32), axis=0)
 
 
 def combine(dispatched: Dispatch, y_RD: mx.array, num_tokens: int) -> mx.array:

@@ -19,7 +19,7 @@ def token_losses(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
 def switch_balance(routing: Routing) -> mx.array:
     """Spec: moezoo.core.reference.losses.switch_balance."""
     num_experts = routing.score_PE.shape[-1]
-    share_E = expert_counts(routing.expert_PK, num_experts) / routing.expert_PK.size
+    share_E = expert_counts(routing) / routing.expert_PK.size
     return num_experts * mx.sum(share_E * mx.mean(routing.score_PE, axis=0))
 
 
@@ -40,7 +40,13 @@ def auxiliary_loss(spec: AuxiliaryLossSpec, routing: Routing) -> mx.array:
 
 
 def loss_terms(
-    spec: ModelSpec, logits_BTV: mx.array, target_BT: mx.array, routings: Sequence[Routing]
+    spec: ModelSpec,
+    logits_BTV: mx.array,
+    target_BT: mx.array,
+    routings: Sequence[Routing],
+    *,
+    index_losses=(),
+    global_load=None,
 ) -> dict[str, mx.array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": mx.mean(token_losses(logits_BTV, target_BT))}

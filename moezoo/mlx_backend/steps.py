@@ -1,6 +1,6 @@
 """The backend protocol in MLX: a built model, its steps, and its optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,13 +12,16 @@ from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combi
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
-from moezoo.core.spec import ModelSpec
+from moezoo.core.random import Bits
+from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.mlx_backend import BLAS
 from moezoo.mlx_backend.arrays import Weights, to_numpy
-from moezoo.mlx_backend.dispatch import num_dropped
+from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.experts import grouped_path
-from moezoo.mlx_backend.kv_cache import KVCache, empty_cache
+from moezoo.mlx_backend.kv_cache import KVCache as Cache
+from moezoo.mlx_backend.kv_cache import empty_cache
 from moezoo.mlx_backend.losses import loss_terms, token_losses
+from moezoo.mlx_backend.router_state import updated_state
 from moezoo.mlx_backend.transformer import Forward, Transformer
 
 
@@ -63,7 +66,13 @@ class MlxModel:
         )
         self.spec = spec
         self._module = Transformer(spec, Weights(weights))
-        self._decayed = {row.name: row.decay for row in table}
+        self._decayed = {row.name: row.decay for row in table if row.trained}
+        self._state_names = [row.name for row in table if not row.trained]
+        for name in self._state_names:
+            path, _, leaf = name.rpartition(".")
+            self._inside(path).freeze(keys=[leaf], recurse=False)
+        moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
+        self._balances_globally = any(isinstance(loss, GlobalBalanceLossSpec) for moe in moes for loss in moe.losses)
         self._loss_and_gradients = nn.value_and_grad(self._module, self._loss)
         mx.eval(self._module.parameters())
 
@@ -76,12 +85,14 @@ class MlxModel:
         *,
         forced: Sequence[np.ndarray] | None = None,
         record: bool = False,
+        key: Bits | None = None,
+        inference: bool = False,
     ) -> Output:
         intermediates: dict[str, mx.array] = {}
-        result = self._module(mx.array(tokens), forced=_flat(forced), record=intermediates)
-        terms = {}
-        if targets is not None:
-            terms = loss_terms(self.spec, result.logits_BTV, mx.array(targets), result.routings)
+        result = self._module(
+            mx.array(tokens), forced=_flat(forced), record=intermediates, key=_key(key), inference=inference
+        )
+        terms = {} if targets is None else self._terms(result, mx.array(targets))
         mx.eval(result.logits_BTV, result.routings, terms, intermediates if record else {})
         return Output(
             np.array(result.logits_BTV),
@@ -90,10 +101,16 @@ class MlxModel:
             to_numpy(intermediates) if record else {},
         )
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
-        result = self._module(mx.array(tokens))
+    def _terms(self, result: Forward, targets, global_load=None):
+        losses = result.index_losses
+        return loss_terms(
+            self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
+        )
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
+        result = self._module(mx.array(tokens), inference=inference)
         losses = token_losses(result.logits_BTV, mx.array(targets))
-        load, dropped = _load(self.spec, result)
+        load, dropped = _load(result)
         mx.eval(losses, load, dropped)
         return Scores(
             np.array(losses),
@@ -101,31 +118,39 @@ class MlxModel:
             [count.item() for count in dropped],
         )
 
-    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, list[KVCache]]:
+    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, list[Cache]]:
         return self._cached(tokens, empty_cache(self.spec, tokens.shape[0], size))
 
-    def decode(self, tokens: np.ndarray, cache: list[KVCache]) -> tuple[np.ndarray, list[KVCache]]:
+    def decode(self, tokens: np.ndarray, cache: list[Cache]) -> tuple[np.ndarray, list[Cache]]:
         return self._cached(tokens[:, None], cache)
 
-    def _cached(self, tokens: np.ndarray, caches: list[KVCache]) -> tuple[np.ndarray, list[KVCache]]:
+    def _cached(self, tokens: np.ndarray, caches: list[Cache]) -> tuple[np.ndarray, list[Cache]]:
         result = self._module(mx.array(tokens), caches=caches)
         logits = result.logits_BTV[:, -1]
-        mx.eval(logits, [(cache.key_BSMH, cache.value_BSMH) for cache in result.caches])
+        mx.eval(logits, [[part for part in cache if isinstance(part, mx.array)] for cache in result.caches])
         return np.array(logits), result.caches
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def loss_and_gradients(
-        self, tokens: np.ndarray, targets: np.ndarray, *, forced: Sequence[np.ndarray] | None = None
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        (_, terms, _), gradients = self._loss_and_gradients(mx.array(tokens), mx.array(targets), _flat(forced))
+        (_, terms, *_), gradients = self._loss_and_gradients(
+            mx.array(tokens), mx.array(targets), _key(key), _flat(forced)
+        )
         mx.eval(terms, gradients)
         return {name: value.item() for name, value in terms.items()}, to_numpy(dict(tree_flatten(gradients)))
 
-    def _loss(self, tokens, targets, forced=None):
-        result = self._module(tokens, forced=forced)
-        terms = loss_terms(self.spec, result.logits_BTV, targets, result.routings)
-        return terms["loss"], terms, _load(self.spec, result)
+    def _loss(self, tokens, targets, key=None, forced=None, global_load=None):
+        result = self._module(tokens, forced=forced, key=key)
+        terms = self._terms(result, targets, global_load)
+        cutoffs = [routing.cutoff_E for routing in result.routings]
+        return terms["loss"], terms, cutoffs, _load(result)
 
     def start_training(
         self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
@@ -145,26 +170,47 @@ class MlxModel:
                 part.state = {**part.state, **moments, "step": mx.array(update, mx.uint64)}
                 part._initialized = True
 
-    def train_step(self, windows: np.ndarray, learning_rate: float) -> PendingMlxStep:
+    def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingMlxStep:
         self._optimizer.learning_rate = learning_rate
-        gradients, terms, load = None, None, None
-        for window in mx.array(windows):
-            (_, *measured), gradient = self._loss_and_gradients(window[:, :-1], window[:, 1:])
-            if gradients is None:
-                gradients, (terms, load) = gradient, measured
-            else:
-                gradients = tree_map(mx.add, gradients, gradient)
-                terms, load = tree_map(mx.add, terms, measured[0]), tree_map(mx.add, load, measured[1])
-        if windows.shape[0] > 1:
-            gradients, terms = tree_map(lambda total: total / windows.shape[0], (gradients, terms))
+        parts = [(mx.array(window), None if keys is None else mx.array(keys[a])) for a, window in enumerate(windows)]
+        global_load = None
+        if self._balances_globally and len(parts) > 1:
+            # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
+            global_load = _sum_over(lambda window, key: _load(self._module(window[:, :-1], key=key))[0], parts)
+
+        def micro_batch(window, key):
+            (_, terms, cutoffs, load), gradients = self._loss_and_gradients(
+                window[:, :-1], window[:, 1:], key, global_load=global_load
+            )
+            return (gradients, terms, cutoffs), load
+
+        means, load = _sum_over(micro_batch, parts)
+        if len(parts) > 1:
+            means = tree_map(lambda total: None if total is None else total / len(parts), means)
+        gradients, terms, cutoffs = means
         norm = _global_norm(gradients)
         if self._config.clip_norm is not None:
             scale = mx.minimum(1.0, self._config.clip_norm / (norm + 1e-6))
             gradients = tree_map(lambda gradient: gradient * scale, gradients)
         self._optimizer.update(self._module, gradients)
+        state = {name: self._value(name) for name in self._state_names}
+        for name, value in updated_state(self.spec, state, load[0], cutoffs).items():
+            path, _, leaf = name.rpartition(".")
+            setattr(self._inside(path), leaf, value)
         values = (terms, norm, *load)
         mx.async_eval(values, self._module.state, self._optimizer.state)
         return PendingMlxStep(values)
+
+    def _inside(self, path: str) -> nn.Module:
+        """The module at a canonical path."""
+        module: Any = self._module
+        for step in path.split("."):
+            module = module[int(step)] if step.isdigit() else module[step]
+        return module
+
+    def _value(self, name: str) -> mx.array:
+        path, _, leaf = name.rpartition(".")
+        return self._inside(path)[leaf]
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
@@ -205,9 +251,22 @@ def _flat(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
     return None if forced is None else [mx.array(expert.reshape(-1, expert.shape[-1])) for expert in forced]
 
 
-def _load(spec: ModelSpec, result: Forward) -> tuple[list[mx.array], list[mx.array]]:
+def _key(key: Bits | None) -> mx.array | None:
+    return None if key is None else mx.array(key)
+
+
+def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array, mx.array | None]]) -> Any:
+    """The sum of what `micro_batch(window, key)` gives for each of the parts."""
+    total = micro_batch(*parts[0])
+    for part in parts[1:]:
+        # Trap: MLX's tree_map calls the function on None too, which stands where a router has no cutoffs.
+        total = tree_map(lambda a, b: None if a is None else a + b, total, micro_batch(*part))
+    return total
+
+
+def _load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
     """Per MoE layer: tokens of each expert, and dropped routed copies."""
-    load = [dispatched.size_E for dispatched in result.dispatches]
+    load = [expert_counts(routing) for routing in result.routings]
     dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
     return load, dropped
 

@@ -1,31 +1,41 @@
 """The whole model. Spec: moezoo.core.reference.transformer."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import LayerSpec, ModelSpec, TiedHeadSpec, UntiedHeadSpec
+from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT
+from moezoo.core.spec import (
+    AttentionSpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    TiedHeadSpec,
+    UntiedHeadSpec,
+)
 from moezoo.mlx_backend.arrays import DTYPES, Weights
 from moezoo.mlx_backend.attention import GroupedQueryAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import SwiGLU
-from moezoo.mlx_backend.kv_cache import KVCache
+from moezoo.mlx_backend.kv_cache import KVCache as Cache
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
+from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.routing import Routing
 
 Record = dict[str, mx.array]
 
 
 class Forward(NamedTuple):
-    """Logits [B, T, V] float32, per MoE layer its routing and dispatch, per layer its cache."""
+    """Logits [B, T, V] float32; per MoE layer its routing and dispatch; per layer its cache; losses of indexers."""
 
     logits_BTV: mx.array
     routings: list[Routing]
     dispatches: list[Dispatch]
-    caches: list[KVCache | None]
+    caches: list[Cache | None]
+    index_losses: list[tuple[int, float, mx.array]]
 
 
 class Embedding(nn.Module):
@@ -44,19 +54,71 @@ class Head(nn.Module):
         self.w_head = weights.parameter("w_head")
 
 
+def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Module:
+    """The attention of layer `index`."""
+    match spec:
+        case GroupedQueryAttentionSpec():
+            return GroupedQueryAttention(spec, weights, index)
+        case _:
+            assert_never(spec)
+
+
 class Layer(nn.Module):
-    """One pre-norm layer: attention, then a dense feed-forward or a MoE."""
+    """Attention and a feed-forward, dense or a MoE, with their norms before or behind them."""
 
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         super().__init__()
         self.spec = spec
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
-        self.attention = GroupedQueryAttention(spec.attention, weights.inside("attention"), index)
-        self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
+        self.attention = attention_layer(spec.attention, weights.inside("attention"), index)
+        if spec.arrangement != "parallel":
+            self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
+        if spec.arrangement == "sandwich":
+            self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
+            self.feed_forward_output_norm = norm(model.norm, weights.inside("feed_forward_output_norm"))
         if spec.feed_forward is not None:
             self.feed_forward = SwiGLU(spec.feed_forward, weights.inside("feed_forward"))
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
+
+    def before_attention(self, x_BTD: mx.array) -> mx.array:
+        """What attention sees."""
+        return x_BTD if self.spec.arrangement == "post" else self.attention_norm(x_BTD)
+
+    def behind_attention(self, out_BTD: mx.array) -> mx.array:
+        """What attention adds."""
+        match self.spec.arrangement:
+            case "pre" | "parallel":
+                return out_BTD
+            case "post":
+                return self.attention_norm(out_BTD)
+            case "sandwich":
+                return self.attention_output_norm(out_BTD)
+            case _:
+                assert_never(self.spec.arrangement)
+
+    def before_feed_forward(self, x_BTD: mx.array) -> mx.array:
+        """What the feed-forward sees; in a parallel layer it sees what attention saw."""
+        return x_BTD if self.spec.arrangement == "post" else self.feed_forward_norm(x_BTD)
+
+    def behind_feed_forward(self, out_BTD: mx.array) -> mx.array:
+        """What the feed-forward adds."""
+        match self.spec.arrangement:
+            case "pre" | "parallel":
+                return out_BTD
+            case "post":
+                return self.feed_forward_norm(out_BTD)
+            case "sandwich":
+                return self.feed_forward_output_norm(out_BTD)
+            case _:
+                assert_never(self.spec.arrangement)
+
+
+def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
+    """Spec: moezoo.core.reference.transformer.dropout."""
+    if rate == 0 or key is None:
+        return x
+    return mx.where(uniform(key, x.shape) >= rate, x / (1 - rate), 0).astype(x.dtype)
 
 
 class Transformer(nn.Module):
@@ -78,33 +140,46 @@ class Transformer(nn.Module):
         tokens_BT: mx.array,
         *,
         forced: Sequence[mx.array] | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[Cache] | None = None,
+        count: Any = None,
         record: Record | None = None,
+        key: mx.array | None = None,
+        inference: bool = False,
     ) -> Forward:
-        """With `caches`, the tokens follow the cached ones, and routing is dropless."""
+        """With `caches`, the first `count` tokens (None: all) follow the cached ones, and routing is inference's."""
+        inference = inference or caches is not None
         record = {} if record is None else record
         routings: list[Routing] = []
         dispatches: list[Dispatch] = []
-        new_caches: list[KVCache | None] = []
-        first_value_BTMH: mx.array | None = None
-        x_BTD = self.embedding.weight[tokens_BT].astype(DTYPES[self.spec.precision.compute])
+        new_caches: list[Cache | None] = []
+        index_losses: list[tuple[int, float, mx.array]] = []
+        first_value_BTMH = None
+        x_BTD = self._embed(tokens_BT, 0 if caches is None else caches[0].length)
         record["embedding"] = x_BTD
         for index, layer in enumerate(self.layers):
             name = f"layers.{index}"
+            layer_key = None if key is None else fold_in(key, index)
             cache = None if caches is None else caches[index]
-            attended = layer.attention(layer.attention_norm(x_BTD), cache, first_value_BTMH=first_value_BTMH)
-            if index == 0:
-                first_value_BTMH = attended.value_BTMH
+            seen_BTD = layer.before_attention(x_BTD)
+            attended = layer.attention(seen_BTD, cache, first_value_BTMH=first_value_BTMH, count=count)
             new_caches.append(attended.cache)
             record[f"{name}.attention"] = attended.out_BTD
-            x_BTD = x_BTD + attended.out_BTD
-            normed = layer.feed_forward_norm(x_BTD)
+            if index == 0:
+                first_value_BTMH = attended.value_BTMH
+            if attended.index_loss is not None:
+                index_losses.append((index, layer.spec.attention.indexer.loss_coefficient, attended.index_loss))
+            x_BTD = x_BTD + self._added(layer.behind_attention(attended.out_BTD), layer_key, ATTENTION_DROPOUT)
+            if layer.spec.arrangement != "parallel":
+                seen_BTD = layer.before_feed_forward(x_BTD)
             if layer.spec.moe is not None:
-                forced_PK = None if forced is None else forced[len(routings)]
                 out, routing, dispatched = layer.moe(
-                    normed,
-                    forced_PK=forced_PK,
-                    inference=caches is not None,
+                    seen_BTD,
+                    raw_BTD=x_BTD,
+                    token_BT=tokens_BT,
+                    previous_PE=routings[-1].logits_PE if routings else None,
+                    forced_PK=None if forced is None else forced[len(routings)],
+                    key=layer_key,
+                    inference=inference,
                     record=record,
                     name=f"{name}.moe",
                 )
@@ -112,21 +187,40 @@ class Transformer(nn.Module):
                 dispatches.append(dispatched)
                 record[f"{name}.moe"] = out
             else:
-                out = layer.feed_forward(normed)
+                out = layer.feed_forward(seen_BTD)
                 record[f"{name}.feed_forward"] = out
-            x_BTD = x_BTD + out
+            x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), layer_key, FEED_FORWARD_DROPOUT)
             record[name] = x_BTD
         x_BTD = self.final_norm(x_BTD)
         record["final_norm"] = x_BTD
-        logits_BTV = self._logits(x_BTD).astype(mx.float32)
+        logits_BTV = self._logits(x_BTD)
         record["logits"] = logits_BTV
-        return Forward(logits_BTV, routings, dispatches, new_caches)
+        return Forward(logits_BTV, routings, dispatches, new_caches, index_losses)
+
+    def _embed(self, tokens_BT: mx.array, start: Any) -> mx.array:
+        x_BTD = self.embedding.weight[tokens_BT]
+        if self.spec.multipliers.embedding != 1:
+            x_BTD = x_BTD * self.spec.multipliers.embedding
+        if self.spec.position is not None:
+            x_BTD = x_BTD + self.position(mx.arange(tokens_BT.shape[1]) + start)
+        return x_BTD.astype(DTYPES[self.spec.precision.compute])
+
+    def _added(self, out_BTD: mx.array, key: mx.array | None, purpose: int) -> mx.array:
+        """What a block adds to the residual stream."""
+        out_BTD = dropout(out_BTD, self.spec.dropout, None if key is None else fold_in(key, purpose))
+        return out_BTD if self.spec.multipliers.residual == 1 else out_BTD * self.spec.multipliers.residual
 
     def _logits(self, x_BTD: mx.array) -> mx.array:
         match self.spec.head:
             case TiedHeadSpec():
-                return mx.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight.astype(x_BTD.dtype))
+                logits_BTV = mx.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight.astype(x_BTD.dtype))
             case UntiedHeadSpec():
-                return mx.einsum("BTD,DV->BTV", x_BTD, self.head.w_head.astype(x_BTD.dtype))
+                logits_BTV = mx.einsum("BTD,DV->BTV", x_BTD, self.head.w_head.astype(x_BTD.dtype))
             case _:
                 assert_never(self.spec.head)
+        logits_BTV = logits_BTV.astype(mx.float32)
+        if self.spec.multipliers.logits != 1:
+            logits_BTV = logits_BTV * self.spec.multipliers.logits
+        if self.spec.softcap is not None:
+            logits_BTV = self.spec.softcap * mx.tanh(logits_BTV / self.spec.softcap)
+        return logits_BTV

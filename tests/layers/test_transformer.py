@@ -98,7 +98,7 @@ def recorded_by_reference():
 
 
 def test_logits_and_routing_match_the_reference(output):
-    logits_BTV, routings = forward(SPEC, in_float64(WEIGHTS), TOKENS_BT)
+    logits_BTV, routings, _ = forward(SPEC, in_float64(WEIGHTS), TOKENS_BT)
     assert output.logits.dtype == np.float32
     assert_close(output.logits, logits_BTV, FLOAT32)
     assert [routing.layer for routing in output.routing] == [1]
@@ -206,7 +206,7 @@ def test_bfloat16_model_is_near_float32_forward_and_backward(twin):
     """With the reference's experts forced, so that a rounding does not decide who computes."""
     spec = SPEC.model_copy(update={"precision": PrecisionSpec(compute="bfloat16")})
     weights = {name: value * (0.3 if value.ndim > 1 else 1) for name, value in WEIGHTS.items()}
-    _, routings = forward(SPEC, in_float64(weights), TOKENS_BT)
+    _, routings, _ = forward(SPEC, in_float64(weights), TOKENS_BT)
     forced = [routing.expert_PK for routing in routings]
     model = twin.backend().build(spec, weights)
     output = model.forward(TOKENS_BT, forced=[forced[0].reshape(B, T, K).astype(np.int32)])
@@ -231,7 +231,7 @@ def test_reference_gradient_agrees_with_finite_differences():
         ends = []
         for sign in (1, -1):
             moved = weights | {name: value + sign * 1e-5 * direction}
-            logits_BTV, routings = forward(SPEC, moved, TOKENS_BT, forced=forced)
+            logits_BTV, routings, _ = forward(SPEC, moved, TOKENS_BT, forced=forced)
             ends.append(loss_terms(SPEC, logits_BTV, TARGET_BT, routings)["loss"])
         expected = np.sum(gradients[name] * direction)
         scale = np.linalg.norm(gradients[name]) * np.linalg.norm(direction)

@@ -56,7 +56,15 @@ def auxiliary_loss(spec: AuxiliaryLossSpec, routing: Routing) -> Array:
             return router_z(routing)
 
 
-def loss_terms(spec: ModelSpec, logits_BTV: Array, target_BT: Array, routings: Sequence[Routing]) -> dict[str, Array]:
+def loss_terms(
+    spec: ModelSpec,
+    logits_BTV: Array,
+    target_BT: Array,
+    routings: Sequence[Routing],
+    *,
+    index_losses=(),
+    global_load=None,
+) -> dict[str, Array]:
     """Every loss term by name.
 
     `loss` is what training minimizes: `cross_entropy` (mean over tokens, nats) plus every `<name>_weighted`. For an
@@ -86,6 +94,8 @@ def loss_and_gradients(
     tokens_BT: Array,
     target_BT: Array,
     forced: Sequence[Array] | None = None,
+    key: Array | None = None,
+    global_load: Sequence[Array] | None = None,
 ) -> tuple[dict[str, float], dict[str, Array]]:
     """Every loss term, and the gradient of `loss` by canonical parameter name."""
     from autograd import value_and_grad
@@ -94,7 +104,7 @@ def loss_and_gradients(
     seen: dict[str, float] = {}
 
     def total(values: dict[str, Array]) -> Array:
-        logits_BTV, routings = forward(spec, values, tokens_BT, forced=forced)
+        logits_BTV, routings, _ = forward(spec, values, tokens_BT, forced=forced, key=key)
         terms = loss_terms(spec, logits_BTV, target_BT, routings)
         seen.update({name: float(getval(term)) for name, term in terms.items()})
         return terms["loss"]

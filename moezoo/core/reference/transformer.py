@@ -1,16 +1,39 @@
 """The whole model."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import autograd.numpy as np
 
+from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, inside
-from moezoo.core.reference.attention import grouped_query_attention
+from moezoo.core.reference.attention import Attended, grouped_query_attention
 from moezoo.core.reference.feed_forward import swiglu
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.routing import Routing
-from moezoo.core.spec import ModelSpec, TiedHeadSpec, UntiedHeadSpec
+from moezoo.core.spec import (
+    AttentionSpec,
+    GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
+    ModelSpec,
+    TiedHeadSpec,
+    UntiedHeadSpec,
+)
+
+
+class Forward(NamedTuple):
+    """What a forward pass gives.
+
+    Fields:
+        logits_BTV: of the next token at every position.
+        routings: one for each MoE layer.
+        index_losses: for each layer with an indexer its index, the loss's coefficient and its value.
+    """
+
+    logits_BTV: Array
+    routings: list[Routing]
+    index_losses: list[tuple[int, float, Array]]
 
 
 def forward(
@@ -20,58 +43,118 @@ def forward(
     *,
     forced: Sequence[Array] | None = None,
     record: Record | None = None,
-) -> tuple[Array, list[Routing]]:
+    key: Array | None = None,
+    inference: bool = False,
+) -> Forward:
     """Logits of the next token at every position, and the Routing of every MoE layer.
 
-    Each layer is pre-norm: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`, dense or a MoE.
+    A layer is two blocks, attention and a feed-forward, dense or a MoE. A block f is added to the residual stream x as
+    its layer's `arrangement` says: `pre` x + f(norm(x)); `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x)));
+    `parallel`: both blocks see norm(x) of the layer's input. What is added is dropped out and multiplied by
+    `multipliers.residual`.
 
     Args:
         spec: the model.
         parameters: canonical name -> float64 array.
         tokens_BT: int, 0 <= token < V.
-        forced: one int [P, K] per MoE layer: experts to use instead of the routers' own choice.
+        forced: one int [P, K] for each MoE layer: experts to use instead of the routers' own choice, -1 for an unused
+            slot.
         record: filled with named intermediates, in the order in which they are computed.
+        key: uint32 [2], the key of a training step; None: no noise, no dropout.
+        inference: route as generation does: causal, and every token served.
 
-    Returns:
-        logits [B, T, V] and one Routing per MoE layer.
-
-    Source: Radford et al. 2019 (pre-norm decoder); Touvron et al. 2023, arXiv 2302.13971 (RMSNorm, RoPE, SwiGLU).
+    Source: Radford et al. 2019 (pre-norm decoder); Touvron et al. 2023, arXiv 2302.13971 (RMSNorm, RoPE, SwiGLU); the
+    sources of the options stand in the spec (LayerSpec, ModelSpec).
     """
     record = {} if record is None else record
     routings: list[Routing] = []
-    first_value_BTMH: Array | None = None
-    x_BTD = parameters["embedding.weight"][tokens_BT]
+    index_losses: list[tuple[int, float, Array]] = []
+    first_value_BTMH = None
+    x_BTD = _embedded(spec, parameters, tokens_BT)
     record["embedding"] = x_BTD
+
+    def normed(name: str, x: Array) -> Array:
+        return normalize(spec.norm, inside(parameters, name), x)
+
+    def added(out_BTD: Array, layer_key: Array | None, purpose: int) -> Array:
+        purpose_key = None if layer_key is None else fold_in(layer_key, purpose)
+        return spec.multipliers.residual * dropout(out_BTD, spec.dropout, purpose_key)
+
     for index, layer in enumerate(spec.all_layers):
-        name = f"layers.{index}"
-        own = inside(parameters, name)
-        normed = normalize(spec.norm, inside(own, "attention_norm"), x_BTD)
-        attended = grouped_query_attention(
-            layer.attention, inside(own, "attention"), normed, first_value_BTMH=first_value_BTMH
-        )
+        name, arrangement = f"layers.{index}", layer.arrangement
+        layer_key = None if key is None else fold_in(key, index)
+        seen_BTD = x_BTD if arrangement == "post" else normed(f"{name}.attention_norm", x_BTD)
+        attended = _attended(layer.attention, inside(parameters, f"{name}.attention"), seen_BTD, first_value_BTMH)
+        out = attended.out_BTD
+        record[f"{name}.attention"] = out
         if index == 0:
             first_value_BTMH = attended.value_BTMH
-        record[f"{name}.attention"] = attended.out_BTD
-        x_BTD = x_BTD + attended.out_BTD
-        normed = normalize(spec.norm, inside(own, "feed_forward_norm"), x_BTD)
+        if isinstance(layer.attention, LatentAttentionSpec) and layer.attention.indexer is not None:
+            index_losses.append((index, layer.attention.indexer.loss_coefficient, attended.index_loss))
+        if arrangement in ("post", "sandwich"):
+            out = normed(f"{name}.attention_norm" if arrangement == "post" else f"{name}.attention_output_norm", out)
+        x_BTD = x_BTD + added(out, layer_key, ATTENTION_DROPOUT)
+        if arrangement != "parallel":
+            seen_BTD = x_BTD if arrangement == "post" else normed(f"{name}.feed_forward_norm", x_BTD)
         if layer.moe is not None:
-            forced_PK = None if forced is None else forced[len(routings)]
             out, routing = moe(
-                layer.moe, inside(own, "moe"), normed, forced_PK=forced_PK, record=record, name=f"{name}.moe"
+                layer.moe,
+                inside(parameters, f"{name}.moe"),
+                seen_BTD,
+                raw_BTD=x_BTD,
+                token_BT=tokens_BT,
+                previous_PE=routings[-1].logits_PE if routings else None,
+                forced_PK=None if forced is None else forced[len(routings)],
+                key=layer_key,
+                inference=inference,
+                record=record,
+                name=f"{name}.moe",
             )
             routings.append(routing)
             record[f"{name}.moe"] = out
-        else:
-            out = swiglu(inside(own, "feed_forward"), normed)
+        elif layer.feed_forward is not None:
+            out = swiglu(inside(parameters, f"{name}.feed_forward"), seen_BTD)
             record[f"{name}.feed_forward"] = out
-        x_BTD = x_BTD + out
+        if arrangement in ("post", "sandwich"):
+            which = "feed_forward_norm" if arrangement == "post" else "feed_forward_output_norm"
+            out = normed(f"{name}.{which}", out)
+        x_BTD = x_BTD + added(out, layer_key, FEED_FORWARD_DROPOUT)
         record[name] = x_BTD
-    x_BTD = normalize(spec.norm, inside(parameters, "final_norm"), x_BTD)
+    x_BTD = normed("final_norm", x_BTD)
     record["final_norm"] = x_BTD
+    logits_BTV = _logits(spec, parameters, x_BTD)
+    record["logits"] = logits_BTV
+    return Forward(logits_BTV, routings, index_losses)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Set each element to zero with probability `rate` and divide the others by `1 - rate`; without a key, x.
+
+    An element is kept where its uniform number is at least `rate`. Source: Srivastava et al. 2014, JMLR 15(56).
+    """
+    if rate == 0 or key is None:
+        return x
+    return np.where(uniform(key, x.shape) >= np.float32(rate), x / (1 - rate), 0.0)
+
+
+def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array) -> Array:
+    x_BTD = parameters["embedding.weight"][tokens_BT] * spec.multipliers.embedding
+    if spec.position is not None:
+        raise NotImplementedError
+    return x_BTD
+
+
+def _attended(spec: AttentionSpec, parameters: Parameters, x_BTD: Array, first_value_BTMH: Array | None) -> Attended:
+    match spec:
+        case GroupedQueryAttentionSpec():
+            return grouped_query_attention(spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH)
+
+
+def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:
     match spec.head:
         case TiedHeadSpec():
             logits_BTV = np.einsum("BTD,VD->BTV", x_BTD, parameters["embedding.weight"])
         case UntiedHeadSpec():
             logits_BTV = np.einsum("BTD,DV->BTV", x_BTD, parameters["head.w_head"])
-    record["logits"] = logits_BTV
-    return logits_BTV, routings
+    logits_BTV = spec.multipliers.logits * logits_BTV
+    return logits_BTV if spec.softcap is None else spec.softcap * np.tanh(logits_BTV / spec.softcap)

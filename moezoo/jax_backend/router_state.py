@@ -1,0 +1,37 @@
+"""State of the routers. Spec: moezoo.core.reference.router_state."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from moezoo.core.spec import ExpertChoiceSpec, ModelSpec
+
+
+def updated_bias(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
+    """Spec: moezoo.core.reference.router_state.updated_bias."""
+    # Integers decide exactly who is above the mean: E * load against the sum.
+    return bias_E + rate * jnp.sign(jnp.sum(load_E) - load_E * load_E.shape[0]).astype(jnp.float32)
+
+
+def updated_cutoff(
+    cutoff_E: jax.Array, weight: jax.Array, lowest_E: jax.Array, decay: float
+) -> tuple[jax.Array, jax.Array]:
+    """Spec: moezoo.core.reference.router_state.updated_cutoff."""
+    return decay * cutoff_E + (1 - decay) * lowest_E, decay * weight + (1 - decay)
+
+
+def updated_state(
+    spec: ModelSpec, state: Mapping[str, jax.Array], loads: Sequence[jax.Array], cutoffs: Sequence[jax.Array | None]
+) -> dict[str, jax.Array]:
+    """Spec: moezoo.core.reference.router_state.updated_state."""
+    new = dict(state)
+    for layer, load_E, lowest_E in zip(spec.moe_layers, loads, cutoffs, strict=True):
+        moe, name = spec.all_layers[layer].moe, f"layers.{layer}.moe.router"
+        if moe.router.selection_bias is not None:
+            bias = f"{name}.selection_bias"
+            new[bias] = updated_bias(state[bias], load_E, moe.router.selection_bias.rate)
+        if isinstance(moe.router.choice, ExpertChoiceSpec) and lowest_E is not None:
+            cutoff, weight = f"{name}.cutoff", f"{name}.cutoff_weight"
+            new[cutoff], new[weight] = updated_cutoff(state[cutoff], state[weight], lowest_E, moe.router.choice.decay)
+    return new
