@@ -1,0 +1,239 @@
+"""The choice: which experts compute a token, once the values that decide it are there."""
+
+from typing import NamedTuple
+
+import autograd.numpy as np
+from autograd.tracer import getval
+
+from moezoo.core.random import ROUTER_NOISE, ROUTER_SAMPLE, bernoulli, fold_in, gumbel, normal
+from moezoo.core.reference import Array
+from moezoo.core.spec import (
+    ExpertChoiceSpec,
+    GroupedTopKChoiceSpec,
+    HashChoiceSpec,
+    NoisyTopKChoiceSpec,
+    RouterSpec,
+    SparseMixerChoiceSpec,
+    TopKChoiceSpec,
+    TopPChoiceSpec,
+)
+
+
+class Choice(NamedTuple):
+    """Who is chosen: the part of `Routing` that a choice decides. Integers and booleans have no gradient.
+
+    Fields:
+        expert_PK: int, by descending selection value, ties to the lower id; of a hash in the order of its table. An
+            unused slot has some expert's id. K is top_k, or E for expert choice.
+        valid_PK: bool, False for an unused slot; these stand last.
+        weight_PK: the weights, where the choice makes them itself (sparsemixer), else None.
+        cutoff_E: the lowest value that each expert took (expert choice in training), else None. No gradient.
+        margin_P: only here: how far the decision of a token that was nearest to falling otherwise was from it, as a
+            share of the value (of its exponential, if logits decide); inf where nothing can fall otherwise.
+    """
+
+    expert_PK: Array
+    valid_PK: Array
+    weight_PK: Array | None
+    cutoff_E: Array | None
+    margin_P: Array
+
+
+def noisy(logits_PE: Array, noise_scale_PE: Array, key: Array) -> Array:
+    """`logits + normal() * noise_scale`; `key` is that of the layer and step.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 4, where `noise_scale = softplus(x w_noise)`.
+    """
+    return logits_PE + normal(fold_in(key, ROUTER_NOISE), logits_PE.shape) * noise_scale_PE
+
+
+def choose(
+    spec: RouterSpec,
+    logits_PE: Array,
+    score_PE: Array,
+    selection_PE: Array,
+    *,
+    table_PK: Array | None = None,
+    cutoff_E: Array | None = None,
+    forced_PK: Array | None = None,
+    key: Array | None = None,
+    inference: bool = False,
+) -> Choice:
+    """Choose experts for tokens, or tokens for experts.
+
+    | choice | experts of a token |
+    |---|---|
+    | `top_k`, `noisy_top_k` | the K of the highest selection value |
+    | `grouped_top_k` | the same among the experts of the groups of the highest value; others are minus infinity |
+    | `top_p` | the first n of the K highest, where n - 1 of them have scores that sum to less than p |
+    | `hash` | those of the table |
+    | `sparsemixer` | one or two draws from a softmax over the logits near the best; see `_sparsemixer` |
+    | `expert_choice` | those with the token among their C highest; at inference those whose cutoff its value reaches |
+
+    Args:
+        spec: the router.
+        logits_PE: after temperature, softcap and noise.
+        score_PE: their scores.
+        selection_PE: what decides: `spec.selection_basis` of the two, plus the selection bias.
+        table_PK: int; rows of the hash table for these tokens.
+        cutoff_E: for expert choice at inference: the least value with which each expert takes a token.
+        forced_PK: int; take these experts, -1 for an unused slot. Weights and cutoffs are made as always.
+        key: of the layer and step; None for no noise.
+        inference: choose as in generation.
+
+    Source: each spec's docstring (moezoo/core/spec/routing.py) names its own.
+    """
+    selection_PE = getval(selection_PE)
+    tokens = selection_PE.shape[0]
+    margin_P, weight_PK, cutoffs_E = np.full(tokens, np.inf), None, None
+    match spec.choice:
+        case TopKChoiceSpec() | NoisyTopKChoiceSpec():
+            expert_PK, valid_PK = _highest(selection_PE, spec.top_k)
+            margin_P = _boundary(spec, selection_PE, np.full(tokens, spec.top_k))
+        case GroupedTopKChoiceSpec() as groups:
+            kept_PE, margin_P = _in_kept_groups(spec, groups, selection_PE)
+            expert_PK, valid_PK = _highest(kept_PE, spec.top_k)
+            margin_P = np.minimum(margin_P, _boundary(spec, kept_PE, np.full(tokens, spec.top_k)))
+        case TopPChoiceSpec() as nucleus:
+            expert_PK, _ = _highest(selection_PE, spec.top_k)
+            chosen_PK = np.take_along_axis(getval(score_PE), expert_PK, axis=-1)
+            before_PK = np.cumsum(chosen_PK, axis=-1) - chosen_PK
+            valid_PK = before_PK < nucleus.p
+            nearest_P = np.min(np.abs(before_PK[:, 1:] - nucleus.p), axis=-1, initial=np.inf) / nucleus.p
+            margin_P = np.minimum(nearest_P, _boundary(spec, selection_PE, np.sum(valid_PK, axis=-1)))
+        case HashChoiceSpec():
+            expert_PK, valid_PK = table_PK, np.ones((tokens, spec.top_k), bool)
+        case SparseMixerChoiceSpec() as mixer:
+            key = None if inference else key
+            expert_PK, weight_PK, margin_P = _sparsemixer(mixer, spec.top_k, logits_PE, forced_PK, key)
+            valid_PK = np.ones(expert_PK.shape, bool)
+        case ExpertChoiceSpec():
+            if inference:
+                taken_PE, bound_E = selection_PE >= cutoff_E, cutoff_E
+                margin_P = np.min(
+                    _share(spec, np.maximum(selection_PE, bound_E), np.minimum(selection_PE, bound_E)), -1
+                )
+            else:
+                taken_PE, cutoffs_E, margin_P = _highest_tokens(spec, selection_PE)
+            expert_PK, valid_PK = _highest(np.where(taken_PE, selection_PE, -np.inf), selection_PE.shape[1])
+    if forced_PK is not None:
+        expert_PK, valid_PK = np.maximum(forced_PK, 0), forced_PK >= 0
+        weight_PK = None if weight_PK is None else np.where(valid_PK, weight_PK, 0.0)
+    return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E, margin_P)
+
+
+# --- the kinds -------------------------------------------------------------------------------------------------------
+
+
+def _highest(value_PE: Array, count: int) -> tuple[Array, Array]:
+    """The experts of the `count` highest values, descending, and which of these values are finite.
+
+    Trap: a stable sort of the negated values is the tie rule; argpartition has none.
+    """
+    expert_PK = np.argsort(-value_PE, axis=-1, kind="stable")[:, :count]
+    return expert_PK, np.take_along_axis(value_PE, expert_PK, axis=-1) > -np.inf
+
+
+def _in_kept_groups(spec: RouterSpec, groups: GroupedTopKChoiceSpec, value_PE: Array) -> tuple[Array, Array]:
+    """The values, minus infinity outside the `keep` best groups (ties to the lower group), and the groups' margin.
+
+    The value of a group is its highest, or the sum of its two highest.
+    """
+    tokens, num_experts = value_PE.shape
+    ascending = np.sort(value_PE.reshape(tokens, groups.num_groups, -1), axis=-1)
+    of_group = ascending[..., -1] if groups.group_value == "max" else np.sum(ascending[..., -2:], axis=-1)
+    best, _ = _highest(of_group, groups.keep)
+    group_E = np.arange(num_experts) // (num_experts // groups.num_groups)
+    kept_PE = np.any(group_E[None, :, None] == best[:, None, :], axis=-1)
+    return np.where(kept_PE, value_PE, -np.inf), _boundary(spec, of_group, np.full(tokens, groups.keep))
+
+
+def _sparsemixer(
+    mixer: SparseMixerChoiceSpec, count: int, logits_PE: Array, forced_PK: Array | None, key: Array | None
+) -> tuple[Array, Array, Array]:
+    """`count` experts one after the other, their weights, and the margin. For each, among experts not yet taken:
+
+        best  = the highest logit;      near = experts with  best - logit <= 2 jitter max(|logit|, best)
+        gate  = softmax(logits of the near ones)
+        drawn = with a key: the highest of logit + gumbel() among the near ones; without: the best
+        scale = 1 if drawn is the best, or with probability 1/4; else 1/3
+        weight = scale * gate[drawn],  with the gradient of  gate[drawn]
+
+    So the loss's gradient for an expert that is not the best is taken at a third of its weight three times out of
+    four, and at all of it once: Heun's third-order rule, `f(w) - f(0) = w (f'(w) / 4 + 3 f'(w / 3) / 4)`.
+
+    Differs from the released code: a third is 1/3 and not 0.3333.
+    """
+    logits, tokens = getval(logits_PE), logits_PE.shape[0]
+    free_PE = np.ones(logits.shape, bool)
+    experts, weights, margin_P = [], [], np.full(tokens, np.inf)
+    for slot in range(count):
+        left_PE = np.where(free_PE, logits, -np.inf)
+        best_P = np.argmax(left_PE, axis=-1)  # the lowest of equals
+        best_P1 = np.max(left_PE, axis=-1, keepdims=True)
+        reach_PE = 2 * mixer.jitter * np.maximum(np.abs(logits), best_P1)
+        near_PE = free_PE & (best_P1 - logits <= reach_PE)
+        gate_PE = _softmax(np.where(near_PE, logits_PE, -np.inf))
+        noise_PE, kept_P = np.zeros(logits.shape), np.ones(tokens, bool)
+        if key is not None:
+            noise_PE = gumbel(fold_in(key, ROUTER_SAMPLE, 2 * slot), logits.shape)
+            kept_P = bernoulli(fold_in(key, ROUTER_SAMPLE, 2 * slot + 1), 0.25, (tokens,))
+        drawn_PE = np.where(near_PE, logits + noise_PE, -np.inf)
+        expert_P = np.argmax(drawn_PE, axis=-1) if forced_PK is None else np.maximum(forced_PK[:, slot], 0)
+        gate_P = gate_PE[np.arange(tokens), expert_P]
+        scale_P = np.where((expert_P == best_P) | kept_P, 1.0, 1 / 3)
+        experts.append(expert_P)
+        weights.append(gate_P + getval(gate_P) * (scale_P - 1))
+        others_PE = free_PE & (np.arange(logits.shape[1]) != best_P[:, None])
+        from_edge_PE = np.where(others_PE, np.abs(best_P1 - logits - reach_PE), np.inf)
+        for distance_P in (_distance(left_PE), _distance(drawn_PE), np.min(from_edge_PE, axis=-1)):
+            margin_P = np.minimum(margin_P, np.where(np.isinf(distance_P), np.inf, 1 - np.exp(-distance_P)))
+        free_PE = free_PE & (np.arange(logits.shape[1]) != expert_P[:, None])
+    return np.stack(experts, axis=-1), np.stack(weights, axis=-1), margin_P
+
+
+def _highest_tokens(spec: RouterSpec, value_PE: Array) -> tuple[Array, Array, Array]:
+    """Which tokens each expert takes, [P, E]: its `C = ceil(P * top_k / E)` highest, ties to the earlier token.
+
+    And the lowest value that it takes, and the margin of each token: how far from the border the nearest expert has it.
+    """
+    tokens, num_experts = value_PE.shape
+    most = -(-tokens * spec.top_k // num_experts)
+    order_PE = np.argsort(-value_PE, axis=0, kind="stable")
+    taken_PE = np.argsort(order_PE, axis=0) < most
+    falling_PE = np.take_along_axis(value_PE, order_PE, axis=0)
+    last_E, next_E = falling_PE[most - 1], falling_PE[most] if most < tokens else np.full(num_experts, -np.inf)
+    share_PE = _share(spec, np.where(taken_PE, value_PE, last_E), np.where(taken_PE, next_E, value_PE))
+    return taken_PE, last_E, np.min(share_PE, axis=-1)
+
+
+def _softmax(logits_PE: Array) -> Array:
+    unnormalized = np.exp(logits_PE - np.max(getval(logits_PE), axis=-1, keepdims=True))
+    return unnormalized / np.sum(unnormalized, axis=-1, keepdims=True)
+
+
+# --- margins ---------------------------------------------------------------------------------------------------------
+
+
+def _share(spec: RouterSpec, kept: Array, rest: Array) -> Array:
+    """The gap between two values as a share of the higher: `(kept - rest) / |kept|`, or of their exponentials if logits
+    decide, `1 - exp(rest - kept)`; inf where there is no other (minus infinity)."""
+    gap = np.where(np.isinf(rest), np.inf, kept - rest)
+    if spec.selection_basis == "logits":
+        return np.where(np.isinf(gap), np.inf, 1 - np.exp(-gap))
+    return gap / np.maximum(np.abs(kept), np.finfo(np.float32).tiny)
+
+
+def _boundary(spec: RouterSpec, value_PE: Array, count_P: Array) -> Array:
+    """The share by which the last of the `count` highest values is above the next."""
+    falling_PE = np.concatenate([-np.sort(-value_PE, axis=-1), np.full((len(value_PE), 1), -np.inf)], axis=-1)
+    token_P = np.arange(len(value_PE))
+    return _share(spec, falling_PE[token_P, count_P - 1], falling_PE[token_P, count_P])
+
+
+def _distance(value_PE: Array) -> Array:
+    """From the highest to the next; inf where there is no other."""
+    if value_PE.shape[1] == 1:
+        return np.full(len(value_PE), np.inf)
+    falling_PE = -np.sort(-value_PE, axis=-1)
+    return falling_PE[:, 0] - falling_PE[:, 1]

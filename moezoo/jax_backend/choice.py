@@ -1,0 +1,141 @@
+"""The choice. Spec: moezoo.core.reference.choice."""
+
+from typing import NamedTuple, assert_never
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moezoo.core.random import ROUTER_NOISE, ROUTER_SAMPLE
+from moezoo.core.spec import (
+    ExpertChoiceSpec,
+    GroupedTopKChoiceSpec,
+    HashChoiceSpec,
+    NoisyTopKChoiceSpec,
+    RouterSpec,
+    SparseMixerChoiceSpec,
+    TopKChoiceSpec,
+    TopPChoiceSpec,
+)
+from moezoo.jax_backend.random import bernoulli, fold_in, gumbel, normal
+
+
+class Choice(NamedTuple):
+    """Spec: moezoo.core.reference.choice.Choice."""
+
+    expert_PK: jax.Array
+    valid_PK: jax.Array
+    weight_PK: jax.Array | None
+    cutoff_E: jax.Array | None
+
+
+def noisy(logits_PE: jax.Array, noise_scale_PE: jax.Array, key: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.choice.noisy."""
+    return logits_PE + normal(fold_in(key, ROUTER_NOISE), logits_PE.shape) * noise_scale_PE
+
+
+def choose(
+    spec: RouterSpec,
+    logits_PE: jax.Array,
+    score_PE: jax.Array,
+    selection_PE: jax.Array,
+    *,
+    table_PK: jax.Array | None = None,
+    cutoff_E: jax.Array | None = None,
+    forced_PK: jax.Array | None = None,
+    key: jax.Array | None = None,
+    inference: bool = False,
+) -> Choice:
+    """Spec: moezoo.core.reference.choice.choose."""
+    selection_PE = lax.stop_gradient(selection_PE)
+    weight_PK, cutoffs_E = None, None
+    match spec.choice:
+        case TopKChoiceSpec() | NoisyTopKChoiceSpec():
+            expert_PK, valid_PK = _highest(selection_PE, spec.top_k)
+        case GroupedTopKChoiceSpec() as groups:
+            expert_PK, valid_PK = _highest(_in_kept_groups(groups, selection_PE), spec.top_k)
+        case TopPChoiceSpec() as nucleus:
+            expert_PK, _ = _highest(selection_PE, spec.top_k)
+            chosen_PK = jnp.take_along_axis(lax.stop_gradient(score_PE), expert_PK, axis=-1)
+            valid_PK = jnp.cumsum(chosen_PK, axis=-1) - chosen_PK < nucleus.p
+        case HashChoiceSpec():
+            expert_PK, valid_PK = table_PK, jnp.ones(table_PK.shape, jnp.bool_)
+        case SparseMixerChoiceSpec() as mixer:
+            key = None if inference else key
+            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, forced_PK, key)
+            valid_PK = jnp.ones(expert_PK.shape, jnp.bool_)
+        case ExpertChoiceSpec():
+            if inference:
+                taken_PE = selection_PE >= cutoff_E
+            else:
+                taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE)
+            expert_PK, valid_PK = _highest(jnp.where(taken_PE, selection_PE, -jnp.inf), selection_PE.shape[1])
+        case _:
+            assert_never(spec.choice)
+    if forced_PK is not None:
+        expert_PK, valid_PK = jnp.maximum(forced_PK, 0), forced_PK >= 0
+        weight_PK = None if weight_PK is None else jnp.where(valid_PK, weight_PK, 0.0)
+    return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E)
+
+
+# --- the kinds -------------------------------------------------------------------------------------------------------
+
+
+def _highest(value_PE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    # lax.top_k sorts descending and breaks ties by the lower id.
+    value_PK, expert_PK = lax.top_k(value_PE, count)
+    return expert_PK, value_PK > -jnp.inf
+
+
+def _in_kept_groups(groups: GroupedTopKChoiceSpec, value_PE: jax.Array) -> jax.Array:
+    tokens, num_experts = value_PE.shape
+    in_groups = value_PE.reshape(tokens, groups.num_groups, -1)
+    match groups.group_value:
+        case "max":
+            of_group = jnp.max(in_groups, axis=-1)
+        case "top2":
+            of_group = jnp.sum(lax.top_k(in_groups, 2)[0], axis=-1)
+        case _:
+            assert_never(groups.group_value)
+    best, _ = _highest(of_group, groups.keep)
+    group_E = jnp.arange(num_experts) // (num_experts // groups.num_groups)
+    kept_PE = jnp.any(group_E[None, :, None] == best[:, None, :], axis=-1)
+    return jnp.where(kept_PE, value_PE, -jnp.inf)
+
+
+def _sparsemixer(
+    mixer: SparseMixerChoiceSpec, count: int, logits_PE: jax.Array, forced_PK: jax.Array | None, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Spec: moezoo.core.reference.choice._sparsemixer."""
+    logits, id_E = lax.stop_gradient(logits_PE), jnp.arange(logits_PE.shape[1])
+    free_PE = jnp.ones(logits.shape, jnp.bool_)
+    experts, weights = [], []
+    for slot in range(count):
+        left_PE = jnp.where(free_PE, logits, -jnp.inf)
+        best_P = jnp.argmax(left_PE, axis=-1)
+        best_P1 = jnp.max(left_PE, axis=-1, keepdims=True)
+        reach_PE = 2 * mixer.jitter * jnp.maximum(jnp.abs(logits), best_P1)
+        near_PE = free_PE & (best_P1 - logits <= reach_PE)
+        gate_PE = jax.nn.softmax(jnp.where(near_PE, logits_PE, -jnp.inf), axis=-1)
+        drawn_PE, kept_P = logits, jnp.ones(best_P.shape, jnp.bool_)
+        if key is not None:
+            drawn_PE = logits + gumbel(fold_in(key, ROUTER_SAMPLE, 2 * slot), logits.shape)
+            kept_P = bernoulli(fold_in(key, ROUTER_SAMPLE, 2 * slot + 1), 0.25, best_P.shape)
+        if forced_PK is None:
+            expert_P = jnp.argmax(jnp.where(near_PE, drawn_PE, -jnp.inf), axis=-1)
+        else:
+            expert_P = jnp.maximum(forced_PK[:, slot], 0)
+        gate_P = jnp.take_along_axis(gate_PE, expert_P[:, None], axis=-1)[:, 0]
+        scale_P = jnp.where((expert_P == best_P) | kept_P, 1.0, 1 / 3)
+        experts.append(expert_P)
+        weights.append(gate_P + lax.stop_gradient(gate_P) * (scale_P - 1))
+        free_PE = free_PE & (id_E != expert_P[:, None])
+    return jnp.stack(experts, axis=-1), jnp.stack(weights, axis=-1)
+
+
+def _highest_tokens(spec: RouterSpec, value_PE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tokens, num_experts = value_PE.shape
+    most = -(-tokens * spec.top_k // num_experts)
+    order_PE = jnp.argsort(-value_PE, axis=0, stable=True)
+    taken_PE = jnp.argsort(order_PE, axis=0) < most
+    return taken_PE, jnp.take_along_axis(value_PE, order_PE[most - 1 : most], axis=0)[0]
