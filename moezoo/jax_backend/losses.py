@@ -1,12 +1,30 @@
 """Cross-entropy and auxiliary losses. Spec: moezoo.core.reference.losses."""
 
+import math
 from collections.abc import Sequence
 from typing import assert_never
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from moezoo.core.spec import AuxiliaryLossSpec, ModelSpec, RouterZLossSpec, SwitchBalanceLossSpec
+from moezoo.core.spec import (
+    AuxiliaryLossSpec,
+    CommunicationBalanceLossSpec,
+    DeviceBalanceLossSpec,
+    ExpertBalanceLossSpec,
+    GlobalBalanceLossSpec,
+    HeterogeneousBalanceLossSpec,
+    ImportanceLossSpec,
+    LoadLossSpec,
+    ModelSpec,
+    MoESpec,
+    PooledBalanceLossSpec,
+    RouterSpec,
+    RouterZLossSpec,
+    SequenceBalanceLossSpec,
+    SwitchBalanceLossSpec,
+)
 from moezoo.jax_backend.dispatch import expert_counts
 from moezoo.jax_backend.routing import Routing
 
@@ -17,11 +35,101 @@ def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen
 
 
-def switch_balance(routing: Routing) -> jax.Array:
+# --- what balance losses are made of ---------------------------------------------------------------------------------
+
+
+def probabilities(spec: RouterSpec, routing: Routing) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.probabilities."""
+    match spec.score:
+        case "softmax":
+            return routing.score_PE
+        case "none":
+            return jax.nn.softmax(routing.logits_PE, axis=-1)
+        case "sigmoid" | "sqrt_softplus":
+            return routing.score_PE / (jnp.sum(routing.score_PE, axis=-1, keepdims=True) + 1e-20)
+        case _:
+            assert_never(spec.score)
+
+
+def highest_logits(logits_PE: jax.Array, top_k: int) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.highest_logits."""
+    expert_PK = lax.top_k(lax.stop_gradient(logits_PE), top_k)[1]
+    return jnp.any(expert_PK[..., None] == jnp.arange(logits_PE.shape[-1]), axis=1)
+
+
+def by_device(x: jax.Array, num_devices: int) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.by_device."""
+    return jnp.sum(x.reshape(*x.shape[:-1], num_devices, -1), axis=-1)
+
+
+def squared_variation(x_E: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.squared_variation."""
+    mean = jnp.mean(x_E)
+    return jnp.mean(jnp.square(x_E - mean)) / jnp.square(mean)
+
+
+def normal_cdf(x: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.normal_cdf."""
+    return 0.5 * (1 + lax.erf(x / math.sqrt(2)))
+
+
+# --- the auxiliary losses --------------------------------------------------------------------------------------------
+
+
+def switch_balance(load_E: jax.Array, probability_PE: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.losses.switch_balance."""
-    num_experts = routing.score_PE.shape[-1]
-    share_E = expert_counts(routing) / routing.expert_PK.size
-    return num_experts * jnp.sum(share_E * jnp.mean(routing.score_PE, axis=0))
+    share_E = load_E / jnp.sum(load_E)
+    return load_E.shape[-1] * jnp.sum(share_E * jnp.mean(probability_PE, axis=0))
+
+
+def device_balance(load_E: jax.Array, probability_PE: jax.Array, num_devices: int) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.device_balance."""
+    return switch_balance(by_device(load_E, num_devices), by_device(probability_PE, num_devices))
+
+
+def communication_balance(routing: Routing, probability_PE: jax.Array, num_devices: int, max_devices: int) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.communication_balance."""
+    hot_PKE = routing.expert_PK[..., None] == jnp.arange(routing.score_PE.shape[-1])
+    chosen_PE = jnp.any(hot_PKE & routing.valid_PK[..., None], axis=1)
+    sent = jnp.mean((by_device(chosen_PE, num_devices) > 0).astype(jnp.float32), axis=0)
+    return num_devices / max_devices * jnp.sum(sent * jnp.mean(by_device(probability_PE, num_devices), axis=0))
+
+
+def sequence_balance(logits_PE: jax.Array, probability_PE: jax.Array, top_k: int, shape: tuple[int, int]) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.sequence_balance."""
+    batch, length = shape
+    num_experts = logits_PE.shape[-1]
+    hot_BTE = highest_logits(logits_PE, top_k).reshape(batch, length, num_experts)
+    share_BE = jnp.sum(hot_BTE, axis=1) / (length * top_k)
+    mean_BE = jnp.mean(probability_PE.reshape(batch, length, num_experts), axis=1)
+    return num_experts * jnp.mean(jnp.sum(share_BE * mean_BE, axis=-1))
+
+
+def importance(routing: Routing) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.importance."""
+    importance_E = jnp.zeros(routing.score_PE.shape[-1]).at[routing.expert_PK].add(routing.weight_PK)
+    return squared_variation(importance_E)
+
+
+def load(routing: Routing, top_k: int) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.load."""
+    if routing.clean_logits_PE is None or routing.noise_scale_PE is None:
+        return squared_variation(expert_counts(routing))
+    falling_PK = lax.top_k(routing.logits_PE, top_k + 1)[0]
+    last_P, next_P = falling_PK[:, top_k - 1], falling_PK[:, top_k]
+    threshold_PE = jnp.where(routing.logits_PE > next_P[:, None], next_P[:, None], last_P[:, None])
+    chance_PE = normal_cdf((routing.clean_logits_PE - threshold_PE) / routing.noise_scale_PE)
+    return squared_variation(jnp.sum(chance_PE, axis=0))
+
+
+def heterogeneous_balance(
+    load_E: jax.Array, probability_PE: jax.Array, num_experts: int, ffn_share: float
+) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.heterogeneous_balance."""
+    is_zero_E = jnp.arange(load_E.shape[-1]) >= num_experts
+    eta_E = jnp.where(is_zero_E, ffn_share, 1.0)
+    share_E = load_E / jnp.sum(load_E)
+    return jnp.sum(1 / eta_E) * jnp.sum(eta_E * share_E * jnp.mean(probability_PE, axis=0))
 
 
 def router_z(routing: Routing) -> jax.Array:
@@ -29,13 +137,48 @@ def router_z(routing: Routing) -> jax.Array:
     return jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits_PE, axis=-1)))
 
 
-def auxiliary_loss(spec: AuxiliaryLossSpec, routing: Routing) -> jax.Array:
+def pooled_balance(layer_logits: Sequence[jax.Array], top_k: int) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.pooled_balance."""
+    logits_PE = jnp.concatenate(layer_logits)
+    frequency_E = jnp.mean(highest_logits(logits_PE, top_k).astype(jnp.float32), axis=0)
+    probability_PE = jax.nn.softmax(logits_PE, axis=-1)
+    return logits_PE.shape[-1] * jnp.sum(frequency_E * jnp.mean(probability_PE, axis=0))
+
+
+def auxiliary_loss(
+    spec: AuxiliaryLossSpec,
+    moe: MoESpec,
+    routing: Routing,
+    shape: tuple[int, int],
+    *,
+    load_E: jax.Array | None = None,
+) -> jax.Array:
     """Spec: moezoo.core.reference.losses.auxiliary_loss."""
     match spec:
-        case SwitchBalanceLossSpec():
-            return switch_balance(routing)
+        case SwitchBalanceLossSpec() | ExpertBalanceLossSpec():
+            return switch_balance(expert_counts(routing), probabilities(moe.router, routing))
+        case GlobalBalanceLossSpec():
+            own_E = expert_counts(routing) if load_E is None else load_E
+            return switch_balance(own_E, probabilities(moe.router, routing))
+        case DeviceBalanceLossSpec():
+            return device_balance(expert_counts(routing), probabilities(moe.router, routing), spec.num_devices)
+        case CommunicationBalanceLossSpec():
+            probability_PE = probabilities(moe.router, routing)
+            return communication_balance(routing, probability_PE, spec.num_devices, spec.max_devices)
+        case SequenceBalanceLossSpec():
+            return sequence_balance(routing.logits_PE, probabilities(moe.router, routing), moe.router.top_k, shape)
+        case ImportanceLossSpec():
+            return importance(routing)
+        case LoadLossSpec():
+            return load(routing, moe.router.top_k)
+        case HeterogeneousBalanceLossSpec():
+            probability_PE = probabilities(moe.router, routing)
+            ffn_share = 1.0 if moe.zero_computation is None else moe.zero_computation.ffn_share
+            return heterogeneous_balance(expert_counts(routing), probability_PE, moe.num_experts, ffn_share)
         case RouterZLossSpec():
             return router_z(routing)
+        case PooledBalanceLossSpec():
+            return pooled_balance([routing.logits_PE], moe.router.top_k)
         case _:
             assert_never(spec)
 
@@ -46,22 +189,32 @@ def loss_terms(
     target_BT: jax.Array,
     routings: Sequence[Routing],
     *,
-    index_losses=(),
-    global_load=None,
+    index_losses: Sequence[tuple[int, float, jax.Array]] = (),
+    global_load: Sequence[jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": jnp.mean(token_losses(logits_BTV, target_BT))}
-    values: dict[str, list[jax.Array]] = {}
-    weighted: dict[str, jax.Array] = {}
-    moe_specs = [layer.moe for layer in spec.all_layers if layer.moe is not None]
-    for moe_spec, routing in zip(moe_specs, routings, strict=True):
-        for loss in moe_spec.losses:
-            value = auxiliary_loss(loss, routing)
-            values.setdefault(loss.kind, []).append(value)
-            weighted[loss.kind] = weighted.get(loss.kind, 0.0) + loss.coefficient * value
+    mixtures = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
+    found: dict[str, list[tuple[int, float, jax.Array]]] = {}
+    pooled: list[jax.Array] = []
+    for place, ((index, moe), routing) in enumerate(zip(mixtures, routings, strict=True)):
+        load_E = None if global_load is None else global_load[place]
+        for loss in moe.losses:
+            value = auxiliary_loss(loss, moe, routing, target_BT.shape, load_E=load_E)
+            found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
+            if isinstance(loss, PooledBalanceLossSpec):
+                pooled.append(routing.logits_PE)
+                pooled_top_k = moe.router.top_k
+    if index_losses:
+        found["index"] = list(index_losses)
     total = terms["cross_entropy"]
-    for name, layer_values in values.items():
-        terms[name] = sum(layer_values) / len(layer_values)
-        terms[f"{name}_weighted"] = weighted[name]
-        total = total + weighted[name]
+    for name, rows in found.items():
+        value = sum(value for _, _, value in rows) / len(rows)
+        weighted = sum(coefficient * value for _, coefficient, value in rows)
+        if name == "pooled_balance":
+            value = pooled_balance(pooled, pooled_top_k)
+            weighted = rows[0][1] * value
+        terms |= {name: value, f"{name}_weighted": weighted}
+        terms |= {f"layers.{index}.{name}": value for index, _, value in rows}
+        total = total + weighted
     return {"loss": total, **terms}

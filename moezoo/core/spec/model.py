@@ -8,6 +8,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import FeedForwardSpec
+from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec
@@ -133,7 +134,29 @@ class ModelSpec(Part):
                     f"has no values of {heads[0]} heads of {heads[1]}, which a layer with value_residual mixes in",
                     "Give the first layer grouped_query attention of the same num_kv_heads and head_dim",
                 )
+        self._check_pooled_balance()
         return self
+
+    def _check_pooled_balance(self) -> None:
+        """Layers whose routers' rows are pooled have equal routers, and one coefficient."""
+        named = [
+            (place, moe.num_choices, moe.router.top_k, loss.coefficient)
+            for place, moe in enumerate(layer.moe for layer in self.layers)
+            if moe is not None
+            for loss in moe.losses
+            if isinstance(loss, PooledBalanceLossSpec)
+        ]
+        for place, *numbers in named[1:]:
+            for what, number, first in zip(
+                ("experts", "top_k", "coefficient of pooled_balance"), numbers, named[0][1:], strict=True
+            ):
+                if number != first:
+                    raise impossible(
+                        f"layers[{place}].moe.losses",
+                        f"names pooled_balance, which pools all layers that name it, but {what} is {number} here and "
+                        f"{first} in layers[{named[0][0]}]",
+                        "Make them equal, or use switch_balance",
+                    )
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:

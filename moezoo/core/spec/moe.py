@@ -283,6 +283,12 @@ class MoESpec(Part):
                             f"is load, which is made of routing noise, but choice is {self.router.choice.kind}",
                             "Use choice: {kind: noisy_top_k}, or another loss",
                         )
+                    if self.router.top_k == self.num_choices:
+                        raise impossible(
+                            path,
+                            f"is load, but with top_k {self.router.top_k} every expert gets every token",
+                            "Leave it out, or use a smaller top_k",
+                        )
                 case HeterogeneousBalanceLossSpec():
                     if self.zero_computation is None:
                         raise impossible(
