@@ -10,7 +10,8 @@ With `precision.compute: bfloat16` (parameters stay float32, and so do their gra
 | products of attention, feed-forward, experts and head | compute in and out, accumulated in float32 |
 | norms: means, rsqrt, scale and bias; result cast back | float32 |
 | RoPE angles and rotation; result cast back | float32 |
-| attention scores and softmax; probabilities cast back | float32 |
+| attention scores, their cap, sinks and softmax; probabilities cast back | float32 |
+| temperature of queries, mix of values, sigmoid of the attention's gate; result cast back | float32 |
 | router logits, scores, weights (`router.dtype: float32`) | float32 |
 | weighted sum over the K chosen experts, cast back | float32 |
 | logits as returned, cross-entropy, auxiliary losses | float32 |

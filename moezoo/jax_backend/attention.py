@@ -8,27 +8,66 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kv_cache import Attended, KVCache
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import rotate
 
 
-def attend(query_BTMGH: jax.Array, key_BSMH: jax.Array, value_BSMH: jax.Array, mask_TS: jax.Array) -> jax.Array:
+def attend(
+    query_BTMGH: jax.Array,
+    key_BSMH: jax.Array,
+    value_BSMH: jax.Array,
+    mask_TS: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_N: jax.Array | None = None,
+) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend; divides by the softmax's denominator after the second product."""
     score = jnp.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH, preferred_element_type=jnp.float32)
-    score = jnp.where(mask_TS, score / math.sqrt(query_BTMGH.shape[-1]), -jnp.inf)
+    score = score / math.sqrt(query_BTMGH.shape[-1]) if scale is None else score * scale
+    if softcap is not None:
+        score = softcap * jnp.tanh(score / softcap)
+    score = jnp.where(mask_TS, score, -jnp.inf)
     # The largest score only guards against overflow; it cancels, and so does its gradient.
-    weight = jnp.exp(score - lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
-    total_BTMG1 = jnp.moveaxis(jnp.sum(weight, axis=-1, keepdims=True), 3, 1)
+    largest = lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
+    total = 0.0
+    if sink_N is not None:
+        sink_MG11 = sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1)
+        largest = jnp.maximum(largest, lax.stop_gradient(sink_MG11))
+        total = jnp.exp(sink_MG11 - largest)
+    weight = jnp.exp(score - largest)
+    total_BTMG1 = jnp.moveaxis(total + jnp.sum(weight, axis=-1, keepdims=True), 3, 1)
     weight = weight.astype(value_BSMH.dtype)
     attended = jnp.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH, preferred_element_type=jnp.float32)
     return (attended / total_BTMG1).astype(value_BSMH.dtype)
 
 
-def attend_causally(query_BTMGH: jax.Array, key_BTMH: jax.Array, value_BTMH: jax.Array) -> jax.Array:
-    """`attend` of each token to itself and those before it, in chunks of queries that see only the keys they need.
+def visible(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.attention.visible."""
+    mask_TS = position_T[:, None] >= position_S[None, :]
+    if spec.window is not None:
+        mask_TS = mask_TS & (position_T[:, None] - position_S[None, :] < spec.window)
+    if spec.chunk is not None:
+        mask_TS = mask_TS & (position_T[:, None] // spec.chunk == position_S[None, :] // spec.chunk)
+    return mask_TS
+
+
+def temperature(spec: TemperatureTuningSpec, position_T: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.attention.temperature; float32."""
+    return 1 + spec.scale * jnp.log1p((position_T + 1) // spec.floor_length)
+
+
+def attend_causally(
+    spec: GroupedQueryAttentionSpec,
+    query_BTMGH: jax.Array,
+    key_BTMH: jax.Array,
+    value_BTMH: jax.Array,
+    sink_N: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` to what is visible, in chunks of queries that are given only the keys that one of them may see.
 
     On the CPU a chunk's scores stay in cache, which is four times faster at T = 384 (writings/performance.md).
     """
@@ -38,16 +77,33 @@ def attend_causally(query_BTMGH: jax.Array, key_BTMH: jax.Array, value_BTMH: jax
     attended = []
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
-        mask_TS = position_T[start:end, None] >= position_T[None, :end]
-        attended.append(attend(query_BTMGH[:, start:end], key_BTMH[:, :end], value_BTMH[:, :end], mask_TS))
+        first = _first_visible(spec, start)
+        attended.append(
+            attend(
+                query_BTMGH[:, start:end],
+                key_BTMH[:, first:end],
+                value_BTMH[:, first:end],
+                visible(spec, position_T[start:end], position_T[first:end]),
+                scale=spec.scale,
+                softcap=spec.softcap,
+                sink_N=sink_N,
+            )
+        )
     return jnp.concatenate(attended, axis=1)
+
+
+def _first_visible(spec: GroupedQueryAttentionSpec, position: int) -> int:
+    """The first position that a query of this position, or of a later one, may look at."""
+    if spec.window is not None:
+        return max(0, position - spec.window + 1)
+    return 0 if spec.chunk is None else position // spec.chunk * spec.chunk
 
 
 class GroupedQueryAttention(nnx.Module):
     """Spec: moezoo.core.reference.attention.grouped_query_attention; with a cache, for the tokens that follow it."""
 
     def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights, layer: int):
-        self.spec = spec
+        self.spec, self.layer = spec, layer
         self.w_query = weights.parameter("w_query")
         self.w_key = weights.parameter("w_key")
         self.w_value = weights.parameter("w_value")
@@ -57,8 +113,15 @@ class GroupedQueryAttention(nnx.Module):
             self.b_key = weights.parameter("b_key")
             self.b_value = weights.parameter("b_value")
         if spec.qk_norm is not None:
-            self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"))
-            self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"))
+            axes = 1 if spec.qk_norm_over == "head" else 2
+            self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"), axes)
+            self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
+        if spec.value_residual and layer > 0:
+            self.value_mix = weights.parameter("value_mix")
+        if spec.sinks:
+            self.sink = weights.parameter("sink")
+        if spec.gate is not None:
+            self.w_gate = weights.parameter("w_gate")
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
 
@@ -79,10 +142,40 @@ class GroupedQueryAttention(nnx.Module):
             query = query + self.b_query[...].astype(dtype)
             key = key + self.b_key[...].astype(dtype)
             value = value + self.b_value[...].astype(dtype)
-        if spec.qk_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
         batch, length = x_BTD.shape[:2]
         position_T = jnp.arange(length) + (0 if cache is None else cache.length)
+        query, key = self._placed(query, key, position_T)
+        mixed = value
+        if spec.value_residual and self.layer > 0:
+            mix = self.value_mix[...]
+            mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
+        sink_N = self.sink[...] if spec.sinks else None
+        grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
+        if cache is None:
+            attended = attend_causally(spec, grouped, key, mixed, sink_N)
+        else:
+            cache = cache.extended(key, mixed, count)
+            mask_TS = visible(spec, position_T, jnp.arange(cache.key_BSMH.shape[1]))
+            attended = attend(
+                grouped,
+                cache.key_BSMH,
+                cache.value_BSMH,
+                mask_TS,
+                scale=spec.scale,
+                softcap=spec.softcap,
+                sink_N=sink_N,
+            )
+        attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.head_dim), x_BTD)
+        output = jnp.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
+        if spec.output_bias:
+            output = output + self.b_output[...].astype(dtype)
+        return Attended(output, cache, value, None)
+
+    def _placed(self, query: jax.Array, key: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys normalized, rotated and tuned."""
+        spec = self.spec
+        if spec.qk_norm is not None and not spec.qk_norm_after_rotation:
+            query, key = self.query_norm(query), self.key_norm(key)
         match spec.position:
             case RoPESpec():
                 query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
@@ -90,15 +183,21 @@ class GroupedQueryAttention(nnx.Module):
                 pass
             case _:
                 assert_never(spec.position)
-        grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
-        if cache is None:
-            attended = attend_causally(grouped, key, value)
-        else:
-            cache = cache.extended(key, value, count)
-            mask_TS = position_T[:, None] >= jnp.arange(cache.key_BSMH.shape[1])[None, :]
-            attended = attend(grouped, cache.key_BSMH, cache.value_BSMH, mask_TS)
-        attended = attended.reshape(batch, length, spec.num_heads, spec.head_dim)
-        output = jnp.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
-        if spec.output_bias:
-            output = output + self.b_output[...].astype(dtype)
-        return Attended(output, cache, value, None)
+        if spec.qk_norm is not None and spec.qk_norm_after_rotation:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if spec.temperature_tuning is not None:
+            query = (query * temperature(spec.temperature_tuning, position_T)[:, None, None]).astype(query.dtype)
+        return query, key
+
+    def _gated(self, attended_BTNH: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """The heads' output times a sigmoid of the layer's input, if there is a gate."""
+        match self.spec.gate:
+            case "headwise":
+                gate = jnp.einsum("BTD,DN->BTN", x_BTD, self.w_gate[...].astype(x_BTD.dtype))[..., None]
+            case "elementwise":
+                gate = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_gate[...].astype(x_BTD.dtype))
+            case None:
+                return attended_BTNH
+            case _:
+                assert_never(self.spec.gate)
+        return (attended_BTNH * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(attended_BTNH.dtype)

@@ -13,13 +13,13 @@ from moezoo.jax_backend.arrays import Weights
 class RMSNorm(nnx.Module):
     """Spec: moezoo.core.reference.normalization.rms_norm."""
 
-    def __init__(self, spec: RMSNormSpec, weights: Weights):
-        self.spec = spec
+    def __init__(self, spec: RMSNormSpec, weights: Weights, axes: int = 1):
+        self.spec, self.axes = spec, axes
         if spec.scale != "none":
             self.scale = weights.parameter("scale")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _rms_norm(x.astype(jnp.float32), self._multiplier(), self.spec.epsilon).astype(x.dtype)
+        return _rms_norm(x.astype(jnp.float32), self._multiplier(), self.spec.epsilon, self.axes).astype(x.dtype)
 
     def _multiplier(self) -> jax.Array | None:
         match self.spec.scale:
@@ -36,33 +36,33 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Spec: moezoo.core.reference.normalization.layer_norm."""
 
-    def __init__(self, spec: LayerNormSpec, weights: Weights):
-        self.epsilon = spec.epsilon
+    def __init__(self, spec: LayerNormSpec, weights: Weights, axes: int = 1):
+        self.epsilon, self.axes = spec.epsilon, axes
         self.scale = weights.parameter("scale")
         self.bias = weights.parameter("bias") if spec.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32, scale = x.astype(jnp.float32), self.scale[...]
-        centred = x32 - jnp.mean(x32, axis=_axes(scale), keepdims=True)
-        normed = _rms_norm(centred, scale, self.epsilon)
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=_last(self.axes), keepdims=True)
+        normed = _rms_norm(centred, self.scale[...], self.epsilon, self.axes)
         return (normed if self.bias is None else normed + self.bias[...]).astype(x.dtype)
 
 
-def norm(spec: NormSpec, weights: Weights) -> RMSNorm | LayerNorm:
+def norm(spec: NormSpec, weights: Weights, axes: int = 1) -> RMSNorm | LayerNorm:
     """Spec: moezoo.core.reference.normalization.normalize."""
     match spec:
         case RMSNormSpec():
-            return RMSNorm(spec, weights)
+            return RMSNorm(spec, weights, axes)
         case LayerNormSpec():
-            return LayerNorm(spec, weights)
+            return LayerNorm(spec, weights, axes)
         case _:
             assert_never(spec)
 
 
-def _rms_norm(x: jax.Array, scale: jax.Array | None, epsilon: float) -> jax.Array:
-    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=_axes(scale), keepdims=True) + epsilon)
+def _rms_norm(x: jax.Array, scale: jax.Array | None, epsilon: float, axes: int) -> jax.Array:
+    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=_last(axes), keepdims=True) + epsilon)
     return normed if scale is None else normed * scale
 
 
-def _axes(scale: jax.Array | None) -> tuple[int, ...]:
-    return (-1,) if scale is None else tuple(range(-scale.ndim, 0))
+def _last(axes: int) -> tuple[int, ...]:
+    return tuple(range(-axes, 0))

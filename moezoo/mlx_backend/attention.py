@@ -6,7 +6,7 @@ from typing import assert_never
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kv_cache import Attended, KVCache
 from moezoo.mlx_backend.normalization import norm
@@ -14,26 +14,65 @@ from moezoo.mlx_backend.positions import rotate
 from moezoo.mlx_backend.streams import streams
 
 
-def attend(query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask_TS: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike."""
+def attend(
+    query_BTMGH: mx.array,
+    key_BSMH: mx.array,
+    value_BSMH: mx.array,
+    mask_TS: mx.array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_N: mx.array | None = None,
+) -> mx.array:
+    """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike; it has no cap."""
     dtype = query_BTMGH.dtype
-    if mx.default_device() == mx.Device(mx.cpu):
+    batch, length, kv_heads, group, head_dim = query_BTMGH.shape
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    if softcap is not None or mx.default_device() == mx.Device(mx.cpu):
         # Trap: without a kernel the scores would be rounded to the dtype of the inputs.
         query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
-    batch, length, kv_heads, group, head_dim = query_BTMGH.shape
-    query_BNTH = query_BTMGH.reshape(batch, length, kv_heads * group, head_dim).swapaxes(1, 2)
+    if softcap is not None:
+        score = mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH) * scale
+        score = mx.where(mask_TS, softcap * mx.tanh(score / softcap), -mx.inf)
+        if sink_N is not None:
+            sink_MG11 = sink_N.reshape(kv_heads, group, 1, 1)
+            score = mx.concatenate([score, mx.broadcast_to(sink_MG11, (*score.shape[:-1], 1))], axis=-1)
+        weight = mx.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
+        return mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH).astype(dtype)
     attended_BNTH = mx.fast.scaled_dot_product_attention(
-        query_BNTH,
+        query_BTMGH.reshape(batch, length, kv_heads * group, head_dim).swapaxes(1, 2),
         key_BSMH.swapaxes(1, 2),
         value_BSMH.swapaxes(1, 2),
-        scale=1 / math.sqrt(head_dim),
+        scale=scale,
         mask=mask_TS,
+        sinks=None if sink_N is None else sink_N.astype(query_BTMGH.dtype),
     )
     return attended_BNTH.swapaxes(1, 2).reshape(query_BTMGH.shape).astype(dtype)
 
 
-def attend_causally(query_BTMGH: mx.array, key_BTMH: mx.array, value_BTMH: mx.array) -> mx.array:
-    """`attend` of each token to itself and those before it, in chunks of queries that see only the keys they need.
+def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.attention.visible."""
+    mask_TS = position_T[:, None] >= position_S[None, :]
+    if spec.window is not None:
+        mask_TS = mask_TS & (position_T[:, None] - position_S[None, :] < spec.window)
+    if spec.chunk is not None:
+        mask_TS = mask_TS & (position_T[:, None] // spec.chunk == position_S[None, :] // spec.chunk)
+    return mask_TS
+
+
+def temperature(spec: TemperatureTuningSpec, position_T: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.attention.temperature; float32."""
+    return 1 + spec.scale * mx.log1p((position_T + 1) // spec.floor_length)
+
+
+def attend_causally(
+    spec: GroupedQueryAttentionSpec,
+    query_BTMGH: mx.array,
+    key_BTMH: mx.array,
+    value_BTMH: mx.array,
+    sink_N: mx.array | None = None,
+) -> mx.array:
+    """`attend` to what is visible, in chunks of queries that are given only the keys that one of them may see.
 
     On the CPU that saves half of the exponentials, and chunks take turns on two streams, each of which has a thread.
     The GPU has a fused kernel for the whole.
@@ -46,10 +85,27 @@ def attend_causally(query_BTMGH: mx.array, key_BTMH: mx.array, value_BTMH: mx.ar
     attended = []
     for index, start in enumerate(range(0, length, chunk)):
         end = min(start + chunk, length)
-        mask_TS = position_T[start:end, None] >= position_T[None, :end]
+        first = _first_visible(spec, start)
         with mx.stream(turns[index % len(turns)]):
-            attended.append(attend(query_BTMGH[:, start:end], key_BTMH[:, :end], value_BTMH[:, :end], mask_TS))
+            attended.append(
+                attend(
+                    query_BTMGH[:, start:end],
+                    key_BTMH[:, first:end],
+                    value_BTMH[:, first:end],
+                    visible(spec, position_T[start:end], position_T[first:end]),
+                    scale=spec.scale,
+                    softcap=spec.softcap,
+                    sink_N=sink_N,
+                )
+            )
     return mx.concatenate(attended, axis=1)
+
+
+def _first_visible(spec: GroupedQueryAttentionSpec, position: int) -> int:
+    """The first position that a query of this position, or of a later one, may look at."""
+    if spec.window is not None:
+        return max(0, position - spec.window + 1)
+    return 0 if spec.chunk is None else position // spec.chunk * spec.chunk
 
 
 class GroupedQueryAttention(nn.Module):
@@ -57,7 +113,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights, layer: int):
         super().__init__()
-        self.spec = spec
+        self.spec, self.layer = spec, layer
         self.w_query = weights.parameter("w_query")
         self.w_key = weights.parameter("w_key")
         self.w_value = weights.parameter("w_value")
@@ -67,8 +123,15 @@ class GroupedQueryAttention(nn.Module):
             self.b_key = weights.parameter("b_key")
             self.b_value = weights.parameter("b_value")
         if spec.qk_norm is not None:
-            self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"))
-            self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"))
+            axes = 1 if spec.qk_norm_over == "head" else 2
+            self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"), axes)
+            self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
+        if spec.value_residual and layer > 0:
+            self.value_mix = weights.parameter("value_mix")
+        if spec.sinks:
+            self.sink = weights.parameter("sink")
+        if spec.gate is not None:
+            self.w_gate = weights.parameter("w_gate")
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
 
@@ -89,10 +152,40 @@ class GroupedQueryAttention(nn.Module):
             query = query + self.b_query.astype(dtype)
             key = key + self.b_key.astype(dtype)
             value = value + self.b_value.astype(dtype)
-        if spec.qk_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
         batch, length = x_BTD.shape[:2]
         position_T = mx.arange(length) + (0 if cache is None else cache.length)
+        query, key = self._placed(query, key, position_T)
+        mixed = value
+        if spec.value_residual and self.layer > 0:
+            mix = self.value_mix
+            mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
+        sink_N = self.sink if spec.sinks else None
+        grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
+        if cache is None:
+            attended = attend_causally(spec, grouped, key, mixed, sink_N)
+        else:
+            cache = cache.extended(key, mixed, count)
+            mask_TS = visible(spec, position_T, mx.arange(cache.key_BSMH.shape[1]))
+            attended = attend(
+                grouped,
+                cache.key_BSMH,
+                cache.value_BSMH,
+                mask_TS,
+                scale=spec.scale,
+                softcap=spec.softcap,
+                sink_N=sink_N,
+            )
+        attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.head_dim), x_BTD)
+        output = mx.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
+        if spec.output_bias:
+            output = output + self.b_output.astype(dtype)
+        return Attended(output, cache, value, None)
+
+    def _placed(self, query: mx.array, key: mx.array, position_T: mx.array) -> tuple[mx.array, mx.array]:
+        """Queries and keys normalized, rotated and tuned."""
+        spec = self.spec
+        if spec.qk_norm is not None and not spec.qk_norm_after_rotation:
+            query, key = self.query_norm(query), self.key_norm(key)
         match spec.position:
             case RoPESpec():
                 query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
@@ -100,15 +193,21 @@ class GroupedQueryAttention(nn.Module):
                 pass
             case _:
                 assert_never(spec.position)
-        grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
-        if cache is None:
-            attended = attend_causally(grouped, key, value)
-        else:
-            cache = cache.extended(key, value, count)
-            mask_TS = position_T[:, None] >= mx.arange(cache.key_BSMH.shape[1])[None, :]
-            attended = attend(grouped, cache.key_BSMH, cache.value_BSMH, mask_TS)
-        attended = attended.reshape(batch, length, spec.num_heads, spec.head_dim)
-        output = mx.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
-        if spec.output_bias:
-            output = output + self.b_output.astype(dtype)
-        return Attended(output, cache, value, None)
+        if spec.qk_norm is not None and spec.qk_norm_after_rotation:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if spec.temperature_tuning is not None:
+            query = (query * temperature(spec.temperature_tuning, position_T)[:, None, None]).astype(query.dtype)
+        return query, key
+
+    def _gated(self, attended_BTNH: mx.array, x_BTD: mx.array) -> mx.array:
+        """The heads' output times a sigmoid of the layer's input, if there is a gate."""
+        match self.spec.gate:
+            case "headwise":
+                gate = mx.einsum("BTD,DN->BTN", x_BTD, self.w_gate.astype(x_BTD.dtype))[..., None]
+            case "elementwise":
+                gate = mx.einsum("BTD,DNH->BTNH", x_BTD, self.w_gate.astype(x_BTD.dtype))
+            case None:
+                return attended_BTNH
+            case _:
+                assert_never(self.spec.gate)
+        return (attended_BTNH * mx.sigmoid(gate.astype(mx.float32))).astype(attended_BTNH.dtype)

@@ -12,15 +12,15 @@ from moezoo.mlx_backend.arrays import Weights
 class RMSNorm(nn.Module):
     """Spec: moezoo.core.reference.normalization.rms_norm; the fused kernel accumulates in float32."""
 
-    def __init__(self, spec: RMSNormSpec, weights: Weights):
+    def __init__(self, spec: RMSNormSpec, weights: Weights, axes: int = 1):
         super().__init__()
-        self.spec = spec
+        self.spec, self.axes = spec, axes
         if spec.scale != "none":
             self.scale = weights.parameter("scale")
 
     def __call__(self, x: mx.array) -> mx.array:
         scale = self._multiplier()
-        normed = mx.fast.rms_norm(_flat(x, scale), None if scale is None else scale.reshape(-1), self.spec.epsilon)
+        normed = mx.fast.rms_norm(_flat(x, self.axes), None if scale is None else scale.reshape(-1), self.spec.epsilon)
         return normed.reshape(x.shape).astype(x.dtype)
 
     def _multiplier(self) -> mx.array | None:
@@ -38,30 +38,29 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """Spec: moezoo.core.reference.normalization.layer_norm; the fused kernel accumulates in float32."""
 
-    def __init__(self, spec: LayerNormSpec, weights: Weights):
+    def __init__(self, spec: LayerNormSpec, weights: Weights, axes: int = 1):
         super().__init__()
-        self.epsilon = spec.epsilon
+        self.epsilon, self.axes = spec.epsilon, axes
         self.scale = weights.parameter("scale")
         self.bias = weights.parameter("bias") if spec.bias else None
 
     def __call__(self, x: mx.array) -> mx.array:
         bias = None if self.bias is None else self.bias.reshape(-1)
-        normed = mx.fast.layer_norm(_flat(x, self.scale), self.scale.reshape(-1), bias, self.epsilon)
+        normed = mx.fast.layer_norm(_flat(x, self.axes), self.scale.reshape(-1), bias, self.epsilon)
         return normed.reshape(x.shape).astype(x.dtype)
 
 
-def norm(spec: NormSpec, weights: Weights) -> RMSNorm | LayerNorm:
+def norm(spec: NormSpec, weights: Weights, axes: int = 1) -> RMSNorm | LayerNorm:
     """Spec: moezoo.core.reference.normalization.normalize."""
     match spec:
         case RMSNormSpec():
-            return RMSNorm(spec, weights)
+            return RMSNorm(spec, weights, axes)
         case LayerNormSpec():
-            return LayerNorm(spec, weights)
+            return LayerNorm(spec, weights, axes)
         case _:
             assert_never(spec)
 
 
-def _flat(x: mx.array, scale: mx.array | None) -> mx.array:
+def _flat(x: mx.array, axes: int) -> mx.array:
     """Float32, with the axes to normalize over as one: the kernels take the last."""
-    axes = 1 if scale is None else scale.ndim
     return x.astype(mx.float32).reshape(*x.shape[: x.ndim - axes], -1)

@@ -5,18 +5,30 @@ import pytest
 
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.reference.attention import attend, grouped_query_attention
-from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RMSNormSpec
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from moezoo.core.parameters.attention import attention_rows
+from moezoo.core.parameters.row import Rows
+from moezoo.core.reference.attention import attend, grouped_query_attention, temperature
+from moezoo.core.spec import (
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    NoPositionSpec,
+    RMSNormSpec,
+    TemperatureTuningSpec,
+)
+from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
 from tests.twins import (
     B,
     D,
+    F,
     G,
     H,
     M,
     N,
     T,
     Twin,
+    V,
     assert_function_matches,
     assert_layer_matches,
     assert_reference_gradient,
@@ -24,40 +36,53 @@ from tests.twins import (
 )
 
 X_BTD = normal(0, B, T, D)
+
+
+def grouped(**options) -> GroupedQueryAttentionSpec:
+    return GroupedQueryAttentionSpec(**({"num_heads": N, "num_kv_heads": M, "head_dim": H} | options))
+
+
 SPECS = {
-    "grouped query": GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H),
-    "multi-head": GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=N, head_dim=H),
-    "multi-query": GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=1, head_dim=H),
-    "no position": GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, position=NoPositionSpec()),
-    "qk_norm": GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, qk_norm=RMSNormSpec(epsilon=1e-3)),
-    "biases": GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, qkv_bias=True, output_bias=True),
+    "grouped query": grouped(),
+    "multi-head": grouped(num_kv_heads=N),
+    "multi-query": grouped(num_kv_heads=1),
+    "no position": grouped(position=NoPositionSpec()),
+    "qk_norm": grouped(qk_norm=RMSNormSpec(epsilon=1e-3)),
+    "biases": grouped(qkv_bias=True, output_bias=True),
+    "qk_norm of the projection": grouped(qk_norm=RMSNormSpec(epsilon=1e-3), qk_norm_over="projection"),
+    "weightless qk_norm after the rotation": grouped(qk_norm=RMSNormSpec(scale="none"), qk_norm_after_rotation=True),
+    "window": grouped(window=3),
+    "chunk and temperature": grouped(chunk=3, temperature_tuning=TemperatureTuningSpec(floor_length=2, scale=0.5)),
+    "sinks": grouped(sinks=True, scale=0.7),
+    "softcap": grouped(softcap=0.8, scale=0.7),
+    "softcap and sinks": grouped(softcap=0.8, sinks=True),
+    "headwise gate": grouped(gate="headwise"),
+    "elementwise gate": grouped(gate="elementwise"),
 }
+VALUE_RESIDUAL = grouped(value_residual=True, qkv_bias=True)
 
 
-def values_of(spec: GroupedQueryAttentionSpec) -> dict[str, np.ndarray]:
-    heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+def values_of(spec: GroupedQueryAttentionSpec, layer: int = 0) -> dict[str, np.ndarray]:
+    """A value for every row of the parameter table, of another seed each."""
+    model = ModelSpec(
+        vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=spec, feed_forward=GatedFeedForwardSpec(hidden_dim=F)),)
+    )
+    rows = attention_rows(Rows(model), "attention", spec, layer)
     values = {
-        "w_query": 0.3 * normal(1, D, heads, head_dim),
-        "w_key": 0.3 * normal(2, D, kv_heads, head_dim),
-        "w_value": 0.3 * normal(3, D, kv_heads, head_dim),
-        "w_output": 0.3 * normal(4, heads, head_dim, D),
+        row.name.removeprefix("attention."): (0.3 if row.decay else 1.0) * normal(seed, *row.shape)
+        for seed, row in enumerate(rows, start=1)
     }
-    if spec.qkv_bias:
-        values |= {
-            "b_query": normal(5, heads, head_dim),
-            "b_key": normal(6, kv_heads, head_dim),
-            "b_value": normal(7, kv_heads, head_dim),
-        }
-    if spec.qk_norm is not None:
-        values |= {"query_norm.scale": normal(8, head_dim), "key_norm.scale": normal(9, head_dim)}
-    if spec.output_bias:
-        values["b_output"] = normal(10, D)
-    return values
+    return values | ({"value_mix": np.array([0.3])} if "value_mix" in values else {})
 
 
-def layer_of(twin: Twin, spec: GroupedQueryAttentionSpec, values=None):
-    weights = twin.weights(values_of(spec) if values is None else values)
-    return twin.module("attention").GroupedQueryAttention(spec, weights, 0)
+def empty_cache(twin: Twin, spec: GroupedQueryAttentionSpec, size: int):
+    model = ModelSpec(embed_dim=D, layers=(LayerSpec(attention=spec, feed_forward=GatedFeedForwardSpec(hidden_dim=F)),))
+    return twin.module("kv_cache").empty_cache(model, B, size)[0]
+
+
+def layer_of(twin: Twin, spec: GroupedQueryAttentionSpec, values=None, layer: int = 0):
+    weights = twin.weights(values_of(spec, layer) if values is None else values)
+    return twin.module("attention").GroupedQueryAttention(spec, weights, layer)
 
 
 def output(twin: Twin, spec: GroupedQueryAttentionSpec, x_BTD, values=None) -> np.ndarray:
@@ -77,17 +102,60 @@ def test_value_and_gradients_match_the_reference(twin, kind):
     )
 
 
-def test_sequences_of_several_chunks_match_the_reference(twin):
-    """70 tokens: on the CPU, JAX takes queries 64 at a time."""
-    spec = SPECS["grouped query"]
+def test_value_residual_matches_the_reference(twin):
+    """Also in the gradient of the first layer's values, and in the layer's own values, which it returns unmixed."""
+    values, first = values_of(VALUE_RESIDUAL, layer=1), normal(40, B, T, M, H)
+    assert_layer_matches(
+        twin,
+        layer_of(twin, VALUE_RESIDUAL, layer=1),
+        lambda layer, x, first: layer(x, first_value_BTMH=first).out_BTD,
+        lambda values, x, first: grouped_query_attention(VALUE_RESIDUAL, values, x, first_value_BTMH=first).out_BTD,
+        values,
+        X_BTD,
+        first,
+    )
+    own = layer_of(twin, VALUE_RESIDUAL, layer=1)(twin.array(X_BTD), first_value_BTMH=twin.array(first)).value_BTMH
+    expected = np.einsum("BTD,DMH->BTMH", X_BTD, values["w_value"]) + values["b_value"]
+    assert_close(twin.numpy(own), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("limit", [{}, {"window": 40}, {"chunk": 50}])
+def test_sequences_of_several_chunks_match_the_reference(twin, limit):
+    """130 tokens: on the CPU, queries are taken 64 at a time, and with a limit they are not given all earlier keys."""
+    spec = grouped(**limit)
     assert_layer_matches(
         twin,
         layer_of(twin, spec),
         lambda layer, x: layer(x).out_BTD,
         lambda values, x: grouped_query_attention(spec, values, x).out_BTD,
         values_of(spec),
-        normal(0, 2, 70, D),
+        normal(0, 1, 130, D),
     )
+
+
+CACHED = {**{kind: SPECS[kind] for kind in list(SPECS)[6:]}, "value residual": VALUE_RESIDUAL}
+
+
+@pytest.mark.parametrize("kind", CACHED)
+def test_pieces_through_a_cache_equal_the_uncached_whole(twin, kind):
+    """Seven tokens as 3 (and one of padding), 1, 2, 1."""
+    spec, length, size = CACHED[kind], 7, 9
+    values, x_BTD, first_BTMH = values_of(spec, layer=1), normal(0, B, length, D), normal(40, B, length, M, H)
+    expected = grouped_query_attention(spec, values, x_BTD, first_value_BTMH=first_BTMH).out_BTD
+    layer = layer_of(twin, spec, values, layer=1)
+    cache = empty_cache(twin, spec, size)
+    start = 0
+    for count, padding in ((3, 1), (1, 0), (2, 0), (1, 0)):
+        piece = slice(start, start + count)
+        x, first = (
+            twin.array(np.concatenate([array[:, piece], normal(50, B, padding, *array.shape[2:])], axis=1))
+            for array in (x_BTD, first_BTMH)
+        )
+        attended = layer(x, cache, first_value_BTMH=first, count=count)
+        cache = attended.cache
+        assert_close(twin.numpy(attended.out_BTD)[:, :count], expected[:, piece], FLOAT32, f"tokens from {start}")
+        start += count
+        assert int(cache.length) == start
 
 
 def test_attend_matches_the_reference_where_sources_outnumber_queries(twin):
@@ -104,7 +172,10 @@ def test_attend_matches_the_reference_where_sources_outnumber_queries(twin):
     )
 
 
-@pytest.mark.parametrize("kind", ["grouped query", "qk_norm"])
+@pytest.mark.parametrize(
+    "kind",
+    ["grouped query", "qk_norm", "chunk and temperature", "sinks", "softcap and sinks", "headwise gate"],
+)
 def test_bfloat16_is_near_float32(twin, kind):
     spec = SPECS[kind]
     assert_layer_matches(
@@ -121,7 +192,7 @@ def test_bfloat16_is_near_float32(twin, kind):
 
 
 def test_as_many_kv_heads_as_heads_is_plain_multi_head_attention(twin):
-    spec = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=N, head_dim=H, position=NoPositionSpec())
+    spec = grouped(num_kv_heads=N, position=NoPositionSpec())
     values = values_of(spec)
     expected = np.zeros((B, T, D))
     for b in range(B):
@@ -137,15 +208,15 @@ def test_as_many_kv_heads_as_heads_is_plain_multi_head_attention(twin):
 
 def test_grouped_heads_equal_repeated_kv_heads(twin):
     """Query head n is served by key/value head n // G, not n % M."""
-    grouped, plain = SPECS["grouped query"], SPECS["multi-head"]
-    values = values_of(grouped)
+    shared, plain = SPECS["grouped query"], SPECS["multi-head"]
+    values = values_of(shared)
     repeated = values | {name: np.repeat(values[name], G, axis=1) for name in ("w_key", "w_value")}
-    assert_close(output(twin, plain, X_BTD, repeated), output(twin, grouped, X_BTD, values), FLOAT32)
+    assert_close(output(twin, plain, X_BTD, repeated), output(twin, shared, X_BTD, values), FLOAT32)
 
 
 def test_a_constant_added_to_all_scores_changes_nothing(twin):
     """The same vector on every key adds q . b to every score of a query."""
-    spec = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, position=NoPositionSpec(), qkv_bias=True)
+    spec = grouped(position=NoPositionSpec(), qkv_bias=True)
     values = values_of(spec)
     shifted = values | {"b_key": values["b_key"] + 3 * normal(20, M, H)}
     assert_close(output(twin, spec, X_BTD, shifted), output(twin, spec, X_BTD, values), FLOAT32)
@@ -176,20 +247,97 @@ def test_scores_of_a_thousand_do_not_overflow(twin):
     assert np.any(out != 0)
 
 
-@pytest.mark.parametrize("kind", ["qk_norm", "biases"])
+def moved_by(twin: Twin, spec: GroupedQueryAttentionSpec, token: int) -> list[int]:
+    """The positions whose output changes with this token of the input."""
+    changed = X_BTD.copy()
+    changed[:, token] += 1
+    difference = np.abs(output(twin, spec, changed) - output(twin, spec, X_BTD))
+    return np.flatnonzero(np.max(difference, axis=(0, 2)) > 1e-4).tolist()
+
+
+def test_a_token_is_visible_to_its_window_and_to_its_chunk_only(twin):
+    assert moved_by(twin, grouped(), 1) == [1, 2, 3, 4]
+    assert moved_by(twin, grouped(window=3), 1) == [1, 2, 3]
+    assert moved_by(twin, grouped(chunk=3), 1) == [1, 2]
+    assert moved_by(twin, grouped(chunk=3), 3) == [3, 4]
+
+
+def test_limits_as_long_as_the_text_change_nothing(twin):
+    for spec in (grouped(window=T), grouped(chunk=T)):
+        assert_close(output(twin, spec, X_BTD), output(twin, SPECS["grouped query"], X_BTD), EXACT)
+
+
+def test_a_sink_takes_its_share_of_the_weight(twin):
+    """Of one token alone, its weight is `exp(score) / (exp(sink) + exp(score))`; with no sink to speak of it is 1."""
+    spec = grouped(sinks=True)
+    values = values_of(spec)
+    equal_to_the_score = values | {"w_query": 0 * values["w_query"], "sink": np.zeros(N)}
+    none_to_speak_of = values | {"sink": np.full(N, -1e4)}
+    plain = {name: value for name, value in values.items() if name != "sink"}
+    half, whole, expected = (
+        output(twin, spec, X_BTD[:, :1], equal_to_the_score),
+        output(twin, spec, X_BTD[:, :1], none_to_speak_of),
+        output(twin, grouped(), X_BTD[:, :1], plain),
+    )
+    assert_close(half, expected / 2, FLOAT32)
+    assert_close(whole, expected, FLOAT32)
+
+
+def test_a_large_sink_does_not_overflow(twin):
+    spec = grouped(sinks=True)
+    assert_close(output(twin, spec, X_BTD, values_of(spec) | {"sink": np.full(N, 1e4)}), np.zeros((B, T, D)), EXACT)
+
+
+def test_queries_keep_their_temperature_until_the_floor_length():
+    position_T = np.array([0, 3, 4, 8190, 8191, 16383])
+    expected = [1, 1, 1, 1, 1 + 0.1 * math.log(2), 1 + 0.1 * math.log(3)]
+    assert_close(temperature(TemperatureTuningSpec(), position_T), expected, FLOAT64)
+
+
+def test_weights_of_a_capped_score_differ_by_no_more_than_the_cap_allows(twin):
+    """Scores of thousands: without a cap, one token would have all the weight. With 1e-3, the weights are equal."""
+    spec = grouped(num_kv_heads=N, softcap=1e-3, scale=1e3)
+    values = values_of(spec)
+    mean_BTD = np.cumsum(X_BTD, axis=1) / np.arange(1, T + 1)[:, None]
+    expected = np.einsum("BTD,DNH,NHE->BTE", mean_BTD, values["w_value"], values["w_output"])
+    assert np.max(np.abs(output(twin, spec, X_BTD) - expected)) < 2e-3 * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("qk_norm", "biases", "qk_norm of the projection", "weightless qk_norm after the rotation", "sinks"),
+        *("chunk and temperature", "softcap and sinks", "headwise gate", "elementwise gate"),
+    ],
+)
 def test_reference_gradient_agrees_with_finite_differences(kind):
     spec = SPECS[kind]
     values = values_of(spec)
+    names = ("w_key", "query_norm.scale", "b_key", "sink", "w_gate")
+    some = {name: values[name] for name in names if name in values}
     assert_reference_gradient(
-        lambda x, *some: (
-            grouped_query_attention(spec, values | dict(zip(("w_key", "w_value"), some, strict=True)), x).out_BTD
-        ),
-        X_BTD[:1, :3],
-        values["w_key"],
-        values["w_value"],
+        lambda x, *moved: grouped_query_attention(spec, values | dict(zip(some, moved, strict=True)), x).out_BTD,
+        X_BTD[:1, :4],
+        *some.values(),
     )
+
+
+def test_reference_gradient_of_mixed_values_agrees_with_finite_differences():
+    values = values_of(VALUE_RESIDUAL, layer=1)
+
+    def out(mix, first):
+        changed = values | {"value_mix": mix}
+        return grouped_query_attention(VALUE_RESIDUAL, changed, X_BTD[:1, :4], first_value_BTMH=first).out_BTD
+
+    assert_reference_gradient(out, values["value_mix"], normal(40, 1, 4, M, H))
 
 
 def test_heads_that_kv_heads_do_not_divide_are_refused():
     with pytest.raises(SpecError, match=r"num_heads is 8, which num_kv_heads = 3 does not divide.*Use a multiple"):
         validate(GroupedQueryAttentionSpec, {"num_heads": 8, "num_kv_heads": 3, "head_dim": 6}, "config")
+
+
+def test_a_window_and_chunks_at_once_are_refused():
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
+    with pytest.raises(SpecError, match=r"chunk is 4, but window is 3 too.*Give one of the two"):
+        validate(GroupedQueryAttentionSpec, sizes | {"window": 3, "chunk": 4}, "config")

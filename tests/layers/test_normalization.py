@@ -36,16 +36,18 @@ def values_of(spec: NormSpec, scale: np.ndarray = SCALE_D, bias: np.ndarray = BI
     return {} if spec.scale == "none" else {"scale": scale}
 
 
-def layer_of(twin: Twin, spec: NormSpec, values: dict[str, np.ndarray] | None = None):
-    return twin.module("normalization").norm(spec, twin.weights(values_of(spec) if values is None else values))
+def layer_of(twin: Twin, spec: NormSpec, values: dict[str, np.ndarray] | None = None, axes: int = 1):
+    return twin.module("normalization").norm(spec, twin.weights(values_of(spec) if values is None else values), axes)
 
 
-def assert_norm_matches(twin: Twin, spec: NormSpec, values: dict[str, np.ndarray], x: np.ndarray, **options) -> None:
+def assert_norm_matches(
+    twin: Twin, spec: NormSpec, values: dict[str, np.ndarray], x: np.ndarray, axes: int = 1, **options
+) -> None:
     assert_layer_matches(
         twin,
-        layer_of(twin, spec, values),
+        layer_of(twin, spec, values, axes),
         lambda layer, x: layer(x),
-        lambda values, x: normalize(spec, values, x),
+        lambda values, x: normalize(spec, values, x, axes),
         values,
         x,
         **options,
@@ -57,14 +59,15 @@ def test_value_and_gradients_match_the_reference(twin, spec):
     assert_norm_matches(twin, spec, values_of(spec), X_BTD)
 
 
-@pytest.mark.parametrize("spec", [RMSNormSpec(scale="zero_centred"), LayerNormSpec()], ids=["rms", "layer"])
-def test_a_scale_of_two_axes_is_normalized_over_both(twin, spec):
+@pytest.mark.parametrize("kind", ["zero-centred", "no scale", "layer"])
+def test_two_axes_are_normalized_as_one(twin, kind):
+    spec = SPECS[kind]
     values = values_of(spec, normal(1, M, H), normal(2, M, H))
     x_BTMH = normal(0, B, T, M, H)
-    assert_norm_matches(twin, spec, values, x_BTMH)
+    assert_norm_matches(twin, spec, values, x_BTMH, axes=2)
     as_one = {name: value.reshape(-1) for name, value in values.items()}
     flat = normalize(spec, as_one, x_BTMH.reshape(B, T, -1)).reshape(x_BTMH.shape)
-    assert_close(normalize(spec, values, x_BTMH), flat, FLOAT64)
+    assert_close(normalize(spec, values, x_BTMH, axes=2), flat, FLOAT64)
 
 
 @each_spec

@@ -7,7 +7,7 @@ import autograd.numpy as np
 from moezoo.core.reference import Array, Parameters, inside
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import rotate
-from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 
 
 class Attended(NamedTuple):
@@ -22,24 +22,72 @@ class Attended(NamedTuple):
     index_loss: Array | None
 
 
-def attend(query_BTMGH: Array, key_BSMH: Array, value_BSMH: Array, mask_TS: Array) -> Array:
-    """`softmax(q k / sqrt(H)) v` over the source positions that the mask allows, in float32.
+def attend(
+    query_BTMGH: Array,
+    key_BSMH: Array,
+    value_BSMH: Array,
+    mask_TS: Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_N: Array | None = None,
+) -> Array:
+    """`softmax(scale q k) v` over the source positions that the mask allows, in float32.
 
     Args:
         query_BTMGH: N = M * G query heads, grouped by the key/value head that serves them.
         key_BSMH, value_BSMH: M heads.
         mask_TS: bool, True where query t may look at source s; at least one True a row.
+        scale: of the scores; None is `1 / sqrt(H)`.
+        softcap: scores become `softcap * tanh(score / softcap)`, after the scale and before the mask.
+        sink_N: a logit of each head that joins the softmax's denominator and carries no value: a weight is
+            `exp(score) / (exp(sink) + sum over s of exp(score))`. Neither scaled nor capped.
 
     Returns:
         [B, T, M, G, H].
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouping: Ainslie et al. 2023, arXiv 2305.13245.
+    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouping: Ainslie et al. 2023, arXiv 2305.13245; softcap:
+    Gemma 2, arXiv 2408.00118, section 2; sinks: gpt-oss model card (OpenAI 2025), arXiv 2508.10925.
     """
-    score = np.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH) / np.sqrt(query_BTMGH.shape[-1])
+    score = np.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH)
+    score = score / np.sqrt(query_BTMGH.shape[-1]) if scale is None else score * scale
+    if softcap is not None:
+        score = softcap * np.tanh(score / softcap)
     score = np.where(mask_TS, score, -np.inf)
-    weight = np.exp(score - np.max(score, axis=-1, keepdims=True))
-    weight = weight / np.sum(weight, axis=-1, keepdims=True)
+    largest = np.max(score, axis=-1, keepdims=True)
+    total = 0.0
+    if sink_N is not None:
+        sink_MG11 = sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1)
+        largest = np.maximum(largest, sink_MG11)
+        total = np.exp(sink_MG11 - largest)
+    weight = np.exp(score - largest)
+    weight = weight / (total + np.sum(weight, axis=-1, keepdims=True))
     return np.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH)
+
+
+def visible(spec: GroupedQueryAttentionSpec, position_T: Array, position_S: Array) -> Array:
+    """Which source tokens a query may look at, by their positions: bool [T, S].
+
+    Itself and those before it; of these only the last `window`, itself included (`t - window < s <= t`), or only those
+    of its own chunk (`s // chunk == t // chunk`).
+
+    Source: Beltagy et al. 2020, arXiv 2004.05150, section 3.1 (window, there on both sides); Llama-4 (chunk).
+    """
+    mask_TS = position_T[:, None] >= position_S[None, :]
+    if spec.window is not None:
+        mask_TS = mask_TS & (position_T[:, None] - position_S[None, :] < spec.window)
+    if spec.chunk is not None:
+        mask_TS = mask_TS & (position_T[:, None] // spec.chunk == position_S[None, :] // spec.chunk)
+    return mask_TS
+
+
+def temperature(spec: TemperatureTuningSpec, position_T: Array) -> Array:
+    """What multiplies the query of position t: `1 + scale * ln(1 + floor((t + 1) / floor_length))`, [T].
+
+    Source: Nakanishi 2025, arXiv 2501.19399, section 3 (`s ln n` for n tokens).
+    Differs: Llama-4's form, in steps, and 1 for the first `floor_length - 1` tokens.
+    """
+    return 1 + spec.scale * np.log1p((position_T + 1) // spec.floor_length)
 
 
 def grouped_query_attention(
@@ -47,7 +95,14 @@ def grouped_query_attention(
 ) -> Attended:
     """Causal self-attention of T tokens at positions 0 .. T-1: [B, T, D] -> [B, T, D].
 
-    Order: project (and add biases), normalize each head if `qk_norm`, rotate if RoPE, attend, project back.
+    Order: project (and add biases); normalize queries and keys if `qk_norm`, and rotate if RoPE, or the other way
+    round; multiply queries by their temperature; mix values; attend; gate; project back.
+
+    Args:
+        first_value_BTMH: values of the model's first layer, which `value_residual` mixes in; the first layer itself
+            has no `value_mix`.
+
+    Source: see GroupedQueryAttentionSpec.
     """
     query = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
     key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
@@ -58,20 +113,59 @@ def grouped_query_attention(
             key + parameters["b_key"],
             value + parameters["b_value"],
         )
-    if spec.qk_norm is not None:
-        query = normalize(spec.qk_norm, inside(parameters, "query_norm"), query)
-        key = normalize(spec.qk_norm, inside(parameters, "key_norm"), key)
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length)
+    query, key = _placed(spec, parameters, query, key, position_T)
+    mixed = value
+    if "value_mix" in parameters:
+        mix = parameters["value_mix"]
+        mixed = (1 - mix) * value + mix * first_value_BTMH
+    attended = attend(
+        query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim),
+        key,
+        mixed,
+        visible(spec, position_T, position_T),
+        scale=spec.scale,
+        softcap=spec.softcap,
+        sink_N=parameters["sink"] if spec.sinks else None,
+    ).reshape(batch, length, spec.num_heads, spec.head_dim)
+    match spec.gate:
+        case "headwise":
+            gate = np.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]
+            attended = attended / (1 + np.exp(-gate))
+        case "elementwise":
+            gate = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_gate"])
+            attended = attended / (1 + np.exp(-gate))
+    output = np.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
+    if spec.output_bias:
+        output = output + parameters["b_output"]
+    return Attended(output, value, None)
+
+
+def _placed(
+    spec: GroupedQueryAttentionSpec, parameters: Parameters, query: Array, key: Array, position_T: Array
+) -> tuple[Array, Array]:
+    """Queries and keys normalized, rotated and tuned."""
+    if not spec.qk_norm_after_rotation:
+        query, key = _normalized(spec, parameters, query, key)
     match spec.position:
         case RoPESpec():
             query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
         case NoPositionSpec():
             pass
-    grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
-    mask_TS = position_T[:, None] >= position_T[None, :]
-    attended = attend(grouped, key, value, mask_TS).reshape(batch, length, spec.num_heads, spec.head_dim)
-    output = np.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
-    if spec.output_bias:
-        output = output + parameters["b_output"]
-    return Attended(output, value, None)
+    if spec.qk_norm_after_rotation:
+        query, key = _normalized(spec, parameters, query, key)
+    if spec.temperature_tuning is not None:
+        query = query * temperature(spec.temperature_tuning, position_T)[:, None, None]
+    return query, key
+
+
+def _normalized(
+    spec: GroupedQueryAttentionSpec, parameters: Parameters, query: Array, key: Array
+) -> tuple[Array, Array]:
+    """Each head for itself, or all heads of a token together."""
+    if spec.qk_norm is None:
+        return query, key
+    axes = 1 if spec.qk_norm_over == "head" else 2
+    query = normalize(spec.qk_norm, inside(parameters, "query_norm"), query, axes)
+    return query, normalize(spec.qk_norm, inside(parameters, "key_norm"), key, axes)
