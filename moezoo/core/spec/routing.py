@@ -69,9 +69,10 @@ class TopPChoiceSpec(Part):
 
 
 class HashChoiceSpec(Part):
-    """K experts by a fixed table over token ids, drawn from the seed, with equal numbers of ids for each expert.
+    """K different experts by a fixed table over token ids, drawn from the seed; each is first for equally many ids.
 
-    Weights are still the router's. Source: Roller et al. 2021, arXiv 2106.04426 (balanced random hash).
+    Weights are still the router's. Source: Roller et al. 2021, arXiv 2106.04426 (random hash). Differs: their balanced
+    table counts how often an id occurs; ours only ids.
     """
 
     kind: Literal["hash"] = "hash"
@@ -83,7 +84,8 @@ class ExpertChoiceSpec(Part):
     So top_k is the mean number of experts a token has, and one token may have all E or none. That looks at later tokens
     and at other sequences. So training keeps for each expert a moving average (`decay` a step) of its cutoff, the
     lowest score that it took, and at inference a token goes to every expert whose cutoff its score reaches.
-    Source: Zhou et al. 2022, arXiv 2202.09368, section 3.2. Differs: inference by cutoffs is our own.
+    Source: Zhou et al. 2022, arXiv 2202.09368, section 3.2; moving averages of cutoffs: Sun et al. 2026, arXiv
+    2603.11535, who choose by them in training as well.
     """
 
     kind: Literal["expert_choice"] = "expert_choice"
