@@ -54,11 +54,10 @@ class Twin:
         return self.module("arrays").Weights({name: np.asarray(value, np.float32) for name, value in values.items()})
 
     def array(self, values: Any, dtype: str | None = None) -> Any:
-        """A device array: float32 or int32, or the dtype named."""
+        """A device array: float32 or int32 (bool and uint32, a random key, as they are), or the dtype named."""
         values = np.asarray(values)
-        values = values.astype(
-            np.float32 if values.dtype.kind == "f" else values.dtype if values.dtype == bool else np.int32
-        )
+        if values.dtype not in (np.bool_, np.uint32):
+            values = values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
         array = self._namespace().array(values)
         return array if dtype is None else array.astype(getattr(self._namespace(), dtype))
 
@@ -100,12 +99,12 @@ class Twin:
         import jax
         from flax import nnx
 
-        graph, state = nnx.split(layer, nnx.Param) if layer is not None else (None, {})
+        graph, state, untrained = nnx.split(layer, nnx.Param, ...) if layer is not None else (None, {}, {})
 
         @jax.jit  # one compilation, in place of one for each operation
         def both(state: Any, arrays: list[Any]) -> Any:
             def of_both(state: Any, arrays: list[Any]) -> Any:
-                return loss(None if graph is None else nnx.merge(graph, state), *arrays)
+                return loss(None if graph is None else nnx.merge(graph, state, untrained), *arrays)
 
             return jax.value_and_grad(of_both, argnums=(0, 1), has_aux=True)(state, arrays)
 

@@ -5,8 +5,12 @@ from typing import NamedTuple, assert_never
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import RouterSpec
+from moezoo.core.random import ROUTER_JITTER
+from moezoo.core.reference.routing import EPSILON, LEAST_WEIGHT
+from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.choice import Choice, choose, noisy
+from moezoo.mlx_backend.random import fold_in, uniform
 
 
 class Routing(NamedTuple):
@@ -30,6 +34,25 @@ class Router(nn.Module):
         super().__init__()
         self.spec = spec
         self.w_router = weights.parameter("w_router")
+        if spec.input == "normalized":
+            self.input_scale = weights.parameter("input_scale")
+        if spec.bias:
+            self.b_router = weights.parameter("b_router")
+        self.has_residual = spec.gating_residual and weights.has("w_residual")
+        if self.has_residual:
+            self.w_residual = weights.parameter("w_residual")
+        if spec.per_expert_scale:
+            self.expert_scale = weights.parameter("expert_scale")
+        if spec.selection_bias is not None:
+            self.selection_bias = weights.state("selection_bias")
+        match spec.choice:
+            case NoisyTopKChoiceSpec():
+                self.w_noise = weights.parameter("w_noise")
+            case HashChoiceSpec():
+                self.hash_table = weights.state("hash_table")
+            case ExpertChoiceSpec():
+                self.cutoff, self.cutoff_weight = weights.state("cutoff"), weights.state("cutoff_weight")
+        self.freeze(keys=["selection_bias", "hash_table", "cutoff", "cutoff_weight"], recurse=False)
 
     def __call__(
         self,
@@ -42,22 +65,128 @@ class Router(nn.Module):
         inference: bool = False,
     ) -> Routing:
         spec = self.spec
-        x_PD = x_PD.astype(mx.float32) if spec.dtype == "float32" else x_PD
+        x_PD = self._router_input(x_PD, key)
+        logits_PE = self._linear(x_PD, previous_PE) / spec.temperature
+        if spec.softcap is not None:
+            logits_PE = spec.softcap * mx.tanh(logits_PE / spec.softcap)
+        if key is not None and spec.jitter is not None and spec.jitter.on == "logits":
+            logits_PE = logits_PE * _jitter(spec.jitter.amount, key, logits_PE.shape)
+        clean_logits_PE = noise_scale_PE = None
+        if key is not None and isinstance(spec.choice, NoisyTopKChoiceSpec):
+            clean_logits_PE = logits_PE
+            noise_logits_PE = mx.einsum("PD,DE->PE", x_PD, self.w_noise.astype(x_PD.dtype))
+            noise_scale_PE = mx.logaddexp(noise_logits_PE.astype(mx.float32), 0.0)
+            logits_PE = noisy(logits_PE, noise_scale_PE, key)
+        score_PE = score(spec, logits_PE)
+        selection_PE = mx.stop_gradient(logits_PE if spec.selection_basis == "logits" else score_PE)
+        if spec.selection_bias is not None:
+            selection_PE = selection_PE + mx.stop_gradient(self.selection_bias)
+        table_PK = cutoff_E = None
+        if isinstance(spec.choice, HashChoiceSpec):
+            table_PK = self.hash_table[token_P].astype(mx.int32)
+        if isinstance(spec.choice, ExpertChoiceSpec) and inference:
+            cutoff_E = average_cutoff(self.cutoff, self.cutoff_weight)
+        choice = choose(
+            spec,
+            logits_PE,
+            score_PE,
+            selection_PE,
+            table_PK=table_PK,
+            cutoff_E=cutoff_E,
+            forced_PK=forced_PK,
+            key=key,
+            inference=inference,
+        )
+        return Routing(
+            choice.expert_PK,
+            choice.valid_PK,
+            self._combine_weight(choice, logits_PE, score_PE),
+            score_PE,
+            logits_PE,
+            selection_PE,
+            clean_logits_PE,
+            noise_scale_PE,
+            choice.cutoff_E,
+        )
+
+    def _router_input(self, x_PD: mx.array, key: mx.array | None) -> mx.array:
+        """In the dtype of the product; what is done to it on the way is done in float32."""
+        spec = self.spec
+        dtype = mx.float32 if spec.dtype == "float32" else x_PD.dtype
+        x_PD = x_PD.astype(mx.float32)
+        if key is not None and spec.jitter is not None and spec.jitter.on == "input":
+            x_PD = x_PD * _jitter(spec.jitter.amount, key, x_PD.shape)
+        if spec.input == "normalized":
+            mean_square_P1 = mx.mean(x_PD**2, axis=-1, keepdims=True)
+            scale_D = self.input_scale / x_PD.shape[-1] ** 0.5
+            x_PD = x_PD * mx.rsqrt(mean_square_P1 + EPSILON) * scale_D
+        return x_PD.astype(dtype)
+
+    def _linear(self, x_PD: mx.array, previous_PE: mx.array | None) -> mx.array:
         logits_PE = mx.einsum("PD,DE->PE", x_PD, self.w_router.astype(x_PD.dtype)).astype(mx.float32)
-        score_PE = mx.softmax(logits_PE, axis=-1, precise=True)
-        # Softmax keeps the order of the logits.
-        # Trap: argsort is stable, so ties go to the lower id; argpartition has no tie rule.
-        order_PE = mx.argsort(-mx.stop_gradient(logits_PE), axis=-1)
-        expert_PK = order_PE[:, : spec.top_k].astype(mx.int32) if forced_PK is None else forced_PK
-        # Trap: without it, "Cannot calculate VJP with respect to indices".
-        expert_PK = mx.stop_gradient(expert_PK)
-        weight_PK = mx.take_along_axis(score_PE, expert_PK, axis=-1)
-        match spec.renormalize:
-            case "sum":
-                weight_PK = weight_PK / (mx.sum(weight_PK, axis=-1, keepdims=True) + spec.renormalize_epsilon)
-            case "none":
-                pass
-            case _:
-                assert_never(spec.renormalize)
-        valid_PK = mx.ones(expert_PK.shape, mx.bool_)
-        return Routing(expert_PK, valid_PK, weight_PK, score_PE, logits_PE, logits_PE, None, None, None)
+        if self.spec.bias:
+            logits_PE = logits_PE + self.b_router
+        if self.has_residual:
+            logits_PE = logits_PE + previous_PE @ self.w_residual
+        return logits_PE
+
+    def _combine_weight(self, choice: Choice, logits_PE: mx.array, score_PE: mx.array) -> mx.array:
+        spec = self.spec
+        if choice.weight_PK is not None:
+            weight_PK = choice.weight_PK
+        else:
+            of_chosen_PE = score_PE if spec.weight == "score" else logits_PE
+            weight_PK = mx.take_along_axis(of_chosen_PE, choice.expert_PK, axis=-1)
+            match spec.weight:
+                case "score":
+                    pass
+                case "softmax_of_chosen":
+                    weight_PK = mx.softmax(mx.where(choice.valid_PK, weight_PK, -mx.inf), axis=-1, precise=True)
+                case "sigmoid_of_chosen":
+                    weight_PK = mx.sigmoid(weight_PK)
+                case _:
+                    assert_never(spec.weight)
+        weight_PK = mx.where(choice.valid_PK, weight_PK, 0.0)
+        weight_PK = _renormalized(spec, weight_PK) * spec.scale
+        return weight_PK * self.expert_scale[choice.expert_PK] if spec.per_expert_scale else weight_PK
+
+
+def _jitter(amount: float, key: mx.array, shape: tuple[int, ...]) -> mx.array:
+    return 1 + amount * (2 * uniform(fold_in(key, ROUTER_JITTER), shape) - 1)
+
+
+def score(spec: RouterSpec, logits_PE: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.routing.score."""
+    match spec.score:
+        case "softmax":
+            return mx.softmax(logits_PE, axis=-1, precise=True)
+        case "sigmoid":
+            return mx.sigmoid(logits_PE)
+        case "sqrt_softplus":
+            # Trap: below -87 softplus underflows, and the gradient of its root is 0 / 0; there it is exp(logit / 2).
+            tail_PE = mx.exp(mx.minimum(logits_PE + 20, 0.0) / 2)
+            return mx.sqrt(mx.logaddexp(mx.maximum(logits_PE, -20), 0.0)) * tail_PE
+        case "none":
+            return logits_PE
+        case _:
+            assert_never(spec.score)
+
+
+def average_cutoff(cutoff_E: mx.array, cutoff_weight_1: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.routing.average_cutoff."""
+    return cutoff_E / mx.maximum(cutoff_weight_1, LEAST_WEIGHT)
+
+
+def _renormalized(spec: RouterSpec, weight_PK: mx.array) -> mx.array:
+    match spec.renormalize:
+        case "none":
+            return weight_PK
+        case "sum":
+            divisor_P1 = mx.sum(weight_PK, axis=-1, keepdims=True)
+        case "p_norm":
+            order = spec.renormalize_order
+            divisor_P1 = mx.sum(weight_PK**order, axis=-1, keepdims=True) ** (1 / order)
+        case _:
+            assert_never(spec.renormalize)
+    epsilon = spec.renormalize_epsilon
+    return weight_PK / (mx.maximum(divisor_P1, epsilon) if spec.renormalize_floor else divisor_P1 + epsilon)

@@ -128,6 +128,8 @@ def test_einsums_use_the_alphabet_of_dimensions(folder):
 
 @pytest.mark.parametrize("stem", ["routing", "dispatch"])
 def test_tuples_at_the_seam_have_the_references_fields(stem):
+    """But margins: only the reference judges how sure a choice was."""
+
     def fields(path) -> list[str]:
         (seam,) = (
             node
@@ -136,7 +138,7 @@ def test_tuples_at_the_seam_have_the_references_fields(stem):
         )
         return [ast.unparse(line.target) for line in seam.body if isinstance(line, ast.AnnAssign)]
 
-    expected = fields(PACKAGE / "core" / "reference" / f"{stem}.py")
+    expected = [name for name in fields(PACKAGE / "core" / "reference" / f"{stem}.py") if name != "margin_P"]
     assert [fields(backend_file(backend, stem)) for backend in BACKENDS] == [expected, expected]
 
 

@@ -5,8 +5,13 @@ from typing import NamedTuple
 import autograd.numpy as np
 from autograd.tracer import getval
 
+from moezoo.core.random import ROUTER_JITTER, Bits, fold_in, uniform
 from moezoo.core.reference import Array, Parameters
-from moezoo.core.spec import RouterSpec
+from moezoo.core.reference.choice import Choice, choose, noisy
+from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
+
+EPSILON = 1e-6  # added to the mean square of a normalized input
+LEAST_WEIGHT = 1e-30  # of a moving average: only the 0 from before the first step is less
 
 
 class Routing(NamedTuple):
@@ -15,7 +20,7 @@ class Routing(NamedTuple):
     Fields:
         expert_PK: int, the chosen experts of each token, by descending selection value, ties to the lower id.
         valid_PK: bool, False for a slot that the router left unused; its weight is 0 and its expert id is valid.
-        weight_PK: combine weights: what multiplies each chosen expert's output.
+        weight_PK: combine weights: what multiplies each chosen expert's output (or input).
         score_PE: scores of all experts (probabilities for softmax).
         logits_PE: before the score function, float32; with the noise, if there was any.
         selection_PE: what the choice was made by. No gradient.
@@ -44,35 +49,161 @@ def route(
     token_P: Array | None = None,
     previous_PE: Array | None = None,
     forced_PK: Array | None = None,
-    key: Array | None = None,
+    key: Bits | None = None,
     inference: bool = False,
 ) -> Routing:
-    """Score all experts, choose K, weight them.
-
-    `logits = x w_router`, `score = softmax(logits)`, experts = the K highest scores, `weight = score[expert]`, divided
-    by `sum + renormalize_epsilon` of the K if `renormalize: sum`.
+    """Score all experts, choose up to K, weight them: `x -> logits -> score -> choice -> weight`.
 
     Args:
-        spec: the router.
-        parameters: the router's.
+        spec: the router, a point in the algebra; its docstring has the formulas, the functions below compute them.
+        parameters: `w_router` [D, E], and what the spec asks for: `input_scale` [D], `b_router` [E], `w_residual`
+            [E of the previous MoE layer, E], `expert_scale` [E], `selection_bias` [E], `w_noise` [D, E],
+            `hash_table` [V, K], `cutoff` [E] with `cutoff_weight` [1].
         x_PD: tokens.
-        forced_PK: int; take these experts instead of choosing (weights are still this router's own). With it, two
-            realizations can be compared where near ties would let them choose differently.
+        token_P: int, their ids in the vocabulary; only `choice: hash` looks at them.
+        previous_PE: logits of the previous MoE layer; only a gating residual looks at them.
+        forced_PK: int, -1 for an unused slot; take these experts instead of choosing (weights are still this router's
+            own). With it, two realizations can be compared where near ties would let them choose differently.
+        key: uint32 [2] of this layer and step, for jitter, noise and sampling; None for none of them.
+        inference: choose as in generation (expert choice by cutoffs).
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5 (top-k gating); softmax over all experts, then top-k with
-    renormalization: Jiang et al. 2024, arXiv 2401.04088.
+    renormalization: Jiang et al. 2024, arXiv 2401.04088. Sources of the other fields stand in the spec.
+    Differs: jitter of the input reaches the router alone, as in Switch; released code of Mixtral and DBRX gives the
+    experts the same noise.
     """
+    x_PD = _router_input(spec, parameters, x_PD, key)
+    logits_PE = _linear(spec, parameters, x_PD, previous_PE) / spec.temperature
+    if spec.softcap is not None:
+        logits_PE = spec.softcap * np.tanh(logits_PE / spec.softcap)
+    if key is not None and spec.jitter is not None and spec.jitter.on == "logits":
+        logits_PE = logits_PE * _jitter(spec.jitter.amount, key, logits_PE.shape)
+    clean_logits_PE = noise_scale_PE = None
+    if key is not None and isinstance(spec.choice, NoisyTopKChoiceSpec):
+        clean_logits_PE = logits_PE
+        noise_scale_PE = np.logaddexp(0.0, np.einsum("PD,DE->PE", x_PD, parameters["w_noise"]))
+        logits_PE = noisy(logits_PE, noise_scale_PE, key)
+    score_PE = score(spec, logits_PE)
+    selection_PE = getval(logits_PE if spec.selection_basis == "logits" else score_PE)
+    if spec.selection_bias is not None:
+        selection_PE = selection_PE + getval(parameters["selection_bias"])
+    table_PK = cutoff_E = None
+    if isinstance(spec.choice, HashChoiceSpec):
+        table_PK = getval(parameters["hash_table"])[token_P].astype(int)
+    if isinstance(spec.choice, ExpertChoiceSpec) and inference:
+        cutoff_E = average_cutoff(parameters["cutoff"], parameters["cutoff_weight"])
+    choice = choose(
+        spec,
+        logits_PE,
+        score_PE,
+        selection_PE,
+        table_PK=table_PK,
+        cutoff_E=cutoff_E,
+        forced_PK=forced_PK,
+        key=key,
+        inference=inference,
+    )
+    return Routing(
+        choice.expert_PK,
+        choice.valid_PK,
+        combine_weight(spec, parameters, choice, logits_PE, score_PE),
+        score_PE,
+        logits_PE,
+        selection_PE,
+        clean_logits_PE,
+        noise_scale_PE,
+        choice.cutoff_E,
+        choice.margin_P,
+    )
+
+
+def _router_input(spec: RouterSpec, parameters: Parameters, x_PD: Array, key: Bits | None) -> Array:
+    """Tokens as the router sees them: with jitter, then normalized: `x / rms(x) * input_scale / sqrt(D)`."""
+    if key is not None and spec.jitter is not None and spec.jitter.on == "input":
+        x_PD = x_PD * _jitter(spec.jitter.amount, key, x_PD.shape)
+    if spec.input == "normalized":
+        mean_square_P1 = np.mean(x_PD**2, axis=-1, keepdims=True)
+        x_PD = x_PD / np.sqrt(mean_square_P1 + EPSILON) * parameters["input_scale"] / np.sqrt(x_PD.shape[-1])
+    return x_PD
+
+
+def _jitter(amount: float, key: Bits, shape: tuple[int, ...]) -> Array:
+    """Uniform in [1 - amount, 1 + amount)."""
+    return 1 + amount * (2 * uniform(fold_in(key, ROUTER_JITTER), shape).astype(float) - 1)
+
+
+def _linear(spec: RouterSpec, parameters: Parameters, x_PD: Array, previous_PE: Array | None) -> Array:
+    """`x w_router + b_router + previous w_residual`; the first MoE layer of a model has no w_residual."""
     logits_PE = np.einsum("PD,DE->PE", x_PD, parameters["w_router"])
-    unnormalized = np.exp(logits_PE - np.max(logits_PE, axis=-1, keepdims=True))
-    score_PE = unnormalized / np.sum(unnormalized, axis=-1, keepdims=True)
-    # Softmax keeps the order of the logits, and they do not underflow to ties.
-    # Trap: a stable sort of the negated values is the tie rule; argpartition has none.
-    expert_PK = np.argsort(-logits_PE, axis=-1, kind="stable")[:, : spec.top_k] if forced_PK is None else forced_PK
-    weight_PK = score_PE[np.arange(x_PD.shape[0])[:, None], expert_PK]
-    if spec.renormalize == "sum":
-        weight_PK = weight_PK / (np.sum(weight_PK, axis=-1, keepdims=True) + spec.renormalize_epsilon)
-    falling_PE = -np.sort(-getval(logits_PE), axis=-1)
-    rest_P = falling_PE[:, spec.top_k] if spec.top_k < logits_PE.shape[1] else -np.inf
-    margin_P = 1 - np.exp(rest_P - falling_PE[:, spec.top_k - 1])
-    valid_PK = np.ones(expert_PK.shape, bool)
-    return Routing(expert_PK, valid_PK, weight_PK, score_PE, logits_PE, logits_PE, None, None, None, margin_P)
+    if spec.bias:
+        logits_PE = logits_PE + parameters["b_router"]
+    if spec.gating_residual and "w_residual" in parameters:
+        logits_PE = logits_PE + previous_PE @ parameters["w_residual"]
+    return logits_PE
+
+
+def score(spec: RouterSpec, logits_PE: Array) -> Array:
+    """`softmax` over the experts, `sigmoid`, `sqrt_softplus`: `sqrt(log(1 + exp(logit)))`, or `none`: the logits."""
+    match spec.score:
+        case "softmax":
+            return softmax(logits_PE)
+        case "sigmoid":
+            return sigmoid(logits_PE)
+        case "sqrt_softplus":
+            return np.sqrt(np.logaddexp(0.0, logits_PE))
+        case "none":
+            return logits_PE
+
+
+def average_cutoff(cutoff_E: Array, cutoff_weight_1: Array) -> Array:
+    """The moving average of cutoffs from its sum and its sum of weights, since it starts at 0 (as Adam's do)."""
+    return getval(cutoff_E) / np.maximum(getval(cutoff_weight_1), LEAST_WEIGHT)
+
+
+def combine_weight(
+    spec: RouterSpec, parameters: Parameters, choice: Choice, logits_PE: Array, score_PE: Array
+) -> Array:
+    """The weights of the chosen experts: [P, K]; 0 in unused slots, which count nowhere.
+
+    The score, or softmax or sigmoid of the chosen logits, or what the choice made itself (sparsemixer). Then, in this
+    order: divided by `sum_k weight_k` or by the p-norm `(sum_k weight_k^p)^(1/p)`, where an epsilon is added to the
+    divisor or is its floor; times `scale`; times the expert's own scale.
+    """
+    row_P1 = np.arange(len(score_PE))[:, None]
+    if choice.weight_PK is not None:
+        weight_PK = choice.weight_PK
+    else:
+        match spec.weight:
+            case "score":
+                weight_PK = score_PE[row_P1, choice.expert_PK]
+            case "softmax_of_chosen":
+                weight_PK = softmax(np.where(choice.valid_PK, logits_PE[row_P1, choice.expert_PK], -np.inf))
+            case "sigmoid_of_chosen":
+                weight_PK = sigmoid(logits_PE[row_P1, choice.expert_PK])
+    weight_PK = np.where(choice.valid_PK, weight_PK, 0.0)
+    weight_PK = _renormalized(spec, weight_PK) * spec.scale
+    return weight_PK * parameters["expert_scale"][choice.expert_PK] if spec.per_expert_scale else weight_PK
+
+
+def _renormalized(spec: RouterSpec, weight_PK: Array) -> Array:
+    match spec.renormalize:
+        case "none":
+            return weight_PK
+        case "sum":
+            divisor_P1 = np.sum(weight_PK, axis=-1, keepdims=True)
+        case "p_norm":
+            order = spec.renormalize_order
+            divisor_P1 = np.sum(weight_PK**order, axis=-1, keepdims=True) ** (1 / order)
+    epsilon = spec.renormalize_epsilon
+    return weight_PK / (np.maximum(divisor_P1, epsilon) if spec.renormalize_floor else divisor_P1 + epsilon)
+
+
+def softmax(logits: Array) -> Array:
+    """`exp(logit) / sum exp(logit)` over the last axis; minus infinity gives 0."""
+    unnormalized = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
+    return unnormalized / np.sum(unnormalized, axis=-1, keepdims=True)
+
+
+def sigmoid(logits: Array) -> Array:
+    """`1 / (1 + exp(-logit))`, without overflow."""
+    return np.exp(-np.logaddexp(0.0, -logits))

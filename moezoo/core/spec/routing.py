@@ -118,7 +118,7 @@ class SelectionBiasSpec(Part):
 
 class JitterSpec(Part):
     """In training, multiply by uniform noise in [1 - amount, 1 + amount): the router's `input` (Fedus et al. 2021,
-    arXiv 2101.03961, section 2.2) or its `logits` (tiny_moe)."""
+    arXiv 2101.03961, section 2.2), which the experts get without noise, or its `logits` (tiny_moe)."""
 
     on: Literal["input", "logits"] = "input"
     amount: Annotated[float, Field(gt=0, lt=1)] = 0.01
@@ -158,7 +158,7 @@ class RouterSpec(Part):
     choice: ChoiceSpec = TopKChoiceSpec()
     weight: Literal["score", "softmax_of_chosen", "sigmoid_of_chosen"] = "score"
     renormalize: Literal["none", "sum", "p_norm"] = "sum"
-    renormalize_order: PositiveFloat = 1.0
+    renormalize_order: Annotated[float, Field(ge=1)] = 1.0
     renormalize_epsilon: Annotated[float, Field(ge=0)] = 0.0
     renormalize_floor: bool = False
     scale: PositiveFloat = 1.0
@@ -170,8 +170,9 @@ class RouterSpec(Part):
     def selection_basis(self) -> Literal["score", "logits"]:
         """What the selection value is made of.
 
-        Softmax keeps the order of a token's logits, and logits do not underflow to ties. So they stand for softmax
-        scores wherever nothing but that order decides: not with a bias, with sums over a group, or between tokens.
+        Every score keeps the order of a token's logits, and logits neither underflow nor saturate to ties. So they
+        stand for the scores wherever nothing but that order decides: not with a bias, with sums over a group, or
+        between tokens.
         """
         if self.select_on == "logits" or self.score == "none":
             return "logits"
@@ -179,7 +180,7 @@ class RouterSpec(Part):
             case ExpertChoiceSpec() | GroupedTopKChoiceSpec(group_value="top2"):
                 return "score"
             case _:
-                return "logits" if self.score == "softmax" and self.selection_bias is None else "score"
+                return "logits" if self.selection_bias is None else "score"
 
     @model_validator(mode="after")
     def _combinations(self) -> "RouterSpec":
@@ -189,10 +190,28 @@ class RouterSpec(Part):
                 "is top_p, which adds up scores, but score is none",
                 "Use score: softmax",
             )
+        if self.score == "none" and self.weight == "score":
+            raise impossible(
+                "weight",
+                "is score, but score is none, and a logit, which may be negative, is no weight",
+                "Use weight: softmax_of_chosen or sigmoid_of_chosen, or another score",
+            )
         if self.renormalize == "none" and self.renormalize_epsilon:
             raise impossible(
                 "renormalize_epsilon",
                 f"is {self.renormalize_epsilon}, but renormalize is none",
                 "Leave it out, or use renormalize: sum",
+            )
+        if self.renormalize_floor and not self.renormalize_epsilon:
+            raise impossible(
+                "renormalize_floor",
+                "is true, but renormalize_epsilon, the floor, is 0",
+                "Leave it out, or give renormalize_epsilon",
+            )
+        if self.renormalize != "p_norm" and self.renormalize_order != 1:
+            raise impossible(
+                "renormalize_order",
+                f"is {self.renormalize_order}, but renormalize is {self.renormalize}",
+                "Leave it out, or use renormalize: p_norm",
             )
         return self
