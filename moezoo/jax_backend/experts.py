@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moezoo.core.spec import ExpertsSpec
+from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.feed_forward import silu_gated
+from moezoo.jax_backend.feed_forward import activate
 
 Path = Literal["blocks", "ragged_dot"]
 
@@ -31,6 +31,7 @@ class Groups(NamedTuple):
     """
 
     size_E: jax.Array
+    expert_R: jax.Array  # of an unused row the last expert
     first_block_E: jax.Array
     start_block: jax.Array  # first row of each block
     expert_block: jax.Array
@@ -39,7 +40,10 @@ class Groups(NamedTuple):
 
 
 def group_rows(size_E: jax.Array, num_rows: int) -> Groups:
-    """Plan the blocks of R rows that are sorted by expert. The number of blocks is bounded, so shapes are static."""
+    """Plan the blocks of R rows that are sorted by expert. The number of blocks is bounded, so shapes are static.
+
+    Rows beyond the sum of `size_E` are unused: no block starts there.
+    """
     num_experts = size_E.shape[0]
     block = block_rows(num_rows, num_experts)
     blocks_E = (size_E + block - 1) // block
@@ -47,9 +51,11 @@ def group_rows(size_E: jax.Array, num_rows: int) -> Groups:
     index = jnp.arange(num_rows // block + num_experts)
     expert = jnp.minimum(jnp.searchsorted(last_block_E, index, side="right"), num_experts - 1)
     end_E = jnp.cumsum(size_E)
+    expert_R = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(num_rows), side="right"), num_experts - 1)
     first_block_E = last_block_E - blocks_E
     start = end_E[expert] - size_E[expert] + (index - first_block_E[expert]) * block
-    return Groups(size_E, jnp.append(first_block_E, last_block_E[-1]), start, expert, end_E[expert], block)
+    first_block_E = jnp.append(first_block_E, last_block_E[-1])
+    return Groups(size_E, expert_R, first_block_E, start, expert, end_E[expert], block)
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
@@ -63,7 +69,9 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 def grouped_product(x_RD: jax.Array, w_EDF: jax.Array, groups: Groups) -> jax.Array:
     """Spec: moezoo.core.reference.experts.grouped_product."""
     if grouped_path() == "ragged_dot":
-        return lax.ragged_dot(x_RD, w_EDF, groups.size_E)
+        # Trap: what a platform's ragged_dot leaves in unused rows is its own affair, on the way back as well.
+        used_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(groups.size_E))[:, None]
+        return jnp.where(used_R1, lax.ragged_dot(jnp.where(used_R1, x_RD, 0), w_EDF, groups.size_E), 0)
     plan = (groups.first_block_E, groups.start_block, groups.expert_block, groups.end_block)
     return _blocked_product(groups.block, x_RD, w_EDF, plan)
 
@@ -113,16 +121,34 @@ def _blocked_backward(block: int, saved, gradient_RF: jax.Array):
 _blocked_product.defvjp(_blocked_forward, _blocked_backward)
 
 
-class SwiGLUExperts(nnx.Module):
-    """Spec: moezoo.core.reference.experts.swiglu_experts."""
+class Experts(nnx.Module):
+    """Spec: moezoo.core.reference.experts.experts."""
 
     def __init__(self, spec: ExpertsSpec, weights: Weights):
-        self.w_gate = weights.parameter("w_gate")
+        self.spec = spec
+        if not isinstance(spec, PlainFeedForwardSpec):
+            self.w_gate = weights.parameter("w_gate")
         self.w_up = weights.parameter("w_up")
         self.w_down = weights.parameter("w_down")
+        if spec.bias:
+            if not isinstance(spec, PlainFeedForwardSpec):
+                self.b_gate = weights.parameter("b_gate")
+            self.b_up = weights.parameter("b_up")
+            self.b_down = weights.parameter("b_down")
 
     def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
+        spec, dtype = self.spec, x_RD.dtype
         groups = group_rows(size_E, x_RD.shape[0])
-        gate = grouped_product(x_RD, self.w_gate[...].astype(x_RD.dtype), groups)
-        up = grouped_product(x_RD, self.w_up[...].astype(x_RD.dtype), groups)
-        return grouped_product(silu_gated(gate, up), self.w_down[...].astype(x_RD.dtype), groups)
+        gate = None
+        if not isinstance(spec, PlainFeedForwardSpec):
+            gate = grouped_product(x_RD, self.w_gate[...].astype(dtype), groups)
+            gate = gate + _rows_of(self.b_gate[...], groups).astype(dtype) if spec.bias else gate
+        up = grouped_product(x_RD, self.w_up[...].astype(dtype), groups)
+        up = up + _rows_of(self.b_up[...], groups).astype(dtype) if spec.bias else up
+        out = grouped_product(activate(spec, gate, up), self.w_down[...].astype(dtype), groups)
+        return out + _rows_of(self.b_down[...], groups).astype(dtype) if spec.bias else out
+
+
+def _rows_of(bias_EF: jax.Array, groups: Groups) -> jax.Array:
+    """Each row's own bias, float32, so that the sum over an expert's rows which is its gradient keeps its digits."""
+    return bias_EF[groups.expert_R]

@@ -1,27 +1,67 @@
 """Dense feed-forward layers. Spec: moezoo.core.reference.feed_forward."""
 
+from typing import assert_never
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moezoo.core.spec import GatedFeedForwardSpec
+from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.jax_backend.arrays import Weights
 
 
-class SwiGLU(nnx.Module):
-    """Spec: moezoo.core.reference.feed_forward.swiglu."""
+class FeedForward(nnx.Module):
+    """Spec: moezoo.core.reference.feed_forward.feed_forward."""
 
-    def __init__(self, spec: GatedFeedForwardSpec, weights: Weights):
-        self.w_gate = weights.parameter("w_gate")
+    def __init__(self, spec: FeedForwardSpec, weights: Weights):
+        self.spec = spec
+        if not isinstance(spec, PlainFeedForwardSpec):
+            self.w_gate = weights.parameter("w_gate")
         self.w_up = weights.parameter("w_up")
         self.w_down = weights.parameter("w_down")
+        if spec.bias:
+            if not isinstance(spec, PlainFeedForwardSpec):
+                self.b_gate = weights.parameter("b_gate")
+            self.b_up = weights.parameter("b_up")
+            self.b_down = weights.parameter("b_down")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = jnp.einsum("...D,DF->...F", x, self.w_gate[...].astype(x.dtype))
-        up = jnp.einsum("...D,DF->...F", x, self.w_up[...].astype(x.dtype))
-        return jnp.einsum("...F,FD->...D", silu_gated(gate, up), self.w_down[...].astype(x.dtype))
+        spec, dtype = self.spec, x.dtype
+        gate = None
+        if not isinstance(spec, PlainFeedForwardSpec):
+            gate = jnp.einsum("...D,DF->...F", x, self.w_gate[...].astype(dtype))
+            gate = gate + self.b_gate[...].astype(dtype) if spec.bias else gate
+        up = jnp.einsum("...D,DF->...F", x, self.w_up[...].astype(dtype))
+        up = up + self.b_up[...].astype(dtype) if spec.bias else up
+        out = jnp.einsum("...F,FD->...D", activate(spec, gate, up), self.w_down[...].astype(dtype))
+        return out + self.b_down[...].astype(dtype) if spec.bias else out
 
 
-def silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.feed_forward.silu_gated."""
-    return jax.nn.silu(gate) * up
+def activate(spec: FeedForwardSpec, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.feed_forward.activate."""
+    match spec:
+        case GatedFeedForwardSpec():
+            match spec.kind:
+                case "swiglu":
+                    return jax.nn.silu(gate) * up
+                case "geglu":
+                    return jax.nn.gelu(gate, approximate=True) * up
+                case "relu_squared_glu":
+                    return jnp.square(jax.nn.relu(gate)) * up
+                case _:
+                    assert_never(spec.kind)
+        case ClampedSwiGLUSpec():
+            gate, up = jnp.minimum(gate, spec.limit), jnp.clip(up, -spec.limit, spec.limit)
+            return gate * jax.nn.sigmoid(spec.alpha * gate) * (up + 1)
+        case PlainFeedForwardSpec():
+            match spec.kind:
+                case "relu":
+                    return jax.nn.relu(up)
+                case "gelu":
+                    return jax.nn.gelu(up, approximate=True)
+                case "relu_squared":
+                    return jnp.square(jax.nn.relu(up))
+                case _:
+                    assert_never(spec.kind)
+        case _:
+            assert_never(spec)

@@ -6,8 +6,8 @@ from flax import nnx
 from moezoo.core.spec import MoESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch
-from moezoo.jax_backend.experts import SwiGLUExperts
-from moezoo.jax_backend.feed_forward import SwiGLU
+from moezoo.jax_backend.experts import Experts
+from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.routing import Router, Routing
 
 
@@ -17,9 +17,9 @@ class MoE(nnx.Module):
     def __init__(self, spec: MoESpec, weights: Weights):
         self.spec = spec
         self.router = Router(spec.router, weights.inside("router"))
-        self.experts = SwiGLUExperts(spec.experts, weights.inside("experts"))
+        self.experts = Experts(spec.experts, weights.inside("experts"))
         if spec.shared is not None:
-            self.shared = SwiGLU(spec.shared_feed_forward, weights.inside("shared"))
+            self.shared = FeedForward(spec.shared_feed_forward, weights.inside("shared"))
 
     def __call__(
         self,

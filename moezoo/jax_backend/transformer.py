@@ -19,7 +19,7 @@ from moezoo.core.spec import (
 from moezoo.jax_backend.arrays import DTYPES, Weights
 from moezoo.jax_backend.attention import GroupedQueryAttention
 from moezoo.jax_backend.dispatch import Dispatch
-from moezoo.jax_backend.feed_forward import SwiGLU
+from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.kv_cache import KVCache as Cache
 from moezoo.jax_backend.moe import MoE
 from moezoo.jax_backend.normalization import norm
@@ -75,7 +75,7 @@ class Layer(nnx.Module):
             self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
             self.feed_forward_output_norm = norm(model.norm, weights.inside("feed_forward_output_norm"))
         if spec.feed_forward is not None:
-            self.feed_forward = SwiGLU(spec.feed_forward, weights.inside("feed_forward"))
+            self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
 

@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import ExpertsSpec
+from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.feed_forward import silu_gated
+from moezoo.mlx_backend.feed_forward import activate
 
 Path = Literal["gather_mm of blocks", "gather_mm of rows"]
 
@@ -25,10 +25,11 @@ class Groups(NamedTuple):
     """Consecutive groups of rows, one an expert, and where each row lies in their padded blocks.
 
     Row `slot_R[r]` of the padded rows holds row r; padded row i holds row `source_I[i]`, or padding where that is R.
+    Unused rows, those beyond the sum of `size_E`, all have the last padded row, which is then padding.
     """
 
     size_E: mx.array
-    expert_R: mx.array
+    expert_R: mx.array  # of an unused row the last expert
     slot_R: mx.array
     source_I: mx.array
     expert_block: mx.array
@@ -47,9 +48,11 @@ def group_rows(size_E: mx.array, num_rows: int) -> Groups:
     row_R, index = mx.arange(num_rows), mx.arange(num_blocks)
     expert_R = mx.sum((row_R[:, None] >= end_E[None]).astype(mx.int32), axis=1)
     expert_block = mx.sum((index[:, None] >= last_block_E[None]).astype(mx.int32), axis=1)
-    slot_R = row_R - start_E[expert_R] + first_block_E[expert_R] * block
+    used_R, last_slot = expert_R < num_experts, num_blocks * block - 1
+    expert_R = mx.minimum(expert_R, num_experts - 1)
+    slot_R = mx.where(used_R, row_R - start_E[expert_R] + first_block_E[expert_R] * block, last_slot)
     source_I = mx.full((num_blocks * block,), num_rows, mx.int32)
-    source_I = source_I.at[slot_R].add(row_R - num_rows)
+    source_I = source_I.at[slot_R].add(mx.where(used_R, row_R - num_rows, 0))
     segment_E2 = mx.stack([first_block_E * block, last_block_E * block], axis=1)
     return Groups(
         size_E,
@@ -129,17 +132,35 @@ def _blocked_product(x_ID: mx.array, w_EDF: mx.array, groups: Groups) -> mx.arra
     return multiply(x_ID.astype(mx.float32), w_EDF.astype(mx.float32)).astype(dtype)
 
 
-class SwiGLUExperts(nn.Module):
-    """Spec: moezoo.core.reference.experts.swiglu_experts."""
+class Experts(nn.Module):
+    """Spec: moezoo.core.reference.experts.experts."""
 
     def __init__(self, spec: ExpertsSpec, weights: Weights):
         super().__init__()
-        self.w_gate = weights.parameter("w_gate")
+        self.spec = spec
+        if not isinstance(spec, PlainFeedForwardSpec):
+            self.w_gate = weights.parameter("w_gate")
         self.w_up = weights.parameter("w_up")
         self.w_down = weights.parameter("w_down")
+        if spec.bias:
+            if not isinstance(spec, PlainFeedForwardSpec):
+                self.b_gate = weights.parameter("b_gate")
+            self.b_up = weights.parameter("b_up")
+            self.b_down = weights.parameter("b_down")
 
     def __call__(self, x_RD: mx.array, size_E: mx.array) -> mx.array:
+        spec, dtype = self.spec, x_RD.dtype
         groups = group_rows(size_E, x_RD.shape[0])
-        gate = grouped_product(x_RD, self.w_gate.astype(x_RD.dtype), groups)
-        up = grouped_product(x_RD, self.w_up.astype(x_RD.dtype), groups)
-        return grouped_product(silu_gated(gate, up), self.w_down.astype(x_RD.dtype), groups)
+        gate = None
+        if not isinstance(spec, PlainFeedForwardSpec):
+            gate = grouped_product(x_RD, self.w_gate.astype(dtype), groups)
+            gate = gate + _rows_of(self.b_gate, groups).astype(dtype) if spec.bias else gate
+        up = grouped_product(x_RD, self.w_up.astype(dtype), groups)
+        up = up + _rows_of(self.b_up, groups).astype(dtype) if spec.bias else up
+        out = grouped_product(activate(spec, gate, up), self.w_down.astype(dtype), groups)
+        return out + _rows_of(self.b_down, groups).astype(dtype) if spec.bias else out
+
+
+def _rows_of(bias_EF: mx.array, groups: Groups) -> mx.array:
+    """Each row's own bias, float32, so that the sum over an expert's rows which is its gradient keeps its digits."""
+    return bias_EF[groups.expert_R]

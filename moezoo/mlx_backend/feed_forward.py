@@ -1,37 +1,95 @@
 """Dense feed-forward layers. Spec: moezoo.core.reference.feed_forward."""
 
+import math
+from typing import assert_never
+
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import GatedFeedForwardSpec
+from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.streams import streams
 
+_WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than putting parts together again
 
-class SwiGLU(nn.Module):
-    """Spec: moezoo.core.reference.feed_forward.swiglu."""
 
-    def __init__(self, spec: GatedFeedForwardSpec, weights: Weights):
+class FeedForward(nn.Module):
+    """Spec: moezoo.core.reference.feed_forward.feed_forward."""
+
+    def __init__(self, spec: FeedForwardSpec, weights: Weights):
         super().__init__()
-        self.w_gate = weights.parameter("w_gate")
+        self.spec = spec
+        if not isinstance(spec, PlainFeedForwardSpec):
+            self.w_gate = weights.parameter("w_gate")
         self.w_up = weights.parameter("w_up")
         self.w_down = weights.parameter("w_down")
+        if spec.bias:
+            if not isinstance(spec, PlainFeedForwardSpec):
+                self.b_gate = weights.parameter("b_gate")
+            self.b_up = weights.parameter("b_up")
+            self.b_down = weights.parameter("b_down")
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate = mx.einsum("...D,DF->...F", x, self.w_gate.astype(x.dtype))
-        up = mx.einsum("...D,DF->...F", x, self.w_up.astype(x.dtype))
-        return mx.einsum("...F,FD->...D", silu_gated(gate, up), self.w_down.astype(x.dtype))
+        spec, dtype = self.spec, x.dtype
+        gate = None
+        if not isinstance(spec, PlainFeedForwardSpec):
+            gate = mx.einsum("...D,DF->...F", x, self.w_gate.astype(dtype))
+            gate = gate + self.b_gate.astype(dtype) if spec.bias else gate
+        up = mx.einsum("...D,DF->...F", x, self.w_up.astype(dtype))
+        up = up + self.b_up.astype(dtype) if spec.bias else up
+        out = mx.einsum("...F,FD->...D", activate(spec, gate, up), self.w_down.astype(dtype))
+        return out + self.b_down.astype(dtype) if spec.bias else out
 
 
-def silu_gated(gate: mx.array, up: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.feed_forward.silu_gated; on the CPU in parts that take turns on two streams."""
+def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts that take turns on two streams."""
     turns = streams()
-    if len(turns) == 1:
-        return nn.silu(gate) * up
-    gate_rows, up_rows = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-    cuts = [len(gate_rows) * turn // len(turns) for turn in range(1, len(turns))]
+    if len(turns) == 1 or spec.kind in _WITHOUT_EXPONENTIAL:
+        return _activated(spec, gate, up)
+    up_rows = up.reshape(-1, up.shape[-1])
+    cuts = [len(up_rows) * turn // len(turns) for turn in range(1, len(turns))]
+    gate_parts = [None] * len(turns) if gate is None else mx.split(gate.reshape(up_rows.shape), cuts)
     parts = []
-    for stream, gate_part, up_part in zip(turns, mx.split(gate_rows, cuts), mx.split(up_rows, cuts), strict=True):
+    for stream, gate_part, up_part in zip(turns, gate_parts, mx.split(up_rows, cuts), strict=True):
         with mx.stream(stream):
-            parts.append(gate_part * mx.sigmoid(gate_part) * up_part)
-    return mx.concatenate(parts).reshape(gate.shape)
+            parts.append(_activated(spec, gate_part, up_part))
+    return mx.concatenate(parts).reshape(up.shape)
+
+
+def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
+    match spec:
+        case GatedFeedForwardSpec():
+            match spec.kind:
+                case "swiglu":
+                    return _silu(gate) * up
+                case "geglu":
+                    return _gelu(gate) * up
+                case "relu_squared_glu":
+                    return mx.square(mx.maximum(gate, 0)) * up
+                case _:
+                    assert_never(spec.kind)
+        case ClampedSwiGLUSpec():
+            gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)
+            return gate * mx.sigmoid(spec.alpha * gate) * (up + 1)
+        case PlainFeedForwardSpec():
+            match spec.kind:
+                case "relu":
+                    return mx.maximum(up, 0)
+                case "gelu":
+                    return _gelu(up)
+                case "relu_squared":
+                    return mx.square(mx.maximum(up, 0))
+                case _:
+                    assert_never(spec.kind)
+        case _:
+            assert_never(spec)
+
+
+def _silu(x: mx.array) -> mx.array:
+    """Fused on the GPU; on the CPU that would need a C++ compiler."""
+    return nn.silu(x) if len(streams()) == 1 else x * mx.sigmoid(x)
+
+
+def _gelu(x: mx.array) -> mx.array:
+    """The tanh form, as x times a sigmoid: one exponential, and no small difference of large numbers."""
+    return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

@@ -6,8 +6,8 @@ from mlx import nn
 from moezoo.core.spec import MoESpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.dispatch import Dispatch, combine, dispatch
-from moezoo.mlx_backend.experts import SwiGLUExperts
-from moezoo.mlx_backend.feed_forward import SwiGLU
+from moezoo.mlx_backend.experts import Experts
+from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.routing import Router, Routing
 
 
@@ -18,9 +18,9 @@ class MoE(nn.Module):
         super().__init__()
         self.spec = spec
         self.router = Router(spec.router, weights.inside("router"))
-        self.experts = SwiGLUExperts(spec.experts, weights.inside("experts"))
+        self.experts = Experts(spec.experts, weights.inside("experts"))
         if spec.shared is not None:
-            self.shared = SwiGLU(spec.shared_feed_forward, weights.inside("shared"))
+            self.shared = FeedForward(spec.shared_feed_forward, weights.inside("shared"))
 
     def __call__(
         self,

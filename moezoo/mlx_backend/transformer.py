@@ -18,7 +18,7 @@ from moezoo.core.spec import (
 from moezoo.mlx_backend.arrays import DTYPES, Weights
 from moezoo.mlx_backend.attention import GroupedQueryAttention
 from moezoo.mlx_backend.dispatch import Dispatch
-from moezoo.mlx_backend.feed_forward import SwiGLU
+from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.kv_cache import KVCache as Cache
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
@@ -77,7 +77,7 @@ class Layer(nn.Module):
             self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
             self.feed_forward_output_norm = norm(model.norm, weights.inside("feed_forward_output_norm"))
         if spec.feed_forward is not None:
-            self.feed_forward = SwiGLU(spec.feed_forward, weights.inside("feed_forward"))
+            self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
 

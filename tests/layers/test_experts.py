@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from moezoo.core.reference.experts import grouped_product, swiglu_experts
-from moezoo.core.reference.feed_forward import swiglu
-from moezoo.core.spec import GatedFeedForwardSpec
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT64, assert_close
+from moezoo.core.reference.experts import experts, grouped_product
+from moezoo.core.reference.feed_forward import feed_forward
+from moezoo.core.spec import ClampedSwiGLUSpec, ExpertsSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
+from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
 from tests.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
 
 PATHS = {"jax": ("blocks", "ragged_dot"), "mlx": ("gather_mm of blocks", "gather_mm of rows")}
@@ -21,6 +21,17 @@ SIZES = {
 }
 
 
+UNEVEN = SIZES["uneven, some empty"]
+SWIGLU = GatedFeedForwardSpec(hidden_dim=F)
+SPECS = {
+    "swiglu": SWIGLU,
+    "geglu, bias": GatedFeedForwardSpec(kind="geglu", hidden_dim=F, bias=True),
+    "clamped_swiglu": ClampedSwiGLUSpec(hidden_dim=F, limit=1.5),
+    "relu_squared": PlainFeedForwardSpec(kind="relu_squared", hidden_dim=F),
+    "gelu, bias": PlainFeedForwardSpec(kind="gelu", hidden_dim=F, bias=True),
+}
+
+
 @pytest.fixture(params=[0, 1], ids=["first path", "second path"])
 def path(request, twin, monkeypatch) -> str:
     """Each way of computing a grouped product, whatever this platform would take."""
@@ -29,16 +40,41 @@ def path(request, twin, monkeypatch) -> str:
     return name
 
 
-def values_of(num_experts: int = E) -> dict[str, np.ndarray]:
-    return {
+def values_of(spec: ExpertsSpec = SWIGLU, num_experts: int = E) -> dict[str, np.ndarray]:
+    values = {
         "w_gate": 0.3 * normal(1, num_experts, D, F),
         "w_up": 0.3 * normal(2, num_experts, D, F),
         "w_down": 0.3 * normal(3, num_experts, F, D),
+        "b_gate": 0.3 * normal(4, num_experts, F),
+        "b_up": 0.3 * normal(5, num_experts, F),
+        "b_down": 0.3 * normal(6, num_experts, D),
+    }
+    plain = isinstance(spec, PlainFeedForwardSpec)
+    return {
+        name: value
+        for name, value in values.items()
+        if (spec.bias or name.startswith("w_")) and not (plain and name.endswith("gate"))
     }
 
 
-def layer_of(twin: Twin, values: dict[str, np.ndarray]):
-    return twin.module("experts").SwiGLUExperts(GatedFeedForwardSpec(hidden_dim=F), twin.weights(values))
+def layer_of(twin: Twin, values: dict[str, np.ndarray], spec: ExpertsSpec = SWIGLU):
+    return twin.module("experts").Experts(spec, twin.weights(values))
+
+
+def assert_experts_match(twin: Twin, spec: ExpertsSpec, sizes: list[int], unused: int = 0, **options) -> None:
+    """Rows beyond the sum of sizes may give anything finite: they are weighted with zero, as `combine` does."""
+    size_E, num_rows = twin.array(sizes), sum(sizes) + unused
+    used_R1 = (np.arange(num_rows) < sum(sizes)).astype(float)[:, None]
+    weight_R1 = twin.array(used_R1, options.get("dtype"))
+    assert_layer_matches(
+        twin,
+        layer_of(twin, values_of(spec), spec),
+        lambda layer, x: weight_R1 * layer(x, size_E),
+        lambda values, x: used_R1 * experts(spec, values, x, np.array(sizes)),
+        values_of(spec),
+        normal(0, num_rows, D),
+        **options,
+    )
 
 
 def on_cpu(twin: Twin) -> bool:
@@ -103,32 +139,48 @@ def test_rows_of_other_experts_do_not_leak_in(twin, path):
 
 @pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block", "whole blocks"])
 def test_value_and_gradients_of_experts_match_the_reference(twin, path, kind):
-    sizes = SIZES[kind]
-    size_E = twin.array(sizes)
-    assert_layer_matches(
-        twin,
-        layer_of(twin, values_of()),
-        lambda layer, x: layer(x, size_E),
-        lambda values, x: swiglu_experts(values, x, np.array(sizes)),
-        values_of(),
-        normal(0, sum(sizes), D),
+    assert_experts_match(twin, SWIGLU, SIZES[kind])
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS.values() if spec != SWIGLU], ids=[*SPECS][1:])
+def test_experts_of_every_kind_match_the_reference(twin, spec):
+    assert_experts_match(twin, spec, UNEVEN)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "unused"),
+    [(UNEVEN, 40), ([0, 16, 0, 16, 0, 0, 15], 1), ([0] * E, 3)],
+    ids=["more than used", "the last of a whole block", "all"],
+)
+def test_unused_rows_change_nothing(twin, path, sizes, unused):
+    assert_experts_match(twin, SPECS["geglu, bias"], sizes, unused)
+
+
+def test_rows_stay_finite_beside_unused_ones_of_any_size(twin, path):
+    x_RD = normal(0, 40, D)
+    x_RD[30:] = 1e30
+    out = twin.numpy(layer_of(twin, values_of())(twin.array(x_RD), twin.array(UNEVEN)))
+    assert_close(out[:30], experts(SWIGLU, values_of(), x_RD[:30], np.array(UNEVEN)), FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu, bias"])
+def test_bfloat16_experts_are_near_float32(twin, kind):
+    assert_experts_match(
+        twin, SPECS[kind], UNEVEN, 2, dtype="bfloat16", tolerance=BFLOAT16, gradient_tolerance=BFLOAT16_GRADIENT
     )
 
 
-def test_bfloat16_experts_are_near_float32(twin):
-    sizes = SIZES["uneven, some empty"]
-    size_E = twin.array(sizes)
-    assert_layer_matches(
-        twin,
-        layer_of(twin, values_of()),
+def test_gradient_of_a_bias_is_summed_in_float32(twin):
+    """1024 rows of one expert: a sum in bfloat16 would stop growing at 256."""
+    spec, num_rows = SPECS["gelu, bias"], 1024
+    size_E = twin.array([num_rows])
+    _, named, _ = twin.value_and_gradients(
         lambda layer, x: layer(x, size_E),
-        lambda values, x: swiglu_experts(values, x, np.array(sizes)),
-        values_of(),
-        normal(0, sum(sizes), D),
-        dtype="bfloat16",
-        tolerance=BFLOAT16,
-        gradient_tolerance=BFLOAT16_GRADIENT,
+        np.ones((num_rows, D)),
+        layer_of(twin, values_of(spec, 1), spec),
+        twin.array(normal(0, num_rows, D), "bfloat16"),
     )
+    np.testing.assert_array_equal(named["b_down"], np.full((1, D), num_rows))
 
 
 def test_an_expert_without_rows_gets_no_gradient(twin, path):
@@ -145,18 +197,18 @@ def test_an_expert_without_rows_gets_no_gradient(twin, path):
 
 
 def test_one_expert_is_a_dense_feed_forward(twin):
-    values, x = values_of(1), normal(0, 40, D)
+    values, x = values_of(num_experts=1), normal(0, 40, D)
     dense = {name: value[0] for name, value in values.items()}
     size_E = twin.array([40])
     assert_layer_matches(
         twin,
         layer_of(twin, values),
         lambda layer, x: layer(x, size_E),
-        lambda values, x: swiglu({name: value[0] for name, value in values.items()}, x),
+        lambda values, x: feed_forward(SWIGLU, {name: value[0] for name, value in values.items()}, x),
         values,
         x,
     )
-    assert_close(swiglu_experts(values, x, np.array([40])), swiglu(dense, x), FLOAT64)
+    assert_close(experts(SWIGLU, values, x, np.array([40])), feed_forward(SWIGLU, dense, x), FLOAT64)
 
 
 @pytest.mark.parametrize("num_experts", [1, 7, 128])
@@ -178,10 +230,13 @@ def test_reference_grouped_product_is_written_out():
 
 
 def test_reference_gradient_agrees_with_finite_differences():
-    sizes, values = np.array([0, 3, 1]), {name: value[:3, :4, :5] for name, value in values_of().items()}
-    values["w_down"] = normal(3, 3, 5, 4)
+    """Three experts, one without a row; the last of five rows is unused."""
+    spec, sizes = SPECS["geglu, bias"], np.array([0, 3, 1])
+    d, f = slice(4), slice(5)
+    cut = {"w_gate": (d, f), "w_up": (d, f), "w_down": (f, d), "b_gate": (f,), "b_up": (f,), "b_down": (d,)}
+    values = {name: value[(slice(3), *cut[name])] for name, value in values_of(spec).items()}
     assert_reference_gradient(
-        lambda x, *weights: swiglu_experts(dict(zip(values, weights, strict=True)), x, sizes),
-        normal(0, 4, 4),
+        lambda x, *own: experts(spec, dict(zip(values, own, strict=True)), x, sizes),
+        normal(0, 5, 4),
         *values.values(),
     )

@@ -3,7 +3,7 @@ import pytest
 
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.reference.feed_forward import swiglu
+from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.moe import moe
 from moezoo.core.spec import CapacitySpec, GatedFeedForwardSpec, MoESpec, RouterSpec, SharedExpertsSpec
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_all_close, assert_close
@@ -97,7 +97,7 @@ def test_each_token_gets_the_weighted_sum_of_its_experts(twin, kind):
     for p in range(P):
         for expert, weight in zip(routing.expert_PK[p], routing.weight_PK[p], strict=True):
             own = {name: values[f"experts.{name}"][expert] for name in ("w_gate", "w_up", "w_down")}
-            expected[p] += weight * swiglu(own, x_PD[p])
+            expected[p] += weight * feed_forward(EXPERTS, own, x_PD[p])
     assert_close(output(twin, spec).reshape(P, D), expected, FLOAT32)
     assert_close(moe(spec, values, X_BTD)[0].reshape(P, D), expected, FLOAT64)
 
@@ -114,7 +114,7 @@ def test_equal_experts_are_one_dense_feed_forward(twin):
     values = values_of(SPECS["top 2"])
     equal = {name: np.repeat(value[:1], E, axis=0) if "experts" in name else value for name, value in values.items()}
     dense = {name: values[f"experts.{name}"][0] for name in ("w_gate", "w_up", "w_down")}
-    assert_close(output(twin, SPECS["top 2"], values=equal), swiglu(dense, X_BTD), FLOAT32)
+    assert_close(output(twin, SPECS["top 2"], values=equal), feed_forward(EXPERTS, dense, X_BTD), FLOAT32)
 
 
 def test_dropped_token_gets_exactly_nothing_and_no_other_tokens_output(twin):
@@ -161,7 +161,7 @@ def test_shared_experts_are_added_to_the_routed_ones(twin):
         }
         for part in (slice(0, 9), slice(9, 18))
     ]
-    expected = routed + sum(swiglu(half, X_BTD) for half in halves)
+    expected = routed + sum(feed_forward(EXPERTS, half, X_BTD) for half in halves)
     assert_close(output(twin, spec), expected, FLOAT32)
 
 

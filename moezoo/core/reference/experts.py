@@ -3,31 +3,36 @@
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters
-from moezoo.core.reference.feed_forward import swiglu
+from moezoo.core.reference.feed_forward import feed_forward
+from moezoo.core.spec import ExpertsSpec
 
 
 def grouped_product(x_RD: Array, w_EDF: Array, size_E: Array) -> Array:
     """Multiply consecutive groups of rows by consecutive matrices: rows of expert e by w_EDF[e].
 
     Args:
-        x_RD: rows sorted by expert.
+        x_RD: rows sorted by expert; those beyond the sum of `size_E` are unused.
         w_EDF: one matrix an expert.
-        size_E: rows of each expert; sums to R.
+        size_E: rows of each expert; sums to R or less.
 
     Returns:
-        [R, F].
+        [R, F]. What an unused row gives is finite and for no one to read; here it is zero.
 
     Source: Gale et al. 2022, arXiv 2211.15841 (grouped products for dropless MoE).
     """
     end_E = np.cumsum(size_E)
-    return np.concatenate([x_RD[end - size : end] @ w for size, end, w in zip(size_E, end_E, w_EDF, strict=True)])
+    groups = [x_RD[end - size : end] @ w for size, end, w in zip(size_E, end_E, w_EDF, strict=True)]
+    return np.concatenate([*groups, np.zeros((x_RD.shape[0] - end_E[-1], w_EDF.shape[-1]))])
 
 
-def swiglu_experts(parameters: Parameters, x_RD: Array, size_E: Array) -> Array:
-    """Expert e's SwiGLU on each of its rows: [R, D] -> [R, D], rows sorted by expert."""
+def experts(spec: ExpertsSpec, parameters: Parameters, x_RD: Array, size_E: Array) -> Array:
+    """Expert e's feed-forward on each of its rows: [R, D] -> [R, D], rows sorted by expert, unused ones at the end.
+
+    Parameters are those of a feed-forward with a leading axis E, biases too.
+    """
     end_E = np.cumsum(size_E)
     groups = []
     for expert, (size, end) in enumerate(zip(size_E, end_E, strict=True)):
         own = {name: value[expert] for name, value in parameters.items()}
-        groups.append(swiglu(own, x_RD[end - size : end]))
-    return np.concatenate(groups)
+        groups.append(feed_forward(spec, own, x_RD[end - size : end]))
+    return np.concatenate([*groups, np.zeros((x_RD.shape[0] - end_E[-1], x_RD.shape[1]))])

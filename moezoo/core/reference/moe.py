@@ -4,8 +4,8 @@ import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.dispatch import combine, dispatch
-from moezoo.core.reference.experts import swiglu_experts
-from moezoo.core.reference.feed_forward import swiglu
+from moezoo.core.reference.experts import experts
+from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.routing import Routing, route
 from moezoo.core.spec import MoESpec
 
@@ -40,12 +40,12 @@ def moe(
         inference=inference,
     )
     dispatched = dispatch(spec, routing, inference=inference)
-    y_RD = swiglu_experts(inside(parameters, "experts"), x_PD[dispatched.token_R], dispatched.size_E)
+    y_RD = experts(spec.experts, inside(parameters, "experts"), x_PD[dispatched.token_R], dispatched.size_E)
     out_PD = combine(dispatched, y_RD, x_PD.shape[0])
     if record is not None:
         record[f"{name}.router.logits"] = routing.logits_PE
         record[f"{name}.router.weight"] = routing.weight_PK
         record[f"{name}.routed"] = out_PD
     if spec.shared is not None:
-        out_PD = out_PD + swiglu(inside(parameters, "shared"), x_PD)
+        out_PD = out_PD + feed_forward(spec.shared_feed_forward, inside(parameters, "shared"), x_PD)
     return np.reshape(out_PD, x_BTD.shape), routing

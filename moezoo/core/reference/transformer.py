@@ -8,7 +8,7 @@ import autograd.numpy as np
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.attention import Attended, grouped_query_attention
-from moezoo.core.reference.feed_forward import swiglu
+from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.routing import Routing
@@ -113,7 +113,7 @@ def forward(
             routings.append(routing)
             record[f"{name}.moe"] = out
         elif layer.feed_forward is not None:
-            out = swiglu(inside(parameters, f"{name}.feed_forward"), seen_BTD)
+            out = feed_forward(layer.feed_forward, inside(parameters, f"{name}.feed_forward"), seen_BTD)
             record[f"{name}.feed_forward"] = out
         if arrangement in ("post", "sandwich"):
             which = "feed_forward_norm" if arrangement == "post" else "feed_forward_output_norm"
