@@ -3,9 +3,10 @@
 Training lines have `step` (updates done), `tokens`, `loss` (what is minimized), `cross_entropy`, every auxiliary loss
 as `<name>` (mean over its layers, unweighted) and `<name>_weighted` (what it adds to the loss), `gradient_norm`,
 `learning_rate`, `tokens_per_second`, and `routing`: per MoE layer `layer`, `load` (share of routed copies per expert,
-sums to 1), `worst_load` (the most loaded expert's share times the number of experts: 1 is balanced), and `dropped`
-(share of routed copies that a capacity dropped). Validation lines have `step`, `tokens`, `validation_loss` (nats a
-token) and what else `Evaluation.to_dict` gives.
+sums to 1), `worst_load` (the most loaded expert's share times the number of experts: 1 is balanced), `dropped`
+(share of routed copies that a capacity dropped), and `losses` (each auxiliary loss of this layer by name, unweighted;
+`index` is that of its attention's indexer). Validation lines have `step`, `tokens`, `validation_loss` (nats a token)
+and what else `Evaluation.to_dict` gives; their `routing` is without `losses`.
 """
 
 import json
@@ -36,6 +37,12 @@ def routing_statistics(
             }
         )
     return rows
+
+
+def layer_losses(losses: Mapping[str, float], layer: int) -> dict[str, float]:
+    """The auxiliary losses of one layer by name: of all loss terms, those named `layers.<layer>.<name>`."""
+    prefix = f"layers.{layer}."
+    return {name.removeprefix(prefix): value for name, value in losses.items() if name.startswith(prefix)}
 
 
 def worst_load(routing: Iterable[Mapping[str, Any]]) -> float | None:

@@ -20,7 +20,7 @@ from moezoo.core.data import PreparedData
 from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
 from moezoo.core.initialize import initial_weights
-from moezoo.core.metrics import MetricsFile, routing_statistics
+from moezoo.core.metrics import MetricsFile, layer_losses, routing_statistics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import Run, resume_point
@@ -136,8 +136,12 @@ class _Training:
 
     def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> dict[str, Any]:
         moes = [layer.moe for layer in self.config.model.all_layers if layer.moe is not None]
-        kinds = dict.fromkeys(loss.kind for moe in moes for loss in moe.losses)
+        kinds: list[str] = [*dict.fromkeys(loss.kind for moe in moes for loss in moe.losses)]
+        kinds += ["index"] if "index" in metrics.losses else []
         names = ["loss", "cross_entropy", *(name for kind in kinds for name in (kind, f"{kind}_weighted"))]
+        routing = routing_statistics(self.config.model.moe_layers, metrics.load, metrics.dropped)
+        for row in routing:
+            row["losses"] = layer_losses(metrics.losses, row["layer"])
         return {
             "step": step,
             "tokens": self._tokens(step),
@@ -145,7 +149,7 @@ class _Training:
             "gradient_norm": metrics.gradient_norm,
             "learning_rate": rate,
             "tokens_per_second": None if speed is None else round(speed, 1),
-            "routing": routing_statistics(self.config.model.moe_layers, metrics.load, metrics.dropped),
+            "routing": routing,
         }
 
     def _tokens(self, steps: int) -> int:

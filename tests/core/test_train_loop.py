@@ -137,6 +137,10 @@ def test_metrics_name_every_term_and_routing(tmp_path: Path) -> None:
     } <= line.keys()
     assert [row["layer"] for row in line["routing"]] == [0, 1]
     assert all(abs(sum(row["load"]) - 1) < 1e-5 and row["dropped"] == 0 for row in line["routing"])
+    for name in ("switch_balance", "router_z"):
+        one, two = (row["losses"][name] for row in line["routing"])
+        assert one != two
+        assert (one + two) / 2 == pytest.approx(line[name], rel=1e-5)
     validations = [line for line in lines if "validation_loss" in line]
     assert [line["step"] for line in validations] == [4, 8]
     assert result.evaluation is not None
