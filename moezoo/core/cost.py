@@ -6,11 +6,23 @@ Writing: writings/cost.md.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import assert_never
 
 from moezoo.core.config import Config
 from moezoo.core.parameters import ROLES, Role, parameter_table
 from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
-from moezoo.core.spec import LayerSpec, ModelSpec
+from moezoo.core.spec import (
+    AttentionSpec,
+    FeedForwardSpec,
+    GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    PlainFeedForwardSpec,
+)
 
 _FLOAT32_BYTES = 4
 
@@ -39,10 +51,11 @@ class ParameterCounts:
 
 
 def parameter_counts(spec: ModelSpec) -> ParameterCounts:
-    """Total and active parameters: `active = routed experts * K / E + everything else`.
+    """Total and active parameters: `active = stacked experts * active_experts / E + everything else`.
 
-    Embeddings (the table, and the head where it is untied) count whole in both numbers, a tied matrix once. So does
-    `norms`. Routed experts count as if no capacity dropped anything. Raises SpecError while vocab_size is null.
+    Embeddings (the table, and the head where it is untied) count whole in both numbers, a tied matrix once. So do
+    `norms` and a router's state. Routed experts count as if no capacity dropped anything. Raises SpecError while
+    vocab_size is null.
 
     Source: active parameters as Jiang et al. 2024, arXiv 2401.04088, section 2 counts them.
     Differs: Kaplan et al. 2020, arXiv 2001.08361, leave embeddings out of N; subtract `by_role["embeddings"]` for that.
@@ -52,13 +65,25 @@ def parameter_counts(spec: ModelSpec) -> ParameterCounts:
     layers = spec.all_layers
     for row in parameter_table(spec):
         total[row.role] += row.size
-        used = row.size
-        if row.role == "routed experts":
+        used = Fraction(row.size)
+        if row.role == "routed experts" and ".experts." in row.name:
             moe = layers[int(row.name.split(".")[1])].moe
             assert moe is not None
-            used = row.size // moe.num_experts * moe.router.top_k
-        active[row.role] += used
+            used = row.size * active_experts(moe) / moe.num_experts
+        active[row.role] += round(used)
     return ParameterCounts(total, active)
+
+
+def active_experts(moe: MoESpec) -> Fraction:
+    """How many experts with a feed-forward a token uses: K; with top_p at most K, and with expert choice K on average.
+
+    With Z zero-computation experts it is the share that capacity and loss aim at: `K tau E / (tau E + Z)`.
+    """
+    top_k = Fraction(moe.router.top_k)
+    if moe.zero_computation is None:
+        return top_k
+    tau = Fraction(str(moe.zero_computation.ffn_share))
+    return top_k * tau * moe.num_experts / (tau * moe.num_experts + moe.zero_computation.num_experts)
 
 
 @dataclass(frozen=True)
@@ -95,56 +120,98 @@ class Flops:
 def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Flops:
     """Useful operations of one token, 2 per multiply-add, averaged over the T positions of a sequence.
 
-    Per layer, forward:
+    A matrix costs 2 a parameter: of attention, feed-forward, router, shared experts and head, and of the experts that a
+    token uses (`active_experts`). For SwiGLU attention with N query and M key/value heads that is `2 D H (2 N + 2 M)`,
+    `6 D F` and `2 D E`. Beside them, per layer:
 
-    - attention projections: `2 D H (2 N + 2 M)` (query, output; key, value)
-    - attention scores: `2 * 2 N H * (T + 1) / 2 = 2 N H (T + 1)`: query times key and probability times value, with
-      (T + 1) / 2 visible positions on average
-    - feed-forward: `2 * 3 D F`
-    - router: `2 D E`; routed experts: `K * 2 * 3 D F`, the chosen ones only; shared experts: `2 * 3 D F` of their sum
+    - scores of softmax attention: `2 (query width + value width) * visible positions` for each of the N heads: query
+      times key and probability times value; `(T + 1) / 2` positions on average, fewer with a window or a chunk, and at
+      most `top_k` of them with an indexer, whose own scores are `2 width * visible` for each of its heads;
+    - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head.
 
-    and once: head `2 D V`. Looking up an embedding row is free; norms, biases, rotations, softmax and the combine are
-    left out, as they cost a few operations an element. Training is 3 times forward: the backward pass makes two
-    products for each one. What a backend computes beyond this (masked scores, padding) is overhead, not counted here.
+    Looking up an embedding row is free; norms, biases, rotations, softmax and the combine are left out, as they cost a
+    few operations an element. Training is 3 times forward: the backward pass makes two products for each one. What a
+    backend computes beyond this (masked scores, padding) is overhead, not counted here.
 
     Source: Kaplan et al. 2020, arXiv 2001.08361, table 1 (2 a multiply-add, backward twice forward); attention scores
     and the head counted as Hoffmann et al. 2022, arXiv 2203.15556, appendix F.
     Differs: causal scores are counted at their average length, half of Hoffmann's, who also counts the embedding as a
     product.
     """
-    d = spec.embed_dim
-    projections = scores = feed_forward = router = routed = shared = 0
-    for layer in spec.all_layers:
-        attention = layer.attention
-        n, m, h = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        projections += 2 * d * h * (2 * n + 2 * m)
-        scores += 2 * n * h * (sequence_length + 1)
-        if layer.feed_forward is not None:
-            feed_forward += 2 * 3 * d * layer.feed_forward.hidden_dim
-        if layer.moe is not None:
-            router += 2 * d * layer.moe.num_experts
-            routed += layer.moe.router.top_k * 2 * 3 * d * layer.moe.experts.hidden_dim
-            if layer.moe.shared is not None:
-                shared += 2 * 3 * d * layer.moe.shared_feed_forward.hidden_dim
+    products: dict[Role, Fraction] = dict.fromkeys(ROLES, Fraction(0))
+    layers = spec.all_layers
+    for row in parameter_table(spec):
+        if not row.decay:
+            continue  # biases, scales and state multiply nothing
+        used = Fraction(2 * row.size)
+        if row.role == "routed experts" and ".experts." in row.name:
+            moe = layers[int(row.name.split(".")[1])].moe
+            assert moe is not None
+            used *= active_experts(moe) / moe.num_experts
+        products[row.role] += used
+    scores = sum((_score_flops(layer.attention, sequence_length) for layer in layers), Fraction(0))
     times = 3 if training else 1
     return Flops(
-        attention_projections=times * projections,
-        attention_scores=times * scores,
-        feed_forward=times * feed_forward,
-        router=times * router,
-        routed_experts=times * routed,
-        shared_experts=times * shared,
-        head=times * 2 * d * spec.vocab,
+        attention_projections=round(times * products["attention"]),
+        attention_scores=round(times * scores),
+        feed_forward=round(times * products["feed-forward"]),
+        router=round(times * products["router"]),
+        routed_experts=round(times * products["routed experts"]),
+        shared_experts=round(times * products["shared experts"]),
+        head=times * 2 * spec.embed_dim * spec.vocab,
     )
 
 
-def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
-    """Keys and values that one token leaves in the cache: `sum over layers of 2 M H * bytes of the compute dtype`.
+def _score_flops(attention: AttentionSpec, length: int) -> Fraction:
+    match attention:
+        case GroupedQueryAttentionSpec(num_heads=heads, head_dim=width):
+            most = attention.window if attention.chunk is None else attention.chunk
+            return 4 * heads * width * _visible(length, most, in_chunks=attention.chunk is not None)
+        case LatentAttentionSpec(num_heads=heads, indexer=indexer):
+            width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
+            chosen = _visible(length, None if indexer is None else indexer.top_k)
+            index = (
+                Fraction(0) if indexer is None else 2 * indexer.num_heads * indexer.head_dim * _visible(length, None)
+            )
+            return 2 * heads * width * chosen + index
+        case GatedDeltaAttentionSpec(num_value_heads=heads):
+            return Fraction(6 * heads * attention.key_head_dim * attention.value_head_dim)
+        case _:
+            assert_never(attention)
 
-    Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this).
+
+def _visible(length: int, most: int | None, *, in_chunks: bool = False) -> Fraction:
+    """Mean number of positions that a token sees, itself included: `(T + 1) / 2`, at most `most` each, or in chunks."""
+    if most is None or most >= length:
+        return Fraction(length + 1, 2)
+    if in_chunks:
+        chunks, rest = divmod(length, most)
+        return Fraction(chunks * most * (most + 1) + rest * (rest + 1), 2 * length)
+    return Fraction(most * (most + 1) + 2 * most * (length - most), 2 * length)
+
+
+def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
+    """What one more token leaves in the caches, in bytes of the compute dtype c.
+
+    Per layer: keys and values, `2 c M H`; latent attention one latent and one rotated key, `c (Z + rope_head_dim)`, and
+    the indexer's key; linear attention nothing, its state has a fixed size.
+
+    Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this); arXiv 2405.04434, table 1 (latent).
     """
     size = COMPUTE_BYTES[compute_dtype(spec)]
-    return sum(2 * layer.attention.num_kv_heads * layer.attention.head_dim * size for layer in spec.all_layers)
+    return sum(size * _cached_numbers(layer.attention) for layer in spec.all_layers)
+
+
+def _cached_numbers(attention: AttentionSpec) -> int:
+    match attention:
+        case GroupedQueryAttentionSpec():
+            return 2 * attention.num_kv_heads * attention.head_dim
+        case LatentAttentionSpec(indexer=indexer):
+            return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
+        case GatedDeltaAttentionSpec():
+            return 0
+        case _:
+            assert_never(attention)
 
 
 def training_memory(config: Config) -> dict[str, int]:
@@ -154,11 +221,12 @@ def training_memory(config: Config) -> dict[str, int]:
     the compute dtype:
 
     - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the sum and the newest); `moments`: 8 n. All float32.
-    - `activations`: P times what the backward pass needs of a token, without recomputation. Per layer:
-      attention `c (4 D + 3 N H + 3 M H) + 4 N T` (two norms in and out; query, key and value, rotated ones again, the
-      heads' output; float32 probabilities, whole); dense feed-forward `c (4 F + D)` (gate, up, silu, product; output);
-      routed experts `8 E + c K (4 F + 2 D)` (logits and scores; each copy in and out); shared experts `4 F c`.
-      And once `2 c D`, the final norm.
+    - `activations`: P times what the backward pass needs of a token, without recomputation. Per layer: attention
+      `c (4 D + 3 Q) + 4 N T` (two norms in and out; queries, keys and values, again after the rotation, and the heads'
+      output, Q numbers together with N H + M H of grouped heads; float32 probabilities, whole, where there are any);
+      dense feed-forward `c (4 F + D)` (gate, up, activated, product; output), `c (2 F + D)` without a gate; routed
+      experts `8 E + c K (4 F + 2 D)` (logits and scores; each copy in and out); shared experts `4 F c`. And once
+      `2 c D`, the final norm.
     - `logits`: `8 P V`, the float32 logits and their gradient.
 
     A backend that fuses attention (MLX, and JAX with a fused kernel) keeps less; one that pads or copies keeps more.
@@ -183,14 +251,39 @@ def training_memory(config: Config) -> dict[str, int]:
 
 def _activation_bytes(layer: LayerSpec, embed_dim: int, length: int, compute: int) -> int:
     """Bytes that one token leaves in one layer for the backward pass; the formula of `training_memory`."""
-    attention = layer.attention
-    query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    held = compute * (4 * embed_dim + 3 * query + 3 * key) + _FLOAT32_BYTES * attention.num_heads * length
+    heads, projected = attention_widths(layer.attention)
+    held = compute * (4 * embed_dim + 3 * projected) + _FLOAT32_BYTES * heads * length
     if layer.feed_forward is not None:
-        held += compute * (4 * layer.feed_forward.hidden_dim + embed_dim)
+        held += compute * (hidden_copies(layer.feed_forward) * layer.feed_forward.hidden_dim + embed_dim)
     if layer.moe is not None:
-        held += 2 * _FLOAT32_BYTES * layer.moe.num_experts
-        held += compute * layer.moe.router.top_k * (4 * layer.moe.experts.hidden_dim + 2 * embed_dim)
-        if layer.moe.shared is not None:
-            held += compute * 4 * layer.moe.shared_feed_forward.hidden_dim
+        moe = layer.moe
+        held += 2 * _FLOAT32_BYTES * moe.num_choices
+        width = embed_dim if moe.latent_dim is None else moe.latent_dim
+        held += compute * moe.router.top_k * (hidden_copies(moe.experts) * moe.experts.hidden_dim + 2 * width)
+        if moe.shared is not None:
+            shared = moe.shared_feed_forward
+            held += compute * hidden_copies(shared) * shared.hidden_dim
     return held
+
+
+def attention_widths(attention: AttentionSpec) -> tuple[int, int]:
+    """Heads that keep probabilities over positions, and the numbers per token that an attention layer projects to.
+
+    The latter is the width of queries and heads' output, and of keys and values, halved: `N H + M H` for grouped heads.
+    """
+    match attention:
+        case GroupedQueryAttentionSpec():
+            return attention.num_heads, (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+        case LatentAttentionSpec():
+            width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
+            return attention.num_heads, attention.num_heads * width + attention.latent_dim
+        case GatedDeltaAttentionSpec():
+            keys = 2 * attention.num_key_heads * attention.key_head_dim
+            return 0, keys + 2 * attention.num_value_heads * attention.value_head_dim
+        case _:
+            assert_never(attention)
+
+
+def hidden_copies(spec: FeedForwardSpec) -> int:
+    """How many arrays of its hidden width a feed-forward keeps: gate, up, activated, product; or two without a gate."""
+    return 2 if isinstance(spec, PlainFeedForwardSpec) else 4

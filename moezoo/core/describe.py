@@ -12,16 +12,8 @@ from moezoo.core.config import (
     TokenIdsSpec,
 )
 from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
-from moezoo.core.spec import (
-    AttentionSpec,
-    CapacitySpec,
-    DroplessSpec,
-    LayerSpec,
-    ModelSpec,
-    MoESpec,
-    NoPositionSpec,
-    RoPESpec,
-)
+from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words
+from moezoo.core.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -156,8 +148,8 @@ class _Run:
         return {
             "first": self.first,
             "last": self.last,
-            "attention": _attention(self.layer.attention),
-            "feed_forward": _feed_forward(self.layer),
+            "attention": attention_in_words(self.layer.attention),
+            "feed_forward": feed_forward_in_words(self.layer),
         }
 
 
@@ -171,54 +163,6 @@ def _runs(spec: ModelSpec) -> list[_Run]:
         else:
             runs.append(_Run(index, index, plain))
     return runs
-
-
-def _attention(spec: AttentionSpec) -> str:
-    n, m, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    if n == m:
-        heads = f"{n} {_plural('head', n)} of {h}"
-    else:
-        heads = f"{n} heads of {h}, {m} key/value"
-    match spec.position:
-        case RoPESpec(base=base):
-            position = f"RoPE {base:,.0f}"
-        case NoPositionSpec():
-            position = "no positions"
-        case _:
-            assert_never(spec.position)
-    extra = [
-        word
-        for word, there in (
-            ("qk norm", spec.qk_norm is not None),
-            ("qkv bias", spec.qkv_bias),
-            ("output bias", spec.output_bias),
-        )
-        if there
-    ]
-    return ", ".join([heads, position, *extra])
-
-
-def _feed_forward(layer: LayerSpec) -> str:
-    if layer.moe is not None:
-        return _moe(layer.moe)
-    assert layer.feed_forward is not None
-    return f"SwiGLU {layer.feed_forward.hidden_dim}"
-
-
-def _moe(spec: MoESpec) -> str:
-    parts = [f"{spec.router.top_k} of {spec.num_experts} experts, SwiGLU {spec.experts.hidden_dim}"]
-    if spec.shared is not None:
-        parts.append(f"{spec.shared.num_experts} shared, SwiGLU {spec.shared.hidden_dim}")
-    parts.append(f"{spec.router.score}" + (", renormalized" if spec.router.renormalize == "sum" else ""))
-    match spec.dispatch:
-        case DroplessSpec():
-            parts.append("dropless")
-        case CapacitySpec(factor=factor):
-            parts.append(f"capacity {factor:g}")
-        case _:
-            assert_never(spec.dispatch)
-    parts.extend(f"{loss.kind} {loss.coefficient:g}" for loss in spec.losses)
-    return "; ".join(parts)
 
 
 def _with_vocab_size(config: Config) -> tuple[ModelSpec, str | None]:

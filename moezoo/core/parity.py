@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Floats, Integers, Model
 from moezoo.core.config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config, parse_config
-from moezoo.core.cost import parameter_counts
+from moezoo.core.cost import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
@@ -157,13 +157,13 @@ def reference_bytes(spec: ModelSpec, batch_size: int, length: int, num_backends:
     parameters = parameter_counts(spec).total
     tokens, doubles = batch_size * length, 0
     for layer in spec.all_layers:
-        attention, moe = layer.attention, layer.moe
-        heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
-        doubles += 8 * attention.num_heads * length + 8 * heads * attention.head_dim + 20 * spec.embed_dim
+        moe, (heads, projected) = layer.moe, attention_widths(layer.attention)
+        doubles += 8 * heads * length + 16 * projected + 20 * spec.embed_dim
         if layer.feed_forward is not None:
             doubles += 10 * layer.feed_forward.hidden_dim
         if moe is not None:
-            doubles += 10 * moe.router.top_k * moe.experts.hidden_dim + 2 * tokens * moe.router.top_k
+            slots = moe.num_slots
+            doubles += 10 * slots * moe.experts.hidden_dim + 2 * tokens * slots
             doubles += 10 * moe.shared_feed_forward.hidden_dim if moe.shared is not None else 0
     return parameters * (96 + 40 * num_backends) + 8 * tokens * (doubles + 8 * spec.vocab)
 

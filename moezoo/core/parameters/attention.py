@@ -34,17 +34,18 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
             yield rows.vector(f"{name}.b_{which}", (heads, h), axes[1:], "attention")
     if spec.qk_norm is not None:
         for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head")):
-            shape, axes = ((h,), ("head_dim",)) if spec.qk_norm_over == "head" else ((heads, h), (axis, "head_dim"))
-            yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, shape, axes)
+            if spec.qk_norm_over == "head":
+                yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, (h,), ("head_dim",))
+            else:
+                yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, (heads, h), (axis, "head_dim"))
     if spec.value_residual and layer > 0:
         yield rows.vector(f"{name}.value_mix", (1,), ("one",), "attention", Initializer("constant", value=0.5))
     if spec.sinks:
         yield rows.vector(f"{name}.sink", (n,), ("head",), "attention")
-    if spec.gate is not None:
-        shape, axes = (
-            ((d, n), ("embed", "head")) if spec.gate == "headwise" else ((d, n, h), ("embed", "head", "head_dim"))
-        )
-        yield rows.matrix(f"{name}.w_gate", shape, axes, "attention")
+    if spec.gate == "headwise":
+        yield rows.matrix(f"{name}.w_gate", (d, n), ("embed", "head"), "attention")
+    if spec.gate == "elementwise":
+        yield rows.matrix(f"{name}.w_gate", (d, n, h), ("embed", "head", "head_dim"), "attention")
     yield rows.output(f"{name}.w_output", (n, h, d), ("head", "head_dim", "embed"), "attention")
     if spec.output_bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")

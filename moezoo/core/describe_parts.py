@@ -1,0 +1,156 @@
+"""Parts of a model in words, for the page of `moezoo describe`; what is a default is not said."""
+
+from typing import assert_never
+
+from moezoo.core.spec import (
+    AttentionSpec,
+    CapacitySpec,
+    DroplessSpec,
+    ExpertChoiceSpec,
+    FeedForwardSpec,
+    GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec,
+    GroupedTopKChoiceSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    MoESpec,
+    NoPositionSpec,
+    ParallelFeedForwardSpec,
+    PositionSpec,
+    RoPESpec,
+    RouterSpec,
+    SharedExpertsSpec,
+    TopKChoiceSpec,
+    TopPChoiceSpec,
+)
+
+_FEED_FORWARDS = {
+    "swiglu": "SwiGLU",
+    "geglu": "GeGLU",
+    "relu_squared_glu": "ReLU-squared GLU",
+    "clamped_swiglu": "clamped SwiGLU",
+    "relu": "ReLU",
+    "gelu": "GELU",
+    "relu_squared": "ReLU-squared",
+}
+
+
+def attention_in_words(spec: AttentionSpec) -> str:
+    """`8 heads of 32, 2 key/value, RoPE 10,000, qk norm`."""
+    match spec:
+        case GroupedQueryAttentionSpec():
+            parts = _grouped_query(spec)
+        case LatentAttentionSpec():
+            query = "" if spec.query_latent_dim is None else f", query latent {spec.query_latent_dim}"
+            heads = f"{spec.num_heads} heads of {spec.head_dim} + {spec.rope_head_dim}, values of {spec.value_head_dim}"
+            parts = [f"{heads}, latent {spec.latent_dim}{query}", _position(spec.position)]
+            if spec.indexer is not None:
+                parts.append(f"indexer top {spec.indexer.top_k}")
+        case GatedDeltaAttentionSpec():
+            values = f"{spec.num_value_heads} value heads of {spec.value_head_dim}"
+            keys = f"{spec.num_key_heads} key heads of {spec.key_head_dim}"
+            parts = [f"gated delta, {values}, {keys}"]
+        case _:
+            assert_never(spec)
+    return ", ".join(parts)
+
+
+def feed_forward_in_words(layer: LayerSpec) -> str:
+    """`SwiGLU 512`, or the mixture: experts, shared experts, router, dispatch, losses; and how norms are arranged."""
+    if layer.moe is not None:
+        text = _moe(layer.moe)
+    else:
+        assert layer.feed_forward is not None
+        text = _feed_forward(layer.feed_forward)
+    return text if layer.arrangement == "pre" else f"{text}; {layer.arrangement} norms"
+
+
+def _feed_forward(spec: FeedForwardSpec) -> str:
+    return f"{_FEED_FORWARDS[spec.kind]} {spec.hidden_dim}"
+
+
+def _position(spec: PositionSpec) -> str:
+    match spec:
+        case RoPESpec(base=base, fraction=fraction, scaling=scaling):
+            part = "" if fraction == 1 else f" on {fraction:.0%}"
+            return f"RoPE {base:,.0f}{part}" + ("" if scaling is None else f", {scaling.kind} scaling")
+        case NoPositionSpec():
+            return "no positions"
+        case _:
+            assert_never(spec)
+
+
+def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
+    n, m, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    heads = f"{n} {'head' if n == 1 else 'heads'} of {h}" if n == m else f"{n} heads of {h}, {m} key/value"
+    extra = (
+        (f"window {spec.window}", spec.window is not None),
+        (f"chunks of {spec.chunk}", spec.chunk is not None),
+        ("qk norm", spec.qk_norm is not None),
+        ("qkv bias", spec.qkv_bias),
+        ("output bias", spec.output_bias),
+        ("sinks", spec.sinks),
+        (f"{spec.gate} gate", spec.gate is not None),
+        (f"softcap {spec.softcap}", spec.softcap is not None),
+        ("value residual", spec.value_residual),
+    )
+    return [heads, _position(spec.position), *(word for word, there in extra if there)]
+
+
+def _moe(spec: MoESpec) -> str:
+    parts = [f"{_choice(spec)} of {spec.num_experts} experts, {_feed_forward(spec.experts)}"]
+    if spec.latent_dim is not None:
+        parts.append(f"in a latent space of {spec.latent_dim}")
+    if spec.zero_computation is not None:
+        free = spec.zero_computation
+        parts.append(f"{free.num_zero} zero, {free.num_copy} copy, {free.num_constant} constant")
+    match spec.shared:
+        case SharedExpertsSpec(num_experts=number, hidden_dim=width, kind=kind):
+            how = "" if kind == "sum" else f", {kind.replace('_', ' ')}"
+            parts.append(f"{number} shared, {_FEED_FORWARDS[spec.experts.kind]} {width}{how}")
+        case ParallelFeedForwardSpec(feed_forward=feed_forward):
+            parts.append(f"{_feed_forward(feed_forward)} in parallel")
+        case None:
+            pass
+        case _:
+            assert_never(spec.shared)
+    parts.append(_weights(spec.router))
+    match spec.dispatch:
+        case DroplessSpec():
+            parts.append("dropless")
+        case CapacitySpec(factor=factor, priority=priority):
+            parts.append(f"capacity {factor:g}" + (" by score" if priority == "score" else ""))
+        case _:
+            assert_never(spec.dispatch)
+    parts.extend(f"{loss.kind} {loss.coefficient:g}" for loss in spec.losses)
+    return "; ".join(parts)
+
+
+def _choice(spec: MoESpec) -> str:
+    choice, top_k = spec.router.choice, str(spec.router.top_k)
+    match choice:
+        case TopKChoiceSpec():
+            return top_k
+        case GroupedTopKChoiceSpec():
+            return f"{top_k} (in {choice.keep} of {choice.num_groups} groups)"
+        case TopPChoiceSpec():
+            return f"up to {top_k} (for {choice.p:g} of the score)"
+        case ExpertChoiceSpec():
+            return f"on average {top_k} (experts choose tokens)"
+        case _:
+            return f"{top_k} ({choice.kind.replace('_', ' ')})"
+
+
+def _weights(router: RouterSpec) -> str:
+    words = [router.score if router.weight == "score" else router.weight.replace("_", " ")]
+    if router.selection_bias is not None:
+        words.append("with a selection bias")
+    if router.renormalize != "none":
+        words.append("renormalized")
+    if router.scale != 1:
+        words.append(f"times {router.scale:g}")
+    if router.apply_to == "input":
+        words.append("on the input")
+    if router.jitter is not None:
+        words.append(f"jitter {router.jitter.amount:g}")
+    return ", ".join(words)
