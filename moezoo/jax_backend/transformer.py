@@ -23,6 +23,7 @@ from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.kv_cache import KVCache as Cache
 from moezoo.jax_backend.moe import MoE
 from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.positions import EmbeddingPosition
 from moezoo.jax_backend.random import fold_in, uniform
 from moezoo.jax_backend.routing import Routing
 
@@ -125,6 +126,8 @@ class Transformer(nnx.Module):
     def __init__(self, spec: ModelSpec, weights: Weights):
         self.spec = spec
         self.embedding = Embedding(weights.inside("embedding"))
+        if spec.position is not None:
+            self.position = EmbeddingPosition(spec.position, spec.embed_dim, weights.inside("position"))
         self.layers = nnx.List(
             [
                 Layer(layer, spec, weights.inside(f"layers.{index}"), index)

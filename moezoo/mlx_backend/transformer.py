@@ -22,6 +22,7 @@ from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.kv_cache import KVCache as Cache
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
+from moezoo.mlx_backend.positions import EmbeddingPosition
 from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.routing import Routing
 
@@ -128,6 +129,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = Embedding(weights.inside("embedding"))
+        if spec.position is not None:
+            self.position = EmbeddingPosition(spec.position, spec.embed_dim, weights.inside("position"))
         self.layers = [
             Layer(layer, spec, weights.inside(f"layers.{index}"), index) for index, layer in enumerate(spec.all_layers)
         ]

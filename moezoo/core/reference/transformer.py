@@ -11,6 +11,7 @@ from moezoo.core.reference.attention import Attended, grouped_query_attention
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
+from moezoo.core.reference.positions import embedding_positions
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (
     AttentionSpec,
@@ -140,7 +141,8 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array) -> Array:
     x_BTD = parameters["embedding.weight"][tokens_BT] * spec.multipliers.embedding
     if spec.position is not None:
-        raise NotImplementedError
+        position_T = np.arange(tokens_BT.shape[1])
+        x_BTD = x_BTD + embedding_positions(spec.position, spec.embed_dim, inside(parameters, "position"), position_T)
     return x_BTD
 
 
