@@ -71,7 +71,12 @@ def a_moe(top_k: int = K, score: str = "softmax", losses=()) -> MoESpec:
     return MoESpec(
         num_experts=FFN,
         zero_computation=ZeroComputationSpec(num_zero=1, num_copy=1, ffn_share=0.75),
-        router=RouterSpec(top_k=top_k, score=score, choice=NoisyTopKChoiceSpec()),
+        router=RouterSpec(
+            top_k=top_k,
+            score=score,
+            choice=NoisyTopKChoiceSpec(),
+            weight="softmax_of_chosen" if score == "none" else "score",
+        ),
         experts=GatedFeedForwardSpec(hidden_dim=3),
         losses=losses,
     )
@@ -312,6 +317,56 @@ def test_pooled_balance_is_what_transformers_computes(twin, family):
 
 
 # --- what each sees, and what not ------------------------------------------------------------------------------------
+
+
+def table_of_what_each_sees() -> list[list[str]]:
+    """Rows of the table in writings/losses.md, with its header."""
+    page = (Path(__file__).parents[2] / "writings" / "losses.md").read_text(encoding="utf-8")
+    lines = page[page.index("| what the routers do |") :].split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [rows[0], *rows[2:]]
+
+
+SITUATIONS = {  # the experts of a token, by layer, micro-batch, sequence and place
+    "all experts are used evenly": lambda layer, micro, sequence, token: (token, (token + 2) % 8),
+    "two experts take all": lambda layer, micro, sequence, token: (0, 4),
+    "two experts a sequence, each its own two": lambda layer, micro, sequence, token: (sequence, sequence + 4),
+    "two experts a micro-batch, each its own two": lambda layer, micro, sequence, token: (micro, micro + 4),
+    "two experts a layer, each its own two": lambda layer, micro, sequence, token: (layer, layer + 4),
+    "one expert a device takes all of the device's": lambda layer, micro, sequence, token: (
+        2 * (token % 4),
+        2 * ((token + 1) % 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("row", table_of_what_each_sees()[1:], ids=lambda row: row[0])
+def test_the_page_on_losses_says_what_each_sees(row):
+    layers, micros, sequences, length = 4, 4, 4, 8
+    device = {"coefficient": 1.0, "num_devices": 4}
+    losses = [
+        SWITCH,
+        SEQUENCE,
+        GLOBAL,
+        DeviceBalanceLossSpec(**device),
+        CommunicationBalanceLossSpec(**device, max_devices=2),
+        POOLED,
+    ]
+    assert table_of_what_each_sees()[0][1:] == [loss.kind for loss in losses]
+    spec = model_of(*[tuple(losses)] * layers)
+    tokens_BT = np.zeros((sequences, length), int)
+    step = [
+        [
+            sent_to([SITUATIONS[row[0]](layer, micro, *place) for place in np.ndindex(tokens_BT.shape)], 8)
+            for layer in range(layers)
+        ]
+        for micro in range(micros)
+    ]
+    loads = [sum(reference.expert_counts(micro[layer]) for micro in step) for layer in range(layers)]
+    logits_BTV = np.zeros((sequences, length, V))
+    terms = [reference.loss_terms(spec, logits_BTV, tokens_BT, micro, global_load=loads) for micro in step]
+    values = [np.mean([of_micro[loss.kind] for of_micro in terms]) for loss in losses]
+    np.testing.assert_allclose(values, [float(cell) for cell in row[1:]], rtol=1e-12)
 
 
 def test_only_sequence_balance_sees_sequences_that_collapse_each_on_experts_of_their_own(twin):

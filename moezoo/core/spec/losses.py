@@ -55,7 +55,10 @@ class CommunicationBalanceLossSpec(Part):
 
 
 class SequenceBalanceLossSpec(Part):
-    """Balance inside each sequence, 1 when balanced. Source: DeepSeek-AI 2024 (DeepSeek-V3), 2412.19437, eq. 17-20."""
+    """Balance of the K highest scores inside each sequence, whatever a selection bias makes of them; 1 when balanced.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv 2412.19437, eq. 17-20.
+    """
 
     kind: Literal["sequence_balance"] = "sequence_balance"
     coefficient: Coefficient
@@ -89,7 +92,10 @@ class LoadLossSpec(Part):
 
 
 class HeterogeneousBalanceLossSpec(Part):
-    """Balance where a zero-computation expert counts `ffn_share`. Source: Jin 2024 (MoE++), arXiv 2410.07348, eq. 7."""
+    """Balance where a zero-computation expert counts `ffn_share`; 1 when balanced, which is other than in the source.
+
+    Source: Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 7.
+    """
 
     kind: Literal["heterogeneous_balance"] = "heterogeneous_balance"
     coefficient: Coefficient
