@@ -20,13 +20,13 @@ Integers = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Routing of one MoE layer. Experts by descending weight, ties to the lower id.
+    """Routing of one MoE layer. Experts by descending weight, ties to the lower id, unused slots last.
 
     Fields:
         layer: index of the layer in the model.
-        expert: int32 [B, T, K].
+        expert: int32 [B, T, K]; -1 in a slot that the router left unused.
         weight: float32 [B, T, K]; what multiplies each expert's output, 0 where a capacity dropped the token.
-        score: float32 [B, T, E]; scores of all experts.
+        score: float32 [B, T, E]; scores of all experts, those that compute nothing last.
     """
 
     layer: int
@@ -35,12 +35,14 @@ class LayerRouting:
     score: Floats
 
 
-def combine_weights(expert_PK: Integers, token_R: Integers, expert_R: Integers, weight_R: Floats) -> Floats:
-    """Combine weights by token and choice, float32 [P, K], from the rows of a dispatch: 0 where a copy was dropped."""
-    weight_PK = np.zeros(expert_PK.shape, np.float32)
-    choice_R = np.argmax(expert_PK[token_R] == expert_R[:, None], axis=1)
-    weight_PK[token_R, choice_R] = weight_R
-    return weight_PK
+def combine_weights(
+    expert_PK: Integers, valid_PK: NDArray[np.bool_], kept_PK: NDArray[np.bool_], weight_PK: Floats
+) -> tuple[Integers, Floats]:
+    """Experts and weights [P, K] as a LayerRouting has them, from the slots of a routing and who of them is served."""
+    weight_PK = np.where(kept_PK, weight_PK, np.zeros((), weight_PK.dtype))
+    order_PK = np.lexsort((expert_PK, -weight_PK, ~valid_PK), axis=-1)
+    expert_PK = np.where(valid_PK, expert_PK, -1).astype(np.int32)
+    return np.take_along_axis(expert_PK, order_PK, axis=-1), np.take_along_axis(weight_PK, order_PK, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class StepMetrics:
     Fields:
         losses: every loss term by name, mean over the micro-batches.
         gradient_norm: global norm before clipping.
-        load: per MoE layer, int64 [E]: tokens routed to each expert in the global step.
+        load: per MoE layer, int64 [E]: tokens routed to each expert in the global step, before any is dropped.
         dropped: per MoE layer: routed copies that a capacity dropped.
     """
 

@@ -274,7 +274,7 @@ def _load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
 def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
     rows = []
     for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
-        expert_PK, score_PE = np.array(routing.expert_PK), np.array(routing.score_PE)
-        weight_PK = combine_weights(expert_PK, *(np.array(values) for values in dispatched[:3]))
-        rows.append(LayerRouting(layer, *(values.reshape(*shape, -1) for values in (expert_PK, weight_PK, score_PE))))
+        slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
+        values = (*combine_weights(*(np.array(value) for value in slots)), np.array(routing.score_PE))
+        rows.append(LayerRouting(layer, *(value.reshape(*shape, -1) for value in values)))
     return rows

@@ -2,175 +2,378 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from moezoo.core.backend import combine_weights
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.reference.dispatch import Dispatch, capacity, combine, dispatch, num_dropped
+from moezoo.core.reference.dispatch import (
+    Dispatch,
+    capacities,
+    combine,
+    dispatch,
+    mostly_unused,
+    num_dropped,
+    num_rows,
+)
 from moezoo.core.reference.losses import expert_counts
 from moezoo.core.reference.routing import Routing
-from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
+from moezoo.core.spec import (
+    CapacitySpec,
+    ExpertChoiceSpec,
+    GatedFeedForwardSpec,
+    MoESpec,
+    RouterSpec,
+    TopPChoiceSpec,
+    ZeroComputationSpec,
+)
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
-from tests.twins import D, E, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
+from tests.twins import D, E, F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
 
-R = P * K
-EXPERT_PK = np.random.default_rng(0).permuted(np.tile(np.arange(E), (P, 1)), axis=1)[:, :K]
-WEIGHT_PK = np.abs(normal(1, P, K)) + 0.1
-Y_RD = normal(2, R, D)
-SPECS = {"dropless": DroplessSpec(), "tight": CapacitySpec(factor=0.5), "loose": CapacitySpec(factor=10.0)}
+ZERO = ZeroComputationSpec(num_zero=1, num_copy=1, num_constant=1, ffn_share=0.5)
+EXPERT_CHOICE = RouterSpec(top_k=K, choice=ExpertChoiceSpec(), renormalize="none")
 
 
-def routing_of(expert_PK, weight_PK) -> Routing:
-    """A routing whose scores nobody asks for."""
-    return Routing(expert_PK, weight_PK, np.zeros((len(expert_PK), E)), np.zeros((len(expert_PK), E)))
-
-
-def dispatched(twin: Twin, spec, expert_PK=EXPERT_PK, weight_PK=WEIGHT_PK, num_experts=E) -> Dispatch:
-    routing = twin.module("routing").Routing(*(twin.array(value) for value in routing_of(expert_PK, weight_PK)))
-    result = twin.module("dispatch").dispatch(spec, routing, num_experts)
-    return Dispatch(*(twin.numpy(value) for value in result))
-
-
-@pytest.mark.parametrize("kind", SPECS)
-def test_every_field_matches_the_reference(twin, kind):
-    actual = dispatched(twin, SPECS[kind])
-    expected = dispatch(SPECS[kind], routing_of(EXPERT_PK, WEIGHT_PK), E)
-    for field in ("token_R", "expert_R", "size_E"):
-        np.testing.assert_array_equal(getattr(actual, field), getattr(expected, field), err_msg=field)
-    assert_close(actual.weight_R, expected.weight_R, FLOAT32)
-
-
-@pytest.mark.parametrize("kind", SPECS)
-def test_gradient_of_the_weights_matches_the_reference(twin, kind):
-    expert_PK, score_PE = twin.array(EXPERT_PK), twin.array(np.zeros((P, E)))
-
-    def weights(weight_PK):
-        routing = twin.module("routing").Routing(expert_PK, weight_PK, score_PE, score_PE)
-        return twin.module("dispatch").dispatch(SPECS[kind], routing, E).weight_R
-
-    assert_function_matches(
-        twin,
-        weights,
-        lambda weight_PK: dispatch(SPECS[kind], routing_of(EXPERT_PK, weight_PK), E).weight_R,
-        WEIGHT_PK,
+def moe_of(dispatch=None, zero=None, router=None) -> MoESpec:
+    options = {} if dispatch is None else {"dispatch": dispatch}
+    router = RouterSpec(top_k=K) if router is None else router
+    return MoESpec(
+        num_experts=E, router=router, experts=GatedFeedForwardSpec(hidden_dim=F), zero_computation=zero, **options
     )
 
 
-@pytest.mark.parametrize("kind", SPECS)
-def test_each_chosen_pair_appears_once_sorted_by_expert_then_token(twin, kind):
-    rows = dispatched(twin, SPECS[kind])
-    pairs = list(zip(rows.expert_R.tolist(), rows.token_R.tolist(), strict=True))
-    assert pairs == sorted((int(expert), p) for p in range(P) for expert in EXPERT_PK[p])
-    np.testing.assert_array_equal(rows.size_E, [np.sum(expert == EXPERT_PK) for expert in range(E)])
+def routing_of(expert_PK, weight_PK, num_choices=E, valid_PK=None) -> Routing:
+    """A routing whose scores nobody asks for; a slot without weight may still be a valid one."""
+    expert_PK = np.asarray(expert_PK)
+    valid_PK = np.ones(expert_PK.shape, bool) if valid_PK is None else valid_PK
+    score_PE = np.zeros((len(expert_PK), num_choices))
+    margin_P = np.full(len(expert_PK), np.inf)
+    return Routing(expert_PK, valid_PK, weight_PK, score_PE, score_PE, score_PE, None, None, None, margin_P)
+
+
+def drawn(num_choices=E, slots=K, share_used=1.0) -> Routing:
+    """Different experts in the slots of a token, and weights that differ; unused slots have weight 0."""
+    generator = np.random.default_rng(0)
+    expert_PK = generator.permuted(np.tile(np.arange(num_choices), (P, 1)), axis=1)[:, :slots]
+    valid_PK = generator.random((P, slots)) < share_used
+    weight_PK = np.where(valid_PK, np.abs(normal(1, P, slots)) + 0.1, 0.0)
+    return routing_of(expert_PK, weight_PK, num_choices, valid_PK)
+
+
+def each_expert_takes(count: int) -> Routing:
+    """Expert choice in training: E slots a token, and `count` tokens an expert."""
+    generator = np.random.default_rng(0)
+    valid_PK = np.stack([generator.permutation(P) < count for _ in range(E)], axis=1)
+    weight_PK = np.where(valid_PK, np.abs(normal(1, P, E)) + 0.1, 0.0)
+    return routing_of(np.tile(np.arange(E), (P, 1)), weight_PK, E, valid_PK)
+
+
+CASES: dict[str, tuple[MoESpec, Routing]] = {
+    "dropless": (moe_of(), drawn()),
+    "tight": (moe_of(CapacitySpec(factor=0.5)), drawn()),
+    "loose": (moe_of(CapacitySpec(factor=10.0)), drawn()),
+    "by score": (moe_of(CapacitySpec(factor=0.5, priority="score")), drawn()),
+    "unused slots": (moe_of(router=RouterSpec(top_k=K, choice=TopPChoiceSpec(p=0.5))), drawn(share_used=0.6)),
+    "unused slots, tight": (
+        moe_of(CapacitySpec(factor=0.4, priority="score"), router=RouterSpec(top_k=K, choice=TopPChoiceSpec(p=0.5))),
+        drawn(share_used=0.6),
+    ),
+    "without computation": (moe_of(zero=ZERO), drawn(E + 3)),
+    "without computation, tight": (moe_of(CapacitySpec(factor=0.6), zero=ZERO), drawn(E + 3)),
+    "expert choice": (moe_of(router=EXPERT_CHOICE), each_expert_takes(math.ceil(P * K / E))),
+}
+
+
+def on_device(twin: Twin, routing: Routing):
+    own = twin.module("routing").Routing
+    return own(*(None if value is None else twin.array(value) for value in routing[: len(own._fields)]))
+
+
+def dispatched(twin: Twin, spec: MoESpec, routing: Routing, **options) -> Dispatch:
+    result = twin.module("dispatch").dispatch(spec, on_device(twin, routing), **options)
+    return Dispatch(*(twin.numpy(value) for value in result))._replace(kept_PK=np.array(result.kept_PK))
+
+
+def reference_on_device(twin: Twin, rows: Dispatch):
+    return twin.module("dispatch").Dispatch(*(twin.array(value) for value in rows))
+
+
+def assert_well_formed(rows: Dispatch, spec: MoESpec, routing: Routing) -> None:
+    """What holds for every dispatch: each kept slot with a feed-forward is one used row; no index is out of range."""
+    used = int(rows.size_E.sum())
+    token_R, expert_R, weight_R = rows.token_R[:used], rows.expert_R[:used], rows.weight_R[:used]
+    np.testing.assert_array_equal(rows.size_E, np.bincount(expert_R, minlength=spec.num_experts))
+    pairs = list(zip(expert_R.tolist(), token_R.tolist(), strict=True))
+    slots = np.argwhere(rows.kept_PK & (routing.expert_PK < spec.num_experts))
+    assert pairs == sorted((int(routing.expert_PK[p, k]), int(p)) for p, k in slots)
+    assert np.all(routing.valid_PK[rows.kept_PK])
+    weights = {(int(routing.expert_PK[p, k]), int(p)): routing.weight_PK[p, k] for p, k in slots}
+    assert_close(weight_R, [weights[pair] for pair in pairs], FLOAT32)
+    np.testing.assert_array_equal(rows.weight_R[used:], 0)
+    if len(rows.token_R):
+        assert 0 <= rows.token_R.min() <= rows.token_R.max() < len(routing.expert_PK)
+        assert 0 <= rows.expert_R.min() <= rows.expert_R.max() < spec.num_experts
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_used_rows_and_kept_slots_match_the_reference(twin, kind):
+    spec, routing = CASES[kind]
+    expected, actual = dispatch(spec, routing), dispatched(twin, spec, routing)
+    assert_well_formed(expected, spec, routing)
+    assert_well_formed(actual, spec, routing)
+    np.testing.assert_array_equal(actual.size_E, expected.size_E)
+    np.testing.assert_array_equal(actual.kept_PK, expected.kept_PK)
+    used = int(expected.size_E.sum())
+    for field in ("token_R", "expert_R"):
+        np.testing.assert_array_equal(getattr(actual, field)[:used], getattr(expected, field)[:used], err_msg=field)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_gradient_of_combining_by_the_weights_matches_the_reference(twin, kind):
+    spec, routing = CASES[kind]
+    held = on_device(twin, routing)
+    y_D = twin.array(normal(2, D))
+
+    def out(weight_PK):
+        rows = twin.module("dispatch").dispatch(spec, held._replace(weight_PK=weight_PK))
+        return twin.module("dispatch").combine(rows, rows.expert_R[:, None] * y_D, P)
+
+    def expected(weight_PK):
+        rows = dispatch(spec, routing._replace(weight_PK=weight_PK))
+        return combine(rows, rows.expert_R[:, None] * normal(2, D), P)
+
+    assert_function_matches(twin, out, expected, routing.weight_PK)
+
+
+@st.composite
+def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing]:
+    """A small mixture with any dispatch, and any routing that its router could have made."""
+    num_experts, tokens = (4, 6) if few_shapes else (draw(st.integers(1, 6)), draw(st.integers(1, 9)))
+    num_zero = draw(st.sampled_from([0, 2]) if few_shapes else st.integers(0, 3))
+    top_k = 2 if few_shapes else draw(st.integers(1, num_experts + num_zero))
+    factor = st.just(0.5) if few_shapes else st.floats(0.01, 4.0)
+    capacity = st.builds(CapacitySpec, factor=factor, priority=st.sampled_from(["position", "score"]))
+    options = draw(st.fixed_dictionaries({}, optional={"dispatch": capacity}))
+    share = 0.75 if few_shapes else draw(st.floats(0.1, 1.0))
+    zero = ZeroComputationSpec(num_copy=num_zero, ffn_share=share) if num_zero else None
+    num_choices = num_experts + num_zero
+    spec = MoESpec(
+        num_experts=num_experts,
+        router=RouterSpec(top_k=top_k, choice=TopPChoiceSpec(p=0.5)),
+        experts=GatedFeedForwardSpec(hidden_dim=4),
+        zero_computation=zero,
+        **options,
+    )
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    # Tokens may agree on an expert, as they would before a router is balanced.
+    liking_E = generator.gumbel(size=num_choices) * draw(st.sampled_from([0.0, 1.0, 10.0]))
+    expert_PK = np.argsort(liking_E + generator.gumbel(size=(tokens, num_choices)), axis=-1)[:, :top_k]
+    valid_PK = generator.random((tokens, top_k)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    weight_PK = np.where(valid_PK, generator.random((tokens, top_k)).astype(np.float32), 0.0).astype(np.float64)
+    return spec, routing_of(expert_PK, weight_PK, num_choices, valid_PK)
+
+
+@settings(max_examples=150, deadline=None)
+@given(mixtures())
+def test_no_expert_is_above_capacity_and_none_drops_while_there_is_room(case):
+    spec, routing = case
+    rows, most = dispatch(spec, routing), capacities(spec, len(routing.expert_PK))
+    assert_well_formed(rows, spec, routing)
+    assert len(rows.token_R) == num_rows(spec, len(routing.expert_PK))
+    kept_E = np.bincount(routing.expert_PK[rows.kept_PK], minlength=spec.num_choices)
+    np.testing.assert_array_equal(kept_E, np.minimum(expert_counts(routing), most))
+    assert num_dropped(routing, rows) == expert_counts(routing).sum() - kept_E.sum()
+
+
+@settings(max_examples=150, deadline=None)
+@given(mixtures())
+def test_permuting_experts_changes_nothing_for_any_token(case):
+    """Among those with feed-forwards; the others keep their kind."""
+    spec, routing = case
+    order = np.random.default_rng(0).permutation(spec.num_experts)
+    order = np.concatenate([order, np.arange(spec.num_experts, spec.num_choices)])
+    permuted = dispatch(spec, routing._replace(expert_PK=order[routing.expert_PK]))
+    rows = dispatch(spec, routing)
+    np.testing.assert_array_equal(permuted.kept_PK, rows.kept_PK)
+    np.testing.assert_array_equal(permuted.size_E[order[: spec.num_experts]], rows.size_E)
+    value_E = np.random.default_rng(1).random(spec.num_choices)
+    y_RD, permuted_RD = value_E[rows.expert_R], value_E[np.argsort(order)][permuted.expert_R]
+    tokens = len(routing.expert_PK)
+    assert_close(combine(permuted, permuted_RD[:, None], tokens), combine(rows, y_RD[:, None], tokens), FLOAT64)
+
+
+@settings(max_examples=150, deadline=None)
+@given(mixtures())
+def test_token_whose_every_copy_is_dropped_gets_exactly_zero(case):
+    spec, routing = case
+    rows, tokens = dispatch(spec, routing), len(routing.expert_PK)
+    out_PD = combine(rows, 1 + np.random.default_rng(0).random((len(rows.token_R), 3)), tokens)
+    served_P = np.any(rows.kept_PK & (routing.expert_PK < spec.num_experts) & (routing.weight_PK > 0), axis=-1)
+    np.testing.assert_array_equal(np.any(out_PD != 0, axis=-1), served_P)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=mixtures(few_shapes=True))
+def test_any_mixture_is_dispatched_as_the_reference_does(twin, case):
+    spec, routing = case
+    expected, actual = dispatch(spec, routing), dispatched(twin, spec, routing)
+    assert_well_formed(actual, spec, routing)
+    np.testing.assert_array_equal(actual.kept_PK, expected.kept_PK)
 
 
 def test_capacity_rounds_up():
-    spec = CapacitySpec(factor=1.25)
-    assert capacity(spec, num_tokens=16, top_k=2, num_experts=8) == 5
-    assert capacity(spec, num_tokens=15, top_k=2, num_experts=7) == math.ceil(5.357)
-    assert capacity(CapacitySpec(factor=0.01), num_tokens=1, top_k=1, num_experts=7) == 1
+    spec = moe_of(CapacitySpec(factor=1.25))
+    assert capacities(spec, 15) == [math.ceil(1.25 * 15 * K / E)] * E == [6] * E
+    assert capacities(moe_of(CapacitySpec(factor=0.01)), 1) == [1] * E
+    assert capacities(moe_of(CapacitySpec(factor=100.0)), 15) == [15] * E  # a token asks an expert once
 
 
 def test_capacity_takes_the_factor_as_it_is_written():
     """1.1 * 100 / 5 is 22; in float64 it is a little more, and would be rounded up to 23."""
     assert math.ceil(1.1 * 100 / 5) == 23
-    assert capacity(CapacitySpec(factor=1.1), num_tokens=100, top_k=1, num_experts=5) == 22
+    spec = moe_of(CapacitySpec(factor=1.1)).model_copy(update={"num_experts": 5, "router": RouterSpec(top_k=1)})
+    assert capacities(spec, 100) == [22] * 5
 
 
-@pytest.mark.parametrize("kind", SPECS)
-def test_drops_are_counted_whatever_the_weights_are(twin, kind):
-    """A score may underflow to weight 0; that token is served all the same."""
-    reference = dispatch(SPECS[kind], routing_of(EXPERT_PK, np.zeros((P, K))), E)
-    limit = {"dropless": R, "tight": math.ceil(0.5 * P * K / E), "loose": R}[kind]
-    expected = sum(max(0, int(size) - limit) for size in reference.size_E)
-    assert (expected > 0) == (kind == "tight")
-    assert num_dropped(SPECS[kind], reference, P) == expected
-    rows = twin.module("dispatch").Dispatch(*(twin.array(value) for value in reference))
-    assert int(twin.numpy(twin.module("dispatch").num_dropped(SPECS[kind], rows, P))) == expected
+def test_capacities_of_experts_that_compute_nothing_are_larger_by_their_share():
+    """tau = 1/2, E = 7, Z = 3: u = 2 * 65 / 6.5 = 20 copies for those, 10 for each with a feed-forward; 130 in all."""
+    spec = moe_of(CapacitySpec(factor=1.0), zero=ZERO)
+    assert capacities(spec, 65) == [10] * E + [20] * 3
+    assert sum(capacities(spec, 65)) == 65 * K
+    equal = spec.model_copy(update={"zero_computation": ZERO.model_copy(update={"ffn_share": 1.0})})
+    assert capacities(equal, 65) == [13] * (E + 3)
+    assert num_rows(spec, 65) == 10 * E
+
+
+def test_rows_are_as_few_as_the_experts_can_serve():
+    tokens = 35
+    assert num_rows(moe_of(), tokens) == tokens * K
+    assert num_rows(moe_of(CapacitySpec(factor=0.5)), tokens) == tokens * K // 2
+    assert num_rows(moe_of(CapacitySpec(factor=0.5)), tokens, inference=True) == tokens * K
+    assert num_rows(moe_of(CapacitySpec(factor=3.0)), tokens) == tokens * K
+    assert num_rows(moe_of(router=EXPERT_CHOICE), tokens) == E * tokens * K // E
+    assert num_rows(moe_of(router=EXPERT_CHOICE), tokens, inference=True) == tokens * E
+
+
+def test_unused_rows_are_expected_where_slots_vary_or_compute_nothing():
+    assert not mostly_unused(moe_of())
+    assert not mostly_unused(moe_of(CapacitySpec(factor=0.5), zero=ZERO))
+    assert mostly_unused(moe_of(CapacitySpec(factor=0.5), zero=ZERO), inference=True)
+    assert mostly_unused(moe_of(zero=ZERO))
+    assert mostly_unused(moe_of(router=RouterSpec(top_k=K, choice=TopPChoiceSpec(p=0.5))))
+    assert not mostly_unused(moe_of(router=EXPERT_CHOICE))
+    assert mostly_unused(moe_of(router=EXPERT_CHOICE), inference=True)
 
 
 def test_capacity_serves_the_earliest_tokens(twin):
-    """All 15 tokens ask for expert 4: C = ceil(1.0 * 15 / 7) = 3 of them are served."""
-    rows = dispatched(twin, CapacitySpec(factor=1.0), np.full((P, 1), 4), np.ones((P, 1)))
-    np.testing.assert_array_equal(rows.token_R, np.arange(P))
-    np.testing.assert_array_equal(rows.weight_R, [1.0] * 3 + [0.0] * (P - 3))
-    np.testing.assert_array_equal(rows.size_E, [0, 0, 0, 0, P, 0, 0])
+    """All 15 tokens ask for expert 4: C = ceil(1.4 * 15 / 7) = 3 of them are served, and no other is computed."""
+    spec = moe_of(CapacitySpec(factor=1.4), router=RouterSpec(top_k=1))
+    rows = dispatched(twin, spec, routing_of(np.full((P, 1), 4), np.ones((P, 1))))
+    np.testing.assert_array_equal(rows.size_E, [0, 0, 0, 0, 3, 0, 0])
+    np.testing.assert_array_equal(rows.token_R[:3], [0, 1, 2])
+    np.testing.assert_array_equal(rows.kept_PK[:, 0], [True] * 3 + [False] * (P - 3))
 
 
-@pytest.mark.parametrize("factor", [0.3, 0.7, 1.0, 1.5])
-def test_no_expert_serves_more_than_its_capacity(twin, factor):
-    spec = CapacitySpec(factor=factor)
-    rows = dispatched(twin, spec)
-    served = np.bincount(rows.expert_R[rows.weight_R != 0], minlength=E)
-    limit = math.ceil(factor * P * K / E)
-    np.testing.assert_array_equal(served, np.minimum(rows.size_E, limit))
+def test_capacity_by_score_serves_the_highest_weights_and_ties_the_earlier_token(twin):
+    spec = moe_of(CapacitySpec(factor=1.4, priority="score"), router=RouterSpec(top_k=1))
+    weight_PK = np.full((P, 1), 0.25)
+    weight_PK[[11, 3]] = [[0.5], [0.75]]
+    rows = dispatched(twin, spec, routing_of(np.full((P, 1), 4), weight_PK))
+    np.testing.assert_array_equal(np.flatnonzero(rows.kept_PK), [0, 3, 11])
+    np.testing.assert_array_equal(rows.token_R[:3], [0, 3, 11])
+    np.testing.assert_array_equal(rows.weight_R[:3], [0.25, 0.75, 0.5])
 
 
-def test_indices_are_always_in_range(twin):
-    """Trap: a gather past the end clamps on JAX and is not checked on MLX."""
-    rows = dispatched(twin, CapacitySpec(factor=0.01), np.full((P, 1), E - 1), np.ones((P, 1)))
-    assert rows.token_R.min() >= 0
-    assert rows.token_R.max() < P
-    assert rows.expert_R.max() < E
+def test_inference_drops_nothing(twin):
+    spec, routing = CASES["without computation, tight"]
+    assert num_dropped(routing, dispatch(spec, routing)) > 0
+    rows = dispatched(twin, spec, routing, inference=True)
+    assert rows.kept_PK.all()
+    assert_well_formed(rows, spec, routing)
 
 
-def test_expert_counts_match_the_reference(twin):
-    counts = twin.module("dispatch").expert_counts(twin.array(EXPERT_PK), E)
-    np.testing.assert_array_equal(twin.numpy(counts), expert_counts(EXPERT_PK, E))
-    assert int(twin.numpy(counts).sum()) == P * K
+@pytest.mark.parametrize("kind", CASES)
+def test_drops_are_counted_whatever_the_weights_are(twin, kind):
+    """A score may underflow to weight 0; that token is served all the same."""
+    spec, routing = CASES[kind]
+    routing = routing._replace(weight_PK=np.zeros(routing.weight_PK.shape))
+    rows = dispatch(spec, routing)
+    expected = int(np.maximum(expert_counts(routing) - capacities(spec, P), 0).sum())
+    assert (expected > 0) == ("tight" in kind or kind == "by score")
+    assert num_dropped(routing, rows) == expected
+    counted = twin.module("dispatch").num_dropped(on_device(twin, routing), reference_on_device(twin, rows))
+    assert int(twin.numpy(counted)) == expected
 
 
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("kind", ["unused slots", "without computation"])
+def test_expert_counts_are_of_all_valid_slots(twin, kind):
+    _, routing = CASES[kind]
+    counts = twin.numpy(twin.module("dispatch").expert_counts(on_device(twin, routing)))
+    np.testing.assert_array_equal(counts, expert_counts(routing))
+    assert counts.sum() == routing.valid_PK.sum()
+    assert len(counts) == routing.score_PE.shape[-1]
+
+
+@pytest.mark.parametrize("kind", ["tight", "unused slots"])
 def test_combine_is_the_weighted_sum_written_out(twin, kind):
-    reference = dispatch(SPECS[kind], routing_of(EXPERT_PK, WEIGHT_PK), E)
-    expected = np.zeros((P, D))
-    for r in range(R):
-        expected[reference.token_R[r]] += reference.weight_R[r] * Y_RD[r]
-    assert_close(combine(reference, Y_RD, P), expected, FLOAT64)
-    rows = twin.module("dispatch").Dispatch(*(twin.array(value) for value in reference))
-    out = twin.module("dispatch").combine(rows, twin.array(Y_RD), P)
+    spec, routing = CASES[kind]
+    rows = dispatch(spec, routing)
+    y_RD, expected = normal(2, len(rows.token_R), D), np.zeros((P, D))
+    for r in range(int(rows.size_E.sum())):
+        expected[rows.token_R[r]] += rows.weight_R[r] * y_RD[r]
+    assert_close(combine(rows, y_RD, P), expected, FLOAT64)
+    out = twin.module("dispatch").combine(reference_on_device(twin, rows), twin.array(y_RD), P)
     assert_close(twin.numpy(out), expected, FLOAT32)
 
 
 def test_gradients_of_combine_match_the_reference(twin):
-    reference = dispatch(SPECS["tight"], routing_of(EXPERT_PK, WEIGHT_PK), E)
-    token_R, expert_R, size_E = (twin.array(v) for v in (reference.token_R, reference.expert_R, reference.size_E))
-
-    def on_device(weight_R, y_RD):
-        rows = twin.module("dispatch").Dispatch(token_R, expert_R, weight_R, size_E)
-        return twin.module("dispatch").combine(rows, y_RD, P)
-
+    reference = dispatch(*CASES["dropless"])
+    rows = reference_on_device(twin, reference)
     assert_function_matches(
         twin,
-        on_device,
+        lambda weight_R, y_RD: twin.module("dispatch").combine(rows._replace(weight_R=weight_R), y_RD, P),
         lambda weight_R, y_RD: combine(reference._replace(weight_R=weight_R), y_RD, P),
         reference.weight_R,
-        Y_RD,
+        normal(2, len(reference.weight_R), D),
     )
 
 
 def test_combine_adds_bfloat16_rows_in_float32(twin):
     """256 rows of 1 with weight 1 for one token: bfloat16 would stop at 256 and lose each 1/2 that follows."""
     values = np.concatenate([np.ones(256), np.full(256, 0.5)])[:, None]
-    rows = twin.module("dispatch").Dispatch(
-        twin.array(np.zeros(512, int)), twin.array(np.zeros(512, int)), twin.array(np.ones(512)), twin.array([512])
-    )
+    zeros = np.zeros(512, int)
+    rows = reference_on_device(twin, Dispatch(zeros, zeros, np.ones(512), np.array([512]), np.ones((1, 512), bool)))
     out = twin.module("dispatch").combine(rows, twin.array(values, "bfloat16"), 1)
     assert "bfloat16" in str(out.dtype)
     assert twin.numpy(out).item() == 384
 
 
 def test_combine_of_bfloat16_is_near_float32(twin):
-    reference = dispatch(SPECS["dropless"], routing_of(EXPERT_PK, WEIGHT_PK), E)
-    rows = twin.module("dispatch").Dispatch(*(twin.array(value) for value in reference))
-    out = twin.module("dispatch").combine(rows, twin.array(Y_RD, "bfloat16"), P)
-    assert_close(twin.numpy(out), combine(reference, Y_RD, P), BFLOAT16)
+    reference = dispatch(*CASES["dropless"])
+    y_RD = normal(2, P * K, D)
+    out = twin.module("dispatch").combine(reference_on_device(twin, reference), twin.array(y_RD, "bfloat16"), P)
+    assert_close(twin.numpy(out), combine(reference, y_RD, P), BFLOAT16)
 
 
-def test_reference_gradient_agrees_with_finite_differences():
+@pytest.mark.parametrize("kind", ["tight", "by score", "without computation, tight"])
+def test_reference_gradient_agrees_with_finite_differences(kind):
+    spec, routing = CASES[kind]
+
     def out(weight_PK, y_RD):
-        return combine(dispatch(SPECS["tight"], routing_of(EXPERT_PK, weight_PK), E), y_RD, P)
+        return combine(dispatch(spec, routing._replace(weight_PK=weight_PK)), y_RD, P)
 
-    assert_reference_gradient(out, WEIGHT_PK, Y_RD)
+    assert_reference_gradient(out, routing.weight_PK, normal(2, num_rows(spec, P), D))
+
+
+def test_layer_routing_sorts_by_weight_then_id_and_puts_unused_slots_last():
+    expert_PK, valid_PK = np.array([[6, 2, 4, 1]]), np.array([[True, True, True, False]])
+    kept_PK, weight_PK = np.array([[False, True, True, False]]), np.array([[0.5, 0.25, 0.375, 0.0]])
+    expert, weight = combine_weights(expert_PK, valid_PK, kept_PK, weight_PK)
+    np.testing.assert_array_equal(expert, [[4, 2, 6, -1]])
+    np.testing.assert_array_equal(weight, [[0.375, 0.25, 0.0, 0.0]])
+    tied = combine_weights(expert_PK, valid_PK, valid_PK, np.array([[0.25, 0.25, 0.25, 0.0]]))
+    np.testing.assert_array_equal(tied[0], [[2, 4, 6, -1]])
 
 
 def test_capacity_factor_of_zero_is_refused():

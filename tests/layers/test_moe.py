@@ -130,7 +130,7 @@ def test_dropped_token_gets_exactly_nothing_and_no_other_tokens_output(twin):
     out = output(twin, spec, x_BTD, all_to_expert(5)).reshape(P, D)
     assert np.all(np.max(np.abs(out[:3]), axis=-1) > 1e-3)
     np.testing.assert_array_equal(out[3:], 0)
-    dropless = output(twin, spec, x_BTD, all_to_expert(5), dropless=True).reshape(P, D)
+    dropless = output(twin, spec, x_BTD, all_to_expert(5), inference=True).reshape(P, D)
     assert np.all(np.max(np.abs(dropless), axis=-1) > 1e-3)
 
 

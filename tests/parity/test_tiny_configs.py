@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moezoo.core.backend import combine_weights
 from moezoo.core.config import Config, load_config, with_vocab_size
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import ROLES, parameter_table
@@ -115,12 +116,7 @@ def case_of(path: Path) -> Case:
         name="reference",
         logits=logits,
         routing=[
-            (
-                np.where(routing.valid_PK, routing.expert_PK, -1),
-                routing.weight_PK * dispatch(moe, routing).kept_PK,
-                routing.score_PE,
-            )
-            for moe, routing in zip(moes, routings, strict=True)
+            (*_combine_weights(moe, routing), routing.score_PE) for moe, routing in zip(moes, routings, strict=True)
         ],
         losses=losses,
         gradients=step.gradients,
@@ -131,6 +127,12 @@ def case_of(path: Path) -> Case:
         margin=min([step.margin, *(np.min(routing.margin_P) for routing in routings)]),
     )
     return Case(config, weights, windows, reference)
+
+
+def _combine_weights(moe, routing) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and weights as a LayerRouting has them."""
+    kept_PK = dispatch(moe, routing).kept_PK
+    return combine_weights(routing.expert_PK, routing.valid_PK, kept_PK, routing.weight_PK)
 
 
 @dataclass(frozen=True)

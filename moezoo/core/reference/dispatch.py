@@ -5,21 +5,24 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import autograd.numpy as np
+from autograd.tracer import getval
 
 from moezoo.core.reference import Array
 from moezoo.core.reference.routing import Routing
-from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
+from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, MoESpec, TopPChoiceSpec
 
 
 class Dispatch(NamedTuple):
-    """R = P * K routed copies, sorted by expert, and within an expert by token.
+    """R rows for the E experts with feed-forwards: served copies, sorted by expert, then by token; then unused rows.
+
+    R does not depend on the routing (`num_rows`). Only the first `sum(size_E)` rows need to be computed.
 
     Fields:
         token_R: int, which token a row is a copy of; always a real token.
-        expert_R: int, ascending.
-        weight_R: combine weight; a dropped row has weight 0.
-        size_E: int, rows of each expert; rows beyond their sum are unused.
-        kept_PK: bool, slots of the routing that are served.
+        expert_R: int, ascending, below E.
+        weight_R: combine weight; an unused row has weight 0.
+        size_E: int, rows of each expert.
+        kept_PK: bool, slots of the routing that are served, by experts that compute nothing too.
     """
 
     token_R: Array
@@ -29,43 +32,99 @@ class Dispatch(NamedTuple):
     kept_PK: Array
 
 
-def capacity(spec: CapacitySpec, num_tokens: int, top_k: int, num_experts: int) -> int:
-    """C = ceil(factor * P * K / E), the rows that an expert serves."""
-    factor = Fraction(str(spec.factor))  # 1.1 is eleven tenths, so that 1.1 * 100 / 5 is 22 and not a little more
-    return math.ceil(factor * num_tokens * top_k / num_experts)
+def capacities(spec: MoESpec, num_tokens: int, *, inference: bool = False) -> list[int]:
+    """How many of P tokens each expert serves at most: one number for each of the E + Z choices of the router.
+
+    - `capacity`: `ceil(factor * K * P / E)`. With Z experts that compute nothing, each of which may take 1 token where
+      one with a feed-forward may take tau (`ffn_share`): `ceil(u)` for the former and `ceil(tau * u)` for the latter,
+      `u = factor * K * P / (tau * E + Z)`, so that they add up to `factor * K * P` but for the rounding.
+    - expert choice in training: `ceil(K * P / E)`, which is what each expert takes; K is the mean over tokens.
+    - P otherwise, and at inference.
+
+    Source: Fedus et al. 2021, arXiv 2101.03961, section 2.2; Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 8.
+    Differs: eq. 8 has T in place of K * P, so that with K = 2 and its gamma of 1.1 nearly half of the copies would
+    be dropped.
+    """
+    num_zero = spec.num_choices - spec.num_experts
+    copies = num_tokens * spec.router.top_k
+    most_ffn = most_zero = num_tokens
+    if not inference and isinstance(spec.router.choice, ExpertChoiceSpec):
+        most_ffn = math.ceil(Fraction(copies, spec.num_experts))
+    elif not inference and isinstance(spec.dispatch, CapacitySpec):
+        # 1.1 is eleven tenths, so that 1.1 * 100 / 5 is 22 and not a little more.
+        factor = Fraction(str(spec.dispatch.factor))
+        share = Fraction(1) if spec.zero_computation is None else Fraction(str(spec.zero_computation.ffn_share))
+        unit = factor * copies / (share * spec.num_experts + num_zero)
+        most_ffn, most_zero = math.ceil(share * unit), math.ceil(unit)
+    return [min(most_ffn, num_tokens)] * spec.num_experts + [min(most_zero, num_tokens)] * num_zero
+
+
+def num_rows(spec: MoESpec, num_tokens: int, *, inference: bool = False) -> int:
+    """R: as many rows as P tokens can fill, by the slots that they have and by what the experts serve."""
+    slots = spec.num_experts if isinstance(spec.router.choice, ExpertChoiceSpec) else spec.router.top_k
+    return min(num_tokens * slots, sum(capacities(spec, num_tokens, inference=inference)[: spec.num_experts]))
+
+
+def mostly_unused(spec: MoESpec, *, inference: bool = False) -> bool:
+    """Whether many of the R rows may be unused: where slots are, or go to experts that compute nothing, uncapped."""
+    limited = not inference and isinstance(spec.dispatch, CapacitySpec)
+    variable = isinstance(spec.router.choice, TopPChoiceSpec) or (
+        isinstance(spec.router.choice, ExpertChoiceSpec) and inference
+    )
+    return not limited and (variable or spec.zero_computation is not None)
 
 
 def num_dropped(routing: Routing, dispatched: Dispatch) -> Array:
-    """How many routed copies the capacity drops."""
+    """How many routed copies the capacities drop."""
     return np.sum(routing.valid_PK & ~dispatched.kept_PK)
 
 
+def kept_slots(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Array:
+    """Who is served: bool [P, K]. Each expert serves the first of its tokens, as many as `capacities` allows.
+
+    First are the earliest tokens, or with `priority: score` those of the highest weight, ties to the earlier token.
+
+    Source: Riquelme et al. 2021 (V-MoE), arXiv 2106.05974, section 3.4 (batch prioritized routing).
+    Differs: there tokens are ordered by their highest weight, and all first choices come before any second one. Here
+    each expert orders its own tokens by the weight that they give to it.
+    """
+    most = capacities(spec, routing.expert_PK.shape[0], inference=inference)
+    order = np.arange(routing.expert_PK.size)
+    if isinstance(spec.dispatch, CapacitySpec) and spec.dispatch.priority == "score":
+        order = np.argsort(-getval(routing.weight_PK).reshape(-1), kind="stable")
+    kept_PK, served = np.zeros(routing.expert_PK.shape, bool), [0] * len(most)
+    for token, choice in zip(*np.unravel_index(order, kept_PK.shape), strict=True):
+        expert = routing.expert_PK[token, choice]
+        if routing.valid_PK[token, choice] and served[expert] < most[expert]:
+            kept_PK[token, choice] = True
+            served[expert] += 1
+    return kept_PK
+
+
 def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dispatch:
-    """Sort the routed copies by expert; with a capacity, give rows beyond an expert's first C the weight 0.
+    """Sort the copies that are served by expert; those of experts that compute nothing get no row.
 
     Source: Gale et al. 2022, arXiv 2211.15841 (sorted, dropless); Fedus et al. 2021, arXiv 2101.03961 (capacity).
-    Differs: a row beyond the capacity is kept and weighted 0, instead of left out; the result is the same.
     """
-    num_tokens, top_k = routing.expert_PK.shape
-    num_experts = spec.num_experts
-    flat_R = routing.expert_PK.reshape(-1)
-    order_R = np.argsort(flat_R, kind="stable")
-    expert_R, token_R, weight_R = flat_R[order_R], order_R // top_k, routing.weight_PK.reshape(-1)[order_R]
-    size_E = np.array([np.sum(flat_R == expert) for expert in range(num_experts)])
-    kept_R = np.ones(len(flat_R), bool)
-    match DroplessSpec() if inference else spec.dispatch:
-        case DroplessSpec():
-            pass
-        case CapacitySpec() as limited:
-            start_E = np.cumsum(size_E) - size_E
-            place_R = np.arange(len(expert_R)) - start_E[expert_R]
-            kept_R = place_R < capacity(limited, num_tokens, top_k, num_experts)
-            weight_R = np.where(kept_R, weight_R, 0.0)
-    kept_PK = kept_R[np.argsort(order_R)].reshape(num_tokens, top_k)
-    return Dispatch(token_R, expert_R, weight_R, size_E, kept_PK)
+    num_tokens = routing.expert_PK.shape[0]
+    kept_PK = kept_slots(spec, routing, inference=inference)
+    token_R, choice_R = np.nonzero(kept_PK & (routing.expert_PK < spec.num_experts))
+    order_R = np.argsort(routing.expert_PK[token_R, choice_R], kind="stable")
+    token_R, choice_R = token_R[order_R], choice_R[order_R]
+    expert_R, weight_R = routing.expert_PK[token_R, choice_R], routing.weight_PK[token_R, choice_R]
+    size_E = np.array([np.sum(expert_R == expert) for expert in range(spec.num_experts)])
+    unused = num_rows(spec, num_tokens, inference=inference) - len(expert_R)
+    return Dispatch(
+        np.concatenate([token_R, np.zeros(unused, int)]),
+        np.concatenate([expert_R, np.full(unused, spec.num_experts - 1)]),
+        np.concatenate([weight_R, np.zeros(unused)]),
+        size_E,
+        kept_PK,
+    )
 
 
 def combine(dispatched: Dispatch, y_RD: Array, num_tokens: int) -> Array:
-    """`out[p] = sum over rows r of token p of weight_R[r] * y_RD[r]`, in float32: [P, D]."""
-    belongs_PR = (np.arange(num_tokens)[:, None] == dispatched.token_R[None, :]).astype(float)
-    return np.einsum("PR,R,RD->PD", belongs_PR, dispatched.weight_R, y_RD)
+    """`out[p] = sum over used rows r of token p of weight_R[r] * y_RD[r]`, in float32: [P, D]."""
+    used = np.sum(dispatched.size_E)
+    belongs_PR = (np.arange(num_tokens)[:, None] == dispatched.token_R[None, :used]).astype(float)
+    return np.einsum("PR,R,RD->PD", belongs_PR, dispatched.weight_R[:used], y_RD[:used])
