@@ -182,6 +182,17 @@ class Config(Part):
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
 
+    @model_validator(mode="after")
+    def _positions_reach(self) -> "Config":
+        longest, length = self.model.max_length, self.training.sequence_length
+        if longest is not None and length > longest:
+            raise impossible(
+                "training.sequence_length",
+                f"is {length}, but model.position is learned for {longest} tokens",
+                "Use a shorter sequence_length, or a larger model.position.max_length",
+            )
+        return self
+
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
 

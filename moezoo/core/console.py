@@ -107,6 +107,9 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         + (f", {evaluation.bits_per_byte:.4f} bits per byte" if evaluation.bits_per_byte is not None else "")
         + f"  ({evaluation.windows} windows of {evaluation.sequence_length} tokens)"
     ]
+    if evaluation.inference_loss is not None:
+        gap = evaluation.inference_loss - evaluation.validation_loss
+        lines.append(f"by the routing of inference: {evaluation.inference_loss:.4f} nats per token ({gap:+.4f})")
     if evaluation.optimum is not None:
         optimum = evaluation.optimum
         lines.append(

@@ -43,7 +43,10 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss of `windows` windows of `sequence_length` tokens."""
+    """Held-out loss of `windows` windows of `sequence_length` tokens, by the routing of training without noise.
+
+    `inference_loss`: by the routing of inference, where that is another one; what generation lives on.
+    """
 
     validation_loss: float
     bits_per_byte: float | None
@@ -51,6 +54,7 @@ class Evaluation:
     sequence_length: int
     routing: list[dict[str, Any]]
     optimum: Optimum | None = None
+    inference_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -78,12 +82,16 @@ def evaluate(
     windows = np.asarray(split.windows(sequence_length, max_windows))
     batch_size = _batch_that_divides(len(windows), batch_size)
     losses = np.empty((len(windows), sequence_length), np.float64)
+    inference_losses = np.empty_like(losses) if model.spec.inference_differs else None
     load: list[NDArray[np.int64]] = []
     dropped: list[int] = []
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         scores = model.score(batch[:, :-1], batch[:, 1:])
         losses[start : start + len(batch)] = scores.token_losses
+        if inference_losses is not None:
+            inferred = model.score(batch[:, :-1], batch[:, 1:], inference=True)
+            inference_losses[start : start + len(batch)] = inferred.token_losses
         load = [a + b for a, b in zip(load, scores.load, strict=True)] if load else scores.load
         dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
         if on_progress is not None:
@@ -96,6 +104,7 @@ def evaluate(
         sequence_length=sequence_length,
         routing=routing_statistics(model.spec.moe_layers, load, dropped),
         optimum=_compare(windows, losses, tokenizer, grammar) if grammar is not None else None,
+        inference_loss=None if inference_losses is None else float(inference_losses.mean()),
     )
 
 

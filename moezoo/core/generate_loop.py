@@ -40,6 +40,12 @@ def generate(
         worst = tokens.min() if tokens.min() < 0 else tokens.max()
         raise DataError(f"a prompt has token {worst}; expected 0 <= token < {model.spec.vocab}.")
     batch, length = tokens.shape
+    longest = model.spec.max_length
+    if longest is not None and length + max_new_tokens > longest:
+        raise DataError(
+            f"learned positions end at {longest} tokens; got a prompt of {length} and {max_new_tokens} more. "
+            "Use a shorter prompt, or fewer new tokens."
+        )
     columns: list[Integers] = []
     ended = np.zeros(batch, bool)
     if max_new_tokens > 0:

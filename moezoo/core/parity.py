@@ -4,19 +4,17 @@ What is compared, and why it is done under forced routing, stands in writings/pa
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import Backend, Floats, Integers, Model
+from moezoo.core.backend import Backend, Floats, Integers
 from moezoo.core.config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config, parse_config
 from moezoo.core.cost import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.initialize import initial_weights
-from moezoo.core.parameters import parameter_table
 from moezoo.core.parity_report import (
     Comparison,
     Kind,
@@ -25,14 +23,12 @@ from moezoo.core.parity_report import (
     RoutingComparison,
     names_in_order,
 )
-from moezoo.core.random import fold_in, key, micro_batch_keys, uniform
-from moezoo.core.spec import CapacitySpec, ModelSpec, MoESpec
-
-Doubles = NDArray[np.float64]
+from moezoo.core.parity_sides import Doubles, Reference, Side, backend_side
+from moezoo.core.random import fold_in, key, uniform
+from moezoo.core.spec import CapacitySpec, ModelSpec
 
 LIMIT_BYTES = 8 * 2**30
 ASSUMED_VOCAB_SIZE = 64
-_UPDATES_DONE = 9  # the step is taken from moments as if this many updates had been made
 _TOKENS_PURPOSE = 0x706172  # "par": what the random tokens are for, as a counter
 
 
@@ -68,9 +64,9 @@ def parity(
     """
     _check_request(spec, tokens, targets, backends)
     tolerances = tolerances or ParityTolerances.of(spec)
-    reference = _Reference(spec, weights, tokens, targets, optimizer)
+    reference = Reference(spec, weights, tokens, targets, optimizer)
     sides = [reference.side()]
-    sides += [_backend_side(name, backend, reference) for name, backend in backends.items()]
+    sides += [backend_side(name, backend, reference, tolerances.intermediate) for name, backend in backends.items()]
     pairs = [(left, right) for place, left in enumerate(sides) for right in sides[place + 1 :]]
     comparisons: list[Comparison] = []
     routing: list[RoutingComparison] = []
@@ -92,6 +88,7 @@ def parity(
         first_difference=first,
         tolerances=tolerances,
         notes=tuple(notes),
+        causality=tuple(check for side in sides for check in side.causality),
     )
 
 
@@ -179,209 +176,11 @@ def refuse_if_too_large(spec: ModelSpec, batch_size: int, length: int, num_backe
         )
 
 
-# --- the sides -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Side:
-    """What one realization computed. `update`: its parameters after the step less those of the reference that took the
-    same experts, so that two backends that routed differently can still be compared; `moments`, `step` likewise."""
-
-    name: str
-    experts: list[Integers]
-    weights: Mapping[str, Any]
-    intermediates: Mapping[str, Any]
-    logits: Any
-    losses: Mapping[str, float]
-    gradients: Mapping[str, Any]
-    update: Mapping[str, Doubles]
-    moments: Mapping[str, Doubles]
-    step: Mapping[str, float]
-    moved_copies: float
-
-
-class _Reference:
-    """The float64 side, and what the others are measured with."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Mapping[str, Floats],
-        tokens: Integers,
-        targets: Integers,
-        optimizer: OptimizerConfig,
-    ):
-        from moezoo.core.reference.losses import loss_and_gradients, loss_terms
-        from moezoo.core.reference.transformer import forward
-
-        self.spec, self.tokens, self.targets, self.optimizer = spec, tokens, targets, optimizer
-        self.weights32 = {row.name: np.asarray(weights[row.name], np.float32) for row in parameter_table(spec)}
-        self.weights = {name: value.astype(np.float64) for name, value in self.weights32.items()}
-        self.state = {row.name: self.weights[row.name] for row in parameter_table(spec) if not row.trained}
-        self.key = micro_batch_keys(0, 0, 1)[0]
-        self.intermediates: dict[str, Any] = {}
-        result = forward(spec, self.weights, tokens, record=self.intermediates, key=self.key)
-        self.logits, routings = result.logits_BTV, result.routings
-        terms = loss_terms(spec, self.logits, targets, routings, index_losses=result.index_losses)
-        self.losses = {name: float(value) for name, value in terms.items()}
-        self.experts = [np.where(routing.valid_PK, routing.expert_PK, -1).astype(np.int32) for routing in routings]
-        self.margins = [routing.margin_P for routing in routings]
-        self.cutoffs = [routing.cutoff_E for routing in routings]
-        _, self.gradients = loss_and_gradients(spec, self.weights, tokens, targets, forced=self.experts, key=self.key)
-        self.moments = self._given_moments()
-
-    @property
-    def forced(self) -> list[Integers] | None:
-        """The experts as a backend takes them, [B, T, K] per MoE layer."""
-        return [expert.reshape(*self.tokens.shape, -1) for expert in self.experts] or None
-
-    @property
-    def windows(self) -> Integers:
-        """Tokens and their targets as one micro-batch [1, B, T + 1]."""
-        return np.concatenate([self.tokens, self.targets[:, -1:]], axis=1)[None].astype(np.int32)
-
-    def side(self) -> _Side:
-        """Itself; its differences to itself are zero."""
-        after, moments, step = self.stepped(self.experts)
-        return _Side(
-            name="reference",
-            experts=self.experts,
-            weights=self.weights,
-            intermediates=self.intermediates,
-            logits=self.logits,
-            losses=self.losses,
-            gradients=self.gradients,
-            update={name: np.zeros_like(value) for name, value in after.items()},
-            moments=moments,
-            step=step,
-            moved_copies=0.0,
-        )
-
-    def stepped(self, experts: list[Integers]) -> tuple[dict[str, Doubles], dict[str, Doubles], dict[str, float]]:
-        """Parameters, moments and measured numbers of one update with these experts."""
-        from moezoo.core.reference.losses import loss_and_gradients
-        from moezoo.core.reference.optimizer import Moments, adamw, global_norm
-        from moezoo.core.reference.router_state import updated_state
-
-        losses, gradients = self.losses, self.gradients
-        if any(not np.array_equal(own, other) for own, other in zip(self.experts, experts, strict=True)):
-            losses, gradients = loss_and_gradients(
-                self.spec, self.weights, self.tokens, self.targets, forced=experts or None, key=self.key
-            )
-        given = {name: value.astype(np.float64) for name, value in self.moments.items()}
-        parameters, moments = adamw(
-            self.optimizer,
-            {name: self.weights[name] for name in gradients},
-            gradients,
-            Moments(
-                {name: given[f"first_moment.{name}"] for name in gradients},
-                {name: given[f"second_moment.{name}"] for name in gradients},
-            ),
-            learning_rate=self.optimizer.learning_rate,
-            update=_UPDATES_DONE + 1,
-            decayed={row.name for row in parameter_table(self.spec) if row.decay},
-        )
-        first = {f"first_moment.{name}": value for name, value in moments.first.items()}
-        second = {f"second_moment.{name}": value for name, value in moments.second.items()}
-        # The load is that of the given experts; cutoffs do not depend on who was chosen.
-        loads = [
-            np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices).astype(np.float64)
-            for moe, expert_PK in zip(self.moes, experts, strict=True)
-        ]
-        state = updated_state(self.spec, self.state, loads, self.cutoffs)
-        return parameters | state, first | second, {"gradient_norm": global_norm(gradients), **losses}
-
-    @property
-    def moes(self) -> list[MoESpec]:
-        """Every mixture of the model."""
-        return [layer.moe for layer in self.spec.all_layers if layer.moe is not None]
-
-    def _given_moments(self) -> dict[str, Floats]:
-        """Moments from which a step depends smoothly on the gradient g: m = g / 2, v = g^2 + mean(g^2), g clipped.
-
-        Trap: from zero moments AdamW's first step is the sign of the gradient, which rounding decides where that is
-        small.
-        """
-        from moezoo.core.reference.optimizer import global_norm
-
-        norm, clip = global_norm(self.gradients), self.optimizer.clip_norm
-        scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
-        count = sum(value.size for value in self.gradients.values())
-        floor = (1e-3 * scale * norm) ** 2 / count
-        moments: dict[str, Floats] = {}
-        for name, gradient in self.gradients.items():
-            clipped = scale * np.asarray(gradient, np.float64)
-            moments[f"first_moment.{name}"] = (clipped / 2).astype(np.float32)
-            spread = max(float(np.mean(clipped**2)), floor, 1e-30)
-            moments[f"second_moment.{name}"] = (clipped**2 + spread).astype(np.float32)
-        return moments
-
-
-def _backend_side(name: str, backend: Backend, reference: _Reference) -> _Side:
-    """Run one backend on everything that the reference ran."""
-    model = backend.build(reference.spec, reference.weights32)
-    weights = model.export_parameters()
-    free = model.forward(reference.tokens, key=reference.key)
-    experts = [routing.expert.reshape(-1, routing.expert.shape[-1]) for routing in free.routing]
-    given = {"forced": reference.forced, "key": reference.key}
-    output = model.forward(reference.tokens, reference.targets, record=True, **given)
-    _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, **given)
-    after, moments, step, load = _stepped(model, reference)
-    expected_after, expected_moments, expected_step = reference.stepped(experts)
-    own = reference.side()
-    return _Side(
-        name=name,
-        experts=experts,
-        weights=weights,
-        intermediates=output.intermediates,
-        logits=output.logits,
-        losses=output.losses,
-        gradients=gradients,
-        update=_less(after, expected_after, own.update),
-        moments=_less(moments, expected_moments, own.moments),
-        step={key: own.step[key] + step[key] - expected_step[key] for key in step if key in expected_step},
-        moved_copies=_moved_copies(reference.spec, experts, load),
-    )
-
-
-def _stepped(
-    model: Model, reference: _Reference
-) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float], list[NDArray[np.int64]]]:
-    """One `train_step` of a backend from the given moments."""
-    model.start_training(reference.optimizer, reference.moments, _UPDATES_DONE)
-    metrics = model.train_step(reference.windows, reference.optimizer.learning_rate, reference.key[None]).fetch()
-    numbers = {"gradient_norm": metrics.gradient_norm, **metrics.losses}
-    return model.export_parameters(), model.export_optimizer(), numbers, metrics.load
-
-
-def _less(
-    values: Mapping[str, Floats], expected: Mapping[str, Doubles], own: Mapping[str, Doubles]
-) -> dict[str, Doubles]:
-    """`own + (values - expected)` by name, for names whose shape is the expected one."""
-    return {
-        name: own[name] + (np.asarray(value, np.float64) - expected[name])
-        for name, value in values.items()
-        if name in expected and np.shape(value) == np.shape(expected[name])
-    }
-
-
-def _moved_copies(spec: ModelSpec, experts: list[Integers], load: list[NDArray[np.int64]]) -> float:
-    """Share of routed copies that the step sent to another expert than the forward pass did, in the worst layer."""
-    moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
-    if len(load) != len(moes):
-        return float("inf")
-    shares = [0.0]
-    for moe, expert_PK, size_E in zip(moes, experts, load, strict=True):
-        counts_E = np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices)
-        shares.append(float(np.sum(np.abs(counts_E - size_E)) / 2 / max(counts_E.sum(), 1)))
-    return max(shares)
-
-
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
 def _compare(
-    pair: str, reference: _Side, left: _Side, right: _Side, tolerances: ParityTolerances, learning_rate: float
+    pair: str, reference: Side, left: Side, right: Side, tolerances: ParityTolerances, learning_rate: float
 ) -> list[Comparison]:
     """Every comparison but free routing; intermediates in the reference's order, which is that of the forward pass."""
     t = tolerances
@@ -396,6 +195,9 @@ def _compare(
     named("weights", 0.0)
     named("intermediate", t.intermediate)
     rows.append(_comparison(pair, "logits", "logits", reference.logits, left.logits, right.logits, t.logits, 0.0))
+    if reference.inference_logits is not None:
+        known, a, b = (side.inference_logits for side in (reference, left, right))
+        rows.append(_comparison(pair, "logits", "logits by inference routing", known, a, b, t.logits, 0.0))
     named("loss", t.loss)
     named("gradient", t.gradient, t.gradient_floor)
     float32_sides = 1 if left is reference else 2
@@ -411,7 +213,7 @@ def _compare(
     return rows
 
 
-def _values(side: _Side, kind: Kind, prefix: str) -> dict[str, Any]:
+def _values(side: Side, kind: Kind, prefix: str) -> dict[str, Any]:
     """What a side has of this kind, by name; of names that start with `prefix`."""
     of: dict[Kind, Mapping[str, Any]] = {
         "weights": side.weights,
@@ -456,7 +258,7 @@ def _update(
 
 
 def _compare_routing(
-    pair: str, reference: _Reference, left: _Side, right: _Side, tolerances: ParityTolerances
+    pair: str, reference: Reference, left: Side, right: Side, tolerances: ParityTolerances
 ) -> list[RoutingComparison]:
     """Sets of experts under free routing, layer by layer; what an earlier difference can have reached is set apart."""
     spec, shape = reference.spec, reference.tokens.shape

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from moezoo.core.causality import Causality, Mode
 from moezoo.core.precision import compute_dtype
 from moezoo.core.spec import ModelSpec
 
@@ -156,6 +157,7 @@ class ParityReport:
         first_difference: per pair, the first intermediate beyond its tolerance in the order of the forward pass.
         tolerances: those used.
         notes: what was assumed.
+        causality: per side, whether a token's output depends on later ones.
     """
 
     where: str
@@ -168,6 +170,7 @@ class ParityReport:
     first_difference: Mapping[str, str | None]
     tolerances: ParityTolerances
     notes: tuple[str, ...] = ()
+    causality: tuple[Causality, ...] = ()
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -190,12 +193,26 @@ class ParityReport:
                 if of_kind and kind != "intermediate":
                     worst = max(of_kind, key=lambda row: row.excess)
                     lines.append(f"{pair}: {len(of_kind)} of {KINDS[kind]} differ, worst {_sentence(worst)}")
+        for check in self.causality:
+            if not check.passed:
+                lines.append(f"{check.side}: {check.mode} is not causal; {_leak(check)}")
         return tuple(lines)
 
     @property
     def passed(self) -> bool:
         """Everything within its tolerance."""
-        return all(row.passed for row in self.comparisons) and all(row.passed for row in self.routing)
+        checks: tuple[Comparison | RoutingComparison | Causality, ...] = (
+            *self.comparisons,
+            *self.routing,
+            *self.causality,
+        )
+        return all(check.passed for check in checks)
+
+    def causal(self, mode: Mode) -> str | None:
+        """`causal`, or the first layer that leaks on the first side that does; None where it was not checked."""
+        checks = [check for check in self.causality if check.mode == mode]
+        leaks = [check for check in checks if check.first_leak is not None]
+        return _leak(leaks[0]) if leaks else "causal" if checks else None
 
     def worst(self, pair: str, kind: Kind) -> Comparison | None:
         """The comparison of this kind that is furthest into, or beyond, its tolerance."""
@@ -216,6 +233,7 @@ class ParityReport:
             "facts": {name: dict(facts) for name, facts in self.facts.items()},
             "tolerances": asdict(self.tolerances),
             "routing": [{**asdict(row), "share": row.share, "passed": row.passed} for row in self.routing],
+            "causality": [{**asdict(check), "passed": check.passed} for check in self.causality],
             "comparisons": [{**asdict(row), "passed": row.passed} for row in self.comparisons],
         }
         return json.dumps(_finite(content), indent=2, allow_nan=False)
@@ -232,6 +250,7 @@ class ParityReport:
         parts: list[RenderableType] = [title, self._summary()]
         if self.routing:
             parts.append(self._routing_table())
+        parts.extend(self._causality_lines())
         if show_all:
             shown: tuple[Kind, ...] = ("intermediate", "loss", "gradient", "update")
             parts.extend(self._details(kind) for kind in shown)
@@ -262,6 +281,15 @@ class ParityReport:
             table.add_row(f"layers.{layer}.moe", *shares, f"{max(margins):.1e}" if margins else "")
         return table
 
+    def _causality_lines(self) -> Iterable["RenderableType"]:
+        from rich.text import Text
+
+        for mode in ("inference", "training"):
+            verdict = self.causal(mode)
+            if verdict is not None:
+                good = "green" if verdict == "causal" else "yellow" if mode == "training" else "bold red"
+                yield Text.assemble(f"{mode}: ", (verdict, good))
+
     def _details(self, kind: Kind) -> "Table":
         table = _table(KINDS[kind], *self.pairs, "largest\nabsolute")
         rows: dict[str, dict[str, Comparison]] = {}
@@ -275,6 +303,10 @@ class ParityReport:
             largest = max(row.absolute for row in by_pair.values())
             table.add_row(_short(name, 44), *[_cell(by_pair.get(pair)) for pair in self.pairs], f"{largest:.1e}")
         return table
+
+
+def _leak(check: Causality) -> str:
+    return f"{check.first_leak} sees later tokens or other sequences ({check.side}, moved by {check.moved:.1e})"
 
 
 def _sentence(row: Comparison) -> str:

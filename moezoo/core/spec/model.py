@@ -11,7 +11,7 @@ from moezoo.core.spec.feed_forward import FeedForwardSpec
 from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
-from moezoo.core.spec.positions import EmbeddingPositionSpec
+from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec
 
 
 class LayerSpec(Part):
@@ -167,6 +167,16 @@ class ModelSpec(Part):
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have a MoE."""
         return tuple(index for index, layer in enumerate(self.all_layers) if layer.moe is not None)
+
+    @property
+    def inference_differs(self) -> bool:
+        """Whether inference routes otherwise than training does without noise."""
+        return any(layer.moe is not None and layer.moe.inference_differs for layer in self.layers)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text that the model has positions for; None where any length goes."""
+        return self.position.max_length if isinstance(self.position, LearnedPositionsSpec) else None
 
     @property
     def vocab(self) -> int:

@@ -151,6 +151,11 @@ class MoESpec(Part):
             case None:
                 raise ValueError("there are no shared experts")
 
+    @property
+    def inference_differs(self) -> bool:
+        """Whether inference routes otherwise than training does without noise: see CapacitySpec, ExpertChoiceSpec."""
+        return isinstance(self.dispatch, CapacitySpec) or isinstance(self.router.choice, ExpertChoiceSpec)
+
     @model_validator(mode="after")
     def _sizes(self) -> "MoESpec":
         if self.router.top_k > self.num_choices:
