@@ -69,7 +69,7 @@ class Router(nnx.Module):
         logits_PE = self._linear(x_PD, previous_PE) / spec.temperature
         if spec.softcap is not None:
             logits_PE = spec.softcap * jnp.tanh(logits_PE / spec.softcap)
-        if key is not None and spec.jitter is not None and spec.jitter.on == "logits":
+        if key is not None and spec.jitter is not None and spec.jitter.of == "logits":
             logits_PE = logits_PE * _jitter(spec.jitter.amount, key, logits_PE.shape)
         clean_logits_PE = noise_scale_PE = None
         if key is not None and isinstance(spec.choice, NoisyTopKChoiceSpec):
@@ -114,7 +114,7 @@ class Router(nnx.Module):
         spec = self.spec
         dtype = jnp.float32 if spec.dtype == "float32" else x_PD.dtype
         x_PD = x_PD.astype(jnp.float32)
-        if key is not None and spec.jitter is not None and spec.jitter.on == "input":
+        if key is not None and spec.jitter is not None and spec.jitter.of == "input":
             x_PD = x_PD * _jitter(spec.jitter.amount, key, x_PD.shape)
         if spec.input == "normalized":
             mean_square_P1 = jnp.mean(x_PD**2, axis=-1, keepdims=True)

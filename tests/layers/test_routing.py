@@ -46,8 +46,8 @@ ROUTERS: dict[str, dict] = {
     "p norm": {"top_k": 3, "renormalize": "p_norm", "renormalize_order": 2.5},
     "normalized input": {"input": "normalized", "per_expert_scale": True},
     "residual, temperature and cap": {"gating_residual": True, "temperature": 0.7, "softcap": 2.0, "bias": True},
-    "jitter of the input": {"jitter": {"on": "input", "amount": 0.3}},
-    "jitter of the logits": {"jitter": {"on": "logits", "amount": 0.3}, "score": "sigmoid"},
+    "jitter of the input": {"jitter": {"of": "input", "amount": 0.3}},
+    "jitter of the logits": {"jitter": {"of": "logits", "amount": 0.3}, "score": "sigmoid"},
     "noise": {"choice": {"kind": "noisy_top_k"}},
     "hash": {"choice": {"kind": "hash"}, "score": "sqrt_softplus"},
 }

@@ -76,7 +76,7 @@ def route(
     logits_PE = _linear(spec, parameters, x_PD, previous_PE) / spec.temperature
     if spec.softcap is not None:
         logits_PE = spec.softcap * np.tanh(logits_PE / spec.softcap)
-    if key is not None and spec.jitter is not None and spec.jitter.on == "logits":
+    if key is not None and spec.jitter is not None and spec.jitter.of == "logits":
         logits_PE = logits_PE * _jitter(spec.jitter.amount, key, logits_PE.shape)
     clean_logits_PE = noise_scale_PE = None
     if key is not None and isinstance(spec.choice, NoisyTopKChoiceSpec):
@@ -119,7 +119,7 @@ def route(
 
 def _router_input(spec: RouterSpec, parameters: Parameters, x_PD: Array, key: Bits | None) -> Array:
     """Tokens as the router sees them: with jitter, then normalized: `x / rms(x) * input_scale / sqrt(D)`."""
-    if key is not None and spec.jitter is not None and spec.jitter.on == "input":
+    if key is not None and spec.jitter is not None and spec.jitter.of == "input":
         x_PD = x_PD * _jitter(spec.jitter.amount, key, x_PD.shape)
     if spec.input == "normalized":
         mean_square_P1 = np.mean(x_PD**2, axis=-1, keepdims=True)
