@@ -65,7 +65,7 @@ def layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float, axes:
     Returns:
         [..., D].
 
-    Source: Ba et al. 2016, arXiv 1607.06450, eq. 4.
+    Source: Ba et al. 2016, arXiv 1607.06450, section 3.
     Differs: epsilon, which the paper does not have.
     """
     centred = x - np.mean(x, axis=_last(axes), keepdims=True)

@@ -98,7 +98,7 @@ def llama3_scaled(spec: Llama3ScalingSpec, frequency: Array) -> Array:
 
     `turns = original_length * frequency / (2 pi)`, `fast = clip((turns - low) / (high - low), 0, 1)`.
 
-    Source: Dubey et al. 2024 (Llama 3), arXiv 2407.21783, section 3.4.2, and its released code.
+    Source: released code of Llama 3.1; the model: Dubey et al. 2024, arXiv 2407.21783.
     """
     turns = spec.original_length * frequency / (2 * math.pi)
     low, high = spec.low_frequency_factor, spec.high_frequency_factor
@@ -112,7 +112,7 @@ def yarn_scaled(spec: YaRNScalingSpec, frequency: Array, base: float) -> Array:
     `pair(beta) = n ln(original_length / (2 pi beta)) / (2 ln base)` is the one that turns beta times in
     `original_length` tokens; with `truncate` the first is rounded down and the second up.
 
-    Source: Peng et al. 2023, arXiv 2309.00071, eq. 17 to 19.
+    Source: Peng et al. 2023, arXiv 2309.00071, section 3.2.
     Differs: the ramp runs over pairs, as in released code, not over turns, as in the paper.
     """
     rotated_dim = 2 * len(frequency)
@@ -133,7 +133,7 @@ def yarn_scaled(spec: YaRNScalingSpec, frequency: Array, base: float) -> Array:
 def yarn_attention_factor(spec: YaRNScalingSpec) -> float:
     """`m(mscale) / m(mscale_all_dim)`, or m(1) where one of the two is null; `m(s) = 0.1 s ln(factor) + 1`.
 
-    Source: Peng et al. 2023, arXiv 2309.00071, eq. 22 (m(1)); the quotient: DeepSeek-V2's released code.
+    Source: Peng et al. 2023, arXiv 2309.00071, section 3.4 (m(1)); the quotient: DeepSeek-V2's released code.
     """
     if spec.attention_factor is not None:
         return spec.attention_factor
