@@ -19,13 +19,21 @@ def initial_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]
 
 def initial_value(row: Parameter, seed: int) -> NDArray[np.float32]:
     """The initial value of one parameter."""
+    value = row.initializer.value
     match row.initializer.kind:
         case "constant":
-            return np.full(row.shape, row.initializer.value, np.float32)
+            return np.full(row.shape, value, np.float32)
         case "normal":
             return (row.initializer.std * _generator(row, seed).standard_normal(row.shape)).astype(np.float32)
         case "hash_table":
             return _hash_table(row, seed)
+        case "uniform":
+            return _generator(row, seed).uniform(-value, value, row.shape).astype(np.float32)
+        case "log_rate":
+            return np.log(_generator(row, seed).uniform(1.0, value, row.shape)).astype(np.float32)
+        case "step_bias":
+            step = np.exp(_generator(row, seed).uniform(np.log(value / 100), np.log(value), row.shape))
+            return np.log(np.expm1(step)).astype(np.float32)
 
 
 def _generator(row: Parameter, seed: int) -> np.random.Generator:

@@ -12,10 +12,11 @@ With `precision.compute: bfloat16` (parameters stay float32, and so do their gra
 | RoPE angles and rotation; result cast back | float32 |
 | attention scores, their cap, sinks and softmax; probabilities cast back | float32 |
 | temperature of queries, mix of values, sigmoid of the attention's gate; result cast back | float32 |
+| linear attention behind its projections: convolutions, decay, beta, state, gate; result cast back | float32 |
+| inputs of those convolutions in the cache | compute |
 | router: normalized input, jitter, noise, residual, scores, weights | float32 |
 | router: product, and the input as it enters it (`router.dtype`) | float32 or compute |
-| weighted sum over the K chosen experts, or product of weight and input (`apply_to: input`), cast back | float32 |
-| experts without computation: mix and weighted sum; gate of shared experts: sigmoid and product; cast back | float32 |
+| weighted sum over the K chosen experts, cast back | float32 |
 | logits as returned, cross-entropy, auxiliary losses | float32 |
 """
 

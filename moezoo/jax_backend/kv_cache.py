@@ -1,12 +1,12 @@
 """The key/value cache of one attention layer: a fixed number of slots, so that decoding compiles once."""
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moezoo.core.spec import ModelSpec
+from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, ModelSpec
 from moezoo.jax_backend.arrays import DTYPES
 
 
@@ -14,7 +14,7 @@ class Attended(NamedTuple):
     """Spec: moezoo.core.reference.attention.Attended; and the cache that the tokens have extended, None without one."""
 
     out_BTD: jax.Array
-    cache: "KVCache | None"
+    cache: "Cache | None"
     value_BTMH: jax.Array | None
     index_loss: jax.Array | None
 
@@ -36,11 +36,68 @@ class KVCache(NamedTuple):
         )
 
 
-def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[KVCache]:
+class DeltaCache(NamedTuple):
+    """The state that `length` tokens have left, and the last inputs of the convolutions, one fewer than their width."""
+
+    state_BMGHZ: jax.Array
+    query_BSMH: jax.Array
+    key_BSMH: jax.Array
+    value_BSNZ: jax.Array
+    length: jax.Array
+
+    def extended(
+        self,
+        state_BMGHZ: jax.Array,
+        query_BTMH: jax.Array,
+        key_BTMH: jax.Array,
+        value_BTNZ: jax.Array,
+        count: jax.Array | int | None = None,
+    ) -> "DeltaCache":
+        """The cache after T more tokens, of which `count` stay: the state is theirs already."""
+        count = query_BTMH.shape[1] if count is None else count
+
+        def latest(before: jax.Array, new: jax.Array) -> jax.Array:
+            both = jnp.concatenate([before, new], axis=1)
+            return lax.dynamic_slice_in_dim(both, count, before.shape[1], axis=1)
+
+        return DeltaCache(
+            state_BMGHZ,
+            latest(self.query_BSMH, query_BTMH),
+            latest(self.key_BSMH, key_BTMH),
+            latest(self.value_BSNZ, value_BTNZ),
+            self.length + count,
+        )
+
+
+Cache = KVCache | DeltaCache
+
+
+def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     """One empty cache of `size` positions per layer."""
     dtype = DTYPES[spec.precision.compute]
-    caches = []
+    caches: list[Cache] = []
     for layer in spec.all_layers:
-        shape = (batch, size, layer.attention.num_kv_heads, layer.attention.head_dim)
-        caches.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32)))
+        match layer.attention:
+            case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim):
+                shape = (batch, size, heads, head_dim)
+                caches.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32)))
+            case GatedDeltaAttentionSpec():
+                caches.append(empty_delta_cache(layer.attention, batch, dtype))
+            case _:
+                assert_never(layer.attention)
     return caches
+
+
+def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: jnp.dtype) -> DeltaCache:
+    """Before the first token: a state of zeros, float32, and zeros as inputs of the convolutions."""
+    key_heads, value_heads = spec.num_key_heads, spec.num_value_heads
+    state = (batch, key_heads, value_heads // key_heads, spec.key_head_dim, spec.value_head_dim)
+    keys = (batch, spec.conv_width - 1, key_heads, spec.key_head_dim)
+    values = (batch, spec.conv_width - 1, value_heads, spec.value_head_dim)
+    return DeltaCache(
+        jnp.zeros(state, jnp.float32),
+        jnp.zeros(keys, dtype),
+        jnp.zeros(keys, dtype),
+        jnp.zeros(values, dtype),
+        jnp.zeros((), jnp.int32),
+    )

@@ -19,8 +19,7 @@ from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.jax_backend.arrays import State, Weights, to_numpy
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.experts import grouped_path
-from moezoo.jax_backend.kv_cache import KVCache as Cache
-from moezoo.jax_backend.kv_cache import empty_cache
+from moezoo.jax_backend.kv_cache import Cache, empty_cache
 from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.transformer import Forward, Transformer

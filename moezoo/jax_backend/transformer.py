@@ -10,6 +10,7 @@ from flax import nnx
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT
 from moezoo.core.spec import (
     AttentionSpec,
+    GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LayerSpec,
     ModelSpec,
@@ -18,9 +19,10 @@ from moezoo.core.spec import (
 )
 from moezoo.jax_backend.arrays import DTYPES, Weights
 from moezoo.jax_backend.attention import GroupedQueryAttention
+from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
-from moezoo.jax_backend.kv_cache import KVCache as Cache
+from moezoo.jax_backend.kv_cache import Cache
 from moezoo.jax_backend.moe import MoE
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import EmbeddingPosition
@@ -59,6 +61,8 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Mo
     match spec:
         case GroupedQueryAttentionSpec():
             return GroupedQueryAttention(spec, weights, index)
+        case GatedDeltaAttentionSpec():
+            return GatedDeltaAttention(spec, weights, index)
         case _:
             assert_never(spec)
 

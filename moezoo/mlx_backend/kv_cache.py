@@ -1,10 +1,10 @@
 """The key/value cache of one attention layer: a fixed number of slots, as on the JAX side."""
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import mlx.core as mx
 
-from moezoo.core.spec import ModelSpec
+from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, ModelSpec
 from moezoo.mlx_backend.arrays import DTYPES
 
 
@@ -12,7 +12,7 @@ class Attended(NamedTuple):
     """Spec: moezoo.core.reference.attention.Attended; and the cache that the tokens have extended, None without one."""
 
     out_BTD: mx.array
-    cache: "KVCache | None"
+    cache: "Cache | None"
     value_BTMH: mx.array | None
     index_loss: mx.array | None
 
@@ -34,11 +34,67 @@ class KVCache(NamedTuple):
         )
 
 
-def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[KVCache]:
+class DeltaCache(NamedTuple):
+    """The state that `length` tokens have left, and the last inputs of the convolutions, one fewer than their width."""
+
+    state_BMGHZ: mx.array
+    query_BSMH: mx.array
+    key_BSMH: mx.array
+    value_BSNZ: mx.array
+    length: int
+
+    def extended(
+        self,
+        state_BMGHZ: mx.array,
+        query_BTMH: mx.array,
+        key_BTMH: mx.array,
+        value_BTNZ: mx.array,
+        count: int | None = None,
+    ) -> "DeltaCache":
+        """The cache after T more tokens, of which `count` stay: the state is theirs already."""
+        count = query_BTMH.shape[1] if count is None else count
+
+        def latest(before: mx.array, new: mx.array) -> mx.array:
+            return mx.concatenate([before, new], axis=1)[:, count : count + before.shape[1]]
+
+        return DeltaCache(
+            state_BMGHZ,
+            latest(self.query_BSMH, query_BTMH),
+            latest(self.key_BSMH, key_BTMH),
+            latest(self.value_BSNZ, value_BTNZ),
+            self.length + count,
+        )
+
+
+Cache = KVCache | DeltaCache
+
+
+def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     """One empty cache of `size` positions per layer."""
     dtype = DTYPES[spec.precision.compute]
-    caches = []
+    caches: list[Cache] = []
     for layer in spec.all_layers:
-        shape = (batch, size, layer.attention.num_kv_heads, layer.attention.head_dim)
-        caches.append(KVCache(mx.zeros(shape, dtype), mx.zeros(shape, dtype), 0))
+        match layer.attention:
+            case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim):
+                shape = (batch, size, heads, head_dim)
+                caches.append(KVCache(mx.zeros(shape, dtype), mx.zeros(shape, dtype), 0))
+            case GatedDeltaAttentionSpec():
+                caches.append(empty_delta_cache(layer.attention, batch, dtype))
+            case _:
+                assert_never(layer.attention)
     return caches
+
+
+def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: mx.Dtype) -> DeltaCache:
+    """Before the first token: a state of zeros, float32, and zeros as inputs of the convolutions."""
+    key_heads, value_heads = spec.num_key_heads, spec.num_value_heads
+    state = (batch, key_heads, value_heads // key_heads, spec.key_head_dim, spec.value_head_dim)
+    keys = (batch, spec.conv_width - 1, key_heads, spec.key_head_dim)
+    values = (batch, spec.conv_width - 1, value_heads, spec.value_head_dim)
+    return DeltaCache(
+        mx.zeros(state, mx.float32),
+        mx.zeros(keys, dtype),
+        mx.zeros(keys, dtype),
+        mx.zeros(values, dtype),
+        0,
+    )

@@ -18,8 +18,7 @@ from moezoo.mlx_backend import BLAS
 from moezoo.mlx_backend.arrays import Weights, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.experts import grouped_path
-from moezoo.mlx_backend.kv_cache import KVCache as Cache
-from moezoo.mlx_backend.kv_cache import empty_cache
+from moezoo.mlx_backend.kv_cache import Cache, empty_cache
 from moezoo.mlx_backend.losses import loss_terms, token_losses
 from moezoo.mlx_backend.router_state import updated_state
 from moezoo.mlx_backend.transformer import Forward, Transformer

@@ -9,6 +9,7 @@ from mlx import nn
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT
 from moezoo.core.spec import (
     AttentionSpec,
+    GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LayerSpec,
     ModelSpec,
@@ -17,9 +18,10 @@ from moezoo.core.spec import (
 )
 from moezoo.mlx_backend.arrays import DTYPES, Weights
 from moezoo.mlx_backend.attention import GroupedQueryAttention
+from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
-from moezoo.mlx_backend.kv_cache import KVCache as Cache
+from moezoo.mlx_backend.kv_cache import Cache
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import EmbeddingPosition
@@ -60,6 +62,8 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Mod
     match spec:
         case GroupedQueryAttentionSpec():
             return GroupedQueryAttention(spec, weights, index)
+        case GatedDeltaAttentionSpec():
+            return GatedDeltaAttention(spec, weights, index)
         case _:
             assert_never(spec)
 

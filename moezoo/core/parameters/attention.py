@@ -1,5 +1,6 @@
 """Rows of the attention layers."""
 
+import math
 from collections.abc import Iterator
 from typing import assert_never
 
@@ -76,4 +77,19 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
 
 
 def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterator[Parameter]:
-    yield from ()
+    d, m, n, w = rows.embed_dim, spec.num_key_heads, spec.num_value_heads, spec.conv_width
+    h, z = spec.key_head_dim, spec.value_head_dim
+    # As PyTorch starts a convolution of one feature, and as the authors' code starts the decays: steps of 0.001 to 0.1.
+    filters = Initializer("uniform", value=1 / math.sqrt(w))
+    rate, step = Initializer("log_rate", value=16.0), Initializer("step_bias", value=0.1)
+    for which, heads, width, axis in (("query", m, h, "kv_head"), ("key", m, h, "kv_head"), ("value", n, z, "head")):
+        yield rows.matrix(f"{name}.w_{which}", (d, heads, width), ("embed", axis, "head_dim"), "attention")
+        shape, axes = (w, heads, width), ("source", axis, "head_dim")
+        yield Parameter(f"{name}.conv_{which}", shape, axes, filters, True, "attention")
+    yield rows.matrix(f"{name}.w_gate", (d, n, z), ("embed", "head", "head_dim"), "attention")
+    yield rows.matrix(f"{name}.w_beta", (d, n), ("embed", "head"), "attention")
+    yield rows.matrix(f"{name}.w_decay", (d, n), ("embed", "head"), "attention")
+    yield rows.vector(f"{name}.decay_bias", (n,), ("head",), "attention", step)
+    yield rows.vector(f"{name}.log_decay_rate", (n,), ("head",), "attention", rate)
+    yield from rows.norm(f"{name}.output_norm", spec.norm, (z,), ("head_dim",))
+    yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention")

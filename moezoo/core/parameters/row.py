@@ -21,12 +21,15 @@ ROLES: tuple[Role, ...] = (
 
 @dataclass(frozen=True)
 class Initializer:
-    """How a parameter starts: `normal` with a standard deviation, `constant` with a value, or a `hash_table`.
+    """How a parameter starts: `normal` with a standard deviation, `constant` with a value, or as below.
 
-    A hash table [V, K] gives each row K different numbers below `value`, each number equally often in a column.
+    A `hash_table` [V, K] gives each row K different numbers below `value`, each number equally often in a column.
+    `uniform` lies between -`value` and `value`. Two set how fast a recurrent state forgets: `log_rate` is the logarithm
+    of a number uniform between 1 and `value`; `step_bias` has a softplus whose logarithm is uniform between those of
+    `value` / 100 and `value`.
     """
 
-    kind: Literal["normal", "constant", "hash_table"]
+    kind: Literal["normal", "constant", "hash_table", "uniform", "log_rate", "step_bias"]
     std: float = 0.0
     value: float = 0.0
 

@@ -8,6 +8,7 @@ import autograd.numpy as np
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.attention import Attended, grouped_query_attention
+from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
@@ -15,6 +16,7 @@ from moezoo.core.reference.positions import embedding_positions
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (
     AttentionSpec,
+    GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     ModelSpec,
@@ -150,6 +152,8 @@ def _attended(spec: AttentionSpec, parameters: Parameters, x_BTD: Array, first_v
     match spec:
         case GroupedQueryAttentionSpec():
             return grouped_query_attention(spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH)
+        case GatedDeltaAttentionSpec():
+            return gated_delta_attention(spec, parameters, x_BTD)
 
 
 def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:

@@ -124,9 +124,10 @@ class LatentAttentionSpec(Part):
 class GatedDeltaAttentionSpec(Part):
     """Linear attention with a recurrent state of fixed size: Gated DeltaNet. Source: Yang et al. 2024, 2412.06464.
 
-    Each of `num_value_heads` heads keeps a matrix S of `key_head_dim x value_head_dim`; a token decays it, replaces
-    what it says about its key, and reads it with its query. Queries and keys are shared by groups of value heads.
-    A causal convolution of `conv_width` tokens stands before queries, keys and values (Qwen3-Next).
+    Each of `num_value_heads` heads keeps a matrix of `key_head_dim x value_head_dim` that maps keys to values; a token
+    decays it, replaces what it says about its key, and reads it with its query. Queries and keys are shared by groups
+    of value heads (Qwen3-Next). Causal convolutions of `conv_width` tokens, the token itself included, stand behind the
+    projections of queries, keys and values. `norm` normalizes what each head reads, before an output gate.
     """
 
     kind: Literal["gated_delta"] = "gated_delta"

@@ -1,0 +1,147 @@
+"""Linear attention with a recurrent state: the gated delta rule."""
+
+import autograd.numpy as np
+
+from moezoo.core.reference import Array, Parameters, inside
+from moezoo.core.reference.attention import Attended
+from moezoo.core.reference.feed_forward import sigmoid, silu
+from moezoo.core.reference.normalization import normalize
+from moezoo.core.spec import GatedDeltaAttentionSpec
+
+
+def gated_delta_rule(
+    query_BTMH: Array, key_BTMH: Array, value_BTMGZ: Array, beta_BTMG: Array, log_decay_BTMG: Array
+) -> Array:
+    """Each head's state S, an H x Z matrix that maps keys to values, forgets, is corrected, and is read. In float32.
+
+        S_t = a_t S_{t-1} + k_t (beta_t (v_t - (a_t S_{t-1})^T k_t))^T        a_t = exp(log_decay_t)
+        out_t = S_t^T q_t                                                     S_{-1} = 0
+
+    What the decayed state says about the key is replaced by a share beta of the new value.
+
+    Args:
+        query_BTMH, key_BTMH: M heads; keys of length one (below one where their norm is of epsilon's order).
+        value_BTMGZ, beta_BTMG, log_decay_BTMG: N = M * G heads of value width Z, G for each key head. 0 <= beta <= 1,
+            log_decay <= 0. A token with beta 0 and log_decay 0 leaves the state as it is.
+
+    Returns:
+        [B, T, M, G, Z].
+
+    Source: Yang et al. 2024, arXiv 2412.06464, section 3.1.
+    Differs: our state is the transpose, and the width of values has the letter Z (the alphabet's latent width).
+    """
+    batch, length, kv_heads, head_dim = key_BTMH.shape
+    state_BMGHZ = np.zeros((batch, kv_heads, value_BTMGZ.shape[3], head_dim, value_BTMGZ.shape[4]))
+    out = []
+    for t in range(length):
+        state_BMGHZ = np.exp(log_decay_BTMG[:, t])[..., None, None] * state_BMGHZ
+        known_BMGZ = np.einsum("BMGHZ,BMH->BMGZ", state_BMGHZ, key_BTMH[:, t])
+        change_BMGZ = beta_BTMG[:, t][..., None] * (value_BTMGZ[:, t] - known_BMGZ)
+        state_BMGHZ = state_BMGHZ + np.einsum("BMH,BMGZ->BMGHZ", key_BTMH[:, t], change_BMGZ)
+        out.append(np.einsum("BMGHZ,BMH->BMGZ", state_BMGHZ, query_BTMH[:, t]))
+    return np.stack(out, axis=1)
+
+
+def gated_delta_rule_in_chunks(
+    query_BTMH: Array, key_BTMH: Array, value_BTMGZ: Array, beta_BTMG: Array, log_decay_BTMG: Array, chunk: int
+) -> Array:
+    """`gated_delta_rule`, so many tokens at a time: the same function as products of matrices, which the twins compute.
+
+    Inside a chunk that starts from S, with decay(t, s) = exp(sum of log_decay over s < . <= t), and decay(t) the one
+    since before the chunk, every change that a token makes depends on those of the tokens before it:
+
+        change_t = beta_t (v_t - decay(t) S^T k_t - sum over s < t of decay(t, s) (k_t . k_s) change_s)
+        out_t    = decay(t) S^T q_t + sum over s <= t of decay(t, s) (q_t . k_s) change_s
+        S'       = decay(end) S + sum over s of decay(end, s) k_s change_s^T
+
+    The first line is a triangular system, (1 + lower) change = beta (v - decay S^T k); its inverse does not depend on S
+    and is taken for all chunks at once.
+
+    Source: Yang et al. 2024, arXiv 2412.06464, section 3.3, and arXiv 2406.06484, section 3 (UT transform).
+    Differs: the state stands on the right-hand side, in place of the paper's W and U, which saves a product.
+    """
+    batch, length, kv_heads, head_dim = key_BTMH.shape
+    group, value_dim = value_BTMGZ.shape[3:]
+    state_BMGHZ = np.zeros((batch, kv_heads, group, head_dim, value_dim))
+    out = []
+    for start in range(0, length, chunk):
+        part = slice(start, start + chunk)
+        query_BMTH, key_BMTH = (np.transpose(x[:, part], (0, 2, 1, 3)) for x in (query_BTMH, key_BTMH))
+        value_BMGTZ = np.transpose(value_BTMGZ[:, part], (0, 2, 3, 1, 4))
+        beta_BMGT, log_decay_BMGT = (np.transpose(x[:, part], (0, 2, 3, 1)) for x in (beta_BTMG, log_decay_BTMG))
+        position_T = np.arange(key_BMTH.shape[2])
+        before_TS = position_T[:, None] > position_T[None, :]
+        # Trap: a difference of two sums from the chunk's start would lose the digits of a small sum behind large ones.
+        between_BMGTS = np.cumsum(np.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
+        decay_BMGTS = np.where(before_TS.T, 0.0, np.exp(between_BMGTS))
+        decay_BMGT1 = np.exp(np.cumsum(log_decay_BMGT, axis=-1))[..., None]
+        overlap_BMTS = np.einsum("...MTH,...MSH->...MTS", key_BMTH, key_BMTH)
+        score_BMTS = np.einsum("...MTH,...MSH->...MTS", query_BMTH, key_BMTH)
+        lower_BMGTS = np.where(before_TS, beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[:, :, None], 0.0)
+        inverse_BMGTS = np.linalg.inv(np.eye(len(position_T)) + lower_BMGTS)
+        score_BMGTS = decay_BMGTS * score_BMTS[:, :, None]
+
+        known_BMGTZ = decay_BMGT1 * np.einsum("BMTH,BMGHZ->BMGTZ", key_BMTH, state_BMGHZ)
+        wanted_BMGTZ = beta_BMGT[..., None] * (value_BMGTZ - known_BMGTZ)
+        change_BMGTZ = np.einsum("BMGTS,BMGSZ->BMGTZ", inverse_BMGTS, wanted_BMGTZ)
+        read_BMGTZ = decay_BMGT1 * np.einsum("BMTH,BMGHZ->BMGTZ", query_BMTH, state_BMGHZ)
+        read_BMGTZ = read_BMGTZ + np.einsum("BMGTS,BMGSZ->BMGTZ", score_BMGTS, change_BMGTZ)
+        left_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
+        state_BMGHZ = decay_BMGT1[..., -1:, :] * state_BMGHZ
+        state_BMGHZ = state_BMGHZ + np.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, left_BMGTZ)
+        out.append(np.transpose(read_BMGTZ, (0, 3, 1, 2, 4)))
+    return np.concatenate(out, axis=1)
+
+
+def short_convolution(x: Array, weight: Array) -> Array:
+    """SiLU of a causal convolution of each feature with itself: `silu(sum over w of weight[w] x[t - (W - 1) + w])`.
+
+    Args:
+        x: [B, T, heads, width]; tokens before the first are zero.
+        weight: [W, heads, width]; its last row multiplies the token itself.
+
+    Returns:
+        The shape of x.
+
+    Source: Yang et al. 2024, arXiv 2412.06464, section 3.4; So et al. 2021, arXiv 2109.08668 (Primer).
+    """
+    batch, length, *features = x.shape
+    padded = np.concatenate([np.zeros((batch, len(weight) - 1, *features)), x], axis=1)
+    total = sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
+    return silu(total)
+
+
+def unit(x: Array) -> Array:
+    """`x / sqrt(sum(x^2) + 1e-6)` over the last axis: length one."""
+    return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters, x_BTD: Array) -> Attended:
+    """Gated DeltaNet over T tokens: [B, T, D] -> [B, T, D]. Decay and convolution order the tokens; no positions.
+
+    Order: project; convolve queries, keys and values; queries and keys to length one, queries divided by sqrt(H); the
+    gated delta rule; normalize each head over its Z features; times silu of a gate; project back.
+
+        beta      = sigmoid(x w_beta)                                                       how much a token writes
+        log_decay = -exp(log_decay_rate) * softplus(x w_decay + decay_bias)                 how much it forgets
+
+    Source: Yang et al. 2024, arXiv 2412.06464, fig. 1; decay: Dao and Gu 2024, arXiv 2405.21060 (Mamba-2), of which
+    `log_decay_rate` is A_log and `decay_bias` dt_bias; heads shared and gated as in Qwen3-Next.
+    """
+    query = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_query"])
+    key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
+    value = np.einsum("BTD,DNZ->BTNZ", x_BTD, parameters["w_value"])
+    gate = np.einsum("BTD,DNZ->BTNZ", x_BTD, parameters["w_gate"])
+    beta = sigmoid(np.einsum("BTD,DN->BTN", x_BTD, parameters["w_beta"]))
+    step = np.logaddexp(0.0, np.einsum("BTD,DN->BTN", x_BTD, parameters["w_decay"]) + parameters["decay_bias"])
+    log_decay = -np.exp(parameters["log_decay_rate"]) * step
+    query = unit(short_convolution(query, parameters["conv_query"])) / np.sqrt(spec.key_head_dim)
+    key = unit(short_convolution(key, parameters["conv_key"]))
+    value = short_convolution(value, parameters["conv_value"])
+    batch, length = x_BTD.shape[:2]
+    grouped = (batch, length, spec.num_key_heads, -1)
+    attended = gated_delta_rule(
+        query, key, value.reshape(*grouped, spec.value_head_dim), beta.reshape(grouped), log_decay.reshape(grouped)
+    )
+    normed = normalize(spec.norm, inside(parameters, "output_norm"), attended.reshape(value.shape))
+    return Attended(np.einsum("BTNZ,NZD->BTD", normed * silu(gate), parameters["w_output"]), None, None)

@@ -1,0 +1,174 @@
+"""Linear attention with a recurrent state. Spec: moezoo.core.reference.delta_attention."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moezoo.core.spec import GatedDeltaAttentionSpec
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
+from moezoo.jax_backend.normalization import norm
+
+CHUNK = 32
+"""Tokens at a time: for half as many the products become small, for twice as many the triangular systems large."""
+
+
+class GatedDeltaAttention(nnx.Module):
+    """Spec: moezoo.core.reference.delta_attention.gated_delta_attention; with a cache, for tokens behind it."""
+
+    def __init__(self, spec: GatedDeltaAttentionSpec, weights: Weights, layer: int):
+        del layer  # the same in every layer
+        self.spec = spec
+        self.w_query = weights.parameter("w_query")
+        self.conv_query = weights.parameter("conv_query")
+        self.w_key = weights.parameter("w_key")
+        self.conv_key = weights.parameter("conv_key")
+        self.w_value = weights.parameter("w_value")
+        self.conv_value = weights.parameter("conv_value")
+        self.w_gate = weights.parameter("w_gate")
+        self.w_beta = weights.parameter("w_beta")
+        self.w_decay = weights.parameter("w_decay")
+        self.decay_bias = weights.parameter("decay_bias")
+        self.log_decay_rate = weights.parameter("log_decay_rate")
+        self.output_norm = norm(spec.norm, weights.inside("output_norm"))
+        self.w_output = weights.parameter("w_output")
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: DeltaCache | None = None,
+        *,
+        first_value_BTMH: jax.Array | None = None,
+        count: jax.Array | int | None = None,
+    ) -> Attended:
+        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        del first_value_BTMH  # for attention over tokens
+        spec, dtype = self.spec, x_BTD.dtype
+        query = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_query[...].astype(dtype))
+        key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
+        value = jnp.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_value[...].astype(dtype))
+        gate = jnp.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate[...].astype(dtype)).astype(jnp.float32)
+        beta = jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x_BTD, self.w_beta[...].astype(dtype)).astype(jnp.float32))
+        step = jnp.einsum("BTD,DN->BTN", x_BTD, self.w_decay[...].astype(dtype)).astype(jnp.float32)
+        log_decay = -jnp.exp(self.log_decay_rate[...]) * jax.nn.softplus(step + self.decay_bias[...])
+        batch, length = x_BTD.shape[:2]
+        if count is not None:
+            kept_T1 = jnp.arange(length)[:, None] < count
+            beta, log_decay = jnp.where(kept_T1, beta, 0.0), jnp.where(kept_T1, log_decay, 0.0)
+        past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
+        grouped = (batch, length, spec.num_key_heads, -1)
+        attended, state_BMGHZ = gated_delta_rule(
+            unit(short_convolution(query, self.conv_query[...], past.query_BSMH)) / math.sqrt(spec.key_head_dim),
+            unit(short_convolution(key, self.conv_key[...], past.key_BSMH)),
+            short_convolution(value, self.conv_value[...], past.value_BSNZ).reshape(*grouped, spec.value_head_dim),
+            beta.reshape(grouped),
+            log_decay.reshape(grouped),
+            past.state_BMGHZ,
+        )
+        if cache is not None:
+            cache = cache.extended(state_BMGHZ, query, key, value, count)
+        normed = (self.output_norm(attended.reshape(value.shape)) * jax.nn.silu(gate)).astype(dtype)
+        return Attended(jnp.einsum("BTNZ,NZD->BTD", normed, self.w_output[...].astype(dtype)), cache, None, None)
+
+
+def gated_delta_rule(
+    query_BTMH: jax.Array,
+    key_BTMH: jax.Array,
+    value_BTMGZ: jax.Array,
+    beta_BTMG: jax.Array,
+    log_decay_BTMG: jax.Array,
+    state_BMGHZ: jax.Array,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """Spec: moezoo.core.reference.delta_attention.gated_delta_rule_in_chunks; from a state, and with the last state.
+
+    All float32. One token is a chunk of one, which is the recurrence.
+    """
+    batch, length = key_BTMH.shape[:2]
+    chunk = min(chunk, length)
+
+    def in_chunks(x: jax.Array) -> jax.Array:
+        """[B, T, M, ...] -> [chunks, B, M, ..., T of a chunk], behind the last token such as change no state."""
+        x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), (1, 2), (0, x.ndim))
+
+    query_BMTH, key_BMTH, value_BMGTZ = (in_chunks(x).swapaxes(-1, -2) for x in (query_BTMH, key_BTMH, value_BTMGZ))
+    beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG), in_chunks(log_decay_BTMG)
+    position_T = jnp.arange(chunk)
+    before_TS = position_T[:, None] > position_T[None, :]
+    # Trap: a difference of two sums from the chunk's start would lose the digits of a small sum behind large ones.
+    between_BMGTS = jnp.cumsum(jnp.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
+    decay_BMGTS = jnp.where(before_TS.T, 0.0, jnp.exp(between_BMGTS))
+    decay_BMGT1 = jnp.exp(jnp.cumsum(log_decay_BMGT, axis=-1))[..., None]
+    overlap_BMTS = jnp.einsum("...MTH,...MSH->...MTS", key_BMTH, key_BMTH)
+    score_BMTS = jnp.einsum("...MTH,...MSH->...MTS", query_BMTH, key_BMTH)
+    lower_BMGTS = jnp.where(before_TS, beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[..., None, :, :], 0.0)
+    inverse_BMGTS = _inverse_of_one_plus(lower_BMGTS)
+    score_BMGTS = decay_BMGTS * score_BMTS[..., None, :, :]
+
+    def of_one(state_BMGHZ: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS = parts
+        known_BMGTZ = decay_BMGT1 * jnp.einsum("BMTH,BMGHZ->BMGTZ", key_BMTH, state_BMGHZ)
+        wanted_BMGTZ = beta_BMGT[..., None] * (value_BMGTZ - known_BMGTZ)
+        change_BMGTZ = jnp.einsum("BMGTS,BMGSZ->BMGTZ", inverse_BMGTS, wanted_BMGTZ)
+        read_BMGTZ = decay_BMGT1 * jnp.einsum("BMTH,BMGHZ->BMGTZ", query_BMTH, state_BMGHZ)
+        read_BMGTZ = read_BMGTZ + jnp.einsum("BMGTS,BMGSZ->BMGTZ", score_BMGTS, change_BMGTZ)
+        left_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
+        state_BMGHZ = decay_BMGT1[..., -1:, :] * state_BMGHZ
+        state_BMGHZ = state_BMGHZ + jnp.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, left_BMGTZ)
+        return state_BMGHZ, read_BMGTZ
+
+    parts = (query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS)
+    state_BMGHZ, read = lax.scan(of_one, state_BMGHZ, parts)
+    read = jnp.moveaxis(read, (0, -2), (1, 2))
+    return read.reshape(batch, -1, *value_BTMGZ.shape[2:])[:, :length], state_BMGHZ
+
+
+def short_convolution(x: jax.Array, weight: jax.Array, before: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.delta_attention.short_convolution; after W - 1 earlier inputs, and in float32."""
+    length = x.shape[1]
+    padded = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
+    return jax.nn.silu(sum(padded[:, place : place + length] * row for place, row in enumerate(weight)))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.delta_attention.unit."""
+    return x * lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+@jax.custom_vjp
+def _inverse_of_one_plus(lower: jax.Array) -> jax.Array:
+    """`(1 + lower)^-1` of strictly lower triangular matrices [..., T, T], by blocks: exact, and products alone.
+
+    Blocks on the diagonal whose inverses A' and B' are known join, two and two: [[A, 0], [C, B]] has the inverse
+    [[A', 0], [-B' C A', B']]. Blocks of one are their own inverse.
+    """
+    position_T = jnp.arange(lower.shape[-1])
+
+    def joining(size: int) -> jax.Array:
+        block_T = position_T // size
+        joins_TS = (block_T[:, None] > block_T[None, :]) & (block_T[:, None] // 2 == block_T[None, :] // 2)
+        return jnp.where(joins_TS, lower, 0.0)
+
+    inverse, size = jnp.eye(lower.shape[-1]) - joining(1), 2
+    while size < lower.shape[-1]:
+        inverse = inverse - inverse @ joining(size) @ inverse
+        size *= 2
+    return inverse
+
+
+def _inverse_and_itself(lower: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse = _inverse_of_one_plus(lower)
+    return inverse, inverse
+
+
+def _gradient_of_inverse(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    """Two products, in place of a gradient of each step."""
+    transposed = inverse.swapaxes(-1, -2)
+    return (-(transposed @ cotangent @ transposed),)
+
+
+_inverse_of_one_plus.defvjp(_inverse_and_itself, _gradient_of_inverse)

@@ -1,0 +1,169 @@
+"""Linear attention with a recurrent state. Spec: moezoo.core.reference.delta_attention."""
+
+import math
+
+import mlx.core as mx
+from mlx import nn
+
+from moezoo.core.spec import GatedDeltaAttentionSpec
+from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
+from moezoo.mlx_backend.normalization import norm
+
+CHUNK = 32
+"""Tokens at a time: for half as many the products become small, for twice as many the triangular systems large."""
+
+
+class GatedDeltaAttention(nn.Module):
+    """Spec: moezoo.core.reference.delta_attention.gated_delta_attention; with a cache, for tokens behind it."""
+
+    def __init__(self, spec: GatedDeltaAttentionSpec, weights: Weights, layer: int):
+        super().__init__()
+        del layer  # the same in every layer
+        self.spec = spec
+        self.w_query = weights.parameter("w_query")
+        self.conv_query = weights.parameter("conv_query")
+        self.w_key = weights.parameter("w_key")
+        self.conv_key = weights.parameter("conv_key")
+        self.w_value = weights.parameter("w_value")
+        self.conv_value = weights.parameter("conv_value")
+        self.w_gate = weights.parameter("w_gate")
+        self.w_beta = weights.parameter("w_beta")
+        self.w_decay = weights.parameter("w_decay")
+        self.decay_bias = weights.parameter("decay_bias")
+        self.log_decay_rate = weights.parameter("log_decay_rate")
+        self.output_norm = norm(spec.norm, weights.inside("output_norm"))
+        self.w_output = weights.parameter("w_output")
+
+    def __call__(
+        self,
+        x_BTD: mx.array,
+        cache: DeltaCache | None = None,
+        *,
+        first_value_BTMH: mx.array | None = None,
+        count: int | None = None,
+    ) -> Attended:
+        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        del first_value_BTMH  # for attention over tokens
+        spec, dtype = self.spec, x_BTD.dtype
+        query = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_query.astype(dtype))
+        key = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
+        value = mx.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_value.astype(dtype))
+        gate = mx.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate.astype(dtype)).astype(mx.float32)
+        beta = mx.sigmoid(mx.einsum("BTD,DN->BTN", x_BTD, self.w_beta.astype(dtype)).astype(mx.float32))
+        step = mx.einsum("BTD,DN->BTN", x_BTD, self.w_decay.astype(dtype)).astype(mx.float32)
+        log_decay = -mx.exp(self.log_decay_rate) * nn.softplus(step + self.decay_bias)
+        batch, length = x_BTD.shape[:2]
+        if count is not None:
+            kept_T1 = mx.arange(length)[:, None] < count
+            beta, log_decay = mx.where(kept_T1, beta, 0.0), mx.where(kept_T1, log_decay, 0.0)
+        past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
+        grouped = (batch, length, spec.num_key_heads, -1)
+        attended, state_BMGHZ = gated_delta_rule(
+            unit(short_convolution(query, self.conv_query, past.query_BSMH)) / math.sqrt(spec.key_head_dim),
+            unit(short_convolution(key, self.conv_key, past.key_BSMH)),
+            short_convolution(value, self.conv_value, past.value_BSNZ).reshape(*grouped, spec.value_head_dim),
+            beta.reshape(grouped),
+            log_decay.reshape(grouped),
+            past.state_BMGHZ,
+        )
+        if cache is not None:
+            cache = cache.extended(state_BMGHZ, query, key, value, count)
+        normed = (self.output_norm(attended.reshape(value.shape)) * nn.silu(gate)).astype(dtype)
+        return Attended(mx.einsum("BTNZ,NZD->BTD", normed, self.w_output.astype(dtype)), cache, None, None)
+
+
+def gated_delta_rule(
+    query_BTMH: mx.array,
+    key_BTMH: mx.array,
+    value_BTMGZ: mx.array,
+    beta_BTMG: mx.array,
+    log_decay_BTMG: mx.array,
+    state_BMGHZ: mx.array,
+    chunk: int = CHUNK,
+) -> tuple[mx.array, mx.array]:
+    """Spec: moezoo.core.reference.delta_attention.gated_delta_rule_in_chunks; from a state, and with the last state.
+
+    All float32. One token is a chunk of one, which is the recurrence.
+    """
+    batch, length = key_BTMH.shape[:2]
+    chunk = min(chunk, length)
+
+    def in_chunks(x: mx.array) -> mx.array:
+        """[B, T, M, ...] -> [chunks, B, M, ..., T of a chunk], behind the last token such as change no state."""
+        x = mx.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1).moveaxis(2, -1)
+
+    query_BMTH, key_BMTH, value_BMGTZ = (in_chunks(x).swapaxes(-1, -2) for x in (query_BTMH, key_BTMH, value_BTMGZ))
+    beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG), in_chunks(log_decay_BTMG)
+    position_T = mx.arange(chunk)
+    before_TS = position_T[:, None] > position_T[None, :]
+    # Trap: a difference of two sums from the chunk's start would lose the digits of a small sum behind large ones.
+    between_BMGTS = mx.cumsum(mx.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
+    decay_BMGTS = mx.where(mx.swapaxes(before_TS, 0, 1), 0.0, mx.exp(between_BMGTS))
+    decay_BMGT1 = mx.exp(mx.cumsum(log_decay_BMGT, axis=-1))[..., None]
+    overlap_BMTS = mx.einsum("...MTH,...MSH->...MTS", key_BMTH, key_BMTH)
+    score_BMTS = mx.einsum("...MTH,...MSH->...MTS", query_BMTH, key_BMTH)
+    lower_BMGTS = mx.where(before_TS, beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[..., None, :, :], 0.0)
+    inverse_BMGTS = _inverse_of_one_plus(lower_BMGTS)
+    score_BMGTS = decay_BMGTS * score_BMTS[..., None, :, :]
+
+    def of_one(state_BMGHZ: mx.array, parts: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
+        query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS = parts
+        known_BMGTZ = decay_BMGT1 * mx.einsum("BMTH,BMGHZ->BMGTZ", key_BMTH, state_BMGHZ)
+        wanted_BMGTZ = beta_BMGT[..., None] * (value_BMGTZ - known_BMGTZ)
+        change_BMGTZ = mx.einsum("BMGTS,BMGSZ->BMGTZ", inverse_BMGTS, wanted_BMGTZ)
+        read_BMGTZ = decay_BMGT1 * mx.einsum("BMTH,BMGHZ->BMGTZ", query_BMTH, state_BMGHZ)
+        read_BMGTZ = read_BMGTZ + mx.einsum("BMGTS,BMGSZ->BMGTZ", score_BMGTS, change_BMGTZ)
+        left_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
+        state_BMGHZ = decay_BMGT1[..., -1:, :] * state_BMGHZ
+        state_BMGHZ = state_BMGHZ + mx.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, left_BMGTZ)
+        return state_BMGHZ, read_BMGTZ
+
+    parts = (query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS)
+    reads = []
+    for index in range(len(key_BMTH)):
+        state_BMGHZ, read_BMGTZ = of_one(state_BMGHZ, tuple(part[index] for part in parts))
+        reads.append(read_BMGTZ.moveaxis(-2, 1))
+    return mx.concatenate(reads, axis=1)[:, :length], state_BMGHZ
+
+
+def short_convolution(x: mx.array, weight: mx.array, before: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.delta_attention.short_convolution; after W - 1 earlier inputs, and in float32."""
+    length = x.shape[1]
+    padded = mx.concatenate([before, x], axis=1).astype(mx.float32)
+    return nn.silu(sum(padded[:, place : place + length] * row for place, row in enumerate(weight)))
+
+
+def unit(x: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.delta_attention.unit."""
+    return x * mx.rsqrt(mx.sum(mx.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+@mx.custom_function
+def _inverse_of_one_plus(lower: mx.array) -> mx.array:
+    """`(1 + lower)^-1` of strictly lower triangular matrices [..., T, T], by blocks: exact, and products alone.
+
+    Blocks on the diagonal whose inverses A' and B' are known join, two and two: [[A, 0], [C, B]] has the inverse
+    [[A', 0], [-B' C A', B']]. Blocks of one are their own inverse.
+    """
+    position_T = mx.arange(lower.shape[-1])
+
+    def joining(size: int) -> mx.array:
+        block_T = position_T // size
+        joins_TS = (block_T[:, None] > block_T[None, :]) & (block_T[:, None] // 2 == block_T[None, :] // 2)
+        return mx.where(joins_TS, lower, 0.0)
+
+    inverse, size = mx.eye(lower.shape[-1]) - joining(1), 2
+    while size < lower.shape[-1]:
+        inverse = inverse - inverse @ joining(size) @ inverse
+        size *= 2
+    return inverse
+
+
+@_inverse_of_one_plus.vjp
+def _gradient_of_inverse(lower: mx.array, cotangent: mx.array, inverse: mx.array) -> mx.array:
+    """Two products, in place of a gradient of each step."""
+    del lower
+    transposed = inverse.swapaxes(-1, -2)
+    return -(transposed @ cotangent @ transposed)

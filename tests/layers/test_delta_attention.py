@@ -1,0 +1,282 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moezoo.core.config import validate
+from moezoo.core.errors import SpecError
+from moezoo.core.initialize import initial_weights
+from moezoo.core.reference.delta_attention import (
+    gated_delta_attention,
+    gated_delta_rule,
+    gated_delta_rule_in_chunks,
+    short_convolution,
+    unit,
+)
+from moezoo.core.reference.transformer import forward
+from moezoo.core.spec import (
+    GatedDeltaAttentionSpec,
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    RMSNormSpec,
+)
+from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.twins import B, D, F, G, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+
+Z, WIDTH = 10, 4
+# A head that reads next to nothing has a gradient of any size behind the norm; hence the larger epsilon.
+SPEC = GatedDeltaAttentionSpec(
+    num_key_heads=M,
+    num_value_heads=N,
+    key_head_dim=H,
+    value_head_dim=Z,
+    conv_width=WIDTH,
+    norm=RMSNormSpec(epsilon=1e-2),
+)
+VALUES = {
+    "w_query": 0.3 * normal(1, D, M, H),
+    "conv_query": normal(2, WIDTH, M, H),
+    "w_key": 0.3 * normal(3, D, M, H),
+    "conv_key": normal(4, WIDTH, M, H),
+    "w_value": 0.3 * normal(5, D, N, Z),
+    "conv_value": normal(6, WIDTH, N, Z),
+    "w_gate": 0.3 * normal(7, D, N, Z),
+    "w_beta": 0.3 * normal(8, D, N),
+    "w_decay": 0.3 * normal(9, D, N),
+    "decay_bias": normal(10, N),
+    "log_decay_rate": normal(11, N) - 2,
+    "output_norm.scale": normal(12, Z),
+    "w_output": 0.3 * normal(13, N, Z, D),
+}
+X_BTD = normal(0, B, T, D)
+SEVERAL_CHUNKS = 70  # 32 are one
+ORACLE = Path(__file__).parents[1] / "data" / "gated_delta_oracle.npz"
+
+
+def layer_of(twin: Twin, spec: GatedDeltaAttentionSpec = SPEC, values=VALUES):
+    return twin.module("delta_attention").GatedDeltaAttention(spec, twin.weights(values), 0)
+
+
+def reference(values, x_BTD):
+    return gated_delta_attention(SPEC, values, x_BTD).out_BTD
+
+
+def rule(twin: Twin, query, key, value, beta, log_decay) -> np.ndarray:
+    state_BMGHZ = np.zeros((len(key), M, G, H, value.shape[-1]))
+    arrays = [twin.array(array) for array in (query, key, value, beta, log_decay, state_BMGHZ)]
+    return twin.numpy(twin.module("delta_attention").gated_delta_rule(*arrays)[0])
+
+
+def rule_inputs(length: int) -> list[np.ndarray]:
+    """Queries and keys of length one, values, shares to write, logarithms of decays from 0.999 to 1e-20 or so."""
+    query, key = unit(normal(1, B, length, M, H)), unit(normal(2, B, length, M, H))
+    value, beta = normal(3, B, length, M, G, Z), 1 / (1 + np.exp(-normal(4, B, length, M, G)))
+    return [query, key, value, beta, -np.exp(2 * normal(5, B, length, M, G) - 2)]
+
+
+def caches(twin: Twin, batch: int):
+    return twin.module("kv_cache").empty_delta_cache(SPEC, batch, twin.array(np.zeros(1)).dtype)
+
+
+def test_value_and_gradients_match_the_reference(twin):
+    assert_layer_matches(twin, layer_of(twin), lambda layer, x: layer(x).out_BTD, reference, VALUES, X_BTD)
+
+
+def test_sequences_of_several_chunks_match_the_reference(twin):
+    x_BTD = normal(0, 2, SEVERAL_CHUNKS, D)
+    assert_layer_matches(twin, layer_of(twin), lambda layer, x: layer(x).out_BTD, reference, VALUES, x_BTD)
+
+
+def test_bfloat16_is_near_float32(twin):
+    assert_layer_matches(
+        twin,
+        layer_of(twin),
+        lambda layer, x: layer(x).out_BTD,
+        reference,
+        VALUES,
+        X_BTD,
+        dtype="bfloat16",
+        tolerance=BFLOAT16,
+        gradient_tolerance=BFLOAT16_GRADIENT,
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+def test_chunks_and_recurrence_are_the_same_function(chunk):
+    arrays = rule_inputs(11)
+    assert_close(gated_delta_rule_in_chunks(*arrays, chunk), gated_delta_rule(*arrays), FLOAT64)
+
+
+def test_keys_that_repeat_and_are_written_whole_keep_their_digits(twin):
+    """The triangular system at its worst: each of 70 tokens replaces what the one before it wrote."""
+    query, key, value, _, _ = rule_inputs(SEVERAL_CHUNKS)
+    key[:] = key[:, :1]
+    ones, zeros = np.ones(value.shape[:-1]), np.zeros(value.shape[:-1])
+    expected = gated_delta_rule(query, key, value, ones, zeros)
+    assert_close(rule(twin, query, key, value, ones, zeros), expected, FLOAT32)
+
+
+def test_a_slow_decay_behind_a_reset_keeps_its_digits(twin):
+    """Differences of sums from a chunk's start would lose four of seven digits behind the -1000."""
+    query, key, value, beta, log_decay = rule_inputs(SEVERAL_CHUNKS)
+    log_decay = np.where(np.arange(SEVERAL_CHUNKS)[:, None, None] % 16 == 3, -1000.0, -0.01 * beta)
+    expected = gated_delta_rule(query, key, value, beta, log_decay)
+    assert_close(rule(twin, query, key, value, beta, log_decay), expected, FLOAT32)
+
+
+def test_a_key_written_again_gives_its_new_value_back(twin):
+    """And other keys, at right angles, give what they gave."""
+    key = np.broadcast_to(np.eye(H)[[0, 1, 0, 2, 3]][None, :, None], (B, T, M, H))
+    query = np.broadcast_to(np.eye(H)[[0, 0, 0, 1, 5]][None, :, None], (B, T, M, H))
+    value = normal(3, B, T, M, G, Z)
+    ones, zeros = np.ones((B, T, M, G)), np.zeros((B, T, M, G))
+    read = rule(twin, query, key, value, ones, zeros)
+    assert_close(read[:, :4], value[:, [0, 0, 2, 1]], FLOAT32)
+    assert_close(read[:, 4], np.zeros((B, M, G, Z)), FLOAT32)
+
+
+def test_later_tokens_are_invisible_to_earlier_ones(twin):
+    layer = layer_of(twin)
+    changed = X_BTD.copy()
+    changed[:, 3:] = normal(21, B, T - 3, D)
+    before, after = (twin.numpy(layer(twin.array(x)).out_BTD) for x in (X_BTD, changed))
+    assert_close(after[:, :3], before[:, :3], FLOAT32)
+    assert np.max(np.abs(after[:, 3:] - before[:, 3:])) > 1e-2
+
+
+def test_cached_parts_equal_the_uncached_pass(twin):
+    """A part shorter than the convolution, tokens one at a time, several chunks that follow a state."""
+    parts = (2, 1, 1, 1, 40)
+    x_BTD = normal(0, B, sum(parts), D)
+    layer, cache, out = layer_of(twin), caches(twin, B), []
+    for start, part in zip(np.cumsum((0, *parts)), parts, strict=False):
+        attended = layer(twin.array(x_BTD[:, start : start + part]), cache)
+        cache = attended.cache
+        out.append(twin.numpy(attended.out_BTD))
+    assert int(cache.length) == sum(parts)
+    assert_close(np.concatenate(out, axis=1), reference(VALUES, x_BTD), FLOAT32)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_padding_touches_neither_state_nor_memory(twin, count):
+    layer, x_BTD = layer_of(twin), normal(0, B, 3 + count, D)
+    cache = layer(twin.array(x_BTD[:, :3]), caches(twin, B)).cache
+    padding = np.full((B, 5 - count, D), 1e3)
+    attended = layer(twin.array(np.concatenate([x_BTD[:, 3:], padding], axis=1)), cache, count=count)
+    expected = layer(twin.array(x_BTD), caches(twin, B))
+    assert int(attended.cache.length) == 3 + count
+    for name in ("state_BMGHZ", "query_BSMH", "key_BSMH", "value_BSNZ"):
+        actual, plain = (twin.numpy(getattr(each.cache, name)) for each in (attended, expected))
+        assert_close(actual, plain, FLOAT32, name)
+    assert_close(twin.numpy(attended.out_BTD)[:, :count], twin.numpy(expected.out_BTD)[:, 3:], FLOAT32)
+
+
+def test_a_model_generates_as_it_reads(twin):
+    """JAX pads the prompt of five to sixteen; full attention stands behind the linear one."""
+    full = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
+    layers = tuple(LayerSpec(attention=each, feed_forward=GatedFeedForwardSpec(hidden_dim=F)) for each in (SPEC, full))
+    spec = ModelSpec(vocab_size=V, embed_dim=D, layers=layers)
+    weights = {name: value if "decay" in name else 5 * value for name, value in initial_weights(spec, seed=0).items()}
+    tokens = np.random.default_rng(0).integers(0, V, (B, 8)).astype(np.int32)
+    expected = forward(spec, {name: value.astype(np.float64) for name, value in weights.items()}, tokens).logits_BTV
+    model = twin.backend().build(spec, weights)
+    logits, cache = model.prefill(tokens[:, :5], 8)
+    assert_close(logits, expected[:, 4], FLOAT32)
+    for t in range(5, 8):
+        logits, cache = model.decode(tokens[:, t], cache)
+        assert_close(logits, expected[:, t], FLOAT32, f"after {t + 1} tokens")
+
+
+def test_decays_start_as_in_the_authors_code():
+    """Steps of 0.001 to 0.1 times rates of 1 to 16: a state lives for one to a thousand tokens."""
+    attention = GatedDeltaAttentionSpec(num_key_heads=1, num_value_heads=500, key_head_dim=1, value_head_dim=1)
+    layer = LayerSpec(attention=attention, feed_forward=GatedFeedForwardSpec(hidden_dim=1))
+    weights = initial_weights(ModelSpec(vocab_size=V, embed_dim=1, layers=(layer,)), seed=0)
+    step = np.log1p(np.exp(weights["layers.0.attention.decay_bias"]))
+    rate = np.exp(weights["layers.0.attention.log_decay_rate"])
+    filters = weights["layers.0.attention.conv_value"]
+    for value, least, mean, most in (
+        (np.log10(step), -3.0, -2.0, -1.0),
+        (rate, 1.0, 8.5, 16.0),
+        (filters, -0.5, 0.0, 0.5),
+    ):
+        span = most - least
+        assert least - 1e-5 <= np.min(value) <= least + 0.02 * span
+        assert most - 0.02 * span <= np.max(value) <= most + 1e-5
+        assert abs(np.mean(value) - mean) < 0.05 * span
+
+
+def test_state_of_a_bfloat16_layer_is_float32(twin):
+    x_BTD = twin.array(X_BTD, "bfloat16")
+    cache = layer_of(twin)(x_BTD, twin.module("kv_cache").empty_delta_cache(SPEC, B, x_BTD.dtype)).cache
+    assert "float32" in str(cache.state_BMGHZ.dtype)
+    assert all("bfloat16" in str(array.dtype) for array in (cache.query_BSMH, cache.key_BSMH, cache.value_BSNZ))
+
+
+def test_matches_a_published_implementation(twin):
+    """Layer 0 of a tiny random Qwen3-Next, as transformers 5.23 computes it in float32 (48 tokens).
+
+    The file holds the layer's tensors by their released names, its normed input `x`, and its output `out`.
+    """
+    oracle = np.load(ORACLE)
+    key_heads, value_heads, head_dim, value_dim = 2, 4, 16, 12
+    spec = GatedDeltaAttentionSpec(
+        num_key_heads=key_heads, num_value_heads=value_heads, key_head_dim=head_dim, value_head_dim=value_dim
+    )
+    values = from_released(spec, oracle)
+    expected = oracle["out"][None]
+    assert_close(gated_delta_attention(spec, values, oracle["x"][None].astype(np.float64)).out_BTD, expected, FLOAT32)
+    assert_close(twin.numpy(layer_of(twin, spec, values)(twin.array(oracle["x"][None])).out_BTD), expected, FLOAT32)
+
+
+def from_released(spec: GatedDeltaAttentionSpec, released) -> dict[str, np.ndarray]:
+    """Our parameters from Qwen3-Next's: its projections' rows are grouped by key head, each with G value heads."""
+    m, h, z = spec.num_key_heads, spec.key_head_dim, spec.value_head_dim
+    group = spec.num_value_heads // m
+    embed_dim = released["out_proj.weight"].shape[0]
+    mixed_DMX = released["in_proj_qkvz.weight"].T.reshape(embed_dim, m, -1)
+    query, key, value, gate = np.split(mixed_DMX, np.cumsum([h, h, group * z]), axis=-1)
+    beta, decay = np.split(released["in_proj_ba.weight"].T.reshape(embed_dim, m, -1), 2, axis=-1)
+    filters = np.split(released["conv1d.weight"][:, 0].T, np.cumsum([m * h, m * h]), axis=1)
+    values = {
+        "w_query": query,
+        "conv_query": filters[0].reshape(-1, m, h),
+        "w_key": key,
+        "conv_key": filters[1].reshape(-1, m, h),
+        "w_value": value.reshape(embed_dim, -1, z),
+        "conv_value": filters[2].reshape(-1, m * group, z),
+        "w_gate": gate.reshape(embed_dim, -1, z),
+        "w_beta": beta.reshape(embed_dim, -1),
+        "w_decay": decay.reshape(embed_dim, -1),
+        "decay_bias": released["dt_bias"],
+        "log_decay_rate": released["A_log"],
+        "output_norm.scale": released["norm.weight"],
+        "w_output": released["out_proj.weight"].T.reshape(-1, z, embed_dim),
+    }
+    return {name: value.astype(np.float64) for name, value in values.items()}
+
+
+def test_reference_gradient_agrees_with_finite_differences():
+    names = ("conv_key", "decay_bias", "log_decay_rate", "w_beta")
+    assert_reference_gradient(
+        lambda x, *some: reference(VALUES | dict(zip(names, some, strict=True)), x),
+        X_BTD[:1, :4],
+        *(VALUES[name] for name in names),
+    )
+
+
+def test_the_last_row_of_a_filter_multiplies_the_token_itself():
+    x = normal(0, B, T, M, H)
+    weight = np.zeros((WIDTH, M, H))
+    weight[-1], weight[0] = 1.0, 2.0
+    expected = x.copy()
+    expected[:, WIDTH - 1 :] += 2 * x[:, : 1 - WIDTH]
+    assert_close(short_convolution(x, weight), expected / (1 + np.exp(-expected)), FLOAT64)
+
+
+def test_value_heads_that_key_heads_do_not_divide_are_refused():
+    sizes = {"num_key_heads": 3, "num_value_heads": 8, "key_head_dim": 6, "value_head_dim": 6}
+    with pytest.raises(SpecError, match=r"num_value_heads is 8, which num_key_heads = 3 does not divide.*Use a mult"):
+        validate(GatedDeltaAttentionSpec, sizes, "config")
