@@ -16,7 +16,8 @@ With `precision.compute: bfloat16` (parameters stay float32, and so do their gra
 | inputs of those convolutions in the cache | compute |
 | router: normalized input, jitter, noise, residual, scores, weights | float32 |
 | router: product, and the input as it enters it (`router.dtype`) | float32 or compute |
-| weighted sum over the K chosen experts, cast back | float32 |
+| weighted sum over the K chosen experts, or product of weight and input (`apply_to: input`), cast back | float32 |
+| experts without computation: mix and weighted sum; gate of shared experts: sigmoid and product; cast back | float32 |
 | logits as returned, cross-entropy, auxiliary losses | float32 |
 """
 

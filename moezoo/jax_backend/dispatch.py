@@ -69,6 +69,11 @@ def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dis
     return Dispatch(order_R // num_slots, expert_R, weight_R, size_E, kept_PK)
 
 
+def used_rows(dispatched: Dispatch) -> jax.Array:
+    """Spec: moezoo.core.reference.dispatch.used_rows; float32."""
+    return (jnp.arange(dispatched.token_R.size) < jnp.sum(dispatched.size_E)).astype(jnp.float32)
+
+
 def combine(dispatched: Dispatch, y_RD: jax.Array, num_tokens: int) -> jax.Array:
     """Spec: moezoo.core.reference.dispatch.combine; in the dtype of y_RD."""
     weighted_RD = dispatched.weight_R[:, None] * y_RD.astype(jnp.float32)

@@ -1,13 +1,17 @@
 """The mixture of experts. Spec: moezoo.core.reference.moe."""
 
+from typing import assert_never
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from moezoo.core.spec import MoESpec
+from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch
+from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch, used_rows
 from moezoo.jax_backend.experts import Experts
 from moezoo.jax_backend.feed_forward import FeedForward
+from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.routing import Router, Routing
 
 
@@ -18,8 +22,24 @@ class MoE(nnx.Module):
         self.spec = spec
         self.router = Router(spec.router, weights.inside("router"))
         self.experts = Experts(spec.experts, weights.inside("experts"))
+        if spec.latent_dim is not None:
+            self.w_latent = weights.parameter("w_latent")
+            self.w_output = weights.parameter("w_output")
+        if spec.zero_computation is not None:
+            self.constant_experts = ConstantExperts(spec.zero_computation, weights.inside("constant_experts"))
         if spec.shared is not None:
             self.shared = FeedForward(spec.shared_feed_forward, weights.inside("shared"))
+        match spec.shared:
+            case SharedExpertsSpec(kind="sigmoid_gated"):
+                self.w_shared_gate = weights.parameter("w_shared_gate")
+            case ParallelFeedForwardSpec():
+                self.shared_output_norm = norm(spec.shared.norm, weights.inside("shared_output_norm"))
+                self.routed_input_norm = norm(spec.shared.norm, weights.inside("routed_input_norm"))
+                self.routed_output_norm = norm(spec.shared.norm, weights.inside("routed_output_norm"))
+            case SharedExpertsSpec() | None:
+                pass
+            case _:
+                assert_never(spec.shared)
 
     def __call__(
         self,
@@ -34,10 +54,13 @@ class MoE(nnx.Module):
         record: dict[str, jax.Array] | None = None,
         name: str = "moe",
     ) -> tuple[jax.Array, Routing, Dispatch]:
-        """`inference`: route as generation does: no noise, and every token served whatever the spec's capacity."""
         x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        raw_PD, routed_PD = x_PD, x_PD
+        if isinstance(self.spec.shared, ParallelFeedForwardSpec):
+            raw_PD = x_PD if raw_BTD is None else raw_BTD.reshape(x_PD.shape)
+            routed_PD = self.routed_input_norm(raw_PD)
         routing = self.router(
-            x_PD,
+            raw_PD,
             token_P=None if token_BT is None else token_BT.reshape(-1),
             previous_PE=previous_PE,
             forced_PK=forced_PK,
@@ -45,12 +68,78 @@ class MoE(nnx.Module):
             inference=inference,
         )
         dispatched = dispatch(self.spec, routing, inference=inference)
-        y_RD = self.experts(x_PD[dispatched.token_R], dispatched.size_E)
-        out_PD = combine(dispatched, y_RD, x_PD.shape[0])
+        out_PD = self._routed(routed_PD, dispatched)
+        if self.spec.zero_computation is not None:
+            weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)
+            out_PD = out_PD + self.constant_experts(routed_PD, weight_PE)
+        if isinstance(self.spec.shared, ParallelFeedForwardSpec):
+            out_PD = self.routed_output_norm(out_PD)
         if record is not None:
             record[f"{name}.router.logits"] = routing.logits_PE
             record[f"{name}.router.weight"] = routing.weight_PK
             record[f"{name}.routed"] = out_PD
         if self.spec.shared is not None:
-            out_PD = out_PD + self.shared(x_PD)
+            out_PD = self._with_shared(x_PD, out_PD)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
+
+    def _routed(self, x_PD: jax.Array, dispatched: Dispatch) -> jax.Array:
+        """The part of the experts that compute."""
+        spec, dtype = self.spec, x_PD.dtype
+        input_P = x_PD if spec.latent_dim is None else jnp.einsum("PD,DZ->PZ", x_PD, self.w_latent[...].astype(dtype))
+        x_RD = input_P[dispatched.token_R]
+        match spec.router.apply_to:
+            case "output":
+                summed = dispatched
+            case "input":
+                x_RD = (x_RD.astype(jnp.float32) * dispatched.weight_R[:, None]).astype(dtype)
+                summed = dispatched._replace(weight_R=used_rows(dispatched))
+            case _:
+                assert_never(spec.router.apply_to)
+        out_P = combine(summed, self.experts(x_RD, dispatched.size_E), x_PD.shape[0])
+        return out_P if spec.latent_dim is None else jnp.einsum("PZ,ZD->PD", out_P, self.w_output[...].astype(dtype))
+
+    def _with_shared(self, x_PD: jax.Array, routed_PD: jax.Array) -> jax.Array:
+        """Spec: moezoo.core.reference.moe.with_shared."""
+        shared_PD = self.shared(x_PD)
+        match self.spec.shared:
+            case SharedExpertsSpec(kind="sum"):
+                return routed_PD + shared_PD
+            case SharedExpertsSpec(kind="sigmoid_gated"):
+                logit_P = jnp.einsum("PD,D->P", x_PD, self.w_shared_gate[...][:, 0].astype(x_PD.dtype))
+                gate_P = jax.nn.sigmoid(logit_P.astype(jnp.float32))
+                return routed_PD + (gate_P[:, None] * shared_PD).astype(x_PD.dtype)
+            case SharedExpertsSpec():
+                return (routed_PD + shared_PD) / 2
+            case ParallelFeedForwardSpec():
+                return routed_PD + self.shared_output_norm(shared_PD)
+            case _:
+                raise ValueError("there are no shared experts")
+
+
+class ConstantExperts(nnx.Module):
+    """Spec: moezoo.core.reference.moe.without_computation; back in the dtype of x_PD."""
+
+    def __init__(self, spec: ZeroComputationSpec, weights: Weights):
+        self.spec = spec
+        if spec.num_constant:
+            self.constant = weights.parameter("constant")
+            self.w_mix = weights.parameter("w_mix")
+
+    def __call__(self, x_PD: jax.Array, weight_PE: jax.Array) -> jax.Array:
+        spec, dtype, x_PD = self.spec, x_PD.dtype, x_PD.astype(jnp.float32)
+        copies = slice(spec.num_zero, spec.num_zero + spec.num_copy)
+        share_P = jnp.sum(weight_PE[:, copies], axis=-1)
+        if not spec.num_constant:
+            return (share_P[:, None] * x_PD).astype(dtype)
+        weight_PE = weight_PE[:, copies.stop :]
+        w_mix = self.w_mix[...]
+        mix_PE = jax.nn.sigmoid(jnp.einsum("PD,ED->PE", x_PD, w_mix[..., 0] - w_mix[..., 1]))
+        share_P = share_P + jnp.sum(weight_PE * mix_PE, axis=-1)
+        constant_PD = jnp.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), self.constant[...])
+        return (share_P[:, None] * x_PD + constant_PD).astype(dtype)
+
+
+def choice_weights(spec: MoESpec, routing: Routing, kept_PK: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.moe.choice_weights; float32."""
+    hot_PKE = routing.expert_PK[..., None] == jnp.arange(spec.num_experts, spec.num_choices)
+    return jnp.sum(routing.weight_PK[..., None] * (hot_PKE & kept_PK[..., None]), axis=1)

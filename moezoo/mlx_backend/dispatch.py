@@ -74,6 +74,11 @@ def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dis
     return Dispatch(order_R // num_slots, expert_R, weight_R, size_E, kept_PK)
 
 
+def used_rows(dispatched: Dispatch) -> mx.array:
+    """Spec: moezoo.core.reference.dispatch.used_rows; float32."""
+    return (mx.arange(dispatched.token_R.size) < mx.sum(dispatched.size_E)).astype(mx.float32)
+
+
 def combine(dispatched: Dispatch, y_RD: mx.array, num_tokens: int) -> mx.array:
     """Spec: moezoo.core.reference.dispatch.combine; in the dtype of y_RD."""
     weighted_RD = dispatched.weight_R[:, None] * y_RD.astype(mx.float32)

@@ -50,7 +50,8 @@ SPECS = {
     "qk_norm": grouped(qk_norm=RMSNormSpec(epsilon=1e-3)),
     "biases": grouped(qkv_bias=True, output_bias=True),
     "qk_norm of the projection": grouped(qk_norm=RMSNormSpec(epsilon=1e-3), qk_norm_over="projection"),
-    "weightless qk_norm after the rotation": grouped(qk_norm=RMSNormSpec(scale="none"), qk_norm_after_rotation=True),
+    "weightless qk_norm of the projection": grouped(qk_norm=RMSNormSpec(scale="none"), qk_norm_over="projection"),
+    "qk_norm after the rotation": grouped(qk_norm=RMSNormSpec(epsilon=1e-3), qk_norm_after_rotation=True),
     "window": grouped(window=3),
     "chunk and temperature": grouped(chunk=3, temperature_tuning=TemperatureTuningSpec(floor_length=2, scale=0.5)),
     "sinks": grouped(sinks=True, scale=0.7),
@@ -133,7 +134,8 @@ def test_sequences_of_several_chunks_match_the_reference(twin, limit):
     )
 
 
-CACHED = {**{kind: SPECS[kind] for kind in list(SPECS)[6:]}, "value residual": VALUE_RESIDUAL}
+PLAIN = {"grouped query", "multi-head", "multi-query"}  # test_kv_cache.py has whole models of these
+CACHED = {kind: spec for kind, spec in SPECS.items() if kind not in PLAIN} | {"value residual": VALUE_RESIDUAL}
 
 
 @pytest.mark.parametrize("kind", CACHED)
@@ -267,6 +269,14 @@ def test_limits_as_long_as_the_text_change_nothing(twin):
         assert_close(output(twin, spec, X_BTD), output(twin, SPECS["grouped query"], X_BTD), EXACT)
 
 
+def test_only_a_learned_scale_tells_a_norm_before_the_rotation_from_one_after_it(twin):
+    """A rotation keeps lengths."""
+    before, after = (grouped(qk_norm=RMSNormSpec(scale="none"), qk_norm_after_rotation=late) for late in (False, True))
+    assert_close(output(twin, after, X_BTD), output(twin, before, X_BTD), FLOAT32)
+    before, after = (grouped(qk_norm=RMSNormSpec(), qk_norm_after_rotation=late) for late in (False, True))
+    assert np.max(np.abs(output(twin, after, X_BTD) - output(twin, before, X_BTD))) > 1e-2
+
+
 def test_a_sink_takes_its_share_of_the_weight(twin):
     """Of one token alone, its weight is `exp(score) / (exp(sink) + exp(score))`; with no sink to speak of it is 1."""
     spec = grouped(sinks=True)
@@ -306,7 +316,7 @@ def test_weights_of_a_capped_score_differ_by_no_more_than_the_cap_allows(twin):
 @pytest.mark.parametrize(
     "kind",
     [
-        *("qk_norm", "biases", "qk_norm of the projection", "weightless qk_norm after the rotation", "sinks"),
+        *("qk_norm", "biases", "qk_norm of the projection", "qk_norm after the rotation", "sinks"),
         *("chunk and temperature", "softcap and sinks", "headwise gate", "elementwise gate"),
     ],
 )

@@ -16,12 +16,14 @@ from moezoo.core.spec import (
     PrecisionSpec,
     RMSNormSpec,
     RouterSpec,
+    TemperatureTuningSpec,
 )
 from tests.tolerances import BFLOAT16, FLOAT32, assert_close
 from tests.twins import B, D, E, F, H, K, M, N, V, normal
 
 
 def model_of(dispatch: DispatchSpec) -> ModelSpec:
+    """A layer that sees everything, and one that has most of what attention can have."""
     return ModelSpec(
         vocab_size=V,
         embed_dim=D,
@@ -31,7 +33,17 @@ def model_of(dispatch: DispatchSpec) -> ModelSpec:
                 feed_forward=GatedFeedForwardSpec(hidden_dim=F),
             ),
             LayerSpec(
-                attention=GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, position=NoPositionSpec()),
+                attention=GroupedQueryAttentionSpec(
+                    num_heads=N,
+                    num_kv_heads=M,
+                    head_dim=H,
+                    position=NoPositionSpec(),
+                    window=7,
+                    sinks=True,
+                    gate="headwise",
+                    temperature_tuning=TemperatureTuningSpec(floor_length=4),
+                    value_residual=True,
+                ),
                 moe=MoESpec(
                     num_experts=E,
                     router=RouterSpec(top_k=K),

@@ -3,43 +3,66 @@ import pytest
 
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
+from moezoo.core.parameters.moe import moe_rows
+from moezoo.core.parameters.row import Rows
+from moezoo.core.reference import inside
+from moezoo.core.reference.dispatch import dispatch
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.moe import moe
-from moezoo.core.spec import CapacitySpec, GatedFeedForwardSpec, MoESpec, RouterSpec, SharedExpertsSpec
+from moezoo.core.reference.normalization import normalize
+from moezoo.core.spec import (
+    CapacitySpec,
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    ParallelFeedForwardSpec,
+    PlainFeedForwardSpec,
+    RouterSpec,
+    SharedExpertsSpec,
+    ZeroComputationSpec,
+)
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_all_close, assert_close
-from tests.twins import B, D, E, F, K, P, T, Twin, assert_layer_matches, assert_reference_gradient, normal
+from tests.twins import B, D, E, F, K, P, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
-X_BTD = normal(0, B, T, D)
+X_BTD, RAW_BTD = normal(0, B, T, D), normal(20, B, T, D)
 EXPERTS = GatedFeedForwardSpec(hidden_dim=F)
+ZERO = ZeroComputationSpec(num_zero=1, num_copy=2, num_constant=3, ffn_share=0.75)
+ON_INPUT = RouterSpec(top_k=K, score="sigmoid", renormalize="none", apply_to="input")
+
+
+def moe_of(**options) -> MoESpec:
+    return MoESpec(**{"num_experts": E, "router": RouterSpec(top_k=K), "experts": EXPERTS} | options)
+
+
 SPECS = {
-    "top 2": MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=EXPERTS),
-    "unnormalized": MoESpec(num_experts=E, router=RouterSpec(top_k=K, renormalize="none"), experts=EXPERTS),
-    "top 1": MoESpec(num_experts=E, router=RouterSpec(top_k=1, renormalize="none"), experts=EXPERTS),
-    "capacity": MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=EXPERTS, dispatch=CapacitySpec(factor=0.6)),
-    "shared": MoESpec(
-        num_experts=E,
-        router=RouterSpec(top_k=K),
-        experts=EXPERTS,
-        shared=SharedExpertsSpec(num_experts=2, hidden_dim=9),
-    ),
+    "top 2": moe_of(),
+    "unnormalized": moe_of(router=RouterSpec(top_k=K, renormalize="none")),
+    "top 1": moe_of(router=RouterSpec(top_k=1, renormalize="none")),
+    "capacity": moe_of(dispatch=CapacitySpec(factor=0.6)),
+    "capacity by score": moe_of(dispatch=CapacitySpec(factor=0.6, priority="score")),
+    "shared": moe_of(shared=SharedExpertsSpec(num_experts=2, hidden_dim=9)),
+    "shared behind a gate": moe_of(shared=SharedExpertsSpec(kind="sigmoid_gated", num_experts=2, hidden_dim=9)),
+    "shared average": moe_of(shared=SharedExpertsSpec(kind="average", num_experts=2, hidden_dim=9)),
+    "parallel": moe_of(shared=ParallelFeedForwardSpec(feed_forward=PlainFeedForwardSpec(kind="relu", hidden_dim=9))),
+    "weight on input": moe_of(router=ON_INPUT, dispatch=CapacitySpec(factor=0.6)),
+    "latent": moe_of(latent_dim=11, shared=SharedExpertsSpec(hidden_dim=9)),
+    "latent, weight on input": moe_of(latent_dim=11, router=ON_INPUT),
+    "without computation": moe_of(zero_computation=ZERO),
+    "without computation, capacity": moe_of(zero_computation=ZERO, dispatch=CapacitySpec(factor=0.7), latent_dim=11),
+    "copies": moe_of(num_experts=2, zero_computation=ZeroComputationSpec(num_copy=3)),
 }
 
 
 def values_of(spec: MoESpec) -> dict[str, np.ndarray]:
-    values = {
-        "router.w_router": 0.5 * normal(1, D, E),
-        "experts.w_gate": 0.3 * normal(2, E, D, F),
-        "experts.w_up": 0.3 * normal(3, E, D, F),
-        "experts.w_down": 0.3 * normal(4, E, F, D),
+    """Every parameter that the table has for the mixture; scales of norms are near one."""
+    attention = GroupedQueryAttentionSpec(num_heads=1, num_kv_heads=1, head_dim=2)
+    rows = Rows(ModelSpec(vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=attention, moe=spec),)))
+    return {
+        row.name.removeprefix("moe."): (0.3 if len(row.shape) > 1 else 1.0 + 0.1) * normal(seed + 1, *row.shape)
+        for seed, row in enumerate(moe_rows(rows, "moe", spec, None))
     }
-    if spec.shared is not None:
-        hidden = spec.shared.num_experts * spec.shared.hidden_dim
-        values |= {
-            "shared.w_gate": 0.3 * normal(5, D, hidden),
-            "shared.w_up": 0.3 * normal(6, D, hidden),
-            "shared.w_down": 0.3 * normal(7, hidden, D),
-        }
-    return values
 
 
 def layer_of(twin: Twin, spec: MoESpec, values=None):
@@ -61,19 +84,21 @@ def all_to_expert(chosen: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", SPECS)
 def test_value_and_gradients_match_the_reference(twin, kind):
     spec = SPECS[kind]
+    inputs = {"x_BTD": X_BTD} | ({"raw_BTD": RAW_BTD} if kind == "parallel" else {})
     assert_layer_matches(
         twin,
         layer_of(twin, spec),
-        lambda layer, x: layer(x)[0],
-        lambda values, x: moe(spec, values, x)[0],
+        lambda layer, *arrays: layer(**dict(zip(inputs, arrays, strict=True)))[0],
+        lambda values, *arrays: moe(spec, values, **dict(zip(inputs, arrays, strict=True)))[0],
         values_of(spec),
-        X_BTD,
+        *inputs.values(),
     )
 
 
-def test_bfloat16_is_near_float32(twin):
+@pytest.mark.parametrize("kind", ["shared behind a gate", "parallel", "weight on input", "without computation"])
+def test_bfloat16_is_near_float32(twin, kind):
     """With forced experts: a rounding may not decide who computes."""
-    spec = SPECS["shared"]
+    spec = SPECS[kind]
     forced_PK = moe(spec, values_of(spec), X_BTD)[1].expert_PK
     on_device = twin.array(forced_PK)
     assert_layer_matches(
@@ -89,15 +114,35 @@ def test_bfloat16_is_near_float32(twin):
     )
 
 
-@pytest.mark.parametrize("kind", ["top 2", "unnormalized", "top 1"])
+def output_of(spec: MoESpec, values, choice: int, weight: float, x_D: np.ndarray) -> np.ndarray:
+    """What one chosen expert adds to one token, by the definition."""
+    if choice < E:
+        own = {name: value[choice] for name, value in inside(values, "experts").items()}
+        before, behind = (1.0, weight) if spec.router.apply_to == "output" else (weight, 1.0)
+        if spec.latent_dim is None:
+            return behind * feed_forward(spec.experts, own, before * x_D)
+        return behind * feed_forward(spec.experts, own, before * x_D @ values["w_latent"]) @ values["w_output"]
+    if choice < E + ZERO.num_zero:
+        return np.zeros(D)
+    if choice < E + ZERO.num_zero + ZERO.num_copy:
+        return weight * x_D
+    constant = choice - E - ZERO.num_zero - ZERO.num_copy
+    shares = np.exp(x_D @ values["constant_experts.w_mix"][constant])
+    shares = shares / shares.sum()
+    return weight * (shares[0] * x_D + shares[1] * values["constant_experts.constant"][constant])
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind, spec in SPECS.items() if spec.shared is None and spec.num_experts == E]
+)
 def test_each_token_gets_the_weighted_sum_of_its_experts(twin, kind):
     spec, values = SPECS[kind], values_of(SPECS[kind])
     _, routing = moe(spec, values, X_BTD)
+    kept_PK = dispatch(spec, routing).kept_PK
+    assert kept_PK.all() == ("capacity" not in kind and kind != "weight on input")
     x_PD, expected = X_BTD.reshape(P, D), np.zeros((P, D))
-    for p in range(P):
-        for expert, weight in zip(routing.expert_PK[p], routing.weight_PK[p], strict=True):
-            own = {name: values[f"experts.{name}"][expert] for name in ("w_gate", "w_up", "w_down")}
-            expected[p] += weight * feed_forward(EXPERTS, own, x_PD[p])
+    for p, choice in np.argwhere(kept_PK):
+        expected[p] += output_of(spec, values, routing.expert_PK[p, choice], routing.weight_PK[p, choice], x_PD[p])
     assert_close(output(twin, spec).reshape(P, D), expected, FLOAT32)
     assert_close(moe(spec, values, X_BTD)[0].reshape(P, D), expected, FLOAT64)
 
@@ -149,20 +194,71 @@ def test_dropped_token_moves_no_parameter(twin):
     np.testing.assert_array_equal(x_gradient, 0)
 
 
-def test_shared_experts_are_added_to_the_routed_ones(twin):
+@pytest.mark.parametrize("kind", ["shared", "shared behind a gate", "shared average"])
+def test_shared_experts_are_put_together_with_the_routed_ones(twin, kind):
     """And the sum of two experts of width 9 is one feed-forward of width 18."""
-    spec, values = SPECS["shared"], values_of(SPECS["shared"])
+    spec, values = SPECS[kind], values_of(SPECS[kind])
     routed = output(twin, SPECS["top 2"], values={name: v for name, v in values.items() if "shared" not in name})
-    halves = [
-        {
-            "w_gate": values["shared.w_gate"][:, part],
-            "w_up": values["shared.w_up"][:, part],
-            "w_down": values["shared.w_down"][part],
-        }
-        for part in (slice(0, 9), slice(9, 18))
-    ]
-    expected = routed + sum(feed_forward(EXPERTS, half, X_BTD) for half in halves)
+    shared = 0.0
+    for part in (slice(0, 9), slice(9, 18)):
+        half = {name: values[f"shared.{name}"][:, part] for name in ("w_gate", "w_up")}
+        shared = shared + feed_forward(EXPERTS, half | {"w_down": values["shared.w_down"][part]}, X_BTD)
+    match kind:
+        case "shared":
+            expected = routed + shared
+        case "shared behind a gate":
+            expected = routed + shared / (1 + np.exp(-X_BTD @ values["w_shared_gate"]))
+        case _:
+            expected = 0.5 * routed + 0.5 * shared
     assert_close(output(twin, spec), expected, FLOAT32)
+
+
+def test_parallel_feed_forward_is_normed_and_the_routed_experts_start_before_the_layers_norm(twin):
+    spec, values = SPECS["parallel"], values_of(SPECS["parallel"])
+    part, named = spec.shared, lambda which: inside(values, f"{which}_norm")
+    dense = normalize(
+        part.norm, named("shared_output"), feed_forward(part.feed_forward, inside(values, "shared"), X_BTD)
+    )
+    without = moe_of()
+    routing = moe(without, values, RAW_BTD)[1]  # the router sees no norm at all
+    routed = moe(without, values, normalize(part.norm, named("routed_input"), RAW_BTD), forced_PK=routing.expert_PK)[1]
+    np.testing.assert_array_equal(routed.expert_PK, routing.expert_PK)
+    expected = np.zeros((P, D))
+    normed_PD = normalize(part.norm, named("routed_input"), RAW_BTD).reshape(P, D)
+    for p, choice in np.argwhere(routing.valid_PK):
+        expected[p] += output_of(
+            without, values, routing.expert_PK[p, choice], routing.weight_PK[p, choice], normed_PD[p]
+        )
+    expected = dense + normalize(part.norm, named("routed_output"), expected).reshape(X_BTD.shape)
+    assert_close(moe(spec, values, X_BTD, raw_BTD=RAW_BTD)[0], expected, FLOAT64)
+    assert_close(output(twin, spec, raw_BTD=twin.array(RAW_BTD)), expected, FLOAT32)
+    assert_close(output(twin, spec, raw_BTD=twin.array(X_BTD)), output(twin, spec), FLOAT32)
+
+
+def test_experts_without_computation_get_no_row(twin):
+    """Every token is sent to a zero and a copy expert: nothing is computed, and each gets its share of itself."""
+    spec, values = SPECS["without computation"], values_of(SPECS["without computation"])
+    forced_PK = np.tile([E, E + 2], (P, 1))
+    out, routing, dispatched = layer_of(twin, spec, values)(twin.array(X_BTD), forced_PK=twin.array(forced_PK))
+    assert twin.numpy(dispatched.size_E).sum() == 0
+    weight_PK = twin.numpy(routing.weight_PK)
+    assert_close(twin.numpy(out).reshape(P, D), weight_PK[:, 1:] * X_BTD.reshape(P, D), FLOAT32)
+    zero = layer_of(twin, spec, values)(twin.array(X_BTD), forced_PK=twin.array(np.tile([E, E], (P, 1))))[0]
+    np.testing.assert_array_equal(twin.numpy(zero), 0)
+
+
+def test_gradient_reaches_the_router_through_experts_without_computation(twin):
+    """Nothing else is chosen, and the weights are scores: their sizes alone decide what comes out."""
+    spec = moe_of(zero_computation=ZERO, router=RouterSpec(top_k=K, renormalize="none"))
+    forced_PK = twin.array(np.tile([E + 1, E + 4], (P, 1)))
+    _, named, _ = twin.value_and_gradients(
+        lambda layer, x: layer(x, forced_PK=forced_PK)[0], normal(9, B, T, D), layer_of(twin, spec), twin.array(X_BTD)
+    )
+    assert np.max(np.abs(named["router.w_router"])) > 1e-3
+    assert np.max(np.abs(named["constant_experts.w_mix"][1])) > 1e-3
+    for name in ("experts.w_up", "experts.w_down"):
+        np.testing.assert_array_equal(named[name], 0)
+    np.testing.assert_array_equal(named["constant_experts.constant"][[0, 2]], 0)
 
 
 def test_forced_experts_are_used(twin):
@@ -180,12 +276,22 @@ def test_record_holds_the_same_names_and_values_as_the_references(twin):
     assert_all_close({name: twin.numpy(value) for name, value in actual.items()}, expected, FLOAT32)
 
 
-@pytest.mark.parametrize("kind", ["shared", "capacity"])
-def test_reference_gradient_agrees_with_finite_differences(kind):
+@pytest.mark.parametrize(
+    ("kind", "moved"),
+    [
+        ("capacity", ("router.w_router",)),
+        ("shared behind a gate", ("w_shared_gate",)),
+        ("parallel", ("routed_input_norm.scale", "routed_output_norm.scale", "shared_output_norm.scale")),
+        ("latent, weight on input", ("w_latent", "w_output")),
+        ("without computation, capacity", ("router.w_router", "constant_experts.constant", "constant_experts.w_mix")),
+    ],
+)
+def test_reference_gradient_agrees_with_finite_differences(kind, moved):
+    """With forced experts: no step of a difference may decide who computes."""
     spec, values = SPECS[kind], values_of(SPECS[kind])
-    moved = ("router.w_router",)
+    forced_PK = moe(spec, values, X_BTD)[1].expert_PK
     assert_reference_gradient(
-        lambda x, *some: moe(spec, values | dict(zip(moved, some, strict=True)), x)[0],
+        lambda x, *some: moe(spec, values | dict(zip(moved, some, strict=True)), x, forced_PK=forced_PK)[0],
         X_BTD,
         *(values[name] for name in moved),
     )
@@ -194,4 +300,15 @@ def test_reference_gradient_agrees_with_finite_differences(kind):
 def test_a_misspelled_key_is_refused_with_the_nearest_known_one():
     raw = {"num_expert": E, "router": {"top_k": K}, "experts": {"hidden_dim": F}}
     with pytest.raises(SpecError, match=r"num_expert is not a known key; did you mean num_experts\?"):
+        validate(MoESpec, raw, "config")
+
+
+def test_zero_computation_with_weighted_inputs_is_refused():
+    raw = {
+        "num_experts": E,
+        "router": {"top_k": K, "apply_to": "input"},
+        "experts": {"hidden_dim": F},
+        "zero_computation": {"num_copy": 1},
+    }
+    with pytest.raises(SpecError, match=r"router.apply_to is input, but zero-computation experts have no input"):
         validate(MoESpec, raw, "config")

@@ -123,6 +123,11 @@ def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dis
     )
 
 
+def used_rows(dispatched: Dispatch) -> Array:
+    """1 for a row that is a served copy, 0 for an unused one: [R]."""
+    return (np.arange(len(dispatched.token_R)) < np.sum(dispatched.size_E)).astype(float)
+
+
 def combine(dispatched: Dispatch, y_RD: Array, num_tokens: int) -> Array:
     """`out[p] = sum over used rows r of token p of weight_R[r] * y_RD[r]`, in float32: [P, D]."""
     used = np.sum(dispatched.size_E)

@@ -1,13 +1,16 @@
-"""The mixture of experts: Router -> Dispatch -> Experts -> Combine, plus shared experts."""
+"""The mixture of experts: Router -> Dispatch -> Experts -> Combine, plus shared ones and ones without computation."""
+
+from typing import assert_never
 
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, Record, inside
-from moezoo.core.reference.dispatch import combine, dispatch
+from moezoo.core.reference.dispatch import combine, dispatch, used_rows
 from moezoo.core.reference.experts import experts
-from moezoo.core.reference.feed_forward import feed_forward
+from moezoo.core.reference.feed_forward import feed_forward, sigmoid
+from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.routing import Routing, route
-from moezoo.core.spec import MoESpec
+from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 
 
 def moe(
@@ -26,13 +29,31 @@ def moe(
 ) -> tuple[Array, Routing]:
     """[B, T, D] -> [B, T, D] and the Routing of its P = B * T tokens, numbered sequence by sequence.
 
-    `out = sum over chosen experts of weight * expert(x)  +  shared(x)`.
+    `out = sum over chosen experts of weight * expert(x)`, to which come the experts that every token passes through
+    (`with_shared`) and those that compute nothing (`without_computation`). With `apply_to: input` it is the sum of
+    `expert(weight * x)`. With a `latent_dim` the experts see `x w_latent`, and w_output follows their sum; the router,
+    shared experts and those without computation stay outside.
+
+    Args:
+        spec: the mixture.
+        parameters: its own.
+        x_BTD: behind the layer's norm.
+        raw_BTD: before it, for `shared: {kind: parallel}`: router and routed experts start from there. None: as x_BTD.
+        token_BT, previous_PE, forced_PK, key, inference: as in `route`; at inference no capacity drops anything.
+        record: filled with named intermediates.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1. Weighted inputs: Meta 2025 (Llama 4), released code. Latent
+    experts: NVIDIA 2025 (Nemotron 3), released code.
     """
     x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    raw_PD, routed_PD = x_PD, x_PD
+    if isinstance(spec.shared, ParallelFeedForwardSpec):
+        raw_PD = x_PD if raw_BTD is None else raw_BTD.reshape(x_PD.shape)
+        routed_PD = normalize(spec.shared.norm, inside(parameters, "routed_input_norm"), raw_PD)
     routing = route(
         spec.router,
         inside(parameters, "router"),
-        x_PD,
+        raw_PD,
         token_P=None if token_BT is None else token_BT.reshape(-1),
         previous_PE=previous_PE,
         forced_PK=forced_PK,
@@ -40,12 +61,84 @@ def moe(
         inference=inference,
     )
     dispatched = dispatch(spec, routing, inference=inference)
-    y_RD = experts(spec.experts, inside(parameters, "experts"), x_PD[dispatched.token_R], dispatched.size_E)
-    out_PD = combine(dispatched, y_RD, x_PD.shape[0])
+    input_P = routed_PD if spec.latent_dim is None else np.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
+    x_RD = input_P[dispatched.token_R]
+    match spec.router.apply_to:
+        case "output":
+            summed = dispatched
+        case "input":
+            x_RD = x_RD * dispatched.weight_R[:, None]
+            summed = dispatched._replace(weight_R=used_rows(dispatched))
+        case _:
+            assert_never(spec.router.apply_to)
+    y_RD = experts(spec.experts, inside(parameters, "experts"), x_RD, dispatched.size_E)
+    out_PD = combine(summed, y_RD, x_PD.shape[0])
+    if spec.latent_dim is not None:
+        out_PD = np.einsum("PZ,ZD->PD", out_PD, parameters["w_output"])
+    if spec.zero_computation is not None:
+        weight_PE = choice_weights(spec, routing, dispatched.kept_PK)
+        own = inside(parameters, "constant_experts")
+        out_PD = out_PD + without_computation(spec.zero_computation, own, routed_PD, weight_PE)
+    if isinstance(spec.shared, ParallelFeedForwardSpec):
+        out_PD = normalize(spec.shared.norm, inside(parameters, "routed_output_norm"), out_PD)
     if record is not None:
         record[f"{name}.router.logits"] = routing.logits_PE
         record[f"{name}.router.weight"] = routing.weight_PK
         record[f"{name}.routed"] = out_PD
     if spec.shared is not None:
-        out_PD = out_PD + feed_forward(spec.shared_feed_forward, inside(parameters, "shared"), x_PD)
+        out_PD = with_shared(spec, parameters, x_PD, out_PD)
     return np.reshape(out_PD, x_BTD.shape), routing
+
+
+def with_shared(spec: MoESpec, parameters: Parameters, x_PD: Array, routed_PD: Array) -> Array:
+    """Routed experts' output together with that of the feed-forward that every token passes through: [P, D].
+
+    `sum`: `routed + shared(x)`. `sigmoid_gated`: `routed + sigmoid(x w_shared_gate) * shared(x)`. `average`: half of
+    the sum. `parallel`: `routed + norm(shared(x))`; what is routed has had its norm.
+
+    Source: Dai et al. 2024, arXiv 2401.06066, eq. 9 (sum); transformers 5.23, models qwen2_moe (gate), cohere2_moe
+    (average), gemma4 (parallel).
+    """
+    shared_PD = feed_forward(spec.shared_feed_forward, inside(parameters, "shared"), x_PD)
+    match spec.shared:
+        case SharedExpertsSpec(kind="sum"):
+            return routed_PD + shared_PD
+        case SharedExpertsSpec(kind="sigmoid_gated"):
+            gate_P = sigmoid(np.einsum("PD,D->P", x_PD, parameters["w_shared_gate"][:, 0]))
+            return routed_PD + gate_P[:, None] * shared_PD
+        case SharedExpertsSpec():
+            return (routed_PD + shared_PD) / 2
+        case ParallelFeedForwardSpec(norm=norm):
+            return routed_PD + normalize(norm, inside(parameters, "shared_output_norm"), shared_PD)
+        case _:
+            raise ValueError("there are no shared experts")
+
+
+def choice_weights(spec: MoESpec, routing: Routing, kept_PK: Array) -> Array:
+    """Weights of the Z experts without computation for every token, 0 where not chosen or dropped: [P, Z]."""
+    hot_PKE = routing.expert_PK[..., None] == np.arange(spec.num_experts, spec.num_choices)
+    return np.sum(routing.weight_PK[..., None] * (hot_PKE & kept_PK[..., None]), axis=1)
+
+
+def without_computation(spec: ZeroComputationSpec, parameters: Parameters, x_PD: Array, weight_PE: Array) -> Array:
+    """Weighted sum of the outputs of experts without a feed-forward, in float32: [P, D].
+
+    In the order of their ids: a zero expert gives 0, a copy expert x, and a constant expert `a x + b v` with a learned
+    v and `[a, b] = softmax(x w_mix)`. A softmax of two is a sigmoid of their difference.
+
+    Args:
+        spec: how many there are of each.
+        parameters: `constant` [E, D] and `w_mix` [E, D, 2] of the E constant experts.
+        x_PD: what the routed experts see, before any latent projection.
+        weight_PE: of each expert for each token.
+
+    Source: Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 3-5.
+    """
+    copies = slice(spec.num_zero, spec.num_zero + spec.num_copy)
+    share_P = np.sum(weight_PE[:, copies], axis=-1)
+    if not spec.num_constant:
+        return share_P[:, None] * x_PD
+    weight_PE = weight_PE[:, copies.stop :]
+    mix_PE = sigmoid(np.einsum("PD,ED->PE", x_PD, parameters["w_mix"][..., 0] - parameters["w_mix"][..., 1]))
+    share_P = share_P + np.sum(weight_PE * mix_PE, axis=-1)
+    return share_P[:, None] * x_PD + np.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), parameters["constant"])

@@ -44,7 +44,7 @@ class CapacitySpec(Part):
 
     With zero-computation experts (MoE++) an expert with a feed-forward computes at most
     `ceil(factor * K * P * ffn_share / (ffn_share * E + Z))` and each of the Z others serves at most
-    `ceil(factor * K * P / (ffn_share * E + Z))`. Source: Jin et al. 2024, arXiv 2410.07348, eq. 6.
+    `ceil(factor * K * P / (ffn_share * E + Z))`. Source: Jin et al. 2024, arXiv 2410.07348, eq. 8, with T for K * P.
     """
 
     kind: Literal["capacity"] = "capacity"
