@@ -221,6 +221,39 @@ def parity(path: Path, as_json: bool, show_all: bool) -> None:
 
 
 @main.command()
+@click.argument("folder", metavar="[CONFIGS]", type=Path, default=Path("configs/tiny"))
+@_json
+@click.option("--list", "only_list", is_flag=True, help="Leave the parity checks out.")
+@click.option("--out", type=Path, metavar="FILE", help="Write the table as Markdown too.")
+def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
+    """Every part: its source, a config that shows it, and whether all realizations agree."""
+    import time
+
+    import moezoo
+    from moezoo.core.files import write_atomically
+    from moezoo.core.zoo import zoo as make_zoo
+
+    started = time.monotonic()
+
+    def show(done: int, total: int, name: str) -> None:
+        if not only_list:
+            eta = f"eta {(time.monotonic() - started) / done * (total - done):.0f} s" if done else "eta unknown"
+            click.echo(f"{done + 1}/{total}  {eta}  {name}", err=True)
+
+    table = make_zoo(folder, None if only_list else moezoo.parity, show)
+    if out is not None:
+        write_atomically(out, table.markdown())
+    if as_json:
+        click.echo(table.to_json())
+    else:
+        _console().print(table.table())
+    if table.missing or (not only_list and not table.passed):
+        failed = ", ".join(config.name for config in table.configs if config.passed is False)
+        click.echo(f"shown by no config: {', '.join(table.missing) or 'none'}; differ: {failed or 'none'}", err=True)
+        sys.exit(1)
+
+
+@main.command()
 def schema() -> None:
     """JSON Schema of a config, for editors that complete YAML."""
     import json
