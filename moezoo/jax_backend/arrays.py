@@ -10,7 +10,7 @@ from flax import nnx
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-class State(nnx.Variable):
+class _State(nnx.Variable):
     """What a step changes in another way than by gradients."""
 
 
@@ -32,9 +32,9 @@ class Weights:
         """A trainable parameter with this module's value of that name, float32."""
         return nnx.Param(jnp.asarray(self._values[self._prefix + name], jnp.float32))
 
-    def state(self, name: str) -> "State":
+    def state(self, name: str) -> nnx.Variable:
         """State with this module's value of that name, float32: not trained by gradients."""
-        return State(jnp.asarray(self._values[self._prefix + name], jnp.float32))
+        return _State(jnp.asarray(self._values[self._prefix + name], jnp.float32))
 
 
 def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:

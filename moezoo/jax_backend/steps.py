@@ -16,7 +16,7 @@ from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.jax_backend.arrays import State, Weights, to_numpy
+from moezoo.jax_backend.arrays import Weights, to_numpy
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.experts import grouped_path
 from moezoo.jax_backend.kv_cache import Cache, empty_cache
@@ -76,7 +76,7 @@ class JaxModel:
         )
         self.spec = spec
         module = Transformer(spec, Weights(weights))
-        graph, parameters, state = nnx.split(module, nnx.Param, State)
+        graph, parameters, state = nnx.split(module, nnx.Param, ...)
         self._merge = _merger(graph, parameters, state)
         self._parameters: Parameters = dict(_named(parameters))
         self._state: Parameters = dict(_named(state))
