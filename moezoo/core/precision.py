@@ -11,6 +11,7 @@ With `precision.compute: bfloat16` (parameters stay float32, and so do their gra
 | norms: means, rsqrt, scale and bias; result cast back | float32 |
 | RoPE angles and rotation; result cast back | float32 |
 | attention scores, their cap, sinks and softmax; probabilities cast back | float32 |
+| indexer of sparse attention: product with w_weight, scores, index, choice and loss | float32 |
 | temperature of queries, mix of values, sigmoid of the attention's gate; result cast back | float32 |
 | linear attention behind its projections: convolutions, decay, beta, state, gate; result cast back | float32 |
 | inputs of those convolutions in the cache | compute |

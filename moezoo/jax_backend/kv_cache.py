@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, ModelSpec
+from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec
 from moezoo.jax_backend.arrays import DTYPES
 
 
@@ -69,7 +69,35 @@ class DeltaCache(NamedTuple):
         )
 
 
-Cache = KVCache | DeltaCache
+class LatentCache(NamedTuple):
+    """As KVCache, of latent attention: a latent and one rotated key a token, and an indexer's key if any."""
+
+    latent_BSZ: jax.Array
+    key_BSH: jax.Array
+    index_key_BSH: jax.Array | None
+    length: jax.Array
+
+    def extended(
+        self,
+        latent_BTZ: jax.Array,
+        key_BTH: jax.Array,
+        index_key_BTH: jax.Array | None = None,
+        count: jax.Array | int | None = None,
+    ) -> "LatentCache":
+        """As KVCache.extended."""
+        start = (0, self.length, 0)
+        index_key_BSH = self.index_key_BSH
+        if index_key_BSH is not None:
+            index_key_BSH = lax.dynamic_update_slice(index_key_BSH, index_key_BTH, start)
+        return LatentCache(
+            lax.dynamic_update_slice(self.latent_BSZ, latent_BTZ, start),
+            lax.dynamic_update_slice(self.key_BSH, key_BTH, start),
+            index_key_BSH,
+            self.length + (latent_BTZ.shape[1] if count is None else count),
+        )
+
+
+Cache = KVCache | LatentCache | DeltaCache
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
@@ -81,6 +109,11 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim):
                 shape = (batch, size, heads, head_dim)
                 caches.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32)))
+            case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
+                index_key = None if indexer is None else jnp.zeros((batch, size, indexer.head_dim), dtype)
+                latent = jnp.zeros((batch, size, latent_dim), dtype)
+                key = jnp.zeros((batch, size, rope_head_dim), dtype)
+                caches.append(LatentCache(latent, key, index_key, jnp.zeros((), jnp.int32)))
             case GatedDeltaAttentionSpec():
                 caches.append(empty_delta_cache(layer.attention, batch, dtype))
             case _:

@@ -12,6 +12,7 @@ from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
     TiedHeadSpec,
@@ -23,6 +24,7 @@ from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.kv_cache import Cache
+from moezoo.jax_backend.latent_attention import LatentAttention
 from moezoo.jax_backend.moe import MoE
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import EmbeddingPosition
@@ -63,6 +65,8 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Mo
             return GroupedQueryAttention(spec, weights, index)
         case GatedDeltaAttentionSpec():
             return GatedDeltaAttention(spec, weights, index)
+        case LatentAttentionSpec():
+            return LatentAttention(spec, weights, index)
         case _:
             assert_never(spec)
 

@@ -47,7 +47,7 @@ def attend(
         mask=mask_TS,
         sinks=None if sink_N is None else sink_N.astype(query_BTMGH.dtype),
     )
-    return attended_BNTH.swapaxes(1, 2).reshape(query_BTMGH.shape).astype(dtype)
+    return attended_BNTH.swapaxes(1, 2).reshape(batch, length, kv_heads, group, -1).astype(dtype)
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: mx.array) -> mx.array:

@@ -4,7 +4,7 @@ from typing import NamedTuple, assert_never
 
 import mlx.core as mx
 
-from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, ModelSpec
+from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec
 from moezoo.mlx_backend.arrays import DTYPES
 
 
@@ -66,7 +66,35 @@ class DeltaCache(NamedTuple):
         )
 
 
-Cache = KVCache | DeltaCache
+class LatentCache(NamedTuple):
+    """As KVCache, of latent attention: a latent and one rotated key a token, and an indexer's key if any."""
+
+    latent_BSZ: mx.array
+    key_BSH: mx.array
+    index_key_BSH: mx.array | None
+    length: int
+
+    def extended(
+        self,
+        latent_BTZ: mx.array,
+        key_BTH: mx.array,
+        index_key_BTH: mx.array | None = None,
+        count: int | None = None,
+    ) -> "LatentCache":
+        """As KVCache.extended."""
+        start = mx.array([self.length])
+        index_key_BSH = self.index_key_BSH
+        if index_key_BSH is not None:
+            index_key_BSH = mx.slice_update(index_key_BSH, index_key_BTH, start, (1,))
+        return LatentCache(
+            mx.slice_update(self.latent_BSZ, latent_BTZ, start, (1,)),
+            mx.slice_update(self.key_BSH, key_BTH, start, (1,)),
+            index_key_BSH,
+            self.length + (latent_BTZ.shape[1] if count is None else count),
+        )
+
+
+Cache = KVCache | LatentCache | DeltaCache
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
@@ -78,6 +106,11 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim):
                 shape = (batch, size, heads, head_dim)
                 caches.append(KVCache(mx.zeros(shape, dtype), mx.zeros(shape, dtype), 0))
+            case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
+                index_key = None if indexer is None else mx.zeros((batch, size, indexer.head_dim), dtype)
+                latent = mx.zeros((batch, size, latent_dim), dtype)
+                key = mx.zeros((batch, size, rope_head_dim), dtype)
+                caches.append(LatentCache(latent, key, index_key, 0))
             case GatedDeltaAttentionSpec():
                 caches.append(empty_delta_cache(layer.attention, batch, dtype))
             case _:

@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
     TiedHeadSpec,
@@ -22,6 +23,7 @@ from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.kv_cache import Cache
+from moezoo.mlx_backend.latent_attention import LatentAttention
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import EmbeddingPosition
@@ -64,6 +66,8 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Mod
             return GroupedQueryAttention(spec, weights, index)
         case GatedDeltaAttentionSpec():
             return GatedDeltaAttention(spec, weights, index)
+        case LatentAttentionSpec():
+            return LatentAttention(spec, weights, index)
         case _:
             assert_never(spec)
 

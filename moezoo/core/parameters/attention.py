@@ -73,6 +73,7 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
         source, axis = (d, "embed") if spec.query_latent_dim is None else (spec.query_latent_dim, "latent")
         yield rows.matrix(f"{name}.indexer.w_query", (source, i, k), (axis, "head", "head_dim"), "attention")
         yield rows.matrix(f"{name}.indexer.w_key", (d, k), ("embed", "head_dim"), "attention")
+        yield from rows.norm(f"{name}.indexer.key_norm", spec.indexer.key_norm, (k,), ("head_dim",))
         yield rows.matrix(f"{name}.indexer.w_weight", (d, i), ("embed", "head"), "attention")
 
 

@@ -10,6 +10,7 @@ from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.attention import Attended, grouped_query_attention
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.feed_forward import feed_forward
+from moezoo.core.reference.latent_attention import latent_attention
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import embedding_positions
@@ -154,6 +155,8 @@ def _attended(spec: AttentionSpec, parameters: Parameters, x_BTD: Array, first_v
             return grouped_query_attention(spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH)
         case GatedDeltaAttentionSpec():
             return gated_delta_attention(spec, parameters, x_BTD)
+        case LatentAttentionSpec():
+            return latent_attention(spec, parameters, x_BTD)
 
 
 def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:

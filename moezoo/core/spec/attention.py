@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.base import Part, default_kind, impossible
-from moezoo.core.spec.norms import NormSpec, RMSNormSpec
+from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import PositionSpec, RoPESpec
 
 
@@ -77,13 +77,18 @@ class IndexerSpec(Part):
 
     `index(t, s) = sum over index heads of w_h(t) * relu(q_h(t) . k(s))`; the query attends to the `top_k` causal
     positions of the highest index (to all of them where there are fewer). The choice has no gradient; the indexer is
-    trained by `index_loss_coefficient` times the KL divergence of its softmax from the attention's mean distribution
-    over the chosen positions. Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 1, 2 and 4.
+    trained by `loss_coefficient` times the KL divergence of its softmax from the attention's mean distribution over
+    the chosen positions. The key, one for all index heads, is normalized by `key_norm`; of queries and key, the first
+    `rope_head_dim` features are rotated as the attention's are, but with pairs by `layout` (DeepSeek-V3.2 splits
+    halves here and interleaves there; GLM-5 interleaves both). Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 1, 2
+    and 4.
     """
 
     num_heads: PositiveInt
     head_dim: PositiveInt
     top_k: PositiveInt
+    layout: Literal["half_split", "interleaved"] = "half_split"
+    key_norm: NormSpec = LayerNormSpec(epsilon=1e-6)
     loss_coefficient: Annotated[float, Field(ge=0)] = 1.0
 
 

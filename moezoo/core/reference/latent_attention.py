@@ -1,0 +1,104 @@
+"""Multi-head latent attention."""
+
+import math
+
+import autograd.numpy as np
+
+from moezoo.core.reference import Array, Parameters, inside
+from moezoo.core.reference.attention import Attended
+from moezoo.core.reference.normalization import normalize
+from moezoo.core.reference.positions import rotate, score_multiplier
+from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
+from moezoo.core.spec import GroupedQueryAttentionSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec
+
+
+def latent_attention(
+    spec: LatentAttentionSpec, parameters: Parameters, x_BTD: Array, *, absorbed: bool = False
+) -> Attended:
+    """Causal self-attention whose keys and values come from one vector of width Z a token: [B, T, D] -> [B, T, D].
+
+    Head n has the query `(q_n, rotate(q'_n))`, the key `(c w_key_n, rotate(k'))` and the value `c w_value_n`. Of these,
+    `c = norm(x w_latent)` is the latent, `k' = x w_rope_key` is the same for all heads, and `(q_n, q'_n)` is
+    `x w_query_n`, or `norm(x w_query_down) w_query_n` where queries have a low rank too. With an indexer, a query
+    attends only to the positions that it chooses.
+
+    Absorbed, the same numbers come from latents alone, so that a cache need hold nothing else: `q_n . (c w_key_n) =
+    (w_key_n q_n) . c`, and `sum_s a_s (c_s w_value_n) = (sum_s a_s c_s) w_value_n`. That is multi-query attention, its
+    one key `(c, rotate(k'))` and its one value `c`.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, eq. 9-19 and, on absorbing, section 2.1.2.
+    """
+    position_T = np.arange(x_BTD.shape[1])
+    source, query, rope_query, latent, rope_key = _projected(spec, parameters, x_BTD, position_T)
+    if absorbed:
+        query = np.einsum("BTNH,ZNH->BTNZ", query, parameters["w_key"])
+        grouped = np.concatenate([query, rope_query], axis=-1)[:, :, None]
+        key, value = np.concatenate([latent[:, :, None], rope_key], axis=-1), latent[:, :, None]
+    else:
+        grouped = np.concatenate([query, rope_query], axis=-1)[:, :, :, None]
+        key = np.einsum("BSZ,ZNH->BSNH", latent, parameters["w_key"])
+        key = np.concatenate([key, np.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
+        value = np.einsum("BSZ,ZNH->BSNH", latent, parameters["w_value"])
+    mask_TS = position_T[:, None] >= position_T[None, :]
+    mask_BTS, loss = np.repeat(mask_TS[None], len(x_BTD), axis=0), None
+    if spec.indexer is not None:
+        parts = indexer(
+            spec.indexer,
+            spec.position,
+            spec.rope_head_dim,
+            inside(parameters, "indexer"),
+            x_BTD,
+            source,
+            position_T,
+        )
+        index_BTS = index(*parts)
+        mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
+    attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, score_scale(spec))
+    if spec.indexer is not None:
+        loss = index_loss(index_BTS, distribution_BTS, mask_BTS)
+    if absorbed:
+        out_BTNH = np.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], parameters["w_value"])
+    else:
+        out_BTNH = attended[:, :, :, 0]
+    return Attended(np.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"]), None, loss)
+
+
+def score_scale(spec: LatentAttentionSpec) -> float:
+    """What multiplies a query's product with a key."""
+    scale = 1 / math.sqrt(spec.head_dim + spec.rope_head_dim) if spec.scale is None else spec.scale
+    return scale * score_multiplier(spec.position)
+
+
+def expanded(spec: LatentAttentionSpec) -> GroupedQueryAttentionSpec:
+    """The attention that is left when every head has been given its rotated queries, keys and values."""
+    return GroupedQueryAttentionSpec(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_heads,
+        head_dim=spec.head_dim + spec.rope_head_dim,
+        position=NoPositionSpec(),
+        scale=score_scale(spec),
+    )
+
+
+def _projected(
+    spec: LatentAttentionSpec, parameters: Parameters, x_BTD: Array, position_T: Array
+) -> tuple[Array, Array, Array, Array, Array]:
+    """What queries are made from, the two parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
+    if spec.query_latent_dim is None:
+        source = x_BTD
+        query = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
+    else:
+        down = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_query_down"])
+        source = normalize(spec.norm, inside(parameters, "query_norm"), down)
+        query = np.einsum("BTZ,ZNH->BTNH", source, parameters["w_query"])
+    query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
+    latent = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_latent"])
+    latent = normalize(spec.norm, inside(parameters, "latent_norm"), latent)
+    rope_key = np.einsum("BTD,DH->BTH", x_BTD, parameters["w_rope_key"])[:, :, None]
+    match spec.position:
+        case RoPESpec():
+            rope_query = rotate(spec.position, rope_query, position_T)
+            rope_key = rotate(spec.position, rope_key, position_T)
+        case NoPositionSpec():
+            pass
+    return source, query, rope_query, latent, rope_key

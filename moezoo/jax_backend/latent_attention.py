@@ -1,0 +1,103 @@
+"""Multi-head latent attention. Spec: moezoo.core.reference.latent_attention."""
+
+from typing import assert_never
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moezoo.core.reference.latent_attention import expanded, score_scale
+from moezoo.core.spec import LatentAttentionSpec, NoPositionSpec, RoPESpec
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.attention import attend, attend_causally
+from moezoo.jax_backend.kv_cache import Attended, LatentCache
+from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.positions import rotate
+from moezoo.jax_backend.sparse_attention import Indexer, attend_where, choose_sources, index, index_loss
+
+
+class LatentAttention(nnx.Module):
+    """Spec: moezoo.core.reference.latent_attention.latent_attention; with a cache, absorbed."""
+
+    def __init__(self, spec: LatentAttentionSpec, weights: Weights, layer: int):
+        self.spec = spec
+        if spec.query_latent_dim is not None:
+            self.w_query_down = weights.parameter("w_query_down")
+            self.query_norm = norm(spec.norm, weights.inside("query_norm"))
+        self.w_query = weights.parameter("w_query")
+        self.w_latent = weights.parameter("w_latent")
+        self.w_rope_key = weights.parameter("w_rope_key")
+        self.latent_norm = norm(spec.norm, weights.inside("latent_norm"))
+        self.w_key = weights.parameter("w_key")
+        self.w_value = weights.parameter("w_value")
+        self.w_output = weights.parameter("w_output")
+        if spec.indexer is not None:
+            self.indexer = Indexer(spec.indexer, spec.position, spec.rope_head_dim, weights.inside("indexer"))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: LatentCache | None = None,
+        *,
+        first_value_BTMH: jax.Array | None = None,
+        count: jax.Array | int | None = None,
+    ) -> Attended:
+        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        spec, dtype = self.spec, x_BTD.dtype
+        position_T = jnp.arange(x_BTD.shape[1]) + (0 if cache is None else cache.length)
+        source, query, rope_query, latent, rope_key = self._projected(x_BTD, position_T)
+        index_query = index_key = index_weight = None
+        if spec.indexer is not None:
+            index_query, index_key, index_weight = self.indexer(x_BTD, source, position_T)
+        if cache is None:
+            grouped = jnp.concatenate([query, rope_query], axis=-1)[:, :, :, None]
+            key = jnp.einsum("BSZ,ZNH->BSNH", latent, self.w_key[...].astype(dtype))
+            key = jnp.concatenate([key, jnp.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
+            value = jnp.einsum("BSZ,ZNH->BSNH", latent, self.w_value[...].astype(dtype))
+        else:
+            cache = cache.extended(latent, rope_key[:, :, 0], index_key, count)
+            query = jnp.einsum("BTNH,ZNH->BTNZ", query, self.w_key[...].astype(dtype))
+            grouped = jnp.concatenate([query, rope_query], axis=-1)[:, :, None]
+            key = jnp.concatenate([cache.latent_BSZ, cache.key_BSH], axis=-1)[:, :, None]
+            value, index_key = cache.latent_BSZ[:, :, None], cache.index_key_BSH
+        scale, loss = score_scale(spec), None
+        mask_TS = position_T[:, None] >= jnp.arange(key.shape[1])[None, :]
+        if spec.indexer is not None:
+            index_BTS = index(index_query, index_key, index_weight)
+            mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
+            attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, scale)
+            loss = index_loss(index_BTS, distribution_BTS, mask_BTS) if cache is None else None
+        elif cache is None:
+            attended = attend_causally(expanded(spec), grouped, key, value)
+        else:
+            attended = attend(grouped, key, value, mask_TS, scale=scale)
+        if cache is None:
+            out_BTNH = attended[:, :, :, 0]
+        else:
+            out_BTNH = jnp.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], self.w_value[...].astype(dtype))
+        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_output[...].astype(dtype))
+        return Attended(out_BTD, cache, None, loss)
+
+    def _projected(
+        self, x_BTD: jax.Array, position_T: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+        """What queries are made from, the two parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
+        spec, dtype = self.spec, x_BTD.dtype
+        if spec.query_latent_dim is None:
+            source = x_BTD
+            query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
+        else:
+            source = self.query_norm(jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_query_down[...].astype(dtype)))
+            query = jnp.einsum("BTZ,ZNH->BTNH", source, self.w_query[...].astype(dtype))
+        query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
+        latent = self.latent_norm(jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_latent[...].astype(dtype)))
+        rope_key = jnp.einsum("BTD,DH->BTH", x_BTD, self.w_rope_key[...].astype(dtype))[:, :, None]
+        match spec.position:
+            case RoPESpec():
+                rope_query = rotate(spec.position, rope_query, position_T)
+                rope_key = rotate(spec.position, rope_key, position_T)
+            case NoPositionSpec():
+                pass
+            case _:
+                assert_never(spec.position)
+        return source, query, rope_query, latent, rope_key

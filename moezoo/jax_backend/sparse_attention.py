@@ -1,0 +1,89 @@
+"""Attention to those tokens that an indexer chooses. Spec: moezoo.core.reference.sparse_attention."""
+
+import math
+from typing import assert_never
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.positions import rotate
+
+
+class Indexer(nnx.Module):
+    """Spec: moezoo.core.reference.sparse_attention.indexer."""
+
+    def __init__(self, spec: IndexerSpec, position: PositionSpec, rope_head_dim: int, weights: Weights):
+        self.spec, self.position, self.rope_head_dim = spec, position, rope_head_dim
+        self.w_query = weights.parameter("w_query")
+        self.w_key = weights.parameter("w_key")
+        self.key_norm = norm(spec.key_norm, weights.inside("key_norm"))
+        self.w_weight = weights.parameter("w_weight")
+
+    def __call__(
+        self, x_BTD: jax.Array, source_BTZ: jax.Array, position_T: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        spec, dtype = self.spec, x_BTD.dtype
+        x_BTD, source_BTZ = lax.stop_gradient(x_BTD), lax.stop_gradient(source_BTZ)
+        query_BTNH = jnp.einsum("BTZ,ZNH->BTNH", source_BTZ, self.w_query[...].astype(dtype))
+        key_BTH = self.key_norm(jnp.einsum("BTD,DH->BTH", x_BTD, self.w_key[...].astype(dtype)))
+        weight_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), self.w_weight[...])
+        weight_BTN = weight_BTN / math.sqrt(spec.num_heads * spec.head_dim)
+        match self.position:
+            case RoPESpec():
+                own = self.position.model_copy(update={"layout": spec.layout})
+                query_BTNH = rotate_first(own, self.rope_head_dim, query_BTNH, position_T)
+                key_BTH = rotate_first(own, self.rope_head_dim, key_BTH[:, :, None], position_T)[:, :, 0]
+            case NoPositionSpec():
+                pass
+            case _:
+                assert_never(self.position)
+        return query_BTNH, key_BTH, weight_BTN
+
+
+def rotate_first(position: RoPESpec, rope_head_dim: int, x_BTNH: jax.Array, position_T: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.rotate_first."""
+    rotated = rotate(position, x_BTNH[..., :rope_head_dim], position_T)
+    return jnp.concatenate([rotated, x_BTNH[..., rope_head_dim:]], axis=-1)
+
+
+def index(query_BTNH: jax.Array, key_BSH: jax.Array, weight_BTN: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.index."""
+    score_BTNS = jnp.einsum("BTNH,BSH->BTNS", query_BTNH, key_BSH, preferred_element_type=jnp.float32)
+    return jnp.einsum("BTN,BTNS->BTS", weight_BTN, jax.nn.relu(score_BTNS))
+
+
+def choose_sources(index_BTS: jax.Array, mask_TS: jax.Array, top_k: int) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.choose_sources."""
+    allowed = jnp.where(mask_TS, lax.stop_gradient(index_BTS), -jnp.inf)
+    rank_BTS = jnp.argsort(jnp.argsort(-allowed, axis=-1, stable=True), axis=-1)
+    return (rank_BTS < top_k) & mask_TS
+
+
+def attend_where(
+    query_BTMGH: jax.Array, key_BSMH: jax.Array, value_BSMH: jax.Array, mask_BTS: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Spec: moezoo.core.reference.sparse_attention.attend_where."""
+    score = scale * jnp.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH, preferred_element_type=jnp.float32)
+    weight = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], score, -jnp.inf), axis=-1)
+    distribution_BTS = lax.stop_gradient(jnp.mean(weight, axis=(1, 2)))
+    weight = weight.astype(value_BSMH.dtype)
+    attended = jnp.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH, preferred_element_type=jnp.float32)
+    return attended.astype(value_BSMH.dtype), distribution_BTS
+
+
+def index_loss(index_BTS: jax.Array, distribution_BTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.index_loss; as `sum p (q/p - 1 - log(q/p))`, equal to it.
+
+    Both distributions sum to 1. These terms are not negative and vanish twice where q nears p: nothing cancels, where
+    `p log(p/q)` would leave the roundings of its terms.
+    """
+    logits = jnp.where(mask_BTS, index_BTS, -jnp.inf)
+    # A weight that has underflowed counts as the least one, whose term is q, as the sum over the others then lacks.
+    p_BTS = jnp.maximum(distribution_BTS, 1e-30)
+    log_ratio_BTS = jnp.where(mask_BTS, jax.nn.log_softmax(logits, axis=-1) - jnp.log(p_BTS), 0.0)
+    return jnp.mean(jnp.sum(p_BTS * (jnp.expm1(log_ratio_BTS) - log_ratio_BTS), axis=-1))

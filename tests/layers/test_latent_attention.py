@@ -1,0 +1,230 @@
+import math
+
+import numpy as np
+import pytest
+
+from moezoo.core.config import validate
+from moezoo.core.errors import SpecError
+from moezoo.core.reference.latent_attention import latent_attention
+from moezoo.core.spec import (
+    GatedFeedForwardSpec,
+    IndexerSpec,
+    LatentAttentionSpec,
+    LayerNormSpec,
+    LayerSpec,
+    ModelSpec,
+    NoPositionSpec,
+    PrecisionSpec,
+    RMSNormSpec,
+    RoPESpec,
+)
+from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.twins import B, D, H, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+
+ROPE, VALUE, Z, QUERY = 4, 5, 10, 9
+INDEXER = IndexerSpec(num_heads=3, head_dim=7, top_k=3)
+
+
+def spec_of(**fields) -> LatentAttentionSpec:
+    return LatentAttentionSpec(
+        num_heads=N, head_dim=H, rope_head_dim=ROPE, value_head_dim=VALUE, latent_dim=Z, **fields
+    )
+
+
+SPECS = {
+    "latent": spec_of(),
+    "low-rank queries": spec_of(query_latent_dim=QUERY, norm=RMSNormSpec(epsilon=1e-3), scale=0.5),
+    "no position": spec_of(position=NoPositionSpec(), norm=LayerNormSpec()),
+    "half split": spec_of(position=RoPESpec(base=100)),
+    "indexer": spec_of(query_latent_dim=QUERY, indexer=INDEXER),
+    "indexer of the input": spec_of(
+        position=NoPositionSpec(), indexer=INDEXER.model_copy(update={"key_norm": RMSNormSpec(scale="none")})
+    ),
+}
+X_BTD = normal(0, B, T, D)
+LENGTH = 11
+LONG_BTD = normal(0, B, LENGTH, D)
+
+
+def values_of(spec: LatentAttentionSpec) -> dict[str, np.ndarray]:
+    source = D if spec.query_latent_dim is None else QUERY
+    shapes = {
+        "w_query": (source, N, H + ROPE),
+        "w_latent": (D, Z),
+        "w_rope_key": (D, ROPE),
+        "w_key": (Z, N, H),
+        "w_value": (Z, N, VALUE),
+        "w_output": (N, VALUE, D),
+        "latent_norm.scale": (Z,),
+    }
+    if spec.query_latent_dim is not None:
+        shapes |= {"w_query_down": (D, QUERY), "query_norm.scale": (QUERY,)}
+    if isinstance(spec.norm, LayerNormSpec):
+        shapes["latent_norm.bias"] = (Z,)
+    if spec.indexer is not None:
+        heads, head_dim = spec.indexer.num_heads, spec.indexer.head_dim
+        shapes |= {
+            "indexer.w_query": (source, heads, head_dim),
+            "indexer.w_key": (D, head_dim),
+            "indexer.w_weight": (D, heads),
+        }
+        if isinstance(spec.indexer.key_norm, LayerNormSpec):
+            shapes |= {"indexer.key_norm.scale": (head_dim,), "indexer.key_norm.bias": (head_dim,)}
+    return {name: 0.3 * normal(seed, *shape) for seed, (name, shape) in enumerate(shapes.items(), 1)}
+
+
+def layer_of(twin: Twin, spec: LatentAttentionSpec):
+    return twin.module("latent_attention").LatentAttention(spec, twin.weights(values_of(spec)), 0)
+
+
+def everything(attended):
+    """Output and index loss in one, so that both are compared, and gradients pass through both."""
+    return attended.out_BTD if attended.index_loss is None else attended.out_BTD + attended.index_loss
+
+
+def output(twin: Twin, spec: LatentAttentionSpec, x_BTD) -> np.ndarray:
+    return twin.numpy(layer_of(twin, spec)(twin.array(x_BTD)).out_BTD)
+
+
+def cache_of(twin: Twin, spec: LatentAttentionSpec, precision: str = "float32"):
+    layer = LayerSpec(attention=spec, feed_forward=GatedFeedForwardSpec(hidden_dim=4))
+    model = ModelSpec(vocab_size=V, embed_dim=D, layers=(layer,), precision=PrecisionSpec(compute=precision))
+    return twin.module("kv_cache").empty_cache(model, B, LENGTH + 2)[0]
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_value_and_gradients_match_the_reference(twin, kind):
+    spec = SPECS[kind]
+    assert_layer_matches(
+        twin,
+        layer_of(twin, spec),
+        lambda layer, x: everything(layer(x)),
+        lambda values, x: everything(latent_attention(spec, values, x)),
+        values_of(spec),
+        X_BTD,
+    )
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_absorbed_form_equals_the_expanded_one(kind):
+    spec = SPECS[kind]
+    expanded, absorbed = (latent_attention(spec, values_of(spec), X_BTD, absorbed=each) for each in (False, True))
+    assert_close(absorbed.out_BTD, expanded.out_BTD, FLOAT64)
+    if spec.indexer is not None:
+        assert_close(absorbed.index_loss, expanded.index_loss, FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ["latent", "no position", "indexer"])
+def test_cached_chunks_equal_the_uncached_pass(twin, kind):
+    """Prompts of several tokens, one of them padded, then single tokens: all by latents alone."""
+    spec = SPECS[kind]
+    expected = latent_attention(spec, values_of(spec), LONG_BTD).out_BTD
+    layer, cache, start = layer_of(twin, spec), cache_of(twin, spec), 0
+    for size, padding in ((4, 0), (3, 2), (1, 0), (1, 0), (2, 0)):
+        chunk = np.concatenate([LONG_BTD[:, start : start + size], normal(1, B, padding, D)], axis=1)
+        out, cache, value, loss = layer(twin.array(chunk), cache, count=size)
+        assert value is None
+        assert loss is None
+        assert_close(twin.numpy(out)[:, :size], expected[:, start : start + size], FLOAT32, f"from {start}")
+        start += size
+        assert int(cache.length) == start
+
+
+@pytest.mark.parametrize("kind", ["latent", "indexer"])
+def test_cache_holds_a_latent_and_a_key_a_token_whatever_the_number_of_heads(twin, kind):
+    spec = SPECS[kind]
+    cache = cache_of(twin, spec)
+    sizes = [math.prod(part.shape) / (B * (LENGTH + 2)) for part in cache if getattr(part, "ndim", 0) == 3]
+    assert sum(sizes) == Z + ROPE + (0 if spec.indexer is None else INDEXER.head_dim)
+
+
+def test_bfloat16_is_near_float32(twin):
+    spec = SPECS["low-rank queries"]
+    assert_layer_matches(
+        twin,
+        layer_of(twin, spec),
+        lambda layer, x: everything(layer(x)),
+        lambda values, x: everything(latent_attention(spec, values, x)),
+        values_of(spec),
+        X_BTD,
+        dtype="bfloat16",
+        tolerance=BFLOAT16,
+        gradient_tolerance=BFLOAT16_GRADIENT,
+    )
+
+
+def test_bfloat16_cache_is_near_float32(twin):
+    spec = SPECS["latent"]
+    expected = latent_attention(spec, values_of(spec), LONG_BTD).out_BTD
+    layer, cache = layer_of(twin, spec), cache_of(twin, spec, "bfloat16")
+    out, cache, _, _ = layer(twin.array(LONG_BTD[:, :6], "bfloat16"), cache)
+    assert "bfloat16" in str(cache.latent_BSZ.dtype)
+    assert "bfloat16" in str(out.dtype)
+    assert_close(twin.numpy(out), expected[:, :6], BFLOAT16)
+    out, _, _, _ = layer(twin.array(LONG_BTD[:, 6:7], "bfloat16"), cache)
+    assert_close(twin.numpy(out), expected[:, 6:7], BFLOAT16)
+
+
+def test_one_head_written_out(twin):
+    """Keys and values made from the latent for each head, as plain attention."""
+    spec = SPECS["no position"].model_copy(update={"norm": RMSNormSpec(scale="none", epsilon=1e-9)})
+    values = values_of(spec)
+    latent = X_BTD @ values["w_latent"]
+    latent = latent / np.sqrt(np.mean(latent**2, axis=-1, keepdims=True))
+    expected = np.zeros((B, T, D))
+    for b in range(B):
+        for n in range(N):
+            key = np.concatenate([latent[b] @ values["w_key"][:, n], X_BTD[b] @ values["w_rope_key"]], axis=-1)
+            query, value = X_BTD[b] @ values["w_query"][:, n], latent[b] @ values["w_value"][:, n]
+            for t in range(T):
+                weight = np.exp(key[: t + 1] @ query[t] / math.sqrt(H + ROPE))
+                expected[b, t] += weight @ value[: t + 1] / weight.sum() @ values["w_output"][n]
+    assert_close(output(twin, spec, X_BTD), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["latent", "indexer"])
+def test_later_tokens_are_invisible_to_earlier_ones(twin, kind):
+    changed = LONG_BTD.copy()
+    changed[:, 6:] = 3 * normal(21, B, LENGTH - 6, D)
+    before, after = output(twin, SPECS[kind], LONG_BTD), output(twin, SPECS[kind], changed)
+    assert_close(after[:, :6], before[:, :6], FLOAT32)
+    assert np.max(np.abs(after[:, 6:] - before[:, 6:])) > 1e-2
+
+
+def test_an_indexer_that_chooses_every_position_changes_nothing(twin):
+    dense = spec_of(query_latent_dim=QUERY)
+    sparse = SPECS["indexer"].model_copy(update={"indexer": INDEXER.model_copy(update={"top_k": LENGTH})})
+    layer = twin.module("latent_attention").LatentAttention(dense, twin.weights(values_of(SPECS["indexer"])), 0)
+    expected = twin.numpy(layer(twin.array(LONG_BTD)).out_BTD)
+    assert_close(output(twin, sparse, LONG_BTD), expected, FLOAT32)
+    assert np.max(np.abs(output(twin, SPECS["indexer"], LONG_BTD) - expected)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["low-rank queries", "no position"])
+def test_reference_gradient_agrees_with_finite_differences(kind):
+    spec = SPECS[kind]
+    values = values_of(spec)
+    names = ("w_latent", "w_rope_key", "w_key", "w_value")
+    assert_reference_gradient(
+        lambda x, *some: latent_attention(spec, values | dict(zip(names, some, strict=True)), x).out_BTD,
+        X_BTD[:1, :3],
+        *(values[name] for name in names),
+    )
+
+
+def test_indexer_learns_from_its_loss_alone_and_the_rest_of_the_layer_from_the_output_alone(twin):
+    spec = SPECS["indexer"]
+    for call, learns in (
+        (lambda layer, x: layer(x).out_BTD, lambda name: not name.startswith("indexer")),
+        (lambda layer, x: layer(x).index_loss + 0 * x[..., 0], lambda name: name.startswith("indexer")),
+    ):
+        layer, x = layer_of(twin, spec), twin.array(X_BTD)
+        _, named, (of_x,) = twin.value_and_gradients(call, normal(99, *call(layer, x).shape), layer, x)
+        assert {name for name, value in named.items() if np.any(value)} == set(filter(learns, named))
+        assert np.any(of_x) == learns("w_query")
+
+
+def test_odd_width_of_a_rotated_head_is_refused():
+    fields = {"num_heads": 2, "head_dim": 6, "rope_head_dim": 3, "value_head_dim": 5, "latent_dim": 8}
+    with pytest.raises(SpecError, match=r"rope_head_dim is 3, but RoPE rotates pairs.*Use an even number"):
+        validate(LatentAttentionSpec, fields, "config")

@@ -1,0 +1,173 @@
+import math
+
+import numpy as np
+import pytest
+
+from moezoo.core.config import validate
+from moezoo.core.errors import SpecError
+from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
+from moezoo.core.spec import IndexerSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec
+from tests.tolerances import FLOAT32, FLOAT64, assert_close
+from tests.twins import (
+    B,
+    D,
+    G,
+    H,
+    M,
+    T,
+    Twin,
+    assert_function_matches,
+    assert_layer_matches,
+    assert_reference_gradient,
+    normal,
+)
+
+N, ROPE, Z, K = 3, 4, 10, 2
+SPEC = IndexerSpec(num_heads=N, head_dim=H, top_k=K)
+S = T + 2
+MASK_TS = np.arange(T)[:, None] + 2 >= np.arange(S)[None, :]
+X_BTD, SOURCE_BTZ = normal(0, B, T, D), normal(1, B, T, Z)
+INDEX_BTS = normal(2, B, T, S)
+VALUES = {
+    "w_query": 0.3 * normal(3, Z, N, H),
+    "w_key": 0.3 * normal(4, D, H),
+    "w_weight": 0.3 * normal(5, D, N),
+    "key_norm.scale": normal(6, H),
+    "key_norm.bias": normal(7, H),
+}
+
+
+def chosen(twin: Twin, index_BTS: np.ndarray, mask_TS: np.ndarray, top_k: int) -> np.ndarray:
+    mask = twin.module("sparse_attention").choose_sources(twin.array(index_BTS), twin.array(mask_TS), top_k)
+    expected = choose_sources(index_BTS, mask_TS, top_k)
+    np.testing.assert_array_equal(twin.numpy(mask), expected)
+    return expected
+
+
+@pytest.mark.parametrize("layout", ["half_split", "interleaved"])
+def test_indexer_and_its_index_match_the_reference(twin, layout):
+    spec, position = SPEC.model_copy(update={"layout": layout}), RoPESpec(base=50, layout="interleaved")
+    module = twin.module("sparse_attention")
+    position_T = np.arange(T) + 3
+    arrays = [twin.array(each) for each in (X_BTD, SOURCE_BTZ, position_T)]
+    assert_layer_matches(
+        twin,
+        module.Indexer(spec, position, ROPE, twin.weights(VALUES)),
+        lambda layer: module.index(*layer(*arrays)),
+        lambda values: index(*indexer(spec, position, ROPE, values, X_BTD, SOURCE_BTZ, position_T)),
+        VALUES,
+    )
+
+
+def test_only_the_first_features_are_rotated_and_by_the_indexers_own_layout():
+    rotated, plain = (
+        indexer(SPEC, position, ROPE, VALUES, X_BTD, SOURCE_BTZ, np.arange(T))
+        for position in (RoPESpec(layout="interleaved"), NoPositionSpec())
+    )
+    for after, before in zip(rotated[:2], plain[:2], strict=True):
+        assert_close(after[..., ROPE:], before[..., ROPE:], FLOAT64)
+        assert_close(after[:, 0], before[:, 0], FLOAT64)
+        half = ROPE // 2  # pair 0 turns by t: features 0 and ROPE / 2
+        turned = math.cos(2) * before[:, 2, ..., 0] - math.sin(2) * before[:, 2, ..., half]
+        assert_close(after[:, 2, ..., 0], turned, FLOAT64)
+
+
+def test_index_matches_the_reference_and_its_formula(twin):
+    query, key, weight = normal(1, B, T, N, H), normal(2, B, S, H), normal(3, B, T, N)
+    assert_function_matches(twin, twin.module("sparse_attention").index, index, query, key, weight)
+    one = sum(weight[1, 2, n] * max(0.0, query[1, 2, n] @ key[1, 4]) for n in range(N))
+    assert_close(index(query, key, weight)[1, 2, 4], one, FLOAT64)
+
+
+def test_the_highest_allowed_positions_are_chosen(twin):
+    mask = chosen(twin, INDEX_BTS, MASK_TS, K + 1)
+    for b in range(B):
+        for t in range(T):
+            allowed = [s for s in range(S) if MASK_TS[t, s]]
+            best = sorted(allowed, key=lambda s: -INDEX_BTS[b, t, s])[: K + 1]
+            assert set(np.flatnonzero(mask[b, t])) == set(best)
+
+
+def test_a_high_index_of_the_future_takes_nobodys_place(twin):
+    """A top-k before the mask would choose the last positions for everyone, and leave early queries with none."""
+    growing = np.broadcast_to(np.arange(float(T)), (1, T, T)).copy()
+    mask = chosen(twin, growing, np.tri(T, dtype=bool), K)
+    np.testing.assert_array_equal(mask[0].sum(axis=-1), np.minimum(np.arange(T) + 1, K))
+    np.testing.assert_array_equal(mask[0], np.tri(T, dtype=bool) & ~np.tri(T, k=-K, dtype=bool))
+
+
+def test_ties_go_to_the_lower_position(twin):
+    """Where every relu is shut the index is 0, or -0: a tie that is no accident."""
+    tied = np.zeros((1, T, T))
+    tied[..., 1::2] = -0.0
+    mask = chosen(twin, tied, np.tri(T, dtype=bool), K)
+    np.testing.assert_array_equal(np.flatnonzero(mask[0, -1]), np.arange(K))
+
+
+@pytest.mark.parametrize("heads", [(M, G), (1, G)], ids=["grouped", "shared key"])
+def test_attend_where_matches_the_reference(twin, heads):
+    query = normal(1, B, T, *heads, H)
+    key, value = normal(2, B, S, heads[0], H), normal(3, B, S, heads[0], H + 3)
+    mask = choose_sources(INDEX_BTS, MASK_TS, K)
+    on_device = twin.array(mask)
+    assert_function_matches(
+        twin,
+        lambda *arrays: twin.module("sparse_attention").attend_where(*arrays, on_device, 0.4)[0],
+        lambda *arrays: attend_where(*arrays, mask, 0.4)[0],
+        query,
+        key,
+        value,
+    )
+    arrays = [twin.array(each) for each in (query, key, value)]
+    distribution = twin.numpy(twin.module("sparse_attention").attend_where(*arrays, on_device, 0.4)[1])
+    assert_close(distribution, attend_where(query, key, value, mask, 0.4)[1], FLOAT32)
+    assert np.all(distribution[~mask] == 0)
+    assert_close(distribution.sum(axis=-1), np.ones((B, T)), FLOAT32)
+
+
+def distribution_of(mask_BTS: np.ndarray, spread: float) -> np.ndarray:
+    weight = np.where(mask_BTS, np.exp(spread * normal(8, B, T, S)), 0.0)
+    return weight / weight.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("spread", [1.0, 60.0], ids=["even", "underflowing"])
+def test_index_loss_matches_the_reference(twin, spread):
+    mask = choose_sources(INDEX_BTS, MASK_TS, K + 2)
+    distribution = distribution_of(mask, spread)
+    on_device = twin.array(distribution), twin.array(mask)
+    assert_function_matches(
+        twin,
+        lambda index: twin.module("sparse_attention").index_loss(index, *on_device),
+        lambda index: index_loss(index, distribution, mask),
+        INDEX_BTS,
+    )
+
+
+def test_index_loss_keeps_its_digits_near_its_minimum(twin):
+    """The divergence is 1e-6 here; as a difference of entropies in float32 it would have one digit."""
+    mask = choose_sources(INDEX_BTS, MASK_TS, K + 2)
+    distribution = distribution_of(mask, 1.0)
+    near = np.log(np.where(mask, distribution, 1.0)) + 2.0**-9 * np.sign(normal(9, B, T, S))
+    near = near.astype(np.float32).astype(np.float64)
+    exactly = np.exp(near) * mask
+    exactly = exactly / exactly.sum(axis=-1, keepdims=True)
+    expected = index_loss(near, distribution, mask)
+    assert 1e-7 < expected < 1e-5
+    assert index_loss(near, exactly, mask) < 1e-15
+    loss = twin.module("sparse_attention").index_loss(twin.array(near), twin.array(distribution), twin.array(mask))
+    assert abs(float(loss) / expected - 1) < 1e-3
+
+
+def test_reference_gradients_agree_with_finite_differences():
+    mask = choose_sources(INDEX_BTS, MASK_TS, K + 2)
+    assert_reference_gradient(lambda index: index_loss(index, distribution_of(mask, 1.0), mask), INDEX_BTS)
+    assert_reference_gradient(index, normal(1, 1, 2, N, H), normal(2, 1, 3, H), normal(3, 1, 2, N))
+    key, value = normal(2, B, S, M, H), normal(3, B, S, M, H)
+    assert_reference_gradient(lambda *arrays: attend_where(*arrays, mask, 0.4)[0], normal(1, B, T, M, G, H), key, value)
+
+
+def test_index_heads_narrower_than_what_they_rotate_are_refused():
+    fields = {"num_heads": 2, "head_dim": 6, "rope_head_dim": 4, "value_head_dim": 5, "latent_dim": 8}
+    fields["indexer"] = {"num_heads": 2, "head_dim": 2, "top_k": 3}
+    with pytest.raises(SpecError, match=r"indexer.head_dim is 2, less than rope_head_dim = 4, which it rotates"):
+        validate(LatentAttentionSpec, fields, "config")
