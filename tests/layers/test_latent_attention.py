@@ -5,7 +5,9 @@ import pytest
 
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
+from moezoo.core.initialize import initial_weights
 from moezoo.core.reference.latent_attention import latent_attention
+from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
     GatedFeedForwardSpec,
     IndexerSpec,
@@ -136,6 +138,24 @@ def test_cache_holds_a_latent_and_a_key_a_token_whatever_the_number_of_heads(twi
     cache = cache_of(twin, spec)
     sizes = [math.prod(part.shape) / (B * (LENGTH + 2)) for part in cache if getattr(part, "ndim", 0) == 3]
     assert sum(sizes) == Z + ROPE + (0 if spec.indexer is None else INDEXER.head_dim)
+
+
+def test_a_model_of_latent_and_sparse_layers_decodes_what_it_computes_uncached(twin):
+    """A prompt of 17 tokens, which JAX pads, then single ones."""
+    layers = tuple(
+        LayerSpec(attention=SPECS[kind], feed_forward=GatedFeedForwardSpec(hidden_dim=4))
+        for kind in ("latent", "indexer")
+    )
+    model = ModelSpec(vocab_size=V, embed_dim=D, layers=layers)
+    weights = {name: 5 * value for name, value in initial_weights(model, seed=0).items()}
+    tokens = np.random.default_rng(0).integers(0, V, (B, 19)).astype(np.int32)
+    expected = forward(model, {name: value.astype(np.float64) for name, value in weights.items()}, tokens).logits_BTV
+    built = twin.backend().build(model, weights)
+    logits, cache = built.prefill(tokens[:, :17], 19)
+    assert_close(logits, expected[:, 16], FLOAT32)
+    for t in (17, 18):
+        logits, cache = built.decode(tokens[:, t], cache)
+        assert_close(logits, expected[:, t], FLOAT32)
 
 
 def test_bfloat16_is_near_float32(twin):
