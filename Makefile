@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BACKEND ?= $(if $(filter Darwin-arm64,$(shell uname -s)-$(shell uname -m)),mlx,jax)
 FABLES := runs/fables-$(BACKEND)
 
-.PHONY: train test check setup clean
+.PHONY: train test check links setup clean
 
 train: setup
 	$(BIN)/moezoo train configs/fables.yaml --backend $(BACKEND) --out $(FABLES) $(if $(wildcard $(FABLES)/config.yaml),--resume)
@@ -20,6 +20,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Numbers of the links to lines of code, in the writings.
+links: setup
+	$(BIN)/python tests/contracts/line_links.py
 
 setup: $(VENV)/installed
 

@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from moezoo.core.config import Config, validate
+from tests.contracts.line_links import documents, line_links, line_of, renumbered
 
 ROOT = Path(__file__).parents[2]
 WRITINGS = ROOT / "writings"
 PAGES = sorted(WRITINGS.glob("*.md"))
-DOCUMENTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "datasets" / "README.md"]
+DOCUMENTS = documents()
 STEMS = sorted(path.stem for path in (ROOT / "moezoo" / "core" / "reference").glob("*.py") if path.stem != "__init__")
 
 # A small config that the snippets, each a part of a config, are laid over.
@@ -50,12 +51,17 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def named_lines(document: Path) -> set[tuple[Path, str]]:
+    """Links to lines whose text says what stands there."""
+    return {(path, f"L{number}") for _, path, number in line_links(document)}
+
+
 def problem_of(document: Path, link: str) -> str | None:
     """What is wrong with a relative link, or None."""
     name, _, fragment = link.partition("#")
     target = (document.parent / name).resolve() if name else document
-    if re.fullmatch(r"L\d+(-L\d+)?", fragment):
-        return "names a line, which moves; name the file"
+    if re.fullmatch(r"L\d*(-L\d+)?", fragment) and (target, fragment) not in named_lines(document):
+        return "names a line, which moves; write [`name`](file.py#L), and `make links` finds it"
     if not target.is_relative_to(ROOT):
         return "leads out of the repository"
     if not target.exists():
@@ -73,11 +79,26 @@ def test_relative_links_lead_to_files(document: Path) -> None:
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_to_lines_lead_to_what_they_name(document: Path) -> None:
+    assert document.read_text(encoding="utf-8") == renumbered(document), "Run: make links"
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_has_a_page_that_links_its_code(stem: str) -> None:
     page = WRITINGS / f"{stem}.md"
     assert page.is_file(), f"{page} is missing"
     assert f"../moezoo/core/reference/{stem}.py" in relative_links(page)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if "](../moezoo/core/reference/" in page.read_text("utf-8")],
+    ids=lambda page: page.stem,
+)
+def test_a_page_on_code_links_lines_of_the_reference_and_of_both_twins(page: Path) -> None:
+    linked = {path.parent.name: path.stem for _, path, _ in line_links(page)}
+    assert linked.keys() >= {"reference", "jax_backend", "mlx_backend"}
 
 
 def test_every_page_is_in_the_index_once() -> None:
@@ -123,7 +144,24 @@ def test_every_yaml_snippet_is_a_part_of_a_config(snippet: dict[str, Any]) -> No
 def test_a_wrong_link_is_noticed() -> None:
     page = WRITINGS / "README.md"
     assert problem_of(page, "nowhere.md") == "leads nowhere"
-    assert problem_of(page, "routing.md#L3") == "names a line, which moves; name the file"
+    assert "names a line" in (problem_of(page, "../moezoo/core/reference/moe.py#L3") or "")
     assert problem_of(page, "routing.md#no-such-heading") == "names no heading"
     assert problem_of(page, "../../elsewhere") == "leads out of the repository"
     assert problem_of(page, "routing.md#traps") is None
+
+
+def test_a_name_leads_to_the_line_that_defines_it(tmp_path: Path) -> None:
+    code = tmp_path / "code.py"
+    code.write_text("LIMIT = 1\n\n\nclass Part:\n    size: int\n\n    def check(self):\n        here = 1\n")
+    names = ("LIMIT", "Part", "Part.size", "size", "check", "Part.check")
+    assert [line_of(code, name) for name in names] == [1, 4, 5, 5, 7, 7]
+    with pytest.raises(LookupError, match="has no here"):
+        line_of(code, "here")
+
+
+def test_a_name_that_is_defined_twice_must_say_whose(tmp_path: Path) -> None:
+    code = tmp_path / "code.py"
+    code.write_text("class One:\n    size = 1\n\n\nclass Two:\n    size = 2\n")
+    assert line_of(code, "Two.size") == 6
+    with pytest.raises(LookupError, match="defines size 2 times"):
+        line_of(code, "size")
