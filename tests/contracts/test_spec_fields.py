@@ -81,7 +81,17 @@ def test_both_backends_read_the_same_fields_of_the_spec(stem):
 
 def test_backends_read_every_field_that_is_about_computing():
     """Fields that only core reads: of the table, initialization, frequencies, `selection_basis`, writing layers out."""
-    only_core = {"max_length", "repeat", "layers", "initializer", "std", "vocab_size", "embed_dim", "hidden_dim", "select_on"}
+    only_core = {
+        "max_length",
+        "repeat",
+        "layers",
+        "initializer",
+        "std",
+        "vocab_size",
+        "embed_dim",
+        "hidden_dim",
+        "select_on",
+    }
     for backend in BACKENDS:
         read: set[str] = set()
         for stem in stems(f"{backend}_backend") - ONLY_IN[backend]:

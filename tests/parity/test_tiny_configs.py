@@ -311,6 +311,24 @@ def test_twenty_steps_give_the_same_losses_on_both_backends(path, both):
             assert one.sum() == other.sum()
 
 
+def test_decoding_by_cache_gives_the_logits_of_the_reference_by_inference_routing(path, twin):
+    case = case_of(path)
+    model = twin.backend().build(case.config.model, case.weights)
+    parameters = {name: value.astype(np.float64) for name, value in case.weights.items()}
+    result = forward(case.config.model, parameters, case.tokens, inference=True)
+    assert min([np.min(routing.margin_P) for routing in result.routings], default=1) > ROUTING_MARGIN / 10
+    prompt = T - 3
+    logits, cache = model.prefill(case.tokens[:, :prompt], T)
+    for place in range(prompt - 1, T):
+        expected = result.logits_BTV[:, place]
+        if case.exact:
+            assert_close(logits, expected, FLOAT32, f"logits after token {place}")
+        else:  # a rounding may choose another expert
+            assert np.median(np.abs(logits - expected)) < BFLOAT16.relative * np.max(np.abs(expected))
+        if place + 1 < T:
+            logits, cache = model.decode(case.tokens[:, place + 1], cache)
+
+
 @pytest.mark.parametrize("path", OTHERS, ids=name_of)
 def test_larger_configs_have_a_consistent_table(path):
     rows = parameter_table(sized(path).model)

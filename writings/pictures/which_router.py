@@ -1,6 +1,6 @@
 """Draws writings/pictures/which_router.png from run folders: python writings/pictures/which_router.py RUN...
 
-Left: training cross-entropy, smoothed over 30 logged steps, and the final validation loss as a point. Right: for each
+Left: training cross-entropy, smoothed over 100 steps, and the final validation loss as a point. Right: for each
 run with a mixture, the load of its experts on the validation data relative to a fair share, a point for each expert of
 each layer.
 """
@@ -27,11 +27,11 @@ def main(runs: list[Path]) -> None:
         training = [(row["step"], row["cross_entropy"]) for row in rows if "cross_entropy" in row]
         final = [row for row in rows if row.get("validation_loss") is not None][-1]
         step, loss = np.array(training).T
-        window = np.ones(30) / 30
+        window = np.ones(10) / 10
         smooth = np.convolve(loss, window, mode="valid")
         name = run.name.removesuffix("_jax")
         label = f"{name}  {final['validation_loss']:.3f}"
-        curves.plot(step[29:], smooth, color=color, linewidth=1.3, label=label)
+        curves.plot(step[9:], smooth, color=color, linewidth=1.3, label=label)
         curves.plot([final["step"] * 1.02], [final["validation_loss"]], "o", color=color, markersize=5, clip_on=False)
         if final["routing"]:
             names.append(name)
@@ -43,7 +43,7 @@ def main(runs: list[Path]) -> None:
     curves.legend(title="run, final validation loss", frameon=False, fontsize=9)
     curves.set_title("Training (lines) and final validation (points)", loc="left", fontsize=11)
     loads.axvline(1, color="#8a97a3", linewidth=0.8)
-    loads.set(yticks=range(len(names)), yticklabels=names, xlabel="load of an expert, 1 is its fair share", xlim=(0, None))
+    loads.set(yticks=range(len(names)), yticklabels=names, xlabel="load of an expert (1: fair share)", xlim=(0, None))
     loads.invert_yaxis()
     loads.set_title("Expert load on validation text, layer by layer", loc="left", fontsize=11)
     for axes in (curves, loads):
