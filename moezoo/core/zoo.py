@@ -211,10 +211,11 @@ class Zoo:
         return table
 
     def markdown(self) -> str:
-        """The table as a page."""
+        """The table as a page of the writings."""
         pairs = self._pairs()
         head = ["part", "config", *(f"{pair}: logits, gradients" for pair in pairs), "inference", "source"]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = ["# Every part, as checked", "", "Written by `moezoo zoo --out`, not by hand; [how](zoo.md).", ""]
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for feature, config in self.rows:
             if config is None:
                 lines.append(f"| {feature} | **none** |" + " |" * (len(head) - 2))
@@ -253,10 +254,14 @@ def zoo(
 def _showing(feature: str, configs: Sequence[ZooConfig]) -> ZooConfig | None:
     """The config that shows a part best: named after it, else the one of the fewest parts."""
     showing = [config for config in configs if feature in config.features]
-    words = set(feature.replace(":", " ").replace(".", " ").replace("_", " ").split())
+    owner, _, own = feature.replace(": ", ".").rpartition(".")
+    words, others = set(own.split("_")), set(owner.replace(" ", "_").split("_"))
 
-    def rank(config: ZooConfig) -> tuple[int, int, str]:
-        return -len(words & set(config.name.split("_"))), len(config.features), config.name
+    def rank(config: ZooConfig) -> tuple[int, int, int, int, str]:
+        of_name = set(config.name.split("_"))
+        right, near = len(words & of_name), len(others & of_name)
+        beside = len(of_name) - right - near if right or near else 0
+        return -right, -near, beside, len(config.features), config.name
 
     return min(showing, key=rank, default=None)
 
