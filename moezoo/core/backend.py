@@ -64,12 +64,14 @@ class StepMetrics:
         gradient_norm: global norm before clipping.
         load: per MoE layer, int64 [E]: tokens routed to each expert in the global step, before any is dropped.
         dropped: per MoE layer: routed copies that a capacity dropped.
+        state: what the step changed without a gradient, by canonical name, after it.
     """
 
     losses: dict[str, float]
     gradient_norm: float
     load: list[NDArray[np.int64]]
     dropped: list[int]
+    state: dict[str, Floats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

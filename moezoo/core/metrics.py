@@ -5,8 +5,9 @@ as `<name>` (mean over its layers, unweighted) and `<name>_weighted` (what it ad
 `learning_rate`, `tokens_per_second`, and `routing`: per MoE layer `layer`, `load` (share of routed copies per expert,
 sums to 1), `worst_load` (the most loaded expert's share times the number of experts: 1 is balanced), `dropped`
 (share of routed copies that a capacity dropped), and `losses` (each auxiliary loss of this layer by name, unweighted;
-`index` is that of its attention's indexer). Validation lines have `step`, `tokens`, `validation_loss` (nats a token)
-and what else `Evaluation.to_dict` gives; their `routing` is without `losses`.
+`index` is that of its attention's indexer), and where the router has them `selection_bias` and `cutoff` of each expert
+after the step (writings/router_state.md). Validation lines have `step`, `tokens`, `validation_loss` (nats a token)
+and what else `Evaluation.to_dict` gives; their `routing` is without these.
 """
 
 import json
@@ -43,6 +44,16 @@ def layer_losses(losses: Mapping[str, float], layer: int) -> dict[str, float]:
     """The auxiliary losses of one layer by name: of all loss terms, those named `layers.<layer>.<name>`."""
     prefix = f"layers.{layer}."
     return {name.removeprefix(prefix): value for name, value in losses.items() if name.startswith(prefix)}
+
+
+def layer_state(state: Mapping[str, NDArray[Any]], layer: int) -> dict[str, list[float]]:
+    """State of one layer's router by its short name; a cutoff as the average that inference uses."""
+    prefix = f"layers.{layer}.moe.router."
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    weight = own.pop("cutoff_weight", None)
+    if weight is not None:
+        own["cutoff"] = own["cutoff"] / np.maximum(weight, np.finfo(np.float32).tiny)
+    return {name: [round(float(number), 6) for number in value] for name, value in own.items()}
 
 
 def worst_load(routing: Iterable[Mapping[str, Any]]) -> float | None:

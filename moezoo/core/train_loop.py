@@ -20,7 +20,7 @@ from moezoo.core.data import PreparedData
 from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
 from moezoo.core.initialize import initial_weights
-from moezoo.core.metrics import MetricsFile, layer_losses, routing_statistics
+from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import Run, resume_point
@@ -142,6 +142,7 @@ class _Training:
         routing = routing_statistics(self.config.model.moe_layers, metrics.load, metrics.dropped)
         for row in routing:
             row["losses"] = layer_losses(metrics.losses, row["layer"])
+            row.update(layer_state(metrics.state, row["layer"]))
         return {
             "step": step,
             "tokens": self._tokens(step),

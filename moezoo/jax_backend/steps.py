@@ -15,6 +15,7 @@ from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
+from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights, to_numpy
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
@@ -55,12 +56,13 @@ class PendingJaxStep:
         self._values = values
 
     def fetch(self) -> StepMetrics:
-        losses, norm, load, dropped = jax.device_get(self._values)
+        losses, norm, load, dropped, state = jax.device_get(self._values)
         return StepMetrics(
             {name: float(value) for name, value in losses.items()},
             float(norm),
             [np.asarray(sizes, np.int64) for sizes in load],
             [int(count) for count in dropped],
+            state,
         )
 
 
@@ -184,7 +186,7 @@ class JaxModel:
             second = {name: jnp.asarray(state[f"second_moment.{name}"]) for name in self._parameters}
             adam = optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second)
             self._moments = (adam, *self._moments[1:])
-        self._step = jax.jit(partial(self._step_values, config), donate_argnums=(0, 1, 2))
+        self._step = jax.jit(partial(self._step_values, config), donate_argnums=(0, 2))
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         self._parameters, self._state, self._moments, values = self._step(
@@ -215,7 +217,8 @@ class JaxModel:
             gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
         updates, moments = self._optimizer(learning_rate).update(gradients, moments, parameters)
         state = updated_state(self.spec, state, load[0], cutoffs)
-        return optax.apply_updates(parameters, updates), state, moments, (terms, norm, *load)
+        reported = {name: state[name] for name in updated_names(self.spec)}
+        return optax.apply_updates(parameters, updates), state, moments, (terms, norm, *load, reported)
 
     def _counts(self, parameters, state, window, key):
         """Per MoE layer, how many tokens chose each expert."""

@@ -13,6 +13,7 @@ from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
+from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.mlx_backend import BLAS
 from moezoo.mlx_backend.arrays import Weights, to_numpy
@@ -44,12 +45,13 @@ class PendingMlxStep:
         self._values = values
 
     def fetch(self) -> StepMetrics:
-        terms, norm, load, dropped = self._values
+        terms, norm, load, dropped, state = self._values
         return StepMetrics(
             {name: value.item() for name, value in terms.items()},
             norm.item(),
             [np.array(sizes, np.int64) for sizes in load],
             [count.item() for count in dropped],
+            to_numpy(state),
         )
 
 
@@ -196,7 +198,7 @@ class MlxModel:
         for name, value in updated_state(self.spec, state, load[0], cutoffs).items():
             path, _, leaf = name.rpartition(".")
             setattr(self._inside(path), leaf, value)
-        values = (terms, norm, *load)
+        values = (terms, norm, *load, {name: self._value(name) for name in updated_names(self.spec)})
         mx.async_eval(values, self._module.state, self._optimizer.state)
         return PendingMlxStep(values)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import autograd.numpy as np
 
+from moezoo.core.parameters import parameter_table
 from moezoo.core.reference import Array
 from moezoo.core.spec import ExpertChoiceSpec, ModelSpec
 
@@ -33,6 +34,12 @@ def updated_cutoff(cutoff_E: Array, weight: Array, lowest_E: Array, decay: float
         decay: the spec's `choice.decay`.
     """
     return decay * cutoff_E + (1 - decay) * lowest_E, decay * weight + (1 - decay)
+
+
+def updated_names(spec: ModelSpec) -> list[str]:
+    """Canonical names of the state that a step changes; a hash table is state too, and stays."""
+    ends = ("selection_bias", "cutoff", "cutoff_weight")
+    return [row.name for row in parameter_table(spec) if not row.trained and row.name.endswith(ends)]
 
 
 def updated_state(
