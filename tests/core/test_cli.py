@@ -32,7 +32,7 @@ SURFACE = {
     "eval": ["RUN", "--backend", "--json"],
     "describe": ["CONFIG", "--set", "--json"],
     "parity": ["CONFIG|RUN", "--json", "--all"],
-    "zoo": ["[CONFIGS]", "--json", "--list", "--out"],
+    "zoo": ["CONFIGS", "--json", "--list", "--out"],
     "schema": [],
     "data": ["NAME", "--file"],
 }
