@@ -51,7 +51,7 @@ def check_causality(side: str, run: Run, spec: ModelSpec, tokens: Integers, tole
         tokens: int32 [B, T], B >= 2 for leaks between sequences.
         tolerance: relative; products of other shapes round otherwise, so 0 is too strict.
     """
-    start = max(1, tokens.shape[1] // 2)
+    start = tokens.shape[1] // 2
     changed = tokens.copy()
     changed[0, start:] = (changed[0, start:] + 1) % spec.vocab
     allowed_BT = np.zeros(tokens.shape, bool)
@@ -72,10 +72,12 @@ def _first_leak(
     largest = 0.0
     for name, value in before.items():
         own, other = (np.asarray(values, np.float64).reshape(*allowed_BT.shape, -1) for values in (value, after[name]))
-        # Trap: a masked logit is minus infinity on both sides.
-        difference = np.where(own == other, 0.0, np.abs(own - other))[~allowed_BT]
-        scale = np.max(np.abs(own[np.isfinite(own)]), initial=0.0)
-        moved = float(np.max(difference, initial=0.0) / scale) if scale else 0.0
+        # Trap: a masked logit is minus infinity on both sides, and their difference is not a number.
+        differs = (own != other) & ~allowed_BT[..., None]
+        difference = np.abs(np.subtract(own, other, out=np.zeros_like(own), where=differs))
+        # Trap: a tensor may start as all zeros, so that only the other one has a size.
+        scale = max(np.max(np.abs(values[np.isfinite(values)]), initial=0.0) for values in (own, other))
+        moved = float(np.max(difference, initial=0.0) / (scale or 1.0))
         if not moved <= tolerance:
             return name, moved
         largest = max(largest, moved)
