@@ -40,6 +40,7 @@ from tests.twins import Twin
 ROOT = Path(__file__).parents[2] / "configs"
 TINY = sorted((ROOT / "tiny").glob("*.yaml"))
 OTHERS = sorted(set(ROOT.rglob("*.yaml")) - set(TINY))
+INFERRING_OTHERWISE = [path for path in TINY if load_config(path).model.inference_differs]
 VOCAB_SIZE = 31  # where the config leaves it to a tokenizer
 LARGEST_BUILT = 20_000_000  # parameters; more would take seconds to draw
 B, T, STEPS = 4, 9, 20  # a batch divides into the accumulation steps of every tiny config
@@ -129,9 +130,9 @@ def case_of(path: Path) -> Case:
     return Case(config, weights, windows, reference)
 
 
-def _combine_weights(moe, routing) -> tuple[np.ndarray, np.ndarray]:
+def _combine_weights(moe, routing, *, inference=False) -> tuple[np.ndarray, np.ndarray]:
     """Experts and weights as a LayerRouting has them."""
-    kept_PK = dispatch(moe, routing).kept_PK
+    kept_PK = dispatch(moe, routing, inference=inference).kept_PK
     return combine_weights(routing.expert_PK, routing.valid_PK, kept_PK, routing.weight_PK)
 
 
@@ -254,19 +255,42 @@ def test_forward_pass_matches_the_reference(path, both):
 def test_routing_matches_the_reference_and_no_token_is_a_near_tie(path, both):
     case = case_of(path)
     assert case.reference.margin > ROUTING_MARGIN
-    for layer, (expert_PK, weight_PK, score_PE) in enumerate(case.reference.routing):
+    for layer, expected in enumerate(case.reference.routing):
         for run in both:
-            own_expert, own_weight, own_score = run.routing[layer]
-            # As sets, each expert with its weight: two of nearly equal weight may stand in either order.
-            own_order, order = np.argsort(own_expert, axis=-1), np.argsort(expert_PK, axis=-1)
-            own_sorted = np.take_along_axis(own_expert, own_order, -1)
-            np.testing.assert_array_equal(own_sorted, np.take_along_axis(expert_PK, order, -1), f"{run.name}, {layer}")
-            own_weight, expected_weight = (
-                np.take_along_axis(own_weight, own_order, -1),
-                np.take_along_axis(weight_PK, order, -1),
-            )
-            assert_close(own_weight, expected_weight, FLOAT32 if case.exact else BFLOAT16)
-            assert_close(own_score, score_PE, FLOAT32 if case.exact else BFLOAT16)
+            assert_same_routing(run.routing[layer], expected, FLOAT32 if case.exact else BFLOAT16, (run.name, layer))
+
+
+def assert_same_routing(actual, expected, tolerance, what):
+    """Experts, weights and scores, [P, ...] each.
+
+    Experts as sets, each with its weight: two of nearly equal weight may stand in either order.
+    """
+    (own_expert, own_weight, own_score), (expert_PK, weight_PK, score_PE) = actual, expected
+    own_order, order = np.argsort(own_expert, axis=-1), np.argsort(expert_PK, axis=-1)
+    own_sorted = np.take_along_axis(own_expert, own_order, -1)
+    np.testing.assert_array_equal(own_sorted, np.take_along_axis(expert_PK, order, -1), str(what))
+    own_weight, weight_PK = np.take_along_axis(own_weight, own_order, -1), np.take_along_axis(weight_PK, order, -1)
+    assert_close(own_weight, weight_PK, tolerance, str(what))
+    assert_close(own_score, score_PE, tolerance, str(what))
+
+
+@pytest.mark.parametrize("path", INFERRING_OTHERWISE, ids=name_of)
+def test_inference_matches_the_reference_where_it_routes_otherwise(twin, path):
+    """With the weights of after one step, whose cutoffs are no longer zero."""
+    case = case_of(path)
+    spec, weights = case.config.model, {name: np.float32(value) for name, value in case.reference.stepped.items()}
+    parameters = {name: value.astype(np.float64) for name, value in weights.items()}
+    logits, routings, _ = forward(spec, parameters, case.tokens, inference=True)
+    output = twin.backend().build(spec, weights).forward(case.tokens, inference=True)
+    tolerance = FLOAT32 if case.exact else BFLOAT16
+    moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
+    for moe, routing, own in zip(moes, routings, output.routing, strict=True):
+        assert np.min(routing.margin_P) > ROUTING_MARGIN
+        expected = (*_combine_weights(moe, routing, inference=True), routing.score_PE)
+        actual = [value.reshape(B * T, -1) for value in (own.expert, own.weight, own.score)]
+        assert_same_routing(actual, expected, tolerance, (twin.name, own.layer))
+    assert_close(output.logits, logits, tolerance)
+    assert np.max(np.abs(logits - forward(spec, parameters, case.tokens).logits_BTV)) > 1e-6
 
 
 def test_gradients_match_the_reference_and_each_other(path, both):
