@@ -11,11 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.config import OptimizerConfig
+from moezoo.core.errors import DataError
 from moezoo.core.random import Bits
 from moezoo.core.spec import ModelSpec
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
+
+
+def check_length(spec: ModelSpec, length: int, got: str) -> None:
+    """Raises DataError where the model has learned positions for fewer than `length` tokens; `got` says whose they are.
+
+    Whoever hands tokens to a model asks this first. Trap: of a row that a table has not, JAX gives the last one and
+    MLX stray memory.
+    """
+    if spec.max_length is not None and length > spec.max_length:
+        raise DataError(
+            f"learned positions end at {spec.max_length} tokens (model.position.max_length); got {got}. Use fewer."
+        )
 
 
 @dataclass(frozen=True)

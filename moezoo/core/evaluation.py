@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import Model
+from moezoo.core.backend import Model, check_length
 from moezoo.core.config import DataConfig, DatasetSource
 from moezoo.core.data import Split
 from moezoo.core.grammar import Grammar
@@ -78,7 +78,10 @@ def evaluate(
     """Score consecutive windows of a split, all of them or `max_windows` spread evenly over it.
 
     Bits per byte = total nats / ln 2 / UTF-8 bytes of the target tokens; None where tokens have no text.
+
+    Raises DataError: windows longer than learned positions.
     """
+    check_length(model.spec, sequence_length, f"windows of {sequence_length}")
     windows = np.asarray(split.windows(sequence_length, max_windows))
     batch_size = _batch_that_divides(len(windows), batch_size)
     losses = np.empty((len(windows), sequence_length), np.float64)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moezoo.core.backend import Integers, Model
+from moezoo.core.backend import Integers, Model, check_length
 from moezoo.core.errors import DataError
 from moezoo.core.sampling import SamplingOptions, sample
 
@@ -31,7 +31,7 @@ def generate(
     Returns:
         int32 [B, new], new <= max_new_tokens.
 
-    Raises DataError: an empty prompt, a token outside the vocabulary.
+    Raises DataError: an empty prompt, a token outside the vocabulary, more tokens than learned positions.
     """
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2 or tokens.shape[1] == 0:
@@ -40,12 +40,7 @@ def generate(
         worst = tokens.min() if tokens.min() < 0 else tokens.max()
         raise DataError(f"a prompt has token {worst}; expected 0 <= token < {model.spec.vocab}.")
     batch, length = tokens.shape
-    longest = model.spec.max_length
-    if longest is not None and length + max_new_tokens > longest:
-        raise DataError(
-            f"learned positions end at {longest} tokens; got a prompt of {length} and {max_new_tokens} more. "
-            "Use a shorter prompt, or fewer new tokens."
-        )
+    check_length(model.spec, length + max_new_tokens, f"a prompt of {length} and {max_new_tokens} new ones")
     columns: list[Integers] = []
     ended = np.zeros(batch, bool)
     if max_new_tokens > 0:

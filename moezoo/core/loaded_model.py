@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from moezoo.core.backend import Integers, Model, Output
+from moezoo.core.backend import Integers, Model, Output, check_length
 from moezoo.core.checkpoint import save_checkpoint
 from moezoo.core.config import Config, dump_config
 from moezoo.core.errors import DataError, RunError, SpecError
@@ -38,7 +38,7 @@ class LoadedModel:
             `.logits` float32 [B, T, V]; `.routing`, one per MoE layer with `.layer`, `.expert` int32 [B, T, K]
             (descending weight, ties to the lower id) and `.weight` float32 [B, T, K]; `.losses` by name.
 
-        Raises DataError: a token outside the vocabulary, or not two dimensions.
+        Raises DataError: a token outside the vocabulary, not two dimensions, or more tokens than learned positions.
         """
         checked = self._checked(tokens, "tokens")
         return self.model.forward(checked, None if targets is None else self._checked(targets, "targets"))
@@ -92,6 +92,7 @@ class LoadedModel:
         if array.min() < 0 or array.max() >= self.model.spec.vocab:
             worst = array.min() if array.min() < 0 else array.max()
             raise DataError(f"{name} has token {worst}; expected 0 <= token < {self.model.spec.vocab} (vocab_size).")
+        check_length(self.model.spec, array.shape[1], f"{name} of {array.shape[1]}")
         return array.astype(np.int32)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import Backend, Floats, Integers
+from moezoo.core.backend import Backend, Floats, Integers, check_length
 from moezoo.core.config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config, parse_config
 from moezoo.core.cost import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
@@ -60,7 +60,8 @@ def parity(
         where: what the report calls the model.
         notes: lines for the report.
 
-    Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than LIMIT_BYTES.
+    Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than LIMIT_BYTES. Raises
+    DataError: more tokens than learned positions.
     """
     _check_request(spec, tokens, targets, backends)
     tolerances = tolerances or ParityTolerances.of(spec)
@@ -106,7 +107,7 @@ def parity_of(
     Tokens are random, a function of `training.seed`; T is `min(training.sequence_length, 64)` unless given. A
     vocab_size of null becomes the tokenizer's number where it needs no data, and ASSUMED_VOCAB_SIZE elsewhere.
 
-    Raises SpecError or CheckpointError for what cannot be read, and SpecError as `parity` does.
+    Raises SpecError or CheckpointError for what cannot be read, and otherwise as `parity`.
     """
     path = Path(path)
     notes: list[str] = []
@@ -307,6 +308,7 @@ def _check_request(spec: ModelSpec, tokens: Integers, targets: Integers, backend
             f"targets are not the next tokens; got tokens {tokens.shape} and targets {targets.shape}; expected "
             "targets[:, :-1] == tokens[:, 1:], as a training step has them. Cut both from one window."
         )
+    check_length(spec, tokens.shape[1], f"sequences of {tokens.shape[1]}")
     refuse_if_too_large(spec, tokens.shape[0], tokens.shape[1], len(backends))
 
 
