@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt
 from moezoo.core.spec.base import Part
 
 Coefficient = Annotated[float, Field(ge=0)]
+NumDevices = Annotated[int, Field(ge=2)]  # one is always balanced
 
 
 class SwitchBalanceLossSpec(Part):
@@ -38,7 +39,7 @@ class DeviceBalanceLossSpec(Part):
 
     kind: Literal["device_balance"] = "device_balance"
     coefficient: Coefficient
-    num_devices: PositiveInt
+    num_devices: NumDevices
 
 
 class CommunicationBalanceLossSpec(Part):
@@ -50,7 +51,7 @@ class CommunicationBalanceLossSpec(Part):
 
     kind: Literal["communication_balance"] = "communication_balance"
     coefficient: Coefficient
-    num_devices: PositiveInt
+    num_devices: NumDevices
     max_devices: PositiveInt
 
 

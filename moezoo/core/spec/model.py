@@ -9,7 +9,7 @@ from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import FeedForwardSpec
 from moezoo.core.spec.losses import PooledBalanceLossSpec
-from moezoo.core.spec.moe import MoESpec
+from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec
 
@@ -33,6 +33,13 @@ class LayerSpec(Part):
         if (self.feed_forward is None) == (self.moe is None):
             both = "both feed_forward and moe" if self.moe is not None else "neither feed_forward nor moe"
             raise impossible("", f"has {both}", "Give exactly one of feed_forward (dense) and moe")
+        shared = None if self.moe is None else self.moe.shared
+        if isinstance(shared, ParallelFeedForwardSpec) and self.arrangement in ("post", "parallel"):
+            raise impossible(
+                "moe.shared",
+                f"is parallel, which needs a norm between attention and mixture, and {self.arrangement} has none",
+                "Use arrangement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}",
+            )
         return self
 
 
@@ -134,8 +141,30 @@ class ModelSpec(Part):
                     f"has no values of {heads[0]} heads of {heads[1]}, which a layer with value_residual mixes in",
                     "Give the first layer grouped_query attention of the same num_kv_heads and head_dim",
                 )
+        self._check_later_layers()
         self._check_pooled_balance()
         return self
+
+    def _check_later_layers(self) -> None:
+        """What a layer takes over from one before it is asked for where there is one."""
+        places = [(place, layer) for place, layer in enumerate(self.layers) for _ in range(layer.repeat)]
+        mixed = [
+            isinstance(layer.attention, GroupedQueryAttentionSpec) and layer.attention.value_residual
+            for _, layer in places
+        ]
+        if mixed[0] and not any(mixed[1:]):
+            raise impossible(
+                "layers[0].attention.value_residual",
+                "is true, but the first layer's values are what later layers mix in, and none of them does",
+                "Leave it out, or set it on later layers too",
+            )
+        gated = [(place, layer.moe.router.gating_residual) for place, layer in places if layer.moe is not None]
+        if gated and gated[0][1] and not any(residual for _, residual in gated[1:]):
+            raise impossible(
+                f"layers[{gated[0][0]}].moe.router.gating_residual",
+                "is true, but no mixture stands before this one, and no later one has it",
+                "Leave it out, or set it on later mixtures too",
+            )
 
     def _check_pooled_balance(self) -> None:
         """Layers whose routers' rows are pooled have equal routers, and one coefficient."""

@@ -159,9 +159,10 @@ class MoESpec(Part):
     @model_validator(mode="after")
     def _sizes(self) -> "MoESpec":
         if self.router.top_k > self.num_choices:
+            known = "num_experts" if self.zero_computation is None else "num_experts with zero_computation"
             raise impossible(
                 "router.top_k",
-                f"is {self.router.top_k}, but num_experts is {self.num_choices}",
+                f"is {self.router.top_k}, but {known} is {self.num_choices}",
                 f"Use top_k <= {self.num_choices}",
             )
         kinds = [loss.kind for loss in self.losses]
@@ -213,7 +214,22 @@ class MoESpec(Part):
                         "is sparsemixer, which makes its own weights for one or two experts",
                         "Use top_k: 1 or 2, renormalize: none and weight: score",
                     )
-            case TopKChoiceSpec() | NoisyTopKChoiceSpec() | TopPChoiceSpec() | HashChoiceSpec():
+            case TopPChoiceSpec():
+                if router.top_k == 1:
+                    raise impossible(
+                        "router.top_k",
+                        "is 1, but choice top_p takes at most top_k experts, so p would decide nothing",
+                        "Use top_k >= 2, or choice: {kind: top_k}",
+                    )
+            case HashChoiceSpec():
+                useless = [loss.kind for loss in self.losses if loss.kind not in ("router_z", "importance")]
+                if useless:
+                    raise impossible(
+                        "losses",
+                        f"names {useless[0]}, but with choice hash the token ids decide, and no loss can move the load",
+                        "Leave it out, or use choice: {kind: top_k}",
+                    )
+            case TopKChoiceSpec() | NoisyTopKChoiceSpec():
                 pass
         if isinstance(choice, HashChoiceSpec | SparseMixerChoiceSpec) and router.selection_bias is not None:
             raise impossible(
@@ -287,6 +303,12 @@ class MoESpec(Part):
                             path,
                             f"is load, which is made of routing noise, but choice is {self.router.choice.kind}",
                             "Use choice: {kind: noisy_top_k}, or another loss",
+                        )
+                    if self.router.selection_bias is not None:
+                        raise impossible(
+                            path,
+                            "is load, the chance to be chosen by noisy logits, but router.selection_bias decides too",
+                            "Leave one of the two out",
                         )
                     if self.router.top_k == self.num_choices:
                         raise impossible(

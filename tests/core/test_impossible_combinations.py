@@ -1,0 +1,484 @@
+"""Values that cannot go together: each is refused in one line that says where, what, why, and what works.
+
+A test sees to it that no `impossible(...)` in the spec or the config is without a case here.
+"""
+
+import ast
+import importlib
+import sys
+
+import pytest
+import yaml
+
+from moezoo.core.config import parse_config
+from moezoo.core.errors import SpecError
+from tests.contracts.source_tree import PACKAGE, tree_of
+
+MODULES = (
+    "config",
+    "spec.attention",
+    "spec.model",
+    "spec.moe",
+    "spec.positions",
+    "spec.routing",
+)
+
+# --- a config of 4 heads, 6 experts and 2 layers, and what changes in it ---------------------------------------------
+
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+LATENT = {
+    "kind": "latent",
+    "num_heads": 4,
+    "head_dim": 6,
+    "rope_head_dim": 4,
+    "value_head_dim": 5,
+    "latent_dim": 7,
+}
+DELTA = {"kind": "gated_delta", "num_key_heads": 3, "num_value_heads": 4, "key_head_dim": 5, "value_head_dim": 6}
+ATTENTION, ROUTER = "model.layers[0].attention", "model.layers[0].moe.router"
+
+
+def mixture(router=None, **fields):
+    return {"num_experts": 6, "router": {"top_k": 2} | (router or {}), "experts": {"hidden_dim": 8}} | fields
+
+
+def layer(attention=HEADS, moe=None, **fields):
+    return {"attention": attention, "moe": mixture() if moe is None else moe} | fields
+
+
+def model(*layers, **fields):
+    return {"model": {"embed_dim": 10, "layers": list(layers) or [layer(repeat=2)]} | fields}
+
+
+def attention(**fields):
+    return model(layer(HEADS | fields))
+
+
+def position(**fields):
+    return attention(position={"kind": "rope"} | fields)
+
+
+def choice(kind, router=None, top_k=2, moe=None, **fields):
+    given = {"top_k": top_k, "choice": {"kind": kind} | fields} | (router or {})
+    return model(layer(moe=mixture(given, **(moe or {}))))
+
+
+def expert_choice(router=None, **fields):
+    return choice("expert_choice", {"renormalize": "none"} | (router or {}), moe=fields)
+
+
+def grouped(top_k=2, **fields):
+    return choice("grouped_top_k", top_k=top_k, **({"num_groups": 3, "keep": 2} | fields))
+
+
+def router(**fields):
+    return model(layer(moe=mixture(fields)))
+
+
+def losses(*named, router=None, **fields):
+    return model(layer(moe=mixture(router, losses=[{"coefficient": 0.1} | each for each in named], **fields)))
+
+
+def pooled(second, coefficient=0.1):
+    loss = {"kind": "pooled_balance", "coefficient": 0.1}
+    second = mixture() | second | {"losses": [loss | {"coefficient": coefficient}]}
+    return model(layer(moe=mixture(losses=[loss])), layer(moe=second))
+
+
+PARALLEL = {"kind": "parallel", "feed_forward": {"hidden_dim": 4}}
+NOISY = {"choice": {"kind": "noisy_top_k"}}
+POOLED = "names pooled_balance, which pools all layers that name it, but"
+EXPERT_CHOICE_LOSS = "but with choice expert_choice every expert takes equally many tokens (x.yaml). Leave it out."
+HASH_LOSS = "but with choice hash the token ids decide, and no loss can move the load (x.yaml). Leave it out, or use"
+
+CASES = {
+    # attention
+    "heads that kv heads do not divide": (
+        attention(num_kv_heads=3),
+        f"{ATTENTION}.num_heads is 4, which num_kv_heads = 3 does not divide (x.yaml). Use a multiple of num_kv_heads.",
+    ),
+    "how to normalize, but no norm": (
+        attention(qk_norm_after_rotation=True),
+        f"{ATTENTION}.qk_norm is null, but how it is done is given (x.yaml). Add qk_norm: {{}}, or leave the rest out.",
+    ),
+    "what to normalize, but no norm": (
+        attention(qk_norm_over="projection"),
+        f"{ATTENTION}.qk_norm is null, but how it is done is given (x.yaml). Add qk_norm: {{}}, or leave the rest out.",
+    ),
+    "window and chunk": (
+        attention(window=3, chunk=4),
+        f"{ATTENTION}.chunk is 4, but window is 3 too (x.yaml). Give one of the two.",
+    ),
+    "an indexer narrower than what it rotates": (
+        model(layer(LATENT | {"indexer": {"num_heads": 1, "head_dim": 2, "top_k": 3}})),
+        f"{ATTENTION}.indexer.head_dim is 2, less than rope_head_dim = 4, which it rotates (x.yaml). Use a larger one.",
+    ),
+    "value heads that key heads do not divide": (
+        model(layer(DELTA)),
+        f"{ATTENTION}.num_value_heads is 4, which num_key_heads = 3 does not divide (x.yaml). Use a multiple of "
+        "num_key_heads.",
+    ),
+    # positions
+    "an odd head": (
+        attention(head_dim=5),
+        f"{ATTENTION}.head_dim is 5, but RoPE rotates pairs (x.yaml). Use an even number, or position: {{kind: none}}.",
+    ),
+    "an odd part of a head": (
+        position(fraction=0.5),
+        f"{ATTENTION}.head_dim is 6 and 3 of its features are rotated (fraction 0.5), but RoPE rotates pairs (x.yaml). "
+        "Use an even number, or position: {kind: none}.",
+    ),
+    "no part of a head": (
+        position(fraction=0.1),
+        f"{ATTENTION}.head_dim is 6 and 0 of its features are rotated (fraction 0.1), but RoPE rotates pairs (x.yaml). "
+        "Use an even number, or position: {kind: none}.",
+    ),
+    "an odd rotated key": (
+        model(layer(LATENT | {"rope_head_dim": 3})),
+        f"{ATTENTION}.rope_head_dim is 3, but RoPE rotates pairs (x.yaml). Use an even number, or position: "
+        "{kind: none}.",
+    ),
+    "a factor too few": (
+        position(
+            scaling={
+                "kind": "longrope",
+                "short_factors": [1, 1, 1],
+                "long_factors": [1, 2],
+                "original_length": 8,
+                "length": 64,
+            }
+        ),
+        f"{ATTENTION}.position.scaling has 3 short and 2 long factors, but 3 pairs are rotated (x.yaml). Give one of "
+        "each for a pair.",
+    ),
+    "a ramp of llama3 that falls": (
+        position(scaling={"kind": "llama3", "factor": 8, "original_length": 64, "low_frequency_factor": 5}),
+        f"{ATTENTION}.position.scaling.high_frequency_factor is 4.0, not above low_frequency_factor = 5.0 (x.yaml). "
+        "Use a larger one.",
+    ),
+    "a ramp of YaRN that falls": (
+        position(scaling={"kind": "yarn", "factor": 8, "original_length": 64, "beta_fast": 1}),
+        f"{ATTENTION}.position.scaling.beta_fast is 1.0, not above beta_slow = 1.0 (x.yaml). Use a larger one.",
+    ),
+    # the router alone
+    "top_p of logits": (
+        router(score="none", weight="softmax_of_chosen", choice={"kind": "top_p", "p": 0.5}),
+        f"{ROUTER}.choice is top_p, which adds up scores, but score is none (x.yaml). Use score: softmax.",
+    ),
+    "logits as weights": (
+        router(score="none"),
+        f"{ROUTER}.weight is score, but score is none, and a logit, which may be negative, is no weight (x.yaml). Use "
+        "weight: softmax_of_chosen or sigmoid_of_chosen, or another score.",
+    ),
+    "an epsilon of nothing": (
+        router(renormalize="none", renormalize_epsilon=0.5),
+        f"{ROUTER}.renormalize_epsilon is 0.5, but renormalize is none (x.yaml). Leave it out, or use renormalize: "
+        "sum.",
+    ),
+    "a floor of zero": (
+        router(renormalize_floor=True),
+        f"{ROUTER}.renormalize_floor is true, but renormalize_epsilon, the floor, is 0 (x.yaml). Leave it out, or give "
+        "renormalize_epsilon.",
+    ),
+    "the order of a sum": (
+        router(renormalize_order=2),
+        f"{ROUTER}.renormalize_order is 2.0, but renormalize is sum (x.yaml). Leave it out, or use renormalize: "
+        "p_norm.",
+    ),
+    # choices
+    "more than there are": (
+        router(top_k=9),
+        f"{ROUTER}.top_k is 9, but num_experts is 6 (x.yaml). Use top_k <= 6.",
+    ),
+    "more than there are, with those that compute nothing": (
+        model(layer(moe=mixture({"top_k": 9}, zero_computation={"num_zero": 2}))),
+        f"{ROUTER}.top_k is 9, but num_experts with zero_computation is 8 (x.yaml). Use top_k <= 8.",
+    ),
+    "groups that do not divide": (
+        grouped(num_groups=4),
+        f"{ROUTER}.choice.num_groups is 4, which does not divide the 6 experts (x.yaml). Use a divisor.",
+    ),
+    "more groups than there are": (
+        grouped(keep=4),
+        f"{ROUTER}.choice.keep is 4, but there are 3 groups (x.yaml). Use at most that.",
+    ),
+    "more experts than in the kept groups": (
+        grouped(top_k=3, keep=1),
+        f"{ROUTER}.top_k is 3, but the 1 kept groups have 2 experts (x.yaml). Use at most that, or keep more groups.",
+    ),
+    "the best two of one": (
+        grouped(num_groups=6, group_value="top2"),
+        f"{ROUTER}.choice.group_value is top2, but a group has one expert (x.yaml). Use fewer groups, or group_value: "
+        "max.",
+    ),
+    "three of sparsemixer": (
+        choice("sparsemixer", {"renormalize": "none"}, top_k=3),
+        f"{ROUTER}.choice is sparsemixer, which makes its own weights for one or two experts (x.yaml). Use top_k: 1 or "
+        "2, renormalize: none and weight: score.",
+    ),
+    "renormalized sparsemixer": (
+        choice("sparsemixer"),
+        f"{ROUTER}.choice is sparsemixer, which makes its own weights for one or two experts (x.yaml). Use top_k: 1 or "
+        "2, renormalize: none and weight: score.",
+    ),
+    "other weights of sparsemixer": (
+        choice("sparsemixer", {"renormalize": "none", "weight": "sigmoid_of_chosen"}),
+        f"{ROUTER}.choice is sparsemixer, which makes its own weights for one or two experts (x.yaml). Use top_k: 1 or "
+        "2, renormalize: none and weight: score.",
+    ),
+    "a selection bias of sparsemixer": (
+        choice("sparsemixer", {"renormalize": "none", "selection_bias": {}}),
+        f"{ROUTER}.selection_bias is given, but choice sparsemixer does not choose by a selection value (x.yaml). "
+        "Leave it out, or use choice: {kind: top_k}.",
+    ),
+    "a selection bias of a hash": (
+        choice("hash", {"selection_bias": {}}),
+        f"{ROUTER}.selection_bias is given, but choice hash does not choose by a selection value (x.yaml). Leave it "
+        "out, or use choice: {kind: top_k}.",
+    ),
+    "a balanced hash": (
+        losses({"kind": "switch_balance"}, router={"choice": {"kind": "hash"}}),
+        f"model.layers[0].moe.losses names switch_balance, {HASH_LOSS} choice: {{kind: top_k}}.",
+    ),
+    "one of top_p": (
+        choice("top_p", top_k=1, p=0.5),
+        f"{ROUTER}.top_k is 1, but choice top_p takes at most top_k experts, so p would decide nothing (x.yaml). Use "
+        "top_k >= 2, or choice: {kind: top_k}.",
+    ),
+    # expert choice
+    "expert choice with a selection bias": (
+        expert_choice({"selection_bias": {}}),
+        f"{ROUTER}.selection_bias is given, but with choice expert_choice all experts take equally many tokens; "
+        "nothing is left (x.yaml). Leave it out, or use choice: {kind: top_k}.",
+    ),
+    "renormalized expert choice": (
+        expert_choice({"renormalize": "sum"}),
+        f"{ROUTER}.renormalize needs a fixed number of experts a token, and with choice expert_choice a token may have "
+        "none (x.yaml). Use renormalize: none and weight: score.",
+    ),
+    "expert choice by the chosen": (
+        expert_choice({"weight": "softmax_of_chosen"}),
+        f"{ROUTER}.renormalize needs a fixed number of experts a token, and with choice expert_choice a token may have "
+        "none (x.yaml). Use renormalize: none and weight: score.",
+    ),
+    "expert choice with a capacity": (
+        expert_choice(dispatch={"kind": "capacity", "factor": 1.0}),
+        "model.layers[0].moe.dispatch is capacity, but with choice expert_choice each expert takes P * top_k / E "
+        "tokens as it is (x.yaml). Use dispatch: {kind: dropless}.",
+    ),
+    "expert choice without computation": (
+        expert_choice(zero_computation={"num_zero": 1}),
+        "model.layers[0].moe.zero_computation is given, but with choice expert_choice such an expert would have to "
+        "take its share of tokens (x.yaml). Leave it out, or use choice: {kind: top_k}.",
+    ),
+    "balanced expert choice": (
+        expert_choice(losses=[{"kind": "router_z", "coefficient": 0.1}, {"kind": "importance", "coefficient": 0.1}]),
+        f"model.layers[0].moe.losses names importance, {EXPERT_CHOICE_LOSS}",
+    ),
+    # the mixture
+    "no expert without computation": (
+        model(layer(moe=mixture(zero_computation={}))),
+        "model.layers[0].moe.zero_computation names no expert (x.yaml). Give num_zero, num_copy or num_constant, or "
+        "leave it out.",
+    ),
+    "weighted inputs of nothing": (
+        model(layer(moe=mixture({"apply_to": "input"}, zero_computation={"num_copy": 1}))),
+        f"{ROUTER}.apply_to is input, but zero-computation experts have no input to weight (x.yaml). Use apply_to: "
+        "output.",
+    ),
+    "a parallel feed-forward without a norm before it": (
+        model(layer(moe=mixture(shared=PARALLEL), arrangement="parallel")),
+        "model.layers[0].moe.shared is parallel, which needs a norm between attention and mixture, and parallel has "
+        "none (x.yaml). Use arrangement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}.",
+    ),
+    "a parallel feed-forward of a post-norm layer": (
+        model(layer(moe=mixture(shared=PARALLEL), arrangement="post")),
+        "model.layers[0].moe.shared is parallel, which needs a norm between attention and mixture, and post has none "
+        "(x.yaml). Use arrangement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}.",
+    ),
+    # losses
+    "a loss twice": (
+        losses({"kind": "router_z"}, {"kind": "router_z"}),
+        "model.layers[0].moe.losses names a loss twice: router_z, router_z (x.yaml). Use each loss once, with one "
+        "coefficient.",
+    ),
+    "devices that do not divide": (
+        losses({"kind": "router_z"}, {"kind": "device_balance", "num_devices": 4}),
+        "model.layers[0].moe.losses[1].num_devices is 4, which does not divide the 6 experts (x.yaml). Use a divisor.",
+    ),
+    "experts without computation count among those to divide": (
+        losses({"kind": "device_balance", "num_devices": 3}, zero_computation={"num_zero": 1}),
+        "model.layers[0].moe.losses[0].num_devices is 3, which does not divide the 7 experts (x.yaml). Use a divisor.",
+    ),
+    "one device": (
+        losses({"kind": "device_balance", "num_devices": 1}),
+        "model.layers[0].moe.losses[0].num_devices is 1; input should be greater than or equal to 2 (x.yaml).",
+    ),
+    "more devices than there are": (
+        losses({"kind": "communication_balance", "num_devices": 3, "max_devices": 4}),
+        "model.layers[0].moe.losses[0].max_devices is 4, but there are 3 devices (x.yaml). Use at most that.",
+    ),
+    "load without noise": (
+        losses({"kind": "load"}),
+        "model.layers[0].moe.losses[0] is load, which is made of routing noise, but choice is top_k (x.yaml). Use "
+        "choice: {kind: noisy_top_k}, or another loss.",
+    ),
+    "load beside a bias": (
+        losses({"kind": "load"}, router=NOISY | {"selection_bias": {}}),
+        "model.layers[0].moe.losses[0] is load, the chance to be chosen by noisy logits, but router.selection_bias "
+        "decides too (x.yaml). Leave one of the two out.",
+    ),
+    "load of all": (
+        losses({"kind": "load"}, router=NOISY | {"top_k": 6}),
+        "model.layers[0].moe.losses[0] is load, but with top_k 6 every expert gets every token (x.yaml). Leave it out, "
+        "or use a smaller top_k.",
+    ),
+    "heterogeneous balance of equals": (
+        losses({"kind": "heterogeneous_balance"}),
+        "model.layers[0].moe.losses[0] is heterogeneous_balance, but there are no zero-computation experts (x.yaml). "
+        "Add zero_computation, or use switch_balance.",
+    ),
+    "pooled layers of other sizes": (
+        pooled({"num_experts": 5}),
+        f"model.layers[1].moe.losses {POOLED} experts is 5 here and 6 in layers[0] (x.yaml). Make them equal, or use "
+        "switch_balance.",
+    ),
+    "pooled layers of other choices": (
+        pooled({"router": {"top_k": 3}}),
+        f"model.layers[1].moe.losses {POOLED} top_k is 3 here and 2 in layers[0] (x.yaml). Make them equal, or use "
+        "switch_balance.",
+    ),
+    "pooled layers of other coefficients": (
+        pooled({}, coefficient=0.2),
+        f"model.layers[1].moe.losses {POOLED} coefficient of pooled_balance is 0.2 here and 0.1 in layers[0] (x.yaml). "
+        "Make them equal, or use switch_balance.",
+    ),
+    # layers
+    "two feed-forwards": (
+        model(layer(feed_forward={"hidden_dim": 4})),
+        "model.layers[0] has both feed_forward and moe (x.yaml). Give exactly one of feed_forward (dense) and moe.",
+    ),
+    "no feed-forward": (
+        model({"attention": HEADS}),
+        "model.layers[0] has neither feed_forward nor moe (x.yaml). Give exactly one of feed_forward (dense) and moe.",
+    ),
+    "no layers": (
+        {"model": {"embed_dim": 10, "layers": []}},
+        "model.layers is empty (x.yaml). Give at least one layer.",
+    ),
+    "values of other heads": (
+        model(layer(), layer(HEADS | {"head_dim": 8, "value_residual": True})),
+        f"{ATTENTION} has no values of 2 heads of 8, which a layer with value_residual mixes in (x.yaml). Give the "
+        "first layer grouped_query attention of the same num_kv_heads and head_dim.",
+    ),
+    "values of no heads": (
+        model(layer(LATENT), layer(HEADS | {"value_residual": True})),
+        f"{ATTENTION} has no values of 2 heads of 6, which a layer with value_residual mixes in (x.yaml). Give the "
+        "first layer grouped_query attention of the same num_kv_heads and head_dim.",
+    ),
+    "a value residual of the first layer alone": (
+        model(layer(HEADS | {"value_residual": True}), layer()),
+        f"{ATTENTION}.value_residual is true, but the first layer's values are what later layers mix in, and none of "
+        "them does (x.yaml). Leave it out, or set it on later layers too.",
+    ),
+    "a gating residual of the first mixture alone": (
+        model({"attention": HEADS, "feed_forward": {"hidden_dim": 4}}, layer(moe=mixture({"gating_residual": True}))),
+        "model.layers[1].moe.router.gating_residual is true, but no mixture stands before this one, and no later one "
+        "has it (x.yaml). Leave it out, or set it on later mixtures too.",
+    ),
+    # the rest of a config
+    "no data": (
+        {"data": {"sources": []}},
+        "data.sources is empty (x.yaml). Give at least one source, e.g. {kind: dataset, name: fables}.",
+    ),
+    "parts of a batch that do not divide it": (
+        {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},
+        "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "
+        "batch_size.",
+    ),
+    "several devices": (
+        {"mesh": {"expert": 4}},
+        "mesh.expert is 4, but this version trains on one device (x.yaml). Use 1.",
+    ),
+    "sequences beyond learned positions": (
+        model(position={"kind": "learned", "max_length": 7}),
+        "training.sequence_length is 8, but model.position is learned for 7 tokens (x.yaml). Use a shorter "
+        "sequence_length, or a larger model.position.max_length.",
+    ),
+}
+
+
+def read(changes):
+    sections = {
+        "data": {"sources": [{"kind": "dataset", "name": "fables"}]},
+        "training": {"steps": 10, "batch_size": 6, "sequence_length": 8},
+        "optimizer": {"learning_rate": 0.001},
+    }
+    return parse_config(yaml.safe_dump(model() | sections | changes), "x.yaml")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_is_refused_in_one_line(case):
+    changes, message = CASES[case]
+    with pytest.raises(SpecError) as seen:
+        read(changes)
+    assert str(seen.value) == message
+
+
+def test_each_validator_has_a_case(monkeypatch):
+    """Every `impossible(...)` that stands in the source is reached by a case."""
+    reached, written = set(), set()
+    for name in MODULES:
+        module = importlib.import_module(f"moezoo.core.{name}")
+        path = PACKAGE / "core" / f"{name.replace('.', '/')}.py"
+        made = module.impossible
+
+        def noting(*arguments, made=made, name=name):
+            reached.add((name, sys._getframe(1).f_lineno))
+            return made(*arguments)
+
+        monkeypatch.setattr(module, "impossible", noting)
+        calls = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call))
+        written |= {(name, node.lineno) for node in calls if getattr(node.func, "id", "") == "impossible"}
+    for changes, _ in CASES.values():
+        with pytest.raises(SpecError):
+            read(changes)
+    assert written - reached == set()
+    assert reached == written
+
+
+def test_every_file_that_refuses_is_looked_at():
+    importing = {
+        str(path.relative_to(PACKAGE / "core").with_suffix("")).replace("/", ".")
+        for path in (PACKAGE / "core").rglob("*.py")
+        if "raise impossible(" in path.read_text(encoding="utf-8")
+    }
+    assert importing == set(MODULES)
+
+
+# --- what looks alike and is allowed ---------------------------------------------------------------------------------
+
+
+ALLOWED = {
+    "values for a layer repeated": model(layer(HEADS | {"value_residual": True}, repeat=2)),
+    "values for a later layer": model(layer(), layer(HEADS | {"value_residual": True})),
+    "logits for a mixture repeated": model(layer(moe=mixture({"gating_residual": True}), repeat=2)),
+    "logits for a later mixture": model(layer(), layer(moe=mixture({"gating_residual": True}))),
+    "a parallel feed-forward between norms": model(layer(moe=mixture(shared=PARALLEL), arrangement="sandwich")),
+    "losses of a hash's weights": losses(
+        {"kind": "router_z"}, {"kind": "importance"}, router={"choice": {"kind": "hash"}}
+    ),
+    "noise before expert choice": expert_choice(
+        {"jitter": {"amount": 0.1}}, losses=[{"kind": "router_z", "coefficient": 0.1}]
+    ),
+    "a global balance of one micro-batch": losses({"kind": "global_balance"}),
+    "a device for each expert": losses({"kind": "device_balance", "num_devices": 6}),
+    "as long as there are positions": model(position={"kind": "learned", "max_length": 8}),
+    "all experts of the kept groups": grouped(top_k=4, keep=2),
+    "all experts": router(top_k=6),
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_what_is_near_to_it_is_not(case):
+    read(ALLOWED[case])
