@@ -4,6 +4,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' tolerances are float32's; a GPU would multiply in TF32
 
+# Most of the suite's time is XLA compiling tiny functions; without optimizing them it takes 40 % less. What users
+# compile, with every optimization, is what `moezoo parity` and `moezoo zoo` check.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import pytest
 
 import moezoo.mlx_backend  # noqa: F401  loads OpenBLAS, which must come before any test imports MLX

@@ -25,7 +25,7 @@ from moezoo.core.parity_report import (
 )
 from moezoo.core.parity_sides import Doubles, Reference, Side, backend_side
 from moezoo.core.random import fold_in, key, uniform
-from moezoo.core.spec import CapacitySpec, ModelSpec
+from moezoo.core.spec import ExpertChoiceSpec, ModelSpec
 
 LIMIT_BYTES = 8 * 2**30
 ASSUMED_VOCAB_SIZE = 64
@@ -268,6 +268,9 @@ def _compare_routing(
     for place, layer in enumerate(spec.moe_layers):
         one, other = np.sort(left.experts[place], axis=-1), np.sort(right.experts[place], axis=-1)
         differs_BT = np.any(one != other, axis=-1).reshape(shape)
+        moe = reference.moes[place]
+        if isinstance(moe.router.choice, ExpertChoiceSpec) and np.any(reached_BT):
+            reached_BT[:] = True  # experts choose among all tokens, and one of them has changed
         margin_BT = reference.margins[place].reshape(shape)
         judged = margin_BT[differs_BT & ~reached_BT]
         rows.append(
@@ -283,9 +286,8 @@ def _compare_routing(
         )
         # A token's own later layers, and through attention those of the tokens after it, see the difference.
         reached_BT |= np.logical_or.accumulate(differs_BT, axis=1)
-        moe = spec.all_layers[layer].moe
-        if moe is not None and isinstance(moe.dispatch, CapacitySpec) and np.any(differs_BT):
-            reached_BT[:] = True  # a place taken from an expert's capacity is a place lost to any other token
+        if moe.inference_differs and np.any(differs_BT):
+            reached_BT[:] = True  # a place that one token takes from an expert is a place lost to any other
     return rows
 
 

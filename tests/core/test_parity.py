@@ -131,7 +131,7 @@ def test_everything_that_the_reference_names_is_compared(healthy):
     losses = {row.name for row in healthy.comparisons if row.kind == "loss"}
     assert losses == {"loss", "cross_entropy"} | {
         f"{name}{end}" for name in ("switch_balance", "router_z") for end in ("", "_weighted")
-    }
+    } | {"layers.1.switch_balance", "layers.1.router_z"}
     assert [(row.layer, row.share) for row in healthy.routing if row.pair == "jax/mlx"] == [(1, 1.0), (2, 1.0)]
 
 

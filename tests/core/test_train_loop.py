@@ -196,7 +196,8 @@ def test_gradient_accumulation_counts_load_once(tmp_path: Path) -> None:
     run("mlx", config, tmp_path / "one")
     run("mlx", config, tmp_path / "two", "training.gradient_accumulation=2")
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("one", "two"))
-    assert one["routing"] == two["routing"]
+    counted = [{**row, "losses": None} for row in one["routing"]]  # the balance of halves is not that of the whole
+    assert counted == [{**row, "losses": None} for row in two["routing"]]
     assert one["cross_entropy"] == pytest.approx(two["cross_entropy"], rel=1e-6)
 
 
