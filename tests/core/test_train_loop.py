@@ -14,12 +14,16 @@ import pytest
 
 import moezoo
 from moezoo.backends import load_backend
+from moezoo.core.backend import Backend, Scores, StepMetrics
 from moezoo.core.checkpoint import load_checkpoint
 from moezoo.core.config import load_config, with_vocab_size
 from moezoo.core.data import prepare_data
 from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError
 from moezoo.core.metrics import read_metrics
+from moezoo.core.parameters import parameter_table
+from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import create_run, load_run
+from moezoo.core.spec import ModelSpec
 from moezoo.core.train_loop import TrainingResult, train
 from tests.backends_available import require_backend
 from tests.small_run import write_config
@@ -30,12 +34,23 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
 
 
+NOISE = (
+    "model.dropout=0.2",
+    "model.layers[0].moe.router.choice={kind: noisy_top_k}",
+    "model.layers[0].moe.router.jitter={of: logits, amount: 0.2}",
+)
+
+
 def run(backend: str, config_path: Path, out: Path, *overrides: str, resume: bool = False) -> TrainingResult:
     require_backend(backend)
+    return run_on(load_backend(backend), config_path, out, *overrides, resume=resume)
+
+
+def run_on(realized: Backend, config_path: Path, out: Path, *overrides: str, resume: bool = False) -> TrainingResult:
     config = load_config(config_path, overrides)
     data = prepare_data(config.data, config.training.sequence_length)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
-    return train(config, data, load_backend(backend), create_run(out, config, data.tokenizer, resume=resume))
+    return train(config, data, realized, create_run(out, config, data.tokenizer, resume=resume))
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -45,7 +60,7 @@ def losses(out: Path) -> dict[int, float]:
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 def test_resumed_run_gives_bit_identical_losses_and_weights(backend: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, checkpoint_every=3, keep_checkpoints=5)
-    whole = run(backend, config, tmp_path / "whole")
+    whole = run(backend, config, tmp_path / "whole", *NOISE)
     assert whole.finished
     assert whole.evaluation is not None
     expected = losses(tmp_path / "whole")
@@ -56,7 +71,7 @@ def test_resumed_run_gives_bit_identical_losses_and_weights(backend: str, tmp_pa
         for folder in (out / "checkpoints").iterdir():
             if int(folder.name.removeprefix("step_")) > last:
                 shutil.rmtree(folder)
-        result = run(backend, config, out, resume=True)
+        result = run(backend, config, out, *NOISE, resume=True)
         assert result.finished
         assert losses(out) == expected
         one, other = (load_checkpoint(path / "checkpoints" / "step_00000008") for path in (tmp_path / "whole", out))
@@ -64,6 +79,62 @@ def test_resumed_run_gives_bit_identical_losses_and_weights(backend: str, tmp_pa
             assert np.array_equal(value, other.weights[name]), name
         for name, value in one.optimizer.items():
             assert np.array_equal(value, other.optimizer[name]), name
+
+
+class NotingModel:
+    """A backend and its model in one that trains nothing and notes the keys of each step."""
+
+    name = "noting"
+
+    def __init__(self) -> None:
+        self.keys: list[np.ndarray] = []
+
+    def build(self, spec: ModelSpec, weights: dict[str, np.ndarray]) -> "NotingModel":
+        self.spec, self.weights = spec, weights
+        return self
+
+    def start_training(self, *arguments: object) -> None:
+        """Nothing."""
+
+    def train_step(self, windows: np.ndarray, learning_rate: float, keys: np.ndarray) -> "NotingModel":
+        self.keys.append(keys)
+        return self
+
+    def fetch(self) -> StepMetrics:
+        terms = ("loss", "cross_entropy", "switch_balance", "switch_balance_weighted", "router_z", "router_z_weighted")
+        return StepMetrics(dict.fromkeys(terms, 1.0), 1.0, [np.ones(5, np.int64)] * 2, [0, 0])
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
+        return Scores(np.zeros(tokens.shape, np.float32), [np.ones(5, np.int64)] * 2, [0, 0])
+
+    def export_parameters(self) -> dict[str, np.ndarray]:
+        return dict(self.weights)
+
+    def export_optimizer(self) -> dict[str, np.ndarray]:
+        names = [row.name for row in parameter_table(self.spec) if row.trained]
+        moments = ("first_moment", "second_moment")
+        return {f"{moment}.{name}": self.weights[name] for moment in moments for name in names}
+
+
+def test_the_keys_of_a_step_are_functions_of_seed_step_and_micro_batch(tmp_path: Path) -> None:
+    path = write_config(tmp_path, batch_size=4, gradient_accumulation=2, steps=6, seed=3)
+    noted = {}
+    for name, overrides in {
+        "whole": [],
+        "stopped": ["training.steps=4"],
+        "other seed": ["training.seed=4"],
+        "other model": ["model.embed_dim=12", "training.sequence_length=9"],
+    }.items():
+        noted[name] = NotingModel()
+        run_on(noted[name], path, tmp_path / name, *overrides)
+    resumed = NotingModel()
+    run_on(resumed, path, tmp_path / "stopped", resume=True)
+    whole = noted["whole"].keys
+    np.testing.assert_array_equal(whole, [micro_batch_keys(3, step, 2) for step in range(6)])
+    np.testing.assert_array_equal(noted["stopped"].keys + resumed.keys, whole)
+    np.testing.assert_array_equal(noted["other model"].keys, whole)
+    every = {tuple(key) for run in ("whole", "other seed") for keys in noted[run].keys for key in keys}
+    assert len(every) == 2 * 6 * 2
 
 
 def test_run_of_one_backend_goes_on_with_the_other(tmp_path: Path) -> None:

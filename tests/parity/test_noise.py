@@ -1,0 +1,148 @@
+"""Dropout, jitter, noise and draws of a whole model: the same on every side for a key, and functions of it alone.
+
+Uniform numbers are compared bit for bit in tests/layers/test_random.py; here it is who takes which, and when no one.
+"""
+
+import numpy as np
+import pytest
+
+from moezoo.core.config import OptimizerConfig
+from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters import parameter_table
+from moezoo.core.random import micro_batch_keys
+from moezoo.core.reference.losses import expert_counts, loss_and_gradients, token_losses
+from moezoo.core.reference.optimizer import adamw, global_norm, zero_moments
+from moezoo.core.reference.transformer import forward
+from moezoo.core.spec import (
+    GroupedQueryAttentionSpec,
+    JitterSpec,
+    LayerSpec,
+    LoadLossSpec,
+    ModelSpec,
+    MoESpec,
+    NoisyTopKChoiceSpec,
+    PlainFeedForwardSpec,
+    RouterSpec,
+    RouterZLossSpec,
+    SparseMixerChoiceSpec,
+)
+from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, ROUTING_MARGIN, assert_all_close, assert_close
+from tests.twins import D, E, F, H, K, M, N, T, V, normal
+
+ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
+EXPERTS = PlainFeedForwardSpec(kind="gelu", hidden_dim=F)
+NOISY = MoESpec(
+    num_experts=E,
+    router=RouterSpec(top_k=K, choice=NoisyTopKChoiceSpec(), jitter=JitterSpec(of="input", amount=0.1)),
+    experts=EXPERTS,
+    losses=(LoadLossSpec(coefficient=0.01), RouterZLossSpec(coefficient=0.001)),
+)
+DRAWN = MoESpec(
+    num_experts=E,
+    router=RouterSpec(
+        top_k=K,
+        choice=SparseMixerChoiceSpec(jitter=0.5),
+        renormalize="none",
+        jitter=JitterSpec(of="logits", amount=0.2),
+    ),
+    experts=EXPERTS,
+)
+SPEC = ModelSpec(
+    vocab_size=V,
+    embed_dim=D,
+    dropout=0.2,
+    layers=(LayerSpec(attention=ATTENTION, moe=NOISY), LayerSpec(attention=ATTENTION, moe=DRAWN)),
+)
+WEIGHTS = {
+    row.name: np.float32(initial + 0.2 * normal(number, *row.shape))
+    for number, (row, initial) in enumerate(zip(parameter_table(SPEC), initial_weights(SPEC, 0).values(), strict=True))
+}
+PARAMETERS = {name: value.astype(np.float64) for name, value in WEIGHTS.items()}
+WINDOW = np.random.default_rng(0).integers(0, V, (2, 3, T + 1)).astype(np.int32)  # [A, B, T + 1]
+# Of seed and step. The first key comes again, and the rate lets only the last of the steps move anything.
+KEYS = {"one": micro_batch_keys(5, 0, 2), "other": micro_batch_keys(5, 1, 2)}
+STEPS = (("one", 0.0), ("other", 0.0), ("one", 0.0), ("other", 0.01))
+# Large, as in test_optimizer.py: an update shall not be the sign of a gradient that is rounding.
+OPTIMIZER = OptimizerConfig(learning_rate=0.01, epsilon=1e-2)
+
+
+def reference_pass(keys):
+    """Mean losses, mean gradients, and per layer the load of both micro-batches."""
+    losses, gradients, load = [], [], []
+    for part, key in zip(WINDOW, keys, strict=True):
+        routings = forward(SPEC, PARAMETERS, part[:, :-1], key=key).routings
+        assert min(np.min(routing.margin_P) for routing in routings) > ROUTING_MARGIN
+        terms, named = loss_and_gradients(SPEC, PARAMETERS, part[:, :-1], part[:, 1:], key=key)
+        losses.append(terms)
+        gradients.append(named)
+        load.append([expert_counts(routing) for routing in routings])
+    mean = {name: (losses[0][name] + losses[1][name]) / 2 for name in losses[0]}
+    return mean, {name: (gradients[0][name] + gradients[1][name]) / 2 for name in gradients[0]}, np.sum(load, axis=0)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {name: reference_pass(keys) for name, keys in KEYS.items()}
+
+
+@pytest.fixture(scope="module")
+def model(twin):
+    return twin.backend().build(SPEC, WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def clean(model):
+    """Scores of the first micro-batch, before any step has moved a weight."""
+    return model.score(WINDOW[0, :, :-1], WINDOW[0, :, 1:])
+
+
+@pytest.fixture(scope="module")
+def steps(model, clean):
+    """What each of STEPS measured."""
+    model.start_training(OPTIMIZER)
+    return [model.train_step(WINDOW, rate, KEYS[name]).fetch() for name, rate in STEPS]
+
+
+def test_scores_have_no_noise(clean):
+    logits, routings, _ = forward(SPEC, PARAMETERS, WINDOW[0, :, :-1])
+    assert_close(clean.token_losses, token_losses(logits, WINDOW[0, :, 1:]), FLOAT32)
+    for counts, routing in zip(clean.load, routings, strict=True):
+        np.testing.assert_array_equal(counts, expert_counts(routing))
+
+
+def test_a_step_has_the_noise_of_its_keys_on_every_side(steps, expected):
+    for (name, _), metrics in zip(STEPS, steps, strict=True):
+        losses, gradients, load = expected[name]
+        assert_all_close(metrics.losses, losses, FLOAT32)
+        assert_close(metrics.gradient_norm, global_norm(gradients), FLOAT32)
+        np.testing.assert_array_equal(metrics.load, load)
+
+
+def test_the_same_keys_give_the_same_step_bit_for_bit_and_others_another(steps):
+    one, other, again, _ = steps
+    assert again.losses == one.losses
+    assert again.gradient_norm == one.gradient_norm
+    assert abs(other.losses["loss"] - one.losses["loss"]) > 1e-3
+    assert np.any(np.not_equal(other.load, one.load))
+
+
+def test_noise_changes_the_loss_and_the_load(steps, expected):
+    without = [forward(SPEC, PARAMETERS, part[:, :-1]) for part in WINDOW]
+    losses = [token_losses(each.logits_BTV, part[:, 1:]).mean() for each, part in zip(without, WINDOW, strict=True)]
+    load = np.sum([[expert_counts(routing) for routing in each.routings] for each in without], axis=0)
+    for metrics in steps[:2]:
+        assert abs(metrics.losses["cross_entropy"] - np.mean(losses)) > 1e-3
+        assert all(np.any(own != counts) for own, counts in zip(metrics.load, load, strict=True))
+
+
+def test_weights_and_moments_after_noisy_steps_are_the_references(model, steps, expected):
+    decayed = {row.name for row in parameter_table(SPEC) if row.decay}
+    parameters, moments = PARAMETERS, zero_moments(PARAMETERS)
+    for update, (name, rate) in enumerate(STEPS, start=1):
+        parameters, moments = adamw(
+            OPTIMIZER, parameters, expected[name][1], moments, learning_rate=rate, update=update, decayed=decayed
+        )
+    assert_all_close(model.export_parameters(), parameters, FLOAT32)
+    named = {f"first_moment.{name}": value for name, value in moments.first.items()}
+    named |= {f"second_moment.{name}": value for name, value in moments.second.items()}
+    assert_all_close(model.export_optimizer(), named, FLOAT32_GRADIENT)
