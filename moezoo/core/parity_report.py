@@ -236,7 +236,7 @@ class ParityReport:
             "causality": [{**asdict(check), "passed": check.passed} for check in self.causality],
             "comparisons": [{**asdict(row), "passed": row.passed} for row in self.comparisons],
         }
-        return json.dumps(_finite(content), indent=2, allow_nan=False)
+        return json.dumps(finite(content), indent=2, allow_nan=False)
 
     def table(self, show_all: bool = False) -> "RenderableType":
         """The report for a terminal, worst rows on top; `show_all` adds every intermediate, loss term and gradient."""
@@ -316,14 +316,15 @@ def _sentence(row: Comparison) -> str:
     return f"{row.name}: {row.relative:.1e}{unit} (tolerance {row.tolerance:.0e}; absolute {row.absolute:.1e})"
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """The same content for JSON, where a number that is not finite is a text."""
     match content:
         case float() if not math.isfinite(content):
             return str(content)
         case dict():
-            return {name: _finite(value) for name, value in content.items()}
+            return {name: finite(value) for name, value in content.items()}
         case list() | tuple():
-            return [_finite(value) for value in content]
+            return [finite(value) for value in content]
     return content
 
 

@@ -17,10 +17,12 @@ from pydantic.fields import FieldInfo
 
 from moezoo.core.config import load_config
 from moezoo.core.errors import SpecError
+from moezoo.core.parity_report import finite
 from moezoo.core.spec import ModelSpec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from moezoo.core.parity_report import ParityReport
 
@@ -181,33 +183,38 @@ class Zoo:
         return tuple(feature for feature, config in self.rows if config is None)
 
     @property
-    def passed(self) -> bool:
-        """Every part is shown, and every config agrees."""
+    def passed(self) -> bool | None:
+        """Every part is shown, and every config agrees; None where all are shown and none was checked."""
+        if not self.missing and all(config.passed is None for config in self.configs):
+            return None
         return not self.missing and all(config.passed for config in self.configs)
 
     def to_json(self) -> str:
         """The table as JSON text."""
         rows = [{"part": feature, "config": config and config.name} for feature, config in self.rows]
-        return json.dumps(
-            {"passed": self.passed, "parts": rows, "configs": [asdict(c) for c in self.configs]}, indent=2
-        )
+        content = {"passed": self.passed, "parts": rows, "configs": [asdict(config) for config in self.configs]}
+        return json.dumps(finite(content), indent=2, allow_nan=False)
 
     def table(self) -> "RenderableType":
-        """The table for a terminal."""
-        from rich import box
-        from rich.table import Table
+        """For a terminal, since one table of it all is too wide: every part with its config, then every config."""
+        from rich.console import Group
 
-        pairs = self._pairs()
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-        for heading in ("part", "config", *(pair.replace("/", " /\n") for pair in pairs), "causal", "source"):
-            table.add_column(heading, no_wrap=heading in ("part", "config"))
+        return Group(self._parts(), self._figures())
+
+    def _parts(self) -> "RenderableType":
+        table = _table("part", "config")
         for feature, config in self.rows:
-            if config is None:
-                table.add_row(feature, "[bold red]none")
-                continue
-            color = "green" if config.passed else "bold red"
-            cells = [f"[{color}]{max(config.differences[pair]):.0e}" for pair in pairs] if config.differences else []
-            table.add_row(feature, config.name, *cells, config.causal or "", config.source)
+            table.add_row(feature, "[bold red]none" if config is None else _in_color(config, config.name))
+        return table
+
+    def _figures(self) -> "RenderableType":
+        pairs = self._pairs()
+        checked = ("inference",) if pairs else ()
+        table = _table("config", *(pair.replace("/", " /\n") for pair in pairs), *checked, "source")
+        for config in self.configs:
+            figures = config.differences or {}
+            cells = [_in_color(config, f"{max(figures[pair]):.0e}") for pair in pairs]
+            table.add_row(config.name, *cells, *([config.causal or ""] if checked else []), config.source)
         return table
 
     def markdown(self) -> str:
@@ -227,6 +234,21 @@ class Zoo:
 
     def _pairs(self) -> list[str]:
         return next((list(config.differences) for config in self.configs if config.differences), [])
+
+
+def _table(first: str, *others: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, no_wrap="/" in heading)
+    return table
+
+
+def _in_color(config: ZooConfig, text: str) -> str:
+    return text if config.passed is None else f"[green]{text}" if config.passed else f"[bold red]{text}"
 
 
 def zoo(
