@@ -12,7 +12,7 @@ from moezoo.core.config import (
     TokenIdsSpec,
 )
 from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
-from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words
+from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, model_in_words
 from moezoo.core.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def description(config: Config) -> dict[str, Any]:
         "vocab_size": spec.vocab,
         "assumed": assumed,
         "embed_dim": spec.embed_dim,
+        "model": model_in_words(spec),
         "head": spec.head.kind,
         "compute_dtype": spec.precision.compute,
         "num_layers": len(spec.all_layers),
@@ -199,6 +200,8 @@ def _model_table(known: Mapping[str, Any]) -> "Table":
             f"{run['first']}" if single else f"{run['first']} to {run['last']}", run["attention"], run["feed_forward"]
         )
     table.caption = f"width {known['embed_dim']}, vocabulary {known['vocab_size']:,}, {known['head']} head, {dtype}"
+    if known["model"]:
+        table.caption += f"; {known['model']}"
     table.caption_justify = "left"
     return table
 

@@ -12,14 +12,20 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     GroupedTopKChoiceSpec,
     LatentAttentionSpec,
+    LayerNormSpec,
     LayerSpec,
+    LearnedPositionsSpec,
+    ModelSpec,
     MoESpec,
     NoPositionSpec,
+    NormSpec,
     ParallelFeedForwardSpec,
     PositionSpec,
+    RMSNormSpec,
     RoPESpec,
     RouterSpec,
     SharedExpertsSpec,
+    SinusoidalPositionsSpec,
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
@@ -35,6 +41,20 @@ _FEED_FORWARDS = {
 }
 
 
+def model_in_words(spec: ModelSpec) -> str:
+    """`learned positions for 64 tokens, layer norm, dropout 10%`: what is not said of its layers; may be empty."""
+    multipliers = [(name, value) for name, value in spec.multipliers.model_dump().items() if value != 1]
+    words = (
+        (f"learned positions for {spec.max_length} tokens", isinstance(spec.position, LearnedPositionsSpec)),
+        ("sinusoidal positions", isinstance(spec.position, SinusoidalPositionsSpec)),
+        (_norm(spec.norm), _norm(spec.norm) != _norm(RMSNormSpec())),
+        *((f"{name} times {value:g}", True) for name, value in multipliers),
+        (f"softcap {spec.softcap}", spec.softcap is not None),
+        (f"dropout {spec.dropout:.0%}", spec.dropout > 0),
+    )
+    return ", ".join(word for word, there in words if there)
+
+
 def attention_in_words(spec: AttentionSpec) -> str:
     """`8 heads of 32, 2 key/value, RoPE 10,000, qk norm`."""
     match spec:
@@ -46,10 +66,12 @@ def attention_in_words(spec: AttentionSpec) -> str:
             parts = [f"{heads}, latent {spec.latent_dim}{query}", _position(spec.position)]
             if spec.indexer is not None:
                 parts.append(f"indexer top {spec.indexer.top_k}")
+            if spec.scale is not None:
+                parts.append(f"scale {spec.scale:g}")
         case GatedDeltaAttentionSpec():
             values = f"{spec.num_value_heads} value heads of {spec.value_head_dim}"
             keys = f"{spec.num_key_heads} key heads of {spec.key_head_dim}"
-            parts = [f"gated delta, {values}, {keys}"]
+            parts = [f"gated delta, {values}, {keys}, convolution of {spec.conv_width}"]
         case _:
             assert_never(spec)
     return ", ".join(parts)
@@ -66,14 +88,29 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
 
 
 def _feed_forward(spec: FeedForwardSpec) -> str:
-    return f"{_FEED_FORWARDS[spec.kind]} {spec.hidden_dim}"
+    usual = type(spec).model_fields["bias"].default
+    biases = "" if spec.bias == usual else " with biases" if spec.bias else " without biases"
+    return f"{_FEED_FORWARDS[spec.kind]} {spec.hidden_dim}{biases}"
+
+
+def _norm(spec: NormSpec) -> str:
+    match spec:
+        case LayerNormSpec(bias=bias):
+            return "layer norm" if bias else "layer norm without bias"
+        case RMSNormSpec(scale="none"):
+            return "RMS norm without scale"
+        case RMSNormSpec(scale=scale):
+            return "RMS norm" if scale == "learned" else "zero-centred RMS norm"
+        case _:
+            assert_never(spec)
 
 
 def _position(spec: PositionSpec) -> str:
     match spec:
-        case RoPESpec(base=base, fraction=fraction, scaling=scaling):
+        case RoPESpec(base=base, layout=layout, fraction=fraction, scaling=scaling):
             part = "" if fraction == 1 else f" on {fraction:.0%}"
-            return f"RoPE {base:,.0f}{part}" + ("" if scaling is None else f", {scaling.kind} scaling")
+            pairs = "" if layout == "half_split" else " interleaved"
+            return f"RoPE {base:,.0f}{part}{pairs}" + ("" if scaling is None else f", {scaling.kind} scaling")
         case NoPositionSpec():
             return "no positions"
         case _:
@@ -83,15 +120,19 @@ def _position(spec: PositionSpec) -> str:
 def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
     n, m, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
     heads = f"{n} {'head' if n == 1 else 'heads'} of {h}" if n == m else f"{n} heads of {h}, {m} key/value"
+    over = "" if spec.qk_norm_over == "head" else " of projections"
+    after = " after rotation" if spec.qk_norm_after_rotation else ""
     extra = (
         (f"window {spec.window}", spec.window is not None),
         (f"chunks of {spec.chunk}", spec.chunk is not None),
-        ("qk norm", spec.qk_norm is not None),
+        (f"qk norm{over}{after}", spec.qk_norm is not None),
         ("qkv bias", spec.qkv_bias),
         ("output bias", spec.output_bias),
         ("sinks", spec.sinks),
         (f"{spec.gate} gate", spec.gate is not None),
         (f"softcap {spec.softcap}", spec.softcap is not None),
+        (f"scale {spec.scale}", spec.scale is not None),
+        ("temperature by position", spec.temperature_tuning is not None),
         ("value residual", spec.value_residual),
     )
     return [heads, _position(spec.position), *(word for word, there in extra if there)]
@@ -142,15 +183,20 @@ def _choice(spec: MoESpec) -> str:
 
 
 def _weights(router: RouterSpec) -> str:
-    words = [router.score if router.weight == "score" else router.weight.replace("_", " ")]
-    if router.selection_bias is not None:
-        words.append("with a selection bias")
-    if router.renormalize != "none":
-        words.append("renormalized")
-    if router.scale != 1:
-        words.append(f"times {router.scale:g}")
-    if router.apply_to == "input":
-        words.append("on the input")
-    if router.jitter is not None:
-        words.append(f"jitter {router.jitter.amount:g}")
-    return ", ".join(words)
+    jitter = "" if router.jitter is None else f"{router.jitter.of} jitter {router.jitter.amount:g}"
+    words = (
+        (router.score if router.weight == "score" else router.weight.replace("_", " "), True),
+        ("of a normalized input", router.input == "normalized"),
+        ("with a bias", router.bias),
+        ("with a gating residual", router.gating_residual),
+        (f"temperature {router.temperature:g}", router.temperature != 1),
+        (f"softcap {router.softcap}", router.softcap is not None),
+        ("with a selection bias", router.selection_bias is not None),
+        ("renormalized" if router.renormalize == "sum" else "renormalized by p-norm", router.renormalize != "none"),
+        (f"times {router.scale:g}", router.scale != 1),
+        ("times a scale per expert", router.per_expert_scale),
+        ("on the input", router.apply_to == "input"),
+        (jitter, router.jitter is not None),
+        ("in the compute dtype", router.dtype == "compute"),
+    )
+    return ", ".join(word for word, there in words if there)

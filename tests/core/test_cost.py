@@ -1,9 +1,17 @@
 """Costs against sums done by hand. Sizes are unequal, so that a swapped letter changes the number."""
 
+from fractions import Fraction
+
 import pytest
 
 from moezoo.core.config import parse_config
-from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
+from moezoo.core.cost import (
+    active_experts,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    parameter_counts,
+    training_memory,
+)
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import ROLES, parameter_table
 from moezoo.core.spec import ModelSpec
@@ -149,3 +157,131 @@ def test_a_null_vocabulary_is_refused_by_name(config):
     for cost in (parameter_counts, lambda spec: flops_per_token(spec, 5, True)):
         with pytest.raises(SpecError, match=r"model\.vocab_size is null"):
             cost(spec)
+
+
+# --- parts that are costed otherwise ---------------------------------------------------------------------------------
+
+# N=4, H=6 and 4 rotated, values of 5, Z=7, queries through 9; 3 index heads of 4 that choose 2 tokens
+OPTIONS = ", query_latent_dim: 9, indexer: {num_heads: 3, head_dim: 4, top_k: 2}"
+LATENT = f"{{kind: latent, num_heads: 4, head_dim: 6, rope_head_dim: 4, value_head_dim: 5, latent_dim: 7{OPTIONS}}}"
+LATENT_MATRICES = 20 * 9 + 9 * 4 * 10 + 20 * 7 + 20 * 4 + 7 * 4 * 6 + 7 * 4 * 5 + 4 * 5 * 20
+INDEXER_MATRICES = 9 * 3 * 4 + 20 * 4 + 20 * 3
+# 2 key heads of 3 and 4 value heads of 5, behind convolutions of 3 tokens
+DELTA = "{kind: gated_delta, num_key_heads: 2, num_value_heads: 4, key_head_dim: 3, value_head_dim: 5, conv_width: 3}"
+DELTA_MATRICES = 2 * 20 * 2 * 3 + 2 * 20 * 4 * 5 + 2 * 20 * 4 + 4 * 5 * 20 + 3 * (2 * 2 * 3 + 4 * 5)
+# E=7 in a latent space of 8, and 1 zero, 1 copy and 2 constant ones that take twice as much each
+MIXTURE = (
+    "{num_experts: 7, router: {top_k: 2}, experts: {kind: gelu, hidden_dim: 12}, latent_dim: 8, "
+    "zero_computation: {num_zero: 1, num_copy: 1, num_constant: 2, ffn_share: 0.5}, shared: {hidden_dim: 9}}"
+)
+GROUPED = "{num_heads: 8, num_kv_heads: 2, head_dim: 6}"
+PLAIN = "feed_forward: {kind: relu, hidden_dim: 28}"
+AROUND = 2 * 4 * 20  # bytes of the final norm's input and output
+
+
+def one_layer(attention=GROUPED, rest=PLAIN):
+    start, end = CONFIG.index("    - attention"), CONFIG.index("data:")
+    return parse_config(f"{CONFIG[:start]}    - {{attention: {attention}, {rest}}}\n{CONFIG[end:]}")
+
+
+def test_a_feed_forward_without_a_gate_has_two_matrices():
+    config = one_layer()
+    assert parameter_counts(config.model).by_role["feed-forward"] == 2 * 20 * 28
+    assert flops_per_token(config.model, 5, False).feed_forward == 2 * 2 * 20 * 28
+    held = 4 * (4 * 20 + 3 * (8 + 2) * 6) + 4 * 8 * 5 + 4 * (2 * 28 + 20)
+    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+
+
+def test_latent_attention_equals_sums_by_hand():
+    config = one_layer(LATENT)
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
+    assert counts.by_role["attention"] == LATENT_MATRICES + INDEXER_MATRICES
+    assert counts.by_role["norms"] == 3 * 20 + 9 + 7 + 2 * 4
+    assert flops.attention_projections == 2 * (LATENT_MATRICES + INDEXER_MATRICES)
+    chosen, visible = (1 + 2 + 2 + 2 + 2) / 5, (1 + 2 + 3 + 4 + 5) / 5
+    assert flops.attention_scores == 2 * 4 * (6 + 4 + 5) * chosen + 2 * 3 * 4 * visible
+    assert kv_cache_bytes_per_token(config.model) == 4 * (7 + 4 + 4)
+    held = 4 * (4 * 20 + 3 * (4 * (6 + 4 + 5) + 7)) + 4 * 4 * 5 + 4 * (2 * 28 + 20)
+    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+
+
+def test_latent_attention_without_its_options_lacks_what_they_cost():
+    spec = one_layer(LATENT.replace(OPTIONS, "")).model
+    assert parameter_counts(spec).by_role["attention"] == LATENT_MATRICES - 20 * 9 + (20 - 9) * 4 * 10
+    assert flops_per_token(spec, 5, False).attention_scores == 2 * 4 * (6 + 4 + 5) * 3
+    assert kv_cache_bytes_per_token(spec) == 4 * (7 + 4)
+
+
+def test_linear_attention_costs_the_same_at_every_length_and_caches_nothing_more():
+    config = one_layer(DELTA)
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
+    assert counts.by_role["attention"] == DELTA_MATRICES + 2 * 4
+    assert counts.by_role["norms"] == 3 * 20 + 5
+    assert flops.attention_projections == 2 * DELTA_MATRICES
+    assert flops.attention_scores == 6 * 4 * 3 * 5
+    assert flops_per_token(config.model, 500, False) == flops
+    assert kv_cache_bytes_per_token(config.model) == 0
+    held = 4 * (4 * 20 + 3 * (2 * 2 * 3 + 2 * 4 * 5)) + 4 * (2 * 28 + 20)
+    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+
+
+@pytest.mark.parametrize(
+    ("what", "seen"),
+    [
+        ("window: 3", [1, 2, 3, 3, 3]),
+        ("window: 1", [1, 1, 1, 1, 1]),
+        ("window: 9", [1, 2, 3, 4, 5]),
+        ("chunk: 2", [1, 2, 1, 2, 1]),
+        ("chunk: 3", [1, 2, 3, 1, 2]),
+        ("chunk: 9", [1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_window_or_a_chunk_limits_what_is_scored_and_nothing_else(what, seen):
+    limited, full = one_layer(GROUPED.replace("}", f", {what}}}")).model, one_layer().model
+    flops, all_flops = (flops_per_token(spec, 5, False) for spec in (limited, full))
+    assert flops.attention_scores == round(Fraction(4 * 8 * 6 * sum(seen), 5))
+    assert flops.total - flops.attention_scores == all_flops.total - all_flops.attention_scores
+    assert kv_cache_bytes_per_token(limited) == kv_cache_bytes_per_token(full)
+
+
+def test_experts_without_computation_save_a_share_of_the_others():
+    config = one_layer(rest=f"moe: {MIXTURE}")
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
+    used = Fraction(14, 15)  # 2 * 3.5 / (3.5 + 4)
+    assert active_experts(config.model.layers[0].moe) == used
+    around, constant, matrix = 2 * 20 * 8, 2 * 20 + 2 * 20 * 2, 8 * 12
+    assert counts.by_role["routed experts"] == around + constant + 7 * 2 * matrix
+    assert counts.active_by_role["routed experts"] == around + constant + 2 * round(used * matrix)
+    assert counts.by_role["router"] == counts.active_by_role["router"] == 20 * 11
+    assert counts.by_role["shared experts"] == 2 * 20 * 9
+    assert flops.routed_experts == round(2 * (around + constant + used * 2 * matrix))
+    assert flops.router == 2 * 20 * 11
+    attention = 4 * (4 * 20 + 3 * (8 + 2) * 6) + 4 * 8 * 5
+    held = attention + 8 * 11 + 4 * 2 * (2 * 12 + 2 * 8) + 4 * 2 * 9
+    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+
+
+@pytest.mark.parametrize(
+    ("router", "parameters", "matrices"),
+    [
+        ("bias: true", 20 * 7 + 7, 20 * 7),
+        ("selection_bias: {}", 20 * 7 + 7, 20 * 7),
+        ("input: normalized, per_expert_scale: true", 20 * 7 + 20 + 7, 20 * 7),
+        ("choice: {kind: hash}", 20 * 7 + 11 * 2, 20 * 7),
+        ("renormalize: none, choice: {kind: expert_choice}", 20 * 7 + 7 + 1, 20 * 7),
+        ("choice: {kind: noisy_top_k}", 2 * 20 * 7, 2 * 20 * 7),
+    ],
+)
+def test_biases_scales_and_state_of_a_router_are_counted_but_multiply_nothing(router, parameters, matrices):
+    moe = f"moe: {{num_experts: 7, router: {{top_k: 2, {router}}}, experts: {{hidden_dim: 12}}}}"
+    spec = one_layer(rest=moe).model
+    assert parameter_counts(spec).by_role["router"] == parameters
+    assert flops_per_token(spec, 5, False).router == 2 * matrices
+    assert active_experts(spec.layers[0].moe) == 2
+
+
+def test_learned_positions_are_embeddings_that_cost_no_product():
+    text = CONFIG.replace("embed_dim: 20", "embed_dim: 20\n  position: {kind: learned, max_length: 13}")
+    spec, without = parse_config(text).model, parse_config(CONFIG).model
+    assert parameter_counts(spec).by_role["embeddings"] == 2 * 11 * 20 + 13 * 20
+    assert flops_per_token(spec, 5, False) == flops_per_token(without, 5, False)
