@@ -21,7 +21,7 @@ class TopKChoiceSpec(Part):
 class GroupedTopKChoiceSpec(Part):
     """Top-k among the experts of the `keep` best of `num_groups` groups of consecutive experts.
 
-    `group_value` of a group: its `max` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2: device-limited routing) or the
+    `group_value` of a group: its `max` (DeepSeek-V2, arXiv 2405.04434, section 2.2.2: device-limited routing) or the
     sum of its `top2` (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Experts of other groups are out, whatever their
     value (a mask of minus infinity, not zero).
     """
