@@ -63,11 +63,12 @@ SPECS = {
 VALUE_RESIDUAL = grouped(value_residual=True, qkv_bias=True)
 
 
+LAYER = LayerSpec(attention=grouped(), feed_forward=GatedFeedForwardSpec(hidden_dim=F))
+
+
 def values_of(spec: GroupedQueryAttentionSpec, layer: int = 0) -> dict[str, np.ndarray]:
     """A value for every row of the parameter table, of another seed each."""
-    model = ModelSpec(
-        vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=spec, feed_forward=GatedFeedForwardSpec(hidden_dim=F)),)
-    )
+    model = ModelSpec(vocab_size=V, embed_dim=D, layers=(LAYER,))  # rows take its width and initializer alone
     rows = attention_rows(Rows(model), "attention", spec, layer)
     values = {
         row.name.removeprefix("attention."): (0.3 if row.decay else 1.0) * normal(seed, *row.shape)
@@ -77,7 +78,8 @@ def values_of(spec: GroupedQueryAttentionSpec, layer: int = 0) -> dict[str, np.n
 
 
 def empty_cache(twin: Twin, spec: GroupedQueryAttentionSpec, size: int):
-    model = ModelSpec(embed_dim=D, layers=(LayerSpec(attention=spec, feed_forward=GatedFeedForwardSpec(hidden_dim=F)),))
+    layer = LAYER.model_copy(update={"repeat": 2, "attention": spec})
+    model = ModelSpec(embed_dim=D, layers=(layer,))
     return twin.module("kv_cache").empty_cache(model, B, size)[0]
 
 

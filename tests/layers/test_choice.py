@@ -45,7 +45,7 @@ SPECS = {
     "grouped max": router(GroupedTopKChoiceSpec(num_groups=4, keep=2)),
     "grouped top2": router(GroupedTopKChoiceSpec(num_groups=2, keep=1, group_value="top2"), top_k=3),
     "top_p": router(TopPChoiceSpec(p=0.6), top_k=5),
-    "top_p of one": router(TopPChoiceSpec(p=0.6), top_k=1),
+    "top_p of two": router(TopPChoiceSpec(p=0.6), top_k=2),
     "hash": router(HashChoiceSpec()),
     "sparsemixer": router(SparseMixerChoiceSpec(jitter=0.4)),
     "sparsemixer of one": router(SparseMixerChoiceSpec(jitter=0.4), top_k=1),
@@ -358,7 +358,7 @@ NEAR_TIES = {  # a token's logits, and what hangs on LITTLE
     "grouped max": [3, 0, 2, 2, 2 + LITTLE, 0, 0, 0],  # the second group
     "grouped top2": [1, 1, 0, -9, 1, 1 + LITTLE, -9, -9],  # the sum of two
     "top_p": np.log([0.3, 0.3 + LITTLE, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05]),  # whether two are enough for 0.6
-    "top_p of one": [1, 1 + LITTLE, 0, 0, 0, 0, 0, 0],
+    "top_p of two": np.log([0.3, 0.2, 0.2 - LITTLE, 0.1, 0.05, 0.05, 0.05, 0.05]),  # who is the second
     "sparsemixer": [9, 5, 5 + LITTLE, 0, 0, 0, 0, 0],  # the best of the rest
     "sparsemixer of one": [10, 2 + LITTLE, 0, 0, 0, 0, 0, 0],  # whether the second is near: 10 - 2 = 0.8 * 10
 }

@@ -25,6 +25,7 @@ from moezoo.core.spec import (
     GatedFeedForwardSpec,
     MoESpec,
     RouterSpec,
+    TopKChoiceSpec,
     TopPChoiceSpec,
     ZeroComputationSpec,
 )
@@ -160,7 +161,7 @@ def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing]:
     num_choices = num_experts + num_zero
     spec = MoESpec(
         num_experts=num_experts,
-        router=RouterSpec(top_k=top_k, choice=TopPChoiceSpec(p=0.5)),
+        router=RouterSpec(top_k=top_k, choice=TopPChoiceSpec(p=0.5) if top_k > 1 else TopKChoiceSpec()),
         experts=GatedFeedForwardSpec(hidden_dim=4),
         zero_computation=zero,
         **options,
@@ -174,7 +175,7 @@ def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing]:
     return spec, routing_of(expert_PK, weight_PK, num_choices, valid_PK)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
 def test_no_expert_is_above_capacity_and_none_drops_while_there_is_room(case):
     spec, routing = case
@@ -186,7 +187,7 @@ def test_no_expert_is_above_capacity_and_none_drops_while_there_is_room(case):
     assert num_dropped(routing, rows) == expert_counts(routing).sum() - kept_E.sum()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
 def test_permuting_experts_changes_nothing_for_any_token(case):
     """Among those with feed-forwards; the others keep their kind."""
@@ -203,7 +204,7 @@ def test_permuting_experts_changes_nothing_for_any_token(case):
     assert_close(combine(permuted, permuted_RD[:, None], tokens), combine(rows, y_RD[:, None], tokens), FLOAT64)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
 def test_token_whose_every_copy_is_dropped_gets_exactly_zero(case):
     spec, routing = case
@@ -213,7 +214,7 @@ def test_token_whose_every_copy_is_dropped_gets_exactly_zero(case):
     np.testing.assert_array_equal(np.any(out_PD != 0, axis=-1), served_P)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(case=mixtures(few_shapes=True))
 def test_any_mixture_is_dispatched_as_the_reference_does(twin, case):
     spec, routing = case
