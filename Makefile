@@ -14,7 +14,7 @@ train: setup
 	$(BIN)/moezoo generate $(FABLES) --backend $(BACKEND) --prompt "At noon, " --max-new-tokens 400
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: setup
 	$(BIN)/ruff check .

@@ -27,3 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what is expensive go to one worker: those of a tiny config, which train it once, or of a file."""
+    for item in items:
+        file, parameters = item.location[0], getattr(item, "callspec", None)
+        shared = parameters.params.get("path") if parameters and file.endswith("test_tiny_configs.py") else None
+        item.add_marker(pytest.mark.xdist_group(str(shared or file)))
