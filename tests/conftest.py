@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what is expensive go to one worker: those of a tiny config, which train it once, or of a file."""
+    """Tests that share what is expensive go to one worker: those of a tiny config, which train it once, or a file's."""
     for item in items:
         file, parameters = item.location[0], getattr(item, "callspec", None)
         shared = parameters.params.get("path") if parameters and file.endswith("test_tiny_configs.py") else None

@@ -183,7 +183,7 @@ def backend_side(name: str, backend: Backend, reference: Reference, rounding: fl
     causality = check_causality(name, run, reference.spec, reference.tokens, rounding)
     inference_logits = run(reference.tokens, True)["logits"] if reference.spec.inference_differs else None
     after, moments, step, load = _stepped(model, reference)
-    expected_after, expected_moments, expected_step = reference.stepped(experts)
+    expected_after, expected_moments, expected_step = reference.stepped(_in_order_of(reference.experts, experts))
     own = reference.side()
     return Side(
         name=name,
@@ -221,6 +221,20 @@ def _less(
         for name, value in values.items()
         if name in expected and np.shape(value) == np.shape(expected[name])
     }
+
+
+def _in_order_of(own: list[Integers], other: list[Integers]) -> list[Integers]:
+    """Experts of the other side, each token's in our order where it is the same set.
+
+    A backend reports them by falling weight, and a choice that draws one expert after the other (sparsemixer) makes
+    other weights in another order.
+    """
+
+    def aligned(own_PK: Integers, other_PK: Integers) -> Integers:
+        same_P = np.all(np.sort(own_PK, axis=-1) == np.sort(other_PK, axis=-1), axis=-1)
+        return np.where(same_P[:, None], own_PK, other_PK)
+
+    return [aligned(own_PK, other_PK) for own_PK, other_PK in zip(own, other, strict=True)]
 
 
 def _moved_copies(spec: ModelSpec, experts: list[Integers], load: list[NDArray[np.int64]]) -> float:
