@@ -7,6 +7,7 @@ truncated while it is mapped into memory would kill the process with SIGBUS.
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from moezoo.core.files import write_atomically
 Array = npt.NDArray[Any]
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_ALIGNMENT_BYTES = 64  # what JAX asks of a buffer on the CPU that it takes over without a copy
 
 # Bits of one element, by the format's own names, narrow to wide in the order of the format's own list.
 _BITS = {
@@ -62,9 +64,17 @@ _NUMPY_NAMES = {
     "F32": "float32",
     "I64": "int64",
     "U64": "uint64",
+    "C64": "complex64",
     "F64": "float64",
 }
-_ML_DTYPES_NAMES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_ML_DTYPES_NAMES = {
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
 _FORMAT_NAMES = {numpy_name: name for name, numpy_name in (_NUMPY_NAMES | _ML_DTYPES_NAMES).items()}
 
 
@@ -78,8 +88,13 @@ class TensorEntry:
     size_bytes: int
 
 
-def check_header(path: str | Path) -> dict[str, TensorEntry]:
-    """The tensors that a safetensors file holds, by name, after a strict check of its header alone.
+class SafetensorsFile:
+    """A safetensors file whose header was checked, to be read tensor by tensor; it stays closed in between.
+
+    Fields:
+        path: the file.
+        header: the header's bytes as they stand in the file, its padding included and its length excluded.
+        entries: the tensors by name, in the header's order.
 
     Checked: the header's length fits the file and the format's limit; it is UTF-8 JSON without duplicate
     keys; every entry has a known dtype, a shape and offsets, and nothing else; offsets span exactly what
@@ -90,25 +105,83 @@ def check_header(path: str | Path) -> dict[str, TensorEntry]:
     Source: the safetensors format, https://github.com/huggingface/safetensors#format.
     Differs: stricter than its parser in that a duplicate name and an entry's unknown keys are refused.
     """
-    with _opened(path) as file:
-        return _entries(file, path)
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with self._opened() as file:
+            self._identity = _identity(file)
+            try:
+                self.header, self.entries = _checked(file)
+            except _Refused as problem:
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file: {problem}. Fetch it again, or use another copy."
+                ) from None
+
+    def read(self, name: str, out: Array | None = None) -> Array:
+        """One tensor as a NumPy array of the stored dtype, into `out` (contiguous, of its dtype and shape) if given.
+
+        bfloat16 and float8 come as ml_dtypes arrays; F4 and F6 as their bytes, uint8 [..., last size * bits / 8],
+        or flat where a row does not end on a whole byte.
+
+        Raises CheckpointError: no such name, the file was changed since its header was checked or ends while it
+        is read, a shape that NumPy cannot hold, or a boolean that is neither 0 nor 1.
+        """
+        if name not in self.entries:
+            raise CheckpointError(f"{self.path} lacks {name}; it holds {len(self.entries)} other tensors.")
+        entry = self.entries[name]
+        dtype, shape = _numpy_form(entry)
+        with self._opened() as file:
+            self._unchanged(file)
+            # Read, not mapped: a file that is cut while it is mapped kills the process with SIGBUS, and mapped pages
+            # count as resident beside the parameter that is made from them. Measured: tests/external/measure_memory.py.
+            array = _aligned_bytes(entry.size_bytes) if out is None else _bytes_of(out, dtype, shape, self.path, name)
+            if _read_into(file, entry.start_byte, array) != entry.size_bytes:
+                raise CheckpointError(f"{self.path} became shorter while {name} was read. Nothing of it is used.")
+            self._unchanged(file)
+        if entry.dtype == "BOOL" and array.size and array.max() > 1:
+            raise CheckpointError(f"{self.path}: {name} is BOOL, but holds a byte that is neither 0 nor 1.")
+        if out is not None:
+            return out
+        try:
+            return array.view(dtype).reshape(shape)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path}: NumPy cannot hold {name} of shape {list(entry.shape)} ({error})."
+            ) from None
+
+    def _opened(self) -> BinaryIO:
+        try:
+            # Without O_NONBLOCK, opening a pipe waits for its other end.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CheckpointError(f"cannot read {self.path}: {reason.lower()}.") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CheckpointError(f"cannot read {self.path}: it is a directory, a device or a pipe.")
+        return os.fdopen(descriptor, "rb", buffering=0)
+
+    def _unchanged(self, file: BinaryIO) -> None:
+        if _identity(file) != self._identity:
+            raise CheckpointError(f"{self.path} was changed after it was opened. Load it again when nothing writes it.")
+
+
+def check_header(path: str | Path) -> dict[str, TensorEntry]:
+    """The tensors that a safetensors file holds, by name, after a check of its header alone: see `SafetensorsFile`."""
+    return SafetensorsFile(path).entries
 
 
 def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Array]:
     """Tensors of a safetensors file as NumPy arrays of the stored dtype, the header checked first.
 
-    `names` chooses some (all, in the file's order, by default). bfloat16 and float8 come as ml_dtypes arrays.
-
-    Raises CheckpointError for what `check_header` refuses, a name that the file lacks, a dtype that NumPy
-    cannot hold, a boolean that is neither 0 nor 1, or a file that ends while it is read.
+    `names` chooses some (all, in the file's order, by default). Raises CheckpointError as `SafetensorsFile` does.
     """
-    with _opened(path) as file:
-        entries = _entries(file, path)
-        wanted = list(entries) if names is None else list(names)
-        missing = [name for name in wanted if name not in entries]
-        if missing:
-            raise CheckpointError(f"{path} lacks {', '.join(missing)}; it holds {len(entries)} other tensors.")
-        return {name: _read(file, path, name, entries[name]) for name in wanted}
+    file = SafetensorsFile(path)
+    wanted = list(file.entries) if names is None else list(names)
+    missing = [name for name in wanted if name not in file.entries]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; it holds {len(file.entries)} other tensors.")
+    return {name: file.read(name) for name in wanted}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
@@ -163,23 +236,12 @@ class _Refused(Exception):
     """What is wrong with a header, without the file's name."""
 
 
-def _opened(path: str | Path) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
-def _entries(file: BinaryIO, path: str | Path) -> dict[str, TensorEntry]:
-    try:
-        return _checked(file)
-    except _Refused as problem:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file: {problem}. Fetch it again, or use another copy."
-        ) from None
-
-
-def _checked(file: BinaryIO) -> dict[str, TensorEntry]:
+def _checked(file: BinaryIO) -> tuple[bytes, dict[str, TensorEntry]]:
     file_bytes = os.fstat(file.fileno()).st_size
     if file_bytes < 8:
         raise _Refused(f"it has {file_bytes} bytes, and the header's length alone takes 8")
@@ -191,9 +253,17 @@ def _checked(file: BinaryIO) -> dict[str, TensorEntry]:
     text = file.read(header_bytes)
     if len(text) != header_bytes:
         raise _Refused("it became shorter while it was read")
+    entries, end = _laid_out(text)
+    if end != file_bytes:
+        raise _Refused(f"its tensors end at byte {end}, but the file has {file_bytes} (cut or too long?)")
+    return text, entries
+
+
+def _laid_out(text: bytes) -> tuple[dict[str, TensorEntry], int]:
+    """The tensors of a header, and the size of a file that has exactly them."""
     header = _parsed(text)
     header.pop("__metadata__", None)
-    data_start = 8 + header_bytes
+    data_start = 8 + len(text)
     entries = {name: _entry(name, value, data_start) for name, value in header.items()}
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start_byte, item[1].size_bytes)):
@@ -201,9 +271,7 @@ def _checked(file: BinaryIO) -> dict[str, TensorEntry]:
             what = "overlaps the tensor before it" if entry.start_byte < position else "leaves a hole before it"
             raise _Refused(f"{name!r} {what} (it starts at byte {entry.start_byte}; expected {position})")
         position += entry.size_bytes
-    if position != file_bytes:
-        raise _Refused(f"its tensors end at byte {position}, but the file has {file_bytes} (cut or too long?)")
-    return entries
+    return entries, position
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
@@ -271,26 +339,41 @@ def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
 
 
-def _read(file: BinaryIO, path: str | Path, name: str, entry: TensorEntry) -> Array:
-    array = np.empty(entry.size_bytes, np.uint8)
-    file.seek(entry.start_byte)
-    if file.readinto(array.data) != entry.size_bytes:  # type: ignore[attr-defined]
-        raise CheckpointError(f"{path} became shorter while {name} was read. Nothing of it is used.")
-    if entry.dtype == "BOOL" and array.size and array.max() > 1:
-        raise CheckpointError(f"{path}: {name} is BOOL, but holds a byte that is neither 0 nor 1.")
-    try:
-        return array.view(_numpy_dtype(path, name, entry)).reshape(entry.shape)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: NumPy cannot hold {name} of shape {list(entry.shape)} ({error}).") from None
-
-
-def _numpy_dtype(path: str | Path, name: str, entry: TensorEntry) -> np.dtype[Any]:
+def _numpy_form(entry: TensorEntry) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """The dtype and shape in which NumPy holds a tensor."""
     if entry.dtype in _NUMPY_NAMES:
-        return np.dtype(_NUMPY_NAMES[entry.dtype])
+        return np.dtype(_NUMPY_NAMES[entry.dtype]), entry.shape
     if entry.dtype in _ML_DTYPES_NAMES:
         import ml_dtypes  # only where such a tensor is read: it is not NumPy's own
 
-        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[entry.dtype]))
-        return dtype
-    known = ", ".join(_NUMPY_NAMES | _ML_DTYPES_NAMES)
-    raise CheckpointError(f"{path}: {name} is {entry.dtype}, which NumPy cannot hold; expected one of {known}.")
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[entry.dtype])), entry.shape
+    *rows, last = entry.shape  # at least one: 4 or 6 bits alone are not a whole byte
+    row_bits = last * _BITS[entry.dtype]
+    return np.dtype(np.uint8), (*rows, row_bits // 8) if row_bits % 8 == 0 else (entry.size_bytes,)
+
+
+def _aligned_bytes(size: int) -> Array:
+    block = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
+    start = -block.ctypes.data % _ALIGNMENT_BYTES
+    return block[start : start + size]
+
+
+def _bytes_of(out: Array, dtype: np.dtype[Any], shape: tuple[int, ...], path: Path, name: str) -> Array:
+    if (out.dtype, out.shape) != (dtype, shape) or not out.flags.c_contiguous or not out.flags.writeable:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype} {list(shape)} and cannot be read into {out.dtype} {list(out.shape)}; "
+            "expected a writeable, contiguous array of its dtype and shape."
+        )
+    return out.reshape(-1).view(np.uint8)
+
+
+def _read_into(file: BinaryIO, start: int, array: Array) -> int:
+    """Fill `array` from the file's byte `start` on; how many bytes there were."""
+    file.seek(start)
+    view, done = array.data, 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]  # Linux reads at most 2 GiB at once
+        if not count:
+            break
+        done += count
+    return done

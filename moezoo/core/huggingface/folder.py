@@ -1,0 +1,194 @@
+"""The tensors of a Hugging Face checkpoint folder, checked before they are believed.
+
+    FOLDER/model.safetensors                  one file, or
+    FOLDER/model.safetensors.index.json       {"weight_map": {tensor name: file name}}
+    FOLDER/model-00001-of-00002.safetensors   ... and its shards
+
+Nothing is read but headers and the index until a tensor is asked for by name. Pickle files are never opened.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from moezoo.core.errors import CheckpointError
+from moezoo.core.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
+
+Array = npt.NDArray[Any]
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin")
+_SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a folder: the base name of its file, the format's dtype name (`F32`, `BF16`), its shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class TensorFolder:
+    """The tensors of a checkpoint folder: `model.safetensors`, an index and its shards, or one other safetensors file.
+
+    Fields:
+        path: the folder.
+        tensors: what is stored, by name, in the order of the files and of their headers.
+        headers: every file's header as it stands, by the file's base name (see `SafetensorsFile.header`).
+
+    Checked: every header (see `SafetensorsFile`); the index names files by base names, all there, none of them a link
+    that leaves the folder; each tensor of the index is in its file, each of the files in the index, none in two.
+
+    Raises CheckpointError that names the folder or the file, and the problem.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{path} is not a folder. Name the folder that holds config.json and *.safetensors.")
+        index = _weight_map(self.path)
+        names = _only_file(self.path) if index is None else sorted(set(index.values()))
+        self._files = {name: SafetensorsFile(_inside(self.path, name)) for name in names}
+        self.headers = {name: file.header for name, file in self._files.items()}
+        if index is not None:
+            _check_index(self.path, index, self._files)
+        self.tensors = {
+            tensor: StoredTensor(name, entry.dtype, entry.shape)
+            for name, file in self._files.items()
+            for tensor, entry in file.entries.items()
+        }
+
+    def read(self, name: str, out: Array | None = None) -> Array:
+        """One tensor in the stored dtype, into `out` if given: see `SafetensorsFile.read`."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} lacks {name}; it holds {len(self.tensors)} other tensors.")
+        return self._files[self.tensors[name].file].read(name, out)
+
+    def size_bytes(self, name: str) -> int:
+        """How many bytes a tensor takes in its file."""
+        return self._files[self.tensors[name].file].entries[name].size_bytes
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
+    """The JSON object of a small file, without duplicate keys; `Infinity` and `NaN` pass, as configs hold them.
+
+    Raises CheckpointError that names the file.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise CheckpointError(f"cannot read {path}: not a file.")
+        if size > max_bytes:
+            raise CheckpointError(f"{path} has {size} bytes; expected at most {max_bytes} of such a file.")
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {(getattr(error, 'strerror', None) or str(error)).lower()}."
+        ) from error
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise CheckpointError(f"{path} has the key {twice!r:.80} twice. Fetch it again, or use another copy.")
+        return found
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # Trap: a lone surrogate passes the parser
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not UTF-8 JSON ({type(error).__name__}). Fetch it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object; got {value!r:.80}.")
+    return value
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """The index's map from tensor to file; None where there is no index."""
+    if not (folder / _INDEX).exists() and not (folder / _INDEX).is_symlink():
+        return None
+    path = _inside(folder, _INDEX)
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names; got {weight_map!r:.80}.")
+    for tensor, name in weight_map.items():
+        if not _is_base_name(name):
+            raise CheckpointError(
+                f"{path} places {tensor!r:.80} in {name!r:.80}; expected the base name of a safetensors file beside it."
+            )
+    if (folder / _SINGLE).exists() and _SINGLE not in weight_map.values():
+        raise CheckpointError(f"{folder} holds {_SINGLE} and an index that does not name it. Remove one of the two.")
+    return weight_map
+
+
+def _is_base_name(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not name.startswith(".")
+        and not set(name) & {"/", "\\", "\0"}
+        and len(name.encode()) < 256
+    )
+
+
+def _only_file(folder: Path) -> list[str]:
+    if (folder / _SINGLE).exists():
+        return [_SINGLE]
+    found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    if len(found) == 1:
+        shard = _SHARD.fullmatch(found[0])
+        if shard is None or int(shard[2]) == 1:
+            return found
+    if found:
+        names = ", ".join(found[:3]) + (", ..." if found[3:] else "")
+        raise CheckpointError(
+            f"{folder} holds {len(found)} files ({names}) but no {_INDEX} that says what belongs together. "
+            "Fetch that too."
+        )
+    pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickle ({pickles[0]}), which can run any code and is never opened here. "
+            "Convert it to safetensors, or fetch a revision that has them."
+        )
+    raise CheckpointError(f"{folder} holds no safetensors file; expected {_SINGLE}, or {_INDEX} and its shards.")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of the folder; CheckpointError where it is missing or a link that leads elsewhere."""
+    path = folder / name
+    try:
+        home, target = folder.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path} is missing. Fetch the whole checkpoint again.") from None
+    allowed = [home]
+    if home.parent.name == "snapshots":  # huggingface_hub's cache: snapshots/REVISION/file is a link to blobs/HASH
+        allowed.append(home.parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise CheckpointError(f"{path} is a link that leaves its folder, to {target}. Put the file itself there.")
+    return path
+
+
+def _check_index(folder: Path, index: dict[str, str], files: dict[str, SafetensorsFile]) -> None:
+    where: dict[str, str] = {}
+    for name, file in files.items():
+        for tensor in file.entries:
+            if tensor in where:
+                raise CheckpointError(f"{folder}: {tensor!r:.80} is both in {where[tensor]} and in {name}.")
+            where[tensor] = name
+    for tensor, name in index.items():
+        if where.get(tensor) != name:
+            actual = f"it is in {where[tensor]}" if tensor in where else "no file has it"
+            raise CheckpointError(f"{folder / _INDEX} places {tensor!r:.80} in {name}, but {actual}. Fetch both again.")
+    for tensor, name in where.items():
+        if tensor not in index:
+            raise CheckpointError(
+                f"{folder / name} holds {tensor!r:.80}, which {_INDEX} does not name. Fetch both again."
+            )
