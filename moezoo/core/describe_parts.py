@@ -66,8 +66,13 @@ def attention_in_words(spec: AttentionSpec) -> str:
             parts = [f"{heads}, latent {spec.latent_dim}{query}", _position(spec.position)]
             if spec.indexer is not None:
                 parts.append(f"indexer top {spec.indexer.top_k}")
-            if spec.scale is not None:
-                parts.append(f"scale {spec.scale:g}")
+            extra = (
+                (f"scale {spec.scale}", spec.scale is not None),
+                (f"latent times {spec.latent_multiplier:g}", spec.latent_multiplier != 1),
+                ("biases", spec.bias),
+                ("temperature by position", spec.temperature_tuning is not None),
+            )
+            parts.extend(word for word, there in extra if there)
         case GatedDeltaAttentionSpec():
             values = f"{spec.num_value_heads} value heads of {spec.value_head_dim}"
             keys = f"{spec.num_key_heads} key heads of {spec.key_head_dim}"

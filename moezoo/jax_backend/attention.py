@@ -57,7 +57,7 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: 
 
 def temperature(spec: TemperatureTuningSpec, position_T: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.attention.temperature; float32."""
-    return 1 + spec.scale * jnp.log1p((position_T + 1) // spec.floor_length)
+    return 1 + spec.scale * jnp.log1p((position_T + spec.first) // spec.floor_length)
 
 
 def attend_causally(

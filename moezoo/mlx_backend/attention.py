@@ -62,7 +62,7 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: m
 
 def temperature(spec: TemperatureTuningSpec, position_T: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.attention.temperature; float32."""
-    return 1 + spec.scale * mx.log1p((position_T + 1) // spec.floor_length)
+    return 1 + spec.scale * mx.log1p((position_T + spec.first) // spec.floor_length)
 
 
 def attend_causally(

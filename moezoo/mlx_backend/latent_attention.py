@@ -8,7 +8,7 @@ from mlx import nn
 from moezoo.core.reference.latent_attention import expanded, score_scale
 from moezoo.core.spec import LatentAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.attention import attend, attend_causally
+from moezoo.mlx_backend.attention import attend, attend_causally, temperature
 from moezoo.mlx_backend.kv_cache import Attended, LatentCache
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import rotate
@@ -31,6 +31,12 @@ class LatentAttention(nn.Module):
         self.w_key = weights.parameter("w_key")
         self.w_value = weights.parameter("w_value")
         self.w_output = weights.parameter("w_output")
+        if spec.bias:
+            if spec.query_latent_dim is not None:
+                self.b_query_down = weights.parameter("b_query_down")
+            self.b_latent = weights.parameter("b_latent")
+            self.b_rope_key = weights.parameter("b_rope_key")
+            self.b_output = weights.parameter("b_output")
         if spec.indexer is not None:
             self.indexer = Indexer(spec.indexer, spec.position, spec.rope_head_dim, weights.inside("indexer"))
 
@@ -76,6 +82,8 @@ class LatentAttention(nn.Module):
         else:
             out_BTNH = mx.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], self.w_value.astype(dtype))
         out_BTD = mx.einsum("BTNH,NHD->BTD", out_BTNH, self.w_output.astype(dtype))
+        if spec.bias:
+            out_BTD = out_BTD + self.b_output.astype(dtype)
         return Attended(out_BTD, cache, None, loss)
 
     def _projected(
@@ -87,11 +95,18 @@ class LatentAttention(nn.Module):
             source = x_BTD
             query = mx.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype))
         else:
-            source = self.query_norm(mx.einsum("BTD,DZ->BTZ", x_BTD, self.w_query_down.astype(dtype)))
+            down = mx.einsum("BTD,DZ->BTZ", x_BTD, self.w_query_down.astype(dtype))
+            source = self.query_norm(down + self.b_query_down.astype(dtype) if spec.bias else down)
             query = mx.einsum("BTZ,ZNH->BTNH", source, self.w_query.astype(dtype))
         query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
-        latent = self.latent_norm(mx.einsum("BTD,DZ->BTZ", x_BTD, self.w_latent.astype(dtype)))
-        rope_key = mx.einsum("BTD,DH->BTH", x_BTD, self.w_rope_key.astype(dtype))[:, :, None]
+        latent = mx.einsum("BTD,DZ->BTZ", x_BTD, self.w_latent.astype(dtype))
+        rope_key = mx.einsum("BTD,DH->BTH", x_BTD, self.w_rope_key.astype(dtype))
+        if spec.bias:
+            latent = latent + self.b_latent.astype(dtype)
+            rope_key = rope_key + self.b_rope_key.astype(dtype)
+        latent, rope_key = self.latent_norm(latent), rope_key[:, :, None]
+        if spec.latent_multiplier != 1:
+            latent = latent * spec.latent_multiplier
         match spec.position:
             case RoPESpec():
                 rope_query = rotate(spec.position, rope_query, position_T)
@@ -100,4 +115,8 @@ class LatentAttention(nn.Module):
                 pass
             case _:
                 assert_never(spec.position)
+        if spec.temperature_tuning is not None:
+            temperature_T11 = temperature(spec.temperature_tuning, position_T)[:, None, None]
+            query = (query * temperature_T11).astype(dtype)
+            rope_query = (rope_query * temperature_T11).astype(dtype)
         return source, query, rope_query, latent, rope_key

@@ -50,6 +50,11 @@ def spec_of(layer=None, **fields):
             "4 heads of 6 + 4, values of 5, latent 7, query latent 9, RoPE 10,000 interleaved, indexer top 2, "
             "scale 0.5",
         ),
+        (
+            LATENT | {"bias": True, "latent_multiplier": 1.5, "temperature_tuning": {}},
+            "4 heads of 6 + 4, values of 5, latent 7, RoPE 10,000 interleaved, latent times 1.5, biases, "
+            "temperature by position",
+        ),
         (DELTA, "gated delta, 4 value heads of 5, 2 key heads of 3, convolution of 4"),
     ],
 )

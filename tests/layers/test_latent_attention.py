@@ -19,6 +19,7 @@ from moezoo.core.spec import (
     PrecisionSpec,
     RMSNormSpec,
     RoPESpec,
+    TemperatureTuningSpec,
 )
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
 from tests.twins import B, D, H, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
@@ -38,6 +39,10 @@ SPECS = {
     "low-rank queries": spec_of(query_latent_dim=QUERY, norm=RMSNormSpec(epsilon=1e-3), scale=0.5),
     "no position": spec_of(position=NoPositionSpec(), norm=LayerNormSpec()),
     "half split": spec_of(position=RoPESpec(base=100)),
+    "biases": spec_of(query_latent_dim=QUERY, bias=True, latent_multiplier=1.5),
+    "biases of the input": spec_of(
+        bias=True, temperature_tuning=TemperatureTuningSpec(floor_length=2, scale=0.7, first=0)
+    ),
     "indexer": spec_of(query_latent_dim=QUERY, indexer=INDEXER),
     "indexer of the input": spec_of(
         position=NoPositionSpec(), indexer=INDEXER.model_copy(update={"key_norm": RMSNormSpec(scale="none")})
@@ -63,6 +68,9 @@ def values_of(spec: LatentAttentionSpec) -> dict[str, np.ndarray]:
         shapes |= {"w_query_down": (D, QUERY), "query_norm.scale": (QUERY,)}
     if isinstance(spec.norm, LayerNormSpec):
         shapes["latent_norm.bias"] = (Z,)
+    if spec.bias:
+        shapes |= {"b_latent": (Z,), "b_rope_key": (ROPE,), "b_output": (D,)}
+        shapes |= {} if spec.query_latent_dim is None else {"b_query_down": (QUERY,)}
     if spec.indexer is not None:
         heads, head_dim = spec.indexer.num_heads, spec.indexer.head_dim
         shapes |= {
@@ -200,6 +208,27 @@ def test_one_head_written_out(twin):
                 weight = np.exp(key[: t + 1] @ query[t] / math.sqrt(H + ROPE))
                 expected[b, t] += weight @ value[: t + 1] / weight.sum() @ values["w_output"][n]
     assert_close(output(twin, spec, X_BTD), expected, FLOAT32)
+
+
+def test_a_multiplier_of_the_latent_is_one_of_its_norm(twin):
+    """And so is in the cache: what is cached is the latent that keys and values are made of."""
+    spec, values = SPECS["biases"], values_of(SPECS["biases"])
+    values["latent_norm.scale"] = spec.latent_multiplier * values["latent_norm.scale"]
+    plain = spec.model_copy(update={"latent_multiplier": 1.0})
+    assert_close(output(twin, spec, X_BTD), latent_attention(plain, values, X_BTD).out_BTD, FLOAT32)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_temperature_acts_on_both_parts_of_a_query_and_counts_from_first(twin, first):
+    """Twice the query from where the first step is reached: floor((t + first) / 3) = 1."""
+    tuning = TemperatureTuningSpec(floor_length=3, scale=1 / math.log(2), first=first)
+    spec = spec_of(temperature_tuning=tuning)
+    values = values_of(spec)
+    factor_T = np.where(np.arange(T) + first < 3, 1.0, 2.0)
+    for t in range(T):
+        sharper = values | {"w_query": factor_T[t] * values["w_query"]}
+        plain = latent_attention(SPECS["latent"], sharper, X_BTD).out_BTD[:, t]
+        assert_close(output(twin, spec, X_BTD)[:, t], plain, FLOAT32)
 
 
 @pytest.mark.parametrize("kind", ["latent", "indexer"])

@@ -58,16 +58,23 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
     if spec.query_latent_dim is not None:
         q = spec.query_latent_dim
         yield rows.matrix(f"{name}.w_query_down", (d, q), ("embed", "latent"), "attention")
+        if spec.bias:
+            yield rows.vector(f"{name}.b_query_down", (q,), ("latent",), "attention")
         yield from rows.norm(f"{name}.query_norm", spec.norm, (q,), ("latent",))
         yield rows.matrix(f"{name}.w_query", (q, n, h + o), ("latent", "head", "head_dim"), "attention")
     else:
         yield rows.matrix(f"{name}.w_query", (d, n, h + o), ("embed", "head", "head_dim"), "attention")
     yield rows.matrix(f"{name}.w_latent", (d, z), ("embed", "latent"), "attention")
     yield rows.matrix(f"{name}.w_rope_key", (d, o), ("embed", "head_dim"), "attention")
+    if spec.bias:
+        yield rows.vector(f"{name}.b_latent", (z,), ("latent",), "attention")
+        yield rows.vector(f"{name}.b_rope_key", (o,), ("head_dim",), "attention")
     yield from rows.norm(f"{name}.latent_norm", spec.norm, (z,), ("latent",))
     yield rows.matrix(f"{name}.w_key", (z, n, h), ("latent", "head", "head_dim"), "attention")
     yield rows.matrix(f"{name}.w_value", (z, n, v), ("latent", "head", "head_dim"), "attention")
     yield rows.output(f"{name}.w_output", (n, v, d), ("head", "head_dim", "embed"), "attention")
+    if spec.bias:
+        yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
     if spec.indexer is not None:
         i, k = spec.indexer.num_heads, spec.indexer.head_dim
         source, axis = (d, "embed") if spec.query_latent_dim is None else (spec.query_latent_dim, "latent")

@@ -82,12 +82,12 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: Array, position_S: Arra
 
 
 def temperature(spec: TemperatureTuningSpec, position_T: Array) -> Array:
-    """What multiplies the query of position t: `1 + scale * ln(1 + floor((t + 1) / floor_length))`, [T].
+    """What multiplies the query of position t: `1 + scale * ln(1 + floor((t + first) / floor_length))`, [T].
 
     Source: Nakanishi 2025, arXiv 2501.19399 (`s ln n` for n tokens).
-    Differs: Llama-4's form, in steps, and 1 for the first `floor_length - 1` tokens.
+    Differs: Llama-4's form, in steps, and 1 for the first `floor_length - first` tokens.
     """
-    return 1 + spec.scale * np.log1p((position_T + 1) // spec.floor_length)
+    return 1 + spec.scale * np.log1p((position_T + spec.first) // spec.floor_length)
 
 
 def grouped_query_attention(

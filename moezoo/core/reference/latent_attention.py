@@ -5,7 +5,7 @@ import math
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, inside
-from moezoo.core.reference.attention import Attended
+from moezoo.core.reference.attention import Attended, temperature
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import rotate, score_multiplier
 from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
@@ -21,6 +21,9 @@ def latent_attention(
     `c = norm(x w_latent)` is the latent, `k' = x w_rope_key` is the same for all heads, and `(q_n, q'_n)` is
     `x w_query_n`, or `norm(x w_query_down) w_query_n` where queries have a low rank too. With an indexer, a query
     attends only to the positions that it chooses.
+
+    Order: project, and add the biases of `w_query_down`, `w_latent`, `w_rope_key` and `w_output` if the spec has them;
+    normalize; multiply the latent by its constant; rotate; multiply both parts of a query by its temperature; attend.
 
     Absorbed, the same numbers come from latents alone, so that a cache need hold nothing else: `q_n . (c w_key_n) =
     (w_key_n q_n) . c`, and `sum_s a_s (c_s w_value_n) = (sum_s a_s c_s) w_value_n`. That is multi-query attention, its
@@ -60,7 +63,8 @@ def latent_attention(
         out_BTNH = np.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], parameters["w_value"])
     else:
         out_BTNH = attended[:, :, :, 0]
-    return Attended(np.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"]), None, loss)
+    out_BTD = np.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"])
+    return Attended(out_BTD + parameters["b_output"] if spec.bias else out_BTD, None, loss)
 
 
 def score_scale(spec: LatentAttentionSpec) -> float:
@@ -89,16 +93,23 @@ def _projected(
         query = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
     else:
         down = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_query_down"])
+        down = down + parameters["b_query_down"] if spec.bias else down
         source = normalize(spec.norm, inside(parameters, "query_norm"), down)
         query = np.einsum("BTZ,ZNH->BTNH", source, parameters["w_query"])
     query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
     latent = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_latent"])
-    latent = normalize(spec.norm, inside(parameters, "latent_norm"), latent)
-    rope_key = np.einsum("BTD,DH->BTH", x_BTD, parameters["w_rope_key"])[:, :, None]
+    rope_key = np.einsum("BTD,DH->BTH", x_BTD, parameters["w_rope_key"])
+    if spec.bias:
+        latent, rope_key = latent + parameters["b_latent"], rope_key + parameters["b_rope_key"]
+    latent = spec.latent_multiplier * normalize(spec.norm, inside(parameters, "latent_norm"), latent)
+    rope_key = rope_key[:, :, None]
     match spec.position:
         case RoPESpec():
             rope_query = rotate(spec.position, rope_query, position_T)
             rope_key = rotate(spec.position, rope_key, position_T)
         case NoPositionSpec():
             pass
+    if spec.temperature_tuning is not None:
+        temperature_T11 = temperature(spec.temperature_tuning, position_T)[:, None, None]
+        query, rope_query = query * temperature_T11, rope_query * temperature_T11
     return source, query, rope_query, latent, rope_key

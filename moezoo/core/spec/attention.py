@@ -10,13 +10,15 @@ from moezoo.core.spec.positions import PositionSpec, RoPESpec
 
 
 class TemperatureTuningSpec(Part):
-    """Queries of late positions grow: `1 + scale * ln(floor((t + 1) / floor_length) + 1)` times query t.
+    """Queries of late positions grow: `1 + scale * ln(floor((t + first) / floor_length) + 1)` times query t.
 
-    Source: Nakanishi 2025, arXiv 2501.19399 (scalable softmax), in the form of Llama-4.
+    `first`: what the first token counts as. Source: Nakanishi 2025, arXiv 2501.19399 (scalable softmax), in the form of
+    Llama-4; Mistral 4 counts from 0.
     """
 
     floor_length: PositiveInt = 8192
     scale: PositiveFloat = 0.1
+    first: Annotated[int, Field(ge=0, le=1)] = 1
 
 
 class GroupedQueryAttentionSpec(Part):
@@ -96,9 +98,11 @@ class LatentAttentionSpec(Part):
     """Multi-head latent attention: keys and values of all heads from one vector of width Z a token, which is all that
     the cache holds beside one rotated key. Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, section 2.1.
 
-    `query_latent_dim`: queries pass through a low rank too, or not (null). Each head's query and key are
-    `head_dim` features without position and `rope_head_dim` rotated ones; its value has `value_head_dim`. `scale`
-    multiplies the scores; null is `1 / sqrt(head_dim + rope_head_dim)`, times YaRN's mscale.
+    `query_latent_dim`: queries pass through a low rank too, or not (null). Each head's query and key are `head_dim`
+    features without position and `rope_head_dim` rotated ones; its value has `value_head_dim`. `bias`: the projections
+    out of the model's width and back into it have one, `w_query` excepted (`attention_bias` of DeepSeek-V3).
+    `latent_multiplier` is a constant on the normalized latent (LongCat-Flash); one on queries is part of `scale`, which
+    multiplies the scores; null is `1 / sqrt(head_dim + rope_head_dim)`, and YaRN's mscale multiplies either.
     """
 
     kind: Literal["latent"] = "latent"
@@ -110,7 +114,10 @@ class LatentAttentionSpec(Part):
     query_latent_dim: PositiveInt | None = None
     position: PositionSpec = RoPESpec(layout="interleaved")
     norm: NormSpec = RMSNormSpec()
+    bias: bool = False
+    latent_multiplier: PositiveFloat = 1.0
     scale: PositiveFloat | None = None
+    temperature_tuning: TemperatureTuningSpec | None = None
     indexer: IndexerSpec | None = None
 
     @model_validator(mode="after")
