@@ -1,0 +1,148 @@
+"""A folder of a Hugging Face checkpoint: a spec, and its weights, read one by one when they are asked for."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.huggingface.family import Family, family_of
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.folder import TensorFolder
+from moezoo.core.huggingface.ledger import Ledger, Readable, Source, make_ledger
+from moezoo.core.huggingface.quantized import Quantized, quantization_of
+from moezoo.core.parameters import parameter_table
+from moezoo.core.spec import ModelSpec
+
+Array = npt.NDArray[Any]
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a config.json alone tells: the family, the model, and notes for a reader."""
+
+    family: Family
+    fields: Fields
+    spec: ModelSpec
+
+    @property
+    def notes(self) -> list[str]:
+        return self.fields.notes
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a folder that looks like a Hugging Face checkpoint."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def describe_checkpoint(path: str | Path) -> Description:
+    """The model of a folder's config.json, without a look at its tensors. Raises SpecError or CheckpointError."""
+    fields = Fields.read(Path(path) / CONFIG)
+    family = family_of(fields)
+    return Description(family, fields, family.spec_of(fields))
+
+
+@dataclass(frozen=True)
+class HuggingFaceCheckpoint:
+    """A checkpoint whose every tensor is accounted for, and none of which is read yet.
+
+    `weights` is a mapping from canonical names to arrays in the dtype of the files; each access reads anew.
+    """
+
+    path: Path
+    description: Description
+    folder: TensorFolder
+    ledger: Ledger
+    weights: "LazyWeights"
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.description.spec
+
+    @property
+    def family(self) -> Family:
+        return self.description.family
+
+
+def open_checkpoint(path: str | Path) -> HuggingFaceCheckpoint:
+    """Open a folder and check it: config, headers, index, names, shapes, dtypes; no tensor is read.
+
+    Raises SpecError: a config that is not understood whole. Raises CheckpointError: files that are damaged, lie, or do
+    not fit the config.
+    """
+    path = Path(path)
+    description = describe_checkpoint(path)
+    folder = TensorFolder(path)
+    quantized = quantization_of(description.fields, folder)
+    plain = {name: Readable(tensor.dtype, tensor.shape, (name,)) for name, tensor in folder.tensors.items()}
+    readable = plain | dict(quantized.readable)
+    stored = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in folder.tensors.items()}
+    ledger = make_ledger(description.family, description.spec, readable, stored, str(path))
+    weights = LazyWeights(description.spec, ledger, folder, quantized)
+    return HuggingFaceCheckpoint(path, description, folder, ledger, weights)
+
+
+class LazyWeights(Mapping[str, Array]):
+    """Parameters by canonical name, each put together from the files when it is asked for."""
+
+    def __init__(self, spec: ModelSpec, ledger: Ledger, folder: TensorFolder, quantized: Quantized):
+        self._shapes = {row.name: row.shape for row in parameter_table(spec)}
+        self._ledger, self._folder, self._quantized = ledger, folder, quantized
+        self.nonfinite: list[str] = []
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of all, without reading one."""
+        return self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, name: str) -> Array:
+        value = self._gather(self._ledger.sources[name], self._shapes[name])
+        for source in self._ledger.copies:
+            if source.placed.parts[0][0] == name:
+                self._check_copy(source, name, value)
+        return value
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype that a parameter comes in."""
+        dtypes = [self._quantized.dtype(source.name) for source in self._ledger.sources[name]]
+        return np.result_type(*dtypes)
+
+    def _gather(self, sources: tuple[Source, ...], shape: tuple[int, ...]) -> Array:
+        first = sources[0]
+        if not first.placed.rule.per_expert:
+            return first.placed.holds(self._quantized.read(first.name), first.place).reshape(shape)
+        axis = first.placed.expert_axis(first.place)
+        dtype = np.result_type(*(self._quantized.dtype(source.name) for source in sources))
+        stacked = np.empty(shape, dtype)
+        for source in sources:
+            expert = source.placed.parts[source.place][1]
+            stacked[(slice(None),) * axis + (expert,)] = source.placed.holds(
+                self._quantized.read(source.name), source.place
+            )
+        return stacked
+
+    def _check_copy(self, source: Source, name: str, value: Array) -> None:
+        other = source.placed.holds(self._quantized.read(source.name), 0)
+        if other.tobytes() != value.tobytes():
+            raise CheckpointError(
+                f"{self._folder.path}: config.json ties the head to the embedding, but {source.name} differs from "
+                f"{name}. Set tie_word_embeddings to false, or remove {source.name}."
+            )
+
+
+def refuse_unless_checkpoint(path: Path) -> None:
+    """Raise where a folder is no checkpoint of a family."""
+    if not is_checkpoint(path):
+        raise SpecError(f"{path} has no {CONFIG}; expected a Hugging Face checkpoint's folder.")

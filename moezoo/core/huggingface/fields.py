@@ -1,0 +1,221 @@
+"""config.json: every field is understood, known to be harmless, or refused by name; none is ignored."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from moezoo.core.errors import CheckpointError, SpecError
+
+_MAX_BYTES = 10_000_000
+
+# Fields that change no number of a text model's forward pass, whatever they hold.
+HARMLESS = (
+    "architectures",
+    "auto_map",
+    "*token_id",
+    "*_token_ids",
+    "chunk_size_feed_forward",
+    "dtype",
+    "ep_size",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "max_length",
+    "model_type",
+    "name_or_path",
+    "_name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "_attn_implementation*",
+    "unsloth_*",
+    "use_cache",
+)
+# Fields of a wrapper's config around its text_config.
+_OUTER_HARMLESS = (
+    *HARMLESS,
+    "text_config",
+    "*vision*",
+    "*audio*",
+    "*image*",
+    "*video*",
+    "*projector*",
+    "boi_*",
+    "eoi_*",
+)
+
+
+class Fields:
+    """The fields of a config.json (of its `text_config`, where it is a wrapper's), each remembered when read.
+
+    A field that is absent or null has the default that is asked with; without one it is required. Raises SpecError in
+    one line that names field, value and file.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.where = where
+        self.raw = dict(values)
+        self._seen: set[str] = set()
+        self.notes: list[str] = []
+        inner = values.get("text_config")
+        self._values: dict[str, Any] = dict(values)
+        if isinstance(inner, Mapping):
+            self._values = dict(inner)
+            if "tie_word_embeddings" in values:  # a wrapper's own head counts
+                self._values["tie_word_embeddings"] = values["tie_word_embeddings"]
+            if "quantization_config" in values:
+                self._values.setdefault("quantization_config", values["quantization_config"])
+            self._refuse_unread(
+                {key: value for key, value in values.items() if key not in self._values}, _OUTER_HARMLESS
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> "Fields":
+        """Read a file. Raises CheckpointError where there is none, SpecError where it is no JSON object."""
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise SpecError(f"{path} is larger than {_MAX_BYTES} bytes; expected a model's config.json.")
+            values = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_without_duplicates)
+        except FileNotFoundError:
+            raise CheckpointError(f"there is no {path.name} in {path.parent}. Give a checkpoint's folder.") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise SpecError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from None
+        if not isinstance(values, dict):
+            raise SpecError(f"{path} is {type(values).__name__}; expected a JSON object. Fetch it again.")
+        return cls(values, str(path))
+
+    @property
+    def model_type(self) -> str:
+        """The family's name for itself; inside a wrapper the text model's. May be empty."""
+        return str(self._values.get("model_type") or self.raw.get("model_type") or "")
+
+    # --- reading a field -----------------------------------------------------------------------------------------
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the field is there and not null; asking counts as reading."""
+        return self.get(name) is not None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field as JSON gives it."""
+        self._seen.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A whole number, at least 0."""
+        value = self._required(name, default)
+        if type(value) is not int or value < 0:
+            raise self.refuse(name, "a whole number, 0 or more")
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number, at least 1."""
+        value = self.integer(name, default)
+        if value < 1:
+            raise self.refuse(name, "a whole number, 1 or more")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._required(name, default)
+        if type(value) not in (int, float) or value != value or value in (float("inf"), float("-inf")):
+            raise self.refuse(name, "a number")
+        return float(value)
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        """true or false."""
+        value = self._required(name, default)
+        if type(value) is not bool:
+            raise self.refuse(name, "true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A text."""
+        value = self._required(name, default)
+        if type(value) is not str:
+            raise self.refuse(name, "a text")
+        return value
+
+    def choice(self, name: str, known: Mapping[str, Any], default: str | None = None) -> Any:
+        """What a text stands for; refused by name where it is none of the known."""
+        value = self.text(name, default)
+        if value not in known:
+            raise self.refuse(name, f"one of {', '.join(known)}")
+        return known[value]
+
+    def items(self, name: str, length: int, default: Sequence[Any] | None = None) -> list[Any]:
+        """A list with one item for each of `length` layers."""
+        value = self._required(name, None if default is None else list(default))
+        if type(value) is not list or len(value) != length:
+            raise self.refuse(name, f"a list of {length}")
+        return list(value)
+
+    def either(self, *names: str) -> str:
+        """Of several names for one thing, the one that is there (the first, where none is); they must agree."""
+        there = [name for name in names if name in self]
+        for name in there[1:]:
+            self.expect(name, self.get(there[0]))
+        return there[0] if there else names[0]
+
+    def expect(self, name: str, *values: Any) -> None:
+        """The field must be absent, null, or one of these values: no other is realized."""
+        value = self.get(name)
+        if value is not None and value not in values:
+            raise self.refuse(name, " or ".join(json.dumps(known) for known in values) if values else "none")
+
+    def only_in_training(self, name: str) -> None:
+        """A dropout that inference does not have; training here goes without, which a note says."""
+        if self.get(name):
+            self.notes.append(f"{name} {self.get(name)} is not realized: training here goes without it")
+
+    def inside(self, name: str) -> "Fields | None":
+        """The fields of an object inside this one (`rope_scaling`), or None; `finish` them too."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.refuse(name, "a JSON object")
+        return Fields(value, f"{self.where}, {name}")
+
+    def refuse(self, name: str, expected: str) -> SpecError:
+        """The error about a field's value."""
+        got = json.dumps(self._values.get(name))
+        return SpecError(f"{name} is {got:.200}; expected {expected} ({self.where}).")
+
+    def finish(self, harmless: Iterable[str] = ()) -> None:
+        """Refuse fields that nobody has read and that are not known to be harmless."""
+        unread = {key: value for key, value in self._values.items() if key not in self._seen}
+        self._refuse_unread(unread, (*HARMLESS, *harmless))
+
+    def _refuse_unread(self, unread: Mapping[str, Any], harmless: Iterable[str]) -> None:
+        patterns = tuple(harmless)
+        unknown = [name for name in unread if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if unknown:
+            named = ", ".join(f"{name} {json.dumps(unread[name]):.80}" for name in sorted(unknown))
+            raise SpecError(
+                f"config.json has fields that this family's file does not know: {named} ({self.where}). If they change "
+                "no number, list them as harmless in moezoo/core/huggingface/families; else this model cannot be "
+                "loaded yet."
+            )
+
+    def _required(self, name: str, default: Any) -> Any:
+        value = self.get(name, default)
+        if value is None:
+            raise SpecError(f"{name} is missing ({self.where}). Fetch the checkpoint's config.json again.")
+        return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found

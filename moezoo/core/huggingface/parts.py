@@ -1,0 +1,276 @@
+"""What several families spell alike: parts of their config.json, and of their name tables."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.tensors import Fused, Part, Tensor
+from moezoo.core.spec import (
+    GatedFeedForwardSpec,
+    HeadSpec,
+    LayerSpec,
+    LinearScalingSpec,
+    Llama3ScalingSpec,
+    LongRoPEScalingSpec,
+    PooledBalanceLossSpec,
+    RMSNormSpec,
+    RoPEScalingSpec,
+    RoPESpec,
+    TiedHeadSpec,
+    UntiedHeadSpec,
+    YaRNScalingSpec,
+)
+
+LAYER = "model.layers.{layer}"
+OURS = "layers.{layer}"
+
+# --- config.json -----------------------------------------------------------------------------------------------------
+
+
+def rope(
+    fields: Fields,
+    *,
+    base: float = 10_000.0,
+    fraction: float = 1.0,
+    layout: Literal["half_split", "interleaved"] = "half_split",
+    layer_type: str | None = None,
+) -> RoPESpec:
+    """The rotation: `rope_parameters` (transformers 5; by `layer_type` where it has such), or `rope_theta`,
+    `rope_scaling` and `partial_rotary_factor` (transformers 4). `base` and `fraction` where neither says."""
+    base = fields.number("rope_theta", base)
+    fraction = fields.number("partial_rotary_factor", fraction)
+    where = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
+    inner = fields.inside(where)
+    if inner is not None and layer_type is not None and layer_type in inner:
+        inner = inner.inside(layer_type)
+    if inner is None:
+        return RoPESpec(base=base, fraction=fraction, layout=layout)
+    base, fraction = inner.number("rope_theta", base), inner.number("partial_rotary_factor", fraction)
+    scaling = _scaling(fields, inner)
+    return RoPESpec(base=base, fraction=fraction, layout=layout, scaling=scaling)
+
+
+def _scaling(fields: Fields, inner: Fields) -> RoPEScalingSpec | None:
+    makers: Mapping[str, Callable[[Fields, Fields], RoPEScalingSpec | None]] = {
+        "default": lambda outer, inside: None,
+        "linear": lambda outer, inside: LinearScalingSpec(factor=inside.number("factor")),
+        "llama3": _llama3,
+        "yarn": _yarn,
+        "longrope": _longrope,
+    }
+    old = "type" in inner  # transformers 4 called it so
+    kind = inner.choice("rope_type" if "rope_type" in inner or not old else "type", makers, "default")
+    scaling: RoPEScalingSpec | None = kind(fields, inner)
+    inner.finish(("type", "rope_type", "max_position_embeddings", "original_max_position_embeddings"))
+    return scaling
+
+
+def _original_length(fields: Fields, inner: Fields) -> int:
+    longest = fields.get("original_max_position_embeddings", fields.get("max_position_embeddings"))
+    return inner.count("original_max_position_embeddings", longest)
+
+
+def _llama3(fields: Fields, inner: Fields) -> Llama3ScalingSpec:
+    return Llama3ScalingSpec(
+        factor=inner.number("factor"),
+        original_length=_original_length(fields, inner),
+        low_frequency_factor=inner.number("low_freq_factor"),
+        high_frequency_factor=inner.number("high_freq_factor"),
+    )
+
+
+def _yarn(fields: Fields, inner: Fields) -> YaRNScalingSpec:
+    original = _original_length(fields, inner)
+    stretched = fields.count("max_position_embeddings", original) / original
+    # Trap: 0 and null both mean "not given" to transformers.
+    return YaRNScalingSpec(
+        factor=inner.number("factor", stretched),
+        original_length=original,
+        beta_fast=inner.get("beta_fast") or 32.0,
+        beta_slow=inner.get("beta_slow") or 1.0,
+        attention_factor=inner.get("attention_factor"),
+        mscale=inner.get("mscale") or None,
+        mscale_all_dim=inner.get("mscale_all_dim") or None,
+        truncate=inner.flag("truncate", True),
+    )
+
+
+def _longrope(fields: Fields, inner: Fields) -> LongRoPEScalingSpec:
+    # Transformers chooses the list by the text at hand; ours is a number of the spec: texts up to the original length.
+    original = _original_length(fields, inner)
+    inner.get("factor")
+    return LongRoPEScalingSpec(
+        short_factors=tuple(inner.get("short_factor", ())),
+        long_factors=tuple(inner.get("long_factor", ())),
+        original_length=original,
+        length=original,
+        attention_factor=inner.get("attention_factor"),
+    )
+
+
+def swiglu(fields: Fields, hidden_dim: int, *, bias: bool = False, name: str = "hidden_act") -> GatedFeedForwardSpec:
+    """A gated feed-forward whose activation the config names."""
+    kinds = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+    return GatedFeedForwardSpec(kind=fields.choice(name, kinds, "silu"), hidden_dim=hidden_dim, bias=bias)
+
+
+def rms_norm(fields: Fields, default: float = 1e-6) -> RMSNormSpec:
+    """The norm of every layer."""
+    return RMSNormSpec(epsilon=fields.number("rms_norm_eps", default))
+
+
+def head(fields: Fields, tied: bool = False) -> HeadSpec:
+    """The output projection: tied to the embedding or not."""
+    return TiedHeadSpec() if fields.flag("tie_word_embeddings", tied) else UntiedHeadSpec()
+
+
+def pooled_balance(fields: Fields, default: float = 0.001) -> tuple[PooledBalanceLossSpec, ...]:
+    """The families' own auxiliary loss."""
+    coefficient = fields.number("router_aux_loss_coef", default)
+    return (PooledBalanceLossSpec(coefficient=coefficient),) if coefficient else ()
+
+
+def windows(fields: Fields, num_layers: int, default: Sequence[str] | None = None) -> list[int | None]:
+    """The sliding window of each layer, by `layer_types` (all `default` where absent) and `sliding_window`."""
+    types = layer_types(fields, num_layers, default or ["full_attention"] * num_layers)
+    return [fields.count("sliding_window") if kind == "sliding_attention" else None for kind in types]
+
+
+def layer_types(
+    fields: Fields,
+    num_layers: int,
+    default: Sequence[str],
+    known: Sequence[str] = ("full_attention", "sliding_attention"),
+) -> list[str]:
+    """What kind of attention each layer has."""
+    types = fields.items("layer_types", num_layers, default)
+    if any(kind not in known for kind in types):
+        raise fields.refuse("layer_types", f"each one of {', '.join(known)}")
+    return types
+
+
+def grouped(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Equal neighbours as one with `repeat`."""
+    found: list[LayerSpec] = []
+    for layer in layers:
+        if found and found[-1].model_copy(update={"repeat": 1}) == layer:
+            found[-1] = layer.model_copy(update={"repeat": found[-1].repeat + 1})
+        else:
+            found.append(layer)
+    return tuple(found)
+
+
+# --- name tables -----------------------------------------------------------------------------------------------------
+
+# The embedding, the last norm, the head (a tied model's files may hold a copy of the embedding), the layers' two norms.
+MODEL: tuple[Fused, ...] = (
+    Tensor("model.embed_tokens.weight", "v d", "embedding.weight", "v d"),
+    Tensor("model.norm.weight", "d", "final_norm.scale", "d"),
+    Tensor("lm_head.weight", "v d", "head.w_head", "d v"),
+    Tensor("lm_head.weight", "v d", "embedding.weight", "v d", copy=True),
+)
+PRE_NORMS: tuple[Fused, ...] = (
+    Tensor(f"{LAYER}.input_layernorm.weight", "d", f"{OURS}.attention_norm.scale", "d"),
+    Tensor(f"{LAYER}.post_attention_layernorm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
+)
+
+
+def grouped_query(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") -> tuple[Fused, ...]:
+    """Projections of queries, keys, values and output, with their biases where the model has such."""
+    found: list[Fused] = []
+    for name, which, heads in (("q", "query", "n"), ("k", "key", "m"), ("v", "value", "m")):
+        found.append(Tensor(f"{theirs}.{name}_proj.weight", f"({heads} h) d", f"{ours}.w_{which}", f"d {heads} h"))
+        found.append(Tensor(f"{theirs}.{name}_proj.bias", f"({heads} h)", f"{ours}.b_{which}", f"{heads} h"))
+    found.append(Tensor(f"{theirs}.o_proj.weight", "d (n h)", f"{ours}.w_output", "n h d"))
+    found.append(Tensor(f"{theirs}.o_proj.bias", "d", f"{ours}.b_output", "d"))
+    return tuple(found)
+
+
+def qk_norm(
+    theirs: str = f"{LAYER}.self_attn", names: tuple[str, str] = ("q_norm", "k_norm"), *, over: str = "head"
+) -> tuple[Fused, ...]:
+    """Norms of queries and keys, of each head or of the whole `projection`."""
+    found = []
+    for name, which in zip(names, ("query", "key"), strict=True):
+        axes, our_axes = ("h", "h") if over == "head" else ("(n h)", "n h")
+        found.append(Tensor(f"{theirs}.{name}.weight", axes, f"{OURS}.attention.{which}_norm.scale", our_axes))
+    return tuple(found)
+
+
+def latent(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") -> tuple[Fused, ...]:
+    """Multi-head latent attention as DeepSeek names it."""
+    return (
+        Tensor(f"{theirs}.q_proj.weight", "(n h) d", f"{ours}.w_query", "d n h"),
+        Tensor(f"{theirs}.q_a_proj.weight", "q d", f"{ours}.w_query_down", "d q"),
+        Tensor(f"{theirs}.q_a_layernorm.weight", "q", f"{ours}.query_norm.scale", "q"),
+        Tensor(f"{theirs}.q_b_proj.weight", "(n h) q", f"{ours}.w_query", "q n h"),
+        Fused(
+            f"{theirs}.kv_a_proj_with_mqa.weight",
+            "x d",
+            (Part(f"{ours}.w_latent", "z", "d z"), Part(f"{ours}.w_rope_key", "o", "d o")),
+        ),
+        Tensor(f"{theirs}.kv_a_layernorm.weight", "z", f"{ours}.latent_norm.scale", "z"),
+        Fused(
+            f"{theirs}.kv_b_proj.weight",
+            "(n x) z",
+            (Part(f"{ours}.w_key", "h", "z n h"), Part(f"{ours}.w_value", "v", "z n v")),
+        ),
+        Tensor(f"{theirs}.o_proj.weight", "d (n v)", f"{ours}.w_output", "n v d"),
+    )
+
+
+def feed_forward(
+    theirs: str,
+    ours: str,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Fused, ...]:
+    """A gated feed-forward: three matrices, with biases where the model has such."""
+    gate, up, down = names
+    return (
+        Tensor(f"{theirs}.{gate}.weight", "f d", f"{ours}.w_gate", "d f"),
+        Tensor(f"{theirs}.{up}.weight", "f d", f"{ours}.w_up", "d f"),
+        Tensor(f"{theirs}.{down}.weight", "d f", f"{ours}.w_down", "f d"),
+        Tensor(f"{theirs}.{gate}.bias", "f", f"{ours}.b_gate", "f"),
+        Tensor(f"{theirs}.{up}.bias", "f", f"{ours}.b_up", "f"),
+        Tensor(f"{theirs}.{down}.bias", "d", f"{ours}.b_down", "d"),
+    )
+
+
+def experts(
+    theirs: str = f"{LAYER}.mlp.experts",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ours: str = f"{OURS}.moe.experts",
+) -> tuple[Fused, ...]:
+    """Routed experts: one tensor an expert, or all in one with gate and up concatenated (transformers 5 in memory)."""
+    gate, up, down = names
+    each = f"{theirs}.{{expert}}"
+    return (
+        Tensor(f"{each}.{gate}.weight", "f d", f"{ours}.w_gate", "e d f"),
+        Tensor(f"{each}.{up}.weight", "f d", f"{ours}.w_up", "e d f"),
+        Tensor(f"{each}.{down}.weight", "d f", f"{ours}.w_down", "e f d"),
+        Tensor(f"{each}.{gate}.bias", "f", f"{ours}.b_gate", "e f"),
+        Tensor(f"{each}.{up}.bias", "f", f"{ours}.b_up", "e f"),
+        Tensor(f"{each}.{down}.bias", "d", f"{ours}.b_down", "e d"),
+        gate_and_up(f"{theirs}.gate_up_proj", "e x d", ours),
+        Tensor(f"{theirs}.down_proj", "e d f", f"{ours}.w_down", "e f d"),
+    )
+
+
+def gate_and_up(theirs: str, axes: str, ours: str) -> Fused:
+    """Gate and up of all experts in one tensor, one behind the other along axis `x`."""
+    return Fused(theirs, axes, (Part(f"{ours}.w_gate", "f", "e d f"), Part(f"{ours}.w_up", "f", "e d f")))
+
+
+def router(theirs: str = f"{LAYER}.mlp.gate", ours: str = f"{OURS}.moe.router") -> tuple[Fused, ...]:
+    """The router's matrix, and its selection bias where the model has one."""
+    return (
+        Tensor(f"{theirs}.weight", "e d", f"{ours}.w_router", "d e"),
+        Tensor(f"{theirs}.e_score_correction_bias", "e", f"{ours}.selection_bias", "e"),
+    )
+
+
+def dense_layers(fields: Fields, num_layers: int) -> list[bool]:
+    """Which layers are dense by `mlp_only_layers` and `decoder_sparse_step` (Qwen)."""
+    step: int = fields.count("decoder_sparse_step", 1)
+    only: list[Any] = fields.get("mlp_only_layers", [])
+    return [layer in only or (layer + 1) % step > 0 for layer in range(num_layers)]

@@ -1,0 +1,96 @@
+"""The tensors of a folder as numbers: codes and scales read together, everything else as it is stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import SpecError
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.folder import TensorFolder
+from moezoo.core.huggingface.ledger import FLOATS, Readable
+
+Array = npt.NDArray[Any]
+
+_BLOCKS, _SCALES = "_blocks", "_scales"  # MXFP4
+_SCALE_INV = "_scale_inv"  # FP8
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How to read a folder whose config.json names a quantization, or none.
+
+    Fields:
+        folder: the files.
+        readable: tensors that codes and scales stand for, by the name of the codes.
+    """
+
+    folder: TensorFolder
+    readable: Mapping[str, Readable]
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype that a tensor is read in."""
+        tensor = self.readable.get(name)
+        return numpy_dtype(self.folder.tensors[name].dtype if tensor is None else tensor.dtype)
+
+    def read(self, name: str) -> Array:
+        """A tensor as numbers."""
+        if name not in self.readable:
+            return self.folder.read(name)
+        return self._decode(self.readable[name])
+
+    def encode(self, name: str, value: Array) -> Array:
+        """The codes of a tensor under the scales that the folder has."""
+        from moezoo.core.huggingface import quantization
+
+        codes, scales = (self.folder.read(part) for part in self.readable[name].stored)
+        if name.endswith(_BLOCKS):
+            return quantization.mxfp4_encode(value, scales)
+        return quantization.fp8_encode(value, scales)
+
+    def _decode(self, tensor: Readable) -> Array:
+        from moezoo.core.huggingface import quantization
+
+        codes, scales = (self.folder.read(part) for part in tensor.stored)
+        if tensor.stored[0].endswith(_BLOCKS):
+            return quantization.mxfp4_decode(codes, scales)
+        return quantization.fp8_decode(codes, scales)
+
+
+def numpy_dtype(stored: str) -> np.dtype[Any]:
+    """NumPy's dtype of a stored float."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if stored == "BF16" else FLOATS[stored])
+
+
+def quantization_of(fields: Fields, folder: TensorFolder) -> Quantized:
+    """What `quantization_config` says, matched with the files. Raises SpecError for a method that is not known."""
+    config = fields.inside("quantization_config")
+    if config is None:
+        return Quantized(folder, {})
+    method = config.text("quant_method", "none")
+    tensors = folder.tensors
+    found: dict[str, Readable] = {}
+    match method:
+        case "mxfp4":
+            for name, tensor in tensors.items():
+                scales = name.removesuffix(_BLOCKS) + _SCALES
+                if name.endswith(_BLOCKS) and tensor.dtype == "U8" and scales in tensors and len(tensor.shape) == 4:
+                    experts, out, groups, half = tensor.shape
+                    found[name] = Readable("BF16", (experts, out, groups * half * 2), (name, scales))
+        case "fp8":
+            size = config.get("weight_block_size", [128, 128])
+            if size != [128, 128]:
+                raise config.refuse("weight_block_size", "[128, 128]")
+            for name, tensor in tensors.items():
+                if tensor.dtype == "F8_E4M3" and name + _SCALE_INV in tensors:
+                    found[name] = Readable("F32", tensor.shape, (name, name + _SCALE_INV))
+        case _:
+            raise SpecError(
+                f"quantization_config.quant_method is {method!r}; expected mxfp4 or fp8 ({fields.where}). "
+                "Use the checkpoint without this quantization."
+            )
+    return Quantized(folder, found)
