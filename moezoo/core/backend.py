@@ -144,7 +144,10 @@ class Model(Protocol):
     def start_training(
         self, config: OptimizerConfig, state: Mapping[str, Floats] | None = None, update: int = 0
     ) -> None:
-        """Make the optimizer; with `state` and the number of updates done, as `export_optimizer` gave them."""
+        """Make the optimizer; with `state` and the number of updates done, as `export_optimizer` gave them.
+
+        Raises TrainingError where a parameter is not float32.
+        """
         ...
 
     def train_step(self, windows: Integers, learning_rate: float, keys: Bits | None = None) -> PendingStep:
@@ -163,7 +166,7 @@ class Model(Protocol):
         ...
 
     def export_parameters(self) -> dict[str, Floats]:
-        """Every parameter, trained or state, by canonical name."""
+        """Every parameter, trained or state, by canonical name and in the dtype that it was built with."""
         ...
 
     def export_optimizer(self) -> dict[str, Floats]:
@@ -177,7 +180,10 @@ class Backend(Protocol):
     name: str
 
     def build(self, spec: ModelSpec, weights: Mapping[str, Floats]) -> Model:
-        """A model with these weights. Raises CheckpointError where names or shapes differ from the parameter table."""
+        """A model with these weights, each in its own dtype (`core/precision.py`), which are read one by one.
+
+        Raises CheckpointError where names or shapes (`shapes_of`) differ from the parameter table.
+        """
         ...
 
     def facts(self) -> dict[str, str]:

@@ -184,6 +184,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def shapes_of(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """Each array's shape by name.
+
+    A mapping that reads its arrays when they are asked for (and has its own `__contains__`) says their shapes in an
+    attribute `shapes`, so that nothing is read here.
+    """
+    shapes: Mapping[str, tuple[int, ...]] | None = getattr(weights, "shapes", None)
+    return {name: value.shape for name, value in weights.items()} if shapes is None else dict(shapes)
+
+
 def check_names_and_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> None:

@@ -1,13 +1,19 @@
 """Where numbers change dtype. One list, for both backends; `float32` everywhere makes each of them a no-op.
 
-With `precision.compute: bfloat16` (parameters stay float32, and so do their gradients and moments):
+A parameter has the dtype that it is given, one of STORED_DTYPES: that of its file, or float32 where it is trained.
+Every use of it casts, to the compute dtype in a product and to float32 elsewhere; both are exact where compute is
+float32, so a bfloat16 file gives just what its numbers in float32 give.
+
+With `precision.compute: bfloat16`:
 
 | value | dtype |
 |---|---|
-| parameters, optimizer moments | float32 |
+| parameters as they are kept and exported | their own: float32, float16 or bfloat16 |
+| parameters that are trained, optimizer moments | float32 |
 | gradients of parameters (through the cast of the weight, so rounded to compute on the way) | float32 |
 | embedding rows, residual stream, weights as they enter a product | compute |
 | products of attention, feed-forward, experts and head | compute in and out, accumulated in float32 |
+| embedding rows times their multiplier, plus positions; result cast to compute | float32 |
 | norms: means, rsqrt, scale and bias; result cast back | float32 |
 | RoPE angles and rotation; result cast back | float32 |
 | attention scores, their cap, sinks and softmax; probabilities cast back | float32 |
@@ -15,14 +21,20 @@ With `precision.compute: bfloat16` (parameters stay float32, and so do their gra
 | temperature of queries, mix of values, sigmoid of the attention's gate; result cast back | float32 |
 | linear attention behind its projections: convolutions, decay, beta, state, gate; result cast back | float32 |
 | inputs of those convolutions in the cache | compute |
-| router: normalized input, jitter, noise, residual, scores, weights | float32 |
+| router: normalized input, jitter, noise, residual, bias, selection bias, cutoffs, scores, weights | float32 |
 | router: product, and the input as it enters it (`router.dtype`) | float32 or compute |
 | weighted sum over the K chosen experts, or product of weight and input (`apply_to: input`), cast back | float32 |
 | experts without computation: mix and weighted sum; gate of shared experts: sigmoid and product; cast back | float32 |
 | logits as returned, cross-entropy, auxiliary losses | float32 |
 """
 
+from collections.abc import Mapping
+
+from moezoo.core.errors import TrainingError
 from moezoo.core.spec import ModelSpec, RouterSpec
+
+STORED_DTYPES = ("float32", "float16", "bfloat16")
+"""What a parameter may have; a backend makes float32 of anything else."""
 
 COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -35,3 +47,13 @@ def compute_dtype(spec: ModelSpec) -> str:
 def router_dtype(spec: ModelSpec, router: RouterSpec) -> str:
     """Name of the dtype of the router's matrix product."""
     return "float32" if router.dtype == "float32" else compute_dtype(spec)
+
+
+def check_float32(dtypes: Mapping[str, str]) -> None:
+    """Raises TrainingError where a parameter, given its dtype by name, is not float32: an update would be rounded."""
+    other = [name for name, dtype in dtypes.items() if dtype != "float32"]
+    if other:
+        raise TrainingError(
+            f"training needs float32 parameters; got {dtypes[other[0]]} in {other[0]} and {len(other) - 1} more. "
+            "Convert them before the model is built."
+        )

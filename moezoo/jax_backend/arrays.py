@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moezoo.core.precision import STORED_DTYPES
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -29,14 +31,23 @@ class Weights:
         return self._prefix + name in self._values
 
     def parameter(self, name: str) -> nnx.Param:
-        """A trainable parameter with this module's value of that name, float32."""
-        return nnx.Param(jnp.asarray(self._values[self._prefix + name], jnp.float32))
+        """A trainable parameter with this module's value of that name, in its own dtype: every use of it casts."""
+        return nnx.Param(self._array(name))
 
     def state(self, name: str) -> nnx.Variable:
-        """State with this module's value of that name, float32: not trained by gradients."""
-        return _State(jnp.asarray(self._values[self._prefix + name], jnp.float32))
+        """State with this module's value of that name, in its own dtype: not trained by gradients."""
+        return _State(self._array(name))
+
+    def _array(self, name: str) -> jax.Array:
+        value = np.asarray(self._values[self._prefix + name])
+        return jnp.asarray(value, value.dtype if value.dtype.name in STORED_DTYPES else jnp.float32)
 
 
 def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Arrays by name -> float32 NumPy arrays by name."""
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
+
+
+def exported(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Arrays by name -> NumPy arrays of their own dtype by name."""
+    return {name: np.asarray(value) for name, value in values.items()}

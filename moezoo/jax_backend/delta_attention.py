@@ -53,7 +53,8 @@ class GatedDeltaAttention(nnx.Module):
         gate = jnp.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate[...].astype(dtype)).astype(jnp.float32)
         beta = jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x_BTD, self.w_beta[...].astype(dtype)).astype(jnp.float32))
         step = jnp.einsum("BTD,DN->BTN", x_BTD, self.w_decay[...].astype(dtype)).astype(jnp.float32)
-        log_decay = -jnp.exp(self.log_decay_rate[...]) * jax.nn.softplus(step + self.decay_bias[...])
+        rate = jnp.exp(self.log_decay_rate[...].astype(jnp.float32))
+        log_decay = -rate * jax.nn.softplus(step + self.decay_bias[...].astype(jnp.float32))
         batch, length = x_BTD.shape[:2]
         if count is not None:
             kept_T1 = jnp.arange(length)[:, None] < count
@@ -131,6 +132,7 @@ def short_convolution(x: jax.Array, weight: jax.Array, before: jax.Array) -> jax
     """Spec: moezoo.core.reference.delta_attention.short_convolution; after W - 1 earlier inputs, and in float32."""
     length = x.shape[1]
     padded = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
+    weight = weight.astype(jnp.float32)
     return jax.nn.silu(sum(padded[:, place : place + length] * row for place, row in enumerate(weight)))
 
 

@@ -151,4 +151,4 @@ class Experts(nnx.Module):
 
 def _rows_of(bias_EF: jax.Array, groups: Groups) -> jax.Array:
     """Each row's own bias, float32, so that the sum over an expert's rows which is its gradient keeps its digits."""
-    return bias_EF[groups.expert_R]
+    return bias_EF.astype(jnp.float32)[groups.expert_R]

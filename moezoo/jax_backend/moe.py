@@ -132,10 +132,10 @@ class ConstantExperts(nnx.Module):
         if not spec.num_constant:
             return (share_P[:, None] * x_PD).astype(dtype)
         weight_PE = weight_PE[:, copies.stop :]
-        w_mix = self.w_mix[...]
+        w_mix = self.w_mix[...].astype(jnp.float32)
         mix_PE = jax.nn.sigmoid(jnp.einsum("PD,ED->PE", x_PD, w_mix[..., 0] - w_mix[..., 1]))
         share_P = share_P + jnp.sum(weight_PE * mix_PE, axis=-1)
-        constant_PD = jnp.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), self.constant[...])
+        constant_PD = jnp.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), self.constant[...].astype(jnp.float32))
         return (share_P[:, None] * x_PD + constant_PD).astype(dtype)
 
 

@@ -24,9 +24,9 @@ class RMSNorm(nnx.Module):
     def _multiplier(self) -> jax.Array | None:
         match self.spec.scale:
             case "learned":
-                return self.scale[...]
+                return self.scale[...].astype(jnp.float32)
             case "zero_centred":
-                return 1 + self.scale[...]
+                return 1 + self.scale[...].astype(jnp.float32)
             case "none":
                 return None
             case _:
@@ -44,8 +44,8 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=_last(self.axes), keepdims=True)
-        normed = _rms_norm(centred, self.scale[...], self.epsilon, self.axes)
-        return (normed if self.bias is None else normed + self.bias[...]).astype(x.dtype)
+        normed = _rms_norm(centred, self.scale[...].astype(jnp.float32), self.epsilon, self.axes)
+        return (normed if self.bias is None else normed + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def norm(spec: NormSpec, weights: Weights, axes: int = 1) -> RMSNorm | LayerNorm:

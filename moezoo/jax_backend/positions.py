@@ -49,7 +49,7 @@ class EmbeddingPosition(nnx.Module):
     def __call__(self, position_T: jax.Array) -> jax.Array:
         match self.spec:
             case LearnedPositionsSpec():
-                return self.weight[...][position_T]
+                return self.weight[...][position_T].astype(jnp.float32)
             case SinusoidalPositionsSpec():
                 angle = _angle(position_T, sinusoidal_frequencies(self.spec, self.embed_dim))
                 waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -80,12 +80,12 @@ class Router(nnx.Module):
         score_PE = score(spec, logits_PE)
         selection_PE = lax.stop_gradient(logits_PE if spec.selection_basis == "logits" else score_PE)
         if spec.selection_bias is not None:
-            selection_PE = selection_PE + lax.stop_gradient(self.selection_bias[...])
+            selection_PE = selection_PE + lax.stop_gradient(self.selection_bias[...].astype(jnp.float32))
         table_PK = cutoff_E = None
         if isinstance(spec.choice, HashChoiceSpec):
             table_PK = self.hash_table[...][token_P].astype(jnp.int32)
         if isinstance(spec.choice, ExpertChoiceSpec) and inference:
-            cutoff_E = average_cutoff(self.cutoff[...], self.cutoff_weight[...])
+            cutoff_E = average_cutoff(self.cutoff[...].astype(jnp.float32), self.cutoff_weight[...].astype(jnp.float32))
         choice = choose(
             spec,
             logits_PE,
@@ -118,16 +118,16 @@ class Router(nnx.Module):
             x_PD = x_PD * _jitter(spec.jitter.amount, key, x_PD.shape)
         if spec.input == "normalized":
             mean_square_P1 = jnp.mean(x_PD**2, axis=-1, keepdims=True)
-            scale_D = self.input_scale[...] / x_PD.shape[-1] ** 0.5
+            scale_D = self.input_scale[...].astype(jnp.float32) / x_PD.shape[-1] ** 0.5
             x_PD = x_PD * lax.rsqrt(mean_square_P1 + EPSILON) * scale_D
         return x_PD.astype(dtype)
 
     def _linear(self, x_PD: jax.Array, previous_PE: jax.Array | None) -> jax.Array:
         logits_PE = jnp.einsum("PD,DE->PE", x_PD, self.w_router[...].astype(x_PD.dtype)).astype(jnp.float32)
         if self.spec.bias:
-            logits_PE = logits_PE + self.b_router[...]
+            logits_PE = logits_PE + self.b_router[...].astype(jnp.float32)
         if self.has_residual:
-            logits_PE = logits_PE + previous_PE @ self.w_residual[...]
+            logits_PE = logits_PE + previous_PE @ self.w_residual[...].astype(jnp.float32)
         return logits_PE
 
     def _combine_weight(self, choice: Choice, logits_PE: jax.Array, score_PE: jax.Array) -> jax.Array:
@@ -148,7 +148,9 @@ class Router(nnx.Module):
                     assert_never(spec.weight)
         weight_PK = jnp.where(choice.valid_PK, weight_PK, 0.0)
         weight_PK = _renormalized(spec, weight_PK) * spec.scale
-        return weight_PK * self.expert_scale[...][choice.expert_PK] if spec.per_expert_scale else weight_PK
+        if spec.per_expert_scale:
+            weight_PK = weight_PK * self.expert_scale[...].astype(jnp.float32)[choice.expert_PK]
+        return weight_PK
 
 
 def _jitter(amount: float, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -31,7 +31,7 @@ class Indexer(nnx.Module):
         x_BTD, source_BTZ = lax.stop_gradient(x_BTD), lax.stop_gradient(source_BTZ)
         query_BTNH = jnp.einsum("BTZ,ZNH->BTNH", source_BTZ, self.w_query[...].astype(dtype))
         key_BTH = self.key_norm(jnp.einsum("BTD,DH->BTH", x_BTD, self.w_key[...].astype(dtype)))
-        weight_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), self.w_weight[...])
+        weight_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), self.w_weight[...].astype(jnp.float32))
         weight_BTN = weight_BTN / math.sqrt(spec.num_heads * spec.head_dim)
         match self.position:
             case RoPESpec():

@@ -11,13 +11,14 @@ import optax
 from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.checkpoint import check_names_and_shapes, shapes_of
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
+from moezoo.core.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.jax_backend.arrays import Weights, to_numpy
+from moezoo.jax_backend.arrays import Weights, exported, to_numpy
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.experts import grouped_path
 from moezoo.jax_backend.kv_cache import Cache, empty_cache
@@ -71,11 +72,7 @@ class JaxModel:
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]):
         table = parameter_table(spec)
-        check_names_and_shapes(
-            {name: value.shape for name, value in weights.items()},
-            {row.name: row.shape for row in table},
-            "the model",
-        )
+        check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
         self.spec = spec
         module = Transformer(spec, Weights(weights))
         graph, parameters, state = nnx.split(module, nnx.Param, ...)
@@ -179,6 +176,7 @@ class JaxModel:
     def start_training(
         self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
     ) -> None:
+        check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
         self._optimizer = _adamw(config, self._decayed)
         self._moments = self._optimizer(0.0).init(self._parameters)
         if state is not None:
@@ -227,7 +225,7 @@ class JaxModel:
     # --- out ---------------------------------------------------------------------------------------------------------
 
     def export_parameters(self) -> dict[str, np.ndarray]:
-        return to_numpy(self._parameters | self._state)
+        return exported(self._parameters | self._state)
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
         adam = self._moments[0]

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
+
+from moezoo.core.precision import STORED_DTYPES
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
@@ -23,11 +26,14 @@ class Weights:
         return self._prefix + name in self._values
 
     def parameter(self, name: str) -> mx.array:
-        """A trainable parameter with this module's value of that name, float32."""
-        return mx.array(np.asarray(self._values[self._prefix + name], np.float32))
+        """A trainable parameter with this module's value of that name, in its own dtype: every use of it casts."""
+        value = np.asarray(self._values[self._prefix + name])
+        if value.dtype == ml_dtypes.bfloat16:
+            return mx.array(value.view(np.uint16)).view(mx.bfloat16)
+        return mx.array(value if value.dtype.name in STORED_DTYPES else value.astype(np.float32))
 
     def state(self, name: str) -> mx.array:
-        """State with this module's value of that name, float32; the module must freeze it: no gradients train it."""
+        """State with this module's value of that name, in its own dtype; the module must freeze it: no gradients."""
         return self.parameter(name)
 
 
@@ -35,3 +41,13 @@ def to_numpy(values: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
     """Arrays by name -> float32 NumPy arrays by name."""
     # Trap: NumPy has no bfloat16, so cast before crossing over.
     return {name: np.array(value.astype(mx.float32)) for name, value in values.items()}
+
+
+def exported(values: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
+    """Arrays by name -> NumPy arrays of their own dtype by name."""
+    return {
+        name: np.array(value.view(mx.uint16)).view(ml_dtypes.bfloat16)
+        if value.dtype == mx.bfloat16
+        else np.array(value)
+        for name, value in values.items()
+    }

@@ -157,9 +157,9 @@ class GroupedQueryAttention(nn.Module):
         query, key = self._placed(query, key, position_T)
         mixed = value
         if spec.value_residual and self.layer > 0:
-            mix = self.value_mix
+            mix = self.value_mix.astype(mx.float32)
             mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
-        sink_N = self.sink if spec.sinks else None
+        sink_N = self.sink.astype(mx.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
             attended = attend_causally(spec, grouped, key, mixed, sink_N)

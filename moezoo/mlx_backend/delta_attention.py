@@ -52,7 +52,8 @@ class GatedDeltaAttention(nn.Module):
         gate = mx.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate.astype(dtype)).astype(mx.float32)
         beta = mx.sigmoid(mx.einsum("BTD,DN->BTN", x_BTD, self.w_beta.astype(dtype)).astype(mx.float32))
         step = mx.einsum("BTD,DN->BTN", x_BTD, self.w_decay.astype(dtype)).astype(mx.float32)
-        log_decay = -mx.exp(self.log_decay_rate) * nn.softplus(step + self.decay_bias)
+        rate = mx.exp(self.log_decay_rate.astype(mx.float32))
+        log_decay = -rate * nn.softplus(step + self.decay_bias.astype(mx.float32))
         batch, length = x_BTD.shape[:2]
         if count is not None:
             kept_T1 = mx.arange(length)[:, None] < count
@@ -132,6 +133,7 @@ def short_convolution(x: mx.array, weight: mx.array, before: mx.array) -> mx.arr
     """Spec: moezoo.core.reference.delta_attention.short_convolution; after W - 1 earlier inputs, and in float32."""
     length = x.shape[1]
     padded = mx.concatenate([before, x], axis=1).astype(mx.float32)
+    weight = weight.astype(mx.float32)
     return nn.silu(sum(padded[:, place : place + length] * row for place, row in enumerate(weight)))
 
 

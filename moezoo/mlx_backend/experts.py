@@ -163,4 +163,4 @@ class Experts(nn.Module):
 
 def _rows_of(bias_EF: mx.array, groups: Groups) -> mx.array:
     """Each row's own bias, float32, so that the sum over an expert's rows which is its gradient keeps its digits."""
-    return bias_EF[groups.expert_R]
+    return bias_EF.astype(mx.float32)[groups.expert_R]

@@ -133,10 +133,10 @@ class ConstantExperts(nn.Module):
         if not spec.num_constant:
             return (share_P[:, None] * x_PD).astype(dtype)
         weight_PE = weight_PE[:, copies.stop :]
-        w_mix = self.w_mix
+        w_mix = self.w_mix.astype(mx.float32)
         mix_PE = mx.sigmoid(mx.einsum("PD,ED->PE", x_PD, w_mix[..., 0] - w_mix[..., 1]))
         share_P = share_P + mx.sum(weight_PE * mix_PE, axis=-1)
-        constant_PD = mx.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), self.constant)
+        constant_PD = mx.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), self.constant.astype(mx.float32))
         return (share_P[:, None] * x_PD + constant_PD).astype(dtype)
 
 

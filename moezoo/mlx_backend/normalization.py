@@ -26,9 +26,9 @@ class RMSNorm(nn.Module):
     def _multiplier(self) -> mx.array | None:
         match self.spec.scale:
             case "learned":
-                return self.scale
+                return self.scale.astype(mx.float32)
             case "zero_centred":
-                return 1 + self.scale
+                return 1 + self.scale.astype(mx.float32)
             case "none":
                 return None
             case _:
@@ -45,8 +45,9 @@ class LayerNorm(nn.Module):
         self.bias = weights.parameter("bias") if spec.bias else None
 
     def __call__(self, x: mx.array) -> mx.array:
-        bias = None if self.bias is None else self.bias.reshape(-1)
-        normed = mx.fast.layer_norm(_flat(x, self.axes), self.scale.reshape(-1), bias, self.epsilon)
+        scale = self.scale.astype(mx.float32).reshape(-1)
+        bias = None if self.bias is None else self.bias.astype(mx.float32).reshape(-1)
+        normed = mx.fast.layer_norm(_flat(x, self.axes), scale, bias, self.epsilon)
         return normed.reshape(x.shape).astype(x.dtype)
 
 

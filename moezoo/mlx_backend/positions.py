@@ -49,7 +49,7 @@ class EmbeddingPosition(nn.Module):
     def __call__(self, position_T: mx.array) -> mx.array:
         match self.spec:
             case LearnedPositionsSpec():
-                return self.weight[position_T]
+                return self.weight[position_T].astype(mx.float32)
             case SinusoidalPositionsSpec():
                 angle = _angle(position_T, sinusoidal_frequencies(self.spec, self.embed_dim))
                 waves = mx.stack([mx.sin(angle), mx.cos(angle)], axis=-1)

@@ -30,7 +30,7 @@ class Indexer(nn.Module):
         x_BTD, source_BTZ = mx.stop_gradient(x_BTD), mx.stop_gradient(source_BTZ)
         query_BTNH = mx.einsum("BTZ,ZNH->BTNH", source_BTZ, self.w_query.astype(dtype))
         key_BTH = self.key_norm(mx.einsum("BTD,DH->BTH", x_BTD, self.w_key.astype(dtype)))
-        weight_BTN = mx.einsum("BTD,DN->BTN", x_BTD.astype(mx.float32), self.w_weight)
+        weight_BTN = mx.einsum("BTD,DN->BTN", x_BTD.astype(mx.float32), self.w_weight.astype(mx.float32))
         weight_BTN = weight_BTN / math.sqrt(spec.num_heads * spec.head_dim)
         match self.position:
             case RoPESpec():

@@ -9,14 +9,15 @@ from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.checkpoint import check_names_and_shapes, shapes_of
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
+from moezoo.core.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.mlx_backend import BLAS
-from moezoo.mlx_backend.arrays import Weights, to_numpy
+from moezoo.mlx_backend.arrays import Weights, exported, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.experts import grouped_path
 from moezoo.mlx_backend.kv_cache import Cache, empty_cache
@@ -60,11 +61,7 @@ class MlxModel:
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]):
         table = parameter_table(spec)
-        check_names_and_shapes(
-            {name: value.shape for name, value in weights.items()},
-            {row.name: row.shape for row in table},
-            "the model",
-        )
+        check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
         self.spec = spec
         self._module = Transformer(spec, Weights(weights))
         self._decayed = {row.name: row.decay for row in table if row.trained}
@@ -156,6 +153,7 @@ class MlxModel:
     def start_training(
         self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
     ) -> None:
+        check_float32({name: str(value.dtype).rpartition(".")[2] for name, value in self._named().items()})
         self._config = config
         self._optimizer = _adamw(config, self._decayed)
         self._optimizer.init(self._module.trainable_parameters())
@@ -209,6 +207,9 @@ class MlxModel:
             module = module[int(step)] if step.isdigit() else module[step]
         return module
 
+    def _named(self) -> dict[str, mx.array]:
+        return dict(tree_flatten(self._module.parameters()))
+
     def _value(self, name: str) -> mx.array:
         path, _, leaf = name.rpartition(".")
         return self._inside(path)[leaf]
@@ -216,7 +217,7 @@ class MlxModel:
     # --- out ---------------------------------------------------------------------------------------------------------
 
     def export_parameters(self) -> dict[str, np.ndarray]:
-        return to_numpy(dict(tree_flatten(self._module.parameters())))
+        return exported(self._named())
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
         moments = {}

@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         return Forward(logits_BTV, routings, dispatches, new_caches, index_losses)
 
     def _embed(self, tokens_BT: mx.array, start: Any) -> mx.array:
-        x_BTD = self.embedding.weight[tokens_BT]
+        x_BTD = self.embedding.weight[tokens_BT].astype(mx.float32)
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:
