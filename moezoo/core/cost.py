@@ -22,6 +22,7 @@ from moezoo.core.spec import (
     ModelSpec,
     MoESpec,
     PlainFeedForwardSpec,
+    ShortConvolutionSpec,
 )
 
 _FLOAT32_BYTES = 4
@@ -129,6 +130,8 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
       most `top_k` of them with an indexer, whose own scores are `2 width * visible` for each of its heads;
     - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head.
 
+    A short convolution has no scores; its filter, as any matrix, costs 2 a parameter.
+
     Looking up an embedding row is free; norms, biases, rotations, softmax and the combine are left out, as they cost a
     few operations an element. Training is 3 times forward: the backward pass makes two products for each one. What a
     backend computes beyond this (masked scores, padding) is overhead, not counted here.
@@ -176,6 +179,8 @@ def _score_flops(attention: AttentionSpec, length: int) -> Fraction:
             return 2 * heads * width * chosen + index
         case GatedDeltaAttentionSpec(num_value_heads=heads):
             return Fraction(6 * heads * attention.key_head_dim * attention.value_head_dim)
+        case ShortConvolutionSpec():
+            return Fraction(0)
         case _:
             assert_never(attention)
 
@@ -194,7 +199,7 @@ def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
     """What one more token leaves in the caches, in bytes of the compute dtype c.
 
     Per layer: keys and values, `2 c M H`; latent attention one latent and one rotated key, `c (Z + rope_head_dim)`, and
-    the indexer's key; linear attention nothing, its state has a fixed size.
+    the indexer's key; linear attention and short convolutions nothing, their state has a fixed size.
 
     Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this); arXiv 2405.04434, table 1 (latent).
     """
@@ -208,7 +213,7 @@ def _cached_numbers(attention: AttentionSpec) -> int:
             return 2 * attention.num_kv_heads * attention.head_dim
         case LatentAttentionSpec(indexer=indexer):
             return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
-        case GatedDeltaAttentionSpec():
+        case GatedDeltaAttentionSpec() | ShortConvolutionSpec():
             return 0
         case _:
             assert_never(attention)
@@ -251,7 +256,7 @@ def training_memory(config: Config) -> dict[str, int]:
 
 def _activation_bytes(layer: LayerSpec, embed_dim: int, length: int, compute: int) -> int:
     """Bytes that one token leaves in one layer for the backward pass; the formula of `training_memory`."""
-    heads, projected = attention_widths(layer.attention)
+    heads, projected = attention_widths(layer.attention, embed_dim)
     held = compute * (4 * embed_dim + 3 * projected) + _FLOAT32_BYTES * heads * length
     if layer.feed_forward is not None:
         held += compute * (hidden_copies(layer.feed_forward) * layer.feed_forward.hidden_dim + embed_dim)
@@ -266,10 +271,11 @@ def _activation_bytes(layer: LayerSpec, embed_dim: int, length: int, compute: in
     return held
 
 
-def attention_widths(attention: AttentionSpec) -> tuple[int, int]:
+def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int]:
     """Heads that keep probabilities over positions, and the numbers per token that an attention layer projects to.
 
-    The latter is the width of queries and heads' output, and of keys and values, halved: `N H + M H` for grouped heads.
+    The latter is the width of queries and heads' output, and of keys and values, halved: `N H + M H` for grouped heads;
+    `2 D` for a short convolution, a third of what it keeps: gates and value, and three products of them.
     """
     match attention:
         case GroupedQueryAttentionSpec():
@@ -280,6 +286,8 @@ def attention_widths(attention: AttentionSpec) -> tuple[int, int]:
         case GatedDeltaAttentionSpec():
             keys = 2 * attention.num_key_heads * attention.key_head_dim
             return 0, keys + 2 * attention.num_value_heads * attention.value_head_dim
+        case ShortConvolutionSpec():
+            return 0, 2 * embed_dim
         case _:
             assert_never(attention)
 

@@ -25,6 +25,7 @@ from moezoo.core.spec import (
     RoPESpec,
     RouterSpec,
     SharedExpertsSpec,
+    ShortConvolutionSpec,
     SinusoidalPositionsSpec,
     TopKChoiceSpec,
     TopPChoiceSpec,
@@ -77,6 +78,8 @@ def attention_in_words(spec: AttentionSpec) -> str:
             values = f"{spec.num_value_heads} value heads of {spec.value_head_dim}"
             keys = f"{spec.num_key_heads} key heads of {spec.key_head_dim}"
             parts = [f"gated delta, {values}, {keys}, convolution of {spec.conv_width}"]
+        case ShortConvolutionSpec():
+            parts = [f"short convolution of {spec.conv_width}", *(["biases"] if spec.bias else [])]
         case _:
             assert_never(spec)
     return ", ".join(parts)

@@ -155,7 +155,7 @@ def reference_bytes(spec: ModelSpec, batch_size: int, length: int, num_backends:
     parameters = parameter_counts(spec).total
     tokens, doubles = batch_size * length, 0
     for layer in spec.all_layers:
-        moe, (heads, projected) = layer.moe, attention_widths(layer.attention)
+        moe, (heads, projected) = layer.moe, attention_widths(layer.attention, spec.embed_dim)
         doubles += 8 * heads * length + 16 * projected + 20 * spec.embed_dim
         if layer.feed_forward is not None:
             doubles += 10 * layer.feed_forward.hidden_dim

@@ -20,7 +20,8 @@ With `precision.compute: bfloat16`:
 | indexer of sparse attention: product with w_weight, scores, index, choice and loss | float32 |
 | temperature of queries, mix of values, sigmoid of the attention's gate; result cast back | float32 |
 | linear attention behind its projections: convolutions, decay, beta, state, gate; result cast back | float32 |
-| inputs of those convolutions in the cache | compute |
+| short convolution: convolution and product with its output gate; result cast back | float32 |
+| inputs of those convolutions, in the cache and before it | compute |
 | router: normalized input, jitter, noise, residual, bias, selection bias, cutoffs, scores, weights | float32 |
 | router: product, and the input as it enters it (`router.dtype`) | float32 or compute |
 | weighted sum over the K chosen experts, or product of weight and input (`apply_to: input`), cast back | float32 |

@@ -11,6 +11,7 @@ from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.short_convolution import causal_convolution
 
 CHUNK = 32
 """Tokens at a time: for half as many the products become small, for twice as many the triangular systems large."""
@@ -62,9 +63,12 @@ class GatedDeltaAttention(nnx.Module):
         past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
         grouped = (batch, length, spec.num_key_heads, -1)
         attended, state_BMGHZ = gated_delta_rule(
-            unit(short_convolution(query, self.conv_query[...], past.query_BSMH)) / math.sqrt(spec.key_head_dim),
-            unit(short_convolution(key, self.conv_key[...], past.key_BSMH)),
-            short_convolution(value, self.conv_value[...], past.value_BSNZ).reshape(*grouped, spec.value_head_dim),
+            unit(jax.nn.silu(causal_convolution(query, self.conv_query[...], past.query_BSMH)))
+            / math.sqrt(spec.key_head_dim),
+            unit(jax.nn.silu(causal_convolution(key, self.conv_key[...], past.key_BSMH))),
+            jax.nn.silu(causal_convolution(value, self.conv_value[...], past.value_BSNZ)).reshape(
+                *grouped, spec.value_head_dim
+            ),
             beta.reshape(grouped),
             log_decay.reshape(grouped),
             past.state_BMGHZ,
@@ -126,14 +130,6 @@ def gated_delta_rule(
     state_BMGHZ, read = lax.scan(of_one, state_BMGHZ, parts)
     read = jnp.moveaxis(read, (0, -2), (1, 2))
     return read.reshape(batch, -1, *value_BTMGZ.shape[2:])[:, :length], state_BMGHZ
-
-
-def short_convolution(x: jax.Array, weight: jax.Array, before: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.delta_attention.short_convolution; after W - 1 earlier inputs, and in float32."""
-    length = x.shape[1]
-    padded = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
-    weight = weight.astype(jnp.float32)
-    return jax.nn.silu(sum(padded[:, place : place + length] * row for place, row in enumerate(weight)))
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec
+from moezoo.core.spec import (
+    GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
+    ModelSpec,
+    ShortConvolutionSpec,
+)
 from moezoo.jax_backend.arrays import DTYPES
 
 
@@ -55,18 +61,25 @@ class DeltaCache(NamedTuple):
     ) -> "DeltaCache":
         """The cache after T more tokens, of which `count` stay: the state is theirs already."""
         count = query_BTMH.shape[1] if count is None else count
-
-        def latest(before: jax.Array, new: jax.Array) -> jax.Array:
-            both = jnp.concatenate([before, new], axis=1)
-            return lax.dynamic_slice_in_dim(both, count, before.shape[1], axis=1)
-
         return DeltaCache(
             state_BMGHZ,
-            latest(self.query_BSMH, query_BTMH),
-            latest(self.key_BSMH, key_BTMH),
-            latest(self.value_BSNZ, value_BTNZ),
+            _latest(self.query_BSMH, query_BTMH, count),
+            _latest(self.key_BSMH, key_BTMH, count),
+            _latest(self.value_BSNZ, value_BTNZ, count),
             self.length + count,
         )
+
+
+class ConvolutionCache(NamedTuple):
+    """The inputs that a convolution had from the last of `length` tokens, one fewer than its width."""
+
+    input_BSZ: jax.Array
+    length: jax.Array
+
+    def extended(self, input_BTZ: jax.Array, count: jax.Array | int | None = None) -> "ConvolutionCache":
+        """The cache after T more tokens, of which `count` stay."""
+        count = input_BTZ.shape[1] if count is None else count
+        return ConvolutionCache(_latest(self.input_BSZ, input_BTZ, count), self.length + count)
 
 
 class LatentCache(NamedTuple):
@@ -97,7 +110,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | LatentCache | DeltaCache
+Cache = KVCache | LatentCache | DeltaCache | ConvolutionCache
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
@@ -116,6 +129,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(LatentCache(latent, key, index_key, jnp.zeros((), jnp.int32)))
             case GatedDeltaAttentionSpec():
                 caches.append(empty_delta_cache(layer.attention, batch, dtype))
+            case ShortConvolutionSpec():
+                caches.append(empty_convolution_cache(layer.attention, batch, spec.embed_dim, dtype))
             case _:
                 assert_never(layer.attention)
     return caches
@@ -134,3 +149,16 @@ def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: jnp.dtyp
         jnp.zeros(values, dtype),
         jnp.zeros((), jnp.int32),
     )
+
+
+def empty_convolution_cache(
+    spec: ShortConvolutionSpec, batch: int, embed_dim: int, dtype: jnp.dtype
+) -> ConvolutionCache:
+    """Before the first token: zeros as inputs."""
+    return ConvolutionCache(jnp.zeros((batch, spec.conv_width - 1, embed_dim), dtype), jnp.zeros((), jnp.int32))
+
+
+def _latest(before: jax.Array, new: jax.Array, count: jax.Array | int) -> jax.Array:
+    """Of inputs [B, W - 1, ...] and T newer ones, of which `count` stay, the last W - 1."""
+    both = jnp.concatenate([before, new], axis=1)
+    return lax.dynamic_slice_in_dim(both, count, before.shape[1], axis=1)

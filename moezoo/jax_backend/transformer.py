@@ -15,6 +15,7 @@ from moezoo.core.spec import (
     LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
+    ShortConvolutionSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
 )
@@ -30,6 +31,7 @@ from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import EmbeddingPosition
 from moezoo.jax_backend.random import fold_in, uniform
 from moezoo.jax_backend.routing import Routing
+from moezoo.jax_backend.short_convolution import ShortConvolution
 
 Record = dict[str, jax.Array]
 
@@ -67,6 +69,8 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Mo
             return GatedDeltaAttention(spec, weights, index)
         case LatentAttentionSpec():
             return LatentAttention(spec, weights, index)
+        case ShortConvolutionSpec():
+            return ShortConvolution(spec, weights, index)
         case _:
             assert_never(spec)
 

@@ -9,6 +9,7 @@ from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.mlx_backend.normalization import norm
+from moezoo.mlx_backend.short_convolution import causal_convolution
 
 CHUNK = 32
 """Tokens at a time: for half as many the products become small, for twice as many the triangular systems large."""
@@ -61,9 +62,9 @@ class GatedDeltaAttention(nn.Module):
         past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
         grouped = (batch, length, spec.num_key_heads, -1)
         attended, state_BMGHZ = gated_delta_rule(
-            unit(short_convolution(query, self.conv_query, past.query_BSMH)) / math.sqrt(spec.key_head_dim),
-            unit(short_convolution(key, self.conv_key, past.key_BSMH)),
-            short_convolution(value, self.conv_value, past.value_BSNZ).reshape(*grouped, spec.value_head_dim),
+            unit(nn.silu(causal_convolution(query, self.conv_query, past.query_BSMH))) / math.sqrt(spec.key_head_dim),
+            unit(nn.silu(causal_convolution(key, self.conv_key, past.key_BSMH))),
+            nn.silu(causal_convolution(value, self.conv_value, past.value_BSNZ)).reshape(*grouped, spec.value_head_dim),
             beta.reshape(grouped),
             log_decay.reshape(grouped),
             past.state_BMGHZ,
@@ -127,14 +128,6 @@ def gated_delta_rule(
         state_BMGHZ, read_BMGTZ = of_one(state_BMGHZ, tuple(part[index] for part in parts))
         reads.append(read_BMGTZ.moveaxis(-2, 1))
     return mx.concatenate(reads, axis=1)[:, :length], state_BMGHZ
-
-
-def short_convolution(x: mx.array, weight: mx.array, before: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.delta_attention.short_convolution; after W - 1 earlier inputs, and in float32."""
-    length = x.shape[1]
-    padded = mx.concatenate([before, x], axis=1).astype(mx.float32)
-    weight = weight.astype(mx.float32)
-    return nn.silu(sum(padded[:, place : place + length] * row for place, row in enumerate(weight)))
 
 
 def unit(x: mx.array) -> mx.array:

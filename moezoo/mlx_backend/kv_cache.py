@@ -4,7 +4,13 @@ from typing import NamedTuple, assert_never
 
 import mlx.core as mx
 
-from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec
+from moezoo.core.spec import (
+    GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
+    ModelSpec,
+    ShortConvolutionSpec,
+)
 from moezoo.mlx_backend.arrays import DTYPES
 
 
@@ -53,17 +59,25 @@ class DeltaCache(NamedTuple):
     ) -> "DeltaCache":
         """The cache after T more tokens, of which `count` stay: the state is theirs already."""
         count = query_BTMH.shape[1] if count is None else count
-
-        def latest(before: mx.array, new: mx.array) -> mx.array:
-            return mx.concatenate([before, new], axis=1)[:, count : count + before.shape[1]]
-
         return DeltaCache(
             state_BMGHZ,
-            latest(self.query_BSMH, query_BTMH),
-            latest(self.key_BSMH, key_BTMH),
-            latest(self.value_BSNZ, value_BTNZ),
+            _latest(self.query_BSMH, query_BTMH, count),
+            _latest(self.key_BSMH, key_BTMH, count),
+            _latest(self.value_BSNZ, value_BTNZ, count),
             self.length + count,
         )
+
+
+class ConvolutionCache(NamedTuple):
+    """The inputs that a convolution had from the last of `length` tokens, one fewer than its width."""
+
+    input_BSZ: mx.array
+    length: int
+
+    def extended(self, input_BTZ: mx.array, count: int | None = None) -> "ConvolutionCache":
+        """The cache after T more tokens, of which `count` stay."""
+        count = input_BTZ.shape[1] if count is None else count
+        return ConvolutionCache(_latest(self.input_BSZ, input_BTZ, count), self.length + count)
 
 
 class LatentCache(NamedTuple):
@@ -94,7 +108,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | LatentCache | DeltaCache
+Cache = KVCache | LatentCache | DeltaCache | ConvolutionCache
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
@@ -113,6 +127,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(LatentCache(latent, key, index_key, 0))
             case GatedDeltaAttentionSpec():
                 caches.append(empty_delta_cache(layer.attention, batch, dtype))
+            case ShortConvolutionSpec():
+                caches.append(empty_convolution_cache(layer.attention, batch, spec.embed_dim, dtype))
             case _:
                 assert_never(layer.attention)
     return caches
@@ -131,3 +147,15 @@ def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: mx.Dtype
         mx.zeros(values, dtype),
         0,
     )
+
+
+def empty_convolution_cache(
+    spec: ShortConvolutionSpec, batch: int, embed_dim: int, dtype: mx.Dtype
+) -> ConvolutionCache:
+    """Before the first token: zeros as inputs."""
+    return ConvolutionCache(mx.zeros((batch, spec.conv_width - 1, embed_dim), dtype), 0)
+
+
+def _latest(before: mx.array, new: mx.array, count: int) -> mx.array:
+    """Of inputs [B, W - 1, ...] and T newer ones, of which `count` stay, the last W - 1."""
+    return mx.concatenate([before, new], axis=1)[:, count : count + before.shape[1]]

@@ -14,6 +14,7 @@ from moezoo.core.spec import (
     LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
+    ShortConvolutionSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
 )
@@ -29,6 +30,7 @@ from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import EmbeddingPosition
 from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.routing import Routing
+from moezoo.mlx_backend.short_convolution import ShortConvolution
 
 Record = dict[str, mx.array]
 
@@ -68,6 +70,8 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Mod
             return GatedDeltaAttention(spec, weights, index)
         case LatentAttentionSpec():
             return LatentAttention(spec, weights, index)
+        case ShortConvolutionSpec():
+            return ShortConvolution(spec, weights, index)
         case _:
             assert_never(spec)
 

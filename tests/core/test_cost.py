@@ -225,6 +225,16 @@ def test_linear_attention_costs_the_same_at_every_length_and_caches_nothing_more
     assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
 
 
+def test_a_short_convolution_costs_its_matrices_and_its_filter():
+    config = one_layer("{kind: short_convolution, conv_width: 4, bias: true}")
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
+    assert counts.by_role["attention"] == 4 * 20 * 20 + 4 * 20 + 5 * 20
+    assert flops.attention_projections == 2 * (4 * 20 * 20 + 4 * 20)
+    assert flops.attention_scores == kv_cache_bytes_per_token(config.model) == 0
+    held = 4 * (4 * 20 + 3 * 2 * 20) + 4 * (2 * 28 + 20)
+    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+
+
 @pytest.mark.parametrize(
     ("what", "seen"),
     [

@@ -56,6 +56,8 @@ def spec_of(layer=None, **fields):
             "temperature by position",
         ),
         (DELTA, "gated delta, 4 value heads of 5, 2 key heads of 3, convolution of 4"),
+        ({"kind": "short_convolution"}, "short convolution of 3"),
+        ({"kind": "short_convolution", "conv_width": 4, "bias": True}, "short convolution of 4, biases"),
     ],
 )
 def test_attention(attention, words):

@@ -376,6 +376,11 @@ CASES = {
         f"{ATTENTION} has no values of 2 heads of 6, which a layer with value_residual mixes in (x.yaml). Give the "
         "first layer grouped_query attention of the same num_kv_heads and head_dim.",
     ),
+    "values of a convolution": (
+        model(layer({"kind": "short_convolution"}), layer(HEADS | {"value_residual": True})),
+        f"{ATTENTION} has no values of 2 heads of 6, which a layer with value_residual mixes in (x.yaml). Give the "
+        "first layer grouped_query attention of the same num_kv_heads and head_dim.",
+    ),
     "a value residual of the first layer alone": (
         model(layer(HEADS | {"value_residual": True}), layer()),
         f"{ATTENTION}.value_residual is true, but the first layer's values are what later layers mix in, and none of "

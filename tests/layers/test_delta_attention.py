@@ -10,7 +10,6 @@ from moezoo.core.reference.delta_attention import (
     gated_delta_attention,
     gated_delta_rule,
     gated_delta_rule_in_chunks,
-    short_convolution,
     unit,
 )
 from moezoo.core.reference.transformer import forward
@@ -265,15 +264,6 @@ def test_reference_gradient_agrees_with_finite_differences():
         X_BTD[:1, :4],
         *(VALUES[name] for name in names),
     )
-
-
-def test_the_last_row_of_a_filter_multiplies_the_token_itself():
-    x = normal(0, B, T, M, H)
-    weight = np.zeros((WIDTH, M, H))
-    weight[-1], weight[0] = 1.0, 2.0
-    expected = x.copy()
-    expected[:, WIDTH - 1 :] += 2 * x[:, : 1 - WIDTH]
-    assert_close(short_convolution(x, weight), expected / (1 + np.exp(-expected)), FLOAT64)
 
 
 def test_value_heads_that_key_heads_do_not_divide_are_refused():

@@ -10,6 +10,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    ShortConvolutionSpec,
 )
 
 
@@ -22,6 +23,8 @@ def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> It
             yield from _latent(rows, name, spec)
         case GatedDeltaAttentionSpec():
             yield from _gated_delta(rows, name, spec)
+        case ShortConvolutionSpec():
+            yield from _short_convolution(rows, name, spec)
         case _:
             assert_never(spec)
 
@@ -87,8 +90,8 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
 def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterator[Parameter]:
     d, m, n, w = rows.embed_dim, spec.num_key_heads, spec.num_value_heads, spec.conv_width
     h, z = spec.key_head_dim, spec.value_head_dim
-    # As PyTorch starts a convolution of one feature, and as the authors' code starts the decays: steps of 0.001 to 0.1.
-    filters = Initializer("uniform", value=1 / math.sqrt(w))
+    filters = _filters(w)
+    # As the authors' code starts the decays: steps of 0.001 to 0.1.
     rate, step = Initializer("log_rate", value=16.0), Initializer("step_bias", value=0.1)
     for which, heads, width, axis in (("query", m, h, "kv_head"), ("key", m, h, "kv_head"), ("value", n, z, "head")):
         yield rows.matrix(f"{name}.w_{which}", (d, heads, width), ("embed", axis, "head_dim"), "attention")
@@ -101,3 +104,22 @@ def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterat
     yield rows.vector(f"{name}.log_decay_rate", (n,), ("head",), "attention", rate)
     yield from rows.norm(f"{name}.output_norm", spec.norm, (z,), ("head_dim",))
     yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention")
+
+
+def _short_convolution(rows: Rows, name: str, spec: ShortConvolutionSpec) -> Iterator[Parameter]:
+    d, w = rows.embed_dim, spec.conv_width
+    for which in ("input_gate", "output_gate", "value"):
+        yield rows.matrix(f"{name}.w_{which}", (d, d), ("embed", "latent"), "attention")
+        if spec.bias:
+            yield rows.vector(f"{name}.b_{which}", (d,), ("latent",), "attention")
+    yield Parameter(f"{name}.conv", (w, d), ("source", "latent"), _filters(w), True, "attention")
+    if spec.bias:
+        yield rows.vector(f"{name}.b_conv", (d,), ("latent",), "attention")
+    yield rows.output(f"{name}.w_output", (d, d), ("latent", "embed"), "attention")
+    if spec.bias:
+        yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
+
+
+def _filters(width: int) -> Initializer:
+    """As PyTorch starts a convolution of one feature."""
+    return Initializer("uniform", value=1 / math.sqrt(width))

@@ -6,6 +6,7 @@ from moezoo.core.reference import Array, Parameters, inside
 from moezoo.core.reference.attention import Attended
 from moezoo.core.reference.feed_forward import sigmoid, silu
 from moezoo.core.reference.normalization import normalize
+from moezoo.core.reference.short_convolution import causal_convolution
 from moezoo.core.spec import GatedDeltaAttentionSpec
 
 
@@ -93,24 +94,6 @@ def gated_delta_rule_in_chunks(
     return np.concatenate(out, axis=1)
 
 
-def short_convolution(x: Array, weight: Array) -> Array:
-    """SiLU of a causal convolution of each feature with itself: `silu(sum over w of weight[w] x[t - (W - 1) + w])`.
-
-    Args:
-        x: [B, T, heads, width]; tokens before the first are zero.
-        weight: [W, heads, width]; its last row multiplies the token itself.
-
-    Returns:
-        The shape of x.
-
-    Source: Yang et al. 2024, arXiv 2412.06464, section 3.4; So et al. 2021, arXiv 2109.08668 (Primer).
-    """
-    batch, length, *features = x.shape
-    padded = np.concatenate([np.zeros((batch, len(weight) - 1, *features)), x], axis=1)
-    total = sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
-    return silu(total)
-
-
 def unit(x: Array) -> Array:
     """`x / sqrt(sum(x^2) + 1e-6)` over the last axis: length one."""
     return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
@@ -119,8 +102,8 @@ def unit(x: Array) -> Array:
 def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters, x_BTD: Array) -> Attended:
     """Gated DeltaNet over T tokens: [B, T, D] -> [B, T, D]. Decay and convolution order the tokens; no positions.
 
-    Order: project; convolve queries, keys and values; queries and keys to length one, queries divided by sqrt(H); the
-    gated delta rule; normalize each head over its Z features; times silu of a gate; project back.
+    Order: project; silu of convolved queries, keys and values; queries and keys to length one, queries divided by
+    sqrt(H); the gated delta rule; normalize each head over its Z features; times silu of a gate; project back.
 
         beta      = sigmoid(x w_beta)                                                       how much a token writes
         log_decay = -exp(log_decay_rate) * softplus(x w_decay + decay_bias)                 how much it forgets
@@ -135,9 +118,9 @@ def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters,
     beta = sigmoid(np.einsum("BTD,DN->BTN", x_BTD, parameters["w_beta"]))
     step = np.logaddexp(0.0, np.einsum("BTD,DN->BTN", x_BTD, parameters["w_decay"]) + parameters["decay_bias"])
     log_decay = -np.exp(parameters["log_decay_rate"]) * step
-    query = unit(short_convolution(query, parameters["conv_query"])) / np.sqrt(spec.key_head_dim)
-    key = unit(short_convolution(key, parameters["conv_key"]))
-    value = short_convolution(value, parameters["conv_value"])
+    query = unit(silu(causal_convolution(query, parameters["conv_query"]))) / np.sqrt(spec.key_head_dim)
+    key = unit(silu(causal_convolution(key, parameters["conv_key"])))
+    value = silu(causal_convolution(value, parameters["conv_value"]))
     batch, length = x_BTD.shape[:2]
     grouped = (batch, length, spec.num_key_heads, -1)
     attended = gated_delta_rule(

@@ -15,12 +15,14 @@ from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import embedding_positions
 from moezoo.core.reference.routing import Routing
+from moezoo.core.reference.short_convolution import short_convolution
 from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     ModelSpec,
+    ShortConvolutionSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
 )
@@ -157,6 +159,8 @@ def _attended(spec: AttentionSpec, parameters: Parameters, x_BTD: Array, first_v
             return gated_delta_attention(spec, parameters, x_BTD)
         case LatentAttentionSpec():
             return latent_attention(spec, parameters, x_BTD)
+        case ShortConvolutionSpec():
+            return short_convolution(spec, parameters, x_BTD)
 
 
 def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:

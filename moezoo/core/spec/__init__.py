@@ -12,6 +12,7 @@ from moezoo.core.spec.attention import (
     GroupedQueryAttentionSpec,
     IndexerSpec,
     LatentAttentionSpec,
+    ShortConvolutionSpec,
     TemperatureTuningSpec,
 )
 from moezoo.core.spec.base import Part, default_kind, impossible
@@ -145,6 +146,7 @@ __all__ = [
     "SequenceBalanceLossSpec",
     "SharedExpertsSpec",
     "SharedSpec",
+    "ShortConvolutionSpec",
     "SinusoidalPositionsSpec",
     "SparseMixerChoiceSpec",
     "SwitchBalanceLossSpec",

@@ -161,8 +161,22 @@ class GatedDeltaAttentionSpec(Part):
         return self
 
 
+class ShortConvolutionSpec(Part):
+    """No attention: each feature sees its own last `conv_width` tokens, between two gates.
+
+    The layer's input is projected to two gates and a value; value times input gate goes through a causal convolution of
+    each feature with itself, the token itself included, then times the output gate, and is projected back. As many
+    features as the model is wide. `bias`: projections and convolution have biases. Source: Amini et al. 2025, arXiv
+    2511.23404 (LFM2).
+    """
+
+    kind: Literal["short_convolution"] = "short_convolution"
+    conv_width: Annotated[int, Field(ge=2)] = 3
+    bias: bool = False
+
+
 AttentionSpec = Annotated[
-    GroupedQueryAttentionSpec | LatentAttentionSpec | GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec | LatentAttentionSpec | GatedDeltaAttentionSpec | ShortConvolutionSpec,
     Field(discriminator="kind"),
     default_kind("grouped_query"),
 ]

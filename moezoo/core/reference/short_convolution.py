@@ -1,0 +1,52 @@
+"""Short convolutions: of each feature with itself, between two gates."""
+
+import autograd.numpy as np
+
+from moezoo.core.reference import Array, Parameters
+from moezoo.core.reference.attention import Attended
+from moezoo.core.spec import ShortConvolutionSpec
+
+
+def causal_convolution(x: Array, weight: Array) -> Array:
+    """Each feature with itself, `sum over w of weight[w] x[t - (W - 1) + w]`.
+
+    Args:
+        x: [B, T, ...]; tokens before the first are zero.
+        weight: [W, ...]; its last row multiplies the token itself.
+
+    Returns:
+        The shape of x.
+
+    Source: So et al. 2021, arXiv 2109.08668 (Primer); Yang et al. 2024, arXiv 2412.06464, section 3.4.
+    """
+    batch, length, *features = x.shape
+    padded = np.concatenate([np.zeros((batch, len(weight) - 1, *features)), x], axis=1)
+    return sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
+
+
+def short_convolution(spec: ShortConvolutionSpec, parameters: Parameters, x_BTD: Array) -> Attended:
+    """Gated short convolution over T tokens: [B, T, D] -> [B, T, D]. The convolution orders the tokens; no positions.
+
+        input gate, output gate, value = three projections of x, each [B, T, Z] with Z = D
+        out = (output gate * convolution(input gate * value)) w_output
+
+    Nothing stands between: a gate is a factor of any sign and size. With `bias`, each projection and the convolution
+    adds one. Tokens before the first are zero as inputs of the convolution, biases or not.
+
+    Source: Amini et al. 2025, arXiv 2511.23404 (LFM2).
+    Differs: released files hold the three projections as one matrix, in the order input gate, output gate, value.
+    """
+    input_gate_BTZ = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_input_gate"])
+    output_gate_BTZ = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_output_gate"])
+    value_BTZ = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_value"])
+    if spec.bias:
+        input_gate_BTZ = input_gate_BTZ + parameters["b_input_gate"]
+        output_gate_BTZ = output_gate_BTZ + parameters["b_output_gate"]
+        value_BTZ = value_BTZ + parameters["b_value"]
+    convolved_BTZ = causal_convolution(input_gate_BTZ * value_BTZ, parameters["conv"])
+    if spec.bias:
+        convolved_BTZ = convolved_BTZ + parameters["b_conv"]
+    output = np.einsum("BTZ,ZD->BTD", output_gate_BTZ * convolved_BTZ, parameters["w_output"])
+    if spec.bias:
+        output = output + parameters["b_output"]
+    return Attended(output, None, None)

@@ -1,0 +1,68 @@
+"""Short convolutions between two gates. Spec: moezoo.core.reference.short_convolution."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moezoo.core.spec import ShortConvolutionSpec
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
+
+
+class ShortConvolution(nnx.Module):
+    """Spec: moezoo.core.reference.short_convolution.short_convolution; with a cache, for tokens behind it."""
+
+    def __init__(self, spec: ShortConvolutionSpec, weights: Weights, layer: int):
+        del layer  # the same in every layer
+        self.spec = spec
+        self.w_input_gate = weights.parameter("w_input_gate")
+        self.w_output_gate = weights.parameter("w_output_gate")
+        self.w_value = weights.parameter("w_value")
+        self.conv = weights.parameter("conv")
+        self.w_output = weights.parameter("w_output")
+        if spec.bias:
+            self.b_input_gate = weights.parameter("b_input_gate")
+            self.b_output_gate = weights.parameter("b_output_gate")
+            self.b_value = weights.parameter("b_value")
+            self.b_conv = weights.parameter("b_conv")
+            self.b_output = weights.parameter("b_output")
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        cache: ConvolutionCache | None = None,
+        *,
+        first_value_BTMH: jax.Array | None = None,
+        count: jax.Array | int | None = None,
+    ) -> Attended:
+        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        del first_value_BTMH  # for attention over tokens
+        dtype = x_BTD.dtype
+        input_gate_BTZ = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_input_gate[...].astype(dtype))
+        output_gate_BTZ = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_output_gate[...].astype(dtype))
+        value_BTZ = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_value[...].astype(dtype))
+        if self.spec.bias:
+            input_gate_BTZ = input_gate_BTZ + self.b_input_gate[...].astype(dtype)
+            output_gate_BTZ = output_gate_BTZ + self.b_output_gate[...].astype(dtype)
+            value_BTZ = value_BTZ + self.b_value[...].astype(dtype)
+        gated_BTZ = input_gate_BTZ * value_BTZ
+        batch, _, embed_dim = x_BTD.shape
+        past = empty_convolution_cache(self.spec, batch, embed_dim, dtype) if cache is None else cache
+        convolved_BTZ = causal_convolution(gated_BTZ, self.conv[...], past.input_BSZ)
+        if self.spec.bias:
+            convolved_BTZ = convolved_BTZ + self.b_conv[...].astype(jnp.float32)
+        if cache is not None:
+            cache = cache.extended(gated_BTZ, count)
+        gated_BTZ = (output_gate_BTZ * convolved_BTZ).astype(dtype)
+        output = jnp.einsum("BTZ,ZD->BTD", gated_BTZ, self.w_output[...].astype(dtype))
+        if self.spec.bias:
+            output = output + self.b_output[...].astype(dtype)
+        return Attended(output, cache, None, None)
+
+
+def causal_convolution(x: jax.Array, weight: jax.Array, before: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, and in float32."""
+    length = x.shape[1]
+    padded = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
+    weight = weight.astype(jnp.float32)
+    return sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
