@@ -27,7 +27,9 @@ _LAZY = {
 
 
 def load(path: str | Path, backend: str | None = None) -> "LoadedModel":
-    """The model of a run folder's newest whole checkpoint, on a backend (`jax`, `mlx`, or None for the default).
+    """A model on a backend (`jax`, `mlx`, or None for the default).
+
+    `path`: a run folder (its newest whole checkpoint), the folder of a Hugging Face checkpoint, or a hub id `org/name`.
 
     Raises RunError, CheckpointError, SpecError, TokenizerError or BackendError.
     """

@@ -12,7 +12,9 @@ from moezoo.core.config import Config, dump_config
 from moezoo.core.errors import DataError, RunError, SpecError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.generate_loop import generate
-from moezoo.core.run import Run, load_run
+from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint
+from moezoo.core.opened_model import open_model
+from moezoo.core.run import Run
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.tokenizer import Tokenizer
 
@@ -20,12 +22,21 @@ from moezoo.core.tokenizer import Tokenizer
 class LoadedModel:
     """A model with its tokenizer and config, on one backend."""
 
-    def __init__(self, model: Model, config: Config, tokenizer: Tokenizer, step: int, problems: list[str]):
+    def __init__(
+        self,
+        model: Model,
+        config: Config,
+        tokenizer: Tokenizer,
+        step: int,
+        problems: list[str],
+        checkpoint: HuggingFaceCheckpoint | None = None,
+    ):
         self.model = model
         self.config = config
         self.tokenizer = tokenizer
         self.step = step
         self.problems = problems  # damaged checkpoints that were passed over, a line each
+        self.checkpoint = checkpoint  # the Hugging Face checkpoint that it was read from, if one
 
     def forward(self, tokens: Integers, targets: Integers | None = None) -> Output:
         """Logits, routing and, given targets, losses.
@@ -100,6 +111,6 @@ def load_model(path: str | Path, backend: str | None = None) -> LoadedModel:
     """See `moezoo.load`."""
     from moezoo.backends import load_backend
 
-    config, tokenizer, checkpoint, problems = load_run(path)
-    model = load_backend(backend).build(config.model, checkpoint.weights)
-    return LoadedModel(model, config, tokenizer, checkpoint.step, problems)
+    opened = open_model(path)
+    model = load_backend(backend).build(opened.config.model, opened.weights)
+    return LoadedModel(model, opened.config, opened.tokenizer, opened.step, opened.problems, opened.checkpoint)

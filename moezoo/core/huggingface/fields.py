@@ -25,8 +25,11 @@ HARMLESS = (
     "label2id",
     "max_length",
     "model_type",
+    "mtp_*",  # heads that predict further tokens: their layers are kept verbatim
     "name_or_path",
     "_name_or_path",
+    "num_mtp_layers",
+    "num_nextn_predict_layers",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",

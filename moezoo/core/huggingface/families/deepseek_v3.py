@@ -92,7 +92,6 @@ FAMILY = Family(
         "head_dim",
         "max_position_embeddings",
         "num_key_value_heads",
-        "num_nextn_predict_layers",
         "qk_head_dim",
     ),
 )

@@ -1,0 +1,91 @@
+"""What a path stands for: a run folder, a Hugging Face checkpoint's folder, or the id of one on the hub."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from moezoo.core.config import (
+    Config,
+    DataConfig,
+    DatasetSource,
+    HuggingFaceTokenizerSpec,
+    OptimizerConfig,
+    TokenIdsSpec,
+    TrainingConfig,
+)
+from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, is_checkpoint, open_checkpoint
+from moezoo.core.run import load_run, open_run
+from moezoo.core.schedules import ConstantSchedule
+from moezoo.core.tokenizer import HuggingFaceTokenizer, TokenIds, Tokenizer
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model before any backend has it.
+
+    Fields:
+        path: the folder (of a hub id, the one in the cache).
+        config: of the run; for a Hugging Face checkpoint one to fine-tune it with, whose data is only an example.
+        tokenizer: a TokenIds, which knows no text, where the folder has none.
+        weights: by canonical name, in the stored dtype; those of a Hugging Face checkpoint are read on access.
+        step: how many updates the run has made.
+        problems: damaged checkpoints that were passed over, and the like, a line each.
+        checkpoint: the Hugging Face checkpoint, None for a run.
+    """
+
+    path: Path
+    config: Config
+    tokenizer: Tokenizer
+    weights: Mapping[str, npt.NDArray[Any]]
+    step: int = 0
+    problems: list[str] = field(default_factory=list)
+    checkpoint: HuggingFaceCheckpoint | None = None
+
+
+def open_model(path: str | Path) -> OpenedModel:
+    """Open a run folder (its newest whole checkpoint), a Hugging Face folder, or a hub id.
+
+    Raises RunError, CheckpointError, SpecError or TokenizerError.
+    """
+    if (Path(path) / "config.yaml").is_file():
+        config, tokenizer, saved, problems = load_run(path)
+        return OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems)
+    if Path(path).exists() and not is_checkpoint(path):
+        open_run(path)  # says what is expected
+    folder = Path(path)
+    if not folder.exists():
+        from moezoo.core.huggingface.hub import resolve
+
+        folder = resolve(path)
+    checkpoint = open_checkpoint(folder)
+    config = fine_tuning_config(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
+    return OpenedModel(folder, config, tokenizer, checkpoint.weights, 0, list(checkpoint.description.notes), checkpoint)
+
+
+def tokenizer_of(checkpoint: HuggingFaceCheckpoint) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder; a TokenIds where there is none."""
+    if any((checkpoint.path / name).is_file() for name in _TOKENIZER_FILES):
+        return HuggingFaceTokenizer(str(checkpoint.path))
+    return TokenIds(checkpoint.spec.vocab)
+
+
+def fine_tuning_config(checkpoint: HuggingFaceCheckpoint) -> Config:
+    """A config that trains the checkpoint on, at a small constant rate; its data is an example to replace."""
+    has_tokenizer = any((checkpoint.path / name).is_file() for name in _TOKENIZER_FILES)
+    kept = HuggingFaceTokenizerSpec(path=str(checkpoint.path)) if has_tokenizer else None
+    longest = checkpoint.spec.max_length
+    return Config(
+        model=checkpoint.spec,
+        data=DataConfig(
+            sources=(DatasetSource(name="fables"),),
+            tokenizer=kept or TokenIdsSpec(vocab_size=checkpoint.spec.vocab),
+        ),
+        training=TrainingConfig(steps=100, batch_size=8, sequence_length=min(512, longest or 512)),
+        optimizer=OptimizerConfig(learning_rate=1e-5, schedule=ConstantSchedule()),
+    )
