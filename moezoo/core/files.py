@@ -11,12 +11,20 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from moezoo.core.errors import RunError
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Write `content` (text as UTF-8) to `path`: all of it or nothing, and durably.
+    """Write `content` (text as UTF-8) to `path`: all of it or nothing, and durably; see `written_atomically`."""
+    with written_atomically(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write and seek in, which becomes `path` when the block ends without an error: whole, and durably.
 
     A temporary file in the same folder is written, flushed to the disk and renamed over `path`, then the
     folder is flushed. A kill leaves at most a hidden `.NAME.*.partial` beside an untouched `path`. The folder
@@ -25,13 +33,12 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     Raises RunError where the folder is missing or not writable, `path` is a folder, or the disk is full.
     """
     path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     with _explained(f"cannot write {path}"):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

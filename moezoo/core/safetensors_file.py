@@ -6,6 +6,7 @@ truncated while it is mapped into memory would kill the process with SIGBUS.
 """
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError
-from moezoo.core.files import write_atomically
+from moezoo.core.files import write_atomically, written_atomically
 
 Array = npt.NDArray[Any]
 
@@ -112,6 +113,8 @@ class SafetensorsFile:
             self._identity = _identity(file)
             try:
                 self.header, self.entries = _checked(file)
+            except OSError as error:
+                raise _unreadable(self.path, error) from error
             except _Refused as problem:
                 raise CheckpointError(
                     f"{path} is not a whole safetensors file: {problem}. Fetch it again, or use another copy."
@@ -135,7 +138,11 @@ class SafetensorsFile:
             # Read, not mapped: a file that is cut while it is mapped kills the process with SIGBUS, and mapped pages
             # count as resident beside the parameter that is made from them. Measured: tests/external/measure_memory.py.
             array = _aligned_bytes(entry.size_bytes) if out is None else _bytes_of(out, dtype, shape, self.path, name)
-            if _read_into(file, entry.start_byte, array) != entry.size_bytes:
+            try:
+                count = _read_into(file, entry.start_byte, array)
+            except OSError as error:
+                raise _unreadable(self.path, error) from error
+            if count != entry.size_bytes:
                 raise CheckpointError(f"{self.path} became shorter while {name} was read. Nothing of it is used.")
             self._unchanged(file)
         if entry.dtype == "BOOL" and array.size and array.max() > 1:
@@ -154,8 +161,7 @@ class SafetensorsFile:
             # Without O_NONBLOCK, opening a pipe waits for its other end.
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise CheckpointError(f"cannot read {self.path}: {reason.lower()}.") from error
+            raise _unreadable(self.path, error) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise CheckpointError(f"cannot read {self.path}: it is a directory, a device or a pipe.")
@@ -194,22 +200,27 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapp
 
 
 def encode_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file; see `write_tensors`.
+    """The bytes of a safetensors file; see `write_tensors`."""
+    arrays = {name: _encodable(name, array) for name, array in tensors.items()}
+    header = encode_header({name: (format_name(array.dtype), array.shape) for name, array in arrays.items()}, metadata)
+    entries, _ = _laid_out(header)
+    blocks = (arrays[name].reshape(-1).view(np.uint8).data for name in entries)
+    return b"".join([len(header).to_bytes(8, "little"), header, *blocks])
+
+
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header, for `write_stream`, of a file of these tensors (the format's dtype name, shape); without its length.
 
     Wider dtypes come first, so that every tensor is aligned, then names in order: as safetensors itself
     orders them.
     Differs: safetensors 0.8 writes the metadata in an order that changes from run to run; here it is sorted.
     """
-    arrays = {name: _encodable(name, array) for name, array in tensors.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    blocks: list[Array] = []
     position = 0
-    dtypes = {name: _FORMAT_NAMES[array.dtype.name] for name, array in arrays.items()}
-    for name in sorted(arrays, key=lambda name: (-_RANK[dtypes[name]], name)):
-        array, dtype = arrays[name], dtypes[name]
-        end = position + array.nbytes
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [position, end]}
-        blocks.append(array.reshape(-1).view(np.uint8))
+    for name in sorted(tensors, key=lambda name: (-_RANK[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        end = position + _BITS[dtype] * math.prod(shape) // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     try:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
@@ -218,7 +229,47 @@ def encode_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) ->
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise CheckpointError(f"the header would have {len(text)} bytes; the format allows {MAX_HEADER_BYTES}.")
-    return b"".join([len(text).to_bytes(8, "little"), text, *(block.data for block in blocks)])
+    return text
+
+
+def format_name(dtype: np.dtype[Any]) -> str:
+    """The format's name (`F32`, `BF16`) of a NumPy dtype; KeyError where it has none."""
+    return _FORMAT_NAMES[dtype.name]
+
+
+def write_stream(path: str | Path, header: bytes, tensors: Iterable[tuple[str, Array]]) -> None:
+    """Write a safetensors file of a given header, one tensor in memory at a time: whole, or not at all.
+
+    `header` is text as `SafetensorsFile.header` has it, or `encode_header` makes it. `tensors` gives each of its
+    names once, in any order, with an array of its dtype and shape (F4 and F6: of the bytes).
+
+    Raises CheckpointError: a header that is not one, a name too few, too many or twice, another dtype or shape.
+    Raises RunError where the file cannot be written. What was there before is then untouched.
+    """
+    try:
+        entries, size = _laid_out(header)
+    except _Refused as problem:
+        raise CheckpointError(f"cannot write {path}: {problem}.") from None
+    missing = set(entries)
+    with written_atomically(path) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        file.truncate(size)
+        for name, given in tensors:
+            if name not in missing:
+                what = "was given twice" if name in entries else "is not in the header"
+                raise CheckpointError(f"cannot write {path}: {name} {what}.")
+            missing.remove(name)
+            array, (dtype, shape) = _encodable(name, given), _numpy_form(entries[name])
+            if (array.dtype, array.shape) != (dtype, shape):
+                raise CheckpointError(
+                    f"cannot write {path}: {name} is {array.dtype} {list(array.shape)}; its header says {dtype} "
+                    f"{list(shape)}."
+                )
+            file.seek(entries[name].start_byte)
+            file.write(array.reshape(-1).view(np.uint8).data)
+        if missing:
+            raise CheckpointError(f"cannot write {path}: {', '.join(sorted(missing)[:5])} missing.")
 
 
 def _encodable(name: str, array: Array) -> Array:
@@ -234,6 +285,10 @@ def _encodable(name: str, array: Array) -> Array:
 
 class _Refused(Exception):
     """What is wrong with a header, without the file's name."""
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
+    return CheckpointError(f"cannot read {path}: {(getattr(error, 'strerror', None) or str(error)).lower()}.")
 
 
 def _identity(file: BinaryIO) -> tuple[int, ...]:

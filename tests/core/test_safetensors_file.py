@@ -11,10 +11,13 @@ import safetensors.numpy
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.safetensors_file import (
+    SafetensorsFile,
     TensorEntry,
     check_header,
+    encode_header,
     encode_tensors,
     read_tensors,
+    write_stream,
     write_tensors,
 )
 
@@ -298,3 +301,74 @@ def test_corruptions_are_accepted_only_where_safetensors_accepts_them(tmp_path):
     assert all("NumPy cannot hold" in text or "neither 0 nor 1" in text for text in refused_when_read)
     assert accepted > NUM_CORRUPTIONS // 10
     assert refused > NUM_CORRUPTIONS // 2
+
+
+# --- one tensor at a time -----------------------------------------------------------------------------------
+
+
+def streamable(tmp_path):
+    write_tensors(tmp_path / "a", small_tensors(), {"format": "pt"})
+    return SafetensorsFile(tmp_path / "a")
+
+
+def test_a_file_is_written_from_its_header_and_its_tensors_in_any_order(tmp_path):
+    file = streamable(tmp_path)
+    for order in (list(file.entries), list(reversed(file.entries))):
+        write_stream(tmp_path / "b", file.header, ((name, file.read(name)) for name in order))
+        assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_a_header_is_made_of_dtype_names_and_shapes(tmp_path):
+    file = streamable(tmp_path)
+    described = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
+    assert encode_header(described, {"format": "pt"}) == file.header
+
+
+def test_packed_elements_are_written_as_bytes(tmp_path):
+    header = encode_header({"a": ("F4", (2, 4))}, {})
+    write_stream(tmp_path / "a", header, [("a", np.arange(4, dtype=np.uint8).reshape(2, 2))])
+    assert read_tensors(tmp_path / "a")["a"].tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda pairs: pairs[1:], "missing"),
+        (lambda pairs: [*pairs, pairs[0]], "was given twice"),
+        (lambda pairs: [*pairs, ("more", pairs[0][1])], "more is not in the header"),
+        (lambda pairs: [(name, array.reshape(-1)[:1]) for name, array in pairs], "its header says"),
+        (lambda pairs: [(name, array.astype(np.float32)) for name, array in pairs], "its header says"),
+    ],
+)
+def test_a_stream_that_does_not_fit_its_header_leaves_what_was_there(tmp_path, change, problem):
+    file = streamable(tmp_path)
+    before = (tmp_path / "a").read_bytes()
+    pairs = [(name, file.read(name)) for name in file.entries]
+    with pytest.raises(CheckpointError, match=problem):
+        write_stream(tmp_path / "a", file.header, change(pairs))
+    assert (tmp_path / "a").read_bytes() == before
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_header_that_is_none_is_not_written(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot write .*: its header does not begin with '{'"):
+        write_stream(tmp_path / "a", b"[]", [])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_changed_since_its_header_was_checked_is_refused(tmp_path):
+    file = streamable(tmp_path)
+    write_tensors(tmp_path / "a", small_tensors(), {"format": "pt"})
+    with pytest.raises(CheckpointError, match="a was changed after it was opened"):
+        file.read("bias")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="a device or a pipe"):
+        check_header(tmp_path / "pipe")
+
+
+def test_arrays_stand_where_a_backend_can_take_them_over(tmp_path):
+    file = streamable(tmp_path)
+    assert {file.read(name).ctypes.data % 64 for name in file.entries if name != "nothing"} == {0}
