@@ -136,6 +136,7 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         (f"qk norm{over}{after}", spec.qk_norm is not None),
         ("qkv bias", spec.qkv_bias),
         ("output bias", spec.output_bias),
+        (f"clipped to {spec.clip}", spec.clip is not None),
         ("sinks", spec.sinks),
         (f"{spec.gate} gate", spec.gate is not None),
         (f"softcap {spec.softcap}", spec.softcap is not None),

@@ -142,6 +142,7 @@ class GroupedQueryAttention(nnx.Module):
             query = query + self.b_query[...].astype(dtype)
             key = key + self.b_key[...].astype(dtype)
             value = value + self.b_value[...].astype(dtype)
+        value = self._clipped(value)
         batch, length = x_BTD.shape[:2]
         position_T = jnp.arange(length) + (0 if cache is None else cache.length)
         query, key = self._placed(query, key, position_T)
@@ -172,10 +173,11 @@ class GroupedQueryAttention(nnx.Module):
         return Attended(output, cache, value, None)
 
     def _placed(self, query: jax.Array, key: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys normalized, rotated and tuned."""
+        """Queries and keys normalized, clipped, rotated and tuned."""
         spec = self.spec
         if spec.qk_norm is not None and not spec.qk_norm_after_rotation:
             query, key = self.query_norm(query), self.key_norm(key)
+        query, key = self._clipped(query), self._clipped(key)
         match spec.position:
             case RoPESpec():
                 query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
@@ -188,6 +190,10 @@ class GroupedQueryAttention(nnx.Module):
         if spec.temperature_tuning is not None:
             query = (query * temperature(spec.temperature_tuning, position_T)[:, None, None]).astype(query.dtype)
         return query, key
+
+    def _clipped(self, x: jax.Array) -> jax.Array:
+        clip = self.spec.clip
+        return x if clip is None else jnp.clip(x, -clip, clip)
 
     def _gated(self, attended_BTNH: jax.Array, x_BTD: jax.Array) -> jax.Array:
         """The heads' output times a sigmoid of the layer's input, if there is a gate."""

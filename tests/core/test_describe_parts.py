@@ -41,8 +41,9 @@ def spec_of(layer=None, **fields):
                 "value_residual": True,
                 "qkv_bias": True,
                 "output_bias": True,
+                "clip": 3,
             },
-            GROUPED + ", qkv bias, output bias, sinks, headwise gate, softcap 2.0, value residual",
+            GROUPED + ", qkv bias, output bias, clipped to 3.0, sinks, headwise gate, softcap 2.0, value residual",
         ),
         (LATENT, "4 heads of 6 + 4, values of 5, latent 7, RoPE 10,000 interleaved"),
         (

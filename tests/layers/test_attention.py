@@ -52,6 +52,8 @@ SPECS = {
     "qk_norm of the projection": grouped(qk_norm=RMSNormSpec(epsilon=1e-3), qk_norm_over="projection"),
     "weightless qk_norm of the projection": grouped(qk_norm=RMSNormSpec(scale="none"), qk_norm_over="projection"),
     "qk_norm after the rotation": grouped(qk_norm=RMSNormSpec(epsilon=1e-3), qk_norm_after_rotation=True),
+    "clip": grouped(clip=0.7, qkv_bias=True),
+    "clip behind qk_norm": grouped(clip=0.7, qk_norm=RMSNormSpec(epsilon=1e-3), qk_norm_over="projection"),
     "window": grouped(window=3),
     "chunk and temperature": grouped(chunk=3, temperature_tuning=TemperatureTuningSpec(floor_length=2, scale=0.5)),
     "sinks": grouped(sinks=True, scale=0.7),
@@ -318,8 +320,8 @@ def test_weights_of_a_capped_score_differ_by_no_more_than_the_cap_allows(twin):
 @pytest.mark.parametrize(
     "kind",
     [
-        *("qk_norm", "biases", "qk_norm of the projection", "qk_norm after the rotation", "sinks"),
-        *("chunk and temperature", "softcap and sinks", "headwise gate", "elementwise gate"),
+        *("qk_norm", "biases", "qk_norm of the projection", "qk_norm after the rotation", "clip behind qk_norm"),
+        *("sinks", "chunk and temperature", "softcap and sinks", "headwise gate", "elementwise gate"),
     ],
 )
 def test_reference_gradient_agrees_with_finite_differences(kind):
@@ -342,6 +344,17 @@ def test_reference_gradient_of_mixed_values_agrees_with_finite_differences():
         return grouped_query_attention(VALUE_RESIDUAL, changed, X_BTD[:1, :4], first_value_BTMH=first).out_BTD
 
     assert_reference_gradient(out, values["value_mix"], normal(40, 1, 4, M, H))
+
+
+def test_a_clip_acts_behind_the_norm_and_before_the_rotation(twin):
+    """A normalized head of mean square 1 has no feature above sqrt(H), however large its projection was."""
+    normed = grouped(qk_norm=RMSNormSpec(scale="none"), position=NoPositionSpec())
+    values = values_of(normed)
+    values |= {"w_query": 100 * values["w_query"], "w_value": 0.01 * values["w_value"]}
+    before = output(twin, normed, X_BTD, values)
+    loose, tight = (normed.model_copy(update={"clip": clip}) for clip in (math.sqrt(H), 1.0))
+    assert_close(output(twin, loose, X_BTD, values), before, EXACT)
+    assert np.max(np.abs(output(twin, tight, X_BTD, values) - before)) > 1e-4
 
 
 def test_heads_that_kv_heads_do_not_divide_are_refused():

@@ -96,7 +96,8 @@ def grouped_query_attention(
     """Causal self-attention of T tokens at positions 0 .. T-1: [B, T, D] -> [B, T, D].
 
     Order: project (and add biases); normalize queries and keys if `qk_norm`, and rotate if RoPE, or the other way
-    round; multiply queries by their temperature; mix values; attend; gate; project back.
+    round, `clip` in both cases before the rotation; multiply queries by their temperature; mix values; attend; gate;
+    project back.
 
     Args:
         first_value_BTMH: values of the model's first layer, which `value_residual` mixes in; the first layer itself
@@ -113,6 +114,7 @@ def grouped_query_attention(
             key + parameters["b_key"],
             value + parameters["b_value"],
         )
+    value = _clipped(spec, value)
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length)
     query, key = _placed(spec, parameters, query, key, position_T)
@@ -145,9 +147,10 @@ def grouped_query_attention(
 def _placed(
     spec: GroupedQueryAttentionSpec, parameters: Parameters, query: Array, key: Array, position_T: Array
 ) -> tuple[Array, Array]:
-    """Queries and keys normalized, rotated and tuned."""
+    """Queries and keys normalized, clipped, rotated and tuned."""
     if not spec.qk_norm_after_rotation:
         query, key = _normalized(spec, parameters, query, key)
+    query, key = _clipped(spec, query), _clipped(spec, key)
     match spec.position:
         case RoPESpec():
             query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
@@ -158,6 +161,10 @@ def _placed(
     if spec.temperature_tuning is not None:
         query = query * temperature(spec.temperature_tuning, position_T)[:, None, None]
     return query, key
+
+
+def _clipped(spec: GroupedQueryAttentionSpec, x: Array) -> Array:
+    return x if spec.clip is None else np.clip(x, -spec.clip, spec.clip)
 
 
 def _normalized(

@@ -32,6 +32,7 @@ class GroupedQueryAttentionSpec(Part):
     et al. 2023, arXiv 2309.17453). `gate`: the heads' output times a sigmoid of a projection of the layer's input, one
     number for each head or for each feature (Qiu et al. 2025, arXiv 2505.06708). `softcap`: scores become `softcap *
     tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). `scale` multiplies the scores; null is `1 / sqrt(head_dim)`.
+    `clip`: queries and keys, after a norm before the rotation, and values are cut to [-clip, clip] (MPT, DBRX, OLMoE).
     `value_residual`: values are mixed with those of the model's first layer, `(1 - mix) * own + mix * first`, mix
     learned, 0.5 at first (Zhou et al. 2024, arXiv 2410.17897).
     """
@@ -46,6 +47,7 @@ class GroupedQueryAttentionSpec(Part):
     qk_norm_after_rotation: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
+    clip: PositiveFloat | None = None
     window: PositiveInt | None = None
     chunk: PositiveInt | None = None
     sinks: bool = False
