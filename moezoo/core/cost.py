@@ -167,9 +167,9 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
 
 def _score_flops(attention: AttentionSpec, length: int) -> Fraction:
     match attention:
-        case GroupedQueryAttentionSpec(num_heads=heads, head_dim=width):
+        case GroupedQueryAttentionSpec(num_heads=heads, head_dim=width, value_dim=value_width):
             most = attention.window if attention.chunk is None else attention.chunk
-            return 4 * heads * width * _visible(length, most, in_chunks=attention.chunk is not None)
+            return 2 * heads * (width + value_width) * _visible(length, most, in_chunks=attention.chunk is not None)
         case LatentAttentionSpec(num_heads=heads, indexer=indexer):
             width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
             chosen = _visible(length, None if indexer is None else indexer.top_k)
@@ -198,8 +198,9 @@ def _visible(length: int, most: int | None, *, in_chunks: bool = False) -> Fract
 def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
     """What one more token leaves in the caches, in bytes of the compute dtype c.
 
-    Per layer: keys and values, `2 c M H`; latent attention one latent and one rotated key, `c (Z + rope_head_dim)`, and
-    the indexer's key; linear attention and short convolutions nothing, their state has a fixed size.
+    Per layer: keys and values, `2 c M H` where values are as wide as keys; latent attention one latent and one rotated
+    key, `c (Z + rope_head_dim)`, and the indexer's key; linear attention and short convolutions nothing, their state
+    has a fixed size.
 
     Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this); arXiv 2405.04434, table 1 (latent).
     """
@@ -210,7 +211,7 @@ def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
 def _cached_numbers(attention: AttentionSpec) -> int:
     match attention:
         case GroupedQueryAttentionSpec():
-            return 2 * attention.num_kv_heads * attention.head_dim
+            return attention.num_kv_heads * (attention.head_dim + attention.value_dim)
         case LatentAttentionSpec(indexer=indexer):
             return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
         case GatedDeltaAttentionSpec() | ShortConvolutionSpec():
@@ -279,7 +280,8 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
     """
     match attention:
         case GroupedQueryAttentionSpec():
-            return attention.num_heads, (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+            both = (attention.num_heads + attention.num_kv_heads) * (attention.head_dim + attention.value_dim)
+            return attention.num_heads, both // 2
         case LatentAttentionSpec():
             width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
             return attention.num_heads, attention.num_heads * width + attention.latent_dim

@@ -128,6 +128,8 @@ def _position(spec: PositionSpec) -> str:
 def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
     n, m, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
     heads = f"{n} {'head' if n == 1 else 'heads'} of {h}" if n == m else f"{n} heads of {h}, {m} key/value"
+    if spec.value_dim != h:
+        heads += f", values of {spec.value_dim}"
     over = "" if spec.qk_norm_over == "head" else " of projections"
     after = " after rotation" if spec.qk_norm_after_rotation else ""
     extra = (
@@ -142,6 +144,9 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"scale {spec.scale}", spec.scale is not None),
         ("temperature by position", spec.temperature_tuning is not None),
+        ("values are keys", spec.values_from_keys),
+        ("value norm", spec.value_norm is not None),
+        (f"values times {spec.value_multiplier:g}", spec.value_multiplier != 1),
         ("value residual", spec.value_residual),
     )
     return [heads, _position(spec.position), *(word for word, there in extra if there)]

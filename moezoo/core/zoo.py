@@ -81,7 +81,13 @@ def _features_of_value(value: BaseModel, owner: str) -> Iterator[str]:
 
 
 _PLURALS = {"losses": "loss"}
-_SAME = {"experts": "feed_forward", "qk_norm": "norm", "key_norm": "norm", "head": "head"}
+_SAME = {
+    "experts": "feed_forward",
+    "qk_norm": "norm",
+    "key_norm": "norm",
+    "value_norm": "norm",
+    "head": "head",
+}
 
 
 def _owner(name: str, part: type[BaseModel]) -> str:

@@ -106,12 +106,16 @@ class GroupedQueryAttention(nnx.Module):
         self.spec, self.layer = spec, layer
         self.w_query = weights.parameter("w_query")
         self.w_key = weights.parameter("w_key")
-        self.w_value = weights.parameter("w_value")
+        if not spec.values_from_keys:
+            self.w_value = weights.parameter("w_value")
         self.w_output = weights.parameter("w_output")
         if spec.qkv_bias:
             self.b_query = weights.parameter("b_query")
             self.b_key = weights.parameter("b_key")
-            self.b_value = weights.parameter("b_value")
+            if not spec.values_from_keys:
+                self.b_value = weights.parameter("b_value")
+        if spec.value_norm is not None:
+            self.value_norm = norm(spec.value_norm, weights.inside("value_norm"))
         if spec.qk_norm is not None:
             axes = 1 if spec.qk_norm_over == "head" else 2
             self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"), axes)
@@ -137,12 +141,10 @@ class GroupedQueryAttention(nnx.Module):
         spec, dtype = self.spec, x_BTD.dtype
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
         key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
-        value = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_value[...].astype(dtype))
         if spec.qkv_bias:
             query = query + self.b_query[...].astype(dtype)
             key = key + self.b_key[...].astype(dtype)
-            value = value + self.b_value[...].astype(dtype)
-        value = self._clipped(value)
+        value = self._values(x_BTD, key)
         batch, length = x_BTD.shape[:2]
         position_T = jnp.arange(length) + (0 if cache is None else cache.length)
         query, key = self._placed(query, key, position_T)
@@ -166,11 +168,27 @@ class GroupedQueryAttention(nnx.Module):
                 softcap=spec.softcap,
                 sink_N=sink_N,
             )
-        attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.head_dim), x_BTD)
+        attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
         output = jnp.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
         if spec.output_bias:
             output = output + self.b_output[...].astype(dtype)
         return Attended(output, cache, value, None)
+
+    def _values(self, x_BTD: jax.Array, key_BTMH: jax.Array) -> jax.Array:
+        """Values as they are before any mix; `key_BTMH` as projected."""
+        spec, dtype = self.spec, x_BTD.dtype
+        if spec.values_from_keys:
+            value = key_BTMH
+        else:
+            value = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_value[...].astype(dtype))
+            if spec.qkv_bias:
+                value = value + self.b_value[...].astype(dtype)
+        if spec.value_norm is not None:
+            value = self.value_norm(value)
+        value = self._clipped(value)
+        if spec.value_multiplier != 1:
+            value = (value.astype(jnp.float32) * spec.value_multiplier).astype(dtype)
+        return value
 
     def _placed(self, query: jax.Array, key: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries and keys normalized, clipped, rotated and tuned."""

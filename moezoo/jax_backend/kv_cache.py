@@ -119,9 +119,10 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     caches: list[Cache] = []
     for layer in spec.all_layers:
         match layer.attention:
-            case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim):
-                shape = (batch, size, heads, head_dim)
-                caches.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32)))
+            case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
+                key = jnp.zeros((batch, size, heads, head_dim), dtype)
+                value = jnp.zeros((batch, size, heads, value_dim), dtype)
+                caches.append(KVCache(key, value, jnp.zeros((), jnp.int32)))
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
                 index_key = None if indexer is None else jnp.zeros((batch, size, indexer.head_dim), dtype)
                 latent = jnp.zeros((batch, size, latent_dim), dtype)

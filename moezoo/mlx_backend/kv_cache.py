@@ -117,9 +117,10 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     caches: list[Cache] = []
     for layer in spec.all_layers:
         match layer.attention:
-            case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim):
-                shape = (batch, size, heads, head_dim)
-                caches.append(KVCache(mx.zeros(shape, dtype), mx.zeros(shape, dtype), 0))
+            case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
+                key = mx.zeros((batch, size, heads, head_dim), dtype)
+                value = mx.zeros((batch, size, heads, value_dim), dtype)
+                caches.append(KVCache(key, value, 0))
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
                 index_key = None if indexer is None else mx.zeros((batch, size, indexer.head_dim), dtype)
                 latent = mx.zeros((batch, size, latent_dim), dtype)

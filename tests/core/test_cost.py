@@ -192,6 +192,19 @@ def test_a_feed_forward_without_a_gate_has_two_matrices():
     assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
 
 
+def test_values_of_another_width_count_as_they_are():
+    heads = "{num_heads: 8, num_kv_heads: 2, head_dim: 6, qkv_bias: true, OPTION}"
+    narrow, keys, plain = (
+        one_layer(heads.replace("OPTION", option)).model
+        for option in ("value_head_dim: 5", "values_from_keys: true", "window: null")
+    )
+    assert flops_per_token(narrow, 5, False).attention_scores == 2 * 8 * (6 + 5) * 3
+    assert kv_cache_bytes_per_token(narrow) == 2 * (6 + 5) * 4
+    total = parameter_counts(plain).total
+    assert total - parameter_counts(narrow).total == 2 * (20 + 1) + 8 * 20
+    assert total - parameter_counts(keys).total == 2 * 6 * (20 + 1)
+
+
 def test_latent_attention_equals_sums_by_hand():
     config = one_layer(LATENT)
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)

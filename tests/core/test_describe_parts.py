@@ -45,6 +45,11 @@ def spec_of(layer=None, **fields):
             },
             GROUPED + ", qkv bias, output bias, clipped to 3.0, sinks, headwise gate, softcap 2.0, value residual",
         ),
+        (
+            {"value_head_dim": 5, "value_norm": {}, "value_multiplier": 0.7},
+            "4 heads of 6, 2 key/value, values of 5, RoPE 10,000, value norm, values times 0.7",
+        ),
+        ({"values_from_keys": True}, GROUPED + ", values are keys"),
         (LATENT, "4 heads of 6 + 4, values of 5, latent 7, RoPE 10,000 interleaved"),
         (
             LATENT | {"query_latent_dim": 9, "indexer": {"num_heads": 3, "head_dim": 4, "top_k": 2}, "scale": 0.5},

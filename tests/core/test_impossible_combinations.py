@@ -109,6 +109,11 @@ CASES = {
         attention(window=3, chunk=4),
         f"{ATTENTION}.chunk is 4, but window is 3 too (x.yaml). Give one of the two.",
     ),
+    "keys of another width for values": (
+        attention(values_from_keys=True, value_head_dim=5),
+        f"{ATTENTION}.value_head_dim is 5, but values_from_keys takes keys of head_dim = 6 for values (x.yaml). Leave "
+        "one of the two out.",
+    ),
     "an indexer narrower than what it rotates": (
         model(layer(LATENT | {"indexer": {"num_heads": 1, "head_dim": 2, "top_k": 3}})),
         f"{ATTENTION}.indexer.head_dim is 2, less than rope_head_dim = 4, which it rotates (x.yaml). Use a larger one.",
@@ -369,12 +374,17 @@ CASES = {
     "values of other heads": (
         model(layer(), layer(HEADS | {"head_dim": 8, "value_residual": True})),
         f"{ATTENTION} has no values of 2 heads of 8, which a layer with value_residual mixes in (x.yaml). Give the "
-        "first layer grouped_query attention of the same num_kv_heads and head_dim.",
+        "first layer grouped_query attention of the same num_kv_heads and width of values.",
+    ),
+    "values of another width": (
+        model(layer(HEADS | {"value_head_dim": 5}), layer(HEADS | {"value_residual": True})),
+        f"{ATTENTION} has no values of 2 heads of 6, which a layer with value_residual mixes in (x.yaml). Give the "
+        "first layer grouped_query attention of the same num_kv_heads and width of values.",
     ),
     "values of no heads": (
         model(layer(LATENT), layer(HEADS | {"value_residual": True})),
         f"{ATTENTION} has no values of 2 heads of 6, which a layer with value_residual mixes in (x.yaml). Give the "
-        "first layer grouped_query attention of the same num_kv_heads and head_dim.",
+        "first layer grouped_query attention of the same num_kv_heads and width of values.",
     ),
     "values of a convolution": (
         model(layer({"kind": "short_convolution"}), layer(HEADS | {"value_residual": True})),
@@ -465,6 +475,7 @@ def test_every_file_that_refuses_is_looked_at():
 
 
 ALLOWED = {
+    "values as wide as the keys they are": attention(values_from_keys=True, value_head_dim=6),
     "values for a layer repeated": model(layer(HEADS | {"value_residual": True}, repeat=2)),
     "values for a later layer": model(layer(), layer(HEADS | {"value_residual": True})),
     "logits for a mixture repeated": model(layer(moe=mixture({"gating_residual": True}), repeat=2)),

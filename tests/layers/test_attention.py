@@ -54,6 +54,12 @@ SPECS = {
     "qk_norm after the rotation": grouped(qk_norm=RMSNormSpec(epsilon=1e-3), qk_norm_after_rotation=True),
     "clip": grouped(clip=0.7, qkv_bias=True),
     "clip behind qk_norm": grouped(clip=0.7, qk_norm=RMSNormSpec(epsilon=1e-3), qk_norm_over="projection"),
+    "narrow values": grouped(value_head_dim=5, value_multiplier=0.7, qkv_bias=True, gate="elementwise"),
+    "wide values": grouped(value_head_dim=11, softcap=0.8, sinks=True),
+    "value norm": grouped(value_norm=RMSNormSpec(epsilon=1e-3), value_head_dim=5, value_multiplier=0.7),
+    "values from keys": grouped(
+        values_from_keys=True, qkv_bias=True, qk_norm=RMSNormSpec(), value_norm=RMSNormSpec(scale="none")
+    ),
     "window": grouped(window=3),
     "chunk and temperature": grouped(chunk=3, temperature_tuning=TemperatureTuningSpec(floor_length=2, scale=0.5)),
     "sinks": grouped(sinks=True, scale=0.7),
@@ -180,7 +186,15 @@ def test_attend_matches_the_reference_where_sources_outnumber_queries(twin):
 
 @pytest.mark.parametrize(
     "kind",
-    ["grouped query", "qk_norm", "chunk and temperature", "sinks", "softcap and sinks", "headwise gate"],
+    [
+        "grouped query",
+        "qk_norm",
+        "value norm",
+        "chunk and temperature",
+        "sinks",
+        "softcap and sinks",
+        "headwise gate",
+    ],
 )
 def test_bfloat16_is_near_float32(twin, kind):
     spec = SPECS[kind]
@@ -321,13 +335,22 @@ def test_weights_of_a_capped_score_differ_by_no_more_than_the_cap_allows(twin):
     "kind",
     [
         *("qk_norm", "biases", "qk_norm of the projection", "qk_norm after the rotation", "clip behind qk_norm"),
-        *("sinks", "chunk and temperature", "softcap and sinks", "headwise gate", "elementwise gate"),
+        *(
+            "narrow values",
+            "value norm",
+            "values from keys",
+            "sinks",
+            "chunk and temperature",
+            "softcap and sinks",
+            "headwise gate",
+            "elementwise gate",
+        ),
     ],
 )
 def test_reference_gradient_agrees_with_finite_differences(kind):
     spec = SPECS[kind]
     values = values_of(spec)
-    names = ("w_key", "query_norm.scale", "b_key", "sink", "w_gate")
+    names = ("w_key", "query_norm.scale", "value_norm.scale", "b_key", "sink", "w_gate")
     some = {name: values[name] for name in names if name in values}
     assert_reference_gradient(
         lambda x, *moved: grouped_query_attention(spec, values | dict(zip(some, moved, strict=True)), x).out_BTD,
@@ -355,6 +378,21 @@ def test_a_clip_acts_behind_the_norm_and_before_the_rotation(twin):
     loose, tight = (normed.model_copy(update={"clip": clip}) for clip in (math.sqrt(H), 1.0))
     assert_close(output(twin, loose, X_BTD, values), before, EXACT)
     assert np.max(np.abs(output(twin, tight, X_BTD, values) - before)) > 1e-4
+
+
+def test_values_from_keys_are_those_before_norm_and_rotation(twin):
+    """As if w_value were equal to w_key."""
+    shared, apart = (grouped(qk_norm=RMSNormSpec(), values_from_keys=flag) for flag in (True, False))
+    values = values_of(shared)
+    expected = output(twin, apart, X_BTD, values | {"w_value": values["w_key"]})
+    assert_close(output(twin, shared, X_BTD, values), expected, EXACT)
+
+
+def test_a_norm_of_values_takes_their_length_away(twin):
+    spec = grouped(value_norm=RMSNormSpec(epsilon=1e-12))
+    values = values_of(spec)
+    longer = output(twin, spec, X_BTD, values | {"w_value": 7 * values["w_value"]})
+    assert_close(longer, output(twin, spec, X_BTD, values), FLOAT32)
 
 
 def test_heads_that_kv_heads_do_not_divide_are_refused():

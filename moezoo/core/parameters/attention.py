@@ -30,18 +30,23 @@ def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> It
 
 
 def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer: int) -> Iterator[Parameter]:
-    d, n, m, h = rows.embed_dim, spec.num_heads, spec.num_kv_heads, spec.head_dim
-    for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head"), ("value", m, "kv_head")):
+    d, n, m, h, z = rows.embed_dim, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim
+    projected = [("query", n, h, "head"), ("key", m, h, "kv_head")]
+    if not spec.values_from_keys:
+        projected.append(("value", m, z, "kv_head"))
+    for which, heads, width, axis in projected:
         axes = ("embed", axis, "head_dim")
-        yield rows.matrix(f"{name}.w_{which}", (d, heads, h), axes, "attention")
+        yield rows.matrix(f"{name}.w_{which}", (d, heads, width), axes, "attention")
         if spec.qkv_bias:
-            yield rows.vector(f"{name}.b_{which}", (heads, h), axes[1:], "attention")
+            yield rows.vector(f"{name}.b_{which}", (heads, width), axes[1:], "attention")
     if spec.qk_norm is not None:
         for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head")):
             if spec.qk_norm_over == "head":
                 yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, (h,), ("head_dim",))
             else:
                 yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, (heads, h), (axis, "head_dim"))
+    if spec.value_norm is not None:
+        yield from rows.norm(f"{name}.value_norm", spec.value_norm, (z,), ("head_dim",))
     if spec.value_residual and layer > 0:
         yield rows.vector(f"{name}.value_mix", (1,), ("one",), "attention", Initializer("constant", value=0.5))
     if spec.sinks:
@@ -49,8 +54,8 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
     if spec.gate == "headwise":
         yield rows.matrix(f"{name}.w_gate", (d, n), ("embed", "head"), "attention")
     if spec.gate == "elementwise":
-        yield rows.matrix(f"{name}.w_gate", (d, n, h), ("embed", "head", "head_dim"), "attention")
-    yield rows.output(f"{name}.w_output", (n, h, d), ("head", "head_dim", "embed"), "attention")
+        yield rows.matrix(f"{name}.w_gate", (d, n, z), ("embed", "head", "head_dim"), "attention")
+    yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention")
     if spec.output_bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
 

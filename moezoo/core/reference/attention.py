@@ -36,7 +36,7 @@ def attend(
 
     Args:
         query_BTMGH: N = M * G query heads, grouped by the key/value head that serves them.
-        key_BSMH, value_BSMH: M heads.
+        key_BSMH, value_BSMH: M heads; H of the values, and of what is returned, may be another number.
         mask_TS: bool, True where query t may look at source s; at least one True a row.
         scale: of the scores; None is `1 / sqrt(H)`.
         softcap: scores become `softcap * tanh(score / softcap)`, after the scale and before the mask.
@@ -96,8 +96,8 @@ def grouped_query_attention(
     """Causal self-attention of T tokens at positions 0 .. T-1: [B, T, D] -> [B, T, D].
 
     Order: project (and add biases); normalize queries and keys if `qk_norm`, and rotate if RoPE, or the other way
-    round, `clip` in both cases before the rotation; multiply queries by their temperature; mix values; attend; gate;
-    project back.
+    round, `clip` in both cases before the rotation; multiply queries by their temperature; normalize, clip, multiply
+    and mix values; attend; gate; project back.
 
     Args:
         first_value_BTMH: values of the model's first layer, which `value_residual` mixes in; the first layer itself
@@ -107,14 +107,9 @@ def grouped_query_attention(
     """
     query = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
     key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
-    value = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
     if spec.qkv_bias:
-        query, key, value = (
-            query + parameters["b_query"],
-            key + parameters["b_key"],
-            value + parameters["b_value"],
-        )
-    value = _clipped(spec, value)
+        query, key = query + parameters["b_query"], key + parameters["b_key"]
+    value = _values(spec, parameters, x_BTD, key)
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length)
     query, key = _placed(spec, parameters, query, key, position_T)
@@ -130,7 +125,7 @@ def grouped_query_attention(
         scale=spec.scale,
         softcap=spec.softcap,
         sink_N=parameters["sink"] if spec.sinks else None,
-    ).reshape(batch, length, spec.num_heads, spec.head_dim)
+    ).reshape(batch, length, spec.num_heads, spec.value_dim)
     match spec.gate:
         case "headwise":
             gate = np.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]
@@ -142,6 +137,19 @@ def grouped_query_attention(
     if spec.output_bias:
         output = output + parameters["b_output"]
     return Attended(output, value, None)
+
+
+def _values(spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, key_BTMH: Array) -> Array:
+    """Values as they are before any mix; `key_BTMH` as projected."""
+    if spec.values_from_keys:
+        value = key_BTMH
+    else:
+        value = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
+        if spec.qkv_bias:
+            value = value + parameters["b_value"]
+    if spec.value_norm is not None:
+        value = normalize(spec.value_norm, inside(parameters, "value_norm"), value)
+    return spec.value_multiplier * _clipped(spec, value)
 
 
 def _placed(

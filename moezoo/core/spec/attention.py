@@ -33,14 +33,18 @@ class GroupedQueryAttentionSpec(Part):
     number for each head or for each feature (Qiu et al. 2025, arXiv 2505.06708). `softcap`: scores become `softcap *
     tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). `scale` multiplies the scores; null is `1 / sqrt(head_dim)`.
     `clip`: queries and keys, after a norm before the rotation, and values are cut to [-clip, clip] (MPT, DBRX, OLMoE).
-    `value_residual`: values are mixed with those of the model's first layer, `(1 - mix) * own + mix * first`, mix
-    learned, 0.5 at first (Zhou et al. 2024, arXiv 2410.17897).
+    Values are `value_head_dim` wide (null: as keys are) and multiplied by `value_multiplier` (MiMo-V2); `value_norm`
+    normalizes each head of them; with `values_from_keys` they have no projection of their own and are the keys as
+    projected, before any norm and rotation (both: Gemma 4). `value_residual`: values are mixed with those of the
+    model's first layer, `(1 - mix) * own + mix * first`, mix learned, 0.5 at first (Zhou et al. 2024, arXiv
+    2410.17897).
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
     num_heads: PositiveInt
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
+    value_head_dim: PositiveInt | None = None
     position: PositionSpec = RoPESpec()
     qk_norm: NormSpec | None = None
     qk_norm_over: Literal["head", "projection"] = "head"
@@ -55,7 +59,15 @@ class GroupedQueryAttentionSpec(Part):
     softcap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
     temperature_tuning: TemperatureTuningSpec | None = None
+    value_norm: NormSpec | None = None
+    value_multiplier: PositiveFloat = 1.0
+    values_from_keys: bool = False
     value_residual: bool = False
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
     @model_validator(mode="after")
     def _sizes(self) -> "GroupedQueryAttentionSpec":
@@ -73,6 +85,12 @@ class GroupedQueryAttentionSpec(Part):
             )
         if self.window is not None and self.chunk is not None:
             raise impossible("chunk", f"is {self.chunk}, but window is {self.window} too", "Give one of the two")
+        if self.values_from_keys and self.value_dim != self.head_dim:
+            raise impossible(
+                "value_head_dim",
+                f"is {self.value_head_dim}, but values_from_keys takes keys of head_dim = {self.head_dim} for values",
+                "Leave one of the two out",
+            )
         return self
 
 

@@ -129,17 +129,17 @@ class ModelSpec(Part):
         if not self.layers:
             raise impossible("layers", "is empty", "Give at least one layer")
         values = {
-            (attention.num_kv_heads, attention.head_dim)
+            (attention.num_kv_heads, attention.value_dim)
             for attention in (layer.attention for layer in self.layers)
             if isinstance(attention, GroupedQueryAttentionSpec) and attention.value_residual
         }
         first = self.layers[0].attention
         for heads in values:
-            if not isinstance(first, GroupedQueryAttentionSpec) or (first.num_kv_heads, first.head_dim) != heads:
+            if not isinstance(first, GroupedQueryAttentionSpec) or (first.num_kv_heads, first.value_dim) != heads:
                 raise impossible(
                     "layers[0].attention",
                     f"has no values of {heads[0]} heads of {heads[1]}, which a layer with value_residual mixes in",
-                    "Give the first layer grouped_query attention of the same num_kv_heads and head_dim",
+                    "Give the first layer grouped_query attention of the same num_kv_heads and width of values",
                 )
         self._check_later_layers()
         self._check_pooled_balance()
