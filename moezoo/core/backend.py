@@ -19,6 +19,27 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 
 
+IGNORED = -1
+"""As a target: there is nothing to predict here. The token has no cross-entropy; auxiliary losses still see it."""
+
+
+def check_targets(tokens: Integers, targets: Integers) -> None:
+    """Raises DataError for one pass over tokens and targets [B, T] that all are IGNORED, or IGNORED as a token.
+
+    Trap: a mean over no targets is 0 / 0, and a row -1 of an embedding is the last one, or stray memory.
+    """
+    if not (targets != IGNORED).any():
+        raise DataError(
+            f"no target counts; got {targets.size} targets in a batch or micro-batch, each of them {IGNORED}; "
+            "expected at least one token id. Use larger parts, or leave this batch out."
+        )
+    if (tokens < 0).any():
+        raise DataError(
+            f"{IGNORED} may stand as a target only; got it as an input token. "
+            "In a window it may stand in the last column alone."
+        )
+
+
 def check_length(spec: ModelSpec, length: int, got: str) -> None:
     """Raises DataError where the model has learned positions for fewer than `length` tokens; `got` says whose they are.
 
@@ -89,7 +110,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` gives: nats per target token [B, T], and load and drops as in StepMetrics."""
+    """What `score` gives: nats per target token [B, T], 0 if IGNORED, and load and drops as in StepMetrics."""
 
     token_losses: Floats
     load: list[NDArray[np.int64]]
@@ -119,7 +140,7 @@ class Model(Protocol):
         key: Bits | None = None,
         inference: bool = False,
     ) -> Output:
-        """Logits and routing.
+        """Logits and routing; with targets, which may be IGNORED, every loss term.
 
         `forced`: experts [B, T, K] per MoE layer to use, -1 for an unused slot; `record`: named intermediates too;
         `key`: uint32 [2], the key of a training step, for noise and dropout; `inference`: route as generation does.
@@ -127,7 +148,10 @@ class Model(Protocol):
         ...
 
     def score(self, tokens: Integers, targets: Integers, *, inference: bool = False) -> Scores:
-        """Loss of every target token, without noise and without keeping logits; `inference` as in `forward`."""
+        """Loss of every target token, 0 where it is IGNORED; without noise and without keeping logits.
+
+        `inference` as in `forward`.
+        """
         ...
 
     def loss_and_gradients(
@@ -138,7 +162,10 @@ class Model(Protocol):
         forced: Sequence[Integers] | None = None,
         key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, Floats]]:
-        """Every loss term, and the gradient of `loss` by canonical name of every trained parameter."""
+        """Every loss term, and the gradient of `loss` by canonical name of every trained parameter.
+
+        Raises DataError, as `forward` does, where all targets are IGNORED.
+        """
         ...
 
     def start_training(
@@ -154,6 +181,8 @@ class Model(Protocol):
         """One update from windows int32 [A, B, T + 1]: A micro-batches of B sequences, with their next tokens.
 
         `keys`: uint32 [A, 2], the key of each micro-batch; None: no noise. State is updated once, from all of them.
+        The loss is the mean over micro-batches of each one's own, however many of its targets count. The last column
+        may be IGNORED. Raises DataError where all of a micro-batch's targets are.
         """
         ...
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import Model, check_length
+from moezoo.core.backend import IGNORED, Model, check_length
 from moezoo.core.config import DataConfig, DatasetSource
 from moezoo.core.data import Split
 from moezoo.core.grammar import Grammar
@@ -77,7 +77,8 @@ def evaluate(
 ) -> Evaluation:
     """Score consecutive windows of a split, all of them or `max_windows` spread evenly over it.
 
-    Bits per byte = total nats / ln 2 / UTF-8 bytes of the target tokens; None where tokens have no text.
+    Means are over the targets that count. Bits per byte = total nats / ln 2 / UTF-8 bytes of these; None where tokens
+    have no text.
 
     Raises DataError: windows longer than learned positions.
     """
@@ -99,15 +100,16 @@ def evaluate(
         dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
         if on_progress is not None:
             on_progress(start + len(batch), len(windows))
-    num_bytes = tokenizer.byte_count(windows[:, 1:].reshape(-1))
+    counts = windows[:, 1:] != IGNORED
+    num_bytes = tokenizer.byte_count(windows[:, 1:][counts])
     return Evaluation(
-        validation_loss=float(losses.mean()),
+        validation_loss=float(losses[counts].mean()),
         bits_per_byte=float(losses.sum() / math.log(2) / num_bytes) if num_bytes else None,
         windows=len(windows),
         sequence_length=sequence_length,
         routing=routing_statistics(model.spec.moe_layers, load, dropped),
         optimum=_compare(windows, losses, tokenizer, grammar) if grammar is not None else None,
-        inference_loss=None if inference_losses is None else float(inference_losses.mean()),
+        inference_loss=None if inference_losses is None else float(inference_losses[counts].mean()),
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moezoo.core.backend import IGNORED
 from moezoo.core.spec import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -31,8 +32,13 @@ from moezoo.jax_backend.routing import Routing
 
 def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.losses.token_losses."""
-    chosen = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen
+    chosen = jnp.take_along_axis(logits_BTV, jnp.maximum(target_BT, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(target_BT == IGNORED, 0.0, jax.nn.logsumexp(logits_BTV, axis=-1) - chosen)
+
+
+def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.losses.cross_entropy."""
+    return jnp.sum(token_losses(logits_BTV, target_BT)) / jnp.sum(target_BT != IGNORED)
 
 
 # --- what balance losses are made of ---------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ def loss_terms(
     global_load: Sequence[jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
-    terms = {"cross_entropy": jnp.mean(token_losses(logits_BTV, target_BT))}
+    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
     mixtures = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, jax.Array]]] = {}
     pooled: list[jax.Array] = []

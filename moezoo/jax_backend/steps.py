@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes, shapes_of
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
@@ -99,6 +99,8 @@ class JaxModel:
         key: Bits | None = None,
         inference: bool = False,
     ) -> Output:
+        if targets is not None:
+            check_targets(tokens, targets)
         inputs = (self._parameters, self._state, tokens, targets, _flat(forced), key)
         result, terms, intermediates = jax.device_get(self._forward(*inputs, record=record, inference=inference))
         return Output(
@@ -162,6 +164,7 @@ class JaxModel:
         forced: Sequence[np.ndarray] | None = None,
         key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        check_targets(tokens, targets)
         (_, (terms, *_)), gradients = self._gradients(
             self._parameters, self._state, tokens, targets, key, _flat(forced)
         )
@@ -187,6 +190,8 @@ class JaxModel:
         self._step = jax.jit(partial(self._step_values, config), donate_argnums=(0, 2))
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
+        for window in windows:
+            check_targets(window[:, :-1], window[:, 1:])
         self._parameters, self._state, self._moments, values = self._step(
             self._parameters, self._state, self._moments, windows, np.float32(learning_rate), keys
         )

@@ -6,6 +6,7 @@ from typing import assert_never
 
 import mlx.core as mx
 
+from moezoo.core.backend import IGNORED
 from moezoo.core.spec import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -29,8 +30,13 @@ from moezoo.mlx_backend.routing import Routing
 
 def token_losses(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.losses.token_losses."""
-    chosen = mx.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-    return mx.logsumexp(logits_BTV, axis=-1) - chosen
+    chosen = mx.take_along_axis(logits_BTV, mx.maximum(target_BT, 0)[..., None], axis=-1)[..., 0]
+    return mx.where(target_BT == IGNORED, 0.0, mx.logsumexp(logits_BTV, axis=-1) - chosen)
+
+
+def cross_entropy(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.losses.cross_entropy."""
+    return mx.sum(mx.sum(token_losses(logits_BTV, target_BT), axis=-1)) / mx.sum(target_BT != IGNORED)
 
 
 # --- what balance losses are made of ---------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ def loss_terms(
     global_load: Sequence[mx.array] | None = None,
 ) -> dict[str, mx.array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
-    terms = {"cross_entropy": mx.mean(token_losses(logits_BTV, target_BT))}
+    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
     mixtures = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, mx.array]]] = {}
     pooled: list[mx.array] = []

@@ -8,7 +8,7 @@ import numpy as np
 from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes, shapes_of
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
@@ -86,6 +86,8 @@ class MlxModel:
         key: Bits | None = None,
         inference: bool = False,
     ) -> Output:
+        if targets is not None:
+            check_targets(tokens, targets)
         intermediates: dict[str, mx.array] = {}
         result = self._module(
             mx.array(tokens), forced=_flat(forced), record=intermediates, key=_key(key), inference=inference
@@ -138,6 +140,7 @@ class MlxModel:
         forced: Sequence[np.ndarray] | None = None,
         key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        check_targets(tokens, targets)
         (_, terms, *_), gradients = self._loss_and_gradients(
             mx.array(tokens), mx.array(targets), _key(key), _flat(forced)
         )
@@ -170,6 +173,8 @@ class MlxModel:
                 part._initialized = True
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingMlxStep:
+        for window in windows:
+            check_targets(window[:, :-1], window[:, 1:])
         self._optimizer.learning_rate = learning_rate
         parts = [(mx.array(window), None if keys is None else mx.array(keys[a])) for a, window in enumerate(windows)]
         global_load = None

@@ -5,6 +5,7 @@ import autograd.numpy as anp
 import numpy as np
 import pytest
 
+from moezoo.core.backend import IGNORED
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.initialize import initial_weights
@@ -173,6 +174,22 @@ def test_a_constant_added_to_the_logits_changes_no_token_loss(twin):
     assert_close(twin.numpy(token_losses(twin.array(LOGITS_BTV + 8), target_BT)), before, FLOAT32)
 
 
+def test_a_target_that_does_not_count_has_no_loss_and_no_gradient(twin):
+    target_BT = np.where(np.arange(T) % 2 == 1, TARGET_BT, IGNORED)
+    target_BT[0] = IGNORED
+    for name in ("token_losses", "cross_entropy"):
+        assert_function_matches(
+            twin,
+            lambda logits, name=name: getattr(twin.module("losses"), name)(logits, twin.array(target_BT)),
+            lambda logits, name=name: getattr(reference, name)(logits, target_BT),
+            LOGITS_BTV,
+        )
+    of_token = reference.token_losses(LOGITS_BTV, target_BT)
+    assert not of_token[target_BT == IGNORED].any()
+    counted = reference.token_losses(LOGITS_BTV, TARGET_BT)[target_BT != IGNORED]
+    assert_close(reference.cross_entropy(LOGITS_BTV, target_BT), counted.mean(), FLOAT64)
+
+
 def test_logits_of_ten_thousand_give_a_finite_loss(twin):
     value = twin.module("losses").token_losses(twin.array(1e4 * LOGITS_BTV), twin.array(TARGET_BT))
     assert_close(twin.numpy(value), reference.token_losses(1e4 * LOGITS_BTV, TARGET_BT), FLOAT32)
@@ -222,6 +239,8 @@ def test_reference_gradient_agrees_with_finite_differences(loss):
 
 def test_reference_gradient_of_token_losses_agrees_with_finite_differences():
     assert_reference_gradient(lambda logits: reference.token_losses(logits, TARGET_BT), LOGITS_BTV)
+    ignored_BT = np.where(np.arange(T) == 2, IGNORED, TARGET_BT)
+    assert_reference_gradient(lambda logits: reference.cross_entropy(logits, ignored_BT), LOGITS_BTV)
 
 
 # --- known answers ---------------------------------------------------------------------------------------------------

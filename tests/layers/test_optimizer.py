@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from moezoo.core.backend import IGNORED
 from moezoo.core.config import OptimizerConfig, validate
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import DataError, SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
 from moezoo.core.reference.losses import loss_and_gradients
@@ -131,6 +132,24 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin):
         assert np.sum(one.load[0]) == 8 * T * K
     assert_all_close(runs[4][2], runs[1][2], FLOAT32_GRADIENT)
     assert_all_close(runs[4][1], runs[1][1], FLOAT32)
+
+
+def test_a_step_is_the_mean_over_micro_batches_however_many_targets_count(twin):
+    window = windows_of(1, 2, 3)[0].copy()
+    window[0, :2, -1] = IGNORED
+    model = twin.backend().build(DENSE, weights_of(DENSE))
+    losses = [model.loss_and_gradients(part[:, :-1], part[:, 1:])[0]["loss"] for part in window]
+    model.start_training(CONFIGS["other betas"])
+    assert_close(model.train_step(window, 1e-3).fetch().losses["loss"], np.mean(losses), FLOAT32)
+
+
+def test_a_micro_batch_without_a_target_that_counts_is_refused(twin):
+    window = windows_of(1, 2, 3)[0][..., :2].copy()
+    window[1, :, 1] = IGNORED
+    model = twin.backend().build(DENSE, weights_of(DENSE))
+    model.start_training(CONFIGS["other betas"])
+    with pytest.raises(DataError, match="no target counts; got 3 targets in a batch or micro-batch"):
+        model.train_step(window, 1e-3)
 
 
 def test_each_choice_and_each_drop_is_counted_once(twin):

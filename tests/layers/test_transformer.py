@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from moezoo.core.backend import IGNORED
 from moezoo.core.config import validate
-from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.errors import CheckpointError, DataError, SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.reference.losses import loss_and_gradients, loss_terms
 from moezoo.core.reference.transformer import forward
@@ -118,6 +119,27 @@ def test_losses_and_gradients_match_the_reference(model, output):
     assert_all_close(losses, expected_losses, FLOAT32)
     assert_all_close(output.losses, expected_losses, FLOAT32)
     assert_all_close(gradients, expected_gradients, FLOAT32_GRADIENT)
+
+
+def test_targets_that_do_not_count_leave_auxiliary_losses_as_they_are(model, output):
+    target_BT = np.where(np.arange(T) == T - 1, IGNORED, TARGET_BT).astype(np.int32)
+    target_BT[0, 0] = IGNORED
+    expected_losses, expected_gradients = loss_and_gradients(SPEC, in_float64(WEIGHTS), TOKENS_BT, target_BT)
+    losses, gradients = model.loss_and_gradients(TOKENS_BT, target_BT)
+    assert_all_close(losses, expected_losses, FLOAT32)
+    assert_all_close(gradients, expected_gradients, FLOAT32_GRADIENT)
+    assert losses["switch_balance"] == output.losses["switch_balance"]
+    counted = model.score(TOKENS_BT, target_BT).token_losses[target_BT != IGNORED]
+    assert_close(counted.mean(), losses["cross_entropy"], FLOAT32)
+
+
+def test_a_batch_without_a_target_that_counts_is_refused(model):
+    nothing = np.full((B, T), IGNORED, np.int32)
+    for call in (model.forward, model.loss_and_gradients):
+        with pytest.raises(DataError, match="no target counts; got 15 targets"):
+            call(TOKENS_BT, nothing)
+    with pytest.raises(DataError, match="-1 may stand as a target only; got it as an input token"):
+        model.forward(np.where(np.arange(T) == 0, IGNORED, TOKENS_BT), TARGET_BT)
 
 
 def test_score_is_the_loss_of_each_token_and_counts_each_choice(model, output):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import autograd.numpy as np
 from autograd.extend import defvjp, primitive
 
+from moezoo.core.backend import IGNORED
 from moezoo.core.parameters import parameter_table
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.routing import Routing
@@ -43,10 +44,15 @@ def log_sum_exp(x: Array) -> Array:
 
 
 def token_losses(logits_BTV: Array, target_BT: Array) -> Array:
-    """Negative log-probability of each target, in nats: [B, T]."""
+    """Negative log-probability of each target, in nats; 0 where the target is IGNORED: [B, T]."""
     batch, length = target_BT.shape
     chosen = logits_BTV[np.arange(batch)[:, None], np.arange(length)[None, :], target_BT]
-    return log_sum_exp(logits_BTV) - chosen
+    return np.where(target_BT == IGNORED, 0.0, log_sum_exp(logits_BTV) - chosen)
+
+
+def cross_entropy(logits_BTV: Array, target_BT: Array) -> Array:
+    """Mean of `token_losses` over the targets that count, of which there is at least one."""
+    return np.sum(token_losses(logits_BTV, target_BT)) / np.sum(target_BT != IGNORED)
 
 
 # --- what balance losses are made of ---------------------------------------------------------------------------------
@@ -285,20 +291,20 @@ def loss_terms(
 ) -> dict[str, Array]:
     """Every loss term by name.
 
-    `loss` is what training minimizes: `cross_entropy` (mean over tokens, nats) plus every `<name>_weighted`. For an
-    auxiliary loss `layers.<i>.<name>` is its value in layer i, `<name>` the mean over the layers that have it, and
-    `<name>_weighted` the sum over layers of coefficient times value. But `pooled_balance` is one value for the rows of
-    all layers that name it, times their one coefficient.
+    `loss` is what training minimizes: `cross_entropy` (mean over tokens whose target counts, nats) plus every
+    `<name>_weighted`. Auxiliary losses see every token. For one of them `layers.<i>.<name>` is its value in layer i,
+    `<name>` the mean over the layers that have it, and `<name>_weighted` the sum over layers of coefficient times
+    value. But `pooled_balance` is one value for the rows of all layers that name it, times their one coefficient.
 
     Args:
         spec: the model.
         logits_BTV: of the next token.
-        target_BT: int, the next tokens.
+        target_BT: int, the next tokens; IGNORED where there is none to predict.
         routings: one for each MoE layer.
         index_losses: layer, coefficient and value of each sparse attention's indexer; they are reported as `index`.
         global_load: for each MoE layer int [E], tokens of each expert in the whole step, for `global_balance`.
     """
-    terms = {"cross_entropy": np.mean(token_losses(logits_BTV, target_BT))}
+    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
     mixtures = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, Array]]] = {}
     pooled: list[Array] = []
