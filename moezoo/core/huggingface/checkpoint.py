@@ -1,38 +1,23 @@
 """A folder of a Hugging Face checkpoint: a spec, and its weights, read one by one when they are asked for."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.errors import CheckpointError, SpecError
-from moezoo.core.huggingface.family import Family, family_of
-from moezoo.core.huggingface.fields import Fields
+from moezoo.core.errors import CheckpointError
+from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.huggingface.ledger import Ledger, Readable, Source, make_ledger
-from moezoo.core.huggingface.quantized import Quantized, quantization_of
+from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
+from moezoo.core.huggingface.ledger import Ledger, Source
+from moezoo.core.huggingface.quantized import Quantized
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
-
-CONFIG = "config.json"
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a config.json alone tells: the family, the model, and notes for a reader."""
-
-    family: Family
-    fields: Fields
-    spec: ModelSpec
-
-    @property
-    def notes(self) -> list[str]:
-        return self.fields.notes
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -42,9 +27,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 def describe_checkpoint(path: str | Path) -> Description:
     """The model of a folder's config.json, without a look at its tensors. Raises SpecError or CheckpointError."""
-    fields = Fields.read(Path(path) / CONFIG)
-    family = family_of(fields)
-    return Description(family, fields, family.spec_of(fields))
+    return describe_config(Path(path) / CONFIG)
 
 
 @dataclass(frozen=True)
@@ -57,9 +40,13 @@ class HuggingFaceCheckpoint:
     path: Path
     description: Description
     folder: TensorFolder
-    ledger: Ledger
+    layout: Layout
     weights: "LazyWeights"
-    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What becomes of every tensor."""
+        return self.layout.ledger
 
     @property
     def spec(self) -> ModelSpec:
@@ -79,13 +66,9 @@ def open_checkpoint(path: str | Path) -> HuggingFaceCheckpoint:
     path = Path(path)
     description = describe_checkpoint(path)
     folder = TensorFolder(path)
-    quantized = quantization_of(description.fields, folder)
-    plain = {name: Readable(tensor.dtype, tensor.shape, (name,)) for name, tensor in folder.tensors.items()}
-    readable = plain | dict(quantized.readable)
-    stored = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in folder.tensors.items()}
-    ledger = make_ledger(description.family, description.spec, readable, stored, str(path))
-    weights = LazyWeights(description.spec, ledger, folder, quantized)
-    return HuggingFaceCheckpoint(path, description, folder, ledger, weights)
+    layout = make_layout(description, path, folder.headers, folder.tensors, folder.read)
+    weights = LazyWeights(description.spec, layout.ledger, folder, Quantized(folder, layout.readable))
+    return HuggingFaceCheckpoint(path, description, folder, layout, weights)
 
 
 class LazyWeights(Mapping[str, Array]):
@@ -140,9 +123,3 @@ class LazyWeights(Mapping[str, Array]):
                 f"{self._folder.path}: config.json ties the head to the embedding, but {source.name} differs from "
                 f"{name}. Set tie_word_embeddings to false, or remove {source.name}."
             )
-
-
-def refuse_unless_checkpoint(path: Path) -> None:
-    """Raise where a folder is no checkpoint of a family."""
-    if not is_checkpoint(path):
-        raise SpecError(f"{path} has no {CONFIG}; expected a Hugging Face checkpoint's folder.")

@@ -64,11 +64,13 @@ class Ledger:
     Fields:
         entries: one for each tensor, in the files' order.
         sources: by canonical name, what the parameter is put together from.
+        placed: by the name of a tensor that holds parameters, which and how.
         copies: second copies that must equal their parameter.
     """
 
     entries: tuple[Entry, ...]
     sources: Mapping[str, tuple[Source, ...]]
+    placed: Mapping[str, Placed]
     copies: tuple[Source, ...] = field(default=())
 
     def counts(self) -> dict[str, int]:
@@ -93,7 +95,7 @@ def make_ledger(
     wrap = _wrapping(family.tensors[0], readable)
     sources: dict[str, list[Source]] = {}
     copies: list[Source] = []
-    holders: dict[str, tuple[str, ...]] = {}
+    holders: dict[str, Placed] = {}
     copied: set[str] = set()
     for rule in family.tensors:
         for placed in places(rule, shapes, num_layers):
@@ -105,9 +107,9 @@ def make_ledger(
                 if name not in holders:
                     copies.append(Source(placed, 0, name))
                     copied.add(name)
-                    holders[name] = (placed.parts[0][0],)
+                    holders[name] = placed
                 continue
-            holders[name] = tuple(ours for ours, _, _ in placed.parts)
+            holders[name] = placed
             for place, (ours, _, _) in enumerate(placed.parts):
                 sources.setdefault(ours, []).append(Source(placed, place, name))
     _check_cover(shapes, sources, where)
@@ -117,9 +119,9 @@ def make_ledger(
     for name, (file, dtype, shape) in stored.items():
         if name in holders:
             status: Status = "copy" if name in copied else "codes" if len(readable[name].stored) > 1 else "mapped"
-            entries.append(Entry(name, file, dtype, shape, status, holders[name]))
+            entries.append(Entry(name, file, dtype, shape, status, holders[name].ours))
         elif name in part_of:
-            entries.append(Entry(name, file, dtype, shape, "scales", holders[part_of[name]]))
+            entries.append(Entry(name, file, dtype, shape, "scales", holders[part_of[name]].ours))
         elif _is_kept(family, name, wrap, num_layers):
             entries.append(Entry(name, file, dtype, shape, "kept"))
         else:
@@ -130,27 +132,20 @@ def make_ledger(
             f"{where} has {len(unknown)} tensors that {family.name} has no place for: {'; '.join(unknown[:5])}{more}. "
             "Nothing is dropped silently: check that config.json belongs to these files."
         )
-    return Ledger(tuple(entries), {name: tuple(found) for name, found in sources.items()}, tuple(copies))
+    gathered = {name: tuple(found) for name, found in sources.items()}
+    return Ledger(tuple(entries), gathered, holders, tuple(copies))
 
 
-def placed_names(family: Family, spec: ModelSpec) -> dict[str, tuple[Placed, ...]]:
-    """For an export without given files: the first rule for each parameter, by their name."""
+def first_rules(family: Family, spec: ModelSpec) -> dict[str, Placed]:
+    """The tensors of a layout of the family's own, by name: the first rule for each parameter."""
     shapes = {row.name: row.shape for row in parameter_table(spec)}
-    taken: set[tuple[str, int | None]] = set()
-    found: dict[str, tuple[Placed, ...]] = {}
+    given: dict[str, Fused] = {}
+    found: dict[str, Placed] = {}
     for rule in family.tensors:
-        if rule.copy:
-            continue
-        whole = list(places(rule, shapes, len(spec.all_layers)))
-        for placed in whole:
-            parts = {(ours, expert) for ours, expert, _ in placed.parts}
-            names = {ours for ours, _, _ in placed.parts}
-            if parts & taken or any((name, None) in taken for name in names):
-                continue
-            if not rule.per_expert and any(name == other for name in names for other, _ in taken):
-                continue
-            taken |= parts
-            found[placed.name] = (placed,)
+        for placed in places(rule, shapes, len(spec.all_layers)):
+            # A rule with one tensor an expert is placed once for each of them, and gives the parameter each time.
+            if not rule.copy and all(given.setdefault(ours, rule) is rule for ours in placed.ours):
+                found[placed.name] = placed
     return found
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.huggingface.folder import TensorFolder
+from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
 from moezoo.core.huggingface.ledger import FLOATS, Readable
 
 Array = npt.NDArray[Any]
@@ -39,24 +39,22 @@ class Quantized:
         """A tensor as numbers."""
         if name not in self.readable:
             return self.folder.read(name)
-        return self._decode(self.readable[name])
-
-    def encode(self, name: str, value: Array) -> Array:
-        """The codes of a tensor under the scales that the folder has."""
-        from moezoo.core.huggingface import quantization
-
         codes, scales = (self.folder.read(part) for part in self.readable[name].stored)
-        if name.endswith(_BLOCKS):
-            return quantization.mxfp4_encode(value, scales)
-        return quantization.fp8_encode(value, scales)
+        return decode(name, codes, scales)
 
-    def _decode(self, tensor: Readable) -> Array:
-        from moezoo.core.huggingface import quantization
 
-        codes, scales = (self.folder.read(part) for part in tensor.stored)
-        if tensor.stored[0].endswith(_BLOCKS):
-            return quantization.mxfp4_decode(codes, scales)
-        return quantization.fp8_decode(codes, scales)
+def encode(name: str, value: Array, scales: Array) -> Array:
+    """The codes of a tensor under given scales."""
+    from moezoo.core.huggingface import quantization
+
+    return (quantization.mxfp4_encode if name.endswith(_BLOCKS) else quantization.fp8_encode)(value, scales)
+
+
+def decode(name: str, codes: Array, scales: Array) -> Array:
+    """The numbers of a tensor: bfloat16 of MXFP4, float32 of FP8; both exactly."""
+    from moezoo.core.huggingface import quantization
+
+    return (quantization.mxfp4_decode if name.endswith(_BLOCKS) else quantization.fp8_decode)(codes, scales)
 
 
 def numpy_dtype(stored: str) -> np.dtype[Any]:
@@ -66,13 +64,15 @@ def numpy_dtype(stored: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16 if stored == "BF16" else FLOATS[stored])
 
 
-def quantization_of(fields: Fields, folder: TensorFolder) -> Quantized:
-    """What `quantization_config` says, matched with the files. Raises SpecError for a method that is not known."""
+def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> dict[str, Readable]:
+    """Tensors that codes and scales stand for, by the name of the codes, as `quantization_config` says.
+
+    Raises SpecError for a method that is not known.
+    """
     config = fields.inside("quantization_config")
     if config is None:
-        return Quantized(folder, {})
+        return {}
     method = config.text("quant_method", "none")
-    tensors = folder.tensors
     found: dict[str, Readable] = {}
     match method:
         case "mxfp4":
@@ -93,4 +93,4 @@ def quantization_of(fields: Fields, folder: TensorFolder) -> Quantized:
                 f"quantization_config.quant_method is {method!r}; expected mxfp4 or fp8 ({fields.where}). "
                 "Use the checkpoint without this quantization."
             )
-    return Quantized(folder, found)
+    return found

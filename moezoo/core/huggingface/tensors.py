@@ -86,6 +86,11 @@ class Placed:
     _sizes: Mapping[str, int]
 
     @property
+    def ours(self) -> tuple[str, ...]:
+        """The parameters' canonical names."""
+        return tuple(name for name, _, _ in self.parts)
+
+    @property
     def expert_count(self) -> int:
         """How many experts the parameters are stacked of."""
         return self._sizes[EXPERT]

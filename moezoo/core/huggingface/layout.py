@@ -1,0 +1,140 @@
+"""How the files of a checkpoint are laid out, and what in them is not ours: all that an export needs beside weights.
+
+A run that began from a Hugging Face checkpoint carries this along, so that its weights can go back into the same files:
+
+    <run>/huggingface/config.json, generation_config.json, ...   copied as they are
+    <run>/huggingface/headers.json                               {file: its header}
+    <run>/huggingface/kept.safetensors                           bytes of tensors that are kept verbatim, and of scales
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import CheckpointError
+from moezoo.core.files import make_folder, write_atomically
+from moezoo.core.huggingface.family import Family, family_of
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.folder import StoredTensor
+from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
+from moezoo.core.huggingface.quantized import quantized_tensors
+from moezoo.core.safetensors_file import SafetensorsFile, write_tensors
+from moezoo.core.spec import ModelSpec
+
+Array = npt.NDArray[Any]
+
+CONFIG = "config.json"
+_HEADERS, _KEPT = "headers.json", "kept.safetensors"
+_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")  # what is copied beside the tensors; never code or pickle
+_MAX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a config.json alone tells: the family, the model, and notes for a reader."""
+
+    family: Family
+    fields: Fields
+    spec: ModelSpec
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know, a line each."""
+        return self.fields.notes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every tensor of a checkpoint stands.
+
+    Fields:
+        path: the folder of config.json and the other small files.
+        headers: each file's header, as bytes.
+        tensors: what is stored, by name.
+        readable: of these, what codes and scales stand for.
+        read: the array of a tensor that is kept verbatim, or of scales.
+    """
+
+    description: Description
+    path: Path
+    headers: Mapping[str, bytes]
+    tensors: Mapping[str, StoredTensor]
+    readable: Mapping[str, Readable]
+    ledger: Ledger
+    read: Callable[[str], Array]
+
+    def kept_names(self) -> list[str]:
+        """Tensors that go back as they came."""
+        return [entry.name for entry in self.ledger.entries if entry.status in ("kept", "scales")]
+
+
+def describe_config(path: Path) -> Description:
+    """The model of a config.json. Raises SpecError or CheckpointError."""
+    fields = Fields.read(path)
+    family = family_of(fields)
+    return Description(family, fields, family.spec_of(fields))
+
+
+def make_layout(
+    description: Description,
+    path: Path,
+    headers: Mapping[str, bytes],
+    tensors: Mapping[str, StoredTensor],
+    read: Callable[[str], Array],
+) -> Layout:
+    """Account for every tensor. Raises as `make_ledger`, and SpecError for an unknown quantization."""
+    codes = quantized_tensors(description.fields, tensors)
+    plain = {name: Readable(tensor.dtype, tensor.shape, (name,)) for name, tensor in tensors.items()}
+    stored = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    ledger = make_ledger(description.family, description.spec, plain | codes, stored, str(path))
+    return Layout(description, path, headers, tensors, codes, ledger, read)
+
+
+def small_files(path: Path) -> list[Path]:
+    """The files beside the tensors that go along: configs, tokenizer, templates."""
+    found = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
+    return [file for file in found if not file.name.startswith(".") and file.stat().st_size <= _MAX_BYTES]
+
+
+def write_sidecar(layout: Layout, folder: Path) -> None:
+    """Write what a run carries along into `folder` (`<run>/huggingface`)."""
+    make_folder(folder)
+    kept = {name: layout.read(name).reshape(-1).view(np.uint8) for name in layout.kept_names()}
+    write_tensors(folder / _KEPT, kept, {})
+    for file in small_files(layout.path):
+        if file.name not in (_HEADERS, _KEPT):
+            write_atomically(folder / file.name, file.read_bytes())
+    headers = {name: header.decode("utf-8") for name, header in layout.headers.items()}
+    write_atomically(folder / _HEADERS, json.dumps(headers, indent=1, ensure_ascii=False) + "\n")
+
+
+def open_sidecar(folder: Path) -> Layout | None:
+    """What a run carries along; None where it began from nothing. Raises CheckpointError where it is damaged."""
+    if not (folder / _HEADERS).is_file():
+        return None
+    try:
+        texts = json.loads((folder / _HEADERS).read_bytes().decode("utf-8"))
+        headers = {name: text.encode("utf-8") for name, text in texts.items()}
+        tensors = {
+            name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]))
+            for file, header in headers.items()
+            for name, entry in entries_of(header)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / _HEADERS} is damaged ({type(error).__name__}). Convert the checkpoint again."
+        ) from None
+    kept = SafetensorsFile(folder / _KEPT)
+    description = describe_config(folder / CONFIG)
+    return make_layout(description, folder, headers, tensors, kept.read)
+
+
+def entries_of(header: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """The entries of a header that was checked before, in the order of their bytes."""
+    entries = [(name, entry) for name, entry in json.loads(header).items() if name != "__metadata__"]
+    return sorted(entries, key=lambda item: item[1]["data_offsets"])
