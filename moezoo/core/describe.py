@@ -12,7 +12,7 @@ from moezoo.core.config import (
     TokenIdsSpec,
 )
 from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
-from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, model_in_words
+from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def description(config: Config) -> dict[str, Any]:
         "assumed": assumed,
         "embed_dim": spec.embed_dim,
         "model": model_in_words(spec),
-        "head": spec.head.kind,
+        "head": head_in_words(spec.head),
         "compute_dtype": spec.precision.compute,
         "num_layers": len(spec.all_layers),
         "layers": [run.to_dict() for run in _runs(spec)],

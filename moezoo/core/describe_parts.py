@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     GroupedTopKChoiceSpec,
+    HeadSpec,
     LatentAttentionSpec,
     LayerNormSpec,
     LayerSpec,
@@ -27,8 +28,10 @@ from moezoo.core.spec import (
     SharedExpertsSpec,
     ShortConvolutionSpec,
     SinusoidalPositionsSpec,
+    TiedHeadSpec,
     TopKChoiceSpec,
     TopPChoiceSpec,
+    UntiedHeadSpec,
 )
 
 _FEED_FORWARDS = {
@@ -54,6 +57,17 @@ def model_in_words(spec: ModelSpec) -> str:
         (f"dropout {spec.dropout:.0%}", spec.dropout > 0),
     )
     return ", ".join(word for word, there in words if there)
+
+
+def head_in_words(spec: HeadSpec) -> str:
+    """`tied`, `untied` or `untied, biased`: what stands before the word head."""
+    match spec:
+        case TiedHeadSpec():
+            return "tied"
+        case UntiedHeadSpec(bias=bias):
+            return "untied, biased" if bias else "untied"
+        case _:
+            assert_never(spec)
 
 
 def attention_in_words(spec: AttentionSpec) -> str:

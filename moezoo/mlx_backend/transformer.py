@@ -56,9 +56,11 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """The output projection of an untied model."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, spec: UntiedHeadSpec, weights: Weights):
         super().__init__()
         self.w_head = weights.parameter("w_head")
+        if spec.bias:
+            self.b_head = weights.parameter("b_head")
 
 
 def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Module:
@@ -148,7 +150,7 @@ class Transformer(nn.Module):
         ]
         self.final_norm = norm(spec.norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec):
-            self.head = Head(weights.inside("head"))
+            self.head = Head(spec.head, weights.inside("head"))
 
     def __call__(
         self,
@@ -229,8 +231,10 @@ class Transformer(nn.Module):
         match self.spec.head:
             case TiedHeadSpec():
                 logits_BTV = mx.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight.astype(x_BTD.dtype))
-            case UntiedHeadSpec():
+            case UntiedHeadSpec(bias=bias):
                 logits_BTV = mx.einsum("BTD,DV->BTV", x_BTD, self.head.w_head.astype(x_BTD.dtype))
+                if bias:
+                    logits_BTV = logits_BTV + self.head.b_head.astype(x_BTD.dtype)
             case _:
                 assert_never(self.spec.head)
         logits_BTV = logits_BTV.astype(mx.float32)

@@ -3,7 +3,7 @@
 import pytest
 
 from moezoo.core.config import validate
-from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, model_in_words
+from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.spec import ModelSpec
 
 GROUPED = "4 heads of 6, 2 key/value, RoPE 10,000"
@@ -69,6 +69,14 @@ def spec_of(layer=None, **fields):
 def test_attention(attention, words):
     attention = attention if "kind" in attention else HEADS | attention
     assert attention_in_words(spec_of({"attention": attention}).layers[0].attention) == words
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [({"kind": "tied"}, "tied"), ({"kind": "untied"}, "untied"), ({"kind": "untied", "bias": True}, "untied, biased")],
+)
+def test_head(head, words):
+    assert head_in_words(spec_of(head=head).head) == words
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from moezoo.core.spec import (
     SharedExpertsSpec,
     SwitchBalanceLossSpec,
     TiedHeadSpec,
+    UntiedHeadSpec,
 )
 from tests.tolerances import (
     BFLOAT16,
@@ -59,6 +60,7 @@ SPEC = ModelSpec(
         LayerSpec(attention=ATTENTION, feed_forward=GatedFeedForwardSpec(hidden_dim=F)),
         LayerSpec(attention=RICH_ATTENTION, moe=MOE),
     ),
+    head=UntiedHeadSpec(bias=True),
 )
 TIED = SPEC.model_copy(update={"head": TiedHeadSpec()})
 TOKENS_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
@@ -69,7 +71,7 @@ def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
     """Ten times the usual initial weights, and biases and scales that are not 0 and 1, so that every term counts."""
     weights = {name: 10 * value for name, value in initial_weights(spec, seed=0).items()}
     for number, (name, value) in enumerate(weights.items()):
-        if name.endswith((".scale", ".b_query", ".b_key", ".b_value", ".b_output")):
+        if name.endswith((".scale", ".b_query", ".b_key", ".b_value", ".b_output", ".b_head")):
             weights[name] = (0.5 + 0.2 * normal(number, *value.shape)).astype(np.float32)
     return weights
 

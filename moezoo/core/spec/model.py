@@ -50,9 +50,10 @@ class TiedHeadSpec(Part):
 
 
 class UntiedHeadSpec(Part):
-    """The output projection is a matrix of its own."""
+    """The output projection is a matrix of its own, with a bias or not (Phi-3.5-MoE has one)."""
 
     kind: Literal["untied"] = "untied"
+    bias: bool = False
 
 
 HeadSpec = Annotated[TiedHeadSpec | UntiedHeadSpec, Field(discriminator="kind")]
