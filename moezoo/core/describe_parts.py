@@ -101,7 +101,11 @@ def attention_in_words(spec: AttentionSpec) -> str:
 
 def feed_forward_in_words(layer: LayerSpec) -> str:
     """`SwiGLU 512`, or the mixture: experts, shared experts, router, dispatch, losses; and how norms are arranged."""
-    if layer.moe is not None:
+    if layer.shortcut:
+        assert layer.feed_forward is not None
+        assert layer.moe is not None
+        text = f"{_feed_forward(layer.feed_forward)}; into the next layer: {_moe(layer.moe)}"
+    elif layer.moe is not None:
         text = _moe(layer.moe)
     else:
         assert layer.feed_forward is not None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT
+from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT
 from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
@@ -78,7 +78,7 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Mo
 
 
 class Layer(nnx.Module):
-    """Attention and a feed-forward, dense or a MoE, with their norms before or behind them."""
+    """Attention and a feed-forward, dense or a MoE or both, with their norms before or behind them."""
 
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         self.spec = spec
@@ -171,6 +171,7 @@ class Transformer(nnx.Module):
         new_caches: list[Cache | None] = []
         index_losses: list[tuple[int, float, jax.Array]] = []
         first_value_BTMH = None
+        shortcut_BTD: jax.Array | None = None
         x_BTD = self._embed(tokens_BT, 0 if caches is None else caches[0].length)
         record["embedding"] = x_BTD
         for index, layer in enumerate(self.layers):
@@ -203,10 +204,14 @@ class Transformer(nnx.Module):
                 routings.append(routing)
                 dispatches.append(dispatched)
                 record[f"{name}.moe"] = out
-            else:
+            joining_BTD, shortcut_BTD = shortcut_BTD, None
+            if layer.spec.shortcut:
+                shortcut_BTD = self._added(out, layer_key, SHORTCUT_DROPOUT)
+            if layer.spec.feed_forward is not None:
                 out = layer.feed_forward(seen_BTD)
                 record[f"{name}.feed_forward"] = out
             x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), layer_key, FEED_FORWARD_DROPOUT)
+            x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
             record[name] = x_BTD
         x_BTD = self.final_norm(x_BTD)
         record["final_norm"] = x_BTD

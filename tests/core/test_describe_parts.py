@@ -97,6 +97,14 @@ def test_a_dense_feed_forward_and_where_its_norms_stand(fields, words):
     assert feed_forward_in_words(sandwich) == f"{words}; sandwich norms"
 
 
+def test_a_shortcut_says_both():
+    mixture = {"num_experts": 3, "router": {"top_k": 2}, "experts": {"hidden_dim": 4}}
+    both = {"attention": HEADS, "feed_forward": {"hidden_dim": 8}, "moe": mixture, "shortcut": True}
+    spec = spec_of(layers=[both, {"attention": HEADS, "feed_forward": {"hidden_dim": 8}}])
+    words = "SwiGLU 8; into the next layer: 2 of 3 experts, SwiGLU 4; softmax, renormalized; dropless"
+    assert feed_forward_in_words(spec.layers[0]) == words
+
+
 @pytest.mark.parametrize(
     ("router", "moe", "words"),
     [

@@ -361,11 +361,27 @@ CASES = {
     # layers
     "two feed-forwards": (
         model(layer(feed_forward={"hidden_dim": 4})),
-        "model.layers[0] has both feed_forward and moe (x.yaml). Give exactly one of feed_forward (dense) and moe.",
+        "model.layers[0] has both feed_forward and moe (x.yaml). Give exactly one of feed_forward (dense) and moe, or "
+        "both and shortcut: true.",
     ),
     "no feed-forward": (
         model({"attention": HEADS}),
-        "model.layers[0] has neither feed_forward nor moe (x.yaml). Give exactly one of feed_forward (dense) and moe.",
+        "model.layers[0] has neither feed_forward nor moe (x.yaml). Give exactly one of feed_forward (dense) and moe, "
+        "or both and shortcut: true.",
+    ),
+    "a shortcut of nothing": (
+        model(layer(shortcut=True), layer()),
+        "model.layers[0].shortcut is true, but the layer has no feed_forward (x.yaml). Give both feed_forward (dense) "
+        "and moe.",
+    ),
+    "a shortcut under a norm": (
+        model(layer(feed_forward={"hidden_dim": 4}, arrangement="sandwich", shortcut=True), layer()),
+        "model.layers[0].shortcut is true, but arrangement is sandwich (x.yaml). Use arrangement: pre.",
+    ),
+    "a shortcut to nowhere": (
+        model(layer(feed_forward={"hidden_dim": 4}, shortcut=True, repeat=2)),
+        "model.layers[0].shortcut is true, but there is no next layer for the mixture to join (x.yaml). Leave it out, "
+        "or add a layer.",
     ),
     "no layers": (
         {"model": {"embed_dim": 10, "layers": []}},

@@ -218,6 +218,33 @@ def test_dropped_token_passes_through_the_residual_unchanged(twin):
     np.testing.assert_array_equal(scores.load[0], [P])
 
 
+def test_the_mixture_of_a_shortcut_joins_at_the_end_of_the_next_layer(twin):
+    """Two shortcuts in a row; the second layer's mixture joins behind the third, which has a mixture of its own."""
+    both = LayerSpec(attention=ATTENTION, feed_forward=GatedFeedForwardSpec(hidden_dim=F), moe=MOE, shortcut=True)
+    spec = SPEC.model_copy(update={"layers": (both, both, LayerSpec(attention=ATTENTION, moe=MOE))})
+    weights = weights_of(spec)
+    model = twin.backend().build(spec, weights)
+    output = model.forward(TOKENS_BT, record=True)
+    logits, routings, _ = forward(spec, in_float64(weights), TOKENS_BT)
+    assert_close(output.logits, logits, FLOAT32)
+    assert [each.layer for each in output.routing] == [0, 1, 2]
+    for ours, expected in zip(output.routing, routings, strict=True):
+        np.testing.assert_array_equal(ours.expert.reshape(P, K), expected.expert_PK)
+    seen = output.intermediates
+    x = seen["embedding"]
+    for index, blocks in enumerate(
+        (
+            ("layers.0.attention", "layers.0.feed_forward"),
+            ("layers.1.attention", "layers.1.feed_forward", "layers.0.moe"),
+            ("layers.2.attention", "layers.2.moe", "layers.1.moe"),
+        )
+    ):
+        x = x + sum(seen[block] for block in blocks)
+        assert_close(seen[f"layers.{index}"], x, FLOAT32)
+    _, cache = model.prefill(TOKENS_BT[:, :-1], T)
+    assert_close(model.decode(TOKENS_BT[:, -1], cache)[0], logits[:, -1], FLOAT32)
+
+
 def test_dropless_model_drops_nothing_even_where_weights_underflow(twin):
     weights = dict(WEIGHTS)
     weights["layers.1.moe.router.w_router"] = 1000 * WEIGHTS["layers.1.moe.router.w_router"]

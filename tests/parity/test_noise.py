@@ -51,7 +51,10 @@ SPEC = ModelSpec(
     vocab_size=V,
     embed_dim=D,
     dropout=0.2,
-    layers=(LayerSpec(attention=ATTENTION, moe=NOISY), LayerSpec(attention=ATTENTION, moe=DRAWN)),
+    layers=(
+        LayerSpec(attention=ATTENTION, feed_forward=EXPERTS, moe=NOISY, shortcut=True),
+        LayerSpec(attention=ATTENTION, moe=DRAWN),
+    ),
 )
 WEIGHTS = {
     row.name: np.float32(initial + 0.2 * normal(number, *row.shape))

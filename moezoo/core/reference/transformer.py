@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import autograd.numpy as np
 
-from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, fold_in, uniform
+from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.attention import Attended, grouped_query_attention
 from moezoo.core.reference.delta_attention import gated_delta_attention
@@ -57,7 +57,8 @@ def forward(
     A layer is two blocks, attention and a feed-forward, dense or a MoE. A block f is added to the residual stream x as
     its layer's `arrangement` says: `pre` x + f(norm(x)); `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x)));
     `parallel`: both blocks see norm(x) of the layer's input. What is added is dropped out and multiplied by
-    `multipliers.residual`.
+    `multipliers.residual`. A layer with a `shortcut` has a feed-forward and a MoE, which both see norm(x) behind the
+    attention; the MoE's output is added at the end of the next layer.
 
     Args:
         spec: the model.
@@ -76,6 +77,7 @@ def forward(
     routings: list[Routing] = []
     index_losses: list[tuple[int, float, Array]] = []
     first_value_BTMH = None
+    shortcut_BTD: Array | None = None
     x_BTD = _embedded(spec, parameters, tokens_BT)
     record["embedding"] = x_BTD
 
@@ -118,13 +120,17 @@ def forward(
             )
             routings.append(routing)
             record[f"{name}.moe"] = out
-        elif layer.feed_forward is not None:
+        joining_BTD, shortcut_BTD = shortcut_BTD, None
+        if layer.shortcut:
+            shortcut_BTD = added(out, layer_key, SHORTCUT_DROPOUT)
+        if layer.feed_forward is not None:
             out = feed_forward(layer.feed_forward, inside(parameters, f"{name}.feed_forward"), seen_BTD)
             record[f"{name}.feed_forward"] = out
         if arrangement in ("post", "sandwich"):
             which = "feed_forward_norm" if arrangement == "post" else "feed_forward_output_norm"
             out = normed(f"{name}.{which}", out)
         x_BTD = x_BTD + added(out, layer_key, FEED_FORWARD_DROPOUT)
+        x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
         record[name] = x_BTD
     x_BTD = normed("final_norm", x_BTD)
     record["final_norm"] = x_BTD

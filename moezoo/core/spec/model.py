@@ -20,6 +20,9 @@ class LayerSpec(Part):
     `arrangement` of norms: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv 2002.04745); `post` is `x + norm(f(x))`
     (OLMo 2, arXiv 2501.00656); `sandwich` is `x + norm(f(norm(x)))` (Gemma 2, arXiv 2408.00118); `parallel` is
     `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et al. 2022, arXiv 2204.02311).
+    `shortcut`: the layer has both; its mixture sees what its feed-forward sees, and joins the residual stream only at
+    the end of the next layer, beside which it can be computed (Cai et al. 2024, arXiv 2404.05019; LongCat-Flash, arXiv
+    2509.01322, whose layer is two of these).
     """
 
     repeat: PositiveInt = 1
@@ -27,12 +30,28 @@ class LayerSpec(Part):
     attention: AttentionSpec
     feed_forward: FeedForwardSpec | None = None
     moe: MoESpec | None = None
+    shortcut: bool = False
 
     @model_validator(mode="after")
     def _one_feed_forward(self) -> "LayerSpec":
-        if (self.feed_forward is None) == (self.moe is None):
+        if self.shortcut:
+            if self.feed_forward is None or self.moe is None:
+                raise impossible(
+                    "shortcut",
+                    f"is true, but the layer has no {'moe' if self.moe is None else 'feed_forward'}",
+                    "Give both feed_forward (dense) and moe",
+                )
+            if self.arrangement != "pre":
+                raise impossible(
+                    "shortcut",
+                    f"is true, but arrangement is {self.arrangement}",
+                    "Use arrangement: pre",
+                )
+        elif (self.feed_forward is None) == (self.moe is None):
             both = "both feed_forward and moe" if self.moe is not None else "neither feed_forward nor moe"
-            raise impossible("", f"has {both}", "Give exactly one of feed_forward (dense) and moe")
+            raise impossible(
+                "", f"has {both}", "Give exactly one of feed_forward (dense) and moe, or both and shortcut: true"
+            )
         shared = None if self.moe is None else self.moe.shared
         if isinstance(shared, ParallelFeedForwardSpec) and self.arrangement in ("post", "parallel"):
             raise impossible(
@@ -142,6 +161,12 @@ class ModelSpec(Part):
                     f"has no values of {heads[0]} heads of {heads[1]}, which a layer with value_residual mixes in",
                     "Give the first layer grouped_query attention of the same num_kv_heads and width of values",
                 )
+        if self.layers[-1].shortcut:
+            raise impossible(
+                f"layers[{len(self.layers) - 1}].shortcut",
+                "is true, but there is no next layer for the mixture to join",
+                "Leave it out, or add a layer",
+            )
         self._check_later_layers()
         self._check_pooled_balance()
         return self
