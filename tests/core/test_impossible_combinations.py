@@ -405,7 +405,7 @@ CASES = {
     "values of a convolution": (
         model(layer({"kind": "short_convolution"}), layer(HEADS | {"value_residual": True})),
         f"{ATTENTION} has no values of 2 heads of 6, which a layer with value_residual mixes in (x.yaml). Give the "
-        "first layer grouped_query attention of the same num_kv_heads and head_dim.",
+        "first layer grouped_query attention of the same num_kv_heads and width of values.",
     ),
     "a value residual of the first layer alone": (
         model(layer(HEADS | {"value_residual": True}), layer()),
