@@ -93,47 +93,73 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
 
 
 @main.command()
-@click.argument("run_path", metavar="RUN", type=Path)
-@click.option("--prompt", required=True, metavar="TEXT", help="The text to continue.")
+@click.argument("path", metavar="PATH", type=Path)
+@click.option("--prompt", metavar="TEXT", help="The text to continue.")
+@click.option("--chat", is_flag=True, help="The prompt is a message; answer it, by the tokenizer's chat template.")
+@click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue, instead of a text; prints ids.")
 @_backend
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Default: what PATH says, else 256.")
+@click.option("--temperature", type=float, help="0 is greedy. Default: what PATH says, else 0.8.")
 @click.option("--top-k", type=int, help="Keep the k most probable tokens.")
 @click.option("--top-p", type=float, help="Keep the fewest tokens that hold this probability.")
 @click.option("--min-p", type=float, help="Keep tokens at least this fraction as probable as the best.")
+@click.option("--repetition-penalty", type=float, help="Above 1: tokens that are already there are less likely.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Continue so many times at once.")
 def generate(
-    run_path: Path, prompt: str, backend: str | None, max_new_tokens: int, samples: int, **options: Any
+    path: Path,
+    prompt: str | None,
+    chat: bool,
+    tokens: str | None,
+    backend: str | None,
+    max_new_tokens: int | None,
+    samples: int,
+    **options: Any,
 ) -> None:
-    """Continue a prompt with a trained model."""
+    """Continue a prompt with a model: a run folder, a Hugging Face folder or hub id.
+
+    A Hugging Face model samples as its generation_config.json says, unless an option says otherwise.
+    """
     import numpy as np
 
+    from moezoo.core.generate_loop import Continuation
+    from moezoo.core.generation_config import GenerationConfig
     from moezoo.core.loaded_model import load_model
-    from moezoo.core.sampling import SamplingOptions
-    from moezoo.core.tokenizer import StreamDecoder
 
-    SamplingOptions(**options)  # refuse bad options before anything is loaded
-    model = load_model(run_path, backend)
+    GenerationConfig().options(**options)  # refuse bad options before anything is loaded
+    if (prompt is None) == (tokens is None) or (chat and prompt is None):
+        raise DataError(
+            "generate needs a prompt; expected --prompt TEXT, with or without --chat, or --tokens ID,ID,..."
+        )
+    given = None if tokens is None else _token_ids(tokens)
+    model = load_model(path, backend)
     for problem in model.problems:
         click.echo(f"passed over: {problem}", err=True)
-    tokens = np.tile(model.tokenizer.encode(prompt)[None, :], (samples, 1))
-    if tokens.size == 0:
+    for name in model.generation.unknown:
+        click.echo(f"{model.generation.where}: {name} is not known, and has no effect", err=True)
+    ids = model.encode_prompt(prompt or "", chat=chat) if given is None else np.array(given)
+    if ids.size == 0:
         raise DataError("--prompt is empty; expected at least one token to continue. Give some text.")
-    decoders = [StreamDecoder(model.tokenizer) for _ in range(samples)]
-    texts = [prompt] * samples
+    said = [
+        Continuation(model.tokenizer if given is None else None, ids, model.generation.end_tokens)
+        for _ in range(samples)
+    ]
+    texts = ["" if chat else prompt or "" if given is None else ",".join(map(str, given))] * samples
 
     def show(column: Any) -> None:
         for index, token in enumerate(column):
-            piece = decoders[index].add([int(token)])
+            piece = said[index].add(int(token))
             texts[index] += piece
             if samples == 1:
                 click.echo(piece, nl=False)
 
     if samples == 1:
-        click.echo(prompt, nl=False)
-    model.generate(tokens, max_new_tokens=max_new_tokens, on_tokens=show, **options)
-    endings = [decoder.finish() for decoder in decoders]
+        click.echo(texts[0], nl=False)
+    if options["temperature"] is None and model.generation.temperature is None:
+        options["temperature"] = 0.8
+    new_tokens = model.generation.new_tokens(max_new_tokens, len(ids), 256)
+    model.generate(np.tile(ids, (samples, 1)), max_new_tokens=new_tokens, on_tokens=show, **options)
+    endings = [one.finish() for one in said]
     if samples == 1:
         click.echo(endings[0])
         return
@@ -275,6 +301,13 @@ def data(name: str | None, file: Path | None) -> None:
             click.echo(f"{recipe.name:20} {recipe.characters:>10,} characters  {recipe.licence:28} {recipe.title}")
         return
     click.echo(fetch(name, file))
+
+
+def _token_ids(text: str) -> list[int]:
+    pieces = text.replace(",", " ").split()
+    if not pieces or not all(piece.isascii() and piece.isdigit() for piece in pieces):
+        raise DataError(f"--tokens is {text!r}; expected token ids, e.g. --tokens 1,2,3.")
+    return [int(piece) for piece in pieces]
 
 
 def _console() -> "Console":

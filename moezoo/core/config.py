@@ -228,12 +228,19 @@ def dump_config(config: Config) -> str:
 
 
 def with_vocab_size(config: Config, vocab_size: int, where: str = "config") -> Config:
-    """The config with `model.vocab_size` set from the tokenizer. Raises SpecError where it says another number."""
+    """The config with `model.vocab_size` set from the tokenizer.
+
+    A larger one that it says itself stays where the tokenizer is a Hugging Face one: such models have rows of padding.
+    Raises SpecError where it says another number.
+    """
     given = config.model.vocab_size
+    padded = config.data.tokenizer.kind == "huggingface"
     if given is not None and given != vocab_size:
+        if padded and given > vocab_size:
+            return config
         raise SpecError(
             f"model.vocab_size is {given}, but the tokenizer ({config.data.tokenizer.kind}) has {vocab_size} tokens "
-            f"({where}). Set it to null to follow the tokenizer."
+            f"({where}). " + ("Use at least as many." if padded else "Set it to null to follow the tokenizer.")
         )
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     return config.model_copy(update={"model": model})

@@ -9,14 +9,14 @@ import numpy as np
 from moezoo.core.backend import Integers, Model, Output, check_length
 from moezoo.core.checkpoint import save_checkpoint
 from moezoo.core.config import Config, dump_config
-from moezoo.core.errors import DataError, RunError, SpecError
+from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.generate_loop import generate
+from moezoo.core.generation_config import GenerationConfig
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint
 from moezoo.core.opened_model import open_model
 from moezoo.core.run import Run
-from moezoo.core.sampling import SamplingOptions
-from moezoo.core.tokenizer import Tokenizer
+from moezoo.core.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer
 
 
 class LoadedModel:
@@ -30,6 +30,7 @@ class LoadedModel:
         step: int,
         problems: list[str],
         checkpoint: HuggingFaceCheckpoint | None = None,
+        generation: GenerationConfig | None = None,
     ):
         self.model = model
         self.config = config
@@ -37,6 +38,7 @@ class LoadedModel:
         self.step = step
         self.problems = problems  # damaged checkpoints that were passed over, a line each
         self.checkpoint = checkpoint  # the Hugging Face checkpoint that it was read from, if one
+        self.generation = (generation or GenerationConfig()).ending_with(tokenizer.end_of_text)
 
     def forward(self, tokens: Integers, targets: Integers | None = None) -> Output:
         """Logits, routing and, given targets, losses.
@@ -54,29 +56,56 @@ class LoadedModel:
         checked = self._checked(tokens, "tokens")
         return self.model.forward(checked, None if targets is None else self._checked(targets, "targets"))
 
+    def encode_prompt(self, text: str, *, chat: bool = False) -> Ids:
+        """Token ids of a prompt, int32 [T].
+
+        A Hugging Face folder's tokenizer adds the special tokens that it adds by itself; a run was trained without.
+        `chat`: the text as a user's message in the tokenizer's chat template, up to where the answer begins.
+
+        Raises TokenizerError: a tokenizer of ids only, or without a chat template.
+        """
+        if chat:
+            return self._tokenizer_with_template().encode_chat([{"role": "user", "content": text}])
+        if self.generation.special_tokens and isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return self.tokenizer.encode_with_special_tokens(text)
+        return self.tokenizer.encode(text)
+
     def generate(
         self,
         tokens: Integers,
         *,
-        max_new_tokens: int = 32,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int = 0,
         on_tokens: Callable[[Integers], None] | None = None,
     ) -> Integers:
-        """Continue prompts int32 [B, T] by up to `max_new_tokens`: int32 [B, new]. Temperature 0 is greedy.
+        """Continue prompts int32 [B, T]: int32 [B, new]. Temperature 0 is greedy.
 
-        `on_tokens` is called with each new column, int32 [B]. Raises DataError as `forward`, SpecError for bad options.
+        What is None is as `self.generation` says, which a Hugging Face folder's generation_config.json fills; where
+        that says nothing, 32 new tokens, greedy. It ends early when each sequence has one of `generation.end_tokens`.
+
+        `on_tokens` is called with each new column, int32 [B]. Raises DataError as `forward`, SpecError for bad options
+        and for a generation_config.json that asks for what is not done here.
         """
-        options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        checked = self._checked(tokens, "tokens")
         return generate(
             self.model,
-            self._checked(tokens, "tokens"),
-            max_new_tokens=max_new_tokens,
-            options=options,
-            end_of_text=self.tokenizer.end_of_text,
+            checked,
+            max_new_tokens=self.generation.new_tokens(max_new_tokens, checked.shape[1], 32),
+            options=self.generation.options(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            ),
+            end_tokens=self.generation.end_tokens,
+            padding=self.generation.padding,
             on_tokens=on_tokens,
         )
 
@@ -96,6 +125,14 @@ class LoadedModel:
         save_checkpoint(run.checkpoints_path, self.step, self.model.export_parameters(), {}, text, {}, None)
         write_atomically(run.config_path, text)
 
+    def _tokenizer_with_template(self) -> HuggingFaceTokenizer:
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return self.tokenizer
+        raise TokenizerError(
+            f"there is no chat template; got a tokenizer of kind {self.tokenizer.kind}; expected a Hugging Face "
+            "tokenizer that has one. Prompt without chat."
+        )
+
     def _checked(self, tokens: Integers, name: str) -> Integers:
         array = np.asarray(tokens)
         if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
@@ -113,4 +150,4 @@ def load_model(path: str | Path, backend: str | None = None) -> LoadedModel:
 
     opened = open_model(path)
     model = load_backend(backend).build(opened.config.model, opened.weights)
-    return LoadedModel(model, opened.config, opened.tokenizer, opened.step, opened.problems, opened.checkpoint)
+    return LoadedModel(model, opened.config, opened.tokenizer, opened.step, opened.problems, opened.checkpoint, opened.generation)

@@ -16,13 +16,11 @@ from moezoo.core.config import (
     TokenIdsSpec,
     TrainingConfig,
 )
+from moezoo.core.generation_config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, is_checkpoint, open_checkpoint
 from moezoo.core.run import load_run, open_run
 from moezoo.core.schedules import ConstantSchedule
-from moezoo.core.tokenizer import HuggingFaceTokenizer, TokenIds, Tokenizer
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
+from moezoo.core.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -36,6 +34,7 @@ class OpenedModel:
         step: how many updates the run has made.
         problems: damaged checkpoints that were passed over, and the like, a line each.
         checkpoint: the Hugging Face checkpoint, None for a run.
+        generation: what the folder says about generating; of a run, nothing.
     """
 
     path: Path
@@ -45,6 +44,7 @@ class OpenedModel:
     step: int = 0
     problems: list[str] = field(default_factory=list)
     checkpoint: HuggingFaceCheckpoint | None = None
+    generation: GenerationConfig = GenerationConfig()
 
 
 def open_model(path: str | Path) -> OpenedModel:
@@ -63,22 +63,21 @@ def open_model(path: str | Path) -> OpenedModel:
 
         folder = resolve(path)
     checkpoint = open_checkpoint(folder)
-    config = fine_tuning_config(checkpoint)
-    tokenizer = tokenizer_of(checkpoint)
-    return OpenedModel(folder, config, tokenizer, checkpoint.weights, 0, list(checkpoint.description.notes), checkpoint)
+    tokenizer = tokenizer_beside(checkpoint.path, checkpoint.spec.vocab)
+    return OpenedModel(
+        path=folder,
+        config=fine_tuning_config(checkpoint, tokenizer),
+        tokenizer=tokenizer,
+        weights=checkpoint.weights,
+        problems=list(checkpoint.description.notes),
+        checkpoint=checkpoint,
+        generation=read_generation_config(folder, checkpoint.description.fields.raw),
+    )
 
 
-def tokenizer_of(checkpoint: HuggingFaceCheckpoint) -> Tokenizer:
-    """The tokenizer in a checkpoint's folder; a TokenIds where there is none."""
-    if any((checkpoint.path / name).is_file() for name in _TOKENIZER_FILES):
-        return HuggingFaceTokenizer(str(checkpoint.path))
-    return TokenIds(checkpoint.spec.vocab)
-
-
-def fine_tuning_config(checkpoint: HuggingFaceCheckpoint) -> Config:
+def fine_tuning_config(checkpoint: HuggingFaceCheckpoint, tokenizer: Tokenizer) -> Config:
     """A config that trains the checkpoint on, at a small constant rate; its data is an example to replace."""
-    has_tokenizer = any((checkpoint.path / name).is_file() for name in _TOKENIZER_FILES)
-    kept = HuggingFaceTokenizerSpec(path=str(checkpoint.path)) if has_tokenizer else None
+    kept = HuggingFaceTokenizerSpec(path=str(checkpoint.path)) if isinstance(tokenizer, HuggingFaceTokenizer) else None
     longest = checkpoint.spec.max_length
     return Config(
         model=checkpoint.spec,

@@ -28,6 +28,7 @@ class SamplingOptions:
     | top_k | >= 1 | keep the k most probable tokens |
     | top_p | (0, 1] | keep the fewest most probable tokens whose probabilities add up to p (nucleus) |
     | min_p | [0, 1] | keep the tokens at least min_p times as probable as the most probable one |
+    | repetition_penalty | > 0 | see `penalized`; 1 is off |
     | seed | [0, 2**64) | of the draws |
     """
 
@@ -35,6 +36,7 @@ class SamplingOptions:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,6 +50,9 @@ class SamplingOptions:
             _refuse("top_p", top_p, f"a number in (0, 1], {off}")
         if min_p is not None and (not _is(number, min_p) or not 0 <= min_p <= 1):
             _refuse("min_p", min_p, f"a number in [0, 1], {off}")
+        penalty = self.repetition_penalty
+        if not _is(number, penalty) or not 0 < penalty < float("inf"):
+            _refuse("repetition_penalty", penalty, "a finite number > 0 (1 is off)")
         key(self.seed)
 
 
@@ -108,6 +113,21 @@ def probabilities(logits_BV: Logits, options: SamplingOptions) -> Probabilities:
         p_BV[p_BV < options.min_p * p_BV.max(axis=-1, keepdims=True)] = 0
     p_BV /= p_BV.sum(axis=-1, keepdims=True)
     return p_BV
+
+
+def penalized(logits_BV: Logits, tokens_BT: Tokens, penalty: float) -> Logits:
+    """Logits of tokens that the sequence already has, prompt included, made less likely: divided by the penalty where
+    positive, multiplied by it elsewhere; those of the others as they are. `sample` expects its logits so.
+
+    Source: Keskar et al. 2019, arXiv 1909.05858, section 4.1. Differs: there every logit is divided, which makes a
+    negative one more likely; this is the form that transformers computes.
+    """
+    if penalty == 1:
+        return logits_BV
+    logits_BT = np.take_along_axis(logits_BV, tokens_BT, axis=-1)
+    changed_BV, factor = np.array(logits_BV), np.float32(penalty)
+    np.put_along_axis(changed_BV, tokens_BT, np.where(logits_BT > 0, logits_BT / factor, logits_BT * factor), axis=-1)
+    return changed_BV
 
 
 def _checked(logits_BV: Logits) -> npt.NDArray[np.float64]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -156,7 +156,8 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer that transformers loads, from a folder or by hub id.
 
-    No special token is added when it encodes; one written out in the text (`<|endoftext|>`) becomes its id.
+    No special token is added when it encodes; one written out in the text (`<|endoftext|>`) becomes its id. Ids from
+    `vocab_size` on, which models with a padded vocabulary have, stand for no text.
     """
 
     kind = "huggingface"
@@ -180,22 +181,53 @@ class HuggingFaceTokenizer:
         ids = self._inner.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.int32)
 
+    def encode_with_special_tokens(self, text: str, *, where: str = "prompt") -> Ids:
+        """As transformers encodes by default: with the special tokens that this tokenizer adds to a text, if any."""
+        _utf8(text, where)
+        return np.array(self._inner(text)["input_ids"], np.int32)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
+        """A conversation by the tokenizer's chat template, up to where the next answer begins.
+
+        `messages`: `role` and `content` of each. Special tokens are those that the template writes; none is added.
+        Raises TokenizerError: no template, or one that refuses these messages.
+        """
+        for message in messages:
+            _utf8(message["content"], "prompt")
+        if not getattr(self._inner, "chat_template", None):
+            raise TokenizerError(
+                f"the tokenizer has no chat template; got {self.path}; expected chat_template.jinja, or chat_template "
+                "in its tokenizer_config.json. Prompt without chat, or take the folder of the chat model."
+            )
+        try:
+            ids = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template is a program: it raises TemplateError, and what it stumbles over
+            raise TokenizerError(
+                f"the chat template cannot be applied; got {_first_line(error)} ({self.path}); expected a template for "
+                "roles system, user and assistant. Prompt without chat, or mend the template."
+            ) from error
+        return np.array(ids, np.int32)
+
     def decode(self, ids: IdsLike) -> str:
-        """Spec: Tokenizer.decode. Special tokens are shown."""
-        checked = _checked(ids, self).tolist()
-        return str(self._inner.decode(checked, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        """Spec: Tokenizer.decode. Special tokens are shown; ids from vocab_size on are not."""
+        known = self._known(ids).tolist()
+        return str(self._inner.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def byte_count(self, ids: IdsLike) -> int:
-        """Spec: Tokenizer.byte_count. Special tokens count 0.
+        """Spec: Tokenizer.byte_count. Special tokens count 0, and so do ids from vocab_size on.
 
         Exact for byte-level tokenizers (GPT-2, Llama 3, Qwen). For others it is the length of the decoded
         text, which can differ by some bytes where `ids` begins or ends inside a character or a word.
         """
-        checked = _checked(ids, self)
+        known = self._known(ids)
         if self._bytes_of is not None:
-            return int(self._bytes_of[checked].sum())
-        text = self._inner.decode(checked.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return int(self._bytes_of[known].sum())
+        text = self._inner.decode(known.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(text.encode("utf-8"))
+
+    def _known(self, ids: IdsLike) -> npt.NDArray[np.integer[Any]]:
+        array = np.asarray(ids).reshape(-1)
+        return _checked(array[array < self.vocab_size], self)
 
     @cached_property
     def _bytes_of(self) -> npt.NDArray[np.int64] | None:
@@ -241,14 +273,14 @@ class TokenIds:
         """Raises TokenizerError: there is no text here."""
         raise TokenizerError(
             f"{where} is text, but this tokenizer has ids only (kind: ids); expected token ids. "
-            "Give ids, or name the text's tokenizer in data.tokenizer."
+            "Give ids (--tokens), or name the text's tokenizer: in data.tokenizer, or by a tokenizer.json in the folder."
         )
 
     def decode(self, ids: IdsLike) -> str:
         """Raises TokenizerError: there is no text here."""
         raise TokenizerError(
             "token ids cannot be shown as text, because this tokenizer has ids only (kind: ids). "
-            "Name the text's tokenizer in data.tokenizer."
+            "Name the text's tokenizer: in data.tokenizer, or by a tokenizer.json in the folder."
         )
 
     def byte_count(self, ids: IdsLike) -> None:
@@ -341,6 +373,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             )
 
 
+def tokenizer_beside(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a Hugging Face model's folder; ids without text where the folder has no `tokenizer.json`.
+
+    `vocab_size` is the model's, which may be larger than the tokenizer's (rows of padding) or smaller (tokens that only
+    other parts of a larger model know). Raises TokenizerError.
+    """
+    return HuggingFaceTokenizer(str(folder)) if (folder / _FILE).is_file() else TokenIds(vocab_size)
+
+
 def _run_file(path: str | Path) -> Path:
     path = Path(path)
     return path if path.suffix == ".json" else path / _FILE
@@ -388,6 +429,10 @@ def _extract(characters: str) -> str:
     return repr(shown)
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
 def _hash_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
 
@@ -403,13 +448,13 @@ def _load_with_transformers(path: str) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch, for models
     from transformers import AutoTokenizer
 
-    from_pretrained: Callable[[str], Any] = AutoTokenizer.from_pretrained
+    from_pretrained: Callable[..., Any] = AutoTokenizer.from_pretrained
     try:
-        inner = from_pretrained(str(local) if local.is_dir() else path)
+        # Trap: unless told, transformers asks on the terminal whether to run code that came with the files.
+        inner = from_pretrained(str(local) if local.is_dir() else path, trust_remote_code=False)
     except Exception as error:  # transformers and the hub client raise many kinds, from OSError to KeyError
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TokenizerError(
-            f"the tokenizer cannot be loaded; got {path} ({reason.rstrip('.')}); expected a folder with a "
+            f"the tokenizer cannot be loaded; got {path} ({_first_line(error)}); expected a folder with a "
             "tokenizer.json, or a hub id that is cached or reachable (data.tokenizer.path). Check the name, "
             "or download its files to a folder and give that."
         ) from error

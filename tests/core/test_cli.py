@@ -18,14 +18,17 @@ from tests.small_run import write_config
 SURFACE = {
     "train": ["CONFIG", "--backend", "--out", "--set", "--resume"],
     "generate": [
-        "RUN",
+        "PATH",
         "--prompt",
+        "--chat",
+        "--tokens",
         "--backend",
         "--max-new-tokens",
         "--temperature",
         "--top-k",
         "--top-p",
         "--min-p",
+        "--repetition-penalty",
         "--seed",
         "--samples",
     ],
@@ -212,6 +215,25 @@ def test_vocabulary_mismatch(folder: Path) -> None:
 def test_prompt_outside_the_vocabulary(trained: Path) -> None:
     refused(call("generate", trained, "--prompt", "schön", "--backend", "mlx"), "TokenizerError", "ö")
     refused(call("generate", trained, "--prompt", "", "--backend", "mlx"), "DataError", "--prompt is empty")
+
+
+def test_tokens_are_continued_as_ids(trained: Path) -> None:
+    words = ["generate", trained, "--backend", "mlx", "--temperature", 0, "--max-new-tokens", 4]
+    result = call(*words, "--tokens", "3, 1,2")
+    assert result.exit_code == 0, result.output
+    ids = [int(piece) for piece in result.stdout.split(",")]
+    assert ids[:3] == [3, 1, 2]
+    assert len(ids) == 7
+    refused(call(*words, "--tokens", "3,x"), "DataError", "--tokens is '3,x'; expected token ids")
+    refused(call(*words, "--tokens", "3,9999999999"), "DataError", "token 9999999999")
+    refused(call(*words), "DataError", "expected --prompt TEXT")
+    refused(call(*words, "--tokens", "1", "--prompt", "7"), "DataError", "expected --prompt TEXT")
+    refused(call(*words, "--tokens", "1", "--chat"), "DataError", "expected --prompt TEXT")
+
+
+def test_chat_needs_a_template(trained: Path) -> None:
+    words = ["generate", trained, "--backend", "mlx", "--chat", "--prompt", "7"]
+    refused(call(*words), "TokenizerError", "no chat template; got a tokenizer of kind character")
 
 
 def test_bad_sampling_options(trained: Path) -> None:

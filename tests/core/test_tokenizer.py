@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from moezoo.core.tokenizer import (
     TokenIds,
     Tokenizer,
     load_tokenizer,
+    tokenizer_beside,
 )
 
 WORDS = "the cat sat\non the mat, and the dog 犬 saw the cat é 🙂.\n\nthen the dog ran\n"
@@ -40,6 +42,32 @@ def hub_folder(tmp_path_factory):
     inner.enable_truncation(max_length=4)  # a real tokenizer.json can carry this
     folder = tmp_path_factory.mktemp("hub")
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END).save_pretrained(str(folder))
+    return folder
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}"
+    "{% endif %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory, hub_folder):
+    """The same as a chat model has it: a first `<s>` by itself, and a template."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Inner.from_file(str(hub_folder / "tokenizer.json"))
+    inner.add_special_tokens(["<s>", "<|end|>"])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+    )
+    outer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|end|>")
+    outer.chat_template = TEMPLATE
+    folder = tmp_path_factory.mktemp("chat")
+    outer.save_pretrained(str(folder))
     return folder
 
 
@@ -186,6 +214,60 @@ def test_hugging_face_tokenizer_round_trips(hub_folder):
     assert tokenizer.byte_count([tokenizer.end_of_text]) == 0
 
 
+def test_prompts_get_the_special_tokens_that_data_does_not(chat_folder):
+    tokenizer = HuggingFaceTokenizer(str(chat_folder))
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+    assert tokenizer.decode(tokenizer.encode_with_special_tokens("the cat")) == "<s>the cat"
+
+
+def test_chat_is_written_by_the_template_with_one_first_token(chat_folder, tmp_path):
+    tokenizer = HuggingFaceTokenizer(str(chat_folder))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "the cat"}])
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == "<s><|user|>the cat<|end|><|assistant|>"
+    assert ids.tolist().count(tokenizer.encode("<s>")[0]) == 1
+    tokenizer.save(tmp_path)  # a run fine-tuned from it can chat too
+    assert load_tokenizer(tmp_path).encode_chat([{"role": "user", "content": "the cat"}]).tolist() == ids.tolist()
+
+
+def test_chat_without_a_template_and_a_template_that_refuses_are_explained(hub_folder, chat_folder):
+    with pytest.raises(
+        TokenizerError, match=r"the tokenizer has no chat template; got .*; expected chat_template.jinja"
+    ):
+        HuggingFaceTokenizer(str(hub_folder)).encode_chat([{"role": "user", "content": "the cat"}])
+    with pytest.raises(TokenizerError, match=r"the chat template cannot be applied; got no tools"):
+        HuggingFaceTokenizer(str(chat_folder)).encode_chat([{"role": "tool", "content": "4"}])
+    with pytest.raises(TokenizerError, match="not Unicode text"):
+        HuggingFaceTokenizer(str(chat_folder)).encode_chat([{"role": "user", "content": "\udcff"}])
+
+
+def test_ids_of_a_padded_vocabulary_stand_for_no_text(hub_folder):
+    tokenizer = HuggingFaceTokenizer(str(hub_folder))
+    ids = tokenizer.encode("the cat").tolist()
+    padded = [ids[0], tokenizer.vocab_size, *ids[1:], 100_000]
+    assert tokenizer.decode(padded) == "the cat"
+    assert tokenizer.byte_count(padded) == 7
+    assert "".join(stream(tokenizer, padded)) == "the cat"
+    with pytest.raises(TokenizerError, match="got -1"):
+        tokenizer.decode([-1])
+
+
+def test_a_folder_without_a_tokenizer_gives_ids(tmp_path, hub_folder):
+    assert tokenizer_beside(tmp_path, 97).to_dict() == {"kind": "ids", "vocab_size": 97}
+    assert tokenizer_beside(hub_folder, 512).kind == "huggingface"
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(hub_folder, tmp_path, capfd):
+    (tmp_path / "tokenizer.json").write_bytes((hub_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "theirs.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}})
+    )
+    with contextlib.suppress(TokenizerError):
+        assert HuggingFaceTokenizer(str(tmp_path)).decode(HuggingFaceTokenizer(str(tmp_path)).encode("cat")) == "cat"
+    assert "[y/N]" not in capfd.readouterr().out
+
+
 def test_hugging_face_stream_joins_characters_split_over_tokens(hub_folder):
     tokenizer = HuggingFaceTokenizer(str(hub_folder))
     text = "sat on the ✓✓ dog ĉ 🙂🙃 mat"
@@ -223,7 +305,7 @@ def test_missing_hugging_face_folder_is_refused_without_asking_the_hub(tmp_path)
 def test_unreachable_hub_is_explained(monkeypatch):
     import transformers
 
-    def offline(path):
+    def offline(path, **options):
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
