@@ -150,4 +150,6 @@ def load_model(path: str | Path, backend: str | None = None) -> LoadedModel:
 
     opened = open_model(path)
     model = load_backend(backend).build(opened.config.model, opened.weights)
-    return LoadedModel(model, opened.config, opened.tokenizer, opened.step, opened.problems, opened.checkpoint, opened.generation)
+    return LoadedModel(
+        model, opened.config, opened.tokenizer, opened.step, opened.problems, opened.checkpoint, opened.generation
+    )

@@ -22,6 +22,7 @@ from moezoo.core.run import load_run, open_run
 from moezoo.core.schedules import ConstantSchedule
 from moezoo.core.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 
+
 @dataclass(frozen=True)
 class OpenedModel:
     """A model before any backend has it.
@@ -44,7 +45,7 @@ class OpenedModel:
     step: int = 0
     problems: list[str] = field(default_factory=list)
     checkpoint: HuggingFaceCheckpoint | None = None
-    generation: GenerationConfig = GenerationConfig()
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
 
 def open_model(path: str | Path) -> OpenedModel:

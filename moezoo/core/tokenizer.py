@@ -273,14 +273,14 @@ class TokenIds:
         """Raises TokenizerError: there is no text here."""
         raise TokenizerError(
             f"{where} is text, but this tokenizer has ids only (kind: ids); expected token ids. "
-            "Give ids (--tokens), or name the text's tokenizer: in data.tokenizer, or by a tokenizer.json in the folder."
+            "Give ids (--tokens), or the text's tokenizer: data.tokenizer, or a tokenizer.json in the model's folder."
         )
 
     def decode(self, ids: IdsLike) -> str:
         """Raises TokenizerError: there is no text here."""
         raise TokenizerError(
             "token ids cannot be shown as text, because this tokenizer has ids only (kind: ids). "
-            "Name the text's tokenizer: in data.tokenizer, or by a tokenizer.json in the folder."
+            "Give the text's tokenizer: data.tokenizer, or a tokenizer.json in the model's folder."
         )
 
     def byte_count(self, ids: IdsLike) -> None:

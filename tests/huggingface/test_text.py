@@ -1,0 +1,118 @@
+"""Text in and out of a Hugging Face folder: its tokenizer, its chat template, its generation config."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import moezoo
+from moezoo.cli import main
+from moezoo.core.errors import TokenizerError
+from moezoo.core.loaded_model import LoadedModel
+from tests.backends_available import require_backend
+from tests.huggingface.fixtures import read_fixture, write_checkpoint
+from tests.huggingface.tiny_tokenizer import write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 64 rows with a tokenizer of at most 48 tokens."""
+    require_backend("mlx")
+    return write_tokenizer(write_checkpoint("mixtral", tmp_path_factory.mktemp("text") / "model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LoadedModel:
+    return moezoo.load(folder, backend="mlx")
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, words), "--backend", "mlx"])
+
+
+def says(folder: Path, tmp_path: Path, **fields: object) -> Path:
+    """The same folder with another generation_config.json."""
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    (copy / "generation_config.json").write_text(json.dumps(fields))
+    return copy
+
+
+def test_prompts_get_a_first_token_and_chat_only_the_template(model: LoadedModel) -> None:
+    assert model.tokenizer.decode(model.encode_prompt("the cat")) == "<s> the cat"
+    assert model.tokenizer.decode(model.encode_prompt("the cat", chat=True)).replace(" ", "") == (
+        "<s><user>thecat<end><assistant>"
+    )
+    assert model.encode_prompt("the cat", chat=True).tolist().count(1) == 1
+    assert model.tokenizer.vocab_size <= 48 < model.model.spec.vocab == 64
+
+
+def test_generate_is_greedy_and_shows_the_text_of_its_ids(folder: Path, model: LoadedModel) -> None:
+    ids = model.encode_prompt("the cat")
+    new = model.generate(ids[None], max_new_tokens=12)[0]
+    result = call("generate", folder, "--prompt", "the cat", "--max-new-tokens", 12)
+    assert result.exit_code == 0, result.output
+    whole, prompt = (model.tokenizer.decode(part) for part in (np.concatenate([ids, new]), ids))
+    assert result.stdout == "the cat" + whole.removeprefix(prompt).split("<end>")[0] + "\n"
+    assert result.stdout == call("generate", folder, "--prompt", "the cat", "--max-new-tokens", 12, "--seed", 1).stdout
+
+
+def test_chat_shows_the_answer_alone(folder: Path, model: LoadedModel) -> None:
+    result = call("generate", folder, "--chat", "--prompt", "the cat", "--max-new-tokens", 5)
+    assert result.exit_code == 0, result.output
+    ids = model.encode_prompt("the cat", chat=True)
+    new = model.generate(ids[None], max_new_tokens=5)[0]
+    text = model.tokenizer.decode(np.concatenate([ids, new])).removeprefix(model.tokenizer.decode(ids))
+    assert result.stdout == text.split("<end>")[0] + "\n"
+
+
+def test_the_files_defaults_hold_and_options_win(folder: Path, tmp_path: Path) -> None:
+    ids = read_fixture("mixtral").expected["input_ids"][:1].astype(np.int32)
+    greedy = read_fixture("mixtral").expected["greedy"][0].tolist()
+    told = says(folder, tmp_path, do_sample=True, temperature=5.0, max_new_tokens=7, eos_token_id=[greedy[2], 0])
+    model = moezoo.load(told, backend="mlx")
+    assert model.generation.end_tokens == (greedy[2], 0)
+    sampled = [model.generate(ids, seed=seed)[0].tolist() for seed in range(3)]
+    assert sampled[0] != sampled[1] or sampled[1] != sampled[2]
+    assert all(len(row) <= 7 for row in sampled)
+    assert model.generate(ids, temperature=0.0)[0].tolist() == greedy[:3]  # up to the first of the end tokens
+    words = ["generate", told, "--tokens", ",".join(map(str, ids[0].tolist()))]
+    shown = call(*words, "--temperature", 0).stdout.strip()
+    assert [int(piece) for piece in shown.split(",")] == [*ids[0].tolist(), *greedy[:2]]
+
+
+def test_what_the_file_asks_for_and_is_not_done_stops_generating_alone(folder: Path, tmp_path: Path) -> None:
+    told = says(folder, tmp_path, num_beams=4, chat_format="chatml")
+    assert moezoo.load(told, backend="mlx").forward(np.array([[1, 2]])).logits.shape == (1, 2, 64)
+    result = call("generate", told, "--prompt", "the cat")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert "generation_config.json: chat_format is not known, and has no effect" in lines[0]
+    assert lines[1].startswith("SpecError: ")
+    assert "asks for num_beams 4, which is not done here" in lines[1]
+    assert len(lines) == 2
+
+
+def test_a_folder_without_a_tokenizer_is_prompted_by_ids(tmp_path: Path) -> None:
+    require_backend("mlx")
+    folder = write_checkpoint("mixtral", tmp_path / "model")
+    expected = read_fixture("mixtral").expected
+    prompt, greedy = expected["input_ids"][0].tolist(), expected["greedy"][0].tolist()
+    result = call("generate", folder, "--tokens", ",".join(map(str, prompt)), "--max-new-tokens", len(greedy))
+    assert [int(piece) for piece in result.stdout.split(",")] == [*prompt, *greedy]
+    refused = call("generate", folder, "--prompt", "the cat")
+    assert refused.exit_code == 1
+    assert "prompt is text, but this tokenizer has ids only" in refused.stderr
+    assert "--tokens" in refused.stderr
+    with pytest.raises(TokenizerError, match="no chat template"):
+        moezoo.load(folder, backend="mlx").encode_prompt("the cat", chat=True)
+
+
+def test_a_tokenizer_without_a_template_says_so(tmp_path: Path) -> None:
+    require_backend("mlx")
+    folder = write_tokenizer(write_checkpoint("mixtral", tmp_path / "model"), template=None)
+    result = call("generate", folder, "--prompt", "the cat", "--chat")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("TokenizerError: the tokenizer has no chat template; got ")
