@@ -116,7 +116,7 @@ def described(name: str, case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(case.config))
         config = transformers.AutoConfig.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = model_class(config)._from_config(config)
         model.save_pretrained(folder)
         saved = json.loads(Path(folder, "config.json").read_text())
         tensors = header(Path(folder, "model.safetensors"))
@@ -137,10 +137,16 @@ def described(name: str, case: Case) -> dict[str, Any]:
         "made_by": {"transformers": transformers.__version__, "torch": torch.__version__},
         "seed": 0,
         "config": {**saved, **case.config_additions},
-        "hub_config": {**hub, **case.config_additions},
+        "hub_config": {**hub, **case.config_additions, **case.hub_only},
         "laws": {law: numbers for law, numbers in case.all_laws.items() if law in used},
         "tensors": sorted(lines),
     }
+
+
+def model_class(config: Any) -> Any:
+    """The family's language model; mistral4's is known to no automatic class."""
+    name = "Mistral4ForCausalLM" if config.model_type == "mistral4" else None
+    return getattr(transformers, name) if name else transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -198,7 +204,8 @@ def loaded(description: dict[str, Any], case: Case, folder: Path, spelling: str)
         config = json.loads((folder / "config.json").read_text())
         config.pop("quantization_config", None)
         (folder / "config.json").write_text(json.dumps(config))
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    kind = model_class(transformers.AutoConfig.from_pretrained(folder))
+    model, report = kind.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -270,7 +277,8 @@ def every_gap() -> Iterator[list[float]]:
     def watched(values: torch.Tensor, k: int, *arguments: Any, **options: Any) -> Any:
         a_groups_score = values.ndim == 3 and k == 2  # the two largest are summed: nothing is chosen
         if k < values.shape[-1] and not a_groups_score:
-            ordered = torch.sort(values.float(), dim=-1, descending=True).values
+            unmasked = values.float().masked_fill(values < -1e30, -torch.inf)  # masks may add the lowest float
+            ordered = torch.sort(unmasked, dim=-1, descending=True).values
             gap = ordered[..., k - 1] - ordered[..., k]
             gaps.append(float(gap[~gap.isnan()].min()) if bool((~gap.isnan()).any()) else np.inf)
         return originals[0](values, k, *arguments, **options)
