@@ -41,15 +41,13 @@ def check_targets(tokens: Integers, targets: Integers) -> None:
 
 
 def check_length(spec: ModelSpec, length: int, got: str) -> None:
-    """Raises DataError where the model has learned positions for fewer than `length` tokens; `got` says whose they are.
+    """Raises DataError where the model has positions for fewer than `length` tokens; `got` says whose they are.
 
-    Whoever hands tokens to a model asks this first. Trap: of a row that a table has not, JAX gives the last one and
-    MLX stray memory.
+    Positions end where a learned table does, and where a rotation was stretched for texts of some length. Whoever hands
+    tokens to a model asks this first. Trap: of a row that a table has not, JAX gives the last one and MLX stray memory.
     """
     if spec.max_length is not None and length > spec.max_length:
-        raise DataError(
-            f"learned positions end at {spec.max_length} tokens (model.position.max_length); got {got}. Use fewer."
-        )
+        raise DataError(f"positions end at {spec.max_length} tokens ({spec.max_length_field}); got {got}. Use fewer.")
 
 
 @dataclass(frozen=True)

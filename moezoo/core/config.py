@@ -188,8 +188,8 @@ class Config(Part):
         if longest is not None and length > longest:
             raise impossible(
                 "training.sequence_length",
-                f"is {length}, but model.position is learned for {longest} tokens",
-                "Use a shorter sequence_length, or a larger model.position.max_length",
+                f"is {length}, but positions end at {longest} tokens",
+                f"Use a shorter sequence_length, or a larger {self.model.max_length_field}",
             )
         return self
 

@@ -48,8 +48,9 @@ _FEED_FORWARDS = {
 def model_in_words(spec: ModelSpec) -> str:
     """`learned positions for 64 tokens, layer norm, dropout 10%`: what is not said of its layers; may be empty."""
     multipliers = [(name, value) for name, value in spec.multipliers.model_dump().items() if value != 1]
+    learned = spec.position.max_length if isinstance(spec.position, LearnedPositionsSpec) else None
     words = (
-        (f"learned positions for {spec.max_length} tokens", isinstance(spec.position, LearnedPositionsSpec)),
+        (f"learned positions for {learned} tokens", learned is not None),
         ("sinusoidal positions", isinstance(spec.position, SinusoidalPositionsSpec)),
         (_norm(spec.norm), _norm(spec.norm) != _norm(RMSNormSpec())),
         *((f"{name} times {value:g}", True) for name, value in multipliers),
@@ -133,8 +134,9 @@ def _norm(spec: NormSpec) -> str:
 
 def _position(spec: PositionSpec) -> str:
     match spec:
-        case RoPESpec(base=base, layout=layout, fraction=fraction, scaling=scaling):
-            part = "" if fraction == 1 else f" on {fraction:.0%}"
+        case RoPESpec(base=base, layout=layout, fraction=fraction, fraction_of=fraction_of, scaling=scaling):
+            of = "" if fraction_of == "features" else " of the pairs"
+            part = "" if fraction == 1 else f" on {fraction:.0%}{of}"
             pairs = "" if layout == "half_split" else " interleaved"
             return f"RoPE {base:,.0f}{part}{pairs}" + ("" if scaling is None else f", {scaling.kind} scaling")
         case NoPositionSpec():

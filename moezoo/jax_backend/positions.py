@@ -34,7 +34,7 @@ def rotate(spec: RoPESpec, x_BTNH: jax.Array, position_T: jax.Array) -> jax.Arra
         case _:
             assert_never(spec.layout)
     out = out.astype(x_BTNH.dtype)
-    return out if spec.fraction == 1 else jnp.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
+    return out if rotated_dim == x_BTNH.shape[-1] else jnp.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
 
 
 class EmbeddingPosition(nnx.Module):

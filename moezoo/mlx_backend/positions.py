@@ -33,7 +33,7 @@ def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
         case _:
             assert_never(spec.layout)
     out = out.astype(x_BTNH.dtype)
-    return out if spec.fraction == 1 else mx.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
+    return out if rotated_dim == x_BTNH.shape[-1] else mx.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
 
 
 class EmbeddingPosition(nn.Module):

@@ -22,7 +22,7 @@ IN_FREQUENCIES |= {
     "mscale",
     "mscale_all_dim",
 }
-IN_FREQUENCIES |= {"attention_factor"}
+IN_FREQUENCIES |= {"attention_factor", "fraction", "fraction_of"}
 VALIDATED_ONLY = {"mesh"}  # until there is a second device: MeshConfig's validator refuses any number but 1
 
 

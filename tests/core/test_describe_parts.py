@@ -24,6 +24,10 @@ def spec_of(layer=None, **fields):
         ({}, GROUPED),
         ({"num_kv_heads": 4}, "4 heads of 6, RoPE 10,000"),
         ({"position": {"kind": "none"}, "window": 3}, "4 heads of 6, 2 key/value, no positions, window 3"),
+        (
+            {"position": {"kind": "rope", "fraction": 0.5, "fraction_of": "pairs"}},
+            "4 heads of 6, 2 key/value, RoPE 10,000 on 50% of the pairs",
+        ),
         ({"chunk": 3, "temperature_tuning": {}}, GROUPED + ", chunks of 3, temperature by position"),
         (
             {"position": {"kind": "rope", "base": 500, "fraction": 2 / 3, "layout": "interleaved", "scaling": YARN}},

@@ -130,7 +130,7 @@ def test_the_gap_is_printed_with_its_sign():
 def test_windows_beyond_learned_positions_are_refused():
     model = model_of(position={"kind": "learned", "max_length": T})
     assert evaluated(model).windows == WINDOWS
-    message = rf"learned positions end at {T} tokens \(model.position.max_length\); got windows of {T + 1}. Use fewer."
+    message = rf"positions end at {T} tokens \(model.position.max_length\); got windows of {T + 1}. Use fewer."
     with pytest.raises(DataError, match=message):
         evaluated(model, length=T + 1)
 

@@ -138,6 +138,19 @@ CASES = {
         f"{ATTENTION}.head_dim is 6 and 0 of its features are rotated (fraction 0.1), but RoPE rotates pairs (x.yaml). "
         "Use an even number, or position: {kind: none}.",
     ),
+    "a part of the pairs that is all of them": (
+        position(fraction_of="pairs"),
+        f"{ATTENTION}.position.fraction_of is pairs, but fraction is 1, and all turn (x.yaml). Leave "
+        "it out, or give a fraction.",
+    ),
+    "a dynamic base of a single pair": (
+        attention(
+            head_dim=2,
+            position={"kind": "rope", "scaling": {"kind": "dynamic", "factor": 2, "original_length": 4, "length": 9}},
+        ),
+        f"{ATTENTION}.position.scaling is dynamic, which slows down all pairs but the first, and only one is rotated "
+        "(x.yaml). Use another scaling, or rotate more features.",
+    ),
     "an odd rotated key": (
         model(layer(LATENT | {"rope_head_dim": 3})),
         f"{ATTENTION}.rope_head_dim is 3, but RoPE rotates pairs (x.yaml). Use an even number, or position: "
@@ -433,8 +446,13 @@ CASES = {
     ),
     "sequences beyond learned positions": (
         model(position={"kind": "learned", "max_length": 7}),
-        "training.sequence_length is 8, but model.position is learned for 7 tokens (x.yaml). Use a shorter "
-        "sequence_length, or a larger model.position.max_length.",
+        "training.sequence_length is 8, but positions end at 7 tokens (x.yaml). Use a shorter sequence_length, or a "
+        "larger model.position.max_length.",
+    ),
+    "sequences beyond those of a scaling": (
+        position(scaling={"kind": "dynamic", "factor": 2, "original_length": 4, "length": 7}),
+        "training.sequence_length is 8, but positions end at 7 tokens (x.yaml). Use a shorter sequence_length, or a "
+        "larger model.layers[0].attention.position.scaling.length.",
     ),
 }
 

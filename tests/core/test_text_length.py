@@ -1,15 +1,16 @@
-"""A model with learned positions takes texts up to their number; each way to a model refuses longer ones."""
+"""Learned positions and rotations stretched for some length end there; each way to a model refuses longer texts."""
 
 import numpy as np
 import pytest
 
-from moezoo.core.config import OptimizerConfig, parse_config
+from moezoo.core.config import OptimizerConfig, parse_config, validate
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generate_loop import generate
 from moezoo.core.initialize import initial_weights
 from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.parity import parity, parity_of
 from moezoo.core.sampling import SamplingOptions
+from moezoo.core.spec import LearnedPositionsSpec, ModelSpec
 from moezoo.core.tokenizer import CharacterTokenizer
 
 LONGEST, V = 8, 5
@@ -23,7 +24,7 @@ data: {{sources: [{{kind: dataset, name: fables}}]}}
 training: {{steps: 10, batch_size: 2, sequence_length: LENGTH}}
 optimizer: {{learning_rate: 1.0e-3}}
 """
-END = rf"learned positions end at {LONGEST} tokens \(model.position.max_length\); got "
+END = rf"positions end at {LONGEST} tokens \(model.position.max_length\); got "
 
 
 def config_of():
@@ -64,7 +65,7 @@ def loaded():
 
 def test_training_on_longer_sequences_is_refused():
     expected = (
-        "training.sequence_length is 9, but model.position is learned for 8 tokens (x.yaml). Use a shorter "
+        "training.sequence_length is 9, but positions end at 8 tokens (x.yaml). Use a shorter "
         "sequence_length, or a larger model.position.max_length."
     )
     with pytest.raises(SpecError) as seen:
@@ -111,3 +112,29 @@ def test_other_positions_have_no_end():
     assert model.spec.max_length is None
     options = SamplingOptions(temperature=0.0)
     assert generate(model, tokens(99), max_new_tokens=1, options=options).shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"kind": "dynamic", "factor": 2, "original_length": 4},
+        {"kind": "longrope", "original_length": 4, "short_factors": [1, 1], "long_factors": [1, 2]},
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_a_rotation_for_some_length_ends_there(scaling):
+    first, second = ({"kind": "rope", "scaling": scaling | {"length": length}} for length in (9, LONGEST))
+    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+    layers = [
+        {"attention": heads | {"position": position}, "feed_forward": {"hidden_dim": 6}} for position in (first, second)
+    ]
+    model = CountingModel(validate(ModelSpec, {"vocab_size": V, "embed_dim": 8, "layers": layers}, "config"))
+    options = SamplingOptions(temperature=0.0)
+    assert generate(model, tokens(3), max_new_tokens=5, options=options).shape == (3, 5)
+    field = r"model\.layers\[1\]\.attention\.position\.scaling\.length"
+    with pytest.raises(
+        DataError, match=rf"^positions end at {LONGEST} tokens \({field}\); got a prompt of 3 and 6 new"
+    ):
+        generate(model, tokens(3), max_new_tokens=6, options=options)
+    learned = model.spec.model_copy(update={"position": LearnedPositionsSpec(max_length=7)})
+    assert (learned.max_length, learned.max_length_field) == (7, "model.position.max_length")

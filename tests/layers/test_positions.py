@@ -7,6 +7,7 @@ from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.positions import embedding_positions, frequencies, rotate, score_multiplier
 from moezoo.core.spec import (
+    DynamicScalingSpec,
     GroupedQueryAttentionSpec,
     LearnedPositionsSpec,
     LinearScalingSpec,
@@ -43,6 +44,8 @@ SPECS = {
     "interleaved": RoPESpec(layout="interleaved"),
     "partial": RoPESpec(fraction=2 / 3),
     "partial, interleaved": RoPESpec(fraction=2 / 3, layout="interleaved"),
+    "pairs": RoPESpec(base=100.0, fraction=0.4, fraction_of="pairs"),
+    "pairs, interleaved": RoPESpec(base=100.0, fraction=2 / 3, fraction_of="pairs", layout="interleaved"),
     "linear": RoPESpec(scaling=LinearScalingSpec(factor=4)),
     "llama3": RoPESpec(scaling=Llama3ScalingSpec(factor=8, original_length=64)),
     "yarn": RoPESpec(base=100.0, scaling=YaRNScalingSpec(factor=8, original_length=256)),
@@ -52,6 +55,8 @@ SPECS = {
         )
     ),
 }
+DYNAMIC = DynamicScalingSpec(factor=4, original_length=4096, length=16_384)
+SPECS["dynamic"] = RoPESpec(base=100.0, scaling=DYNAMIC)
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
@@ -168,9 +173,14 @@ def test_reference_gradient_agrees_with_finite_differences(spec):
         (LONG, 1e4, [1.0, 0.05, 0.002, 5e-05], 1.1902380714238083),
         (LONG.model_copy(update={"length": 4096}), 1e4, [1.0, 0.0909090909, 0.00833333333, 0.000769230769], 1.0),
         (LONG.model_copy(update={"attention_factor": 1.5}), 1e4, [1.0, 0.05, 0.002, 5e-05], 1.5),
+        (DYNAMIC, 1e4, [1, 0.04252903703, 0.001808718991, 7.692307692e-05], 1.0),
+        (DYNAMIC.model_copy(update={"length": 100}), 1e4, [1.0, 0.1, 0.01, 0.001], 1.0),
         (LinearScalingSpec(factor=1), 1e4, [1.0, 0.1, 0.01, 0.001], 1.0),
     ],
-    ids=["linear", "llama3", "yarn", "yarn truncated, mscale", "longrope", "short", "given factor", "factor of one"],
+    ids=[
+        *("linear", "llama3", "yarn", "yarn truncated, mscale", "longrope", "short", "given factor"),
+        *("dynamic", "dynamic of a short text", "factor of one"),
+    ],
 )  # fmt: skip
 def test_frequencies_are_those_of_released_models(scaling, base, expected, attention_factor):
     actual, actual_factor = frequencies(RoPESpec(base=base, scaling=scaling), 2 * len(expected))
@@ -178,6 +188,21 @@ def test_frequencies_are_those_of_released_models(scaling, base, expected, atten
     assert actual_factor == pytest.approx(attention_factor, rel=1e-12)
     half, _ = frequencies(RoPESpec(base=base, scaling=scaling, fraction=0.5), 4 * len(expected))
     np.testing.assert_array_equal(half, actual)  # scaling looks at the rotated features alone
+
+
+def test_a_fraction_of_the_pairs_turns_as_fast_as_where_all_do():
+    """Gemma 4's proportional rotation; numbers as above."""
+    quarter = RoPESpec(base=1e6, fraction=0.25, fraction_of="pairs")
+    expected = [1, 0.316227766, 0.1, *[0] * 9]
+    np.testing.assert_allclose(frequencies(quarter, 24)[0], expected, rtol=1e-8)
+    slower = quarter.model_copy(update={"scaling": LinearScalingSpec(factor=8)})
+    np.testing.assert_allclose(frequencies(slower, 24)[0], np.array(expected) / 8, rtol=1e-8)
+
+
+def test_pairs_that_stand_still_are_left_as_they_are(twin):
+    out = rotated(twin, RoPESpec(fraction=0.4, fraction_of="pairs"), X_BTNH, np.arange(T))
+    assert_close(out[..., [1, 2, 4, 5]], X_BTNH[..., [1, 2, 4, 5]], FLOAT32)
+    assert np.max(np.abs(out[..., [0, 3]] - X_BTNH[..., [0, 3]])) > 0.1
 
 
 def test_scores_of_latent_attention_grow_with_yarn_and_nothing_else():
@@ -223,6 +248,14 @@ ATTENTION = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 5}
     [
         (5, {}, r"head_dim is 5, but RoPE rotates pairs.*Use an even number, or position"),
         (8, {"fraction": 0.4}, r"head_dim is 8 and 3 of its features are rotated \(fraction 0.4\)"),
+        (5, {"fraction": 0.5, "fraction_of": "pairs"}, r"head_dim is 5, but RoPE rotates pairs"),
+        (
+            8,
+            {"fraction": 0.1, "fraction_of": "pairs"},
+            r"head_dim is 8 and 0 of its features are rotated \(fraction 0.1\)",
+        ),
+        (8, {"fraction_of": "pairs"}, r"fraction_of is pairs, but fraction is 1, and all turn.*Leave it out"),
+        (2, {"scaling": DYNAMIC.model_dump()}, r"is dynamic, which slows down all pairs but the first"),
         (8, {"scaling": LONG.model_dump() | {"long_factors": [1.0]}}, r"has 4 short and 1 long factors, but 4 pairs"),
         (
             8,

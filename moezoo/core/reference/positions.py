@@ -8,6 +8,7 @@ import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.spec import (
+    DynamicScalingSpec,
     EmbeddingPositionSpec,
     LearnedPositionsSpec,
     LinearScalingSpec,
@@ -25,7 +26,8 @@ def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
     """Rotary position embedding: pair i of a head's n rotated features turns by `t * frequency_i` at position t.
 
     Pair i is features i and i + n/2 (`half_split`) or 2i and 2i + 1 (`interleaved`); features from n on are left as
-    they are. Rotated features are multiplied by the attention factor of the scaling, which is 1 without one.
+    they are, and with `fraction_of: pairs`, where n = H, so are all but the first pairs. Rotated features are
+    multiplied by the attention factor of the scaling, which is 1 without one.
 
     Args:
         spec: base, layout, fraction n / H, and scaling.
@@ -61,7 +63,8 @@ def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
 def frequencies(spec: RoPESpec, head_dim: int) -> tuple[Array, float]:
     """`frequency_i = base^(-2 i / n)` for the n rotated features, stretched as the scaling says.
 
-    Both backends use these numbers, rounded once, so that their angles are equal.
+    With `fraction_of: pairs`, n is H, and the frequency is 0 from pair `floor(fraction * H / 2)` on. Both backends use
+    these numbers, rounded once, so that their angles are equal.
 
     Args:
         spec: base, fraction n / H, and scaling.
@@ -72,6 +75,7 @@ def frequencies(spec: RoPESpec, head_dim: int) -> tuple[Array, float]:
     """
     rotated_dim = spec.rotated_dim(head_dim)
     frequency = spec.base ** (-np.arange(rotated_dim // 2) * 2 / rotated_dim)
+    frequency[spec.turning_pairs(head_dim) :] = 0.0
     attention_factor = 1.0
     if spec.scaling is not None:
         frequency, attention_factor = _scaled(spec.scaling, frequency, spec.base)
@@ -89,6 +93,8 @@ def _scaled(scaling: RoPEScalingSpec, frequency: Array, base: float) -> tuple[Ar
             return yarn_scaled(scaling, frequency, base), yarn_attention_factor(scaling)
         case LongRoPEScalingSpec():
             return longrope_scaled(scaling, frequency), longrope_attention_factor(scaling)
+        case DynamicScalingSpec():
+            return dynamic_scaled(scaling, frequency), 1.0
         case _:
             assert_never(scaling)
 
@@ -174,6 +180,16 @@ def longrope_attention_factor(spec: LongRoPEScalingSpec) -> float:
     if spec.length <= spec.original_length:
         return 1.0
     return math.sqrt(1 + math.log(spec.length / spec.original_length) / math.log(spec.original_length))
+
+
+def dynamic_scaled(spec: DynamicScalingSpec, frequency: Array) -> Array:
+    """`frequency_i * r^(-2 i / (n - 2))` where `r = factor * length / original_length - (factor - 1)`, if above 1.
+
+    It is the same as a base of `base * r^(n / (n - 2))`: the fastest pair keeps its frequency, the slowest is divided
+    by r. Source: bloc97 and emozilla 2023 ("dynamic NTK"), in the form of transformers' modeling_rope_utils.py.
+    """
+    stretch = max(1.0, spec.factor * spec.length / spec.original_length - (spec.factor - 1))
+    return frequency * stretch ** (-np.arange(len(frequency)) / (len(frequency) - 1))
 
 
 def embedding_positions(

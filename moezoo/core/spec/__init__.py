@@ -62,6 +62,7 @@ from moezoo.core.spec.moe import (
 )
 from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import (
+    DynamicScalingSpec,
     EmbeddingPositionSpec,
     LearnedPositionsSpec,
     LinearScalingSpec,
@@ -99,6 +100,7 @@ __all__ = [
     "DeviceBalanceLossSpec",
     "DispatchSpec",
     "DroplessSpec",
+    "DynamicScalingSpec",
     "EmbeddingPositionSpec",
     "ExpertBalanceLossSpec",
     "ExpertChoiceSpec",

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.errors import SpecError
-from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec
+from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import FeedForwardSpec
 from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
-from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec
+from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec
 
 
 class LayerSpec(Part):
@@ -231,7 +231,25 @@ class ModelSpec(Part):
     @property
     def max_length(self) -> int | None:
         """The longest text that the model has positions for; None where any length goes."""
-        return self.position.max_length if isinstance(self.position, LearnedPositionsSpec) else None
+        return min((length for length, _ in self._ends()), default=None)
+
+    @property
+    def max_length_field(self) -> str:
+        """Where `max_length` comes from, as a config has it: `model.position.max_length`."""
+        return min(self._ends())[1]
+
+    def _ends(self) -> list[tuple[int, str]]:
+        """Lengths that something was made for, and the field of each."""
+        ends = []
+        if isinstance(self.position, LearnedPositionsSpec):
+            ends.append((self.position.max_length, "model.position.max_length"))
+        for place, layer in enumerate(self.layers):
+            if isinstance(layer.attention, GroupedQueryAttentionSpec | LatentAttentionSpec):
+                position = layer.attention.position
+                if isinstance(position, RoPESpec) and position.max_length is not None:
+                    field = f"model.layers[{place}].attention.position.scaling.length"
+                    ends.append((position.max_length, field))
+        return ends
 
     @property
     def vocab(self) -> int:

@@ -85,8 +85,23 @@ class LongRoPEScalingSpec(Part):
     attention_factor: PositiveFloat | None = None
 
 
+class DynamicScalingSpec(Part):
+    """A larger base, so that the slowest pair alone is slowed down fully ("NTK-aware").
+
+    Where `length > original_length`, the base of n rotated features is multiplied by
+    `(factor * length / original_length - (factor - 1))^(n / (n - 2))`; else nothing changes. Source: bloc97 and
+    emozilla 2023, in the form of transformers. Differs: `length` is a number of the spec, as in `longrope`.
+    """
+
+    kind: Literal["dynamic"] = "dynamic"
+    factor: Annotated[float, Field(ge=1)]
+    original_length: PositiveInt
+    length: PositiveInt
+
+
 RoPEScalingSpec = Annotated[
-    LinearScalingSpec | Llama3ScalingSpec | YaRNScalingSpec | LongRoPEScalingSpec, Field(discriminator="kind")
+    LinearScalingSpec | Llama3ScalingSpec | YaRNScalingSpec | LongRoPEScalingSpec | DynamicScalingSpec,
+    Field(discriminator="kind"),
 ]
 
 # --- inside attention ------------------------------------------------------------------------------------------------
@@ -96,26 +111,46 @@ class RoPESpec(Part):
     """Rotary position embedding. Source: Su et al. 2021, arXiv 2104.09864.
 
     `layout`: pair i is features (i, i + n/2), `half_split`, or (2i, 2i + 1), `interleaved`, of the n rotated ones.
-    `fraction` of a head's features are rotated, the first ones; the others carry no position.
+    `fraction` of a head is rotated, the rest carries no position: of its `features` the first n, which are paired
+    among themselves and whose frequencies span the whole range; or of its `pairs` the first ones, as fast as where all
+    turn (Gemma 4's proportional rotation).
     """
 
     kind: Literal["rope"] = "rope"
     base: Annotated[float, Field(gt=1)] = 10_000.0
     layout: Literal["half_split", "interleaved"] = "half_split"
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    fraction_of: Literal["features", "pairs"] = "features"
     scaling: RoPEScalingSpec | None = None
 
+    @model_validator(mode="after")
+    def _part(self) -> "RoPESpec":
+        if self.fraction_of == "pairs" and self.fraction == 1:
+            raise impossible(
+                "fraction_of", "is pairs, but fraction is 1, and all turn", "Leave it out, or give a fraction"
+            )
+        return self
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text that the scaling is made for; None where any length goes."""
+        scaled = isinstance(self.scaling, LongRoPEScalingSpec | DynamicScalingSpec)
+        return self.scaling.length if scaled else None
+
     def rotated_dim(self, head_dim: int) -> int:
-        """How many of a head's features are rotated."""
-        return int(head_dim * self.fraction)
+        """How many of a head's features form pairs; of `fraction_of: pairs` some of these stand still."""
+        return head_dim if self.fraction_of == "pairs" else int(head_dim * self.fraction)
+
+    def turning_pairs(self, head_dim: int) -> int:
+        """How many pairs turn."""
+        return int(self.fraction * head_dim // 2) if self.fraction_of == "pairs" else self.rotated_dim(head_dim) // 2
 
     def check(self, head_dim: int, path: str) -> None:
         """Raise where a head of this width cannot be rotated so; `path` of the width in the caller's part."""
         rotated = self.rotated_dim(head_dim)
-        if rotated % 2 or rotated == 0:
-            part = (
-                "" if self.fraction == 1 else f" and {rotated} of its features are rotated (fraction {self.fraction})"
-            )
+        if rotated % 2 or self.turning_pairs(head_dim) == 0:
+            shown = rotated if rotated % 2 else 0
+            part = "" if shown == head_dim else f" and {shown} of its features are rotated (fraction {self.fraction})"
             raise impossible(
                 path,
                 f"is {head_dim}{part}, but RoPE rotates pairs",
@@ -129,6 +164,12 @@ class RoPESpec(Part):
                         f"has {len(short)} short and {len(long)} long factors, but {rotated // 2} pairs are rotated",
                         "Give one of each for a pair",
                     )
+            case DynamicScalingSpec() if rotated == 2:
+                raise impossible(
+                    "position.scaling",
+                    "is dynamic, which slows down all pairs but the first, and only one is rotated",
+                    "Use another scaling, or rotate more features",
+                )
 
 
 class NoPositionSpec(Part):
