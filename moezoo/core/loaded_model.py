@@ -1,10 +1,11 @@
 """A trained model, ready to use: what `moezoo.load` returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moezoo.core.backend import Integers, Model, Output, check_length
 from moezoo.core.checkpoint import save_checkpoint
@@ -13,7 +14,8 @@ from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.generate_loop import generate
 from moezoo.core.generation_config import GenerationConfig
-from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint
+from moezoo.core.huggingface.export import export_checkpoint
+from moezoo.core.huggingface.layout import Layout, write_sidecar
 from moezoo.core.opened_model import open_model
 from moezoo.core.run import Run
 from moezoo.core.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer
@@ -29,7 +31,7 @@ class LoadedModel:
         tokenizer: Tokenizer,
         step: int,
         problems: list[str],
-        checkpoint: HuggingFaceCheckpoint | None = None,
+        layout: Layout | None = None,
         generation: GenerationConfig | None = None,
     ):
         self.model = model
@@ -37,7 +39,7 @@ class LoadedModel:
         self.tokenizer = tokenizer
         self.step = step
         self.problems = problems  # damaged checkpoints that were passed over, a line each
-        self.checkpoint = checkpoint  # the Hugging Face checkpoint that it was read from, if one
+        self.layout = layout  # of the Hugging Face checkpoint that it is, or began from
         self.generation = (generation or GenerationConfig()).ending_with(tokenizer.end_of_text)
 
     def forward(self, tokens: Integers, targets: Integers | None = None) -> Output:
@@ -109,21 +111,31 @@ class LoadedModel:
             on_tokens=on_tokens,
         )
 
-    def save(self, path: str | Path, format: Literal["moezoo"] = "moezoo") -> None:
-        """Write weights, config and tokenizer into a new folder that `moezoo.load` reads on either backend.
+    def save(self, path: str | Path, format: Literal["moezoo", "huggingface"] = "moezoo") -> list[str]:
+        """Write the model into a new folder, and return notes for a person, a line each.
 
-        Raises RunError: the folder exists and is not empty. Raises SpecError: a format not known.
+        `moezoo`: weights, config and tokenizer, which `moezoo.load` reads on either backend. `huggingface`: the files
+        of the checkpoint that it was read from, or that its run began from, with the weights as they are now; those
+        that did not change come out bit for bit.
+
+        Raises RunError: the folder exists and is not empty. Raises SpecError: a format not known, or a model that did
+        not come from a Hugging Face checkpoint.
         """
-        if format != "moezoo":
-            raise SpecError(f"no such format; got {format!r}; expected 'moezoo'.")
-        run = Run(Path(path))
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            raise RunError(f"{path} exists; expected a new or empty folder. Choose another.")
-        make_folder(run.path)
-        text = dump_config(self.config)
-        self.tokenizer.save(run.path)
-        save_checkpoint(run.checkpoints_path, self.step, self.model.export_parameters(), {}, text, {}, None)
-        write_atomically(run.config_path, text)
+        match format:
+            case "moezoo":
+                save_run(
+                    Path(path), self.config, self.tokenizer, self.model.export_parameters(), self.step, self.layout
+                )
+                return []
+            case "huggingface":
+                if self.layout is None:
+                    raise SpecError(
+                        "this model did not come from a Hugging Face checkpoint, so there is no config.json and no "
+                        "layout to write it in; expected one that did. Save it with format='moezoo'."
+                    )
+                return export_checkpoint(self.model.export_parameters(), self.layout, Path(path))
+            case _:
+                raise SpecError(f"no such format; got {format!r}; expected 'moezoo' or 'huggingface'.")
 
     def _tokenizer_with_template(self) -> HuggingFaceTokenizer:
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
@@ -144,6 +156,27 @@ class LoadedModel:
         return array.astype(np.int32)
 
 
+def save_run(
+    path: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, NDArray[Any]],
+    step: int,
+    layout: Layout | None,
+) -> None:
+    """Write a run folder of one checkpoint. Raises RunError: the folder exists and is not empty."""
+    run = Run(path)
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise RunError(f"{path} exists; expected a new or empty folder. Choose another.")
+    make_folder(run.path)
+    tokenizer.save(run.path)
+    if layout is not None:
+        write_sidecar(layout, run.huggingface_path)
+    text = dump_config(config)
+    save_checkpoint(run.checkpoints_path, step, weights, {}, text, {}, None)
+    write_atomically(run.config_path, text)
+
+
 def load_model(path: str | Path, backend: str | None = None) -> LoadedModel:
     """See `moezoo.load`."""
     from moezoo.backends import load_backend
@@ -151,5 +184,5 @@ def load_model(path: str | Path, backend: str | None = None) -> LoadedModel:
     opened = open_model(path)
     model = load_backend(backend).build(opened.config.model, opened.weights)
     return LoadedModel(
-        model, opened.config, opened.tokenizer, opened.step, opened.problems, opened.checkpoint, opened.generation
+        model, opened.config, opened.tokenizer, opened.step, opened.problems, opened.layout, opened.generation
     )

@@ -18,7 +18,8 @@ from moezoo.core.config import (
 )
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, is_checkpoint, open_checkpoint
-from moezoo.core.run import load_run, open_run
+from moezoo.core.huggingface.layout import Layout, open_sidecar
+from moezoo.core.run import Run, load_run, open_run
 from moezoo.core.schedules import ConstantSchedule
 from moezoo.core.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 
@@ -35,6 +36,8 @@ class OpenedModel:
         step: how many updates the run has made.
         problems: damaged checkpoints that were passed over, and the like, a line each.
         checkpoint: the Hugging Face checkpoint, None for a run.
+        layout: how the files of the checkpoint are laid out that this is, or that the run began from; else None.
+        layout: how the files are laid out of the checkpoint that it is, or that the run began from; else None.
         generation: what the folder says about generating; of a run, nothing.
     """
 
@@ -45,6 +48,7 @@ class OpenedModel:
     step: int = 0
     problems: list[str] = field(default_factory=list)
     checkpoint: HuggingFaceCheckpoint | None = None
+    layout: Layout | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
 
@@ -55,7 +59,8 @@ def open_model(path: str | Path) -> OpenedModel:
     """
     if (Path(path) / "config.yaml").is_file():
         config, tokenizer, saved, problems = load_run(path)
-        return OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems)
+        layout = open_sidecar(Run(Path(path)).huggingface_path)
+        return OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
     if Path(path).exists() and not is_checkpoint(path):
         open_run(path)  # says what is expected
     folder = Path(path)
@@ -72,6 +77,7 @@ def open_model(path: str | Path) -> OpenedModel:
         weights=checkpoint.weights,
         problems=list(checkpoint.description.notes),
         checkpoint=checkpoint,
+        layout=checkpoint.layout,
         generation=read_generation_config(folder, checkpoint.description.fields.raw),
     )
 

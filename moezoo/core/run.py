@@ -5,6 +5,8 @@
 <run>/metrics.jsonl   one object a line, see metrics.py
 <run>/picture.png     loss and expert load
 <run>/checkpoints/    see checkpoint.py
+<run>/huggingface/    of a run that began from a Hugging Face checkpoint: how its files were laid out, see
+                      huggingface/layout.py
 """
 
 from dataclasses import dataclass
@@ -42,6 +44,10 @@ class Run:
     @property
     def checkpoints_path(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def huggingface_path(self) -> Path:
+        return self.path / "huggingface"
 
     @property
     def name(self) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError
@@ -22,8 +21,8 @@ from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
-from moezoo.core.huggingface.quantized import quantized_tensors
-from moezoo.core.safetensors_file import SafetensorsFile, write_tensors
+from moezoo.core.huggingface.quantized import decode, encode, quantized_tensors
+from moezoo.core.safetensors_file import SafetensorsFile, encode_header, write_stream
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -57,7 +56,7 @@ class Layout:
         headers: each file's header, as bytes.
         tensors: what is stored, by name.
         readable: of these, what codes and scales stand for.
-        read: the array of a tensor that is kept verbatim, or of scales.
+        read: the array of one of `stored`: at least those that are kept verbatim, and scales.
     """
 
     description: Description
@@ -66,6 +65,7 @@ class Layout:
     tensors: Mapping[str, StoredTensor]
     readable: Mapping[str, Readable]
     ledger: Ledger
+    stored: frozenset[str]
     read: Callable[[str], Array]
 
     def kept_names(self) -> list[str]:
@@ -86,13 +86,15 @@ def make_layout(
     headers: Mapping[str, bytes],
     tensors: Mapping[str, StoredTensor],
     read: Callable[[str], Array],
+    stored: frozenset[str] | None = None,
 ) -> Layout:
     """Account for every tensor. Raises as `make_ledger`, and SpecError for an unknown quantization."""
     codes = quantized_tensors(description.fields, tensors)
     plain = {name: Readable(tensor.dtype, tensor.shape, (name,)) for name, tensor in tensors.items()}
-    stored = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    ledger = make_ledger(description.family, description.spec, plain | codes, stored, str(path))
-    return Layout(description, path, headers, tensors, codes, ledger, read)
+    forms = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    ledger = make_ledger(description.family, description.spec, plain | codes, forms, str(path))
+    stored = frozenset(tensors) if stored is None else stored
+    return Layout(description, path, headers, tensors, codes, ledger, stored, read)
 
 
 def small_files(path: Path) -> list[Path]:
@@ -104,8 +106,9 @@ def small_files(path: Path) -> list[Path]:
 def write_sidecar(layout: Layout, folder: Path) -> None:
     """Write what a run carries along into `folder` (`<run>/huggingface`)."""
     make_folder(folder)
-    kept = {name: layout.read(name).reshape(-1).view(np.uint8) for name in layout.kept_names()}
-    write_tensors(folder / _KEPT, kept, {})
+    kept = [*layout.kept_names(), *_not_recoverable(layout)]
+    header = encode_header({name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}, {})
+    write_stream(folder / _KEPT, header, ((name, layout.read(name)) for name in kept))
     for file in small_files(layout.path):
         if file.name not in (_HEADERS, _KEPT):
             write_atomically(folder / file.name, file.read_bytes())
@@ -119,6 +122,8 @@ def open_sidecar(folder: Path) -> Layout | None:
         return None
     try:
         texts = json.loads((folder / _HEADERS).read_bytes().decode("utf-8"))
+        if any(Path(name).name != name or not name.endswith(".safetensors") for name in texts):
+            raise ValueError("a file name that is none")
         headers = {name: text.encode("utf-8") for name, text in texts.items()}
         tensors = {
             name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]))
@@ -131,7 +136,21 @@ def open_sidecar(folder: Path) -> Layout | None:
         ) from None
     kept = SafetensorsFile(folder / _KEPT)
     description = describe_config(folder / CONFIG)
-    return make_layout(description, folder, headers, tensors, kept.read)
+    return make_layout(description, folder, headers, tensors, kept.read, frozenset(kept.entries))
+
+
+def _not_recoverable(layout: Layout) -> list[str]:
+    """Codes that their numbers and scales do not give back (those of a scale of zero, for example)."""
+    found = []
+    for name, tensor in layout.readable.items():
+        codes, scales = (layout.read(part) for part in tensor.stored)
+        try:
+            same = encode(name, decode(name, codes, scales), scales).tobytes() == codes.tobytes()
+        except CheckpointError:
+            same = False
+        if not same:
+            found.append(name)
+    return found
 
 
 def entries_of(header: bytes) -> list[tuple[str, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
 from moezoo.core.huggingface.ledger import FLOATS, Readable
+from moezoo.core.huggingface.quantization import fp8_decode, fp8_encode, mxfp4_decode, mxfp4_encode
 
 Array = npt.NDArray[Any]
 
@@ -43,18 +44,14 @@ class Quantized:
         return decode(name, codes, scales)
 
 
-def encode(name: str, value: Array, scales: Array) -> Array:
-    """The codes of a tensor under given scales."""
-    from moezoo.core.huggingface import quantization
-
-    return (quantization.mxfp4_encode if name.endswith(_BLOCKS) else quantization.fp8_encode)(value, scales)
+def encode(name: str, value: Array, scales: Array, kept: Array | None = None) -> Array:
+    """The codes of a tensor under given scales. Raises CheckpointError where no code stands for a number."""
+    return (mxfp4_encode if name.endswith(_BLOCKS) else fp8_encode)(value, scales, kept)
 
 
 def decode(name: str, codes: Array, scales: Array) -> Array:
     """The numbers of a tensor: bfloat16 of MXFP4, float32 of FP8; both exactly."""
-    from moezoo.core.huggingface import quantization
-
-    return (quantization.mxfp4_decode if name.endswith(_BLOCKS) else quantization.fp8_decode)(codes, scales)
+    return (mxfp4_decode if name.endswith(_BLOCKS) else fp8_decode)(codes, scales)
 
 
 def numpy_dtype(stored: str) -> np.dtype[Any]:

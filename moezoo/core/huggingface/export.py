@@ -1,0 +1,167 @@
+"""Weights back into files: those of the layout that they came in, tensor by tensor, or one of the family's own."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import CheckpointError, RunError
+from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
+from moezoo.core.huggingface.layout import CONFIG, Layout, entries_of, small_files
+from moezoo.core.huggingface.ledger import first_rules
+from moezoo.core.huggingface.nonfinite import is_finite
+from moezoo.core.huggingface.quantized import encode, numpy_dtype
+from moezoo.core.huggingface.tensors import Placed
+from moezoo.core.safetensors_file import encode_header, write_stream
+
+Array = npt.NDArray[Any]
+
+MAX_FILE_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
+
+
+def export_checkpoint(parameters: Mapping[str, Array], layout: Layout, out: Path) -> list[str]:
+    """Write a folder that transformers and moezoo open, with the given parameters by canonical name.
+
+    Files, names, order and dtypes are those of the layout, so weights that did not change give the same bytes.
+    Quantized tensors whose numbers changed have no codes any more: then the family's own layout is written, without
+    quantization, and a note says so.
+
+    Returns notes for a person, a line each. Raises RunError: the folder exists and is not empty, or cannot be
+    written; nothing is left of it then. Raises CheckpointError: a number that the stored dtype cannot hold.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists; expected a new or empty folder. Choose another.")
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        remove_folder(partial)
+    make_folder(partial)
+    try:
+        notes = _write(parameters, layout, partial)
+        if out.exists():
+            out.rmdir()
+        rename_folder(partial, out)
+    except BaseException:
+        remove_folder(partial)
+        raise
+    return notes
+
+
+def _write(parameters: Mapping[str, Array], layout: Layout, folder: Path) -> list[str]:
+    codes: dict[str, Array] = {}
+    for name in layout.readable:
+        try:
+            codes[name] = _codes(name, parameters, layout)
+        except CheckpointError:
+            return _write_plain(parameters, layout, folder)
+    for file in small_files(layout.path):
+        if file.name not in ("headers.json",):
+            write_atomically(folder / file.name, file.read_bytes())
+    for name, header in layout.headers.items():
+        write_stream(folder / name, header, _tensors(header, parameters, layout, codes))
+    return []
+
+
+def _tensors(
+    header: bytes, parameters: Mapping[str, Array], layout: Layout, codes: Mapping[str, Array]
+) -> Iterator[tuple[str, Array]]:
+    kept = set(layout.kept_names())
+    for name, entry in entries_of(header):
+        if name in kept:
+            yield name, layout.read(name)
+        elif name in codes:
+            yield name, codes[name]
+        else:
+            yield name, _joined(name, layout.ledger.placed[name], parameters, numpy_dtype(entry["dtype"]))
+
+
+def _joined(name: str, placed: Placed, parameters: Mapping[str, Array], dtype: np.dtype[Any]) -> Array:
+    """A tensor of theirs, put together from our parameters."""
+    array = np.empty(placed.shape, dtype)
+    for place, (ours, expert, _) in enumerate(placed.parts):
+        value = parameters[ours]
+        if expert is not None:
+            value = value[(slice(None),) * placed.expert_axis(place) + (expert,)]
+        with np.errstate(over="ignore"):
+            cast = value.astype(dtype, copy=False)
+        if cast.dtype != value.dtype and is_finite(value) and not is_finite(cast):
+            raise CheckpointError(
+                f"{ours} has numbers that {dtype}, the dtype of {name}, cannot hold. Train with smaller weights, or "
+                "export to a checkpoint of a wider dtype."
+            )
+        placed.put(array, place, cast)
+    return array
+
+
+def _codes(name: str, parameters: Mapping[str, Array], layout: Layout) -> Array:
+    tensor = layout.readable[name]
+    value = _joined(name, layout.ledger.placed[name], parameters, numpy_dtype(tensor.dtype))
+    if any(parameters[ours].dtype != value.dtype for ours in layout.ledger.placed[name].ours):
+        _check_exact(name, layout.ledger.placed[name], parameters, value)
+    kept = layout.read(name) if name in layout.stored else None
+    return encode(name, value, layout.read(tensor.stored[1]), kept)
+
+
+def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], value: Array) -> None:
+    """Raise where a wider parameter was rounded on its way to the numbers of the codes."""
+    wide = _joined(name, placed, parameters, np.dtype(np.float32))
+    if not np.array_equal(wide, value.astype(np.float32), equal_nan=True):
+        raise CheckpointError(f"{name} has changed.")
+
+
+def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) -> list[str]:
+    """The family's own layout, without quantization: codes no longer stand for what training made of the numbers."""
+    description = layout.description
+    placed = first_rules(description.family, description.spec)
+    forms = {name: ("BF16", rule.shape) for name, rule in placed.items()}
+    for name, tensor in layout.tensors.items():
+        if name in forms and tensor.dtype in ("F32", "F16", "BF16"):
+            forms[name] = (tensor.dtype, tensor.shape)
+    kept = [entry.name for entry in layout.ledger.entries if entry.status == "kept"]
+    forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
+    for file in small_files(layout.path):
+        if file.name not in (CONFIG, _INDEX, "headers.json"):
+            write_atomically(folder / file.name, file.read_bytes())
+    config = {key: value for key, value in description.fields.raw.items() if key != "quantization_config"}
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    shards = _shards(forms)
+    for file_name, names in shards.items():
+        header = encode_header({name: forms[name] for name in names}, {"format": "pt"})
+        arrays = (
+            (
+                name,
+                layout.read(name)
+                if name in kept
+                else _joined(name, placed[name], parameters, numpy_dtype(forms[name][0])),
+            )
+            for name in names
+        )
+        write_stream(folder / file_name, header, arrays)
+    if len(shards) > 1:
+        where = {name: file_name for file_name, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": sum(_size(*form) for form in forms.values())}, "weight_map": where}
+        write_atomically(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+    return ["quantized weights have changed, so they were written without quantization, and config.json says so"]
+
+
+def _shards(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, list[str]]:
+    """Names dealt out to files of at most MAX_FILE_BYTES."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(forms):
+        bytes_of = _size(*forms[name])
+        if groups[-1] and size + bytes_of > MAX_FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += bytes_of
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * (4 if dtype == "F32" else 2)

@@ -1,0 +1,60 @@
+"""From Hugging Face to moezoo and back: every file comes out bit for bit."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moezoo
+from moezoo.core.huggingface.checkpoint import open_checkpoint
+from moezoo.core.huggingface.export import export_checkpoint
+from moezoo.core.loaded_model import save_run
+from moezoo.core.opened_model import open_model
+from tests.huggingface.fixtures import cases, write_checkpoint
+from tests.huggingface.test_families import GIVEN, ORACLES
+
+NOT_COPIED = {".npz"}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.suffix not in NOT_COPIED
+    }
+
+
+def round_trip(source: Path, tmp_path: Path) -> None:
+    """Straight, and through a run folder."""
+    checkpoint = open_checkpoint(source)
+    weights = {name: np.array(value) for name, value in checkpoint.weights.items()}
+    export_checkpoint(weights, checkpoint.layout, tmp_path / "straight")
+    assert digests(tmp_path / "straight") == digests(source)
+    opened = open_model(source)
+    save_run(tmp_path / "run", opened.config, opened.tokenizer, weights, 0, opened.layout)
+    run = open_model(tmp_path / "run")
+    assert run.layout is not None
+    export_checkpoint(run.weights, run.layout, tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(source)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_round_trip_of_a_fixture(case: str, tmp_path: Path) -> None:
+    round_trip(write_checkpoint(case, tmp_path / "source", shards=3), tmp_path)
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_round_trip_of_a_given_oracle(case: str, tmp_path: Path) -> None:
+    round_trip(ORACLES / case, tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_round_trip_through_a_model(backend: str, tmp_path: Path) -> None:
+    source = write_checkpoint("qwen3_moe", tmp_path / "source")
+    model = moezoo.load(source, backend=backend)
+    model.save(tmp_path / "back", format="huggingface")
+    assert digests(tmp_path / "back") == digests(source)
+    model.save(tmp_path / "run")
+    moezoo.load(tmp_path / "run", backend=backend).save(tmp_path / "again", format="huggingface")
+    assert digests(tmp_path / "again") == digests(source)
