@@ -66,7 +66,22 @@ class DatasetSource(Part):
     weight: PositiveFloat = 1.0
 
 
-SourceSpec = Annotated[TextSource | JSONLSource | TokenShardsSource | DatasetSource, Field(discriminator="kind")]
+class BatchesSource(Part):
+    """Token ids in ready batches, one a step in the file's order: integers [steps, B, T] of a `.npy` or a `.npz` file.
+
+    A row is a whole sequence: T tokens, T - 1 targets. `key` names the array of a `.npz` file that has several.
+    The last `validation_batches` are held out; where that is 0, validation measures the first batch.
+    """
+
+    kind: Literal["batches"] = "batches"
+    path: str
+    key: str | None = None
+    validation_batches: NonNegativeInt = 0
+
+
+SourceSpec = Annotated[
+    TextSource | JSONLSource | TokenShardsSource | DatasetSource | BatchesSource, Field(discriminator="kind")
+]
 
 
 class CharacterTokenizerSpec(Part):
@@ -102,7 +117,10 @@ TokenizerSpec = Annotated[
 
 
 class DataConfig(Part):
-    """Where tokens come from. Sources are blended by weight; the last `validation_fraction` of each is held out."""
+    """Where tokens come from. Sources are blended by weight; the last `validation_fraction` of each is held out.
+
+    Ready batches stand alone, and say themselves how many of them are held out.
+    """
 
     sources: tuple[SourceSpec, ...]
     tokenizer: TokenizerSpec = CharacterTokenizerSpec()
@@ -112,6 +130,10 @@ class DataConfig(Part):
     def _some_sources(self) -> "DataConfig":
         if not self.sources:
             raise impossible("sources", "is empty", "Give at least one source, e.g. {kind: dataset, name: fables}")
+        if len(self.sources) > 1 and any(isinstance(source, BatchesSource) for source in self.sources):
+            raise impossible(
+                "sources", f"blends ready batches with {len(self.sources) - 1} more", "Use ready batches alone"
+            )
         return self
 
 

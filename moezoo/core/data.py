@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from moezoo.core import sample_order
 from moezoo.core.config import (
+    BatchesSource,
     ByteTokenizerSpec,
     CharacterTokenizerSpec,
     DataConfig,
@@ -26,6 +27,7 @@ from moezoo.core.config import (
     TokenShardsSource,
 )
 from moezoo.core.errors import DataError
+from moezoo.core.ready_batches import ReadyBatches, open_batches
 from moezoo.core.source_files import SourceFile, find_files
 from moezoo.core.token_store import Progress, Texts, Tokens, characters_of, open_shards, tokenize
 from moezoo.core.tokenizer import (
@@ -164,8 +166,8 @@ class PreparedData:
     """The data of a run: tokenizer, both splits, and a row a source."""
 
     tokenizer: Tokenizer
-    train: Split
-    validation: Split
+    train: Split | ReadyBatches
+    validation: Split | ReadyBatches
     summary: tuple[SourceSummary, ...]
 
 
@@ -182,15 +184,19 @@ def prepare_data(
     The last floor(`validation_fraction` * tokens) of each source are held out. Texts are read in chunks, never whole.
     `tokenizer` is the one of a run that goes on, or of a trained model, instead of a new one. `on_progress` is
     called with what is being done, the bytes so far and the bytes in all (None where a server does not say).
+    Ready batches are split as `open_batches` says.
 
     Raises DataError: a file that is missing, unreadable, damaged or not UTF-8, a part shorter than
     `sequence_length` + 1 tokens, a token id outside the vocabulary. Raises TokenizerError.
     """
     opened = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
     tokenizer = tokenizer or _make_tokenizer(data, opened, where, on_progress)
+    if isinstance(data.sources[0], BatchesSource):
+        return _ready(data.sources[0], tokenizer, where)
     train, validation, summary = [], [], []
-    total_weight = sum(source.weight for source in data.sources)
-    for source, found in zip(data.sources, opened, strict=True):
+    blended = [source for source in data.sources if not isinstance(source, BatchesSource)]
+    total_weight = sum(source.weight for source in blended)
+    for source, found in zip(blended, opened, strict=True):
         tokens = _open(found, tokenizer, on_progress)
         held_out = int(len(tokens) * data.validation_fraction)
         kept = len(tokens) - held_out
@@ -215,7 +221,7 @@ def prepare_data(
 
 @dataclass(frozen=True)
 class _Shards:
-    """Files of token ids, found and not yet opened."""
+    """Files of token ids, found and not yet opened; none of ready batches, which find theirs themselves."""
 
     name: str
     files: tuple[SourceFile, ...]
@@ -234,6 +240,8 @@ def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
 
             path = str(dataset_path(source.name))
             return Texts(f"{key} ({source.name})", find_files(path, (".txt",), f"{key}.name ({where})"))
+        case BatchesSource():
+            return _Shards(f"{key} ({source.path})", ())
         case TokenShardsSource():
             name = f"{key} ({source.path})"
             return _Shards(name, find_files(source.path, (".npy", ".bin"), f"{key}.path ({where})"))
@@ -269,6 +277,13 @@ def _make_tokenizer(
             return CharacterTokenizer("".join(characters))
         case _:
             assert_never(data.tokenizer)
+
+
+def _ready(source: BatchesSource, tokenizer: Tokenizer, where: str) -> PreparedData:
+    name, key = f"data.sources[0] ({source.path})", f"data.sources[0].path ({where})"
+    train, validation = open_batches(source, tokenizer.vocab_size, name, key)
+    summary = SourceSummary(source.path, source.kind, 1, train.num_tokens, validation.num_tokens, 1.0)
+    return PreparedData(tokenizer, train, validation, (summary,))
 
 
 def _open(found: Texts | _Shards, tokenizer: Tokenizer, on_progress: Progress | None) -> Tokens:

@@ -13,6 +13,7 @@ from moezoo.core.config import DataConfig, DatasetSource
 from moezoo.core.data import Split
 from moezoo.core.grammar import Grammar
 from moezoo.core.metrics import routing_statistics
+from moezoo.core.ready_batches import ReadyBatches
 from moezoo.core.recipes import dataset_grammar
 from moezoo.core.tokenizer import CharacterTokenizer, Tokenizer
 
@@ -66,7 +67,7 @@ class Evaluation:
 
 def evaluate(
     model: Model,
-    split: Split,
+    split: Split | ReadyBatches,
     tokenizer: Tokenizer,
     *,
     sequence_length: int,

@@ -90,7 +90,7 @@ def open_shards(files: Sequence[SourceFile], vocab_size: int, name: str) -> Toke
     Raises DataError: not a shard, damaged, empty, ids outside the vocabulary in the first 65536 of a shard (the
     rest is checked as it is read).
     """
-    shards = [open_shard(_local_copy(file), file.name) for file in files]
+    shards = [open_shard(local_copy(file), file.name) for file in files]
     for shard, file in zip(shards, files, strict=True):
         check_range(shard[:_FIRST_LOOK], vocab_size, file.name)
     return Tokens(shards, vocab_size, name, known_in_range=False)
@@ -145,7 +145,8 @@ def _open_bin(path: Path, name: str) -> _Shard:
     return np.memmap(path, "<u2", "r", offset=4 * _BIN_HEADER, shape=(count,)).view(np.ndarray)
 
 
-def _local_copy(file: SourceFile) -> Path:
+def local_copy(file: SourceFile) -> Path:
+    """The file's path, or that of its copy in the cache where it is remote."""
     if file.filesystem is None:
         return Path(file.name)
     copy = cache_folder() / f"{_digest([file])}{Path(file.name).suffix}"

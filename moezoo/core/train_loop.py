@@ -23,6 +23,7 @@ from moezoo.core.initialize import initial_weights
 from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys
+from moezoo.core.ready_batches import ReadyBatches
 from moezoo.core.run import Run, resume_point
 from moezoo.core.schedules import learning_rate
 
@@ -51,6 +52,8 @@ def train(
 class _Training:
     def __init__(self, config: Config, data: PreparedData, backend: Backend, run: Run, reporter: Reporter):
         self.config, self.data, self.run, self.reporter = config, data, run, reporter
+        if isinstance(data.train, ReadyBatches):
+            data.train.check(config.training)
         checkpoint, problems = resume_point(run)
         for problem in problems:
             reporter.message(f"passed over: {problem}")
