@@ -21,7 +21,7 @@ from moezoo.core.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 
 Array = npt.NDArray[Any]
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
@@ -112,9 +112,9 @@ def read_json_object(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str,
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """The index's map from tensor to file; None where there is no index."""
-    if not (folder / _INDEX).exists() and not (folder / _INDEX).is_symlink():
+    if not (folder / INDEX).exists() and not (folder / INDEX).is_symlink():
         return None
-    path = _inside(folder, _INDEX)
+    path = _inside(folder, INDEX)
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names; got {weight_map!r:.80}.")
@@ -123,8 +123,8 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             raise CheckpointError(
                 f"{path} places {tensor!r:.80} in {name!r:.80}; expected the base name of a safetensors file beside it."
             )
-    if (folder / _SINGLE).exists() and _SINGLE not in weight_map.values():
-        raise CheckpointError(f"{folder} holds {_SINGLE} and an index that does not name it. Remove one of the two.")
+    if (folder / SINGLE).exists() and SINGLE not in weight_map.values():
+        raise CheckpointError(f"{folder} holds {SINGLE} and an index that does not name it. Remove one of the two.")
     return weight_map
 
 
@@ -139,8 +139,8 @@ def _is_base_name(name: object) -> bool:
 
 
 def _only_file(folder: Path) -> list[str]:
-    if (folder / _SINGLE).exists():
-        return [_SINGLE]
+    if (folder / SINGLE).exists():
+        return [SINGLE]
     found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     if len(found) == 1:
         shard = _SHARD.fullmatch(found[0])
@@ -149,7 +149,7 @@ def _only_file(folder: Path) -> list[str]:
     if found:
         names = ", ".join(found[:3]) + (", ..." if found[3:] else "")
         raise CheckpointError(
-            f"{folder} holds {len(found)} files ({names}) but no {_INDEX} that says what belongs together. "
+            f"{folder} holds {len(found)} files ({names}) but no {INDEX} that says what belongs together. "
             "Fetch that too."
         )
     pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
@@ -158,7 +158,7 @@ def _only_file(folder: Path) -> list[str]:
             f"{folder} holds its weights as pickle ({pickles[0]}), which can run any code and is never opened here. "
             "Convert it to safetensors, or fetch a revision that has them."
         )
-    raise CheckpointError(f"{folder} holds no safetensors file; expected {_SINGLE}, or {_INDEX} and its shards.")
+    raise CheckpointError(f"{folder} holds no safetensors file; expected {SINGLE}, or {INDEX} and its shards.")
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -186,9 +186,9 @@ def _check_index(folder: Path, index: dict[str, str], files: dict[str, Safetenso
     for tensor, name in index.items():
         if where.get(tensor) != name:
             actual = f"it is in {where[tensor]}" if tensor in where else "no file has it"
-            raise CheckpointError(f"{folder / _INDEX} places {tensor!r:.80} in {name}, but {actual}. Fetch both again.")
+            raise CheckpointError(f"{folder / INDEX} places {tensor!r:.80} in {name}, but {actual}. Fetch both again.")
     for tensor, name in where.items():
         if tensor not in index:
             raise CheckpointError(
-                f"{folder / name} holds {tensor!r:.80}, which {_INDEX} does not name. Fetch both again."
+                f"{folder / name} holds {tensor!r:.80}, which {INDEX} does not name. Fetch both again."
             )

@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
 from moezoo.core.huggingface.ledger import FLOATS, Readable
+from moezoo.core.huggingface.quantization import (
+    fp8_decode,
+    fp8_encode,
+    fp8_shape,
+    mxfp4_decode,
+    mxfp4_encode,
+    mxfp4_shape,
+)
 from moezoo.core.huggingface.quantization import fp8_decode, fp8_encode, mxfp4_decode, mxfp4_encode
 
 Array = npt.NDArray[Any]
@@ -75,19 +83,34 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
         case "mxfp4":
             for name, tensor in tensors.items():
                 scales = name.removesuffix(_BLOCKS) + _SCALES
-                if name.endswith(_BLOCKS) and tensor.dtype == "U8" and scales in tensors and len(tensor.shape) == 4:
-                    experts, out, groups, half = tensor.shape
-                    found[name] = Readable("BF16", (experts, out, groups * half * 2), (name, scales))
+                if name.endswith(_BLOCKS) and tensor.dtype == "U8" and scales in tensors:
+                    _check_dtype(folder, scales, ("U8", "F8_E8M0"))
+                    shape = mxfp4_shape(_where(folder, name), tensor.shape, tensors[scales].shape)
+                    found[name] = Readable("BF16", shape, (name, scales))
         case "fp8":
             size = config.get("weight_block_size", [128, 128])
             if size != [128, 128]:
                 raise config.refuse("weight_block_size", "[128, 128]")
             for name, tensor in tensors.items():
-                if tensor.dtype == "F8_E4M3" and name + _SCALE_INV in tensors:
-                    found[name] = Readable("F32", tensor.shape, (name, name + _SCALE_INV))
+                scales = name + _SCALE_INV
+                if tensor.dtype == "F8_E4M3" and scales in tensors:
+                    _check_dtype(folder, scales, ("F32", "BF16", "F8_E8M0"))
+                    shape = fp8_shape(_where(folder, name), tensor.shape, tensors[scales].shape)
+                    found[name] = Readable("F32", shape, (name, scales))
         case _:
             raise SpecError(
                 f"quantization_config.quant_method is {method!r}; expected mxfp4 or fp8 ({fields.where}). "
                 "Use the checkpoint without this quantization."
             )
     return found
+
+
+def _where(folder: TensorFolder, name: str) -> str:
+    return f"{folder.path / folder.tensors[name].file}: {name}"
+
+
+def _check_dtype(folder: TensorFolder, scales: str, expected: tuple[str, ...]) -> None:
+    if folder.tensors[scales].dtype not in expected:
+        raise CheckpointError(
+            f"{_where(folder, scales)} is {folder.tensors[scales].dtype}; expected {' or '.join(expected)} for scales."
+        )

@@ -1,0 +1,196 @@
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import errors
+
+from moezoo.core.errors import CheckpointError
+from moezoo.core.huggingface.folder import TensorFolder
+from moezoo.core.huggingface.hub import progress_line, resolve
+from moezoo.core.safetensors_file import encode_tensors
+
+COMMIT = "c" * 40
+SHARDS = {
+    "model-00001-of-00002.safetensors": encode_tensors({"a": np.zeros(3, np.float32)}, {}),
+    "model-00002-of-00002.safetensors": encode_tensors({"b": np.zeros(5, np.float32)}, {}),
+}
+TEXTS = {
+    "config.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": dict(zip("ab", sorted(SHARDS), strict=True))},
+    ).encode(),
+}
+UNWANTED = {
+    "pytorch_model.bin": b"pickle",
+    "modeling_own.py": b"code",
+    "consolidated.safetensors": b"the same weights again",
+    "original/model.safetensors": b"and again",
+    "original/config.json": b"{}",
+}
+
+
+class FakeHub:
+    """A repository on a hub, in a cache laid out as huggingface_hub's."""
+
+    def __init__(self, cache, files):
+        self.root, self.files, self.fetched, self.revisions = cache / "models--org--name", files, [], []
+        self.error = None
+
+    def snapshot_download(self, repository, *, revision, allow_patterns, ignore_patterns, tqdm_class):
+        assert repository == "org/name"
+        self.revisions.append(revision)
+        if self.error is not None:
+            raise self.error
+        folder = self.root / "snapshots" / COMMIT
+        wanted = huggingface_hub.utils.filter_repo_objects(
+            self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        received, files = tqdm_class(total=0, initial=0, unit="B", unit_scale=True), tqdm_class(desc="files")
+        for name in wanted:
+            blob, link = self.root / "blobs" / f"hash-of-{name}", folder / name
+            if not blob.exists():
+                self.fetched.append(name)
+                blob.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                blob.write_bytes(self.files[name])
+                link.symlink_to(os.path.relpath(blob, folder))
+                received.total += len(self.files[name])
+                received.update(len(self.files[name]))
+            files.update(1)
+        return str(folder)
+
+    def get_cached_repo_tree(self, repository, *, revision):
+        assert (repository, revision) == ("org/name", COMMIT)
+        return [SimpleNamespace(path=name, size=len(content)) for name, content in self.files.items()]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Makes a hub of one repository with these files."""
+
+    def make(files):
+        fake = FakeHub(tmp_path / "cache", files)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "get_cached_repo_tree", fake.get_cached_repo_tree)
+        monkeypatch.chdir(tmp_path)
+        return fake
+
+    return make
+
+
+def response(status):
+    import httpx2
+
+    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co/org/name"))
+
+
+def refusal(name):
+    with pytest.raises(CheckpointError) as caught:
+        resolve(name)
+    assert "\n" not in str(caught.value)
+    assert "local folder with config.json and *.safetensors" in str(caught.value)
+    return str(caught.value)
+
+
+def test_only_texts_and_the_weights_of_the_index_are_fetched(hub):
+    fake = hub(TEXTS | SHARDS | UNWANTED)
+    path = resolve("org/name")
+    assert sorted(fake.fetched) == sorted(TEXTS | SHARDS)
+    assert fake.revisions == [None, COMMIT]  # the weights are of the config's revision
+    assert TensorFolder(path).tensors.keys() == {"a", "b"}
+
+
+def test_a_revision_is_passed_on(hub):
+    fake = hub(TEXTS | SHARDS)
+    resolve("org/name@refs/pr/1")
+    assert fake.revisions == ["refs/pr/1", COMMIT]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors"])
+def test_weights_of_one_file_need_no_index(hub, name):
+    content = SHARDS["model-00001-of-00002.safetensors"]
+    fake = hub({"config.json": b"{}", name: content} | {"original/x.safetensors": b""})
+    assert TensorFolder(resolve("org/name")).tensors.keys() == {"a"}
+    assert fake.fetched == ["config.json", name]
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(hub):
+    fake = hub(TEXTS | SHARDS)
+    first = resolve("org/name")
+    fake.fetched.clear()
+    assert resolve("org/name") == first
+    assert fake.fetched == []
+
+
+def test_progress_tells_how_much_of_how_much_and_how_long(hub, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("moezoo.core.huggingface.hub.time.monotonic", lambda: next(clock))
+    hub(TEXTS | SHARDS | UNWANTED)
+    lines = []
+    resolve("org/name", lines.append)
+    assert [line.split(":")[0] for line in lines] == ["fetching org/name"] * 2  # one a shard
+    assert progress_line("a/b", 1.25e9, 5e9, 25) == "fetching a/b: 1,250 of 5,000 MB, 50 MB/s, 1:15 left"
+    assert progress_line("a/b", 1.25e9, None, 25) == "fetching a/b: 1,250 MB, 50 MB/s"
+    assert progress_line("a/b", 0, 5e9, 0) == "fetching a/b: 0 of 5,000 MB, 0 MB/s"
+
+
+def test_nothing_is_shown_by_the_library_itself(hub, capfd):
+    hub(TEXTS | SHARDS)
+    resolve("org/name")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_paths_stay_as_they_are(hub, tmp_path):
+    fake = hub({})
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    for path in ("org/name", "org/missing", tmp_path / "x", "./a/b", "../a", "a/b/c", "name", "/a/b"):
+        assert resolve(path) == Path(path)
+    assert fake.revisions == []
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (UNWANTED, "org/name has no config.json"),
+        (TEXTS | UNWANTED, "org/name has no safetensors files; pickle is never fetched"),
+        (
+            {"config.json": b"{}", "pytorch_model.bin": b""},
+            "org/name has no safetensors files; pickle is never fetched",
+        ),
+    ],
+)
+def test_a_repository_without_what_is_needed_is_refused(hub, files, problem):
+    fake = hub(files)
+    assert problem in refusal("org/name")
+    assert not set(fake.fetched) & {"pytorch_model.bin", "modeling_own.py"}
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (errors.LocalEntryNotFoundError("no network"), "org/name is neither a folder nor in the cache"),
+        (errors.OfflineModeIsEnabled("offline"), "org/name is neither a folder nor in the cache"),
+        (errors.IncompleteSnapshotError("2 missing", snapshot_path="x"), "org/name is only partly in the cache"),
+        (errors.GatedRepoError("no", response=response(403)), "org/name is gated. Accept its terms at"),
+        (errors.RepositoryNotFoundError("no", response=response(404)), "no folder and no repository org/name"),
+        (errors.RevisionNotFoundError("no", response=response(404)), "org/name has no revision 'v1'"),
+        (errors.HFValidationError("bad"), "org/name is neither a folder nor a repository's id"),
+        (errors.HfHubHTTPError("a\nb", response=response(500)), "cannot fetch org/name: HfHubHTTPError: a b"),
+        (OSError(28, "No space left on device"), "cannot fetch org/name: OSError: [Errno 28] No space left"),
+    ],
+)
+def test_every_failure_is_one_line_that_names_the_repository(hub, error, problem):
+    hub(TEXTS).error = error
+    assert problem in refusal("org/name@v1")
+
+
+def test_an_index_that_names_a_path_cannot_widen_what_is_fetched(hub):
+    index = {"weight_map": {"a": "*.bin", "b": "../x.safetensors", "c": "*.safetensors", "d": 3}}
+    fake = hub({"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()} | UNWANTED)
+    refusal("org/name")
+    assert fake.fetched == ["config.json", "model.safetensors.index.json"]
