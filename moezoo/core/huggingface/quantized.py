@@ -19,7 +19,6 @@ from moezoo.core.huggingface.quantization import (
     mxfp4_encode,
     mxfp4_shape,
 )
-from moezoo.core.huggingface.quantization import fp8_decode, fp8_encode, mxfp4_decode, mxfp4_encode
 
 Array = npt.NDArray[Any]
 
@@ -84,8 +83,8 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
             for name, tensor in tensors.items():
                 scales = name.removesuffix(_BLOCKS) + _SCALES
                 if name.endswith(_BLOCKS) and tensor.dtype == "U8" and scales in tensors:
-                    _check_dtype(folder, scales, ("U8", "F8_E8M0"))
-                    shape = mxfp4_shape(_where(folder, name), tensor.shape, tensors[scales].shape)
+                    _check_dtype(tensors, scales, ("U8", "F8_E8M0"))
+                    shape = mxfp4_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
                     found[name] = Readable("BF16", shape, (name, scales))
         case "fp8":
             size = config.get("weight_block_size", [128, 128])
@@ -94,8 +93,8 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
             for name, tensor in tensors.items():
                 scales = name + _SCALE_INV
                 if tensor.dtype == "F8_E4M3" and scales in tensors:
-                    _check_dtype(folder, scales, ("F32", "BF16", "F8_E8M0"))
-                    shape = fp8_shape(_where(folder, name), tensor.shape, tensors[scales].shape)
+                    _check_dtype(tensors, scales, ("F32", "BF16", "F8_E8M0"))
+                    shape = fp8_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
                     found[name] = Readable("F32", shape, (name, scales))
         case _:
             raise SpecError(
@@ -105,12 +104,12 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
     return found
 
 
-def _where(folder: TensorFolder, name: str) -> str:
-    return f"{folder.path / folder.tensors[name].file}: {name}"
+def _where(tensors: Mapping[str, StoredTensor], name: str) -> str:
+    return f"{tensors[name].file}: {name}"
 
 
-def _check_dtype(folder: TensorFolder, scales: str, expected: tuple[str, ...]) -> None:
-    if folder.tensors[scales].dtype not in expected:
+def _check_dtype(tensors: Mapping[str, StoredTensor], scales: str, expected: tuple[str, ...]) -> None:
+    if tensors[scales].dtype not in expected:
         raise CheckpointError(
-            f"{_where(folder, scales)} is {folder.tensors[scales].dtype}; expected {' or '.join(expected)} for scales."
+            f"{_where(tensors, scales)} is {tensors[scales].dtype}; expected {' or '.join(expected)} for scales."
         )
