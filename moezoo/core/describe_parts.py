@@ -111,7 +111,8 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
     else:
         assert layer.feed_forward is not None
         text = _feed_forward(layer.feed_forward)
-    return text if layer.arrangement == "pre" else f"{text}; {layer.arrangement} norms"
+    text = text if layer.arrangement == "pre" else f"{text}; {layer.arrangement} norms"
+    return f"{text}; output scaled" if layer.output_scale else text
 
 
 def _feed_forward(spec: FeedForwardSpec) -> str:

@@ -93,6 +93,8 @@ class Layer(nnx.Module):
             self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
+        if spec.output_scale:
+            self.output_scale = weights.state("output_scale")
 
     def before_attention(self, x_BTD: jax.Array) -> jax.Array:
         """What attention sees."""
@@ -125,6 +127,12 @@ class Layer(nnx.Module):
                 return self.feed_forward_output_norm(out_BTD)
             case _:
                 assert_never(self.spec.arrangement)
+
+    def scaled(self, x_BTD: jax.Array) -> jax.Array:
+        """What leaves the layer."""
+        if not self.spec.output_scale:
+            return x_BTD
+        return (x_BTD.astype(jnp.float32) * self.output_scale[...].astype(jnp.float32)).astype(x_BTD.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -211,7 +219,7 @@ class Transformer(nnx.Module):
                 out = layer.feed_forward(seen_BTD)
                 record[f"{name}.feed_forward"] = out
             x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), layer_key, FEED_FORWARD_DROPOUT)
-            x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
+            x_BTD = layer.scaled(x_BTD if joining_BTD is None else x_BTD + joining_BTD)
             record[name] = x_BTD
         x_BTD = self.final_norm(x_BTD)
         record["final_norm"] = x_BTD

@@ -95,6 +95,9 @@ class Layer(nn.Module):
             self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
+        if spec.output_scale:
+            self.output_scale = weights.state("output_scale")
+            self.freeze(keys=["output_scale"], recurse=False)
 
     def before_attention(self, x_BTD: mx.array) -> mx.array:
         """What attention sees."""
@@ -127,6 +130,12 @@ class Layer(nn.Module):
                 return self.feed_forward_output_norm(out_BTD)
             case _:
                 assert_never(self.spec.arrangement)
+
+    def scaled(self, x_BTD: mx.array) -> mx.array:
+        """What leaves the layer."""
+        if not self.spec.output_scale:
+            return x_BTD
+        return (x_BTD.astype(mx.float32) * self.output_scale.astype(mx.float32)).astype(x_BTD.dtype)
 
 
 def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
@@ -211,7 +220,7 @@ class Transformer(nn.Module):
                 out = layer.feed_forward(seen_BTD)
                 record[f"{name}.feed_forward"] = out
             x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), layer_key, FEED_FORWARD_DROPOUT)
-            x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
+            x_BTD = layer.scaled(x_BTD if joining_BTD is None else x_BTD + joining_BTD)
             record[name] = x_BTD
         x_BTD = self.final_norm(x_BTD)
         record["final_norm"] = x_BTD

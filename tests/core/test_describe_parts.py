@@ -99,6 +99,8 @@ def test_a_dense_feed_forward_and_where_its_norms_stand(fields, words):
     assert feed_forward_in_words(spec_of({"feed_forward": fields}).layers[0]) == words
     sandwich = spec_of({"feed_forward": fields, "arrangement": "sandwich"}).layers[0]
     assert feed_forward_in_words(sandwich) == f"{words}; sandwich norms"
+    scaled = spec_of({"feed_forward": fields, "output_scale": True}).layers[0]
+    assert feed_forward_in_words(scaled) == f"{words}; output scaled"
 
 
 def test_a_shortcut_says_both():

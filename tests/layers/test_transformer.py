@@ -245,6 +245,23 @@ def test_the_mixture_of_a_shortcut_joins_at_the_end_of_the_next_layer(twin):
     assert_close(model.decode(TOKENS_BT[:, -1], cache)[0], logits[:, -1], FLOAT32)
 
 
+def test_what_leaves_a_layer_is_scaled_by_a_number_that_is_not_trained(twin):
+    layer = LayerSpec(attention=ATTENTION, feed_forward=GatedFeedForwardSpec(hidden_dim=F), output_scale=True)
+    spec = SPEC.model_copy(update={"layers": (layer, layer)})
+    assert initial_weights(spec, seed=0)["layers.1.output_scale"] == [1.0]
+    weights = weights_of(spec) | {f"layers.{i}.output_scale": np.array([0.3 + i], np.float32) for i in range(2)}
+    model = twin.backend().build(spec, weights)
+    output = model.forward(TOKENS_BT, record=True)
+    assert_close(output.logits, forward(spec, in_float64(weights), TOKENS_BT)[0], FLOAT32)
+    seen = output.intermediates
+    for index, before in ((0, "embedding"), (1, "layers.0")):
+        stream = seen[before] + seen[f"layers.{index}.attention"] + seen[f"layers.{index}.feed_forward"]
+        assert_close(seen[f"layers.{index}"], (0.3 + index) * stream, FLOAT32)
+    _, gradients = loss_and_gradients(spec, in_float64(weights), TOKENS_BT, TARGET_BT)
+    assert_all_close(model.loss_and_gradients(TOKENS_BT, TARGET_BT)[1], gradients, FLOAT32_GRADIENT)
+    assert not [name for name in gradients if "output_scale" in name]
+
+
 def test_dropless_model_drops_nothing_even_where_weights_underflow(twin):
     weights = dict(WEIGHTS)
     weights["layers.1.moe.router.w_router"] = 1000 * WEIGHTS["layers.1.moe.router.w_router"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.feed_forward import feed_forward_rows
 from moezoo.core.parameters.moe import moe_rows
-from moezoo.core.parameters.row import Parameter, Rows
+from moezoo.core.parameters.row import ONES, Parameter, Rows
 from moezoo.core.spec import LayerSpec, LearnedPositionsSpec, ModelSpec, UntiedHeadSpec
 
 
@@ -48,3 +48,5 @@ def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | 
         yield from moe_rows(rows, f"{name}.moe", layer.moe, previous)
     if layer.arrangement == "sandwich":
         yield from rows.norm(f"{name}.feed_forward_output_norm", norm, shape, axes)
+    if layer.output_scale:
+        yield rows.state(f"{name}.output_scale", (1,), ("one",), "norms", ONES)

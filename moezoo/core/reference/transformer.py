@@ -58,7 +58,8 @@ def forward(
     its layer's `arrangement` says: `pre` x + f(norm(x)); `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x)));
     `parallel`: both blocks see norm(x) of the layer's input. What is added is dropped out and multiplied by
     `multipliers.residual`. A layer with a `shortcut` has a feed-forward and a MoE, which both see norm(x) behind the
-    attention; the MoE's output is added at the end of the next layer.
+    attention; the MoE's output is added at the end of the next layer. Last, the stream is multiplied by the layer's
+    `output_scale`, if it has one.
 
     Args:
         spec: the model.
@@ -131,6 +132,8 @@ def forward(
             out = normed(f"{name}.{which}", out)
         x_BTD = x_BTD + added(out, layer_key, FEED_FORWARD_DROPOUT)
         x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
+        if layer.output_scale:
+            x_BTD = x_BTD * parameters[f"{name}.output_scale"]
         record[name] = x_BTD
     x_BTD = normed("final_norm", x_BTD)
     record["final_norm"] = x_BTD

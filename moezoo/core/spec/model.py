@@ -22,7 +22,8 @@ class LayerSpec(Part):
     `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et al. 2022, arXiv 2204.02311).
     `shortcut`: the layer has both; its mixture sees what its feed-forward sees, and joins the residual stream only at
     the end of the next layer, beside which it can be computed (Cai et al. 2024, arXiv 2404.05019; LongCat-Flash, arXiv
-    2509.01322, whose layer is two of these).
+    2509.01322, whose layer is two of these). `output_scale`: what leaves the layer, residual stream and all, is
+    multiplied by a number that training leaves alone, 1 unless a checkpoint has another (Gemma 4).
     """
 
     repeat: PositiveInt = 1
@@ -31,6 +32,7 @@ class LayerSpec(Part):
     feed_forward: FeedForwardSpec | None = None
     moe: MoESpec | None = None
     shortcut: bool = False
+    output_scale: bool = False
 
     @model_validator(mode="after")
     def _one_feed_forward(self) -> "LayerSpec":
