@@ -35,7 +35,7 @@ from moezoo.core.files import (
     sha256_of,
     write_atomically,
 )
-from moezoo.core.safetensors_file import encode_tensors, read_tensors
+from moezoo.core.safetensors_file import read_tensors, write_tensors
 
 Array = npt.NDArray[Any]
 
@@ -105,9 +105,9 @@ def save_checkpoint(
     replaced = folder / f".{target.name}.replaced"
     try:
         make_folder(partial)
-        files = {  # one after the other, so that only one file's bytes are in memory beside the arrays
-            _WEIGHTS: _write(partial / _WEIGHTS, encode_tensors(weights, {})),
-            _OPTIMIZER: _write(partial / _OPTIMIZER, encode_tensors(optimizer, {})),
+        files = {
+            _WEIGHTS: _write_tensors(partial / _WEIGHTS, weights),
+            _OPTIMIZER: _write_tensors(partial / _OPTIMIZER, optimizer),
             _CONFIG: _write(partial / _CONFIG, config),
         }
         manifest = _Manifest(format_version=FORMAT_VERSION, step=step, tokens=tokens, files=files, extra=extra)
@@ -182,16 +182,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         config_text=config_text,
         extra=manifest.extra,
     )
-
-
-def shapes_of(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
-    """Each array's shape by name.
-
-    A mapping that reads its arrays when they are asked for (and has its own `__contains__`) says their shapes in an
-    attribute `shapes`, so that nothing is read here.
-    """
-    shapes: Mapping[str, tuple[int, ...]] | None = getattr(weights, "shapes", None)
-    return {name: value.shape for name, value in weights.items()} if shapes is None else dict(shapes)
 
 
 def check_names_and_shapes(
@@ -368,6 +358,11 @@ def _name_problem(folder: Path, name: str) -> str | None:
     if name.startswith("step_") and _step_of(name) is None:
         return f"{folder / name} is not a checkpoint's name; expected step_ and eight digits. Rename it."
     return None
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Array]) -> _File:
+    size, digest = write_tensors(path, tensors, {})
+    return _File(bytes=size, sha256=digest)
 
 
 def _write(path: Path, content: bytes) -> _File:

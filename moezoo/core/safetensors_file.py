@@ -5,11 +5,12 @@ accepts overlaps, holes, duplicate names and trailing bytes). Data is read by pl
 truncated while it is mapped into memory would kill the process with SIGBUS.
 """
 
+import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError
-from moezoo.core.files import write_atomically, written_atomically
+from moezoo.core.files import written_atomically
 
 Array = npt.NDArray[Any]
 
@@ -190,13 +191,42 @@ def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> dict[s
     return {name: file.read(name) for name in wanted}
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, all or nothing. `metadata` is free text by name, `{}` for none.
+def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Write a safetensors file, all or nothing, and return its size in bytes and its SHA-256.
 
-    The same tensors and metadata always give the same bytes. Raises CheckpointError for a dtype that the
-    format or NumPy cannot hold, and RunError where the file cannot be written.
+    `metadata` is free text by name, `{}` for none. The same tensors and metadata always give the same bytes. The digest
+    is of what was meant, in memory, and not of what a reading back gives. A mapping that reads its arrays when they are
+    asked for, and says `shapes` and `dtypes` without reading, is never in memory whole.
+
+    Raises CheckpointError for a dtype that the format or NumPy cannot hold, and RunError where the file cannot be
+    written.
     """
-    write_atomically(path, encode_tensors(tensors, metadata))
+    dtypes: Mapping[str, np.dtype[Any]] | None = getattr(tensors, "dtypes", None)
+    dtypes = {name: array.dtype for name, array in tensors.items()} if dtypes is None else dtypes
+    forms = {name: (_storable(name, dtypes[name]), shape) for name, shape in shapes_of(tensors).items()}
+    header = encode_header(forms, metadata)
+    length = len(header).to_bytes(8, "little")
+    digest = hashlib.sha256(length + header)
+    entries, size = _laid_out(header)
+
+    def in_order() -> Iterator[tuple[str, Array]]:
+        for name in entries:
+            array = _encodable(name, tensors[name])
+            digest.update(array.reshape(-1).view(np.uint8).data)
+            yield name, array
+
+    write_stream(path, header, in_order())
+    return size, digest.hexdigest()
+
+
+def shapes_of(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """Each array's shape by name.
+
+    A mapping that reads its arrays when they are asked for (and has its own `__contains__`) says their shapes in an
+    attribute `shapes`, so that nothing is read here.
+    """
+    shapes: Mapping[str, tuple[int, ...]] | None = getattr(weights, "shapes", None)
+    return {name: value.shape for name, value in weights.items()} if shapes is None else dict(shapes)
 
 
 def encode_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
@@ -272,12 +302,18 @@ def write_stream(path: str | Path, header: bytes, tensors: Iterable[tuple[str, A
             raise CheckpointError(f"cannot write {path}: {', '.join(sorted(missing)[:5])} missing.")
 
 
-def _encodable(name: str, array: Array) -> Array:
+def _storable(name: str, dtype: np.dtype[Any]) -> str:
+    """The format's name of a tensor's dtype. Raises CheckpointError where it cannot be stored."""
     if name == "__metadata__":
         raise CheckpointError("a tensor cannot be named __metadata__: the format keeps that name for metadata.")
-    if array.dtype.name not in _FORMAT_NAMES:
+    if dtype.name not in _FORMAT_NAMES:
         known = ", ".join(_FORMAT_NAMES)
-        raise CheckpointError(f"{name} has dtype {array.dtype}, which cannot be stored; expected one of {known}.")
+        raise CheckpointError(f"{name} has dtype {dtype}, which cannot be stored; expected one of {known}.")
+    return format_name(dtype)
+
+
+def _encodable(name: str, array: Array) -> Array:
+    _storable(name, array.dtype)
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array).reshape(array.shape)  # Trap: ascontiguousarray makes a scalar [1]

@@ -11,12 +11,13 @@ import optax
 from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes, shapes_of
+from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
+from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights, exported, to_numpy
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped

@@ -13,6 +13,7 @@ from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
 from moezoo.core.huggingface.ledger import Ledger, Source
+from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized import Quantized
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
@@ -77,7 +78,7 @@ class LazyWeights(Mapping[str, Array]):
     def __init__(self, spec: ModelSpec, ledger: Ledger, folder: TensorFolder, quantized: Quantized):
         self._shapes = {row.name: row.shape for row in parameter_table(spec)}
         self._ledger, self._folder, self._quantized = ledger, folder, quantized
-        self.nonfinite: list[str] = []
+        self.nonfinite: dict[str, None] = {}  # names of parameters with NaN or infinity, of those read so far
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -90,25 +91,32 @@ class LazyWeights(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
     def __getitem__(self, name: str) -> Array:
         value = self._gather(self._ledger.sources[name], self._shapes[name])
         for source in self._ledger.copies:
             if source.placed.parts[0][0] == name:
                 self._check_copy(source, name, value)
+        if not is_finite(value):
+            self.nonfinite[name] = None
         return value
 
-    def dtype(self, name: str) -> np.dtype[Any]:
-        """The dtype that a parameter comes in."""
-        dtypes = [self._quantized.dtype(source.name) for source in self._ledger.sources[name]]
-        return np.result_type(*dtypes)
+    @property
+    def dtypes(self) -> dict[str, np.dtype[Any]]:
+        """The dtypes that all come in, without reading one."""
+        return {name: self._dtype(sources) for name, sources in self._ledger.sources.items()}
+
+    def _dtype(self, sources: tuple[Source, ...]) -> np.dtype[Any]:
+        return np.result_type(*{self._quantized.dtype(source.name) for source in sources})
 
     def _gather(self, sources: tuple[Source, ...], shape: tuple[int, ...]) -> Array:
         first = sources[0]
         if not first.placed.rule.per_expert:
             return first.placed.holds(self._quantized.read(first.name), first.place).reshape(shape)
         axis = first.placed.expert_axis(first.place)
-        dtype = np.result_type(*(self._quantized.dtype(source.name) for source in sources))
-        stacked = np.empty(shape, dtype)
+        stacked = np.empty(shape, self._dtype(sources))
         for source in sources:
             expert = source.placed.parts[source.place][1]
             stacked[(slice(None),) * axis + (expert,)] = source.placed.holds(
