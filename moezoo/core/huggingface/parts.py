@@ -34,9 +34,11 @@ def rope(
     fraction: float = 1.0,
     layout: Literal["half_split", "interleaved"] = "half_split",
     layer_type: str | None = None,
+    harmless: Sequence[str] = (),
 ) -> RoPESpec:
     """The rotation: `rope_parameters` (transformers 5; by `layer_type` where it has such), or `rope_theta`,
-    `rope_scaling` and `partial_rotary_factor` (transformers 4). `base` and `fraction` where neither says."""
+    `rope_scaling` and `partial_rotary_factor` (transformers 4). `base` and `fraction` where neither says; `harmless`:
+    fields of the former that change no number."""
     base = fields.number("rope_theta", base)
     fraction = fields.number("partial_rotary_factor", fraction)
     where = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
@@ -46,11 +48,11 @@ def rope(
     if inner is None:
         return RoPESpec(base=base, fraction=fraction, layout=layout)
     base, fraction = inner.number("rope_theta", base), inner.number("partial_rotary_factor", fraction)
-    scaling = _scaling(fields, inner)
+    scaling = _scaling(fields, inner, harmless)
     return RoPESpec(base=base, fraction=fraction, layout=layout, scaling=scaling)
 
 
-def _scaling(fields: Fields, inner: Fields) -> RoPEScalingSpec | None:
+def _scaling(fields: Fields, inner: Fields, harmless: Sequence[str]) -> RoPEScalingSpec | None:
     makers: Mapping[str, Callable[[Fields, Fields], RoPEScalingSpec | None]] = {
         "default": lambda outer, inside: None,
         "linear": lambda outer, inside: LinearScalingSpec(factor=inside.number("factor")),
@@ -61,7 +63,7 @@ def _scaling(fields: Fields, inner: Fields) -> RoPEScalingSpec | None:
     old = "type" in inner  # transformers 4 called it so
     kind = inner.choice("rope_type" if "rope_type" in inner or not old else "type", makers, "default")
     scaling: RoPEScalingSpec | None = kind(fields, inner)
-    inner.finish(("type", "rope_type", "max_position_embeddings", "original_max_position_embeddings"))
+    inner.finish(("type", "rope_type", "max_position_embeddings", "original_max_position_embeddings", *harmless))
     return scaling
 
 
@@ -139,7 +141,7 @@ def windows(fields: Fields, num_layers: int, default: Sequence[str] | None = Non
 def layer_types(
     fields: Fields,
     num_layers: int,
-    default: Sequence[str],
+    default: Sequence[str] | None,
     known: Sequence[str] = ("full_attention", "sliding_attention"),
 ) -> list[str]:
     """What kind of attention each layer has."""
@@ -147,6 +149,16 @@ def layer_types(
     if any(kind not in known for kind in types):
         raise fields.refuse("layer_types", f"each one of {', '.join(known)}")
     return types
+
+
+def per_layer(fields: Fields, name: str, num_layers: int, default: int | None = None) -> list[int]:
+    """A whole number, at least 1, for each layer: a list, or one number for all."""
+    if not isinstance(fields.get(name), list):
+        return [fields.count(name, default)] * num_layers
+    numbers = fields.items(name, num_layers)
+    if any(type(number) is not int or number < 1 for number in numbers):
+        raise fields.refuse(name, "whole numbers, 1 or more")
+    return numbers
 
 
 def grouped(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
@@ -175,14 +187,16 @@ PRE_NORMS: tuple[Fused, ...] = (
 )
 
 
-def grouped_query(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") -> tuple[Fused, ...]:
+def grouped_query(
+    theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention", *, output: str = "o_proj"
+) -> tuple[Fused, ...]:
     """Projections of queries, keys, values and output, with their biases where the model has such."""
     found: list[Fused] = []
     for name, which, heads in (("q", "query", "n"), ("k", "key", "m"), ("v", "value", "m")):
         found.append(Tensor(f"{theirs}.{name}_proj.weight", f"({heads} h) d", f"{ours}.w_{which}", f"d {heads} h"))
         found.append(Tensor(f"{theirs}.{name}_proj.bias", f"({heads} h)", f"{ours}.b_{which}", f"{heads} h"))
-    found.append(Tensor(f"{theirs}.o_proj.weight", "d (n h)", f"{ours}.w_output", "n h d"))
-    found.append(Tensor(f"{theirs}.o_proj.bias", "d", f"{ours}.b_output", "d"))
+    found.append(Tensor(f"{theirs}.{output}.weight", "d (n h)", f"{ours}.w_output", "n h d"))
+    found.append(Tensor(f"{theirs}.{output}.bias", "d", f"{ours}.b_output", "d"))
     return tuple(found)
 
 

@@ -18,7 +18,7 @@ both directions and moves bits, never changes them.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Fused:
         theirs: its name, with `{layer}` and `{expert}`.
         axes: how its axes are made, outer to inner: `(n h) d`.
         parts: the parameters, in the order in which they stand along axis `x`.
-        sizes: parameters of ours that only tell sizes of axes, (name, axes).
+        sizes: parameters of ours that only tell sizes of axes, (name, axes); the rule is for layers that have them.
         copy: a second copy of what another tensor holds (the head of a tied model); it must be equal.
     """
 
@@ -70,6 +70,11 @@ def Tensor(
 ) -> Fused:
     """The rule of a tensor that holds one parameter."""
     return Fused(theirs, axes, (Part(ours, "", our_axes),), sizes, copy)
+
+
+def beside(ours: str, axes: str, rules: Iterable[Fused]) -> tuple[Fused, ...]:
+    """The rules, for those layers alone that have this parameter: where two kinds of layer share a name of ours."""
+    return tuple(replace(rule, sizes=(*rule.sizes, (ours, axes))) for rule in rules)
 
 
 @dataclass(frozen=True)
@@ -141,11 +146,13 @@ class Placed:
 def places(rule: Fused, shapes: Shapes, num_layers: int) -> Iterator[Placed]:
     """Every tensor of theirs that a rule stands for in a model with these parameters.
 
-    A rule stands for nothing in a layer that has none of its parameters (a dense layer has no experts).
+    A rule stands for nothing in a layer that lacks its first parameter (a dense layer has no experts), or one that
+    tells sizes.
     """
     for layer in range(num_layers) if "{layer}" in rule.theirs else (None,):
         names = [part.ours.format(layer=layer) for part in rule.parts]
-        if names[0] not in shapes:
+        told = [name.format(layer=layer) for name, _ in rule.sizes]
+        if any(name not in shapes for name in (names[0], *told)):
             continue
         sizes = _sizes(rule, names, shapes, layer)
         groups = _groups(rule.axes)

@@ -1,0 +1,102 @@
+"""Trinity. Source: Arcee AI 2025; transformers, `afmoe`."""
+
+import math
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import LAYER, OURS
+from moezoo.core.huggingface.tensors import Tensor
+from moezoo.core.spec import (
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    MultipliersSpec,
+    NoPositionSpec,
+    RouterSpec,
+    SelectionBiasSpec,
+    SharedExpertsSpec,
+)
+
+
+def spec(fields: Fields) -> ModelSpec:
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    num_layers, num_dense = fields.count("num_hidden_layers"), fields.integer("num_dense_layers", 1)
+    norm, bias = parts.rms_norm(fields, 1e-5), fields.flag("attention_bias", False)
+    every = fields.count("global_attn_every_n_layers", 4)
+    kinds = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
+    full = GroupedQueryAttentionSpec(
+        num_heads=heads,
+        num_kv_heads=fields.count("num_key_value_heads", heads),
+        head_dim=fields.count("head_dim", 128),
+        position=NoPositionSpec(),
+        qk_norm=norm,
+        qkv_bias=bias,
+        output_bias=bias,
+        gate="elementwise",
+    )
+    window, position = fields.count("sliding_window", 1024), parts.rope(fields)
+    sliding = full.model_copy(update={"position": position, "window": window})
+    moe = _mixture(fields)
+    dense = parts.swiglu(fields, fields.count("intermediate_size"))
+    layers = []
+    for index, kind in enumerate(parts.layer_types(fields, num_layers, kinds)):
+        layer = LayerSpec(
+            arrangement="sandwich", attention=sliding if kind == "sliding_attention" else full, feed_forward=dense
+        )
+        layers.append(layer if index < num_dense else layer.model_copy(update={"feed_forward": None, "moe": moe}))
+    fields.only_in_training("attention_dropout")
+    mup = fields.flag("mup_enabled", False)
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=width,
+        layers=parts.grouped(layers),
+        norm=norm,
+        head=parts.head(fields),
+        multipliers=MultipliersSpec(embedding=math.sqrt(width) if mup else 1.0),
+    )
+
+
+def _mixture(fields: Fields) -> MoESpec:
+    width, shared = fields.count("moe_intermediate_size"), fields.integer("num_shared_experts", 2)
+    # Trap: released configs name these; transformers has one value of each, whatever they say.
+    fields.expect("score_func", "sigmoid")
+    fields.expect("route_norm", True)
+    for name in ("n_group", "topk_group", "num_expert_groups", "num_limited_groups"):
+        fields.expect(name, 1)
+    return MoESpec(
+        num_experts=fields.count(fields.either("num_experts", "num_local_experts"), 64),
+        router=RouterSpec(
+            top_k=fields.count("num_experts_per_tok", 6),
+            score="sigmoid",
+            selection_bias=SelectionBiasSpec(),
+            renormalize_epsilon=1e-20,
+            scale=fields.number("route_scale", 1.0),
+        ),
+        experts=parts.swiglu(fields, width),
+        shared=SharedExpertsSpec(num_experts=shared, hidden_dim=width) if shared else None,
+    )
+
+
+FAMILY = Family(
+    model_types=("afmoe",),
+    spec=spec,
+    tensors=(
+        *parts.MODEL,
+        Tensor(f"{LAYER}.input_layernorm.weight", "d", f"{OURS}.attention_norm.scale", "d"),
+        Tensor(f"{LAYER}.post_attention_layernorm.weight", "d", f"{OURS}.attention_output_norm.scale", "d"),
+        Tensor(f"{LAYER}.pre_mlp_layernorm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
+        Tensor(f"{LAYER}.post_mlp_layernorm.weight", "d", f"{OURS}.feed_forward_output_norm.scale", "d"),
+        *parts.grouped_query(),
+        *parts.qk_norm(),
+        Tensor(f"{LAYER}.self_attn.gate_proj.weight", "(n h) d", f"{OURS}.attention.w_gate", "d n h"),
+        *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
+        *parts.router(f"{LAYER}.mlp.router.gate"),
+        Tensor(f"{LAYER}.mlp.expert_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
+        *parts.experts(),
+        *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
+    ),
+    kept=("*.rotary_emb.inv_freq",),
+    harmless=("load_balance_coeff", "max_position_embeddings", "use_grouped_mm"),
+)

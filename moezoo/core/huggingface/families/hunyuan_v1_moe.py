@@ -1,0 +1,108 @@
+"""Hunyuan-A13B. Source: Tencent 2025; transformers, `hunyuan_v1_moe`."""
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import LAYER, OURS
+from moezoo.core.spec import (
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    RoPESpec,
+    RouterSpec,
+    SharedExpertsSpec,
+)
+
+
+def spec(fields: Fields) -> ModelSpec:
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    num_layers, dense = fields.count("num_hidden_layers"), fields.count("intermediate_size")
+    norm, bias = parts.rms_norm(fields, 1e-5), fields.flag("attention_bias", False)
+    head_dim = fields.count(fields.either("head_dim", "attention_head_dim"), width // heads)
+    normed = fields.flag("use_qk_norm", True)
+    attention = GroupedQueryAttentionSpec(
+        num_heads=heads,
+        num_kv_heads=fields.count("num_key_value_heads", heads),
+        head_dim=head_dim,
+        position=_position(fields, head_dim),
+        qk_norm=norm if normed else None,
+        qk_norm_after_rotation=normed,
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+    num_experts = fields.count(fields.either("num_experts", "num_local_experts"), 1)
+    mixed = fields.flag("use_mixed_mlp_moe", True)
+    # Lists by layer, or one number for all; transformers takes moe_intermediate_size for equal to intermediate_size.
+    layers = [
+        LayerSpec(
+            attention=attention,
+            moe=MoESpec(
+                num_experts=num_experts,
+                router=RouterSpec(top_k=top_k),
+                experts=parts.swiglu(fields, hidden),
+                shared=SharedExpertsSpec(num_experts=shared, hidden_dim=dense) if mixed else None,
+            ),
+        )
+        for top_k, hidden, shared in zip(
+            parts.per_layer(fields, fields.either("moe_topk", "num_experts_per_tok"), num_layers, 1),
+            parts.per_layer(fields, "moe_intermediate_size", num_layers, dense),
+            parts.per_layer(fields, "num_shared_expert", num_layers, 1),
+            strict=True,
+        )
+    ]
+    _refuse_others(fields)
+    fields.only_in_training("attention_dropout")
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=width,
+        layers=parts.grouped(layers),
+        norm=norm,
+        head=parts.head(fields),
+    )
+
+
+def _position(fields: Fields, head_dim: int) -> RoPESpec:
+    """`dynamic` with an alpha is a larger base, whatever the length; its other fields then mean nothing."""
+    inner = fields.inside("rope_parameters") or fields.inside("rope_scaling")
+    alpha = 0.0 if inner is None else inner.number("alpha", 0.0)
+    if inner is None or not alpha or inner.get("rope_type", inner.get("type")) != "dynamic":
+        return parts.rope(fields, harmless=("alpha",))
+    if head_dim < 4 or alpha < 0:
+        raise inner.refuse("alpha", "a number above 0, and a head_dim of at least 4")
+    base = inner.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    inner.finish(("type", "rope_type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"))
+    return RoPESpec(base=base * alpha ** (head_dim / (head_dim - 2)))
+
+
+def _refuse_others(fields: Fields) -> None:
+    """Fields that released configs have, and that have one value in transformers, whatever they say."""
+    for name in ("mlp_bias", "use_cla", "use_mla", "group_limited_greedy", "moe_drop_tokens"):
+        fields.expect(name, False)
+    fields.expect("position_embedding_xdrope", False)
+    fields.expect("use_rotary_pos_emb", True)
+    fields.expect("norm_topk_prob", True)
+    fields.expect("norm_type", "rms", "hf_rms")
+    fields.expect("moe_layer_num_skipped", 0)
+    fields.expect("routed_scaling_factor", 1, False)
+
+
+FAMILY = Family(
+    model_types=("hunyuan_v1_moe", "hunyuan"),
+    spec=spec,
+    tensors=(
+        *parts.MODEL,
+        *parts.PRE_NORMS,
+        *parts.grouped_query(),
+        *parts.qk_norm(names=("query_layernorm", "key_layernorm")),
+        *parts.router(f"{LAYER}.mlp.gate.wg"),
+        *parts.experts(),
+        *parts.feed_forward(f"{LAYER}.mlp.shared_mlp", f"{OURS}.moe.shared"),
+    ),
+    kept=("*.rotary_emb.inv_freq",),
+    harmless=(
+        *("*_id", "add_classification_head", "capacity_factor", "cla_share_factor", "class_num", "dense_list"),
+        *("max_position_embeddings", "moe_random_routing_dropped_token", "org_vocab_size", "pool_type"),
+        *("kv_lora_rank", "n_group", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "topk_group", "v_head_dim"),
+    ),
+)

@@ -1,0 +1,157 @@
+"""Qwen3-Next. Source: Qwen Team 2025; Yang et al. 2024, arXiv 2412.06464; transformers, `qwen3_next`."""
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import LAYER, OURS
+from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
+from moezoo.core.spec import (
+    AttentionSpec,
+    GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    RMSNormSpec,
+    RouterSpec,
+    SharedExpertsSpec,
+)
+
+
+def spec(fields: Fields) -> ModelSpec:
+    num_layers = fields.count("num_hidden_layers")
+    renormalize = "sum" if fields.flag("norm_topk_prob", True) else "none"
+    return hybrid(fields, renormalize == "sum", parts.dense_layers(fields, num_layers))
+
+
+def hybrid(fields: Fields, renormalize: bool, dense: list[bool]) -> ModelSpec:
+    """Gated delta networks, and gated attention in every fourth layer or where `layer_types` says so."""
+    width, epsilon = fields.count("hidden_size"), fields.number("rms_norm_eps", 1e-6)
+    norm = RMSNormSpec(epsilon=epsilon, scale="zero_centred")
+    mixers = _mixers(fields, norm)
+    interval = fields.count("full_attention_interval", 4)
+    kinds = ["linear_attention" if (index + 1) % interval else "full_attention" for index in range(len(dense))]
+    moe = MoESpec(
+        num_experts=fields.count(fields.either("num_experts", "num_local_experts"), 512),
+        router=RouterSpec(top_k=fields.count("num_experts_per_tok", 10), renormalize="sum" if renormalize else "none"),
+        experts=parts.swiglu(fields, fields.count("moe_intermediate_size", 512)),
+        shared=SharedExpertsSpec(kind="sigmoid_gated", hidden_dim=fields.count("shared_expert_intermediate_size", 512)),
+        losses=parts.pooled_balance(fields),
+    )
+    feed_forward = parts.swiglu(fields, fields.count("intermediate_size", 5632))
+    layers = [
+        LayerSpec(
+            attention=mixers[kind],
+            feed_forward=feed_forward if is_dense else None,
+            moe=None if is_dense else moe,
+        )
+        for kind, is_dense in zip(parts.layer_types(fields, len(dense), kinds, tuple(mixers)), dense, strict=True)
+    ]
+    fields.expect("hidden_act", "silu")  # of the convolutions too
+    fields.only_in_training("attention_dropout")
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=width,
+        layers=parts.grouped(layers),
+        norm=norm,
+        head=parts.head(fields),
+    )
+
+
+def _mixers(fields: Fields, norm: RMSNormSpec) -> dict[str, AttentionSpec]:
+    fields.expect("attention_bias", False)  # the gate stands in the projection of queries, and ours has no bias
+    fields.expect("attn_output_gate", True)
+    return {
+        "full_attention": GroupedQueryAttentionSpec(
+            num_heads=fields.count("num_attention_heads"),
+            num_kv_heads=fields.count("num_key_value_heads", 2),
+            head_dim=fields.count("head_dim", 256),
+            # With text alone, the three positions of a multimodal rotation are one.
+            position=parts.rope(fields, fraction=0.25, harmless=("mrope_section", "mrope_interleaved")),
+            qk_norm=norm,
+            gate="elementwise",
+        ),
+        "linear_attention": GatedDeltaAttentionSpec(
+            num_key_heads=fields.count("linear_num_key_heads", 16),
+            num_value_heads=fields.count("linear_num_value_heads", 32),
+            key_head_dim=fields.count("linear_key_head_dim", 128),
+            value_head_dim=fields.count("linear_value_head_dim", 128),
+            conv_width=fields.count("linear_conv_kernel_dim", 4),
+            norm=RMSNormSpec(epsilon=norm.epsilon),
+        ),
+    }
+
+
+DELTA, FULL, ATTENTION = f"{LAYER}.linear_attn", f"{LAYER}.self_attn", f"{OURS}.attention"
+# What one of the two kinds of layer has, and the other has not.
+QUERY_NORM, BIAS = (f"{ATTENTION}.query_norm.scale", "h"), (f"{ATTENTION}.decay_bias", "n")
+
+# What Qwen3.5 has alike: all but two projections of the delta network, and prefixes.
+SHARED_TENSORS: tuple[Fused, ...] = (
+    *parts.MODEL,
+    *parts.PRE_NORMS,
+    *beside(
+        *QUERY_NORM,
+        (
+            Fused(
+                f"{FULL}.q_proj.weight",
+                "(n x) d",
+                (Part(f"{ATTENTION}.w_query", "h", "d n h"), Part(f"{ATTENTION}.w_gate", "h", "d n h")),
+            ),
+            Tensor(f"{FULL}.k_proj.weight", "(m h) d", f"{ATTENTION}.w_key", "d m h"),
+            Tensor(f"{FULL}.v_proj.weight", "(m h) d", f"{ATTENTION}.w_value", "d m h"),
+            Tensor(f"{FULL}.o_proj.weight", "d (n h)", f"{ATTENTION}.w_output", "n h d"),
+        ),
+    ),
+    *parts.qk_norm(),
+    Fused(
+        f"{DELTA}.conv1d.weight",
+        "x 1 w",
+        (
+            Part(f"{ATTENTION}.conv_query", "m h", "w m h"),
+            Part(f"{ATTENTION}.conv_key", "m h", "w m h"),
+            Part(f"{ATTENTION}.conv_value", "n z", "w n z"),
+        ),
+    ),
+    Tensor(f"{DELTA}.dt_bias", "n", f"{ATTENTION}.decay_bias", "n"),
+    Tensor(f"{DELTA}.A_log", "n", f"{ATTENTION}.log_decay_rate", "n"),
+    Tensor(f"{DELTA}.norm.weight", "z", f"{ATTENTION}.output_norm.scale", "z"),
+    *beside(*BIAS, [Tensor(f"{DELTA}.out_proj.weight", "d (n z)", f"{ATTENTION}.w_output", "n z d")]),
+    *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
+    *parts.router(),
+    *parts.experts(),
+    *parts.feed_forward(f"{LAYER}.mlp.shared_expert", f"{OURS}.moe.shared"),
+    Tensor(f"{LAYER}.mlp.shared_expert_gate.weight", "u d", f"{OURS}.moe.w_shared_gate", "d u"),
+)
+
+FAMILY = Family(
+    model_types=("qwen3_next",),
+    spec=spec,
+    tensors=(
+        *SHARED_TENSORS,
+        # By key head: its query and key, values and gates of the value heads that it serves.
+        *beside(
+            f"{ATTENTION}.conv_query",
+            "w m h",
+            (
+                Fused(
+                    f"{DELTA}.in_proj_qkvz.weight",
+                    "(m x) d",
+                    (
+                        Part(f"{ATTENTION}.w_query", "h", "d m h"),
+                        Part(f"{ATTENTION}.w_key", "h", "d m h"),
+                        Part(f"{ATTENTION}.w_value", "g z", "d (m g) z"),
+                        Part(f"{ATTENTION}.w_gate", "g z", "d (m g) z"),
+                    ),
+                ),
+                Fused(
+                    f"{DELTA}.in_proj_ba.weight",
+                    "(m x) d",
+                    (Part(f"{ATTENTION}.w_beta", "g", "d (m g)"), Part(f"{ATTENTION}.w_decay", "g", "d (m g)")),
+                ),
+            ),
+        ),
+    ),
+    kept=("mtp.*", "*.rotary_emb.inv_freq"),
+    harmless=("max_position_embeddings", "mtp_*", "num_nextn_predict_layers"),
+)
