@@ -246,6 +246,40 @@ def parity(path: Path, as_json: bool, show_all: bool) -> None:
         sys.exit(1)
 
 
+@main.command("convert")
+@click.argument("path", metavar="PATH", type=Path)
+@click.argument("out", metavar="OUT", type=Path)
+@_json
+def convert_command(path: Path, out: Path, as_json: bool) -> None:
+    """Turn a Hugging Face checkpoint into a run folder, or a run that began from one back.
+
+    Every tensor is accounted for; unchanged weights come back bit for bit.
+    """
+    import json
+    import time
+
+    from moezoo.core.huggingface.convert import convert, ledger_text
+
+    started = time.monotonic()
+    interactive = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        eta = (time.monotonic() - started) / done * (total - done)
+        if interactive:
+            click.echo(f"\r{done}/{total} parameters, eta {eta:.0f} s ", nl=done == total, err=True)
+
+    result = convert(path, out, show)
+    if as_json:
+        entries = [{**vars(entry), "shape": list(entry.shape)} for entry in result.ledger.entries]
+        click.echo(json.dumps({"format": result.format, "tensors": entries, "notes": result.notes}, indent=2))
+        return
+    click.echo(ledger_text(result.ledger))
+    for note in result.notes:
+        click.echo(note, err=True)
+    counts = ", ".join(f"{count} {status}" for status, count in result.ledger.counts().items())
+    click.echo(f"{counts}; none dropped. Written as {result.format}: {out}")
+
+
 @main.command()
 @click.argument("folder", metavar="[CONFIGS]", type=Path, default=Path("configs/tiny"))
 @_json

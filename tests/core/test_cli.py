@@ -35,6 +35,7 @@ SURFACE = {
     "eval": ["RUN", "--backend", "--json"],
     "describe": ["CONFIG", "--set", "--json"],
     "parity": ["CONFIG|RUN", "--json", "--all"],
+    "convert": ["PATH", "OUT", "--json"],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],
     "schema": [],
     "data": ["NAME", "--file"],
@@ -288,4 +289,6 @@ def test_load_forward_generate_save(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(moezoo.MoezooError, match="expected a new or empty folder"):
         model.save(tmp_path / "saved")
     with pytest.raises(moezoo.MoezooError, match="no such format"):
+        model.save(tmp_path / "other", format="gguf")  # type: ignore[arg-type]
+    with pytest.raises(moezoo.MoezooError, match="did not come from a Hugging Face checkpoint"):
         model.save(tmp_path / "other", format="huggingface")

@@ -1,0 +1,128 @@
+"""A Hugging Face checkpoint into a run folder, and a run that began from one back into such files."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import SpecError
+from moezoo.core.huggingface.export import export_checkpoint
+from moezoo.core.huggingface.layout import Layout
+from moezoo.core.huggingface.ledger import Entry, Ledger
+from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.loaded_model import save_run
+from moezoo.core.opened_model import OpenedModel, open_model
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]  # parameters done, of all
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """Tensors that differ in layer and expert only: `*` stands for a number."""
+
+    theirs: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    status: str
+    ours: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written: `format` of the new folder, the ledger of the checkpoint's tensors, notes, a line each."""
+
+    format: str
+    ledger: Ledger
+    notes: list[str]
+
+
+def ledger_rows(ledger: Ledger) -> list[LedgerRow]:
+    """The ledger, equal tensors of many layers and experts in one row."""
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in ledger.entries:
+        theirs, ours = _pattern(entry.name), tuple(_pattern(name) for name in entry.ours)
+        groups.setdefault((theirs, entry.dtype, entry.shape, entry.status, ours), []).append(entry)
+    return [
+        LedgerRow(theirs, dtype, shape, len(entries), status, ours)
+        for (theirs, dtype, shape, status, ours), entries in groups.items()
+    ]
+
+
+def ledger_text(ledger: Ledger) -> str:
+    """The ledger for a person, a line for each row: what becomes of it, how it is stored, how often, its name, ours."""
+    rows = [
+        (row.status, f"{row.dtype} {list(row.shape)}", f"{row.count}x", row.theirs, ", ".join(row.ours))
+        for row in ledger_rows(ledger)
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{status:<{widths[0]}}  {stored:<{widths[1]}}  {count:>{widths[2]}}  {theirs}{' -> ' if ours else ''}{ours}"
+        for status, stored, count, theirs, ours in rows
+    )
+
+
+def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
+    """Convert a Hugging Face folder or hub id into a run folder, or a run that began from one back.
+
+    One parameter is in memory at a time on the way in. What goes in and comes back unchanged is the same bit for bit.
+
+    Raises as `open_model`, RunError where `out` is not empty, and SpecError for a run that began from nothing.
+    """
+    opened = open_model(path)
+    if opened.checkpoint is not None:
+        weights = _Watched(opened.weights, on_progress)
+        save_run(out, opened.config, opened.tokenizer, weights, 0, opened.layout)
+        warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
+        return Conversion("moezoo", opened.checkpoint.ledger, opened.problems + ([warning] if warning else []))
+    layout = _layout_of(opened)
+    notes = export_checkpoint(opened.weights, layout, out)
+    return Conversion("huggingface", layout.ledger, opened.problems + notes)
+
+
+def _layout_of(opened: OpenedModel) -> Layout:
+    if opened.layout is None:
+        raise SpecError(
+            f"{opened.path} did not begin from a Hugging Face checkpoint, so there is no config.json and no layout to "
+            "write it in; expected a run that was converted or trained from one (init_from)."
+        )
+    return opened.layout
+
+
+class _Watched(Mapping[str, Array]):
+    """A mapping that tells how far its reader has come."""
+
+    def __init__(self, inner: Mapping[str, Array], on_progress: Progress | None):
+        self._inner, self._on_progress, self._done = inner, on_progress, 0
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes: Mapping[str, tuple[int, ...]] = self._inner.shapes  # type: ignore[attr-defined]
+        return shapes
+
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype[Any]]:
+        dtypes: Mapping[str, np.dtype[Any]] = self._inner.dtypes  # type: ignore[attr-defined]
+        return dtypes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inner)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getitem__(self, name: str) -> Array:
+        value = self._inner[name]
+        self._done += 1
+        if self._on_progress is not None:
+            self._on_progress(self._done, len(self._inner))
+        return value
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

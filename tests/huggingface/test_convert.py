@@ -1,0 +1,101 @@
+"""`moezoo convert`: there and back, and a ledger in which every tensor has a line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from click.testing import CliRunner, Result
+
+from moezoo.cli import main
+from moezoo.core.errors import CheckpointError
+from moezoo.core.huggingface.checkpoint import open_checkpoint
+from tests.huggingface.fixtures import write_checkpoint
+from tests.huggingface.test_round_trip import digests
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    source = write_checkpoint("deepseek_v3", tmp_path / "source", shards=2)
+    there = run("convert", source, tmp_path / "run")
+    assert there.exit_code == 0
+    assert "none dropped. Written as moezoo" in there.output
+    assert "model.layers.*.self_attn.kv_b_proj.weight -> layers.*.attention.w_key, layers.*.attention.w_value" in (
+        there.output
+    )
+    back = run("convert", tmp_path / "run", tmp_path / "back", "--json")
+    ledger = json.loads(back.output)
+    assert ledger["format"] == "huggingface"
+    assert {row["name"] for row in ledger["tensors"]} == set(open_checkpoint(source).folder.tensors)
+    assert digests(tmp_path / "back") == digests(source)
+
+
+def test_kept_tensors_come_back(tmp_path: Path) -> None:
+    source = write_checkpoint("deepseek_v3", tmp_path / "source")
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    later = f"model.layers.{json.loads((source / 'config.json').read_text())['num_hidden_layers']}.eh_proj.weight"
+    tensors[later] = np.arange(6, dtype=np.float32).reshape(2, 3)
+    safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    ledger = open_checkpoint(source).ledger
+    assert ledger.counts()["kept"] == 1
+    run("convert", source, tmp_path / "run")
+    run("convert", tmp_path / "run", tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(source)
+
+
+def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    tensors["model.layers.0.surprise.weight"] = np.zeros(3, np.float32)
+    safetensors.numpy.save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.surprise\.weight F32 \[3\] in model\.safetensors"):
+        open_checkpoint(source)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
+    safetensors.numpy.save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.moe\.experts\.w_gate of experts 2"):
+        open_checkpoint(source)
+
+
+def test_a_layout_mixed_from_two_is_read(tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    expected = {name: np.array(value) for name, value in open_checkpoint(source).weights.items()}
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    prefix = "model.layers.0.block_sparse_moe.experts."
+    parts = {which: [] for which in ("w1", "w2", "w3")}
+    for name in sorted(tensors):
+        if name.startswith(prefix):
+            parts[name.split(".")[-2]].append(tensors.pop(name))
+    gate, down, up = (np.stack(parts[which]) for which in ("w1", "w2", "w3"))
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+    tensors["model.layers.0.mlp.experts.down_proj"] = down
+    safetensors.numpy.save_file(tensors, source / "model.safetensors")
+    mixed = open_checkpoint(source)
+    assert all(np.array_equal(mixed.weights[name], value) for name, value in expected.items())
+
+
+def test_a_parameter_given_twice_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+    safetensors.numpy.save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds layers\.0\.moe\.router\.w_router more than once"):
+        open_checkpoint(source)
+
+
+def test_a_run_from_nothing_cannot_be_converted(tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    run("convert", source, tmp_path / "run")
+    for file in (tmp_path / "run" / "huggingface").iterdir():
+        file.unlink()
+    result = run("convert", tmp_path / "run", tmp_path / "back")
+    assert result.exit_code == 1
+    assert "did not begin from a Hugging Face checkpoint" in result.output
