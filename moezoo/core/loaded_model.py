@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import Integers, Model, Output, check_length
+from moezoo.core.backend import IGNORED, Integers, Model, Output, check_length
 from moezoo.core.checkpoint import save_checkpoint
 from moezoo.core.config import Config, dump_config
 from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
@@ -47,7 +47,7 @@ class LoadedModel:
 
         Args:
             tokens: int32 [B, T], 0 <= token < V.
-            targets: int32 [B, T], the token after each.
+            targets: int32 [B, T], the token after each; -1 where there is none to predict.
 
         Returns:
             `.logits` float32 [B, T, V]; `.routing`, one per MoE layer with `.layer`, `.expert` int32 [B, T, K]
@@ -56,7 +56,7 @@ class LoadedModel:
         Raises DataError: a token outside the vocabulary, not two dimensions, or more tokens than learned positions.
         """
         checked = self._checked(tokens, "tokens")
-        return self.model.forward(checked, None if targets is None else self._checked(targets, "targets"))
+        return self.model.forward(checked, None if targets is None else self._checked(targets, "targets", IGNORED))
 
     def encode_prompt(self, text: str, *, chat: bool = False) -> Ids:
         """Token ids of a prompt, int32 [T].
@@ -145,13 +145,14 @@ class LoadedModel:
             "tokenizer that has one. Prompt without chat."
         )
 
-    def _checked(self, tokens: Integers, name: str) -> Integers:
+    def _checked(self, tokens: Integers, name: str, lowest: int = 0) -> Integers:
         array = np.asarray(tokens)
         if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
             raise DataError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [B, T], B and T >= 1.")
-        if array.min() < 0 or array.max() >= self.model.spec.vocab:
-            worst = array.min() if array.min() < 0 else array.max()
-            raise DataError(f"{name} has token {worst}; expected 0 <= token < {self.model.spec.vocab} (vocab_size).")
+        if array.min() < lowest or array.max() >= self.model.spec.vocab:
+            worst = array.min() if array.min() < lowest else array.max()
+            rule = f"{lowest} <= token < {self.model.spec.vocab} (vocab_size)"
+            raise DataError(f"{name} has token {worst}; expected {rule}.")
         check_length(self.model.spec, array.shape[1], f"{name} of {array.shape[1]}")
         return array.astype(np.int32)
 

@@ -7,30 +7,34 @@ import numpy as np
 import pytest
 
 import moezoo
-from moezoo.core.huggingface.checkpoint import describe_checkpoint
+from moezoo.backends import load_backend
+from moezoo.core.backend import IGNORED, Integers
+from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpoint
 from moezoo.core.loaded_model import LoadedModel
+from moezoo.core.spec import ModelSpec
 from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint
 
 # The given oracles lie beside the project; their place is told where it is another. The fixtures are checked in.
 ORACLES = Path(os.environ.get("MOEZOO_ORACLES", Path(__file__).parents[3] / "shared" / "oracles"))
 GIVEN = sorted(path.parent.name for path in ORACLES.glob("*/oracle.npz"))
 
-LOGITS, WEIGHTS, LOSS = 5e-4, 1e-4, 1e-5
+Arrays = dict[str, np.ndarray]
+LOGITS, WEIGHTS, LOSS, GRADIENT = 5e-4, 1e-4, 1e-5, 1e-4
 BACKENDS = ("jax", "mlx")
 
 
-def check(model: LoadedModel, expected: dict[str, np.ndarray]) -> None:
+def check(model: LoadedModel, expected: Arrays) -> None:
     ids = expected["input_ids"].astype(np.int32)
     output = model.forward(ids)
     assert np.abs(output.logits - expected["logits"]).max() < LOGITS
     if "topk_idx" in expected:
         check_routing(output, expected)
-    check_losses(model, output, expected)
+    check_losses(model, expected)
     greedy = expected["greedy"]
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=greedy.shape[1]), greedy)
 
 
-def check_routing(output, expected: dict[str, np.ndarray]) -> None:
+def check_routing(output, expected: Arrays) -> None:
     assert [row.layer for row in output.routing] == expected["moe_layers"].tolist()
     for row, experts, weights in zip(output.routing, expected["topk_idx"], expected["topk_weight"], strict=True):
         found = row.expert.reshape(experts.shape)
@@ -40,12 +44,40 @@ def check_routing(output, expected: dict[str, np.ndarray]) -> None:
         assert np.abs(values - weights).max() < WEIGHTS
 
 
-def check_losses(model, output, expected: dict[str, np.ndarray]) -> None:
-    logits = output.logits[:, :-1].astype(np.float64)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    logs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    targets = expected["input_ids"][:, 1:, None].astype(np.int64)
-    assert -np.take_along_axis(logs, targets, axis=-1).mean() == pytest.approx(float(expected["ce_loss"]), rel=LOSS)
+def check_losses(model: LoadedModel, expected: Arrays) -> None:
+    """By the model's own loss terms: every token is routed, and each but the last of a sequence has a target."""
+    ids, targets = ids_and_targets(expected)
+    losses = model.forward(ids, targets).losses
+    assert losses["cross_entropy"] == pytest.approx(float(expected["ce_loss"]), rel=LOSS)
+    if "aux_loss" in expected:
+        assert losses["pooled_balance"] == pytest.approx(float(expected["aux_loss"]), rel=LOSS)
+
+
+def ids_and_targets(expected: Arrays) -> tuple[Integers, Integers]:
+    ids = expected["input_ids"].astype(np.int32)
+    return ids, np.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+
+
+def without_auxiliary_losses(spec: ModelSpec) -> ModelSpec:
+    """Transformers' gradients are of the cross-entropy alone."""
+    raw = spec.model_dump()
+    for layer in raw["layers"]:
+        for mixture in (layer["moe"], layer.get("shortcut")):
+            if mixture:
+                mixture["losses"] = ()
+        if layer["attention"].get("indexer"):
+            layer["attention"]["indexer"]["loss_coefficient"] = 0.0
+    return ModelSpec.model_validate(raw)
+
+
+def check_gradient(folder: Path, backend: str, expected: Arrays) -> None:
+    """The global norm of the gradient, weights in float32 as training has them."""
+    checkpoint = open_checkpoint(folder)
+    weights = {name: np.asarray(value, np.float32) for name, value in checkpoint.weights.items()}
+    model = load_backend(backend).build(without_auxiliary_losses(checkpoint.spec), weights)
+    _, gradients = model.loss_and_gradients(*ids_and_targets(expected))
+    norm = np.sqrt(sum(float(np.square(gradient.astype(np.float64)).sum()) for gradient in gradients.values()))
+    assert norm == pytest.approx(float(expected["grad_norm"]), rel=GRADIENT)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -53,6 +85,12 @@ def check_losses(model, output, expected: dict[str, np.ndarray]) -> None:
 def test_fixture(case: str, backend: str, tmp_path: Path) -> None:
     folder = write_checkpoint(case, tmp_path / case, shards=1 if backend == "jax" else 3)
     check(moezoo.load(folder, backend=backend), read_fixture(case).expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", cases())
+def test_gradient_of_a_fixture(case: str, backend: str, tmp_path: Path) -> None:
+    check_gradient(write_checkpoint(case, tmp_path / case), backend, read_fixture(case).expected)
 
 
 @pytest.mark.parametrize("case", cases())
@@ -75,3 +113,10 @@ def test_given_oracle(case: str, backend: str) -> None:
 def test_both_spellings_of_a_given_config_are_the_same_model(case: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((ORACLES / case / "config_v4.json").read_bytes())
     assert describe_checkpoint(tmp_path).spec == describe_checkpoint(ORACLES / case).spec
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", GIVEN)
+def test_gradient_of_a_given_oracle(case: str, backend: str) -> None:
+    with np.load(ORACLES / case / "oracle.npz") as expected:
+        check_gradient(ORACLES / case, backend, dict(expected))
