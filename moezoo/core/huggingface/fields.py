@@ -126,6 +126,14 @@ class Fields:
             raise self.refuse(name, "a whole number, 1 or more")
         return value
 
+    def count_or_null(self, name: str, default: int | None = None) -> int | None:
+        """A whole number, at least 1; null is a value of its own here, and `default` stands for an absent field."""
+        self._seen.add(name)
+        value = self._values.get(name, default)
+        if value is not None and (type(value) is not int or value < 1):
+            raise self.refuse(name, "a whole number, 1 or more, or null")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._required(name, default)
@@ -159,6 +167,13 @@ class Fields:
         value = self._required(name, None if default is None else list(default))
         if type(value) is not list or len(value) != length:
             raise self.refuse(name, f"a list of {length}")
+        return list(value)
+
+    def integers(self, name: str, default: Sequence[int] = ()) -> list[int]:
+        """A list of whole numbers, 0 or more."""
+        value = self._required(name, list(default))
+        if type(value) is not list or any(type(item) is not int or item < 0 for item in value):
+            raise self.refuse(name, "a list of whole numbers, 0 or more")
         return list(value)
 
     def either(self, *names: str) -> str:
@@ -200,7 +215,11 @@ class Fields:
 
     def _refuse_unread(self, unread: Mapping[str, Any], harmless: Iterable[str]) -> None:
         patterns = tuple(harmless)
-        unknown = [name for name in unread if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+        unknown = [
+            name
+            for name, value in unread.items()
+            if value is not None and not any(fnmatchcase(name, pattern) for pattern in patterns)
+        ]
         if unknown:
             named = ", ".join(f"{name} {json.dumps(unread[name]):.80}" for name in sorted(unknown))
             raise SpecError(

@@ -6,17 +6,28 @@ from typing import Any, Literal
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor
 from moezoo.core.spec import (
+    AttentionSpec,
+    FeedForwardSpec,
     GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    GroupedTopKChoiceSpec,
     HeadSpec,
     LayerSpec,
     LinearScalingSpec,
     Llama3ScalingSpec,
     LongRoPEScalingSpec,
+    ModelSpec,
+    MoESpec,
     PooledBalanceLossSpec,
+    PositionSpec,
     RMSNormSpec,
     RoPEScalingSpec,
     RoPESpec,
+    RouterSpec,
+    SelectionBiasSpec,
+    SharedExpertsSpec,
     TiedHeadSpec,
+    TopKChoiceSpec,
     UntiedHeadSpec,
     YaRNScalingSpec,
 )
@@ -31,25 +42,33 @@ def rope(
     fields: Fields,
     *,
     base: float = 10_000.0,
-    fraction: float = 1.0,
+    fraction: float | None = None,
     layout: Literal["half_split", "interleaved"] = "half_split",
     layer_type: str | None = None,
     harmless: Sequence[str] = (),
 ) -> RoPESpec:
     """The rotation: `rope_parameters` (transformers 5; by `layer_type` where it has such), or `rope_theta`,
-    `rope_scaling` and `partial_rotary_factor` (transformers 4). `base` and `fraction` where neither says; `harmless`:
-    fields of the former that change no number."""
+    `rope_scaling` and `partial_rotary_factor` (transformers 4). `base` and `fraction` where neither says; a family
+    without `fraction` rotates whole heads and knows no other. `harmless`: fields of the former that change nothing."""
     base = fields.number("rope_theta", base)
-    fraction = fields.number("partial_rotary_factor", fraction)
+    part = _fraction(fields, fraction)
     where = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     inner = fields.inside(where)
     if inner is not None and layer_type is not None and layer_type in inner:
         inner = inner.inside(layer_type)
     if inner is None:
-        return RoPESpec(base=base, fraction=fraction, layout=layout)
-    base, fraction = inner.number("rope_theta", base), inner.number("partial_rotary_factor", fraction)
+        return RoPESpec(base=base, fraction=part, layout=layout)
+    base, part = inner.number("rope_theta", base), _fraction(inner, None if fraction is None else part)
     scaling = _scaling(fields, inner, harmless)
-    return RoPESpec(base=base, fraction=fraction, layout=layout, scaling=scaling)
+    return RoPESpec(base=base, fraction=part, layout=layout, scaling=scaling)
+
+
+def _fraction(fields: Fields, default: float | None) -> float:
+    """The share of a head that is rotated."""
+    if default is None:
+        fields.expect("partial_rotary_factor", 1.0)
+        return 1.0
+    return fields.number("partial_rotary_factor", default)
 
 
 def _scaling(fields: Fields, inner: Fields, harmless: Sequence[str]) -> RoPEScalingSpec | None:
@@ -110,9 +129,35 @@ def _longrope(fields: Fields, inner: Fields) -> LongRoPEScalingSpec:
     )
 
 
+def attention(
+    fields: Fields,
+    position: PositionSpec,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    **options: Any,
+) -> GroupedQueryAttentionSpec:
+    """Grouped-query attention with as many heads as the config says. `kv_heads` and `head_dim` are the family's where
+    the config is silent; null there, or no default: as many as `num_attention_heads`, and the width shared by them."""
+    heads = fields.count("num_attention_heads")
+    return GroupedQueryAttentionSpec(
+        num_heads=heads,
+        num_kv_heads=fields.count_or_null("num_key_value_heads", kv_heads) or heads,
+        head_dim=fields.count_or_null("head_dim", head_dim) or fields.count("hidden_size") // heads,
+        position=position,
+        **options,
+    )
+
+
 def swiglu(fields: Fields, hidden_dim: int, *, bias: bool = False, name: str = "hidden_act") -> GatedFeedForwardSpec:
     """A gated feed-forward whose activation the config names."""
-    kinds = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+    kinds = {
+        "silu": "swiglu",
+        "swish": "swiglu",
+        "gelu_pytorch_tanh": "geglu",
+        "gelu_new": "geglu",
+        "relu2": "relu_squared_glu",
+    }
     return GatedFeedForwardSpec(kind=fields.choice(name, kinds, "silu"), hidden_dim=hidden_dim, bias=bias)
 
 
@@ -132,10 +177,56 @@ def pooled_balance(fields: Fields, default: float = 0.001) -> tuple[PooledBalanc
     return (PooledBalanceLossSpec(coefficient=coefficient),) if coefficient else ()
 
 
-def windows(fields: Fields, num_layers: int, default: Sequence[str] | None = None) -> list[int | None]:
-    """The sliding window of each layer, by `layer_types` (all `default` where absent) and `sliding_window`."""
+def grouped_sigmoid(
+    fields: Fields,
+    *,
+    num_experts: tuple[str, ...] = ("n_routed_experts", "num_local_experts"),
+    num_shared: tuple[str, int] = ("n_shared_experts", 1),
+    groups: tuple[int, int] = (1, 1),
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> MoESpec:
+    """The mixture of DeepSeek-V3, which several families take over: sigmoid scores, a bias for the choice, groups.
+
+    Names and defaults are the family's: of the experts, of the shared ones, (`n_group`, `topk_group`),
+    `norm_topk_prob`, `routed_scaling_factor`. The bias is trained, as in the paper.
+    """
+    fields.expect("scoring_func", "sigmoid", "noaux_tc")  # the latter in files of dots.llm1
+    fields.expect("topk_method", "noaux_tc")
+    count, keep = fields.count("n_group", groups[0]), fields.count("topk_group", groups[1])
+    choice = GroupedTopKChoiceSpec(num_groups=count, keep=keep, group_value="top2") if count > 1 else TopKChoiceSpec()
+    width, shared = fields.count("moe_intermediate_size"), fields.integer(*num_shared)
+    divided = fields.flag("norm_topk_prob", renormalize)
+    router = RouterSpec(
+        top_k=fields.count("num_experts_per_tok"),
+        score="sigmoid",
+        selection_bias=SelectionBiasSpec(),
+        choice=choice,
+        renormalize="sum" if divided else "none",
+        renormalize_epsilon=1e-20 if divided else 0.0,
+        scale=fields.number("routed_scaling_factor", scale),
+    )
+    return MoESpec(
+        num_experts=fields.count(fields.either(*num_experts)),
+        router=router,
+        experts=swiglu(fields, width),
+        shared=SharedExpertsSpec(num_experts=shared, hidden_dim=width) if shared else None,
+    )
+
+
+def windows(
+    fields: Fields, num_layers: int, default: Sequence[str] | None = None, *, window: int | None = None
+) -> list[int | None]:
+    """The sliding window of each layer, by `layer_types` and `sliding_window`; `default` (all full) and `window` (none)
+    where the config does not say."""
     types = layer_types(fields, num_layers, default or ["full_attention"] * num_layers)
-    return [fields.count("sliding_window") if kind == "sliding_attention" else None for kind in types]
+    if "sliding_attention" not in types:
+        fields.get("sliding_window")  # no number of the model depends on it
+        return [None] * num_layers
+    width = fields.count_or_null("sliding_window", window)
+    if width is None:
+        raise fields.refuse("sliding_window", "a number, since layer_types names sliding_attention")
+    return [width if kind == "sliding_attention" else None for kind in types]
 
 
 def layer_types(
@@ -159,6 +250,25 @@ def per_layer(fields: Fields, name: str, num_layers: int, default: int | None = 
     if any(type(number) is not int or number < 1 for number in numbers):
         raise fields.refuse(name, "whole numbers, 1 or more")
     return numbers
+
+
+def model(fields: Fields, layers: Sequence[LayerSpec], *, norm: RMSNormSpec, tied: bool = False) -> ModelSpec:
+    """The whole of these layers; `tied` where the config does not say."""
+    fields.only_in_training("attention_dropout")
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=fields.count("hidden_size"),
+        layers=grouped(layers),
+        norm=norm,
+        head=head(fields, tied),
+    )
+
+
+def layer(attention: AttentionSpec, block: FeedForwardSpec | MoESpec) -> LayerSpec:
+    """A layer with a norm before each of its two blocks, of which the second is dense or a mixture."""
+    if isinstance(block, MoESpec):
+        return LayerSpec(attention=attention, moe=block)
+    return LayerSpec(attention=attention, feed_forward=block)
 
 
 def grouped(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
@@ -285,6 +395,13 @@ def router(theirs: str = f"{LAYER}.mlp.gate", ours: str = f"{OURS}.moe.router") 
 
 def dense_layers(fields: Fields, num_layers: int) -> list[bool]:
     """Which layers are dense by `mlp_only_layers` and `decoder_sparse_step` (Qwen)."""
-    step: int = fields.count("decoder_sparse_step", 1)
-    only: list[Any] = fields.get("mlp_only_layers", [])
+    step, only = fields.count("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
     return [layer in only or (layer + 1) % step > 0 for layer in range(num_layers)]
+
+
+def dense_by_type(fields: Fields, num_layers: int, default: Sequence[bool]) -> list[bool]:
+    """Which layers are dense by `mlp_layer_types`; `default` where the config does not say."""
+    types = fields.items("mlp_layer_types", num_layers, ["dense" if is_dense else "sparse" for is_dense in default])
+    if any(kind not in ("dense", "sparse") for kind in types):
+        raise fields.refuse("mlp_layer_types", "each one of dense, sparse")
+    return [kind == "dense" for kind in types]

@@ -4,17 +4,7 @@ from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
-from moezoo.core.spec import (
-    GroupedTopKChoiceSpec,
-    LatentAttentionSpec,
-    LayerSpec,
-    ModelSpec,
-    MoESpec,
-    RouterSpec,
-    SelectionBiasSpec,
-    SharedExpertsSpec,
-    TopKChoiceSpec,
-)
+from moezoo.core.spec import LatentAttentionSpec, ModelSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -25,53 +15,19 @@ def spec(fields: Fields) -> ModelSpec:
         rope_head_dim=fields.count("qk_rope_head_dim"),
         value_head_dim=fields.count("v_head_dim"),
         latent_dim=fields.count("kv_lora_rank"),
-        query_latent_dim=fields.get("q_lora_rank"),
+        query_latent_dim=fields.count_or_null("q_lora_rank", 1536),
         position=parts.rope(fields, layout="interleaved" if fields.flag("rope_interleave", True) else "half_split"),
         norm=norm,
     )
     fields.expect("attention_bias", False)
-    moe = grouped_sigmoid(fields)
+    moe = parts.grouped_sigmoid(fields, groups=(8, 4), scale=2.5)
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     first = fields.integer("first_k_dense_replace", 3)
     fields.expect("moe_layer_freq", 1)
     layers = [
-        LayerSpec(attention=attention, feed_forward=dense) if index < first else LayerSpec(attention=attention, moe=moe)
-        for index in range(fields.count("num_hidden_layers"))
+        parts.layer(attention, dense if index < first else moe) for index in range(fields.count("num_hidden_layers"))
     ]
-    fields.only_in_training("attention_dropout")
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=fields.count("hidden_size"),
-        layers=parts.grouped(layers),
-        norm=norm,
-        head=parts.head(fields),
-    )
-
-
-def grouped_sigmoid(fields: Fields) -> MoESpec:
-    """The mixture of DeepSeek-V3, which several families take over: sigmoid scores, a bias for the choice, groups."""
-    fields.expect("scoring_func", "sigmoid")
-    fields.expect("topk_method", "noaux_tc")
-    groups = fields.count("n_group", 1)
-    keep = fields.count("topk_group", 1)
-    choice = GroupedTopKChoiceSpec(num_groups=groups, keep=keep, group_value="top2") if groups > 1 else TopKChoiceSpec()
-    width, shared = fields.count("moe_intermediate_size"), fields.integer("n_shared_experts", 0)
-    renormalize = fields.flag("norm_topk_prob", True)
-    router = RouterSpec(
-        top_k=fields.count("num_experts_per_tok"),
-        score="sigmoid",
-        selection_bias=SelectionBiasSpec(),
-        choice=choice,
-        renormalize="sum" if renormalize else "none",
-        renormalize_epsilon=1e-20 if renormalize else 0.0,
-        scale=fields.number("routed_scaling_factor", 1.0),
-    )
-    return MoESpec(
-        num_experts=fields.count(fields.either("n_routed_experts", "num_local_experts")),
-        router=router,
-        experts=parts.swiglu(fields, width),
-        shared=SharedExpertsSpec(num_experts=shared, hidden_dim=width) if shared else None,
-    )
+    return parts.model(fields, layers, norm=norm)
 
 
 FAMILY = Family(

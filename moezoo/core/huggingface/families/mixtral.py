@@ -4,19 +4,14 @@ from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER
-from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec, MoESpec, RouterSpec
+from moezoo.core.spec import LayerSpec, ModelSpec, MoESpec, RouterSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
-    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     layer = LayerSpec(
         repeat=fields.count("num_hidden_layers"),
-        attention=GroupedQueryAttentionSpec(
-            num_heads=heads,
-            num_kv_heads=fields.count("num_key_value_heads", 8),
-            head_dim=fields.count("head_dim", width // heads),
-            position=parts.rope(fields, base=1e6),
-            window=fields.get("sliding_window"),
+        attention=parts.attention(
+            fields, parts.rope(fields, base=1e6), kv_heads=8, window=fields.count_or_null("sliding_window")
         ),
         moe=MoESpec(
             num_experts=fields.count(fields.either("num_local_experts", "num_experts"), 8),
@@ -25,15 +20,8 @@ def spec(fields: Fields) -> ModelSpec:
             losses=parts.pooled_balance(fields),
         ),
     )
-    fields.only_in_training("attention_dropout")
     fields.only_in_training("router_jitter_noise")
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=width,
-        layers=(layer,),
-        norm=parts.rms_norm(fields, 1e-5),
-        head=parts.head(fields),
-    )
+    return parts.model(fields, [layer], norm=parts.rms_norm(fields, 1e-5))
 
 
 FAMILY = Family(

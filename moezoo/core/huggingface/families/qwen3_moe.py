@@ -4,23 +4,16 @@ from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
-from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec, MoESpec, RouterSpec
+from moezoo.core.spec import ModelSpec, MoESpec, RouterSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
-    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     bias = fields.flag("attention_bias", False)
     norm = parts.rms_norm(fields)
-    attention = GroupedQueryAttentionSpec(
-        num_heads=heads,
-        num_kv_heads=fields.count("num_key_value_heads", 4),
-        head_dim=fields.count("head_dim", width // heads),
-        position=parts.rope(fields),
-        qk_norm=norm,
-        qkv_bias=bias,
-        output_bias=bias,
-        # Trap: transformers drops a window that use_sliding_window does not ask for, and uses it on every layer else.
-        window=fields.get("sliding_window") if fields.flag("use_sliding_window", False) else None,
+    # Trap: transformers drops a window that use_sliding_window does not ask for, and uses it on every layer else.
+    window = fields.count_or_null("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
+    attention = parts.attention(
+        fields, parts.rope(fields), kv_heads=4, qk_norm=norm, qkv_bias=bias, output_bias=bias, window=window
     )
     moe = MoESpec(
         num_experts=fields.count(fields.either("num_experts", "num_local_experts"), 128),
@@ -33,17 +26,10 @@ def spec(fields: Fields) -> ModelSpec:
     )
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     layers = [
-        LayerSpec(attention=attention, feed_forward=dense) if is_dense else LayerSpec(attention=attention, moe=moe)
+        parts.layer(attention, dense if is_dense else moe)
         for is_dense in parts.dense_layers(fields, fields.count("num_hidden_layers"))
     ]
-    fields.only_in_training("attention_dropout")
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=width,
-        layers=parts.grouped(layers),
-        norm=norm,
-        head=parts.head(fields),
-    )
+    return parts.model(fields, layers, norm=norm)
 
 
 FAMILY = Family(

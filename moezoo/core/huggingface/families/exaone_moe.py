@@ -1,0 +1,71 @@
+"""K-EXAONE. Source: LG AI Research 2026, the released model; transformers, `exaone_moe`."""
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import LAYER, OURS
+from moezoo.core.huggingface.tensors import Tensor
+from moezoo.core.spec import ModelSpec, NoPositionSpec
+
+
+def spec(fields: Fields) -> ModelSpec:
+    num_layers = fields.count("num_hidden_layers")
+    norm = parts.rms_norm(fields, 1e-5)
+    rope = parts.rope(fields)
+    moe = parts.grouped_sigmoid(
+        fields, num_experts=("num_experts", "num_local_experts"), num_shared=("num_shared_experts", 1), scale=2.5
+    )
+    dense = parts.swiglu(fields, fields.count("intermediate_size"))
+    # A layer that sees all tokens has no rotation, but where no layer has a window.
+    everywhere = fields.count_or_null("sliding_window", 4096) is None
+    layers = [
+        parts.layer(
+            parts.attention(
+                fields,
+                rope if everywhere or window is not None else NoPositionSpec(),
+                kv_heads=32,
+                window=window,
+                qk_norm=norm,
+            ),
+            dense if is_dense else moe,
+        )
+        for window, is_dense in zip(_windows(fields, num_layers), _dense_layers(fields, num_layers), strict=True)
+    ]
+    return parts.model(fields, layers, norm=norm)
+
+
+def _windows(fields: Fields, num_layers: int) -> list[int | None]:
+    if "layer_types" in fields:
+        fields.get("sliding_window_pattern")  # "LLLG" in the released files, which layer_types spells out
+        return parts.windows(fields, num_layers, window=4096)
+    step = fields.count("sliding_window_pattern", 4)
+    default = ["sliding_attention" if (index + 1) % step else "full_attention" for index in range(num_layers)]
+    return parts.windows(fields, num_layers, default, window=4096)
+
+
+def _dense_layers(fields: Fields, num_layers: int) -> list[bool]:
+    """By `mlp_layer_types`, or the first `first_k_dense_replace`; `is_moe_layer` of released files must agree."""
+    first = fields.integer("first_k_dense_replace", 1)
+    dense = parts.dense_by_type(fields, num_layers, [index < first for index in range(num_layers)])
+    fields.expect("is_moe_layer", [not is_dense for is_dense in dense])
+    return dense
+
+
+FAMILY = Family(
+    model_types=("exaone_moe",),
+    spec=spec,
+    tensors=(
+        *parts.MODEL,
+        *parts.PRE_NORMS,
+        *parts.grouped_query(),
+        *parts.qk_norm(),
+        *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
+        # As the released files have it; transformers 5 has the bias in memory where parts.router looks for it.
+        Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
+        *parts.router(),
+        *parts.experts(),
+        *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
+    ),
+    kept=("*.rotary_emb.inv_freq", "mtp.*"),
+    harmless=("max_position_embeddings", "num_nextn_predict_layers"),
+)

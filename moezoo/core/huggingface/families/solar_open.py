@@ -1,0 +1,37 @@
+"""Solar Open. Source: Upstage 2026, the released model; transformers, `solar_open`."""
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import LAYER, OURS
+from moezoo.core.spec import ModelSpec
+
+
+def spec(fields: Fields) -> ModelSpec:
+    attention = parts.attention(
+        fields,
+        parts.rope(fields, base=1e6, fraction=1.0),
+        kv_heads=8,
+        head_dim=128,
+        qkv_bias=fields.flag("attention_bias", False),
+    )
+    fields.expect("use_qk_norm", False)
+    fields.expect("first_k_dense_replace", 0)
+    layer = parts.layer(attention, parts.grouped_sigmoid(fields))
+    return parts.model(fields, [layer] * fields.count("num_hidden_layers"), norm=parts.rms_norm(fields, 1e-5))
+
+
+FAMILY = Family(
+    model_types=("solar_open",),
+    spec=spec,
+    tensors=(
+        *parts.MODEL,
+        *parts.PRE_NORMS,
+        *parts.grouped_query(),
+        *parts.router(),
+        *parts.experts(),
+        *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
+    ),
+    kept=("*.rotary_emb.inv_freq",),
+    harmless=("intermediate_size", "max_position_embeddings"),
+)
