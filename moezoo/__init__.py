@@ -26,16 +26,18 @@ _LAZY = {
 }
 
 
-def load(path: str | Path, backend: str | None = None) -> "LoadedModel":
+def load(path: str | Path, backend: str | None = None, compute: str | None = None) -> "LoadedModel":
     """A model on a backend (`jax`, `mlx`, or None for the default).
 
     `path`: a run folder (its newest whole checkpoint), the folder of a Hugging Face checkpoint, or a hub id `org/name`.
+    `compute`: the dtype of activations and products, `float32` or `bfloat16`; None is what the run's config says, and
+    float32 for a Hugging Face checkpoint. Parameters stay in the dtype of the files.
 
     Raises RunError, CheckpointError, SpecError, TokenizerError or BackendError.
     """
     from moezoo.core.loaded_model import load_model
 
-    return load_model(path, backend)
+    return load_model(path, backend, compute)
 
 
 def parity(path: str | Path) -> "ParityReport":

@@ -98,6 +98,7 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
 @click.option("--chat", is_flag=True, help="The prompt is a message; answer it, by the tokenizer's chat template.")
 @click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue, instead of a text; prints ids.")
 @_backend
+@click.option("--compute", metavar="float32|bfloat16", help="Dtype of activations. Default: the model's own.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Default: what PATH says, else 256.")
 @click.option("--temperature", type=float, help="0 is greedy. Default: what PATH says, else 0.8.")
 @click.option("--top-k", type=int, help="Keep the k most probable tokens.")
@@ -112,6 +113,7 @@ def generate(
     chat: bool,
     tokens: str | None,
     backend: str | None,
+    compute: str | None,
     max_new_tokens: int | None,
     samples: int,
     **options: Any,
@@ -132,9 +134,9 @@ def generate(
             "generate needs a prompt; expected --prompt TEXT, with or without --chat, or --tokens ID,ID,..."
         )
     given = None if tokens is None else _token_ids(tokens)
-    model = load_model(path, backend)
+    model = load_model(path, backend, compute)
     for problem in model.problems:
-        click.echo(f"passed over: {problem}", err=True)
+        click.echo(problem, err=True)
     for name in model.generation.unknown:
         click.echo(f"{model.generation.where}: {name} is not known, and has no effect", err=True)
     ids = model.encode_prompt(prompt or "", chat=chat) if given is None else np.array(given)
@@ -184,7 +186,7 @@ def evaluate(run_path: Path, backend: str | None, as_json: bool) -> None:
     console = _console()
     config, tokenizer, checkpoint, problems = load_run(run_path)
     for problem in problems:
-        click.echo(f"passed over: {problem}", err=True)
+        click.echo(problem, err=True)
     model = load_backend(backend).build(config.model, checkpoint.weights)
     data = _prepare(console, config, str(run_path), tokenizer, quiet=as_json)
     result = run_evaluation(

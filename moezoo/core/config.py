@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from moezoo.core.errors import SpecError, nearest
 from moezoo.core.schedules import CosineSchedule, Schedule
-from moezoo.core.spec import ModelSpec, Part, impossible
+from moezoo.core.spec import ModelSpec, Part, PrecisionSpec, impossible
 
 _MAX_CONFIG_BYTES = 1_000_000
 _Part = TypeVar("_Part", bound=Part)
@@ -266,6 +266,12 @@ def with_vocab_size(config: Config, vocab_size: int, where: str = "config") -> C
         )
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     return config.model_copy(update={"model": model})
+
+
+def with_compute(config: Config, compute: str) -> Config:
+    """The config with another `model.precision.compute`. Raises SpecError for a dtype that is none of the known."""
+    precision = validate(PrecisionSpec, {"compute": compute}, "model.precision")
+    return config.model_copy(update={"model": config.model.model_copy(update={"precision": precision})})
 
 
 def json_schema() -> dict[str, Any]:

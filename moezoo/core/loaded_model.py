@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from moezoo.core.backend import IGNORED, Integers, Model, Output, check_length
 from moezoo.core.checkpoint import save_checkpoint
-from moezoo.core.config import Config, dump_config
+from moezoo.core.config import Config, dump_config, with_compute
 from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.generate_loop import generate
 from moezoo.core.generation_config import GenerationConfig
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.layout import Layout, write_sidecar
+from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.opened_model import open_model
 from moezoo.core.run import Run
 from moezoo.core.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer
@@ -38,7 +39,7 @@ class LoadedModel:
         self.config = config
         self.tokenizer = tokenizer
         self.step = step
-        self.problems = problems  # damaged checkpoints that were passed over, a line each
+        self.problems = problems  # what a person should know about the files, a line each
         self.layout = layout  # of the Hugging Face checkpoint that it is, or began from
         self.generation = (generation or GenerationConfig()).ending_with(tokenizer.end_of_text)
 
@@ -178,12 +179,15 @@ def save_run(
     write_atomically(run.config_path, text)
 
 
-def load_model(path: str | Path, backend: str | None = None) -> LoadedModel:
+def load_model(path: str | Path, backend: str | None = None, compute: str | None = None) -> LoadedModel:
     """See `moezoo.load`."""
     from moezoo.backends import load_backend
 
     opened = open_model(path)
-    model = load_backend(backend).build(opened.config.model, opened.weights)
-    return LoadedModel(
-        model, opened.config, opened.tokenizer, opened.step, opened.problems, opened.layout, opened.generation
-    )
+    config = opened.config if compute is None else with_compute(opened.config, compute)
+    model = load_backend(backend).build(config.model, opened.weights)
+    problems = list(opened.problems)
+    if opened.checkpoint is not None:
+        warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
+        problems += [warning] if warning else []
+    return LoadedModel(model, config, opened.tokenizer, opened.step, problems, opened.layout, opened.generation)

@@ -96,7 +96,7 @@ def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]
     Raises RunError, SpecError, TokenizerError or CheckpointError.
     """
     run = open_run(path)
-    newest, problems = latest_checkpoint(run.checkpoints_path)
+    newest, problems = _latest(run)
     checkpoint = load_checkpoint(newest)
     config = parse_config(checkpoint.config_text, where=str(newest / "config.yaml"))
     return config, load_tokenizer(run.path), checkpoint, problems
@@ -106,8 +106,13 @@ def resume_point(run: Run) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint to go on from, or None where none was written yet; and damaged ones passed over."""
     if not list_checkpoints(run.checkpoints_path):
         return None, []
-    newest, problems = latest_checkpoint(run.checkpoints_path)
+    newest, problems = _latest(run)
     return load_checkpoint(newest), problems
+
+
+def _latest(run: Run) -> tuple[Path, list[str]]:
+    newest, problems = latest_checkpoint(run.checkpoints_path)
+    return newest, [f"passed over: {problem}" for problem in problems]
 
 
 def _check_same(old: Config, new: Config, where: Path) -> None:

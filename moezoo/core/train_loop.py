@@ -56,7 +56,7 @@ class _Training:
             data.train.check(config.training)
         checkpoint, problems = resume_point(run)
         for problem in problems:
-            reporter.message(f"passed over: {problem}")
+            reporter.message(problem)
         self.first_step = 0 if checkpoint is None else checkpoint.step
         weights = initial_weights(config.model, config.training.seed) if checkpoint is None else checkpoint.weights
         self.model: Model = backend.build(config.model, weights)

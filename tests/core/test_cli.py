@@ -23,6 +23,7 @@ SURFACE = {
         "--chat",
         "--tokens",
         "--backend",
+        "--compute",
         "--max-new-tokens",
         "--temperature",
         "--top-k",

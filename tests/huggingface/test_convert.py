@@ -8,10 +8,11 @@ import pytest
 import safetensors.numpy
 from click.testing import CliRunner, Result
 
+import moezoo
 from moezoo.cli import main
-from moezoo.core.errors import CheckpointError
+from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from tests.huggingface.fixtures import write_checkpoint
+from tests.huggingface.fixtures import read_fixture, write_checkpoint
 from tests.huggingface.test_round_trip import digests
 
 
@@ -99,3 +100,24 @@ def test_a_run_from_nothing_cannot_be_converted(tmp_path: Path) -> None:
     result = run("convert", tmp_path / "run", tmp_path / "back")
     assert result.exit_code == 1
     assert "did not begin from a Hugging Face checkpoint" in result.output
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_nan_is_a_warning_with_names(backend: str, tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    safetensors.numpy.save_file(tensors, source / "model.safetensors")
+    (warning,) = moezoo.load(source, backend=backend).problems
+    assert "NaN or infinity in final_norm.scale" in warning
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_compute_chooses_the_dtype_of_activations(backend: str, tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    ids = read_fixture("mixtral").expected["input_ids"].astype(np.int32)
+    exact = moezoo.load(source, backend=backend).forward(ids).logits
+    rounded = moezoo.load(source, backend=backend, compute="bfloat16").forward(ids).logits
+    assert 1e-3 < np.abs(rounded - exact).max() < 0.5
+    with pytest.raises(SpecError, match="compute is 'float8'"):
+        moezoo.load(source, backend=backend, compute="float8")

@@ -121,7 +121,7 @@ InitializerSpec = Annotated[
 
 
 class PrecisionSpec(Part):
-    """Dtype of activations and matrix products. Parameters are float32; `core/precision.py` lists the cast points."""
+    """Dtype of activations and products. Parameters keep that of their files; `core/precision.py` lists cast points."""
 
     compute: Literal["float32", "bfloat16"] = "float32"
 
