@@ -35,7 +35,8 @@ def check(model: LoadedModel, expected: Arrays) -> None:
 
 
 def check_routing(output, expected: Arrays) -> None:
-    assert [row.layer for row in output.routing] == expected["moe_layers"].tolist()
+    theirs = expected["moe_layers"].tolist()
+    assert [row.layer for row in output.routing] in (theirs, [2 * layer for layer in theirs])  # 2: LongCat-Flash
     for row, experts, weights in zip(output.routing, expected["topk_idx"], expected["topk_weight"], strict=True):
         found = row.expert.reshape(experts.shape)
         order = np.argsort(found, axis=-1)
@@ -62,9 +63,8 @@ def without_auxiliary_losses(spec: ModelSpec) -> ModelSpec:
     """Transformers' gradients are of the cross-entropy alone."""
     raw = spec.model_dump()
     for layer in raw["layers"]:
-        for mixture in (layer["moe"], layer.get("shortcut")):
-            if mixture:
-                mixture["losses"] = ()
+        if layer["moe"]:
+            layer["moe"]["losses"] = ()
         if layer["attention"].get("indexer"):
             layer["attention"]["indexer"]["loss_coefficient"] = 0.0
     return ModelSpec.model_validate(raw)

@@ -1,5 +1,6 @@
 """What several families spell alike: parts of their config.json, and of their name tables."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     GroupedTopKChoiceSpec,
     HeadSpec,
+    LatentAttentionSpec,
     LayerSpec,
     LinearScalingSpec,
     Llama3ScalingSpec,
@@ -119,13 +121,18 @@ def _yarn(fields: Fields, inner: Fields) -> YaRNScalingSpec:
 def _longrope(fields: Fields, inner: Fields) -> LongRoPEScalingSpec:
     # Transformers chooses the list by the text at hand; ours is a number of the spec: texts up to the original length.
     original = _original_length(fields, inner)
-    inner.get("factor")
+    stretched = inner.number("factor", fields.count("max_position_embeddings", original) / original)
+    attention_factor = math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
+    if "long_mscale" in inner:  # of texts beyond; phimoe gives the factors themselves
+        attention_factor = inner.number("short_mscale")
+    if fields.count("max_position_embeddings", original) > original:
+        fields.notes.append(f"texts of more than {original} tokens would want long_factor: short_factor is used")
     return LongRoPEScalingSpec(
         short_factors=tuple(inner.get("short_factor", ())),
         long_factors=tuple(inner.get("long_factor", ())),
         original_length=original,
         length=original,
-        attention_factor=inner.get("attention_factor"),
+        attention_factor=inner.number("attention_factor", attention_factor),
     )
 
 
@@ -282,6 +289,30 @@ def grouped(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     return tuple(found)
 
 
+def layout(fields: Fields) -> Literal["half_split", "interleaved"]:
+    """How a rotation pairs features, by `rope_interleave`."""
+    return "interleaved" if fields.flag("rope_interleave", True) else "half_split"
+
+
+def latent_attention(
+    fields: Fields, position: RoPESpec | None = None, *, queries: int | None = 1536, **options: Any
+) -> LatentAttentionSpec:
+    """Multi-head latent attention as DeepSeek's configs describe it. Its rotation is the config's, unless one is given;
+    `queries`: the family's `q_lora_rank` where the config is silent (null is a value of its own)."""
+    return LatentAttentionSpec(
+        num_heads=fields.count("num_attention_heads"),
+        head_dim=fields.count("qk_nope_head_dim"),
+        rope_head_dim=fields.count("qk_rope_head_dim"),
+        value_head_dim=fields.count("v_head_dim"),
+        latent_dim=fields.count("kv_lora_rank"),
+        query_latent_dim=fields.count_or_null("q_lora_rank", queries),
+        position=rope(fields, layout=layout(fields)) if position is None else position,
+        norm=RMSNormSpec(epsilon=1e-6),  # Trap: rms_norm_eps is not of these norms.
+        bias=fields.flag("attention_bias", False),
+        **options,
+    )
+
+
 # --- name tables -----------------------------------------------------------------------------------------------------
 
 # The embedding, the last norm, the head (a tied model's files may hold a copy of the embedding), the layers' two norms.
@@ -326,12 +357,18 @@ def latent(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") 
     return (
         Tensor(f"{theirs}.q_proj.weight", "(n h) d", f"{ours}.w_query", "d n h"),
         Tensor(f"{theirs}.q_a_proj.weight", "q d", f"{ours}.w_query_down", "d q"),
+        Tensor(f"{theirs}.q_a_proj.bias", "q", f"{ours}.b_query_down", "q"),
         Tensor(f"{theirs}.q_a_layernorm.weight", "q", f"{ours}.query_norm.scale", "q"),
         Tensor(f"{theirs}.q_b_proj.weight", "(n h) q", f"{ours}.w_query", "q n h"),
         Fused(
             f"{theirs}.kv_a_proj_with_mqa.weight",
             "x d",
             (Part(f"{ours}.w_latent", "z", "d z"), Part(f"{ours}.w_rope_key", "o", "d o")),
+        ),
+        Fused(
+            f"{theirs}.kv_a_proj_with_mqa.bias",
+            "x",
+            (Part(f"{ours}.b_latent", "z", "z"), Part(f"{ours}.b_rope_key", "o", "o")),
         ),
         Tensor(f"{theirs}.kv_a_layernorm.weight", "z", f"{ours}.latent_norm.scale", "z"),
         Fused(
@@ -340,6 +377,7 @@ def latent(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") 
             (Part(f"{ours}.w_key", "h", "z n h"), Part(f"{ours}.w_value", "v", "z n v")),
         ),
         Tensor(f"{theirs}.o_proj.weight", "d (n v)", f"{ours}.w_output", "n v d"),
+        Tensor(f"{theirs}.o_proj.bias", "d", f"{ours}.b_output", "d"),
     )
 
 

@@ -12,6 +12,7 @@ In a tensor that holds several parameters, the axis `x` is the concatenation of 
         Part("layers.{layer}.attention.w_rope_key", "o", "d o"),
     ))
 
+Where a layer of theirs is two of ours, ours are `{even}` and `{odd}` (2 i and 2 i + 1).
 A part that takes "" has one place of it: `(f x)` with two such parts is gate and up interleaved. Every rule reads in
 both directions and moves bits, never changes them.
 """
@@ -150,8 +151,8 @@ def places(rule: Fused, shapes: Shapes, num_layers: int) -> Iterator[Placed]:
     tells sizes.
     """
     for layer in range(num_layers) if "{layer}" in rule.theirs else (None,):
-        names = [part.ours.format(layer=layer) for part in rule.parts]
-        told = [name.format(layer=layer) for name, _ in rule.sizes]
+        names = [_in_layer(part.ours, layer) for part in rule.parts]
+        told = [_in_layer(name, layer) for name, _ in rule.sizes]
         if any(name not in shapes for name in (names[0], *told)):
             continue
         sizes = _sizes(rule, names, shapes, layer)
@@ -162,11 +163,16 @@ def places(rule: Fused, shapes: Shapes, num_layers: int) -> Iterator[Placed]:
             yield Placed(rule, rule.theirs.format(layer=layer, expert=expert), shape, parts, sizes)
 
 
+def _in_layer(ours: str, layer: int | None) -> str:
+    """A name of ours for a layer of theirs."""
+    return ours if layer is None else ours.format(layer=layer, even=2 * layer, odd=2 * layer + 1)
+
+
 def _sizes(rule: Fused, names: list[str], shapes: Shapes, layer: int | None) -> dict[str, int]:
     """The size of each axis, from the shapes of our parameters."""
     known = {"1": 1}
     given = [(shapes[name], part.axes) for name, part in zip(names, rule.parts, strict=True)]
-    given += [(shapes[name.format(layer=layer)], axes) for name, axes in rule.sizes]
+    given += [(shapes[_in_layer(name, layer)], axes) for name, axes in rule.sizes]
     for _ in range(2):  # a composed axis may need letters that a later parameter tells
         for shape, axes in given:
             groups = _groups(axes)

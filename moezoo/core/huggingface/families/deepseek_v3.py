@@ -4,22 +4,11 @@ from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
-from moezoo.core.spec import LatentAttentionSpec, ModelSpec
+from moezoo.core.spec import ModelSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
-    norm = parts.rms_norm(fields)
-    attention = LatentAttentionSpec(
-        num_heads=fields.count("num_attention_heads"),
-        head_dim=fields.count("qk_nope_head_dim"),
-        rope_head_dim=fields.count("qk_rope_head_dim"),
-        value_head_dim=fields.count("v_head_dim"),
-        latent_dim=fields.count("kv_lora_rank"),
-        query_latent_dim=fields.count_or_null("q_lora_rank", 1536),
-        position=parts.rope(fields, layout="interleaved" if fields.flag("rope_interleave", True) else "half_split"),
-        norm=norm,
-    )
-    fields.expect("attention_bias", False)
+    attention = parts.latent_attention(fields)
     moe = parts.grouped_sigmoid(fields, groups=(8, 4), scale=2.5)
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     first = fields.integer("first_k_dense_replace", 3)
@@ -27,7 +16,7 @@ def spec(fields: Fields) -> ModelSpec:
     layers = [
         parts.layer(attention, dense if index < first else moe) for index in range(fields.count("num_hidden_layers"))
     ]
-    return parts.model(fields, layers, norm=norm)
+    return parts.model(fields, layers, norm=parts.rms_norm(fields))
 
 
 FAMILY = Family(

@@ -1,0 +1,30 @@
+"""GLM-4.7-Flash. Source: Z.ai 2026; transformers, `glm4_moe_lite`."""
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.families.deepseek_v3 import FAMILY as DEEPSEEK
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.spec import ModelSpec
+
+
+def spec(fields: Fields) -> ModelSpec:
+    attention = parts.latent_attention(fields, queries=768)
+    moe = parts.grouped_sigmoid(fields, scale=1.8)
+    dense = parts.swiglu(fields, fields.count("intermediate_size"))
+    if "mlp_layer_types" not in fields:
+        fields.expect("first_k_dense_replace", 1)  # transformers does not look at it, and takes one
+    fields.expect("moe_layer_freq", 1)
+    number = fields.count("num_hidden_layers")
+    dense_layers = parts.dense_by_type(fields, number, [index < 1 for index in range(number)])
+    layers = [parts.layer(attention, dense if is_dense else moe) for is_dense in dense_layers]
+    return parts.model(fields, layers, norm=parts.rms_norm(fields, 1e-5))
+
+
+FAMILY = Family(
+    model_types=("glm4_moe_lite",),
+    spec=spec,
+    tensors=DEEPSEEK.tensors,
+    kept=DEEPSEEK.kept,
+    later_layers_kept=True,
+    harmless=(*DEEPSEEK.harmless, "first_k_dense_replace"),
+)

@@ -1,0 +1,76 @@
+"""Phi-3.5-MoE. Source: Abdin et al. 2024, arXiv 2404.14219, and Liu et al. 2024, 2409.12136; transformers, `phimoe`."""
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import LAYER, OURS
+from moezoo.core.huggingface.tensors import Tensor
+from moezoo.core.spec import (
+    LayerNormSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    RouterSpec,
+    SparseMixerChoiceSpec,
+    UntiedHeadSpec,
+)
+
+
+def spec(fields: Fields) -> ModelSpec:
+    bias, head_bias = fields.flag("attention_bias", False), fields.flag("lm_head_bias", False)
+    fields.expect("num_experts_per_tok", 2)
+    layer = LayerSpec(
+        repeat=fields.count("num_hidden_layers"),
+        attention=parts.attention(
+            fields,
+            parts.rope(fields, base=1e6),
+            kv_heads=8,
+            window=fields.count_or_null("sliding_window"),
+            qkv_bias=bias,
+            output_bias=bias,
+        ),
+        moe=MoESpec(
+            num_experts=fields.count(fields.either("num_local_experts", "num_experts"), 16),
+            router=RouterSpec(
+                top_k=2,
+                dtype="compute",
+                choice=SparseMixerChoiceSpec(jitter=fields.number("router_jitter_noise", 0.01)),
+                renormalize="none",
+            ),
+            experts=parts.swiglu(fields, fields.count("intermediate_size")),
+            losses=parts.pooled_balance(fields),
+        ),
+    )
+    for name in ("attention_dropout", "hidden_dropout", "input_jitter_noise"):
+        fields.only_in_training(name)
+    head = parts.head(fields)
+    if head_bias and not isinstance(head, UntiedHeadSpec):
+        raise fields.refuse("lm_head_bias", "false, since tie_word_embeddings is true")
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=fields.count("hidden_size"),
+        layers=(layer,),
+        norm=LayerNormSpec(epsilon=fields.number("rms_norm_eps", 1e-5)),
+        head=UntiedHeadSpec(bias=True) if head_bias else head,
+    )
+
+
+FAMILY = Family(
+    model_types=("phimoe",),
+    spec=spec,
+    tensors=(
+        *parts.MODEL,
+        Tensor("model.norm.bias", "d", "final_norm.bias", "d"),
+        Tensor("lm_head.bias", "v", "head.b_head", "v"),
+        *parts.PRE_NORMS,
+        Tensor(f"{LAYER}.input_layernorm.bias", "d", f"{OURS}.attention_norm.bias", "d"),
+        Tensor(f"{LAYER}.post_attention_layernorm.bias", "d", f"{OURS}.feed_forward_norm.bias", "d"),
+        *parts.grouped_query(),
+        *parts.router(f"{LAYER}.block_sparse_moe.gate"),
+        *parts.experts(f"{LAYER}.block_sparse_moe.experts", ("w1", "w3", "w2")),
+        *parts.router(f"{LAYER}.mlp.router"),  # as transformers 5 has it in memory
+        *parts.experts(),
+    ),
+    kept=("*.rotary_emb.inv_freq",),
+    harmless=("max_position_embeddings", "original_max_position_embeddings"),
+)
