@@ -1,6 +1,7 @@
 """Every family against what transformers computes, on both backends: logits, routing, losses, greedy text."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import moezoo
 from moezoo.backends import load_backend
 from moezoo.core.backend import IGNORED, Integers
 from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpoint
+from moezoo.core.huggingface.family import families
 from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.spec import ModelSpec
 from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint
@@ -19,19 +21,27 @@ ORACLES = Path(os.environ.get("MOEZOO_ORACLES", Path(__file__).parents[3] / "sha
 GIVEN = sorted(path.parent.name for path in ORACLES.glob("*/oracle.npz"))
 
 Arrays = dict[str, np.ndarray]
+RecordProperty = Callable[[str, object], None]
 LOGITS, WEIGHTS, LOSS, GRADIENT = 5e-4, 1e-4, 1e-5, 1e-4
 BACKENDS = ("jax", "mlx")
 
 
-def check(model: LoadedModel, expected: Arrays) -> None:
-    ids = expected["input_ids"].astype(np.int32)
-    output = model.forward(ids)
-    assert np.abs(output.logits - expected["logits"]).max() < LOGITS
+def check(model: LoadedModel, expected: Arrays) -> float:
+    """The largest difference of a logit, after all that one forward pass tells."""
+    output = model.forward(expected["input_ids"].astype(np.int32))
+    difference = float(np.abs(output.logits - expected["logits"]).max())
+    assert difference < LOGITS
     if "topk_idx" in expected:
         check_routing(output, expected)
     check_losses(model, expected)
-    greedy = expected["greedy"]
-    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=greedy.shape[1]), greedy)
+    return difference
+
+
+def check_greedy(model: LoadedModel, expected: Arrays) -> None:
+    """Prefill and decoding by the cache."""
+    ids, greedy = expected["input_ids"].astype(np.int32), expected["greedy"]
+    continued = model.generate(ids, max_new_tokens=greedy.shape[1], temperature=0.0)
+    np.testing.assert_array_equal(continued, greedy)
 
 
 def check_routing(output, expected: Arrays) -> None:
@@ -80,11 +90,23 @@ def check_gradient(folder: Path, backend: str, expected: Arrays) -> None:
     assert norm == pytest.approx(float(expected["grad_norm"]), rel=GRADIENT)
 
 
+def test_every_family_has_a_fixture() -> None:
+    shown = {families()[read_fixture(case).model_type].name for case in cases()}
+    assert shown == {family.name for family in families().values()}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", cases())
-def test_fixture(case: str, backend: str, tmp_path: Path) -> None:
+def test_fixture(case: str, backend: str, tmp_path: Path, record_property: RecordProperty) -> None:
     folder = write_checkpoint(case, tmp_path / case, shards=1 if backend == "jax" else 3)
-    check(moezoo.load(folder, backend=backend), read_fixture(case).expected)
+    record_property("difference", check(moezoo.load(folder, backend=backend), read_fixture(case).expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", cases())
+def test_generation_of_a_fixture(case: str, backend: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(case, tmp_path / case)
+    check_greedy(moezoo.load(folder, backend=backend), read_fixture(case).expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -105,8 +127,10 @@ def test_both_spellings_of_a_config_are_the_same_model(case: str, tmp_path: Path
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", GIVEN)
 def test_given_oracle(case: str, backend: str) -> None:
+    model = moezoo.load(ORACLES / case, backend=backend)
     with np.load(ORACLES / case / "oracle.npz") as expected:
-        check(moezoo.load(ORACLES / case, backend=backend), dict(expected))
+        check(model, dict(expected))
+        check_greedy(model, dict(expected))
 
 
 @pytest.mark.parametrize("case", [case for case in GIVEN if (ORACLES / case / "config_v4.json").exists()])

@@ -134,8 +134,11 @@ class RoPESpec(Part):
     @property
     def max_length(self) -> int | None:
         """The longest text that the scaling is made for; None where any length goes."""
-        scaled = isinstance(self.scaling, LongRoPEScalingSpec | DynamicScalingSpec)
-        return self.scaling.length if scaled else None
+        match self.scaling:
+            case LongRoPEScalingSpec(length=length) | DynamicScalingSpec(length=length):
+                return length
+            case _:
+                return None
 
     def rotated_dim(self, head_dim: int) -> int:
         """How many of a head's features form pairs; of `fraction_of: pairs` some of these stand still."""
