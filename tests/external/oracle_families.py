@@ -1,108 +1,18 @@
-"""The tiny configs of every family and option, in the spelling of files on the hub, and how their weights are drawn."""
+"""The tiny config of every family, in the spelling of files on the hub."""
 
 # ruff: noqa: C408 (fields of config.json read best as keywords)
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-
-Shapes = dict[str, tuple[int, ...]]
-Stored = dict[str, tuple[str, np.ndarray]]
-
-LAWS = {
-    "matrix": {"mean": 0.0, "std": 0.25},
-    "router": {"mean": 0.0, "std": 0.35},
-    "embedding": {"mean": 0.0, "std": 0.5},
-    "norm": {"mean": 1.0, "std": 0.2},
-    "zero_centred_norm": {"mean": 0.0, "std": 0.2},
-    "bias": {"mean": 0.0, "std": 0.2},
-    "correction": {"mean": 0.0, "std": 0.1},
-    "sink": {"mean": 0.0, "std": 1.0},
-    "log_decay": {"mean": -2.0, "std": 0.5},
-    "time_step": {"mean": -1.0, "std": 0.5},
-    "convolution": {"mean": 0.0, "std": 0.5},
-    "scale": {"mean": 1.0, "std": 0.2},
-}
-
-# the first that is found in a name decides
-LAW_OF_NAME = (
-    (r"e_score_correction_bias$|expert_bias$", "correction"),
-    (r"sinks$|attention_sink_bias$", "sink"),
-    (r"A_log$", "log_decay"),
-    (r"dt_bias$", "time_step"),
-    (r"conv1d\.weight$|conv\.conv\.weight$", "convolution"),
-    (r"layer_scalar$|per_expert_scale$|router\.scale$", "scale"),
-    (r"embed_tokens\.weight$|wte\.weight$", "embedding"),
-    (r"bias$", "bias"),
-    (r"norm(_1|_2|_f)?(\.\d)?\.weight$", "norm"),
-    (r"\.(gate|router|router\.layer|router\.gate|router\.classifier|gate\.wg|router\.proj)\.weight$", "router"),
+from oracle_case import (
+    add,
+    in_dtype,
+    in_e4m3_blocks,
+    in_mxfp4,
+    with_fused_experts,
+    with_identity_rows,
+    without_e4m3_blocks,
+    without_identity_rows,
+    without_mxfp4,
 )
-
-
-def as_written(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
-    """Storage in float32, one to one."""
-    return [(name, shape, "F32")]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint to make. The three functions are for what transformers writes otherwise than the hub does."""
-
-    note: str
-    config: dict[str, Any]
-    laws: dict[str, dict[str, float]] = field(default_factory=dict)
-    keep_hidden: bool = False
-    hub_only: dict[str, Any] = field(default_factory=dict)
-    config_additions: dict[str, Any] = field(default_factory=dict)
-    as_on_the_hub: Callable[[Shapes], Shapes] = lambda shapes: shapes
-    storage: Callable[[str, tuple[int, ...]], list[tuple[str, tuple[int, ...], str]]] = as_written
-    for_transformers: Callable[[Stored], Stored | None] = lambda tensors: None
-
-    @property
-    def all_laws(self) -> dict[str, dict[str, float]]:
-        return LAWS | self.laws
-
-
-def law_of(case: Case, name: str, dtype: str) -> str:
-    """The law that draws the tensor of that name."""
-    if dtype == "U8":
-        return name.rsplit("_", 1)[-1]
-    if name.endswith("weight_scale_inv"):
-        return "block_scale"
-    law = next((law for pattern, law in LAW_OF_NAME if re.search(pattern, name)), "matrix")
-    if law == "norm" and case.config["model_type"] in ("qwen3_next", "qwen3_5_moe_text"):
-        return law if "linear_attn" in name else "zero_centred_norm"
-    return law
-
-
-COMMON = {
-    "hidden_size": 32,
-    "vocab_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "torch_dtype": "float32",
-}
-
-CASES: dict[str, Case] = {}
-
-
-def add(name: str, note: str, **rest: Any) -> None:
-    """A case of the family `model_type`; fields of `Case` by their names, everything else is config.json."""
-    ours = {key: rest.pop(key) for key in list(rest) if key in Case.__dataclass_fields__}
-    rest = COMMON | rest
-    CASES[name] = Case(note, {key: value for key, value in rest.items() if value is not ...}, **ours)
-
 
 MIXTRAL = dict(model_type="mixtral", intermediate_size=20, num_local_experts=7, num_experts_per_tok=2, rope_theta=1e6)
 QWEN3_MOE = dict(
@@ -455,22 +365,6 @@ add(
 )
 
 
-def without_identity_rows(shapes: Shapes) -> Shapes:
-    """The hub has no weights for experts that compute nothing; transformers 5.23 writes and wants gate and up."""
-    return {name: shape for name, shape in shapes.items() if not re.search(r"experts\.(7|8|9)\.", name)}
-
-
-def with_identity_rows(tensors: Stored) -> Stored:
-    """Zeros where transformers wants what it never reads."""
-    zero = {
-        re.sub(r"experts\.0\.", f"experts.{expert}.", name): (dtype, np.zeros_like(array))
-        for name, (dtype, array) in tensors.items()
-        for expert in (7, 8, 9)
-        if re.search(r"experts\.0\.(gate|up)_proj", name)
-    }
-    return tensors | zero
-
-
 add(
     "longcat_flash",
     "two MLA and two dense networks a layer, the mixture as a shortcut, 7 experts and 3 identities",
@@ -511,20 +405,6 @@ DELTA = dict(
 )
 
 
-def with_fused_experts(shapes: Shapes) -> Shapes:
-    """Experts in two tensors, gate above up, where transformers 5.23 would write a tensor for each."""
-    fused: Shapes = {}
-    for name, shape in shapes.items():
-        match = re.search(r"(.*\.experts\.)(\d+)\.(gate|up|down)_proj\.weight$", name)
-        if not match:
-            fused[name] = shape
-        elif match[3] != "up":
-            key = match[1] + ("down_proj" if match[3] == "down" else "gate_up_proj")
-            rows = shape[0] * (1 if match[3] == "down" else 2)
-            fused[key] = (fused.get(key, (0,))[0] + 1, rows, shape[1])
-    return fused
-
-
 add(
     "qwen3_5_moe_text",
     "gated delta networks and gated attention, gated shared expert, a quarter of each head rotated, fused experts",
@@ -563,4 +443,300 @@ add(
     routed_scaling_factor=1.5,
     tie_word_embeddings=True,
     rope_theta=1e6,
+)
+
+# deepseek_v3 as released: E4M3 in blocks of 128 x 128
+
+add(
+    "deepseek_v3_fp8",
+    "E4M3 codes with a scale for each 128 x 128 block, the last ones partial; the numbers are of code * scale",
+    storage=in_e4m3_blocks,
+    for_transformers=without_e4m3_blocks,
+    laws={"block_scale": {"mean": 0.006, "std": 0.0015}, "router": {"mean": 0.0, "std": 0.2}},
+    config_additions={
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        }
+    },
+    **DEEPSEEK_V3
+    | dict(
+        hidden_size=160,
+        intermediate_size=200,
+        moe_intermediate_size=136,
+        num_hidden_layers=2,
+        kv_lora_rank=24,
+        qk_nope_head_dim=20,
+        v_head_dim=36,
+        torch_dtype="bfloat16",
+    ),
+)
+
+# families with given oracles
+
+add(
+    "qwen2_moe",
+    "no renormalisation, gated shared expert, biases of q, k, v, dense layer 0",
+    keep_hidden=True,
+    model_type="qwen2_moe",
+    num_hidden_layers=3,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    shared_expert_intermediate_size=28,
+    num_experts=7,
+    num_experts_per_tok=3,
+    norm_topk_prob=False,
+    decoder_sparse_step=1,
+    mlp_only_layers=[0],
+    qkv_bias=True,
+    use_sliding_window=False,
+    sliding_window=16,
+    max_window_layers=3,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+)
+OLMOE = dict(
+    model_type="olmoe",
+    intermediate_size=20,
+    num_experts=7,
+    num_experts_per_tok=3,
+    norm_topk_prob=False,
+    clip_qkv=1.5,
+    rope_theta=1e4,
+    router_aux_loss_coef=0.01,
+)
+add("olmoe", "q/k norm over the whole projection, clipped q, k, v, no renormalisation", keep_hidden=True, **OLMOE)
+GPT_OSS = dict(
+    model_type="gpt_oss",
+    head_dim=12,
+    intermediate_size=20,
+    num_local_experts=7,
+    num_experts_per_tok=3,
+    experts_per_token=3,
+    layer_types=["sliding_attention", "full_attention"],
+    sliding_window=8,
+    swiglu_limit=7.0,
+    attention_bias=True,
+    initial_context_length=32,
+    rope_theta=150000.0,
+    rope_scaling={
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 32,
+    },
+)
+add(
+    "gpt_oss",
+    "sinks, alternating window, biased router, clamped SwiGLU, gate and up interleaved",
+    keep_hidden=True,
+    **GPT_OSS,
+)
+add(
+    "gpt_oss_mxfp4",
+    "experts in MXFP4, the rest in bfloat16; the numbers are of the values in float32",
+    storage=in_mxfp4,
+    for_transformers=without_mxfp4,
+    laws={"matrix": {"mean": 0.0, "std": 0.18}, "router": {"mean": 0.0, "std": 0.25}},
+    config_additions={
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        }
+    },
+    **GPT_OSS | dict(hidden_size=64, intermediate_size=32, torch_dtype="bfloat16"),
+)
+add(
+    "granitemoe",
+    "softmax over the chosen logits, four multipliers, fused gate and up, tied head",
+    keep_hidden=True,
+    laws={"embedding": {"mean": 0.0, "std": 0.2}},
+    model_type="granitemoe",
+    **GRANITE,
+)
+add(
+    "deepseek_v2",
+    "MLA with yarn, softmax routing by the best of each group, not renormalised, scaled, 2 shared experts",
+    keep_hidden=True,
+    **DEEPSEEK_V3
+    | dict(
+        model_type="deepseek_v2",
+        n_shared_experts=2,
+        scoring_func="softmax",
+        topk_method="group_limited_greedy",
+        norm_topk_prob=False,
+        routed_scaling_factor=4.0,
+        num_nextn_predict_layers=...,
+    ),
+)
+GLM4_MOE = dict(
+    model_type="glm4_moe",
+    num_hidden_layers=3,
+    head_dim=12,
+    partial_rotary_factor=0.5,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+    use_qk_norm=True,
+    attention_bias=True,
+    rope_theta=1e6,
+    **GROUPED | dict(n_group=1, topk_group=1),
+)
+add("glm4_moe", "half of each head rotated, q/k norm, biases of q, k, v, sigmoid routing", keep_hidden=True, **GLM4_MOE)
+add(
+    "minimax_m2",
+    "q/k norm over the whole projection, rotary_dim, sigmoid scores with bias, no shared expert",
+    keep_hidden=True,
+    model_type="minimax_m2",
+    head_dim=12,
+    rotary_dim=6,
+    intermediate_size=20,
+    num_local_experts=7,
+    num_experts_per_tok=3,
+    use_qk_norm=True,
+    qk_norm_type="per_layer",
+    use_routing_bias=True,
+    scoring_func="sigmoid",
+    rope_theta=5e6,
+)
+ERNIE = dict(
+    model_type="ernie4_5_moe",
+    num_hidden_layers=3,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    moe_num_experts=7,
+    moe_k=3,
+    moe_num_shared_experts=2,
+    moe_layer_start_index=1,
+    moe_layer_end_index=2,
+    moe_layer_interval=1,
+    use_bias=False,
+    tie_word_embeddings=True,
+    rope_theta=5e5,
+    laws={"correction": {"mean": 0.0, "std": 0.03}},
+)
+add(
+    "ernie4_5_moe",
+    "softmax scores with bias for the choice, interleaved rotation, tied head",
+    keep_hidden=True,
+    **ERNIE,
+)
+PHIMOE = dict(
+    model_type="phimoe",
+    intermediate_size=20,
+    num_local_experts=7,
+    num_experts_per_tok=2,
+    attention_bias=True,
+    lm_head_bias=True,
+    router_jitter_noise=0.01,
+    input_jitter_noise=0.0,
+    sliding_window=None,
+    rope_theta=1e4,
+)
+add(
+    "phimoe",
+    "SparseMixer's two masked softmaxes, layer norms, biases everywhere, longrope below the original length",
+    keep_hidden=True,
+    original_max_position_embeddings=64,
+    rope_scaling={
+        "type": "longrope",
+        "short_factor": [1.0, 1.2, 1.5, 2.0],
+        "long_factor": [1.0, 1.6, 3.0, 6.0],
+        "short_mscale": 1.1,
+        "long_mscale": 1.25,
+        "original_max_position_embeddings": 64,
+    },
+    **PHIMOE,
+)
+LLAMA4 = dict(
+    model_type="llama4_text",
+    num_hidden_layers=4,
+    head_dim=12,
+    intermediate_size=20,
+    intermediate_size_mlp=40,
+    num_local_experts=5,
+    num_experts_per_tok=1,
+    interleave_moe_layer_step=2,
+    no_rope_layers=[1, 1, 1, 0],
+    attention_chunk_size=10,
+    attn_temperature_tuning=True,
+    floor_scale=8,
+    attn_scale=0.1,
+    use_qk_norm=True,
+    attention_bias=False,
+    rope_theta=5e5,
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+)
+add(
+    "llama4_text",
+    "sigmoid of the best logit times the expert's input, chunks of 10, no rotation in layer 3, dense and sparse in turn",
+    keep_hidden=True,
+    **LLAMA4,
+)
+GEMMA4 = dict(
+    model_type="gemma4_text",
+    num_hidden_layers=3,
+    head_dim=8,
+    global_head_dim=12,
+    attention_k_eq_v=False,
+    hidden_act=...,
+    hidden_activation="gelu_pytorch_tanh",
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    num_experts=7,
+    top_k_experts=3,
+    enable_moe_block=True,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    sliding_window=8,
+    final_logit_softcapping=5.0,
+    hidden_size_per_layer_input=0,
+    vocab_size_per_layer_input=64,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-6,
+    rope_parameters={
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+)
+add(
+    "gemma4_text",
+    "dense network and mixture in parallel, normed router with a scale for each expert, wider heads on full layers",
+    keep_hidden=True,
+    **GEMMA4,
+)
+QWEN3_NEXT = dict(
+    model_type="qwen3_next",
+    intermediate_size=40,
+    full_attention_interval=3,
+    partial_rotary_factor=0.25,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    norm_topk_prob=True,
+    rope_theta=1e7,
+    rms_norm_eps=1e-6,
+    **DELTA,
+)
+add(
+    "qwen3_next",
+    "gated delta networks and gated attention, zero-centred norms, gated shared expert",
+    keep_hidden=True,
+    **QWEN3_NEXT,
 )

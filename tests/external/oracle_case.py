@@ -1,0 +1,247 @@
+"""What a case is: a tiny config, the laws that draw its weights, and how its file differs from what transformers has."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import fixtures
+import numpy as np
+
+Shapes = dict[str, tuple[int, ...]]
+Stored = dict[str, tuple[str, np.ndarray]]
+Storage = Callable[[str, tuple[int, ...]], list[tuple[str, tuple[int, ...], str]]]
+
+LAWS = {
+    "matrix": {"mean": 0.0, "std": 0.25},
+    "router": {"mean": 0.0, "std": 0.35},
+    "embedding": {"mean": 0.0, "std": 0.5},
+    "norm": {"mean": 1.0, "std": 0.2},
+    "zero_centred_norm": {"mean": 0.0, "std": 0.2},
+    "bias": {"mean": 0.0, "std": 0.2},
+    "correction": {"mean": 0.0, "std": 0.1},
+    "sink": {"mean": 0.0, "std": 1.0},
+    "log_decay": {"mean": -2.0, "std": 0.5},
+    "time_step": {"mean": -1.0, "std": 0.5},
+    "convolution": {"mean": 0.0, "std": 0.5},
+    "scale": {"mean": 1.0, "std": 0.2},
+    "codes": {"mean": 0.0, "std": 16.0},  # E4M3
+    "blocks": {"low": 0, "high": 255},  # two codes of MXFP4
+    "scales": {"low": 122, "high": 123},  # exponent + 127
+}
+
+# the first that is found in a name decides
+LAW_OF_NAME = (
+    (r"e_score_correction_bias$|expert_bias$", "correction"),
+    (r"sinks$|attention_sink_bias$", "sink"),
+    (r"A_log$", "log_decay"),
+    (r"dt_bias$", "time_step"),
+    (r"conv1d\.weight$|conv\.conv\.weight$", "convolution"),
+    (r"layer_scalar$|per_expert_scale$|router\.scale$", "scale"),
+    (r"embed_tokens\.weight$|wte\.weight$", "embedding"),
+    (r"bias$", "bias"),
+    (r"norm(_1|_2|_f)?(\.\d)?\.weight$", "norm"),
+    (r"\.(gate|router|router\.layer|router\.gate|router\.classifier|gate\.wg|router\.proj)\.weight$", "router"),
+)
+
+
+def as_written(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    """Storage in float32, one to one."""
+    return [(name, shape, "F32")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint to make. The three functions are for what transformers writes otherwise than the hub does."""
+
+    note: str
+    config: dict[str, Any]
+    laws: dict[str, dict[str, float]] = field(default_factory=dict)
+    keep_hidden: bool = False
+    cache_agrees: bool = True  # False: frequencies that change with the length, so that a cache holds other keys
+    hub_only: dict[str, Any] = field(default_factory=dict)
+    config_additions: dict[str, Any] = field(default_factory=dict)
+    as_on_the_hub: Callable[[Shapes], Shapes] = lambda shapes: shapes
+    storage: Storage = as_written
+    for_transformers: Callable[[Stored], Stored | None] = lambda tensors: None
+
+    @property
+    def all_laws(self) -> dict[str, dict[str, float]]:
+        return LAWS | self.laws
+
+
+def law_of(case: Case, name: str, dtype: str) -> str:
+    """The law that draws the tensor of that name."""
+    if dtype == "U8":
+        return name.rsplit("_", 1)[-1]
+    if name.endswith("weight_scale_inv"):
+        return "block_scale"
+    if dtype == "F8_E4M3":
+        return "codes"
+    if name.startswith("model.visual."):
+        return "matrix"
+    law = next((law for pattern, law in LAW_OF_NAME if re.search(pattern, name)), "matrix")
+    if law == "norm" and case.config["model_type"] in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe"):
+        return law if "linear_attn" in name else "zero_centred_norm"
+    return law
+
+
+COMMON = {
+    "hidden_size": 32,
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "torch_dtype": "float32",
+}
+
+CASES: dict[str, Case] = {}
+
+
+def add(name: str, note: str, **rest: Any) -> None:
+    """A case of the family `model_type`; fields of `Case` by their names, everything else is config.json."""
+    ours = {key: rest.pop(key) for key in list(rest) if key in Case.__dataclass_fields__}
+    rest = COMMON | rest
+    CASES[name] = Case(note, {key: value for key, value in rest.items() if value is not ...}, **ours)
+
+
+# how a file on the hub differs from what save_pretrained writes
+
+
+def without_identity_rows(shapes: Shapes) -> Shapes:
+    """The hub has no weights for experts that compute nothing; transformers 5.23 writes and wants gate and up."""
+    return {name: shape for name, shape in shapes.items() if not re.search(r"experts\.(7|8|9)\.", name)}
+
+
+def with_identity_rows(tensors: Stored) -> Stored:
+    """Zeros where transformers wants what it never reads."""
+    zero = {
+        re.sub(r"experts\.0\.", f"experts.{expert}.", name): (dtype, np.zeros_like(array))
+        for name, (dtype, array) in tensors.items()
+        for expert in (7, 8, 9)
+        if re.search(r"experts\.0\.(gate|up)_proj", name)
+    }
+    return tensors | zero
+
+
+def with_fused_experts(shapes: Shapes) -> Shapes:
+    """Experts in two tensors, gate above up, where transformers 5.23 would write a tensor for each."""
+    fused: Shapes = {}
+    for name, shape in shapes.items():
+        match = re.search(r"(.*\.experts\.)(\d+)\.(gate|up|down)_proj\.weight$", name)
+        if not match:
+            fused[name] = shape
+        elif match[3] != "up":
+            key = match[1] + ("down_proj" if match[3] == "down" else "gate_up_proj")
+            rows = shape[0] * (1 if match[3] == "down" else 2)
+            fused[key] = (fused.get(key, (0,))[0] + 1, rows, shape[1])
+    return fused
+
+
+def in_dtype(dtype: str) -> Storage:
+    """Everything in one dtype."""
+    return lambda name, shape: [(name, shape, dtype)]
+
+
+def in_e4m3_blocks(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    """Matrices of attention and networks as E4M3 codes with a scale for each 128 x 128 block, the rest in bfloat16."""
+    if name.endswith("e_score_correction_bias"):
+        return [(name, shape, "F32")]
+    if not re.search(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$", name):
+        return [(name, shape, "BF16")]
+    blocks = tuple(-(-size // 128) for size in shape)
+    return [(name, shape, "F8_E4M3"), (f"{name}_scale_inv", blocks, "F32")]
+
+
+def without_e4m3_blocks(tensors: Stored) -> Stored:
+    """code * scale in float32, which is the definition: transformers 5.23 does not do partial blocks right."""
+    plain: Stored = {}
+    for name, (dtype, array) in tensors.items():
+        if dtype == "F8_E4M3":
+            scale = tensors[f"{name}_scale_inv"][1].repeat(128, axis=0).repeat(128, axis=1)
+            plain[name] = ("F32", fixtures.e4m3_values()[array] * scale[: array.shape[0], : array.shape[1]])
+        elif not name.endswith("_scale_inv"):
+            plain[name] = (dtype, array)
+    return plain
+
+
+def in_mxfp4(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    """Experts [expert, in, out] as blocks of 32 codes of 4 bits along `in`, each with a power of two; the rest bfloat16."""
+    if not re.search(r"experts\.(gate_up|down)_proj$", name):
+        return [(name, shape, "BF16")]
+    experts, inner, outer = shape
+    return [
+        (f"{name}_blocks", (experts, outer, inner // 32, 16), "U8"),
+        (f"{name}_scales", (experts, outer, inner // 32), "U8"),
+    ]
+
+
+def without_mxfp4(tensors: Stored) -> Stored:
+    """The values of the codes, low half of a byte first, in float32."""
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    values = np.concatenate([magnitudes, -magnitudes])
+    plain: Stored = {}
+    for name, (dtype, array) in tensors.items():
+        if name.endswith("_blocks"):
+            scales = tensors[name.replace("_blocks", "_scales")][1].astype(np.int32) - 127
+            codes = np.stack([array & 15, array >> 4], axis=-1).reshape(*array.shape[:-1], 32)
+            dense = np.ldexp(values[codes], scales[..., None]).reshape(*array.shape[:2], -1)
+            plain[name.removesuffix("_blocks")] = ("F32", np.ascontiguousarray(dense.transpose(0, 2, 1)))
+        elif not name.endswith("_scales"):
+            plain[name] = (dtype, array)
+    return plain
+
+
+def with_mixed_experts(shapes: Shapes) -> Shapes:
+    """Layers of even number fused, the others with a tensor for each expert."""
+    fused = with_fused_experts(shapes)
+    even = {name: shape for name, shape in fused.items() if re.search(r"layers\.\d*[02468]\.", name)}
+    return even | {name: shape for name, shape in shapes.items() if not re.search(r"layers\.\d*[02468]\.", name)}
+
+
+def with_prediction_layer(shapes: Shapes) -> Shapes:
+    """DeepSeek's layer for the token after next, numbered as one more layer, with what else its file holds."""
+    embed, last = (
+        shapes["model.embed_tokens.weight"],
+        max(int(name.split(".")[2]) for name in shapes if "layers." in name),
+    )
+    here, there = f"model.layers.{last}.", f"model.layers.{last + 1}."
+    extra = {name.replace(here, there): shape for name, shape in shapes.items() if name.startswith(here)}
+    width = embed[1]
+    return (
+        shapes
+        | extra
+        | {
+            f"{there}embed_tokens.weight": embed,
+            f"{there}shared_head.head.weight": embed,
+            f"{there}shared_head.norm.weight": (width,),
+            f"{there}eh_proj.weight": (width, 2 * width),
+            f"{there}enorm.weight": (width,),
+            f"{there}hnorm.weight": (width,),
+        }
+    )
+
+
+def without(pattern: str) -> Callable[[Stored], Stored]:
+    """Only the tensors whose name the pattern is not found in."""
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)}
+
+
+def inside_a_wrapper(shapes: Shapes) -> Shapes:
+    """The text model's tensors under `model.language_model`, beside those of an image encoder and of a prediction head."""
+    text = {
+        name.replace("model.", "model.language_model.", 1): shape for name, shape in with_fused_experts(shapes).items()
+    }
+    return text | {
+        "model.visual.patch_embed.proj.weight": (24, 3, 2, 4, 4),
+        "model.visual.blocks.0.attn.qkv.bias": (72,),
+        "mtp.fc.weight": (32, 64),
+        "mtp.norm.weight": (32,),
+    }

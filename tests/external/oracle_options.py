@@ -1,0 +1,411 @@
+"""Configs of the same families with other options than the main cases, and files in other layouts and dtypes."""
+
+# ruff: noqa: C408 (fields of config.json read best as keywords)
+
+from oracle_case import (
+    COMMON,
+    add,
+    in_dtype,
+    inside_a_wrapper,
+    with_fused_experts,
+    with_mixed_experts,
+    with_prediction_layer,
+    without,
+)
+from oracle_families import (
+    DEEPSEEK_V3,
+    DELTA,
+    ERNIE,
+    GEMMA4,
+    GLM4_MOE,
+    GPT_OSS,
+    GRANITE,
+    GROUPED,
+    HUNYUAN,
+    LLAMA4,
+    MIXTRAL,
+    OLMOE,
+    PHIMOE,
+    QWEN3_MOE,
+    QWEN3_NEXT,
+)
+
+add(
+    "mixtral_sliding_tied",
+    "sliding window, tied head, head_dim",
+    **MIXTRAL | dict(sliding_window=8, tie_word_embeddings=True, head_dim=12),
+)
+add("mixtral_bfloat16", "stored in bfloat16", storage=in_dtype("BF16"), **MIXTRAL | dict(torch_dtype="bfloat16"))
+add("mixtral_float16", "stored in float16", storage=in_dtype("F16"), **MIXTRAL | dict(torch_dtype="float16"))
+add(
+    "qwen3_moe_step",
+    "dense layers by step, no renormalisation, biases of q, k, v, o, sliding window, tied head",
+    **QWEN3_MOE
+    | dict(
+        norm_topk_prob=False,
+        decoder_sparse_step=2,
+        mlp_only_layers=[],
+        num_hidden_layers=4,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=4,
+        tie_word_embeddings=True,
+    ),
+)
+add("qwen3_moe_fused", "fused experts in every layer", as_on_the_hub=with_fused_experts, **QWEN3_MOE)
+add(
+    "qwen3_moe_mixed",
+    "fused experts in layer 2, a tensor for each expert in layer 1",
+    as_on_the_hub=with_mixed_experts,
+    **QWEN3_MOE,
+)
+
+SHORT_FACTORS, LONG_FACTORS = [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], [1.0, 1.5, 2.5, 4.0, 6.0, 8.0]
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS}
+for name, note, scaling in (
+    ("linear", "positions divided by 4", {"type": "linear", "factor": 4.0}),
+    (
+        "dynamic",
+        "frequencies that stretch beyond 128 tokens, which is never reached",
+        {"type": "dynamic", "factor": 4.0},
+    ),
+    (
+        "llama3",
+        "low frequencies divided, high ones kept, a ramp between",
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    (
+        "yarn",
+        "with an attention factor of its own, and bounds that are not rounded",
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "attention_factor": 1.3,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "truncate": False,
+        },
+    ),
+    ("longrope_short", "below the original length: short factors", LONGROPE | {"original_max_position_embeddings": 64}),
+    ("longrope_long", "beyond the original length: long factors", LONGROPE | {"original_max_position_embeddings": 16}),
+):
+    add(f"qwen3_moe_rope_{name}", note, **QWEN3_MOE | dict(rope_theta=1e4, rope_scaling=scaling))
+add(
+    "qwen3_moe_rope_dynamic_beyond",
+    "24 tokens where 16 are the length of the config: frequencies stretch with the length; no greedy tokens",
+    cache_agrees=False,
+    **QWEN3_MOE | dict(rope_theta=1e4, max_position_embeddings=16, rope_scaling={"type": "dynamic", "factor": 4.0}),
+)
+add(
+    "qwen2_moe_sliding",
+    "sliding and full layers, renormalised, dense layers by step, no biases",
+    model_type="qwen2_moe",
+    num_hidden_layers=4,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    shared_expert_intermediate_size=28,
+    num_experts=7,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+    decoder_sparse_step=2,
+    mlp_only_layers=[],
+    qkv_bias=False,
+    use_sliding_window=True,
+    sliding_window=8,
+    max_window_layers=3,
+    rope_theta=1e6,
+)
+add(
+    "deepseek_v3_half_split",
+    "rotation in halves instead of pairs, attention biases, no yarn",
+    **DEEPSEEK_V3 | dict(rope_interleave=False, attention_bias=True, rope_scaling=None),
+)
+add(
+    "deepseek_v3_no_query_rank",
+    "no query low-rank, no renormalisation, two shared experts, tied head (Moonlight's shape)",
+    **DEEPSEEK_V3
+    | dict(q_lora_rank=None, norm_topk_prob=False, n_shared_experts=2, rope_scaling=None, tie_word_embeddings=True),
+)
+add(
+    "deepseek_v3_prediction_layer",
+    "with the tensors of a layer that predicts the token after next, which no logit depends on",
+    as_on_the_hub=with_prediction_layer,
+    for_transformers=without(r"layers\.3\."),
+    **DEEPSEEK_V3,
+)
+add(
+    "deepseek_v32_plain",
+    "as many keys chosen as there are up to token 30, no yarn, attention biases",
+    **DEEPSEEK_V3
+    | dict(
+        model_type="deepseek_v32",
+        index_n_heads=16,
+        index_head_dim=12,
+        index_topk=30,
+        num_nextn_predict_layers=...,
+        rope_scaling=None,
+        attention_bias=True,
+    ),
+)
+add(
+    "glm4_moe_plain",
+    "no q/k norm, no biases, whole heads rotated, groups that bind",
+    **GLM4_MOE | dict(use_qk_norm=False, attention_bias=False, partial_rotary_factor=1.0, n_group=4, topk_group=2),
+)
+add(
+    "glm4_moe_lite_no_query_rank",
+    "no query low-rank, rotation in halves, yarn",
+    **DEEPSEEK_V3
+    | dict(
+        model_type="glm4_moe_lite",
+        q_lora_rank=None,
+        rope_interleave=False,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
+)
+add(
+    "ernie4_5_moe_bias",
+    "biases everywhere, every second layer sparse, untied",
+    **ERNIE
+    | dict(
+        use_bias=True,
+        num_hidden_layers=4,
+        moe_layer_start_index=1,
+        moe_layer_end_index=-1,
+        moe_layer_interval=2,
+        moe_num_shared_experts=1,
+        tie_word_embeddings=False,
+    ),
+)
+add(
+    "granitemoe_bias",
+    "attention biases, no multipliers, untied",
+    model_type="granitemoe",
+    **GRANITE
+    | dict(
+        attention_bias=True,
+        embedding_multiplier=1.0,
+        residual_multiplier=1.0,
+        logits_scaling=1.0,
+        attention_multiplier=0.35,
+        tie_word_embeddings=False,
+    ),
+)
+add(
+    "granitemoeshared_no_shared",
+    "shared_intermediate_size 0 is no shared expert",
+    model_type="granitemoeshared",
+    laws={"embedding": {"mean": 0.0, "std": 0.2}},
+    shared_intermediate_size=0,
+    **GRANITE,
+)
+add("olmoe_renormalised", "renormalised, no clip", **OLMOE | dict(norm_topk_prob=True, clip_qkv=None))
+add(
+    "flex_olmo_renormalised",
+    "renormalised, tied head",
+    model_type="flex_olmo",
+    intermediate_size=20,
+    num_experts=7,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+    tie_word_embeddings=True,
+    rope_theta=5e5,
+)
+add(
+    "phimoe_sliding",
+    "sliding window, no biases, plain rotation, a wide jitter mask",
+    **PHIMOE | dict(sliding_window=8, attention_bias=False, lm_head_bias=False, router_jitter_noise=0.1),
+)
+add(
+    "llama4_text_top2",
+    "two experts a token, every layer sparse, no q/k norm, no temperature, biases, tied head",
+    **LLAMA4
+    | dict(
+        num_hidden_layers=2,
+        num_experts_per_tok=2,
+        interleave_moe_layer_step=1,
+        no_rope_layers=[1, 0],
+        use_qk_norm=False,
+        attn_temperature_tuning=False,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_scaling=None,
+    ),
+)
+add(
+    "gpt_oss_clamped",
+    "a clamp that binds, another slope, no attention biases, the first layer full, rounded yarn bounds",
+    **GPT_OSS
+    | dict(
+        swiglu_limit=1.0,
+        swiglu_alpha=1.5,
+        attention_bias=False,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+)
+add(
+    "gemma4_text_shared_kv",
+    "keys as values and one kv head on full layers, as in the 26B-A4B",
+    **GEMMA4 | dict(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=30.0),
+)
+add(
+    "qwen3_next_dense",
+    "dense layer 0, no renormalisation",
+    **QWEN3_NEXT | dict(mlp_only_layers=[0], norm_topk_prob=False),
+)
+add(
+    "qwen3_5_moe",
+    "a text model inside a multimodal wrapper: nested config, other prefix, tensors that the text does not use",
+    as_on_the_hub=inside_a_wrapper,
+    for_transformers=without(r"^mtp\.|^model\.visual\."),
+    **{key: ... for key in COMMON if key != "tie_word_embeddings"},
+    model_type="qwen3_5_moe",
+    text_config={key: value for key, value in COMMON.items() if key != "torch_dtype"}
+    | {
+        "model_type": "qwen3_5_moe_text",
+        "dtype": "float32",
+        "full_attention_interval": 3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True,
+            "mrope_section": [1, 1, 0],
+        },
+    }
+    | DELTA,
+    vision_config={"model_type": "qwen3_5_moe_vision", "depth": 1, "hidden_size": 24, "num_heads": 2, "patch_size": 4},
+    tie_word_embeddings=False,
+)
+add(
+    "lfm2_moe_plain",
+    "no selection bias, no renormalisation, biased convolutions, untied",
+    model_type="lfm2_moe",
+    rms_norm_eps=...,
+    norm_eps=1e-5,
+    num_hidden_layers=3,
+    layer_types=["conv", "full_attention", "conv"],
+    conv_L_cache=4,
+    conv_bias=True,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    num_dense_layers=0,
+    num_experts=7,
+    num_experts_per_tok=3,
+    use_expert_bias=False,
+    norm_topk_prob=False,
+    tie_word_embeddings=False,
+    rope_theta=1e6,
+)
+add(
+    "hunyuan_v1_moe_plain",
+    "no alpha, one number for top-k, biases, untied",
+    **HUNYUAN | dict(moe_topk=3, attention_bias=True, tie_word_embeddings=False, rope_scaling=None),
+)
+add(
+    "dots1_plain",
+    "no window, attention biases, no renormalisation, head_dim by division",
+    model_type="dots1",
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    n_shared_experts=1,
+    first_k_dense_replace=0,
+    routed_scaling_factor=1.0,
+    attention_bias=True,
+    sliding_window=None,
+    rope_theta=1e4,
+    **GROUPED | dict(norm_topk_prob=False, n_group=1, topk_group=1),
+)
+add(
+    "solar_open_yarn",
+    "yarn, attention biases",
+    model_type="solar_open",
+    head_dim=12,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    n_shared_experts=1,
+    first_k_dense_replace=0,
+    attention_bias=True,
+    rope_theta=1e6,
+    rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    **GROUPED,
+)
+add(
+    "afmoe_plain",
+    "no scaled embedding, one shared expert, all but one layer full",
+    model_type="afmoe",
+    num_hidden_layers=3,
+    head_dim=12,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    num_dense_layers=2,
+    num_experts=7,
+    num_experts_per_tok=2,
+    num_shared_experts=1,
+    route_scale=1.0,
+    mup_enabled=False,
+    layer_types=["full_attention", "sliding_attention", "full_attention"],
+    sliding_window=8,
+    rope_theta=1e4,
+)
+add(
+    "mistral4_plain",
+    "rotation in halves, no query low-rank, attention biases, no renormalisation, temperature of the context length",
+    **DEEPSEEK_V3
+    | dict(
+        model_type="mistral4",
+        num_nextn_predict_layers=...,
+        scoring_func=...,
+        topk_method=...,
+        rope_theta=...,
+        rope_scaling=...,
+        rope_interleave=False,
+        q_lora_rank=None,
+        attention_bias=True,
+        norm_topk_prob=False,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0,
+            "llama_4_scaling_beta": 0.3,
+        },
+    ),
+)
+add(
+    "dbrx_p2",
+    "weights divided by their Euclidean norm, a clip that never binds, as many kv heads as heads",
+    **{key: ... for key in COMMON if key not in ("vocab_size", "torch_dtype", "tie_word_embeddings")},
+    model_type="dbrx",
+    d_model=32,
+    n_heads=4,
+    n_layers=2,
+    max_seq_len=128,
+    rope_theta=1e4,
+    tie_word_embeddings=False,
+    attn_config={"clip_qkv": 8.0, "kv_n_heads": 4, "rope_theta": 1e4},
+    ffn_config={
+        "ffn_act_fn": {"name": "silu"},
+        "ffn_hidden_size": 20,
+        "moe_num_experts": 5,
+        "moe_top_k": 2,
+        "moe_normalize_expert_weights": 2.0,
+    },
+)
