@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moezoo.core.errors import DataError, MoezooError
+from moezoo.core.errors import DataError, MoezooError, SpecError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,73 +170,110 @@ def generate(
 
 
 @main.command("eval")
-@click.argument("run_path", metavar="RUN", type=Path)
+@click.argument("path", metavar="PATH", type=Path)
+@click.option(
+    "--data", metavar="FILE", help="A text, JSON lines, or token ids (.npy, .bin). Default: a run's own data."
+)
+@click.option("--sequence-length", type=click.IntRange(1), help="Default: that of the run, else 512.")
+@click.option("--batch-size", type=click.IntRange(1), help="Windows at once.")
 @_backend
 @_json
-def evaluate(run_path: Path, backend: str | None, as_json: bool) -> None:
-    """Validation loss, bits per byte and routing statistics of a run."""
+def evaluate(
+    path: Path,
+    data: str | None,
+    sequence_length: int | None,
+    batch_size: int | None,
+    backend: str | None,
+    as_json: bool,
+) -> None:
+    """Loss, bits per byte and routing statistics of a model on held-out data.
+
+    PATH is a run folder, or a Hugging Face folder or hub id with --data.
+    """
     import json
 
-    from moezoo.backends import load_backend
-    from moezoo.core.console import describe_evaluation
+    from moezoo.core.console import describe_evaluation, describe_routing
     from moezoo.core.evaluation import evaluate as run_evaluation
-    from moezoo.core.evaluation import known_grammar
-    from moezoo.core.run import load_run
+    from moezoo.core.evaluation import evaluate_file, known_grammar
+    from moezoo.core.loaded_model import load_model
 
     console = _console()
-    config, tokenizer, checkpoint, problems = load_run(run_path)
-    for problem in problems:
+    if data is None and not (path / "config.yaml").is_file():
+        raise DataError(f"{path} is no run folder, whose data is known; expected --data FILE, a text or token ids.")
+    model = load_model(path, backend)
+    for problem in model.problems:
         click.echo(problem, err=True)
-    model = load_backend(backend).build(config.model, checkpoint.weights)
-    data = _prepare(console, config, str(run_path), tokenizer, quiet=as_json)
-    result = run_evaluation(
-        model,
-        data.validation,
-        tokenizer,
-        sequence_length=config.training.sequence_length,
-        batch_size=config.training.batch_size,
-        grammar=known_grammar(config.data),
-    )
+    with console.status("evaluating ...") as status:
+
+        def show(done: int, total: int) -> None:
+            status.update(f"evaluating: {done:,} of {total:,} windows")
+
+        if data is not None:
+            result = evaluate_file(
+                model, data, sequence_length=sequence_length, batch_size=batch_size, on_progress=show
+            )
+        else:
+            config = model.config
+            prepared = _prepare(console, config, str(path), model.tokenizer, quiet=True)
+            result = run_evaluation(
+                model.model,
+                prepared.validation,
+                model.tokenizer,
+                sequence_length=sequence_length or config.training.sequence_length,
+                batch_size=batch_size or config.training.batch_size,
+                grammar=known_grammar(config.data),
+                on_progress=show,
+            )
     if as_json:
-        click.echo(json.dumps({"step": checkpoint.step, **result.to_dict()}, indent=2))
+        click.echo(json.dumps({"path": str(path), "data": data, "step": model.step, **result.to_dict()}, indent=2))
         return
-    console.print(
-        f"step {checkpoint.step}: {describe_evaluation(result)}", highlight=False, soft_wrap=True, markup=False
-    )
-    for row in result.routing:
-        load = " ".join(f"{share * len(row['load']):.2f}" for share in row["load"])
-        console.print(
-            f"layer {row['layer']}: load {load} (1 is balanced), dropped {100 * row['dropped']:.2f} %",
-            highlight=False,
-            soft_wrap=True,
-        )
+    what = f"step {model.step}" if data is None else data
+    for line in (f"{what}: {describe_evaluation(result)}", *describe_routing(result)):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @main.command()
-@click.argument("config_path", metavar="CONFIG", type=Path)
+@click.argument("path", metavar="PATH", type=Path)
 @_set
 @_json
-def describe(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """A config's model on one page: layers, parameters, FLOPs, memory."""
+def describe(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """A model on one page: layers, parameters, FLOPs, memory.
+
+    PATH is a YAML config, a run folder, or a Hugging Face folder or hub id, of which config.json is enough: then also
+    what was understood of it, and what becomes of every tensor.
+    """
     import json
 
     from moezoo.core.config import load_config
     from moezoo.core.describe import describe as page
     from moezoo.core.describe import description
+    from moezoo.core.opened_model import checkpoint_folder, is_config
 
-    config = load_config(config_path, overrides)
-    if as_json:
-        click.echo(json.dumps(description(config), indent=2))
+    if is_config(path) or (path / "config.yaml").is_file():
+        config = load_config(path if is_config(path) else path / "config.yaml", overrides)
+        shown = description(config) if as_json else page(config, str(path))
     else:
-        _console().print(page(config, str(config_path)))
+        from moezoo.core.huggingface.page import checkpoint_description, checkpoint_page
+
+        if overrides:
+            raise SpecError(f"--set overrides values of a YAML config; got {path}; expected one, or no --set.")
+        folder = checkpoint_folder(path, weights=False)
+        shown = checkpoint_description(folder) if as_json else checkpoint_page(folder, str(path))
+    if as_json:
+        click.echo(json.dumps(shown, indent=2))
+    else:
+        _console().print(shown)
 
 
 @main.command()
-@click.argument("path", metavar="CONFIG|RUN", type=Path)
+@click.argument("path", metavar="PATH", type=Path)
 @_json
 @click.option("--all", "show_all", is_flag=True, help="Show every gradient.")
 def parity(path: Path, as_json: bool, show_all: bool) -> None:
-    """Compare reference, JAX and MLX on the same weights and tokens. Exit status 1 beyond tolerance."""
+    """Compare reference, JAX and MLX on the same weights and tokens. Exit status 1 beyond tolerance.
+
+    PATH is a YAML config (initial weights), a run folder, or a Hugging Face folder or hub id.
+    """
     import moezoo
 
     report = moezoo.parity(path)

@@ -11,6 +11,7 @@ from moezoo.core.evaluation import Evaluation
 from moezoo.core.metrics import worst_load
 
 _LINE_EVERY_S = 10.0
+_MANY_EXPERTS = 16
 
 
 class Reporter(Protocol):
@@ -118,6 +119,18 @@ def describe_evaluation(evaluation: Evaluation) -> str:
             f"({optimum.characters:,} characters)"
         )
     return "\n".join(lines)
+
+
+def describe_routing(evaluation: Evaluation) -> list[str]:
+    """A line a layer: the load of each expert, or of many the most and the least; and what was dropped."""
+    lines = []
+    for row in evaluation.routing:
+        loads = [share * len(row["load"]) for share in row["load"]]
+        shown = " ".join(f"{load:.2f}" for load in loads)
+        if len(loads) > _MANY_EXPERTS:
+            shown = f"{min(loads):.2f} to {max(loads):.2f} of {len(loads)} experts"
+        lines.append(f"layer {row['layer']}: load {shown} (1 is balanced), dropped {100 * row['dropped']:.2f} %")
+    return lines
 
 
 def _clock(seconds: float) -> str:

@@ -7,6 +7,7 @@ with its step number and nothing else. Writing: writings/data.md.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
@@ -217,6 +218,20 @@ def prepare_data(
         for part in split.sources:
             _check_length(split.name, part, sequence_length, f"; {where}")
     return PreparedData(tokenizer, *splits, tuple(summary))
+
+
+def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, on_progress: Progress | None = None) -> Split:
+    """All tokens of one file as a split: token ids (`.npy`, `.bin`), the `text` of JSON lines (`.jsonl`), or a text.
+
+    `vocab_size` is the model's. Raises DataError and TokenizerError as `prepare_data`.
+    """
+    suffix = Path(path).suffix
+    if suffix in (".npy", ".bin"):
+        tokens = open_shards(find_files(path, (suffix,), path), vocab_size, path)
+    else:
+        texts = Texts(path, find_files(path, (".txt",), path), "text" if suffix == ".jsonl" else None)
+        tokens = tokenize(texts, tokenizer, on_progress)
+    return Split("evaluated", (SplitSource(path, tokens, 0, len(tokens), 1.0),))
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,8 @@ def describe(config: Config, where: str) -> "RenderableType":
     from rich.text import Text
 
     known = description(config)
-    parameters, training = known["parameters"], known["training"]
-    title = Text.assemble(
-        (where, "bold"),
-        f"\n{count(parameters['total'])} parameters, {count(parameters['active'])} active per token",
-        f" ({parameters['active'] / parameters['total']:.0%})" if parameters["active"] < parameters["total"] else "",
-    )
-    parts: list[RenderableType] = [title, _model_table(known), _parameter_table(known), _cost_table(known)]
+    training = known["training"]
+    parts = model_tables(known, where)
     if known["assumed"]:
         parts.append(Text(f"assumed: {known['assumed']}", "yellow"))
     amount = (
@@ -43,6 +38,19 @@ def describe(config: Config, where: str) -> "RenderableType":
     )
     parts.append(Text(f"training: {amount}, {count(training['flops'], 'FLOPs')} in all", "dim"))
     return Group(*parts)
+
+
+def model_tables(known: Mapping[str, Any], where: str) -> list["RenderableType"]:
+    """Title, layers, parameters and cost of what `model_description` knows; training's memory if it is there."""
+    from rich.text import Text
+
+    parameters = known["parameters"]
+    title = Text.assemble(
+        (where, "bold"),
+        f"\n{count(parameters['total'])} parameters, {count(parameters['active'])} active per token",
+        f" ({parameters['active'] / parameters['total']:.0%})" if parameters["active"] < parameters["total"] else "",
+    )
+    return [title, _model_table(known), _parameter_table(known), _cost_table(known)]
 
 
 def header(config: Config, facts: Mapping[str, str]) -> "RenderableType":
@@ -74,14 +82,32 @@ def description(config: Config) -> dict[str, Any]:
     """The page as plain data for `--json`: numbers exact, in units of one (parameters, FLOPs, bytes, tokens)."""
     spec, assumed = _with_vocab_size(config)
     config = config.model_copy(update={"model": spec})
-    counts = parameter_counts(spec)
     training = config.training
-    forward, both = (flops_per_token(spec, training.sequence_length, kind) for kind in (False, True))
     tokens_per_step = training.batch_size * training.sequence_length
     memory = training_memory(config)
+    known = model_description(spec, training.sequence_length)
+    return {
+        "assumed": assumed,
+        **known,
+        "training_memory_bytes": {"total": sum(memory.values()), **memory},
+        "training": {
+            "steps": training.steps,
+            "batch_size": training.batch_size,
+            "gradient_accumulation": training.gradient_accumulation,
+            "sequence_length": training.sequence_length,
+            "tokens_per_step": tokens_per_step,
+            "tokens": training.steps * tokens_per_step,
+            "flops": training.steps * tokens_per_step * known["flops_per_token"]["training"]["total"],
+        },
+    }
+
+
+def model_description(spec: ModelSpec, sequence_length: int) -> dict[str, Any]:
+    """What `description` says of the model alone, computed with sequences of so many tokens."""
+    counts = parameter_counts(spec)
+    forward, both = (flops_per_token(spec, sequence_length, kind) for kind in (False, True))
     return {
         "vocab_size": spec.vocab,
-        "assumed": assumed,
         "embed_dim": spec.embed_dim,
         "model": model_in_words(spec),
         "head": head_in_words(spec.head),
@@ -96,21 +122,11 @@ def description(config: Config) -> dict[str, Any]:
             },
         },
         "flops_per_token": {
-            "sequence_length": training.sequence_length,
+            "sequence_length": sequence_length,
             "forward": {"total": forward.total, **forward.by_part},
             "training": {"total": both.total, **both.by_part},
         },
         "kv_cache_bytes_per_token": kv_cache_bytes_per_token(spec),
-        "training_memory_bytes": {"total": sum(memory.values()), **memory},
-        "training": {
-            "steps": training.steps,
-            "batch_size": training.batch_size,
-            "gradient_accumulation": training.gradient_accumulation,
-            "sequence_length": training.sequence_length,
-            "tokens_per_step": tokens_per_step,
-            "tokens": training.steps * tokens_per_step,
-            "flops": training.steps * tokens_per_step * both.total,
-        },
     }
 
 
@@ -224,10 +240,9 @@ def _parameter_table(known: Mapping[str, Any]) -> "Table":
 
 
 def _cost_table(known: Mapping[str, Any]) -> "Table":
-    flops, memory = known["flops_per_token"], known["training_memory_bytes"]
+    flops, memory = known["flops_per_token"], known.get("training_memory_bytes")
     parts = {name: value for name, value in flops["forward"].items() if name != "total" and value}
     shares = ", ".join(f"{name} {value / flops['forward']['total']:.0%}" for name, value in parts.items())
-    held = ", ".join(f"{name} {bytes_text(value)}" for name, value in memory.items() if name != "total")
     table = _table("cost", "", "made of")
     table.columns[1].justify = "right"
     table.columns[1].no_wrap = True
@@ -237,6 +252,9 @@ def _cost_table(known: Mapping[str, Any]) -> "Table":
     table.add_row("training, per token", count(flops["training"]["total"], "FLOPs"), "3 times forward")
     cache = known["kv_cache_bytes_per_token"]
     table.add_row("cache, per token", bytes_text(cache), f"{bytes_text(cache * length)} for {length} tokens")
+    if memory is None:
+        return table
+    held = ", ".join(f"{name} {bytes_text(value)}" for name, value in memory.items() if name != "total")
     table.add_row("training memory", f"about {bytes_text(memory['total'])}", held)
     return table
 

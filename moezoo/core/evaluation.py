@@ -3,21 +3,26 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.backend import IGNORED, Model, check_length
 from moezoo.core.config import DataConfig, DatasetSource
-from moezoo.core.data import Split
+from moezoo.core.data import Split, whole_file
 from moezoo.core.grammar import Grammar
 from moezoo.core.metrics import routing_statistics
 from moezoo.core.ready_batches import ReadyBatches
 from moezoo.core.recipes import dataset_grammar
+from moezoo.core.token_store import Progress, check_range
 from moezoo.core.tokenizer import CharacterTokenizer, Tokenizer
 
+if TYPE_CHECKING:
+    from moezoo.core.loaded_model import LoadedModel
+
 MAX_WINDOWS = 4096
+_LOGITS_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,21 @@ def evaluate(
     batch_size: int,
     max_windows: int = MAX_WINDOWS,
     grammar: Grammar | None = None,
+    first_token: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score consecutive windows of a split, all of them or `max_windows` spread evenly over it.
 
     Means are over the targets that count. Bits per byte = total nats / ln 2 / UTF-8 bytes of these; None where tokens
-    have no text.
+    have no text. With `first_token` each window begins with it, and its own T tokens are what is predicted.
 
-    Raises DataError: windows longer than learned positions.
+    Raises DataError: windows longer than learned positions, a token id outside the model's vocabulary.
     """
     check_length(model.spec, sequence_length, f"windows of {sequence_length}")
     windows = np.asarray(split.windows(sequence_length, max_windows))
+    if first_token is not None:  # windows follow each other every T tokens, so this leaves none out and none twice
+        windows = np.insert(windows[:, :-1], 0, first_token, axis=1)
+    check_range(windows[windows != IGNORED], model.spec.vocab, "data to evaluate on")
     batch_size = _batch_that_divides(len(windows), batch_size)
     losses = np.empty((len(windows), sequence_length), np.float64)
     inference_losses = np.empty_like(losses) if model.spec.inference_differs else None
@@ -111,6 +120,37 @@ def evaluate(
         routing=routing_statistics(model.spec.moe_layers, load, dropped),
         optimum=_compare(windows, losses, tokenizer, grammar) if grammar is not None else None,
         inference_loss=None if inference_losses is None else float(inference_losses[counts].mean()),
+    )
+
+
+def evaluate_file(
+    loaded: "LoadedModel",
+    path: str,
+    *,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    on_reading: Progress | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """`evaluate` on all of a file, of text or token ids (`data.whole_file`).
+
+    A window is as long as in training (512 for a checkpoint from elsewhere), or the file where that is shorter. Models
+    from elsewhere get the token before it that their tokenizer puts before every text. The batch is that of training,
+    or as many windows as keep the logits of one within 128 MiB.
+    """
+    model, training = loaded.model, loaded.config.training
+    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_reading)
+    first_token = loaded.first_token
+    length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
+    fitting = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
+    return evaluate(
+        model,
+        split,
+        loaded.tokenizer,
+        sequence_length=length,
+        batch_size=batch_size or min(training.batch_size, fitting),
+        first_token=first_token,
+        on_progress=on_progress,
     )
 
 

@@ -59,6 +59,13 @@ class LoadedModel:
         checked = self._checked(tokens, "tokens")
         return self.model.forward(checked, None if targets is None else self._checked(targets, "targets", IGNORED))
 
+    @property
+    def first_token(self) -> int | None:
+        """The token before every text (`<s>`) where the model was trained with one and its tokenizer puts it there."""
+        if self.generation.special_tokens and isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return self.tokenizer.first_token
+        return None
+
     def encode_prompt(self, text: str, *, chat: bool = False) -> Ids:
         """Token ids of a prompt, int32 [T].
 

@@ -16,10 +16,11 @@ from moezoo.core.config import (
     TokenIdsSpec,
     TrainingConfig,
 )
+from moezoo.core.errors import RunError
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, is_checkpoint, open_checkpoint
 from moezoo.core.huggingface.layout import Layout, open_sidecar
-from moezoo.core.run import Run, load_run, open_run
+from moezoo.core.run import Run, load_run
 from moezoo.core.schedules import ConstantSchedule
 from moezoo.core.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 
@@ -36,7 +37,6 @@ class OpenedModel:
         step: how many updates the run has made.
         problems: damaged checkpoints that were passed over, and the like, a line each.
         checkpoint: the Hugging Face checkpoint, None for a run.
-        layout: how the files of the checkpoint are laid out that this is, or that the run began from; else None.
         layout: how the files are laid out of the checkpoint that it is, or that the run began from; else None.
         generation: what the folder says about generating; of a run, nothing.
     """
@@ -52,6 +52,29 @@ class OpenedModel:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
 
+def is_config(path: str | Path) -> bool:
+    """Whether a path is a YAML config's: it ends like one, or is a file."""
+    return Path(path).suffix in (".yaml", ".yml") or Path(path).is_file()
+
+
+def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
+    """The folder of a Hugging Face checkpoint, fetched where `path` is a hub id; progress goes to stderr.
+
+    Raises RunError for any other folder, CheckpointError for what cannot be fetched.
+    """
+    from moezoo.core.huggingface.hub import on_stderr, resolve
+
+    tell = on_stderr()
+    folder = resolve(path, tell, weights=weights)
+    tell("")  # the line is done with
+    if not is_checkpoint(folder):
+        raise RunError(
+            f"{path} is neither a run folder nor a Hugging Face checkpoint; expected config.yaml or config.json in it. "
+            "Give such a folder or the id of one on the hub, or make a run with `moezoo train CONFIG`."
+        )
+    return folder
+
+
 def open_model(path: str | Path) -> OpenedModel:
     """Open a run folder (its newest whole checkpoint), a Hugging Face folder, or a hub id.
 
@@ -61,13 +84,7 @@ def open_model(path: str | Path) -> OpenedModel:
         config, tokenizer, saved, problems = load_run(path)
         layout = open_sidecar(Run(Path(path)).huggingface_path)
         return OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
-    if Path(path).exists() and not is_checkpoint(path):
-        open_run(path)  # says what is expected
-    folder = Path(path)
-    if not folder.exists():
-        from moezoo.core.huggingface.hub import resolve
-
-        folder = resolve(path)
+    folder = checkpoint_folder(path)
     checkpoint = open_checkpoint(folder)
     tokenizer = tokenizer_beside(checkpoint.path, checkpoint.spec.vocab)
     return OpenedModel(

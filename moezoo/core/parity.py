@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Floats, Integers, check_length
-from moezoo.core.config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config, parse_config
+from moezoo.core.config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config
 from moezoo.core.cost import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.initialize import initial_weights
+from moezoo.core.opened_model import is_config, open_model
 from moezoo.core.parity_report import (
     Comparison,
     Kind,
@@ -29,6 +30,7 @@ from moezoo.core.spec import ExpertChoiceSpec, ModelSpec
 
 LIMIT_BYTES = 8 * 2**30
 ASSUMED_VOCAB_SIZE = 64
+_CHECKPOINT_RATE = 1e-3  # learning rate of the one step with weights of a Hugging Face checkpoint
 _TOKENS_PURPOSE = 0x706172  # "par": what the random tokens are for, as a counter
 
 
@@ -102,20 +104,21 @@ def parity_of(
     overrides: Sequence[str] = (),
     tolerances: ParityTolerances | None = None,
 ) -> ParityReport:
-    """`parity` of a config (initial weights of `training.seed`) or of a run folder (its newest whole checkpoint).
+    """`parity` of a config (initial weights of `training.seed`), or of what `open_model` opens, on its newest weights.
 
     Tokens are random, a function of `training.seed`; T is `min(training.sequence_length, 64)` unless given. A
     vocab_size of null becomes the tokenizer's number where it needs no data, and ASSUMED_VOCAB_SIZE elsewhere.
+    `overrides` are of a config. Weights of a Hugging Face checkpoint are compared as float32, whatever they are stored
+    in; they are read once the size is known to be small enough.
 
     Raises SpecError or CheckpointError for what cannot be read, and otherwise as `parity`.
     """
-    path = Path(path)
     notes: list[str] = []
-    weights: Mapping[str, Floats] | None = None
-    if path.is_dir():
-        config, weights = _newest_checkpoint(path, notes, overrides)
-    else:
+    weights: Mapping[str, NDArray[Any]] | None = None
+    if is_config(path):
         config = load_config(path, overrides)
+    else:
+        config, weights = _opened(path, notes)
     spec = _with_vocab_size(config, weights, notes)
     length = min(config.training.sequence_length, 64) if sequence_length is None else sequence_length
     if batch_size < 1 or length < 1:
@@ -127,7 +130,7 @@ def parity_of(
     windows = random_windows(spec.vocab, batch_size, length, config.training.seed)
     return parity(
         spec,
-        weights,
+        {name: np.asarray(weights[name], np.float32) for name in weights},
         windows[:, :-1],
         windows[:, 1:],
         backends,
@@ -314,19 +317,17 @@ def _check_request(spec: ModelSpec, tokens: Integers, targets: Integers, backend
     refuse_if_too_large(spec, tokens.shape[0], tokens.shape[1], len(backends))
 
 
-def _newest_checkpoint(
-    path: Path, notes: list[str], overrides: Sequence[str]
-) -> tuple[Config, Mapping[str, NDArray[Any]]]:
-    from moezoo.core.checkpoint import latest_checkpoint, load_checkpoint
-
-    if not (path / "config.yaml").is_file():
-        raise SpecError(
-            f"{path} is neither a config nor a run folder; expected config.yaml in it. Name a YAML file or a run."
-        )
-    newest, problems = latest_checkpoint(path / "checkpoints")
-    checkpoint = load_checkpoint(newest)
-    notes.extend([*problems, f"weights of step {checkpoint.step} ({newest.name})"])
-    return parse_config(checkpoint.config_text, str(newest / "config.yaml"), overrides), checkpoint.weights
+def _opened(path: str | Path, notes: list[str]) -> tuple[Config, Mapping[str, NDArray[Any]]]:
+    """Config and newest weights of a run, of a Hugging Face folder or hub id."""
+    opened = open_model(path)
+    notes.extend(opened.problems)
+    if opened.checkpoint is None:
+        notes.append(f"weights of step {opened.step}")
+        return opened.config, opened.weights
+    notes.append(f"weights of {opened.checkpoint.family.name} ({opened.path}), as float32")
+    # Trap: the step is compared in learning rates, and one of 1e-5 is not far from what float32 rounds off a weight.
+    optimizer = opened.config.optimizer.model_copy(update={"learning_rate": _CHECKPOINT_RATE})
+    return opened.config.model_copy(update={"optimizer": optimizer}), opened.weights
 
 
 def _with_vocab_size(config: Config, weights: Mapping[str, Floats] | None, notes: list[str]) -> ModelSpec:

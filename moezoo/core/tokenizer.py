@@ -186,6 +186,12 @@ class HuggingFaceTokenizer:
         _utf8(text, where)
         return np.array(self._inner(text)["input_ids"], np.int32)
 
+    @cached_property
+    def first_token(self) -> int | None:
+        """The token that it puts before every text by itself (`<s>`), if any."""
+        bos, added = self._inner.bos_token_id, self._inner("")["input_ids"]
+        return int(bos) if bos is not None and added[:1] == [bos] else None
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
         """A conversation by the tokenizer's chat template, up to where the next answer begins.
 

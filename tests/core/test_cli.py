@@ -33,9 +33,9 @@ SURFACE = {
         "--seed",
         "--samples",
     ],
-    "eval": ["RUN", "--backend", "--json"],
-    "describe": ["CONFIG", "--set", "--json"],
-    "parity": ["CONFIG|RUN", "--json", "--all"],
+    "eval": ["PATH", "--data", "--sequence-length", "--batch-size", "--backend", "--json"],
+    "describe": ["PATH", "--set", "--json"],
+    "parity": ["PATH", "--json", "--all"],
     "convert": ["PATH", "OUT", "--json"],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],
     "schema": [],
@@ -194,7 +194,8 @@ def test_missing_files(folder: Path) -> None:
     refused(call("train", folder / "no.yaml"), "SpecError", "no such config", "no.yaml")
     missing = f"data.sources[0].path={folder / 'no.txt'}"
     refused(call("train", path, "--out", folder / "a", "--set", missing), "DataError", "no.txt")
-    refused(call("eval", folder / "no_run"), "RunError", "is not a run folder")
+    refused(call("eval", folder / "no_run"), "DataError", "is no run folder, whose data is known", "--data")
+    refused(call("generate", folder / "no_run", "--prompt", "7"), "RunError", "is neither a run folder nor")
     assert not (folder / "a").exists()
 
 

@@ -11,10 +11,11 @@ from rich.console import Console
 from moezoo.backends import load_backend
 from moezoo.core.checkpoint import save_checkpoint
 from moezoo.core.config import OptimizerConfig, dump_config, parse_config
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import RunError, SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parity import parity, parity_of, random_windows, refuse_if_too_large
 from moezoo.core.parity_report import ParityTolerances
+from moezoo.core.tokenizer import TokenIds
 from tests.backends_available import require_backend
 
 # D=20, N=8, M=2, H=6, F=28; E=7, K=2 and E=5, K=1 with a capacity; V=31; B=3, T=5
@@ -354,6 +355,7 @@ def test_a_config_is_checked_from_its_initial_weights(mlx, tmp_path):
 def test_a_run_is_checked_with_the_weights_of_its_newest_checkpoint(mlx, tmp_path):
     config = parse_config(CONFIG)
     (tmp_path / "config.yaml").write_text(dump_config(config))
+    TokenIds(config.model.vocab).save(tmp_path)
     for step in (3, 12):
         save_checkpoint(
             tmp_path / "checkpoints", step, initial_weights(config.model, step), {}, dump_config(config), {}, keep=None
@@ -386,7 +388,7 @@ def test_random_tokens_cover_the_vocabulary_and_depend_on_the_seed_alone():
 
 
 def test_a_folder_that_is_no_run_is_refused(mlx, tmp_path):
-    with pytest.raises(SpecError, match="neither a config nor a run folder"):
+    with pytest.raises(RunError, match="is neither a run folder nor a Hugging Face checkpoint"):
         parity_of(tmp_path, {"mlx": mlx})
 
 

@@ -208,6 +208,16 @@ class Fields:
         got = json.dumps(self._values.get(name))
         return SpecError(f"{name} is {got:.200}; expected {expected} ({self.where}).")
 
+    @property
+    def understood(self) -> list[str]:
+        """The fields that are there and have been read, in the file's order."""
+        return [name for name, value in self._values.items() if name in self._seen and value is not None]
+
+    @property
+    def no_effect(self) -> list[str]:
+        """The others that are there; after `finish`, all of them are known to be harmless."""
+        return [name for name, value in self._values.items() if name not in self._seen and value is not None]
+
     def finish(self, harmless: Iterable[str] = ()) -> None:
         """Refuse fields that nobody has read and that are not known to be harmless."""
         unread = {key: value for key, value in self._values.items() if key not in self._seen}

@@ -9,6 +9,7 @@ import fnmatch
 import glob
 import io
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +27,12 @@ _BELOW = ["*/*"]  # other layouts and formats of the same weights
 _LOCAL = "Or pass the path of a local folder with config.json and *.safetensors."
 
 
-def resolve(path_or_id: str | Path, on_progress: OnProgress | None = None) -> Path:
+def resolve(path_or_id: str | Path, on_progress: OnProgress | None = None, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: a path as it is, `organization/name[@revision]` as it lies in the hub's cache.
 
     What has the form of an id and exists as a path, or begins with a folder that is here, is a path. What is in the
     cache is not fetched again, and is used without a network. `on_progress` gets lines for a person: how much of how
-    much, and how long it will take.
+    much, and how long it will take. Without `weights` only texts are fetched, which is enough to describe a model.
 
     Raises CheckpointError: no network, no such repository or revision, no access to it, or no weights in it.
     """
@@ -40,13 +41,31 @@ def resolve(path_or_id: str | Path, on_progress: OnProgress | None = None) -> Pa
     if match is None or Path(path_or_id).exists() or Path(*first).exists() or first in ((".",), ("..",)):
         return Path(path_or_id)
     with _explained(match["repository"], match["revision"]):
-        return _download(match["repository"], match["revision"], on_progress)
+        return _download(match["repository"], match["revision"], on_progress, weights)
 
 
-def _download(repository: str, revision: str | None, on_progress: OnProgress | None) -> Path:
+def on_stderr() -> OnProgress:
+    """Lines of progress for a person: one that is rewritten in a terminal, elsewhere a new one every ten seconds."""
+    last = time.monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal last
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{line}\x1b[K")
+            sys.stderr.flush()
+        elif line and time.monotonic() - last >= 10:
+            last = time.monotonic()
+            sys.stderr.write(f"{line}\n")
+
+    return tell
+
+
+def _download(repository: str, revision: str | None, on_progress: OnProgress | None, with_weights: bool) -> Path:
     folder = _fetch(repository, revision, _TEXTS, _Bars(repository, None, None))
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{repository} has no config.json, so it is no checkpoint that can be opened. {_LOCAL}")
+    if not with_weights:
+        return folder
     commit = folder.name  # the same revision for the weights, even if someone uploads meanwhile
     for weights in _weights(folder):
         total = _bytes_to_fetch(repository, folder, weights)
