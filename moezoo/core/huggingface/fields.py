@@ -112,6 +112,11 @@ class Fields:
         value = self._values.get(name)
         return default if value is None else value
 
+    def null(self, name: str) -> bool:
+        """Whether the field is there and null, where that is another value than the one of an absent field."""
+        self._seen.add(name)
+        return name in self._values and self._values[name] is None
+
     def integer(self, name: str, default: int | None = None) -> int:
         """A whole number, at least 0."""
         value = self._required(name, default)

@@ -8,6 +8,7 @@ from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor
 from moezoo.core.spec import (
     AttentionSpec,
+    DynamicScalingSpec,
     FeedForwardSpec,
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
@@ -47,12 +48,14 @@ def rope(
     fraction: float | None = None,
     layout: Literal["half_split", "interleaved"] = "half_split",
     layer_type: str | None = None,
+    theta: str = "rope_theta",
     harmless: Sequence[str] = (),
 ) -> RoPESpec:
-    """The rotation: `rope_parameters` (transformers 5; by `layer_type` where it has such), or `rope_theta`,
-    `rope_scaling` and `partial_rotary_factor` (transformers 4). `base` and `fraction` where neither says; a family
-    without `fraction` rotates whole heads and knows no other. `harmless`: fields of the former that change nothing."""
-    base = fields.number("rope_theta", base)
+    """The rotation: `rope_parameters` (transformers 5; by `layer_type` where it has such), or `rope_theta` (or what
+    `theta` names), `rope_scaling` and `partial_rotary_factor` (transformers 4). `base` and `fraction` where neither
+    says; a family without `fraction` rotates whole heads and knows no other. `harmless`: fields of the former that
+    change nothing."""
+    base = fields.number(theta, base)
     part = _fraction(fields, fraction)
     where = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     inner = fields.inside(where)
@@ -61,8 +64,10 @@ def rope(
     if inner is None:
         return RoPESpec(base=base, fraction=part, layout=layout)
     base, part = inner.number("rope_theta", base), _fraction(inner, None if fraction is None else part)
+    proportional = part < 1 and inner.get("rope_type") == "proportional"
+    of: Literal["features", "pairs"] = "pairs" if proportional else "features"
     scaling = _scaling(fields, inner, harmless)
-    return RoPESpec(base=base, fraction=part, layout=layout, scaling=scaling)
+    return RoPESpec(base=base, fraction=part, fraction_of=of, layout=layout, scaling=scaling)
 
 
 def _fraction(fields: Fields, default: float | None) -> float:
@@ -76,7 +81,9 @@ def _fraction(fields: Fields, default: float | None) -> float:
 def _scaling(fields: Fields, inner: Fields, harmless: Sequence[str]) -> RoPEScalingSpec | None:
     makers: Mapping[str, Callable[[Fields, Fields], RoPEScalingSpec | None]] = {
         "default": lambda outer, inside: None,
-        "linear": lambda outer, inside: LinearScalingSpec(factor=inside.number("factor")),
+        "proportional": lambda outer, inside: _linear(inside) if "factor" in inside else None,
+        "linear": lambda outer, inside: _linear(inside),
+        "dynamic": _dynamic,
         "llama3": _llama3,
         "yarn": _yarn,
         "longrope": _longrope,
@@ -86,6 +93,16 @@ def _scaling(fields: Fields, inner: Fields, harmless: Sequence[str]) -> RoPEScal
     scaling: RoPEScalingSpec | None = kind(fields, inner)
     inner.finish(("type", "rope_type", "max_position_embeddings", "original_max_position_embeddings", *harmless))
     return scaling
+
+
+def _linear(inner: Fields) -> LinearScalingSpec:
+    return LinearScalingSpec(factor=inner.number("factor"))
+
+
+def _dynamic(fields: Fields, inner: Fields) -> DynamicScalingSpec:
+    # Transformers takes the base by the text at hand; ours is a number of the spec: texts up to the original length.
+    original = fields.count("max_position_embeddings")
+    return DynamicScalingSpec(factor=inner.number("factor"), original_length=original, length=original)
 
 
 def _original_length(fields: Fields, inner: Fields) -> int:
@@ -120,13 +137,14 @@ def _yarn(fields: Fields, inner: Fields) -> YaRNScalingSpec:
 
 def _longrope(fields: Fields, inner: Fields) -> LongRoPEScalingSpec:
     # Transformers chooses the list by the text at hand; ours is a number of the spec: texts up to the original length.
+    # Trap: its attention factor is that of the longest text, whatever the text at hand.
     original = _original_length(fields, inner)
     stretched = inner.number("factor", fields.count("max_position_embeddings", original) / original)
     attention_factor = math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
     if "long_mscale" in inner:  # of texts beyond; phimoe gives the factors themselves
         attention_factor = inner.number("short_mscale")
     if fields.count("max_position_embeddings", original) > original:
-        fields.notes.append(f"texts of more than {original} tokens would want long_factor: short_factor is used")
+        fields.notes.append(f"texts of more than {original} tokens are refused: long_factor is for these")
     return LongRoPEScalingSpec(
         short_factors=tuple(inner.get("short_factor", ())),
         long_factors=tuple(inner.get("long_factor", ())),

@@ -1,0 +1,101 @@
+"""MiMo-V2-Flash. Source: Xiaomi 2026; transformers, `mimo_v2_flash`."""
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.families.deepseek_v3 import grouped_sigmoid
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import LAYER, OURS
+from moezoo.core.huggingface.tensors import Tensor
+from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+
+
+def spec(fields: Fields) -> ModelSpec:
+    number = fields.count("num_hidden_layers")
+    norm = parts.rms_norm(fields, fields.number("layernorm_epsilon", 1e-5))
+    fields.expect("layernorm_epsilon", norm.epsilon)
+    full, sliding = _attention(fields, ""), _attention(fields, "swa_")
+    moe, dense = grouped_sigmoid(fields), parts.swiglu(fields, fields.count("intermediate_size"))
+    layers = [
+        LayerSpec(
+            attention=sliding if slides else full,
+            moe=moe if is_sparse else None,
+            feed_forward=None if is_sparse else dense,
+        )
+        for slides, is_sparse in zip(_sliding(fields, number), _sparse(fields, number), strict=True)
+    ]
+    fields.only_in_training("attention_dropout")
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=fields.count("hidden_size"),
+        layers=parts.grouped(layers),
+        norm=norm,
+        head=parts.head(fields),
+    )
+
+
+def _attention(fields: Fields, prefix: str) -> GroupedQueryAttentionSpec:
+    """That of layers of full attention, or of a window (`swa_`), which have sinks and twice the key/value heads."""
+    slides = prefix != ""
+    heads = fields.count("num_attention_heads")
+    kv_heads = fields.count("num_key_value_heads")
+    scale = "attention_value_scale"
+    size = fields.get("sliding_window_size")  # without the token itself, unlike sliding_window
+    window = fields.count("sliding_window", 129) if size is None else fields.integer("sliding_window_size") + 1
+    return GroupedQueryAttentionSpec(
+        num_heads=fields.count("swa_num_attention_heads", heads) if slides else heads,
+        num_kv_heads=fields.count("swa_num_key_value_heads", 2 * kv_heads) if slides else kv_heads,
+        head_dim=fields.count(f"{prefix}head_dim", fields.count("head_dim", 192)),
+        value_head_dim=fields.count(f"{prefix}v_head_dim", fields.count("v_head_dim", 128)),
+        value_multiplier=1.0 if fields.null(scale) else fields.number(scale, 0.707),
+        position=parts.rope(
+            fields,
+            base=1e4 if slides else 5e6,
+            fraction=0.334,
+            layer_type="sliding_attention" if slides else "full_attention",
+            theta=f"{prefix}rope_theta",
+        ),
+        window=window if slides else None,
+        sinks=fields.flag("add_swa_attention_sink_bias" if slides else "add_full_attention_sink_bias", slides),
+        qkv_bias=fields.flag("attention_bias", False),
+    )
+
+
+def _sliding(fields: Fields, number: int) -> list[bool]:
+    """By `layer_types`, by the hub's `hybrid_layer_pattern` (they must agree), or all but the first and each sixth."""
+    by_default = [index > 0 and (index + 1) % 6 > 0 for index in range(number)]
+    pattern = fields.items("hybrid_layer_pattern", number, by_default)
+    types = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    types = parts.layer_types(fields, number, types)
+    slides = [kind == "sliding_attention" for kind in types]
+    fields.expect("hybrid_layer_pattern", [int(each) for each in slides])
+    return slides
+
+
+def _sparse(fields: Fields, number: int) -> list[bool]:
+    """By `mlp_layer_types`, by the hub's `moe_layer_freq` (they must agree), or all but the first."""
+    frequencies = fields.items("moe_layer_freq", number, [0] + [1] * (number - 1))
+    types = fields.items("mlp_layer_types", number, ["sparse" if each else "dense" for each in frequencies])
+    if any(kind not in ("sparse", "dense") for kind in types):
+        raise fields.refuse("mlp_layer_types", "each one of sparse, dense")
+    sparse = [kind == "sparse" for kind in types]
+    fields.expect("moe_layer_freq", [int(each) for each in sparse])
+    return sparse
+
+
+FAMILY = Family(
+    model_types=("mimo_v2_flash",),
+    spec=spec,
+    tensors=(
+        *parts.MODEL,
+        *parts.PRE_NORMS,
+        *parts.grouped_query(),
+        Tensor(f"{LAYER}.self_attn.attention_sink_bias", "n", f"{OURS}.attention.sink", "n"),
+        Tensor(f"{LAYER}.self_attn.sinks", "n", f"{OURS}.attention.sink", "n"),  # as transformers has it in memory
+        *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
+        *parts.router(),
+        *parts.experts(),
+    ),
+    kept=("*.rotary_emb.inv_freq", "model.mtp.*"),
+    later_layers_kept=True,
+    harmless=("attention_chunk_size", "hybrid_block_size", "max_position_embeddings", "sliding_window"),
+)

@@ -1,0 +1,59 @@
+"""OLMoE. Source: Muennighoff et al. 2024, arXiv 2409.02060; transformers, `olmoe`."""
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec, MoESpec, RouterSpec
+
+
+def spec(fields: Fields) -> ModelSpec:
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    bias = fields.flag("attention_bias", False)
+    norm = parts.rms_norm(fields, 1e-5)
+    layer = LayerSpec(
+        repeat=fields.count("num_hidden_layers"),
+        attention=GroupedQueryAttentionSpec(
+            num_heads=heads,
+            num_kv_heads=fields.count("num_key_value_heads", heads),
+            head_dim=fields.count("head_dim", width // heads),
+            position=parts.rope(fields),
+            qk_norm=norm,
+            qk_norm_over="projection",
+            qkv_bias=bias,
+            output_bias=bias,
+            clip=fields.get("clip_qkv"),
+        ),
+        moe=MoESpec(
+            num_experts=fields.count(fields.either("num_experts", "num_local_experts"), 64),
+            router=RouterSpec(
+                top_k=fields.count("num_experts_per_tok", 8),
+                renormalize="sum" if fields.flag("norm_topk_prob", False) else "none",
+            ),
+            experts=parts.swiglu(fields, fields.count("intermediate_size")),
+            losses=parts.pooled_balance(fields, 0.01),
+        ),
+    )
+    fields.only_in_training("attention_dropout")
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=width,
+        layers=(layer,),
+        norm=norm,
+        head=parts.head(fields),
+    )
+
+
+FAMILY = Family(
+    model_types=("olmoe",),
+    spec=spec,
+    tensors=(
+        *parts.MODEL,
+        *parts.PRE_NORMS,
+        *parts.grouped_query(),
+        *parts.qk_norm(over="projection"),
+        *parts.router(),
+        *parts.experts(),
+    ),
+    kept=("*.rotary_emb.inv_freq",),
+    harmless=("max_position_embeddings",),
+)
