@@ -47,7 +47,7 @@ class Family:
         except ValidationError as error:
             problems = "; ".join(_problem(dict(problem)) for problem in error.errors())
             raise SpecError(f"{fields.where} describes a model that cannot be: {problems}.") from None
-        fields.expect("use_bidirectional_attention", False)
+        fields.expect("use_bidirectional_attention", False, "vision")  # the latter: between the tokens of an image
         fields.finish(("quantization_config", *self.harmless))
         return spec
 

@@ -51,7 +51,9 @@ _OUTER_HARMLESS = (
     "*image*",
     "*video*",
     "*projector*",
+    "boa_*",
     "boi_*",
+    "eoa_*",
     "eoi_*",
 )
 

@@ -174,7 +174,9 @@ def attention(
     )
 
 
-def swiglu(fields: Fields, hidden_dim: int, *, bias: bool = False, name: str = "hidden_act") -> GatedFeedForwardSpec:
+def swiglu(
+    fields: Fields, hidden_dim: int, *, bias: bool = False, name: str = "hidden_act", default: str = "silu"
+) -> GatedFeedForwardSpec:
     """A gated feed-forward whose activation the config names."""
     kinds = {
         "silu": "swiglu",
@@ -183,7 +185,7 @@ def swiglu(fields: Fields, hidden_dim: int, *, bias: bool = False, name: str = "
         "gelu_new": "geglu",
         "relu2": "relu_squared_glu",
     }
-    return GatedFeedForwardSpec(kind=fields.choice(name, kinds, "silu"), hidden_dim=hidden_dim, bias=bias)
+    return GatedFeedForwardSpec(kind=fields.choice(name, kinds, default), hidden_dim=hidden_dim, bias=bias)
 
 
 def rms_norm(fields: Fields, default: float = 1e-6) -> RMSNormSpec:

@@ -1,0 +1,160 @@
+"""Gemma 4, its text model. Source: Google 2026; transformers, `gemma4` (Gemma4Text...)."""
+
+import math
+
+from moezoo.core.huggingface import parts
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import LAYER, OURS
+from moezoo.core.huggingface.tensors import Tensor
+from moezoo.core.spec import (
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    MultipliersSpec,
+    ParallelFeedForwardSpec,
+    RMSNormSpec,
+    RoPESpec,
+    RouterSpec,
+)
+
+
+def spec(fields: Fields) -> ModelSpec:
+    number, width = fields.count("num_hidden_layers"), fields.count("hidden_size")
+    fields.expect("num_kv_shared_layers", 0)
+    fields.flag("use_double_wide_mlp", False)  # of layers that share keys and values
+    if fields.integer("hidden_size_per_layer_input", 256):
+        raise fields.refuse("hidden_size_per_layer_input", "0: embeddings for each layer are not realized")
+    norm = parts.rms_norm(fields)
+    dense = parts.swiglu(
+        fields, fields.count("intermediate_size"), name="hidden_activation", default="gelu_pytorch_tanh"
+    )
+    moe = _moe(fields, dense, norm) if fields.flag("enable_moe_block", False) else None
+    by_default = ["full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(number)]
+    types = parts.layer_types(fields, number, by_default)
+    types[-1] = "full_attention"  # transformers has it so, whatever the file says
+    layers = [
+        LayerSpec(
+            arrangement="sandwich",
+            attention=attention,
+            feed_forward=dense if moe is None else None,
+            moe=moe,
+            output_scale=True,
+        )
+        for attention in _attentions(fields, types, norm)
+    ]
+    fields.only_in_training("attention_dropout")
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=width,
+        layers=parts.grouped(layers),
+        norm=norm,
+        head=parts.head(fields, tied=True),
+        multipliers=MultipliersSpec(embedding=math.sqrt(width)),
+        softcap=fields.get("final_logit_softcapping"),
+    )
+
+
+def _attentions(fields: Fields, types: list[str], norm: RMSNormSpec) -> list[GroupedQueryAttentionSpec]:
+    """One a layer. Those of full attention have heads of another width and, with attention_k_eq_v, no values."""
+    keys_are_values, bias = fields.flag("attention_k_eq_v", False), fields.flag("attention_bias", False)
+    shape = {
+        "head_dim": fields.count("head_dim", 256),
+        "num_kv_heads": fields.count("num_key_value_heads", 4),
+    }
+    overrides = _overrides(fields, types, keys_are_values)
+    positions = {
+        "sliding_attention": _position(fields, "sliding_attention", 1e4, RoPESpec(base=1e4)),
+        "full_attention": _position(
+            fields, "full_attention", 1e6, RoPESpec(base=1e6, fraction=0.25, fraction_of="pairs")
+        ),
+    }
+    return [
+        GroupedQueryAttentionSpec(
+            num_heads=fields.count("num_attention_heads"),
+            position=positions[kind],
+            qk_norm=norm,
+            value_norm=norm.model_copy(update={"scale": "none"}),
+            values_from_keys=keys_are_values and kind == "full_attention",
+            qkv_bias=bias,
+            output_bias=bias,
+            scale=1.0,
+            window=fields.count("sliding_window", 512) if kind == "sliding_attention" else None,
+            **shape | own,
+        )
+        for kind, own in zip(types, overrides, strict=True)
+    ]
+
+
+def _overrides(fields: Fields, types: list[str], keys_are_values: bool) -> list[dict[str, int]]:
+    """What differs of each layer's heads: `per_layer_config` (transformers 5), or the `global_...` of files on the hub,
+    which count for the layers of full attention where there is none."""
+    head_dim = fields.count("global_head_dim", 512)
+    kv_heads = fields.get("num_global_key_value_heads")
+    everywhere = {"head_dim": head_dim}
+    if keys_are_values and kv_heads is not None:
+        everywhere["num_kv_heads"] = fields.count("num_global_key_value_heads")
+    inner = fields.inside("per_layer_config")
+    if inner is None:
+        return [everywhere if kind == "full_attention" else {} for kind in types]
+    found = []
+    for index in range(len(types)):
+        own: dict[str, int] = {}
+        layer = inner.inside(str(index))
+        if layer is not None:
+            for theirs, ours in (("head_dim", "head_dim"), ("num_key_value_heads", "num_kv_heads")):
+                if theirs in layer:
+                    own[ours] = layer.count(theirs)
+            layer.finish()
+        found.append(own)
+    inner.finish()
+    return found
+
+
+def _position(fields: Fields, layer_type: str, base: float, default: RoPESpec) -> RoPESpec:
+    if "rope_parameters" not in fields:
+        return default
+    position = parts.rope(fields, base=base, fraction=1.0, layer_type=layer_type)
+    if position.fraction_of == "features" and position.fraction != 1:  # transformers would rotate the whole head
+        raise fields.refuse("rope_parameters", 'a partial_rotary_factor only beside rope_type "proportional"')
+    return position
+
+
+def _moe(fields: Fields, dense: GatedFeedForwardSpec, norm: RMSNormSpec) -> MoESpec:
+    if norm.epsilon != 1e-6:
+        raise fields.refuse("rms_norm_eps", "1e-06, which is what the router's own norm has here")
+    return MoESpec(
+        num_experts=fields.count("num_experts"),
+        router=RouterSpec(top_k=fields.count("top_k_experts"), input="normalized", per_expert_scale=True),
+        experts=dense.model_copy(update={"hidden_dim": fields.count("moe_intermediate_size")}),
+        shared=ParallelFeedForwardSpec(feed_forward=dense, norm=norm),
+    )
+
+
+FAMILY = Family(
+    model_types=("gemma4_text",),
+    spec=spec,
+    tensors=(
+        *parts.MODEL,
+        Tensor(f"{LAYER}.input_layernorm.weight", "d", f"{OURS}.attention_norm.scale", "d"),
+        Tensor(f"{LAYER}.post_attention_layernorm.weight", "d", f"{OURS}.attention_output_norm.scale", "d"),
+        Tensor(f"{LAYER}.pre_feedforward_layernorm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
+        Tensor(f"{LAYER}.post_feedforward_layernorm.weight", "d", f"{OURS}.feed_forward_output_norm.scale", "d"),
+        Tensor(f"{LAYER}.layer_scalar", "s", f"{OURS}.output_scale", "s"),
+        *parts.grouped_query(),
+        *parts.qk_norm(),
+        *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
+        *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.moe.shared"),
+        Tensor(f"{LAYER}.post_feedforward_layernorm_1.weight", "d", f"{OURS}.moe.shared_output_norm.scale", "d"),
+        Tensor(f"{LAYER}.pre_feedforward_layernorm_2.weight", "d", f"{OURS}.moe.routed_input_norm.scale", "d"),
+        Tensor(f"{LAYER}.post_feedforward_layernorm_2.weight", "d", f"{OURS}.moe.routed_output_norm.scale", "d"),
+        *parts.router(f"{LAYER}.router.proj"),
+        Tensor(f"{LAYER}.router.scale", "d", f"{OURS}.moe.router.input_scale", "d"),
+        Tensor(f"{LAYER}.router.per_expert_scale", "e", f"{OURS}.moe.router.expert_scale", "e"),
+        *parts.experts(f"{LAYER}.experts"),
+    ),
+    kept=("*.rotary_emb.*inv_freq", "*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),
+    harmless=("max_position_embeddings", "vocab_size_per_layer_input"),
+)

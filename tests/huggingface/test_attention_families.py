@@ -1,0 +1,135 @@
+"""Options of OLMoE, DBRX, MiMo-V2 and Gemma 4 beyond what fixtures and oracles use."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from moezoo.core.errors import SpecError
+from moezoo.core.huggingface.family import family_of
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.spec import DynamicScalingSpec, LongRoPEScalingSpec, ModelSpec
+from tests.huggingface.fixtures import read_fixture
+
+OLMOE = {
+    "model_type": "olmoe",
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+GEMMA = {
+    "model_type": "gemma4_text",
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 12,
+    "hidden_size_per_layer_input": 0,
+}
+
+
+def spec_of(config: dict[str, Any]) -> ModelSpec:
+    fields = Fields(json.loads(json.dumps(config)), "config.json")
+    return family_of(fields).spec_of(fields)
+
+
+def described(case: str, **changes: Any) -> dict[str, Any]:
+    return read_fixture(case).description["hub_config"] | changes
+
+
+def test_olmoe_has_a_head_a_key_and_no_clip_unless_it_says_so() -> None:
+    attention = spec_of(OLMOE).layers[0].attention
+    assert (attention.num_kv_heads, attention.head_dim, attention.clip) == (2, 8, None)
+    assert attention.qk_norm_over == "projection"
+    moe = spec_of(OLMOE | {"norm_topk_prob": True, "clip_qkv": 3, "router_aux_loss_coef": 0}).layers[0]
+    assert (moe.moe.router.renormalize, moe.moe.losses, moe.attention.clip) == ("sum", (), 3)
+
+
+def test_a_dynamic_rotation_is_that_of_texts_up_to_the_original_length() -> None:
+    for name in ("rope_type", "type"):
+        spec = spec_of(OLMOE | {"rope_theta": 500.0, "rope_scaling": {name: "dynamic", "factor": 4.0}})
+        scaling = spec.layers[0].attention.position.scaling
+        assert scaling == DynamicScalingSpec(factor=4, original_length=64, length=64)
+        assert spec.max_length == 64
+
+
+def test_the_attention_factor_of_longrope_is_that_of_the_longest_text() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [1, 2, 3, 4]}
+    scaling = spec_of(OLMOE | {"original_max_position_embeddings": 16, "rope_scaling": rope}).layers[0].attention
+    assert isinstance(scaling.position.scaling, LongRoPEScalingSpec)
+    assert scaling.position.scaling.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(16)))
+    assert scaling.position.scaling.length == 16
+
+
+def test_dbrx_takes_the_base_of_its_attention_and_refuses_two() -> None:
+    config = described("dbrx")
+    del config["rope_theta"]
+    assert spec_of(config).layers[0].attention.position.base == 5e5
+    with pytest.raises(SpecError, match=r"^rope_theta is 500000.0; expected 10000, as outside of attn_config \("):
+        spec_of(config | {"rope_theta": 1e4})
+
+
+@pytest.mark.parametrize(("order", "expected"), [(None, ("none", 1.0)), (2.0, ("p_norm", 2.0))])
+def test_dbrx_renormalizes_by_a_norm_of_any_order(order: float | None, expected: tuple[str, float]) -> None:
+    config = described("dbrx")
+    config["ffn_config"] = config["ffn_config"] | {"moe_normalize_expert_weights": order}
+    router = spec_of(config).layers[0].moe.router
+    assert (router.renormalize, router.renormalize_order) == expected
+
+
+def test_mimo_has_its_patterns_in_two_spellings_which_must_agree() -> None:
+    config = described("mimo_v2_flash")
+    without = {key: value for key, value in config.items() if key not in ("layer_types", "mlp_layer_types")}
+    assert spec_of(without) == spec_of(config)
+    with pytest.raises(SpecError, match=r"hybrid_layer_pattern is \[0, 1, 1\]; expected \[0, 1, 0\]"):
+        spec_of(config | {"hybrid_layer_pattern": [0, 1, 1]})
+    sliding = spec_of(without | {"swa_num_key_value_heads": 4, "sliding_window_size": 3}).layers[1].attention
+    assert (sliding.num_kv_heads, sliding.window, sliding.sinks) == (4, 4, True)
+    assert spec_of(without | {"attention_value_scale": None}).layers[0].attention.value_multiplier == 1
+
+
+def test_gemma_has_other_heads_where_it_attends_to_everything() -> None:
+    spec = spec_of(GEMMA | {"attention_k_eq_v": True, "num_global_key_value_heads": 1})
+    kinds = [layer.attention for layer in spec.all_layers]
+    assert [kind.window for kind in kinds] == [512] * 5 + [None, None]  # each sixth, and the last
+    assert {(kind.head_dim, kind.num_kv_heads, kind.values_from_keys) for kind in kinds if kind.window} == {
+        (8, 2, False)
+    }
+    assert {(kind.head_dim, kind.num_kv_heads, kind.values_from_keys) for kind in kinds[5:]} == {(12, 1, True)}
+    assert (kinds[5].position.base, kinds[5].position.fraction_of, kinds[0].position.base) == (1e6, "pairs", 1e4)
+    saved = {key: value for key, value in GEMMA.items() if key != "global_head_dim"}
+    saved |= {"per_layer_config": {"5": {"head_dim": 12}, "6": {"head_dim": 12}}}
+    assert spec_of(saved) == spec_of(GEMMA)
+
+
+def test_gemma_inside_its_wrapper_is_the_same() -> None:
+    wrapper = {"model_type": "gemma4", "text_config": GEMMA | {"use_bidirectional_attention": "vision"}}
+    wrapper |= {"vision_config": {}, "audio_config": None, "boa_token_id": 7, "eoa_token_index": 8, "dtype": "bfloat16"}
+    assert spec_of(wrapper) == spec_of(GEMMA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention is "all"; expected false or "vision"'),
+        ({"hidden_activation": "relu"}, 'hidden_activation is "relu"; expected one of silu'),
+        ({"per_layer_config": {"5": {"sliding_window": 3}}}, "does not know: sliding_window 3"),
+        ({"per_layer_config": {"9": {"head_dim": 3}}}, 'does not know: 9 {"head_dim": 3}'),
+        (
+            {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
+            "expected a partial_rotary_factor only beside rope_type",
+        ),
+        ({"enable_moe_block": True, "rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05; expected 1e-06"),
+    ],
+)
+def test_what_is_not_realized_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as seen:
+        spec_of(GEMMA | changes)
+    assert message in str(seen.value)
