@@ -1,12 +1,11 @@
 """MiMo-V2-Flash. Source: Xiaomi 2026; transformers, `mimo_v2_flash`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.families.deepseek_v3 import grouped_sigmoid
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
-from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -14,23 +13,13 @@ def spec(fields: Fields) -> ModelSpec:
     norm = parts.rms_norm(fields, fields.number("layernorm_epsilon", 1e-5))
     fields.expect("layernorm_epsilon", norm.epsilon)
     full, sliding = _attention(fields, ""), _attention(fields, "swa_")
-    moe, dense = grouped_sigmoid(fields), parts.swiglu(fields, fields.count("intermediate_size"))
+    moe = parts.grouped_sigmoid(fields, num_shared=("n_shared_experts", 0))
+    dense = parts.swiglu(fields, fields.count("intermediate_size"))
     layers = [
-        LayerSpec(
-            attention=sliding if slides else full,
-            moe=moe if is_sparse else None,
-            feed_forward=None if is_sparse else dense,
-        )
-        for slides, is_sparse in zip(_sliding(fields, number), _sparse(fields, number), strict=True)
+        parts.layer(sliding if slides else full, dense if is_dense else moe)
+        for slides, is_dense in zip(_sliding(fields, number), _dense(fields, number), strict=True)
     ]
-    fields.only_in_training("attention_dropout")
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=fields.count("hidden_size"),
-        layers=parts.grouped(layers),
-        norm=norm,
-        head=parts.head(fields),
-    )
+    return parts.model(fields, layers, norm=norm)
 
 
 def _attention(fields: Fields, prefix: str) -> GroupedQueryAttentionSpec:
@@ -71,15 +60,12 @@ def _sliding(fields: Fields, number: int) -> list[bool]:
     return slides
 
 
-def _sparse(fields: Fields, number: int) -> list[bool]:
-    """By `mlp_layer_types`, by the hub's `moe_layer_freq` (they must agree), or all but the first."""
+def _dense(fields: Fields, number: int) -> list[bool]:
+    """By `mlp_layer_types`, by the hub's `moe_layer_freq` (they must agree), or the first."""
     frequencies = fields.items("moe_layer_freq", number, [0] + [1] * (number - 1))
-    types = fields.items("mlp_layer_types", number, ["sparse" if each else "dense" for each in frequencies])
-    if any(kind not in ("sparse", "dense") for kind in types):
-        raise fields.refuse("mlp_layer_types", "each one of sparse, dense")
-    sparse = [kind == "sparse" for kind in types]
-    fields.expect("moe_layer_freq", [int(each) for each in sparse])
-    return sparse
+    dense = parts.dense_by_type(fields, number, [not each for each in frequencies])
+    fields.expect("moe_layer_freq", [int(not each) for each in dense])
+    return dense
 
 
 FAMILY = Family(

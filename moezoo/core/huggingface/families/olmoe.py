@@ -3,20 +3,16 @@
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec, MoESpec, RouterSpec
+from moezoo.core.spec import LayerSpec, ModelSpec, MoESpec, RouterSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
-    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    bias = fields.flag("attention_bias", False)
-    norm = parts.rms_norm(fields, 1e-5)
+    norm, bias = parts.rms_norm(fields, 1e-5), fields.flag("attention_bias", False)
     layer = LayerSpec(
         repeat=fields.count("num_hidden_layers"),
-        attention=GroupedQueryAttentionSpec(
-            num_heads=heads,
-            num_kv_heads=fields.count("num_key_value_heads", heads),
-            head_dim=fields.count("head_dim", width // heads),
-            position=parts.rope(fields),
+        attention=parts.attention(
+            fields,
+            parts.rope(fields),
             qk_norm=norm,
             qk_norm_over="projection",
             qkv_bias=bias,
@@ -33,14 +29,7 @@ def spec(fields: Fields) -> ModelSpec:
             losses=parts.pooled_balance(fields, 0.01),
         ),
     )
-    fields.only_in_training("attention_dropout")
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=width,
-        layers=(layer,),
-        norm=norm,
-        head=parts.head(fields),
-    )
+    return parts.model(fields, [layer], norm=norm)
 
 
 FAMILY = Family(
