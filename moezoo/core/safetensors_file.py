@@ -121,9 +121,10 @@ class SafetensorsFile:
                     f"{path} is not a whole safetensors file: {problem}. Fetch it again, or use another copy."
                 ) from None
 
-    def read(self, name: str, out: Array | None = None) -> Array:
+    def read(self, name: str, out: Array | None = None, rows: tuple[int, int] | None = None) -> Array:
         """One tensor as a NumPy array of the stored dtype, into `out` (contiguous, of its dtype and shape) if given.
 
+        `rows`: only those from the first up to, without, the second along the first axis of that array.
         bfloat16 and float8 come as ml_dtypes arrays; F4 and F6 as their bytes, uint8 [..., last size * bits / 8],
         or flat where a row does not end on a whole byte.
 
@@ -134,16 +135,26 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} lacks {name}; it holds {len(self.entries)} other tensors.")
         entry = self.entries[name]
         dtype, shape = _numpy_form(entry)
+        start, size = entry.start_byte, entry.size_bytes
+        if rows is not None:
+            first, last = rows
+            assert 0 <= first <= last <= shape[0], (name, rows, shape)
+            row_bytes = size // max(1, shape[0])
+            start, size, shape = start + first * row_bytes, (last - first) * row_bytes, (last - first, *shape[1:])
         with self._opened() as file:
             self._unchanged(file)
             # Read, not mapped: a file that is cut while it is mapped kills the process with SIGBUS, and mapped pages
             # count as resident beside the parameter that is made from them. Measured: tests/external/measure_memory.py.
-            array = _aligned_bytes(entry.size_bytes) if out is None else _bytes_of(out, dtype, shape, self.path, name)
+            array = (
+                aligned_empty((size,), np.dtype(np.uint8))
+                if out is None
+                else _bytes_of(out, dtype, shape, self.path, name)
+            )
             try:
-                count = _read_into(file, entry.start_byte, array)
+                count = _read_into(file, start, array)
             except OSError as error:
                 raise _unreadable(self.path, error) from error
-            if count != entry.size_bytes:
+            if count != size:
                 raise CheckpointError(f"{self.path} became shorter while {name} was read. Nothing of it is used.")
             self._unchanged(file)
         if entry.dtype == "BOOL" and array.size and array.max() > 1:
@@ -171,6 +182,15 @@ class SafetensorsFile:
     def _unchanged(self, file: BinaryIO) -> None:
         if _identity(file) != self._identity:
             raise CheckpointError(f"{self.path} was changed after it was opened. Load it again when nothing writes it.")
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """`np.empty` where a backend can take it over: JAX needs 64 bytes, NumPy gives 16."""
+    size = math.prod(shape) * dtype.itemsize
+    block = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
+    start = -block.ctypes.data % _ALIGNMENT_BYTES
+    array: Array = block[start : start + size].view(dtype).reshape(shape)
+    return array
 
 
 def check_header(path: str | Path) -> dict[str, TensorEntry]:
@@ -441,12 +461,6 @@ def _numpy_form(entry: TensorEntry) -> tuple[np.dtype[Any], tuple[int, ...]]:
     *rows, last = entry.shape  # at least one: 4 or 6 bits alone are not a whole byte
     row_bits = last * _BITS[entry.dtype]
     return np.dtype(np.uint8), (*rows, row_bits // 8) if row_bits % 8 == 0 else (entry.size_bytes,)
-
-
-def _aligned_bytes(size: int) -> Array:
-    block = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
-    start = -block.ctypes.data % _ALIGNMENT_BYTES
-    return block[start : start + size]
 
 
 def _bytes_of(out: Array, dtype: np.dtype[Any], shape: tuple[int, ...], path: Path, name: str) -> Array:

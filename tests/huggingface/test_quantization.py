@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -16,10 +17,7 @@ from moezoo.core.huggingface.quantization import (
     mxfp4_shape,
 )
 
-# Given beside the checkout, and not part of it.
-ORACLE = next((path for path in Path(__file__).parents if (path / "shared/oracles").exists()), Path()) / (
-    "shared/oracles/gpt_oss_mxfp4"
-)
+ORACLE = Path(os.environ.get("MOEZOO_ORACLES", Path(__file__).parents[3] / "shared" / "oracles")) / "gpt_oss_mxfp4"
 PIECE = Path(__file__).parents[1] / "data/huggingface/mxfp4_piece.npz"
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

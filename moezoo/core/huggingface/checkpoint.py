@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError
+from moezoo.core.huggingface.assembly import assemble, same_bits
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
@@ -95,7 +96,8 @@ class LazyWeights(Mapping[str, Array]):
         return name in self._shapes
 
     def __getitem__(self, name: str) -> Array:
-        value = self._gather(self._ledger.sources[name], self._shapes[name])
+        sources = self._ledger.sources[name]
+        value = assemble(sources, self._shapes[name], self._dtype(sources), self._quantized)
         for source in self._ledger.copies:
             if source.placed.parts[0][0] == name:
                 self._check_copy(source, name, value)
@@ -111,22 +113,9 @@ class LazyWeights(Mapping[str, Array]):
     def _dtype(self, sources: tuple[Source, ...]) -> np.dtype[Any]:
         return np.result_type(*{self._quantized.dtype(source.name) for source in sources})
 
-    def _gather(self, sources: tuple[Source, ...], shape: tuple[int, ...]) -> Array:
-        first = sources[0]
-        if not first.placed.rule.per_expert:
-            return first.placed.holds(self._quantized.read(first.name), first.place).reshape(shape)
-        axis = first.placed.expert_axis(first.place)
-        stacked = np.empty(shape, self._dtype(sources))
-        for source in sources:
-            expert = source.placed.parts[source.place][1]
-            stacked[(slice(None),) * axis + (expert,)] = source.placed.holds(
-                self._quantized.read(source.name), source.place
-            )
-        return stacked
-
     def _check_copy(self, source: Source, name: str, value: Array) -> None:
         other = source.placed.holds(self._quantized.read(source.name), 0)
-        if other.tobytes() != value.tobytes():
+        if not same_bits(other, value):
             raise CheckpointError(
                 f"{self._folder.path}: config.json ties the head to the embedding, but {source.name} differs from "
                 f"{name}. Set tie_word_embeddings to false, or remove {source.name}."

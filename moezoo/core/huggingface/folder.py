@@ -65,11 +65,11 @@ class TensorFolder:
             for tensor, entry in file.entries.items()
         }
 
-    def read(self, name: str, out: Array | None = None) -> Array:
-        """One tensor in the stored dtype, into `out` if given: see `SafetensorsFile.read`."""
+    def read(self, name: str, out: Array | None = None, rows: tuple[int, int] | None = None) -> Array:
+        """One tensor in the stored dtype, or some rows of it, into `out` if given: see `SafetensorsFile.read`."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} lacks {name}; it holds {len(self.tensors)} other tensors.")
-        return self._files[self.tensors[name].file].read(name, out)
+        return self._files[self.tensors[name].file].read(name, out, rows)
 
     def size_bytes(self, name: str) -> int:
         """How many bytes a tensor takes in its file."""

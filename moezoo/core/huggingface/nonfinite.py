@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_PIECE = 1 << 18  # elements at a time, so that no second array of a parameter's size is made
+_PIECE = 1 << 16  # elements at a time, so that no second array of a parameter's size is made
 
 # The bits of the exponent; all of them set is NaN or infinity.
 _EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}

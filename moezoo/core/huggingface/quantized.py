@@ -1,5 +1,6 @@
 """The tensors of a folder as numbers: codes and scales read together, everything else as it is stored."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +44,27 @@ class Quantized:
         tensor = self.readable.get(name)
         return numpy_dtype(self.folder.tensors[name].dtype if tensor is None else tensor.dtype)
 
-    def read(self, name: str) -> Array:
-        """A tensor as numbers."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """A tensor as numbers, or some rows of one that `has_rows`."""
         if name not in self.readable:
-            return self.folder.read(name)
-        codes, scales = (self.folder.read(part) for part in self.readable[name].stored)
+            return self.folder.read(name, rows=rows)
+        codes, scales = (self.folder.read(part, rows=rows) for part in self.readable[name].stored)
         return decode(name, codes, scales)
+
+    def has_rows(self, name: str) -> bool:
+        """Whether the first axis of a tensor is that of all that it is read from (FP8 has one scale for 128 rows)."""
+        stored = self.readable[name].stored if name in self.readable else (name,)
+        shapes = [self.folder.tensors[part].shape for part in stored]
+        return all(shape and shape[0] == shapes[0][0] for shape in shapes)
+
+    def size_bytes(self, name: str) -> int:
+        """How many bytes a tensor takes as numbers."""
+        shape = self.readable[name].shape if name in self.readable else self.folder.tensors[name].shape
+        return math.prod(shape) * self.dtype(name).itemsize
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a tensor is stored as its numbers."""
+        return name not in self.readable or self.readable[name].stored == (name,)
 
 
 def encode(name: str, value: Array, scales: Array, kept: Array | None = None) -> Array:

@@ -105,6 +105,19 @@ class Placed:
         """Along which axis of the parameter its experts are stacked."""
         return _groups(self.parts[place][2].axes).index((EXPERT,))
 
+    def leading(self, place: int) -> tuple[str, int, int] | None:
+        """By what their tensor can be read in pieces: the outermost letter of its first axis, how many rows one of it
+        takes, and which of the part's axes it is; None where it is no axis of its own there."""
+        letter, *inner = _groups(self.rule.axes)[0]
+        ours = self._our_groups(place)
+        if (letter,) not in ours or any(letter in part.takes.split() for _, _, part in self.parts):
+            return None
+        return letter, self._size(inner), ours.index((letter,))
+
+    def resized(self, letter: str, size: int) -> "Placed":
+        """The same rule for a piece with `size` of a letter."""
+        return replace(self, _sizes={**self._sizes, letter: size})
+
     def holds(self, array: Array, place: int) -> Array:
         """The `place`-th part inside their tensor (a view where the axes allow), in our axes' order and shape."""
         view = self._view(array, place)

@@ -1,0 +1,79 @@
+"""Parameters put together from the files, piece by piece, so that beside a parameter only a piece is in memory.
+
+Every parameter comes out as a contiguous array in its canonical order, aligned so that JAX takes it over without a
+copy on the CPU. Measured on 2 GiB checkpoints by tests/external/measure_memory.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.huggingface.ledger import Source
+from moezoo.core.huggingface.quantized import Quantized
+from moezoo.core.safetensors_file import aligned_empty
+
+Array = npt.NDArray[Any]
+
+PIECE_BYTES = 1 << 24
+_LANE = 64  # elements
+
+
+def assemble(sources: Sequence[Source], shape: tuple[int, ...], dtype: np.dtype[Any], quantized: Quantized) -> Array:
+    """A parameter of the given shape, from one tensor of theirs or from one of each expert."""
+    value = aligned_empty(shape, dtype)
+    for source in sources:
+        if source.placed.rule.per_expert:
+            axis, expert = source.placed.expert_axis(source.place), source.placed.parts[source.place][1]
+            _fill(value[(slice(None),) * axis + (expert,)], source, quantized)
+        else:
+            _fill(value, source, quantized)
+    return value
+
+
+def _fill(target: Array, source: Source, quantized: Quantized) -> None:
+    """Read into `target` what a tensor of theirs holds of it: in place, else by rows of theirs, else as a whole."""
+    placed, place, name = source
+    if target.flags.c_contiguous and target.shape == placed.shape and quantized.dtype(name) == target.dtype:
+        held = placed.holds(target, place)
+        if held.ctypes.data == target.ctypes.data and held.strides == target.strides and quantized.is_plain(name):
+            quantized.folder.read(name, out=target)
+            return
+    leading = placed.leading(place) if quantized.has_rows(name) else None
+    if leading is None:
+        copy_in_lanes(target, placed.holds(quantized.read(name), place).reshape(target.shape))
+        return
+    letter, rows, axis = leading
+    count = target.shape[axis]
+    step = max(1, PIECE_BYTES * count // max(1, quantized.size_bytes(name)))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        piece = quantized.read(name, (start * rows, stop * rows))
+        held = placed.resized(letter, stop - start).holds(piece, place)
+        copy_in_lanes(target[(slice(None),) * axis + (slice(start, stop),)], held)
+
+
+def copy_in_lanes(target: Array, source: Array) -> None:
+    """`target[...] = source`, 64 elements of the last axis at a time where that axis is a stride in `source`.
+
+    Measured: 0.5 GB/s instead of 0.08 for a transposed bfloat16 [14336, 4096], since the cache lines that a lane
+    touches still are in the cache when the next row of `target` needs them.
+    """
+    bits = {1: np.uint8, 2: np.uint16, 4: np.uint32}.get(target.dtype.itemsize)
+    if bits is not None and target.dtype == source.dtype:  # ml_dtypes copies element by element otherwise
+        target, source = target.view(bits), source.view(bits)
+    if source.ndim < 2 or source.strides[-1] == source.itemsize:
+        target[...] = source
+        return
+    for start in range(0, source.shape[-1], _LANE):
+        target[..., start : start + _LANE] = source[..., start : start + _LANE]
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    """Whether two arrays of a shape hold the same bits, without a copy of either."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits = np.dtype(f"u{one.itemsize}")
+    pieces = np.nditer([one.view(bits), other.view(bits)], flags=["external_loop", "buffered", "zerosize_ok"])
+    return all(bool((first == second).all()) for first, second in pieces)
