@@ -52,6 +52,7 @@ def _fill(target: Array, source: Source, quantized: Quantized) -> None:
         piece = quantized.read(name, (start * rows, stop * rows))
         held = placed.resized(letter, stop - start).holds(piece, place)
         copy_in_lanes(target[(slice(None),) * axis + (slice(start, stop),)], held)
+        del piece, held  # before the next one is read
 
 
 def copy_in_lanes(target: Array, source: Array) -> None:
