@@ -57,16 +57,18 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
     from moezoo.core.config import load_config, with_vocab_size
     from moezoo.core.console import ConsoleReporter, describe_evaluation
     from moezoo.core.describe import header
+    from moezoo.core.init_from import initial_tokenizer
     from moezoo.core.picture import draw_run
-    from moezoo.core.run import create_run
+    from moezoo.core.run import create_run, is_run
     from moezoo.core.tokenizer import load_tokenizer
     from moezoo.core.train_loop import train as run_training
 
     console = _console()
-    config = load_config(config_path, overrides)
-    realized = load_backend(backend)
     path = out or Path("runs") / config_path.stem
-    known = load_tokenizer(path) if resume and (path / "config.yaml").exists() else None
+    begun = load_config(path / "config.yaml") if resume and is_run(path) else None
+    config = load_config(config_path, overrides, begun=begun)
+    realized = load_backend(backend)
+    known = initial_tokenizer(config) if begun is None else load_tokenizer(path)
     data = _prepare(console, config, str(config_path), known)
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
     run = create_run(path, config, data.tokenizer, resume=resume)

@@ -27,6 +27,9 @@ FLOAT32 = Tolerance(1e-5, "one operation or layer in float32 against float64: ep
 FLOAT32_GRADIENT = Tolerance(1e-5, "as FLOAT32; measured 2e-6 for the worst tensor of a four-layer model (facts.md)")
 FLOAT32_UPDATE = Tolerance(5e-4, "an update of 1e-2, read off as the difference of weights near 1 (eps 6e-8, twice)")
 FLOAT32_TRAINING = Tolerance(1e-4, "20 updates: each multiplies earlier differences; measured 5e-6 (facts.md)")
+TRAINED_LOGITS = Tolerance(
+    2e-4, "logits after 20 updates of Adam, which divides a gradient near 0 by its own size; measured 7e-5"
+)
 BFLOAT16 = Tolerance(3e-2, "eps 2^-9 = 2e-3 a rounding, about ten roundings one after the other in a layer")
 BFLOAT16_LOSS = Tolerance(1e-2, "a mean over tokens of errors as in BFLOAT16, which partly cancel")
 BFLOAT16_GRADIENT = Tolerance(6e-2, "the roundings of the forward pass and as many again on the way back")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -137,6 +138,24 @@ class DataConfig(Part):
         return self
 
 
+# --- where a run begins ----------------------------------------------------------------------------------------------
+
+
+class InitFrom(Part):
+    """What a run begins from in place of random numbers: a Hugging Face checkpoint's folder or hub id, or a run folder.
+
+    A config without a section `model` has the checkpoint's, with the auxiliary losses that its family trains with.
+    `selection_bias_rate` replaces the family's own in it; 0 keeps the bias as it is.
+    """
+
+    path: str
+    selection_bias_rate: Annotated[float, Field(ge=0)] | None = None
+
+
+def _as_init_from(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +215,11 @@ class MeshConfig(Part):
 
 
 class Config(Part):
-    """Everything that a run is made from."""
+    """Everything that a run is made from. Model and tokenizer may be left out where `init_from` has them."""
 
+    init_from: Annotated[
+        InitFrom | None, BeforeValidator(_as_init_from, json_schema_input_type=str | InitFrom | None)
+    ] = None
     model: ModelSpec
     data: DataConfig
     training: TrainingConfig
@@ -219,8 +241,11 @@ class Config(Part):
 # --- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, begun: Config | None = None) -> Config:
     """Read a YAML config and apply `path=value` overrides.
+
+    What `init_from` names is opened if the file leaves the model or the tokenizer out, unless `begun`, the config of
+    the run that goes on, has them from the same. Overrides of the model come after that.
 
     Raises SpecError: no such file, not YAML, a key twice, an unknown key, a wrong type, impossible sizes.
     """
@@ -233,14 +258,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise SpecError(f"no such config; got {path}; expected a YAML file. See configs/ for examples.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"config cannot be read; got {path} ({error}); expected a YAML text file.") from None
-    return parse_config(text, where=str(path), overrides=overrides)
+    return parse_config(text, where=str(path), overrides=overrides, begun=begun)
 
 
-def parse_config(text: str, where: str = "config", overrides: Sequence[str] = ()) -> Config:
+def parse_config(
+    text: str, where: str = "config", overrides: Sequence[str] = (), *, begun: Config | None = None
+) -> Config:
     """`load_config` of a text; `where` names it in errors."""
     raw = _read_yaml(text, where)
-    for override in overrides:
+    first = [override for override in overrides if re.match(r"\s*init_from\b", override)]
+    for override in first:
+        raw["init_from"] = _as_init_from(raw.get("init_from"))
         _apply_override(raw, override)
+    raw["init_from"] = _as_init_from(raw.get("init_from"))
+    if raw["init_from"] is not None:
+        from moezoo.core.init_from import fill_in
+
+        fill_in(raw, where, begun)
+    for override in overrides:
+        if override not in first:
+            _apply_override(raw, override)
     return validate(Config, raw, where)
 
 
@@ -252,11 +289,12 @@ def dump_config(config: Config) -> str:
 def with_vocab_size(config: Config, vocab_size: int, where: str = "config") -> Config:
     """The config with `model.vocab_size` set from the tokenizer.
 
-    A larger one that it says itself stays where the tokenizer is a Hugging Face one: such models have rows of padding.
+    A larger one that it says itself stays where the tokenizer is a Hugging Face one, and where the model is that of a
+    checkpoint: such models have rows of padding.
     Raises SpecError where it says another number.
     """
     given = config.model.vocab_size
-    padded = config.data.tokenizer.kind == "huggingface"
+    padded = config.data.tokenizer.kind == "huggingface" or config.init_from is not None
     if given is not None and given != vocab_size:
         if padded and given > vocab_size:
             return config

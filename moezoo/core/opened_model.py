@@ -14,14 +14,22 @@ from moezoo.core.config import (
     HuggingFaceTokenizerSpec,
     OptimizerConfig,
     TokenIdsSpec,
+    TokenizerSpec,
     TrainingConfig,
+    load_config,
 )
 from moezoo.core.errors import RunError
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
-from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, is_checkpoint, open_checkpoint
+from moezoo.core.huggingface.checkpoint import (
+    HuggingFaceCheckpoint,
+    describe_checkpoint,
+    is_checkpoint,
+    open_checkpoint,
+)
 from moezoo.core.huggingface.layout import Layout, open_sidecar
-from moezoo.core.run import Run, load_run
+from moezoo.core.run import Run, is_run, load_run
 from moezoo.core.schedules import ConstantSchedule
+from moezoo.core.spec import ModelSpec
 from moezoo.core.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 
 
@@ -80,7 +88,7 @@ def open_model(path: str | Path) -> OpenedModel:
 
     Raises RunError, CheckpointError, SpecError or TokenizerError.
     """
-    if (Path(path) / "config.yaml").is_file():
+    if is_run(path):
         config, tokenizer, saved, problems = load_run(path)
         layout = open_sidecar(Run(Path(path)).huggingface_path)
         return OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
@@ -99,15 +107,30 @@ def open_model(path: str | Path) -> OpenedModel:
     )
 
 
+def describe_model(path: str | Path) -> tuple[ModelSpec, TokenizerSpec]:
+    """The model and the tokenizer of what `open_model` opens, from its config alone."""
+    if is_run(path):
+        config = load_config(Run(Path(path)).config_path)
+        return config.model, config.data.tokenizer
+    folder = checkpoint_folder(path, weights=False)
+    spec = describe_checkpoint(folder).spec
+    return spec, _tokenizer_spec(folder, spec, tokenizer_beside(folder, spec.vocab))
+
+
+def _tokenizer_spec(folder: Path, spec: ModelSpec, tokenizer: Tokenizer) -> TokenizerSpec:
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return HuggingFaceTokenizerSpec(path=str(folder))
+    return TokenIdsSpec(vocab_size=spec.vocab)
+
+
 def fine_tuning_config(checkpoint: HuggingFaceCheckpoint, tokenizer: Tokenizer) -> Config:
     """A config that trains the checkpoint on, at a small constant rate; its data is an example to replace."""
-    kept = HuggingFaceTokenizerSpec(path=str(checkpoint.path)) if isinstance(tokenizer, HuggingFaceTokenizer) else None
     longest = checkpoint.spec.max_length
     return Config(
         model=checkpoint.spec,
         data=DataConfig(
             sources=(DatasetSource(name="fables"),),
-            tokenizer=kept or TokenIdsSpec(vocab_size=checkpoint.spec.vocab),
+            tokenizer=_tokenizer_spec(checkpoint.path, checkpoint.spec, tokenizer),
         ),
         training=TrainingConfig(steps=100, batch_size=8, sequence_length=min(512, longest or 512)),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule=ConstantSchedule()),

@@ -14,6 +14,7 @@ from moezoo.core.backend import Backend, Floats, Integers, check_length
 from moezoo.core.config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config
 from moezoo.core.cost import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
+from moezoo.core.init_from import open_start
 from moezoo.core.initialize import initial_weights
 from moezoo.core.opened_model import is_config, open_model
 from moezoo.core.parity_report import (
@@ -124,7 +125,10 @@ def parity_of(
     if batch_size < 1 or length < 1:
         raise SpecError(f"parity needs tokens; got {batch_size} sequences of {length}; expected at least 1 of 1.")
     refuse_if_too_large(spec, batch_size, length, len(backends))
-    if weights is None:
+    if weights is None and config.init_from is not None:
+        weights = {name: np.asarray(value, np.float32) for name, value in open_start(config).weights.items()}
+        notes.append(f"weights of {config.init_from.path}")
+    elif weights is None:
         weights = initial_weights(spec, config.training.seed)
         notes.append(f"initial weights of seed {config.training.seed}")
     windows = random_windows(spec.vocab, batch_size, length, config.training.seed)

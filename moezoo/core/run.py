@@ -82,10 +82,15 @@ def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool
     return run
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a run folder."""
+    return Run(Path(path)).config_path.is_file()
+
+
 def open_run(path: str | Path) -> Run:
     """An existing run folder. Raises RunError where it is none."""
     run = Run(Path(path))
-    if not run.config_path.is_file():
+    if not is_run(path):
         raise RunError(f"{path} is not a run folder; expected config.yaml in it. Make one with `moezoo train CONFIG`.")
     return run
 

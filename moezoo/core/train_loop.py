@@ -4,13 +4,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Model, PendingStep, StepMetrics
 from moezoo.core.checkpoint import check_names_and_shapes, save_checkpoint
@@ -19,6 +20,8 @@ from moezoo.core.console import Reporter, SilentReporter, describe_evaluation
 from moezoo.core.data import PreparedData
 from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
+from moezoo.core.huggingface.layout import write_sidecar
+from moezoo.core.init_from import open_start
 from moezoo.core.initialize import initial_weights
 from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 from moezoo.core.parameters import parameter_table
@@ -58,8 +61,9 @@ class _Training:
         for problem in problems:
             reporter.message(problem)
         self.first_step = 0 if checkpoint is None else checkpoint.step
-        weights = initial_weights(config.model, config.training.seed) if checkpoint is None else checkpoint.weights
-        self.model: Model = backend.build(config.model, weights)
+        self.model: Model = backend.build(
+            config.model, self._first_weights() if checkpoint is None else checkpoint.weights
+        )
         state = None if checkpoint is None else checkpoint.optimizer
         if state is not None:
             check_names_and_shapes(
@@ -82,6 +86,16 @@ class _Training:
         self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step)
         self.pending: list[tuple[int, float, PendingStep]] = []
         self.grammar = known_grammar(config.data)
+
+    def _first_weights(self) -> Mapping[str, NDArray[np.float32]]:
+        if self.config.init_from is None:
+            return initial_weights(self.config.model, self.config.training.seed)
+        start = open_start(self.config)
+        for problem in start.problems:
+            self.reporter.message(f"{self.config.init_from.path}: {problem}")
+        if start.layout is not None:
+            write_sidecar(start.layout, self.run.huggingface_path)
+        return start.weights
 
     def go(self) -> TrainingResult:
         training = self.config.training

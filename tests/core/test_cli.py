@@ -153,7 +153,7 @@ def test_describe_and_schema(trained: Path) -> None:
     assert "active" in call("describe", trained / "config.yaml").stdout
     assert json.loads(call("describe", trained / "config.yaml", "--json").stdout)
     schema = json.loads(call("schema").stdout)
-    assert {"model", "data", "training", "optimizer", "mesh"} == schema["properties"].keys()
+    assert {"init_from", "model", "data", "training", "optimizer", "mesh"} == schema["properties"].keys()
 
 
 def test_unknown_key_names_the_nearest(folder: Path) -> None:

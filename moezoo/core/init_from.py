@@ -1,0 +1,122 @@
+"""Where a run begins that does not begin from random numbers: a Hugging Face checkpoint, or another run.
+
+Writing: writings/fine_tuning.md.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.config import Config, InitFrom, validate
+from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.huggingface.layout import Layout
+from moezoo.core.opened_model import describe_model, open_model
+from moezoo.core.parameters import parameter_table
+from moezoo.core.run import is_run
+from moezoo.core.safetensors_file import shapes_of
+from moezoo.core.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Fields:
+        weights: float32 by canonical name, read and converted when asked for.
+        layout: how to write them back in the checkpoint's own layout, where there is one.
+        problems: what a reader should know, a line each.
+    """
+
+    weights: Mapping[str, NDArray[np.float32]]
+    layout: Layout | None
+    problems: list[str]
+
+
+def fill_in(raw: dict[str, Any], where: str, begun: Config | None = None) -> None:
+    """Give a raw config with `init_from` what it leaves out: the model, and the tokenizer.
+
+    `begun`: the config of the run that goes on. What began from the same is taken from there and nothing is opened.
+    """
+    init = validate(InitFrom, raw["init_from"], f"init_from of {where}")
+    data = raw.setdefault("data", {})
+    has_model = raw.get("model") is not None
+    has_tokenizer = not isinstance(data, dict) or data.get("tokenizer") is not None
+    if has_model and has_tokenizer:
+        return
+    if begun is not None and begun.init_from == init:
+        spec, tokenizer = begun.model, begun.data.tokenizer
+    else:
+        spec, tokenizer = describe_model(init.path)
+    if not has_model:
+        raw["model"] = spec.model_dump(mode="json")
+        if init.selection_bias_rate is not None:
+            _set_selection_bias_rate(raw["model"], init, where)
+    if not has_tokenizer:
+        data["tokenizer"] = tokenizer.model_dump(mode="json")
+
+
+def initial_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer of the run that a run begins from, if it is to be used: its characters are those of its data."""
+    if config.init_from is None or not is_run(config.init_from.path):
+        return None
+    _, tokenizer = describe_model(config.init_from.path)
+    return load_tokenizer(config.init_from.path) if tokenizer == config.data.tokenizer else None
+
+
+def open_start(config: Config) -> Start:
+    """What `init_from` names, opened and checked against the config's model.
+
+    Raises as `open_model`, and CheckpointError where the parameters are not those of the config's model.
+    """
+    assert config.init_from is not None
+    path = config.init_from.path
+    opened = open_model(path)
+    try:
+        expected = {row.name: row.shape for row in parameter_table(config.model)}
+        check_names_and_shapes(shapes_of(opened.weights), expected, path)
+    except CheckpointError as error:
+        _, _, diff = str(error).partition("\n")
+        raise CheckpointError(
+            f"the config's model is not the one of init_from ({path}). Leave the section `model` out: then it is.\n"
+            f"{diff}"
+        ) from None
+    return Start(_Float32(opened.weights), opened.layout, opened.problems)
+
+
+class _Float32(Mapping[str, NDArray[np.float32]]):
+    """Arrays of any dtype as float32, one at a time."""
+
+    def __init__(self, weights: Mapping[str, NDArray[Any]]):
+        self._weights = weights
+        self.shapes = shapes_of(weights)
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return np.asarray(self._weights[name], np.float32)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _set_selection_bias_rate(model: dict[str, Any], init: InitFrom, where: str) -> None:
+    biases = [
+        layer["moe"]["router"]["selection_bias"]
+        for layer in model["layers"]
+        if layer["moe"] is not None and layer["moe"]["router"]["selection_bias"] is not None
+    ]
+    if not biases:
+        raise SpecError(
+            f"init_from.selection_bias_rate is {init.selection_bias_rate}, but no router of {init.path} has a "
+            f"selection bias ({where}). Leave it out."
+        )
+    for bias in biases:
+        bias["rate"] = init.selection_bias_rate
