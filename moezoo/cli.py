@@ -292,7 +292,7 @@ def parity(path: Path, as_json: bool, show_all: bool) -> None:
 @click.argument("out", metavar="OUT", type=Path)
 @_json
 def convert_command(path: Path, out: Path, as_json: bool) -> None:
-    """Turn a Hugging Face checkpoint into a run folder, or a run that began from one back.
+    """Turn a Hugging Face checkpoint into a run folder, or a run into a Hugging Face checkpoint.
 
     Every tensor is accounted for; unchanged weights come back bit for bit.
     """

@@ -14,6 +14,7 @@ from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.generate_loop import generate
 from moezoo.core.generation_config import GenerationConfig
+from moezoo.core.huggingface.as_family import export_as_family
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.layout import Layout, write_sidecar
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
@@ -123,11 +124,11 @@ class LoadedModel:
         """Write the model into a new folder, and return notes for a person, a line each.
 
         `moezoo`: weights, config and tokenizer, which `moezoo.load` reads on either backend. `huggingface`: the files
-        of the checkpoint that it was read from, or that its run began from, with the weights as they are now; those
-        that did not change come out bit for bit.
+        of the checkpoint that it was read from, or that its run began from, with the weights as they are now (those
+        that did not change come out bit for bit); or those of a family that computes the same, if it was designed here.
 
-        Raises RunError: the folder exists and is not empty. Raises SpecError: a format not known, or a model that did
-        not come from a Hugging Face checkpoint.
+        Raises RunError: the folder exists and is not empty. Raises SpecError: a format not known, or a model that no
+        family computes.
         """
         match format:
             case "moezoo":
@@ -136,12 +137,8 @@ class LoadedModel:
                 )
                 return []
             case "huggingface":
-                if self.layout is None:
-                    raise SpecError(
-                        "this model did not come from a Hugging Face checkpoint, so there is no config.json and no "
-                        "layout to write it in; expected one that did. Save it with format='moezoo'."
-                    )
-                return export_checkpoint(self.model.export_parameters(), self.layout, Path(path))
+                weights = self.model.export_parameters()
+                return export(weights, self.config, self.tokenizer, self.layout, Path(path))
             case _:
                 raise SpecError(f"no such format; got {format!r}; expected 'moezoo' or 'huggingface'.")
 
@@ -163,6 +160,17 @@ class LoadedModel:
             raise DataError(f"{name} has token {worst}; expected {rule}.")
         check_length(self.model.spec, array.shape[1], f"{name} of {array.shape[1]}")
         return array.astype(np.int32)
+
+
+def export(
+    weights: Mapping[str, NDArray[Any]], config: Config, tokenizer: Tokenizer, layout: Layout | None, out: Path
+) -> list[str]:
+    """Write weights as a Hugging Face checkpoint into a new folder, and return notes. Raises as `LoadedModel.save`."""
+    if layout is not None:
+        return export_checkpoint(weights, layout, out)
+    files = Path(tokenizer.path) if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    length = config.model.max_length or config.training.sequence_length
+    return export_as_family(weights, config.model, out, max_length=length, tokenizer=files)
 
 
 def save_run(

@@ -269,7 +269,7 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
     position = 0
     for name in sorted(tensors, key=lambda name: (-_RANK[tensors[name][0]], name)):
         dtype, shape = tensors[name]
-        end = position + _BITS[dtype] * math.prod(shape) // 8
+        end = position + size_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     try:
@@ -280,6 +280,11 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
     if len(text) > MAX_HEADER_BYTES:
         raise CheckpointError(f"the header would have {len(text)} bytes; the format allows {MAX_HEADER_BYTES}.")
     return text
+
+
+def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """How many bytes a tensor takes in a file."""
+    return _BITS[dtype] * math.prod(shape) // 8
 
 
 def format_name(dtype: np.dtype[Any]) -> str:

@@ -292,5 +292,3 @@ def test_load_forward_generate_save(trained: Path, tmp_path: Path) -> None:
         model.save(tmp_path / "saved")
     with pytest.raises(moezoo.MoezooError, match="no such format"):
         model.save(tmp_path / "other", format="gguf")  # type: ignore[arg-type]
-    with pytest.raises(moezoo.MoezooError, match="did not come from a Hugging Face checkpoint"):
-        model.save(tmp_path / "other", format="huggingface")

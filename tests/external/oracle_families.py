@@ -4,7 +4,6 @@
 
 from oracle_case import (
     add,
-    in_dtype,
     in_e4m3_blocks,
     in_mxfp4,
     with_fused_experts,

@@ -92,16 +92,6 @@ def test_a_parameter_given_twice_is_refused(tmp_path: Path) -> None:
         open_checkpoint(source)
 
 
-def test_a_run_from_nothing_cannot_be_converted(tmp_path: Path) -> None:
-    source = write_checkpoint("mixtral", tmp_path / "source")
-    run("convert", source, tmp_path / "run")
-    for file in (tmp_path / "run" / "huggingface").iterdir():
-        file.unlink()
-    result = run("convert", tmp_path / "run", tmp_path / "back")
-    assert result.exit_code == 1
-    assert "did not begin from a Hugging Face checkpoint" in result.output
-
-
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 def test_nan_is_a_warning_with_names(backend: str, tmp_path: Path) -> None:
     source = write_checkpoint("mixtral", tmp_path / "source")

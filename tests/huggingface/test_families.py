@@ -1,6 +1,5 @@
 """Every family against what transformers computes, on both backends: logits, routing, losses, greedy text."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +14,6 @@ from moezoo.core.huggingface.family import families
 from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.spec import ModelSpec
 from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint
-
-# The given oracles lie beside the project; their place is told where it is another. The fixtures are checked in.
-ORACLES = Path(os.environ.get("MOEZOO_ORACLES", Path(__file__).parents[3] / "shared" / "oracles"))
-GIVEN = sorted(path.parent.name for path in ORACLES.glob("*/oracle.npz"))
 
 Arrays = dict[str, np.ndarray]
 RecordProperty = Callable[[str, object], None]
@@ -122,25 +117,3 @@ def test_both_spellings_of_a_config_are_the_same_model(case: str, tmp_path: Path
         for spelling in ("saved", "hub")
     )
     assert saved == hub
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", GIVEN)
-def test_given_oracle(case: str, backend: str) -> None:
-    model = moezoo.load(ORACLES / case, backend=backend)
-    with np.load(ORACLES / case / "oracle.npz") as expected:
-        check(model, dict(expected))
-        check_greedy(model, dict(expected))
-
-
-@pytest.mark.parametrize("case", [case for case in GIVEN if (ORACLES / case / "config_v4.json").exists()])
-def test_both_spellings_of_a_given_config_are_the_same_model(case: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((ORACLES / case / "config_v4.json").read_bytes())
-    assert describe_checkpoint(tmp_path).spec == describe_checkpoint(ORACLES / case).spec
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", GIVEN)
-def test_gradient_of_a_given_oracle(case: str, backend: str) -> None:
-    with np.load(ORACLES / case / "oracle.npz") as expected:
-        check_gradient(ORACLES / case, backend, dict(expected))

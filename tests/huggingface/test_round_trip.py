@@ -12,7 +12,6 @@ from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.loaded_model import save_run
 from moezoo.core.opened_model import open_model
 from tests.huggingface.fixtures import cases, write_checkpoint
-from tests.huggingface.test_families import GIVEN, ORACLES
 
 NOT_COPIED = {".npz"}
 
@@ -42,11 +41,6 @@ def round_trip(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", cases())
 def test_round_trip_of_a_fixture(case: str, tmp_path: Path) -> None:
     round_trip(write_checkpoint(case, tmp_path / "source", shards=3), tmp_path)
-
-
-@pytest.mark.parametrize("case", GIVEN)
-def test_round_trip_of_a_given_oracle(case: str, tmp_path: Path) -> None:
-    round_trip(ORACLES / case, tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint into a run folder, and a run that began from one back into such files."""
+"""A Hugging Face checkpoint into a run folder, and a run into such a checkpoint."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.errors import SpecError
-from moezoo.core.huggingface.export import export_checkpoint
-from moezoo.core.huggingface.layout import Layout
+from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Entry, Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
-from moezoo.core.loaded_model import save_run
-from moezoo.core.opened_model import OpenedModel, open_model
+from moezoo.core.loaded_model import export, save_run
+from moezoo.core.opened_model import open_model
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # parameters done, of all
@@ -68,11 +66,11 @@ def ledger_text(ledger: Ledger) -> str:
 
 
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
-    """Convert a Hugging Face folder or hub id into a run folder, or a run that began from one back.
+    """Convert a Hugging Face folder or hub id into a run folder, or a run into a Hugging Face folder.
 
     One parameter is in memory at a time on the way in. What goes in and comes back unchanged is the same bit for bit.
 
-    Raises as `open_model`, RunError where `out` is not empty, and SpecError for a run that began from nothing.
+    Raises as `open_model`, RunError where `out` is not empty, and SpecError for a run whose model no family computes.
     """
     opened = open_model(path)
     if opened.checkpoint is not None:
@@ -80,18 +78,9 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
         save_run(out, opened.config, opened.tokenizer, weights, 0, opened.layout)
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
         return Conversion("moezoo", opened.checkpoint.ledger, opened.problems + ([warning] if warning else []))
-    layout = _layout_of(opened)
-    notes = export_checkpoint(opened.weights, layout, out)
-    return Conversion("huggingface", layout.ledger, opened.problems + notes)
-
-
-def _layout_of(opened: OpenedModel) -> Layout:
-    if opened.layout is None:
-        raise SpecError(
-            f"{opened.path} did not begin from a Hugging Face checkpoint, so there is no config.json and no layout to "
-            "write it in; expected a run that was converted or trained from one (init_from)."
-        )
-    return opened.layout
+    notes = export(opened.weights, opened.config, opened.tokenizer, opened.layout, out)
+    ledger = open_checkpoint(out).ledger
+    return Conversion("huggingface", ledger, opened.problems + notes)
 
 
 class _Watched(Mapping[str, Array]):

@@ -1,7 +1,7 @@
 """Weights back into files: those of the layout that they came in, tensor by tensor, or one of the family's own."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError, RunError
 from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
+from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.layout import CONFIG, Layout, entries_of, small_files
-from moezoo.core.huggingface.ledger import first_rules
+from moezoo.core.huggingface.ledger import FLOATS, first_rules
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized import encode, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
-from moezoo.core.safetensors_file import encode_header, write_stream
+from moezoo.core.safetensors_file import encode_header, size_bytes, write_stream
+from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +35,11 @@ def export_checkpoint(parameters: Mapping[str, Array], layout: Layout, out: Path
     Returns notes for a person, a line each. Raises RunError: the folder exists and is not empty, or cannot be
     written; nothing is left of it then. Raises CheckpointError: a number that the stored dtype cannot hold.
     """
+    return into_new_folder(out, lambda folder: _write(parameters, layout, folder))
+
+
+def into_new_folder(out: Path, write: Callable[[Path], list[str]]) -> list[str]:
+    """Let `write` fill a folder that appears whole, or not at all. Raises RunError: it exists and is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists; expected a new or empty folder. Choose another.")
     partial = out.with_name(f".{out.name}.partial")
@@ -40,7 +47,7 @@ def export_checkpoint(parameters: Mapping[str, Array], layout: Layout, out: Path
         remove_folder(partial)
     make_folder(partial)
     try:
-        notes = _write(parameters, layout, partial)
+        notes = write(partial)
         if out.exists():
             out.rmdir()
         rename_folder(partial, out)
@@ -115,36 +122,45 @@ def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], val
 def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) -> list[str]:
     """The family's own layout, without quantization: codes no longer stand for what training made of the numbers."""
     description = layout.description
-    placed = first_rules(description.family, description.spec)
-    forms = {name: ("BF16", rule.shape) for name, rule in placed.items()}
+    forms = {name: ("BF16", rule.shape) for name, rule in first_rules(description.family, description.spec).items()}
     for name, tensor in layout.tensors.items():
-        if name in forms and tensor.dtype in ("F32", "F16", "BF16"):
+        if name in forms and tensor.dtype in FLOATS:
             forms[name] = (tensor.dtype, tensor.shape)
-    kept = [entry.name for entry in layout.ledger.entries if entry.status == "kept"]
-    forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
     for file in small_files(layout.path):
         if file.name not in (CONFIG, _INDEX, "headers.json"):
             write_atomically(folder / file.name, file.read_bytes())
     config = {key: value for key, value in description.fields.raw.items() if key != "quantization_config"}
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}
+    forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
+    write_own_layout(parameters, description.family, description.spec, forms, kept, folder)
+    return ["quantized weights have changed, so they were written without quantization, and config.json says so"]
+
+
+def write_own_layout(
+    parameters: Mapping[str, Array],
+    family: Family,
+    spec: ModelSpec,
+    forms: Mapping[str, tuple[str, tuple[int, ...]]],
+    kept: Mapping[str, Callable[[str], Array]],
+    folder: Path,
+) -> None:
+    """Write the files of a family's own layout: `forms` are dtype and shape by name, of which `kept` come verbatim."""
+    placed = first_rules(family, spec)
+
+    def array(name: str) -> Array:
+        if name in kept:
+            return kept[name](name)
+        return _joined(name, placed[name], parameters, numpy_dtype(forms[name][0]))
+
     shards = _shards(forms)
     for file_name, names in shards.items():
         header = encode_header({name: forms[name] for name in names}, {"format": "pt"})
-        arrays = (
-            (
-                name,
-                layout.read(name)
-                if name in kept
-                else _joined(name, placed[name], parameters, numpy_dtype(forms[name][0])),
-            )
-            for name in names
-        )
-        write_stream(folder / file_name, header, arrays)
+        write_stream(folder / file_name, header, ((name, array(name)) for name in names))
     if len(shards) > 1:
         where = {name: file_name for file_name, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": sum(_size(*form) for form in forms.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(size_bytes(*form) for form in forms.values())}, "weight_map": where}
         write_atomically(folder / _INDEX, json.dumps(index, indent=2) + "\n")
-    return ["quantized weights have changed, so they were written without quantization, and config.json says so"]
 
 
 def _shards(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, list[str]]:
@@ -152,7 +168,7 @@ def _shards(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, list[
     groups: list[list[str]] = [[]]
     size = 0
     for name in sorted(forms):
-        bytes_of = _size(*forms[name])
+        bytes_of = size_bytes(*forms[name])
         if groups[-1] and size + bytes_of > MAX_FILE_BYTES:
             groups.append([])
             size = 0
@@ -161,7 +177,3 @@ def _shards(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, list[
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
-
-
-def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * (4 if dtype == "F32" else 2)

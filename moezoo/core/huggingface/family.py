@@ -5,6 +5,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from moezoo.core.errors import SpecError, nearest
 from moezoo.core.huggingface.fields import Fields
@@ -24,6 +25,8 @@ class Family:
         kept: patterns of tensors that the spec has no place for, kept verbatim (buffers, vision towers).
         later_layers_kept: layers beyond the model's own, kept verbatim (multi-token prediction).
         harmless: fields of config.json, beyond those of every family, that change no number.
+        config: the way back: fields of a config.json for a model that was designed here, None where the family has no
+            such model. Sizes that every family names alike are added; what `spec` reads from it must be the model.
     """
 
     model_types: tuple[str, ...]
@@ -32,6 +35,7 @@ class Family:
     kept: tuple[str, ...] = ()
     later_layers_kept: bool = False
     harmless: tuple[str, ...] = ()
+    config: Callable[[ModelSpec], dict[str, Any] | None] | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +56,7 @@ class Family:
         return spec
 
 
-def _problem(error: dict) -> str:  # type: ignore[type-arg]
+def _problem(error: dict[str, Any]) -> str:
     context = error.get("ctx", {})
     if error["type"] == "impossible":
         return f"{context['path']} {context['problem']}".strip()

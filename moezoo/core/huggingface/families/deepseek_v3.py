@@ -1,10 +1,12 @@
 """DeepSeek-V3, R1, Kimi-K2, Moonlight. Source: DeepSeek-AI 2024, arXiv 2412.19437; transformers, `deepseek_v3`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
-from moezoo.core.spec import ModelSpec
+from moezoo.core.spec import GroupedTopKChoiceSpec, LatentAttentionSpec, ModelSpec, RoPESpec, SharedExpertsSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -17,6 +19,43 @@ def spec(fields: Fields) -> ModelSpec:
         parts.layer(attention, dense if index < first else moe) for index in range(fields.count("num_hidden_layers"))
     ]
     return parts.model(fields, layers, norm=parts.rms_norm(fields))
+
+
+def config(spec: ModelSpec) -> dict[str, Any] | None:
+    layers = spec.all_layers
+    attention = layers[0].attention
+    moe = next((layer.moe for layer in layers if layer.moe is not None), None)
+    if not isinstance(attention, LatentAttentionSpec) or moe is None:
+        return None
+    first = next(index for index, layer in enumerate(layers) if layer.moe is not None)
+    router = moe.router
+    groups = (
+        (router.choice.num_groups, router.choice.keep) if isinstance(router.choice, GroupedTopKChoiceSpec) else (1, 1)
+    )
+    interleaved = isinstance(attention.position, RoPESpec) and attention.position.layout == "interleaved"
+    width = layers[0].feed_forward.hidden_dim if layers[0].feed_forward is not None else moe.experts.hidden_dim
+    return {
+        **parts.common_config(spec, "DeepseekV3ForCausalLM"),
+        **parts.mixture_config(moe, "moe_intermediate_size"),
+        "attention_bias": attention.bias,
+        "first_k_dense_replace": first,
+        "intermediate_size": width,
+        "kv_lora_rank": attention.latent_dim,
+        "n_group": groups[0],
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.shared.num_experts if isinstance(moe.shared, SharedExpertsSpec) else 0,
+        "norm_topk_prob": router.renormalize == "sum",
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_heads,
+        "q_lora_rank": attention.query_latent_dim,
+        "qk_nope_head_dim": attention.head_dim,
+        "qk_rope_head_dim": attention.rope_head_dim,
+        "rope_interleave": interleaved,
+        "rope_parameters": parts.rope_config(attention.position),
+        "routed_scaling_factor": router.scale,
+        "topk_group": groups[1],
+        "v_head_dim": attention.value_head_dim,
+    }
 
 
 FAMILY = Family(
@@ -39,4 +78,5 @@ FAMILY = Family(
         "num_key_value_heads",
         "qk_head_dim",
     ),
+    config=config,
 )

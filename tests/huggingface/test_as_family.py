@@ -1,0 +1,99 @@
+"""A model that was designed here, written as a family that computes the same."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moezoo
+from moezoo.backends import load_backend
+from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.errors import SpecError
+from moezoo.core.huggingface.as_family import export_as_family
+from moezoo.core.huggingface.checkpoint import open_checkpoint
+from moezoo.core.initialize import initial_weights
+from moezoo.core.spec import ModelSpec
+
+MIXTRAL = {
+    "vocab_size": 31,
+    "embed_dim": 16,
+    "layers": [
+        {
+            "repeat": 2,
+            "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 5},
+            "moe": {
+                "num_experts": 5,
+                "router": {"top_k": 2},
+                "experts": {"hidden_dim": 12},
+                "losses": [{"kind": "switch_balance", "coefficient": 0.01}],
+            },
+        }
+    ],
+    "head": {"kind": "tied"},
+}
+NORMED = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": {}}
+QWEN3 = MIXTRAL | {
+    "layers": [
+        {"attention": NORMED, "feed_forward": {"kind": "geglu", "hidden_dim": 9}},
+        {
+            "attention": NORMED,
+            "moe": {
+                "num_experts": 5,
+                "router": {"top_k": 2, "renormalize": "none"},
+                "experts": {"kind": "geglu", "hidden_dim": 12},
+            },
+        },
+    ]
+}
+LATENT = {
+    "kind": "latent",
+    "num_heads": 2,
+    "head_dim": 4,
+    "rope_head_dim": 2,
+    "value_head_dim": 3,
+    "latent_dim": 5,
+    "query_latent_dim": 7,
+}
+DEEPSEEK = MIXTRAL | {
+    "head": {"kind": "untied"},
+    "layers": [
+        {"attention": LATENT, "feed_forward": {"hidden_dim": 9}},
+        {
+            "attention": LATENT,
+            "moe": {
+                "num_experts": 6,
+                "router": {
+                    "top_k": 2,
+                    "score": "sigmoid",
+                    "selection_bias": {"rate": 0.01},
+                    "choice": {"kind": "grouped_top_k", "num_groups": 3, "keep": 2, "group_value": "top2"},
+                    "renormalize_epsilon": 1e-20,
+                    "scale": 1.5,
+                },
+                "experts": {"hidden_dim": 12},
+                "shared": {"num_experts": 2, "hidden_dim": 12},
+            },
+        },
+    ],
+}
+
+
+@pytest.mark.parametrize(("family", "raw"), [("mixtral", MIXTRAL), ("qwen3_moe", QWEN3), ("deepseek_v3", DEEPSEEK)])
+def test_written_as_a_family_and_read_back(family: str, raw: dict, tmp_path: Path) -> None:
+    spec = ModelSpec.model_validate(raw)
+    weights = initial_weights(spec, 0)
+    notes = export_as_family(weights, spec, tmp_path / "out", max_length=64)
+    assert notes == [f"written as {family}, which computes the same"]
+    back = open_checkpoint(tmp_path / "out")
+    assert back.family.name == family
+    assert all(np.array_equal(back.weights[name], value) for name, value in weights.items())
+    tokens = np.arange(20, dtype=np.int32).reshape(2, 10)
+    ours = load_backend("mlx").build(spec, weights).forward(tokens)
+    np.testing.assert_array_equal(moezoo.load(tmp_path / "out", backend="mlx").forward(tokens).logits, ours.logits)
+
+
+def test_a_model_that_no_family_computes(tmp_path: Path) -> None:
+    config = with_vocab_size(load_config("configs/tiny/expert_choice.yaml"), 64)
+    with pytest.raises(SpecError, match=r"no Hugging Face family .* mixtral has .*layers\[0\]"):
+        export_as_family({}, config.model, tmp_path / "out", max_length=64)
+    assert not (tmp_path / "out").exists()
