@@ -18,8 +18,8 @@ import moezoo
 from moezoo.cli import main
 from moezoo.core.huggingface.folder import TensorFolder
 from tests.backends_available import require_backend
+from tests.huggingface.conftest import ORACLES
 from tests.huggingface.fixtures import FOLDER
-from tests.huggingface.test_families import ORACLES
 from tests.tolerances import FLOAT32, FLOAT32_TRAINING, TRAINED_LOGITS, assert_close
 
 BACKENDS = ["jax", "mlx"]
