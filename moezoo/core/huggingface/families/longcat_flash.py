@@ -72,7 +72,13 @@ FAMILY = Family(
         Tensor(f"{LAYER}.mlp.router.e_score_correction_bias", "e", f"{_EVEN}.moe.router.selection_bias", "e"),
         *parts.experts(ours=f"{_EVEN}.moe.experts"),
     ),
-    # `router_bias` makes a classifier.bias that the published code never adds.
-    kept=("*.rotary_emb.inv_freq", "*.mlp.router.classifier.bias", "model.mtp.*"),
+    kept=(
+        "*.rotary_emb.inv_freq",
+        "*.mlp.router.classifier.bias",  # of `router_bias`; the published code never adds it
+        # Of experts that copy: transformers 5.23 writes gate and up of them too, and no down.
+        "*.mlp.experts.*.gate_proj.weight",
+        "*.mlp.experts.*.up_proj.weight",
+        "model.mtp.*",
+    ),
     harmless=("max_position_embeddings", "num_key_value_heads", "router_bias"),
 )
