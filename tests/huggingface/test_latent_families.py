@@ -1,0 +1,102 @@
+"""Families with latent attention, and Phi-3.5-MoE: what their options become, and which are refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moezoo.core.errors import SpecError
+from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpoint
+from moezoo.core.spec import ModelSpec, TemperatureTuningSpec, TopKChoiceSpec
+from tests.huggingface.fixtures import read_fixture, write_described
+
+MISTRAL_ROPE = read_fixture("mistral4").description["config"]["rope_parameters"]
+
+
+def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
+    """Of a fixture's config with other fields; one that is `...` is left out."""
+    config = read_fixture(case).description["config"] | changes
+    config = {name: value for name, value in config.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return describe_checkpoint(tmp_path).spec
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is true; expected false"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, 'topk_method is "noaux_tc"; expected one of greedy'),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, 'scoring_func is "sigmoid"; expected "softmax"'),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is true; expected false"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq is 2; expected 1"),
+        ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method is "greedy"; expected "noaux_tc"'),
+        ("deepseek_v32", {"layer_types": ["full_attention"] * 3}, r"layer_types is .* each one of indexed_attention"),
+        ("deepseek_v32", {"rope_interleave": False}, "rope_interleave is false; expected true"),
+        ("deepseek_v32", {"index_head_dim": 4}, "indexer.head_dim is 4, less than rope_head_dim = 8"),
+        ("glm4_moe_lite", {"mlp_layer_types": ..., "first_k_dense_replace": 2}, "first_k_dense_replace is 2; exp"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", "linear", "sparse"]}, "mlp_layer_types is .* dense, sparse"),
+        (
+            "mistral4",
+            {"rope_parameters": MISTRAL_ROPE | {"partial_rotary_factor": 0.5}},
+            "rope_parameters is .* expected partial_rotary_factor 0.444",
+        ),
+        ("mistral4", {"rope_parameters": MISTRAL_ROPE | {"llama_5": 1}}, "does not know: llama_5 1"),
+        ("longcat_flash", {"zero_expert_type": "zero"}, 'zero_expert_type is "zero"; expected "identity"'),
+        ("longcat_flash", {"mla_scale_q_lora": False}, "mla_scale_q_lora is false; expected true"),
+        ("longcat_flash", {"attention_method": "MHA"}, 'attention_method is "MHA"; expected "MLA"'),
+        ("longcat_flash", {"qk_head_dim": 20}, "qk_head_dim is 20; expected 18"),
+        ("longcat_flash", {"head_dim": 16}, "head_dim is 16; expected 8"),
+        ("longcat_flash", {"norm_topk_prob": True}, "norm_topk_prob is true; expected false"),
+        ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3; expected 2"),
+        ("phimoe", {"lm_head_bias": True, "tie_word_embeddings": True}, "lm_head_bias is true; expected false, since"),
+    ],
+)
+def test_refused(case: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=message):
+        spec_of(case, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "longcat_flash"])
+def test_norms_of_latents_do_not_look_at_rms_norm_eps(case: str, tmp_path: Path) -> None:
+    spec = spec_of(case, tmp_path, rms_norm_eps=1e-3, attention_bias=True)
+    assert (spec.norm.epsilon, spec.layers[0].attention.norm.epsilon) == (1e-3, 1e-6)
+    assert spec.layers[0].attention.bias
+
+
+def test_dense_layers_stand_where_mlp_layer_types_says(tmp_path: Path) -> None:
+    for case in ("deepseek_v32", "glm4_moe_lite"):
+        spec = spec_of(case, tmp_path, mlp_layer_types=["sparse", "dense", "sparse"])
+        assert spec.moe_layers == (0, 2)
+
+
+def test_mistral_counts_from_0_or_has_no_temperature(tmp_path: Path) -> None:
+    attention = spec_of("mistral4", tmp_path).layers[0].attention
+    assert attention.temperature_tuning == TemperatureTuningSpec(floor_length=8, scale=0.1, first=0)
+    assert attention.position.fraction == 1
+    without = MISTRAL_ROPE | {"llama_4_scaling_beta": 0.0}
+    assert spec_of("mistral4", tmp_path, rope_parameters=without).layers[0].attention.temperature_tuning is None
+
+
+def test_one_group_is_plain_top_k(tmp_path: Path) -> None:
+    for case in ("deepseek_v3", "mistral4"):
+        moe = spec_of(case, tmp_path, n_group=1, topk_group=1).layers[-1].moe
+        assert isinstance(moe.router.choice, TopKChoiceSpec)
+
+
+def test_a_layer_of_longcat_is_two_of_ours(tmp_path: Path) -> None:
+    spec = spec_of("longcat_flash", tmp_path)
+    assert [layer.shortcut for layer in spec.all_layers] == [True, False] * 2
+    assert spec.moe_layers == (0, 2)
+    assert spec_of("longcat_flash", tmp_path, zero_expert_num=0).layers[0].moe.zero_computation is None
+
+
+def test_gates_of_experts_that_copy_are_kept(tmp_path: Path) -> None:
+    """As transformers 5.23 writes them; a routed expert that lacks its own is missing all the same."""
+    description = read_fixture("longcat_flash").description
+    more = [
+        [f"model.layers.{{0-1}}.mlp.experts.{{7-9}}.{which}_proj.weight", "F32", [20, 32], "matrix"]
+        for which in ("gate", "up")
+    ]
+    folder = write_described(description | {"tensors": description["tensors"] + more}, tmp_path / "more")
+    assert open_checkpoint(folder).ledger.counts()["kept"] == 12
