@@ -26,18 +26,22 @@ _LAZY = {
 }
 
 
-def load(path: str | Path, backend: str | None = None, compute: str | None = None) -> "LoadedModel":
+def load(
+    path: str | Path, backend: str | None = None, compute: str | None = None, max_length: int | None = None
+) -> "LoadedModel":
     """A model on a backend (`jax`, `mlx`, or None for the default).
 
     `path`: a run folder (its newest whole checkpoint), the folder of a Hugging Face checkpoint, or a hub id `org/name`.
     `compute`: the dtype of activations and products, `float32` or `bfloat16`; None is what the run's config says, and
     float32 for a Hugging Face checkpoint. Parameters stay in the dtype of the files.
+    `max_length`: how many tokens a text may have, where a Hugging Face checkpoint's rotation depends on that (longrope,
+    dynamic); None is the length that it was first trained for.
 
     Raises RunError, CheckpointError, SpecError, TokenizerError or BackendError.
     """
     from moezoo.core.loaded_model import load_model
 
-    return load_model(path, backend, compute)
+    return load_model(path, backend, compute, max_length)
 
 
 def parity(path: str | Path) -> "ParityReport":

@@ -101,6 +101,7 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
 @click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue, instead of a text; prints ids.")
 @_backend
 @click.option("--compute", metavar="float32|bfloat16", help="Dtype of activations. Default: the model's own.")
+@click.option("--max-length", type=click.IntRange(1), help="Tokens in all, where a rotation depends on it (longrope).")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Default: what PATH says, else 256.")
 @click.option("--temperature", type=float, help="0 is greedy. Default: what PATH says, else 0.8.")
 @click.option("--top-k", type=int, help="Keep the k most probable tokens.")
@@ -116,6 +117,7 @@ def generate(
     tokens: str | None,
     backend: str | None,
     compute: str | None,
+    max_length: int | None,
     max_new_tokens: int | None,
     samples: int,
     **options: Any,
@@ -136,7 +138,7 @@ def generate(
             "generate needs a prompt; expected --prompt TEXT, with or without --chat, or --tokens ID,ID,..."
         )
     given = None if tokens is None else _token_ids(tokens)
-    model = load_model(path, backend, compute)
+    model = load_model(path, backend, compute, max_length)
     for problem in model.problems:
         click.echo(problem, err=True)
     for name in model.generation.unknown:

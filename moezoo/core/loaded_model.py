@@ -194,11 +194,13 @@ def save_run(
     write_atomically(run.config_path, text)
 
 
-def load_model(path: str | Path, backend: str | None = None, compute: str | None = None) -> LoadedModel:
+def load_model(
+    path: str | Path, backend: str | None = None, compute: str | None = None, max_length: int | None = None
+) -> LoadedModel:
     """See `moezoo.load`."""
     from moezoo.backends import load_backend
 
-    opened = open_model(path)
+    opened = open_model(path, max_length)
     config = opened.config if compute is None else with_compute(opened.config, compute)
     model = load_backend(backend).build(config.model, opened.weights)
     problems = list(opened.problems)

@@ -83,8 +83,10 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
     return folder
 
 
-def open_model(path: str | Path) -> OpenedModel:
+def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
     """Open a run folder (its newest whole checkpoint), a Hugging Face folder, or a hub id.
+
+    `max_length`: see `moezoo.load`; a run's config says it itself.
 
     Raises RunError, CheckpointError, SpecError or TokenizerError.
     """
@@ -93,7 +95,7 @@ def open_model(path: str | Path) -> OpenedModel:
         layout = open_sidecar(Run(Path(path)).huggingface_path)
         return OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
     folder = checkpoint_folder(path)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, max_length)
     tokenizer = tokenizer_beside(checkpoint.path, checkpoint.spec.vocab)
     return OpenedModel(
         path=folder,

@@ -24,6 +24,7 @@ SURFACE = {
         "--tokens",
         "--backend",
         "--compute",
+        "--max-length",
         "--max-new-tokens",
         "--temperature",
         "--top-k",

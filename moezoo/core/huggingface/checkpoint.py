@@ -27,9 +27,9 @@ def is_checkpoint(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def describe_checkpoint(path: str | Path) -> Description:
+def describe_checkpoint(path: str | Path, max_length: int | None = None) -> Description:
     """The model of a folder's config.json, without a look at its tensors. Raises SpecError or CheckpointError."""
-    return describe_config(Path(path) / CONFIG)
+    return describe_config(Path(path) / CONFIG, max_length)
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class HuggingFaceCheckpoint:
         return self.description.family
 
 
-def open_checkpoint(path: str | Path) -> HuggingFaceCheckpoint:
+def open_checkpoint(path: str | Path, max_length: int | None = None) -> HuggingFaceCheckpoint:
     """Open a folder and check it: config, headers, index, names, shapes, dtypes; no tensor is read.
 
     Raises SpecError: a config that is not understood whole. Raises CheckpointError: files that are damaged, lie, or do
     not fit the config.
     """
     path = Path(path)
-    description = describe_checkpoint(path)
+    description = describe_checkpoint(path, max_length)
     folder = TensorFolder(path)
     layout = make_layout(description, path, folder.headers, folder.tensors, folder.read)
     weights = LazyWeights(description.spec, layout.ledger, folder, Quantized(folder, layout.readable))

@@ -62,11 +62,13 @@ class Fields:
     """The fields of a config.json (of its `text_config`, where it is a wrapper's), each remembered when read.
 
     A field that is absent or null has the default that is asked with; without one it is required. Raises SpecError in
-    one line that names field, value and file.
+    one line that names field, value and file. `max_length`: the longest text to be read, for rotations that depend on
+    it; None where the caller did not say.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str):
+    def __init__(self, values: Mapping[str, Any], where: str, max_length: int | None = None):
         self.where = where
+        self.max_length = max_length
         self.raw = dict(values)
         self._seen: set[str] = set()
         self.notes: list[str] = []
@@ -83,7 +85,7 @@ class Fields:
             )
 
     @classmethod
-    def read(cls, path: Path) -> "Fields":
+    def read(cls, path: Path, max_length: int | None = None) -> "Fields":
         """Read a file. Raises CheckpointError where there is none, SpecError where it is no JSON object."""
         try:
             if path.stat().st_size > _MAX_BYTES:
@@ -95,7 +97,7 @@ class Fields:
             raise SpecError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from None
         if not isinstance(values, dict):
             raise SpecError(f"{path} is {type(values).__name__}; expected a JSON object. Fetch it again.")
-        return cls(values, str(path))
+        return cls(values, str(path), max_length)
 
     @property
     def model_type(self) -> str:

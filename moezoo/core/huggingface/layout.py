@@ -73,9 +73,12 @@ class Layout:
         return [entry.name for entry in self.ledger.entries if entry.status in ("kept", "scales")]
 
 
-def describe_config(path: Path) -> Description:
-    """The model of a config.json. Raises SpecError or CheckpointError."""
-    fields = Fields.read(path)
+def describe_config(path: Path, max_length: int | None = None) -> Description:
+    """The model of a config.json, for texts of at most `max_length` tokens where that makes a difference.
+
+    Raises SpecError or CheckpointError.
+    """
+    fields = Fields.read(path, max_length)
     family = family_of(fields)
     return Description(family, fields, family.spec_of(fields))
 

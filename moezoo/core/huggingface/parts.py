@@ -100,9 +100,17 @@ def _linear(inner: Fields) -> LinearScalingSpec:
 
 
 def _dynamic(fields: Fields, inner: Fields) -> DynamicScalingSpec:
-    # Transformers takes the base by the text at hand; ours is a number of the spec: texts up to the original length.
     original = fields.count("max_position_embeddings")
-    return DynamicScalingSpec(factor=inner.number("factor"), original_length=original, length=original)
+    return DynamicScalingSpec(factor=inner.number("factor"), original_length=original, length=_length(fields, original))
+
+
+def _length(fields: Fields, original: int) -> int:
+    """Of texts that the rotation is made for.
+
+    Transformers goes by the text at hand, and so turns a growing text's earlier tokens otherwise than its later ones;
+    here it is a number of the spec.
+    """
+    return max(original, fields.max_length or 0)
 
 
 def _original_length(fields: Fields, inner: Fields) -> int:
@@ -136,20 +144,22 @@ def _yarn(fields: Fields, inner: Fields) -> YaRNScalingSpec:
 
 
 def _longrope(fields: Fields, inner: Fields) -> LongRoPEScalingSpec:
-    # Transformers chooses the list by the text at hand; ours is a number of the spec: texts up to the original length.
-    # Trap: its attention factor is that of the longest text, whatever the text at hand.
+    # Trap: the attention factor is that of the longest text, whatever the text at hand.
     original = _original_length(fields, inner)
+    length = _length(fields, original)
     stretched = inner.number("factor", fields.count("max_position_embeddings", original) / original)
     attention_factor = math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
     if "long_mscale" in inner:  # of texts beyond; phimoe gives the factors themselves
-        attention_factor = inner.number("short_mscale")
-    if fields.count("max_position_embeddings", original) > original:
-        fields.notes.append(f"texts of more than {original} tokens are refused: long_factor is for these")
+        attention_factor = inner.number("short_mscale" if length == original else "long_mscale")
+    if fields.count("max_position_embeddings", original) > length:
+        fields.notes.append(
+            f"texts of more than {length} tokens are refused; load with a larger max_length to read them by long_factor"
+        )
     return LongRoPEScalingSpec(
         short_factors=tuple(inner.get("short_factor", ())),
         long_factors=tuple(inner.get("long_factor", ())),
         original_length=original,
-        length=original,
+        length=length,
         attention_factor=inner.number("attention_factor", attention_factor),
     )
 
