@@ -200,9 +200,10 @@ def evaluate(
     from moezoo.core.evaluation import evaluate as run_evaluation
     from moezoo.core.evaluation import evaluate_file, known_grammar
     from moezoo.core.loaded_model import load_model
+    from moezoo.core.run import is_run
 
     console = _console()
-    if data is None and not (path / "config.yaml").is_file():
+    if data is None and not is_run(path):
         raise DataError(f"{path} is no run folder, whose data is known; expected --data FILE, a text or token ids.")
     model = load_model(path, backend)
     for problem in model.problems:
@@ -252,8 +253,9 @@ def describe(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from moezoo.core.describe import describe as page
     from moezoo.core.describe import description
     from moezoo.core.opened_model import checkpoint_folder, is_config
+    from moezoo.core.run import is_run
 
-    if is_config(path) or (path / "config.yaml").is_file():
+    if is_config(path) or is_run(path):
         config = load_config(path if is_config(path) else path / "config.yaml", overrides)
         shown = description(config) if as_json else page(config, str(path))
     else:

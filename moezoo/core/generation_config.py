@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import DataError, SpecError
 from moezoo.core.sampling import SamplingOptions
 
 FILE = "generation_config.json"
@@ -136,13 +136,20 @@ class GenerationConfig:
     def new_tokens(self, asked: int | None, prompt: int, otherwise: int) -> int:
         """How many tokens to add to a prompt of so many: what is asked, else what the folder says, else `otherwise`.
 
-        `max_length` only ever lowers `otherwise`, to 0 for a prompt that is as long.
+        `max_length` only ever lowers `otherwise`. Raises DataError for a prompt that is as long.
         """
         if asked is not None:
             return asked
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        return otherwise if self.max_length is None else max(0, min(otherwise, self.max_length - prompt))
+        if self.max_length is None:
+            return otherwise
+        if prompt >= self.max_length:
+            raise DataError(
+                f"the prompt has {prompt} tokens, and max_length, which counts it, is {self.max_length} "
+                f"({self.where}). Say how many tokens to add (max_new_tokens)."
+            )
+        return min(otherwise, self.max_length - prompt)
 
     def ending_with(self, token: int | None) -> "GenerationConfig":
         """The same, with this end token where the folder names none: the tokenizer's, asked last."""

@@ -70,7 +70,8 @@ class LoadedModel:
     def encode_prompt(self, text: str, *, chat: bool = False) -> Ids:
         """Token ids of a prompt, int32 [T].
 
-        A Hugging Face folder's tokenizer adds the special tokens that it adds by itself; a run was trained without.
+        The tokenizer of a Hugging Face folder, or of a run that began from one, adds the special tokens that it adds by
+        itself; other runs were trained without.
         `chat`: the text as a user's message in the tokenizer's chat template, up to where the answer begins.
 
         Raises TokenizerError: a tokenizer of ids only, or without a chat template.

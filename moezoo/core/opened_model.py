@@ -1,7 +1,7 @@
 """What a path stands for: a run folder, a Hugging Face checkpoint's folder, or the id of one on the hub."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class OpenedModel:
         problems: damaged checkpoints that were passed over, and the like, a line each.
         checkpoint: the Hugging Face checkpoint, None for a run.
         layout: how the files are laid out of the checkpoint that it is, or that the run began from; else None.
-        generation: what the folder says about generating; of a run, nothing.
+        generation: what the folder says about generating, or the checkpoint that a run began from; else nothing.
     """
 
     path: Path
@@ -93,7 +93,10 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
     if is_run(path):
         config, tokenizer, saved, problems = load_run(path)
         layout = open_sidecar(Run(Path(path)).huggingface_path)
-        return OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
+        opened = OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
+        if layout is None:
+            return opened
+        return replace(opened, generation=read_generation_config(layout.path, layout.description.fields.raw))
     folder = checkpoint_folder(path)
     checkpoint = open_checkpoint(folder, max_length)
     tokenizer = tokenizer_beside(checkpoint.path, checkpoint.spec.vocab)

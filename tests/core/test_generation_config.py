@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generate_loop import Continuation, generate
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
 from moezoo.core.sampling import SamplingOptions, penalized
@@ -90,7 +90,9 @@ def test_what_the_caller_gives_wins(tmp_path):
 
 def test_max_length_counts_the_prompt_and_only_lowers(tmp_path):
     config = read(tmp_path, max_length=20)
-    assert [config.new_tokens(None, prompt, 8) for prompt in (5, 15, 20, 30)] == [8, 5, 0, 0]
+    assert [config.new_tokens(None, prompt, 8) for prompt in (5, 15)] == [8, 5]
+    with pytest.raises(DataError, match=r"the prompt has 20 tokens, and max_length, which counts it, is 20 "):
+        config.new_tokens(None, 20, 8)
     assert config.new_tokens(64, 5, 8) == 64
 
 

@@ -95,6 +95,18 @@ def test_what_the_file_asks_for_and_is_not_done_stops_generating_alone(folder: P
     assert len(lines) == 2
 
 
+def test_a_run_that_was_converted_generates_as_the_folder_said(folder: Path, tmp_path: Path) -> None:
+    told = says(folder, tmp_path, do_sample=True, temperature=0.7, eos_token_id=[3, 9])
+    result = CliRunner().invoke(main, ["convert", str(told), str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    model, run = (moezoo.load(path, backend="mlx") for path in (told, tmp_path / "run"))
+    assert (run.generation.temperature, run.generation.end_tokens) == (0.7, (3, 9))
+    assert run.encode_prompt("the cat", chat=True).tolist() == model.encode_prompt("the cat", chat=True).tolist()
+    ids = run.encode_prompt("the cat")
+    assert ids.tolist() == model.encode_prompt("the cat").tolist()
+    assert run.generate(ids[None], seed=4).tolist() == model.generate(ids[None], seed=4).tolist()
+
+
 def test_a_folder_without_a_tokenizer_is_prompted_by_ids(tmp_path: Path) -> None:
     require_backend("mlx")
     folder = write_checkpoint("mixtral", tmp_path / "model")
