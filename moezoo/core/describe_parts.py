@@ -61,10 +61,10 @@ def model_in_words(spec: ModelSpec) -> str:
 
 
 def head_in_words(spec: HeadSpec) -> str:
-    """`tied`, `untied` or `untied, biased`: what stands before the word head."""
+    """`tied` or `untied`, and perhaps `biased`: what stands before the word head."""
     match spec:
-        case TiedHeadSpec():
-            return "tied"
+        case TiedHeadSpec(bias=bias):
+            return "tied, biased" if bias else "tied"
         case UntiedHeadSpec(bias=bias):
             return "untied, biased" if bias else "untied"
         case _:

@@ -12,7 +12,7 @@ from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch, used_rows
 from moezoo.jax_backend.experts import Experts
 from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.routing import Router, Routing
+from moezoo.jax_backend.routing import Router, Routing, mixture_input
 
 
 class MoE(nnx.Module):
@@ -54,10 +54,12 @@ class MoE(nnx.Module):
         record: dict[str, jax.Array] | None = None,
         name: str = "moe",
     ) -> tuple[jax.Array, Routing, Dispatch]:
-        x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        x_PD = mixture_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), key)
         raw_PD, routed_PD = x_PD, x_PD
         if isinstance(self.spec.shared, ParallelFeedForwardSpec):
-            raw_PD = x_PD if raw_BTD is None else raw_BTD.reshape(x_PD.shape)
+            raw_PD = x_PD
+            if raw_BTD is not None:
+                raw_PD = mixture_input(self.spec.router, raw_BTD.reshape(x_PD.shape), key)
             routed_PD = self.routed_input_norm(raw_PD)
         routing = self.router(
             raw_PD,

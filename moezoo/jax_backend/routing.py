@@ -153,6 +153,13 @@ class Router(nnx.Module):
         return weight_PK
 
 
+def mixture_input(spec: RouterSpec, x_PD: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Spec: moezoo.core.reference.routing.mixture_input."""
+    if key is None or spec.jitter is None or spec.jitter.of != "mixture":
+        return x_PD
+    return (x_PD.astype(jnp.float32) * _jitter(spec.jitter.amount, key, x_PD.shape)).astype(x_PD.dtype)
+
+
 def _jitter(amount: float, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return 1 + amount * (2 * uniform(fold_in(key, ROUTER_JITTER), shape) - 1)
 

@@ -12,6 +12,7 @@ from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
+    HeadSpec,
     LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
@@ -54,10 +55,11 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output projection of an untied model."""
+    """What the output projection has of its own: a matrix where it is untied, and a bias where it has one."""
 
-    def __init__(self, spec: UntiedHeadSpec, weights: Weights):
-        self.w_head = weights.parameter("w_head")
+    def __init__(self, spec: HeadSpec, weights: Weights):
+        if isinstance(spec, UntiedHeadSpec):
+            self.w_head = weights.parameter("w_head")
         if spec.bias:
             self.b_head = weights.parameter("b_head")
 
@@ -157,7 +159,7 @@ class Transformer(nnx.Module):
             ]
         )
         self.final_norm = norm(spec.norm, weights.inside("final_norm"))
-        if isinstance(spec.head, UntiedHeadSpec):
+        if isinstance(spec.head, UntiedHeadSpec) or spec.head.bias:
             self.head = Head(spec.head, weights.inside("head"))
 
     def __call__(
@@ -244,12 +246,12 @@ class Transformer(nnx.Module):
         match self.spec.head:
             case TiedHeadSpec():
                 logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight[...].astype(x_BTD.dtype))
-            case UntiedHeadSpec(bias=bias):
+            case UntiedHeadSpec():
                 logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head.w_head[...].astype(x_BTD.dtype))
-                if bias:
-                    logits_BTV = logits_BTV + self.head.b_head[...].astype(x_BTD.dtype)
             case _:
                 assert_never(self.spec.head)
+        if self.spec.head.bias:
+            logits_BTV = logits_BTV + self.head.b_head[...].astype(x_BTD.dtype)
         logits_BTV = logits_BTV.astype(jnp.float32)
         if self.spec.multipliers.logits != 1:
             logits_BTV = logits_BTV * self.spec.multipliers.logits

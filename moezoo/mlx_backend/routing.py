@@ -153,6 +153,13 @@ class Router(nn.Module):
         return weight_PK
 
 
+def mixture_input(spec: RouterSpec, x_PD: mx.array, key: mx.array | None) -> mx.array:
+    """Spec: moezoo.core.reference.routing.mixture_input."""
+    if key is None or spec.jitter is None or spec.jitter.of != "mixture":
+        return x_PD
+    return (x_PD.astype(mx.float32) * _jitter(spec.jitter.amount, key, x_PD.shape)).astype(x_PD.dtype)
+
+
 def _jitter(amount: float, key: mx.array, shape: tuple[int, ...]) -> mx.array:
     return 1 + amount * (2 * uniform(fold_in(key, ROUTER_JITTER), shape) - 1)
 

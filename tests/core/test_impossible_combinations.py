@@ -171,12 +171,12 @@ CASES = {
     ),
     "a ramp of llama3 that falls": (
         position(scaling={"kind": "llama3", "factor": 8, "original_length": 64, "low_frequency_factor": 5}),
-        f"{ATTENTION}.position.scaling.high_frequency_factor is 4.0, not above low_frequency_factor = 5.0 (x.yaml). "
+        f"{ATTENTION}.position.scaling.high_frequency_factor is 4.0, below low_frequency_factor = 5.0 (x.yaml). "
         "Use a larger one.",
     ),
     "a ramp of YaRN that falls": (
-        position(scaling={"kind": "yarn", "factor": 8, "original_length": 64, "beta_fast": 1}),
-        f"{ATTENTION}.position.scaling.beta_fast is 1.0, not above beta_slow = 1.0 (x.yaml). Use a larger one.",
+        position(scaling={"kind": "yarn", "factor": 8, "original_length": 64, "beta_fast": 0.5}),
+        f"{ATTENTION}.position.scaling.beta_fast is 0.5, below beta_slow = 1.0 (x.yaml). Use a larger one.",
     ),
     # the router alone
     "top_p of logits": (

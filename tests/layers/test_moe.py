@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from moezoo.core import random
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.moe import moe_rows
@@ -10,10 +11,12 @@ from moezoo.core.reference.dispatch import dispatch
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
+from moezoo.core.reference.routing import mixture_input
 from moezoo.core.spec import (
     CapacitySpec,
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
+    JitterSpec,
     LayerSpec,
     ModelSpec,
     MoESpec,
@@ -23,9 +26,10 @@ from moezoo.core.spec import (
     SharedExpertsSpec,
     ZeroComputationSpec,
 )
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_all_close, assert_close
+from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
 from tests.twins import B, D, E, F, K, P, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
+KEY = random.key(6)
 X_BTD, RAW_BTD = normal(0, B, T, D), normal(20, B, T, D)
 EXPERTS = GatedFeedForwardSpec(hidden_dim=F)
 ZERO = ZeroComputationSpec(num_zero=1, num_copy=2, num_constant=3, ffn_share=0.75)
@@ -45,6 +49,7 @@ SPECS = {
     "shared": moe_of(shared=SharedExpertsSpec(num_experts=2, hidden_dim=9)),
     "shared behind a gate": moe_of(shared=SharedExpertsSpec(kind="sigmoid_gated", num_experts=2, hidden_dim=9)),
     "shared average": moe_of(shared=SharedExpertsSpec(kind="average", num_experts=2, hidden_dim=9)),
+    "shared, with biases alone": moe_of(shared=SharedExpertsSpec(hidden_dim=9, bias=True)),
     "parallel": moe_of(shared=ParallelFeedForwardSpec(feed_forward=PlainFeedForwardSpec(kind="relu", hidden_dim=9))),
     "weight on input": moe_of(router=ON_INPUT, dispatch=CapacitySpec(factor=0.6)),
     "latent": moe_of(latent_dim=11, shared=SharedExpertsSpec(hidden_dim=9)),
@@ -53,6 +58,11 @@ SPECS = {
     "without computation, capacity": moe_of(zero_computation=ZERO, dispatch=CapacitySpec(factor=0.7), latent_dim=11),
     "copies": moe_of(num_experts=2, zero_computation=ZeroComputationSpec(num_copy=3)),
 }
+
+
+def noisy_mixture(kind: str) -> MoESpec:
+    jitter = JitterSpec(of="mixture", amount=0.3)
+    return SPECS[kind].model_copy(update={"router": RouterSpec(top_k=K, jitter=jitter)})
 
 
 def values_of(spec: MoESpec) -> dict[str, np.ndarray]:
@@ -112,6 +122,32 @@ def test_bfloat16_is_near_float32(twin, kind):
         tolerance=BFLOAT16,
         gradient_tolerance=BFLOAT16_GRADIENT,
     )
+
+
+@pytest.mark.parametrize("kind", ["shared", "parallel"])
+def test_jitter_of_the_mixture_reaches_all_who_look_at_a_token(twin, kind):
+    """Router, routed and shared experts see the same noisy token: as if it had come so."""
+    spec = noisy_mixture(kind)
+    inputs = {"x_BTD": X_BTD} | ({"raw_BTD": RAW_BTD} if kind == "parallel" else {})
+    assert_layer_matches(
+        twin,
+        layer_of(twin, spec),
+        lambda layer, *arrays: layer(**dict(zip(inputs, arrays, strict=True)), key=twin.array(KEY))[0],
+        lambda values, *arrays: moe(spec, values, **dict(zip(inputs, arrays, strict=True)), key=KEY)[0],
+        values_of(spec),
+        *inputs.values(),
+    )
+    noise_BTD = mixture_input(spec.router, np.ones((P, D)), KEY).reshape(X_BTD.shape)
+    assert 0.69 < noise_BTD.min() < 0.72
+    assert 1.28 < noise_BTD.max() < 1.31
+    expected = moe(SPECS[kind], values_of(spec), **{name: value * noise_BTD for name, value in inputs.items()})[0]
+    assert_close(moe(spec, values_of(spec), **inputs, key=KEY)[0], expected, FLOAT64)
+
+
+def test_jitter_of_the_mixture_needs_a_key_and_keeps_bfloat16(twin):
+    spec = noisy_mixture("shared")
+    assert_close(output(twin, spec), output(twin, SPECS["shared"]), EXACT)
+    assert "bfloat16" in str(layer_of(twin, spec)(twin.array(X_BTD, "bfloat16"), key=twin.array(KEY))[0].dtype)
 
 
 def output_of(spec: MoESpec, values, choice: int, weight: float, x_D: np.ndarray) -> np.ndarray:

@@ -159,6 +159,18 @@ def test_reference_gradient_agrees_with_finite_differences(spec):
             1.0,
         ),
         (
+            Llama3ScalingSpec(factor=16, original_length=8192, high_frequency_factor=1),
+            5e5,
+            [1, 0.193922745, 0.0376060309, 0.00729266474, 0.00141421356, 1.7140511e-05, 3.32393494e-06, 6.44586586e-07],
+            1.0,
+        ),
+        (
+            YaRNScalingSpec(factor=32, original_length=4096, beta_fast=1, mscale=1, mscale_all_dim=1),
+            5e4,
+            [1, 0.258600136, 0.0668740305, 0.0172936334, 0.00447213595, 3.61404677e-05, 9.34592988e-06, 2.41685874e-06],
+            1.0,
+        ),
+        (
             YaRNScalingSpec(factor=32, original_length=4096, truncate=False),
             150_000.0,
             [1.0, 0.225418, 0.0508132748, 0.00679495949, 0.000456483919, 1.81883367e-05, 4.09997848e-06, 9.2420895e-07],
@@ -178,7 +190,8 @@ def test_reference_gradient_agrees_with_finite_differences(spec):
         (LinearScalingSpec(factor=1), 1e4, [1.0, 0.1, 0.01, 0.001], 1.0),
     ],
     ids=[
-        *("linear", "llama3", "yarn", "yarn truncated, mscale", "longrope", "short", "given factor"),
+        *("linear", "llama3", "llama3 without a ramp", "yarn of one turn", "yarn", "yarn truncated, mscale"),
+        *("longrope", "short", "given factor"),
         *("dynamic", "dynamic of a short text", "factor of one"),
     ],
 )  # fmt: skip
@@ -259,13 +272,13 @@ ATTENTION = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 5}
         (8, {"scaling": LONG.model_dump() | {"long_factors": [1.0]}}, r"has 4 short and 1 long factors, but 4 pairs"),
         (
             8,
-            {"scaling": {"kind": "llama3", "factor": 8, "original_length": 64, "high_frequency_factor": 1}},
-            r"high_frequency_factor is 1.0, not above low_frequency_factor = 1.0",
+            {"scaling": {"kind": "llama3", "factor": 8, "original_length": 64, "high_frequency_factor": 0.5}},
+            r"high_frequency_factor is 0.5, below low_frequency_factor = 1.0",
         ),
         (
             8,
-            {"scaling": {"kind": "yarn", "factor": 8, "original_length": 64, "beta_fast": 1}},
-            r"beta_fast is 1.0, not above beta_slow = 1.0",
+            {"scaling": {"kind": "yarn", "factor": 8, "original_length": 64, "beta_fast": 0.5}},
+            r"beta_fast is 0.5, below beta_slow = 1.0",
         ),
     ],
 )

@@ -62,7 +62,7 @@ SPEC = ModelSpec(
     ),
     head=UntiedHeadSpec(bias=True),
 )
-TIED = SPEC.model_copy(update={"head": TiedHeadSpec()})
+TIED = SPEC.model_copy(update={"head": TiedHeadSpec(bias=True)})
 TOKENS_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
 TARGET_BT = np.random.default_rng(1).integers(0, V, (B, T)).astype(np.int32)
 

@@ -30,8 +30,8 @@ def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
     yield from rows.norm("final_norm", spec.norm, (d,), ("embed",))
     if isinstance(spec.head, UntiedHeadSpec):
         yield rows.matrix("head.w_head", (d, v), ("embed", "vocab"), "embeddings")
-        if spec.head.bias:
-            yield rows.vector("head.b_head", (v,), ("vocab",), "embeddings")
+    if spec.head.bias:
+        yield rows.vector("head.b_head", (v,), ("vocab",), "embeddings")
 
 
 def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | None) -> Iterator[Parameter]:

@@ -9,7 +9,7 @@ from moezoo.core.reference.dispatch import combine, dispatch, used_rows
 from moezoo.core.reference.experts import experts
 from moezoo.core.reference.feed_forward import feed_forward, sigmoid
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.routing import Routing, route
+from moezoo.core.reference.routing import Routing, mixture_input, route
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 
 
@@ -45,10 +45,10 @@ def moe(
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1. Weighted inputs: Meta 2025 (Llama 4), released code. Latent
     experts: NVIDIA 2025 (Nemotron 3), released code.
     """
-    x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    x_PD = mixture_input(spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), key)
     raw_PD, routed_PD = x_PD, x_PD
     if isinstance(spec.shared, ParallelFeedForwardSpec):
-        raw_PD = x_PD if raw_BTD is None else raw_BTD.reshape(x_PD.shape)
+        raw_PD = x_PD if raw_BTD is None else mixture_input(spec.router, raw_BTD.reshape(x_PD.shape), key)
         routed_PD = normalize(spec.shared.norm, inside(parameters, "routed_input_norm"), raw_PD)
     routing = route(
         spec.router,

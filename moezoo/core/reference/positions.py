@@ -102,13 +102,14 @@ def _scaled(scaling: RoPEScalingSpec, frequency: Array, base: float) -> tuple[Ar
 def llama3_scaled(spec: Llama3ScalingSpec, frequency: Array) -> Array:
     """`frequency * ((1 - fast) / factor + fast)`, fast from 0 to 1 with the turns that a pair makes.
 
-    `turns = original_length * frequency / (2 pi)`, `fast = clip((turns - low) / (high - low), 0, 1)`.
+    `turns = original_length * frequency / (2 pi)`, `fast = clip((turns - low) / (high - low), 0, 1)`;
+    where high is low, fast is 1 from there on.
 
     Source: released code of Llama 3.1; the model: Dubey et al. 2024, arXiv 2407.21783.
     """
     turns = spec.original_length * frequency / (2 * math.pi)
     low, high = spec.low_frequency_factor, spec.high_frequency_factor
-    fast = np.clip((turns - low) / (high - low), 0, 1)
+    fast = turns >= low if high == low else np.clip((turns - low) / (high - low), 0, 1)
     return frequency * ((1 - fast) / spec.factor + fast)
 
 

@@ -69,8 +69,7 @@ def route(
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5 (top-k gating); softmax over all experts, then top-k with
     renormalization: Jiang et al. 2024, arXiv 2401.04088. Sources of the other fields stand in the spec.
-    Differs: jitter of the input reaches the router alone, as in Switch; released code of Mixtral and DBRX gives the
-    experts the same noise.
+    Differs: jitter of the input reaches the router alone, as in Switch; for that of the mixture see `mixture_input`.
     """
     x_PD = _router_input(spec, parameters, x_PD, key)
     logits_PE = _linear(spec, parameters, x_PD, previous_PE) / spec.temperature
@@ -115,6 +114,16 @@ def route(
         choice.cutoff_E,
         choice.margin_P,
     )
+
+
+def mixture_input(spec: RouterSpec, x_PD: Array, key: Bits | None) -> Array:
+    """Tokens as router, experts and shared experts see them: in training times noise, for `jitter: {of: mixture}`.
+
+    Source: transformers 5.23, models mixtral, minimax_m2, phimoe (`input_jitter_noise`), dbrx.
+    """
+    if key is None or spec.jitter is None or spec.jitter.of != "mixture":
+        return x_PD
+    return x_PD * _jitter(spec.jitter.amount, key, x_PD.shape)
 
 
 def _router_input(spec: RouterSpec, parameters: Parameters, x_PD: Array, key: Bits | None) -> Array:

@@ -176,8 +176,8 @@ def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:
     match spec.head:
         case TiedHeadSpec():
             logits_BTV = np.einsum("BTD,VD->BTV", x_BTD, parameters["embedding.weight"])
-        case UntiedHeadSpec(bias=bias):
+        case UntiedHeadSpec():
             logits_BTV = np.einsum("BTD,DV->BTV", x_BTD, parameters["head.w_head"])
-            logits_BTV = logits_BTV + parameters["head.b_head"] if bias else logits_BTV
+    logits_BTV = logits_BTV + parameters["head.b_head"] if spec.head.bias else logits_BTV
     logits_BTV = spec.multipliers.logits * logits_BTV
     return logits_BTV if spec.softcap is None else spec.softcap * np.tanh(logits_BTV / spec.softcap)

@@ -65,9 +65,13 @@ class LayerSpec(Part):
 
 
 class TiedHeadSpec(Part):
-    """The output projection is the transposed embedding. Source: Press and Wolf 2016, arXiv 1608.05859."""
+    """The output projection is the transposed embedding. Source: Press and Wolf 2016, arXiv 1608.05859.
+
+    `bias`: it has one, which the embedding does not share.
+    """
 
     kind: Literal["tied"] = "tied"
+    bias: bool = False
 
 
 class UntiedHeadSpec(Part):

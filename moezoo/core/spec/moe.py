@@ -90,12 +90,14 @@ class SharedExpertsSpec(Part):
 
     Their sum is one feed-forward of width `num_experts * hidden_dim`, and is stored and computed as that. It is added
     to the routed experts' (`sum`), added after a sigmoid of one learned projection of the token (`sigmoid_gated`;
-    Qwen1.5-MoE), or averaged with it (`average`; Cohere).
+    Qwen1.5-MoE), or averaged with it (`average`; Cohere). `bias`: theirs, where only they have some (ERNIE 4.5 could);
+    null: as the routed experts.
     """
 
     kind: Literal["sum", "sigmoid_gated", "average"] = "sum"
     num_experts: PositiveInt = 1
     hidden_dim: PositiveInt
+    bias: bool | None = None
 
 
 class ParallelFeedForwardSpec(Part):
@@ -144,8 +146,9 @@ class MoESpec(Part):
     def shared_feed_forward(self) -> FeedForwardSpec:
         """The one feed-forward that every token passes through; only where `shared` is not null."""
         match self.shared:
-            case SharedExpertsSpec(num_experts=number, hidden_dim=width):
-                return self.experts.model_copy(update={"hidden_dim": number * width})
+            case SharedExpertsSpec(num_experts=number, hidden_dim=width, bias=bias):
+                bias = self.experts.bias if bias is None else bias
+                return self.experts.model_copy(update={"hidden_dim": number * width, "bias": bias})
             case ParallelFeedForwardSpec(feed_forward=feed_forward):
                 return feed_forward
             case None:

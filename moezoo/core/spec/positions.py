@@ -20,7 +20,8 @@ class Llama3ScalingSpec(Part):
     """Slow pairs divided by `factor`, fast ones left, a ramp between. Source: Dubey 2024 (Llama 3), arXiv 2407.21783.
 
     A pair is slow where it turns less than `low_frequency_factor` times in `original_length` tokens, and fast where
-    more than `high_frequency_factor` times.
+    more than `high_frequency_factor` times. Where the two are equal (Llama-4) there is no ramp, and a pair between is
+    fast.
     """
 
     kind: Literal["llama3"] = "llama3"
@@ -31,10 +32,10 @@ class Llama3ScalingSpec(Part):
 
     @model_validator(mode="after")
     def _order(self) -> "Llama3ScalingSpec":
-        if self.high_frequency_factor <= self.low_frequency_factor:
+        if self.high_frequency_factor < self.low_frequency_factor:
             raise impossible(
                 "high_frequency_factor",
-                f"is {self.high_frequency_factor}, not above low_frequency_factor = {self.low_frequency_factor}",
+                f"is {self.high_frequency_factor}, below low_frequency_factor = {self.low_frequency_factor}",
                 "Use a larger one",
             )
         return self
@@ -61,9 +62,9 @@ class YaRNScalingSpec(Part):
 
     @model_validator(mode="after")
     def _order(self) -> "YaRNScalingSpec":
-        if self.beta_fast <= self.beta_slow:
+        if self.beta_fast < self.beta_slow:
             raise impossible(
-                "beta_fast", f"is {self.beta_fast}, not above beta_slow = {self.beta_slow}", "Use a larger one"
+                "beta_fast", f"is {self.beta_fast}, below beta_slow = {self.beta_slow}", "Use a larger one"
             )
         return self
 

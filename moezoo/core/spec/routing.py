@@ -118,9 +118,10 @@ class SelectionBiasSpec(Part):
 
 class JitterSpec(Part):
     """In training, multiply by uniform noise in [1 - amount, 1 + amount): the router's `input` (Fedus et al. 2021,
-    arXiv 2101.03961, section 2.2), which the experts get without noise, or its `logits` (tiny_moe)."""
+    arXiv 2101.03961, section 2.2), which the experts get without noise, what the whole `mixture` sees (released code of
+    Mixtral, MiniMax, Phi-3.5-MoE and DBRX), or the router's `logits` (tiny_moe)."""
 
-    of: Literal["input", "logits"] = "input"  # Trap: YAML reads a key `on` as true.
+    of: Literal["input", "mixture", "logits"] = "input"  # Trap: YAML reads a key `on` as true.
     amount: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
 
