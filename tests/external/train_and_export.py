@@ -1,0 +1,78 @@
+"""Trains each family for ten steps and exports it, for `check_export.py` to open with transformers and mlx-lm.
+
+    python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx]      # in this project's environment
+    python tests/external/check_export.py OUT/*                                       # in one with torch and mlx-lm
+
+A case is a fixture of tests/data/huggingface; none: the first fixture of every family. Weights start as the fixture's,
+batches are random tokens, every trainable parameter moves (AdamW, learning rate 1e-3), the selection bias too. Beside
+each exported folder's files lies `expected.npz`: tokens, and the logits and greedy text of the trained model here.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import yaml
+from click.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import moezoo  # noqa: E402
+from moezoo.cli import main as command  # noqa: E402
+from moezoo.core.huggingface.family import families  # noqa: E402
+from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint  # noqa: E402
+
+STEPS, BATCH, LENGTH = 10, 4, 24
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("case", nargs="*")
+    parser.add_argument("--backend", default="mlx")
+    options = parser.parse_args()
+    for case in options.case or first_of_each_family():
+        print(f"{case} ...", flush=True)
+        train_and_export(case, options.out / case, options.backend)
+    return 0
+
+
+def first_of_each_family() -> list[str]:
+    """The fixture named after the family, else its first."""
+    named: dict[str, list[str]] = {}
+    for case in cases():
+        named.setdefault(families()[read_fixture(case).model_type].name, []).append(case)
+    return [name if name in found else found[0] for name, found in sorted(named.items())]
+
+
+def train_and_export(case: str, out: Path, backend: str) -> None:
+    """Write the trained checkpoint of one case, and what it computes here."""
+    vocab = int(read_fixture(case).description["config"]["vocab_size"])
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_checkpoint(case, Path(scratch) / case)
+        np.save(folder.parent / "batches.npy", random.integers(0, vocab, (STEPS, BATCH, LENGTH), np.int32))
+        config = {
+            "init_from": str(folder),
+            "data": {"sources": [{"kind": "batches", "path": str(folder.parent / "batches.npy")}]},
+            "training": {"steps": STEPS, "batch_size": BATCH, "sequence_length": LENGTH},
+            "optimizer": {"learning_rate": 1e-3, "schedule": {"kind": "constant"}},
+        }
+        (folder.parent / "config.yaml").write_text(yaml.safe_dump(config))
+        words = ["train", str(folder.parent / "config.yaml"), "--backend", backend, "--out", f"{scratch}/run"]
+        result = CliRunner().invoke(command, words, catch_exceptions=False)
+        if result.exit_code:
+            raise SystemExit(f"{case}: {result.output}")
+        model = moezoo.load(f"{scratch}/run", backend=backend)
+        for note in model.save(out, format="huggingface"):
+            print(f"  {note}")
+        ids = random.integers(0, vocab, (2, LENGTH), np.int32)
+        logits, greedy = model.forward(ids).logits, model.generate(ids, max_new_tokens=12, temperature=0.0)
+        np.savez(out / "expected.npz", input_ids=ids, logits=logits, greedy=greedy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
