@@ -1,4 +1,4 @@
-"""What a case is: a tiny config, the laws that draw its weights, and how its file differs from what transformers has."""
+"""What a case is: a tiny config, the laws that draw its weights, and how its file differs from transformers' own."""
 
 import re
 from collections.abc import Callable
@@ -173,7 +173,7 @@ def without_e4m3_blocks(tensors: Stored) -> Stored:
 
 
 def in_mxfp4(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
-    """Experts [expert, in, out] as blocks of 32 codes of 4 bits along `in`, each with a power of two; the rest bfloat16."""
+    """Experts [expert, in, out] as blocks of 32 codes of 4 bits along `in`, each with a power of two."""
     if not re.search(r"experts\.(gate_up|down)_proj$", name):
         return [(name, shape, "BF16")]
     experts, inner, outer = shape
@@ -235,7 +235,7 @@ def without(pattern: str) -> Callable[[Stored], Stored]:
 
 
 def inside_a_wrapper(shapes: Shapes) -> Shapes:
-    """The text model's tensors under `model.language_model`, beside those of an image encoder and of a prediction head."""
+    """The text model's tensors under `model.language_model`, beside those of an image encoder and a prediction head."""
     text = {
         name.replace("model.", "model.language_model.", 1): shape for name, shape in with_fused_experts(shapes).items()
     }

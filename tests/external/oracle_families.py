@@ -686,7 +686,7 @@ LLAMA4 = dict(
 )
 add(
     "llama4_text",
-    "sigmoid of the best logit times the expert's input, chunks of 10, no rotation in layer 3, dense and sparse in turn",
+    "sigmoid of the best logit times the expert's input, chunks of 10, no rotation in layer 3, dense layers in turn",
     keep_hidden=True,
     **LLAMA4,
 )
