@@ -6,7 +6,7 @@ from safetensors import numpy as safetensors
 
 from tests.huggingface import fixtures
 
-EVERY = fixtures.cases() + fixtures.cases(refused=True)
+EVERY = fixtures.cases()
 
 
 @pytest.mark.parametrize("case", EVERY)

@@ -1,6 +1,7 @@
 """Trinity. Source: Arcee AI 2025; transformers, `afmoe`."""
 
 import math
+from typing import Any
 
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
@@ -8,8 +9,6 @@ from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
 from moezoo.core.spec import (
-    GroupedQueryAttentionSpec,
-    LayerSpec,
     ModelSpec,
     MoESpec,
     MultipliersSpec,
@@ -21,41 +20,24 @@ from moezoo.core.spec import (
 
 
 def spec(fields: Fields) -> ModelSpec:
-    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     num_layers, num_dense = fields.count("num_hidden_layers"), fields.integer("num_dense_layers", 1)
     norm, bias = parts.rms_norm(fields, 1e-5), fields.flag("attention_bias", False)
+    options: dict[str, Any] = {"qk_norm": norm, "qkv_bias": bias, "output_bias": bias, "gate": "elementwise"}
+    window = fields.count("sliding_window", 1024)
+    mixers = {
+        "full_attention": parts.attention(fields, NoPositionSpec(), head_dim=128, **options),
+        "sliding_attention": parts.attention(fields, parts.rope(fields), head_dim=128, window=window, **options),
+    }
     every = fields.count("global_attn_every_n_layers", 4)
     kinds = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
-    full = GroupedQueryAttentionSpec(
-        num_heads=heads,
-        num_kv_heads=fields.count("num_key_value_heads", heads),
-        head_dim=fields.count("head_dim", 128),
-        position=NoPositionSpec(),
-        qk_norm=norm,
-        qkv_bias=bias,
-        output_bias=bias,
-        gate="elementwise",
-    )
-    window, position = fields.count("sliding_window", 1024), parts.rope(fields)
-    sliding = full.model_copy(update={"position": position, "window": window})
-    moe = _mixture(fields)
-    dense = parts.swiglu(fields, fields.count("intermediate_size"))
-    layers = []
-    for index, kind in enumerate(parts.layer_types(fields, num_layers, kinds)):
-        layer = LayerSpec(
-            arrangement="sandwich", attention=sliding if kind == "sliding_attention" else full, feed_forward=dense
-        )
-        layers.append(layer if index < num_dense else layer.model_copy(update={"feed_forward": None, "moe": moe}))
-    fields.only_in_training("attention_dropout")
+    moe, dense = _mixture(fields), parts.swiglu(fields, fields.count("intermediate_size"))
+    layers = [
+        parts.layer(mixers[kind], dense if index < num_dense else moe).model_copy(update={"arrangement": "sandwich"})
+        for index, kind in enumerate(parts.layer_types(fields, num_layers, kinds))
+    ]
     mup = fields.flag("mup_enabled", False)
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=width,
-        layers=parts.grouped(layers),
-        norm=norm,
-        head=parts.head(fields),
-        multipliers=MultipliersSpec(embedding=math.sqrt(width) if mup else 1.0),
-    )
+    multipliers = MultipliersSpec(embedding=math.sqrt(fields.count("hidden_size")) if mup else 1.0)
+    return parts.model(fields, layers, norm=norm).model_copy(update={"multipliers": multipliers})
 
 
 def _mixture(fields: Fields) -> MoESpec:

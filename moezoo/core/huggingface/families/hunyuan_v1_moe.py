@@ -4,28 +4,19 @@ from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
-from moezoo.core.spec import (
-    GroupedQueryAttentionSpec,
-    LayerSpec,
-    ModelSpec,
-    MoESpec,
-    RoPESpec,
-    RouterSpec,
-    SharedExpertsSpec,
-)
+from moezoo.core.spec import ModelSpec, MoESpec, RoPESpec, RouterSpec, SharedExpertsSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
-    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     num_layers, dense = fields.count("num_hidden_layers"), fields.count("intermediate_size")
     norm, bias = parts.rms_norm(fields, 1e-5), fields.flag("attention_bias", False)
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     head_dim = fields.count(fields.either("head_dim", "attention_head_dim"), width // heads)
     normed = fields.flag("use_qk_norm", True)
-    attention = GroupedQueryAttentionSpec(
-        num_heads=heads,
-        num_kv_heads=fields.count("num_key_value_heads", heads),
+    attention = parts.attention(
+        fields,
+        _position(fields, head_dim),
         head_dim=head_dim,
-        position=_position(fields, head_dim),
         qk_norm=norm if normed else None,
         qk_norm_after_rotation=normed,
         qkv_bias=bias,
@@ -34,15 +25,12 @@ def spec(fields: Fields) -> ModelSpec:
     num_experts = fields.count(fields.either("num_experts", "num_local_experts"), 1)
     mixed = fields.flag("use_mixed_mlp_moe", True)
     # Lists by layer, or one number for all; transformers takes moe_intermediate_size for equal to intermediate_size.
-    layers = [
-        LayerSpec(
-            attention=attention,
-            moe=MoESpec(
-                num_experts=num_experts,
-                router=RouterSpec(top_k=top_k),
-                experts=parts.swiglu(fields, hidden),
-                shared=SharedExpertsSpec(num_experts=shared, hidden_dim=dense) if mixed else None,
-            ),
+    mixtures = [
+        MoESpec(
+            num_experts=num_experts,
+            router=RouterSpec(top_k=top_k),
+            experts=parts.swiglu(fields, hidden),
+            shared=SharedExpertsSpec(num_experts=shared, hidden_dim=dense) if mixed else None,
         )
         for top_k, hidden, shared in zip(
             parts.per_layer(fields, fields.either("moe_topk", "num_experts_per_tok"), num_layers, 1),
@@ -52,14 +40,7 @@ def spec(fields: Fields) -> ModelSpec:
         )
     ]
     _refuse_others(fields)
-    fields.only_in_training("attention_dropout")
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=width,
-        layers=parts.grouped(layers),
-        norm=norm,
-        head=parts.head(fields),
-    )
+    return parts.model(fields, [parts.layer(attention, moe) for moe in mixtures], norm=norm)
 
 
 def _position(fields: Fields, head_dim: int) -> RoPESpec:

@@ -6,32 +6,22 @@ from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
 from moezoo.core.spec import (
-    GroupedQueryAttentionSpec,
-    LayerSpec,
+    AttentionSpec,
     ModelSpec,
     MoESpec,
     RMSNormSpec,
     RouterSpec,
     SelectionBiasSpec,
     ShortConvolutionSpec,
-    TiedHeadSpec,
-    UntiedHeadSpec,
 )
 
 
 def spec(fields: Fields) -> ModelSpec:
-    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     num_layers, num_dense = fields.count("num_hidden_layers"), fields.integer("num_dense_layers", 2)
     norm = RMSNormSpec(epsilon=fields.number("norm_eps", 1e-5))
-    mixers = {
+    mixers: dict[str, AttentionSpec] = {
         "conv": ShortConvolutionSpec(conv_width=fields.count("conv_L_cache", 3), bias=fields.flag("conv_bias", False)),
-        "full_attention": GroupedQueryAttentionSpec(
-            num_heads=heads,
-            num_kv_heads=fields.count("num_key_value_heads", 8),
-            head_dim=fields.count("head_dim", width // heads),
-            position=parts.rope(fields, base=1e6),
-            qk_norm=norm,
-        ),
+        "full_attention": parts.attention(fields, parts.rope(fields, base=1e6), kv_heads=8, qk_norm=norm),
     }
     renormalize = fields.flag("norm_topk_prob", True)
     moe = MoESpec(
@@ -50,19 +40,13 @@ def spec(fields: Fields) -> ModelSpec:
     fields.expect("hidden_act", "silu")
     fields.expect("use_pos_enc", True)
     layers = [
-        LayerSpec(attention=mixers[kind], feed_forward=dense)
-        if index < num_dense
-        else LayerSpec(attention=mixers[kind], moe=moe)
+        parts.layer(mixers[kind], dense if index < num_dense else moe)
         for index, kind in enumerate(parts.layer_types(fields, num_layers, None, tuple(mixers)))
     ]
-    tied = fields.flag(fields.either("tie_word_embeddings", "tie_embedding"), True)
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=width,
-        layers=parts.grouped(layers),
-        norm=norm,
-        head=TiedHeadSpec() if tied else UntiedHeadSpec(),
-    )
+    if "tie_embedding" in fields:  # as transformers 4 had it
+        fields.expect("tie_word_embeddings", fields.flag("tie_embedding"))
+    tied = fields.flag("tie_embedding", True)
+    return parts.model(fields, layers, norm=norm, tied=tied)
 
 
 THEIRS, ATTENTION, NAMES = f"{LAYER}.conv", f"{OURS}.attention", ("w1", "w3", "w2")

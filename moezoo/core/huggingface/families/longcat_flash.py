@@ -36,18 +36,16 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _mixture(fields: Fields) -> MoESpec:
-    # Trap: what these two ask for transformers does not do, and mlx-lm does.
     fields.expect("norm_topk_prob", False)
-    fields.expect("router_bias", False)
     fields.expect("zero_expert_type", "identity")
-    copies = fields.integer("zero_expert_num", 0)
+    copies = fields.integer("zero_expert_num", 256)
     return MoESpec(
         num_experts=fields.count(fields.either("n_routed_experts", "num_local_experts")),
         router=RouterSpec(
             top_k=fields.count(fields.either("moe_topk", "num_experts_per_tok")),
             selection_bias=SelectionBiasSpec(),
             renormalize="none",
-            scale=fields.number("routed_scaling_factor", 1.0),
+            scale=fields.number("routed_scaling_factor", 6.0),
         ),
         experts=parts.swiglu(fields, fields.count(fields.either("expert_ffn_hidden_size", "moe_intermediate_size"))),
         zero_computation=ZeroComputationSpec(num_copy=copies, ffn_share=1.0) if copies else None,
@@ -76,10 +74,11 @@ FAMILY = Family(
     ),
     kept=(
         "*.rotary_emb.inv_freq",
+        "*.mlp.router.classifier.bias",  # of `router_bias`; the published code never adds it
         # Of experts that copy: transformers 5.23 writes gate and up of them too, and no down.
         "*.mlp.experts.*.gate_proj.weight",
         "*.mlp.experts.*.up_proj.weight",
         "model.mtp.*",
     ),
-    harmless=("max_position_embeddings", "num_key_value_heads"),
+    harmless=("max_position_embeddings", "num_key_value_heads", "router_bias"),
 )

@@ -33,6 +33,8 @@ def spec(fields: Fields) -> ModelSpec:
 
 def _position(fields: Fields) -> RoPESpec:
     """Trap: `partial_rotary_factor` is of the whole head, whose rotated part is all that is rotated."""
+    if "rope_parameters" not in fields and "rope_scaling" not in fields:
+        raise fields.refuse("rope_parameters", "a JSON object")  # transformers would stretch it 128 times
     rotated = fields.count("qk_rope_head_dim")
     share = rotated / (fields.count("qk_nope_head_dim") + rotated)
     position = parts.rope(fields, fraction=share, layout=parts.layout(fields), harmless=("llama_4_scaling_beta",))

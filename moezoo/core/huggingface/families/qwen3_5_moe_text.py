@@ -11,7 +11,7 @@ def spec(fields: Fields) -> ModelSpec:
     fields.expect("norm_topk_prob", True)
     fields.expect("mlp_only_layers", [])
     fields.expect("decoder_sparse_step", 1)
-    return hybrid(fields, True, [False] * fields.count("num_hidden_layers"))
+    return hybrid(fields, True, [False] * fields.count("num_hidden_layers"), num_experts=256, top_k=8)
 
 
 FAMILY = Family(

@@ -8,8 +8,6 @@ from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
 from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
-    GroupedQueryAttentionSpec,
-    LayerSpec,
     ModelSpec,
     MoESpec,
     RMSNormSpec,
@@ -20,54 +18,45 @@ from moezoo.core.spec import (
 
 def spec(fields: Fields) -> ModelSpec:
     num_layers = fields.count("num_hidden_layers")
-    renormalize = "sum" if fields.flag("norm_topk_prob", True) else "none"
-    return hybrid(fields, renormalize == "sum", parts.dense_layers(fields, num_layers))
+    renormalize = fields.flag("norm_topk_prob", True)
+    return hybrid(fields, renormalize, parts.dense_layers(fields, num_layers), num_experts=512, top_k=10)
 
 
-def hybrid(fields: Fields, renormalize: bool, dense: list[bool]) -> ModelSpec:
-    """Gated delta networks, and gated attention in every fourth layer or where `layer_types` says so."""
-    width, epsilon = fields.count("hidden_size"), fields.number("rms_norm_eps", 1e-6)
-    norm = RMSNormSpec(epsilon=epsilon, scale="zero_centred")
+def hybrid(fields: Fields, renormalize: bool, dense: list[bool], *, num_experts: int, top_k: int) -> ModelSpec:
+    """Gated delta networks, and gated attention in every fourth layer or where `layer_types` says so. `num_experts`,
+    `top_k`: the family's where the config is silent."""
+    norm = parts.rms_norm(fields).model_copy(update={"scale": "zero_centred"})
     mixers = _mixers(fields, norm)
     interval = fields.count("full_attention_interval", 4)
     kinds = ["linear_attention" if (index + 1) % interval else "full_attention" for index in range(len(dense))]
     moe = MoESpec(
-        num_experts=fields.count(fields.either("num_experts", "num_local_experts"), 512),
-        router=RouterSpec(top_k=fields.count("num_experts_per_tok", 10), renormalize="sum" if renormalize else "none"),
+        num_experts=fields.count(fields.either("num_experts", "num_local_experts"), num_experts),
+        router=RouterSpec(
+            top_k=fields.count("num_experts_per_tok", top_k), renormalize="sum" if renormalize else "none"
+        ),
         experts=parts.swiglu(fields, fields.count("moe_intermediate_size", 512)),
         shared=SharedExpertsSpec(kind="sigmoid_gated", hidden_dim=fields.count("shared_expert_intermediate_size", 512)),
         losses=parts.pooled_balance(fields),
     )
     feed_forward = parts.swiglu(fields, fields.count("intermediate_size", 5632))
     layers = [
-        LayerSpec(
-            attention=mixers[kind],
-            feed_forward=feed_forward if is_dense else None,
-            moe=None if is_dense else moe,
-        )
+        parts.layer(mixers[kind], feed_forward if is_dense else moe)
         for kind, is_dense in zip(parts.layer_types(fields, len(dense), kinds, tuple(mixers)), dense, strict=True)
     ]
     fields.expect("hidden_act", "silu")  # of the convolutions too
-    fields.only_in_training("attention_dropout")
-    return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        embed_dim=width,
-        layers=parts.grouped(layers),
-        norm=norm,
-        head=parts.head(fields),
-    )
+    return parts.model(fields, layers, norm=norm)
 
 
 def _mixers(fields: Fields, norm: RMSNormSpec) -> dict[str, AttentionSpec]:
     fields.expect("attention_bias", False)  # the gate stands in the projection of queries, and ours has no bias
     fields.expect("attn_output_gate", True)
     return {
-        "full_attention": GroupedQueryAttentionSpec(
-            num_heads=fields.count("num_attention_heads"),
-            num_kv_heads=fields.count("num_key_value_heads", 2),
-            head_dim=fields.count("head_dim", 256),
+        "full_attention": parts.attention(
+            fields,
             # With text alone, the three positions of a multimodal rotation are one.
-            position=parts.rope(fields, fraction=0.25, harmless=("mrope_section", "mrope_interleaved")),
+            parts.rope(fields, fraction=0.25, harmless=("mrope_section", "mrope_interleaved")),
+            kv_heads=2,
+            head_dim=256,
             qk_norm=norm,
             gate="elementwise",
         ),

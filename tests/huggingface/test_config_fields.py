@@ -1,0 +1,147 @@
+"""No field of a config.json is read to no effect, in any family; an absent one is what transformers takes it for."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import pytest
+
+from moezoo.core.errors import SpecError
+from moezoo.core.huggingface.family import families, family_of
+from moezoo.core.huggingface.fields import HARMLESS, Fields
+from tests.huggingface.fixtures import cases, read_fixture
+
+# Fields that change nothing beside others of the same config: what they would say is said already, or there is nothing
+# for them to act on.
+IDLE = {
+    # a list of layers says it
+    "global_attn_every_n_layers": ("afmoe*",),
+    "first_k_dense_replace": ("deepseek_v32*", "exaone_moe*"),
+    "interleave_moe_layer_step": ("llama4_text*",),
+    "no_rope_layer_interval": ("llama4_text*",),
+    "max_window_layers": ("qwen2_moe*",),
+    "mlp_only_layers": ("qwen2_moe_sliding", "qwen3_moe_step"),
+    "sliding_window_pattern": ("exaone_moe*",),
+    "use_sliding_window": ("qwen2_moe*", "qwen3_moe*"),
+    # there is no such layer, group, window or text
+    "attn_scale": ("llama4_text_top2",),
+    "floor_scale": ("llama4_text_top2",),
+    "intermediate_size": ("dots1_plain", "lfm2_moe_plain", "qwen3_next"),
+    "intermediate_size_mlp": ("llama4_text_top2",),
+    "moe_layer_end_index": ("ernie4_5_moe",),
+    "sliding_window": ("dots1_plain",),
+    "topk_group": ("dots1_plain", "glm4_moe"),
+    "use_double_wide_mlp": ("gemma4_text*",),
+    "long_mscale": ("phimoe*",),
+    "mrope_interleaved": ("qwen3_5_moe*",),
+    "mrope_section": ("qwen3_5_moe*",),
+    # the same thing is said inside rope_parameters
+    "partial_rotary_factor": ("mimo_v2_flash*",),
+    "rope_theta": ("mimo_v2_flash*",),
+    "rotary_dim": ("minimax_m2*",),
+    "swa_rope_theta": ("mimo_v2_flash*",),
+    "tie_word_embeddings": ("qwen3_5_moe",),
+    "type": ("*",),
+    # transformers does not read it
+    "beta_fast": ("hunyuan_v1_moe",),
+    "beta_slow": ("hunyuan_v1_moe",),
+    "factor": ("hunyuan_v1_moe",),
+    "mscale": ("hunyuan_v1_moe",),
+    "hidden_size": ("dbrx*",),  # in ffn_config
+}
+
+
+def read(config: dict[str, Any]) -> Any:
+    """What a config says: the model, and notes for a reader."""
+    fields = Fields(json.loads(json.dumps(config)), "config.json")
+    return family_of(fields).spec_of(fields), fields.notes
+
+
+def others(value: Any) -> list[Any]:
+    """Other values of the same type; one of them must make a difference."""
+    match value:
+        case None:
+            return [3]
+        case bool():
+            return [not value]
+        case int():
+            return [value + 1, 2 * value + 2]
+        case float():
+            return [2 * value + 0.5]
+        case str():
+            return ["foo"]
+        case list():
+            return [value[:-1] or [0], ["foo"] * len(value), value[::-1]]
+        case _:
+            return []
+
+
+def objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config, and the objects inside it that speak of the text."""
+    yield config
+    for name, value in config.items():
+        if isinstance(value, dict) and name not in ("id2label", "label2id", "quantization_config", "vision_config"):
+            yield from objects(value)
+
+
+@pytest.mark.parametrize("spelling", ["config", "hub_config"])
+@pytest.mark.parametrize("case", cases())
+def test_a_field_that_changes_nothing_is_listed_as_harmless(case: str, spelling: str) -> None:
+    config = read_fixture(case).description[spelling]
+    try:
+        expected = read(config)
+    except SpecError:
+        return  # refused by name, whatever else it says
+    family = families()[Fields(config, "config.json").model_type]
+    silent = []
+    for owner in objects(config):
+        for name, value in list(owner.items()):
+            if any(fnmatchcase(name, pattern) for pattern in (*HARMLESS, *family.harmless)):
+                continue
+            if any(fnmatchcase(case, pattern) for pattern in IDLE.get(name, ())):
+                continue
+            different = isinstance(value, dict)
+            for other in others(value):
+                owner[name] = other
+                try:
+                    different = different or read(config) != expected
+                except SpecError:
+                    different = True
+            owner[name] = value
+            if not different:
+                silent.append(f"{name} {json.dumps(value)}")
+    assert not silent, f"changing these has no effect, and IDLE does not say why: {', '.join(silent)}"
+
+
+@cache
+def main_cases() -> dict[str, str]:
+    """The first case of every model type that transformers knows by itself, not as a part of a wrapper."""
+    found: dict[str, str] = {}
+    for case in cases():
+        config = read_fixture(case).description["config"]
+        if "text_config" not in config:
+            found.setdefault(config["model_type"], case)
+    return found
+
+
+@pytest.mark.parametrize("model_type", sorted(main_cases()))
+def test_an_absent_field_has_the_value_that_transformers_gives_it(model_type: str) -> None:
+    """Or it is asked for, or refused with what it is taken to be."""
+    from transformers import AutoConfig
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = read_fixture(main_cases()[model_type]).description["config"]
+    differing = []
+    for name in config:
+        part = {other: value for other, value in config.items() if other != name}
+        given = {key: value for key, value in part.items() if key not in ("architectures", "dtype", "model_type")}
+        with suppress(SpecError):
+            without = read(part)
+            whole = json.loads(AutoConfig.for_model(model_type, **given).to_json_string(use_diff=False))
+            if read(whole) != without:
+                differing.append(f"{name} {json.dumps(whole.get(name))}")
+    assert not differing, f"read as something else where absent: {'; '.join(differing)}"
