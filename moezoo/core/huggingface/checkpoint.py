@@ -1,5 +1,6 @@
 """A folder of a Hugging Face checkpoint: a spec, and its weights, read one by one when they are asked for."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ def open_checkpoint(path: str | Path, max_length: int | None = None) -> HuggingF
     path = Path(path)
     description = describe_checkpoint(path, max_length)
     folder = TensorFolder(path)
+    _refuse_another_size(description.spec, folder)
     layout = make_layout(description, path, folder.headers, folder.tensors, folder.read)
     weights = LazyWeights(description.spec, layout.ledger, folder, Quantized(folder, layout.readable))
     return HuggingFaceCheckpoint(path, description, folder, layout, weights)
@@ -120,3 +122,14 @@ class LazyWeights(Mapping[str, Array]):
                 f"{self._folder.path}: config.json ties the head to the embedding, but {source.name} differs from "
                 f"{name}. Set tie_word_embeddings to false, or remove {source.name}."
             )
+
+
+def _refuse_another_size(spec: ModelSpec, folder: TensorFolder) -> None:
+    """Raise where no files of this size can hold the model, before a name is made for each of its tensors."""
+    numbers = sum(math.prod(row.shape) for row in parameter_table(spec))
+    stored = sum(folder.size_bytes(name) for name in folder.tensors)
+    if numbers > 2 * stored:  # two numbers a byte: no stored dtype is narrower than 4 bits
+        raise CheckpointError(
+            f"{folder.path / CONFIG} describes a model of {numbers:.3g} numbers, but its safetensors files hold "
+            f"{stored:.3g} bytes. Use the config.json of these files."
+        )

@@ -51,6 +51,12 @@ class Family:
         except ValidationError as error:
             problems = "; ".join(_problem(dict(problem)) for problem in error.errors())
             raise SpecError(f"{fields.where} describes a model that cannot be: {problems}.") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # A list where a number belongs, or the like, in a field that nobody thought of checking.
+            raise SpecError(
+                f"{fields.where} has a field that cannot be ({type(error).__name__}: {error!s:.100}); the last one "
+                f"read is {fields.last}. Use the config.json of these files."
+            ) from error
         fields.expect("use_bidirectional_attention", False, "vision")  # the latter: between the tokens of an image
         fields.finish(("quantization_config", *self.harmless))
         return spec

@@ -10,6 +10,10 @@ from moezoo.core.errors import CheckpointError, SpecError
 
 _MAX_BYTES = 10_000_000
 
+# What is larger is a mistake or malice; many layers would be written out before a shape is compared with a file.
+_LARGEST, _LARGEST_NUMBER = 2**53, 1e300
+_MOST = {"layer": 10_000, "expert": 100_000}
+
 # Fields that change no number of a text model's forward pass, whatever they hold.
 HARMLESS = (
     "architectures",
@@ -70,7 +74,7 @@ class Fields:
         self.where = where
         self.max_length = max_length
         self.raw = dict(values)
-        self._seen: set[str] = set()
+        self._seen: dict[str, None] = {}
         self.notes: list[str] = []
         inner = values.get("text_config")
         self._values: dict[str, Any] = dict(values)
@@ -104,7 +108,16 @@ class Fields:
         """The family's name for itself; inside a wrapper the text model's. May be empty."""
         return str(self._values.get("model_type") or self.raw.get("model_type") or "")
 
+    @property
+    def last(self) -> str:
+        """The field that was read last."""
+        return next(reversed(self._seen), "none")
+
     # --- reading a field -----------------------------------------------------------------------------------------
+
+    def _saw(self, name: str) -> None:
+        self._seen.pop(name, None)
+        self._seen[name] = None
 
     def __contains__(self, name: str) -> bool:
         """Whether the field is there and not null; asking counts as reading."""
@@ -112,20 +125,21 @@ class Fields:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field as JSON gives it."""
-        self._seen.add(name)
+        self._saw(name)
         value = self._values.get(name)
         return default if value is None else value
 
     def null(self, name: str) -> bool:
         """Whether the field is there and null, where that is another value than the one of an absent field."""
-        self._seen.add(name)
+        self._saw(name)
         return name in self._values and self._values[name] is None
 
     def integer(self, name: str, default: int | None = None) -> int:
         """A whole number, at least 0."""
         value = self._required(name, default)
-        if type(value) is not int or value < 0:
-            raise self.refuse(name, "a whole number, 0 or more")
+        most = next((most for word, most in _MOST.items() if word in name), _LARGEST)
+        if type(value) is not int or not 0 <= value <= most:
+            raise self.refuse(name, f"a whole number, 0 or more, at most {most}")
         return value
 
     def count(self, name: str, default: int | None = None) -> int:
@@ -137,16 +151,16 @@ class Fields:
 
     def count_or_null(self, name: str, default: int | None = None) -> int | None:
         """A whole number, at least 1; null is a value of its own here, and `default` stands for an absent field."""
-        self._seen.add(name)
+        self._saw(name)
         value = self._values.get(name, default)
-        if value is not None and (type(value) is not int or value < 1):
+        if value is not None and (type(value) is not int or not 1 <= value <= _LARGEST):
             raise self.refuse(name, "a whole number, 1 or more, or null")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._required(name, default)
-        if type(value) not in (int, float) or value != value or value in (float("inf"), float("-inf")):
+        if type(value) not in (int, float) or not -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER:  # NaN fails too
             raise self.refuse(name, "a number")
         return float(value)
 

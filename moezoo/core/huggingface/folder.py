@@ -133,7 +133,8 @@ def _is_base_name(name: object) -> bool:
         isinstance(name, str)
         and name.endswith(".safetensors")
         and not name.startswith(".")
-        and not set(name) & {"/", "\\", "\0"}
+        and name.isprintable()
+        and not set(name) & {"/", "\\"}
         and len(name.encode()) < 256
     )
 
