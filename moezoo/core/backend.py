@@ -47,7 +47,9 @@ def check_length(spec: ModelSpec, length: int, got: str) -> None:
     tokens to a model asks this first. Trap: of a row that a table has not, JAX gives the last one and MLX stray memory.
     """
     if spec.max_length is not None and length > spec.max_length:
-        raise DataError(f"positions end at {spec.max_length} tokens ({spec.max_length_field}); got {got}. Use fewer.")
+        stretched = spec.max_length_field.endswith("scaling.length")
+        advice = "Use fewer, or load it for a larger max_length" if stretched else "Use fewer"
+        raise DataError(f"positions end at {spec.max_length} tokens ({spec.max_length_field}); got {got}. {advice}.")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from moezoo.core.errors import SpecError
+from moezoo.core.backend import check_length
+from moezoo.core.errors import DataError, SpecError
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.spec import DynamicScalingSpec, LongRoPEScalingSpec, ModelSpec
@@ -35,8 +36,8 @@ GEMMA = {
 }
 
 
-def spec_of(config: dict[str, Any]) -> ModelSpec:
-    fields = Fields(json.loads(json.dumps(config)), "config.json")
+def spec_of(config: dict[str, Any], max_length: int | None = None) -> ModelSpec:
+    fields = Fields(json.loads(json.dumps(config)), "config.json", max_length)
     return family_of(fields).spec_of(fields)
 
 
@@ -58,6 +59,25 @@ def test_a_dynamic_rotation_is_that_of_texts_up_to_the_original_length() -> None
         scaling = spec.layers[0].attention.position.scaling
         assert scaling == DynamicScalingSpec(factor=4, original_length=64, length=64)
         assert spec.max_length == 64
+
+
+def test_longer_texts_are_refused_unless_the_length_is_given() -> None:
+    config = OLMOE | {"rope_theta": 500.0, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    longer = spec_of(config, 100)
+    assert longer.layers[0].attention.position.scaling == DynamicScalingSpec(factor=4, original_length=64, length=100)
+    check_length(longer, 100, "x")
+    with pytest.raises(
+        DataError, match=r"positions end at 64 tokens .* Use fewer, or load it for a larger max_length\.$"
+    ):
+        check_length(spec_of(config), 65, "a text of 65")
+
+
+def test_phimoe_has_an_attention_factor_for_long_texts() -> None:
+    config = described("phimoe")
+    original = config["rope_scaling"]["original_max_position_embeddings"]
+    short, long = (spec_of(config, length).layers[0].attention.position.scaling for length in (None, original + 1))
+    assert short.attention_factor == config["rope_scaling"]["short_mscale"]
+    assert long.attention_factor == config["rope_scaling"]["long_mscale"]
 
 
 def test_the_attention_factor_of_longrope_is_that_of_the_longest_text() -> None:

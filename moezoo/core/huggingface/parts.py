@@ -150,7 +150,8 @@ def _longrope(fields: Fields, inner: Fields) -> LongRoPEScalingSpec:
     stretched = inner.number("factor", fields.count("max_position_embeddings", original) / original)
     attention_factor = math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
     if "long_mscale" in inner:  # of texts beyond; phimoe gives the factors themselves
-        attention_factor = inner.number("short_mscale" if length == original else "long_mscale")
+        short, long = inner.number("short_mscale"), inner.number("long_mscale")
+        attention_factor = short if length == original else long
     if fields.count("max_position_embeddings") > length:
         fields.notes.append(
             f"texts of more than {length} tokens are refused; load with a larger max_length to read them by long_factor"
