@@ -83,7 +83,7 @@ def attention_in_words(spec: AttentionSpec) -> str:
             if spec.indexer is not None:
                 parts.append(f"indexer top {spec.indexer.top_k}")
             extra = (
-                (f"scale {spec.scale}", spec.scale is not None),
+                ("" if spec.scale is None else f"scale {spec.scale:g}", spec.scale is not None),
                 (f"latent times {spec.latent_multiplier:g}", spec.latent_multiplier != 1),
                 ("biases", spec.bias),
                 ("temperature by position", spec.temperature_tuning is not None),

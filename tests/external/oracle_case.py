@@ -1,4 +1,4 @@
-"""What a case is: a tiny config, the laws that draw its weights, and how its file differs from what transformers has."""
+"""What a case is: a tiny config, the laws that draw its weights, and how its file differs from transformers' own."""
 
 import re
 from collections.abc import Callable
@@ -59,6 +59,8 @@ class Case:
     laws: dict[str, dict[str, float]] = field(default_factory=dict)
     keep_hidden: bool = False
     cache_agrees: bool = True  # False: frequencies that change with the length, so that a cache holds other keys
+    refused: str = ""  # what moezoo says of it, where it does not take it
+    wrapper: dict[str, Any] = field(default_factory=dict)  # config.json around the text model's, `text_config`
     hub_only: dict[str, Any] = field(default_factory=dict)
     config_additions: dict[str, Any] = field(default_factory=dict)
     as_on_the_hub: Callable[[Shapes], Shapes] = lambda shapes: shapes
@@ -69,6 +71,10 @@ class Case:
     def all_laws(self) -> dict[str, dict[str, float]]:
         return LAWS | self.laws
 
+    def wrapped(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config.json as it stands in the file."""
+        return {**self.wrapper, "text_config": config} if self.wrapper else config
+
 
 def law_of(case: Case, name: str, dtype: str) -> str:
     """The law that draws the tensor of that name."""
@@ -78,7 +84,7 @@ def law_of(case: Case, name: str, dtype: str) -> str:
         return "block_scale"
     if dtype == "F8_E4M3":
         return "codes"
-    if name.startswith("model.visual."):
+    if re.search("visual|vision", name):
         return "matrix"
     law = next((law for pattern, law in LAW_OF_NAME if re.search(pattern, name)), "matrix")
     if law == "norm" and case.config["model_type"] in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe"):
@@ -173,7 +179,7 @@ def without_e4m3_blocks(tensors: Stored) -> Stored:
 
 
 def in_mxfp4(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
-    """Experts [expert, in, out] as blocks of 32 codes of 4 bits along `in`, each with a power of two; the rest bfloat16."""
+    """Experts [expert, in, out] as blocks of 32 codes of 4 bits along `in`, each with a power of two."""
     if not re.search(r"experts\.(gate_up|down)_proj$", name):
         return [(name, shape, "BF16")]
     experts, inner, outer = shape
@@ -234,8 +240,25 @@ def without(pattern: str) -> Callable[[Stored], Stored]:
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)}
 
 
+def renamed(text: str, head: str, extra: Shapes) -> Callable[[Shapes], Shapes]:
+    """Layers under another prefix than `model.`, the head under another than none, and tensors of other modalities."""
+    names = ((r"^model\.", text), (r"^lm_head\.", f"{head}lm_head."))
+    return lambda shapes: {_replaced(name, names): shape for name, shape in shapes.items()} | extra
+
+
+def unwrapped(text: str, head: str, extra: Shapes) -> Callable[[Stored], Stored]:
+    """The inverse of `renamed`."""
+    names = ((f"^{re.escape(text)}", "model."), (f"^{re.escape(head)}lm_head\\.", "lm_head."))
+    return lambda tensors: {_replaced(name, names): tensors[name] for name in tensors if name not in extra}
+
+
+def _replaced(name: str, replacements: tuple[tuple[str, str], ...]) -> str:
+    pattern, other = next(((old, new) for old, new in replacements if re.search(old, name)), ("^", ""))
+    return re.sub(pattern, other, name)
+
+
 def inside_a_wrapper(shapes: Shapes) -> Shapes:
-    """The text model's tensors under `model.language_model`, beside those of an image encoder and of a prediction head."""
+    """The text model's tensors under `model.language_model`, beside those of an image encoder and a prediction head."""
     text = {
         name.replace("model.", "model.language_model.", 1): shape for name, shape in with_fused_experts(shapes).items()
     }

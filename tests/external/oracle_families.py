@@ -147,6 +147,7 @@ add(
     sliding_window=8,
     sliding_window_pattern="LLLG",
     layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    hub_only=dict(is_moe_layer=[False, True, True, True], scoring_func="sigmoid", topk_method="noaux_tc"),
     mlp_layer_types=["dense"] + ["sparse"] * 3,
     rope_theta=1e6,
 )
@@ -204,6 +205,8 @@ add(
     rope_theta=5e5,
 )
 GRANITE = dict(
+    attention_bias=False,
+    rope_scaling=None,
     intermediate_size=20,
     num_local_experts=7,
     num_experts_per_tok=3,
@@ -231,6 +234,10 @@ HUNYUAN = dict(
     num_shared_expert=1,
     use_mixed_mlp_moe=True,
     use_qk_norm=True,
+    use_cla=False,
+    cla_share_factor=2,
+    moe_intermediate_size=20,
+    attention_bias=False,
     tie_word_embeddings=True,
     rope_theta=1e4,
 )
@@ -244,33 +251,33 @@ add(
         rope_scaling={"type": "dynamic", "alpha": 50.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0},
     ),
 )
+MISTRAL4 = DEEPSEEK_V3 | dict(
+    model_type="mistral4",
+    num_nextn_predict_layers=...,
+    scoring_func=...,
+    topk_method=...,
+    rope_theta=...,
+    rope_scaling=...,
+    rope_interleave=True,
+    rope_parameters={
+        "type": "yarn",
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 16.0,
+        "original_max_position_embeddings": 8,
+        "max_position_embeddings": 128,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+)
 add(
     "mistral4",
     "MLA with yarn, softmax routing in groups masked with 0, queries scaled by position",
     keep_hidden=True,
-    **DEEPSEEK_V3
-    | dict(
-        model_type="mistral4",
-        num_nextn_predict_layers=...,
-        scoring_func=...,
-        topk_method=...,
-        rope_theta=...,
-        rope_scaling=...,
-        rope_interleave=True,
-        rope_parameters={
-            "type": "yarn",
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 16.0,
-            "original_max_position_embeddings": 8,
-            "max_position_embeddings": 128,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
-    ),
+    **MISTRAL4,
 )
 add(
     "afmoe",
@@ -292,6 +299,7 @@ add(
     route_scale=2.5,
     mup_enabled=True,
     global_attn_every_n_layers=3,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     sliding_window=8,
     rope_theta=1e4,
 )
@@ -385,6 +393,7 @@ add(
     mla_scale_q_lora=True,
     mla_scale_kv_lora=True,
     attention_method="MLA",
+    attention_bias=False,
     head_dim=8,
     rope_theta=1e7,
     **MLA,
@@ -591,6 +600,7 @@ GLM4_MOE = dict(
     use_qk_norm=True,
     attention_bias=True,
     rope_theta=1e6,
+    rope_scaling=None,
     **GROUPED | dict(n_group=1, topk_group=1),
 )
 add("glm4_moe", "half of each head rotated, q/k norm, biases of q, k, v, sigmoid routing", keep_hidden=True, **GLM4_MOE)
@@ -607,6 +617,7 @@ add(
     use_qk_norm=True,
     qk_norm_type="per_layer",
     use_routing_bias=True,
+    shared_intermediate_size=0,
     scoring_func="sigmoid",
     rope_theta=5e6,
 )
@@ -686,7 +697,7 @@ LLAMA4 = dict(
 )
 add(
     "llama4_text",
-    "sigmoid of the best logit times the expert's input, chunks of 10, no rotation in layer 3, dense and sparse in turn",
+    "sigmoid of the best logit times the expert's input, chunks of 10, no rotation in layer 3, dense layers in turn",
     keep_hidden=True,
     **LLAMA4,
 )
@@ -707,6 +718,8 @@ GEMMA4 = dict(
     sliding_window=8,
     final_logit_softcapping=5.0,
     hidden_size_per_layer_input=0,
+    num_kv_shared_layers=0,
+    use_double_wide_mlp=False,
     vocab_size_per_layer_input=64,
     tie_word_embeddings=True,
     rms_norm_eps=1e-6,

@@ -7,6 +7,8 @@ from oracle_case import (
     add,
     in_dtype,
     inside_a_wrapper,
+    renamed,
+    unwrapped,
     with_fused_experts,
     with_mixed_experts,
     with_prediction_layer,
@@ -23,6 +25,7 @@ from oracle_families import (
     GROUPED,
     HUNYUAN,
     LLAMA4,
+    MISTRAL4,
     MIXTRAL,
     OLMOE,
     PHIMOE,
@@ -97,11 +100,13 @@ for name, note, scaling in (
     ("longrope_short", "below the original length: short factors", LONGROPE | {"original_max_position_embeddings": 64}),
     ("longrope_long", "beyond the original length: long factors", LONGROPE | {"original_max_position_embeddings": 16}),
 ):
-    add(f"qwen3_moe_rope_{name}", note, **QWEN3_MOE | dict(rope_theta=1e4, rope_scaling=scaling))
+    refused = "positions end at 16 tokens" if name == "longrope_long" else ""
+    add(f"qwen3_moe_rope_{name}", note, refused=refused, **QWEN3_MOE | dict(rope_theta=1e4, rope_scaling=scaling))
 add(
     "qwen3_moe_rope_dynamic_beyond",
     "24 tokens where 16 are the length of the config: frequencies stretch with the length; no greedy tokens",
     cache_agrees=False,
+    refused="positions end at 16 tokens",
     **QWEN3_MOE | dict(rope_theta=1e4, max_position_embeddings=16, rope_scaling={"type": "dynamic", "factor": 4.0}),
 )
 add(
@@ -174,6 +179,7 @@ add(
 add(
     "ernie4_5_moe_bias",
     "biases everywhere, every second layer sparse, untied",
+    refused="use_bias is true",
     **ERNIE
     | dict(
         use_bias=True,
@@ -292,6 +298,58 @@ add(
     vision_config={"model_type": "qwen3_5_moe_vision", "depth": 1, "hidden_size": 24, "num_heads": 2, "patch_size": 4},
     tie_word_embeddings=False,
 )
+LLAMA4_NAMES = ("language_model.model.", "language_model.", {"vision_model.class_embedding": (24,)})
+add(
+    "llama4",
+    "inside the multimodal wrapper: names under language_model.model, the head under language_model",
+    as_on_the_hub=renamed(*LLAMA4_NAMES),
+    for_transformers=unwrapped(*LLAMA4_NAMES),
+    wrapper={
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "torch_dtype": "float32",
+        "tie_word_embeddings": False,
+        "boi_token_index": 60,
+        "eoi_token_index": 61,
+        "image_token_index": 62,
+        "vision_config": {"model_type": "llama4_vision_model", "hidden_size": 24, "num_hidden_layers": 1},
+    },
+    **LLAMA4,
+)
+GEMMA4_NAMES = ("model.language_model.", "", {"model.vision_tower.patch_embedder.input_proj.weight": (24, 48)})
+add(
+    "gemma4",
+    "inside the multimodal wrapper: names under model.language_model, tied head",
+    as_on_the_hub=renamed(*GEMMA4_NAMES),
+    for_transformers=unwrapped(*GEMMA4_NAMES),
+    laws={"embedding": {"mean": 0.0, "std": 0.15}},
+    wrapper={
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "dtype": "float32",
+        "tie_word_embeddings": True,
+        "image_token_id": 60,
+        "vision_config": {"model_type": "gemma4_vision", "hidden_size": 24, "num_hidden_layers": 1},
+        "audio_config": None,
+    },
+    **GEMMA4,
+)
+MISTRAL4_NAMES = ("language_model.model.", "language_model.", {"vision_tower.ln_pre.weight": (24,)})
+add(
+    "mistral4_wrapped",
+    "inside Mistral 3's multimodal wrapper",
+    as_on_the_hub=renamed(*MISTRAL4_NAMES),
+    for_transformers=unwrapped(*MISTRAL4_NAMES),
+    wrapper={
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "dtype": "float32",
+        "tie_word_embeddings": False,
+        "image_token_index": 10,
+        "vision_config": {"model_type": "pixtral", "hidden_size": 24, "num_hidden_layers": 1},
+    },
+    **MISTRAL4,
+)
 add(
     "lfm2_moe_plain",
     "no selection bias, no renormalisation, biased convolutions, untied",
@@ -334,6 +392,8 @@ add(
 add(
     "solar_open_yarn",
     "yarn, attention biases",
+    routed_scaling_factor=1.0,
+    partial_rotary_factor=1.0,
     model_type="solar_open",
     head_dim=12,
     intermediate_size=40,
@@ -366,14 +426,8 @@ add(
 add(
     "mistral4_plain",
     "rotation in halves, no query low-rank, attention biases, no renormalisation, temperature of the context length",
-    **DEEPSEEK_V3
+    **MISTRAL4
     | dict(
-        model_type="mistral4",
-        num_nextn_predict_layers=...,
-        scoring_func=...,
-        topk_method=...,
-        rope_theta=...,
-        rope_scaling=...,
         rope_interleave=False,
         q_lora_rank=None,
         attention_bias=True,

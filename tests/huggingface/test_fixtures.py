@@ -6,7 +6,7 @@ from safetensors import numpy as safetensors
 
 from tests.huggingface import fixtures
 
-EVERY = fixtures.cases()
+EVERY = fixtures.cases() + fixtures.cases(refused=True)
 
 
 @pytest.mark.parametrize("case", EVERY)

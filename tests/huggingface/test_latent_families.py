@@ -48,6 +48,7 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
         ("longcat_flash", {"qk_head_dim": 20}, "qk_head_dim is 20; expected 18"),
         ("longcat_flash", {"head_dim": 16}, "head_dim is 16; expected 8"),
         ("longcat_flash", {"norm_topk_prob": True}, "norm_topk_prob is true; expected false"),
+        ("longcat_flash", {"router_bias": True}, "router_bias is true; expected false"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3; expected 2"),
         ("phimoe", {"lm_head_bias": True, "tie_word_embeddings": True}, "lm_head_bias is true; expected false, since"),
     ],
@@ -82,6 +83,15 @@ def test_one_group_is_plain_top_k(tmp_path: Path) -> None:
     for case in ("deepseek_v3", "mistral4"):
         moe = spec_of(case, tmp_path, n_group=1, topk_group=1).layers[-1].moe
         assert isinstance(moe.router.choice, TopKChoiceSpec)
+
+
+def test_phi_has_a_factor_of_its_own_for_each_list(tmp_path: Path) -> None:
+    rope = read_fixture("phimoe").description["config"]["rope_parameters"]
+    original = rope["original_max_position_embeddings"]
+    spec_of("phimoe", tmp_path)
+    for length, factor in ((original, rope["short_mscale"]), (original + 1, rope["long_mscale"])):
+        scaling = describe_checkpoint(tmp_path, max_length=length).spec.layers[0].attention.position.scaling
+        assert (scaling.length, scaling.attention_factor) == (length, factor)
 
 
 def test_a_layer_of_longcat_is_two_of_ours(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""Opens checkpoint folders with transformers and mlx-lm, and says how far their logits are from ours.
+
+    python tests/external/check_export.py FOLDER ...      # FOLDER/expected.npz: input_ids, logits, perhaps greedy
+    python tests/external/check_export.py FOLDER:EXPECTED.npz ...
+    python tests/external/check_export.py --fixtures [CASE ...]      # the checked-in fixtures, in the hub's spelling
+
+Needs torch, transformers and mlx-lm, and nothing of this project. Both compute on the CPU in float32, whatever the file
+holds. Prints a Markdown table; fails if one of them differs that did open the folder. An implementation that does not
+know the family, or refuses the file, says so in the table.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "huggingface"))
+import fixtures
+
+TOLERANCE = 5e-4  # a correct float32 implementation is 1e-5 to 2e-4 away, a wrong detail above 1e-2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an implementation makes of a folder: logits [B, T, V] and greedy tokens, or why it makes nothing of it."""
+
+    logits: np.ndarray | None = None
+    greedy: np.ndarray | None = None
+    refusal: str = ""
+
+    def cell(self, expected: dict[str, np.ndarray]) -> str:
+        """The table's cell: the largest difference, and whether greedy tokens are the same."""
+        if self.logits is None:
+            return self.refusal
+        words = f"{self.difference(expected):.1e}" + ("" if self.agrees(expected) else " **differs**")
+        if self.greedy is not None and not np.array_equal(self.greedy, expected["greedy"]):
+            words += ", other tokens"
+        return words
+
+    def difference(self, expected: dict[str, np.ndarray]) -> float:
+        """Largest absolute difference of a logit; NaN is infinitely far."""
+        return float(np.nan_to_num(np.abs(self.logits - expected["logits"]), nan=np.inf).max())
+
+    def agrees(self, expected: dict[str, np.ndarray]) -> bool:
+        return self.logits is None or self.difference(expected) < TOLERANCE
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", metavar="FOLDER[:NPZ] or CASE")
+    parser.add_argument("--fixtures", action="store_true", help="the arguments are cases; none is all of them")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    print("| checkpoint | transformers | mlx-lm |\n|---|---|---|")
+    agree = True
+    if options.fixtures:
+        for case in options.what or fixtures.cases() + fixtures.cases(refused=True):
+            with tempfile.TemporaryDirectory() as folder:
+                fixtures.write_checkpoint(case, Path(folder), spelling="hub")
+                agree &= row(case, Path(folder), fixtures.read_fixture(case).expected)
+        return 0 if agree else 1
+    for word in options.what:
+        folder, _, npz = word.partition(":")
+        with np.load(npz or Path(folder, "expected.npz")) as arrays:
+            agree &= row(Path(folder).name, Path(folder), dict(arrays))
+    return 0 if agree else 1
+
+
+def row(name: str, folder: Path, expected: dict[str, np.ndarray]) -> bool:
+    """Prints a line of the table, and says whether whoever answered agrees."""
+    answers = [attempted(ask, folder, expected) for ask in (transformers_answer, mlx_answer)]
+    print(f"| {name} | " + " | ".join(answer.cell(expected) for answer in answers) + " |", flush=True)
+    return all(answer.agrees(expected) for answer in answers)
+
+
+def attempted(ask: Callable[..., Answer], folder: Path, expected: dict[str, np.ndarray]) -> Answer:
+    """The answer, or in one line why there is none."""
+    steps = expected["greedy"].shape[1] if "greedy" in expected else 0
+    try:
+        return ask(folder, expected["input_ids"], steps)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Answer(refusal=f"refuses: {first[:110]}".replace("|", "/"))
+
+
+def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answer:
+    """Logits of one pass, and greedy tokens with the cache."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    mistral4 = json.loads((folder / "config.json").read_text())["model_type"] == "mistral4"
+    kind = transformers.Mistral4ForCausalLM if mistral4 else transformers.AutoModelForCausalLM
+    model, report = kind.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        return Answer(refusal=f"finds no {names[0]} and {len(names) - 1} more")
+    model = model.float().eval()
+    prompt = torch.from_numpy(np.asarray(input_ids, np.int64))
+    with torch.no_grad():
+        logits = model(prompt, use_cache=False).logits.numpy()
+        if not steps:
+            return Answer(logits)
+        tokens = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return Answer(logits, tokens[:, prompt.shape[1] :].numpy())
+
+
+def mlx_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answer:
+    """Logits of one pass, and greedy tokens with the cache."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model
+
+    mx.set_default_device(mx.cpu)
+    model, _ = load_model(folder)
+    model.apply(lambda x: x.astype(mx.float32) if x.dtype in (mx.float16, mx.bfloat16) else x)
+    logits = np.array(model(mx.array(input_ids)).astype(mx.float32))
+    if not steps:
+        return Answer(logits)
+    cache, tokens, fed = make_prompt_cache(model), [], mx.array(input_ids)
+    for _ in range(steps):
+        fed = mx.argmax(model(fed, cache=cache)[:, -1], axis=-1, keepdims=True)
+        mx.eval(fed)
+        tokens.append(np.array(fed))
+    return Answer(logits, np.concatenate(tokens, axis=1))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())
