@@ -21,8 +21,8 @@ IDLE = {
     # a list of layers says it
     "global_attn_every_n_layers": ("afmoe*",),
     "first_k_dense_replace": ("deepseek_v32*", "exaone_moe*"),
-    "interleave_moe_layer_step": ("llama4_text*",),
-    "no_rope_layer_interval": ("llama4_text*",),
+    "interleave_moe_layer_step": ("llama4*",),
+    "no_rope_layer_interval": ("llama4*",),
     "max_window_layers": ("qwen2_moe*",),
     "mlp_only_layers": ("qwen2_moe_sliding", "qwen3_moe_step"),
     "sliding_window_pattern": ("exaone_moe*",),
@@ -35,7 +35,7 @@ IDLE = {
     "moe_layer_end_index": ("ernie4_5_moe",),
     "sliding_window": ("dots1_plain",),
     "topk_group": ("dots1_plain", "glm4_moe"),
-    "use_double_wide_mlp": ("gemma4_text*",),
+    "use_double_wide_mlp": ("gemma4*",),
     "long_mscale": ("phimoe*",),
     "mrope_interleaved": ("qwen3_5_moe*",),
     "mrope_section": ("qwen3_5_moe*",),
@@ -44,8 +44,9 @@ IDLE = {
     "rope_theta": ("mimo_v2_flash*",),
     "rotary_dim": ("minimax_m2*",),
     "swa_rope_theta": ("mimo_v2_flash*",),
-    "tie_word_embeddings": ("qwen3_5_moe",),
     "type": ("*",),
+    # the wrapper around the text says it
+    "tie_word_embeddings": ("gemma4", "llama4", "mistral4_wrapped", "qwen3_5_moe"),
     # transformers does not read it
     "beta_fast": ("hunyuan_v1_moe",),
     "beta_slow": ("hunyuan_v1_moe",),
@@ -84,7 +85,7 @@ def objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The config, and the objects inside it that speak of the text."""
     yield config
     for name, value in config.items():
-        if isinstance(value, dict) and name not in ("id2label", "label2id", "quantization_config", "vision_config"):
+        if isinstance(value, dict) and name not in ("id2label", "label2id", "quantization_config"):
             yield from objects(value)
 
 
@@ -98,7 +99,7 @@ def test_a_field_that_changes_nothing_is_listed_as_harmless(case: str, spelling:
         return  # refused by name, whatever else it says
     family = families()[Fields(config, "config.json").model_type]
     silent = []
-    for owner in objects(config):
+    for owner in objects(config.get("text_config", config)):
         for name, value in list(owner.items()):
             if any(fnmatchcase(name, pattern) for pattern in (*HARMLESS, *family.harmless)):
                 continue
