@@ -50,7 +50,6 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
         ("longcat_flash", {"norm_topk_prob": True}, "norm_topk_prob is true; expected false"),
         ("longcat_flash", {"router_bias": True}, "router_bias is true; expected false"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3; expected 2"),
-        ("phimoe", {"lm_head_bias": True, "tie_word_embeddings": True}, "lm_head_bias is true; expected false, since"),
     ],
 )
 def test_refused(case: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:

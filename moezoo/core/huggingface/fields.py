@@ -40,12 +40,42 @@ HARMLESS = (
     "pretraining_tp",
     "problem_type",
     "return_dict",
+    "tokenizer_class",
     "torch_dtype",
     "transformers_version",
     "_attn_implementation*",
     "unsloth_*",
     "use_cache",
 )
+# What transformers 4 writes of every config inside a wrapper's (of generation, and of models that are not decoders):
+# harmless with these values. None is read by a family here; where one is, its reading counts.
+_USUAL: Mapping[str, Any] = {
+    "add_cross_attention": False,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "is_decoder": False,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict_in_generate": False,
+    "temperature": 1.0,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "top_k": 50,
+    "top_p": 1.0,
+    "torchscript": False,
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+}
 # Fields of a wrapper's config around its text_config.
 _OUTER_HARMLESS = (
     *HARMLESS,
@@ -251,7 +281,9 @@ class Fields:
         unknown = [
             name
             for name, value in unread.items()
-            if value is not None and not any(fnmatchcase(name, pattern) for pattern in patterns)
+            if value is not None
+            and value != _USUAL.get(name, ...)
+            and not any(fnmatchcase(name, pattern) for pattern in patterns)
         ]
         if unknown:
             named = ", ".join(f"{name} {json.dumps(unread[name]):.80}" for name in sorted(unknown))

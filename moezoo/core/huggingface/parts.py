@@ -14,6 +14,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     GroupedTopKChoiceSpec,
     HeadSpec,
+    JitterSpec,
     LatentAttentionSpec,
     LayerSpec,
     LinearScalingSpec,
@@ -204,9 +205,15 @@ def rms_norm(fields: Fields, default: float = 1e-6) -> RMSNormSpec:
     return RMSNormSpec(epsilon=fields.number("rms_norm_eps", default))
 
 
-def head(fields: Fields, tied: bool = False) -> HeadSpec:
+def head(fields: Fields, tied: bool = False, *, bias: bool = False) -> HeadSpec:
     """The output projection: tied to the embedding or not."""
-    return TiedHeadSpec() if fields.flag("tie_word_embeddings", tied) else UntiedHeadSpec()
+    return (TiedHeadSpec if fields.flag("tie_word_embeddings", tied) else UntiedHeadSpec)(bias=bias)
+
+
+def jitter(fields: Fields, name: str = "router_jitter_noise") -> JitterSpec | None:
+    """Noise on all that a mixture sees, in training."""
+    amount = fields.number(name, 0.0)
+    return JitterSpec(of="mixture", amount=amount) if amount else None
 
 
 def pooled_balance(fields: Fields, default: float = 0.001) -> tuple[PooledBalanceLossSpec, ...]:
@@ -231,6 +238,8 @@ def grouped_sigmoid(
     """
     fields.expect("scoring_func", "sigmoid", "noaux_tc")  # the latter in files of dots.llm1
     fields.expect("topk_method", "noaux_tc")
+    fields.only_in_training("aux_loss_alpha")  # a balance loss of each sequence, which transformers does not have
+    fields.get("seq_aux")
     count, keep = fields.count("n_group", groups[0]), fields.count("topk_group", groups[1])
     choice = GroupedTopKChoiceSpec(num_groups=count, keep=keep, group_value="top2") if count > 1 else TopKChoiceSpec()
     width, shared = fields.count("moe_intermediate_size"), fields.integer(*num_shared)
@@ -290,7 +299,9 @@ def per_layer(fields: Fields, name: str, num_layers: int, default: int | None = 
     return numbers
 
 
-def model(fields: Fields, layers: Sequence[LayerSpec], *, norm: RMSNormSpec, tied: bool = False) -> ModelSpec:
+def model(
+    fields: Fields, layers: Sequence[LayerSpec], *, norm: RMSNormSpec, tied: bool = False, head_bias: bool = False
+) -> ModelSpec:
     """The whole of these layers; `tied` where the config does not say."""
     fields.only_in_training("attention_dropout")
     return ModelSpec(
@@ -298,7 +309,7 @@ def model(fields: Fields, layers: Sequence[LayerSpec], *, norm: RMSNormSpec, tie
         embed_dim=fields.count("hidden_size"),
         layers=grouped(layers),
         norm=norm,
-        head=head(fields, tied),
+        head=head(fields, tied, bias=head_bias),
     )
 
 
@@ -395,6 +406,7 @@ MODEL: tuple[Fused, ...] = (
     Tensor("model.norm.weight", "d", "final_norm.scale", "d"),
     Tensor("lm_head.weight", "v d", "head.w_head", "d v"),
     Tensor("lm_head.weight", "v d", "embedding.weight", "v d", copy=True),
+    Tensor("lm_head.bias", "v", "head.b_head", "v"),
 )
 PRE_NORMS: tuple[Fused, ...] = (
     Tensor(f"{LAYER}.input_layernorm.weight", "d", f"{OURS}.attention_norm.scale", "d"),

@@ -63,12 +63,11 @@ def _moe(fields: Fields) -> MoESpec:
             top_k=inner.count("moe_top_k", 1),
             renormalize="none" if order is None else "p_norm",
             renormalize_order=1.0 if order is None else order,
+            jitter=parts.jitter(inner, "moe_jitter_eps"),
         ),
         experts=experts,
         losses=(PooledBalanceLossSpec(coefficient=coefficient),) if coefficient else (),
     )
-    inner.only_in_training("moe_jitter_eps")
-    fields.notes += inner.notes
     inner.finish(("hidden_size",))  # transformers takes d_model whatever it says
     return moe
 

@@ -10,7 +10,9 @@ from moezoo.core.spec import ModelSpec, MoESpec, RouterSpec, SelectionBiasSpec, 
 
 def spec(fields: Fields) -> ModelSpec:
     num_layers = fields.count("num_hidden_layers")
-    attention = parts.attention(fields, parts.rope(fields, base=5e5, layout="interleaved"), kv_heads=4)
+    bias = fields.flag("use_bias", False)  # of all but the routed experts
+    position = parts.rope(fields, base=5e5, layout="interleaved")
+    attention = parts.attention(fields, position, kv_heads=4, qkv_bias=bias, output_bias=bias)
     least = fields.number("moe_norm_min", 1e-12)
     width, shared = fields.count("moe_intermediate_size", 1536), fields.integer("moe_num_shared_experts", 2)
     moe = MoESpec(
@@ -22,19 +24,18 @@ def spec(fields: Fields) -> ModelSpec:
             renormalize_floor=least > 0,
         ),
         experts=parts.swiglu(fields, width),
-        shared=SharedExpertsSpec(num_experts=shared, hidden_dim=width) if shared else None,
+        shared=SharedExpertsSpec(num_experts=shared, hidden_dim=width, bias=bias or None) if shared else None,
         losses=parts.pooled_balance(fields),
     )
-    fields.expect("use_bias", False)
     fields.expect("moe_gate", "topk")
     fields.expect("moe_gate_act", "softmax")
     fields.expect("moe_use_aux_free", True)
     fields.expect("compression_ratio", 1.0)
-    dense = parts.swiglu(fields, fields.count("intermediate_size"))
+    dense = parts.swiglu(fields, fields.count("intermediate_size"), bias=bias)
     layers = [parts.layer(attention, dense if is_dense else moe) for is_dense in _dense_layers(fields, num_layers)]
     for name in ("attention_probs_dropout_prob", "hidden_dropout_prob", "moe_dropout_prob"):
         fields.only_in_training(name)
-    return parts.model(fields, layers, norm=parts.rms_norm(fields, 1e-5), tied=True)
+    return parts.model(fields, layers, norm=parts.rms_norm(fields, 1e-5), tied=True, head_bias=bias)
 
 
 def _dense_layers(fields: Fields, num_layers: int) -> list[bool]:

@@ -45,7 +45,7 @@ def _windows(fields: Fields, num_layers: int) -> list[int | None]:
 
 def _dense_layers(fields: Fields, num_layers: int) -> list[bool]:
     """By `mlp_layer_types`, or the first `first_k_dense_replace`; `is_moe_layer` of released files must agree."""
-    first = fields.integer("first_k_dense_replace", 1)
+    first = fields.integer(fields.either("first_k_dense_replace", "first_last_k_dense_replace"), 1)
     dense = parts.dense_by_type(fields, num_layers, [index < first for index in range(num_layers)])
     fields.expect("is_moe_layer", [not is_dense for is_dense in dense])
     return dense

@@ -26,11 +26,11 @@ def spec(fields: Fields) -> ModelSpec:
             top_k=fields.count("num_experts_per_tok", 8),
             score="sigmoid",
             selection_bias=SelectionBiasSpec(),
+            jitter=parts.jitter(fields),
         ),
         experts=parts.swiglu(fields, fields.count("intermediate_size")),
         losses=parts.pooled_balance(fields),
     )
-    fields.only_in_training("router_jitter_noise")
     num_layers = fields.count("num_hidden_layers")
     _expect_released(fields, num_layers)
     return parts.model(fields, [parts.layer(attention, moe)] * num_layers, norm=norm)
@@ -41,6 +41,7 @@ def _expect_released(fields: Fields, num_layers: int) -> None:
     fields.expect("scoring_func", "sigmoid")
     fields.expect("use_routing_bias", True)
     fields.expect("use_qk_norm", True)
+    fields.expect("attention_bias", False)
     fields.expect("qk_norm_type", "per_layer")
     fields.expect("shared_intermediate_size", 0)
     fields.expect("attn_type_list", [1] * num_layers)

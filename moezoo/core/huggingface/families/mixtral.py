@@ -17,12 +17,11 @@ def spec(fields: Fields) -> ModelSpec:
         ),
         moe=MoESpec(
             num_experts=fields.count(fields.either("num_local_experts", "num_experts"), 8),
-            router=RouterSpec(top_k=fields.count("num_experts_per_tok", 2)),
+            router=RouterSpec(top_k=fields.count("num_experts_per_tok", 2), jitter=parts.jitter(fields)),
             experts=parts.swiglu(fields, fields.count("intermediate_size")),
             losses=parts.pooled_balance(fields),
         ),
     )
-    fields.only_in_training("router_jitter_noise")
     return parts.model(fields, [layer], norm=parts.rms_norm(fields, 1e-5))
 
 

@@ -12,7 +12,6 @@ from moezoo.core.spec import (
     MoESpec,
     RouterSpec,
     SparseMixerChoiceSpec,
-    UntiedHeadSpec,
 )
 
 
@@ -36,22 +35,20 @@ def spec(fields: Fields) -> ModelSpec:
                 dtype="compute",
                 choice=SparseMixerChoiceSpec(jitter=fields.number("router_jitter_noise", 0.01)),
                 renormalize="none",
+                jitter=parts.jitter(fields, "input_jitter_noise"),
             ),
             experts=parts.swiglu(fields, fields.count("intermediate_size")),
             losses=parts.pooled_balance(fields),
         ),
     )
-    for name in ("attention_dropout", "hidden_dropout", "input_jitter_noise"):
+    for name in ("attention_dropout", "hidden_dropout"):
         fields.only_in_training(name)
-    head = parts.head(fields)
-    if head_bias and not isinstance(head, UntiedHeadSpec):
-        raise fields.refuse("lm_head_bias", "false, since tie_word_embeddings is true")
     return ModelSpec(
         vocab_size=fields.count("vocab_size"),
         embed_dim=fields.count("hidden_size"),
         layers=(layer,),
         norm=LayerNormSpec(epsilon=fields.number("rms_norm_eps", 1e-5)),
-        head=UntiedHeadSpec(bias=True) if head_bias else head,
+        head=parts.head(fields, bias=head_bias),
     )
 
 
@@ -61,7 +58,6 @@ FAMILY = Family(
     tensors=(
         *parts.MODEL,
         Tensor("model.norm.bias", "d", "final_norm.bias", "d"),
-        Tensor("lm_head.bias", "v", "head.b_head", "v"),
         *parts.PRE_NORMS,
         Tensor(f"{LAYER}.input_layernorm.bias", "d", f"{OURS}.attention_norm.bias", "d"),
         Tensor(f"{LAYER}.post_attention_layernorm.bias", "d", f"{OURS}.feed_forward_norm.bias", "d"),
