@@ -435,6 +435,10 @@ CASES = {
         {"data": {"sources": []}},
         "data.sources is empty (x.yaml). Give at least one source, e.g. {kind: dataset, name: fables}.",
     ),
+    "ready batches beside others": (
+        {"data": {"sources": [{"kind": "dataset", "name": "fables"}, {"kind": "batches", "path": "x.npy"}]}},
+        "data.sources blends ready batches with 1 more (x.yaml). Use ready batches alone.",
+    ),
     "parts of a batch that do not divide it": (
         {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},
         "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "
