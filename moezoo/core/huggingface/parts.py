@@ -213,6 +213,8 @@ def head(fields: Fields, tied: bool = False, *, bias: bool = False) -> HeadSpec:
 def jitter(fields: Fields, name: str = "router_jitter_noise") -> JitterSpec | None:
     """Noise on all that a mixture sees, in training."""
     amount = fields.number(name, 0.0)
+    if not 0 <= amount < 1:
+        raise fields.refuse(name, "a number from 0 to 1")
     return JitterSpec(of="mixture", amount=amount) if amount else None
 
 
