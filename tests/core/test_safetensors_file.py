@@ -12,14 +12,13 @@ import safetensors.numpy
 from moezoo.core.errors import CheckpointError
 from moezoo.core.safetensors_file import (
     SafetensorsFile,
-    TensorEntry,
     check_header,
-    encode_header,
     encode_tensors,
     read_tensors,
     write_stream,
     write_tensors,
 )
+from moezoo.core.safetensors_header import TensorEntry, encode_header
 
 DTYPES = (
     "bool",

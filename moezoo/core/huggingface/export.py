@@ -16,7 +16,8 @@ from moezoo.core.huggingface.ledger import FLOATS, first_rules
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized import encode, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
-from moezoo.core.safetensors_file import encode_header, size_bytes, write_stream
+from moezoo.core.safetensors_file import write_stream
+from moezoo.core.safetensors_header import encode_header, size_bytes
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]

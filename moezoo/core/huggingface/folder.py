@@ -17,7 +17,8 @@ from typing import Any
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError
-from moezoo.core.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
+from moezoo.core.safetensors_file import SafetensorsFile
+from moezoo.core.safetensors_header import MAX_HEADER_BYTES
 
 Array = npt.NDArray[Any]
 

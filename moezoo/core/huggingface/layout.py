@@ -22,7 +22,8 @@ from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
 from moezoo.core.huggingface.quantized import decode, encode, quantized_tensors
-from moezoo.core.safetensors_file import SafetensorsFile, encode_header, write_stream
+from moezoo.core.safetensors_file import SafetensorsFile, write_stream
+from moezoo.core.safetensors_header import encode_header
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
