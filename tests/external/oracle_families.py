@@ -35,7 +35,7 @@ GROUPED = dict(n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=
 YARN = dict(
     type="yarn",
     factor=4.0,
-    original_max_position_embeddings=32,
+    original_max_position_embeddings=1024,  # long enough that the ramp has pairs inside
     beta_fast=32.0,
     beta_slow=1.0,
     mscale=1.0,
@@ -43,6 +43,7 @@ YARN = dict(
 )
 DEEPSEEK_V3 = dict(
     model_type="deepseek_v3",
+    max_position_embeddings=4096,
     num_hidden_layers=3,
     intermediate_size=40,
     moe_intermediate_size=20,
@@ -171,6 +172,7 @@ add(
     "q/k norm, sliding window with a rotation of its own, yarn on the full layers, dense layer by list",
     keep_hidden=True,
     model_type="mellum",
+    max_position_embeddings=4096,
     num_hidden_layers=3,
     head_dim=12,
     intermediate_size=40,
@@ -186,7 +188,7 @@ add(
             "rope_type": "yarn",
             "rope_theta": 5e5,
             "factor": 4.0,
-            "original_max_position_embeddings": 32,
+            "original_max_position_embeddings": 1024,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
         },
@@ -253,6 +255,7 @@ add(
 )
 MISTRAL4 = DEEPSEEK_V3 | dict(
     model_type="mistral4",
+    max_position_embeddings=128,
     num_nextn_predict_layers=...,
     scoring_func=...,
     topk_method=...,
@@ -518,6 +521,7 @@ OLMOE = dict(
 add("olmoe", "q/k norm over the whole projection, clipped q, k, v, no renormalisation", keep_hidden=True, **OLMOE)
 GPT_OSS = dict(
     model_type="gpt_oss",
+    max_position_embeddings=4096,
     head_dim=12,
     intermediate_size=20,
     num_local_experts=7,
@@ -527,7 +531,7 @@ GPT_OSS = dict(
     sliding_window=8,
     swiglu_limit=7.0,
     attention_bias=True,
-    initial_context_length=32,
+    initial_context_length=1024,
     rope_theta=150000.0,
     rope_scaling={
         "rope_type": "yarn",
@@ -535,7 +539,7 @@ GPT_OSS = dict(
         "beta_fast": 32.0,
         "beta_slow": 1.0,
         "truncate": False,
-        "original_max_position_embeddings": 32,
+        "original_max_position_embeddings": 1024,
     },
 )
 add(
@@ -672,6 +676,7 @@ add(
 )
 LLAMA4 = dict(
     model_type="llama4_text",
+    max_position_embeddings=512,
     num_hidden_layers=4,
     head_dim=12,
     intermediate_size=20,
@@ -692,7 +697,7 @@ LLAMA4 = dict(
         "factor": 4.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
+        "original_max_position_embeddings": 128,
     },
 )
 add(
@@ -703,9 +708,10 @@ add(
 )
 GEMMA4 = dict(
     model_type="gemma4_text",
+    laws={"embedding": {"mean": 0.0, "std": 0.15}},
     num_hidden_layers=3,
     head_dim=8,
-    global_head_dim=12,
+    global_head_dim=16,
     attention_k_eq_v=False,
     hidden_act=...,
     hidden_activation="gelu_pytorch_tanh",

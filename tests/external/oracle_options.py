@@ -90,7 +90,7 @@ for name, note, scaling in (
         {
             "rope_type": "yarn",
             "factor": 4.0,
-            "original_max_position_embeddings": 32,
+            "original_max_position_embeddings": 1024,
             "attention_factor": 1.3,
             "beta_fast": 16.0,
             "beta_slow": 2.0,
@@ -260,7 +260,7 @@ add(
             "factor": 4.0,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
-            "original_max_position_embeddings": 32,
+            "original_max_position_embeddings": 1024,
         },
     ),
 )
@@ -322,7 +322,6 @@ add(
     "inside the multimodal wrapper: names under model.language_model, tied head",
     as_on_the_hub=renamed(*GEMMA4_NAMES),
     for_transformers=unwrapped(*GEMMA4_NAMES),
-    laws={"embedding": {"mean": 0.0, "std": 0.15}},
     wrapper={
         "architectures": ["Gemma4ForConditionalGeneration"],
         "model_type": "gemma4",
@@ -392,6 +391,7 @@ add(
 add(
     "solar_open_yarn",
     "yarn, attention biases",
+    max_position_embeddings=2048,
     routed_scaling_factor=1.0,
     partial_rotary_factor=1.0,
     model_type="solar_open",
@@ -402,7 +402,7 @@ add(
     first_k_dense_replace=0,
     attention_bias=True,
     rope_theta=1e6,
-    rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024},
     **GROUPED,
 )
 add(
@@ -436,7 +436,7 @@ add(
             "rope_type": "yarn",
             "rope_theta": 1e4,
             "factor": 4.0,
-            "original_max_position_embeddings": 32,
+            "original_max_position_embeddings": 16,
             "mscale": 1.0,
             "mscale_all_dim": 0.0,
             "llama_4_scaling_beta": 0.3,
