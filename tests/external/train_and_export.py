@@ -3,9 +3,10 @@
     python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx]      # in this project's environment
     python tests/external/check_export.py OUT/*                                       # in one with torch and mlx-lm
 
-A case is a fixture of tests/data/huggingface; none: the first fixture of every family. Weights start as the fixture's,
-batches are random tokens, every trainable parameter moves (AdamW, learning rate 1e-3), the selection bias too. Beside
-each exported folder's files lies `expected.npz`: tokens, and the logits and greedy text of the trained model here.
+A case is a fixture of tests/data/huggingface; none: the first fixture of every family. config.json is spelled as on the
+hub. Weights start as the fixture's, batches are random tokens, every trainable parameter moves (AdamW, learning rate
+1e-3), the selection bias too. Beside each exported folder's files lies `expected.npz`: tokens, and the logits and
+greedy text of the trained model here.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def train_and_export(case: str, out: Path, backend: str) -> None:
     vocab = int(read_fixture(case).description["config"]["vocab_size"])
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_checkpoint(case, Path(scratch) / case)
+        folder = write_checkpoint(case, Path(scratch) / case, spelling="hub")  # mlx-lm reads no other
         np.save(folder.parent / "batches.npy", random.integers(0, vocab, (STEPS, BATCH, LENGTH), np.int32))
         config = {
             "init_from": str(folder),
