@@ -3,7 +3,7 @@
     python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx]      # in this project's environment
     python tests/external/check_export.py OUT/*                                       # in one with torch and mlx-lm
 
-A case is a fixture of tests/data/huggingface; none: the first fixture of every family. config.json is spelled as on the
+A case is a fixture of tests/data/huggingface; none: one of every family. config.json is spelled as on the
 hub. Weights start as the fixture's, batches are random tokens, every trainable parameter moves (AdamW, learning rate
 1e-3), the selection bias too. Beside each exported folder's files lies `expected.npz`: tokens, and the logits and
 greedy text of the trained model here.
@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import moezoo  # noqa: E402
 from moezoo.cli import main as command  # noqa: E402
-from moezoo.core.huggingface.family import families  # noqa: E402
-from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint  # noqa: E402
+from tests.huggingface.fixtures import read_fixture, write_checkpoint  # noqa: E402
+from tests.huggingface.test_families import main_cases  # noqa: E402
 
 STEPS, BATCH, LENGTH = 10, 4, 24
 
@@ -35,18 +35,10 @@ def main() -> int:
     parser.add_argument("case", nargs="*")
     parser.add_argument("--backend", default="mlx")
     options = parser.parse_args()
-    for case in options.case or first_of_each_family():
+    for case in options.case or main_cases():
         print(f"{case} ...", flush=True)
         train_and_export(case, options.out / case, options.backend)
     return 0
-
-
-def first_of_each_family() -> list[str]:
-    """The fixture named after the family, else its first."""
-    named: dict[str, list[str]] = {}
-    for case in cases():
-        named.setdefault(families()[read_fixture(case).model_type].name, []).append(case)
-    return [name if name in found else found[0] for name, found in sorted(named.items())]
 
 
 def train_and_export(case: str, out: Path, backend: str) -> None:
