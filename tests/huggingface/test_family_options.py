@@ -115,6 +115,11 @@ def windows(spec: ModelSpec) -> list[int | None]:
         ("solar_open", {"first_k_dense_replace": 1}, "first_k_dense_replace is 1; expected 0"),
         ("mellum", {"rope_theta": 1e4}, "rope_theta is 10000.0; expected none"),
         ("mellum", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is .* an object with sliding_attention"),
+        (
+            "mellum",
+            {"rope_parameters": {"sliding_attention": {}, "full_attention": {"rope_type": "yarn", "truncate": False}}},
+            "truncate is false; expected true",
+        ),
         ("flex_olmo", {"clip_qkv": 8.0}, "does not know: clip_qkv 8.0"),
     ],
 )
