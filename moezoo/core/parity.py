@@ -46,6 +46,7 @@ def parity(
     *,
     where: str = "model",
     notes: Sequence[str] = (),
+    by_amplification: bool = False,
 ) -> ParityReport:
     """Run the float64 reference and each backend on the same weights and tokens, and compare every two of them.
 
@@ -62,6 +63,8 @@ def parity(
         tolerances: None for those of the spec's compute dtype.
         where: what the report calls the model.
         notes: lines for the report.
+        by_amplification: widen tolerances to ten times what one rounding of the weights moves in the reference, where
+            that is more: trained weights can amplify it far more than initial ones.
 
     Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than LIMIT_BYTES. Raises
     DataError: more tokens than learned positions.
@@ -69,6 +72,11 @@ def parity(
     _check_request(spec, tokens, targets, backends)
     tolerances = tolerances or ParityTolerances.of(spec)
     reference = Reference(spec, weights, tokens, targets, optimizer)
+    if by_amplification:
+        moved = reference.amplified(tolerances.gradient_floor)
+        tolerances = tolerances.amplified(moved)
+        told = ", ".join(f"{name} by {value:.1e}" for name, value in moved.items())
+        notes = [*notes, f"one float32 rounding of every weight moves {told}; tolerances are at least ten times that"]
     sides = [reference.side()]
     sides += [backend_side(name, backend, reference, tolerances.intermediate) for name, backend in backends.items()]
     pairs = [(left, right) for place, left in enumerate(sides) for right in sides[place + 1 :]]
@@ -116,10 +124,11 @@ def parity_of(
     """
     notes: list[str] = []
     weights: Mapping[str, NDArray[Any]] | None = None
+    from_checkpoint = False
     if is_config(path):
         config = load_config(path, overrides)
     else:
-        config, weights = _opened(path, notes)
+        config, weights, from_checkpoint = _opened(path, notes)
     spec = _with_vocab_size(config, weights, notes)
     length = min(config.training.sequence_length, 64) if sequence_length is None else sequence_length
     if batch_size < 1 or length < 1:
@@ -142,6 +151,7 @@ def parity_of(
         tolerances,
         where=str(path),
         notes=notes,
+        by_amplification=from_checkpoint,
     )
 
 
@@ -321,17 +331,17 @@ def _check_request(spec: ModelSpec, tokens: Integers, targets: Integers, backend
     refuse_if_too_large(spec, tokens.shape[0], tokens.shape[1], len(backends))
 
 
-def _opened(path: str | Path, notes: list[str]) -> tuple[Config, Mapping[str, NDArray[Any]]]:
-    """Config and newest weights of a run, of a Hugging Face folder or hub id."""
+def _opened(path: str | Path, notes: list[str]) -> tuple[Config, Mapping[str, NDArray[Any]], bool]:
+    """Config and newest weights of a run, of a Hugging Face folder or hub id; and whether it is of the latter."""
     opened = open_model(path)
     notes.extend(opened.problems)
     if opened.checkpoint is None:
         notes.append(f"weights of step {opened.step}")
-        return opened.config, opened.weights
+        return opened.config, opened.weights, False
     notes.append(f"weights of {opened.checkpoint.family.name} ({opened.path}), as float32")
     # Trap: the step is compared in learning rates, and one of 1e-5 is not far from what float32 rounds off a weight.
     optimizer = opened.config.optimizer.model_copy(update={"learning_rate": _CHECKPOINT_RATE})
-    return opened.config.model_copy(update={"optimizer": optimizer}), opened.weights
+    return opened.config.model_copy(update={"optimizer": optimizer}), opened.weights, True
 
 
 def _with_vocab_size(config: Config, weights: Mapping[str, Floats] | None, notes: list[str]) -> ModelSpec:

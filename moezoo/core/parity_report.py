@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from moezoo.core.causality import Causality, Mode
@@ -79,6 +79,14 @@ class ParityTolerances:
                 "logits 8.6e-3, gradient norm 4e-4, gradients 3.1e-2, updates 1.5e-2, differing choices 3.3e-3)"
             ),
         )
+
+    def amplified(self, moved: Mapping[str, float]) -> "ParityTolerances":
+        """No narrower than ten times what one rounding of the weights moves (`Reference.amplified`)."""
+        intermediate, logits, gradient = (
+            max(getattr(self, name), 10 * moved[name]) for name in ("intermediate", "logits", "gradient")
+        )
+        margin = max(self.margin, 20 * logits)
+        return replace(self, intermediate=intermediate, logits=logits, gradient=gradient, margin=margin)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from moezoo.core.backend import Backend, Floats, Integers, Model
 from moezoo.core.causality import Causality, check_causality
 from moezoo.core.config import OptimizerConfig
 from moezoo.core.parameters import parameter_table
-from moezoo.core.random import micro_batch_keys
+from moezoo.core.random import fold_in, key, micro_batch_keys, uniform
 from moezoo.core.spec import ModelSpec, MoESpec
 
 Doubles = NDArray[np.float64]
 
 _UPDATES_DONE = 9  # the step is taken from moments as if this many updates had been made
+_FLOAT32_ROUNDING = 2.0**-24
+_ROUNDING_PURPOSE = 0x726F756E64  # "round": what the shifts of weights are for, as a seed
 _REFERENCE_ROUNDING = 1e-9  # of float64 sums in another order, far above 1e-16 and far below any dependence
 
 
@@ -77,6 +79,31 @@ class Reference:
 
         self.causality = check_causality("reference", run, spec, tokens, _REFERENCE_ROUNDING)
         self.inference_logits = run(tokens, True)["logits"] if spec.inference_differs else None
+
+    def amplified(self, floor: float) -> dict[str, float]:
+        """How far intermediates, logits and gradients move when every weight is off by up to one float32 rounding.
+
+        The largest over tensors, relative as in `Comparison`, with the same experts: below some multiple of this no
+        float32 realization can be expected to agree, whatever it computes. `floor` is that of gradients' scales.
+        """
+        from moezoo.core.reference.losses import loss_and_gradients
+        from moezoo.core.reference.transformer import forward
+
+        shifted = {}
+        for index, (name, value) in enumerate(self.weights.items()):
+            share = uniform(fold_in(key(_ROUNDING_PURPOSE), index), value.shape).astype(np.float64)
+            shifted[name] = value * (1 + (2 * share - 1) * _FLOAT32_ROUNDING)
+        record: dict[str, Any] = {}
+        result = forward(self.spec, shifted, self.tokens, record=record, key=self.key, forced=self.experts or None)
+        _, gradients = loss_and_gradients(
+            self.spec, shifted, self.tokens, self.targets, forced=self.experts, key=self.key
+        )
+        least = floor * max(_largest(value) for value in self.gradients.values())
+        return {
+            "intermediate": _furthest(record, self.intermediates, 0.0),
+            "logits": _furthest({"logits": result.logits_BTV}, {"logits": self.logits}, 0.0),
+            "gradient": _furthest(gradients, self.gradients, least),
+        }
 
     @property
     def forced(self) -> list[Integers] | None:
@@ -247,3 +274,13 @@ def _moved_copies(spec: ModelSpec, experts: list[Integers], load: list[NDArray[n
         counts_E = np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices)
         shares.append(float(np.sum(np.abs(counts_E - size_E)) / 2 / max(counts_E.sum(), 1)))
     return max(shares)
+
+
+def _largest(values: Any) -> float:
+    return float(np.max(np.abs(values))) if np.size(values) else 0.0
+
+
+def _furthest(found: Mapping[str, Any], known: Mapping[str, Any], least: float) -> float:
+    """The largest relative difference of any tensor of two sides that have the same ones."""
+    scales = {name: max(_largest(value), least) for name, value in known.items()}
+    return max((_largest(found[name] - known[name]) / scale for name, scale in scales.items() if scale), default=0.0)

@@ -15,6 +15,7 @@ from moezoo.core.errors import RunError, SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parity import parity, parity_of, random_windows, refuse_if_too_large
 from moezoo.core.parity_report import ParityTolerances
+from moezoo.core.parity_sides import Reference
 from moezoo.core.tokenizer import TokenIds
 from tests.backends_available import require_backend
 
@@ -205,6 +206,19 @@ def test_one_damaged_expert_in_a_hundred_thousand_parts_is_found(mlx):
 
     report = check({"damaged": Damaged(mlx, nudged)}, DROPLESS)
     assert report.first_difference["reference/damaged"] == "layers.1.moe.routed"
+
+
+def test_weights_that_amplify_a_rounding_widen_the_tolerances_and_little_else(mlx):
+    moved = {"intermediate": 1e-7, "logits": 4e-6, "gradient": 9e-6}
+    tolerances = ParityTolerances().amplified(moved)
+    assert (tolerances.intermediate, tolerances.loss) == (1e-5, 1e-5)
+    np.testing.assert_allclose([tolerances.logits, tolerances.gradient, tolerances.margin], [4e-5, 9e-5, 8e-4])
+    config = parse_config(CONFIG)
+    weights, windows = initial_weights(config.model, 0), random_windows(31, B, T, seed=1)
+    reference = Reference(config.model, weights, windows[:, :-1], windows[:, 1:], config.optimizer)
+    found = reference.amplified(1e-3)
+    assert all(2**-27 < value < 2**-18 for value in found.values()), found  # of an order with one rounding, 2^-24
+    assert found == reference.amplified(1e-3)
 
 
 def test_the_healthy_backend_of_two_is_not_blamed(mlx):
