@@ -12,12 +12,14 @@ know the family, or refuses the file, says so in the table.
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +100,10 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    mistral4 = json.loads((folder / "config.json").read_text())["model_type"] == "mistral4"
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "longcat_flash" and config.get("zero_expert_num"):
+        folder = with_identity_rows(folder, config)
+    mistral4 = config["model_type"] == "mistral4"
     kind = transformers.Mistral4ForCausalLM if mistral4 else transformers.AutoModelForCausalLM
     model, report = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
@@ -121,6 +126,29 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
             pad_token_id=0,
         )
     return Answer(logits, tokens[:, prompt.shape[1] :].numpy())
+
+
+def with_identity_rows(folder: Path, config: dict[str, Any]) -> Path:
+    """A copy with zeros for gate and up of experts that compute nothing: transformers wants what it never reads.
+
+    The caller's process ends soon: the copy is left to the folder of temporary files.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors: dict[str, Any] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    first = config["n_routed_experts"]
+    tensors |= {
+        name.replace("experts.0.", f"experts.{expert}."): tensor * 0
+        for name, tensor in tensors.items()
+        for expert in range(first, first + config["zero_expert_num"])
+        if re.search(r"experts\.0\.(gate|up)_proj", name)
+    }
+    copy = Path(tempfile.mkdtemp())
+    (copy / "config.json").write_text(json.dumps(config))
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 def mlx_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answer:
