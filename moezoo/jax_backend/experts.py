@@ -67,11 +67,15 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 
 
 def grouped_product(x_RD: jax.Array, w_EDF: jax.Array, groups: Groups) -> jax.Array:
-    """Spec: moezoo.core.reference.experts.grouped_product."""
+    """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD.
+
+    In blocks the matrix of each is cast by itself: decoding a token must not touch the experts that it does not choose.
+    """
     if grouped_path() == "ragged_dot":
         # Trap: what a platform's ragged_dot leaves in unused rows is its own affair, on the way back as well.
         used_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(groups.size_E))[:, None]
-        return jnp.where(used_R1, lax.ragged_dot(jnp.where(used_R1, x_RD, 0), w_EDF, groups.size_E), 0)
+        product = lax.ragged_dot(jnp.where(used_R1, x_RD, 0), w_EDF.astype(x_RD.dtype), groups.size_E)
+        return jnp.where(used_R1, product, 0)
     plan = (groups.first_block_E, groups.start_block, groups.expert_block, groups.end_block)
     return _blocked_product(groups.block, x_RD, w_EDF, plan)
 
@@ -84,11 +88,22 @@ def _blocked_product(block: int, x_RD: jax.Array, w_EDF: jax.Array, plan: tuple[
 
     def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
         rows = lax.dynamic_slice_in_dim(padded, start_block[index], block)
-        product = rows @ lax.dynamic_index_in_dim(w_EDF, expert_block[index], keepdims=False)
+        product = rows @ _matrix_of(w_EDF, expert_block[index], rows.dtype)
         return lax.dynamic_update_slice_in_dim(out, product, start_block[index], axis=0)
 
     out = jnp.zeros((num_rows + block, w_EDF.shape[-1]), x_RD.dtype)
     return lax.fori_loop(0, first_block_E[-1], multiply, out)[:num_rows]
+
+
+def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """One expert's matrix, cast."""
+    if w_EDF.dtype == dtype or w_EDF.dtype.itemsize != 2:
+        return lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False).astype(dtype)
+    # Trap: XLA on the CPU makes float32 of a whole bfloat16 array before it takes a part of it, but leaves integers as
+    # they are; and it would move what is done to the whole array out of the loop, if that did not hang on the index.
+    w_EDF, expert = lax.optimization_barrier((w_EDF, expert))
+    bits = lax.dynamic_index_in_dim(lax.bitcast_convert_type(w_EDF, jnp.uint16), expert, keepdims=False)
+    return lax.bitcast_convert_type(bits, w_EDF.dtype).astype(dtype)
 
 
 def _blocked_forward(block: int, x_RD: jax.Array, w_EDF: jax.Array, plan: tuple[jax.Array, ...]):
@@ -112,7 +127,8 @@ def _blocked_backward(block: int, saved, gradient_RF: jax.Array):
 
         zero = jnp.zeros(w_EDF.shape[1:], jnp.float32)
         total = lax.fori_loop(first_block_E[expert], first_block_E[expert + 1], add_block, zero)
-        return lax.dynamic_update_index_in_dim(w_gradient, total.astype(w_EDF.dtype), expert, axis=0)
+        total = total.astype(x_RD.dtype).astype(w_EDF.dtype)  # as the gradient of a cast is
+        return lax.dynamic_update_index_in_dim(w_gradient, total, expert, axis=0)
 
     w_gradient = lax.fori_loop(0, w_EDF.shape[0], one_expert, jnp.zeros_like(w_EDF))
     return x_gradient, w_gradient, None
@@ -141,11 +157,11 @@ class Experts(nnx.Module):
         groups = group_rows(size_E, x_RD.shape[0])
         gate = None
         if not isinstance(spec, PlainFeedForwardSpec):
-            gate = grouped_product(x_RD, self.w_gate[...].astype(dtype), groups)
+            gate = grouped_product(x_RD, self.w_gate[...], groups)
             gate = gate + _rows_of(self.b_gate[...], groups).astype(dtype) if spec.bias else gate
-        up = grouped_product(x_RD, self.w_up[...].astype(dtype), groups)
+        up = grouped_product(x_RD, self.w_up[...], groups)
         up = up + _rows_of(self.b_up[...], groups).astype(dtype) if spec.bias else up
-        out = grouped_product(activate(spec, gate, up), self.w_down[...].astype(dtype), groups)
+        out = grouped_product(activate(spec, gate, up), self.w_down[...], groups)
         return out + _rows_of(self.b_down[...], groups).astype(dtype) if spec.bias else out
 
 

@@ -74,11 +74,23 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 
 
 def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
-    """Spec: moezoo.core.reference.experts.grouped_product."""
+    """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD."""
     if grouped_path() == "gather_mm of rows":
+        w_EDF = w_EDF.astype(x_RD.dtype)
         rows = mx.gather_mm(x_RD[:, None, :], w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)
         return rows[:, 0, :]
-    return _collect(_blocked_product(_spread(x_RD, groups), w_EDF, groups), groups)
+    if x_RD.shape[0] <= w_EDF.shape[0]:
+        return _product_of_rows(x_RD, w_EDF, groups)
+    return _collect(_blocked_product(_spread(x_RD, groups), w_EDF.astype(x_RD.dtype), groups), groups)
+
+
+def _product_of_rows(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
+    """Each row with its own expert's matrix. Blocks would touch every expert, and decoding a token must not."""
+    rows_R1D = x_RD[:, None, :].astype(mx.float32)
+    if x_RD.dtype == w_EDF.dtype == mx.float32:
+        return mx.gather_mm(rows_R1D, w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)[:, 0, :]
+    matrices_RDF = w_EDF[groups.expert_R].astype(x_RD.dtype).astype(mx.float32)
+    return (rows_R1D @ matrices_RDF)[:, 0, :].astype(x_RD.dtype)
 
 
 def _spread(x_RD: mx.array, groups: Groups) -> mx.array:
@@ -153,11 +165,11 @@ class Experts(nn.Module):
         groups = group_rows(size_E, x_RD.shape[0])
         gate = None
         if not isinstance(spec, PlainFeedForwardSpec):
-            gate = grouped_product(x_RD, self.w_gate.astype(dtype), groups)
+            gate = grouped_product(x_RD, self.w_gate, groups)
             gate = gate + _rows_of(self.b_gate, groups).astype(dtype) if spec.bias else gate
-        up = grouped_product(x_RD, self.w_up.astype(dtype), groups)
+        up = grouped_product(x_RD, self.w_up, groups)
         up = up + _rows_of(self.b_up, groups).astype(dtype) if spec.bias else up
-        out = grouped_product(activate(spec, gate, up), self.w_down.astype(dtype), groups)
+        out = grouped_product(activate(spec, gate, up), self.w_down, groups)
         return out + _rows_of(self.b_down, groups).astype(dtype) if spec.bias else out
 
 

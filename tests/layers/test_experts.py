@@ -104,18 +104,29 @@ def test_grouped_product_of_one_expert_is_a_plain_product(twin, path):
     assert_grouped_product_matches(twin, [37])
 
 
-def test_grouped_product_of_bfloat16_is_near_float32(twin, path):
+@pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block"])
+def test_grouped_product_of_bfloat16_is_near_float32(twin, path, kind):
     if path == "gather_mm of rows" and on_cpu(twin):
         with pytest.raises(RuntimeError, match="only supports float32"):  # MLX's own limit, hence the other path
-            assert_grouped_product_matches(twin, SIZES["uneven, some empty"], dtype="bfloat16")
+            assert_grouped_product_matches(twin, SIZES[kind], dtype="bfloat16")
         return
     assert_grouped_product_matches(
         twin,
-        SIZES["uneven, some empty"],
+        SIZES[kind],
         dtype="bfloat16",
         tolerance=BFLOAT16,
         gradient_tolerance=BFLOAT16_GRADIENT,
     )
+
+
+@pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block"])
+def test_bfloat16_matrices_give_what_their_numbers_in_float32_give(twin, path, kind):
+    experts, size_E, num_rows = twin.module("experts"), twin.array(SIZES[kind]), sum(SIZES[kind])
+    x_RD, w_EDF = twin.array(normal(0, num_rows, D)), twin.array(normal(1, E, D, F), "bfloat16")
+    groups = experts.group_rows(size_E, num_rows)
+    found = experts.grouped_product(x_RD, w_EDF, groups)
+    expected = experts.grouped_product(x_RD, twin.array(twin.numpy(w_EDF)), groups)
+    assert_close(twin.numpy(found), twin.numpy(expected), FLOAT32)
 
 
 def test_rows_of_other_experts_do_not_leak_in(twin, path):
