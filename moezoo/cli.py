@@ -57,7 +57,7 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
     from moezoo.core.config import load_config, with_vocab_size
     from moezoo.core.console import ConsoleReporter, describe_evaluation
     from moezoo.core.describe import header
-    from moezoo.core.init_from import initial_tokenizer
+    from moezoo.core.init_from import check_start, initial_tokenizer
     from moezoo.core.picture import draw_run
     from moezoo.core.run import create_run, is_run
     from moezoo.core.tokenizer import load_tokenizer
@@ -71,6 +71,8 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
     known = initial_tokenizer(config) if begun is None else load_tokenizer(path)
     data = _prepare(console, config, str(config_path), known)
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
+    if begun is None:
+        check_start(config)
     run = create_run(path, config, data.tokenizer, resume=resume)
     console.print(header(config, {"backend": realized.name, **realized.facts(), "run": str(path)}))
     for row in data.summary:

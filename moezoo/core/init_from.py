@@ -67,24 +67,35 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
     return load_tokenizer(config.init_from.path) if tokenizer == config.data.tokenizer else None
 
 
+def check_start(config: Config) -> None:
+    """Before a run's folder is made: raise as `open_start` where `init_from` has another model than the config."""
+    if config.init_from is not None:
+        spec, _ = describe_model(config.init_from.path)
+        _check(config, {row.name: row.shape for row in parameter_table(spec)})
+
+
 def open_start(config: Config) -> Start:
     """What `init_from` names, opened and checked against the config's model.
 
     Raises as `open_model`, and CheckpointError where the parameters are not those of the config's model.
     """
     assert config.init_from is not None
+    opened = open_model(config.init_from.path)
+    _check(config, shapes_of(opened.weights))
+    return Start(_Float32(opened.weights), opened.layout, opened.problems)
+
+
+def _check(config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
+    assert config.init_from is not None
     path = config.init_from.path
-    opened = open_model(path)
     try:
-        expected = {row.name: row.shape for row in parameter_table(config.model)}
-        check_names_and_shapes(shapes_of(opened.weights), expected, path)
+        check_names_and_shapes(shapes, {row.name: row.shape for row in parameter_table(config.model)}, path)
     except CheckpointError as error:
         _, _, diff = str(error).partition("\n")
         raise CheckpointError(
             f"the config's model is not the one of init_from ({path}). Leave the section `model` out: then it is.\n"
             f"{diff}"
         ) from None
-    return Start(_Float32(opened.weights), opened.layout, opened.problems)
 
 
 class _Float32(Mapping[str, NDArray[np.float32]]):

@@ -102,6 +102,10 @@ def test_another_model_than_the_checkpoints_is_refused_with_what_to_do(tmp_path)
     with pytest.raises(CheckpointError, match=r"is not the one of init_from .* Leave the section `model` out") as error:
         open_start(config)
     assert "  ~ embedding.weight [" in str(error.value)
+    result = train(config_file(tmp_path, source, model=MODEL | {"vocab_size": 64}), tmp_path / "run")
+    assert result.exit_code == 1
+    assert "Leave the section `model` out" in result.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_model_may_be_written_out(tmp_path):
