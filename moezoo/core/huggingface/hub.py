@@ -199,7 +199,8 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         problem = f"{repository} is only partly in the cache, and the hub cannot be reached. Fetch it with a network."
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         cache = huggingface_hub.constants.HF_HUB_CACHE
-        problem = f"{repository} is neither a folder nor in the cache {cache}, and the hub cannot be reached."
+        where = f"neither a folder nor in the cache {cache}"
+        problem = f"{repository} is {where}, and the hub cannot be reached. Connect to a network."
     except Exception as error:  # the network's own errors are no class that huggingface_hub promises
         problem = f"cannot fetch {repository}: {type(error).__name__}: {' '.join(str(error).split())[:200]}."
     else:

@@ -68,7 +68,6 @@ FAMILY = Family(
         "head_dim",
         "max_position_embeddings",
         "n_group",  # of a greedy choice
-        "num_key_value_heads",
         "qk_head_dim",
         "seq_aux",
         "topk_group",

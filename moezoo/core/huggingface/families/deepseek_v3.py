@@ -75,7 +75,6 @@ FAMILY = Family(
     harmless=(
         "head_dim",
         "max_position_embeddings",
-        "num_key_value_heads",
         "qk_head_dim",
     ),
     config=config,

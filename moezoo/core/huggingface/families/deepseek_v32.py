@@ -51,5 +51,5 @@ FAMILY = Family(
     ),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,
-    harmless=("head_dim", "max_position_embeddings", "num_key_value_heads", "qk_head_dim"),
+    harmless=("head_dim", "max_position_embeddings", "qk_head_dim"),
 )

@@ -62,7 +62,6 @@ def _mixture(fields: Fields) -> MoESpec:
         num_experts=fields.count(fields.either("n_routed_experts", "num_local_experts")),
         router=RouterSpec(
             top_k=fields.count("num_experts_per_tok", 4),
-            dtype="compute",
             choice=choice,
             renormalize="sum" if renormalize else "none",
             renormalize_epsilon=1e-20 if renormalize else 0.0,

@@ -32,7 +32,6 @@ def spec(fields: Fields) -> ModelSpec:
             num_experts=fields.count(fields.either("num_local_experts", "num_experts"), 16),
             router=RouterSpec(
                 top_k=2,
-                dtype="compute",
                 choice=SparseMixerChoiceSpec(jitter=fields.number("router_jitter_noise", 0.01)),
                 renormalize="none",
                 jitter=parts.jitter(fields, "input_jitter_noise"),
