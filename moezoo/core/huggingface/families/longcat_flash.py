@@ -81,5 +81,5 @@ FAMILY = Family(
         "*.mlp.experts.*.up_proj.weight",
         "model.mtp.*",
     ),
-    harmless=("max_position_embeddings"),
+    harmless=("max_position_embeddings",),
 )
