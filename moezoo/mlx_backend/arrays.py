@@ -44,10 +44,11 @@ def to_numpy(values: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
 
 
 def exported(values: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
-    """Arrays by name -> NumPy arrays of their own dtype by name."""
-    return {
-        name: np.array(value.view(mx.uint16)).view(ml_dtypes.bfloat16)
-        if value.dtype == mx.bfloat16
-        else np.array(value)
-        for name, value in values.items()
-    }
+    """Arrays by name -> NumPy arrays of their own dtype by name, views of the same memory that cannot be written."""
+    views = {}
+    for name, value in values.items():
+        bfloat16 = value.dtype == mx.bfloat16
+        view = np.asarray(value.view(mx.uint16) if bfloat16 else value)
+        view.flags.writeable = False
+        views[name] = view.view(ml_dtypes.bfloat16) if bfloat16 else view
+    return views
