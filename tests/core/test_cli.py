@@ -150,6 +150,17 @@ def test_eval_json(trained: Path) -> None:
     assert len(values["routing"]) == 2
 
 
+def test_eval_of_a_file_needs_none_of_the_runs_data(trained: Path, folder: Path) -> None:
+    (folder / "other.txt").write_text("12 owls saw 144 mice. " * 4)
+    words = ["eval", trained, "--data", folder / "other.txt", "--backend", "mlx"]
+    values = json.loads(call(*words, "--json").stdout)
+    assert values["data"] == str(folder / "other.txt")
+    assert (values["windows"], values["sequence_length"]) == (3, 24)
+    assert json.loads(call(*words, "--sequence-length", 10, "--json").stdout)["windows"] == 8
+    (folder / "short.txt").write_text("12 owls")
+    assert "(1 windows of 6 tokens)" in call("eval", trained, "--data", folder / "short.txt", "--backend", "mlx").stdout
+
+
 def test_describe_and_schema(trained: Path) -> None:
     assert "active" in call("describe", trained / "config.yaml").stdout
     assert json.loads(call("describe", trained / "config.yaml", "--json").stdout)
