@@ -198,9 +198,9 @@ def _visible(length: int, most: int | None, *, in_chunks: bool = False) -> Fract
 def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
     """What one more token leaves in the caches, in bytes of the compute dtype c.
 
-    Per layer: keys and values, `2 c M H` where values are as wide as keys; latent attention one latent and one rotated
-    key, `c (Z + rope_head_dim)`, and the indexer's key; linear attention and short convolutions nothing, their state
-    has a fixed size.
+    Per layer: keys and values, `2 c M H` where values are as wide as keys, 0 where they are another layer's; latent
+    attention one latent and one rotated key, `c (Z + rope_head_dim)`, and the indexer's key; linear attention and short
+    convolutions nothing, their state has a fixed size.
 
     Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this); arXiv 2405.04434, table 1 (latent).
     """
@@ -210,6 +210,8 @@ def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
 
 def _cached_numbers(attention: AttentionSpec) -> int:
     match attention:
+        case GroupedQueryAttentionSpec(keys_of_layer=int()):
+            return 0
         case GroupedQueryAttentionSpec():
             return attention.num_kv_heads * (attention.head_dim + attention.value_dim)
         case LatentAttentionSpec(indexer=indexer):

@@ -169,6 +169,7 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         ("value norm", spec.value_norm is not None),
         (f"values times {spec.value_multiplier:g}", spec.value_multiplier != 1),
         ("value residual", spec.value_residual),
+        (f"keys and values of layer {spec.keys_of_layer}", spec.keys_of_layer is not None),
     )
     return [heads, _position(spec.position), *(word for word, there in extra if there)]
 

@@ -10,8 +10,8 @@ from jax import lax
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.kv_cache import Attended, KVCache
-from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.kv_cache import Attended, KVCache, SharedCache
+from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.jax_backend.positions import rotate
 
 
@@ -105,21 +105,25 @@ class GroupedQueryAttention(nnx.Module):
     def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights, layer: int):
         self.spec, self.layer = spec, layer
         self.w_query = weights.parameter("w_query")
-        self.w_key = weights.parameter("w_key")
-        if not spec.values_from_keys:
+        own_keys = spec.keys_of_layer is None
+        if own_keys:
+            self.w_key = weights.parameter("w_key")
+        if own_keys and not spec.values_from_keys:
             self.w_value = weights.parameter("w_value")
         self.w_output = weights.parameter("w_output")
         if spec.qkv_bias:
             self.b_query = weights.parameter("b_query")
-            self.b_key = weights.parameter("b_key")
-            if not spec.values_from_keys:
+            if own_keys:
+                self.b_key = weights.parameter("b_key")
+            if own_keys and not spec.values_from_keys:
                 self.b_value = weights.parameter("b_value")
         if spec.value_norm is not None:
             self.value_norm = norm(spec.value_norm, weights.inside("value_norm"))
         if spec.qk_norm is not None:
             axes = 1 if spec.qk_norm_over == "head" else 2
             self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"), axes)
-            self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
+            if own_keys:
+                self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
         if spec.value_residual and layer > 0:
             self.value_mix = weights.parameter("value_mix")
         if spec.sinks:
@@ -132,53 +136,54 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        cache: KVCache | None = None,
+        cache: KVCache | SharedCache | None = None,
         *,
         first_value_BTMH: jax.Array | None = None,
         count: jax.Array | int | None = None,
+        source: tuple[jax.Array, jax.Array] | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
         spec, dtype = self.spec, x_BTD.dtype
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
-        key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
         if spec.qkv_bias:
             query = query + self.b_query[...].astype(dtype)
-            key = key + self.b_key[...].astype(dtype)
-        value = self._values(x_BTD, key)
         batch, length = x_BTD.shape[:2]
         position_T = jnp.arange(length) + (0 if cache is None else cache.length)
-        query, key = self._placed(query, key, position_T)
-        mixed = value
-        if spec.value_residual and self.layer > 0:
-            mix = self.value_mix[...].astype(jnp.float32)
-            mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
+        query = self._placed(query, None if spec.qk_norm is None else self.query_norm, position_T)
+        if spec.temperature_tuning is not None:
+            query = (query * temperature(spec.temperature_tuning, position_T)[:, None, None]).astype(dtype)
+        value = None
+        if spec.keys_of_layer is None:
+            key, value = self._keys_and_values(x_BTD, position_T)
+            mixed = value
+            if spec.value_residual and self.layer > 0:
+                mix = self.value_mix[...].astype(jnp.float32)
+                mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
+            cache = None if cache is None else cache.extended(key, mixed, count)
+            source = (key, mixed) if cache is None else (cache.key_BSMH, cache.value_BSMH)
+        elif cache is not None:
+            cache = cache.extended(length, count)
         sink_N = self.sink[...].astype(jnp.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, key, mixed, sink_N)
+            attended = attend_causally(spec, grouped, *source, sink_N)
         else:
-            cache = cache.extended(key, mixed, count)
-            mask_TS = visible(spec, position_T, jnp.arange(cache.key_BSMH.shape[1]))
-            attended = attend(
-                grouped,
-                cache.key_BSMH,
-                cache.value_BSMH,
-                mask_TS,
-                scale=spec.scale,
-                softcap=spec.softcap,
-                sink_N=sink_N,
-            )
+            mask_TS = visible(spec, position_T, jnp.arange(source[0].shape[1]))
+            attended = attend(grouped, *source, mask_TS, scale=spec.scale, softcap=spec.softcap, sink_N=sink_N)
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
         output = jnp.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
         if spec.output_bias:
             output = output + self.b_output[...].astype(dtype)
-        return Attended(output, cache, value, None)
+        return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
 
-    def _values(self, x_BTD: jax.Array, key_BTMH: jax.Array) -> jax.Array:
-        """Values as they are before any mix; `key_BTMH` as projected."""
+    def _keys_and_values(self, x_BTD: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys as queries meet them, and values as they are before any mix."""
         spec, dtype = self.spec, x_BTD.dtype
+        key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
+        if spec.qkv_bias:
+            key = key + self.b_key[...].astype(dtype)
         if spec.values_from_keys:
-            value = key_BTMH
+            value = key
         else:
             value = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_value[...].astype(dtype))
             if spec.qkv_bias:
@@ -188,26 +193,22 @@ class GroupedQueryAttention(nnx.Module):
         value = self._clipped(value)
         if spec.value_multiplier != 1:
             value = (value.astype(jnp.float32) * spec.value_multiplier).astype(dtype)
-        return value
+        return self._placed(key, None if spec.qk_norm is None else self.key_norm, position_T), value
 
-    def _placed(self, query: jax.Array, key: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys normalized, clipped, rotated and tuned."""
+    def _placed(self, x: jax.Array, norm: RMSNorm | LayerNorm | None, position_T: jax.Array) -> jax.Array:
+        """Queries or keys normalized, clipped and rotated."""
         spec = self.spec
-        if spec.qk_norm is not None and not spec.qk_norm_after_rotation:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = self._clipped(query), self._clipped(key)
+        if norm is not None and not spec.qk_norm_after_rotation:
+            x = norm(x)
+        x = self._clipped(x)
         match spec.position:
             case RoPESpec():
-                query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
+                x = rotate(spec.position, x, position_T)
             case NoPositionSpec():
                 pass
             case _:
                 assert_never(spec.position)
-        if spec.qk_norm is not None and spec.qk_norm_after_rotation:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if spec.temperature_tuning is not None:
-            query = (query * temperature(spec.temperature_tuning, position_T)[:, None, None]).astype(query.dtype)
-        return query, key
+        return norm(x) if norm is not None and spec.qk_norm_after_rotation else x
 
     def _clipped(self, x: jax.Array) -> jax.Array:
         clip = self.spec.clip

@@ -23,6 +23,7 @@ class Attended(NamedTuple):
     cache: "Cache | None"
     value_BTMH: jax.Array | None
     index_loss: jax.Array | None
+    source: tuple[jax.Array, jax.Array] | None = None
 
 
 class KVCache(NamedTuple):
@@ -40,6 +41,16 @@ class KVCache(NamedTuple):
             lax.dynamic_update_slice(self.value_BSMH, value_BTMH, start),
             self.length + (key_BTMH.shape[1] if count is None else count),
         )
+
+
+class SharedCache(NamedTuple):
+    """Of a layer that attends to another's keys and values: only how many tokens there are."""
+
+    length: jax.Array
+
+    def extended(self, length: int, count: jax.Array | int | None = None) -> "SharedCache":
+        """The cache after so many more tokens, of which `count` stay."""
+        return SharedCache(self.length + (length if count is None else count))
 
 
 class DeltaCache(NamedTuple):
@@ -110,7 +121,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | LatentCache | DeltaCache | ConvolutionCache
+Cache = KVCache | SharedCache | LatentCache | DeltaCache | ConvolutionCache
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
@@ -119,6 +130,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     caches: list[Cache] = []
     for layer in spec.all_layers:
         match layer.attention:
+            case GroupedQueryAttentionSpec(keys_of_layer=int()):
+                caches.append(SharedCache(jnp.zeros((), jnp.int32)))
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
                 key = jnp.zeros((batch, size, heads, head_dim), dtype)
                 value = jnp.zeros((batch, size, heads, value_dim), dtype)

@@ -21,6 +21,7 @@ class Attended(NamedTuple):
     cache: "Cache | None"
     value_BTMH: mx.array | None
     index_loss: mx.array | None
+    source: tuple[mx.array, mx.array] | None = None
 
 
 class KVCache(NamedTuple):
@@ -38,6 +39,16 @@ class KVCache(NamedTuple):
             mx.slice_update(self.value_BSMH, value_BTMH, start, (1,)),
             self.length + (key_BTMH.shape[1] if count is None else count),
         )
+
+
+class SharedCache(NamedTuple):
+    """Of a layer that attends to another's keys and values: only how many tokens there are."""
+
+    length: int
+
+    def extended(self, length: int, count: int | None = None) -> "SharedCache":
+        """The cache after so many more tokens, of which `count` stay."""
+        return SharedCache(self.length + (length if count is None else count))
 
 
 class DeltaCache(NamedTuple):
@@ -108,7 +119,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | LatentCache | DeltaCache | ConvolutionCache
+Cache = KVCache | SharedCache | LatentCache | DeltaCache | ConvolutionCache
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
@@ -117,6 +128,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     caches: list[Cache] = []
     for layer in spec.all_layers:
         match layer.attention:
+            case GroupedQueryAttentionSpec(keys_of_layer=int()):
+                caches.append(SharedCache(0))
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
                 key = mx.zeros((batch, size, heads, head_dim), dtype)
                 value = mx.zeros((batch, size, heads, value_dim), dtype)

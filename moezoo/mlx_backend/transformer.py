@@ -1,6 +1,6 @@
 """The whole model. Spec: moezoo.core.reference.transformer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
@@ -101,6 +101,14 @@ class Layer(nn.Module):
             self.output_scale = weights.state("output_scale")
             self.freeze(keys=["output_scale"], recurse=False)
 
+    def source_among(self, sources: Mapping[int, Any]) -> dict[str, Any]:
+        """Keys and values of the layer whose this one attends to, if it has none of its own."""
+        match self.spec.attention:
+            case GroupedQueryAttentionSpec(keys_of_layer=int(index)):
+                return {"source": sources[index]}
+            case _:
+                return {}
+
     def before_attention(self, x_BTD: mx.array) -> mx.array:
         """What attention sees."""
         return x_BTD if self.spec.arrangement == "post" else self.attention_norm(x_BTD)
@@ -183,6 +191,7 @@ class Transformer(nn.Module):
         index_losses: list[tuple[int, float, mx.array]] = []
         first_value_BTMH = None
         shortcut_BTD: mx.array | None = None
+        sources: dict[int, tuple[mx.array, mx.array] | None] = {}
         x_BTD = self._embed(tokens_BT, 0 if caches is None else caches[0].length)
         record["embedding"] = x_BTD
         for index, layer in enumerate(self.layers):
@@ -190,7 +199,11 @@ class Transformer(nn.Module):
             layer_key = None if key is None else fold_in(key, index)
             cache = None if caches is None else caches[index]
             seen_BTD = layer.before_attention(x_BTD)
-            attended = layer.attention(seen_BTD, cache, first_value_BTMH=first_value_BTMH, count=count)
+            attended = layer.attention(
+                seen_BTD, cache, first_value_BTMH=first_value_BTMH, count=count, **layer.source_among(sources)
+            )
+            if index in self.spec.shared_layers:
+                sources[index] = attended.source
             new_caches.append(attended.cache)
             record[f"{name}.attention"] = attended.out_BTD
             if index == 0:

@@ -200,6 +200,17 @@ def test_values_of_another_width_count_as_they_are():
     )
     assert flops_per_token(narrow, 5, False).attention_scores == 2 * 8 * (6 + 5) * 3
     assert kv_cache_bytes_per_token(narrow) == 2 * (6 + 5) * 4
+    sharing = narrow.model_copy(
+        update={
+            "layers": (
+                *narrow.layers,
+                narrow.layers[0].model_copy(
+                    update={"attention": narrow.layers[0].attention.model_copy(update={"keys_of_layer": 0})}
+                ),
+            )
+        }
+    )
+    assert kv_cache_bytes_per_token(sharing) == kv_cache_bytes_per_token(narrow)
     total = parameter_counts(plain).total
     assert total - parameter_counts(narrow).total == 2 * (20 + 1) + 8 * 20
     assert total - parameter_counts(keys).total == 2 * 6 * (20 + 1)

@@ -54,6 +54,7 @@ def spec_of(layer=None, **fields):
             "4 heads of 6, 2 key/value, values of 5, RoPE 10,000, value norm, values times 0.7",
         ),
         ({"values_from_keys": True}, GROUPED + ", values are keys"),
+        ({"keys_of_layer": 0}, GROUPED + ", keys and values of layer 0"),
         (LATENT, "4 heads of 6 + 4, values of 5, latent 7, RoPE 10,000 interleaved"),
         (
             LATENT | {"query_latent_dim": 9, "indexer": {"num_heads": 3, "head_dim": 4, "top_k": 2}, "scale": 0.5},
@@ -72,7 +73,9 @@ def spec_of(layer=None, **fields):
 )
 def test_attention(attention, words):
     attention = attention if "kind" in attention else HEADS | attention
-    assert attention_in_words(spec_of({"attention": attention}).layers[0].attention) == words
+    first = {"attention": attention if "keys_of_layer" not in attention else HEADS, "feed_forward": {"hidden_dim": 8}}
+    spec = spec_of(layers=[first, first | {"attention": attention}])
+    assert attention_in_words(spec.layers[1].attention) == words
 
 
 @pytest.mark.parametrize(

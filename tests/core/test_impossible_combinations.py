@@ -114,6 +114,30 @@ CASES = {
         f"{ATTENTION}.value_head_dim is 5, but values_from_keys takes keys of head_dim = 6 for values (x.yaml). Leave "
         "one of the two out.",
     ),
+    "a norm of another layer's values": (
+        model(layer(), layer(HEADS | {"keys_of_layer": 0, "value_norm": {}})),
+        "model.layers[1].attention.value_norm is given, but with keys_of_layer = 0 the values are that layer's "
+        "(x.yaml). Leave one of the two out.",
+    ),
+    "keys of a later layer": (
+        model(layer(HEADS | {"keys_of_layer": 1}, repeat=2)),
+        f"{ATTENTION}.keys_of_layer is 1, but this is layer 0 (x.yaml). Name an earlier layer.",
+    ),
+    "keys of a layer that has none": (
+        model(layer(LATENT), layer(HEADS | {"keys_of_layer": 0})),
+        "model.layers[1].attention.keys_of_layer is 0, a layer without keys of its own heads (x.yaml). Name one of "
+        "grouped_query attention with keys of its own.",
+    ),
+    "keys of a layer that shares": (
+        model(layer(), layer(HEADS | {"keys_of_layer": 0}), layer(HEADS | {"keys_of_layer": 1})),
+        "model.layers[2].attention.keys_of_layer is 1, a layer without keys of its own heads (x.yaml). Name one of "
+        "grouped_query attention with keys of its own.",
+    ),
+    "keys of other heads": (
+        model(layer(HEADS | {"value_head_dim": 5}), layer(HEADS | {"keys_of_layer": 0})),
+        "model.layers[1].attention.keys_of_layer is 0, which has 2 key/value heads of 6 and 5, not 2 of 6 and 6 "
+        "(x.yaml). Make them equal, or name another layer.",
+    ),
     "an indexer narrower than what it rotates": (
         model(layer(LATENT | {"indexer": {"num_heads": 1, "head_dim": 2, "top_k": 3}})),
         f"{ATTENTION}.indexer.head_dim is 2, less than rope_head_dim = 4, which it rotates (x.yaml). Use a larger one.",

@@ -87,8 +87,9 @@ def values_of(spec: GroupedQueryAttentionSpec, layer: int = 0) -> dict[str, np.n
 
 def empty_cache(twin: Twin, spec: GroupedQueryAttentionSpec, size: int):
     layer = LAYER.model_copy(update={"repeat": 2, "attention": spec})
-    model = ModelSpec(embed_dim=D, layers=(layer,))
-    return twin.module("kv_cache").empty_cache(model, B, size)[0]
+    first = LAYER.model_copy(update={"attention": spec.model_copy(update={"keys_of_layer": None})})
+    model = ModelSpec(embed_dim=D, layers=(first, layer))
+    return twin.module("kv_cache").empty_cache(model, B, size)[1]
 
 
 def layer_of(twin: Twin, spec: GroupedQueryAttentionSpec, values=None, layer: int = 0):
@@ -393,6 +394,41 @@ def test_a_norm_of_values_takes_their_length_away(twin):
     values = values_of(spec)
     longer = output(twin, spec, X_BTD, values | {"w_value": 7 * values["w_value"]})
     assert_close(longer, output(twin, spec, X_BTD, values), FLOAT32)
+
+
+SHARED = grouped(keys_of_layer=0, qkv_bias=True, qk_norm=RMSNormSpec(epsilon=1e-3), window=3, value_head_dim=5)
+
+
+def test_a_layer_may_attend_to_anothers_keys_and_values(twin):
+    values = values_of(SHARED, layer=1)
+    assert sorted(values) == ["b_query", "query_norm.scale", "w_output", "w_query"]
+    assert_layer_matches(
+        twin,
+        layer_of(twin, SHARED, layer=1),
+        lambda layer, x, key, value: layer(x, source=(key, value)).out_BTD,
+        lambda values, x, key, value: grouped_query_attention(SHARED, values, x, source=(key, value)).out_BTD,
+        values,
+        X_BTD,
+        normal(30, B, T, M, H),
+        normal(31, B, T, M, 5),
+    )
+
+
+def test_shared_keys_are_those_of_the_earlier_layer_also_in_its_cache(twin):
+    """On the same input, it is a layer whose own projections of keys and values are equal to the other's."""
+    own = SHARED.model_copy(update={"keys_of_layer": None})
+    values = values_of(own)
+    first, alike = layer_of(twin, own, values), layer_of(twin, SHARED, values, layer=1)
+    x, cache = twin.array(X_BTD), empty_cache(twin, own, T + 2)
+    shared_cache = empty_cache(twin, SHARED, T + 2)
+    expected = first(x)
+    assert_close(twin.numpy(alike(x, source=expected.source).out_BTD), twin.numpy(expected.out_BTD), EXACT)
+    for piece in (slice(0, 3), slice(3, 4), slice(4, 5)):
+        ahead = first(x[:, piece], cache)
+        attended = alike(x[:, piece], shared_cache, source=ahead.source)
+        cache, shared_cache = ahead.cache, attended.cache
+        assert_close(twin.numpy(attended.out_BTD), twin.numpy(expected.out_BTD)[:, piece], FLOAT32)
+    assert int(shared_cache.length) == T
 
 
 def test_heads_that_kv_heads_do_not_divide_are_refused():

@@ -131,6 +131,25 @@ def test_an_extended_cache_holds_both_parts_in_order(twin):
     np.testing.assert_array_equal(twin.numpy(cache.value_BSMH), np.concatenate([values, padding], axis=1))
 
 
+def test_layers_that_share_keys_generate_as_the_uncached_forward(twin):
+    heads = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
+    kinds = (heads, heads.model_copy(update={"window": 4}))
+    kinds += tuple(kinds[place].model_copy(update={"keys_of_layer": place}) for place in (1, 0))
+    feed_forward = GatedFeedForwardSpec(hidden_dim=F)
+    layers = tuple(LayerSpec(attention=kind, feed_forward=feed_forward) for kind in kinds)
+    spec = ModelSpec(vocab_size=V, embed_dim=D, layers=layers)
+    weights = {name: 5 * value for name, value in initial_weights(spec, seed=0).items()}
+    assert not any("layers.2.attention.w_key" in name for name in weights)
+    expected = forward(spec, {name: value.astype(np.float64) for name, value in weights.items()}, TOKENS)[0]
+    model = twin.backend().build(spec, weights)
+    assert_close(model.forward(TOKENS).logits, expected, FLOAT32)
+    logits, cache = model.prefill(TOKENS[:, :9], LENGTH)
+    assert [hasattr(part, "key_BSMH") for part in cache] == [True, True, False, False]
+    for t in range(9, 14):
+        assert_close(logits, expected[:, t - 1], FLOAT32, f"after {t} tokens")
+        logits, cache = model.decode(TOKENS[:, t], cache)
+
+
 def test_an_empty_cache_has_a_row_for_each_layer(twin):
     caches = twin.module("kv_cache").empty_cache(SPEC, B, 8)
     assert [cache.key_BSMH.shape for cache in caches] == [(B, 8, M, H)] * 2

@@ -31,8 +31,11 @@ def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> It
 
 def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer: int) -> Iterator[Parameter]:
     d, n, m, h, z = rows.embed_dim, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim
-    projected = [("query", n, h, "head"), ("key", m, h, "kv_head")]
-    if not spec.values_from_keys:
+    own_keys = spec.keys_of_layer is None
+    projected = [("query", n, h, "head")]
+    if own_keys:
+        projected.append(("key", m, h, "kv_head"))
+    if own_keys and not spec.values_from_keys:
         projected.append(("value", m, z, "kv_head"))
     for which, heads, width, axis in projected:
         axes = ("embed", axis, "head_dim")
@@ -40,7 +43,7 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
         if spec.qkv_bias:
             yield rows.vector(f"{name}.b_{which}", (heads, width), axes[1:], "attention")
     if spec.qk_norm is not None:
-        for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head")):
+        for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head"))[: 2 if own_keys else 1]:
             if spec.qk_norm_over == "head":
                 yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, (h,), ("head_dim",))
             else:

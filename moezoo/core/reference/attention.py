@@ -11,15 +11,17 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 
 
 class Attended(NamedTuple):
-    """What an attention layer of any kind returns: its output [B, T, D], and two things that others ask of some kinds.
+    """What an attention layer of any kind returns: its output [B, T, D], and things that others ask of some kinds.
 
     `value_BTMH`: grouped-query attention's own values, before any mix with those of the first layer. `index_loss`: a
-    scalar that trains an indexer. Each is None where there is none.
+    scalar that trains an indexer. `source`: keys and values that were attended to, of grouped-query attention with keys
+    of its own. Each is None where there is none.
     """
 
     out_BTD: Array
     value_BTMH: Array | None
     index_loss: Array | None
+    source: tuple[Array, Array] | None = None
 
 
 def attend(
@@ -91,7 +93,12 @@ def temperature(spec: TemperatureTuningSpec, position_T: Array) -> Array:
 
 
 def grouped_query_attention(
-    spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, *, first_value_BTMH: Array | None = None
+    spec: GroupedQueryAttentionSpec,
+    parameters: Parameters,
+    x_BTD: Array,
+    *,
+    first_value_BTMH: Array | None = None,
+    source: tuple[Array, Array] | None = None,
 ) -> Attended:
     """Causal self-attention of T tokens at positions 0 .. T-1: [B, T, D] -> [B, T, D].
 
@@ -102,21 +109,27 @@ def grouped_query_attention(
     Args:
         first_value_BTMH: values of the model's first layer, which `value_residual` mixes in; the first layer itself
             has no `value_mix`.
+        source: keys and values of layer `keys_of_layer`, as that layer attends to them.
 
     Source: see GroupedQueryAttentionSpec.
     """
     query = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
-    key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
     if spec.qkv_bias:
-        query, key = query + parameters["b_query"], key + parameters["b_key"]
-    value = _values(spec, parameters, x_BTD, key)
+        query = query + parameters["b_query"]
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length)
-    query, key = _placed(spec, parameters, query, key, position_T)
-    mixed = value
-    if "value_mix" in parameters:
-        mix = parameters["value_mix"]
-        mixed = (1 - mix) * value + mix * first_value_BTMH
+    query = _placed(spec, inside(parameters, "query_norm"), query, position_T)
+    if spec.temperature_tuning is not None:
+        query = query * temperature(spec.temperature_tuning, position_T)[:, None, None]
+    value = None
+    if source is None:
+        key, value = _keys_and_values(spec, parameters, x_BTD, position_T)
+        mixed = value
+        if "value_mix" in parameters:
+            mix = parameters["value_mix"]
+            mixed = (1 - mix) * value + mix * first_value_BTMH
+        source = key, mixed
+    key, mixed = source
     attended = attend(
         query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim),
         key,
@@ -136,51 +149,41 @@ def grouped_query_attention(
     output = np.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
     if spec.output_bias:
         output = output + parameters["b_output"]
-    return Attended(output, value, None)
+    return Attended(output, value, None, source if spec.keys_of_layer is None else None)
 
 
-def _values(spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, key_BTMH: Array) -> Array:
-    """Values as they are before any mix; `key_BTMH` as projected."""
+def _keys_and_values(
+    spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, position_T: Array
+) -> tuple[Array, Array]:
+    """Keys as queries meet them, and values as they are before any mix."""
+    key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
+    if spec.qkv_bias:
+        key = key + parameters["b_key"]
     if spec.values_from_keys:
-        value = key_BTMH
+        value = key
     else:
         value = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
         if spec.qkv_bias:
             value = value + parameters["b_value"]
     if spec.value_norm is not None:
         value = normalize(spec.value_norm, inside(parameters, "value_norm"), value)
-    return spec.value_multiplier * _clipped(spec, value)
+    key = _placed(spec, inside(parameters, "key_norm"), key, position_T)
+    return key, spec.value_multiplier * _clipped(spec, value)
 
 
-def _placed(
-    spec: GroupedQueryAttentionSpec, parameters: Parameters, query: Array, key: Array, position_T: Array
-) -> tuple[Array, Array]:
-    """Queries and keys normalized, clipped, rotated and tuned."""
-    if not spec.qk_norm_after_rotation:
-        query, key = _normalized(spec, parameters, query, key)
-    query, key = _clipped(spec, query), _clipped(spec, key)
+def _placed(spec: GroupedQueryAttentionSpec, norm: Parameters, x: Array, position_T: Array) -> Array:
+    """Queries or keys normalized, clipped and rotated; a norm is of each head, or of all heads of a token together."""
+    axes = 1 if spec.qk_norm_over == "head" else 2
+    if spec.qk_norm is not None and not spec.qk_norm_after_rotation:
+        x = normalize(spec.qk_norm, norm, x, axes)
+    x = _clipped(spec, x)
     match spec.position:
         case RoPESpec():
-            query, key = rotate(spec.position, query, position_T), rotate(spec.position, key, position_T)
+            x = rotate(spec.position, x, position_T)
         case NoPositionSpec():
             pass
-    if spec.qk_norm_after_rotation:
-        query, key = _normalized(spec, parameters, query, key)
-    if spec.temperature_tuning is not None:
-        query = query * temperature(spec.temperature_tuning, position_T)[:, None, None]
-    return query, key
+    return normalize(spec.qk_norm, norm, x, axes) if spec.qk_norm is not None and spec.qk_norm_after_rotation else x
 
 
 def _clipped(spec: GroupedQueryAttentionSpec, x: Array) -> Array:
     return x if spec.clip is None else np.clip(x, -spec.clip, spec.clip)
-
-
-def _normalized(
-    spec: GroupedQueryAttentionSpec, parameters: Parameters, query: Array, key: Array
-) -> tuple[Array, Array]:
-    """Each head for itself, or all heads of a token together."""
-    if spec.qk_norm is None:
-        return query, key
-    axes = 1 if spec.qk_norm_over == "head" else 2
-    query = normalize(spec.qk_norm, inside(parameters, "query_norm"), query, axes)
-    return query, normalize(spec.qk_norm, inside(parameters, "key_norm"), key, axes)

@@ -1,6 +1,6 @@
 """The whole model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import autograd.numpy as np
@@ -79,6 +79,7 @@ def forward(
     index_losses: list[tuple[int, float, Array]] = []
     first_value_BTMH = None
     shortcut_BTD: Array | None = None
+    sources: dict[int, tuple[Array, Array] | None] = {}
     x_BTD = _embedded(spec, parameters, tokens_BT)
     record["embedding"] = x_BTD
 
@@ -93,7 +94,10 @@ def forward(
         name, arrangement = f"layers.{index}", layer.arrangement
         layer_key = None if key is None else fold_in(key, index)
         seen_BTD = x_BTD if arrangement == "post" else normed(f"{name}.attention_norm", x_BTD)
-        attended = _attended(layer.attention, inside(parameters, f"{name}.attention"), seen_BTD, first_value_BTMH)
+        attended = _attended(
+            layer.attention, inside(parameters, f"{name}.attention"), seen_BTD, first_value_BTMH, sources
+        )
+        sources[index] = attended.source
         out = attended.out_BTD
         record[f"{name}.attention"] = out
         if index == 0:
@@ -160,8 +164,16 @@ def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array) -> Arra
     return x_BTD
 
 
-def _attended(spec: AttentionSpec, parameters: Parameters, x_BTD: Array, first_value_BTMH: Array | None) -> Attended:
+def _attended(
+    spec: AttentionSpec,
+    parameters: Parameters,
+    x_BTD: Array,
+    first_value_BTMH: Array | None,
+    sources: Mapping[int, tuple[Array, Array] | None],
+) -> Attended:
     match spec:
+        case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
+            return grouped_query_attention(spec, parameters, x_BTD, source=sources[other])
         case GroupedQueryAttentionSpec():
             return grouped_query_attention(spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH)
         case GatedDeltaAttentionSpec():

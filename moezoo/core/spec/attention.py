@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
@@ -37,7 +37,8 @@ class GroupedQueryAttentionSpec(Part):
     normalizes each head of them; with `values_from_keys` they have no projection of their own and are the keys as
     projected, before any norm and rotation (both: Gemma 4). `value_residual`: values are mixed with those of the
     model's first layer, `(1 - mix) * own + mix * first`, mix learned, 0.5 at first (Zhou et al. 2024, arXiv
-    2410.17897).
+    2410.17897). `keys_of_layer`: keys and values are those of that earlier layer, counted from 0 with repeats written
+    out; this one has none of its own, nor a cache (Gemma 3n, 4; Brandon et al. 2024, arXiv 2405.12981).
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -63,6 +64,7 @@ class GroupedQueryAttentionSpec(Part):
     value_multiplier: PositiveFloat = 1.0
     values_from_keys: bool = False
     value_residual: bool = False
+    keys_of_layer: NonNegativeInt | None = None
 
     @property
     def value_dim(self) -> int:
@@ -91,6 +93,19 @@ class GroupedQueryAttentionSpec(Part):
                 f"is {self.value_head_dim}, but values_from_keys takes keys of head_dim = {self.head_dim} for values",
                 "Leave one of the two out",
             )
+        own = {
+            "value_norm": self.value_norm is not None,
+            "value_multiplier": self.value_multiplier != 1,
+            "values_from_keys": self.values_from_keys,
+            "value_residual": self.value_residual,
+        }
+        for name, given in own.items():
+            if given and self.keys_of_layer is not None:
+                raise impossible(
+                    name,
+                    f"is given, but with keys_of_layer = {self.keys_of_layer} the values are that layer's",
+                    "Leave one of the two out",
+                )
         return self
 
 

@@ -174,6 +174,7 @@ class ModelSpec(Part):
                 "Leave it out, or add a layer",
             )
         self._check_later_layers()
+        self._check_shared_keys()
         self._check_pooled_balance()
         return self
 
@@ -197,6 +198,32 @@ class ModelSpec(Part):
                 "is true, but no mixture stands before this one, and no later one has it",
                 "Leave it out, or set it on later mixtures too",
             )
+
+    def _check_shared_keys(self) -> None:
+        """Keys of another layer are there, and as wide as this layer's would be."""
+        places = [(place, layer.attention) for place, layer in enumerate(self.layers) for _ in range(layer.repeat)]
+        for index, (place, attention) in enumerate(places):
+            if not isinstance(attention, GroupedQueryAttentionSpec) or attention.keys_of_layer is None:
+                continue
+            source = attention.keys_of_layer
+            path = f"layers[{place}].attention.keys_of_layer"
+            if source >= index:
+                raise impossible(path, f"is {source}, but this is layer {index}", "Name an earlier layer")
+            other = places[source][1]
+            if not isinstance(other, GroupedQueryAttentionSpec) or other.keys_of_layer is not None:
+                raise impossible(
+                    path,
+                    f"is {source}, a layer without keys of its own heads",
+                    "Name one of grouped_query attention with keys of its own",
+                )
+            ours, theirs = ((each.num_kv_heads, each.head_dim, each.value_dim) for each in (attention, other))
+            if ours != theirs:
+                raise impossible(
+                    path,
+                    f"is {source}, which has {theirs[0]} key/value heads of {theirs[1]} and {theirs[2]}, not "
+                    f"{ours[0]} of {ours[1]} and {ours[2]}",
+                    "Make them equal, or name another layer",
+                )
 
     def _check_pooled_balance(self) -> None:
         """Layers whose routers' rows are pooled have equal routers, and one coefficient."""
@@ -228,6 +255,16 @@ class ModelSpec(Part):
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have a MoE."""
         return tuple(index for index, layer in enumerate(self.all_layers) if layer.moe is not None)
+
+    @property
+    def shared_layers(self) -> frozenset[int]:
+        """Indices of the layers whose keys and values later ones attend to."""
+        named = (
+            layer.attention.keys_of_layer
+            for layer in self.layers
+            if isinstance(layer.attention, GroupedQueryAttentionSpec)
+        )
+        return frozenset(index for index in named if index is not None)
 
     @property
     def inference_differs(self) -> bool:

@@ -23,28 +23,30 @@ from moezoo.core.spec import (
 
 def spec(fields: Fields) -> ModelSpec:
     number, width = fields.count("num_hidden_layers"), fields.count("hidden_size")
-    fields.expect("num_kv_shared_layers", 0)
-    fields.flag("use_double_wide_mlp", False)  # of layers that share keys and values
     if fields.integer("hidden_size_per_layer_input", 256):
         raise fields.refuse("hidden_size_per_layer_input", "0: embeddings for each layer are not realized")
     norm = parts.rms_norm(fields)
-    dense = parts.swiglu(
-        fields, fields.count("intermediate_size"), name="hidden_activation", default="gelu_pytorch_tanh"
-    )
-    moe = _moe(fields, dense, norm) if fields.flag("enable_moe_block", False) else None
     by_default = ["full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(number)]
     types = parts.layer_types(fields, number, by_default)
     types[-1] = "full_attention"  # transformers has it so, whatever the file says
-    layers = [
-        LayerSpec(
-            arrangement="sandwich",
-            attention=attention,
-            feed_forward=dense if moe is None else None,
-            moe=moe,
-            output_scale=True,
+    attentions = _attentions(fields, types, norm)
+    has_moe, wider = fields.flag("enable_moe_block", False), fields.flag("use_double_wide_mlp", False)
+    layers = []
+    for attention in attentions:
+        times = 2 if wider and attention.keys_of_layer is not None else 1
+        dense = parts.swiglu(
+            fields, times * fields.count("intermediate_size"), name="hidden_activation", default="gelu_pytorch_tanh"
         )
-        for attention in _attentions(fields, types, norm)
-    ]
+        moe = _moe(fields, dense, norm) if has_moe else None
+        layers.append(
+            LayerSpec(
+                arrangement="sandwich",
+                attention=attention,
+                feed_forward=None if has_moe else dense,
+                moe=moe,
+                output_scale=True,
+            )
+        )
     fields.only_in_training("attention_dropout")
     return ModelSpec(
         vocab_size=fields.count("vocab_size"),
@@ -71,21 +73,29 @@ def _attentions(fields: Fields, types: list[str], norm: RMSNormSpec) -> list[Gro
             fields, "full_attention", 1e6, RoPESpec(base=1e6, fraction=0.25, fraction_of="pairs")
         ),
     }
-    return [
-        GroupedQueryAttentionSpec(
-            num_heads=fields.count("num_attention_heads"),
-            position=positions[kind],
-            qk_norm=norm,
-            value_norm=norm.model_copy(update={"scale": "none"}),
-            values_from_keys=keys_are_values and kind == "full_attention",
-            qkv_bias=bias,
-            output_bias=bias,
-            scale=1.0,
-            window=fields.count("sliding_window", 512) if kind == "sliding_attention" else None,
-            **shape | own,
+    own_keys = len(types) - fields.integer("num_kv_shared_layers", 0)
+    if own_keys < 1 or set(types[:own_keys]) != set(types):
+        raise fields.refuse("num_kv_shared_layers", "fewer, so that a layer of each type before them has keys")
+    found = []
+    for index, (kind, own) in enumerate(zip(types, overrides, strict=True)):
+        values = {
+            "value_norm": norm.model_copy(update={"scale": "none"}),
+            "values_from_keys": keys_are_values and kind == "full_attention",
+        }
+        shared = {"keys_of_layer": own_keys - 1 - types[:own_keys][::-1].index(kind)}
+        found.append(
+            GroupedQueryAttentionSpec(
+                num_heads=fields.count("num_attention_heads"),
+                position=positions[kind],
+                qk_norm=norm,
+                qkv_bias=bias,
+                output_bias=bias,
+                scale=1.0,
+                window=fields.count("sliding_window", 512) if kind == "sliding_attention" else None,
+                **shape | own | (values if index < own_keys else shared),
+            )
         )
-        for kind, own in zip(types, overrides, strict=True)
-    ]
+    return found
 
 
 def _overrides(fields: Fields, types: list[str], keys_are_values: bool) -> list[dict[str, int]]:
