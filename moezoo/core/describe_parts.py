@@ -51,6 +51,10 @@ def model_in_words(spec: ModelSpec) -> str:
     learned = spec.position.max_length if isinstance(spec.position, LearnedPositionsSpec) else None
     words = (
         (f"learned positions for {learned} tokens", learned is not None),
+        (
+            f"inputs of {spec.layer_inputs.dim} for each layer" if spec.layer_inputs else "",
+            spec.layer_inputs is not None,
+        ),
         ("sinusoidal positions", isinstance(spec.position, SinusoidalPositionsSpec)),
         (_norm(spec.norm), _norm(spec.norm) != _norm(RMSNormSpec())),
         *((f"{name} times {value:g}", True) for name, value in multipliers),

@@ -27,6 +27,7 @@ from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.kv_cache import Cache
 from moezoo.jax_backend.latent_attention import LatentAttention
+from moezoo.jax_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.jax_backend.moe import MoE
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import EmbeddingPosition
@@ -95,6 +96,8 @@ class Layer(nnx.Module):
             self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
+        if model.layer_inputs is not None:
+            self.layer_input = LayerInput(model.layer_inputs, model.norm, weights.inside("layer_input"))
         if spec.output_scale:
             self.output_scale = weights.state("output_scale")
 
@@ -160,6 +163,8 @@ class Transformer(nnx.Module):
         self.embedding = Embedding(weights.inside("embedding"))
         if spec.position is not None:
             self.position = EmbeddingPosition(spec.position, spec.embed_dim, weights.inside("position"))
+        if spec.layer_inputs is not None:
+            self.layer_inputs = LayerInputs(spec.layer_inputs, spec.norm, weights.inside("layer_inputs"))
         self.layers = nnx.List(
             [
                 Layer(layer, spec, weights.inside(f"layers.{index}"), index)
@@ -193,6 +198,7 @@ class Transformer(nnx.Module):
         sources: dict[int, tuple[jax.Array, jax.Array] | None] = {}
         x_BTD = self._embed(tokens_BT, 0 if caches is None else caches[0].length)
         record["embedding"] = x_BTD
+        inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
         for index, layer in enumerate(self.layers):
             name = f"layers.{index}"
             layer_key = None if key is None else fold_in(key, index)
@@ -234,7 +240,12 @@ class Transformer(nnx.Module):
                 out = layer.feed_forward(seen_BTD)
                 record[f"{name}.feed_forward"] = out
             x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), layer_key, FEED_FORWARD_DROPOUT)
-            x_BTD = layer.scaled(x_BTD if joining_BTD is None else x_BTD + joining_BTD)
+            x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
+            if inputs_BTLZ is not None:
+                out = layer.layer_input(x_BTD, inputs_BTLZ[:, :, index])
+                record[f"{name}.layer_input"] = out
+                x_BTD = x_BTD + out
+            x_BTD = layer.scaled(x_BTD)
             record[name] = x_BTD
         x_BTD = self.final_norm(x_BTD)
         record["final_norm"] = x_BTD

@@ -26,6 +26,7 @@ from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.kv_cache import Cache
 from moezoo.mlx_backend.latent_attention import LatentAttention
+from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import EmbeddingPosition
@@ -97,6 +98,8 @@ class Layer(nn.Module):
             self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
+        if model.layer_inputs is not None:
+            self.layer_input = LayerInput(model.layer_inputs, model.norm, weights.inside("layer_input"))
         if spec.output_scale:
             self.output_scale = weights.state("output_scale")
             self.freeze(keys=["output_scale"], recurse=False)
@@ -164,6 +167,8 @@ class Transformer(nn.Module):
         self.embedding = Embedding(weights.inside("embedding"))
         if spec.position is not None:
             self.position = EmbeddingPosition(spec.position, spec.embed_dim, weights.inside("position"))
+        if spec.layer_inputs is not None:
+            self.layer_inputs = LayerInputs(spec.layer_inputs, spec.norm, weights.inside("layer_inputs"))
         self.layers = [
             Layer(layer, spec, weights.inside(f"layers.{index}"), index) for index, layer in enumerate(spec.all_layers)
         ]
@@ -194,6 +199,7 @@ class Transformer(nn.Module):
         sources: dict[int, tuple[mx.array, mx.array] | None] = {}
         x_BTD = self._embed(tokens_BT, 0 if caches is None else caches[0].length)
         record["embedding"] = x_BTD
+        inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
         for index, layer in enumerate(self.layers):
             name = f"layers.{index}"
             layer_key = None if key is None else fold_in(key, index)
@@ -235,7 +241,12 @@ class Transformer(nn.Module):
                 out = layer.feed_forward(seen_BTD)
                 record[f"{name}.feed_forward"] = out
             x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), layer_key, FEED_FORWARD_DROPOUT)
-            x_BTD = layer.scaled(x_BTD if joining_BTD is None else x_BTD + joining_BTD)
+            x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
+            if inputs_BTLZ is not None:
+                out = layer.layer_input(x_BTD, inputs_BTLZ[:, :, index])
+                record[f"{name}.layer_input"] = out
+                x_BTD = x_BTD + out
+            x_BTD = layer.scaled(x_BTD)
             record[name] = x_BTD
         x_BTD = self.final_norm(x_BTD)
         record["final_norm"] = x_BTD

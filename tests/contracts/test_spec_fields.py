@@ -80,8 +80,9 @@ def test_both_backends_read_the_same_fields_of_the_spec(stem):
 
 
 def test_backends_read_every_field_that_is_about_computing():
-    """Fields that only core reads: of the table, initialization, frequencies, `selection_basis`, writing layers out."""
+    """Fields that only core reads: of the table, initialization, frequencies, properties, writing layers out."""
     only_core = {
+        "activation",
         "max_length",
         "repeat",
         "layers",

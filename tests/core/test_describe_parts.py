@@ -185,6 +185,7 @@ def test_a_mixture(router, moe, words):
     [
         ({}, ""),
         ({"norm": {"epsilon": 1e-3}}, ""),
+        ({"layer_inputs": {"dim": 3}}, "inputs of 3 for each layer"),
         ({"position": {"kind": "learned", "max_length": 64}}, "learned positions for 64 tokens"),
         ({"position": {"kind": "sinusoidal"}, "norm": {"kind": "layer"}}, "sinusoidal positions, layer norm"),
         ({"norm": {"scale": "zero_centred"}, "dropout": 0.1}, "zero-centred RMS norm, dropout 10%"),

@@ -270,6 +270,18 @@ add(
     **GEMMA4 | dict(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=30.0),
 )
 add(
+    "gemma4_text_keys_of_layers",
+    "the last three layers attend to the keys of the second and third; wider dense networks; inputs for each layer",
+    **GEMMA4
+    | dict(
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=10,  # without it transformers 5.23 cannot generate with shared keys
+    ),
+)
+add(
     "qwen3_next_dense",
     "dense layer 0, no renormalisation",
     **QWEN3_NEXT | dict(mlp_only_layers=[0], norm_topk_prob=False),

@@ -2,16 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moezoo.core.backend import check_length
 from moezoo.core.errors import DataError, SpecError
+from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.spec import DynamicScalingSpec, LongRoPEScalingSpec, ModelSpec
-from tests.huggingface.fixtures import read_fixture
+from tests.huggingface.fixtures import read_fixture, write_described
 
 OLMOE = {
     "model_type": "olmoe",
@@ -129,6 +131,23 @@ def test_gemma_has_other_heads_where_it_attends_to_everything() -> None:
     assert spec_of(saved) == spec_of(GEMMA)
 
 
+def test_gemmas_last_layers_attend_to_the_keys_of_the_last_alike_before_them() -> None:
+    types = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"] + ["full_attention"] * 3
+    spec = spec_of(GEMMA | {"layer_types": types, "num_kv_shared_layers": 3, "use_double_wide_mlp": True})
+    assert [layer.attention.keys_of_layer for layer in spec.all_layers] == [None] * 4 + [1] * 3
+    assert [layer.feed_forward.hidden_dim for layer in spec.all_layers] == [8] * 4 + [16] * 3
+    with pytest.raises(SpecError, match=r"num_kv_shared_layers is 6; expected fewer"):
+        spec_of(GEMMA | {"layer_types": types, "num_kv_shared_layers": 6})
+
+
+def test_what_layers_without_keys_have_of_them_in_files_is_kept(tmp_path: Path) -> None:
+    description = read_fixture("gemma4_text_keys_of_layers").description
+    unused = ["model.layers.5.self_attn.k_proj.weight", "model.layers.5.self_attn.k_norm.weight"]
+    tensors = description["tensors"] + [[unused[0], "F32", [24, 32], "matrix"], [unused[1], "F32", [12], "norm"]]
+    folder = write_described(description | {"tensors": tensors}, tmp_path)
+    assert sorted(open_checkpoint(folder).layout.kept_names()) == sorted(unused)
+
+
 def test_gemma_inside_its_wrapper_is_the_same() -> None:
     wrapper = {"model_type": "gemma4", "text_config": GEMMA | {"use_bidirectional_attention": "vision"}}
     wrapper |= {"vision_config": {}, "audio_config": None, "boa_token_id": 7, "eoa_token_index": 8, "dtype": "bfloat16"}
@@ -145,6 +164,10 @@ def test_gemma_inside_its_wrapper_is_the_same() -> None:
         (
             {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
             "expected a partial_rotary_factor only beside rope_type",
+        ),
+        (
+            {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 9},
+            "vocab_size_per_layer_input is 9; expected 11, as vocab_size",
         ),
         ({"enable_moe_block": True, "rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05; expected 1e-06"),
     ],

@@ -22,6 +22,11 @@ def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
     yield rows.matrix("embedding.weight", (v, d), ("vocab", "embed"), "embeddings")
     if isinstance(spec.position, LearnedPositionsSpec):
         yield rows.matrix("position.weight", (spec.position.max_length, d), ("length", "embed"), "embeddings")
+    if spec.layer_inputs is not None:
+        shape = (len(spec.all_layers), spec.layer_inputs.dim)
+        yield rows.matrix("layer_inputs.weight", (v, *shape), ("vocab", "layer", "latent"), "embeddings")
+        yield rows.matrix("layer_inputs.w_context", (d, *shape), ("embed", "layer", "latent"), "feed-forward")
+        yield from rows.norm("layer_inputs.norm", spec.norm, shape[1:], ("latent",))
     previous: int | None = None
     for index, layer in enumerate(spec.all_layers):
         yield from _layer(rows, f"layers.{index}", layer, index, previous)
@@ -48,5 +53,10 @@ def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | 
         yield from moe_rows(rows, f"{name}.moe", layer.moe, previous)
     if layer.arrangement == "sandwich":
         yield from rows.norm(f"{name}.feed_forward_output_norm", norm, shape, axes)
+    if rows.spec.layer_inputs is not None:
+        z = rows.spec.layer_inputs.dim
+        yield rows.matrix(f"{name}.layer_input.w_gate", (rows.embed_dim, z), ("embed", "latent"), "feed-forward")
+        yield rows.output(f"{name}.layer_input.w_output", (z, rows.embed_dim), ("latent", "embed"), "feed-forward")
+        yield from rows.norm(f"{name}.layer_input.norm", norm, shape, axes)
     if layer.output_scale:
         yield rows.state(f"{name}.output_scale", (1,), ("one",), "norms", ONES)

@@ -11,6 +11,7 @@ from moezoo.core.reference.attention import Attended, grouped_query_attention
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.latent_attention import latent_attention
+from moezoo.core.reference.layer_inputs import layer_input, layer_inputs
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import embedding_positions
@@ -58,8 +59,8 @@ def forward(
     its layer's `arrangement` says: `pre` x + f(norm(x)); `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x)));
     `parallel`: both blocks see norm(x) of the layer's input. What is added is dropped out and multiplied by
     `multipliers.residual`. A layer with a `shortcut` has a feed-forward and a MoE, which both see norm(x) behind the
-    attention; the MoE's output is added at the end of the next layer. Last, the stream is multiplied by the layer's
-    `output_scale`, if it has one.
+    attention; the MoE's output is added at the end of the next layer. Then comes the layer's own input, if the model
+    has `layer_inputs`, and last, the stream is multiplied by the layer's `output_scale`, if it has one.
 
     Args:
         spec: the model.
@@ -82,6 +83,8 @@ def forward(
     sources: dict[int, tuple[Array, Array] | None] = {}
     x_BTD = _embedded(spec, parameters, tokens_BT)
     record["embedding"] = x_BTD
+    if spec.layer_inputs is not None:
+        inputs_BTLZ = layer_inputs(spec.layer_inputs, spec.norm, inside(parameters, "layer_inputs"), tokens_BT, x_BTD)
 
     def normed(name: str, x: Array) -> Array:
         return normalize(spec.norm, inside(parameters, name), x)
@@ -136,6 +139,11 @@ def forward(
             out = normed(f"{name}.{which}", out)
         x_BTD = x_BTD + added(out, layer_key, FEED_FORWARD_DROPOUT)
         x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
+        if spec.layer_inputs is not None:
+            own = inside(parameters, f"{name}.layer_input")
+            out = layer_input(spec.layer_inputs, spec.norm, own, x_BTD, inputs_BTLZ[:, :, index])
+            record[f"{name}.layer_input"] = out
+            x_BTD = x_BTD + out
         if layer.output_scale:
             x_BTD = x_BTD * parameters[f"{name}.output_scale"]
         record[name] = x_BTD

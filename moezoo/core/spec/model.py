@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from moezoo.core.errors import SpecError
 from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec
 from moezoo.core.spec.base import Part, impossible
-from moezoo.core.spec.feed_forward import FeedForwardSpec
+from moezoo.core.spec.feed_forward import FeedForwardSpec, GatedFeedForwardSpec
 from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
@@ -92,6 +92,21 @@ class MultipliersSpec(Part):
     logits: PositiveFloat = 1.0
 
 
+class LayerInputsSpec(Part):
+    """Each layer has a vector of `dim` features for each token, beside the residual stream: half from an embedding of
+    its own, half from the token's embedding. Behind its two blocks it adds `norm((f(x w_gate) * vector) w_output)`, f
+    being the activation of that gated feed-forward. Source: Google 2025 (Gemma 3n, per-layer embeddings), and Gemma 4.
+    """
+
+    dim: PositiveInt
+    activation: Literal["swiglu", "geglu"] = "geglu"
+
+    @property
+    def gated(self) -> GatedFeedForwardSpec:
+        """The gate as that of a feed-forward."""
+        return GatedFeedForwardSpec(kind=self.activation, hidden_dim=self.dim)
+
+
 class NormalInitializerSpec(Part):
     """Matrices drawn from N(0, std); scales are one, biases zero."""
 
@@ -141,6 +156,7 @@ class ModelSpec(Part):
     vocab_size: PositiveInt | None = None
     embed_dim: PositiveInt
     position: EmbeddingPositionSpec | None = None
+    layer_inputs: LayerInputsSpec | None = None
     layers: tuple[LayerSpec, ...]
     norm: NormSpec = RMSNormSpec()
     head: HeadSpec = UntiedHeadSpec()

@@ -10,6 +10,7 @@ from moezoo.core.huggingface.tensors import Tensor
 from moezoo.core.spec import (
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
+    LayerInputsSpec,
     LayerSpec,
     ModelSpec,
     MoESpec,
@@ -23,8 +24,6 @@ from moezoo.core.spec import (
 
 def spec(fields: Fields) -> ModelSpec:
     number, width = fields.count("num_hidden_layers"), fields.count("hidden_size")
-    if fields.integer("hidden_size_per_layer_input", 256):
-        raise fields.refuse("hidden_size_per_layer_input", "0: embeddings for each layer are not realized")
     norm = parts.rms_norm(fields)
     by_default = ["full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(number)]
     types = parts.layer_types(fields, number, by_default)
@@ -51,12 +50,24 @@ def spec(fields: Fields) -> ModelSpec:
     return ModelSpec(
         vocab_size=fields.count("vocab_size"),
         embed_dim=width,
+        layer_inputs=_layer_inputs(fields),
         layers=parts.grouped(layers),
         norm=norm,
         head=parts.head(fields, tied=True),
         multipliers=MultipliersSpec(embedding=math.sqrt(width)),
         softcap=fields.get("final_logit_softcapping"),
     )
+
+
+def _layer_inputs(fields: Fields) -> LayerInputsSpec | None:
+    dim = fields.integer("hidden_size_per_layer_input", 256)
+    rows = fields.get("vocab_size_per_layer_input", 262_144)
+    if dim == 0:
+        return None
+    if rows != fields.count("vocab_size"):
+        raise fields.refuse("vocab_size_per_layer_input", f"{fields.count('vocab_size')}, as vocab_size")
+    gated = parts.swiglu(fields, dim, name="hidden_activation", default="gelu_pytorch_tanh")
+    return LayerInputsSpec(dim=dim, activation=gated.kind)
 
 
 def _attentions(fields: Fields, types: list[str], norm: RMSNormSpec) -> list[GroupedQueryAttentionSpec]:
@@ -164,7 +175,18 @@ FAMILY = Family(
         Tensor(f"{LAYER}.router.scale", "d", f"{OURS}.moe.router.input_scale", "d"),
         Tensor(f"{LAYER}.router.per_expert_scale", "e", f"{OURS}.moe.router.expert_scale", "e"),
         *parts.experts(f"{LAYER}.experts"),
+        Tensor("model.embed_tokens_per_layer.weight", "v (l z)", "layer_inputs.weight", "v l z"),
+        Tensor("model.per_layer_model_projection.weight", "(l z) d", "layer_inputs.w_context", "d l z"),
+        Tensor("model.per_layer_projection_norm.weight", "z", "layer_inputs.norm.scale", "z"),
+        Tensor(f"{LAYER}.per_layer_input_gate.weight", "z d", f"{OURS}.layer_input.w_gate", "d z"),
+        Tensor(f"{LAYER}.per_layer_projection.weight", "d z", f"{OURS}.layer_input.w_output", "z d"),
+        Tensor(f"{LAYER}.post_per_layer_input_norm.weight", "d", f"{OURS}.layer_input.norm.scale", "d"),
     ),
-    kept=("*.rotary_emb.*inv_freq", "*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),
-    harmless=("max_position_embeddings", "vocab_size_per_layer_input"),
+    kept=(
+        "*.rotary_emb.*inv_freq",
+        *("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),
+        # Of layers that attend to the keys of others, in released files.
+        *("*.self_attn.k_proj.weight", "*.self_attn.v_proj.weight", "*.self_attn.k_norm.weight"),
+    ),
+    harmless=("max_position_embeddings",),
 )
