@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from moezoo.core.random import ROUTER_JITTER
-from moezoo.core.reference.routing import EPSILON, LEAST_WEIGHT
+from moezoo.core.reference.routing import LEAST_WEIGHT
 from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.choice import Choice, choose, noisy
@@ -119,7 +119,7 @@ class Router(nnx.Module):
         if spec.input == "normalized":
             mean_square_P1 = jnp.mean(x_PD**2, axis=-1, keepdims=True)
             scale_D = self.input_scale[...].astype(jnp.float32) / x_PD.shape[-1] ** 0.5
-            x_PD = x_PD * lax.rsqrt(mean_square_P1 + EPSILON) * scale_D
+            x_PD = x_PD * lax.rsqrt(mean_square_P1 + spec.input_epsilon) * scale_D
         return x_PD.astype(dtype)
 
     def _linear(self, x_PD: jax.Array, previous_PE: jax.Array | None) -> jax.Array:

@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.random import ROUTER_JITTER
-from moezoo.core.reference.routing import EPSILON, LEAST_WEIGHT
+from moezoo.core.reference.routing import LEAST_WEIGHT
 from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import Choice, choose, noisy
@@ -119,7 +119,7 @@ class Router(nn.Module):
         if spec.input == "normalized":
             mean_square_P1 = mx.mean(x_PD**2, axis=-1, keepdims=True)
             scale_D = self.input_scale.astype(mx.float32) / x_PD.shape[-1] ** 0.5
-            x_PD = x_PD * mx.rsqrt(mean_square_P1 + EPSILON) * scale_D
+            x_PD = x_PD * mx.rsqrt(mean_square_P1 + spec.input_epsilon) * scale_D
         return x_PD.astype(dtype)
 
     def _linear(self, x_PD: mx.array, previous_PE: mx.array | None) -> mx.array:

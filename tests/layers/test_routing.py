@@ -46,7 +46,7 @@ ROUTERS: dict[str, dict] = {
     "softmax of chosen": {"score": "none", "weight": "softmax_of_chosen", "renormalize": "none", "bias": True},
     "sigmoid of chosen": {"score": "none", "weight": "sigmoid_of_chosen", "renormalize": "none"},
     "p norm": {"top_k": 3, "renormalize": "p_norm", "renormalize_order": 2.5},
-    "normalized input": {"input": "normalized", "per_expert_scale": True},
+    "normalized input": {"input": "normalized", "per_expert_scale": True, "input_epsilon": 1e-4},
     "residual, temperature and cap": {"gating_residual": True, "temperature": 0.7, "softcap": 2.0, "bias": True},
     "jitter of the input": {"jitter": {"of": "input", "amount": 0.3}},
     "jitter of the logits": {"jitter": {"of": "logits", "amount": 0.3}, "score": "sigmoid"},

@@ -10,7 +10,6 @@ from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.choice import Choice, choose, noisy
 from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
 
-EPSILON = 1e-6  # added to the mean square of a normalized input
 LEAST_WEIGHT = 1e-30  # of a moving average: only the 0 from before the first step is less
 
 
@@ -132,7 +131,7 @@ def _router_input(spec: RouterSpec, parameters: Parameters, x_PD: Array, key: Bi
         x_PD = x_PD * _jitter(spec.jitter.amount, key, x_PD.shape)
     if spec.input == "normalized":
         mean_square_P1 = np.mean(x_PD**2, axis=-1, keepdims=True)
-        x_PD = x_PD / np.sqrt(mean_square_P1 + EPSILON) * parameters["input_scale"] / np.sqrt(x_PD.shape[-1])
+        x_PD = x_PD / np.sqrt(mean_square_P1 + spec.input_epsilon) * parameters["input_scale"] / np.sqrt(x_PD.shape[-1])
     return x_PD
 
 

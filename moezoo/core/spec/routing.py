@@ -130,9 +130,10 @@ class RouterSpec(Part):
 
     In the order of computation:
 
-    - `input`: the `hidden` state, or `normalized`: divided by its root mean square, times a learned scale, over the
-      root of D (Gemma 4). `gating_residual`: logits of the previous MoE layer, through a learned matrix, are added to
-      this layer's (MoE++, arXiv 2410.07348, eq. 6); on the first MoE layer there is nothing to add.
+    - `input`: the `hidden` state, or `normalized`: divided by its root mean square (`input_epsilon` is added to the
+      mean square), times a learned scale, over the root of D (Gemma 4). `gating_residual`: logits of the previous MoE
+      layer, through a learned matrix, are added to this layer's (MoE++, arXiv 2410.07348, eq. 6); on the first MoE
+      layer there is nothing to add.
     - `bias`: the linear map has one. `dtype` of its product: `float32` whatever the model computes in (Zoph et al.
       2022, arXiv 2202.08906), or `compute`.
     - logits are divided by `temperature`, then capped: `softcap * tanh(logit / softcap)`.
@@ -148,6 +149,7 @@ class RouterSpec(Part):
 
     top_k: PositiveInt
     input: Literal["hidden", "normalized"] = "hidden"
+    input_epsilon: PositiveFloat = 1e-6
     gating_residual: bool = False
     bias: bool = False
     dtype: Literal["float32", "compute"] = "float32"

@@ -144,11 +144,12 @@ def _position(fields: Fields, layer_type: str, base: float, default: RoPESpec) -
 
 
 def _moe(fields: Fields, dense: GatedFeedForwardSpec, norm: RMSNormSpec) -> MoESpec:
-    if norm.epsilon != 1e-6:
-        raise fields.refuse("rms_norm_eps", "1e-06, which is what the router's own norm has here")
+    router = RouterSpec(
+        top_k=fields.count("top_k_experts"), input="normalized", input_epsilon=norm.epsilon, per_expert_scale=True
+    )
     return MoESpec(
         num_experts=fields.count("num_experts"),
-        router=RouterSpec(top_k=fields.count("top_k_experts"), input="normalized", per_expert_scale=True),
+        router=router,
         experts=dense.model_copy(update={"hidden_dim": fields.count("moe_intermediate_size")}),
         shared=ParallelFeedForwardSpec(feed_forward=dense, norm=norm),
     )
