@@ -43,7 +43,8 @@ def main() -> int:
 
 def train_and_export(case: str, out: Path, backend: str) -> None:
     """Write the trained checkpoint of one case, and what it computes here."""
-    vocab = int(read_fixture(case).description["config"]["vocab_size"])
+    described = read_fixture(case).description["config"]
+    vocab = int(described.get("text_config", described)["vocab_size"])
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_checkpoint(case, Path(scratch) / case, spelling="hub")  # mlx-lm reads no other

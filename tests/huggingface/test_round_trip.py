@@ -52,3 +52,16 @@ def test_round_trip_through_a_model(backend: str, tmp_path: Path) -> None:
     model.save(tmp_path / "run")
     moezoo.load(tmp_path / "run", backend=backend).save(tmp_path / "again", format="huggingface")
     assert digests(tmp_path / "again") == digests(source)
+
+
+@pytest.mark.parametrize(("case", "codes"), [("deepseek_v3_fp8", "_scale_inv"), ("gpt_oss_mxfp4", "_scales")])
+def test_changed_codes_are_written_as_numbers_under_the_same_names(case: str, codes: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(case, tmp_path / "source"))
+    changed = {name: np.asarray(value, np.float32) * np.float32(1.01) for name, value in checkpoint.weights.items()}
+    notes = export_checkpoint(changed, checkpoint.layout, tmp_path / "out")
+    assert "without quantization" in notes[0]
+    again = open_checkpoint(tmp_path / "out")
+    names = {name.removesuffix("_blocks") for name in checkpoint.layout.tensors if not name.endswith(codes)}
+    assert set(again.layout.tensors) == names
+    for name, value in again.weights.items():
+        np.testing.assert_allclose(np.asarray(value, np.float32), changed[name], rtol=2**-8)

@@ -45,8 +45,9 @@ def export_as_family(
         for file in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
             if file.is_file():
                 write_atomically(folder / file.name, file.read_bytes())
-        forms = {name: ("F32", rule.shape) for name, rule in first_rules(family, spec).items()}
-        write_own_layout(parameters, family, spec, forms, {}, folder)
+        placed = first_rules(family, spec)
+        forms = {name: ("F32", rule.shape) for name, rule in placed.items()}
+        write_own_layout(parameters, placed, forms, {}, folder)
         return [f"written as {family.name}, which computes the same"]
 
     return into_new_folder(out, write)

@@ -10,15 +10,13 @@ import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError, RunError
 from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
-from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.layout import CONFIG, Layout, entries_of, small_files
-from moezoo.core.huggingface.ledger import FLOATS, first_rules
+from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized import encode, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
 from moezoo.core.safetensors_file import write_stream
 from moezoo.core.safetensors_header import encode_header, size_bytes
-from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
 
@@ -123,7 +121,9 @@ def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], val
 def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) -> list[str]:
     """The family's own layout, without quantization: codes no longer stand for what training made of the numbers."""
     description = layout.description
-    forms = {name: ("BF16", rule.shape) for name, rule in first_rules(description.family, description.spec).items()}
+    wrap = wrapping(description.family, layout.readable)
+    placed = {wrap(name): rule for name, rule in first_rules(description.family, description.spec).items()}
+    forms = {name: ("BF16", rule.shape) for name, rule in placed.items()}
     for name, tensor in layout.tensors.items():
         if name in forms and tensor.dtype in FLOATS:
             forms[name] = (tensor.dtype, tensor.shape)
@@ -134,20 +134,18 @@ def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) 
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}
     forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
-    write_own_layout(parameters, description.family, description.spec, forms, kept, folder)
+    write_own_layout(parameters, placed, forms, kept, folder)
     return ["quantized weights have changed, so they were written without quantization, and config.json says so"]
 
 
 def write_own_layout(
     parameters: Mapping[str, Array],
-    family: Family,
-    spec: ModelSpec,
+    placed: Mapping[str, Placed],
     forms: Mapping[str, tuple[str, tuple[int, ...]]],
     kept: Mapping[str, Callable[[str], Array]],
     folder: Path,
 ) -> None:
-    """Write the files of a family's own layout: `forms` are dtype and shape by name, of which `kept` come verbatim."""
-    placed = first_rules(family, spec)
+    """Write files of tensors by rules: `forms` are dtype and shape by name, of which `kept` come verbatim."""
 
     def array(name: str) -> Array:
         if name in kept:

@@ -92,7 +92,7 @@ def make_ledger(
     """
     shapes = {row.name: row.shape for row in parameter_table(spec)}
     num_layers = len(spec.all_layers)
-    wrap = _wrapping(family.tensors[0], readable)
+    wrap = wrapping(family, readable)
     sources: dict[str, list[Source]] = {}
     copies: list[Source] = []
     holders: dict[str, Placed] = {}
@@ -149,8 +149,9 @@ def first_rules(family: Family, spec: ModelSpec) -> dict[str, Placed]:
     return found
 
 
-def _wrapping(embedding: Fused, readable: Mapping[str, Readable]) -> Callable[[str], str]:
-    """How names of the name table are spelled in these files, told by that of the embedding."""
+def wrapping(family: Family, readable: Mapping[str, Readable]) -> Callable[[str], str]:
+    """How names of the name table are spelled in these files, told by that of its first tensor, the embedding."""
+    embedding = family.tensors[0]
 
     def wrapped(name: str, prefixes: Mapping[str, str]) -> str:
         for prefix, other in prefixes.items():

@@ -1,6 +1,6 @@
 """What several families' tensors are called: parts of their name tables."""
 
-from moezoo.core.huggingface.tensors import Fused, Part, Tensor
+from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
 
 LAYER = "model.layers.{layer}"
 OURS = "layers.{layer}"
@@ -46,11 +46,13 @@ def qk_norm(
 def latent(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") -> tuple[Fused, ...]:
     """Multi-head latent attention as DeepSeek names it."""
     return (
+        *beside(
+            f"{ours}.w_query_down", "d q", (Tensor(f"{theirs}.q_b_proj.weight", "(n h) q", f"{ours}.w_query", "q n h"),)
+        ),
         Tensor(f"{theirs}.q_proj.weight", "(n h) d", f"{ours}.w_query", "d n h"),
         Tensor(f"{theirs}.q_a_proj.weight", "q d", f"{ours}.w_query_down", "d q"),
         Tensor(f"{theirs}.q_a_proj.bias", "q", f"{ours}.b_query_down", "q"),
         Tensor(f"{theirs}.q_a_layernorm.weight", "q", f"{ours}.query_norm.scale", "q"),
-        Tensor(f"{theirs}.q_b_proj.weight", "(n h) q", f"{ours}.w_query", "q n h"),
         Fused(
             f"{theirs}.kv_a_proj_with_mqa.weight",
             "x d",
