@@ -2,7 +2,7 @@
 
     python tests/external/measure_memory.py [--gib 2] [--dtype BF16 F32] [--layout expert fused] [--backend jax mlx]
 
-A checkpoint of the mixtral family is made in a temporary folder (`--folder` keeps it), in four or more shards, with one
+A checkpoint of the mixtral family is made in a temporary folder (`--folder` keeps it), in about five shards, with one
 tensor an expert or with fused experts, filled with random bits of small numbers. A process of its own loads it with
 `moezoo.load`, after it has imported everything and loaded a tiny one. Told are: `peak`, the largest resident memory
 (VmHWM) while loading, less what was resident before (interpreter, libraries, the tiny model), over the size of the
@@ -114,12 +114,7 @@ def measure(folder, tiny, backend):
     """In the process of its own: prints one line of JSON."""
     import moezoo
 
-    def use(path):
-        model = moezoo.load(path, backend=backend)
-        return model, model
-
-    warm = moezoo.load(tiny, backend=backend)
-    del warm
+    moezoo.load(tiny, backend=backend)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before, peaks, stop = status_bytes(), {"RssAnon": 0, "RssFile": 0}, threading.Event()
 

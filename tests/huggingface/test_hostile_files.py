@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import shutil
 import tracemalloc
 
@@ -343,6 +342,7 @@ def places_in(value, path=()):
 
 
 def spoil_config(config, draw):
+    """Change one to three fields: integers mostly to others, everything else to what does not belong there."""
     for _ in range(draw.choice([1, 1, 2, 3])):
         *path, last = draw.choice(list(places_in(config)))
         at = config
@@ -350,6 +350,8 @@ def spoil_config(config, draw):
             at = at[key]
         if draw.random() < 0.1:
             del at[last]
+        elif type(at[last]) is int and draw.random() < 0.7:
+            at[last] = draw.choice([at[last] + 1, at[last] - 1, at[last] * 2, at[last] // 2, 1, 2, 3])
         else:
             at[last] = json.loads(json.dumps(draw.choice(ODD)))
 
@@ -357,19 +359,30 @@ def spoil_config(config, draw):
 @pytest.mark.parametrize("case", cases())
 def test_odd_values_in_any_field_are_understood_or_refused_by_file(case, tmp_path):
     draw = random.Random(case)
-    path = tmp_path / "config.json"
+    folder = write_checkpoint(case, tmp_path)
     fixture = read_fixture(case).description
-    outcomes = set()
-    for attempt in range(30):
+    problems = set()
+    for attempt in range(20):
         config = json.loads(json.dumps(fixture["hub_config" if attempt % 2 else "config"]))
         spoil_config(config, draw)
-        path.write_text(json.dumps(config))
-        # There are no weights: at best it gets as far as asking for them.
-        with pytest.raises((CheckpointError, SpecError), match=re.escape(str(tmp_path))) as caught:
-            open_checkpoint(tmp_path)
-        assert "\n" not in str(caught.value)
-        outcomes.add(caught.type)
-    assert SpecError in outcomes
+        (folder / "config.json").write_text(json.dumps(config))
+        problems.add(problem_of(folder))
+    assert len(problems) > 5
+
+
+def problem_of(folder):
+    """What opening a folder and reading all of it says against it; None where it loads."""
+    try:
+        checkpoint = open_checkpoint(folder)
+        shapes = {name: value.shape for name, value in checkpoint.weights.items()}
+    except (CheckpointError, SpecError) as error:
+        problem = str(error)
+    else:
+        assert shapes == dict(checkpoint.weights.shapes)
+        return None
+    assert str(folder) in problem
+    assert "\n" not in problem
+    return problem
 
 
 @settings(
@@ -401,14 +414,4 @@ def test_no_corruption_crashes_or_passes_unnoticed_by_the_checks(folder, data):
     else:
         content[at:at] = content[at : at + data.draw(st.integers(1, 200))]
     path.write_bytes(content)
-    problem = None
-    try:
-        checkpoint = open_checkpoint(work)
-        values = dict(checkpoint.weights)
-    except (CheckpointError, SpecError) as error:
-        problem = str(error)
-    if problem is None:
-        assert {name: value.shape for name, value in values.items()} == dict(checkpoint.weights.shapes)
-    else:
-        assert str(work) in problem
-        assert "\n" not in problem
+    problem_of(work)
