@@ -179,7 +179,6 @@ add(
 add(
     "ernie4_5_moe_bias",
     "biases everywhere, every second layer sparse, untied",
-    refused="use_bias is true",
     **ERNIE
     | dict(
         use_bias=True,
