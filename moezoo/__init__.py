@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moezoo.core.backend import Backend
     from moezoo.core.config import Config, load_config
     from moezoo.core.errors import MoezooError
     from moezoo.core.loaded_model import LoadedModel
@@ -27,9 +28,9 @@ _LAZY = {
 
 
 def load(
-    path: str | Path, backend: str | None = None, compute: str | None = None, max_length: int | None = None
+    path: str | Path, backend: "str | Backend | None" = None, compute: str | None = None, max_length: int | None = None
 ) -> "LoadedModel":
-    """A model on a backend (`jax`, `mlx`, or None for the default).
+    """A model on a backend: `jax`, `mlx`, None for the default, or one that was made (`ShardedJaxBackend`).
 
     `path`: a run folder (its newest whole checkpoint), the folder of a Hugging Face checkpoint, or a hub id `org/name`.
     `compute`: the dtype of activations and products, `float32` or `bfloat16`; None is what the run's config says, and

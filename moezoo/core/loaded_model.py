@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import IGNORED, Integers, Model, Output, check_length
+from moezoo.core.backend import IGNORED, Backend, Integers, Model, Output, check_length
 from moezoo.core.checkpoint import save_checkpoint
 from moezoo.core.config import Config, dump_config, with_compute
 from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
@@ -196,14 +196,15 @@ def save_run(
 
 
 def load_model(
-    path: str | Path, backend: str | None = None, compute: str | None = None, max_length: int | None = None
+    path: str | Path, backend: str | Backend | None = None, compute: str | None = None, max_length: int | None = None
 ) -> LoadedModel:
     """See `moezoo.load`."""
     from moezoo.backends import load_backend
 
     opened = open_model(path, max_length)
     config = opened.config if compute is None else with_compute(opened.config, compute)
-    model = load_backend(backend).build(config.model, opened.weights)
+    realized = load_backend(backend) if backend is None or isinstance(backend, str) else backend
+    model = realized.build(config.model, opened.weights)
     problems = list(opened.problems)
     if opened.checkpoint is not None:
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))

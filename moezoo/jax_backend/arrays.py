@@ -39,7 +39,10 @@ class Weights:
         return _State(self._array(name))
 
     def _array(self, name: str) -> jax.Array:
-        value = np.asarray(self._values[self._prefix + name])
+        given = self._values[self._prefix + name]
+        if isinstance(given, jax.Array):  # on its devices already, see sharding.py
+            return given
+        value = np.asarray(given)
         return jnp.asarray(value, value.dtype if value.dtype.name in STORED_DTYPES else jnp.float32)
 
 
