@@ -55,7 +55,7 @@ def table(results: Results) -> str:
         f"|---|{'---|' * len(COLUMNS)}---|---|",
     ]
     for family in sorted({family.name for family in families().values()}):
-        ticks = ["yes" if results.passed.get(family, *key) else "**no**" for key in COLUMNS.values()]
+        ticks = ["yes" if results.passed.get((family, *key)) else "**no**" for key in COLUMNS.values()]
         difference = f"{results.difference[family]:.0e}" if family in results.difference else "-"
         lines.append(f"| `{family}` | {' | '.join(ticks)} | {difference} | {len(results.cases[family])} |")
     return "\n".join(lines)
