@@ -41,6 +41,7 @@ def config(spec: ModelSpec) -> dict[str, Any] | None:
         "first_k_dense_replace": first,
         "intermediate_size": width,
         "kv_lora_rank": attention.latent_dim,
+        "moe_layer_freq": 1,
         "n_group": groups[0],
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.shared.num_experts if isinstance(moe.shared, SharedExpertsSpec) else 0,
@@ -51,9 +52,11 @@ def config(spec: ModelSpec) -> dict[str, Any] | None:
         "qk_nope_head_dim": attention.head_dim,
         "qk_rope_head_dim": attention.rope_head_dim,
         "rope_interleave": interleaved,
-        "rope_parameters": parts.rope_config(attention.position),
+        **parts.rope_config(attention.position),
         "routed_scaling_factor": router.scale,
+        "scoring_func": "sigmoid",
         "topk_group": groups[1],
+        "topk_method": "noaux_tc",
         "v_head_dim": attention.value_head_dim,
     }
 

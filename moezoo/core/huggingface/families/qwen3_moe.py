@@ -48,6 +48,7 @@ def config(spec: ModelSpec) -> dict[str, Any] | None:
         **parts.mixture_config(moe, "moe_intermediate_size"),
         **parts.balance_config(moe),
         "attention_bias": attention.output_bias,
+        "decoder_sparse_step": 1,
         "intermediate_size": width,
         "mlp_only_layers": dense,
         "norm_topk_prob": moe.router.renormalize == "sum",

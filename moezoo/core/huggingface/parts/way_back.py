@@ -28,14 +28,14 @@ def attention_config(spec: GroupedQueryAttentionSpec) -> dict[str, Any]:
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
-        "rope_parameters": rope_config(spec.position),
+        **rope_config(spec.position),
     }
 
 
 def rope_config(position: PositionSpec) -> dict[str, Any]:
-    """`rope_parameters` of a rotation that is not scaled; another one is not read back, and so refused."""
+    """A rotation that is not scaled, spelled as mlx-lm reads it too; another one is not read back, and so refused."""
     base = position.base if isinstance(position, RoPESpec) else 10_000.0
-    return {"rope_type": "default", "rope_theta": base}
+    return {"rope_theta": base, "rope_scaling": None}
 
 
 def mixture_config(spec: MoESpec, width: str) -> dict[str, Any]:
