@@ -23,7 +23,6 @@ from moezoo.core.safetensors_header import (
     HeaderProblem,
     TensorEntry,
     encode_header,
-    format_name,
     laid_out,
     numpy_form,
     storable_name,
@@ -192,15 +191,6 @@ def shapes_of(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     """
     shapes: Mapping[str, tuple[int, ...]] | None = getattr(weights, "shapes", None)
     return {name: value.shape for name, value in weights.items()} if shapes is None else dict(shapes)
-
-
-def encode_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file; see `write_tensors`."""
-    arrays = {name: _encodable(name, array) for name, array in tensors.items()}
-    header = encode_header({name: (format_name(array.dtype), array.shape) for name, array in arrays.items()}, metadata)
-    entries, _ = laid_out(header)
-    blocks = (arrays[name].reshape(-1).view(np.uint8).data for name in entries)
-    return b"".join([len(header).to_bytes(8, "little"), header, *blocks])
 
 
 def write_stream(path: str | Path, header: bytes, tensors: Iterable[tuple[str, Array]]) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -13,7 +14,6 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.safetensors_file import (
     SafetensorsFile,
     check_header,
-    encode_tensors,
     read_tensors,
     write_stream,
     write_tensors,
@@ -75,9 +75,21 @@ def test_what_is_written_is_read_by_us_and_by_safetensors(tmp_path):
         assert file.metadata() == {"z": "1", "format": "pt"}
 
 
+def bytes_of(folder, tensors, metadata):
+    write_tensors(folder / "bytes.safetensors", tensors, metadata)
+    return (folder / "bytes.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("metadata", [{}, {"format": "pt"}])
-def test_bytes_are_those_of_safetensors(metadata):
-    assert encode_tensors(small_tensors(), metadata) == safetensors.numpy.save(small_tensors(), metadata or None)
+def test_bytes_are_those_of_safetensors(tmp_path, metadata):
+    expected = safetensors.numpy.save(small_tensors(), metadata or None)
+    assert bytes_of(tmp_path, small_tensors(), metadata) == expected
+
+
+def test_size_and_digest_are_those_of_the_file(tmp_path):
+    size, digest = write_tensors(tmp_path / "a", small_tensors(), {})
+    content = (tmp_path / "a").read_bytes()
+    assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
@@ -102,10 +114,10 @@ def test_strided_and_big_endian_arrays_are_stored_by_value(tmp_path):
     assert found["b"].dtype == np.float32
 
 
-def test_order_of_tensors_and_metadata_does_not_change_the_bytes():
+def test_order_of_tensors_and_metadata_does_not_change_the_bytes(tmp_path):
     tensors, metadata = small_tensors(), {"a": "1", "b": "2", "c": "3"}
     backwards = dict(reversed(tensors.items())), dict(reversed(metadata.items()))
-    assert encode_tensors(tensors, metadata) == encode_tensors(*backwards)
+    assert bytes_of(tmp_path, tensors, metadata) == bytes_of(tmp_path, *backwards)
 
 
 def test_some_names_are_read_in_the_order_asked(tmp_path):
@@ -265,7 +277,7 @@ def corrupted(content, draw):
 
 
 def test_corruptions_are_accepted_only_where_safetensors_accepts_them(tmp_path):
-    content = encode_tensors(small_tensors(), {"format": "pt"})
+    content = bytes_of(tmp_path, small_tensors(), {"format": "pt"})
     path = tmp_path / "a.safetensors"
     accepted, refused, refused_only_here, refused_when_read = 0, 0, [], []
     for seed in range(NUM_CORRUPTIONS):

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.numpy
 from huggingface_hub import errors
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.hub import progress_line, resolve
-from moezoo.core.safetensors_file import encode_tensors
 
 COMMIT = "c" * 40
 SHARDS = {
-    "model-00001-of-00002.safetensors": encode_tensors({"a": np.zeros(3, np.float32)}, {}),
-    "model-00002-of-00002.safetensors": encode_tensors({"b": np.zeros(5, np.float32)}, {}),
+    "model-00001-of-00002.safetensors": safetensors.numpy.save({"a": np.zeros(3, np.float32)}),
+    "model-00002-of-00002.safetensors": safetensors.numpy.save({"b": np.zeros(5, np.float32)}),
 }
 TEXTS = {
     "config.json": b"{}",
