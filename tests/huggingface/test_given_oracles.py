@@ -10,9 +10,13 @@ import pytest
 
 import moezoo
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
+from moezoo.core.huggingface.folder import TensorFolder
+from moezoo.core.huggingface.quantization import mxfp4_decode, mxfp4_encode
 from tests.huggingface.conftest import ORACLES
+from tests.huggingface.fixtures import FOLDER
 from tests.huggingface.test_families import BACKENDS, check, check_gradient, check_greedy
 from tests.huggingface.test_round_trip import round_trip
+from tests.huggingface.test_training_oracles import CASES
 
 GIVEN = sorted(path.parent.name for path in ORACLES.glob("*/oracle.npz"))
 
@@ -42,3 +46,18 @@ def test_gradient_of_a_given_oracle(case: str, backend: str) -> None:
 @pytest.mark.parametrize("case", GIVEN)
 def test_round_trip_of_a_given_oracle(case: str, tmp_path: Path) -> None:
     round_trip(ORACLES / case, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_checked_in_training_oracles_are_the_given_ones(case: str) -> None:
+    for path in (FOLDER / case).iterdir():
+        assert path.read_bytes() == (ORACLES / case / path.name).read_bytes(), path.name
+
+
+def test_mxfp4_codes_come_back_bit_for_bit() -> None:
+    folder = TensorFolder(ORACLES / "gpt_oss_mxfp4")
+    names = [name for name in folder.tensors if name.endswith("_blocks")]
+    assert len(names) == 4
+    for name in names:
+        blocks, scales = folder.read(name), folder.read(name.removesuffix("_blocks") + "_scales")
+        np.testing.assert_array_equal(mxfp4_encode(mxfp4_decode(blocks, scales), scales), blocks)

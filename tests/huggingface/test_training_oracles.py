@@ -18,7 +18,6 @@ import moezoo
 from moezoo.cli import main
 from moezoo.core.huggingface.folder import TensorFolder
 from tests.backends_available import require_backend
-from tests.huggingface.conftest import ORACLES
 from tests.huggingface.fixtures import FOLDER
 from tests.tolerances import FLOAT32, FLOAT32_TRAINING, TRAINED_LOGITS, assert_close
 
@@ -108,9 +107,3 @@ def test_every_tensor_of_the_export_has_moved_as_far(trained: Trained, tmp_path:
     assert_close(final / trained.expected["final_norm"], np.ones(len(names)), FLOAT32)
     expected = trained.expected["update_norm"][~buffer]
     assert_close(moved[~buffer] / expected, np.ones(len(expected)), FLOAT32_TRAINING)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if (ORACLES / case).exists()])
-def test_the_checked_in_folders_are_the_given_ones(case: str) -> None:
-    for path in (FOLDER / case).iterdir():
-        assert path.read_bytes() == (ORACLES / case / path.name).read_bytes(), path.name
