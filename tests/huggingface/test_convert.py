@@ -111,3 +111,12 @@ def test_compute_chooses_the_dtype_of_activations(backend: str, tmp_path: Path) 
     assert 1e-3 < np.abs(rounded - exact).max() < 0.5
     with pytest.raises(SpecError, match="compute is 'float8'"):
         moezoo.load(source, backend=backend, compute="float8")
+
+
+def test_a_link_that_leaves_the_folder_is_not_passed_on(tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    (tmp_path / "secret.json").write_text("{}")
+    (source / "tokenizer_extra.json").symlink_to(tmp_path / "secret.json")
+    result = run("convert", source, tmp_path / "run")
+    assert result.exit_code == 1
+    assert "is a link that leaves its folder" in result.output

@@ -56,7 +56,7 @@ class TensorFolder:
             raise CheckpointError(f"{path} is not a folder. Name the folder that holds config.json and *.safetensors.")
         index = _weight_map(self.path)
         names = _only_file(self.path) if index is None else sorted(set(index.values()))
-        self._files = {name: SafetensorsFile(_inside(self.path, name)) for name in names}
+        self._files = {name: SafetensorsFile(inside(self.path, name)) for name in names}
         self.headers = {name: file.header for name, file in self._files.items()}
         if index is not None:
             _check_index(self.path, index, self._files)
@@ -115,7 +115,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     """The index's map from tensor to file; None where there is no index."""
     if not (folder / INDEX).exists() and not (folder / INDEX).is_symlink():
         return None
-    path = _inside(folder, INDEX)
+    path = inside(folder, INDEX)
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names; got {weight_map!r:.80}.")
@@ -163,7 +163,7 @@ def _only_file(folder: Path) -> list[str]:
     raise CheckpointError(f"{folder} holds no safetensors file; expected {SINGLE}, or {INDEX} and its shards.")
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The path of a file of the folder; CheckpointError where it is missing or a link that leads elsewhere."""
     path = folder / name
     try:

@@ -19,7 +19,7 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.huggingface.folder import StoredTensor
+from moezoo.core.huggingface.folder import StoredTensor, inside
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
 from moezoo.core.huggingface.quantized import decode, encode, quantized_tensors
 from moezoo.core.safetensors_file import SafetensorsFile, write_stream
@@ -102,8 +102,11 @@ def make_layout(
 
 
 def small_files(path: Path) -> list[Path]:
-    """The files beside the tensors that go along: configs, tokenizer, templates."""
-    found = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
+    """The files beside the tensors that go along: configs, tokenizer, templates.
+
+    Raises CheckpointError for a link that leaves the folder: what it leads to is not the checkpoint's to pass on.
+    """
+    found = [inside(path, file.name) for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
     return [file for file in found if not file.name.startswith(".") and file.stat().st_size <= _MAX_BYTES]
 
 
