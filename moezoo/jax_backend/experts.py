@@ -153,6 +153,9 @@ class Experts(nnx.Module):
             self.b_down = weights.parameter("b_down")
 
     def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
+        if grouped_path() == "blocks":
+            matrices = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()}
+            return _blocked_experts(self.spec, block_rows(x_RD.shape[0], size_E.shape[0]), x_RD, matrices, size_E)
         spec, dtype = self.spec, x_RD.dtype
         groups = group_rows(size_E, x_RD.shape[0])
         gate = None
@@ -168,3 +171,112 @@ class Experts(nnx.Module):
 def _rows_of(bias_EF: jax.Array, groups: Groups) -> jax.Array:
     """Each row's own bias, float32, so that the sum over an expert's rows which is its gradient keeps its digits."""
     return bias_EF.astype(jnp.float32)[groups.expert_R]
+
+
+# --- the experts' whole feed-forward in blocks -----------------------------------------------------------------------
+#
+# Rows are sorted by expert. A loop over experts takes an expert's matrices out once, a loop inside it goes over blocks
+# of its rows. The last block of an expert may reach over its end: what it computes there is overwritten by the next
+# expert on the way forward and in the gradient of the rows, and masked in the gradients of the matrices.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked_experts(
+    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E: jax.Array
+) -> jax.Array:
+    return _experts_forward(spec, block, x_RD, parameters, size_E)[0]
+
+
+def _experts_forward(spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E):
+    """What the experts give [R, D]; and for the way back, what entered their activation, by the name of its matrix."""
+    num_rows, dtype = x_RD.shape[0], x_RD.dtype
+    entrances = [name for name in ("w_gate", "w_up") if name in parameters]
+    start_E = jnp.cumsum(size_E) - size_E
+    padded = jnp.pad(x_RD, ((0, block), (0, 0)))
+
+    def one_expert(expert: jax.Array, results):
+        own = {name: _matrix_of(value, expert, dtype) for name, value in parameters.items()}
+
+        def one_block(index: jax.Array, results):
+            start = start_E[expert] + index * block
+            rows = lax.dynamic_slice_in_dim(padded, start, block)
+            entered = {name: _linear(rows, own, name) for name in entrances}
+            out = _linear(activate(spec, entered.get("w_gate"), entered["w_up"]), own, "w_down")
+            return jax.tree.map(
+                lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=0), results, (out, entered)
+            )
+
+        return lax.fori_loop(0, _num_blocks(size_E[expert], block), one_block, results)
+
+    def empty(width: int) -> jax.Array:
+        return jnp.zeros((num_rows + block, width), dtype)
+
+    results = (empty(x_RD.shape[1]), {name: empty(parameters[name].shape[2]) for name in entrances})
+    out, entered = lax.fori_loop(0, size_E.shape[0], one_expert, results)
+    return out[:num_rows], (x_RD, parameters, size_E, entered)
+
+
+def _experts_backward(spec: ExpertsSpec, block: int, saved, gradient_RD: jax.Array):
+    x_RD, parameters, size_E, entered = saved
+    dtype = x_RD.dtype
+    start_E = jnp.cumsum(size_E) - size_E
+    x_padded, gradient_padded = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_RD, gradient_RD))
+
+    def one_expert(expert: jax.Array, results):
+        own = {name: _matrix_of(value, expert, dtype) for name, value in parameters.items()}
+
+        def one_block(index: jax.Array, results):
+            x_gradient, totals = results
+            start = start_E[expert] + index * block
+            inside = (jnp.arange(block) < size_E[expert] - index * block)[:, None]
+            rows, gradient, *entered_rows = (
+                lax.dynamic_slice_in_dim(whole, start, block)
+                for whole in (x_padded, gradient_padded, *entered.values())
+            )
+            gradient = jnp.where(inside, gradient, 0)
+            hidden, pull = jax.vjp(
+                lambda *values: activate(spec, values[0] if len(values) > 1 else None, values[-1]), *entered_rows
+            )
+            parts = {"w_down": (hidden, gradient)}
+            back = 0.0
+            for name, part in zip(entered, pull(gradient @ own["w_down"].T), strict=True):
+                parts[name] = (rows, part)
+                back = back + part @ own[name].T
+            added = {}
+            for name, (left, right) in parts.items():
+                added[name] = jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
+                if spec.bias:
+                    added[_bias_of(name)] = jnp.sum(right.astype(jnp.float32), axis=0)
+            x_gradient = lax.dynamic_update_slice_in_dim(x_gradient, back, start, axis=0)
+            return x_gradient, jax.tree.map(jnp.add, totals, added)
+
+        x_gradient, gradients = results
+        zeros = {name: jnp.zeros(value.shape[1:], jnp.float32) for name, value in parameters.items()}
+        x_gradient, totals = lax.fori_loop(0, _num_blocks(size_E[expert], block), one_block, (x_gradient, zeros))
+        # A matrix's is rounded to the dtype of the product, as the gradient of a cast is.
+        totals = {name: total.astype(dtype) if name.startswith("w_") else total for name, total in totals.items()}
+        return x_gradient, {
+            name: lax.dynamic_update_index_in_dim(whole, totals[name].astype(whole.dtype), expert, axis=0)
+            for name, whole in gradients.items()
+        }
+
+    results = (jnp.zeros_like(x_padded), jax.tree.map(jnp.zeros_like, parameters))
+    x_gradient, gradients = lax.fori_loop(0, size_E.shape[0], one_expert, results)
+    return x_gradient[: x_RD.shape[0]], gradients, None
+
+
+_blocked_experts.defvjp(_experts_forward, _experts_backward)
+
+
+def _linear(rows: jax.Array, own: dict[str, jax.Array], name: str) -> jax.Array:
+    """Rows times an expert's matrix of that name, and its bias if it has one."""
+    product = rows @ own[name]
+    return product + own[_bias_of(name)] if _bias_of(name) in own else product
+
+
+def _bias_of(name: str) -> str:
+    return name.replace("w_", "b_")
+
+
+def _num_blocks(size: jax.Array, block: int) -> jax.Array:
+    return (size + block - 1) // block

@@ -13,6 +13,7 @@ from flax import nnx
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig
+from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
 from moezoo.core.random import Bits
@@ -38,6 +39,7 @@ class JaxBackend:
     def __init__(self) -> None:
         # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
         jax.config.update("jax_default_matmul_precision", "highest")
+        self._freed_memory = keep_freed_memory() if jax.default_backend() == "cpu" else None
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "JaxModel":
         return JaxModel(spec, weights)
@@ -45,10 +47,11 @@ class JaxBackend:
     def facts(self) -> dict[str, str]:
         device = jax.devices()[0]
         kind = device.device_kind if device.platform != "cpu" else "cpu"
-        return {
+        facts = {
             "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
             "experts": grouped_path(),
         }
+        return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}
 
 
 class PendingJaxStep:
