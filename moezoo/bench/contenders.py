@@ -59,7 +59,7 @@ def chosen(backends: str | None, peers: str | None) -> tuple[dict[str, Entry], d
     for name in NAMES if backends is None else _names(backends, NAMES, "backend"):
         missing = missing_packages(name)
         if missing and backends is not None:
-            raise BackendError(_missing(name, missing))
+            raise BackendError(_advice(name, missing))
         if missing:
             left_out[name] = f"not installed: {', '.join(missing)}"
         else:
@@ -70,9 +70,9 @@ def chosen(backends: str | None, peers: str | None) -> tuple[dict[str, Entry], d
     for name, entry in PEERS.items():
         if named and name not in named:
             continue
-        missing = [package for package in entry.packages if importlib.util.find_spec(package) is None]
+        missing = _missing(entry.packages)
         if missing and named:
-            raise BackendError(_missing(name, missing))
+            raise BackendError(_advice(name, missing))
         if missing:
             left_out[name] = f"not installed: {', '.join(missing)}"
         elif entry.asked and peers is None:
@@ -92,7 +92,11 @@ def _names(text: str, known: Sequence[str], what: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _missing(name: str, packages: Sequence[str]) -> str:
+def _missing(packages: Sequence[str]) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+def _advice(name: str, packages: Sequence[str]) -> str:
     return (
         f"contender {name} is not installed; missing {', '.join(packages)}. "
         f"Run `pip install {' '.join(package.replace('_', '-') for package in packages)}`, or leave it out."

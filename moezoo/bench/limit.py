@@ -8,13 +8,13 @@ inner width. Nothing is sorted, gathered, normalized or activated, no expert is 
 runs. The rate of these products times the useful operations of `core/cost.py` is the limit's time: operations of parts
 that have no such product here (scores of other kinds of attention) count at the same rate.
 
-`decode`: the bytes that one token of each of B sequences must read, at the speed at which memory is copied by as many
-threads as there are cores, each byte counted once: every matrix but tables that are looked up; of an expert's matrices
-the share of experts that B tokens touch on average, `1 - (1 - K/E)^B`, if they choose evenly and independently; and
-the keys and values of the context.
+`decode`: the bytes that one token of each of B sequences must read, at the speed at which copies move bytes, read and
+written ones together, by as many threads as there are cores and between arrays that no cache holds. They are every
+matrix but tables that are looked up; of an expert's matrices the share of experts that B tokens touch on average,
+`1 - (1 - K/E)^B`, if they choose evenly and independently; and the keys and values of the context.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,11 +26,12 @@ import numpy as np
 from moezoo.bench.case import Case, Work
 from moezoo.bench.machine import cores
 from moezoo.core.cost import active_experts, flops_per_token, kv_cache_bytes_per_token
-from moezoo.core.parameters import Parameter, parameter_table
+from moezoo.core.parameters import ROLES, Parameter, Role, parameter_table
 from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, TiedHeadSpec
 
-_MIXTURE = ("router", "routed experts", "shared experts")
+_COPIED = 256 << 20  # bytes, several times what caches hold
+_MIXTURE: tuple[Role, ...] = ("router", "routed experts", "shared experts")
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ class Limit:
 
     def prepare(self, case: Case) -> Work:
         if case.kind == "decode":
-            return _copies(
-                bytes_per_step(case), sum(row.size for row in parameter_table(case.spec)) * _bytes(case.spec)
-            )
+            return _copies(bytes_per_step(case))
         made = products(case)
         backward = case.kind in ("train", "gradients")
         seconds_per_flop = useful_flops(case) / (sum(product.flops for product in made) * (3 if backward else 1))
@@ -91,27 +90,38 @@ def useful_flops(case: Case) -> int:
 
 def products(case: Case) -> list[Product]:
     """The forward products of one unit, as the module says."""
-    alone = case.kind != "train"
-    spec = mixture_of(case.spec) if alone else case.spec
-    made = [
-        Product(round(case.tokens * share), *_sides(row))
-        for row, share in _used_matrices(spec)
-        if not alone or row.role in _MIXTURE
-    ]
-    if not alone:
-        made += _score_products(spec, case.tokens, case.config.training.sequence_length)
-    return made
+    if case.kind == "train":
+        length = case.config.training.sequence_length
+        return [*matrix_products(case.spec, case.tokens), *score_products(case.spec, case.tokens, length)]
+    return list(matrix_products(mixture_of(case.spec), case.tokens, of=_MIXTURE))
+
+
+def matrix_products(spec: ModelSpec, tokens: int, of: Sequence[Role] = ROLES) -> Iterator[Product]:
+    """A product for each matrix that tokens are multiplied with, of some roles."""
+    for row, times in _used_matrices(spec):
+        if row.role in of:
+            yield Product(round(tokens * times), *_sides(row))
+
+
+def score_products(spec: ModelSpec, tokens: int, length: int) -> Iterator[Product]:
+    """Two products for each layer of grouped heads: queries with keys, probabilities with values."""
+    seen = (length + 2) // 2
+    for layer in spec.all_layers:
+        attention = layer.attention
+        if isinstance(attention, GroupedQueryAttentionSpec):
+            most = attention.window if attention.chunk is None else attention.chunk
+            visible = seen if most is None else min(seen, most)
+            yield Product(tokens * attention.num_heads, attention.head_dim, visible)
+            yield Product(tokens * attention.num_heads, visible, attention.value_dim)
 
 
 def bytes_per_step(case: Case) -> int:
     """Bytes of weights and cache that one more token of each sequence of a batch must read, when half of it is done."""
     weights = Fraction(0)
-    for row, share in _used_matrices(case.spec):
+    for row, times in _used_matrices(case.spec):
+        touched = Fraction(1)
         if _is_routed(row):
-            share /= row.shape[0]
-            touched = 1 - (1 - min(share, Fraction(1))) ** case.batch
-        else:
-            touched = Fraction(1)
+            touched -= (1 - min(times / row.shape[0], Fraction(1))) ** case.batch
         weights += touched * row.size
     cache = kv_cache_bytes_per_token(case.spec) * case.batch * (case.context + case.new_tokens // 2)
     return round(weights * _bytes(case.spec)) + cache
@@ -134,12 +144,12 @@ def _used_matrices(spec: ModelSpec) -> Iterator[tuple[Parameter, Fraction]]:
             continue
         if row.role == "embeddings" and row.name != ("embedding.weight" if tied else "head.w_head"):
             continue  # looked up
-        share = Fraction(1)
+        times = Fraction(1)
         if _is_routed(row):
             moe = layers[int(row.name.split(".")[1])].moe
             assert moe is not None
-            share = active_experts(moe)
-        yield row, share
+            times = active_experts(moe)
+        yield row, times
 
 
 def _sides(row: Parameter) -> tuple[int, int]:
@@ -148,17 +158,6 @@ def _sides(row: Parameter) -> tuple[int, int]:
     if row.axes[-1] == "embed":
         return prod(shape[:-1]), shape[-1]
     return shape[0], prod(shape[1:])
-
-
-def _score_products(spec: ModelSpec, tokens: int, length: int) -> Iterator[Product]:
-    seen = (length + 2) // 2
-    for layer in spec.all_layers:
-        attention = layer.attention
-        if isinstance(attention, GroupedQueryAttentionSpec):
-            most = attention.window if attention.chunk is None else attention.chunk
-            visible = seen if most is None else min(seen, most)
-            yield Product(tokens * attention.num_heads, attention.head_dim, visible)
-            yield Product(tokens * attention.num_heads, visible, attention.value_dim)
 
 
 def _products(made: list[Product], backward: bool) -> Work:
@@ -194,24 +193,18 @@ def _products(made: list[Product], backward: bool) -> Work:
     return run
 
 
-def _copies(size: int, total: int) -> Work:
-    """Copy `size` bytes a unit, each time the next ones of `total`, in one part per core."""
+def _copies(size: int) -> Work:
+    """Time in which copies move `size` bytes a unit, half read and half written, with a part on each core."""
     threads = cores()
-    part = -(-size // threads)
-    source = np.ones(max(total, 2 * part * threads), np.uint8)
-    target = np.ones((threads, part), np.uint8)
+    source, target = np.ones((threads, _COPIED // threads), np.uint8), np.ones((threads, _COPIED // threads), np.uint8)
+    moved = source.size + target.size
     pool = ThreadPoolExecutor(threads)
 
-    def copy(thread: int, start: int) -> None:
-        np.copyto(target[thread], source[start : start + part])
-
     def run(repeats: int) -> float:
-        begin, start = perf_counter(), 0
-        for _ in range(repeats):
-            starts = [start + thread * part for thread in range(threads)]
-            list(pool.map(copy, range(threads), starts))
-            start += threads * part
-            start = start if start + threads * part <= len(source) else 0
-        return perf_counter() - begin
+        copies = max(1, round(repeats * size / moved))
+        begin = perf_counter()
+        for _ in range(copies):
+            list(pool.map(np.copyto, target, source))
+        return (perf_counter() - begin) * repeats * size / (copies * moved)
 
     return run

@@ -16,6 +16,8 @@ from moezoo.core.errors import BenchError
 
 Tell = Callable[[str], None]
 
+_MOST_STARTS = 3
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -89,11 +91,12 @@ def time_starts(case: Case, entries: Mapping[str, Entry], effort: Effort, tell: 
     """
     timings = Timings()
     running = dict(entries)
-    for turn in range(effort.slices):
+    turns = min(effort.slices, _MOST_STARTS)
+    for turn in range(turns):
         for name in list(running):
             with tempfile.TemporaryDirectory() as folder, _noted(timings, running, name):
                 for label in ("cold", "warm"):
-                    tell(f"start {turn + 1} of {effort.slices}, {label}: {name}")
+                    tell(f"start {turn + 1} of {turns}, {label}: {name}")
                     begin = perf_counter()
                     with Process(name, running[name], _caches_in(Path(folder))) as process:
                         process.ask("first", case=case.to_json())

@@ -79,7 +79,8 @@ class Process:
     def _last_words(self, what: str) -> str:
         status = self._process.wait()
         self._errors.seek(0)
-        said = [line.strip() for line in self._errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in self._errors.read().decode("utf-8", "replace").splitlines()]
+        said = [line for line in lines if line.strip("^~ ")]  # without the marks under a line of a traceback
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         words = " | ".join(said[-_LAST_LINES:]) or "nothing"
         return f"contender {self.name} {how} while asked to {what}; expected an answer. Its last words: {words}"
