@@ -56,7 +56,7 @@ def _table(title: str, rows: Sequence[Row]) -> "Table":
         "share": lambda row: _number(row.share_of_limit, ".3f"),
         "relative": lambda row: _number(row.relative, ".2f", "x"),
         "tokens/s": lambda row: _number(row.tokens_per_second, ",.0f"),
-        "time": lambda row: f"{1000 * row.seconds:,.2f} ms" if row.seconds < 10 else f"{row.seconds:,.1f} s",
+        "time": lambda row: f"{1000 * row.seconds:,.2f} ms" if row.seconds < 1 else f"{row.seconds:,.2f} s",
         "spread": lambda row: f"{100 * (max(row.slices) - min(row.slices)) / row.seconds:.0f} %",
         "GFLOP/s": lambda row: _number(row.flops_per_second, ",.1f", scale=1e9),
         "GB/s": lambda row: _number(row.bytes_per_second, ",.2f", scale=1e9),
