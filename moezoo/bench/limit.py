@@ -27,10 +27,10 @@ from moezoo.bench.case import Case, Work
 from moezoo.bench.machine import cores
 from moezoo.core.cost import active_experts, flops_per_token, kv_cache_bytes_per_token
 from moezoo.core.parameters import ROLES, Parameter, Role, parameter_table
-from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, TiedHeadSpec
 
 _COPIED = 256 << 20  # bytes, several times what caches hold
+_FLOAT32_BYTES = 4  # of initial weights, whatever the compute dtype
 _MIXTURE: tuple[Role, ...] = ("router", "routed experts", "shared experts")
 
 
@@ -61,9 +61,9 @@ class Limit:
             return _copies(bytes_per_step(case))
         made = products(case)
         backward = case.kind in ("train", "gradients")
-        seconds_per_flop = useful_flops(case) / (sum(product.flops for product in made) * (3 if backward else 1))
+        over_made = useful_flops(case) / (sum(product.flops for product in made) * (3 if backward else 1))
         run = _products(made, backward)
-        return lambda repeats: run(repeats) * seconds_per_flop
+        return lambda repeats: run(repeats) * over_made
 
 
 def make() -> Limit:
@@ -124,11 +124,7 @@ def bytes_per_step(case: Case) -> int:
             touched -= (1 - min(times / row.shape[0], Fraction(1))) ** case.batch
         weights += touched * row.size
     cache = kv_cache_bytes_per_token(case.spec) * case.batch * (case.context + case.new_tokens // 2)
-    return round(weights * _bytes(case.spec)) + cache
-
-
-def _bytes(spec: ModelSpec) -> int:
-    return COMPUTE_BYTES[compute_dtype(spec)]
+    return round(weights * _FLOAT32_BYTES) + cache
 
 
 def _is_routed(row: Parameter) -> bool:

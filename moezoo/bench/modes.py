@@ -39,7 +39,7 @@ class Row:
         share_of_limit: the limit's seconds over these: where operations limit, the model FLOPs utilisation on active
             parameters relative to what plain products reach on this machine. None without a limit.
         relative: of a sweep: seconds over those with the fewest experts.
-        peak_memory_bytes: of a training step's process; None else.
+        peak_memory_bytes: of the process of a contender that trains; None else.
     """
 
     config: str
@@ -208,7 +208,7 @@ def _rows(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> lis
                     bytes_per_step(case) / seconds if decode else None,
                     None if limit is None else limit / seconds,
                     seconds / least.setdefault((contender, case.kind), seconds) if mode == "experts" else None,
-                    timings.peak_memory.get(contender) if mode == "train" else None,
+                    timings.peak_memory.get(contender) if mode == "train" and contender != "limit" else None,
                 )
             )
     return rows

@@ -56,14 +56,14 @@ def _draw(axes: Any, rows: Sequence[Row], what: str, title: str) -> None:
 
     others = iter(_OTHERS)
     ticks: set[int] = set()
-    highest = 1.5
+    lowest, highest = 1.0, 1.5
     for name in dict.fromkeys(row.contender for row in rows):
         line = points(rows, what, name)
         if name == "limit" or not line:
             continue
         experts, times = zip(*line, strict=True)
         ticks |= set(experts)
-        highest = max(highest, *times)
+        lowest, highest = min(lowest, *times), max(highest, *times)
         own = name in _COLOURS
         colour = _COLOURS[name] if own else next(others, PALE)
         label = f"{name}, x{times[-1]:.2f}"
@@ -73,7 +73,7 @@ def _draw(axes: Any, rows: Sequence[Row], what: str, title: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(sorted(ticks), labels=[str(tick) for tick in sorted(ticks)])
-    levels = [level for level in (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if level <= 1.05 * highest]
+    levels = [level for level in (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if 0.95 * lowest <= level <= 1.05 * highest]
     axes.set_yticks(levels, labels=[f"x{level:g}" for level in levels])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(title, fontsize=9, loc="left")

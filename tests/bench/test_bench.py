@@ -71,7 +71,9 @@ def test_smoke_runs_every_mode_on_both_backends(tmp_path):
         assert {row["contender"] for row in rows} == expected
         assert all(row["seconds"] > 0 and len(row["slices"]) == 1 for row in rows)
         assert all((row["share_of_limit"] is None) == (mode == "startup") for row in rows)
-    assert all(row["peak_memory_bytes"] > 2**20 for row in result["rows"] if row["mode"] == "train")
+    training = {row["contender"]: row["peak_memory_bytes"] for row in result["rows"] if row["mode"] == "train"}
+    assert training["limit"] is None
+    assert min(training["jax"], training["mlx"]) > 2**20
     assert "experts" in result["contenders"]["jax"]
     assert "share of the limit, smoke" in done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
