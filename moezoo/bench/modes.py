@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal, get_args
 
 from moezoo.bench.case import Case
@@ -30,7 +31,8 @@ class Row:
         config: S, M, a file, `smoke` or `sweep`.
         case: the label of the case, as `forward` or `batch 8`.
         contender: a name, or `limit`.
-        seconds: median over the slices of a unit: a step, a pass, a token of each sequence, a start.
+        seconds: median over the slices of a unit: a step, a pass, a token of each sequence, a start. Of the limit of
+            decoding: its bytes at the median rate of all cases.
         slices: seconds of each slice.
         first_seconds: of the first unit, which may compile; None for a start.
         tokens_per_second: None for a start.
@@ -143,7 +145,7 @@ def bench(
                 ]
             else:
                 timings = take_turns(cases, {**entries, "limit": LIMIT}, effort, say)
-                rows += _rows(name, mode, cases, timings)
+                rows += rows_of(name, mode, cases, timings)
             facts |= timings.facts
             failed += [f"{name} {mode}: {why}" for why in timings.failed.values()]
     described = {**machine(), "load_before": before, "load_after": load()}
@@ -184,13 +186,15 @@ def _sweep(smoke: bool) -> list[Case]:
     return made
 
 
-def _rows(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> list[Row]:
+def rows_of(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> list[Row]:
+    """What was measured of the cases of one mode."""
     rows: list[Row] = []
     least: dict[tuple[str, str], float] = {}
+    limits = _limits(cases, timings)
     for case in cases:
-        limit = timings.seconds("limit", case.label)
+        limit = limits.get(case.label)
         for contender in ("limit", *(each for each in timings.facts if each != "limit")):
-            seconds = timings.seconds(contender, case.label)
+            seconds = limit if contender == "limit" else timings.seconds(contender, case.label)
             if seconds is None:
                 continue
             decode = case.kind == "decode"
@@ -212,3 +216,21 @@ def _rows(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> lis
                 )
             )
     return rows
+
+
+def _limits(cases: Sequence[Case], timings: Timings) -> dict[str, float]:
+    """Seconds of the limit by label. All decoding is limited by one rate, the median over the slices of all its cases:
+    a copy's speed changes more from second to second than that of products.
+    """
+    rates = [
+        bytes_per_step(case) / seconds
+        for case in cases
+        if case.kind == "decode"
+        for seconds in timings.slices.get(("limit", case.label), [])
+    ]
+    limits = {}
+    for case in cases:
+        seconds = timings.seconds("limit", case.label)
+        if seconds is not None:
+            limits[case.label] = bytes_per_step(case) / median(rates) if case.kind == "decode" else seconds
+    return limits

@@ -15,8 +15,9 @@ from moezoo.bench import contenders
 from moezoo.bench.case import Case, random_prompts, random_windows
 from moezoo.bench.configs import bench_config, smoke_config
 from moezoo.bench.contenders import OWN, PEERS, chosen
-from moezoo.bench.measure import Effort
-from moezoo.bench.modes import MODES, Results, Row, bench
+from moezoo.bench.limit import bytes_per_step
+from moezoo.bench.measure import Effort, Timings
+from moezoo.bench.modes import MODES, Results, Row, bench, rows_of
 from moezoo.bench.report import report
 from moezoo.bench.sweep_picture import draw_sweep, points
 from moezoo.cli import main
@@ -141,6 +142,20 @@ def test_a_contender_that_fails_is_reported_and_the_status_says_so(monkeypatch):
     assert [row["contender"] for row in found["rows"]] == ["limit", "jax"]
     assert found["rows"][1]["share_of_limit"] == found["rows"][0]["seconds"] / 0.5
     assert found["rows"][1]["tokens_per_second"] == 2 * 16 / 0.5
+
+
+def test_all_decoding_is_limited_by_one_rate():
+    cases = [Case(label, "decode", smoke_config(), batch, 8, 4) for label, batch in (("one", 1), ("two", 2))]
+    sizes = {case.label: bytes_per_step(case) for case in cases}
+    timings = Timings(facts={"jax": {}, "limit": {}})
+    for label, rates in {"one": (1e6, 9e6), "two": (2e6, 3e6, 4e6)}.items():
+        timings.slices["limit", label] = [sizes[label] / rate for rate in rates]
+        timings.slices["jax", label] = [sizes[label] / 1.5e6]
+        for name in ("limit", "jax"):
+            timings.first_seconds[name, label] = 1.0
+    rows = rows_of("S", "decode", cases, timings)
+    assert [row.bytes_per_second for row in rows] == pytest.approx([3e6, 1.5e6, 3e6, 1.5e6])
+    assert [row.share_of_limit for row in rows] == pytest.approx([1, 0.5, 1, 0.5])
 
 
 def test_report_has_a_table_for_each_mode_and_one_of_shares():
