@@ -194,12 +194,32 @@ class Model(Protocol):
         """Logits [B, V] after one more token [B] per sequence, and the longer cache."""
         ...
 
+    def wait(self) -> None:
+        """Return when the device has finished all steps that were started, their updates included."""
+        ...
+
     def export_parameters(self) -> dict[str, Floats]:
         """Every parameter, trained or state, by canonical name and in the dtype that it was built with."""
         ...
 
     def export_optimizer(self) -> dict[str, Floats]:
         """`first_moment.<name>` and `second_moment.<name>` of every trained parameter."""
+        ...
+
+
+class Mixture(Protocol):
+    """One mixture by itself, B sequences of T positions. What it computes is on the device, and finished."""
+
+    def array(self, values: Floats | Integers) -> Any:
+        """Values on the device."""
+        ...
+
+    def forward(self, x: Any, token: Any) -> Any:
+        """What the mixture adds to activations float32 [B, T, D] of tokens int32 [B, T], which only a hash reads."""
+        ...
+
+    def gradients(self, x: Any, token: Any, gradient: Any) -> tuple[Any, dict[str, Any]]:
+        """From the gradient [B, T, D] of what it adds: that of `x`, and of each trained parameter by canonical name."""
         ...
 
 
@@ -213,6 +233,10 @@ class Backend(Protocol):
 
         Raises CheckpointError where names or shapes (`shapes_of`) differ from the parameter table.
         """
+        ...
+
+    def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, Floats]) -> Mixture:
+        """The mixture of layer `layer`, with its weights by canonical name."""
         ...
 
     def facts(self) -> dict[str, str]:

@@ -36,6 +36,10 @@ class BackendError(MoezooError):
     """A backend that is unknown or not installed."""
 
 
+class BenchError(MoezooError):
+    """A contender of the benchmark that died, or cannot do what it is asked to."""
+
+
 class TrainingError(MoezooError):
     """Training that cannot go on, for example a loss that is not finite."""
 

@@ -14,7 +14,7 @@ from moezoo.core.errors import RunError
 from moezoo.core.files import write_atomically
 from moezoo.core.metrics import read_metrics
 
-_INK, _PALE = "#22303c", "#8a97a3"
+INK, PALE = "#22303c", "#8a97a3"
 _TRAINING, _VALIDATION, _OPTIMUM = "#2a6f97", "#d1495b", "#3a7d44"
 _MOST_COLUMNS = 600  # of the heat map; more steps than this are averaged
 _MOST_STRIPS_INCHES, _LEAST_STRIP_INCHES = 5.5, 0.16
@@ -119,8 +119,8 @@ def _render(curves: _Curves, optimum: float | None, name: str) -> bytes:
     strips = [max(_LEAST_STRIP_INCHES, shrink * inches) for inches in wished]
     top, between, heading = 3.3, 0.12 if shrink == 1 else 0.06, 0.6 if rows else 0.0
     height = 0.55 + top + heading + sum(strips) + between * max(0, len(rows) - 1) + 0.6
-    style: Any = {"font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": _PALE, "text.color": _INK}
-    style |= {"axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "svg.fonttype": "none"}
+    style: Any = {"font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": PALE, "text.color": INK}
+    style |= {"axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none"}
     with rc_context(style):
         figure = Figure(figsize=(8.6, height), dpi=160, facecolor="white")
         FigureCanvasAgg(figure)
@@ -172,13 +172,13 @@ def _draw_loss(axes: Any, curves: _Curves, optimum: float | None) -> None:
     axes.set_ylim(low - room, high + room)
     _shared_steps(axes, curves)
     axes.set_ylabel("loss (nats per token)")
-    axes.grid(axis="y", color=_PALE, alpha=0.22, linewidth=0.7)
+    axes.grid(axis="y", color=PALE, alpha=0.22, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     bits = axes.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
-    bits.set_ylabel("bits per token", color=_PALE)
-    bits.tick_params(colors=_PALE)
+    bits.set_ylabel("bits per token", color=PALE)
+    bits.tick_params(colors=PALE)
     bits.spines["right"].set_visible(False)
 
 

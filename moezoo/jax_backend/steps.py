@@ -25,6 +25,7 @@ from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.experts import grouped_path
 from moezoo.jax_backend.kv_cache import Cache, empty_cache
 from moezoo.jax_backend.losses import loss_terms, token_losses
+from moezoo.jax_backend.mixture import Mixture
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.transformer import Forward, Transformer
 
@@ -43,6 +44,9 @@ class JaxBackend:
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "JaxModel":
         return JaxModel(spec, weights)
+
+    def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> Mixture:
+        return Mixture(spec, layer, weights)
 
     def facts(self) -> dict[str, str]:
         device = jax.devices()[0]
@@ -230,6 +234,9 @@ class JaxModel:
     def _counts(self, parameters, state, window, key):
         """Per MoE layer, how many tokens chose each expert."""
         return _load(self._merge(parameters, state)(window[:, :-1], key=key))[0]
+
+    def wait(self) -> None:
+        jax.block_until_ready((self._parameters, self._state))
 
     # --- out ---------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.experts import grouped_path
 from moezoo.mlx_backend.kv_cache import Cache, empty_cache
 from moezoo.mlx_backend.losses import loss_terms, token_losses
+from moezoo.mlx_backend.mixture import Mixture
 from moezoo.mlx_backend.router_state import updated_state
 from moezoo.mlx_backend.transformer import Forward, Transformer
 
@@ -34,6 +35,9 @@ class MlxBackend:
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "MlxModel":
         return MlxModel(spec, weights)
+
+    def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> Mixture:
+        return Mixture(spec, layer, weights)
 
     def facts(self) -> dict[str, str]:
         device = "gpu (Metal)" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
@@ -219,6 +223,10 @@ class MlxModel:
     def _value(self, name: str) -> mx.array:
         path, _, leaf = name.rpartition(".")
         return self._inside(path)[leaf]
+
+    def wait(self) -> None:
+        mx.eval(self._module.state)
+        mx.synchronize()
 
     # --- out ---------------------------------------------------------------------------------------------------------
 

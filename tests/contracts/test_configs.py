@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moezoo.bench.configs import NAMES
 from moezoo.core.config import dump_config, load_config, parse_config
 
 ROOT = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(ROOT.rglob("*.yaml"))
 TINY = sorted((ROOT / "tiny").glob("*.yaml"))
+BENCH = sorted((ROOT / "bench").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
@@ -23,6 +25,16 @@ def test_tiny_config_opens_with_what_it_shows_its_source_and_its_command(path):
     assert header[0].endswith(".")
     assert any(line.startswith("# source: ") and ("arXiv" in line or "20" in line) for line in header)
     assert f"# command: moezoo train configs/tiny/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", BENCH, ids=lambda path: path.stem)
+def test_bench_config_opens_with_what_it_shows_its_source_and_its_command_and_is_known_by_name(path):
+    (name,) = [name for name, stem in NAMES.items() if stem == path.stem]
+    first, *header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert f"`moezoo bench`, {name}" in first
+    assert any(line.startswith("# source: ") and "arXiv" in line for line in header)
+    assert any(line.startswith(f"# command: moezoo bench --config {name} ") for line in header)
+    assert load_config(path).model.vocab_size is not None  # random tokens are timed, so no data decides it
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

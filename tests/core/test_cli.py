@@ -40,6 +40,17 @@ SURFACE = {
     "convert": ["PATH", "OUT", "--json"],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],
     "schema": [],
+    "bench": [
+        "train|layer|decode|startup|experts",
+        "--backend",
+        "--config",
+        "--peers",
+        "--slices",
+        "--slice-seconds",
+        "--smoke",
+        "--out",
+        "--json",
+    ],
     "data": ["NAME", "--file"],
 }
 

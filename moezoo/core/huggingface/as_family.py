@@ -38,7 +38,7 @@ def export_as_family(
     Returns a note that names the family. Raises SpecError: no family computes this; what differs is named. Raises
     RunError: the folder exists and is not empty.
     """
-    family, config = _family_for(spec, max_length)
+    family, config = family_for(spec, max_length)
 
     def write(folder: Path) -> list[str]:
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -53,7 +53,8 @@ def export_as_family(
     return into_new_folder(out, write)
 
 
-def _family_for(spec: ModelSpec, max_length: int) -> tuple[Family, dict[str, Any]]:
+def family_for(spec: ModelSpec, max_length: int) -> tuple[Family, dict[str, Any]]:
+    """The first family whose own file reads the same model back, and its config.json. Raises as `export_as_family`."""
     nearest: list[str] = []
     for family in {family.name: family for family in families().values()}.values():
         config = None if family.config is None else family.config(spec)

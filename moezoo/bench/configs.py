@@ -1,0 +1,65 @@
+"""The models that are timed: S and M by name, any other by its file."""
+
+from pathlib import Path
+
+from moezoo.core.config import Config, load_config
+from moezoo.core.errors import SpecError
+
+NAMES = {"S": "small", "M": "medium"}
+
+_SMOKE = (
+    *("model.vocab_size=64", "model.embed_dim=32", "model.layers[0].repeat=2"),
+    *("model.layers[0].attention.head_dim=8", "model.layers[0].attention.num_heads=4"),
+    *("model.layers[0].attention.num_kv_heads=2", "model.layers[0].moe.num_experts=4"),
+    *("model.layers[0].moe.experts.hidden_dim=24", "training.batch_size=2", "training.sequence_length=16"),
+)
+_SWEEP = (
+    *("model.embed_dim=256", "model.layers[0].repeat=2", "model.layers[0].moe.router.top_k=2"),
+    "model.layers[0].moe.experts.hidden_dim=256",
+)
+
+
+def bench_config(name: str) -> Config:
+    """S, M or a file's path. Raises SpecError: none of these, or a config whose vocabulary its data would decide."""
+    path = config_path(name)
+    config = load_config(path)
+    if config.model.vocab_size is None:
+        raise SpecError(
+            f"model.vocab_size is null ({path}); expected a number, since random tokens are timed and no data is read. "
+            "Give it in the config."
+        )
+    return config
+
+
+def config_path(name: str) -> Path:
+    """Where S or M lies: inside the package as installed from a wheel, else beside it in a checkout."""
+    if name not in NAMES:
+        path = Path(name)
+        if not path.is_file():
+            raise SpecError(f"no such config; got {name!r}; expected S, M or the path of a YAML config.")
+        return path
+    package = Path(__file__).parents[1]
+    places = [folder / "bench" / f"{NAMES[name]}.yaml" for folder in (package / "configs", package.parent / "configs")]
+    for place in places:
+        if place.is_file():
+            return place
+    raise SpecError(f"config {name} is missing; expected {places[0]} or {places[1]}. Install moezoo again.")
+
+
+def smoke_config() -> Config:
+    """A model that takes no time, for a run that only shows that everything works."""
+    return load_config(config_path("S"), _SMOKE)
+
+
+def sweep_config(base: Config | None, num_experts: int) -> Config:
+    """One model of the sweep: width 256, 2 layers, top-2 of `num_experts` experts of width 256; or `base` with so many.
+
+    Heads, vocabulary, batch and sequence are those of S.
+    """
+    if base is None:
+        return load_config(config_path("S"), (*_SWEEP, f"model.layers[0].moe.num_experts={num_experts}"))
+    (layer,) = base.model.layers
+    assert layer.moe is not None
+    moe = layer.moe.model_copy(update={"num_experts": num_experts})
+    model = base.model.model_copy(update={"layers": (layer.model_copy(update={"moe": moe}),)})
+    return base.model_copy(update={"model": model})

@@ -1,0 +1,236 @@
+"""The modes of `moezoo bench`: which cases each has, and the results of all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal, get_args
+
+from moezoo.bench.case import Case
+from moezoo.bench.configs import bench_config, smoke_config, sweep_config
+from moezoo.bench.contenders import LIMIT, Entry
+from moezoo.bench.limit import bytes_per_step, useful_flops
+from moezoo.bench.machine import load, machine
+from moezoo.bench.measure import Effort, Tell, Timings, take_turns, time_starts
+from moezoo.core.config import Config
+from moezoo.core.errors import SpecError, nearest
+
+Mode = Literal["train", "layer", "decode", "startup", "experts"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+_SHORT, _NEW = 32, 64  # tokens of a prompt and after it
+_CONTEXTS, _NEW_IN_CONTEXT = (256, 2048), 32
+_SWEPT = (4, 8, 16, 32, 64, 128)
+SMOKE = Effort(slices=1, slice_seconds=0.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one case.
+
+    Fields:
+        config: S, M, a file, `smoke` or `sweep`.
+        case: the label of the case, as `forward` or `batch 8`.
+        contender: a name, or `limit`.
+        seconds: median over the slices of a unit: a step, a pass, a token of each sequence, a start. Of the limit of
+            decoding: its bytes at the median rate of all cases.
+        slices: seconds of each slice.
+        first_seconds: of the first unit, which may compile; None for a start.
+        tokens_per_second: None for a start.
+        flops_per_second: useful operations, on active parameters; None for decoding and starts.
+        bytes_per_second: bytes that decoding must read; None else.
+        share_of_limit: the limit's seconds over these: where operations limit, the model FLOPs utilisation on active
+            parameters relative to what plain products reach on this machine. None without a limit.
+        relative: of a sweep: seconds over those with the fewest experts.
+        peak_memory_bytes: of the process of a contender that trains; None else.
+    """
+
+    config: str
+    mode: Mode
+    case: str
+    contender: str
+    seconds: float
+    slices: list[float]
+    first_seconds: float | None = None
+    tokens_per_second: float | None = None
+    flops_per_second: float | None = None
+    bytes_per_second: float | None = None
+    share_of_limit: float | None = None
+    relative: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that one run measured.
+
+    Fields:
+        machine: see machine.py, with the load before and after.
+        effort: slices and their seconds.
+        contenders: what each says of itself.
+        left_out: contenders that did not run, and why.
+        failed: `config mode: why`, a line each.
+    """
+
+    machine: dict[str, Any]
+    effort: Effort
+    contenders: dict[str, dict[str, str]]
+    left_out: dict[str, str]
+    failed: list[str]
+    rows: list[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "machine": self.machine,
+            "effort": vars(self.effort),
+            "contenders": self.contenders,
+            "left_out": self.left_out,
+            "failed": self.failed,
+            "rows": [vars(row) for row in self.rows],
+        }
+
+
+def known_mode(name: str) -> Mode:
+    """The mode of that name. Raises SpecError."""
+    for mode in MODES:
+        if mode == name:
+            return mode
+    raise SpecError(f"no such mode; got {name!r}{nearest(name, MODES)}; expected one of {', '.join(MODES)}, or none.")
+
+
+def named_configs(names: str) -> dict[str, Config]:
+    """Configs by name, from names or files, comma-separated. Raises SpecError."""
+    return {name: bench_config(name) for name in (each.strip() for each in names.split(",")) if name}
+
+
+def bench(
+    modes: Sequence[Mode],
+    configs: Mapping[str, Config],
+    entries: Mapping[str, Entry],
+    left_out: Mapping[str, str],
+    effort: Effort,
+    tell: Tell,
+    *,
+    smoke: bool = False,
+) -> Results:
+    """Run modes, one after the other.
+
+    Args:
+        modes: in this order.
+        configs: by name; the sweep has its own.
+        entries: contenders by name; the limit is always there.
+        left_out: contenders that do not run, and why, for the record.
+        effort: how long.
+        tell: called with what is being done.
+        smoke: a tiny model in place of the configs, a short sweep, and one slice of one unit.
+
+    Raises SpecError: `layer` or `experts` of a model without a mixture.
+    """
+    if smoke:
+        configs, effort = {"smoke": smoke_config()}, SMOKE
+    before, rows, failed = load(), [], []
+    facts: dict[str, dict[str, str]] = {}
+    for mode in modes:
+        for name, config in ({"sweep": None} if mode == "experts" else configs).items():
+            cases = _sweep(smoke) if config is None else _cases(mode, name, config, smoke)
+
+            def say(what: str, prefix: str = f"{mode} {name}: ") -> None:
+                tell(prefix + what)
+
+            if mode == "startup":
+                timings = time_starts(cases[0], entries, effort, say)
+                rows += [
+                    Row(name, mode, label, contender, timings.seconds(contender, label) or 0.0, slices)
+                    for (contender, label), slices in sorted(timings.slices.items(), key=lambda item: item[0][1])
+                ]
+            else:
+                timings = take_turns(cases, {**entries, "limit": LIMIT}, effort, say)
+                rows += rows_of(name, mode, cases, timings)
+            facts |= timings.facts
+            failed += [f"{name} {mode}: {why}" for why in timings.failed.values()]
+    described = {**machine(), "load_before": before, "load_after": load()}
+    return Results(described, effort, facts, dict(left_out), failed, rows)
+
+
+def _cases(mode: Mode, name: str, config: Config, smoke: bool) -> list[Case]:
+    match mode:
+        case "train" | "startup":
+            return [Case("train", "train", config)]
+        case "layer":
+            if not config.model.moe_layers:
+                raise SpecError(f"model.layers have no mixture ({name}); expected one to time. Leave `layer` out.")
+            return [Case("forward", "forward", config), Case("forward and backward", "gradients", config)]
+        case "decode":
+            if smoke:
+                return [Case("batch 2", "decode", config, 2, 5, 4)]
+            short = [Case(f"batch {batch}", "decode", config, batch, _SHORT, _NEW) for batch in (1, 8)]
+            longer = [
+                Case(f"context {context}", "decode", config, 1, context, _NEW_IN_CONTEXT) for context in _CONTEXTS
+            ]
+            most = config.model.max_length
+            return [case for case in (*short, *longer) if most is None or case.context + case.new_tokens <= most]
+        case "experts":
+            raise ValueError("the sweep has its own configs")
+
+
+def _sweep(smoke: bool) -> list[Case]:
+    """Training and the layer's forward pass for more and more experts at the same active operations."""
+    base = smoke_config() if smoke else None
+    made = []
+    for number in (2, 4) if smoke else _SWEPT:
+        config = sweep_config(base, number)
+        made += [
+            Case(f"train, {number} experts", "train", config),
+            Case(f"forward, {number} experts", "forward", config),
+        ]
+    return made
+
+
+def rows_of(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> list[Row]:
+    """What was measured of the cases of one mode."""
+    rows: list[Row] = []
+    least: dict[tuple[str, str], float] = {}
+    limits = _limits(cases, timings)
+    for case in cases:
+        limit = limits.get(case.label)
+        for contender in ("limit", *(each for each in timings.facts if each != "limit")):
+            seconds = limit if contender == "limit" else timings.seconds(contender, case.label)
+            if seconds is None:
+                continue
+            decode = case.kind == "decode"
+            rows.append(
+                Row(
+                    name,
+                    mode,
+                    case.label,
+                    contender,
+                    seconds,
+                    timings.slices[contender, case.label],
+                    timings.first_seconds[contender, case.label],
+                    case.tokens / seconds,
+                    None if decode else useful_flops(case) / seconds,
+                    bytes_per_step(case) / seconds if decode else None,
+                    None if limit is None else limit / seconds,
+                    seconds / least.setdefault((contender, case.kind), seconds) if mode == "experts" else None,
+                    timings.peak_memory.get(contender) if mode == "train" and contender != "limit" else None,
+                )
+            )
+    return rows
+
+
+def _limits(cases: Sequence[Case], timings: Timings) -> dict[str, float]:
+    """Seconds of the limit by label. All decoding is limited by one rate, the median over the slices of all its cases:
+    a copy's speed changes more from second to second than that of products.
+    """
+    rates = [
+        bytes_per_step(case) / seconds
+        for case in cases
+        if case.kind == "decode"
+        for seconds in timings.slices.get(("limit", case.label), [])
+    ]
+    limits = {}
+    for case in cases:
+        seconds = timings.seconds("limit", case.label)
+        if seconds is not None:
+            limits[case.label] = bytes_per_step(case) / median(rates) if case.kind == "decode" else seconds
+    return limits

@@ -1,0 +1,113 @@
+"""moezoo's own backends as contenders, through the protocol of core/backend.py and the generate loop."""
+
+import platform
+from itertools import cycle
+from time import perf_counter
+
+from moezoo.backends import load_backend
+from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
+from moezoo.bench.limit import mixture_of
+from moezoo.core.backend import Integers, Model, PendingStep
+from moezoo.core.generate_loop import generate
+from moezoo.core.initialize import initial_value, initial_weights
+from moezoo.core.parameters import parameter_table
+from moezoo.core.random import micro_batch_keys
+from moezoo.core.sampling import SamplingOptions
+from moezoo.core.spec import ModelSpec
+
+
+class Own:
+    """One backend."""
+
+    def __init__(self, name: str):
+        self._backend = load_backend(name)
+        self._models: list[tuple[ModelSpec, Model]] = []
+
+    def facts(self) -> dict[str, str]:
+        return {**self._backend.facts(), "python": platform.python_version()}
+
+    def prepare(self, case: Case) -> Work:
+        match case.kind:
+            case "train":
+                return self._train(case)
+            case "forward" | "gradients":
+                return self._mixture(case)
+            case "decode":
+                return self._decode(case)
+
+    def _train(self, case: Case) -> Work:
+        training, optimizer = case.config.training, case.config.optimizer
+        model = self._backend.build(case.spec, initial_weights(case.spec, training.seed))
+        model.start_training(optimizer)
+        steps = enumerate(cycle(random_windows(case)))
+
+        def one() -> PendingStep:
+            step, windows = next(steps)
+            keys = micro_batch_keys(training.seed, step, training.gradient_accumulation)
+            return model.train_step(windows, optimizer.learning_rate, keys)
+
+        def run(repeats: int) -> float:
+            begin = perf_counter()
+            pending = [one() for _ in range(repeats)]  # fetched late, as the train loop does
+            for each in pending:
+                each.fetch()
+            model.wait()
+            return perf_counter() - begin
+
+        return run
+
+    def _mixture(self, case: Case) -> Work:
+        spec = mixture_of(case.spec)
+        rows = [row for row in parameter_table(spec) if row.name.startswith("layers.0.moe.")]
+        weights = {row.name: initial_value(row, case.config.training.seed) for row in rows}
+        mixture = self._backend.mixture(spec, 0, weights)
+        x, gradient = mixture.array(random_activations(case, 3)), mixture.array(random_activations(case, 4))
+        token = mixture.array(random_windows(case, 1)[0].reshape(-1, x.shape[1] + 1)[:, :-1])
+
+        def run(repeats: int) -> float:
+            begin = perf_counter()
+            for _ in range(repeats):
+                if case.kind == "forward":
+                    mixture.forward(x, token)
+                else:
+                    mixture.gradients(x, token, gradient)
+            return perf_counter() - begin
+
+        return run
+
+    def _decode(self, case: Case) -> Work:
+        model = self._model(case)
+        prompts, options = random_prompts(case), SamplingOptions(temperature=0.0)
+
+        def run(repeats: int) -> float:
+            seconds = 0.0
+            for _ in range(repeats):
+                clock: list[float] = []
+
+                def stamp(column: Integers, clock: list[float] = clock) -> None:
+                    clock.append(perf_counter())
+
+                generate(model, prompts, max_new_tokens=case.new_tokens, options=options, on_tokens=stamp)
+                seconds += (clock[-1] - clock[0]) / (len(clock) - 1)
+            return seconds
+
+        return run
+
+    def _model(self, case: Case) -> Model:
+        """One model for all cases of decoding it."""
+        for spec, model in self._models:
+            if spec == case.spec:
+                return model
+        model = self._backend.build(case.spec, initial_weights(case.spec, case.config.training.seed))
+        self._models.append((case.spec, model))
+        return model
+
+
+def make_jax() -> Own:
+    """The contender."""
+    return Own("jax")
+
+
+def make_mlx() -> Own:
+    """The contender."""
+    return Own("mlx")

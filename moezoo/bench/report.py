@@ -1,0 +1,104 @@
+"""Results for people: a table for each mode, and one of all shares."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from moezoo.bench.modes import Results, Row
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_BUSY = 0.5  # processes that ran before, for each core
+
+
+def report(results: Results) -> "Iterator[RenderableType]":
+    """What is printed, piece by piece."""
+    yield _heading(results)
+    for mode, config in dict.fromkeys((row.mode, row.config) for row in results.rows):
+        yield _table(f"{mode} {config}", [row for row in results.rows if (row.mode, row.config) == (mode, config)])
+    shared = [row for row in results.rows if row.share_of_limit is not None and row.mode != "experts"]
+    if len({(row.mode, row.config, row.case) for row in shared}) > 1:
+        yield _shares(shared)
+
+
+def _heading(results: Results) -> "Table":
+    from rich.table import Table
+
+    machine, effort = results.machine, results.effort
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+    table.add_row("machine", f"{machine['processor']}, {machine['cores']} cores, {memory}; {machine['system']}")
+    before, after = machine["load_before"][0], machine["load_after"][0]
+    busy = " - the machine was not idle before: ratios may still hold" if before > _BUSY * machine["cores"] else ""
+    table.add_row("load", f"{before:g} before, {after:g} after (mean of a minute){busy}")
+    for name, value in machine["variables"].items():
+        table.add_row(name, value)
+    table.add_row("slices", f"{effort.slices} of about {effort.slice_seconds:g} s, in turns; medians")
+    for name, facts in results.contenders.items():
+        table.add_row(name, "; ".join(f"{key}: {value}" for key, value in facts.items()))
+    for name, why in results.left_out.items():
+        table.add_row(name, f"[dim]left out: {why}")
+    for line in results.failed:
+        table.add_row("[red]failed", line)
+    return table
+
+
+def _table(title: str, rows: Sequence[Row]) -> "Table":
+    """A line for each contender and case, with the columns that any of them fills."""
+    from rich.table import Table
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "case": lambda row: row.case,
+        "contender": lambda row: row.contender,
+        "share": lambda row: _number(row.share_of_limit, ".3f"),
+        "relative": lambda row: _number(row.relative, ".2f", "x"),
+        "tokens/s": lambda row: _number(row.tokens_per_second, ",.0f"),
+        "time": lambda row: f"{1000 * row.seconds:,.2f} ms" if row.seconds < 1 else f"{row.seconds:,.2f} s",
+        "spread": lambda row: f"{100 * (max(row.slices) - min(row.slices)) / row.seconds:.0f} %",
+        "GFLOP/s": lambda row: _number(row.flops_per_second, ",.1f", scale=1e9),
+        "GB/s": lambda row: _number(row.bytes_per_second, ",.2f", scale=1e9),
+        "first": lambda row: _number(row.first_seconds, ".1f", " s"),
+        "peak MiB": lambda row: _number(row.peak_memory_bytes, ",.0f", scale=2**20),
+    }
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shown = [name for name, values in cells.items() if any(values)]
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1))
+    for name in shown:
+        left = name in ("case", "contender")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    previous = ""
+    for index, row in enumerate(rows):
+        if index and row.case != previous:
+            table.add_section()
+        values = [cells[name][index] for name in shown]
+        table.add_row("" if row.case == previous else values[0], *values[1:])
+        previous = row.case
+    return table
+
+
+def _shares(rows: Sequence[Row]) -> "Table":
+    """Shares of the limit: a line for each contender, a column for each case, configs side by side."""
+    from rich.table import Table
+
+    configs = list(dict.fromkeys(row.config for row in rows))
+    names = list(dict.fromkeys((row.mode, row.case) for row in rows))
+    found = {(row.mode, row.case, row.config, row.contender): row.share_of_limit for row in rows}
+    title = f"share of the limit, {' / '.join(configs)}"
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1))
+    table.add_column("contender", no_wrap=True)
+    for mode, case in names:
+        table.add_column(case if case.startswith(mode) else f"{mode} {case}", justify="right")
+    for contender in dict.fromkeys(row.contender for row in rows):
+        cells = []
+        for mode, case in names:
+            shares = [found.get((mode, case, config, contender)) for config in configs]
+            cells.append(" / ".join(_number(share, ".2f") or "-" for share in shares))
+        table.add_row(contender, *cells)
+    return table
+
+
+def _number(value: float | None, form: str, unit: str = "", scale: float = 1.0) -> str:
+    return "" if value is None else f"{value / scale:{form}}{unit}"

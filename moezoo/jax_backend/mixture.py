@@ -1,0 +1,45 @@
+"""One mixture by itself, compiled: what a benchmark times, or someone who needs a MoE layer and no model."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moezoo.core.spec import ModelSpec
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.moe import MoE
+
+
+class Mixture:
+    """See moezoo.core.backend.Mixture. Arrays are JAX's, and each method waits for what it computes."""
+
+    def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
+        self._prefix = f"layers.{layer}.moe."
+        module = MoE(spec.all_layers[layer].moe, Weights(weights, self._prefix))
+        graph, self._parameters, self._state = nnx.split(module, nnx.Param, ...)
+
+        def output(parameters, state, x_BTD, token_BT):
+            return nnx.merge(graph, parameters, state)(x_BTD, token_BT=token_BT)[0]
+
+        def gradients(parameters, state, x_BTD, token_BT, gradient_BTD):
+            pull = jax.vjp(lambda parameters, x: output(parameters, state, x, token_BT), parameters, x_BTD)[1]
+            return pull(gradient_BTD)
+
+        self._forward, self._gradients = jax.jit(output), jax.jit(gradients)
+
+    def array(self, values: np.ndarray) -> jax.Array:
+        return jnp.asarray(values)
+
+    def forward(self, x_BTD: jax.Array, token_BT: jax.Array) -> jax.Array:
+        return jax.block_until_ready(self._forward(self._parameters, self._state, x_BTD, token_BT))
+
+    def gradients(
+        self, x_BTD: jax.Array, token_BT: jax.Array, gradient_BTD: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        of_parameters, of_x_BTD = jax.block_until_ready(
+            self._gradients(self._parameters, self._state, x_BTD, token_BT, gradient_BTD)
+        )
+        leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(of_parameters))
+        return of_x_BTD, {self._prefix + ".".join(str(key.key) for key in path): value for path, value in leaves}

@@ -1,0 +1,46 @@
+"""One mixture by itself: what a benchmark times, or someone who needs a MoE layer and no model."""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from moezoo.core.parameters import parameter_table
+from moezoo.core.spec import ModelSpec
+from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.moe import MoE
+
+
+class Mixture:
+    """See moezoo.core.backend.Mixture. Arrays are MLX's, and each method waits for what it computes."""
+
+    def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
+        self._prefix = f"layers.{layer}.moe."
+        self._module = MoE(spec.all_layers[layer].moe, Weights(weights, self._prefix))
+        trained = {row.name.removeprefix(self._prefix) for row in parameter_table(spec) if row.trained}
+        named = dict(tree_flatten(self._module.parameters()))
+        self._parameters = {name: value for name, value in named.items() if name in trained}
+        mx.eval(self._module.parameters())
+
+    def array(self, values: np.ndarray) -> mx.array:
+        return mx.array(values)
+
+    def forward(self, x_BTD: mx.array, token_BT: mx.array) -> mx.array:
+        out_BTD = self._module(x_BTD, token_BT=token_BT)[0]
+        mx.eval(out_BTD)
+        return out_BTD
+
+    def gradients(
+        self, x_BTD: mx.array, token_BT: mx.array, gradient_BTD: mx.array
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        def output(x_BTD, *values):
+            self._module.update(tree_unflatten(list(zip(self._parameters, values, strict=True))))
+            return [self._module(x_BTD, token_BT=token_BT)[0]]
+
+        _, (of_x_BTD, *of_parameters) = mx.vjp(output, [x_BTD, *self._parameters.values()], [gradient_BTD])
+        mx.eval(of_x_BTD, of_parameters)
+        self._module.update(tree_unflatten(list(self._parameters.items())))
+        return of_x_BTD, {
+            self._prefix + name: value for name, value in zip(self._parameters, of_parameters, strict=True)
+        }

@@ -1,0 +1,83 @@
+"""The limit: its products are the useful operations of the cost model, and its bytes those that a token needs."""
+
+from pathlib import Path
+
+import pytest
+
+from moezoo.bench.case import Case
+from moezoo.bench.configs import bench_config, smoke_config, sweep_config
+from moezoo.bench.limit import Limit, bytes_per_step, matrix_products, products, score_products, useful_flops
+from moezoo.core.config import Config, load_config, with_vocab_size
+from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts
+from moezoo.core.spec import GroupedQueryAttentionSpec
+
+ROOT = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(ROOT.rglob("*.yaml"))
+S, M = bench_config("S"), bench_config("M")
+
+
+def sized(path: Path) -> Config:
+    config = load_config(path)
+    return config if config.model.vocab_size is not None else with_vocab_size(config, 31)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "fine_tune"], ids=lambda path: path.stem)
+def test_products_are_the_operations_of_the_cost_model(path):
+    """Rows of copies are whole, where a token may have 1.9 of them; positions that are seen on average too."""
+    config = sized(path)
+    case = Case("train", "train", config)
+    length = config.training.sequence_length
+    flops = flops_per_token(config.model, length, training=False)
+    matrices = sum(product.flops for product in matrix_products(config.model, case.tokens))
+    assert matrices == pytest.approx((flops.total - flops.attention_scores) * case.tokens, rel=1e-3)
+    assert useful_flops(case) == flops_per_token(config.model, length, training=True).total * case.tokens
+    attentions = [layer.attention for layer in config.model.layers]
+    if all(isinstance(each, GroupedQueryAttentionSpec) and not (each.window or each.chunk) for each in attentions):
+        scores = sum(product.flops for product in score_products(config.model, case.tokens, length))
+        assert scores == pytest.approx(flops.attention_scores * case.tokens, rel=1 / length)
+
+
+def test_the_mixture_alone_is_router_and_experts_of_one_layer():
+    flops = flops_per_token(M.model, 512, training=True)
+    per_layer = (flops.router + flops.routed_experts) // 8
+    assert useful_flops(Case("both", "gradients", M)) == per_layer * 4 * 512
+    assert 3 * sum(product.flops for product in products(Case("both", "gradients", M))) == per_layer * 4 * 512
+    assert useful_flops(Case("forward", "forward", M)) == per_layer * 4 * 512 // 3
+
+
+def test_the_sweep_has_the_same_active_operations_but_for_its_router():
+    """The router's product, 2 D E, is the only one that grows."""
+    cases = [Case("train", "train", sweep_config(None, number)) for number in (4, 128)]
+    fewest, most = (useful_flops(case) for case in cases)
+    assert most - fewest == 3 * 2 * (2 * 256 * (128 - 4)) * cases[0].tokens
+
+
+def test_one_token_reads_what_is_active_and_is_not_looked_up():
+    counts = parameter_counts(S.model)
+    looked_up = 256 * 256  # the embedding; the head is a matrix of its own
+    case = Case("batch 1", "decode", S, batch=1, context=0, new_tokens=2)
+    assert bytes_per_step(case) == 4 * (counts.active - looked_up - counts.active_by_role["norms"]) + cache(1, 1)
+
+
+def test_many_tokens_read_every_expert_and_a_few_the_expected_share():
+    """Of 8 experts, 2 tokens that choose 2 each touch 8 (1 - (3/4)^2) = 3.5 on average."""
+    experts = parameter_counts(S.model).by_role["routed experts"]
+    read = {batch: bytes_per_step(Case("", "decode", S, batch, 0, 2)) - cache(batch, 1) for batch in (1, 2, 1000)}
+    assert read[2] - read[1] == 4 * experts * (3.5 - 2) / 8
+    assert read[1000] - read[1] == pytest.approx(4 * experts * (8 - 2) / 8)
+
+
+def test_a_context_is_read_with_the_weights():
+    short, long = (bytes_per_step(Case("", "decode", S, 8, context, 32)) for context in (256, 2048))
+    assert long - short == cache(8, 2048 - 256)
+
+
+def cache(batch: int, tokens: int) -> int:
+    return kv_cache_bytes_per_token(S.model) * batch * tokens
+
+
+@pytest.mark.parametrize("kind", ["train", "forward", "gradients", "decode"])
+def test_the_limit_is_measured_and_repeats_take_longer(kind):
+    work = Limit().prepare(Case(kind, kind, smoke_config(), 2, 4, 4))
+    work(1)
+    assert 0 < work(1) < work(400)
