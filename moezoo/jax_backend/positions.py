@@ -1,6 +1,7 @@
 """Position information. Spec: moezoo.core.reference.positions."""
 
-from typing import assert_never
+from functools import partial
+from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from moezoo.core.reference.positions import frequencies, score_multiplier, sinus
 from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
 from moezoo.jax_backend.arrays import Weights
 
+Layout = Literal["half_split", "interleaved"]
+
 __all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # the last is a number, and core's
 
 
@@ -20,21 +23,37 @@ def rotate(spec: RoPESpec, x_BTNH: jax.Array, position_T: jax.Array) -> jax.Arra
     rotated_dim = 2 * len(frequency)
     angle = _angle(position_T, frequency)[None, :, None, :]
     cosine, sine = attention_factor * jnp.cos(angle), attention_factor * jnp.sin(angle)
+    out = _turned(spec.layout, x_BTNH[..., :rotated_dim].astype(jnp.float32), cosine, sine).astype(x_BTNH.dtype)
+    return out if rotated_dim == x_BTNH.shape[-1] else jnp.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _turned(layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """Each pair of features turned by its angle, and scaled; the way back turns by the negative angle."""
 
     def turn(first: jax.Array, second: jax.Array) -> list[jax.Array]:
         return [first * cosine - second * sine, second * cosine + first * sine]
 
-    x = x_BTNH[..., :rotated_dim].astype(jnp.float32)
-    match spec.layout:
+    match layout:
         case "half_split":
-            out = jnp.concatenate(turn(*jnp.split(x, 2, axis=-1)), axis=-1)
+            return jnp.concatenate(turn(*jnp.split(x, 2, axis=-1)), axis=-1)
         case "interleaved":
             pairs = x.reshape(*x.shape[:-1], -1, 2)
-            out = jnp.stack(turn(pairs[..., 0], pairs[..., 1]), axis=-1).reshape(x.shape)
+            return jnp.stack(turn(pairs[..., 0], pairs[..., 1]), axis=-1).reshape(x.shape)
         case _:
-            assert_never(spec.layout)
-    out = out.astype(x_BTNH.dtype)
-    return out if rotated_dim == x_BTNH.shape[-1] else jnp.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
+            assert_never(layout)
+
+
+def _turned_forward(layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array):
+    return _turned(layout, x, cosine, sine), (cosine, sine)
+
+
+def _turned_backward(layout: Layout, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    cosine, sine = saved
+    return _turned(layout, gradient, cosine, -sine), None, None
+
+
+_turned.defvjp(_turned_forward, _turned_backward)
 
 
 class EmbeddingPosition(nnx.Module):
