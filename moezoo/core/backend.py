@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.config import OptimizerConfig
+from moezoo.core.config import OptimizerConfig, Rematerialize
 from moezoo.core.errors import DataError
 from moezoo.core.random import Bits
 from moezoo.core.spec import ModelSpec
@@ -169,9 +169,17 @@ class Model(Protocol):
         ...
 
     def start_training(
-        self, config: OptimizerConfig, state: Mapping[str, Floats] | None = None, update: int = 0
+        self,
+        config: OptimizerConfig,
+        state: Mapping[str, Floats] | None = None,
+        update: int = 0,
+        *,
+        rematerialize: Rematerialize = "none",
     ) -> None:
         """Make the optimizer; with `state` and the number of updates done, as `export_optimizer` gave them.
+
+        `rematerialize`: `block` keeps what enters each attention and each feed-forward, and computes the rest of them
+        again on the way back (TrainingConfig).
 
         Raises TrainingError where a parameter is not float32.
         """

@@ -12,7 +12,7 @@ from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
-from moezoo.core.config import OptimizerConfig
+from moezoo.core.config import OptimizerConfig, Rematerialize
 from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
@@ -26,6 +26,7 @@ from moezoo.jax_backend.experts import grouped_path
 from moezoo.jax_backend.kv_cache import Cache, empty_cache
 from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.mixture import Mixture
+from moezoo.jax_backend.rematerialization import compiler_options, recomputed
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.transformer import Forward, Transformer
 
@@ -90,6 +91,7 @@ class JaxModel:
         self._decayed = {row.name: row.decay for row in table if row.trained}
         moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
         self._balances_globally = any(isinstance(loss, GlobalBalanceLossSpec) for moe in moes for loss in moe.losses)
+        self._rematerialize = False
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
         self._score = jax.jit(self._score_values, static_argnames="inference")
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
@@ -179,15 +181,22 @@ class JaxModel:
         return {name: float(value) for name, value in terms.items()}, to_numpy(gradients)
 
     def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
-        result = self._merge(parameters, state)(tokens, forced=forced, key=key)
+        module = self._merge(parameters, state)
+        result = (recomputed(module) if self._rematerialize else module)(tokens, forced=forced, key=key)
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], (terms, cutoffs, _load(result))
 
     def start_training(
-        self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
+        self,
+        config: OptimizerConfig,
+        state: Mapping[str, np.ndarray] | None = None,
+        update: int = 0,
+        *,
+        rematerialize: Rematerialize = "none",
     ) -> None:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
+        self._rematerialize = rematerialize == "block"
         self._optimizer = _adamw(config, self._decayed)
         self._moments = self._optimizer(0.0).init(self._parameters)
         if state is not None:
@@ -195,7 +204,8 @@ class JaxModel:
             second = {name: jnp.asarray(state[f"second_moment.{name}"]) for name in self._parameters}
             adam = optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second)
             self._moments = (adam, *self._moments[1:])
-        self._step = jax.jit(partial(self._step_values, config), donate_argnums=(0, 2))
+        options = compiler_options() if self._rematerialize else None
+        self._step = jax.jit(partial(self._step_values, config), donate_argnums=(0, 2), compiler_options=options)
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:

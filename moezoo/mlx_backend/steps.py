@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
-from moezoo.core.config import OptimizerConfig
+from moezoo.core.config import OptimizerConfig, Rematerialize
+from moezoo.core.errors import TrainingError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
 from moezoo.core.random import Bits
@@ -159,10 +160,20 @@ class MlxModel:
         return terms["loss"], terms, cutoffs, _load(result)
 
     def start_training(
-        self, config: OptimizerConfig, state: Mapping[str, np.ndarray] | None = None, update: int = 0
+        self,
+        config: OptimizerConfig,
+        state: Mapping[str, np.ndarray] | None = None,
+        update: int = 0,
+        *,
+        rematerialize: Rematerialize = "none",
     ) -> None:
         check_float32({name: str(value.dtype).rpartition(".")[2] for name, value in self._named().items()})
         self._config = config
+        if rematerialize != "none":
+            raise TrainingError(
+                f"training.rematerialize is {rematerialize!r}, which is not realized on MLX; expected 'none'. "
+                "Train on JAX, or with a smaller micro-batch (training.gradient_accumulation)."
+            )
         self._optimizer = _adamw(config, self._decayed)
         self._optimizer.init(self._module.trainable_parameters())
         if state is not None:

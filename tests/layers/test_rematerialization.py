@@ -1,0 +1,64 @@
+"""What the way back computes again is what the way there computed: loss, gradients, counts and state stay the same."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moezoo.core.backend import Model, StepMetrics
+from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.errors import TrainingError
+from moezoo.core.initialize import initial_weights
+from moezoo.core.random import micro_batch_keys
+from tests.backends_available import require_backend
+from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
+from tests.twins import Twin, V
+
+TINY = Path("configs/tiny")
+# Noise and dropout, state, a mixture that joins later, keys of another layer, layers of other kinds, a plain one.
+CONFIGS = [
+    *("noisy_top_k", "dropout", "softmax_with_bias", "shortcut", "shared_keys", "latent_attention", "gated_delta"),
+    *("sparse_attention", "global_balance", "dense"),
+]
+
+
+def trained(name: str, rematerialize: str, backend: str = "jax") -> tuple[Model, StepMetrics]:
+    """The model after one step of two micro-batches, and what the step measured."""
+    config = with_vocab_size(load_config(TINY / f"{name}.yaml"), V)
+    model = Twin(backend).backend().build(config.model, initial_weights(config.model, 0))
+    model.start_training(config.optimizer, rematerialize=rematerialize)
+    windows = np.random.default_rng(0).integers(0, V, (2, 2, 14), dtype=np.int32)
+    return model, model.train_step(windows, 1e-3, micro_batch_keys(0, 0, 2)).fetch()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_is_the_same_with_and_without_rematerialization(name):
+    (plain, expected), (again, found) = (trained(name, how) for how in ("none", "block"))
+    assert_all_close(found.losses, expected.losses, FLOAT32)
+    assert_close(found.gradient_norm, expected.gradient_norm, FLOAT32_GRADIENT)
+    assert [list(load) for load in found.load] == [list(load) for load in expected.load]
+    assert found.dropped == expected.dropped
+    assert_all_close(found.state, expected.state, FLOAT32)
+    moments = plain.export_optimizer()
+    assert_all_close(again.export_optimizer(), moments, FLOAT32_GRADIENT)
+    assert any(np.abs(value).max() > 0 for value in moments.values())
+
+
+def test_jax_keeps_less_for_the_way_back():
+    """Bytes of one step's temporary arrays, as XLA plans them: eight layers, of which one is alive at a time."""
+    overrides = ("model.layers[0].repeat=8", "model.embed_dim=64")
+    config = with_vocab_size(load_config(TINY / "top_k.yaml", overrides), V)
+    windows = np.zeros((1, 4, 129), np.int32)
+    planned = {}
+    for how in ("none", "block"):
+        model = Twin("jax").backend().build(config.model, initial_weights(config.model, 0))
+        model.start_training(config.optimizer, rematerialize=how)
+        arguments = (model._parameters, model._state, model._moments, windows, np.float32(1e-3), None)
+        planned[how] = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert planned["block"] < 0.65 * planned["none"], planned
+
+
+def test_mlx_says_that_it_does_not():
+    require_backend("mlx")
+    with pytest.raises(TrainingError, match=r"training.rematerialize is 'block', which is not realized on MLX"):
+        trained("top_k", "block", "mlx")
