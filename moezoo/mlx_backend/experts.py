@@ -26,7 +26,7 @@ def few_rows(num_rows: int, num_experts: int) -> bool:
 
     Then, in place of blocks, each row meets its own expert's matrix, so that no matrix of an idle expert is read.
     """
-    return num_rows <= num_experts
+    return num_rows <= 2 * num_experts
 
 
 class Groups(NamedTuple):
