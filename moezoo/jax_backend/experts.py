@@ -24,6 +24,14 @@ def grouped_path() -> Path:
     return "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
 
 
+def few_rows(num_rows: int, num_experts: int) -> bool:
+    """Whether rows are so few that reading the matrices is all that matters, as when tokens are decoded.
+
+    Then `blocks` have 1 or 4 rows, and the loop goes over them alone, so that no matrix of an idle expert is read.
+    """
+    return num_rows <= 4 * num_experts
+
+
 class Groups(NamedTuple):
     """Consecutive groups of rows, one an expert, and their blocks of at most `block` rows.
 
@@ -155,7 +163,9 @@ class Experts(nnx.Module):
     def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
         if grouped_path() == "blocks":
             matrices = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()}
-            return _blocked_experts(self.spec, block_rows(x_RD.shape[0], size_E.shape[0]), x_RD, matrices, size_E)
+            sizes = x_RD.shape[0], size_E.shape[0]
+            blocked = _experts_of_few_rows if few_rows(*sizes) else _blocked_experts
+            return blocked(self.spec, block_rows(*sizes), x_RD, matrices, size_E)
         spec, dtype = self.spec, x_RD.dtype
         groups = group_rows(size_E, x_RD.shape[0])
         gate = None
@@ -280,3 +290,45 @@ def _bias_of(name: str) -> str:
 
 def _num_blocks(size: jax.Array, block: int) -> jax.Array:
     return (size + block - 1) // block
+
+
+# --- few rows --------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _experts_of_few_rows(
+    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E: jax.Array
+) -> jax.Array:
+    """One loop over blocks of 1 or 4 rows; `block` is that of the way back, which is as if there were many.
+
+    XLA on the CPU copies a matrix that it takes out by a computed index. In a loop the copies share one place, which
+    stays in cache, so that memory is read once; unrolled, each gets fresh memory, at ten times the price.
+    """
+    (num_rows, width), num_experts, dtype = x_RD.shape, size_E.shape[0], x_RD.dtype
+    few = 1 if 2 * num_rows <= num_experts else 4
+    blocks_E = _num_blocks(size_E, few)
+    last_block_E, start_E = jnp.cumsum(blocks_E), jnp.cumsum(size_E) - size_E
+    index = jnp.arange(min(num_rows, num_rows // few + num_experts))
+    expert_block = jnp.minimum(jnp.sum(index[:, None] >= last_block_E, axis=1), num_experts - 1)
+    start_block = start_E[expert_block] + (index - (last_block_E - blocks_E)[expert_block]) * few
+    padded = jnp.pad(x_RD, ((0, few), (0, 0)))
+
+    def one_block(index: jax.Array, out: jax.Array) -> jax.Array:
+        own = {name: _matrix_of(value, expert_block[index], dtype) for name, value in parameters.items()}
+        rows = lax.dynamic_slice_in_dim(padded, start_block[index], few)
+        gate = _linear(rows, own, "w_gate") if "w_gate" in own else None
+        done = _linear(activate(spec, gate, _linear(rows, own, "w_up")), own, "w_down")
+        return lax.dynamic_update_slice_in_dim(out, done, start_block[index], axis=0)
+
+    return lax.fori_loop(0, last_block_E[-1], one_block, jnp.zeros((num_rows + few, width), dtype))[:num_rows]
+
+
+def _few_rows_forward(spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E):
+    return _experts_of_few_rows(spec, block, x_RD, parameters, size_E), (x_RD, parameters, size_E)
+
+
+def _few_rows_backward(spec: ExpertsSpec, block: int, saved, gradient_RD: jax.Array):
+    return _experts_backward(spec, block, _experts_forward(spec, block, *saved)[1], gradient_RD)
+
+
+_experts_of_few_rows.defvjp(_few_rows_forward, _few_rows_backward)

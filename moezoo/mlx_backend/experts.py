@@ -21,6 +21,14 @@ def grouped_path() -> Path:
     return "gather_mm of rows" if mx.default_device() == mx.Device(mx.gpu) else "gather_mm of blocks"
 
 
+def few_rows(num_rows: int, num_experts: int) -> bool:
+    """Whether rows are so few that reading the matrices is all that matters, as when tokens are decoded.
+
+    Then, in place of blocks, each row meets its own expert's matrix, so that no matrix of an idle expert is read.
+    """
+    return num_rows <= 2 * num_experts
+
+
 class Groups(NamedTuple):
     """Consecutive groups of rows, one an expert, and where each row lies in their padded blocks.
 
@@ -79,7 +87,7 @@ def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
         w_EDF = w_EDF.astype(x_RD.dtype)
         rows = mx.gather_mm(x_RD[:, None, :], w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)
         return rows[:, 0, :]
-    if x_RD.shape[0] <= w_EDF.shape[0]:
+    if few_rows(x_RD.shape[0], w_EDF.shape[0]):
         return _product_of_rows(x_RD, w_EDF, groups)
     return _collect(_blocked_product(_spread(x_RD, groups), w_EDF.astype(x_RD.dtype), groups), groups)
 

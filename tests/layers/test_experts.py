@@ -167,6 +167,17 @@ def test_unused_rows_change_nothing(twin, path, sizes, unused):
     assert_experts_match(twin, SPECS["geglu, bias"], sizes, unused)
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
+@pytest.mark.parametrize("kind", ["uneven, some empty", "one row", "one more than a block each", "blocks of 64 rows"])
+@pytest.mark.parametrize("spec", ["swiglu", "geglu, bias", "gelu, bias"])
+def test_blocks_of_few_and_of_many_rows_match_the_reference(twin, monkeypatch, few, kind, spec):
+    module, taken = twin.module("experts"), []
+    monkeypatch.setattr(module, "grouped_path", lambda: PATHS[twin.name][0])
+    monkeypatch.setattr(module, "few_rows", lambda *sizes: bool(taken.append(sizes)) or few)
+    assert_experts_match(twin, SPECS[spec], SIZES[kind], 2)
+    assert taken
+
+
 def test_rows_stay_finite_beside_unused_ones_of_any_size(twin, path):
     x_RD = normal(0, 40, D)
     x_RD[30:] = 1e30
