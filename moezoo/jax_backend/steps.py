@@ -21,6 +21,7 @@ from moezoo.core.reference.router_state import updated_names
 from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights, exported, to_numpy
+from moezoo.jax_backend.compile_cache import use_compile_cache
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.experts import grouped_path
 from moezoo.jax_backend.kv_cache import Cache, empty_cache
@@ -42,6 +43,7 @@ class JaxBackend:
         # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
         jax.config.update("jax_default_matmul_precision", "highest")
         self._freed_memory = keep_freed_memory() if jax.default_backend() == "cpu" else None
+        self._compile_cache = use_compile_cache()
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "JaxModel":
         return JaxModel(spec, weights)
@@ -55,6 +57,7 @@ class JaxBackend:
         facts = {
             "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
             "experts": grouped_path(),
+            "compile cache": self._compile_cache,
         }
         return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}
 

@@ -7,7 +7,10 @@ import pytest
 
 from tests.contracts.source_tree import BACKENDS, PACKAGE, Function, backend_file, functions, stems, tree_of
 
-ONLY_IN = {"jax": {"sharding", "expert_parallel", "rematerialization"}, "mlx": {"blas", "streams"}}
+ONLY_IN = {
+    "jax": {"sharding", "expert_parallel", "rematerialization", "compile_cache"},
+    "mlx": {"blas", "streams"},
+}
 SHARED = sorted(stems("jax_backend") - ONLY_IN["jax"])
 ALPHABET = set("BTSDNMGHZECKFPRVL")
 FAMILIES = (

@@ -1,0 +1,44 @@
+"""Compiled programs kept on disk, so that the second start of a command does not compile again.
+
+Machines may share the folder: JAX's key has a fingerprint of the device in it, on the CPU also of its instructions.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+MAX_BYTES = 1 << 30  # a small model's training leaves 8 MB; what was used longest ago goes first
+
+
+def use_compile_cache() -> str:
+    """Let JAX keep its compiled programs, and say where; to be called before the first of them is compiled.
+
+    What JAX was told (JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false) holds. Otherwise they go to the
+    user's cache folder. A folder that cannot be written is said, and no error: the programs are compiled each time.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return "off"
+    if jax.config.jax_compilation_cache_dir:
+        return str(jax.config.jax_compilation_cache_dir)
+    folder = _user_cache() / "moezoo" / "jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        return f"off: cannot write {folder}; set JAX_COMPILATION_CACHE_DIR to another folder"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    # Small programs too: putting a model together compiles dozens, none of which takes JAX's threshold of a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return str(folder)
+
+
+def _user_cache() -> Path:
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
+    return Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache").expanduser()

@@ -1,0 +1,59 @@
+"""Where the JAX backend keeps compiled programs. Each case is a process: JAX reads its settings once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.backends_available import require_backend
+
+_PROGRAM = """
+from moezoo.backends import load_backend
+print(load_backend("jax").facts()["compile cache"])
+import jax, jax.numpy as jnp
+print(float(jax.jit(lambda x: x * 3 + 1)(jnp.ones(()))))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _jax() -> None:
+    require_backend("jax")
+
+
+def run(**settings: str) -> tuple[str, str]:
+    """What a process with these settings says its folder is, and what its program gives."""
+    inherited = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _PROGRAM],
+        env=inherited | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folder, value = done.stdout.splitlines()
+    return folder, value
+
+
+def test_programs_are_kept_in_the_users_cache_folder_small_ones_too(tmp_path):
+    folder, value = run(XDG_CACHE_HOME=str(tmp_path))
+    assert folder.startswith(str(tmp_path / "moezoo" / "jax"))
+    assert value == "4.0"
+    kept = sorted(os.listdir(folder))
+    assert any(name.startswith("jit__lambda") for name in kept)
+    assert run(XDG_CACHE_HOME=str(tmp_path)) == (folder, "4.0")
+    assert sorted(os.listdir(folder)) == kept  # the second process found them
+
+
+def test_what_jax_was_told_holds(tmp_path):
+    own = tmp_path / "own"
+    assert run(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(own))[0] == str(own)
+    assert run(XDG_CACHE_HOME=str(tmp_path), JAX_ENABLE_COMPILATION_CACHE="false") == ("off", "4.0")
+    assert not (tmp_path / "moezoo").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_and_training_goes_on(tmp_path):
+    (tmp_path / "moezoo").write_text("a file in the way")
+    folder, value = run(XDG_CACHE_HOME=str(tmp_path))
+    assert folder.startswith(f"off: cannot write {tmp_path}/moezoo/jax")
+    assert value == "4.0"
