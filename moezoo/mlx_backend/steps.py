@@ -17,7 +17,7 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.mlx_backend import BLAS
+from moezoo.mlx_backend import BLAS, MEMORY
 from moezoo.mlx_backend.arrays import Weights, exported, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.experts import grouped_path
@@ -37,7 +37,7 @@ class MlxBackend:
 
     def facts(self) -> dict[str, str]:
         device = "gpu (Metal)" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-        return {"device": f"{device}, MLX {mx.__version__}", "experts": grouped_path(), "blas": BLAS}
+        return {"device": f"{device}, MLX {mx.__version__}", "experts": grouped_path(), "blas": BLAS, "memory": MEMORY}
 
 
 class PendingMlxStep:
