@@ -8,6 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.cpu_kernels import gated_silu, replaces_exponentials, sigmoid
 from moezoo.mlx_backend.streams import streams
 
 _WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than putting parts together again
@@ -61,7 +62,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
         case GatedFeedForwardSpec():
             match spec.kind:
                 case "swiglu":
-                    return _silu(gate) * up
+                    return gated_silu(gate, up) if replaces_exponentials() else _silu(gate) * up
                 case "geglu":
                     return _gelu(gate) * up
                 case "relu_squared_glu":
@@ -70,7 +71,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
                     assert_never(spec.kind)
         case ClampedSwiGLUSpec():
             gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)
-            return gate * mx.sigmoid(spec.alpha * gate) * (up + 1)
+            return gate * _sigmoid(spec.alpha * gate) * (up + 1)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":
@@ -90,6 +91,10 @@ def _silu(x: mx.array) -> mx.array:
     return nn.silu(x) if len(streams()) == 1 else x * mx.sigmoid(x)
 
 
+def _sigmoid(x: mx.array) -> mx.array:
+    return sigmoid(x) if replaces_exponentials() else mx.sigmoid(x)
+
+
 def _gelu(x: mx.array) -> mx.array:
     """The tanh form, as x times a sigmoid: one exponential, and no small difference of large numbers."""
-    return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    return x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

@@ -7,7 +7,7 @@ import pytest
 
 from tests.contracts.source_tree import BACKENDS, PACKAGE, Function, backend_file, functions, stems, tree_of
 
-ONLY_IN = {"jax": {"sharding", "expert_parallel"}, "mlx": {"blas", "memory", "streams"}}
+ONLY_IN = {"jax": {"sharding", "expert_parallel"}, "mlx": {"blas", "cpu_kernels", "memory", "streams"}}
 SHARED = sorted(stems("jax_backend") - ONLY_IN["jax"])
 ALPHABET = set("BTSDNMGHZECKFPRVL")
 FAMILIES = (

@@ -1,0 +1,185 @@
+"""What MLX's Linux wheel for x86 is slow at, from operations that it is fast at, each with its own gradient.
+
+There `exp`, and all that MLX makes of it (sigmoid, softmax, logsumexp, fused attention), takes 14 to 20 ns an element,
+`where` 6 and `power`, which is the C library's, 6; a sum or a product takes 0.3. So exponentials are powers of 2, masks are
+added, and gradients take the exponentials of the forward pass. On Apple silicon and elsewhere nothing here is used.
+"""
+
+import functools
+import math
+import platform
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from moezoo.mlx_backend.streams import streams
+
+LOG2_E = 1 / math.log(2)
+_HIDDEN = -1e30  # the power of 2 of it is exactly 0; of a moderate number it may be denormal, and products of those crawl
+
+
+@functools.cache
+def replaces_exponentials() -> bool:
+    """Whether this is the platform that this file is for."""
+    return mx.default_device() == mx.Device(mx.cpu) and platform.machine().lower() in ("x86_64", "amd64")
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x)), computed in float32."""
+
+    @mx.custom_function
+    def of(x: mx.array) -> mx.array:
+        return _sigmoid(x)
+
+    @of.vjp
+    def _(x: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return gradient * (out * (1 - out))
+
+    return of(x.astype(mx.float32)).astype(x.dtype)
+
+
+def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, computed in float32."""
+
+    @mx.custom_function
+    def of(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
+        share = _sigmoid(gate)
+        return gate * share * up, share
+
+    @of.vjp
+    def _(primals: tuple, gradients: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+        (gate, up), gradient, share = primals, gradients[0], outputs[1]
+        silu = gate * share
+        return gradient * up * (share * (1 + gate - silu)), gradient * silu
+
+    out, _ = of(gate.astype(mx.float32), up.astype(mx.float32))
+    return out.astype(up.dtype)
+
+
+def _sigmoid(x: mx.array) -> mx.array:
+    return 1 / (1 + mx.power(2.0, x * -LOG2_E))
+
+
+class Chunk(NamedTuple):
+    """Queries start:end, the keys first:last that they are given, and which of these each may see (None: all)."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    mask_TS: mx.array | None
+
+
+def attend_in_chunks(
+    query_BTMGH: mx.array,
+    key_BSMH: mx.array,
+    value_BSMH: mx.array,
+    chunks: list[Chunk],
+    scale: float,
+    sink_N: mx.array | None = None,
+) -> mx.array:
+    """Attention in float32, chunk after chunk of queries.
+
+    Products take the cores one after the other; what is between them is done in parts, a stream each. The backward pass
+    takes what the forward pass had: 2^(score - largest), the sum of these, and the share of sinks. Below, X = B M.
+    """
+    batch, length, kv_heads, group, head_dim = query_BTMGH.shape
+    arrays = [
+        (query_BTMGH * (scale * LOG2_E)).transpose(0, 2, 3, 1, 4).reshape(-1, group, length, head_dim),
+        *(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in (key_BSMH, value_BSMH)),
+    ]
+    if sink_N is not None:
+        of_batch = mx.broadcast_to(sink_N * LOG2_E, (batch, kv_heads * group))
+        arrays.append(of_batch.reshape(-1, group, 1, 1))
+
+    @mx.custom_function
+    def of(*arrays: mx.array) -> list[list[mx.array]]:
+        out, *rest = zip(*(_attend(chunk, *arrays) for chunk in chunks), strict=True)
+        return [[mx.concatenate(out, axis=2)], *map(list, rest)]
+
+    @of.vjp
+    def _(arrays: tuple, gradients: list, outputs: list) -> list[mx.array]:
+        (gradient,), ((out,), numerators, sums, *shares) = gradients[0], outputs
+        inner = mx.sum(gradient * out, axis=-1, keepdims=True)
+        found = [
+            _attend_backward(chunk, arrays[:3], gradient, inner, parts, total)
+            for chunk, parts, total in zip(chunks, numerators, sums, strict=True)
+        ]
+        of_query, of_keys, of_values = zip(*found, strict=True)
+        of_all = [mx.concatenate(of_query, axis=2), _summed(of_keys, chunks), _summed(of_values, chunks)]
+        if sink_N is not None:
+            share = mx.concatenate(shares[0], axis=2)
+            of_all.append(mx.sum(share * inner, axis=2, keepdims=True) / -LOG2_E)
+        return of_all
+
+    out_BMGTH = of(*arrays)[0][0].reshape(batch, kv_heads, group, length, -1)
+    return out_BMGTH.transpose(0, 3, 1, 2, 4)
+
+
+def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink: mx.array) -> list:
+    """Output [X, G, t, H] of a chunk of t queries, numerators [X, G, t, s] in parts, their sums, and shares of sinks."""
+    query = query[:, :, chunk.start : chunk.end]
+    key, value = (x[:, chunk.first : chunk.last] for x in (key, value))
+    score = (_folded(query) @ key.swapaxes(1, 2)).reshape(*query.shape[:3], -1)
+    hidden = None if chunk.mask_TS is None else mx.where(chunk.mask_TS, 0.0, _HIDDEN)
+    sinks = _parts(sink[0]) if sink else [None] * len(_parts(score))
+    numerators, sums, shares = [], [], []
+    for stream, part, of_sink in zip(streams(), _parts(score), sinks):
+        with mx.stream(stream):
+            part = part if hidden is None else part + hidden
+            largest = mx.max(part, axis=-1, keepdims=True)
+            largest = largest if of_sink is None else mx.maximum(largest, of_sink)
+            numerators.append(mx.power(2.0, part - largest))
+            sums.append(mx.sum(numerators[-1], axis=-1, keepdims=True))
+            if of_sink is not None:
+                shares.append(mx.power(2.0, of_sink - largest))
+                sums[-1] = sums[-1] + shares[-1]
+    total = mx.concatenate(sums)
+    out = mx.concatenate([_folded(part) @ of for part, of in zip(numerators, _parts(value), strict=True)])
+    share = [mx.concatenate(shares) / total] if sink else []
+    return [out.reshape(*query.shape[:3], -1) / total, numerators, total, *share]
+
+
+def _attend_backward(
+    chunk: Chunk, arrays: tuple, gradient: mx.array, inner: mx.array, numerators: list[mx.array], total: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of a chunk's queries, and of the keys and values that it was given."""
+    rows = slice(chunk.start, chunk.end)
+    query, key, value = arrays[0][:, :, rows], *(x[:, chunk.first : chunk.last] for x in arrays[1:])
+    gradient, inner = _folded(gradient[:, :, rows] / total), _folded(inner[:, :, rows] / total)
+    of_weight = gradient @ value.swapaxes(1, 2)
+    found = []
+    for stream, *parts in zip(
+        streams(), *map(_parts, (of_weight, inner, _folded(query), key, gradient)), map(_folded, numerators)
+    ):
+        of_weight, inner, query_part, key_part, gradient_part, numerator = parts
+        with mx.stream(stream):
+            of_score = (of_weight - inner) * numerator
+        found.append(
+            (of_score @ key_part, of_score.swapaxes(1, 2) @ query_part, numerator.swapaxes(1, 2) @ gradient_part)
+        )
+    of_query, of_key, of_value = map(mx.concatenate, zip(*found, strict=True))
+    return of_query.reshape(query.shape) / LOG2_E, of_key / LOG2_E, of_value
+
+
+def _folded(x_XGTH: mx.array) -> mx.array:
+    """[X, G, t, H] -> [X, G t, H]: queries that share keys are rows of one product."""
+    return x_XGTH.reshape(x_XGTH.shape[0], -1, x_XGTH.shape[-1])
+
+
+def _parts(x: mx.array) -> list[mx.array]:
+    """As many parts of the first axis as there are streams, or fewer."""
+    count = min(len(streams()), len(x))
+    return mx.split(x, [len(x) * part // count for part in range(1, count)])
+
+
+def _summed(parts: Sequence[mx.array], chunks: Sequence[Chunk]) -> mx.array:
+    """What chunks say of the ranges of sources that they were given -> the sum, for all sources."""
+    cuts = sorted({0, *(chunk.first for chunk in chunks), *(chunk.last for chunk in chunks)})
+    sums: list[mx.array | None] = [None] * (len(cuts) - 1)
+    for chunk, part in zip(chunks, parts, strict=True):
+        own = [place for place, cut in enumerate(cuts[:-1]) if chunk.first <= cut < chunk.last]
+        for place, piece in zip(own, mx.split(part, [cuts[i] - chunk.first for i in own[1:]], axis=1), strict=True):
+            sums[place] = piece if sums[place] is None else sums[place] + piece
+    return mx.concatenate(sums, axis=1)
