@@ -8,7 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.cpu_kernels import Chunk, attend_in_chunks, replaces_exponentials
+from moezoo.mlx_backend.cpu_kernels import Chunk, attend_in_chunks, is_x86_cpu
 from moezoo.mlx_backend.kv_cache import Attended, KVCache, SharedCache
 from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.mlx_backend.positions import rotate
@@ -43,7 +43,7 @@ def attend(
             score = mx.concatenate([score, mx.broadcast_to(sink_MG11, (*score.shape[:-1], 1))], axis=-1)
         weight = mx.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
         return mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH).astype(dtype)
-    if replaces_exponentials():
+    if is_x86_cpu():
         whole = Chunk(0, length, 0, key_BSMH.shape[1], mask_TS)
         return attend_in_chunks(query_BTMGH, key_BSMH, value_BSMH, [whole], scale, sink_N).astype(dtype)
     attended_BNTH = mx.fast.scaled_dot_product_attention(
@@ -93,7 +93,7 @@ def attend_causally(
         end, first = min(start + size, length), _first_visible(spec, start)
         mask_TS = visible(spec, position_T[start:end], position_T[first:end])
         chunks.append(Chunk(start, end, first, end, mask_TS))
-    if replaces_exponentials() and spec.softcap is None:
+    if is_x86_cpu() and spec.softcap is None:
         dtype, scale = query_BTMGH.dtype, 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
         arrays = [x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH)]
         return attend_in_chunks(*arrays, chunks, scale, sink_N).astype(dtype)

@@ -20,7 +20,7 @@ _HIDDEN = -1e30  # the power of 2 of it is exactly 0; of a moderate number it ma
 
 
 @functools.cache
-def replaces_exponentials() -> bool:
+def is_x86_cpu() -> bool:
     """Whether this is the platform that this file is for."""
     return mx.default_device() == mx.Device(mx.cpu) and platform.machine().lower() in ("x86_64", "amd64")
 
@@ -59,6 +59,77 @@ def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
 
 def _sigmoid(x: mx.array) -> mx.array:
     return 1 / (1 + mx.power(2.0, x * -LOG2_E))
+
+
+def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
+    """-log softmax(logits) of each target, float32. In parts of some MiB, in turns on the streams: [P, V] is large."""
+    num_rows, vocab = logits_PV.shape
+    size = max(1, 2**21 // vocab)
+    cuts = list(range(size, num_rows, size))
+
+    def in_turns(of_part, *arrays: mx.array) -> mx.array:
+        parts = []
+        for turn, part in enumerate(zip(*(mx.split(array, cuts) for array in arrays), strict=True)):
+            with mx.stream(streams()[turn % len(streams())]):
+                parts.append(of_part(*part))
+        return mx.concatenate(parts)
+
+    def log_sum(logits: mx.array) -> mx.array:
+        largest = mx.max(logits, axis=-1, keepdims=True)
+        powers = mx.power(2.0, (logits - largest) * LOG2_E)
+        return (mx.log(mx.sum(powers, axis=-1, keepdims=True)) + largest)[:, 0]
+
+    def gradient_of_part(logits: mx.array, target: mx.array, log_sum: mx.array, gradient: mx.array) -> mx.array:
+        share = mx.power(2.0, (logits - log_sum[:, None]) * LOG2_E) * gradient[:, None]
+        return share.at[mx.arange(len(target)), target].add(-gradient)
+
+    @mx.custom_function
+    def of(logits: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+        total = in_turns(log_sum, logits)
+        return total - mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0], total
+
+    @of.vjp
+    def _(primals: tuple, gradients: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+        logits, target = primals
+        return in_turns(gradient_of_part, logits, target, outputs[1], gradients[0]), mx.zeros_like(target)
+
+    return of(logits_PV, target_P)[0]
+
+
+def rows_of_tokens(x_PD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
+    """x_PD[token_R], where each token stands in `num_slots` rows: its gradient gathers these, and scatters nothing."""
+
+    @mx.custom_function
+    def of(x_PD: mx.array) -> mx.array:
+        return x_PD[token_R]
+
+    @of.vjp
+    def _(x_PD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return _sum_of_slots(gradient, token_R, num_slots)
+
+    return of(x_PD)
+
+
+def sum_over_rows(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
+    """The sum of each token's rows, of which it has `num_slots`: the other way of `rows_of_tokens`."""
+
+    @mx.custom_function
+    def of(x_RD: mx.array) -> mx.array:
+        return _sum_of_slots(x_RD, token_R, num_slots)
+
+    @of.vjp
+    def _(x_RD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return gradient[token_R]
+
+    return of(x_RD)
+
+
+def _sum_of_slots(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
+    row_PK = mx.argsort(token_R).reshape(-1, num_slots)
+    total = x_RD[row_PK[:, 0]]
+    for slot in range(1, num_slots):
+        total = total + x_RD[row_PK[:, slot]]
+    return total
 
 
 class Chunk(NamedTuple):

@@ -8,7 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.cpu_kernels import gated_silu, replaces_exponentials, sigmoid
+from moezoo.mlx_backend.cpu_kernels import gated_silu, is_x86_cpu, sigmoid
 from moezoo.mlx_backend.streams import streams
 
 _WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than putting parts together again
@@ -62,7 +62,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
         case GatedFeedForwardSpec():
             match spec.kind:
                 case "swiglu":
-                    return gated_silu(gate, up) if replaces_exponentials() else _silu(gate) * up
+                    return gated_silu(gate, up) if is_x86_cpu() else _silu(gate) * up
                 case "geglu":
                     return _gelu(gate) * up
                 case "relu_squared_glu":
@@ -92,7 +92,7 @@ def _silu(x: mx.array) -> mx.array:
 
 
 def _sigmoid(x: mx.array) -> mx.array:
-    return sigmoid(x) if replaces_exponentials() else mx.sigmoid(x)
+    return sigmoid(x) if is_x86_cpu() else mx.sigmoid(x)
 
 
 def _gelu(x: mx.array) -> mx.array:
