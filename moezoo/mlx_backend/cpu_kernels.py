@@ -8,10 +8,12 @@ added, and gradients take the exponentials of the forward pass. On Apple silicon
 import functools
 import math
 import platform
-from collections.abc import Sequence
-from typing import NamedTuple
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx import optimizers
 
 from moezoo.mlx_backend.streams import streams
 
@@ -130,6 +132,46 @@ def _sum_of_slots(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array
     for slot in range(1, num_slots):
         total = total + x_RD[row_PK[:, slot]]
     return total
+
+
+def can_fuse() -> bool:
+    """Whether `mx.compile` makes one loop of several operations here. Without a compiler it silently makes none."""
+    return is_x86_cpu() and shutil.which("g++") is not None
+
+
+class FusedAdamW(optimizers.AdamW):
+    """MLX's AdamW with bias correction, an array's update in one loop, arrays in turns on the streams."""
+
+    def init(self, parameters: Any) -> None:
+        super().init(parameters)
+        self._turn = 0
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        beta1, beta2 = self.betas
+        step, rate = self.step.astype(mx.float32), self.learning_rate.astype(mx.float32)
+        factors = mx.stack([1 - rate * self.weight_decay, rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step)])
+        self._turn = (getattr(self, "_turn", 0) + 1) % len(streams())
+        update = _adamw_update(self._turn, beta1, beta2, self.eps)
+        parameter, state["m"], state["v"] = update(gradient, parameter, state["m"], state["v"], *factors)
+        return parameter
+
+
+@functools.cache
+def _adamw_update(turn: int, beta1: float, beta2: float, epsilon: float) -> Callable[..., list[mx.array]]:
+    """One for each stream: what is compiled stays on the stream on which it was traced."""
+
+    def update(gradient, parameter, first, second, kept, rate, root):
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * (gradient * gradient)
+        return [parameter * kept - rate * first / (mx.sqrt(second) * root + epsilon), first, second]
+
+    compiled = mx.compile(update, shapeless=True)
+
+    def on_stream(*arrays: mx.array) -> list[mx.array]:
+        with mx.stream(streams()[turn]):
+            return compiled(*arrays)
+
+    return on_stream
 
 
 class Chunk(NamedTuple):
