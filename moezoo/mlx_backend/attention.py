@@ -96,7 +96,7 @@ def attend_causally(
     if is_x86_cpu() and spec.softcap is None:
         dtype, scale = query_BTMGH.dtype, 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
         arrays = [x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH)]
-        return attend_in_chunks(*arrays, chunks, scale, sink_N).astype(dtype)
+        return attend_in_chunks(*arrays, chunks, scale, sink_N, forget=True).astype(dtype)
     turns, attended = streams(), []
     for index, chunk in enumerate(chunks):
         rows, sources = slice(chunk.start, chunk.end), slice(chunk.first, chunk.last)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from mlx import optimizers
+from mlx.utils import tree_flatten, tree_unflatten
 
 from moezoo.mlx_backend.streams import streams
 
@@ -25,6 +27,16 @@ _HIDDEN = -1e30  # the power of 2 of it is exactly 0; of a moderate number it ma
 def is_x86_cpu() -> bool:
     """Whether this is the platform that this file is for."""
     return mx.default_device() == mx.Device(mx.cpu) and platform.machine().lower() in ("x86_64", "amd64")
+
+
+def without_graph(arrays: list[mx.array]) -> list[mx.array]:
+    """Copies that do not keep alive what they were made from. Waits for the values.
+
+    Trap: what is evaluated while MLX traces a gradient keeps all that it was made from until the backward pass is over,
+    and the experts' slices do evaluate. A custom function, which has its own gradient, needs only what it returns.
+    """
+    mx.eval(arrays)
+    return [mx.array(np.asarray(array)) for array in arrays]
 
 
 def sigmoid(x: mx.array) -> mx.array:
@@ -41,22 +53,31 @@ def sigmoid(x: mx.array) -> mx.array:
     return of(x.astype(mx.float32)).astype(x.dtype)
 
 
-def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up, computed in float32."""
+def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.array:
+    """silu(gate) * up, computed in float32, in parts of the first axis, a stream each; `forget`: see without_graph."""
 
     @mx.custom_function
-    def of(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
-        share = _sigmoid(gate)
-        return gate * share * up, share
+    def of(gate: mx.array, up: mx.array) -> list[mx.array]:
+        outs, shares = [], []
+        for stream, gate_part, up_part in zip(streams(), _parts(gate), _parts(up)):
+            with mx.stream(stream):
+                shares.append(_sigmoid(gate_part))
+                outs.append(gate_part * shares[-1] * up_part)
+        found = [mx.concatenate(outs), *shares]
+        return without_graph(found) if forget else found
 
     @of.vjp
-    def _(primals: tuple, gradients: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
-        (gate, up), gradient, share = primals, gradients[0], outputs[1]
-        silu = gate * share
-        return gradient * up * (share * (1 + gate - silu)), gradient * silu
+    def _(primals: tuple, gradients: list, outputs: list) -> tuple[mx.array, mx.array]:
+        of_gate, of_up = [], []
+        for stream, share, *parts in zip(streams(), outputs[1:], *map(_parts, (*primals, gradients[0]))):
+            gate, up, gradient = parts
+            with mx.stream(stream):
+                silu = gate * share
+                of_gate.append(gradient * up * (share * (1 + gate - silu)))
+                of_up.append(gradient * silu)
+        return mx.concatenate(of_gate), mx.concatenate(of_up)
 
-    out, _ = of(gate.astype(mx.float32), up.astype(mx.float32))
-    return out.astype(up.dtype)
+    return of(gate.astype(mx.float32), up.astype(mx.float32))[0].astype(up.dtype)
 
 
 def _sigmoid(x: mx.array) -> mx.array:
@@ -191,6 +212,8 @@ def attend_in_chunks(
     chunks: list[Chunk],
     scale: float,
     sink_N: mx.array | None = None,
+    *,
+    forget: bool = False,
 ) -> mx.array:
     """Attention in float32, chunk after chunk of queries.
 
@@ -209,7 +232,11 @@ def attend_in_chunks(
     @mx.custom_function
     def of(*arrays: mx.array) -> list[list[mx.array]]:
         out, *rest = zip(*(_attend(chunk, *arrays) for chunk in chunks), strict=True)
-        return [[mx.concatenate(out, axis=2)], *map(list, rest)]
+        found = [[mx.concatenate(out, axis=2)], *map(list, rest)]
+        if not forget:
+            return found
+        paths, arrays = zip(*tree_flatten(found), strict=True)
+        return tree_unflatten(list(zip(paths, without_graph(list(arrays)), strict=True)))
 
     @of.vjp
     def _(arrays: tuple, gradients: list, outputs: list) -> list[mx.array]:

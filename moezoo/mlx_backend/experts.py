@@ -7,6 +7,7 @@ from mlx import nn
 
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, without_graph
 from moezoo.mlx_backend.feed_forward import activate
 
 Path = Literal["slices", "gather_mm of rows"]
@@ -120,7 +121,8 @@ def _sliced_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
 
     @mx.custom_function
     def multiply(rows_RD: mx.array, matrices: mx.array) -> mx.array:
-        return product(rows_RD, matrices)
+        out_RF = product(rows_RD, matrices)
+        return without_graph([out_RF])[0] if is_x86_cpu() else out_RF
 
     @multiply.vjp
     def _(primals: tuple[mx.array, mx.array], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:

@@ -14,6 +14,10 @@ from moezoo.mlx_backend.streams import streams
 _WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than putting parts together again
 
 
+MANY_ROWS = 512
+"""From here on a copy of what the backward pass needs costs less than keeping the rest."""
+
+
 class FeedForward(nn.Module):
     """Spec: moezoo.core.reference.feed_forward.feed_forward."""
 
@@ -45,6 +49,9 @@ class FeedForward(nn.Module):
 def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts that take turns on two streams."""
     turns = streams()
+    if spec.kind == "swiglu" and is_x86_cpu():
+        rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
+        return gated_silu(*rows, forget=len(rows[0]) > MANY_ROWS).reshape(up.shape)
     if len(turns) == 1 or spec.kind in _WITHOUT_EXPONENTIAL:
         return _activated(spec, gate, up)
     up_rows = up.reshape(-1, up.shape[-1])
@@ -62,7 +69,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
         case GatedFeedForwardSpec():
             match spec.kind:
                 case "swiglu":
-                    return gated_silu(gate, up) if is_x86_cpu() else _silu(gate) * up
+                    return _silu(gate) * up
                 case "geglu":
                     return _gelu(gate) * up
                 case "relu_squared_glu":
