@@ -22,7 +22,7 @@ def load_fast_blas() -> str:
         return "Accelerate" if platform.system() == "Darwin" else "MLX's own"
     if "mlx.core" in sys.modules:
         return "reference (slow): mlx.core was imported before moezoo"
-    # A thread that waits for the next product by spinning (the default: tens of ms) takes the core from MLX's own threads.
+    # By default a thread spins for tens of ms while it waits for the next product, on a core that MLX's threads want.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     for load in (_system_openblas, _packaged_openblas):
         try:

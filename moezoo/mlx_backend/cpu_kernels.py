@@ -1,8 +1,9 @@
 """What MLX's Linux wheel for x86 is slow at, from operations that it is fast at, each with its own gradient.
 
 There `exp`, and all that MLX makes of it (sigmoid, softmax, logsumexp, fused attention), takes 14 to 20 ns an element,
-`where` 6 and `power`, which is the C library's, 6; a sum or a product takes 0.3. So exponentials are powers of 2, masks are
-added, and gradients take the exponentials of the forward pass. On Apple silicon and elsewhere nothing here is used.
+`where` 6, and `power`, which is the C library's, 6; a sum or a product takes 0.3. So exponentials are powers of 2,
+masks are added, and gradients take the exponentials of the forward pass. Elsewhere, as on Apple silicon, none of it is
+used.
 """
 
 import functools
@@ -20,7 +21,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from moezoo.mlx_backend.streams import streams
 
 LOG2_E = 1 / math.log(2)
-_HIDDEN = -1e30  # the power of 2 of it is exactly 0; of a moderate number it may be denormal, and products of those crawl
+_HIDDEN = (
+    -1e30
+)  # the power of 2 of it is exactly 0; of a moderate number it may be denormal, and products of those crawl
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.arra
     @mx.custom_function
     def of(gate: mx.array, up: mx.array) -> list[mx.array]:
         outs, shares = [], []
-        for stream, gate_part, up_part in zip(streams(), _parts(gate), _parts(up)):
+        for stream, gate_part, up_part in zip(streams(), _parts(gate), _parts(up), strict=False):
             with mx.stream(stream):
                 shares.append(_sigmoid(gate_part))
                 outs.append(gate_part * shares[-1] * up_part)
@@ -69,7 +72,7 @@ def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.arra
     @of.vjp
     def _(primals: tuple, gradients: list, outputs: list) -> tuple[mx.array, mx.array]:
         of_gate, of_up = [], []
-        for stream, share, *parts in zip(streams(), outputs[1:], *map(_parts, (*primals, gradients[0]))):
+        for stream, share, *parts in zip(streams(), outputs[1:], *map(_parts, (*primals, gradients[0])), strict=False):
             gate, up, gradient = parts
             with mx.stream(stream):
                 silu = gate * share
@@ -97,24 +100,25 @@ def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
                 parts.append(of_part(*part))
         return mx.concatenate(parts)
 
-    def log_sum(logits: mx.array) -> mx.array:
-        largest = mx.max(logits, axis=-1, keepdims=True)
-        powers = mx.power(2.0, (logits - largest) * LOG2_E)
-        return (mx.log(mx.sum(powers, axis=-1, keepdims=True)) + largest)[:, 0]
+    def powers(logits: mx.array, largest: mx.array) -> mx.array:
+        # Trap: less the logarithm of the sum instead, the digits that large logits lost in it would be lost here.
+        return mx.power(2.0, (logits - largest[:, None]) * LOG2_E)
 
-    def gradient_of_part(logits: mx.array, target: mx.array, log_sum: mx.array, gradient: mx.array) -> mx.array:
-        share = mx.power(2.0, (logits - log_sum[:, None]) * LOG2_E) * gradient[:, None]
+    def gradient_of_part(logits, target, largest, total, gradient):
+        share = powers(logits, largest) * (gradient / total)[:, None]
         return share.at[mx.arange(len(target)), target].add(-gradient)
 
     @mx.custom_function
-    def of(logits: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
-        total = in_turns(log_sum, logits)
-        return total - mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0], total
+    def of(logits: mx.array, target: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        largest = in_turns(lambda part: mx.max(part, axis=-1), logits)
+        total = in_turns(lambda *part: mx.sum(powers(*part), axis=-1), logits, largest)
+        chosen = mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        return mx.log(total) + (largest - chosen), largest, total
 
     @of.vjp
     def _(primals: tuple, gradients: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
-        logits, target = primals
-        return in_turns(gradient_of_part, logits, target, outputs[1], gradients[0]), mx.zeros_like(target)
+        found = in_turns(gradient_of_part, *primals, *outputs[1:], gradients[0])
+        return found, mx.zeros_like(primals[1])
 
     return of(logits_PV, target_P)[0]
 
@@ -258,14 +262,14 @@ def attend_in_chunks(
 
 
 def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink: mx.array) -> list:
-    """Output [X, G, t, H] of a chunk of t queries, numerators [X, G, t, s] in parts, their sums, and shares of sinks."""
+    """Output [X, G, t, H] of a chunk of t queries, numerators [X, G, t, s] in parts, sums, and shares of sinks."""
     query = query[:, :, chunk.start : chunk.end]
     key, value = (x[:, chunk.first : chunk.last] for x in (key, value))
     score = (_folded(query) @ key.swapaxes(1, 2)).reshape(*query.shape[:3], -1)
     hidden = None if chunk.mask_TS is None else mx.where(chunk.mask_TS, 0.0, _HIDDEN)
     sinks = _parts(sink[0]) if sink else [None] * len(_parts(score))
     numerators, sums, shares = [], [], []
-    for stream, part, of_sink in zip(streams(), _parts(score), sinks):
+    for stream, part, of_sink in zip(streams(), _parts(score), sinks, strict=False):
         with mx.stream(stream):
             part = part if hidden is None else part + hidden
             largest = mx.max(part, axis=-1, keepdims=True)
@@ -291,7 +295,10 @@ def _attend_backward(
     of_weight = gradient @ value.swapaxes(1, 2)
     found = []
     for stream, *parts in zip(
-        streams(), *map(_parts, (of_weight, inner, _folded(query), key, gradient)), map(_folded, numerators)
+        streams(),
+        *map(_parts, (of_weight, inner, _folded(query), key, gradient)),
+        map(_folded, numerators),
+        strict=False,  # there may be fewer parts than streams
     ):
         of_weight, inner, query_part, key_part, gradient_part, numerator = parts
         with mx.stream(stream):

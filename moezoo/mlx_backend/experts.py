@@ -19,8 +19,8 @@ FEW_ROWS = 16
 def grouped_path() -> Path:
     """How grouped products are computed on this platform.
 
-    On the GPU `gather_mm` takes sorted single rows. On the CPU it would make one product a row. There each expert's rows
-    are a slice, and its product a plain one; this needs the sizes in Python, so the step waits once a layer for what
+    On the GPU `gather_mm` takes sorted single rows. On the CPU it would make one product a row. There each expert's
+    rows are a slice, and its product a plain one; this needs the sizes in Python, so a step waits once a layer for what
     the router says. Few rows are gathered into padded blocks that belong to one expert each, without waiting.
     """
     return "gather_mm of rows" if mx.default_device() == mx.Device(mx.gpu) else "slices"
@@ -111,9 +111,7 @@ def _sliced_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
         *slices, unused = mx.split(rows_RD[None], ends, axis=1)
         # Trap: one Slice an expert costs as much as a small product, a Split of all of them does not.
         parts = [
-            rows @ matrix
-            for rows, matrix in zip(slices, mx.split(matrices, len(ends)), strict=True)
-            if rows.shape[1]
+            rows @ matrix for rows, matrix in zip(slices, mx.split(matrices, len(ends)), strict=True) if rows.shape[1]
         ]
         if unused.shape[1]:
             parts.append(mx.zeros((1, unused.shape[1], matrices.shape[-1])))

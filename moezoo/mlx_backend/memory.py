@@ -1,7 +1,7 @@
 """How the C library gives memory to MLX on Linux.
 
-MLX's CPU allocator is plain `malloc`. The GNU C library gets each large array from the kernel and returns it at once, so
-every operation of a training step faults in the pages of its result anew: a third of the time of the experts at the
+MLX's CPU allocator is plain `malloc`. The GNU C library gets each large array from the kernel and returns it at once,
+so every operation of a training step faults in the pages of its result anew: a third of the time of the experts at the
 sizes of `writings/performance.md`. With larger thresholds freed memory stays in the process and is used again.
 """
 
