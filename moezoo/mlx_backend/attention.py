@@ -8,6 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.cpu_kernels import Chunk, attend_in_chunks, is_x86_cpu
 from moezoo.mlx_backend.kv_cache import Attended, KVCache, SharedCache
 from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.mlx_backend.positions import rotate
@@ -24,7 +25,10 @@ def attend(
     softcap: float | None = None,
     sink_N: mx.array | None = None,
 ) -> mx.array:
-    """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike; it has no cap."""
+    """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike; it has no cap.
+
+    On x86 by `cpu_kernels`.
+    """
     dtype = query_BTMGH.dtype
     batch, length, kv_heads, group, head_dim = query_BTMGH.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
@@ -39,6 +43,9 @@ def attend(
             score = mx.concatenate([score, mx.broadcast_to(sink_MG11, (*score.shape[:-1], 1))], axis=-1)
         weight = mx.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
         return mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH).astype(dtype)
+    if is_x86_cpu():
+        whole = Chunk(0, length, 0, key_BSMH.shape[1], mask_TS)
+        return attend_in_chunks(query_BTMGH, key_BSMH, value_BSMH, [whole], scale, sink_N).astype(dtype)
     attended_BNTH = mx.fast.scaled_dot_product_attention(
         query_BTMGH.reshape(batch, length, kv_heads * group, head_dim).swapaxes(1, 2),
         key_BSMH.swapaxes(1, 2),
@@ -79,20 +86,27 @@ def attend_causally(
     """
     length = query_BTMGH.shape[1]
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    chunk = 64 if on_cpu else length
-    turns = streams()
+    size = 64 if on_cpu else length
     position_T = mx.arange(length)
-    attended = []
-    for index, start in enumerate(range(0, length, chunk)):
-        end = min(start + chunk, length)
-        first = _first_visible(spec, start)
+    chunks = []
+    for start in range(0, length, size):
+        end, first = min(start + size, length), _first_visible(spec, start)
+        mask_TS = visible(spec, position_T[start:end], position_T[first:end])
+        chunks.append(Chunk(start, end, first, end, mask_TS))
+    if is_x86_cpu() and spec.softcap is None:
+        dtype, scale = query_BTMGH.dtype, 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
+        arrays = [x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH)]
+        return attend_in_chunks(*arrays, chunks, scale, sink_N, forget=True).astype(dtype)
+    turns, attended = streams(), []
+    for index, chunk in enumerate(chunks):
+        rows, sources = slice(chunk.start, chunk.end), slice(chunk.first, chunk.last)
         with mx.stream(turns[index % len(turns)]):
             attended.append(
                 attend(
-                    query_BTMGH[:, start:end],
-                    key_BTMH[:, first:end],
-                    value_BTMH[:, first:end],
-                    visible(spec, position_T[start:end], position_T[first:end]),
+                    query_BTMGH[:, rows],
+                    key_BTMH[:, sources],
+                    value_BTMH[:, sources],
+                    chunk.mask_TS,
                     scale=spec.scale,
                     softcap=spec.softcap,
                     sink_N=sink_N,

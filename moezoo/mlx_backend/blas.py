@@ -9,6 +9,7 @@ nothing, and the run's header says which BLAS is in use.
 import ctypes
 import fnmatch
 import importlib.metadata
+import os
 import platform
 import sys
 import tempfile
@@ -21,6 +22,8 @@ def load_fast_blas() -> str:
         return "Accelerate" if platform.system() == "Darwin" else "MLX's own"
     if "mlx.core" in sys.modules:
         return "reference (slow): mlx.core was imported before moezoo"
+    # By default a thread spins for tens of ms while it waits for the next product, on a core that MLX's threads want.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     for load in (_system_openblas, _packaged_openblas):
         try:
             return load()

@@ -7,18 +7,23 @@ from mlx import nn
 
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, without_graph
 from moezoo.mlx_backend.feed_forward import activate
 
-Path = Literal["gather_mm of blocks", "gather_mm of rows"]
+Path = Literal["slices", "gather_mm of rows"]
+
+FEW_ROWS = 16
+"""Rows an expert up to which the CPU takes blocks: a slice of so few is not worth waiting for its size."""
 
 
 def grouped_path() -> Path:
     """How grouped products are computed on this platform.
 
-    On the GPU `gather_mm` takes sorted single rows. On the CPU it would make one product a row, so there rows are
-    gathered into blocks that belong to one expert each.
+    On the GPU `gather_mm` takes sorted single rows. On the CPU it would make one product a row. There each expert's
+    rows are a slice, and its product a plain one; this needs the sizes in Python, so a step waits once a layer for what
+    the router says. Few rows are gathered into padded blocks that belong to one expert each, without waiting.
     """
-    return "gather_mm of rows" if mx.default_device() == mx.Device(mx.gpu) else "gather_mm of blocks"
+    return "gather_mm of rows" if mx.default_device() == mx.Device(mx.gpu) else "slices"
 
 
 def few_rows(num_rows: int, num_experts: int) -> bool:
@@ -43,11 +48,13 @@ class Groups(NamedTuple):
     expert_block: mx.array
     segment_E2: mx.array  # first and end padded row of each expert
     block: int
+    ends: list[int] | None  # end row of each group, where they are slices
 
 
 def group_rows(size_E: mx.array, num_rows: int) -> Groups:
-    """Plan the blocks of R rows that are sorted by expert. The number of blocks is bounded, so shapes are static."""
+    """Plan the slices or blocks of R rows that are sorted by expert. The number of blocks is bounded, hence static."""
     num_experts = size_E.shape[0]
+    sliced = grouped_path() == "slices" and num_rows > FEW_ROWS * num_experts
     block = block_rows(num_rows, num_experts)
     num_blocks = num_rows // block + num_experts
     blocks_E = (size_E + block - 1) // block
@@ -70,6 +77,7 @@ def group_rows(size_E: mx.array, num_rows: int) -> Groups:
         mx.minimum(expert_block, num_experts - 1).astype(mx.uint32),
         segment_E2.astype(mx.uint32),
         block,
+        mx.stop_gradient(end_E).tolist() if sliced else None,
     )
 
 
@@ -87,6 +95,8 @@ def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
         w_EDF = w_EDF.astype(x_RD.dtype)
         rows = mx.gather_mm(x_RD[:, None, :], w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)
         return rows[:, 0, :]
+    if groups.ends is not None:
+        return _sliced_product(x_RD, w_EDF, groups)
     if few_rows(x_RD.shape[0], w_EDF.shape[0]):
         return _product_of_rows(x_RD, w_EDF, groups)
     return _collect(_blocked_product(_spread(x_RD, groups), w_EDF.astype(x_RD.dtype), groups), groups)
@@ -99,6 +109,34 @@ def _product_of_rows(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.arra
         return mx.gather_mm(rows_R1D, w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)[:, 0, :]
     matrices_RDF = w_EDF[groups.expert_R].astype(x_RD.dtype).astype(mx.float32)
     return (rows_R1D @ matrices_RDF)[:, 0, :].astype(x_RD.dtype)
+
+
+def _sliced_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
+    """Each expert's slice of the rows times its matrix; unused rows give 0. In float32, as the CPU's products are."""
+    dtype, ends = x_RD.dtype, groups.ends
+
+    def product(rows_RD: mx.array, matrices: mx.array) -> mx.array:
+        *slices, unused = mx.split(rows_RD[None], ends, axis=1)
+        # Trap: one Slice an expert costs as much as a small product, a Split of all of them does not.
+        parts = [
+            rows @ matrix for rows, matrix in zip(slices, mx.split(matrices, len(ends)), strict=True) if rows.shape[1]
+        ]
+        if unused.shape[1]:
+            parts.append(mx.zeros((1, unused.shape[1], matrices.shape[-1])))
+        return mx.concatenate(parts, axis=1)[0]
+
+    @mx.custom_function
+    def multiply(rows_RD: mx.array, matrices: mx.array) -> mx.array:
+        out_RF = product(rows_RD, matrices)
+        return without_graph([out_RF])[0] if is_x86_cpu() else out_RF
+
+    @multiply.vjp
+    def _(primals: tuple[mx.array, mx.array], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:
+        rows_RD, matrices = primals
+        segment_E2 = mx.array(list(zip([0, *ends[:-1]], ends, strict=True)), mx.uint32)
+        return product(gradient, matrices.swapaxes(1, 2)), mx.segmented_mm(rows_RD.T, gradient, segment_E2)
+
+    return multiply(x_RD.astype(mx.float32), w_EDF.astype(mx.float32)).astype(dtype)
 
 
 def _spread(x_RD: mx.array, groups: Groups) -> mx.array:

@@ -8,9 +8,14 @@ from mlx import nn
 
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.cpu_kernels import gated_silu, is_x86_cpu, sigmoid
 from moezoo.mlx_backend.streams import streams
 
 _WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than putting parts together again
+
+
+MANY_ROWS = 512
+"""From here on a copy of what the backward pass needs costs less than keeping the rest."""
 
 
 class FeedForward(nn.Module):
@@ -44,6 +49,9 @@ class FeedForward(nn.Module):
 def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts that take turns on two streams."""
     turns = streams()
+    if spec.kind == "swiglu" and is_x86_cpu():
+        rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
+        return gated_silu(*rows, forget=len(rows[0]) > MANY_ROWS).reshape(up.shape)
     if len(turns) == 1 or spec.kind in _WITHOUT_EXPONENTIAL:
         return _activated(spec, gate, up)
     up_rows = up.reshape(-1, up.shape[-1])
@@ -70,7 +78,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
                     assert_never(spec.kind)
         case ClampedSwiGLUSpec():
             gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)
-            return gate * mx.sigmoid(spec.alpha * gate) * (up + 1)
+            return gate * _sigmoid(spec.alpha * gate) * (up + 1)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":
@@ -90,6 +98,10 @@ def _silu(x: mx.array) -> mx.array:
     return nn.silu(x) if len(streams()) == 1 else x * mx.sigmoid(x)
 
 
+def _sigmoid(x: mx.array) -> mx.array:
+    return sigmoid(x) if is_x86_cpu() else mx.sigmoid(x)
+
+
 def _gelu(x: mx.array) -> mx.array:
     """The tanh form, as x times a sigmoid: one exponential, and no small difference of large numbers."""
-    return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    return x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

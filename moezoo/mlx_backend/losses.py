@@ -24,13 +24,18 @@ from moezoo.core.spec import (
     SequenceBalanceLossSpec,
     SwitchBalanceLossSpec,
 )
+from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, log_losses
 from moezoo.mlx_backend.dispatch import expert_counts
 from moezoo.mlx_backend.routing import Routing
 
 
 def token_losses(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.losses.token_losses."""
-    chosen = mx.take_along_axis(logits_BTV, mx.maximum(target_BT, 0)[..., None], axis=-1)[..., 0]
+    counted_BT = mx.maximum(target_BT, 0)
+    if is_x86_cpu():
+        losses_P = log_losses(logits_BTV.reshape(-1, logits_BTV.shape[-1]), counted_BT.reshape(-1))
+        return mx.where(target_BT == IGNORED, 0.0, losses_P.reshape(target_BT.shape))
+    chosen = mx.take_along_axis(logits_BTV, counted_BT[..., None], axis=-1)[..., 0]
     return mx.where(target_BT == IGNORED, 0.0, mx.logsumexp(logits_BTV, axis=-1) - chosen)
 
 

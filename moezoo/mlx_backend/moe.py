@@ -7,7 +7,7 @@ from mlx import nn
 
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.dispatch import Dispatch, combine, dispatch, used_rows
+from moezoo.mlx_backend.dispatch import Dispatch, _combined, _token_rows, dispatch, used_rows
 from moezoo.mlx_backend.experts import Experts
 from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.normalization import norm
@@ -88,7 +88,7 @@ class MoE(nn.Module):
         """The part of the experts that compute."""
         spec, dtype = self.spec, x_PD.dtype
         input_P = x_PD if spec.latent_dim is None else mx.einsum("PD,DZ->PZ", x_PD, self.w_latent.astype(dtype))
-        x_RD = input_P[dispatched.token_R]
+        x_RD = _token_rows(dispatched, input_P)
         match spec.router.apply_to:
             case "output":
                 summed = dispatched
@@ -97,7 +97,7 @@ class MoE(nn.Module):
                 summed = dispatched._replace(weight_R=used_rows(dispatched))
             case _:
                 assert_never(spec.router.apply_to)
-        out_P = combine(summed, self.experts(x_RD, dispatched.size_E), x_PD.shape[0])
+        out_P = _combined(summed, self.experts(x_RD, dispatched.size_E), x_PD.shape[0])
         return out_P if spec.latent_dim is None else mx.einsum("PZ,ZD->PD", out_P, self.w_output.astype(dtype))
 
     def _with_shared(self, x_PD: mx.array, routed_PD: mx.array) -> mx.array:

@@ -18,8 +18,9 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.mlx_backend import BLAS
+from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.arrays import Weights, exported, to_numpy
+from moezoo.mlx_backend.cpu_kernels import FusedAdamW, can_fuse, is_x86_cpu
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.experts import grouped_path
 from moezoo.mlx_backend.kv_cache import Cache, empty_cache
@@ -42,7 +43,18 @@ class MlxBackend:
 
     def facts(self) -> dict[str, str]:
         device = "gpu (Metal)" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-        return {"device": f"{device}, MLX {mx.__version__}", "experts": grouped_path(), "blas": BLAS}
+        exponentials = "powers of 2" if is_x86_cpu() else "MLX's own"
+        fused = "optimizer (mx.compile with g++)" if can_fuse() else "nothing"
+        if is_x86_cpu() and not can_fuse():
+            fused = "nothing (slower updates): no g++ on the PATH"
+        return {
+            "device": f"{device}, MLX {mx.__version__}",
+            "experts": grouped_path(),
+            "blas": BLAS,
+            "freed memory": FREED_MEMORY,
+            "exponentials": exponentials,
+            "fused": fused,
+        }
 
 
 class PendingMlxStep:
@@ -213,6 +225,7 @@ class MlxModel:
             scale = mx.minimum(1.0, self._config.clip_norm / (norm + 1e-6))
             gradients = tree_map(lambda gradient: gradient * scale, gradients)
         self._optimizer.update(self._module, gradients)
+        del means, gradients  # so that their memory can be taken for what is made of them
         state = {name: self._value(name) for name in self._state_names}
         for name, value in updated_state(self.spec, state, load[0], cutoffs).items():
             path, _, leaf = name.rpartition(".")
@@ -260,7 +273,8 @@ def _adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> optimizers.M
     def part(weight_decay: float) -> optimizers.AdamW:
         # Trap: MLX leaves bias correction out unless asked.
         betas = [config.beta1, config.beta2]
-        return optimizers.AdamW(0.0, betas, config.epsilon, weight_decay, bias_correction=True)
+        kind = FusedAdamW if can_fuse() else optimizers.AdamW
+        return kind(0.0, betas, config.epsilon, weight_decay, bias_correction=True)
 
     return optimizers.MultiOptimizer([part(config.weight_decay), part(0.0)], [lambda name, _: decayed[name]])
 

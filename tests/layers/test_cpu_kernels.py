@@ -1,0 +1,105 @@
+"""What replaces MLX's exponentials on x86, against MLX's own; each layer's test has it against the reference."""
+
+import numpy as np
+import pytest
+
+from moezoo.core.config import OptimizerConfig
+from moezoo.core.initialize import initial_weights
+from moezoo.core.spec import (
+    ClampedSwiGLUSpec,
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    RouterSpec,
+)
+from tests.backends_available import require_backend
+from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
+from tests.twins import B, D, E, F, H, K, M, N, Twin, V, normal
+
+USERS = ("attention", "dispatch", "experts", "feed_forward", "losses", "steps")
+ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, sinks=True)
+LENGTH = 150  # three chunks of queries, the last one short
+
+
+@pytest.fixture(scope="module")
+def mlx() -> Twin:
+    require_backend("mlx")
+    return Twin("mlx")
+
+
+@pytest.fixture
+def use(mlx, monkeypatch):
+    """Take the kernels of this file's subject, or MLX's own, whatever the platform is."""
+
+    def choose(kernels: bool) -> None:
+        for stem in (*USERS, "cpu_kernels"):
+            monkeypatch.setattr(mlx.module(stem), "is_x86_cpu", lambda: kernels)
+
+    return choose
+
+
+def spec_of(experts, attention=ATTENTION) -> ModelSpec:
+    moe = MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=experts)
+    return ModelSpec(vocab_size=V, embed_dim=D, layers=(LayerSpec(attention=attention, moe=moe),) * 2)
+
+
+@pytest.mark.parametrize("experts", [GatedFeedForwardSpec(hidden_dim=F), ClampedSwiGLUSpec(hidden_dim=F, limit=1.5)])
+@pytest.mark.parametrize("attention", [ATTENTION, ATTENTION.model_copy(update={"window": 40, "sinks": False})])
+def test_a_model_has_the_same_loss_and_gradients_with_and_without_the_kernels(mlx, use, experts, attention):
+    spec = spec_of(experts, attention)
+    model = mlx.backend().build(spec, initial_weights(spec, 0))
+    token_BT = np.random.default_rng(0).integers(0, V, (B, LENGTH + 1)).astype(np.int32)
+    token_BT[1, 7:] = token_BT[1, 6]
+    routing = model.forward(token_BT[:, :-1]).routing
+    found = []
+    for kernels in (True, False):
+        use(kernels)
+        forced = [layer.expert for layer in routing]
+        found.append(model.loss_and_gradients(token_BT[:, :-1], token_BT[:, 1:], forced=forced))
+    assert_all_close(found[0][0], found[1][0], FLOAT32)
+    assert_all_close(found[0][1], found[1][1], FLOAT32_GRADIENT)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0, 200.0])
+def test_sigmoid_and_log_losses_are_mlxs_for_arguments_of_any_size(mlx, scale):
+    import mlx.core as mx
+
+    kernels = mlx.module("cpu_kernels")
+    x, target = mlx.array(scale * normal(0, 40, V)), mlx.array(np.arange(40) % V)
+    assert_close(mlx.numpy(kernels.sigmoid(x)), mlx.numpy(mx.sigmoid(x)), FLOAT32)
+    expected = mx.logsumexp(x, axis=-1) - mx.take_along_axis(x, target[:, None], axis=-1)[:, 0]
+    assert_close(mlx.numpy(kernels.log_losses(x, target)), mlx.numpy(expected), FLOAT32)
+    of_kernel = mx.grad(lambda x: mx.sum(kernels.log_losses(x, target)))(x)
+    of_mlx = mx.grad(lambda x: mx.sum(mx.logsumexp(x, axis=-1) - mx.take_along_axis(x, target[:, None], axis=-1)[:, 0]))
+    assert_close(mlx.numpy(of_kernel), mlx.numpy(of_mlx(x)), FLOAT32_GRADIENT)
+
+
+def test_a_hidden_key_has_weight_zero_however_large_its_score(mlx):
+    kernels = mlx.module("cpu_kernels")
+    query, key, value = (mlx.array(normal(seed, 1, 3, 1, *more)) for seed, more in ((0, (1, H)), (1, (H,)), (2, (H,))))
+    mask = mlx.array(np.tril(np.ones((3, 3), bool)))
+    out = [
+        kernels.attend_in_chunks(query, keys, value, [kernels.Chunk(0, 3, 0, 3, mask)], 1.0)
+        for keys in (key, key * mlx.array([1, 1, 1e6]).reshape(1, 3, 1, 1))
+    ]
+    np.testing.assert_array_equal(mlx.numpy(out[0])[:, :2], mlx.numpy(out[1])[:, :2])
+
+
+def test_updates_are_the_same_without_a_compiler_and_the_header_says_so(mlx, monkeypatch):
+    spec, kernels = spec_of(GatedFeedForwardSpec(hidden_dim=F)), mlx.module("cpu_kernels")
+    window = np.random.default_rng(0).integers(0, V, (1, B, 9)).astype(np.int32)
+    monkeypatch.setattr(kernels, "is_x86_cpu", lambda: True)
+    found, headers = [], []
+    for compiler in ("/usr/bin/g++", None):
+        monkeypatch.setattr(kernels.shutil, "which", lambda name, found=compiler: found)
+        model = mlx.backend().build(spec, initial_weights(spec, 0))
+        model.start_training(OptimizerConfig(learning_rate=1e-2, epsilon=1e-2, weight_decay=0.3))
+        for _ in range(3):
+            model.train_step(window, 1e-2).fetch()
+        found.append({name: np.array(value) for name, value in model.export_parameters().items()})
+        headers.append(mlx.backend().facts()["fused"])
+    assert_all_close(*found, FLOAT32_UPDATE)
+    assert "with g++" in headers[0]
+    assert "no g++ on the PATH" in headers[1]
