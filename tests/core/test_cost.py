@@ -15,7 +15,7 @@ from moezoo.core.cost import (
 )
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import ROLES, parameter_table
-from moezoo.core.spec import ModelSpec
+from moezoo.core.spec import GatedFeedForwardSpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 
 # D=20, N=8, M=2, H=6, F=28 (dense), 12 (experts), 2 x 9 (shared), E=7, K=2, V=11, L=3 (one dense, two MoE)
 CONFIG = """
