@@ -98,7 +98,7 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
 
 @main.command()
 @click.argument("path", metavar="PATH", type=Path)
-@click.option("--prompt", metavar="TEXT", help="The text to continue.")
+@click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="The text to continue. Repeat it for several.")
 @click.option("--chat", is_flag=True, help="The prompt is a message; answer it, by the tokenizer's chat template.")
 @click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue, instead of a text; prints ids.")
 @_backend
@@ -114,7 +114,7 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Continue so many times at once.")
 def generate(
     path: Path,
-    prompt: str | None,
+    prompts: tuple[str, ...],
     chat: bool,
     tokens: str | None,
     backend: str | None,
@@ -124,7 +124,7 @@ def generate(
     samples: int,
     **options: Any,
 ) -> None:
-    """Continue a prompt with a model: a run folder, a Hugging Face folder or hub id.
+    """Continue prompts with a model: a run folder, a Hugging Face folder or hub id.
 
     A Hugging Face model samples as its generation_config.json says, unless an option says otherwise.
     """
@@ -135,7 +135,7 @@ def generate(
     from moezoo.core.loaded_model import load_model
 
     GenerationConfig().options(**options)  # refuse bad options before anything is loaded
-    if (prompt is None) == (tokens is None) or (chat and prompt is None):
+    if bool(prompts) == (tokens is not None) or (chat and not prompts):
         raise DataError(
             "generate needs a prompt; expected --prompt TEXT, with or without --chat, or --tokens ID,ID,..."
         )
@@ -145,30 +145,30 @@ def generate(
         click.echo(problem, err=True)
     for name in model.generation.unknown:
         click.echo(f"{model.generation.where}: {name} is not known, and has no effect", err=True)
-    ids = model.encode_prompt(prompt or "", chat=chat) if given is None else np.array(given)
-    if ids.size == 0:
+    if given is None:
+        rows = [model.encode_prompt(prompt, chat=chat) for prompt in prompts for _ in range(samples)]
+        texts = ["" if chat else prompt for prompt in prompts for _ in range(samples)]
+    else:
+        rows, texts = [np.array(given)] * samples, [",".join(map(str, given))] * samples
+    if any(row.size == 0 for row in rows):
         raise DataError("--prompt is empty; expected at least one token to continue. Give some text.")
-    said = [
-        Continuation(model.tokenizer if given is None else None, ids, model.generation.end_tokens)
-        for _ in range(samples)
-    ]
-    texts = ["" if chat else prompt or "" if given is None else ",".join(map(str, given))] * samples
+    said = [Continuation(model.tokenizer if given is None else None, row, model.generation.end_tokens) for row in rows]
 
     def show(column: Any) -> None:
         for index, token in enumerate(column):
             piece = said[index].add(int(token))
             texts[index] += piece
-            if samples == 1:
+            if len(rows) == 1:
                 click.echo(piece, nl=False)
 
-    if samples == 1:
+    if len(rows) == 1:
         click.echo(texts[0], nl=False)
     if options["temperature"] is None and model.generation.temperature is None:
         options["temperature"] = 0.8
-    new_tokens = model.generation.new_tokens(max_new_tokens, len(ids), 256)
-    model.generate(np.tile(ids, (samples, 1)), max_new_tokens=new_tokens, on_tokens=show, **options)
+    new_tokens = model.generation.new_tokens(max_new_tokens, max(len(row) for row in rows), 256)
+    model.generate(rows, max_new_tokens=new_tokens, on_tokens=show, **options)
     endings = [one.finish() for one in said]
-    if samples == 1:
+    if len(rows) == 1:
         click.echo(endings[0])
         return
     for index, (text, ending) in enumerate(zip(texts, endings, strict=True)):

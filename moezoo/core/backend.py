@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moezoo.core.config import OptimizerConfig, Rematerialize
 from moezoo.core.errors import DataError
 from moezoo.core.random import Bits
+from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
 
 Floats = NDArray[np.float32]
@@ -125,6 +126,22 @@ class PendingStep(Protocol):
         ...
 
 
+class PendingTokens(Protocol):
+    """One token of each sequence, which the device may still be computing."""
+
+    def fetch(self) -> Integers:
+        """Wait for them: int32 [B]. Raises DataError for logits from which nothing can be drawn."""
+        ...
+
+
+class Generation(Protocol):
+    """Sequences on the device, which grow by a token each."""
+
+    def next(self) -> PendingTokens:
+        """Begin to compute one more token of each sequence, from those before, which need not be fetched yet."""
+        ...
+
+
 class Model(Protocol):
     """A built model. Its parameters live on the device; `train_step` changes them."""
 
@@ -194,8 +211,18 @@ class Model(Protocol):
         """
         ...
 
+    def start_generation(self, prompts: Sequence[Integers], new_tokens: int, options: SamplingOptions) -> "Generation":
+        """The next tokens of B prompts, int32 of any lengths from 1, of which at most `new_tokens` will be asked for.
+
+        Row b gets the tokens that `core.sampling.sample` draws for sequence b of its logits, whoever else is there.
+        """
+        ...
+
     def prefill(self, tokens: Integers, size: int) -> tuple[Floats, Any]:
-        """Logits [B, V] after the last token, and a cache with room for `size` tokens in all."""
+        """Logits [B, V] after the last token of [B, T], and a cache with room for `size` tokens in all.
+
+        For whoever chooses tokens by another rule, or compares logits; `start_generation` keeps them on the device.
+        """
         ...
 
     def decode(self, tokens: Integers, cache: Any) -> tuple[Floats, Any]:

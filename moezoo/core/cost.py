@@ -200,12 +200,23 @@ def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
 
     Per layer: keys and values, `2 c M H` where values are as wide as keys, 0 where they are another layer's; latent
     attention one latent and one rotated key, `c (Z + rope_head_dim)`, and the indexer's key; linear attention and short
-    convolutions nothing, their state has a fixed size.
+    convolutions nothing, their state has a fixed size. A layer with a window or chunks keeps no more tokens than are
+    looked back at: beyond those it is 0 there, which `cache_bytes` counts.
 
     Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this); arXiv 2405.04434, table 1 (latent).
     """
     size = COMPUTE_BYTES[compute_dtype(spec)]
     return sum(size * _cached_numbers(layer.attention) for layer in spec.all_layers)
+
+
+def cache_bytes(spec: ModelSpec, length: int) -> int:
+    """What a text of `length` tokens keeps in the caches: as `kv_cache_bytes_per_token`, up to what a layer reaches."""
+    size = COMPUTE_BYTES[compute_dtype(spec)]
+    kept = [
+        length if (reach := spec.reach_of(index)) is None else min(length, reach)
+        for index in range(len(spec.all_layers))
+    ]
+    return sum(size * kept[index] * _cached_numbers(layer.attention) for index, layer in enumerate(spec.all_layers))
 
 
 def _cached_numbers(attention: AttentionSpec) -> int:

@@ -11,7 +11,7 @@ from moezoo.core.config import (
     HuggingFaceTokenizerSpec,
     TokenIdsSpec,
 )
-from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
+from moezoo.core.cost import cache_bytes, flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
 from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.spec import LayerSpec, ModelSpec
 
@@ -127,6 +127,7 @@ def model_description(spec: ModelSpec, sequence_length: int) -> dict[str, Any]:
             "training": {"total": both.total, **both.by_part},
         },
         "kv_cache_bytes_per_token": kv_cache_bytes_per_token(spec),
+        "kv_cache_bytes": cache_bytes(spec, sequence_length),
     }
 
 
@@ -251,7 +252,7 @@ def _cost_table(known: Mapping[str, Any]) -> "Table":
     table.add_row("forward, per token", count(flops["forward"]["total"], "FLOPs"), f"{shares}; {length} tokens long")
     table.add_row("training, per token", count(flops["training"]["total"], "FLOPs"), "3 times forward")
     cache = known["kv_cache_bytes_per_token"]
-    table.add_row("cache, per token", bytes_text(cache), f"{bytes_text(cache * length)} for {length} tokens")
+    table.add_row("cache, per token", bytes_text(cache), f"{bytes_text(known['kv_cache_bytes'])} for {length} tokens")
     if memory is None:
         return table
     held = ", ".join(f"{name} {bytes_text(value)}" for name, value in memory.items() if name != "total")

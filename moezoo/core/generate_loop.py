@@ -1,18 +1,18 @@
-"""The generate loop, written once: prefill, then one token at a time, sampled on the host."""
+"""The generate loop, written once: a token is computed while the one before is fetched, decoded and shown."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from moezoo.core.backend import Integers, Model, check_length
 from moezoo.core.errors import DataError
-from moezoo.core.sampling import SamplingOptions, penalized, sample
+from moezoo.core.sampling import SamplingOptions
 from moezoo.core.tokenizer import IdsLike, StreamDecoder, Tokenizer
 
 
 def generate(
     model: Model,
-    tokens: Integers,
+    prompts: Integers | Sequence[IdsLike],
     *,
     max_new_tokens: int,
     options: SamplingOptions,
@@ -20,11 +20,11 @@ def generate(
     padding: int | None = None,
     on_tokens: Callable[[Integers], None] | None = None,
 ) -> Integers:
-    """Continue B prompts of equal length.
+    """Continue B prompts, each as if it were alone, but for its number in the draws.
 
     Args:
         model: a built model.
-        tokens: int32 [B, T], T >= 1, 0 <= token < V.
+        prompts: int32 [B, T], or B prompts of any lengths; T >= 1, 0 <= token < V.
         max_new_tokens: how many to add at most.
         options: greedy for temperature 0; a token depends on (seed, position, sequence) and the logits only.
         end_tokens: stop when every sequence has produced one of these.
@@ -34,37 +34,45 @@ def generate(
     Returns:
         int32 [B, new], new <= max_new_tokens.
 
-    Raises DataError: an empty prompt, a token outside the vocabulary, more tokens than learned positions.
+    Raises DataError: an empty prompt, a token outside the vocabulary, more tokens than learned positions, logits from
+    which nothing can be drawn.
     """
-    tokens = np.asarray(tokens, np.int32)
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise DataError(f"a prompt needs at least one token; got shape {list(tokens.shape)}; expected [B, T], T >= 1.")
-    if tokens.min() < 0 or tokens.max() >= model.spec.vocab:
-        worst = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise DataError(f"a prompt has token {worst}; expected 0 <= token < {model.spec.vocab}.")
-    batch, length = tokens.shape
-    check_length(model.spec, length + max_new_tokens, f"a prompt of {length} and {max_new_tokens} new ones")
+    rows = checked_prompts(model, prompts, max_new_tokens)
     if padding is not None and not 0 <= padding < model.spec.vocab:
         padding = None  # files name padding that their model has no row for; it would be read as one
     columns: list[Integers] = []
-    ended = np.zeros(batch, bool)
-    if max_new_tokens > 0:
-        logits, cache = model.prefill(tokens, length + max_new_tokens)
+    ended = np.zeros(len(rows), bool)
+    if max_new_tokens <= 0:
+        return np.zeros((len(rows), 0), np.int32)
+    generation = model.start_generation(rows, max_new_tokens, options)
+    pending = generation.next()
     for index in range(max_new_tokens):
-        if options.repetition_penalty != 1:
-            before = np.concatenate([tokens, *(column[:, None] for column in columns)], axis=1)
-            logits = penalized(logits, before, options.repetition_penalty)
-        column = sample(logits, options, length + index)
+        following = generation.next() if index + 1 < max_new_tokens else pending
+        column, pending = pending.fetch(), following
         if ended.any():
             column = np.where(ended, columns[-1] if padding is None else np.int32(padding), column).astype(np.int32)
         ended |= np.isin(column, list(end_tokens))
         columns.append(column)
         if on_tokens is not None:
             on_tokens(column)
-        if ended.all() or index + 1 == max_new_tokens:
+        if ended.all():
             break
-        logits, cache = model.decode(column, cache)
-    return np.stack(columns, axis=1) if columns else np.zeros((batch, 0), np.int32)
+    return np.stack(columns, axis=1)
+
+
+def checked_prompts(model: Model, prompts: Integers | Sequence[IdsLike], new_tokens: int) -> list[Integers]:
+    """The prompts as int32 rows. Raises DataError as `generate` does."""
+    rows = [np.asarray(prompt, np.int32) for prompt in prompts]
+    if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
+        shapes = [list(row.shape) for row in rows]
+        raise DataError(f"a prompt needs at least one token; got shapes {shapes}; expected B of [T], B and T >= 1.")
+    for row in rows:
+        if row.min() < 0 or row.max() >= model.spec.vocab:
+            worst = row.min() if row.min() < 0 else row.max()
+            raise DataError(f"a prompt has token {worst}; expected 0 <= token < {model.spec.vocab}.")
+    length = max(len(row) for row in rows)
+    check_length(model.spec, length + new_tokens, f"a prompt of {length} and {new_tokens} new ones")
+    return rows
 
 
 class Continuation:

@@ -1,6 +1,6 @@
 """A trained model, ready to use: what `moezoo.load` returns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from moezoo.core.huggingface.layout import Layout, write_sidecar
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.opened_model import open_model
 from moezoo.core.run import Run
-from moezoo.core.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer
+from moezoo.core.tokenizer import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
 
 
 class LoadedModel:
@@ -84,7 +84,7 @@ class LoadedModel:
 
     def generate(
         self,
-        tokens: Integers,
+        tokens: Integers | Sequence[IdsLike],
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -95,7 +95,7 @@ class LoadedModel:
         seed: int = 0,
         on_tokens: Callable[[Integers], None] | None = None,
     ) -> Integers:
-        """Continue prompts int32 [B, T]: int32 [B, new]. Temperature 0 is greedy.
+        """Continue prompts int32 [B, T], or B prompts of any lengths: int32 [B, new]. Temperature 0 is greedy.
 
         What is None is as `self.generation` says, which a Hugging Face folder's generation_config.json fills; where
         that says nothing, 32 new tokens, greedy. It ends early when each sequence has one of `generation.end_tokens`.
@@ -103,11 +103,11 @@ class LoadedModel:
         `on_tokens` is called with each new column, int32 [B]. Raises DataError as `forward`, SpecError for bad options
         and for a generation_config.json that asks for what is not done here.
         """
-        checked = self._checked(tokens, "tokens")
+        rows = self._prompts(tokens)
         return generate(
             self.model,
-            checked,
-            max_new_tokens=self.generation.new_tokens(max_new_tokens, checked.shape[1], 32),
+            rows,
+            max_new_tokens=self.generation.new_tokens(max_new_tokens, max(len(row) for row in rows), 32),
             options=self.generation.options(
                 temperature=temperature,
                 top_k=top_k,
@@ -150,6 +150,13 @@ class LoadedModel:
             f"there is no chat template; got a tokenizer of kind {self.tokenizer.kind}; expected a Hugging Face "
             "tokenizer that has one. Prompt without chat."
         )
+
+    def _prompts(self, tokens: Integers | Sequence[IdsLike]) -> list[Integers]:
+        """Prompts of any lengths, each checked."""
+        try:
+            return list(self._checked(np.asarray(tokens), "tokens"))
+        except ValueError:  # NumPy's, for rows of unequal length
+            return [self._checked(np.asarray(row)[None], "tokens")[0] for row in tokens]
 
     def _checked(self, tokens: Integers, name: str, lowest: int = 0) -> Integers:
         array = np.asarray(tokens)

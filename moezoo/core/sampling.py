@@ -1,4 +1,4 @@
-"""Choosing the next token from logits, on the host, once for both backends.
+"""Choosing the next token from logits. The backends do it on the device; this is what they must agree with.
 
 Nothing is remembered between tokens: the draw of sequence b at position t is a function of (seed, t, b), so a
 text can be continued, repeated or checked from any token on.
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.random import fold_in, key, split, uniform
+from moezoo.core.random import fold_in, key, uniform
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -56,11 +56,11 @@ class SamplingOptions:
         key(self.seed)
 
 
-def sample(logits_BV: Logits, options: SamplingOptions, position: int) -> Tokens:
+def sample(logits_BV: Logits, options: SamplingOptions, position: int | Tokens) -> Tokens:
     """The next token of each sequence: int32 [B].
 
     `logits_BV` is float32 [B, V]; -inf forbids a token. `position` is the place in the sequence that the
-    token will take, in [0, 2**32).
+    token will take, in [0, 2**32), of all sequences or, int [B], of each.
 
     Greedy (temperature 0): the highest logit, ties to the lower id. Otherwise one uniform number u_b of the
     key fold_in(key(seed), position, b) for sequence b, and the first token, in the order of ids, up to which
@@ -73,10 +73,11 @@ def sample(logits_BV: Logits, options: SamplingOptions, position: int) -> Tokens
     are drawn unevenly.
     """
     if options.temperature == 0:
-        greedy_B: Tokens = np.argmax(_checked(logits_BV), axis=-1).astype(np.int32)  # the lowest of equals
+        greedy_B: Tokens = np.argmax(checked_logits(logits_BV), axis=-1).astype(np.int32)  # the lowest of equals
         return greedy_B
     cumulative_BV = np.cumsum(probabilities(logits_BV, options), axis=-1)
-    keys = split(fold_in(key(options.seed), position), len(cumulative_BV))  # row b is fold_in(..., position, b)
+    position_B = np.broadcast_to(position, len(cumulative_BV))
+    keys = np.stack([fold_in(key(options.seed), int(each), row) for row, each in enumerate(position_B)])
     target_B = uniform(keys, ()).astype(np.float64) * cumulative_BV[:, -1]
     chosen_B: Tokens = np.sum(cumulative_BV <= target_B[:, None], axis=-1).astype(np.int32)
     return chosen_B
@@ -91,7 +92,7 @@ def probabilities(logits_BV: Logits, options: SamplingOptions) -> Probabilities:
 
     Source: top-p, Holtzman et al. 2020, arXiv 1904.09751, eq. 2; min-p, Nguyen et al. 2024, arXiv 2407.01082.
     """
-    logits = _checked(logits_BV)
+    logits = checked_logits(logits_BV)
     if options.temperature == 0:
         greedy = np.zeros_like(logits)
         greedy[np.arange(len(logits)), np.argmax(logits, axis=-1)] = 1
@@ -130,7 +131,8 @@ def penalized(logits_BV: Logits, tokens_BT: Tokens, penalty: float) -> Logits:
     return changed_BV
 
 
-def _checked(logits_BV: Logits) -> npt.NDArray[np.float64]:
+def checked_logits(logits_BV: Logits) -> npt.NDArray[np.float64]:
+    """Logits as float64. Raises DataError for those that nothing can be drawn from."""
     logits = np.asarray(logits_BV, np.float64)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise DataError(f"logits have shape {list(logits.shape)}; expected [sequences, vocabulary], [B, V].")

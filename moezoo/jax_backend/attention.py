@@ -10,9 +10,9 @@ from jax import lax
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.kv_cache import Attended, KVCache, SharedCache
+from moezoo.jax_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
-from moezoo.jax_backend.positions import rotate
+from moezoo.jax_backend.positions import positions, rotate, same_side
 
 
 def attend(
@@ -30,7 +30,7 @@ def attend(
     score = score / math.sqrt(query_BTMGH.shape[-1]) if scale is None else score * scale
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
-    score = jnp.where(mask_TS, score, -jnp.inf)
+    score = jnp.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -jnp.inf)
     # The largest score only guards against overflow; it cancels, and so does its gradient.
     largest = lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
     total = 0.0
@@ -46,12 +46,13 @@ def attend(
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.attention.visible."""
-    mask_TS = position_T[:, None] >= position_S[None, :]
+    """Spec: moezoo.core.reference.attention.visible; of positions [B, T] and [B, S] a mask for each row."""
+    position_T1, position_1S = position_T[..., :, None], position_S[..., None, :]
+    mask_TS = position_T1 >= position_1S
     if spec.window is not None:
-        mask_TS = mask_TS & (position_T[:, None] - position_S[None, :] < spec.window)
+        mask_TS = mask_TS & (position_T1 - position_1S < spec.window)
     if spec.chunk is not None:
-        mask_TS = mask_TS & (position_T[:, None] // spec.chunk == position_S[None, :] // spec.chunk)
+        mask_TS = mask_TS & (position_T1 // spec.chunk == position_1S // spec.chunk)
     return mask_TS
 
 
@@ -90,6 +91,14 @@ def attend_causally(
             )
         )
     return jnp.concatenate(attended, axis=1)
+
+
+def _mask(
+    spec: GroupedQueryAttentionSpec, position_T: jax.Array, place_S: jax.Array, first_B: jax.Array | None
+) -> jax.Array:
+    """What tokens at these positions may look at, of what stands at these places: [T, S], or [B, T, S]."""
+    position_S = place_S if first_B is None else place_S - first_B[:, None]
+    return visible(spec, position_T, position_S) & same_side(position_T, position_S)
 
 
 def _first_visible(spec: GroupedQueryAttentionSpec, position: int) -> int:
@@ -136,22 +145,23 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        cache: KVCache | SharedCache | None = None,
+        cache: KVCache | RollingCache | SharedCache | None = None,
         *,
         first_value_BTMH: jax.Array | None = None,
-        count: jax.Array | int | None = None,
-        source: tuple[jax.Array, jax.Array] | None = None,
+        first_B: jax.Array | None = None,
+        source: Source | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
         spec, dtype = self.spec, x_BTD.dtype
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
         if spec.qkv_bias:
             query = query + self.b_query[...].astype(dtype)
         batch, length = x_BTD.shape[:2]
-        position_T = jnp.arange(length) + (0 if cache is None else cache.length)
+        position_T = positions(length, 0 if cache is None else cache.length, first_B)
         query = self._placed(query, None if spec.qk_norm is None else self.query_norm, position_T)
         if spec.temperature_tuning is not None:
-            query = (query * temperature(spec.temperature_tuning, position_T)[:, None, None]).astype(dtype)
+            warmth_T = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))
+            query = (query * warmth_T[..., None, None]).astype(dtype)
         value = None
         if spec.keys_of_layer is None:
             key, value = self._keys_and_values(x_BTD, position_T)
@@ -159,17 +169,26 @@ class GroupedQueryAttention(nnx.Module):
             if spec.value_residual and self.layer > 0:
                 mix = self.value_mix[...].astype(jnp.float32)
                 mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
-            cache = None if cache is None else cache.extended(key, mixed, count)
-            source = (key, mixed) if cache is None else (cache.key_BSMH, cache.value_BSMH)
+            if cache is None:
+                source = Source(key, mixed, position_T)
+            else:
+                cache, source = cache.extended(key, mixed)
         elif cache is not None:
-            cache = cache.extended(length, count)
+            cache = cache.extended(length)
         sink_N = self.sink[...].astype(jnp.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, *source, sink_N)
+            attended = attend_causally(spec, grouped, *source[:2], sink_N)
         else:
-            mask_TS = visible(spec, position_T, jnp.arange(source[0].shape[1]))
-            attended = attend(grouped, *source, mask_TS, scale=spec.scale, softcap=spec.softcap, sink_N=sink_N)
+            attended = attend(
+                grouped,
+                source.key_BSMH,
+                source.value_BSMH,
+                _mask(spec, position_T, source.place_S, first_B),
+                scale=spec.scale,
+                softcap=spec.softcap,
+                sink_N=sink_N,
+            )
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
         output = jnp.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
         if spec.output_bias:

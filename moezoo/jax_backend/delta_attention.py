@@ -11,6 +11,7 @@ from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.positions import positions
 from moezoo.jax_backend.short_convolution import causal_convolution
 
 CHUNK = 32
@@ -43,9 +44,9 @@ class GatedDeltaAttention(nnx.Module):
         cache: DeltaCache | None = None,
         *,
         first_value_BTMH: jax.Array | None = None,
-        count: jax.Array | int | None = None,
+        first_B: jax.Array | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
         del first_value_BTMH  # for attention over tokens
         spec, dtype = self.spec, x_BTD.dtype
         query = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_query[...].astype(dtype))
@@ -57,9 +58,10 @@ class GatedDeltaAttention(nnx.Module):
         rate = jnp.exp(self.log_decay_rate[...].astype(jnp.float32))
         log_decay = -rate * jax.nn.softplus(step + self.decay_bias[...].astype(jnp.float32))
         batch, length = x_BTD.shape[:2]
-        if count is not None:
-            kept_T1 = jnp.arange(length)[:, None] < count
-            beta, log_decay = jnp.where(kept_T1, beta, 0.0), jnp.where(kept_T1, log_decay, 0.0)
+        if first_B is not None:  # padding leaves a state of zeros, and zeros as inputs of the convolutions
+            real_BT1 = positions(length, 0 if cache is None else cache.length, first_B)[..., None] >= 0
+            beta, log_decay = jnp.where(real_BT1, beta, 0.0), jnp.where(real_BT1, log_decay, 0.0)
+            query, key, value = (jnp.where(real_BT1[..., None], x, 0).astype(dtype) for x in (query, key, value))
         past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
         grouped = (batch, length, spec.num_key_heads, -1)
         attended, state_BMGHZ = gated_delta_rule(
@@ -74,7 +76,7 @@ class GatedDeltaAttention(nnx.Module):
             past.state_BMGHZ,
         )
         if cache is not None:
-            cache = cache.extended(state_BMGHZ, query, key, value, count)
+            cache = cache.extended(state_BMGHZ, query, key, value)
         normed = (self.output_norm(attended.reshape(value.shape)) * jax.nn.silu(gate)).astype(dtype)
         return Attended(jnp.einsum("BTNZ,NZD->BTD", normed, self.w_output[...].astype(dtype)), cache, None, None)
 

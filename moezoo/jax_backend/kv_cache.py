@@ -23,24 +23,56 @@ class Attended(NamedTuple):
     cache: "Cache | None"
     value_BTMH: jax.Array | None
     index_loss: jax.Array | None
-    source: tuple[jax.Array, jax.Array] | None = None
+    source: "Source | None" = None
+
+
+class Source(NamedTuple):
+    """What new tokens may look at: keys and values, and the place of each among all tokens, negative where none is."""
+
+    key_BSMH: jax.Array
+    value_BSMH: jax.Array
+    place_S: jax.Array
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the first `length` of S positions; what lies beyond is masked by whoever attends."""
+    """Keys and values of the first `length` of S places; what lies beyond is masked by whoever attends."""
 
     key_BSMH: jax.Array
     value_BSMH: jax.Array
     length: jax.Array
 
-    def extended(self, key_BTMH: jax.Array, value_BTMH: jax.Array, count: jax.Array | int | None = None) -> "KVCache":
-        """The cache with T more positions, of which `count` stay. The caller sees to it that length + T <= S."""
-        start = (0, self.length, 0, 0)
-        return KVCache(
-            lax.dynamic_update_slice(self.key_BSMH, key_BTMH, start),
-            lax.dynamic_update_slice(self.value_BSMH, value_BTMH, start),
-            self.length + (key_BTMH.shape[1] if count is None else count),
-        )
+    def extended(self, key_BTMH: jax.Array, value_BTMH: jax.Array) -> tuple["KVCache", Source]:
+        """The cache with T more places, and what they may look at. The caller sees to it that length + T <= S."""
+        length = self.length + key_BTMH.shape[1]
+        key_BSMH = lax.dynamic_update_slice(self.key_BSMH, key_BTMH, (0, self.length, 0, 0))
+        value_BSMH = lax.dynamic_update_slice(self.value_BSMH, value_BTMH, (0, self.length, 0, 0))
+        source = Source(key_BSMH, value_BSMH, jnp.arange(key_BSMH.shape[1]))
+        return KVCache(key_BSMH, value_BSMH, length), source
+
+
+class RollingCache(NamedTuple):
+    """Keys and values of the last S of `length` places, place p in slot `p % S`: for who looks no further back."""
+
+    key_BSMH: jax.Array
+    value_BSMH: jax.Array
+    length: jax.Array
+
+    def extended(self, key_BTMH: jax.Array, value_BTMH: jax.Array) -> tuple["RollingCache", Source]:
+        """The cache after T more places, and what they may look at: the first of them still sees S - 1 before it."""
+        new, size = key_BTMH.shape[1], self.key_BSMH.shape[1]
+        length = self.length + new
+        if new == 1:
+            key_BSMH = lax.dynamic_update_slice(self.key_BSMH, key_BTMH, (0, self.length % size, 0, 0))
+            value_BSMH = lax.dynamic_update_slice(self.value_BSMH, value_BTMH, (0, self.length % size, 0, 0))
+            place_S = self.length - (self.length - jnp.arange(size)) % size
+            return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, place_S)
+        both = [
+            jnp.concatenate([jnp.roll(kept, -self.length, axis=1), more], axis=1)
+            for kept, more in ((self.key_BSMH, key_BTMH), (self.value_BSMH, value_BTMH))
+        ]
+        key_BSMH, value_BSMH = (jnp.roll(part[:, new:], length, axis=1) for part in both)
+        source = Source(*both, self.length - size + jnp.arange(size + new))
+        return RollingCache(key_BSMH, value_BSMH, length), source
 
 
 class SharedCache(NamedTuple):
@@ -48,9 +80,9 @@ class SharedCache(NamedTuple):
 
     length: jax.Array
 
-    def extended(self, length: int, count: jax.Array | int | None = None) -> "SharedCache":
-        """The cache after so many more tokens, of which `count` stay."""
-        return SharedCache(self.length + (length if count is None else count))
+    def extended(self, length: int) -> "SharedCache":
+        """The cache after so many more tokens."""
+        return SharedCache(self.length + length)
 
 
 class DeltaCache(NamedTuple):
@@ -68,16 +100,14 @@ class DeltaCache(NamedTuple):
         query_BTMH: jax.Array,
         key_BTMH: jax.Array,
         value_BTNZ: jax.Array,
-        count: jax.Array | int | None = None,
     ) -> "DeltaCache":
-        """The cache after T more tokens, of which `count` stay: the state is theirs already."""
-        count = query_BTMH.shape[1] if count is None else count
+        """The cache after T more tokens: the state is theirs already."""
         return DeltaCache(
             state_BMGHZ,
-            _latest(self.query_BSMH, query_BTMH, count),
-            _latest(self.key_BSMH, key_BTMH, count),
-            _latest(self.value_BSNZ, value_BTNZ, count),
-            self.length + count,
+            _latest(self.query_BSMH, query_BTMH),
+            _latest(self.key_BSMH, key_BTMH),
+            _latest(self.value_BSNZ, value_BTNZ),
+            self.length + query_BTMH.shape[1],
         )
 
 
@@ -87,10 +117,9 @@ class ConvolutionCache(NamedTuple):
     input_BSZ: jax.Array
     length: jax.Array
 
-    def extended(self, input_BTZ: jax.Array, count: jax.Array | int | None = None) -> "ConvolutionCache":
-        """The cache after T more tokens, of which `count` stay."""
-        count = input_BTZ.shape[1] if count is None else count
-        return ConvolutionCache(_latest(self.input_BSZ, input_BTZ, count), self.length + count)
+    def extended(self, input_BTZ: jax.Array) -> "ConvolutionCache":
+        """The cache after T more tokens."""
+        return ConvolutionCache(_latest(self.input_BSZ, input_BTZ), self.length + input_BTZ.shape[1])
 
 
 class LatentCache(NamedTuple):
@@ -106,7 +135,6 @@ class LatentCache(NamedTuple):
         latent_BTZ: jax.Array,
         key_BTH: jax.Array,
         index_key_BTH: jax.Array | None = None,
-        count: jax.Array | int | None = None,
     ) -> "LatentCache":
         """As KVCache.extended."""
         start = (0, self.length, 0)
@@ -117,25 +145,35 @@ class LatentCache(NamedTuple):
             lax.dynamic_update_slice(self.latent_BSZ, latent_BTZ, start),
             lax.dynamic_update_slice(self.key_BSH, key_BTH, start),
             index_key_BSH,
-            self.length + (latent_BTZ.shape[1] if count is None else count),
+            self.length + latent_BTZ.shape[1],
         )
 
 
-Cache = KVCache | SharedCache | LatentCache | DeltaCache | ConvolutionCache
+Cache = KVCache | RollingCache | SharedCache | LatentCache | DeltaCache | ConvolutionCache
+
+
+class Caches(NamedTuple):
+    """One cache a layer, and the place at which each row begins; before it is padding. None: all begin at 0."""
+
+    layers: list[Cache]
+    first_B: jax.Array | None
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
-    """One empty cache of `size` positions per layer."""
+    """One empty cache per layer, with room for `size` places, or for as many as anyone looks back at."""
     dtype = DTYPES[spec.precision.compute]
     caches: list[Cache] = []
-    for layer in spec.all_layers:
+    for index, layer in enumerate(spec.all_layers):
         match layer.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int()):
                 caches.append(SharedCache(jnp.zeros((), jnp.int32)))
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
-                key = jnp.zeros((batch, size, heads, head_dim), dtype)
-                value = jnp.zeros((batch, size, heads, value_dim), dtype)
-                caches.append(KVCache(key, value, jnp.zeros((), jnp.int32)))
+                reach = spec.reach_of(index)
+                kept = size if reach is None else min(size, reach)
+                key = jnp.zeros((batch, kept, heads, head_dim), dtype)
+                value = jnp.zeros((batch, kept, heads, value_dim), dtype)
+                kind = KVCache if reach is None else RollingCache
+                caches.append(kind(key, value, jnp.zeros((), jnp.int32)))
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
                 index_key = None if indexer is None else jnp.zeros((batch, size, indexer.head_dim), dtype)
                 latent = jnp.zeros((batch, size, latent_dim), dtype)
@@ -172,7 +210,6 @@ def empty_convolution_cache(
     return ConvolutionCache(jnp.zeros((batch, spec.conv_width - 1, embed_dim), dtype), jnp.zeros((), jnp.int32))
 
 
-def _latest(before: jax.Array, new: jax.Array, count: jax.Array | int) -> jax.Array:
-    """Of inputs [B, W - 1, ...] and T newer ones, of which `count` stay, the last W - 1."""
-    both = jnp.concatenate([before, new], axis=1)
-    return lax.dynamic_slice_in_dim(both, count, before.shape[1], axis=1)
+def _latest(before: jax.Array, new: jax.Array) -> jax.Array:
+    """Of inputs [B, W - 1, ...] and T newer ones, the last W - 1."""
+    return jnp.concatenate([before, new], axis=1)[:, new.shape[1] :]

@@ -12,7 +12,7 @@ from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.attention import attend, attend_causally, temperature
 from moezoo.jax_backend.kv_cache import Attended, LatentCache
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.positions import rotate
+from moezoo.jax_backend.positions import positions, rotate, same_side
 from moezoo.jax_backend.sparse_attention import Indexer, attend_where, choose_sources, index, index_loss
 
 
@@ -46,11 +46,11 @@ class LatentAttention(nnx.Module):
         cache: LatentCache | None = None,
         *,
         first_value_BTMH: jax.Array | None = None,
-        count: jax.Array | int | None = None,
+        first_B: jax.Array | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
         spec, dtype = self.spec, x_BTD.dtype
-        position_T = jnp.arange(x_BTD.shape[1]) + (0 if cache is None else cache.length)
+        position_T = positions(x_BTD.shape[1], 0 if cache is None else cache.length, first_B)
         source, query, rope_query, latent, rope_key = self._projected(x_BTD, position_T)
         index_query = index_key = index_weight = None
         if spec.indexer is not None:
@@ -61,13 +61,15 @@ class LatentAttention(nnx.Module):
             key = jnp.concatenate([key, jnp.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
             value = jnp.einsum("BSZ,ZNH->BSNH", latent, self.w_value[...].astype(dtype))
         else:
-            cache = cache.extended(latent, rope_key[:, :, 0], index_key, count)
+            cache = cache.extended(latent, rope_key[:, :, 0], index_key)
             query = jnp.einsum("BTNH,ZNH->BTNZ", query, self.w_key[...].astype(dtype))
             grouped = jnp.concatenate([query, rope_query], axis=-1)[:, :, None]
             key = jnp.concatenate([cache.latent_BSZ, cache.key_BSH], axis=-1)[:, :, None]
             value, index_key = cache.latent_BSZ[:, :, None], cache.index_key_BSH
         scale, loss = score_scale(spec), None
-        mask_TS = position_T[:, None] >= jnp.arange(key.shape[1])[None, :]
+        position_S = positions(key.shape[1], 0, first_B)
+        mask_TS = position_T[..., :, None] >= position_S[..., None, :]
+        mask_TS = mask_TS if first_B is None else mask_TS & same_side(position_T, position_S)
         if spec.indexer is not None:
             index_BTS = index(index_query, index_key, index_weight)
             mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
@@ -116,7 +118,7 @@ class LatentAttention(nnx.Module):
             case _:
                 assert_never(spec.position)
         if spec.temperature_tuning is not None:
-            temperature_T11 = temperature(spec.temperature_tuning, position_T)[:, None, None]
+            temperature_T11 = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))[..., None, None]
             query = (query * temperature_T11).astype(dtype)
             rope_query = (rope_query * temperature_T11).astype(dtype)
         return source, query, rope_query, latent, rope_key

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from moezoo.core.reference.positions import frequencies, score_multiplier, sinusoidal_frequencies
 from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
@@ -18,11 +19,12 @@ __all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # the last is a n
 
 
 def rotate(spec: RoPESpec, x_BTNH: jax.Array, position_T: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.positions.rotate."""
+    """Spec: moezoo.core.reference.positions.rotate; positions are [T], or [B, T] where rows begin at other places."""
     frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
     rotated_dim = 2 * len(frequency)
-    angle = _angle(position_T, frequency)[None, :, None, :]
-    cosine, sine = attention_factor * jnp.cos(angle), attention_factor * jnp.sin(angle)
+    angle = _angle(position_T, frequency)[..., None, :]
+    # Trap: XLA would compute them anew for each head of each sequence, in every operation that uses what they turn.
+    cosine, sine = lax.optimization_barrier((attention_factor * jnp.cos(angle), attention_factor * jnp.sin(angle)))
     out = _turned(spec.layout, x_BTNH[..., :rotated_dim].astype(jnp.float32), cosine, sine).astype(x_BTNH.dtype)
     return out if rotated_dim == x_BTNH.shape[-1] else jnp.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
 
@@ -56,6 +58,23 @@ def _turned_backward(layout: Layout, saved: tuple[jax.Array, jax.Array], gradien
 _turned.defvjp(_turned_forward, _turned_backward)
 
 
+def positions(length: int, cached: jax.Array | int, first_B: jax.Array | None) -> jax.Array:
+    """Positions of tokens behind `cached` ones: [T], or [B, T] where row b begins at place `first_B`.
+
+    What stands before a row's first token is padding, and its positions are negative.
+    """
+    place_T = jnp.arange(length) + cached
+    return place_T if first_B is None else place_T - first_B[:, None]
+
+
+def same_side(position_T: jax.Array, position_S: jax.Array) -> jax.Array:
+    """Where both are tokens, or both padding: [..., T, S].
+
+    Padding must look at something, for a softmax over nothing is NaN, which a weight of 0 does not hide from others.
+    """
+    return (position_T[..., :, None] >= 0) == (position_S[..., None, :] >= 0)
+
+
 class EmbeddingPosition(nnx.Module):
     """Spec: moezoo.core.reference.positions.embedding_positions."""
 
@@ -72,11 +91,11 @@ class EmbeddingPosition(nnx.Module):
             case SinusoidalPositionsSpec():
                 angle = _angle(position_T, sinusoidal_frequencies(self.spec, self.embed_dim))
                 waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-                return waves.reshape(len(position_T), -1)[:, : self.embed_dim]
+                return waves.reshape(*position_T.shape, -1)[..., : self.embed_dim]
             case _:
                 assert_never(self.spec)
 
 
 def _angle(position_T: jax.Array, frequency: np.ndarray) -> jax.Array:
     """Positions times frequencies, in float32."""
-    return position_T[:, None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
+    return position_T[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)

@@ -35,9 +35,9 @@ def recomputed(module: Transformer) -> Transformer:
 
 
 def compiler_options() -> dict[str, str]:
-    """Of a training step that computes blocks again.
+    """Of a training step.
 
-    Trap: on the CPU, XLA drops optimization barriers before it merges equal computations, and so it would keep what
-    `jax.checkpoint` asks to compute again.
+    Trap: on the CPU, XLA drops optimization barriers before it merges and fuses computations. It would keep what
+    `jax.checkpoint` asks to compute again, and compute again what a barrier asks to keep.
     """
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}

@@ -16,15 +16,18 @@ from moezoo.core.config import OptimizerConfig, Rematerialize
 from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
+from moezoo.core.prompts import widths
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.safetensors_file import shapes_of
+from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights, exported, to_numpy
 from moezoo.jax_backend.compile_cache import use_compile_cache
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.experts import grouped_path
-from moezoo.jax_backend.kv_cache import Cache, empty_cache
+from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, prefilled
+from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.mixture import Mixture
 from moezoo.jax_backend.rematerialization import compiler_options, recomputed
@@ -98,7 +101,8 @@ class JaxModel:
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
         self._score = jax.jit(self._score_values, static_argnames="inference")
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
-        self._cached = jax.jit(self._cached_values, donate_argnums=3)
+        self._extend = jax.jit(self._extend_values, donate_argnums=3)
+        self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5))
 
     # --- inference ---------------------------------------------------------------------------------------------------
 
@@ -146,26 +150,33 @@ class JaxModel:
         result = self._merge(parameters, state)(tokens, inference=inference)
         return token_losses(result.logits_BTV, targets), *_load(result)
 
-    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, list[Cache]]:
-        batch, length = tokens.shape
-        bucket = 16
-        while bucket < length:
-            bucket *= 2
-        # Sizes are rounded up too, so that prompts of like length share their compiled programs.
-        caches = empty_cache(self.spec, batch, max(-(-size // 64) * 64, bucket))
-        # Padding comes after the prompt, where no token of the prompt looks, and `count` keeps it out of the caches.
-        padded = np.pad(tokens, ((0, 0), (0, bucket - length)))
-        logits, caches = self._cached(self._parameters, self._state, padded, caches, length)
+    def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
+        weights = (self._parameters, self._state)
+        return Generation(
+            self.spec, partial(self._extend, *weights), partial(self._decode, *weights), prompts, new_tokens, options
+        )
+
+    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
+        # Places before the prompt are padding, and sizes are rounded up: prompts of like length share their programs.
+        size = sum(widths(tokens.shape[1], SMALLEST)) - tokens.shape[1] + -(-size // 64) * 64
+        extend = partial(self._extend, self._parameters, self._state)
+        logits, caches = prefilled(self.spec, extend, list(tokens), size)
         return np.asarray(logits), caches
 
-    def decode(self, tokens: np.ndarray, cache: list[Cache]) -> tuple[np.ndarray, list[Cache]]:
-        logits, cache = self._cached(self._parameters, self._state, tokens[:, None], cache, 1)
+    def decode(self, tokens: np.ndarray, cache: Caches) -> tuple[np.ndarray, Caches]:
+        logits, cache = self._extend(self._parameters, self._state, tokens[:, None], cache)
         return np.asarray(logits), cache
 
-    def _cached_values(self, parameters, state, tokens, caches, count):
-        """Logits after the `count`-th of the tokens, and caches that hold just so many more."""
-        result = self._merge(parameters, state)(tokens, caches=caches, count=count)
-        return result.logits_BTV[:, count - 1], result.caches
+    def _extend_values(self, parameters, state, tokens, caches):
+        """Logits after the last of the tokens, and caches that hold them too."""
+        result = self._merge(parameters, state)(tokens, caches=caches)
+        return result.logits_BTV[:, -1], result.caches
+
+    def _decode_values(self, parameters, state, tokens, caches, rule, seen):
+        """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
+        logits, caches = self._extend_values(parameters, state, tokens[:, None], caches)
+        position = caches.layers[0].length - caches.first_B
+        return *choose(logits, rule, seen, drawn(rule, position)), caches
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -207,8 +218,8 @@ class JaxModel:
             second = {name: jnp.asarray(state[f"second_moment.{name}"]) for name in self._parameters}
             adam = optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second)
             self._moments = (adam, *self._moments[1:])
-        options = compiler_options() if self._rematerialize else None
-        self._step = jax.jit(partial(self._step_values, config), donate_argnums=(0, 2), compiler_options=options)
+        step = partial(self._step_values, config)
+        self._step = jax.jit(step, donate_argnums=(0, 2), compiler_options=compiler_options())
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:

@@ -25,12 +25,12 @@ from moezoo.jax_backend.attention import GroupedQueryAttention
 from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
-from moezoo.jax_backend.kv_cache import Cache
+from moezoo.jax_backend.kv_cache import Cache, Caches, Source
 from moezoo.jax_backend.latent_attention import LatentAttention
 from moezoo.jax_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.jax_backend.moe import MoE
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.positions import EmbeddingPosition
+from moezoo.jax_backend.positions import EmbeddingPosition, positions
 from moezoo.jax_backend.random import fold_in, uniform
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.short_convolution import ShortConvolution
@@ -39,12 +39,12 @@ Record = dict[str, jax.Array]
 
 
 class Forward(NamedTuple):
-    """Logits [B, T, V] float32; per MoE layer its routing and dispatch; per layer its cache; losses of indexers."""
+    """Logits [B, T, V] float32; per MoE layer its routing and dispatch; extended caches if any; losses of indexers."""
 
     logits_BTV: jax.Array
     routings: list[Routing]
     dispatches: list[Dispatch]
-    caches: list[Cache | None]
+    caches: Caches | None
     index_losses: list[tuple[int, float, jax.Array]]
 
 
@@ -180,36 +180,37 @@ class Transformer(nnx.Module):
         tokens_BT: jax.Array,
         *,
         forced: Sequence[jax.Array] | None = None,
-        caches: Sequence[Cache] | None = None,
-        count: Any = None,
+        caches: Caches | None = None,
         record: Record | None = None,
         key: jax.Array | None = None,
         inference: bool = False,
     ) -> Forward:
-        """With `caches`, the first `count` tokens (None: all) follow the cached ones, and routing is inference's."""
+        """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's."""
         inference = inference or caches is not None
         record = {} if record is None else record
         routings: list[Routing] = []
         dispatches: list[Dispatch] = []
-        new_caches: list[Cache | None] = []
+        new_caches: list[Cache] = []
         index_losses: list[tuple[int, float, jax.Array]] = []
         first_value_BTMH = None
         shortcut_BTD: jax.Array | None = None
-        sources: dict[int, tuple[jax.Array, jax.Array] | None] = {}
-        x_BTD = self._embed(tokens_BT, 0 if caches is None else caches[0].length)
+        sources: dict[int, Source | None] = {}
+        first_B = None if caches is None else caches.first_B
+        x_BTD = self._embed(tokens_BT, caches)
         record["embedding"] = x_BTD
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
         for index, layer in enumerate(self.layers):
             name = f"layers.{index}"
             layer_key = None if key is None else fold_in(key, index)
-            cache = None if caches is None else caches[index]
+            cache = None if caches is None else caches.layers[index]
             seen_BTD = layer.before_attention(x_BTD)
             attended = layer.attention(
-                seen_BTD, cache, first_value_BTMH=first_value_BTMH, count=count, **layer.source_among(sources)
+                seen_BTD, cache, first_value_BTMH=first_value_BTMH, first_B=first_B, **layer.source_among(sources)
             )
             if index in self.spec.shared_layers:
                 sources[index] = attended.source
-            new_caches.append(attended.cache)
+            if attended.cache is not None:
+                new_caches.append(attended.cache)
             record[f"{name}.attention"] = attended.out_BTD
             if index == 0:
                 first_value_BTMH = attended.value_BTMH
@@ -247,18 +248,20 @@ class Transformer(nnx.Module):
                 x_BTD = x_BTD + out
             x_BTD = layer.scaled(x_BTD)
             record[name] = x_BTD
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.final_norm(x_BTD if caches is None else x_BTD[:, -1:])
         record["final_norm"] = x_BTD
         logits_BTV = self._logits(x_BTD)
         record["logits"] = logits_BTV
-        return Forward(logits_BTV, routings, dispatches, new_caches, index_losses)
+        extended = None if caches is None else Caches(new_caches, first_B)
+        return Forward(logits_BTV, routings, dispatches, extended, index_losses)
 
-    def _embed(self, tokens_BT: jax.Array, start: Any) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, caches: Caches | None) -> jax.Array:
         x_BTD = self.embedding.weight[...][tokens_BT].astype(jnp.float32)
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:
-            x_BTD = x_BTD + self.position(jnp.arange(tokens_BT.shape[1]) + start)
+            start, first_B = (0, None) if caches is None else (caches.layers[0].length, caches.first_B)
+            x_BTD = x_BTD + self.position(jnp.maximum(positions(tokens_BT.shape[1], start, first_B), 0))
         return x_BTD.astype(DTYPES[self.spec.precision.compute])
 
     def _added(self, out_BTD: jax.Array, key: jax.Array | None, purpose: int) -> jax.Array:

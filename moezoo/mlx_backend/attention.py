@@ -9,9 +9,9 @@ from mlx import nn
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.cpu_kernels import Chunk, attend_in_chunks, is_x86_cpu
-from moezoo.mlx_backend.kv_cache import Attended, KVCache, SharedCache
+from moezoo.mlx_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
-from moezoo.mlx_backend.positions import rotate
+from moezoo.mlx_backend.positions import positions, rotate, same_side
 from moezoo.mlx_backend.streams import streams
 
 
@@ -27,7 +27,7 @@ def attend(
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike; it has no cap.
 
-    On x86 by `cpu_kernels`.
+    On x86 by `cpu_kernels`, but where rows have masks of their own, as prompts of unequal length do.
     """
     dtype = query_BTMGH.dtype
     batch, length, kv_heads, group, head_dim = query_BTMGH.shape
@@ -37,13 +37,14 @@ def attend(
         query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
     if softcap is not None:
         score = mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH) * scale
-        score = mx.where(mask_TS, softcap * mx.tanh(score / softcap), -mx.inf)
+        mask = mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None]
+        score = mx.where(mask, softcap * mx.tanh(score / softcap), -mx.inf)
         if sink_N is not None:
             sink_MG11 = sink_N.reshape(kv_heads, group, 1, 1)
             score = mx.concatenate([score, mx.broadcast_to(sink_MG11, (*score.shape[:-1], 1))], axis=-1)
         weight = mx.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
         return mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH).astype(dtype)
-    if is_x86_cpu():
+    if is_x86_cpu() and mask_TS.ndim == 2:
         whole = Chunk(0, length, 0, key_BSMH.shape[1], mask_TS)
         return attend_in_chunks(query_BTMGH, key_BSMH, value_BSMH, [whole], scale, sink_N).astype(dtype)
     attended_BNTH = mx.fast.scaled_dot_product_attention(
@@ -51,19 +52,20 @@ def attend(
         key_BSMH.swapaxes(1, 2),
         value_BSMH.swapaxes(1, 2),
         scale=scale,
-        mask=mask_TS,
+        mask=mask_TS if mask_TS.ndim == 2 else mask_TS[:, None],
         sinks=None if sink_N is None else sink_N.astype(query_BTMGH.dtype),
     )
     return attended_BNTH.swapaxes(1, 2).reshape(batch, length, kv_heads, group, -1).astype(dtype)
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.attention.visible."""
-    mask_TS = position_T[:, None] >= position_S[None, :]
+    """Spec: moezoo.core.reference.attention.visible; of positions [B, T] and [B, S] a mask for each row."""
+    position_T1, position_1S = position_T[..., :, None], position_S[..., None, :]
+    mask_TS = position_T1 >= position_1S
     if spec.window is not None:
-        mask_TS = mask_TS & (position_T[:, None] - position_S[None, :] < spec.window)
+        mask_TS = mask_TS & (position_T1 - position_1S < spec.window)
     if spec.chunk is not None:
-        mask_TS = mask_TS & (position_T[:, None] // spec.chunk == position_S[None, :] // spec.chunk)
+        mask_TS = mask_TS & (position_T1 // spec.chunk == position_1S // spec.chunk)
     return mask_TS
 
 
@@ -115,6 +117,14 @@ def attend_causally(
     return mx.concatenate(attended, axis=1)
 
 
+def _mask(
+    spec: GroupedQueryAttentionSpec, position_T: mx.array, place_S: mx.array, first_B: mx.array | None
+) -> mx.array:
+    """What tokens at these positions may look at, of what stands at these places: [T, S], or [B, T, S]."""
+    position_S = place_S if first_B is None else place_S - first_B[:, None]
+    return visible(spec, position_T, position_S) & same_side(position_T, position_S)
+
+
 def _first_visible(spec: GroupedQueryAttentionSpec, position: int) -> int:
     """The first position that a query of this position, or of a later one, may look at."""
     if spec.window is not None:
@@ -160,22 +170,23 @@ class GroupedQueryAttention(nn.Module):
     def __call__(
         self,
         x_BTD: mx.array,
-        cache: KVCache | SharedCache | None = None,
+        cache: KVCache | RollingCache | SharedCache | None = None,
         *,
         first_value_BTMH: mx.array | None = None,
-        count: int | None = None,
-        source: tuple[mx.array, mx.array] | None = None,
+        first_B: mx.array | None = None,
+        source: Source | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
         spec, dtype = self.spec, x_BTD.dtype
         query = mx.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype))
         if spec.qkv_bias:
             query = query + self.b_query.astype(dtype)
         batch, length = x_BTD.shape[:2]
-        position_T = mx.arange(length) + (0 if cache is None else cache.length)
+        position_T = positions(length, 0 if cache is None else cache.length, first_B)
         query = self._placed(query, None if spec.qk_norm is None else self.query_norm, position_T)
         if spec.temperature_tuning is not None:
-            query = (query * temperature(spec.temperature_tuning, position_T)[:, None, None]).astype(dtype)
+            warmth_T = temperature(spec.temperature_tuning, mx.maximum(position_T, 0))
+            query = (query * warmth_T[..., None, None]).astype(dtype)
         value = None
         if spec.keys_of_layer is None:
             key, value = self._keys_and_values(x_BTD, position_T)
@@ -183,17 +194,26 @@ class GroupedQueryAttention(nn.Module):
             if spec.value_residual and self.layer > 0:
                 mix = self.value_mix.astype(mx.float32)
                 mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
-            cache = None if cache is None else cache.extended(key, mixed, count)
-            source = (key, mixed) if cache is None else (cache.key_BSMH, cache.value_BSMH)
+            if cache is None:
+                source = Source(key, mixed, position_T)
+            else:
+                cache, source = cache.extended(key, mixed)
         elif cache is not None:
-            cache = cache.extended(length, count)
+            cache = cache.extended(length)
         sink_N = self.sink.astype(mx.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, *source, sink_N)
+            attended = attend_causally(spec, grouped, *source[:2], sink_N)
         else:
-            mask_TS = visible(spec, position_T, mx.arange(source[0].shape[1]))
-            attended = attend(grouped, *source, mask_TS, scale=spec.scale, softcap=spec.softcap, sink_N=sink_N)
+            attended = attend(
+                grouped,
+                source.key_BSMH,
+                source.value_BSMH,
+                _mask(spec, position_T, source.place_S, first_B),
+                scale=spec.scale,
+                softcap=spec.softcap,
+                sink_N=sink_N,
+            )
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
         output = mx.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
         if spec.output_bias:

@@ -21,24 +21,56 @@ class Attended(NamedTuple):
     cache: "Cache | None"
     value_BTMH: mx.array | None
     index_loss: mx.array | None
-    source: tuple[mx.array, mx.array] | None = None
+    source: "Source | None" = None
+
+
+class Source(NamedTuple):
+    """What new tokens may look at: keys and values, and the place of each among all tokens, negative where none is."""
+
+    key_BSMH: mx.array
+    value_BSMH: mx.array
+    place_S: mx.array
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the first `length` of S positions; what lies beyond is masked by whoever attends."""
+    """Keys and values of the first `length` of S places; what lies beyond is masked by whoever attends."""
 
     key_BSMH: mx.array
     value_BSMH: mx.array
     length: int
 
-    def extended(self, key_BTMH: mx.array, value_BTMH: mx.array, count: int | None = None) -> "KVCache":
-        """The cache with T more positions, of which `count` stay. The caller sees to it that length + T <= S."""
-        start = mx.array([self.length])
-        return KVCache(
-            mx.slice_update(self.key_BSMH, key_BTMH, start, (1,)),
-            mx.slice_update(self.value_BSMH, value_BTMH, start, (1,)),
-            self.length + (key_BTMH.shape[1] if count is None else count),
-        )
+    def extended(self, key_BTMH: mx.array, value_BTMH: mx.array) -> tuple["KVCache", Source]:
+        """The cache with T more places, and what they may look at. The caller sees to it that length + T <= S."""
+        length = self.length + key_BTMH.shape[1]
+        key_BSMH = mx.slice_update(self.key_BSMH, key_BTMH, mx.array([self.length]), (1,))
+        value_BSMH = mx.slice_update(self.value_BSMH, value_BTMH, mx.array([self.length]), (1,))
+        source = Source(key_BSMH[:, :length], value_BSMH[:, :length], mx.arange(length))
+        return KVCache(key_BSMH, value_BSMH, length), source
+
+
+class RollingCache(NamedTuple):
+    """Keys and values of the last S of `length` places, place p in slot `p % S`: for who looks no further back."""
+
+    key_BSMH: mx.array
+    value_BSMH: mx.array
+    length: int
+
+    def extended(self, key_BTMH: mx.array, value_BTMH: mx.array) -> tuple["RollingCache", Source]:
+        """The cache after T more places, and what they may look at: the first of them still sees S - 1 before it."""
+        new, size = key_BTMH.shape[1], self.key_BSMH.shape[1]
+        length = self.length + new
+        if new == 1:
+            key_BSMH = mx.slice_update(self.key_BSMH, key_BTMH, mx.array([self.length % size]), (1,))
+            value_BSMH = mx.slice_update(self.value_BSMH, value_BTMH, mx.array([self.length % size]), (1,))
+            place_S = self.length - (self.length - mx.arange(size)) % size
+            return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, place_S)
+        both = [
+            mx.concatenate([mx.roll(kept, -self.length, axis=1), more], axis=1)
+            for kept, more in ((self.key_BSMH, key_BTMH), (self.value_BSMH, value_BTMH))
+        ]
+        key_BSMH, value_BSMH = (mx.roll(part[:, new:], length, axis=1) for part in both)
+        source = Source(*both, self.length - size + mx.arange(size + new))
+        return RollingCache(key_BSMH, value_BSMH, length), source
 
 
 class SharedCache(NamedTuple):
@@ -46,9 +78,9 @@ class SharedCache(NamedTuple):
 
     length: int
 
-    def extended(self, length: int, count: int | None = None) -> "SharedCache":
-        """The cache after so many more tokens, of which `count` stay."""
-        return SharedCache(self.length + (length if count is None else count))
+    def extended(self, length: int) -> "SharedCache":
+        """The cache after so many more tokens."""
+        return SharedCache(self.length + length)
 
 
 class DeltaCache(NamedTuple):
@@ -66,16 +98,14 @@ class DeltaCache(NamedTuple):
         query_BTMH: mx.array,
         key_BTMH: mx.array,
         value_BTNZ: mx.array,
-        count: int | None = None,
     ) -> "DeltaCache":
-        """The cache after T more tokens, of which `count` stay: the state is theirs already."""
-        count = query_BTMH.shape[1] if count is None else count
+        """The cache after T more tokens: the state is theirs already."""
         return DeltaCache(
             state_BMGHZ,
-            _latest(self.query_BSMH, query_BTMH, count),
-            _latest(self.key_BSMH, key_BTMH, count),
-            _latest(self.value_BSNZ, value_BTNZ, count),
-            self.length + count,
+            _latest(self.query_BSMH, query_BTMH),
+            _latest(self.key_BSMH, key_BTMH),
+            _latest(self.value_BSNZ, value_BTNZ),
+            self.length + query_BTMH.shape[1],
         )
 
 
@@ -85,10 +115,9 @@ class ConvolutionCache(NamedTuple):
     input_BSZ: mx.array
     length: int
 
-    def extended(self, input_BTZ: mx.array, count: int | None = None) -> "ConvolutionCache":
-        """The cache after T more tokens, of which `count` stay."""
-        count = input_BTZ.shape[1] if count is None else count
-        return ConvolutionCache(_latest(self.input_BSZ, input_BTZ, count), self.length + count)
+    def extended(self, input_BTZ: mx.array) -> "ConvolutionCache":
+        """The cache after T more tokens."""
+        return ConvolutionCache(_latest(self.input_BSZ, input_BTZ), self.length + input_BTZ.shape[1])
 
 
 class LatentCache(NamedTuple):
@@ -104,7 +133,6 @@ class LatentCache(NamedTuple):
         latent_BTZ: mx.array,
         key_BTH: mx.array,
         index_key_BTH: mx.array | None = None,
-        count: int | None = None,
     ) -> "LatentCache":
         """As KVCache.extended."""
         start = mx.array([self.length])
@@ -115,25 +143,35 @@ class LatentCache(NamedTuple):
             mx.slice_update(self.latent_BSZ, latent_BTZ, start, (1,)),
             mx.slice_update(self.key_BSH, key_BTH, start, (1,)),
             index_key_BSH,
-            self.length + (latent_BTZ.shape[1] if count is None else count),
+            self.length + latent_BTZ.shape[1],
         )
 
 
-Cache = KVCache | SharedCache | LatentCache | DeltaCache | ConvolutionCache
+Cache = KVCache | RollingCache | SharedCache | LatentCache | DeltaCache | ConvolutionCache
+
+
+class Caches(NamedTuple):
+    """One cache a layer, and the place at which each row begins; before it is padding. None: all begin at 0."""
+
+    layers: list[Cache]
+    first_B: mx.array | None
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
-    """One empty cache of `size` positions per layer."""
+    """One empty cache per layer, with room for `size` places, or for as many as anyone looks back at."""
     dtype = DTYPES[spec.precision.compute]
     caches: list[Cache] = []
-    for layer in spec.all_layers:
+    for index, layer in enumerate(spec.all_layers):
         match layer.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int()):
                 caches.append(SharedCache(0))
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
-                key = mx.zeros((batch, size, heads, head_dim), dtype)
-                value = mx.zeros((batch, size, heads, value_dim), dtype)
-                caches.append(KVCache(key, value, 0))
+                reach = spec.reach_of(index)
+                kept = size if reach is None else min(size, reach)
+                key = mx.zeros((batch, kept, heads, head_dim), dtype)
+                value = mx.zeros((batch, kept, heads, value_dim), dtype)
+                kind = KVCache if reach is None else RollingCache
+                caches.append(kind(key, value, 0))
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
                 index_key = None if indexer is None else mx.zeros((batch, size, indexer.head_dim), dtype)
                 latent = mx.zeros((batch, size, latent_dim), dtype)
@@ -170,6 +208,6 @@ def empty_convolution_cache(
     return ConvolutionCache(mx.zeros((batch, spec.conv_width - 1, embed_dim), dtype), 0)
 
 
-def _latest(before: mx.array, new: mx.array, count: int) -> mx.array:
-    """Of inputs [B, W - 1, ...] and T newer ones, of which `count` stay, the last W - 1."""
-    return mx.concatenate([before, new], axis=1)[:, count : count + before.shape[1]]
+def _latest(before: mx.array, new: mx.array) -> mx.array:
+    """Of inputs [B, W - 1, ...] and T newer ones, the last W - 1."""
+    return mx.concatenate([before, new], axis=1)[:, new.shape[1] :]

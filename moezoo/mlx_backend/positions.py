@@ -14,10 +14,10 @@ __all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # the last is a n
 
 
 def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.positions.rotate."""
+    """Spec: moezoo.core.reference.positions.rotate; positions are [T], or [B, T] where rows begin at other places."""
     frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
     rotated_dim = 2 * len(frequency)
-    angle = _angle(position_T, frequency)[None, :, None, :]
+    angle = _angle(position_T, frequency)[..., None, :]
     cosine, sine = attention_factor * mx.cos(angle), attention_factor * mx.sin(angle)
 
     def turn(first: mx.array, second: mx.array) -> list[mx.array]:
@@ -34,6 +34,23 @@ def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
             assert_never(spec.layout)
     out = out.astype(x_BTNH.dtype)
     return out if rotated_dim == x_BTNH.shape[-1] else mx.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
+
+
+def positions(length: int, cached: mx.array | int, first_B: mx.array | None) -> mx.array:
+    """Positions of tokens behind `cached` ones: [T], or [B, T] where row b begins at place `first_B`.
+
+    What stands before a row's first token is padding, and its positions are negative.
+    """
+    place_T = mx.arange(length) + cached
+    return place_T if first_B is None else place_T - first_B[:, None]
+
+
+def same_side(position_T: mx.array, position_S: mx.array) -> mx.array:
+    """Where both are tokens, or both padding: [..., T, S].
+
+    Padding must look at something, for a softmax over nothing is NaN, which a weight of 0 does not hide from others.
+    """
+    return (position_T[..., :, None] >= 0) == (position_S[..., None, :] >= 0)
 
 
 class EmbeddingPosition(nn.Module):
@@ -53,11 +70,11 @@ class EmbeddingPosition(nn.Module):
             case SinusoidalPositionsSpec():
                 angle = _angle(position_T, sinusoidal_frequencies(self.spec, self.embed_dim))
                 waves = mx.stack([mx.sin(angle), mx.cos(angle)], axis=-1)
-                return waves.reshape(len(position_T), -1)[:, : self.embed_dim]
+                return waves.reshape(*position_T.shape, -1)[..., : self.embed_dim]
             case _:
                 assert_never(self.spec)
 
 
 def _angle(position_T: mx.array, frequency: np.ndarray) -> mx.array:
     """Positions times frequencies, in float32."""
-    return position_T[:, None].astype(mx.float32) * mx.array(frequency.astype(np.float32))
+    return position_T[..., None].astype(mx.float32) * mx.array(frequency.astype(np.float32))

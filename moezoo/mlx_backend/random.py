@@ -12,7 +12,7 @@ _PARITY = 0x1BD11BDA
 
 
 def fold_in(key: mx.array, *data: int | mx.array) -> mx.array:
-    """Spec: moezoo.core.random.fold_in; each of `data` is an integer or a uint32 scalar."""
+    """Spec: moezoo.core.random.fold_in; each of `data` is an integer, or uint32 [n] for n keys [2, n]."""
     for number in data:
         word = mx.array(number, mx.uint32) if isinstance(number, int) else number.astype(mx.uint32)
         key = mx.stack(_threefry(key, word))
@@ -20,13 +20,13 @@ def fold_in(key: mx.array, *data: int | mx.array) -> mx.array:
 
 
 def bits(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Spec: moezoo.core.random.bits; one key, and fewer than 2**32 numbers."""
-    y0, y1 = _threefry(key, mx.arange(math.prod(shape), dtype=mx.uint32))
-    return (y0 ^ y1).reshape(shape)
+    """Spec: moezoo.core.random.bits; one key or keys [2, n], and of each fewer than 2**32 numbers."""
+    y0, y1 = _threefry(key[..., None], mx.arange(math.prod(shape), dtype=mx.uint32))
+    return (y0 ^ y1).reshape((*key.shape[1:], *shape))
 
 
 def uniform(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Spec: moezoo.core.random.uniform; one key."""
+    """Spec: moezoo.core.random.uniform; one key or keys [2, n]."""
     return mx.view((bits(key, shape) >> 9) | 0x3F800000, mx.float32) - 1.0
 
 

@@ -6,6 +6,7 @@ from mlx import nn
 from moezoo.core.spec import ShortConvolutionSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
+from moezoo.mlx_backend.positions import positions
 
 
 class ShortConvolution(nn.Module):
@@ -33,9 +34,9 @@ class ShortConvolution(nn.Module):
         cache: ConvolutionCache | None = None,
         *,
         first_value_BTMH: mx.array | None = None,
-        count: int | None = None,
+        first_B: mx.array | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; the first `count` of them are kept there (None: all)."""
+        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
         del first_value_BTMH  # for attention over tokens
         dtype = x_BTD.dtype
         input_gate_BTZ = mx.einsum("BTD,DZ->BTZ", x_BTD, self.w_input_gate.astype(dtype))
@@ -46,13 +47,16 @@ class ShortConvolution(nn.Module):
             output_gate_BTZ = output_gate_BTZ + self.b_output_gate.astype(dtype)
             value_BTZ = value_BTZ + self.b_value.astype(dtype)
         gated_BTZ = input_gate_BTZ * value_BTZ
-        batch, _, embed_dim = x_BTD.shape
+        batch, length, embed_dim = x_BTD.shape
+        if first_B is not None:
+            position_BT = positions(length, 0 if cache is None else cache.length, first_B)
+            gated_BTZ = mx.where(position_BT[..., None] >= 0, gated_BTZ, 0).astype(dtype)
         past = empty_convolution_cache(self.spec, batch, embed_dim, dtype) if cache is None else cache
         convolved_BTZ = causal_convolution(gated_BTZ, self.conv, past.input_BSZ)
         if self.spec.bias:
             convolved_BTZ = convolved_BTZ + self.b_conv.astype(mx.float32)
         if cache is not None:
-            cache = cache.extended(gated_BTZ, count)
+            cache = cache.extended(gated_BTZ)
         gated_BTZ = (output_gate_BTZ * convolved_BTZ).astype(dtype)
         output = mx.einsum("BTZ,ZD->BTD", gated_BTZ, self.w_output.astype(dtype))
         if self.spec.bias:

@@ -17,13 +17,15 @@ from moezoo.core.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.safetensors_file import shapes_of
+from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.arrays import Weights, exported, to_numpy
 from moezoo.mlx_backend.cpu_kernels import FusedAdamW, can_fuse, is_x86_cpu
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.experts import grouped_path
-from moezoo.mlx_backend.kv_cache import Cache, empty_cache
+from moezoo.mlx_backend.generation import Generation, choose, prefilled
+from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
 from moezoo.mlx_backend.mixture import Mixture
 from moezoo.mlx_backend.router_state import updated_state
@@ -136,17 +138,27 @@ class MlxModel:
             [count.item() for count in dropped],
         )
 
-    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, list[Cache]]:
-        return self._cached(tokens, empty_cache(self.spec, tokens.shape[0], size))
+    def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
+        return Generation(self.spec, self._extended, self._decoded, prompts, new_tokens, options)
 
-    def decode(self, tokens: np.ndarray, cache: list[Cache]) -> tuple[np.ndarray, list[Cache]]:
-        return self._cached(tokens[:, None], cache)
+    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
+        logits, caches = prefilled(self.spec, self._extended, list(tokens), size)
+        return np.array(logits), caches
 
-    def _cached(self, tokens: np.ndarray, caches: list[Cache]) -> tuple[np.ndarray, list[Cache]]:
-        result = self._module(mx.array(tokens), caches=caches)
-        logits = result.logits_BTV[:, -1]
-        mx.eval(logits, [[part for part in cache if isinstance(part, mx.array)] for cache in result.caches])
-        return np.array(logits), result.caches
+    def decode(self, tokens: np.ndarray, cache: Caches) -> tuple[np.ndarray, Caches]:
+        logits, cache = self._extended(mx.array(tokens[:, None]), cache)
+        mx.eval(logits, [[part for part in layer if isinstance(part, mx.array)] for layer in cache.layers])
+        return np.array(logits), cache
+
+    def _extended(self, tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:
+        """Logits after the last of the tokens, and caches that hold them too."""
+        result = self._module(tokens, caches=caches)
+        return result.logits_BTV[:, -1], result.caches
+
+    def _decoded(self, tokens, caches, rule, seen, draw):
+        """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
+        logits, caches = self._extended(tokens[:, None], caches)
+        return *choose(logits, rule, seen, draw), caches
 
     # --- training ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import pytest
 from moezoo.core.config import parse_config
 from moezoo.core.cost import (
     active_experts,
+    cache_bytes,
     flops_per_token,
     kv_cache_bytes_per_token,
     parameter_counts,
@@ -14,7 +15,7 @@ from moezoo.core.cost import (
 )
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import ROLES, parameter_table
-from moezoo.core.spec import ModelSpec
+from moezoo.core.spec import GatedFeedForwardSpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 
 # D=20, N=8, M=2, H=6, F=28 (dense), 12 (experts), 2 x 9 (shared), E=7, K=2, V=11, L=3 (one dense, two MoE)
 CONFIG = """
@@ -319,3 +320,18 @@ def test_learned_positions_are_embeddings_that_cost_no_product():
     spec, without = parse_config(text).model, parse_config(CONFIG).model
     assert parameter_counts(spec).by_role["embeddings"] == 2 * 11 * 20 + 13 * 20
     assert flops_per_token(spec, 5, False) == flops_per_token(without, 5, False)
+
+
+def test_a_window_or_chunks_bound_what_a_text_keeps():
+    heads = GroupedQueryAttentionSpec(num_heads=8, num_kv_heads=2, head_dim=6)
+    kinds = (heads, heads.model_copy(update={"window": 7}), heads.model_copy(update={"chunk": 11}))
+    layers = tuple(LayerSpec(attention=kind, feed_forward=GatedFeedForwardSpec(hidden_dim=4)) for kind in kinds)
+    spec = ModelSpec(vocab_size=9, embed_dim=8, layers=layers)
+    assert cache_bytes(spec, 5) == 5 * kv_cache_bytes_per_token(spec)
+    assert cache_bytes(spec, 20) == (20 + 7 + 11) * 2 * 2 * 6 * 4
+    sharing = LayerSpec(
+        attention=heads.model_copy(update={"keys_of_layer": 1}), feed_forward=GatedFeedForwardSpec(hidden_dim=4)
+    )
+    wider = ModelSpec(vocab_size=9, embed_dim=8, layers=(*layers, sharing))
+    assert wider.reach_of(1) is None
+    assert cache_bytes(wider, 20) == (20 + 20 + 11) * 2 * 2 * 6 * 4

@@ -11,6 +11,7 @@ from moezoo.core.generate_loop import Continuation, generate
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
 from moezoo.core.sampling import SamplingOptions, penalized
 from moezoo.core.tokenizer import ByteTokenizer
+from tests.host_generation import HostGeneration
 
 V = 7
 
@@ -26,11 +27,8 @@ class Countdown:
     class spec:
         vocab, max_length = V, None
 
-    def prefill(self, tokens, size):
-        return self._logits(tokens[:, -1]), None
-
-    def decode(self, tokens, cache):
-        return self._logits(tokens), None
+    def start_generation(self, prompts, new_tokens, options):
+        return HostGeneration(lambda tokens: self._logits(tokens[-1:])[0], prompts, options)
 
     def _logits(self, last_B):
         return np.eye(V, dtype=np.float32)[(last_B - 1) % V]

@@ -12,6 +12,7 @@ from moezoo.core.parity import parity, parity_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import LearnedPositionsSpec, ModelSpec
 from moezoo.core.tokenizer import CharacterTokenizer
+from tests.host_generation import HostGeneration
 
 LONGEST, V = 8, 5
 CONFIG = f"""
@@ -41,16 +42,12 @@ class CountingModel:
         self.seen = tokens.shape[1]
         return "output"
 
-    def prefill(self, tokens, size):
-        self.seen = tokens.shape[1]
-        return self._logits(tokens), None
+    def start_generation(self, prompts, new_tokens, options):
+        def logits_of(tokens):
+            self.seen = len(tokens)
+            return np.eye(V, dtype=np.float32)[0]
 
-    def decode(self, tokens, cache):
-        self.seen += 1
-        return self._logits(tokens), None
-
-    def _logits(self, tokens):
-        return np.tile(np.eye(V, dtype=np.float32)[:1], (len(tokens), 1))
+        return HostGeneration(logits_of, prompts, options)
 
 
 def tokens(length):

@@ -17,6 +17,7 @@ from moezoo.core.spec import (
     RMSNormSpec,
     TemperatureTuningSpec,
 )
+from tests.layers.pieces import assert_pieces_match
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
 from tests.twins import (
     B,
@@ -149,26 +150,40 @@ PLAIN = {"grouped query", "multi-head", "multi-query"}  # test_kv_cache.py has w
 CACHED = {kind: spec for kind, spec in SPECS.items() if kind not in PLAIN} | {"value residual": VALUE_RESIDUAL}
 
 
+@pytest.mark.parametrize("first", [None, (2, 0, 1)], ids=["equal", "ragged"])
 @pytest.mark.parametrize("kind", CACHED)
-def test_pieces_through_a_cache_equal_the_uncached_whole(twin, kind):
-    """Seven tokens as 3 (and one of padding), 1, 2, 1."""
-    spec, length, size = CACHED[kind], 7, 9
-    values, x_BTD, first_BTMH = values_of(spec, layer=1), normal(0, B, length, D), normal(40, B, length, M, H)
-    expected = grouped_query_attention(spec, values, x_BTD, first_value_BTMH=first_BTMH).out_BTD
-    layer = layer_of(twin, spec, values, layer=1)
-    cache = empty_cache(twin, spec, size)
-    start = 0
-    for count, padding in ((3, 1), (1, 0), (2, 0), (1, 0)):
-        piece = slice(start, start + count)
-        x, first = (
-            twin.array(np.concatenate([array[:, piece], normal(50, B, padding, *array.shape[2:])], axis=1))
-            for array in (x_BTD, first_BTMH)
-        )
-        attended = layer(x, cache, first_value_BTMH=first, count=count)
-        cache = attended.cache
-        assert_close(twin.numpy(attended.out_BTD)[:, :count], expected[:, piece], FLOAT32, f"tokens from {start}")
-        start += count
-        assert int(cache.length) == start
+def test_pieces_through_a_cache_equal_the_uncached_whole(twin, kind, first):
+    """Nine places as 3, 1, 4, 1; the first of these pieces begins in padding."""
+    spec, length = CACHED[kind], 9
+    values = values_of(spec, layer=1)
+    cache = empty_cache(twin, spec, length + 2)
+    assert_pieces_match(
+        twin,
+        layer_of(twin, spec, values, layer=1),
+        cache,
+        lambda x, first_value_BTMH: grouped_query_attention(spec, values, x, first_value_BTMH=first_value_BTMH).out_BTD,
+        (3, 1, 4, 1),
+        first,
+        normal(0, B, length, D),
+        first_value_BTMH=normal(40, B, length, M, H),
+    )
+
+
+@pytest.mark.parametrize("pieces", [(1,) * 23, (3, 1, 1, 9, 1, 1, 1, 6), (23,)], ids=["tokens", "pieces", "whole"])
+@pytest.mark.parametrize("limit", [{"window": 4}, {"chunk": 4}, {"window": 1}])
+def test_a_rolling_cache_holds_no_more_than_is_looked_back_at(twin, limit, pieces):
+    spec = grouped(**limit)
+    values, cache = values_of(spec), empty_cache(twin, spec, 23)
+    cache = assert_pieces_match(
+        twin,
+        layer_of(twin, spec, values),
+        cache,
+        lambda x: grouped_query_attention(spec, values, x).out_BTD,
+        pieces,
+        (2, 0, 5),
+        normal(0, B, 23, D),
+    )
+    assert cache.key_BSMH.shape == cache.value_BSMH.shape == (B, *limit.values(), M, H)
 
 
 def test_attend_matches_the_reference_where_sources_outnumber_queries(twin):

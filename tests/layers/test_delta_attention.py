@@ -21,6 +21,7 @@ from moezoo.core.spec import (
     ModelSpec,
     RMSNormSpec,
 )
+from tests.layers.pieces import assert_pieces_match
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
 from tests.twins import B, D, F, G, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
@@ -158,18 +159,16 @@ def test_cached_parts_equal_the_uncached_pass(twin):
     assert_close(np.concatenate(out, axis=1), reference(VALUES, x_BTD), FLOAT32)
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_padding_touches_neither_state_nor_memory(twin, count):
-    layer, x_BTD = layer_of(twin), normal(0, B, 3 + count, D)
-    cache = layer(twin.array(x_BTD[:, :3]), caches(twin, B)).cache
-    padding = np.full((B, 5 - count, D), 1e3)
-    attended = layer(twin.array(np.concatenate([x_BTD[:, 3:], padding], axis=1)), cache, count=count)
-    expected = layer(twin.array(x_BTD), caches(twin, B))
-    assert int(attended.cache.length) == 3 + count
-    for name in ("state_BMGHZ", "query_BSMH", "key_BSMH", "value_BSNZ"):
-        actual, plain = (twin.numpy(getattr(each.cache, name)) for each in (attended, expected))
-        assert_close(actual, plain, FLOAT32, name)
-    assert_close(twin.numpy(attended.out_BTD)[:, :count], twin.numpy(expected.out_BTD)[:, 3:], FLOAT32)
+def test_padding_touches_neither_state_nor_memory(twin):
+    """What is kept is what each row alone leaves."""
+    x_BTD, first = normal(0, B, 7, D), (2, 0, 4)
+    layer = layer_of(twin)
+    cache = assert_pieces_match(twin, layer, caches(twin, B), lambda x: reference(VALUES, x), (3, 1, 3), first, x_BTD)
+    for row, start in enumerate(first):
+        alone = layer(twin.array(x_BTD[row : row + 1, start:]), caches(twin, 1)).cache
+        for name in ("state_BMGHZ", "query_BSMH", "key_BSMH", "value_BSNZ"):
+            actual, plain = (twin.numpy(getattr(each, name)) for each in (cache, alone))
+            assert_close(actual[row : row + 1], plain, FLOAT32, name)
 
 
 def test_a_model_generates_as_it_reads(twin):

@@ -21,6 +21,7 @@ from moezoo.core.spec import (
     RoPESpec,
     TemperatureTuningSpec,
 )
+from tests.layers.pieces import assert_pieces_match
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
 from tests.twins import B, D, H, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
@@ -124,21 +125,20 @@ def test_absorbed_form_equals_the_expanded_one(kind):
         assert_close(absorbed.index_loss, expanded.index_loss, FLOAT64)
 
 
+@pytest.mark.parametrize("first", [None, (3, 0, 5)], ids=["equal", "ragged"])
 @pytest.mark.parametrize("kind", ["latent", "no position", "indexer"])
-def test_cached_chunks_equal_the_uncached_pass(twin, kind):
-    """Prompts of several tokens, one of them padded, then single tokens: all by latents alone."""
+def test_cached_chunks_equal_the_uncached_pass(twin, kind, first):
+    """Prompts of several tokens, then single tokens: all by latents alone."""
     spec = SPECS[kind]
-    expected = latent_attention(spec, values_of(spec), LONG_BTD).out_BTD
-    layer, cache, start = layer_of(twin, spec), cache_of(twin, spec), 0
-    for size, padding in ((4, 0), (3, 2), (1, 0), (1, 0), (2, 0)):
-        chunk = np.concatenate([LONG_BTD[:, start : start + size], normal(1, B, padding, D)], axis=1)
-        attended = layer(twin.array(chunk), cache, count=size)
-        out, cache, value, loss = attended[:4]
-        assert value is None
-        assert loss is None
-        assert_close(twin.numpy(out)[:, :size], expected[:, start : start + size], FLOAT32, f"from {start}")
-        start += size
-        assert int(cache.length) == start
+
+    def alone(x_BTD):
+        return latent_attention(spec, values_of(spec), x_BTD).out_BTD
+
+    layer, cache = layer_of(twin, spec), cache_of(twin, spec)
+    assert_pieces_match(twin, layer, cache, alone, (4, 3, 1, 1, 2), first, LONG_BTD[:, :11])
+    attended = layer(twin.array(LONG_BTD[:, :4]), cache_of(twin, spec))
+    assert attended.value_BTMH is None
+    assert attended.index_loss is None
 
 
 @pytest.mark.parametrize("kind", ["latent", "indexer"])

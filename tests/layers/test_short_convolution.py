@@ -13,6 +13,7 @@ from moezoo.core.spec import (
     ModelSpec,
     ShortConvolutionSpec,
 )
+from tests.layers.pieces import assert_pieces_match
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
 from tests.twins import B, D, F, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
@@ -42,7 +43,11 @@ def out(spec: ShortConvolutionSpec = BIASED):
 
 
 def empty_cache(twin: Twin, x_BTD):
-    return twin.module("kv_cache").empty_convolution_cache(BIASED, B, D, x_BTD.dtype)
+    return empty_cache_of(twin, B, x_BTD.dtype)
+
+
+def empty_cache_of(twin: Twin, batch: int, dtype):
+    return twin.module("kv_cache").empty_convolution_cache(BIASED, batch, D, dtype)
 
 
 @pytest.mark.parametrize("spec", [BARE, BIASED], ids=["bare", "biased"])
@@ -109,16 +114,16 @@ def test_cached_parts_equal_the_uncached_pass(twin):
     assert_close(np.concatenate(found, axis=1), out()(VALUES[True], x_BTD), FLOAT32)
 
 
-@pytest.mark.parametrize("count", [0, 2, 4])
-def test_padding_does_not_touch_what_is_kept(twin, count):
-    layer, x_BTD = layer_of(twin), normal(0, B, 3 + count, D)
-    cache = layer(twin.array(x_BTD[:, :3]), empty_cache(twin, twin.array(x_BTD))).cache
-    padding = np.full((B, 5 - count, D), 1e3)
-    attended = layer(twin.array(np.concatenate([x_BTD[:, 3:], padding], axis=1)), cache, count=count)
-    expected = layer(twin.array(x_BTD), empty_cache(twin, twin.array(x_BTD)))
-    assert int(attended.cache.length) == 3 + count
-    assert_close(twin.numpy(attended.cache.input_BSZ), twin.numpy(expected.cache.input_BSZ), FLOAT32)
-    assert_close(twin.numpy(attended.out_BTD)[:, :count], twin.numpy(expected.out_BTD)[:, 3:], FLOAT32)
+def test_padding_does_not_touch_what_is_kept(twin):
+    x_BTD, first = normal(0, B, 7, D), (2, 0, 5)
+    layer = layer_of(twin)
+    cache = assert_pieces_match(
+        twin, layer, empty_cache(twin, twin.array(x_BTD)), lambda x: out()(VALUES[True], x), (3, 1, 3), first, x_BTD
+    )
+    for row, start in enumerate(first):
+        before = twin.array(x_BTD[:1])
+        alone = layer(twin.array(x_BTD[row : row + 1, start:]), empty_cache_of(twin, 1, before.dtype)).cache
+        assert_close(twin.numpy(cache.input_BSZ)[row : row + 1], twin.numpy(alone.input_BSZ), FLOAT32)
 
 
 def test_an_extended_cache_holds_the_last_inputs(twin):

@@ -282,6 +282,16 @@ class ModelSpec(Part):
         )
         return frozenset(index for index in named if index is not None)
 
+    def reach_of(self, index: int) -> int | None:
+        """How many of the last tokens whoever attends to layer `index`'s keys may see; None: all."""
+        reaches = [
+            min((limit for limit in (attention.window, attention.chunk) if limit is not None), default=None)
+            for place, attention in enumerate(layer.attention for layer in self.all_layers)
+            if isinstance(attention, GroupedQueryAttentionSpec) and index in (place, attention.keys_of_layer)
+        ]
+        known = [reach for reach in reaches if reach is not None]
+        return max(known) if known and len(known) == len(reaches) else None
+
     @property
     def inference_differs(self) -> bool:
         """Whether inference routes otherwise than training does without noise."""

@@ -1,0 +1,146 @@
+"""Sequences that grow on the device: the graph of a token is made while that of the one before is computed."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from moezoo.core.backend import Integers
+from moezoo.core.prompts import ROOM, padded, seen_tokens, widths
+from moezoo.core.sampling import SamplingOptions, checked_logits
+from moezoo.core.spec import ModelSpec
+from moezoo.mlx_backend.kv_cache import Cache, Caches, empty_cache
+from moezoo.mlx_backend.sampling import Rule, draws, penalized, rule_of, sample
+
+SMALLEST = 1
+"""The narrowest piece of a prompt: nothing compiles here, so nothing is padded."""
+
+_DRAWN = 64  # positions whose uniform numbers are drawn at once: threefry is some hundred small operations
+
+Extend = Callable[[Any, Caches], tuple[mx.array, Caches]]
+Step = Callable[..., tuple[mx.array, mx.array, mx.array | None, Caches]]
+
+
+class PendingTokens:
+    """Tokens that MLX may still be computing, and the logits that they are from."""
+
+    def __init__(self, tokens_B: mx.array, logits_BV: mx.array):
+        self._tokens_B, self._logits_BV = tokens_B, logits_BV
+
+    def fetch(self) -> Integers:
+        """Wait for them. Raises DataError as `moezoo.core.sampling.sample` does."""
+        tokens = np.array(self._tokens_B)
+        if tokens.min() < 0:
+            checked_logits(np.array(self._logits_BV))
+        return tokens
+
+
+class Generation:
+    """Prompts, and what follows them. `extend` and `step` make graphs, which are evaluated here."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        extend: Extend,
+        step: Step,
+        prompts: Sequence[Integers],
+        new_tokens: int,
+        options: SamplingOptions,
+    ):
+        self._spec, self._step, self._rule = spec, step, rule_of(options)
+        self._length = max(len(prompt) for prompt in prompts)
+        self._size = self._length + new_tokens
+        self._logits_BV, self._caches = prefilled(spec, extend, prompts, _room(self._length, self._size))
+        self._tokens_B: mx.array | None = None
+        self._position_B = mx.array([len(prompt) for prompt in prompts])
+        self._draws: list[mx.array] = []
+        penalizes = self._rule.penalty is not None
+        self._seen_BV = mx.array(seen_tokens(prompts, spec.vocab)) if penalizes else None
+
+    def next(self) -> PendingTokens:
+        """Dispatch one more token of each sequence."""
+        if self._tokens_B is None:
+            self._tokens_B, logits_BV, self._seen_BV = choose(
+                self._logits_BV, self._rule, self._seen_BV, self._next_draw()
+            )
+            del self._logits_BV
+        else:
+            room = _room(self._length + 1, self._size)
+            if room > _room(self._length, self._size):
+                self._caches = _grown(self._spec, self._caches, len(self._position_B), room)
+            caches, self._caches = self._caches, Caches([], None)
+            self._tokens_B, logits_BV, self._seen_BV, self._caches = self._step(
+                self._tokens_B, caches, self._rule, self._seen_BV, self._next_draw()
+            )
+            del caches
+            self._length += 1
+        mx.async_eval(self._tokens_B, self._seen_BV, _arrays(self._caches))
+        return PendingTokens(self._tokens_B, logits_BV)
+
+    def _next_draw(self) -> mx.array | None:
+        if self._rule.temperature is None:
+            return None
+        if not self._draws:
+            drawn_NB = drawn(self._rule, self._position_B)
+            mx.eval(drawn_NB)
+            self._draws, self._position_B = list(drawn_NB)[::-1], self._position_B + _DRAWN
+        return self._draws.pop()
+
+
+def prefilled(spec: ModelSpec, extend: Extend, prompts: Sequence[Integers], size: int) -> tuple[mx.array, Caches]:
+    """Logits [B, V] after the last token of each prompt, and caches of so many places that hold them."""
+    pieces = widths(max(len(prompt) for prompt in prompts), SMALLEST)
+    tokens, first = padded(prompts, sum(pieces))
+    caches = Caches(empty_cache(spec, len(prompts), size), mx.array(first) if first.any() else None)
+    end = 0
+    for width in pieces:
+        end += width
+        logits_BV, caches = extend(mx.array(tokens[:, end - width : end]), caches)
+        mx.eval(_arrays(caches))
+    return logits_BV, caches
+
+
+def choose(
+    logits_BV: mx.array, rule: Rule, seen_BV: mx.array | None, draw_B: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Tokens by these draws, the logits that they are from, and which tokens each row has now."""
+    if seen_BV is not None:
+        logits_BV = penalized(logits_BV, seen_BV, rule.penalty)
+    tokens_B = sample(logits_BV, rule, draw_B)
+    if seen_BV is not None:
+        seen_BV = seen_BV | (mx.arange(seen_BV.shape[1]) == tokens_B[:, None])
+    return tokens_B, logits_BV, seen_BV
+
+
+def _grown(spec: ModelSpec, caches: Caches, batch: int, size: int) -> Caches:
+    """The caches with room for so many places, those in them where they were."""
+
+    def enlarged(kept: Any, empty: Any) -> Any:
+        if not isinstance(kept, mx.array) or kept.shape == empty.shape:
+            return kept
+        return mx.concatenate([kept, empty[:, kept.shape[1] :]], axis=1)
+
+    layers: list[Cache] = [
+        type(cache)(*(enlarged(*pair) for pair in zip(cache, wanted, strict=True)))
+        for cache, wanted in zip(caches.layers, empty_cache(spec, batch, size), strict=True)
+    ]
+    return Caches(layers, caches.first_B)
+
+
+def drawn(rule: Rule, position_B: mx.array) -> mx.array | None:
+    """What is drawn for tokens at these positions and the next _DRAWN - 1: [positions, B]; None if nothing is."""
+    if rule.temperature is None:
+        return None
+    batch = len(position_B)
+    position = (position_B + mx.arange(_DRAWN)[:, None]).flatten()
+    return draws(rule.key, position, mx.tile(mx.arange(batch), _DRAWN)).reshape(_DRAWN, batch)
+
+
+def _arrays(caches: Caches) -> list[mx.array]:
+    return [part for cache in caches.layers for part in cache if isinstance(part, mx.array)]
+
+
+def _room(length: int, size: int) -> int:
+    """Places of caches that hold `length` now and `size` in the end: so many times ROOM."""
+    return max(length, min(-(-length // ROOM) * ROOM, size))

@@ -1,0 +1,88 @@
+"""Generation on the device: rows of a batch as if alone, prompts in pieces, caches that grow and roll."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moezoo.core import prompts as core_prompts
+from moezoo.core.config import load_config
+from moezoo.core.errors import DataError
+from moezoo.core.generate_loop import generate
+from moezoo.core.initialize import initial_weights
+from moezoo.core.prompts import padded, widths
+from moezoo.core.sampling import SamplingOptions, penalized, sample
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny"
+KINDS = (
+    *("top_k", "sliding_window", "chunked_attention", "latent_attention", "sparse_attention", "gated_delta"),
+    *("short_convolution", "learned_positions", "shared_keys", "value_residual", "sinks", "layer_inputs"),
+)
+LENGTHS = (3, 11, 1, 6)
+GREEDY = SamplingOptions(temperature=0)
+
+
+def built(twin, name):
+    spec = load_config(TINY / f"{name}.yaml").model
+    if spec.vocab_size is None:
+        spec = spec.model_copy(update={"vocab_size": 61})
+    return twin.backend().build(spec, {key: 3 * value for key, value in initial_weights(spec, seed=0).items()})
+
+
+def prompts_of(spec):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, spec.vocab, length).astype(np.int32) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_of_unequal_length_get_the_text_that_they_get_alone(twin, name):
+    model = built(twin, name)
+    prompts = prompts_of(model.spec)
+    together = generate(model, prompts, max_new_tokens=8, options=GREEDY)
+    for row, prompt in zip(together, prompts, strict=True):
+        np.testing.assert_array_equal(generate(model, [prompt], max_new_tokens=8, options=GREEDY)[0], row)
+
+
+def test_sampled_text_is_what_the_reference_draws_of_the_whole_pass(twin):
+    """By penalty, filters, position and sequence; and so the same on both backends."""
+    model = built(twin, "top_k")
+    options = SamplingOptions(temperature=1.2, top_k=20, top_p=0.95, repetition_penalty=1.2, seed=2**35 + 1)
+    prompts = prompts_of(model.spec)
+    found = generate(model, prompts, max_new_tokens=6, options=options)
+    for step in range(6):
+        so_far = [np.concatenate([prompt, row[:step]]) for prompt, row in zip(prompts, found, strict=True)]
+        logits = np.concatenate(
+            [penalized(model.forward(text[None], inference=True).logits[:, -1], text[None], 1.2) for text in so_far]
+        )
+        expected = sample(logits, options, np.array([len(text) for text in so_far], np.int32))
+        np.testing.assert_array_equal(found[:, step], expected, f"step {step}")
+
+
+@pytest.mark.parametrize("name", ["top_k", "sliding_window", "gated_delta"])
+def test_prompts_in_pieces_and_grown_caches_give_the_same_text(twin, name, monkeypatch):
+    model = built(twin, name)
+    prompts = [np.tile(prompt, 4) for prompt in prompts_of(model.spec)]
+    whole = generate(model, prompts, max_new_tokens=20, options=GREEDY)
+    monkeypatch.setattr(core_prompts, "PIECE", 16)
+    monkeypatch.setattr(twin.module("generation"), "ROOM", 16)
+    np.testing.assert_array_equal(generate(model, prompts, max_new_tokens=20, options=GREEDY), whole)
+
+
+def test_weights_that_are_not_finite_end_it_with_one_line(twin):
+    model = built(twin, "top_k")
+    weights = model.export_parameters()
+    weights["final_norm.scale"] = np.full_like(weights["final_norm.scale"], np.nan)
+    broken = twin.backend().build(model.spec, weights)
+    for options in (GREEDY, SamplingOptions()):
+        with pytest.raises(DataError, match="the logits of sequence 0 hold nan at token 0; expected finite numbers"):
+            generate(broken, [[1, 2]], max_new_tokens=3, options=options)
+
+
+def test_pieces_are_whole_ones_behind_the_rest():
+    assert widths(1000) == [232, 256, 256, 256]
+    assert widths(1000, smallest=16) == [256, 256, 256, 256]
+    assert widths(3, smallest=16) == [16]
+    assert widths(512, smallest=16) == [256, 256]
+    tokens, first = padded([np.array([7]), np.array([8, 9])], 4)
+    assert tokens.tolist() == [[0, 0, 0, 7], [0, 0, 8, 9]]
+    assert first.tolist() == [3, 2]
