@@ -240,12 +240,13 @@ def training_memory(config: Config) -> dict[str, int]:
     the compute dtype:
 
     - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the sum and the newest); `moments`: 8 n. All float32.
-    - `activations`: P times what the backward pass needs of a token, without recomputation. Per layer: attention
+    - `activations`: P times what the backward pass needs of a token. Per layer: attention
       `c (4 D + 3 Q) + 4 N T` (two norms in and out; queries, keys and values, again after the rotation, and the heads'
       output, Q numbers together with N H + M H of grouped heads; float32 probabilities, whole, where there are any);
       dense feed-forward `c (4 F + D)` (gate, up, activated, product; output), `c (2 F + D)` without a gate; routed
       experts `8 E + c K (4 F + 2 D)` (logits and scores; each copy in and out); shared experts `4 F c`. And once
-      `2 c D`, the final norm.
+      `2 c D`, the final norm. With `rematerialize: block`, a layer keeps `4 c D` and, of routed experts, `8 E`; one
+      layer at a time has the rest too.
     - `logits`: `8 P V`, the float32 logits and their gradient.
 
     A backend that fuses attention (MLX, and JAX with a fused kernel) keeps less; one that pads or copies keeps more.
@@ -258,7 +259,11 @@ def training_memory(config: Config) -> dict[str, int]:
     length = config.training.sequence_length
     tokens = config.training.batch_size // parts * length
     compute = COMPUTE_BYTES[compute_dtype(spec)]
-    per_token = sum(_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers)
+    whole = [_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers]
+    per_token = sum(whole)
+    if config.training.rematerialize == "block":
+        experts = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
+        per_token = 4 * compute * spec.embed_dim * len(whole) + 2 * _FLOAT32_BYTES * experts + max(whole)
     return {
         "parameters": _FLOAT32_BYTES * parameters,
         "gradients": _FLOAT32_BYTES * parameters * (1 if parts == 1 else 2),

@@ -153,6 +153,15 @@ def test_without_accumulation_there_is_one_gradient(config):
     assert memory["logits"] == 8 * 6 * 5 * 11
 
 
+def test_with_rematerialization_one_layer_at_a_time_has_all_activations(config):
+    training = config.training.model_copy(update={"rematerialize": "block"})
+    memory = training_memory(config.model_copy(update={"training": training}))
+    attention = 4 * (4 * 20 + 3 * 48 + 3 * 12) + 4 * 8 * 5
+    moe = 8 * 7 + 4 * 2 * (4 * 12 + 2 * 20) + 4 * 4 * 18
+    kept = 3 * 4 * 4 * 20 + 2 * 8 * 7
+    assert memory["activations"] == 3 * 5 * (kept + attention + moe + 2 * 4 * 20)
+
+
 def test_a_null_vocabulary_is_refused_by_name(config):
     spec = with_model(config, vocab_size=None).model
     for cost in (parameter_counts, lambda spec: flops_per_token(spec, 5, True)):
