@@ -93,7 +93,7 @@ class NotingModel:
         self.spec, self.weights = spec, weights
         return self
 
-    def start_training(self, *arguments: object) -> None:
+    def start_training(self, *arguments: object, **options: object) -> None:
         """Nothing."""
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: np.ndarray) -> "NotingModel":
