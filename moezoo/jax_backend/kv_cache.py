@@ -158,6 +158,11 @@ class Caches(NamedTuple):
     layers: list[Cache]
     first_B: jax.Array | None
 
+    @property
+    def places(self) -> jax.Array:
+        """How many are filled, padding included."""
+        return self.layers[0].length
+
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     """One empty cache per layer, with room for `size` places, or for as many as anyone looks back at."""

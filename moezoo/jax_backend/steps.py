@@ -175,7 +175,7 @@ class JaxModel:
     def _decode_values(self, parameters, state, tokens, caches, rule, seen):
         """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
         logits, caches = self._extend_values(parameters, state, tokens[:, None], caches)
-        position = caches.layers[0].length - caches.first_B
+        position = caches.places - caches.first_B
         return *choose(logits, rule, seen, drawn(rule, position)), caches
 
     # --- training ----------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Generation:
             )
             del caches
             self._length += 1
-        mx.async_eval(self._tokens_B, self._seen_BV, _arrays(self._caches))
+        mx.async_eval(self._tokens_B, self._seen_BV, self._caches)
         return PendingTokens(self._tokens_B, logits_BV)
 
     def _next_draw(self) -> mx.array | None:
@@ -97,7 +97,7 @@ def prefilled(spec: ModelSpec, extend: Extend, prompts: Sequence[Integers], size
     for width in pieces:
         end += width
         logits_BV, caches = extend(mx.array(tokens[:, end - width : end]), caches)
-        mx.eval(_arrays(caches))
+        mx.eval(caches)
     return logits_BV, caches
 
 
@@ -135,10 +135,6 @@ def drawn(rule: Rule, position_B: mx.array) -> mx.array | None:
     batch = len(position_B)
     position = (position_B + mx.arange(_DRAWN)[:, None]).flatten()
     return draws(rule.key, position, mx.tile(mx.arange(batch), _DRAWN)).reshape(_DRAWN, batch)
-
-
-def _arrays(caches: Caches) -> list[mx.array]:
-    return [part for cache in caches.layers for part in cache if isinstance(part, mx.array)]
 
 
 def _room(length: int, size: int) -> int:

@@ -156,6 +156,11 @@ class Caches(NamedTuple):
     layers: list[Cache]
     first_B: mx.array | None
 
+    @property
+    def places(self) -> int:
+        """How many are filled, padding included."""
+        return self.layers[0].length
+
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     """One empty cache per layer, with room for `size` places, or for as many as anyone looks back at."""

@@ -147,7 +147,7 @@ class MlxModel:
 
     def decode(self, tokens: np.ndarray, cache: Caches) -> tuple[np.ndarray, Caches]:
         logits, cache = self._extended(mx.array(tokens[:, None]), cache)
-        mx.eval(logits, [[part for part in layer if isinstance(part, mx.array)] for layer in cache.layers])
+        mx.eval(logits, cache)
         return np.array(logits), cache
 
     def _extended(self, tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:

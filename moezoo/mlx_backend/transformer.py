@@ -261,7 +261,7 @@ class Transformer(nn.Module):
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:
-            start, first_B = (0, None) if caches is None else (caches.layers[0].length, caches.first_B)
+            start, first_B = (0, None) if caches is None else (caches.places, caches.first_B)
             x_BTD = x_BTD + self.position(mx.maximum(positions(tokens_BT.shape[1], start, first_B), 0))
         return x_BTD.astype(DTYPES[self.spec.precision.compute])
 

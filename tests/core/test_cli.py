@@ -146,9 +146,9 @@ def test_greedy_text_is_the_same_on_both_backends(trained: Path, backend: str) -
 
 def test_prompts_of_unequal_length_are_continued_at_once_as_if_alone(trained: Path) -> None:
     words = ["generate", trained, "--temperature", 0, "--max-new-tokens", 8, "--backend", "mlx"]
-    together = call(*words, "--prompt", "7", "--prompt", "7 owls and").output
+    together = call(*words, "--prompt", "7", "--prompt", "7 owls").output
     texts = [part.split("\n", 1)[1].rstrip("\n") for part in together.split("--- sample ")[1:]]
-    assert texts == [call(*words, "--prompt", prompt).output.rstrip("\n") for prompt in ("7", "7 owls and")]
+    assert texts == [call(*words, "--prompt", prompt).output.rstrip("\n") for prompt in ("7", "7 owls")]
 
 
 def test_several_samples_differ_and_the_seed_repeats(trained: Path) -> None:
