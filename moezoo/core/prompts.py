@@ -11,11 +11,11 @@ import numpy as np
 from moezoo.core.backend import Integers
 
 PIECE = 256
-"""Tokens of a prompt at a time. Scores are PIECE x S a head and not T x T; half as many read the weights twice as often
-and are no faster (a product of 256 rows is bound by arithmetic), twice as many compile one more shape."""
+"""Tokens of a prompt at a time, so that scores are PIECE x S a head and not T x T. A product of so many rows is bound by
+arithmetic rather than by the weights that it reads; other sizes have not been timed."""
 
 ROOM = 256
-"""Places by which caches begin. Smaller ones would compile again within a paragraph."""
+"""Places with which caches begin: about a paragraph, within which nothing is compiled again; others were not timed."""
 
 
 def widths(length: int, smallest: int = 1) -> list[int]:

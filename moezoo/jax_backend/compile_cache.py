@@ -1,6 +1,7 @@
 """Compiled programs kept on disk, so that the second start of a command does not compile again.
 
-Machines may share the folder: JAX's key has a fingerprint of the device in it, on the CPU also of its instructions.
+JAX's key has a fingerprint of the device in it, which changes with the instructions that XLA may use on the CPU (seen
+with `--xla_cpu_max_isa`). That a folder is safe to share between machines has not been tried.
 """
 
 import os
