@@ -11,8 +11,8 @@ import numpy as np
 from moezoo.core.backend import Integers
 
 PIECE = 256
-"""Tokens of a prompt at a time, so that scores are PIECE x S a head and not T x T. A product of so many rows is bound by
-arithmetic rather than by the weights that it reads; other sizes have not been timed."""
+"""Tokens of a prompt at a time, so that scores are PIECE x S a head and not T x T. A product of so many rows is
+bound by arithmetic rather than by the weights that it reads; other sizes have not been timed."""
 
 ROOM = 256
 """Places with which caches begin: about a paragraph, within which nothing is compiled again; others were not timed."""
