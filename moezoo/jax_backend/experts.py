@@ -239,11 +239,11 @@ def _experts_backward(spec: ExpertsSpec, block: int, saved, gradient_RD: jax.Arr
             x_gradient, totals = results
             start = start_E[expert] + index * block
             inside = (jnp.arange(block) < size_E[expert] - index * block)[:, None]
+            # Trap: what another expert's huge rows have between the products may be infinite, and times 0 be NaN.
             rows, gradient, *entered_rows = (
-                lax.dynamic_slice_in_dim(whole, start, block)
+                jnp.where(inside, lax.dynamic_slice_in_dim(whole, start, block), 0)
                 for whole in (x_padded, gradient_padded, *entered.values())
             )
-            gradient = jnp.where(inside, gradient, 0)
             hidden, pull = jax.vjp(
                 lambda *values: activate(spec, values[0] if len(values) > 1 else None, values[-1]), *entered_rows
             )

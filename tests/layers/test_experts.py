@@ -148,6 +148,24 @@ def test_rows_of_other_experts_do_not_leak_in(twin, path):
     assert np.max(np.abs(w_gradient[2])) > 1e19
 
 
+@pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
+def test_rows_of_other_experts_do_not_leak_through_the_whole_feed_forward(twin, path, monkeypatch, few):
+    """As above. Between the products expert 2's rows give infinities, which must not meet its neighbours' zeros."""
+    monkeypatch.setattr(twin.module("experts"), "few_rows", lambda *sizes: few)
+    values = {name: value[:4] for name, value in values_of().items()}
+    x_RD = normal(0, 32, D)
+    x_RD[8:28] *= 1e20
+    size_E, others = twin.array([5, 3, 20, 4]), np.r_[0:8, 28:32]
+    layer = layer_of(twin, values)
+    out, gradients, _ = twin.value_and_gradients(
+        lambda layer, x: layer(x, size_E)[twin.array(others)], np.ones((12, D)), layer, twin.array(x_RD)
+    )
+    assert np.max(np.abs(twin.numpy(out))) < 1e5
+    for name, gradient in gradients.items():
+        assert np.all(np.isfinite(gradient[[0, 1, 3]])), name
+        assert np.max(np.abs(gradient[[0, 1, 3]])) > 0, name
+
+
 @pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block", "whole blocks"])
 def test_value_and_gradients_of_experts_match_the_reference(twin, path, kind):
     assert_experts_match(twin, SWIGLU, SIZES[kind])
