@@ -1,6 +1,7 @@
 """Routed experts, and the grouped product that they are made of. Spec: moezoo.core.reference.experts."""
 
-from functools import partial
+import importlib.util
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,16 +13,21 @@ from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.feed_forward import activate
 
-Path = Literal["blocks", "ragged_dot"]
+Path = Literal["blocks", "ragged_dot", "tokamax"]
 
 
+@cache
 def grouped_path() -> Path:
     """How the experts are computed on this platform.
 
-    `ragged_dot` is XLA's own grouped product on GPU and TPU. On the CPU it multiplies every row by every expert, so
-    there `blocks` loops over blocks of rows that belong to one expert each, with the whole feed-forward at once.
+    `ragged_dot` is XLA's own grouped product, a kernel on TPU. On CPU and GPU XLA multiplies every row by every expert,
+    so there `blocks` loops over blocks of rows that belong to one expert each, with the whole feed-forward at once. On
+    GPU, `tokamax` has kernels, where that package is installed.
     """
-    return "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
+    platform = jax.default_backend()
+    if platform == "gpu" and importlib.util.find_spec("tokamax") is not None:
+        return "tokamax"
+    return "ragged_dot" if platform == "tpu" else "blocks"
 
 
 def few_rows(num_rows: int, num_experts: int) -> bool:
@@ -54,11 +60,35 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 
 
 def grouped_product(x_RD: jax.Array, w_EDF: jax.Array, groups: Groups) -> jax.Array:
-    """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD. By `ragged_dot`."""
-    # Trap: what a platform's ragged_dot leaves in unused rows is its own affair, on the way back as well.
+    """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD. By XLA or by tokamax."""
+    # Trap: what a platform leaves in unused rows is its own affair, on the way back as well.
     used_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(groups.size_E))[:, None]
-    product = lax.ragged_dot(jnp.where(used_R1, x_RD, 0), w_EDF.astype(x_RD.dtype), groups.size_E)
+    x_RD, w_EDF = jnp.where(used_R1, x_RD, 0), w_EDF.astype(x_RD.dtype)
+    if grouped_path() == "tokamax":
+        import tokamax  # an extra: nothing else needs it
+
+        # Named, or it would go on to XLA's ragged_dot where no kernel takes the shapes, and say nothing.
+        kernels = ("mosaic", "triton")
+        w_EDF = _trained_where_used(w_EDF, groups.size_E)
+        product = tokamax.ragged_dot(x_RD, w_EDF, groups.size_E, implementation=kernels)
+    else:
+        product = lax.ragged_dot(x_RD, w_EDF, groups.size_E)
     return jnp.where(used_R1, product, 0)
+
+
+@jax.custom_vjp
+def _trained_where_used(w_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """The matrices, with no gradient for those that no row met.
+
+    Trap: for an empty group, tokamax 0.0.12's Triton kernel adds up rows of the group before (read in its source).
+    """
+    return w_EDF
+
+
+_trained_where_used.defvjp(
+    lambda w_EDF, size_E: (w_EDF, size_E),
+    lambda size_E, gradient_EDF: (jnp.where(size_E[:, None, None] > 0, gradient_EDF, 0), None),
+)
 
 
 def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -1,3 +1,6 @@
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ from moezoo.core.spec import ClampedSwiGLUSpec, ExpertsSpec, GatedFeedForwardSpe
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
 from tests.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
 
-PATHS = {"jax": ("blocks", "ragged_dot"), "mlx": ("slices", "gather_mm of rows")}
+PATHS = {"jax": ("blocks", "ragged_dot", "tokamax"), "mlx": ("slices", "gather_mm of rows")}
 # Rows of each of the 7 experts. A block has 16 rows up to R = 298, then 32, then 64 from R = 598.
 SIZES = {
     "uneven, some empty": [0, 17, 1, 0, 9, 3, 0],
@@ -32,12 +35,47 @@ SPECS = {
 }
 
 
-@pytest.fixture(params=[0, 1], ids=["first path", "second path"])
+on_every_path = pytest.mark.parametrize(
+    ("twin", "path"), [(name, path) for name, paths in PATHS.items() for path in paths], indirect=True
+)
+
+
+@pytest.fixture
 def path(request, twin, monkeypatch) -> str:
-    """Each way of computing a grouped product, whatever this platform would take."""
-    name = PATHS[twin.name][request.param]
-    monkeypatch.setattr(twin.module("experts"), "grouped_path", lambda: name)
-    return name
+    """A way of computing a grouped product, whatever this platform would take."""
+    monkeypatch.setattr(twin.module("experts"), "grouped_path", lambda: request.param)
+    if request.param == "tokamax":
+        monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(ragged_dot=kernel_in_place_of_tokamax))
+    return request.param
+
+
+def kernel_in_place_of_tokamax(x, w, size, implementation):
+    """The product that tokamax promises, with all that it does not: its kernels need a GPU.
+
+    Rows of no group are NaN, and so are their gradients and those of the matrices of empty groups.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    assert implementation == ("mosaic", "triton")
+
+    def spoiled(x_gradient, w_gradient):
+        used = (jnp.arange(x.shape[0]) < size.sum())[:, None]
+        return jnp.where(used, x_gradient, jnp.nan), jnp.where(size[:, None, None] > 0, w_gradient, jnp.nan)
+
+    @jax.custom_vjp
+    def kernel(x, w):
+        used = (jnp.arange(x.shape[0]) < size.sum())[:, None]
+        return jnp.where(used, jax.lax.ragged_dot(x, w, size), jnp.nan)
+
+    def forward(x, w):
+        return kernel(x, w), (x, w)
+
+    def backward(saved, gradient):
+        return spoiled(*jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, size), *saved)[1](gradient))
+
+    kernel.defvjp(forward, backward)
+    return kernel(x, w)
 
 
 def values_of(spec: ExpertsSpec = SWIGLU, num_experts: int = E) -> dict[str, np.ndarray]:
@@ -95,15 +133,18 @@ def assert_grouped_product_matches(twin: Twin, sizes: list[int], **tolerances) -
     )
 
 
+@on_every_path
 @pytest.mark.parametrize("kind", SIZES)
 def test_grouped_product_and_its_gradients_match_the_reference_on_every_path(twin, path, kind):
     assert_grouped_product_matches(twin, SIZES[kind])
 
 
+@on_every_path
 def test_grouped_product_of_one_expert_is_a_plain_product(twin, path):
     assert_grouped_product_matches(twin, [37])
 
 
+@on_every_path
 @pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block"])
 def test_grouped_product_of_bfloat16_is_near_float32(twin, path, kind):
     if path == "gather_mm of rows" and on_cpu(twin):
@@ -119,6 +160,7 @@ def test_grouped_product_of_bfloat16_is_near_float32(twin, path, kind):
     )
 
 
+@on_every_path
 @pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block"])
 def test_bfloat16_matrices_give_what_their_numbers_in_float32_give(twin, path, kind):
     experts, size_E, num_rows = twin.module("experts"), twin.array(SIZES[kind]), sum(SIZES[kind])
@@ -129,6 +171,7 @@ def test_bfloat16_matrices_give_what_their_numbers_in_float32_give(twin, path, k
     assert_close(twin.numpy(found), twin.numpy(expected), FLOAT32)
 
 
+@on_every_path
 def test_rows_of_other_experts_do_not_leak_in(twin, path):
     """Expert 2's rows are huge; its neighbours' results and weight gradients stay small, wherever a block ends."""
     experts, sizes = twin.module("experts"), [5, 3, 20, 4]
@@ -148,6 +191,7 @@ def test_rows_of_other_experts_do_not_leak_in(twin, path):
     assert np.max(np.abs(w_gradient[2])) > 1e19
 
 
+@on_every_path
 @pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
 def test_rows_of_other_experts_do_not_leak_through_the_whole_feed_forward(twin, path, monkeypatch, few):
     """As above. Between the products expert 2's rows give infinities, which must not meet its neighbours' zeros."""
@@ -166,6 +210,7 @@ def test_rows_of_other_experts_do_not_leak_through_the_whole_feed_forward(twin, 
         assert np.max(np.abs(gradient[[0, 1, 3]])) > 0, name
 
 
+@on_every_path
 @pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block", "whole blocks"])
 def test_value_and_gradients_of_experts_match_the_reference(twin, path, kind):
     assert_experts_match(twin, SWIGLU, SIZES[kind])
@@ -181,6 +226,7 @@ def test_experts_of_every_kind_match_the_reference(twin, spec):
     [(UNEVEN, 40), ([0, 16, 0, 16, 0, 0, 15], 1), ([0] * E, 3)],
     ids=["more than used", "the last of a whole block", "all"],
 )
+@on_every_path
 def test_unused_rows_change_nothing(twin, path, sizes, unused):
     assert_experts_match(twin, SPECS["geglu, bias"], sizes, unused)
 
@@ -198,6 +244,7 @@ def test_blocks_of_few_and_of_many_rows_match_the_reference(twin, monkeypatch, f
     assert taken
 
 
+@on_every_path
 def test_rows_stay_finite_beside_unused_ones_of_any_size(twin, path):
     x_RD = normal(0, 40, D)
     x_RD[30:] = 1e30
@@ -225,6 +272,7 @@ def test_gradient_of_a_bias_is_summed_in_float32(twin):
     np.testing.assert_array_equal(named["b_down"], np.full((1, D), num_rows))
 
 
+@on_every_path
 def test_an_expert_without_rows_gets_no_gradient(twin, path):
     size_E = twin.array([0, 17, 1, 0, 9, 3, 0])
     _, named, _ = twin.value_and_gradients(
