@@ -19,6 +19,7 @@ class Reporter(Protocol):
 
     def start(self, step: int, total_steps: int) -> None: ...
     def step(self, record: Mapping[str, Any]) -> None: ...
+    def validating(self, done: int, total: int) -> None: ...
     def message(self, text: str) -> None: ...
     def stop(self) -> None: ...
 
@@ -32,11 +33,38 @@ class SilentReporter:
     def step(self, record: Mapping[str, Any]) -> None:
         """Nothing."""
 
+    def validating(self, done: int, total: int) -> None:
+        """Nothing."""
+
     def message(self, text: str) -> None:
         """Nothing."""
 
     def stop(self) -> None:
         """Nothing."""
+
+
+class _Pace:
+    """When the next line of something long is due, and how long the rest takes, by what came after `first`."""
+
+    def __init__(self, first: int, total: int):
+        self.total, self._first = total, first
+        self._last_line = self._began = time.monotonic()
+
+    def is_due(self, done: int) -> bool:
+        """Whether to print a line now: the first, one in ten seconds, and the last."""
+        now = time.monotonic()
+        if done <= self._first:
+            self._began = now
+        due = done in (self._first, self.total) or now - self._last_line >= _LINE_EVERY_S
+        if due:
+            self._last_line = now
+        return due
+
+    def eta(self, done: int) -> str:
+        """Of the rest, as a clock has it."""
+        if done <= self._first:
+            return "-:--:--"
+        return _clock((time.monotonic() - self._began) / (done - self._first) * (self.total - done))
 
 
 class ConsoleReporter:
@@ -45,10 +73,11 @@ class ConsoleReporter:
     def __init__(self, console: Console):
         self._console = console
         self._progress: Progress | None = None
-        self._last_line = 0.0
 
     def start(self, step: int, total_steps: int) -> None:
-        self._total, self._first, self._started = total_steps, step, time.monotonic()
+        # The first step compiles; those after it say how long a step takes.
+        self._steps = _Pace(step + 1, total_steps)
+        self._windows: _Pace | None = None
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -62,20 +91,27 @@ class ConsoleReporter:
             self._progress = Progress(*columns, console=self._console)
             self._progress.start()
             self._task = self._progress.add_task("train", total=total_steps, completed=step, numbers="")
+            self._validation = self._progress.add_task("validate", total=None, visible=False, numbers="windows")
 
     def step(self, record: Mapping[str, Any]) -> None:
         numbers, step = describe_step(record), int(record["step"])
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
+        elif self._steps.is_due(step):
+            eta, total = self._steps.eta(step), self._steps.total
+            self._console.print(f"step {step:>6}/{total}  eta {eta}  {numbers}", highlight=False, soft_wrap=True)
+
+    def validating(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._validation, completed=done, total=total, visible=done < total)
             return
-        now = time.monotonic()
-        if step == self._first + 1:  # it compiled; later steps say how long a step takes
-            self._started, self._first = now, step
-        if now - self._last_line >= _LINE_EVERY_S or step == self._total:
-            self._last_line = now
-            done = step - self._first
-            eta = _clock((now - self._started) / done * (self._total - step)) if done else "-:--:--"
-            self._console.print(f"step {step:>6}/{self._total}  eta {eta}  {numbers}", highlight=False, soft_wrap=True)
+        if done == total:
+            self._windows = None
+        elif self._windows is None:
+            self._windows = _Pace(done, total)
+        elif self._windows.is_due(done):
+            eta = self._windows.eta(done)
+            self._console.print(f"validated {done:,} of {total:,} windows  eta {eta}", highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
