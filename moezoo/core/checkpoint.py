@@ -35,7 +35,7 @@ from moezoo.core.files import (
     sha256_of,
     write_atomically,
 )
-from moezoo.core.safetensors_file import read_tensors, write_tensors
+from moezoo.core.safetensors_file import StoredTensors, write_tensors
 
 Array = npt.NDArray[Any]
 
@@ -60,13 +60,15 @@ class CheckpointInfo:
 class Checkpoint:
     """All that a run goes on from: tensors by canonical name, the config's text, and what the caller added.
 
+    Tensors are read from the file when they are asked for; CheckpointError if it was changed since it was verified.
+
     `step` counts the updates done, `tokens` the tokens trained on (None where the saver did not say).
     """
 
     step: int
     tokens: int | None
-    weights: dict[str, Array]
-    optimizer: dict[str, Array]
+    weights: Mapping[str, Array]
+    optimizer: Mapping[str, Array]
     config_text: str
     extra: dict[str, Any]
 
@@ -153,23 +155,35 @@ def latest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 
     Raises CheckpointError where none is whole.
     """
+    path, _, problems = _newest(folder)
+    return path, problems
+
+
+def load_latest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]]:
+    """The newest whole checkpoint, its folder, and what was passed over, as `latest_checkpoint` finds it."""
+    path, manifest, problems = _newest(folder)
+    return _opened(path, manifest), path, problems
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, verified as a whole before any of it is read; CheckpointError for what is wrong."""
+    return _opened(path, _verified(path))
+
+
+def _newest(folder: Path) -> tuple[Path, "_Manifest", list[str]]:
     problems = [problem for name in _names(folder) if (problem := _name_problem(folder, name))]
     for info in reversed(list_checkpoints(folder)):
         try:
-            _verified(info.path)
+            return info.path, _verified(info.path), problems
         except CheckpointError as error:
             problems.append(str(error))
-        else:
-            return info.path, problems
     advice = "Train from the start, or name another run."
     if not problems:
         raise CheckpointError(f"there is no checkpoint in {folder}. {advice}")
     raise CheckpointError(f"there is no whole checkpoint in {folder}: {' '.join(problems)} {advice}")
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint, verified as a whole before any of it is read; CheckpointError for what is wrong."""
-    manifest = _verified(path)
+def _opened(path: Path, manifest: "_Manifest") -> Checkpoint:
     try:
         config_text = (path / _CONFIG).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -177,8 +191,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(
         step=manifest.step,
         tokens=manifest.tokens,
-        weights=read_tensors(path / _WEIGHTS),
-        optimizer=read_tensors(path / _OPTIMIZER),
+        weights=StoredTensors(path / _WEIGHTS),
+        optimizer=StoredTensors(path / _OPTIMIZER),
         config_text=config_text,
         extra=manifest.extra,
     )

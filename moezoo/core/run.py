@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint
+from moezoo.core.checkpoint import Checkpoint, list_checkpoints, load_latest_checkpoint
 from moezoo.core.config import Config, dump_config, load_config, parse_config
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, write_atomically
@@ -101,8 +101,7 @@ def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]
     Raises RunError, SpecError, TokenizerError or CheckpointError.
     """
     run = open_run(path)
-    newest, problems = _latest(run)
-    checkpoint = load_checkpoint(newest)
+    checkpoint, newest, problems = _latest(run)
     config = parse_config(checkpoint.config_text, where=str(newest / "config.yaml"))
     return config, load_tokenizer(run.path), checkpoint, problems
 
@@ -111,13 +110,13 @@ def resume_point(run: Run) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint to go on from, or None where none was written yet; and damaged ones passed over."""
     if not list_checkpoints(run.checkpoints_path):
         return None, []
-    newest, problems = _latest(run)
-    return load_checkpoint(newest), problems
+    checkpoint, _, problems = _latest(run)
+    return checkpoint, problems
 
 
-def _latest(run: Run) -> tuple[Path, list[str]]:
-    newest, problems = latest_checkpoint(run.checkpoints_path)
-    return newest, [f"passed over: {problem}" for problem in problems]
+def _latest(run: Run) -> tuple[Checkpoint, Path, list[str]]:
+    checkpoint, newest, problems = load_latest_checkpoint(run.checkpoints_path)
+    return checkpoint, newest, [f"passed over: {problem}" for problem in problems]
 
 
 def _check_same(old: Config, new: Config, where: Path) -> None:

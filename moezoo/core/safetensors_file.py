@@ -142,17 +142,32 @@ def check_header(path: str | Path) -> dict[str, TensorEntry]:
     return SafetensorsFile(path).entries
 
 
-def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Array]:
-    """Tensors of a safetensors file as NumPy arrays of the stored dtype, the header checked first.
+class StoredTensors(Mapping[str, Array]):
+    """The tensors of a safetensors file, each read when it is asked for. Raises as `SafetensorsFile` does.
 
-    `names` chooses some (all, in the file's order, by default). Raises CheckpointError as `SafetensorsFile` does.
+    Fields:
+        shapes, dtypes: by name, known without reading.
     """
-    file = SafetensorsFile(path)
-    wanted = list(file.entries) if names is None else list(names)
-    missing = [name for name in wanted if name not in file.entries]
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; it holds {len(file.entries)} other tensors.")
-    return {name: file.read(name) for name in wanted}
+
+    def __init__(self, path: str | Path):
+        self._file = SafetensorsFile(path)
+        forms = {name: numpy_form(entry) for name, entry in self._file.entries.items()}
+        self.dtypes = {name: dtype for name, (dtype, _) in forms.items()}
+        self.shapes = {name: shape for name, (_, shape) in forms.items()}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._file.read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[int, str]:

@@ -28,6 +28,7 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.ready_batches import ReadyBatches
 from moezoo.core.run import Run, resume_point
+from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.schedules import learning_rate
 
 
@@ -67,7 +68,7 @@ class _Training:
         state = None if checkpoint is None else checkpoint.optimizer
         if state is not None:
             check_names_and_shapes(
-                {name: value.shape for name, value in state.items()},
+                shapes_of(state),
                 {
                     f"{moment}.{row.name}": row.shape
                     for moment in ("first_moment", "second_moment")

@@ -11,7 +11,16 @@ from flax import nnx
 
 from moezoo.jax_backend.transformer import Transformer
 
-_FIXED = ("inference", "name")  # arguments that are no arrays
+
+@partial(jax.jit, static_argnames=("graph", "inference"))
+def _computed(graph: nnx.GraphDef, state: nnx.State, given: Any, named: dict[str, Any], inference: bool | None) -> Any:
+    """What a block gives. Blocks that are equal but for their numbers are traced once, and called as a function."""
+
+    def block(state: nnx.State, given: Any, named: dict[str, Any]) -> Any:
+        fixed = {} if inference is None else {"inference": inference}
+        return nnx.merge(graph, state)(*given, **named, **fixed)
+
+    return jax.checkpoint(block)(state, given, named)
 
 
 class _Recomputed(nnx.Module):
@@ -20,9 +29,11 @@ class _Recomputed(nnx.Module):
     def __init__(self, block: nnx.Module):
         self.block = block
 
-    def __call__(self, *given: Any, record: Any = None, **named: Any) -> Any:
-        fixed = {name: named.pop(name) for name in _FIXED if name in named}
-        return jax.checkpoint(partial(self.block, **fixed))(*given, **named)
+    def __call__(
+        self, *given: Any, record: Any = None, name: str = "", inference: bool | None = None, **named: Any
+    ) -> Any:
+        graph, state = nnx.split(self.block)
+        return _computed(graph, state, given, named, inference)
 
 
 def recomputed(module: Transformer) -> Transformer:
@@ -34,10 +45,17 @@ def recomputed(module: Transformer) -> Transformer:
     return module
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options(*, rematerialize: bool) -> dict[str, str]:
     """Of a training step.
 
-    Trap: on the CPU, XLA drops optimization barriers before it merges and fuses computations. It would keep what
-    `jax.checkpoint` asks to compute again, and compute again what a barrier asks to keep.
+    Trap: on the CPU, XLA drops optimization barriers before it merges and fuses computations. It would compute again
+    what a barrier asks to keep.
+
+    Trap: it also copies called functions into the step, and then has the gradients of all layers at once before it adds
+    those of the next micro-batch to them. A call that stays one gives its own before the next one begins, and what it
+    computes again is not merged with what was computed before.
     """
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}
+    if jax.default_backend() != "cpu":
+        return {}
+    left_out = ["cse_barrier_expander", *(["call-inliner"] if rematerialize else [])]
+    return {"xla_disable_hlo_passes": ",".join(left_out)}

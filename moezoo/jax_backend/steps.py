@@ -219,7 +219,8 @@ class JaxModel:
             adam = optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second)
             self._moments = (adam, *self._moments[1:])
         step = partial(self._step_values, config)
-        self._step = jax.jit(step, donate_argnums=(0, 2), compiler_options=compiler_options())
+        options = compiler_options(rematerialize=self._rematerialize)
+        self._step = jax.jit(step, donate_argnums=(0, 2), compiler_options=options)
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:

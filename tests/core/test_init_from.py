@@ -18,7 +18,7 @@ from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.init_from import initial_tokenizer, open_start
 from moezoo.core.run import load_run
-from moezoo.core.safetensors_file import read_tensors, write_tensors
+from moezoo.core.safetensors_file import StoredTensors, write_tensors
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import write_checkpoint
 from tests.small_run import MODEL, write_config
@@ -118,7 +118,7 @@ def test_the_same_model_may_be_written_out(tmp_path):
 
 def test_weights_of_a_bfloat16_file_become_float32(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
-    tensors = {name: value.astype(bfloat16) for name, value in read_tensors(source / "model.safetensors").items()}
+    tensors = {name: value.astype(bfloat16) for name, value in StoredTensors(source / "model.safetensors").items()}
     write_tensors(source / "model.safetensors", tensors, {})
     stored = open_checkpoint(source).weights
     start = open_start(load_config(config_file(tmp_path, source)))

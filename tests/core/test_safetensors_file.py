@@ -13,8 +13,9 @@ import safetensors.numpy
 from moezoo.core.errors import CheckpointError
 from moezoo.core.safetensors_file import (
     SafetensorsFile,
+    StoredTensors,
     check_header,
-    read_tensors,
+    shapes_of,
     write_stream,
     write_tensors,
 )
@@ -69,7 +70,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
 def test_what_is_written_is_read_by_us_and_by_safetensors(tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, small_tensors(), {"z": "1", "format": "pt"})
-    assert_same(read_tensors(path), small_tensors())
+    assert_same(StoredTensors(path), small_tensors())
     assert_same(safetensors.numpy.load(path.read_bytes()), small_tensors())
     with safetensors.safe_open(path, "np") as file:
         assert file.metadata() == {"z": "1", "format": "pt"}
@@ -101,13 +102,13 @@ def test_every_dtype_comes_back(tmp_path, dtype):
         "none": np.ones(0, known),
     }
     write_tensors(tmp_path / "a", tensors, {})
-    assert_same(read_tensors(tmp_path / "a"), tensors)
+    assert_same(StoredTensors(tmp_path / "a"), tensors)
 
 
 def test_strided_and_big_endian_arrays_are_stored_by_value(tmp_path):
     tensor = np.arange(12, dtype=np.float32).reshape(3, 4)
     write_tensors(tmp_path / "a", {"t": tensor.T, "s": tensor[::2, 1:], "b": tensor.astype(">f4")}, {})
-    found = read_tensors(tmp_path / "a")
+    found = StoredTensors(tmp_path / "a")
     np.testing.assert_array_equal(found["t"], tensor.T)
     np.testing.assert_array_equal(found["s"], tensor[::2, 1:])
     np.testing.assert_array_equal(found["b"], tensor)
@@ -120,11 +121,21 @@ def test_order_of_tensors_and_metadata_does_not_change_the_bytes(tmp_path):
     assert bytes_of(tmp_path, tensors, metadata) == bytes_of(tmp_path, *backwards)
 
 
-def test_some_names_are_read_in_the_order_asked(tmp_path):
+def test_stored_tensors_say_what_they_are_and_are_read_when_asked_for(tmp_path, monkeypatch):
     write_tensors(tmp_path / "a", small_tensors(), {})
-    assert list(read_tensors(tmp_path / "a", ["mask", "bias"])) == ["mask", "bias"]
-    with pytest.raises(CheckpointError, match=r"lacks head, tail; it holds 6"):
-        read_tensors(tmp_path / "a", ["head", "bias", "tail"])
+    stored, read = StoredTensors(tmp_path / "a"), []
+    one = SafetensorsFile.read
+    monkeypatch.setattr(SafetensorsFile, "read", lambda file, name: read.append(name) or one(file, name))
+    assert stored.shapes == {name: value.shape for name, value in small_tensors().items()} == shapes_of(stored)
+    assert stored.dtypes == {name: value.dtype for name, value in small_tensors().items()}
+    assert "mask" in stored
+    assert "head" not in stored
+    assert set(stored) == set(small_tensors())
+    assert read == []
+    np.testing.assert_array_equal(stored["bias"], small_tensors()["bias"])
+    assert read == ["bias"]
+    with pytest.raises(KeyError):
+        stored["head"]
 
 
 def test_header_says_where_each_tensor_lies(tmp_path):
@@ -138,7 +149,7 @@ def test_header_says_where_each_tensor_lies(tmp_path):
 
 def test_arrays_that_are_read_can_be_written_to(tmp_path):
     write_tensors(tmp_path / "a", small_tensors(), {})
-    read_tensors(tmp_path / "a")["bias"][:] = 0
+    StoredTensors(tmp_path / "a")["bias"][:] = 0
 
 
 @pytest.mark.parametrize(
@@ -203,7 +214,7 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 
 def test_packed_elements_are_read_as_bytes(tmp_path):
     header = {"a": entry("F4", (2, 4), (0, 4)), "b": entry("F4", (2, 3), (4, 7)), "c": entry("F6_E2M3", (4,), (7, 10))}
-    found = read_tensors(file_with(tmp_path, header, bytes(range(10))))
+    found = StoredTensors(file_with(tmp_path, header, bytes(range(10))))
     assert {name: array.tolist() for name, array in found.items()} == {
         "a": [[0, 1], [2, 3]],
         "b": [4, 5, 6],  # a row does not end on a whole byte
@@ -213,7 +224,7 @@ def test_packed_elements_are_read_as_bytes(tmp_path):
 
 def test_boolean_that_is_neither_0_nor_1_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither 0 nor 1"):
-        read_tensors(file_with(tmp_path, {"a": entry("BOOL", (2,), (0, 2))}, b"\x01\x02"))
+        StoredTensors(file_with(tmp_path, {"a": entry("BOOL", (2,), (0, 2))}, b"\x01\x02"))["a"]
 
 
 def test_what_cannot_be_stored_is_refused_before_the_old_file_is_touched(tmp_path):
@@ -227,7 +238,7 @@ def test_what_cannot_be_stored_is_refused_before_the_old_file_is_touched(tmp_pat
     ):
         with pytest.raises(CheckpointError, match=problem):
             write_tensors(path, tensors, {})
-    assert_same(read_tensors(path), small_tensors())
+    assert_same(StoredTensors(path), small_tensors())
 
 
 def test_file_cut_short_while_it_is_read_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
@@ -241,7 +252,7 @@ def test_file_cut_short_while_it_is_read_is_an_error_and_not_a_crash(tmp_path, m
 
     monkeypatch.setattr(np, "empty", cut_then_allocate)
     with pytest.raises(CheckpointError, match="became shorter while x was read"):
-        read_tensors(path)
+        StoredTensors(path)["x"]
 
 
 def corrupted(content, draw):
@@ -302,7 +313,7 @@ def test_corruptions_are_accepted_only_where_safetensors_accepts_them(tmp_path):
         }
         assert found == theirs, f"seed {seed}"
         try:
-            values = read_tensors(path)
+            values = dict(StoredTensors(path))
         except CheckpointError as error:
             refused_when_read.append(str(error))
         else:
@@ -338,7 +349,7 @@ def test_a_header_is_made_of_dtype_names_and_shapes(tmp_path):
 def test_packed_elements_are_written_as_bytes(tmp_path):
     header = encode_header({"a": ("F4", (2, 4))}, {})
     write_stream(tmp_path / "a", header, [("a", np.arange(4, dtype=np.uint8).reshape(2, 2))])
-    assert read_tensors(tmp_path / "a")["a"].tolist() == [[0, 1], [2, 3]]
+    assert StoredTensors(tmp_path / "a")["a"].tolist() == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize(
