@@ -239,7 +239,8 @@ def training_memory(config: Config) -> dict[str, int]:
     With n parameters, A micro-batches of `P = batch_size / A * sequence_length` tokens, and c bytes of
     the compute dtype:
 
-    - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the sum and the newest); `moments`: 8 n. All float32.
+    - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the sum and the newest, which with `rematerialize: block`
+      are those of one layer at a time); `moments`: 8 n. All float32.
     - `activations`: P times what the backward pass needs of a token. Per layer: attention
       `c (4 D + 3 Q) + 4 N T` (two norms in and out; queries, keys and values, again after the rotation, and the heads'
       output, Q numbers together with N H + M H of grouped heads; float32 probabilities, whole, where there are any);
@@ -261,16 +262,28 @@ def training_memory(config: Config) -> dict[str, int]:
     compute = COMPUTE_BYTES[compute_dtype(spec)]
     whole = [_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers]
     per_token = sum(whole)
+    newest = parameters if parts > 1 else 0
     if config.training.rematerialize == "block":
         experts = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
         per_token = 4 * compute * spec.embed_dim * len(whole) + 2 * _FLOAT32_BYTES * experts + max(whole)
+        newest = min(newest, _largest_layer(spec))
     return {
         "parameters": _FLOAT32_BYTES * parameters,
-        "gradients": _FLOAT32_BYTES * parameters * (1 if parts == 1 else 2),
+        "gradients": _FLOAT32_BYTES * (parameters + newest),
         "moments": 2 * _FLOAT32_BYTES * parameters,
         "activations": tokens * (per_token + 2 * compute * spec.embed_dim),
         "logits": 2 * _FLOAT32_BYTES * tokens * spec.vocab,
     }
+
+
+def _largest_layer(spec: ModelSpec) -> int:
+    """Parameters of the layer that has most."""
+    layers = [0] * len(spec.all_layers)
+    for row in parameter_table(spec):
+        part, *rest = row.name.split(".")
+        if part == "layers":
+            layers[int(rest[0])] += row.size
+    return max(layers)
 
 
 def _activation_bytes(layer: LayerSpec, embed_dim: int, length: int, compute: int) -> int:

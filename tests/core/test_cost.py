@@ -162,6 +162,18 @@ def test_with_rematerialization_one_layer_at_a_time_has_all_activations(config):
     assert memory["activations"] == 3 * 5 * (kept + attention + moe + 2 * 4 * 20)
 
 
+def test_with_rematerialization_a_micro_batch_has_the_gradients_of_one_layer_at_a_time(config):
+    training = config.training.model_copy(update={"rematerialize": "block"})
+    memory = training_memory(config.model_copy(update={"training": training}))
+    layers = [
+        sum(row.size for row in parameter_table(config.model) if row.name.startswith(f"layers.{index}."))
+        for index in range(3)
+    ]
+    assert memory["gradients"] == memory["parameters"] + 4 * max(layers)
+    single = training.model_copy(update={"gradient_accumulation": 1})
+    assert training_memory(config.model_copy(update={"training": single}))["gradients"] == memory["parameters"]
+
+
 def test_a_null_vocabulary_is_refused_by_name(config):
     spec = with_model(config, vocab_size=None).model
     for cost in (parameter_counts, lambda spec: flops_per_token(spec, 5, True)):
