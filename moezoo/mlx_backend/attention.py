@@ -8,7 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.cpu_kernels import Chunk, attend_in_chunks, is_x86_cpu
+from moezoo.mlx_backend.cpu_kernels import SMALL, Chunk, attend_in_chunks, is_x86_cpu
 from moezoo.mlx_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.mlx_backend.positions import positions, rotate, same_side
@@ -19,7 +19,7 @@ def attend(
     query_BTMGH: mx.array,
     key_BSMH: mx.array,
     value_BSMH: mx.array,
-    mask_TS: mx.array,
+    mask_TS: mx.array | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -27,7 +27,8 @@ def attend(
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike; it has no cap.
 
-    On x86 by `cpu_kernels`, but where rows have masks of their own, as prompts of unequal length do.
+    Without a mask every query sees all keys. On x86 by `cpu_kernels`, but where rows have masks of their own, as
+    prompts of unequal length do, and for few scores, where fewer operations are faster.
     """
     dtype = query_BTMGH.dtype
     batch, length, kv_heads, group, head_dim = query_BTMGH.shape
@@ -37,14 +38,17 @@ def attend(
         query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
     if softcap is not None:
         score = mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH) * scale
-        mask = mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None]
-        score = mx.where(mask, softcap * mx.tanh(score / softcap), -mx.inf)
+        score = softcap * mx.tanh(score / softcap)
+        if mask_TS is not None:
+            score = mx.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -mx.inf)
         if sink_N is not None:
             sink_MG11 = sink_N.reshape(kv_heads, group, 1, 1)
             score = mx.concatenate([score, mx.broadcast_to(sink_MG11, (*score.shape[:-1], 1))], axis=-1)
         weight = mx.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
         return mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH).astype(dtype)
-    if is_x86_cpu() and mask_TS.ndim == 2:
+    if mask_TS is not None and mask_TS.ndim == 3:
+        mask_TS = mask_TS[:, None]
+    elif is_x86_cpu() and batch * kv_heads * group * length * key_BSMH.shape[1] >= SMALL:
         whole = Chunk(0, length, 0, key_BSMH.shape[1], mask_TS)
         return attend_in_chunks(query_BTMGH, key_BSMH, value_BSMH, [whole], scale, sink_N).astype(dtype)
     attended_BNTH = mx.fast.scaled_dot_product_attention(
@@ -52,7 +56,7 @@ def attend(
         key_BSMH.swapaxes(1, 2),
         value_BSMH.swapaxes(1, 2),
         scale=scale,
-        mask=mask_TS if mask_TS.ndim == 2 else mask_TS[:, None],
+        mask=mask_TS,
         sinks=None if sink_N is None else sink_N.astype(query_BTMGH.dtype),
     )
     return attended_BNTH.swapaxes(1, 2).reshape(batch, length, kv_heads, group, -1).astype(dtype)
@@ -119,8 +123,10 @@ def attend_causally(
 
 def _mask(
     spec: GroupedQueryAttentionSpec, position_T: mx.array, place_S: mx.array, first_B: mx.array | None
-) -> mx.array:
-    """What tokens at these positions may look at, of what stands at these places: [T, S], or [B, T, S]."""
+) -> mx.array | None:
+    """What tokens at these positions may look at, of what stands at these places: [T, S], or [B, T, S]; None: all."""
+    if position_T.size == 1 and first_B is None and spec.window is None and spec.chunk is None:
+        return None  # one more token, and nobody who looks at all of them keeps a cache that rolls
     position_S = place_S if first_B is None else place_S - first_B[:, None]
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
 
@@ -182,14 +188,16 @@ class GroupedQueryAttention(nn.Module):
         if spec.qkv_bias:
             query = query + self.b_query.astype(dtype)
         batch, length = x_BTD.shape[:2]
-        position_T = positions(length, 0 if cache is None else cache.length, first_B)
-        query = self._placed(query, None if spec.qk_norm is None else self.query_norm, position_T)
+        cached = 0 if cache is None else cache.length
+        position_T = positions(length, cached, first_B)
+        known_T = range(cached, cached + length) if first_B is None else position_T
+        query = self._placed(query, None if spec.qk_norm is None else self.query_norm, known_T)
         if spec.temperature_tuning is not None:
             warmth_T = temperature(spec.temperature_tuning, mx.maximum(position_T, 0))
             query = (query * warmth_T[..., None, None]).astype(dtype)
         value = None
         if spec.keys_of_layer is None:
-            key, value = self._keys_and_values(x_BTD, position_T)
+            key, value = self._keys_and_values(x_BTD, known_T)
             mixed = value
             if spec.value_residual and self.layer > 0:
                 mix = self.value_mix.astype(mx.float32)
@@ -220,7 +228,7 @@ class GroupedQueryAttention(nn.Module):
             output = output + self.b_output.astype(dtype)
         return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
 
-    def _keys_and_values(self, x_BTD: mx.array, position_T: mx.array) -> tuple[mx.array, mx.array]:
+    def _keys_and_values(self, x_BTD: mx.array, position_T: mx.array | range) -> tuple[mx.array, mx.array]:
         """Keys as queries meet them, and values as they are before any mix."""
         spec, dtype = self.spec, x_BTD.dtype
         key = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
@@ -239,7 +247,7 @@ class GroupedQueryAttention(nn.Module):
             value = (value.astype(mx.float32) * spec.value_multiplier).astype(dtype)
         return self._placed(key, None if spec.qk_norm is None else self.key_norm, position_T), value
 
-    def _placed(self, x: mx.array, norm: RMSNorm | LayerNorm | None, position_T: mx.array) -> mx.array:
+    def _placed(self, x: mx.array, norm: RMSNorm | LayerNorm | None, position_T: mx.array | range) -> mx.array:
         """Queries or keys normalized, clipped and rotated."""
         spec = self.spec
         if norm is not None and not spec.qk_norm_after_rotation:

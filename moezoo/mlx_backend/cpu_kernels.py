@@ -25,6 +25,9 @@ _HIDDEN = (
     -1e30
 )  # the power of 2 of it is exactly 0; of a moderate number it may be denormal, and products of those crawl
 
+SMALL = 2**14
+"""Elements up to which one thread does what two could share."""
+
 
 @functools.cache
 def is_x86_cpu() -> bool:
@@ -61,8 +64,8 @@ def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.arra
 
     @mx.custom_function
     def of(gate: mx.array, up: mx.array) -> list[mx.array]:
-        outs, shares = [], []
-        for stream, gate_part, up_part in zip(streams(), _parts(gate), _parts(up), strict=False):
+        outs, shares, count = [], [], _num_parts(gate)
+        for stream, gate_part, up_part in zip(streams(), _parts(gate, count), _parts(up, count), strict=False):
             with mx.stream(stream):
                 shares.append(_sigmoid(gate_part))
                 outs.append(gate_part * shares[-1] * up_part)
@@ -71,8 +74,9 @@ def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.arra
 
     @of.vjp
     def _(primals: tuple, gradients: list, outputs: list) -> tuple[mx.array, mx.array]:
-        of_gate, of_up = [], []
-        for stream, share, *parts in zip(streams(), outputs[1:], *map(_parts, (*primals, gradients[0])), strict=False):
+        of_gate, of_up, shares = [], [], outputs[1:]
+        arrays = (_parts(array, len(shares)) for array in (*primals, gradients[0]))
+        for stream, share, *parts in zip(streams(), shares, *arrays, strict=False):
             gate, up, gradient = parts
             with mx.stream(stream):
                 silu = gate * share
@@ -153,6 +157,8 @@ def sum_over_rows(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array
 
 def _sum_of_slots(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
     row_PK = mx.argsort(token_R).reshape(-1, num_slots)
+    if x_RD.size < SMALL:
+        return mx.sum(x_RD[row_PK], axis=1)
     total = x_RD[row_PK[:, 0]]
     for slot in range(1, num_slots):
         total = total + x_RD[row_PK[:, slot]]
@@ -267,9 +273,10 @@ def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink
     key, value = (x[:, chunk.first : chunk.last] for x in (key, value))
     score = (_folded(query) @ key.swapaxes(1, 2)).reshape(*query.shape[:3], -1)
     hidden = None if chunk.mask_TS is None else mx.where(chunk.mask_TS, 0.0, _HIDDEN)
-    sinks = _parts(sink[0]) if sink else [None] * len(_parts(score))
+    count = _num_parts(score)
+    sinks = _parts(sink[0], count) if sink else [None] * count
     numerators, sums, shares = [], [], []
-    for stream, part, of_sink in zip(streams(), _parts(score), sinks, strict=False):
+    for stream, part, of_sink in zip(streams(), _parts(score, count), sinks, strict=False):
         with mx.stream(stream):
             part = part if hidden is None else part + hidden
             largest = mx.max(part, axis=-1, keepdims=True)
@@ -280,7 +287,7 @@ def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink
                 shares.append(mx.power(2.0, of_sink - largest))
                 sums[-1] = sums[-1] + shares[-1]
     total = mx.concatenate(sums)
-    out = mx.concatenate([_folded(part) @ of for part, of in zip(numerators, _parts(value), strict=True)])
+    out = mx.concatenate([_folded(part) @ of for part, of in zip(numerators, _parts(value, count), strict=True)])
     share = [mx.concatenate(shares) / total] if sink else []
     return [out.reshape(*query.shape[:3], -1) / total, numerators, total, *share]
 
@@ -294,9 +301,10 @@ def _attend_backward(
     gradient, inner = _folded(gradient[:, :, rows] / total), _folded(inner[:, :, rows] / total)
     of_weight = gradient @ value.swapaxes(1, 2)
     found = []
+    arrays = (_parts(array, len(numerators)) for array in (of_weight, inner, _folded(query), key, gradient))
     for stream, *parts in zip(
         streams(),
-        *map(_parts, (of_weight, inner, _folded(query), key, gradient)),
+        *arrays,
         map(_folded, numerators),
         strict=False,  # there may be fewer parts than streams
     ):
@@ -315,9 +323,13 @@ def _folded(x_XGTH: mx.array) -> mx.array:
     return x_XGTH.reshape(x_XGTH.shape[0], -1, x_XGTH.shape[-1])
 
 
-def _parts(x: mx.array) -> list[mx.array]:
-    """As many parts of the first axis as there are streams, or fewer."""
-    count = min(len(streams()), len(x))
+def _num_parts(x: mx.array) -> int:
+    """How many streams are worth it: what a token leaves is done before another thread has woken up."""
+    return 1 if x.size < SMALL else min(len(streams()), len(x))
+
+
+def _parts(x: mx.array, count: int) -> list[mx.array]:
+    """So many parts of the first axis."""
     return mx.split(x, [len(x) * part // count for part in range(1, count)])
 
 

@@ -61,7 +61,9 @@ def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dis
     num_tokens, num_slots = routing.expert_PK.shape
     num_experts, most = spec.num_experts, num_rows(spec, num_tokens, inference=inference)
     kept_PK = kept_slots(spec, routing, inference=inference)
-    computed_PK = kept_PK & (routing.expert_PK < num_experts)
+    computed_PK = kept_PK
+    if spec.num_choices > num_experts:
+        computed_PK = kept_PK & (routing.expert_PK < num_experts)
     size_E = _counts(routing.expert_PK, computed_PK, num_experts)
     if mostly_unused(spec, inference=inference):
         # gather_mm would multiply unused rows too. Shapes may depend on values here: nothing is compiled.

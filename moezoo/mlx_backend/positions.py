@@ -1,5 +1,6 @@
 """Position information. Spec: moezoo.core.reference.positions."""
 
+import functools
 from typing import assert_never
 
 import mlx.core as mx
@@ -13,12 +14,18 @@ from moezoo.mlx_backend.arrays import Weights
 __all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # the last is a number, and core's
 
 
-def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.positions.rotate; positions are [T], or [B, T] where rows begin at other places."""
-    frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
-    rotated_dim = 2 * len(frequency)
-    angle = _angle(position_T, frequency)[..., None, :]
-    cosine, sine = attention_factor * mx.cos(angle), attention_factor * mx.sin(angle)
+def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array | range) -> mx.array:
+    """Spec: moezoo.core.reference.positions.rotate; positions are [T], or [B, T] where rows begin at other places.
+
+    A range has them where Python knows them.
+    """
+    if isinstance(position_T, range):
+        cosine, sine = _waves(spec, x_BTNH.shape[-1], position_T)
+    else:
+        frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
+        angle = _angle(position_T, frequency)[..., None, :]
+        cosine, sine = attention_factor * mx.cos(angle), attention_factor * mx.sin(angle)
+    rotated_dim = 2 * cosine.shape[-1]
 
     def turn(first: mx.array, second: mx.array) -> list[mx.array]:
         return [first * cosine - second * sine, second * cosine + first * sine]
@@ -34,6 +41,18 @@ def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
             assert_never(spec.layout)
     out = out.astype(x_BTNH.dtype)
     return out if rotated_dim == x_BTNH.shape[-1] else mx.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _waves(spec: RoPESpec, head_dim: int, position_T: range) -> tuple[mx.array, mx.array]:
+    """Cosine and sine [T, 1, H / 2], once for all layers, queries, keys and steps; float32.
+
+    When a token is decoded, operations cost by their number and not by their size.
+    """
+    frequency, attention_factor = frequencies(spec, head_dim)
+    angle = np.array(position_T, np.float32)[:, None, None] * frequency.astype(np.float32)
+    factor = np.float32(attention_factor)
+    return mx.array(factor * np.cos(angle)), mx.array(factor * np.sin(angle))
 
 
 def positions(length: int, cached: mx.array | int, first_B: mx.array | None) -> mx.array:

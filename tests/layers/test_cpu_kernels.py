@@ -29,9 +29,11 @@ def mlx() -> Twin:
     return Twin("mlx")
 
 
-@pytest.fixture
-def use(mlx, monkeypatch):
+@pytest.fixture(params=[0, 2**14], ids=["in parts", "small ones whole"])
+def use(request, mlx, monkeypatch):
     """Take the kernels of this file's subject, or MLX's own, whatever the platform is."""
+    for stem in ("attention", "cpu_kernels"):
+        monkeypatch.setattr(mlx.module(stem), "SMALL", request.param)
 
     def choose(kernels: bool) -> None:
         for stem in (*USERS, "cpu_kernels"):
@@ -74,6 +76,21 @@ def test_sigmoid_and_log_losses_are_mlxs_for_arguments_of_any_size(mlx, scale):
     of_kernel = mx.grad(lambda x: mx.sum(kernels.log_losses(x, target)))(x)
     of_mlx = mx.grad(lambda x: mx.sum(mx.logsumexp(x, axis=-1) - mx.take_along_axis(x, target[:, None], axis=-1)[:, 0]))
     assert_close(mlx.numpy(of_kernel), mlx.numpy(of_mlx(x)), FLOAT32_GRADIENT)
+
+
+@pytest.mark.parametrize("attention", [ATTENTION, ATTENTION.model_copy(update={"window": 5})])
+def test_a_token_is_decoded_alike_with_and_without_the_kernels(mlx, use, attention):
+    spec = spec_of(GatedFeedForwardSpec(hidden_dim=F), attention)
+    model = mlx.backend().build(spec, initial_weights(spec, 0))
+    token_BT = np.random.default_rng(0).integers(0, V, (B, 12)).astype(np.int32)
+    expected = model.forward(token_BT, inference=True).logits
+    for kernels in (True, False):
+        use(kernels)
+        logits, cache = model.prefill(token_BT[:, :9], 12)
+        assert_close(logits, expected[:, 8], FLOAT32)
+        for place in range(9, 12):
+            logits, cache = model.decode(token_BT[:, place], cache)
+            assert_close(logits, expected[:, place], FLOAT32)
 
 
 def test_a_hidden_key_has_weight_zero_however_large_its_score(mlx):
