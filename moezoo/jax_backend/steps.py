@@ -59,7 +59,7 @@ class JaxBackend:
         kind = device.device_kind if device.platform != "cpu" else "cpu"
         facts = {
             "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
-            "experts": grouped_path(),
+            "experts": grouped_path() + ("; few rows: the chosen ones alone" if grouped_path() == "blocks" else ""),
             "compile cache": self._compile_cache,
         }
         return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}

@@ -51,7 +51,7 @@ class MlxBackend:
             fused = "nothing (slower updates): no g++ on the PATH"
         return {
             "device": f"{device}, MLX {mx.__version__}",
-            "experts": grouped_path(),
+            "experts": grouped_path() + ("; few rows: gather_mm" if grouped_path() == "slices" else ""),
             "blas": BLAS,
             "freed memory": FREED_MEMORY,
             "exponentials": exponentials,
