@@ -1,8 +1,8 @@
 """Cross-entropy and auxiliary losses. Spec: moezoo.core.reference.losses."""
 
 import math
-from collections.abc import Sequence
-from typing import assert_never
+from collections.abc import Callable, Sequence
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,72 @@ from moezoo.core.spec import (
 from moezoo.jax_backend.dispatch import expert_counts
 from moezoo.jax_backend.routing import Routing
 
+PART = 2**20
+"""Logits that cross-entropy has the exponentials of at once: 4 MiB."""
+
 
 def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.losses.token_losses."""
-    chosen = jnp.take_along_axis(logits_BTV, jnp.maximum(target_BT, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(target_BT == IGNORED, 0.0, jax.nn.logsumexp(logits_BTV, axis=-1) - chosen)
+    return jnp.where(target_BT == IGNORED, 0.0, _log_losses(logits_BTV, jnp.maximum(target_BT, 0)))
+
+
+@jax.custom_vjp
+def _log_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
+    """-log softmax(logits) of each target.
+
+    Some positions after the other, so that [B, T, V] is there once: the exponentials are those of a few positions, and
+    on the way back the gradient takes the place of the logits.
+    """
+    return _log_losses_forward(logits_BTV, target_BT)[0]
+
+
+def _log_losses_forward(logits_BTV: jax.Array, target_BT: jax.Array):
+    def of_positions(start: jax.Array, length: int, found: tuple[jax.Array, ...]):
+        logits_BTV, *columns = found
+        logits, target = (lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in (logits_BTV, target_BT))
+        largest = jnp.max(logits, axis=-1)
+        total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        columns = [
+            lax.dynamic_update_slice_in_dim(*pair, start, axis=1)
+            for pair in zip(columns, (largest, total, chosen), strict=True)
+        ]
+        return logits_BTV, *columns
+
+    # Trap: the way back writes over the logits, and XLA would copy them first if they did not come out of this loop.
+    empty = jnp.zeros(target_BT.shape, logits_BTV.dtype)
+    logits_BTV, largest_BT, total_BT, chosen_BT = _over_positions(
+        logits_BTV.shape, of_positions, (logits_BTV, empty, empty, empty)
+    )
+    return jnp.log(total_BT) + (largest_BT - chosen_BT), (logits_BTV, target_BT, largest_BT, total_BT)
+
+
+def _log_losses_backward(saved, gradient_BT: jax.Array):
+    logits_BTV, *columns = saved
+    token_V = jnp.arange(logits_BTV.shape[-1])
+
+    def of_positions(start: jax.Array, length: int, logits_BTV: jax.Array) -> jax.Array:
+        logits, target, largest, total, gradient = (
+            lax.dynamic_slice_in_dim(whole, start, length, axis=1) for whole in (logits_BTV, *columns, gradient_BT)
+        )
+        # Trap: less the logarithm of the sum instead, the digits that large logits lost in it would be lost here.
+        share = jnp.exp(logits - largest[..., None]) / total[..., None]
+        found = (share - (token_V == target[..., None])) * gradient[..., None]
+        return lax.dynamic_update_slice_in_dim(logits_BTV, found, start, axis=1)
+
+    return _over_positions(logits_BTV.shape, of_positions, logits_BTV), None
+
+
+_log_losses.defvjp(_log_losses_forward, _log_losses_backward)
+
+
+def _over_positions(shape: tuple[int, ...], of_positions: Callable[..., Any], carried: Any) -> Any:
+    """`of_positions(start, length, carried)` for as many positions at once as have PART logits, and for the rest."""
+    batch, length, vocab = shape
+    part = max(1, min(length, PART // (batch * vocab)))
+    whole = length // part
+    carried = lax.fori_loop(0, whole, lambda index, carried: of_positions(index * part, part, carried), carried)
+    return of_positions(whole * part, length % part, carried) if length % part else carried
 
 
 def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:

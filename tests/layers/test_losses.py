@@ -34,8 +34,9 @@ from moezoo.core.spec import (
     SwitchBalanceLossSpec,
     ZeroComputationSpec,
 )
+from tests.backends_available import require_backend
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, K, P, T, V, assert_function_matches, assert_reference_gradient, normal
+from tests.twins import B, D, K, P, T, Twin, V, assert_function_matches, assert_reference_gradient, normal
 
 LOGITS_BTV = 3 * normal(0, B, T, V)
 TARGET_BT = np.random.default_rng(1).integers(0, V, (B, T))
@@ -148,6 +149,21 @@ def twins_terms(twin, spec, routings, **options):
 
 
 def test_token_losses_and_their_gradient_match_the_reference(twin):
+    target_BT = twin.array(TARGET_BT)
+    assert_function_matches(
+        twin,
+        lambda logits: twin.module("losses").token_losses(logits, target_BT),
+        lambda logits: reference.token_losses(logits, TARGET_BT),
+        LOGITS_BTV,
+    )
+
+
+@pytest.mark.parametrize("positions", [1, 3, T, 1000])
+def test_token_losses_are_the_same_over_few_positions_at_once(monkeypatch, positions):
+    """JAX: parts that divide the length, with a rest, and larger than all."""
+    require_backend("jax")
+    twin = Twin("jax")
+    monkeypatch.setattr(twin.module("losses"), "PART", positions * B * V)
     target_BT = twin.array(TARGET_BT)
     assert_function_matches(
         twin,
