@@ -91,7 +91,8 @@ def test_starts_are_timed_with_empty_and_with_filled_caches():
 
 
 BENCHMARK = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background inherits that it is ignored
 from moezoo.bench.measure import Effort, take_turns
 from moezoo.bench.process import Process
 from tests.bench.fakes import CASE, fake
