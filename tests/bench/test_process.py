@@ -92,7 +92,7 @@ def test_starts_are_timed_with_empty_and_with_filled_caches():
 
 BENCHMARK = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 from moezoo.bench.measure import Effort, take_turns
 from moezoo.bench.process import Process
 from tests.bench.fakes import CASE, fake
