@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BACKEND ?= $(if $(filter Darwin-arm64,$(shell uname -s)-$(shell uname -m)),mlx,jax)
 FABLES := runs/fables-$(BACKEND)
 
-.PHONY: train test check links setup clean
+.PHONY: train test parity check links setup clean
 
 train: setup
 	$(BIN)/moezoo train configs/fables.yaml --backend $(BACKEND) --out $(FABLES) $(if $(wildcard $(FABLES)/config.yaml),--resume)
@@ -15,6 +15,12 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# With the compiler's optimizations, as users have it and the tests do not.
+parity: setup
+	$(BIN)/moezoo parity configs/tiny/top_k.yaml
+	$(BIN)/moezoo parity configs/tiny/latent_attention.yaml
+	$(BIN)/moezoo parity configs/tiny/bfloat16.yaml
 
 check: setup
 	$(BIN)/ruff check .
