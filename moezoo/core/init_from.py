@@ -3,7 +3,7 @@
 Writing: writings/fine_tuning.md.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from moezoo.core.huggingface.layout import Layout
 from moezoo.core.opened_model import describe_model, open_model
 from moezoo.core.parameters import parameter_table
 from moezoo.core.run import is_run
-from moezoo.core.safetensors_file import shapes_of
+from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -98,24 +98,15 @@ def _check(config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
         ) from None
 
 
-class _Float32(Mapping[str, NDArray[np.float32]]):
+class _Float32(ReadWhenAsked):
     """Arrays of any dtype as float32, one at a time."""
 
     def __init__(self, weights: Mapping[str, NDArray[Any]]):
+        super().__init__(shapes_of(weights))
         self._weights = weights
-        self.shapes = shapes_of(weights)
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return np.asarray(self._weights[name], np.float32)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def _set_selection_bias_rate(model: dict[str, Any], init: InitFrom, where: str) -> None:

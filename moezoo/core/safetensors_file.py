@@ -142,23 +142,15 @@ def check_header(path: str | Path) -> dict[str, TensorEntry]:
     return SafetensorsFile(path).entries
 
 
-class StoredTensors(Mapping[str, Array]):
-    """The tensors of a safetensors file, each read when it is asked for. Raises as `SafetensorsFile` does.
+class ReadWhenAsked(Mapping[str, Any]):
+    """Arrays by name, of which `__getitem__`, which is the heir's, makes one. Nothing else does.
 
     Fields:
-        shapes, dtypes: by name, known without reading.
+        shapes: by name, known without reading.
     """
 
-    def __init__(self, path: str | Path):
-        self._file = SafetensorsFile(path)
-        forms = {name: numpy_form(entry) for name, entry in self._file.entries.items()}
-        self.dtypes = {name: dtype for name, (dtype, _) in forms.items()}
-        self.shapes = {name: shape for name, (_, shape) in forms.items()}
-
-    def __getitem__(self, name: str) -> Array:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self._file.read(name)
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self.shapes = shapes
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -168,6 +160,25 @@ class StoredTensors(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+class StoredTensors(ReadWhenAsked):
+    """The tensors of a safetensors file. Raises as `SafetensorsFile` does.
+
+    Fields:
+        dtypes: by name, known without reading.
+    """
+
+    def __init__(self, path: str | Path):
+        self._file = SafetensorsFile(path)
+        forms = {name: numpy_form(entry) for name, entry in self._file.entries.items()}
+        super().__init__({name: shape for name, (_, shape) in forms.items()})
+        self.dtypes = {name: dtype for name, (dtype, _) in forms.items()}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._file.read(name)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[int, str]:

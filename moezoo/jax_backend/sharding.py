@@ -1,12 +1,12 @@
 """Where parameters go, on more than one device. Only here: MLX has one memory."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from moezoo.core.parameters import Parameter, parameter_table
-from moezoo.core.safetensors_file import shapes_of
+from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.steps import JaxBackend, JaxModel
 
@@ -30,21 +30,12 @@ class ShardedJaxBackend(JaxBackend):
         return JaxModel(spec, _Placed(weights, shardings))
 
 
-class _Placed(Mapping[str, jax.Array]):
-    """Weights as arrays on their devices, each read when it is asked for."""
+class _Placed(ReadWhenAsked):
+    """Weights as arrays on their devices, one at a time."""
 
     def __init__(self, weights: Mapping[str, np.ndarray], shardings: Mapping[str, jax.sharding.Sharding]):
+        super().__init__(shapes_of(weights))
         self._weights, self._shardings = weights, shardings
-        self.shapes = shapes_of(weights)
 
     def __getitem__(self, name: str) -> jax.Array:
         return jax.device_put(self._weights[name], self._shardings[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)

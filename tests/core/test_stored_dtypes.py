@@ -1,6 +1,6 @@
 """Parameters in the dtype of their file: kept, given back as they came, and cast where they are used."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +10,7 @@ import pytest
 from moezoo.core.config import Config, load_config, with_vocab_size
 from moezoo.core.errors import CheckpointError, TrainingError
 from moezoo.core.initialize import initial_weights
+from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.spec import ModelSpec
 from tests.backends_available import require_backend
 from tests.tolerances import EXACT, FLOAT32, assert_close
@@ -46,25 +47,16 @@ def tokens_of(spec: ModelSpec, length: int = 9) -> np.ndarray:
     return np.random.default_rng(0).integers(0, spec.vocab, (2, length)).astype(np.int32)
 
 
-class OneByOne(Mapping[str, np.ndarray]):
-    """Weights that are read when they are asked for, and that know their shapes."""
+class OneByOne(ReadWhenAsked):
+    """Weights that note which of them are read."""
 
     def __init__(self, weights: Mapping[str, np.ndarray]):
+        super().__init__(shapes_of(weights))
         self._weights, self.read = weights, list[str]()
-        self.shapes = {name: value.shape for name, value in weights.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         self.read.append(name)
         return self._weights[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
 
 
 @pytest.mark.parametrize(("backend", "name"), [(backend, name) for backend in FORWARD for name in FORWARD[backend]])

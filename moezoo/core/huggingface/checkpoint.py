@@ -1,7 +1,6 @@
 """A folder of a Hugging Face checkpoint: a spec, and its weights, read one by one when they are asked for."""
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from moezoo.core.huggingface.ledger import Ledger, Source
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized import Quantized
 from moezoo.core.parameters import parameter_table
+from moezoo.core.safetensors_file import ReadWhenAsked
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -75,31 +75,17 @@ def open_checkpoint(path: str | Path, max_length: int | None = None) -> HuggingF
     return HuggingFaceCheckpoint(path, description, folder, layout, weights)
 
 
-class LazyWeights(Mapping[str, Array]):
+class LazyWeights(ReadWhenAsked):
     """Parameters by canonical name, each put together from the files when it is asked for."""
 
     def __init__(self, spec: ModelSpec, ledger: Ledger, folder: TensorFolder, quantized: Quantized):
-        self._shapes = {row.name: row.shape for row in parameter_table(spec)}
+        super().__init__({row.name: row.shape for row in parameter_table(spec)})
         self._ledger, self._folder, self._quantized = ledger, folder, quantized
         self.nonfinite: dict[str, None] = {}  # names of parameters with NaN or infinity, of those read so far
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of all, without reading one."""
-        return self._shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
-
     def __getitem__(self, name: str) -> Array:
         sources = self._ledger.sources[name]
-        value = assemble(sources, self._shapes[name], self._dtype(sources), self._quantized)
+        value = assemble(sources, self.shapes[name], self._dtype(sources), self._quantized)
         for source in self._ledger.copies:
             if source.placed.parts[0][0] == name:
                 self._check_copy(source, name, value)

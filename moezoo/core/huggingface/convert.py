@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint into a run folder, and a run into such a checkpoint."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from moezoo.core.huggingface.ledger import Entry, Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.loaded_model import export, save_run
 from moezoo.core.opened_model import open_model
+from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # parameters done, of all
@@ -83,27 +84,17 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
     return Conversion("huggingface", ledger, opened.problems + notes)
 
 
-class _Watched(Mapping[str, Array]):
+class _Watched(ReadWhenAsked):
     """A mapping that tells how far its reader has come."""
 
     def __init__(self, inner: Mapping[str, Array], on_progress: Progress | None):
+        super().__init__(shapes_of(inner))
         self._inner, self._on_progress, self._done = inner, on_progress, 0
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        shapes: Mapping[str, tuple[int, ...]] = self._inner.shapes  # type: ignore[attr-defined]
-        return shapes
 
     @property
     def dtypes(self) -> Mapping[str, np.dtype[Any]]:
         dtypes: Mapping[str, np.dtype[Any]] = self._inner.dtypes  # type: ignore[attr-defined]
         return dtypes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._inner)
-
-    def __len__(self) -> int:
-        return len(self._inner)
 
     def __getitem__(self, name: str) -> Array:
         value = self._inner[name]
