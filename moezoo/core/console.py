@@ -91,7 +91,7 @@ class ConsoleReporter:
             self._progress = Progress(*columns, console=self._console)
             self._progress.start()
             self._task = self._progress.add_task("train", total=total_steps, completed=step, numbers="")
-            self._validation = self._progress.add_task("validate", total=None, visible=False, numbers="windows")
+            self._validation = self._progress.add_task("validate", start=False, visible=False, numbers="windows")
 
     def step(self, record: Mapping[str, Any]) -> None:
         numbers, step = describe_step(record), int(record["step"])
@@ -102,14 +102,12 @@ class ConsoleReporter:
             self._console.print(f"step {step:>6}/{total}  eta {eta}  {numbers}", highlight=False, soft_wrap=True)
 
     def validating(self, done: int, total: int) -> None:
+        begun, self._windows = self._windows, None if done == total else self._windows or _Pace(done, total)
         if self._progress is not None:
-            self._progress.update(self._validation, completed=done, total=total, visible=done < total)
-            return
-        if done == total:
-            self._windows = None
-        elif self._windows is None:
-            self._windows = _Pace(done, total)
-        elif self._windows.is_due(done):
+            if begun is None:
+                self._progress.reset(self._validation, total=total)
+            self._progress.update(self._validation, completed=done, visible=done < total)
+        elif begun is not None and self._windows is not None and self._windows.is_due(done):
             eta = self._windows.eta(done)
             self._console.print(f"validated {done:,} of {total:,} windows  eta {eta}", highlight=False, soft_wrap=True)
 

@@ -65,3 +65,18 @@ def test_long_validation_says_how_far_it_is_and_short_one_nothing(clock):
     for done in (64, 8, 16):
         reporter.validating(done, 64)
     assert len(lines_of(console)) == 1
+
+
+def test_a_terminal_has_a_bar_for_each_validation_while_it_lasts():
+    reporter = ConsoleReporter(Console(file=io.StringIO(), width=120, force_terminal=True))
+    reporter.start(0, 3)
+    try:
+        bar = next(task for task in reporter._progress.tasks if task.description == "validate")
+        for _ in range(2):
+            assert not bar.visible
+            reporter.validating(8, 64)
+            assert (bar.visible, bar.completed, bar.total) == (True, 8, 64)
+            reporter.validating(64, 64)
+        assert not bar.visible
+    finally:
+        reporter.stop()
