@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moezoo.core import checkpoint as checkpoint_module
 from moezoo.core.checkpoint import (
     CheckpointInfo,
     check_names_and_shapes,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_latest_checkpoint,
     save_checkpoint,
 )
 from moezoo.core.errors import CheckpointError, RunError
+from moezoo.core.safetensors_file import SafetensorsFile
 
 CONFIG = "# größer\nmodel: {layers: 2}\r\n"
 SYSTEM_CALLS = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
@@ -439,3 +442,27 @@ def test_all_mismatches_come_in_one_error():
 
 def test_equal_names_and_shapes_pass():
     check_names_and_shapes({"b": (4,), "a": (2, 3)}, {"a": (2, 3), "b": (4,)}, "here")
+
+
+def test_the_newest_is_verified_once_and_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    save_checkpoint(
+        tmp_path, 1, {"w": np.ones(3, np.float32)}, {"first_moment.w": np.ones(3, np.float32)}, "", {}, None
+    )
+    hashed, read = [], []
+    digest, one = checkpoint_module.sha256_of, SafetensorsFile.read
+    monkeypatch.setattr(checkpoint_module, "sha256_of", lambda path: hashed.append(path.name) or digest(path))
+    monkeypatch.setattr(SafetensorsFile, "read", lambda file, name: read.append(name) or one(file, name))
+    found, path, problems = load_latest_checkpoint(tmp_path)
+    assert (path.name, problems, read) == ("step_00000001", [], [])
+    assert sorted(hashed) == ["config.yaml", "optimizer.safetensors", "weights.safetensors"]
+    np.testing.assert_array_equal(found.weights["w"], np.ones(3))
+    assert read == ["w"]
+
+
+def test_a_file_that_is_changed_after_it_was_verified_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"w": np.ones(3, np.float32)}, {}, "", {}, None)
+    found = load_checkpoint(path)
+    file = path / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
+        found.weights["w"]

@@ -7,6 +7,7 @@ import pytest
 from moezoo.core.reference.experts import experts, grouped_product
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.spec import ClampedSwiGLUSpec, ExpertsSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
+from tests.backends_available import require_backend
 from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
 from tests.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
 
@@ -131,6 +132,18 @@ def assert_grouped_product_matches(twin: Twin, sizes: list[int], **tolerances) -
     assert_layer_matches(
         twin, None, on_device, reference, {}, normal(0, num_rows, D), normal(1, len(sizes), D, F), **tolerances
     )
+
+
+@pytest.mark.parametrize(
+    ("platform", "installed", "expected"),
+    [("cpu", True, "blocks"), ("tpu", True, "ragged_dot"), ("gpu", True, "tokamax"), ("gpu", False, "blocks")],
+)
+def test_jax_chooses_its_path_by_platform_and_by_what_is_installed(monkeypatch, platform, installed, expected):
+    require_backend("jax")
+    module = Twin("jax").module("experts")
+    monkeypatch.setattr(module.jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert module.grouped_path.__wrapped__() == expected
 
 
 @on_every_path

@@ -58,6 +58,18 @@ def test_jax_keeps_less_for_the_way_back():
     assert planned["block"] < 0.65 * planned["none"], planned
 
 
+def test_micro_batches_have_the_gradients_of_one_block_at_a_time():
+    """Bytes of a step's temporary arrays: the sum of all gradients, and little beside it in a wide model."""
+    overrides = ("model.layers[0].repeat=6", "model.embed_dim=256")
+    config = with_vocab_size(load_config(TINY / "top_k.yaml", overrides), V)
+    model = Twin("jax").backend().build(config.model, initial_weights(config.model, 0))
+    model.start_training(config.optimizer, rematerialize="block")
+    gradients = sum(value.nbytes for value in model._parameters.values())
+    arguments = (model._parameters, model._state, model._moments, np.zeros((2, 1, 9), np.int32), np.float32(1e-3), None)
+    planned = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert gradients < planned < 1.6 * gradients, (planned, gradients)
+
+
 def test_mlx_says_that_it_does_not():
     require_backend("mlx")
     with pytest.raises(TrainingError, match=r"training.rematerialize is 'block', which is not realized on MLX"):
