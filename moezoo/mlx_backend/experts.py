@@ -113,7 +113,7 @@ def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
 
 
 def _product_of_rows(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
-    """Each row with its own expert's matrix. _Blocks would touch every expert, and decoding a token must not."""
+    """Each row with its own expert's matrix. Blocks would touch every expert, and decoding a token must not."""
     rows_R1D = x_RD[:, None, :].astype(mx.float32)
     if x_RD.dtype == w_EDF.dtype == mx.float32:
         return mx.gather_mm(rows_R1D, w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)[:, 0, :]
