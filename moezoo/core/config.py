@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from moezoo.core.errors import SpecError, nearest
+from moezoo.core.mesh import MeshConfig
 from moezoo.core.schedules import CosineSchedule, Schedule
 from moezoo.core.spec import ModelSpec, Part, PrecisionSpec, impossible
 
@@ -206,20 +207,6 @@ class OptimizerConfig(Part):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: PositiveFloat | None = 1.0
     schedule: Schedule = CosineSchedule(warmup_steps=100)
-
-
-class MeshConfig(Part):
-    """How many devices share the batch (`data`) and the experts (`expert`). This version trains on one device."""
-
-    data: PositiveInt = 1
-    expert: PositiveInt = 1
-
-    @model_validator(mode="after")
-    def _one_device(self) -> "MeshConfig":
-        for axis, size in (("data", self.data), ("expert", self.expert)):
-            if size != 1:
-                raise impossible(axis, f"is {size}, but this version trains on one device", "Use 1")
-        return self
 
 
 class Config(Part):

@@ -1,5 +1,6 @@
 """The choice. Spec: moezoo.core.reference.choice."""
 
+from functools import partial
 from typing import NamedTuple, assert_never
 
 import jax
@@ -18,6 +19,7 @@ from moezoo.core.spec import (
     TopPChoiceSpec,
 )
 from moezoo.jax_backend.random import bernoulli, fold_in, gumbel, normal
+from moezoo.jax_backend.sharding import row_by_row
 
 
 class Choice(NamedTuple):
@@ -83,7 +85,7 @@ def choose(
 
 def _highest(value_PE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     # lax.top_k sorts descending and breaks ties by the lower id.
-    value_PK, expert_PK = lax.top_k(value_PE, count)
+    value_PK, expert_PK = row_by_row(partial(lax.top_k, k=count))(value_PE)
     return expert_PK, value_PK > -jnp.inf
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch, used_rows
+from moezoo.jax_backend.expert_parallel import Rows, on_their_devices
 from moezoo.jax_backend.experts import Experts
 from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.normalization import norm
@@ -70,7 +71,7 @@ class MoE(nnx.Module):
             inference=inference,
         )
         dispatched = dispatch(self.spec, routing, inference=inference)
-        out_PD = self._routed(routed_PD, dispatched)
+        out_PD = self._routed(routed_PD, routing, dispatched)
         if self.spec.zero_computation is not None:
             weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)
             out_PD = out_PD + self.constant_experts(routed_PD, weight_PE)
@@ -84,20 +85,11 @@ class MoE(nnx.Module):
             out_PD = self._with_shared(x_PD, out_PD)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
 
-    def _routed(self, x_PD: jax.Array, dispatched: Dispatch) -> jax.Array:
+    def _routed(self, x_PD: jax.Array, routing: Routing, dispatched: Dispatch) -> jax.Array:
         """The part of the experts that compute."""
         spec, dtype = self.spec, x_PD.dtype
         input_P = x_PD if spec.latent_dim is None else jnp.einsum("PD,DZ->PZ", x_PD, self.w_latent[...].astype(dtype))
-        x_RD = input_P[dispatched.token_R]
-        match spec.router.apply_to:
-            case "output":
-                summed = dispatched
-            case "input":
-                x_RD = (x_RD.astype(jnp.float32) * dispatched.weight_R[:, None]).astype(dtype)
-                summed = dispatched._replace(weight_R=used_rows(dispatched))
-            case _:
-                assert_never(spec.router.apply_to)
-        out_P = combine(summed, self.experts(x_RD, dispatched.size_E), x_PD.shape[0])
+        out_P = on_their_devices(_through, spec, self.experts, input_P, routing, dispatched)
         return out_P if spec.latent_dim is None else jnp.einsum("PZ,ZD->PD", out_P, self.w_output[...].astype(dtype))
 
     def _with_shared(self, x_PD: jax.Array, routed_PD: jax.Array) -> jax.Array:
@@ -116,6 +108,20 @@ class MoE(nnx.Module):
                 return routed_PD + self.shared_output_norm(shared_PD)
             case _:
                 raise ValueError("there are no shared experts")
+
+
+def _through(spec: MoESpec, experts: Rows, x_PD: jax.Array, dispatched: Dispatch) -> jax.Array:
+    """The sum over its copies of what experts make of a token [P, D]."""
+    x_RD = x_PD[dispatched.token_R]
+    match spec.router.apply_to:
+        case "output":
+            summed = dispatched
+        case "input":
+            x_RD = (x_RD.astype(jnp.float32) * dispatched.weight_R[:, None]).astype(x_PD.dtype)
+            summed = dispatched._replace(weight_R=used_rows(dispatched))
+        case _:
+            assert_never(spec.router.apply_to)
+    return combine(summed, experts(x_RD, dispatched.size_E), x_PD.shape[0])
 
 
 class ConstantExperts(nnx.Module):

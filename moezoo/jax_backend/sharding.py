@@ -1,41 +1,154 @@
-"""Where parameters go, on more than one device. Only here: MLX has one memory."""
+"""Where arrays lie on a mesh of devices. Only here and in expert_parallel.py: all other files are of one device.
 
-from collections.abc import Callable, Mapping
+A model on a mesh is the same program; XLA divides it by where its arrays lie (GSPMD). What it would divide badly is
+told here: parameters that are cut along `fsdp` are put together a block at a time, activations stay with their
+sequences, and what is done to each row by itself is done where the row is.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moezoo.core.parameters import Parameter, parameter_table
+from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
+from moezoo.core.parameters import parameter_table
 from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.spec import ModelSpec
-from moezoo.jax_backend.steps import JaxBackend, JaxModel
 
-Placement = Callable[[Parameter], jax.sharding.Sharding]
+_BLOCKS = ("attention", "moe", "feed_forward", "layer_input")
+_GATHERED = "gathered"
 
 
-class ShardedJaxBackend(JaxBackend):
-    """JAX, with each parameter in the sharding that `placement` gives its row of the parameter table.
+class Placement:
+    """Where the arrays of one model lie. Raises SpecError where mesh, rules, model and devices do not fit."""
 
-    A model is loaded straight into it: a parameter at a time is cut on the host, and no device ever holds more than its
-    shards. What it computes is the compiler's to divide (GSPMD).
-    """
+    def __init__(self, spec: ModelSpec, config: MeshConfig):
+        self.exchange = config.exchange
+        self.sizes = sizes(config, jax.device_count())
+        self.mesh = jax.make_mesh(tuple(self.sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        table = parameter_table(spec)
+        cuts = {row.name: partition(row, config, self.sizes) for row in table}
+        self.parameters = {name: self.sharding(*cut) for name, cut in cuts.items()}
+        self.at_work = {row.name: self.sharding(*at_work(row, cuts[row.name])) for row in table}
+        self.of_experts = {
+            row.name.rsplit(".", 1)[1]: self.at_work[row.name].spec for row in table if ".moe.experts." in row.name
+        }
+        rule = {**RULES, **config.rules}["expert"]
+        self.expert_axes = tuple(axis for axis in rule if self.sizes[axis] > 1)
+        self.windows = self.sharding((), BATCH_AXES)
+        self.whole = self.sharding()
 
-    def __init__(self, placement: Placement):
-        super().__init__()
-        self._placement = placement
+    def sharding(self, *cut: tuple[MeshAxis, ...]) -> NamedSharding:
+        """Of an array whose dimensions are cut along these axes of the mesh; dimensions that are not named are not."""
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in cut)))
 
-    def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> JaxModel:
-        """A model with these weights. Raises as `Backend.build`."""
-        shardings = {row.name: self._placement(row) for row in parameter_table(spec)}
-        return JaxModel(spec, _Placed(weights, shardings))
+    def placed(self, weights: Mapping[str, np.ndarray]) -> "_Placed":
+        """Weights as arrays on their devices, one at a time: no device ever holds more than its shards."""
+        return _Placed(weights, self.parameters)
+
+    def own_sequences(self, batch: int) -> np.ndarray:
+        """Which of a micro-batch's sequences this process's devices compute."""
+        check_batch(batch, self.sizes)
+        found = self.windows.addressable_devices_indices_map((1, batch))
+        return np.unique(np.concatenate([np.arange(batch)[rows] for _, rows in found.values()]))
+
+    def of_all_processes(self, windows: np.ndarray) -> jax.Array:
+        """Windows [A, B, T + 1] of all processes, from this one's own sequences."""
+        return jax.make_array_from_process_local_data(self.windows, windows)
+
+    @contextmanager
+    def active(self, num_sequences: int) -> Iterator[None]:
+        """What is traced inside lies so; where so many sequences cannot be shared equally, as XLA has it."""
+        shared = num_sequences % math.prod(self.sizes[axis] for axis in BATCH_AXES) == 0
+        token = _active.set(self if shared else None)
+        try:
+            with jax.set_mesh(self.mesh):
+                yield
+        finally:
+            _active.reset(token)
+
+
+_active: ContextVar[Placement | None] = ContextVar("placement", default=None)
+
+
+def active_placement() -> Placement | None:
+    """That of the model which is being traced; None on one device."""
+    return _active.get()
 
 
 class _Placed(ReadWhenAsked):
-    """Weights as arrays on their devices, one at a time."""
-
-    def __init__(self, weights: Mapping[str, np.ndarray], shardings: Mapping[str, jax.sharding.Sharding]):
+    def __init__(self, weights: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]):
         super().__init__(shapes_of(weights))
         self._weights, self._shardings = weights, shardings
 
     def __getitem__(self, name: str) -> jax.Array:
         return jax.device_put(self._weights[name], self._shardings[name])
+
+
+def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, of arrays [P, ...] whose rows it does not mix, on each device's own rows.
+
+    Trap: XLA gathers all rows for some of what could be done where they are (`top_k`).
+    """
+    placement = active_placement()
+    if placement is None:
+        return function
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(function, mesh=placement.mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+
+def gathered(module: nnx.Module) -> nnx.Module:
+    """The model's module for a mesh, changed in place: what is cut along `fsdp` is put together where it is used.
+
+    Blocks do it themselves, and again on the way back, so that one block's parameters are there at a time.
+    """
+    placement = active_placement()
+    if placement is None:
+        return module
+    for index, layer in enumerate(module.layers):
+        for name in _BLOCKS:
+            if hasattr(layer, name):
+                setattr(layer, name, _Gathered(getattr(layer, name), f"layers.{index}.{name}"))
+    for name in ("embedding", "position", "layer_inputs", "head"):
+        if hasattr(module, name):
+            _at_work(getattr(module, name), placement, name)
+    return module
+
+
+class _Gathered(nnx.Module):
+    """A block whose parameters are put together when it computes, and not kept for the way back."""
+
+    def __init__(self, block: nnx.Module, name: str):
+        self.block, self.name = block, name
+
+    def __call__(self, *given: Any, record: Any = None, name: str = "", inference: bool | None = None, **named: Any):
+        placement = active_placement()
+        graph, state = nnx.split(self.block)
+        fixed = {} if inference is None else {"inference": inference}
+
+        def block(state: nnx.State, given: Any, named: dict[str, Any]) -> Any:
+            module = nnx.merge(graph, state)
+            _at_work(module, placement, self.name)
+            return module(*given, **named, **fixed)
+
+        policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+        given = (jax.lax.with_sharding_constraint(given[0], placement.sharding(BATCH_AXES)), *given[1:])
+        return jax.checkpoint(block, policy=policy)(state, given, named)
+
+
+def _at_work(module: nnx.Module, placement: Placement, prefix: str) -> None:
+    """Changes the parameters of a module to how they lie when they are computed with."""
+    for path, variable in nnx.iter_graph(module):
+        if isinstance(variable, nnx.Param):
+            name = ".".join([prefix, *(str(key) for key in path)])
+            if placement.at_work[name] != placement.parameters[name]:
+                whole = jax.lax.with_sharding_constraint(variable[...], placement.at_work[name])
+                variable[...] = checkpoint_name(whole, _GATHERED)

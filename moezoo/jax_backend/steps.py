@@ -1,6 +1,7 @@
 """The backend protocol in JAX: a built model, its compiled steps, and its optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import OptimizerConfig, Rematerialize
 from moezoo.core.freed_memory import keep_freed_memory
+from moezoo.core.mesh import MeshConfig, in_words
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
 from moezoo.core.prompts import widths
@@ -32,6 +34,7 @@ from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.mixture import Mixture
 from moezoo.jax_backend.rematerialization import compiler_options, recomputed
 from moezoo.jax_backend.router_state import updated_state
+from moezoo.jax_backend.sharding import Placement, gathered
 from moezoo.jax_backend.transformer import Forward, Transformer
 
 Parameters = dict[str, jax.Array]
@@ -42,14 +45,16 @@ class JaxBackend:
 
     name = "jax"
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: MeshConfig | None = None) -> None:
+        """On the first device, or on a mesh of all of them."""
+        self._mesh = mesh or MeshConfig()
         # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
         jax.config.update("jax_default_matmul_precision", "highest")
         self._freed_memory = keep_freed_memory() if jax.default_backend() == "cpu" else None
         self._compile_cache = use_compile_cache()
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "JaxModel":
-        return JaxModel(spec, weights)
+        return JaxModel(spec, weights, None if self._mesh.is_one_device else Placement(spec, self._mesh))
 
     def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> Mixture:
         return Mixture(spec, layer, weights)
@@ -62,6 +67,8 @@ class JaxBackend:
             "experts": grouped_path() + ("; few rows: the chosen ones alone" if grouped_path() == "blocks" else ""),
             "compile cache": self._compile_cache,
         }
+        if not self._mesh.is_one_device:
+            facts["mesh"] = f"{in_words(self._mesh)}; tokens to experts: {self._mesh.exchange}"
         return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}
 
 
@@ -85,11 +92,13 @@ class PendingJaxStep:
 class JaxModel:
     """Parameters as a dict of canonical names; the module is put together inside each compiled function."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]):
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], placement: Placement | None = None):
+        """On the devices of a placement, else on the first one."""
         table = parameter_table(spec)
         check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
         self.spec = spec
-        module = Transformer(spec, Weights(weights))
+        self._placement = placement
+        module = Transformer(spec, Weights(weights if placement is None else placement.placed(weights)))
         graph, parameters, state = nnx.split(module, nnx.Param, ...)
         self._merge = _merger(graph, parameters, state)
         self._parameters: Parameters = dict(_named(parameters))
@@ -119,7 +128,8 @@ class JaxModel:
         if targets is not None:
             check_targets(tokens, targets)
         inputs = (self._parameters, self._state, tokens, targets, _flat(forced), key)
-        result, terms, intermediates = jax.device_get(self._forward(*inputs, record=record, inference=inference))
+        with self._traced(len(tokens)):
+            result, terms, intermediates = jax.device_get(self._forward(*inputs, record=record, inference=inference))
         return Output(
             result.logits_BTV,
             _layer_routings(self.spec, result, tokens.shape),
@@ -141,13 +151,13 @@ class JaxModel:
         )
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
-        losses, load, dropped = jax.device_get(
-            self._score(self._parameters, self._state, tokens, targets, inference=inference)
-        )
+        with self._traced(len(tokens)):
+            values = self._score(self._parameters, self._state, tokens, targets, inference=inference)
+        losses, load, dropped = jax.device_get(values)
         return Scores(losses, [np.asarray(sizes, np.int64) for sizes in load], [int(count) for count in dropped])
 
     def _score_values(self, parameters, state, tokens, targets, *, inference):
-        result = self._merge(parameters, state)(tokens, inference=inference)
+        result = gathered(self._merge(parameters, state))(tokens, inference=inference)
         return token_losses(result.logits_BTV, targets), *_load(result)
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
@@ -189,13 +199,14 @@ class JaxModel:
         key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
-        (_, (terms, *_)), gradients = self._gradients(
-            self._parameters, self._state, tokens, targets, key, _flat(forced)
-        )
+        with self._traced(len(tokens)):
+            (_, (terms, *_)), gradients = self._gradients(
+                self._parameters, self._state, tokens, targets, key, _flat(forced)
+            )
         return {name: float(value) for name, value in terms.items()}, to_numpy(gradients)
 
     def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
-        module = self._merge(parameters, state)
+        module = gathered(self._merge(parameters, state))
         result = (recomputed(module) if self._rematerialize else module)(tokens, forced=forced, key=key)
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
@@ -212,22 +223,33 @@ class JaxModel:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
         self._rematerialize = rematerialize == "block"
         self._optimizer = _adamw(config, self._decayed)
-        self._moments = self._optimizer(0.0).init(self._parameters)
-        if state is not None:
-            first = {name: jnp.asarray(state[f"first_moment.{name}"]) for name in self._parameters}
-            second = {name: jnp.asarray(state[f"second_moment.{name}"]) for name in self._parameters}
-            adam = optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second)
-            self._moments = (adam, *self._moments[1:])
-        step = partial(self._step_values, config)
-        options = compiler_options(rematerialize=self._rematerialize)
-        self._step = jax.jit(step, donate_argnums=(0, 2), compiler_options=options)
+        init, outputs = self._optimizer(0.0).init, None
+        adam, *rest = jax.eval_shape(init, self._parameters)
+        if self._placement is not None:
+            lie, whole = {name: self._placement.parameters[name] for name in self._parameters}, self._placement.whole
+            moments = (adam._replace(count=whole, mu=lie, nu=lie), *rest)
+            outputs = (lie, whole, moments, whole)
+        if state is None:
+            self._moments = jax.jit(init, out_shardings=None if outputs is None else outputs[2])(self._parameters)
+        else:
+            first = {name: self._placed(name, state[f"first_moment.{name}"]) for name in self._parameters}
+            second = {name: self._placed(name, state[f"second_moment.{name}"]) for name in self._parameters}
+            self._moments = (optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second), *rest)
+        self._step = jax.jit(
+            partial(self._step_values, config),
+            donate_argnums=(0, 2),
+            out_shardings=outputs,
+            compiler_options=compiler_options(rematerialize=self._rematerialize),
+        )
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:
             check_targets(window[:, :-1], window[:, 1:])
-        self._parameters, self._state, self._moments, values = self._step(
-            self._parameters, self._state, self._moments, windows, np.float32(learning_rate), keys
-        )
+        given = windows if self._placement is None else self._placement.of_all_processes(windows)
+        with self._traced(given.shape[1]):
+            self._parameters, self._state, self._moments, values = self._step(
+                self._parameters, self._state, self._moments, given, np.float32(learning_rate), keys
+            )
         return PendingJaxStep(values)
 
     def _step_values(self, config, parameters, state, moments, windows, learning_rate, keys):
@@ -247,6 +269,10 @@ class JaxModel:
         if windows.shape[0] > 1:
             means = jax.tree.map(lambda total: total / windows.shape[0], means)
         gradients, terms, cutoffs = means
+        if self._placement is not None:
+            gradients = jax.lax.with_sharding_constraint(
+                gradients, {name: self._placement.parameters[name] for name in gradients}
+            )
         norm = optax.tree.norm(gradients)
         if config.clip_norm is not None:
             scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
@@ -258,7 +284,15 @@ class JaxModel:
 
     def _counts(self, parameters, state, window, key):
         """Per MoE layer, how many tokens chose each expert."""
-        return _load(self._merge(parameters, state)(window[:, :-1], key=key))[0]
+        return _load(gathered(self._merge(parameters, state))(window[:, :-1], key=key))[0]
+
+    def _traced(self, num_sequences: int) -> AbstractContextManager[None]:
+        """What is computed of so many sequences is divided as the placement says, if there is one."""
+        return nullcontext() if self._placement is None else self._placement.active(num_sequences)
+
+    def _placed(self, name: str, value: np.ndarray) -> jax.Array:
+        """A number for each of a parameter's, where they are."""
+        return jnp.asarray(value) if self._placement is None else jax.device_put(value, self._placement.parameters[name])
 
     def wait(self) -> None:
         jax.block_until_ready((self._parameters, self._state))

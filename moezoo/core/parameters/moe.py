@@ -66,5 +66,5 @@ def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Itera
 def _constant_experts(rows: Rows, name: str, spec: ZeroComputationSpec) -> Iterator[Parameter]:
     if spec.num_constant:
         n, d = spec.num_constant, rows.embed_dim
-        yield rows.matrix(f"{name}.constant", (n, d), ("expert", "embed"), "routed experts")
-        yield rows.matrix(f"{name}.w_mix", (n, d, 2), ("expert", "embed", "two"), "routed experts")
+        yield rows.matrix(f"{name}.constant", (n, d), ("constant", "embed"), "routed experts")
+        yield rows.matrix(f"{name}.w_mix", (n, d, 2), ("constant", "embed", "two"), "routed experts")

@@ -1,0 +1,78 @@
+"""Which axis of the mesh cuts which axis of a parameter: data, read by the JAX backend, the planner and `describe`.
+
+A row of the parameter table names the axes of its dimensions; a rule maps such a name to axes of the mesh.
+"""
+
+import math
+from collections.abc import Mapping
+
+from moezoo.core.errors import SpecError
+from moezoo.core.mesh import BATCH_AXES, MeshAxis, MeshConfig
+from moezoo.core.parameters import Parameter
+
+RULES: dict[str, tuple[MeshAxis, ...]] = {
+    "embed": ("fsdp",),
+    "head": ("tensor",),
+    "kv_head": ("tensor",),
+    "hidden": ("tensor",),
+    "expert": ("expert",),
+}
+
+Partition = tuple[tuple[MeshAxis, ...], ...]
+"""Of each dimension, the axes of the mesh that cut it."""
+
+
+def partition(row: Parameter, mesh: MeshConfig, sizes: Mapping[MeshAxis, int]) -> Partition:
+    """How a parameter lies on a mesh with so many devices along each axis.
+
+    Routers and norms are small, and every device needs all of them: they are whole everywhere, as is all state. Axes of
+    one device cut nothing, and are left out.
+
+    Raises SpecError, with the parameter and the rule: a dimension that does not divide, an axis of the mesh used twice.
+    """
+    if not row.trained or row.role in ("router", "norms"):
+        return ((),) * len(row.shape)
+    rules = {**RULES, **mesh.rules}
+    found: list[tuple[MeshAxis, ...]] = []
+    used: dict[MeshAxis, str] = {}
+    for name, length in zip(row.axes, row.shape, strict=True):
+        axes = tuple(axis for axis in rules.get(name, ()) if sizes[axis] > 1)
+        for axis in axes:
+            if axis in used:
+                raise SpecError(
+                    f"{row.name} {list(row.shape)} is cut twice along {axis} of the mesh: {used[axis]} and {name} both "
+                    f"have it. Set mesh.rules.{name} or mesh.rules.{used[axis]} to null or to another axis."
+                )
+            used[axis] = name
+        parts = math.prod(sizes[axis] for axis in axes)
+        if length % parts:
+            raise SpecError(
+                f"{row.name} {list(row.shape)} has {length} along {name}, which mesh.rules.{name} = {', '.join(axes)} "
+                f"would cut into {parts} equal parts. Use a mesh that divides it, or set mesh.rules.{name} to null."
+            )
+        found.append(axes)
+    return tuple(found)
+
+
+def at_work(row: Parameter, cut: Partition) -> Partition:
+    """How a parameter lies when its block computes with it: whole along the batch's axes, but for an expert's own."""
+    return tuple(
+        axes if name == "expert" else tuple(axis for axis in axes if axis not in BATCH_AXES)
+        for name, axes in zip(row.axes, cut, strict=True)
+    )
+
+
+def own_size(row: Parameter, cut: Partition, sizes: Mapping[MeshAxis, int]) -> int:
+    """Numbers of a parameter that one device has."""
+    return row.size // math.prod(sizes[axis] for axes in cut for axis in axes)
+
+
+def check_batch(batch: int, sizes: Mapping[MeshAxis, int]) -> None:
+    """Raises SpecError where a micro-batch of so many sequences cannot be shared equally."""
+    parts = math.prod(sizes[axis] for axis in BATCH_AXES)
+    if batch % parts:
+        named = ", ".join(f"{axis} {sizes[axis]}" for axis in BATCH_AXES if sizes[axis] > 1)
+        raise SpecError(
+            f"a micro-batch (training.batch_size / gradient_accumulation) has {batch} sequences, which {named} of the "
+            f"mesh would share in {parts} equal parts. Use a multiple of {parts}, or a smaller mesh."
+        )
