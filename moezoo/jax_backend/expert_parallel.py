@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moezoo.core.mesh import BATCH_AXES, MeshAxis
+from moezoo.core.mesh import MeshAxis
 from moezoo.core.spec import DroplessSpec, MoESpec
 from moezoo.jax_backend.dispatch import Dispatch, dispatch
 from moezoo.jax_backend.experts import Experts
@@ -43,7 +43,7 @@ def on_their_devices(
     graph, state = nnx.split(experts)
     cuts = placement.of_experts
     own = jax.tree.map_with_path(lambda path, _: cuts[path[0].key], state)
-    rows, group = PartitionSpec(BATCH_AXES), placement.expert_axes
+    rows, group = PartitionSpec(placement.batch_axes), placement.expert_axes
     devices = math.prod(placement.sizes[axis] for axis in group)
     local = spec.model_copy(update={"dispatch": DroplessSpec()})
 

@@ -6,7 +6,7 @@ sequences, and what is done to each row by itself is done where the row is.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
@@ -24,7 +23,6 @@ from moezoo.core.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.spec import ModelSpec
 
 _BLOCKS = ("attention", "moe", "feed_forward", "layer_input")
-_GATHERED = "gathered"
 
 
 class Placement:
@@ -33,7 +31,11 @@ class Placement:
     def __init__(self, spec: ModelSpec, config: MeshConfig):
         self.exchange = config.exchange
         self.sizes = sizes(config, jax.device_count())
-        self.mesh = jax.make_mesh(tuple(self.sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        # Axes of one device are left out: XLA on the CPU keeps sums over them.
+        self._axes = tuple(axis for axis in MESH_AXES if self.sizes[axis] > 1)
+        shape = tuple(self.sizes[axis] for axis in self._axes)
+        self.mesh = jax.make_mesh(shape, self._axes, axis_types=(AxisType.Auto,) * len(shape))
+        self.batch_axes = self._known(BATCH_AXES)
         table = parameter_table(spec)
         cuts = {row.name: partition(row, config, self.sizes) for row in table}
         self.parameters = {name: self.sharding(*cut) for name, cut in cuts.items()}
@@ -41,10 +43,12 @@ class Placement:
         self.of_experts = {
             row.name.rsplit(".", 1)[1]: self.at_work[row.name].spec for row in table if ".moe.experts." in row.name
         }
-        rule = {**RULES, **config.rules}["expert"]
-        self.expert_axes = tuple(axis for axis in rule if self.sizes[axis] > 1)
-        self.windows = self.sharding((), BATCH_AXES)
+        self.expert_axes = self._known({**RULES, **config.rules}["expert"])
+        self.windows = self.sharding((), self.batch_axes)
         self.whole = self.sharding()
+
+    def _known(self, axes: Iterable[MeshAxis]) -> tuple[MeshAxis, ...]:
+        return tuple(axis for axis in axes if axis in self._axes)
 
     def sharding(self, *cut: tuple[MeshAxis, ...]) -> NamedSharding:
         """Of an array whose dimensions are cut along these axes of the mesh; dimensions that are not named are not."""
@@ -101,7 +105,7 @@ def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     placement = active_placement()
     if placement is None:
         return function
-    rows = PartitionSpec(BATCH_AXES)
+    rows = PartitionSpec(placement.batch_axes)
     return jax.shard_map(function, mesh=placement.mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
@@ -139,9 +143,15 @@ class _Gathered(nnx.Module):
             _at_work(module, placement, self.name)
             return module(*given, **named, **fixed)
 
-        policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-        given = (jax.lax.with_sharding_constraint(given[0], placement.sharding(BATCH_AXES)), *given[1:])
-        return jax.checkpoint(block, policy=policy)(state, given, named)
+        given = (jax.lax.with_sharding_constraint(given[0], placement.sharding(placement.batch_axes)), *given[1:])
+        return jax.checkpoint(block, policy=_not_gathered)(state, given, named)
+
+
+def _not_gathered(primitive: jax.extend.core.Primitive, *_: Any, **parameters: Any) -> bool:
+    """Whether what this gives may be kept for the way back: not whole parameters, nor what is but another form of them.
+    """
+    forms = ("sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze")
+    return primitive.name not in forms
 
 
 def _at_work(module: nnx.Module, placement: Placement, prefix: str) -> None:
@@ -150,5 +160,4 @@ def _at_work(module: nnx.Module, placement: Placement, prefix: str) -> None:
         if isinstance(variable, nnx.Param):
             name = ".".join([prefix, *(str(key) for key in path)])
             if placement.at_work[name] != placement.parameters[name]:
-                whole = jax.lax.with_sharding_constraint(variable[...], placement.at_work[name])
-                variable[...] = checkpoint_name(whole, _GATHERED)
+                variable[...] = jax.lax.with_sharding_constraint(variable[...], placement.at_work[name])
