@@ -12,7 +12,7 @@ from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
-from moezoo.core.config import OptimizerConfig, Rematerialize
+from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
@@ -32,6 +32,7 @@ from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.mixture import Mixture
 from moezoo.jax_backend.rematerialization import compiler_options, recomputed
 from moezoo.jax_backend.router_state import updated_state
+from moezoo.jax_backend.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
 from moezoo.jax_backend.transformer import Forward, Transformer
 
 Parameters = dict[str, jax.Array]
@@ -89,20 +90,26 @@ class JaxModel:
         table = parameter_table(spec)
         check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
         self.spec = spec
-        module = Transformer(spec, Weights(weights))
-        graph, parameters, state = nnx.split(module, nnx.Param, ...)
-        self._merge = _merger(graph, parameters, state)
-        self._parameters: Parameters = dict(_named(parameters))
-        self._state: Parameters = dict(_named(state))
+        self._stacks = Stacks(spec)
+        self._parameters, self._state = self._taken_apart(Transformer(spec, Weights(weights)))
         self._decayed = {row.name: row.decay for row in table if row.trained}
         moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
         self._balances_globally = any(isinstance(loss, GlobalBalanceLossSpec) for moe in moes for loss in moe.losses)
-        self._rematerialize = False
+        self._rematerialize = self._scanned = False
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
         self._score = jax.jit(self._score_values, static_argnames="inference")
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
         self._extend = jax.jit(self._extend_values, donate_argnums=3)
         self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5))
+
+    def _taken_apart(self, module: Transformer) -> tuple[Parameters, Parameters]:
+        """Parameters and state of a module by name; from now on, `_merge` puts together such a one."""
+        graph, parameters, state = nnx.split(module, nnx.Param, ...)
+        self._merged = _merger(graph, parameters, state)
+        return dict(_named(parameters)), dict(_named(state))
+
+    def _merge(self, parameters: Parameters, state: Parameters) -> Transformer:
+        return self._merged(parameters, self._stacks.held(state, state.__getitem__))
 
     # --- inference ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +199,7 @@ class JaxModel:
         (_, (terms, *_)), gradients = self._gradients(
             self._parameters, self._state, tokens, targets, key, _flat(forced)
         )
-        return {name: float(value) for name, value in terms.items()}, to_numpy(gradients)
+        return {name: float(value) for name, value in terms.items()}, self._stacks.cut(to_numpy(gradients))
 
     def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
         module = self._merge(parameters, state)
@@ -208,19 +215,35 @@ class JaxModel:
         update: int = 0,
         *,
         rematerialize: Rematerialize = "none",
+        layers: Layers = "unrolled",
     ) -> None:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
         self._rematerialize = rematerialize == "block"
-        self._optimizer = _adamw(config, self._decayed)
+        self._hold(layers)
+        self._optimizer = _adamw(config, {self._stacks.name(name): decay for name, decay in self._decayed.items()})
         self._moments = self._optimizer(0.0).init(self._parameters)
         if state is not None:
-            first = {name: jnp.asarray(state[f"first_moment.{name}"]) for name in self._parameters}
-            second = {name: jnp.asarray(state[f"second_moment.{name}"]) for name in self._parameters}
+            first, second = (
+                self._stacks.held(self._decayed, lambda name, moment=moment: jnp.asarray(state[f"{moment}.{name}"]))
+                for moment in ("first_moment", "second_moment")
+            )
             adam = optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second)
             self._moments = (adam, *self._moments[1:])
         step = partial(self._step_values, config)
-        options = compiler_options(rematerialize=self._rematerialize)
+        options = compiler_options(rematerialize=self._rematerialize and not self._scanned)
         self._step = jax.jit(step, donate_argnums=(0, 2), compiler_options=options)
+
+    def _hold(self, layers: Layers) -> None:
+        """Hold arrays of equal layers as one if they are to be scanned, so that no step copies them."""
+        if self._scanned == (layers == "scanned"):
+            return
+        stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec))
+        own = self._stacks.cut(self._parameters)
+        self._parameters.clear()  # so that each array goes when it has been taken out of `own`
+        self._stacks, self._scanned = stacks, not self._scanned
+        values = stacks.held(list(own), own.pop) | stacks.held(self._state, self._state.__getitem__)
+        made = ScannedTransformer if self._scanned else Transformer
+        self._parameters, _ = self._taken_apart(made(self.spec, Weights(values)))
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:
@@ -231,7 +254,8 @@ class JaxModel:
         return PendingJaxStep(values)
 
     def _step_values(self, config, parameters, state, moments, windows, learning_rate, keys):
-        gradient_of = jax.value_and_grad(self._loss, has_aux=True)
+        running = GradientMeans(parameters, windows.shape[0]) if self._scanned and windows.shape[0] > 1 else None
+        gradient_of = jax.value_and_grad(self._loss, has_aux=True) if running is None else running.adding(self._loss)
         global_load = None
         if self._balances_globally and windows.shape[0] > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
@@ -246,6 +270,8 @@ class JaxModel:
         means, load = _sum_over(micro_batch, windows, keys)
         if windows.shape[0] > 1:
             means = jax.tree.map(lambda total: total / windows.shape[0], means)
+        if running is not None:
+            means = (running.taken(), *means[1:])
         gradients, terms, cutoffs = means
         norm = optax.tree.norm(gradients)
         if config.clip_norm is not None:
@@ -266,13 +292,16 @@ class JaxModel:
     # --- out ---------------------------------------------------------------------------------------------------------
 
     def export_parameters(self) -> dict[str, np.ndarray]:
-        return exported(self._parameters | self._state)
+        return self._stacks.cut(exported(self._parameters)) | exported(self._state)
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
         adam = self._moments[0]
-        first = {f"first_moment.{name}": value for name, value in adam.mu.items()}
-        second = {f"second_moment.{name}": value for name, value in adam.nu.items()}
-        return to_numpy(first | second)
+        moments = {"first_moment": adam.mu, "second_moment": adam.nu}
+        return {
+            f"{moment}.{name}": value
+            for moment, held in moments.items()
+            for name, value in self._stacks.cut(to_numpy(held)).items()
+        }
 
 
 def _adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> Callable[[Any], optax.GradientTransformation]:
