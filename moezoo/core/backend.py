@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.config import OptimizerConfig, Rematerialize
+from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import DataError
 from moezoo.core.random import Bits
 from moezoo.core.sampling import SamplingOptions
@@ -192,13 +192,15 @@ class Model(Protocol):
         update: int = 0,
         *,
         rematerialize: Rematerialize = "none",
+        layers: Layers = "unrolled",
     ) -> None:
         """Make the optimizer; with `state` and the number of updates done, as `export_optimizer` gave them.
 
         `rematerialize`: `block` keeps what enters each attention and each feed-forward, and computes the rest of them
-        again on the way back (TrainingConfig).
+        again on the way back; `layers`: `scanned` compiles equal layers once (TrainingConfig).
 
-        Raises TrainingError where a parameter is not float32.
+        Raises TrainingError where a parameter is not float32, or the backend does not realize an option; SpecError
+        where layers are to be scanned and no two are equal.
         """
         ...
 

@@ -161,6 +161,7 @@ def _as_init_from(value: object) -> object:
 
 
 Rematerialize = Literal["none", "block"]
+Layers = Literal["unrolled", "scanned"]
 
 
 class TrainingConfig(Part):
@@ -168,6 +169,9 @@ class TrainingConfig(Part):
 
     `rematerialize: block` keeps, of each attention and each feed-forward, what enters it, and computes the rest again
     on the way back: less memory for about a third more work. Source: Chen et al. 2016, arXiv 1604.06174.
+
+    `layers: scanned` compiles equal layers that follow each other once, and loops over them: for deep models, whose
+    compiling takes long. A step of few layers is slower so. What is computed, and what is saved, stays the same.
     """
 
     steps: PositiveInt
@@ -175,6 +179,7 @@ class TrainingConfig(Part):
     sequence_length: PositiveInt
     gradient_accumulation: PositiveInt = 1
     rematerialize: Rematerialize = "none"
+    layers: Layers = "unrolled"
     seed: NonNegativeInt = 0
     log_every: PositiveInt = 10
     validate_every: PositiveInt | None = None

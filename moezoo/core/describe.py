@@ -73,6 +73,8 @@ def header(config: Config, facts: Mapping[str, str]) -> "RenderableType":
         + (f", in {pieces} parts)" if pieces > 1 else ")")
         + f", {training['steps']:,} steps",
     )
+    if config.training.layers == "scanned":
+        table.add_row("layers", "scanned: equal ones in a row are compiled once")
     for name, fact in facts.items():
         table.add_row(name, _escaped(fact))
     return table

@@ -19,8 +19,12 @@ from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.tokenizer import Tokenizer, load_tokenizer
 
-# What may differ when a run is resumed: how it is watched, and how long it goes on (which moves the schedule).
-_MAY_CHANGE = ("steps", "log_every", "validate_every", "validation_sequences", "checkpoint_every", "keep_checkpoints")
+# What may differ when a run is resumed: how it is watched, how it is compiled, and how long it goes on (which moves the
+# schedule).
+_MAY_CHANGE = (
+    *("steps", "log_every", "validate_every", "validation_sequences", "checkpoint_every", "keep_checkpoints"),
+    "layers",
+)
 
 
 @dataclass(frozen=True)

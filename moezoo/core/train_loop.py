@@ -82,7 +82,13 @@ class _Training:
                 f"training.steps is {config.training.steps}, but the run has done {self.first_step} ({run.path}). "
                 f"Use steps >= {self.first_step}."
             )
-        self.model.start_training(config.optimizer, state, self.first_step, rematerialize=config.training.rematerialize)
+        self.model.start_training(
+            config.optimizer,
+            state,
+            self.first_step,
+            rematerialize=config.training.rematerialize,
+            layers=config.training.layers,
+        )
         self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
         self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step)
         self.pending: list[tuple[int, float, PendingStep]] = []

@@ -45,13 +45,14 @@ def on_their_devices(
     own = jax.tree.map_with_path(lambda path, _: cuts[path[0].key], state)
     rows, group = PartitionSpec(placement.batch_axes), placement.expert_axes
     devices = math.prod(placement.sizes[axis] for axis in group)
+    # Which copies are computed is known, so nothing here is capped: a device may have more of them than others have.
     local = spec.model_copy(update={"dispatch": DroplessSpec()})
 
     def on_one_device(state: nnx.State, x_PD: jax.Array, expert_PK, kept_PK, weight_PK) -> jax.Array:
         module = nnx.merge(graph, _bias_once(state, placement))
         chosen = routing._replace(expert_PK=expert_PK, valid_PK=kept_PK, weight_PK=weight_PK)
         if devices == 1:
-            out_PD = through(local, module, x_PD, dispatch(local, chosen))
+            out_PD = through(local, module, x_PD, dispatch(local, chosen, inference=True))
         else:
             match placement.exchange:
                 case "allgather":
@@ -59,8 +60,8 @@ def on_their_devices(
                 case "padded" | "ragged":
                     most = x_PD.shape[0] * min(expert_PK.shape[1], spec.num_experts // devices)
                     exchange = _Padded if placement.exchange == "padded" else _Ragged
-                    experts = _travelled(module, exchange, group, devices, most)
-                    out_PD = through(local, experts, x_PD, dispatch(local, chosen))
+                    travelling = _travelled(module, exchange, group, devices, most)
+                    out_PD = through(local, travelling, x_PD, dispatch(local, chosen, inference=True))
                 case _:
                     assert_never(placement.exchange)
         return lax.psum(out_PD, "tensor") if placement.sizes["tensor"] > 1 else out_PD
@@ -101,7 +102,7 @@ def _with_all_tokens(
     here_PK = valid_PK & (expert_PK >= 0) & (expert_PK < num_experts)
     own = chosen._replace(expert_PK=jnp.where(here_PK, expert_PK, 0), valid_PK=here_PK, weight_PK=weight_PK)
     spec = spec.model_copy(update={"num_experts": num_experts, "zero_computation": None})
-    out_PD = through(spec, experts, x_PD, dispatch(spec, own))
+    out_PD = through(spec, experts, x_PD, dispatch(spec, own, inference=True))
     return lax.psum_scatter(out_PD, group, tiled=True)
 
 

@@ -37,8 +37,8 @@ class _Recomputed(nnx.Module):
 
 
 def recomputed(module: Transformer) -> Transformer:
-    """The module with each attention, mixture and feed-forward so; it is changed in place."""
-    for layer in module.layers:
+    """The module with each attention, mixture and feed-forward so, those of scanned layers too; changed in place."""
+    for layer in module.layers.values() if isinstance(module.layers, nnx.Dict) else module.layers:
         for name in ("attention", "moe", "feed_forward"):
             if hasattr(layer, name):
                 setattr(layer, name, _Recomputed(getattr(layer, name)))

@@ -13,7 +13,8 @@ from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
-from moezoo.core.config import OptimizerConfig, Rematerialize
+from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.errors import SpecError
 from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.mesh import MeshConfig, in_words
 from moezoo.core.parameters import parameter_table
@@ -34,6 +35,7 @@ from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.mixture import Mixture
 from moezoo.jax_backend.rematerialization import compiler_options, recomputed
 from moezoo.jax_backend.router_state import updated_state
+from moezoo.jax_backend.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
 from moezoo.jax_backend.sharding import Placement, gathered
 from moezoo.jax_backend.transformer import Forward, Transformer
 
@@ -98,20 +100,27 @@ class JaxModel:
         check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
         self.spec = spec
         self._placement = placement
-        module = Transformer(spec, Weights(weights if placement is None else placement.placed(weights)))
-        graph, parameters, state = nnx.split(module, nnx.Param, ...)
-        self._merge = _merger(graph, parameters, state)
-        self._parameters: Parameters = dict(_named(parameters))
-        self._state: Parameters = dict(_named(state))
+        self._stacks = Stacks(spec)
+        placed = weights if placement is None else placement.placed(weights)
+        self._parameters, self._state = self._taken_apart(Transformer(spec, Weights(placed)))
         self._decayed = {row.name: row.decay for row in table if row.trained}
         moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
         self._balances_globally = any(isinstance(loss, GlobalBalanceLossSpec) for moe in moes for loss in moe.losses)
-        self._rematerialize = False
+        self._rematerialize = self._scanned = False
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
         self._score = jax.jit(self._score_values, static_argnames="inference")
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
         self._extend = jax.jit(self._extend_values, donate_argnums=3)
         self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5))
+
+    def _taken_apart(self, module: Transformer) -> tuple[Parameters, Parameters]:
+        """Parameters and state of a module by name; from now on, `_merge` puts together such a one."""
+        graph, parameters, state = nnx.split(module, nnx.Param, ...)
+        self._merged = _merger(graph, parameters, state)
+        return dict(_named(parameters)), dict(_named(state))
+
+    def _merge(self, parameters: Parameters, state: Parameters) -> Transformer:
+        return self._merged(parameters, self._stacks.held(state, state.__getitem__))
 
     # --- inference ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +212,7 @@ class JaxModel:
             (_, (terms, *_)), gradients = self._gradients(
                 self._parameters, self._state, tokens, targets, key, _flat(forced)
             )
-        return {name: float(value) for name, value in terms.items()}, to_numpy(gradients)
+        return {name: float(value) for name, value in terms.items()}, self._stacks.cut(to_numpy(gradients))
 
     def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
         module = gathered(self._merge(parameters, state))
@@ -219,10 +228,14 @@ class JaxModel:
         update: int = 0,
         *,
         rematerialize: Rematerialize = "none",
+        layers: Layers = "unrolled",
     ) -> None:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
         self._rematerialize = rematerialize == "block"
-        self._optimizer = _adamw(config, self._decayed)
+        if self._placement is not None and layers == "scanned":
+            raise SpecError("training.layers is 'scanned', which a mesh has no rules for yet. Use unrolled, or no mesh.")
+        self._hold(layers)
+        self._optimizer = _adamw(config, {self._stacks.name(name): decay for name, decay in self._decayed.items()})
         init, outputs = self._optimizer(0.0).init, None
         adam, *rest = jax.eval_shape(init, self._parameters)
         if self._placement is not None:
@@ -232,15 +245,31 @@ class JaxModel:
         if state is None:
             self._moments = jax.jit(init, out_shardings=None if outputs is None else outputs[2])(self._parameters)
         else:
-            first = {name: self._placed(name, state[f"first_moment.{name}"]) for name in self._parameters}
-            second = {name: self._placed(name, state[f"second_moment.{name}"]) for name in self._parameters}
+            first, second = (
+                self._stacks.held(
+                    self._decayed, lambda name, moment=moment: self._placed(name, state[f"{moment}.{name}"])
+                )
+                for moment in ("first_moment", "second_moment")
+            )
             self._moments = (optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second), *rest)
         self._step = jax.jit(
             partial(self._step_values, config),
             donate_argnums=(0, 2),
             out_shardings=outputs,
-            compiler_options=compiler_options(rematerialize=self._rematerialize),
+            compiler_options=compiler_options(rematerialize=self._rematerialize and not self._scanned),
         )
+
+    def _hold(self, layers: Layers) -> None:
+        """Hold arrays of equal layers as one if they are to be scanned, so that no step copies them."""
+        if self._scanned == (layers == "scanned"):
+            return
+        stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec))
+        own = self._stacks.cut(self._parameters)
+        self._parameters.clear()  # so that each array goes when it has been taken out of `own`
+        self._stacks, self._scanned = stacks, not self._scanned
+        values = stacks.held(list(own), own.pop) | stacks.held(self._state, self._state.__getitem__)
+        made = ScannedTransformer if self._scanned else Transformer
+        self._parameters, _ = self._taken_apart(made(self.spec, Weights(values)))
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:
@@ -253,7 +282,8 @@ class JaxModel:
         return PendingJaxStep(values)
 
     def _step_values(self, config, parameters, state, moments, windows, learning_rate, keys):
-        gradient_of = jax.value_and_grad(self._loss, has_aux=True)
+        running = GradientMeans(parameters, windows.shape[0]) if self._scanned and windows.shape[0] > 1 else None
+        gradient_of = jax.value_and_grad(self._loss, has_aux=True) if running is None else running.adding(self._loss)
         global_load = None
         if self._balances_globally and windows.shape[0] > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
@@ -268,6 +298,8 @@ class JaxModel:
         means, load = _sum_over(micro_batch, windows, keys)
         if windows.shape[0] > 1:
             means = jax.tree.map(lambda total: total / windows.shape[0], means)
+        if running is not None:
+            means = (running.taken(), *means[1:])
         gradients, terms, cutoffs = means
         if self._placement is not None:
             gradients = jax.lax.with_sharding_constraint(
@@ -300,13 +332,16 @@ class JaxModel:
     # --- out ---------------------------------------------------------------------------------------------------------
 
     def export_parameters(self) -> dict[str, np.ndarray]:
-        return exported(self._parameters | self._state)
+        return self._stacks.cut(exported(self._parameters)) | exported(self._state)
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
         adam = self._moments[0]
-        first = {f"first_moment.{name}": value for name, value in adam.mu.items()}
-        second = {f"second_moment.{name}": value for name, value in adam.nu.items()}
-        return to_numpy(first | second)
+        moments = {"first_moment": adam.mu, "second_moment": adam.nu}
+        return {
+            f"{moment}.{name}": value
+            for moment, held in moments.items()
+            for name, value in self._stacks.cut(to_numpy(held)).items()
+        }
 
 
 def _adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> Callable[[Any], optax.GradientTransformation]:

@@ -48,6 +48,36 @@ class Forward(NamedTuple):
     index_losses: list[tuple[int, float, jax.Array]]
 
 
+class _Given(NamedTuple):
+    """What all layers are given."""
+
+    tokens_BT: jax.Array
+    forced: Sequence[jax.Array] | None
+    caches: Caches | None
+    record: Record | None
+    key: jax.Array | None
+    inference: bool
+
+
+class _Stream(NamedTuple):
+    """What a layer hands on to the next."""
+
+    x_BTD: jax.Array
+    shortcut_BTD: jax.Array | None = None
+    first_value_BTMH: jax.Array | None = None
+    previous_PE: jax.Array | None = None
+
+
+class _Left(NamedTuple):
+    """What a layer leaves beside the stream."""
+
+    routing: Routing | None
+    dispatched: Dispatch | None
+    cache: Cache | None
+    index_loss: jax.Array | None
+    source: Source | None
+
+
 class Embedding(nnx.Module):
     """Token embedding; also the head of a tied model."""
 
@@ -165,12 +195,7 @@ class Transformer(nnx.Module):
             self.position = EmbeddingPosition(spec.position, spec.embed_dim, weights.inside("position"))
         if spec.layer_inputs is not None:
             self.layer_inputs = LayerInputs(spec.layer_inputs, spec.norm, weights.inside("layer_inputs"))
-        self.layers = nnx.List(
-            [
-                Layer(layer, spec, weights.inside(f"layers.{index}"), index)
-                for index, layer in enumerate(spec.all_layers)
-            ]
-        )
+        self.layers = self._made_layers(weights)
         self.final_norm = norm(spec.norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec) or spec.head.bias:
             self.head = Head(spec.head, weights.inside("head"))
@@ -186,74 +211,112 @@ class Transformer(nnx.Module):
         inference: bool = False,
     ) -> Forward:
         """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's."""
-        inference = inference or caches is not None
-        record = {} if record is None else record
-        routings: list[Routing] = []
-        dispatches: list[Dispatch] = []
-        new_caches: list[Cache] = []
-        index_losses: list[tuple[int, float, jax.Array]] = []
-        first_value_BTMH = None
-        shortcut_BTD: jax.Array | None = None
-        sources: dict[int, Source | None] = {}
-        first_B = None if caches is None else caches.first_B
         x_BTD = self._embed(tokens_BT, caches)
-        record["embedding"] = x_BTD
+        if record is not None:
+            record["embedding"] = x_BTD
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
-        for index, layer in enumerate(self.layers):
-            name = f"layers.{index}"
-            layer_key = None if key is None else fold_in(key, index)
-            cache = None if caches is None else caches.layers[index]
-            seen_BTD = layer.before_attention(x_BTD)
-            attended = layer.attention(
-                seen_BTD, cache, first_value_BTMH=first_value_BTMH, first_B=first_B, **layer.source_among(sources)
-            )
-            if index in self.spec.shared_layers:
-                sources[index] = attended.source
-            if attended.cache is not None:
-                new_caches.append(attended.cache)
-            record[f"{name}.attention"] = attended.out_BTD
-            if index == 0:
-                first_value_BTMH = attended.value_BTMH
-            if attended.index_loss is not None:
-                index_losses.append((index, layer.spec.attention.indexer.loss_coefficient, attended.index_loss))
-            x_BTD = x_BTD + self._added(layer.behind_attention(attended.out_BTD), layer_key, ATTENTION_DROPOUT)
-            if layer.spec.arrangement != "parallel":
-                seen_BTD = layer.before_feed_forward(x_BTD)
-            if layer.spec.moe is not None:
-                out, routing, dispatched = layer.moe(
-                    seen_BTD,
-                    raw_BTD=x_BTD,
-                    token_BT=tokens_BT,
-                    previous_PE=routings[-1].logits_PE if routings else None,
-                    forced_PK=None if forced is None else forced[len(routings)],
-                    key=layer_key,
-                    inference=inference,
-                    record=record,
-                    name=f"{name}.moe",
-                )
-                routings.append(routing)
-                dispatches.append(dispatched)
-                record[f"{name}.moe"] = out
-            joining_BTD, shortcut_BTD = shortcut_BTD, None
-            if layer.spec.shortcut:
-                shortcut_BTD = self._added(out, layer_key, SHORTCUT_DROPOUT)
-            if layer.spec.feed_forward is not None:
-                out = layer.feed_forward(seen_BTD)
-                record[f"{name}.feed_forward"] = out
-            x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), layer_key, FEED_FORWARD_DROPOUT)
-            x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
-            if inputs_BTLZ is not None:
-                out = layer.layer_input(x_BTD, inputs_BTLZ[:, :, index])
-                record[f"{name}.layer_input"] = out
-                x_BTD = x_BTD + out
-            x_BTD = layer.scaled(x_BTD)
-            record[name] = x_BTD
-        x_BTD = self.final_norm(x_BTD if caches is None else x_BTD[:, -1:])
-        record["final_norm"] = x_BTD
+        given = _Given(tokens_BT, forced, caches, record, key, inference or caches is not None)
+        stream, lefts = self._through_layers(_Stream(x_BTD), inputs_BTLZ, given)
+        x_BTD = self.final_norm(stream.x_BTD if caches is None else stream.x_BTD[:, -1:])
         logits_BTV = self._logits(x_BTD)
-        record["logits"] = logits_BTV
-        extended = None if caches is None else Caches(new_caches, first_B)
-        return Forward(logits_BTV, routings, dispatches, extended, index_losses)
+        if record is not None:
+            record |= {"final_norm": x_BTD, "logits": logits_BTV}
+        return Forward(
+            logits_BTV,
+            [left.routing for left in lefts if left.routing is not None],
+            [left.dispatched for left in lefts if left.dispatched is not None],
+            None
+            if caches is None
+            else Caches([left.cache for left in lefts if left.cache is not None], caches.first_B),
+            [
+                (index, layer.attention.indexer.loss_coefficient, left.index_loss)
+                for index, (layer, left) in enumerate(zip(self.spec.all_layers, lefts, strict=True))
+                if left.index_loss is not None
+            ],
+        )
+
+    def _made_layers(self, weights: Weights) -> nnx.List | nnx.Dict:
+        return nnx.List(
+            [
+                Layer(layer, self.spec, weights.inside(f"layers.{index}"), index)
+                for index, layer in enumerate(self.spec.all_layers)
+            ]
+        )
+
+    def _layer_at(self, index: int) -> Layer:
+        return self.layers[index]
+
+    def _through_layers(
+        self, stream: _Stream, inputs_BTLZ: jax.Array | None, given: _Given
+    ) -> tuple[_Stream, list[_Left]]:
+        """What the last layer hands on, and what each one left."""
+        sources: dict[int, Source | None] = {}
+        lefts: list[_Left] = []
+        for index in range(len(self.spec.all_layers)):
+            input_BTZ = None if inputs_BTLZ is None else inputs_BTLZ[:, :, index]
+            stream, left = self._through_layer(self._layer_at(index), index, stream, input_BTZ, sources, given)
+            if index in self.spec.shared_layers:
+                sources[index] = left.source
+            lefts.append(left)
+        return stream, lefts
+
+    def _through_layer(
+        self,
+        layer: Layer,
+        index: int | jax.Array,
+        stream: _Stream,
+        input_BTZ: jax.Array | None,
+        sources: Mapping[int, Source | None],
+        given: _Given,
+    ) -> tuple[_Stream, _Left]:
+        """One layer. `index` may be traced where nothing is recorded or forced, and nothing is in a cache."""
+        name, caches = f"layers.{index}", given.caches
+        record: Record = {} if given.record is None else given.record
+        key = None if given.key is None else fold_in(given.key, index)
+        x_BTD = stream.x_BTD
+        seen_BTD = layer.before_attention(x_BTD)
+        attended = layer.attention(
+            seen_BTD,
+            None if caches is None else caches.layers[index],
+            first_value_BTMH=stream.first_value_BTMH,
+            first_B=None if caches is None else caches.first_B,
+            **layer.source_among(sources),
+        )
+        record[f"{name}.attention"] = attended.out_BTD
+        x_BTD = x_BTD + self._added(layer.behind_attention(attended.out_BTD), key, ATTENTION_DROPOUT)
+        if layer.spec.arrangement != "parallel":
+            seen_BTD = layer.before_feed_forward(x_BTD)
+        routing = dispatched = None
+        if layer.spec.moe is not None:
+            out, routing, dispatched = layer.moe(
+                seen_BTD,
+                raw_BTD=x_BTD,
+                token_BT=given.tokens_BT,
+                previous_PE=stream.previous_PE,
+                forced_PK=None if given.forced is None else given.forced[self.spec.moe_layers.index(index)],
+                key=key,
+                inference=given.inference,
+                record=record,
+                name=f"{name}.moe",
+            )
+            record[f"{name}.moe"] = out
+        shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if layer.spec.shortcut else None
+        if layer.spec.feed_forward is not None:
+            out = layer.feed_forward(seen_BTD)
+            record[f"{name}.feed_forward"] = out
+        x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), key, FEED_FORWARD_DROPOUT)
+        x_BTD = x_BTD if stream.shortcut_BTD is None else x_BTD + stream.shortcut_BTD
+        if input_BTZ is not None:
+            out = layer.layer_input(x_BTD, input_BTZ)
+            record[f"{name}.layer_input"] = out
+            x_BTD = x_BTD + out
+        x_BTD = layer.scaled(x_BTD)
+        record[name] = x_BTD
+        first_value_BTMH, previous_PE = stream.first_value_BTMH, stream.previous_PE
+        first_value_BTMH = attended.value_BTMH if first_value_BTMH is None else first_value_BTMH
+        previous_PE = previous_PE if routing is None else routing.logits_PE
+        stream = _Stream(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
+        return stream, _Left(routing, dispatched, attended.cache, attended.index_loss, attended.source)
 
     def _embed(self, tokens_BT: jax.Array, caches: Caches | None) -> jax.Array:
         x_BTD = self.embedding.weight[...][tokens_BT].astype(jnp.float32)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
-from moezoo.core.config import OptimizerConfig, Rematerialize
+from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import TrainingError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
@@ -190,6 +190,7 @@ class MlxModel:
         update: int = 0,
         *,
         rematerialize: Rematerialize = "none",
+        layers: Layers = "unrolled",
     ) -> None:
         check_float32({name: str(value.dtype).rpartition(".")[2] for name, value in self._named().items()})
         self._config = config
@@ -197,6 +198,11 @@ class MlxModel:
             raise TrainingError(
                 f"training.rematerialize is {rematerialize!r}, which is not realized on MLX; expected 'none'. "
                 "Train on JAX, or with a smaller micro-batch (training.gradient_accumulation)."
+            )
+        if layers != "unrolled":
+            raise TrainingError(
+                f"training.layers is {layers!r}, which is not realized on MLX, where no layer is compiled; expected "
+                "'unrolled'. Leave it out, or train on JAX."
             )
         self._optimizer = _adamw(config, self._decayed)
         self._optimizer.init(self._module.trainable_parameters())

@@ -8,7 +8,7 @@ import pytest
 from tests.contracts.source_tree import BACKENDS, PACKAGE, Function, backend_file, functions, stems, tree_of
 
 ONLY_IN = {
-    "jax": {"sharding", "expert_parallel", "rematerialization", "compile_cache"},
+    "jax": {"sharding", "expert_parallel", "rematerialization", "scanned_layers", "compile_cache"},
     "mlx": {"blas", "cpu_kernels", "streams"},
 }
 SHARED = sorted(stems("jax_backend") - ONLY_IN["jax"])

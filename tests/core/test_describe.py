@@ -132,3 +132,6 @@ def test_the_header_shows_facts_as_they_are():
     assert "144 tokens (6 x 24, in 3 parts), 10 steps" in text
     assert "active per token" in text
     assert "FLOPs per token, forward and backward" in text
+    assert "scanned" not in text
+    scanned = config().training.model_copy(update={"layers": "scanned"})
+    assert "scanned: equal ones" in rendered(header(config().model_copy(update={"training": scanned}), {}))

@@ -1,0 +1,145 @@
+"""Layers that are compiled once and looped over give what layers one after the other give."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from moezoo.core.backend import Model, StepMetrics
+from moezoo.core.config import Config, Layers, load_config, with_vocab_size
+from moezoo.core.errors import SpecError, TrainingError
+from moezoo.core.initialize import initial_weights
+from moezoo.core.random import micro_batch_keys
+from moezoo.core.spec import ModelSpec
+from tests.backends_available import require_backend
+from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING, assert_all_close, assert_close
+from tests.twins import Twin, V
+
+
+def tiny(name: str, repeat: int) -> Config:
+    """A tiny config with so many layers of its first kind."""
+    config = with_vocab_size(load_config(f"configs/tiny/{name}.yaml"), V)
+    layer = config.model.layers[0].model_copy(update={"repeat": repeat})
+    return with_layers(config, (layer, *config.model.layers[1:]))
+
+
+def with_layers(config: Config, layers: tuple) -> Config:
+    values = config.model.model_dump() | {"layers": [layer.model_dump() for layer in layers]}
+    return config.model_copy(update={"model": ModelSpec.model_validate(values)})
+
+
+def mixed() -> Config:
+    """A dense layer, two mixtures, a dense one, two mixtures."""
+    moe, dense = tiny("top_k", 2).model.layers[0], tiny("dense", 1).model.layers[0]
+    return with_layers(tiny("top_k", 1), (dense, moe, dense, moe))
+
+
+CONFIGS = {
+    "mixed": mixed(),
+    # Noise and dropout, state, logits and values of layers before, losses over all layers or micro-batches, and others.
+    **{
+        name: tiny(name, 3)
+        for name in ("noisy_top_k", "softmax_with_bias", "gating_residual", "value_residual", "global_balance")
+    },
+    **{name: tiny(name, 2) for name in ("dropout", "layer_inputs", "expert_choice")},
+}
+
+
+def windows(step: int) -> np.ndarray:
+    return np.random.default_rng(step).integers(0, V, (2, 2, 14), dtype=np.int32)
+
+
+def started(config: Config, layers: Layers, backend: str = "jax", **options) -> Model:
+    model = Twin(backend).backend().build(config.model, initial_weights(config.model, 0))
+    model.start_training(config.optimizer, layers=layers, **options)
+    return model
+
+
+def stepped(model: Model, steps: range) -> StepMetrics:
+    for step in steps:
+        metrics = model.train_step(windows(step), 1e-3, micro_batch_keys(0, step, 2)).fetch()
+    return metrics
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scanned_layers_train_as_unrolled_ones(name):
+    """Three steps of two micro-batches, with noise; scanned ones compute blocks again on the way back."""
+    config = CONFIGS[name]
+    plain, scanned = started(config, "unrolled"), started(config, "scanned", rematerialize="block")
+    assert any(name.startswith("layers.") and "-" in name for name in scanned._parameters)
+    expected, found = stepped(plain, range(1)), stepped(scanned, range(1))
+    assert_all_close(found.losses, expected.losses, FLOAT32)
+    assert_close(found.gradient_norm, expected.gradient_norm, FLOAT32_GRADIENT)
+    assert [list(load) for load in found.load] == [list(load) for load in expected.load]
+    assert found.dropped == expected.dropped
+    assert_all_close(scanned.export_optimizer(), plain.export_optimizer(), FLOAT32_GRADIENT)
+    expected, found = stepped(plain, range(1, 3)), stepped(scanned, range(1, 3))
+    assert_all_close(found.losses, expected.losses, FLOAT32_TRAINING)
+    assert_all_close(found.state, expected.state, FLOAT32_TRAINING)
+    assert_all_close(scanned.export_parameters(), plain.export_parameters(), FLOAT32_TRAINING)
+
+
+@pytest.mark.parametrize("name", ["mixed", "softmax_with_bias"])
+def test_a_model_with_scanned_layers_answers_as_before(name):
+    """Every gradient without rematerialization, with and without forced experts; scores, intermediates, and a cache."""
+    config, tokens, targets = CONFIGS[name], windows(0)[0, :, :-1], windows(0)[0, :, 1:]
+    plain, scanned = started(config, "unrolled"), started(config, "scanned")
+    expected = plain.forward(tokens, targets, record=True)
+    assert_all_close(scanned.forward(tokens, targets, record=True).intermediates, expected.intermediates, FLOAT32)
+    assert_close(scanned.score(tokens, targets).token_losses, plain.score(tokens, targets).token_losses, FLOAT32)
+    assert_close(scanned.prefill(tokens, 16)[0], plain.prefill(tokens, 16)[0], FLOAT32)
+    for forced in (None, [routing.expert for routing in expected.routing]):
+        pairs = zip(*(m.loss_and_gradients(tokens, targets, forced=forced) for m in (scanned, plain)), strict=True)
+        for (found, wanted), tolerance in zip(pairs, (FLOAT32, FLOAT32_GRADIENT), strict=True):
+            assert_all_close(found, wanted, tolerance)
+
+
+@pytest.mark.parametrize("order", [("scanned", "unrolled"), ("unrolled", "scanned")])
+def test_a_run_goes_on_the_other_way(order):
+    config = CONFIGS["softmax_with_bias"]
+    whole, first = started(config, "unrolled"), started(config, order[0])
+    stepped(whole, range(3))
+    stepped(first, range(2))
+    second = Twin("jax").backend().build(config.model, first.export_parameters())
+    second.start_training(config.optimizer, first.export_optimizer(), 2, layers=order[1])
+    stepped(second, range(2, 3))
+    assert_all_close(second.export_parameters(), whole.export_parameters(), FLOAT32_TRAINING)
+    assert_all_close(second.export_optimizer(), whole.export_optimizer(), FLOAT32_TRAINING)
+
+
+def compiled(layers: Layers, repeat: int) -> jax.stages.Compiled:
+    model = started(tiny("top_k", repeat), layers)
+    arguments = (model._parameters, model._state, model._moments, windows(0), np.float32(1e-3), None)
+    return model._step.lower(*arguments).compile()
+
+
+def test_more_layers_are_no_more_code():
+    products = {
+        (layers, repeat): len(re.findall(r" dot\(", compiled(layers, repeat).as_text()))
+        for layers, repeat in (("scanned", 4), ("scanned", 8), ("unrolled", 4))
+    }
+    assert products["scanned", 4] == products["scanned", 8] < products["unrolled", 4] / 2
+
+
+def test_micro_batches_have_the_gradients_of_one_layer_at_a_time():
+    """Bytes of a step's temporary arrays: the mean of all gradients, and little beside it in a wide model."""
+    overrides = ("model.layers[0].repeat=12", "model.embed_dim=256")
+    config = with_vocab_size(load_config("configs/tiny/top_k.yaml", overrides), V)
+    model = started(config, "scanned", rematerialize="block")
+    gradients = sum(value.nbytes for value in model._parameters.values())
+    arguments = (model._parameters, model._state, model._moments, np.zeros((2, 1, 9), np.int32), np.float32(1e-3), None)
+    planned = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert gradients < planned < 1.6 * gradients, (planned, gradients)
+
+
+@pytest.mark.parametrize("name", ["shared_keys", "shortcut", "sliding_window"])
+def test_layers_that_cannot_share_their_code_are_refused(name):
+    with pytest.raises(SpecError, match=r"training.layers is 'scanned', but no two of .*training.layers: unrolled"):
+        started(with_vocab_size(load_config(f"configs/tiny/{name}.yaml"), V), "scanned")
+
+
+def test_mlx_says_that_it_does_not():
+    require_backend("mlx")
+    with pytest.raises(TrainingError, match=r"training.layers is 'scanned', which is not realized on MLX"):
+        started(tiny("top_k", 2), "scanned", "mlx")
