@@ -16,6 +16,7 @@ from moezoo.core.config import OptimizerConfig, Rematerialize
 from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
+from moezoo.core.processes import Numbers, Processes
 from moezoo.core.prompts import widths
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
@@ -47,6 +48,13 @@ class JaxBackend:
         jax.config.update("jax_default_matmul_precision", "highest")
         self._freed_memory = keep_freed_memory() if jax.default_backend() == "cpu" else None
         self._compile_cache = use_compile_cache()
+
+    @property
+    def processes(self) -> Processes:
+        return Processes()
+
+    def gather(self, number: int) -> Numbers:
+        return Numbers((number,))
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "JaxModel":
         return JaxModel(spec, weights)
@@ -221,6 +229,9 @@ class JaxModel:
         step = partial(self._step_values, config)
         options = compiler_options(rematerialize=self._rematerialize)
         self._step = jax.jit(step, donate_argnums=(0, 2), compiler_options=options)
+
+    def own_sequences(self, batch: int) -> np.ndarray:
+        return np.arange(batch)
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:

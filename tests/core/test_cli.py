@@ -17,6 +17,7 @@ from tests.small_run import write_config
 
 SURFACE = {
     "train": ["CONFIG", "--backend", "--out", "--set", "--resume"],
+    "launch": ["--nproc", "COMMAND..."],
     "generate": [
         "PATH",
         "--prompt",

@@ -1,0 +1,131 @@
+"""Starts several processes of one command on this machine, and ends all of them when one fails.
+
+What a process is told is what its framework wants to hear: MLX reads who is who from the environment (`MLX_RANK`, and
+`MLX_HOSTFILE` with an address of each), JAX gets options. Everything between the processes is the framework's own.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from moezoo.core.errors import TrainingError
+
+# Trap: a process whose peer has gone or stands still may wait for ever, and is then deaf to SIGTERM.
+GRACE_S = 10.0
+_LOOK_EVERY_S = 0.05
+
+
+def launch(count: int, words: Sequence[str], backend: str) -> None:
+    """Run `python -m moezoo WORDS` as `count` processes that are one group of the backend, and wait for them.
+
+    The first one has this terminal; lines of the others begin with their number. SIGINT and SIGTERM reach all.
+
+    Raises TrainingError: a process ended with an error, or by a signal. The others are gone then, too, at most
+    GRACE_S later.
+    """
+    with tempfile.TemporaryDirectory(prefix="moezoo-launch-") as folder:
+        commands = _commands(count, words, backend, Path(folder) / "hosts.json")
+        processes: list[subprocess.Popen[bytes]] = []
+        with _forwarded(processes):
+            try:
+                for index, (command, environment) in enumerate(commands):
+                    processes.append(_start(index, command, environment))
+                failed = _first_failure(processes)
+            finally:
+                _end(processes)
+    if failed is not None:
+        index, status = failed
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        raise TrainingError(f"process {index} of {count} {how}, so the others were ended; see above what it said.")
+
+
+def _commands(
+    count: int, words: Sequence[str], backend: str, hostfile: Path
+) -> list[tuple[list[str], Mapping[str, str]]]:
+    """Of each process its command line, and what is put into its environment."""
+    command = [sys.executable, "-m", "moezoo", *words]
+    if backend == "jax":
+        group = ["--coordinator", f"127.0.0.1:{_free_ports(1)[0]}", "--num-processes", str(count)]
+        return [([*command, *group, "--process-id", str(index)], {}) for index in range(count)]
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]), encoding="utf-8")
+    return [(command, {"MLX_RANK": str(index), "MLX_HOSTFILE": str(hostfile)}) for index in range(count)]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:  # all are held until all are chosen, so that they differ
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _start(index: int, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=None if index == 0 else subprocess.PIPE,
+        stderr=None if index == 0 else subprocess.STDOUT,
+        env=os.environ | environment,
+        start_new_session=True,  # Trap: else Ctrl-C reaches it twice, from the terminal and from us
+    )
+    if process.stdout is not None:
+        threading.Thread(target=_copy_lines, args=(index, process.stdout), daemon=True).start()
+    return process
+
+
+def _copy_lines(index: int, lines: IO[bytes]) -> None:
+    for line in lines:
+        sys.stderr.write(f"[{index}] {line.decode('utf-8', 'replace').rstrip()}\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to all processes, which end their step, save and stop."""
+
+    def forward(number: int, frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)  # does nothing where it has ended
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    """Which process failed first, and its status, as soon as it did; None when all have ended well."""
+    while True:
+        statuses = [process.poll() for process in processes]
+        # A process that was killed is the cause, where the others already died of its loss.
+        failed = [(index, status) for index, status in enumerate(statuses) if status]
+        if failed:
+            return min(failed, key=lambda pair: (pair[1] > 0, pair[0]))
+        if None not in statuses:
+            return None
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
