@@ -168,7 +168,7 @@ class Model(Protocol):
     def score(self, tokens: Integers, targets: Integers, *, inference: bool = False) -> Scores:
         """Loss of every target token, 0 where it is IGNORED; without noise and without keeping logits.
 
-        `inference` as in `forward`.
+        `inference` as in `forward`. Several processes all give the same whole batch, and all get all of it.
         """
         ...
 

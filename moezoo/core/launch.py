@@ -20,8 +20,9 @@ from typing import IO
 
 from moezoo.core.errors import TrainingError
 
-# Trap: a process whose peer has gone or stands still may wait for ever, and is then deaf to SIGTERM.
-GRACE_S = 10.0
+# Trap: a process whose peer has gone may wait for ever, and is then deaf to SIGTERM. It cannot save without the peer.
+GRACE_S = 5.0
+_SETTLING_S = 1.0
 _LOOK_EVERY_S = 0.05
 
 
@@ -34,31 +35,42 @@ def launch(count: int, words: Sequence[str], backend: str) -> None:
     GRACE_S later.
     """
     with tempfile.TemporaryDirectory(prefix="moezoo-launch-") as folder:
-        commands = _commands(count, words, backend, Path(folder) / "hosts.json")
+        commands = process_commands(count, words, backend, Path(folder) / "hosts.json")
         processes: list[subprocess.Popen[bytes]] = []
+        copied: list[threading.Thread] = []
         with _forwarded(processes):
             try:
                 for index, (command, environment) in enumerate(commands):
-                    processes.append(_start(index, command, environment))
-                failed = _first_failure(processes)
+                    process = _start(index, command, environment)
+                    processes.append(process)
+                    if process.stdout is not None:
+                        copied.append(threading.Thread(target=_copy_lines, args=(index, process.stdout), daemon=True))
+                        copied[-1].start()
+                failed = _failures(processes)
             finally:
                 _end(processes)
-    if failed is not None:
-        index, status = failed
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        raise TrainingError(f"process {index} of {count} {how}, so the others were ended; see above what it said.")
+                for thread in copied:  # its last words come before ours
+                    thread.join(1.0)
+    if failed:
+        told = "; ".join(f"process {index} of {count} {_how(status)}" for index, status in failed)
+        raise TrainingError(f"{told}. None is left. See above what was said, and go on with --resume.")
 
 
-def _commands(
+def process_commands(
     count: int, words: Sequence[str], backend: str, hostfile: Path
 ) -> list[tuple[list[str], Mapping[str, str]]]:
     """Of each process its command line, and what is put into its environment."""
     command = [sys.executable, "-m", "moezoo", *words]
+    if count == 1:
+        return [(command, {})]
     if backend == "jax":
-        group = ["--coordinator", f"127.0.0.1:{_free_ports(1)[0]}", "--num-processes", str(count)]
-        return [([*command, *group, "--process-id", str(index)], {}) for index in range(count)]
+        options = ["--coordinator", f"127.0.0.1:{_free_ports(1)[0]}", "--num-processes", str(count)]
+        return [([*command, *options, "--process-id", str(index)], {}) for index in range(count)]
+    # Trap: OpenBLAS gives each process a thread a core; they spin while they wait, and take the cores from each other.
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]), encoding="utf-8")
-    return [(command, {"MLX_RANK": str(index), "MLX_HOSTFILE": str(hostfile)}) for index in range(count)]
+    group = {"MLX_HOSTFILE": str(hostfile), "OPENBLAS_NUM_THREADS": threads}
+    return [(command, group | {"MLX_RANK": str(index)}) for index in range(count)]
 
 
 def _free_ports(count: int) -> list[int]:
@@ -71,7 +83,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _start(index: int, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=None if index == 0 else subprocess.PIPE,
@@ -79,15 +91,13 @@ def _start(index: int, command: Sequence[str], environment: Mapping[str, str]) -
         env=os.environ | environment,
         start_new_session=True,  # Trap: else Ctrl-C reaches it twice, from the terminal and from us
     )
-    if process.stdout is not None:
-        threading.Thread(target=_copy_lines, args=(index, process.stdout), daemon=True).start()
-    return process
 
 
 def _copy_lines(index: int, lines: IO[bytes]) -> None:
-    for line in lines:
-        sys.stderr.write(f"[{index}] {line.decode('utf-8', 'replace').rstrip()}\n")
-        sys.stderr.flush()
+    with lines:
+        for line in lines:
+            sys.stderr.write(f"[{index}] {line.decode('utf-8', 'replace').rstrip()}\n")
+            sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -106,17 +116,22 @@ def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
-    """Which process failed first, and its status, as soon as it did; None when all have ended well."""
-    while True:
-        statuses = [process.poll() for process in processes]
-        # A process that was killed is the cause, where the others already died of its loss.
-        failed = [(index, status) for index, status in enumerate(statuses) if status]
-        if failed:
-            return min(failed, key=lambda pair: (pair[1] > 0, pair[0]))
-        if None not in statuses:
-            return None
+def _failures(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
+    """Which processes failed, and their status, soon after the first did; [] when all have ended well."""
+    while not any(process.poll() for process in processes):
+        if all(process.poll() == 0 for process in processes):
+            return []
         time.sleep(_LOOK_EVERY_S)
+    # One that only lost its peer may be gone before the one that was the cause: all are told, the killed ones first.
+    deadline = time.monotonic() + _SETTLING_S
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(_LOOK_EVERY_S)
+    failed = [(index, process.returncode) for index, process in enumerate(processes) if process.returncode]
+    return sorted(failed, key=lambda pair: pair[1] > 0)
+
+
+def _how(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -9,11 +9,13 @@ Started by `moezoo launch` or `mlx.launch`, which say by environment variables w
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from moezoo.core.errors import BackendError, SpecError, TrainingError
@@ -42,6 +44,12 @@ def processes() -> Processes:
     return Processes(group.rank(), group.size())
 
 
+def facts() -> dict[str, str]:
+    """What a run's header says."""
+    count = processes().count
+    return {} if count == 1 else {"processes": f"{count}, each with all weights and 1/{count} of a batch"}
+
+
 def gather(number: int) -> PendingNumbers:
     """See moezoo.core.backend.Backend.gather."""
     if processes().count == 1:
@@ -58,7 +66,8 @@ class _Gathered:
 
     def fetch(self) -> Sequence[int]:
         with lost_peer():
-            return self._numbers.tolist()
+            numbers: list[int] = self._numbers.tolist()
+            return numbers
 
 
 def total(x: mx.array) -> mx.array:
@@ -92,17 +101,28 @@ def averaged(gradients: dict, terms: Mapping[str, mx.array]) -> tuple[dict, dict
     return gradients, dict(zip(terms, values, strict=True))
 
 
-def summed(counts: Sequence[mx.array]) -> list[mx.array]:
-    """Sums over processes of integer arrays, in one message."""
-    if processes().count == 1 or not counts:
-        return list(counts)
-    # Trap: a mean times the number of processes is no integer, and rounds beyond 2**24.
-    ends = [0]
-    for count in counts:
-        ends.append(ends[-1] + count.size)
-    joined = mx.distributed.all_sum(mx.concatenate([count.reshape(-1) for count in counts]))
-    parts = mx.split(joined, ends[1:-1])
-    return [part.reshape(count.shape) for part, count in zip(parts, counts, strict=True)]
+def summed(*lists: Sequence[mx.array]) -> list[list[mx.array]]:
+    """Sums over processes of lists of integer arrays, in one message."""
+    counts = [count for each in lists for count in each]
+    if processes().count > 1 and counts:
+        # Trap: a mean times the number of processes is no integer, and rounds beyond 2**24.
+        joined = mx.distributed.all_sum(mx.concatenate([count.reshape(-1) for count in counts]))
+        ends = list(itertools.accumulate(count.size for count in counts))
+        parts = mx.split(joined, ends[:-1])
+        counts = [part.reshape(count.shape) for part, count in zip(parts, counts, strict=True)]
+    left = iter(counts)
+    return [list(itertools.islice(left, len(each))) for each in lists]
+
+
+def own_part(batch: np.ndarray) -> np.ndarray:
+    """The sequences of a batch, which all processes have, that this one computes: all where they cannot be divided."""
+    count = processes().count
+    return batch if len(batch) % count else batch[processes().share(len(batch))]
+
+
+def whole_batch(part_BT: mx.array) -> mx.array:
+    """What all processes have computed for their own parts, in order."""
+    return part_BT if processes().count == 1 else mx.distributed.all_gather(part_BT)
 
 
 def first_draw(count: int) -> int:

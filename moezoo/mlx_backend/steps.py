@@ -64,7 +64,7 @@ class MlxBackend:
             "freed memory": FREED_MEMORY,
             "exponentials": exponentials,
             "fused": fused,
-        }
+        } | data_parallel.facts()
 
 
 class PendingMlxStep:
@@ -138,10 +138,15 @@ class MlxModel:
         )
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
-        result = self._module(mx.array(tokens), inference=inference)
-        losses = token_losses(result.logits_BTV, mx.array(targets))
+        own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)
+        result = self._module(mx.array(own_tokens), inference=inference)
+        losses = token_losses(result.logits_BTV, mx.array(own_targets))
         load, dropped = _load(result)
-        mx.eval(losses, load, dropped)
+        if len(own_tokens) < len(tokens):
+            losses = data_parallel.whole_batch(losses)
+            load, dropped = data_parallel.summed(load, dropped)
+        with data_parallel.lost_peer():
+            mx.eval(losses, load, dropped)
         return Scores(
             np.array(losses),
             [np.array(sizes, np.int64) for sizes in load],
@@ -236,7 +241,7 @@ class MlxModel:
         if self._balances_globally and len(parts) > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
             global_load = _sum_over(lambda window, key: _load(self._module(window[:, :-1], key=key))[0], parts)
-            global_load = data_parallel.summed(global_load)
+            (global_load,) = data_parallel.summed(global_load)
 
         def micro_batch(window, key):
             (_, terms, cutoffs, load), gradients = self._loss_and_gradients(
@@ -249,8 +254,7 @@ class MlxModel:
             means = tree_map(lambda total: None if total is None else total / len(parts), means)
         gradients, terms, cutoffs = means
         gradients, terms = data_parallel.averaged(gradients, terms)
-        counts = data_parallel.summed([*load, *dropped])
-        load, dropped = counts[: len(load)], counts[len(load) :]
+        load, dropped = data_parallel.summed(load, dropped)
         norm = _global_norm(gradients)
         if self._config.clip_norm is not None:
             scale = mx.minimum(1.0, self._config.clip_norm / (norm + 1e-6))
