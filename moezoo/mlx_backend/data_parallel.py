@@ -11,17 +11,19 @@ Started by `moezoo launch` or `mlx.launch`, which say by environment variables w
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from moezoo.core.errors import BackendError, SpecError, TrainingError
 from moezoo.core.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 
+_MESSAGE_BYTES = 32 * 2**20  # about so much in one message; as MLX's own average_gradients
+_last_exchange: list[mx.array] = []
 _LAUNCHED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # of the ring, JACCL and NCCL; of MPI
 
 
@@ -55,7 +57,7 @@ def gather(number: int) -> PendingNumbers:
     if processes().count == 1:
         return Numbers((number,))
     with lost_peer():
-        numbers = mx.distributed.all_gather(mx.array([number], mx.int32))
+        numbers = _sent(mx.distributed.all_gather, mx.array([number], mx.int32))
         mx.async_eval(numbers)
     return _Gathered(numbers)
 
@@ -82,7 +84,7 @@ def average(x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _total(x: mx.array) -> mx.array:
-    return mx.distributed.all_sum(x)
+    return _sent(mx.distributed.all_sum, x)
 
 
 @_total.vjp
@@ -93,25 +95,47 @@ def _(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 
 
 def averaged(gradients: dict, terms: Mapping[str, mx.array]) -> tuple[dict, dict[str, mx.array]]:
-    """Gradients and loss terms of the whole batch, all of them float32, in messages of 32 MiB."""
+    """Gradients and loss terms of the whole batch, all of them float32."""
     if processes().count == 1:
         return gradients, dict(terms)
-    # Trap: names of terms have dots, which MLX takes for steps into a tree.
-    gradients, values = nn.average_gradients((gradients, list(terms.values())))
-    return gradients, dict(zip(terms, values, strict=True))
+    named = tree_flatten(gradients)
+    means = [x / processes().count for x in _summed([*(value for _, value in named), *terms.values()])]
+    averages = tree_unflatten([(name, mean) for (name, _), mean in zip(named, means, strict=False)]) if named else {}
+    return averages, dict(zip(terms, means[len(named) :], strict=True))
 
 
 def summed(*lists: Sequence[mx.array]) -> list[list[mx.array]]:
-    """Sums over processes of lists of integer arrays, in one message."""
+    """Sums over processes of lists of int32 arrays."""
     counts = [count for each in lists for count in each]
-    if processes().count > 1 and counts:
-        # Trap: a mean times the number of processes is no integer, and rounds beyond 2**24.
-        joined = mx.distributed.all_sum(mx.concatenate([count.reshape(-1) for count in counts]))
-        ends = list(itertools.accumulate(count.size for count in counts))
-        parts = mx.split(joined, ends[:-1])
-        counts = [part.reshape(count.shape) for part, count in zip(parts, counts, strict=True)]
-    left = iter(counts)
+    left = iter(counts if processes().count == 1 else _summed(counts))
     return [list(itertools.islice(left, len(each))) for each in lists]
+
+
+def _summed(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Sums over processes of arrays of one dtype, joined into messages."""
+    sums: list[mx.array] = []
+    while len(sums) < len(arrays):
+        ends, rest = [0], arrays[len(sums) :]
+        for array in rest:
+            if ends[-1] * array.itemsize >= _MESSAGE_BYTES:
+                break
+            ends.append(ends[-1] + array.size)
+        group = rest[: len(ends) - 1]
+        joined = _sent(mx.distributed.all_sum, mx.concatenate([array.reshape(-1) for array in group]))
+        parts = mx.split(joined, ends[1:-1]) if len(group) > 1 else [joined]
+        sums += [part.reshape(array.shape) for part, array in zip(parts, group, strict=True)]
+    return sums
+
+
+def _sent(exchange: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """What the exchange gives for x, after all exchanges that were asked for before.
+
+    Trap: MLX chooses an order by the shape of the graph, which may differ between processes (of an expert without rows
+    there is no product). One would add up its loads, and the other its gradients.
+    """
+    after = mx.depends(x, _last_exchange) if _last_exchange else x
+    _last_exchange[:] = [exchange(after)]
+    return _last_exchange[0]
 
 
 def own_part(batch: np.ndarray) -> np.ndarray:
@@ -122,7 +146,7 @@ def own_part(batch: np.ndarray) -> np.ndarray:
 
 def whole_batch(part_BT: mx.array) -> mx.array:
     """What all processes have computed for their own parts, in order."""
-    return part_BT if processes().count == 1 else mx.distributed.all_gather(part_BT)
+    return part_BT if processes().count == 1 else _sent(mx.distributed.all_gather, part_BT)
 
 
 def first_draw(count: int) -> int:

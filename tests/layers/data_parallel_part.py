@@ -39,8 +39,34 @@ def numbers(config: Path) -> dict[str, np.ndarray]:
     return found | {"score": scores.token_losses, "load": np.array(scores.load)}
 
 
+def mixed_up(place: int, seed: int) -> bool:
+    """Whether sums got the summands of other sums, in a random graph that each process has with other detours.
+
+    As an expert without rows makes one: there is no product. MLX would choose another order of messages then.
+    """
+    import mlx.core as mx
+
+    from moezoo.mlx_backend.data_parallel import total
+
+    common, own = np.random.default_rng(seed), np.random.default_rng([seed, place])
+    nodes = [mx.array([float(index)]) for index in range(3)]
+    sums: list[mx.array] = []
+    for _ in range(12):
+        x = nodes[common.integers(len(nodes))] * 0
+        x = mx.concatenate([x + 0 for _ in range(own.integers(1, 25))])[:1]
+        for _ in range(own.integers(0, 30)):
+            x = x + 0
+        if common.random() < 0.5:
+            x = total(x + 10.0 ** len(sums))
+            sums.append(x)
+        nodes.append(x)
+    mx.eval(mx.stack([*(sums[index] for index in common.permutation(len(sums))), *nodes[-2:]]))
+    return [value.item() for value in sums] != [2 * 10.0**index for index in range(len(sums))]
+
+
 if __name__ == "__main__":
     out, *configs = (Path(word) for word in sys.argv[1:])
     place = load_backend("mlx").processes.index
+    np.savez(out / f"order_{place}.npz", mixed_up=sum(mixed_up(place, seed) for seed in range(60)))
     for path in configs:
         np.savez(out / f"{path.stem}_{place}.npz", **numbers(path))

@@ -18,7 +18,7 @@ from tests.layers.data_parallel_part import V, numbers
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
-# Every auxiliary loss, and everything that is drawn at random.
+# Every auxiliary loss, everything that is drawn at random, and graphs that differ with what each half has to compute.
 CONFIGS = (
     "expert_balance",
     "device_balance",
@@ -32,6 +32,8 @@ CONFIGS = (
     "jitter_logits",
     "jitter_mixture",
     "sparsemixer",
+    "top_p",
+    "zero_computation_dropless",
 )
 
 
@@ -61,6 +63,10 @@ def test_two_halves_of_a_batch_are_the_whole(name: str, parts: Path) -> None:
     for key, value in whole.items():
         np.testing.assert_array_equal(first[key], second[key], err_msg=key)
         assert_close(first[key], value, FLOAT32_GRADIENT if key.startswith("gradient") else FLOAT32, key)
+
+
+def test_messages_keep_their_order_where_the_graphs_of_two_processes_differ(parts: Path) -> None:
+    assert [int(np.load(parts / f"order_{place}.npz")["mixed_up"]) for place in (0, 1)] == [0, 0]
 
 
 @pytest.fixture
