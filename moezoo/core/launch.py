@@ -102,13 +102,15 @@ def _copy_lines(index: int, lines: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to all processes, which end their step, save and stop."""
+    """SIGINT and SIGTERM go to all processes, which end their step, save and stop; so does the end of the terminal."""
+    # Sessions of their own do not hear of it. Under nohup it is ignored, and stays so.
+    heard = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
 
     def forward(number: int, frame: object) -> None:
         for process in processes:
             process.send_signal(number)  # does nothing where it has ended
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, *heard)}
     try:
         yield
     finally:

@@ -141,7 +141,7 @@ def _sent(exchange: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
 def own_part(batch: np.ndarray) -> np.ndarray:
     """The sequences of a batch, which all processes have, that this one computes: all where they cannot be divided."""
     count = processes().count
-    return batch if len(batch) % count else batch[processes().share(len(batch))]
+    return batch if count == 1 or len(batch) % count else batch[processes().share(len(batch))]
 
 
 def whole_batch(part_BT: mx.array) -> mx.array:

@@ -134,6 +134,17 @@ def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
     assert (trained / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_launch_starts_train_on_the_backend_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[int, tuple[str, ...], str]] = []
+    monkeypatch.setattr("moezoo.core.launch.launch", lambda *words: started.append(words))
+    monkeypatch.setenv("BACKEND", "mlx")
+    for words in (["--backend", "jax"], ["--backend=jax"], ["--set", "a=b"]):
+        assert call("launch", "--nproc", 3, "train", "c.yaml", *words).exit_code == 0
+        assert started[-1][:2] == (3, ("train", "c.yaml", *words))
+    assert [backend for _, _, backend in started] == ["jax", "jax", "mlx"]
+    refused(call("launch", "--nproc", 2, "eval", "run"), "RunError", "launch runs `train`", "got 'eval'")
+
+
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 def test_greedy_text_is_the_same_on_both_backends(trained: Path, backend: str) -> None:
     require_backend(backend)
