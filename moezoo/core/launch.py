@@ -31,8 +31,8 @@ def launch(count: int, words: Sequence[str], backend: str) -> None:
 
     The first one has this terminal; lines of the others begin with their number. SIGINT and SIGTERM reach all.
 
-    Raises TrainingError: a process ended with an error, or by a signal. The others are gone then, too, at most
-    GRACE_S later.
+    Raises TrainingError: a process ended with an error, or by a signal. Raises KeyboardInterrupt at a second signal.
+    Either way the others are gone then, too, at most GRACE_S later.
     """
     with tempfile.TemporaryDirectory(prefix="moezoo-launch-") as folder:
         commands = process_commands(count, words, backend, Path(folder) / "hosts.json")
@@ -53,7 +53,7 @@ def launch(count: int, words: Sequence[str], backend: str) -> None:
                     thread.join(1.0)
     if failed:
         told = "; ".join(f"process {index} of {count} {_how(status)}" for index, status in failed)
-        raise TrainingError(f"{told}. None is left. See above what was said, and go on with --resume.")
+        raise TrainingError(f"{told}. None is left; see above what was said.")
 
 
 def process_commands(
@@ -102,13 +102,22 @@ def _copy_lines(index: int, lines: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to all processes, which end their step, save and stop; so does the end of the terminal."""
+    """SIGINT and SIGTERM go to all processes, which end their step, save and stop; so does the end of the terminal.
+
+    At the second one all are ended.
+    """
     # Sessions of their own do not hear of it. Under nohup it is ignored, and stays so.
     heard = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
 
+    signals = 0
+
     def forward(number: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
         for process in processes:
             process.send_signal(number)  # does nothing where it has ended
+        if signals == 2:  # not at a third, which would interrupt the ending
+            raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, *heard)}
     try:

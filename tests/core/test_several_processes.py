@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,19 @@ def test_a_process_that_is_deaf_to_sigterm_is_killed_after_the_grace(monkeypatch
         process.stdout.close()
 
 
+def test_a_second_signal_ends_processes_that_do_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.3)
+    program = "import signal, time; signal.signal(2, signal.SIG_IGN); signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+    monkeypatch.setattr(launch, "process_commands", lambda *_: [([sys.executable, "-c", program], {})] * 2)
+    timers = [threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)) for delay in (0.8, 1.0)]
+    for timer in timers:
+        timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch.launch(2, [], "mlx")
+    assert time.monotonic() - began < 10
+
+
 def test_commands_of_jax_name_the_coordinator_and_each_process() -> None:
     first, second = launch.process_commands(2, ["train", "x.yaml"], "jax", Path("unused"))
     assert first[0][1:5] == ["-m", "moezoo", "train", "x.yaml"]
@@ -209,5 +223,5 @@ def test_a_failure_says_which_process_ended_how(monkeypatch: pytest.MonkeyPatch)
     programs = ["import time; time.sleep(60)", "import sys; sys.exit(3)"]
     commands = [([sys.executable, "-c", program], {}) for program in programs]
     monkeypatch.setattr(launch, "process_commands", lambda *_: commands)
-    with pytest.raises(TrainingError, match=r"process 1 of 2 ended with status 3\. None is left"):
+    with pytest.raises(TrainingError, match=r"process 1 of 2 ended with status 3\. None is left;"):
         launch.launch(2, [], "mlx")
