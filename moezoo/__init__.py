@@ -30,7 +30,7 @@ _LAZY = {
 def load(
     path: str | Path, backend: "str | Backend | None" = None, compute: str | None = None, max_length: int | None = None
 ) -> "LoadedModel":
-    """A model on a backend: `jax`, `mlx`, None for the default, or one that was made (`ShardedJaxBackend`).
+    """A model on a backend: `jax`, `mlx`, None for the default, or one that was made (`JaxBackend(mesh)`).
 
     `path`: a run folder (its newest whole checkpoint), the folder of a Hugging Face checkpoint, or a hub id `org/name`.
     `compute`: the dtype of activations and products, `float32` or `bfloat16`; None is what the run's config says, and

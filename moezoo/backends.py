@@ -6,6 +6,7 @@ import platform
 
 from moezoo.core.backend import Backend
 from moezoo.core.errors import BackendError, nearest
+from moezoo.core.mesh import MeshConfig
 
 NAMES = ("jax", "mlx")
 _PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
@@ -24,8 +25,11 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
-def load_backend(name: str | None = None) -> Backend:
-    """Import a backend (the default one for None). Raises BackendError: unknown name, or not installed."""
+def load_backend(name: str | None = None, mesh: MeshConfig | None = None) -> Backend:
+    """Import a backend (the default one for None), for the devices of a mesh.
+
+    Raises BackendError: unknown name, or not installed. Raises SpecError: a mesh that it cannot have.
+    """
     name = name or default_backend()
     if name not in NAMES:
         raise BackendError(f"no such backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}.")
@@ -38,7 +42,7 @@ def load_backend(name: str | None = None) -> Backend:
     if name == "jax":
         from moezoo.jax_backend.steps import JaxBackend
 
-        return JaxBackend()
+        return JaxBackend(mesh)
     from moezoo.mlx_backend.steps import MlxBackend
 
-    return MlxBackend()
+    return MlxBackend(mesh)

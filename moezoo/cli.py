@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moezoo.core.errors import DataError, MoezooError, SpecError
+from moezoo.core.errors import DataError, MoezooError, RunError, SpecError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,21 +59,26 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
     from moezoo.core.describe import header
     from moezoo.core.init_from import check_start, initial_tokenizer
     from moezoo.core.picture import draw_run
-    from moezoo.core.run import create_run, is_run
+    from moezoo.core.processes import first_then_others
+    from moezoo.core.run import create_run, is_run, open_run
     from moezoo.core.tokenizer import load_tokenizer
     from moezoo.core.train_loop import train as run_training
 
-    console = _console()
     path = out or Path("runs") / config_path.stem
     begun = load_config(path / "config.yaml") if resume and is_run(path) else None
     config = load_config(config_path, overrides, begun=begun)
-    realized = load_backend(backend)
+    realized = load_backend(backend, config.mesh)
+    is_first = realized.processes.is_first
+    console = _console(quiet=not is_first)
     known = initial_tokenizer(config) if begun is None else load_tokenizer(path)
-    data = _prepare(console, config, str(config_path), known)
+    data = first_then_others(realized, lambda: _prepare(console, config, str(config_path), known))
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
     if begun is None:
         check_start(config)
-    run = create_run(path, config, data.tokenizer, resume=resume)
+    run = first_then_others(
+        realized,
+        lambda: create_run(path, config, data.tokenizer, resume=resume) if is_first else open_run(path),
+    )
     console.print(header(config, {"backend": realized.name, **realized.facts(), "run": str(path)}))
     for row in data.summary:
         console.print(
@@ -81,6 +86,8 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
             highlight=False,
         )
     result = run_training(config, data, realized, run, reporter=ConsoleReporter(console))
+    if not is_first:
+        return
     optimum = result.evaluation.optimum if result.evaluation else None
     draw_run(run.metrics_path, run.picture_path, optimum.entropy_rate if optimum else None)
     if result.evaluation is None:
@@ -94,6 +101,27 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
         return
     console.print(describe_evaluation(result.evaluation), highlight=False, soft_wrap=True, markup=False)
     console.print(f"run folder: {path}  (picture: {run.picture_path})", highlight=False, soft_wrap=True, markup=False)
+
+
+@main.command("launch", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--nproc", type=click.IntRange(1), required=True, metavar="N", help="How many processes.")
+@click.argument("words", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+def launch_command(nproc: int, words: tuple[str, ...]) -> None:
+    """Run `train` as N processes on this machine, each with a part of every batch.
+
+    For example: moezoo launch --nproc 2 train CONFIG --backend mlx. When one process ends with an error, all do.
+    """
+    from moezoo.backends import default_backend
+    from moezoo.core.launch import launch
+
+    if words[0] != "train":
+        raise RunError(f"launch runs `train`, which alone divides its work; got {words[0]!r}. Run that by itself.")
+    given = [
+        word.partition("=")[2] or following
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+        if word.partition("=")[0] == "--backend"
+    ]
+    launch(nproc, words, given[-1] if given else default_backend())
 
 
 @main.command()
@@ -446,10 +474,10 @@ def _token_ids(text: str) -> list[int]:
     return [int(piece) for piece in pieces]
 
 
-def _console(width: int = 100) -> "Console":
+def _console(width: int = 100, *, quiet: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=width)
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=width, quiet=quiet)
 
 
 def _prepare(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import DataError
+from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.random import Bits
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
@@ -167,7 +168,7 @@ class Model(Protocol):
     def score(self, tokens: Integers, targets: Integers, *, inference: bool = False) -> Scores:
         """Loss of every target token, 0 where it is IGNORED; without noise and without keeping logits.
 
-        `inference` as in `forward`.
+        `inference` as in `forward`. Several processes all give the same whole batch, and all get all of it.
         """
         ...
 
@@ -204,8 +205,18 @@ class Model(Protocol):
         """
         ...
 
+    def own_sequences(self, batch: int) -> NDArray[np.int64]:
+        """Which of the B sequences of a micro-batch this process gives to `train_step`: int64 [b], rising.
+
+        One process: all. Raises SpecError where they cannot be divided.
+        """
+        ...
+
     def train_step(self, windows: Integers, learning_rate: float, keys: Bits | None = None) -> PendingStep:
         """One update from windows int32 [A, B, T + 1]: A micro-batches of B sequences, with their next tokens.
+
+        Of several processes each gives its own sequences, [A, b, T + 1]. What is computed, and all that StepMetrics
+        tell, is of the whole batch, and is the same in every process.
 
         `keys`: uint32 [A, 2], the key of each micro-batch; None: no noise. State is updated once, from all of them.
         The loss is the mean over micro-batches of each one's own, however many of its targets count. The last column
@@ -264,6 +275,15 @@ class Backend(Protocol):
     """A framework that realizes specs."""
 
     name: str
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that share a batch, and which of them this is."""
+        ...
+
+    def gather(self, number: int) -> PendingNumbers:
+        """The numbers of all processes, each of which must ask, and in the same order. Does not wait for steps."""
+        ...
 
     def build(self, spec: ModelSpec, weights: Mapping[str, Floats]) -> Model:
         """A model with these weights, each in its own dtype (`core/precision.py`), which are read one by one.

@@ -64,8 +64,17 @@ class Split:
         """Tokens in all sources together."""
         return sum(source.num_tokens for source in self.sources)
 
-    def batch(self, step: int, batch_size: int, sequence_length: int, seed: int) -> Ids:
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> Ids:
         """The batch of a step: int32 [B, T + 1], where [:, :-1] is the input and [:, 1:] the target.
+
+        With `rows`, only these of its rows are read, and given in their order.
 
         A pure function of its arguments and the sources. Row b is sample g = step * B + b; `sample_order.blend` says
         which source it comes from and its index j there, `sample_order.starts` which window that is.
@@ -78,14 +87,15 @@ class Split:
         _check_integer("sequence_length", sequence_length, 1, 1 << 31)
         _check_integer("seed", seed, 0, 1 << 64)
         sample = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
+        sample = sample if rows is None else sample[rows]
         source_of, index = sample_order.blend(sample, [source.weight for source in self.sources], seed)
-        batch = np.empty((batch_size, sequence_length + 1), np.int32)
+        batch = np.empty((len(sample), sequence_length + 1), np.int32)
         for k, source in enumerate(self.sources):
-            rows = np.flatnonzero(source_of == k)
-            if len(rows):
+            own = np.flatnonzero(source_of == k)
+            if len(own):
                 _check_length(self.name, source, sequence_length)
-                starts = sample_order.starts(index[rows], source.num_tokens, sequence_length, seed, k)
-                batch[rows] = source.tokens.read(starts.astype(np.int64) + source.first, sequence_length + 1)
+                starts = sample_order.starts(index[own], source.num_tokens, sequence_length, seed, k)
+                batch[own] = source.tokens.read(starts.astype(np.int64) + source.first, sequence_length + 1)
         return batch
 
     def windows(self, sequence_length: int, count: int | None = None) -> "Windows":

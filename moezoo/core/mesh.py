@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from moezoo.core.errors import SpecError
 from moezoo.core.spec import Part, impossible
@@ -41,7 +41,7 @@ class MeshConfig(Part):
     fsdp: PositiveInt | Literal["auto"] = 1
     expert: PositiveInt | Literal["auto"] = 1
     tensor: PositiveInt | Literal["auto"] = 1
-    rules: dict[LogicalAxis, Annotated[tuple[MeshAxis, ...], BeforeValidator(_as_axes)]] = {}
+    rules: dict[LogicalAxis, Annotated[tuple[MeshAxis, ...], BeforeValidator(_as_axes)]] = Field(default_factory=dict)
     exchange: Exchange = "padded"
 
     @model_validator(mode="after")
@@ -50,7 +50,9 @@ class MeshConfig(Part):
             raise impossible(words[1], f"is 'auto', as {words[0]} is", "Give a number for one of them")
         for name, axes in self.rules.items():
             if name == "expert" and "tensor" in axes:
-                raise impossible("rules.expert", "is cut along tensor, where devices have the same tokens", "Use expert")
+                raise impossible(
+                    "rules.expert", "is cut along tensor, where devices have the same tokens", "Use expert"
+                )
             if name in ("embed", "head_dim", "latent") and "tensor" in axes:
                 raise impossible(
                     f"rules.{name}",

@@ -62,7 +62,14 @@ class ReadyBatches:
                 f"Use steps <= {steps}."
             )
 
-    def batch(self, step: int, batch_size: int, sequence_length: int, seed: int) -> Ids:
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> Ids:
         """The file's batch of a step: int32 [B, T + 1], whose last column is IGNORED; as `Split.batch`."""
         del seed  # the order is the file's
         if not 0 <= step < len(self.ids) or (batch_size, sequence_length) != self.ids.shape[1:]:
@@ -70,7 +77,7 @@ class ReadyBatches:
                 f"there is no such batch; got step {step}, [{batch_size}, {sequence_length}]; expected one of "
                 f"{list(self.ids.shape)}; {self.source}."
             )
-        return self._with_targets(self.ids[step])
+        return self._with_targets(self.ids[step] if rows is None else self.ids[step][rows])
 
     def windows(self, sequence_length: int, count: int | None = None) -> Ids:
         """Rows in order, `count` of them spread evenly (None: all): int32 [n, T + 1]; as `Split.windows`."""

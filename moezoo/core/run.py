@@ -126,6 +126,7 @@ def _latest(run: Run) -> tuple[Checkpoint, Path, list[str]]:
 def _check_same(old: Config, new: Config, where: Path) -> None:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for dump in (before, after):
+        del dump["mesh"]  # a run may go on with other devices
         for name in _MAY_CHANGE:
             del dump["training"][name]
     difference = _first_difference(before, after)

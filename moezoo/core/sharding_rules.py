@@ -32,7 +32,7 @@ def partition(row: Parameter, mesh: MeshConfig, sizes: Mapping[MeshAxis, int]) -
     """
     if not row.trained or row.role in ("router", "norms"):
         return ((),) * len(row.shape)
-    rules = {**RULES, **mesh.rules}
+    rules: dict[str, tuple[MeshAxis, ...]] = {**RULES, **{str(name): axes for name, axes in mesh.rules.items()}}
     found: list[tuple[MeshAxis, ...]] = []
     used: dict[MeshAxis, str] = {}
     for name, length in zip(row.axes, row.shape, strict=True):

@@ -25,6 +25,7 @@ from moezoo.core.init_from import open_start
 from moezoo.core.initialize import initial_weights
 from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 from moezoo.core.parameters import parameter_table
+from moezoo.core.processes import PendingNumbers, check_equal
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.ready_batches import ReadyBatches
 from moezoo.core.run import Run, resume_point
@@ -46,7 +47,8 @@ def train(
 ) -> TrainingResult:
     """Train from the run's newest whole checkpoint, or from the beginning, to `training.steps`.
 
-    SIGINT and SIGTERM end the step, save, and return with `finished` False.
+    SIGINT and SIGTERM end the step, save, and return with `finished` False. Of several processes all take part in
+    every step and validation, and stop after the same step, whichever got the signal; the first alone writes and tells.
 
     Raises TrainingError: the loss or a parameter is not finite. Nothing is saved then; the last good checkpoint stays.
     """
@@ -55,13 +57,16 @@ def train(
 
 class _Training:
     def __init__(self, config: Config, data: PreparedData, backend: Backend, run: Run, reporter: Reporter):
-        self.config, self.data, self.run, self.reporter = config, data, run, reporter
+        self.config, self.data, self.run, self.backend = config, data, run, backend
+        self.is_first = backend.processes.is_first
+        self.reporter = reporter if self.is_first else SilentReporter()
         if isinstance(data.train, ReadyBatches):
             data.train.check(config.training)
         checkpoint, problems = resume_point(run)
         for problem in problems:
-            reporter.message(problem)
+            self.reporter.message(problem)
         self.first_step = 0 if checkpoint is None else checkpoint.step
+        check_equal(backend, self.first_step, "the step to go on from")
         self.model: Model = backend.build(
             config.model, self._first_weights() if checkpoint is None else checkpoint.weights
         )
@@ -90,8 +95,10 @@ class _Training:
             layers=config.training.layers,
         )
         self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
-        self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step)
+        self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step) if self.is_first else None
+        self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
         self.pending: list[tuple[int, float, PendingStep]] = []
+        self.stops_asked: list[PendingNumbers] = []
         self.grammar = known_grammar(config.data)
 
     def _first_weights(self) -> Mapping[str, NDArray[np.float32]]:
@@ -100,7 +107,7 @@ class _Training:
         start = open_start(self.config)
         for problem in start.problems:
             self.reporter.message(f"{self.config.init_from.path}: {problem}")
-        if start.layout is not None:
+        if start.layout is not None and self.is_first:
             write_sidecar(start.layout, self.run.huggingface_path)
         return start.weights
 
@@ -113,7 +120,7 @@ class _Training:
         try:
             with _stop_on_signal() as stop:
                 step = self.first_step
-                while step < training.steps and not stop.is_set():
+                while step < training.steps and not self._stops(stop):
                     step += 1
                     self._step(step)
                 self._report(step)
@@ -122,13 +129,32 @@ class _Training:
                 evaluation = self._validate(step, whole=True) if finished else None
         finally:
             self.reporter.stop()
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
         return TrainingResult(step, finished, evaluation)
+
+    def _stops(self, stop: threading.Event) -> bool:
+        """Whether to stop here. Of several processes all get the same answer, since each may have had the signal.
+
+        What they said before the last step is what counts: by then it is there, so nobody waits for the step under way.
+        """
+        if self.backend.processes.count == 1:
+            return stop.is_set()
+        self.stops_asked.append(self.backend.gather(int(stop.is_set())))
+        return len(self.stops_asked) > 1 and any(self.stops_asked.pop(0).fetch())
 
     def _step(self, step: int) -> None:
         training, optimizer = self.config.training, self.config.optimizer
-        windows = self.data.train.batch(step - 1, training.batch_size, training.sequence_length, training.seed)
-        windows = windows.reshape(training.gradient_accumulation, -1, windows.shape[-1])
+        micro_batches = training.gradient_accumulation
+        firsts = np.arange(micro_batches) * (training.batch_size // micro_batches)
+        windows = self.data.train.batch(
+            step - 1,
+            training.batch_size,
+            training.sequence_length,
+            training.seed,
+            np.add.outer(firsts, self.own).ravel(),
+        )
+        windows = windows.reshape(micro_batches, -1, windows.shape[-1])
         rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
         keys = micro_batch_keys(training.seed, step - 1, training.gradient_accumulation)
         self.pending.append((step, rate, self.model.train_step(windows, rate, keys)))
@@ -155,8 +181,12 @@ class _Training:
         # The first step of a process compiles; it would spoil the average of those after it.
         self.clock, self.clock_step = now, step
         record = self._record(*newest, speed if step > self.first_step + 1 else None)
-        self.metrics.write(record)
+        self._write(record)
         self.reporter.step(record)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
 
     def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> dict[str, Any]:
         moes = [layer.moe for layer in self.config.model.all_layers if layer.moe is not None]
@@ -195,7 +225,7 @@ class _Training:
             grammar=self.grammar if whole else None,
             on_progress=self.reporter.validating,
         )
-        self.metrics.write({"step": step, "tokens": self._tokens(step), **evaluation.to_dict()})
+        self._write({"step": step, "tokens": self._tokens(step), **evaluation.to_dict()})
         if not whole:
             self.reporter.message(f"step {step}: {describe_evaluation(evaluation)}")
         self.clock, self.clock_step = time.monotonic(), step
@@ -211,16 +241,19 @@ class _Training:
             raise TrainingError(
                 f"parameter {damaged} is not finite after step {step}; expected finite numbers. {self._way_out()}"
             )
-        self.saved = save_checkpoint(
-            self.run.checkpoints_path,
-            step,
-            weights,
-            self.model.export_optimizer(),
-            dump_config(self.config),
-            {},
-            self.config.training.keep_checkpoints,
-            tokens=self._tokens(step),
-        )
+        optimizer = self.model.export_optimizer()
+        self.saved = self.run.checkpoints_path
+        if self.is_first:
+            save_checkpoint(
+                self.run.checkpoints_path,
+                step,
+                weights,
+                optimizer,
+                dump_config(self.config),
+                {},
+                self.config.training.keep_checkpoints,
+                tokens=self._tokens(step),
+            )
         self.clock, self.clock_step = time.monotonic(), step
 
     def _not_finite(self, step: int, loss: float) -> str:

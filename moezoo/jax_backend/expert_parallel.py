@@ -36,7 +36,7 @@ class Through(Protocol):
 def on_their_devices(
     through: Through, spec: MoESpec, experts: Experts, x_PD: jax.Array, routing: Routing, dispatched: Dispatch
 ) -> jax.Array:
-    """`through(spec, experts, x_PD, dispatched)`, on the devices that have the tokens and those that have the experts."""
+    """`through(spec, experts, x_PD, dispatched)`, on the devices that have the tokens, and those of the experts."""
     placement = active_placement()
     if placement is None:
         return through(spec, experts, x_PD, dispatched)
@@ -156,9 +156,7 @@ class _Ragged(_Padded):
         return lax.ragged_all_to_all(y_RD, buffer, *sizes, axis_name=self.group)
 
 
-def _travelled(
-    experts: Rows, exchange: type[_Padded], group: tuple[MeshAxis, ...], devices: int, most: int
-) -> Rows:
+def _travelled(experts: Rows, exchange: type[_Padded], group: tuple[MeshAxis, ...], devices: int, most: int) -> Rows:
     """Experts, of which this device has an equal part, for rows that are sorted by all of them."""
 
     def rows(x_RD: jax.Array, size_E: jax.Array) -> jax.Array:

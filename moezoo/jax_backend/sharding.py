@@ -148,8 +148,7 @@ class _Gathered(nnx.Module):
 
 
 def _not_gathered(primitive: jax.extend.core.Primitive, *_: Any, **parameters: Any) -> bool:
-    """Whether what this gives may be kept for the way back: not whole parameters, nor what is but another form of them.
-    """
+    """Whether what this gives may be kept for the way back: neither whole parameters nor another form of them."""
     forms = ("sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze")
     return primitive.name not in forms
 

@@ -19,6 +19,7 @@ from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.mesh import MeshConfig, in_words
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
+from moezoo.core.processes import Numbers, Processes
 from moezoo.core.prompts import widths
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
@@ -54,6 +55,13 @@ class JaxBackend:
         jax.config.update("jax_default_matmul_precision", "highest")
         self._freed_memory = keep_freed_memory() if jax.default_backend() == "cpu" else None
         self._compile_cache = use_compile_cache()
+
+    @property
+    def processes(self) -> Processes:
+        return Processes()
+
+    def gather(self, number: int) -> Numbers:
+        return Numbers((number,))
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "JaxModel":
         return JaxModel(spec, weights, None if self._mesh.is_one_device else Placement(spec, self._mesh))
@@ -233,7 +241,7 @@ class JaxModel:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
         self._rematerialize = rematerialize == "block"
         if self._placement is not None and layers == "scanned":
-            raise SpecError("training.layers is 'scanned', which a mesh has no rules for yet. Use unrolled, or no mesh.")
+            raise SpecError("training.layers is 'scanned', for which a mesh has no rules. Use unrolled, or no mesh.")
         self._hold(layers)
         self._optimizer = _adamw(config, {self._stacks.name(name): decay for name, decay in self._decayed.items()})
         init, outputs = self._optimizer(0.0).init, None
@@ -270,6 +278,9 @@ class JaxModel:
         values = stacks.held(list(own), own.pop) | stacks.held(self._state, self._state.__getitem__)
         made = ScannedTransformer if self._scanned else Transformer
         self._parameters, _ = self._taken_apart(made(self.spec, Weights(values)))
+
+    def own_sequences(self, batch: int) -> np.ndarray:
+        return np.arange(batch) if self._placement is None else self._placement.own_sequences(batch)
 
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:
@@ -324,7 +335,9 @@ class JaxModel:
 
     def _placed(self, name: str, value: np.ndarray) -> jax.Array:
         """A number for each of a parameter's, where they are."""
-        return jnp.asarray(value) if self._placement is None else jax.device_put(value, self._placement.parameters[name])
+        return (
+            jnp.asarray(value) if self._placement is None else jax.device_put(value, self._placement.parameters[name])
+        )
 
     def wait(self) -> None:
         jax.block_until_ready((self._parameters, self._state))

@@ -25,6 +25,7 @@ from moezoo.core.spec import (
     SwitchBalanceLossSpec,
 )
 from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, log_losses
+from moezoo.mlx_backend.data_parallel import average, total
 from moezoo.mlx_backend.dispatch import expert_counts
 from moezoo.mlx_backend.routing import Routing
 
@@ -41,7 +42,7 @@ def token_losses(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
 
 def cross_entropy(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.losses.cross_entropy."""
-    return mx.sum(mx.sum(token_losses(logits_BTV, target_BT), axis=-1)) / mx.sum(target_BT != IGNORED)
+    return mx.sum(mx.sum(token_losses(logits_BTV, target_BT), axis=-1)) / average(mx.sum(target_BT != IGNORED))
 
 
 # --- what balance losses are made of ---------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def communication_balance(routing: Routing, probability_PE: mx.array, num_device
     """Spec: moezoo.core.reference.losses.communication_balance."""
     hot_PKE = routing.expert_PK[..., None] == mx.arange(routing.score_PE.shape[-1])
     chosen_PE = mx.any(hot_PKE & routing.valid_PK[..., None], axis=1)
-    sent = mx.mean((by_device(chosen_PE, num_devices) > 0).astype(mx.float32), axis=0)
+    sent = average(mx.mean((by_device(chosen_PE, num_devices) > 0).astype(mx.float32), axis=0))
     return num_devices / max_devices * mx.sum(sent * mx.mean(by_device(probability_PE, num_devices), axis=0))
 
 
@@ -117,19 +118,19 @@ def sequence_balance(logits_PE: mx.array, probability_PE: mx.array, top_k: int, 
 def importance(routing: Routing) -> mx.array:
     """Spec: moezoo.core.reference.losses.importance."""
     importance_E = mx.zeros(routing.score_PE.shape[-1]).at[routing.expert_PK].add(routing.weight_PK)
-    return squared_variation(importance_E)
+    return squared_variation(total(importance_E))
 
 
 def load(routing: Routing, top_k: int) -> mx.array:
     """Spec: moezoo.core.reference.losses.load."""
     if routing.clean_logits_PE is None or routing.noise_scale_PE is None:
-        return squared_variation(expert_counts(routing))
+        return squared_variation(total(expert_counts(routing)))
     order_PE = mx.argsort(-mx.stop_gradient(routing.logits_PE), axis=-1)
     falling_PE = mx.take_along_axis(routing.logits_PE, order_PE, axis=-1)
     last_P, next_P = falling_PE[:, top_k - 1], falling_PE[:, top_k]
     threshold_PE = mx.where(routing.logits_PE > next_P[:, None], next_P[:, None], last_P[:, None])
     chance_PE = normal_cdf((routing.clean_logits_PE - threshold_PE) / routing.noise_scale_PE)
-    return squared_variation(mx.sum(chance_PE, axis=0))
+    return squared_variation(total(mx.sum(chance_PE, axis=0)))
 
 
 def heterogeneous_balance(load_E: mx.array, probability_PE: mx.array, num_experts: int, ffn_share: float) -> mx.array:
@@ -148,7 +149,7 @@ def router_z(routing: Routing) -> mx.array:
 def pooled_balance(layer_logits: Sequence[mx.array], top_k: int) -> mx.array:
     """Spec: moezoo.core.reference.losses.pooled_balance."""
     logits_PE = mx.concatenate(layer_logits)
-    frequency_E = mx.mean(highest_logits(logits_PE, top_k).astype(mx.float32), axis=0)
+    frequency_E = average(mx.mean(highest_logits(logits_PE, top_k).astype(mx.float32), axis=0))
     probability_PE = mx.softmax(logits_PE, axis=-1, precise=True)
     return logits_PE.shape[-1] * mx.sum(frequency_E * mx.mean(probability_PE, axis=0))
 
@@ -164,12 +165,12 @@ def auxiliary_loss(
     """Spec: moezoo.core.reference.losses.auxiliary_loss."""
     match spec:
         case SwitchBalanceLossSpec() | ExpertBalanceLossSpec():
-            return switch_balance(expert_counts(routing), probabilities(moe.router, routing))
+            return switch_balance(total(expert_counts(routing)), probabilities(moe.router, routing))
         case GlobalBalanceLossSpec():
-            own_E = expert_counts(routing) if load_E is None else load_E
+            own_E = total(expert_counts(routing)) if load_E is None else load_E
             return switch_balance(own_E, probabilities(moe.router, routing))
         case DeviceBalanceLossSpec():
-            return device_balance(expert_counts(routing), probabilities(moe.router, routing), spec.num_devices)
+            return device_balance(total(expert_counts(routing)), probabilities(moe.router, routing), spec.num_devices)
         case CommunicationBalanceLossSpec():
             probability_PE = probabilities(moe.router, routing)
             return communication_balance(routing, probability_PE, spec.num_devices, spec.max_devices)
@@ -182,7 +183,7 @@ def auxiliary_loss(
         case HeterogeneousBalanceLossSpec():
             probability_PE = probabilities(moe.router, routing)
             ffn_share = 1.0 if moe.zero_computation is None else moe.zero_computation.ffn_share
-            return heterogeneous_balance(expert_counts(routing), probability_PE, moe.num_experts, ffn_share)
+            return heterogeneous_balance(total(expert_counts(routing)), probability_PE, moe.num_experts, ffn_share)
         case RouterZLossSpec():
             return router_z(routing)
         case PooledBalanceLossSpec():

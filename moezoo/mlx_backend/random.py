@@ -7,6 +7,8 @@ import math
 
 import mlx.core as mx
 
+from moezoo.mlx_backend.data_parallel import first_draw
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
@@ -20,8 +22,13 @@ def fold_in(key: mx.array, *data: int | mx.array) -> mx.array:
 
 
 def bits(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Spec: moezoo.core.random.bits; one key or keys [2, n], and of each fewer than 2**32 numbers."""
-    y0, y1 = _threefry(key[..., None], mx.arange(math.prod(shape), dtype=mx.uint32))
+    """Spec: moezoo.core.random.bits; one key or keys [2, n], and of each fewer than 2**32 numbers.
+
+    One key is that of a batch, whose sequences stand first in `shape`: each process draws those of its own sequences.
+    """
+    count = math.prod(shape)
+    first = first_draw(count) if key.ndim == 1 else 0
+    y0, y1 = _threefry(key[..., None], mx.arange(first, first + count, dtype=mx.uint32))
     return (y0 ^ y1).reshape((*key.shape[1:], *shape))
 
 

@@ -12,14 +12,16 @@ from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import TrainingError
+from moezoo.core.mesh import MESH_AXES, MeshConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
+from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.mlx_backend import BLAS, FREED_MEMORY
+from moezoo.mlx_backend import BLAS, FREED_MEMORY, data_parallel
 from moezoo.mlx_backend.arrays import Weights, exported, to_numpy
 from moezoo.mlx_backend.cpu_kernels import FusedAdamW, can_fuse, is_x86_cpu
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
@@ -36,6 +38,18 @@ class MlxBackend:
     """MLX on Apple silicon, or on the CPU."""
 
     name = "mlx"
+
+    def __init__(self, mesh: MeshConfig | None = None) -> None:
+        """In one process, or with a part of the batch in each. A mesh that asks for nothing leaves that to them."""
+        if mesh is not None and not mesh.is_one_device:
+            data_parallel.check_mesh({axis: getattr(mesh, axis) for axis in MESH_AXES})
+
+    @property
+    def processes(self) -> Processes:
+        return data_parallel.processes()
+
+    def gather(self, number: int) -> PendingNumbers:
+        return data_parallel.gather(number)
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "MlxModel":
         return MlxModel(spec, weights)
@@ -56,7 +70,7 @@ class MlxBackend:
             "freed memory": FREED_MEMORY,
             "exponentials": exponentials,
             "fused": fused,
-        }
+        } | data_parallel.facts()
 
 
 class PendingMlxStep:
@@ -67,13 +81,14 @@ class PendingMlxStep:
 
     def fetch(self) -> StepMetrics:
         terms, norm, load, dropped, state = self._values
-        return StepMetrics(
-            {name: value.item() for name, value in terms.items()},
-            norm.item(),
-            [np.array(sizes, np.int64) for sizes in load],
-            [count.item() for count in dropped],
-            to_numpy(state),
-        )
+        with data_parallel.lost_peer():
+            return StepMetrics(
+                {name: value.item() for name, value in terms.items()},
+                norm.item(),
+                [np.array(sizes, np.int64) for sizes in load],
+                [count.item() for count in dropped],
+                to_numpy(state),
+            )
 
 
 class MlxModel:
@@ -113,6 +128,7 @@ class MlxModel:
             mx.array(tokens), forced=_flat(forced), record=intermediates, key=_key(key), inference=inference
         )
         terms = {} if targets is None else self._terms(result, mx.array(targets))
+        _, terms = data_parallel.averaged({}, terms)
         mx.eval(result.logits_BTV, result.routings, terms, intermediates if record else {})
         return Output(
             np.array(result.logits_BTV),
@@ -128,10 +144,15 @@ class MlxModel:
         )
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
-        result = self._module(mx.array(tokens), inference=inference)
-        losses = token_losses(result.logits_BTV, mx.array(targets))
+        own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)
+        result = self._module(mx.array(own_tokens), inference=inference)
+        losses = token_losses(result.logits_BTV, mx.array(own_targets))
         load, dropped = _load(result)
-        mx.eval(losses, load, dropped)
+        if len(own_tokens) < len(tokens):
+            losses = data_parallel.whole_batch(losses)
+            load, dropped = data_parallel.summed(load, dropped)
+        with data_parallel.lost_peer():
+            mx.eval(losses, load, dropped)
         return Scores(
             np.array(losses),
             [np.array(sizes, np.int64) for sizes in load],
@@ -174,6 +195,7 @@ class MlxModel:
         (_, terms, *_), gradients = self._loss_and_gradients(
             mx.array(tokens), mx.array(targets), _key(key), _flat(forced)
         )
+        gradients, terms = data_parallel.averaged(gradients, terms)
         mx.eval(terms, gradients)
         return {name: value.item() for name, value in terms.items()}, to_numpy(dict(tree_flatten(gradients)))
 
@@ -193,6 +215,7 @@ class MlxModel:
         layers: Layers = "unrolled",
     ) -> None:
         check_float32({name: str(value.dtype).rpartition(".")[2] for name, value in self._named().items()})
+        data_parallel.check_shared(self.spec)
         self._config = config
         if rematerialize != "none":
             raise TrainingError(
@@ -218,6 +241,9 @@ class MlxModel:
                 part.state = {**part.state, **moments, "step": mx.array(update, mx.uint64)}
                 part._initialized = True
 
+    def own_sequences(self, batch: int) -> np.ndarray:
+        return data_parallel.processes().share(batch)
+
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingMlxStep:
         for window in windows:
             check_targets(window[:, :-1], window[:, 1:])
@@ -227,6 +253,7 @@ class MlxModel:
         if self._balances_globally and len(parts) > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
             global_load = _sum_over(lambda window, key: _load(self._module(window[:, :-1], key=key))[0], parts)
+            (global_load,) = data_parallel.summed(global_load)
 
         def micro_batch(window, key):
             (_, terms, cutoffs, load), gradients = self._loss_and_gradients(
@@ -234,10 +261,12 @@ class MlxModel:
             )
             return (gradients, terms, cutoffs), load
 
-        means, load = _sum_over(micro_batch, parts)
+        means, (load, dropped) = _sum_over(micro_batch, parts)
         if len(parts) > 1:
             means = tree_map(lambda total: None if total is None else total / len(parts), means)
         gradients, terms, cutoffs = means
+        gradients, terms = data_parallel.averaged(gradients, terms)
+        load, dropped = data_parallel.summed(load, dropped)
         norm = _global_norm(gradients)
         if self._config.clip_norm is not None:
             scale = mx.minimum(1.0, self._config.clip_norm / (norm + 1e-6))
@@ -245,11 +274,12 @@ class MlxModel:
         self._optimizer.update(self._module, gradients)
         del means, gradients  # so that their memory can be taken for what is made of them
         state = {name: self._value(name) for name in self._state_names}
-        for name, value in updated_state(self.spec, state, load[0], cutoffs).items():
+        for name, value in updated_state(self.spec, state, load, cutoffs).items():
             path, _, leaf = name.rpartition(".")
             setattr(self._inside(path), leaf, value)
-        values = (terms, norm, *load, {name: self._value(name) for name in updated_names(self.spec)})
-        mx.async_eval(values, self._module.state, self._optimizer.state)
+        values = (terms, norm, load, dropped, {name: self._value(name) for name in updated_names(self.spec)})
+        with data_parallel.lost_peer():
+            mx.async_eval(values, self._module.state, self._optimizer.state)
         return PendingMlxStep(values)
 
     def _inside(self, path: str) -> nn.Module:

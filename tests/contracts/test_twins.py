@@ -9,7 +9,7 @@ from tests.contracts.source_tree import BACKENDS, PACKAGE, Function, backend_fil
 
 ONLY_IN = {
     "jax": {"sharding", "expert_parallel", "rematerialization", "scanned_layers", "compile_cache"},
-    "mlx": {"blas", "cpu_kernels", "streams"},
+    "mlx": {"blas", "cpu_kernels", "streams", "data_parallel"},
 }
 SHARED = sorted(stems("jax_backend") - ONLY_IN["jax"])
 ALPHABET = set("BTSDNMGHZECKFPRVL")

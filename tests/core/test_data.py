@@ -103,6 +103,20 @@ def test_samples_do_not_depend_on_how_they_are_batched(text_file):
     assert (by_four == by_six).all()
 
 
+def test_processes_read_their_own_rows_of_a_batch_and_no_others(text_file, monkeypatch):
+    split = prepare_data(config(text(text_file)), T).train
+    whole, read = split.batch(5, 8, T, 1), []
+    tokens = type(split.sources[0].tokens)
+    reading = tokens.read
+    monkeypatch.setattr(
+        tokens, "read", lambda self, starts, length: read.extend(starts) or reading(self, starts, length)
+    )
+    for rows in (np.array([0, 1, 4, 5]), np.array([2, 3, 6, 7])):
+        read.clear()
+        np.testing.assert_array_equal(split.batch(5, 8, T, 1, rows), whole[rows])
+        assert len(read) == 4
+
+
 def test_rows_are_windows_of_the_training_part(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000))
     prepared = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T)

@@ -468,9 +468,18 @@ CASES = {
         "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "
         "batch_size.",
     ),
-    "several devices": (
-        {"mesh": {"expert": 4}},
-        "mesh.expert is 4, but this version trains on one device (x.yaml). Use 1.",
+    "two axes that take what is left": (
+        {"mesh": {"data": "auto", "expert": "auto"}},
+        "mesh.expert is 'auto', as data is (x.yaml). Give a number for one of them.",
+    ),
+    "experts on devices with the same tokens": (
+        {"mesh": {"rules": {"expert": "tensor"}}},
+        "mesh.rules.expert is cut along tensor, where devices have the same tokens (x.yaml). Use expert.",
+    ),
+    "widths that no block computes in parts": (
+        {"mesh": {"rules": {"embed": ["fsdp", "tensor"]}}},
+        "mesh.rules.embed is cut along tensor, which is for what a block can compute in parts (x.yaml). "
+        "Use tensor for head, kv_head, hidden or vocab.",
     ),
     "sequences beyond learned positions": (
         model(position={"kind": "learned", "max_length": 7}),

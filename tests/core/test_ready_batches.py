@@ -63,6 +63,7 @@ def test_validation_is_what_is_held_out_or_else_the_first_batch(tmp_path):
     data = prepared(path, validation_batches=2)
     np.testing.assert_array_equal(np.asarray(data.validation.windows(T))[:, :-1], IDS[3:].reshape(-1, T))
     np.testing.assert_array_equal(data.validation.windows(T, 2)[:, :-1], IDS[3:].reshape(-1, T)[[0, 3]])
+    np.testing.assert_array_equal(data.train.batch(1, B, T, 0, np.array([2]))[:, :-1], IDS[1, [2]])
     with pytest.raises(DataError, match=r"there is no such batch; got step 3"):
         data.train.batch(3, B, T, 0)
     assert (data.summary[0].train_tokens, data.summary[0].validation_tokens) == (3 * B * T, 2 * B * T)

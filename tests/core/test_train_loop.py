@@ -21,6 +21,7 @@ from moezoo.core.data import prepare_data
 from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError
 from moezoo.core.metrics import read_metrics
 from moezoo.core.parameters import parameter_table
+from moezoo.core.processes import Numbers, Processes
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import create_run, load_run
 from moezoo.core.spec import ModelSpec
@@ -89,9 +90,17 @@ class NotingModel:
     def __init__(self) -> None:
         self.keys: list[np.ndarray] = []
 
+    processes = Processes()
+
     def build(self, spec: ModelSpec, weights: dict[str, np.ndarray]) -> "NotingModel":
         self.spec, self.weights = spec, weights
         return self
+
+    def gather(self, number: int) -> Numbers:
+        return Numbers((number,))
+
+    def own_sequences(self, batch: int) -> np.ndarray:
+        return np.arange(batch)
 
     def start_training(self, *arguments: object, **options: object) -> None:
         """Nothing."""

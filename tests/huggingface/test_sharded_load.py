@@ -11,17 +11,11 @@ CHECKPOINT = Path(__file__).parents[1] / "data" / "huggingface" / "train_mixtral
 SCRIPT = """
 import json, sys
 import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import moezoo
-from moezoo.jax_backend.sharding import ShardedJaxBackend
+from moezoo.core.mesh import MeshConfig
+from moezoo.jax_backend.steps import JaxBackend
 
-mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,))
-
-def placement(row):
-    by_expert = "expert" in row.axes and row.axes.index("expert") == 0 and len(row.axes) > 1
-    return NamedSharding(mesh, PartitionSpec("expert") if by_expert else PartitionSpec())
-
-model = moezoo.load(sys.argv[1], backend=ShardedJaxBackend(placement))
+model = moezoo.load(sys.argv[1], backend=JaxBackend(MeshConfig(expert=8)))
 whole = moezoo.load(sys.argv[1], backend="jax")
 tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
 experts = model.model._parameters["layers.1.moe.experts.w_gate"]

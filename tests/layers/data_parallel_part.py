@@ -1,0 +1,72 @@
+"""One of several MLX processes: loss terms and gradients of its part of a batch. See test_data_parallel."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from moezoo.backends import load_backend
+from moezoo.core.backend import IGNORED
+from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.initialize import initial_weights
+from moezoo.core.random import micro_batch_keys
+
+V, B, T = 31, 4, 9
+KEY = micro_batch_keys(3, 0, 1)[0]
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and targets [B, T], where the first half of the sequences has fewer targets that count."""
+    rows = np.random.default_rng(2).integers(0, V, (B, T + 1)).astype(np.int32)
+    targets = rows[:, 1:].copy()
+    targets[0, 2:], targets[3, 0] = IGNORED, IGNORED
+    return rows[:, :-1], targets
+
+
+def numbers(config: Path) -> dict[str, np.ndarray]:
+    """Loss terms, gradients and scores of this process's part; of all, where it is alone."""
+    backend = load_backend("mlx")
+    spec = with_vocab_size(load_config(config, ["model.vocab_size=null"]), V).model
+    model = backend.build(spec, initial_weights(spec, 0))
+    tokens, targets = batch()
+    own = model.own_sequences(B)
+    terms, gradients = model.loss_and_gradients(tokens[own], targets[own], key=KEY)
+    told = model.forward(tokens[own], targets[own], key=KEY).losses
+    scores = model.score(tokens, targets)
+    found = {f"term {name}": np.array(value) for name, value in terms.items()}
+    found |= {f"told {name}": np.array(value) for name, value in told.items()}
+    found |= {f"gradient {name}": value for name, value in gradients.items()}
+    return found | {"score": scores.token_losses, "load": np.array(scores.load)}
+
+
+def mixed_up(place: int, seed: int) -> bool:
+    """Whether sums got the summands of other sums, in a random graph that each process has with other detours.
+
+    As an expert without rows makes one: there is no product. MLX would choose another order of messages then.
+    """
+    import mlx.core as mx
+
+    from moezoo.mlx_backend.data_parallel import total
+
+    common, own = np.random.default_rng(seed), np.random.default_rng([seed, place])
+    nodes = [mx.array([float(index)]) for index in range(3)]
+    sums: list[mx.array] = []
+    for _ in range(12):
+        x = nodes[common.integers(len(nodes))] * 0
+        x = mx.concatenate([x + 0 for _ in range(own.integers(1, 25))])[:1]
+        for _ in range(own.integers(0, 30)):
+            x = x + 0
+        if common.random() < 0.5:
+            x = total(x + 10.0 ** len(sums))
+            sums.append(x)
+        nodes.append(x)
+    mx.eval(mx.stack([*(sums[index] for index in common.permutation(len(sums))), *nodes[-2:]]))
+    return [value.item() for value in sums] != [2 * 10.0**index for index in range(len(sums))]
+
+
+if __name__ == "__main__":
+    out, *configs = (Path(word) for word in sys.argv[1:])
+    place = load_backend("mlx").processes.index
+    np.savez(out / f"order_{place}.npz", mixed_up=sum(mixed_up(place, seed) for seed in range(60)))
+    for path in configs:
+        np.savez(out / f"{path.stem}_{place}.npz", **numbers(path))

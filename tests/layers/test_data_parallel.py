@@ -1,0 +1,125 @@
+"""A batch divided over two MLX processes has the losses, the gradients and the noise of the whole one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.errors import BackendError, SpecError
+from moezoo.core.initialize import initial_weights
+from moezoo.core.launch import process_commands
+from moezoo.core.processes import Processes
+from tests.backends_available import require_backend
+from tests.layers.data_parallel_part import V, numbers
+from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny"
+# Every auxiliary loss, everything that is drawn at random, and graphs that differ with what each half has to compute.
+CONFIGS = (
+    "expert_balance",
+    "device_balance",
+    "sequence_balance",
+    "global_balance",
+    "importance_load",
+    "heterogeneous",
+    "pooled_balance",
+    "sparse_attention",
+    "dropout",
+    "jitter_logits",
+    "jitter_mixture",
+    "sparsemixer",
+    "top_p",
+    "zero_computation_dropless",
+)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for each config and process."""
+    require_backend("mlx")
+    folder = tmp_path_factory.mktemp("parts")
+    program = [sys.executable, "-m", "tests.layers.data_parallel_part", str(folder)]
+    configs = [str(TINY / f"{name}.yaml") for name in CONFIGS]
+    running = [
+        subprocess.Popen(
+            [*program, *configs], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for _, environment in process_commands(2, [], "mlx", folder / "hosts.json")
+    ]
+    said = [process.communicate(timeout=120)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_halves_of_a_batch_are_the_whole(name: str, parts: Path) -> None:
+    whole = numbers(TINY / f"{name}.yaml")
+    first, second = (np.load(parts / f"{name}_{place}.npz") for place in (0, 1))
+    assert set(first.files) == set(second.files) == set(whole)
+    for key, value in whole.items():
+        np.testing.assert_array_equal(first[key], second[key], err_msg=key)
+        assert_close(first[key], value, FLOAT32_GRADIENT if key.startswith("gradient") else FLOAT32, key)
+
+
+def test_messages_keep_their_order_where_the_graphs_of_two_processes_differ(parts: Path) -> None:
+    assert [int(np.load(parts / f"order_{place}.npz")["mixed_up"]) for place in (0, 1)] == [0, 0]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch):
+    """As if this were the second of two processes."""
+    require_backend("mlx")
+    from moezoo.mlx_backend import data_parallel
+
+    monkeypatch.setattr(data_parallel, "processes", lambda: Processes(1, 2))
+    return data_parallel
+
+
+def test_a_process_draws_its_part_of_the_batchs_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    mx = require_backend("mlx")
+    from moezoo.mlx_backend import data_parallel
+    from moezoo.mlx_backend.random import uniform
+
+    key, several = mx.array([3, 4], mx.uint32), mx.array([[3, 5], [4, 6]], mx.uint32)
+    whole, of_sequences = np.array(uniform(key, (6, 5))), np.array(uniform(several, (3,)))
+    monkeypatch.setattr(data_parallel, "processes", lambda: Processes(1, 2))
+    np.testing.assert_array_equal(np.array(uniform(key, (3, 5))), whole[3:])
+    np.testing.assert_array_equal(np.array(uniform(several, (3,))), of_sequences)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("capacity", "moe.dispatch"), ("capacity_score", "moe.dispatch"), ("expert_choice", "moe.router.choice")],
+)
+def test_choices_among_all_tokens_of_a_batch_are_refused(name: str, field: str, pretend) -> None:
+    from moezoo.backends import load_backend
+
+    config = with_vocab_size(load_config(TINY / f"{name}.yaml", ["model.vocab_size=null"]), V)
+    model = load_backend("mlx").build(config.model, initial_weights(config.model, 0))
+    with pytest.raises(SpecError, match=rf"layers\[\]\.{field} is .*2 processes share a batch.*or one process"):
+        model.start_training(config.optimizer)
+
+
+def test_a_mesh_that_is_not_of_this_many_processes_is_refused(pretend) -> None:
+    pretend.check_mesh({"data": 2, "expert": 1, "fsdp": "auto"})
+    pretend.check_mesh({"data": "auto"})
+    for sizes, field in (({"data": 4}, "mesh.data is 4"), ({"data": 2, "expert": 2}, "mesh.expert is 2")):
+        with pytest.raises(SpecError, match=f"{field}, which MLX cannot do with 2 processes"):
+            pretend.check_mesh(sizes)
+
+
+def test_variables_of_a_launcher_that_lead_nowhere_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require_backend("mlx")
+    from moezoo.mlx_backend.data_parallel import processes
+
+    hosts = tmp_path / "hosts.json"
+    monkeypatch.setenv("MLX_RANK", "1")
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    with pytest.raises(BackendError, match=r"cannot reach the other processes; got MLX_RANK=1"):
+        processes.__wrapped__()
+    hosts.write_text("\n", encoding="utf-8")  # as `mlx.launch -n 1` leaves it
+    assert processes.__wrapped__() == Processes()
