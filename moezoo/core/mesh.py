@@ -79,9 +79,8 @@ def sizes(mesh: MeshConfig, num_devices: int) -> dict[MeshAxis, int]:
         given[words[0]] = num_devices // product
     elif words or product not in (1, num_devices):
         raise SpecError(
-            f"mesh is {in_words(mesh)}, of {'a multiple of ' if words else ''}{product} devices; got {num_devices}. "
-            f"Use {words[0] if words else 'a number of'} {'with other axes that divide it' if words else 'devices'}, "
-            "or let one axis be auto."
+            f"mesh is {in_words(mesh)}, for {'a multiple of ' if words else ''}{product} devices; got {num_devices} "
+            f"devices. Use sizes whose product {'divides' if words else 'is'} {num_devices}, or let one axis be auto."
         )
     return {axis: given[axis] for axis in MESH_AXES}
 

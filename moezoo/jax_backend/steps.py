@@ -16,7 +16,7 @@ from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import SpecError
 from moezoo.core.freed_memory import keep_freed_memory
-from moezoo.core.mesh import MeshConfig, in_words
+from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
 from moezoo.core.processes import Numbers, Processes
@@ -78,7 +78,8 @@ class JaxBackend:
             "compile cache": self._compile_cache,
         }
         if not self._mesh.is_one_device:
-            facts["mesh"] = f"{in_words(self._mesh)}; tokens to experts: {self._mesh.exchange}"
+            resolved = self._mesh.model_copy(update=sizes(self._mesh, jax.device_count()))
+            facts["mesh"] = f"{in_words(resolved)}; tokens to experts: {self._mesh.exchange}"
         return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}
 
 

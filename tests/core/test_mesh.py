@@ -29,7 +29,7 @@ def test_auto_is_what_is_left():
 
 @pytest.mark.parametrize("mesh", [{"data": 3}, {"data": 2, "expert": 2}, {"data": "auto", "expert": 3}])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh):
-    with pytest.raises(SpecError, match=r"mesh is .* devices; got 8\."):
+    with pytest.raises(SpecError, match=r"mesh is .* devices; got 8 devices\. Use sizes whose product"):
         sizes(MeshConfig(**mesh), 8)
 
 

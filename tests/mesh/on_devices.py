@@ -1,7 +1,7 @@
 """Trains tiny models on 8 simulated devices and on one, and prints as JSON how far apart they are. Run by the tests.
 
-    python on_devices.py equal CONFIG MESH...    MESH as JSON, e.g. {"data": 8}
-    python on_devices.py collectives MESH
+python on_devices.py equal CONFIG MESH...    MESH as JSON, e.g. {"data": 8}
+python on_devices.py collectives MESH
 """
 
 import json
@@ -48,8 +48,8 @@ def equal(path: Path, meshes: list[dict]) -> dict:
     losses, gradients, steps, scores, alone = trained(config, MeshConfig(), windows, key)
     found = {}
     for given in meshes:
-        rematerialize = given.pop("rematerialize", "none")
-        mine = trained(config, MeshConfig(**given), windows, key, rematerialize)
+        mesh = {name: value for name, value in given.items() if name != "rematerialize"}
+        mine = trained(config, MeshConfig(**mesh), windows, key, given.get("rematerialize", "none"))
         assert sorted(mine[0]) == sorted(losses)
         assert sorted(mine[1]) == sorted(gradients)
         exported = mine[4].export_parameters()

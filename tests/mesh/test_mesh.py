@@ -30,7 +30,7 @@ MESHES = [
     {"data": 8, "rules": {"expert": "data"}},
     {"fsdp": 2, "expert": 4, "rematerialize": "block"},
 ]
-MIXED = [MESHES[5], MESHES[10], MESHES[11]]
+MIXED = [MESHES[10], MESHES[11]]
 
 
 def on_devices(*words: str) -> dict:
