@@ -4,6 +4,7 @@ import math
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from moezoo.core.errors import SpecError
 from moezoo.core.spec import Part, impossible
@@ -15,6 +16,15 @@ BATCH_AXES: tuple[MeshAxis, ...] = ("data", "fsdp", "expert")
 
 LogicalAxis = Literal["embed", "vocab", "head", "kv_head", "head_dim", "hidden", "expert", "latent"]
 Exchange = Literal["padded", "allgather", "ragged"]
+
+
+def _as_size(value: object) -> object:
+    if value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise PydanticCustomError("size", "expected a number of devices, 1 or more, or auto")
+
+
+Size = Annotated[PositiveInt | Literal["auto"], BeforeValidator(_as_size)]
 
 
 def _as_axes(value: object) -> object:
@@ -37,10 +47,10 @@ class MeshConfig(Part):
     that there are, on platforms that have one (TPU).
     """
 
-    data: PositiveInt | Literal["auto"] = 1
-    fsdp: PositiveInt | Literal["auto"] = 1
-    expert: PositiveInt | Literal["auto"] = 1
-    tensor: PositiveInt | Literal["auto"] = 1
+    data: Size = 1
+    fsdp: Size = 1
+    expert: Size = 1
+    tensor: Size = 1
     rules: dict[LogicalAxis, Annotated[tuple[MeshAxis, ...], BeforeValidator(_as_axes)]] = Field(default_factory=dict)
     exchange: Exchange = "padded"
 

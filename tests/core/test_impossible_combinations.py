@@ -16,6 +16,7 @@ from tests.contracts.source_tree import PACKAGE, tree_of
 
 MODULES = (
     "config",
+    "mesh",
     "spec.attention",
     "spec.model",
     "spec.moe",
