@@ -1,4 +1,4 @@
-"""Which axis of the mesh cuts which axis of a parameter: data, read by the JAX backend, the planner and `describe`.
+"""Which axis of the mesh cuts which axis of a parameter: data, read by the JAX backend.
 
 A row of the parameter table names the axes of its dimensions; a rule maps such a name to axes of the mesh.
 """
@@ -60,11 +60,6 @@ def at_work(row: Parameter, cut: Partition) -> Partition:
         axes if name == "expert" else tuple(axis for axis in axes if axis not in BATCH_AXES)
         for name, axes in zip(row.axes, cut, strict=True)
     )
-
-
-def own_size(row: Parameter, cut: Partition, sizes: Mapping[MeshAxis, int]) -> int:
-    """Numbers of a parameter that one device has."""
-    return row.size // math.prod(sizes[axis] for axes in cut for axis in axes)
 
 
 def check_batch(batch: int, sizes: Mapping[MeshAxis, int]) -> None:

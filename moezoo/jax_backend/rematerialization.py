@@ -9,12 +9,23 @@ from typing import Any
 import jax
 from flax import nnx
 
+from moezoo.jax_backend.sharding import Placement, active_placement
 from moezoo.jax_backend.transformer import Transformer
 
 
-@partial(jax.jit, static_argnames=("graph", "inference"))
-def _computed(graph: nnx.GraphDef, state: nnx.State, given: Any, named: dict[str, Any], inference: bool | None) -> Any:
-    """What a block gives. Blocks that are equal but for their numbers are traced once, and called as a function."""
+@partial(jax.jit, static_argnames=("graph", "inference", "placement"))
+def _computed(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    given: Any,
+    named: dict[str, Any],
+    inference: bool | None,
+    placement: Placement | None,
+) -> Any:
+    """What a block gives. Blocks that are equal but for their numbers are traced once, and called as a function.
+
+    `placement` is the one that is active: what was traced for another may exchange tokens in another way.
+    """
 
     def block(state: nnx.State, given: Any, named: dict[str, Any]) -> Any:
         fixed = {} if inference is None else {"inference": inference}
@@ -33,7 +44,7 @@ class _Recomputed(nnx.Module):
         self, *given: Any, record: Any = None, name: str = "", inference: bool | None = None, **named: Any
     ) -> Any:
         graph, state = nnx.split(self.block)
-        return _computed(graph, state, given, named, inference)
+        return _computed(graph, state, given, named, inference, active_placement())
 
 
 def recomputed(module: Transformer) -> Transformer:

@@ -147,7 +147,7 @@ class _Gathered(nnx.Module):
         return jax.checkpoint(block, policy=_not_gathered)(state, given, named)
 
 
-def _not_gathered(primitive: jax.extend.core.Primitive, *_: Any, **parameters: Any) -> bool:
+def _not_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
     """Whether what this gives may be kept for the way back: neither whole parameters nor another form of them."""
     forms = ("sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze")
     return primitive.name not in forms
