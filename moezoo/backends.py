@@ -7,6 +7,7 @@ import platform
 from moezoo.core.backend import Backend
 from moezoo.core.errors import BackendError, nearest
 from moezoo.core.mesh import MeshConfig
+from moezoo.core.process_group import ProcessGroup
 
 NAMES = ("jax", "mlx")
 _PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
@@ -25,10 +26,11 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
-def load_backend(name: str | None = None, mesh: MeshConfig | None = None) -> Backend:
-    """Import a backend (the default one for None), for the devices of a mesh.
+def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> Backend:
+    """Import a backend (the default one for None), for the devices of a mesh, and join a group of processes.
 
-    Raises BackendError: unknown name, or not installed. Raises SpecError: a mesh that it cannot have.
+    Raises BackendError: unknown name, not installed, or a group that cannot be joined. Raises SpecError: a mesh that it
+    cannot have.
     """
     name = name or default_backend()
     if name not in NAMES:
@@ -42,7 +44,12 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None) -> Bac
     if name == "jax":
         from moezoo.jax_backend.steps import JaxBackend
 
-        return JaxBackend(mesh)
+        return JaxBackend(mesh, group)
+    if group is not None:
+        raise BackendError(
+            f"only JAX processes have a coordinator; got {group.in_words()} with backend mlx. Start MLX's with "
+            "`moezoo launch --nproc N train ...` or mlx.launch."
+        )
     from moezoo.mlx_backend.steps import MlxBackend
 
     return MlxBackend(mesh)

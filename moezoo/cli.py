@@ -1,12 +1,15 @@
 """The command line. Each command imports what it needs when it runs, so that `moezoo --help` is quick."""
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moezoo.core.errors import DataError, MoezooError, RunError, SpecError
+from moezoo.core.errors import BackendError, DataError, MoezooError, RunError, SpecError
+from moezoo.core.process_group import ProcessGroup, end
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,10 +28,10 @@ class _Commands(click.Group):
         except MoezooError as error:
             for line in str(error).splitlines():
                 click.echo(f"{type(error).__name__}: {line}", err=True)
-            sys.exit(1)
+            end(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            sys.exit(130)
+            end(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -45,14 +48,68 @@ _set = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", h
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
+def _group(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of a process that is one of several, as one argument `group`."""
+    seconds = click.IntRange(1)
+    given = ProcessGroup("auto")
+    options = (
+        click.option("--coordinator", metavar="HOST:PORT|auto", help="The first process; auto: as the cluster says."),
+        click.option("--num-processes", type=click.IntRange(1), metavar="N", help="How many there are."),
+        click.option("--process-id", type=click.IntRange(0), metavar="I", help="Which this is, from 0."),
+        click.option("--startup-timeout", type=seconds, default=given.startup_s, show_default=True, metavar="SECONDS"),
+        click.option(
+            "--heartbeat-timeout",
+            type=seconds,
+            default=given.heartbeat_s,
+            show_default=True,
+            metavar="SECONDS",
+            help="After so long a silent process counts as dead.",
+        ),
+        click.option(
+            "--shutdown-timeout", type=seconds, default=given.shutdown_s, show_default=True, metavar="SECONDS"
+        ),
+    )
+
+    @functools.wraps(command)
+    def with_group(
+        coordinator: str | None,
+        num_processes: int | None,
+        process_id: int | None,
+        startup_timeout: int,
+        heartbeat_timeout: int,
+        shutdown_timeout: int,
+        **given: Any,
+    ) -> None:
+        timeouts = (startup_timeout, heartbeat_timeout, shutdown_timeout)
+        if coordinator is None and (num_processes, process_id) != (None, None):
+            raise BackendError("--num-processes and --process-id need --coordinator HOST:PORT, of the first process.")
+        group = None if coordinator is None else ProcessGroup(coordinator, num_processes, process_id, *timeouts)
+        command(group=group, **given)
+
+    for option in reversed(options):
+        with_group = option(with_group)
+    return with_group
+
+
 @main.command()
 @click.argument("config_path", metavar="CONFIG", type=Path)
 @_backend
 @click.option("--out", type=Path, metavar="RUN", help="Run folder. Default: runs/<config name>.")
 @_set
 @click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
-def train(config_path: Path, backend: str | None, out: Path | None, overrides: tuple[str, ...], resume: bool) -> None:
-    """Train a model from a YAML config."""
+@_group
+def train(
+    config_path: Path,
+    backend: str | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    group: ProcessGroup | None,
+) -> None:
+    """Train a model from a YAML config.
+
+    With --coordinator as one of several JAX processes, all of which are given the same command.
+    """
     from moezoo.backends import load_backend
     from moezoo.core.config import load_config, with_vocab_size
     from moezoo.core.console import ConsoleReporter, describe_evaluation
@@ -67,7 +124,7 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
     path = out or Path("runs") / config_path.stem
     begun = load_config(path / "config.yaml") if resume and is_run(path) else None
     config = load_config(config_path, overrides, begun=begun)
-    realized = load_backend(backend, config.mesh)
+    realized = load_backend(backend, config.mesh, group)
     is_first = realized.processes.is_first
     console = _console(quiet=not is_first)
     known = initial_tokenizer(config) if begun is None else load_tokenizer(path)
@@ -86,6 +143,7 @@ def train(config_path: Path, backend: str | None, out: Path | None, overrides: t
             highlight=False,
         )
     result = run_training(config, data, realized, run, reporter=ConsoleReporter(console))
+    realized.leave()
     if not is_first:
         return
     optimum = result.evaluation.optimum if result.evaluation else None

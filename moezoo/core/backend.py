@@ -285,6 +285,10 @@ class Backend(Protocol):
         """The numbers of all processes, each of which must ask, and in the same order. Does not wait for steps."""
         ...
 
+    def leave(self) -> None:
+        """Part from the other processes when all have come here; nothing is computed afterwards."""
+        ...
+
     def build(self, spec: ModelSpec, weights: Mapping[str, Floats]) -> Model:
         """A model with these weights, each in its own dtype (`core/precision.py`), which are read one by one.
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from moezoo.core.errors import BackendError, TrainingError
+from moezoo.core.errors import TrainingError
 
 # Trap: a process whose peer has gone may wait for ever, and is then deaf to SIGTERM. It cannot save without the peer.
 GRACE_S = 5.0
@@ -64,15 +64,17 @@ def process_commands(
     if count == 1:
         return [(command, {})]
     if backend == "jax":
-        raise BackendError(
-            f"launch cannot start {count} JAX processes; got --backend jax; expected mlx. One JAX process trains "
-            "on all devices that it sees: run `moezoo train` by itself, with a mesh."
-        )
+        group = ["--coordinator", f"127.0.0.1:{_free_ports(1)[0]}", "--num-processes", str(count)]
+        # On GPUs each has one of its own; a CPU is one device for each process.
+        return [
+            ([*command, *group, "--process-id", str(index)], {"JAX_LOCAL_DEVICE_IDS": str(index)})
+            for index in range(count)
+        ]
     # Trap: OpenBLAS gives each process a thread a core; they spin while they wait, and take the cores from each other.
     threads = os.environ.get("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]), encoding="utf-8")
-    group = {"MLX_HOSTFILE": str(hostfile), "OPENBLAS_NUM_THREADS": threads}
-    return [(command, group | {"MLX_RANK": str(index)}) for index in range(count)]
+    shared = {"MLX_HOSTFILE": str(hostfile), "OPENBLAS_NUM_THREADS": threads}
+    return [(command, shared | {"MLX_RANK": str(index)}) for index in range(count)]
 
 
 def _free_ports(count: int) -> list[int]:

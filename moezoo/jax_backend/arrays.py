@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from moezoo.core.precision import STORED_DTYPES
+from moezoo.jax_backend.several_processes import on_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -48,9 +49,9 @@ class Weights:
 
 def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Arrays by name -> float32 NumPy arrays by name."""
-    return {name: np.asarray(value, np.float32) for name, value in values.items()}
+    return {name: np.asarray(on_host(value), np.float32) for name, value in values.items()}
 
 
 def exported(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Arrays by name -> NumPy arrays of their own dtype by name."""
-    return {name: np.asarray(value) for name, value in values.items()}
+    return {name: np.asarray(on_host(value)) for name, value in values.items()}

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from moezoo.core.errors import SpecError
 from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
 from moezoo.core.parameters import parameter_table
 from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
@@ -31,6 +32,11 @@ class Placement:
     def __init__(self, spec: ModelSpec, config: MeshConfig):
         self.exchange = config.exchange
         self.sizes = sizes(config, jax.device_count())
+        if config.is_one_device and jax.process_count() > 1:
+            raise SpecError(
+                f"mesh is one device, but there are {jax.process_count()} processes with {jax.device_count()} devices. "
+                "Use a mesh of all of them, for example --set mesh.data=auto."
+            )
         # Axes of one device are left out: XLA on the CPU keeps sums over them.
         self._axes = tuple(axis for axis in MESH_AXES if self.sizes[axis] > 1)
         shape = tuple(self.sizes[axis] for axis in self._axes)
@@ -94,7 +100,13 @@ class _Placed(ReadWhenAsked):
         self._weights, self._shardings = weights, shardings
 
     def __getitem__(self, name: str) -> jax.Array:
-        return jax.device_put(self._weights[name], self._shardings[name])
+        return divided(self._weights[name], self._shardings[name])
+
+
+def divided(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that all processes have, of which each puts the parts of its devices there."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
 def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:

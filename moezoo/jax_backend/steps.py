@@ -19,13 +19,15 @@ from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
-from moezoo.core.processes import Numbers, Processes
+from moezoo.core.process_group import ProcessGroup
+from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.prompts import widths
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
+from moezoo.jax_backend import several_processes
 from moezoo.jax_backend.arrays import Weights, exported, to_numpy
 from moezoo.jax_backend.compile_cache import use_compile_cache
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
@@ -37,7 +39,8 @@ from moezoo.jax_backend.mixture import Mixture
 from moezoo.jax_backend.rematerialization import compiler_options, recomputed
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
-from moezoo.jax_backend.sharding import Placement, gathered
+from moezoo.jax_backend.several_processes import on_host
+from moezoo.jax_backend.sharding import Placement, divided, gathered
 from moezoo.jax_backend.transformer import Forward, Transformer
 
 Parameters = dict[str, jax.Array]
@@ -48,8 +51,10 @@ class JaxBackend:
 
     name = "jax"
 
-    def __init__(self, mesh: MeshConfig | None = None) -> None:
-        """On the first device, or on a mesh of all of them."""
+    def __init__(self, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> None:
+        """On the first device, or on a mesh of all of them, which may be those of several processes."""
+        if group is not None:
+            several_processes.join(group)
         self._mesh = mesh or MeshConfig()
         # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -58,13 +63,17 @@ class JaxBackend:
 
     @property
     def processes(self) -> Processes:
-        return Processes()
+        return several_processes.processes()
 
-    def gather(self, number: int) -> Numbers:
-        return Numbers((number,))
+    def gather(self, number: int) -> PendingNumbers:
+        return several_processes.gather(number)
+
+    def leave(self) -> None:
+        several_processes.leave()
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "JaxModel":
-        return JaxModel(spec, weights, None if self._mesh.is_one_device else Placement(spec, self._mesh))
+        alone = self._mesh.is_one_device and self.processes.count == 1
+        return JaxModel(spec, weights, None if alone else Placement(spec, self._mesh))
 
     def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> Mixture:
         return Mixture(spec, layer, weights)
@@ -80,6 +89,7 @@ class JaxBackend:
         if not self._mesh.is_one_device:
             resolved = self._mesh.model_copy(update=sizes(self._mesh, jax.device_count()))
             facts["mesh"] = f"{in_words(resolved)}; tokens to experts: {self._mesh.exchange}"
+        facts |= several_processes.facts()
         return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}
 
 
@@ -147,7 +157,7 @@ class JaxModel:
             check_targets(tokens, targets)
         inputs = (self._parameters, self._state, tokens, targets, _flat(forced), key)
         with self._traced(len(tokens)):
-            result, terms, intermediates = jax.device_get(self._forward(*inputs, record=record, inference=inference))
+            result, terms, intermediates = on_host(self._forward(*inputs, record=record, inference=inference))
         return Output(
             result.logits_BTV,
             _layer_routings(self.spec, result, tokens.shape),
@@ -171,7 +181,7 @@ class JaxModel:
     def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
         with self._traced(len(tokens)):
             values = self._score(self._parameters, self._state, tokens, targets, inference=inference)
-        losses, load, dropped = jax.device_get(values)
+        losses, load, dropped = on_host(values)
         return Scores(losses, [np.asarray(sizes, np.int64) for sizes in load], [int(count) for count in dropped])
 
     def _score_values(self, parameters, state, tokens, targets, *, inference):
@@ -260,7 +270,7 @@ class JaxModel:
                 )
                 for moment in ("first_moment", "second_moment")
             )
-            self._moments = (optax.ScaleByAdamState(jnp.asarray(update, jnp.int32), first, second), *rest)
+            self._moments = (optax.ScaleByAdamState(self._everywhere(update), first, second), *rest)
         self._step = jax.jit(
             partial(self._step_values, config),
             donate_argnums=(0, 2),
@@ -336,9 +346,13 @@ class JaxModel:
 
     def _placed(self, name: str, value: np.ndarray) -> jax.Array:
         """A number for each of a parameter's, where they are."""
-        return (
-            jnp.asarray(value) if self._placement is None else jax.device_put(value, self._placement.parameters[name])
-        )
+        if self._placement is None:
+            return jnp.asarray(value)
+        return divided(value, self._placement.parameters[name])
+
+    def _everywhere(self, count: int) -> jax.Array:
+        value = np.asarray(count, np.int32)
+        return jnp.asarray(value) if self._placement is None else divided(value, self._placement.whole)
 
     def wait(self) -> None:
         jax.block_until_ready((self._parameters, self._state))

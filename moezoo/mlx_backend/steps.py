@@ -51,6 +51,9 @@ class MlxBackend:
     def gather(self, number: int) -> PendingNumbers:
         return data_parallel.gather(number)
 
+    def leave(self) -> None:
+        self.gather(0).fetch()
+
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "MlxModel":
         return MlxModel(spec, weights)
 
