@@ -3,8 +3,9 @@
 Arrays cross it as NumPy, parameters by canonical name. Tokens are int32; B sequences of T tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,6 +136,14 @@ class PendingTokens(Protocol):
         ...
 
 
+class PendingFiles(Protocol):
+    """Arrays that are on their way into files."""
+
+    def finish(self) -> None:
+        """Return when all processes have written theirs. Raises RunError where one could not."""
+        ...
+
+
 class Generation(Protocol):
     """Sequences on the device, which grow by a token each."""
 
@@ -244,6 +253,18 @@ class Model(Protocol):
 
     def wait(self) -> None:
         """Return when the device has finished all steps that were started, their updates included."""
+        ...
+
+    def not_finite(self) -> list[str]:
+        """The parameters and state that hold a number that is not finite, in the order of the parameter table."""
+        ...
+
+    def files_writer(self) -> Callable[[Path], PendingFiles] | None:
+        """What begins to write all arrays into a new folder, as `core.sharded_tensors` reads them.
+
+        None where this process has all of them: `export_parameters` and `export_optimizer` give them then. Of several
+        processes each writes what is on its devices, and all must call. Training may go on at once.
+        """
         ...
 
     def export_parameters(self) -> dict[str, Floats]:

@@ -6,6 +6,10 @@
         config.yaml              the run's config, as text
         manifest.json            format version, step, tokens, extra, every file's size and SHA-256
 
+Of a model that lies on several devices, `arrays/` is in place of the tensors' files (core/sharded_tensors.py): what
+each process wrote of its devices' parts, `weights.<name>`, `optimizer.first_moment.<name>` and so on. It is read in the
+same way, whole or in part, wherever.
+
 A save writes `.step_00001000.partial`, flushes it and renames it. The other hidden names of a save that was
 killed are `.step_00001000.replaced` (whole; the step was being saved again) and `.step_00001000.removed`
 (being deleted). The next save tidies them; a replaced one whose step has no folder yet is put back, so that
@@ -29,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from moezoo.core.errors import CheckpointError, RunError
 from moezoo.core.files import (
     flush_folder,
+    flush_tree,
     make_folder,
     remove_folder,
     rename_folder,
@@ -36,6 +41,7 @@ from moezoo.core.files import (
     write_atomically,
 )
 from moezoo.core.safetensors_file import StoredTensors, write_tensors
+from moezoo.core.sharded_tensors import ShardedTensors
 
 Array = npt.NDArray[Any]
 
@@ -44,6 +50,10 @@ FORMAT_VERSION = 1
 _WEIGHTS, _OPTIMIZER, _CONFIG = "weights.safetensors", "optimizer.safetensors", "config.yaml"
 _FILES = (_WEIGHTS, _OPTIMIZER, _CONFIG)
 _MANIFEST = "manifest.json"
+ARRAYS = "arrays"
+"""The folder of a sharded checkpoint's tensors, whose names begin with one of these."""
+OF_WEIGHTS, OF_OPTIMIZER = "weights.", "optimizer."
+_OF_ARRAYS = re.compile(rf"{ARRAYS}(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+")  # never a way out of the folder
 _NAME = re.compile(r"step_(\d{8,})")
 _HIDDEN_NAME = re.compile(r"\.(step_\d{8,})\.(partial|replaced|removed)")
 
@@ -98,36 +108,74 @@ def save_checkpoint(
     whole before then still is.
     """
     _check_request(step, tokens, keep)
-    extra = _as_json(extra)
-    config = _as_utf8(config_text)
-    make_folder(folder)
-    _tidy(folder)
-    target = folder / _name(step)
-    partial = folder / f".{target.name}.partial"
-    replaced = folder / f".{target.name}.replaced"
+    _as_json(extra)
+    _as_utf8(config_text)
+    partial = begin_checkpoint(folder, step)
     try:
-        make_folder(partial)
         files = {
             _WEIGHTS: _write_tensors(partial / _WEIGHTS, weights),
             _OPTIMIZER: _write_tensors(partial / _OPTIMIZER, optimizer),
-            _CONFIG: _write(partial / _CONFIG, config),
         }
-        manifest = _Manifest(format_version=FORMAT_VERSION, step=step, tokens=tokens, files=files, extra=extra)
-        write_atomically(partial / _MANIFEST, manifest.to_text())
-        flush_folder(partial)
-        if target.exists():
-            rename_folder(target, replaced)
-        rename_folder(partial, target)
-        if replaced.exists():
-            _discard(replaced)
-        if keep is not None:
-            up_to_this = [info for info in list_checkpoints(folder) if info.step <= step]
-            for info in up_to_this[:-keep]:
-                _discard(info.path)
+        return _complete(partial, step, files, config_text, extra, keep, tokens)
     except (CheckpointError, RunError):
         with contextlib.suppress(RunError):
             _tidy(folder)
         raise
+
+
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """The folder that a checkpoint below `folder` is written into, before `complete_checkpoint` gives it its name."""
+    make_folder(folder)
+    _tidy(folder)
+    partial = partial_folder(folder, step)
+    make_folder(partial)
+    return partial
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """What `begin_checkpoint` gives, which another process has called."""
+    return folder / f".{_name(step)}.partial"
+
+
+def complete_checkpoint(
+    partial: Path, step: int, config_text: str, extra: Mapping[str, Any], keep: int | None, *, tokens: int | None = None
+) -> Path:
+    """Make a checkpoint of a folder of `begin_checkpoint` whose `arrays/` are written; else as `save_checkpoint`.
+
+    Digests are of what the disk gives back.
+    """
+    _check_request(step, tokens, keep)
+    files = {
+        path.relative_to(partial).as_posix(): _File(bytes=path.stat().st_size, sha256=sha256_of(path))
+        for path in flush_tree(partial / ARRAYS)
+    }
+    return _complete(partial, step, files, config_text, extra, keep, tokens)
+
+
+def _complete(
+    partial: Path,
+    step: int,
+    files: Mapping[str, "_File"],
+    config_text: str,
+    extra: Mapping[str, Any],
+    keep: int | None,
+    tokens: int | None,
+) -> Path:
+    folder, target = partial.parent, partial.with_name(_name(step))
+    replaced = folder / f".{target.name}.replaced"
+    files = {**files, _CONFIG: _write(partial / _CONFIG, _as_utf8(config_text))}
+    manifest = _Manifest(format_version=FORMAT_VERSION, step=step, tokens=tokens, files=files, extra=_as_json(extra))
+    write_atomically(partial / _MANIFEST, manifest.to_text())
+    flush_folder(partial)
+    if target.exists():
+        rename_folder(target, replaced)
+    rename_folder(partial, target)
+    if replaced.exists():
+        _discard(replaced)
+    if keep is not None:
+        up_to_this = [info for info in list_checkpoints(folder) if info.step <= step]
+        for info in up_to_this[:-keep]:
+            _discard(info.path)
     return target
 
 
@@ -170,6 +218,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return _opened(path, _verified(path))
 
 
+def opened_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step below `folder`, of which another process has verified the files."""
+    path = folder / _name(step)
+    return _opened(path, _read_manifest(path))
+
+
 def _newest(folder: Path) -> tuple[Path, "_Manifest", list[str]]:
     problems = [problem for name in _names(folder) if (problem := _name_problem(folder, name))]
     for info in reversed(list_checkpoints(folder)):
@@ -188,11 +242,17 @@ def _opened(path: Path, manifest: "_Manifest") -> Checkpoint:
         config_text = (path / _CONFIG).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {path / _CONFIG}: {error}.") from error
+    weights: Mapping[str, Array]
+    optimizer: Mapping[str, Array]
+    if _WEIGHTS in manifest.files:
+        weights, optimizer = StoredTensors(path / _WEIGHTS), StoredTensors(path / _OPTIMIZER)
+    else:
+        weights, optimizer = (ShardedTensors(path / ARRAYS, prefix) for prefix in (OF_WEIGHTS, OF_OPTIMIZER))
     return Checkpoint(
         step=manifest.step,
         tokens=manifest.tokens,
-        weights=StoredTensors(path / _WEIGHTS),
-        optimizer=StoredTensors(path / _OPTIMIZER),
+        weights=weights,
+        optimizer=optimizer,
         config_text=config_text,
         extra=manifest.extra,
     )
@@ -302,8 +362,12 @@ def _read_manifest(path: Path) -> _Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise _damaged(path, f"{_MANIFEST} has a bad {where}: {first['msg'].lower()}") from None
-    if set(manifest.files) != set(_FILES):  # base names that we know, and never a path
-        raise _damaged(path, f"{_MANIFEST} lists {sorted(manifest.files)}; expected {sorted(_FILES)}")
+    arrays = set(manifest.files) - {_CONFIG}
+    sharded = len(arrays) == len(manifest.files) - 1 and f"{ARRAYS}/manifest.ocdbt" in arrays
+    if not (sharded and all(_OF_ARRAYS.fullmatch(name) for name in arrays)) and set(manifest.files) != set(_FILES):
+        raise _damaged(
+            path, f"{_MANIFEST} lists {str(sorted(manifest.files))[:300]}; expected {sorted(_FILES)}, or {ARRAYS}/"
+        )
     return manifest
 
 

@@ -88,8 +88,24 @@ def flush_folder(path: Path) -> None:
         _flush_folder(path)
 
 
+def flush_tree(path: Path) -> list[Path]:
+    """Flush all files below a folder, and the folders, to the disk; the files, in the order of their names."""
+    found = []
+    with _explained(f"cannot flush what is in {path}"):
+        for folder, _, names in os.walk(path):
+            for name in names:
+                found.append(Path(folder) / name)
+                _flush(found[-1], os.O_RDONLY)
+            _flush_folder(Path(folder))
+    return sorted(found)
+
+
 def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _flush(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

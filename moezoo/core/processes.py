@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.errors import RunError, SpecError
+from moezoo.core.errors import SpecError
 
 _Result = TypeVar("_Result")
 
@@ -71,13 +71,3 @@ def first_then_others(backend: Gathers, work: Callable[[], _Result]) -> _Result:
         return result
     backend.gather(0).fetch()
     return work()
-
-
-def check_equal(backend: Gathers, number: int, what: str) -> None:
-    """Raises RunError, in every process, where the number is not the same in all; `what` says what it is."""
-    numbers = list(backend.gather(number).fetch())
-    if len(set(numbers)) > 1:
-        raise RunError(
-            f"the processes do not agree on {what}; got {numbers}; expected one number. "
-            "Give all of them the same run folder, on a disk that they share."
-        )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.checkpoint import Checkpoint, list_checkpoints, load_latest_checkpoint
+from moezoo.core.checkpoint import Checkpoint, list_checkpoints, load_latest_checkpoint, opened_checkpoint
 from moezoo.core.config import Config, dump_config, load_config, parse_config
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, write_atomically
@@ -110,8 +110,13 @@ def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]
     return config, load_tokenizer(run.path), checkpoint, problems
 
 
-def resume_point(run: Run) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint to go on from, or None where none was written yet; and damaged ones passed over."""
+def resume_point(run: Run, step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint to go on from, or None where none was written yet; and damaged ones passed over.
+
+    `step`: the one of that step, which another process has found so, and verified.
+    """
+    if step is not None:
+        return opened_checkpoint(run.checkpoints_path, step), []
     if not list_checkpoints(run.checkpoints_path):
         return None, []
     checkpoint, _, problems = _latest(run)

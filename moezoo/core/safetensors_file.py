@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -160,6 +160,11 @@ class ReadWhenAsked(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def reader(self, name: str) -> Callable[[tuple[slice, ...]], Array]:
+        """What gives parts of an array, by a slice of each axis; an heir that can read a part alone does so."""
+        whole: Array = self[name]
+        return lambda part: whole[part]
 
 
 class StoredTensors(ReadWhenAsked):

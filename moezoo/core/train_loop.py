@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Model, PendingStep, StepMetrics
-from moezoo.core.checkpoint import check_names_and_shapes, save_checkpoint
+from moezoo.core.checkpoint import (
+    ARRAYS,
+    Checkpoint,
+    begin_checkpoint,
+    check_names_and_shapes,
+    complete_checkpoint,
+    partial_folder,
+    save_checkpoint,
+)
 from moezoo.core.config import Config, dump_config
 from moezoo.core.console import Reporter, SilentReporter, describe_evaluation
 from moezoo.core.data import PreparedData
@@ -25,7 +34,7 @@ from moezoo.core.init_from import open_start
 from moezoo.core.initialize import initial_weights
 from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 from moezoo.core.parameters import parameter_table
-from moezoo.core.processes import PendingNumbers, check_equal
+from moezoo.core.processes import PendingNumbers, first_then_others
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.ready_batches import ReadyBatches
 from moezoo.core.run import Run, resume_point
@@ -62,11 +71,8 @@ class _Training:
         self.reporter = reporter if self.is_first else SilentReporter()
         if isinstance(data.train, ReadyBatches):
             data.train.check(config.training)
-        checkpoint, problems = resume_point(run)
-        for problem in problems:
-            self.reporter.message(problem)
+        checkpoint = self._resume_point()
         self.first_step = 0 if checkpoint is None else checkpoint.step
-        check_equal(backend, self.first_step, "the step to go on from")
         self.model: Model = backend.build(
             config.model, self._first_weights() if checkpoint is None else checkpoint.weights
         )
@@ -99,7 +105,17 @@ class _Training:
         self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
         self.pending: list[tuple[int, float, PendingStep]] = []
         self.stops_asked: list[PendingNumbers] = []
+        self.background = ThreadPoolExecutor(1)
+        self.saving: Future[None] | None = None
         self.grammar = known_grammar(config.data)
+
+    def _resume_point(self) -> Checkpoint | None:
+        """The first process verifies the files, and the others believe it."""
+        checkpoint, problems = resume_point(self.run) if self.is_first else (None, [])
+        for problem in problems:
+            self.reporter.message(problem)
+        step = self.backend.gather(-1 if checkpoint is None else checkpoint.step).fetch()[0]
+        return checkpoint if self.is_first or step < 0 else resume_point(self.run, step)[0]
 
     def _first_weights(self) -> Mapping[str, NDArray[np.float32]]:
         if self.config.init_from is None:
@@ -127,6 +143,7 @@ class _Training:
                 self._save(step)
                 finished = step >= training.steps
                 evaluation = self._validate(step, whole=True) if finished else None
+                self._saved()
         finally:
             self.reporter.stop()
             if self.metrics is not None:
@@ -235,35 +252,43 @@ class _Training:
         if step == self.first_step and self.saved is not None:
             return
         self._report(step)
-        weights = self.model.export_parameters()
-        damaged = self._first_damaged(weights)
-        if damaged is not None:
+        self._saved()
+        damaged = self.model.not_finite()
+        if damaged:
             raise TrainingError(
-                f"parameter {damaged} is not finite after step {step}; expected finite numbers. {self._way_out()}"
+                f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._way_out()}"
             )
-        optimizer = self.model.export_optimizer()
         self.saved = self.run.checkpoints_path
-        if self.is_first:
-            save_checkpoint(
-                self.run.checkpoints_path,
-                step,
-                weights,
-                optimizer,
-                dump_config(self.config),
-                {},
-                self.config.training.keep_checkpoints,
-                tokens=self._tokens(step),
-            )
+        extra: dict[str, Any] = {}
+        rest = dump_config(self.config), extra, self.config.training.keep_checkpoints
+        writer = self.model.files_writer()
+        if writer is None:
+            weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
+            if self.is_first:
+                save_checkpoint(self.saved, step, weights, optimizer, *rest, tokens=self._tokens(step))
+        else:
+            begin = begin_checkpoint if self.is_first else partial_folder
+            partial = first_then_others(self.backend, lambda: begin(self.run.checkpoints_path, step))
+            files = writer(partial / ARRAYS)
+
+            def complete() -> None:
+                files.finish()
+                if self.is_first:
+                    complete_checkpoint(partial, step, *rest, tokens=self._tokens(step))
+
+            self.saving = self.background.submit(complete)
         self.clock, self.clock_step = time.monotonic(), step
 
-    def _not_finite(self, step: int, loss: float) -> str:
-        damaged = self._first_damaged(self.model.export_parameters())
-        first = f"first parameter that is not finite: {damaged}" if damaged else "all parameters are still finite"
-        return f"loss is not finite; got {loss} at step {step}; {first}. {self._way_out()}"
+    def _saved(self) -> None:
+        """Wait for the checkpoint that is being written in the background, if there is one."""
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.result()
 
-    def _first_damaged(self, weights: dict[str, np.ndarray[Any, np.dtype[np.float32]]]) -> str | None:
-        names = (row.name for row in parameter_table(self.config.model))
-        return next((name for name in names if not np.isfinite(weights[name]).all()), None)
+    def _not_finite(self, step: int, loss: float) -> str:
+        damaged = self.model.not_finite()
+        first = f"first parameter that is not finite: {damaged[0]}" if damaged else "all parameters are still finite"
+        return f"loss is not finite; got {loss} at step {step}; {first}. {self._way_out()}"
 
     def _way_out(self) -> str:
         kept = (

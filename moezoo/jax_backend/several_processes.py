@@ -6,8 +6,11 @@ the devices (gloo on the CPU, NCCL on CUDA). Each process runs the same program;
 
 import functools
 import os
+import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -15,9 +18,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moezoo.core.errors import BackendError
+from moezoo.core.errors import BackendError, TrainingError
 from moezoo.core.process_group import ProcessGroup, others_wait
 from moezoo.core.processes import Numbers, PendingNumbers, Processes
+
+_LOOK_AGAIN_S = 0.1
 
 
 def join(group: ProcessGroup) -> None:
@@ -28,6 +33,8 @@ def join(group: ProcessGroup) -> None:
     # Trap: JAX's preemption service takes SIGTERM away from the train loop, which agrees on a stop by itself.
     jax.config.update("jax_enable_preemption_service", False)
     address = None if group.coordinator == "auto" else group.coordinator
+    if address is not None:
+        _check_reachable(group)
     others_wait()
     sys.excepthook = functools.partial(_tell_and_end, sys.excepthook)
     try:
@@ -46,6 +53,31 @@ def join(group: ProcessGroup) -> None:
         raise BackendError(
             f"cannot join the other JAX processes within {group.startup_s} s; got {group.in_words()} and "
             f"{' '.join(str(error).split())[:300]}. Start all of them at the same time, with the same --coordinator."
+        ) from None
+
+
+def _check_reachable(group: ProcessGroup) -> None:
+    """Trap: where the coordinator cannot listen, or does not come in time, jaxlib ends the process by a signal."""
+    host, _, port = group.coordinator.rpartition(":")
+    place = host.strip("[]"), int(port)
+    try:
+        if group.process_id == 0:
+            socket.create_server(place, family=socket.AF_INET6 if ":" in place[0] else socket.AF_INET).close()
+            return
+        deadline = time.monotonic() + group.startup_s
+        while True:
+            try:
+                socket.create_connection(place, timeout=group.startup_s).close()
+                return
+            except OSError:  # its name may be as late as itself
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_AGAIN_S)
+    except OSError as error:
+        what = "listen there" if group.process_id == 0 else f"reach the first process within {group.startup_s} s"
+        raise BackendError(
+            f"cannot {what}: {(error.strerror or str(error)).lower()}; got {group.in_words()}. Give all processes a "
+            "free HOST:PORT of the first one's machine, and start them at the same time."
         ) from None
 
 
@@ -76,7 +108,23 @@ def gather(number: int) -> PendingNumbers:
     given = jax.make_array_from_callback(
         (jax.device_count(),), own, lambda places: np.full(len(range(jax.device_count())[places[0]]), number, np.int32)
     )
-    return _Gathered(everywhere(given))
+    with lost_peer():
+        return _Gathered(everywhere(given))
+
+
+@contextmanager
+def lost_peer() -> Iterator[None]:
+    """Says in our words that another process has gone, where the CPU's collectives notice it before a heartbeat."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if processes().count == 1 or "Gloo" not in str(error):
+            raise
+        raise TrainingError(
+            f"another process of the run has ended; got {' '.join(str(error).split())[:200]} in process "
+            f"{processes().index} of {processes().count}. See what that one said, and go on from the last checkpoint "
+            "with --resume."
+        ) from None
 
 
 def on_host(values: Any) -> Any:
@@ -87,7 +135,8 @@ def on_host(values: Any) -> Any:
             return value
         return multihost_utils.process_allgather(value, tiled=True)
 
-    return jax.device_get(jax.tree.map(here, values))
+    with lost_peer():
+        return jax.device_get(jax.tree.map(here, values))
 
 
 class _Gathered:
@@ -98,7 +147,7 @@ class _Gathered:
 
     def fetch(self) -> Sequence[int]:
         owners = [device.process_index for device in jax.devices()]
-        found = dict(zip(owners, np.asarray(self._numbers).tolist(), strict=True))
+        found = dict(zip(owners, on_host(self._numbers).tolist(), strict=True))
         return [found[index] for index in range(jax.process_count())]
 
 

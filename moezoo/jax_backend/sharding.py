@@ -100,12 +100,14 @@ class _Placed(ReadWhenAsked):
         self._weights, self._shardings = weights, shardings
 
     def __getitem__(self, name: str) -> jax.Array:
-        return divided(self._weights[name], self._shardings[name])
+        return divided(self._weights, name, self._shardings[name])
 
 
-def divided(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that all processes have, of which each puts the parts of its devices there."""
-    value = np.asarray(value)
+def divided(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding) -> jax.Array:
+    """One of the arrays, which all processes have, on its devices: each process reads the parts of its own."""
+    if isinstance(arrays, ReadWhenAsked):
+        return jax.make_array_from_callback(arrays.shapes[name], sharding, arrays.reader(name))
+    value = np.asarray(arrays[name])
     return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 

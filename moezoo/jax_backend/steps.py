@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import optax
 from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.checkpoint import OF_OPTIMIZER, OF_WEIGHTS, check_names_and_shapes
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import SpecError
 from moezoo.core.freed_memory import keep_freed_memory
@@ -39,7 +40,8 @@ from moezoo.jax_backend.mixture import Mixture
 from moezoo.jax_backend.rematerialization import compiler_options, recomputed
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
-from moezoo.jax_backend.several_processes import on_host
+from moezoo.jax_backend.several_processes import lost_peer, on_host
+from moezoo.jax_backend.sharded_files import PendingFiles
 from moezoo.jax_backend.sharding import Placement, divided, gathered
 from moezoo.jax_backend.transformer import Forward, Transformer
 
@@ -89,6 +91,7 @@ class JaxBackend:
         if not self._mesh.is_one_device:
             resolved = self._mesh.model_copy(update=sizes(self._mesh, jax.device_count()))
             facts["mesh"] = f"{in_words(resolved)}; tokens to experts: {self._mesh.exchange}"
+            facts["checkpoints"] = "Orbax, each process its parts, in the background"
         facts |= several_processes.facts()
         return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}
 
@@ -100,7 +103,7 @@ class PendingJaxStep:
         self._values = values
 
     def fetch(self) -> StepMetrics:
-        losses, norm, load, dropped, state = jax.device_get(self._values)
+        losses, norm, load, dropped, state = on_host(self._values)
         return StepMetrics(
             {name: float(value) for name, value in losses.items()},
             float(norm),
@@ -131,6 +134,7 @@ class JaxModel:
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
         self._extend = jax.jit(self._extend_values, donate_argnums=3)
         self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5))
+        self._finite = jax.jit(self._finite_values, out_shardings=None if placement is None else placement.whole)
 
     def _taken_apart(self, module: Transformer) -> tuple[Parameters, Parameters]:
         """Parameters and state of a module by name; from now on, `_merge` puts together such a one."""
@@ -266,7 +270,7 @@ class JaxModel:
         else:
             first, second = (
                 self._stacks.held(
-                    self._decayed, lambda name, moment=moment: self._placed(name, state[f"{moment}.{name}"])
+                    self._decayed, lambda name, moment=moment: self._placed(name, state, f"{moment}.{name}")
                 )
                 for moment in ("first_moment", "second_moment")
             )
@@ -297,7 +301,7 @@ class JaxModel:
         for window in windows:
             check_targets(window[:, :-1], window[:, 1:])
         given = windows if self._placement is None else self._placement.of_all_processes(windows)
-        with self._traced(given.shape[1]):
+        with self._traced(given.shape[1]), lost_peer():
             self._parameters, self._state, self._moments, values = self._step(
                 self._parameters, self._state, self._moments, given, np.float32(learning_rate), keys
             )
@@ -344,31 +348,50 @@ class JaxModel:
         """What is computed of so many sequences is divided as the placement says, if there is one."""
         return nullcontext() if self._placement is None else self._placement.active(num_sequences)
 
-    def _placed(self, name: str, value: np.ndarray) -> jax.Array:
-        """A number for each of a parameter's, where they are."""
+    def _placed(self, name: str, state: Mapping[str, np.ndarray], own: str) -> jax.Array:
+        """The array `own` of a state, of a number for each of a parameter's, where they are."""
         if self._placement is None:
-            return jnp.asarray(value)
-        return divided(value, self._placement.parameters[name])
+            return jnp.asarray(state[own])
+        return divided(state, own, self._placement.parameters[name])
 
     def _everywhere(self, count: int) -> jax.Array:
         value = np.asarray(count, np.int32)
-        return jnp.asarray(value) if self._placement is None else divided(value, self._placement.whole)
+        return jnp.asarray(value) if self._placement is None else divided({"": value}, "", self._placement.whole)
 
     def wait(self) -> None:
         jax.block_until_ready((self._parameters, self._state))
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
+    def not_finite(self) -> list[str]:
+        finite = on_host(self._finite(self._parameters, self._state))
+        return [row.name for row in parameter_table(self.spec) if not finite[row.name]]
+
+    def _finite_values(self, parameters, state):
+        named = self._stacks.cut(parameters) | state
+        return {name: jnp.all(jnp.isfinite(value)) for name, value in named.items()}
+
+    def files_writer(self) -> Callable[[Path], PendingFiles] | None:
+        return None if self._placement is None else self._write
+
+    def _write(self, folder: Path) -> PendingFiles:
+        weights = self._stacks.cut(self._parameters) | self._state
+        moments = self._moments_by_name(lambda held: held)
+        arrays = {f"{OF_WEIGHTS}{name}": value for name, value in weights.items()}
+        return PendingFiles(folder, arrays | {f"{OF_OPTIMIZER}{name}": value for name, value in moments.items()})
+
     def export_parameters(self) -> dict[str, np.ndarray]:
         return self._stacks.cut(exported(self._parameters)) | exported(self._state)
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
+        return self._moments_by_name(to_numpy)
+
+    def _moments_by_name(self, taken: Callable[[Parameters], dict[str, Any]]) -> dict[str, Any]:
         adam = self._moments[0]
-        moments = {"first_moment": adam.mu, "second_moment": adam.nu}
         return {
             f"{moment}.{name}": value
-            for moment, held in moments.items()
-            for name, value in self._stacks.cut(to_numpy(held)).items()
+            for moment, held in (("first_moment", adam.mu), ("second_moment", adam.nu))
+            for name, value in self._stacks.cut(taken(held)).items()
         }
 
 

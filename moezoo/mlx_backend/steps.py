@@ -305,6 +305,15 @@ class MlxModel:
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
+    def not_finite(self) -> list[str]:
+        named = self._named()
+        names = [row.name for row in parameter_table(self.spec)]
+        finite: list[bool] = mx.stack([mx.isfinite(named[name]).all() for name in names]).tolist()
+        return [name for name, good in zip(names, finite, strict=True) if not good]
+
+    def files_writer(self) -> None:
+        return None
+
     def export_parameters(self) -> dict[str, np.ndarray]:
         return exported(self._named())
 

@@ -8,7 +8,15 @@ import pytest
 from tests.contracts.source_tree import BACKENDS, PACKAGE, Function, backend_file, functions, stems, tree_of
 
 ONLY_IN = {
-    "jax": {"sharding", "expert_parallel", "several_processes", "rematerialization", "scanned_layers", "compile_cache"},
+    "jax": {
+        "sharding",
+        "expert_parallel",
+        "several_processes",
+        "sharded_files",
+        "rematerialization",
+        "scanned_layers",
+        "compile_cache",
+    },
     "mlx": {"blas", "cpu_kernels", "streams", "data_parallel"},
 }
 ONLY_JAX_PARAMETERS = {"placement=", "group="}  # where a model lies on a mesh of devices, and whose these are

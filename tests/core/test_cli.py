@@ -16,7 +16,10 @@ from tests.backends_available import require_backend
 from tests.small_run import write_config
 
 SURFACE = {
-    "train": ["CONFIG", "--backend", "--out", "--set", "--resume"],
+    "train": [
+        *("CONFIG", "--backend", "--out", "--set", "--resume", "--coordinator", "--num-processes", "--process-id"),
+        *("--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
+    ],
     "launch": ["--nproc", "COMMAND..."],
     "generate": [
         "PATH",

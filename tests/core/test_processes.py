@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moezoo.core.errors import RunError, SpecError
-from moezoo.core.processes import Numbers, Processes, check_equal, first_then_others
+from moezoo.core.errors import SpecError
+from moezoo.core.processes import Numbers, Processes, first_then_others
 
 
 class Told:
@@ -41,9 +41,3 @@ def test_the_first_process_works_before_the_others(index: int, order: list[str])
 
     assert first_then_others(backend, work) == "done"
     assert backend.log == order
-
-
-def test_processes_that_do_not_see_the_same_run_are_refused() -> None:
-    check_equal(Told(0, (7, 7)), 7, "the step")
-    with pytest.raises(RunError, match=r"do not agree on the step; got \[7, 0\].*a disk that they share"):
-        check_equal(Told(0, (0,)), 7, "the step")

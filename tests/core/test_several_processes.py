@@ -1,6 +1,7 @@
 """Real runs of two MLX processes on this machine: same losses as one, one writer, one stop for all, and failures."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,12 @@ import yaml
 
 from moezoo.core import launch
 from moezoo.core.checkpoint import list_checkpoints
-from moezoo.core.errors import BackendError, TrainingError
+from moezoo.core.errors import TrainingError
 from moezoo.core.metrics import read_metrics
 from tests.backends_available import require_backend
+from tests.launched import TIMEOUT_S, begun, lines, start, train
 from tests.small_run import MODEL, write_config
 
-TIMEOUT_S = 60.0
 FROM_ONE = 1e-5
 """The loss of two processes against one over 20 steps: other sums in float32, which each update multiplies."""
 
@@ -52,47 +53,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
-def start(*words: object, count: int = 2) -> subprocess.Popen[str]:
-    """`moezoo launch`, whose output comes together."""
-    command = [sys.executable, "-m", "moezoo", "launch", "--nproc", count, *words]
-    return subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def train(config: Path, out: Path, *words: object, count: int = 2) -> str:
-    """A run that ends well, and what it said."""
-    running = start("train", config, "--backend", "mlx", "--out", out, *words, count=count)
-    said, _ = running.communicate(timeout=TIMEOUT_S)
-    assert running.returncode == 0, said
-    return said
-
-
-def begun(config: Path, out: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """A run without an end that has made some steps, and the process ids of its two processes."""
-    running = start("train", config, "--backend", "mlx", "--out", out, "--set", "training.steps=100000")
-    deadline = time.monotonic() + TIMEOUT_S
-    while len(read_metrics(out / "metrics.jsonl")) < 3:
-        assert running.poll() is None, running.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    listed = subprocess.check_output(["pgrep", "-P", str(running.pid)], text=True)
-    return running, sorted(int(word) for word in listed.split())
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
-
-
 @pytest.fixture(scope="module")
 def two(config: Path) -> tuple[Path, str]:
     """20 steps of two processes, and what they said."""
     out = config.with_name("two")
-    return out, train(config, out)
+    return out, train("mlx", config, out)
 
 
 def test_two_processes_have_the_losses_of_one(config: Path, two: tuple[Path, str]) -> None:
-    train(config, config.with_name("one"), count=1)
+    train("mlx", config, config.with_name("one"), count=1)
     one, other = lines(config.with_name("one")), lines(two[0])
     assert [line["step"] for line in one] == [line["step"] for line in other] == list(range(1, 21))
     for a, b in zip(one, other, strict=True):
@@ -130,7 +99,7 @@ def test_mlx_launch_starts_the_same_run(config: Path, two: tuple[Path, str]) -> 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(config: Path) -> None:
     out = config.with_name("stopped")
-    running, (_, second) = begun(config, out)
+    running, (_, second) = begun("mlx", config, out)
     os.kill(second, signal.SIGTERM)
     said, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 0, said
@@ -140,13 +109,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(co
     assert f"after step {step} of" in said
     assert saved.step == step
     more = ("--set", f"training.steps={step + 5}")
-    train(config, out, *more, "--resume")
-    train(config, config.with_name("whole"), *more)
+    train("mlx", config, out, *more, "--resume")
+    train("mlx", config, config.with_name("whole"), *more)
     assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(config.with_name("whole"))]
 
 
 def test_a_killed_process_ends_the_group_with_an_error(config: Path) -> None:
-    running, (_, second) = begun(config, config.with_name("killed"))
+    running, (_, second) = begun("mlx", config, config.with_name("killed"))
     os.kill(second, signal.SIGKILL)
     began = time.monotonic()
     said, _ = running.communicate(timeout=TIMEOUT_S)
@@ -209,9 +178,15 @@ def test_a_second_signal_ends_processes_that_do_not_listen(monkeypatch: pytest.M
     assert time.monotonic() - began < 10
 
 
-def test_several_jax_processes_are_refused() -> None:
-    with pytest.raises(BackendError, match=r"launch cannot start 2 JAX processes; .* `moezoo train` by itself"):
-        launch.process_commands(2, ["train", "x.yaml"], "jax", Path("unused"))
+def test_jax_processes_are_told_where_the_first_is() -> None:
+    commands = launch.process_commands(2, ["train", "x.yaml"], "jax", Path("unused"))
+    for index, (command, environment) in enumerate(commands):
+        assert command[3:5] == ["train", "x.yaml"]
+        options = dict(zip(command[5::2], command[6::2], strict=True))
+        assert re.fullmatch(r"127\.0\.0\.1:[0-9]+", options["--coordinator"])
+        assert (options["--num-processes"], options["--process-id"]) == ("2", str(index))
+        assert environment == {"JAX_LOCAL_DEVICE_IDS": str(index)}
+    assert commands[0][0][5:7] == commands[1][0][5:7]
 
 
 def test_a_failure_says_which_process_ended_how(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,12 @@ class NotingModel:
     def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
         return Scores(np.zeros(tokens.shape, np.float32), [np.ones(5, np.int64)] * 2, [0, 0])
 
+    def not_finite(self) -> list[str]:
+        return []
+
+    def files_writer(self) -> None:
+        return None
+
     def export_parameters(self) -> dict[str, np.ndarray]:
         return dict(self.weights)
 

@@ -1,0 +1,238 @@
+"""Real runs of two and four JAX processes on this machine: same losses as one, and what becomes of failures."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from moezoo.cli import main
+from moezoo.core.checkpoint import list_checkpoints
+from moezoo.core.metrics import read_metrics
+from tests.backends_available import require_backend
+from tests.launched import TIMEOUT_S, begun, lines, start, train
+from tests.small_run import MODEL, write_config
+
+FROM_ONE = 1e-5
+"""The loss of several processes against one over 20 steps: other sums in float32, which each update multiplies."""
+MESH = ("--set", "mesh.data=auto")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is computed over the whole batch at once, in micro-batches, with dropout; 20 steps."""
+    require_backend("jax")
+    folder = tmp_path_factory.mktemp("processes")
+    path = write_config(folder, steps=20, batch_size=8, gradient_accumulation=2, seed=5)
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    layer = MODEL["layers"][0]
+    moe = {
+        **layer["moe"],
+        "num_experts": 8,
+        "router": {"top_k": 2, "score": "sigmoid", "selection_bias": {"rate": 0.01}},
+        "losses": [{"kind": kind, "coefficient": 0.01} for kind in ("switch_balance", "router_z", "global_balance")],
+    }
+    raw["model"] = {**MODEL, "dropout": 0.1, "layers": [{**layer, "repeat": 1, "moe": moe}]}
+    raw["optimizer"]["schedule"] = {"kind": "constant"}
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEZOO_CACHE", str(folder / "cache"))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def one(config: Path) -> Path:
+    out = config.with_name("one")
+    train("jax", config, out, count=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(config: Path) -> tuple[Path, str]:
+    """20 steps of two processes, and what they said."""
+    out = config.with_name("two")
+    return out, train("jax", config, out, *MESH)
+
+
+def assert_same_losses(run: Path, other: Path) -> None:
+    assert [line["step"] for line in lines(run)] == [line["step"] for line in lines(other)] == list(range(1, 21))
+    for a, b in zip(lines(run), lines(other), strict=True):
+        assert abs(a["loss"] - b["loss"]) <= FROM_ONE, a["step"]
+        for key in ("cross_entropy", "switch_balance", "global_balance", "router_z", "gradient_norm"):
+            assert b[key] == pytest.approx(a[key], rel=10 * FROM_ONE, abs=FROM_ONE), (a["step"], key)
+        for mine, its in zip(a["routing"], b["routing"], strict=True):
+            assert its["load"] == pytest.approx(mine["load"], abs=1e-6)
+            assert its["selection_bias"] == pytest.approx(mine["selection_bias"], abs=1e-6)
+    (validated,), (also,) = (
+        [line for line in read_metrics(out / "metrics.jsonl") if "validation_loss" in line] for out in (run, other)
+    )
+    assert also["validation_loss"] == pytest.approx(validated["validation_loss"], abs=FROM_ONE)
+
+
+def test_two_processes_have_the_losses_of_one(one: Path, two: tuple[Path, str]) -> None:
+    assert_same_losses(one, two[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [(4, {"data": 2, "expert": 2}), (4, {"fsdp": 2, "expert": "auto"}), (2, {"tensor": 2})],
+    ids=["data_expert", "fsdp_expert", "tensor"],
+)
+def test_processes_that_have_parts_of_the_model_have_the_losses_of_one(
+    config: Path, one: Path, count: int, mesh: dict[str, object]
+) -> None:
+    out = config.with_name("_".join([str(count), *mesh]))
+    train("jax", config, out, "--set", f"mesh={json.dumps(mesh)}", count=count)
+    assert_same_losses(one, out)
+
+
+def test_the_first_process_alone_speaks_and_writes(two: tuple[Path, str]) -> None:
+    out, said = two
+    assert said.count("processes      2, each with 1 device") == 1
+    assert said.count("run folder: ") == 1
+    assert [line for line in said.splitlines() if line.startswith("[1]") and "Gloo" not in line] == []
+    assert len(list_checkpoints(out / "checkpoints")) == 1
+
+
+def test_a_killed_process_ends_the_group_and_a_restart_continues_bit_identically(
+    config: Path, two: tuple[Path, str]
+) -> None:
+    out = config.with_name("killed")
+    often = ("--set", "training.checkpoint_every=40", "--set", "training.keep_checkpoints=1")
+    running, (_, second) = begun("jax", config, out, *MESH, *often, steps=70)
+    os.kill(second, signal.SIGKILL)
+    killed = time.monotonic()
+    said, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 1
+    assert time.monotonic() - killed < 15
+    assert "TrainingError: process 1 of 2 was ended by SIGKILL" in said
+    assert subprocess.run(["pgrep", "-f", str(out)], check=False).returncode == 1
+    before = lines(out)
+    assert [line["loss"] for line in before[:20]] == [line["loss"] for line in lines(two[0])]
+    saved = [info.step for info in list_checkpoints(out / "checkpoints")][-1]
+    assert saved % 40 == 0
+    assert saved < len(before)
+    said = train("jax", config, out, *MESH, "--resume", "--set", f"training.steps={len(before)}")
+    assert f"resumed after step {saved}" in said
+    same = ("step", "loss", "gradient_norm", "routing")
+    assert [[line[key] for key in same] for line in lines(out)] == [[line[key] for key in same] for line in before]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(config: Path) -> None:
+    out = config.with_name("stopped")
+    running, (_, second) = begun("jax", config, out, *MESH)
+    os.kill(second, signal.SIGTERM)
+    said, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 0, said
+    assert said.count("stopped and saved after step") == 1
+    (saved,) = list_checkpoints(out / "checkpoints")
+    assert f"after step {saved.step} of" in said
+    assert lines(out)[-1]["step"] == saved.step
+
+
+def test_an_error_of_the_first_process_ends_the_group(config: Path, two: tuple[Path, str]) -> None:
+    running = start("train", config, "--backend", "jax", "--out", two[0], *MESH)
+    said, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 1
+    assert "already holds a run" in said
+    assert "TrainingError: process 0 of 2 ended with status 1" in said
+    assert "Traceback" not in said
+
+
+def test_processes_without_a_mesh_are_refused(config: Path) -> None:
+    running = start("train", config, "--backend", "jax", "--out", config.with_name("no_mesh"))
+    said, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 1
+    assert "SpecError: mesh is one device, but there are 2 processes with 2 devices. Use a mesh of all" in said
+
+
+# --- without a launcher, as on several machines ----------------------------------------------------------------------
+
+
+def by_hand(config: Path, out: Path, index: int, port: int, *words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moezoo", "train", config, "--backend", "jax", "--out", out, *MESH]
+    command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", index, *words]
+    return subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_a_process_that_stands_still_ends_the_other_within_the_heartbeat(config: Path, free_port: int) -> None:
+    out = config.with_name("still")
+    words = ("--heartbeat-timeout", 3, "--set", "training.steps=100000")
+    first, second = (by_hand(config, out, index, free_port, *words) for index in (0, 1))
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(read_metrics(out / "metrics.jsonl")) < 3:
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    second.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    said, _ = first.communicate(timeout=TIMEOUT_S)
+    second.kill()
+    second.communicate()
+    assert first.returncode != 0
+    assert time.monotonic() - stopped < 20
+    assert "another task died" in said
+
+
+def test_a_process_that_finds_nobody_says_so(config: Path, free_port: int) -> None:
+    lonely = by_hand(config, config.with_name("lonely"), 1, free_port, "--startup-timeout", 1)
+    said, _ = lonely.communicate(timeout=TIMEOUT_S)
+    assert lonely.returncode == 1
+    (line,) = said.splitlines()
+    assert line.startswith("BackendError: cannot reach the first process within 1 s: connection refused; got --coord")
+
+
+def test_a_coordinator_whose_place_is_taken_says_so(config: Path, taken_port: int) -> None:
+    first = by_hand(config, config.with_name("taken"), 0, taken_port)
+    said, _ = first.communicate(timeout=TIMEOUT_S)
+    assert first.returncode == 1
+    (line,) = said.splitlines()
+    assert line.startswith("BackendError: cannot listen there: address already in use")
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--coordinator", "here"), "--coordinator is 'here'; expected HOST:PORT of the first process, or auto."),
+        (
+            ("--coordinator", "a:1", "--process-id", "0"),
+            "needs --num-processes and --process-id; got --coordinator a:1",
+        ),
+        (("--coordinator", "auto", "--num-processes", "2"), "--coordinator auto finds out who is who"),
+        (("--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"), "--process-id is 2 of --num-process"),
+        (("--process-id", "1"), "--num-processes and --process-id need --coordinator HOST:PORT"),
+        (("--coordinator", "auto", "--backend", "mlx"), "only JAX processes have a coordinator"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(config: Path, words: tuple[str, ...], problem: str) -> None:
+    result = CliRunner().invoke(main, ["train", str(config), "--out", str(config.with_name("bad")), *words])
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("BackendError: ")
+    assert problem in line

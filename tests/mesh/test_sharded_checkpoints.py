@@ -1,0 +1,117 @@
+"""A checkpoint of one mesh on others, on one device and in MLX: verified, and as it was when it was asked for."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moezoo.core.checkpoint import load_checkpoint, load_latest_checkpoint
+from moezoo.core.errors import CheckpointError
+from tests.backends_available import require_backend
+from tests.contracts.source_tree import PACKAGE
+from tests.tolerances import FLOAT32_TRAINING
+
+SCRIPT = Path(__file__).with_name("checkpoints.py")
+
+
+def on_devices(devices: int, what: str, mesh: dict, run: Path, backend: str = "jax") -> str:
+    require_backend(backend)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    root = PACKAGE.parent
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), what, backend, json.dumps(mesh), str(run)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+WRITTEN_ON = {
+    "eight": (8, {"fsdp": 2, "expert": 2, "tensor": 2}, "jax"),
+    "two_by_two": (4, {"fsdp": 2, "expert": 2}, "jax"),
+    "one": (1, {}, "jax"),
+    "mlx": (1, {}, "mlx"),
+}
+READ_ON = {
+    "one": (1, {}, "jax"),
+    "two_by_two": (4, {"data": 2, "expert": 2}, "jax"),
+    "eight": (8, {"fsdp": 4, "tensor": 2}, "jax"),
+    "mlx": (1, {}, "mlx"),
+}
+
+
+@pytest.fixture(scope="module", params=WRITTEN_ON)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp(request.param)
+    devices, mesh, backend = WRITTEN_ON[request.param]
+    on_devices(devices, "write", mesh, run, backend)
+    assert ((run / "checkpoints" / "step_00000003" / "arrays").is_dir()) == (devices > 1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("sharded")
+    on_devices(8, "write", WRITTEN_ON["eight"][1], run)
+    return run
+
+
+@pytest.mark.parametrize("where", READ_ON)
+def test_it_restores_bit_for_bit_elsewhere_and_training_goes_on(written: Path, where: str) -> None:
+    """Though steps went on while it was written, with the same buffers."""
+    devices, mesh, backend = READ_ON[where]
+    losses = json.loads(on_devices(devices, "read", mesh, written, backend).splitlines()[-1])
+    expected = json.loads((written / "losses.json").read_text(encoding="utf-8"))
+    np.testing.assert_allclose(losses, expected, rtol=FLOAT32_TRAINING.relative)
+
+
+def test_a_part_is_read_alone(written: Path) -> None:
+    checkpoint, _, _ = load_latest_checkpoint(written / "checkpoints")
+    with np.load(written / "weights.npz") as weights:
+        for name in weights:
+            assert checkpoint.weights.shapes[name] == weights[name].shape
+            part = tuple(slice(length // 2, length) for length in weights[name].shape)
+            np.testing.assert_array_equal(checkpoint.weights.reader(name)(part), weights[name][part])
+
+
+def test_any_damage_is_noticed(sharded: Path, tmp_path: Path) -> None:
+    """One flipped bit, a byte too few, a file that is missing, in each of the files."""
+    source = sharded / "checkpoints" / "step_00000003"
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    assert len(files) > 8
+    for number, file in enumerate(files):
+        for what in ("flipped", "shorter", "missing"):
+            copy = tmp_path / f"{what}{number}" / source.name
+            shutil.copytree(source, copy)
+            content = bytearray((copy / file).read_bytes())
+            content[len(content) // 2] ^= 1
+            if what == "missing":
+                (copy / file).unlink()
+            else:
+                (copy / file).write_bytes(content if what == "flipped" else content[:-1])
+            with pytest.raises(CheckpointError, match=r"is damaged: |format version"):
+                load_checkpoint(copy)
+
+
+def test_a_manifest_may_not_name_what_is_elsewhere(sharded: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "step_00000003"
+    shutil.copytree(sharded / "checkpoints" / "step_00000003", copy)
+    for name in ("arrays/../../outside", "/etc/hostname", "arrays//x", "arrays/.hidden", "other/x"):
+        manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+        manifest.pop("sha256")
+        manifest["files"] = {**manifest["files"], name: {"bytes": 1, "sha256": "0" * 64}}
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        (copy / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"manifest.json lists "):
+            load_checkpoint(copy)
+        shutil.copy(sharded / "checkpoints" / "step_00000003" / "manifest.json", copy)
