@@ -382,8 +382,9 @@ def parity(path: Path, as_json: bool, show_all: bool) -> None:
 @main.command("convert")
 @click.argument("path", metavar="PATH", type=Path)
 @click.argument("out", metavar="OUT", type=Path)
+@click.option("--whole", is_flag=True, help="A run into a run: its newest checkpoint in whole safetensors files.")
 @_json
-def convert_command(path: Path, out: Path, as_json: bool) -> None:
+def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
     """Turn a Hugging Face checkpoint into a run folder, or a run into a Hugging Face checkpoint.
 
     Every tensor is accounted for; unchanged weights come back bit for bit.
@@ -392,7 +393,17 @@ def convert_command(path: Path, out: Path, as_json: bool) -> None:
     import time
 
     from moezoo.core.huggingface.convert import convert, ledger_text
+    from moezoo.core.loaded_model import copy_whole
 
+    if whole:
+        step, notes = copy_whole(path, out)
+        if as_json:
+            click.echo(json.dumps({"format": "moezoo", "step": step, "notes": notes}, indent=2))
+            return
+        for note in notes:
+            click.echo(note, err=True)
+        click.echo(f"step {step}, weights and moments in whole files: {out}")
+        return
     started = time.monotonic()
     interactive = sys.stderr.isatty()
 

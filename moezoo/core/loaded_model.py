@@ -16,10 +16,10 @@ from moezoo.core.generate_loop import generate
 from moezoo.core.generation_config import GenerationConfig
 from moezoo.core.huggingface.as_family import export_as_family
 from moezoo.core.huggingface.export import export_checkpoint
-from moezoo.core.huggingface.layout import Layout, write_sidecar
+from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.opened_model import open_model
-from moezoo.core.run import Run
+from moezoo.core.run import Run, load_run
 from moezoo.core.tokenizer import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
 
 
@@ -188,8 +188,11 @@ def save_run(
     weights: Mapping[str, NDArray[Any]],
     step: int,
     layout: Layout | None,
+    *,
+    optimizer: Mapping[str, NDArray[Any]] | None = None,
+    tokens: int | None = None,
 ) -> None:
-    """Write a run folder of one checkpoint. Raises RunError: the folder exists and is not empty."""
+    """Write a run folder of one checkpoint, in whole files. Raises RunError: the folder exists and is not empty."""
     run = Run(path)
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{path} exists; expected a new or empty folder. Choose another.")
@@ -198,8 +201,24 @@ def save_run(
     if layout is not None:
         write_sidecar(layout, run.huggingface_path)
     text = dump_config(config)
-    save_checkpoint(run.checkpoints_path, step, weights, {}, text, {}, None)
+    save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, {}, None, tokens=tokens)
     write_atomically(run.config_path, text)
+
+
+def copy_whole(path: str | Path, out: Path) -> tuple[int, list[str]]:
+    """Write the newest checkpoint of a run into a new run folder, one file for weights and one for moments.
+
+    For a run whose checkpoints many processes wrote: what comes out needs nothing but safetensors, and can be gone on
+    with. One tensor is in memory at a time.
+
+    Returns the step, and a line about each damaged checkpoint that was passed over. Raises as `load_run`, and RunError
+    where `out` is not empty.
+    """
+    config, tokenizer, checkpoint, problems = load_run(path)
+    layout = open_sidecar(Run(Path(path)).huggingface_path)
+    step, moments = checkpoint.step, checkpoint.optimizer
+    save_run(out, config, tokenizer, checkpoint.weights, step, layout, optimizer=moments, tokens=checkpoint.tokens)
+    return step, problems
 
 
 def load_model(

@@ -41,7 +41,7 @@ SURFACE = {
     "eval": ["PATH", "--data", "--sequence-length", "--batch-size", "--backend", "--json"],
     "describe": ["PATH", "--set", "--json"],
     "parity": ["PATH", "--json", "--all"],
-    "convert": ["PATH", "OUT", "--json"],
+    "convert": ["PATH", "OUT", "--whole", "--json"],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],
     "schema": [],
     "bench": [

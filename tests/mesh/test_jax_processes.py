@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,12 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from moezoo.cli import main
-from moezoo.core.checkpoint import list_checkpoints
+from moezoo.core.checkpoint import list_checkpoints, load_checkpoint
 from moezoo.core.metrics import read_metrics
 from tests.backends_available import require_backend
 from tests.launched import TIMEOUT_S, begun, lines, start, train
@@ -100,6 +102,38 @@ def test_the_first_process_alone_speaks_and_writes(two: tuple[Path, str]) -> Non
     assert said.count("run folder: ") == 1
     assert [line for line in said.splitlines() if line.startswith("[1]") and "Gloo" not in line] == []
     assert len(list_checkpoints(out / "checkpoints")) == 1
+
+
+def test_what_two_processes_saved_goes_on_on_one_device_in_mlx_and_as_whole_files(
+    config: Path, two: tuple[Path, str]
+) -> None:
+    whole = config.with_name("whole")
+    result = CliRunner().invoke(main, ["convert", str(two[0]), str(whole), "--whole"])
+    assert result.exit_code == 0, result.output
+    (folder,) = (info.path for info in list_checkpoints(whole / "checkpoints"))
+    assert {file.name for file in folder.iterdir()} >= {"weights.safetensors", "optimizer.safetensors"}
+    (sharded,) = (info.path for info in list_checkpoints(two[0] / "checkpoints"))
+    (one, other) = (load_checkpoint(path) for path in (sharded, folder))
+    for mine, its in ((one.weights, other.weights), (one.optimizer, other.optimizer)):
+        assert sorted(mine) == sorted(its)
+        for name in mine:
+            np.testing.assert_array_equal(mine[name], its[name])
+    more = ("--resume", "--set", "training.steps=24")
+    after = {}
+    for backend, source, mesh, count in (
+        ("jax", whole, ("--set", "mesh.data=1"), 1),
+        ("mlx", two[0], (), 1),
+        ("mlx", whole, (), 2),
+        ("jax", two[0], ("--set", 'mesh={"data": 2, "expert": 2}'), 4),
+    ):
+        out = config.with_name(f"goes_on_{backend}_{count}")
+        shutil.copytree(source, out)
+        train(backend, config, out, *mesh, *more, count=count)
+        after[out.name] = [line["loss"] for line in lines(out) if line["step"] > 20]
+        assert len(after[out.name]) == 4
+    expected = after["goes_on_jax_1"]
+    for name, losses in after.items():
+        np.testing.assert_allclose(losses, expected, rtol=FROM_ONE, err_msg=name)
 
 
 def test_a_killed_process_ends_the_group_and_a_restart_continues_bit_identically(
