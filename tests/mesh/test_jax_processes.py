@@ -222,6 +222,25 @@ def test_a_process_that_stands_still_ends_the_other_within_the_heartbeat(config:
     assert "another task died" in said
 
 
+def test_slurm_says_who_is_who(config: Path, two: tuple[Path, str]) -> None:
+    out = config.with_name("slurm")
+    told = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    command = [sys.executable, "-m", "moezoo", "train", str(config), "--backend", "jax", "--out", str(out), *MESH]
+    running = [
+        subprocess.Popen(
+            [*command, "--coordinator", "auto"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **told, "SLURM_PROCID": index, "SLURM_LOCALID": index, "JAX_PLATFORMS": "cpu"},
+        )
+        for index in ("0", "1")
+    ]
+    said = [process.communicate(timeout=TIMEOUT_S)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(two[0])]
+
+
 def test_a_process_that_finds_nobody_says_so(config: Path, free_port: int) -> None:
     lonely = by_hand(config, config.with_name("lonely"), 1, free_port, "--startup-timeout", 1)
     said, _ = lonely.communicate(timeout=TIMEOUT_S)
