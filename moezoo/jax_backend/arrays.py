@@ -41,7 +41,7 @@ class Weights:
 
     def _array(self, name: str) -> jax.Array:
         given = self._values[self._prefix + name]
-        if isinstance(given, jax.Array):  # on its devices already, see sharding.py
+        if isinstance(given, jax.Array | jax.ShapeDtypeStruct):  # on its devices already, or planned: sharding.py
             return given
         value = np.asarray(given)
         return jnp.asarray(value, value.dtype if value.dtype.name in STORED_DTYPES else jnp.float32)

@@ -105,10 +105,22 @@ class _Placed(ReadWhenAsked):
 
 def divided(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding) -> jax.Array:
     """One of the arrays, which all processes have, on its devices: each process reads the parts of its own."""
+    if isinstance(arrays, Shapes):
+        return jax.ShapeDtypeStruct(arrays.shapes[name], np.float32, sharding=sharding)
     if isinstance(arrays, ReadWhenAsked):
         return jax.make_array_from_callback(arrays.shapes[name], sharding, arrays.reader(name))
     value = np.asarray(arrays[name])
     return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+
+
+class Shapes(ReadWhenAsked):
+    """What stands for arrays in a plan: their shapes alone."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__({row.name: row.shape for row in parameter_table(spec)})
+
+    def __getitem__(self, name: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shapes[name], np.float32)
 
 
 def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -266,7 +266,7 @@ class JaxModel:
             moments = (adam._replace(count=whole, mu=lie, nu=lie), *rest)
             outputs = (lie, whole, moments, whole)
         if state is None:
-            self._moments = jax.jit(init, out_shardings=None if outputs is None else outputs[2])(self._parameters)
+            self._moments = self._new_moments(init, None if outputs is None else outputs[2])
         else:
             first, second = (
                 self._stacks.held(
@@ -281,6 +281,9 @@ class JaxModel:
             out_shardings=outputs,
             compiler_options=compiler_options(rematerialize=self._rematerialize and not self._scanned),
         )
+
+    def _new_moments(self, init: Callable[[Parameters], Any], shardings: Any) -> Any:
+        return jax.jit(init, out_shardings=shardings)(self._parameters)
 
     def _hold(self, layers: Layers) -> None:
         """Hold arrays of equal layers as one if they are to be scanned, so that no step copies them."""
