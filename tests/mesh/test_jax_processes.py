@@ -1,6 +1,5 @@
 """Real runs of two and four JAX processes on this machine: same losses as one, and what becomes of failures."""
 
-import json
 import os
 import shutil
 import signal
@@ -26,7 +25,7 @@ from tests.small_run import MODEL, write_config
 
 FROM_ONE = 1e-5
 """The loss of several processes against one over 20 steps: other sums in float32, which each update multiplies."""
-MESH = ("--set", "mesh.data=auto")
+MESH = ("--mesh", "data=auto")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_processes_that_have_parts_of_the_model_have_the_losses_of_one(
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     monkeypatch.setenv("XLA_FLAGS", flags)
     out = config.with_name("_".join([str(count), *mesh]))
-    train("jax", config, out, "--set", f"mesh={json.dumps(mesh)}", count=count)
+    train("jax", config, out, "--mesh", ",".join(f"{axis}={size}" for axis, size in mesh.items()), count=count)
     assert_same_losses(one, out)
 
 
@@ -124,10 +123,10 @@ def test_what_two_processes_saved_goes_on_on_one_device_in_mlx_and_as_whole_file
     more = ("--resume", "--set", "training.steps=24")
     after = {}
     for backend, source, mesh, count in (
-        ("jax", whole, ("--set", "mesh.data=1"), 1),
+        ("jax", whole, ("--mesh", "data=1"), 1),
         ("mlx", two[0], (), 1),
         ("mlx", whole, (), 2),
-        ("jax", two[0], ("--set", 'mesh={"data": 2, "expert": 2}'), 4),
+        ("jax", two[0], ("--mesh", "data=2,expert=2"), 4),
     ):
         out = config.with_name(f"goes_on_{backend}_{count}")
         shutil.copytree(source, out)
