@@ -1,4 +1,4 @@
-"""Which axis of the mesh cuts which axis of a parameter: data, read by the JAX backend.
+"""Which axis of the mesh cuts which axis of a parameter, and how many rows travel: data, read by the JAX backend.
 
 A row of the parameter table names the axes of its dimensions; a rule maps such a name to axes of the mesh.
 """

@@ -1,9 +1,10 @@
 """Experts on several devices: tokens travel to them and back. Only here: MLX has every expert in every process.
 
 One `shard_map` holds all of it: each device sorts the copies of its own tokens, hands them to the devices that have
-their experts (`Exchange`), and sums up what comes back. Which copies are computed at all was decided before, over the
-whole batch. Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 3.2 (the all-to-all); Gale et al. 2022,
-MegaBlocks, arXiv 2211.15841 (dropless).
+their experts, and sums up what comes back. Which copies are computed at all was decided before. A capacity of each
+sequence bounds how many there can be for an expert, and each has a place; otherwise they follow each other (`_Padded`).
+Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 3.2 (the all-to-all, places by capacity); Gale et al.
+2022, MegaBlocks, arXiv 2211.15841 (dropless).
 """
 
 import math
