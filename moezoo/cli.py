@@ -45,6 +45,8 @@ def main() -> None:
 
 _backend = click.option("--backend", metavar="jax|mlx", help="Default: $BACKEND, else mlx on Apple silicon, else jax.")
 _set = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a value of the config.")
+_mesh = click.option("--mesh", metavar="AXIS=N,...|FILE", help="Devices along each axis, or a YAML file that says so.")
+_devices = click.option("--devices", type=click.IntRange(1), metavar="N", help="How many there are.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -96,6 +98,7 @@ def _group(command: Callable[..., None]) -> Callable[..., None]:
 @_backend
 @click.option("--out", type=Path, metavar="RUN", help="Run folder. Default: runs/<config name>.")
 @_set
+@_mesh
 @click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
 @_group
 def train(
@@ -103,6 +106,7 @@ def train(
     backend: str | None,
     out: Path | None,
     overrides: tuple[str, ...],
+    mesh: str | None,
     resume: bool,
     group: ProcessGroup | None,
 ) -> None:
@@ -115,6 +119,7 @@ def train(
     from moezoo.core.console import ConsoleReporter, describe_evaluation
     from moezoo.core.describe import header
     from moezoo.core.init_from import check_start, initial_tokenizer
+    from moezoo.core.load_mesh import load_mesh
     from moezoo.core.picture import draw_run
     from moezoo.core.processes import first_then_others
     from moezoo.core.run import create_run, is_run, open_run
@@ -124,6 +129,8 @@ def train(
     path = out or Path("runs") / config_path.stem
     begun = load_config(path / "config.yaml") if resume and is_run(path) else None
     config = load_config(config_path, overrides, begun=begun)
+    if mesh is not None:
+        config = config.model_copy(update={"mesh": load_mesh(mesh)})
     realized = load_backend(backend, config.mesh, group)
     is_first = realized.processes.is_first
     console = _console(quiet=not is_first)
@@ -151,7 +158,7 @@ def train(
     if result.evaluation is None:
         console.print(
             f"stopped and saved after step {result.step} of {config.training.steps}. Go on with:\n"
-            f"  {_again(config_path, backend, out, overrides)}",
+            f"  {_again(config_path, backend, out, overrides, mesh)}",
             highlight=False,
             soft_wrap=True,
             markup=False,
@@ -328,22 +335,37 @@ def evaluate(
 @main.command()
 @click.argument("path", metavar="PATH", type=Path)
 @_set
+@_mesh
+@_devices
 @_json
-def describe(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: int | None, as_json: bool) -> None:
     """A model on one page: layers, parameters, FLOPs, memory.
 
     PATH is a YAML config, a run folder, or a Hugging Face folder or hub id, of which config.json is enough: then also
-    what was understood of it, and what becomes of every tensor.
+    what was understood of it, and what becomes of every tensor. With --mesh: where each parameter lies on so many
+    devices instead, and how many bytes of it one of them has.
     """
     import json
 
     from moezoo.core.config import load_config
     from moezoo.core.describe import describe as page
-    from moezoo.core.describe import description
-    from moezoo.core.opened_model import checkpoint_folder, is_config
+    from moezoo.core.describe import description, spec_with_vocab_size
+    from moezoo.core.describe_mesh import mesh_description, mesh_page
+    from moezoo.core.load_mesh import load_mesh
+    from moezoo.core.opened_model import checkpoint_folder, describe_model, is_config
     from moezoo.core.run import is_run
 
-    if is_config(path) or is_run(path):
+    if mesh is None and devices is not None:
+        raise SpecError(f"--devices {devices} says how many a mesh has; got no --mesh. Add --mesh data=auto, say.")
+    if mesh is not None:
+        known_config = is_config(path) or is_run(path)
+        config = load_config(path if is_config(path) else path / "config.yaml", overrides) if known_config else None
+        spec, assumed = (describe_model(path)[0], None) if config is None else spec_with_vocab_size(config)
+        if assumed:
+            click.echo(f"assumed: {assumed}", err=True)
+        lying = mesh_description(spec, load_mesh(mesh), devices)
+        shown = lying if as_json else mesh_page(lying)
+    elif is_config(path) or is_run(path):
         config = load_config(path if is_config(path) else path / "config.yaml", overrides)
         shown = description(config) if as_json else page(config, str(path))
     else:
@@ -566,7 +588,9 @@ def _prepare(
         )
 
 
-def _again(config_path: Path, backend: str | None, out: Path | None, overrides: tuple[str, ...]) -> str:
+def _again(
+    config_path: Path, backend: str | None, out: Path | None, overrides: tuple[str, ...], mesh: str | None
+) -> str:
     """The command that resumes."""
     import shlex
 
@@ -575,4 +599,5 @@ def _again(config_path: Path, backend: str | None, out: Path | None, overrides: 
     words += ["--out", str(out)] if out else []
     for override in overrides:
         words += ["--set", override]
+    words += ["--mesh", mesh] if mesh else []
     return shlex.join([*words, "--resume"])

@@ -265,7 +265,7 @@ def parse_config(
     text: str, where: str = "config", overrides: Sequence[str] = (), *, begun: Config | None = None
 ) -> Config:
     """`load_config` of a text; `where` names it in errors."""
-    raw = _read_yaml(text, where)
+    raw = read_yaml(text, where)
     first = [override for override in overrides if re.match(r"\s*init_from\b", override)]
     for override in first:
         raw["init_from"] = _as_init_from(raw.get("init_from"))
@@ -345,7 +345,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
+def read_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         raw = yaml.load(text, _StrictLoader)
     except SpecError as error:

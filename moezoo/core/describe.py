@@ -82,7 +82,7 @@ def header(config: Config, facts: Mapping[str, str]) -> "RenderableType":
 
 def description(config: Config) -> dict[str, Any]:
     """The page as plain data for `--json`: numbers exact, in units of one (parameters, FLOPs, bytes, tokens)."""
-    spec, assumed = _with_vocab_size(config)
+    spec, assumed = spec_with_vocab_size(config)
     config = config.model_copy(update={"model": spec})
     training = config.training
     tokens_per_step = training.batch_size * training.sequence_length
@@ -185,7 +185,7 @@ def _runs(spec: ModelSpec) -> list[_Run]:
     return runs
 
 
-def _with_vocab_size(config: Config) -> tuple[ModelSpec, str | None]:
+def spec_with_vocab_size(config: Config) -> tuple[ModelSpec, str | None]:
     """The spec with a vocabulary, and what was assumed where only the data could tell."""
     spec, tokenizer = config.model, config.data.tokenizer
     if spec.vocab_size is not None:

@@ -199,8 +199,9 @@ def _moe(spec: MoESpec) -> str:
     match spec.dispatch:
         case DroplessSpec():
             parts.append("dropless")
-        case CapacitySpec(factor=factor, priority=priority):
-            parts.append(f"capacity {factor:g}" + (" by score" if priority == "score" else ""))
+        case CapacitySpec(factor=factor, priority=priority, group=group):
+            of = " of a sequence" if group == "sequence" else ""
+            parts.append(f"capacity {factor:g}{of}" + (" by score" if priority == "score" else ""))
         case _:
             assert_never(spec.dispatch)
     parts.extend(f"{loss.kind} {loss.coefficient:g}" for loss in spec.losses)

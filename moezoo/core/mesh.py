@@ -42,9 +42,9 @@ class MeshConfig(Part):
     `rules`: what cuts a logical axis of the parameter table, in place of `sharding_rules.RULES`: an axis of the mesh,
     several, or null.
 
-    `exchange`: how tokens reach experts on other devices. `padded`: an all-to-all of as many rows as could be, so that
-    none is ever dropped. `allgather`: every device has all tokens of its group. `ragged`: an all-to-all of the rows
-    that there are, on platforms that have one (TPU).
+    `exchange`: how tokens reach experts on other devices. `padded`: an all-to-all of as many rows as could be (see
+    `sharding_rules.exchanged`), so that none is left behind. `allgather`: every device has all tokens of its group.
+    `ragged`: an all-to-all of the rows that there are, on platforms that have one (TPU).
     """
 
     data: Size = 1

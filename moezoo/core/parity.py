@@ -27,7 +27,7 @@ from moezoo.core.parity_report import (
 )
 from moezoo.core.parity_sides import Doubles, Reference, Side, backend_side
 from moezoo.core.random import fold_in, key, uniform
-from moezoo.core.spec import ExpertChoiceSpec, ModelSpec
+from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 
 LIMIT_BYTES = 8 * 2**30
 ASSUMED_VOCAB_SIZE = 64
@@ -303,8 +303,10 @@ def _compare_routing(
         )
         # A token's own later layers, and through attention those of the tokens after it, see the difference.
         reached_BT |= np.logical_or.accumulate(differs_BT, axis=1)
-        if moe.inference_differs and np.any(differs_BT):
-            reached_BT[:] = True  # a place that one token takes from an expert is a place lost to any other
+        if moe.inference_differs:
+            # A place that one token takes from an expert is a place lost to any other, of its group.
+            by_sequence = isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "sequence"
+            reached_BT |= np.any(differs_BT, axis=1 if by_sequence else None, keepdims=True)
     return rows
 
 

@@ -1,14 +1,17 @@
-"""Which axis of the mesh cuts which axis of a parameter: data, read by the JAX backend.
+"""Which axis of the mesh cuts which axis of a parameter, and how many rows travel: data, read by the JAX backend.
 
 A row of the parameter table names the axes of its dimensions; a rule maps such a name to axes of the mesh.
 """
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from moezoo.core.errors import SpecError
 from moezoo.core.mesh import BATCH_AXES, MeshAxis, MeshConfig
 from moezoo.core.parameters import Parameter
+from moezoo.core.reference.dispatch import capacities
+from moezoo.core.spec import CapacitySpec, MoESpec
 
 RULES: dict[str, tuple[MeshAxis, ...]] = {
     "embed": ("fsdp",),
@@ -71,3 +74,41 @@ def check_batch(batch: int, sizes: Mapping[MeshAxis, int]) -> None:
             f"a micro-batch (training.batch_size / gradient_accumulation) has {batch} sequences, which {named} of the "
             f"mesh would share in {parts} equal parts. Use a multiple of {parts}, or a smaller mesh."
         )
+
+
+class Exchanged(NamedTuple):
+    """How many rows [D] a device sends to each device of its expert group with `exchange: padded`, used or not.
+
+    Fields:
+        rows: in one all-to-all; as many come back, and both again for the gradients.
+        places: rows that each expert has for each sequence, where every copy has a place of its own; None where the
+            rows for one device follow each other, whichever of its experts they are for.
+    """
+
+    rows: int
+    places: int | None
+
+
+def exchanged(moe: MoESpec, num_sequences: int, length: int, devices: int, *, inference: bool = False) -> Exchanged:
+    """As many rows as could ever be for a device, so that none is left behind.
+
+    - `p min(K, E / n)` for the p tokens that a device has: all could choose the experts of one of n devices.
+    - `E / n` experts times b sequences times C, the capacity of a sequence, where there is one and this is less. The
+      experts then compute all places, used or not.
+
+    A capacity of the whole batch does not say how much of it one device has.
+
+    Args:
+        moe: the mixture.
+        num_sequences: b, that a device has.
+        length: T, p = b T.
+        devices: n, that share the experts.
+        inference: then no capacity counts.
+    """
+    experts = moe.num_experts // devices
+    rows = num_sequences * length * min(moe.num_slots, experts)
+    if not inference and isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "sequence":
+        places = capacities(moe, length)[0]
+        if experts * num_sequences * places < rows:
+            return Exchanged(experts * num_sequences * places, places)
+    return Exchanged(rows, None)

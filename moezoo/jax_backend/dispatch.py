@@ -5,9 +5,10 @@ from typing import NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 
-from moezoo.core.reference.dispatch import capacities, num_rows
+from moezoo.core.reference.dispatch import capacities, num_groups, num_rows
 from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
 from moezoo.jax_backend.routing import Routing
+from moezoo.jax_backend.sharding import row_by_row
 
 
 class Dispatch(NamedTuple):
@@ -30,36 +31,49 @@ def num_dropped(routing: Routing, dispatched: Dispatch) -> jax.Array:
     return jnp.sum(routing.valid_PK & ~dispatched.kept_PK)
 
 
-def kept_slots(spec: MoESpec, routing: Routing, *, inference: bool = False) -> jax.Array:
+def kept_slots(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inference: bool = False) -> jax.Array:
     """Spec: moezoo.core.reference.dispatch.kept_slots."""
-    num_tokens = routing.expert_PK.shape[0]
-    most = capacities(spec, num_tokens, inference=inference)
-    if min(most) == num_tokens:
+    groups = num_groups(spec, num_sequences)
+    group_size = routing.expert_PK.shape[0] // groups
+    most = capacities(spec, group_size, inference=inference)
+    if min(most) == group_size:
         return routing.valid_PK
-    # Unused slots queue behind those of the last expert.
-    queue_R = jnp.where(routing.valid_PK, routing.expert_PK, len(most)).reshape(-1)
-    order_R = jnp.argsort(queue_R, stable=True)
-    match spec.dispatch:
-        case CapacitySpec(priority="score"):
-            weight_R = jax.lax.stop_gradient(routing.weight_PK).reshape(-1)
-            order_R = jnp.argsort(-weight_R, stable=True)
-            order_R = order_R[jnp.argsort(queue_R[order_R], stable=True)]
-        case CapacitySpec() | DroplessSpec():
-            pass
-        case _:
-            assert_never(spec.dispatch)
-    end_E = jnp.cumsum(_counts(routing.expert_PK, routing.valid_PK, len(most)))
-    start_E = jnp.concatenate([jnp.zeros(1, end_E.dtype), end_E])
-    place_R = jnp.arange(order_R.size) - start_E[queue_R[order_R]]
-    place_PK = jnp.zeros_like(place_R).at[order_R].set(place_R).reshape(routing.expert_PK.shape)
-    return routing.valid_PK & (place_PK < jnp.asarray(most)[routing.expert_PK])
+
+    def kept(expert_PK: jax.Array, valid_PK: jax.Array, weight_PK: jax.Array) -> jax.Array:
+        """Of groups that follow each other; B of them, with R copies each."""
+        expert_BR, valid_BR, weight_BR = (
+            values.reshape(-1, group_size * values.shape[1]) for values in (expert_PK, valid_PK, weight_PK)
+        )
+        # Unused slots queue behind those of the last expert.
+        queue_BR = jnp.where(valid_BR, expert_BR, len(most))
+        order_BR = jnp.argsort(queue_BR, stable=True)
+        match spec.dispatch:
+            case CapacitySpec(priority="score"):
+                order_BR = jnp.argsort(-weight_BR, stable=True)
+                again_BR = jnp.argsort(jnp.take_along_axis(queue_BR, order_BR, axis=1), stable=True)
+                order_BR = jnp.take_along_axis(order_BR, again_BR, axis=1)
+            case CapacitySpec() | DroplessSpec():
+                pass
+            case _:
+                assert_never(spec.dispatch)
+        count_BE = jnp.sum(queue_BR[..., None] == jnp.arange(len(most) + 1), axis=1, dtype=jnp.int32)
+        start_BE = jnp.cumsum(count_BE, axis=1) - count_BE
+        start_BR = jnp.take_along_axis(start_BE, jnp.take_along_axis(queue_BR, order_BR, axis=1), axis=1)
+        place_BR = jnp.arange(order_BR.shape[1]) - start_BR
+        place_BR = jnp.put_along_axis(jnp.zeros_like(place_BR), order_BR, place_BR, axis=1, inplace=False)
+        return (valid_BR & (place_BR < jnp.asarray(most)[expert_BR])).reshape(expert_PK.shape)
+
+    # On a mesh, sequences lie whole on their devices.
+    where = kept if groups == 1 else row_by_row(kept)
+    return where(routing.expert_PK, routing.valid_PK, jax.lax.stop_gradient(routing.weight_PK))
 
 
-def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dispatch:
+def dispatch(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inference: bool = False) -> Dispatch:
     """Spec: moezoo.core.reference.dispatch.dispatch."""
     num_tokens, num_slots = routing.expert_PK.shape
-    num_experts, most = spec.num_experts, num_rows(spec, num_tokens, inference=inference)
-    kept_PK = kept_slots(spec, routing, inference=inference)
+    num_experts = spec.num_experts
+    most = num_rows(spec, num_tokens, num_sequences=num_sequences, inference=inference)
+    kept_PK = kept_slots(spec, routing, num_sequences=num_sequences, inference=inference)
     computed_PK = kept_PK & (routing.expert_PK < num_experts)
     size_E = _counts(routing.expert_PK, computed_PK, num_experts)
     order_R = jnp.argsort(jnp.where(computed_PK, routing.expert_PK, num_experts).reshape(-1), stable=True)[:most]

@@ -1,9 +1,10 @@
 """Experts on several devices: tokens travel to them and back. Only here: MLX has every expert in every process.
 
 One `shard_map` holds all of it: each device sorts the copies of its own tokens, hands them to the devices that have
-their experts (`Exchange`), and sums up what comes back. Which copies are computed at all was decided before, over the
-whole batch. Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 3.2 (the all-to-all); Gale et al. 2022,
-MegaBlocks, arXiv 2211.15841 (dropless).
+their experts, and sums up what comes back. Which copies are computed at all was decided before. A capacity of each
+sequence bounds how many there can be for an expert, and each has a place; otherwise they follow each other (`_Padded`).
+Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 3.2 (the all-to-all, places by capacity); Gale et al.
+2022, MegaBlocks, arXiv 2211.15841 (dropless).
 """
 
 import math
@@ -17,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from moezoo.core.mesh import MeshAxis
+from moezoo.core.sharding_rules import exchanged
 from moezoo.core.spec import DroplessSpec, MoESpec
 from moezoo.jax_backend.dispatch import Dispatch, dispatch
 from moezoo.jax_backend.experts import Experts
@@ -34,7 +36,15 @@ class Through(Protocol):
 
 
 def on_their_devices(
-    through: Through, spec: MoESpec, experts: Experts, x_PD: jax.Array, routing: Routing, dispatched: Dispatch
+    through: Through,
+    spec: MoESpec,
+    experts: Experts,
+    x_PD: jax.Array,
+    routing: Routing,
+    dispatched: Dispatch,
+    *,
+    num_sequences: int,
+    inference: bool,
 ) -> jax.Array:
     """`through(spec, experts, x_PD, dispatched)`, on the devices that have the tokens, and those of the experts."""
     placement = active_placement()
@@ -45,8 +55,9 @@ def on_their_devices(
     own = jax.tree.map_with_path(lambda path, _: cuts[path[0].key], state)
     rows, group = PartitionSpec(placement.batch_axes), placement.expert_axes
     devices = math.prod(placement.sizes[axis] for axis in group)
-    # Which copies are computed is known, so nothing here is capped: a device may have more of them than others have.
+    # Which copies are computed is known, so nothing here is dropped: a device may have more of them than others have.
     local = spec.model_copy(update={"dispatch": DroplessSpec()})
+    length = x_PD.shape[0] // num_sequences
 
     def on_one_device(state: nnx.State, x_PD: jax.Array, expert_PK, kept_PK, weight_PK) -> jax.Array:
         module = nnx.merge(graph, _bias_once(state, placement))
@@ -58,10 +69,16 @@ def on_their_devices(
                 case "allgather":
                     out_PD = _with_all_tokens(through, local, module, x_PD, chosen, group, devices)
                 case "padded" | "ragged":
-                    most = x_PD.shape[0] * min(expert_PK.shape[1], spec.num_experts // devices)
-                    exchange = _Padded if placement.exchange == "padded" else _Ragged
-                    travelling = _travelled(module, exchange, group, devices, most)
-                    out_PD = through(local, travelling, x_PD, dispatch(local, chosen, inference=True))
+                    most, places = exchanged(spec, x_PD.shape[0] // length, length, devices, inference=inference)
+                    rows = dispatch(local, chosen, inference=True)
+                    if placement.exchange == "ragged":
+                        travelling = _travelled(module, _Ragged, group, devices, most)
+                    elif places is None:
+                        travelling = _travelled(module, _Padded, group, devices, most)
+                    else:
+                        rows, used_R = _in_places(rows, expert_PK.reshape(-1, length, expert_PK.shape[1]), places)
+                        travelling = _travelled_in_places(module, group, used_R)
+                    out_PD = through(local, travelling, x_PD, rows)
                 case _:
                     assert_never(placement.exchange)
         return lax.psum(out_PD, "tensor") if placement.sizes["tensor"] > 1 else out_PD
@@ -173,5 +190,42 @@ def _travelled(experts: Rows, exchange: type[_Padded], group: tuple[MeshAxis, ..
         y_RD = experts(here_RD[order_R], jnp.sum(size_SE, axis=0))
         y_RD = jnp.zeros_like(y_RD).at[order_R].set(y_RD, unique_indices=True)
         return ways.back(y_RD, x_RD.shape[0])
+
+    return rows
+
+
+def _in_places(rows: Dispatch, expert_BTK: jax.Array, places: int) -> tuple[Dispatch, jax.Array]:
+    """The same copies in rows of which each expert has `places` for each sequence, and which of them are used.
+
+    Rows are sorted by expert and by token, thus by sequence too: those of an expert and a sequence follow each other.
+    """
+    num_experts, num_sequences = rows.size_E.shape[0], expert_BTK.shape[0]
+    kept_BTK = rows.kept_PK.reshape(expert_BTK.shape)
+    hot_BTKE = (expert_BTK[..., None] == jnp.arange(num_experts)) & kept_BTK[..., None]
+    count_EB = jnp.sum(hot_BTKE, axis=(1, 2), dtype=jnp.int32).T
+    start_EB = (jnp.cumsum(count_EB) - count_EB.reshape(-1)).reshape(count_EB.shape)
+    used_EBC = jnp.arange(places) < count_EB[..., None]
+    row_R = jnp.where(used_EBC, start_EB[..., None] + jnp.arange(places), 0).reshape(-1)
+    used_R, each = used_EBC.reshape(-1), num_sequences * places
+    return Dispatch(
+        rows.token_R[row_R],
+        jnp.repeat(jnp.arange(num_experts), each),
+        jnp.where(used_R, rows.weight_R[row_R], 0),
+        jnp.full(num_experts, each),
+        rows.kept_PK,
+    ), used_R
+
+
+def _travelled_in_places(experts: Rows, group: tuple[MeshAxis, ...], used_R: jax.Array) -> Rows:
+    """Experts, of which this device has an equal part, for equally many rows of each, not all of them used."""
+
+    def rows(x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
+        x_ERD = jnp.where(used_R[:, None], x_RD, 0).reshape(size_E.shape[0], -1, x_RD.shape[1])
+        x_ERD = lax.all_to_all(x_ERD, group, 0, 1, tiled=True)
+        own, each, _ = x_ERD.shape
+        y_RD = experts(x_ERD.reshape(own * each, -1), jnp.full(own, each))
+        y_ERD = lax.all_to_all(y_RD.reshape(x_ERD.shape), group, 1, 0, tiled=True)
+        # What experts with biases make of an empty place is nobody's.
+        return jnp.where(used_R[:, None], y_ERD.reshape(x_RD.shape), 0)
 
     return rows

@@ -1,6 +1,6 @@
 """The mixture of experts. Spec: moezoo.core.reference.moe."""
 
-from typing import assert_never
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +70,8 @@ class MoE(nnx.Module):
             key=key,
             inference=inference,
         )
-        dispatched = dispatch(self.spec, routing, inference=inference)
-        out_PD = self._routed(routed_PD, routing, dispatched)
+        dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=inference)
+        out_PD = self._routed(routed_PD, routing, dispatched, num_sequences=x_BTD.shape[0], inference=inference)
         if self.spec.zero_computation is not None:
             weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)
             out_PD = out_PD + self.constant_experts(routed_PD, weight_PE)
@@ -85,11 +85,11 @@ class MoE(nnx.Module):
             out_PD = self._with_shared(x_PD, out_PD)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
 
-    def _routed(self, x_PD: jax.Array, routing: Routing, dispatched: Dispatch) -> jax.Array:
+    def _routed(self, x_PD: jax.Array, routing: Routing, dispatched: Dispatch, **options: Any) -> jax.Array:
         """The part of the experts that compute."""
         spec, dtype = self.spec, x_PD.dtype
         input_P = x_PD if spec.latent_dim is None else jnp.einsum("PD,DZ->PZ", x_PD, self.w_latent[...].astype(dtype))
-        out_P = on_their_devices(_through, spec, self.experts, input_P, routing, dispatched)
+        out_P = on_their_devices(_through, spec, self.experts, input_P, routing, dispatched, **options)
         return out_P if spec.latent_dim is None else jnp.einsum("PZ,ZD->PD", out_P, self.w_output[...].astype(dtype))
 
     def _with_shared(self, x_PD: jax.Array, routed_PD: jax.Array) -> jax.Array:

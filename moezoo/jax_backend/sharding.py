@@ -35,7 +35,7 @@ class Placement:
         if config.is_one_device and jax.process_count() > 1:
             raise SpecError(
                 f"mesh is one device, but there are {jax.process_count()} processes with {jax.device_count()} devices. "
-                "Use a mesh of all of them, for example --set mesh.data=auto."
+                "Use a mesh of all of them, for example --mesh data=auto."
             )
         # Axes of one device are left out: XLA on the CPU keeps sums over them.
         self._axes = tuple(axis for axis in MESH_AXES if self.sizes[axis] > 1)

@@ -160,10 +160,10 @@ def check_shared(spec: ModelSpec) -> None:
         return
     for index in spec.moe_layers:
         moe, where = spec.all_layers[index].moe, f"of layer {index}; {processes().count} processes share a batch"
-        if isinstance(moe.dispatch, CapacitySpec):
+        if isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "batch":
             raise SpecError(
-                "model.layers[].moe.dispatch is a capacity, which is of a whole batch's tokens; expected dropless "
-                f"({where}). Use dispatch: {{kind: dropless}}, or one process."
+                "model.layers[].moe.dispatch.group is batch, whose tokens compete for a capacity; expected sequence "
+                f"({where}). Use group: sequence, dispatch: {{kind: dropless}}, or one process."
             )
         if isinstance(moe.router.choice, ExpertChoiceSpec):
             raise SpecError(

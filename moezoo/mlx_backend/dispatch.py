@@ -4,7 +4,7 @@ from typing import NamedTuple, assert_never
 
 import mlx.core as mx
 
-from moezoo.core.reference.dispatch import capacities, mostly_unused, num_rows
+from moezoo.core.reference.dispatch import capacities, mostly_unused, num_groups, num_rows
 from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
 from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, rows_of_tokens, sum_over_rows
 from moezoo.mlx_backend.routing import Routing
@@ -30,37 +30,44 @@ def num_dropped(routing: Routing, dispatched: Dispatch) -> mx.array:
     return mx.sum((routing.valid_PK & ~dispatched.kept_PK).astype(mx.int32))
 
 
-def kept_slots(spec: MoESpec, routing: Routing, *, inference: bool = False) -> mx.array:
+def kept_slots(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inference: bool = False) -> mx.array:
     """Spec: moezoo.core.reference.dispatch.kept_slots."""
-    num_tokens = routing.expert_PK.shape[0]
-    most = capacities(spec, num_tokens, inference=inference)
-    if min(most) == num_tokens:
+    groups = num_groups(spec, num_sequences)
+    group_size = routing.expert_PK.shape[0] // groups
+    most = capacities(spec, group_size, inference=inference)
+    if min(most) == group_size:
         return routing.valid_PK
+    # Of groups that follow each other: B of them, with R copies each.
+    expert_BR, valid_BR, weight_BR = (
+        values.reshape(groups, -1) for values in (routing.expert_PK, routing.valid_PK, routing.weight_PK)
+    )
     # Unused slots queue behind those of the last expert.
-    queue_R = mx.where(routing.valid_PK, routing.expert_PK, len(most)).reshape(-1)
-    order_R = mx.argsort(queue_R)
+    queue_BR = mx.where(valid_BR, expert_BR, len(most))
+    order_BR = mx.argsort(queue_BR)
     match spec.dispatch:
         case CapacitySpec(priority="score"):
-            weight_R = mx.stop_gradient(routing.weight_PK).reshape(-1)
-            order_R = mx.argsort(-weight_R)
-            order_R = order_R[mx.argsort(queue_R[order_R])]
+            order_BR = mx.argsort(-mx.stop_gradient(weight_BR))
+            again_BR = mx.argsort(mx.take_along_axis(queue_BR, order_BR, axis=1))
+            order_BR = mx.take_along_axis(order_BR, again_BR, axis=1)
         case CapacitySpec() | DroplessSpec():
             pass
         case _:
             assert_never(spec.dispatch)
-    end_E = mx.cumsum(_counts(routing.expert_PK, routing.valid_PK, len(most)))
-    start_E = mx.concatenate([mx.zeros(1, end_E.dtype), end_E])
-    order_R = mx.stop_gradient(order_R.astype(mx.int32))
-    place_R = mx.arange(order_R.size) - start_E[queue_R[order_R]]
-    place_PK = mx.zeros_like(place_R).at[order_R].add(place_R).reshape(routing.expert_PK.shape)
-    return routing.valid_PK & (place_PK < mx.array(most)[routing.expert_PK])
+    order_BR = mx.stop_gradient(order_BR.astype(mx.int32))
+    count_BE = mx.sum((queue_BR[..., None] == mx.arange(len(most) + 1)).astype(mx.int32), axis=1)
+    start_BE = mx.cumsum(count_BE, axis=1) - count_BE
+    start_BR = mx.take_along_axis(start_BE, mx.take_along_axis(queue_BR, order_BR, axis=1), axis=1)
+    place_BR = mx.arange(order_BR.shape[1]) - start_BR
+    place_BR = mx.put_along_axis(mx.zeros_like(place_BR), order_BR, place_BR, axis=1)
+    return (valid_BR & (place_BR < mx.array(most)[expert_BR])).reshape(routing.expert_PK.shape)
 
 
-def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dispatch:
+def dispatch(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inference: bool = False) -> Dispatch:
     """Spec: moezoo.core.reference.dispatch.dispatch."""
     num_tokens, num_slots = routing.expert_PK.shape
-    num_experts, most = spec.num_experts, num_rows(spec, num_tokens, inference=inference)
-    kept_PK = kept_slots(spec, routing, inference=inference)
+    num_experts = spec.num_experts
+    most = num_rows(spec, num_tokens, num_sequences=num_sequences, inference=inference)
+    kept_PK = kept_slots(spec, routing, num_sequences=num_sequences, inference=inference)
     computed_PK = kept_PK
     if spec.num_choices > num_experts:
         computed_PK = kept_PK & (routing.expert_PK < num_experts)

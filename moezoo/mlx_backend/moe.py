@@ -69,7 +69,7 @@ class MoE(nn.Module):
             key=key,
             inference=inference,
         )
-        dispatched = dispatch(self.spec, routing, inference=inference)
+        dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=inference)
         out_PD = self._routed(routed_PD, dispatched)
         if self.spec.zero_computation is not None:
             weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)

@@ -7,9 +7,11 @@ import yaml
 
 from moezoo.bench.configs import NAMES
 from moezoo.core.config import dump_config, load_config, parse_config
+from moezoo.core.load_mesh import load_mesh
 
 ROOT = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(ROOT.rglob("*.yaml"))
+MESHES = sorted((ROOT / "meshes").glob("*.yaml"))
+CONFIGS = [path for path in sorted(ROOT.rglob("*.yaml")) if path not in MESHES]
 TINY = sorted((ROOT / "tiny").glob("*.yaml"))
 BENCH = sorted((ROOT / "bench").glob("*.yaml"))
 
@@ -35,6 +37,15 @@ def test_bench_config_opens_with_what_it_shows_its_source_and_its_command_and_is
     assert any(line.startswith("# source: ") and "arXiv" in line for line in header)
     assert any(line.startswith(f"# command: moezoo bench --config {name} ") for line in header)
     assert load_config(path).model.vocab_size is not None  # random tokens are timed, so no data decides it
+
+
+@pytest.mark.parametrize("path", MESHES, ids=lambda path: path.stem)
+def test_mesh_opens_with_what_it_shows_its_source_and_its_command(path):
+    first, *header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert first.endswith(".")
+    assert any(line.startswith("# source: ") for line in header)
+    assert f"# command: moezoo train CONFIG --backend jax --mesh configs/meshes/{path.name}" in header
+    assert not load_mesh(str(path)).is_one_device
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -79,9 +79,10 @@ def test_both_backends_read_the_same_fields_of_the_spec(stem):
 
 
 def test_backends_read_every_field_that_is_about_computing():
-    """Fields that only core reads: of the table, initialization, frequencies, properties, writing layers out."""
+    """Fields that only core reads: of the table, initialization, frequencies, capacities, properties, writing out."""
     only_core = {
         "activation",
+        "group",
         "max_length",
         "repeat",
         "layers",

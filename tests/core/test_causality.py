@@ -174,7 +174,11 @@ def test_every_tiny_config_generates_causally(path):
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("expert_choice", "layers.0.moe.router.weight"), ("capacity", "layers.0.moe.routed")],
+    [
+        ("expert_choice", "layers.0.moe.router.weight"),
+        ("capacity", "layers.0.moe.routed"),
+        ("capacity_groups", None),  # by position, and of each sequence alone
+    ],
 )
 def test_training_by_the_whole_batch_leaks_and_says_where(name, first):
     (path,) = (path for path in TINY if path.stem == name)

@@ -17,8 +17,8 @@ from tests.small_run import write_config
 
 SURFACE = {
     "train": [
-        *("CONFIG", "--backend", "--out", "--set", "--resume", "--coordinator", "--num-processes", "--process-id"),
-        *("--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
+        *("CONFIG", "--backend", "--out", "--set", "--mesh", "--resume", "--coordinator", "--num-processes"),
+        *("--process-id", "--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
     ],
     "launch": ["--nproc", "COMMAND..."],
     "generate": [
@@ -39,7 +39,7 @@ SURFACE = {
         "--samples",
     ],
     "eval": ["PATH", "--data", "--sequence-length", "--batch-size", "--backend", "--json"],
-    "describe": ["PATH", "--set", "--json"],
+    "describe": ["PATH", "--set", "--mesh", "--devices", "--json"],
     "parity": ["PATH", "--json", "--all"],
     "convert": ["PATH", "OUT", "--whole", "--json"],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],

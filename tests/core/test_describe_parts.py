@@ -130,6 +130,11 @@ def test_a_shortcut_says_both():
             "by score",
         ),
         (
+            {},
+            {"dispatch": {"kind": "capacity", "factor": 2, "group": "sequence"}},
+            "2 of 6 experts, SwiGLU 8; softmax, renormalized; capacity 2 of a sequence",
+        ),
+        (
             {
                 "choice": {"kind": "top_p", "p": 0.5},
                 "temperature": 0.5,

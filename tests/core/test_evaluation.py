@@ -32,6 +32,7 @@ WINDOWS_BT = np.random.default_rng(0).integers(0, VOCAB_SIZE, (WINDOWS, T + 1)).
 ROUTINGS = {
     "dropless": {},
     "capacity": {"dispatch": {"kind": "capacity", "factor": 0.6}},
+    "capacity of sequences": {"dispatch": {"kind": "capacity", "factor": 0.6, "group": "sequence"}},
     "wide capacity": {"dispatch": {"kind": "capacity", "factor": 5.0}},
     "expert choice": {"router": {"top_k": 2, "renormalize": "none", "choice": {"kind": "expert_choice"}}},
 }
@@ -61,7 +62,8 @@ class ReferenceModel:
         self.calls.append(inference)
         logits, routings, _ = forward(self.spec, self.weights, tokens, inference=inference)
         moe = self.spec.layers[0].moe
-        dropped = [int(num_dropped(each, dispatch(moe, each, inference=inference))) for each in routings]
+        options = {"num_sequences": len(tokens), "inference": inference}
+        dropped = [int(num_dropped(each, dispatch(moe, each, **options))) for each in routings]
         return Scores(token_losses(logits, targets), [expert_counts(each) for each in routings], dropped)
 
 
@@ -105,6 +107,14 @@ def test_only_the_loss_by_inference_does_not_depend_on_how_windows_are_batched(k
     whole, parts = (evaluated(model_of(kind), batch_size) for batch_size in (WINDOWS, 2))
     assert_close(parts.inference_loss, whole.inference_loss, FLOAT64)
     assert abs(parts.validation_loss - whole.validation_loss) > 1e-4
+
+
+def test_with_a_capacity_of_each_sequence_no_loss_depends_on_how_windows_are_batched():
+    whole, parts = (evaluated(model_of("capacity of sequences"), batch_size) for batch_size in (WINDOWS, 2))
+    assert all(row["dropped"] > 0 for row in whole.routing)
+    assert parts.routing == whole.routing
+    assert_close(parts.validation_loss, whole.validation_loss, FLOAT64)
+    assert abs(whole.inference_loss - whole.validation_loss) > 1e-4
 
 
 def test_a_capacity_that_drops_nothing_has_no_gap():

@@ -6,7 +6,8 @@ from moezoo.core.config import load_config
 from moezoo.core.errors import SpecError
 from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
-from moezoo.core.sharding_rules import at_work, check_batch, partition
+from moezoo.core.sharding_rules import at_work, check_batch, exchanged, partition
+from moezoo.core.spec import CapacitySpec, GatedFeedForwardSpec, MoESpec, RouterSpec
 from tests.contracts.source_tree import PACKAGE
 
 ALONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
@@ -77,3 +78,22 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     check_batch(8, {**ALONE, "data": 2, "expert": 4})
     with pytest.raises(SpecError, match="has 6 sequences, which data 2, expert 4 of the mesh would share in 8"):
         check_batch(6, {**ALONE, "data": 2, "expert": 4})
+
+
+@pytest.mark.parametrize(
+    ("devices", "dispatch", "inference", "rows", "places"),
+    [
+        (2, {}, False, 3 * 16 * 2, None),  # p min(K, E / n)
+        (8, {}, False, 3 * 16 * 1, None),
+        (2, {"factor": 1.0, "group": "sequence"}, False, 4 * 3 * 4, 4),  # E / n experts, 3 sequences, C = K T / E
+        (8, {"factor": 1.0, "group": "sequence"}, False, 1 * 3 * 4, 4),
+        (8, {"factor": 0.9, "group": "sequence", "priority": "score"}, False, 1 * 3 * 4, 4),
+        (8, {"factor": 1.0, "group": "sequence"}, True, 3 * 16 * 1, None),
+        (8, {"factor": 4.0, "group": "sequence"}, False, 3 * 16 * 1, None),  # not less
+        (8, {"factor": 1.0}, False, 3 * 16 * 1, None),  # the batch's
+    ],
+)
+def test_rows_for_a_device_are_as_many_as_could_be(devices, dispatch, inference, rows, places):
+    given = {"dispatch": CapacitySpec(**dispatch)} if dispatch else {}
+    moe = MoESpec(num_experts=8, router=RouterSpec(top_k=2), experts=GatedFeedForwardSpec(hidden_dim=4), **given)
+    assert exchanged(moe, 3, 16, devices, inference=inference) == (rows, places)

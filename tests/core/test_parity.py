@@ -343,6 +343,24 @@ def test_what_follows_from_an_earlier_difference_is_set_apart(mlx, text, downstr
     assert rows[1].margin is None
 
 
+@pytest.mark.parametrize(("group", "downstream"), [("batch", 2), ("sequence", 1)])
+def test_downstream_of_a_capacity_is_its_group(mlx, group, downstream):
+    """Token 3 of sequence 1 differs in layer 1, and in layer 2 the first token of that sequence and of another."""
+
+    def change(place, routing):
+        chosen = np.zeros((B, T), bool)
+        chosen[([1], [3]) if place == 0 else ([0, 1], [0, 0])] = True
+        return runner_up_for(routing, chosen)
+
+    capacity = (
+        f"shared: {{num_experts: 2, hidden_dim: 9}}\n        dispatch: {{kind: capacity, factor: 1.0, group: {group}}}"
+    )
+    text = DROPLESS.replace("shared: {num_experts: 2, hidden_dim: 9}", capacity)
+    rows = check({"damaged": Damaged(mlx, forward=choosing(change))}, text, ParityTolerances(margin=1.0)).routing
+    assert [row.downstream for row in rows] == [0, downstream]
+    assert (rows[1].margin is None) == (group == "batch")
+
+
 def test_an_earlier_token_is_not_downstream_of_a_later_one(mlx):
     def change(place, routing):
         chosen = np.zeros((B, T), bool)

@@ -36,7 +36,7 @@ def numbers(config: Path) -> dict[str, np.ndarray]:
     found = {f"term {name}": np.array(value) for name, value in terms.items()}
     found |= {f"told {name}": np.array(value) for name, value in told.items()}
     found |= {f"gradient {name}": value for name, value in gradients.items()}
-    return found | {"score": scores.token_losses, "load": np.array(scores.load)}
+    return found | {"score": scores.token_losses, "load": np.array(scores.load), "dropped": np.array(scores.dropped)}
 
 
 def mixed_up(place: int, seed: int) -> bool:

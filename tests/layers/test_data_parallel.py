@@ -34,6 +34,7 @@ CONFIGS = (
     "sparsemixer",
     "top_p",
     "zero_computation_dropless",
+    "capacity_groups",
 )
 
 
@@ -60,6 +61,7 @@ def test_two_halves_of_a_batch_are_the_whole(name: str, parts: Path) -> None:
     whole = numbers(TINY / f"{name}.yaml")
     first, second = (np.load(parts / f"{name}_{place}.npz") for place in (0, 1))
     assert set(first.files) == set(second.files) == set(whole)
+    assert np.any(whole["dropped"] > 0) == (name == "capacity_groups")
     for key, value in whole.items():
         np.testing.assert_array_equal(first[key], second[key], err_msg=key)
         assert_close(first[key], value, FLOAT32_GRADIENT if key.startswith("gradient") else FLOAT32, key)
@@ -93,7 +95,11 @@ def test_a_process_draws_its_part_of_the_batchs_random_numbers(monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("capacity", "moe.dispatch"), ("capacity_score", "moe.dispatch"), ("expert_choice", "moe.router.choice")],
+    [
+        ("capacity", "moe.dispatch.group"),
+        ("zero_computation", "moe.dispatch.group"),
+        ("expert_choice", "moe.router.choice"),
+    ],
 )
 def test_choices_among_all_tokens_of_a_batch_are_refused(name: str, field: str, pretend) -> None:
     from moezoo.backends import load_backend
@@ -102,6 +108,11 @@ def test_choices_among_all_tokens_of_a_batch_are_refused(name: str, field: str, 
     model = load_backend("mlx").build(config.model, initial_weights(config.model, 0))
     with pytest.raises(SpecError, match=rf"layers\[\]\.{field} is .*2 processes share a batch.*or one process"):
         model.start_training(config.optimizer)
+
+
+def test_a_capacity_of_each_sequence_is_not_refused(pretend) -> None:
+    config = with_vocab_size(load_config(TINY / "capacity_groups.yaml", ["model.vocab_size=null"]), V)
+    pretend.check_shared(config.model)
 
 
 def test_a_mesh_that_is_not_of_this_many_processes_is_refused(pretend) -> None:

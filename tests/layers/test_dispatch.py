@@ -15,6 +15,7 @@ from moezoo.core.reference.dispatch import (
     dispatch,
     mostly_unused,
     num_dropped,
+    num_groups,
     num_rows,
 )
 from moezoo.core.reference.losses import expert_counts
@@ -30,7 +31,7 @@ from moezoo.core.spec import (
     ZeroComputationSpec,
 )
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
-from tests.twins import D, E, F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
+from tests.twins import B, D, E, F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
 
 ZERO = ZeroComputationSpec(num_zero=1, num_copy=1, num_constant=1, ffn_share=0.5)
 EXPERT_CHOICE = RouterSpec(top_k=K, choice=ExpertChoiceSpec(), renormalize="none")
@@ -75,6 +76,8 @@ CASES: dict[str, tuple[MoESpec, Routing]] = {
     "tight": (moe_of(CapacitySpec(factor=0.5)), drawn()),
     "loose": (moe_of(CapacitySpec(factor=10.0)), drawn()),
     "by score": (moe_of(CapacitySpec(factor=0.5, priority="score")), drawn()),
+    "tight, of sequences": (moe_of(CapacitySpec(factor=0.5, group="sequence")), drawn()),
+    "tight, of sequences, by score": (moe_of(CapacitySpec(factor=0.5, priority="score", group="sequence")), drawn()),
     "unused slots": (moe_of(router=RouterSpec(top_k=K, choice=TopPChoiceSpec(p=0.5))), drawn(share_used=0.6)),
     "unused slots, tight": (
         moe_of(CapacitySpec(factor=0.4, priority="score"), router=RouterSpec(top_k=K, choice=TopPChoiceSpec(p=0.5))),
@@ -82,6 +85,10 @@ CASES: dict[str, tuple[MoESpec, Routing]] = {
     ),
     "without computation": (moe_of(zero=ZERO), drawn(E + 3)),
     "without computation, tight": (moe_of(CapacitySpec(factor=0.6), zero=ZERO), drawn(E + 3)),
+    "without computation, tight, of sequences": (
+        moe_of(CapacitySpec(factor=0.6, group="sequence"), zero=ZERO),
+        drawn(E + 3, share_used=0.8),
+    ),
     "expert choice": (moe_of(router=EXPERT_CHOICE), each_expert_takes(math.ceil(P * K / E))),
 }
 
@@ -120,7 +127,8 @@ def assert_well_formed(rows: Dispatch, spec: MoESpec, routing: Routing) -> None:
 @pytest.mark.parametrize("kind", CASES)
 def test_used_rows_and_kept_slots_match_the_reference(twin, kind):
     spec, routing = CASES[kind]
-    expected, actual = dispatch(spec, routing), dispatched(twin, spec, routing)
+    expected = dispatch(spec, routing, num_sequences=B)
+    actual = dispatched(twin, spec, routing, num_sequences=B)
     assert_well_formed(expected, spec, routing)
     assert_well_formed(actual, spec, routing)
     np.testing.assert_array_equal(actual.size_E, expected.size_E)
@@ -137,24 +145,27 @@ def test_gradient_of_combining_by_the_weights_matches_the_reference(twin, kind):
     y_D = twin.array(normal(2, D))
 
     def out(weight_PK):
-        rows = twin.module("dispatch").dispatch(spec, held._replace(weight_PK=weight_PK))
+        rows = twin.module("dispatch").dispatch(spec, held._replace(weight_PK=weight_PK), num_sequences=B)
         return twin.module("dispatch").combine(rows, rows.expert_R[:, None] * y_D, P)
 
     def expected(weight_PK):
-        rows = dispatch(spec, routing._replace(weight_PK=weight_PK))
+        rows = dispatch(spec, routing._replace(weight_PK=weight_PK), num_sequences=B)
         return combine(rows, rows.expert_R[:, None] * normal(2, D), P)
 
     assert_function_matches(twin, out, expected, routing.weight_PK)
 
 
 @st.composite
-def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing]:
-    """A small mixture with any dispatch, and any routing that its router could have made."""
-    num_experts, tokens = (4, 6) if few_shapes else (draw(st.integers(1, 6)), draw(st.integers(1, 9)))
+def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing, int]:
+    """A small mixture with any dispatch, any routing that its router could have made, and a number of sequences."""
+    num_experts, length = (4, 3) if few_shapes else (draw(st.integers(1, 6)), draw(st.integers(1, 4)))
+    num_sequences = 2 if few_shapes else draw(st.integers(1, 3))
+    tokens = num_sequences * length
     num_zero = draw(st.sampled_from([0, 2]) if few_shapes else st.integers(0, 3))
     top_k = 2 if few_shapes else draw(st.integers(1, num_experts + num_zero))
     factor = st.just(0.5) if few_shapes else st.floats(0.01, 4.0)
-    capacity = st.builds(CapacitySpec, factor=factor, priority=st.sampled_from(["position", "score"]))
+    priority, group = st.sampled_from(["position", "score"]), st.sampled_from(["batch", "sequence"])
+    capacity = st.builds(CapacitySpec, factor=factor, priority=priority, group=group)
     options = draw(st.fixed_dictionaries({}, optional={"dispatch": capacity}))
     share = 0.75 if few_shapes else draw(st.floats(0.1, 1.0))
     zero = ZeroComputationSpec(num_copy=num_zero, ffn_share=share) if num_zero else None
@@ -172,30 +183,35 @@ def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing]:
     expert_PK = np.argsort(liking_E + generator.gumbel(size=(tokens, num_choices)), axis=-1)[:, :top_k]
     valid_PK = generator.random((tokens, top_k)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     weight_PK = np.where(valid_PK, generator.random((tokens, top_k)).astype(np.float32), 0.0).astype(np.float64)
-    return spec, routing_of(expert_PK, weight_PK, num_choices, valid_PK)
+    return spec, routing_of(expert_PK, weight_PK, num_choices, valid_PK), num_sequences
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
 def test_no_expert_is_above_capacity_and_none_drops_while_there_is_room(case):
-    spec, routing = case
-    rows, most = dispatch(spec, routing), capacities(spec, len(routing.expert_PK))
+    spec, routing, num_sequences = case
+    tokens, groups = len(routing.expert_PK), num_groups(spec, num_sequences)
+    rows = dispatch(spec, routing, num_sequences=num_sequences)
     assert_well_formed(rows, spec, routing)
-    assert len(rows.token_R) == num_rows(spec, len(routing.expert_PK))
-    kept_E = np.bincount(routing.expert_PK[rows.kept_PK], minlength=spec.num_choices)
-    np.testing.assert_array_equal(kept_E, np.minimum(expert_counts(routing), most))
-    assert num_dropped(routing, rows) == expert_counts(routing).sum() - kept_E.sum()
+    assert len(rows.token_R) == num_rows(spec, tokens, num_sequences=num_sequences)
+    most, kept = capacities(spec, tokens // groups), 0
+    for group in np.split(np.arange(tokens), groups):
+        asked = routing.expert_PK[group][routing.valid_PK[group]]
+        kept_E = np.bincount(routing.expert_PK[group][rows.kept_PK[group]], minlength=spec.num_choices)
+        np.testing.assert_array_equal(kept_E, np.minimum(np.bincount(asked, minlength=spec.num_choices), most))
+        kept += kept_E.sum()
+    assert num_dropped(routing, rows) == expert_counts(routing).sum() - kept
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
 def test_permuting_experts_changes_nothing_for_any_token(case):
     """Among those with feed-forwards; the others keep their kind."""
-    spec, routing = case
+    spec, routing, num_sequences = case
     order = np.random.default_rng(0).permutation(spec.num_experts)
     order = np.concatenate([order, np.arange(spec.num_experts, spec.num_choices)])
-    permuted = dispatch(spec, routing._replace(expert_PK=order[routing.expert_PK]))
-    rows = dispatch(spec, routing)
+    permuted = dispatch(spec, routing._replace(expert_PK=order[routing.expert_PK]), num_sequences=num_sequences)
+    rows = dispatch(spec, routing, num_sequences=num_sequences)
     np.testing.assert_array_equal(permuted.kept_PK, rows.kept_PK)
     np.testing.assert_array_equal(permuted.size_E[order[: spec.num_experts]], rows.size_E)
     value_E = np.random.default_rng(1).random(spec.num_choices)
@@ -207,8 +223,8 @@ def test_permuting_experts_changes_nothing_for_any_token(case):
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
 def test_token_whose_every_copy_is_dropped_gets_exactly_zero(case):
-    spec, routing = case
-    rows, tokens = dispatch(spec, routing), len(routing.expert_PK)
+    spec, routing, num_sequences = case
+    rows, tokens = dispatch(spec, routing, num_sequences=num_sequences), len(routing.expert_PK)
     out_PD = combine(rows, 1 + np.random.default_rng(0).random((len(rows.token_R), 3)), tokens)
     served_P = np.any(rows.kept_PK & (routing.expert_PK < spec.num_experts) & (routing.weight_PK > 0), axis=-1)
     np.testing.assert_array_equal(np.any(out_PD != 0, axis=-1), served_P)
@@ -217,8 +233,9 @@ def test_token_whose_every_copy_is_dropped_gets_exactly_zero(case):
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(case=mixtures(few_shapes=True))
 def test_any_mixture_is_dispatched_as_the_reference_does(twin, case):
-    spec, routing = case
-    expected, actual = dispatch(spec, routing), dispatched(twin, spec, routing)
+    spec, routing, num_sequences = case
+    expected = dispatch(spec, routing, num_sequences=num_sequences)
+    actual = dispatched(twin, spec, routing, num_sequences=num_sequences)
     assert_well_formed(actual, spec, routing)
     np.testing.assert_array_equal(actual.kept_PK, expected.kept_PK)
 
@@ -253,6 +270,9 @@ def test_rows_are_as_few_as_the_experts_can_serve():
     assert num_rows(moe_of(CapacitySpec(factor=0.5)), tokens) == tokens * K // 2
     assert num_rows(moe_of(CapacitySpec(factor=0.5)), tokens, inference=True) == tokens * K
     assert num_rows(moe_of(CapacitySpec(factor=3.0)), tokens) == tokens * K
+    by_sequence = moe_of(CapacitySpec(factor=0.5, group="sequence"))
+    assert num_rows(by_sequence, tokens, num_sequences=5) == 5 * E * 1  # ceil(0.5 * 7 * K / E) of 7 tokens
+    assert num_rows(by_sequence, tokens, num_sequences=5, inference=True) == tokens * K
     assert num_rows(moe_of(router=EXPERT_CHOICE), tokens) == E * tokens * K // E
     assert num_rows(moe_of(router=EXPERT_CHOICE), tokens, inference=True) == tokens * E
 
@@ -286,10 +306,27 @@ def test_capacity_by_score_serves_the_highest_weights_and_ties_the_earlier_token
     np.testing.assert_array_equal(rows.weight_R[:3], [0.25, 0.75, 0.5])
 
 
-def test_inference_drops_nothing(twin):
-    spec, routing = CASES["without computation, tight"]
-    assert num_dropped(routing, dispatch(spec, routing)) > 0
-    rows = dispatched(twin, spec, routing, inference=True)
+@pytest.mark.parametrize("priority", ["position", "score"])
+def test_capacity_of_a_sequence_does_not_depend_on_the_batch(twin, priority):
+    """Each of the B sequences alone, as a whole batch, keeps what it keeps among the others."""
+    _, routing = CASES["by score"]
+    of_sequence = moe_of(CapacitySpec(factor=0.5, priority=priority, group="sequence"))
+    of_batch = moe_of(CapacitySpec(factor=0.5, priority=priority))
+    rows = dispatched(twin, of_sequence, routing, num_sequences=B)
+    alone = [
+        dispatched(twin, of_batch, routing_of(routing.expert_PK[part], routing.weight_PK[part])).kept_PK
+        for part in np.split(np.arange(P), B)
+    ]
+    np.testing.assert_array_equal(rows.kept_PK, np.concatenate(alone))
+    assert np.any(rows.kept_PK != dispatched(twin, of_batch, routing, num_sequences=B).kept_PK)
+
+
+@pytest.mark.parametrize("kind", ["without computation, tight", "without computation, tight, of sequences"])
+def test_inference_drops_nothing(twin, kind):
+    spec, routing = CASES[kind]
+    routing = routing._replace(valid_PK=np.ones_like(routing.valid_PK))
+    assert num_dropped(routing, dispatch(spec, routing, num_sequences=B)) > 0
+    rows = dispatched(twin, spec, routing, num_sequences=B, inference=True)
     assert rows.kept_PK.all()
     assert_well_formed(rows, spec, routing)
 
@@ -299,8 +336,10 @@ def test_drops_are_counted_whatever_the_weights_are(twin, kind):
     """A score may underflow to weight 0; that token is served all the same."""
     spec, routing = CASES[kind]
     routing = routing._replace(weight_PK=np.zeros(routing.weight_PK.shape))
-    rows = dispatch(spec, routing)
-    expected = int(np.maximum(expert_counts(routing) - capacities(spec, P), 0).sum())
+    rows, groups, expected = dispatch(spec, routing, num_sequences=B), num_groups(spec, B), 0
+    for group in np.split(np.arange(P), groups):
+        part = routing._replace(expert_PK=routing.expert_PK[group], valid_PK=routing.valid_PK[group])
+        expected += int(np.maximum(expert_counts(part) - capacities(spec, P // groups), 0).sum())
     assert (expected > 0) == ("tight" in kind or kind == "by score")
     assert num_dropped(routing, rows) == expected
     counted = twin.module("dispatch").num_dropped(on_device(twin, routing), reference_on_device(twin, rows))
@@ -357,14 +396,14 @@ def test_combine_of_bfloat16_is_near_float32(twin):
     assert_close(twin.numpy(out), combine(reference, y_RD, P), BFLOAT16)
 
 
-@pytest.mark.parametrize("kind", ["tight", "by score", "without computation, tight"])
+@pytest.mark.parametrize("kind", ["tight", "by score", "tight, of sequences", "without computation, tight"])
 def test_reference_gradient_agrees_with_finite_differences(kind):
     spec, routing = CASES[kind]
 
     def out(weight_PK, y_RD):
-        return combine(dispatch(spec, routing._replace(weight_PK=weight_PK)), y_RD, P)
+        return combine(dispatch(spec, routing._replace(weight_PK=weight_PK), num_sequences=B), y_RD, P)
 
-    assert_reference_gradient(out, routing.weight_PK, normal(2, num_rows(spec, P), D))
+    assert_reference_gradient(out, routing.weight_PK, normal(2, num_rows(spec, P, num_sequences=B), D))
 
 
 def test_layer_routing_sorts_by_weight_then_id_and_puts_unused_slots_last():

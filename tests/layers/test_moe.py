@@ -46,6 +46,7 @@ SPECS = {
     "top 1": moe_of(router=RouterSpec(top_k=1, renormalize="none")),
     "capacity": moe_of(dispatch=CapacitySpec(factor=0.6)),
     "capacity by score": moe_of(dispatch=CapacitySpec(factor=0.6, priority="score")),
+    "capacity of sequences": moe_of(dispatch=CapacitySpec(factor=0.6, group="sequence")),
     "shared": moe_of(shared=SharedExpertsSpec(num_experts=2, hidden_dim=9)),
     "shared behind a gate": moe_of(shared=SharedExpertsSpec(kind="sigmoid_gated", num_experts=2, hidden_dim=9)),
     "shared average": moe_of(shared=SharedExpertsSpec(kind="average", num_experts=2, hidden_dim=9)),
@@ -174,7 +175,7 @@ def output_of(spec: MoESpec, values, choice: int, weight: float, x_D: np.ndarray
 def test_each_token_gets_the_weighted_sum_of_its_experts(twin, kind):
     spec, values = SPECS[kind], values_of(SPECS[kind])
     _, routing = moe(spec, values, X_BTD)
-    kept_PK = dispatch(spec, routing).kept_PK
+    kept_PK = dispatch(spec, routing, num_sequences=B).kept_PK
     assert kept_PK.all() == ("capacity" not in kind and kind != "weight on input")
     x_PD, expected = X_BTD.reshape(P, D), np.zeros((P, D))
     for p, choice in np.argwhere(kept_PK):
@@ -316,6 +317,7 @@ def test_record_holds_the_same_names_and_values_as_the_references(twin):
     ("kind", "moved"),
     [
         ("capacity", ("router.w_router",)),
+        ("capacity of sequences", ("router.w_router",)),
         ("shared behind a gate", ("w_shared_gate",)),
         ("parallel", ("routed_input_norm.scale", "routed_output_norm.scale", "shared_output_norm.scale")),
         ("latent, weight on input", ("w_latent", "w_output")),

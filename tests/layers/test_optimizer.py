@@ -10,6 +10,7 @@ from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.reference.optimizer import adamw, global_norm, zero_moments
 from moezoo.core.spec import (
     CapacitySpec,
+    DroplessSpec,
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
     LayerSpec,
@@ -115,12 +116,14 @@ def test_weight_decay_acts_on_matrices_only(twin):
             np.testing.assert_array_equal(after[0.0][name], after[0.5][name], err_msg=name)
 
 
-def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin):
-    """Without losses that are not sums over tokens, and without a capacity: then accumulation is only another order."""
+@pytest.mark.parametrize("dispatch", [DroplessSpec(), CapacitySpec(factor=0.5, group="sequence")])
+def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin, dispatch):
+    """Without losses that are not sums over tokens, and without a capacity of all of them: then it is another order."""
     windows, config = windows_of(2, 1, 8), CONFIGS["clipped and decayed"]
-    runs = {}
+    layer = LayerSpec(attention=ATTENTION, moe=MOE.model_copy(update={"dispatch": dispatch}))
+    spec, runs = DROPLESS.model_copy(update={"layers": (layer,)}), {}
     for micro_batches in (1, 4):
-        model = twin.backend().build(DROPLESS, weights_of(DROPLESS))
+        model = twin.backend().build(spec, weights_of(spec))
         model.start_training(config)
         shape = (2, micro_batches, 8 // micro_batches, T + 1)
         metrics = [model.train_step(window, 0.01).fetch() for window in windows.reshape(shape)]
@@ -129,6 +132,8 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin):
         assert_all_close(four.losses, one.losses, FLOAT32)
         assert_close(four.gradient_norm, one.gradient_norm, FLOAT32)
         np.testing.assert_array_equal(four.load, one.load)
+        assert four.dropped == one.dropped
+        assert (one.dropped[0] > 0) == isinstance(dispatch, CapacitySpec)
         assert np.sum(one.load[0]) == 8 * T * K
     assert_all_close(runs[4][2], runs[1][2], FLOAT32_GRADIENT)
     assert_all_close(runs[4][1], runs[1][1], FLOAT32)

@@ -32,7 +32,8 @@ def trained(config, mesh, windows, key, rematerialize="none"):
     model.start_training(config.optimizer, rematerialize=rematerialize)
     keys = np.stack([key, key + 1])
     steps = [model.train_step(windows, 1e-3, keys).fetch() for _ in range(STEPS)]
-    scores = model.score(windows[0, :, :-1], windows[0, :, 1:])
+    ways = {False, config.model.inference_differs}
+    scores = [model.score(windows[0, :, :-1], windows[0, :, 1:], inference=way).token_losses for way in sorted(ways)]
     return losses, gradients, steps, scores, model
 
 
@@ -65,7 +66,7 @@ def equal(path: Path, meshes: list[dict]) -> dict:
                 np.array_equal(step.load, own.load) and step.dropped == own.dropped
                 for step, own in zip(steps, mine[2], strict=True)
             ),
-            "scores": apart(scores.token_losses, mine[3].token_losses),
+            "scores": apart(scores, mine[3]),
             "state": max(
                 [apart(steps[-1].state[name], mine[2][-1].state[name]) for name in steps[-1].state], default=0.0
             ),

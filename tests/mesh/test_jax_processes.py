@@ -1,6 +1,5 @@
 """Real runs of two and four JAX processes on this machine: same losses as one, and what becomes of failures."""
 
-import json
 import os
 import shutil
 import signal
@@ -20,12 +19,13 @@ from moezoo.cli import main
 from moezoo.core.checkpoint import list_checkpoints, load_checkpoint
 from moezoo.core.metrics import read_metrics
 from tests.backends_available import require_backend
+from tests.contracts.source_tree import PACKAGE
 from tests.launched import TIMEOUT_S, begun, lines, start, train
 from tests.small_run import MODEL, write_config
 
 FROM_ONE = 1e-5
 """The loss of several processes against one over 20 steps: other sums in float32, which each update multiplies."""
-MESH = ("--set", "mesh.data=auto")
+MESH = ("--mesh", "data=auto")
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +84,17 @@ def test_two_processes_have_the_losses_of_one(one: Path, two: tuple[Path, str]) 
 
 
 @pytest.mark.parametrize(
-    ("count", "mesh"),
-    [(4, {"data": 2, "expert": 2}), (4, {"fsdp": 2, "expert": "auto"}), (2, {"tensor": 2})],
-    ids=["data_expert", "fsdp_expert", "tensor"],
+    ("count", "devices", "mesh"),
+    [(4, 1, {"data": 2, "expert": 2}), (2, 2, {"fsdp": 2, "expert": "auto"}), (2, 1, {"tensor": 2})],
+    ids=["four", "two_devices_each", "same_sequences"],
 )
 def test_processes_that_have_parts_of_the_model_have_the_losses_of_one(
-    config: Path, one: Path, count: int, mesh: dict[str, object]
+    config: Path, one: Path, count: int, devices: int, mesh: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     out = config.with_name("_".join([str(count), *mesh]))
-    train("jax", config, out, "--set", f"mesh={json.dumps(mesh)}", count=count)
+    train("jax", config, out, "--mesh", ",".join(f"{axis}={size}" for axis, size in mesh.items()), count=count)
     assert_same_losses(one, out)
 
 
@@ -121,10 +123,10 @@ def test_what_two_processes_saved_goes_on_on_one_device_in_mlx_and_as_whole_file
     more = ("--resume", "--set", "training.steps=24")
     after = {}
     for backend, source, mesh, count in (
-        ("jax", whole, ("--set", "mesh.data=1"), 1),
+        ("jax", whole, ("--mesh", "data=1"), 1),
         ("mlx", two[0], (), 1),
         ("mlx", whole, (), 2),
-        ("jax", two[0], ("--set", 'mesh={"data": 2, "expert": 2}'), 4),
+        ("jax", two[0], ("--mesh", "data=2,expert=2"), 4),
     ):
         out = config.with_name(f"goes_on_{backend}_{count}")
         shutil.copytree(source, out)
@@ -220,6 +222,36 @@ def test_a_process_that_stands_still_ends_the_other_within_the_heartbeat(config:
     assert first.returncode != 0
     assert time.monotonic() - stopped < 20
     assert "another task died" in said
+
+
+FAILS = """
+import sys, threading
+from moezoo.core.process_group import ProcessGroup
+from moezoo.jax_backend import several_processes
+several_processes.join(ProcessGroup("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[1])))
+several_processes.gather(0).fetch()
+if sys.argv[1] == "1":
+    threading.Thread(target=threading.Event().wait).start()  # it would keep the interpreter
+    raise ValueError("a mistake")
+print(several_processes.gather(0).fetch())
+"""
+
+
+def test_an_exception_ends_its_process_at_once_and_the_others_with_one_line(free_port: int) -> None:
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS, index, str(free_port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(PACKAGE.parent)},
+        )
+        for index in ("0", "1")
+    )
+    said, also = (process.communicate(timeout=30)[0] for process in (second, first))
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert said.splitlines()[-1] == "ValueError: a mistake"
+    assert also.splitlines()[-1].startswith("moezoo.core.errors.TrainingError: another process of the run has ended")
 
 
 def test_slurm_says_who_is_who(config: Path, two: tuple[Path, str]) -> None:

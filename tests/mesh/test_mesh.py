@@ -31,6 +31,16 @@ MESHES = [
     {"fsdp": 2, "expert": 4, "rematerialize": "block"},
 ]
 MIXED = [MESHES[10], MESHES[11]]
+GROUPED = [
+    {"data": 8},
+    {"data": 4, "expert": 2},
+    {"fsdp": 2, "expert": 4},
+    {"expert": 8},
+    {"data": 2, "fsdp": 2, "expert": 2},
+    {"expert": 4, "tensor": 2},  # two sequences on each device
+    {"data": 2, "expert": 4, "exchange": "allgather"},
+    {"data": 8, "rules": {"expert": "data"}},
+]
 
 
 def on_devices(*words: str) -> dict:
@@ -88,6 +98,51 @@ def test_every_mesh_is_as_one_device():
 )
 def test_every_part_is_as_on_one_device(name):
     check(on_devices("equal", f"configs/tiny/{name}.yaml", *map(json.dumps, MIXED)))
+
+
+def test_a_capacity_of_each_sequence_is_as_on_one_device():
+    """Experts on 1, 2, 4 and 8 devices."""
+    found = on_devices("equal", "configs/tiny/capacity_groups.yaml", *map(json.dumps, GROUPED))
+    assert len(found) == len(GROUPED)
+    check(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "dispatch"),
+    [
+        # An empty place gives what the biases are, and no combine weight takes it away.
+        ("clamped_swiglu", "renormalize: none}", "renormalize: none, apply_to: input}\n        dispatch: "),
+        ("zero_computation", "dispatch: {kind: capacity, factor: 1.1}", "dispatch: "),
+    ],
+)
+def test_a_capacity_of_each_sequence_goes_with_every_kind_of_expert(tmp_path, name, given, dispatch):
+    text = (PACKAGE.parent / "configs" / "tiny" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.count(given) == 1
+    path = tmp_path / f"{name}.yaml"
+    replaced = f"{dispatch}{{kind: capacity, factor: 0.8, priority: score, group: sequence}}"
+    path.write_text(text.replace(given, replaced), encoding="utf-8")
+    check(on_devices("equal", str(path), *map(json.dumps, MIXED)))
+
+
+def test_a_capacity_of_each_sequence_bounds_what_travels():
+    """2 sequences of T = 16 on each of 4 devices, E = 8, K = 2, D = 32: C = ceil(0.6 * 2 * 16 / 8) = 3."""
+    mesh = '{"expert": 4, "tensor": 2}'
+    of_sequence, of_batch = (
+        {
+            shape: count
+            for shape, count in on_devices("collectives", f"configs/tiny/{name}.yaml", mesh).items()
+            if "all-to-all" in shape
+        }
+        for name in ("capacity_groups", "capacity")
+    )
+    # In each of 2 layers there and back, and the gradients too. Where a row belongs is known without a count.
+    assert of_sequence == {"all-to-all f32[2,6,32]": 8}
+    assert of_batch == {"all-to-all f32[1,64,32]": 8, "all-to-all s32[1,2]": 2}
+
+
+def test_who_is_dropped_is_decided_where_the_sequence_is():
+    found = on_devices("collectives", "configs/tiny/capacity_groups.yaml", '{"data": 8}')
+    assert {name.split()[0] for name in found} == {"all-reduce"}
 
 
 def test_tokens_travel_to_experts_and_experts_stay():

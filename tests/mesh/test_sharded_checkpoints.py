@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +10,14 @@ import pytest
 
 from moezoo.core.checkpoint import load_checkpoint, load_latest_checkpoint
 from moezoo.core.errors import CheckpointError
-from tests.backends_available import require_backend
-from tests.contracts.source_tree import PACKAGE
+from tests.mesh.simulated import run_simulated
 from tests.tolerances import FLOAT32_TRAINING
 
-SCRIPT = Path(__file__).with_name("checkpoints.py")
+SCRIPT = "checkpoints.py"
 
 
 def on_devices(devices: int, what: str, mesh: dict, run: Path, backend: str = "jax") -> str:
-    require_backend(backend)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    root = PACKAGE.parent
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), what, backend, json.dumps(mesh), str(run)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    return run_simulated(SCRIPT, what, backend, json.dumps(mesh), str(run), devices=devices, backend=backend)
 
 
 WRITTEN_ON = {

@@ -132,7 +132,7 @@ def case_of(path: Path) -> Case:
 
 def _combine_weights(moe, routing, *, inference=False) -> tuple[np.ndarray, np.ndarray]:
     """Experts and weights as a LayerRouting has them."""
-    kept_PK = dispatch(moe, routing, inference=inference).kept_PK
+    kept_PK = dispatch(moe, routing, num_sequences=B, inference=inference).kept_PK
     return combine_weights(routing.expert_PK, routing.valid_PK, kept_PK, routing.weight_PK)
 
 

@@ -32,8 +32,17 @@ class Dispatch(NamedTuple):
     kept_PK: Array
 
 
+def num_groups(spec: MoESpec, num_sequences: int) -> int:
+    """In how many groups of tokens, each with capacities of its own, so many sequences of equal length fall.
+
+    Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 2.2. Differs: there a group is what a device has.
+    """
+    by_sequence = isinstance(spec.dispatch, CapacitySpec) and spec.dispatch.group == "sequence"
+    return num_sequences if by_sequence else 1
+
+
 def capacities(spec: MoESpec, num_tokens: int, *, inference: bool = False) -> list[int]:
-    """How many of P tokens each expert serves at most: one number for each of the E + Z choices of the router.
+    """How many of a group's P tokens each expert serves at most: one number for each of the router's E + Z choices.
 
     - `capacity`: `ceil(factor * K * P / E)`. With Z experts that compute nothing, each of which may take 1 token where
       one with a feed-forward may take tau (`ffn_share`): `ceil(u)` for the former and `ceil(tau * u)` for the latter,
@@ -59,10 +68,12 @@ def capacities(spec: MoESpec, num_tokens: int, *, inference: bool = False) -> li
     return [min(most_ffn, num_tokens)] * spec.num_experts + [min(most_zero, num_tokens)] * num_zero
 
 
-def num_rows(spec: MoESpec, num_tokens: int, *, inference: bool = False) -> int:
+def num_rows(spec: MoESpec, num_tokens: int, *, num_sequences: int = 1, inference: bool = False) -> int:
     """R: as many rows as P tokens can fill, by the slots that they have and by what the experts serve."""
     slots = spec.num_experts if isinstance(spec.router.choice, ExpertChoiceSpec) else spec.router.top_k
-    return min(num_tokens * slots, sum(capacities(spec, num_tokens, inference=inference)[: spec.num_experts]))
+    groups = num_groups(spec, num_sequences)
+    served = groups * sum(capacities(spec, num_tokens // groups, inference=inference)[: spec.num_experts])
+    return min(num_tokens * slots, served)
 
 
 def mostly_unused(spec: MoESpec, *, inference: bool = False) -> bool:
@@ -79,41 +90,51 @@ def num_dropped(routing: Routing, dispatched: Dispatch) -> Array:
     return np.sum(routing.valid_PK & ~dispatched.kept_PK)
 
 
-def kept_slots(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Array:
-    """Who is served: bool [P, K]. Each expert serves the first of its tokens, as many as `capacities` allows.
+def kept_slots(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inference: bool = False) -> Array:
+    """Who is served: bool [P, K]. Of each group an expert serves its first tokens, as many as `capacities` allows.
 
     First are the earliest tokens, or with `priority: score` those of the highest weight, ties to the earlier token.
+
+    Args:
+        spec: the mixture.
+        routing: of P tokens, numbered sequence by sequence.
+        num_sequences: how many there are, all of one length.
+        inference: then all are served.
 
     Source: Riquelme et al. 2021 (V-MoE), arXiv 2106.05974, section 3.4 (batch prioritized routing).
     Differs: there tokens are ordered by their highest weight, and all first choices come before any second one. Here
     each expert orders its own tokens by the weight that they give to it.
     """
-    most = capacities(spec, routing.expert_PK.shape[0], inference=inference)
+    groups = num_groups(spec, num_sequences)
+    group_size = routing.expert_PK.shape[0] // groups
+    most = capacities(spec, group_size, inference=inference)
     order = np.arange(routing.expert_PK.size)
     if isinstance(spec.dispatch, CapacitySpec) and spec.dispatch.priority == "score":
         order = np.argsort(-getval(routing.weight_PK).reshape(-1), kind="stable")
-    kept_PK, served = np.zeros(routing.expert_PK.shape, bool), [0] * len(most)
+    kept_PK, served = np.zeros(routing.expert_PK.shape, bool), np.zeros((groups, len(most)), int)
     for token, choice in zip(*np.unravel_index(order, kept_PK.shape), strict=True):
-        expert = routing.expert_PK[token, choice]
-        if routing.valid_PK[token, choice] and served[expert] < most[expert]:
+        queue = token // group_size, routing.expert_PK[token, choice]
+        if routing.valid_PK[token, choice] and served[queue] < most[queue[1]]:
             kept_PK[token, choice] = True
-            served[expert] += 1
+            served[queue] += 1
     return kept_PK
 
 
-def dispatch(spec: MoESpec, routing: Routing, *, inference: bool = False) -> Dispatch:
+def dispatch(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inference: bool = False) -> Dispatch:
     """Sort the copies that are served by expert; those of experts that compute nothing get no row.
+
+    Args: as `kept_slots`.
 
     Source: Gale et al. 2022, arXiv 2211.15841 (sorted, dropless); Fedus et al. 2021, arXiv 2101.03961 (capacity).
     """
     num_tokens = routing.expert_PK.shape[0]
-    kept_PK = kept_slots(spec, routing, inference=inference)
+    kept_PK = kept_slots(spec, routing, num_sequences=num_sequences, inference=inference)
     token_R, choice_R = np.nonzero(kept_PK & (routing.expert_PK < spec.num_experts))
     order_R = np.argsort(routing.expert_PK[token_R, choice_R], kind="stable")
     token_R, choice_R = token_R[order_R], choice_R[order_R]
     expert_R, weight_R = routing.expert_PK[token_R, choice_R], routing.weight_PK[token_R, choice_R]
     size_E = np.array([np.sum(expert_R == expert) for expert in range(spec.num_experts)])
-    unused = num_rows(spec, num_tokens, inference=inference) - len(expert_R)
+    unused = num_rows(spec, num_tokens, num_sequences=num_sequences, inference=inference) - len(expert_R)
     return Dispatch(
         np.concatenate([token_R, np.zeros(unused, int)]),
         np.concatenate([expert_R, np.full(unused, spec.num_experts - 1)]),

@@ -60,7 +60,7 @@ def moe(
         key=key,
         inference=inference,
     )
-    dispatched = dispatch(spec, routing, inference=inference)
+    dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=inference)
     input_P = routed_PD if spec.latent_dim is None else np.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
     x_RD = input_P[dispatched.token_R]
     match spec.router.apply_to:

@@ -35,7 +35,11 @@ class DroplessSpec(Part):
 
 
 class CapacitySpec(Part):
-    """Each expert computes at most `ceil(factor * P * K / E)` of the P tokens of a forward pass.
+    """Each expert computes at most `ceil(factor * P * K / E)` of the P tokens of a group.
+
+    `group`: all tokens of a forward pass, which is one micro-batch (`batch`), or those of each sequence alone
+    (`sequence`): then what is computed does not depend on how many sequences there are, nor on which device or process
+    has the others. Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 2.2 (local group dispatching).
 
     `priority`: the earliest tokens (`position`; Fedus et al. 2021, arXiv 2101.03961, section 2.2) or those of the
     highest weight (`score`; Riquelme et al. 2021, V-MoE, arXiv 2106.05974, section 3.4: batch prioritized routing).
@@ -50,6 +54,7 @@ class CapacitySpec(Part):
     kind: Literal["capacity"] = "capacity"
     factor: PositiveFloat
     priority: Literal["position", "score"] = "position"
+    group: Literal["batch", "sequence"] = "batch"
 
 
 DispatchSpec = Annotated[DroplessSpec | CapacitySpec, Field(discriminator="kind")]

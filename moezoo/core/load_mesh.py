@@ -1,0 +1,31 @@
+"""A mesh from the command line: `data=2,expert=4`, or a YAML file with a section `mesh` (configs/meshes)."""
+
+from pathlib import Path
+from typing import Any
+
+from moezoo.core.config import read_yaml, validate
+from moezoo.core.errors import SpecError
+from moezoo.core.mesh import MESH_AXES, MeshConfig
+
+
+def load_mesh(given: str) -> MeshConfig:
+    """Raises SpecError: neither words nor a file with a mesh, an axis that is none or stands twice, a bad size."""
+    path = Path(given)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            raw = read_yaml(path.read_text(encoding="utf-8"), given).get("mesh")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"cannot read the mesh {given}: {error}. Give a YAML file, or data=2,expert=4.") from None
+        if raw is None:
+            raise SpecError(f"{given} has no section mesh. Give a YAML file that has one, or data=2,expert=4.")
+        return validate(MeshConfig, raw, given)
+    sizes: dict[str, Any] = {}
+    for word in given.split(","):
+        name, _, value = (part.strip() for part in word.partition("="))
+        if not name or not value or name in sizes:
+            raise SpecError(
+                f"--mesh is {given!r}; expected an axis and its devices, each axis once, such as data=2,expert=4 "
+                f"(axes: {', '.join(MESH_AXES)}), or a YAML file."
+            )
+        sizes[name] = int(value) if value.isascii() and value.isdigit() else value
+    return validate(MeshConfig, sizes, f"--mesh {given}")

@@ -1,0 +1,70 @@
+"""The exchange `ragged`, which no CPU has, with a stand-in for JAX's operation. Run by the tests.
+
+python ragged.py equal       losses and gradients of a mesh with it, beside those of `padded`
+python ragged.py lowered     the training step, lowered for a TPU with JAX's own: how often it is in there
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from moezoo.core.initialize import initial_weights
+from moezoo.core.mesh import MeshConfig
+from moezoo.jax_backend.steps import JaxBackend
+from tests.mesh.on_devices import VOCAB, apart, config_of
+
+CONFIG = Path("configs/tiny/top_k.yaml")
+
+
+def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """By its documentation: rows `input_offsets[j]` and on, `send_sizes[j]` of them, go to `output_offsets[j]` of j."""
+    me = lax.axis_index(axis_name)
+    rows = lax.all_gather(operand, axis_name)
+    starts, counts, places = (lax.all_gather(x, axis_name)[:, me] for x in (input_offsets, send_sizes, output_offsets))
+    for sender in range(rows.shape[0]):
+        row_R = jnp.arange(operand.shape[0])
+        place_R = places[sender] + row_R - starts[sender]
+        mine_R = (row_R >= starts[sender]) & (row_R < starts[sender] + counts[sender])
+        output = output.at[jnp.where(mine_R, place_R, output.shape[0])].set(rows[sender], mode="drop")
+    return output
+
+
+def equal() -> dict[str, float]:
+    config = config_of(CONFIG)
+    windows = np.random.default_rng(0).integers(0, VOCAB, (8, 17)).astype(np.int32)
+    found = {}
+    for exchange in ("padded", "ragged"):
+        mesh = MeshConfig(data=2, expert=4, exchange=exchange)
+        model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
+        found[exchange] = model.loss_and_gradients(windows[:, :-1], windows[:, 1:])
+    (losses, gradients), (also, these) = found["padded"], found["ragged"]
+    return {
+        "losses": max(apart(losses[name], also[name]) for name in losses),
+        "gradients": max(apart(gradients[name], these[name]) for name in gradients),
+    }
+
+
+def lowered() -> dict[str, int]:
+    config = config_of(CONFIG)
+    model = JaxBackend(MeshConfig(data=2, expert=4, exchange="ragged")).build(
+        config.model, initial_weights(config.model, 0)
+    )
+    model.start_training(config.optimizer)
+    windows = model._placement.of_all_processes(np.zeros((1, 8, 17), np.int32))
+    with model._placement.active(8):
+        given = (model._parameters, model._state, model._moments, windows, np.float32(1e-3), None)
+        text = model._step.trace(*given).lower(lowering_platforms=("tpu",)).as_text()
+    return {"ragged_all_to_all": text.count("ragged_all_to_all(") + text.count('@ragged_all_to_all"')}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "equal":
+        jax.lax.ragged_all_to_all = ragged_all_to_all
+        print(json.dumps(equal()))
+    else:
+        print(json.dumps(lowered()))
