@@ -96,7 +96,7 @@ def _in_kept_groups(groups: GroupedTopKChoiceSpec, value_PE: jax.Array) -> jax.A
         case "max":
             of_group = jnp.max(in_groups, axis=-1)
         case "top2":
-            of_group = jnp.sum(lax.top_k(in_groups, 2)[0], axis=-1)
+            of_group = jnp.sum(row_by_row(partial(lax.top_k, k=2))(in_groups)[0], axis=-1)
         case _:
             assert_never(groups.group_value)
     best, _ = _highest(of_group, groups.keep)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, assert_never
 
 import jax
@@ -28,6 +29,7 @@ from moezoo.core.spec import (
 )
 from moezoo.jax_backend.dispatch import expert_counts
 from moezoo.jax_backend.routing import Routing
+from moezoo.jax_backend.sharding import row_by_row
 
 PART = 2**20
 """Logits that cross-entropy has the exponentials of at once: 4 MiB."""
@@ -120,7 +122,7 @@ def probabilities(spec: RouterSpec, routing: Routing) -> jax.Array:
 
 def highest_logits(logits_PE: jax.Array, top_k: int) -> jax.Array:
     """Spec: moezoo.core.reference.losses.highest_logits."""
-    expert_PK = lax.top_k(lax.stop_gradient(logits_PE), top_k)[1]
+    expert_PK = row_by_row(partial(lax.top_k, k=top_k))(lax.stop_gradient(logits_PE))[1]
     return jnp.any(expert_PK[..., None] == jnp.arange(logits_PE.shape[-1]), axis=1)
 
 
@@ -182,7 +184,7 @@ def load(routing: Routing, top_k: int) -> jax.Array:
     """Spec: moezoo.core.reference.losses.load."""
     if routing.clean_logits_PE is None or routing.noise_scale_PE is None:
         return squared_variation(expert_counts(routing))
-    falling_PK = lax.top_k(routing.logits_PE, top_k + 1)[0]
+    falling_PK = row_by_row(partial(lax.top_k, k=top_k + 1))(routing.logits_PE)[0]
     last_P, next_P = falling_PK[:, top_k - 1], falling_PK[:, top_k]
     threshold_PE = jnp.where(routing.logits_PE > next_P[:, None], next_P[:, None], last_P[:, None])
     chance_PE = normal_cdf((routing.clean_logits_PE - threshold_PE) / routing.noise_scale_PE)
@@ -207,7 +209,8 @@ def router_z(routing: Routing) -> jax.Array:
 def pooled_balance(layer_logits: Sequence[jax.Array], top_k: int) -> jax.Array:
     """Spec: moezoo.core.reference.losses.pooled_balance."""
     logits_PE = jnp.concatenate(layer_logits)
-    frequency_E = jnp.mean(highest_logits(logits_PE, top_k).astype(jnp.float32), axis=0)
+    chosen_PE = jnp.concatenate([highest_logits(own_PE, top_k) for own_PE in layer_logits])
+    frequency_E = jnp.mean(chosen_PE.astype(jnp.float32), axis=0)
     probability_PE = jax.nn.softmax(logits_PE, axis=-1)
     return logits_PE.shape[-1] * jnp.sum(frequency_E * jnp.mean(probability_PE, axis=0))
 
