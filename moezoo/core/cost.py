@@ -4,12 +4,12 @@ All numbers are exact integers of the formulas below; only `training_memory`'s a
 Writing: writings/cost.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import assert_never
 
-from moezoo.core.config import Config
+from moezoo.core.config import Config, Rematerialize
 from moezoo.core.parameters import ROLES, Role, parameter_table
 from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.spec import (
@@ -260,18 +260,15 @@ def training_memory(config: Config) -> dict[str, int]:
     length = config.training.sequence_length
     tokens = config.training.batch_size // parts * length
     compute = COMPUTE_BYTES[compute_dtype(spec)]
-    whole = [_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers]
-    per_token = sum(whole)
+    layers = [layer_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers]
     newest = parameters if parts > 1 else 0
     if config.training.rematerialize == "block":
-        experts = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
-        per_token = 4 * compute * spec.embed_dim * len(whole) + 2 * _FLOAT32_BYTES * experts + max(whole)
         newest = min(newest, _largest_layer(spec))
     return {
         "parameters": _FLOAT32_BYTES * parameters,
         "gradients": _FLOAT32_BYTES * (parameters + newest),
         "moments": 2 * _FLOAT32_BYTES * parameters,
-        "activations": tokens * (per_token + 2 * compute * spec.embed_dim),
+        "activations": round(tokens * activation_bytes(spec, config.training.rematerialize, layers)),
         "logits": 2 * _FLOAT32_BYTES * tokens * spec.vocab,
     }
 
@@ -286,20 +283,51 @@ def _largest_layer(spec: ModelSpec) -> int:
     return max(layers)
 
 
-def _activation_bytes(layer: LayerSpec, embed_dim: int, length: int, compute: int) -> int:
-    """Bytes that one token leaves in one layer for the backward pass; the formula of `training_memory`."""
+def activation_bytes(spec: ModelSpec, rematerialize: Rematerialize, layers: Sequence[Fraction]) -> Fraction:
+    """Bytes that one token leaves for the backward pass, where those of each layer are known; see `training_memory`."""
+    compute = COMPUTE_BYTES[compute_dtype(spec)]
+    kept = sum(layers, Fraction(2 * compute * spec.embed_dim))
+    if rematerialize == "block":
+        choices = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
+        kept = compute * spec.embed_dim * Fraction(4 * len(layers) + 2) + 2 * _FLOAT32_BYTES * choices + max(layers)
+    return kept
+
+
+def layer_activation_bytes(
+    layer: LayerSpec,
+    embed_dim: int,
+    length: int,
+    compute: int,
+    *,
+    rows: Fraction | None = None,
+    parts: Mapping[str, int] | None = None,
+) -> Fraction:
+    """Bytes that one token leaves in one layer for the backward pass; the formula of `training_memory`.
+
+    Args:
+        layer: of a model of this width D, in sequences of this length T.
+        compute: bytes of an activation.
+        rows: of routed experts, for each token; None: as many as it chooses.
+        parts: into how many parts devices cut a logical axis, where they do.
+    """
+    cut = parts or {}
     heads, projected = attention_widths(layer.attention, embed_dim)
-    held = compute * (4 * embed_dim + 3 * projected) + _FLOAT32_BYTES * heads * length
+    of_heads = cut.get("head", 1)
+    held = compute * (4 * embed_dim + Fraction(3 * projected, of_heads))
+    held += Fraction(_FLOAT32_BYTES * heads * length, of_heads)
+
+    def hidden(feed_forward: FeedForwardSpec) -> Fraction:
+        return Fraction(hidden_copies(feed_forward) * feed_forward.hidden_dim, cut.get("hidden", 1))
+
     if layer.feed_forward is not None:
-        held += compute * (hidden_copies(layer.feed_forward) * layer.feed_forward.hidden_dim + embed_dim)
+        held += compute * (hidden(layer.feed_forward) + embed_dim)
     if layer.moe is not None:
         moe = layer.moe
         held += 2 * _FLOAT32_BYTES * moe.num_choices
         width = embed_dim if moe.latent_dim is None else moe.latent_dim
-        held += compute * moe.router.top_k * (hidden_copies(moe.experts) * moe.experts.hidden_dim + 2 * width)
+        held += compute * (moe.router.top_k if rows is None else rows) * (hidden(moe.experts) + 2 * width)
         if moe.shared is not None:
-            shared = moe.shared_feed_forward
-            held += compute * hidden_copies(shared) * shared.hidden_dim
+            held += compute * hidden(moe.shared_feed_forward)
     return held
 
 

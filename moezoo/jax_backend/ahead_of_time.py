@@ -4,36 +4,44 @@ Only here: MLX compiles no step. Simulated devices of the CPU give the same divi
 divides a program before it knows much of its devices; the memory of temporary arrays is another one there.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from moezoo.core.config import Config
 from moezoo.core.errors import BackendError
-from moezoo.core.mesh import MeshAxis, MeshConfig
-from moezoo.core.plan import Collective
-from moezoo.core.spec import ModelSpec
+from moezoo.core.mesh import MeshAxis
+from moezoo.core.plan import Collective, CollectiveKind
+from moezoo.core.spec import CapacitySpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.sharding import Placement, Shapes
 from moezoo.jax_backend.steps import JaxModel
 
 _COLLECTIVE = re.compile(r"= (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(")
-_CALLED = re.compile(r"(?:to_apply|body|condition|calls|branch_computations|true_computation|false_computation)=\{?([^}\s]*)")
+_CALLED = re.compile(
+    r"(?:to_apply|body|condition|calls|branch_computations|true_computation|false_computation)=\{?([^}\s]*)"
+)
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+_IN_A_HURRY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+"""Options that do not change what travels: nobody runs the program."""
+_SHORT = 64
+"""Tokens of a sequence, of which attention on the CPU makes one piece."""
 
 
 def simulate_devices(count: int) -> None:
     """Let the CPU stand for so many devices. Raises BackendError where JAX has started with another number."""
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX has started already, maybe with as many
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass
     if jax.device_count() != count:
         raise BackendError(
             f"JAX has started with {jax.device_count()} devices, and cannot simulate {count} any more. "
@@ -43,32 +51,92 @@ def simulate_devices(count: int) -> None:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What XLA says of a compiled step, of one device.
+    """What XLA says of one device's part of a compiled step.
 
     Fields:
-        collectives: those of one step, with loops counted as often as they run.
+        collectives: those of one step, with loops counted as often as they run. XLA on the CPU sends bfloat16 as
+            float32.
         arguments: bytes of parameters, state, moments and the batch.
-        temporary: bytes that the step needs besides.
+        temporary: bytes that the step needs besides on the CPU; None where what was compiled is not the whole step.
+        layers: how many layers of the model were compiled, in each program.
     """
 
-    collectives: list[Collective]
+    collectives: tuple[Collective, ...]
     arguments: int
-    temporary: int
+    temporary: int | None
+    layers: tuple[int, ...]
 
 
-def compiled_step(config: Config, mesh: MeshConfig) -> CompiledStep:
-    """The step of a config on all devices, as `training` trains it: nothing is allocated but the program."""
-    placement = None if mesh.is_one_device else Placement(config.model, mesh)
+def compiled_step(config: Config) -> CompiledStep:
+    """The training step of a config on its mesh of all devices. Nothing is allocated but the program.
+
+    Of a deep model, one layer of each kind is compiled, and then one more of each: what a layer adds is the difference,
+    times the number of such layers. Its sequences are cut into short ones, as many tokens in all: attention, which
+    never leaves a device's sequences, is then one piece to compile. Neither changes what travels. A capacity of each
+    sequence is one of whole sequences, and a layer that takes something from a certain other one stays where it is:
+    such steps are compiled as they are.
+    """
+    if config.mesh.exchange == "ragged":
+        raise BackendError("XLA on the CPU has no exchange ragged, so that its step cannot be compiled. Use padded.")
+    short = _short_sequences(config)
+    programs = _programs(short.model)
+    steps = [(_compiled(short.model_copy(update={"model": model})), times) for model, times in programs]
+    if len(steps) == 1:
+        return steps[0][0] if short == config else replace(steps[0][0], temporary=None)
+    return CompiledStep(
+        tuple(_sum((step.collectives, times) for step, times in steps)),
+        sum(step.arguments * times for step, times in steps),
+        None,
+        tuple(number for step, _ in steps for number in step.layers),
+    )
+
+
+def _programs(model: ModelSpec) -> list[tuple[ModelSpec, int]]:
+    """Models whose figures, so many times each, add up to those of this one."""
+    layers = [layer.model_copy(update={"repeat": 1}) for layer in model.all_layers]
+    kinds = [layer for place, layer in enumerate(layers) if layer not in layers[:place]]
+    longer = [place for place, kind in enumerate(kinds) if layers.count(kind) > 1]
+    if len(layers) <= len(kinds) + 1 or any(_takes_from_another(layer) for layer in kinds):
+        return [(model, 1)]
+    more = [layers.count(kinds[place]) - 1 for place in longer]
+    found = [(kinds, 1 - sum(more))]
+    found += [([*kinds[: place + 1], *kinds[place:]], times) for place, times in zip(longer, more, strict=True)]
+    return [(model.model_copy(update={"layers": tuple(some)}), times) for some, times in found if times]
+
+
+def _takes_from_another(layer: LayerSpec) -> bool:
+    attention, moe = layer.attention, layer.moe
+    shared = isinstance(attention, GroupedQueryAttentionSpec) and (
+        attention.keys_of_layer is not None or attention.value_residual
+    )
+    return shared or layer.shortcut or (moe is not None and moe.router.gating_residual)
+
+
+def _short_sequences(config: Config) -> Config:
+    """The same tokens in shorter sequences, where what a device does with them stays the same."""
+    moes = [layer.moe for layer in config.model.layers if layer.moe is not None]
+    if any(isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "sequence" for moe in moes):
+        return config
+    training = config.training
+    short = max(size for size in range(1, _SHORT + 1) if training.sequence_length % size == 0)
+    more = training.sequence_length // short
+    update = {"sequence_length": short, "batch_size": training.batch_size * more}
+    return config.model_copy(update={"training": training.model_copy(update=update)})
+
+
+def _compiled(config: Config) -> CompiledStep:
+    placement = None if config.mesh.is_one_device else Placement(config.model, config.mesh)
     model = _PlannedModel(config.model, placement)
     training = config.training
     model.start_training(config.optimizer, rematerialize=training.rematerialize, layers=training.layers)
-    compiled = model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length).compile()
+    lowered = model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length)
+    compiled = lowered.compile(_IN_A_HURRY)
     memory = compiled.memory_analysis()
-    text = compiled.as_text()
     return CompiledStep(
-        [] if placement is None else collectives_of(text, placement),
+        () if placement is None else tuple(collectives_of(compiled.as_text(), placement)),
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        (len(config.model.all_layers),),
     )
 
 
@@ -97,29 +165,43 @@ class _PlannedModel(JaxModel):
             return self._step.lower(*given)
 
 
+def _sum(parts: Iterable[tuple[Iterable[Collective], int]]) -> Iterator[Collective]:
+    """Collectives of several programs, so many times each, those of one kind and the same axes together."""
+    found: dict[tuple[str, tuple[MeshAxis, ...]], Collective] = {}
+    for collectives, times in parts:
+        for own in collectives:
+            before = found.get((own.kind, own.axes), replace(own, count=0, payload=0))
+            count, payload = before.count + times * own.count, before.payload + times * own.payload
+            found[own.kind, own.axes] = replace(own, count=count, payload=payload)
+    return iter(found.values())
+
+
 # --- reading XLA's text ----------------------------------------------------------------------------------------------
 
 
-def collectives_of(text: str, placement: Placement) -> list[Collective]:
+def collectives_of(text: str, placement: Placement) -> Iterator[Collective]:
     """The collectives of a compiled program, those of one kind and the same axes of the mesh together.
 
     Loops count as often as they run. Raises BackendError where one around a collective does not say how often.
     """
-    found: dict[tuple[str, tuple[MeshAxis, ...]], tuple[int, int]] = {}
     computations = dict(_computations(text))
-    for line, times in _executed(computations, next(name for name in computations if name.startswith("ENTRY ")), 1):
-        shapes, kind = _COLLECTIVE.search(line).groups()
-        axes = _axes_of(_groups_of(line), placement)
-        payload = sum(_bytes_of(*shape) for shape in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shapes))
-        if kind == "reduce-scatter":  # its result is a part of what each device gives
-            payload *= math.prod(placement.sizes[axis] for axis in axes)
-        if axes:
-            count, total = found.get((kind, axes), (0, 0))
-            found[kind, axes] = count + times, total + times * payload
-    return [
-        Collective(kind, axes, math.prod(placement.sizes[axis] for axis in axes), count, total)
-        for (kind, axes), (count, total) in sorted(found.items())
-    ]
+    entry = next(name for name in computations if name.startswith("ENTRY "))
+    found = ((_collective(line, placement), times) for line, times in _executed(computations, entry, 1))
+    return _sum(([own], times) for own, times in found if own.axes)
+
+
+def _collective(line: str, placement: Placement) -> Collective:
+    found = _COLLECTIVE.search(line)
+    assert found is not None
+    shapes, kind = found.groups()
+    arrays = [_bytes_of(*shape) for shape in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shapes)]
+    axes = _axes_of(_groups_of(line), placement)
+    devices = math.prod(placement.sizes[axis] for axis in axes)
+    payload = sum(arrays)
+    if kind == "reduce-scatter":  # its result is a part of what each device gives
+        payload *= devices
+    # An all-to-all of the CPU lists what goes to each device.
+    return Collective(cast(CollectiveKind, kind), axes, devices, 1 if kind == "all-to-all" else len(arrays), payload)
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -164,6 +246,9 @@ def _groups_of(line: str) -> np.ndarray:
     counted = re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", line)
     if counted:
         return _counted(counted[2], counted[3]).reshape(_numbers(counted[1]))
+    pairs = re.search(r"source_target_pairs=\{(\{[0-9,{}]*\})\}", line)
+    if pairs:  # from one device to another
+        return np.array([[int(word) for word in pair.split(",")] for pair in re.findall(r"\{([0-9,]+)\}", pairs[1])])
     named = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? \{([^}]*)\}", line
     )
@@ -187,14 +272,9 @@ def _counted(shape: str, order: str | None) -> np.ndarray:
 
 
 def _axes_of(groups: np.ndarray, placement: Placement) -> tuple[MeshAxis, ...]:
-    """The axes of the mesh along which the devices of each group lie."""
-    wanted = {frozenset(group) for group in groups.tolist()}
-    names = placement.mesh.axis_names
-    ids = np.array([device.id for device in placement.mesh.devices.flat]).reshape(placement.mesh.devices.shape)
-    for size in range(len(names) + 1):
-        for along in combinations(range(len(names)), size):
-            rest = [axis for axis in range(len(names)) if axis not in along]
-            lying = ids.transpose([*rest, *along]).reshape(-1, math.prod(ids.shape[axis] for axis in along))
-            if {frozenset(group) for group in lying.tolist()} == wanted:
-                return tuple(names[axis] for axis in along)
-    raise BackendError(f"a collective lies along no axes of the mesh; got groups {groups.tolist()}.")
+    """The axes of the mesh along which the devices of some group differ."""
+    ids = np.vectorize(lambda device: device.id)(placement.mesh.devices)
+    place = {int(number): np.array(place) for place, number in np.ndenumerate(ids)}
+    places = np.array([[place[int(number)] for number in group] for group in groups])
+    differ = np.any(places != places[:, :1], axis=(0, 1))
+    return tuple(name for name, found in zip(placement.mesh.axis_names, differ, strict=True) if found)
