@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs when it runs, so that `moezoo --help` is quick."""
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -379,6 +380,60 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
         click.echo(json.dumps(shown, indent=2))
     else:
         _console().print(shown)
+
+
+@main.command("plan")
+@click.argument("config_path", metavar="CONFIG", type=Path)
+@_set
+@_mesh
+@_devices
+@click.option("--memory", metavar="80GiB", help="Of a device: does the step fit?")
+@click.option("--formula", is_flag=True, help="Compile nothing.")
+@_json
+def plan_command(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    mesh: str | None,
+    devices: int | None,
+    memory: str | None,
+    formula: bool,
+    as_json: bool,
+) -> None:
+    """A training step on devices that are not there: memory, operations, and what travels.
+
+    By formula, beside what XLA makes of the step: on this mesh if it has 256 devices or fewer, else on a smaller one
+    with the same axes. Deep models are compiled in part. No weights are made.
+    """
+    import json
+
+    from moezoo.core.config import load_config
+    from moezoo.core.describe import spec_with_vocab_size
+    from moezoo.core.describe_mesh import known_sizes
+    from moezoo.core.load_mesh import load_mesh
+    from moezoo.core.plan import smaller, with_same_sequences
+    from moezoo.core.plan_page import memory_bytes, plan_description, plan_page
+
+    config = load_config(config_path, overrides)
+    limit = None if memory is None else memory_bytes(memory)
+    spec, assumed = spec_with_vocab_size(config)
+    given = config.mesh if mesh is None else load_mesh(mesh)
+    lengths = known_sizes(given, devices)
+    given = given.model_copy(update={str(axis): length for axis, length in lengths.items()})
+    config = config.model_copy(update={"model": spec, "mesh": given})
+    known = plan_description(config, lengths, limit)  # refuses what does not fit together, before anything is compiled
+    if not formula:
+        from moezoo.jax_backend.ahead_of_time import MOST_DEVICES, compiled_step, simulate_devices
+
+        compiled = lengths if known["devices"] <= MOST_DEVICES else smaller(lengths)
+        simulate_devices(math.prod(compiled.values()))
+        small = with_same_sequences(config, lengths, compiled)
+        known = plan_description(config, lengths, limit, (small, compiled, compiled_step(small)))
+    if assumed:
+        click.echo(f"assumed: {assumed}", err=True)
+    if as_json:
+        click.echo(json.dumps(known, indent=2))
+    else:
+        _console().print(plan_page(known, str(config_path)))
 
 
 @main.command()

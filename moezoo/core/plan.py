@@ -16,9 +16,11 @@ from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig
 from moezoo.core.parameters import Parameter, parameter_table
 from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.sharding_rules import RULES, Partition, at_work, check_batch, exchanged, partition
-from moezoo.core.spec import MoESpec
+from moezoo.core.spec import MoESpec, TiedHeadSpec
 
-CollectiveKind = Literal["all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute"]
+CollectiveKind = Literal[
+    "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute"
+]
 _FLOAT32_BYTES = _INT32_BYTES = 4
 
 
@@ -75,6 +77,24 @@ class DevicePlan:
     def sent(self) -> int:
         """Bytes that the device sends in one step."""
         return sum(collective.sent for collective in self.collectives)
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What XLA says of one device's part of a compiled step, beside which a plan is held.
+
+    Fields:
+        collectives: those of one step, with loops counted as often as they run. XLA on the CPU sends bfloat16 as
+            float32.
+        arguments: bytes of parameters, moments, state and the batch.
+        temporary: bytes that the step needs besides; None where what was compiled is not the whole step.
+        layers: how many layers were compiled, in each program.
+    """
+
+    collectives: tuple[Collective, ...]
+    arguments: int
+    temporary: int | None
+    layers: tuple[int, ...]
 
 
 def device_plan(config: Config, lengths: Mapping[MeshAxis, int], *, float_bytes: int | None = None) -> DevicePlan:
@@ -274,6 +294,9 @@ def _exchanges(step: _Step) -> Iterator[Collective]:
     backward; two more where the way back computes it again. How many rows are used is told by `E` integers, once each
     way forward, unless every place has its expert.
 
+    `ragged`: as many rows as there are, p K if no router prefers this device's experts, in buffers as for `padded`;
+    three numbers for each device say where they go. By formula alone: XLA on the CPU has no such exchange.
+
     `allgather`: the n p tokens of the group with their choices, and a reduce-scatter of what comes back; backward the
     reverse of both.
     """
@@ -293,11 +316,17 @@ def _exchanges(step: _Step) -> Iterator[Collective]:
             yield step.collective("reduce-scatter", axes, "tokens back", rows, 2)
             yield step.collective("reduce-scatter", axes, "weights back", choices * _FLOAT32_BYTES)
             continue
+        counts = _INT32_BYTES * moe.num_experts
+        if step.config.mesh.exchange == "ragged":
+            rows = p * moe.router.top_k * width * step.travelling
+            yield step.collective("ragged-all-to-all", axes, "tokens to experts and back", rows, 6 if again else 4)
+            yield step.collective("all-to-all", axes, "rows of each expert", counts, 2 if again else 1)
+            yield step.collective("all-to-all", axes, "places of rows", _INT32_BYTES * n, 6 if again else 3)
+            continue
         plan = exchanged(moe, step.sequences, step.config.training.sequence_length, n)
         rows = n * plan.rows * width * step.travelling
         yield step.collective("all-to-all", axes, "tokens to experts and back", rows, 6 if again else 4)
         if plan.places is None:
-            counts = _INT32_BYTES * moe.num_experts
             yield step.collective("all-to-all", axes, "rows of each expert", counts, 2 if again else 1)
 
 
@@ -317,12 +346,10 @@ def _tensor_sums(step: _Step) -> Iterator[Collective]:
     p = step.tokens
     for row in step.table:
         cut = [place for place, own in enumerate(step.at_work(row)) if "tensor" in own]
-        if not cut or not row.decay or len(row.shape) < 2 or ".moe.experts." in row.name:
+        is_matrix = len(row.shape) > 1 and row.axes != ("head", "head_dim") and row.axes != ("kv_head", "head_dim")
+        if not cut or not is_matrix or ".moe.experts." in row.name:
             continue
-        width = math.prod(row.shape[cut[-1] + 1 :]) if cut[0] == 0 else row.shape[0]
-        if cut[0] == 0 and row.axes[-1] == "head_dim":
-            continue  # a bias of heads
-        way = "forward" if cut[0] == 0 else "backward"
+        way, width = ("forward", row.shape[-1]) if cut[0] == 0 else ("backward", row.shape[0])
         yield step.collective("all-reduce", axes, f"parts of blocks, {way}", step.travelling * p * width)
     for layer in step.config.model.all_layers:
         moe = layer.moe
@@ -336,14 +363,16 @@ def _tensor_sums(step: _Step) -> Iterator[Collective]:
 def _gradients(step: _Step) -> Iterator[Collective]:
     """Of each parameter, `4 * numbers at work`, summed over the batch's axes that do not cut it, for each micro-batch.
 
-    Compilers for GPU and TPU turn the sum of a gradient that is cut along an axis into a reduce-scatter along it, which
-    sends half of that; XLA on the CPU does not.
+    A matrix that is embedding and head has a gradient from each. Compilers for GPU and TPU turn the sum of a gradient
+    that is cut along an axis into a reduce-scatter along it, which sends half of that; XLA on the CPU does not.
     """
+    tied = isinstance(step.config.model.head, TiedHeadSpec)
     for row in step.table:
         cut = {axis for axes in step.at_work(row) for axis in axes}
         axes = tuple(axis for axis in step.batch_axes if axis not in cut)
         if row.trained and axes:
-            yield step.collective("all-reduce", axes, "gradients", _FLOAT32_BYTES * step.working(row))
+            times = 2 if tied and row.name == "embedding.weight" else 1
+            yield step.collective("all-reduce", axes, "gradients", _FLOAT32_BYTES * step.working(row), times)
 
 
 def _statistics(step: _Step) -> Iterator[Collective]:
@@ -375,3 +404,22 @@ def _together(found: Iterable[Collective], micro_batches: int) -> Iterator[Colle
         sums[key] = replace(each, count=before.count + each.count, payload=before.payload + each.payload)
     for each in sums.values():
         yield replace(each, count=each.count * micro_batches, payload=each.payload * micro_batches)
+
+
+# --- other meshes ----------------------------------------------------------------------------------------------------
+
+
+def smaller(lengths: Mapping[MeshAxis, int]) -> dict[MeshAxis, int]:
+    """A mesh with the same axes and fewer devices, that divides what this one divides: their smallest prime factors."""
+    return {
+        axis: next(size for size in range(min(2, length), length + 1) if length % size == 0)
+        for axis, length in lengths.items()
+    }
+
+
+def with_same_sequences(config: Config, lengths: Mapping[MeshAxis, int], others: Mapping[MeshAxis, int]) -> Config:
+    """The config for another mesh, with as many sequences of a micro-batch on each device."""
+    before, after = (math.prod(each[axis] for axis in BATCH_AXES) for each in (lengths, others))
+    training = config.training.model_copy(update={"batch_size": config.training.batch_size * after // before})
+    mesh = config.mesh.model_copy(update={str(axis): size for axis, size in others.items()})
+    return config.model_copy(update={"training": training, "mesh": mesh})

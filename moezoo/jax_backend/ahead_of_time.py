@@ -8,7 +8,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -17,10 +17,13 @@ import numpy as np
 from moezoo.core.config import Config
 from moezoo.core.errors import BackendError
 from moezoo.core.mesh import MeshAxis
-from moezoo.core.plan import Collective, CollectiveKind
+from moezoo.core.plan import Collective, CollectiveKind, CompiledStep
 from moezoo.core.spec import CapacitySpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.sharding import Placement, Shapes
 from moezoo.jax_backend.steps import JaxModel
+
+MOST_DEVICES = 256
+"""For which a step is compiled as it is: that takes seconds, and less than a GiB."""
 
 _COLLECTIVE = re.compile(r"= (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(")
 _CALLED = re.compile(
@@ -47,24 +50,6 @@ def simulate_devices(count: int) -> None:
             f"JAX has started with {jax.device_count()} devices, and cannot simulate {count} any more. "
             "Ask for a plan in a process of its own."
         )
-
-
-@dataclass(frozen=True)
-class CompiledStep:
-    """What XLA says of one device's part of a compiled step.
-
-    Fields:
-        collectives: those of one step, with loops counted as often as they run. XLA on the CPU sends bfloat16 as
-            float32.
-        arguments: bytes of parameters, state, moments and the batch.
-        temporary: bytes that the step needs besides on the CPU; None where what was compiled is not the whole step.
-        layers: how many layers of the model were compiled, in each program.
-    """
-
-    collectives: tuple[Collective, ...]
-    arguments: int
-    temporary: int | None
-    layers: tuple[int, ...]
 
 
 def compiled_step(config: Config) -> CompiledStep:
