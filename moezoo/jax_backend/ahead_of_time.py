@@ -5,9 +5,10 @@ divides a program before it knows much of its devices; the memory of temporary a
 """
 
 import contextlib
+import importlib.util
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,7 +19,8 @@ from moezoo.core.config import Config
 from moezoo.core.errors import BackendError
 from moezoo.core.mesh import MeshAxis
 from moezoo.core.plan import Collective, CollectiveKind, CompiledStep
-from moezoo.core.spec import CapacitySpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+from moezoo.jax_backend.platform import planned_for
 from moezoo.jax_backend.sharding import Placement, Shapes
 from moezoo.jax_backend.steps import JaxModel
 
@@ -36,8 +38,6 @@ _IN_A_HURRY = {
     "xla_cpu_use_fusion_emitters": False,
 }
 """Options that do not change what travels: nobody runs the program."""
-_SHORT = 64
-"""Tokens of a sequence, of which attention on the CPU makes one piece."""
 
 
 def simulate_devices(count: int) -> None:
@@ -56,24 +56,49 @@ def compiled_step(config: Config) -> CompiledStep:
     """The training step of a config on its mesh of all devices. Nothing is allocated but the program.
 
     Of a deep model, one layer of each kind is compiled, and then one more of each: what a layer adds is the difference,
-    times the number of such layers. Its sequences are cut into short ones, as many tokens in all: attention, which
-    never leaves a device's sequences, is then one piece to compile. Neither changes what travels. A capacity of each
-    sequence is one of whole sequences, and a layer that takes something from a certain other one stays where it is:
-    such steps are compiled as they are.
+    times the number of such layers. Where a layer takes something from a certain other one, all are compiled.
     """
     if config.mesh.exchange == "ragged":
-        raise BackendError("XLA on the CPU has no exchange ragged, so that its step cannot be compiled. Use padded.")
-    short = _short_sequences(config)
-    programs = _programs(short.model)
-    steps = [(_compiled(short.model_copy(update={"model": model})), times) for model, times in programs]
+        raise BackendError(
+            "exchange ragged cannot be compiled for simulated devices: XLA has none on the CPU. Add --formula."
+        )
+    programs = _programs(config.model)
+    steps = [(_compiled(config.model_copy(update={"model": model})), times) for model, times in programs]
     if len(steps) == 1:
-        return steps[0][0] if short == config else replace(steps[0][0], temporary=None)
+        return steps[0][0]
     return CompiledStep(
         tuple(_sum((step.collectives, times) for step, times in steps)),
         sum(step.arguments * times for step, times in steps),
         None,
         tuple(number for step, _ in steps for number in step.layers),
     )
+
+
+def chips_of(topology: str) -> list[jax.Device]:
+    """Chips of a TPU that is not there, by a name such as `v5e:16x16`. Raises BackendError without libtpu.
+
+    Not run yet: libtpu has to be there, of the version that JAX asks for, outside of the usual environment.
+    Source: the documentation of jax.experimental.topologies.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise BackendError(
+            f"--topology {topology} needs libtpu, which compiles for TPUs that are not there; it is not installed. "
+            "Run `pip install libtpu`, or leave --topology out."
+        )
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise BackendError(f"--topology is {topology!r}, which libtpu refuses: {error}. Use e.g. v5e:16x16.") from None
+
+
+def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> tuple[int, int]:
+    """Bytes of a chip's arguments and temporary arrays, as the compiler for TPUs has them. All layers are compiled."""
+    with planned_for("tpu"):
+        lowered = _lowered(config, Placement(config.model, config.mesh, chips))
+    memory = lowered.compile().memory_analysis()
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
 
 def _programs(model: ModelSpec) -> list[tuple[ModelSpec, int]]:
@@ -97,25 +122,9 @@ def _takes_from_another(layer: LayerSpec) -> bool:
     return shared or layer.shortcut or (moe is not None and moe.router.gating_residual)
 
 
-def _short_sequences(config: Config) -> Config:
-    """The same tokens in shorter sequences, where what a device does with them stays the same."""
-    moes = [layer.moe for layer in config.model.layers if layer.moe is not None]
-    if any(isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "sequence" for moe in moes):
-        return config
-    training = config.training
-    short = max(size for size in range(1, _SHORT + 1) if training.sequence_length % size == 0)
-    more = training.sequence_length // short
-    update = {"sequence_length": short, "batch_size": training.batch_size * more}
-    return config.model_copy(update={"training": training.model_copy(update=update)})
-
-
 def _compiled(config: Config) -> CompiledStep:
     placement = None if config.mesh.is_one_device else Placement(config.model, config.mesh)
-    model = _PlannedModel(config.model, placement)
-    training = config.training
-    model.start_training(config.optimizer, rematerialize=training.rematerialize, layers=training.layers)
-    lowered = model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length)
-    compiled = lowered.compile(_IN_A_HURRY)
+    compiled = _lowered(config, placement).compile(_IN_A_HURRY)
     memory = compiled.memory_analysis()
     return CompiledStep(
         () if placement is None else tuple(collectives_of(compiled.as_text(), placement)),
@@ -123,6 +132,15 @@ def _compiled(config: Config) -> CompiledStep:
         memory.temp_size_in_bytes,
         (len(config.model.all_layers),),
     )
+
+
+def _lowered(config: Config, placement: Placement | None) -> jax.stages.Lowered:
+    training = config.training
+    model = _PlannedModel(config.model, placement)
+    model.start_training(config.optimizer, rematerialize=training.rematerialize, layers=training.layers)
+    # As a TPU computes it: attention in one piece, which the CPU would divide into many to compile.
+    with planned_for("tpu"):
+        return model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length)
 
 
 class _PlannedModel(JaxModel):

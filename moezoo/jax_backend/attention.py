@@ -12,6 +12,7 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
+from moezoo.jax_backend.platform import platform
 from moezoo.jax_backend.positions import positions, rotate, same_side
 
 
@@ -73,7 +74,7 @@ def attend_causally(
     On the CPU a chunk's scores stay in cache, which is four times faster at T = 384 (writings/performance.md).
     """
     length = query_BTMGH.shape[1]
-    chunk = 64 if jax.default_backend() == "cpu" else length
+    chunk = 64 if platform() == "cpu" else length
     position_T = jnp.arange(length)
     attended = []
     for start in range(0, length, chunk):

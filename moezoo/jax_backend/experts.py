@@ -12,11 +12,11 @@ from jax import lax
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.feed_forward import activate
+from moezoo.jax_backend.platform import platform
 
 Path = Literal["blocks", "ragged_dot", "tokamax"]
 
 
-@cache
 def grouped_path() -> Path:
     """How the experts are computed on this platform.
 
@@ -24,10 +24,14 @@ def grouped_path() -> Path:
     so there `blocks` loops over blocks of rows that belong to one expert each, with the whole feed-forward at once. On
     GPU, `tokamax` has kernels, where that package is installed.
     """
-    platform = jax.default_backend()
-    if platform == "gpu" and importlib.util.find_spec("tokamax") is not None:
+    return _grouped_path(platform())
+
+
+@cache
+def _grouped_path(name: str) -> Path:
+    if name == "gpu" and importlib.util.find_spec("tokamax") is not None:
         return "tokamax"
-    return "ragged_dot" if platform == "tpu" else "blocks"
+    return "ragged_dot" if name == "tpu" else "blocks"
 
 
 def few_rows(num_rows: int, num_experts: int) -> bool:

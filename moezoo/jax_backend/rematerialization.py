@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from moezoo.jax_backend.platform import platform
 from moezoo.jax_backend.sharding import Placement, active_placement
 from moezoo.jax_backend.transformer import Transformer
 
@@ -66,7 +67,7 @@ def compiler_options(*, rematerialize: bool) -> dict[str, str]:
     those of the next micro-batch to them. A call that stays one gives its own before the next one begins, and what it
     computes again is not merged with what was computed before.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return {}
     left_out = ["cse_barrier_expander", *(["call-inliner"] if rematerialize else [])]
     return {"xla_disable_hlo_passes": ",".join(left_out)}

@@ -6,7 +6,7 @@ sequences, and what is done to each row by itself is done where the row is.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -29,9 +29,10 @@ _BLOCKS = ("attention", "moe", "feed_forward", "layer_input")
 class Placement:
     """Where the arrays of one model lie. Raises SpecError where mesh, rules, model and devices do not fit."""
 
-    def __init__(self, spec: ModelSpec, config: MeshConfig):
+    def __init__(self, spec: ModelSpec, config: MeshConfig, devices: Sequence[jax.Device] | None = None):
+        """On all of JAX's devices; in a plan, on `devices` that are not there."""
         self.exchange = config.exchange
-        self.sizes = sizes(config, jax.device_count())
+        self.sizes = sizes(config, jax.device_count() if devices is None else len(devices))
         if config.is_one_device and jax.process_count() > 1:
             raise SpecError(
                 f"mesh is one device, but there are {jax.process_count()} processes with {jax.device_count()} devices. "
@@ -40,7 +41,7 @@ class Placement:
         # Axes of one device are left out: XLA on the CPU keeps sums over them.
         self._axes = tuple(axis for axis in MESH_AXES if self.sizes[axis] > 1)
         shape = tuple(self.sizes[axis] for axis in self._axes)
-        self.mesh = jax.make_mesh(shape, self._axes, axis_types=(AxisType.Auto,) * len(shape))
+        self.mesh = jax.make_mesh(shape, self._axes, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
         self.batch_axes = self._known(BATCH_AXES)
         table = parameter_table(spec)
         cuts = {row.name: partition(row, config, self.sizes) for row in table}

@@ -16,6 +16,8 @@ ONLY_IN = {
         "rematerialization",
         "scanned_layers",
         "compile_cache",
+        "platform",
+        "ahead_of_time",
     },
     "mlx": {"blas", "cpu_kernels", "streams", "data_parallel"},
 }
