@@ -389,6 +389,7 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
 @_devices
 @click.option("--memory", metavar="80GiB", help="Of a device: does the step fit?")
 @click.option("--formula", is_flag=True, help="Compile nothing.")
+@click.option("--topology", metavar="v5e:16x16", help="TPU chips to compile for, where libtpu is installed.")
 @_json
 def plan_command(
     config_path: Path,
@@ -397,12 +398,14 @@ def plan_command(
     devices: int | None,
     memory: str | None,
     formula: bool,
+    topology: str | None,
     as_json: bool,
 ) -> None:
     """A training step on devices that are not there: memory, operations, and what travels.
 
     By formula, beside what XLA makes of the step: on this mesh if it has 256 devices or fewer, else on a smaller one
-    with the same axes. Deep models are compiled in part. No weights are made.
+    with the same axes. Deep models are compiled in part. No weights are made. With --topology, beside the memory that
+    the compiler for TPUs gives it.
     """
     import json
 
@@ -417,17 +420,26 @@ def plan_command(
     limit = None if memory is None else memory_bytes(memory)
     spec, assumed = spec_with_vocab_size(config)
     given = config.mesh if mesh is None else load_mesh(mesh)
-    lengths = known_sizes(given, devices)
+    chips = None
+    if topology is not None:
+        from moezoo.jax_backend.ahead_of_time import chips_of
+
+        chips = chips_of(topology)
+    lengths = known_sizes(given, devices if chips is None else len(chips))
     given = given.model_copy(update={str(axis): length for axis, length in lengths.items()})
     config = config.model_copy(update={"model": spec, "mesh": given})
     known = plan_description(config, lengths, limit)  # refuses what does not fit together, before anything is compiled
-    if not formula:
+    if chips is None and not formula:
         from moezoo.jax_backend.ahead_of_time import MOST_DEVICES, compiled_step, simulate_devices
 
         compiled = lengths if known["devices"] <= MOST_DEVICES else smaller(lengths)
         simulate_devices(math.prod(compiled.values()))
         small = with_same_sequences(config, lengths, compiled)
         known = plan_description(config, lengths, limit, (small, compiled, compiled_step(small)))
+    if chips is not None:
+        from moezoo.jax_backend.ahead_of_time import memory_on_chips
+
+        known["chip"] = {"topology": topology, **memory_on_chips(config, chips)}
     if assumed:
         click.echo(f"assumed: {assumed}", err=True)
     if as_json:

@@ -5,7 +5,7 @@ are compared by `moezoo plan`, and by the tests. Writing: writings/scaling.md.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -114,7 +114,8 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> dict[s
     With n numbers of the trained parameters that lie on the device, A micro-batches of which it has p tokens, and c
     bytes of the compute dtype:
 
-    - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1; `moments`: 8 n; `state`: 4 a number, whole everywhere.
+    - `parameters`: 4 n; `gradients`: 4 n, and with A > 1 as many again, or those of one layer with `rematerialize:
+      block`; `moments`: 8 n; `state`: 4 a number, whole everywhere.
     - `put together`: what is cut along the batch's axes is whole where it is used: the largest block of a layer, and
       what is outside of layers, less the parts that the device has anyway; 8 bytes a number, with its gradient.
     - `activations`: p times what `training_memory` counts, with heads and hidden widths divided along `tensor`. An
@@ -130,7 +131,9 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> dict[s
     spec, training = config.model, config.training
     trained = sum(step.held(row) for row in step.table if row.trained)
     state = sum(step.held(row) for row in step.table if not row.trained)
-    copies = 2 if step.micro_batches > 1 else 1
+    newest = 0 if step.micro_batches == 1 else trained
+    if training.rematerialize == "block":
+        newest = min(newest, max(_by_layer(step.table, step.held).values()))
     layers = [
         layer_activation_bytes(
             layer,
@@ -145,7 +148,7 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> dict[s
     kept = activation_bytes(spec, training.rematerialize, layers)
     return {
         "parameters": _FLOAT32_BYTES * trained,
-        "gradients": copies * _FLOAT32_BYTES * trained,
+        "gradients": _FLOAT32_BYTES * (trained + newest),
         "moments": 2 * _FLOAT32_BYTES * trained,
         "state": _FLOAT32_BYTES * state,
         "put together": 2 * _FLOAT32_BYTES * _most_put_together(step),
@@ -266,13 +269,22 @@ def _rules(mesh: MeshConfig) -> dict[str, tuple[MeshAxis, ...]]:
 
 def _most_put_together(step: _Step) -> int:
     """Numbers that a device has for a while beside its own: of the largest block, and of what is outside of layers."""
-    blocks: dict[str, int] = {}
-    for row in step.table:
+
+    def missing(row: Parameter) -> int:
+        return step.working(row) - step.held(row)
+
+    outside = sum(missing(row) for row in step.table if not row.name.startswith("layers."))
+    return max(_by_layer(step.table, missing, 3).values()) + outside
+
+
+def _by_layer(table: Iterable[Parameter], size: Callable[[Parameter], int], words: int = 2) -> dict[str, int]:
+    """Sums over the parameters of each layer, or of each block of one, which has three words in a name."""
+    sums: dict[str, int] = {}
+    for row in table:
         if row.name.startswith("layers."):
-            block = ".".join(row.name.split(".")[:3])
-            blocks[block] = blocks.get(block, 0) + step.working(row) - step.held(row)
-    outside = sum(step.working(row) - step.held(row) for row in step.table if not row.name.startswith("layers."))
-    return max(blocks.values(), default=0) + outside
+            name = ".".join(row.name.split(".")[:words])
+            sums[name] = sums.get(name, 0) + size(row)
+    return sums
 
 
 # --- what travels: of one micro-batch, in the order of a step --------------------------------------------------------

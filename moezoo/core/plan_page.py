@@ -136,6 +136,12 @@ def plan_page(known: Mapping[str, Any], where: str) -> "RenderableType":
     pieces.append(Text(_basis(known), "yellow" if known["extrapolated"] else "dim"))
     if known["compiled"] is not None:
         pieces.append(_compared_table(known["compiled"]))
+    if "chip" in known:
+        chip = known["chip"]
+        held, more = (bytes_text(chip[name]) for name in ("argument_bytes", "temporary_bytes"))
+        pieces.append(
+            Text(f"a chip of {chip['topology']}, by the compiler for TPUs: {held} that stay, {more} that come and go")
+        )
     return Group(*pieces)
 
 

@@ -85,6 +85,7 @@ def chips_of(topology: str) -> list[jax.Device]:
             f"--topology {topology} needs libtpu, which compiles for TPUs that are not there; it is not installed. "
             "Run `pip install libtpu`, or leave --topology out."
         )
+    jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
@@ -93,12 +94,12 @@ def chips_of(topology: str) -> list[jax.Device]:
         raise BackendError(f"--topology is {topology!r}, which libtpu refuses: {error}. Use e.g. v5e:16x16.") from None
 
 
-def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> tuple[int, int]:
+def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> dict[str, int]:
     """Bytes of a chip's arguments and temporary arrays, as the compiler for TPUs has them. All layers are compiled."""
     with planned_for("tpu"):
         lowered = _lowered(config, Placement(config.model, config.mesh, chips))
     memory = lowered.compile().memory_analysis()
-    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
 
 
 def _programs(model: ModelSpec) -> list[tuple[ModelSpec, int]]:

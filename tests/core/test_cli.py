@@ -40,7 +40,7 @@ SURFACE = {
     ],
     "eval": ["PATH", "--data", "--sequence-length", "--batch-size", "--backend", "--json"],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--json"],
-    "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--json"],
+    "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
     "parity": ["PATH", "--json", "--all"],
     "convert": ["PATH", "OUT", "--whole", "--json"],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],

@@ -1,39 +1,68 @@
 """The plan of a step and what XLA makes of it, on simulated devices, as JSON. Run by the tests.
 
-python planned.py CASE...     CASE as JSON: [config, mesh, overrides of the config]
+python planned.py formula CASE...     the plan beside the program; CASE as JSON: [config, mesh, overrides of the config]
+python planned.py programs CASE       what is derived from a few layers, of all layers, and without any hurry
+python planned.py chips CASE          memory by the way that is for chips which are not there
 """
 
 import json
-import math
 import sys
+
+import jax
 
 from moezoo.core.config import load_config
 from moezoo.core.describe_mesh import known_sizes
 from moezoo.core.mesh import MeshConfig
 from moezoo.core.plan import device_plan
-from moezoo.jax_backend.ahead_of_time import compiled_step, simulate_devices
+from moezoo.jax_backend import ahead_of_time
 
 
-def planned(path: str, mesh: dict, overrides: list[str]) -> dict:
-    """Of formula and program, by kind and axes: how many arrays, and their bytes."""
-    config = load_config(path, overrides).model_copy(update={"mesh": MeshConfig(**mesh)})
-    plan = device_plan(config, known_sizes(config.mesh, None), float_bytes=4)
-    step = compiled_step(config)
-    formula: dict[str, list[int]] = {}
-    for own in plan.collectives:
-        total = formula.setdefault(f"{own.kind} {','.join(own.axes)}", [0, 0])
+def config_of(path: str, mesh: dict, overrides: list[str]):
+    return load_config(path, overrides).model_copy(update={"mesh": MeshConfig(**mesh)})
+
+
+def together(collectives) -> dict[str, list[int]]:
+    """By kind and axes: how many arrays, and their bytes."""
+    found: dict[str, list[int]] = {}
+    for own in collectives:
+        total = found.setdefault(f"{own.kind} {','.join(own.axes)}", [0, 0])
         total[0] += own.count
         total[1] += own.payload
+    return found
+
+
+def formula(*case) -> dict:
+    config = config_of(*case)
+    plan = device_plan(config, known_sizes(config.mesh, None), float_bytes=4)
+    step = ahead_of_time.compiled_step(config)
+    known = [own for own in plan.collectives if own.purpose != "loads and losses"]
     return {
-        "formula": formula,
-        "program": {f"{own.kind} {','.join(own.axes)}": [own.count, own.payload] for own in step.collectives},
+        "formula": together(known),
+        "program": together(step.collectives),
         "memory": dict(plan.memory),
         "arguments": step.arguments,
-        "layers": step.layers,
     }
 
 
+def programs(*case) -> dict:
+    config = config_of(*case)
+    derived = ahead_of_time.compiled_step(config)
+    whole = ahead_of_time._compiled(config)
+    ahead_of_time._IN_A_HURRY.clear()
+    slow = ahead_of_time._compiled(config)
+    return {
+        name: {"layers": step.layers, "arguments": step.arguments, "collectives": together(step.collectives)}
+        for name, step in {"derived": derived, "whole": whole, "slow": slow}.items()
+    }
+
+
+def chips(*case) -> dict:
+    config = config_of(*case)
+    step = ahead_of_time._compiled(config)
+    return {"simulated": step.arguments, **ahead_of_time.memory_on_chips(config, jax.devices())}
+
+
 if __name__ == "__main__":
-    cases = [json.loads(word) for word in sys.argv[1:]]
-    simulate_devices(math.prod(size for size in cases[0][1].values() if isinstance(size, int)))
-    print(json.dumps([planned(*case) for case in cases]))
+    what, *words = sys.argv[1:]
+    run = {"formula": formula, "programs": programs, "chips": chips}[what]
+    print(json.dumps([run(*json.loads(word)) for word in words]))
