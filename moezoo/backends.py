@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+from types import ModuleType
 
 from moezoo.core.backend import Backend
 from moezoo.core.errors import BackendError, nearest
@@ -26,6 +27,17 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
+def load_planner() -> ModuleType:
+    """The module that compiles training steps for devices that are not there, which only JAX can.
+
+    Raises BackendError: not installed.
+    """
+    _check_installed("jax", "or plan by formula alone with --formula")
+    from moezoo.jax_backend import ahead_of_time
+
+    return ahead_of_time
+
+
 def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> Backend:
     """Import a backend (the default one for None), for the devices of a mesh, and join a group of processes.
 
@@ -35,12 +47,7 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group:
     name = name or default_backend()
     if name not in NAMES:
         raise BackendError(f"no such backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}.")
-    missing = missing_packages(name)
-    if missing:
-        raise BackendError(
-            f"backend {name} is not installed; missing {', '.join(missing)}. "
-            f"Run `pip install {' '.join(missing)}`, or choose another one with --backend."
-        )
+    _check_installed(name, "or choose another one with --backend")
     if name == "jax":
         from moezoo.jax_backend.steps import JaxBackend
 
@@ -53,3 +60,12 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group:
     from moezoo.mlx_backend.steps import MlxBackend
 
     return MlxBackend(mesh)
+
+
+def _check_installed(name: str, otherwise: str) -> None:
+    missing = missing_packages(name)
+    if missing:
+        raise BackendError(
+            f"backend {name} is not installed; missing {', '.join(missing)}. "
+            f"Run `pip install {' '.join(missing)}`, {otherwise}."
+        )

@@ -409,6 +409,7 @@ def plan_command(
     """
     import json
 
+    from moezoo.backends import load_planner
     from moezoo.core.config import load_config
     from moezoo.core.describe import spec_with_vocab_size
     from moezoo.core.describe_mesh import known_sizes
@@ -420,26 +421,19 @@ def plan_command(
     limit = None if memory is None else memory_bytes(memory)
     spec, assumed = spec_with_vocab_size(config)
     given = config.mesh if mesh is None else load_mesh(mesh)
-    chips = None
-    if topology is not None:
-        from moezoo.jax_backend.ahead_of_time import chips_of
-
-        chips = chips_of(topology)
+    chips = None if topology is None else load_planner().chips_of(topology)
     lengths = known_sizes(given, devices if chips is None else len(chips))
     given = given.model_copy(update={str(axis): length for axis, length in lengths.items()})
     config = config.model_copy(update={"model": spec, "mesh": given})
     known = plan_description(config, lengths, limit)  # refuses what does not fit together, before anything is compiled
     if chips is None and not formula:
-        from moezoo.jax_backend.ahead_of_time import MOST_DEVICES, compiled_step, simulate_devices
-
-        compiled = lengths if known["devices"] <= MOST_DEVICES else smaller(lengths)
-        simulate_devices(math.prod(compiled.values()))
+        planner = load_planner()
+        compiled = lengths if known["devices"] <= planner.MOST_DEVICES else smaller(lengths)
+        planner.simulate_devices(math.prod(compiled.values()))
         small = with_same_sequences(config, lengths, compiled)
-        known = plan_description(config, lengths, limit, (small, compiled, compiled_step(small)))
+        known = plan_description(config, lengths, limit, (small, compiled, planner.compiled_step(small)))
     if chips is not None:
-        from moezoo.jax_backend.ahead_of_time import memory_on_chips
-
-        known["chip"] = {"topology": topology, **memory_on_chips(config, chips)}
+        known["chip"] = {"topology": topology, **load_planner().memory_on_chips(config, chips)}
     if assumed:
         click.echo(f"assumed: {assumed}", err=True)
     if as_json:
