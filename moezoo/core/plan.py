@@ -16,7 +16,7 @@ from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig
 from moezoo.core.parameters import Parameter, parameter_table
 from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.sharding_rules import RULES, Partition, at_work, check_batch, exchanged, partition
-from moezoo.core.spec import MoESpec, TiedHeadSpec
+from moezoo.core.spec import LatentAttentionSpec, MoESpec, TiedHeadSpec
 
 CollectiveKind = Literal[
     "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute"
@@ -346,7 +346,8 @@ def _tensor_sums(step: _Step) -> Iterator[Collective]:
     """Sums over what is cut along `tensor`, p numbers of a width each.
 
     A matrix whose inputs are cut gives parts of its outputs: they are summed forward. One whose outputs are cut gives
-    parts of its inputs' gradient: they are summed backward. All experts of a layer give one sum forward; backward there
+    parts of its inputs' gradient: they are summed backward, and so is that of the rotated key which all heads of latent
+    attention share. All experts of a layer give one sum forward; backward there
     are two of that width, and one of the K weights.
 
     Source: Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053, section 3. Differs: queries, keys and values, gate and
@@ -364,7 +365,10 @@ def _tensor_sums(step: _Step) -> Iterator[Collective]:
         way, width = ("forward", row.shape[-1]) if cut[0] == 0 else ("backward", row.shape[0])
         yield step.collective("all-reduce", axes, f"parts of blocks, {way}", step.travelling * p * width)
     for layer in step.config.model.all_layers:
-        moe = layer.moe
+        moe, attention = layer.moe, layer.attention
+        if isinstance(attention, LatentAttentionSpec) and "head" in step.parts:
+            size = step.travelling * p * attention.rope_head_dim
+            yield step.collective("all-reduce", axes, "parts of blocks, backward", size)
         if moe is not None:
             rows = step.travelling * p * step.width(moe)
             yield step.collective("all-reduce", axes, "parts of experts, forward", rows)

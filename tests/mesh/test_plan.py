@@ -42,6 +42,7 @@ CASES = {
         ("sequence_balance", {"data": 2, "expert": 4}, EIGHT),  # nor of a sequence
         ("latent_experts", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
         ("layer_inputs", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
+        ("latent_attention_query", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
         ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
     ],
 }
