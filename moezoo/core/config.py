@@ -160,7 +160,7 @@ def _as_init_from(value: object) -> object:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-Rematerialize = Literal["none", "block"]
+Rematerialize = Literal["none", "experts", "block"]
 Layers = Literal["unrolled", "scanned"]
 
 

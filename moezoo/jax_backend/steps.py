@@ -125,7 +125,8 @@ class JaxModel:
         self._decayed = {row.name: row.decay for row in table if row.trained}
         moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
         self._balances_globally = any(isinstance(loss, GlobalBalanceLossSpec) for moe in moes for loss in moe.losses)
-        self._rematerialize = self._scanned = False
+        self._rematerialize: Rematerialize = "none"
+        self._scanned = False
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
         self._score = jax.jit(self._score_values, static_argnames="inference")
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
@@ -234,8 +235,8 @@ class JaxModel:
         return {name: float(value) for name, value in terms.items()}, self._stacks.cut(to_numpy(gradients))
 
     def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
-        module = gathered(self._merge(parameters, state))
-        result = (recomputed(module) if self._rematerialize else module)(tokens, forced=forced, key=key)
+        module = recomputed(self._merge(parameters, state), self._rematerialize)
+        result = module(tokens, forced=forced, key=key)
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], (terms, cutoffs, _load(result))
@@ -250,7 +251,7 @@ class JaxModel:
         layers: Layers = "unrolled",
     ) -> None:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
-        self._rematerialize = rematerialize == "block"
+        self._rematerialize = rematerialize
         if self._placement is not None and layers == "scanned":
             raise SpecError("training.layers is 'scanned', for which a mesh has no rules. Use unrolled, or no mesh.")
         self._hold(layers)
@@ -275,7 +276,7 @@ class JaxModel:
             partial(self._step_values, config),
             donate_argnums=(0, 2),
             out_shardings=outputs,
-            compiler_options=compiler_options(rematerialize=self._rematerialize and not self._scanned),
+            compiler_options=compiler_options(rematerialize=self._rematerialize != "none" and not self._scanned),
         )
 
     def _hold(self, layers: Layers) -> None:
