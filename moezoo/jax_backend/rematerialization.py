@@ -56,6 +56,9 @@ def _on_their_devices_again(
 ) -> jax.Array:
     """`on_their_devices`, of which the way back keeps what enters it; copies are exchanged once more."""
     graph, state = nnx.split(experts)
+    if active_placement() is not None:
+        # Each device sorts the copies of its own tokens. The order of all is not to be kept: it would be gathered.
+        dispatched = dispatched._replace(**dict.fromkeys(("token_R", "expert_R", "weight_R", "size_E")))
     return _through_experts(_Way(through, spec, graph), state, (x_PD, routing, dispatched))
 
 

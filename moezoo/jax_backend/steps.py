@@ -119,7 +119,7 @@ class JaxModel:
         check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
         self.spec = spec
         self._placement = placement
-        self._stacks = Stacks(spec)
+        self._stacks = Stacks(spec, placement=placement)
         placed = weights if placement is None else placement.placed(weights)
         self._parameters, self._state = self._taken_apart(Transformer(spec, Weights(placed)))
         self._decayed = {row.name: row.decay for row in table if row.trained}
@@ -252,14 +252,12 @@ class JaxModel:
     ) -> None:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
         self._rematerialize = rematerialize
-        if self._placement is not None and layers == "scanned":
-            raise SpecError("training.layers is 'scanned', for which a mesh has no rules. Use unrolled, or no mesh.")
         self._hold(layers)
         self._optimizer = _adamw(config, {self._stacks.name(name): decay for name, decay in self._decayed.items()})
         init, outputs = self._optimizer(0.0).init, None
         adam, *rest = jax.eval_shape(init, self._parameters)
         if self._placement is not None:
-            lie, whole = {name: self._placement.parameters[name] for name in self._parameters}, self._placement.whole
+            lie, whole = {name: self._stacks.lie[name] for name in self._parameters}, self._placement.whole
             moments = (adam._replace(count=whole, mu=lie, nu=lie), *rest)
             outputs = (lie, whole, moments, whole)
         if state is None:
@@ -283,7 +281,7 @@ class JaxModel:
         """Hold arrays of equal layers as one if they are to be scanned, so that no step copies them."""
         if self._scanned == (layers == "scanned"):
             return
-        stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec))
+        stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec), self._placement)
         own = self._stacks.cut(self._parameters)
         self._parameters.clear()  # so that each array goes when it has been taken out of `own`
         self._stacks, self._scanned = stacks, not self._scanned
@@ -305,7 +303,9 @@ class JaxModel:
         return PendingJaxStep(values)
 
     def _step_values(self, config, parameters, state, moments, windows, learning_rate, keys):
-        running = GradientMeans(parameters, windows.shape[0]) if self._scanned and windows.shape[0] > 1 else None
+        running = None
+        if self._scanned and windows.shape[0] > 1:
+            running = GradientMeans(parameters, windows.shape[0], self._stacks.lie)
         gradient_of = jax.value_and_grad(self._loss, has_aux=True) if running is None else running.adding(self._loss)
         global_load = None
         if self._balances_globally and windows.shape[0] > 1:
@@ -326,7 +326,7 @@ class JaxModel:
         gradients, terms, cutoffs = means
         if self._placement is not None:
             gradients = jax.lax.with_sharding_constraint(
-                gradients, {name: self._placement.parameters[name] for name in gradients}
+                gradients, {name: self._stacks.lie[name] for name in gradients}
             )
         norm = optax.tree.norm(gradients)
         if config.clip_norm is not None:
