@@ -14,7 +14,6 @@ from flax import nnx
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
-from moezoo.core.errors import SpecError
 from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
