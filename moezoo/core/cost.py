@@ -240,14 +240,15 @@ def training_memory(config: Config) -> dict[str, int]:
     the compute dtype:
 
     - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the sum and the newest, which with `rematerialize: block`
-      are those of one layer at a time); `moments`: 8 n. All float32.
+      are those of one layer at a time, and with `experts` those of one layer's experts and all others); `moments`: 8 n.
+      All float32.
     - `activations`: P times what the backward pass needs of a token. Per layer: attention
       `c (4 D + 3 Q) + 4 N T` (two norms in and out; queries, keys and values, again after the rotation, and the heads'
       output, Q numbers together with N H + M H of grouped heads; float32 probabilities, whole, where there are any);
       dense feed-forward `c (4 F + D)` (gate, up, activated, product; output), `c (2 F + D)` without a gate; routed
       experts `8 E + c K (4 F + 2 D)` (logits and scores; each copy in and out); shared experts `4 F c`. And once
       `2 c D`, the final norm. With `rematerialize: block`, a layer keeps `4 c D` and, of routed experts, `8 E`; one
-      layer at a time has the rest too.
+      layer at a time has the rest too. With `experts`, `c K (4 F + 2 D)` is there for one layer at a time.
     - `logits`: `8 P V`, the float32 logits and their gradient.
 
     A backend that fuses attention (MLX, and JAX with a fused kernel) keeps less; one that pads or copies keeps more.
@@ -263,10 +264,20 @@ def training_memory(config: Config) -> dict[str, int]:
     whole = [_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers]
     per_token = sum(whole)
     newest = parameters if parts > 1 else 0
-    if config.training.rematerialize == "block":
-        experts = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
-        per_token = 4 * compute * spec.embed_dim * len(whole) + 2 * _FLOAT32_BYTES * experts + max(whole)
-        newest = min(newest, _largest_layer(spec))
+    match config.training.rematerialize:
+        case "none":
+            pass
+        case "experts":
+            copies = [_copies_bytes(layer, spec.embed_dim, compute) for layer in spec.all_layers]
+            per_token -= sum(copies) - max(copies)
+            of_experts = _parameters_of_layers(spec, ".moe.experts.")
+            newest = min(newest, parameters - sum(of_experts) + max(of_experts))
+        case "block":
+            experts = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
+            per_token = 4 * compute * spec.embed_dim * len(whole) + 2 * _FLOAT32_BYTES * experts + max(whole)
+            newest = min(newest, max(_parameters_of_layers(spec)))
+        case _:
+            assert_never(config.training.rematerialize)
     return {
         "parameters": _FLOAT32_BYTES * parameters,
         "gradients": _FLOAT32_BYTES * (parameters + newest),
@@ -276,14 +287,14 @@ def training_memory(config: Config) -> dict[str, int]:
     }
 
 
-def _largest_layer(spec: ModelSpec) -> int:
-    """Parameters of the layer that has most."""
+def _parameters_of_layers(spec: ModelSpec, named: str = "") -> list[int]:
+    """Each layer's number of parameters, or of those that have this in their name."""
     layers = [0] * len(spec.all_layers)
     for row in parameter_table(spec):
         part, *rest = row.name.split(".")
-        if part == "layers":
+        if part == "layers" and named in row.name:
             layers[int(rest[0])] += row.size
-    return max(layers)
+    return layers
 
 
 def _activation_bytes(layer: LayerSpec, embed_dim: int, length: int, compute: int) -> int:
@@ -294,13 +305,20 @@ def _activation_bytes(layer: LayerSpec, embed_dim: int, length: int, compute: in
         held += compute * (hidden_copies(layer.feed_forward) * layer.feed_forward.hidden_dim + embed_dim)
     if layer.moe is not None:
         moe = layer.moe
-        held += 2 * _FLOAT32_BYTES * moe.num_choices
-        width = embed_dim if moe.latent_dim is None else moe.latent_dim
-        held += compute * moe.router.top_k * (hidden_copies(moe.experts) * moe.experts.hidden_dim + 2 * width)
+        held += 2 * _FLOAT32_BYTES * moe.num_choices + _copies_bytes(layer, embed_dim, compute)
         if moe.shared is not None:
             shared = moe.shared_feed_forward
             held += compute * hidden_copies(shared) * shared.hidden_dim
     return held
+
+
+def _copies_bytes(layer: LayerSpec, embed_dim: int, compute: int) -> int:
+    """Bytes that the copies of one token leave in one layer's routed experts."""
+    if layer.moe is None:
+        return 0
+    moe = layer.moe
+    width = embed_dim if moe.latent_dim is None else moe.latent_dim
+    return compute * moe.router.top_k * (hidden_copies(moe.experts) * moe.experts.hidden_dim + 2 * width)
 
 
 def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int]:

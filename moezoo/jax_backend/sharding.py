@@ -111,6 +111,11 @@ def divided(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding
     return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
+def of_layers(own: NamedSharding) -> NamedSharding:
+    """Of arrays of several layers in one, with an axis L in front: each layer lies as its own would."""
+    return NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
+
+
 def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, of arrays [P, ...] whose rows it does not mix, on each device's own rows.
 
@@ -131,10 +136,12 @@ def gathered(module: nnx.Module) -> nnx.Module:
     placement = active_placement()
     if placement is None:
         return module
-    for index, layer in enumerate(module.layers):
+    layers = module.layers.items() if isinstance(module.layers, nnx.Dict) else enumerate(module.layers)
+    for key, layer in layers:
+        first = str(key).partition("-")[0]  # of scanned layers, which lie alike
         for name in _BLOCKS:
             if hasattr(layer, name):
-                setattr(layer, name, _Gathered(getattr(layer, name), f"layers.{index}.{name}"))
+                setattr(layer, name, _Gathered(getattr(layer, name), f"layers.{first}.{name}"))
     for name in ("embedding", "position", "layer_inputs", "head"):
         if hasattr(module, name):
             _at_work(getattr(module, name), placement, name)
