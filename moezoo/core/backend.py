@@ -206,8 +206,8 @@ class Model(Protocol):
     ) -> None:
         """Make the optimizer; with `state` and the number of updates done, as `export_optimizer` gave them.
 
-        `rematerialize`: `block` keeps what enters each attention and each feed-forward, and computes the rest of them
-        again on the way back; `layers`: `scanned` compiles equal layers once (TrainingConfig).
+        `rematerialize`: what is computed again on the way back, routed `experts` or every `block`; `layers`: `scanned`
+        compiles equal layers once (TrainingConfig).
 
         Raises TrainingError where a parameter is not float32, or the backend does not realize an option; SpecError
         where layers are to be scanned and no two are equal.

@@ -160,7 +160,7 @@ def _as_init_from(value: object) -> object:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-Rematerialize = Literal["none", "block"]
+Rematerialize = Literal["none", "experts", "block"]
 Layers = Literal["unrolled", "scanned"]
 
 
@@ -168,7 +168,8 @@ class TrainingConfig(Part):
     """How long and in what pieces. A global step is `batch_size` sequences, in `gradient_accumulation` equal parts.
 
     `rematerialize: block` keeps, of each attention and each feed-forward, what enters it, and computes the rest again
-    on the way back: less memory for about a third more work. Source: Chen et al. 2016, arXiv 1604.06174.
+    on the way back: less memory for about a third more work. `experts` does so with what routed experts make of each
+    token's copies alone, neither with attention nor with the router. Source: Chen et al. 2016, arXiv 1604.06174.
 
     `layers: scanned` compiles equal layers that follow each other once, and loops over them: for deep models, whose
     compiling takes long. A step of few layers is slower so. What is computed, and what is saved, stays the same.

@@ -240,14 +240,15 @@ def training_memory(config: Config) -> dict[str, int]:
     the compute dtype:
 
     - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the sum and the newest, which with `rematerialize: block`
-      are those of one layer at a time); `moments`: 8 n. All float32.
+      are those of one layer at a time, and with `experts` those of one layer's experts and all others); `moments`: 8 n.
+      All float32.
     - `activations`: P times what the backward pass needs of a token. Per layer: attention
       `c (4 D + 3 Q) + 4 N T` (two norms in and out; queries, keys and values, again after the rotation, and the heads'
       output, Q numbers together with N H + M H of grouped heads; float32 probabilities, whole, where there are any);
       dense feed-forward `c (4 F + D)` (gate, up, activated, product; output), `c (2 F + D)` without a gate; routed
       experts `8 E + c K (4 F + 2 D)` (logits and scores; each copy in and out); shared experts `4 F c`. And once
       `2 c D`, the final norm. With `rematerialize: block`, a layer keeps `4 c D` and, of routed experts, `8 E`; one
-      layer at a time has the rest too.
+      layer at a time has the rest too. With `experts`, `c K (4 F + 2 D)` is there for one layer at a time.
     - `logits`: `8 P V`, the float32 logits and their gradient.
 
     A backend that fuses attention (MLX, and JAX with a fused kernel) keeps less; one that pads or copies keeps more.
@@ -261,36 +262,61 @@ def training_memory(config: Config) -> dict[str, int]:
     tokens = config.training.batch_size // parts * length
     compute = COMPUTE_BYTES[compute_dtype(spec)]
     layers = [layer_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers]
+    copies = [copies_bytes(layer, spec.embed_dim, compute) for layer in spec.all_layers]
     newest = parameters if parts > 1 else 0
-    if config.training.rematerialize == "block":
-        newest = min(newest, _largest_layer(spec))
+    match config.training.rematerialize:
+        case "none":
+            pass
+        case "experts":
+            of_experts = _parameters_of_layers(spec, ".moe.experts.")
+            newest = min(newest, parameters - sum(of_experts) + max(of_experts))
+        case "block":
+            newest = min(newest, max(_parameters_of_layers(spec)))
+        case _:
+            assert_never(config.training.rematerialize)
     return {
         "parameters": _FLOAT32_BYTES * parameters,
         "gradients": _FLOAT32_BYTES * (parameters + newest),
         "moments": 2 * _FLOAT32_BYTES * parameters,
-        "activations": round(tokens * activation_bytes(spec, config.training.rematerialize, layers)),
+        "activations": round(tokens * activation_bytes(spec, config.training.rematerialize, layers, copies)),
         "logits": 2 * _FLOAT32_BYTES * tokens * spec.vocab,
     }
 
 
-def _largest_layer(spec: ModelSpec) -> int:
-    """Parameters of the layer that has most."""
+def _parameters_of_layers(spec: ModelSpec, named: str = "") -> list[int]:
+    """Each layer's number of parameters, or of those that have this in their name."""
     layers = [0] * len(spec.all_layers)
     for row in parameter_table(spec):
         part, *rest = row.name.split(".")
-        if part == "layers":
+        if part == "layers" and named in row.name:
             layers[int(rest[0])] += row.size
-    return max(layers)
+    return layers
 
 
-def activation_bytes(spec: ModelSpec, rematerialize: Rematerialize, layers: Sequence[Fraction]) -> Fraction:
-    """Bytes that one token leaves for the backward pass, where those of each layer are known; see `training_memory`."""
+def activation_bytes(
+    spec: ModelSpec, rematerialize: Rematerialize, layers: Sequence[Fraction], copies: Sequence[Fraction]
+) -> Fraction:
+    """Bytes that one token leaves for the backward pass; see `training_memory`.
+
+    Args:
+        spec: of width D.
+        rematerialize: what is computed again.
+        layers: of each layer, `layer_activation_bytes`.
+        copies: of each layer, `copies_bytes`.
+    """
     compute = COMPUTE_BYTES[compute_dtype(spec)]
-    kept = sum(layers, Fraction(2 * compute * spec.embed_dim))
-    if rematerialize == "block":
-        choices = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
-        kept = compute * spec.embed_dim * Fraction(4 * len(layers) + 2) + 2 * _FLOAT32_BYTES * choices + max(layers)
-    return kept
+    final_norm = Fraction(2 * compute * spec.embed_dim)
+    match rematerialize:
+        case "none":
+            return sum(layers, final_norm)
+        case "experts":
+            return sum(layers, final_norm) - sum(copies) + max(copies)
+        case "block":
+            choices = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
+            entered = 4 * compute * spec.embed_dim * len(layers) + 2 * _FLOAT32_BYTES * choices
+            return final_norm + entered + max(layers)
+        case _:
+            assert_never(rematerialize)
 
 
 def layer_activation_bytes(
@@ -323,12 +349,27 @@ def layer_activation_bytes(
         held += compute * (hidden(layer.feed_forward) + embed_dim)
     if layer.moe is not None:
         moe = layer.moe
-        held += 2 * _FLOAT32_BYTES * moe.num_choices
-        width = embed_dim if moe.latent_dim is None else moe.latent_dim
-        held += compute * (moe.router.top_k if rows is None else rows) * (hidden(moe.experts) + 2 * width)
+        held += 2 * _FLOAT32_BYTES * moe.num_choices + copies_bytes(layer, embed_dim, compute, rows=rows, parts=parts)
         if moe.shared is not None:
             held += compute * hidden(moe.shared_feed_forward)
     return held
+
+
+def copies_bytes(
+    layer: LayerSpec,
+    embed_dim: int,
+    compute: int,
+    *,
+    rows: Fraction | None = None,
+    parts: Mapping[str, int] | None = None,
+) -> Fraction:
+    """Of them, what routed experts make of a token's copies. The arguments are those of `layer_activation_bytes`."""
+    moe = layer.moe
+    if moe is None:
+        return Fraction(0)
+    width = embed_dim if moe.latent_dim is None else moe.latent_dim
+    hidden = Fraction(hidden_copies(moe.experts) * moe.experts.hidden_dim, (parts or {}).get("hidden", 1))
+    return compute * (moe.router.top_k if rows is None else rows) * (hidden + 2 * width)
 
 
 def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int]:

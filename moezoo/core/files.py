@@ -95,7 +95,7 @@ def flush_tree(path: Path) -> list[Path]:
         for folder, _, names in os.walk(path):
             for name in names:
                 found.append(Path(folder) / name)
-                _flush(found[-1], os.O_RDONLY)
+                _flush(found[-1], os.O_RDWR)
             _flush_folder(Path(folder))
     return sorted(found)
 

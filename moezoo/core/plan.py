@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, assert_never
 
 from moezoo.core.config import Config
-from moezoo.core.cost import activation_bytes, layer_activation_bytes
+from moezoo.core.cost import activation_bytes, copies_bytes, layer_activation_bytes
 from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig
 from moezoo.core.parameters import Parameter, parameter_table
 from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
@@ -114,8 +114,8 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> dict[s
     With n numbers of the trained parameters that lie on the device, A micro-batches of which it has p tokens, and c
     bytes of the compute dtype:
 
-    - `parameters`: 4 n; `gradients`: 4 n, and with A > 1 as many again, or those of one layer with `rematerialize:
-      block`; `moments`: 8 n; `state`: 4 a number, whole everywhere.
+    - `parameters`: 4 n; `gradients`: 4 n, and with A > 1 as many again, or as many as `rematerialize` leaves of them
+      (`training_memory`); `moments`: 8 n; `state`: 4 a number, whole everywhere.
     - `put together`: what is cut along the batch's axes is whole where it is used: the largest block of a layer, and
       what is outside of layers, less the parts that the device has anyway; 8 bytes a number, with its gradient.
     - `activations`: p times what `training_memory` counts, with heads and hidden widths divided along `tensor`. An
@@ -131,21 +131,14 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> dict[s
     spec, training = config.model, config.training
     trained = sum(step.held(row) for row in step.table if row.trained)
     state = sum(step.held(row) for row in step.table if not row.trained)
-    newest = 0 if step.micro_batches == 1 else trained
-    if training.rematerialize == "block":
-        newest = min(newest, max(_by_layer(step.table, step.held).values()))
-    layers = [
-        layer_activation_bytes(
-            layer,
-            spec.embed_dim,
-            training.sequence_length,
-            step.compute,
-            rows=None if layer.moe is None else step.arriving(layer.moe),
-            parts=step.parts,
-        )
-        for layer in spec.all_layers
-    ]
-    kept = activation_bytes(spec, training.rematerialize, layers)
+    newest = 0 if step.micro_batches == 1 else min(trained, _newest(step, trained))
+    layers, copies = [], []
+    for layer in spec.all_layers:
+        rows = None if layer.moe is None else step.arriving(layer.moe)
+        length = training.sequence_length
+        layers.append(layer_activation_bytes(layer, spec.embed_dim, length, step.compute, rows=rows, parts=step.parts))
+        copies.append(copies_bytes(layer, spec.embed_dim, step.compute, rows=rows, parts=step.parts))
+    kept = activation_bytes(spec, training.rematerialize, layers, copies)
     return {
         "parameters": _FLOAT32_BYTES * trained,
         "gradients": _FLOAT32_BYTES * (trained + newest),
@@ -265,6 +258,20 @@ class _Step:
 
 def _rules(mesh: MeshConfig) -> dict[str, tuple[MeshAxis, ...]]:
     return {**RULES, **{str(name): axes for name, axes in mesh.rules.items()}}
+
+
+def _newest(step: _Step, trained: int) -> int:
+    """Numbers of the gradients of one micro-batch that are there at once, beside those of all before."""
+    match step.config.training.rematerialize:
+        case "none":
+            return trained
+        case "experts":
+            experts = _by_layer((row for row in step.table if ".moe.experts." in row.name), step.held).values()
+            return trained - sum(experts) + max(experts, default=0)
+        case "block":
+            return max(_by_layer(step.table, step.held).values())
+        case _:
+            assert_never(step.config.training.rematerialize)
 
 
 def _most_put_together(step: _Step) -> int:

@@ -146,6 +146,7 @@ class _Training:
                 self._saved()
         finally:
             self.reporter.stop()
+            self.background.shutdown(wait=False)  # what is being saved goes on: the interpreter waits for it
             if self.metrics is not None:
                 self.metrics.close()
         return TrainingResult(step, finished, evaluation)

@@ -56,7 +56,8 @@ def compiled_step(config: Config) -> CompiledStep:
     """The training step of a config on its mesh of all devices. Nothing is allocated but the program.
 
     Of a deep model, one layer of each kind is compiled, and then one more of each: what a layer adds is the difference,
-    times the number of such layers. Where a layer takes something from a certain other one, all are compiled.
+    times the number of such layers. Where a layer takes something from a certain other one, all are compiled. Scanned
+    layers are planned as if they were not.
     """
     if config.mesh.exchange == "ragged":
         raise BackendError(
@@ -138,7 +139,7 @@ def _compiled(config: Config) -> CompiledStep:
 def _lowered(config: Config, placement: Placement | None) -> jax.stages.Lowered:
     training = config.training
     model = _PlannedModel(config.model, placement)
-    model.start_training(config.optimizer, rematerialize=training.rematerialize, layers=training.layers)
+    model.start_training(config.optimizer, rematerialize=training.rematerialize)
     # As a TPU computes it: attention in one piece, which the CPU would divide into many to compile.
     with planned_for("tpu"):
         return model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length)

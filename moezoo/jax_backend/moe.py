@@ -23,6 +23,7 @@ class MoE(nnx.Module):
         self.spec = spec
         self.router = Router(spec.router, weights.inside("router"))
         self.experts = Experts(spec.experts, weights.inside("experts"))
+        self.on_their_devices = on_their_devices  # rematerialization.py has another that keeps less
         if spec.latent_dim is not None:
             self.w_latent = weights.parameter("w_latent")
             self.w_output = weights.parameter("w_output")
@@ -89,7 +90,7 @@ class MoE(nnx.Module):
         """The part of the experts that compute."""
         spec, dtype = self.spec, x_PD.dtype
         input_P = x_PD if spec.latent_dim is None else jnp.einsum("PD,DZ->PZ", x_PD, self.w_latent[...].astype(dtype))
-        out_P = on_their_devices(_through, spec, self.experts, input_P, routing, dispatched, **options)
+        out_P = self.on_their_devices(_through, spec, self.experts, input_P, routing, dispatched, **options)
         return out_P if spec.latent_dim is None else jnp.einsum("PZ,ZD->PD", out_P, self.w_output[...].astype(dtype))
 
     def _with_shared(self, x_PD: jax.Array, routed_PD: jax.Array) -> jax.Array:

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.sharding import Placement, of_layers
 from moezoo.jax_backend.transformer import Layer, Transformer, _Given, _Left, _Stream
 
 
@@ -56,16 +58,21 @@ def equal_layers(spec: ModelSpec) -> list[range]:
 class Stacks:
     """Arrays of a run's layers are held as one, with an axis L in front: `layers.2-29.moe.experts.w_gate` [L, E, D, F].
 
-    Without runs, every array is held as it is.
+    Without runs, every array is held as it is. On a mesh, `lie` says where each held array lies; else it is empty.
     """
 
-    def __init__(self, spec: ModelSpec, runs: Sequence[range] = ()):
+    def __init__(self, spec: ModelSpec, runs: Sequence[range] = (), placement: Placement | None = None):
         run_of = {index: run for run in runs if len(run) > 1 for index in run}
         self._places = {}
         for name in (row.name for row in parameter_table(spec)):
             index, own = _parts(name)
             run = run_of.get(index)
             self._places[name] = _Place(name) if run is None else _Place(_held(run, own), index - run.start)
+        self.lie = {
+            place.name: own if place.index is None else of_layers(own)
+            for name, own in ({} if placement is None else placement.parameters).items()
+            for place in (self._places[name],)
+        }
 
     def name(self, name: str) -> str:
         """That of the held array."""
@@ -77,9 +84,14 @@ class Stacks:
         for name in names:
             members.setdefault(self._places[name].name, []).append(name)
         return {
-            held: read(held) if self._places[own[0]].index is None else jnp.stack([read(name) for name in own])
+            held: read(held)
+            if self._places[own[0]].index is None
+            else self._stacked(held, [read(name) for name in own])
             for held, own in members.items()
         }
+
+    def _stacked(self, held: str, own: list[jax.Array]) -> jax.Array:
+        return jax.jit(lambda own: jnp.stack(own), out_shardings=self.lie.get(held))(own)
 
     def cut(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Each layer's own arrays, from those that are held: of NumPy's, views."""
@@ -172,9 +184,11 @@ class GradientMeans:
     So one layer's gradients are there beside the means. What comes out of a loop as a whole would be all there.
     """
 
-    def __init__(self, parameters: Mapping[str, jax.Array], num_parts: int):
+    def __init__(self, parameters: Mapping[str, jax.Array], num_parts: int, lie: Mapping[str, NamedSharding]):
+        """`lie`: where they lie, on a mesh; else empty."""
         self._num_parts = num_parts
-        self._means = {name: jax.new_ref(jnp.zeros_like(value)) for name, value in parameters.items()}
+        zeros = {name: jnp.zeros_like(value, device=lie.get(name)) for name, value in parameters.items()}
+        self._means = {name: jax.new_ref(value) for name, value in zeros.items()}
 
     def adding(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """What `jax.value_and_grad(loss, has_aux=True)` would be, but that gradients are added, and none given."""

@@ -6,7 +6,7 @@ sequences, and what is done to each row by itself is done where the row is.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -124,6 +124,11 @@ class Shapes(ReadWhenAsked):
         return jax.ShapeDtypeStruct(self.shapes[name], np.float32)
 
 
+def of_layers(own: NamedSharding) -> NamedSharding:
+    """Of arrays of several layers in one, with an axis L in front: each layer lies as its own would."""
+    return NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
+
+
 def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, of arrays [P, ...] whose rows it does not mix, on each device's own rows.
 
@@ -136,18 +141,21 @@ def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.shard_map(function, mesh=placement.mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
-def gathered(module: nnx.Module) -> nnx.Module:
+def gathered(module: nnx.Module, recomputed: Container[str] = ()) -> nnx.Module:
     """The model's module for a mesh, changed in place: what is cut along `fsdp` is put together where it is used.
 
-    Blocks do it themselves, and again on the way back, so that one block's parameters are there at a time.
+    Blocks do it themselves, and again on the way back, so that one block's parameters are there at a time. `recomputed`
+    names those of which the way back computes all again anyway.
     """
     placement = active_placement()
     if placement is None:
         return module
-    for index, layer in enumerate(module.layers):
+    layers = module.layers.items() if isinstance(module.layers, nnx.Dict) else enumerate(module.layers)
+    for key, layer in layers:
+        first = str(key).partition("-")[0]  # of scanned layers, which lie alike
         for name in _BLOCKS:
             if hasattr(layer, name):
-                setattr(layer, name, _Gathered(getattr(layer, name), f"layers.{index}.{name}"))
+                setattr(layer, name, _Gathered(getattr(layer, name), f"layers.{first}.{name}", name in recomputed))
     for name in ("embedding", "position", "layer_inputs", "head"):
         if hasattr(module, name):
             _at_work(getattr(module, name), placement, name)
@@ -157,8 +165,8 @@ def gathered(module: nnx.Module) -> nnx.Module:
 class _Gathered(nnx.Module):
     """A block whose parameters are put together when it computes, and not kept for the way back."""
 
-    def __init__(self, block: nnx.Module, name: str):
-        self.block, self.name = block, name
+    def __init__(self, block: nnx.Module, name: str, recomputed: bool):
+        self.block, self.name, self.recomputed = block, name, recomputed
 
     def __call__(self, *given: Any, record: Any = None, name: str = "", inference: bool | None = None, **named: Any):
         placement = active_placement()
@@ -166,17 +174,22 @@ class _Gathered(nnx.Module):
         fixed = {} if inference is None else {"inference": inference}
 
         def block(state: nnx.State, given: Any, named: dict[str, Any]) -> Any:
+            # Trap: XLA takes what never changes out of the loop over micro-batches, and would put all blocks together
+            # before it. Behind the barrier a block's parameters hang on what enters it.
+            state, given = jax.lax.optimization_barrier((state, given))
             module = nnx.merge(graph, state)
             _at_work(module, placement, self.name)
             return module(*given, **named, **fixed)
 
         given = (jax.lax.with_sharding_constraint(given[0], placement.sharding(placement.batch_axes)), *given[1:])
+        if self.recomputed:
+            return block(state, given, named)
         return jax.checkpoint(block, policy=_not_gathered)(state, given, named)
 
 
 def _not_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
     """Whether what this gives may be kept for the way back: neither whole parameters nor another form of them."""
-    forms = ("sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze")
+    forms = ("sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze", "optimization_barrier")
     return primitive.name not in forms
 
 

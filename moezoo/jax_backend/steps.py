@@ -15,7 +15,6 @@ from flax import nnx
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint import OF_OPTIMIZER, OF_WEIGHTS, check_names_and_shapes
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
-from moezoo.core.errors import SpecError
 from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
@@ -122,13 +121,14 @@ class JaxModel:
         check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
         self.spec = spec
         self._placement = placement
-        self._stacks = Stacks(spec)
+        self._stacks = Stacks(spec, placement=placement)
         placed = weights if placement is None else placement.placed(weights)
         self._parameters, self._state = self._taken_apart(Transformer(spec, Weights(placed)))
         self._decayed = {row.name: row.decay for row in table if row.trained}
         moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
         self._balances_globally = any(isinstance(loss, GlobalBalanceLossSpec) for moe in moes for loss in moe.losses)
-        self._rematerialize = self._scanned = False
+        self._rematerialize: Rematerialize = "none"
+        self._scanned = False
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
         self._score = jax.jit(self._score_values, static_argnames="inference")
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
@@ -238,8 +238,8 @@ class JaxModel:
         return {name: float(value) for name, value in terms.items()}, self._stacks.cut(to_numpy(gradients))
 
     def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
-        module = gathered(self._merge(parameters, state))
-        result = (recomputed(module) if self._rematerialize else module)(tokens, forced=forced, key=key)
+        module = recomputed(self._merge(parameters, state), self._rematerialize)
+        result = module(tokens, forced=forced, key=key)
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], (terms, cutoffs, _load(result))
@@ -254,15 +254,13 @@ class JaxModel:
         layers: Layers = "unrolled",
     ) -> None:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
-        self._rematerialize = rematerialize == "block"
-        if self._placement is not None and layers == "scanned":
-            raise SpecError("training.layers is 'scanned', for which a mesh has no rules. Use unrolled, or no mesh.")
+        self._rematerialize = rematerialize
         self._hold(layers)
         self._optimizer = _adamw(config, {self._stacks.name(name): decay for name, decay in self._decayed.items()})
         init, outputs = self._optimizer(0.0).init, None
         adam, *rest = jax.eval_shape(init, self._parameters)
         if self._placement is not None:
-            lie, whole = {name: self._placement.parameters[name] for name in self._parameters}, self._placement.whole
+            lie, whole = {name: self._stacks.lie[name] for name in self._parameters}, self._placement.whole
             moments = (adam._replace(count=whole, mu=lie, nu=lie), *rest)
             outputs = (lie, whole, moments, whole)
         if state is None:
@@ -279,7 +277,7 @@ class JaxModel:
             partial(self._step_values, config),
             donate_argnums=(0, 2),
             out_shardings=outputs,
-            compiler_options=compiler_options(rematerialize=self._rematerialize and not self._scanned),
+            compiler_options=compiler_options(rematerialize=self._rematerialize != "none" and not self._scanned),
         )
 
     def _new_moments(self, init: Callable[[Parameters], Any], shardings: Any) -> Any:
@@ -289,7 +287,7 @@ class JaxModel:
         """Hold arrays of equal layers as one if they are to be scanned, so that no step copies them."""
         if self._scanned == (layers == "scanned"):
             return
-        stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec))
+        stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec), self._placement)
         own = self._stacks.cut(self._parameters)
         self._parameters.clear()  # so that each array goes when it has been taken out of `own`
         self._stacks, self._scanned = stacks, not self._scanned
@@ -311,7 +309,9 @@ class JaxModel:
         return PendingJaxStep(values)
 
     def _step_values(self, config, parameters, state, moments, windows, learning_rate, keys):
-        running = GradientMeans(parameters, windows.shape[0]) if self._scanned and windows.shape[0] > 1 else None
+        running = None
+        if self._scanned and windows.shape[0] > 1:
+            running = GradientMeans(parameters, windows.shape[0], self._stacks.lie)
         gradient_of = jax.value_and_grad(self._loss, has_aux=True) if running is None else running.adding(self._loss)
         global_load = None
         if self._balances_globally and windows.shape[0] > 1:
@@ -332,7 +332,7 @@ class JaxModel:
         gradients, terms, cutoffs = means
         if self._placement is not None:
             gradients = jax.lax.with_sharding_constraint(
-                gradients, {name: self._placement.parameters[name] for name in gradients}
+                gradients, {name: self._stacks.lie[name] for name in gradients}
             )
         norm = optax.tree.norm(gradients)
         if config.clip_norm is not None:

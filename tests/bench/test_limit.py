@@ -12,7 +12,7 @@ from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, paramete
 from moezoo.core.spec import GroupedQueryAttentionSpec
 
 ROOT = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(ROOT.rglob("*.yaml"))
+CONFIGS = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "meshes")
 S, M = bench_config("S"), bench_config("M")
 
 

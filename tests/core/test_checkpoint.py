@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 
 from moezoo.core import checkpoint as checkpoint_module
 from moezoo.core.checkpoint import (
+    ARRAYS,
     CheckpointInfo,
+    begin_checkpoint,
     check_names_and_shapes,
+    complete_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -22,7 +26,7 @@ from moezoo.core.checkpoint import (
     save_checkpoint,
 )
 from moezoo.core.errors import CheckpointError, RunError
-from moezoo.core.safetensors_file import SafetensorsFile
+from moezoo.core.safetensors_file import SafetensorsFile, shapes_of
 
 CONFIG = "# größer\nmodel: {layers: 2}\r\n"
 SYSTEM_CALLS = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
@@ -387,6 +391,69 @@ def test_kill_while_leftovers_are_tidied_loses_nothing(tmp_path, monkeypatch):
         number += 1
     assert steps(run) == [1, 2, 3]
     assert hidden(run) == []
+
+
+# --- arrays that several devices wrote --------------------------------------------------------------------
+
+
+def write_arrays(folder, weights, optimizer):
+    """As Orbax lays them out, each array in two parts where it can be."""
+    named = {f"weights.{name}": array for name, array in weights.items()}
+    named |= {f"optimizer.{name}": array for name, array in optimizer.items()}
+    for name, array in named.items():
+        store = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}}
+        chunk = [max(1, -(-length // 2)) for length in array.shape]
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+        metadata = {"shape": list(array.shape), "data_type": array.dtype.name, "chunk_grid": grid}
+        tensorstore.open({**store, "metadata": metadata}, create=True).result().write(array).result()
+
+
+def save_sharded(folder, step, version=0, keep=None):
+    partial = begin_checkpoint(folder, step)
+    write_arrays(partial / ARRAYS, *tensors(step, version))
+    return complete_checkpoint(partial, step, CONFIG, {"version": version}, keep, tokens=step * 8)
+
+
+def test_arrays_of_several_devices_come_back_whole_and_in_part(tmp_path):
+    path = save_sharded(tmp_path, 5)
+    assert_is(path, 5)
+    found, (weights, _) = load_checkpoint(path), tensors(5)
+    assert shapes_of(found.weights) == {name: array.shape for name, array in weights.items()}
+    assert found.weights.dtypes["embed.w"] == np.float32
+    part = slice(2, 5), slice(1, 3)
+    np.testing.assert_array_equal(found.weights.reader("embed.w")(part), weights["embed.w"][part])
+    assert latest_checkpoint(tmp_path) == (path, [])
+
+
+def test_kinds_of_checkpoints_may_follow_each_other(tmp_path):
+    for step, saved in enumerate((save, save_sharded, save, save_sharded), start=1):
+        saved(tmp_path, step, keep=2)
+    assert steps(tmp_path) == [3, 4]
+    assert_is(tmp_path / "step_00000003", 3)
+    assert_is(tmp_path / "step_00000004", 4)
+
+
+def test_kill_at_every_system_call_of_a_sharded_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Of moezoo's own: what tensorstore does is not Python's, and is flushed before anything is renamed."""
+    before = tmp_path / "before"
+    save_sharded(before, 1)
+    save_sharded(before, 2)
+    number, seen = 1, set()
+    while True:
+        run = tmp_path / f"killed{number}"
+        shutil.copytree(before, run)
+        if not kill_at(monkeypatch, number, lambda run=run: save_sharded(run, 3, keep=2)):
+            break
+        path, _ = latest_checkpoint(run)
+        found = load_checkpoint(path)
+        assert_is(path, found.step)
+        seen.add(found.step)
+        save(run, 4, keep=1)
+        assert steps(run)[-1] == 4
+        assert hidden(run) == []
+        number += 1
+    assert seen == {2, 3}
+    assert number > 20
 
 
 SAVE_FOR_EVER = """

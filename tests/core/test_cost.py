@@ -174,6 +174,23 @@ def test_with_rematerialization_a_micro_batch_has_the_gradients_of_one_layer_at_
     assert training_memory(config.model_copy(update={"training": single}))["gradients"] == memory["parameters"]
 
 
+def test_with_experts_rematerialized_one_layer_at_a_time_has_its_copies(config):
+    training = config.training.model_copy(update={"rematerialize": "experts"})
+    memory, plain = training_memory(config.model_copy(update={"training": training})), training_memory(config)
+    copies, of_experts = (
+        4 * 2 * (4 * 12 + 2 * 20),
+        [
+            sum(
+                row.size for row in parameter_table(config.model) if row.name.startswith(f"layers.{index}.moe.experts.")
+            )
+            for index in range(3)
+        ],
+    )
+    assert sorted(size > 0 for size in of_experts) == [False, True, True]
+    assert plain["activations"] - memory["activations"] == 3 * 5 * copies
+    assert plain["gradients"] - memory["gradients"] == 4 * min(size for size in of_experts if size)
+
+
 def test_a_null_vocabulary_is_refused_by_name(config):
     spec = with_model(config, vocab_size=None).model
     for cost in (parameter_counts, lambda spec: flops_per_token(spec, 5, True)):

@@ -1,5 +1,6 @@
 """Plans by formula: worked by hand on a small model, and what is refused. tests/mesh holds them against XLA."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def test_a_micro_batch_sends_as_much_as_a_step_of_its_size() -> None:
 
 
 def test_one_device_has_what_training_memory_says() -> None:
-    for overrides in ([], ["training.rematerialize=block"], ["training.gradient_accumulation=2"]):
-        config, lengths = config_on(*overrides)
+    for how, parts in itertools.product(("none", "experts", "block"), (1, 2)):
+        config, lengths = config_on(f"training.rematerialize={how}", f"training.gradient_accumulation={parts}")
         memory, expected = memory_per_device(config, lengths), training_memory(config)
         assert memory["put together"] == memory["exchange"] == memory["state"] == 0
         assert {name: memory[name] for name in expected} == expected

@@ -31,9 +31,10 @@ def trained(name: str, rematerialize: str, backend: str = "jax") -> tuple[Model,
     return model, model.train_step(windows, 1e-3, micro_batch_keys(0, 0, 2)).fetch()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_step_is_the_same_with_and_without_rematerialization(name):
-    (plain, expected), (again, found) = (trained(name, how) for how in ("none", "block"))
+@pytest.mark.parametrize("how", ["experts", "block"])
+@pytest.mark.parametrize("name", [*CONFIGS, "weight_on_input", "latent_experts", "clamped_swiglu", "zero_computation"])
+def test_a_step_is_the_same_with_and_without_rematerialization(name, how):
+    (plain, expected), (again, found) = (trained(name, each) for each in ("none", how))
     assert_all_close(found.losses, expected.losses, FLOAT32)
     assert_close(found.gradient_norm, expected.gradient_norm, FLOAT32_GRADIENT)
     assert [list(load) for load in found.load] == [list(load) for load in expected.load]
@@ -45,17 +46,23 @@ def test_a_step_is_the_same_with_and_without_rematerialization(name):
 
 
 def test_jax_keeps_less_for_the_way_back():
-    """Bytes of one step's temporary arrays, as XLA plans them: eight layers, of which one is alive at a time."""
+    """Bytes of one step's temporary arrays, as XLA plans them: eight layers, of which one is alive at a time.
+
+    `blocks` keep two of the formula's four arrays of hidden width, the gate and what is multiplied by it.
+    """
     overrides = ("model.layers[0].repeat=8", "model.embed_dim=64")
     config = with_vocab_size(load_config(TINY / "top_k.yaml", overrides), V)
     windows = np.zeros((1, 4, 129), np.int32)
     planned = {}
-    for how in ("none", "block"):
+    for how in ("none", "experts", "block"):
         model = Twin("jax").backend().build(config.model, initial_weights(config.model, 0))
         model.start_training(config.optimizer, rematerialize=how)
         arguments = (model._parameters, model._state, model._moments, windows, np.float32(1e-3), None)
         planned[how] = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert planned["block"] < 0.65 * planned["none"], planned
+    moe = config.model.layers[0].moe
+    copies = 4 * moe.router.top_k * (2 * moe.experts.hidden_dim + 2 * config.model.embed_dim) * 4 * 128
+    assert 0.8 * 7 * copies < planned["none"] - planned["experts"] < 1.4 * 7 * copies, (planned, copies)
 
 
 def test_micro_batches_have_the_gradients_of_one_block_at_a_time():
@@ -70,7 +77,8 @@ def test_micro_batches_have_the_gradients_of_one_block_at_a_time():
     assert gradients < planned < 1.6 * gradients, (planned, gradients)
 
 
-def test_mlx_says_that_it_does_not():
+@pytest.mark.parametrize("how", ["experts", "block"])
+def test_mlx_says_that_it_does_not(how):
     require_backend("mlx")
-    with pytest.raises(TrainingError, match=r"training.rematerialize is 'block', which is not realized on MLX"):
-        trained("top_k", "block", "mlx")
+    with pytest.raises(TrainingError, match=rf"training.rematerialize is '{how}', which is not realized on MLX"):
+        trained("top_k", how, "mlx")

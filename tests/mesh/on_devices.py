@@ -1,7 +1,8 @@
 """Trains tiny models on 8 simulated devices and on one, and prints as JSON how far apart they are. Run by the tests.
 
 python on_devices.py equal CONFIG MESH...    MESH as JSON, e.g. {"data": 8}
-python on_devices.py collectives MESH
+python on_devices.py collectives CONFIG MESH
+python on_devices.py donated CONFIG MESH
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from moezoo.core.config import parse_config
@@ -26,10 +28,16 @@ def config_of(path: Path):
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": VOCAB})})
 
 
-def trained(config, mesh, windows, key, rematerialize="none"):
+def mesh_and_options(given: dict):
+    """What is of `mesh`, and what `start_training` is given."""
+    options = {name: given[name] for name in ("rematerialize", "layers") if name in given}
+    return MeshConfig(**{name: value for name, value in given.items() if name not in options}), options
+
+
+def trained(config, mesh, options, windows, key):
     model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
+    model.start_training(config.optimizer, **options)
     losses, gradients = model.loss_and_gradients(windows[0, :, :-1], windows[0, :, 1:], key=key)
-    model.start_training(config.optimizer, rematerialize=rematerialize)
     keys = np.stack([key, key + 1])
     steps = [model.train_step(windows, 1e-3, keys).fetch() for _ in range(STEPS)]
     ways = {False, config.model.inference_differs}
@@ -46,11 +54,10 @@ def equal(path: Path, meshes: list[dict]) -> dict:
     config = config_of(path)
     windows = np.random.default_rng(0).integers(0, VOCAB, (2, 8, 17)).astype(np.int32)
     key = np.array([1, 2], np.uint32)
-    losses, gradients, steps, scores, alone = trained(config, MeshConfig(), windows, key)
+    losses, gradients, steps, scores, alone = trained(config, MeshConfig(), {}, windows, key)
     found = {}
     for given in meshes:
-        mesh = {name: value for name, value in given.items() if name != "rematerialize"}
-        mine = trained(config, MeshConfig(**mesh), windows, key, given.get("rematerialize", "none"))
+        mine = trained(config, *mesh_and_options(given), windows, key)
         assert sorted(mine[0]) == sorted(losses)
         assert sorted(mine[1]) == sorted(gradients)
         exported = mine[4].export_parameters()
@@ -75,25 +82,54 @@ def equal(path: Path, meshes: list[dict]) -> dict:
     return found
 
 
-def collectives(path: Path, mesh: dict) -> dict:
-    """How often the compiled step has each collective, by the shape of what it moves."""
+def compiled_step(path: Path, given: dict, micro_batches: int = 1):
     config = config_of(path)
-    model = JaxBackend(MeshConfig(**mesh)).build(config.model, initial_weights(config.model, 0))
-    model.start_training(config.optimizer)
-    windows = model._placement.of_all_processes(np.zeros((1, 8, 17), np.int32))
+    mesh, options = mesh_and_options(given)
+    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
+    model.start_training(config.optimizer, **options)
+    windows = model._placement.of_all_processes(np.zeros((micro_batches, 8, 17), np.int32))
     with model._placement.active(8):
         given = (model._parameters, model._state, model._moments, windows, np.float32(1e-3), None)
-        text = model._step.lower(*given).compile().as_text()
+        return model, model._step.lower(*given).compile()
+
+
+def collectives(path: Path, given: dict) -> dict:
+    """How often the compiled step has each collective, by the shape of what it moves; `loop` where a loop has it."""
+    text = compiled_step(path, given)[1].as_text()
+    computations = dict(re.findall(r"^(?:ENTRY )?(%\S+) .*?\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE))
+    inside, seen = [name for body in computations.values() for name in re.findall(r"body=(%[\w.-]+)", body)], set()
+    while inside:
+        seen.add(name := inside.pop())
+        called = re.findall(r"(?:body|condition|calls|to_apply)=(%[\w.-]+)", computations[name])
+        inside += [each for each in called if each not in seen]
     kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
     found: Counter[str] = Counter()
-    for shapes, kind in re.findall(rf"= (.*?) ({kinds})\(", text):
-        each = set(re.findall(r"[a-z]+[0-9]+\[[0-9,]*\]", shapes))
-        for shape in each if kind == "all-to-all" else re.findall(r"[a-z]+[0-9]+\[[0-9,]*\]", shapes):
-            found[f"{kind} {shape}"] += 1
+    for name, body in computations.items():
+        for shapes, kind in re.findall(rf"= (.*?) ({kinds})\(", body):
+            each = re.findall(r"[a-z]+[0-9]+\[[0-9,]*\]", shapes)
+            for shape in set(each) if kind == "all-to-all" else each:
+                found[f"{'loop ' if name in seen else ''}{kind} {shape}"] += 1
     return dict(found)
+
+
+def donated(path: Path, given: dict) -> dict:
+    """Arrays of a step that keeps their places, all that should, and how many bytes it needs for others' results."""
+    model, compiled = compiled_step(path, given, micro_batches=2)
+    header = compiled.as_text().partition("\n")[0]
+    plan = compiled.memory_analysis()
+    given = jax.tree.leaves((model._parameters, model._moments))
+    shards = [value.addressable_shards[0].data.nbytes for value in given]
+    return {
+        "kept": len(re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", header)),
+        "arrays": len(given),
+        "kept_bytes": plan.alias_size_in_bytes,
+        "bytes": sum(shards),
+        "other_results": plan.output_size_in_bytes - plan.alias_size_in_bytes,
+    }
 
 
 if __name__ == "__main__":
     what, config, *given = sys.argv[1:]
     meshes = [json.loads(mesh) for mesh in given]
-    print(json.dumps(equal(Path(config), meshes) if what == "equal" else collectives(Path(config), meshes[0])))
+    answers = {"collectives": collectives, "donated": donated}
+    print(json.dumps(equal(Path(config), meshes) if what == "equal" else answers[what](Path(config), meshes[0])))

@@ -29,6 +29,11 @@ MESHES = [
     {"expert": 4, "tensor": 2, "exchange": "allgather"},
     {"data": 8, "rules": {"expert": "data"}},
     {"fsdp": 2, "expert": 4, "rematerialize": "block"},
+    {"data": 2, "expert": 4, "exchange": "allgather", "rematerialize": "experts"},
+    {"fsdp": 2, "expert": 2, "tensor": 2, "rematerialize": "experts"},
+    {"fsdp": 2, "expert": 4, "layers": "scanned"},
+    {"data": 2, "fsdp": 2, "tensor": 2, "layers": "scanned", "rematerialize": "block"},
+    {"fsdp": 2, "expert": 2, "tensor": 2, "layers": "scanned", "rematerialize": "experts"},
 ]
 MIXED = [MESHES[10], MESHES[11]]
 GROUPED = [
@@ -151,6 +156,43 @@ def test_tokens_travel_to_experts_and_experts_stay():
     assert kinds == {"all-to-all", "all-reduce"}  # nothing is gathered, neither an expert's matrix nor a probability
     rows = {name: count for name, count in found.items() if name.startswith("all-to-all f32")}
     assert rows, found
+
+
+def test_experts_are_computed_again_with_their_exchange():
+    """Tokens travel there and back, and so do gradients; then tokens once more, for the way back."""
+    mesh = {"data": 2, "expert": 4}
+    plain, again = (
+        sum(
+            count
+            for name, count in on_devices("collectives", "configs/tiny/top_k.yaml", json.dumps(given)).items()
+            if name.startswith("all-to-all f32")
+        )
+        for given in (mesh, {**mesh, "rematerialize": "experts"})
+    )
+    assert plain < again <= 1.5 * plain, (plain, again)
+
+
+def test_a_scan_puts_the_parameters_of_one_layer_together_at_a_time():
+    mesh = {"fsdp": 8, "layers": "scanned", "rematerialize": "experts"}
+    found = on_devices("collectives", "configs/tiny/top_k.yaml", json.dumps(mesh))
+    gathers = {name for name in found if "all-gather" in name}
+    # Outside the loop the embedding and the head alone; inside no array of both layers, [2, 32, 4, 8] and the like.
+    assert {name for name in gathers if not name.startswith("loop")} == {
+        "all-gather f32[64,32]",
+        "all-gather f32[32,64]",
+    }
+    shapes = {tuple(map(int, name.partition("[")[2][:-1].split(","))) for name in gathers if name.startswith("loop")}
+    assert {(8, 32, 24), (8, 24, 32), (32, 4, 8), (32, 2, 8), (4, 8, 32)} <= shapes
+    assert all(shape[0] == 1 or len(shape) == 3 for shape in shapes), shapes
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": "scanned"}, {"rematerialize": "experts"}])
+def test_a_step_writes_parameters_and_moments_where_they_were(options):
+    """On a mesh too, each device's parts of them; beside them it gives numbers alone."""
+    found = on_devices("donated", "configs/tiny/top_k.yaml", json.dumps({"fsdp": 2, "expert": 4, **options}))
+    assert found["kept"] == found["arrays"] > 30
+    assert found["kept_bytes"] == found["bytes"]
+    assert found["other_results"] < 0.02 * found["bytes"]
 
 
 def test_fsdp_puts_each_parameter_together_twice():

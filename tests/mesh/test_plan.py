@@ -17,6 +17,7 @@ from tests.mesh.simulated import run_simulated
 SMALL = ("model.vocab_size=64", "training.batch_size=8", "training.sequence_length=16")
 EIGHT = (*SMALL, "model.layers[0].moe.num_experts=8")
 AGAIN = ("training.rematerialize=block", "training.gradient_accumulation=2", "training.batch_size=16")
+EXPERTS = "training.rematerialize=experts"
 
 CASES = {
     2: [
@@ -37,6 +38,12 @@ CASES = {
         ("top_k", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
         ("top_k", {"data": 2, "expert": 4}, (*EIGHT, *AGAIN)),
         ("top_k", {"fsdp": 4, "expert": 2, "exchange": "allgather"}, (*EIGHT, *AGAIN)),
+        ("top_k", {"data": 2, "expert": 4}, (*EIGHT, *AGAIN, EXPERTS)),
+        (
+            "top_k",
+            {"fsdp": 4, "expert": 2, "exchange": "allgather"},
+            (*EIGHT, *AGAIN, "training.rematerialize=experts"),
+        ),
         ("capacity_groups", {"data": 2, "expert": 4}, EIGHT),  # each copy has a place: nothing is said of rows
         ("grouped_top2", {"data": 2, "expert": 4}, SMALL),  # no score of a group is gathered
         ("sequence_balance", {"data": 2, "expert": 4}, EIGHT),  # nor of a sequence
@@ -138,3 +145,11 @@ def test_671_billion_parameters_are_planned_in_less_than_a_minute_and_none_is_ma
             assert own["formula"] == own["program"]
         elif own["formula"]["arrays"]:
             assert own["program"]["bytes"] == pytest.approx(own["formula"]["bytes"], rel=1e-5)
+
+
+def test_blocks_are_put_together_for_each_micro_batch_and_not_all_before_the_first() -> None:
+    """Else a device would have all parameters at once. Embedding and head, which all of a step needs, may be."""
+    parts = ("training.gradient_accumulation=2", "training.batch_size=16")
+    (found,) = planned(8, "formula", ("top_k", {"fsdp": 4, "expert": 2}, (*EIGHT, *parts)))
+    (arrays, size), (known, known_size) = (found[which]["all-gather fsdp"] for which in ("program", "formula"))
+    assert (known - arrays, known_size - size) in ((0, 0), (2, 2 * 4 * 64 * 32))

@@ -39,7 +39,8 @@ from tests.twins import Twin
 
 ROOT = Path(__file__).parents[2] / "configs"
 TINY = sorted((ROOT / "tiny").glob("*.yaml"))
-OTHERS = sorted(set(ROOT.rglob("*.yaml")) - set(TINY))
+MESHES = sorted((ROOT / "meshes").glob("*.yaml"))  # no configs: devices alone
+OTHERS = sorted(set(ROOT.rglob("*.yaml")) - {*TINY, *MESHES})
 INFERRING_OTHERWISE = [path for path in TINY if load_config(path).model.inference_differs]
 VOCAB_SIZE = 31  # where the config leaves it to a tokenizer
 LARGEST_BUILT = 20_000_000  # parameters; more would take seconds to draw
@@ -379,4 +380,4 @@ def test_larger_configs_that_a_test_can_build_have_the_tables_names_and_shapes(t
 def test_there_is_a_case_for_every_config():
     """A config that no test sees fails here: every YAML file is tiny or among the others, and none is left out."""
     assert len(TINY) >= 12
-    assert sorted([*TINY, *OTHERS]) == sorted(ROOT.rglob("*.y*ml"))
+    assert sorted([*TINY, *OTHERS, *MESHES]) == sorted(ROOT.rglob("*.y*ml"))
