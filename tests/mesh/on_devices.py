@@ -85,7 +85,7 @@ def equal(path: Path, meshes: list[dict]) -> dict:
 
 
 def answered(config, mesh, options) -> tuple[dict, list]:
-    """All that a model says where it was trained, by name, for batches that a mesh can share equally and that it cannot.
+    """All that a model says where it was trained, by name, for a batch that a mesh can share equally and one it cannot.
 
     And the tokens that follow prompts of unequal length.
     """
