@@ -3,6 +3,7 @@
 python on_devices.py equal CONFIG MESH...    MESH as JSON, e.g. {"data": 8}
 python on_devices.py collectives CONFIG MESH
 python on_devices.py donated CONFIG MESH
+python on_devices.py answers CONFIG MESH
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 from moezoo.core.config import parse_config
 from moezoo.core.initialize import initial_weights
 from moezoo.core.mesh import MeshConfig
+from moezoo.core.sampling import SamplingOptions
 from moezoo.jax_backend.steps import JaxBackend
 
 VOCAB, STEPS = 64, 3
@@ -82,6 +84,38 @@ def equal(path: Path, meshes: list[dict]) -> dict:
     return found
 
 
+def answered(config, mesh, options) -> tuple[dict, list]:
+    """All that a model says where it was trained, by name, for a batch that a mesh can share equally and one it cannot.
+
+    And the tokens that follow prompts of unequal length.
+    """
+    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
+    model.start_training(config.optimizer, **options)
+    windows = np.random.default_rng(0).integers(0, VOCAB, (1, 8, 17)).astype(np.int32)
+    model.train_step(windows, 1e-3).fetch()
+    found, generated = {}, []
+    for batch in (8, 3):
+        tokens, targets = windows[0, :batch, :-1], windows[0, :batch, 1:]
+        output = model.forward(tokens, targets, record=True)
+        named = {"logits": output.logits, **output.losses, **output.intermediates}
+        forced = [routing.expert for routing in output.routing]
+        named |= model.loss_and_gradients(tokens, targets, forced=forced)[1]
+        named["score"] = model.score(tokens, targets, inference=True).token_losses
+        named["prefill"], cache = model.prefill(tokens, 24)
+        named["decode"], _ = model.decode(targets[:, -1], cache)
+        found |= {f"{name} of {batch}": value for name, value in named.items()}
+        generation = model.start_generation([tokens[0, :5], *tokens[1:]], 6, SamplingOptions(temperature=0.8, seed=3))
+        generated.append([generation.next().fetch().tolist() for _ in range(6)])
+    return found, generated
+
+
+def answers(path: Path, given: dict) -> dict:
+    config = config_of(path)
+    (alone, expected), (mine, generated) = (answered(config, *mesh_and_options(mesh)) for mesh in ({}, given))
+    assert sorted(mine) == sorted(alone)
+    return {"apart": {name: apart(alone[name], mine[name]) for name in alone}, "tokens": generated == expected}
+
+
 def compiled_step(path: Path, given: dict, micro_batches: int = 1):
     config = config_of(path)
     mesh, options = mesh_and_options(given)
@@ -131,5 +165,5 @@ def donated(path: Path, given: dict) -> dict:
 if __name__ == "__main__":
     what, config, *given = sys.argv[1:]
     meshes = [json.loads(mesh) for mesh in given]
-    answers = {"collectives": collectives, "donated": donated}
-    print(json.dumps(equal(Path(config), meshes) if what == "equal" else answers[what](Path(config), meshes[0])))
+    of_one = {"collectives": collectives, "donated": donated, "answers": answers}
+    print(json.dumps(equal(Path(config), meshes) if what == "equal" else of_one[what](Path(config), meshes[0])))

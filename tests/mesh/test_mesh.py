@@ -186,6 +186,16 @@ def test_a_scan_puts_the_parameters_of_one_layer_together_at_a_time():
     assert all(shape[0] == 1 or len(shape) == 3 for shape in shapes), shapes
 
 
+@pytest.mark.parametrize("mesh", [MESHES[5], {**MESHES[10], "layers": "scanned", "rematerialize": "experts"}])
+def test_a_model_answers_where_it_was_trained(mesh):
+    """Intermediates, gradients with forced experts, inference, a cache, generated tokens; 3 sequences too, unshared."""
+    found = on_devices("answers", "configs/tiny/top_k.yaml", json.dumps(mesh))
+    assert {"layers.1.moe.router.logits of 8", "layers.1.moe.experts.w_up of 3", "decode of 3"} <= found["apart"].keys()
+    far = {name: apart for name, apart in found["apart"].items() if apart > FLOAT32_TRAINING.relative}
+    assert not far
+    assert found["tokens"]
+
+
 @pytest.mark.parametrize("options", [{}, {"layers": "scanned"}, {"rematerialize": "experts"}])
 def test_a_step_writes_parameters_and_moments_where_they_were(options):
     """On a mesh too, each device's parts of them; beside them it gives numbers alone."""
