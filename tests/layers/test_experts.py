@@ -143,7 +143,7 @@ def test_jax_chooses_its_path_by_platform_and_by_what_is_installed(monkeypatch, 
     module = Twin("jax").module("experts")
     monkeypatch.setattr(module.jax, "default_backend", lambda: platform)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object() if installed else None)
-    assert module.grouped_path.__wrapped__() == expected
+    assert module._grouped_path.__wrapped__(module.platform()) == expected
 
 
 @on_every_path
