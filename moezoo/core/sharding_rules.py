@@ -19,7 +19,10 @@ RULES: dict[str, tuple[MeshAxis, ...]] = {
     "kv_head": ("tensor",),
     "hidden": ("tensor",),
     "expert": ("expert",),
+    "latent": ("fsdp",),
 }
+_YIELDS = "latent"
+"""It is cut along no axis of the mesh that another axis of its parameter has: of [embed, latent], `embed` alone."""
 
 Partition = tuple[tuple[MeshAxis, ...], ...]
 """Of each dimension, the axes of the mesh that cut it."""
@@ -38,8 +41,11 @@ def partition(row: Parameter, mesh: MeshConfig, sizes: Mapping[MeshAxis, int]) -
     rules: dict[str, tuple[MeshAxis, ...]] = {**RULES, **{str(name): axes for name, axes in mesh.rules.items()}}
     found: list[tuple[MeshAxis, ...]] = []
     used: dict[MeshAxis, str] = {}
+    of_others = {axis for name in row.axes if name != _YIELDS for axis in rules.get(name, ())}
     for name, length in zip(row.axes, row.shape, strict=True):
         axes = tuple(axis for axis in rules.get(name, ()) if sizes[axis] > 1)
+        if name == _YIELDS:
+            axes = tuple(axis for axis in axes if axis not in of_others)
         for axis in axes:
             if axis in used:
                 raise SpecError(

@@ -74,6 +74,18 @@ def test_an_axis_used_twice_is_named_with_both_rules(rows):
     )
 
 
+def test_what_comes_from_latents_is_cut_where_nothing_else_of_it_is():
+    model = load_config("configs/tiny/latent_attention_query.yaml", ["model.vocab_size=64"]).model
+    table = {row.name: row for row in parameter_table(model)}
+    mesh = MeshConfig(fsdp=2)
+    down, up = (table[f"layers.0.attention.{name}"] for name in ("w_query_down", "w_query"))
+    assert (down.axes, up.axes) == (("embed", "latent"), ("latent", "head", "head_dim"))
+    assert partition(down, mesh, sizes(mesh, 2)) == (("fsdp",), ())
+    assert partition(up, mesh, sizes(mesh, 2)) == (("fsdp",), (), ())
+    whole = MeshConfig(fsdp=2, rules={"latent": None})
+    assert partition(up, whole, sizes(whole, 2)) == ((), (), ())
+
+
 def test_a_batch_that_cannot_be_shared_is_refused():
     check_batch(8, {**ALONE, "data": 2, "expert": 4})
     with pytest.raises(SpecError, match="has 6 sequences, which data 2, expert 4 of the mesh would share in 8"):
