@@ -175,7 +175,8 @@ def train(
 def launch_command(nproc: int, words: tuple[str, ...]) -> None:
     """Run `train` as N processes on this machine, each with a part of every batch.
 
-    For example: moezoo launch --nproc 2 train CONFIG --backend mlx. When one process ends with an error, all do.
+    For example: moezoo launch --nproc 2 train CONFIG --backend mlx, or --backend jax --mesh data=auto. When one
+    process ends with an error, all do.
     """
     from moezoo.backends import default_backend
     from moezoo.core.launch import launch

@@ -53,18 +53,11 @@ class _Recomputed(nnx.Module):
 
 
 def _on_their_devices_again(
-    through: Through,
-    spec: MoESpec,
-    experts: Experts,
-    x_PD: jax.Array,
-    routing: Routing,
-    dispatched: Dispatch,
-    *,
-    num_sequences: int,
-    inference: bool,
+    through: Through, spec: MoESpec, experts: Experts, *given: Any, num_sequences: int, inference: bool
 ) -> jax.Array:
     """`on_their_devices`, of which the way back keeps what enters it; copies are exchanged once more."""
     graph, state = nnx.split(experts)
+    x_PD, routing, dispatched = given
     if active_placement() is not None:
         # Each device sorts the copies of its own tokens. The order of all is not to be kept: it would be gathered.
         dispatched = dispatched._replace(**dict.fromkeys(("token_R", "expert_R", "weight_R", "size_E")))

@@ -19,7 +19,7 @@ from moezoo.core.checkpoint import list_checkpoints
 from moezoo.core.errors import TrainingError
 from moezoo.core.metrics import read_metrics
 from tests.backends_available import require_backend
-from tests.launched import TIMEOUT_S, begun, lines, start, train
+from tests.launched import TIMEOUT_S, assert_ends_with_the_first, begun, lines, start, train
 from tests.small_run import MODEL, write_config
 
 FROM_ONE = 1e-5
@@ -126,12 +126,7 @@ def test_a_killed_process_ends_the_group_with_an_error(config: Path) -> None:
 
 
 def test_an_error_of_the_first_process_ends_the_group(config: Path, two: tuple[Path, str]) -> None:
-    running = start("train", config, "--backend", "mlx", "--out", two[0])
-    said, _ = running.communicate(timeout=TIMEOUT_S)
-    assert running.returncode == 1
-    assert "already holds a run" in said
-    assert "TrainingError: process 0 of 2 ended with status 1" in said
-    assert "Traceback" not in said
+    assert_ends_with_the_first("mlx", config, two[0])
 
 
 def test_a_batch_that_two_cannot_share_is_refused(config: Path) -> None:

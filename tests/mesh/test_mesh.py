@@ -1,18 +1,13 @@
 """On 8 simulated devices: as on one, in losses, every gradient and three steps; and what travels between them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.backends_available import require_backend
 from tests.contracts.source_tree import PACKAGE
+from tests.mesh.simulated import run_simulated
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING
 
-SCRIPT = Path(__file__).with_name("on_devices.py")
 MESHES = [
     {"data": 8},
     {"fsdp": 8},
@@ -49,19 +44,7 @@ GROUPED = [
 
 
 def on_devices(*words: str) -> dict:
-    require_backend("jax")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    root = PACKAGE.parent
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), *words],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(run_simulated("on_devices.py", *words).splitlines()[-1])
 
 
 def check(found: dict) -> None:
