@@ -1,15 +1,20 @@
 """The command line. Each command imports what it needs when it runs, so that `moezoo --help` is quick."""
 
-import functools
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moezoo.core.errors import BackendError, DataError, MoezooError, RunError, SpecError
+from moezoo.cli_options import (
+    backend_option,
+    devices_option,
+    group_options,
+    json_option,
+    mesh_option,
+    set_option,
+)
+from moezoo.core.errors import DataError, MoezooError, RunError, SpecError
 from moezoo.core.process_group import ProcessGroup, end
 
 if TYPE_CHECKING:
@@ -44,64 +49,14 @@ def main() -> None:
     """Mixture-of-experts language models: one spec, on JAX and on MLX, proven equal."""
 
 
-_backend = click.option("--backend", metavar="jax|mlx", help="Default: $BACKEND, else mlx on Apple silicon, else jax.")
-_set = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a value of the config.")
-_mesh = click.option("--mesh", metavar="AXIS=N,...|FILE", help="Devices along each axis, or a YAML file that says so.")
-_devices = click.option("--devices", type=click.IntRange(1), metavar="N", help="How many there are.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-
-
-def _group(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of a process that is one of several, as one argument `group`."""
-    seconds = click.IntRange(1)
-    given = ProcessGroup("auto")
-    options = (
-        click.option("--coordinator", metavar="HOST:PORT|auto", help="The first process; auto: as the cluster says."),
-        click.option("--num-processes", type=click.IntRange(1), metavar="N", help="How many there are."),
-        click.option("--process-id", type=click.IntRange(0), metavar="I", help="Which this is, from 0."),
-        click.option("--startup-timeout", type=seconds, default=given.startup_s, show_default=True, metavar="SECONDS"),
-        click.option(
-            "--heartbeat-timeout",
-            type=seconds,
-            default=given.heartbeat_s,
-            show_default=True,
-            metavar="SECONDS",
-            help="After so long a silent process counts as dead.",
-        ),
-        click.option(
-            "--shutdown-timeout", type=seconds, default=given.shutdown_s, show_default=True, metavar="SECONDS"
-        ),
-    )
-
-    @functools.wraps(command)
-    def with_group(
-        coordinator: str | None,
-        num_processes: int | None,
-        process_id: int | None,
-        startup_timeout: int,
-        heartbeat_timeout: int,
-        shutdown_timeout: int,
-        **given: Any,
-    ) -> None:
-        timeouts = (startup_timeout, heartbeat_timeout, shutdown_timeout)
-        if coordinator is None and (num_processes, process_id) != (None, None):
-            raise BackendError("--num-processes and --process-id need --coordinator HOST:PORT, of the first process.")
-        group = None if coordinator is None else ProcessGroup(coordinator, num_processes, process_id, *timeouts)
-        command(group=group, **given)
-
-    for option in reversed(options):
-        with_group = option(with_group)
-    return with_group
-
-
 @main.command()
 @click.argument("config_path", metavar="CONFIG", type=Path)
-@_backend
+@backend_option
 @click.option("--out", type=Path, metavar="RUN", help="Run folder. Default: runs/<config name>.")
-@_set
-@_mesh
+@set_option
+@mesh_option
 @click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
-@_group
+@group_options
 def train(
     config_path: Path,
     backend: str | None,
@@ -196,7 +151,7 @@ def launch_command(nproc: int, words: tuple[str, ...]) -> None:
 @click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="The text to continue. Repeat it for several.")
 @click.option("--chat", is_flag=True, help="The prompt is a message; answer it, by the tokenizer's chat template.")
 @click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue, instead of a text; prints ids.")
-@_backend
+@backend_option
 @click.option("--compute", metavar="float32|bfloat16", help="Dtype of activations. Default: the model's own.")
 @click.option("--max-length", type=click.IntRange(1), help="Tokens in all, where a rotation depends on it (longrope).")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Default: what PATH says, else 256.")
@@ -277,8 +232,8 @@ def generate(
 )
 @click.option("--sequence-length", type=click.IntRange(1), help="Default: that of the run, else 512.")
 @click.option("--batch-size", type=click.IntRange(1), help="Windows at once.")
-@_backend
-@_json
+@backend_option
+@json_option
 def evaluate(
     path: Path,
     data: str | None,
@@ -336,10 +291,10 @@ def evaluate(
 
 @main.command()
 @click.argument("path", metavar="PATH", type=Path)
-@_set
-@_mesh
-@_devices
-@_json
+@set_option
+@mesh_option
+@devices_option
+@json_option
 def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: int | None, as_json: bool) -> None:
     """A model on one page: layers, parameters, FLOPs, memory.
 
@@ -385,13 +340,13 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
 
 @main.command("plan")
 @click.argument("config_path", metavar="CONFIG", type=Path)
-@_set
-@_mesh
-@_devices
+@set_option
+@mesh_option
+@devices_option
 @click.option("--memory", metavar="80GiB", help="Of a device: does the step fit?")
 @click.option("--formula", is_flag=True, help="Compile nothing.")
 @click.option("--topology", metavar="v5e:16x16", help="TPU chips to compile for, where libtpu is installed.")
-@_json
+@json_option
 def plan_command(
     config_path: Path,
     overrides: tuple[str, ...],
@@ -410,31 +365,17 @@ def plan_command(
     """
     import json
 
-    from moezoo.backends import load_planner
     from moezoo.core.config import load_config
     from moezoo.core.describe import spec_with_vocab_size
-    from moezoo.core.describe_mesh import known_sizes
     from moezoo.core.load_mesh import load_mesh
-    from moezoo.core.plan import smaller, with_same_sequences
-    from moezoo.core.plan_page import memory_bytes, plan_description, plan_page
+    from moezoo.core.make_plan import make_plan
+    from moezoo.core.plan_page import memory_bytes, plan_page
 
     config = load_config(config_path, overrides)
-    limit = None if memory is None else memory_bytes(memory)
     spec, assumed = spec_with_vocab_size(config)
-    given = config.mesh if mesh is None else load_mesh(mesh)
-    chips = None if topology is None else load_planner().chips_of(topology)
-    lengths = known_sizes(given, devices if chips is None else len(chips))
-    given = given.model_copy(update={str(axis): length for axis, length in lengths.items()})
-    config = config.model_copy(update={"model": spec, "mesh": given})
-    known = plan_description(config, lengths, limit)  # refuses what does not fit together, before anything is compiled
-    if chips is None and not formula:
-        planner = load_planner()
-        compiled = lengths if known["devices"] <= planner.MOST_DEVICES else smaller(lengths)
-        planner.simulate_devices(math.prod(compiled.values()))
-        small = with_same_sequences(config, lengths, compiled)
-        known = plan_description(config, lengths, limit, (small, compiled, planner.compiled_step(small)))
-    if chips is not None:
-        known["chip"] = {"topology": topology, **load_planner().memory_on_chips(config, chips)}
+    config = config.model_copy(update={"model": spec, "mesh": config.mesh if mesh is None else load_mesh(mesh)})
+    limit = None if memory is None else memory_bytes(memory)
+    known = make_plan(config, devices, limit, compiled=not formula, topology=topology)
     if assumed:
         click.echo(f"assumed: {assumed}", err=True)
     if as_json:
@@ -445,7 +386,7 @@ def plan_command(
 
 @main.command()
 @click.argument("path", metavar="PATH", type=Path)
-@_json
+@json_option
 @click.option("--all", "show_all", is_flag=True, help="Show every gradient.")
 def parity(path: Path, as_json: bool, show_all: bool) -> None:
     """Compare reference, JAX and MLX on the same weights and tokens. Exit status 1 beyond tolerance.
@@ -467,7 +408,7 @@ def parity(path: Path, as_json: bool, show_all: bool) -> None:
 @click.argument("path", metavar="PATH", type=Path)
 @click.argument("out", metavar="OUT", type=Path)
 @click.option("--whole", is_flag=True, help="A run into a run: its newest checkpoint in whole safetensors files.")
-@_json
+@json_option
 def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
     """Turn a Hugging Face checkpoint into a run folder, or a run into a Hugging Face checkpoint.
 
@@ -510,7 +451,7 @@ def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("folder", metavar="[CONFIGS]", type=Path, default=Path("configs/tiny"))
-@_json
+@json_option
 @click.option("--list", "only_list", is_flag=True, help="Leave the parity checks out.")
 @click.option("--out", type=Path, metavar="FILE", help="Write the table as Markdown too.")
 def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
@@ -560,7 +501,7 @@ def schema() -> None:
 @click.option("--slice-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Length of a turn.")
 @click.option("--smoke", is_flag=True, help="Everything once, on a tiny model: does it work?")
 @click.option("--out", type=Path, metavar="FILE", help="Picture of the sweep. Default: runs/expert_sweep.png.")
-@_json
+@json_option
 def bench_command(
     mode: str | None,
     backends: str | None,

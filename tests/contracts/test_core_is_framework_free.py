@@ -8,7 +8,8 @@ import pytest
 from tests.contracts.source_tree import PACKAGE, tree_of
 
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "mlx", "torch", "tensorflow"}
-CORE = sorted([*(PACKAGE / "core").rglob("*.py"), PACKAGE / "__init__.py", PACKAGE / "cli.py", PACKAGE / "backends.py"])
+BESIDE = ("__init__.py", "cli.py", "cli_options.py", "backends.py")
+CORE = sorted([*(PACKAGE / "core").rglob("*.py"), *(PACKAGE / name for name in BESIDE)])
 # Slow to import; only a function that needs one imports it.
 LATE = {"transformers", "matplotlib"}
 
