@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from moezoo.core.errors import CheckpointError, RunError
 from moezoo.core.files import (
@@ -40,21 +39,26 @@ from moezoo.core.files import (
     sha256_of,
     write_atomically,
 )
+from moezoo.core.manifest import (
+    ARRAYS,
+    CONFIG,
+    FORMAT_VERSION,
+    MANIFEST,
+    NAME,
+    OF_OPTIMIZER,
+    OF_WEIGHTS,
+    OPTIMIZER,
+    WEIGHTS,
+    Manifest,
+    ManifestFile,
+    read_manifest,
+    verified,
+)
 from moezoo.core.safetensors_file import StoredTensors, write_tensors
 from moezoo.core.sharded_tensors import ShardedTensors
 
 Array = npt.NDArray[Any]
 
-FORMAT_VERSION = 1
-
-_WEIGHTS, _OPTIMIZER, _CONFIG = "weights.safetensors", "optimizer.safetensors", "config.yaml"
-_FILES = (_WEIGHTS, _OPTIMIZER, _CONFIG)
-_MANIFEST = "manifest.json"
-ARRAYS = "arrays"
-"""The folder of a sharded checkpoint's tensors, whose names begin with one of these."""
-OF_WEIGHTS, OF_OPTIMIZER = "weights.", "optimizer."
-_OF_ARRAYS = re.compile(rf"{ARRAYS}(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+")  # never a way out of the folder
-_NAME = re.compile(r"step_(\d{8,})")
 _HIDDEN_NAME = re.compile(r"\.(step_\d{8,})\.(partial|replaced|removed)")
 
 
@@ -113,8 +117,8 @@ def save_checkpoint(
     partial = begin_checkpoint(folder, step)
     try:
         files = {
-            _WEIGHTS: _write_tensors(partial / _WEIGHTS, weights),
-            _OPTIMIZER: _write_tensors(partial / _OPTIMIZER, optimizer),
+            WEIGHTS: _write_tensors(partial / WEIGHTS, weights),
+            OPTIMIZER: _write_tensors(partial / OPTIMIZER, optimizer),
         }
         return _complete(partial, step, files, config_text, extra, keep, tokens)
     except (CheckpointError, RunError):
@@ -146,7 +150,7 @@ def complete_checkpoint(
     """
     _check_request(step, tokens, keep)
     files = {
-        path.relative_to(partial).as_posix(): _File(bytes=path.stat().st_size, sha256=sha256_of(path))
+        path.relative_to(partial).as_posix(): ManifestFile(bytes=path.stat().st_size, sha256=sha256_of(path))
         for path in flush_tree(partial / ARRAYS)
     }
     return _complete(partial, step, files, config_text, extra, keep, tokens)
@@ -155,7 +159,7 @@ def complete_checkpoint(
 def _complete(
     partial: Path,
     step: int,
-    files: Mapping[str, "_File"],
+    files: Mapping[str, "ManifestFile"],
     config_text: str,
     extra: Mapping[str, Any],
     keep: int | None,
@@ -163,9 +167,9 @@ def _complete(
 ) -> Path:
     folder, target = partial.parent, partial.with_name(_name(step))
     replaced = folder / f".{target.name}.replaced"
-    files = {**files, _CONFIG: _write(partial / _CONFIG, _as_utf8(config_text))}
-    manifest = _Manifest(format_version=FORMAT_VERSION, step=step, tokens=tokens, files=files, extra=_as_json(extra))
-    write_atomically(partial / _MANIFEST, manifest.to_text())
+    files = {**files, CONFIG: _write(partial / CONFIG, _as_utf8(config_text))}
+    manifest = Manifest(format_version=FORMAT_VERSION, step=step, tokens=tokens, files=files, extra=_as_json(extra))
+    write_atomically(partial / MANIFEST, manifest.to_text())
     flush_folder(partial)
     if target.exists():
         rename_folder(target, replaced)
@@ -215,20 +219,20 @@ def load_latest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]]:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, verified as a whole before any of it is read; CheckpointError for what is wrong."""
-    return _opened(path, _verified(path))
+    return _opened(path, verified(path))
 
 
 def opened_checkpoint(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of a step below `folder`, of which another process has verified the files."""
     path = folder / _name(step)
-    return _opened(path, _read_manifest(path))
+    return _opened(path, read_manifest(path))
 
 
-def _newest(folder: Path) -> tuple[Path, "_Manifest", list[str]]:
+def _newest(folder: Path) -> tuple[Path, "Manifest", list[str]]:
     problems = [problem for name in _names(folder) if (problem := _name_problem(folder, name))]
     for info in reversed(list_checkpoints(folder)):
         try:
-            return info.path, _verified(info.path), problems
+            return info.path, verified(info.path), problems
         except CheckpointError as error:
             problems.append(str(error))
     advice = "Train from the start, or name another run."
@@ -237,15 +241,15 @@ def _newest(folder: Path) -> tuple[Path, "_Manifest", list[str]]:
     raise CheckpointError(f"there is no whole checkpoint in {folder}: {' '.join(problems)} {advice}")
 
 
-def _opened(path: Path, manifest: "_Manifest") -> Checkpoint:
+def _opened(path: Path, manifest: "Manifest") -> Checkpoint:
     try:
-        config_text = (path / _CONFIG).read_bytes().decode("utf-8")
+        config_text = (path / CONFIG).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path / _CONFIG}: {error}.") from error
+        raise CheckpointError(f"cannot read {path / CONFIG}: {error}.") from error
     weights: Mapping[str, Array]
     optimizer: Mapping[str, Array]
-    if _WEIGHTS in manifest.files:
-        weights, optimizer = StoredTensors(path / _WEIGHTS), StoredTensors(path / _OPTIMIZER)
+    if WEIGHTS in manifest.files:
+        weights, optimizer = StoredTensors(path / WEIGHTS), StoredTensors(path / OPTIMIZER)
     else:
         weights, optimizer = (ShardedTensors(path / ARRAYS, prefix) for prefix in (OF_WEIGHTS, OF_OPTIMIZER))
     return Checkpoint(
@@ -285,96 +289,6 @@ def check_names_and_shapes(
         )
 
 
-# --- the manifest -------------------------------------------------------------------------------------------
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _File(_Section):
-    bytes: NonNegativeInt
-    sha256: str
-
-
-class _Manifest(_Section):
-    format_version: int
-    step: NonNegativeInt
-    tokens: NonNegativeInt | None
-    files: dict[str, _File]
-    extra: dict[str, Any]
-
-    def to_text(self) -> str:
-        content = self.model_dump()
-        return json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n"
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's own values, so that a flipped bit in `step` or `extra` is noticed too."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _verified(path: Path) -> _Manifest:
-    """The manifest of a checkpoint whose every file is as it was written; else CheckpointError, one line."""
-    manifest = _read_manifest(path)
-    named = _NAME.fullmatch(path.name)
-    if named is not None and int(named[1]) != manifest.step:
-        raise _damaged(path, f"its manifest is of step {manifest.step} (renamed?)")
-    for name, expected in manifest.files.items():
-        file = path / name
-        try:
-            size = file.stat().st_size
-        except OSError:
-            raise _damaged(path, f"{name} is missing") from None
-        if size != expected.bytes:
-            raise _damaged(path, f"{name} has {size} bytes; its manifest says {expected.bytes}")
-        try:
-            digest = sha256_of(file)
-        except RunError as error:
-            raise _damaged(path, str(error).rstrip(".")) from error
-        if digest != expected.sha256:
-            raise _damaged(path, f"{name} has another SHA-256 than its manifest says")
-    return manifest
-
-
-def _read_manifest(path: Path) -> _Manifest:
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}. Name a folder step_NNNNNNNN of a run.")
-    try:
-        content = json.loads((path / _MANIFEST).read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise _damaged(path, f"{_MANIFEST} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"{_MANIFEST} cannot be read ({type(error).__name__})") from error
-    if not isinstance(content, dict) or "format_version" not in content:
-        raise _damaged(path, f"{_MANIFEST} is not a manifest")
-    stored_digest = content.pop("sha256", None)
-    if stored_digest != _digest(content):
-        raise _damaged(path, f"{_MANIFEST} has another SHA-256 than it says")
-    if content["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"checkpoint {path} has format version {content['format_version']!r}; expected {FORMAT_VERSION}. "
-            "Use the moezoo that wrote it."
-        )
-    try:
-        manifest = _Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise _damaged(path, f"{_MANIFEST} has a bad {where}: {first['msg'].lower()}") from None
-    arrays = set(manifest.files) - {_CONFIG}
-    sharded = len(arrays) == len(manifest.files) - 1 and f"{ARRAYS}/manifest.ocdbt" in arrays
-    if not (sharded and all(_OF_ARRAYS.fullmatch(name) for name in arrays)) and set(manifest.files) != set(_FILES):
-        raise _damaged(
-            path, f"{_MANIFEST} lists {str(sorted(manifest.files))[:300]}; expected {sorted(_FILES)}, or {ARRAYS}/"
-        )
-    return manifest
-
-
-def _damaged(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged: {problem}. Use another one.")
-
-
 def _as_json(extra: Mapping[str, Any]) -> dict[str, Any]:
     try:
         copy = json.loads(json.dumps(dict(extra), allow_nan=False))
@@ -412,7 +326,7 @@ def _name(step: int) -> str:
 
 def _step_of(name: str) -> int | None:
     """The step of a checkpoint folder's name; None for any other, such as `step_1` or `step_000000001`."""
-    match = _NAME.fullmatch(name)
+    match = NAME.fullmatch(name)
     return int(match[1]) if match and _name(int(match[1])) == name else None
 
 
@@ -438,15 +352,15 @@ def _name_problem(folder: Path, name: str) -> str | None:
     return None
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Array]) -> _File:
+def _write_tensors(path: Path, tensors: Mapping[str, Array]) -> ManifestFile:
     size, digest = write_tensors(path, tensors, {})
-    return _File(bytes=size, sha256=digest)
+    return ManifestFile(bytes=size, sha256=digest)
 
 
-def _write(path: Path, content: bytes) -> _File:
+def _write(path: Path, content: bytes) -> ManifestFile:
     write_atomically(path, content)
     # The digest is of what was meant, in memory, and not of what a reading back gives.
-    return _File(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return ManifestFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _discard(path: Path) -> None:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Model, PendingStep, StepMetrics
 from moezoo.core.checkpoint import (
-    ARRAYS,
     Checkpoint,
     begin_checkpoint,
     check_names_and_shapes,
@@ -32,6 +31,7 @@ from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_gram
 from moezoo.core.huggingface.layout import write_sidecar
 from moezoo.core.init_from import open_start
 from moezoo.core.initialize import initial_weights
+from moezoo.core.manifest import ARRAYS
 from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.processes import PendingNumbers, first_then_others

@@ -13,9 +13,10 @@ import optax
 from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
-from moezoo.core.checkpoint import OF_OPTIMIZER, OF_WEIGHTS, check_names_and_shapes
+from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.freed_memory import keep_freed_memory
+from moezoo.core.manifest import OF_OPTIMIZER, OF_WEIGHTS
 from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32

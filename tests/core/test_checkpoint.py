@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import tensorstore
 
-from moezoo.core import checkpoint as checkpoint_module
+from moezoo.core import manifest as manifest_module
 from moezoo.core.checkpoint import (
-    ARRAYS,
     CheckpointInfo,
     begin_checkpoint,
     check_names_and_shapes,
@@ -26,6 +25,7 @@ from moezoo.core.checkpoint import (
     save_checkpoint,
 )
 from moezoo.core.errors import CheckpointError, RunError
+from moezoo.core.manifest import ARRAYS
 from moezoo.core.safetensors_file import SafetensorsFile, shapes_of
 
 CONFIG = "# größer\nmodel: {layers: 2}\r\n"
@@ -264,7 +264,7 @@ def test_renamed_checkpoint_is_refused_but_a_copy_elsewhere_is_fine(tmp_path):
 
 
 def test_manifest_that_points_elsewhere_is_refused(tmp_path):
-    from moezoo.core.checkpoint import _digest
+    from moezoo.core.manifest import _digest
 
     path = save(tmp_path, 2)
     content = json.loads((path / "manifest.json").read_text())
@@ -516,8 +516,8 @@ def test_the_newest_is_verified_once_and_only_what_is_asked_for_is_read(tmp_path
         tmp_path, 1, {"w": np.ones(3, np.float32)}, {"first_moment.w": np.ones(3, np.float32)}, "", {}, None
     )
     hashed, read = [], []
-    digest, one = checkpoint_module.sha256_of, SafetensorsFile.read
-    monkeypatch.setattr(checkpoint_module, "sha256_of", lambda path: hashed.append(path.name) or digest(path))
+    digest, one = manifest_module.sha256_of, SafetensorsFile.read
+    monkeypatch.setattr(manifest_module, "sha256_of", lambda path: hashed.append(path.name) or digest(path))
     monkeypatch.setattr(SafetensorsFile, "read", lambda file, name: read.append(name) or one(file, name))
     found, path, problems = load_latest_checkpoint(tmp_path)
     assert (path.name, problems, read) == ("step_00000001", [], [])

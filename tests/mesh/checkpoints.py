@@ -12,7 +12,6 @@ import numpy as np
 
 from moezoo.backends import load_backend
 from moezoo.core.checkpoint import (
-    ARRAYS,
     begin_checkpoint,
     complete_checkpoint,
     load_latest_checkpoint,
@@ -20,6 +19,7 @@ from moezoo.core.checkpoint import (
 )
 from moezoo.core.config import dump_config
 from moezoo.core.initialize import initial_weights
+from moezoo.core.manifest import ARRAYS
 from moezoo.core.mesh import MeshConfig
 from tests.mesh.on_devices import VOCAB, config_of
 
