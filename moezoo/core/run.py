@@ -19,11 +19,11 @@ from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.tokenizer import Tokenizer, load_tokenizer
 
-# What may differ when a run is resumed: how it is watched, how it is compiled, and how long it goes on (which moves the
-# schedule).
+# What may differ when a run is resumed: how it is watched, how it is compiled, what it keeps in memory, and how long it
+# goes on (which moves the schedule).
 _MAY_CHANGE = (
     *("steps", "log_every", "validate_every", "validation_sequences", "checkpoint_every", "keep_checkpoints"),
-    "layers",
+    *("layers", "rematerialize"),
 )
 
 

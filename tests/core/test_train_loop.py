@@ -251,6 +251,12 @@ def test_a_run_goes_on_with_its_layers_compiled_otherwise(tmp_path: Path) -> Non
     assert run("jax", config, tmp_path / "run", "model.layers[0].repeat=2", "training.steps=3", resume=True).step == 3
 
 
+def test_a_run_that_computes_again_goes_on_where_that_is_not_realized(tmp_path: Path) -> None:
+    config = write_config(tmp_path, steps=2)
+    run("jax", config, tmp_path / "run", "training.rematerialize=experts")
+    assert run("mlx", config, tmp_path / "run", "training.steps=3", resume=True).step == 3
+
+
 def test_saved_model_cannot_be_resumed_and_steps_cannot_shrink(tmp_path: Path) -> None:
     config = write_config(tmp_path, steps=2)
     run("mlx", config, tmp_path / "run")
