@@ -16,8 +16,8 @@ from typing import Any
 from moezoo.core.checkpoint import Checkpoint, list_checkpoints, load_latest_checkpoint, opened_checkpoint
 from moezoo.core.config import Config, dump_config, load_config, parse_config
 from moezoo.core.errors import RunError, SpecError
-from moezoo.core.files import make_folder, write_atomically
-from moezoo.core.tokenizer import Tokenizer, load_tokenizer
+from moezoo.core.files import make_folder, remove_folder, write_atomically
+from moezoo.core.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 # What may differ when a run is resumed: how it is watched, how it is compiled, what it keeps in memory, and how long it
 # goes on (which moves the schedule).
@@ -84,6 +84,12 @@ def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool
     tokenizer.save(path)
     write_atomically(run.config_path, dump_config(config))
     return run
+
+
+def forget_run(run: Run) -> None:
+    """Remove the folder that `create_run` made, of a run that could not begin; one that holds more stays as it is."""
+    if {file.name for file in run.path.iterdir()} <= {run.config_path.name, *TOKENIZER_FILES}:
+        remove_folder(run.path)
 
 
 def is_run(path: str | Path) -> bool:

@@ -23,7 +23,7 @@ from moezoo.core.files import make_folder, write_atomically
 Ids = npt.NDArray[np.int32]
 IdsLike = Sequence[int] | npt.NDArray[np.integer[Any]]
 
-_FILE, _FOLDER = "tokenizer.json", "tokenizer"
+TOKENIZER_FILES = _FILE, _FOLDER = "tokenizer.json", "tokenizer"
 _LAST_CODE_POINT = 0x10FFFF
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Model, PendingStep, StepMetrics
 from moezoo.core.checkpoint import (
@@ -29,7 +28,7 @@ from moezoo.core.data import PreparedData
 from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
 from moezoo.core.huggingface.layout import write_sidecar
-from moezoo.core.init_from import open_start
+from moezoo.core.init_from import Start, open_start
 from moezoo.core.initialize import initial_weights
 from moezoo.core.manifest import ARRAYS
 from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
@@ -37,7 +36,7 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.processes import PendingNumbers, first_then_others
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.ready_batches import ReadyBatches
-from moezoo.core.run import Run, resume_point
+from moezoo.core.run import Run, forget_run, resume_point
 from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.schedules import learning_rate
 
@@ -60,8 +59,15 @@ def train(
     every step and validation, and stop after the same step, whichever got the signal; the first alone writes and tells.
 
     Raises TrainingError: the loss or a parameter is not finite. Nothing is saved then; the last good checkpoint stays.
+    Raises MoezooError of any kind where the run cannot begin; a folder that was made for it alone is removed then.
     """
-    return _Training(config, data, backend, run, reporter or SilentReporter()).go()
+    try:
+        training = _Training(config, data, backend, run, reporter or SilentReporter())
+    except BaseException:
+        if backend.processes.is_first:
+            forget_run(run)
+        raise
+    return training.go()
 
 
 class _Training:
@@ -73,8 +79,10 @@ class _Training:
             data.train.check(config.training)
         checkpoint = self._resume_point()
         self.first_step = 0 if checkpoint is None else checkpoint.step
+        start = self._start() if checkpoint is None else None
+        begins = checkpoint or start
         self.model: Model = backend.build(
-            config.model, self._first_weights() if checkpoint is None else checkpoint.weights
+            config.model, initial_weights(config.model, config.training.seed) if begins is None else begins.weights
         )
         state = None if checkpoint is None else checkpoint.optimizer
         if state is not None:
@@ -102,6 +110,8 @@ class _Training:
         )
         self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
         self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step) if self.is_first else None
+        if self.is_first and start is not None and start.layout is not None:
+            write_sidecar(start.layout, run.huggingface_path)
         self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
         self.pending: list[tuple[int, float, PendingStep]] = []
         self.stops_asked: list[PendingNumbers] = []
@@ -117,15 +127,13 @@ class _Training:
         step = self.backend.gather(-1 if checkpoint is None else checkpoint.step).fetch()[0]
         return checkpoint if self.is_first or step < 0 else resume_point(self.run, step)[0]
 
-    def _first_weights(self) -> Mapping[str, NDArray[np.float32]]:
+    def _start(self) -> Start | None:
         if self.config.init_from is None:
-            return initial_weights(self.config.model, self.config.training.seed)
+            return None
         start = open_start(self.config)
         for problem in start.problems:
             self.reporter.message(f"{self.config.init_from.path}: {problem}")
-        if start.layout is not None and self.is_first:
-            write_sidecar(start.layout, self.run.huggingface_path)
-        return start.weights
+        return start
 
     def go(self) -> TrainingResult:
         training = self.config.training

@@ -245,6 +245,20 @@ def test_existing_run_needs_resume_and_resume_needs_the_same_config(tmp_path: Pa
     assert run("mlx", config, tmp_path / "run", "training.steps=3", resume=True).step == 3
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+    config, out = write_config(tmp_path, steps=2), tmp_path / "run"
+    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not realized on MLX"):
+        run("mlx", config, out, "training.rematerialize=block")
+    assert not out.exists()
+    run("mlx", config, out)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not realized on MLX"):
+        run("mlx", config, out, "training.rematerialize=block", resume=True)
+    assert {**before, out / "config.yaml": (out / "config.yaml").read_bytes()} == {
+        file: file.read_bytes() for file in out.rglob("*") if file.is_file()
+    }
+
+
 def test_a_run_goes_on_with_its_layers_compiled_otherwise(tmp_path: Path) -> None:
     config = write_config(tmp_path, steps=2)
     run("jax", config, tmp_path / "run", "model.layers[0].repeat=2", "training.layers=scanned")
