@@ -43,6 +43,7 @@ class Placement:
         shape = tuple(self.sizes[axis] for axis in self._axes)
         self.mesh = jax.make_mesh(shape, self._axes, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
         self.batch_axes = self._known(BATCH_AXES)
+        self._parts, self._compete = math.prod(self.sizes[axis] for axis in BATCH_AXES), spec.sequences_compete
         table = parameter_table(spec)
         cuts = {row.name: partition(row, config, self.sizes) for row in table}
         self.parameters = {name: self.sharding(*cut) for name, cut in cuts.items()}
@@ -75,10 +76,14 @@ class Placement:
         """Windows [A, B, T + 1] of all processes, from this one's own sequences."""
         return jax.make_array_from_process_local_data(self.windows, windows)
 
+    def filled_up(self, num_sequences: int) -> int:
+        """The next number of sequences that can be shared equally; the same one where others would change results."""
+        return num_sequences if self._compete else -(-num_sequences // self._parts) * self._parts
+
     @contextmanager
     def active(self, num_sequences: int) -> Iterator[None]:
         """What is traced inside lies so; where so many sequences cannot be shared equally, as XLA has it."""
-        shared = num_sequences % math.prod(self.sizes[axis] for axis in BATCH_AXES) == 0
+        shared = num_sequences % self._parts == 0
         token = _active.set(self if shared else None)
         try:
             with jax.set_mesh(self.mesh):

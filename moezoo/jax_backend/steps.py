@@ -131,7 +131,7 @@ class JaxModel:
         self._rematerialize: Rematerialize = "none"
         self._scanned = False
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
-        self._score = jax.jit(self._score_values, static_argnames="inference")
+        self._score = jax.jit(self._score_values, static_argnames=("count", "inference"))
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
         self._extend = jax.jit(self._extend_values, donate_argnums=3)
         self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5))
@@ -184,13 +184,23 @@ class JaxModel:
         )
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
+        count = len(tokens)
+        if self._placement is not None:
+            filled = self._placement.filled_up(count)
+            tokens, targets = (np.resize(rows, (filled, rows.shape[1])) for rows in (tokens, targets))  # the same again
         with self._traced(len(tokens)):
-            values = self._score(self._parameters, self._state, tokens, targets, inference=inference)
+            values = self._score(self._parameters, self._state, tokens, targets, count=count, inference=inference)
         losses, load, dropped = on_host(values)
-        return Scores(losses, [np.asarray(sizes, np.int64) for sizes in load], [int(count) for count in dropped])
+        loads = [np.asarray(sizes, np.int64) for sizes in load]
+        return Scores(losses[:count], loads, [int(number) for number in dropped])
 
-    def _score_values(self, parameters, state, tokens, targets, *, inference):
+    def _score_values(self, parameters, state, tokens, targets, *, count, inference):
+        """Of the first `count` sequences; those after them fill up a mesh, and their losses are not looked at."""
         result = gathered(self._merge(parameters, state))(tokens, inference=inference)
+        if count < len(tokens):
+            counted_P = jnp.arange(tokens.size) < count * tokens.shape[1]
+            routings = [own._replace(valid_PK=own.valid_PK & counted_P[:, None]) for own in result.routings]
+            result = result._replace(routings=routings)
         return token_losses(result.logits_BTV, targets), *_load(result)
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:

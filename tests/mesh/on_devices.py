@@ -1,7 +1,8 @@
 """Trains tiny models on 8 simulated devices and on one, and prints as JSON how far apart they are. Run by the tests.
 
 python on_devices.py equal CONFIG MESH...    MESH as JSON, e.g. {"data": 8}
-python on_devices.py collectives CONFIG MESH
+python on_devices.py collectives CONFIG MESH       of a step
+python on_devices.py of_score CONFIG MESH          of 3 sequences
 python on_devices.py donated CONFIG MESH
 python on_devices.py answers CONFIG MESH
 """
@@ -100,7 +101,8 @@ def answered(config, mesh, options) -> tuple[dict, list]:
         named = {"logits": output.logits, **output.losses, **output.intermediates}
         forced = [routing.expert for routing in output.routing]
         named |= model.loss_and_gradients(tokens, targets, forced=forced)[1]
-        named["score"] = model.score(tokens, targets, inference=True).token_losses
+        scores = model.score(tokens, targets, inference=True)
+        named |= {"score": scores.token_losses, "load": scores.load, "dropped": scores.dropped}
         named["prefill"], cache = model.prefill(tokens, 24)
         named["decode"], _ = model.decode(targets[:, -1], cache)
         found |= {f"{name} of {batch}": value for name, value in named.items()}
@@ -128,8 +130,23 @@ def compiled_step(path: Path, given: dict, micro_batches: int = 1):
 
 
 def collectives(path: Path, given: dict) -> dict:
-    """How often the compiled step has each collective, by the shape of what it moves; `loop` where a loop has it."""
-    text = compiled_step(path, given)[1].as_text()
+    return collectives_in(compiled_step(path, given)[1].as_text())
+
+
+def of_score(path: Path, given: dict) -> dict:
+    config = config_of(path)
+    model = JaxBackend(MeshConfig(**given)).build(config.model, initial_weights(config.model, 0))
+    seen = []
+    compiled = model._score
+    model._score = lambda *values, **named: (
+        seen.append(compiled.lower(*values, **named).compile().as_text()) or compiled(*values, **named)
+    )
+    model.score(np.zeros((3, 16), np.int32), np.zeros((3, 16), np.int32))
+    return collectives_in(seen[0])
+
+
+def collectives_in(text: str) -> dict:
+    """How often a program has each collective, by the shape of what it moves; `loop` where a loop has it."""
     computations = dict(re.findall(r"^(?:ENTRY )?(%\S+) .*?\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE))
     inside, seen = [name for body in computations.values() for name in re.findall(r"body=(%[\w.-]+)", body)], set()
     while inside:
@@ -165,5 +182,5 @@ def donated(path: Path, given: dict) -> dict:
 if __name__ == "__main__":
     what, config, *given = sys.argv[1:]
     meshes = [json.loads(mesh) for mesh in given]
-    of_one = {"collectives": collectives, "donated": donated, "answers": answers}
+    of_one = {"collectives": collectives, "of_score": of_score, "donated": donated, "answers": answers}
     print(json.dumps(equal(Path(config), meshes) if what == "equal" else of_one[what](Path(config), meshes[0])))

@@ -169,14 +169,27 @@ def test_a_scan_puts_the_parameters_of_one_layer_together_at_a_time():
     assert all(shape[0] == 1 or len(shape) == 3 for shape in shapes), shapes
 
 
-@pytest.mark.parametrize("mesh", [MESHES[5], {**MESHES[10], "layers": "scanned", "rematerialize": "experts"}])
-def test_a_model_answers_where_it_was_trained(mesh):
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("top_k", MESHES[5]),
+        ("top_k", {**MESHES[10], "layers": "scanned", "rematerialize": "experts"}),
+        ("capacity_groups", MESHES[5]),
+    ],
+)
+def test_a_model_answers_where_it_was_trained(name, mesh):
     """Intermediates, gradients with forced experts, inference, a cache, generated tokens; 3 sequences too, unshared."""
-    found = on_devices("answers", "configs/tiny/top_k.yaml", json.dumps(mesh))
+    found = on_devices("answers", f"configs/tiny/{name}.yaml", json.dumps(mesh))
     assert {"layers.1.moe.router.logits of 8", "layers.1.moe.experts.w_up of 3", "decode of 3"} <= found["apart"].keys()
     far = {name: apart for name, apart in found["apart"].items() if apart > FLOAT32_TRAINING.relative}
     assert not far
     assert found["tokens"]
+
+
+def test_sequences_that_cannot_be_shared_equally_are_scored_where_the_experts_are():
+    """Of 3 sequences on 8 devices tokens travel, as in a step; only what fsdp cuts is put together."""
+    found = on_devices("of_score", "configs/tiny/top_k.yaml", '{"data": 2, "expert": 4}')
+    assert {name.split()[0] for name in found} == {"all-to-all", "all-reduce"}
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": "scanned"}, {"rematerialize": "experts"}])

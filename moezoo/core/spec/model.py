@@ -298,6 +298,11 @@ class ModelSpec(Part):
         return any(layer.moe is not None and layer.moe.inference_differs for layer in self.layers)
 
     @property
+    def sequences_compete(self) -> bool:
+        """Whether what becomes of a token depends on the other sequences of its batch."""
+        return any(layer.moe is not None and layer.moe.sequences_compete for layer in self.layers)
+
+    @property
     def max_length(self) -> int | None:
         """The longest text that the model has positions for; None where any length goes."""
         return min((length for length, _ in self._ends()), default=None)

@@ -164,6 +164,12 @@ class MoESpec(Part):
         """Whether inference routes otherwise than training does without noise: see CapacitySpec, ExpertChoiceSpec."""
         return isinstance(self.dispatch, CapacitySpec) or isinstance(self.router.choice, ExpertChoiceSpec)
 
+    @property
+    def sequences_compete(self) -> bool:
+        """Whether what becomes of a token depends on the other sequences of its batch: see `inference_differs`."""
+        over_batch = isinstance(self.dispatch, CapacitySpec) and self.dispatch.group == "batch"
+        return over_batch or isinstance(self.router.choice, ExpertChoiceSpec)
+
     @model_validator(mode="after")
     def _sizes(self) -> "MoESpec":
         if self.router.top_k > self.num_choices:
