@@ -159,7 +159,7 @@ def complete_checkpoint(
 def _complete(
     partial: Path,
     step: int,
-    files: Mapping[str, "ManifestFile"],
+    files: Mapping[str, ManifestFile],
     config_text: str,
     extra: Mapping[str, Any],
     keep: int | None,
@@ -228,7 +228,7 @@ def opened_checkpoint(folder: Path, step: int) -> Checkpoint:
     return _opened(path, read_manifest(path))
 
 
-def _newest(folder: Path) -> tuple[Path, "Manifest", list[str]]:
+def _newest(folder: Path) -> tuple[Path, Manifest, list[str]]:
     problems = [problem for name in _names(folder) if (problem := _name_problem(folder, name))]
     for info in reversed(list_checkpoints(folder)):
         try:
@@ -241,7 +241,7 @@ def _newest(folder: Path) -> tuple[Path, "Manifest", list[str]]:
     raise CheckpointError(f"there is no whole checkpoint in {folder}: {' '.join(problems)} {advice}")
 
 
-def _opened(path: Path, manifest: "Manifest") -> Checkpoint:
+def _opened(path: Path, manifest: Manifest) -> Checkpoint:
     try:
         config_text = (path / CONFIG).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

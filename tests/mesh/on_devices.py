@@ -136,11 +136,13 @@ def collectives(path: Path, given: dict) -> dict:
 def of_score(path: Path, given: dict) -> dict:
     config = config_of(path)
     model = JaxBackend(MeshConfig(**given)).build(config.model, initial_weights(config.model, 0))
-    seen = []
-    compiled = model._score
-    model._score = lambda *values, **named: (
-        seen.append(compiled.lower(*values, **named).compile().as_text()) or compiled(*values, **named)
-    )
+    compiled, seen = model._score, []
+
+    def watched(*values, **named):
+        seen.append(compiled.lower(*values, **named).compile().as_text())
+        return compiled(*values, **named)
+
+    model._score = watched
     model.score(np.zeros((3, 16), np.int32), np.zeros((3, 16), np.int32))
     return collectives_in(seen[0])
 

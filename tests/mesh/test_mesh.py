@@ -187,7 +187,7 @@ def test_a_model_answers_where_it_was_trained(name, mesh):
 
 
 def test_sequences_that_cannot_be_shared_equally_are_scored_where_the_experts_are():
-    """Of 3 sequences on 8 devices tokens travel, as in a step; only what fsdp cuts is put together."""
+    """Of 3 sequences on 8 devices tokens travel, as in a step, and no expert is put together."""
     found = on_devices("of_score", "configs/tiny/top_k.yaml", '{"data": 2, "expert": 4}')
     assert {name.split()[0] for name in found} == {"all-to-all", "all-reduce"}
 
