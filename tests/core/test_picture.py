@@ -74,6 +74,7 @@ def test_many_layers_and_experts_stay_on_one_page(tmp_path):
 @pytest.mark.parametrize("steps", [1, 2, 1500])
 def test_short_and_long_runs_are_drawn(tmp_path, steps):
     draw_run(metrics(tmp_path, steps=steps, validate=max(1, steps // 3)), tmp_path / "picture.png", 1.4)
+    assert len(set(pixels(tmp_path / "picture.png")[2])) > 100
 
 
 def test_a_collapsed_router_is_drawn(tmp_path):
@@ -82,18 +83,23 @@ def test_a_collapsed_router_is_drawn(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     draw_run(tmp_path / "metrics.jsonl", tmp_path / "picture.png", None)
+    assert len(set(pixels(tmp_path / "picture.png")[2])) > 100
 
 
 def test_a_step_whose_loss_was_not_finite_is_left_out(tmp_path):
     path = metrics(tmp_path)
+    draw_run(path, tmp_path / "without.png", None)
     path.write_text(path.read_text() + json.dumps({"step": 31, "cross_entropy": None}) + "\n")
     draw_run(path, tmp_path / "picture.png", None)
+    assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
 def test_a_last_line_that_a_kill_cut_is_passed_over(tmp_path):
     path = metrics(tmp_path)
+    draw_run(path, tmp_path / "without.png", None)
     path.write_text(path.read_text() + '{"step": 31, "cross_en')
     draw_run(path, tmp_path / "picture.png", None)
+    assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
 def test_metrics_without_a_training_step_are_refused(tmp_path):
