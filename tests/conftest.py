@@ -28,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    # One worker may read what another is writing. JAX sees it, compiles for itself and warns. A bound on the folder's
+    # size would have it lock, but also look at every entry at every write: there are thousands.
+    half_written = "ignore:Error reading persistent compilation cache entry"
+    config.addinivalue_line("filterwarnings", half_written)
+    os.environ.setdefault("PYTHONWARNINGS", half_written)  # for the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
