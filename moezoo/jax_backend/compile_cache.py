@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+from filelock import FileLock, Timeout
 
 MAX_BYTES = 1 << 30  # a small model's training leaves 8 MB; what was used longest ago goes first
 
@@ -31,12 +32,27 @@ def use_compile_cache() -> str:
         writable = False
     if not writable:
         return f"off: cannot write {folder}; set JAX_COMPILATION_CACHE_DIR to another folder"
+    _forget_half_written(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     # Small programs too: putting a model together compiles dozens, none of which takes JAX's threshold of a second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return str(folder)
+
+
+def _forget_half_written(folder: Path) -> None:
+    """Remove what a process that was killed left: JAX would warn of it at every start, and never write it again.
+
+    JAX writes an entry and then, beside it, when it was used: an entry alone was not finished. Its lock is held.
+    """
+    try:
+        with FileLock(folder / ".lockfile", timeout=10):
+            for entry in folder.glob("*-cache"):
+                if not entry.with_name(entry.name.removesuffix("cache") + "atime").exists():
+                    entry.unlink()
+    except Timeout:  # whoever has the lock is writing, and the next start looks again
+        pass
 
 
 def _user_cache() -> Path:

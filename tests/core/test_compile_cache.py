@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,16 @@ def test_programs_are_kept_in_the_users_cache_folder_small_ones_too(tmp_path):
     assert any(name.startswith("jit__lambda") for name in kept)
     assert run(XDG_CACHE_HOME=str(tmp_path)) == (folder, "4.0")
     assert sorted(os.listdir(folder)) == kept  # the second process found them
+
+
+def test_what_a_killed_process_left_half_written_is_written_again(tmp_path):
+    folder = Path(run(XDG_CACHE_HOME=str(tmp_path))[0])
+    (entry,) = folder.glob("jit__lambda*-cache")
+    whole = entry.stat().st_size
+    entry.write_bytes(entry.read_bytes()[: whole // 2])
+    Path(str(entry).removesuffix("cache") + "atime").unlink()  # JAX would have written this one next
+    assert run(XDG_CACHE_HOME=str(tmp_path))[1] == "4.0"  # warnings are errors there
+    assert entry.stat().st_size >= whole * 0.9
 
 
 def test_what_jax_was_told_holds(tmp_path):
