@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 MAX_BYTES = 1 << 30  # a small model's training leaves 8 MB; what was used longest ago goes first
 
@@ -18,7 +18,7 @@ def use_compile_cache() -> str:
     """Let JAX keep its compiled programs, and say where; to be called before the first of them is compiled.
 
     What JAX was told (JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false) holds. Otherwise they go to the
-    user's cache folder. A folder that cannot be written is said, and no error: the programs are compiled each time.
+    user's cache folder. A folder that cannot be written or locked is said, and no error: each run compiles again.
     """
     if not jax.config.jax_enable_compilation_cache:
         return "off"
@@ -27,12 +27,13 @@ def use_compile_cache() -> str:
     folder = _user_cache() / "moezoo" / "jax"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        return f"off: cannot write {folder}; set JAX_COMPILATION_CACHE_DIR to another folder"
-    _forget_half_written(folder)
+        usable = os.access(folder, os.W_OK | os.X_OK)
+        if usable:
+            _forget_half_written(folder)
+    except (OSError, NotImplementedError):  # the latter where a file system has no locks
+        usable = False
+    if not usable:
+        return f"off: cannot write and lock {folder}; set JAX_COMPILATION_CACHE_DIR to another folder"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     # Small programs too: putting a model together compiles dozens, none of which takes JAX's threshold of a second.
@@ -46,13 +47,10 @@ def _forget_half_written(folder: Path) -> None:
 
     JAX writes an entry and then, beside it, when it was used: an entry alone was not finished. Its lock is held.
     """
-    try:
-        with FileLock(folder / ".lockfile", timeout=10):
-            for entry in folder.glob("*-cache"):
-                if not entry.with_name(entry.name.removesuffix("cache") + "atime").exists():
-                    entry.unlink()
-    except Timeout:  # whoever has the lock is writing, and the next start looks again
-        pass
+    with FileLock(folder / ".lockfile", timeout=10):
+        for entry in folder.glob("*-cache"):
+            if not entry.with_name(entry.name.removesuffix("cache") + "atime").exists():
+                entry.unlink()
 
 
 def _user_cache() -> Path:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.backends_available import require_backend
 
@@ -66,5 +67,20 @@ def test_what_jax_was_told_holds(tmp_path):
 def test_a_folder_that_cannot_be_made_is_said_and_training_goes_on(tmp_path):
     (tmp_path / "moezoo").write_text("a file in the way")
     folder, value = run(XDG_CACHE_HOME=str(tmp_path))
-    assert folder.startswith(f"off: cannot write {tmp_path}/moezoo/jax")
+    assert folder.startswith(f"off: cannot write and lock {tmp_path}/moezoo/jax")
+    assert value == "4.0"
+
+
+def test_a_folder_whose_lock_cannot_be_had_is_said_and_training_goes_on(tmp_path):
+    (tmp_path / "moezoo" / "jax" / ".lockfile").mkdir(parents=True)
+    folder, value = run(XDG_CACHE_HOME=str(tmp_path))
+    assert folder.startswith(f"off: cannot write and lock {tmp_path}/moezoo/jax")
+    assert value == "4.0"
+
+
+def test_a_lock_that_another_does_not_let_go_is_not_awaited_for_ever(tmp_path):
+    (tmp_path / "moezoo" / "jax").mkdir(parents=True)
+    with FileLock(tmp_path / "moezoo" / "jax" / ".lockfile"):
+        folder, value = run(XDG_CACHE_HOME=str(tmp_path))
+    assert folder.startswith("off: ")
     assert value == "4.0"
