@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from moezoo.core.config import validate
 from moezoo.core.errors import DataError, SpecError, nearest
-from moezoo.core.files import make_folder, sha256_of, write_atomically
+from moezoo.core.files import PACKAGE, make_folder, sha256_of, write_atomically
 from moezoo.core.grammar import Grammar, load_grammar
 from moezoo.core.grammar_file import read_mapping
 from moezoo.core.spec import Part
@@ -161,16 +161,11 @@ def data_folder() -> Path:
 
 
 def datasets_folder() -> Path:
-    """Where the recipes are: inside the package as installed from a wheel, else beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    # Trap: beside an installed package lies whatever else is installed, such as Hugging Face's `datasets`.
-    for folder in (package / "datasets", package.parent / "datasets"):
-        if (folder / "fables" / "recipe.yaml").is_file():
-            return folder
-    raise DataError(
-        f"the recipes are missing; expected {package / 'datasets'} or {package.parent / 'datasets'}. Install "
-        f"moezoo again."
-    )
+    """Return the folder of the recipes, inside the package. Raises DataError: the installation lacks it."""
+    folder = PACKAGE / "datasets"
+    if not (folder / "fables" / "recipe.yaml").is_file():
+        raise DataError(f"the recipes are missing; expected {folder}/fables/recipe.yaml. Install moezoo again.")
+    return folder
 
 
 # --- one source ---------------------------------------------------------------------------------------------

@@ -127,16 +127,12 @@ def test_datasets_without_a_grammar_have_none() -> None:
     assert dataset_grammar("tiny_shakespeare") is None
 
 
-def test_folder_of_recipes_is_not_mistaken_for_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = tmp_path / "site-packages" / "moezoo" / "core" / "recipes.py"
-    (tmp_path / "site-packages" / "datasets").mkdir(parents=True)
-    monkeypatch.setattr(recipes, "__file__", str(installed))
+def test_folder_of_recipes_is_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert datasets_folder().resolve() == Path(__file__).parents[2] / "datasets"
+    monkeypatch.setattr(recipes, "PACKAGE", tmp_path)
+    (tmp_path / "datasets").mkdir()
     with pytest.raises(DataError, match=r"recipes are missing; expected .*Install moezoo again"):
         datasets_folder()
-    inside = installed.parents[1] / "datasets"
-    (inside / "fables").mkdir(parents=True)
-    (inside / "fables" / "recipe.yaml").write_text("")
-    assert datasets_folder() == inside
 
 
 def test_data_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
