@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moezoo.core.config import Config
-    from moezoo.core.data import PreparedData
-    from moezoo.core.tokenizer import Tokenizer
+    from moezoo.core.data.prepare import PreparedData
+    from moezoo.core.data.tokenizers import Tokenizer
 
 
 class _Commands(click.Group):
@@ -73,13 +73,13 @@ def train(
     from moezoo.backends import load_backend
     from moezoo.core.config import load_config, with_vocab_size
     from moezoo.core.console import ConsoleReporter, describe_evaluation
+    from moezoo.core.data.tokenizers import load_tokenizer
     from moezoo.core.describe import header
     from moezoo.core.init_from import check_start, initial_tokenizer
     from moezoo.core.load_mesh import load_mesh
     from moezoo.core.picture import draw_run
     from moezoo.core.processes import first_then_others
     from moezoo.core.run import create_run, is_run, open_run
-    from moezoo.core.tokenizer import load_tokenizer
     from moezoo.core.train_loop import train as run_training
 
     path = out or Path("runs") / config_path.stem
@@ -552,7 +552,7 @@ def bench_command(
 @click.option("--file", type=Path, help="A copy that you already have; its checksum is verified.")
 def data(name: str | None, file: Path | None) -> None:
     """Bring a dataset to this machine, verified; without NAME, list them."""
-    from moezoo.core.recipes import fetch, list_recipes
+    from moezoo.core.data.datasets import fetch, list_recipes
 
     if name is None:
         for recipe in list_recipes():
@@ -577,7 +577,7 @@ def _console(width: int = 100, *, quiet: bool = False) -> "Console":
 def _prepare(
     console: "Console", config: "Config", where: str, tokenizer: "Tokenizer | None", *, quiet: bool = False
 ) -> "PreparedData":
-    from moezoo.core.data import prepare_data
+    from moezoo.core.data.prepare import prepare_data
 
     if quiet:
         return prepare_data(config.data, config.training.sequence_length, where=where, tokenizer=tokenizer)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from moezoo.core.backend import Integers, Model, check_length
+from moezoo.core.data.tokenizers import IdsLike, StreamDecoder, Tokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.sampling import SamplingOptions
-from moezoo.core.tokenizer import IdsLike, StreamDecoder, Tokenizer
 
 
 def generate(

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from moezoo.core.checkpoint import check_names_and_shapes
 from moezoo.core.config import Config, InitFrom, validate
+from moezoo.core.data.tokenizers import Tokenizer, load_tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.opened_model import describe_model, open_model
 from moezoo.core.parameters import parameter_table
 from moezoo.core.run import is_run
 from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
-from moezoo.core.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

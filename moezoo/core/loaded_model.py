@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from moezoo.core.backend import IGNORED, Backend, Integers, Model, Output, check_length
 from moezoo.core.checkpoint import save_checkpoint
 from moezoo.core.config import Config, dump_config, with_compute
+from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.generate_loop import generate
@@ -20,7 +21,6 @@ from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.opened_model import open_model
 from moezoo.core.run import Run, load_run
-from moezoo.core.tokenizer import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
 
 
 class LoadedModel:

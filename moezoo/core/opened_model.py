@@ -18,6 +18,7 @@ from moezoo.core.config import (
     TrainingConfig,
     load_config,
 )
+from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 from moezoo.core.errors import RunError
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import (
@@ -30,7 +31,6 @@ from moezoo.core.huggingface.layout import Layout, open_sidecar
 from moezoo.core.run import Run, is_run, load_run
 from moezoo.core.schedules import ConstantSchedule
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokenizer import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 from moezoo.core.checkpoint import Checkpoint, list_checkpoints, load_latest_checkpoint, opened_checkpoint
 from moezoo.core.config import Config, dump_config, load_config, parse_config
+from moezoo.core.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, remove_folder, write_atomically
-from moezoo.core.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 # What may differ when a run is resumed: how it is watched, how it is compiled, what it keeps in memory, and how long it
 # goes on (which moves the schedule).

@@ -24,7 +24,8 @@ from moezoo.core.checkpoint import (
 )
 from moezoo.core.config import Config, dump_config
 from moezoo.core.console import Reporter, SilentReporter, describe_evaluation
-from moezoo.core.data import PreparedData
+from moezoo.core.data.prebatched import ReadyBatches
+from moezoo.core.data.prepare import PreparedData
 from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
 from moezoo.core.huggingface.layout import write_sidecar
@@ -35,7 +36,6 @@ from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_
 from moezoo.core.parameters import parameter_table
 from moezoo.core.processes import PendingNumbers, first_then_others
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.ready_batches import ReadyBatches
 from moezoo.core.run import Run, forget_run, resume_point
 from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.schedules import learning_rate

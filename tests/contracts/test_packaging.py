@@ -7,7 +7,7 @@ import pytest
 from setuptools import find_namespace_packages
 
 from moezoo.bench.configs import NAMES, config_path
-from moezoo.core.recipes import list_recipes
+from moezoo.core.data.datasets import list_recipes
 
 ROOT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]

@@ -6,11 +6,11 @@ import time
 import numpy as np
 import pytest
 
-from moezoo.core import source_files, token_store
 from moezoo.core.config import DataConfig
-from moezoo.core.data import prepare_data
+from moezoo.core.data import source_files, token_store
+from moezoo.core.data.prepare import prepare_data
+from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer
 from moezoo.core.errors import DataError, TokenizerError
-from moezoo.core.tokenizer import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer
 
 T = 5
 TEXT = "the cat sat\non the mat é and 犬 saw 🙂\n\nthen the dog ran. " * 20
@@ -330,7 +330,7 @@ def test_text_is_read_from_a_url(tmp_path):
 
 
 def test_text_is_read_from_a_named_dataset(text_file, monkeypatch):
-    from moezoo.core import recipes
+    from moezoo.core.data import datasets as recipes
 
     monkeypatch.setattr(recipes, "dataset_path", lambda name: text_file if name == "mine" else None)
     prepared = prepare_data(config({"kind": "dataset", "name": "mine"}), T)

@@ -11,6 +11,7 @@ from moezoo.cli import main
 from moezoo.core.backend import Scores
 from moezoo.core.config import validate
 from moezoo.core.console import describe_evaluation
+from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.evaluation import Evaluation, evaluate
 from moezoo.core.initialize import initial_weights
@@ -20,7 +21,6 @@ from moezoo.core.reference.dispatch import dispatch, num_dropped
 from moezoo.core.reference.losses import expert_counts, token_losses
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokenizer import CharacterTokenizer
 from tests.backends_available import require_backend
 from tests.small_run import write_config
 from tests.tolerances import FLOAT64, assert_close

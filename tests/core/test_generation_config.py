@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from moezoo.core.data.tokenizers import ByteTokenizer
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generate_loop import Continuation, generate
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
 from moezoo.core.sampling import SamplingOptions, penalized
-from moezoo.core.tokenizer import ByteTokenizer
 from tests.host_generation import HostGeneration
 
 V = 7

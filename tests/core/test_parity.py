@@ -11,12 +11,12 @@ from rich.console import Console
 from moezoo.backends import load_backend
 from moezoo.core.checkpoint import save_checkpoint
 from moezoo.core.config import OptimizerConfig, dump_config, parse_config
+from moezoo.core.data.tokenizers import TokenIds
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parity import parity, parity_of, random_windows, refuse_if_too_large
 from moezoo.core.parity_report import ParityTolerances
 from moezoo.core.parity_sides import Reference
-from moezoo.core.tokenizer import TokenIds
 from tests.backends_available import require_backend
 
 # D=20, N=8, M=2, H=6, F=28; E=7, K=2 and E=5, K=1 with a capacity; V=31; B=3, T=5

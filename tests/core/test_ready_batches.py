@@ -8,7 +8,7 @@ import yaml
 
 from moezoo.core.backend import IGNORED
 from moezoo.core.config import DataConfig, load_config, validate, with_vocab_size
-from moezoo.core.data import PreparedData, prepare_data
+from moezoo.core.data.prepare import PreparedData, prepare_data
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.metrics import read_metrics
 from moezoo.core.run import create_run, load_run

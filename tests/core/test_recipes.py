@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moezoo.core import recipes
-from moezoo.core.errors import DataError, SpecError
-from moezoo.core.recipes import (
+from moezoo.core.data import datasets as recipes
+from moezoo.core.data.datasets import (
     DownloadRecipe,
     GrammarRecipe,
     data_folder,
@@ -22,6 +21,7 @@ from moezoo.core.recipes import (
     list_recipes,
     load_recipe,
 )
+from moezoo.core.errors import DataError, SpecError
 
 TEXT = b"Once upon a time.\n" * 5000  # more than one chunk
 OTHER = b"Another edition.\n"

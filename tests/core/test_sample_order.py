@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core import sample_order
+from moezoo.core.data import sample_order
 
 
 def words(*values):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.config import OptimizerConfig, parse_config, validate
+from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generate_loop import generate
 from moezoo.core.initialize import initial_weights
@@ -11,7 +12,6 @@ from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.parity import parity, parity_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import LearnedPositionsSpec, ModelSpec
-from moezoo.core.tokenizer import CharacterTokenizer
 from tests.host_generation import HostGeneration
 
 LONGEST, V = 8, 5

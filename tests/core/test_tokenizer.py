@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moezoo.core.errors import TokenizerError
-from moezoo.core.tokenizer import (
+from moezoo.core.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
     HuggingFaceTokenizer,
@@ -17,6 +16,7 @@ from moezoo.core.tokenizer import (
     load_tokenizer,
     tokenizer_beside,
 )
+from moezoo.core.errors import TokenizerError
 
 WORDS = "the cat sat\non the mat, and the dog 犬 saw the cat é 🙂.\n\nthen the dog ran\n"
 END = "<|endoftext|>"

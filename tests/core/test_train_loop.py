@@ -17,7 +17,7 @@ from moezoo.backends import load_backend
 from moezoo.core.backend import Backend, Scores, StepMetrics
 from moezoo.core.checkpoint import load_checkpoint
 from moezoo.core.config import load_config, with_vocab_size
-from moezoo.core.data import prepare_data
+from moezoo.core.data.prepare import prepare_data
 from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError
 from moezoo.core.metrics import read_metrics
 from moezoo.core.parameters import parameter_table

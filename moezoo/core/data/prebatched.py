@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from moezoo.core.backend import IGNORED
 from moezoo.core.config import BatchesSource, TrainingConfig
+from moezoo.core.data.source_files import find_files
+from moezoo.core.data.token_store import check_range, local_copy
+from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
-from moezoo.core.source_files import find_files
-from moezoo.core.token_store import check_range, local_copy
-from moezoo.core.tokenizer import Ids
 
 _Ids3 = npt.NDArray[np.integer[Any]]
 

@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core import source_files
+from moezoo.core.data import source_files
+from moezoo.core.data.source_files import SourceFile, documents_of, text_of
+from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, Tokenizer
 from moezoo.core.errors import DataError, RunError
 from moezoo.core.files import flush_folder, make_folder, remove_folder, rename_folder, write_atomically
-from moezoo.core.source_files import SourceFile, documents_of, text_of
-from moezoo.core.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer
 
 SHARD_TOKENS = 1 << 26
 BETWEEN_DOCUMENTS = "\n\n"  # where the tokenizer has no end of text

@@ -1,7 +1,7 @@
 """Batches of tokens as a pure function of (step, seed), from texts, JSONL, token shards and named datasets.
 
 There is no iterator and no state: `Split.batch(step, ...)` computes which windows the step is made of
-(`moezoo.core.sample_order`) and reads them from memory-mapped shards (`moezoo.core.token_store`). A run resumes
+(`moezoo.core.data.sample_order`) and reads them from memory-mapped shards (`moezoo.core.data.token_store`). A run resumes
 with its step number and nothing else. Writing: writings/data.md.
 """
 
@@ -13,7 +13,6 @@ from typing import Any, assert_never
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core import sample_order
 from moezoo.core.config import (
     BatchesSource,
     ByteTokenizerSpec,
@@ -27,11 +26,11 @@ from moezoo.core.config import (
     TokenIdsSpec,
     TokenShardsSource,
 )
-from moezoo.core.errors import DataError
-from moezoo.core.ready_batches import ReadyBatches, open_batches
-from moezoo.core.source_files import SourceFile, find_files
-from moezoo.core.token_store import Progress, Texts, Tokens, characters_of, open_shards, tokenize
-from moezoo.core.tokenizer import (
+from moezoo.core.data import sample_order
+from moezoo.core.data.prebatched import ReadyBatches, open_batches
+from moezoo.core.data.source_files import SourceFile, find_files
+from moezoo.core.data.token_store import Progress, Texts, Tokens, characters_of, open_shards, tokenize
+from moezoo.core.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
     HuggingFaceTokenizer,
@@ -39,6 +38,7 @@ from moezoo.core.tokenizer import (
     TokenIds,
     Tokenizer,
 )
+from moezoo.core.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
             name = f"{key} ({source.path})"
             return Texts(name, find_files(source.path, (".jsonl",), f"{key}.path ({where})"), source.field)
         case DatasetSource():
-            from moezoo.core.recipes import dataset_path
+            from moezoo.core.data.datasets import dataset_path
 
             path = str(dataset_path(source.name))
             return Texts(f"{key} ({source.name})", find_files(path, (".txt",), f"{key}.name ({where})"))
