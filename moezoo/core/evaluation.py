@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from moezoo.core.backend import IGNORED, Model, check_length
 from moezoo.core.config import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
+from moezoo.core.data.grammar.grammar import Grammar
 from moezoo.core.data.prebatched import ReadyBatches
 from moezoo.core.data.prepare import Split, whole_file
 from moezoo.core.data.token_store import Progress, check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
-from moezoo.core.grammar import Grammar
 from moezoo.core.metrics import routing_statistics
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moezoo.core.data.grammar.grammar import Grammar, fair_mask, load_grammar, parse_grammar
+from moezoo.core.data.grammar.parser import Attribute, Choose, GrammarFile, Literal, Say, Template, parse_grammar_file
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.grammar import Grammar, fair_mask, load_grammar, parse_grammar
-from moezoo.core.grammar_file import Attribute, Choose, GrammarFile, Literal, Say, Template, parse_grammar_file
 
 # Every feature once: weights, nesting, memory, exclusion (with unequal weights), plain and branching attributes.
 SMALL = r"""

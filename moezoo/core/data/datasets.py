@@ -17,10 +17,10 @@ from typing import Annotated, Literal, assert_never
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from moezoo.core.config import validate
+from moezoo.core.data.grammar.grammar import Grammar, load_grammar
+from moezoo.core.data.grammar.parser import read_mapping
 from moezoo.core.errors import DataError, SpecError, nearest
 from moezoo.core.files import PACKAGE, make_folder, sha256_of, write_atomically
-from moezoo.core.grammar import Grammar, load_grammar
-from moezoo.core.grammar_file import read_mapping
 from moezoo.core.spec import Part
 
 _TIMEOUT_S = 30.0

@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.errors import DataError
-from moezoo.core.grammar_entropy import Derivation, Expectation, Odds, choice_nats, literal_length
-from moezoo.core.grammar_file import (
+from moezoo.core.data.grammar.entropy import Derivation, Expectation, Odds, choice_nats, literal_length
+from moezoo.core.data.grammar.parser import (
     Attribute,
     Choose,
     GrammarFile,
@@ -31,6 +30,7 @@ from moezoo.core.grammar_file import (
     parse_grammar_file,
     read_text,
 )
+from moezoo.core.errors import DataError
 
 _RAW_BLOCK = 4096  # draws of 64 bits taken from Philox at a time
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.grammar_file import (
+from moezoo.core.data.grammar.parser import (
     Attribute,
     Choose,
     GrammarFile,
