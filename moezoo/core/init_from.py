@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config import Config, InitFrom, validate
 from moezoo.core.data.tokenizers import Tokenizer, load_tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
@@ -18,7 +19,6 @@ from moezoo.core.huggingface.layout import Layout
 from moezoo.core.opened_model import describe_model, open_model
 from moezoo.core.parameters import parameter_table
 from moezoo.core.run import is_run
-from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 
 
 @dataclass(frozen=True)

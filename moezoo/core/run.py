@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.checkpoint import Checkpoint, list_checkpoints, load_latest_checkpoint, opened_checkpoint
+from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, opened_checkpoint
 from moezoo.core.config import Config, dump_config, load_config, parse_config
 from moezoo.core.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from moezoo.core.errors import RunError, SpecError

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from moezoo.core.backend import Backend, Model, PendingStep, StepMetrics
-from moezoo.core.checkpoint import (
+from moezoo.core.checkpoint.manifest import ARRAYS
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import (
     Checkpoint,
     begin_checkpoint,
     check_names_and_shapes,
@@ -31,13 +33,11 @@ from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_gram
 from moezoo.core.huggingface.layout import write_sidecar
 from moezoo.core.init_from import Start, open_start
 from moezoo.core.initialize import initial_weights
-from moezoo.core.manifest import ARRAYS
 from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.processes import PendingNumbers, first_then_others
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import Run, forget_run, resume_point
-from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.schedules import learning_rate
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.errors import SpecError
 from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
 from moezoo.core.parameters import parameter_table
-from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.spec import ModelSpec
 

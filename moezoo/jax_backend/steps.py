@@ -13,10 +13,11 @@ import optax
 from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.checkpoint.manifest import OF_OPTIMIZER, OF_WEIGHTS
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.freed_memory import keep_freed_memory
-from moezoo.core.manifest import OF_OPTIMIZER, OF_WEIGHTS
 from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
@@ -25,7 +26,6 @@ from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.prompts import widths
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
-from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.jax_backend import several_processes

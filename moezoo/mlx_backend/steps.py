@@ -9,7 +9,8 @@ from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import TrainingError
 from moezoo.core.mesh import MESH_AXES, MeshConfig
@@ -18,7 +19,6 @@ from moezoo.core.precision import check_float32
 from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
-from moezoo.core.safetensors_file import shapes_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.mlx_backend import BLAS, FREED_MEMORY, data_parallel

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import tensorstore
 
-from moezoo.core import manifest as manifest_module
-from moezoo.core.checkpoint import (
+from moezoo.core.checkpoint import manifest as manifest_module
+from moezoo.core.checkpoint.manifest import ARRAYS
+from moezoo.core.checkpoint.safetensors_file import SafetensorsFile, shapes_of
+from moezoo.core.checkpoint.store import (
     CheckpointInfo,
     begin_checkpoint,
     check_names_and_shapes,
@@ -25,8 +27,6 @@ from moezoo.core.checkpoint import (
     save_checkpoint,
 )
 from moezoo.core.errors import CheckpointError, RunError
-from moezoo.core.manifest import ARRAYS
-from moezoo.core.safetensors_file import SafetensorsFile, shapes_of
 
 CONFIG = "# größer\nmodel: {layers: 2}\r\n"
 SYSTEM_CALLS = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
@@ -264,7 +264,7 @@ def test_renamed_checkpoint_is_refused_but_a_copy_elsewhere_is_fine(tmp_path):
 
 
 def test_manifest_that_points_elsewhere_is_refused(tmp_path):
-    from moezoo.core.manifest import _digest
+    from moezoo.core.checkpoint.manifest import _digest
 
     path = save(tmp_path, 2)
     content = json.loads((path / "manifest.json").read_text())

@@ -12,13 +12,13 @@ from ml_dtypes import bfloat16
 
 import moezoo
 from moezoo.cli import main
+from moezoo.core.checkpoint.safetensors_file import StoredTensors, write_tensors
 from moezoo.core.config import Config, load_config, with_vocab_size
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.init_from import initial_tokenizer, open_start
 from moezoo.core.run import load_run
-from moezoo.core.safetensors_file import StoredTensors, write_tensors
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import write_checkpoint
 from tests.small_run import MODEL, write_config

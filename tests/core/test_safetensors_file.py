@@ -10,8 +10,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from moezoo.core.errors import CheckpointError
-from moezoo.core.safetensors_file import (
+from moezoo.core.checkpoint.safetensors_file import (
     SafetensorsFile,
     StoredTensors,
     check_header,
@@ -19,7 +18,8 @@ from moezoo.core.safetensors_file import (
     write_stream,
     write_tensors,
 )
-from moezoo.core.safetensors_header import TensorEntry, encode_header
+from moezoo.core.checkpoint.safetensors_header import TensorEntry, encode_header
+from moezoo.core.errors import CheckpointError
 
 DTYPES = (
     "bool",

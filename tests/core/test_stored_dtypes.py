@@ -7,10 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.config import Config, load_config, with_vocab_size
 from moezoo.core.errors import CheckpointError, TrainingError
 from moezoo.core.initialize import initial_weights
-from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.spec import ModelSpec
 from tests.backends_available import require_backend
 from tests.tolerances import EXACT, FLOAT32, assert_close

@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from moezoo.cli import main
-from moezoo.core.checkpoint import list_checkpoints, load_checkpoint
+from moezoo.core.checkpoint.store import list_checkpoints, load_checkpoint
 from moezoo.core.metrics import read_metrics
 from tests.backends_available import require_backend
 from tests.contracts.source_tree import PACKAGE

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Entry, Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.loaded_model import export, save_run
 from moezoo.core.opened_model import open_model
-from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # parameters done, of all

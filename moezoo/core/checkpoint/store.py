@@ -29,17 +29,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from moezoo.core.errors import CheckpointError, RunError
-from moezoo.core.files import (
-    flush_folder,
-    flush_tree,
-    make_folder,
-    remove_folder,
-    rename_folder,
-    sha256_of,
-    write_atomically,
-)
-from moezoo.core.manifest import (
+from moezoo.core.checkpoint.manifest import (
     ARRAYS,
     CONFIG,
     FORMAT_VERSION,
@@ -54,8 +44,18 @@ from moezoo.core.manifest import (
     read_manifest,
     verified,
 )
-from moezoo.core.safetensors_file import StoredTensors, write_tensors
-from moezoo.core.sharded_tensors import ShardedTensors
+from moezoo.core.checkpoint.safetensors_file import StoredTensors, write_tensors
+from moezoo.core.checkpoint.sharded_tensors import ShardedTensors
+from moezoo.core.errors import CheckpointError, RunError
+from moezoo.core.files import (
+    flush_folder,
+    flush_tree,
+    make_folder,
+    remove_folder,
+    rename_folder,
+    sha256_of,
+    write_atomically,
+)
 
 Array = npt.NDArray[Any]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked
 from moezoo.core.errors import CheckpointError
-from moezoo.core.safetensors_file import ReadWhenAsked
 
 Array = npt.NDArray[Any]
 Index = tuple[slice, ...]

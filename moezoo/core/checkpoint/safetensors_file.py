@@ -16,9 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.errors import CheckpointError
-from moezoo.core.files import written_atomically
-from moezoo.core.safetensors_header import (
+from moezoo.core.checkpoint.safetensors_header import (
     MAX_HEADER_BYTES,
     HeaderProblem,
     TensorEntry,
@@ -27,6 +25,8 @@ from moezoo.core.safetensors_header import (
     numpy_form,
     storable_name,
 )
+from moezoo.core.errors import CheckpointError
+from moezoo.core.files import written_atomically
 
 Array = npt.NDArray[Any]
 
