@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moezoo.core.backend import Backend
-    from moezoo.core.config import Config, load_config
+    from moezoo.core.config.run_config import Config, load_config
     from moezoo.core.errors import MoezooError
     from moezoo.core.loaded_model import LoadedModel
     from moezoo.core.parameters import parameter_table
@@ -19,10 +19,10 @@ __version__ = "0.1.0"
 __all__ = ["Config", "ModelSpec", "MoezooError", "load", "load_config", "parameter_table", "parity"]
 
 _LAZY = {
-    "Config": "moezoo.core.config",
+    "Config": "moezoo.core.config.run_config",
     "ModelSpec": "moezoo.core.spec",
     "MoezooError": "moezoo.core.errors",
-    "load_config": "moezoo.core.config",
+    "load_config": "moezoo.core.config.run_config",
     "parameter_table": "moezoo.core.parameters",
 }
 

@@ -20,7 +20,7 @@ from moezoo.core.process_group import ProcessGroup, end
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moezoo.core.config import Config
+    from moezoo.core.config.run_config import Config
     from moezoo.core.data.prepare import PreparedData
     from moezoo.core.data.tokenizers import Tokenizer
 
@@ -71,12 +71,12 @@ def train(
     With --coordinator as one of several JAX processes, all of which are given the same command.
     """
     from moezoo.backends import load_backend
-    from moezoo.core.config import load_config, with_vocab_size
+    from moezoo.core.config.mesh_option import load_mesh
+    from moezoo.core.config.run_config import load_config, with_vocab_size
     from moezoo.core.console import ConsoleReporter, describe_evaluation
     from moezoo.core.data.tokenizers import load_tokenizer
     from moezoo.core.describe import header
     from moezoo.core.init_from import check_start, initial_tokenizer
-    from moezoo.core.load_mesh import load_mesh
     from moezoo.core.picture import draw_run
     from moezoo.core.processes import first_then_others
     from moezoo.core.run import create_run, is_run, open_run
@@ -304,11 +304,11 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
     """
     import json
 
-    from moezoo.core.config import load_config
+    from moezoo.core.config.mesh_option import load_mesh
+    from moezoo.core.config.run_config import load_config
     from moezoo.core.describe import describe as page
     from moezoo.core.describe import description, spec_with_vocab_size
     from moezoo.core.describe_mesh import mesh_description, mesh_page
-    from moezoo.core.load_mesh import load_mesh
     from moezoo.core.opened_model import checkpoint_folder, describe_model, is_config
     from moezoo.core.run import is_run
 
@@ -365,9 +365,9 @@ def plan_command(
     """
     import json
 
-    from moezoo.core.config import load_config
+    from moezoo.core.config.mesh_option import load_mesh
+    from moezoo.core.config.run_config import load_config
     from moezoo.core.describe import spec_with_vocab_size
-    from moezoo.core.load_mesh import load_mesh
     from moezoo.core.make_plan import make_plan
     from moezoo.core.plan_page import memory_bytes, plan_page
 
@@ -487,7 +487,7 @@ def schema() -> None:
     """JSON Schema of a config, for editors that complete YAML."""
     import json
 
-    from moezoo.core.config import json_schema
+    from moezoo.core.config.run_config import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moezoo.core.config import Config, load_config
+from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.errors import SpecError
 from moezoo.core.files import PACKAGE
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, assert_never
 
-from moezoo.core.config import (
+from moezoo.core.config.run_config import (
     ByteTokenizerSpec,
     CharacterTokenizerSpec,
     Config,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
-from moezoo.core.config import Config, InitFrom, validate
+from moezoo.core.config.run_config import Config, InitFrom, validate
 from moezoo.core.data.tokenizers import Tokenizer, load_tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.layout import Layout

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.backend import IGNORED, Backend, Integers, Model, Output, check_length
 from moezoo.core.checkpoint.store import save_checkpoint
-from moezoo.core.config import Config, dump_config, with_compute
+from moezoo.core.config.run_config import Config, dump_config, with_compute
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 from moezoo.core.files import make_folder, write_atomically

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from moezoo.core.config import (
+from moezoo.core.config.run_config import (
     Config,
     DataConfig,
     DatasetSource,
@@ -18,6 +18,7 @@ from moezoo.core.config import (
     TrainingConfig,
     load_config,
 )
+from moezoo.core.config.schedules import ConstantSchedule
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 from moezoo.core.errors import RunError
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
@@ -29,7 +30,6 @@ from moezoo.core.huggingface.checkpoint import (
 )
 from moezoo.core.huggingface.layout import Layout, open_sidecar
 from moezoo.core.run import Run, is_run, load_run
-from moezoo.core.schedules import ConstantSchedule
 from moezoo.core.spec import ModelSpec
 
 

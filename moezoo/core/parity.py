@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Floats, Integers, check_length
-from moezoo.core.config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config
+from moezoo.core.config.run_config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config
 from moezoo.core.cost import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.init_from import open_start

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, assert_never
 
-from moezoo.core.config import Config
+from moezoo.core.config.run_config import Config
 from moezoo.core.cost import activation_bytes, copies_bytes, layer_activation_bytes
 from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig
 from moezoo.core.parameters import Parameter, parameter_table

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moezoo.core.config import Config
+from moezoo.core.config.run_config import Config
 from moezoo.core.cost import flops_per_token
 from moezoo.core.describe import bytes_text, count
 from moezoo.core.errors import SpecError

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, opened_checkpoint
-from moezoo.core.config import Config, dump_config, load_config, parse_config
+from moezoo.core.config.run_config import Config, dump_config, load_config, parse_config
 from moezoo.core.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, remove_folder, write_atomically

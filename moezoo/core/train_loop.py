@@ -24,7 +24,8 @@ from moezoo.core.checkpoint.store import (
     partial_folder,
     save_checkpoint,
 )
-from moezoo.core.config import Config, dump_config
+from moezoo.core.config.run_config import Config, dump_config
+from moezoo.core.config.schedules import learning_rate
 from moezoo.core.console import Reporter, SilentReporter, describe_evaluation
 from moezoo.core.data.prebatched import ReadyBatches
 from moezoo.core.data.prepare import PreparedData
@@ -38,7 +39,6 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.processes import PendingNumbers, first_then_others
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import Run, forget_run, resume_point
-from moezoo.core.schedules import learning_rate
 
 
 @dataclass(frozen=True)

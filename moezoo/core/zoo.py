@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from moezoo.core.config import load_config
+from moezoo.core.config.run_config import load_config
 from moezoo.core.errors import SpecError
 from moezoo.core.parity_report import finite
 from moezoo.core.spec import ModelSpec

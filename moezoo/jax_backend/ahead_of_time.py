@@ -15,7 +15,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from moezoo.core.config import Config
+from moezoo.core.config.run_config import Config
 from moezoo.core.errors import BackendError
 from moezoo.core.mesh import MeshAxis
 from moezoo.core.plan import Collective, CollectiveKind, CompiledStep

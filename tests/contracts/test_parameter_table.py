@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.causality import Causality, check_causality
-from moezoo.core.config import load_config, validate
+from moezoo.core.config.run_config import load_config, validate
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parity_report import ParityReport, ParityTolerances

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from moezoo.core.config import parse_config
+from moezoo.core.config.run_config import parse_config
 from moezoo.core.cost import (
     active_experts,
     cache_bytes,

@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 from moezoo.cli import main
-from moezoo.core.config import load_config
+from moezoo.core.config.mesh_option import load_mesh
+from moezoo.core.config.run_config import load_config
 from moezoo.core.describe_mesh import mesh_description
 from moezoo.core.errors import SpecError
-from moezoo.core.load_mesh import load_mesh
 from moezoo.core.mesh import MeshConfig
 from moezoo.core.parameters import parameter_table
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from moezoo.core.config import parse_config
+from moezoo.core.config.run_config import parse_config
 from moezoo.core.errors import SpecError
 from tests.contracts.source_tree import PACKAGE, tree_of
 

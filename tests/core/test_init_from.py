@@ -13,7 +13,7 @@ from ml_dtypes import bfloat16
 import moezoo
 from moezoo.cli import main
 from moezoo.core.checkpoint.safetensors_file import StoredTensors, write_tensors
-from moezoo.core.config import Config, load_config, with_vocab_size
+from moezoo.core.config.run_config import Config, load_config, with_vocab_size
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moezoo.core.config import load_config
+from moezoo.core.config.run_config import load_config
 from moezoo.core.errors import SpecError
 from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table

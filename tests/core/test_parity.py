@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moezoo.backends import load_backend
 from moezoo.core.checkpoint.store import save_checkpoint
-from moezoo.core.config import OptimizerConfig, dump_config, parse_config
+from moezoo.core.config.run_config import OptimizerConfig, dump_config, parse_config
 from moezoo.core.data.tokenizers import TokenIds
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.initialize import initial_weights

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from moezoo.cli import main
-from moezoo.core.config import load_config
+from moezoo.core.config.run_config import load_config
 from moezoo.core.cost import training_memory
 from moezoo.core.errors import SpecError
 from moezoo.core.mesh import MESH_AXES, MeshConfig

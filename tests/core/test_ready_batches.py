@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from moezoo.core.backend import IGNORED
-from moezoo.core.config import DataConfig, load_config, validate, with_vocab_size
+from moezoo.core.config.run_config import DataConfig, load_config, validate, with_vocab_size
 from moezoo.core.data.prepare import PreparedData, prepare_data
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.metrics import read_metrics

@@ -4,8 +4,7 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from moezoo.core.errors import SpecError
-from moezoo.core.schedules import (
+from moezoo.core.config.schedules import (
     ConstantSchedule,
     CosineSchedule,
     InverseSquareRootSchedule,
@@ -13,6 +12,7 @@ from moezoo.core.schedules import (
     WSDSchedule,
     learning_rate,
 )
+from moezoo.core.errors import SpecError
 
 PEAK = 3e-4
 EVERY_KIND = (

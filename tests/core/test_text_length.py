@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import OptimizerConfig, parse_config, validate
+from moezoo.core.config.run_config import OptimizerConfig, parse_config, validate
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generate_loop import generate

@@ -16,7 +16,7 @@ import moezoo
 from moezoo.backends import load_backend
 from moezoo.core.backend import Backend, Scores, StepMetrics
 from moezoo.core.checkpoint.store import load_checkpoint
-from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.data.prepare import prepare_data
 from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError
 from moezoo.core.metrics import read_metrics

@@ -7,7 +7,7 @@ import pytest
 
 import moezoo
 from moezoo.backends import load_backend
-from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.as_family import export_as_family
 from moezoo.core.huggingface.checkpoint import open_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.errors import BackendError, SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.launch import process_commands

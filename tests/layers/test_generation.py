@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moezoo.core import prompts as core_prompts
-from moezoo.core.config import load_config
+from moezoo.core.config.run_config import load_config
 from moezoo.core.errors import DataError
 from moezoo.core.generate_loop import generate
 from moezoo.core.initialize import initial_weights

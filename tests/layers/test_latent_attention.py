@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.run_config import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.reference.latent_attention import latent_attention

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.run_config import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.reference.layer_inputs import layer_input, layer_inputs

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import IGNORED
-from moezoo.core.config import validate
+from moezoo.core.config.run_config import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import IGNORED
-from moezoo.core.config import OptimizerConfig, validate
+from moezoo.core.config.run_config import OptimizerConfig, validate
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import OptimizerConfig
+from moezoo.core.config.run_config import OptimizerConfig
 from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys

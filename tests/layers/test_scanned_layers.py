@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import Model, StepMetrics
-from moezoo.core.config import Config, Layers, load_config, with_vocab_size
+from moezoo.core.config.run_config import Config, Layers, load_config, with_vocab_size
 from moezoo.core.errors import SpecError, TrainingError
 from moezoo.core.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys

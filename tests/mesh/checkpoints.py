@@ -13,7 +13,7 @@ import numpy as np
 from moezoo.backends import load_backend
 from moezoo.core.checkpoint.manifest import ARRAYS
 from moezoo.core.checkpoint.store import begin_checkpoint, complete_checkpoint, load_latest_checkpoint, save_checkpoint
-from moezoo.core.config import dump_config
+from moezoo.core.config.run_config import dump_config
 from moezoo.core.initialize import initial_weights
 from moezoo.core.mesh import MeshConfig
 from tests.mesh.on_devices import VOCAB, config_of

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moezoo.core.config import parse_config
+from moezoo.core.config.run_config import parse_config
 from moezoo.core.initialize import initial_weights
 from moezoo.core.mesh import MeshConfig
 from moezoo.core.sampling import SamplingOptions

@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from moezoo.core.config import load_config
+from moezoo.core.config.run_config import load_config
 from moezoo.core.describe_mesh import known_sizes
 from moezoo.core.mesh import MeshConfig
 from moezoo.core.plan import device_plan

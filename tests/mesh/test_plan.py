@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from moezoo.core.config import load_config
+from moezoo.core.config.run_config import load_config
 from moezoo.core.parameters import parameter_table
 from tests.backends_available import require_backend
 from tests.contracts.source_tree import PACKAGE

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, assert_never
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from moezoo.core.config import validate
+from moezoo.core.config.run_config import validate
 from moezoo.core.data.grammar.grammar import Grammar, load_grammar
 from moezoo.core.data.grammar.parser import read_mapping
 from moezoo.core.errors import DataError, SpecError, nearest

@@ -13,7 +13,7 @@ from typing import Any, assert_never
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.config import (
+from moezoo.core.config.run_config import (
     BatchesSource,
     ByteTokenizerSpec,
     CharacterTokenizerSpec,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.config import read_yaml, validate
+from moezoo.core.config.run_config import read_yaml, validate
 from moezoo.core.errors import SpecError
 from moezoo.core.mesh import MESH_AXES, MeshConfig
 
