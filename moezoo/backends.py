@@ -6,9 +6,9 @@ import platform
 from types import ModuleType
 
 from moezoo.core.backend import Backend
+from moezoo.core.distributed.mesh import MeshConfig
+from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import BackendError, nearest
-from moezoo.core.mesh import MeshConfig
-from moezoo.core.process_group import ProcessGroup
 
 NAMES = ("jax", "mlx")
 _PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}

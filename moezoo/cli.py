@@ -14,8 +14,8 @@ from moezoo.cli_options import (
     mesh_option,
     set_option,
 )
+from moezoo.core.distributed.process_group import ProcessGroup, end
 from moezoo.core.errors import DataError, MoezooError, RunError, SpecError
-from moezoo.core.process_group import ProcessGroup, end
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,9 +76,9 @@ def train(
     from moezoo.core.console import ConsoleReporter, describe_evaluation
     from moezoo.core.data.tokenizers import load_tokenizer
     from moezoo.core.describe import header
+    from moezoo.core.distributed.processes import first_then_others
     from moezoo.core.init_from import check_start, initial_tokenizer
     from moezoo.core.picture import draw_run
-    from moezoo.core.processes import first_then_others
     from moezoo.core.run import create_run, is_run, open_run
     from moezoo.core.train_loop import train as run_training
 
@@ -134,7 +134,7 @@ def launch_command(nproc: int, words: tuple[str, ...]) -> None:
     process ends with an error, all do.
     """
     from moezoo.backends import default_backend
-    from moezoo.core.launch import launch
+    from moezoo.core.distributed.launch import launch
 
     if words[0] != "train":
         raise RunError(f"launch runs `train`, which alone divides its work; got {words[0]!r}. Run that by itself.")

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import BackendError
-from moezoo.core.process_group import ProcessGroup
 
 backend_option = click.option(
     "--backend", metavar="jax|mlx", help="Default: $BACKEND, else mlx on Apple silicon, else jax."

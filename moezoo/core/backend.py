@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.config.run_config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import DataError
-from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.random import Bits
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from moezoo.core.config.run_config import Config
+from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.errors import BackendError
-from moezoo.core.mesh import MeshAxis
 from moezoo.core.plan import Collective, CollectiveKind, CompiledStep
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.platform import planned_for

@@ -17,8 +17,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moezoo.core.mesh import MeshAxis
-from moezoo.core.sharding_rules import exchanged
+from moezoo.core.distributed.mesh import MeshAxis
+from moezoo.core.distributed.sharding_rules import exchanged
 from moezoo.core.spec import DroplessSpec, MoESpec
 from moezoo.jax_backend.dispatch import Dispatch, dispatch
 from moezoo.jax_backend.experts import Experts

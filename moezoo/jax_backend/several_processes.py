@@ -18,9 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moezoo.core.distributed.process_group import ProcessGroup, others_wait
+from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.errors import BackendError, TrainingError
-from moezoo.core.process_group import ProcessGroup, others_wait
-from moezoo.core.processes import Numbers, PendingNumbers, Processes
 
 _LOOK_AGAIN_S = 0.1
 

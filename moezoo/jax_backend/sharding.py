@@ -17,10 +17,10 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
+from moezoo.core.distributed.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.errors import SpecError
-from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
 from moezoo.core.parameters import parameter_table
-from moezoo.core.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.spec import ModelSpec
 
 _BLOCKS = ("attention", "moe", "feed_forward", "layer_input")

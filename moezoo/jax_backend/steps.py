@@ -17,12 +17,12 @@ from moezoo.core.checkpoint.manifest import OF_OPTIMIZER, OF_WEIGHTS
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.run_config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
+from moezoo.core.distributed.process_group import ProcessGroup
+from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.freed_memory import keep_freed_memory
-from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
-from moezoo.core.process_group import ProcessGroup
-from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.prompts import widths
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names

@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.errors import BackendError, SpecError, TrainingError
-from moezoo.core.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 
 _MESSAGE_BYTES = 32 * 2**20  # about so much in one message; as MLX's own average_gradients

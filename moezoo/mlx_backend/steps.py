@@ -12,11 +12,11 @@ from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.run_config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
+from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import TrainingError
-from moezoo.core.mesh import MESH_AXES, MeshConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.precision import check_float32
-from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.sampling import SamplingOptions

@@ -140,7 +140,7 @@ def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
 
 def test_launch_starts_train_on_the_backend_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[int, tuple[str, ...], str]] = []
-    monkeypatch.setattr("moezoo.core.launch.launch", lambda *words: started.append(words))
+    monkeypatch.setattr("moezoo.core.distributed.launch.launch", lambda *words: started.append(words))
     monkeypatch.setenv("BACKEND", "mlx")
     for words in (["--backend", "jax"], ["--backend=jax"], ["--set", "a=b"]):
         assert call("launch", "--nproc", 3, "train", "c.yaml", *words).exit_code == 0

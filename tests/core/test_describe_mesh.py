@@ -10,8 +10,8 @@ from moezoo.cli import main
 from moezoo.core.config.mesh_option import load_mesh
 from moezoo.core.config.run_config import load_config
 from moezoo.core.describe_mesh import mesh_description
+from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.errors import SpecError
-from moezoo.core.mesh import MeshConfig
 from moezoo.core.parameters import parameter_table
 
 CONFIG = "configs/bench/small.yaml"

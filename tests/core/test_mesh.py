@@ -3,10 +3,10 @@
 import pytest
 
 from moezoo.core.config.run_config import load_config
+from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
+from moezoo.core.distributed.sharding_rules import at_work, check_batch, exchanged, partition
 from moezoo.core.errors import SpecError
-from moezoo.core.mesh import MeshConfig, in_words, sizes
 from moezoo.core.parameters import parameter_table
-from moezoo.core.sharding_rules import at_work, check_batch, exchanged, partition
 from moezoo.core.spec import CapacitySpec, GatedFeedForwardSpec, MoESpec, RouterSpec
 from tests.contracts.source_tree import PACKAGE
 

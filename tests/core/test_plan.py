@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from moezoo.cli import main
 from moezoo.core.config.run_config import load_config
 from moezoo.core.cost import training_memory
+from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
 from moezoo.core.errors import SpecError
-from moezoo.core.mesh import MESH_AXES, MeshConfig
 from moezoo.core.plan import Collective, device_plan, memory_per_device, smaller, with_same_sequences
 from moezoo.core.plan_page import memory_bytes
 

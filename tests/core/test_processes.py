@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from moezoo.core.distributed.processes import Numbers, Processes, first_then_others
 from moezoo.core.errors import SpecError
-from moezoo.core.processes import Numbers, Processes, first_then_others
 
 
 class Told:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moezoo.core import launch
 from moezoo.core.checkpoint.store import list_checkpoints
+from moezoo.core.distributed import launch
 from moezoo.core.errors import TrainingError
 from moezoo.core.metrics import read_metrics
 from tests.backends_available import require_backend

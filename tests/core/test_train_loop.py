@@ -18,10 +18,10 @@ from moezoo.core.backend import Backend, Scores, StepMetrics
 from moezoo.core.checkpoint.store import load_checkpoint
 from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.data.prepare import prepare_data
+from moezoo.core.distributed.processes import Numbers, Processes
 from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError
 from moezoo.core.metrics import read_metrics
 from moezoo.core.parameters import parameter_table
-from moezoo.core.processes import Numbers, Processes
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import create_run, load_run
 from moezoo.core.spec import ModelSpec

@@ -12,7 +12,7 @@ import jax
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.describe_mesh import known_sizes
-from moezoo.core.mesh import MeshConfig
+from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.plan import device_plan
 from moezoo.jax_backend import ahead_of_time
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.core.config.run_config import read_yaml, validate
+from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
 from moezoo.core.errors import SpecError
-from moezoo.core.mesh import MESH_AXES, MeshConfig
 
 
 def load_mesh(given: str) -> MeshConfig:

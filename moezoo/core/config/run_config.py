@@ -21,8 +21,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from moezoo.core.config.schedules import CosineSchedule, Schedule
+from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.errors import SpecError, nearest
-from moezoo.core.mesh import MeshConfig
 from moezoo.core.spec import ModelSpec, Part, PrecisionSpec, impossible
 
 _MAX_CONFIG_BYTES = 1_000_000

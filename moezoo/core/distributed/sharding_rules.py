@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis, MeshConfig
 from moezoo.core.errors import SpecError
-from moezoo.core.mesh import BATCH_AXES, MeshAxis, MeshConfig
 from moezoo.core.parameters import Parameter
 from moezoo.core.reference.dispatch import capacities
 from moezoo.core.spec import CapacitySpec, MoESpec
