@@ -367,8 +367,8 @@ def plan_command(
 
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.config.run_config import load_config
+    from moezoo.core.cost.make_plan import make_plan
     from moezoo.core.describe import spec_with_vocab_size
-    from moezoo.core.make_plan import make_plan
     from moezoo.core.plan_page import memory_bytes, plan_page
 
     config = load_config(config_path, overrides)

@@ -11,7 +11,13 @@ from moezoo.core.config.run_config import (
     HuggingFaceTokenizerSpec,
     TokenIdsSpec,
 )
-from moezoo.core.cost import cache_bytes, flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
+from moezoo.core.cost.memory import (
+    cache_bytes,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    parameter_counts,
+    training_memory,
+)
 from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.spec import LayerSpec, ModelSpec
 

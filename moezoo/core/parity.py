@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Floats, Integers, check_length
 from moezoo.core.config.run_config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config
-from moezoo.core.cost import attention_widths, parameter_counts
+from moezoo.core.cost.memory import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.init_from import open_start
 from moezoo.core.initialize import initial_weights

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from moezoo.core.config.run_config import Config
+from moezoo.core.cost.step_plan import Collective, CollectiveKind, CompiledStep
 from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.errors import BackendError
-from moezoo.core.plan import Collective, CollectiveKind, CompiledStep
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.platform import planned_for
 from moezoo.jax_backend.sharding import Placement, Shapes

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from moezoo.core.config.run_config import parse_config
-from moezoo.core.cost import (
+from moezoo.core.cost.memory import (
     active_experts,
     cache_bytes,
     flops_per_token,

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from moezoo.core.config.run_config import parse_config
-from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
+from moezoo.core.cost.memory import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
 from moezoo.core.describe import bytes_text, count, describe, description, header
 
 CONFIG = """

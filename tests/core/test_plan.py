@@ -9,10 +9,10 @@ from click.testing import CliRunner
 
 from moezoo.cli import main
 from moezoo.core.config.run_config import load_config
-from moezoo.core.cost import training_memory
+from moezoo.core.cost.memory import training_memory
+from moezoo.core.cost.step_plan import Collective, device_plan, memory_per_device, smaller, with_same_sequences
 from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
 from moezoo.core.errors import SpecError
-from moezoo.core.plan import Collective, device_plan, memory_per_device, smaller, with_same_sequences
 from moezoo.core.plan_page import memory_bytes
 
 CONFIG = "configs/tiny/top_k.yaml"

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Literal, assert_never
 
 from moezoo.core.config.run_config import Config
-from moezoo.core.cost import activation_bytes, copies_bytes, layer_activation_bytes
+from moezoo.core.cost.memory import activation_bytes, copies_bytes, layer_activation_bytes
 from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig
 from moezoo.core.distributed.sharding_rules import RULES, Partition, at_work, check_batch, exchanged, partition
 from moezoo.core.parameters import Parameter, parameter_table
