@@ -180,8 +180,8 @@ def generate(
     """
     import numpy as np
 
-    from moezoo.core.generate_loop import Continuation
-    from moezoo.core.generation_config import GenerationConfig
+    from moezoo.core.generation.config import GenerationConfig
+    from moezoo.core.generation.loop import Continuation
     from moezoo.core.loaded_model import load_model
 
     GenerationConfig().options(**options)  # refuse bad options before anything is loaded

@@ -13,8 +13,8 @@ from moezoo.core.config.run_config import Config, dump_config, with_compute
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 from moezoo.core.files import make_folder, write_atomically
-from moezoo.core.generate_loop import generate
-from moezoo.core.generation_config import GenerationConfig
+from moezoo.core.generation.config import GenerationConfig
+from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.as_family import export_as_family
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar

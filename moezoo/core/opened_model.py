@@ -21,7 +21,7 @@ from moezoo.core.config.run_config import (
 from moezoo.core.config.schedules import ConstantSchedule
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 from moezoo.core.errors import RunError
-from moezoo.core.generation_config import GenerationConfig, read_generation_config
+from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import (
     HuggingFaceCheckpoint,
     describe_checkpoint,

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from moezoo.core.backend import Integers
-from moezoo.core.prompts import ROOM, padded, seen_tokens, widths
+from moezoo.core.generation.prefill import ROOM, padded, seen_tokens, widths
 from moezoo.core.sampling import SamplingOptions, checked_logits
 from moezoo.core.spec import ModelSpec
 from moezoo.mlx_backend.kv_cache import Cache, Caches, empty_cache

@@ -8,8 +8,8 @@ import pytest
 
 from moezoo.core.data.tokenizers import ByteTokenizer
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.generate_loop import Continuation, generate
-from moezoo.core.generation_config import GenerationConfig, read_generation_config
+from moezoo.core.generation.config import GenerationConfig, read_generation_config
+from moezoo.core.generation.loop import Continuation, generate
 from moezoo.core.sampling import SamplingOptions, penalized
 from tests.host_generation import HostGeneration
 

@@ -6,7 +6,7 @@ import pytest
 from moezoo.core.config.run_config import OptimizerConfig, parse_config, validate
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.generate_loop import generate
+from moezoo.core.generation.loop import generate
 from moezoo.core.initialize import initial_weights
 from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.parity import parity, parity_of

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core import prompts as core_prompts
 from moezoo.core.config.run_config import load_config
 from moezoo.core.errors import DataError
-from moezoo.core.generate_loop import generate
+from moezoo.core.generation import prefill as core_prompts
+from moezoo.core.generation.loop import generate
+from moezoo.core.generation.prefill import padded, widths
 from moezoo.core.initialize import initial_weights
-from moezoo.core.prompts import padded, widths
 from moezoo.core.sampling import SamplingOptions, penalized, sample
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moezoo.core.describe import bytes_text, count, model_description, model_tables
-from moezoo.core.generation_config import read_generation_config
+from moezoo.core.generation.config import read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, describe_checkpoint, open_checkpoint
 from moezoo.core.huggingface.convert import ledger_rows
 
