@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moezoo.core.errors import MoezooError
     from moezoo.core.loaded_model import LoadedModel
     from moezoo.core.parameters import parameter_table
-    from moezoo.core.parity_report import ParityReport
+    from moezoo.core.parity.report import ParityReport
     from moezoo.core.spec import ModelSpec
 
 __version__ = "0.1.0"
@@ -51,7 +51,7 @@ def parity(path: str | Path) -> "ParityReport":
     Both backends must be installed. Raises as `load`.
     """
     from moezoo.backends import NAMES, load_backend
-    from moezoo.core.parity import parity_of
+    from moezoo.core.parity.check import parity_of
 
     return parity_of(path, {name: load_backend(name) for name in NAMES})
 

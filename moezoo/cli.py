@@ -460,7 +460,7 @@ def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
 
     import moezoo
     from moezoo.core.files import write_atomically
-    from moezoo.core.zoo import zoo as make_zoo
+    from moezoo.core.parity.zoo import zoo as make_zoo
 
     started = time.monotonic()
 

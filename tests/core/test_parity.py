@@ -14,9 +14,9 @@ from moezoo.core.config.run_config import OptimizerConfig, dump_config, parse_co
 from moezoo.core.data.tokenizers import TokenIds
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.initialize import initial_weights
-from moezoo.core.parity import parity, parity_of, random_windows, refuse_if_too_large
-from moezoo.core.parity_report import ParityTolerances
-from moezoo.core.parity_sides import Reference
+from moezoo.core.parity.check import parity, parity_of, random_windows, refuse_if_too_large
+from moezoo.core.parity.report import ParityTolerances
+from moezoo.core.parity.sides import Reference
 from tests.backends_available import require_backend
 
 # D=20, N=8, M=2, H=6, F=28; E=7, K=2 and E=5, K=1 with a capacity; V=31; B=3, T=5

@@ -9,7 +9,7 @@ from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generation.loop import generate
 from moezoo.core.initialize import initial_weights
 from moezoo.core.loaded_model import LoadedModel
-from moezoo.core.parity import parity, parity_of
+from moezoo.core.parity.check import parity, parity_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import LearnedPositionsSpec, ModelSpec
 from tests.host_generation import HostGeneration

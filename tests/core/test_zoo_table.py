@@ -11,9 +11,9 @@ from rich.console import Console
 
 import moezoo
 from moezoo.cli import main
-from moezoo.core.causality import Causality
-from moezoo.core.parity_report import Comparison, ParityReport, ParityTolerances
-from moezoo.core.zoo import all_features, zoo
+from moezoo.core.parity.causality import Causality
+from moezoo.core.parity.report import Comparison, ParityReport, ParityTolerances
+from moezoo.core.parity.zoo import all_features, zoo
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 PAIRS = ("reference/jax", "reference/mlx", "jax/mlx")

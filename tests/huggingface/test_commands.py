@@ -193,6 +193,6 @@ def test_parity_refuses_a_large_checkpoint_before_it_reads_one_weight(
 ) -> None:
     from moezoo.core.huggingface.checkpoint import LazyWeights
 
-    monkeypatch.setattr("moezoo.core.parity.LIMIT_BYTES", 1000)
+    monkeypatch.setattr("moezoo.core.parity.check.LIMIT_BYTES", 1000)
     monkeypatch.setattr(LazyWeights, "__getitem__", lambda *_: pytest.fail("read a weight"))
     refused(call("parity", folder), "SpecError", "the float64 reference of this model would need about")

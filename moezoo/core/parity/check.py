@@ -17,7 +17,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.init_from import open_start
 from moezoo.core.initialize import initial_weights
 from moezoo.core.opened_model import is_config, open_model
-from moezoo.core.parity_report import (
+from moezoo.core.parity.report import (
     Comparison,
     Kind,
     ParityReport,
@@ -25,7 +25,7 @@ from moezoo.core.parity_report import (
     RoutingComparison,
     names_in_order,
 )
-from moezoo.core.parity_sides import Doubles, Reference, Side, backend_side
+from moezoo.core.parity.sides import Doubles, Reference, Side, backend_side
 from moezoo.core.random import fold_in, key, uniform
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 

@@ -17,14 +17,14 @@ from pydantic.fields import FieldInfo
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.errors import SpecError
-from moezoo.core.parity_report import finite
+from moezoo.core.parity.report import finite
 from moezoo.core.spec import ModelSpec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from moezoo.core.parity_report import ParityReport
+    from moezoo.core.parity.report import ParityReport
 
 # Numbers of a part that are one or zero by default and yet no part of their own.
 _CONSTANTS = {"beta_slow", "low_frequency_factor", "loss_coefficient", "repeat", "num_experts", "coefficient"}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from moezoo.core.causality import Causality, Mode
+from moezoo.core.parity.causality import Causality, Mode
 from moezoo.core.precision import compute_dtype
 from moezoo.core.spec import ModelSpec
 
