@@ -75,10 +75,10 @@ def train(
     from moezoo.core.config.run_config import load_config, with_vocab_size
     from moezoo.core.console import ConsoleReporter, describe_evaluation
     from moezoo.core.data.tokenizers import load_tokenizer
-    from moezoo.core.describe import header
     from moezoo.core.distributed.processes import first_then_others
     from moezoo.core.init_from import check_start, initial_tokenizer
-    from moezoo.core.picture import draw_run
+    from moezoo.core.reports.model_page import header
+    from moezoo.core.reports.run_picture import draw_run
     from moezoo.core.run import create_run, is_run, open_run
     from moezoo.core.train_loop import train as run_training
 
@@ -306,10 +306,10 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
 
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.config.run_config import load_config
-    from moezoo.core.describe import describe as page
-    from moezoo.core.describe import description, spec_with_vocab_size
-    from moezoo.core.describe_mesh import mesh_description, mesh_page
     from moezoo.core.opened_model import checkpoint_folder, describe_model, is_config
+    from moezoo.core.reports.mesh_page import mesh_description, mesh_page
+    from moezoo.core.reports.model_page import describe as page
+    from moezoo.core.reports.model_page import description, spec_with_vocab_size
     from moezoo.core.run import is_run
 
     if mesh is None and devices is not None:
@@ -326,7 +326,7 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
         config = load_config(path if is_config(path) else path / "config.yaml", overrides)
         shown = description(config) if as_json else page(config, str(path))
     else:
-        from moezoo.core.huggingface.page import checkpoint_description, checkpoint_page
+        from moezoo.core.reports.checkpoint_page import checkpoint_description, checkpoint_page
 
         if overrides:
             raise SpecError(f"--set overrides values of a YAML config; got {path}; expected one, or no --set.")
@@ -368,8 +368,8 @@ def plan_command(
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.config.run_config import load_config
     from moezoo.core.cost.make_plan import make_plan
-    from moezoo.core.describe import spec_with_vocab_size
-    from moezoo.core.plan_page import memory_bytes, plan_page
+    from moezoo.core.reports.model_page import spec_with_vocab_size
+    from moezoo.core.reports.plan_page import memory_bytes, plan_page
 
     config = load_config(config_path, overrides)
     spec, assumed = spec_with_vocab_size(config)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moezoo.core.config.run_config import parse_config
 from moezoo.core.cost.memory import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
-from moezoo.core.describe import bytes_text, count, describe, description, header
+from moezoo.core.reports.model_page import bytes_text, count, describe, description, header
 
 CONFIG = """
 model:

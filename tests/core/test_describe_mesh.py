@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from moezoo.cli import main
 from moezoo.core.config.mesh_option import load_mesh
 from moezoo.core.config.run_config import load_config
-from moezoo.core.describe_mesh import mesh_description
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
+from moezoo.core.reports.mesh_page import mesh_description
 
 CONFIG = "configs/bench/small.yaml"
 SPEC = load_config(CONFIG).model

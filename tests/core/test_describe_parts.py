@@ -3,7 +3,7 @@
 import pytest
 
 from moezoo.core.config.run_config import validate
-from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
+from moezoo.core.reports.model_words import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.spec import ModelSpec
 
 GROUPED = "4 heads of 6, 2 key/value, RoPE 10,000"

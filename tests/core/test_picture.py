@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.errors import RunError
-from moezoo.core.picture import draw_run
+from moezoo.core.reports.run_picture import draw_run
 
 
 def metrics(folder, steps=30, layers=2, experts=4, validate=10):

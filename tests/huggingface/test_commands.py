@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 import moezoo
 from moezoo.cli import main
 from moezoo.core.errors import CheckpointError
-from moezoo.core.huggingface.page import checkpoint_description
 from moezoo.core.loaded_model import LoadedModel
+from moezoo.core.reports.checkpoint_page import checkpoint_description
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
 from tests.huggingface.tiny_tokenizer import SENTENCES, write_tokenizer

@@ -5,8 +5,8 @@ from typing import Any
 
 from moezoo.core.config.run_config import Config
 from moezoo.core.cost.step_plan import smaller, with_same_sequences
-from moezoo.core.describe_mesh import known_sizes
-from moezoo.core.plan_page import plan_description
+from moezoo.core.reports.mesh_page import known_sizes
+from moezoo.core.reports.plan_page import plan_description
 
 
 def make_plan(

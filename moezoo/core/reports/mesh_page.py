@@ -5,11 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moezoo.core.describe import bytes_text
 from moezoo.core.distributed.mesh import MESH_AXES, MeshAxis, MeshConfig, sizes
 from moezoo.core.distributed.sharding_rules import Partition, partition
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
+from moezoo.core.reports.model_page import bytes_text
 from moezoo.core.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from moezoo.core.config.run_config import Config
 from moezoo.core.cost.memory import flops_per_token
 from moezoo.core.cost.step_plan import Collective, CompiledStep, device_plan
-from moezoo.core.describe import bytes_text, count
 from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis
 from moezoo.core.errors import SpecError
+from moezoo.core.reports.model_page import bytes_text, count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -18,7 +18,7 @@ from moezoo.core.cost.memory import (
     parameter_counts,
     training_memory,
 )
-from moezoo.core.describe_parts import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
+from moezoo.core.reports.model_words import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo.core.describe import bytes_text, count, model_description, model_tables
 from moezoo.core.generation.config import read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, describe_checkpoint, open_checkpoint
 from moezoo.core.huggingface.convert import ledger_rows
+from moezoo.core.reports.model_page import bytes_text, count, model_description, model_tables
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
