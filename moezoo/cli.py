@@ -76,10 +76,10 @@ def train(
     from moezoo.core.console import ConsoleReporter, describe_evaluation
     from moezoo.core.data.tokenizers import load_tokenizer
     from moezoo.core.distributed.processes import first_then_others
-    from moezoo.core.init_from import check_start, initial_tokenizer
     from moezoo.core.reports.model_page import header
     from moezoo.core.reports.run_picture import draw_run
-    from moezoo.core.run import create_run, is_run, open_run
+    from moezoo.core.runs.init_from import check_start, initial_tokenizer
+    from moezoo.core.runs.run_folder import create_run, is_run, open_run
     from moezoo.core.train_loop import train as run_training
 
     path = out or Path("runs") / config_path.stem
@@ -252,7 +252,7 @@ def evaluate(
     from moezoo.core.evaluation import evaluate as run_evaluation
     from moezoo.core.evaluation import evaluate_file, known_grammar
     from moezoo.core.loaded_model import load_model
-    from moezoo.core.run import is_run
+    from moezoo.core.runs.run_folder import is_run
 
     console = _console()
     if data is None and not is_run(path):
@@ -306,11 +306,11 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
 
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.config.run_config import load_config
-    from moezoo.core.opened_model import checkpoint_folder, describe_model, is_config
     from moezoo.core.reports.mesh_page import mesh_description, mesh_page
     from moezoo.core.reports.model_page import describe as page
     from moezoo.core.reports.model_page import description, spec_with_vocab_size
-    from moezoo.core.run import is_run
+    from moezoo.core.runs.open import checkpoint_folder, describe_model, is_config
+    from moezoo.core.runs.run_folder import is_run
 
     if mesh is None and devices is not None:
         raise SpecError(f"--devices {devices} says how many a mesh has; got no --mesh. Add --mesh data=auto, say.")
@@ -417,8 +417,8 @@ def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
     import json
     import time
 
-    from moezoo.core.huggingface.convert import convert, ledger_text
     from moezoo.core.loaded_model import copy_whole
+    from moezoo.core.runs.convert import convert, ledger_text
 
     if whole:
         step, notes = copy_whole(path, out)

@@ -19,8 +19,8 @@ from moezoo.core.huggingface.as_family import export_as_family
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
-from moezoo.core.opened_model import open_model
-from moezoo.core.run import Run, load_run
+from moezoo.core.runs.open import open_model
+from moezoo.core.runs.run_folder import Run, load_run
 
 
 class LoadedModel:

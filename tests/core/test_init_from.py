@@ -17,8 +17,8 @@ from moezoo.core.config.run_config import Config, load_config, with_vocab_size
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.init_from import initial_tokenizer, open_start
-from moezoo.core.run import load_run
+from moezoo.core.runs.init_from import initial_tokenizer, open_start
+from moezoo.core.runs.run_folder import load_run
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import write_checkpoint
 from tests.small_run import MODEL, write_config

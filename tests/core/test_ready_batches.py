@@ -11,7 +11,7 @@ from moezoo.core.config.run_config import DataConfig, load_config, validate, wit
 from moezoo.core.data.prepare import PreparedData, prepare_data
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.metrics import read_metrics
-from moezoo.core.run import create_run, load_run
+from moezoo.core.runs.run_folder import create_run, load_run
 from moezoo.core.train_loop import train
 from tests.small_run import MODEL
 from tests.tolerances import FLOAT32, assert_close

@@ -23,7 +23,7 @@ from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingErr
 from moezoo.core.metrics import read_metrics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.run import create_run, load_run
+from moezoo.core.runs.run_folder import create_run, load_run
 from moezoo.core.spec import ModelSpec
 from moezoo.core.train_loop import TrainingResult, train
 from tests.backends_available import require_backend

@@ -273,7 +273,7 @@ def parse_config(
         _apply_override(raw, override)
     raw["init_from"] = _as_init_from(raw.get("init_from"))
     if raw["init_from"] is not None:
-        from moezoo.core.init_from import fill_in
+        from moezoo.core.runs.init_from import fill_in
 
         fill_in(raw, where, begun)
     for override in overrides:

@@ -14,9 +14,7 @@ from moezoo.core.backend import Backend, Floats, Integers, check_length
 from moezoo.core.config.run_config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config
 from moezoo.core.cost.memory import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
-from moezoo.core.init_from import open_start
 from moezoo.core.initialize import initial_weights
-from moezoo.core.opened_model import is_config, open_model
 from moezoo.core.parity.report import (
     Comparison,
     Kind,
@@ -27,6 +25,8 @@ from moezoo.core.parity.report import (
 )
 from moezoo.core.parity.sides import Doubles, Reference, Side, backend_side
 from moezoo.core.random import fold_in, key, uniform
+from moezoo.core.runs.init_from import open_start
+from moezoo.core.runs.open import is_config, open_model
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 
 LIMIT_BYTES = 8 * 2**30

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from moezoo.core.generation.config import read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, describe_checkpoint, open_checkpoint
-from moezoo.core.huggingface.convert import ledger_rows
 from moezoo.core.reports.model_page import bytes_text, count, model_description, model_tables
+from moezoo.core.runs.convert import ledger_rows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

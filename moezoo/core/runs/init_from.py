@@ -16,9 +16,9 @@ from moezoo.core.config.run_config import Config, InitFrom, validate
 from moezoo.core.data.tokenizers import Tokenizer, load_tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.layout import Layout
-from moezoo.core.opened_model import describe_model, open_model
+from moezoo.core.runs.open import describe_model, open_model
 from moezoo.core.parameters import parameter_table
-from moezoo.core.run import is_run
+from moezoo.core.runs.run_folder import is_run
 
 
 @dataclass(frozen=True)

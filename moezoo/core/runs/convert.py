@@ -14,7 +14,7 @@ from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Entry, Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.loaded_model import export, save_run
-from moezoo.core.opened_model import open_model
+from moezoo.core.runs.open import open_model
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # parameters done, of all

@@ -29,7 +29,7 @@ from moezoo.core.huggingface.checkpoint import (
     open_checkpoint,
 )
 from moezoo.core.huggingface.layout import Layout, open_sidecar
-from moezoo.core.run import Run, is_run, load_run
+from moezoo.core.runs.run_folder import Run, is_run, load_run
 from moezoo.core.spec import ModelSpec
 
 
