@@ -80,7 +80,7 @@ def train(
     from moezoo.core.reports.run_picture import draw_run
     from moezoo.core.runs.init_from import check_start, initial_tokenizer
     from moezoo.core.runs.run_folder import create_run, is_run, open_run
-    from moezoo.core.train_loop import train as run_training
+    from moezoo.core.training.loop import train as run_training
 
     path = out or Path("runs") / config_path.stem
     begun = load_config(path / "config.yaml") if resume and is_run(path) else None
@@ -249,10 +249,10 @@ def evaluate(
     import json
 
     from moezoo.core.console import describe_evaluation, describe_routing
-    from moezoo.core.evaluation import evaluate as run_evaluation
-    from moezoo.core.evaluation import evaluate_file, known_grammar
     from moezoo.core.loaded_model import load_model
     from moezoo.core.runs.run_folder import is_run
+    from moezoo.core.training.evaluation import evaluate as run_evaluation
+    from moezoo.core.training.evaluation import evaluate_file, known_grammar
 
     console = _console()
     if data is None and not is_run(path):

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.metrics import read_metrics
+from moezoo.core.training.metrics import read_metrics
 
 TIMEOUT_S = 120.0
 

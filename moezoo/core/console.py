@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moezoo.core.evaluation import Evaluation
-from moezoo.core.metrics import worst_load
+from moezoo.core.training.evaluation import Evaluation
+from moezoo.core.training.metrics import worst_load
 
 _LINE_EVERY_S = 10.0
 _MANY_EXPERTS = 16

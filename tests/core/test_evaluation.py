@@ -13,14 +13,14 @@ from moezoo.core.config.run_config import validate
 from moezoo.core.console import describe_evaluation
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError
-from moezoo.core.evaluation import Evaluation, evaluate
 from moezoo.core.initialize import initial_weights
-from moezoo.core.metrics import read_metrics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.reference.dispatch import dispatch, num_dropped
 from moezoo.core.reference.losses import expert_counts, token_losses
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
+from moezoo.core.training.evaluation import Evaluation, evaluate
+from moezoo.core.training.metrics import read_metrics
 from tests.backends_available import require_backend
 from tests.small_run import write_config
 from tests.tolerances import FLOAT64, assert_close

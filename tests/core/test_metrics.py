@@ -1,6 +1,6 @@
 import numpy as np
 
-from moezoo.core.metrics import layer_losses, layer_state, routing_statistics
+from moezoo.core.training.metrics import layer_losses, layer_state, routing_statistics
 
 
 def test_state_of_a_layer_goes_by_its_short_name_and_a_cutoff_is_an_average():

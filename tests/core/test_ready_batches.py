@@ -10,9 +10,9 @@ from moezoo.core.backend import IGNORED
 from moezoo.core.config.run_config import DataConfig, load_config, validate, with_vocab_size
 from moezoo.core.data.prepare import PreparedData, prepare_data
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.metrics import read_metrics
 from moezoo.core.runs.run_folder import create_run, load_run
-from moezoo.core.train_loop import train
+from moezoo.core.training.loop import train
+from moezoo.core.training.metrics import read_metrics
 from tests.small_run import MODEL
 from tests.tolerances import FLOAT32, assert_close
 from tests.twins import Twin

@@ -17,7 +17,7 @@ import yaml
 from moezoo.core.checkpoint.store import list_checkpoints
 from moezoo.core.distributed import launch
 from moezoo.core.errors import TrainingError
-from moezoo.core.metrics import read_metrics
+from moezoo.core.training.metrics import read_metrics
 from tests.backends_available import require_backend
 from tests.launched import TIMEOUT_S, assert_ends_with_the_first, begun, lines, start, train
 from tests.small_run import MODEL, write_config

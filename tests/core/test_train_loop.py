@@ -20,12 +20,12 @@ from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.data.prepare import prepare_data
 from moezoo.core.distributed.processes import Numbers, Processes
 from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError
-from moezoo.core.metrics import read_metrics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.runs.run_folder import create_run, load_run
 from moezoo.core.spec import ModelSpec
-from moezoo.core.train_loop import TrainingResult, train
+from moezoo.core.training.loop import TrainingResult, train
+from moezoo.core.training.metrics import read_metrics
 from tests.backends_available import require_backend
 from tests.small_run import write_config
 

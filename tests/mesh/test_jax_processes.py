@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from moezoo.cli import main
 from moezoo.core.checkpoint.store import list_checkpoints, load_checkpoint
-from moezoo.core.metrics import read_metrics
+from moezoo.core.training.metrics import read_metrics
 from tests.backends_available import require_backend
 from tests.contracts.source_tree import PACKAGE
 from tests.launched import TIMEOUT_S, assert_ends_with_the_first, await_steps, begun, lines, run, start, train

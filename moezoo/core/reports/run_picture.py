@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.errors import RunError
 from moezoo.core.files import write_atomically
-from moezoo.core.metrics import read_metrics
+from moezoo.core.training.metrics import read_metrics
 
 INK, PALE = "#22303c", "#8a97a3"
 _TRAINING, _VALIDATION, _OPTIMUM = "#2a6f97", "#d1495b", "#3a7d44"

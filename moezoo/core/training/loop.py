@@ -31,14 +31,14 @@ from moezoo.core.data.prebatched import ReadyBatches
 from moezoo.core.data.prepare import PreparedData
 from moezoo.core.distributed.processes import PendingNumbers, first_then_others
 from moezoo.core.errors import RunError, TrainingError
-from moezoo.core.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
 from moezoo.core.huggingface.layout import write_sidecar
 from moezoo.core.initialize import initial_weights
-from moezoo.core.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.runs.init_from import Start, open_start
 from moezoo.core.runs.run_folder import Run, forget_run, resume_point
+from moezoo.core.training.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
+from moezoo.core.training.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from moezoo.core.data.prebatched import ReadyBatches
 from moezoo.core.data.prepare import Split, whole_file
 from moezoo.core.data.token_store import Progress, check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
-from moezoo.core.metrics import routing_statistics
+from moezoo.core.training.metrics import routing_statistics
 
 if TYPE_CHECKING:
     from moezoo.core.loaded_model import LoadedModel
