@@ -23,7 +23,7 @@ from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.generation.prefill import widths
 from moezoo.core.parameters import parameter_table
-from moezoo.core.precision import check_float32
+from moezoo.core.parameters.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.sampling import SamplingOptions

@@ -6,7 +6,7 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
-from moezoo.core.precision import STORED_DTYPES
+from moezoo.core.parameters.precision import STORED_DTYPES
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 

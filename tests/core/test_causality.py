@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moezoo.core.config.run_config import load_config, validate
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.causality import Causality, check_causality
 from moezoo.core.parity.report import ParityReport, ParityTolerances
 from moezoo.core.reference.transformer import forward

@@ -13,8 +13,8 @@ from moezoo.core.config.run_config import validate
 from moezoo.core.console import describe_evaluation
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.dispatch import dispatch, num_dropped
 from moezoo.core.reference.losses import expert_counts, token_losses
 from moezoo.core.reference.transformer import forward

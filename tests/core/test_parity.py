@@ -13,7 +13,7 @@ from moezoo.core.checkpoint.store import save_checkpoint
 from moezoo.core.config.run_config import OptimizerConfig, dump_config, parse_config
 from moezoo.core.data.tokenizers import TokenIds
 from moezoo.core.errors import RunError, SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.check import parity, parity_of, random_windows, refuse_if_too_large
 from moezoo.core.parity.report import ParityTolerances
 from moezoo.core.parity.sides import Reference

@@ -10,7 +10,7 @@ import pytest
 from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.config.run_config import Config, load_config, with_vocab_size
 from moezoo.core.errors import CheckpointError, TrainingError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec
 from tests.backends_available import require_backend
 from tests.tolerances import EXACT, FLOAT32, assert_close

@@ -7,8 +7,8 @@ from moezoo.core.config.run_config import OptimizerConfig, parse_config, validat
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generation.loop import generate
-from moezoo.core.initialize import initial_weights
 from moezoo.core.loaded_model import LoadedModel
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.check import parity, parity_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import LearnedPositionsSpec, ModelSpec

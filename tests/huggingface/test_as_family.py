@@ -11,7 +11,7 @@ from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.as_family import export_as_family
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec
 
 MIXTRAL = {

@@ -12,7 +12,7 @@ from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.distributed.launch import process_commands
 from moezoo.core.distributed.processes import Processes
 from moezoo.core.errors import BackendError, SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from tests.backends_available import require_backend
 from tests.layers.data_parallel_part import V, numbers
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
     CapacitySpec,

@@ -5,7 +5,7 @@ import pytest
 
 from moezoo.core.config.run_config import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.latent_attention import latent_attention
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (

@@ -8,8 +8,8 @@ import pytest
 from moezoo.core.backend import IGNORED
 from moezoo.core.config.run_config import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference import losses as reference
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (

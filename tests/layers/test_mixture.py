@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference import inside
 from moezoo.core.reference.moe import moe
 from moezoo.core.spec import (

@@ -4,8 +4,8 @@ import pytest
 from moezoo.core.backend import IGNORED
 from moezoo.core.config.run_config import OptimizerConfig, validate
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.reference.optimizer import adamw, global_norm, zero_moments
 from moezoo.core.spec import (

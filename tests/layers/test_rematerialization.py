@@ -8,7 +8,7 @@ import pytest
 from moezoo.core.backend import Model, StepMetrics
 from moezoo.core.config.run_config import load_config, with_vocab_size
 from moezoo.core.errors import TrainingError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from tests.backends_available import require_backend
 from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close

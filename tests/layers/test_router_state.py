@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from moezoo.core.config.run_config import OptimizerConfig
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.router_state import updated_bias, updated_cutoff, updated_state
 from moezoo.core.spec import (

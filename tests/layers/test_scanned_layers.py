@@ -9,7 +9,7 @@ import pytest
 from moezoo.core.backend import Model, StepMetrics
 from moezoo.core.config.run_config import Config, Layers, load_config, with_vocab_size
 from moezoo.core.errors import SpecError, TrainingError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.spec import ModelSpec
 from tests.backends_available import require_backend

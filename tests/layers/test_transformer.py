@@ -4,7 +4,7 @@ import pytest
 from moezoo.core.backend import IGNORED
 from moezoo.core.config.run_config import validate
 from moezoo.core.errors import CheckpointError, DataError, SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.losses import loss_and_gradients, loss_terms
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from moezoo.core.distributed.mesh import MeshConfig
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.jax_backend.steps import JaxBackend
 from tests.mesh.on_devices import VOCAB, apart, config_of
 

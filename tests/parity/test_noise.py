@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moezoo.core.config.run_config import OptimizerConfig
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.losses import expert_counts, loss_and_gradients, token_losses
 from moezoo.core.reference.optimizer import adamw, global_norm, zero_moments

@@ -14,8 +14,8 @@ import pytest
 
 from moezoo.core.backend import combine_weights
 from moezoo.core.config.run_config import Config, load_config, with_vocab_size
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import ROLES, parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.dispatch import dispatch
 from moezoo.core.reference.losses import loss_and_gradients, loss_terms

@@ -11,7 +11,7 @@ from typing import assert_never
 
 from moezoo.core.config.run_config import Config, Rematerialize
 from moezoo.core.parameters import ROLES, Role, parameter_table
-from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
+from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.spec import (
     AttentionSpec,
     FeedForwardSpec,

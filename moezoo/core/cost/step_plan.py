@@ -15,7 +15,7 @@ from moezoo.core.cost.memory import activation_bytes, copies_bytes, layer_activa
 from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig
 from moezoo.core.distributed.sharding_rules import RULES, Partition, at_work, check_batch, exchanged, partition
 from moezoo.core.parameters import Parameter, parameter_table
-from moezoo.core.precision import COMPUTE_BYTES, compute_dtype
+from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.spec import LatentAttentionSpec, MoESpec, TiedHeadSpec
 
 CollectiveKind = Literal[

@@ -14,7 +14,7 @@ from moezoo.core.backend import Backend, Floats, Integers, check_length
 from moezoo.core.config.run_config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config
 from moezoo.core.cost.memory import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.report import (
     Comparison,
     Kind,

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from moezoo.core.parameters.precision import compute_dtype
 from moezoo.core.parity.causality import Causality, Mode
-from moezoo.core.precision import compute_dtype
 from moezoo.core.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from moezoo.core.data.prepare import PreparedData
 from moezoo.core.distributed.processes import PendingNumbers, first_then_others
 from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.huggingface.layout import write_sidecar
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.runs.init_from import Start, open_start
 from moezoo.core.runs.run_folder import Run, forget_run, resume_point
