@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moezoo.core.backend import Integers
-from moezoo.core.sampling import penalized, sample
+from moezoo.core.reference.sampling import penalized, sample
 
 
 class HostGeneration:

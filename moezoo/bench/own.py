@@ -12,7 +12,7 @@ from moezoo.core.generation.loop import generate
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_value, initial_weights
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
 
 

@@ -15,7 +15,7 @@ from moezoo.core.config.run_config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import DataError
 from moezoo.core.random import Bits
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
 
 Floats = NDArray[np.float32]

@@ -9,7 +9,7 @@ import numpy as np
 
 from moezoo.core.backend import Integers
 from moezoo.core.generation.prefill import ROOM, padded, seen_tokens, widths
-from moezoo.core.sampling import SamplingOptions, checked_logits
+from moezoo.core.reference.sampling import SamplingOptions, checked_logits
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.kv_cache import Cache, Caches, empty_cache
 from moezoo.jax_backend.sampling import Rule, draws, penalized, rule_of, sample
@@ -28,7 +28,7 @@ class PendingTokens:
         self._tokens_B, self._logits_BV = tokens_B, logits_BV
 
     def fetch(self) -> Integers:
-        """Wait for them. Raises DataError as `moezoo.core.sampling.sample` does."""
+        """Wait for them. Raises DataError as `moezoo.core.reference.sampling.sample` does."""
         tokens = np.asarray(self._tokens_B)
         if tokens.min() < 0:
             checked_logits(np.asarray(self._logits_BV))

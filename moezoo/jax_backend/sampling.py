@@ -1,4 +1,4 @@
-"""Choosing the next token on the device. Spec: moezoo.core.sampling, in float32 where that has float64."""
+"""Choosing the next token on the device. Spec: moezoo.core.reference.sampling, in float32 where that has float64."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moezoo.core.random import key as key_of
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.jax_backend.random import fold_in, uniform
 
 REFUSED = -1
-"""In place of a token, where `moezoo.core.sampling.checked_logits` raises."""
+"""In place of a token, where `moezoo.core.reference.sampling.checked_logits` raises."""
 
 
 class Rule(NamedTuple):
@@ -45,7 +45,7 @@ def rule_of(options: SamplingOptions) -> Rule:
 
 
 def sample(logits_BV: jax.Array, rule: Rule, draw_B: jax.Array | None) -> jax.Array:
-    """Spec: moezoo.core.sampling.sample, by these draws; REFUSED in a row of logits from which nothing can be drawn.
+    """Spec: moezoo.core.reference.sampling.sample, by these draws; REFUSED in a row of logits from which nothing can be drawn.
 
     Differs: probabilities and their sums are float32, and a token may be another where u falls within the rounding of a
     border, some 1e-7 times the tokens that matter: as rarely as logits of two backends differ enough to do the same.
@@ -64,7 +64,7 @@ def sample(logits_BV: jax.Array, rule: Rule, draw_B: jax.Array | None) -> jax.Ar
 
 
 def probabilities(logits_BV: jax.Array, rule: Rule) -> jax.Array:
-    """Spec: moezoo.core.sampling.probabilities; of a temperature, and not renormalized, which `sample` needs not."""
+    """Spec: moezoo.core.reference.sampling.probabilities; of a temperature, and not renormalized, which `sample` needs not."""
     logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     p_BV = jnp.exp(logits_BV / rule.temperature)
     if rule.top_k is not None or rule.top_p is not None:
@@ -85,12 +85,12 @@ def probabilities(logits_BV: jax.Array, rule: Rule) -> jax.Array:
 
 
 def penalized(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.sampling.penalized; `seen_BV` is True for tokens that the sequence has."""
+    """Spec: moezoo.core.reference.sampling.penalized; `seen_BV` is True for tokens that the sequence has."""
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def draws(key: jax.Array, position: jax.Array, row: jax.Array) -> jax.Array:
-    """What `moezoo.core.sampling.sample` draws for each pair of a position and a sequence [n]: float32 [n]."""
+    """What `moezoo.core.reference.sampling.sample` draws for each pair of a position and a sequence [n]: float32 [n]."""
     keys = jax.vmap(lambda position, row: fold_in(key, position, row))(position, row)
     return jax.vmap(lambda one: uniform(one, ()))(keys)
 

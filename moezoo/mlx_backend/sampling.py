@@ -1,4 +1,4 @@
-"""Choosing the next token on the device. Spec: moezoo.core.sampling, in float32 where that has float64."""
+"""Choosing the next token on the device. Spec: moezoo.core.reference.sampling, in float32 where that has float64."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 
 from moezoo.core.random import key as key_of
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.mlx_backend.random import fold_in, uniform
 
 REFUSED = -1
-"""In place of a token, where `moezoo.core.sampling.checked_logits` raises."""
+"""In place of a token, where `moezoo.core.reference.sampling.checked_logits` raises."""
 
 
 class Rule(NamedTuple):
@@ -44,7 +44,7 @@ def rule_of(options: SamplingOptions) -> Rule:
 
 
 def sample(logits_BV: mx.array, rule: Rule, draw_B: mx.array | None) -> mx.array:
-    """Spec: moezoo.core.sampling.sample, by these draws; REFUSED in a row of logits from which nothing can be drawn.
+    """Spec: moezoo.core.reference.sampling.sample, by these draws; REFUSED in a row of logits from which nothing can be drawn.
 
     Differs: probabilities and their sums are float32, and a token may be another where u falls within the rounding of a
     border, some 1e-7 times the tokens that matter: as rarely as logits of two backends differ enough to do the same.
@@ -63,7 +63,7 @@ def sample(logits_BV: mx.array, rule: Rule, draw_B: mx.array | None) -> mx.array
 
 
 def probabilities(logits_BV: mx.array, rule: Rule) -> mx.array:
-    """Spec: moezoo.core.sampling.probabilities; of a temperature, and not renormalized, which `sample` needs not."""
+    """Spec: moezoo.core.reference.sampling.probabilities; of a temperature, and not renormalized, which `sample` needs not."""
     logits_BV = logits_BV - mx.max(logits_BV, axis=-1, keepdims=True)
     p_BV = mx.exp(logits_BV / rule.temperature)
     if rule.top_k is not None or rule.top_p is not None:
@@ -84,12 +84,12 @@ def probabilities(logits_BV: mx.array, rule: Rule) -> mx.array:
 
 
 def penalized(logits_BV: mx.array, seen_BV: mx.array, penalty: mx.array) -> mx.array:
-    """Spec: moezoo.core.sampling.penalized; `seen_BV` is True for tokens that the sequence has."""
+    """Spec: moezoo.core.reference.sampling.penalized; `seen_BV` is True for tokens that the sequence has."""
     return mx.where(seen_BV, mx.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def draws(key: mx.array, position: mx.array, row: mx.array) -> mx.array:
-    """What `moezoo.core.sampling.sample` draws for each pair of a position and a sequence [n]: float32 [n]."""
+    """What `moezoo.core.reference.sampling.sample` draws for each pair of a position and a sequence [n]: float32 [n]."""
     keys = fold_in(key, position, row)  # [2, n]: the words of keys broadcast with counters
     return uniform(keys, ())
 

@@ -19,7 +19,7 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.mlx_backend import BLAS, FREED_MEMORY, data_parallel
 from moezoo.mlx_backend.arrays import Weights, exported, to_numpy

@@ -3,7 +3,7 @@ import pytest
 
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.random import fold_in, key, uniform
-from moezoo.core.sampling import SamplingOptions, probabilities, sample
+from moezoo.core.reference.sampling import SamplingOptions, probabilities, sample
 
 P = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 LOGITS_1V = np.log(P)[None].astype(np.float32)

@@ -10,7 +10,7 @@ from moezoo.core.generation.loop import generate
 from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.check import parity, parity_of
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import LearnedPositionsSpec, ModelSpec
 from tests.host_generation import HostGeneration
 

@@ -11,7 +11,7 @@ from moezoo.core.generation import prefill as core_prompts
 from moezoo.core.generation.loop import generate
 from moezoo.core.generation.prefill import padded, widths
 from moezoo.core.parameters.initialize import initial_weights
-from moezoo.core.sampling import SamplingOptions, penalized, sample
+from moezoo.core.reference.sampling import SamplingOptions, penalized, sample
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 KINDS = (

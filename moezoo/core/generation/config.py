@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 
 FILE = "generation_config.json"
 _MAX_BYTES = 1_000_000

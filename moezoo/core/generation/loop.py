@@ -7,7 +7,7 @@ import numpy as np
 from moezoo.core.backend import Integers, Model, check_length
 from moezoo.core.data.tokenizers import IdsLike, StreamDecoder, Tokenizer
 from moezoo.core.errors import DataError
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 
 
 def generate(
