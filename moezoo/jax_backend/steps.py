@@ -20,8 +20,8 @@ from moezoo.core.config.run_config import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.distributed.processes import PendingNumbers, Processes
-from moezoo.core.freed_memory import keep_freed_memory
 from moezoo.core.generation.prefill import widths
+from moezoo.core.malloc import keep_freed_memory
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
 from moezoo.core.random import Bits
