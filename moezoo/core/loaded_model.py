@@ -15,8 +15,8 @@ from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
-from moezoo.core.huggingface.as_family import export_as_family
 from moezoo.core.huggingface.export import export_checkpoint
+from moezoo.core.huggingface.export_as import export_as_family
 from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.runs.open import open_model

@@ -10,8 +10,8 @@ import pytest
 
 import moezoo
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
+from moezoo.core.huggingface.codecs import mxfp4_decode, mxfp4_encode
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.huggingface.quantization import mxfp4_decode, mxfp4_encode
 from tests.huggingface.conftest import ORACLES
 from tests.huggingface.fixtures import FOLDER
 from tests.huggingface.test_families import BACKENDS, check, check_gradient, check_greedy

@@ -16,7 +16,7 @@ from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
 from moezoo.core.huggingface.ledger import Ledger, Source
 from moezoo.core.huggingface.nonfinite import is_finite
-from moezoo.core.huggingface.quantized import Quantized
+from moezoo.core.huggingface.quantized_tensors import Quantized
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
 

@@ -15,7 +15,7 @@ from moezoo.core.files import make_folder, remove_folder, rename_folder, write_a
 from moezoo.core.huggingface.layout import CONFIG, Layout, entries_of, small_files
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
 from moezoo.core.huggingface.nonfinite import is_finite
-from moezoo.core.huggingface.quantized import encode, numpy_dtype
+from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
 
 Array = npt.NDArray[Any]

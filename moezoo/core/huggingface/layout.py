@@ -23,7 +23,7 @@ from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, inside
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
-from moezoo.core.huggingface.quantized import decode, encode, quantized_tensors
+from moezoo.core.huggingface.quantized_tensors import decode, encode, quantized_tensors
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]

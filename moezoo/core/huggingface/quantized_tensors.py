@@ -9,17 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.huggingface.codecs import fp8_decode, fp8_encode, fp8_shape, mxfp4_decode, mxfp4_encode, mxfp4_shape
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
 from moezoo.core.huggingface.ledger import FLOATS, Readable
-from moezoo.core.huggingface.quantization import (
-    fp8_decode,
-    fp8_encode,
-    fp8_shape,
-    mxfp4_decode,
-    mxfp4_encode,
-    mxfp4_shape,
-)
 
 Array = npt.NDArray[Any]
 
