@@ -3,12 +3,13 @@
 The public API is `load`, `parity`, the specs, and the errors. Importing it loads neither jax nor mlx.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moezoo.core.backend import Backend
-    from moezoo.core.config.run_config import Config, load_config
+    from moezoo.core.config.run_config import Config
     from moezoo.core.errors import MoezooError
     from moezoo.core.loaded_model import LoadedModel
     from moezoo.core.parameters import parameter_table
@@ -22,7 +23,6 @@ _LAZY = {
     "Config": "moezoo.core.config.run_config",
     "ModelSpec": "moezoo.core.spec",
     "MoezooError": "moezoo.core.errors",
-    "load_config": "moezoo.core.config.run_config",
     "parameter_table": "moezoo.core.parameters",
 }
 
@@ -43,6 +43,16 @@ def load(
     from moezoo.core.loaded_model import load_model
 
     return load_model(path, backend, compute, max_length)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
+    """Read and check a YAML config, with `path=value` overrides; a checkpoint that `init_from` names is opened.
+
+    Raises SpecError, and as `load` for the checkpoint.
+    """
+    from moezoo.core.runs.init_from import load_resolved_config
+
+    return load_resolved_config(path, overrides)
 
 
 def parity(path: str | Path) -> "ParityReport":

@@ -72,19 +72,20 @@ def train(
     """
     from moezoo.backends import load_backend
     from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.run_config import load_config, with_vocab_size
+    from moezoo.core.config.run_config import load_config
+    from moezoo.core.config.vocabulary import with_vocab_size
     from moezoo.core.console import ConsoleReporter, describe_evaluation
     from moezoo.core.data.tokenizers import load_tokenizer
     from moezoo.core.distributed.processes import first_then_others
     from moezoo.core.reports.model_page import header
     from moezoo.core.reports.run_picture import draw_run
-    from moezoo.core.runs.init_from import check_start, initial_tokenizer
+    from moezoo.core.runs.init_from import check_start, initial_tokenizer, load_resolved_config
     from moezoo.core.runs.run_folder import create_run, is_run, open_run
     from moezoo.core.training.loop import train as run_training
 
     path = out or Path("runs") / config_path.stem
     begun = load_config(path / "config.yaml") if resume and is_run(path) else None
-    config = load_config(config_path, overrides, begun=begun)
+    config = load_resolved_config(config_path, overrides, begun=begun)
     if mesh is not None:
         config = config.model_copy(update={"mesh": load_mesh(mesh)})
     realized = load_backend(backend, config.mesh, group)
@@ -305,10 +306,11 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
     import json
 
     from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.run_config import load_config
+    from moezoo.core.config.vocabulary import spec_with_vocab_size
     from moezoo.core.reports.mesh_page import mesh_description, mesh_page
     from moezoo.core.reports.model_page import describe as page
-    from moezoo.core.reports.model_page import description, spec_with_vocab_size
+    from moezoo.core.reports.model_page import description
+    from moezoo.core.runs.init_from import load_resolved_config
     from moezoo.core.runs.open import checkpoint_folder, describe_model, is_config
     from moezoo.core.runs.run_folder import is_run
 
@@ -316,14 +318,16 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
         raise SpecError(f"--devices {devices} says how many a mesh has; got no --mesh. Add --mesh data=auto, say.")
     if mesh is not None:
         known_config = is_config(path) or is_run(path)
-        config = load_config(path if is_config(path) else path / "config.yaml", overrides) if known_config else None
+        config = (
+            load_resolved_config(path if is_config(path) else path / "config.yaml", overrides) if known_config else None
+        )
         spec, assumed = (describe_model(path)[0], None) if config is None else spec_with_vocab_size(config)
         if assumed:
             click.echo(f"assumed: {assumed}", err=True)
         lying = mesh_description(spec, load_mesh(mesh), devices)
         shown = lying if as_json else mesh_page(lying)
     elif is_config(path) or is_run(path):
-        config = load_config(path if is_config(path) else path / "config.yaml", overrides)
+        config = load_resolved_config(path if is_config(path) else path / "config.yaml", overrides)
         shown = description(config) if as_json else page(config, str(path))
     else:
         from moezoo.core.reports.checkpoint_page import checkpoint_description, checkpoint_page
@@ -366,12 +370,12 @@ def plan_command(
     import json
 
     from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.run_config import load_config
+    from moezoo.core.config.vocabulary import spec_with_vocab_size
     from moezoo.core.cost.make_plan import make_plan
-    from moezoo.core.reports.model_page import spec_with_vocab_size
     from moezoo.core.reports.plan_page import memory_bytes, plan_page
+    from moezoo.core.runs.init_from import load_resolved_config
 
-    config = load_config(config_path, overrides)
+    config = load_resolved_config(config_path, overrides)
     spec, assumed = spec_with_vocab_size(config)
     config = config.model_copy(update={"model": spec, "mesh": config.mesh if mesh is None else load_mesh(mesh)})
     limit = None if memory is None else memory_bytes(memory)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.config.run_config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import DataError
 from moezoo.core.random import Bits

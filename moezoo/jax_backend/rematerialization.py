@@ -1,4 +1,4 @@
-"""Experts or blocks that the way back computes again. Spec: moezoo.core.config.run_config.TrainingConfig."""
+"""Experts or blocks that the way back computes again. Spec: moezoo.core.config.training.TrainingConfig."""
 
 from functools import partial
 from typing import Any, NamedTuple, assert_never
@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax import lax
 
-from moezoo.core.config.run_config import Rematerialize
+from moezoo.core.config.training import Rematerialize
 from moezoo.core.spec import MoESpec
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.expert_parallel import Through, on_their_devices

@@ -1,6 +1,6 @@
 """Runs of equal layers, compiled once and looped over. Only here: MLX compiles no layer, and refuses `layers: scanned`.
 
-Spec: moezoo.core.config.run_config.TrainingConfig.
+Spec: moezoo.core.config.training.TrainingConfig.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -16,7 +16,7 @@ from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check
 from moezoo.core.checkpoint.manifest import OF_OPTIMIZER, OF_WEIGHTS
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
-from moezoo.core.config.run_config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.distributed.processes import PendingNumbers, Processes

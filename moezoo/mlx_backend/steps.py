@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
-from moezoo.core.config.run_config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import TrainingError

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import load_config, validate
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.validate import validate
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.causality import Causality, check_causality

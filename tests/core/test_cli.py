@@ -232,7 +232,7 @@ def test_yaml_numbers_are_converted_by_the_field(folder: Path) -> None:
     path.write_text(path.read_text().replace("0.003", "1e-4"))
     assert moezoo.load_config(path).optimizer.learning_rate == 1e-4
     path.write_text(path.read_text().replace("steps: 8", "steps: 8\n  steps: 9"))
-    refused(call("describe", path), "SpecError", "'steps' stands twice")
+    refused(call("describe", path), "SpecError", "duplicate key 'steps'")
 
 
 def test_missing_files(folder: Path) -> None:

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import DataConfig
+from moezoo.core.config.data import DataConfig
 from moezoo.core.data import source_files, token_store
 from moezoo.core.data.prepare import prepare_data
 from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.reports.model_words import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.spec import ModelSpec
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from moezoo.cli import main
 from moezoo.core.backend import Scores
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.console import describe_evaluation
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError

@@ -226,7 +226,7 @@ def test_fair_surprisal_needs_nothing_from_before_the_window(small: Grammar) -> 
         ("weight: 3", "weight: 0.5", r"lists.animal\[0\].weight is 0.5; expected a positive integer"),
         ("his: its, ", "", r"lists.animal\[1\] has the attributes \['end'\]"),
         ("croaking", "no", r"lists.sound\[0\].text is False; expected a text"),
-        ("sound:", "how:", "key 'how' stands twice"),
+        ("sound:", "how:", "duplicate key 'how'"),
         ("start:", "begin:", "begin is not a known key"),
         ("lists:", "lists:\n  spare: [a]", "lists.spare is never used"),
         ("text: fox,", 'text: "fox {sound}",', r"\{hero\} repeats an option that is not plain text"),

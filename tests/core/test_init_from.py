@@ -13,11 +13,12 @@ from ml_dtypes import bfloat16
 import moezoo
 from moezoo.cli import main
 from moezoo.core.checkpoint.safetensors_file import StoredTensors, write_tensors
-from moezoo.core.config.run_config import Config, load_config, with_vocab_size
+from moezoo.core.config.run_config import Config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.runs.init_from import initial_tokenizer, open_start
+from moezoo.core.runs.init_from import initial_tokenizer, load_resolved_config, open_start
 from moezoo.core.runs.run_folder import load_run
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import write_checkpoint
@@ -63,12 +64,12 @@ def rates(config: Config) -> list[float]:
 def test_without_a_model_it_is_the_checkpoints_and_overrides_come_on_top(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     path = config_file(tmp_path, source)
-    config = load_config(path)
+    config = load_resolved_config(path)
     assert config.model == open_checkpoint(source).spec
     assert [loss.kind for loss in config.model.all_layers[0].moe.losses] == ["pooled_balance"]
     assert config.data.tokenizer.kind == "ids"
     assert config.data.tokenizer.vocab_size == config.model.vocab_size
-    changed = load_config(path, ["model.layers[0].moe.losses=[{kind: router_z, coefficient: 0.5}]"])
+    changed = load_resolved_config(path, ["model.layers[0].moe.losses=[{kind: router_z, coefficient: 0.5}]"])
     assert [loss.kind for loss in changed.model.all_layers[0].moe.losses] == ["router_z"]
     assert changed.init_from == config.init_from
 
@@ -76,29 +77,29 @@ def test_without_a_model_it_is_the_checkpoints_and_overrides_come_on_top(tmp_pat
 def test_a_checkpoint_can_be_named_by_an_override(tmp_path):
     source = write_checkpoint("deepseek_v3", tmp_path / "source")
     path = config_file(tmp_path, tmp_path / "nowhere")
-    config = load_config(path, [f"init_from={source}", "init_from.selection_bias_rate=0.25"])
+    config = load_resolved_config(path, [f"init_from={source}", "init_from.selection_bias_rate=0.25"])
     assert config.init_from.path == str(source)
     assert set(rates(config)) == {0.25}
-    nested = load_config(path, [f"init_from={{path: {source}, selection_bias_rate: 0}}"])
+    nested = load_resolved_config(path, [f"init_from={{path: {source}, selection_bias_rate: 0}}"])
     assert set(rates(nested)) == {0.0}
-    assert set(rates(load_config(path, [f"init_from={source}"]))) == {0.001}
+    assert set(rates(load_resolved_config(path, [f"init_from={source}"]))) == {0.001}
 
 
 def test_a_rate_without_a_selection_bias_is_refused(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     path = config_file(tmp_path, {"path": str(source), "selection_bias_rate": 0.1})
     with pytest.raises(SpecError, match=r"selection_bias_rate is 0\.1, but no router of .* has a selection bias"):
-        load_config(path)
+        load_resolved_config(path)
 
 
 def test_an_unknown_key_is_refused(tmp_path):
     with pytest.raises(SpecError, match=r"pth is not a known key; did you mean path\? \(init_from of "):
-        load_config(config_file(tmp_path, {"pth": "x"}))
+        load_resolved_config(config_file(tmp_path, {"pth": "x"}))
 
 
 def test_another_model_than_the_checkpoints_is_refused_with_what_to_do(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
-    config = with_vocab_size(load_config(config_file(tmp_path, source, model=MODEL)), 256)
+    config = with_vocab_size(load_resolved_config(config_file(tmp_path, source, model=MODEL)), 256)
     with pytest.raises(CheckpointError, match=r"is not the one of init_from .* Leave the section `model` out") as error:
         open_start(config)
     assert "  ~ embedding.weight [" in str(error.value)
@@ -111,7 +112,7 @@ def test_another_model_than_the_checkpoints_is_refused_with_what_to_do(tmp_path)
 def test_the_same_model_may_be_written_out(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     model = open_checkpoint(source).spec.model_dump(mode="json")
-    config = load_config(config_file(tmp_path, source, model=model), ["model.dropout=0.5"])
+    config = load_resolved_config(config_file(tmp_path, source, model=model), ["model.dropout=0.5"])
     assert config.model.dropout == 0.5
     assert sorted(open_start(config).weights) == sorted(open_checkpoint(source).weights)
 
@@ -121,7 +122,7 @@ def test_weights_of_a_bfloat16_file_become_float32(tmp_path):
     tensors = {name: value.astype(bfloat16) for name, value in StoredTensors(source / "model.safetensors").items()}
     write_tensors(source / "model.safetensors", tensors, {})
     stored = open_checkpoint(source).weights
-    start = open_start(load_config(config_file(tmp_path, source)))
+    start = open_start(load_resolved_config(config_file(tmp_path, source)))
     for name, value in start.weights.items():
         assert stored[name].dtype == bfloat16
         assert value.dtype == np.float32
@@ -129,7 +130,7 @@ def test_weights_of_a_bfloat16_file_become_float32(tmp_path):
 
 
 def test_a_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):
-    config = load_config(config_file(tmp_path, write_checkpoint("mixtral", tmp_path / "source")))
+    config = load_resolved_config(config_file(tmp_path, write_checkpoint("mixtral", tmp_path / "source")))
     size = config.model.vocab_size
     assert with_vocab_size(config, size - 3).model.vocab_size == size
     with pytest.raises(SpecError, match=r"model\.vocab_size is"):
@@ -143,7 +144,7 @@ def test_a_run_begins_from_another_run_with_its_characters(tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("owls saw mice. " * 60, encoding="utf-8")  # fewer characters than the run knows
     path = config_file(tmp_path, tmp_path / "first", data={"sources": [{"kind": "text", "path": str(text)}]})
-    config = load_config(path)
+    config = load_resolved_config(path)
     assert config.model == old.model
     assert initial_tokenizer(config).vocab_size == tokenizer.vocab_size
     start = open_start(config)

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from moezoo.backends import load_backend
 from moezoo.core.checkpoint.store import save_checkpoint
-from moezoo.core.config.run_config import OptimizerConfig, dump_config, parse_config
+from moezoo.core.config.run_config import dump_config, parse_config
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.data.tokenizers import TokenIds
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.parameters.initialize import initial_weights
@@ -381,7 +382,7 @@ def test_a_config_is_checked_from_its_initial_weights(mlx, tmp_path):
     report = parity_of(path, {"mlx": mlx}, batch_size=1, sequence_length=7)
     assert report.passed, report.failures
     assert (report.batch_size, report.sequence_length) == (1, 7)
-    assert any("64 assumed" in note for note in report.notes)
+    assert any("assumed: 64 tokens" in note for note in report.notes)
 
 
 def test_a_run_is_checked_with_the_weights_of_its_newest_checkpoint(mlx, tmp_path):

@@ -7,7 +7,10 @@ import pytest
 import yaml
 
 from moezoo.core.backend import IGNORED
-from moezoo.core.config.run_config import DataConfig, load_config, validate, with_vocab_size
+from moezoo.core.config.data import DataConfig
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.validate import validate
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.data.prepare import PreparedData, prepare_data
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.runs.run_folder import create_run, load_run

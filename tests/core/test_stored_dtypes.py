@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
-from moezoo.core.config.run_config import Config, load_config, with_vocab_size
+from moezoo.core.config.run_config import Config, load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import CheckpointError, TrainingError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import OptimizerConfig, parse_config, validate
+from moezoo.core.config.run_config import parse_config
+from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generation.loop import generate

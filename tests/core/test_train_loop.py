@@ -16,7 +16,8 @@ import moezoo
 from moezoo.backends import load_backend
 from moezoo.core.backend import Backend, Scores, StepMetrics
 from moezoo.core.checkpoint.store import load_checkpoint
-from moezoo.core.config.run_config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.data.prepare import prepare_data
 from moezoo.core.distributed.processes import Numbers, Processes
 from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError

@@ -7,7 +7,8 @@ import numpy as np
 
 from moezoo.backends import load_backend
 from moezoo.core.backend import IGNORED
-from moezoo.core.config.run_config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 

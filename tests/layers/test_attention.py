@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.row import Rows

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.distributed.launch import process_commands
 from moezoo.core.distributed.processes import Processes
 from moezoo.core.errors import BackendError, SpecError

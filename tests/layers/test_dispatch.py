@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moezoo.core.backend import combine_weights
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.dispatch import (
     Dispatch,

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.feed_forward import activate, feed_forward, gelu, silu
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, LayerSpec, PlainFeedForwardSpec

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.latent_attention import latent_attention

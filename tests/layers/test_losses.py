@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import IGNORED
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights

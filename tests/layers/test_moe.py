@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moezoo.core import random
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.moe import moe_rows
 from moezoo.core.parameters.row import Rows

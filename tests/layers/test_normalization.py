@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.normalization import layer_norm, normalize, rms_norm
 from moezoo.core.spec import LayerNormSpec, NormSpec, RMSNormSpec

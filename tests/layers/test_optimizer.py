@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import IGNORED
-from moezoo.core.config.run_config import OptimizerConfig, validate
+from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights

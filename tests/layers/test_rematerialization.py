@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import Model, StepMetrics
-from moezoo.core.config.run_config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import TrainingError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import OptimizerConfig
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moezoo.core import random
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.routing import Routing, average_cutoff, route, score
 from moezoo.core.spec import MoESpec, RouterSpec

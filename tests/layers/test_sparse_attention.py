@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
 from moezoo.core.spec import IndexerSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import IGNORED
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import CheckpointError, DataError, SpecError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.losses import loss_and_gradients, loss_terms

@@ -6,7 +6,7 @@ Uniform numbers are compared bit for bit in tests/layers/test_random.py; here it
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import OptimizerConfig
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys

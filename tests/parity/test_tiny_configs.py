@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import combine_weights
-from moezoo.core.config.run_config import Config, load_config, with_vocab_size
+from moezoo.core.config.run_config import Config, load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters import ROLES, parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.config.run_config import read_yaml, validate
+from moezoo.core.config.validate import validate
+from moezoo.core.config.yaml_file import read_mapping
 from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
 from moezoo.core.errors import SpecError
 
@@ -12,10 +13,7 @@ def load_mesh(given: str) -> MeshConfig:
     """Raises SpecError: neither words nor a file with a mesh, an axis that is none or stands twice, a bad size."""
     path = Path(given)
     if path.suffix in (".yaml", ".yml"):
-        try:
-            raw = read_yaml(path.read_text(encoding="utf-8"), given).get("mesh")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"cannot read the mesh {given}: {error}. Give a YAML file, or data=2,expert=4.") from None
+        raw = read_mapping(path, "mesh").get("mesh")
         if raw is None:
             raise SpecError(f"{given} has no section mesh. Give a YAML file that has one, or data=2,expert=4.")
         return validate(MeshConfig, raw, given)

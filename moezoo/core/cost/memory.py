@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import assert_never
 
-from moezoo.core.config.run_config import Config, Rematerialize
+from moezoo.core.config.run_config import Config
+from moezoo.core.config.training import Rematerialize
 from moezoo.core.parameters import ROLES, Role, parameter_table
 from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.spec import (

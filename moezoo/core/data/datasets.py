@@ -16,9 +16,9 @@ from typing import Annotated, Literal, assert_never
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from moezoo.core.config.run_config import validate
+from moezoo.core.config.validate import validate
+from moezoo.core.config.yaml_file import read_mapping
 from moezoo.core.data.grammar.grammar import Grammar, load_grammar
-from moezoo.core.data.grammar.parser import read_mapping
 from moezoo.core.errors import DataError, SpecError, nearest
 from moezoo.core.files import PACKAGE, make_folder, sha256_of, write_atomically
 from moezoo.core.spec import Part

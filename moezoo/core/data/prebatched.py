@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.backend import IGNORED
-from moezoo.core.config.run_config import BatchesSource, TrainingConfig
+from moezoo.core.config.data import BatchesSource
+from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.source_files import find_files
 from moezoo.core.data.token_store import check_range, local_copy
 from moezoo.core.data.tokenizers import Ids

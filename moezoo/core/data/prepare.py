@@ -1,8 +1,8 @@
 """Batches of tokens as a pure function of (step, seed), from texts, JSONL, token shards and named datasets.
 
-There is no iterator and no state: `Split.batch(step, ...)` computes which windows the step is made of
-(`moezoo.core.data.sample_order`) and reads them from memory-mapped shards (`moezoo.core.data.token_store`). A run resumes
-with its step number and nothing else. Writing: writings/data.md.
+There is no iterator and no state: `Split.batch(step, ...)` computes which windows a step consists of (sample_order.py)
+and reads them from memory-mapped shards (token_store.py). A run resumes with its step number and nothing else.
+Writing: writings/data.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from typing import Any, assert_never
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.config.run_config import (
+from moezoo.core.config.data import (
     BatchesSource,
     ByteTokenizerSpec,
     CharacterTokenizerSpec,

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Floats, Integers, check_length
-from moezoo.core.config.run_config import ByteTokenizerSpec, Config, OptimizerConfig, TokenIdsSpec, load_config
+from moezoo.core.config.run_config import Config
+from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.config.vocabulary import ASSUMED_CHARACTERS, spec_with_vocab_size
 from moezoo.core.cost.memory import attention_widths, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.initialize import initial_weights
@@ -25,12 +27,11 @@ from moezoo.core.parity.report import (
 )
 from moezoo.core.parity.sides import Doubles, Reference, Side, backend_side
 from moezoo.core.random import fold_in, key, uniform
-from moezoo.core.runs.init_from import open_start
+from moezoo.core.runs.init_from import load_resolved_config, open_start
 from moezoo.core.runs.open import is_config, open_model
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 
 LIMIT_BYTES = 8 * 2**30
-ASSUMED_VOCAB_SIZE = 64
 _CHECKPOINT_RATE = 1e-3  # learning rate of the one step with weights of a Hugging Face checkpoint
 _TOKENS_PURPOSE = 0x706172  # "par": what the random tokens are for, as a counter
 
@@ -116,7 +117,7 @@ def parity_of(
     """`parity` of a config (initial weights of `training.seed`), or of what `open_model` opens, on its newest weights.
 
     Tokens are random, a function of `training.seed`; T is `min(training.sequence_length, 64)` unless given. A
-    vocab_size of null becomes the tokenizer's number where it needs no data, and ASSUMED_VOCAB_SIZE elsewhere.
+    vocab_size of null becomes the tokenizer's number where it needs no data, and ASSUMED_CHARACTERS elsewhere.
     `overrides` are of a config. Weights of a Hugging Face checkpoint are compared as float32, whatever they are stored
     in; they are read once the size is known to be small enough.
 
@@ -126,10 +127,11 @@ def parity_of(
     weights: Mapping[str, NDArray[Any]] | None = None
     from_checkpoint = False
     if is_config(path):
-        config = load_config(path, overrides)
+        config = load_resolved_config(path, overrides)
     else:
         config, weights, from_checkpoint = _opened(path, notes)
-    spec = _with_vocab_size(config, weights, notes)
+    spec, assumed = spec_with_vocab_size(config, assumed_subwords=ASSUMED_CHARACTERS)
+    notes += [f"assumed: {assumed}"] if assumed else []
     length = min(config.training.sequence_length, 64) if sequence_length is None else sequence_length
     if batch_size < 1 or length < 1:
         raise SpecError(f"parity needs tokens; got {batch_size} sequences of {length}; expected at least 1 of 1.")
@@ -344,20 +346,3 @@ def _opened(path: str | Path, notes: list[str]) -> tuple[Config, Mapping[str, ND
     # Trap: the step is compared in learning rates, and one of 1e-5 is not far from what float32 rounds off a weight.
     optimizer = opened.config.optimizer.model_copy(update={"learning_rate": _CHECKPOINT_RATE})
     return opened.config.model_copy(update={"optimizer": optimizer}), opened.weights, True
-
-
-def _with_vocab_size(config: Config, weights: Mapping[str, Floats] | None, notes: list[str]) -> ModelSpec:
-    spec = config.model
-    if spec.vocab_size is not None:
-        return spec
-    match config.data.tokenizer:
-        case TokenIdsSpec(vocab_size=size):
-            pass
-        case ByteTokenizerSpec():
-            size = 256
-        case tokenizer if weights is not None:
-            size = weights["embedding.weight"].shape[0]
-        case tokenizer:
-            size = ASSUMED_VOCAB_SIZE
-            notes.append(f"model.vocab_size is null and the tokenizer ({tokenizer.kind}) needs data: {size} assumed")
-    return spec.model_copy(update={"vocab_size": size})

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from moezoo.core.config.run_config import load_config
 from moezoo.core.errors import SpecError
 from moezoo.core.parity.report import finite
+from moezoo.core.runs.init_from import load_resolved_config
 from moezoo.core.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def zoo(
     for place, path in enumerate(paths):
         if on_progress is not None:
             on_progress(place, len(paths), path.stem)
-        spec = load_config(path).model
+        spec = load_resolved_config(path).model
         config = ZooConfig(path.stem, _source(path), tuple(sorted(features(spec))))
         configs.append(config if check is None else _checked(config, check(path)))
     return Zoo(tuple(configs), tuple((feature, _showing(feature, configs)) for feature in all_features()))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moezoo.core.config.run_config import OptimizerConfig
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.reference import Array
 
 

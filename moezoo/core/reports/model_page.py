@@ -2,15 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any
 
-from moezoo.core.config.run_config import (
-    ByteTokenizerSpec,
-    CharacterTokenizerSpec,
-    Config,
-    HuggingFaceTokenizerSpec,
-    TokenIdsSpec,
-)
+from moezoo.core.config.run_config import Config
+from moezoo.core.config.vocabulary import spec_with_vocab_size
 from moezoo.core.cost.memory import (
     cache_bytes,
     flops_per_token,
@@ -24,9 +19,6 @@ from moezoo.core.spec import LayerSpec, ModelSpec
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
-
-_ASSUMED_CHARACTERS = 64
-_ASSUMED_SUBWORDS = 32_768
 
 
 def describe(config: Config, where: str) -> "RenderableType":
@@ -189,28 +181,6 @@ def _runs(spec: ModelSpec) -> list[_Run]:
         else:
             runs.append(_Run(index, index, plain))
     return runs
-
-
-def spec_with_vocab_size(config: Config) -> tuple[ModelSpec, str | None]:
-    """The spec with a vocabulary, and what was assumed where only the data could tell."""
-    spec, tokenizer = config.model, config.data.tokenizer
-    if spec.vocab_size is not None:
-        return spec, None
-    assumed = None
-    match tokenizer:
-        case ByteTokenizerSpec():
-            size = 256
-        case TokenIdsSpec(vocab_size=given):
-            size = given
-        case CharacterTokenizerSpec():
-            size = _ASSUMED_CHARACTERS
-            assumed = f"{size} tokens in the vocabulary; a character tokenizer takes them from its data"
-        case HuggingFaceTokenizerSpec(path=path):
-            size = _ASSUMED_SUBWORDS
-            assumed = f"{size:,} tokens in the vocabulary; that of {path} is not read here (--set model.vocab_size=N)"
-        case _:
-            assert_never(tokenizer)
-    return spec.model_copy(update={"vocab_size": size}), assumed
 
 
 # --- the tables ------------------------------------------------------------------------------------------------------

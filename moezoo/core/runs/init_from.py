@@ -3,8 +3,9 @@
 Writing: writings/fine_tuning.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
-from moezoo.core.config.run_config import Config, InitFrom, validate
+from moezoo.core.config.run_config import Config, InitFrom, load_config
+from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import Tokenizer, load_tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.layout import Layout
@@ -57,6 +59,16 @@ def fill_in(raw: dict[str, Any], where: str, begun: Config | None = None) -> Non
             _set_selection_bias_rate(raw["model"], init, where)
     if not has_tokenizer:
         data["tokenizer"] = tokenizer.model_dump(mode="json")
+
+
+def load_resolved_config(path: str | Path, overrides: Sequence[str] = (), *, begun: Config | None = None) -> Config:
+    """Read a config as `load_config`, and open what `init_from` names if the config leaves model or tokenizer out.
+
+    `begun`: the config of the run to resume. If it began from the same checkpoint, nothing is opened.
+
+    Raises as `load_config`, and as `open_model` for a checkpoint that cannot be opened.
+    """
+    return load_config(path, overrides, resolve=lambda raw, where: fill_in(raw, where, begun))
 
 
 def initial_tokenizer(config: Config) -> Tokenizer | None:

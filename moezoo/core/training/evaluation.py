@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.backend import IGNORED, Model, check_length
-from moezoo.core.config.run_config import DataConfig, DatasetSource
+from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
 from moezoo.core.data.grammar.grammar import Grammar
 from moezoo.core.data.prebatched import ReadyBatches

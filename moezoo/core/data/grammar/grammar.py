@@ -19,17 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moezoo.core.config.yaml_file import read_text
 from moezoo.core.data.grammar.entropy import Derivation, Expectation, Odds, choice_nats, literal_length
-from moezoo.core.data.grammar.parser import (
-    Attribute,
-    Choose,
-    GrammarFile,
-    Literal,
-    Say,
-    Template,
-    parse_grammar_file,
-    read_text,
-)
+from moezoo.core.data.grammar.parser import Attribute, Choose, GrammarFile, Literal, Say, Template, parse_grammar_file
 from moezoo.core.errors import DataError
 
 _RAW_BLOCK = 4096  # draws of 64 bits taken from Philox at a time

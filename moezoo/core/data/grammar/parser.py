@@ -17,14 +17,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-import yaml
-
+from moezoo.core.config.yaml_file import parse_mapping
 from moezoo.core.errors import SpecError, nearest
 
-_MAX_BYTES = 1_000_000
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _KEYS = ("end", "start", "lists")
@@ -91,37 +87,6 @@ class GrammarFile:
     variables: Mapping[str, str]  # remembered name -> the list that it is chosen from
 
 
-def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """A YAML file that is one mapping without duplicate keys; `what` names it in errors. Raises SpecError."""
-    return parse_mapping(read_text(path, what), str(path), what)
-
-
-def read_text(path: Path, what: str) -> str:
-    """A YAML file's text. Raises SpecError: missing, too large to be one, not UTF-8."""
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise SpecError(f"{what} is larger than {_MAX_BYTES} bytes; got {path}. Give a moezoo {what}.")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SpecError(f"no such {what}; got {path}; expected a YAML file. Check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{what} cannot be read; got {path} ({error}); expected a YAML text file.") from None
-
-
-def parse_mapping(text: str, where: str, what: str) -> dict[str, Any]:
-    """`read_mapping` of a text; `where` names it in errors."""
-    try:
-        root = yaml.compose(text, yaml.SafeLoader)
-        _refuse_duplicates(root, where)
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
-        problem = " ".join(str(error).split())
-        raise SpecError(f"{where} is not valid YAML; got: {problem}. Mend the file.") from None
-    if not isinstance(raw, dict):
-        raise SpecError(f"{where} is not a {what}; got {type(raw).__name__}; expected a mapping of keys.")
-    return raw
-
-
 def parse_grammar_file(text: str, where: str = "grammar") -> GrammarFile:
     """Read a grammar and check every rule that its entropy rests on.
 
@@ -146,20 +111,6 @@ def parse_grammar_file(text: str, where: str = "grammar") -> GrammarFile:
 
 
 # --- reading ------------------------------------------------------------------------------------------------
-
-
-def _refuse_duplicates(node: yaml.Node | None, where: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise SpecError(f"key {key.value!r} stands twice (line {line}); {where}. Keep one of them.")
-            seen.add(key.value)
-            _refuse_duplicates(value, where)
-    elif isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _refuse_duplicates(child, where)
 
 
 def _name(name: object, where: str) -> str:
