@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moezoo.api import LoadedModel
     from moezoo.core.backend import Backend
     from moezoo.core.config.run_config import Config
     from moezoo.core.errors import MoezooError
-    from moezoo.core.loaded_model import LoadedModel
     from moezoo.core.parameters import parameter_table
     from moezoo.core.parity.report import ParityReport
     from moezoo.core.spec import ModelSpec
@@ -40,7 +40,7 @@ def load(
 
     Raises RunError, CheckpointError, SpecError, TokenizerError or BackendError.
     """
-    from moezoo.core.loaded_model import load_model
+    from moezoo.api import load_model
 
     return load_model(path, backend, compute, max_length)
 

@@ -74,13 +74,14 @@ def train(
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.config.run_config import load_config
     from moezoo.core.config.vocabulary import with_vocab_size
-    from moezoo.core.console import ConsoleReporter, describe_evaluation
+    from moezoo.core.console import ConsoleReporter
     from moezoo.core.data.tokenizers import load_tokenizer
     from moezoo.core.distributed.processes import first_then_others
     from moezoo.core.reports.model_page import header
     from moezoo.core.reports.run_picture import draw_run
     from moezoo.core.runs.init_from import check_start, initial_tokenizer, load_resolved_config
     from moezoo.core.runs.run_folder import create_run, is_run, open_run
+    from moezoo.core.training.evaluation import describe_evaluation
     from moezoo.core.training.loop import train as run_training
 
     path = out or Path("runs") / config_path.stem
@@ -181,9 +182,9 @@ def generate(
     """
     import numpy as np
 
+    from moezoo.api import load_model
     from moezoo.core.generation.config import GenerationConfig
     from moezoo.core.generation.loop import Continuation
-    from moezoo.core.loaded_model import load_model
 
     GenerationConfig().options(**options)  # refuse bad options before anything is loaded
     if bool(prompts) == (tokens is not None) or (chat and not prompts):
@@ -249,11 +250,10 @@ def evaluate(
     """
     import json
 
-    from moezoo.core.console import describe_evaluation, describe_routing
-    from moezoo.core.loaded_model import load_model
+    from moezoo.api import evaluate_file, load_model
     from moezoo.core.runs.run_folder import is_run
+    from moezoo.core.training.evaluation import describe_evaluation, describe_routing, known_grammar
     from moezoo.core.training.evaluation import evaluate as run_evaluation
-    from moezoo.core.training.evaluation import evaluate_file, known_grammar
 
     console = _console()
     if data is None and not is_run(path):
@@ -369,17 +369,20 @@ def plan_command(
     """
     import json
 
+    from moezoo.backends import load_planner
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.config.vocabulary import spec_with_vocab_size
     from moezoo.core.cost.make_plan import make_plan
-    from moezoo.core.reports.plan_page import memory_bytes, plan_page
+    from moezoo.core.reports.plan_page import plan_page
+    from moezoo.core.reports.text import memory_bytes
     from moezoo.core.runs.init_from import load_resolved_config
 
     config = load_resolved_config(config_path, overrides)
     spec, assumed = spec_with_vocab_size(config)
     config = config.model_copy(update={"model": spec, "mesh": config.mesh if mesh is None else load_mesh(mesh)})
     limit = None if memory is None else memory_bytes(memory)
-    known = make_plan(config, devices, limit, compiled=not formula, topology=topology)
+    planner = None if formula and topology is None else load_planner()
+    known = make_plan(config, devices, limit, planner=planner, topology=topology)
     if assumed:
         click.echo(f"assumed: {assumed}", err=True)
     if as_json:
@@ -421,8 +424,9 @@ def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
     import json
     import time
 
-    from moezoo.core.loaded_model import copy_whole
-    from moezoo.core.runs.convert import convert, ledger_text
+    from moezoo.core.huggingface.ledger import ledger_text
+    from moezoo.core.runs.convert import convert
+    from moezoo.core.runs.save import copy_whole
 
     if whole:
         step, notes = copy_whole(path, out)

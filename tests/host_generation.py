@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moezoo.core.backend import Integers
 from moezoo.core.reference.sampling import penalized, sample
+from moezoo.core.tokens import Integers
 
 
 class HostGeneration:

@@ -2,45 +2,14 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moezoo.core.training.evaluation import Evaluation
 from moezoo.core.training.metrics import worst_load
 
 _LINE_EVERY_S = 10.0
-_MANY_EXPERTS = 16
-
-
-class Reporter(Protocol):
-    """What the train loop tells; nothing here changes what it computes."""
-
-    def start(self, step: int, total_steps: int) -> None: ...
-    def step(self, record: Mapping[str, Any]) -> None: ...
-    def validating(self, done: int, total: int) -> None: ...
-    def message(self, text: str) -> None: ...
-    def stop(self) -> None: ...
-
-
-class SilentReporter:
-    """For tests and scripts."""
-
-    def start(self, step: int, total_steps: int) -> None:
-        """Nothing."""
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def validating(self, done: int, total: int) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-    def stop(self) -> None:
-        """Nothing."""
 
 
 class _Pace:
@@ -133,38 +102,6 @@ def describe_step(record: Mapping[str, Any]) -> str:
     if worst is not None:
         parts.append(f"worst load {worst:.2f}x")
     return "  ".join(parts)
-
-
-def describe_evaluation(evaluation: Evaluation) -> str:
-    """Validation loss in nats and bits per byte, and the distance from the optimum where it is known."""
-    lines = [
-        f"validation loss {evaluation.validation_loss:.4f} nats per token"
-        + (f", {evaluation.bits_per_byte:.4f} bits per byte" if evaluation.bits_per_byte is not None else "")
-        + f"  ({evaluation.windows} windows of {evaluation.sequence_length} tokens)"
-    ]
-    if evaluation.inference_loss is not None:
-        gap = evaluation.inference_loss - evaluation.validation_loss
-        lines.append(f"by the routing of inference: {evaluation.inference_loss:.4f} nats per token ({gap:+.4f})")
-    if evaluation.optimum is not None:
-        optimum = evaluation.optimum
-        lines.append(
-            f"where the window shows the whole past that matters: {optimum.loss:.4f} nats, best possible "
-            f"{optimum.best_possible:.4f}: {100 * optimum.excess:.1f} % above the optimum  "
-            f"({optimum.characters:,} characters)"
-        )
-    return "\n".join(lines)
-
-
-def describe_routing(evaluation: Evaluation) -> list[str]:
-    """A line a layer: the load of each expert, or of many the most and the least; and what was dropped."""
-    lines = []
-    for row in evaluation.routing:
-        loads = [share * len(row["load"]) for share in row["load"]]
-        shown = " ".join(f"{load:.2f}" for load in loads)
-        if len(loads) > _MANY_EXPERTS:
-            shown = f"{min(loads):.2f} to {max(loads):.2f} of {len(loads)} experts"
-        lines.append(f"layer {row['layer']}: load {shown} (1 is balanced), dropped {100 * row['dropped']:.2f} %")
-    return lines
 
 
 def _clock(seconds: float) -> str:

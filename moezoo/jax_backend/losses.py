@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.spec import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -27,6 +26,7 @@ from moezoo.core.spec import (
     SequenceBalanceLossSpec,
     SwitchBalanceLossSpec,
 )
+from moezoo.core.tokens import IGNORED
 from moezoo.jax_backend.dispatch import expert_counts
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.sharding import row_by_row

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
 from moezoo.core.checkpoint.manifest import OF_OPTIMIZER, OF_WEIGHTS
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
@@ -28,6 +28,7 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
+from moezoo.core.tokens import check_targets
 from moezoo.jax_backend import several_processes
 from moezoo.jax_backend.arrays import Weights, exported, to_numpy
 from moezoo.jax_backend.compile_cache import use_compile_cache

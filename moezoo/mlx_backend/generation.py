@@ -6,10 +6,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from moezoo.core.backend import Integers
 from moezoo.core.generation.prefill import ROOM, padded, seen_tokens, widths
 from moezoo.core.reference.sampling import SamplingOptions, checked_logits
 from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import Integers
 from moezoo.mlx_backend.kv_cache import Cache, Caches, empty_cache
 from moezoo.mlx_backend.sampling import Rule, draws, penalized, rule_of, sample
 

@@ -6,7 +6,6 @@ from typing import assert_never
 
 import mlx.core as mx
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.spec import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -24,6 +23,7 @@ from moezoo.core.spec import (
     SequenceBalanceLossSpec,
     SwitchBalanceLossSpec,
 )
+from moezoo.core.tokens import IGNORED
 from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, log_losses
 from moezoo.mlx_backend.data_parallel import average, total
 from moezoo.mlx_backend.dispatch import expert_counts

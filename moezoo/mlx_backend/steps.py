@@ -8,7 +8,7 @@ import numpy as np
 from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
@@ -21,6 +21,7 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
+from moezoo.core.tokens import check_targets
 from moezoo.mlx_backend import BLAS, FREED_MEMORY, data_parallel
 from moezoo.mlx_backend.arrays import Weights, exported, to_numpy
 from moezoo.mlx_backend.cpu_kernels import FusedAdamW, can_fuse, is_x86_cpu

@@ -5,14 +5,9 @@ from fractions import Fraction
 import pytest
 
 from moezoo.core.config.run_config import parse_config
-from moezoo.core.cost.memory import (
-    active_experts,
-    cache_bytes,
-    flops_per_token,
-    kv_cache_bytes_per_token,
-    parameter_counts,
-    training_memory,
-)
+from moezoo.core.cost.flops import flops_per_token
+from moezoo.core.cost.memory import cache_bytes, kv_cache_bytes_per_token, training_memory
+from moezoo.core.cost.parameters import active_experts, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import ROLES, parameter_table
 from moezoo.core.spec import GatedFeedForwardSpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec

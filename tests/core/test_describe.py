@@ -7,8 +7,11 @@ import pytest
 from rich.console import Console
 
 from moezoo.core.config.run_config import parse_config
-from moezoo.core.cost.memory import flops_per_token, kv_cache_bytes_per_token, parameter_counts, training_memory
-from moezoo.core.reports.model_page import bytes_text, count, describe, description, header
+from moezoo.core.cost.flops import flops_per_token
+from moezoo.core.cost.memory import kv_cache_bytes_per_token, training_memory
+from moezoo.core.cost.parameters import parameter_counts
+from moezoo.core.reports.model_page import describe, description, header
+from moezoo.core.reports.text import bytes_text, count
 
 CONFIG = """
 model:

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from moezoo.cli import main
 from moezoo.core.backend import Scores
 from moezoo.core.config.validate import validate
-from moezoo.core.console import describe_evaluation
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.parameters import parameter_table
@@ -19,7 +18,7 @@ from moezoo.core.reference.dispatch import dispatch, num_dropped
 from moezoo.core.reference.losses import expert_counts, token_losses
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
-from moezoo.core.training.evaluation import Evaluation, evaluate
+from moezoo.core.training.evaluation import Evaluation, describe_evaluation, evaluate
 from moezoo.core.training.metrics import read_metrics
 from tests.backends_available import require_backend
 from tests.small_run import write_config

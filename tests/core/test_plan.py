@@ -13,7 +13,7 @@ from moezoo.core.cost.memory import training_memory
 from moezoo.core.cost.step_plan import Collective, device_plan, memory_per_device, smaller, with_same_sequences
 from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
 from moezoo.core.errors import SpecError
-from moezoo.core.reports.plan_page import memory_bytes
+from moezoo.core.reports.text import memory_bytes
 
 CONFIG = "configs/tiny/top_k.yaml"
 SET = (

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import yaml
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.config.data import DataConfig
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.validate import validate
@@ -14,6 +13,7 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.data.prepare import PreparedData, prepare_data
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.runs.run_folder import create_run, load_run
+from moezoo.core.tokens import IGNORED
 from moezoo.core.training.loop import train
 from moezoo.core.training.metrics import read_metrics
 from tests.small_run import MODEL

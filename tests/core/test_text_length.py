@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from moezoo.api import LoadedModel
 from moezoo.core.config.run_config import parse_config
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generation.loop import generate
-from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.check import parity, parity_of
 from moezoo.core.reference.sampling import SamplingOptions

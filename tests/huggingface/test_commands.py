@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import moezoo
+from moezoo.api import LoadedModel
 from moezoo.cli import main
 from moezoo.core.errors import CheckpointError
-from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.reports.checkpoint_page import checkpoint_description
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors

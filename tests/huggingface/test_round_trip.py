@@ -9,8 +9,8 @@ import pytest
 import moezoo
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.export import export_checkpoint
-from moezoo.core.loaded_model import save_run
 from moezoo.core.runs.open import open_model
+from moezoo.core.runs.save import save_run
 from tests.huggingface.fixtures import cases, write_checkpoint
 
 NOT_COPIED = {".npz"}

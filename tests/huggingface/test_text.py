@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import moezoo
+from moezoo.api import LoadedModel
 from moezoo.cli import main
 from moezoo.core.errors import TokenizerError
-from moezoo.core.loaded_model import LoadedModel
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import read_fixture, write_checkpoint
 from tests.huggingface.tiny_tokenizer import write_tokenizer

@@ -5,7 +5,6 @@ import autograd.numpy as anp
 import numpy as np
 import pytest
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
@@ -34,6 +33,7 @@ from moezoo.core.spec import (
     SwitchBalanceLossSpec,
     ZeroComputationSpec,
 )
+from moezoo.core.tokens import IGNORED
 from tests.backends_available import require_backend
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 from tests.twins import B, D, K, P, T, Twin, V, assert_function_matches, assert_reference_gradient, normal

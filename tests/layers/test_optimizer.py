@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import DataError, SpecError
@@ -19,6 +18,7 @@ from moezoo.core.spec import (
     MoESpec,
     RouterSpec,
 )
+from moezoo.core.tokens import IGNORED
 from tests.backends_available import require_backend
 from tests.tolerances import (
     FLOAT32,

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import CheckpointError, DataError, SpecError
 from moezoo.core.parameters.initialize import initial_weights
@@ -24,6 +23,7 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
+from moezoo.core.tokens import IGNORED
 from tests.tolerances import (
     BFLOAT16,
     BFLOAT16_GRADIENT,

@@ -12,8 +12,7 @@ import jax
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.cost.step_plan import device_plan
-from moezoo.core.distributed.mesh import MeshConfig
-from moezoo.core.reports.mesh_page import known_sizes
+from moezoo.core.distributed.mesh import MeshConfig, known_sizes
 from moezoo.jax_backend import ahead_of_time
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.config.data import BatchesSource
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.source_files import find_files
 from moezoo.core.data.token_store import check_range, local_copy
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
+from moezoo.core.tokens import IGNORED
 
 _Ids3 = npt.NDArray[np.integer[Any]]
 

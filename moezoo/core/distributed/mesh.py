@@ -1,12 +1,18 @@
 """The devices of a run, as a grid whose axes have names. What is cut along them says core/sharding_rules.py."""
 
 import math
+from typing import TYPE_CHECKING
+
+from moezoo.core.errors import SpecError
+
+if TYPE_CHECKING:
+    pass
+
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from moezoo.core.errors import SpecError
 from moezoo.core.spec import Part, impossible
 
 MeshAxis = Literal["data", "fsdp", "expert", "tensor"]
@@ -99,3 +105,14 @@ def in_words(mesh: MeshConfig) -> str:
     """`data 2, expert 4`: the axes that have more than one device."""
     named = [f"{axis} {size}" for axis in MESH_AXES if (size := getattr(mesh, axis)) != 1]
     return ", ".join(named) or "one device"
+
+
+def known_sizes(mesh: MeshConfig, num_devices: int | None) -> dict[MeshAxis, int]:
+    """Devices along each axis of a mesh of which only the plan is there. Raises SpecError, as `sizes`."""
+    given = [size for axis in MESH_AXES if (size := getattr(mesh, axis)) != "auto"]
+    if num_devices is None and len(given) < len(MESH_AXES):
+        raise SpecError("an axis of the mesh is auto, which is as many devices as are left. Add --devices N.")
+    devices = math.prod(given) if num_devices is None else num_devices
+    if mesh.is_one_device and devices > 1:
+        raise SpecError(f"mesh is one device; got --devices {devices}. Add --mesh, for example --mesh data=auto.")
+    return sizes(mesh, devices)

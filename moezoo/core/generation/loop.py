@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from moezoo.core.backend import Integers, Model, check_length
+from moezoo.core.backend import Model, check_length
 from moezoo.core.data.tokenizers import IdsLike, StreamDecoder, Tokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.reference.sampling import SamplingOptions
+from moezoo.core.tokens import Integers
 
 
 def generate(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moezoo.core.backend import Integers
+from moezoo.core.tokens import Integers
 
 PIECE = 256
 """Tokens of a prompt at a time, so that scores are PIECE x S a head and not T x T. A product of so many rows is

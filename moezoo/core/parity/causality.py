@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moezoo.core.backend import Integers
 from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import Integers
 
 Mode = Literal["training", "inference"]
 Run = Callable[[Integers, bool], Mapping[str, Any]]

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import Backend, Floats, Integers, check_length
+from moezoo.core.backend import Backend, check_length
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.config.vocabulary import ASSUMED_CHARACTERS, spec_with_vocab_size
-from moezoo.core.cost.memory import attention_widths, parameter_counts
+from moezoo.core.cost.memory import attention_widths
+from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.report import (
@@ -30,6 +31,7 @@ from moezoo.core.random import fold_in, key, uniform
 from moezoo.core.runs.init_from import load_resolved_config, open_start
 from moezoo.core.runs.open import is_config, open_model
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
+from moezoo.core.tokens import Floats, Integers
 
 LIMIT_BYTES = 8 * 2**30
 _CHECKPOINT_RATE = 1e-3  # learning rate of the one step with weights of a Hugging Face checkpoint

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import Backend, Floats, Integers, Model
+from moezoo.core.backend import Backend, Model
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parity.causality import Causality, check_causality
 from moezoo.core.random import fold_in, key, micro_batch_keys, uniform
 from moezoo.core.spec import ModelSpec, MoESpec
+from moezoo.core.tokens import Floats, Integers
 
 Doubles = NDArray[np.float64]
 

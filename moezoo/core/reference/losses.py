@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import autograd.numpy as np
 from autograd.extend import defvjp, primitive
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.parameters import parameter_table
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.routing import Routing
@@ -33,6 +32,7 @@ from moezoo.core.spec import (
     SequenceBalanceLossSpec,
     SwitchBalanceLossSpec,
 )
+from moezoo.core.tokens import IGNORED
 
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from moezoo.core.generation.config import read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, describe_checkpoint, open_checkpoint
-from moezoo.core.reports.model_page import bytes_text, count, model_description, model_tables
-from moezoo.core.runs.convert import ledger_rows
+from moezoo.core.huggingface.ledger import ledger_rows
+from moezoo.core.reports.model_page import model_description, model_tables
+from moezoo.core.reports.text import bytes_text, count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -5,11 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moezoo.core.distributed.mesh import MESH_AXES, MeshAxis, MeshConfig, sizes
+from moezoo.core.distributed.mesh import MeshAxis, MeshConfig, known_sizes
 from moezoo.core.distributed.sharding_rules import Partition, partition
-from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
-from moezoo.core.reports.model_page import bytes_text
+from moezoo.core.reports.text import bytes_text, new_table
 from moezoo.core.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -40,17 +39,6 @@ def mesh_description(spec: ModelSpec, mesh: MeshConfig, num_devices: int | None 
     }
 
 
-def known_sizes(mesh: MeshConfig, num_devices: int | None) -> dict[MeshAxis, int]:
-    """Devices along each axis of a mesh of which only the plan is there. Raises SpecError, as `sizes`."""
-    given = [size for axis in MESH_AXES if (size := getattr(mesh, axis)) != "auto"]
-    if num_devices is None and len(given) < len(MESH_AXES):
-        raise SpecError("an axis of the mesh is auto, which is as many devices as are left. Add --devices N.")
-    devices = math.prod(given) if num_devices is None else num_devices
-    if mesh.is_one_device and devices > 1:
-        raise SpecError(f"mesh is one device; got --devices {devices}. Add --mesh, for example --mesh data=auto.")
-    return sizes(mesh, devices)
-
-
 def parts(cut: Partition, lengths: Mapping[MeshAxis, int]) -> int:
     """Into how many equal parts an array is cut."""
     return math.prod(lengths[axis] for axes in cut for axis in axes)
@@ -58,15 +46,8 @@ def parts(cut: Partition, lengths: Mapping[MeshAxis, int]) -> int:
 
 def mesh_page(known: Mapping[str, Any]) -> "RenderableType":
     """The table of `moezoo describe --mesh`; parameters of equal layers in one row."""
-    from rich import box
-    from rich.table import Table
-
     named = ", ".join(f"{axis} {length}" for axis, length in known["mesh"].items() if length > 1) or "one device"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1))
-    table.add_column(f"on {named}")
-    table.add_column("layers", justify="right")
-    table.add_column("shape, and what cuts it")
-    table.add_column("bytes a device", justify="right")
+    table = new_table(f"on {named}", "layers", "shape, and what cuts it", "bytes a device", right=(1, 3))
     groups: dict[tuple[str, str], list[int]] = {}
     for row in known["parameters"]:
         shape = _cut_shape(row, known["mesh"])

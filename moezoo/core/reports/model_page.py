@@ -1,19 +1,16 @@
 """A model on one page: what it is made of and what it costs, before it is built."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.vocabulary import spec_with_vocab_size
-from moezoo.core.cost.memory import (
-    cache_bytes,
-    flops_per_token,
-    kv_cache_bytes_per_token,
-    parameter_counts,
-    training_memory,
-)
+from moezoo.core.cost.flops import flops_per_token
+from moezoo.core.cost.memory import cache_bytes, kv_cache_bytes_per_token, training_memory
+from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.reports.model_words import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
+from moezoo.core.reports.text import bytes_text, count, new_table, plural
 from moezoo.core.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -131,26 +128,6 @@ def model_description(spec: ModelSpec, sequence_length: int) -> dict[str, Any]:
     }
 
 
-def count(number: float, unit: str = "") -> str:
-    """Three significant digits: `1.23 M`, `12.3 GFLOPs`, `512`; thousands of millions are B without a unit, else G."""
-    value, prefixes = float(number), ["", "k", "M", "G" if unit else "B", "T", "P", "E", "Z"]
-    return _scaled(value, 1000.0, prefixes, unit)
-
-
-def bytes_text(number: float) -> str:
-    """Three significant digits in binary units: `1.50 MiB`."""
-    return _scaled(float(number), 1024.0, ["", "Ki", "Mi", "Gi", "Ti", "Pi"], "B")
-
-
-def _scaled(value: float, base: float, prefixes: list[str], unit: str) -> str:
-    place = 0
-    # 999.5 would be written as 1000 of the smaller prefix
-    while value >= (999.5 if base == 1000 else base) and place + 1 < len(prefixes):
-        value, place = value / base, place + 1
-    digits = 0 if place == 0 else 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {prefixes[place]}{unit}".rstrip()
-
-
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +165,7 @@ def _runs(spec: ModelSpec) -> list[_Run]:
 
 def _model_table(known: Mapping[str, Any]) -> "Table":
     layers, dtype = known["num_layers"], known["compute_dtype"]
-    table = _table(f"{layers} {_plural('layer', layers)}", "attention", "feed-forward")
+    table = new_table(f"{layers} {plural('layer', layers)}", "attention", "feed-forward")
     for run in known["layers"]:
         single = run["first"] == run["last"]
         table.add_row(
@@ -203,7 +180,7 @@ def _model_table(known: Mapping[str, Any]) -> "Table":
 
 def _parameter_table(known: Mapping[str, Any]) -> "Table":
     parameters = known["parameters"]
-    table = _table("parameters", "total", "share", "active per token", "share ", right=range(1, 5))
+    table = new_table("parameters", "total", "share", "active per token", "share ", right=range(1, 5))
     rows = [(name, row) for name, row in parameters["by_role"].items() if row["total"]]
     for place, (name, row) in enumerate(rows):
         table.add_row(
@@ -222,7 +199,7 @@ def _cost_table(known: Mapping[str, Any]) -> "Table":
     flops, memory = known["flops_per_token"], known.get("training_memory_bytes")
     parts = {name: value for name, value in flops["forward"].items() if name != "total" and value}
     shares = ", ".join(f"{name} {value / flops['forward']['total']:.0%}" for name, value in parts.items())
-    table = _table("cost", "", "made of")
+    table = new_table("cost", "", "made of")
     table.columns[1].justify = "right"
     table.columns[1].no_wrap = True
     table.columns[2].style = "dim"
@@ -238,25 +215,9 @@ def _cost_table(known: Mapping[str, Any]) -> "Table":
     return table
 
 
-def _table(first: str, *others: str, right: Iterable[int] = ()) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1))
-    table.add_column(first, no_wrap=True)
-    rightward = set(right)
-    for place, name in enumerate(others, start=1):
-        table.add_column(name, justify="right" if place in rightward else "left")
-    return table
-
-
 def _role(name: str, row: Mapping[str, int]) -> str:
     active = f" ({count(row['active'])} active)" if row["active"] != row["total"] else ""
     return f"{name} {count(row['total'])}{active}"
-
-
-def _plural(word: str, number: int) -> str:
-    return word if number == 1 else f"{word}s"
 
 
 def _escaped(text: str) -> str:

@@ -1,119 +1,14 @@
 """The report of `moezoo plan`: what a step costs each device by formula, and what XLA makes of it."""
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moezoo.core.config.run_config import Config
-from moezoo.core.cost.memory import flops_per_token
-from moezoo.core.cost.step_plan import Collective, CompiledStep, device_plan
-from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis
-from moezoo.core.errors import SpecError
-from moezoo.core.reports.model_page import bytes_text, count
+from moezoo.core.distributed.mesh import MeshAxis
+from moezoo.core.reports.text import bytes_text, count, new_table, plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
-
-_UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def memory_bytes(text: str) -> int:
-    """Bytes of `80GiB`. Raises SpecError for what is no number with a unit."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B)", text)
-    if found is None or found[2] not in _UNITS:
-        raise SpecError(f"--memory is {text!r}; expected a number and a unit, one of {', '.join(_UNITS)}, e.g. 80GiB.")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
-def plan_description(
-    config: Config,
-    lengths: Mapping[MeshAxis, int],
-    memory: int | None = None,
-    compiled: tuple[Config, Mapping[MeshAxis, int], CompiledStep] | None = None,
-) -> dict[str, Any]:
-    """A plan as plain data for `--json`: bytes and operations of one device and one step, unless a name says otherwise.
-
-    Args:
-        config: whose model has a vocabulary.
-        lengths: devices along each axis of its mesh.
-        memory: bytes that a device has, if it is asked whether the step fits.
-        compiled: what was compiled, for which mesh, and what came of it.
-    """
-    training, plan = config.training, device_plan(config, lengths)
-    devices = math.prod(lengths.values())
-    of_token = flops_per_token(config.model, training.sequence_length, training=True).total
-    sequences = training.batch_size // training.gradient_accumulation // math.prod(lengths[axis] for axis in BATCH_AXES)
-    return {
-        "mesh": dict(lengths),
-        "devices": devices,
-        "exchange": config.mesh.exchange,
-        "micro_batches": training.gradient_accumulation,
-        "sequences": sequences,
-        "sequence_length": training.sequence_length,
-        "flops_per_token": of_token,
-        "flops": of_token * training.batch_size * training.sequence_length // devices,
-        "memory_bytes": {"total": plan.memory_total, **plan.memory},
-        "memory_limit_bytes": memory,
-        "fits": None if memory is None else plan.memory_total <= memory,
-        "collectives": [
-            {
-                "purpose": own.purpose,
-                "kind": own.kind,
-                "axes": list(own.axes),
-                "devices": own.devices,
-                "arrays": own.count,
-                "payload_bytes": own.payload,
-                "sent_bytes": own.sent,
-            }
-            for own in plan.collectives
-        ],
-        "sent_bytes": plan.sent,
-        "compiled": None if compiled is None else _compared(*compiled),
-        "extrapolated": compiled is None or dict(compiled[1]) != dict(lengths),
-    }
-
-
-def _compared(config: Config, lengths: Mapping[MeshAxis, int], step: CompiledStep) -> dict[str, Any]:
-    """A compiled step beside the formulas for it, which count numbers as XLA on the CPU sends them: float32."""
-    plan = device_plan(config, lengths, float_bytes=4)
-    formula, program = _by_axes(plan.collectives), _by_axes(step.collectives)
-    memory = plan.memory
-    return {
-        "mesh": dict(lengths),
-        "devices": math.prod(lengths.values()),
-        "layers": list(step.layers),
-        "all_layers": len(config.model.all_layers),
-        "collectives": [
-            {
-                "kind": kind,
-                "axes": list(axes),
-                "formula": dict(zip(("arrays", "bytes"), formula.get((kind, axes), (0, 0)), strict=True)),
-                "program": dict(zip(("arrays", "bytes"), program.get((kind, axes), (0, 0)), strict=True)),
-            }
-            for kind, axes in dict.fromkeys([*formula, *program])
-        ],
-        "argument_bytes": {
-            "formula": memory["parameters"] + memory["moments"] + memory["state"],
-            "program": step.arguments,
-        },
-        "temporary_bytes": step.temporary,
-    }
-
-
-def _by_axes(
-    collectives: Sequence[Collective],
-) -> dict[tuple[str, tuple[MeshAxis, ...]], tuple[int, int]]:
-    """How many arrays, and their bytes, of each kind and along each of the axes."""
-    found: dict[tuple[str, tuple[MeshAxis, ...]], tuple[int, int]] = {}
-    for own in collectives:
-        arrays, size = found.get((own.kind, own.axes), (0, 0))
-        found[own.kind, own.axes] = (arrays + own.count, size + own.payload)
-    return found
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
 
 
 def plan_page(known: Mapping[str, Any], where: str) -> "RenderableType":
@@ -125,9 +20,9 @@ def plan_page(known: Mapping[str, Any], where: str) -> "RenderableType":
     sequences, parts = known["sequences"], known["micro_batches"]
     title = Text.assemble(
         (where, "bold"),
-        f"\non {named}: {known['devices']:,} {_plural('device', known['devices'])}, each with {sequences} "
-        f"{_plural('sequence', sequences)} of {known['sequence_length']:,} tokens at once, {parts} "
-        f"{_plural('time', parts)} a step\n{count(known['flops_per_token'], 'FLOPs')} per token, forward and backward; "
+        f"\non {named}: {known['devices']:,} {plural('device', known['devices'])}, each with {sequences} "
+        f"{plural('sequence', sequences)} of {known['sequence_length']:,} tokens at once, {parts} "
+        f"{plural('time', parts)} a step\n{count(known['flops_per_token'], 'FLOPs')} per token, forward and backward; "
         f"{count(known['flops'], 'FLOPs')} a device and step",
     )
     pieces: list[RenderableType] = [title, _memory_table(known)]
@@ -154,7 +49,7 @@ def _basis(known: Mapping[str, Any]) -> str:
 
 
 def _memory_table(known: Mapping[str, Any]) -> "Table":
-    table = _table("memory of a device", "", "share")
+    table = new_table("memory of a device", "", "share", right=(1, 2))
     memory = known["memory_bytes"]
     rows = [(name, size) for name, size in memory.items() if name != "total" and size]
     for place, (name, size) in enumerate(rows):
@@ -168,7 +63,7 @@ def _memory_table(known: Mapping[str, Any]) -> "Table":
 
 
 def _collective_table(known: Mapping[str, Any]) -> "Table":
-    table = _table("travels in a step", "as", "along", "arrays", "bytes", "a device sends", right=(3, 4, 5))
+    table = new_table("travels in a step", "as", "along", "arrays", "bytes", "a device sends", right=(3, 4, 5))
     for own in known["collectives"]:
         along = _along(own["axes"], known["mesh"])
         sizes = bytes_text(own["payload_bytes"]), bytes_text(own["sent_bytes"])
@@ -180,10 +75,10 @@ def _collective_table(known: Mapping[str, Any]) -> "Table":
 
 def _compared_table(compiled: Mapping[str, Any]) -> "Table":
     depth, layers = compiled["all_layers"], compiled["layers"]
-    what = f"{depth} {_plural('layer', depth)} compiled"
+    what = f"{depth} {plural('layer', depth)} compiled"
     if layers != [depth]:
         what = f"{', '.join(map(str, layers))} layers compiled, {depth} derived"
-    table = _table(
+    table = new_table(
         f"XLA's program on {_mesh_in_words(compiled['mesh'])}",
         "arrays",
         "formula",
@@ -216,18 +111,3 @@ def _along(axes: Sequence[MeshAxis], mesh: Mapping[MeshAxis, int]) -> str:
 
 def _mesh_in_words(mesh: Mapping[MeshAxis, int]) -> str:
     return _along([axis for axis, size in mesh.items() if size > 1], mesh) or "one device"
-
-
-def _plural(word: str, number: int) -> str:
-    return word if number == 1 else f"{word}s"
-
-
-def _table(first: str, *others: str, right: Sequence[int] = (1, 2)) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1))
-    table.add_column(first)
-    for place, name in enumerate(others, start=1):
-        table.add_column(name, justify="right" if place in right else "left", no_wrap=place in right)
-    return table

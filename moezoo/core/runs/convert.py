@@ -13,23 +13,13 @@ from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Entry, Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
-from moezoo.core.loaded_model import export, save_run
+from moezoo.core.runs.save import export, save_run
 from moezoo.core.runs.open import open_model
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # parameters done, of all
 
 
-@dataclass(frozen=True)
-class LedgerRow:
-    """Tensors that differ in layer and expert only: `*` stands for a number."""
-
-    theirs: str
-    dtype: str
-    shape: tuple[int, ...]
-    count: int
-    status: str
-    ours: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -41,29 +31,8 @@ class Conversion:
     notes: list[str]
 
 
-def ledger_rows(ledger: Ledger) -> list[LedgerRow]:
-    """The ledger, equal tensors of many layers and experts in one row."""
-    groups: dict[tuple[Any, ...], list[Entry]] = {}
-    for entry in ledger.entries:
-        theirs, ours = _pattern(entry.name), tuple(_pattern(name) for name in entry.ours)
-        groups.setdefault((theirs, entry.dtype, entry.shape, entry.status, ours), []).append(entry)
-    return [
-        LedgerRow(theirs, dtype, shape, len(entries), status, ours)
-        for (theirs, dtype, shape, status, ours), entries in groups.items()
-    ]
 
 
-def ledger_text(ledger: Ledger) -> str:
-    """The ledger for a person, a line for each row: what becomes of it, how it is stored, how often, its name, ours."""
-    rows = [
-        (row.status, f"{row.dtype} {list(row.shape)}", f"{row.count}x", row.theirs, ", ".join(row.ours))
-        for row in ledger_rows(ledger)
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        f"{status:<{widths[0]}}  {stored:<{widths[1]}}  {count:>{widths[2]}}  {theirs}{' -> ' if ours else ''}{ours}"
-        for status, stored, count, theirs, ours in rows
-    )
 
 
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
@@ -104,5 +73,3 @@ class _Watched(ReadWhenAsked):
         return value
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.backend import IGNORED, Model, check_length
+from moezoo.core.backend import Model, check_length
 from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
 from moezoo.core.data.grammar.grammar import Grammar
 from moezoo.core.data.prebatched import ReadyBatches
-from moezoo.core.data.prepare import Split, whole_file
-from moezoo.core.data.token_store import Progress, check_range
+from moezoo.core.data.prepare import Split
+from moezoo.core.data.token_store import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
+from moezoo.core.tokens import IGNORED
 from moezoo.core.training.metrics import routing_statistics
 
 if TYPE_CHECKING:
-    from moezoo.core.loaded_model import LoadedModel
+    pass
 
 MAX_WINDOWS = 4096
-_LOGITS_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -123,37 +123,6 @@ def evaluate(
     )
 
 
-def evaluate_file(
-    loaded: "LoadedModel",
-    path: str,
-    *,
-    sequence_length: int | None = None,
-    batch_size: int | None = None,
-    on_reading: Progress | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
-    """`evaluate` on all of a file, of text or token ids (`data.whole_file`).
-
-    A window is as long as in training (512 for a checkpoint from elsewhere), or the file where that is shorter. Models
-    from elsewhere get the token before it that their tokenizer puts before every text. The batch is that of training,
-    or as many windows as keep the logits of one within 128 MiB.
-    """
-    model, training = loaded.model, loaded.config.training
-    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_reading)
-    first_token = loaded.first_token
-    length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
-    fitting = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
-    return evaluate(
-        model,
-        split,
-        loaded.tokenizer,
-        sequence_length=length,
-        batch_size=batch_size or min(training.batch_size, fitting),
-        first_token=first_token,
-        on_progress=on_progress,
-    )
-
-
 def known_grammar(data: DataConfig) -> Grammar | None:
     """The grammar behind the data, where it is one built-in dataset read by characters."""
     match data.sources:
@@ -182,3 +151,38 @@ def _batch_that_divides(count: int, batch_size: int) -> int:
     """The largest divisor of `count` up to `batch_size`, unless less than half of it: one shape compiles once."""
     divisor = next(size for size in range(min(batch_size, count), 0, -1) if count % size == 0)
     return divisor if 2 * divisor >= min(batch_size, count) else min(batch_size, count)
+
+
+_MANY_EXPERTS = 16
+
+
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """Validation loss in nats and bits per byte, and the distance from the optimum where it is known."""
+    lines = [
+        f"validation loss {evaluation.validation_loss:.4f} nats per token"
+        + (f", {evaluation.bits_per_byte:.4f} bits per byte" if evaluation.bits_per_byte is not None else "")
+        + f"  ({evaluation.windows} windows of {evaluation.sequence_length} tokens)"
+    ]
+    if evaluation.inference_loss is not None:
+        gap = evaluation.inference_loss - evaluation.validation_loss
+        lines.append(f"by the routing of inference: {evaluation.inference_loss:.4f} nats per token ({gap:+.4f})")
+    if evaluation.optimum is not None:
+        optimum = evaluation.optimum
+        lines.append(
+            f"where the window shows the whole past that matters: {optimum.loss:.4f} nats, best possible "
+            f"{optimum.best_possible:.4f}: {100 * optimum.excess:.1f} % above the optimum  "
+            f"({optimum.characters:,} characters)"
+        )
+    return "\n".join(lines)
+
+
+def describe_routing(evaluation: Evaluation) -> list[str]:
+    """A line a layer: the load of each expert, or of many the most and the least; and what was dropped."""
+    lines = []
+    for row in evaluation.routing:
+        loads = [share * len(row["load"]) for share in row["load"]]
+        shown = " ".join(f"{load:.2f}" for load in loads)
+        if len(loads) > _MANY_EXPERTS:
+            shown = f"{min(loads):.2f} to {max(loads):.2f} of {len(loads)} experts"
+        lines.append(f"layer {row['layer']}: load {shown} (1 is balanced), dropped {100 * row['dropped']:.2f} %")
+    return lines

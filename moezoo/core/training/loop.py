@@ -26,7 +26,6 @@ from moezoo.core.checkpoint.store import (
 )
 from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.config.schedules import learning_rate
-from moezoo.core.console import Reporter, SilentReporter, describe_evaluation
 from moezoo.core.data.prebatched import ReadyBatches
 from moezoo.core.data.prepare import PreparedData
 from moezoo.core.distributed.processes import PendingNumbers, first_then_others
@@ -37,8 +36,9 @@ from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.runs.init_from import Start, open_start
 from moezoo.core.runs.run_folder import Run, forget_run, resume_point
-from moezoo.core.training.evaluation import MAX_WINDOWS, Evaluation, evaluate, known_grammar
+from moezoo.core.training.evaluation import MAX_WINDOWS, Evaluation, describe_evaluation, evaluate, known_grammar
 from moezoo.core.training.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
+from moezoo.core.training.reporter import Reporter, SilentReporter
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,25 @@
-"""A trained model, ready to use: what `moezoo.load` returns."""
+"""The Python API behind `import moezoo`: a loaded model, and its evaluation on a file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moezoo.core.backend import IGNORED, Backend, Integers, Model, Output, check_length
-from moezoo.core.checkpoint.store import save_checkpoint
-from moezoo.core.config.run_config import Config, dump_config, with_compute
+from moezoo.core.backend import Backend, Model, Output, check_length
+from moezoo.core.config.run_config import Config, with_compute
+from moezoo.core.data.prepare import whole_file
+from moezoo.core.data.token_store import Progress
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
-from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
-from moezoo.core.files import make_folder, write_atomically
+from moezoo.core.errors import DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
-from moezoo.core.huggingface.export import export_checkpoint
-from moezoo.core.huggingface.export_as import export_as_family
-from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar
+from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.runs.open import open_model
-from moezoo.core.runs.run_folder import Run, load_run
+from moezoo.core.runs.save import export, save_run
+from moezoo.core.tokens import IGNORED, Integers
+from moezoo.core.training.evaluation import Evaluation, evaluate
 
 
 class LoadedModel:
@@ -170,57 +169,6 @@ class LoadedModel:
         return array.astype(np.int32)
 
 
-def export(
-    weights: Mapping[str, NDArray[Any]], config: Config, tokenizer: Tokenizer, layout: Layout | None, out: Path
-) -> list[str]:
-    """Write weights as a Hugging Face checkpoint into a new folder, and return notes. Raises as `LoadedModel.save`."""
-    if layout is not None:
-        return export_checkpoint(weights, layout, out)
-    files = Path(tokenizer.path) if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    length = config.model.max_length or config.training.sequence_length
-    return export_as_family(weights, config.model, out, max_length=length, tokenizer=files)
-
-
-def save_run(
-    path: Path,
-    config: Config,
-    tokenizer: Tokenizer,
-    weights: Mapping[str, NDArray[Any]],
-    step: int,
-    layout: Layout | None,
-    *,
-    optimizer: Mapping[str, NDArray[Any]] | None = None,
-    tokens: int | None = None,
-) -> None:
-    """Write a run folder of one checkpoint, in whole files. Raises RunError: the folder exists and is not empty."""
-    run = Run(path)
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise RunError(f"{path} exists; expected a new or empty folder. Choose another.")
-    make_folder(run.path)
-    tokenizer.save(run.path)
-    if layout is not None:
-        write_sidecar(layout, run.huggingface_path)
-    text = dump_config(config)
-    save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, {}, None, tokens=tokens)
-    write_atomically(run.config_path, text)
-
-
-def copy_whole(path: str | Path, out: Path) -> tuple[int, list[str]]:
-    """Write the newest checkpoint of a run into a new run folder, one file for weights and one for moments.
-
-    For a run whose checkpoints many processes wrote: what comes out needs nothing but safetensors, and can be gone on
-    with. One tensor is in memory at a time.
-
-    Returns the step, and a line about each damaged checkpoint that was passed over. Raises as `load_run`, and RunError
-    where `out` is not empty.
-    """
-    config, tokenizer, checkpoint, problems = load_run(path)
-    layout = open_sidecar(Run(Path(path)).huggingface_path)
-    step, moments = checkpoint.step, checkpoint.optimizer
-    save_run(out, config, tokenizer, checkpoint.weights, step, layout, optimizer=moments, tokens=checkpoint.tokens)
-    return step, problems
-
-
 def load_model(
     path: str | Path, backend: str | Backend | None = None, compute: str | None = None, max_length: int | None = None
 ) -> LoadedModel:
@@ -236,3 +184,37 @@ def load_model(
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
         problems += [warning] if warning else []
     return LoadedModel(model, config, opened.tokenizer, opened.step, problems, opened.layout, opened.generation)
+
+
+_LOGITS_BYTES = 2**27
+
+
+def evaluate_file(
+    loaded: "LoadedModel",
+    path: str,
+    *,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    on_reading: Progress | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """`evaluate` on all of a file, of text or token ids (`data.whole_file`).
+
+    A window is as long as in training (512 for a checkpoint from elsewhere), or the file where that is shorter. Models
+    from elsewhere get the token before it that their tokenizer puts before every text. The batch is that of training,
+    or as many windows as keep the logits of one within 128 MiB.
+    """
+    model, training = loaded.model, loaded.config.training
+    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_reading)
+    first_token = loaded.first_token
+    length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
+    fitting = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
+    return evaluate(
+        model,
+        split,
+        loaded.tokenizer,
+        sequence_length=length,
+        batch_size=batch_size or min(training.batch_size, fitting),
+        first_token=first_token,
+        on_progress=on_progress,
+    )
