@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from moezoo.core import console as module
-from moezoo.core.console import ConsoleReporter
+from moezoo.cli import progress as module
+from moezoo.cli.progress import ConsoleReporter
 
 
 class Clock:

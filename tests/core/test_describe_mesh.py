@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.config.mesh_option import load_mesh
 from moezoo.core.config.run_config import load_config
 from moezoo.core.distributed.mesh import MeshConfig

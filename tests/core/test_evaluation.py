@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.backend import Scores
 from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import CharacterTokenizer

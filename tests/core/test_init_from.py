@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from ml_dtypes import bfloat16
 
 import moezoo
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.checkpoint.safetensors_file import StoredTensors, write_tensors
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.vocabulary import with_vocab_size

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.config.run_config import load_config
 from moezoo.core.cost.memory import training_memory
 from moezoo.core.cost.step_plan import Collective, device_plan, memory_per_device, smaller, with_same_sequences

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 import moezoo
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.parity.causality import Causality
 from moezoo.core.parity.report import Comparison, ParityReport, ParityTolerances
 from moezoo.core.parity.zoo import all_features, zoo

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 import moezoo
 from moezoo.api import LoadedModel
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.errors import CheckpointError
 from moezoo.core.reports.checkpoint_page import checkpoint_description
 from tests.backends_available import require_backend

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 import moezoo
 from moezoo.api import LoadedModel
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.errors import TokenizerError
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import read_fixture, write_checkpoint

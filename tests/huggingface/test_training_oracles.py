@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 import moezoo
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.huggingface.folder import TensorFolder
 from tests.backends_available import require_backend
 from tests.huggingface.fixtures import FOLDER

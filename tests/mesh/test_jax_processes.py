@@ -15,7 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.checkpoint.store import list_checkpoints, load_checkpoint
 from moezoo.core.training.metrics import read_metrics
 from tests.backends_available import require_backend

@@ -1,12 +1,19 @@
 """Options that several commands have, and those of a process that is one of several."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moezoo.core.distributed.process_group import ProcessGroup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+import functools
+from collections.abc import Callable
+
 from moezoo.core.errors import BackendError
 
 backend_option = click.option(
@@ -63,3 +70,9 @@ def group_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         with_group = option(with_group)
     return with_group
+
+
+def new_console(width: int = 100, *, quiet: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=width, quiet=quiet)
