@@ -1,7 +1,7 @@
 """What a training step costs each device of a mesh, by formula: memory, operations, and what travels.
 
-It needs no device and no framework. moezoo/jax_backend/ahead_of_time.py has what XLA makes of the same step; the two
-are compared by `moezoo plan`, and by the tests. Writing: writings/scaling.md.
+It needs no device and no framework. moezoo/jax_backend/planning/ahead_of_time.py has what XLA makes of the same step;
+the two are compared by `moezoo plan`, and by the tests. Writing: writings/scaling.md.
 """
 
 import math

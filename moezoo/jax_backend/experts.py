@@ -12,7 +12,7 @@ from jax import lax
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.feed_forward import activate
-from moezoo.jax_backend.platform import platform
+from moezoo.jax_backend.runtime.platform import platform
 
 Path = Literal["blocks", "ragged_dot", "tokamax"]
 

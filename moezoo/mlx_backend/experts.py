@@ -7,8 +7,8 @@ from mlx import nn
 
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, without_graph
 from moezoo.mlx_backend.feed_forward import activate
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, without_graph
 
 Path = Literal["slices", "gather_mm of rows"]
 

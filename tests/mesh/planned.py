@@ -14,7 +14,7 @@ from moezoo.core.config import load_config
 from moezoo.core.describe_mesh import known_sizes
 from moezoo.core.mesh import MeshConfig
 from moezoo.core.plan import device_plan
-from moezoo.jax_backend import ahead_of_time
+from moezoo.jax_backend.planning import ahead_of_time
 
 
 def config_of(path: str, mesh: dict, overrides: list[str]):
