@@ -33,7 +33,7 @@ def load_planner() -> Planner:
     Raises BackendError: not installed.
     """
     _check_installed("jax", "or plan by formula alone with --formula")
-    from moezoo.jax_backend import ahead_of_time
+    from moezoo.jax_backend.planning import ahead_of_time
 
     return ahead_of_time
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from moezoo.core.parameters.precision import STORED_DTYPES
-from moezoo.jax_backend.several_processes import on_host
+from moezoo.jax_backend.runtime.processes import on_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -12,8 +12,8 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
-from moezoo.jax_backend.platform import platform
 from moezoo.jax_backend.positions import positions, rotate, same_side
+from moezoo.jax_backend.runtime.platform import platform
 
 
 def attend(

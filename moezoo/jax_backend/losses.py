@@ -29,7 +29,7 @@ from moezoo.core.spec import (
 from moezoo.core.tokens import IGNORED
 from moezoo.jax_backend.dispatch import expert_counts
 from moezoo.jax_backend.routing import Routing
-from moezoo.jax_backend.sharding import row_by_row
+from moezoo.jax_backend.runtime.placement import row_by_row
 
 PART = 2**20
 """Logits that cross-entropy has the exponentials of at once: 4 MiB."""

@@ -8,11 +8,11 @@ from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.cpu_kernels import SMALL, Chunk, attend_in_chunks, is_x86_cpu
+from moezoo.mlx_backend.kernels.x86 import SMALL, Chunk, attend_in_chunks, is_x86_cpu
 from moezoo.mlx_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.mlx_backend.positions import positions, rotate, same_side
-from moezoo.mlx_backend.streams import streams
+from moezoo.mlx_backend.runtime.streams import streams
 
 
 def attend(
@@ -27,7 +27,7 @@ def attend(
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike; it has no cap.
 
-    Without a mask every query sees all keys. On x86 by `cpu_kernels`, but where rows have masks of their own, as
+    Without a mask every query sees all keys. On x86 by `kernels/x86.py`, but where rows have masks of their own, as
     prompts of unequal length do, and for few scores, where fewer operations are faster.
     """
     dtype = query_BTMGH.dtype

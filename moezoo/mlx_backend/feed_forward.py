@@ -8,8 +8,8 @@ from mlx import nn
 
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.cpu_kernels import gated_silu, is_x86_cpu, sigmoid
-from moezoo.mlx_backend.streams import streams
+from moezoo.mlx_backend.kernels.x86 import gated_silu, is_x86_cpu, sigmoid
+from moezoo.mlx_backend.runtime.streams import streams
 
 _WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than putting parts together again
 

@@ -24,9 +24,9 @@ from moezoo.core.spec import (
     SwitchBalanceLossSpec,
 )
 from moezoo.core.tokens import IGNORED
-from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, log_losses
-from moezoo.mlx_backend.data_parallel import average, total
 from moezoo.mlx_backend.dispatch import expert_counts
+from moezoo.mlx_backend.distributed.data_parallel import average, total
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, log_losses
 from moezoo.mlx_backend.routing import Routing
 
 

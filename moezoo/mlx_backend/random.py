@@ -7,7 +7,7 @@ import math
 
 import mlx.core as mx
 
-from moezoo.mlx_backend.data_parallel import first_draw
+from moezoo.mlx_backend.distributed.data_parallel import first_draw
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA

@@ -47,7 +47,7 @@ def mixed_up(place: int, seed: int) -> bool:
     """
     import mlx.core as mx
 
-    from moezoo.mlx_backend.data_parallel import total
+    from moezoo.mlx_backend.distributed.data_parallel import total
 
     common, own = np.random.default_rng(seed), np.random.default_rng([seed, place])
     nodes = [mx.array([float(index)]) for index in range(3)]

@@ -211,13 +211,13 @@ def test_a_process_that_stands_still_ends_the_other_within_the_heartbeat(config:
 FAILS = """
 import sys, threading
 from moezoo.core.process_group import ProcessGroup
-from moezoo.jax_backend import several_processes
-several_processes.join(ProcessGroup("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[1])))
-several_processes.gather(0).fetch()
+from moezoo.jax_backend.runtime import processes
+processes.join(ProcessGroup("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[1])))
+processes.gather(0).fetch()
 if sys.argv[1] == "1":
     threading.Thread(target=threading.Event().wait).start()  # it would keep the interpreter
     raise ValueError("a mistake")
-print(several_processes.gather(0).fetch())
+print(processes.gather(0).fetch())
 """
 
 

@@ -1,7 +1,7 @@
 """Tensors that several devices wrote together, each its parts; read whole or in part, and without JAX.
 
-Orbax writes them (jax_backend/sharded_files.py): Zarr arrays, whose parts lie in an OCDBT database. What they hold is
-believed only after a checkpoint's manifest was compared with the files.
+Orbax writes them (jax_backend/distributed/checkpoint_writer.py): Zarr arrays, whose parts lie in an OCDBT database.
+What they hold is believed only after a checkpoint's manifest was compared with the files.
 """
 
 from collections.abc import Callable

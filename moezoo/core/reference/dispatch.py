@@ -1,15 +1,14 @@
 """Dispatch sorts routed copies of tokens by expert; combine adds the experts' answers up again."""
 
-import math
-from fractions import Fraction
 from typing import NamedTuple
 
 import autograd.numpy as np
 from autograd.tracer import getval
 
+from moezoo.core.parameters.capacity import capacities, num_groups, num_rows
 from moezoo.core.reference import Array
 from moezoo.core.reference.routing import Routing
-from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, MoESpec, TopPChoiceSpec
+from moezoo.core.spec import CapacitySpec, MoESpec
 
 
 class Dispatch(NamedTuple):
@@ -30,59 +29,6 @@ class Dispatch(NamedTuple):
     weight_R: Array
     size_E: Array
     kept_PK: Array
-
-
-def num_groups(spec: MoESpec, num_sequences: int) -> int:
-    """In how many groups of tokens, each with capacities of its own, so many sequences of equal length fall.
-
-    Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 2.2. Differs: there a group is what a device has.
-    """
-    by_sequence = isinstance(spec.dispatch, CapacitySpec) and spec.dispatch.group == "sequence"
-    return num_sequences if by_sequence else 1
-
-
-def capacities(spec: MoESpec, num_tokens: int, *, inference: bool = False) -> list[int]:
-    """How many of a group's P tokens each expert serves at most: one number for each of the router's E + Z choices.
-
-    - `capacity`: `ceil(factor * K * P / E)`. With Z experts that compute nothing, each of which may take 1 token where
-      one with a feed-forward may take tau (`ffn_share`): `ceil(u)` for the former and `ceil(tau * u)` for the latter,
-      `u = factor * K * P / (tau * E + Z)`, so that they add up to `factor * K * P` but for the rounding.
-    - expert choice in training: `ceil(K * P / E)`, which is what each expert takes; K is the mean over tokens.
-    - P otherwise, and at inference.
-
-    Source: Fedus et al. 2021, arXiv 2101.03961, section 2.2; Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 8.
-    Differs: eq. 8 has T in place of K * P, so that with K = 2 and its gamma of 1.1 nearly half of the copies would
-    be dropped.
-    """
-    num_zero = spec.num_choices - spec.num_experts
-    copies = num_tokens * spec.router.top_k
-    most_ffn = most_zero = num_tokens
-    if not inference and isinstance(spec.router.choice, ExpertChoiceSpec):
-        most_ffn = math.ceil(Fraction(copies, spec.num_experts))
-    elif not inference and isinstance(spec.dispatch, CapacitySpec):
-        # 1.1 is eleven tenths, so that 1.1 * 100 / 5 is 22 and not a little more.
-        factor = Fraction(str(spec.dispatch.factor))
-        share = Fraction(1) if spec.zero_computation is None else Fraction(str(spec.zero_computation.ffn_share))
-        unit = factor * copies / (share * spec.num_experts + num_zero)
-        most_ffn, most_zero = math.ceil(share * unit), math.ceil(unit)
-    return [min(most_ffn, num_tokens)] * spec.num_experts + [min(most_zero, num_tokens)] * num_zero
-
-
-def num_rows(spec: MoESpec, num_tokens: int, *, num_sequences: int = 1, inference: bool = False) -> int:
-    """R: as many rows as P tokens can fill, by the slots that they have and by what the experts serve."""
-    slots = spec.num_experts if isinstance(spec.router.choice, ExpertChoiceSpec) else spec.router.top_k
-    groups = num_groups(spec, num_sequences)
-    served = groups * sum(capacities(spec, num_tokens // groups, inference=inference)[: spec.num_experts])
-    return min(num_tokens * slots, served)
-
-
-def mostly_unused(spec: MoESpec, *, inference: bool = False) -> bool:
-    """Whether many of the R rows may be unused: where slots are, or go to experts that compute nothing, uncapped."""
-    limited = not inference and isinstance(spec.dispatch, CapacitySpec)
-    variable = isinstance(spec.router.choice, TopPChoiceSpec) or (
-        isinstance(spec.router.choice, ExpertChoiceSpec) and inference
-    )
-    return not limited and (variable or spec.zero_computation is not None)
 
 
 def num_dropped(routing: Routing, dispatched: Dispatch) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
-from moezoo.mlx_backend.streams import streams
+from moezoo.mlx_backend.runtime.streams import streams
 
 LOG2_E = 1 / math.log(2)
 _HIDDEN = (

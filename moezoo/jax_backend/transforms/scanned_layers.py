@@ -16,7 +16,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.sharding import Placement, of_layers
+from moezoo.jax_backend.distributed.sharding import Placement, of_layers
 from moezoo.jax_backend.transformer import Layer, Transformer, _Given, _Left, _Stream
 
 

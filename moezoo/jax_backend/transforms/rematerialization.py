@@ -10,11 +10,12 @@ from jax import lax
 from moezoo.core.config.training import Rematerialize
 from moezoo.core.spec import MoESpec
 from moezoo.jax_backend.dispatch import Dispatch
-from moezoo.jax_backend.expert_parallel import Through, on_their_devices
+from moezoo.jax_backend.distributed.expert_parallel import Through, on_their_devices
+from moezoo.jax_backend.distributed.sharding import Placement, gathered
 from moezoo.jax_backend.experts import Experts
-from moezoo.jax_backend.platform import platform
 from moezoo.jax_backend.routing import Routing
-from moezoo.jax_backend.sharding import Placement, active_placement, gathered
+from moezoo.jax_backend.runtime.placement import active_placement
+from moezoo.jax_backend.runtime.platform import platform
 from moezoo.jax_backend.transformer import Transformer
 
 

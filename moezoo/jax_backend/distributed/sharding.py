@@ -6,9 +6,8 @@ sequences, and what is done to each row by itself is done where the row is.
 """
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from moezoo.core.distributed.sharding_rules import RULES, at_work, check_batch, 
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
+from moezoo.jax_backend.runtime.placement import active, active_placement
 
 _BLOCKS = ("attention", "moe", "feed_forward", "layer_input")
 
@@ -84,20 +84,8 @@ class Placement:
     def active(self, num_sequences: int) -> Iterator[None]:
         """What is traced inside lies so; where so many sequences cannot be shared equally, as XLA has it."""
         shared = num_sequences % self._parts == 0
-        token = _active.set(self if shared else None)
-        try:
-            with jax.set_mesh(self.mesh):
-                yield
-        finally:
-            _active.reset(token)
-
-
-_active: ContextVar[Placement | None] = ContextVar("placement", default=None)
-
-
-def active_placement() -> Placement | None:
-    """That of the model which is being traced; None on one device."""
-    return _active.get()
+        with active(self if shared else None), jax.set_mesh(self.mesh):
+            yield
 
 
 class _Placed(ReadWhenAsked):
@@ -132,18 +120,6 @@ class Shapes(ReadWhenAsked):
 def of_layers(own: NamedSharding) -> NamedSharding:
     """Of arrays of several layers in one, with an axis L in front: each layer lies as its own would."""
     return NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
-
-
-def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, of arrays [P, ...] whose rows it does not mix, on each device's own rows.
-
-    Trap: XLA gathers all rows for some of what could be done where they are (`top_k`).
-    """
-    placement = active_placement()
-    if placement is None:
-        return function
-    rows = PartitionSpec(placement.batch_axes)
-    return jax.shard_map(function, mesh=placement.mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
 def gathered(module: nnx.Module, recomputed: Container[str] = ()) -> nnx.Module:

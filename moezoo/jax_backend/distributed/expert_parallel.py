@@ -21,9 +21,10 @@ from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.distributed.sharding_rules import exchanged
 from moezoo.core.spec import DroplessSpec, MoESpec
 from moezoo.jax_backend.dispatch import Dispatch, dispatch
+from moezoo.jax_backend.distributed.sharding import Placement
 from moezoo.jax_backend.experts import Experts
 from moezoo.jax_backend.routing import Routing
-from moezoo.jax_backend.sharding import Placement, active_placement
+from moezoo.jax_backend.runtime.placement import active_placement
 
 Rows = Callable[[jax.Array, jax.Array], jax.Array]
 """What experts give [R, D] for rows [R, D] that are sorted by expert, of which each has size_E."""

@@ -20,8 +20,8 @@ from moezoo.core.cost.step_plan import Collective, CollectiveKind, CompiledStep
 from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.errors import BackendError
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
-from moezoo.jax_backend.platform import planned_for
-from moezoo.jax_backend.sharding import Placement, Shapes
+from moezoo.jax_backend.distributed.sharding import Placement, Shapes
+from moezoo.jax_backend.runtime.platform import planned_for
 from moezoo.jax_backend.steps import JaxModel
 
 MOST_DEVICES = 256
