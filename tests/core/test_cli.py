@@ -110,7 +110,7 @@ def test_help_is_quick_and_loads_no_framework() -> None:
     code = (
         "import resource, sys\n"
         "from click.testing import CliRunner\n"
-        "import moezoo; from moezoo.cli.main.main import main\n"
+        "import moezoo; from moezoo.cli.main import main\n"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
         "assert not {'jax', 'mlx', 'mlx.core', 'flax', 'transformers', 'torch'} & set(sys.modules)\n"
         "usage = resource.getrusage(resource.RUSAGE_SELF); print(usage.ru_utime + usage.ru_stime)"
