@@ -21,10 +21,10 @@ from moezoo.core.reference.losses import expert_counts, token_losses
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokenizer import CharacterTokenizer
-from tests.backends_available import require_backend
-from tests.small_run import write_config
-from tests.tolerances import FLOAT64, assert_close
-from tests.twins import normal
+from tests.support.backends_available import require_backend
+from tests.support.small_run import write_config
+from tests.support.tolerances import FLOAT64, assert_close
+from tests.support.twins import normal
 
 VOCAB_SIZE, WINDOWS, T = 11, 6, 7
 TOKENIZER = CharacterTokenizer("abcdefghijk")

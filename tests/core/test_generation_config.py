@@ -11,7 +11,7 @@ from moezoo.core.generate_loop import Continuation, generate
 from moezoo.core.generation_config import GenerationConfig, read_generation_config
 from moezoo.core.sampling import SamplingOptions, penalized
 from moezoo.core.tokenizer import ByteTokenizer
-from tests.host_generation import HostGeneration
+from tests.support.host_generation import HostGeneration
 
 V = 7
 

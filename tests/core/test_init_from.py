@@ -19,9 +19,9 @@ from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.init_from import initial_tokenizer, open_start
 from moezoo.core.run import load_run
 from moezoo.core.safetensors_file import StoredTensors, write_tensors
-from tests.backends_available import require_backend
-from tests.huggingface.fixtures import write_checkpoint
-from tests.small_run import MODEL, write_config
+from tests.support.backends_available import require_backend
+from tests.support.fixtures import write_checkpoint
+from tests.support.small_run import MODEL, write_config
 
 
 @pytest.fixture(autouse=True)

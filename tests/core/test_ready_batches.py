@@ -13,9 +13,9 @@ from moezoo.core.errors import DataError, SpecError
 from moezoo.core.metrics import read_metrics
 from moezoo.core.run import create_run, load_run
 from moezoo.core.train_loop import train
-from tests.small_run import MODEL
-from tests.tolerances import FLOAT32, assert_close
-from tests.twins import Twin
+from tests.support.small_run import MODEL
+from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.twins import Twin
 
 S, B, T, V = 5, 3, 6, 31
 IDS = np.random.default_rng(0).integers(0, V, (S, B, T))

@@ -12,7 +12,7 @@ from moezoo.core.parity import parity, parity_of
 from moezoo.core.sampling import SamplingOptions
 from moezoo.core.spec import LearnedPositionsSpec, ModelSpec
 from moezoo.core.tokenizer import CharacterTokenizer
-from tests.host_generation import HostGeneration
+from tests.support.host_generation import HostGeneration
 
 LONGEST, V = 8, 5
 CONFIG = f"""

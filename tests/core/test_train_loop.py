@@ -26,8 +26,8 @@ from moezoo.core.random import micro_batch_keys
 from moezoo.core.run import create_run, load_run
 from moezoo.core.spec import ModelSpec
 from moezoo.core.train_loop import TrainingResult, train
-from tests.backends_available import require_backend
-from tests.small_run import write_config
+from tests.support.backends_available import require_backend
+from tests.support.small_run import write_config
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from moezoo.cli import main
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.page import checkpoint_description
 from moezoo.core.loaded_model import LoadedModel
-from tests.backends_available import require_backend
-from tests.huggingface.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
 from tests.huggingface.tiny_tokenizer import SENTENCES, write_tokenizer
-from tests.tolerances import FLOAT32, assert_close
+from tests.support.backends_available import require_backend
+from tests.support.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
+from tests.support.tolerances import FLOAT32, assert_close
 
 CASE = "mixtral"
 
