@@ -22,8 +22,8 @@ from moezoo.bench.report import report
 from moezoo.bench.sweep_picture import draw_sweep, points
 from moezoo.cli.main import main
 from moezoo.core.errors import BackendError, SpecError
-from tests.backends_available import require_backend
 from tests.bench.fakes import fake
+from tests.support.backends_available import require_backend
 
 ROOT = Path(__file__).parents[2]
 ROWS = [

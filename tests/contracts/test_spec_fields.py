@@ -9,8 +9,8 @@ import pytest
 
 from moezoo.core import config, spec
 from moezoo.core.spec import Part
-from tests.contracts.source_tree import BACKENDS, PACKAGE, attribute_reads, backend_file, tree_of
 from tests.contracts.test_twins import SHARED
+from tests.support.source_tree import BACKENDS, PACKAGE, attribute_reads, backend_file, tree_of
 
 # Both backends take angles from core/reference/positions.py.
 IN_FREQUENCIES = {"base", "scaling", "factor", "original_length", "length", "short_factors", "long_factors", "truncate"}

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from tests.backends_available import require_backend
+from tests.support.backends_available import require_backend
 
 
 @pytest.fixture

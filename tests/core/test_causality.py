@@ -13,7 +13,7 @@ from moezoo.core.parity.causality import Causality, check_causality
 from moezoo.core.parity.report import ParityReport, ParityTolerances
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
-from tests.twins import normal
+from tests.support.twins import normal
 
 TINY = sorted((Path(__file__).parents[2] / "configs" / "tiny").glob("*.yaml"))
 VOCAB_SIZE, B, T = 31, 2, 8

@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 import moezoo
 from moezoo import backends
 from moezoo.cli.main import main
-from tests.backends_available import require_backend
-from tests.small_run import write_config
+from tests.support.backends_available import require_backend
+from tests.support.small_run import write_config
 
 SURFACE = {
     "train": [

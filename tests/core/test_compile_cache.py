@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.backends_available import require_backend
+from tests.support.backends_available import require_backend
 
 _PROGRAM = """
 from moezoo.backends import load_backend

@@ -20,10 +20,10 @@ from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
 from moezoo.core.training.evaluation import Evaluation, describe_evaluation, evaluate
 from moezoo.core.training.metrics import read_metrics
-from tests.backends_available import require_backend
-from tests.small_run import write_config
-from tests.tolerances import FLOAT64, assert_close
-from tests.twins import normal
+from tests.support.backends_available import require_backend
+from tests.support.small_run import write_config
+from tests.support.tolerances import FLOAT64, assert_close
+from tests.support.twins import normal
 
 VOCAB_SIZE, WINDOWS, T = 11, 6, 7
 TOKENIZER = CharacterTokenizer("abcdefghijk")

@@ -11,7 +11,7 @@ from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.generation.loop import Continuation, generate
 from moezoo.core.reference.sampling import SamplingOptions, penalized
-from tests.host_generation import HostGeneration
+from tests.support.host_generation import HostGeneration
 
 V = 7
 

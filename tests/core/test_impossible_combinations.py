@@ -12,7 +12,7 @@ import yaml
 
 from moezoo.core.config.run_config import parse_config
 from moezoo.core.errors import SpecError
-from tests.contracts.source_tree import PACKAGE, tree_of
+from tests.support.source_tree import PACKAGE, tree_of
 
 MODULES = (
     "config",

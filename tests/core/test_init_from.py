@@ -20,9 +20,9 @@ from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.runs.init_from import initial_tokenizer, load_resolved_config, open_start
 from moezoo.core.runs.run_folder import load_run
-from tests.backends_available import require_backend
-from tests.huggingface.fixtures import write_checkpoint
-from tests.small_run import MODEL, write_config
+from tests.support.backends_available import require_backend
+from tests.support.fixtures import write_checkpoint
+from tests.support.small_run import MODEL, write_config
 
 
 @pytest.fixture(autouse=True)

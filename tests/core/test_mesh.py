@@ -8,7 +8,7 @@ from moezoo.core.distributed.sharding_rules import at_work, check_batch, exchang
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import CapacitySpec, GatedFeedForwardSpec, MoESpec, RouterSpec
-from tests.contracts.source_tree import PACKAGE
+from tests.support.source_tree import PACKAGE
 
 ALONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 

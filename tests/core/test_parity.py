@@ -18,7 +18,7 @@ from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.check import parity, parity_of, random_windows, refuse_if_too_large
 from moezoo.core.parity.report import ParityTolerances
 from moezoo.core.parity.sides import Reference
-from tests.backends_available import require_backend
+from tests.support.backends_available import require_backend
 
 # D=20, N=8, M=2, H=6, F=28; E=7, K=2 and E=5, K=1 with a capacity; V=31; B=3, T=5
 CONFIG = """

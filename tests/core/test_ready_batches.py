@@ -16,9 +16,9 @@ from moezoo.core.runs.run_folder import create_run, load_run
 from moezoo.core.tokens import IGNORED
 from moezoo.core.training.loop import train
 from moezoo.core.training.metrics import read_metrics
-from tests.small_run import MODEL
-from tests.tolerances import FLOAT32, assert_close
-from tests.twins import Twin
+from tests.support.small_run import MODEL
+from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.twins import Twin
 
 S, B, T, V = 5, 3, 6, 31
 IDS = np.random.default_rng(0).integers(0, V, (S, B, T))

@@ -18,9 +18,9 @@ from moezoo.core.checkpoint.store import list_checkpoints
 from moezoo.core.distributed import launch
 from moezoo.core.errors import TrainingError
 from moezoo.core.training.metrics import read_metrics
-from tests.backends_available import require_backend
-from tests.launched import TIMEOUT_S, assert_ends_with_the_first, begun, lines, start, train
-from tests.small_run import MODEL, write_config
+from tests.support.backends_available import require_backend
+from tests.support.launched import TIMEOUT_S, assert_ends_with_the_first, begun, lines, start, train
+from tests.support.small_run import MODEL, write_config
 
 FROM_ONE = 1e-5
 """The loss of two processes against one over 20 steps: other sums in float32, which each update multiplies."""

@@ -13,9 +13,9 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import CheckpointError, TrainingError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec
-from tests.backends_available import require_backend
-from tests.tolerances import EXACT, FLOAT32, assert_close
-from tests.twins import Twin, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import EXACT, FLOAT32, assert_close
+from tests.support.twins import Twin, normal
 
 TINY = Path(__file__).parents[2] / "configs/tiny"
 CACHED = ["gated_delta", "sparse_attention", "sinks"]

@@ -14,7 +14,7 @@ from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.check import parity, parity_of
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import LearnedPositionsSpec, ModelSpec
-from tests.host_generation import HostGeneration
+from tests.support.host_generation import HostGeneration
 
 LONGEST, V = 8, 5
 CONFIG = f"""

@@ -3,7 +3,7 @@ import pytest
 
 from moezoo.core.errors import SpecError
 from moezoo.core.random import _threefry, bits, fold_in, key, split, uniform
-from tests.backends_available import require_backend
+from tests.support.backends_available import require_backend
 
 SEEDS = (0, 1, 42, 2**31, 2**32 - 1)
 SHAPES = ((), (1,), (7,), (3, 5), (2, 0, 3), (3, 5, 7))

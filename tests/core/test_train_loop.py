@@ -27,8 +27,8 @@ from moezoo.core.runs.run_folder import create_run, load_run
 from moezoo.core.spec import ModelSpec
 from moezoo.core.training.loop import TrainingResult, train
 from moezoo.core.training.metrics import read_metrics
-from tests.backends_available import require_backend
-from tests.small_run import write_config
+from tests.support.backends_available import require_backend
+from tests.support.small_run import write_config
 
 
 @pytest.fixture(autouse=True)

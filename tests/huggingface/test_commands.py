@@ -13,10 +13,10 @@ from moezoo.api import LoadedModel
 from moezoo.cli.main import main
 from moezoo.core.errors import CheckpointError
 from moezoo.core.reports.checkpoint_page import checkpoint_description
-from tests.backends_available import require_backend
-from tests.huggingface.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
 from tests.huggingface.tiny_tokenizer import SENTENCES, write_tokenizer
-from tests.tolerances import FLOAT32, assert_close
+from tests.support.backends_available import require_backend
+from tests.support.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
+from tests.support.tolerances import FLOAT32, assert_close
 
 CASE = "mixtral"
 

@@ -13,7 +13,7 @@ from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpo
 from moezoo.core.huggingface.family import families
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import IGNORED, Integers
-from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint
+from tests.support.fixtures import cases, read_fixture, write_checkpoint
 
 Arrays = dict[str, np.ndarray]
 RecordProperty = Callable[[str, object], None]

@@ -18,8 +18,8 @@ from moezoo.core.spec import (
     TemperatureTuningSpec,
 )
 from tests.layers.pieces import assert_pieces_match
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import (
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import (
     B,
     D,
     F,

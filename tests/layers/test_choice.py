@@ -21,9 +21,9 @@ from moezoo.core.spec import (
     SparseMixerChoiceSpec,
     TopPChoiceSpec,
 )
-from tests.backends_available import require_backend
-from tests.tolerances import EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
 
 E = 8  # not the 7 of other tests: groups divide it
 LOGITS_PE = normal(0, P, E)

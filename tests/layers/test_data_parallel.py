@@ -14,9 +14,9 @@ from moezoo.core.distributed.launch import process_commands
 from moezoo.core.distributed.processes import Processes
 from moezoo.core.errors import BackendError, SpecError
 from moezoo.core.parameters.initialize import initial_weights
-from tests.backends_available import require_backend
 from tests.layers.data_parallel_part import V, numbers
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 # Every auxiliary loss, everything that is drawn at random, and graphs that differ with what each half has to compute.

@@ -27,8 +27,8 @@ from moezoo.core.spec import (
     TopPChoiceSpec,
     ZeroComputationSpec,
 )
-from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, E, F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, E, F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
 
 ZERO = ZeroComputationSpec(num_zero=1, num_copy=1, num_constant=1, ffn_share=0.5)
 EXPERT_CHOICE = RouterSpec(top_k=K, choice=ExpertChoiceSpec(), renormalize="none")

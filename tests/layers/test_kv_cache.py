@@ -18,8 +18,8 @@ from moezoo.core.spec import (
     RouterSpec,
     TemperatureTuningSpec,
 )
-from tests.tolerances import BFLOAT16, FLOAT32, assert_close
-from tests.twins import B, D, E, F, H, K, M, N, V, normal
+from tests.support.tolerances import BFLOAT16, FLOAT32, assert_close
+from tests.support.twins import B, D, E, F, H, K, M, N, V, normal
 
 
 def model_of(dispatch: DispatchSpec) -> ModelSpec:

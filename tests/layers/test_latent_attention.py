@@ -22,8 +22,8 @@ from moezoo.core.spec import (
     TemperatureTuningSpec,
 )
 from tests.layers.pieces import assert_pieces_match
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, H, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, H, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 ROPE, VALUE, Z, QUERY = 4, 5, 10, 9
 INDEXER = IndexerSpec(num_heads=3, head_dim=7, top_k=3)

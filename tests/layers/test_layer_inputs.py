@@ -14,8 +14,8 @@ from moezoo.core.spec import (
     ModelSpec,
     RMSNormSpec,
 )
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, assert_close
-from tests.twins import B, D, F, H, M, N, T, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, assert_close
+from tests.support.twins import B, D, F, H, M, N, T, V, assert_layer_matches, assert_reference_gradient, normal
 
 L, Z = 3, 9
 SPEC, NORM = LayerInputsSpec(dim=Z), RMSNormSpec(epsilon=1e-3)

@@ -34,9 +34,9 @@ from moezoo.core.spec import (
     ZeroComputationSpec,
 )
 from moezoo.core.tokens import IGNORED
-from tests.backends_available import require_backend
-from tests.tolerances import FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, K, P, T, Twin, V, assert_function_matches, assert_reference_gradient, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, K, P, T, Twin, V, assert_function_matches, assert_reference_gradient, normal
 
 LOGITS_BTV = 3 * normal(0, B, T, V)
 TARGET_BT = np.random.default_rng(1).integers(0, V, (B, T))

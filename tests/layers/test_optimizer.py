@@ -19,8 +19,8 @@ from moezoo.core.spec import (
     RouterSpec,
 )
 from moezoo.core.tokens import IGNORED
-from tests.backends_available import require_backend
-from tests.tolerances import (
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import (
     FLOAT32,
     FLOAT32_GRADIENT,
     FLOAT32_UPDATE,
@@ -28,7 +28,7 @@ from tests.tolerances import (
     assert_all_close,
     assert_close,
 )
-from tests.twins import D, E, F, H, K, M, N, T, V, normal
+from tests.support.twins import D, E, F, H, K, M, N, T, V, normal
 
 MOE = MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=GatedFeedForwardSpec(hidden_dim=F))
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, qkv_bias=True)

@@ -18,8 +18,8 @@ from moezoo.core.spec import (
     SinusoidalPositionsSpec,
     YaRNScalingSpec,
 )
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
-from tests.twins import (
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import (
     B,
     D,
     H,

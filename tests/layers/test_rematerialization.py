@@ -11,9 +11,9 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import TrainingError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
-from tests.backends_available import require_backend
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
-from tests.twins import Twin, V
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
+from tests.support.twins import Twin, V
 
 TINY = Path("configs/tiny")
 # Noise and dropout, state, a mixture that joins later, keys of another layer, layers of other kinds, a plain one.

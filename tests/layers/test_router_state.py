@@ -16,8 +16,8 @@ from moezoo.core.spec import (
     RouterSpec,
     SelectionBiasSpec,
 )
-from tests.tolerances import EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
-from tests.twins import D, E, F, H, K, M, N, Twin, V, normal
+from tests.support.tolerances import EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
+from tests.support.twins import D, E, F, H, K, M, N, Twin, V, normal
 
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 BIASED = RouterSpec(top_k=K, score="sigmoid", selection_bias=SelectionBiasSpec(rate=0.25))

@@ -5,8 +5,8 @@ import pytest
 
 from moezoo.core.random import fold_in, key, uniform
 from moezoo.core.reference.sampling import SamplingOptions, penalized, probabilities, sample
-from tests.tolerances import FLOAT32, assert_close
-from tests.twins import Twin, normal
+from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.twins import Twin, normal
 
 SEQUENCES, VOCAB = 37, 53
 LOGITS_BV = (3 * normal(1, SEQUENCES, VOCAB)).astype(np.float32)

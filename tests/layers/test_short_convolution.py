@@ -14,8 +14,8 @@ from moezoo.core.spec import (
     ShortConvolutionSpec,
 )
 from tests.layers.pieces import assert_pieces_match
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, F, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, F, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 WIDTH = 4
 BARE, BIASED = ShortConvolutionSpec(conv_width=WIDTH), ShortConvolutionSpec(conv_width=WIDTH, bias=True)

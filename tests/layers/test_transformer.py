@@ -24,7 +24,7 @@ from moezoo.core.spec import (
     UntiedHeadSpec,
 )
 from moezoo.core.tokens import IGNORED
-from tests.tolerances import (
+from tests.support.tolerances import (
     BFLOAT16,
     BFLOAT16_GRADIENT,
     BFLOAT16_LOSS,
@@ -34,7 +34,7 @@ from tests.tolerances import (
     assert_all_close,
     assert_close,
 )
-from tests.twins import B, D, E, F, H, K, M, N, P, T, V, normal
+from tests.support.twins import B, D, E, F, H, K, M, N, P, T, V, normal
 
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 RICH_ATTENTION = GroupedQueryAttentionSpec(

@@ -18,10 +18,10 @@ from click.testing import CliRunner
 from moezoo.cli.main import main
 from moezoo.core.checkpoint.store import list_checkpoints, load_checkpoint
 from moezoo.core.training.metrics import read_metrics
-from tests.backends_available import require_backend
-from tests.contracts.source_tree import PACKAGE
-from tests.launched import TIMEOUT_S, assert_ends_with_the_first, await_steps, begun, lines, run, start, train
-from tests.small_run import MODEL, write_config
+from tests.support.backends_available import require_backend
+from tests.support.launched import TIMEOUT_S, assert_ends_with_the_first, await_steps, begun, lines, run, start, train
+from tests.support.small_run import MODEL, write_config
+from tests.support.source_tree import PACKAGE
 
 FROM_ONE = 1e-5
 """The loss of several processes against one over 20 steps: other sums in float32, which each update multiplies."""

@@ -26,8 +26,8 @@ from moezoo.core.spec import (
     RouterZLossSpec,
     SparseMixerChoiceSpec,
 )
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, ROUTING_MARGIN, assert_all_close, assert_close
-from tests.twins import D, E, F, H, K, M, N, T, V, normal
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, ROUTING_MARGIN, assert_all_close, assert_close
+from tests.support.twins import D, E, F, H, K, M, N, T, V, normal
 
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 EXPERTS = PlainFeedForwardSpec(kind="gelu", hidden_dim=F)

@@ -23,8 +23,8 @@ from moezoo.core.reference.losses import loss_and_gradients, loss_terms
 from moezoo.core.reference.optimizer import adamw, zero_moments
 from moezoo.core.reference.router_state import updated_state
 from moezoo.core.reference.transformer import forward
-from tests.backends_available import require_backend
-from tests.tolerances import (
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import (
     BFLOAT16,
     BFLOAT16_GRADIENT,
     BFLOAT16_LOSS,
@@ -36,7 +36,7 @@ from tests.tolerances import (
     assert_all_close,
     assert_close,
 )
-from tests.twins import Twin
+from tests.support.twins import Twin
 
 ROOT = Path(__file__).parents[2] / "configs"
 TINY = sorted((ROOT / "tiny").glob("*.yaml"))

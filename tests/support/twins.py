@@ -10,7 +10,7 @@ import numpy as np
 
 from moezoo.backends import load_backend
 from moezoo.core.backend import Backend
-from tests.tolerances import (
+from tests.support.tolerances import (
     FINITE_DIFFERENCE,
     FLOAT32,
     FLOAT32_GRADIENT,
