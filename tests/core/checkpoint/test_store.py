@@ -476,7 +476,7 @@ def test_sigkill_of_a_saving_process_never_costs_a_checkpoint(tmp_path):
     draw = np.random.default_rng(0)
     for _ in range(4):
         command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path), str(step)]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             first = process.stdout.readline()
             time.sleep(draw.uniform(0, 0.1))

@@ -128,7 +128,7 @@ def test_datasets_without_a_grammar_have_none() -> None:
 
 
 def test_folder_of_recipes_is_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert datasets_folder().resolve() == Path(__file__).parents[2] / "datasets"
+    assert datasets_folder().resolve() == Path(__file__).parents[3] / "datasets"
     monkeypatch.setattr(recipes, "PACKAGE", tmp_path)
     (tmp_path / "datasets").mkdir()
     with pytest.raises(DataError, match=r"recipes are missing; expected .*Install moezoo again"):

@@ -15,7 +15,7 @@ from moezoo.core.parity.causality import Causality
 from moezoo.core.parity.report import Comparison, ParityReport, ParityTolerances
 from moezoo.core.parity.zoo import all_features, zoo
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny"
+TINY = Path(__file__).parents[3] / "configs" / "tiny"
 PAIRS = ("reference/jax", "reference/mlx", "jax/mlx")
 
 

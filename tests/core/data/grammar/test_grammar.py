@@ -24,7 +24,7 @@ lists:
   how: [" by day", {text: " by night", weight: 2}, " late, {sound}"]
   sound: [croaking, {text: clucking, weight: 4}]
 """
-FABLES = Path(__file__).parents[2] / "datasets" / "fables" / "grammar.yaml"
+FABLES = Path(__file__).parents[4] / "datasets" / "fables" / "grammar.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
 from tests.support.twins import normal
 
-TINY = sorted((Path(__file__).parents[2] / "configs" / "tiny").glob("*.yaml"))
+TINY = sorted((Path(__file__).parents[3] / "configs" / "tiny").glob("*.yaml"))
 VOCAB_SIZE, B, T = 31, 2, 8
 TOKENS_BT = np.random.default_rng(0).integers(0, VOCAB_SIZE, (B, T)).astype(np.int32)
 ROUNDING = 1e-9

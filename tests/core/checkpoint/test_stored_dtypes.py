@@ -17,7 +17,7 @@ from tests.support.backends_available import require_backend
 from tests.support.tolerances import EXACT, FLOAT32, assert_close
 from tests.support.twins import Twin, normal
 
-TINY = Path(__file__).parents[2] / "configs/tiny"
+TINY = Path(__file__).parents[3] / "configs/tiny"
 CACHED = ["gated_delta", "sparse_attention", "sinks"]
 # With CACHED every parameter that is used outside of a product in the compute dtype; each is a compilation.
 COMPILED = ["value_residual", "layer_norm", "zero_centred_norm", "normalized_router", "gating_residual"]
