@@ -81,7 +81,7 @@ def windows(spec: ModelSpec) -> list[int | None]:
         ("qwen2_moe", {"layer_types": ["full_attention"]}, "layer_types is .* a list of 3"),
         ("glm4_moe", {"scoring_func": "softmax"}, 'scoring_func is "softmax"; expected "sigmoid"'),
         ("glm4_moe", {"topk_method": "greedy"}, 'topk_method is "greedy"; expected "noaux_tc"'),
-        ("glm4_moe", {"n_group": 3}, "router.choice.num_groups is 3, which does not divide the 8 experts"),
+        ("glm4_moe", {"n_group": 3}, "router.choice.num_groups is 3, which does not divide the number of experts 8"),
         ("minimax_m2", {"scoring_func": "softmax"}, 'scoring_func is "softmax"; expected "sigmoid"'),
         ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias is false; expected true"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm is false; expected true"),
