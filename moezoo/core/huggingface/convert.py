@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint into a run folder, and a run into such a checkpoint."""
+"""Conversion of Hugging Face checkpoints to run folders, and of runs to Hugging Face checkpoints."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from moezoo.core.opened_model import open_model
 from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]  # parameters done, of all
+Progress = Callable[[int, int], None]  # parameters done, total
 
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """Tensors that differ in layer and expert only: `*` stands for a number."""
+    """Tensors that differ only in layer and expert index, which `*` replaces in names."""
 
     theirs: str
     dtype: str
@@ -34,7 +34,7 @@ class LedgerRow:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: `format` of the new folder, the ledger of the checkpoint's tensors, notes, a line each."""
+    """Result of a conversion: `format` of the new folder, ledger of the checkpoint's tensors, one-line notes."""
 
     format: str
     ledger: Ledger
@@ -42,7 +42,7 @@ class Conversion:
 
 
 def ledger_rows(ledger: Ledger) -> list[LedgerRow]:
-    """The ledger, equal tensors of many layers and experts in one row."""
+    """Return the ledger with equal tensors of all layers and experts grouped in one row."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in ledger.entries:
         theirs, ours = _pattern(entry.name), tuple(_pattern(name) for name in entry.ours)
@@ -54,7 +54,7 @@ def ledger_rows(ledger: Ledger) -> list[LedgerRow]:
 
 
 def ledger_text(ledger: Ledger) -> str:
-    """The ledger for a person, a line for each row: what becomes of it, how it is stored, how often, its name, ours."""
+    """Return the ledger as text, one line per row: status, dtype and shape, count, tensor name, parameters."""
     rows = [
         (row.status, f"{row.dtype} {list(row.shape)}", f"{row.count}x", row.theirs, ", ".join(row.ours))
         for row in ledger_rows(ledger)
@@ -69,13 +69,13 @@ def ledger_text(ledger: Ledger) -> str:
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
     """Convert a Hugging Face folder or hub id into a run folder, or a run into a Hugging Face folder.
 
-    One parameter is in memory at a time on the way in. What goes in and comes back unchanged is the same bit for bit.
+    Into a run folder, one parameter at a time is in memory. A round trip without changes is bit-exact.
 
-    Raises as `open_model`, RunError where `out` is not empty, and SpecError for a run whose model no family computes.
+    Raises as `open_model`, RunError if `out` is not empty, and SpecError if no family computes the run's model.
     """
     opened = open_model(path)
     if opened.checkpoint is not None:
-        weights = _Watched(opened.weights, on_progress)
+        weights = _WithProgress(opened.weights, on_progress)
         save_run(out, opened.config, opened.tokenizer, weights, 0, opened.layout)
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
         return Conversion("moezoo", opened.checkpoint.ledger, opened.problems + ([warning] if warning else []))
@@ -84,8 +84,8 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
     return Conversion("huggingface", ledger, opened.problems + notes)
 
 
-class _Watched(ReadWhenAsked):
-    """A mapping that tells how far its reader has come."""
+class _WithProgress(ReadWhenAsked):
+    """Weights that report progress as they are read."""
 
     def __init__(self, inner: Mapping[str, Array], on_progress: Progress | None):
         super().__init__(shapes_of(inner))
