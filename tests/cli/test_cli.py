@@ -220,7 +220,7 @@ def test_impossible_sizes(folder: Path) -> None:
     refused(
         call("describe", path, "--set", "model.layers[0].attention.num_kv_heads=3"),
         "SpecError",
-        "model.layers[0].attention.num_heads is 4, which num_kv_heads = 3 does not divide",
+        "model.layers[0].attention.num_heads is 4, which is not divisible by num_kv_heads = 3",
     )
     refused(call("describe", path, "--set", "mesh.expert=0"), "SpecError", "mesh.expert is 0")
     refused(call("describe", path, "--set", "training.batch_size=two"), "SpecError", "training.batch_size is 'two'")

@@ -84,7 +84,7 @@ def test_written_as_a_family_and_read_back(family: str, raw: dict, tmp_path: Pat
     spec = ModelSpec.model_validate(raw)
     weights = initial_weights(spec, 0)
     notes = export_as_family(weights, spec, tmp_path / "out", max_length=64)
-    assert notes == [f"written as {family}, which computes the same"]
+    assert notes == [f"written as {family}, which computes the same function"]
     back = open_checkpoint(tmp_path / "out")
     assert back.family.name == family
     assert all(np.array_equal(back.weights[name], value) for name, value in weights.items())

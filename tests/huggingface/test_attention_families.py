@@ -94,7 +94,7 @@ def test_dbrx_takes_the_base_of_its_attention_and_refuses_two() -> None:
     config = described("dbrx")
     del config["rope_theta"]
     assert spec_of(config).layers[0].attention.position.base == 5e5
-    with pytest.raises(SpecError, match=r"^rope_theta is 500000.0; expected 10000, as outside of attn_config \("):
+    with pytest.raises(SpecError, match=r"^rope_theta is 500000.0; expected 10000, as outside attn_config \("):
         spec_of(config | {"rope_theta": 1e4})
 
 
@@ -165,11 +165,11 @@ def test_gemma_inside_its_wrapper_is_the_same() -> None:
     [
         ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention is "all"; expected false or "vision"'),
         ({"hidden_activation": "relu"}, 'hidden_activation is "relu"; expected one of silu'),
-        ({"per_layer_config": {"5": {"sliding_window": 3}}}, "does not know: sliding_window 3"),
-        ({"per_layer_config": {"9": {"head_dim": 3}}}, 'does not know: 9 {"head_dim": 3}'),
+        ({"per_layer_config": {"5": {"sliding_window": 3}}}, "unknown for this family: sliding_window 3"),
+        ({"per_layer_config": {"9": {"head_dim": 3}}}, 'unknown for this family: 9 {"head_dim": 3}'),
         (
             {"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}},
-            "expected a partial_rotary_factor only beside rope_type",
+            "expected a partial_rotary_factor only with rope_type",
         ),
         (
             {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 9},

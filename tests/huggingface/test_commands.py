@@ -82,7 +82,7 @@ def test_the_page_says_the_same_in_words(folder: Path) -> None:
     result = call("describe", folder)
     assert result.exit_code == 0, result.output
     page = " ".join(result.stdout.split())
-    for piece in ("(mixtral)", "2 of 7 experts", "mapped to parameters", "understood in config.json:", "greedy"):
+    for piece in ("(mixtral)", "2 of 7 experts", "mapped to parameters", "parsed from config.json:", "greedy"):
         assert piece in page
 
 
@@ -95,8 +95,8 @@ def test_config_json_alone_is_enough_to_describe(folder: Path, tmp_path: Path) -
     assert known["files"] is known["ledger"] is None
     assert known["parameters"] == values_of("describe", folder)["parameters"]
     page = " ".join(call("describe", tmp_path).stdout.split())
-    assert "the page is from config.json alone" in page
-    assert "temperature 0.6, ends at token 5, 6, num_beams 2 is not done here" in page
+    assert "described from config.json alone" in page
+    assert "temperature 0.6, ends at token 5, 6, num_beams 2 is not supported" in page
 
 
 def test_kept_tensors_are_named_and_a_missing_shard_is_an_error(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_parameter_given_twice_is_refused(tmp_path: Path) -> None:
     tensors = safetensors.numpy.load_file(source / "model.safetensors")
     tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.block_sparse_moe.gate.weight"]
     safetensors.numpy.save_file(tensors, source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds layers\.0\.moe\.router\.w_router more than once"):
+    with pytest.raises(CheckpointError, match=r"has layers\.0\.moe\.router\.w_router more than once"):
         open_checkpoint(source)
 
 
@@ -119,4 +119,4 @@ def test_a_link_that_leaves_the_folder_is_not_passed_on(tmp_path: Path) -> None:
     (source / "tokenizer_extra.json").symlink_to(tmp_path / "secret.json")
     result = run("convert", source, tmp_path / "run")
     assert result.exit_code == 1
-    assert "is a link that leaves its folder" in result.output
+    assert "is a link to" in result.output

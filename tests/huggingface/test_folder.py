@@ -98,4 +98,4 @@ def test_an_index_of_one_file_is_read_and_another_beside_it_refused(tmp_path):
     write_index(tmp_path, dict.fromkeys(tensors(), "model.safetensors"))
     assert len(TensorFolder(tmp_path).tensors) == len(tensors())
     sharded(tmp_path)
-    assert "an index that does not name it" in refusal(tmp_path)
+    assert "an index that does not list it" in refusal(tmp_path)

@@ -157,10 +157,10 @@ def test_paths_stay_as_they_are(hub, tmp_path):
     ("files", "problem"),
     [
         (UNWANTED, "org/name has no config.json"),
-        (TEXTS | UNWANTED, "org/name has no safetensors files; pickle is never fetched"),
+        (TEXTS | UNWANTED, "org/name has no safetensors files, and pickle is never downloaded"),
         (
             {"config.json": b"{}", "pytorch_model.bin": b""},
-            "org/name has no safetensors files; pickle is never fetched",
+            "org/name has no safetensors files, and pickle is never downloaded",
         ),
     ],
 )
@@ -175,11 +175,11 @@ def test_a_repository_without_what_is_needed_is_refused(hub, files, problem):
     [
         (errors.LocalEntryNotFoundError("no network"), "org/name is neither a folder nor in the cache"),
         (errors.OfflineModeIsEnabled("offline"), "org/name is neither a folder nor in the cache"),
-        (errors.IncompleteSnapshotError("2 missing", snapshot_path="x"), "org/name is only partly in the cache"),
+        (errors.IncompleteSnapshotError("2 missing", snapshot_path="x"), "org/name is only partly cached"),
         (errors.GatedRepoError("no", response=response(403)), "org/name is gated. Accept its terms at"),
-        (errors.RepositoryNotFoundError("no", response=response(404)), "no folder and no repository org/name"),
+        (errors.RepositoryNotFoundError("no", response=response(404)), "no folder or repository org/name"),
         (errors.RevisionNotFoundError("no", response=response(404)), "org/name has no revision 'v1'"),
-        (errors.HFValidationError("bad"), "org/name is neither a folder nor a repository's id"),
+        (errors.HFValidationError("bad"), "org/name is neither a folder nor a repository id"),
         (errors.HfHubHTTPError("a\nb", response=response(500)), "cannot fetch org/name: HfHubHTTPError: a b"),
         (OSError(28, "No space left on device"), "cannot fetch org/name: OSError: [Errno 28] No space left"),
     ],

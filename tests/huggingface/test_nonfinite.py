@@ -25,6 +25,6 @@ def test_warning_has_the_names():
     parameters = [("a", np.float32([1, np.nan])), ("b", np.float32(1)), ("c", np.float32(np.inf))]
     names = nonfinite_names(iter(parameters))
     assert names == ["a", "c"]
-    assert "FOLDER holds NaN or infinity in a, c; " in nonfinite_warning(names, "FOLDER")
+    assert "FOLDER has NaN or infinity in a, c; " in nonfinite_warning(names, "FOLDER")
     assert nonfinite_warning([], "FOLDER") is None
     assert "and 2 more" in nonfinite_warning(list("abcdefg"), "FOLDER")

@@ -447,11 +447,11 @@ def test_shared_keys_are_those_of_the_earlier_layer_also_in_its_cache(twin):
 
 
 def test_heads_that_kv_heads_do_not_divide_are_refused():
-    with pytest.raises(SpecError, match=r"num_heads is 8, which num_kv_heads = 3 does not divide.*Use a multiple"):
+    with pytest.raises(SpecError, match=r"num_heads is 8, which is not divisible by num_kv_heads = 3.*Use a multiple"):
         validate(GroupedQueryAttentionSpec, {"num_heads": 8, "num_kv_heads": 3, "head_dim": 6}, "config")
 
 
 def test_a_window_and_chunks_at_once_are_refused():
     sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
-    with pytest.raises(SpecError, match=r"chunk is 4, but window is 3 too.*Give one of the two"):
+    with pytest.raises(SpecError, match=r"chunk is 4, but window is also set to 3.*Set only one"):
         validate(GroupedQueryAttentionSpec, sizes | {"window": 3, "chunk": 4}, "config")

@@ -456,10 +456,10 @@ def test_a_constant_added_to_softmax_logits_changes_no_choice(logits_PE, kind, c
     ("fields", "message"),
     [
         ({"choice": {"kind": "grouped_top_k", "num_groups": 3, "keep": 1}}, "num_groups is 3, which does not divide"),
-        ({"choice": {"kind": "top_p", "p": 0.5}, "score": "none"}, "top_p, which adds up scores, but score is none"),
-        ({"choice": {"kind": "expert_choice"}}, "renormalize needs a fixed number of experts a token"),
-        ({"choice": {"kind": "sparsemixer"}}, "sparsemixer, which makes its own weights for one or two experts"),
-        ({"choice": {"kind": "hash"}, "selection_bias": {}}, "hash does not choose by a selection value"),
+        ({"choice": {"kind": "top_p", "p": 0.5}, "score": "none"}, "top_p, which sums scores, but score is none"),
+        ({"choice": {"kind": "expert_choice"}}, "renormalize requires a fixed number of experts per token"),
+        ({"choice": {"kind": "sparsemixer"}}, "sparsemixer, which computes its own weights for one or two experts"),
+        ({"choice": {"kind": "hash"}, "selection_bias": {}}, "hash does not use a selection value"),
     ],
 )
 def test_a_combination_that_cannot_be_is_refused(fields, message):

@@ -267,5 +267,5 @@ def test_reference_gradient_agrees_with_finite_differences():
 
 def test_value_heads_that_key_heads_do_not_divide_are_refused():
     sizes = {"num_key_heads": 3, "num_value_heads": 8, "key_head_dim": 6, "value_head_dim": 6}
-    with pytest.raises(SpecError, match=r"num_value_heads is 8, which num_key_heads = 3 does not divide.*Use a mult"):
+    with pytest.raises(SpecError, match=r"num_value_heads is 8, which is not divisible by num_key_heads = 3.*Use a"):
         validate(GatedDeltaAttentionSpec, sizes, "config")

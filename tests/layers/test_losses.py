@@ -528,9 +528,7 @@ def raw_moe(*losses, **router):
 
 
 def test_a_loss_named_twice_is_refused():
-    with pytest.raises(
-        SpecError, match=r"losses names a loss twice: router_z, router_z \(config\). Use each loss once"
-    ):
+    with pytest.raises(SpecError, match=r"losses has a duplicate: router_z, router_z \(config\). Use each loss once"):
         validate(MoESpec, raw_moe(*[{"kind": "router_z", "coefficient": 0.1}] * 2), "config")
 
 
@@ -560,5 +558,5 @@ def test_layers_whose_rows_cannot_be_pooled_are_refused(change, problem):
     moe = raw_moe({"kind": "pooled_balance", "coefficient": 0.1})
     attention = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 2}
     layers = [{"attention": attention, "moe": moe}, {"attention": attention, "moe": moe | change}]
-    with pytest.raises(SpecError, match=rf"layers\[1\].moe.losses names pooled_balance.*{problem} in layers\[0\]"):
+    with pytest.raises(SpecError, match=rf"layers\[1\].moe.losses has pooled_balance.*{problem} in layers\[0\]"):
         validate(ModelSpec, {"vocab_size": V, "embed_dim": D, "layers": layers}, "config")

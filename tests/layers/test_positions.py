@@ -267,8 +267,8 @@ ATTENTION = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 5}
             {"fraction": 0.1, "fraction_of": "pairs"},
             r"head_dim is 8 and 0 of its features are rotated \(fraction 0.1\)",
         ),
-        (8, {"fraction_of": "pairs"}, r"fraction_of is pairs, but fraction is 1, and all turn.*Leave it out"),
-        (2, {"scaling": DYNAMIC.model_dump()}, r"is dynamic, which slows down all pairs but the first"),
+        (8, {"fraction_of": "pairs"}, r"fraction_of is pairs, but fraction is 1, which rotates all pairs.*Remove it"),
+        (2, {"scaling": DYNAMIC.model_dump()}, r"is dynamic, which scales all pairs except the first"),
         (8, {"scaling": LONG.model_dump() | {"long_factors": [1.0]}}, r"has 4 short and 1 long factors, but 4 pairs"),
         (
             8,

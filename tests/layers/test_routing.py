@@ -452,17 +452,20 @@ def test_more_choices_than_experts_are_refused():
     [
         (
             {"renormalize": "none", "renormalize_epsilon": 1e-6},
-            r"router.renormalize_epsilon is 1e-06, but renormalize is none \(config\). Leave it out",
+            r"router.renormalize_epsilon is 1e-06, but renormalize is none \(config\). Remove it",
         ),
         (
             {"renormalize_order": 2},
-            r"router.renormalize_order is 2.0, but renormalize is sum \(config\). Leave it out, or use .*p_norm",
+            r"router.renormalize_order is 2.0, but renormalize is sum \(config\). Remove it, or use .*p_norm",
         ),
-        ({"renormalize_floor": True}, r"router.renormalize_floor is true, but renormalize_epsilon, the floor, is 0"),
+        (
+            {"renormalize_floor": True},
+            r"router.renormalize_floor is true, but renormalize_epsilon, the lower bound, is 0",
+        ),
         ({"score": "none"}, r"router.weight is score, but score is none.*Use weight: softmax_of_chosen"),
         (
             {"score": "none", "weight": "sigmoid_of_chosen", "choice": {"kind": "top_p", "p": 0.5}},
-            r"router.choice is top_p, which adds up scores, but score is none \(config\). Use score: softmax",
+            r"router.choice is top_p, which sums scores, but score is none \(config\). Use score: softmax",
         ),
     ],
 )

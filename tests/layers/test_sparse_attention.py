@@ -169,5 +169,5 @@ def test_reference_gradients_agree_with_finite_differences():
 def test_index_heads_narrower_than_what_they_rotate_are_refused():
     fields = {"num_heads": 2, "head_dim": 6, "rope_head_dim": 4, "value_head_dim": 5, "latent_dim": 8}
     fields["indexer"] = {"num_heads": 2, "head_dim": 2, "top_k": 3}
-    with pytest.raises(SpecError, match=r"indexer.head_dim is 2, less than rope_head_dim = 4, which it rotates"):
+    with pytest.raises(SpecError, match=r"indexer.head_dim is 2, but it rotates rope_head_dim = 4 features"):
         validate(LatentAttentionSpec, fields, "config")

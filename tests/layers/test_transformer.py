@@ -326,5 +326,5 @@ def test_a_layer_with_two_feed_forwards_is_refused():
         "feed_forward": {"hidden_dim": 4},
         "moe": {"num_experts": 2, "router": {"top_k": 1}, "experts": {"hidden_dim": 4}},
     }
-    with pytest.raises(SpecError, match=r"layers\[0\] has both feed_forward and moe \(config\). Give exactly one"):
+    with pytest.raises(SpecError, match=r"layers\[0\] has both feed_forward and moe \(config\). Set exactly one"):
         validate(ModelSpec, {"embed_dim": 8, "layers": [layer]}, "config")

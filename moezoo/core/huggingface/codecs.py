@@ -1,8 +1,8 @@
-"""Codes and scales <-> numbers, exactly: MXFP4 in groups of 32, and FP8 in blocks of 128 x 128.
+"""Encoding and decoding of quantized tensors: MXFP4 in groups of 32, and FP8 in blocks of 128 x 128.
 
-Decoding is exact up to the one rounding that the format itself has (FP8: code times scale, in float32). Encoding is
-its inverse under the same scales: numbers that no code stands for are refused, unless rounding is asked for. Both go
-through a tensor in pieces, so that beside codes and numbers only a few MiB are in use.
+Decoding is exact, except for the one rounding inherent in the format (FP8: code times scale, in float32). Encoding is
+its inverse with the same scales: values that no code represents exactly are rejected, unless rounding is requested.
+Both process a tensor in pieces, so they use only a few MiB besides codes and values.
 
 Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0); Micikevicius et al. 2022, arXiv
 2209.05433 (E4M3); DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (blocks of 128 x 128).
@@ -29,37 +29,37 @@ _LARGEST_E4M3 = np.float32(448)
 
 
 def mxfp4_shape(name: str, blocks: Shape, scales: Shape) -> Shape:
-    """The shape [..., in] of what blocks [..., in / 32, 16] and scales [..., in / 32] stand for.
+    """Return the shape [..., in] of the tensor stored as blocks [..., in / 32, 16] and scales [..., in / 32].
 
-    Raises CheckpointError that names the tensor where the two do not fit.
+    Raises CheckpointError with the tensor's name if the two do not match.
     """
     if len(blocks) < 2 or blocks[-1] != MXFP4_GROUP // 2 or blocks[:-1] != scales:
         raise CheckpointError(
-            f"{name}: MXFP4 blocks are {list(blocks)} and scales {list(scales)}; expected [..., in / 32, 16] and "
-            "[..., in / 32]."
+            f"{name}: MXFP4 blocks have shape {list(blocks)} and scales {list(scales)}; expected [..., in / 32, 16] "
+            "and [..., in / 32]. Fetch the checkpoint again."
         )
     return (*blocks[:-2], blocks[-2] * MXFP4_GROUP)
 
 
 def fp8_shape(name: str, codes: Shape, scales: Shape) -> Shape:
-    """The shape [..., out, in] of what FP8 codes [..., out, in] and scales, one a block, stand for.
+    """Return the shape [..., out, in] of the tensor stored as FP8 codes [..., out, in] and one scale per block.
 
-    Raises CheckpointError that names the tensor where the two do not fit.
+    Raises CheckpointError with the tensor's name if the two do not match.
     """
     expected = (*codes[:-2], *(-(-size // FP8_BLOCK) for size in codes[-2:]))
     if len(codes) < 2 or scales != expected:
         raise CheckpointError(
-            f"{name}: FP8 codes are {list(codes)} and scales {list(scales)}; expected {list(expected)}, one for each "
-            f"block of {FP8_BLOCK} x {FP8_BLOCK}, the last ones partial."
+            f"{name}: FP8 codes have shape {list(codes)} and scales {list(scales)}; expected {list(expected)}, one "
+            f"scale per block of {FP8_BLOCK} x {FP8_BLOCK}, the last ones partial. Fetch the checkpoint again."
         )
     return codes
 
 
 def mxfp4_decode(blocks: Array, scales: Array) -> Array:
-    """Blocks uint8 [..., in / 32, 16], low nibble first, and scales E8M0 [..., in / 32] -> bfloat16 [..., in].
+    """Decode uint8 blocks [..., in / 32, 16], low nibble first, with E8M0 scales [..., in / 32] to bfloat16 [..., in].
 
-    A number is `code * 2^(scale - 127)`; bfloat16 holds it exactly, down to its subnormal numbers. Beyond bfloat16's
-    range it is infinite (scale 253 with codes 4 and 6, 254 from code 2 on); scale 255 is NaN.
+    A value is `code * 2^(scale - 127)`; bfloat16 represents it exactly, including subnormals. Beyond bfloat16's range
+    it is infinite (scale 253 with codes 4 and 6, 254 from code 2 on); scale 255 is NaN.
     """
     shape = mxfp4_shape("blocks", blocks.shape, scales.shape)
     table, values = _mxfp4_table(), np.empty((scales.size, MXFP4_GROUP // 2), np.uint32)
@@ -72,16 +72,17 @@ def mxfp4_decode(blocks: Array, scales: Array) -> Array:
 
 
 def mxfp4_encode(values: Array, scales: Array, kept: Array | None = None, *, rounded: bool = False) -> Array:
-    """Numbers [..., in] -> blocks uint8 [..., in / 32, 16] under the given scales: the inverse of `mxfp4_decode`.
+    """Encode values [..., in] to uint8 blocks [..., in / 32, 16] with these scales: the inverse of `mxfp4_decode`.
 
-    `kept`: blocks that are taken wherever they stand for the same numbers; only they tell codes apart that decode
-    alike (infinite ones, and those of a NaN scale). `rounded`: to the nearest code, ties to even, the largest beyond
-    the range; else CheckpointError where no code stands for a number.
+    `kept`: original blocks, reused wherever they decode to the same values; only they distinguish codes that decode
+    alike (infinite values, and a NaN scale). `rounded`: round to the nearest code, ties to even, and clamp to the
+    range; otherwise CheckpointError if a value has no exact code.
     """
     shape = (*scales.shape, MXFP4_GROUP // 2)
     if values.shape != mxfp4_shape("blocks", shape, scales.shape):
         raise CheckpointError(
-            f"numbers are {list(values.shape)} and MXFP4 scales {list(scales.shape)}; they do not fit."
+            f"values have shape {list(values.shape)} and MXFP4 scales {list(scales.shape)}; expected one scale per 32 "
+            "values of the last axis."
         )
     rows, exponents = values.reshape(-1, MXFP4_GROUP), _as_bytes(scales).reshape(-1, 1)
     blocks = np.empty((len(rows), MXFP4_GROUP // 2), np.uint8)
@@ -102,7 +103,7 @@ def mxfp4_encode(values: Array, scales: Array, kept: Array | None = None, *, rou
 
 
 def fp8_decode(codes: Array, scales: Array) -> Array:
-    """Codes E4M3 [..., out, in] and scales [..., ceil(out / 128), ceil(in / 128)] -> `code * scale`, float32.
+    """Decode E4M3 codes [..., out, in] with scales [..., ceil(out / 128), ceil(in / 128)] to float32 `code * scale`.
 
     Codes 0x7F and 0xFF are NaN; there is no infinity.
     """
@@ -116,17 +117,17 @@ def fp8_decode(codes: Array, scales: Array) -> Array:
 
 
 def fp8_encode(values: Array, scales: Array, kept: Array | None = None, *, rounded: bool = False) -> Array:
-    """Numbers [..., out, in] -> codes E4M3 under the given scales: the inverse of `fp8_decode`.
+    """Encode values [..., out, in] to E4M3 codes with these scales: the inverse of `fp8_decode`.
 
-    `kept` (codes) and `rounded` as in `mxfp4_encode`; here codes decode alike where a scale is 0 or so small or large
-    that the product leaves float32.
+    `kept` (codes) and `rounded` as in `mxfp4_encode`; here codes decode alike if a scale is 0, or if the product
+    underflows or overflows float32.
     """
     fp8_shape("codes", values.shape, scales.shape)
     codes = np.empty(values.shape, ml_dtypes.float8_e4m3fn)
     table = _fp8_table()
     for band, scale in _bands(values.shape, scales):
         numbers = values[band].astype(np.float32)
-        with np.errstate(all="ignore"):  # what does not come out finite is decided by `kept`, or refused
+        with np.errstate(all="ignore"):  # non-finite results are resolved by `kept`, or rejected
             scaled = np.clip(numbers / scale, -_LARGEST_E4M3, _LARGEST_E4M3)
             code = scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
             if kept is not None:
@@ -140,11 +141,11 @@ def fp8_encode(values: Array, scales: Array, kept: Array | None = None, *, round
 
 @cache
 def _mxfp4_table() -> Array:
-    """The two bfloat16 numbers of a byte, the low nibble's first, as uint32 [scale * 256 + byte]."""
+    """Lookup table of the two bfloat16 values of a byte, low nibble first, as uint32 [scale * 256 + byte]."""
     code = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     scale = np.ldexp(1.0, np.arange(256) - _E8M0_BIAS)
     scale[255] = np.nan
-    with np.errstate(over="ignore"):  # infinite beyond the range, as the docstring of the decoder says
+    with np.errstate(over="ignore"):  # infinite beyond the range, see mxfp4_decode
         numbers = (scale[:, None] * code).astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
     pairs = np.stack([np.tile(numbers, (1, 16)), np.repeat(numbers, 16, axis=1)], axis=-1)
     table: Array = np.ascontiguousarray(pairs).view(np.uint32).reshape(-1)
@@ -167,7 +168,7 @@ def _pieces(rows: int, row: int) -> Iterator[slice]:
 
 
 def _bands(shape: Shape, scales: Array) -> Iterator[tuple[tuple[int | slice, ...], Array]]:
-    """Rows that share their blocks' scales, as an index, and one scale a column."""
+    """Yield an index of rows that share their blocks' scales, and one scale per column."""
     for outer in np.ndindex(*scales.shape[:-1]):
         *matrix, band = outer
         rows = slice(band * FP8_BLOCK, (band + 1) * FP8_BLOCK)
@@ -176,7 +177,7 @@ def _bands(shape: Shape, scales: Array) -> Iterator[tuple[tuple[int | slice, ...
 
 
 def _same(decoded: Array, numbers: Array) -> Array:
-    """Where two arrays hold the same numbers: bit for bit, but any NaN equals any other."""
+    """Return a mask of equal values: bit for bit, except that all NaNs are equal."""
     decoded = decoded.reshape(numbers.shape).astype(np.float32)
     same: Array = decoded.view(np.uint32) == numbers.view(np.uint32)
     both_nan: Array = np.isnan(decoded) & np.isnan(numbers)
@@ -186,6 +187,6 @@ def _same(decoded: Array, numbers: Array) -> Array:
 def _check_exact(same: Array, format_name: str) -> None:
     if not same.all():
         raise CheckpointError(
-            f"{np.count_nonzero(~same)} numbers have no {format_name} code under the kept scales: they were changed. "
-            "Export them as bfloat16 or float32."
+            f"{np.count_nonzero(~same)} values have no exact {format_name} code with the original scales, because they "
+            "changed. Export them as bfloat16 or float32."
         )

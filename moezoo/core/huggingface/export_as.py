@@ -1,4 +1,4 @@
-"""A model that was designed here, as a checkpoint of a family that computes the same."""
+"""Export of a model designed in moezoo as a checkpoint of a Hugging Face family with the same computation."""
 
 import json
 from collections.abc import Mapping
@@ -19,24 +19,24 @@ from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
 
-# What only training knows of, by the last names of its path: files of a family do not say it.
+# Spec fields that only affect training, by field name: checkpoints of a family do not contain them.
 _TRAINING_ONLY = ("losses", "jitter", "rate", "dispatch", "loss_coefficient", "dropout", "initializer", "precision")
 
 
 def export_as_family(
     parameters: Mapping[str, Array], spec: ModelSpec, out: Path, *, max_length: int, tokenizer: Path | None = None
 ) -> list[str]:
-    """Write a folder of the first family whose own file reads the same model back from its config.json.
+    """Write a checkpoint of the first family that parses the same model back from its config.json.
 
     Args:
-        parameters: by canonical name; stored as float32.
+        parameters: arrays by canonical name; stored as float32.
         spec: the model.
         out: a new or empty folder.
-        max_length: `max_position_embeddings`, which changes no number.
+        max_length: value of `max_position_embeddings`, which does not affect the computation.
         tokenizer: a folder of tokenizer files to copy.
 
-    Returns a note that names the family. Raises SpecError: no family computes this; what differs is named. Raises
-    RunError: the folder exists and is not empty.
+    Returns a note that names the family. Raises SpecError if no family computes this model; the error lists the
+    differences. Raises RunError if the folder exists and is not empty.
     """
     family, config = family_for(spec, max_length)
 
@@ -48,13 +48,13 @@ def export_as_family(
         placed = first_rules(family, spec)
         forms = {name: ("F32", rule.shape) for name, rule in placed.items()}
         write_own_layout(parameters, placed, forms, {}, folder)
-        return [f"written as {family.name}, which computes the same"]
+        return [f"written as {family.name}, which computes the same function"]
 
     return into_new_folder(out, write)
 
 
 def family_for(spec: ModelSpec, max_length: int) -> tuple[Family, dict[str, Any]]:
-    """The first family whose own file reads the same model back, and its config.json. Raises as `export_as_family`."""
+    """Return the first family that parses the same model back, and its config.json. Raises as `export_as_family`."""
     nearest: list[str] = []
     for family in {family.name: family for family in families().values()}.values():
         config = None if family.config is None else family.config(spec)
@@ -67,19 +67,19 @@ def family_for(spec: ModelSpec, max_length: int) -> tuple[Family, dict[str, Any]
         except MoezooError as error:
             nearest.append(f"{family.name} ({error})")
             continue
-        difference = _difference(_mathematics(read), _mathematics(spec))
+        difference = _difference(_inference_fields(read), _inference_fields(spec))
         if difference is None:
             return family, config
         nearest.append(f"{family.name} has {difference}")
     why = f": {'; '.join(nearest)}" if nearest else ""
     raise SpecError(
-        f"no Hugging Face family that moezoo writes computes this model{why}. "
-        "Save it with format='moezoo', or design it within one of these families."
+        f"no Hugging Face family that moezoo can export computes this model{why}. "
+        "Save it with format='moezoo', or change the model to fit one of these families."
     )
 
 
-def _mathematics(spec: ModelSpec) -> Any:
-    """What inference computes, as plain values."""
+def _inference_fields(spec: ModelSpec) -> Any:
+    """Return the spec as plain values, without the fields that only affect training."""
 
     def kept(value: Any) -> Any:
         if isinstance(value, dict):
@@ -89,12 +89,12 @@ def _mathematics(spec: ModelSpec) -> Any:
     return kept(spec.model_copy(update={"layers": grouped(spec.all_layers)}).model_dump())
 
 
-def _difference(read: Any, given: Any, path: str = "") -> str | None:
-    """The first place where two trees of plain values differ."""
-    if isinstance(read, dict) and isinstance(given, dict) and read.keys() == given.keys():
-        pairs = [(f"{path}.{key}" if path else key, read[key], given[key]) for key in read]
-    elif isinstance(read, list) and isinstance(given, list) and len(read) == len(given):
-        pairs = [(f"{path}[{index}]", *pair) for index, pair in enumerate(zip(read, given, strict=True))]
+def _difference(read: Any, expected: Any, path: str = "") -> str | None:
+    """Return the first difference between two trees of plain values, or None."""
+    if isinstance(read, dict) and isinstance(expected, dict) and read.keys() == expected.keys():
+        pairs = [(f"{path}.{key}" if path else key, read[key], expected[key]) for key in read]
+    elif isinstance(read, list) and isinstance(expected, list) and len(read) == len(expected):
+        pairs = [(f"{path}[{index}]", *pair) for index, pair in enumerate(zip(read, expected, strict=True))]
     else:
-        return None if read == given else f"{path} {read!s:.60}, not {given!s:.60}"
+        return None if read == expected else f"{path} {read!s:.60}, not {expected!s:.60}"
     return next((found for name, left, right in pairs if (found := _difference(left, right, name))), None)

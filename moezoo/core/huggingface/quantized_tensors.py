@@ -1,4 +1,4 @@
-"""The tensors of a folder as numbers: codes and scales read together, everything else as it is stored."""
+"""Reader of a folder's tensors: quantized ones are decoded from codes and scales, others are read as stored."""
 
 import math
 from collections.abc import Mapping
@@ -22,65 +22,65 @@ _SCALE_INV = "_scale_inv"  # FP8
 
 @dataclass(frozen=True)
 class Quantized:
-    """How to read a folder whose config.json names a quantization, or none.
+    """Tensors of a folder as floats, decoded if config.json declares a quantization.
 
     Fields:
         folder: the files.
-        readable: tensors that codes and scales stand for, by the name of the codes.
+        readable: quantized tensors, by the name of their codes.
     """
 
     folder: TensorFolder
     readable: Mapping[str, Readable]
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """The dtype that a tensor is read in."""
+        """Return the dtype that a tensor is read as."""
         tensor = self.readable.get(name)
         return numpy_dtype(self.folder.tensors[name].dtype if tensor is None else tensor.dtype)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
-        """A tensor as numbers, or some rows of one that `has_rows`."""
+        """Read and decode a tensor, or a range of its rows if `has_rows`."""
         if name not in self.readable:
             return self.folder.read(name, rows=rows)
         codes, scales = (self.folder.read(part, rows=rows) for part in self.readable[name].stored)
         return decode(name, codes, scales)
 
     def has_rows(self, name: str) -> bool:
-        """Whether the first axis of a tensor is that of all that it is read from (FP8 has one scale for 128 rows)."""
+        """Return True if codes and scales have equal rows, so rows can be read (FP8 has one scale per 128 rows)."""
         stored = self.readable[name].stored if name in self.readable else (name,)
         shapes = [self.folder.tensors[part].shape for part in stored]
         return all(shape and shape[0] == shapes[0][0] for shape in shapes)
 
     def size_bytes(self, name: str) -> int:
-        """How many bytes a tensor takes as numbers."""
+        """Return the size of the decoded tensor, in bytes."""
         shape = self.readable[name].shape if name in self.readable else self.folder.tensors[name].shape
         return math.prod(shape) * self.dtype(name).itemsize
 
     def is_plain(self, name: str) -> bool:
-        """Whether a tensor is stored as its numbers."""
+        """Return True if a tensor is stored without quantization."""
         return name not in self.readable or self.readable[name].stored == (name,)
 
 
 def encode(name: str, value: Array, scales: Array, kept: Array | None = None) -> Array:
-    """The codes of a tensor under given scales. Raises CheckpointError where no code stands for a number."""
+    """Encode a tensor with these scales. Raises CheckpointError if a value has no exact code."""
     return (mxfp4_encode if name.endswith(_BLOCKS) else fp8_encode)(value, scales, kept)
 
 
 def decode(name: str, codes: Array, scales: Array) -> Array:
-    """The numbers of a tensor: bfloat16 of MXFP4, float32 of FP8; both exactly."""
+    """Decode a tensor exactly: MXFP4 to bfloat16, FP8 to float32."""
     return (mxfp4_decode if name.endswith(_BLOCKS) else fp8_decode)(codes, scales)
 
 
 def numpy_dtype(stored: str) -> np.dtype[Any]:
-    """NumPy's dtype of a stored float."""
+    """Return the NumPy dtype of a safetensors float dtype."""
     import ml_dtypes
 
     return np.dtype(ml_dtypes.bfloat16 if stored == "BF16" else FLOATS[stored])
 
 
 def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> dict[str, Readable]:
-    """Tensors that codes and scales stand for, by the name of the codes, as `quantization_config` says.
+    """Return the tensors quantized according to `quantization_config`, by the name of their codes.
 
-    Raises SpecError for a method that is not known.
+    Raises SpecError for an unsupported method.
     """
     config = fields.inside("quantization_config")
     if config is None:
@@ -108,7 +108,7 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
         case _:
             raise SpecError(
                 f"quantization_config.quant_method is {method!r}; expected mxfp4 or fp8 ({fields.where}). "
-                "Use the checkpoint without this quantization."
+                "Use an unquantized version of the checkpoint."
             )
     return found
 
@@ -120,5 +120,6 @@ def _where(tensors: Mapping[str, StoredTensor], name: str) -> str:
 def _check_dtype(tensors: Mapping[str, StoredTensor], scales: str, expected: tuple[str, ...]) -> None:
     if tensors[scales].dtype not in expected:
         raise CheckpointError(
-            f"{_where(tensors, scales)} is {tensors[scales].dtype}; expected {' or '.join(expected)} for scales."
+            f"{_where(tensors, scales)} is {tensors[scales].dtype}; expected {' or '.join(expected)} for scales. Fetch "
+            "the checkpoint again."
         )

@@ -1,4 +1,4 @@
-"""A checkpoint on one page: what its config.json says and was understood to say, and what becomes of its tensors."""
+"""One-page description of a checkpoint: the parsed config and the tensor mapping."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,10 +13,10 @@ from moezoo.core.reports.text import bytes_text, count
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_LENGTH = 4096  # tokens, for operations and cache, unless the model takes fewer
+_LENGTH = 4096  # tokens, for FLOPs and KV cache, unless the model's maximum is smaller
 _WORDS = {
     "mapped": "mapped to parameters",
-    "copy": "second copies",
+    "copy": "duplicates",
     "codes": "codes of quantized parameters",
     "scales": "scales",
     "kept": "kept verbatim",
@@ -24,15 +24,15 @@ _WORDS = {
 
 
 def checkpoint_description(folder: Path) -> dict[str, Any]:
-    """The page as plain data, from config.json and, where files are there, their headers; no tensor is read.
+    """Return the page as plain data, from config.json and the headers of weight files, if any; no tensor is read.
 
-    `config.understood` are the fields that made the model what it is, `config.no_effect` those that change no number;
-    any other would have been refused. `files` and `ledger` are None where the folder has no weights.
+    `config.understood` lists the fields that were parsed, `config.no_effect` those that do not affect the computation;
+    any other field would have been rejected. `files` and `ledger` are None if the folder has no weights.
 
     Raises SpecError or CheckpointError.
     """
-    weights_are_here = any(folder.glob("*.safetensors"))
-    checkpoint = open_checkpoint(folder) if weights_are_here else None
+    has_weights = any(folder.glob("*.safetensors"))
+    checkpoint = open_checkpoint(folder) if has_weights else None
     description = checkpoint.description if checkpoint else describe_checkpoint(folder)
     fields, spec = description.fields, description.spec
     longest = [spec.max_length, fields.raw.get("max_position_embeddings")]
@@ -62,19 +62,19 @@ def checkpoint_description(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_page(folder: Path, where: str) -> "RenderableType":
-    """The page of `moezoo describe`. `where` is its title."""
+    """Return the page that `moezoo describe` prints, with title `where`."""
     from rich.console import Group
     from rich.text import Text
 
     known = checkpoint_description(folder)
     config, files = known["config"], known["files"]
     lines = [
-        f"understood in config.json: {_names(config['understood'])}",
-        f"without effect on any number: {_names(config['no_effect'])}",
+        f"parsed from config.json: {_names(config['understood'])}",
+        f"no effect on the computation: {_names(config['no_effect'])}",
         *(f"note: {note}" for note in config["notes"]),
     ]
     if files is None:
-        lines.append("weights: none in this folder; the page is from config.json alone")
+        lines.append("weights: none in this folder; described from config.json alone")
     else:
         dtypes = ", ".join(f"{name} {bytes_text(row['bytes'])}" for name, row in files["dtypes"].items())
         lines.append(f"weights: {bytes_text(files['bytes'])} in {_amount(files['files'], 'file')} ({dtypes})")
@@ -85,7 +85,7 @@ def checkpoint_page(folder: Path, where: str) -> "RenderableType":
             lines.append(f"kept verbatim: {_names(kept)}")
     lines.append(f"generation: {_generation(known['generation'])}")
     if not known["tokenizer"]:
-        lines.append("tokenizer: none in this folder; prompt it by --tokens")
+        lines.append("tokenizer: none in this folder; pass prompts as --tokens")
     tables = model_tables(known, f"{where} ({known['family']})")
     return Group(*tables, *(Text(line, "dim") for line in lines))
 
@@ -119,8 +119,8 @@ def _generation(known: dict[str, Any]) -> str:
     words = ["greedy" if known["temperature"] == 0 else f"temperature {known['temperature']:g}"]
     words += [f"{name} {known[name]:g}" for name in filters if known[name] is not None]
     ends = known["end_tokens"]
-    words.append(f"ends at token {', '.join(map(str, ends))}" if ends else "no end token named")
-    words += [f"{name} is not done here" for name in known["not_done"]]
+    words.append(f"ends at token {', '.join(map(str, ends))}" if ends else "no end token")
+    words += [f"{name} is not supported" for name in known["not_done"]]
     return ", ".join(words)
 
 

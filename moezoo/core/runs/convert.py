@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint into a run folder, and a run into such a checkpoint."""
+"""Conversion of Hugging Face checkpoints to run folders, and of runs to Hugging Face checkpoints."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ from moezoo.core.runs.save import export, save_run
 from moezoo.core.runs.open import open_model
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]  # parameters done, of all
+Progress = Callable[[int, int], None]  # parameters done, total
 
 
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: `format` of the new folder, the ledger of the checkpoint's tensors, notes, a line each."""
+    """Result of a conversion: `format` of the new folder, ledger of the checkpoint's tensors, one-line notes."""
 
     format: str
     ledger: Ledger
@@ -38,13 +38,13 @@ class Conversion:
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
     """Convert a Hugging Face folder or hub id into a run folder, or a run into a Hugging Face folder.
 
-    One parameter is in memory at a time on the way in. What goes in and comes back unchanged is the same bit for bit.
+    Into a run folder, one parameter at a time is in memory. A round trip without changes is bit-exact.
 
-    Raises as `open_model`, RunError where `out` is not empty, and SpecError for a run whose model no family computes.
+    Raises as `open_model`, RunError if `out` is not empty, and SpecError if no family computes the run's model.
     """
     opened = open_model(path)
     if opened.checkpoint is not None:
-        weights = _Watched(opened.weights, on_progress)
+        weights = _WithProgress(opened.weights, on_progress)
         save_run(out, opened.config, opened.tokenizer, weights, 0, opened.layout)
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
         return Conversion("moezoo", opened.checkpoint.ledger, opened.problems + ([warning] if warning else []))
@@ -53,8 +53,8 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
     return Conversion("huggingface", ledger, opened.problems + notes)
 
 
-class _Watched(ReadWhenAsked):
-    """A mapping that tells how far its reader has come."""
+class _WithProgress(ReadWhenAsked):
+    """Weights that report progress as they are read."""
 
     def __init__(self, inner: Mapping[str, Array], on_progress: Progress | None):
         super().__init__(shapes_of(inner))

@@ -1,4 +1,4 @@
-"""What several families spell alike: parts of their config.json, and of their name tables."""
+"""Parts shared by several families: of their config.json, and of their tensor mappings."""
 
 from moezoo.core.huggingface.parts.names import (
     LAYER,

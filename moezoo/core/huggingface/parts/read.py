@@ -1,4 +1,4 @@
-"""What several families' config.json say alike: attention, feed-forwards, mixtures, kinds of layers."""
+"""Parsing of config fields shared by several families: attention, feed-forward, MoE layers, layer types."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -38,8 +38,11 @@ def attention(
     head_dim: int | None = None,
     **options: Any,
 ) -> GroupedQueryAttentionSpec:
-    """Grouped-query attention with as many heads as the config says. `kv_heads` and `head_dim` are the family's where
-    the config is silent; null there, or no default: as many as `num_attention_heads`, and the width shared by them."""
+    """Return grouped-query attention with the config's numbers of heads.
+
+    `kv_heads` and `head_dim` are the family's defaults for absent fields. If a field is null or has no default,
+    `num_attention_heads` and `hidden_size / num_attention_heads` apply.
+    """
     heads = fields.count("num_attention_heads")
     return GroupedQueryAttentionSpec(
         num_heads=heads,
@@ -53,7 +56,7 @@ def attention(
 def swiglu(
     fields: Fields, hidden_dim: int, *, bias: bool = False, name: str = "hidden_act", default: str = "silu"
 ) -> GatedFeedForwardSpec:
-    """A gated feed-forward whose activation the config names."""
+    """Return a gated feed-forward with the config's activation."""
     kinds = {
         "silu": "swiglu",
         "swish": "swiglu",
@@ -65,25 +68,25 @@ def swiglu(
 
 
 def rms_norm(fields: Fields, default: float = 1e-6) -> RMSNormSpec:
-    """The norm of every layer."""
+    """Return the RMS norm of all layers."""
     return RMSNormSpec(epsilon=fields.number("rms_norm_eps", default))
 
 
 def head(fields: Fields, tied: bool = False, *, bias: bool = False) -> HeadSpec:
-    """The output projection: tied to the embedding or not."""
+    """Return the output projection, tied to the embedding or not."""
     return (TiedHeadSpec if fields.flag("tie_word_embeddings", tied) else UntiedHeadSpec)(bias=bias)
 
 
 def jitter(fields: Fields, name: str = "router_jitter_noise") -> JitterSpec | None:
-    """Noise on all that a mixture sees, in training."""
+    """Return the training noise on the input of the whole MoE layer, or None."""
     amount = fields.number(name, 0.0)
     if not 0 <= amount < 1:
-        raise fields.refuse(name, "a number from 0 to 1")
+        raise fields.refuse(name, "a number of at least 0 and below 1")
     return JitterSpec(of="mixture", amount=amount) if amount else None
 
 
 def pooled_balance(fields: Fields, default: float = 0.001) -> tuple[PooledBalanceLossSpec, ...]:
-    """The families' own auxiliary loss."""
+    """Return the auxiliary loss of transformers, `router_aux_loss_coef`, or no loss."""
     coefficient = fields.number("router_aux_loss_coef", default)
     return (PooledBalanceLossSpec(coefficient=coefficient),) if coefficient else ()
 
@@ -97,14 +100,14 @@ def grouped_sigmoid(
     renormalize: bool = True,
     scale: float = 1.0,
 ) -> MoESpec:
-    """The mixture of DeepSeek-V3, which several families take over: sigmoid scores, a bias for the choice, groups.
+    """Return the MoE layer of DeepSeek-V3, used by several families: sigmoid scores, selection bias, expert groups.
 
-    Names and defaults are the family's: of the experts, of the shared ones, (`n_group`, `topk_group`),
-    `norm_topk_prob`, `routed_scaling_factor`. The bias is trained, as in the paper.
+    Arguments are the family's field names and defaults: of the experts, of the shared experts, (`n_group`,
+    `topk_group`), `norm_topk_prob`, `routed_scaling_factor`. The bias is trained, as in the paper.
     """
-    fields.expect("scoring_func", "sigmoid", "noaux_tc")  # the latter in files of dots.llm1
+    fields.expect("scoring_func", "sigmoid", "noaux_tc")  # "noaux_tc" occurs in files of dots.llm1
     fields.expect("topk_method", "noaux_tc")
-    fields.only_in_training("aux_loss_alpha")  # a balance loss of each sequence, which transformers does not have
+    fields.only_in_training("aux_loss_alpha")  # a sequence-wise balance loss, which transformers does not have
     fields.get("seq_aux")
     count, keep = fields.count("n_group", groups[0]), fields.count("topk_group", groups[1])
     choice = GroupedTopKChoiceSpec(num_groups=count, keep=keep, group_value="top2") if count > 1 else TopKChoiceSpec()
@@ -130,15 +133,17 @@ def grouped_sigmoid(
 def windows(
     fields: Fields, num_layers: int, default: Sequence[str] | None = None, *, window: int | None = None
 ) -> list[int | None]:
-    """The sliding window of each layer, by `layer_types` and `sliding_window`; `default` (all full) and `window` (none)
-    where the config does not say."""
+    """Return each layer's sliding window, from `layer_types` and `sliding_window`.
+
+    `default` (all full attention) and `window` (none) apply to absent fields.
+    """
     types = layer_types(fields, num_layers, default or ["full_attention"] * num_layers)
     if "sliding_attention" not in types:
-        fields.get("sliding_window")  # no number of the model depends on it
+        fields.get("sliding_window")  # has no effect without sliding layers
         return [None] * num_layers
     width = fields.count_or_null("sliding_window", window)
     if width is None:
-        raise fields.refuse("sliding_window", "a number, since layer_types names sliding_attention")
+        raise fields.refuse("sliding_window", "a number, because layer_types has sliding_attention")
     return [width if kind == "sliding_attention" else None for kind in types]
 
 
@@ -148,27 +153,27 @@ def layer_types(
     default: Sequence[str] | None,
     known: Sequence[str] = ("full_attention", "sliding_attention"),
 ) -> list[str]:
-    """What kind of attention each layer has."""
+    """Return each layer's kind of attention."""
     types = fields.items("layer_types", num_layers, default)
     if any(kind not in known for kind in types):
-        raise fields.refuse("layer_types", f"each one of {', '.join(known)}")
+        raise fields.refuse("layer_types", f"each layer to be one of {', '.join(known)}")
     return types
 
 
 def per_layer(fields: Fields, name: str, num_layers: int, default: int | None = None) -> list[int]:
-    """A whole number, at least 1, for each layer: a list, or one number for all."""
+    """Return an integer of at least 1 per layer, from a list or from one number for all layers."""
     if not isinstance(fields.get(name), list):
         return [fields.count(name, default)] * num_layers
     numbers = fields.items(name, num_layers)
     if any(type(number) is not int or number < 1 for number in numbers):
-        raise fields.refuse(name, "whole numbers, 1 or more")
+        raise fields.refuse(name, "integers of at least 1")
     return numbers
 
 
 def model(
     fields: Fields, layers: Sequence[LayerSpec], *, norm: RMSNormSpec, tied: bool = False, head_bias: bool = False
 ) -> ModelSpec:
-    """The whole of these layers; `tied` where the config does not say."""
+    """Return the model with these layers; `tied` is the default of `tie_word_embeddings`."""
     fields.only_in_training("attention_dropout")
     return ModelSpec(
         vocab_size=fields.count("vocab_size"),
@@ -180,14 +185,14 @@ def model(
 
 
 def layer(attention: AttentionSpec, block: FeedForwardSpec | MoESpec) -> LayerSpec:
-    """A layer with a norm before each of its two blocks, of which the second is dense or a mixture."""
+    """Return a pre-norm layer whose second block is a dense feed-forward or a MoE layer."""
     if isinstance(block, MoESpec):
         return LayerSpec(attention=attention, moe=block)
     return LayerSpec(attention=attention, feed_forward=block)
 
 
 def grouped(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """Equal neighbours as one with `repeat`."""
+    """Merge equal consecutive layers into one with `repeat`."""
     found: list[LayerSpec] = []
     for layer in layers:
         if found and found[-1].model_copy(update={"repeat": 1}) == layer:
@@ -198,17 +203,20 @@ def grouped(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
 
 
 def layout(fields: Fields) -> Literal["half_split", "interleaved"]:
-    """How a rotation pairs features, by `rope_interleave`."""
+    """Return how RoPE pairs features, from `rope_interleave`."""
     return "interleaved" if fields.flag("rope_interleave", True) else "half_split"
 
 
 def latent_attention(
     fields: Fields, position: RoPESpec | None = None, *, queries: int | None = 1536, **options: Any
 ) -> LatentAttentionSpec:
-    """Multi-head latent attention as DeepSeek's configs describe it. Its rotation is the config's, unless one is given;
-    `queries`: the family's `q_lora_rank` where the config is silent (null is a value of its own)."""
+    """Return multi-head latent attention from the fields of DeepSeek's configs.
+
+    `position`: RoPE, by default the config's. `queries`: the family's default of `q_lora_rank` (an explicit null means
+    full-rank queries).
+    """
     heads = fields.count("num_attention_heads")
-    fields.expect("num_key_value_heads", heads)  # every head has keys of its own
+    fields.expect("num_key_value_heads", heads)  # MLA: every head has its own keys
     return LatentAttentionSpec(
         num_heads=heads,
         head_dim=fields.count("qk_nope_head_dim"),
@@ -217,21 +225,21 @@ def latent_attention(
         latent_dim=fields.count("kv_lora_rank"),
         query_latent_dim=fields.count_or_null("q_lora_rank", queries),
         position=rope(fields, layout=layout(fields)) if position is None else position,
-        norm=RMSNormSpec(epsilon=1e-6),  # Trap: rms_norm_eps is not of these norms.
+        norm=RMSNormSpec(epsilon=1e-6),  # Trap: rms_norm_eps does not apply to these norms.
         bias=fields.flag("attention_bias", False),
         **options,
     )
 
 
 def dense_layers(fields: Fields, num_layers: int) -> list[bool]:
-    """Which layers are dense by `mlp_only_layers` and `decoder_sparse_step` (Qwen)."""
+    """Return a flag per layer, true if it is dense, from `mlp_only_layers` and `decoder_sparse_step` (Qwen)."""
     step, only = fields.count("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
     return [layer in only or (layer + 1) % step > 0 for layer in range(num_layers)]
 
 
 def dense_by_type(fields: Fields, num_layers: int, default: Sequence[bool]) -> list[bool]:
-    """Which layers are dense by `mlp_layer_types`; `default` where the config does not say."""
+    """Return a flag per layer, true if it is dense, from `mlp_layer_types`, or `default` if absent."""
     types = fields.items("mlp_layer_types", num_layers, ["dense" if is_dense else "sparse" for is_dense in default])
     if any(kind not in ("dense", "sparse") for kind in types):
-        raise fields.refuse("mlp_layer_types", "each one of dense, sparse")
+        raise fields.refuse("mlp_layer_types", "each layer to be one of dense, sparse")
     return [kind == "dense" for kind in types]

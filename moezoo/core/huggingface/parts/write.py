@@ -1,4 +1,4 @@
-"""The way back: fields of a config.json for a model that was designed here."""
+"""Export of specs to config.json: fields for a model designed in moezoo."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from moezoo.core.spec import (
 
 
 def common_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
-    """What most families spell alike."""
+    """Return the fields shared by most families."""
     return {
         "architectures": [architecture],
         "rms_norm_eps": spec.norm.epsilon,
@@ -23,7 +23,7 @@ def common_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
 
 
 def attention_config(spec: GroupedQueryAttentionSpec) -> dict[str, Any]:
-    """Heads, widths and rotation."""
+    """Return the fields of attention: numbers of heads, head width and RoPE."""
     return {
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,
@@ -33,13 +33,16 @@ def attention_config(spec: GroupedQueryAttentionSpec) -> dict[str, Any]:
 
 
 def rope_config(position: PositionSpec) -> dict[str, Any]:
-    """A rotation that is not scaled, spelled as mlx-lm reads it too; another one is not read back, and so refused."""
+    """Return the fields of unscaled RoPE in a format that mlx-lm reads too.
+
+    Scaled RoPE would not be parsed back as the same spec, so the caller rejects it.
+    """
     base = position.base if isinstance(position, RoPESpec) else 10_000.0
     return {"rope_theta": base, "rope_scaling": None}
 
 
 def mixture_config(spec: MoESpec, width: str) -> dict[str, Any]:
-    """The experts; `width` is the family's name for the width of one."""
+    """Return the fields of a MoE layer; `width` is the family's field name for the expert width."""
     return {
         "num_experts_per_tok": spec.router.top_k,
         "hidden_act": "gelu_pytorch_tanh" if spec.experts.kind == "geglu" else "silu",
@@ -48,6 +51,6 @@ def mixture_config(spec: MoESpec, width: str) -> dict[str, Any]:
 
 
 def balance_config(spec: MoESpec) -> dict[str, Any]:
-    """The families' own auxiliary loss."""
+    """Return the coefficient of the auxiliary loss of transformers."""
     pooled = [loss.coefficient for loss in spec.losses if isinstance(loss, PooledBalanceLossSpec)]
     return {"router_aux_loss_coef": pooled[0] if pooled else 0.0}
