@@ -13,7 +13,7 @@ from moezoo.jax_backend.runtime.processes import on_host
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-class _State(nnx.Variable):
+class _State(nnx.Variable[jax.Array]):
     """What a step changes in another way than by gradients."""
 
 
@@ -31,11 +31,11 @@ class Weights:
         """Whether this module has a parameter of that name."""
         return self._prefix + name in self._values
 
-    def parameter(self, name: str) -> nnx.Param:
+    def parameter(self, name: str) -> nnx.Param[jax.Array]:
         """A trainable parameter with this module's value of that name, in its own dtype: every use of it casts."""
         return nnx.Param(self._array(name))
 
-    def state(self, name: str) -> nnx.Variable:
+    def state(self, name: str) -> nnx.Variable[jax.Array]:
         """State with this module's value of that name, in its own dtype: not trained by gradients."""
         return _State(self._array(name))
 

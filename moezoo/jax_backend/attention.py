@@ -34,7 +34,7 @@ def attend(
     score = jnp.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -jnp.inf)
     # The largest score only guards against overflow; it cancels, and so does its gradient.
     largest = lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
-    total = 0.0
+    total: jax.Array | float = 0.0
     if sink_N is not None:
         sink_MG11 = sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1)
         largest = jnp.maximum(largest, lax.stop_gradient(sink_MG11))
@@ -164,22 +164,24 @@ class GroupedQueryAttention(nnx.Module):
             warmth_T = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))
             query = (query * warmth_T[..., None, None]).astype(dtype)
         value = None
-        if spec.keys_of_layer is None:
+        if isinstance(cache, SharedCache):
+            cache = cache.extended(length)
+        elif spec.keys_of_layer is None:
             key, value = self._keys_and_values(x_BTD, position_T)
             mixed = value
             if spec.value_residual and self.layer > 0:
+                assert first_value_BTMH is not None
                 mix = self.value_mix[...].astype(jnp.float32)
                 mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
             if cache is None:
                 source = Source(key, mixed, position_T)
             else:
                 cache, source = cache.extended(key, mixed)
-        elif cache is not None:
-            cache = cache.extended(length)
+        assert source is not None
         sink_N = self.sink[...].astype(jnp.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, *source[:2], sink_N)
+            attended = attend_causally(spec, grouped, source[0], source[1], sink_N)
         else:
             attended = attend(
                 grouped,

@@ -58,6 +58,7 @@ class Generation:
     def next(self) -> PendingTokens:
         """Dispatch one more token of each sequence."""
         if self._tokens_B is None:
+            assert self._caches.first_B is not None
             self._tokens_B, logits_BV, self._seen_BV = _choose(
                 self._logits_BV,
                 self._rule,
@@ -93,6 +94,7 @@ def choose(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Tokens by these draws, the logits that they are from, and which tokens each row has now."""
     if seen_BV is not None:
+        assert rule.penalty is not None
         logits_BV = penalized(logits_BV, seen_BV, rule.penalty)
     tokens_B = sample(logits_BV, rule, draw_B)
     if seen_BV is not None:
@@ -110,6 +112,7 @@ _choose, _drawn = jax.jit(choose), jax.jit(drawn)
 
 def _grown(spec: ModelSpec, caches: Caches, size: int) -> Caches:
     """The caches with room for so many places, those in them where they were."""
+    assert caches.first_B is not None
     batch = len(caches.first_B)
     shapes = jax.eval_shape(lambda: empty_cache(spec, batch, size))
 

@@ -71,7 +71,7 @@ class RollingCache(NamedTuple):
             for kept, more in ((self.key_BSMH, key_BTMH), (self.value_BSMH, value_BTMH))
         ]
         key_BSMH, value_BSMH = (jnp.roll(part[:, new:], length, axis=1) for part in both)
-        source = Source(*both, self.length - size + jnp.arange(size + new))
+        source = Source(both[0], both[1], self.length - size + jnp.arange(size + new))
         return RollingCache(key_BSMH, value_BSMH, length), source
 
 
@@ -140,6 +140,7 @@ class LatentCache(NamedTuple):
         start = (0, self.length, 0)
         index_key_BSH = self.index_key_BSH
         if index_key_BSH is not None:
+            assert index_key_BTH is not None
             index_key_BSH = lax.dynamic_update_slice(index_key_BSH, index_key_BTH, start)
         return LatentCache(
             lax.dynamic_update_slice(self.latent_BSZ, latent_BTZ, start),

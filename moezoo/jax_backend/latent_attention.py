@@ -71,6 +71,9 @@ class LatentAttention(nnx.Module):
         mask_TS = position_T[..., :, None] >= position_S[..., None, :]
         mask_TS = mask_TS if first_B is None else mask_TS & same_side(position_T, position_S)
         if spec.indexer is not None:
+            assert index_query is not None
+            assert index_key is not None
+            assert index_weight is not None
             index_BTS = index(index_query, index_key, index_weight)
             mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
             attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, scale)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, assert_never
+from typing import TypeVar, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from moezoo.jax_backend.dispatch import expert_counts
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.runtime.placement import row_by_row
 
+Carried = TypeVar("Carried")
+
 PART = 2**20
 """Logits that cross-entropy has the exponentials of at once: 4 MiB."""
 
@@ -50,8 +52,10 @@ def _log_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
     return _log_losses_forward(logits_BTV, target_BT)[0]
 
 
-def _log_losses_forward(logits_BTV: jax.Array, target_BT: jax.Array):
-    def of_positions(start: jax.Array, length: int, found: tuple[jax.Array, ...]):
+def _log_losses_forward(
+    logits_BTV: jax.Array, target_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    def of_positions(start: jax.Array, length: int, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         logits_BTV, *columns = found
         logits, target = (lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in (logits_BTV, target_BT))
         largest = jnp.max(logits, axis=-1)
@@ -65,13 +69,14 @@ def _log_losses_forward(logits_BTV: jax.Array, target_BT: jax.Array):
 
     # Trap: the way back writes over the logits, and XLA would copy them first if they did not come out of this loop.
     empty = jnp.zeros(target_BT.shape, logits_BTV.dtype)
-    logits_BTV, largest_BT, total_BT, chosen_BT = _over_positions(
-        logits_BTV.shape, of_positions, (logits_BTV, empty, empty, empty)
-    )
+    carried: tuple[jax.Array, ...] = (logits_BTV, empty, empty, empty)
+    logits_BTV, largest_BT, total_BT, chosen_BT = _over_positions(logits_BTV.shape, of_positions, carried)
     return jnp.log(total_BT) + (largest_BT - chosen_BT), (logits_BTV, target_BT, largest_BT, total_BT)
 
 
-def _log_losses_backward(saved, gradient_BT: jax.Array):
+def _log_losses_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array, jax.Array], gradient_BT: jax.Array
+) -> tuple[jax.Array, None]:
     logits_BTV, *columns = saved
     token_V = jnp.arange(logits_BTV.shape[-1])
 
@@ -90,7 +95,7 @@ def _log_losses_backward(saved, gradient_BT: jax.Array):
 _log_losses.defvjp(_log_losses_forward, _log_losses_backward)
 
 
-def _over_positions(shape: tuple[int, ...], of_positions: Callable[..., Any], carried: Any) -> Any:
+def _over_positions(shape: tuple[int, ...], of_positions: Callable[..., Carried], carried: Carried) -> Carried:
     """`of_positions(start, length, carried)` for as many positions at once as have PART logits, and for the rest."""
     batch, length, vocab = shape
     part = max(1, min(length, PART // (batch * vocab)))
@@ -267,20 +272,21 @@ def loss_terms(
     mixtures = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, jax.Array]]] = {}
     pooled: list[jax.Array] = []
+    batch, length = target_BT.shape
     for place, ((index, moe), routing) in enumerate(zip(mixtures, routings, strict=True)):
         load_E = None if global_load is None else global_load[place]
         for loss in moe.losses:
-            value = auxiliary_loss(loss, moe, routing, target_BT.shape, load_E=load_E)
+            value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E)
             found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
             if isinstance(loss, PooledBalanceLossSpec):
                 pooled.append(routing.logits_PE)
                 pooled_top_k = moe.router.top_k
     if index_losses:
         found["index"] = list(index_losses)
-    total = terms["cross_entropy"]
+    total, zero = terms["cross_entropy"], jnp.float32(0)
     for name, rows in found.items():
-        value = sum(value for _, _, value in rows) / len(rows)
-        weighted = sum(coefficient * value for _, coefficient, value in rows)
+        value = sum((value for _, _, value in rows), zero) / len(rows)
+        weighted = sum((coefficient * value for _, coefficient, value in rows), zero)
         if name == "pooled_balance":
             value = pooled_balance(pooled, pooled_top_k)
             weighted = rows[0][1] * value

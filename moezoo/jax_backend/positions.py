@@ -46,11 +46,15 @@ def _turned(layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array) ->
             assert_never(layout)
 
 
-def _turned_forward(layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array):
+def _turned_forward(
+    layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _turned(layout, x, cosine, sine), (cosine, sine)
 
 
-def _turned_backward(layout: Layout, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _turned_backward(
+    layout: Layout, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
     cosine, sine = saved
     return _turned(layout, gradient, cosine, -sine), None, None
 

@@ -42,8 +42,10 @@ def gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
     """Spec: moezoo.core.random.bernoulli."""
-    return uniform(key, shape) < jnp.float32(probability)
+    found: jax.Array = uniform(key, shape) < jnp.float32(probability)
+    return found
 
 
 def _wrapped(key: jax.Array) -> jax.Array:
-    return jax.random.wrap_key_data(key, impl="threefry2x32")
+    wrapped: jax.Array = jax.random.wrap_key_data(key, impl="threefry2x32")
+    return wrapped

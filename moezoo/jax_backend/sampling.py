@@ -55,6 +55,7 @@ def sample(logits_BV: jax.Array, rule: Rule, draw_B: jax.Array | None) -> jax.Ar
     if rule.temperature is None:
         chosen_B = jnp.argmax(logits_BV, axis=-1)
     else:
+        assert draw_B is not None
         p_BV = probabilities(logits_BV, rule)
         cumulative_BV = jnp.cumsum(p_BV, axis=-1)
         target_B1 = (draw_B * jnp.max(cumulative_BV, axis=-1))[:, None]
@@ -65,6 +66,7 @@ def sample(logits_BV: jax.Array, rule: Rule, draw_B: jax.Array | None) -> jax.Ar
 
 def probabilities(logits_BV: jax.Array, rule: Rule) -> jax.Array:
     """Spec: moezoo.core.sampling.probabilities; of a temperature, and not renormalized, which `sample` needs not."""
+    assert rule.temperature is not None
     logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     p_BV = jnp.exp(logits_BV / rule.temperature)
     if rule.top_k is not None or rule.top_p is not None:

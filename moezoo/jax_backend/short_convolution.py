@@ -69,4 +69,6 @@ def causal_convolution(x: jax.Array, weight: jax.Array, before: jax.Array) -> ja
     length = x.shape[1]
     padded = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
     weight = weight.astype(jnp.float32)
-    return sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
+    rows = (padded[:, start : start + length] * row for start, row in enumerate(weight))
+    convolved: jax.Array = sum(rows, jnp.float32(0))
+    return convolved

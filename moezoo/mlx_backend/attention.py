@@ -101,8 +101,8 @@ def attend_causally(
         chunks.append(Chunk(start, end, first, end, mask_TS))
     if is_x86_cpu() and spec.softcap is None:
         dtype, scale = query_BTMGH.dtype, 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
-        arrays = [x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH)]
-        return attend_in_chunks(*arrays, chunks, scale, sink_N, forget=True).astype(dtype)
+        query_BTMGH, key_BTMH, value_BTMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH))
+        return attend_in_chunks(query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, forget=True).astype(dtype)
     turns, attended = streams(), []
     for index, chunk in enumerate(chunks):
         rows, sources = slice(chunk.start, chunk.end), slice(chunk.first, chunk.last)
@@ -196,22 +196,24 @@ class GroupedQueryAttention(nn.Module):
             warmth_T = temperature(spec.temperature_tuning, mx.maximum(position_T, 0))
             query = (query * warmth_T[..., None, None]).astype(dtype)
         value = None
-        if spec.keys_of_layer is None:
+        if isinstance(cache, SharedCache):
+            cache = cache.extended(length)
+        elif spec.keys_of_layer is None:
             key, value = self._keys_and_values(x_BTD, known_T)
             mixed = value
             if spec.value_residual and self.layer > 0:
+                assert first_value_BTMH is not None
                 mix = self.value_mix.astype(mx.float32)
                 mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
             if cache is None:
                 source = Source(key, mixed, position_T)
             else:
                 cache, source = cache.extended(key, mixed)
-        elif cache is not None:
-            cache = cache.extended(length)
+        assert source is not None
         sink_N = self.sink.astype(mx.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, *source[:2], sink_N)
+            attended = attend_causally(spec, grouped, source[0], source[1], sink_N)
         else:
             attended = attend(
                 grouped,

@@ -10,6 +10,7 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import positions
+from moezoo.mlx_backend.runtime.custom_function import custom_function
 from moezoo.mlx_backend.short_convolution import causal_convolution
 
 CHUNK = 32
@@ -137,7 +138,7 @@ def unit(x: mx.array) -> mx.array:
     return x * mx.rsqrt(mx.sum(mx.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-@mx.custom_function
+@custom_function
 def _inverse_of_one_plus(lower: mx.array) -> mx.array:
     """`(1 + lower)^-1` of strictly lower triangular matrices [..., T, T], by blocks: exact, and products alone.
 

@@ -74,7 +74,9 @@ def dispatch(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inferen
     size_E = _counts(routing.expert_PK, computed_PK, num_experts)
     if mostly_unused(spec, inference=inference):
         # gather_mm would multiply unused rows too. Shapes may depend on values here: nothing is compiled.
-        most = max(1, int(mx.sum(size_E).item()))
+        used = mx.sum(size_E).item()
+        assert isinstance(used, int)
+        most = max(1, used)
     order_R = mx.argsort(mx.where(computed_PK, routing.expert_PK, num_experts).reshape(-1))[:most]
     # Trap: without it, "Cannot calculate VJP with respect to indices".
     order_R = mx.stop_gradient(order_R.astype(mx.int32))

@@ -50,6 +50,7 @@ def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.a
     """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts that take turns on two streams."""
     turns = streams()
     if spec.kind == "swiglu" and is_x86_cpu():
+        assert gate is not None
         rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
         return gated_silu(*rows, forget=len(rows[0]) > MANY_ROWS).reshape(up.shape)
     if len(turns) == 1 or spec.kind in _WITHOUT_EXPONENTIAL:
@@ -67,6 +68,7 @@ def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.a
 def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
     match spec:
         case GatedFeedForwardSpec():
+            assert gate is not None
             match spec.kind:
                 case "swiglu":
                     return _silu(gate) * up
@@ -77,6 +79,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
                 case _:
                     assert_never(spec.kind)
         case ClampedSwiGLUSpec():
+            assert gate is not None
             gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)
             return gate * _sigmoid(spec.alpha * gate) * (up + 1)
         case PlainFeedForwardSpec():

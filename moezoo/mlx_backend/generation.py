@@ -83,6 +83,7 @@ class Generation:
             return None
         if not self._draws:
             drawn_NB = drawn(self._rule, self._position_B)
+            assert drawn_NB is not None
             mx.eval(drawn_NB)
             self._draws, self._position_B = list(drawn_NB)[::-1], self._position_B + _DRAWN
         return self._draws.pop()
@@ -106,6 +107,7 @@ def choose(
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """Tokens by these draws, the logits that they are from, and which tokens each row has now."""
     if seen_BV is not None:
+        assert rule.penalty is not None
         logits_BV = penalized(logits_BV, seen_BV, rule.penalty)
     tokens_B = sample(logits_BV, rule, draw_B)
     if seen_BV is not None:

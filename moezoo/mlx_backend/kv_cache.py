@@ -65,11 +65,11 @@ class RollingCache(NamedTuple):
             place_S = self.length - (self.length - mx.arange(size)) % size
             return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, place_S)
         both = [
-            mx.concatenate([mx.roll(kept, -self.length, axis=1), more], axis=1)
+            mx.concatenate([mx.roll(kept, -self.length, 1), more], axis=1)
             for kept, more in ((self.key_BSMH, key_BTMH), (self.value_BSMH, value_BTMH))
         ]
-        key_BSMH, value_BSMH = (mx.roll(part[:, new:], length, axis=1) for part in both)
-        source = Source(*both, self.length - size + mx.arange(size + new))
+        key_BSMH, value_BSMH = (mx.roll(part[:, new:], length, 1) for part in both)
+        source = Source(both[0], both[1], self.length - size + mx.arange(size + new))
         return RollingCache(key_BSMH, value_BSMH, length), source
 
 
@@ -138,6 +138,7 @@ class LatentCache(NamedTuple):
         start = mx.array([self.length])
         index_key_BSH = self.index_key_BSH
         if index_key_BSH is not None:
+            assert index_key_BTH is not None
             index_key_BSH = mx.slice_update(index_key_BSH, index_key_BTH, start, (1,))
         return LatentCache(
             mx.slice_update(self.latent_BSZ, latent_BTZ, start, (1,)),

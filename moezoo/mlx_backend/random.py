@@ -17,7 +17,7 @@ def fold_in(key: mx.array, *data: int | mx.array) -> mx.array:
     """Spec: moezoo.core.random.fold_in; each of `data` is an integer, or uint32 [n] for n keys [2, n]."""
     for number in data:
         word = mx.array(number, mx.uint32) if isinstance(number, int) else number.astype(mx.uint32)
-        key = mx.stack(_threefry(key, word))
+        key = mx.stack(list(_threefry(key, word)))
     return key
 
 

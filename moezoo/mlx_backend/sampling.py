@@ -31,7 +31,7 @@ def rule_of(options: SamplingOptions) -> Rule:
     """The rule that these options say."""
 
     def number(value: float | None, off: float | None = None) -> mx.array | None:
-        return None if value is None or value == off else mx.array(np.float32(value))
+        return None if value is None or value == off else mx.array(float(value), mx.float32)
 
     key, penalty = mx.array(key_of(options.seed)), number(options.repetition_penalty, 1)
     if options.temperature == 0:
@@ -39,7 +39,7 @@ def rule_of(options: SamplingOptions) -> Rule:
     # Trap: a temperature below float32's smallest would divide by zero; at that one all but the best have underflowed.
     temperature = number(max(options.temperature, float(np.finfo(np.float32).tiny)))
     # More than any vocabulary is all of it, and must fit a word.
-    top_k = None if options.top_k is None else mx.array(np.int32(min(options.top_k, 2**31 - 1)))
+    top_k = None if options.top_k is None else mx.array(int(min(options.top_k, 2**31 - 1)), mx.int32)
     return Rule(key, temperature, top_k, number(options.top_p, 1), number(options.min_p), penalty)
 
 
@@ -54,6 +54,7 @@ def sample(logits_BV: mx.array, rule: Rule, draw_B: mx.array | None) -> mx.array
     if rule.temperature is None:
         chosen_B = mx.argmax(logits_BV, axis=-1)
     else:
+        assert draw_B is not None
         p_BV = probabilities(logits_BV, rule)
         cumulative_BV = mx.cumsum(p_BV, axis=-1)
         target_B1 = (draw_B * mx.max(cumulative_BV, axis=-1))[:, None]
@@ -64,6 +65,7 @@ def sample(logits_BV: mx.array, rule: Rule, draw_B: mx.array | None) -> mx.array
 
 def probabilities(logits_BV: mx.array, rule: Rule) -> mx.array:
     """Spec: moezoo.core.sampling.probabilities; of a temperature, and not renormalized, which `sample` needs not."""
+    assert rule.temperature is not None
     logits_BV = logits_BV - mx.max(logits_BV, axis=-1, keepdims=True)
     p_BV = mx.exp(logits_BV / rule.temperature)
     if rule.top_k is not None or rule.top_p is not None:

@@ -69,4 +69,5 @@ def causal_convolution(x: mx.array, weight: mx.array, before: mx.array) -> mx.ar
     length = x.shape[1]
     padded = mx.concatenate([before, x], axis=1).astype(mx.float32)
     weight = weight.astype(mx.float32)
-    return sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
+    rows = (padded[:, start : start + length] * row for start, row in enumerate(weight))
+    return sum(rows, mx.array(0.0))
