@@ -11,11 +11,10 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels.x86 import gated_silu, is_x86_cpu, sigmoid
 from moezoo.mlx_backend.runtime.streams import streams
 
-_WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than putting parts together again
-
+_WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than concatenating the parts
 
 MANY_ROWS = 512
-"""From here on a copy of what the backward pass needs costs less than keeping the rest."""
+"""From this number of rows on, copying what the backward pass needs costs less than keeping the rest alive."""
 
 
 class FeedForward(nn.Module):
@@ -47,7 +46,7 @@ class FeedForward(nn.Module):
 
 
 def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts that take turns on two streams."""
+    """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts, on two streams in turn."""
     turns = streams()
     if spec.kind == "swiglu" and is_x86_cpu():
         assert gate is not None
@@ -97,7 +96,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
 
 
 def _silu(x: mx.array) -> mx.array:
-    """Fused on the GPU; on the CPU that would need a C++ compiler."""
+    """SiLU, fused on the GPU; on the CPU, fusing would need a C++ compiler."""
     return nn.silu(x) if len(streams()) == 1 else x * mx.sigmoid(x)
 
 
@@ -106,5 +105,5 @@ def _sigmoid(x: mx.array) -> mx.array:
 
 
 def _gelu(x: mx.array) -> mx.array:
-    """The tanh form, as x times a sigmoid: one exponential, and no small difference of large numbers."""
+    """GELU by tanh, as x times a sigmoid: one exponential, and no cancellation."""
     return x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
