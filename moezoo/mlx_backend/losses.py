@@ -45,7 +45,7 @@ def cross_entropy(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
     return mx.sum(mx.sum(token_losses(logits_BTV, target_BT), axis=-1)) / average(mx.sum(target_BT != IGNORED))
 
 
-# --- what balance losses are made of ---------------------------------------------------------------------------------
+# --- parts of balance losses -----------------------------------------------------------------------------------------
 
 
 def probabilities(spec: RouterSpec, routing: Routing) -> mx.array:
@@ -203,12 +203,12 @@ def loss_terms(
 ) -> dict[str, mx.array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
-    mixtures = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
+    moes = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, mx.array]]] = {}
     pooled: list[mx.array] = []
     batch, length = target_BT.shape
-    for place, ((index, moe), routing) in enumerate(zip(mixtures, routings, strict=True)):
-        load_E = None if global_load is None else global_load[place]
+    for order, ((index, moe), routing) in enumerate(zip(moes, routings, strict=True)):
+        load_E = None if global_load is None else global_load[order]
         for loss in moe.losses:
             value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E)
             found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
