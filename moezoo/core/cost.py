@@ -312,7 +312,7 @@ def activation_bytes(
         case "experts":
             return sum(layers, final_norm) - sum(copies) + max(copies)
         case "block":
-            choices = sum(layer.moe.num_choices for layer in spec.all_layers if layer.moe is not None)
+            choices = sum(moe.num_choices for _, moe in spec.moes)
             entered = 4 * compute * spec.embed_dim * len(layers) + 2 * _FLOAT32_BYTES * choices
             return final_norm + entered + max(layers)
         case _:

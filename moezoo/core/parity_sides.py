@@ -171,7 +171,7 @@ class Reference:
     @property
     def moes(self) -> list[MoESpec]:
         """Every mixture of the model."""
-        return [layer.moe for layer in self.spec.all_layers if layer.moe is not None]
+        return [moe for _, moe in self.spec.moes]
 
     def _given_moments(self) -> dict[str, Floats]:
         """Moments from which a step depends smoothly on the gradient g: m = g / 2, v = g^2 + mean(g^2), g clipped.
@@ -266,7 +266,7 @@ def _in_order_of(own: list[Integers], other: list[Integers]) -> list[Integers]:
 
 def _moved_copies(spec: ModelSpec, experts: list[Integers], load: list[NDArray[np.int64]]) -> float:
     """Share of routed copies that the step sent to another expert than the forward pass did, in the worst layer."""
-    moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
+    moes = [moe for _, moe in spec.moes]
     if len(load) != len(moes):
         return float("inf")
     shares = [0.0]

@@ -146,7 +146,7 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> dict[s
         "state": _FLOAT32_BYTES * state,
         "put together": 2 * _FLOAT32_BYTES * _most_put_together(step),
         "activations": round(step.tokens * kept),
-        "exchange": max((2 * step.exchange_bytes(layer.moe) for layer in spec.all_layers if layer.moe), default=0),
+        "exchange": max((2 * step.exchange_bytes(moe) for _, moe in spec.moes), default=0),
         "logits": 2 * _FLOAT32_BYTES * step.tokens * spec.vocab // step.parts.get("vocab", 1),
     }
 
@@ -405,10 +405,8 @@ def _statistics(step: _Step) -> Iterator[Collective]:
     """
     if not step.batch_axes:
         return
-    for layer in step.config.model.all_layers:
-        if layer.moe is not None:
-            size = _FLOAT32_BYTES * layer.moe.num_choices
-            yield step.collective("all-reduce", step.batch_axes, "loads and losses", size, 3)
+    for _, moe in step.config.model.moes:
+        yield step.collective("all-reduce", step.batch_axes, "loads and losses", _FLOAT32_BYTES * moe.num_choices, 3)
     yield step.collective("all-reduce", step.batch_axes, "loads and losses", _FLOAT32_BYTES)
 
 

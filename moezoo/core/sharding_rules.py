@@ -10,7 +10,7 @@ from typing import NamedTuple
 from moezoo.core.errors import SpecError
 from moezoo.core.mesh import BATCH_AXES, MeshAxis, MeshConfig
 from moezoo.core.parameters import Parameter
-from moezoo.core.reference.dispatch import capacities
+from moezoo.core.parameters.capacity import capacities
 from moezoo.core.spec import CapacitySpec, MoESpec
 
 RULES: dict[str, tuple[MeshAxis, ...]] = {

@@ -215,8 +215,7 @@ class _Training:
             self.metrics.write(record)
 
     def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> dict[str, Any]:
-        moes = [layer.moe for layer in self.config.model.all_layers if layer.moe is not None]
-        kinds: list[str] = [*dict.fromkeys(loss.kind for moe in moes for loss in moe.losses)]
+        kinds: list[str] = [*dict.fromkeys(loss.kind for _, moe in self.config.model.moes for loss in moe.losses)]
         kinds += ["index"] if "index" in metrics.losses else []
         names = ["loss", "cross_entropy", *(name for kind in kinds for name in (kind, f"{kind}_weighted"))]
         routing = routing_statistics(self.config.model.moe_layers, metrics.load, metrics.dropped)

@@ -5,7 +5,7 @@ from typing import NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 
-from moezoo.core.reference.dispatch import capacities, num_groups, num_rows
+from moezoo.core.parameters.capacity import capacities, num_groups, num_rows
 from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.runtime.placement import row_by_row

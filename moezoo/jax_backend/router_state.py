@@ -26,9 +26,8 @@ def updated_state(
 ) -> dict[str, jax.Array]:
     """Spec: moezoo.core.reference.router_state.updated_state."""
     new = dict(state)
-    for layer, load_E, lowest_E in zip(spec.moe_layers, loads, cutoffs, strict=True):
-        moe, name = spec.all_layers[layer].moe, f"layers.{layer}.moe.router"
-        assert moe is not None
+    for (layer, moe), load_E, lowest_E in zip(spec.moes, loads, cutoffs, strict=True):
+        name = f"layers.{layer}.moe.router"
         if moe.router.selection_bias is not None:
             bias = f"{name}.selection_bias"
             new[bias] = updated_bias(state[bias], load_E, moe.router.selection_bias.rate)

@@ -32,8 +32,8 @@ from moezoo.jax_backend.arrays import Weights, exported, to_numpy
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.distributed.checkpoint_writer import PendingFiles
 from moezoo.jax_backend.distributed.sharding import Placement, divided, gathered
-from moezoo.jax_backend.experts import grouped_path
 from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, prefilled
+from moezoo.jax_backend.kernels.grouped_product import grouped_path
 from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.mixture import Mixture

@@ -4,7 +4,7 @@ from typing import NamedTuple, assert_never
 
 import mlx.core as mx
 
-from moezoo.core.reference.dispatch import capacities, mostly_unused, num_groups, num_rows
+from moezoo.core.parameters.capacity import capacities, mostly_unused, num_groups, num_rows
 from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, rows_of_tokens, sum_over_rows
 from moezoo.mlx_backend.routing import Routing

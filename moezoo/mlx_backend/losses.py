@@ -203,11 +203,10 @@ def loss_terms(
 ) -> dict[str, mx.array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
-    moes = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, mx.array]]] = {}
     pooled: list[mx.array] = []
     batch, length = target_BT.shape
-    for order, ((index, moe), routing) in enumerate(zip(moes, routings, strict=True)):
+    for order, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
         load_E = None if global_load is None else global_load[order]
         for loss in moe.losses:
             value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E)

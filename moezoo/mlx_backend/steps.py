@@ -25,8 +25,8 @@ from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.arrays import Weights, exported, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.distributed import data_parallel
-from moezoo.mlx_backend.experts import grouped_path
 from moezoo.mlx_backend.generation import Generation, choose, prefilled
+from moezoo.mlx_backend.kernels.grouped_product import grouped_path
 from moezoo.mlx_backend.kernels.x86 import FusedAdamW, can_fuse, is_x86_cpu
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses

@@ -8,15 +8,12 @@ from hypothesis import strategies as st
 from moezoo.core.backend import combine_weights
 from moezoo.core.config import validate
 from moezoo.core.errors import SpecError
+from moezoo.core.parameters.capacity import capacities, mostly_unused, num_groups, num_rows
 from moezoo.core.reference.dispatch import (
     Dispatch,
-    capacities,
     combine,
     dispatch,
-    mostly_unused,
     num_dropped,
-    num_groups,
-    num_rows,
 )
 from moezoo.core.reference.losses import expert_counts
 from moezoo.core.reference.routing import Routing

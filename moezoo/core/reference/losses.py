@@ -315,10 +315,9 @@ def loss_terms(
         global_load: int [E] per MoE layer, tokens per expert in the whole step, for `global_balance`.
     """
     terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
-    moes = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, Array]]] = {}
     pooled: list[Array] = []
-    for order, ((index, moe), routing) in enumerate(zip(moes, routings, strict=True)):
+    for order, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
         load_E = None if global_load is None else global_load[order]
         for loss in moe.losses:
             value = auxiliary_loss(loss, moe, routing, target_BT.shape, load_E=load_E)

@@ -270,7 +270,12 @@ class ModelSpec(Part):
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have a MoE."""
-        return tuple(index for index, layer in enumerate(self.all_layers) if layer.moe is not None)
+        return tuple(index for index, _ in self.moes)
+
+    @property
+    def moes(self) -> tuple[tuple[int, MoESpec], ...]:
+        """Each MoE layer's index in `all_layers` and its MoE spec, in order."""
+        return tuple((index, layer.moe) for index, layer in enumerate(self.all_layers) if layer.moe is not None)
 
     @property
     def shared_layers(self) -> frozenset[int]:

@@ -24,10 +24,9 @@ def spec(fields: Fields) -> ModelSpec:
 def config(spec: ModelSpec) -> dict[str, Any] | None:
     layers = spec.all_layers
     attention = layers[0].attention
-    moe = next((layer.moe for layer in layers if layer.moe is not None), None)
-    if not isinstance(attention, LatentAttentionSpec) or moe is None:
+    if not isinstance(attention, LatentAttentionSpec) or not spec.moes:
         return None
-    first = next(index for index, layer in enumerate(layers) if layer.moe is not None)
+    first, moe = spec.moes[0]
     router = moe.router
     groups = (
         (router.choice.num_groups, router.choice.keep) if isinstance(router.choice, GroupedTopKChoiceSpec) else (1, 1)

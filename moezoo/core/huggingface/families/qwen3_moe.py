@@ -37,10 +37,10 @@ def spec(fields: Fields) -> ModelSpec:
 def config(spec: ModelSpec) -> dict[str, Any] | None:
     layers = spec.all_layers
     attention = layers[0].attention
-    moe = next((layer.moe for layer in layers if layer.moe is not None), None)
     dense = [index for index, layer in enumerate(layers) if layer.moe is None]
-    if not isinstance(attention, GroupedQueryAttentionSpec) or moe is None:
+    if not isinstance(attention, GroupedQueryAttentionSpec) or not spec.moes:
         return None
+    _, moe = spec.moes[0]
     width = layers[dense[0]].feed_forward.hidden_dim if dense else moe.experts.hidden_dim  # type: ignore[union-attr]
     return {
         **parts.common_config(spec, "Qwen3MoeForCausalLM"),
