@@ -130,7 +130,7 @@ def test_an_extended_cache_holds_the_last_inputs(twin):
     inputs = normal(1, B, 6, D)
     cache = empty_cache(twin, twin.array(inputs))
     for part in (slice(0, 1), slice(1, 6)):
-        cache = cache.extended(twin.array(inputs[:, part]))
+        cache = cache.extend(twin.array(inputs[:, part]))
     assert_close(twin.numpy(cache.input_BSZ), inputs[:, 3:], EXACT)
 
 

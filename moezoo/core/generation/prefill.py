@@ -14,8 +14,8 @@ PIECE = 256
 """Tokens of a prompt at a time, so that scores are PIECE x S a head and not T x T. A product of so many rows is
 bound by arithmetic rather than by the weights that it reads; other sizes have not been timed."""
 
-ROOM = 256
-"""Places with which caches begin: about a paragraph, within which nothing is compiled again; others were not timed."""
+INITIAL_CAPACITY = 256
+"""Slots of a new cache: about a paragraph, within which nothing is recompiled; other sizes were not timed."""
 
 
 def widths(length: int, smallest: int = 1) -> list[int]:

@@ -1,7 +1,7 @@
-"""Choosing the next token from logits. The backends do it on the device; this is what they must agree with.
+"""Sampling the next token from logits: the reference for the backends, which sample on the device.
 
-Nothing is remembered between tokens: the draw of sequence b at position t is a function of (seed, t, b), so a
-text can be continued, repeated or checked from any token on.
+Sampling has no state: the random number of sequence b at position t is a function of (seed, t, b), so a text can be
+continued, repeated or checked from any token on.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Probabilities = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen; None means that a filter is off. SpecError for a value out of range.
+    """Sampling options; None turns a filter off. SpecError for a value out of range.
 
     | field | range | meaning |
     |---|---|---|
@@ -29,7 +29,7 @@ class SamplingOptions:
     | top_p | (0, 1] | keep the fewest most probable tokens whose probabilities add up to p (nucleus) |
     | min_p | [0, 1] | keep the tokens at least min_p times as probable as the most probable one |
     | repetition_penalty | > 0 | see `penalized`; 1 is off |
-    | seed | [0, 2**64) | of the draws |
+    | seed | [0, 2**64) | seed of the random draws |
     """
 
     temperature: float = 1.0
@@ -57,15 +57,15 @@ class SamplingOptions:
 
 
 def sample(logits_BV: Logits, options: SamplingOptions, position: int | Tokens) -> Tokens:
-    """The next token of each sequence: int32 [B].
+    """Sample the next token of each sequence: int32 [B].
 
-    `logits_BV` is float32 [B, V]; -inf forbids a token. `position` is the place in the sequence that the
-    token will take, in [0, 2**32), of all sequences or, int [B], of each.
+    `logits_BV` is float32 [B, V]; -inf forbids a token. `position` is the position in the sequence that the token will
+    have, in [0, 2**32): one for all sequences or, int [B], one for each.
 
-    Greedy (temperature 0): the highest logit, ties to the lower id. Otherwise one uniform number u_b of the
-    key fold_in(key(seed), position, b) for sequence b, and the first token, in the order of ids, up to which
-    the probabilities of `probabilities` add up to more than u_b. The order of ids, unlike that of
-    probabilities, keeps the choice when two nearly equal logits change places between backends.
+    Greedy (temperature 0): the highest logit, ties to the lower id. Otherwise sequence b draws one uniform number u_b
+    from the key fold_in(key(seed), position, b), and takes the first token, in the order of ids, at which the
+    cumulative sum of `probabilities` exceeds u_b. Unlike the order of probabilities, the order of ids keeps the choice
+    when two nearly equal logits swap places between backends.
 
     Raises DataError for logits that hold NaN or +inf, or forbid every token.
 
@@ -84,11 +84,11 @@ def sample(logits_BV: Logits, options: SamplingOptions, position: int | Tokens) 
 
 
 def probabilities(logits_BV: Logits, options: SamplingOptions) -> Probabilities:
-    """The probabilities that `sample` draws from: float64 [B, V], rows adding up to 1, filtered tokens exactly 0.
+    """Return the probabilities that `sample` draws from: float64 [B, V], rows sum to 1, filtered tokens exactly 0.
 
-    softmax(logits / temperature) in float64, then the filters in this order, each on what the one before it
-    left, renormalized: top-k, top-p, min-p. Equally probable tokens stay or go by id, the lower ones first,
-    in top-k and top-p; min-p keeps or drops them together. Temperature 0 gives 1 to the greedy token.
+    softmax(logits / temperature) in float64, then the filters top-k, top-p and min-p in this order, each on the
+    renormalized result of the one before. Between equally probable tokens, top-k and top-p keep the lower ids; min-p
+    keeps or drops them together. With temperature 0 the greedy token has probability 1.
 
     Source: top-p, Holtzman et al. 2020, arXiv 1904.09751, eq. 2; min-p, Nguyen et al. 2024, arXiv 2407.01082.
     """
@@ -97,7 +97,7 @@ def probabilities(logits_BV: Logits, options: SamplingOptions) -> Probabilities:
         greedy = np.zeros_like(logits)
         greedy[np.arange(len(logits)), np.argmax(logits, axis=-1)] = 1
         return greedy
-    with np.errstate(over="ignore"):  # a tiny temperature may give -inf, which is a probability of 0
+    with np.errstate(over="ignore"):  # a tiny temperature may yield -inf, a probability of 0
         p_BV: Probabilities = np.exp((logits - logits.max(axis=-1, keepdims=True)) / options.temperature)
     p_BV /= p_BV.sum(axis=-1, keepdims=True)
     if options.top_k is not None or options.top_p is not None:
@@ -117,11 +117,13 @@ def probabilities(logits_BV: Logits, options: SamplingOptions) -> Probabilities:
 
 
 def penalized(logits_BV: Logits, tokens_BT: Tokens, penalty: float) -> Logits:
-    """Logits of tokens that the sequence already has, prompt included, made less likely: divided by the penalty where
-    positive, multiplied by it elsewhere; those of the others as they are. `sample` expects its logits so.
+    """Apply the repetition penalty to the logits of tokens that the sequence already has, prompt included.
 
-    Source: Keskar et al. 2019, arXiv 1909.05858, section 4.1. Differs: there every logit is divided, which makes a
-    negative one more likely; this is the form that transformers computes.
+    Positive logits are divided by the penalty, others multiplied by it; logits of other tokens are unchanged. `sample`
+    expects penalized logits.
+
+    Source: Keskar et al. 2019, arXiv 1909.05858, section 4.1.
+    Differs: the paper divides every logit, which makes negative ones more likely; this is the form in transformers.
     """
     if penalty == 1:
         return logits_BV
@@ -132,7 +134,7 @@ def penalized(logits_BV: Logits, tokens_BT: Tokens, penalty: float) -> Logits:
 
 
 def checked_logits(logits_BV: Logits) -> npt.NDArray[np.float64]:
-    """Logits as float64. Raises DataError for those that nothing can be drawn from."""
+    """Return logits as float64. Raises DataError for logits from which no token can be sampled."""
     logits = np.asarray(logits_BV, np.float64)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise DataError(f"logits have shape {list(logits.shape)}; expected [sequences, vocabulary], [B, V].")
