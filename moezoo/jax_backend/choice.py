@@ -19,7 +19,7 @@ from moezoo.core.spec import (
     TopPChoiceSpec,
 )
 from moezoo.jax_backend.random import bernoulli, fold_in, gumbel, normal
-from moezoo.jax_backend.sharding import row_by_row
+from moezoo.jax_backend.runtime.placement import row_by_row
 
 
 class Choice(NamedTuple):

@@ -1,109 +1,14 @@
-"""Routed experts, and the grouped product that they are made of. Spec: moezoo.core.reference.experts."""
-
-import importlib.util
-from functools import cache, partial
-from typing import Literal, NamedTuple
+"""Routed experts. Spec: moezoo.core.reference.experts."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.feed_forward import activate
-from moezoo.jax_backend.platform import platform
-
-Path = Literal["blocks", "ragged_dot", "tokamax"]
-
-
-def grouped_path() -> Path:
-    """How the experts are computed on this platform.
-
-    `ragged_dot` is XLA's own grouped product, a kernel on TPU. On CPU and GPU XLA multiplies every row by every expert,
-    so there `blocks` loops over blocks of rows that belong to one expert each, with the whole feed-forward at once. On
-    GPU, `tokamax` has kernels, where that package is installed.
-    """
-    return _grouped_path(platform())
-
-
-@cache
-def _grouped_path(name: str) -> Path:
-    if name == "gpu" and importlib.util.find_spec("tokamax") is not None:
-        return "tokamax"
-    return "ragged_dot" if name == "tpu" else "blocks"
-
-
-def few_rows(num_rows: int, num_experts: int) -> bool:
-    """Whether rows are so few that reading the matrices is all that matters, as when tokens are decoded.
-
-    Then `blocks` have 1 or 4 rows, and the loop goes over them alone, so that no matrix of an idle expert is read.
-    """
-    return num_rows <= 4 * num_experts
-
-
-class Groups(NamedTuple):
-    """Consecutive groups of rows, one an expert."""
-
-    size_E: jax.Array
-    expert_R: jax.Array  # of an unused row the last expert
-
-
-def group_rows(size_E: jax.Array, num_rows: int) -> Groups:
-    """Groups of R rows that are sorted by expert. Rows beyond the sum of `size_E` are unused."""
-    expert_R = jnp.searchsorted(jnp.cumsum(size_E), jnp.arange(num_rows), side="right")
-    return Groups(size_E, jnp.minimum(expert_R, size_E.shape[0] - 1))
-
-
-def block_rows(num_rows: int, num_experts: int) -> int:
-    """Rows of a block: about half the mean group, a power of two from 16 to 256."""
-    block = 16
-    while block < 256 and block * 2 <= 0.75 * num_rows / num_experts:
-        block *= 2
-    return block
-
-
-def grouped_product(x_RD: jax.Array, w_EDF: jax.Array, groups: Groups) -> jax.Array:
-    """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD. By XLA or by tokamax."""
-    # Trap: what a platform leaves in unused rows is its own affair, on the way back as well.
-    used_R1 = (jnp.arange(x_RD.shape[0]) < jnp.sum(groups.size_E))[:, None]
-    x_RD, w_EDF = jnp.where(used_R1, x_RD, 0), w_EDF.astype(x_RD.dtype)
-    if grouped_path() == "tokamax":
-        import tokamax  # an extra: nothing else needs it
-
-        # Named, or it would go on to XLA's ragged_dot where no kernel takes the shapes, and say nothing.
-        kernels = ("mosaic", "triton")
-        w_EDF = _trained_where_used(w_EDF, groups.size_E)
-        product = tokamax.ragged_dot(x_RD, w_EDF, groups.size_E, implementation=kernels)
-    else:
-        product = lax.ragged_dot(x_RD, w_EDF, groups.size_E)
-    return jnp.where(used_R1, product, 0)
-
-
-@jax.custom_vjp
-def _trained_where_used(w_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
-    """The matrices, with no gradient for those that no row met.
-
-    Trap: for an empty group, tokamax 0.0.12's Triton kernel adds up rows of the group before (read in its source).
-    """
-    return w_EDF
-
-
-_trained_where_used.defvjp(
-    lambda w_EDF, size_E: (w_EDF, size_E),
-    lambda size_E, gradient_EDF: (jnp.where(size_E[:, None, None] > 0, gradient_EDF, 0), None),
-)
-
-
-def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """One expert's matrix, cast."""
-    if w_EDF.dtype == dtype or w_EDF.dtype.itemsize != 2:
-        return lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False).astype(dtype)
-    # Trap: XLA on the CPU makes float32 of a whole bfloat16 array before it takes a part of it, but leaves integers as
-    # they are; and it would move what is done to the whole array out of the loop, if that did not hang on the index.
-    w_EDF, expert = lax.optimization_barrier((w_EDF, expert))
-    bits = lax.dynamic_index_in_dim(lax.bitcast_convert_type(w_EDF, jnp.uint16), expert, keepdims=False)
-    return lax.bitcast_convert_type(bits, w_EDF.dtype).astype(dtype)
+from moezoo.jax_backend.kernels.expert_blocks import expert_kernel
+from moezoo.jax_backend.kernels.grouped_product import group_rows, grouped_product
 
 
 class Experts(nnx.Module):
@@ -122,174 +27,19 @@ class Experts(nnx.Module):
             self.b_down = weights.parameter("b_down")
 
     def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
-        if grouped_path() == "blocks":
-            matrices = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()}
-            sizes = x_RD.shape[0], size_E.shape[0]
-            blocked = _experts_of_few_rows if few_rows(*sizes) else _blocked_experts
-            return blocked(self.spec, block_rows(*sizes), x_RD, matrices, size_E)
         spec, dtype = self.spec, x_RD.dtype
+        parameters = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()}
+        kernel = expert_kernel(x_RD.shape[0], size_E.shape[0])
+        if kernel is not None:
+            return kernel(spec, x_RD, parameters, size_E)
         groups = group_rows(size_E, x_RD.shape[0])
-        gate = None
-        if not isinstance(spec, PlainFeedForwardSpec):
-            gate = grouped_product(x_RD, self.w_gate[...], groups)
-            gate = gate + _rows_of(self.b_gate[...], groups).astype(dtype) if spec.bias else gate
-        up = grouped_product(x_RD, self.w_up[...], groups)
-        up = up + _rows_of(self.b_up[...], groups).astype(dtype) if spec.bias else up
-        out = grouped_product(activate(spec, gate, up), self.w_down[...], groups)
-        return out + _rows_of(self.b_down[...], groups).astype(dtype) if spec.bias else out
 
+        def linear(x_RD: jax.Array, name: str) -> jax.Array:
+            product = grouped_product(x_RD, parameters[f"w_{name}"], groups)
+            if not spec.bias:
+                return product
+            # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.
+            return product + parameters[f"b_{name}"].astype(jnp.float32)[groups.expert_R].astype(dtype)
 
-def _rows_of(bias_EF: jax.Array, groups: Groups) -> jax.Array:
-    """Each row's own bias, float32, so that the sum over an expert's rows which is its gradient keeps its digits."""
-    return bias_EF.astype(jnp.float32)[groups.expert_R]
-
-
-# --- the experts' whole feed-forward in blocks -----------------------------------------------------------------------
-#
-# Rows are sorted by expert. A loop over experts takes an expert's matrices out once, a loop inside it goes over blocks
-# of its rows. The last block of an expert may reach over its end: what it computes there is overwritten by the next
-# expert on the way forward and in the gradient of the rows, and masked in the gradients of the matrices.
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked_experts(
-    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E: jax.Array
-) -> jax.Array:
-    return _experts_forward(spec, block, x_RD, parameters, size_E)[0]
-
-
-def _experts_forward(spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E):
-    """What the experts give [R, D]; and for the way back, what entered their activation, by the name of its matrix."""
-    num_rows, dtype = x_RD.shape[0], x_RD.dtype
-    entrances = [name for name in ("w_gate", "w_up") if name in parameters]
-    start_E = jnp.cumsum(size_E) - size_E
-    padded = jnp.pad(x_RD, ((0, block), (0, 0)))
-
-    def one_expert(expert: jax.Array, results):
-        own = {name: _matrix_of(value, expert, dtype) for name, value in parameters.items()}
-
-        def one_block(index: jax.Array, results):
-            start = start_E[expert] + index * block
-            rows = lax.dynamic_slice_in_dim(padded, start, block)
-            entered = {name: _linear(rows, own, name) for name in entrances}
-            out = _linear(activate(spec, entered.get("w_gate"), entered["w_up"]), own, "w_down")
-            return jax.tree.map(
-                lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=0), results, (out, entered)
-            )
-
-        return lax.fori_loop(0, _num_blocks(size_E[expert], block), one_block, results)
-
-    def empty(width: int) -> jax.Array:
-        return jnp.zeros((num_rows + block, width), dtype)
-
-    results = (empty(x_RD.shape[1]), {name: empty(parameters[name].shape[2]) for name in entrances})
-    out, entered = lax.fori_loop(0, size_E.shape[0], one_expert, results)
-    return out[:num_rows], (x_RD, parameters, size_E, entered)
-
-
-def _experts_backward(spec: ExpertsSpec, block: int, saved, gradient_RD: jax.Array):
-    x_RD, parameters, size_E, entered = saved
-    dtype = x_RD.dtype
-    start_E = jnp.cumsum(size_E) - size_E
-    x_padded, gradient_padded = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_RD, gradient_RD))
-
-    def one_expert(expert: jax.Array, results):
-        own = {name: _matrix_of(value, expert, dtype) for name, value in parameters.items()}
-
-        def one_block(index: jax.Array, results):
-            x_gradient, totals = results
-            start = start_E[expert] + index * block
-            inside = (jnp.arange(block) < size_E[expert] - index * block)[:, None]
-            # Trap: what another expert's huge rows have between the products may be infinite, and times 0 be NaN.
-            rows, gradient, *entered_rows = (
-                jnp.where(inside, lax.dynamic_slice_in_dim(whole, start, block), 0)
-                for whole in (x_padded, gradient_padded, *entered.values())
-            )
-            hidden, pull = jax.vjp(
-                lambda *values: activate(spec, values[0] if len(values) > 1 else None, values[-1]), *entered_rows
-            )
-            parts = {"w_down": (hidden, gradient)}
-            back = 0.0
-            for name, part in zip(entered, pull(gradient @ own["w_down"].T), strict=True):
-                parts[name] = (rows, part)
-                back = back + part @ own[name].T
-            added = {}
-            for name, (left, right) in parts.items():
-                added[name] = jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
-                if spec.bias:
-                    added[_bias_of(name)] = jnp.sum(right.astype(jnp.float32), axis=0)
-            x_gradient = lax.dynamic_update_slice_in_dim(x_gradient, back, start, axis=0)
-            return x_gradient, jax.tree.map(jnp.add, totals, added)
-
-        x_gradient, gradients = results
-        zeros = {name: jnp.zeros(value.shape[1:], jnp.float32) for name, value in parameters.items()}
-        x_gradient, totals = lax.fori_loop(0, _num_blocks(size_E[expert], block), one_block, (x_gradient, zeros))
-        # A matrix's is rounded to the dtype of the product, as the gradient of a cast is.
-        totals = {name: total.astype(dtype) if name.startswith("w_") else total for name, total in totals.items()}
-        return x_gradient, {
-            name: lax.dynamic_update_index_in_dim(whole, totals[name].astype(whole.dtype), expert, axis=0)
-            for name, whole in gradients.items()
-        }
-
-    results = (jnp.zeros_like(x_padded), jax.tree.map(jnp.zeros_like, parameters))
-    x_gradient, gradients = lax.fori_loop(0, size_E.shape[0], one_expert, results)
-    return x_gradient[: x_RD.shape[0]], gradients, None
-
-
-_blocked_experts.defvjp(_experts_forward, _experts_backward)
-
-
-def _linear(rows: jax.Array, own: dict[str, jax.Array], name: str) -> jax.Array:
-    """Rows times an expert's matrix of that name, and its bias if it has one."""
-    product = rows @ own[name]
-    return product + own[_bias_of(name)] if _bias_of(name) in own else product
-
-
-def _bias_of(name: str) -> str:
-    return name.replace("w_", "b_")
-
-
-def _num_blocks(size: jax.Array, block: int) -> jax.Array:
-    return (size + block - 1) // block
-
-
-# --- few rows --------------------------------------------------------------------------------------------------------
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _experts_of_few_rows(
-    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E: jax.Array
-) -> jax.Array:
-    """One loop over blocks of 1 or 4 rows; `block` is that of the way back, which is as if there were many.
-
-    XLA on the CPU copies a matrix that it takes out by a computed index. In a loop the copies share one place, which
-    stays in cache, so that memory is read once; unrolled, each gets fresh memory, at ten times the price.
-    """
-    (num_rows, width), num_experts, dtype = x_RD.shape, size_E.shape[0], x_RD.dtype
-    few = 1 if 2 * num_rows <= num_experts else 4
-    blocks_E = _num_blocks(size_E, few)
-    last_block_E, start_E = jnp.cumsum(blocks_E), jnp.cumsum(size_E) - size_E
-    index = jnp.arange(min(num_rows, num_rows // few + num_experts))
-    expert_block = jnp.minimum(jnp.sum(index[:, None] >= last_block_E, axis=1), num_experts - 1)
-    start_block = start_E[expert_block] + (index - (last_block_E - blocks_E)[expert_block]) * few
-    padded = jnp.pad(x_RD, ((0, few), (0, 0)))
-
-    def one_block(index: jax.Array, out: jax.Array) -> jax.Array:
-        own = {name: _matrix_of(value, expert_block[index], dtype) for name, value in parameters.items()}
-        rows = lax.dynamic_slice_in_dim(padded, start_block[index], few)
-        gate = _linear(rows, own, "w_gate") if "w_gate" in own else None
-        done = _linear(activate(spec, gate, _linear(rows, own, "w_up")), own, "w_down")
-        return lax.dynamic_update_slice_in_dim(out, done, start_block[index], axis=0)
-
-    return lax.fori_loop(0, last_block_E[-1], one_block, jnp.zeros((num_rows + few, width), dtype))[:num_rows]
-
-
-def _few_rows_forward(spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E):
-    return _experts_of_few_rows(spec, block, x_RD, parameters, size_E), (x_RD, parameters, size_E)
-
-
-def _few_rows_backward(spec: ExpertsSpec, block: int, saved, gradient_RD: jax.Array):
-    return _experts_backward(spec, block, _experts_forward(spec, block, *saved)[1], gradient_RD)
-
-
-_experts_of_few_rows.defvjp(_few_rows_forward, _few_rows_backward)
+        gate = None if isinstance(spec, PlainFeedForwardSpec) else linear(x_RD, "gate")
+        return linear(activate(spec, gate, linear(x_RD, "up")), "down")

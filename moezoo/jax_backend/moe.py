@@ -9,7 +9,7 @@ from flax import nnx
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch, used_rows
-from moezoo.jax_backend.expert_parallel import Rows, on_their_devices
+from moezoo.jax_backend.distributed.expert_parallel import Rows, on_their_devices
 from moezoo.jax_backend.experts import Experts
 from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.normalization import norm

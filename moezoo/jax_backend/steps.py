@@ -12,38 +12,39 @@ import numpy as np
 import optax
 from flax import nnx
 
-from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
-from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
-from moezoo.core.freed_memory import keep_freed_memory
-from moezoo.core.manifest import OF_OPTIMIZER, OF_WEIGHTS
-from moezoo.core.mesh import MeshConfig, in_words, sizes
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
+from moezoo.core.checkpoint.manifest import OF_OPTIMIZER, OF_WEIGHTS
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
+from moezoo.core.distributed.process_group import ProcessGroup
+from moezoo.core.distributed.processes import PendingNumbers, Processes
+from moezoo.core.generation.prefill import widths
+from moezoo.core.malloc import keep_freed_memory
 from moezoo.core.parameters import parameter_table
-from moezoo.core.precision import check_float32
-from moezoo.core.process_group import ProcessGroup
-from moezoo.core.processes import PendingNumbers, Processes
-from moezoo.core.prompts import widths
+from moezoo.core.parameters.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
-from moezoo.core.safetensors_file import shapes_of
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.jax_backend import several_processes
+from moezoo.core.tokens import check_targets
 from moezoo.jax_backend.arrays import Weights, exported, to_numpy
-from moezoo.jax_backend.compile_cache import use_compile_cache
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
-from moezoo.jax_backend.experts import grouped_path
+from moezoo.jax_backend.distributed.checkpoint_writer import PendingFiles
+from moezoo.jax_backend.distributed.sharding import Placement, divided, gathered
 from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, prefilled
+from moezoo.jax_backend.kernels.grouped_product import grouped_path
 from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.mixture import Mixture
-from moezoo.jax_backend.rematerialization import compiler_options, recomputed
 from moezoo.jax_backend.router_state import updated_state
-from moezoo.jax_backend.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
-from moezoo.jax_backend.several_processes import lost_peer, on_host
-from moezoo.jax_backend.sharded_files import PendingFiles
-from moezoo.jax_backend.sharding import Placement, divided, gathered
+from moezoo.jax_backend.runtime import processes
+from moezoo.jax_backend.runtime.compile_cache import use_compile_cache
+from moezoo.jax_backend.runtime.processes import lost_peer, on_host
 from moezoo.jax_backend.transformer import Forward, Transformer
+from moezoo.jax_backend.transforms.rematerialization import compiler_options, recomputed
+from moezoo.jax_backend.transforms.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
 
 Parameters = dict[str, jax.Array]
 
@@ -56,7 +57,7 @@ class JaxBackend:
     def __init__(self, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> None:
         """On the first device, or on a mesh of all of them, which may be those of several processes."""
         if group is not None:
-            several_processes.join(group)
+            processes.join(group)
         self._mesh = mesh or MeshConfig()
         # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -65,13 +66,13 @@ class JaxBackend:
 
     @property
     def processes(self) -> Processes:
-        return several_processes.processes()
+        return processes.processes()
 
     def gather(self, number: int) -> PendingNumbers:
-        return several_processes.gather(number)
+        return processes.gather(number)
 
     def leave(self) -> None:
-        several_processes.leave()
+        processes.leave()
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> "JaxModel":
         alone = self._mesh.is_one_device and self.processes.count == 1
@@ -92,7 +93,7 @@ class JaxBackend:
             resolved = self._mesh.model_copy(update=sizes(self._mesh, jax.device_count()))
             facts["mesh"] = f"{in_words(resolved)}; tokens to experts: {self._mesh.exchange}"
             facts["checkpoints"] = "Orbax, each process its parts, in the background"
-        facts |= several_processes.facts()
+        facts |= processes.facts()
         return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}
 
 

@@ -1,203 +1,12 @@
-"""Routed experts, and the grouped product that they are made of. Spec: moezoo.core.reference.experts."""
-
-from typing import Literal, NamedTuple
+"""Routed experts. Spec: moezoo.core.reference.experts."""
 
 import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.cpu_kernels import is_x86_cpu, without_graph
 from moezoo.mlx_backend.feed_forward import activate
-
-Path = Literal["slices", "gather_mm of rows"]
-
-FEW_ROWS = 16
-"""Rows an expert up to which the CPU takes blocks: a slice of so few is not worth waiting for its size."""
-
-
-def grouped_path() -> Path:
-    """How grouped products are computed on this platform.
-
-    On the GPU `gather_mm` takes sorted single rows. On the CPU it would make one product a row. There each expert's
-    rows are a slice, and its product a plain one; this needs the sizes in Python, so a step waits once a layer for what
-    the router says. Few rows are gathered into padded blocks that belong to one expert each, without waiting.
-    """
-    return "gather_mm of rows" if mx.default_device() == mx.Device(mx.gpu) else "slices"
-
-
-def few_rows(num_rows: int, num_experts: int) -> bool:
-    """Whether rows are so few that reading the matrices is all that matters, as when tokens are decoded.
-
-    Then, in place of blocks, each row meets its own expert's matrix, so that no matrix of an idle expert is read.
-    """
-    return num_rows <= 2 * num_experts
-
-
-class _Blocks(NamedTuple):
-    """Padded blocks of rows that belong to one expert each, and where each row lies in them.
-
-    Row `slot_R[r]` of the padded rows holds row r; padded row i holds row `source_I[i]`, or padding where that is R.
-    Unused rows, those beyond the sum of `size_E`, all have the last padded row, which is then padding.
-    """
-
-    slot_R: mx.array
-    source_I: mx.array
-    expert_block: mx.array
-    segment_E2: mx.array  # first and end padded row of each expert
-    size: int
-
-
-class Groups(NamedTuple):
-    """Consecutive groups of rows, one an expert, and how they are multiplied: as slices, in blocks, or row by row."""
-
-    expert_R: mx.array  # of an unused row the last expert
-    ends: list[int] | None = None  # end row of each group, where they are slices
-    blocks: _Blocks | None = None
-
-
-def group_rows(size_E: mx.array, num_rows: int) -> Groups:
-    """Plan the product of R rows that are sorted by expert."""
-    num_experts, end_E = size_E.shape[0], mx.cumsum(size_E)
-    expert_R = mx.sum((mx.arange(num_rows)[:, None] >= end_E[None]).astype(mx.int32), axis=1)
-    own_R = mx.minimum(expert_R, num_experts - 1).astype(mx.uint32)
-    if grouped_path() == "gather_mm of rows" or few_rows(num_rows, num_experts):
-        return Groups(own_R)
-    if num_rows > FEW_ROWS * num_experts:
-        return Groups(own_R, ends=mx.stop_gradient(end_E).tolist())
-    return Groups(own_R, blocks=_plan_blocks(size_E, end_E, own_R, expert_R < num_experts))
-
-
-def _plan_blocks(size_E: mx.array, end_E: mx.array, expert_R: mx.array, used_R: mx.array) -> _Blocks:
-    """The number of blocks is bounded, hence static."""
-    num_rows, num_experts = expert_R.size, size_E.shape[0]
-    block = block_rows(num_rows, num_experts)
-    num_blocks = num_rows // block + num_experts
-    blocks_E = (size_E + block - 1) // block
-    last_block_E = mx.cumsum(blocks_E)
-    first_block_E, start_E = last_block_E - blocks_E, end_E - size_E
-    row_R, index = mx.arange(num_rows), mx.arange(num_blocks)
-    expert_block = mx.sum((index[:, None] >= last_block_E[None]).astype(mx.int32), axis=1)
-    place_R = row_R - start_E[expert_R] + first_block_E[expert_R] * block
-    slot_R = mx.where(used_R, place_R, num_blocks * block - 1)
-    source_I = mx.full((num_blocks * block,), num_rows, mx.int32)
-    return _Blocks(
-        slot_R,
-        source_I.at[slot_R].add(mx.where(used_R, row_R - num_rows, 0)),
-        mx.minimum(expert_block, num_experts - 1).astype(mx.uint32),
-        mx.stack([first_block_E * block, last_block_E * block], axis=1).astype(mx.uint32),
-        block,
-    )
-
-
-def block_rows(num_rows: int, num_experts: int) -> int:
-    """Rows of a block: about half the mean group, a power of two from 16 to 256."""
-    block = 16
-    while block < 256 and block * 2 <= 0.75 * num_rows / num_experts:
-        block *= 2
-    return block
-
-
-def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
-    """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD."""
-    if grouped_path() == "gather_mm of rows":
-        w_EDF = w_EDF.astype(x_RD.dtype)
-        rows = mx.gather_mm(x_RD[:, None, :], w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)
-        return rows[:, 0, :]
-    if groups.ends is not None:
-        return _sliced_product(x_RD, w_EDF, groups)
-    if groups.blocks is None:
-        return _product_of_rows(x_RD, w_EDF, groups)
-    padded = _blocked_product(_spread(x_RD, groups.blocks), w_EDF.astype(x_RD.dtype), groups.blocks)
-    return _collect(padded, groups.blocks)
-
-
-def _product_of_rows(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
-    """Each row with its own expert's matrix. Blocks would touch every expert, and decoding a token must not."""
-    rows_R1D = x_RD[:, None, :].astype(mx.float32)
-    if x_RD.dtype == w_EDF.dtype == mx.float32:
-        return mx.gather_mm(rows_R1D, w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)[:, 0, :]
-    matrices_RDF = w_EDF[groups.expert_R].astype(x_RD.dtype).astype(mx.float32)
-    return (rows_R1D @ matrices_RDF)[:, 0, :].astype(x_RD.dtype)
-
-
-def _sliced_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
-    """Each expert's slice of the rows times its matrix; unused rows give 0. In float32, as the CPU's products are."""
-    dtype, ends = x_RD.dtype, groups.ends
-
-    def product(rows_RD: mx.array, matrices: mx.array) -> mx.array:
-        *slices, unused = mx.split(rows_RD[None], ends, axis=1)
-        # Trap: one Slice an expert costs as much as a small product, a Split of all of them does not.
-        parts = [
-            rows @ matrix for rows, matrix in zip(slices, mx.split(matrices, len(ends)), strict=True) if rows.shape[1]
-        ]
-        if unused.shape[1]:
-            parts.append(mx.zeros((1, unused.shape[1], matrices.shape[-1])))
-        return mx.concatenate(parts, axis=1)[0]
-
-    @mx.custom_function
-    def multiply(rows_RD: mx.array, matrices: mx.array) -> mx.array:
-        out_RF = product(rows_RD, matrices)
-        return without_graph([out_RF])[0] if is_x86_cpu() else out_RF
-
-    @multiply.vjp
-    def _(primals: tuple[mx.array, mx.array], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:
-        rows_RD, matrices = primals
-        segment_E2 = mx.array(list(zip([0, *ends[:-1]], ends, strict=True)), mx.uint32)
-        return product(gradient, matrices.swapaxes(1, 2)), mx.segmented_mm(rows_RD.T, gradient, segment_E2)
-
-    return multiply(x_RD.astype(mx.float32), w_EDF.astype(mx.float32)).astype(dtype)
-
-
-def _spread(x_RD: mx.array, blocks: _Blocks) -> mx.array:
-    """Rows [R, D] -> padded rows [I, D], padding zero. Its gradient is `_collect`: each row is used once."""
-
-    @mx.custom_function
-    def spread(rows: mx.array) -> mx.array:
-        padded = mx.concatenate([rows, mx.zeros((1, rows.shape[1]), rows.dtype)])
-        return padded[blocks.source_I]
-
-    @spread.vjp
-    def _(rows: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
-        return gradient[blocks.slot_R]
-
-    return spread(x_RD)
-
-
-def _collect(x_ID: mx.array, blocks: _Blocks) -> mx.array:
-    """Padded rows [I, D] -> rows [R, D]. Its gradient is `_spread`."""
-
-    @mx.custom_function
-    def collect(padded: mx.array) -> mx.array:
-        return padded[blocks.slot_R]
-
-    @collect.vjp
-    def _(padded: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
-        rows = mx.concatenate([gradient, mx.zeros((1, gradient.shape[1]), gradient.dtype)])
-        return rows[blocks.source_I]
-
-    return collect(x_ID)
-
-
-def _blocked_product(x_ID: mx.array, w_EDF: mx.array, blocks: _Blocks) -> mx.array:
-    """Padded rows times the matrix of their block's expert. On the CPU gather_mm and segmented_mm are float32 only."""
-    dtype = x_ID.dtype
-
-    def product(rows_ID: mx.array, matrices: mx.array) -> mx.array:
-        rows = rows_ID.reshape(-1, blocks.size, rows_ID.shape[-1])
-        out = mx.gather_mm(rows, matrices, rhs_indices=blocks.expert_block, sorted_indices=True)
-        return out.reshape(-1, matrices.shape[-1])
-
-    @mx.custom_function
-    def multiply(rows_ID: mx.array, matrices: mx.array) -> mx.array:
-        return product(rows_ID, matrices)
-
-    @multiply.vjp
-    def _(primals: tuple[mx.array, mx.array], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:
-        rows_ID, matrices = primals
-        return product(gradient, matrices.swapaxes(1, 2)), mx.segmented_mm(rows_ID.T, gradient, blocks.segment_E2)
-
-    return multiply(x_ID.astype(mx.float32), w_EDF.astype(mx.float32)).astype(dtype)
+from moezoo.mlx_backend.kernels.grouped_product import group_rows, grouped_product
 
 
 class Experts(nn.Module):
@@ -219,16 +28,13 @@ class Experts(nn.Module):
     def __call__(self, x_RD: mx.array, size_E: mx.array) -> mx.array:
         spec, dtype = self.spec, x_RD.dtype
         groups = group_rows(size_E, x_RD.shape[0])
-        gate = None
-        if not isinstance(spec, PlainFeedForwardSpec):
-            gate = grouped_product(x_RD, self.w_gate, groups)
-            gate = gate + _rows_of(self.b_gate, groups).astype(dtype) if spec.bias else gate
-        up = grouped_product(x_RD, self.w_up, groups)
-        up = up + _rows_of(self.b_up, groups).astype(dtype) if spec.bias else up
-        out = grouped_product(activate(spec, gate, up), self.w_down, groups)
-        return out + _rows_of(self.b_down, groups).astype(dtype) if spec.bias else out
 
+        def linear(x_RD: mx.array, name: str) -> mx.array:
+            product = grouped_product(x_RD, self[f"w_{name}"], groups)
+            if not spec.bias:
+                return product
+            # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.
+            return product + self[f"b_{name}"].astype(mx.float32)[groups.expert_R].astype(dtype)
 
-def _rows_of(bias_EF: mx.array, groups: Groups) -> mx.array:
-    """Each row's own bias, float32, so that the sum over an expert's rows which is its gradient keeps its digits."""
-    return bias_EF.astype(mx.float32)[groups.expert_R]
+        gate = None if isinstance(spec, PlainFeedForwardSpec) else linear(x_RD, "gate")
+        return linear(activate(spec, gate, linear(x_RD, "up")), "down")

@@ -8,25 +8,27 @@ import numpy as np
 from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, check_targets, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
-from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
+from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import TrainingError
-from moezoo.core.mesh import MESH_AXES, MeshConfig
 from moezoo.core.parameters import parameter_table
-from moezoo.core.precision import check_float32
-from moezoo.core.processes import PendingNumbers, Processes
+from moezoo.core.parameters.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
-from moezoo.core.safetensors_file import shapes_of
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.mlx_backend import BLAS, FREED_MEMORY, data_parallel
+from moezoo.core.tokens import check_targets
+from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.arrays import Weights, exported, to_numpy
-from moezoo.mlx_backend.cpu_kernels import FusedAdamW, can_fuse, is_x86_cpu
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
-from moezoo.mlx_backend.experts import grouped_path
+from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.generation import Generation, choose, prefilled
+from moezoo.mlx_backend.kernels.grouped_product import grouped_path
+from moezoo.mlx_backend.kernels.x86 import FusedAdamW, can_fuse, is_x86_cpu
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
 from moezoo.mlx_backend.mixture import Mixture

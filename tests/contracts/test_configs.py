@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from moezoo.bench.configs import NAMES
-from moezoo.core.config import dump_config, load_config, parse_config
-from moezoo.core.load_mesh import load_mesh
+from moezoo.core.config.mesh_option import load_mesh
+from moezoo.core.config.run_config import dump_config, load_config, parse_config
 
 ROOT = Path(__file__).parents[2] / "configs"
 MESHES = sorted((ROOT / "meshes").glob("*.yaml"))

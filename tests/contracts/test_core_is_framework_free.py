@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.contracts.source_tree import PACKAGE, tree_of
+from tests.support.source_tree import PACKAGE, tree_of
 
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "mlx", "torch", "tensorflow"}
 BESIDE = ("__init__.py", "cli.py", "cli_options.py", "backends.py")

@@ -9,8 +9,8 @@ import pytest
 
 from moezoo.core import config, spec
 from moezoo.core.spec import Part
-from tests.contracts.source_tree import BACKENDS, PACKAGE, attribute_reads, backend_file, stems, tree_of
-from tests.contracts.test_twins import ONLY_IN, SHARED
+from tests.contracts.test_twins import SHARED
+from tests.support.source_tree import BACKENDS, PACKAGE, attribute_reads, backend_file, tree_of
 
 # Both backends take angles from core/reference/positions.py.
 IN_FREQUENCIES = {"base", "scaling", "factor", "original_length", "length", "short_factors", "long_factors", "truncate"}
@@ -95,6 +95,6 @@ def test_backends_read_every_field_that_is_about_computing():
     }
     for backend in BACKENDS:
         read: set[str] = set()
-        for stem in stems(f"{backend}_backend") - ONLY_IN[backend]:
+        for stem in SHARED:
             read |= attribute_reads(tree_of(backend_file(backend, stem)))
         assert spec_fields() - read <= only_core | IN_FREQUENCIES

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "huggingface"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 import fixtures
 
 TOLERANCE = 5e-4  # a correct float32 implementation is 1e-5 to 2e-4 away, a wrong detail above 1e-2

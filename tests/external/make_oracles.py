@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "huggingface")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
 import fixtures  # noqa: E402
 import oracle_families  # noqa: E402, F401
 import oracle_options  # noqa: E402, F401

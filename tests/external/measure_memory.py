@@ -66,8 +66,8 @@ def shapes(num_layers, layout, sizes=SIZES):
 
 
 def write_checkpoint(folder, num_layers, dtype, layout, sizes=SIZES, shard_bytes=500_000_000):
-    from moezoo.core.safetensors_file import write_stream
-    from moezoo.core.safetensors_header import encode_header
+    from moezoo.core.checkpoint.safetensors_file import write_stream
+    from moezoo.core.checkpoint.safetensors_header import encode_header
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(num_layers, dtype, sizes)))

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import moezoo  # noqa: E402
-from moezoo.cli import main as command  # noqa: E402
-from tests.huggingface.fixtures import read_fixture, write_checkpoint  # noqa: E402
+from moezoo.cli.main import main as command  # noqa: E402
 from tests.huggingface.test_families import main_cases  # noqa: E402
+from tests.support.fixtures import read_fixture, write_checkpoint  # noqa: E402
 
 STEPS, BATCH, LENGTH = 10, 4, 24
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moezoo.core.huggingface.family import families
-from tests.huggingface.fixtures import read_fixture
+from tests.support.fixtures import read_fixture
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"

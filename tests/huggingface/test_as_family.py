@@ -7,11 +7,12 @@ import pytest
 
 import moezoo
 from moezoo.backends import load_backend
-from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import SpecError
-from moezoo.core.huggingface.as_family import export_as_family
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from moezoo.core.initialize import initial_weights
+from moezoo.core.huggingface.export_as import export_as_family
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec
 
 MIXTRAL = {

@@ -8,7 +8,7 @@ from moezoo.core.huggingface import assembly
 from moezoo.core.huggingface.assembly import copy_in_lanes, same_bits
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from tests.external.measure_memory import write_checkpoint as write_large
-from tests.huggingface.fixtures import write_checkpoint
+from tests.support.fixtures import write_checkpoint
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 

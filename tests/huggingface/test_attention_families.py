@@ -13,7 +13,7 @@ from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.spec import DynamicScalingSpec, LongRoPEScalingSpec, ModelSpec
-from tests.huggingface.fixtures import read_fixture, write_described
+from tests.support.fixtures import read_fixture, write_described
 
 OLMOE = {
     "model_type": "olmoe",

@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import moezoo
-from moezoo.cli import main
+from moezoo.api import LoadedModel
+from moezoo.cli.main import main
 from moezoo.core.errors import CheckpointError
-from moezoo.core.huggingface.page import checkpoint_description
-from moezoo.core.loaded_model import LoadedModel
-from tests.backends_available import require_backend
-from tests.huggingface.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
+from moezoo.core.reports.checkpoint_page import checkpoint_description
 from tests.huggingface.tiny_tokenizer import SENTENCES, write_tokenizer
-from tests.tolerances import FLOAT32, assert_close
+from tests.support.backends_available import require_backend
+from tests.support.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
+from tests.support.tolerances import FLOAT32, assert_close
 
 CASE = "mixtral"
 
@@ -193,6 +193,6 @@ def test_parity_refuses_a_large_checkpoint_before_reading_weights(
 ) -> None:
     from moezoo.core.huggingface.checkpoint import LazyWeights
 
-    monkeypatch.setattr("moezoo.core.parity.LIMIT_BYTES", 1000)
+    monkeypatch.setattr("moezoo.core.parity.check.LIMIT_BYTES", 1000)
     monkeypatch.setattr(LazyWeights, "__getitem__", lambda *_: pytest.fail("read a weight"))
     refused(call("parity", folder), "SpecError", "the float64 reference of this model would need about")

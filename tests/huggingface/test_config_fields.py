@@ -13,7 +13,7 @@ import pytest
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import families, family_of
 from moezoo.core.huggingface.fields import HARMLESS, Fields
-from tests.huggingface.fixtures import cases, read_fixture
+from tests.support.fixtures import cases, read_fixture
 
 # Fields without effect in some configs: another field of the config overrides them, or there is nothing that they apply
 # to.

@@ -9,11 +9,11 @@ import safetensors.numpy
 from click.testing import CliRunner, Result
 
 import moezoo
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from tests.huggingface.fixtures import read_fixture, write_checkpoint
 from tests.huggingface.test_round_trip import digests
+from tests.support.fixtures import read_fixture, write_checkpoint
 
 
 def run(*arguments: object) -> Result:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import moezoo
+from moezoo.api import LoadedModel
 from moezoo.backends import load_backend
-from moezoo.core.backend import IGNORED, Integers
 from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpoint
 from moezoo.core.huggingface.family import families
-from moezoo.core.loaded_model import LoadedModel
 from moezoo.core.spec import ModelSpec
-from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint
+from moezoo.core.tokens import IGNORED, Integers
+from tests.support.fixtures import cases, read_fixture, write_checkpoint
 
 Arrays = dict[str, np.ndarray]
 RecordProperty = Callable[[str, object], None]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from tests.huggingface.fixtures import drawn_tensors, read_fixture, write_safetensors
+from tests.support.fixtures import drawn_tensors, read_fixture, write_safetensors
 
 # Name in the files -> name in memory, where they differ.
 RENAMED = {

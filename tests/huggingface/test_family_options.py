@@ -29,7 +29,7 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     YaRNScalingSpec,
 )
-from tests.huggingface.fixtures import read_fixture
+from tests.support.fixtures import read_fixture
 
 LLAMA3 = {"rope_type": "llama3", "factor": 16.0, "original_max_position_embeddings": 8192}
 

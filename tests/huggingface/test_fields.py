@@ -8,7 +8,7 @@ import pytest
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
 from moezoo.core.huggingface.fields import Fields
-from tests.huggingface.fixtures import write_checkpoint
+from tests.support.fixtures import write_checkpoint
 
 
 def fields(**values: object) -> Fields:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from tests.huggingface import fixtures
+from tests.support import fixtures
 
 EVERY = fixtures.cases() + fixtures.cases(refused=True)
 

@@ -5,9 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moezoo.core.checkpoint.safetensors_file import write_tensors
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
-from moezoo.core.safetensors_file import write_tensors
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moezoo
+from moezoo.core.checkpoint.safetensors_file import SafetensorsFile
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.safetensors_file import SafetensorsFile
-from tests.backends_available import require_backend
-from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint
+from tests.support.backends_available import require_backend
+from tests.support.fixtures import cases, read_fixture, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 GATE = "model.layers.0.block_sparse_moe.gate.weight"

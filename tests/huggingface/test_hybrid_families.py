@@ -9,7 +9,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, ModelSpec, ShortConvolutionSpec
-from tests.huggingface.fixtures import read_fixture
+from tests.support.fixtures import read_fixture
 
 
 def spec_of(case: str, **changes: Any) -> ModelSpec:

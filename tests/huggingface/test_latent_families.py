@@ -9,7 +9,7 @@ import pytest
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpoint
 from moezoo.core.spec import ModelSpec, TemperatureTuningSpec, TopKChoiceSpec
-from tests.huggingface.fixtures import read_fixture, write_described
+from tests.support.fixtures import read_fixture, write_described
 
 MISTRAL_ROPE = read_fixture("mistral4").description["config"]["rope_parameters"]
 

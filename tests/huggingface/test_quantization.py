@@ -5,14 +5,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.errors import CheckpointError
-from moezoo.core.huggingface.quantization import (
-    fp8_decode,
-    fp8_encode,
-    fp8_shape,
-    mxfp4_decode,
-    mxfp4_encode,
-    mxfp4_shape,
-)
+from moezoo.core.huggingface.codecs import fp8_decode, fp8_encode, fp8_shape, mxfp4_decode, mxfp4_encode, mxfp4_shape
 
 PIECE = Path(__file__).parents[1] / "data/huggingface/mxfp4_piece.npz"
 

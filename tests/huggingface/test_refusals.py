@@ -6,7 +6,7 @@ import pytest
 
 import moezoo
 from moezoo.core.errors import MoezooError
-from tests.huggingface.fixtures import cases, read_fixture, write_checkpoint
+from tests.support.fixtures import cases, read_fixture, write_checkpoint
 
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])

@@ -9,9 +9,9 @@ import pytest
 import moezoo
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.export import export_checkpoint
-from moezoo.core.loaded_model import save_run
-from moezoo.core.opened_model import open_model
-from tests.huggingface.fixtures import cases, write_checkpoint
+from moezoo.core.runs.open import open_model
+from moezoo.core.runs.save import save_run
+from tests.support.fixtures import cases, write_checkpoint
 
 NOT_COPIED = {".npz"}
 

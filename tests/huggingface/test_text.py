@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 import moezoo
-from moezoo.cli import main
+from moezoo.api import LoadedModel
+from moezoo.cli.main import main
 from moezoo.core.errors import TokenizerError
-from moezoo.core.loaded_model import LoadedModel
-from tests.backends_available import require_backend
-from tests.huggingface.fixtures import read_fixture, write_checkpoint
 from tests.huggingface.tiny_tokenizer import write_tokenizer
+from tests.support.backends_available import require_backend
+from tests.support.fixtures import read_fixture, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ import yaml
 from click.testing import CliRunner
 
 import moezoo
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.huggingface.folder import TensorFolder
-from tests.backends_available import require_backend
-from tests.huggingface.fixtures import FOLDER
-from tests.tolerances import FLOAT32, FLOAT32_TRAINING, TRAINED_LOGITS, assert_close
+from tests.support.backends_available import require_backend
+from tests.support.fixtures import FOLDER
+from tests.support.tolerances import FLOAT32, FLOAT32_TRAINING, TRAINED_LOGITS, assert_close
 
 BACKENDS = ["jax", "mlx"]
 CASES = ["train_mixtral", "train_deepseek_v3"]

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.tolerances import FLOAT32, assert_close
-from tests.twins import Twin
+from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.twins import Twin
 
 
 def assert_pieces_match(

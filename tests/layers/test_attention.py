@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.row import Rows
@@ -18,8 +18,8 @@ from moezoo.core.spec import (
     TemperatureTuningSpec,
 )
 from tests.layers.pieces import assert_pieces_match
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import (
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import (
     B,
     D,
     F,

@@ -7,7 +7,7 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from moezoo.core import random
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.choice import Choice, choose, noisy
 from moezoo.core.spec import (
@@ -21,9 +21,9 @@ from moezoo.core.spec import (
     SparseMixerChoiceSpec,
     TopPChoiceSpec,
 )
-from tests.backends_available import require_backend
-from tests.tolerances import EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
 
 E = 8  # not the 7 of other tests: groups divide it
 LOGITS_PE = normal(0, P, E)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import OptimizerConfig
-from moezoo.core.initialize import initial_weights
+from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import (
     ClampedSwiGLUSpec,
     GatedFeedForwardSpec,
@@ -14,11 +14,11 @@ from moezoo.core.spec import (
     MoESpec,
     RouterSpec,
 )
-from tests.backends_available import require_backend
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
-from tests.twins import B, D, E, F, H, K, M, N, Twin, V, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
+from tests.support.twins import B, D, E, F, H, K, M, N, Twin, V, normal
 
-USERS = ("attention", "dispatch", "experts", "feed_forward", "losses", "steps")
+USERS = ("attention", "dispatch", "kernels.grouped_product", "feed_forward", "losses", "steps")
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, sinks=True)
 LENGTH = 150  # three chunks of queries, the last one short
 
@@ -32,11 +32,11 @@ def mlx() -> Twin:
 @pytest.fixture(params=[0, 2**14], ids=["in parts", "small ones whole"])
 def use(request, mlx, monkeypatch):
     """Take the kernels of this file's subject, or MLX's own, whatever the platform is."""
-    for stem in ("attention", "cpu_kernels"):
+    for stem in ("attention", "kernels.x86"):
         monkeypatch.setattr(mlx.module(stem), "SMALL", request.param)
 
     def choose(kernels: bool) -> None:
-        for stem in (*USERS, "cpu_kernels"):
+        for stem in (*USERS, "kernels.x86"):
             monkeypatch.setattr(mlx.module(stem), "is_x86_cpu", lambda: kernels)
 
     return choose
@@ -68,7 +68,7 @@ def test_a_model_has_the_same_loss_and_gradients_with_and_without_the_kernels(ml
 def test_sigmoid_and_log_losses_are_mlxs_for_arguments_of_any_size(mlx, scale):
     import mlx.core as mx
 
-    kernels = mlx.module("cpu_kernels")
+    kernels = mlx.module("kernels.x86")
     x, target = mlx.array(scale * normal(0, 40, V)), mlx.array(np.arange(40) % V)
     assert_close(mlx.numpy(kernels.sigmoid(x)), mlx.numpy(mx.sigmoid(x)), FLOAT32)
     expected = mx.logsumexp(x, axis=-1) - mx.take_along_axis(x, target[:, None], axis=-1)[:, 0]
@@ -94,7 +94,7 @@ def test_a_token_is_decoded_alike_with_and_without_the_kernels(mlx, use, attenti
 
 
 def test_a_hidden_key_has_weight_zero_however_large_its_score(mlx):
-    kernels = mlx.module("cpu_kernels")
+    kernels = mlx.module("kernels.x86")
     query, key, value = (mlx.array(normal(seed, 1, 3, 1, *more)) for seed, more in ((0, (1, H)), (1, (H,)), (2, (H,))))
     mask = mlx.array(np.tril(np.ones((3, 3), bool)))
     out = [
@@ -105,7 +105,7 @@ def test_a_hidden_key_has_weight_zero_however_large_its_score(mlx):
 
 
 def test_updates_are_the_same_without_a_compiler_and_the_header_says_so(mlx, monkeypatch):
-    spec, kernels = spec_of(GatedFeedForwardSpec(hidden_dim=F)), mlx.module("cpu_kernels")
+    spec, kernels = spec_of(GatedFeedForwardSpec(hidden_dim=F)), mlx.module("kernels.x86")
     window = np.random.default_rng(0).integers(0, V, (1, B, 9)).astype(np.int32)
     monkeypatch.setattr(kernels, "is_x86_cpu", lambda: True)
     found, headers = [], []

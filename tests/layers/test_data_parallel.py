@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
+from moezoo.core.distributed.launch import process_commands
+from moezoo.core.distributed.processes import Processes
 from moezoo.core.errors import BackendError, SpecError
-from moezoo.core.initialize import initial_weights
-from moezoo.core.launch import process_commands
-from moezoo.core.processes import Processes
-from tests.backends_available import require_backend
+from moezoo.core.parameters.initialize import initial_weights
 from tests.layers.data_parallel_part import V, numbers
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 # Every auxiliary loss, everything that is drawn at random, and graphs that differ with what each half has to compute.
@@ -75,7 +76,7 @@ def test_messages_keep_their_order_where_the_graphs_of_two_processes_differ(part
 def pretend(monkeypatch: pytest.MonkeyPatch):
     """As if this were the second of two processes."""
     require_backend("mlx")
-    from moezoo.mlx_backend import data_parallel
+    from moezoo.mlx_backend.distributed import data_parallel
 
     monkeypatch.setattr(data_parallel, "processes", lambda: Processes(1, 2))
     return data_parallel
@@ -83,7 +84,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_process_draws_its_part_of_the_batchs_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     mx = require_backend("mlx")
-    from moezoo.mlx_backend import data_parallel
+    from moezoo.mlx_backend.distributed import data_parallel
     from moezoo.mlx_backend.random import uniform
 
     key, several = mx.array([3, 4], mx.uint32), mx.array([[3, 5], [4, 6]], mx.uint32)
@@ -125,7 +126,7 @@ def test_a_mesh_that_is_not_of_this_many_processes_is_refused(pretend) -> None:
 
 def test_variables_of_a_launcher_that_lead_nowhere_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     require_backend("mlx")
-    from moezoo.mlx_backend.data_parallel import processes
+    from moezoo.mlx_backend.distributed.data_parallel import processes
 
     hosts = tmp_path / "hosts.json"
     monkeypatch.setenv("MLX_RANK", "1")

@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.delta_attention import (
     gated_delta_attention,
     gated_delta_rule,
@@ -22,8 +22,8 @@ from moezoo.core.spec import (
     RMSNormSpec,
 )
 from tests.layers.pieces import assert_pieces_match
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, F, G, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, F, G, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 Z, WIDTH = 10, 4
 # A head that reads next to nothing has a gradient of any size behind the norm; hence the larger epsilon.

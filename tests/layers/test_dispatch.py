@@ -6,17 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moezoo.core.backend import combine_weights
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
+from moezoo.core.parameters.capacity import capacities, mostly_unused, num_groups, num_rows
 from moezoo.core.reference.dispatch import (
     Dispatch,
-    capacities,
     combine,
     dispatch,
-    mostly_unused,
     num_dropped,
-    num_groups,
-    num_rows,
 )
 from moezoo.core.reference.losses import expert_counts
 from moezoo.core.reference.routing import Routing
@@ -30,8 +27,8 @@ from moezoo.core.spec import (
     TopPChoiceSpec,
     ZeroComputationSpec,
 )
-from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, E, F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, E, F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
 
 ZERO = ZeroComputationSpec(num_zero=1, num_copy=1, num_constant=1, ffn_share=0.5)
 EXPERT_CHOICE = RouterSpec(top_k=K, choice=ExpertChoiceSpec(), renormalize="none")

@@ -1,5 +1,5 @@
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ import pytest
 from moezoo.core.reference.experts import experts, grouped_product
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.spec import ClampedSwiGLUSpec, ExpertsSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
-from tests.backends_available import require_backend
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
-from tests.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
 
 PATHS = {"jax": ("blocks", "ragged_dot", "tokamax"), "mlx": ("slices", "gather_mm of rows")}
 # Rows of each of the 7 experts. A block has 16 rows up to R = 298, then 32, then 64 from R = 598.
@@ -44,7 +44,7 @@ on_every_path = pytest.mark.parametrize(
 @pytest.fixture
 def path(request, twin, monkeypatch) -> str:
     """A way of computing a grouped product, whatever this platform would take."""
-    monkeypatch.setattr(twin.module("experts"), "grouped_path", lambda: request.param)
+    monkeypatch.setattr(kernels_of(twin), "grouped_path", lambda: request.param)
     if request.param == "tokamax":
         monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(ragged_dot=kernel_in_place_of_tokamax))
     return request.param
@@ -116,15 +116,20 @@ def assert_experts_match(twin: Twin, spec: ExpertsSpec, sizes: list[int], unused
     )
 
 
+def kernels_of(twin: Twin) -> ModuleType:
+    """The grouped products of a backend."""
+    return twin.module("kernels.grouped_product")
+
+
 def on_cpu(twin: Twin) -> bool:
     return "cpu" in twin.backend().facts()["device"]
 
 
 def assert_grouped_product_matches(twin: Twin, sizes: list[int], **tolerances) -> None:
-    experts, size_E, num_rows = twin.module("experts"), twin.array(sizes), sum(sizes)
+    products, size_E, num_rows = kernels_of(twin), twin.array(sizes), sum(sizes)
 
     def on_device(_, x_RD, w_EDF):
-        return experts.grouped_product(x_RD, w_EDF, experts.group_rows(size_E, num_rows))
+        return products.grouped_product(x_RD, w_EDF, products.group_rows(size_E, num_rows))
 
     def reference(_, x_RD, w_EDF):
         return grouped_product(x_RD, w_EDF, np.array(sizes))
@@ -140,7 +145,7 @@ def assert_grouped_product_matches(twin: Twin, sizes: list[int], **tolerances) -
 )
 def test_jax_chooses_its_path_by_platform_and_by_what_is_installed(monkeypatch, platform, installed, expected):
     require_backend("jax")
-    module = Twin("jax").module("experts")
+    module = kernels_of(Twin("jax"))
     monkeypatch.setattr(module.jax, "default_backend", lambda: platform)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object() if installed else None)
     assert module._grouped_path.__wrapped__(module.platform()) == expected
@@ -176,23 +181,23 @@ def test_grouped_product_of_bfloat16_is_near_float32(twin, path, kind):
 @on_every_path
 @pytest.mark.parametrize("kind", ["uneven, some empty", "fewer rows than one block"])
 def test_bfloat16_matrices_give_what_their_numbers_in_float32_give(twin, path, kind):
-    experts, size_E, num_rows = twin.module("experts"), twin.array(SIZES[kind]), sum(SIZES[kind])
+    products, size_E, num_rows = kernels_of(twin), twin.array(SIZES[kind]), sum(SIZES[kind])
     x_RD, w_EDF = twin.array(normal(0, num_rows, D)), twin.array(normal(1, E, D, F), "bfloat16")
-    groups = experts.group_rows(size_E, num_rows)
-    found = experts.grouped_product(x_RD, w_EDF, groups)
-    expected = experts.grouped_product(x_RD, twin.array(twin.numpy(w_EDF)), groups)
+    groups = products.group_rows(size_E, num_rows)
+    found = products.grouped_product(x_RD, w_EDF, groups)
+    expected = products.grouped_product(x_RD, twin.array(twin.numpy(w_EDF)), groups)
     assert_close(twin.numpy(found), twin.numpy(expected), FLOAT32)
 
 
 @on_every_path
 def test_rows_of_other_experts_do_not_leak_in(twin, path):
     """Expert 2's rows are huge; its neighbours' results and weight gradients stay small, wherever a block ends."""
-    experts, sizes = twin.module("experts"), [5, 3, 20, 4]
+    products, sizes = kernels_of(twin), [5, 3, 20, 4]
     x_RD = normal(0, 32, D)
     x_RD[8:28] *= 1e20
     size_E, w_EDF = twin.array(sizes), twin.array(normal(1, 4, D, F))
     out, _, (_, w_gradient) = twin.value_and_gradients(
-        lambda _, x, w: experts.grouped_product(x, w, experts.group_rows(size_E, 32)),
+        lambda _, x, w: products.grouped_product(x, w, products.group_rows(size_E, 32)),
         np.ones((32, F)),
         None,
         twin.array(x_RD),
@@ -208,7 +213,7 @@ def test_rows_of_other_experts_do_not_leak_in(twin, path):
 @pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
 def test_rows_of_other_experts_do_not_leak_through_the_whole_feed_forward(twin, path, monkeypatch, few):
     """As above. Between the products expert 2's rows give infinities, which must not meet its neighbours' zeros."""
-    monkeypatch.setattr(twin.module("experts"), "few_rows", lambda *sizes: few)
+    monkeypatch.setattr(kernels_of(twin), "few_rows", lambda *sizes: few)
     values = {name: value[:4] for name, value in values_of().items()}
     x_RD = normal(0, 32, D)
     x_RD[8:28] *= 1e20
@@ -248,7 +253,7 @@ def test_unused_rows_change_nothing(twin, path, sizes, unused):
 @pytest.mark.parametrize("kind", ["uneven, some empty", "one row", "one more than a block each", "blocks of 64 rows"])
 @pytest.mark.parametrize("spec", ["swiglu", "geglu, bias", "gelu, bias"])
 def test_blocks_of_few_and_of_many_rows_match_the_reference(twin, monkeypatch, few, kind, spec):
-    module, taken = twin.module("experts"), []
+    module, taken = kernels_of(twin), []
     monkeypatch.setattr(module, "grouped_path", lambda: PATHS[twin.name][0])
     if twin.name == "mlx":
         monkeypatch.setattr(module, "FEW_ROWS", 100)  # rows an expert beyond which slices come before either
@@ -317,7 +322,7 @@ def test_one_expert_is_a_dense_feed_forward(twin):
 @pytest.mark.parametrize("num_experts", [1, 7, 128])
 @pytest.mark.parametrize("num_rows", [1, 30, 300, 4096, 100_000])
 def test_block_is_a_power_of_two_about_half_the_mean_group(twin, num_rows, num_experts):
-    block = twin.module("experts").block_rows(num_rows, num_experts)
+    block = kernels_of(twin).block_rows(num_rows, num_experts)
     assert block in (16, 32, 64, 128, 256)
     mean = num_rows / num_experts
     assert block == 16 or block <= 0.75 * mean

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.feed_forward import activate, feed_forward, gelu, silu
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, LayerSpec, PlainFeedForwardSpec
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, F, T, Twin, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, F, T, Twin, assert_layer_matches, assert_reference_gradient, normal
 
 X_BTD = normal(0, B, T, D)
 SWIGLU = GatedFeedForwardSpec(hidden_dim=F)

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core import prompts as core_prompts
-from moezoo.core.config import load_config
+from moezoo.core.config.run_config import load_config
 from moezoo.core.errors import DataError
-from moezoo.core.generate_loop import generate
-from moezoo.core.initialize import initial_weights
-from moezoo.core.prompts import padded, widths
-from moezoo.core.sampling import SamplingOptions, penalized, sample
+from moezoo.core.generation import prefill as core_prompts
+from moezoo.core.generation.loop import generate
+from moezoo.core.generation.prefill import padded, widths
+from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.reference.sampling import SamplingOptions, penalized, sample
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 KINDS = (
@@ -64,7 +64,7 @@ def test_prompts_in_pieces_and_grown_caches_give_the_same_text(twin, name, monke
     prompts = [np.tile(prompt, 4) for prompt in prompts_of(model.spec)]
     whole = generate(model, prompts, max_new_tokens=20, options=GREEDY)
     monkeypatch.setattr(core_prompts, "PIECE", 16)
-    monkeypatch.setattr(twin.module("generation"), "ROOM", 16)
+    monkeypatch.setattr(twin.module("generation"), "INITIAL_CAPACITY", 16)
     np.testing.assert_array_equal(generate(model, prompts, max_new_tokens=20, options=GREEDY), whole)
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
     CapacitySpec,
@@ -18,8 +18,8 @@ from moezoo.core.spec import (
     RouterSpec,
     TemperatureTuningSpec,
 )
-from tests.tolerances import BFLOAT16, FLOAT32, assert_close
-from tests.twins import B, D, E, F, H, K, M, N, V, normal
+from tests.support.tolerances import BFLOAT16, FLOAT32, assert_close
+from tests.support.twins import B, D, E, F, H, K, M, N, V, normal
 
 
 def model_of(dispatch: DispatchSpec) -> ModelSpec:
@@ -124,7 +124,7 @@ def test_an_extended_cache_holds_both_parts_in_order(twin):
     cache = twin.module("kv_cache").empty_cache(SPEC, B, 8)[0]
     keys, values = normal(1, B, 5, M, H), normal(2, B, 5, M, H)
     for part in (slice(0, 3), slice(3, 5)):
-        cache, _ = cache.extended(twin.array(keys[:, part]), twin.array(values[:, part]))
+        cache, _ = cache.extend(twin.array(keys[:, part]), twin.array(values[:, part]))
     assert int(cache.length) == 5
     padding = np.zeros((B, 3, M, H))
     np.testing.assert_array_equal(twin.numpy(cache.key_BSMH), np.concatenate([keys, padding], axis=1))

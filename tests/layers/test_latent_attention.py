@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.latent_attention import latent_attention
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
@@ -22,8 +22,8 @@ from moezoo.core.spec import (
     TemperatureTuningSpec,
 )
 from tests.layers.pieces import assert_pieces_match
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, H, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, H, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 ROPE, VALUE, Z, QUERY = 4, 5, 10, 9
 INDEXER = IndexerSpec(num_heads=3, head_dim=7, top_k=3)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.layer_inputs import layer_input, layer_inputs
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
@@ -14,8 +14,8 @@ from moezoo.core.spec import (
     ModelSpec,
     RMSNormSpec,
 )
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, assert_close
-from tests.twins import B, D, F, H, M, N, T, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, assert_close
+from tests.support.twins import B, D, F, H, M, N, T, V, assert_layer_matches, assert_reference_gradient, normal
 
 L, Z = 3, 9
 SPEC, NORM = LayerInputsSpec(dim=Z), RMSNormSpec(epsilon=1e-3)

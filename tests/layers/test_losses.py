@@ -5,11 +5,10 @@ import autograd.numpy as anp
 import numpy as np
 import pytest
 
-from moezoo.core.backend import IGNORED
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference import losses as reference
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (
@@ -34,9 +33,10 @@ from moezoo.core.spec import (
     SwitchBalanceLossSpec,
     ZeroComputationSpec,
 )
-from tests.backends_available import require_backend
-from tests.tolerances import FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, K, P, T, Twin, V, assert_function_matches, assert_reference_gradient, normal
+from moezoo.core.tokens import IGNORED
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, K, P, T, Twin, V, assert_function_matches, assert_reference_gradient, normal
 
 LOGITS_BTV = 3 * normal(0, B, T, V)
 TARGET_BT = np.random.default_rng(1).integers(0, V, (B, T))

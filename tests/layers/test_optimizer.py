@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from moezoo.core.backend import IGNORED
-from moezoo.core.config import OptimizerConfig, validate
+from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.reference.optimizer import adamw, global_norm, zero_moments
 from moezoo.core.spec import (
@@ -18,8 +18,9 @@ from moezoo.core.spec import (
     MoESpec,
     RouterSpec,
 )
-from tests.backends_available import require_backend
-from tests.tolerances import (
+from moezoo.core.tokens import IGNORED
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import (
     FLOAT32,
     FLOAT32_GRADIENT,
     FLOAT32_UPDATE,
@@ -27,7 +28,7 @@ from tests.tolerances import (
     assert_all_close,
     assert_close,
 )
-from tests.twins import D, E, F, H, K, M, N, T, V, normal
+from tests.support.twins import D, E, F, H, K, M, N, T, V, normal
 
 MOE = MoESpec(num_experts=E, router=RouterSpec(top_k=K), experts=GatedFeedForwardSpec(hidden_dim=F))
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, qkv_bias=True)

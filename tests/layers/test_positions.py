@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.positions import embedding_positions, frequencies, rotate, score_multiplier
 from moezoo.core.spec import (
@@ -18,8 +18,8 @@ from moezoo.core.spec import (
     SinusoidalPositionsSpec,
     YaRNScalingSpec,
 )
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
-from tests.twins import (
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import (
     B,
     D,
     H,

@@ -3,8 +3,8 @@ import pytest
 
 from moezoo.core import random
 from moezoo.core.errors import SpecError
-from tests.tolerances import FLOAT32, assert_close
-from tests.twins import Twin
+from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.twins import Twin
 
 SHAPES = ((), (7,), (2, 0, 3), (3, 5, 7))
 KEY = random.key((5 << 32) + 1234567)

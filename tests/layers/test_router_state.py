@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import OptimizerConfig
-from moezoo.core.initialize import initial_weights
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.router_state import updated_bias, updated_cutoff, updated_state
 from moezoo.core.spec import (
@@ -16,8 +16,8 @@ from moezoo.core.spec import (
     RouterSpec,
     SelectionBiasSpec,
 )
-from tests.tolerances import EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
-from tests.twins import D, E, F, H, K, M, N, Twin, V, normal
+from tests.support.tolerances import EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
+from tests.support.twins import D, E, F, H, K, M, N, Twin, V, normal
 
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 BIASED = RouterSpec(top_k=K, score="sigmoid", selection_bias=SelectionBiasSpec(rate=0.25))

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moezoo.core import random
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.routing import Routing, average_cutoff, route, score
 from moezoo.core.spec import MoESpec, RouterSpec
-from tests.tolerances import BFLOAT16, EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import D, E, F, K, P, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import D, E, F, K, P, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 X_PD, W_DE = normal(0, P, D), 0.5 * normal(1, D, E)
 TOKEN_P = np.random.default_rng(4).integers(0, V, P)

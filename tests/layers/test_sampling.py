@@ -1,12 +1,12 @@
-"""Sampling on the device against `moezoo.core.sampling`, which is float64."""
+"""Sampling on the device against `moezoo.core.reference.sampling`, which is float64."""
 
 import numpy as np
 import pytest
 
 from moezoo.core.random import fold_in, key, uniform
-from moezoo.core.sampling import SamplingOptions, penalized, probabilities, sample
-from tests.tolerances import FLOAT32, assert_close
-from tests.twins import Twin, normal
+from moezoo.core.reference.sampling import SamplingOptions, penalized, probabilities, sample
+from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.twins import Twin, normal
 
 SEQUENCES, VOCAB = 37, 53
 LOGITS_BV = (3 * normal(1, SEQUENCES, VOCAB)).astype(np.float32)

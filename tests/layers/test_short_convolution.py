@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.short_convolution import causal_convolution, short_convolution
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
@@ -14,8 +14,8 @@ from moezoo.core.spec import (
     ShortConvolutionSpec,
 )
 from tests.layers.pieces import assert_pieces_match
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import B, D, F, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import B, D, F, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 WIDTH = 4
 BARE, BIASED = ShortConvolutionSpec(conv_width=WIDTH), ShortConvolutionSpec(conv_width=WIDTH, bias=True)
@@ -130,7 +130,7 @@ def test_an_extended_cache_holds_the_last_inputs(twin):
     inputs = normal(1, B, 6, D)
     cache = empty_cache(twin, twin.array(inputs))
     for part in (slice(0, 1), slice(1, 6)):
-        cache = cache.extended(twin.array(inputs[:, part]))
+        cache = cache.extend(twin.array(inputs[:, part]))
     assert_close(twin.numpy(cache.input_BSZ), inputs[:, 3:], EXACT)
 
 

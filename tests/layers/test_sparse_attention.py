@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
 from moezoo.core.spec import IndexerSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec
-from tests.tolerances import FLOAT32, FLOAT64, assert_close
-from tests.twins import (
+from tests.support.tolerances import FLOAT32, FLOAT64, assert_close
+from tests.support.twins import (
     B,
     D,
     G,

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import aligned_empty
 from moezoo.core.huggingface.ledger import Source
-from moezoo.core.huggingface.quantized import Quantized
-from moezoo.core.safetensors_file import aligned_empty
+from moezoo.core.huggingface.quantized_tensors import Quantized
 
 Array = npt.NDArray[Any]
 

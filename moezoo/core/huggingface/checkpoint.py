@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.assembly import assemble, same_bits
 from moezoo.core.huggingface.family import Family
@@ -15,9 +16,8 @@ from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
 from moezoo.core.huggingface.ledger import Ledger, Source
 from moezoo.core.huggingface.nonfinite import is_finite
-from moezoo.core.huggingface.quantized import Quantized
+from moezoo.core.huggingface.quantized_tensors import Quantized
 from moezoo.core.parameters import parameter_table
-from moezoo.core.safetensors_file import ReadWhenAsked
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]

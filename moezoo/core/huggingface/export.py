@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import write_stream
+from moezoo.core.checkpoint.safetensors_header import encode_header, size_bytes
 from moezoo.core.errors import CheckpointError, RunError
 from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
 from moezoo.core.huggingface.layout import CONFIG, Layout, entries_of, small_files
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
 from moezoo.core.huggingface.nonfinite import is_finite
-from moezoo.core.huggingface.quantized import encode, numpy_dtype
+from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
-from moezoo.core.safetensors_file import write_stream
-from moezoo.core.safetensors_header import encode_header, size_bytes
 
 Array = npt.NDArray[Any]
 

@@ -52,8 +52,8 @@ class Family:
         except ValidationError as error:
             problems = "; ".join(_problem(dict(problem)) for problem in error.errors())
             raise SpecError(
-                f"{fields.where} describes an impossible model: {problems}. Use the config.json that belongs to these "
-                "files."
+                f"{fields.where} describes an impossible model: {problems}. "
+                "Use the config.json that belongs to these files."
             ) from None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # For example a list in place of a number, in a field without a check of its own.

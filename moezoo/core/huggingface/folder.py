@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import SafetensorsFile
+from moezoo.core.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from moezoo.core.errors import CheckpointError
-from moezoo.core.safetensors_file import SafetensorsFile
-from moezoo.core.safetensors_header import MAX_HEADER_BYTES
 
 Array = npt.NDArray[Any]
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import SafetensorsFile, write_stream
+from moezoo.core.checkpoint.safetensors_header import encode_header
 from moezoo.core.errors import CheckpointError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, inside
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
-from moezoo.core.huggingface.quantized import decode, encode, quantized_tensors
-from moezoo.core.safetensors_file import SafetensorsFile, write_stream
-from moezoo.core.safetensors_header import encode_header
+from moezoo.core.huggingface.quantized_tensors import decode, encode, quantized_tensors
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.family import Family
@@ -213,3 +213,44 @@ def _is_kept(family: Family, name: str, wrap: Callable[[str], str], num_layers: 
         return True
     layer = re.match(re.escape(wrap("model.layers.")) + r"(\d+)\.", name)
     return family.later_layers_kept and layer is not None and int(layer[1]) >= num_layers
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """Tensors that differ only in layer and expert index, which `*` replaces in names."""
+
+    theirs: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    status: str
+    ours: tuple[str, ...]
+
+
+def ledger_rows(ledger: Ledger) -> list[LedgerRow]:
+    """Return the ledger with equal tensors of all layers and experts grouped in one row."""
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in ledger.entries:
+        theirs, ours = _pattern(entry.name), tuple(_pattern(name) for name in entry.ours)
+        groups.setdefault((theirs, entry.dtype, entry.shape, entry.status, ours), []).append(entry)
+    return [
+        LedgerRow(theirs, dtype, shape, len(entries), status, ours)
+        for (theirs, dtype, shape, status, ours), entries in groups.items()
+    ]
+
+
+def ledger_text(ledger: Ledger) -> str:
+    """Return the ledger as text, one line per row: status, dtype and shape, count, tensor name, parameters."""
+    rows = [
+        (row.status, f"{row.dtype} {list(row.shape)}", f"{row.count}x", row.theirs, ", ".join(row.ours))
+        for row in ledger_rows(ledger)
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{status:<{widths[0]}}  {stored:<{widths[1]}}  {count:>{widths[2]}}  {theirs}{' -> ' if ours else ''}{ours}"
+        for status, stored, count, theirs, ours in rows
+    )
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -1,0 +1,1 @@
+"""Several devices: how arrays are sharded, expert parallelism, and sharded checkpoints."""

@@ -1,0 +1,285 @@
+"""A training step, compiled for devices that are not there and without its arrays: what travels, and what is where.
+
+Only here: MLX compiles no step. Simulated devices of the CPU give the same division of the work as real ones, since XLA
+divides a program before it knows much of its devices; the memory of temporary arrays is another one there.
+"""
+
+import contextlib
+import importlib.util
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from moezoo.core.config.run_config import Config
+from moezoo.core.cost.step_plan import Collective, CollectiveKind, CompiledStep
+from moezoo.core.distributed.mesh import MeshAxis
+from moezoo.core.errors import BackendError
+from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+from moezoo.jax_backend.distributed.sharding import Placement, Shapes
+from moezoo.jax_backend.runtime.platform import planned_for
+from moezoo.jax_backend.steps import JaxModel
+
+MOST_DEVICES = 256
+"""For which a step is compiled as it is: that takes seconds, and less than a GiB."""
+
+_COLLECTIVE = re.compile(r"= (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(")
+_CALLED = re.compile(
+    r"(?:to_apply|body|condition|calls|branch_computations|true_computation|false_computation)=\{?([^}\s]*)"
+)
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+_IN_A_HURRY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+"""Options that do not change what travels: nobody runs the program."""
+
+
+def simulate_devices(count: int) -> None:
+    """Let the CPU stand for so many devices. Raises BackendError where JAX has started with another number."""
+    jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # JAX has started already, maybe with as many
+        jax.config.update("jax_num_cpu_devices", count)
+    if jax.device_count() != count:
+        raise BackendError(
+            f"JAX has started with {jax.device_count()} devices, and cannot simulate {count} any more. "
+            "Ask for a plan in a process of its own."
+        )
+
+
+def compiled_step(config: Config) -> CompiledStep:
+    """The training step of a config on its mesh of all devices. Nothing is allocated but the program.
+
+    Of a deep model, one layer of each kind is compiled, and then one more of each: what a layer adds is the difference,
+    times the number of such layers. Where a layer takes something from a certain other one, all are compiled. Scanned
+    layers are planned as if they were not.
+    """
+    if config.mesh.exchange == "ragged":
+        raise BackendError(
+            "exchange ragged cannot be compiled for simulated devices: XLA has none on the CPU. Add --formula."
+        )
+    programs = _programs(config.model)
+    steps = [(_compiled(config.model_copy(update={"model": model})), times) for model, times in programs]
+    if len(steps) == 1:
+        return steps[0][0]
+    return CompiledStep(
+        tuple(_sum((step.collectives, times) for step, times in steps)),
+        sum(step.arguments * times for step, times in steps),
+        None,
+        tuple(number for step, _ in steps for number in step.layers),
+    )
+
+
+def chips_of(topology: str) -> list[jax.Device]:
+    """Chips of a TPU that is not there, by a name such as `v5e:16x16`. Raises BackendError without libtpu.
+
+    Not run yet: libtpu has to be there, of the version that JAX asks for, outside of the usual environment.
+    Source: the documentation of jax.experimental.topologies.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise BackendError(
+            f"--topology {topology} needs libtpu, which compiles for TPUs that are not there; it is not installed. "
+            "Run `pip install libtpu`, or leave --topology out."
+        )
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise BackendError(f"--topology is {topology!r}, which libtpu refuses: {error}. Use e.g. v5e:16x16.") from None
+
+
+def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> dict[str, int]:
+    """Bytes of a chip's arguments and temporary arrays, as the compiler for TPUs has them. All layers are compiled."""
+    with planned_for("tpu"):
+        lowered = _lowered(config, Placement(config.model, config.mesh, chips))
+    memory = lowered.compile().memory_analysis()
+    return {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
+
+
+def _programs(model: ModelSpec) -> list[tuple[ModelSpec, int]]:
+    """Models whose figures, so many times each, add up to those of this one."""
+    layers = [layer.model_copy(update={"repeat": 1}) for layer in model.all_layers]
+    kinds = [layer for place, layer in enumerate(layers) if layer not in layers[:place]]
+    longer = [place for place, kind in enumerate(kinds) if layers.count(kind) > 1]
+    if len(layers) <= len(kinds) + 1 or any(_takes_from_another(layer) for layer in kinds):
+        return [(model, 1)]
+    more = [layers.count(kinds[place]) - 1 for place in longer]
+    found = [(kinds, 1 - sum(more))]
+    found += [([*kinds[: place + 1], *kinds[place:]], times) for place, times in zip(longer, more, strict=True)]
+    return [(model.model_copy(update={"layers": tuple(some)}), times) for some, times in found if times]
+
+
+def _takes_from_another(layer: LayerSpec) -> bool:
+    attention, moe = layer.attention, layer.moe
+    shared = isinstance(attention, GroupedQueryAttentionSpec) and (
+        attention.keys_of_layer is not None or attention.value_residual
+    )
+    return shared or layer.shortcut or (moe is not None and moe.router.gating_residual)
+
+
+def _compiled(config: Config) -> CompiledStep:
+    placement = None if config.mesh.is_one_device else Placement(config.model, config.mesh)
+    compiled = _lowered(config, placement).compile(_IN_A_HURRY)
+    memory = compiled.memory_analysis()
+    return CompiledStep(
+        () if placement is None else tuple(collectives_of(compiled.as_text(), placement)),
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        (len(config.model.all_layers),),
+    )
+
+
+def _lowered(config: Config, placement: Placement | None) -> jax.stages.Lowered:
+    training = config.training
+    model = _PlannedModel(config.model, placement)
+    model.start_training(config.optimizer, rematerialize=training.rematerialize)
+    # As a TPU computes it: attention in one piece, which the CPU would divide into many to compile.
+    with planned_for("tpu"):
+        return model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length)
+
+
+class _PlannedModel(JaxModel):
+    """A model whose arrays are shapes."""
+
+    def __init__(self, spec: ModelSpec, placement: Placement | None):
+        super().__init__(spec, Shapes(spec), placement)
+
+    def _new_moments(self, init: Any, shardings: Any) -> Any:
+        shapes = jax.eval_shape(init, self._parameters)
+        if shardings is None:
+            return shapes
+        return jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+        )
+
+    def lowered(self, micro_batches: int, batch: int, length: int) -> jax.stages.Lowered:
+        size = batch // micro_batches
+        sharding = None if self._placement is None else self._placement.windows
+        windows = jax.ShapeDtypeStruct((micro_batches, size, length + 1), np.int32, sharding=sharding)
+        self.own_sequences(size)  # says what does not divide
+        keys = jax.ShapeDtypeStruct((micro_batches, 2), np.uint32)
+        given = (self._parameters, self._state, self._moments, windows, np.float32(0), keys)
+        with self._traced(size):
+            return self._step.lower(*given)
+
+
+def _sum(parts: Iterable[tuple[Iterable[Collective], int]]) -> Iterator[Collective]:
+    """Collectives of several programs, so many times each, those of one kind and the same axes together."""
+    found: dict[tuple[str, tuple[MeshAxis, ...]], Collective] = {}
+    for collectives, times in parts:
+        for own in collectives:
+            before = found.get((own.kind, own.axes), replace(own, count=0, payload=0))
+            count, payload = before.count + times * own.count, before.payload + times * own.payload
+            found[own.kind, own.axes] = replace(own, count=count, payload=payload)
+    return iter(found.values())
+
+
+# --- reading XLA's text ----------------------------------------------------------------------------------------------
+
+
+def collectives_of(text: str, placement: Placement) -> Iterator[Collective]:
+    """The collectives of a compiled program, those of one kind and the same axes of the mesh together.
+
+    Loops count as often as they run. Raises BackendError where one around a collective does not say how often.
+    """
+    computations = dict(_computations(text))
+    entry = next(name for name in computations if name.startswith("ENTRY "))
+    found = ((_collective(line, placement), times) for line, times in _executed(computations, entry, 1))
+    return _sum(([own], times) for own, times in found if own.axes)
+
+
+def _collective(line: str, placement: Placement) -> Collective:
+    found = _COLLECTIVE.search(line)
+    assert found is not None
+    shapes, kind = found.groups()
+    arrays = [_bytes_of(*shape) for shape in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", shapes)]
+    axes = _axes_of(_groups_of(line), placement)
+    devices = math.prod(placement.sizes[axis] for axis in axes)
+    payload = sum(arrays)
+    if kind == "reduce-scatter":  # its result is a part of what each device gives
+        payload *= devices
+    # An all-to-all of the CPU lists what goes to each device.
+    return Collective(cast(CollectiveKind, kind), axes, devices, 1 if kind == "all-to-all" else len(arrays), payload)
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Each computation's name, the entry's with `ENTRY ` before it, and its lines."""
+    name, lines = "", []
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$", line)
+        if header:
+            name, lines = (header[1] or "") + header[2], []
+        elif line.startswith("}"):
+            yield name, lines
+        else:
+            lines.append(line)
+
+
+def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
+    """The collectives that a computation executes, by itself and by what it calls, and how often."""
+    for line in computations[name]:
+        if _COLLECTIVE.search(line):
+            yield line, times
+            continue
+        for called in _CALLED.findall(line):
+            for own in re.findall(r"[\w.-]+", called):
+                inside = list(_executed(computations, own, times)) if own in computations else []
+                if inside and " while(" in line:
+                    trips = re.search(r'known_trip_count":\{"n":"([0-9]+)"', line)
+                    if trips is None:
+                        raise BackendError(f"a loop with collectives does not say how often it runs; got {line[:200]}.")
+                    inside = [(found, count * int(trips[1])) for found, count in inside]
+                yield from inside
+
+
+def _bytes_of(dtype: str, shape: str) -> int:
+    return _BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
+
+
+def _groups_of(line: str) -> np.ndarray:
+    """Device numbers of each group [groups, devices], from any of the ways in which XLA writes them."""
+    listed = re.search(r"replica_groups=\{(\{[0-9,{}]*\})\}", line)
+    if listed:
+        return np.array([[int(word) for word in group.split(",")] for group in re.findall(r"\{([0-9,]+)\}", listed[1])])
+    counted = re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", line)
+    if counted:
+        return _counted(counted[2], counted[3]).reshape(_numbers(counted[1]))
+    pairs = re.search(r"source_target_pairs=\{(\{[0-9,{}]*\})\}", line)
+    if pairs:  # from one device to another
+        return np.array([[int(word) for word in pair.split(",")] for pair in re.findall(r"\{([0-9,]+)\}", pairs[1])])
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? \{([^}]*)\}", line
+    )
+    if named is None:
+        raise BackendError(f"XLA names the devices of a collective in an unknown way; got {line[:300]}.")
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=([0-9]+)", named[1])}
+    ids = _counted(named[2] or str(math.prod(axes.values())), named[3]).reshape(tuple(axes.values()))
+    along = [list(axes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
+    rest = [axis for axis in range(len(axes)) if axis not in along]
+    return ids.transpose(rest + along).reshape(-1, math.prod(ids.shape[axis] for axis in along))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def _counted(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, 2 ... of a shape, with its axes in another order."""
+    ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return ids if order is None else ids.transpose(_numbers(order))
+
+
+def _axes_of(groups: np.ndarray, placement: Placement) -> tuple[MeshAxis, ...]:
+    """The axes of the mesh along which the devices of some group differ."""
+    ids = np.vectorize(lambda device: device.id)(placement.mesh.devices)
+    place = {int(number): np.array(place) for place, number in np.ndenumerate(ids)}
+    places = np.array([[place[int(number)] for number in group] for group in groups])
+    differ = np.any(places != places[:, :1], axis=(0, 1))
+    return tuple(name for name, found in zip(placement.mesh.axis_names, differ, strict=True) if found)

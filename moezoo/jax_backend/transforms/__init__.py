@@ -1,0 +1,1 @@
+"""Transformations of the compiled step: recomputation (activation checkpointing) and scanned layers."""

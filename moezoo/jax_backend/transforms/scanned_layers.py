@@ -1,0 +1,246 @@
+"""Runs of equal layers, compiled once and looped over. Only here: MLX compiles no layer, and refuses `layers: scanned`.
+
+Spec: moezoo.core.config.training.TrainingConfig.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding
+
+from moezoo.core.errors import SpecError
+from moezoo.core.parameters import parameter_table
+from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.distributed.sharding import Placement, of_layers
+from moezoo.jax_backend.transformer import Layer, Transformer, _Given, _Left, _Stream
+
+
+def equal_layers(spec: ModelSpec) -> list[range]:
+    """All layers in order, in runs of layers that are equal in their spec and in what their parameters are.
+
+    Alone stay layers that hand something to certain other ones (keys to attend to, values to mix in, a mixture that
+    joins later), and the one that such a mixture joins. Raises SpecError where every layer would be alone.
+    """
+    layers = spec.all_layers
+    alone = set(spec.shared_layers)
+    for index, layer in enumerate(layers):
+        if layer.shortcut:
+            alone |= {index, index + 1}
+        if isinstance(layer.attention, GroupedQueryAttentionSpec) and layer.attention.value_residual:
+            alone.add(0)
+    shapes: list[list[Any]] = [[] for _ in layers]
+    for row in parameter_table(spec):
+        index, own = _parts(row.name)
+        if index is not None:
+            shapes[index].append((own, row.shape))
+    runs: list[range] = []
+    for index, layer in enumerate(layers):
+        before = index - 1
+        equal = index > 0 and _once(layer) == _once(layers[before]) and shapes[index] == shapes[before]
+        if equal and not alone & {before, index}:
+            runs[-1] = range(runs[-1].start, index + 1)
+        else:
+            runs.append(range(index, index + 1))
+    if len(runs) == len(layers):
+        raise SpecError(
+            f"training.layers is 'scanned', but no two of {len(layers)} layers can share their code; expected equal "
+            "layers one after the other, none of which hands keys, values or a mixture to a certain later one. "
+            "Use training.layers: unrolled."
+        )
+    return runs
+
+
+class Stacks:
+    """Arrays of a run's layers are held as one, with an axis L in front: `layers.2-29.moe.experts.w_gate` [L, E, D, F].
+
+    Without runs, every array is held as it is. On a mesh, `lie` says where each held array lies; else it is empty.
+    """
+
+    def __init__(self, spec: ModelSpec, runs: Sequence[range] = (), placement: Placement | None = None):
+        run_of = {index: run for run in runs if len(run) > 1 for index in run}
+        self._places = {}
+        for name in (row.name for row in parameter_table(spec)):
+            index, own = _parts(name)
+            run = run_of.get(index)
+            self._places[name] = _Place(name) if run is None else _Place(_held(run, own), index - run.start)
+        self.lie = {
+            place.name: own if place.index is None else of_layers(own)
+            for name, own in ({} if placement is None else placement.parameters).items()
+            for place in (self._places[name],)
+        }
+
+    def name(self, name: str) -> str:
+        """That of the held array."""
+        return self._places[name].name
+
+    def held(self, names: Iterable[str], read: Callable[[str], Any]) -> dict[str, Any]:
+        """Arrays as they are held, from what `read` gives for each of the names, one after the other."""
+        members: dict[str, list[str]] = {}
+        for name in names:
+            members.setdefault(self._places[name].name, []).append(name)
+        return {
+            held: read(held)
+            if self._places[own[0]].index is None
+            else self._stacked(held, [read(name) for name in own])
+            for held, own in members.items()
+        }
+
+    def _stacked(self, held: str, own: list[jax.Array]) -> jax.Array:
+        return jax.jit(lambda own: jnp.stack(own), out_shardings=self.lie.get(held))(own)
+
+    def cut(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Each layer's own arrays, from those that are held: of NumPy's, views."""
+        return {
+            name: values[place.name] if place.index is None else values[place.name][place.index]
+            for name, place in self._places.items()
+            if place.name in values
+        }
+
+
+class ScannedTransformer(Transformer):
+    """A Transformer in which a run of layers is one layer, with the arrays of all.
+
+    Where the ways of the layers part, for caches, forced experts or intermediates, they are taken out one by one.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Weights):
+        self.runs = tuple(equal_layers(spec))
+        super().__init__(spec, weights)
+
+    def _made_layers(self, weights: Weights) -> nnx.Dict:
+        layers = self.spec.all_layers
+        return nnx.Dict(
+            {
+                _name(run): Layer(layers[run.start], self.spec, weights.inside(_held(run)), run.start)
+                for run in self.runs
+            }
+        )
+
+    def _layer_at(self, index: int) -> Layer:
+        run = next(run for run in self.runs if index in run)
+        layer = self.layers[_name(run)]
+        if len(run) == 1:
+            return layer
+        graph, state = nnx.split(layer)
+        return nnx.merge(graph, jax.tree.map(lambda values: values[index - run.start], state))
+
+    def _through_layers(
+        self, stream: _Stream, inputs_BTLZ: jax.Array | None, given: _Given
+    ) -> tuple[_Stream, list[_Left]]:
+        if given.caches is not None or given.forced is not None or given.record is not None:
+            return super()._through_layers(stream, inputs_BTLZ, given)
+        sources: dict[int, Any] = {}
+        lefts: list[_Left] = []
+        for run in self.runs:
+            first = run.start
+            inputs_LBTZ = None if inputs_BTLZ is None else jnp.moveaxis(inputs_BTLZ[:, :, first : run.stop], 2, 0)
+            if len(run) > 1:
+                stream, found = self._through_run(run, stream, inputs_LBTZ, sources, given)
+                lefts += found
+                continue
+            input_BTZ = None if inputs_LBTZ is None else inputs_LBTZ[0]
+            stream, left = self._through_layer(self._layer_at(first), first, stream, input_BTZ, sources, given)
+            sources[first] = left.source
+            lefts.append(left)
+        return stream, lefts
+
+    def _through_run(
+        self,
+        run: range,
+        stream: _Stream,
+        inputs_LBTZ: jax.Array | None,
+        sources: Mapping[int, Any],
+        given: _Given,
+    ) -> tuple[_Stream, list[_Left]]:
+        """One loop over the layers of a run; what they hand on otherwise than to the next stays as it came."""
+        graph, state = nnx.split(self.layers[_name(run)])
+        chained = stream.previous_PE if _takes_logits(self.spec.all_layers[run.start]) else None
+
+        def through(carried: tuple[jax.Array, jax.Array | None], own: Any) -> Any:
+            x_BTD, previous_PE = carried
+            entering = stream._replace(x_BTD=x_BTD, previous_PE=previous_PE)
+            state, index, input_BTZ = own
+            layer = nnx.merge(graph, state)
+            leaving, left = self._through_layer(layer, index, entering, input_BTZ, sources, given)
+            left = left._replace(source=None)  # nobody's: such a layer stays alone
+            return (leaving.x_BTD, None if chained is None else leaving.previous_PE), left
+
+        indices = jnp.arange(run.start, run.stop)
+        (x_BTD, _), stacked = lax.scan(through, (stream.x_BTD, chained), (state, indices, inputs_LBTZ))
+        lefts = _each(stacked, len(run))
+        routing = lefts[-1].routing
+        previous_PE = stream.previous_PE if routing is None else routing.logits_PE
+        return stream._replace(x_BTD=x_BTD, previous_PE=previous_PE), lefts
+
+
+class GradientMeans:
+    """Gradients of a step's micro-batches: one mean for each parameter, which a layer adds its own to where they arise.
+
+    So one layer's gradients are there beside the means. What comes out of a loop as a whole would be all there.
+    """
+
+    def __init__(self, parameters: Mapping[str, jax.Array], num_parts: int, lie: Mapping[str, NamedSharding]):
+        """`lie`: where they lie, on a mesh; else empty."""
+        self._num_parts = num_parts
+        zeros = {name: jnp.zeros_like(value, device=lie.get(name)) for name, value in parameters.items()}
+        self._means = {name: jax.new_ref(value) for name, value in zeros.items()}
+
+    def adding(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        """What `jax.value_and_grad(loss, has_aux=True)` would be, but that gradients are added, and none given."""
+
+        def value_and_none(parameters: Mapping[str, jax.Array], *given: Any, **named: Any) -> Any:
+            value, pull, beside = jax.vjp(
+                lambda parameters: loss(parameters, *given, **named), parameters, has_aux=True
+            )
+            # Divided here: behind the loop, XLA would write out the divisor in the shape of the largest arrays.
+            pull.with_refs(self._means)(jnp.full_like(value, 1 / self._num_parts))
+            return (value, beside), {}
+
+        return value_and_none
+
+    def taken(self) -> dict[str, jax.Array]:
+        """The means; nothing can be added any more."""
+        return {name: jax.freeze(mean) for name, mean in self._means.items()}
+
+
+class _Place(NamedTuple):
+    """The held array where a layer's own is, and where in it."""
+
+    name: str
+    index: int | None = None
+
+
+def _parts(name: str) -> tuple[int | None, str]:
+    """`layers.3.attention.w_query` -> 3, `attention.w_query`; a name that is of no layer -> None and itself."""
+    if not name.startswith("layers."):
+        return None, name
+    _, index, own = name.split(".", 2)
+    return int(index), own
+
+
+def _name(run: range) -> str:
+    return str(run.start) if len(run) == 1 else f"{run.start}-{run.stop - 1}"
+
+
+def _held(run: range, *own: str) -> str:
+    return ".".join(["layers", _name(run), *own])
+
+
+def _once(layer: LayerSpec) -> LayerSpec:
+    return layer.model_copy(update={"repeat": 1})
+
+
+def _takes_logits(layer: LayerSpec) -> bool:
+    return layer.moe is not None and layer.moe.router.gating_residual
+
+
+def _each(stacked: Any, length: int) -> list[Any]:
+    """What each layer gave. Split, not indexed: the way back joins the parts once."""
+    leaves, shape = jax.tree.flatten(stacked)
+    parts = [[jnp.squeeze(part, 0) for part in lax.split(leaf, [1] * length)] for leaf in leaves]
+    return [jax.tree.unflatten(shape, own) for own in zip(*parts, strict=True)] if leaves else [stacked] * length

@@ -1,0 +1,1 @@
+"""Grouped products, and kernels for x86 CPUs."""

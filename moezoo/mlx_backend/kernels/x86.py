@@ -1,0 +1,344 @@
+"""What MLX's Linux wheel for x86 is slow at, from operations that it is fast at, each with its own gradient.
+
+There `exp`, and all that MLX makes of it (sigmoid, softmax, logsumexp, fused attention), takes 14 to 20 ns an element,
+`where` 6, and `power`, which is the C library's, 6; a sum or a product takes 0.3. So exponentials are powers of 2,
+masks are added, and gradients take the exponentials of the forward pass. Elsewhere, as on Apple silicon, none of it is
+used.
+"""
+
+import functools
+import math
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx import optimizers
+from mlx.utils import tree_flatten, tree_unflatten
+
+from moezoo.mlx_backend.runtime.streams import streams
+
+LOG2_E = 1 / math.log(2)
+_HIDDEN = (
+    -1e30
+)  # the power of 2 of it is exactly 0; of a moderate number it may be denormal, and products of those crawl
+
+SMALL = 2**14
+"""Elements up to which one thread does what two could share."""
+
+
+@functools.cache
+def is_x86_cpu() -> bool:
+    """Whether this is the platform that this file is for."""
+    return mx.default_device() == mx.Device(mx.cpu) and platform.machine().lower() in ("x86_64", "amd64")
+
+
+def without_graph(arrays: list[mx.array]) -> list[mx.array]:
+    """Copies that do not keep alive what they were made from. Waits for the values.
+
+    Trap: what is evaluated while MLX traces a gradient keeps all that it was made from until the backward pass is over,
+    and the experts' slices do evaluate. A custom function, which has its own gradient, needs only what it returns.
+    """
+    mx.eval(arrays)
+    return [mx.array(np.asarray(array)) for array in arrays]
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x)), computed in float32."""
+
+    @mx.custom_function
+    def of(x: mx.array) -> mx.array:
+        return _sigmoid(x)
+
+    @of.vjp
+    def _(x: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return gradient * (out * (1 - out))
+
+    return of(x.astype(mx.float32)).astype(x.dtype)
+
+
+def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.array:
+    """silu(gate) * up, computed in float32, in parts of the first axis, a stream each; `forget`: see without_graph."""
+
+    @mx.custom_function
+    def of(gate: mx.array, up: mx.array) -> list[mx.array]:
+        outs, shares, count = [], [], _num_parts(gate)
+        for stream, gate_part, up_part in zip(streams(), _parts(gate, count), _parts(up, count), strict=False):
+            with mx.stream(stream):
+                shares.append(_sigmoid(gate_part))
+                outs.append(gate_part * shares[-1] * up_part)
+        found = [mx.concatenate(outs), *shares]
+        return without_graph(found) if forget else found
+
+    @of.vjp
+    def _(primals: tuple, gradients: list, outputs: list) -> tuple[mx.array, mx.array]:
+        of_gate, of_up, shares = [], [], outputs[1:]
+        arrays = (_parts(array, len(shares)) for array in (*primals, gradients[0]))
+        for stream, share, *parts in zip(streams(), shares, *arrays, strict=False):
+            gate, up, gradient = parts
+            with mx.stream(stream):
+                silu = gate * share
+                of_gate.append(gradient * up * (share * (1 + gate - silu)))
+                of_up.append(gradient * silu)
+        return mx.concatenate(of_gate), mx.concatenate(of_up)
+
+    return of(gate.astype(mx.float32), up.astype(mx.float32))[0].astype(up.dtype)
+
+
+def _sigmoid(x: mx.array) -> mx.array:
+    return 1 / (1 + mx.power(2.0, x * -LOG2_E))
+
+
+def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
+    """-log softmax(logits) of each target, float32. In parts of some MiB, in turns on the streams: [P, V] is large."""
+    num_rows, vocab = logits_PV.shape
+    size = max(1, 2**21 // vocab)
+    cuts = list(range(size, num_rows, size))
+
+    def in_turns(of_part, *arrays: mx.array) -> mx.array:
+        parts = []
+        for turn, part in enumerate(zip(*(mx.split(array, cuts) for array in arrays), strict=True)):
+            with mx.stream(streams()[turn % len(streams())]):
+                parts.append(of_part(*part))
+        return mx.concatenate(parts)
+
+    def powers(logits: mx.array, largest: mx.array) -> mx.array:
+        # Trap: less the logarithm of the sum instead, the digits that large logits lost in it would be lost here.
+        return mx.power(2.0, (logits - largest[:, None]) * LOG2_E)
+
+    def gradient_of_part(logits, target, largest, total, gradient):
+        share = powers(logits, largest) * (gradient / total)[:, None]
+        return share.at[mx.arange(len(target)), target].add(-gradient)
+
+    @mx.custom_function
+    def of(logits: mx.array, target: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        largest = in_turns(lambda part: mx.max(part, axis=-1), logits)
+        total = in_turns(lambda *part: mx.sum(powers(*part), axis=-1), logits, largest)
+        chosen = mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        return mx.log(total) + (largest - chosen), largest, total
+
+    @of.vjp
+    def _(primals: tuple, gradients: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+        found = in_turns(gradient_of_part, *primals, *outputs[1:], gradients[0])
+        return found, mx.zeros_like(primals[1])
+
+    return of(logits_PV, target_P)[0]
+
+
+def rows_of_tokens(x_PD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
+    """x_PD[token_R], where each token stands in `num_slots` rows: its gradient gathers these, and scatters nothing."""
+
+    @mx.custom_function
+    def of(x_PD: mx.array) -> mx.array:
+        return x_PD[token_R]
+
+    @of.vjp
+    def _(x_PD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return _sum_of_slots(gradient, token_R, num_slots)
+
+    return of(x_PD)
+
+
+def sum_over_rows(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
+    """The sum of each token's rows, of which it has `num_slots`: the other way of `rows_of_tokens`."""
+
+    @mx.custom_function
+    def of(x_RD: mx.array) -> mx.array:
+        return _sum_of_slots(x_RD, token_R, num_slots)
+
+    @of.vjp
+    def _(x_RD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return gradient[token_R]
+
+    return of(x_RD)
+
+
+def _sum_of_slots(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
+    row_PK = mx.argsort(token_R).reshape(-1, num_slots)
+    if x_RD.size < SMALL:
+        return mx.sum(x_RD[row_PK], axis=1)
+    total = x_RD[row_PK[:, 0]]
+    for slot in range(1, num_slots):
+        total = total + x_RD[row_PK[:, slot]]
+    return total
+
+
+def can_fuse() -> bool:
+    """Whether `mx.compile` makes one loop of several operations here. Without a compiler it silently makes none."""
+    return is_x86_cpu() and shutil.which("g++") is not None
+
+
+class FusedAdamW(optimizers.AdamW):
+    """MLX's AdamW with bias correction, an array's update in one loop, arrays in turns on the streams."""
+
+    def init(self, parameters: Any) -> None:
+        super().init(parameters)
+        self._turn = 0
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        beta1, beta2 = self.betas
+        step, rate = self.step.astype(mx.float32), self.learning_rate.astype(mx.float32)
+        factors = mx.stack([1 - rate * self.weight_decay, rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step)])
+        self._turn = (getattr(self, "_turn", 0) + 1) % len(streams())
+        update = _adamw_update(self._turn, beta1, beta2, self.eps)
+        parameter, state["m"], state["v"] = update(gradient, parameter, state["m"], state["v"], *factors)
+        return parameter
+
+
+@functools.cache
+def _adamw_update(turn: int, beta1: float, beta2: float, epsilon: float) -> Callable[..., list[mx.array]]:
+    """One for each stream: what is compiled stays on the stream on which it was traced."""
+
+    def update(gradient, parameter, first, second, kept, rate, root):
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * (gradient * gradient)
+        return [parameter * kept - rate * first / (mx.sqrt(second) * root + epsilon), first, second]
+
+    compiled = mx.compile(update, shapeless=True)
+
+    def on_stream(*arrays: mx.array) -> list[mx.array]:
+        with mx.stream(streams()[turn]):
+            return compiled(*arrays)
+
+    return on_stream
+
+
+class Chunk(NamedTuple):
+    """Queries start:end, the keys first:last that they are given, and which of these each may see (None: all)."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    mask_TS: mx.array | None
+
+
+def attend_in_chunks(
+    query_BTMGH: mx.array,
+    key_BSMH: mx.array,
+    value_BSMH: mx.array,
+    chunks: list[Chunk],
+    scale: float,
+    sink_N: mx.array | None = None,
+    *,
+    forget: bool = False,
+) -> mx.array:
+    """Attention in float32, chunk after chunk of queries.
+
+    Products take the cores one after the other; what is between them is done in parts, a stream each. The backward pass
+    takes what the forward pass had: 2^(score - largest), the sum of these, and the share of sinks. Below, X = B M.
+    """
+    batch, length, kv_heads, group, head_dim = query_BTMGH.shape
+    arrays = [
+        (query_BTMGH * (scale * LOG2_E)).transpose(0, 2, 3, 1, 4).reshape(-1, group, length, head_dim),
+        *(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in (key_BSMH, value_BSMH)),
+    ]
+    if sink_N is not None:
+        of_batch = mx.broadcast_to(sink_N * LOG2_E, (batch, kv_heads * group))
+        arrays.append(of_batch.reshape(-1, group, 1, 1))
+
+    @mx.custom_function
+    def of(*arrays: mx.array) -> list[list[mx.array]]:
+        out, *rest = zip(*(_attend(chunk, *arrays) for chunk in chunks), strict=True)
+        found = [[mx.concatenate(out, axis=2)], *map(list, rest)]
+        if not forget:
+            return found
+        paths, arrays = zip(*tree_flatten(found), strict=True)
+        return tree_unflatten(list(zip(paths, without_graph(list(arrays)), strict=True)))
+
+    @of.vjp
+    def _(arrays: tuple, gradients: list, outputs: list) -> list[mx.array]:
+        (gradient,), ((out,), numerators, sums, *shares) = gradients[0], outputs
+        inner = mx.sum(gradient * out, axis=-1, keepdims=True)
+        found = [
+            _attend_backward(chunk, arrays[:3], gradient, inner, parts, total)
+            for chunk, parts, total in zip(chunks, numerators, sums, strict=True)
+        ]
+        of_query, of_keys, of_values = zip(*found, strict=True)
+        of_all = [mx.concatenate(of_query, axis=2), _summed(of_keys, chunks), _summed(of_values, chunks)]
+        if sink_N is not None:
+            share = mx.concatenate(shares[0], axis=2)
+            of_all.append(mx.sum(share * inner, axis=2, keepdims=True) / -LOG2_E)
+        return of_all
+
+    out_BMGTH = of(*arrays)[0][0].reshape(batch, kv_heads, group, length, -1)
+    return out_BMGTH.transpose(0, 3, 1, 2, 4)
+
+
+def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink: mx.array) -> list:
+    """Output [X, G, t, H] of a chunk of t queries, numerators [X, G, t, s] in parts, sums, and shares of sinks."""
+    query = query[:, :, chunk.start : chunk.end]
+    key, value = (x[:, chunk.first : chunk.last] for x in (key, value))
+    score = (_folded(query) @ key.swapaxes(1, 2)).reshape(*query.shape[:3], -1)
+    hidden = None if chunk.mask_TS is None else mx.where(chunk.mask_TS, 0.0, _HIDDEN)
+    count = _num_parts(score)
+    sinks = _parts(sink[0], count) if sink else [None] * count
+    numerators, sums, shares = [], [], []
+    for stream, part, of_sink in zip(streams(), _parts(score, count), sinks, strict=False):
+        with mx.stream(stream):
+            part = part if hidden is None else part + hidden
+            largest = mx.max(part, axis=-1, keepdims=True)
+            largest = largest if of_sink is None else mx.maximum(largest, of_sink)
+            numerators.append(mx.power(2.0, part - largest))
+            sums.append(mx.sum(numerators[-1], axis=-1, keepdims=True))
+            if of_sink is not None:
+                shares.append(mx.power(2.0, of_sink - largest))
+                sums[-1] = sums[-1] + shares[-1]
+    total = mx.concatenate(sums)
+    out = mx.concatenate([_folded(part) @ of for part, of in zip(numerators, _parts(value, count), strict=True)])
+    share = [mx.concatenate(shares) / total] if sink else []
+    return [out.reshape(*query.shape[:3], -1) / total, numerators, total, *share]
+
+
+def _attend_backward(
+    chunk: Chunk, arrays: tuple, gradient: mx.array, inner: mx.array, numerators: list[mx.array], total: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of a chunk's queries, and of the keys and values that it was given."""
+    rows = slice(chunk.start, chunk.end)
+    query, key, value = arrays[0][:, :, rows], *(x[:, chunk.first : chunk.last] for x in arrays[1:])
+    gradient, inner = _folded(gradient[:, :, rows] / total), _folded(inner[:, :, rows] / total)
+    of_weight = gradient @ value.swapaxes(1, 2)
+    found = []
+    arrays = (_parts(array, len(numerators)) for array in (of_weight, inner, _folded(query), key, gradient))
+    for stream, *parts in zip(
+        streams(),
+        *arrays,
+        map(_folded, numerators),
+        strict=False,  # there may be fewer parts than streams
+    ):
+        of_weight, inner, query_part, key_part, gradient_part, numerator = parts
+        with mx.stream(stream):
+            of_score = (of_weight - inner) * numerator
+        found.append(
+            (of_score @ key_part, of_score.swapaxes(1, 2) @ query_part, numerator.swapaxes(1, 2) @ gradient_part)
+        )
+    of_query, of_key, of_value = map(mx.concatenate, zip(*found, strict=True))
+    return of_query.reshape(query.shape) / LOG2_E, of_key / LOG2_E, of_value
+
+
+def _folded(x_XGTH: mx.array) -> mx.array:
+    """[X, G, t, H] -> [X, G t, H]: queries that share keys are rows of one product."""
+    return x_XGTH.reshape(x_XGTH.shape[0], -1, x_XGTH.shape[-1])
+
+
+def _num_parts(x: mx.array) -> int:
+    """How many streams are worth it: what a token leaves is done before another thread has woken up."""
+    return 1 if x.size < SMALL else min(len(streams()), len(x))
+
+
+def _parts(x: mx.array, count: int) -> list[mx.array]:
+    """So many parts of the first axis."""
+    return mx.split(x, [len(x) * part // count for part in range(1, count)])
+
+
+def _summed(parts: Sequence[mx.array], chunks: Sequence[Chunk]) -> mx.array:
+    """What chunks say of the ranges of sources that they were given -> the sum, for all sources."""
+    cuts = sorted({0, *(chunk.first for chunk in chunks), *(chunk.last for chunk in chunks)})
+    sums: list[mx.array | None] = [None] * (len(cuts) - 1)
+    for chunk, part in zip(chunks, parts, strict=True):
+        own = [place for place, cut in enumerate(cuts[:-1]) if chunk.first <= cut < chunk.last]
+        for place, piece in zip(own, mx.split(part, [cuts[i] - chunk.first for i in own[1:]], axis=1), strict=True):
+            sums[place] = piece if sums[place] is None else sums[place] + piece
+    return mx.concatenate(sums, axis=1)

@@ -1,0 +1,1 @@
+"""The machine that MLX runs on: its BLAS and its streams."""
