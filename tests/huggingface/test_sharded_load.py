@@ -1,4 +1,4 @@
-"""On JAX a checkpoint goes straight into the sharding asked for: no device holds more than its shards."""
+"""On JAX a checkpoint is loaded directly into its shards: no device holds more than its shards."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Loading and exporting Hugging Face checkpoints, one small file per model family, with NumPy alone.
+"""Load and export Hugging Face checkpoints, independently of the backends; one small file per model family.
 
 families/    per family: how to parse its config.json, and its tensor mapping, as data
 fields       config.json, every field of which is parsed, known to be harmless, or rejected
