@@ -9,6 +9,7 @@ from flax import nnx
 
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.choice import RoutingContext
 from moezoo.jax_backend.moe import MoE
 
 
@@ -21,7 +22,7 @@ class Mixture:
         graph, self._parameters, self._state = nnx.split(module, nnx.Param, ...)
 
         def output(parameters, state, x_BTD, token_BT):
-            return nnx.merge(graph, parameters, state)(x_BTD, token_BT=token_BT)[0]
+            return nnx.merge(graph, parameters, state)(x_BTD, RoutingContext(token_P=token_BT.reshape(-1)))[0]
 
         def gradients(parameters, state, x_BTD, token_BT, gradient_BTD):
             pull = jax.vjp(lambda parameters, x: output(parameters, state, x, token_BT), parameters, x_BTD)[1]
