@@ -22,7 +22,12 @@ def test_every_folder_with_code_is_a_package_of_the_wheel():
     of_code = {".".join(folder.parts) for folder in folders}
     of_data = set(SETUPTOOLS["package-dir"]) - {"moezoo"}
     assert set(SETUPTOOLS["packages"]) == of_code | of_data
-    assert of_data == set(SETUPTOOLS["package-data"])
+    assert of_data == set(SETUPTOOLS["package-data"]) - {"moezoo"}
+
+
+def test_the_wheel_says_that_it_is_typed():
+    assert SETUPTOOLS["package-data"]["moezoo"] == ["py.typed"]
+    assert (ROOT / "moezoo" / "py.typed").is_file()
 
 
 def test_every_module_that_is_imported_is_in_a_package_of_the_wheel():
