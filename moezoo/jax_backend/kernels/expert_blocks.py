@@ -144,7 +144,8 @@ def _num_blocks(size: jax.Array, block: int) -> jax.Array:
 def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """One expert's matrix, cast."""
     if w_EDF.dtype == dtype or w_EDF.dtype.itemsize != 2:
-        return lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False).astype(dtype)
+        own_DF: jax.Array = lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
+        return own_DF.astype(dtype)
     # Trap: XLA on the CPU makes float32 of a whole bfloat16 array before it takes a part of it, but leaves integers as
     # they are; and it would move what is done to the whole array out of the loop, if that did not hang on the index.
     w_EDF, expert = lax.optimization_barrier((w_EDF, expert))
