@@ -26,7 +26,7 @@ from moezoo.core.checkpoint.safetensors_header import (
     storable_name,
 )
 from moezoo.core.errors import CheckpointError
-from moezoo.core.files import written_atomically
+from moezoo.core.files import atomic_writer
 
 Array = npt.NDArray[Any]
 
@@ -238,7 +238,7 @@ def write_stream(path: str | Path, header: bytes, tensors: Iterable[tuple[str, A
     except HeaderProblem as problem:
         raise CheckpointError(f"cannot write {path}: {problem}.") from None
     missing = set(entries)
-    with written_atomically(path) as file:
+    with atomic_writer(path) as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         file.truncate(size)
