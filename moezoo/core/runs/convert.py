@@ -1,7 +1,7 @@
 """Conversion of Hugging Face checkpoints to run folders, and of runs to Hugging Face checkpoints."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Entry, Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.progress import Progress
 from moezoo.core.runs.save import export, save_run
 from moezoo.core.runs.open import open_model
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]  # parameters done, total
 
 
 
@@ -38,7 +38,8 @@ class Conversion:
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
     """Convert a Hugging Face folder or hub id into a run folder, or a run into a Hugging Face folder.
 
-    Into a run folder, one parameter at a time is in memory. A round trip without changes is bit-exact.
+    Into a run folder, one parameter at a time is in memory. A round trip without changes is bit-exact. `on_progress` is
+    called with parameters.
 
     Raises as `open_model`, RunError if `out` is not empty, and SpecError if no family computes the run's model.
     """
@@ -69,7 +70,7 @@ class _WithProgress(ReadWhenAsked):
         value = self._inner[name]
         self._done += 1
         if self._on_progress is not None:
-            self._on_progress(self._done, len(self._inner))
+            self._on_progress("converting", self._done, len(self._inner))
         return value
 
 

@@ -248,7 +248,7 @@ class _Training:
             batch_size=training.batch_size,
             max_windows=MAX_WINDOWS if whole else training.validation_sequences,
             grammar=self.grammar if whole else None,
-            on_progress=self.reporter.validating,
+            on_progress=self.reporter.progress,
         )
         self._write({"step": step, "tokens": self._tokens(step), **evaluation.to_dict()})
         if not whole:
