@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Entry, Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
@@ -54,7 +54,7 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
     return Conversion("huggingface", ledger, opened.problems + notes)
 
 
-class _WithProgress(ReadWhenAsked):
+class _WithProgress(LazyTensors):
     """Weights that report progress as they are read."""
 
     def __init__(self, inner: Mapping[str, Array], on_progress: Progress | None):

@@ -267,8 +267,7 @@ class _Training:
                 f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._way_out()}"
             )
         self.saved = self.run.checkpoints_path
-        extra: dict[str, Any] = {}
-        rest = dump_config(self.config), extra, self.config.training.keep_checkpoints
+        rest = dump_config(self.config), self.config.training.keep_checkpoints
         writer = self.model.files_writer()
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
