@@ -9,13 +9,13 @@ import numpy as np
 from moezoo.core.backend import Backend, Model, Output, check_length
 from moezoo.core.config.run_config import Config, with_compute
 from moezoo.core.data.prepare import whole_file
-from moezoo.core.data.token_store import Progress
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.progress import Progress
 from moezoo.core.runs.open import open_model
 from moezoo.core.runs.save import export, save_run
 from moezoo.core.tokens import IGNORED, Integers
@@ -195,8 +195,7 @@ def evaluate_file(
     *,
     sequence_length: int | None = None,
     batch_size: int | None = None,
-    on_reading: Progress | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
     """`evaluate` on all of a file, of text or token ids (`data.whole_file`).
 
@@ -205,7 +204,7 @@ def evaluate_file(
     or as many windows as keep the logits of one within 128 MiB.
     """
     model, training = loaded.model, loaded.config.training
-    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_reading)
+    split = whole_file(path, loaded.tokenizer, model.spec.vocab)
     first_token = loaded.first_token
     length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
     fitting = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))

@@ -62,11 +62,11 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
 
     Raises RunError for any other folder, CheckpointError for what cannot be fetched.
     """
-    from moezoo.core.huggingface.hub import on_stderr, resolve
+    from moezoo.core.huggingface.hub import resolve
+    from moezoo.core.progress import bytes_on_stderr
 
-    tell = on_stderr()
-    folder = resolve(path, tell, weights=weights)
-    tell("")  # the line is done with
+    with bytes_on_stderr() as show:
+        folder = resolve(path, show, weights=weights)
     if not is_checkpoint(folder):
         raise RunError(
             f"{path} is neither a run folder nor a Hugging Face checkpoint; expected config.yaml or config.json in it. "

@@ -1,7 +1,6 @@
 """How good a model is on held-out data: nats a token, bits a byte, expert load, distance from a known optimum."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from moezoo.core.data.prebatched import ReadyBatches
 from moezoo.core.data.prepare import Split
 from moezoo.core.data.token_store import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
+from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED
 from moezoo.core.training.metrics import routing_statistics
 
@@ -80,12 +80,13 @@ def evaluate(
     max_windows: int = MAX_WINDOWS,
     grammar: Grammar | None = None,
     first_token: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
     """Score consecutive windows of a split, all of them or `max_windows` spread evenly over it.
 
     Means are over the targets that count. Bits per byte = total nats / ln 2 / UTF-8 bytes of these; None where tokens
     have no text. With `first_token` each window begins with it, and its own T tokens are what is predicted.
+    `on_progress` is called with windows.
 
     Raises DataError: windows longer than learned positions, a token id outside the model's vocabulary.
     """
@@ -109,7 +110,7 @@ def evaluate(
         load = [a + b for a, b in zip(load, scores.load, strict=True)] if load else scores.load
         dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
         if on_progress is not None:
-            on_progress(start + len(batch), len(windows))
+            on_progress("evaluating", start + len(batch), len(windows))
     counts = windows[:, 1:] != IGNORED
     num_bytes = tokenizer.byte_count(windows[:, 1:][counts])
     return Evaluation(

@@ -248,7 +248,7 @@ class _Training:
             batch_size=training.batch_size,
             max_windows=MAX_WINDOWS if whole else training.validation_sequences,
             grammar=self.grammar if whole else None,
-            on_progress=self.reporter.validating,
+            on_progress=self.reporter.progress,
         )
         self._write({"step": step, "tokens": self._tokens(step), **evaluation.to_dict()})
         if not whole:
@@ -267,8 +267,7 @@ class _Training:
                 f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._way_out()}"
             )
         self.saved = self.run.checkpoints_path
-        extra: dict[str, Any] = {}
-        rest = dump_config(self.config), extra, self.config.training.keep_checkpoints
+        rest = dump_config(self.config), self.config.training.keep_checkpoints
         writer = self.model.files_writer()
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
