@@ -28,14 +28,14 @@ from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.config.schedules import learning_rate
 from moezoo.core.data.prebatched import ReadyBatches
 from moezoo.core.data.prepare import PreparedData
-from moezoo.core.distributed.processes import PendingNumbers, first_then_others
+from moezoo.core.distributed.processes import PendingNumbers, first_process_first
 from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.huggingface.layout import write_sidecar
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.runs.init_from import Start, open_start
-from moezoo.core.runs.run_folder import Run, forget_run, resume_point
+from moezoo.core.runs.init_from import InitialWeights, open_initial_weights
+from moezoo.core.runs.run_folder import Run, remove_empty_run, resume_point
 from moezoo.core.training.evaluation import (
     MAX_WINDOWS,
     Evaluation,
@@ -89,7 +89,7 @@ def train(
         training = _Training(config, data, backend, run, reporter or SilentReporter())
     except BaseException:
         if backend.processes.is_first:
-            forget_run(run)
+            remove_empty_run(run)
         raise
     return training.run_to_end()
 
@@ -104,7 +104,7 @@ class _Training:
         if isinstance(data.train, ReadyBatches):
             data.train.check(config.training)
         checkpoint = self._load_checkpoint()
-        initial = self._open_start() if checkpoint is None else None
+        initial = self._open_initial_weights() if checkpoint is None else None
         self.first_step = 0 if checkpoint is None else checkpoint.step
         self.model = self._build_model(checkpoint, initial)
         self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
@@ -126,16 +126,16 @@ class _Training:
         step = self.backend.gather(-1 if checkpoint is None else checkpoint.step).fetch()[0]
         return checkpoint if self.is_first or step < 0 else resume_point(self.run, step)[0]
 
-    def _open_start(self) -> Start | None:
+    def _open_initial_weights(self) -> InitialWeights | None:
         """Open the weights that `init_from` names, if any."""
         if self.config.init_from is None:
             return None
-        initial = open_start(self.config)
+        initial = open_initial_weights(self.config)
         for problem in initial.problems:
             self.reporter.message(f"{self.config.init_from.path}: {problem}")
         return initial
 
-    def _build_model(self, checkpoint: Checkpoint | None, initial: Start | None) -> Model:
+    def _build_model(self, checkpoint: Checkpoint | None, initial: InitialWeights | None) -> Model:
         """Build the model, and its optimizer with the checkpoint's moments."""
         config, source = self.config, checkpoint or initial
         weights = initial_weights(config.model, config.training.seed) if source is None else source.weights
@@ -306,7 +306,7 @@ class _Training:
     def _start_saving(self, step: int, writer: Callable[[Path], PendingFiles]) -> None:
         """Start a checkpoint whose arrays are written by all processes, each its own shards."""
         folder_of = begin_checkpoint if self.is_first else partial_folder
-        partial = first_then_others(self.backend, lambda: folder_of(self.run.checkpoints_path, step))
+        partial = first_process_first(self.backend, lambda: folder_of(self.run.checkpoints_path, step))
         files = writer(partial / ARRAYS)
 
         def complete() -> None:
