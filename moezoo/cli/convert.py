@@ -23,10 +23,10 @@ def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
     from moezoo.core.huggingface.ledger import ledger_text
     from moezoo.core.progress import Pace
     from moezoo.core.runs.convert import convert
-    from moezoo.core.runs.save import copy_whole
+    from moezoo.core.runs.save import consolidate
 
     if whole:
-        step, notes = copy_whole(path, out)
+        step, notes = consolidate(path, out)
         if as_json:
             click.echo(json.dumps({"format": "moezoo", "step": step, "notes": notes}, indent=2))
             return

@@ -37,28 +37,28 @@ def train(
     from moezoo.core.config.run_config import load_config
     from moezoo.core.config.vocabulary import with_vocab_size
     from moezoo.core.data.tokenizers import load_tokenizer
-    from moezoo.core.distributed.processes import first_then_others
+    from moezoo.core.distributed.processes import first_process_first
     from moezoo.core.reports.model_page import header
     from moezoo.core.reports.run_picture import draw_run
-    from moezoo.core.runs.init_from import check_start, initial_tokenizer, load_resolved_config
+    from moezoo.core.runs.init_from import check_initial_weights, initial_tokenizer, load_resolved_config
     from moezoo.core.runs.run_folder import create_run, is_run, open_run
     from moezoo.core.training.evaluation import describe_evaluation
     from moezoo.core.training.loop import train as run_training
 
     path = out or Path("runs") / config_path.stem
-    begun = load_config(path / "config.yaml") if resume and is_run(path) else None
-    config = load_resolved_config(config_path, overrides, begun=begun)
+    resumed = load_config(path / "config.yaml") if resume and is_run(path) else None
+    config = load_resolved_config(config_path, overrides, resumed=resumed)
     if mesh is not None:
         config = config.model_copy(update={"mesh": load_mesh(mesh)})
     realized = load_backend(backend, config.mesh, group)
     is_first = realized.processes.is_first
     console = new_console(quiet=not is_first)
-    known = initial_tokenizer(config) if begun is None else load_tokenizer(path)
-    data = first_then_others(realized, lambda: prepare_with_progress(console, config, str(config_path), known))
+    known = initial_tokenizer(config) if resumed is None else load_tokenizer(path)
+    data = first_process_first(realized, lambda: prepare_with_progress(console, config, str(config_path), known))
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
-    if begun is None:
-        check_start(config)
-    run = first_then_others(
+    if resumed is None:
+        check_initial_weights(config)
+    run = first_process_first(
         realized,
         lambda: create_run(path, config, data.tokenizer, resume=resume) if is_first else open_run(path),
     )

@@ -55,7 +55,7 @@ def checkpoint_description(folder: Path) -> dict[str, Any]:
             "min_p": generation.min_p,
             "repetition_penalty": generation.repetition_penalty,
             "end_tokens": list(generation.end_tokens),
-            "not_done": [*generation.not_done, *generation.not_done_in_sampling],
+            "not_done": [*generation.unsupported, *generation.unsupported_in_sampling],
             "unknown": list(generation.unknown),
         },
     }

@@ -42,7 +42,7 @@ def test_words_and_files_give_meshes(tmp_path: Path) -> None:
         ("", r"--mesh is ''"),
         ("data=0", r"data is 0; expected a number of devices, 1 or more, or auto"),
         ("dta=2", r"dta .*data"),
-        ("data=auto,expert=auto", r"is 'auto', as data is"),
+        ("data=auto,expert=auto", r"is 'auto', and so is data"),
         ("nowhere.yaml", r"no such mesh; got nowhere.yaml"),
         (CONFIG, r"has no mesh section"),
     ],
@@ -90,7 +90,7 @@ def test_json_has_every_parameter() -> None:
     [
         (("--mesh", "data=auto"), "an axis of the mesh is auto"),
         (("--mesh", "data=2", "--devices", "3"), "mesh is data 2, for 2 devices; got 3 devices"),
-        (("--mesh", "expert=3"), "which mesh.rules.expert = expert would cut into 3 equal parts"),
+        (("--mesh", "expert=3"), "is not divisible into 3 shards (mesh.rules.expert = expert)"),
         (("--devices", "3"), "--devices 3 says how many a mesh has; got no --mesh"),
         (("--mesh", "data=1", "--devices", "3"), "mesh is one device; got --devices 3"),
     ],
