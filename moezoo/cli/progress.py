@@ -1,4 +1,4 @@
-"""What a training run shows: a progress bar in a terminal, plain lines elsewhere."""
+"""Progress of a training run: a progress bar in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -13,38 +13,38 @@ _LINE_EVERY_S = 10.0
 
 
 class _Pace:
-    """When the next line of something long is due, and how long the rest takes, by what came after `first`."""
+    """Rate limit of progress lines, and an ETA from the pace after item `first`."""
 
     def __init__(self, first: int, total: int):
         self.total, self._first = total, first
-        self._last_line = self._began = time.monotonic()
+        self._last_line = self._started = time.monotonic()
 
     def is_due(self, done: int) -> bool:
-        """Whether to print a line now: the first, one in ten seconds, and the last."""
+        """Return True if a line is due: the first, one every ten seconds, and the last."""
         now = time.monotonic()
         if done <= self._first:
-            self._began = now
+            self._started = now
         due = done in (self._first, self.total) or now - self._last_line >= _LINE_EVERY_S
         if due:
             self._last_line = now
         return due
 
     def eta(self, done: int) -> str:
-        """Of the rest, as a clock has it."""
+        """Return the remaining time as h:mm:ss."""
         if done <= self._first:
             return "-:--:--"
-        return _clock((time.monotonic() - self._began) / (done - self._first) * (self.total - done))
+        return _clock((time.monotonic() - self._started) / (done - self._first) * (self.total - done))
 
 
 class ConsoleReporter:
-    """Progress with ETA, loss, tokens/s, each auxiliary loss by name and weighted value, and the worst expert load."""
+    """Reporter that prints ETA, loss, weighted auxiliary losses, tokens/s and the worst expert load."""
 
     def __init__(self, console: Console):
         self._console = console
         self._progress: Progress | None = None
 
     def start(self, step: int, total_steps: int) -> None:
-        # The first step compiles; those after it say how long a step takes.
+        # The first step compiles, so the ETA is based on the steps after it.
         self._steps = _Pace(step + 1, total_steps)
         self._windows: _Pace | None = None
         if self._console.is_terminal:
@@ -71,12 +71,12 @@ class ConsoleReporter:
             self._console.print(f"step {step:>6}/{total}  eta {eta}  {numbers}", highlight=False, soft_wrap=True)
 
     def validating(self, done: int, total: int) -> None:
-        begun, self._windows = self._windows, None if done == total else self._windows or _Pace(done, total)
+        previous, self._windows = self._windows, None if done == total else self._windows or _Pace(done, total)
         if self._progress is not None:
-            if begun is None:
+            if previous is None:
                 self._progress.reset(self._validation, total=total)
             self._progress.update(self._validation, completed=done, visible=done < total)
-        elif begun is not None and self._windows is not None and self._windows.is_due(done):
+        elif previous is not None and self._windows is not None and self._windows.is_due(done):
             eta = self._windows.eta(done)
             self._console.print(f"validated {done:,} of {total:,} windows  eta {eta}", highlight=False, soft_wrap=True)
 
@@ -90,7 +90,7 @@ class ConsoleReporter:
 
 
 def describe_step(record: Mapping[str, Any]) -> str:
-    """`loss 1.234  ce 1.220  switch_balance 0.010  router_z 0.004  12,345 tok/s  worst load 1.32x`."""
+    """Return `loss 1.2340  cross_entropy 1.2200  switch_balance +0.0100  12,345 tokens/s  worst load 1.32x`."""
     parts = [f"loss {record['loss']:.4f}"]
     weighted = {key.removesuffix("_weighted"): value for key, value in record.items() if key.endswith("_weighted")}
     if weighted:

@@ -82,7 +82,7 @@ def test_the_shape_of_its_json() -> None:
 def test_parts_that_no_config_shows_are_named_and_fail(two: Path) -> None:
     result = call("--list", two)
     assert result.exit_code == 1
-    assert "shown by no config: " in result.stderr
+    assert "parts without a config: " in result.stderr
     assert "attention: latent" in result.stderr
     assert "dispatch: capacity" not in result.stderr
     assert json.loads(call("--list", "--json", two).stdout)["passed"] is False
