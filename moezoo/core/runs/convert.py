@@ -1,6 +1,5 @@
 """Conversion of Hugging Face checkpoints to run folders, and of runs to Hugging Face checkpoints."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,13 @@ import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from moezoo.core.huggingface.ledger import Entry, Ledger
+from moezoo.core.huggingface.ledger import Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
-from moezoo.core.runs.save import export, save_run
 from moezoo.core.runs.open import open_model
+from moezoo.core.runs.save import export, save_run
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # parameters done, total
-
-
 
 
 @dataclass(frozen=True)
@@ -29,10 +26,6 @@ class Conversion:
     format: str
     ledger: Ledger
     notes: list[str]
-
-
-
-
 
 
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
@@ -71,5 +64,3 @@ class _WithProgress(ReadWhenAsked):
         if self._on_progress is not None:
             self._on_progress(self._done, len(self._inner))
         return value
-
-

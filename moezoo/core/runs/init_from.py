@@ -18,8 +18,8 @@ from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import Tokenizer, load_tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.layout import Layout
-from moezoo.core.runs.open import describe_model, open_model
 from moezoo.core.parameters import parameter_table
+from moezoo.core.runs.open import describe_model, open_model
 from moezoo.core.runs.run_folder import is_run
 
 

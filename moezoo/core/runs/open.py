@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokenizerSpec, TokenIdsSpec, TokenizerSpec
-from moezoo.core.config.training import OptimizerConfig, TrainingConfig
+from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.schedules import ConstantSchedule
+from moezoo.core.config.training import OptimizerConfig, TrainingConfig
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
 from moezoo.core.errors import RunError
 from moezoo.core.generation.config import GenerationConfig, read_generation_config

@@ -149,10 +149,9 @@ class _Gathered(nnx.Module):
     def __init__(self, block: nnx.Module, name: str, recomputed: bool):
         self.block, self.name, self.recomputed = block, name, recomputed
 
-    def __call__(self, *given: Any, record: Any = None, name: str = "", inference: bool | None = None, **named: Any):
+    def __call__(self, *given: Any, record: Any = None, name: str = "", **named: Any):
         placement = active_placement()
         graph, state = nnx.split(self.block)
-        fixed = {} if inference is None else {"inference": inference}
 
         def block(state: nnx.State, given: Any, named: dict[str, Any]) -> Any:
             # Trap: XLA takes what never changes out of the loop over micro-batches, and would put all blocks together
@@ -160,7 +159,7 @@ class _Gathered(nnx.Module):
             state, given = jax.lax.optimization_barrier((state, given))
             module = nnx.merge(graph, state)
             _at_work(module, placement, self.name)
-            return module(*given, **named, **fixed)
+            return module(*given, **named)
 
         given = (jax.lax.with_sharding_constraint(given[0], placement.sharding(placement.batch_axes)), *given[1:])
         if self.recomputed:

@@ -15,8 +15,10 @@ from moezoo.core.errors import SpecError
 from tests.support.source_tree import PACKAGE, tree_of
 
 MODULES = (
-    "config",
-    "mesh",
+    "config.data",
+    "config.run_config",
+    "config.training",
+    "distributed.mesh",
     "spec.attention",
     "spec.model",
     "spec.moe",
