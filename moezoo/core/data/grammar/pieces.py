@@ -13,7 +13,7 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Choose:
-    """A choice from list `source` without the options of the `excluded` variables; stored in variable `name`, if set."""
+    """A choice from list `source` without the options of the `excluded` variables; stored in variable `name` if set."""
 
     source: str
     name: str | None
