@@ -36,7 +36,7 @@ def train(
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.config.run_config import load_config
     from moezoo.core.config.vocabulary import with_vocab_size
-    from moezoo.core.data.tokenizers import load_tokenizer
+    from moezoo.core.data.load_tokenizer import load_tokenizer
     from moezoo.core.distributed.processes import first_then_others
     from moezoo.core.reports.model_page import header
     from moezoo.core.reports.run_picture import draw_run

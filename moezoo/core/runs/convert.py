@@ -1,6 +1,5 @@
 """Conversion of Hugging Face checkpoints to run folders, and of runs to Hugging Face checkpoints."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from moezoo.core.huggingface.ledger import Entry, Ledger
+from moezoo.core.huggingface.ledger import Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.progress import Progress
-from moezoo.core.runs.save import export, save_run
 from moezoo.core.runs.open import open_model
+from moezoo.core.runs.save import export, save_run
 
 Array = npt.NDArray[Any]
 

@@ -26,7 +26,7 @@ from moezoo.core.checkpoint.store import (
 )
 from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.config.schedules import learning_rate
-from moezoo.core.data.prebatched import ReadyBatches
+from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import PreparedData
 from moezoo.core.distributed.processes import PendingNumbers, first_then_others
 from moezoo.core.errors import RunError, TrainingError
@@ -75,7 +75,7 @@ class _Training:
         self.config, self.data, self.run, self.backend = config, data, run, backend
         self.is_first = backend.processes.is_first
         self.reporter = reporter if self.is_first else SilentReporter()
-        if isinstance(data.train, ReadyBatches):
+        if isinstance(data.train, PrebatchedSplit):
             data.train.check(config.training)
         checkpoint = self._resume_point()
         self.first_step = 0 if checkpoint is None else checkpoint.step
