@@ -1,13 +1,10 @@
-"""Console output of a training run: a progress bar in a terminal, plain lines elsewhere."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Progress of a training run: a progress bar in a terminal, plain lines elsewhere."""
 
 from rich import progress as rich_progress
 from rich.console import Console
 
 from moezoo.core.progress import Pace
-from moezoo.core.training.metrics import worst_load
+from moezoo.core.training.metrics import StepRecord
 
 
 class ConsoleReporter:
@@ -36,8 +33,8 @@ class ConsoleReporter:
             self._task = self._progress.add_task("train", total=total_steps, completed=step, numbers="")
             self._validation = self._progress.add_task("validate", start=False, visible=False, numbers="windows")
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        numbers, step, total = describe_step(record), int(record["step"]), self._total_steps
+    def step(self, record: StepRecord) -> None:
+        numbers, step, total = describe_step(record), record.step, self._total_steps
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
         elif self._pace.is_due(step, total):
@@ -65,16 +62,14 @@ class ConsoleReporter:
             self._progress = None
 
 
-def describe_step(record: Mapping[str, Any]) -> str:
-    """`loss 1.234  ce 1.220  switch_balance 0.010  router_z 0.004  12,345 tok/s  worst load 1.32x`."""
-    parts = [f"loss {record['loss']:.4f}"]
-    weighted = {key.removesuffix("_weighted"): value for key, value in record.items() if key.endswith("_weighted")}
-    if weighted:
-        parts.append(f"cross_entropy {record['cross_entropy']:.4f}")
-        parts.extend(f"{name} +{value:.4f}" for name, value in weighted.items())
-    if record.get("tokens_per_second"):
-        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
-    worst = worst_load(record.get("routing", ()))
-    if worst is not None:
-        parts.append(f"worst load {worst:.2f}x")
+def describe_step(record: StepRecord) -> str:
+    """`loss 1.234  cross_entropy 1.220  switch_balance +0.010  router_z +0.004  12,345 tokens/s  worst load 1.32x`."""
+    parts = [f"loss {record.loss:.4f}"]
+    if record.weighted_losses:
+        parts.append(f"cross_entropy {record.losses['cross_entropy']:.4f}")
+        parts.extend(f"{name} +{value:.4f}" for name, value in record.weighted_losses.items())
+    if record.tokens_per_second:
+        parts.append(f"{record.tokens_per_second:,.0f} tokens/s")
+    if record.worst_load is not None:
+        parts.append(f"worst load {record.worst_load:.2f}x")
     return "  ".join(parts)

@@ -1,4 +1,4 @@
-"""The command line: a frozen surface, quick help, and one clear line for everything that a caller can get wrong."""
+"""The command line: frozen options, fast help, and one-line errors for wrong input."""
 
 import json
 import subprocess
@@ -240,7 +240,7 @@ def test_missing_files(folder: Path) -> None:
     refused(call("train", folder / "no.yaml"), "SpecError", "no such config", "no.yaml")
     missing = f"data.sources[0].path={folder / 'no.txt'}"
     refused(call("train", path, "--out", folder / "a", "--set", missing), "DataError", "no.txt")
-    refused(call("eval", folder / "no_run"), "DataError", "is no run folder, whose data is known", "--data")
+    refused(call("eval", folder / "no_run"), "DataError", "is not a run folder, so it has no data", "--data")
     refused(call("generate", folder / "no_run", "--prompt", "7"), "RunError", "is neither a run folder nor")
     assert not (folder / "a").exists()
 
@@ -298,7 +298,7 @@ def test_unwritable_folder(folder: Path) -> None:
 
 def test_existing_run_without_resume(trained: Path, folder: Path) -> None:
     result = call("train", write_config(folder, steps=2), "--backend", "mlx", "--out", trained)
-    refused(result, "RunError", "already holds a run", "--resume")
+    refused(result, "RunError", "already contains a run", "--resume")
 
 
 def test_unknown_and_missing_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,5 +336,5 @@ def test_load_forward_generate_save(trained: Path, tmp_path: Path) -> None:
         model.forward(np.array([[10_000]]))
     with pytest.raises(moezoo.MoezooError, match="expected a new or empty folder"):
         model.save(tmp_path / "saved")
-    with pytest.raises(moezoo.MoezooError, match="no such format"):
+    with pytest.raises(moezoo.MoezooError, match="unknown format"):
         model.save(tmp_path / "other", format="gguf")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from moezoo.cli.progress import ConsoleReporter
 from moezoo.core import progress as module
+from moezoo.core.training.metrics import StepRecord
 
 
 class Clock:
@@ -25,6 +26,10 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
+def record(step: int) -> StepRecord:
+    return StepRecord(step, 0, {"loss": 1.0, "cross_entropy": 1.0}, 1.0, 1e-3, None)
+
+
 def lines_of(console: Console) -> list[str]:
     return console.file.getvalue().splitlines()
 
@@ -35,7 +40,7 @@ def test_eta_excludes_the_first_step_which_compiles(clock):
     reporter.start(0, 10)
     for step, seconds in [(1, 300), (2, 20), (3, 20), (4, 5), (5, 15)]:
         clock.now += seconds
-        reporter.step({"step": step, "loss": 1.0})
+        reporter.step(record(step))
     assert [line.split("  loss")[0].split() for line in lines_of(console)] == [
         ["step", "1/10", "eta", "-:--:--"],
         ["step", "2/10", "eta", "0:02:40"],
@@ -50,7 +55,7 @@ def test_resumed_run_estimates_from_its_own_steps(clock):
     reporter.start(100, 110)
     for step in (101, 102):
         clock.now += 30
-        reporter.step({"step": step, "loss": 1.0})
+        reporter.step(record(step))
     assert "eta 0:04:00" in lines_of(console)[1]
 
 

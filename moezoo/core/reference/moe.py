@@ -5,7 +5,8 @@ from typing import assert_never
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, Record, inside
-from moezoo.core.reference.dispatch import combine, dispatch, used_rows
+from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext
+from moezoo.core.reference.dispatch import Dispatch, combine, dispatch, used_rows
 from moezoo.core.reference.experts import experts
 from moezoo.core.reference.feed_forward import feed_forward, sigmoid
 from moezoo.core.reference.normalization import normalize
@@ -17,13 +18,9 @@ def moe(
     spec: MoESpec,
     parameters: Parameters,
     x_BTD: Array,
+    context: RoutingContext = NO_CONTEXT,
     *,
     raw_BTD: Array | None = None,
-    token_BT: Array | None = None,
-    previous_PE: Array | None = None,
-    forced_PK: Array | None = None,
-    key: Array | None = None,
-    inference: bool = False,
     record: Record | None = None,
     name: str = "moe",
 ) -> tuple[Array, Routing]:
@@ -38,41 +35,23 @@ def moe(
         spec: the mixture.
         parameters: its own.
         x_BTD: behind the layer's norm.
-        raw_BTD: before it, for `shared: {kind: parallel}`: router and routed experts start from there. None: as x_BTD.
-        token_BT, previous_PE, forced_PK, key, inference: as in `route`; at inference no capacity drops anything.
+        context: of its P tokens, as in `route`; at inference no capacity drops a token.
+        raw_BTD: before the layer's norm, for `shared: {kind: parallel}`: router and routed experts start from there.
+            None: as x_BTD.
         record: filled with named intermediates.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1. Weighted inputs: Meta 2025 (Llama 4), released code. Latent
     experts: NVIDIA 2025 (Nemotron 3), released code.
     """
-    x_PD = mixture_input(spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), key)
+    x_PD = mixture_input(spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
     raw_PD, routed_PD = x_PD, x_PD
     if isinstance(spec.shared, ParallelFeedForwardSpec):
-        raw_PD = x_PD if raw_BTD is None else mixture_input(spec.router, raw_BTD.reshape(x_PD.shape), key)
+        raw_PD = x_PD if raw_BTD is None else mixture_input(spec.router, raw_BTD.reshape(x_PD.shape), context.key)
         routed_PD = normalize(spec.shared.norm, inside(parameters, "routed_input_norm"), raw_PD)
-    routing = route(
-        spec.router,
-        inside(parameters, "router"),
-        raw_PD,
-        token_P=None if token_BT is None else token_BT.reshape(-1),
-        previous_PE=previous_PE,
-        forced_PK=forced_PK,
-        key=key,
-        inference=inference,
-    )
-    dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=inference)
+    routing = route(spec.router, inside(parameters, "router"), raw_PD, context)
+    dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
     input_P = routed_PD if spec.latent_dim is None else np.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
-    x_RD = input_P[dispatched.token_R]
-    match spec.router.apply_to:
-        case "output":
-            summed = dispatched
-        case "input":
-            x_RD = x_RD * dispatched.weight_R[:, None]
-            summed = dispatched._replace(weight_R=used_rows(dispatched))
-        case _:
-            assert_never(spec.router.apply_to)
-    y_RD = experts(spec.experts, inside(parameters, "experts"), x_RD, dispatched.size_E)
-    out_PD = combine(summed, y_RD, x_PD.shape[0])
+    out_PD = run_experts(spec, inside(parameters, "experts"), input_P, dispatched)
     if spec.latent_dim is not None:
         out_PD = np.einsum("PZ,ZD->PD", out_PD, parameters["w_output"])
     if spec.zero_computation is not None:
@@ -88,6 +67,23 @@ def moe(
     if spec.shared is not None:
         out_PD = with_shared(spec, parameters, x_PD, out_PD)
     return np.reshape(out_PD, x_BTD.shape), routing
+
+
+def run_experts(spec: MoESpec, parameters: Parameters, x_PD: Array, dispatched: Dispatch) -> Array:
+    """Sum over each token's rows of `weight * expert(x)`, or of `expert(weight * x)` with `apply_to: input`: [P, D].
+
+    `parameters` are those of the experts. With a `latent_dim` D is that.
+    """
+    x_RD = x_PD[dispatched.token_R]
+    match spec.router.apply_to:
+        case "output":
+            summed = dispatched
+        case "input":
+            x_RD = x_RD * dispatched.weight_R[:, None]
+            summed = dispatched._replace(weight_R=used_rows(dispatched))
+        case _:
+            assert_never(spec.router.apply_to)
+    return combine(summed, experts(spec.experts, parameters, x_RD, dispatched.size_E), x_PD.shape[0])
 
 
 def with_shared(spec: MoESpec, parameters: Parameters, x_PD: Array, routed_PD: Array) -> Array:

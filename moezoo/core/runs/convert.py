@@ -19,19 +19,19 @@ from moezoo.core.runs.save import export, save_run
 Array = npt.NDArray[Any]
 
 
-
-
 @dataclass(frozen=True)
 class Conversion:
-    """Result of a conversion: `format` of the new folder, ledger of the checkpoint's tensors, one-line notes."""
+    """Result of a conversion.
+
+    Fields:
+        format: of the new folder, `moezoo` or `huggingface`.
+        ledger: the mapping of every tensor of the Hugging Face checkpoint.
+        notes: one-line notes for the user.
+    """
 
     format: str
     ledger: Ledger
     notes: list[str]
-
-
-
-
 
 
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
@@ -40,7 +40,8 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
     Into a run folder, one parameter at a time is in memory. A round trip without changes is bit-exact. `on_progress` is
     called with parameters.
 
-    Raises as `open_model`, RunError if `out` is not empty, and SpecError if no family computes the run's model.
+    Raises what `open_model` raises. Raises RunError: `out` is not empty. Raises SpecError: no family can represent the
+    run's model.
     """
     opened = open_model(path)
     if opened.checkpoint is not None:
@@ -71,5 +72,3 @@ class _WithProgress(LazyTensors):
         if self._on_progress is not None:
             self._on_progress("converting", self._done, len(self._inner))
         return value
-
-

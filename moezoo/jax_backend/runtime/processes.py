@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moezoo.core.distributed.process_group import ProcessGroup, others_wait
+from moezoo.core.distributed.process_group import ProcessGroup, set_immediate_exit
 from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.errors import BackendError, TrainingError
 
@@ -35,7 +35,7 @@ def join(group: ProcessGroup) -> None:
     address = None if group.coordinator == "auto" else group.coordinator
     if address is not None:
         _check_reachable(group)
-    others_wait()
+    set_immediate_exit()
     sys.excepthook = functools.partial(_tell_and_end, sys.excepthook)
     try:
         jax.distributed.initialize(
@@ -85,7 +85,7 @@ def leave() -> None:
     """Wait until all processes have come here, and part."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
-        others_wait(False)
+        set_immediate_exit(False)
 
 
 def processes() -> Processes:
@@ -105,9 +105,13 @@ def gather(number: int) -> PendingNumbers:
     if processes().count == 1:
         return Numbers((number,))
     everywhere, own = _exchange()
-    given = jax.make_array_from_callback(
-        (jax.device_count(),), own, lambda places: np.full(len(range(jax.device_count())[places[0]]), number, np.int32)
-    )
+    count = jax.device_count()
+
+    def own_numbers(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return np.full(len(range(count)[index[0]]), number, np.int32)
+
+    given = jax.make_array_from_callback((count,), own, own_numbers)
     with lost_peer():
         return _Gathered(everywhere(given))
 
