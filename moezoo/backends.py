@@ -49,7 +49,7 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group:
         raise BackendError(f"no such backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}.")
     _check_installed(name, "or choose another one with --backend")
     if name == "jax":
-        from moezoo.jax_backend.steps import JaxBackend
+        from moezoo.jax_backend.backend import JaxBackend
 
         return JaxBackend(mesh, group)
     if group is not None:
@@ -57,7 +57,7 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group:
             f"only JAX processes have a coordinator; got {group.in_words()} with backend mlx. Start MLX's with "
             "`moezoo launch --nproc N train ...` or mlx.launch."
         )
-    from moezoo.mlx_backend.steps import MlxBackend
+    from moezoo.mlx_backend.backend import MlxBackend
 
     return MlxBackend(mesh)
 

@@ -20,7 +20,7 @@ from moezoo.core.config import parse_config
 from moezoo.core.initialize import initial_weights
 from moezoo.core.mesh import MeshConfig
 from moezoo.core.sampling import SamplingOptions
-from moezoo.jax_backend.steps import JaxBackend
+from moezoo.jax_backend.backend import JaxBackend
 
 VOCAB, STEPS = 64, 3
 
