@@ -3,26 +3,26 @@
 The public API is `load`, `parity`, the specs, and the errors. Importing it loads neither jax nor mlx.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moezoo.api import LoadedModel
     from moezoo.core.backend import Backend
-    from moezoo.core.config import Config, load_config
+    from moezoo.core.config.run_config import Config
     from moezoo.core.errors import MoezooError
-    from moezoo.core.loaded_model import LoadedModel
     from moezoo.core.parameters import parameter_table
-    from moezoo.core.parity_report import ParityReport
+    from moezoo.core.parity.report import ParityReport
     from moezoo.core.spec import ModelSpec
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ModelSpec", "MoezooError", "load", "load_config", "parameter_table", "parity"]
 
 _LAZY = {
-    "Config": "moezoo.core.config",
+    "Config": "moezoo.core.config.run_config",
     "ModelSpec": "moezoo.core.spec",
     "MoezooError": "moezoo.core.errors",
-    "load_config": "moezoo.core.config",
     "parameter_table": "moezoo.core.parameters",
 }
 
@@ -40,9 +40,19 @@ def load(
 
     Raises RunError, CheckpointError, SpecError, TokenizerError or BackendError.
     """
-    from moezoo.core.loaded_model import load_model
+    from moezoo.api import load_model
 
     return load_model(path, backend, compute, max_length)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
+    """Read and check a YAML config, with `path=value` overrides; a checkpoint that `init_from` names is opened.
+
+    Raises SpecError, and as `load` for the checkpoint.
+    """
+    from moezoo.core.runs.init_from import load_resolved_config
+
+    return load_resolved_config(path, overrides)
 
 
 def parity(path: str | Path) -> "ParityReport":
@@ -51,7 +61,7 @@ def parity(path: str | Path) -> "ParityReport":
     Both backends must be installed. Raises as `load`.
     """
     from moezoo.backends import NAMES, load_backend
-    from moezoo.core.parity import parity_of
+    from moezoo.core.parity.check import parity_of
 
     return parity_of(path, {name: load_backend(name) for name in NAMES})
 

@@ -1,5 +1,5 @@
 """`python -m moezoo`."""
 
-from moezoo.cli import main
+from moezoo.cli.main import main
 
 main()

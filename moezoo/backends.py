@@ -3,12 +3,12 @@
 import importlib.util
 import os
 import platform
-from types import ModuleType
 
 from moezoo.core.backend import Backend
+from moezoo.core.cost.make_plan import Planner
+from moezoo.core.distributed.mesh import MeshConfig
+from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import BackendError, nearest
-from moezoo.core.mesh import MeshConfig
-from moezoo.core.process_group import ProcessGroup
 
 NAMES = ("jax", "mlx")
 _PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
@@ -27,8 +27,8 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
-def load_planner() -> ModuleType:
-    """The module that compiles training steps for devices that are not there, which only JAX can.
+def load_planner() -> Planner:
+    """Return the module that compiles training steps for simulated devices, which only JAX can.
 
     Raises BackendError: not installed.
     """

@@ -12,8 +12,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu
 import pytest
 
 import moezoo.mlx_backend  # noqa: F401  loads OpenBLAS, which must come before any test imports MLX
-from tests.backends_available import require_backend
-from tests.twins import Twin
+from tests.support.backends_available import require_backend
+from tests.support.twins import Twin
 
 
 @pytest.fixture(scope="session", params=["jax", "mlx"])

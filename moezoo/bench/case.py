@@ -6,9 +6,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from moezoo.core.backend import Floats, Integers
-from moezoo.core.config import Config, dump_config, parse_config
+from moezoo.core.config.run_config import Config, dump_config, parse_config
 from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import Floats, Integers
 
 Kind = Literal["train", "forward", "gradients", "decode"]
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from moezoo.core.config import Config, load_config
+from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.errors import SpecError
+from moezoo.core.files import PACKAGE
 
 NAMES = {"S": "small", "M": "medium"}
 
@@ -32,18 +33,13 @@ def bench_config(name: str) -> Config:
 
 
 def config_path(name: str) -> Path:
-    """Where S or M lies: inside the package as installed from a wheel, else beside it in a checkout."""
+    """Return the file of S, M or of any other config by its path. Raises SpecError: no such file."""
     if name not in NAMES:
         path = Path(name)
         if not path.is_file():
             raise SpecError(f"no such config; got {name!r}; expected S, M or the path of a YAML config.")
         return path
-    package = Path(__file__).parents[1]
-    places = [folder / "bench" / f"{NAMES[name]}.yaml" for folder in (package / "configs", package.parent / "configs")]
-    for place in places:
-        if place.is_file():
-            return place
-    raise SpecError(f"config {name} is missing; expected {places[0]} or {places[1]}. Install moezoo again.")
+    return PACKAGE / "configs" / "bench" / f"{NAMES[name]}.yaml"
 
 
 def smoke_config() -> Config:

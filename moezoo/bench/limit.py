@@ -25,7 +25,9 @@ import numpy as np
 
 from moezoo.bench.case import Case, Work
 from moezoo.bench.machine import cores
-from moezoo.core.cost import active_experts, flops_per_token, kv_cache_bytes_per_token
+from moezoo.core.cost.flops import flops_per_token
+from moezoo.core.cost.memory import kv_cache_bytes_per_token
+from moezoo.core.cost.parameters import active_experts
 from moezoo.core.parameters import ROLES, Parameter, Role, parameter_table
 from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, TiedHeadSpec
 

@@ -11,7 +11,7 @@ from moezoo.bench.contenders import LIMIT, Entry
 from moezoo.bench.limit import bytes_per_step, useful_flops
 from moezoo.bench.machine import load, machine
 from moezoo.bench.measure import Effort, Tell, Timings, take_turns, time_starts
-from moezoo.core.config import Config
+from moezoo.core.config.run_config import Config
 from moezoo.core.errors import SpecError, nearest
 
 Mode = Literal["train", "layer", "decode", "startup", "experts"]

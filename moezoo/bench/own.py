@@ -7,13 +7,14 @@ from time import perf_counter
 from moezoo.backends import load_backend
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
 from moezoo.bench.limit import mixture_of
-from moezoo.core.backend import Integers, Model, PendingStep
-from moezoo.core.generate_loop import generate
-from moezoo.core.initialize import initial_value, initial_weights
+from moezoo.core.backend import Model, PendingStep
+from moezoo.core.generation.loop import generate
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_value, initial_weights
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import Integers
 
 
 class Own:

@@ -11,36 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import DataError
-from moezoo.core.processes import PendingNumbers, Processes
 from moezoo.core.random import Bits
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
-
-Floats = NDArray[np.float32]
-Integers = NDArray[np.int32]
-
-
-IGNORED = -1
-"""As a target: there is nothing to predict here. The token has no cross-entropy; auxiliary losses still see it."""
-
-
-def check_targets(tokens: Integers, targets: Integers) -> None:
-    """Raises DataError for one pass over tokens and targets [B, T] that all are IGNORED, or IGNORED as a token.
-
-    Trap: a mean over no targets is 0 / 0, and a row -1 of an embedding is the last one, or stray memory.
-    """
-    if not (targets != IGNORED).any():
-        raise DataError(
-            f"no target counts; got {targets.size} targets in a batch or micro-batch, each of them {IGNORED}; "
-            "expected at least one token id. Use larger parts, or leave this batch out."
-        )
-    if (tokens < 0).any():
-        raise DataError(
-            f"{IGNORED} may stand as a target only; got it as an input token. "
-            "In a window it may stand in the last column alone."
-        )
+from moezoo.core.tokens import Floats, Integers
 
 
 def check_length(spec: ModelSpec, length: int, got: str) -> None:

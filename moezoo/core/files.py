@@ -15,6 +15,9 @@ from typing import BinaryIO
 
 from moezoo.core.errors import RunError
 
+PACKAGE = Path(__file__).parents[1]
+"""Folder of the package; `configs` and `datasets` are in it, in a checkout as links."""
+
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Write `content` (text as UTF-8) to `path`: all of it or nothing, and durably; see `written_atomically`."""

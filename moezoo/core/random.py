@@ -1,9 +1,9 @@
-"""Randomness without state: explicit counter keys into threefry, bit-equal to `jax.random`, in NumPy.
+"""Stateless random numbers: counter-based threefry keys in NumPy, bit-equal to `jax.random`.
 
-Whoever needs a random number says for what: `uniform(fold_in(key(seed), step, layer, purpose), shape)`.
-Nothing is advanced and nothing is saved, so a resumed run draws what the first one would have drawn, on every
-backend. Keys and uniforms are the same bit for bit on all three; normal and Gumbel numbers differ by the rounding of
-a logarithm or two, since a uniform is drawn first and transformed after.
+The caller names the purpose of a random number: `uniform(fold_in(key(seed), step, layer, purpose), shape)`.
+There is no generator state to advance or save, so a resumed run draws the same numbers as an uninterrupted one, on
+every backend. Keys and uniforms are bit-equal in NumPy, JAX and MLX; normal and Gumbel numbers differ by the rounding
+of a logarithm or two, since they are transformed uniforms.
 """
 
 import math
@@ -17,35 +17,35 @@ from moezoo.core.errors import SpecError
 Bits = npt.NDArray[np.uint32]
 
 ROUTER_JITTER, ROUTER_NOISE, ROUTER_SAMPLE, ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT = range(1, 7)
-"""What a layer's random numbers are for, as counters: `fold_in(key, ROUTER_NOISE)`. A number is never given anew."""
+"""Purposes of a layer's random numbers, as counters: `fold_in(key, ROUTER_NOISE)`. A number is never reused."""
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 _WORD = 1 << 32
-_TRAINING = 0x747261  # "tra": what a seed's key is for in training, as a counter
+_TRAINING = 0x747261  # "tra": purpose of a seed's key in training, as a counter
 
 
 def key(seed: int) -> Bits:
-    """The key of a seed: uint32 [2], the seed's high and low word.
+    """Return the key of a seed: uint32 [2], the high and low word of the seed.
 
     `seed` is an integer in [0, 2**64), else SpecError.
 
     Source: `jax.random.key`.
-    Differs: JAX without 64-bit integers drops the high word, so that seeds which differ only there draw the
-    same; it is kept here, as JAX with 64-bit integers does.
+    Differs: JAX without 64-bit integers drops the high word, so seeds that differ only there draw the same numbers;
+    here it is kept, as in JAX with 64-bit integers.
     """
     if not _is_integer(seed) or not 0 <= seed < 1 << 64:
         raise SpecError(
-            f"the seed is not a counter; got {seed!r}; expected an integer in [0, 2**64). Use another seed."
+            f"the seed is not a valid counter; got {seed!r}; expected an integer in [0, 2**64). Use another seed."
         )
     return np.array([int(seed) >> 32, int(seed) & (_WORD - 1)], np.uint32)
 
 
 def fold_in(key: Bits, *data: int) -> Bits:
-    """A new key from a key and counters, one after the other: fold_in(k, a, b) = fold_in(fold_in(k, a), b).
+    """Derive a new key from a key and counters, one after the other: fold_in(k, a, b) = fold_in(fold_in(k, a), b).
 
-    `key` is uint32 [2]; each of `data` is an integer in [0, 2**32), else SpecError; without data the key
-    comes back. Returns uint32 [2] = threefry(key, (0, data)).
+    `key` is uint32 [2]; each of `data` is an integer in [0, 2**32), else SpecError. Returns uint32 [2] =
+    threefry(key, (0, data)); without data, the key itself.
 
     Source: `jax.random.fold_in`.
     """
@@ -62,15 +62,15 @@ def fold_in(key: Bits, *data: int) -> Bits:
 
 
 def micro_batch_keys(seed: int, step: int, count: int) -> Bits:
-    """The keys of a training step's micro-batches: uint32 [count, 2], functions of (seed, step, micro-batch).
+    """Return the keys of a training step's micro-batches: uint32 [count, 2], functions of (seed, step, micro-batch).
 
-    `step` counts from 0. What is drawn from them: fold_in(key, layer, purpose).
+    `step` counts from 0. Layers derive their own keys from them: fold_in(key, layer, purpose).
     """
     return split(fold_in(key(seed), _TRAINING, step), count)
 
 
 def split(key: Bits, count: int) -> Bits:
-    """`count` keys from one, at once: uint32 [count, 2], where row i is fold_in(key, i).
+    """Split a key into `count` keys: uint32 [count, 2], where row i is fold_in(key, i).
 
     `key` is uint32 [2]; `count` is an integer in [0, 2**32).
 
@@ -83,7 +83,7 @@ def split(key: Bits, count: int) -> Bits:
 
 
 def bits(key: Bits, shape: tuple[int, ...]) -> Bits:
-    """Random bits: uint32 [*shape] for a key [2], or [*keys, *shape] for keys [*keys, 2], each drawing alone.
+    """Random bits: uint32 [*shape] for a key [2], or [*keys, *shape] for keys [*keys, 2], independent per key.
 
     Element i, counted row by row, is y0 xor y1 of threefry(key, (i >> 32, i mod 2**32)).
 
@@ -99,8 +99,8 @@ def bits(key: Bits, shape: tuple[int, ...]) -> Bits:
 def uniform(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Uniform numbers in [0, 1), multiples of 2**-23: float32 [*shape], or [*keys, *shape] as in `bits`.
 
-    The top 23 bits become the mantissa of a number in [1, 2), less one: exact on every machine. Scale
-    outside: a fused multiply-add inside a compiled backend would change the last bit.
+    The top 23 bits become the mantissa of a number in [1, 2), minus one: exact on every machine. Scaling is left to
+    the caller: a fused multiply-add inside a compiled backend would change the last bit.
 
     Source: `jax.random.uniform` with its default range.
     """
@@ -110,10 +110,10 @@ def uniform(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
 def normal(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Standard normal numbers: float64 [*shape], or [*keys, *shape] as in `bits`.
 
-    `Phi^-1(u + 2**-24)` for a uniform u: the middle of its cell, so that plus and minus are equally far, and the
-    largest is 5.3. A backend computes `sqrt(2) erfinv(2 u + 2**-23 - 1)`, whose argument is exact in float32.
+    `Phi^-1(u + 2**-24)` for a uniform u: the middle of its cell, so the distribution is symmetric, with maximum 5.3. A
+    backend computes `sqrt(2) erfinv(2 u + 2**-23 - 1)`, whose argument is exact in float32.
 
-    Differs: `jax.random.normal` transforms the lower end of a cell, which is another number by up to a cell.
+    Differs: `jax.random.normal` transforms the lower end of a cell, so its numbers differ by up to one cell.
     """
     inverse = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
     return np.asarray(inverse(uniform(key, shape).astype(np.float64) + 2.0**-24))
@@ -122,7 +122,7 @@ def normal(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
 def gumbel(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Standard Gumbel numbers, `-log(-log(max(u, 2**-126)))`: float64 [*shape], or [*keys, *shape] as in `bits`.
 
-    The place of the largest of `logits + gumbel` is a draw from softmax(logits). Source: `jax.random.gumbel`.
+    The argmax of `logits + gumbel` is a sample from softmax(logits). Source: `jax.random.gumbel`.
     """
     return -np.log(-np.log(np.maximum(uniform(key, shape).astype(np.float64), 2.0**-126)))
 
@@ -136,9 +136,9 @@ def bernoulli(key: Bits, probability: float, shape: tuple[int, ...]) -> npt.NDAr
 
 
 def _threefry(key: Bits, x0: Bits, x1: Bits) -> tuple[Bits, Bits]:
-    """threefry2x32 with 20 rounds. The key's words broadcast with the counters, which have at least one axis.
+    """Apply threefry2x32 with 20 rounds. The key's words broadcast with the counters, which have at least one axis.
 
-    Trap: NumPy warns when a uint32 *scalar* overflows, and not when an array does; overflow is the algorithm.
+    Trap: NumPy warns when a uint32 *scalar* overflows, but not when an array does; the algorithm relies on overflow.
     """
     k0, k1 = key[..., 0], key[..., 1]
     schedule = (k0, k1, k0 ^ k1 ^ _PARITY)

@@ -1,4 +1,4 @@
-"""Arrays in and out: canonical names and NumPy on one side, NNX parameters on the other."""
+"""Conversion between NumPy arrays by canonical name and NNX parameters."""
 
 from collections.abc import Mapping
 
@@ -7,36 +7,36 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moezoo.core.precision import STORED_DTYPES
+from moezoo.core.parameters.precision import STORED_DTYPES
 from moezoo.jax_backend.runtime.processes import on_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-class _State(nnx.Variable):
-    """What a step changes in another way than by gradients."""
+class _State(nnx.Variable[jax.Array]):
+    """State that a step updates without gradients."""
 
 
 class Weights:
-    """Values by canonical name, seen from one module: `inside("experts")` is the view of the sub-module `experts`."""
+    """Parameter values by canonical name, as seen by one module: `inside("experts")` is the view of a sub-module."""
 
     def __init__(self, values: Mapping[str, np.ndarray], prefix: str = ""):
         self._values, self._prefix = values, prefix
 
     def inside(self, name: str) -> "Weights":
-        """The view of a sub-module."""
+        """Return the view of a sub-module."""
         return Weights(self._values, f"{self._prefix}{name}.")
 
     def has(self, name: str) -> bool:
-        """Whether this module has a parameter of that name."""
+        """Return True if this module has a parameter of that name."""
         return self._prefix + name in self._values
 
-    def parameter(self, name: str) -> nnx.Param:
-        """A trainable parameter with this module's value of that name, in its own dtype: every use of it casts."""
+    def parameter(self, name: str) -> nnx.Param[jax.Array]:
+        """Return a trainable parameter with this module's value of that name, in its own dtype: every use casts it."""
         return nnx.Param(self._array(name))
 
-    def state(self, name: str) -> nnx.Variable:
-        """State with this module's value of that name, in its own dtype: not trained by gradients."""
+    def state(self, name: str) -> nnx.Variable[jax.Array]:
+        """Return state with this module's value of that name, in its own dtype: not trained by gradients."""
         return _State(self._array(name))
 
     def _array(self, name: str) -> jax.Array:
@@ -48,10 +48,10 @@ class Weights:
 
 
 def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Arrays by name -> float32 NumPy arrays by name."""
+    """Convert arrays by name to float32 NumPy arrays by name."""
     return {name: np.asarray(on_host(value), np.float32) for name, value in values.items()}
 
 
 def exported(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Arrays by name -> NumPy arrays of their own dtype by name."""
+    """Convert arrays by name to NumPy arrays of their own dtype by name."""
     return {name: np.asarray(on_host(value)) for name, value in values.items()}

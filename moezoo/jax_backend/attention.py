@@ -26,15 +26,15 @@ def attend(
     softcap: float | None = None,
     sink_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Spec: moezoo.core.reference.attention.attend; divides by the softmax's denominator after the second product."""
+    """Spec: moezoo.core.reference.attention.attend; the softmax denominator divides the output, not the weights."""
     score = jnp.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH, preferred_element_type=jnp.float32)
     score = score / math.sqrt(query_BTMGH.shape[-1]) if scale is None else score * scale
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
     score = jnp.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -jnp.inf)
-    # The largest score only guards against overflow; it cancels, and so does its gradient.
+    # Subtracting the largest score only guards against overflow; it cancels, and so does its gradient.
     largest = lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
-    total = 0.0
+    total: jax.Array | float = 0.0
     if sink_N is not None:
         sink_MG11 = sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1)
         largest = jnp.maximum(largest, lax.stop_gradient(sink_MG11))
@@ -47,7 +47,7 @@ def attend(
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.attention.visible; of positions [B, T] and [B, S] a mask for each row."""
+    """Spec: moezoo.core.reference.attention.visible; for positions [B, T] and [B, S], one mask per row."""
     position_T1, position_1S = position_T[..., :, None], position_S[..., None, :]
     mask_TS = position_T1 >= position_1S
     if spec.window is not None:
@@ -69,9 +69,10 @@ def attend_causally(
     value_BTMH: jax.Array,
     sink_N: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` to what is visible, in chunks of queries that are given only the keys that one of them may see.
+    """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
-    On the CPU a chunk's scores stay in cache, which is four times faster at T = 384 (writings/performance.md).
+    A chunk reads only the keys that one of its queries may attend to. On the CPU the scores of a chunk stay in cache,
+    which is four times faster at T = 384 (writings/performance.md).
     """
     length = query_BTMGH.shape[1]
     chunk = 64 if platform() == "cpu" else length
@@ -95,22 +96,22 @@ def attend_causally(
 
 
 def _mask(
-    spec: GroupedQueryAttentionSpec, position_T: jax.Array, place_S: jax.Array, first_B: jax.Array | None
+    spec: GroupedQueryAttentionSpec, position_T: jax.Array, slot_S: jax.Array, first_B: jax.Array | None
 ) -> jax.Array:
-    """What tokens at these positions may look at, of what stands at these places: [T, S], or [B, T, S]."""
-    position_S = place_S if first_B is None else place_S - first_B[:, None]
+    """Return the mask of tokens at these positions over these cache slots: [T, S], or [B, T, S] with padding."""
+    position_S = slot_S if first_B is None else slot_S - first_B[:, None]
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
 
 
 def _first_visible(spec: GroupedQueryAttentionSpec, position: int) -> int:
-    """The first position that a query of this position, or of a later one, may look at."""
+    """Return the first position that a query at this position, or at a later one, may attend to."""
     if spec.window is not None:
         return max(0, position - spec.window + 1)
     return 0 if spec.chunk is None else position // spec.chunk * spec.chunk
 
 
 class GroupedQueryAttention(nnx.Module):
-    """Spec: moezoo.core.reference.attention.grouped_query_attention; with a cache, for the tokens that follow it."""
+    """Spec: moezoo.core.reference.attention.grouped_query_attention; with a cache, for the next tokens."""
 
     def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights, layer: int):
         self.spec, self.layer = spec, layer
@@ -152,40 +153,42 @@ class GroupedQueryAttention(nnx.Module):
         first_B: jax.Array | None = None,
         source: Source | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
+        """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
         if spec.qkv_bias:
             query = query + self.b_query[...].astype(dtype)
         batch, length = x_BTD.shape[:2]
         position_T = positions(length, 0 if cache is None else cache.length, first_B)
-        query = self._placed(query, None if spec.qk_norm is None else self.query_norm, position_T)
+        query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, position_T)
         if spec.temperature_tuning is not None:
-            warmth_T = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))
-            query = (query * warmth_T[..., None, None]).astype(dtype)
+            temperature_T = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))
+            query = (query * temperature_T[..., None, None]).astype(dtype)
         value = None
-        if spec.keys_of_layer is None:
+        if isinstance(cache, SharedCache):
+            cache = cache.extend(length)
+        elif spec.keys_of_layer is None:
             key, value = self._keys_and_values(x_BTD, position_T)
             mixed = value
             if spec.value_residual and self.layer > 0:
+                assert first_value_BTMH is not None
                 mix = self.value_mix[...].astype(jnp.float32)
                 mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
             if cache is None:
                 source = Source(key, mixed, position_T)
             else:
-                cache, source = cache.extended(key, mixed)
-        elif cache is not None:
-            cache = cache.extended(length)
+                cache, source = cache.extend(key, mixed)
+        assert source is not None
         sink_N = self.sink[...].astype(jnp.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, *source[:2], sink_N)
+            attended = attend_causally(spec, grouped, source[0], source[1], sink_N)
         else:
             attended = attend(
                 grouped,
                 source.key_BSMH,
                 source.value_BSMH,
-                _mask(spec, position_T, source.place_S, first_B),
+                _mask(spec, position_T, source.slot_S, first_B),
                 scale=spec.scale,
                 softcap=spec.softcap,
                 sink_N=sink_N,
@@ -197,7 +200,7 @@ class GroupedQueryAttention(nnx.Module):
         return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
 
     def _keys_and_values(self, x_BTD: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys as queries meet them, and values as they are before any mix."""
+        """Return keys after norm and rotation, and values before any value residual."""
         spec, dtype = self.spec, x_BTD.dtype
         key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
         if spec.qkv_bias:
@@ -213,10 +216,10 @@ class GroupedQueryAttention(nnx.Module):
         value = self._clipped(value)
         if spec.value_multiplier != 1:
             value = (value.astype(jnp.float32) * spec.value_multiplier).astype(dtype)
-        return self._placed(key, None if spec.qk_norm is None else self.key_norm, position_T), value
+        return self._rotated(key, None if spec.qk_norm is None else self.key_norm, position_T), value
 
-    def _placed(self, x: jax.Array, norm: RMSNorm | LayerNorm | None, position_T: jax.Array) -> jax.Array:
-        """Queries or keys normalized, clipped and rotated."""
+    def _rotated(self, x: jax.Array, norm: RMSNorm | LayerNorm | None, position_T: jax.Array) -> jax.Array:
+        """Normalize, clip and rotate queries or keys."""
         spec = self.spec
         if norm is not None and not spec.qk_norm_after_rotation:
             x = norm(x)
@@ -235,7 +238,7 @@ class GroupedQueryAttention(nnx.Module):
         return x if clip is None else jnp.clip(x, -clip, clip)
 
     def _gated(self, attended_BTNH: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        """The heads' output times a sigmoid of the layer's input, if there is a gate."""
+        """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one."""
         match self.spec.gate:
             case "headwise":
                 gate = jnp.einsum("BTD,DN->BTN", x_BTD, self.w_gate[...].astype(x_BTD.dtype))[..., None]

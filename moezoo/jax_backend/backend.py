@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from moezoo.core.freed_memory import keep_freed_memory
-from moezoo.core.mesh import MeshConfig, in_words, sizes
-from moezoo.core.process_group import ProcessGroup
-from moezoo.core.processes import PendingNumbers, Processes
+from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
+from moezoo.core.distributed.process_group import ProcessGroup
+from moezoo.core.distributed.processes import PendingNumbers, Processes
+from moezoo.core.malloc import keep_freed_memory
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement
 from moezoo.jax_backend.kernels.grouped_product import grouped_path

@@ -75,6 +75,7 @@ def choose(
             chosen_PK = jnp.take_along_axis(lax.stop_gradient(score_PE), expert_PK, axis=-1)
             valid_PK = jnp.cumsum(chosen_PK, axis=-1) - chosen_PK < nucleus.p
         case HashChoiceSpec():
+            assert table_PK is not None
             expert_PK, valid_PK = table_PK, jnp.ones(table_PK.shape, jnp.bool_)
         case SparseMixerChoiceSpec() as mixer:
             key = None if context.inference else context.key
@@ -82,6 +83,7 @@ def choose(
             valid_PK = jnp.ones(expert_PK.shape, jnp.bool_)
         case ExpertChoiceSpec():
             if context.inference:
+                assert cutoff_E is not None
                 taken_PE = selection_PE >= cutoff_E
             else:
                 taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE)

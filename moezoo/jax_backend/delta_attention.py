@@ -15,14 +15,14 @@ from moezoo.jax_backend.positions import positions
 from moezoo.jax_backend.short_convolution import causal_convolution
 
 CHUNK = 32
-"""Tokens at a time: for half as many the products become small, for twice as many the triangular systems large."""
+"""Chunk length in tokens: half as long makes products small, twice as long makes triangular systems large."""
 
 
 class GatedDeltaAttention(nnx.Module):
-    """Spec: moezoo.core.reference.delta_attention.gated_delta_attention; with a cache, for tokens behind it."""
+    """Spec: moezoo.core.reference.delta_attention.gated_delta_attention; with a cache, for the next tokens."""
 
     def __init__(self, spec: GatedDeltaAttentionSpec, weights: Weights, layer: int):
-        del layer  # the same in every layer
+        del layer  # all layers are alike
         self.spec = spec
         self.w_query = weights.parameter("w_query")
         self.conv_query = weights.parameter("conv_query")
@@ -46,8 +46,8 @@ class GatedDeltaAttention(nnx.Module):
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
-        del first_value_BTMH  # for attention over tokens
+        """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
+        del first_value_BTMH  # only grouped-query attention uses it
         spec, dtype = self.spec, x_BTD.dtype
         query = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_query[...].astype(dtype))
         key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
@@ -58,7 +58,7 @@ class GatedDeltaAttention(nnx.Module):
         rate = jnp.exp(self.log_decay_rate[...].astype(jnp.float32))
         log_decay = -rate * jax.nn.softplus(step + self.decay_bias[...].astype(jnp.float32))
         batch, length = x_BTD.shape[:2]
-        if first_B is not None:  # padding leaves a state of zeros, and zeros as inputs of the convolutions
+        if first_B is not None:  # padding keeps a state of zeros, and is zero as an input of the convolutions
             real_BT1 = positions(length, 0 if cache is None else cache.length, first_B)[..., None] >= 0
             beta, log_decay = jnp.where(real_BT1, beta, 0.0), jnp.where(real_BT1, log_decay, 0.0)
             query, key, value = (jnp.where(real_BT1[..., None], x, 0).astype(dtype) for x in (query, key, value))
@@ -76,7 +76,7 @@ class GatedDeltaAttention(nnx.Module):
             past.state_BMGHZ,
         )
         if cache is not None:
-            cache = cache.extended(state_BMGHZ, query, key, value)
+            cache = cache.extend(state_BMGHZ, query, key, value)
         normed = (self.output_norm(attended.reshape(value.shape)) * jax.nn.silu(gate)).astype(dtype)
         return Attended(jnp.einsum("BTNZ,NZD->BTD", normed, self.w_output[...].astype(dtype)), cache, None, None)
 
@@ -90,7 +90,7 @@ def gated_delta_rule(
     state_BMGHZ: jax.Array,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """Spec: moezoo.core.reference.delta_attention.gated_delta_rule_in_chunks; from a state, and with the last state.
+    """Spec: moezoo.core.reference.delta_attention.gated_delta_rule_in_chunks; takes a state, and returns the last one.
 
     All float32. One token is a chunk of one, which is the recurrence.
     """
@@ -98,7 +98,7 @@ def gated_delta_rule(
     chunk = min(chunk, length)
 
     def in_chunks(x: jax.Array) -> jax.Array:
-        """[B, T, M, ...] -> [chunks, B, M, ..., T of a chunk], behind the last token such as change no state."""
+        """[B, T, M, ...] -> [chunks, B, M, ..., T of a chunk], padded with tokens that change no state."""
         x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), (1, 2), (0, x.ndim))
 
@@ -106,7 +106,7 @@ def gated_delta_rule(
     beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG), in_chunks(log_decay_BTMG)
     position_T = jnp.arange(chunk)
     before_TS = position_T[:, None] > position_T[None, :]
-    # Trap: a difference of two sums from the chunk's start would lose the digits of a small sum behind large ones.
+    # Trap: a difference of two sums from the start of the chunk would cancel the digits of a small sum.
     between_BMGTS = jnp.cumsum(jnp.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
     decay_BMGTS = jnp.where(before_TS.T, 0.0, jnp.exp(between_BMGTS))
     decay_BMGT1 = jnp.exp(jnp.cumsum(log_decay_BMGT, axis=-1))[..., None]
@@ -116,20 +116,20 @@ def gated_delta_rule(
     inverse_BMGTS = _inverse_of_one_plus(lower_BMGTS)
     score_BMGTS = decay_BMGTS * score_BMTS[..., None, :, :]
 
-    def of_one(state_BMGHZ: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def one_chunk(state_BMGHZ: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS = parts
         known_BMGTZ = decay_BMGT1 * jnp.einsum("BMTH,BMGHZ->BMGTZ", key_BMTH, state_BMGHZ)
         wanted_BMGTZ = beta_BMGT[..., None] * (value_BMGTZ - known_BMGTZ)
         change_BMGTZ = jnp.einsum("BMGTS,BMGSZ->BMGTZ", inverse_BMGTS, wanted_BMGTZ)
         read_BMGTZ = decay_BMGT1 * jnp.einsum("BMTH,BMGHZ->BMGTZ", query_BMTH, state_BMGHZ)
         read_BMGTZ = read_BMGTZ + jnp.einsum("BMGTS,BMGSZ->BMGTZ", score_BMGTS, change_BMGTZ)
-        left_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
+        decayed_change_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
         state_BMGHZ = decay_BMGT1[..., -1:, :] * state_BMGHZ
-        state_BMGHZ = state_BMGHZ + jnp.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, left_BMGTZ)
+        state_BMGHZ = state_BMGHZ + jnp.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, decayed_change_BMGTZ)
         return state_BMGHZ, read_BMGTZ
 
     parts = (query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS)
-    state_BMGHZ, read = lax.scan(of_one, state_BMGHZ, parts)
+    state_BMGHZ, read = lax.scan(one_chunk, state_BMGHZ, parts)
     read = jnp.moveaxis(read, (0, -2), (1, 2))
     return read.reshape(batch, -1, *value_BTMGZ.shape[2:])[:, :length], state_BMGHZ
 
@@ -141,10 +141,10 @@ def unit(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _inverse_of_one_plus(lower: jax.Array) -> jax.Array:
-    """`(1 + lower)^-1` of strictly lower triangular matrices [..., T, T], by blocks: exact, and products alone.
+    """Return `(1 + lower)^-1` of strictly lower triangular matrices [..., T, T], exact, from matrix products alone.
 
-    Blocks on the diagonal whose inverses A' and B' are known join, two and two: [[A, 0], [C, B]] has the inverse
-    [[A', 0], [-B' C A', B']]. Blocks of one are their own inverse.
+    Pairs of diagonal blocks with known inverses A' and B' are merged: [[A, 0], [C, B]] has the inverse
+    [[A', 0], [-B' C A', B']]. Blocks of size one are their own inverse.
     """
     position_T = jnp.arange(lower.shape[-1])
 
@@ -166,7 +166,7 @@ def _inverse_and_itself(lower: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gradient_of_inverse(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    """Two products, in place of a gradient of each step."""
+    """Return the gradient by two products, instead of a gradient through each step."""
     transposed = inverse.swapaxes(-1, -2)
     return (-(transposed @ cotangent @ transposed),)
 

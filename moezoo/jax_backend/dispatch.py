@@ -35,17 +35,17 @@ def kept_slots(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, infer
     """Spec: moezoo.core.reference.dispatch.kept_slots."""
     groups = num_groups(spec, num_sequences)
     group_size = routing.expert_PK.shape[0] // groups
-    most = capacities(spec, group_size, inference=inference)
-    if min(most) == group_size:
+    limits = capacities(spec, group_size, inference=inference)
+    if min(limits) == group_size:
         return routing.valid_PK
 
     def kept(expert_PK: jax.Array, valid_PK: jax.Array, weight_PK: jax.Array) -> jax.Array:
-        """Of groups that follow each other; B of them, with R copies each."""
+        """Return the kept slots of B consecutive groups of tokens, with R assignments each."""
         expert_BR, valid_BR, weight_BR = (
             values.reshape(-1, group_size * values.shape[1]) for values in (expert_PK, valid_PK, weight_PK)
         )
-        # Unused slots queue behind those of the last expert.
-        queue_BR = jnp.where(valid_BR, expert_BR, len(most))
+        # Unused slots queue after those of the last expert.
+        queue_BR = jnp.where(valid_BR, expert_BR, len(limits))
         order_BR = jnp.argsort(queue_BR, stable=True)
         match spec.dispatch:
             case CapacitySpec(priority="score"):
@@ -56,14 +56,14 @@ def kept_slots(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, infer
                 pass
             case _:
                 assert_never(spec.dispatch)
-        count_BE = jnp.sum(queue_BR[..., None] == jnp.arange(len(most) + 1), axis=1, dtype=jnp.int32)
+        count_BE = jnp.sum(queue_BR[..., None] == jnp.arange(len(limits) + 1), axis=1, dtype=jnp.int32)
         start_BE = jnp.cumsum(count_BE, axis=1) - count_BE
         start_BR = jnp.take_along_axis(start_BE, jnp.take_along_axis(queue_BR, order_BR, axis=1), axis=1)
-        place_BR = jnp.arange(order_BR.shape[1]) - start_BR
-        place_BR = jnp.put_along_axis(jnp.zeros_like(place_BR), order_BR, place_BR, axis=1, inplace=False)
-        return (valid_BR & (place_BR < jnp.asarray(most)[expert_BR])).reshape(expert_PK.shape)
+        rank_BR = jnp.arange(order_BR.shape[1]) - start_BR
+        rank_BR = jnp.put_along_axis(jnp.zeros_like(rank_BR), order_BR, rank_BR, axis=1, inplace=False)
+        return (valid_BR & (rank_BR < jnp.asarray(limits)[expert_BR])).reshape(expert_PK.shape)
 
-    # On a mesh, sequences lie whole on their devices.
+    # On a mesh, a sequence is never split between devices.
     where = kept if groups == 1 else row_by_row(kept)
     return where(routing.expert_PK, routing.valid_PK, jax.lax.stop_gradient(routing.weight_PK))
 
@@ -72,11 +72,11 @@ def dispatch(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inferen
     """Spec: moezoo.core.reference.dispatch.dispatch."""
     num_tokens, num_slots = routing.expert_PK.shape
     num_experts = spec.num_experts
-    most = num_rows(spec, num_tokens, num_sequences=num_sequences, inference=inference)
+    max_rows = num_rows(spec, num_tokens, num_sequences=num_sequences, inference=inference)
     kept_PK = kept_slots(spec, routing, num_sequences=num_sequences, inference=inference)
     computed_PK = kept_PK & (routing.expert_PK < num_experts)
     size_E = _counts(routing.expert_PK, computed_PK, num_experts)
-    order_R = jnp.argsort(jnp.where(computed_PK, routing.expert_PK, num_experts).reshape(-1), stable=True)[:most]
+    order_R = jnp.argsort(jnp.where(computed_PK, routing.expert_PK, num_experts).reshape(-1), stable=True)[:max_rows]
     used_R = jnp.arange(order_R.size) < jnp.sum(size_E)
     expert_R = jnp.where(used_R, routing.expert_PK.reshape(-1)[order_R], num_experts - 1)
     weight_R = jnp.where(used_R, routing.weight_PK.reshape(-1)[order_R], 0.0)
@@ -95,6 +95,6 @@ def combine(dispatched: Dispatch, y_RD: jax.Array, num_tokens: int) -> jax.Array
 
 
 def _counts(expert_PK: jax.Array, counted_PK: jax.Array, num_experts: int) -> jax.Array:
-    """How many of the counted slots name each expert; int32."""
+    """Count the slots of each expert, of those to count; int32."""
     chosen = (expert_PK[..., None] == jnp.arange(num_experts)) & counted_PK[..., None]
     return jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)

@@ -33,7 +33,9 @@ class Experts(nnx.Module):
 
     def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
         spec, dtype = self.spec, x_RD.dtype
-        parameters = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()}
+        parameters: dict[str, jax.Array] = {
+            name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()
+        }
         kernel = expert_kernel(x_RD.shape[0], size_E.shape[0])
         if kernel is not None:
             return kernel(spec, x_RD, parameters, size_E)

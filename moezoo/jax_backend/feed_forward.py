@@ -41,6 +41,7 @@ def activate(spec: FeedForwardSpec, gate: jax.Array | None, up: jax.Array) -> ja
     """Spec: moezoo.core.reference.feed_forward.activate."""
     match spec:
         case GatedFeedForwardSpec():
+            assert gate is not None
             match spec.kind:
                 case "swiglu":
                     return jax.nn.silu(gate) * up
@@ -51,6 +52,7 @@ def activate(spec: FeedForwardSpec, gate: jax.Array | None, up: jax.Array) -> ja
                 case _:
                     assert_never(spec.kind)
         case ClampedSwiGLUSpec():
+            assert gate is not None
             gate, up = jnp.minimum(gate, spec.limit), jnp.clip(up, -spec.limit, spec.limit)
             return gate * jax.nn.sigmoid(spec.alpha * gate) * (up + 1)
         case PlainFeedForwardSpec():

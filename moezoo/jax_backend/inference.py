@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moezoo.core.backend import LayerRouting, Output, Scores, check_targets, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
-from moezoo.core.config import Rematerialize
+from moezoo.core.backend import LayerRouting, Output, Scores, combine_weights
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
+from moezoo.core.config.training import Rematerialize
+from moezoo.core.generation.prefill import widths
 from moezoo.core.parameters import parameter_table
-from moezoo.core.prompts import widths
 from moezoo.core.random import Bits
-from moezoo.core.safetensors_file import shapes_of
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import check_targets
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.distributed.expert_parallel import ExpertParallel

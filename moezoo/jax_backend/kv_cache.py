@@ -1,4 +1,7 @@
-"""The key/value cache of one attention layer: a fixed number of slots, so that decoding compiles once."""
+"""Key/value caches of attention layers, with a fixed number of slots, so that decoding compiles once.
+
+A slot is the index of a token in its row, left padding included; a position is its index in the sequence itself.
+"""
 
 from typing import NamedTuple, assert_never
 
@@ -17,7 +20,7 @@ from moezoo.jax_backend.arrays import DTYPES
 
 
 class Attended(NamedTuple):
-    """Spec: moezoo.core.reference.attention.Attended; and the cache that the tokens have extended, None without one."""
+    """Spec: moezoo.core.reference.attention.Attended; with the extended cache, or None without one."""
 
     out_BTD: jax.Array
     cache: "Cache | None"
@@ -27,22 +30,22 @@ class Attended(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What new tokens may look at: keys and values, and the place of each among all tokens, negative where none is."""
+    """Keys and values that new tokens may attend to, and the slot of each; an empty slot is negative."""
 
     key_BSMH: jax.Array
     value_BSMH: jax.Array
-    place_S: jax.Array
+    slot_S: jax.Array
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the first `length` of S places; what lies beyond is masked by whoever attends."""
+    """Keys and values of S slots, of which the first `length` are filled; attention masks the rest."""
 
     key_BSMH: jax.Array
     value_BSMH: jax.Array
     length: jax.Array
 
-    def extended(self, key_BTMH: jax.Array, value_BTMH: jax.Array) -> tuple["KVCache", Source]:
-        """The cache with T more places, and what they may look at. The caller sees to it that length + T <= S."""
+    def extend(self, key_BTMH: jax.Array, value_BTMH: jax.Array) -> tuple["KVCache", Source]:
+        """Append T tokens: return the new cache, and what they may attend to. The caller ensures length + T <= S."""
         length = self.length + key_BTMH.shape[1]
         key_BSMH = lax.dynamic_update_slice(self.key_BSMH, key_BTMH, (0, self.length, 0, 0))
         value_BSMH = lax.dynamic_update_slice(self.value_BSMH, value_BTMH, (0, self.length, 0, 0))
@@ -51,42 +54,45 @@ class KVCache(NamedTuple):
 
 
 class RollingCache(NamedTuple):
-    """Keys and values of the last S of `length` places, place p in slot `p % S`: for who looks no further back."""
+    """Keys and values of the last S of `length` slots, slot s at index `s % S`: for sliding windows and chunks."""
 
     key_BSMH: jax.Array
     value_BSMH: jax.Array
     length: jax.Array
 
-    def extended(self, key_BTMH: jax.Array, value_BTMH: jax.Array) -> tuple["RollingCache", Source]:
-        """The cache after T more places, and what they may look at: the first of them still sees S - 1 before it."""
+    def extend(self, key_BTMH: jax.Array, value_BTMH: jax.Array) -> tuple["RollingCache", Source]:
+        """Append T tokens: return the new cache, and what they may attend to.
+
+        The first of them may still attend to the S - 1 slots before it.
+        """
         new, size = key_BTMH.shape[1], self.key_BSMH.shape[1]
         length = self.length + new
         if new == 1:
             key_BSMH = lax.dynamic_update_slice(self.key_BSMH, key_BTMH, (0, self.length % size, 0, 0))
             value_BSMH = lax.dynamic_update_slice(self.value_BSMH, value_BTMH, (0, self.length % size, 0, 0))
-            place_S = self.length - (self.length - jnp.arange(size)) % size
-            return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, place_S)
+            slot_S = self.length - (self.length - jnp.arange(size)) % size
+            return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, slot_S)
         both = [
             jnp.concatenate([jnp.roll(kept, -self.length, axis=1), more], axis=1)
             for kept, more in ((self.key_BSMH, key_BTMH), (self.value_BSMH, value_BTMH))
         ]
         key_BSMH, value_BSMH = (jnp.roll(part[:, new:], length, axis=1) for part in both)
-        source = Source(*both, self.length - size + jnp.arange(size + new))
+        source = Source(both[0], both[1], self.length - size + jnp.arange(size + new))
         return RollingCache(key_BSMH, value_BSMH, length), source
 
 
 class SharedCache(NamedTuple):
-    """Of a layer that attends to another's keys and values: only how many tokens there are."""
+    """Number of tokens, for a layer that attends to the keys and values of another layer."""
 
     length: jax.Array
 
-    def extended(self, length: int) -> "SharedCache":
-        """The cache after so many more tokens."""
+    def extend(self, length: int) -> "SharedCache":
+        """Append `length` tokens."""
         return SharedCache(self.length + length)
 
 
 class DeltaCache(NamedTuple):
-    """The state that `length` tokens have left, and the last inputs of the convolutions, one fewer than their width."""
+    """Recurrent state after `length` tokens, and the last inputs of the convolutions, one fewer than their width."""
 
     state_BMGHZ: jax.Array
     query_BSMH: jax.Array
@@ -94,14 +100,14 @@ class DeltaCache(NamedTuple):
     value_BSNZ: jax.Array
     length: jax.Array
 
-    def extended(
+    def extend(
         self,
         state_BMGHZ: jax.Array,
         query_BTMH: jax.Array,
         key_BTMH: jax.Array,
         value_BTNZ: jax.Array,
     ) -> "DeltaCache":
-        """The cache after T more tokens: the state is theirs already."""
+        """Append T tokens, whose state is already computed."""
         return DeltaCache(
             state_BMGHZ,
             _latest(self.query_BSMH, query_BTMH),
@@ -112,34 +118,35 @@ class DeltaCache(NamedTuple):
 
 
 class ConvolutionCache(NamedTuple):
-    """The inputs that a convolution had from the last of `length` tokens, one fewer than its width."""
+    """Last inputs of a convolution after `length` tokens, one fewer than its width."""
 
     input_BSZ: jax.Array
     length: jax.Array
 
-    def extended(self, input_BTZ: jax.Array) -> "ConvolutionCache":
-        """The cache after T more tokens."""
+    def extend(self, input_BTZ: jax.Array) -> "ConvolutionCache":
+        """Append T tokens."""
         return ConvolutionCache(_latest(self.input_BSZ, input_BTZ), self.length + input_BTZ.shape[1])
 
 
 class LatentCache(NamedTuple):
-    """As KVCache, of latent attention: a latent and one rotated key a token, and an indexer's key if any."""
+    """KVCache for latent attention: a latent and one rotated key per token, and an indexer's key if there is one."""
 
     latent_BSZ: jax.Array
     key_BSH: jax.Array
     index_key_BSH: jax.Array | None
     length: jax.Array
 
-    def extended(
+    def extend(
         self,
         latent_BTZ: jax.Array,
         key_BTH: jax.Array,
         index_key_BTH: jax.Array | None = None,
     ) -> "LatentCache":
-        """As KVCache.extended."""
+        """Append T tokens, as KVCache.extend does."""
         start = (0, self.length, 0)
         index_key_BSH = self.index_key_BSH
         if index_key_BSH is not None:
+            assert index_key_BTH is not None
             index_key_BSH = lax.dynamic_update_slice(index_key_BSH, index_key_BTH, start)
         return LatentCache(
             lax.dynamic_update_slice(self.latent_BSZ, latent_BTZ, start),
@@ -153,19 +160,19 @@ Cache = KVCache | RollingCache | SharedCache | LatentCache | DeltaCache | Convol
 
 
 class Caches(NamedTuple):
-    """One cache a layer, and the place at which each row begins; before it is padding. None: all begin at 0."""
+    """One cache per layer, and the slot at which each row starts, after its left padding; None: all start at 0."""
 
     layers: list[Cache]
     first_B: jax.Array | None
 
     @property
     def places(self) -> jax.Array:
-        """How many are filled, padding included."""
+        """Number of filled slots, padding included."""
         return self.layers[0].length
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
-    """One empty cache per layer, with room for `size` places, or for as many as anyone looks back at."""
+    """Return one empty cache per layer, with `size` slots, or with as many as its window or chunks reach back."""
     dtype = DTYPES[spec.precision.compute]
     caches: list[Cache] = []
     for index, layer in enumerate(spec.all_layers):
@@ -194,7 +201,7 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
 
 
 def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: jnp.dtype) -> DeltaCache:
-    """Before the first token: a state of zeros, float32, and zeros as inputs of the convolutions."""
+    """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolutions."""
     key_heads, value_heads = spec.num_key_heads, spec.num_value_heads
     state = (batch, key_heads, value_heads // key_heads, spec.key_head_dim, spec.value_head_dim)
     keys = (batch, spec.conv_width - 1, key_heads, spec.key_head_dim)
@@ -211,10 +218,10 @@ def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: jnp.dtyp
 def empty_convolution_cache(
     spec: ShortConvolutionSpec, batch: int, embed_dim: int, dtype: jnp.dtype
 ) -> ConvolutionCache:
-    """Before the first token: zeros as inputs."""
+    """Return the cache before the first token, with zeros as inputs."""
     return ConvolutionCache(jnp.zeros((batch, spec.conv_width - 1, embed_dim), dtype), jnp.zeros((), jnp.int32))
 
 
 def _latest(before: jax.Array, new: jax.Array) -> jax.Array:
-    """Of inputs [B, W - 1, ...] and T newer ones, the last W - 1."""
+    """Return the last W - 1 of inputs [B, W - 1, ...] and T newer ones."""
     return jnp.concatenate([before, new], axis=1)[:, new.shape[1] :]

@@ -1,4 +1,4 @@
-"""A vector for each layer and token, beside the residual stream. Spec: moezoo.core.reference.layer_inputs."""
+"""Per-layer inputs, beside the residual stream. Spec: moezoo.core.reference.layer_inputs."""
 
 import math
 
@@ -13,7 +13,7 @@ from moezoo.jax_backend.normalization import norm
 
 
 class LayerInputs(nnx.Module):
-    """Spec: moezoo.core.reference.layer_inputs.layer_inputs; the sum in float32."""
+    """Spec: moezoo.core.reference.layer_inputs.layer_inputs; adds in float32."""
 
     def __init__(self, spec: LayerInputsSpec, norm_spec: NormSpec, weights: Weights):
         self.spec = spec

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, assert_never
+from typing import TypeVar, assert_never
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.spec import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -27,12 +26,15 @@ from moezoo.core.spec import (
     SequenceBalanceLossSpec,
     SwitchBalanceLossSpec,
 )
+from moezoo.core.tokens import IGNORED
 from moezoo.jax_backend.dispatch import expert_counts
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.runtime.placement import row_by_row
 
+Carried = TypeVar("Carried")
+
 PART = 2**20
-"""Logits that cross-entropy has the exponentials of at once: 4 MiB."""
+"""Number of logits whose exponentials cross-entropy computes at once: 4 MiB."""
 
 
 def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
@@ -42,16 +44,18 @@ def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _log_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
-    """-log softmax(logits) of each target.
+    """Return -log softmax(logits) of each target.
 
-    Some positions after the other, so that [B, T, V] is there once: the exponentials are those of a few positions, and
-    on the way back the gradient takes the place of the logits.
+    Computed for a few positions at a time, so that memory holds [B, T, V] once: exponentials are those of a few
+    positions, and in the backward pass the gradient overwrites the logits.
     """
     return _log_losses_forward(logits_BTV, target_BT)[0]
 
 
-def _log_losses_forward(logits_BTV: jax.Array, target_BT: jax.Array):
-    def of_positions(start: jax.Array, length: int, found: tuple[jax.Array, ...]):
+def _log_losses_forward(
+    logits_BTV: jax.Array, target_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    def of_positions(start: jax.Array, length: int, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         logits_BTV, *columns = found
         logits, target = (lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in (logits_BTV, target_BT))
         largest = jnp.max(logits, axis=-1)
@@ -63,15 +67,16 @@ def _log_losses_forward(logits_BTV: jax.Array, target_BT: jax.Array):
         ]
         return logits_BTV, *columns
 
-    # Trap: the way back writes over the logits, and XLA would copy them first if they did not come out of this loop.
+    # Trap: the backward pass overwrites the logits, and XLA would copy them first unless this loop returned them.
     empty = jnp.zeros(target_BT.shape, logits_BTV.dtype)
-    logits_BTV, largest_BT, total_BT, chosen_BT = _over_positions(
-        logits_BTV.shape, of_positions, (logits_BTV, empty, empty, empty)
-    )
+    carried: tuple[jax.Array, ...] = (logits_BTV, empty, empty, empty)
+    logits_BTV, largest_BT, total_BT, chosen_BT = _over_positions(logits_BTV.shape, of_positions, carried)
     return jnp.log(total_BT) + (largest_BT - chosen_BT), (logits_BTV, target_BT, largest_BT, total_BT)
 
 
-def _log_losses_backward(saved, gradient_BT: jax.Array):
+def _log_losses_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array, jax.Array], gradient_BT: jax.Array
+) -> tuple[jax.Array, None]:
     logits_BTV, *columns = saved
     token_V = jnp.arange(logits_BTV.shape[-1])
 
@@ -79,10 +84,10 @@ def _log_losses_backward(saved, gradient_BT: jax.Array):
         logits, target, largest, total, gradient = (
             lax.dynamic_slice_in_dim(whole, start, length, axis=1) for whole in (logits_BTV, *columns, gradient_BT)
         )
-        # Trap: less the logarithm of the sum instead, the digits that large logits lost in it would be lost here.
+        # Trap: exp(logits - log_sum_exp) instead would lose the digits that large logits lose in that sum.
         share = jnp.exp(logits - largest[..., None]) / total[..., None]
-        found = (share - (token_V == target[..., None])) * gradient[..., None]
-        return lax.dynamic_update_slice_in_dim(logits_BTV, found, start, axis=1)
+        gradient_BTV = (share - (token_V == target[..., None])) * gradient[..., None]
+        return lax.dynamic_update_slice_in_dim(logits_BTV, gradient_BTV, start, axis=1)
 
     return _over_positions(logits_BTV.shape, of_positions, logits_BTV), None
 
@@ -90,8 +95,8 @@ def _log_losses_backward(saved, gradient_BT: jax.Array):
 _log_losses.defvjp(_log_losses_forward, _log_losses_backward)
 
 
-def _over_positions(shape: tuple[int, ...], of_positions: Callable[..., Any], carried: Any) -> Any:
-    """`of_positions(start, length, carried)` for as many positions at once as have PART logits, and for the rest."""
+def _over_positions(shape: tuple[int, ...], of_positions: Callable[..., Carried], carried: Carried) -> Carried:
+    """Apply `of_positions(start, length, carried)` to chunks of positions with at most PART logits, in turn."""
     batch, length, vocab = shape
     part = max(1, min(length, PART // (batch * vocab)))
     whole = length // part
@@ -104,7 +109,7 @@ def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
     return jnp.sum(token_losses(logits_BTV, target_BT)) / jnp.sum(target_BT != IGNORED)
 
 
-# --- what balance losses are made of ---------------------------------------------------------------------------------
+# --- parts of balance losses -----------------------------------------------------------------------------------------
 
 
 def probabilities(spec: RouterSpec, routing: Routing) -> jax.Array:
@@ -264,23 +269,23 @@ def loss_terms(
 ) -> dict[str, jax.Array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
-    mixtures = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, jax.Array]]] = {}
     pooled: list[jax.Array] = []
-    for place, ((index, moe), routing) in enumerate(zip(mixtures, routings, strict=True)):
-        load_E = None if global_load is None else global_load[place]
+    batch, length = target_BT.shape
+    for order, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
+        load_E = None if global_load is None else global_load[order]
         for loss in moe.losses:
-            value = auxiliary_loss(loss, moe, routing, target_BT.shape, load_E=load_E)
+            value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E)
             found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
             if isinstance(loss, PooledBalanceLossSpec):
                 pooled.append(routing.logits_PE)
                 pooled_top_k = moe.router.top_k
     if index_losses:
         found["index"] = list(index_losses)
-    total = terms["cross_entropy"]
+    total, zero = terms["cross_entropy"], jnp.float32(0)
     for name, rows in found.items():
-        value = sum(value for _, _, value in rows) / len(rows)
-        weighted = sum(coefficient * value for _, coefficient, value in rows)
+        value = sum((value for _, _, value in rows), zero) / len(rows)
+        weighted = sum((coefficient * value for _, coefficient, value in rows), zero)
         if name == "pooled_balance":
             value = pooled_balance(pooled, pooled_top_k)
             weighted = rows[0][1] * value

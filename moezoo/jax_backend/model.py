@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moezoo.core.manifest import OF_OPTIMIZER, OF_WEIGHTS
+from moezoo.core.checkpoint.manifest import OF_OPTIMIZER, OF_WEIGHTS
 from moezoo.jax_backend.arrays import exported, to_numpy
 from moezoo.jax_backend.distributed.checkpoint_writer import PendingFiles
 from moezoo.jax_backend.inference import Parameters

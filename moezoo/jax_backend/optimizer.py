@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moezoo.core.config import OptimizerConfig
+from moezoo.core.config.training import OptimizerConfig
 
 
 def adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> Callable[[Any], optax.GradientTransformation]:

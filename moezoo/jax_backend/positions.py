@@ -1,4 +1,4 @@
-"""Position information. Spec: moezoo.core.reference.positions."""
+"""Position encodings. Spec: moezoo.core.reference.positions."""
 
 from functools import partial
 from typing import Literal, assert_never
@@ -15,23 +15,23 @@ from moezoo.jax_backend.arrays import Weights
 
 Layout = Literal["half_split", "interleaved"]
 
-__all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # the last is a number, and core's
+__all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # score_multiplier is a plain number, shared with core
 
 
 def rotate(spec: RoPESpec, x_BTNH: jax.Array, position_T: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.positions.rotate; positions are [T], or [B, T] where rows begin at other places."""
+    """Spec: moezoo.core.reference.positions.rotate; positions [T], or [B, T] where rows start at different slots."""
     frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
     rotated_dim = 2 * len(frequency)
     angle = _angle(position_T, frequency)[..., None, :]
-    # Trap: XLA would compute them anew for each head of each sequence, in every operation that uses what they turn.
+    # Trap: XLA would recompute cosine and sine for each head of each sequence, in every operation that uses the result.
     cosine, sine = lax.optimization_barrier((attention_factor * jnp.cos(angle), attention_factor * jnp.sin(angle)))
-    out = _turned(spec.layout, x_BTNH[..., :rotated_dim].astype(jnp.float32), cosine, sine).astype(x_BTNH.dtype)
+    out = _rotated_pairs(spec.layout, x_BTNH[..., :rotated_dim].astype(jnp.float32), cosine, sine).astype(x_BTNH.dtype)
     return out if rotated_dim == x_BTNH.shape[-1] else jnp.concatenate([out, x_BTNH[..., rotated_dim:]], axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _turned(layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """Each pair of features turned by its angle, and scaled; the way back turns by the negative angle."""
+def _rotated_pairs(layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """Rotate each pair of features by its angle, and scale it; the backward pass rotates by the negative angle."""
 
     def turn(first: jax.Array, second: jax.Array) -> list[jax.Array]:
         return [first * cosine - second * sine, second * cosine + first * sine]
@@ -46,31 +46,35 @@ def _turned(layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array) ->
             assert_never(layout)
 
 
-def _turned_forward(layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array):
-    return _turned(layout, x, cosine, sine), (cosine, sine)
+def _rotated_pairs_forward(
+    layout: Layout, x: jax.Array, cosine: jax.Array, sine: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rotated_pairs(layout, x, cosine, sine), (cosine, sine)
 
 
-def _turned_backward(layout: Layout, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _rotated_pairs_backward(
+    layout: Layout, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
     cosine, sine = saved
-    return _turned(layout, gradient, cosine, -sine), None, None
+    return _rotated_pairs(layout, gradient, cosine, -sine), None, None
 
 
-_turned.defvjp(_turned_forward, _turned_backward)
+_rotated_pairs.defvjp(_rotated_pairs_forward, _rotated_pairs_backward)
 
 
 def positions(length: int, cached: jax.Array | int, first_B: jax.Array | None) -> jax.Array:
-    """Positions of tokens behind `cached` ones: [T], or [B, T] where row b begins at place `first_B`.
+    """Return the positions of T tokens after `cached` ones: [T], or [B, T] where row b starts at slot `first_B`.
 
-    What stands before a row's first token is padding, and its positions are negative.
+    Padding before the first token of a row has negative positions.
     """
-    place_T = jnp.arange(length) + cached
-    return place_T if first_B is None else place_T - first_B[:, None]
+    slot_T = jnp.arange(length) + cached
+    return slot_T if first_B is None else slot_T - first_B[:, None]
 
 
 def same_side(position_T: jax.Array, position_S: jax.Array) -> jax.Array:
-    """Where both are tokens, or both padding: [..., T, S].
+    """Return the mask of pairs that are both tokens, or both padding: bool [..., T, S].
 
-    Padding must look at something, for a softmax over nothing is NaN, which a weight of 0 does not hide from others.
+    Padding must attend to something: a softmax over nothing is NaN, which spreads to tokens even with a weight of 0.
     """
     return (position_T[..., :, None] >= 0) == (position_S[..., None, :] >= 0)
 
@@ -97,5 +101,5 @@ class EmbeddingPosition(nnx.Module):
 
 
 def _angle(position_T: jax.Array, frequency: np.ndarray) -> jax.Array:
-    """Positions times frequencies, in float32."""
+    """Return positions times frequencies, in float32."""
     return position_T[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)

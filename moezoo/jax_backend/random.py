@@ -1,7 +1,7 @@
-"""Randomness from counter keys, inside a compiled function as well. Spec: moezoo.core.random.
+"""Random numbers from counter-based keys, also inside compiled functions. Spec: moezoo.core.random.
 
-A key is uint32 [2], a value like any other: it may be traced. The draws are those of `jax.random` in its partitionable
-mode, which is the default.
+A key is a uint32 [2] array, which may be traced. The numbers are those of `jax.random` in its partitionable mode, the
+default.
 """
 
 import math
@@ -31,7 +31,7 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Spec: moezoo.core.random.normal; float32."""
-    # Exact whether or not the compiler fuses: a multiple of 2**-23 below 1.
+    # Exact with and without fusion by the compiler: a multiple of 2**-23 below 1.
     return math.sqrt(2) * lax.erf_inv(2.0 * uniform(key, shape) + 2.0**-23 - 1.0)
 
 
@@ -42,8 +42,10 @@ def gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
     """Spec: moezoo.core.random.bernoulli."""
-    return uniform(key, shape) < jnp.float32(probability)
+    is_true: jax.Array = uniform(key, shape) < jnp.float32(probability)
+    return is_true
 
 
 def _wrapped(key: jax.Array) -> jax.Array:
-    return jax.random.wrap_key_data(key, impl="threefry2x32")
+    wrapped: jax.Array = jax.random.wrap_key_data(key, impl="threefry2x32")
+    return wrapped

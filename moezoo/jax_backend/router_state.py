@@ -1,4 +1,4 @@
-"""State of the routers. Spec: moezoo.core.reference.router_state."""
+"""Router state. Spec: moezoo.core.reference.router_state."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from moezoo.core.spec import ExpertChoiceSpec, ModelSpec
 
 def updated_bias(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
     """Spec: moezoo.core.reference.router_state.updated_bias."""
-    # Integers decide exactly who is above the mean: E * load against the sum.
+    # Integers compare a load with the mean exactly: E * load against the sum.
     return bias_E + rate * jnp.sign(jnp.sum(load_E) - load_E * load_E.shape[0]).astype(jnp.float32)
 
 
@@ -26,8 +26,8 @@ def updated_state(
 ) -> dict[str, jax.Array]:
     """Spec: moezoo.core.reference.router_state.updated_state."""
     new = dict(state)
-    for layer, load_E, lowest_E in zip(spec.moe_layers, loads, cutoffs, strict=True):
-        moe, name = spec.all_layers[layer].moe, f"layers.{layer}.moe.router"
+    for (layer, moe), load_E, lowest_E in zip(spec.moes, loads, cutoffs, strict=True):
+        name = f"layers.{layer}.moe.router"
         if moe.router.selection_bias is not None:
             bias = f"{name}.selection_bias"
             new[bias] = updated_bias(state[bias], load_E, moe.router.selection_bias.rate)

@@ -1,4 +1,4 @@
-"""Short convolutions between two gates. Spec: moezoo.core.reference.short_convolution."""
+"""Gated short convolutions. Spec: moezoo.core.reference.short_convolution."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from moezoo.jax_backend.positions import positions
 
 
 class ShortConvolution(nnx.Module):
-    """Spec: moezoo.core.reference.short_convolution.short_convolution; with a cache, for tokens behind it."""
+    """Spec: moezoo.core.reference.short_convolution.short_convolution; with a cache, for the next tokens."""
 
     def __init__(self, spec: ShortConvolutionSpec, weights: Weights, layer: int):
-        del layer  # the same in every layer
+        del layer  # all layers are alike
         self.spec = spec
         self.w_input_gate = weights.parameter("w_input_gate")
         self.w_output_gate = weights.parameter("w_output_gate")
@@ -36,8 +36,8 @@ class ShortConvolution(nnx.Module):
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
-        del first_value_BTMH  # for attention over tokens
+        """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
+        del first_value_BTMH  # only grouped-query attention uses it
         dtype = x_BTD.dtype
         input_gate_BTZ = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_input_gate[...].astype(dtype))
         output_gate_BTZ = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_output_gate[...].astype(dtype))
@@ -56,7 +56,7 @@ class ShortConvolution(nnx.Module):
         if self.spec.bias:
             convolved_BTZ = convolved_BTZ + self.b_conv[...].astype(jnp.float32)
         if cache is not None:
-            cache = cache.extended(gated_BTZ)
+            cache = cache.extend(gated_BTZ)
         gated_BTZ = (output_gate_BTZ * convolved_BTZ).astype(dtype)
         output = jnp.einsum("BTZ,ZD->BTD", gated_BTZ, self.w_output[...].astype(dtype))
         if self.spec.bias:
@@ -65,8 +65,10 @@ class ShortConvolution(nnx.Module):
 
 
 def causal_convolution(x: jax.Array, weight: jax.Array, before: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, and in float32."""
+    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
     length = x.shape[1]
     padded = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
     weight = weight.astype(jnp.float32)
-    return sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
+    rows = (padded[:, start : start + length] * row for start, row in enumerate(weight))
+    convolved: jax.Array = sum(rows, jnp.float32(0))
+    return convolved

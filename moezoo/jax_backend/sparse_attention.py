@@ -1,4 +1,4 @@
-"""Attention to those tokens that an indexer chooses. Spec: moezoo.core.reference.sparse_attention."""
+"""Sparse attention to the tokens that an indexer chooses. Spec: moezoo.core.reference.sparse_attention."""
 
 import math
 from typing import assert_never
@@ -77,13 +77,13 @@ def attend_where(
 
 
 def index_loss(index_BTS: jax.Array, distribution_BTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.sparse_attention.index_loss; as `sum p (q/p - 1 - log(q/p))`, equal to it.
+    """Spec: moezoo.core.reference.sparse_attention.index_loss; computed as `sum p (q/p - 1 - log(q/p))`.
 
-    Both distributions sum to 1. These terms are not negative and vanish twice where q nears p: nothing cancels, where
-    `p log(p/q)` would leave the roundings of its terms.
+    This is equal, since both distributions sum to 1. Its terms are not negative and vanish to second order where q
+    nears p, so nothing cancels; the sum of `p log(p/q)` would be left with the rounding errors of its terms.
     """
     logits = jnp.where(mask_BTS, index_BTS, -jnp.inf)
-    # A weight that has underflowed counts as the least one, whose term is q, as the sum over the others then lacks.
+    # Underflowed weights are raised to 1e-30, so that their term is q, which the sum would otherwise lack.
     p_BTS = jnp.maximum(distribution_BTS, 1e-30)
     log_ratio_BTS = jnp.where(mask_BTS, jax.nn.log_softmax(logits, axis=-1) - jnp.log(p_BTS), 0.0)
     return jnp.mean(jnp.sum(p_BTS * (jnp.expm1(log_ratio_BTS) - log_ratio_BTS), axis=-1))

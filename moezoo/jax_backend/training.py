@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moezoo.core.backend import StepMetrics, check_targets
-from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.backend import StepMetrics
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.parameters import parameter_table
-from moezoo.core.precision import check_float32
+from moezoo.core.parameters.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
+from moezoo.core.tokens import check_targets
 from moezoo.jax_backend.arrays import Weights, to_numpy
 from moezoo.jax_backend.distributed.sharding import Placement, shard
 from moezoo.jax_backend.inference import JaxInference, Parameters, flat, load_of

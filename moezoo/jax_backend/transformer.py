@@ -158,7 +158,10 @@ class Layer(nnx.Module):
             seen_BTD = self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
-            forced_PK = inputs.forced[index] if inputs.forced else None
+            forced_PK = None
+            if inputs.forced:
+                assert isinstance(index, int)
+                forced_PK = inputs.forced[index]
             context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
             out, routing, dispatched = self._block("moe", inputs)(
                 seen_BTD, context, raw_BTD=x_BTD, exchange=inputs.exchange, record=record, name=f"{name}.moe"
@@ -197,7 +200,8 @@ class Layer(nnx.Module):
             case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
                 shared["source"] = sources[other]
         attention = self._block("attention", inputs)
-        return attention(x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared)
+        attended: Attended = attention(x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared)
+        return attended
 
     def _block(self, name: str, inputs: StepInputs) -> Callable[..., Any]:
         """One of the layer's blocks, transformed for this forward pass."""
@@ -300,7 +304,8 @@ class Transformer(nnx.Module):
             record |= {"final_norm": x_BTD, "logits": logits_BTV}
         return self._collected(logits_BTV, outputs, caches)
 
-    def _made_layers(self, weights: Weights) -> nnx.List | nnx.Dict:
+    def _made_layers(self, weights: Weights) -> Any:
+        """Return the layers as an `nnx.List`, or as an `nnx.Dict` where layers are scanned."""
         return nnx.List(
             [
                 Layer(layer, self.spec, weights.inside(f"layers.{index}"), index)
@@ -309,7 +314,8 @@ class Transformer(nnx.Module):
         )
 
     def _layer_at(self, index: int) -> Layer:
-        return self.layers[index]
+        layer: Layer = self.layers[index]
+        return layer
 
     def _run_layers(
         self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: jax.Array | None
@@ -335,7 +341,9 @@ class Transformer(nnx.Module):
             [
                 (index, layer.attention.indexer.loss_coefficient, output.index_loss)
                 for index, (layer, output) in enumerate(zip(self.spec.all_layers, outputs, strict=True))
-                if output.index_loss is not None
+                if isinstance(layer.attention, LatentAttentionSpec)
+                and layer.attention.indexer is not None
+                and output.index_loss is not None
             ],
         )
 

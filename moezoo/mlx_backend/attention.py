@@ -25,10 +25,10 @@ def attend(
     softcap: float | None = None,
     sink_N: mx.array | None = None,
 ) -> mx.array:
-    """Spec: moezoo.core.reference.attention.attend, by MLX's fused kernel, which groups heads alike; it has no cap.
+    """Spec: moezoo.core.reference.attention.attend; with MLX's fused kernel, which has no softcap.
 
-    Without a mask every query sees all keys. On x86 by `kernels/x86.py`, but where rows have masks of their own, as
-    prompts of unequal length do, and for few scores, where fewer operations are faster.
+    Without a mask every query attends to all keys. On x86, `kernels/x86.py` computes it, except with one mask per row
+    (prompts of unequal length) and for few scores, where fewer operations are faster.
     """
     dtype = query_BTMGH.dtype
     batch, length, kv_heads, group, head_dim = query_BTMGH.shape
@@ -63,7 +63,7 @@ def attend(
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.attention.visible; of positions [B, T] and [B, S] a mask for each row."""
+    """Spec: moezoo.core.reference.attention.visible; for positions [B, T] and [B, S], one mask per row."""
     position_T1, position_1S = position_T[..., :, None], position_S[..., None, :]
     mask_TS = position_T1 >= position_1S
     if spec.window is not None:
@@ -85,10 +85,10 @@ def attend_causally(
     value_BTMH: mx.array,
     sink_N: mx.array | None = None,
 ) -> mx.array:
-    """`attend` to what is visible, in chunks of queries that are given only the keys that one of them may see.
+    """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
-    On the CPU that saves half of the exponentials, and chunks take turns on two streams, each of which has a thread.
-    The GPU has a fused kernel for the whole.
+    A chunk reads only the keys that one of its queries may attend to. On the CPU that saves half of the exponentials,
+    and chunks alternate between two streams, each with its own thread. The GPU has a fused kernel for all at once.
     """
     length = query_BTMGH.shape[1]
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -101,8 +101,8 @@ def attend_causally(
         chunks.append(Chunk(start, end, first, end, mask_TS))
     if is_x86_cpu() and spec.softcap is None:
         dtype, scale = query_BTMGH.dtype, 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
-        arrays = [x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH)]
-        return attend_in_chunks(*arrays, chunks, scale, sink_N, forget=True).astype(dtype)
+        query_BTMGH, key_BTMH, value_BTMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH))
+        return attend_in_chunks(query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, forget=True).astype(dtype)
     turns, attended = streams(), []
     for index, chunk in enumerate(chunks):
         rows, sources = slice(chunk.start, chunk.end), slice(chunk.first, chunk.last)
@@ -122,24 +122,27 @@ def attend_causally(
 
 
 def _mask(
-    spec: GroupedQueryAttentionSpec, position_T: mx.array, place_S: mx.array, first_B: mx.array | None
+    spec: GroupedQueryAttentionSpec, position_T: mx.array, slot_S: mx.array, first_B: mx.array | None
 ) -> mx.array | None:
-    """What tokens at these positions may look at, of what stands at these places: [T, S], or [B, T, S]; None: all."""
+    """Return the mask of tokens at these positions over these cache slots: [T, S], [B, T, S] with padding, or None.
+
+    None means that every token attends to every slot.
+    """
     if position_T.size == 1 and first_B is None and spec.window is None and spec.chunk is None:
-        return None  # one more token, and nobody who looks at all of them keeps a cache that rolls
-    position_S = place_S if first_B is None else place_S - first_B[:, None]
+        return None  # one new token, which attends to all slots: without window and chunk the cache does not roll
+    position_S = slot_S if first_B is None else slot_S - first_B[:, None]
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
 
 
 def _first_visible(spec: GroupedQueryAttentionSpec, position: int) -> int:
-    """The first position that a query of this position, or of a later one, may look at."""
+    """Return the first position that a query at this position, or at a later one, may attend to."""
     if spec.window is not None:
         return max(0, position - spec.window + 1)
     return 0 if spec.chunk is None else position // spec.chunk * spec.chunk
 
 
 class GroupedQueryAttention(nn.Module):
-    """Spec: moezoo.core.reference.attention.grouped_query_attention; with a cache, for the tokens that follow it."""
+    """Spec: moezoo.core.reference.attention.grouped_query_attention; with a cache, for the next tokens."""
 
     def __init__(self, spec: GroupedQueryAttentionSpec, weights: Weights, layer: int):
         super().__init__()
@@ -182,7 +185,7 @@ class GroupedQueryAttention(nn.Module):
         first_B: mx.array | None = None,
         source: Source | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
+        """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
         query = mx.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype))
         if spec.qkv_bias:
@@ -191,33 +194,35 @@ class GroupedQueryAttention(nn.Module):
         cached = 0 if cache is None else cache.length
         position_T = positions(length, cached, first_B)
         known_T = range(cached, cached + length) if first_B is None else position_T
-        query = self._placed(query, None if spec.qk_norm is None else self.query_norm, known_T)
+        query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, known_T)
         if spec.temperature_tuning is not None:
-            warmth_T = temperature(spec.temperature_tuning, mx.maximum(position_T, 0))
-            query = (query * warmth_T[..., None, None]).astype(dtype)
+            temperature_T = temperature(spec.temperature_tuning, mx.maximum(position_T, 0))
+            query = (query * temperature_T[..., None, None]).astype(dtype)
         value = None
-        if spec.keys_of_layer is None:
+        if isinstance(cache, SharedCache):
+            cache = cache.extend(length)
+        elif spec.keys_of_layer is None:
             key, value = self._keys_and_values(x_BTD, known_T)
             mixed = value
             if spec.value_residual and self.layer > 0:
+                assert first_value_BTMH is not None
                 mix = self.value_mix.astype(mx.float32)
                 mixed = ((1 - mix) * value + mix * first_value_BTMH).astype(dtype)
             if cache is None:
                 source = Source(key, mixed, position_T)
             else:
-                cache, source = cache.extended(key, mixed)
-        elif cache is not None:
-            cache = cache.extended(length)
+                cache, source = cache.extend(key, mixed)
+        assert source is not None
         sink_N = self.sink.astype(mx.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, *source[:2], sink_N)
+            attended = attend_causally(spec, grouped, source[0], source[1], sink_N)
         else:
             attended = attend(
                 grouped,
                 source.key_BSMH,
                 source.value_BSMH,
-                _mask(spec, position_T, source.place_S, first_B),
+                _mask(spec, position_T, source.slot_S, first_B),
                 scale=spec.scale,
                 softcap=spec.softcap,
                 sink_N=sink_N,
@@ -229,7 +234,7 @@ class GroupedQueryAttention(nn.Module):
         return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
 
     def _keys_and_values(self, x_BTD: mx.array, position_T: mx.array | range) -> tuple[mx.array, mx.array]:
-        """Keys as queries meet them, and values as they are before any mix."""
+        """Return keys after norm and rotation, and values before any value residual."""
         spec, dtype = self.spec, x_BTD.dtype
         key = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
         if spec.qkv_bias:
@@ -245,10 +250,10 @@ class GroupedQueryAttention(nn.Module):
         value = self._clipped(value)
         if spec.value_multiplier != 1:
             value = (value.astype(mx.float32) * spec.value_multiplier).astype(dtype)
-        return self._placed(key, None if spec.qk_norm is None else self.key_norm, position_T), value
+        return self._rotated(key, None if spec.qk_norm is None else self.key_norm, position_T), value
 
-    def _placed(self, x: mx.array, norm: RMSNorm | LayerNorm | None, position_T: mx.array | range) -> mx.array:
-        """Queries or keys normalized, clipped and rotated."""
+    def _rotated(self, x: mx.array, norm: RMSNorm | LayerNorm | None, position_T: mx.array | range) -> mx.array:
+        """Normalize, clip and rotate queries or keys."""
         spec = self.spec
         if norm is not None and not spec.qk_norm_after_rotation:
             x = norm(x)
@@ -267,7 +272,7 @@ class GroupedQueryAttention(nn.Module):
         return x if clip is None else mx.clip(x, -clip, clip)
 
     def _gated(self, attended_BTNH: mx.array, x_BTD: mx.array) -> mx.array:
-        """The heads' output times a sigmoid of the layer's input, if there is a gate."""
+        """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one."""
         match self.spec.gate:
             case "headwise":
                 gate = mx.einsum("BTD,DN->BTN", x_BTD, self.w_gate.astype(x_BTD.dtype))[..., None]

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from moezoo.core.mesh import MESH_AXES, MeshConfig
-from moezoo.core.processes import PendingNumbers, Processes
+from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
+from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.spec import ModelSpec
 from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.distributed import data_parallel

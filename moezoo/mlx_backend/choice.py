@@ -70,6 +70,7 @@ def choose(
             chosen_PK = mx.take_along_axis(mx.stop_gradient(score_PE), expert_PK, axis=-1)
             valid_PK = mx.cumsum(chosen_PK, axis=-1) - chosen_PK < nucleus.p
         case HashChoiceSpec():
+            assert table_PK is not None
             expert_PK, valid_PK = table_PK, mx.ones(table_PK.shape, mx.bool_)
         case SparseMixerChoiceSpec() as mixer:
             key = None if context.inference else context.key
@@ -77,6 +78,7 @@ def choose(
             valid_PK = mx.ones(expert_PK.shape, mx.bool_)
         case ExpertChoiceSpec():
             if context.inference:
+                assert cutoff_E is not None
                 taken_PE = selection_PE >= cutoff_E
             else:
                 taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE)

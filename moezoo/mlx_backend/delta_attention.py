@@ -10,18 +10,19 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import positions
+from moezoo.mlx_backend.runtime.typed import custom_function
 from moezoo.mlx_backend.short_convolution import causal_convolution
 
 CHUNK = 32
-"""Tokens at a time: for half as many the products become small, for twice as many the triangular systems large."""
+"""Chunk length in tokens: half as long makes products small, twice as long makes triangular systems large."""
 
 
 class GatedDeltaAttention(nn.Module):
-    """Spec: moezoo.core.reference.delta_attention.gated_delta_attention; with a cache, for tokens behind it."""
+    """Spec: moezoo.core.reference.delta_attention.gated_delta_attention; with a cache, for the next tokens."""
 
     def __init__(self, spec: GatedDeltaAttentionSpec, weights: Weights, layer: int):
         super().__init__()
-        del layer  # the same in every layer
+        del layer  # all layers are alike
         self.spec = spec
         self.w_query = weights.parameter("w_query")
         self.conv_query = weights.parameter("conv_query")
@@ -45,8 +46,8 @@ class GatedDeltaAttention(nn.Module):
         first_value_BTMH: mx.array | None = None,
         first_B: mx.array | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
-        del first_value_BTMH  # for attention over tokens
+        """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
+        del first_value_BTMH  # only grouped-query attention uses it
         spec, dtype = self.spec, x_BTD.dtype
         query = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_query.astype(dtype))
         key = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
@@ -57,7 +58,7 @@ class GatedDeltaAttention(nn.Module):
         rate = mx.exp(self.log_decay_rate.astype(mx.float32))
         log_decay = -rate * nn.softplus(step + self.decay_bias.astype(mx.float32))
         batch, length = x_BTD.shape[:2]
-        if first_B is not None:  # padding leaves a state of zeros, and zeros as inputs of the convolutions
+        if first_B is not None:  # padding keeps a state of zeros, and is zero as an input of the convolutions
             real_BT1 = positions(length, 0 if cache is None else cache.length, first_B)[..., None] >= 0
             beta, log_decay = mx.where(real_BT1, beta, 0.0), mx.where(real_BT1, log_decay, 0.0)
             query, key, value = (mx.where(real_BT1[..., None], x, 0).astype(dtype) for x in (query, key, value))
@@ -72,7 +73,7 @@ class GatedDeltaAttention(nn.Module):
             past.state_BMGHZ,
         )
         if cache is not None:
-            cache = cache.extended(state_BMGHZ, query, key, value)
+            cache = cache.extend(state_BMGHZ, query, key, value)
         normed = (self.output_norm(attended.reshape(value.shape)) * nn.silu(gate)).astype(dtype)
         return Attended(mx.einsum("BTNZ,NZD->BTD", normed, self.w_output.astype(dtype)), cache, None, None)
 
@@ -86,7 +87,7 @@ def gated_delta_rule(
     state_BMGHZ: mx.array,
     chunk: int = CHUNK,
 ) -> tuple[mx.array, mx.array]:
-    """Spec: moezoo.core.reference.delta_attention.gated_delta_rule_in_chunks; from a state, and with the last state.
+    """Spec: moezoo.core.reference.delta_attention.gated_delta_rule_in_chunks; takes a state, and returns the last one.
 
     All float32. One token is a chunk of one, which is the recurrence.
     """
@@ -94,7 +95,7 @@ def gated_delta_rule(
     chunk = min(chunk, length)
 
     def in_chunks(x: mx.array) -> mx.array:
-        """[B, T, M, ...] -> [chunks, B, M, ..., T of a chunk], behind the last token such as change no state."""
+        """[B, T, M, ...] -> [chunks, B, M, ..., T of a chunk], padded with tokens that change no state."""
         x = mx.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1).moveaxis(2, -1)
 
@@ -102,7 +103,7 @@ def gated_delta_rule(
     beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG), in_chunks(log_decay_BTMG)
     position_T = mx.arange(chunk)
     before_TS = position_T[:, None] > position_T[None, :]
-    # Trap: a difference of two sums from the chunk's start would lose the digits of a small sum behind large ones.
+    # Trap: a difference of two sums from the start of the chunk would cancel the digits of a small sum.
     between_BMGTS = mx.cumsum(mx.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
     decay_BMGTS = mx.where(mx.swapaxes(before_TS, 0, 1), 0.0, mx.exp(between_BMGTS))
     decay_BMGT1 = mx.exp(mx.cumsum(log_decay_BMGT, axis=-1))[..., None]
@@ -112,22 +113,22 @@ def gated_delta_rule(
     inverse_BMGTS = _inverse_of_one_plus(lower_BMGTS)
     score_BMGTS = decay_BMGTS * score_BMTS[..., None, :, :]
 
-    def of_one(state_BMGHZ: mx.array, parts: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
+    def one_chunk(state_BMGHZ: mx.array, parts: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
         query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS = parts
         known_BMGTZ = decay_BMGT1 * mx.einsum("BMTH,BMGHZ->BMGTZ", key_BMTH, state_BMGHZ)
         wanted_BMGTZ = beta_BMGT[..., None] * (value_BMGTZ - known_BMGTZ)
         change_BMGTZ = mx.einsum("BMGTS,BMGSZ->BMGTZ", inverse_BMGTS, wanted_BMGTZ)
         read_BMGTZ = decay_BMGT1 * mx.einsum("BMTH,BMGHZ->BMGTZ", query_BMTH, state_BMGHZ)
         read_BMGTZ = read_BMGTZ + mx.einsum("BMGTS,BMGSZ->BMGTZ", score_BMGTS, change_BMGTZ)
-        left_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
+        decayed_change_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
         state_BMGHZ = decay_BMGT1[..., -1:, :] * state_BMGHZ
-        state_BMGHZ = state_BMGHZ + mx.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, left_BMGTZ)
+        state_BMGHZ = state_BMGHZ + mx.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, decayed_change_BMGTZ)
         return state_BMGHZ, read_BMGTZ
 
     parts = (query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS)
     reads = []
     for index in range(len(key_BMTH)):
-        state_BMGHZ, read_BMGTZ = of_one(state_BMGHZ, tuple(part[index] for part in parts))
+        state_BMGHZ, read_BMGTZ = one_chunk(state_BMGHZ, tuple(part[index] for part in parts))
         reads.append(read_BMGTZ.moveaxis(-2, 1))
     return mx.concatenate(reads, axis=1)[:, :length], state_BMGHZ
 
@@ -137,12 +138,12 @@ def unit(x: mx.array) -> mx.array:
     return x * mx.rsqrt(mx.sum(mx.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-@mx.custom_function
+@custom_function
 def _inverse_of_one_plus(lower: mx.array) -> mx.array:
-    """`(1 + lower)^-1` of strictly lower triangular matrices [..., T, T], by blocks: exact, and products alone.
+    """Return `(1 + lower)^-1` of strictly lower triangular matrices [..., T, T], exact, from matrix products alone.
 
-    Blocks on the diagonal whose inverses A' and B' are known join, two and two: [[A, 0], [C, B]] has the inverse
-    [[A', 0], [-B' C A', B']]. Blocks of one are their own inverse.
+    Pairs of diagonal blocks with known inverses A' and B' are merged: [[A, 0], [C, B]] has the inverse
+    [[A', 0], [-B' C A', B']]. Blocks of size one are their own inverse.
     """
     position_T = mx.arange(lower.shape[-1])
 
@@ -160,7 +161,7 @@ def _inverse_of_one_plus(lower: mx.array) -> mx.array:
 
 @_inverse_of_one_plus.vjp
 def _gradient_of_inverse(lower: mx.array, cotangent: mx.array, inverse: mx.array) -> mx.array:
-    """Two products, in place of a gradient of each step."""
+    """Return the gradient by two products, instead of a gradient through each step."""
     del lower
     transposed = inverse.swapaxes(-1, -2)
     return -(transposed @ cotangent @ transposed)

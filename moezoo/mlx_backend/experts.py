@@ -39,7 +39,8 @@ class Experts(nn.Module):
             if not spec.bias:
                 return product
             # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.
-            return product + self[f"b_{name}"].astype(mx.float32)[groups.expert_R].astype(dtype)
+            bias_EF: mx.array = self[f"b_{name}"]
+            return product + bias_EF.astype(mx.float32)[groups.expert_R].astype(dtype)
 
         gate = None if isinstance(spec, PlainFeedForwardSpec) else linear(x_RD, "gate")
         return linear(activate(spec, gate, linear(x_RD, "up")), "down")

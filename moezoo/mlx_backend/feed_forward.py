@@ -11,11 +11,10 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels.x86 import gated_silu, is_x86_cpu, sigmoid
 from moezoo.mlx_backend.runtime.streams import streams
 
-_WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than putting parts together again
-
+_WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than concatenating the parts
 
 MANY_ROWS = 512
-"""From here on a copy of what the backward pass needs costs less than keeping the rest."""
+"""From this number of rows on, copying what the backward pass needs costs less than keeping the rest alive."""
 
 
 class FeedForward(nn.Module):
@@ -47,9 +46,10 @@ class FeedForward(nn.Module):
 
 
 def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts that take turns on two streams."""
+    """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts, on two streams in turn."""
     turns = streams()
     if spec.kind == "swiglu" and is_x86_cpu():
+        assert gate is not None
         rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
         return gated_silu(*rows, forget=len(rows[0]) > MANY_ROWS).reshape(up.shape)
     if len(turns) == 1 or spec.kind in _WITHOUT_EXPONENTIAL:
@@ -67,6 +67,7 @@ def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.a
 def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
     match spec:
         case GatedFeedForwardSpec():
+            assert gate is not None
             match spec.kind:
                 case "swiglu":
                     return _silu(gate) * up
@@ -77,6 +78,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
                 case _:
                     assert_never(spec.kind)
         case ClampedSwiGLUSpec():
+            assert gate is not None
             gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)
             return gate * _sigmoid(spec.alpha * gate) * (up + 1)
         case PlainFeedForwardSpec():
@@ -94,7 +96,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
 
 
 def _silu(x: mx.array) -> mx.array:
-    """Fused on the GPU; on the CPU that would need a C++ compiler."""
+    """SiLU, fused on the GPU; on the CPU, fusing would need a C++ compiler."""
     return nn.silu(x) if len(streams()) == 1 else x * mx.sigmoid(x)
 
 
@@ -103,5 +105,5 @@ def _sigmoid(x: mx.array) -> mx.array:
 
 
 def _gelu(x: mx.array) -> mx.array:
-    """The tanh form, as x times a sigmoid: one exponential, and no small difference of large numbers."""
+    """GELU by tanh, as x times a sigmoid: one exponential, and no cancellation."""
     return x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

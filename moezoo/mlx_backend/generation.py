@@ -1,4 +1,4 @@
-"""Sequences that grow on the device: the graph of a token is made while that of the one before is computed."""
+"""Autoregressive generation on the device: the graph of a token is built while the previous token is computed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,30 +6,30 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from moezoo.core.backend import Integers
-from moezoo.core.prompts import ROOM, padded, seen_tokens, widths
-from moezoo.core.sampling import SamplingOptions, checked_logits
+from moezoo.core.generation.prefill import INITIAL_CAPACITY, padded, seen_tokens, widths
+from moezoo.core.reference.sampling import SamplingOptions, checked_logits
 from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import Integers
 from moezoo.mlx_backend.kv_cache import Cache, Caches, empty_cache
 from moezoo.mlx_backend.sampling import Rule, draws, penalized, rule_of, sample
 
 SMALLEST = 1
-"""The narrowest piece of a prompt: nothing compiles here, so nothing is padded."""
+"""Minimum width of a piece of a prompt: MLX compiles nothing here, so no piece is padded."""
 
-_DRAWN = 64  # positions whose uniform numbers are drawn at once: threefry is some hundred small operations
+_DRAWN = 64  # number of positions drawn at once: threefry takes about a hundred small operations
 
 Extend = Callable[[Any, Caches], tuple[mx.array, Caches]]
 Step = Callable[..., tuple[mx.array, mx.array, mx.array | None, Caches]]
 
 
 class PendingTokens:
-    """Tokens that MLX may still be computing, and the logits that they are from."""
+    """Sampled tokens, which MLX may still be computing, and their logits."""
 
     def __init__(self, tokens_B: mx.array, logits_BV: mx.array):
         self._tokens_B, self._logits_BV = tokens_B, logits_BV
 
     def fetch(self) -> Integers:
-        """Wait for them. Raises DataError as `moezoo.core.sampling.sample` does."""
+        """Wait for the tokens. Raises DataError as `moezoo.core.reference.sampling.sample` does."""
         tokens = np.array(self._tokens_B)
         if tokens.min() < 0:
             checked_logits(np.array(self._logits_BV))
@@ -37,7 +37,7 @@ class PendingTokens:
 
 
 class Generation:
-    """Prompts, and what follows them. `extend` and `step` make graphs, which are evaluated here."""
+    """Prompts and their generated tokens. `extend` and `step` build graphs, which are evaluated here."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Generation:
         self._spec, self._step, self._rule = spec, step, rule_of(options)
         self._length = max(len(prompt) for prompt in prompts)
         self._size = self._length + new_tokens
-        self._logits_BV, self._caches = prefilled(spec, extend, prompts, _room(self._length, self._size))
+        self._logits_BV, self._caches = prefilled(spec, extend, prompts, _capacity(self._length, self._size))
         self._tokens_B: mx.array | None = None
         self._position_B = mx.array([len(prompt) for prompt in prompts])
         self._draws: list[mx.array] = []
@@ -59,16 +59,16 @@ class Generation:
         self._seen_BV = mx.array(seen_tokens(prompts, spec.vocab)) if penalizes else None
 
     def next(self) -> PendingTokens:
-        """Dispatch one more token of each sequence."""
+        """Dispatch the next token of each sequence."""
         if self._tokens_B is None:
             self._tokens_B, logits_BV, self._seen_BV = choose(
                 self._logits_BV, self._rule, self._seen_BV, self._next_draw()
             )
             del self._logits_BV
         else:
-            room = _room(self._length + 1, self._size)
-            if room > _room(self._length, self._size):
-                self._caches = _grown(self._spec, self._caches, len(self._position_B), room)
+            capacity = _capacity(self._length + 1, self._size)
+            if capacity > _capacity(self._length, self._size):
+                self._caches = _grown(self._spec, self._caches, len(self._position_B), capacity)
             caches, self._caches = self._caches, Caches([], None)
             self._tokens_B, logits_BV, self._seen_BV, self._caches = self._step(
                 self._tokens_B, caches, self._rule, self._seen_BV, self._next_draw()
@@ -83,13 +83,14 @@ class Generation:
             return None
         if not self._draws:
             drawn_NB = drawn(self._rule, self._position_B)
+            assert drawn_NB is not None
             mx.eval(drawn_NB)
             self._draws, self._position_B = list(drawn_NB)[::-1], self._position_B + _DRAWN
         return self._draws.pop()
 
 
 def prefilled(spec: ModelSpec, extend: Extend, prompts: Sequence[Integers], size: int) -> tuple[mx.array, Caches]:
-    """Logits [B, V] after the last token of each prompt, and caches of so many places that hold them."""
+    """Prefill: return logits [B, V] after the last token of each prompt, and caches of `size` slots that hold them."""
     pieces = widths(max(len(prompt) for prompt in prompts), SMALLEST)
     tokens, first = padded(prompts, sum(pieces))
     caches = Caches(empty_cache(spec, len(prompts), size), mx.array(first) if first.any() else None)
@@ -104,8 +105,9 @@ def prefilled(spec: ModelSpec, extend: Extend, prompts: Sequence[Integers], size
 def choose(
     logits_BV: mx.array, rule: Rule, seen_BV: mx.array | None, draw_B: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Tokens by these draws, the logits that they are from, and which tokens each row has now."""
+    """Sample tokens with these draws; return them, their logits, and the updated mask of tokens seen in each row."""
     if seen_BV is not None:
+        assert rule.penalty is not None
         logits_BV = penalized(logits_BV, seen_BV, rule.penalty)
     tokens_B = sample(logits_BV, rule, draw_B)
     if seen_BV is not None:
@@ -114,7 +116,7 @@ def choose(
 
 
 def _grown(spec: ModelSpec, caches: Caches, batch: int, size: int) -> Caches:
-    """The caches with room for so many places, those in them where they were."""
+    """Enlarge the caches to `size` slots; filled slots stay where they are."""
 
     def enlarged(kept: Any, empty: Any) -> Any:
         if not isinstance(kept, mx.array) or kept.shape == empty.shape:
@@ -129,7 +131,7 @@ def _grown(spec: ModelSpec, caches: Caches, batch: int, size: int) -> Caches:
 
 
 def drawn(rule: Rule, position_B: mx.array) -> mx.array | None:
-    """What is drawn for tokens at these positions and the next _DRAWN - 1: [positions, B]; None if nothing is."""
+    """Draw the random numbers of these positions and the next _DRAWN - 1: [positions, B]; None for greedy decoding."""
     if rule.temperature is None:
         return None
     batch = len(position_B)
@@ -137,6 +139,6 @@ def drawn(rule: Rule, position_B: mx.array) -> mx.array | None:
     return draws(rule.key, position, mx.tile(mx.arange(batch), _DRAWN)).reshape(_DRAWN, batch)
 
 
-def _room(length: int, size: int) -> int:
-    """Places of caches that hold `length` now and `size` in the end: so many times ROOM."""
-    return max(length, min(-(-length // ROOM) * ROOM, size))
+def _capacity(length: int, size: int) -> int:
+    """Return the capacity of caches that hold `length` tokens now and `size` in the end: n * INITIAL_CAPACITY."""
+    return max(length, min(-(-length // INITIAL_CAPACITY) * INITIAL_CAPACITY, size))

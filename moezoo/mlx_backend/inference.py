@@ -8,13 +8,14 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from moezoo.core.backend import LayerRouting, Output, Scores, check_targets, combine_weights
-from moezoo.core.checkpoint import check_names_and_shapes
+from moezoo.core.backend import LayerRouting, Output, Scores, combine_weights
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
-from moezoo.core.safetensors_file import shapes_of
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import check_targets
 from moezoo.mlx_backend.arrays import Weights, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.distributed import data_parallel

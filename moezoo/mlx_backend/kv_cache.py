@@ -1,4 +1,7 @@
-"""The key/value cache of one attention layer: a fixed number of slots, as on the JAX side."""
+"""Key/value caches of attention layers, with a fixed number of slots, as in the JAX backend.
+
+A slot is the index of a token in its row, left padding included; a position is its index in the sequence itself.
+"""
 
 from typing import NamedTuple, assert_never
 
@@ -15,7 +18,7 @@ from moezoo.mlx_backend.arrays import DTYPES
 
 
 class Attended(NamedTuple):
-    """Spec: moezoo.core.reference.attention.Attended; and the cache that the tokens have extended, None without one."""
+    """Spec: moezoo.core.reference.attention.Attended; with the extended cache, or None without one."""
 
     out_BTD: mx.array
     cache: "Cache | None"
@@ -25,22 +28,22 @@ class Attended(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What new tokens may look at: keys and values, and the place of each among all tokens, negative where none is."""
+    """Keys and values that new tokens may attend to, and the slot of each; an empty slot is negative."""
 
     key_BSMH: mx.array
     value_BSMH: mx.array
-    place_S: mx.array
+    slot_S: mx.array
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the first `length` of S places; what lies beyond is masked by whoever attends."""
+    """Keys and values of S slots, of which the first `length` are filled; attention masks the rest."""
 
     key_BSMH: mx.array
     value_BSMH: mx.array
     length: int
 
-    def extended(self, key_BTMH: mx.array, value_BTMH: mx.array) -> tuple["KVCache", Source]:
-        """The cache with T more places, and what they may look at. The caller sees to it that length + T <= S."""
+    def extend(self, key_BTMH: mx.array, value_BTMH: mx.array) -> tuple["KVCache", Source]:
+        """Append T tokens: return the new cache, and what they may attend to. The caller ensures length + T <= S."""
         length = self.length + key_BTMH.shape[1]
         key_BSMH = mx.slice_update(self.key_BSMH, key_BTMH, mx.array([self.length]), (1,))
         value_BSMH = mx.slice_update(self.value_BSMH, value_BTMH, mx.array([self.length]), (1,))
@@ -49,42 +52,45 @@ class KVCache(NamedTuple):
 
 
 class RollingCache(NamedTuple):
-    """Keys and values of the last S of `length` places, place p in slot `p % S`: for who looks no further back."""
+    """Keys and values of the last S of `length` slots, slot s at index `s % S`: for sliding windows and chunks."""
 
     key_BSMH: mx.array
     value_BSMH: mx.array
     length: int
 
-    def extended(self, key_BTMH: mx.array, value_BTMH: mx.array) -> tuple["RollingCache", Source]:
-        """The cache after T more places, and what they may look at: the first of them still sees S - 1 before it."""
+    def extend(self, key_BTMH: mx.array, value_BTMH: mx.array) -> tuple["RollingCache", Source]:
+        """Append T tokens: return the new cache, and what they may attend to.
+
+        The first of them may still attend to the S - 1 slots before it.
+        """
         new, size = key_BTMH.shape[1], self.key_BSMH.shape[1]
         length = self.length + new
         if new == 1:
             key_BSMH = mx.slice_update(self.key_BSMH, key_BTMH, mx.array([self.length % size]), (1,))
             value_BSMH = mx.slice_update(self.value_BSMH, value_BTMH, mx.array([self.length % size]), (1,))
-            place_S = self.length - (self.length - mx.arange(size)) % size
-            return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, place_S)
+            slot_S = self.length - (self.length - mx.arange(size)) % size
+            return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, slot_S)
         both = [
-            mx.concatenate([mx.roll(kept, -self.length, axis=1), more], axis=1)
+            mx.concatenate([mx.roll(kept, -self.length, 1), more], axis=1)
             for kept, more in ((self.key_BSMH, key_BTMH), (self.value_BSMH, value_BTMH))
         ]
-        key_BSMH, value_BSMH = (mx.roll(part[:, new:], length, axis=1) for part in both)
-        source = Source(*both, self.length - size + mx.arange(size + new))
+        key_BSMH, value_BSMH = (mx.roll(part[:, new:], length, 1) for part in both)
+        source = Source(both[0], both[1], self.length - size + mx.arange(size + new))
         return RollingCache(key_BSMH, value_BSMH, length), source
 
 
 class SharedCache(NamedTuple):
-    """Of a layer that attends to another's keys and values: only how many tokens there are."""
+    """Number of tokens, for a layer that attends to the keys and values of another layer."""
 
     length: int
 
-    def extended(self, length: int) -> "SharedCache":
-        """The cache after so many more tokens."""
+    def extend(self, length: int) -> "SharedCache":
+        """Append `length` tokens."""
         return SharedCache(self.length + length)
 
 
 class DeltaCache(NamedTuple):
-    """The state that `length` tokens have left, and the last inputs of the convolutions, one fewer than their width."""
+    """Recurrent state after `length` tokens, and the last inputs of the convolutions, one fewer than their width."""
 
     state_BMGHZ: mx.array
     query_BSMH: mx.array
@@ -92,14 +98,14 @@ class DeltaCache(NamedTuple):
     value_BSNZ: mx.array
     length: int
 
-    def extended(
+    def extend(
         self,
         state_BMGHZ: mx.array,
         query_BTMH: mx.array,
         key_BTMH: mx.array,
         value_BTNZ: mx.array,
     ) -> "DeltaCache":
-        """The cache after T more tokens: the state is theirs already."""
+        """Append T tokens, whose state is already computed."""
         return DeltaCache(
             state_BMGHZ,
             _latest(self.query_BSMH, query_BTMH),
@@ -110,34 +116,35 @@ class DeltaCache(NamedTuple):
 
 
 class ConvolutionCache(NamedTuple):
-    """The inputs that a convolution had from the last of `length` tokens, one fewer than its width."""
+    """Last inputs of a convolution after `length` tokens, one fewer than its width."""
 
     input_BSZ: mx.array
     length: int
 
-    def extended(self, input_BTZ: mx.array) -> "ConvolutionCache":
-        """The cache after T more tokens."""
+    def extend(self, input_BTZ: mx.array) -> "ConvolutionCache":
+        """Append T tokens."""
         return ConvolutionCache(_latest(self.input_BSZ, input_BTZ), self.length + input_BTZ.shape[1])
 
 
 class LatentCache(NamedTuple):
-    """As KVCache, of latent attention: a latent and one rotated key a token, and an indexer's key if any."""
+    """KVCache for latent attention: a latent and one rotated key per token, and an indexer's key if there is one."""
 
     latent_BSZ: mx.array
     key_BSH: mx.array
     index_key_BSH: mx.array | None
     length: int
 
-    def extended(
+    def extend(
         self,
         latent_BTZ: mx.array,
         key_BTH: mx.array,
         index_key_BTH: mx.array | None = None,
     ) -> "LatentCache":
-        """As KVCache.extended."""
+        """Append T tokens, as KVCache.extend does."""
         start = mx.array([self.length])
         index_key_BSH = self.index_key_BSH
         if index_key_BSH is not None:
+            assert index_key_BTH is not None
             index_key_BSH = mx.slice_update(index_key_BSH, index_key_BTH, start, (1,))
         return LatentCache(
             mx.slice_update(self.latent_BSZ, latent_BTZ, start, (1,)),
@@ -151,19 +158,19 @@ Cache = KVCache | RollingCache | SharedCache | LatentCache | DeltaCache | Convol
 
 
 class Caches(NamedTuple):
-    """One cache a layer, and the place at which each row begins; before it is padding. None: all begin at 0."""
+    """One cache per layer, and the slot at which each row starts, after its left padding; None: all start at 0."""
 
     layers: list[Cache]
     first_B: mx.array | None
 
     @property
     def places(self) -> int:
-        """How many are filled, padding included."""
+        """Number of filled slots, padding included."""
         return self.layers[0].length
 
 
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
-    """One empty cache per layer, with room for `size` places, or for as many as anyone looks back at."""
+    """Return one empty cache per layer, with `size` slots, or with as many as its window or chunks reach back."""
     dtype = DTYPES[spec.precision.compute]
     caches: list[Cache] = []
     for index, layer in enumerate(spec.all_layers):
@@ -192,7 +199,7 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
 
 
 def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: mx.Dtype) -> DeltaCache:
-    """Before the first token: a state of zeros, float32, and zeros as inputs of the convolutions."""
+    """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolutions."""
     key_heads, value_heads = spec.num_key_heads, spec.num_value_heads
     state = (batch, key_heads, value_heads // key_heads, spec.key_head_dim, spec.value_head_dim)
     keys = (batch, spec.conv_width - 1, key_heads, spec.key_head_dim)
@@ -209,10 +216,10 @@ def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: mx.Dtype
 def empty_convolution_cache(
     spec: ShortConvolutionSpec, batch: int, embed_dim: int, dtype: mx.Dtype
 ) -> ConvolutionCache:
-    """Before the first token: zeros as inputs."""
+    """Return the cache before the first token, with zeros as inputs."""
     return ConvolutionCache(mx.zeros((batch, spec.conv_width - 1, embed_dim), dtype), 0)
 
 
 def _latest(before: mx.array, new: mx.array) -> mx.array:
-    """Of inputs [B, W - 1, ...] and T newer ones, the last W - 1."""
+    """Return the last W - 1 of inputs [B, W - 1, ...] and T newer ones."""
     return mx.concatenate([before, new], axis=1)[:, new.shape[1] :]

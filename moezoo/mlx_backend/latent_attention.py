@@ -16,7 +16,7 @@ from moezoo.mlx_backend.sparse_attention import Indexer, attend_where, choose_so
 
 
 class LatentAttention(nn.Module):
-    """Spec: moezoo.core.reference.latent_attention.latent_attention; with a cache, absorbed."""
+    """Spec: moezoo.core.reference.latent_attention.latent_attention; with a cache, in the absorbed form."""
 
     def __init__(self, spec: LatentAttentionSpec, weights: Weights, layer: int):
         super().__init__()
@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
         first_value_BTMH: mx.array | None = None,
         first_B: mx.array | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
+        """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
         position_T = positions(x_BTD.shape[1], 0 if cache is None else cache.length, first_B)
         source, query, rope_query, latent, rope_key = self._projected(x_BTD, position_T)
@@ -61,7 +61,7 @@ class LatentAttention(nn.Module):
             key = mx.concatenate([key, mx.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
             value = mx.einsum("BSZ,ZNH->BSNH", latent, self.w_value.astype(dtype))
         else:
-            cache = cache.extended(latent, rope_key[:, :, 0], index_key)
+            cache = cache.extend(latent, rope_key[:, :, 0], index_key)
             query = mx.einsum("BTNH,ZNH->BTNZ", query, self.w_key.astype(dtype))
             grouped = mx.concatenate([query, rope_query], axis=-1)[:, :, None]
             key = mx.concatenate([cache.latent_BSZ, cache.key_BSH], axis=-1)[:, :, None]
@@ -71,6 +71,9 @@ class LatentAttention(nn.Module):
         mask_TS = position_T[..., :, None] >= position_S[..., None, :]
         mask_TS = mask_TS if first_B is None else mask_TS & same_side(position_T, position_S)
         if spec.indexer is not None:
+            assert index_query is not None
+            assert index_key is not None
+            assert index_weight is not None
             index_BTS = index(index_query, index_key, index_weight)
             mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
             attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, scale)
@@ -91,7 +94,7 @@ class LatentAttention(nn.Module):
     def _projected(
         self, x_BTD: mx.array, position_T: mx.array
     ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-        """What queries are made from, the two parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
+        """Return the input of `w_query`, both parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
         spec, dtype = self.spec, x_BTD.dtype
         if spec.query_latent_dim is None:
             source = x_BTD

@@ -6,7 +6,6 @@ from typing import assert_never
 
 import mlx.core as mx
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.spec import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -24,6 +23,7 @@ from moezoo.core.spec import (
     SequenceBalanceLossSpec,
     SwitchBalanceLossSpec,
 )
+from moezoo.core.tokens import IGNORED
 from moezoo.mlx_backend.dispatch import expert_counts
 from moezoo.mlx_backend.distributed.data_parallel import average, total
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, log_losses
@@ -45,7 +45,7 @@ def cross_entropy(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
     return mx.sum(mx.sum(token_losses(logits_BTV, target_BT), axis=-1)) / average(mx.sum(target_BT != IGNORED))
 
 
-# --- what balance losses are made of ---------------------------------------------------------------------------------
+# --- parts of balance losses -----------------------------------------------------------------------------------------
 
 
 def probabilities(spec: RouterSpec, routing: Routing) -> mx.array:
@@ -148,7 +148,7 @@ def router_z(routing: Routing) -> mx.array:
 
 def pooled_balance(layer_logits: Sequence[mx.array], top_k: int) -> mx.array:
     """Spec: moezoo.core.reference.losses.pooled_balance."""
-    logits_PE = mx.concatenate(layer_logits)
+    logits_PE = mx.concatenate(list(layer_logits))
     frequency_E = average(mx.mean(highest_logits(logits_PE, top_k).astype(mx.float32), axis=0))
     probability_PE = mx.softmax(logits_PE, axis=-1, precise=True)
     return logits_PE.shape[-1] * mx.sum(frequency_E * mx.mean(probability_PE, axis=0))
@@ -203,23 +203,23 @@ def loss_terms(
 ) -> dict[str, mx.array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
-    mixtures = [(index, layer.moe) for index, layer in enumerate(spec.all_layers) if layer.moe is not None]
     found: dict[str, list[tuple[int, float, mx.array]]] = {}
     pooled: list[mx.array] = []
-    for place, ((index, moe), routing) in enumerate(zip(mixtures, routings, strict=True)):
-        load_E = None if global_load is None else global_load[place]
+    batch, length = target_BT.shape
+    for order, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
+        load_E = None if global_load is None else global_load[order]
         for loss in moe.losses:
-            value = auxiliary_loss(loss, moe, routing, target_BT.shape, load_E=load_E)
+            value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E)
             found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
             if isinstance(loss, PooledBalanceLossSpec):
                 pooled.append(routing.logits_PE)
                 pooled_top_k = moe.router.top_k
     if index_losses:
         found["index"] = list(index_losses)
-    total = terms["cross_entropy"]
+    total, zero = terms["cross_entropy"], mx.array(0.0)
     for name, rows in found.items():
-        value = sum(value for _, _, value in rows) / len(rows)
-        weighted = sum(coefficient * value for _, coefficient, value in rows)
+        value = sum((value for _, _, value in rows), zero) / len(rows)
+        weighted = sum((coefficient * value for _, coefficient, value in rows), zero)
         if name == "pooled_balance":
             value = pooled_balance(pooled, pooled_top_k)
             weighted = rows[0][1] * value

@@ -18,7 +18,7 @@ class Mixture:
 
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
         self._prefix = f"layers.{layer}.moe."
-        self._module = MoE(spec.all_layers[layer].moe, Weights(weights, self._prefix))
+        self._module = MoE(dict(spec.moes)[layer], Weights(weights, self._prefix))
         trained = {row.name.removeprefix(self._prefix) for row in parameter_table(spec) if row.trained}
         named = dict(tree_flatten(self._module.parameters()))
         self._parameters = {name: value for name, value in named.items() if name in trained}
@@ -35,7 +35,7 @@ class Mixture:
     def gradients(
         self, x_BTD: mx.array, token_BT: mx.array, gradient_BTD: mx.array
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        def output(x_BTD, *values):
+        def output(x_BTD: mx.array, *values: mx.array) -> list[mx.array]:
             self._module.update(tree_unflatten(list(zip(self._parameters, values, strict=True))))
             return [self._module(x_BTD, RoutingContext(token_P=token_BT.reshape(-1)))[0]]
 

@@ -63,5 +63,5 @@ def norm(spec: NormSpec, weights: Weights, axes: int = 1) -> RMSNorm | LayerNorm
 
 
 def _flat(x: mx.array, axes: int) -> mx.array:
-    """Float32, with the axes to normalize over as one: the kernels take the last."""
+    """Cast to float32, and merge the axes to normalize over: the kernels normalize over the last axis."""
     return x.astype(mx.float32).reshape(*x.shape[: x.ndim - axes], -1)

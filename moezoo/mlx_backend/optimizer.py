@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_map
 
-from moezoo.core.config import OptimizerConfig
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.mlx_backend.kernels.x86 import FusedAdamW, can_fuse
 
 

@@ -1,4 +1,4 @@
-"""Position information. Spec: moezoo.core.reference.positions."""
+"""Position encodings. Spec: moezoo.core.reference.positions."""
 
 import functools
 from typing import assert_never
@@ -11,16 +11,16 @@ from moezoo.core.reference.positions import frequencies, score_multiplier, sinus
 from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
 from moezoo.mlx_backend.arrays import Weights
 
-__all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # the last is a number, and core's
+__all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # score_multiplier is a plain number, shared with core
 
 
 def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array | range) -> mx.array:
-    """Spec: moezoo.core.reference.positions.rotate; positions are [T], or [B, T] where rows begin at other places.
+    """Spec: moezoo.core.reference.positions.rotate; positions [T], or [B, T] where rows start at different slots.
 
-    A range has them where Python knows them.
+    A range is for positions that are known to Python.
     """
     if isinstance(position_T, range):
-        cosine, sine = _waves(spec, x_BTNH.shape[-1], position_T)
+        cosine, sine = _cosine_and_sine(spec, x_BTNH.shape[-1], position_T)
     else:
         frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
         angle = _angle(position_T, frequency)[..., None, :]
@@ -44,10 +44,10 @@ def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array | range) -> mx
 
 
 @functools.lru_cache(maxsize=64)
-def _waves(spec: RoPESpec, head_dim: int, position_T: range) -> tuple[mx.array, mx.array]:
-    """Cosine and sine [T, 1, H / 2], once for all layers, queries, keys and steps; float32.
+def _cosine_and_sine(spec: RoPESpec, head_dim: int, position_T: range) -> tuple[mx.array, mx.array]:
+    """Return cosine and sine [T, 1, H / 2] in float32, computed once for all layers, queries, keys and steps.
 
-    When a token is decoded, operations cost by their number and not by their size.
+    In decoding, the number of operations matters for speed, not their size.
     """
     frequency, attention_factor = frequencies(spec, head_dim)
     angle = np.array(position_T, np.float32)[:, None, None] * frequency.astype(np.float32)
@@ -56,18 +56,18 @@ def _waves(spec: RoPESpec, head_dim: int, position_T: range) -> tuple[mx.array, 
 
 
 def positions(length: int, cached: mx.array | int, first_B: mx.array | None) -> mx.array:
-    """Positions of tokens behind `cached` ones: [T], or [B, T] where row b begins at place `first_B`.
+    """Return the positions of T tokens after `cached` ones: [T], or [B, T] where row b starts at slot `first_B`.
 
-    What stands before a row's first token is padding, and its positions are negative.
+    Padding before the first token of a row has negative positions.
     """
-    place_T = mx.arange(length) + cached
-    return place_T if first_B is None else place_T - first_B[:, None]
+    slot_T = mx.arange(length) + cached
+    return slot_T if first_B is None else slot_T - first_B[:, None]
 
 
 def same_side(position_T: mx.array, position_S: mx.array) -> mx.array:
-    """Where both are tokens, or both padding: [..., T, S].
+    """Return the mask of pairs that are both tokens, or both padding: bool [..., T, S].
 
-    Padding must look at something, for a softmax over nothing is NaN, which a weight of 0 does not hide from others.
+    Padding must attend to something: a softmax over nothing is NaN, which spreads to tokens even with a weight of 0.
     """
     return (position_T[..., :, None] >= 0) == (position_S[..., None, :] >= 0)
 
@@ -95,5 +95,5 @@ class EmbeddingPosition(nn.Module):
 
 
 def _angle(position_T: mx.array, frequency: np.ndarray) -> mx.array:
-    """Positions times frequencies, in float32."""
+    """Return positions times frequencies, in float32."""
     return position_T[..., None].astype(mx.float32) * mx.array(frequency.astype(np.float32))

@@ -1,6 +1,6 @@
-"""Randomness from counter keys. Spec: moezoo.core.random.
+"""Random numbers from counter-based keys. Spec: moezoo.core.random.
 
-MLX's own generator counts otherwise, so threefry is written out.
+MLX's own generator assigns counters differently, so threefry is implemented here.
 """
 
 import math
@@ -17,14 +17,14 @@ def fold_in(key: mx.array, *data: int | mx.array) -> mx.array:
     """Spec: moezoo.core.random.fold_in; each of `data` is an integer, or uint32 [n] for n keys [2, n]."""
     for number in data:
         word = mx.array(number, mx.uint32) if isinstance(number, int) else number.astype(mx.uint32)
-        key = mx.stack(_threefry(key, word))
+        key = mx.stack(list(_threefry(key, word)))
     return key
 
 
 def bits(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Spec: moezoo.core.random.bits; one key or keys [2, n], and of each fewer than 2**32 numbers.
+    """Spec: moezoo.core.random.bits; one key or keys [2, n], each for fewer than 2**32 numbers.
 
-    One key is that of a batch, whose sequences stand first in `shape`: each process draws those of its own sequences.
+    One key is for a whole batch, with sequences as the first axis of `shape`: each process draws its own sequences.
     """
     count = math.prod(shape)
     first = first_draw(count) if key.ndim == 1 else 0
@@ -39,7 +39,7 @@ def uniform(key: mx.array, shape: tuple[int, ...]) -> mx.array:
 
 def normal(key: mx.array, shape: tuple[int, ...]) -> mx.array:
     """Spec: moezoo.core.random.normal; float32."""
-    # Exact whether or not the compiler fuses: a multiple of 2**-23 below 1.
+    # Exact with and without fusion by the compiler: a multiple of 2**-23 below 1.
     return math.sqrt(2) * mx.erfinv(2.0 * uniform(key, shape) + 2.0**-23 - 1.0)
 
 
@@ -54,7 +54,7 @@ def bernoulli(key: mx.array, probability: float, shape: tuple[int, ...]) -> mx.a
 
 
 def _threefry(key: mx.array, x1: mx.array) -> tuple[mx.array, mx.array]:
-    """threefry2x32 with 20 rounds of the counters (0, x1)."""
+    """Apply threefry2x32 with 20 rounds to the counters (0, x1)."""
     k0, k1 = key[0], key[1]
     schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
     x0, x1 = k0, x1 + k1

@@ -108,6 +108,7 @@ class Router(nn.Module):
         if self.spec.bias:
             logits_PE = logits_PE + self.b_router.astype(mx.float32)
         if self.has_residual:
+            assert previous_PE is not None
             logits_PE = logits_PE + previous_PE @ self.w_residual.astype(mx.float32)
         return logits_PE
 

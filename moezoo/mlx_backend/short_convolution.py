@@ -1,4 +1,4 @@
-"""Short convolutions between two gates. Spec: moezoo.core.reference.short_convolution."""
+"""Gated short convolutions. Spec: moezoo.core.reference.short_convolution."""
 
 import mlx.core as mx
 from mlx import nn
@@ -10,11 +10,11 @@ from moezoo.mlx_backend.positions import positions
 
 
 class ShortConvolution(nn.Module):
-    """Spec: moezoo.core.reference.short_convolution.short_convolution; with a cache, for tokens behind it."""
+    """Spec: moezoo.core.reference.short_convolution.short_convolution; with a cache, for the next tokens."""
 
     def __init__(self, spec: ShortConvolutionSpec, weights: Weights, layer: int):
         super().__init__()
-        del layer  # the same in every layer
+        del layer  # all layers are alike
         self.spec = spec
         self.w_input_gate = weights.parameter("w_input_gate")
         self.w_output_gate = weights.parameter("w_output_gate")
@@ -36,8 +36,8 @@ class ShortConvolution(nn.Module):
         first_value_BTMH: mx.array | None = None,
         first_B: mx.array | None = None,
     ) -> Attended:
-        """With a cache, the tokens follow the cached ones; row b begins at place `first_B`, behind padding."""
-        del first_value_BTMH  # for attention over tokens
+        """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
+        del first_value_BTMH  # only grouped-query attention uses it
         dtype = x_BTD.dtype
         input_gate_BTZ = mx.einsum("BTD,DZ->BTZ", x_BTD, self.w_input_gate.astype(dtype))
         output_gate_BTZ = mx.einsum("BTD,DZ->BTZ", x_BTD, self.w_output_gate.astype(dtype))
@@ -56,7 +56,7 @@ class ShortConvolution(nn.Module):
         if self.spec.bias:
             convolved_BTZ = convolved_BTZ + self.b_conv.astype(mx.float32)
         if cache is not None:
-            cache = cache.extended(gated_BTZ)
+            cache = cache.extend(gated_BTZ)
         gated_BTZ = (output_gate_BTZ * convolved_BTZ).astype(dtype)
         output = mx.einsum("BTZ,ZD->BTD", gated_BTZ, self.w_output.astype(dtype))
         if self.spec.bias:
@@ -65,8 +65,9 @@ class ShortConvolution(nn.Module):
 
 
 def causal_convolution(x: mx.array, weight: mx.array, before: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, and in float32."""
+    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
     length = x.shape[1]
     padded = mx.concatenate([before, x], axis=1).astype(mx.float32)
     weight = weight.astype(mx.float32)
-    return sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
+    rows = (padded[:, start : start + length] * row for start, row in enumerate(weight))
+    return sum(rows, mx.array(0.0))

@@ -1,4 +1,4 @@
-"""Attention to those tokens that an indexer chooses. Spec: moezoo.core.reference.sparse_attention."""
+"""Sparse attention to the tokens that an indexer chooses. Spec: moezoo.core.reference.sparse_attention."""
 
 import math
 from typing import assert_never
@@ -67,7 +67,7 @@ def choose_sources(index_BTS: mx.array, mask_TS: mx.array, top_k: int) -> mx.arr
 def attend_where(
     query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask_BTS: mx.array, scale: float
 ) -> tuple[mx.array, mx.array]:
-    """Spec: moezoo.core.reference.sparse_attention.attend_where; without a kernel, which would keep the weights."""
+    """Spec: moezoo.core.reference.sparse_attention.attend_where; fused kernels do not return weights."""
     dtype = query_BTMGH.dtype
     query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
     score = scale * mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH)
@@ -78,13 +78,13 @@ def attend_where(
 
 
 def index_loss(index_BTS: mx.array, distribution_BTS: mx.array, mask_BTS: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.sparse_attention.index_loss; as `sum p (q/p - 1 - log(q/p))`, equal to it.
+    """Spec: moezoo.core.reference.sparse_attention.index_loss; computed as `sum p (q/p - 1 - log(q/p))`.
 
-    Both distributions sum to 1. These terms are not negative and vanish twice where q nears p: nothing cancels, where
-    `p log(p/q)` would leave the roundings of its terms.
+    This is equal, since both distributions sum to 1. Its terms are not negative and vanish to second order where q
+    nears p, so nothing cancels; the sum of `p log(p/q)` would be left with the rounding errors of its terms.
     """
     logits = mx.where(mask_BTS, index_BTS, -mx.inf)
-    # A weight that has underflowed counts as the least one, whose term is q, as the sum over the others then lacks.
+    # Underflowed weights are raised to 1e-30, so that their term is q, which the sum would otherwise lack.
     p_BTS = mx.maximum(distribution_BTS, 1e-30)
     log_softmax_BTS = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     log_ratio_BTS = mx.where(mask_BTS, log_softmax_BTS - mx.log(p_BTS), 0.0)

@@ -8,14 +8,15 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from moezoo.core.backend import StepMetrics, check_targets
-from moezoo.core.config import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.backend import StepMetrics
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import TrainingError
 from moezoo.core.parameters import parameter_table
-from moezoo.core.precision import check_float32
+from moezoo.core.parameters.precision import check_float32
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
+from moezoo.core.tokens import check_targets
 from moezoo.mlx_backend.arrays import to_numpy
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.inference import MlxInference, flat, load_of

@@ -192,7 +192,10 @@ class Layer(nn.Module):
         match self.spec.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
                 shared["source"] = sources[other]
-        return self.attention(x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared)
+        attended: Attended = self.attention(
+            x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared
+        )
+        return attended
 
     def attention_input(self, x_BTD: mx.array) -> mx.array:
         """Pre-attention norm, unless the norm comes after."""
@@ -312,7 +315,9 @@ class Transformer(nn.Module):
             [
                 (index, layer.attention.indexer.loss_coefficient, output.index_loss)
                 for index, (layer, output) in enumerate(zip(self.spec.all_layers, outputs, strict=True))
-                if output.index_loss is not None
+                if isinstance(layer.attention, LatentAttentionSpec)
+                and layer.attention.indexer is not None
+                and output.index_loss is not None
             ],
         )
 

@@ -20,10 +20,10 @@ from moezoo.bench.measure import Effort, Timings
 from moezoo.bench.modes import MODES, Results, Row, bench, rows_of
 from moezoo.bench.report import report
 from moezoo.bench.sweep_picture import draw_sweep, points
-from moezoo.cli import main
+from moezoo.cli.main import main
 from moezoo.core.errors import BackendError, SpecError
-from tests.backends_available import require_backend
 from tests.bench.fakes import fake
+from tests.support.backends_available import require_backend
 
 ROOT = Path(__file__).parents[2]
 ROWS = [

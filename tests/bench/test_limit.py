@@ -7,8 +7,11 @@ import pytest
 from moezoo.bench.case import Case
 from moezoo.bench.configs import bench_config, smoke_config, sweep_config
 from moezoo.bench.limit import Limit, bytes_per_step, matrix_products, products, score_products, useful_flops
-from moezoo.core.config import Config, load_config, with_vocab_size
-from moezoo.core.cost import flops_per_token, kv_cache_bytes_per_token, parameter_counts
+from moezoo.core.config.run_config import Config, load_config
+from moezoo.core.config.vocabulary import with_vocab_size
+from moezoo.core.cost.flops import flops_per_token
+from moezoo.core.cost.memory import kv_cache_bytes_per_token
+from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.spec import GroupedQueryAttentionSpec
 
 ROOT = Path(__file__).parents[2] / "configs"

@@ -1,40 +1,43 @@
-"""What is installed from a wheel is everything that a checkout has: every package, and every file that code reads."""
+"""A wheel holds everything that a checkout has: every package, and every file that code reads."""
 
-import re
 import tomllib
 from pathlib import Path
 
+import pytest
+from setuptools import find_namespace_packages
+
 from moezoo.bench.configs import NAMES, config_path
-from moezoo.core.recipes import list_recipes
+from moezoo.core.data.datasets import list_recipes
 
 ROOT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+PACKAGES = set(find_namespace_packages(str(ROOT), **SETUPTOOLS["packages"]["find"]))
 
 
 def shipped(package: str) -> set[Path]:
-    """Data files of a package that lies in another folder of the checkout."""
-    folder = ROOT / SETUPTOOLS["package-dir"][package]
+    """Data files of a package that the wheel holds."""
+    folder = ROOT / package.replace(".", "/")
     return {path for pattern in SETUPTOOLS["package-data"][package] for path in folder.glob(pattern)}
 
 
 def test_every_folder_with_code_is_a_package_of_the_wheel():
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "moezoo").rglob("*.py")}
-    of_code = {".".join(folder.parts) for folder in folders}
-    of_data = set(SETUPTOOLS["package-dir"]) - {"moezoo"}
-    assert set(SETUPTOOLS["packages"]) == of_code | of_data
-    assert of_data == set(SETUPTOOLS["package-data"])
+    folders = {path.parent for path in (ROOT / "moezoo").rglob("*.py")}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= PACKAGES
+    assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
-def test_every_module_that_is_imported_is_in_a_package_of_the_wheel():
-    """Whatever the folders are: a name in an import statement leads to a file of a listed package."""
-    packages = set(SETUPTOOLS["packages"])
-    for path in (ROOT / "moezoo").rglob("*.py"):
-        for module in re.findall(r"^\s*(?:from|import) (moezoo[\w.]*)", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert module in packages or module.rpartition(".")[0] in packages, f"{path}: {module}"
+@pytest.mark.parametrize("folder", ["configs", "datasets"])
+def test_folders_of_the_checkout_are_links_inside_the_package(folder):
+    assert (ROOT / "moezoo" / folder).resolve() == ROOT / folder
+    assert f"moezoo.{folder}" in PACKAGES
 
 
 def test_configs_and_recipes_that_code_reads_are_in_the_wheel():
     assert {config_path(name) for name in NAMES} <= shipped("moezoo.configs")
-    recipes = {ROOT / "datasets" / recipe.name / "recipe.yaml" for recipe in list_recipes()}
-    assert recipes
-    assert recipes <= shipped("moezoo.datasets")
+    names = {path.parent.name for path in shipped("moezoo.datasets") if path.name == "recipe.yaml"}
+    assert names == {recipe.name for recipe in list_recipes()} != set()
+
+
+def test_the_package_says_that_it_has_types():
+    assert (ROOT / "moezoo" / "py.typed").is_file()
+    assert "py.typed" in SETUPTOOLS["package-data"]["moezoo"]

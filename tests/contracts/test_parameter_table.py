@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config import load_config, with_vocab_size
-from moezoo.core.initialize import initial_weights
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 
 TINY = sorted((Path(__file__).parents[2] / "configs" / "tiny").glob("*.yaml"))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contracts.source_tree import BACKENDS, PACKAGE, stems
+from tests.support.source_tree import BACKENDS, PACKAGE, stems
 
 LAYER_TESTS = Path(__file__).parents[1] / "layers"
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.contracts.source_tree import BACKENDS, PACKAGE, Function, backend_file, functions, stems, tree_of
+from tests.support.source_tree import BACKENDS, PACKAGE, Function, backend_file, functions, stems, tree_of
 
 FOLDERS = {"kernels", "distributed", "transforms", "runtime", "planning"}
 ONLY_JAX_PARAMETERS = {"placement=", "group=", "exchange=", "wrap_block="}  # a mesh of devices, and how a step uses it

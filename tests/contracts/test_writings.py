@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moezoo.core.config import Config, validate
+from moezoo.core.config.run_config import Config
+from moezoo.core.config.validate import validate
 from tests.contracts.line_links import documents, line_links, line_of, renumbered
 
 ROOT = Path(__file__).parents[2]

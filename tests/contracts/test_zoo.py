@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moezoo.core.errors import SpecError
-from moezoo.core.zoo import all_features, zoo
+from moezoo.core.parity.zoo import all_features, zoo
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 

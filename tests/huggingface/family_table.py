@@ -1,6 +1,6 @@
-"""README's table of families, made from what the tests say: `python -m tests.huggingface.family_table`.
+"""README's table of families, generated from test results: `python -m tests.huggingface.family_table`.
 
-Runs the tests of every fixture, and writes a row a family between two marks in README.md.
+Runs the tests of every fixture, and writes one row per family between two marks in README.md.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moezoo.core.huggingface.family import families
-from tests.huggingface.fixtures import read_fixture
+from tests.support.fixtures import read_fixture
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -27,7 +27,7 @@ _TEST = re.compile(r"::(\w+)\[([\w.]+?)(?:-(jax|mlx))?\]$")
 
 
 class Results:
-    """A pytest plugin that remembers: per family, test and backend, whether all passed; the largest difference."""
+    """Pytest plugin that collects, per family, test and backend, whether all passed, and the largest difference."""
 
     def __init__(self) -> None:
         self.passed: dict[tuple[str, str, str], bool] = defaultdict(lambda: True)
@@ -49,7 +49,7 @@ class Results:
 
 
 def table(results: Results) -> str:
-    """The rows, families in order of name."""
+    """Return the table, with families in order of name."""
     lines = [
         f"| family | {' | '.join(COLUMNS)} | largest difference of a logit | fixtures |",
         f"|---|{'---|' * len(COLUMNS)}---|---|",

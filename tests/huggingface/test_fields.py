@@ -1,4 +1,4 @@
-"""config.json: what is read, what is refused, and in which words."""
+"""Reader of config.json: values, refusals and error messages."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ import pytest
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
 from moezoo.core.huggingface.fields import Fields
-from tests.huggingface.fixtures import write_checkpoint
+from tests.support.fixtures import write_checkpoint
 
 
 def fields(**values: object) -> Fields:
     return Fields(values, "config.json")
 
 
-def test_defaults_stand_for_absent_and_null() -> None:
+def test_defaults_apply_to_absent_and_null() -> None:
     some = fields(a=None, b=3)
     assert (some.count("a", 7), some.count("b", 7), some.get("c")) == (7, 3, None)
 
@@ -23,12 +23,12 @@ def test_defaults_stand_for_absent_and_null() -> None:
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda some: some.count("zero"), "zero is 0; expected a whole number, 1 or more"),
-        (lambda some: some.integer("half"), "half is 0.5; expected a whole number"),
-        (lambda some: some.integer("yes"), "yes is true; expected a whole number"),
+        (lambda some: some.count("zero"), "zero is 0; expected an integer of at least 1"),
+        (lambda some: some.integer("half"), "half is 0.5; expected an integer"),
+        (lambda some: some.integer("yes"), "yes is true; expected an integer"),
         (lambda some: some.number("endless"), "endless is Infinity; expected a number"),
         (lambda some: some.flag("half"), "half is 0.5; expected true or false"),
-        (lambda some: some.text("half"), "half is 0.5; expected a text"),
+        (lambda some: some.text("half"), "half is 0.5; expected a string"),
         (lambda some: some.items("list", 2), r"list is \[1\]; expected a list of 2"),
         (lambda some: some.choice("word", {"silu": 1}), 'word is "gelu"; expected one of silu'),
         (lambda some: some.expect("yes", False), "yes is true; expected false"),
@@ -36,31 +36,31 @@ def test_defaults_stand_for_absent_and_null() -> None:
         (lambda some: some.inside("half"), "half is 0.5; expected a JSON object"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(read, message: str) -> None:
+def test_invalid_value_is_refused_by_name(read, message: str) -> None:
     some = fields(zero=0, half=0.5, yes=True, endless=float("inf"), list=[1], word="gelu")
     with pytest.raises(SpecError, match=rf"{message}.*\(config\.json\)"):
         read(some)
 
 
-def test_two_names_for_one_thing_must_agree() -> None:
+def test_aliases_must_agree() -> None:
     assert fields(b=4).either("a", "b") == "b"
     assert fields().either("a", "b") == "a"
     with pytest.raises(SpecError, match="b is 5; expected 4"):
         fields(a=4, b=5).either("a", "b")
 
 
-def test_a_field_that_nobody_read_is_refused() -> None:
+def test_an_unread_field_is_refused() -> None:
     some = fields(known=1, surprise=2, use_cache=True, bos_token_id=0)
     some.get("known")
-    with pytest.raises(SpecError, match="does not know: surprise 2"):
+    with pytest.raises(SpecError, match="unknown for this family: surprise 2"):
         some.finish()
     some.finish(("sur*",))
 
 
-def test_the_text_model_inside_a_wrapper() -> None:
+def test_text_config_in_a_multimodal_wrapper() -> None:
     some = fields(text_config={"model_type": "inner", "a": 1}, vision_config={"b": 2}, tie_word_embeddings=True)
     assert (some.model_type, some.count("a"), some.flag("tie_word_embeddings")) == ("inner", 1, True)
-    with pytest.raises(SpecError, match="does not know: logit_trick 3"):
+    with pytest.raises(SpecError, match="unknown for this family: logit_trick 3"):
         fields(text_config={}, logit_trick=3)
 
 
@@ -75,12 +75,12 @@ def with_config(tmp_path: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         ({"rope_parameters": {"rope_type": "foo"}}, 'rope_type is "foo"; expected one of default'),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "spin": 1}}, "does not know: spin 1"),
-        ({"num_local_experts": 0}, "num_local_experts is 0; expected a whole number, 1 or more"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "spin": 1}}, "unknown for this family: spin 1"),
+        ({"num_local_experts": 0}, "num_local_experts is 0; expected an integer of at least 1"),
         ({"num_experts_per_tok": 99}, "top_k is 99"),
         ({"num_attention_heads": 3}, "num_heads is 3, which num_key_value_heads|num_heads is 3"),
         ({"hidden_act": "tanh"}, 'hidden_act is "tanh"; expected one of silu'),
-        ({"logit_trick": 1.0}, "does not know: logit_trick 1.0"),
+        ({"logit_trick": 1.0}, "unknown for this family: logit_trick 1.0"),
         ({"model_type": "mixtrall"}, "model_type is 'mixtrall'; did you mean mixtral?"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_config_that_is_not_understood_is_refused(changes: dict, message: str,
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1, "a": 2}', "\xff", "[" * 100_000])
-def test_a_config_that_is_no_json_object(text: str, tmp_path: Path) -> None:
+def test_a_config_that_is_not_a_json_object(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(SpecError, match=r"config\.json"):
         describe_checkpoint(tmp_path)

@@ -10,13 +10,13 @@ import pytest
 
 import moezoo
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
+from moezoo.core.huggingface.codecs import mxfp4_decode, mxfp4_encode
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.huggingface.quantization import mxfp4_decode, mxfp4_encode
 from tests.huggingface.conftest import ORACLES
-from tests.huggingface.fixtures import FOLDER
 from tests.huggingface.test_families import BACKENDS, check, check_gradient, check_greedy
 from tests.huggingface.test_round_trip import round_trip
 from tests.huggingface.test_training_oracles import CASES
+from tests.support.fixtures import FOLDER
 
 GIVEN = sorted(path.parent.name for path in ORACLES.glob("*/oracle.npz"))
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from moezoo.backends import load_backend
-from moezoo.core.backend import IGNORED
-from moezoo.core.config import load_config, with_vocab_size
-from moezoo.core.initialize import initial_weights
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
+from moezoo.core.tokens import IGNORED
 
 V, B, T = 31, 4, 9
 KEY = micro_batch_keys(3, 0, 1)[0]

@@ -8,7 +8,7 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from moezoo.core import random
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.choice import Choice, RoutingContext, choose, noisy
 from moezoo.core.spec import (
@@ -22,9 +22,9 @@ from moezoo.core.spec import (
     SparseMixerChoiceSpec,
     TopPChoiceSpec,
 )
-from tests.backends_available import require_backend
-from tests.tolerances import EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import F, K, P, Twin, assert_function_matches, assert_reference_gradient, normal
 
 E = 8  # not the 7 of other tests: groups divide it
 LOGITS_PE = normal(0, P, E)
@@ -475,10 +475,10 @@ def test_a_constant_added_to_softmax_logits_changes_no_choice(logits_PE, kind, c
     ("fields", "message"),
     [
         ({"choice": {"kind": "grouped_top_k", "num_groups": 3, "keep": 1}}, "num_groups is 3, which does not divide"),
-        ({"choice": {"kind": "top_p", "p": 0.5}, "score": "none"}, "top_p, which adds up scores, but score is none"),
-        ({"choice": {"kind": "expert_choice"}}, "renormalize needs a fixed number of experts a token"),
-        ({"choice": {"kind": "sparsemixer"}}, "sparsemixer, which makes its own weights for one or two experts"),
-        ({"choice": {"kind": "hash"}, "selection_bias": {}}, "hash does not choose by a selection value"),
+        ({"choice": {"kind": "top_p", "p": 0.5}, "score": "none"}, "top_p, which sums scores, but score is none"),
+        ({"choice": {"kind": "expert_choice"}}, "renormalize requires a fixed number of experts per token"),
+        ({"choice": {"kind": "sparsemixer"}}, "sparsemixer, which computes its own weights for one or two experts"),
+        ({"choice": {"kind": "hash"}, "selection_bias": {}}, "hash does not use a selection value"),
     ],
 )
 def test_a_combination_that_cannot_be_is_refused(fields, message):

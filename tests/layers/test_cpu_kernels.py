@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import OptimizerConfig
-from moezoo.core.initialize import initial_weights
+from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import (
     ClampedSwiGLUSpec,
     GatedFeedForwardSpec,
@@ -14,9 +14,9 @@ from moezoo.core.spec import (
     MoESpec,
     RouterSpec,
 )
-from tests.backends_available import require_backend
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
-from tests.twins import B, D, E, F, H, K, M, N, Twin, V, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
+from tests.support.twins import B, D, E, F, H, K, M, N, Twin, V, normal
 
 USERS = ("attention", "kernels.slot_rows", "kernels.grouped_product", "feed_forward", "losses", "backend")
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, sinks=True)

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
+from moezoo.core.distributed.launch import process_commands
+from moezoo.core.distributed.processes import Processes
 from moezoo.core.errors import BackendError, SpecError
-from moezoo.core.initialize import initial_weights
-from moezoo.core.launch import process_commands
-from moezoo.core.processes import Processes
-from tests.backends_available import require_backend
+from moezoo.core.parameters.initialize import initial_weights
 from tests.layers.data_parallel_part import V, numbers
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 # Every auxiliary loss, everything that is drawn at random, and graphs that differ with what each half has to compute.

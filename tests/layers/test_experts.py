@@ -7,9 +7,9 @@ import pytest
 from moezoo.core.reference.experts import experts, grouped_product
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.spec import ClampedSwiGLUSpec, ExpertsSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
-from tests.backends_available import require_backend
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
-from tests.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
 
 PATHS = {"jax": ("blocks", "ragged_dot", "tokamax"), "mlx": ("slices", "gather_mm of rows")}
 # Rows of each of the 7 experts. A block has 16 rows up to R = 298, then 32, then 64 from R = 598.

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moezoo.core.initialize import initial_weights
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference import inside
 from moezoo.core.reference.choice import RoutingContext
 from moezoo.core.reference.moe import moe
@@ -18,8 +18,8 @@ from moezoo.core.spec import (
     RouterSpec,
     SelectionBiasSpec,
 )
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
-from tests.twins import B, D, E, F, K, T, V, normal, reference_gradients
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
+from tests.support.twins import B, D, E, F, K, T, V, normal, reference_gradients
 
 ROUTERS = {
     "top k": RouterSpec(top_k=K),

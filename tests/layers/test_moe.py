@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moezoo.core import random
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.moe import moe_rows
 from moezoo.core.parameters.row import Rows
@@ -27,8 +27,16 @@ from moezoo.core.spec import (
     SharedExpertsSpec,
     ZeroComputationSpec,
 )
-from tests.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
-from tests.twins import B, D, E, F, K, P, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import (
+    BFLOAT16,
+    BFLOAT16_GRADIENT,
+    EXACT,
+    FLOAT32,
+    FLOAT64,
+    assert_all_close,
+    assert_close,
+)
+from tests.support.twins import B, D, E, F, K, P, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 KEY = random.key(6)
 X_BTD, RAW_BTD = normal(0, B, T, D), normal(20, B, T, D)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import Model, StepMetrics
-from moezoo.core.config import load_config, with_vocab_size
+from moezoo.core.config.run_config import load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import TrainingError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
-from tests.backends_available import require_backend
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
-from tests.twins import Twin, V
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
+from tests.support.twins import Twin, V
 
 TINY = Path("configs/tiny")
 # Noise and dropout, state, a mixture that joins later, keys of another layer, layers of other kinds, a plain one.

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config import OptimizerConfig
-from moezoo.core.initialize import initial_weights
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.router_state import updated_bias, updated_cutoff, updated_state
 from moezoo.core.spec import (
@@ -16,8 +16,8 @@ from moezoo.core.spec import (
     RouterSpec,
     SelectionBiasSpec,
 )
-from tests.tolerances import EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
-from tests.twins import D, E, F, H, K, M, N, Twin, V, normal
+from tests.support.tolerances import EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
+from tests.support.twins import D, E, F, H, K, M, N, Twin, V, normal
 
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 BIASED = RouterSpec(top_k=K, score="sigmoid", selection_bias=SelectionBiasSpec(rate=0.25))
@@ -48,13 +48,13 @@ def test_an_expert_below_the_mean_goes_up_and_one_at_the_mean_stays(twin: Twin) 
     assert_close(twin.numpy(actual), expected, FLOAT32)
 
 
-def test_a_mean_that_float32_cannot_hold_moves_nobody(twin: Twin) -> None:
+def test_a_mean_that_float32_cannot_represent_changes_no_bias(twin: Twin) -> None:
     load_E = np.full(E, 2**24 + 1)
     bias_E = twin.module("router_state").updated_bias(twin.array(np.zeros(E)), twin.array(load_E), 0.25)
     assert_close(twin.numpy(bias_E), np.zeros(E), EXACT)
 
 
-def test_a_cutoff_divided_by_its_weight_is_the_mean_of_what_it_saw(twin: Twin) -> None:
+def test_a_cutoff_divided_by_its_weight_is_the_mean_of_its_inputs(twin: Twin) -> None:
     lowest_E = np.abs(normal(1, E))
     for function, array in (
         (updated_cutoff, np.asarray),

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moezoo.core import random
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.choice import RoutingContext
 from moezoo.core.reference.routing import Routing, average_cutoff, route, score
 from moezoo.core.spec import MoESpec, RouterSpec
-from tests.tolerances import BFLOAT16, EXACT, FLOAT32, FLOAT64, assert_close
-from tests.twins import D, E, F, K, P, Twin, V, assert_layer_matches, assert_reference_gradient, normal
+from tests.support.tolerances import BFLOAT16, EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.twins import D, E, F, K, P, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 X_PD, W_DE = normal(0, P, D), 0.5 * normal(1, D, E)
 TOKEN_P = np.random.default_rng(4).integers(0, V, P)
@@ -454,17 +454,20 @@ def test_more_choices_than_experts_are_refused():
     [
         (
             {"renormalize": "none", "renormalize_epsilon": 1e-6},
-            r"router.renormalize_epsilon is 1e-06, but renormalize is none \(config\). Leave it out",
+            r"router.renormalize_epsilon is 1e-06, but renormalize is none \(config\). Remove it",
         ),
         (
             {"renormalize_order": 2},
-            r"router.renormalize_order is 2.0, but renormalize is sum \(config\). Leave it out, or use .*p_norm",
+            r"router.renormalize_order is 2.0, but renormalize is sum \(config\). Remove it, or use .*p_norm",
         ),
-        ({"renormalize_floor": True}, r"router.renormalize_floor is true, but renormalize_epsilon, the floor, is 0"),
+        (
+            {"renormalize_floor": True},
+            r"router.renormalize_floor is true, but renormalize_epsilon, the lower bound, is 0",
+        ),
         ({"score": "none"}, r"router.weight is score, but score is none.*Use weight: softmax_of_chosen"),
         (
             {"score": "none", "weight": "sigmoid_of_chosen", "choice": {"kind": "top_p", "p": 0.5}},
-            r"router.choice is top_p, which adds up scores, but score is none \(config\). Use score: softmax",
+            r"router.choice is top_p, which sums scores, but score is none \(config\). Use score: softmax",
         ),
     ],
 )

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import Model, StepMetrics
-from moezoo.core.config import Config, Layers, load_config, with_vocab_size
+from moezoo.core.config.run_config import Config, load_config
+from moezoo.core.config.training import Layers
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import SpecError, TrainingError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.spec import ModelSpec
-from tests.backends_available import require_backend
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING, assert_all_close, assert_close
-from tests.twins import Twin, V
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING, assert_all_close, assert_close
+from tests.support.twins import Twin, V
 
 
 def tiny(name: str, repeat: int) -> Config:

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from moezoo.core.backend import IGNORED
-from moezoo.core.config import validate
+from moezoo.core.config.validate import validate
 from moezoo.core.errors import CheckpointError, DataError, SpecError
-from moezoo.core.initialize import initial_weights
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.losses import loss_and_gradients, loss_terms
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
@@ -24,7 +23,8 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
-from tests.tolerances import (
+from moezoo.core.tokens import IGNORED
+from tests.support.tolerances import (
     BFLOAT16,
     BFLOAT16_GRADIENT,
     BFLOAT16_LOSS,
@@ -34,7 +34,7 @@ from tests.tolerances import (
     assert_all_close,
     assert_close,
 )
-from tests.twins import B, D, E, F, H, K, M, N, P, T, V, normal
+from tests.support.twins import B, D, E, F, H, K, M, N, P, T, V, normal
 
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 RICH_ATTENTION = GroupedQueryAttentionSpec(
@@ -326,5 +326,5 @@ def test_a_layer_with_two_feed_forwards_is_refused():
         "feed_forward": {"hidden_dim": 4},
         "moe": {"num_experts": 2, "router": {"top_k": 1}, "experts": {"hidden_dim": 4}},
     }
-    with pytest.raises(SpecError, match=r"layers\[0\] has both feed_forward and moe \(config\). Give exactly one"):
+    with pytest.raises(SpecError, match=r"layers\[0\] has both feed_forward and moe \(config\). Set exactly one"):
         validate(ModelSpec, {"embed_dim": 8, "layers": [layer]}, "config")

@@ -11,16 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from moezoo.backends import load_backend
-from moezoo.core.checkpoint import (
-    begin_checkpoint,
-    complete_checkpoint,
-    load_latest_checkpoint,
-    save_checkpoint,
-)
-from moezoo.core.config import dump_config
-from moezoo.core.initialize import initial_weights
-from moezoo.core.manifest import ARRAYS
-from moezoo.core.mesh import MeshConfig
+from moezoo.core.checkpoint.manifest import ARRAYS
+from moezoo.core.checkpoint.store import begin_checkpoint, complete_checkpoint, load_latest_checkpoint, save_checkpoint
+from moezoo.core.config.run_config import dump_config
+from moezoo.core.distributed.mesh import MeshConfig
+from moezoo.core.parameters.initialize import initial_weights
 from tests.mesh.on_devices import VOCAB, config_of
 
 CONFIG = Path("configs/tiny/softmax_with_bias.yaml")  # a selection bias is state, which no mesh cuts

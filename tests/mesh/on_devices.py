@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moezoo.core.config import parse_config
-from moezoo.core.initialize import initial_weights
-from moezoo.core.mesh import MeshConfig
-from moezoo.core.sampling import SamplingOptions
+from moezoo.core.config.run_config import parse_config
+from moezoo.core.distributed.mesh import MeshConfig
+from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.jax_backend.backend import JaxBackend
 
 VOCAB, STEPS = 64, 3

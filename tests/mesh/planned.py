@@ -10,10 +10,9 @@ import sys
 
 import jax
 
-from moezoo.core.config import load_config
-from moezoo.core.describe_mesh import known_sizes
-from moezoo.core.mesh import MeshConfig
-from moezoo.core.plan import device_plan
+from moezoo.core.config.run_config import load_config
+from moezoo.core.cost.step_plan import device_plan
+from moezoo.core.distributed.mesh import MeshConfig, known_sizes
 from moezoo.jax_backend.planning import ahead_of_time
 
 

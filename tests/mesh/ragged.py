@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moezoo.core.initialize import initial_weights
-from moezoo.core.mesh import MeshConfig
+from moezoo.core.distributed.mesh import MeshConfig
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.jax_backend.backend import JaxBackend
 from tests.mesh.on_devices import VOCAB, apart, config_of
 

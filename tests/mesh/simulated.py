@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.backends_available import require_backend
-from tests.contracts.source_tree import PACKAGE
+from tests.support.backends_available import require_backend
+from tests.support.source_tree import PACKAGE
 
 
 def run_simulated(script: str, *words: str, devices: int = 8, backend: str = "jax") -> str:

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from moezoo.cli import main
-from moezoo.core.checkpoint import list_checkpoints, load_checkpoint
-from moezoo.core.metrics import read_metrics
-from tests.backends_available import require_backend
-from tests.contracts.source_tree import PACKAGE
-from tests.launched import TIMEOUT_S, assert_ends_with_the_first, await_steps, begun, lines, run, start, train
-from tests.small_run import MODEL, write_config
+from moezoo.cli.main import main
+from moezoo.core.checkpoint.store import list_checkpoints, load_checkpoint
+from moezoo.core.training.metrics import read_metrics
+from tests.support.backends_available import require_backend
+from tests.support.launched import TIMEOUT_S, assert_ends_with_the_first, await_steps, begun, lines, run, start, train
+from tests.support.small_run import MODEL, write_config
+from tests.support.source_tree import PACKAGE
 
 FROM_ONE = 1e-5
 """The loss of several processes against one over 20 steps: other sums in float32, which each update multiplies."""
@@ -210,7 +210,7 @@ def test_a_process_that_stands_still_ends_the_other_within_the_heartbeat(config:
 
 FAILS = """
 import sys, threading
-from moezoo.core.process_group import ProcessGroup
+from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.jax_backend.runtime import processes
 processes.join(ProcessGroup("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[1])))
 processes.gather(0).fetch()

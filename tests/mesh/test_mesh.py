@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.contracts.source_tree import PACKAGE
 from tests.mesh.simulated import run_simulated
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING
+from tests.support.source_tree import PACKAGE
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING
 
 MESHES = [
     {"data": 8},

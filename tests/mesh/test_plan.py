@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from moezoo.core.config import load_config
+from moezoo.core.config.run_config import load_config
 from moezoo.core.parameters import parameter_table
-from tests.backends_available import require_backend
-from tests.contracts.source_tree import PACKAGE
 from tests.mesh.simulated import run_simulated
+from tests.support.backends_available import require_backend
+from tests.support.source_tree import PACKAGE
 
 SMALL = ("model.vocab_size=64", "training.batch_size=8", "training.sequence_length=16")
 EIGHT = (*SMALL, "model.layers[0].moe.num_experts=8")

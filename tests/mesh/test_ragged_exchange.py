@@ -3,7 +3,7 @@
 import json
 
 from tests.mesh.simulated import run_simulated
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT
 
 
 def test_it_computes_what_the_padded_exchange_does() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.checkpoint import load_checkpoint, load_latest_checkpoint
+from moezoo.core.checkpoint.store import load_checkpoint, load_latest_checkpoint
 from moezoo.core.errors import CheckpointError
 from tests.mesh.simulated import run_simulated
-from tests.tolerances import FLOAT32_TRAINING
+from tests.support.tolerances import FLOAT32_TRAINING
 
 SCRIPT = "checkpoints.py"
 

@@ -6,9 +6,9 @@ Uniform numbers are compared bit for bit in tests/layers/test_random.py; here it
 import numpy as np
 import pytest
 
-from moezoo.core.config import OptimizerConfig
-from moezoo.core.initialize import initial_weights
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.losses import expert_counts, loss_and_gradients, token_losses
 from moezoo.core.reference.optimizer import adamw, global_norm, zero_moments
@@ -26,8 +26,8 @@ from moezoo.core.spec import (
     RouterZLossSpec,
     SparseMixerChoiceSpec,
 )
-from tests.tolerances import FLOAT32, FLOAT32_GRADIENT, ROUTING_MARGIN, assert_all_close, assert_close
-from tests.twins import D, E, F, H, K, M, N, T, V, normal
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, ROUTING_MARGIN, assert_all_close, assert_close
+from tests.support.twins import D, E, F, H, K, M, N, T, V, normal
 
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 EXPERTS = PlainFeedForwardSpec(kind="gelu", hidden_dim=F)

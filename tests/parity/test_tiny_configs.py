@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import combine_weights
-from moezoo.core.config import Config, load_config, with_vocab_size
-from moezoo.core.initialize import initial_weights
+from moezoo.core.config.run_config import Config, load_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters import ROLES, parameter_table
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.dispatch import dispatch
 from moezoo.core.reference.losses import loss_and_gradients, loss_terms
 from moezoo.core.reference.optimizer import adamw, zero_moments
 from moezoo.core.reference.router_state import updated_state
 from moezoo.core.reference.transformer import forward
-from tests.backends_available import require_backend
-from tests.tolerances import (
+from moezoo.core.runs.init_from import load_resolved_config
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import (
     BFLOAT16,
     BFLOAT16_GRADIENT,
     BFLOAT16_LOSS,
@@ -35,7 +37,7 @@ from tests.tolerances import (
     assert_all_close,
     assert_close,
 )
-from tests.twins import Twin
+from tests.support.twins import Twin
 
 ROOT = Path(__file__).parents[2] / "configs"
 TINY = sorted((ROOT / "tiny").glob("*.yaml"))
@@ -49,7 +51,7 @@ LEARNING_RATE = 1e-3
 
 
 def sized(path: Path) -> Config:
-    config = load_config(path)
+    config = load_resolved_config(path)
     return config if config.model.vocab_size is not None else with_vocab_size(config, VOCAB_SIZE)
 
 

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
-from moezoo.core.huggingface.as_family import family_for
+from moezoo.core.huggingface.export_as import family_for
 
 
 class MlxLmPeer:

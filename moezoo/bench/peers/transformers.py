@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
-from moezoo.core.huggingface.as_family import family_for
+from moezoo.core.huggingface.export_as import family_for
 
 
 class TransformersPeer:

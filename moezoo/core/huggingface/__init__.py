@@ -1,13 +1,14 @@
-"""Checkpoints of Hugging Face families, in and out: no tensor code of a framework, one small file a family.
+"""Load and export Hugging Face checkpoints, independently of the backends; one small file per model family.
 
-families/    what a family's config.json says, and where its tensors go: data
-fields       config.json, every field of which is understood, known to be harmless, or refused
-parts        what several families spell alike: rotations, attention, experts
-tensors      the language of the name tables: theirs <-> ours, with stack, split, interleave, transpose as data
-folder       the files, checked before a byte is believed
-quantization codes and scales <-> numbers (FP8 blocks, MXFP4)
-ledger       every tensor of the files is mapped, kept verbatim, or refused
-checkpoint   config + ledger + files = a spec and its weights, read one by one
-export       back into files of the same layout
-hub          repositories by id
+families/    per family: how to parse its config.json, and its tensor mapping, as data
+fields       config.json, every field of which is parsed, known to be harmless, or rejected
+parts        config fields and tensor names shared by several families: RoPE, attention, experts
+tensors      rules of the tensor mapping: theirs <-> ours, with stack, split, interleave, transpose as data
+folder       safetensors files of a checkpoint folder, validated before any tensor is read
+codecs       encode and decode quantized tensors (FP8 blocks, MXFP4)
+ledger       account of all tensors: each is mapped, kept verbatim, or rejected
+checkpoint   config + ledger + files = a spec and its weights, loaded lazily one by one
+export       write weights back into files of the same layout
+export_as    write a model designed in moezoo as a family with the same computation
+hub          download repositories by id
 """

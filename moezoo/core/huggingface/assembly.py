@@ -1,7 +1,7 @@
-"""Parameters put together from the files, piece by piece, so that beside a parameter only a piece is in memory.
+"""Assembly of parameters from checkpoint tensors, read in pieces: peak memory is one parameter plus one piece.
 
-Every parameter comes out as a contiguous array in its canonical order, aligned so that JAX takes it over without a
-copy on the CPU. Measured on 2 GiB checkpoints by tests/external/measure_memory.py.
+Each parameter is a contiguous array in its canonical axis order, aligned so that JAX on CPU uses it without a copy.
+Measured on 2 GiB checkpoints by tests/external/measure_memory.py.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import aligned_empty
 from moezoo.core.huggingface.ledger import Source
-from moezoo.core.huggingface.quantized import Quantized
-from moezoo.core.safetensors_file import aligned_empty
+from moezoo.core.huggingface.quantized_tensors import Quantized
 
 Array = npt.NDArray[Any]
 
@@ -21,7 +21,7 @@ _LANE = 64  # elements
 
 
 def assemble(sources: Sequence[Source], shape: tuple[int, ...], dtype: np.dtype[Any], quantized: Quantized) -> Array:
-    """A parameter of the given shape, from one tensor of theirs or from one of each expert."""
+    """Return a parameter of this shape, read from one checkpoint tensor or from one tensor per expert."""
     value = aligned_empty(shape, dtype)
     for source in sources:
         if source.placed.rule.per_expert:
@@ -33,7 +33,7 @@ def assemble(sources: Sequence[Source], shape: tuple[int, ...], dtype: np.dtype[
 
 
 def _fill(target: Array, source: Source, quantized: Quantized) -> None:
-    """Read into `target` what a tensor of theirs holds of it: in place, else by rows of theirs, else as a whole."""
+    """Read part of a checkpoint tensor into `target`: in place if possible, else in row pieces, else at once."""
     placed, place, name = source
     if target.flags.c_contiguous and target.shape == placed.shape and quantized.dtype(name) == target.dtype:
         held = placed.holds(target, place)
@@ -56,13 +56,13 @@ def _fill(target: Array, source: Source, quantized: Quantized) -> None:
 
 
 def copy_in_lanes(target: Array, source: Array) -> None:
-    """`target[...] = source`, 64 elements of the last axis at a time where that axis is a stride in `source`.
+    """Copy `target[...] = source`, 64 elements of the last axis at a time if that axis is strided in `source`.
 
-    Measured: 0.5 GB/s instead of 0.08 for a transposed bfloat16 [14336, 4096], since the cache lines that a lane
-    touches still are in the cache when the next row of `target` needs them.
+    Measured: 0.5 GB/s instead of 0.08 GB/s for a transposed bfloat16 [14336, 4096], because the cache lines of a lane
+    are still cached when the next row of `target` needs them.
     """
     bits = {1: np.uint8, 2: np.uint16, 4: np.uint32}.get(target.dtype.itemsize)
-    if bits is not None and target.dtype == source.dtype:  # ml_dtypes copies element by element otherwise
+    if bits is not None and target.dtype == source.dtype:  # ml_dtypes would copy element by element
         target, source = target.view(bits), source.view(bits)
     if source.ndim < 2 or source.strides[-1] == source.itemsize:
         target[...] = source
@@ -72,7 +72,7 @@ def copy_in_lanes(target: Array, source: Array) -> None:
 
 
 def same_bits(one: Array, other: Array) -> bool:
-    """Whether two arrays of a shape hold the same bits, without a copy of either."""
+    """Return True if two arrays are equal bit for bit, without copying either."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     bits = np.dtype(f"u{one.itemsize}")

@@ -1,4 +1,4 @@
-"""A folder of a Hugging Face checkpoint: a spec, and its weights, read one by one when they are asked for."""
+"""Hugging Face checkpoint folders: the parsed spec, and weights that are loaded lazily, one at a time."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.assembly import assemble, same_bits
 from moezoo.core.huggingface.family import Family
@@ -15,29 +16,28 @@ from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
 from moezoo.core.huggingface.ledger import Ledger, Source
 from moezoo.core.huggingface.nonfinite import is_finite
-from moezoo.core.huggingface.quantized import Quantized
+from moezoo.core.huggingface.quantized_tensors import Quantized
 from moezoo.core.parameters import parameter_table
-from moezoo.core.safetensors_file import ReadWhenAsked
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a path is a folder that looks like a Hugging Face checkpoint."""
+    """Return True if a path looks like a Hugging Face checkpoint folder (it has a config.json)."""
     return (Path(path) / CONFIG).is_file()
 
 
 def describe_checkpoint(path: str | Path, max_length: int | None = None) -> Description:
-    """The model of a folder's config.json, without a look at its tensors. Raises SpecError or CheckpointError."""
+    """Parse a folder's config.json without reading any tensors. Raises SpecError or CheckpointError."""
     return describe_config(Path(path) / CONFIG, max_length)
 
 
 @dataclass(frozen=True)
 class HuggingFaceCheckpoint:
-    """A checkpoint whose every tensor is accounted for, and none of which is read yet.
+    """An open checkpoint: all tensors are accounted for, none is loaded yet.
 
-    `weights` is a mapping from canonical names to arrays in the dtype of the files; each access reads anew.
+    `weights` is a mapping from canonical names to arrays in the dtype of the files; each access reads from disk.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def ledger(self) -> Ledger:
-        """What becomes of every tensor."""
+        """The tensor mapping: status and parameters of every tensor."""
         return self.layout.ledger
 
     @property
@@ -61,27 +61,27 @@ class HuggingFaceCheckpoint:
 
 
 def open_checkpoint(path: str | Path, max_length: int | None = None) -> HuggingFaceCheckpoint:
-    """Open a folder and check it: config, headers, index, names, shapes, dtypes; no tensor is read.
+    """Open a folder and validate config, headers, index, names, shapes and dtypes, without reading tensor data.
 
-    Raises SpecError: a config that is not understood whole. Raises CheckpointError: files that are damaged, lie, or do
-    not fit the config.
+    Raises SpecError if any field of the config is not understood. Raises CheckpointError if files are damaged,
+    inconsistent, or do not match the config.
     """
     path = Path(path)
     description = describe_checkpoint(path, max_length)
     folder = TensorFolder(path)
-    _refuse_another_size(description.spec, folder)
+    _check_total_size(description.spec, folder)
     layout = make_layout(description, path, folder.headers, folder.tensors, folder.read)
     weights = LazyWeights(description.spec, layout.ledger, folder, Quantized(folder, layout.readable))
     return HuggingFaceCheckpoint(path, description, folder, layout, weights)
 
 
 class LazyWeights(ReadWhenAsked):
-    """Parameters by canonical name, each put together from the files when it is asked for."""
+    """Parameters by canonical name, each assembled from the files on access."""
 
     def __init__(self, spec: ModelSpec, ledger: Ledger, folder: TensorFolder, quantized: Quantized):
         super().__init__({row.name: row.shape for row in parameter_table(spec)})
         self._ledger, self._folder, self._quantized = ledger, folder, quantized
-        self.nonfinite: dict[str, None] = {}  # names of parameters with NaN or infinity, of those read so far
+        self.nonfinite: dict[str, None] = {}  # names of the parameters read so far that contain NaN or infinity
 
     def __getitem__(self, name: str) -> Array:
         sources = self._ledger.sources[name]
@@ -95,7 +95,7 @@ class LazyWeights(ReadWhenAsked):
 
     @property
     def dtypes(self) -> dict[str, np.dtype[Any]]:
-        """The dtypes that all come in, without reading one."""
+        """The dtype of each parameter, without reading it."""
         return {name: self._dtype(sources) for name, sources in self._ledger.sources.items()}
 
     def _dtype(self, sources: tuple[Source, ...]) -> np.dtype[Any]:
@@ -110,12 +110,12 @@ class LazyWeights(ReadWhenAsked):
             )
 
 
-def _refuse_another_size(spec: ModelSpec, folder: TensorFolder) -> None:
-    """Raise where no files of this size can hold the model, before a name is made for each of its tensors."""
+def _check_total_size(spec: ModelSpec, folder: TensorFolder) -> None:
+    """Raise if the files are too small to hold the model, before any tensor names are generated."""
     numbers = sum(math.prod(row.shape) for row in parameter_table(spec))
     stored = sum(folder.size_bytes(name) for name in folder.tensors)
-    if numbers > 2 * stored:  # two numbers a byte: no stored dtype is narrower than 4 bits
+    if numbers > 2 * stored:  # at most two numbers per byte: no stored dtype is narrower than 4 bits
         raise CheckpointError(
-            f"{folder.path / CONFIG} describes a model of {numbers:.3g} numbers, but its safetensors files hold "
-            f"{stored:.3g} bytes. Use the config.json of these files."
+            f"{folder.path / CONFIG} describes a model of {numbers:.3g} parameters, but its safetensors files have "
+            f"{stored:.3g} bytes. Use the config.json that belongs to these files."
         )

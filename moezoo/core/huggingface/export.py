@@ -1,4 +1,4 @@
-"""Weights back into files: those of the layout that they came in, tensor by tensor, or one of the family's own."""
+"""Export of weights to safetensors files, in the original checkpoint's layout or in the family's default layout."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import write_stream
+from moezoo.core.checkpoint.safetensors_header import encode_header, size_bytes
 from moezoo.core.errors import CheckpointError, RunError
 from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
 from moezoo.core.huggingface.layout import CONFIG, Layout, entries_of, small_files
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
 from moezoo.core.huggingface.nonfinite import is_finite
-from moezoo.core.huggingface.quantized import encode, numpy_dtype
+from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
-from moezoo.core.safetensors_file import write_stream
-from moezoo.core.safetensors_header import encode_header, size_bytes
 
 Array = npt.NDArray[Any]
 
@@ -25,22 +25,22 @@ _INDEX = "model.safetensors.index.json"
 
 
 def export_checkpoint(parameters: Mapping[str, Array], layout: Layout, out: Path) -> list[str]:
-    """Write a folder that transformers and moezoo open, with the given parameters by canonical name.
+    """Write parameters (by canonical name) to a checkpoint folder that transformers and moezoo can open.
 
-    Files, names, order and dtypes are those of the layout, so weights that did not change give the same bytes.
-    Quantized tensors whose numbers changed have no codes any more: then the family's own layout is written, without
-    quantization, and a note says so.
+    Files, names, order and dtypes are those of the layout, so unchanged weights give the same bytes. If values of
+    quantized tensors changed and can no longer be encoded exactly, the family's default layout is written instead,
+    without quantization, and a note says so.
 
-    Returns notes for a person, a line each. Raises RunError: the folder exists and is not empty, or cannot be
-    written; nothing is left of it then. Raises CheckpointError: a number that the stored dtype cannot hold.
+    Returns one-line notes for the user. Raises RunError if the folder exists and is not empty, or cannot be written;
+    nothing of it remains then. Raises CheckpointError if a value overflows the stored dtype.
     """
     return into_new_folder(out, lambda folder: _write(parameters, layout, folder))
 
 
 def into_new_folder(out: Path, write: Callable[[Path], list[str]]) -> list[str]:
-    """Let `write` fill a folder that appears whole, or not at all. Raises RunError: it exists and is not empty."""
+    """Create a folder atomically, filled by `write`. Raises RunError if it exists and is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists; expected a new or empty folder. Choose another.")
+        raise RunError(f"{out} exists and is not an empty folder; expected a new or empty folder. Choose another one.")
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         remove_folder(partial)
@@ -81,11 +81,11 @@ def _tensors(
         elif name in codes:
             yield name, codes[name]
         else:
-            yield name, _joined(name, layout.ledger.placed[name], parameters, numpy_dtype(entry["dtype"]))
+            yield name, _assembled(name, layout.ledger.placed[name], parameters, numpy_dtype(entry["dtype"]))
 
 
-def _joined(name: str, placed: Placed, parameters: Mapping[str, Array], dtype: np.dtype[Any]) -> Array:
-    """A tensor of theirs, put together from our parameters."""
+def _assembled(name: str, placed: Placed, parameters: Mapping[str, Array], dtype: np.dtype[Any]) -> Array:
+    """Assemble a checkpoint tensor from our parameters."""
     array = np.empty(placed.shape, dtype)
     for place, (ours, expert, _) in enumerate(placed.parts):
         value = parameters[ours]
@@ -95,8 +95,8 @@ def _joined(name: str, placed: Placed, parameters: Mapping[str, Array], dtype: n
             cast = value.astype(dtype, copy=False)
         if cast.dtype != value.dtype and is_finite(value) and not is_finite(cast):
             raise CheckpointError(
-                f"{ours} has numbers that {dtype}, the dtype of {name}, cannot hold. Train with smaller weights, or "
-                "export to a checkpoint of a wider dtype."
+                f"{ours} has values that overflow {dtype}, the dtype of {name}. Train with smaller weights, or "
+                "export to a checkpoint with a wider dtype."
             )
         placed.put(array, place, cast)
     return array
@@ -104,7 +104,7 @@ def _joined(name: str, placed: Placed, parameters: Mapping[str, Array], dtype: n
 
 def _codes(name: str, parameters: Mapping[str, Array], layout: Layout) -> Array:
     tensor = layout.readable[name]
-    value = _joined(name, layout.ledger.placed[name], parameters, numpy_dtype(tensor.dtype))
+    value = _assembled(name, layout.ledger.placed[name], parameters, numpy_dtype(tensor.dtype))
     if any(parameters[ours].dtype != value.dtype for ours in layout.ledger.placed[name].ours):
         _check_exact(name, layout.ledger.placed[name], parameters, value)
     kept = layout.read(name) if name in layout.stored else None
@@ -112,14 +112,14 @@ def _codes(name: str, parameters: Mapping[str, Array], layout: Layout) -> Array:
 
 
 def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], value: Array) -> None:
-    """Raise where a wider parameter was rounded on its way to the numbers of the codes."""
-    wide = _joined(name, placed, parameters, np.dtype(np.float32))
+    """Raise if a wider parameter was rounded when cast to the dtype that is encoded."""
+    wide = _assembled(name, placed, parameters, np.dtype(np.float32))
     if not np.array_equal(wide, value.astype(np.float32), equal_nan=True):
-        raise CheckpointError(f"{name} has changed.")
+        raise CheckpointError(f"{name} has changed and cannot be encoded exactly.")
 
 
 def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) -> list[str]:
-    """The family's own layout, without quantization: codes no longer stand for what training made of the numbers."""
+    """Write the family's default layout without quantization, for weights that the codes cannot represent."""
     description = layout.description
     wrap = wrapping(description.family, layout.readable)
     placed = {wrap(name): rule for name, rule in first_rules(description.family, description.spec).items()}
@@ -135,7 +135,7 @@ def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) 
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}
     forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
     write_own_layout(parameters, placed, forms, kept, folder)
-    return ["quantized weights have changed, so they were written without quantization, and config.json says so"]
+    return ["quantized weights have changed, so they and config.json were written without quantization"]
 
 
 def write_own_layout(
@@ -145,12 +145,12 @@ def write_own_layout(
     kept: Mapping[str, Callable[[str], Array]],
     folder: Path,
 ) -> None:
-    """Write files of tensors by rules: `forms` are dtype and shape by name, of which `kept` come verbatim."""
+    """Write sharded safetensors files; `forms`: dtype and shape by tensor name; `kept`: tensors copied verbatim."""
 
     def array(name: str) -> Array:
         if name in kept:
             return kept[name](name)
-        return _joined(name, placed[name], parameters, numpy_dtype(forms[name][0]))
+        return _assembled(name, placed[name], parameters, numpy_dtype(forms[name][0]))
 
     shards = _shards(forms)
     for file_name, names in shards.items():
@@ -163,7 +163,7 @@ def write_own_layout(
 
 
 def _shards(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, list[str]]:
-    """Names dealt out to files of at most MAX_FILE_BYTES."""
+    """Assign tensor names to files of at most MAX_FILE_BYTES each."""
     groups: list[list[str]] = [[]]
     size = 0
     for name in sorted(forms):

@@ -1,4 +1,4 @@
-"""What a family's file says: config.json -> ModelSpec, and where the tensors go."""
+"""Model families: how to parse config.json into a ModelSpec, and the tensor mapping."""
 
 import importlib
 import pkgutil
@@ -15,18 +15,19 @@ from moezoo.core.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Family:
-    """One family of published checkpoints.
+    """A family of published checkpoints.
 
     Fields:
-        model_types: what its config.json may say of itself; the first is the family's name.
-        spec: the model that a config describes.
-        tensors: the name table; the embedding first. Of rules for the same parameter, those count whose names are in
-            the files; an export without a given layout takes the first.
-        kept: patterns of tensors that the spec has no place for, kept verbatim (buffers, vision towers).
-        later_layers_kept: layers beyond the model's own, kept verbatim (multi-token prediction).
-        harmless: fields of config.json, beyond those of every family, that change no number.
-        config: the way back: fields of a config.json for a model that was designed here, None where the family has no
-            such model. Sizes that every family names alike are added; what `spec` reads from it must be the model.
+        model_types: accepted values of `model_type` in config.json; the first is the family's name.
+        spec: parses a config into a ModelSpec.
+        tensors: the tensor mapping, embedding first. If several rules map the same parameter, those whose tensor names
+            occur in the files apply; an export in the default layout uses the first.
+        kept: patterns of tensors without a counterpart in the spec, kept verbatim (buffers, vision towers).
+        later_layers_kept: keep layers beyond the model's last one verbatim (multi-token prediction).
+        harmless: fields of config.json, besides those of every family, that do not affect the computation.
+        config: inverse of `spec`: returns fields of a config.json for a model designed in moezoo, or None if the family
+            cannot express it. Sizes with the same name in every family are added; `spec` must parse the same model
+            back from the result.
     """
 
     model_types: tuple[str, ...]
@@ -39,25 +40,28 @@ class Family:
 
     @property
     def name(self) -> str:
-        """The family's name."""
+        """Name of the family, its first model type."""
         return self.model_types[0]
 
     def spec_of(self, fields: Fields) -> ModelSpec:
-        """The model of a config, every field of it understood. Raises SpecError."""
+        """Parse a config into a ModelSpec. Raises SpecError if any field is not understood."""
         from pydantic import ValidationError
 
         try:
             spec = self.spec(fields)
         except ValidationError as error:
             problems = "; ".join(_problem(dict(problem)) for problem in error.errors())
-            raise SpecError(f"{fields.where} describes a model that cannot be: {problems}.") from None
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # A list where a number belongs, or the like, in a field that nobody thought of checking.
             raise SpecError(
-                f"{fields.where} has a field that cannot be ({type(error).__name__}: {error!s:.100}); the last one "
-                f"read is {fields.last}. Use the config.json of these files."
+                f"{fields.where} describes an impossible model: {problems}. "
+                "Use the config.json that belongs to these files."
+            ) from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # For example a list in place of a number, in a field without a check of its own.
+            raise SpecError(
+                f"{fields.where} has an invalid field ({type(error).__name__}: {error!s:.100}); the last field "
+                f"read is {fields.last}. Use the config.json that belongs to these files."
             ) from error
-        fields.expect("use_bidirectional_attention", False, "vision")  # the latter: between the tokens of an image
+        fields.expect("use_bidirectional_attention", False, "vision")  # "vision": only between the tokens of an image
         fields.finish(("quantization_config", *self.harmless))
         return spec
 
@@ -71,7 +75,7 @@ def _problem(error: dict[str, Any]) -> str:
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family by each of its model types."""
+    """Return all families by model type."""
     from moezoo.core.huggingface import families as package
 
     found: dict[str, Family] = {}
@@ -84,12 +88,12 @@ def families() -> dict[str, Family]:
 
 
 def family_of(fields: Fields) -> Family:
-    """The family of a config.json. Raises SpecError where it is none of ours."""
+    """Return the family of a config.json. Raises SpecError if its model type is not supported."""
     known = families()
     name = fields.model_type
     if name not in known:
         raise SpecError(
-            f"model_type is {name!r}{nearest(name, known)}; expected a family that moezoo knows: "
+            f"model_type is {name!r}{nearest(name, known)}; expected a supported family: "
             f"{', '.join(sorted(known))} ({fields.where})."
         )
     return known[name]

@@ -1,4 +1,4 @@
-"""config.json: every field is understood, known to be harmless, or refused by name; none is ignored."""
+"""Reader of config.json: every field is parsed, known to be harmless, or rejected by name; none is ignored."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +10,11 @@ from moezoo.core.errors import CheckpointError, SpecError
 
 _MAX_BYTES = 10_000_000
 
-# What is larger is a mistake or malice; many layers would be written out before a shape is compared with a file.
+# Larger values are errors or malicious: the spec would be expanded to that many layers before any shape is checked.
 _LARGEST, _LARGEST_NUMBER = 2**53, 1e300
 _MOST = {"layer": 10_000, "expert": 100_000}
 
-# Fields that change no number of a text model's forward pass, whatever they hold.
+# Fields that never affect a text model's forward pass, with any value.
 HARMLESS = (
     "architectures",
     "auto_map",
@@ -29,7 +29,7 @@ HARMLESS = (
     "label2id",
     "max_length",
     "model_type",
-    "mtp_*",  # heads that predict further tokens: their layers are kept verbatim
+    "mtp_*",  # multi-token prediction: its layers are kept verbatim
     "name_or_path",
     "_name_or_path",
     "num_mtp_layers",
@@ -47,8 +47,8 @@ HARMLESS = (
     "unsloth_*",
     "use_cache",
 )
-# What transformers 4 writes of every config inside a wrapper's (of generation, and of models that are not decoders):
-# harmless with these values. None is read by a family here; where one is, its reading counts.
+# Defaults that transformers 4 writes into every config inside a multimodal wrapper (generation options, options of
+# encoders): harmless with these values. No family here reads them; a field that a family reads is not looked up here.
 _USUAL: Mapping[str, Any] = {
     "add_cross_attention": False,
     "diversity_penalty": 0.0,
@@ -76,7 +76,7 @@ _USUAL: Mapping[str, Any] = {
     "typical_p": 1.0,
     "use_bfloat16": False,
 }
-# Fields of a wrapper's config around its text_config.
+# Fields of a multimodal wrapper's config, outside its text_config.
 _OUTER_HARMLESS = (
     *HARMLESS,
     "text_config",
@@ -93,11 +93,11 @@ _OUTER_HARMLESS = (
 
 
 class Fields:
-    """The fields of a config.json (of its `text_config`, where it is a wrapper's), each remembered when read.
+    """Fields of a config.json (of its `text_config` in a multimodal wrapper), which tracks the fields that are read.
 
-    A field that is absent or null has the default that is asked with; without one it is required. Raises SpecError in
-    one line that names field, value and file. `max_length`: the longest text to be read, for rotations that depend on
-    it; None where the caller did not say.
+    A field that is absent or null takes the caller's default; without a default it is required. Raises SpecError in
+    one line with field, value and file. `max_length`: maximum sequence length, for RoPE scaling that depends on it;
+    None if the caller did not set one.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, max_length: int | None = None):
@@ -110,7 +110,7 @@ class Fields:
         self._values: dict[str, Any] = dict(values)
         if isinstance(inner, Mapping):
             self._values = dict(inner)
-            if "tie_word_embeddings" in values:  # a wrapper's own head counts
+            if "tie_word_embeddings" in values:  # the outer value of a wrapper takes precedence
                 self._values["tie_word_embeddings"] = values["tie_word_embeddings"]
             if "quantization_config" in values:
                 self._values.setdefault("quantization_config", values["quantization_config"])
@@ -120,13 +120,15 @@ class Fields:
 
     @classmethod
     def read(cls, path: Path, max_length: int | None = None) -> "Fields":
-        """Read a file. Raises CheckpointError where there is none, SpecError where it is no JSON object."""
+        """Read a file. Raises CheckpointError if it does not exist, SpecError if it is not a JSON object."""
         try:
             if path.stat().st_size > _MAX_BYTES:
-                raise SpecError(f"{path} is larger than {_MAX_BYTES} bytes; expected a model's config.json.")
+                raise SpecError(
+                    f"{path} is larger than {_MAX_BYTES} bytes; expected a model's config.json. Fetch it again."
+                )
             values = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_without_duplicates)
         except FileNotFoundError:
-            raise CheckpointError(f"there is no {path.name} in {path.parent}. Give a checkpoint's folder.") from None
+            raise CheckpointError(f"there is no {path.name} in {path.parent}. Use a checkpoint folder.") from None
         except (OSError, ValueError, RecursionError) as error:
             raise SpecError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from None
         if not isinstance(values, dict):
@@ -135,12 +137,12 @@ class Fields:
 
     @property
     def model_type(self) -> str:
-        """The family's name for itself; inside a wrapper the text model's. May be empty."""
+        """The config's `model_type`; in a multimodal wrapper that of the text model. May be empty."""
         return str(self._values.get("model_type") or self.raw.get("model_type") or "")
 
     @property
     def last(self) -> str:
-        """The field that was read last."""
+        """Name of the field that was read last."""
         return next(reversed(self._seen), "none")
 
     # --- reading a field -----------------------------------------------------------------------------------------
@@ -150,105 +152,105 @@ class Fields:
         self._seen[name] = None
 
     def __contains__(self, name: str) -> bool:
-        """Whether the field is there and not null; asking counts as reading."""
+        """Return True if the field is present and not null; this counts as reading it."""
         return self.get(name) is not None
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field as JSON gives it."""
+        """Return the field's JSON value."""
         self._saw(name)
         value = self._values.get(name)
         return default if value is None else value
 
     def null(self, name: str) -> bool:
-        """Whether the field is there and null, where that is another value than the one of an absent field."""
+        """Return True if the field is present and null, for fields where null differs from absent."""
         self._saw(name)
         return name in self._values and self._values[name] is None
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number, at least 0."""
+        """Return an integer field, at least 0."""
         value = self._required(name, default)
         most = next((most for word, most in _MOST.items() if word in name), _LARGEST)
         if type(value) is not int or not 0 <= value <= most:
-            raise self.refuse(name, f"a whole number, 0 or more, at most {most}")
+            raise self.refuse(name, f"an integer from 0 to {most}")
         return value
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number, at least 1."""
+        """Return an integer field, at least 1."""
         value = self.integer(name, default)
         if value < 1:
-            raise self.refuse(name, "a whole number, 1 or more")
+            raise self.refuse(name, "an integer of at least 1")
         return value
 
     def count_or_null(self, name: str, default: int | None = None) -> int | None:
-        """A whole number, at least 1; null is a value of its own here, and `default` stands for an absent field."""
+        """Return an integer field, at least 1, or None if it is null; `default` applies only if it is absent."""
         self._saw(name)
         value = self._values.get(name, default)
         if value is not None and (type(value) is not int or not 1 <= value <= _LARGEST):
-            raise self.refuse(name, "a whole number, 1 or more, or null")
+            raise self.refuse(name, "an integer of at least 1, or null")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
+        """Return a field that is a finite number."""
         value = self._required(name, default)
         if type(value) not in (int, float) or not -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER:  # NaN fails too
             raise self.refuse(name, "a number")
         return float(value)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
-        """true or false."""
+        """Return a boolean field."""
         value = self._required(name, default)
         if type(value) is not bool:
             raise self.refuse(name, "true or false")
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A text."""
+        """Return a string field."""
         value = self._required(name, default)
         if type(value) is not str:
-            raise self.refuse(name, "a text")
+            raise self.refuse(name, "a string")
         return value
 
     def choice(self, name: str, known: Mapping[str, Any], default: str | None = None) -> Any:
-        """What a text stands for; refused by name where it is none of the known."""
+        """Return the value that `known` maps a string field to. Raises SpecError for any other string."""
         value = self.text(name, default)
         if value not in known:
             raise self.refuse(name, f"one of {', '.join(known)}")
         return known[value]
 
     def items(self, name: str, length: int, default: Sequence[Any] | None = None) -> list[Any]:
-        """A list with one item for each of `length` layers."""
+        """Return a list field with one item per layer (`length`)."""
         value = self._required(name, None if default is None else list(default))
         if type(value) is not list or len(value) != length:
-            raise self.refuse(name, f"a list of {length}")
+            raise self.refuse(name, f"a list of {length} items")
         return list(value)
 
     def integers(self, name: str, default: Sequence[int] = ()) -> list[int]:
-        """A list of whole numbers, 0 or more."""
+        """Return a field that is a list of integers, each at least 0."""
         value = self._required(name, list(default))
         if type(value) is not list or any(type(item) is not int or item < 0 for item in value):
-            raise self.refuse(name, "a list of whole numbers, 0 or more")
+            raise self.refuse(name, "a list of integers of at least 0")
         return list(value)
 
     def either(self, *names: str) -> str:
-        """Of several names for one thing, the one that is there (the first, where none is); they must agree."""
+        """Return whichever alias of a field is present (the first if none is); aliases must have equal values."""
         there = [name for name in names if name in self]
         for name in there[1:]:
             self.expect(name, self.get(there[0]))
         return there[0] if there else names[0]
 
     def expect(self, name: str, *values: Any) -> None:
-        """The field must be absent, null, or one of these values: no other is realized."""
+        """Check that the field is absent, null, or one of these values; no other is supported."""
         value = self.get(name)
         if value is not None and value not in values:
             raise self.refuse(name, " or ".join(json.dumps(known) for known in values) if values else "none")
 
     def only_in_training(self, name: str) -> None:
-        """A dropout that inference does not have; training here goes without, which a note says."""
+        """Read a training-only field, such as a dropout rate, that moezoo does not apply; adds a note if it is set."""
         if self.get(name):
-            self.notes.append(f"{name} {self.get(name)} is not realized: training here goes without it")
+            self.notes.append(f"{name} {self.get(name)} is not supported: moezoo trains without it")
 
     def inside(self, name: str) -> "Fields | None":
-        """The fields of an object inside this one (`rope_scaling`), or None; `finish` them too."""
+        """Return the fields of a nested object (`rope_scaling`), or None; call `finish` on them too."""
         value = self.get(name)
         if value is None:
             return None
@@ -257,22 +259,22 @@ class Fields:
         return Fields(value, f"{self.where}, {name}")
 
     def refuse(self, name: str, expected: str) -> SpecError:
-        """The error about a field's value."""
+        """Return the error for a field's value."""
         got = json.dumps(self._values.get(name))
         return SpecError(f"{name} is {got:.200}; expected {expected} ({self.where}).")
 
     @property
     def understood(self) -> list[str]:
-        """The fields that are there and have been read, in the file's order."""
+        """Fields that are present and have been read, in file order."""
         return [name for name, value in self._values.items() if name in self._seen and value is not None]
 
     @property
     def no_effect(self) -> list[str]:
-        """The others that are there; after `finish`, all of them are known to be harmless."""
+        """Fields that are present and have not been read; after `finish`, all of them are known to be harmless."""
         return [name for name, value in self._values.items() if name not in self._seen and value is not None]
 
     def finish(self, harmless: Iterable[str] = ()) -> None:
-        """Refuse fields that nobody has read and that are not known to be harmless."""
+        """Raise SpecError if there are unread fields that are not known to be harmless."""
         unread = {key: value for key, value in self._values.items() if key not in self._seen}
         self._refuse_unread(unread, (*HARMLESS, *harmless))
 
@@ -288,9 +290,9 @@ class Fields:
         if unknown:
             named = ", ".join(f"{name} {json.dumps(unread[name]):.80}" for name in sorted(unknown))
             raise SpecError(
-                f"config.json has fields that this family's file does not know: {named} ({self.where}). If they change "
-                "no number, list them as harmless in moezoo/core/huggingface/families; else this model cannot be "
-                "loaded yet."
+                f"config.json has fields that are unknown for this family: {named} ({self.where}). If they do not "
+                "affect the computation, list them as harmless in moezoo/core/huggingface/families; otherwise this "
+                "model is not supported yet."
             )
 
     def _required(self, name: str, default: Any) -> Any:
@@ -304,5 +306,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is a duplicate")
     return found

@@ -1,10 +1,10 @@
-"""The tensors of a Hugging Face checkpoint folder, checked before they are believed.
+"""Safetensors files of a Hugging Face checkpoint folder, validated before use.
 
     FOLDER/model.safetensors                  one file, or
     FOLDER/model.safetensors.index.json       {"weight_map": {tensor name: file name}}
     FOLDER/model-00001-of-00002.safetensors   ... and its shards
 
-Nothing is read but headers and the index until a tensor is asked for by name. Pickle files are never opened.
+Only headers and the index are read until a tensor is requested by name. Pickle files are never opened.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import SafetensorsFile
+from moezoo.core.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from moezoo.core.errors import CheckpointError
-from moezoo.core.safetensors_file import SafetensorsFile
-from moezoo.core.safetensors_header import MAX_HEADER_BYTES
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +29,7 @@ _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a folder: the base name of its file, the format's dtype name (`F32`, `BF16`), its shape."""
+    """A stored tensor: the base name of its file, its safetensors dtype (`F32`, `BF16`), and its shape."""
 
     file: str
     dtype: str
@@ -41,19 +41,20 @@ class TensorFolder:
 
     Fields:
         path: the folder.
-        tensors: what is stored, by name, in the order of the files and of their headers.
-        headers: every file's header as it stands, by the file's base name (see `SafetensorsFile.header`).
+        tensors: stored tensors by name, in the order of the files and of their headers.
+        headers: raw header of each file, by the file's base name (see `SafetensorsFile.header`).
 
-    Checked: every header (see `SafetensorsFile`); the index names files by base names, all there, none of them a link
-    that leaves the folder; each tensor of the index is in its file, each of the files in the index, none in two.
+    Validates: every header (see `SafetensorsFile`); the index has base names of existing files, none of them a link
+    that leaves the folder; each tensor of the index is in its file, each tensor of the files is in the index, and no
+    tensor is in two files.
 
-    Raises CheckpointError that names the folder or the file, and the problem.
+    Raises CheckpointError with the folder or file and the problem.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{path} is not a folder. Name the folder that holds config.json and *.safetensors.")
+            raise CheckpointError(f"{path} is not a folder. Use the folder with config.json and *.safetensors.")
         index = _weight_map(self.path)
         names = _only_file(self.path) if index is None else sorted(set(index.values()))
         self._files = {name: SafetensorsFile(inside(self.path, name)) for name in names}
@@ -67,27 +68,27 @@ class TensorFolder:
         }
 
     def read(self, name: str, out: Array | None = None, rows: tuple[int, int] | None = None) -> Array:
-        """One tensor in the stored dtype, or some rows of it, into `out` if given: see `SafetensorsFile.read`."""
+        """Read a tensor or some of its rows in the stored dtype, optionally into `out`: see `SafetensorsFile.read`."""
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path} lacks {name}; it holds {len(self.tensors)} other tensors.")
+            raise CheckpointError(f"{self.path} has no tensor {name}; it has {len(self.tensors)} others.")
         return self._files[self.tensors[name].file].read(name, out, rows)
 
     def size_bytes(self, name: str) -> int:
-        """How many bytes a tensor takes in its file."""
+        """Return a tensor's size in its file, in bytes."""
         return self._files[self.tensors[name].file].entries[name].size_bytes
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
-    """The JSON object of a small file, without duplicate keys; `Infinity` and `NaN` pass, as configs hold them.
+    """Read a small JSON file that is an object, without duplicate keys; `Infinity` and `NaN` are accepted.
 
-    Raises CheckpointError that names the file.
+    Raises CheckpointError with the file.
     """
     try:
         size = path.stat().st_size
         if not path.is_file():
             raise CheckpointError(f"cannot read {path}: not a file.")
         if size > max_bytes:
-            raise CheckpointError(f"{path} has {size} bytes; expected at most {max_bytes} of such a file.")
+            raise CheckpointError(f"{path} has {size} bytes; expected at most {max_bytes}. Fetch it again.")
         text = path.read_bytes()
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -98,21 +99,21 @@ def read_json_object(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str,
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise CheckpointError(f"{path} has the key {twice!r:.80} twice. Fetch it again, or use another copy.")
+            raise CheckpointError(f"{path} has a duplicate key {twice!r:.80}. Fetch it again, or use another copy.")
         return found
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # Trap: a lone surrogate passes the parser
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # Trap: the parser accepts a lone surrogate
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not UTF-8 JSON ({type(error).__name__}). Fetch it again.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object; got {value!r:.80}.")
+        raise CheckpointError(f"{path} is not a JSON object; got {value!r:.80}. Fetch it again.")
     return value
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """The index's map from tensor to file; None where there is no index."""
+    """Read the index's map from tensor name to file name; None if there is no index."""
     if not (folder / INDEX).exists() and not (folder / INDEX).is_symlink():
         return None
     path = inside(folder, INDEX)
@@ -122,10 +123,10 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     for tensor, name in weight_map.items():
         if not _is_base_name(name):
             raise CheckpointError(
-                f"{path} places {tensor!r:.80} in {name!r:.80}; expected the base name of a safetensors file beside it."
+                f"{path} maps {tensor!r:.80} to {name!r:.80}; expected the base name of a safetensors file next to it."
             )
     if (folder / SINGLE).exists() and SINGLE not in weight_map.values():
-        raise CheckpointError(f"{folder} holds {SINGLE} and an index that does not name it. Remove one of the two.")
+        raise CheckpointError(f"{folder} has {SINGLE} and an index that does not list it. Remove one of the two.")
     return weight_map
 
 
@@ -151,20 +152,20 @@ def _only_file(folder: Path) -> list[str]:
     if found:
         names = ", ".join(found[:3]) + (", ..." if found[3:] else "")
         raise CheckpointError(
-            f"{folder} holds {len(found)} files ({names}) but no {INDEX} that says what belongs together. "
-            "Fetch that too."
+            f"{folder} has {len(found)} safetensors files ({names}) but no {INDEX} that lists their tensors. "
+            "Fetch the index too."
         )
     pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
     if pickles:
         raise CheckpointError(
-            f"{folder} holds its weights as pickle ({pickles[0]}), which can run any code and is never opened here. "
-            "Convert it to safetensors, or fetch a revision that has them."
+            f"{folder} has its weights as pickle ({pickles[0]}), which can run arbitrary code and is never opened. "
+            "Convert them to safetensors, or fetch a revision that has safetensors."
         )
-    raise CheckpointError(f"{folder} holds no safetensors file; expected {SINGLE}, or {INDEX} and its shards.")
+    raise CheckpointError(f"{folder} has no safetensors files; expected {SINGLE}, or {INDEX} and its shards.")
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder; CheckpointError where it is missing or a link that leads elsewhere."""
+    """Return the path of a file in the folder. Raises CheckpointError if it is missing or a link to elsewhere."""
     path = folder / name
     try:
         home, target = folder.resolve(strict=True), path.resolve(strict=True)
@@ -174,7 +175,7 @@ def inside(folder: Path, name: str) -> Path:
     if home.parent.name == "snapshots":  # huggingface_hub's cache: snapshots/REVISION/file is a link to blobs/HASH
         allowed.append(home.parent.parent / "blobs")
     if target.parent not in allowed:
-        raise CheckpointError(f"{path} is a link that leaves its folder, to {target}. Put the file itself there.")
+        raise CheckpointError(f"{path} is a link to {target}, outside its folder. Replace it with the file itself.")
     return path
 
 
@@ -183,14 +184,14 @@ def _check_index(folder: Path, index: dict[str, str], files: dict[str, Safetenso
     for name, file in files.items():
         for tensor in file.entries:
             if tensor in where:
-                raise CheckpointError(f"{folder}: {tensor!r:.80} is both in {where[tensor]} and in {name}.")
+                raise CheckpointError(
+                    f"{folder}: {tensor!r:.80} is both in {where[tensor]} and in {name}. Fetch both again."
+                )
             where[tensor] = name
     for tensor, name in index.items():
         if where.get(tensor) != name:
             actual = f"it is in {where[tensor]}" if tensor in where else "no file has it"
-            raise CheckpointError(f"{folder / INDEX} places {tensor!r:.80} in {name}, but {actual}. Fetch both again.")
+            raise CheckpointError(f"{folder / INDEX} maps {tensor!r:.80} to {name}, but {actual}. Fetch both again.")
     for tensor, name in where.items():
         if tensor not in index:
-            raise CheckpointError(
-                f"{folder / name} holds {tensor!r:.80}, which {INDEX} does not name. Fetch both again."
-            )
+            raise CheckpointError(f"{folder / name} has {tensor!r:.80}, which {INDEX} does not list. Fetch both again.")

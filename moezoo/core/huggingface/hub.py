@@ -1,7 +1,7 @@
-"""Repositories of the Hugging Face hub by id: weights and JSON only, through huggingface_hub and its cache.
+"""Download of Hugging Face Hub repositories by id: weights and JSON only, through huggingface_hub and its cache.
 
-Never fetched are pickle files and code. Of the weights only those are fetched that the index names, since many
-repositories hold a second copy of them in another layout.
+Pickle files and code are never downloaded. Of the weights only the files listed in the index are downloaded, since many
+repositories have a second copy in another layout.
 """
 
 import contextlib
@@ -22,30 +22,30 @@ from moezoo.core.huggingface.folder import INDEX, SINGLE, read_json_object
 OnProgress = Callable[[str], None]
 
 _ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-_TEXTS = ["*.json", "*.jinja"]  # config, index, tokenizer, generation config; chat templates
-_BELOW = ["*/*"]  # other layouts and formats of the same weights
+_SMALL_FILES = ["*.json", "*.jinja"]  # config, index, tokenizer, generation config; chat templates
+_SUBFOLDERS = ["*/*"]  # subfolders: other layouts and formats of the same weights
 _LOCAL = "Or pass the path of a local folder with config.json and *.safetensors."
 
 
 def resolve(path_or_id: str | Path, on_progress: OnProgress | None = None, *, weights: bool = True) -> Path:
-    """The folder of a checkpoint: a path as it is, `organization/name[@revision]` as it lies in the hub's cache.
+    """Return the folder of a checkpoint: a local path unchanged, or `organization/name[@revision]` in the hub's cache.
 
-    What has the form of an id and exists as a path, or begins with a folder that is here, is a path. What is in the
-    cache is not fetched again, and is used without a network. `on_progress` gets lines for a person: how much of how
-    much, and how long it will take. Without `weights` only texts are fetched, which is enough to describe a model.
+    A string of the form of an id is a path if it exists, or if its first part is an existing folder. Cached files are
+    not downloaded again and work offline. `on_progress` receives progress lines: megabytes done, total, time left.
+    With `weights=False` only JSON and templates are downloaded, which is enough to describe a model.
 
-    Raises CheckpointError: no network, no such repository or revision, no access to it, or no weights in it.
+    Raises CheckpointError if there is no network, no such repository or revision, no access, or no weights.
     """
     match = _ID.fullmatch(str(path_or_id))
     first = Path(path_or_id).parts[:1]
     if match is None or Path(path_or_id).exists() or Path(*first).exists() or first in ((".",), ("..",)):
         return Path(path_or_id)
-    with _explained(match["repository"], match["revision"]):
+    with _readable_errors(match["repository"], match["revision"]):
         return _download(match["repository"], match["revision"], on_progress, weights)
 
 
 def on_stderr() -> OnProgress:
-    """Lines of progress for a person: one that is rewritten in a terminal, elsewhere a new one every ten seconds."""
+    """Return a function that prints progress to stderr: one updated line in a terminal, else a line every 10 s."""
     last = time.monotonic()
 
     def tell(line: str) -> None:
@@ -61,27 +61,27 @@ def on_stderr() -> OnProgress:
 
 
 def _download(repository: str, revision: str | None, on_progress: OnProgress | None, with_weights: bool) -> Path:
-    folder = _fetch(repository, revision, _TEXTS, _Bars(repository, None, None))
+    folder = _fetch(repository, revision, _SMALL_FILES, _Bars(repository, None, None))
     if not (folder / "config.json").exists():
-        raise CheckpointError(f"{repository} has no config.json, so it is no checkpoint that can be opened. {_LOCAL}")
+        raise CheckpointError(f"{repository} has no config.json, so it cannot be opened as a checkpoint. {_LOCAL}")
     if not with_weights:
         return folder
-    commit = folder.name  # the same revision for the weights, even if someone uploads meanwhile
+    commit = folder.name  # same revision for the weights, even if the repository changes meanwhile
     for weights in _weights(folder):
         total = _bytes_to_fetch(repository, folder, weights)
         _fetch(repository, commit, weights, _Bars(repository, total, on_progress))
         if any(folder.glob("*.safetensors")):
             return folder
     raise CheckpointError(
-        f"{repository} has no safetensors files; pickle is never fetched. Convert it, or name another. {_LOCAL}"
+        f"{repository} has no safetensors files, and pickle is never downloaded. Convert it, or use another. {_LOCAL}"
     )
 
 
 def _weights(folder: Path) -> list[list[str]]:
-    """Patterns of file names to try, one after the other."""
+    """Return lists of file name patterns to try in order."""
     if (folder / INDEX).exists():
         weight_map = read_json_object(folder / INDEX).get("weight_map")
-        if isinstance(weight_map, dict):  # whatever else is wrong with it, TensorFolder says
+        if isinstance(weight_map, dict):  # TensorFolder reports all other problems with it
             names = {name for name in weight_map.values() if isinstance(name, str) and name.endswith(".safetensors")}
             return [[glob.escape(name) for name in sorted(names)]]
     return [[SINGLE], ["*.safetensors"]]
@@ -95,43 +95,44 @@ def _fetch(repository: str, revision: str | None, patterns: list[str], bars: "_B
             repository,
             revision=revision,
             allow_patterns=patterns,
-            ignore_patterns=_BELOW,
+            ignore_patterns=_SUBFOLDERS,
             tqdm_class=bars.tqdm_class(),
         )
     )
 
 
 class _Bars:
-    """Takes the place of huggingface_hub's progress bars, and tells what they would show in lines of text."""
+    """Replacement for huggingface_hub's progress bars that reports progress as lines of text."""
 
     def __init__(self, repository: str, total: float | None, on_progress: OnProgress | None):
         self._repository, self._total, self._on_progress = repository, total, on_progress
-        self._done: dict[int, float] = {}  # a bar counts what was received, another what was written
+        self._done: dict[int, float] = {}  # one bar counts bytes received, another bytes written
         self._start = self._last = time.monotonic()
         self._lock = threading.Lock()
 
     def tqdm_class(self) -> type:
-        """tqdm, but it shows nothing; what counts bytes tells them here."""
+        """Return a tqdm class that prints nothing and reports its bytes to this object."""
         from tqdm.std import tqdm
 
         bars = self
 
         class Bar(tqdm):  # type: ignore[misc]
-            monitor_interval = 0  # no thread of its own
+            monitor_interval = 0  # no monitor thread
 
             def __init__(self, *args: Any, **kwargs: Any):
-                super().__init__(*args, **kwargs | {"file": _Nowhere(), "disable": False})
+                super().__init__(*args, **kwargs | {"file": _NullStream(), "disable": False})
 
             def update(self, n: float | None = 1) -> bool | None:
                 shown = super().update(n)
                 if self.unit == "B":
-                    bars._tell(id(self), self.n, self.total)
+                    bars.report(id(self), self.n, self.total)
                 return bool(shown)
 
         Bar.set_lock(threading.RLock())
         return Bar
 
-    def _tell(self, bar: int, done: float, total: float | None) -> None:
+    def report(self, bar: int, done: float, total: float | None) -> None:
+        """Record a bar's bytes and call `on_progress`, at most five times a second."""
         with self._lock:
             self._done[bar] = done
             now = time.monotonic()
@@ -143,13 +144,13 @@ class _Bars:
             )
 
 
-class _Nowhere(io.TextIOBase):
+class _NullStream(io.TextIOBase):
     def write(self, text: str) -> int:
         return len(text)
 
 
 def progress_line(repository: str, done: float, total: float | None, elapsed_s: float) -> str:
-    """`fetching org/name: 1,250 of 5,000 MB, 50 MB/s, 1:15 left`."""
+    """Return a progress line: `fetching org/name: 1,250 of 5,000 MB, 50 MB/s, 1:15 left`."""
     speed = done / elapsed_s if elapsed_s > 0 else 0.0
     line = f"fetching {repository}: {done / 1e6:,.0f}" + (f" of {total / 1e6:,.0f}" if total else "")
     line += f" MB, {speed / 1e6:,.0f} MB/s"
@@ -160,7 +161,7 @@ def progress_line(repository: str, done: float, total: float | None, elapsed_s: 
 
 
 def _bytes_to_fetch(repository: str, folder: Path, patterns: list[str]) -> float | None:
-    """The size of the files that are not in the cache yet; None where the hub's list of files is not at hand."""
+    """Return the size of the files not yet cached, in bytes; None if the hub's file list is not available."""
     import huggingface_hub
 
     try:
@@ -177,8 +178,8 @@ def _bytes_to_fetch(repository: str, folder: Path, patterns: list[str]) -> float
 
 
 @contextlib.contextmanager
-def _explained(repository: str, revision: str | None) -> Iterator[None]:
-    """Whatever goes wrong on the way to the hub as one line that names the repository."""
+def _readable_errors(repository: str, revision: str | None) -> Iterator[None]:
+    """Convert any error of the hub or network into a one-line CheckpointError with the repository."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -192,16 +193,16 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         problem = f"{repository} has no revision {revision!r}. Its branches and tags are at {page}/refs."
     except errors.RepositoryNotFoundError:
-        problem = f"there is no folder and no repository {repository} (or it is private: `hf auth login`)."
+        problem = f"there is no folder or repository {repository} (if it is private, run `hf auth login`)."
     except errors.HFValidationError:
-        problem = f"{repository} is neither a folder nor a repository's id; expected organization/name[@revision]."
+        problem = f"{repository} is neither a folder nor a repository id; expected organization/name[@revision]."
     except errors.IncompleteSnapshotError:
-        problem = f"{repository} is only partly in the cache, and the hub cannot be reached. Fetch it with a network."
+        problem = f"{repository} is only partly cached, and the hub cannot be reached. Connect to a network."
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         cache = huggingface_hub.constants.HF_HUB_CACHE
         where = f"neither a folder nor in the cache {cache}"
         problem = f"{repository} is {where}, and the hub cannot be reached. Connect to a network."
-    except Exception as error:  # the network's own errors are no class that huggingface_hub promises
+    except Exception as error:  # network errors have no documented class in huggingface_hub
         problem = f"cannot fetch {repository}: {type(error).__name__}: {' '.join(str(error).split())[:200]}."
     else:
         return

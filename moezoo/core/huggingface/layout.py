@@ -1,10 +1,10 @@
-"""How the files of a checkpoint are laid out, and what in them is not ours: all that an export needs beside weights.
+"""File layout of a checkpoint and its unmapped tensors: everything an export needs besides the weights.
 
-A run that began from a Hugging Face checkpoint carries this along, so that its weights can go back into the same files:
+A run that started from a Hugging Face checkpoint stores this, so that its weights can be exported to the same files:
 
-    <run>/huggingface/config.json, generation_config.json, ...   copied as they are
+    <run>/huggingface/config.json, generation_config.json, ...   copies
     <run>/huggingface/headers.json                               {file: its header}
-    <run>/huggingface/kept.safetensors                           bytes of tensors that are kept verbatim, and of scales
+    <run>/huggingface/kept.safetensors                           tensors that are kept verbatim, and scales
 """
 
 import json
@@ -15,28 +15,28 @@ from typing import Any
 
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import SafetensorsFile, write_stream
+from moezoo.core.checkpoint.safetensors_header import encode_header
 from moezoo.core.errors import CheckpointError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, inside
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
-from moezoo.core.huggingface.quantized import decode, encode, quantized_tensors
-from moezoo.core.safetensors_file import SafetensorsFile, write_stream
-from moezoo.core.safetensors_header import encode_header
+from moezoo.core.huggingface.quantized_tensors import decode, encode, quantized_tensors
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
 
 CONFIG = "config.json"
 _HEADERS, _KEPT = "headers.json", "kept.safetensors"
-_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")  # what is copied beside the tensors; never code or pickle
+_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")  # files copied along with the tensors; never code or pickle
 _MAX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a config.json alone tells: the family, the model, and notes for a reader."""
+    """A parsed config.json: family, fields, and spec."""
 
     family: Family
     fields: Fields
@@ -44,20 +44,21 @@ class Description:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know, a line each."""
+        """One-line notes for the user, e.g. on unsupported training options."""
         return self.fields.notes
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every tensor of a checkpoint stands.
+    """File and position of every tensor of a checkpoint.
 
     Fields:
         path: the folder of config.json and the other small files.
         headers: each file's header, as bytes.
-        tensors: what is stored, by name.
-        readable: of these, what codes and scales stand for.
-        read: the array of one of `stored`: at least those that are kept verbatim, and scales.
+        tensors: stored tensors by name.
+        readable: quantized tensors, by the name of their codes.
+        stored: names of the tensors that `read` can load: at least those kept verbatim, and scales.
+        read: loads one of `stored`.
     """
 
     description: Description
@@ -70,12 +71,12 @@ class Layout:
     read: Callable[[str], Array]
 
     def kept_names(self) -> list[str]:
-        """Tensors that go back as they came."""
+        """Names of tensors that are exported verbatim."""
         return [entry.name for entry in self.ledger.entries if entry.status in ("kept", "scales")]
 
 
 def describe_config(path: Path, max_length: int | None = None) -> Description:
-    """The model of a config.json, for texts of at most `max_length` tokens where that makes a difference.
+    """Parse a config.json; `max_length` is the maximum sequence length, for RoPE scaling that depends on it.
 
     Raises SpecError or CheckpointError.
     """
@@ -92,7 +93,7 @@ def make_layout(
     read: Callable[[str], Array],
     stored: frozenset[str] | None = None,
 ) -> Layout:
-    """Account for every tensor. Raises as `make_ledger`, and SpecError for an unknown quantization."""
+    """Build the layout and its ledger. Raises as `make_ledger`, and SpecError for an unsupported quantization."""
     codes = quantized_tensors(description.fields, tensors)
     plain = {name: Readable(tensor.dtype, tensor.shape, (name,)) for name, tensor in tensors.items()}
     forms = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
@@ -102,16 +103,16 @@ def make_layout(
 
 
 def small_files(path: Path) -> list[Path]:
-    """The files beside the tensors that go along: configs, tokenizer, templates.
+    """Return the non-tensor files to copy: configs, tokenizer, templates.
 
-    Raises CheckpointError for a link that leaves the folder: what it leads to is not the checkpoint's to pass on.
+    Raises CheckpointError for a link that leaves the folder: its target is not part of the checkpoint.
     """
     found = [inside(path, file.name) for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
     return [file for file in found if not file.name.startswith(".") and file.stat().st_size <= _MAX_BYTES]
 
 
 def write_sidecar(layout: Layout, folder: Path) -> None:
-    """Write what a run carries along into `folder` (`<run>/huggingface`)."""
+    """Write the layout of a run's original checkpoint to `folder` (`<run>/huggingface`)."""
     make_folder(folder)
     kept = [*layout.kept_names(), *_not_recoverable(layout)]
     header = encode_header({name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}, {})
@@ -124,13 +125,13 @@ def write_sidecar(layout: Layout, folder: Path) -> None:
 
 
 def open_sidecar(folder: Path) -> Layout | None:
-    """What a run carries along; None where it began from nothing. Raises CheckpointError where it is damaged."""
+    """Read the layout of a run's original checkpoint, or None. Raises CheckpointError if it is damaged."""
     if not (folder / _HEADERS).is_file():
         return None
     try:
         texts = json.loads((folder / _HEADERS).read_bytes().decode("utf-8"))
         if any(Path(name).name != name or not name.endswith(".safetensors") for name in texts):
-            raise ValueError("a file name that is none")
+            raise ValueError("not a base name of a safetensors file")
         headers = {name: text.encode("utf-8") for name, text in texts.items()}
         tensors = {
             name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]))
@@ -147,7 +148,7 @@ def open_sidecar(folder: Path) -> Layout | None:
 
 
 def _not_recoverable(layout: Layout) -> list[str]:
-    """Codes that their numbers and scales do not give back (those of a scale of zero, for example)."""
+    """Return names of codes that cannot be recovered from their values and scales (e.g. with a scale of zero)."""
     found = []
     for name, tensor in layout.readable.items():
         codes, scales = (layout.read(part) for part in tensor.stored)
@@ -161,6 +162,6 @@ def _not_recoverable(layout: Layout) -> list[str]:
 
 
 def entries_of(header: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of a header that was checked before, in the order of their bytes."""
+    """Return the entries of an already validated header, in order of offset."""
     entries = [(name, entry) for name, entry in json.loads(header).items() if name != "__metadata__"]
     return sorted(entries, key=lambda item: item[1]["data_offsets"])

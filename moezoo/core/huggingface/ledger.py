@@ -1,4 +1,4 @@
-"""Every tensor of the files is mapped, kept verbatim, or refused; none is dropped silently."""
+"""Ledger of a checkpoint: every tensor of the files is mapped, kept verbatim, or rejected; none is dropped silently."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.family import Family
@@ -16,7 +16,7 @@ from moezoo.core.spec import ModelSpec
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# Names of a text model's tensors alone, and inside the wrappers of multimodal models, the first that fits.
+# Prefixes of a text model's tensor names: alone, and in the wrappers of multimodal models; the first match is used.
 _WRAPPERS: tuple[Mapping[str, str], ...] = (
     {},
     {"model.": "model.language_model."},
@@ -27,9 +27,9 @@ Status = Literal["mapped", "copy", "codes", "scales", "kept"]
 
 
 class Readable(NamedTuple):
-    """A tensor as numbers: what quantized codes and their scales stand for, or a stored tensor as it is.
+    """A tensor as it is read: decoded from quantized codes and scales, or plain.
 
-    `stored`: the names of what it is read from, the main one first.
+    `stored`: names of the stored tensors that it is read from, the main one first.
     """
 
     dtype: str
@@ -39,7 +39,7 @@ class Readable(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the files, and what becomes of it: our parameters that it holds, or why it is kept."""
+    """A tensor of the files, its status, and the names of the parameters it contains."""
 
     name: str
     file: str
@@ -50,22 +50,22 @@ class Entry:
 
 
 class Source(NamedTuple):
-    """Where a parameter, or one expert's share of it, stands: a placed rule, and which of its parts."""
+    """Source of a parameter, or of one expert's slice of it: a placed rule and the index of its part."""
 
     placed: Placed
     place: int
-    name: str  # of the tensor in the files
+    name: str  # name of the tensor in the files
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What becomes of every tensor, and where every parameter comes from.
+    """The tensor mapping of a checkpoint: the status of every tensor and the sources of every parameter.
 
     Fields:
-        entries: one for each tensor, in the files' order.
-        sources: by canonical name, what the parameter is put together from.
-        placed: by the name of a tensor that holds parameters, which and how.
-        copies: second copies that must equal their parameter.
+        entries: one per tensor, in file order.
+        sources: by canonical name, the tensors from which the parameter is assembled.
+        placed: by name of a mapped tensor, the rule that maps it.
+        copies: duplicate tensors that must equal their parameter.
     """
 
     entries: tuple[Entry, ...]
@@ -74,7 +74,7 @@ class Ledger:
     copies: tuple[Source, ...] = field(default=())
 
     def counts(self) -> dict[str, int]:
-        """How many tensors of each status."""
+        """Return the number of tensors of each status."""
         return dict(Counter(entry.status for entry in self.entries))
 
 
@@ -85,10 +85,10 @@ def make_ledger(
     stored: Mapping[str, tuple[str, str, tuple[int, ...]]],
     where: str,
 ) -> Ledger:
-    """Match the files' tensors (`stored`: file, dtype, shape) with the family's name table and the spec's parameters.
+    """Match the files' tensors (`stored`: file, dtype, shape) with the family's mapping and the spec's parameters.
 
-    Raises CheckpointError: a tensor that nothing explains, a parameter that no tensor gives or two do, another shape
-    or dtype than the spec's.
+    Raises CheckpointError for an unknown tensor, for a parameter with no or several sources, and for a shape or dtype
+    that does not match the spec.
     """
     shapes = {row.name: row.shape for row in parameter_table(spec)}
     num_layers = len(spec.all_layers)
@@ -129,28 +129,28 @@ def make_ledger(
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise CheckpointError(
-            f"{where} has {len(unknown)} tensors that {family.name} has no place for: {'; '.join(unknown[:5])}{more}. "
-            "Nothing is dropped silently: check that config.json belongs to these files."
+            f"{where} has {len(unknown)} tensors that are unknown for {family.name}: {'; '.join(unknown[:5])}{more}. "
+            "No tensor is dropped silently: check that config.json belongs to these files."
         )
     gathered = {name: tuple(found) for name, found in sources.items()}
     return Ledger(tuple(entries), gathered, holders, tuple(copies))
 
 
 def first_rules(family: Family, spec: ModelSpec) -> dict[str, Placed]:
-    """The tensors of a layout of the family's own, by name: the first rule for each parameter."""
+    """Return the tensors of the family's default layout by name, from the first rule for each parameter."""
     shapes = {row.name: row.shape for row in parameter_table(spec)}
-    given: dict[str, Fused] = {}
+    rule_of: dict[str, Fused] = {}
     found: dict[str, Placed] = {}
     for rule in family.tensors:
         for placed in places(rule, shapes, len(spec.all_layers)):
-            # A rule with one tensor an expert is placed once for each of them, and gives the parameter each time.
-            if not rule.copy and all(given.setdefault(ours, rule) is rule for ours in placed.ours):
+            # A rule with one tensor per expert is placed once per expert, with the same parameter each time.
+            if not rule.copy and all(rule_of.setdefault(ours, rule) is rule for ours in placed.ours):
                 found[placed.name] = placed
     return found
 
 
 def wrapping(family: Family, readable: Mapping[str, Readable]) -> Callable[[str], str]:
-    """How names of the name table are spelled in these files, told by that of its first tensor, the embedding."""
+    """Return a function that maps names of the tensor mapping to those in the files, by the name of the embedding."""
     embedding = family.tensors[0]
 
     def wrapped(name: str, prefixes: Mapping[str, str]) -> str:
@@ -172,30 +172,30 @@ def _check(
 ) -> None:
     if math.prod(tensor.shape) != math.prod(placed.shape) or tensor.shape != placed.shape:
         raise CheckpointError(
-            f"{where}: {name} in {stored[name][0]} is {list(tensor.shape)}; config.json asks for "
-            f"{list(placed.shape)}. Use the config.json that belongs to these files."
+            f"{where}: {name} in {stored[name][0]} has shape {list(tensor.shape)}; expected "
+            f"{list(placed.shape)} from config.json. Use the config.json that belongs to these files."
         )
     if tensor.dtype not in FLOATS:
         raise CheckpointError(
-            f"{where}: {name} in {stored[name][0]} is {tensor.dtype}; expected {', '.join(FLOATS)}, or a quantization "
-            "that its config.json names and moezoo knows (FP8 in blocks, MXFP4)."
+            f"{where}: {name} in {stored[name][0]} is {tensor.dtype}; expected {', '.join(FLOATS)}, or a supported "
+            "quantization declared in config.json (FP8 in blocks, MXFP4)."
         )
 
 
 def _check_cover(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, list[Source]], where: str) -> None:
-    """Every parameter comes from somewhere, and from one place only."""
+    """Raise unless every parameter has exactly one source."""
     missing = []
     for name, shape in shapes.items():
         found = sources.get(name, [])
         experts = Counter(source.placed.parts[source.place][1] for source in found)
-        twice = [expert for expert, count in experts.items() if count > 1]
-        if twice or (None in experts and len(experts) > 1):
+        repeated = [expert for expert, count in experts.items() if count > 1]
+        if repeated or (None in experts and len(experts) > 1):
             names = ", ".join(source.name for source in found[:4])
-            raise CheckpointError(f"{where} holds {name} more than once: {names}. Use files of one layout.")
+            raise CheckpointError(f"{where} has {name} more than once: {names}. Use files of one layout.")
         if not found:
             missing.append(f"{name} {list(shape)}")
         elif None not in experts:
-            # One tensor an expert: the rule was placed for each of them, so their number is that of axis e.
+            # One tensor per expert: the rule was placed for each of them, so their number is the size of axis e.
             expected = found[0].placed.expert_count
             if len(experts) != expected:
                 absent = [str(expert) for expert in range(expected) if expert not in experts]
@@ -203,8 +203,8 @@ def _check_cover(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, li
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(
-            f"{where} lacks {len(missing)} parameters of the model that config.json describes: "
-            f"{'; '.join(missing[:5])}{more}. Fetch all of its files."
+            f"{where} is missing {len(missing)} parameters of the model in config.json: "
+            f"{'; '.join(missing[:5])}{more}. Fetch all files of the checkpoint."
         )
 
 
@@ -213,3 +213,44 @@ def _is_kept(family: Family, name: str, wrap: Callable[[str], str], num_layers: 
         return True
     layer = re.match(re.escape(wrap("model.layers.")) + r"(\d+)\.", name)
     return family.later_layers_kept and layer is not None and int(layer[1]) >= num_layers
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """Tensors that differ only in layer and expert index, which `*` replaces in names."""
+
+    theirs: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    status: str
+    ours: tuple[str, ...]
+
+
+def ledger_rows(ledger: Ledger) -> list[LedgerRow]:
+    """Return the ledger with equal tensors of all layers and experts grouped in one row."""
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in ledger.entries:
+        theirs, ours = _pattern(entry.name), tuple(_pattern(name) for name in entry.ours)
+        groups.setdefault((theirs, entry.dtype, entry.shape, entry.status, ours), []).append(entry)
+    return [
+        LedgerRow(theirs, dtype, shape, len(entries), status, ours)
+        for (theirs, dtype, shape, status, ours), entries in groups.items()
+    ]
+
+
+def ledger_text(ledger: Ledger) -> str:
+    """Return the ledger as text, one line per row: status, dtype and shape, count, tensor name, parameters."""
+    rows = [
+        (row.status, f"{row.dtype} {list(row.shape)}", f"{row.count}x", row.theirs, ", ".join(row.ours))
+        for row in ledger_rows(ledger)
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{status:<{widths[0]}}  {stored:<{widths[1]}}  {count:>{widths[2]}}  {theirs}{' -> ' if ours else ''}{ours}"
+        for status, stored, count, theirs, ours in rows
+    )
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

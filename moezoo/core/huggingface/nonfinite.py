@@ -1,4 +1,4 @@
-"""NaN and infinity in weights: worth a warning with names, and no error (a model may live with a masked -inf)."""
+"""Detection of NaN and infinity in weights: a warning with names, not an error (a masked -inf can be intended)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,14 +8,14 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_PIECE = 1 << 16  # elements at a time, so that no second array of a parameter's size is made
+_PIECE = 1 << 16  # elements at a time, to avoid a second array of a parameter's size
 
-# The bits of the exponent; all of them set is NaN or infinity.
+# Exponent bits; all of them set means NaN or infinity.
 _EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
 
 
 def is_finite(array: Array) -> bool:
-    """Whether a bfloat16, float16, float32 or float64 array, of any strides, has neither NaN nor infinity."""
+    """Return True if a bfloat16, float16, float32 or float64 array of any strides has no NaN or infinity."""
     if array.dtype.name not in _EXPONENT:
         return bool(np.isfinite(array).all())
     unsigned, exponent = _EXPONENT[array.dtype.name]
@@ -27,13 +27,13 @@ def is_finite(array: Array) -> bool:
 
 
 def nonfinite_names(parameters: Iterable[tuple[str, Array]]) -> list[str]:
-    """The names of those that hold NaN or infinity."""
+    """Return the names of the parameters that contain NaN or infinity."""
     return [name for name, array in parameters if not is_finite(array)]
 
 
 def nonfinite_warning(names: list[str], where: str) -> str | None:
-    """One line for a person; None where there is nothing to say."""
+    """Return a one-line warning, or None if `names` is empty."""
     if not names:
         return None
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{where} holds NaN or infinity in {', '.join(names[:5])}{more}; what the model says may be of no use."
+    return f"{where} has NaN or infinity in {', '.join(names[:5])}{more}; the model's outputs may be meaningless."

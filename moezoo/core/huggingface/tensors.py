@@ -1,20 +1,21 @@
-"""The language of the name tables: which tensor of theirs holds which parameters of ours, and how its axes stand.
+"""Rules of the tensor mapping: which checkpoint tensor contains which of our parameters, and in which axis order.
 
-Axes are letters; their sizes come from our parameter table, so a rule has no numbers:
+Names in a checkpoint are `theirs`, canonical names in moezoo are `ours`. Axes are letters; their sizes come from our
+parameter table, so a rule has no numbers:
 
     Tensor("model.layers.{layer}.self_attn.q_proj.weight", "(n h) d", "layers.{layer}.attention.w_query", "d n h")
 
-is a transpose and a split of the first axis. `{expert}` in their name: one tensor an expert, stacked on our axis `e`.
-In a tensor that holds several parameters, the axis `x` is the concatenation of what each of them takes of it:
+is a transpose and a split of the first axis. `{expert}` in their name: one tensor per expert, stacked on our axis `e`.
+In a tensor that contains several parameters, axis `x` is their concatenation, each taking its part of it:
 
     Fused("model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight", "x d", (
         Part("layers.{layer}.attention.w_latent", "z", "d z"),
         Part("layers.{layer}.attention.w_rope_key", "o", "d o"),
     ))
 
-Where a layer of theirs is two of ours, ours are `{even}` and `{odd}` (2 i and 2 i + 1).
-A part that takes "" has one place of it: `(f x)` with two such parts is gate and up interleaved. Every rule reads in
-both directions and moves bits, never changes them.
+If one of their layers is two of ours, ours are `{even}` and `{odd}` (2 i and 2 i + 1).
+A part that takes "" takes a single index of `x`: `(f x)` with two such parts is gate and up interleaved. Every rule
+works in both directions and only moves bits, never changes values.
 """
 
 import math
@@ -29,13 +30,13 @@ Array = npt.NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]
 Groups = tuple[tuple[str, ...], ...]
 
-CUT = "x"  # the axis along which the parts of a fused tensor stand
+CUT = "x"  # the axis along which the parts of a fused tensor are concatenated
 EXPERT = "e"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of our parameters inside a tensor of theirs: what it takes of axis `x`, and how its own axes stand."""
+    """One of our parameters inside a checkpoint tensor: the letters it takes of axis `x`, and its own axes."""
 
     ours: str
     takes: str
@@ -44,14 +45,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Fused:
-    """A tensor of theirs that holds several parameters of ours, or one.
+    """Rule for a checkpoint tensor that contains one or several of our parameters.
 
     Fields:
         theirs: its name, with `{layer}` and `{expert}`.
-        axes: how its axes are made, outer to inner: `(n h) d`.
-        parts: the parameters, in the order in which they stand along axis `x`.
-        sizes: parameters of ours that only tell sizes of axes, (name, axes); the rule is for layers that have them.
-        copy: a second copy of what another tensor holds (the head of a tied model); it must be equal.
+        axes: its axes, composed ones outer to inner: `(n h) d`.
+        parts: the parameters, in the order of their concatenation along axis `x`.
+        sizes: parameters of ours that only determine axis sizes, (name, axes); the rule applies to layers with them.
+        copy: a duplicate of another tensor (the head of a tied model); it must be equal.
     """
 
     theirs: str
@@ -62,27 +63,27 @@ class Fused:
 
     @property
     def per_expert(self) -> bool:
-        """Whether there is one such tensor for each expert."""
+        """True if there is one such tensor per expert."""
         return "{expert}" in self.theirs
 
 
 def Tensor(
     theirs: str, axes: str, ours: str, our_axes: str, *, sizes: tuple[tuple[str, str], ...] = (), copy: bool = False
 ) -> Fused:
-    """The rule of a tensor that holds one parameter."""
+    """Return the rule for a tensor that contains one parameter."""
     return Fused(theirs, axes, (Part(ours, "", our_axes),), sizes, copy)
 
 
 def beside(ours: str, axes: str, rules: Iterable[Fused]) -> tuple[Fused, ...]:
-    """The rules, for those layers alone that have this parameter: where two kinds of layer share a name of ours."""
+    """Restrict rules to layers that have this parameter, where two kinds of layer share a name of ours."""
     return tuple(replace(rule, sizes=(*rule.sizes, (ours, axes))) for rule in rules)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A rule with layer and expert filled in, and with the sizes of its axes: one tensor of theirs.
+    """A rule applied to one layer and expert: one checkpoint tensor, with its name, shape and axis sizes.
 
-    `parts`: (canonical name, expert or None, part) of each.
+    `parts`: (canonical name, expert or None, part) of each parameter.
     """
 
     rule: Fused
@@ -93,21 +94,21 @@ class Placed:
 
     @property
     def ours(self) -> tuple[str, ...]:
-        """The parameters' canonical names."""
+        """Canonical names of the parameters."""
         return tuple(name for name, _, _ in self.parts)
 
     @property
     def expert_count(self) -> int:
-        """How many experts the parameters are stacked of."""
+        """Number of experts stacked in the parameters."""
         return self._sizes[EXPERT]
 
     def expert_axis(self, place: int) -> int:
-        """Along which axis of the parameter its experts are stacked."""
+        """Return the axis of the parameter along which experts are stacked."""
         return _groups(self.parts[place][2].axes).index((EXPERT,))
 
     def leading(self, place: int) -> tuple[str, int, int] | None:
-        """By what their tensor can be read in pieces: the outermost letter of its first axis, how many rows one of it
-        takes, and which of the part's axes it is; None where it is no axis of its own there."""
+        """Return how the checkpoint tensor can be read in row pieces: the outermost letter of its first axis, the rows
+        per index of that letter, and the index of the part's axis; None if the letter is not a separate axis there."""
         letter, *inner = _groups(self.rule.axes)[0]
         ours = self._our_groups(place)
         if (letter,) not in ours or any(letter in part.takes.split() for _, _, part in self.parts):
@@ -115,16 +116,16 @@ class Placed:
         return letter, self._size(inner), ours.index((letter,))
 
     def resized(self, letter: str, size: int) -> "Placed":
-        """The same rule for a piece with `size` of a letter."""
+        """Return the same rule for a piece of `size` along an axis letter."""
         return replace(self, _sizes={**self._sizes, letter: size})
 
     def holds(self, array: Array, place: int) -> Array:
-        """The `place`-th part inside their tensor (a view where the axes allow), in our axes' order and shape."""
+        """Return the `place`-th part of a checkpoint tensor in our axis order and shape, as a view if possible."""
         view = self._view(array, place)
         return view.reshape([self._size(group) for group in self._our_groups(place)])
 
     def put(self, array: Array, place: int, value: Array) -> None:
-        """Write a parameter (of one expert, where there is one tensor an expert) into their tensor."""
+        """Write a parameter (of one expert, if there is one tensor per expert) into a checkpoint tensor."""
         view = self._view(array, place)
         assert np.shares_memory(view, array) or array.size == 0
         view[...] = value.reshape(view.shape)
@@ -137,7 +138,7 @@ class Placed:
         return math.prod(self._sizes[letter] for letter in group)
 
     def _view(self, array: Array, place: int) -> Array:
-        """Their tensor seen with one axis for each letter of the part, in our order."""
+        """Return a view of the checkpoint tensor with one axis per letter of the part, in our order."""
         letters = [letter for group in _groups(self.rule.axes) for letter in group]
         view = array.reshape([self._sizes[letter] for letter in letters])
         if CUT in letters:
@@ -150,7 +151,7 @@ class Placed:
             view = window.reshape(shape)
             letters[axis : axis + 1] = inner
         order = [letter for group in self._our_groups(place) for letter in group]
-        singles = tuple(place for place, letter in enumerate(letters) if letter == "1")
+        singles = tuple(axis for axis, letter in enumerate(letters) if letter == "1")
         view = view.squeeze(singles) if singles else view
         letters = [letter for letter in letters if letter != "1"]
         assert sorted(order) == sorted(letters), (self.rule, order, letters)
@@ -158,15 +159,15 @@ class Placed:
 
 
 def places(rule: Fused, shapes: Shapes, num_layers: int) -> Iterator[Placed]:
-    """Every tensor of theirs that a rule stands for in a model with these parameters.
+    """Yield every checkpoint tensor that a rule matches in a model with these parameters.
 
-    A rule stands for nothing in a layer that lacks its first parameter (a dense layer has no experts), or one that
-    tells sizes.
+    A rule matches nothing in a layer without its first parameter (a dense layer has no experts) or without one of the
+    parameters in `sizes`.
     """
     for layer in range(num_layers) if "{layer}" in rule.theirs else (None,):
         names = [_in_layer(part.ours, layer) for part in rule.parts]
-        told = [_in_layer(name, layer) for name, _ in rule.sizes]
-        if any(name not in shapes for name in (names[0], *told)):
+        required = [names[0], *(_in_layer(name, layer) for name, _ in rule.sizes)]
+        if any(name not in shapes for name in required):
             continue
         sizes = _sizes(rule, names, shapes, layer)
         groups = _groups(rule.axes)
@@ -177,17 +178,17 @@ def places(rule: Fused, shapes: Shapes, num_layers: int) -> Iterator[Placed]:
 
 
 def _in_layer(ours: str, layer: int | None) -> str:
-    """A name of ours for a layer of theirs."""
+    """Return our parameter name for their layer index."""
     return ours if layer is None else ours.format(layer=layer, even=2 * layer, odd=2 * layer + 1)
 
 
 def _sizes(rule: Fused, names: list[str], shapes: Shapes, layer: int | None) -> dict[str, int]:
-    """The size of each axis, from the shapes of our parameters."""
+    """Return the size of each axis, from the shapes of our parameters."""
     known = {"1": 1}
-    given = [(shapes[name], part.axes) for name, part in zip(names, rule.parts, strict=True)]
-    given += [(shapes[_in_layer(name, layer)], axes) for name, axes in rule.sizes]
-    for _ in range(2):  # a composed axis may need letters that a later parameter tells
-        for shape, axes in given:
+    known_shapes = [(shapes[name], part.axes) for name, part in zip(names, rule.parts, strict=True)]
+    known_shapes += [(shapes[_in_layer(name, layer)], axes) for name, axes in rule.sizes]
+    for _ in range(2):  # a composed axis may need letters whose size a later parameter determines
+        for shape, axes in known_shapes:
             groups = _groups(axes)
             assert len(groups) == len(shape), (rule, shape, axes)
             for group, size in zip(groups, shape, strict=True):
@@ -201,7 +202,7 @@ def _sizes(rule: Fused, names: list[str], shapes: Shapes, layer: int | None) -> 
 
 
 def _groups(axes: str) -> Groups:
-    """`(n h) d` -> (("n", "h"), ("d",))."""
+    """Parse `(n h) d` to (("n", "h"), ("d",))."""
     groups: list[tuple[str, ...]] = []
     for outside, inside in _tokens(axes):
         groups += [(letter,) for letter in outside.split()]

@@ -1,7 +1,7 @@
-"""The parameter table: every parameter of a model, once.
+"""The parameter table: one row for every parameter of a model.
 
-It drives initialization, checkpoints, weight decay, cost, sharding, and the shape tests of both backends. A canonical
-name is the attribute path of the parameter in both frameworks: `layers.3.moe.experts.w_gate`.
+Initialization, checkpoints, weight decay, cost, sharding, and the shape tests of both backends use it. A canonical name
+is the attribute path of the parameter in both frameworks: `layers.3.moe.experts.w_gate`.
 """
 
 from moezoo.core.parameters.model import parameter_table

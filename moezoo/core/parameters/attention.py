@@ -1,4 +1,4 @@
-"""Rows of the attention layers."""
+"""Parameter table rows of attention layers."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from moezoo.core.spec import (
 
 
 def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> Iterator[Parameter]:
-    """Every parameter of the attention of this layer."""
+    """Yield every parameter of the attention of this layer."""
     match spec:
         case GroupedQueryAttentionSpec():
             yield from _grouped_query(rows, name, spec, layer)
@@ -99,7 +99,7 @@ def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterat
     d, m, n, w = rows.embed_dim, spec.num_key_heads, spec.num_value_heads, spec.conv_width
     h, z = spec.key_head_dim, spec.value_head_dim
     filters = _filters(w)
-    # As the authors' code starts the decays: steps of 0.001 to 0.1.
+    # Initial decays as in the authors' code: steps from 0.001 to 0.1.
     rate, step = Initializer("log_rate", value=16.0), Initializer("step_bias", value=0.1)
     for which, heads, width, axis in (("query", m, h, "kv_head"), ("key", m, h, "kv_head"), ("value", n, z, "head")):
         yield rows.matrix(f"{name}.w_{which}", (d, heads, width), ("embed", axis, "head_dim"), "attention")
@@ -129,5 +129,5 @@ def _short_convolution(rows: Rows, name: str, spec: ShortConvolutionSpec) -> Ite
 
 
 def _filters(width: int) -> Initializer:
-    """As PyTorch starts a convolution of one feature."""
+    """Return PyTorch's default initializer of a depthwise convolution."""
     return Initializer("uniform", value=1 / math.sqrt(width))

@@ -1,4 +1,4 @@
-"""Rows of feed-forward layers, dense or stacked by expert."""
+"""Parameter table rows of feed-forward layers, dense or stacked by expert."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def feed_forward_rows(
     num_experts: int | None = None,
     latent_dim: int | None = None,
 ) -> Iterator[Parameter]:
-    """Of one feed-forward, or of `num_experts` stacked; `latent_dim` where they work in another width."""
+    """Yield the rows of one feed-forward, or of `num_experts` stacked; `latent_dim` if they read another width."""
     d, f = rows.embed_dim if latent_dim is None else latent_dim, spec.hidden_dim
     embed = "embed" if latent_dim is None else "latent"
     lead: tuple[int, ...] = () if num_experts is None else (num_experts,)
@@ -24,7 +24,7 @@ def feed_forward_rows(
         yield rows.matrix(f"{name}.w_{which}", (*lead, d, f), (*lead_axes, embed, "hidden"), role)
         if spec.bias:
             yield rows.vector(f"{name}.b_{which}", (*lead, f), (*lead_axes, "hidden"), role)
-    # In a latent space it is the projection behind the experts that writes into the residual stream.
+    # In a latent space, the projection after the experts writes into the residual stream.
     make = rows.output if latent_dim is None else rows.matrix
     yield make(f"{name}.w_down", (*lead, f, d), (*lead_axes, "hidden", embed), role)
     if spec.bias:

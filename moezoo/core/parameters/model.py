@@ -1,4 +1,4 @@
-"""The whole table."""
+"""The parameter table of a whole model."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ from moezoo.core.spec import LayerSpec, LearnedPositionsSpec, ModelSpec, UntiedH
 
 
 def parameter_table(spec: ModelSpec) -> tuple[Parameter, ...]:
-    """Every parameter of the model, in the order of the forward pass. Raises SpecError while vocab_size is null.
+    """Return every parameter of the model, in the order of the forward pass. Raises SpecError while vocab_size is null.
 
-    Weight decay acts on matrices (two dimensions or more, the embedding included), not on scales and biases.
+    Weight decay applies to matrices (two or more dimensions, embeddings included), not to scales and biases.
     """
     return tuple(_rows(spec, Rows(spec)))
 

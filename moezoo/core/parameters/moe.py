@@ -1,4 +1,4 @@
-"""Rows of the mixture: router, routed experts, experts without computation, shared experts."""
+"""Parameter table rows of an MoE layer: router, routed experts, zero-computation experts, shared experts."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from moezoo.core.spec import (
 
 
 def moe_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iterator[Parameter]:
-    """Every parameter of one mixture; `previous`: how many logits the MoE layer before it has, None for the first."""
+    """Yield every parameter of one MoE layer; `previous`: number of logits of the previous router, or None."""
     d, z = rows.embed_dim, spec.latent_dim
     yield from _router(rows, f"{name}.router", spec, previous)
     if z is not None:

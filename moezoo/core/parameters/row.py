@@ -1,4 +1,4 @@
-"""One row of the parameter table, and what its makers share."""
+"""Rows of the parameter table, and helpers that build them."""
 
 import math
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ ROLES: tuple[Role, ...] = (
 
 @dataclass(frozen=True)
 class Initializer:
-    """How a parameter starts: `normal` with a standard deviation, `constant` with a value, or as below.
+    """Initial distribution of a parameter: `normal` with a standard deviation, `constant` with a value, or as below.
 
-    A `hash_table` [V, K] gives each row K different numbers below `value`, each number equally often in a column.
-    `uniform` lies between -`value` and `value`. Two set how fast a recurrent state forgets: `log_rate` is the logarithm
-    of a number uniform between 1 and `value`; `step_bias` has a softplus whose logarithm is uniform between those of
+    Each row of a `hash_table` [V, K] has K different numbers below `value`, and each number is equally frequent in a
+    column. `uniform` is between -`value` and `value`. Two initialize the decay of a recurrent state: `log_rate` is the
+    logarithm of a number uniform between 1 and `value`; the softplus of `step_bias` is log-uniform between
     `value` / 100 and `value`.
     """
 
@@ -39,9 +39,9 @@ ONES, ZEROS = Initializer("constant", value=1.0), Initializer("constant", value=
 
 @dataclass(frozen=True)
 class Parameter:
-    """One row. `axes` are axis words of the dimension alphabet, one a dimension; `decay`: weight decay acts on it.
+    """One row. `axes` has one axis word of the dimension alphabet per dimension; `decay`: weight decay applies.
 
-    A row that is not `trained` is state: it has no gradient and no optimizer moments, and a step may change it in
+    A row that is not `trained` is state: it has no gradient and no optimizer moments, but a step may update it in
     another way (a selection bias, an expert's cutoff).
     """
 
@@ -60,42 +60,42 @@ class Parameter:
 
 
 class Rows:
-    """Makes rows for one model: its width, and how its matrices start."""
+    """Builds the rows of one model, with its width and its initializers."""
 
     def __init__(self, spec: ModelSpec):
         self.spec = spec
         self.embed_dim = spec.embed_dim
-        self.matrix_start = Initializer("normal", spec.initializer.std)
+        self.matrix_initializer = Initializer("normal", spec.initializer.std)
         match spec.initializer:
             case DepthScaledInitializerSpec(std=std):
-                self.output_start = Initializer("normal", std / math.sqrt(2 * len(spec.all_layers)))
+                self.output_initializer = Initializer("normal", std / math.sqrt(2 * len(spec.all_layers)))
             case ZeroOutputInitializerSpec():
-                self.output_start = ZEROS
+                self.output_initializer = ZEROS
             case _:
-                self.output_start = self.matrix_start
+                self.output_initializer = self.matrix_initializer
 
     def matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role) -> Parameter:
-        """A matrix: normal, decayed."""
-        return Parameter(name, shape, axes, self.matrix_start, True, role)
+        """Return the row of a matrix, with weight decay."""
+        return Parameter(name, shape, axes, self.matrix_initializer, True, role)
 
     def output(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role) -> Parameter:
-        """A matrix that writes into the residual stream."""
-        return Parameter(name, shape, axes, self.output_start, True, role)
+        """Return the row of a matrix that writes into the residual stream."""
+        return Parameter(name, shape, axes, self.output_initializer, True, role)
 
     def vector(
-        self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role, start: Initializer = ZEROS
+        self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role, initializer: Initializer = ZEROS
     ) -> Parameter:
-        """A bias or a scale: not decayed."""
-        return Parameter(name, shape, axes, start, False, role)
+        """Return the row of a bias or scale, without weight decay."""
+        return Parameter(name, shape, axes, initializer, False, role)
 
     def state(
-        self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role, start: Initializer = ZEROS
+        self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role, initializer: Initializer = ZEROS
     ) -> Parameter:
-        """Not trained by gradients."""
-        return Parameter(name, shape, axes, start, False, role, trained=False)
+        """Return the row of state, which is not trained by gradients."""
+        return Parameter(name, shape, axes, initializer, False, role, trained=False)
 
     def norm(self, name: str, spec: NormSpec, shape: tuple[int, ...], axes: tuple[str, ...]) -> Iterator[Parameter]:
-        """What a norm over these axes has."""
+        """Yield the rows of a norm over these axes."""
         if isinstance(spec, LayerNormSpec):
             yield self.vector(f"{name}.scale", shape, axes, "norms", ONES)
             if spec.bias:

@@ -11,11 +11,11 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 
 
 class Attended(NamedTuple):
-    """What an attention layer of any kind returns: its output [B, T, D], and things that others ask of some kinds.
+    """Result of an attention layer of any kind: its output [B, T, D], and values that only some kinds have.
 
-    `value_BTMH`: grouped-query attention's own values, before any mix with those of the first layer. `index_loss`: a
-    scalar that trains an indexer. `source`: keys and values that were attended to, of grouped-query attention with keys
-    of its own. Each is None where there is none.
+    `value_BTMH`: values of grouped-query attention, before any value residual. `index_loss`: the scalar loss that
+    trains an indexer. `source`: the keys and values attended to, from grouped-query attention that computes its own.
+    Each is None where it does not apply.
     """
 
     out_BTD: Array
@@ -34,15 +34,15 @@ def attend(
     softcap: float | None = None,
     sink_N: Array | None = None,
 ) -> Array:
-    """`softmax(scale q k) v` over the source positions that the mask allows, in float32.
+    """Scaled dot-product attention over the unmasked source positions, `softmax(scale q k) v`, in float32.
 
     Args:
-        query_BTMGH: N = M * G query heads, grouped by the key/value head that serves them.
-        key_BSMH, value_BSMH: M heads; H of the values, and of what is returned, may be another number.
-        mask_TS: bool, True where query t may look at source s; at least one True a row.
-        scale: of the scores; None is `1 / sqrt(H)`.
+        query_BTMGH: N = M * G query heads, grouped by the key/value head that they share.
+        key_BSMH, value_BSMH: M heads; the head width of values and of the result may differ from that of queries.
+        mask_TS: bool, True where query t may attend to source s; at least one True per row.
+        scale: multiplies the scores; None means `1 / sqrt(H)`.
         softcap: scores become `softcap * tanh(score / softcap)`, after the scale and before the mask.
-        sink_N: a logit of each head that joins the softmax's denominator and carries no value: a weight is
+        sink_N: attention sinks: one logit per head that joins the softmax denominator and carries no value: a weight is
             `exp(score) / (exp(sink) + sum over s of exp(score))`. Neither scaled nor capped.
 
     Returns:
@@ -68,12 +68,12 @@ def attend(
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: Array, position_S: Array) -> Array:
-    """Which source tokens a query may look at, by their positions: bool [T, S].
+    """Return the causal mask, with the sliding window or the chunks of the spec: bool [T, S], by positions.
 
-    Itself and those before it; of these only the last `window`, itself included (`t - window < s <= t`), or only those
-    of its own chunk (`s // chunk == t // chunk`).
+    A query attends to itself and to earlier tokens: with `window`, only to the last `window` of them, itself included
+    (`t - window < s <= t`); with `chunk`, only to those in its own chunk (`s // chunk == t // chunk`).
 
-    Source: Beltagy et al. 2020, arXiv 2004.05150, section 3.1 (window, there on both sides); Llama-4 (chunk).
+    Source: Beltagy et al. 2020, arXiv 2004.05150, section 3.1 (window, two-sided there); Llama-4 (chunk).
     """
     mask_TS = position_T[:, None] >= position_S[None, :]
     if spec.window is not None:
@@ -84,10 +84,12 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: Array, position_S: Arra
 
 
 def temperature(spec: TemperatureTuningSpec, position_T: Array) -> Array:
-    """What multiplies the query of position t: `1 + scale * ln(1 + floor((t + first) / floor_length))`, [T].
+    """Return the temperature by which queries are multiplied: `1 + scale * ln(1 + floor((t + first) / floor_length))`.
+
+    [T], one factor per position t.
 
     Source: Nakanishi 2025, arXiv 2501.19399 (`s ln n` for n tokens).
-    Differs: Llama-4's form, in steps, and 1 for the first `floor_length - first` tokens.
+    Differs: Llama-4's form, which changes in steps and is 1 for the first `floor_length - first` tokens.
     """
     return 1 + spec.scale * np.log1p((position_T + spec.first) // spec.floor_length)
 
@@ -102,13 +104,13 @@ def grouped_query_attention(
 ) -> Attended:
     """Causal self-attention of T tokens at positions 0 .. T-1: [B, T, D] -> [B, T, D].
 
-    Order: project (and add biases); normalize queries and keys if `qk_norm`, and rotate if RoPE, or the other way
-    round, `clip` in both cases before the rotation; multiply queries by their temperature; normalize, clip, multiply
-    and mix values; attend; gate; project back.
+    Order: project (and add biases); normalize queries and keys if `qk_norm` and apply RoPE, or in the opposite order,
+    with `clip` before the rotation in both cases; multiply queries by their temperature; normalize, clip, scale and
+    mix values; attend; gate; apply the output projection.
 
     Args:
-        first_value_BTMH: values of the model's first layer, which `value_residual` mixes in; the first layer itself
-            has no `value_mix`.
+        first_value_BTMH: values of the model's first layer, mixed in by `value_residual`; the first layer itself has
+            no `value_mix`.
         source: keys and values of layer `keys_of_layer`, as that layer attends to them.
 
     Source: see GroupedQueryAttentionSpec.
@@ -118,7 +120,7 @@ def grouped_query_attention(
         query = query + parameters["b_query"]
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length)
-    query = _placed(spec, inside(parameters, "query_norm"), query, position_T)
+    query = _rotated(spec, inside(parameters, "query_norm"), query, position_T)
     if spec.temperature_tuning is not None:
         query = query * temperature(spec.temperature_tuning, position_T)[:, None, None]
     value = None
@@ -155,7 +157,7 @@ def grouped_query_attention(
 def _keys_and_values(
     spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, position_T: Array
 ) -> tuple[Array, Array]:
-    """Keys as queries meet them, and values as they are before any mix."""
+    """Return keys after norm and rotation, and values before any value residual."""
     key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
     if spec.qkv_bias:
         key = key + parameters["b_key"]
@@ -167,12 +169,12 @@ def _keys_and_values(
             value = value + parameters["b_value"]
     if spec.value_norm is not None:
         value = normalize(spec.value_norm, inside(parameters, "value_norm"), value)
-    key = _placed(spec, inside(parameters, "key_norm"), key, position_T)
+    key = _rotated(spec, inside(parameters, "key_norm"), key, position_T)
     return key, spec.value_multiplier * _clipped(spec, value)
 
 
-def _placed(spec: GroupedQueryAttentionSpec, norm: Parameters, x: Array, position_T: Array) -> Array:
-    """Queries or keys normalized, clipped and rotated; a norm is of each head, or of all heads of a token together."""
+def _rotated(spec: GroupedQueryAttentionSpec, norm: Parameters, x: Array, position_T: Array) -> Array:
+    """Normalize, clip and rotate queries or keys; the norm is over each head, or over all heads of a token together."""
     axes = 1 if spec.qk_norm_over == "head" else 2
     if spec.qk_norm is not None and not spec.qk_norm_after_rotation:
         x = normalize(spec.qk_norm, norm, x, axes)

@@ -1,4 +1,4 @@
-"""Linear attention with a recurrent state: the gated delta rule."""
+"""Linear attention with a recurrent state: the gated delta rule (Gated DeltaNet)."""
 
 import autograd.numpy as np
 
@@ -13,23 +13,23 @@ from moezoo.core.spec import GatedDeltaAttentionSpec
 def gated_delta_rule(
     query_BTMH: Array, key_BTMH: Array, value_BTMGZ: Array, beta_BTMG: Array, log_decay_BTMG: Array
 ) -> Array:
-    """Each head's state S, an H x Z matrix that maps keys to values, forgets, is corrected, and is read. In float32.
+    """Gated delta rule, token by token: decay, correct and read each head's state S, an H x Z matrix, in float32.
 
         S_t = a_t S_{t-1} + k_t (beta_t (v_t - (a_t S_{t-1})^T k_t))^T        a_t = exp(log_decay_t)
         out_t = S_t^T q_t                                                     S_{-1} = 0
 
-    What the decayed state says about the key is replaced by a share beta of the new value.
+    S maps keys to values. The value that the decayed state holds for the key moves towards the new value by beta.
 
     Args:
-        query_BTMH, key_BTMH: M heads; keys of length one (below one where their norm is of epsilon's order).
-        value_BTMGZ, beta_BTMG, log_decay_BTMG: N = M * G heads of value width Z, G for each key head. 0 <= beta <= 1,
-            log_decay <= 0. A token with beta 0 and log_decay 0 leaves the state as it is.
+        query_BTMH, key_BTMH: M heads; keys of norm one (less where their norm before scaling is close to epsilon).
+        value_BTMGZ, beta_BTMG, log_decay_BTMG: N = M * G heads of value width Z, G per key head. 0 <= beta <= 1,
+            log_decay <= 0. A token with beta 0 and log_decay 0 does not change the state.
 
     Returns:
         [B, T, M, G, Z].
 
     Source: Yang et al. 2024, arXiv 2412.06464, section 3.1.
-    Differs: our state is the transpose, and the width of values has the letter Z (the alphabet's latent width).
+    Differs: our state is the transpose, and the value width has the letter Z (the alphabet's latent width).
     """
     batch, length, kv_heads, head_dim = key_BTMH.shape
     state_BMGHZ = np.zeros((batch, kv_heads, value_BTMGZ.shape[3], head_dim, value_BTMGZ.shape[4]))
@@ -46,20 +46,20 @@ def gated_delta_rule(
 def gated_delta_rule_in_chunks(
     query_BTMH: Array, key_BTMH: Array, value_BTMGZ: Array, beta_BTMG: Array, log_decay_BTMG: Array, chunk: int
 ) -> Array:
-    """`gated_delta_rule`, so many tokens at a time: the same function as products of matrices, which the twins compute.
+    """Gated delta rule in chunks: `gated_delta_rule` as matrix products over `chunk` tokens, which backends compute.
 
-    Inside a chunk that starts from S, with decay(t, s) = exp(sum of log_decay over s < . <= t), and decay(t) the one
-    since before the chunk, every change that a token makes depends on those of the tokens before it:
+    In a chunk that starts from state S, with decay(t, s) = exp(sum of log_decay over s < . <= t), and decay(t) that
+    from the start of the chunk, the change that a token makes depends on those of earlier tokens:
 
         change_t = beta_t (v_t - decay(t) S^T k_t - sum over s < t of decay(t, s) (k_t . k_s) change_s)
         out_t    = decay(t) S^T q_t + sum over s <= t of decay(t, s) (q_t . k_s) change_s
         S'       = decay(end) S + sum over s of decay(end, s) k_s change_s^T
 
-    The first line is a triangular system, (1 + lower) change = beta (v - decay S^T k); its inverse does not depend on S
-    and is taken for all chunks at once.
+    The first line is a triangular system, (1 + lower) change = beta (v - decay S^T k); its inverse does not depend on
+    S, so the backends compute it for all chunks at once.
 
     Source: Yang et al. 2024, arXiv 2412.06464, section 3.3, and arXiv 2406.06484, section 3 (UT transform).
-    Differs: the state stands on the right-hand side, in place of the paper's W and U, which saves a product.
+    Differs: the state is on the right-hand side, in place of the paper's W and U, which saves a product.
     """
     batch, length, kv_heads, head_dim = key_BTMH.shape
     group, value_dim = value_BTMGZ.shape[3:]
@@ -72,7 +72,7 @@ def gated_delta_rule_in_chunks(
         beta_BMGT, log_decay_BMGT = (np.transpose(x[:, part], (0, 2, 3, 1)) for x in (beta_BTMG, log_decay_BTMG))
         position_T = np.arange(key_BMTH.shape[2])
         before_TS = position_T[:, None] > position_T[None, :]
-        # Trap: a difference of two sums from the chunk's start would lose the digits of a small sum behind large ones.
+        # Trap: a difference of two sums from the start of the chunk would cancel the digits of a small sum.
         between_BMGTS = np.cumsum(np.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
         decay_BMGTS = np.where(before_TS.T, 0.0, np.exp(between_BMGTS))
         decay_BMGT1 = np.exp(np.cumsum(log_decay_BMGT, axis=-1))[..., None]
@@ -87,29 +87,30 @@ def gated_delta_rule_in_chunks(
         change_BMGTZ = np.einsum("BMGTS,BMGSZ->BMGTZ", inverse_BMGTS, wanted_BMGTZ)
         read_BMGTZ = decay_BMGT1 * np.einsum("BMTH,BMGHZ->BMGTZ", query_BMTH, state_BMGHZ)
         read_BMGTZ = read_BMGTZ + np.einsum("BMGTS,BMGSZ->BMGTZ", score_BMGTS, change_BMGTZ)
-        left_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
+        decayed_change_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
         state_BMGHZ = decay_BMGT1[..., -1:, :] * state_BMGHZ
-        state_BMGHZ = state_BMGHZ + np.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, left_BMGTZ)
+        state_BMGHZ = state_BMGHZ + np.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, decayed_change_BMGTZ)
         out.append(np.transpose(read_BMGTZ, (0, 3, 1, 2, 4)))
     return np.concatenate(out, axis=1)
 
 
 def unit(x: Array) -> Array:
-    """`x / sqrt(sum(x^2) + 1e-6)` over the last axis: length one."""
+    """L2-normalize over the last axis: `x / sqrt(sum(x^2) + 1e-6)`."""
     return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
 def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters, x_BTD: Array) -> Attended:
-    """Gated DeltaNet over T tokens: [B, T, D] -> [B, T, D]. Decay and convolution order the tokens; no positions.
+    """Gated DeltaNet layer: [B, T, D] -> [B, T, D]. Decay and convolution order the tokens; no position encoding.
 
-    Order: project; silu of convolved queries, keys and values; queries and keys to length one, queries divided by
-    sqrt(H); the gated delta rule; normalize each head over its Z features; times silu of a gate; project back.
+    Order: project; silu of convolved queries, keys and values; L2-normalize queries and keys, divide queries by
+    sqrt(H); the gated delta rule; normalize each head over its Z features; multiply by silu of a gate; output
+    projection.
 
         beta      = sigmoid(x w_beta)                                                       how much a token writes
         log_decay = -exp(log_decay_rate) * softplus(x w_decay + decay_bias)                 how much it forgets
 
-    Source: Yang et al. 2024, arXiv 2412.06464, fig. 1; decay: Dao and Gu 2024, arXiv 2405.21060 (Mamba-2), of which
-    `log_decay_rate` is A_log and `decay_bias` dt_bias; heads shared and gated as in Qwen3-Next.
+    Source: Yang et al. 2024, arXiv 2412.06464, fig. 1; decay: Dao and Gu 2024, arXiv 2405.21060 (Mamba-2), where
+    `log_decay_rate` is A_log and `decay_bias` is dt_bias; heads shared and gated as in Qwen3-Next.
     """
     query = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_query"])
     key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])

@@ -1,4 +1,4 @@
-"""Dispatch sorts routed copies of tokens by expert; combine adds the experts' answers up again."""
+"""Dispatch sorts token-expert assignments by expert; combine sums the expert outputs of each token."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ from moezoo.core.spec import CapacitySpec, MoESpec
 
 
 class Dispatch(NamedTuple):
-    """R rows for the E experts with feed-forwards: served copies, sorted by expert, then by token; then unused rows.
+    """Dispatched tokens, R rows for the E feed-forward experts: sorted by expert, then by token; unused rows are last.
 
     R does not depend on the routing (`num_rows`). Only the first `sum(size_E)` rows need to be computed.
 
     Fields:
-        token_R: int, which token a row is a copy of; always a real token.
+        token_R: int, the token of each row; a valid token in unused rows too.
         expert_R: int, ascending, below E.
-        weight_R: combine weight; an unused row has weight 0.
+        weight_R: combine weight; 0 for an unused row.
         size_E: int, rows of each expert.
-        kept_PK: bool, slots of the routing that are served, by experts that compute nothing too.
+        kept_PK: bool, slots of the routing that are not dropped, including those of zero-computation experts.
     """
 
     token_R: Array
@@ -32,42 +32,43 @@ class Dispatch(NamedTuple):
 
 
 def num_dropped(routing: Routing, dispatched: Dispatch) -> Array:
-    """How many routed copies the capacities drop."""
+    """Return the number of token-expert assignments dropped by the capacities."""
     return np.sum(routing.valid_PK & ~dispatched.kept_PK)
 
 
 def kept_slots(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inference: bool = False) -> Array:
-    """Who is served: bool [P, K]. Of each group an expert serves its first tokens, as many as `capacities` allows.
+    """Return the assignments that are not dropped: bool [P, K]. An expert keeps the first of its tokens in each group.
 
-    First are the earliest tokens, or with `priority: score` those of the highest weight, ties to the earlier token.
+    It keeps as many as `capacities` allows. First are the earliest tokens, or with `priority: score` those with the
+    highest weight, ties to the earlier token.
 
     Args:
-        spec: the mixture.
-        routing: of P tokens, numbered sequence by sequence.
-        num_sequences: how many there are, all of one length.
-        inference: then all are served.
+        spec: the MoE layer.
+        routing: the routing of P tokens, sequence by sequence.
+        num_sequences: number of sequences, all of the same length.
+        inference: nothing is dropped in inference.
 
     Source: Riquelme et al. 2021 (V-MoE), arXiv 2106.05974, section 3.4 (batch prioritized routing).
-    Differs: there tokens are ordered by their highest weight, and all first choices come before any second one. Here
-    each expert orders its own tokens by the weight that they give to it.
+    Differs: in the paper, tokens are ordered by their highest weight, and all first choices precede any second choice.
+    Here each expert orders its own tokens by their weight for it.
     """
     groups = num_groups(spec, num_sequences)
     group_size = routing.expert_PK.shape[0] // groups
-    most = capacities(spec, group_size, inference=inference)
+    limits = capacities(spec, group_size, inference=inference)
     order = np.arange(routing.expert_PK.size)
     if isinstance(spec.dispatch, CapacitySpec) and spec.dispatch.priority == "score":
         order = np.argsort(-getval(routing.weight_PK).reshape(-1), kind="stable")
-    kept_PK, served = np.zeros(routing.expert_PK.shape, bool), np.zeros((groups, len(most)), int)
+    kept_PK, served = np.zeros(routing.expert_PK.shape, bool), np.zeros((groups, len(limits)), int)
     for token, choice in zip(*np.unravel_index(order, kept_PK.shape), strict=True):
         queue = token // group_size, routing.expert_PK[token, choice]
-        if routing.valid_PK[token, choice] and served[queue] < most[queue[1]]:
+        if routing.valid_PK[token, choice] and served[queue] < limits[queue[1]]:
             kept_PK[token, choice] = True
             served[queue] += 1
     return kept_PK
 
 
 def dispatch(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inference: bool = False) -> Dispatch:
-    """Sort the copies that are served by expert; those of experts that compute nothing get no row.
+    """Sort the kept token-expert assignments by expert; those of zero-computation experts get no row.
 
     Args: as `kept_slots`.
 
@@ -91,12 +92,12 @@ def dispatch(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inferen
 
 
 def used_rows(dispatched: Dispatch) -> Array:
-    """1 for a row that is a served copy, 0 for an unused one: [R]."""
+    """Return 1 for each used row and 0 for each unused row: [R]."""
     return (np.arange(len(dispatched.token_R)) < np.sum(dispatched.size_E)).astype(float)
 
 
 def combine(dispatched: Dispatch, y_RD: Array, num_tokens: int) -> Array:
-    """`out[p] = sum over used rows r of token p of weight_R[r] * y_RD[r]`, in float32: [P, D]."""
+    """Combine: `out[p] = sum over used rows r of token p of weight_R[r] * y_RD[r]`, in float32: [P, D]."""
     used = np.sum(dispatched.size_E)
     belongs_PR = (np.arange(num_tokens)[:, None] == dispatched.token_R[None, :used]).astype(float)
     return np.einsum("PR,R,RD->PD", belongs_PR, dispatched.weight_R[:used], y_RD[:used])

@@ -1,4 +1,4 @@
-"""Routed experts: the same feed-forward many times, each with its own weights and its own rows."""
+"""Routed experts: feed-forward layers of the same shape, each with its own weights and its own rows of tokens."""
 
 import autograd.numpy as np
 
@@ -8,15 +8,15 @@ from moezoo.core.spec import ExpertsSpec
 
 
 def grouped_product(x_RD: Array, w_EDF: Array, size_E: Array) -> Array:
-    """Multiply consecutive groups of rows by consecutive matrices: rows of expert e by w_EDF[e].
+    """Grouped matrix product: multiply the rows of expert e by w_EDF[e].
 
     Args:
         x_RD: rows sorted by expert; those beyond the sum of `size_E` are unused.
-        w_EDF: one matrix an expert.
+        w_EDF: one matrix per expert.
         size_E: rows of each expert; sums to R or less.
 
     Returns:
-        [R, F]. What an unused row gives is finite and for no one to read; here it is zero.
+        [R, F]. Unused rows are finite, and ignored; here they are zero.
 
     Source: Gale et al. 2022, arXiv 2211.15841 (grouped products for dropless MoE).
     """
@@ -26,9 +26,9 @@ def grouped_product(x_RD: Array, w_EDF: Array, size_E: Array) -> Array:
 
 
 def experts(spec: ExpertsSpec, parameters: Parameters, x_RD: Array, size_E: Array) -> Array:
-    """Expert e's feed-forward on each of its rows: [R, D] -> [R, D], rows sorted by expert, unused ones at the end.
+    """Apply each expert's feed-forward to its rows: [R, D] -> [R, D], rows sorted by expert, unused rows last.
 
-    Parameters are those of a feed-forward with a leading axis E, biases too.
+    Parameters are those of a feed-forward layer with a leading axis E, biases too.
     """
     end_E = np.cumsum(size_E)
     groups = []

@@ -10,12 +10,15 @@ from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwar
 
 
 def feed_forward(spec: FeedForwardSpec, parameters: Parameters, x: Array) -> Array:
-    """`activate(x w_gate + b_gate, x w_up + b_up) w_down + b_down`: [..., D] -> [..., D], through F hidden features.
+    """Feed-forward layer with F hidden features: `activate(x w_gate + b_gate, x w_up + b_up) w_down + b_down`.
 
     Args:
-        spec: the activation, whether there are biases; a plain one has no gate.
+        spec: the activation, and whether there are biases; a plain activation has no gate.
         parameters: `w_gate` and `w_up` [D, F], `w_down` [F, D]; with biases `b_gate` and `b_up` [F], `b_down` [D].
         x: [..., D].
+
+    Returns:
+        [..., D].
 
     Source: Shazeer 2020, arXiv 2002.05202, eq. 6; without a gate: Vaswani et al. 2017, arXiv 1706.03762, eq. 2.
     """
@@ -30,12 +33,12 @@ def feed_forward(spec: FeedForwardSpec, parameters: Parameters, x: Array) -> Arr
 
 
 def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
-    """What stands between the products, elementwise: both [..., F]; the gate of a plain one is None.
+    """Apply the activation between the two matrix products, elementwise; gate and up are [..., F], a plain gate None.
 
     | kind | result |
     |---|---|
     | swiglu, geglu, relu_squared_glu | `f(gate) * up` with f silu, gelu, relu squared |
-    | clamped_swiglu | `gate * sigmoid(alpha gate) * (up + 1)`, gate at most `limit`, up within `limit` of zero |
+    | clamped_swiglu | `gate * sigmoid(alpha gate) * (up + 1)`, gate at most `limit`, up in [-`limit`, `limit`] |
     | relu, gelu, relu_squared | `f(up)` |
     """
     match spec:
@@ -67,23 +70,24 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
 
 
 def sigmoid(x: Array) -> Array:
-    """`1 / (1 + exp(-x))`, by tanh, which does not overflow."""
+    """Logistic sigmoid, `1 / (1 + exp(-x))`, computed by tanh, which does not overflow."""
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 def silu(x: Array) -> Array:
-    """`x * sigmoid(x)`, also called swish. Source: Elfwing et al. 2017, arXiv 1702.03118."""
+    """SiLU (swish), `x * sigmoid(x)`. Source: Elfwing et al. 2017, arXiv 1702.03118."""
     return x * sigmoid(x)
 
 
 def gelu(x: Array) -> Array:
-    """`x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`. Source: Hendrycks and Gimpel 2016, 1606.08415, section 2.
+    """GELU by tanh: `x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
 
-    Differs: not the exact form by erf, from which it is at most 5e-4 away.
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2.
+    Differs: at most 5e-4 from the exact form by erf.
     """
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def relu(x: Array) -> Array:
-    """`max(x, 0)`, with gradient 0 at 0."""
+    """ReLU, `max(x, 0)`, with gradient 0 at 0."""
     return np.where(x > 0, x, 0.0)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention."""
+"""Multi-head latent attention (MLA)."""
 
 import math
 
@@ -15,21 +15,21 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, LatentAttentionSpec, NoP
 def latent_attention(
     spec: LatentAttentionSpec, parameters: Parameters, x_BTD: Array, *, absorbed: bool = False
 ) -> Attended:
-    """Causal self-attention whose keys and values come from one vector of width Z a token: [B, T, D] -> [B, T, D].
+    """Causal self-attention with keys and values from one latent of width Z per token: [B, T, D] -> [B, T, D].
 
-    Head n has the query `(q_n, rotate(q'_n))`, the key `(c w_key_n, rotate(k'))` and the value `c w_value_n`. Of these,
-    `c = norm(x w_latent)` is the latent, `k' = x w_rope_key` is the same for all heads, and `(q_n, q'_n)` is
-    `x w_query_n`, or `norm(x w_query_down) w_query_n` where queries have a low rank too. With an indexer, a query
-    attends only to the positions that it chooses.
+    Head n has the query `(q_n, rotate(q'_n))`, the key `(c w_key_n, rotate(k'))` and the value `c w_value_n`, where
+    `c = norm(x w_latent)` is the latent, `k' = x w_rope_key` is shared by all heads, and `(q_n, q'_n)` is
+    `x w_query_n`, or `norm(x w_query_down) w_query_n` with low-rank queries. With an indexer, a query attends only to
+    the positions that the indexer chooses (sparse attention).
 
     Order: project, and add the biases of `w_query_down`, `w_latent`, `w_rope_key` and `w_output` if the spec has them;
     normalize; multiply the latent by its constant; rotate; multiply both parts of a query by its temperature; attend.
 
-    Absorbed, the same numbers come from latents alone, so that a cache need hold nothing else: `q_n . (c w_key_n) =
-    (w_key_n q_n) . c`, and `sum_s a_s (c_s w_value_n) = (sum_s a_s c_s) w_value_n`. That is multi-query attention, its
-    one key `(c, rotate(k'))` and its one value `c`.
+    The absorbed form computes the same numbers from latents alone, so a cache stores nothing else: `q_n . (c w_key_n) =
+    (w_key_n q_n) . c`, and `sum_s a_s (c_s w_value_n) = (sum_s a_s c_s) w_value_n`. It is multi-query attention with
+    the single key `(c, rotate(k'))` and the single value `c`.
 
-    Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, eq. 9-19 and, on absorbing, section 2.1.2.
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, eq. 9-19; absorbed: section 2.1.2.
     """
     position_T = np.arange(x_BTD.shape[1])
     source, query, rope_query, latent, rope_key = _projected(spec, parameters, x_BTD, position_T)
@@ -68,13 +68,13 @@ def latent_attention(
 
 
 def score_scale(spec: LatentAttentionSpec) -> float:
-    """What multiplies a query's product with a key."""
+    """Return the factor on query-key products (attention scores)."""
     scale = 1 / math.sqrt(spec.head_dim + spec.rope_head_dim) if spec.scale is None else spec.scale
     return scale * score_multiplier(spec.position)
 
 
 def expanded(spec: LatentAttentionSpec) -> GroupedQueryAttentionSpec:
-    """The attention that is left when every head has been given its rotated queries, keys and values."""
+    """Return the multi-head attention that remains once queries, keys and values are expanded per head and rotated."""
     return GroupedQueryAttentionSpec(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_heads,
@@ -87,7 +87,7 @@ def expanded(spec: LatentAttentionSpec) -> GroupedQueryAttentionSpec:
 def _projected(
     spec: LatentAttentionSpec, parameters: Parameters, x_BTD: Array, position_T: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """What queries are made from, the two parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
+    """Return the input of `w_query`, both parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
     if spec.query_latent_dim is None:
         source = x_BTD
         query = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])

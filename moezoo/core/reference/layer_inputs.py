@@ -1,4 +1,4 @@
-"""A vector for each layer and token, beside the residual stream."""
+"""Per-layer inputs: one vector per layer and token, beside the residual stream (per-layer embeddings, Gemma 3n)."""
 
 import math
 
@@ -13,14 +13,14 @@ from moezoo.core.spec import LayerInputsSpec, NormSpec
 def layer_inputs(
     spec: LayerInputsSpec, norm: NormSpec, parameters: Parameters, tokens_BT: Array, x_BTD: Array
 ) -> Array:
-    """`(sqrt(Z) weight[token] + norm(x w_context / sqrt(D))) / sqrt(2)`: what each layer is given, [B, T, L, Z].
+    """Return the input of each layer: `(sqrt(Z) weight[token] + norm(x w_context / sqrt(D))) / sqrt(2)`, [B, T, L, Z].
 
     Args:
         spec: Z is its `dim`.
-        norm: the model's.
+        norm: the model's norm.
         parameters: `weight` [V, L, Z], `w_context` [D, L, Z], and a `norm` over Z.
         tokens_BT: int, 0 <= token < V.
-        x_BTD: the tokens' embeddings, multiplied as the residual stream starts with them.
+        x_BTD: token embeddings, scaled as at the start of the residual stream.
 
     Source: transformers, `gemma4` (project_per_layer_inputs); Google 2025 (Gemma 3n).
     """
@@ -30,14 +30,14 @@ def layer_inputs(
 
 
 def layer_input(spec: LayerInputsSpec, norm: NormSpec, parameters: Parameters, x_BTD: Array, input_BTZ: Array) -> Array:
-    """`norm((f(x w_gate) * input) w_output)`: what a layer adds to the residual stream behind its two blocks.
+    """Return the last residual update of a layer, from its own input: `norm((f(x w_gate) * input) w_output)`.
 
     Args:
         spec: f is its activation.
-        norm: the model's.
+        norm: the model's norm.
         parameters: `w_gate` [D, Z], `w_output` [Z, D], and a `norm` over D.
-        x_BTD: the residual stream behind the layer's blocks.
-        input_BTZ: the layer's own of `layer_inputs`.
+        x_BTD: the residual stream after the attention and feed-forward blocks of the layer.
+        input_BTZ: this layer's slice of `layer_inputs`.
 
     Source: transformers, `gemma4` (Gemma4TextDecoderLayer).
     """

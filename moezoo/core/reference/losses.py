@@ -1,8 +1,9 @@
-"""Cross-entropy, and the auxiliary losses that are made from a Routing: per layer, but `pooled_balance`.
+"""Cross-entropy, and auxiliary losses of a Routing: one value per MoE layer, except `pooled_balance`.
 
-The balance losses have one form: `n * sum_i f_i p_i` over n things that shall be equally busy. `f` is the share of the
-load that thing i has: a count, so without a gradient. `p` is its mean probability, and there the gradient flows: it
-lowers the scores of what is overloaded. What each can see, and what not, is in writings/losses.md.
+Load-balancing losses have one form, `n * sum_i f_i p_i` over n items (experts or devices) that should be equally
+loaded. `f_i` is the fraction of the load on item i: a count, so it has no gradient. `p_i` is the mean router
+probability of item i, through which the gradient lowers the scores of overloaded items. writings/losses.md says which
+imbalance each loss detects.
 """
 
 import math
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 import autograd.numpy as np
 from autograd.extend import defvjp, primitive
 
-from moezoo.core.backend import IGNORED
 from moezoo.core.parameters import parameter_table
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.routing import Routing
@@ -33,42 +33,43 @@ from moezoo.core.spec import (
     SequenceBalanceLossSpec,
     SwitchBalanceLossSpec,
 )
+from moezoo.core.tokens import IGNORED
 
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
 def log_sum_exp(x: Array) -> Array:
-    """`log sum exp` over the last axis, stable: [..., E] -> [...]."""
+    """Numerically stable log-sum-exp over the last axis: [..., E] -> [...]."""
     highest = np.max(x, axis=-1, keepdims=True)
     return highest[..., 0] + np.log(np.sum(np.exp(x - highest), axis=-1))
 
 
 def token_losses(logits_BTV: Array, target_BT: Array) -> Array:
-    """Negative log-probability of each target, in nats; 0 where the target is IGNORED: [B, T]."""
+    """Negative log-likelihood of each target token, in nats; 0 where the target is IGNORED: [B, T]."""
     batch, length = target_BT.shape
     chosen = logits_BTV[np.arange(batch)[:, None], np.arange(length)[None, :], target_BT]
     return np.where(target_BT == IGNORED, 0.0, log_sum_exp(logits_BTV) - chosen)
 
 
 def cross_entropy(logits_BTV: Array, target_BT: Array) -> Array:
-    """Mean of `token_losses` over the targets that count, of which there is at least one."""
+    """Cross-entropy: mean of `token_losses` over the targets that are not IGNORED, at least one."""
     return np.sum(token_losses(logits_BTV, target_BT)) / np.sum(target_BT != IGNORED)
 
 
-# --- what balance losses are made of ---------------------------------------------------------------------------------
+# --- parts of balance losses -----------------------------------------------------------------------------------------
 
 
 def expert_counts(routing: Routing) -> Array:
-    """Tokens that chose each expert, whether or not a capacity drops them later; unused slots count nowhere: [E]."""
+    """Number of tokens that chose each expert, before capacity drops any; unused slots are not counted: [E]."""
     hot_PKE = routing.expert_PK[..., None] == np.arange(routing.score_PE.shape[-1])
     return np.sum(hot_PKE & routing.valid_PK[..., None], axis=(0, 1))
 
 
 def probabilities(spec: RouterSpec, routing: Routing) -> Array:
-    """Scores as probabilities, [P, E] with rows that sum to 1: divided by their sum where they are not a softmax.
+    """Return router probabilities [P, E], rows that sum to 1: scores other than a softmax are divided by their sum.
 
-    Without a score function (`score: none`) it is the softmax of the logits. Source: DeepSeek-AI 2024 (DeepSeek-V3),
-    arXiv 2412.19437, eq. 19. Differs: Megatron-Core, too, adds 1e-20 to the sum, which the paper does not say.
+    Without a score function (`score: none`), the softmax of the logits. Source: DeepSeek-AI 2024 (DeepSeek-V3),
+    arXiv 2412.19437, eq. 19. Differs: like Megatron-Core, we add 1e-20 to the sum, which the paper does not mention.
     """
     match spec.score:
         case "softmax":
@@ -80,13 +81,13 @@ def probabilities(spec: RouterSpec, routing: Routing) -> Array:
 
 
 def highest_logits(logits_PE: Array, top_k: int) -> Array:
-    """Whether an expert has one of a token's K highest logits, ties to the lower id: bool [P, E]."""
+    """Return the mask of each token's K highest logits, ties to the lower expert id: bool [P, E]."""
     expert_PK = np.argsort(-logits_PE, axis=-1, kind="stable")[:, :top_k]
     return np.any(expert_PK[..., None] == np.arange(logits_PE.shape[-1]), axis=1)
 
 
 def by_device(x: Array, num_devices: int) -> Array:
-    """Sums over equal groups of consecutive experts: [..., E] -> [..., num_devices]."""
+    """Sum over equal groups of consecutive experts: [..., E] -> [..., num_devices]."""
     return np.sum(np.reshape(x, (*x.shape[:-1], num_devices, -1)), axis=-1)
 
 
@@ -98,7 +99,7 @@ def squared_variation(x_E: Array) -> Array:
 
 @primitive  # type: ignore[untyped-decorator]
 def normal_cdf(x: Array) -> Array:
-    """Phi, the distribution function of the normal distribution: `(1 + erf(x / sqrt 2)) / 2`."""
+    """Standard normal cumulative distribution function Phi: `(1 + erf(x / sqrt 2)) / 2`."""
     return 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
@@ -109,24 +110,25 @@ defvjp(normal_cdf, lambda _, x: lambda g: g * np.exp(-(x**2) / 2) / math.sqrt(2 
 
 
 def switch_balance(load_E: Array, probability_PE: Array) -> Array:
-    """`E * sum_e f_e p_e`: f_e the share of routed copies that go to expert e, p_e its mean probability.
+    """Switch load-balancing loss, `E * sum_e f_e p_e`.
 
-    1 when balanced; k experts that take all tokens with probabilities 1/k give E / k.
+    f_e is the fraction of token-expert assignments to expert e, p_e its mean router probability. 1 when balanced; E / k
+    when k experts share all tokens, with probabilities 1/k.
 
     Source: Fedus et al. 2021, arXiv 2101.03961, eq. 4-6; the same with top-k is `expert_balance`, Dai et al. 2024
     (DeepSeekMoE), arXiv 2401.06066, eq. 12-14; with the load of all micro-batches it is `global_balance`, Qiu et al.
     2025, arXiv 2501.11873.
-    Differs: with top-k, f is the share of the P * K copies (sums to 1), so that balanced is 1 for every K; Hugging Face
-    lets f sum to K.
+    Differs: with top-k, f is the fraction of the P * K token-expert assignments (sums to 1), so the balanced value is 1
+    for every K; in Hugging Face f sums to K.
     """
     share_E = load_E / np.sum(load_E)
     return load_E.shape[-1] * np.sum(share_E * np.mean(probability_PE, axis=0))
 
 
 def device_balance(load_E: Array, probability_PE: Array, num_devices: int) -> Array:
-    """The same between equal groups of consecutive experts; inside a group experts need not be balanced.
+    """Balance equal groups of consecutive experts, one group per device; experts within a group may be unbalanced.
 
-    1 when balanced; k of `num_devices` groups that take all give `num_devices / k`.
+    1 when balanced; `num_devices / k` when k of `num_devices` groups share all tokens.
 
     Source: Dai et al. 2024 (DeepSeekMoE), arXiv 2401.06066, eq. 15-17.
     """
@@ -134,14 +136,15 @@ def device_balance(load_E: Array, probability_PE: Array, num_devices: int) -> Ar
 
 
 def communication_balance(routing: Routing, probability_PE: Array, num_devices: int, max_devices: int) -> Array:
-    """`sum_i f_i p_i`: f_i = num_devices / max_devices times the share of tokens sent to group i, p_i as above.
+    """Communication balance loss, `sum_i f_i p_i` over groups of consecutive experts, one group per device.
 
-    A token counts once for a group however many experts it has there: once is how often it is sent. 1 when balanced and
-    each token is sent to `max_devices` groups, 1 / max_devices when balanced and each is sent to one; tokens that all
-    go to the same `max_devices` groups give `num_devices / max_devices`.
+    f_i is num_devices / max_devices times the fraction of tokens sent to group i, p_i its mean probability. A token
+    counts once per group, however many of its experts are there, as it is sent there once. 1 when balanced and each
+    token is sent to `max_devices` groups, 1 / max_devices when balanced and each is sent to one, and
+    `num_devices / max_devices` when all tokens go to the same `max_devices` groups.
 
-    Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, eq. 29-31. Differs: over the tokens of the batch, there
-    of a sequence.
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, eq. 29-31.
+    Differs: over the tokens of the batch, not of one sequence.
     """
     hot_PKE = routing.expert_PK[..., None] == np.arange(routing.score_PE.shape[-1])
     chosen_PE = np.any(hot_PKE & routing.valid_PK[..., None], axis=1)
@@ -150,13 +153,13 @@ def communication_balance(routing: Routing, probability_PE: Array, num_devices: 
 
 
 def sequence_balance(logits_PE: Array, probability_PE: Array, top_k: int, shape: tuple[int, int]) -> Array:
-    """Mean over sequences of `E * sum_e f_e p_e`, both taken over the tokens of one sequence. 1 when balanced.
+    """Sequence-wise balance loss: mean over sequences of `E * sum_e f_e p_e` within each sequence. 1 when balanced.
 
-    f counts each token's K highest scores, as the paper writes it: without the selection bias and the groups that may
-    have chosen otherwise. So the scores themselves are asked to balance, not what the bias has made of them.
+    f counts each token's K highest scores, as in the paper: without selection bias and expert groups, which may choose
+    other experts. So the loss balances the scores themselves, not the choices that the bias has corrected.
 
     Args:
-        logits_PE: the order of the scores is theirs, and they do not round to ties.
+        logits_PE: they order experts as the scores do, and do not round to ties.
         shape: (B, T).
 
     Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv 2412.19437, eq. 17-20.
@@ -170,23 +173,24 @@ def sequence_balance(logits_PE: Array, probability_PE: Array, top_k: int, shape:
 
 
 def importance(routing: Routing) -> Array:
-    """Squared coefficient of variation of the experts' importance, the sum over tokens of their weights.
+    """Importance loss: squared coefficient of variation of the sum over tokens of each expert's combine weights.
 
-    0 when balanced; k experts that share all weight equally give E / k - 1. Source: Shazeer et al. 2017, arXiv
-    1701.06538, eq. 6-7.
+    0 when balanced; E / k - 1 when k experts share all weight equally.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 6-7.
     """
     hot_PKE = routing.expert_PK[..., None] == np.arange(routing.score_PE.shape[-1])
     return squared_variation(np.sum(routing.weight_PK[..., None] * hot_PKE, axis=(0, 1)))
 
 
 def load(routing: Routing, top_k: int) -> Array:
-    """Squared coefficient of variation of the experts' expected load, which is smooth in the logits.
+    """Load loss: squared coefficient of variation of each expert's expected load, which is smooth in the logits.
 
     `load_e = sum over tokens of Phi((clean_e - threshold_e) / noise_scale_e)`, the probability that e is chosen if its
-    noise is drawn again; threshold_e is the K-th highest noisy logit of the others. Values as of `importance`.
+    noise is redrawn; threshold_e is the K-th highest noisy logit of the other experts. Values as in `importance`.
 
-    Without noise (evaluation, or a training step without a key) the probability is 0 or 1, the limit for small noise:
-    the load is the count, and has no gradient.
+    Without noise (evaluation, or a training step without a key) the probability is 0 or 1, the limit of small noise:
+    the load is the count of tokens, and has no gradient.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 8-11.
     """
@@ -195,7 +199,7 @@ def load(routing: Routing, top_k: int) -> Array:
     order_PE = np.argsort(-routing.logits_PE, axis=-1, kind="stable")
     falling_PE = routing.logits_PE[np.arange(len(order_PE))[:, None], order_PE]
     last_P, next_P = falling_PE[:, top_k - 1], falling_PE[:, top_k]
-    # For one of the K experts the K-th highest of the others is the next after the K; for any other, the last of the K.
+    # Among the others, the K-th highest logit is number K + 1 for one of the top K experts, and number K otherwise.
     is_among_PE = routing.logits_PE > next_P[:, None]
     threshold_PE = last_P[:, None] + is_among_PE * (next_P - last_P)[:, None]
     chance_PE = normal_cdf((routing.clean_logits_PE - threshold_PE) / routing.noise_scale_PE)
@@ -203,13 +207,15 @@ def load(routing: Routing, top_k: int) -> Array:
 
 
 def heterogeneous_balance(load_E: Array, probability_PE: Array, num_experts: int, ffn_share: float) -> Array:
-    """`(E + Z / tau) * sum_i eta_i f_i p_i`: eta is 1 for the E experts with a feed-forward, tau for the Z others.
+    """Heterogeneous load-balancing loss of E feed-forward experts and Z zero-computation experts.
 
-    Least, and 1, where an expert with a feed-forward gets tau times what a zero-computation expert gets. All tokens on
-    one expert with a feed-forward give E + Z / tau, on one other tau E + Z. With tau = 1 it is `switch_balance`.
+    `(E + Z / tau) * sum_i eta_i f_i p_i`, where eta_i is 1 for a feed-forward expert and tau (`ffn_share`) for a
+    zero-computation expert. The minimum is 1, where a feed-forward expert gets tau times the load of a zero-computation
+    expert. All tokens on one feed-forward expert give E + Z / tau, on one zero-computation expert tau E + Z. With
+    tau = 1 it is `switch_balance`.
 
-    Source: Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 7. Differs: there f sums to K, and there is no factor before
-    the sum, so that balanced is K tau / (tau E + Z).
+    Source: Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 7.
+    Differs: in the paper f sums to K, and the sum has no factor, so the balanced value is K tau / (tau E + Z).
     """
     is_zero_E = np.arange(load_E.shape[-1]) >= num_experts
     eta_E = np.where(is_zero_E, ffn_share, 1.0)
@@ -218,19 +224,23 @@ def heterogeneous_balance(load_E: Array, probability_PE: Array, num_experts: int
 
 
 def router_z(routing: Routing) -> Array:
-    """`mean over tokens of (log sum_e exp(logit_e))^2`. Source: Zoph et al. 2022, arXiv 2202.08906, eq. 5."""
+    """Router z-loss, `mean over tokens of (log sum_e exp(logit_e))^2`.
+
+    Source: Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, eq. 5.
+    """
     return np.mean(log_sum_exp(routing.logits_PE) ** 2)
 
 
 def pooled_balance(layer_logits: Sequence[Array], top_k: int) -> Array:
-    """`E * sum_e f_e p_e` over the rows of all layers at once. K when balanced.
+    """Load-balancing loss over the tokens of all MoE layers together, `E * sum_e f_e p_e`. K when balanced.
 
-    f_e is the share of rows that have e among their K highest logits, so it sums to K; p_e the mean softmax. Whatever
-    the router does, its logits are read as a softmax top-k router's. Trap: layers that are collapsed, each on experts
-    of its own, look balanced.
+    f_e is the fraction of rows with e among their K highest logits, so it sums to K; p_e is the mean softmax. Logits of
+    any router are treated as those of a softmax top-k router.
+
+    Trap: layers that have collapsed onto different experts look balanced.
 
     Args:
-        layer_logits: [P, E] of each layer.
+        layer_logits: router logits [P, E] of each layer.
 
     Source: transformers 5.23, `load_balancing_loss_func` of its Mixtral model.
     """
@@ -243,14 +253,14 @@ def pooled_balance(layer_logits: Sequence[Array], top_k: int) -> Array:
 def auxiliary_loss(
     spec: AuxiliaryLossSpec, moe: MoESpec, routing: Routing, shape: tuple[int, int], *, load_E: Array | None = None
 ) -> Array:
-    """The unweighted value of one auxiliary loss of one layer.
+    """Compute the unweighted value of one auxiliary loss of one MoE layer.
 
     Args:
         spec: the loss.
-        moe: the mixture of the layer.
-        routing: of P = B * T tokens.
+        moe: the spec of the MoE layer.
+        routing: the routing of P = B * T tokens.
         shape: (B, T).
-        load_E: int, for `global_balance`: tokens of each expert in the whole step; None: in this pass.
+        load_E: int, for `global_balance`: tokens per expert in the whole step; None: in this micro-batch.
     """
     match spec:
         case SwitchBalanceLossSpec() | ExpertBalanceLossSpec():
@@ -289,26 +299,26 @@ def loss_terms(
     index_losses: Sequence[tuple[int, float, Array]] = (),
     global_load: Sequence[Array] | None = None,
 ) -> dict[str, Array]:
-    """Every loss term by name.
+    """Return every loss term by name.
 
-    `loss` is what training minimizes: `cross_entropy` (mean over tokens whose target counts, nats) plus every
-    `<name>_weighted`. Auxiliary losses see every token. For one of them `layers.<i>.<name>` is its value in layer i,
-    `<name>` the mean over the layers that have it, and `<name>_weighted` the sum over layers of coefficient times
-    value. But `pooled_balance` is one value for the rows of all layers that name it, times their one coefficient.
+    `loss` is the training objective: `cross_entropy` (mean over tokens whose target is not IGNORED, in nats) plus every
+    `<name>_weighted`. Auxiliary losses include every token. For each of them, `layers.<i>.<name>` is its value in layer
+    i, `<name>` the mean over the layers that have it, and `<name>_weighted` the sum over layers of coefficient times
+    value. `pooled_balance`, however, is one value over all layers that have it, times their common coefficient.
 
     Args:
         spec: the model.
-        logits_BTV: of the next token.
+        logits_BTV: next-token logits.
         target_BT: int, the next tokens; IGNORED where there is none to predict.
-        routings: one for each MoE layer.
-        index_losses: layer, coefficient and value of each sparse attention's indexer; they are reported as `index`.
-        global_load: for each MoE layer int [E], tokens of each expert in the whole step, for `global_balance`.
+        routings: one per MoE layer.
+        index_losses: layer, coefficient and value of the loss of each sparse-attention indexer, reported as `index`.
+        global_load: int [E] per MoE layer, tokens per expert in the whole step, for `global_balance`.
     """
     terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
     found: dict[str, list[tuple[int, float, Array]]] = {}
     pooled: list[Array] = []
-    for place, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
-        load_E = None if global_load is None else global_load[place]
+    for order, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
+        load_E = None if global_load is None else global_load[order]
         for loss in moe.losses:
             value = auxiliary_loss(loss, moe, routing, target_BT.shape, load_E=load_E)
             found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
@@ -340,7 +350,7 @@ def loss_and_gradients(
     key: Array | None = None,
     global_load: Sequence[Array] | None = None,
 ) -> tuple[dict[str, float], dict[str, Array]]:
-    """Every loss term, and the gradient of `loss` by canonical name of every trained parameter.
+    """Return every loss term, and the gradient of `loss` for every trained parameter, by canonical name.
 
     `forced` and `key` as in `forward`, `global_load` as in `loss_terms`.
     """

@@ -9,11 +9,11 @@ from moezoo.core.spec import LayerNormSpec, NormSpec, RMSNormSpec
 
 
 def normalize(spec: NormSpec, parameters: Parameters, x: Array, axes: int = 1) -> Array:
-    """Normalize over the last `axes` axes, which are those of the scale.
+    """Normalize over the last `axes` axes, which are the axes of the scale.
 
     Args:
-        spec: which norm. `zero_centred` multiplies by `1 + scale`, `none` by nothing.
-        parameters: `scale` [D], and the `bias` of a layer norm likewise; with two axes, [N, H]: all heads of a token.
+        spec: the norm. `zero_centred` multiplies by `1 + scale`, `none` does not scale.
+        parameters: `scale` [D], and `bias` [D] of a layer norm; with two axes [N, H], over all heads of a token.
         x: [..., D], or [..., N, H].
     """
     match spec:
@@ -34,33 +34,33 @@ def normalize(spec: NormSpec, parameters: Parameters, x: Array, axes: int = 1) -
 
 
 def rms_norm(x: Array, scale: Array | None, epsilon: float, axes: int = 1) -> Array:
-    """`x / sqrt(mean(x^2) + epsilon) * scale`, in float32 whatever the compute dtype.
+    """RMSNorm: `x / sqrt(mean(x^2) + epsilon) * scale`, in float32 for every compute dtype.
 
     Args:
         x: [..., D] activations.
-        scale: [D], of as many axes as the mean is taken over, or None.
+        scale: [D], with as many axes as the mean is over, or None.
         epsilon: added to the mean of squares, not to its root.
-        axes: how many of the last axes the mean is taken over.
+        axes: number of trailing axes that the mean is over.
 
     Returns:
         [..., D].
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
-    Differs: epsilon inside the root, as every released model has it.
+    Differs: epsilon is inside the root, as in every released model.
     """
     normed = x / np.sqrt(np.mean(x**2, axis=_last(axes), keepdims=True) + epsilon)
     return normed if scale is None else normed * scale
 
 
 def layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float, axes: int = 1) -> Array:
-    """`(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias`, in float32 whatever the compute dtype.
+    """LayerNorm: `(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias`, in float32 for every compute dtype.
 
     Args:
         x: [..., D] activations.
-        scale: [D], of as many axes as mean and variance are taken over.
-        bias: as scale, or None.
+        scale: [D], with as many axes as mean and variance are over.
+        bias: like scale, or None.
         epsilon: added to the variance (the mean square of `x - mean(x)`), not to its root.
-        axes: how many of the last axes mean and variance are taken over.
+        axes: number of trailing axes that mean and variance are over.
 
     Returns:
         [..., D].

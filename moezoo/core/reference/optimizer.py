@@ -1,29 +1,29 @@
-"""The optimizer step that both backends must reproduce."""
+"""AdamW with gradient clipping, the optimizer step of both backends."""
 
 from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 
-from moezoo.core.config import OptimizerConfig
+from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.reference import Array
 
 
 class Moments(NamedTuple):
-    """AdamW's running averages of the gradient and of its square, by canonical name."""
+    """AdamW's moving averages of the gradient and of its square, by canonical name."""
 
     first: dict[str, Array]
     second: dict[str, Array]
 
 
 def zero_moments(parameters: dict[str, Array]) -> Moments:
-    """Both averages before the first step."""
+    """Return both moments before the first step: zeros."""
     zeros = {name: np.zeros_like(value) for name, value in parameters.items()}
     return Moments(zeros, dict(zeros))
 
 
 def global_norm(gradients: dict[str, Array]) -> float:
-    """Euclidean norm of all gradients as one vector."""
+    """Return the global gradient norm: the L2 norm of all gradients as one vector."""
     return float(np.sqrt(sum(np.sum(np.square(gradient)) for gradient in gradients.values())))
 
 
@@ -37,7 +37,7 @@ def adamw(
     update: int,
     decayed: Collection[str],
 ) -> tuple[dict[str, Array], Moments]:
-    """One update: clip by the global norm, then AdamW with bias correction and decoupled weight decay.
+    """Apply one update: clip by the global norm, then AdamW with bias correction and decoupled weight decay.
 
     `g = g * min(1, clip_norm / (norm + 1e-6))`; `m = b1 m + (1 - b1) g`; `v = b2 v + (1 - b2) g^2`;
     `p = p - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + epsilon) + weight_decay * p)`.
@@ -45,15 +45,15 @@ def adamw(
     Args:
         config: hyperparameters.
         parameters, gradients, moments: by canonical name.
-        learning_rate: the rate of this update.
+        learning_rate: learning rate of this update.
         update: t, 1 for the first update.
-        decayed: names on which weight decay acts.
+        decayed: names of the parameters with weight decay.
 
     Returns:
         The new parameters and moments.
 
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101, algorithm 2; clipping: Pascanu et al. 2012, arXiv 1211.5063.
-    Differs: decay is scaled by the learning rate, as PyTorch and optax do; 1e-6 in the clip as PyTorch does.
+    Differs: decay is scaled by the learning rate, as in PyTorch and optax; 1e-6 in the clip factor, as in PyTorch.
     """
     scale = 1.0 if config.clip_norm is None else min(1.0, config.clip_norm / (global_norm(gradients) + 1e-6))
     new_parameters, first, second = {}, {}, {}

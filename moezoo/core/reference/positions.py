@@ -1,4 +1,4 @@
-"""Position information: rotations inside attention, and vectors added to the embedding."""
+"""Position encodings: rotary embeddings (RoPE) in attention, and vectors added to the token embeddings."""
 
 import functools
 import math
@@ -23,11 +23,11 @@ from moezoo.core.spec import (
 
 
 def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
-    """Rotary position embedding: pair i of a head's n rotated features turns by `t * frequency_i` at position t.
+    """Apply rotary position embeddings (RoPE): rotate feature pair i of a head by `t * frequency_i` at position t.
 
-    Pair i is features i and i + n/2 (`half_split`) or 2i and 2i + 1 (`interleaved`); features from n on are left as
-    they are, and with `fraction_of: pairs`, where n = H, so are all but the first pairs. Rotated features are
-    multiplied by the attention factor of the scaling, which is 1 without one.
+    Of the n rotated features, pair i is features i and i + n/2 (`half_split`, NeoX) or 2i and 2i + 1 (`interleaved`,
+    GPT-J). Features from n on are unchanged (partial rotary); with `fraction_of: pairs`, where n = H, so are all but
+    the first pairs. Rotated features are multiplied by the attention factor of the scaling, which is 1 without scaling.
 
     Args:
         spec: base, layout, fraction n / H, and scaling.
@@ -38,7 +38,7 @@ def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
         [B, T, N, H].
 
     Source: Su et al. 2021, arXiv 2104.09864, eq. 34.
-    Differs: the paper interleaves pairs; Llama and its kin use halves, which only permutes features.
+    Differs: the paper interleaves pairs; Llama and similar models split halves, which only permutes features.
     """
     frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
     rotated_dim = 2 * len(frequency)
@@ -61,7 +61,7 @@ def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
 
 @functools.cache
 def frequencies(spec: RoPESpec, head_dim: int) -> tuple[Array, float]:
-    """`frequency_i = base^(-2 i / n)` for the n rotated features, stretched as the scaling says.
+    """Return the RoPE frequencies `base^(-2 i / n)` of the n rotated features, after scaling.
 
     With `fraction_of: pairs`, n is H, and the frequency is 0 from pair `floor(fraction * H / 2)` on. Both backends use
     these numbers, rounded once, so that their angles are equal.
@@ -71,7 +71,7 @@ def frequencies(spec: RoPESpec, head_dim: int) -> tuple[Array, float]:
         head_dim: H.
 
     Returns:
-        float64 [n / 2], radians a token, not to be written to; and what rotated features are multiplied by.
+        Read-only float64 [n / 2], radians per token; and the attention factor that multiplies rotated features.
     """
     rotated_dim = spec.rotated_dim(head_dim)
     frequency = spec.base ** (-np.arange(rotated_dim // 2) * 2 / rotated_dim)
@@ -100,10 +100,10 @@ def _scaled(scaling: RoPEScalingSpec, frequency: Array, base: float) -> tuple[Ar
 
 
 def llama3_scaled(spec: Llama3ScalingSpec, frequency: Array) -> Array:
-    """`frequency * ((1 - fast) / factor + fast)`, fast from 0 to 1 with the turns that a pair makes.
+    """Scale frequencies as Llama 3 does: `frequency * ((1 - fast) / factor + fast)`.
 
-    `turns = original_length * frequency / (2 pi)`, `fast = clip((turns - low) / (high - low), 0, 1)`;
-    where high is low, fast is 1 from there on.
+    `turns = original_length * frequency / (2 pi)`, and `fast = clip((turns - low) / (high - low), 0, 1)`;
+    if high equals low, fast steps from 0 to 1 there.
 
     Source: released code of Llama 3.1; the model: Dubey et al. 2024, arXiv 2407.21783.
     """
@@ -114,10 +114,11 @@ def llama3_scaled(spec: Llama3ScalingSpec, frequency: Array) -> Array:
 
 
 def yarn_scaled(spec: YaRNScalingSpec, frequency: Array, base: float) -> Array:
-    """`frequency * (slow / factor + 1 - slow)`, slow from 0 to 1 along the pairs, from `pair(fast)` to `pair(slow)`.
+    """Scale frequencies as YaRN does: `frequency * (slow / factor + 1 - slow)`.
 
-    `pair(beta) = n ln(original_length / (2 pi beta)) / (2 ln base)` is the one that turns beta times in
-    `original_length` tokens; with `truncate` the first is rounded down and the second up.
+    `slow` ramps from 0 to 1 between the pairs `pair(beta_fast)` and `pair(beta_slow)`, where
+    `pair(beta) = n ln(original_length / (2 pi beta)) / (2 ln base)` makes beta turns in `original_length` tokens; with
+    `truncate` the first is rounded down and the second up.
 
     Source: Peng et al. 2023, arXiv 2309.00071, section 3.2.
     Differs: the ramp runs over pairs, as in released code, not over turns, as in the paper.
@@ -138,7 +139,7 @@ def yarn_scaled(spec: YaRNScalingSpec, frequency: Array, base: float) -> Array:
 
 
 def yarn_attention_factor(spec: YaRNScalingSpec) -> float:
-    """`m(mscale) / m(mscale_all_dim)`, or m(1) where one of the two is null; `m(s) = 0.1 s ln(factor) + 1`.
+    """YaRN's attention factor: `m(mscale) / m(mscale_all_dim)`, or m(1) if one is null; `m(s) = 0.1 s ln(factor) + 1`.
 
     Source: Peng et al. 2023, arXiv 2309.00071, section 3.4 (m(1)); the quotient: DeepSeek-V2's released code.
     """
@@ -150,7 +151,7 @@ def yarn_attention_factor(spec: YaRNScalingSpec) -> float:
 
 
 def score_multiplier(spec: PositionSpec) -> float:
-    """What latent attention multiplies its scores by, beside its scale: `m(mscale_all_dim)^2` of YaRN, else 1.
+    """Return the factor on the scores of latent attention, beside their scale: YaRN's `m(mscale_all_dim)^2`, else 1.
 
     Source: DeepSeek-V2's released code; m is that of `yarn_attention_factor`.
     """
@@ -166,7 +167,7 @@ def _mscale(spec: YaRNScalingSpec, mscale: float) -> float:
 
 
 def longrope_scaled(spec: LongRoPEScalingSpec, frequency: Array) -> Array:
-    """Each pair's frequency divided by its own factor, from the long list if `length > original_length`.
+    """Scale frequencies as LongRoPE does: divide each by its factor, a long one if `length > original_length`.
 
     Source: Ding et al. 2024, arXiv 2402.13753, section 3, in the form of Phi-3's released code.
     """
@@ -175,7 +176,7 @@ def longrope_scaled(spec: LongRoPEScalingSpec, frequency: Array) -> Array:
 
 
 def longrope_attention_factor(spec: LongRoPEScalingSpec) -> float:
-    """`sqrt(1 + ln(length / original_length) / ln(original_length))`, and 1 where that ratio is at most 1."""
+    """LongRoPE's attention factor: `sqrt(1 + ln(length / original_length) / ln(original_length))`, at least 1."""
     if spec.attention_factor is not None:
         return spec.attention_factor
     if spec.length <= spec.original_length:
@@ -184,10 +185,12 @@ def longrope_attention_factor(spec: LongRoPEScalingSpec) -> float:
 
 
 def dynamic_scaled(spec: DynamicScalingSpec, frequency: Array) -> Array:
-    """`frequency_i * r^(-2 i / (n - 2))` where `r = factor * length / original_length - (factor - 1)`, if above 1.
+    """Scale frequencies as dynamic NTK does: `frequency_i * r^(-2 i / (n - 2))`.
 
-    It is the same as a base of `base * r^(n / (n - 2))`: the fastest pair keeps its frequency, the slowest is divided
-    by r. Source: bloc97 and emozilla 2023 ("dynamic NTK"), in the form of transformers' modeling_rope_utils.py.
+    `r = max(1, factor * length / original_length - (factor - 1))`. It equals a base of `base * r^(n / (n - 2))`: the
+    fastest pair keeps its frequency, the slowest is divided by r.
+
+    Source: bloc97 and emozilla 2023 ("dynamic NTK"), in the form of transformers' modeling_rope_utils.py.
     """
     stretch = max(1.0, spec.factor * spec.length / spec.original_length - (spec.factor - 1))
     return frequency * stretch ** (-np.arange(len(frequency)) / (len(frequency) - 1))
@@ -196,19 +199,19 @@ def dynamic_scaled(spec: DynamicScalingSpec, frequency: Array) -> Array:
 def embedding_positions(
     spec: EmbeddingPositionSpec, embed_dim: int, parameters: Parameters, position_T: Array
 ) -> Array:
-    """Vectors to add to the embeddings of the tokens at these positions.
+    """Return the absolute position embeddings that are added to the token embeddings at these positions.
 
     `learned` is row t of the parameter `weight`. `sinusoidal` has `sin(t base^(-2i/D))` as feature 2i and the cosine
     of that angle as feature 2i + 1.
 
     Args:
-        spec: which kind.
+        spec: the kind.
         embed_dim: D.
-        parameters: `weight` [max_length, D] of the learned kind.
+        parameters: `weight` [max_length, D] for the learned kind.
         position_T: int, the position of each token, below `max_length`.
 
     Returns:
-        [T, D], in float32 whatever the compute dtype.
+        [T, D], in float32 for every compute dtype.
 
     Source: learned: Gehring et al. 2017, arXiv 1705.03122, section 3.1; sinusoidal: Vaswani et al. 2017, arXiv
     1706.03762, section 3.5.
@@ -226,7 +229,7 @@ def embedding_positions(
 
 @functools.cache
 def sinusoidal_frequencies(spec: SinusoidalPositionsSpec, embed_dim: int) -> Array:
-    """`base^(-2i/D)` for each pair of a sine and a cosine, the last of which may lack its cosine: float64."""
+    """Return `base^(-2i/D)` for each sine-cosine pair, of which the last may lack its cosine: read-only float64."""
     frequency = spec.base ** (-np.arange((embed_dim + 1) // 2) * 2 / embed_dim)
     frequency.setflags(write=False)
     return frequency

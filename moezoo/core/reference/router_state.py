@@ -1,4 +1,4 @@
-"""What a training step changes in a router without a gradient: selection biases and cutoffs."""
+"""Router state that a training step updates without gradients: selection biases and expert-choice cutoffs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,11 +10,13 @@ from moezoo.core.spec import ExpertChoiceSpec, ModelSpec
 
 
 def updated_bias(bias_E: Array, load_E: Array, rate: float) -> Array:
-    """`bias + rate * sign(mean load - load)`: up for experts with less than the mean load, down for those with more.
+    """Update the selection bias: up by `rate` for experts below the mean load, down for those above it.
+
+    `bias + rate * sign(mean load - load)` (auxiliary-loss-free load balancing).
 
     Args:
-        bias_E: added to selection values.
-        load_E: how many tokens chose each expert in the whole step, over all its micro-batches.
+        bias_E: added to the scores for expert selection.
+        load_E: tokens that chose each expert in the whole step, over all its micro-batches.
         rate: the spec's `selection_bias.rate`.
 
     Source: Wang et al. 2024, arXiv 2408.15664, algorithm 1; DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2.
@@ -23,21 +25,21 @@ def updated_bias(bias_E: Array, load_E: Array, rate: float) -> Array:
 
 
 def updated_cutoff(cutoff_E: Array, weight: Array, lowest_E: Array, decay: float) -> tuple[Array, Array]:
-    """Moving averages: `decay * cutoff + (1 - decay) * lowest`, and the same of the number one as `weight`.
+    """Update moving averages: `decay * cutoff + (1 - decay) * lowest`, and the same for the constant 1 as `weight`.
 
-    `cutoff / weight` is the average without the zeros that it started from (Kingma and Ba 2014, arXiv 1412.6980,
+    `cutoff / weight` is the bias-corrected average (Kingma and Ba 2014, arXiv 1412.6980,
     section 3).
 
     Args:
-        cutoff_E, weight: state, [E] and [1], zeros at first.
-        lowest_E: lowest score that each expert took, the mean over the step's micro-batches.
+        cutoff_E, weight: state, [E] and [1], initially zero.
+        lowest_E: lowest score that each expert accepted, averaged over the micro-batches of the step.
         decay: the spec's `choice.decay`.
     """
     return decay * cutoff_E + (1 - decay) * lowest_E, decay * weight + (1 - decay)
 
 
 def updated_names(spec: ModelSpec) -> list[str]:
-    """Canonical names of the state that a step changes; a hash table is state too, and stays."""
+    """Return the canonical names of the state that a step updates; a hash table is state too, but constant."""
     ends = ("selection_bias", "cutoff", "cutoff_weight")
     return [row.name for row in parameter_table(spec) if not row.trained and row.name.endswith(ends)]
 
@@ -45,13 +47,13 @@ def updated_names(spec: ModelSpec) -> list[str]:
 def updated_state(
     spec: ModelSpec, state: Mapping[str, Array], loads: Sequence[Array], cutoffs: Sequence[Array | None]
 ) -> dict[str, Array]:
-    """All state after a step, by canonical name.
+    """Return all router state after a step, by canonical name.
 
     Args:
         spec: the model.
         state: rows of the parameter table that are not trained.
-        loads: for each MoE layer, tokens that chose each expert in the step.
-        cutoffs: for each MoE layer, `Routing.cutoff_E` averaged over the micro-batches.
+        loads: tokens that chose each expert in the step, for each MoE layer.
+        cutoffs: `Routing.cutoff_E` of each MoE layer, averaged over the micro-batches.
     """
     new = dict(state)
     for (layer, moe), load_E, lowest_E in zip(spec.moes, loads, cutoffs, strict=True):

@@ -1,4 +1,4 @@
-"""Short convolutions: of each feature with itself, between two gates."""
+"""Gated short convolutions: causal and depthwise."""
 
 import autograd.numpy as np
 
@@ -8,7 +8,7 @@ from moezoo.core.spec import ShortConvolutionSpec
 
 
 def causal_convolution(x: Array, weight: Array) -> Array:
-    """Each feature with itself, `sum over w of weight[w] x[t - (W - 1) + w]`.
+    """Causal depthwise convolution over time, `sum over w of weight[w] x[t - (W - 1) + w]`.
 
     Args:
         x: [B, T, ...]; tokens before the first are zero.
@@ -21,20 +21,20 @@ def causal_convolution(x: Array, weight: Array) -> Array:
     """
     batch, length, *features = x.shape
     padded = np.concatenate([np.zeros((batch, len(weight) - 1, *features)), x], axis=1)
-    return sum(padded[:, place : place + length] * row for place, row in enumerate(weight))
+    return sum(padded[:, start : start + length] * row for start, row in enumerate(weight))
 
 
 def short_convolution(spec: ShortConvolutionSpec, parameters: Parameters, x_BTD: Array) -> Attended:
-    """Gated short convolution over T tokens: [B, T, D] -> [B, T, D]. The convolution orders the tokens; no positions.
+    """Gated short convolution layer: [B, T, D] -> [B, T, D]. The convolution orders the tokens; no position encoding.
 
         input gate, output gate, value = three projections of x, each [B, T, Z] with Z = D
         out = (output gate * convolution(input gate * value)) w_output
 
-    Nothing stands between: a gate is a factor of any sign and size. With `bias`, each projection and the convolution
-    adds one. Tokens before the first are zero as inputs of the convolution, biases or not.
+    Gates have no activation: a gate is a factor of any sign and size. With `bias`, each projection and the convolution
+    adds one. Tokens before the first are zero as inputs of the convolution, with or without biases.
 
     Source: Amini et al. 2025, arXiv 2511.23404 (LFM2).
-    Differs: released files hold the three projections as one matrix, in the order input gate, output gate, value.
+    Differs: released checkpoints store the three projections as one matrix: input gate, output gate, value.
     """
     input_gate_BTZ = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_input_gate"])
     output_gate_BTZ = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_output_gate"])

@@ -1,4 +1,4 @@
-"""Attention to those tokens that an indexer chooses."""
+"""Sparse attention to the tokens that an indexer chooses (DeepSeek sparse attention)."""
 
 import autograd.numpy as np
 from autograd.tracer import getval
@@ -18,26 +18,26 @@ def indexer(
     source_BTZ: Array,
     position_T: Array,
 ) -> tuple[Array, Array, Array]:
-    """Queries of N index heads, the one key that they share, and how much each head counts for each query.
+    """Return the queries of N index heads, the key that they share, and the weight of each head for each query.
 
-    No gradient leaves through the inputs: the indexer learns from `index_loss` alone, and the rest of the model not
-    from it.
+    Gradients stop at the inputs: the indexer trains on `index_loss` alone, and `index_loss` trains nothing else.
 
     Args:
         spec: N `num_heads` of width H.
-        position: of the attention; its rotation is applied in the indexer's own `layout`.
-        rope_head_dim: how many features of queries and key are rotated, the first ones.
+        position: the position spec of the attention; its rotation is applied in the indexer's own `layout`.
+        rope_head_dim: number of leading features of queries and key that are rotated.
         parameters: `w_query` [Z, N, H], `w_key` [D, H], `key_norm`, `w_weight` [D, N].
         x_BTD: input of the attention layer.
-        source_BTZ: the normalized low-rank queries of the attention; x_BTD again where it has none.
+        source_BTZ: the normalized low-rank queries of the attention; x_BTD where it has none.
         position_T: int.
 
     Returns:
-        [B, T, N, H], [B, T, H] and [B, T, N]; the factors `1 / sqrt(H)` and `1 / sqrt(N)` of the published code are
-        in the last one, in float32.
+        [B, T, N, H], [B, T, H] and [B, T, N]; the last, in float32, includes the factors `1 / sqrt(H)` and
+        `1 / sqrt(N)` of the published code.
 
     Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 1, and the inference code published with it.
-    Differs: that code turns queries and key by a Hadamard matrix, which changes no product, and rounds them to 8 bits.
+    Differs: that code multiplies queries and key by a Hadamard matrix, which changes no product, and rounds them to
+    8 bits.
     """
     x_BTD, source_BTZ = getval(x_BTD), getval(source_BTZ)
     query_BTNH = np.einsum("BTZ,ZNH->BTNH", source_BTZ, parameters["w_query"])
@@ -55,13 +55,15 @@ def indexer(
 
 
 def rotate_first(position: RoPESpec, rope_head_dim: int, x_BTNH: Array, position_T: Array) -> Array:
-    """`rotate` of the first `rope_head_dim` features as if they were the whole head."""
+    """Apply `rotate` to the first `rope_head_dim` features as if they were the whole head."""
     rotated = rotate(position, x_BTNH[..., :rope_head_dim], position_T)
     return np.concatenate([rotated, x_BTNH[..., rope_head_dim:]], axis=-1)
 
 
 def index(query_BTNH: Array, key_BSH: Array, weight_BTN: Array) -> Array:
-    """`index(t, s) = sum_n weight_n(t) relu(query_n(t) . key(s))`, [B, T, S] in float32, of any s and any sign.
+    """Return index scores `index(t, s) = sum_n weight_n(t) relu(query_n(t) . key(s))`: [B, T, S] in float32.
+
+    They are not masked, and may have either sign.
 
     Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 1.
     """
@@ -70,12 +72,12 @@ def index(query_BTNH: Array, key_BSH: Array, weight_BTN: Array) -> Array:
 
 
 def choose_sources(index_BTS: Array, mask_TS: Array, top_k: int) -> Array:
-    """Bool [B, T, S]: the `top_k` positions of the highest index among those that the mask allows.
+    """Return the `top_k` unmasked positions with the highest index for each query: bool [B, T, S].
 
-    All allowed ones where they are fewer. Ties, such as between positions where every relu is shut, go to the lower
-    position. No gradient.
+    All unmasked positions where they are fewer than `top_k`. Ties, such as between positions where every relu is zero,
+    go to the lower position. No gradient.
 
-    Trap: a top-k of the unmasked index spends its choices on the future, and the mask then leaves early queries with
+    Trap: a top-k of the unmasked index spends its choices on future tokens, and the mask then leaves early queries with
     few positions or none.
 
     Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 2.
@@ -88,17 +90,16 @@ def choose_sources(index_BTS: Array, mask_TS: Array, top_k: int) -> Array:
 def attend_where(
     query_BTMGH: Array, key_BSMH: Array, value_BSMH: Array, mask_BTS: Array, scale: float
 ) -> tuple[Array, Array]:
-    """`attention.attend` with a mask for each sequence, and with the distribution that it came from.
+    """Apply `attention.attend` with one mask per sequence, and return the attention weights averaged over heads too.
 
     Args:
-        query_BTMGH: N = M * G query heads, grouped by the key/value head that serves them.
-        key_BSMH, value_BSMH: M heads; a value need not be as wide as a key.
-        mask_BTS: bool, at least one True a row.
+        query_BTMGH: N = M * G query heads, grouped by the key/value head that they share.
+        key_BSMH, value_BSMH: M heads; values may have another width than keys.
+        mask_BTS: bool, at least one True per row.
         scale: multiplies the scores.
 
     Returns:
-        [B, T, M, G, H], H the width of a value; and [B, T, S], the mean over all heads of the softmax, without
-        gradient: where a token looked.
+        [B, T, M, G, H], H the width of a value; and [B, T, S], the softmax averaged over all heads, without gradient.
     """
     score = scale * np.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH)
     score = np.where(mask_BTS[:, None, None], score, -np.inf)
@@ -108,11 +109,13 @@ def attend_where(
 
 
 def index_loss(index_BTS: Array, distribution_BTS: Array, mask_BTS: Array) -> Array:
-    """`mean over tokens of KL(distribution || softmax of the index over the chosen positions)`, nats.
+    """KL divergence of the index from the attention, in nats: mean over tokens of `KL(distribution || softmax(index))`.
+
+    The softmax is over the chosen positions.
 
     Args:
-        index_BTS: float, what learns.
-        distribution_BTS: where the attention looked; 0 where mask_BTS is False, sums to 1 a row; has no gradient.
+        index_BTS: float, the index scores that this loss trains.
+        distribution_BTS: attention weights averaged over heads; 0 where mask_BTS is False, rows sum to 1; no gradient.
         mask_BTS: bool, the chosen positions.
 
     Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 4.
@@ -122,6 +125,6 @@ def index_loss(index_BTS: Array, distribution_BTS: Array, mask_BTS: Array) -> Ar
     shifted = logits - np.max(logits, axis=-1, keepdims=True)
     log_softmax_BTS = np.where(
         mask_BTS, shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True)), 0.0
-    )  # where nothing is chosen, 0 * -inf would be NaN
+    )  # outside the mask, 0 * -inf would be NaN
     log_distribution_BTS = np.log(np.where(distribution_BTS > 0, distribution_BTS, 1.0))
     return np.mean(np.sum(distribution_BTS * (log_distribution_BTS - log_softmax_BTS), axis=-1))

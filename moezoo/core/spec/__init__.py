@@ -1,9 +1,9 @@
-"""The model as data: a frozen `ModelSpec`, made of parts that each belong to a closed, discriminated union.
+"""The model as data: a frozen `ModelSpec`, composed of parts that each belong to a closed, discriminated union.
 
-Code dispatches on the *type* of a part, once, when a model is built. Sizes are named as in the house's dimension
-alphabet: D `embed_dim`, N `num_heads`, M `num_kv_heads`, H `head_dim`, F `hidden_dim`, E `num_experts`, K `top_k`,
-V `vocab_size`, L the number of layers. One file here for each kind of part; a part says what it computes and whose
-idea it is, and refuses what cannot be.
+Code dispatches on the *type* of a part, once, when a model is built. Sizes use the project's dimension letters: D
+`embed_dim`, N `num_heads`, M `num_kv_heads`, H `head_dim`, F `hidden_dim`, E `num_experts`, K `top_k`, V `vocab_size`,
+L the number of layers. Each kind of part has its own file; a part documents what it computes and its source paper, and
+rejects impossible combinations of values.
 """
 
 from moezoo.core.spec.attention import (

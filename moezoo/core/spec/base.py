@@ -1,4 +1,4 @@
-"""What every part of a spec is made of."""
+"""Base class and validation helpers of all spec parts."""
 
 from typing import Any
 
@@ -7,20 +7,20 @@ from pydantic_core import PydanticCustomError
 
 
 class Part(BaseModel):
-    """Base of every spec and config section: frozen, and an unknown key is an error."""
+    """Base class of every spec and config section: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def impossible(path: str, problem: str, advice: str) -> PydanticCustomError:
-    """A combination of values that cannot be; `path` is relative to the part whose validator raises it."""
+    """Return the error for an impossible combination of values; `path` is relative to the part that raises it."""
     return PydanticCustomError(
         "impossible", "{problem}. {advice}", {"path": path, "problem": problem, "advice": advice}
     )
 
 
 def default_kind(kind: str) -> BeforeValidator:
-    """For a discriminated union: a config that leaves `kind` out means this member."""
+    """Return a validator for a discriminated union that fills in `kind` where a config leaves it out."""
 
     def fill(value: Any) -> Any:
         return {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value

@@ -1,4 +1,4 @@
-"""Feed-forward layers as data: dense ones, and what each expert is."""
+"""Feed-forward layers as data, used for dense layers and for experts."""
 
 from typing import Annotated, Literal
 
@@ -8,10 +8,10 @@ from moezoo.core.spec.base import Part, default_kind
 
 
 class GatedFeedForwardSpec(Part):
-    """`(f(x w_gate) * (x w_up)) w_down` of width F. Source: Shazeer 2020, arXiv 2002.05202.
+    """Gated feed-forward of width F: `(f(x w_gate) * (x w_up)) w_down`. Source: Shazeer 2020, arXiv 2002.05202.
 
-    f is silu (`swiglu`), gelu by its tanh form (`geglu`), or the square of relu (`relu_squared_glu`; the square: So et
-    al. 2021, arXiv 2109.08668).
+    f is SiLU (`swiglu`), GELU in its tanh approximation (`geglu`), or squared ReLU (`relu_squared_glu`; So et al. 2021,
+    arXiv 2109.08668).
     """
 
     kind: Literal["swiglu", "geglu", "relu_squared_glu"] = "swiglu"
@@ -20,7 +20,7 @@ class GatedFeedForwardSpec(Part):
 
 
 class ClampedSwiGLUSpec(Part):
-    """SwiGLU with clamped branches: `gate * sigmoid(alpha gate) * (up + 1)`, gate <= limit, |up| <= limit.
+    """SwiGLU with clamped inputs: `gate * sigmoid(alpha gate) * (up + 1)`, gate <= limit, |up| <= limit.
 
     Source: OpenAI 2025 (gpt-oss), arXiv 2508.10925, section 2, and its released code.
     """
@@ -33,7 +33,10 @@ class ClampedSwiGLUSpec(Part):
 
 
 class PlainFeedForwardSpec(Part):
-    """`f(x w_up) w_down` of width F: relu, gelu by its tanh form (arXiv 1606.08415), or relu squared (2109.08668)."""
+    """Ungated feed-forward of width F: `f(x w_up) w_down`.
+
+    f is ReLU, GELU in its tanh approximation (arXiv 1606.08415), or squared ReLU (arXiv 2109.08668).
+    """
 
     kind: Literal["relu", "gelu", "relu_squared"]
     hidden_dim: PositiveInt

@@ -1,4 +1,4 @@
-"""Auxiliary losses as data. Each is computed for each layer that names it, but `pooled_balance`."""
+"""Auxiliary losses as data. Each is computed per layer that lists it, except `pooled_balance`."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 from moezoo.core.spec.base import Part
 
 Coefficient = Annotated[float, Field(ge=0)]
-NumDevices = Annotated[int, Field(ge=2)]  # one is always balanced
+NumDevices = Annotated[int, Field(ge=2)]  # a single device is always balanced
 
 
 class SwitchBalanceLossSpec(Part):
@@ -43,10 +43,10 @@ class DeviceBalanceLossSpec(Part):
 
 
 class CommunicationBalanceLossSpec(Part):
-    """Balance of what `num_devices` groups of experts receive; a token counts once for a group it is sent to.
+    """Balance of the tokens received by `num_devices` groups of experts; a token counts once per group it is sent to.
 
-    `max_devices` is M, the number of groups that a token may be sent to. Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv
-    2405.04434, eq. 29-31.
+    `max_devices` is M, the maximum number of groups a token may be sent to. Source: DeepSeek-AI 2024 (DeepSeek-V2),
+    arXiv 2405.04434, eq. 29-31.
     """
 
     kind: Literal["communication_balance"] = "communication_balance"
@@ -56,7 +56,7 @@ class CommunicationBalanceLossSpec(Part):
 
 
 class SequenceBalanceLossSpec(Part):
-    """Balance of the K highest scores inside each sequence, whatever a selection bias makes of them; 1 when balanced.
+    """Balance of the K highest scores within each sequence, ignoring any selection bias; 1 when balanced.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V3), arXiv 2412.19437, eq. 17-20.
     """
@@ -66,7 +66,7 @@ class SequenceBalanceLossSpec(Part):
 
 
 class GlobalBalanceLossSpec(Part):
-    """Switch balance with the load of the whole step, over all its micro-batches and devices.
+    """Switch load-balancing loss with the load of the whole step, summed over its micro-batches and devices.
 
     Source: Qiu et al. 2025, arXiv 2501.11873.
     """
@@ -76,14 +76,14 @@ class GlobalBalanceLossSpec(Part):
 
 
 class ImportanceLossSpec(Part):
-    """Squared coefficient of variation of the experts' summed weights. Source: Shazeer 2017, 1701.06538, eq. 6."""
+    """Squared coefficient of variation of each expert's summed weights. Source: Shazeer 2017, 1701.06538, eq. 6."""
 
     kind: Literal["importance"] = "importance"
     coefficient: Coefficient
 
 
 class LoadLossSpec(Part):
-    """Squared coefficient of variation of a smooth load; needs the noise of `noisy_top_k`.
+    """Squared coefficient of variation of a smooth load estimate; requires the noise of `noisy_top_k`.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 8-11.
     """
@@ -93,9 +93,9 @@ class LoadLossSpec(Part):
 
 
 class HeterogeneousBalanceLossSpec(Part):
-    """Balance where a zero-computation expert counts `ffn_share`; 1 when balanced, which is other than in the source.
+    """Balance in which a zero-computation expert is weighted by `ffn_share`; 1 when balanced.
 
-    Source: Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 7.
+    Source: Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 7. Differs: normalized to 1 when balanced.
     """
 
     kind: Literal["heterogeneous_balance"] = "heterogeneous_balance"
@@ -103,9 +103,9 @@ class HeterogeneousBalanceLossSpec(Part):
 
 
 class PooledBalanceLossSpec(Part):
-    """Hugging Face's form, for compatibility: rows of all layers that name it pooled, K when balanced.
+    """Load-balancing loss over the pooled tokens of all layers that list it, as in transformers; K when balanced.
 
-    It cannot see layers that are each collapsed on experts of their own. Source: transformers,
+    It cannot detect layers that have each collapsed onto different experts. Source: transformers,
     `load_balancing_loss_func` of its Mixtral model.
     """
 

@@ -15,15 +15,16 @@ from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSp
 
 
 class LayerSpec(Part):
-    """One transformer layer, or `repeat` equal ones: attention, then a dense feed-forward or a MoE, each a block f.
+    """One transformer layer, or `repeat` identical ones: attention, then a dense feed-forward or a MoE layer.
 
-    `arrangement` of norms: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv 2002.04745); `post` is `x + norm(f(x))`
-    (OLMo 2, arXiv 2501.00656); `sandwich` is `x + norm(f(norm(x)))` (Gemma 2, arXiv 2408.00118); `parallel` is
-    `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et al. 2022, arXiv 2204.02311).
-    `shortcut`: the layer has both; its mixture sees what its feed-forward sees, and joins the residual stream only at
-    the end of the next layer, beside which it can be computed (Cai et al. 2024, arXiv 2404.05019; LongCat-Flash, arXiv
-    2509.01322, whose layer is two of these). `output_scale`: what leaves the layer, residual stream and all, is
-    multiplied by a number that training leaves alone, 1 unless a checkpoint has another (Gemma 4).
+    `arrangement` is the norm placement around each block f: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv
+    2002.04745); `post` is `x + norm(f(x))` (OLMo 2, arXiv 2501.00656); `sandwich` is `x + norm(f(norm(x)))` (Gemma 2,
+    arXiv 2408.00118); `parallel` is `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et
+    al. 2022, arXiv 2204.02311). `shortcut` (ScMoE): the layer has both a dense feed-forward and a MoE layer with the
+    same input; the MoE output is added to the residual stream only at the end of the next layer, so it can be computed
+    in parallel with that layer (Cai et al. 2024, arXiv 2404.05019; LongCat-Flash, arXiv 2509.01322, whose layer is two
+    of these). `output_scale`: the residual stream that leaves the layer is multiplied by a scalar that is not trained,
+    1 unless loaded from a checkpoint (Gemma 4).
     """
 
     repeat: PositiveInt = 1
@@ -41,7 +42,7 @@ class LayerSpec(Part):
                 raise impossible(
                     "shortcut",
                     f"is true, but the layer has no {'moe' if self.moe is None else 'feed_forward'}",
-                    "Give both feed_forward (dense) and moe",
+                    "Set both feed_forward (dense) and moe",
                 )
             if self.arrangement != "pre":
                 raise impossible(
@@ -52,22 +53,22 @@ class LayerSpec(Part):
         elif (self.feed_forward is None) == (self.moe is None):
             both = "both feed_forward and moe" if self.moe is not None else "neither feed_forward nor moe"
             raise impossible(
-                "", f"has {both}", "Give exactly one of feed_forward (dense) and moe, or both and shortcut: true"
+                "", f"has {both}", "Set exactly one of feed_forward (dense) and moe, or both and shortcut: true"
             )
         shared = None if self.moe is None else self.moe.shared
         if isinstance(shared, ParallelFeedForwardSpec) and self.arrangement in ("post", "parallel"):
             raise impossible(
                 "moe.shared",
-                f"is parallel, which needs a norm between attention and mixture, and {self.arrangement} has none",
+                f"is parallel, which needs a norm before the MoE layer, but arrangement {self.arrangement} has none",
                 "Use arrangement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}",
             )
         return self
 
 
 class TiedHeadSpec(Part):
-    """The output projection is the transposed embedding. Source: Press and Wolf 2016, arXiv 1608.05859.
+    """Output projection tied to the embedding (its transpose). Source: Press and Wolf 2016, arXiv 1608.05859.
 
-    `bias`: it has one, which the embedding does not share.
+    `bias`: the output projection has its own bias.
     """
 
     kind: Literal["tied"] = "tied"
@@ -75,7 +76,7 @@ class TiedHeadSpec(Part):
 
 
 class UntiedHeadSpec(Part):
-    """The output projection is a matrix of its own, with a bias or not (Phi-3.5-MoE has one)."""
+    """Output projection with its own matrix and an optional bias (Phi-3.5-MoE has one)."""
 
     kind: Literal["untied"] = "untied"
     bias: bool = False
@@ -85,7 +86,7 @@ HeadSpec = Annotated[TiedHeadSpec | UntiedHeadSpec, Field(discriminator="kind")]
 
 
 class MultipliersSpec(Part):
-    """Constants on the embedding, on what each block adds to the residual stream, and on the logits (Granite, muP)."""
+    """Constant multipliers of the embedding, of each block's residual update, and of the logits (Granite, muP)."""
 
     embedding: PositiveFloat = 1.0
     residual: PositiveFloat = 1.0
@@ -93,9 +94,11 @@ class MultipliersSpec(Part):
 
 
 class LayerInputsSpec(Part):
-    """Each layer has a vector of `dim` features for each token, beside the residual stream: half from an embedding of
-    its own, half from the token's embedding. Behind its two blocks it adds `norm((f(x w_gate) * vector) w_output)`, f
-    being the activation of that gated feed-forward. Source: Google 2025 (Gemma 3n, per-layer embeddings), and Gemma 4.
+    """Per-layer embeddings: each layer receives a vector of `dim` features per token, besides the residual stream.
+
+    The vector is the sum of a separate embedding of the token and a projection of the model's embedding, over
+    sqrt(2). After its two blocks the layer adds `norm((f(x w_gate) * vector) w_output)`, f being the activation of that
+    gated feed-forward. Source: Google 2025 (Gemma 3n, per-layer embeddings), and Gemma 4.
     """
 
     dim: PositiveInt
@@ -103,19 +106,19 @@ class LayerInputsSpec(Part):
 
     @property
     def gated(self) -> GatedFeedForwardSpec:
-        """The gate as that of a feed-forward."""
+        """The gate as a gated feed-forward spec of width `dim`."""
         return GatedFeedForwardSpec(kind=self.activation, hidden_dim=self.dim)
 
 
 class NormalInitializerSpec(Part):
-    """Matrices drawn from N(0, std); scales are one, biases zero."""
+    """Matrices drawn from a normal distribution with standard deviation `std`; scales are one, biases zero."""
 
     kind: Literal["normal"] = "normal"
     std: PositiveFloat = 0.02
 
 
 class DepthScaledInitializerSpec(Part):
-    """As `normal`, but projections that write into the residual stream use std / sqrt(2 L).
+    """Like `normal`, but projections into the residual stream use `std / sqrt(2 L)`.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
@@ -125,7 +128,7 @@ class DepthScaledInitializerSpec(Part):
 
 
 class ZeroOutputInitializerSpec(Part):
-    """As `normal`, but projections that write into the residual stream start at zero: each layer starts as nothing.
+    """Like `normal`, but projections into the residual stream start at zero, so each layer starts as the identity.
 
     Source: Zhang et al. 2019 (Fixup), arXiv 1901.09321; tiny_moe, modded-nanogpt.
     """
@@ -140,17 +143,20 @@ InitializerSpec = Annotated[
 
 
 class PrecisionSpec(Part):
-    """Dtype of activations and products. Parameters keep that of their files; `core/precision.py` lists cast points."""
+    """Compute dtype of activations and matrix products.
+
+    Parameters keep the dtype of their files; `core/parameters/precision.py` lists the cast points.
+    """
 
     compute: Literal["float32", "bfloat16"] = "float32"
 
 
 class ModelSpec(Part):
-    """A decoder-only language model. `vocab_size: null` in a config means: as many as the tokenizer has.
+    """A decoder-only language model. `vocab_size: null` in a config takes the size of the tokenizer's vocabulary.
 
-    `position`: vectors added to the embedding, beside what the attention layers do. `softcap`: logits become
-    `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `dropout`: in training, this share of what each block
-    adds to the residual stream is set to zero and the rest scaled up (Srivastava et al. 2014).
+    `position`: position vectors added to the embedding, in addition to those inside attention. `softcap`: logits become
+    `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `dropout`: rate of dropout on each block's residual
+    update in training (Srivastava et al. 2014).
     """
 
     vocab_size: PositiveInt | None = None
@@ -169,7 +175,7 @@ class ModelSpec(Part):
     @model_validator(mode="after")
     def _layers_fit(self) -> "ModelSpec":
         if not self.layers:
-            raise impossible("layers", "is empty", "Give at least one layer")
+            raise impossible("layers", "is empty", "Add at least one layer")
         values = {
             (attention.num_kv_heads, attention.value_dim)
             for attention in (layer.attention for layer in self.layers)
@@ -180,14 +186,14 @@ class ModelSpec(Part):
             if not isinstance(first, GroupedQueryAttentionSpec) or (first.num_kv_heads, first.value_dim) != heads:
                 raise impossible(
                     "layers[0].attention",
-                    f"has no values of {heads[0]} heads of {heads[1]}, which a layer with value_residual mixes in",
-                    "Give the first layer grouped_query attention of the same num_kv_heads and width of values",
+                    f"has no values of {heads[0]} heads of width {heads[1]} for the value_residual of later layers",
+                    "Use grouped_query attention with the same num_kv_heads and value_head_dim in the first layer",
                 )
         if self.layers[-1].shortcut:
             raise impossible(
                 f"layers[{len(self.layers) - 1}].shortcut",
-                "is true, but there is no next layer for the mixture to join",
-                "Leave it out, or add a layer",
+                "is true, but no later layer follows to which the MoE output could be added",
+                "Remove it, or add a layer",
             )
         self._check_later_layers()
         self._check_shared_keys()
@@ -195,7 +201,7 @@ class ModelSpec(Part):
         return self
 
     def _check_later_layers(self) -> None:
-        """What a layer takes over from one before it is asked for where there is one."""
+        """Raise if an option set on the first layer has no effect, because no later layer uses it."""
         places = [(place, layer) for place, layer in enumerate(self.layers) for _ in range(layer.repeat)]
         mixed = [
             isinstance(layer.attention, GroupedQueryAttentionSpec) and layer.attention.value_residual
@@ -204,19 +210,19 @@ class ModelSpec(Part):
         if mixed[0] and not any(mixed[1:]):
             raise impossible(
                 "layers[0].attention.value_residual",
-                "is true, but the first layer's values are what later layers mix in, and none of them does",
-                "Leave it out, or set it on later layers too",
+                "is true, but it mixes the first layer's values into later layers, and none of them has it",
+                "Remove it, or set it on later layers too",
             )
         gated = [(place, layer.moe.router.gating_residual) for place, layer in places if layer.moe is not None]
         if gated and gated[0][1] and not any(residual for _, residual in gated[1:]):
             raise impossible(
                 f"layers[{gated[0][0]}].moe.router.gating_residual",
-                "is true, but no mixture stands before this one, and no later one has it",
-                "Leave it out, or set it on later mixtures too",
+                "is true, but there is no MoE layer before this one, and no later one has it",
+                "Remove it, or set it on later MoE layers too",
             )
 
     def _check_shared_keys(self) -> None:
-        """Keys of another layer are there, and as wide as this layer's would be."""
+        """Raise if `keys_of_layer` names a layer without keys and values of this layer's shape."""
         places = [(place, layer.attention) for place, layer in enumerate(self.layers) for _ in range(layer.repeat)]
         for index, (place, attention) in enumerate(places):
             if not isinstance(attention, GroupedQueryAttentionSpec) or attention.keys_of_layer is None:
@@ -224,25 +230,25 @@ class ModelSpec(Part):
             source = attention.keys_of_layer
             path = f"layers[{place}].attention.keys_of_layer"
             if source >= index:
-                raise impossible(path, f"is {source}, but this is layer {index}", "Name an earlier layer")
+                raise impossible(path, f"is {source}, but this is layer {index}", "Use the index of an earlier layer")
             other = places[source][1]
             if not isinstance(other, GroupedQueryAttentionSpec) or other.keys_of_layer is not None:
                 raise impossible(
                     path,
-                    f"is {source}, a layer without keys of its own heads",
-                    "Name one of grouped_query attention with keys of its own",
+                    f"is {source}, but that layer does not compute its own grouped_query keys",
+                    "Use a layer with grouped_query attention and without keys_of_layer",
                 )
             ours, theirs = ((each.num_kv_heads, each.head_dim, each.value_dim) for each in (attention, other))
             if ours != theirs:
                 raise impossible(
                     path,
-                    f"is {source}, which has {theirs[0]} key/value heads of {theirs[1]} and {theirs[2]}, not "
-                    f"{ours[0]} of {ours[1]} and {ours[2]}",
-                    "Make them equal, or name another layer",
+                    f"is {source}, which has {theirs[0]} key/value heads of widths {theirs[1]} and {theirs[2]}, not "
+                    f"{ours[0]} of widths {ours[1]} and {ours[2]}",
+                    "Make them equal, or use another layer",
                 )
 
     def _check_pooled_balance(self) -> None:
-        """Layers whose routers' rows are pooled have equal routers, and one coefficient."""
+        """Raise if layers with pooled_balance differ in number of experts, top_k or coefficient."""
         named = [
             (place, moe.num_choices, moe.router.top_k, loss.coefficient)
             for place, moe in enumerate(layer.moe for layer in self.layers)
@@ -257,19 +263,19 @@ class ModelSpec(Part):
                 if number != first:
                     raise impossible(
                         f"layers[{place}].moe.losses",
-                        f"names pooled_balance, which pools all layers that name it, but {what} is {number} here and "
+                        f"has pooled_balance, which pools all layers that list it, but {what} is {number} here and "
                         f"{first} in layers[{named[0][0]}]",
                         "Make them equal, or use switch_balance",
                     )
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:
-        """Every layer in order, `repeat` written out: length L."""
+        """Every layer in order, with `repeat` expanded: length L."""
         return tuple(layer for layer in self.layers for _ in range(layer.repeat))
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that have a MoE."""
+        """Indices of the MoE layers in `all_layers`."""
         return tuple(index for index, _ in self.moes)
 
     @property
@@ -279,7 +285,7 @@ class ModelSpec(Part):
 
     @property
     def shared_layers(self) -> frozenset[int]:
-        """Indices of the layers whose keys and values later ones attend to."""
+        """Indices of the layers whose keys and values later layers share (`keys_of_layer`)."""
         named = (
             layer.attention.keys_of_layer
             for layer in self.layers
@@ -288,7 +294,7 @@ class ModelSpec(Part):
         return frozenset(index for index in named if index is not None)
 
     def reach_of(self, index: int) -> int | None:
-        """How many of the last tokens whoever attends to layer `index`'s keys may see; None: all."""
+        """Number of most recent tokens that layers attending to layer `index`'s keys can see; None: all."""
         reaches = [
             min((limit for limit in (attention.window, attention.chunk) if limit is not None), default=None)
             for place, attention in enumerate(layer.attention for layer in self.all_layers)
@@ -299,26 +305,26 @@ class ModelSpec(Part):
 
     @property
     def inference_differs(self) -> bool:
-        """Whether inference routes otherwise than training does without noise."""
+        """True if routing at inference differs from noiseless training."""
         return any(layer.moe is not None and layer.moe.inference_differs for layer in self.layers)
 
     @property
     def sequences_compete(self) -> bool:
-        """Whether what becomes of a token depends on the other sequences of its batch."""
+        """True if the routing of a token in training depends on the other sequences of its batch."""
         return any(layer.moe is not None and layer.moe.sequences_compete for layer in self.layers)
 
     @property
     def max_length(self) -> int | None:
-        """The longest text that the model has positions for; None where any length goes."""
+        """Maximum sequence length that the model has positions for; None if unlimited."""
         return min((length for length, _ in self._ends()), default=None)
 
     @property
     def max_length_field(self) -> str:
-        """Where `max_length` comes from, as a config has it: `model.position.max_length`."""
+        """Config path of the field that sets `max_length`, e.g. `model.position.max_length`."""
         return min(self._ends())[1]
 
     def _ends(self) -> list[tuple[int, str]]:
-        """Lengths that something was made for, and the field of each."""
+        """Maximum sequence lengths set by parts of the model, each with its config path."""
         ends = []
         if isinstance(self.position, LearnedPositionsSpec):
             ends.append((self.position.max_length, "model.position.max_length"))
@@ -332,9 +338,9 @@ class ModelSpec(Part):
 
     @property
     def vocab(self) -> int:
-        """V. Raises SpecError while `vocab_size` is null."""
+        """Vocabulary size V. Raises SpecError if `vocab_size` is null."""
         if self.vocab_size is None:
             raise SpecError(
-                "model.vocab_size is null; expected a number once the model is built. Give it, or a tokenizer."
+                "model.vocab_size is null; expected a number when the model is built. Set it, or set a tokenizer."
             )
         return self.vocab_size

@@ -11,7 +11,7 @@ class RMSNormSpec(Part):
     """Root-mean-square norm. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 
     `scale`: `learned` multiplies by a scale that starts at one; `zero_centred` by one plus a scale that starts at zero
-    (Gemma, Qwen3-Next: weight decay, where it acts, then pulls towards one); `none` has no parameter.
+    (Gemma, Qwen3-Next: weight decay, where applied, then pulls it towards one); `none` has no parameter.
     """
 
     kind: Literal["rms"] = "rms"
@@ -20,7 +20,7 @@ class RMSNormSpec(Part):
 
 
 class LayerNormSpec(Part):
-    """Layer norm with a learned scale, with or without a bias. Source: Ba et al. 2016, arXiv 1607.06450."""
+    """Layer norm with a learned scale and an optional bias. Source: Ba et al. 2016, arXiv 1607.06450."""
 
     kind: Literal["layer"] = "layer"
     epsilon: PositiveFloat = 1e-5

@@ -1,4 +1,4 @@
-"""Position information as data: rotations inside attention, and vectors added to the embedding."""
+"""Position encodings as data: RoPE inside attention, and vectors added to the embedding."""
 
 from typing import Annotated, Literal
 
@@ -6,22 +6,23 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.base import Part, impossible
 
-# --- stretching a rotation to longer texts ---------------------------------------------------------------------------
+# --- RoPE scaling to longer contexts ---------------------------------------------------------------------------------
 
 
 class LinearScalingSpec(Part):
-    """Every angle divided by `factor` (position interpolation). Source: Chen et al. 2023, arXiv 2306.15595."""
+    """Position interpolation: every angle is divided by `factor`. Source: Chen et al. 2023, arXiv 2306.15595."""
 
     kind: Literal["linear"] = "linear"
     factor: Annotated[float, Field(ge=1)]
 
 
 class Llama3ScalingSpec(Part):
-    """Slow pairs divided by `factor`, fast ones left, a ramp between. Source: Dubey 2024 (Llama 3), arXiv 2407.21783.
+    """RoPE scaling of Llama 3. Source: Dubey 2024 (Llama 3), arXiv 2407.21783.
 
-    A pair is slow where it turns less than `low_frequency_factor` times in `original_length` tokens, and fast where
-    more than `high_frequency_factor` times. Where the two are equal (Llama-4) there is no ramp, and a pair between is
-    fast.
+    Low frequencies are divided by `factor`, high ones are unchanged, with a linear ramp between. A pair has a low
+    frequency if it makes less than `low_frequency_factor` turns in `original_length` tokens, and a high one if it makes
+    more than `high_frequency_factor`. If the two are equal (Llama-4) there is no ramp, and a pair exactly at the
+    boundary counts as high.
     """
 
     kind: Literal["llama3"] = "llama3"
@@ -36,18 +37,19 @@ class Llama3ScalingSpec(Part):
             raise impossible(
                 "high_frequency_factor",
                 f"is {self.high_frequency_factor}, below low_frequency_factor = {self.low_frequency_factor}",
-                "Use a larger one",
+                f"Use at least {self.low_frequency_factor}",
             )
         return self
 
 
 class YaRNScalingSpec(Part):
-    """As `llama3` with a ramp over pairs, and sharper attention. Source: Peng et al. 2023, arXiv 2309.00071.
+    """YaRN RoPE scaling. Source: Peng et al. 2023, arXiv 2309.00071.
 
-    Rotated features are multiplied by `attention_factor`; null: `m(mscale) / m(mscale_all_dim)` with
-    `m(s) = 0.1 s ln(factor) + 1`, or m(1) where one of the two is null. `mscale_all_dim` also multiplies the scores of
-    latent attention by `m(mscale_all_dim)^2` (DeepSeek-V2). The ramp runs from the pair that turns `beta_fast` times in
-    `original_length` tokens to the one that turns `beta_slow` times; `truncate` rounds both outwards to whole pairs.
+    Like `llama3`, but the ramp is linear in the index of the pair, and attention is sharpened: rotated features are
+    multiplied by `attention_factor`; null: `m(mscale) / m(mscale_all_dim)` with `m(s) = 0.1 s ln(factor) + 1`, or m(1)
+    if either is null. `mscale_all_dim` also multiplies the scores of latent attention by `m(mscale_all_dim)^2`
+    (DeepSeek-V2). The ramp runs from the pair that makes `beta_fast` turns in `original_length` tokens to the one that
+    makes `beta_slow` turns; `truncate` rounds both outwards to whole pairs.
     """
 
     kind: Literal["yarn"] = "yarn"
@@ -64,18 +66,20 @@ class YaRNScalingSpec(Part):
     def _order(self) -> "YaRNScalingSpec":
         if self.beta_fast < self.beta_slow:
             raise impossible(
-                "beta_fast", f"is {self.beta_fast}, below beta_slow = {self.beta_slow}", "Use a larger one"
+                "beta_fast",
+                f"is {self.beta_fast}, below beta_slow = {self.beta_slow}",
+                f"Use at least {self.beta_slow}",
             )
         return self
 
 
 class LongRoPEScalingSpec(Part):
-    """One divisor for each pair, from one of two lists. Source: Ding et al. 2024, arXiv 2402.13753 (Phi-3).
+    """LongRoPE scaling: each pair has its own divisor. Source: Ding et al. 2024, arXiv 2402.13753 (Phi-3).
 
-    The long list serves texts where `length > original_length`. Differs: `length` is a number of the spec, not that of
-    the text at hand, so that a token's rotation does not change while a text grows past the original length.
-    `attention_factor` multiplies rotated features; null: `sqrt(1 + ln(length / original) / ln(original))`, and 1 for
-    short texts.
+    The divisors are `long_factors` if `length > original_length`, else `short_factors`. Differs: `length` is a constant
+    of the spec, not the length of the current sequence, so a token's rotation does not change when a sequence grows
+    past the original length. `attention_factor` multiplies rotated features; null:
+    `sqrt(1 + ln(length / original) / ln(original))`, and 1 with `short_factors`.
     """
 
     kind: Literal["longrope"] = "longrope"
@@ -87,11 +91,11 @@ class LongRoPEScalingSpec(Part):
 
 
 class DynamicScalingSpec(Part):
-    """A larger base, so that the slowest pair alone is slowed down fully ("NTK-aware").
+    """Dynamic NTK-aware scaling: a larger base, so that only the lowest frequency is scaled in full.
 
-    Where `length > original_length`, the base of n rotated features is multiplied by
+    If `length > original_length`, the base of n rotated features is multiplied by
     `(factor * length / original_length - (factor - 1))^(n / (n - 2))`; else nothing changes. Source: bloc97 and
-    emozilla 2023, in the form of transformers. Differs: `length` is a number of the spec, as in `longrope`.
+    emozilla 2023, in the form of transformers. Differs: `length` is a constant of the spec, as in `longrope`.
     """
 
     kind: Literal["dynamic"] = "dynamic"
@@ -111,10 +115,11 @@ RoPEScalingSpec = Annotated[
 class RoPESpec(Part):
     """Rotary position embedding. Source: Su et al. 2021, arXiv 2104.09864.
 
-    `layout`: pair i is features (i, i + n/2), `half_split`, or (2i, 2i + 1), `interleaved`, of the n rotated ones.
-    `fraction` of a head is rotated, the rest carries no position: of its `features` the first n, which are paired
-    among themselves and whose frequencies span the whole range; or of its `pairs` the first ones, as fast as where all
-    turn (Gemma 4's proportional rotation).
+    `layout`: pair i of the n rotated features is (i, i + n/2) for `half_split` (NeoX) or (2i, 2i + 1) for `interleaved`
+    (GPT-J). `fraction` is the share of a head that is rotated (partial rotary). With `fraction_of: features` the first
+    n features are rotated, paired among themselves, with frequencies over the whole range. With `fraction_of: pairs`
+    all features form pairs and the first pairs are rotated, at the same frequencies as in full rotary (Gemma 4's
+    proportional RoPE).
     """
 
     kind: Literal["rope"] = "rope"
@@ -128,13 +133,15 @@ class RoPESpec(Part):
     def _part(self) -> "RoPESpec":
         if self.fraction_of == "pairs" and self.fraction == 1:
             raise impossible(
-                "fraction_of", "is pairs, but fraction is 1, and all turn", "Leave it out, or give a fraction"
+                "fraction_of",
+                "is pairs, but fraction is 1, which rotates all pairs",
+                "Remove it, or set fraction below 1",
             )
         return self
 
     @property
     def max_length(self) -> int | None:
-        """The longest text that the scaling is made for; None where any length goes."""
+        """Maximum sequence length of the scaling; None if unlimited."""
         match self.scaling:
             case LongRoPEScalingSpec(length=length) | DynamicScalingSpec(length=length):
                 return length
@@ -142,22 +149,22 @@ class RoPESpec(Part):
                 return None
 
     def rotated_dim(self, head_dim: int) -> int:
-        """How many of a head's features form pairs; of `fraction_of: pairs` some of these stand still."""
+        """Number of a head's features that form pairs; with `fraction_of: pairs` some of these are not rotated."""
         return head_dim if self.fraction_of == "pairs" else int(head_dim * self.fraction)
 
     def turning_pairs(self, head_dim: int) -> int:
-        """How many pairs turn."""
+        """Number of rotated pairs."""
         return int(self.fraction * head_dim // 2) if self.fraction_of == "pairs" else self.rotated_dim(head_dim) // 2
 
     def check(self, head_dim: int, path: str) -> None:
-        """Raise where a head of this width cannot be rotated so; `path` of the width in the caller's part."""
+        """Raise if a head of this width cannot be rotated; `path` is the width's field in the calling part."""
         rotated = self.rotated_dim(head_dim)
         if rotated % 2 or self.turning_pairs(head_dim) == 0:
             shown = rotated if rotated % 2 else 0
             part = "" if shown == head_dim else f" and {shown} of its features are rotated (fraction {self.fraction})"
             raise impossible(
                 path,
-                f"is {head_dim}{part}, but RoPE rotates pairs",
+                f"is {head_dim}{part}, but RoPE rotates pairs of features",
                 "Use an even number, or position: {kind: none}",
             )
         match self.scaling:
@@ -166,18 +173,18 @@ class RoPESpec(Part):
                     raise impossible(
                         "position.scaling",
                         f"has {len(short)} short and {len(long)} long factors, but {rotated // 2} pairs are rotated",
-                        "Give one of each for a pair",
+                        f"Set {rotated // 2} of each",
                     )
             case DynamicScalingSpec() if rotated == 2:
                 raise impossible(
                     "position.scaling",
-                    "is dynamic, which slows down all pairs but the first, and only one is rotated",
+                    "is dynamic, which scales all pairs except the first, but only one pair is rotated",
                     "Use another scaling, or rotate more features",
                 )
 
 
 class NoPositionSpec(Part):
-    """No position information in this layer but the causal mask (NoPE). Source: Kazemnejad et al. 2023, 2305.19466."""
+    """No position encoding in this layer, only the causal mask (NoPE). Source: Kazemnejad et al. 2023, 2305.19466."""
 
     kind: Literal["none"] = "none"
 
@@ -195,7 +202,7 @@ class LearnedPositionsSpec(Part):
 
 
 class SinusoidalPositionsSpec(Part):
-    """Sines and cosines of falling frequency, added to the embedding. Source: Vaswani 2017, 1706.03762, 3.5."""
+    """Sinusoidal position embeddings, added to the embedding. Source: Vaswani 2017, arXiv 1706.03762, section 3.5."""
 
     kind: Literal["sinusoidal"] = "sinusoidal"
     base: Annotated[float, Field(gt=1)] = 10_000.0

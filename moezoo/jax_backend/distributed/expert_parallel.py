@@ -17,14 +17,15 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moezoo.core.mesh import MeshAxis
-from moezoo.core.sharding_rules import exchanged
+from moezoo.core.distributed.mesh import MeshAxis
+from moezoo.core.distributed.sharding_rules import exchanged
 from moezoo.core.spec import DroplessSpec, MoESpec
 from moezoo.jax_backend.dispatch import Dispatch, dispatch
 from moezoo.jax_backend.distributed.sharding import Placement
-from moezoo.jax_backend.experts import Experts
-from moezoo.jax_backend.moe import ExpertsCall, run_experts
+from moezoo.jax_backend.experts import Experts, ExpertsCall
+from moezoo.jax_backend.moe import run_experts
 from moezoo.jax_backend.routing import Routing
+from moezoo.jax_backend.runtime.typed import State
 
 
 class ExpertParallel:
@@ -52,7 +53,9 @@ class ExpertParallel:
         # Which assignments are computed is known, so nothing is dropped here: a device may have more than others have.
         local = spec.model_copy(update={"dispatch": DroplessSpec()})
 
-        def on_each_device(state: nnx.State, x_PD: jax.Array, expert_PK, kept_PK, weight_PK) -> jax.Array:
+        def on_each_device(
+            state: State, x_PD: jax.Array, expert_PK: jax.Array, kept_PK: jax.Array, weight_PK: jax.Array
+        ) -> jax.Array:
             module = nnx.merge(graph, _bias_once(state, placement))
             chosen = routing._replace(expert_PK=expert_PK, valid_PK=kept_PK, weight_PK=weight_PK)
             if self.devices == 1:
@@ -87,7 +90,8 @@ class ExpertParallel:
         own = chosen._replace(expert_PK=jnp.where(here_PK, expert_PK, 0), valid_PK=here_PK, weight_PK=weight_PK)
         spec = spec.model_copy(update={"num_experts": num_experts, "zero_computation": None})
         out_PD = run_experts(spec, experts, x_PD, dispatch(spec, own, inference=True))
-        return lax.psum_scatter(out_PD, group, tiled=True)
+        scattered_PD: jax.Array = lax.psum_scatter(out_PD, group, tiled=True)
+        return scattered_PD
 
     def _with_all_to_all(
         self,
@@ -107,6 +111,7 @@ class ExpertParallel:
             case "padded" if slots is None:
                 of_all = _experts_of_all_devices(experts, _PaddedAllToAll, group, self.devices, most)
             case "padded":
+                assert slots is not None
                 rows, used_R = _in_slots(rows, chosen.expert_PK.reshape(-1, length, chosen.expert_PK.shape[1]), slots)
                 of_all = _experts_by_slot(experts, group, used_R)
             case "allgather":
@@ -116,7 +121,7 @@ class ExpertParallel:
         return run_experts(spec, of_all, x_PD, rows)
 
 
-def _bias_once(state: nnx.State, placement: Placement) -> nnx.State:
+def _bias_once(state: State, placement: Placement) -> State:
     """Keep the output bias on one device along `tensor`: their outputs are parts of one sum."""
     if placement.sizes["tensor"] == 1 or "b_down" not in state:
         return state
@@ -140,7 +145,8 @@ class _PaddedAllToAll:
         row_SR = self.start_S[:, None] + jnp.arange(self.most)
         used_SR = jnp.arange(self.most) < self.count_S[:, None]
         x_SRD = jnp.where(used_SR[..., None], x_RD[jnp.minimum(row_SR, x_RD.shape[0] - 1)], 0)
-        return lax.all_to_all(x_SRD, self.group, 0, 0, tiled=True).reshape(-1, x_RD.shape[1])
+        received_SRD: jax.Array = lax.all_to_all(x_SRD, self.group, 0, 0, tiled=True)
+        return received_SRD.reshape(-1, x_RD.shape[1])
 
     def combine(self, y_RD: jax.Array, num_rows: int) -> jax.Array:
         """Send outputs back, to the rows that they were computed from."""
@@ -167,12 +173,14 @@ class _RaggedAllToAll(_PaddedAllToAll):
     def dispatch(self, x_RD: jax.Array) -> jax.Array:
         buffer = jnp.zeros((self.devices * self.most, x_RD.shape[1]), x_RD.dtype)
         sizes = self.start_S, self.count_S, self.at_theirs_S, self.received_S
-        return lax.ragged_all_to_all(x_RD, buffer, *sizes, axis_name=self.group)
+        received_RD: jax.Array = lax.ragged_all_to_all(x_RD, buffer, *sizes, axis_name=self.group)
+        return received_RD
 
     def combine(self, y_RD: jax.Array, num_rows: int) -> jax.Array:
         buffer = jnp.zeros((num_rows, y_RD.shape[1]), y_RD.dtype)
         sizes = self.arrival_S, self.received_S, self.at_mine_S, self.count_S
-        return lax.ragged_all_to_all(y_RD, buffer, *sizes, axis_name=self.group)
+        received_RD: jax.Array = lax.ragged_all_to_all(y_RD, buffer, *sizes, axis_name=self.group)
+        return received_RD
 
 
 def _experts_of_all_devices(

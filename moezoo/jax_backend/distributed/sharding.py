@@ -6,22 +6,23 @@ their sequences, and what is done to each row by itself is done where the row is
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
+from moezoo.core.distributed.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.errors import SpecError
-from moezoo.core.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
 from moezoo.core.parameters import parameter_table
-from moezoo.core.safetensors_file import ReadWhenAsked, shapes_of
-from moezoo.core.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.runtime.placement import active
+from moezoo.jax_backend.runtime.typed import State
 from moezoo.jax_backend.transformer import WrapBlock
 
 OUTSIDE_LAYERS = ("embedding.", "position.", "layer_inputs.", "head.")
@@ -59,10 +60,10 @@ class Placement:
         partitions = {row.name: partition(row, config, self.sizes) for row in table}
         self.parameters = {name: self.sharding(*axes) for name, axes in partitions.items()}
         self.computing = {row.name: self.sharding(*at_work(row, partitions[row.name])) for row in table}
-        self.experts = {
+        self.experts: dict[str, PartitionSpec] = {
             row.name.rsplit(".", 1)[1]: self.computing[row.name].spec for row in table if ".moe.experts." in row.name
         }
-        self.expert_axes = self._known({**RULES, **config.rules}["expert"])
+        self.expert_axes = self._known(config.rules.get("expert", RULES["expert"]))
         self.windows = self.sharding((), self.batch_axes)
         self.replicated = self.sharding()
 
@@ -81,11 +82,12 @@ class Placement:
         """Return the indices of the sequences of a micro-batch that this process's devices compute."""
         check_batch(batch, self.sizes)
         found = self.windows.addressable_devices_indices_map((1, batch))
-        return np.unique(np.concatenate([np.arange(batch)[rows] for _, rows in found.values()]))
+        return np.unique(np.concatenate([np.arange(batch)[index[1]] for index in found.values() if index is not None]))
 
     def of_all_processes(self, windows: np.ndarray) -> jax.Array:
         """Return windows [A, B, T + 1] of all processes, from this one's own sequences."""
-        return jax.make_array_from_process_local_data(self.windows, windows)
+        of_all: jax.Array = jax.make_array_from_process_local_data(self.windows, windows)
+        return of_all
 
     def divides(self, num_sequences: int) -> bool:
         """Return True where so many sequences can be sharded equally."""
@@ -114,11 +116,13 @@ class _Sharded(ReadWhenAsked):
 def shard(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding) -> jax.Array:
     """Put one of the arrays, which all processes have, on its devices: each process reads its own shards."""
     if isinstance(arrays, Shapes):
-        return jax.ShapeDtypeStruct(arrays.shapes[name], np.float32, sharding=sharding)
+        return cast(jax.Array, jax.ShapeDtypeStruct(arrays.shapes[name], np.float32, sharding=sharding))
     if isinstance(arrays, ReadWhenAsked):
-        return jax.make_array_from_callback(arrays.shapes[name], sharding, arrays.reader(name))
-    value = np.asarray(arrays[name])
-    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+        shape, read = arrays.shapes[name], arrays.reader(name)
+    else:
+        value = np.asarray(arrays[name])
+        shape, read = value.shape, value.__getitem__
+    return jax.make_array_from_callback(shape, sharding, cast(Callable[..., np.ndarray], read))
 
 
 class Shapes(ReadWhenAsked):
@@ -168,7 +172,7 @@ class _Gathered(nnx.Module):
         graph, state = nnx.split(self.block)
         static = {} if exchange is None else {"exchange": exchange}
 
-        def block(state: nnx.State, inputs: Any, named: dict[str, Any]) -> Any:
+        def block(state: State, inputs: Any, named: dict[str, Any]) -> Any:
             # Trap: XLA takes what never changes out of the loop over micro-batches, and would gather all blocks before
             # it. The barrier makes a block's parameters depend on the block's input.
             state, inputs = jax.lax.optimization_barrier((state, inputs))
@@ -188,18 +192,20 @@ def _not_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
     return primitive.name not in forms
 
 
-def _gather_state(state: nnx.State, prefix: str, placement: Placement) -> nnx.State:
+def _gather_state(state: State, prefix: str, placement: Placement) -> State:
     def gather(path: Any, variable: Any) -> Any:
         if not isinstance(variable, nnx.Param):
             return variable
         name = ".".join([prefix, *(str(key.key) for key in path)])
         return variable.replace(_gather(variable[...], name, placement))
 
-    return jax.tree.map_with_path(gather, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    gathered: State = jax.tree.map_with_path(gather, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return gathered
 
 
 def _gather(value: jax.Array, name: str, placement: Placement) -> jax.Array:
     """All-gather a parameter to the sharding with which it is computed with."""
     if placement.computing[name] == placement.parameters[name]:
         return value
-    return jax.lax.with_sharding_constraint(value, placement.computing[name])
+    gathered: jax.Array = jax.lax.with_sharding_constraint(value, placement.computing[name])
+    return gathered

@@ -1,6 +1,6 @@
 """Recomputation of experts or blocks in the backward pass (activation checkpointing, remat).
 
-Spec: moezoo.core.config.TrainingConfig.
+Spec: moezoo.core.config.training.TrainingConfig.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax import lax
 
-from moezoo.core.config import Rematerialize
+from moezoo.core.config.training import Rematerialize
 from moezoo.core.spec import MoESpec
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.distributed.sharding import Placement, gather_blocks
@@ -19,6 +19,7 @@ from moezoo.jax_backend.moe import Exchange, run_experts
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.runtime.placement import active_placement
 from moezoo.jax_backend.runtime.platform import platform
+from moezoo.jax_backend.runtime.typed import GraphDef, State
 from moezoo.jax_backend.transformer import WrapBlock
 
 _BLOCKS = ("attention", "moe", "feed_forward")
@@ -54,8 +55,8 @@ def transforms(what: Rematerialize, placement: Placement | None, exchange: Excha
 
 
 def _recomputed_block(wrap: WrapBlock | None, block: nnx.Module, name: str) -> Any:
-    block = block if wrap is None else wrap(block, name)
-    return _RecomputedBlock(block) if name.rpartition(".")[2] in _BLOCKS else block
+    wrapped: Any = block if wrap is None else wrap(block, name)
+    return _RecomputedBlock(wrapped) if name.rpartition(".")[2] in _BLOCKS else wrapped
 
 
 class _RecomputedBlock:
@@ -70,16 +71,14 @@ class _RecomputedBlock:
 
 
 @partial(jax.jit, static_argnames=("graph", "exchange", "placement"))
-def _computed(
-    graph: nnx.GraphDef, state: nnx.State, inputs: Any, named: dict[str, Any], exchange: Any, placement: Any
-) -> Any:
+def _computed(graph: GraphDef, state: State, inputs: Any, named: dict[str, Any], exchange: Any, placement: Any) -> Any:
     """Compute a block. Blocks that are equal but for their numbers are traced once, and called as a function.
 
     `placement` is the active one: a block that was traced for another one may not be reused.
     """
     static = {} if exchange is None else {"exchange": exchange}
 
-    def block(state: nnx.State, inputs: Any, named: dict[str, Any]) -> Any:
+    def block(state: State, inputs: Any, named: dict[str, Any]) -> Any:
         return nnx.merge(graph, state)(*inputs, **named, **static)
 
     return jax.checkpoint(block)(state, inputs, named)
@@ -109,7 +108,8 @@ class RecomputedExperts:
         graph, state = nnx.split(experts)
         if self.exchange is not None:
             # Each device sorts the assignments of its own tokens. The order of all is not stored: it would be gathered.
-            dispatched = dispatched._replace(**dict.fromkeys(("token_R", "expert_R", "weight_R", "size_E")))
+            absent: dict[str, Any] = dict.fromkeys(("token_R", "expert_R", "weight_R", "size_E"))
+            dispatched = dispatched._replace(**absent)
         call = _Call(self.exchange, spec, graph, num_sequences, inference)
         return _recomputed_experts(call, state, (x_PD, routing, dispatched))
 
@@ -119,11 +119,11 @@ class _Call(NamedTuple):
 
     exchange: Exchange | None
     spec: MoESpec
-    graph: nnx.GraphDef
+    graph: GraphDef
     num_sequences: int
     inference: bool
 
-    def __call__(self, state: nnx.State, inputs: tuple[jax.Array, Routing, Dispatch]) -> jax.Array:
+    def __call__(self, state: State, inputs: tuple[jax.Array, Routing, Dispatch]) -> jax.Array:
         experts, (x_PD, routing, dispatched) = nnx.merge(self.graph, state), inputs
         if self.exchange is None:
             return run_experts(self.spec, experts, x_PD, dispatched)
@@ -133,11 +133,11 @@ class _Call(NamedTuple):
 
 # Trap: `jax.checkpoint` inside another one stores what the outer one's policy says. On a mesh there is an outer one.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recomputed_experts(call: _Call, state: nnx.State, inputs: tuple[jax.Array, Routing, Dispatch]) -> jax.Array:
+def _recomputed_experts(call: _Call, state: State, inputs: tuple[jax.Array, Routing, Dispatch]) -> jax.Array:
     return call(state, inputs)
 
 
-def _experts_forward(call: _Call, state: nnx.State, inputs: Any) -> tuple[jax.Array, Any]:
+def _experts_forward(call: _Call, state: State, inputs: Any) -> tuple[jax.Array, Any]:
     return call(state, inputs), (state, inputs)
 
 
@@ -145,7 +145,7 @@ def _experts_forward(call: _Call, state: nnx.State, inputs: Any) -> tuple[jax.Ar
 def _experts_backward(call: _Call, stored: Any, gradient_PD: jax.Array) -> Any:
     """Traced once for equal layers, for the reasons of `_computed`."""
     # Without the barrier, XLA would find that it was all computed before, and keep that.
-    _, pull = jax.vjp(call, *lax.optimization_barrier(stored))
+    _, pull = jax.vjp(call.__call__, *lax.optimization_barrier(stored))
     return pull(gradient_PD)
 
 

@@ -1,6 +1,6 @@
 """Runs of equal layers, compiled once and looped over. Only here: MLX compiles no layer, and refuses `layers: scanned`.
 
-Spec: moezoo.core.config.TrainingConfig.
+Spec: moezoo.core.config.training.TrainingConfig.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,9 +35,9 @@ def equal_layers(spec: ModelSpec) -> list[range]:
             alone.add(0)
     shapes: list[list[Any]] = [[] for _ in layers]
     for row in parameter_table(spec):
-        index, own = _parts(row.name)
-        if index is not None:
-            shapes[index].append((own, row.shape))
+        of_layer, own = _parts(row.name)
+        if of_layer is not None:
+            shapes[of_layer].append((own, row.shape))
     runs: list[range] = []
     for index, layer in enumerate(layers):
         before = index - 1
@@ -63,13 +63,15 @@ class Stacks:
 
     def __init__(self, spec: ModelSpec, runs: Sequence[range] = (), placement: Placement | None = None):
         run_of = {index: run for run in runs if len(run) > 1 for index in run}
-        self._places = {}
+        self._places: dict[str, _Place] = {}
         for name in (row.name for row in parameter_table(spec)):
             index, own = _parts(name)
-            run = run_of.get(index)
-            self._places[name] = _Place(name) if run is None else _Place(_held(run, own), index - run.start)
+            if index is None or index not in run_of:
+                self._places[name] = _Place(name)
+            else:
+                self._places[name] = _Place(_held(run_of[index], own), index - run_of[index].start)
         self.shardings = {
-            place.name: own if place.index is None else stacked(own)
+            place.name: own if place.row is None else stacked(own)
             for name, own in ({} if placement is None else placement.parameters).items()
             for place in (self._places[name],)
         }
@@ -84,19 +86,18 @@ class Stacks:
         for name in names:
             members.setdefault(self._places[name].name, []).append(name)
         return {
-            held: read(held)
-            if self._places[own[0]].index is None
-            else self._stacked(held, [read(name) for name in own])
+            held: read(held) if self._places[own[0]].row is None else self._stacked(held, [read(name) for name in own])
             for held, own in members.items()
         }
 
     def _stacked(self, held: str, own: list[jax.Array]) -> jax.Array:
-        return jax.jit(lambda own: jnp.stack(own), out_shardings=self.shardings.get(held))(own)
+        joined: jax.Array = jax.jit(lambda own: jnp.stack(own), out_shardings=self.shardings.get(held))(own)
+        return joined
 
     def cut(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Each layer's own arrays, from those that are held: of NumPy's, views."""
         return {
-            name: values[place.name] if place.index is None else values[place.name][place.index]
+            name: values[place.name] if place.row is None else values[place.name][place.row]
             for name, place in self._places.items()
             if place.name in values
         }
@@ -112,7 +113,7 @@ class ScannedTransformer(Transformer):
         self.runs = tuple(equal_layers(spec))
         super().__init__(spec, weights)
 
-    def _made_layers(self, weights: Weights) -> nnx.Dict:
+    def _made_layers(self, weights: Weights) -> nnx.Dict[Any]:
         layers = self.spec.all_layers
         return nnx.Dict(
             {
@@ -123,11 +124,12 @@ class ScannedTransformer(Transformer):
 
     def _layer_at(self, index: int) -> Layer:
         run = next(run for run in self.runs if index in run)
-        layer = self.layers[_name(run)]
+        layer: Layer = self.layers[_name(run)]
         if len(run) == 1:
             return layer
         graph, state = nnx.split(layer)
-        return nnx.merge(graph, jax.tree.map(lambda values: values[index - run.start], state))
+        own: Layer = nnx.merge(graph, jax.tree.map(lambda values: values[index - run.start], state))
+        return own
 
     def _run_layers(
         self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: jax.Array | None
@@ -194,6 +196,7 @@ class GradientMeans:
         """What `jax.value_and_grad(loss, has_aux=True)` would be, but that gradients are added, and none returned."""
 
         def value_and_none(parameters: Mapping[str, jax.Array], *inputs: Any, **named: Any) -> Any:
+            pull: Any
             value, pull, beside = jax.vjp(
                 lambda parameters: loss(parameters, *inputs, **named), parameters, has_aux=True
             )
@@ -212,7 +215,7 @@ class _Place(NamedTuple):
     """The held array where a layer's own is, and where in it."""
 
     name: str
-    index: int | None = None
+    row: int | None = None
 
 
 def _parts(name: str) -> tuple[int | None, str]:

@@ -1,1 +1,1 @@
-"""One file a family: what its config.json says, and where its tensors go. Found by themselves."""
+"""One file per family: parsing of its config.json and its tensor mapping. Families are discovered automatically."""

@@ -30,7 +30,7 @@ def spec(fields: Fields) -> ModelSpec:
     }
     every = fields.count("global_attn_every_n_layers", 4)
     kinds = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
-    moe, dense = _mixture(fields), parts.swiglu(fields, fields.count("intermediate_size"))
+    moe, dense = _moe(fields), parts.swiglu(fields, fields.count("intermediate_size"))
     layers = [
         parts.layer(mixers[kind], dense if index < num_dense else moe).model_copy(update={"arrangement": "sandwich"})
         for index, kind in enumerate(parts.layer_types(fields, num_layers, kinds))
@@ -40,9 +40,9 @@ def spec(fields: Fields) -> ModelSpec:
     return parts.model(fields, layers, norm=norm).model_copy(update={"multipliers": multipliers})
 
 
-def _mixture(fields: Fields) -> MoESpec:
+def _moe(fields: Fields) -> MoESpec:
     width, shared = fields.count("moe_intermediate_size"), fields.integer("num_shared_experts", 2)
-    # Trap: released configs name these; transformers has one value of each, whatever they say.
+    # Trap: released configs have these fields, but transformers ignores them and uses these values.
     fields.expect("score_func", "sigmoid")
     fields.expect("route_norm", True)
     for name in ("n_group", "topk_group", "num_expert_groups", "num_limited_groups"):

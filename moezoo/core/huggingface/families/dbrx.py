@@ -35,11 +35,11 @@ def _attention(fields: Fields, width: int, heads: int) -> GroupedQueryAttentionS
     inner = fields.inside("attn_config") or Fields({}, fields.where)
     kv_heads = inner.count("kv_n_heads", 1)
     fields.expect("num_key_value_heads", kv_heads)
-    # Trap: released files have the base in attn_config alone, where transformers 5.23 does not look: it takes 10,000.
+    # Trap: released files have rope_theta only in attn_config, where transformers 5.23 ignores it and uses 10,000.
     base = inner.number("rope_theta", 10_000.0)
     position = parts.rope(fields, base=base)
     if "rope_theta" in inner and position.base != base:
-        raise inner.refuse("rope_theta", f"{position.base:g}, as outside of attn_config")
+        raise inner.refuse("rope_theta", f"{position.base:g}, as outside attn_config")
     inner.only_in_training("attn_pdrop")
     fields.notes += inner.notes
     clip = inner.get("clip_qkv")
@@ -54,8 +54,8 @@ def _moe(fields: Fields) -> MoESpec:
     activation = inner.inside("ffn_act_fn") or Fields({}, inner.where)
     experts = parts.swiglu(activation, inner.count("ffn_hidden_size", 3584), name="name")
     activation.finish()
-    named = "moe_normalize_expert_weights"
-    order = None if inner.null(named) else inner.number(named, 1.0)
+    name = "moe_normalize_expert_weights"
+    order = None if inner.null(name) else inner.number(name, 1.0)
     coefficient = inner.number("moe_loss_weight", 0.01)
     moe = MoESpec(
         num_experts=inner.count("moe_num_experts", 4),
@@ -68,7 +68,7 @@ def _moe(fields: Fields) -> MoESpec:
         experts=experts,
         losses=(PooledBalanceLossSpec(coefficient=coefficient),) if coefficient else (),
     )
-    inner.finish(("hidden_size",))  # transformers takes d_model whatever it says
+    inner.finish(("hidden_size",))  # transformers always uses d_model
     return moe
 
 

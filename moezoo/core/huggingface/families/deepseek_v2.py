@@ -18,8 +18,9 @@ from moezoo.core.spec import (
 def spec(fields: Fields) -> ModelSpec:
     fields.expect("rope_interleave", True)
     attention = parts.latent_attention(fields)
-    fields.expect("mlp_bias", False)  # of dense and shared ones alone: shared experts are of the routed ones' kind here
-    moe = _mixture(fields)
+    # Applies to dense and shared feed-forwards only; here shared experts are of the same kind as routed ones.
+    fields.expect("mlp_bias", False)
+    moe = _moe(fields)
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     first = fields.integer("first_k_dense_replace", 0)
     fields.expect("moe_layer_freq", 1)
@@ -29,9 +30,9 @@ def spec(fields: Fields) -> ModelSpec:
     return parts.model(fields, layers, norm=parts.rms_norm(fields))
 
 
-def _mixture(fields: Fields) -> MoESpec:
+def _moe(fields: Fields) -> MoESpec:
     fields.expect("scoring_func", "softmax")
-    # Trap: DeepSeek's own code then renormalizes and leaves out the scale; transformers does not look.
+    # Trap: if true, DeepSeek's own code renormalizes and omits the scale; transformers ignores it.
     fields.expect("norm_topk_prob", False)
     choice: ChoiceSpec = TopKChoiceSpec()
     if fields.choice("topk_method", {"greedy": False, "group_limited_greedy": True}, "greedy"):
@@ -64,10 +65,10 @@ FAMILY = Family(
     ),
     kept=("*.rotary_emb.inv_freq",),
     harmless=(
-        "aux_loss_alpha",  # of balance losses that transformers has not
+        "aux_loss_alpha",  # of balance losses that transformers does not have
         "head_dim",
         "max_position_embeddings",
-        "n_group",  # of a greedy choice
+        "n_group",  # unused with topk_method greedy
         "qk_head_dim",
         "seq_aux",
         "topk_group",

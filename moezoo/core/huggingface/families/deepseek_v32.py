@@ -11,7 +11,7 @@ _THEIRS, _INDEXER = f"{LAYER}.self_attn.indexer", f"{OURS}.attention.indexer"
 
 
 def spec(fields: Fields) -> ModelSpec:
-    fields.expect("rope_interleave", True)  # of the attention; the indexer splits halves
+    fields.expect("rope_interleave", True)  # of the attention; the indexer uses half-split
     attention = parts.latent_attention(
         fields,
         indexer=IndexerSpec(

@@ -10,7 +10,7 @@ from moezoo.core.spec import ModelSpec, MoESpec, RouterSpec, SelectionBiasSpec, 
 
 def spec(fields: Fields) -> ModelSpec:
     num_layers = fields.count("num_hidden_layers")
-    bias = fields.flag("use_bias", False)  # of all but the routed experts
+    bias = fields.flag("use_bias", False)  # everywhere except in routed experts
     position = parts.rope(fields, base=5e5, layout="interleaved")
     attention = parts.attention(fields, position, kv_heads=4, qkv_bias=bias, output_bias=bias)
     least = fields.number("moe_norm_min", 1e-12)
@@ -58,7 +58,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
         *parts.router(),
         Tensor(f"{LAYER}.mlp.moe_statics.e_score_correction_bias", "1 e", _BIAS, "e"),
-        Tensor(f"{LAYER}.mlp.gate.moe_statics.e_score_correction_bias", "1 e", _BIAS, "e"),  # transformers 5 in memory
+        Tensor(f"{LAYER}.mlp.gate.moe_statics.e_score_correction_bias", "1 e", _BIAS, "e"),  # in transformers 5
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),

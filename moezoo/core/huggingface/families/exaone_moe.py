@@ -16,7 +16,7 @@ def spec(fields: Fields) -> ModelSpec:
         fields, num_experts=("num_experts", "num_local_experts"), num_shared=("num_shared_experts", 1), scale=2.5
     )
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
-    # A layer that sees all tokens has no rotation, but where no layer has a window.
+    # Layers with full attention have no RoPE, unless no layer has a sliding window.
     everywhere = fields.count_or_null("sliding_window", 4096) is None
     layers = [
         parts.layer(
@@ -36,7 +36,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 def _windows(fields: Fields, num_layers: int) -> list[int | None]:
     if "layer_types" in fields:
-        fields.get("sliding_window_pattern")  # "LLLG" in the released files, which layer_types spells out
+        fields.get("sliding_window_pattern")  # "LLLG" in the released files; layer_types lists the same per layer
         return parts.windows(fields, num_layers, window=4096)
     step = fields.count("sliding_window_pattern", 4)
     default = ["sliding_attention" if (index + 1) % step else "full_attention" for index in range(num_layers)]
@@ -44,7 +44,10 @@ def _windows(fields: Fields, num_layers: int) -> list[int | None]:
 
 
 def _dense_layers(fields: Fields, num_layers: int) -> list[bool]:
-    """By `mlp_layer_types`, or the first `first_k_dense_replace`; `is_moe_layer` of released files must agree."""
+    """Return a flag per layer, true if it is dense, from `mlp_layer_types` or `first_k_dense_replace`.
+
+    `is_moe_layer` of released files must agree.
+    """
     first = fields.integer(fields.either("first_k_dense_replace", "first_last_k_dense_replace"), 1)
     dense = parts.dense_by_type(fields, num_layers, [index < first for index in range(num_layers)])
     fields.expect("is_moe_layer", [not is_dense for is_dense in dense])
@@ -60,7 +63,7 @@ FAMILY = Family(
         *parts.grouped_query(),
         *parts.qk_norm(),
         *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
-        # As the released files have it; transformers 5 has the bias in memory where parts.router looks for it.
+        # Name in the released files; in transformers 5 the bias has the name in parts.router.
         Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
         *parts.router(),
         *parts.experts(),

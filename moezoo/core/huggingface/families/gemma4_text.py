@@ -1,4 +1,4 @@
-"""Gemma 4, its text model. Source: Google 2026; transformers, `gemma4` (Gemma4Text...)."""
+"""Gemma 4, text model. Source: Google 2026; transformers, `gemma4` (Gemma4Text...)."""
 
 import math
 
@@ -27,12 +27,12 @@ def spec(fields: Fields) -> ModelSpec:
     norm = parts.rms_norm(fields)
     by_default = ["full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(number)]
     types = parts.layer_types(fields, number, by_default)
-    types[-1] = "full_attention"  # transformers has it so, whatever the file says
+    types[-1] = "full_attention"  # as in transformers, regardless of the config
     attentions = _attentions(fields, types, norm)
-    has_moe, wider = fields.flag("enable_moe_block", False), fields.flag("use_double_wide_mlp", False)
+    has_moe, double_width = fields.flag("enable_moe_block", False), fields.flag("use_double_wide_mlp", False)
     layers = []
     for attention in attentions:
-        times = 2 if wider and attention.keys_of_layer is not None else 1
+        times = 2 if double_width and attention.keys_of_layer is not None else 1
         dense = parts.swiglu(
             fields, times * fields.count("intermediate_size"), name="hidden_activation", default="gelu_pytorch_tanh"
         )
@@ -71,7 +71,7 @@ def _layer_inputs(fields: Fields) -> LayerInputsSpec | None:
 
 
 def _attentions(fields: Fields, types: list[str], norm: RMSNormSpec) -> list[GroupedQueryAttentionSpec]:
-    """One a layer. Those of full attention have heads of another width and, with attention_k_eq_v, no values."""
+    """Return each layer's attention; full attention has another head_dim and, with attention_k_eq_v, keys as values."""
     keys_are_values, bias = fields.flag("attention_k_eq_v", False), fields.flag("attention_bias", False)
     shape = {
         "head_dim": fields.count("head_dim", 256),
@@ -86,7 +86,7 @@ def _attentions(fields: Fields, types: list[str], norm: RMSNormSpec) -> list[Gro
     }
     own_keys = len(types) - fields.integer("num_kv_shared_layers", 0)
     if own_keys < 1 or set(types[:own_keys]) != set(types):
-        raise fields.refuse("num_kv_shared_layers", "fewer, so that a layer of each type before them has keys")
+        raise fields.refuse("num_kv_shared_layers", "fewer, so that an earlier layer of each type has its own keys")
     found = []
     for index, (kind, own) in enumerate(zip(types, overrides, strict=True)):
         values = {
@@ -110,8 +110,11 @@ def _attentions(fields: Fields, types: list[str], norm: RMSNormSpec) -> list[Gro
 
 
 def _overrides(fields: Fields, types: list[str], keys_are_values: bool) -> list[dict[str, int]]:
-    """What differs of each layer's heads: `per_layer_config` (transformers 5), or the `global_...` of files on the hub,
-    which count for the layers of full attention where there is none."""
+    """Return each layer's overrides of head_dim and num_kv_heads.
+
+    They come from `per_layer_config` (transformers 5), or for layers with full attention from the `global_*` fields of
+    files on the hub.
+    """
     head_dim = fields.count("global_head_dim", 512)
     kv_heads = fields.get("num_global_key_value_heads")
     everywhere = {"head_dim": head_dim}
@@ -139,7 +142,7 @@ def _position(fields: Fields, layer_type: str, base: float, default: RoPESpec) -
         return default
     position = parts.rope(fields, base=base, fraction=1.0, layer_type=layer_type)
     if position.fraction_of == "features" and position.fraction != 1:  # transformers would rotate the whole head
-        raise fields.refuse("rope_parameters", 'a partial_rotary_factor only beside rope_type "proportional"')
+        raise fields.refuse("rope_parameters", 'a partial_rotary_factor only with rope_type "proportional"')
     return position
 
 
@@ -186,7 +189,7 @@ FAMILY = Family(
     kept=(
         "*.rotary_emb.*inv_freq",
         *("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),
-        # Of layers that attend to the keys of others, in released files.
+        # In released files, of layers that share the keys of others.
         *("*.self_attn.k_proj.weight", "*.self_attn.v_proj.weight", "*.self_attn.k_norm.weight"),
     ),
     harmless=("max_position_embeddings",),

@@ -12,7 +12,7 @@ def spec(fields: Fields) -> ModelSpec:
     moe = parts.grouped_sigmoid(fields, scale=1.8)
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     if "mlp_layer_types" not in fields:
-        fields.expect("first_k_dense_replace", 1)  # transformers does not look at it, and takes one
+        fields.expect("first_k_dense_replace", 1)  # transformers ignores it and uses 1
     fields.expect("moe_layer_freq", 1)
     number = fields.count("num_hidden_layers")
     dense_layers = parts.dense_by_type(fields, number, [index < 1 for index in range(number)])

@@ -1,4 +1,4 @@
-"""gpt-oss, dense and as MXFP4. Source: OpenAI 2025, arXiv 2508.10925; transformers, `gpt_oss`."""
+"""gpt-oss, unquantized and MXFP4. Source: OpenAI 2025, arXiv 2508.10925; transformers, `gpt_oss`."""
 
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
@@ -52,7 +52,7 @@ def _rope(fields: Fields) -> RoPESpec:
     base = 150_000.0
     if "rope_parameters" in fields or "rope_scaling" in fields:
         return parts.rope(fields, base=base)
-    # Trap: a config that is silent means the released model's rotation, not an unscaled one.
+    # Trap: without these fields transformers uses the released model's YaRN scaling, not unscaled RoPE.
     scaling = YaRNScalingSpec(factor=32.0, original_length=4096, truncate=False)
     return parts.rope(fields, base=base).model_copy(update={"scaling": scaling})
 
@@ -62,7 +62,7 @@ _OURS = f"{OURS}.moe.experts"
 
 
 def _interleaved(theirs: str, axes: str, ours_axes: str, which: str = "w") -> Fused:
-    """Gate and up of one feature side by side."""
+    """Return the rule for gate and up interleaved per feature."""
     return Fused(
         theirs, axes, (Part(f"{_OURS}.{which}_gate", "", ours_axes), Part(f"{_OURS}.{which}_up", "", ours_axes))
     )
@@ -82,7 +82,7 @@ FAMILY = Family(
         _interleaved(f"{_EXPERTS}.gate_up_proj_bias", "e (f x)", "e f", "b"),
         Tensor(f"{_EXPERTS}.down_proj", "e f d", f"{_OURS}.w_down", "e f d"),
         Tensor(f"{_EXPERTS}.down_proj_bias", "e d", f"{_OURS}.b_down", "e d"),
-        # As MXFP4: each row of a matrix in blocks of 32 along the width that it sums over.
+        # MXFP4: each matrix row in blocks of 32 along the contracted axis.
         _interleaved(f"{_EXPERTS}.gate_up_proj_blocks", "e (f x) d", "e d f"),
         Tensor(f"{_EXPERTS}.down_proj_blocks", "e d f", f"{_OURS}.w_down", "e f d"),
     ),

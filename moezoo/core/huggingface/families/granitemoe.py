@@ -23,7 +23,7 @@ def spec(fields: Fields) -> ModelSpec:
     layers = [parts.layer(attention, moe)] * fields.count("num_hidden_layers")
     divisor = fields.number("logits_scaling", 1.0)
     if divisor <= 0:
-        raise fields.refuse("logits_scaling", "a number above 0, by which logits are divided")
+        raise fields.refuse("logits_scaling", "a number above 0, because logits are divided by it")
     multipliers = MultipliersSpec(
         embedding=fields.number("embedding_multiplier", 1.0),
         residual=fields.number("residual_multiplier", 1.0),
@@ -44,7 +44,7 @@ FAMILY = Family(
         *parts.router(f"{MIXTURE}.router.layer"),
         parts.gate_and_up(f"{MIXTURE}.input_linear.weight", "e x d", EXPERTS),
         Tensor(f"{MIXTURE}.output_linear.weight", "e d f", f"{EXPERTS}.w_down", "e f d"),
-        *parts.router(f"{MIXTURE}.router"),  # as transformers 5 has it in memory
+        *parts.router(f"{MIXTURE}.router"),  # the name in transformers 5
         *parts.experts(f"{MIXTURE}.experts"),
         Fused(
             f"{LAYER}.shared_mlp.input_linear.weight",

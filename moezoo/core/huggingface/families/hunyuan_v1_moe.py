@@ -24,8 +24,8 @@ def spec(fields: Fields) -> ModelSpec:
     )
     num_experts = fields.count(fields.either("num_experts", "num_local_experts"), 1)
     mixed = fields.flag("use_mixed_mlp_moe", True)
-    # Lists by layer, or one number for all; transformers takes moe_intermediate_size for equal to intermediate_size.
-    mixtures = [
+    # Lists per layer, or one number for all; transformers uses intermediate_size in place of moe_intermediate_size.
+    moes = [
         MoESpec(
             num_experts=num_experts,
             router=RouterSpec(top_k=top_k),
@@ -39,12 +39,12 @@ def spec(fields: Fields) -> ModelSpec:
             strict=True,
         )
     ]
-    _refuse_others(fields)
-    return parts.model(fields, [parts.layer(attention, moe) for moe in mixtures], norm=norm)
+    _expect_released(fields)
+    return parts.model(fields, [parts.layer(attention, moe) for moe in moes], norm=norm)
 
 
 def _position(fields: Fields, head_dim: int) -> RoPESpec:
-    """`dynamic` with an alpha is a larger base, whatever the length; its other fields then mean nothing."""
+    """Return RoPE; `dynamic` with an alpha is a larger base at any length, and its other fields have no effect."""
     inner = fields.inside("rope_parameters") or fields.inside("rope_scaling")
     alpha = 0.0 if inner is None else inner.number("alpha", 0.0)
     if inner is None or not alpha or inner.get("rope_type", inner.get("type")) != "dynamic":
@@ -56,8 +56,8 @@ def _position(fields: Fields, head_dim: int) -> RoPESpec:
     return RoPESpec(base=base * alpha ** (head_dim / (head_dim - 2)))
 
 
-def _refuse_others(fields: Fields) -> None:
-    """Fields that released configs have, and that have one value in transformers, whatever they say."""
+def _expect_released(fields: Fields) -> None:
+    """Check fields of released configs that transformers ignores, using a fixed value."""
     for name in ("mlp_bias", "use_cla", "use_mla", "group_limited_greedy", "moe_drop_tokens"):
         fields.expect(name, False)
     fields.expect("position_embedding_xdrope", False)

@@ -43,7 +43,7 @@ def spec(fields: Fields) -> ModelSpec:
         parts.layer(mixers[kind], dense if index < num_dense else moe)
         for index, kind in enumerate(parts.layer_types(fields, num_layers, None, tuple(mixers)))
     ]
-    if "tie_embedding" in fields:  # as transformers 4 had it
+    if "tie_embedding" in fields:  # the name in transformers 4
         fields.expect("tie_word_embeddings", fields.flag("tie_embedding"))
     tied = fields.flag("tie_embedding", True)
     return parts.model(fields, layers, norm=norm, tied=tied)

@@ -46,24 +46,24 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _attentions(fields: Fields, num_layers: int, epsilon: float) -> list[GroupedQueryAttentionSpec]:
-    """Layers with a rotation and queries and keys of length one, mostly in chunks; layers without, mostly full."""
+    """Return each layer's attention: RoPE with normalized queries and keys, mostly chunked, or NoPE, mostly full."""
     step = fields.count("no_rope_layer_interval", 4)
-    # Trap: 1 in no_rope_layers is a layer with RoPE. The released files have an empty list, which means the default.
+    # Trap: 1 in no_rope_layers means a layer with RoPE. The released files have an empty list, which means the default.
     rotated = fields.integers("no_rope_layers") or [min((index + 1) % step, 1) for index in range(num_layers)]
     if len(rotated) < num_layers:
-        raise fields.refuse("no_rope_layers", f"a list of {num_layers}")
-    default = ["chunked_attention" if turns else "full_attention" for turns in rotated[:num_layers]]
+        raise fields.refuse("no_rope_layers", f"a list of {num_layers} items")
+    default = ["chunked_attention" if rotates else "full_attention" for rotates in rotated[:num_layers]]
     kinds = parts.layer_types(fields, num_layers, default, known=("full_attention", "chunked_attention"))
     chunk = fields.count_or_null("attention_chunk_size", 8192)
     if chunk is None and "chunked_attention" in kinds:
-        raise fields.refuse("attention_chunk_size", "a number, since a layer has chunked_attention")
+        raise fields.refuse("attention_chunk_size", "a number, because a layer has chunked_attention")
     bias = fields.flag("attention_bias", False)
     with_rope: dict[str, Any] = {"position": parts.rope(fields, base=5e5, layout="interleaved")}
     if fields.flag("use_qk_norm", True):
         with_rope |= {"qk_norm": RMSNormSpec(epsilon=epsilon, scale="none"), "qk_norm_after_rotation": True}
     without: dict[str, Any] = {"position": NoPositionSpec()}
     length, scale = fields.count("floor_scale", 8192), fields.number("attn_scale", 0.1)
-    if fields.get("attn_temperature_tuning", True):  # 4 in some released files, which counts as true
+    if fields.get("attn_temperature_tuning", True):  # 4 in some released files, treated as true
         without |= {"temperature_tuning": TemperatureTuningSpec(floor_length=length, scale=scale)}
     return [
         parts.attention(
@@ -73,9 +73,9 @@ def _attentions(fields: Fields, num_layers: int, epsilon: float) -> list[Grouped
             qkv_bias=bias,
             output_bias=bias,
             chunk=chunk if kind == "chunked_attention" else None,
-            **(with_rope if turns else without),
+            **(with_rope if rotates else without),
         )
-        for turns, kind in zip(rotated[:num_layers], kinds, strict=True)
+        for rotates, kind in zip(rotated[:num_layers], kinds, strict=True)
     ]
 
 
@@ -105,7 +105,7 @@ FAMILY = Family(
         "cache_implementation",
         "for_llm_compressor",
         "max_position_embeddings",
-        "router_aux_loss_coef",  # the family's own code has no such loss, nor the jitter
+        "router_aux_loss_coef",  # the family's own code has neither this loss nor the jitter
         "router_jitter_noise",
     ),
 )

@@ -1,4 +1,4 @@
-"""LongCat-Flash: a layer of theirs is two of ours, the first with a shortcut.
+"""LongCat-Flash: each of its layers becomes two of ours, the first with a shortcut.
 
 Source: Meituan 2025, arXiv 2509.01322; transformers, `longcat_flash`.
 """
@@ -24,19 +24,19 @@ def spec(fields: Fields) -> ModelSpec:
     attention = parts.latent_attention(
         fields,
         parts.rope(fields, base=1e7, layout="interleaved"),
-        scale=(width / queries) ** 0.5 / head**0.5,  # the constant on queries, sqrt(D / q_lora_rank), is one on scores
+        scale=(width / queries) ** 0.5 / head**0.5,  # includes the constant on queries, sqrt(D / q_lora_rank)
         latent_multiplier=(width / fields.count("kv_lora_rank")) ** 0.5,
     )
     dense = parts.swiglu(fields, fields.count(fields.either("ffn_hidden_size", "intermediate_size")))
     number = fields.count("num_layers")
     fields.expect("num_hidden_layers", number, 2 * number)
-    first = LayerSpec(attention=attention, feed_forward=dense, moe=_mixture(fields), shortcut=True)
+    first = LayerSpec(attention=attention, feed_forward=dense, moe=_moe(fields), shortcut=True)
     second = LayerSpec(attention=attention, feed_forward=dense)
     return parts.model(fields, (first, second) * number, norm=parts.rms_norm(fields, 1e-5))
 
 
-def _mixture(fields: Fields) -> MoESpec:
-    # Trap: what these two ask for transformers does not do, and mlx-lm does.
+def _moe(fields: Fields) -> MoESpec:
+    # Trap: transformers does not implement these two options, mlx-lm does.
     fields.expect("norm_topk_prob", False)
     fields.expect("router_bias", False)
     fields.expect("zero_expert_type", "identity")
@@ -76,7 +76,7 @@ FAMILY = Family(
     ),
     kept=(
         "*.rotary_emb.inv_freq",
-        # Of experts that copy: transformers 5.23 writes gate and up of them too, and no down.
+        # transformers 5.23 also saves gate and up, but no down, of the copy experts.
         "*.mlp.experts.*.gate_proj.weight",
         "*.mlp.experts.*.up_proj.weight",
         "model.mtp.*",

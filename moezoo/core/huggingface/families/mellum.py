@@ -42,7 +42,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _rope(fields: Fields, layer_type: str) -> RoPESpec:
-    """Each type of layer has a rotation of its own; none is shared."""
+    """Return the RoPE of a layer type; each type has its own."""
     fields.expect("rope_theta")
     inner = fields.inside("rope_parameters")
     if inner is None:
@@ -51,7 +51,8 @@ def _rope(fields: Fields, layer_type: str) -> RoPESpec:
         raise fields.refuse("rope_parameters", f"an object with {layer_type}")
     inner.finish(("full_attention", "sliding_attention"))
     own = inner.inside(layer_type)
-    if own is not None:  # Trap: transformers 5.23 looks for it outside, and so truncates whatever it says here.
+    if own is not None:
+        # Trap: transformers 5.23 reads it outside this object, so it truncates regardless of this value.
         own.expect("truncate", True)
     return parts.rope(fields, fraction=1.0, layer_type=layer_type)
 

@@ -23,12 +23,12 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _attention(fields: Fields, prefix: str) -> GroupedQueryAttentionSpec:
-    """That of layers of full attention, or of a window (`swa_`), which have sinks and twice the key/value heads."""
+    """Return full attention, or sliding-window attention (`swa_`), which has sinks and twice the key/value heads."""
     slides = prefix != ""
     heads = fields.count("num_attention_heads")
     kv_heads = fields.count("num_key_value_heads")
     scale = "attention_value_scale"
-    size = fields.get("sliding_window_size")  # without the token itself, unlike sliding_window
+    size = fields.get("sliding_window_size")  # excludes the current token, unlike sliding_window
     window = fields.count("sliding_window", 129) if size is None else fields.integer("sliding_window_size") + 1
     return GroupedQueryAttentionSpec(
         num_heads=fields.count("swa_num_attention_heads", heads) if slides else heads,
@@ -50,7 +50,11 @@ def _attention(fields: Fields, prefix: str) -> GroupedQueryAttentionSpec:
 
 
 def _sliding(fields: Fields, number: int) -> list[bool]:
-    """By `layer_types`, by the hub's `hybrid_layer_pattern` (they must agree), or all but the first and each sixth."""
+    """Return a flag per layer, true if it has a sliding window.
+
+    It comes from `layer_types` or the hub's `hybrid_layer_pattern` (they must agree); by default all layers except the
+    first and every sixth.
+    """
     by_default = [index > 0 and (index + 1) % 6 > 0 for index in range(number)]
     pattern = fields.items("hybrid_layer_pattern", number, by_default)
     types = ["sliding_attention" if slides else "full_attention" for slides in pattern]
@@ -61,7 +65,7 @@ def _sliding(fields: Fields, number: int) -> list[bool]:
 
 
 def _dense(fields: Fields, number: int) -> list[bool]:
-    """By `mlp_layer_types`, by the hub's `moe_layer_freq` (they must agree), or the first."""
+    """Return dense layers from `mlp_layer_types` or the hub's `moe_layer_freq` (they must agree), or only the first."""
     frequencies = fields.items("moe_layer_freq", number, [0] + [1] * (number - 1))
     dense = parts.dense_by_type(fields, number, [not each for each in frequencies])
     fields.expect("moe_layer_freq", [int(not each) for each in dense])

@@ -11,7 +11,7 @@ from moezoo.core.spec import ModelSpec, MoESpec, RouterSpec, SelectionBiasSpec
 def spec(fields: Fields) -> ModelSpec:
     norm = parts.rms_norm(fields)
     head_dim = fields.count("head_dim", 128)
-    fraction = fields.integer("rotary_dim", head_dim) / head_dim  # the released files say so
+    fraction = fields.integer("rotary_dim", head_dim) / head_dim  # field of the released files
     attention = parts.attention(
         fields,
         parts.rope(fields, base=5e6, fraction=fraction),
@@ -37,7 +37,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _expect_released(fields: Fields, num_layers: int) -> None:
-    """Options of the files on the hub that only an older family of theirs realizes."""
+    """Check options of the files on the hub that only an older MiniMax family implements."""
     fields.expect("scoring_func", "sigmoid")
     fields.expect("use_routing_bias", True)
     fields.expect("use_qk_norm", True)
@@ -65,7 +65,7 @@ FAMILY = Family(
         *parts.router(f"{_THEIRS}.gate"),
         Tensor(f"{_THEIRS}.e_score_correction_bias", "e", _BIAS, "e"),
         *parts.experts(f"{_THEIRS}.experts", ("w1", "w3", "w2")),
-        *parts.router(),  # as transformers 5 has it in memory
+        *parts.router(),  # the name in transformers 5
         Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", _BIAS, "e"),
         *parts.experts(),
     ),

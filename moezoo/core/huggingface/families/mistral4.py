@@ -21,7 +21,7 @@ from moezoo.core.spec import (
 
 def spec(fields: Fields) -> ModelSpec:
     attention = parts.latent_attention(fields, _position(fields), queries=1024, temperature_tuning=_temperature(fields))
-    moe = _mixture(fields)
+    moe = _moe(fields)
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     first = fields.integer("first_k_dense_replace", 0)
     fields.expect("moe_layer_freq", 1)
@@ -32,9 +32,9 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _position(fields: Fields) -> RoPESpec:
-    """Trap: `partial_rotary_factor` is of the whole head, whose rotated part is all that is rotated."""
+    """Return RoPE. Trap: `partial_rotary_factor` is relative to the whole head, but only its rope part gets RoPE."""
     if "rope_parameters" not in fields and "rope_scaling" not in fields:
-        raise fields.refuse("rope_parameters", "a JSON object")  # transformers would stretch it 128 times
+        raise fields.refuse("rope_parameters", "a JSON object")  # transformers would scale it by 128
     rotated = fields.count("qk_rope_head_dim")
     share = rotated / (fields.count("qk_nope_head_dim") + rotated)
     position = parts.rope(fields, fraction=share, layout=parts.layout(fields), harmless=("llama_4_scaling_beta",))
@@ -51,7 +51,7 @@ def _temperature(fields: Fields) -> TemperatureTuningSpec | None:
     return TemperatureTuningSpec(floor_length=length, scale=inner.number("llama_4_scaling_beta"), first=0)
 
 
-def _mixture(fields: Fields) -> MoESpec:
+def _moe(fields: Fields) -> MoESpec:
     groups = fields.count("n_group", 1)
     keep, renormalize = fields.count("topk_group", 1), fields.flag("norm_topk_prob", True)
     choice: ChoiceSpec = TopKChoiceSpec()

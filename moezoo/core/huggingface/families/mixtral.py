@@ -48,7 +48,7 @@ FAMILY = Family(
         *parts.grouped_query(),
         *parts.router(f"{LAYER}.block_sparse_moe.gate"),
         *parts.experts(f"{LAYER}.block_sparse_moe.experts", ("w1", "w3", "w2")),
-        *parts.router(),  # as transformers 5 has it in memory
+        *parts.router(),  # the name in transformers 5
         *parts.experts(),
     ),
     kept=("*.rotary_emb.inv_freq",),

@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE, the text model of it. Source: Qwen Team 2026; transformers, `qwen3_5_moe_text`, `qwen3_5_moe`."""
+"""Qwen3.5-MoE, text model. Source: Qwen Team 2026; transformers, `qwen3_5_moe_text`, `qwen3_5_moe`."""
 
 from moezoo.core.huggingface.families.qwen3_next import ATTENTION, BIAS, DELTA, SHARED_TENSORS, hybrid
 from moezoo.core.huggingface.family import Family

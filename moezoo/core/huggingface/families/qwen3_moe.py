@@ -12,7 +12,7 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, MoESpec, Rout
 def spec(fields: Fields) -> ModelSpec:
     bias = fields.flag("attention_bias", False)
     norm = parts.rms_norm(fields)
-    # Trap: transformers drops a window that use_sliding_window does not ask for, and uses it on every layer else.
+    # Trap: transformers ignores sliding_window unless use_sliding_window is true; then it applies to every layer.
     window = fields.count_or_null("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
     attention = parts.attention(
         fields, parts.rope(fields), kv_heads=4, qk_norm=norm, qkv_bias=bias, output_bias=bias, window=window

@@ -23,8 +23,10 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def hybrid(fields: Fields, renormalize: bool, dense: list[bool], *, num_experts: int, top_k: int) -> ModelSpec:
-    """Gated delta networks, and gated attention in every fourth layer or where `layer_types` says so. `num_experts`,
-    `top_k`: the family's where the config is silent."""
+    """Return a hybrid of Gated DeltaNet layers and gated attention, in every fourth layer or by `layer_types`.
+
+    `num_experts` and `top_k` are the family's defaults.
+    """
     norm = parts.rms_norm(fields).model_copy(update={"scale": "zero_centred"})
     mixers = _mixers(fields, norm)
     interval = fields.count("full_attention_interval", 4)
@@ -43,17 +45,17 @@ def hybrid(fields: Fields, renormalize: bool, dense: list[bool], *, num_experts:
         parts.layer(mixers[kind], feed_forward if is_dense else moe)
         for kind, is_dense in zip(parts.layer_types(fields, len(dense), kinds, tuple(mixers)), dense, strict=True)
     ]
-    fields.expect("hidden_act", "silu")  # of the convolutions too
+    fields.expect("hidden_act", "silu")  # also of the convolutions
     return parts.model(fields, layers, norm=norm)
 
 
 def _mixers(fields: Fields, norm: RMSNormSpec) -> dict[str, AttentionSpec]:
-    fields.expect("attention_bias", False)  # the gate stands in the projection of queries, and ours has no bias
+    fields.expect("attention_bias", False)  # the gate is part of the query projection, and ours has no bias
     fields.expect("attn_output_gate", True)
     return {
         "full_attention": parts.attention(
             fields,
-            # With text alone, the three positions of a multimodal rotation are one.
+            # For text only, the three positions of multimodal RoPE are equal.
             parts.rope(fields, fraction=0.25, harmless=("mrope_section", "mrope_interleaved")),
             kv_heads=2,
             head_dim=256,
@@ -72,10 +74,10 @@ def _mixers(fields: Fields, norm: RMSNormSpec) -> dict[str, AttentionSpec]:
 
 
 DELTA, FULL, ATTENTION = f"{LAYER}.linear_attn", f"{LAYER}.self_attn", f"{OURS}.attention"
-# What one of the two kinds of layer has, and the other has not.
+# Parameters that only one of the two kinds of layer has.
 QUERY_NORM, BIAS = (f"{ATTENTION}.query_norm.scale", "h"), (f"{ATTENTION}.decay_bias", "n")
 
-# What Qwen3.5 has alike: all but two projections of the delta network, and prefixes.
+# Shared with Qwen3.5: all but prefixes and two projections of Gated DeltaNet.
 SHARED_TENSORS: tuple[Fused, ...] = (
     *parts.MODEL,
     *parts.PRE_NORMS,
@@ -118,7 +120,7 @@ FAMILY = Family(
     spec=spec,
     tensors=(
         *SHARED_TENSORS,
-        # By key head: its query and key, values and gates of the value heads that it serves.
+        # Per key head: its query and key, and the values and gates of its value heads.
         *beside(
             f"{ATTENTION}.conv_query",
             "w m h",

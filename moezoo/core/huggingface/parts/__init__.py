@@ -1,6 +1,19 @@
-"""What several families spell alike: parts of their config.json, and of their name tables."""
+"""Parts shared by several families: of their config.json, and of their tensor mappings."""
 
-from moezoo.core.huggingface.parts.fields import (
+from moezoo.core.huggingface.parts.names import (
+    LAYER,
+    MODEL,
+    OURS,
+    PRE_NORMS,
+    experts,
+    feed_forward,
+    gate_and_up,
+    grouped_query,
+    latent,
+    qk_norm,
+    router,
+)
+from moezoo.core.huggingface.parts.read import (
     attention,
     dense_by_type,
     dense_layers,
@@ -19,23 +32,10 @@ from moezoo.core.huggingface.parts.fields import (
     swiglu,
     windows,
 )
-from moezoo.core.huggingface.parts.names import (
-    LAYER,
-    MODEL,
-    OURS,
-    PRE_NORMS,
-    experts,
-    feed_forward,
-    gate_and_up,
-    grouped_query,
-    latent,
-    qk_norm,
-    router,
-)
 from moezoo.core.huggingface.parts.rotations import (
     rope,
 )
-from moezoo.core.huggingface.parts.way_back import (
+from moezoo.core.huggingface.parts.write import (
     attention_config,
     balance_config,
     common_config,

@@ -1,11 +1,11 @@
-"""What several families' tensors are called: parts of their name tables."""
+"""Tensor names shared by several families: parts of their tensor mappings."""
 
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
 
 LAYER = "model.layers.{layer}"
 OURS = "layers.{layer}"
 
-# The embedding, the last norm, the head (a tied model's files may hold a copy of the embedding), the layers' two norms.
+# Embedding, final norm, head (files of a tied model may have a copy of the embedding), and the two norms of a layer.
 MODEL: tuple[Fused, ...] = (
     Tensor("model.embed_tokens.weight", "v d", "embedding.weight", "v d"),
     Tensor("model.norm.weight", "d", "final_norm.scale", "d"),
@@ -22,7 +22,7 @@ PRE_NORMS: tuple[Fused, ...] = (
 def grouped_query(
     theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention", *, output: str = "o_proj"
 ) -> tuple[Fused, ...]:
-    """Projections of queries, keys, values and output, with their biases where the model has such."""
+    """Return rules for the query, key, value and output projections, with biases if the model has them."""
     found: list[Fused] = []
     for name, which, heads in (("q", "query", "n"), ("k", "key", "m"), ("v", "value", "m")):
         found.append(Tensor(f"{theirs}.{name}_proj.weight", f"({heads} h) d", f"{ours}.w_{which}", f"d {heads} h"))
@@ -35,7 +35,7 @@ def grouped_query(
 def qk_norm(
     theirs: str = f"{LAYER}.self_attn", names: tuple[str, str] = ("q_norm", "k_norm"), *, over: str = "head"
 ) -> tuple[Fused, ...]:
-    """Norms of queries and keys, of each head or of the whole `projection`."""
+    """Return rules for the norms of queries and keys, per head or over the whole `projection`."""
     found = []
     for name, which in zip(names, ("query", "key"), strict=True):
         axes, our_axes = ("h", "h") if over == "head" else ("(n h)", "n h")
@@ -44,7 +44,7 @@ def qk_norm(
 
 
 def latent(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") -> tuple[Fused, ...]:
-    """Multi-head latent attention as DeepSeek names it."""
+    """Return rules for multi-head latent attention with DeepSeek's tensor names."""
     return (
         *beside(
             f"{ours}.w_query_down", "d q", (Tensor(f"{theirs}.q_b_proj.weight", "(n h) q", f"{ours}.w_query", "q n h"),)
@@ -79,7 +79,7 @@ def feed_forward(
     ours: str,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> tuple[Fused, ...]:
-    """A gated feed-forward: three matrices, with biases where the model has such."""
+    """Return rules for a gated feed-forward: three matrices, with biases if the model has them."""
     gate, up, down = names
     return (
         Tensor(f"{theirs}.{gate}.weight", "f d", f"{ours}.w_gate", "d f"),
@@ -96,7 +96,7 @@ def experts(
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ours: str = f"{OURS}.moe.experts",
 ) -> tuple[Fused, ...]:
-    """Routed experts: one tensor an expert, or all in one with gate and up concatenated (transformers 5 in memory)."""
+    """Return rules for routed experts: one tensor per expert, or all fused with gate and up concatenated."""
     gate, up, down = names
     each = f"{theirs}.{{expert}}"
     return (
@@ -112,12 +112,12 @@ def experts(
 
 
 def gate_and_up(theirs: str, axes: str, ours: str) -> Fused:
-    """Gate and up of all experts in one tensor, one behind the other along axis `x`."""
+    """Return the rule for a tensor with gate and up of all experts, concatenated along axis `x`."""
     return Fused(theirs, axes, (Part(f"{ours}.w_gate", "f", "e d f"), Part(f"{ours}.w_up", "f", "e d f")))
 
 
 def router(theirs: str = f"{LAYER}.mlp.gate", ours: str = f"{OURS}.moe.router") -> tuple[Fused, ...]:
-    """The router's matrix, and its selection bias where the model has one."""
+    """Return rules for the router's matrix, and its selection bias if the model has one."""
     return (
         Tensor(f"{theirs}.weight", "e d", f"{ours}.w_router", "d e"),
         Tensor(f"{theirs}.e_score_correction_bias", "e", f"{ours}.selection_bias", "e"),

@@ -1,4 +1,4 @@
-"""Rotations in a config.json, in the spelling of transformers 5 and of 4."""
+"""Parsing of RoPE fields, in the format of transformers 5 and of transformers 4."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +26,12 @@ def rope(
     theta: str = "rope_theta",
     harmless: Sequence[str] = (),
 ) -> RoPESpec:
-    """The rotation: `rope_parameters` (transformers 5; by `layer_type` where it has such), or `rope_theta` (or what
-    `theta` names), `rope_scaling` and `partial_rotary_factor` (transformers 4). `base` and `fraction` where neither
-    says; a family without `fraction` rotates whole heads and knows no other. `harmless`: fields of the former that
-    change nothing."""
+    """Return RoPE from `rope_parameters` (transformers 5) or from the fields of transformers 4.
+
+    `rope_parameters` may have an object per `layer_type`. The fields of transformers 4 are `rope_theta` (or the field
+    named by `theta`), `rope_scaling` and `partial_rotary_factor`. `base` and `fraction` are defaults; a family without
+    `fraction` only supports full rotary. `harmless`: fields of `rope_parameters` or `rope_scaling` without effect.
+    """
     base = fields.number(theta, base)
     part = _fraction(fields, fraction)
     where = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
@@ -46,7 +48,7 @@ def rope(
 
 
 def _fraction(fields: Fields, default: float | None) -> float:
-    """The share of a head that is rotated."""
+    """Return the share of a head that is rotated (partial rotary)."""
     if default is None:
         fields.expect("partial_rotary_factor", 1.0)
         return 1.0
@@ -63,7 +65,7 @@ def _scaling(fields: Fields, inner: Fields, harmless: Sequence[str]) -> RoPEScal
         "yarn": _yarn,
         "longrope": _longrope,
     }
-    old = "type" in inner  # transformers 4 called it so
+    old = "type" in inner  # the name in transformers 4
     kind = inner.choice("rope_type" if "rope_type" in inner or not old else "type", makers, "default")
     scaling: RoPEScalingSpec | None = kind(fields, inner)
     inner.finish(("type", "rope_type", "max_position_embeddings", "original_max_position_embeddings", *harmless))
@@ -80,10 +82,10 @@ def _dynamic(fields: Fields, inner: Fields) -> DynamicScalingSpec:
 
 
 def _length(fields: Fields, original: int) -> int:
-    """Of texts that the rotation is made for.
+    """Return the sequence length that the RoPE scaling is computed for.
 
-    Transformers goes by the text at hand, and so turns a growing text's earlier tokens otherwise than its later ones;
-    here it is a number of the spec.
+    Transformers uses the current sequence length, so in a growing sequence earlier tokens are rotated differently from
+    later ones; here it is a constant of the spec.
     """
     return max(original, fields.max_length or 0)
 
@@ -104,10 +106,10 @@ def _llama3(fields: Fields, inner: Fields) -> Llama3ScalingSpec:
 
 def _yarn(fields: Fields, inner: Fields) -> YaRNScalingSpec:
     original = _original_length(fields, inner)
-    stretched = fields.count("max_position_embeddings", original) / original
-    # Trap: 0 and null both mean "not given" to transformers.
+    ratio = fields.count("max_position_embeddings", original) / original
+    # Trap: transformers treats both 0 and null as absent.
     return YaRNScalingSpec(
-        factor=inner.number("factor", stretched),
+        factor=inner.number("factor", ratio),
         original_length=original,
         beta_fast=inner.get("beta_fast") or 32.0,
         beta_slow=inner.get("beta_slow") or 1.0,
@@ -119,17 +121,17 @@ def _yarn(fields: Fields, inner: Fields) -> YaRNScalingSpec:
 
 
 def _longrope(fields: Fields, inner: Fields) -> LongRoPEScalingSpec:
-    # Trap: the attention factor is that of the longest text, whatever the text at hand.
+    # Trap: the attention factor is that of the maximum length, regardless of the current length.
     original = _original_length(fields, inner)
     length = _length(fields, original)
-    stretched = inner.number("factor", fields.count("max_position_embeddings", original) / original)
-    attention_factor = math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
-    if "long_mscale" in inner:  # of texts beyond; phimoe gives the factors themselves
+    factor = inner.number("factor", fields.count("max_position_embeddings", original) / original)
+    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    if "long_mscale" in inner:  # phimoe specifies the attention factors directly
         short, long = inner.number("short_mscale"), inner.number("long_mscale")
         attention_factor = short if length == original else long
     if fields.count("max_position_embeddings") > length:
         fields.notes.append(
-            f"texts of more than {length} tokens are refused; load with a larger max_length to read them by long_factor"
+            f"sequences of more than {length} tokens are rejected; load with a larger max_length to use long_factor"
         )
     return LongRoPEScalingSpec(
         short_factors=tuple(inner.get("short_factor", ())),

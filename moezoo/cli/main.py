@@ -1,0 +1,47 @@
+"""The command line. Each command imports what it needs when it runs, so that `moezoo --help` is quick."""
+
+from typing import Any
+
+import click
+
+from moezoo.cli.bench import bench_command
+from moezoo.cli.convert import convert_command
+from moezoo.cli.data import data
+from moezoo.cli.evaluate import evaluate
+from moezoo.cli.generate import generate
+from moezoo.cli.inspect import describe, plan_command, schema
+from moezoo.cli.parity import parity, zoo
+from moezoo.cli.train import launch_command, train
+from moezoo.core.distributed.process_group import end
+from moezoo.core.errors import MoezooError
+
+
+class _Commands(click.Group):
+    """Prints our errors in one line, in the order in which commands are used."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MoezooError as error:
+            for line in str(error).splitlines():
+                click.echo(f"{type(error).__name__}: {line}", err=True)
+            end(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            end(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="moezoo")
+def main() -> None:
+    """Mixture-of-experts language models: one spec, on JAX and on MLX, proven equal."""
+
+
+for _command in (
+    *(train, launch_command, generate, evaluate, describe, plan_command, parity),
+    *(convert_command, zoo, schema, bench_command, data),
+):
+    main.add_command(_command)

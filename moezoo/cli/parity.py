@@ -1,0 +1,61 @@
+"""`moezoo parity` and `moezoo zoo`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from moezoo.cli.options import json_option, new_console
+
+
+@click.command()
+@click.argument("path", metavar="PATH", type=Path)
+@json_option
+@click.option("--all", "show_all", is_flag=True, help="Show every gradient.")
+def parity(path: Path, as_json: bool, show_all: bool) -> None:
+    """Compare reference, JAX and MLX on the same weights and tokens. Exit status 1 beyond tolerance.
+
+    PATH is a YAML config (initial weights), a run folder, or a Hugging Face folder or hub id.
+    """
+    import moezoo
+
+    report = moezoo.parity(path)
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        new_console().print(report.table(show_all=show_all))
+    if not report.passed:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("folder", metavar="[CONFIGS]", type=Path, default=Path("configs/tiny"))
+@json_option
+@click.option("--list", "only_list", is_flag=True, help="Leave the parity checks out.")
+@click.option("--out", type=Path, metavar="FILE", help="Write the table as Markdown too.")
+def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
+    """Every part: its source, a config that shows it, and whether all realizations agree."""
+    import time
+
+    import moezoo
+    from moezoo.core.files import write_atomically
+    from moezoo.core.parity.zoo import zoo as make_zoo
+
+    started = time.monotonic()
+
+    def show(done: int, total: int, name: str) -> None:
+        if not only_list:
+            eta = f"eta {(time.monotonic() - started) / done * (total - done):.0f} s" if done else "eta unknown"
+            click.echo(f"{done + 1}/{total}  {eta}  {name}", err=True)
+
+    table = make_zoo(folder, None if only_list else moezoo.parity, show)
+    if out is not None:
+        write_atomically(out, table.markdown())
+    if as_json:
+        click.echo(table.to_json())
+    else:
+        new_console().print(table.table())
+    if table.passed is False:
+        failed = ", ".join(config.name for config in table.configs if config.passed is False)
+        click.echo(f"shown by no config: {', '.join(table.missing) or 'none'}; differ: {failed or 'none'}", err=True)
+        sys.exit(1)

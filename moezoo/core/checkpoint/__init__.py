@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors files, manifests, and the folder of a step."""

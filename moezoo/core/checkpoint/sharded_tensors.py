@@ -1,0 +1,68 @@
+"""Tensors that several devices wrote together, each its parts; read whole or in part, and without JAX.
+
+Orbax writes them (jax_backend/distributed/checkpoint_writer.py): Zarr arrays, whose parts lie in an OCDBT database.
+What they hold is believed only after a checkpoint's manifest was compared with the files.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked
+from moezoo.core.errors import CheckpointError
+
+Array = npt.NDArray[Any]
+Index = tuple[slice, ...]
+
+
+class ShardedTensors(ReadWhenAsked):
+    """Those whose stored names begin with `prefix`, which is left out here.
+
+    Raises CheckpointError where the files are not what Orbax writes, or cannot be read.
+
+    Fields:
+        dtypes: by name, known without reading.
+    """
+
+    def __init__(self, folder: Path, prefix: str):
+        import tensorstore
+
+        self._folder = folder
+        database = {"driver": "ocdbt", "base": f"file://{folder.resolve()}/"}
+        try:
+            store = tensorstore.KvStore.open(database).result()
+            keys = [key.decode("utf-8") for key in store.list().result()]
+            names = [key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json")]
+            opened = {
+                name.removeprefix(prefix): tensorstore.open(
+                    {"driver": "zarr3", "kvstore": {**database, "path": f"{name}/"}}, open=True, read=True
+                )
+                for name in names
+                if name.startswith(prefix)
+            }
+            self._arrays = {name: array.result() for name, array in opened.items()}
+        except (ValueError, OSError) as error:
+            raise self._unreadable(error) from None
+        super().__init__({name: tuple(array.shape) for name, array in self._arrays.items()})
+        self.dtypes = {name: np.dtype(array.dtype.numpy_dtype) for name, array in self._arrays.items()}
+
+    def __getitem__(self, name: str) -> Array:
+        return self.reader(name)(tuple(slice(None) for _ in self.shapes[name]))
+
+    def reader(self, name: str) -> Callable[[Index], Array]:
+        stored = self._arrays[name]
+
+        def read(part: Index) -> Array:
+            try:
+                found: Array = stored[part].read().result()
+            except (ValueError, OSError) as error:
+                raise self._unreadable(error) from None
+            return found
+
+        return read
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"cannot read {self._folder}: {' '.join(str(error).split())[:300]}. Use another one.")

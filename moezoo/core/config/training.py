@@ -1,0 +1,69 @@
+"""The `training` and `optimizer` sections of a config."""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from moezoo.core.config.schedules import CosineSchedule, Schedule
+from moezoo.core.spec import Part, impossible
+
+Rematerialize = Literal["none", "experts", "block"]
+
+Layers = Literal["unrolled", "scanned"]
+
+
+class TrainingConfig(Part):
+    """How long and in what pieces. A global step is `batch_size` sequences, in `gradient_accumulation` equal parts.
+
+    `rematerialize: block` keeps, of each attention and each feed-forward, what enters it, and computes the rest again
+    on the way back: less memory for about a third more work. `experts` does so with what routed experts make of each
+    token's copies alone, neither with attention nor with the router. Source: Chen et al. 2016, arXiv 1604.06174.
+
+    `layers: scanned` compiles equal layers that follow each other once, and loops over them: for deep models, whose
+    compiling takes long. A step of few layers is slower so. What is computed, and what is saved, stays the same.
+    """
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    sequence_length: PositiveInt
+    gradient_accumulation: PositiveInt = 1
+    rematerialize: Rematerialize = "none"
+    layers: Layers = "unrolled"
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 10
+    validate_every: PositiveInt | None = None
+    validation_sequences: PositiveInt = 64
+    checkpoint_every: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainingConfig":
+        if self.batch_size % self.gradient_accumulation:
+            raise impossible(
+                "gradient_accumulation",
+                f"is {self.gradient_accumulation}, which does not divide batch_size = {self.batch_size}",
+                "Use a divisor of batch_size",
+            )
+        return self
+
+
+class OptimizerConfig(Part):
+    """AdamW with decoupled weight decay and bias correction. Source: Loshchilov and Hutter 2017, arXiv 1711.05101.
+
+    Decay acts on the parameters whose row of the parameter table says so. `clip_norm` bounds the global gradient norm.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: PositiveFloat | None = 1.0
+    schedule: Schedule = CosineSchedule(warmup_steps=100)

@@ -1,0 +1,95 @@
+"""Check raw data against a part of a config; errors name the path of what is wrong."""
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from moezoo.core.errors import SpecError, nearest
+from moezoo.core.spec import Part
+
+_Part = TypeVar("_Part", bound=Part)
+
+
+def validate(part: type[_Part], raw: object, where: str) -> _Part:
+    """Check raw data against a part. Raises one SpecError that names every problem by its path."""
+    try:
+        return part.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(part, raw, problem, where) for problem in error.errors()]
+        raise SpecError("\n".join(lines)) from None
+
+
+def _explain(part: type[Part], raw: object, problem: ErrorDetails, where: str) -> str:
+    path, owner = _locate(part, raw, problem["loc"])
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "impossible":
+            path = ".".join(piece for piece in (path, context["path"]) if piece) or "config"
+            return f"{path} {context['problem']} ({where}). {context['advice']}."
+        case "extra_forbidden":
+            key = str(problem["loc"][-1])
+            known = sorted(owner.model_fields) if owner else []
+            return f"{path} is not a known key{nearest(key, known) or ''} ({where}). Known here: {', '.join(known)}."
+        case "missing":
+            return f"{path} is missing ({where}). Give it."
+        case "union_tag_invalid":
+            given, known_tags = (
+                str(context["tag"]),
+                str(context["expected_tags"]).replace("'", "").split(", "),
+            )
+            rule = f"expected one of {', '.join(known_tags)}"
+            return f"{path}.kind is {given!r}{nearest(given, known_tags)}; {rule} ({where})."
+        case "union_tag_not_found":
+            return f"{path}.kind is missing; expected one that names which part this is ({where})."
+        case _:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            return f"{path or 'config'} is {problem['input']!r}; {message} ({where})."
+
+
+def _locate(part: type[Part], raw: object, location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
+    """The path as a reader writes it (union tags left out), and the model that holds its last key."""
+    path, value = "", raw
+    owner: type[BaseModel] | None = None
+    candidates: list[type[BaseModel]] = [part]
+    for key in location:
+        if isinstance(key, int):
+            path += f"[{key}]"
+            value = value[key] if isinstance(value, Sequence) and key < len(value) else None
+            continue
+        tagged = [model for model in candidates if key in _tags(model)]
+        is_tag = tagged and len(candidates) > 1 and not (isinstance(value, Mapping) and key in value)
+        if is_tag:
+            candidates = tagged
+            continue
+        path += f".{key}" if path else key
+        owner = candidates[0] if len(candidates) == 1 else None
+        value = value.get(key) if isinstance(value, Mapping) else None
+        field = owner.model_fields.get(key) if owner else None
+        candidates = list(_models_in(field.annotation)) if field else []
+    return path, owner
+
+
+def _tags(model: type[BaseModel]) -> tuple[object, ...]:
+    """The values that `kind` may have in this member of a union."""
+    kind = model.model_fields.get("kind")
+    return typing.get_args(kind.annotation) if kind else ()
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """Every model class inside `X`, `X | None`, `tuple[X, ...]` and `Annotated[X, ...]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        arguments = arguments[:1]
+    for argument in arguments:
+        yield from _models_in(argument)

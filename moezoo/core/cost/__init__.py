@@ -1,0 +1,1 @@
+"""Cost by formula: parameters, FLOPs, memory, and the communication of a step."""

@@ -1,0 +1,1 @@
+"""Data: sources, tokenizers, token files, and the order in which windows are drawn."""

@@ -1,0 +1,1 @@
+"""Probabilistic grammars: text whose entropy is known exactly."""

@@ -1,0 +1,331 @@
+"""Batches of tokens as a pure function of (step, seed), from texts, JSONL, token shards and named datasets.
+
+There is no iterator and no state: `Split.batch(step, ...)` computes which windows a step consists of (sample_order.py)
+and reads them from memory-mapped shards (token_store.py). A run resumes with its step number and nothing else.
+Writing: writings/data.md.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.config.data import (
+    BatchesSource,
+    ByteTokenizerSpec,
+    CharacterTokenizerSpec,
+    DataConfig,
+    DatasetSource,
+    HuggingFaceTokenizerSpec,
+    JSONLSource,
+    SourceSpec,
+    TextSource,
+    TokenIdsSpec,
+    TokenShardsSource,
+)
+from moezoo.core.data import sample_order
+from moezoo.core.data.prebatched import ReadyBatches, open_batches
+from moezoo.core.data.source_files import SourceFile, find_files
+from moezoo.core.data.token_store import Progress, Texts, Tokens, characters_of, open_shards, tokenize
+from moezoo.core.data.tokenizers import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    HuggingFaceTokenizer,
+    Ids,
+    TokenIds,
+    Tokenizer,
+)
+from moezoo.core.errors import DataError
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """The part of one source that belongs to a split: tokens [first, first + num_tokens)."""
+
+    name: str
+    tokens: Tokens
+    first: int
+    num_tokens: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the validation part of all sources."""
+
+    name: str
+    sources: tuple[SplitSource, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all sources together."""
+        return sum(source.num_tokens for source in self.sources)
+
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> Ids:
+        """The batch of a step: int32 [B, T + 1], where [:, :-1] is the input and [:, 1:] the target.
+
+        With `rows`, only these of its rows are read, and given in their order.
+
+        A pure function of its arguments and the sources. Row b is sample g = step * B + b; `sample_order.blend` says
+        which source it comes from and its index j there, `sample_order.starts` which window that is.
+
+        `step` is in [0, 2**62 / B), `seed` in [0, 2**64). Raises DataError: out of these ranges, a source shorter
+        than T + 1 tokens, a token id outside the vocabulary.
+        """
+        _check_integer("step", step, 0, (1 << 62) // max(batch_size, 1))
+        _check_integer("batch_size", batch_size, 1, 1 << 31)
+        _check_integer("sequence_length", sequence_length, 1, 1 << 31)
+        _check_integer("seed", seed, 0, 1 << 64)
+        sample = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
+        sample = sample if rows is None else sample[rows]
+        source_of, index = sample_order.blend(sample, [source.weight for source in self.sources], seed)
+        batch = np.empty((len(sample), sequence_length + 1), np.int32)
+        for k, source in enumerate(self.sources):
+            own = np.flatnonzero(source_of == k)
+            if len(own):
+                _check_length(self.name, source, sequence_length)
+                starts = sample_order.starts(index[own], source.num_tokens, sequence_length, seed, k)
+                batch[own] = source.tokens.read(starts.astype(np.int64) + source.first, sequence_length + 1)
+        return batch
+
+    def windows(self, sequence_length: int, count: int | None = None) -> "Windows":
+        """Windows that do not overlap in what they predict, in order: int32 [n, T + 1], read when asked for.
+
+        Window i of a source begins at its token i * T; the sources follow each other. `count` of them are spread
+        evenly over all; None or more than there are means all.
+        """
+        _check_integer("sequence_length", sequence_length, 1, 1 << 31)
+        if count is not None:
+            _check_integer("count", count, 1, 1 << 62)
+        for source in self.sources:
+            _check_length(self.name, source, sequence_length)
+        return Windows(self.sources, sequence_length, count)
+
+
+class Windows(Sequence[Ids]):
+    """A lazy int32 [n, T + 1]: an index gives a row, a slice an array; `numpy.asarray` gives it whole."""
+
+    def __init__(self, sources: Sequence[SplitSource], sequence_length: int, count: int | None) -> None:
+        self._sources = tuple(sources)
+        self._length = sequence_length
+        self._ends = np.cumsum([(source.num_tokens - 1) // sequence_length for source in sources])
+        self._total = int(self._ends[-1])
+        self._count = self._total if count is None else min(count, self._total)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, T + 1)."""
+        return self._count, self._length + 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._read(np.arange(*index.indices(self._count)))
+        number = range(self._count)[index]  # IndexError as for a list
+        return self._read(np.array([number]))[0]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("windows are read from disk, so they cannot be an array without a copy")
+        return self[:].astype(dtype or np.int32, copy=False)  # type: ignore[no-any-return]
+
+    def batches(self, batch_size: int) -> Iterator[Ids]:
+        """int32 [B, T + 1], the last one with what is left over."""
+        _check_integer("batch_size", batch_size, 1, 1 << 31)
+        for first in range(0, self._count, batch_size):
+            yield self[first : first + batch_size]
+
+    def _read(self, number: npt.NDArray[np.int64]) -> Ids:
+        window = number * self._total // self._count
+        source_of = np.searchsorted(self._ends, window, side="right")
+        rows = np.empty((len(window), self._length + 1), np.int32)
+        for k, source in enumerate(self._sources):
+            mine = np.flatnonzero(source_of == k)
+            if len(mine):
+                begin = int(self._ends[k - 1]) if k else 0
+                starts = source.first + (window[mine] - begin) * self._length
+                rows[mine] = source.tokens.read(starts, self._length + 1)
+        return rows
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """One source, for the header on the console. `share` is its part of the training samples, in (0, 1]."""
+
+    source: str
+    kind: str
+    num_files: int
+    train_tokens: int
+    validation_tokens: int
+    share: float
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The data of a run: tokenizer, both splits, and a row a source."""
+
+    tokenizer: Tokenizer
+    train: Split | ReadyBatches
+    validation: Split | ReadyBatches
+    summary: tuple[SourceSummary, ...]
+
+
+def prepare_data(
+    data: DataConfig,
+    sequence_length: int,
+    *,
+    where: str = "config",
+    tokenizer: Tokenizer | None = None,
+    on_progress: Progress | None = None,
+) -> PreparedData:
+    """Find the sources, make the tokenizer, tokenize what is not in the cache, and split each source.
+
+    The last floor(`validation_fraction` * tokens) of each source are held out. Texts are read in chunks, never whole.
+    `tokenizer` is the one of a run that goes on, or of a trained model, instead of a new one. `on_progress` is
+    called with what is being done, the bytes so far and the bytes in all (None where a server does not say).
+    Ready batches are split as `open_batches` says.
+
+    Raises DataError: a file that is missing, unreadable, damaged or not UTF-8, a part shorter than
+    `sequence_length` + 1 tokens, a token id outside the vocabulary. Raises TokenizerError.
+    """
+    opened = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
+    tokenizer = tokenizer or _make_tokenizer(data, opened, where, on_progress)
+    if isinstance(data.sources[0], BatchesSource):
+        return _ready(data.sources[0], tokenizer, where)
+    train, validation, summary = [], [], []
+    blended = [source for source in data.sources if not isinstance(source, BatchesSource)]
+    total_weight = sum(source.weight for source in blended)
+    for source, found in zip(blended, opened, strict=True):
+        tokens = _open(found, tokenizer, on_progress)
+        held_out = int(len(tokens) * data.validation_fraction)
+        kept = len(tokens) - held_out
+        train.append(SplitSource(found.name, tokens, 0, kept, source.weight))
+        validation.append(SplitSource(found.name, tokens, kept, held_out, source.weight))
+        summary.append(
+            SourceSummary(
+                source=source.name if isinstance(source, DatasetSource) else source.path,
+                kind=source.kind,
+                num_files=len(found.files),
+                train_tokens=kept,
+                validation_tokens=held_out,
+                share=source.weight / total_weight,
+            )
+        )
+    splits = Split("training", tuple(train)), Split("validation", tuple(validation))
+    for split in splits:
+        for part in split.sources:
+            _check_length(split.name, part, sequence_length, f"; {where}")
+    return PreparedData(tokenizer, *splits, tuple(summary))
+
+
+def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, on_progress: Progress | None = None) -> Split:
+    """All tokens of one file as a split: token ids (`.npy`, `.bin`), the `text` of JSON lines (`.jsonl`), or a text.
+
+    `vocab_size` is the model's. Raises DataError and TokenizerError as `prepare_data`.
+    """
+    suffix = Path(path).suffix
+    if suffix in (".npy", ".bin"):
+        tokens = open_shards(find_files(path, (suffix,), path), vocab_size, path)
+    else:
+        texts = Texts(path, find_files(path, (".txt",), path), "text" if suffix == ".jsonl" else None)
+        tokens = tokenize(texts, tokenizer, on_progress)
+    return Split("evaluated", (SplitSource(path, tokens, 0, len(tokens), 1.0),))
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Files of token ids, found and not yet opened; none of ready batches, which find theirs themselves."""
+
+    name: str
+    files: tuple[SourceFile, ...]
+
+
+def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
+    match source:
+        case TextSource():
+            name = f"{key} ({source.path})"
+            return Texts(name, find_files(source.path, (".txt",), f"{key}.path ({where})"))
+        case JSONLSource():
+            name = f"{key} ({source.path})"
+            return Texts(name, find_files(source.path, (".jsonl",), f"{key}.path ({where})"), source.field)
+        case DatasetSource():
+            from moezoo.core.data.datasets import dataset_path
+
+            path = str(dataset_path(source.name))
+            return Texts(f"{key} ({source.name})", find_files(path, (".txt",), f"{key}.name ({where})"))
+        case BatchesSource():
+            return _Shards(f"{key} ({source.path})", ())
+        case TokenShardsSource():
+            name = f"{key} ({source.path})"
+            return _Shards(name, find_files(source.path, (".npy", ".bin"), f"{key}.path ({where})"))
+        case _:
+            assert_never(source)
+
+
+def _make_tokenizer(
+    data: DataConfig, opened: Sequence[Texts | _Shards], where: str, on_progress: Progress | None
+) -> Tokenizer:
+    match data.tokenizer:
+        case ByteTokenizerSpec():
+            return ByteTokenizer()
+        case HuggingFaceTokenizerSpec():
+            return HuggingFaceTokenizer(data.tokenizer.path)
+        case TokenIdsSpec():
+            return TokenIds(data.tokenizer.vocab_size)
+        case CharacterTokenizerSpec():
+            characters: set[str] = set()
+            for found in opened:
+                if isinstance(found, _Shards):
+                    raise DataError(
+                        f"{found.name} holds token ids, whose characters are not known; got a character tokenizer; "
+                        f"expected the one that made the ids; data.tokenizer ({where}). "
+                        "Use {kind: ids, vocab_size: N}, or name it."
+                    )
+                characters |= characters_of(found, on_progress)
+            if not characters:
+                raise DataError(
+                    f"the sources have no text; got 0 characters; expected some; data.sources ({where}). "
+                    "Check the files."
+                )
+            return CharacterTokenizer("".join(characters))
+        case _:
+            assert_never(data.tokenizer)
+
+
+def _ready(source: BatchesSource, tokenizer: Tokenizer, where: str) -> PreparedData:
+    name, key = f"data.sources[0] ({source.path})", f"data.sources[0].path ({where})"
+    train, validation = open_batches(source, tokenizer.vocab_size, name, key)
+    summary = SourceSummary(source.path, source.kind, 1, train.num_tokens, validation.num_tokens, 1.0)
+    return PreparedData(tokenizer, train, validation, (summary,))
+
+
+def _open(found: Texts | _Shards, tokenizer: Tokenizer, on_progress: Progress | None) -> Tokens:
+    if isinstance(found, _Shards):
+        return open_shards(found.files, tokenizer.vocab_size, found.name)
+    return tokenize(found, tokenizer, on_progress)
+
+
+def _check_length(split: str, source: SplitSource, sequence_length: int, where: str = "") -> None:
+    if source.num_tokens <= sequence_length:
+        raise DataError(
+            f"the {split} part is shorter than one sequence; got {source.num_tokens} tokens; expected at least "
+            f"training.sequence_length + 1 = {sequence_length + 1}; {source.name}{where}. "
+            "Use a shorter sequence_length, more text, or another data.validation_fraction."
+        )
+
+
+def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int | np.integer) or not low <= value < high:
+        raise DataError(f"{name} is out of range; got {value!r}; expected an integer in [{low}, {high}).")

@@ -1,0 +1,1 @@
+"""Device meshes, sharding rules, and groups of processes, as data."""

@@ -1,0 +1,1 @@
+"""Generation: sampling settings, prompt batches, and the decoding loop."""

@@ -1,0 +1,192 @@
+"""Encoding and decoding of quantized tensors: MXFP4 in groups of 32, and FP8 in blocks of 128 x 128.
+
+Decoding is exact, except for the one rounding inherent in the format (FP8: code times scale, in float32). Encoding is
+its inverse with the same scales: values that no code represents exactly are rejected, unless rounding is requested.
+Both process a tensor in pieces, so they use only a few MiB besides codes and values.
+
+Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0); Micikevicius et al. 2022, arXiv
+2209.05433 (E4M3); DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (blocks of 128 x 128).
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import CheckpointError
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+FP8_BLOCK = 128
+MXFP4_GROUP = 32
+_PIECE = 1 << 18  # elements at a time
+_E8M0_BIAS = 127
+_LARGEST_E4M3 = np.float32(448)
+
+
+def mxfp4_shape(name: str, blocks: Shape, scales: Shape) -> Shape:
+    """Return the shape [..., in] of the tensor stored as blocks [..., in / 32, 16] and scales [..., in / 32].
+
+    Raises CheckpointError with the tensor's name if the two do not match.
+    """
+    if len(blocks) < 2 or blocks[-1] != MXFP4_GROUP // 2 or blocks[:-1] != scales:
+        raise CheckpointError(
+            f"{name}: MXFP4 blocks have shape {list(blocks)} and scales {list(scales)}; expected [..., in / 32, 16] "
+            "and [..., in / 32]. Fetch the checkpoint again."
+        )
+    return (*blocks[:-2], blocks[-2] * MXFP4_GROUP)
+
+
+def fp8_shape(name: str, codes: Shape, scales: Shape) -> Shape:
+    """Return the shape [..., out, in] of the tensor stored as FP8 codes [..., out, in] and one scale per block.
+
+    Raises CheckpointError with the tensor's name if the two do not match.
+    """
+    expected = (*codes[:-2], *(-(-size // FP8_BLOCK) for size in codes[-2:]))
+    if len(codes) < 2 or scales != expected:
+        raise CheckpointError(
+            f"{name}: FP8 codes have shape {list(codes)} and scales {list(scales)}; expected {list(expected)}, one "
+            f"scale per block of {FP8_BLOCK} x {FP8_BLOCK}, the last ones partial. Fetch the checkpoint again."
+        )
+    return codes
+
+
+def mxfp4_decode(blocks: Array, scales: Array) -> Array:
+    """Decode uint8 blocks [..., in / 32, 16], low nibble first, with E8M0 scales [..., in / 32] to bfloat16 [..., in].
+
+    A value is `code * 2^(scale - 127)`; bfloat16 represents it exactly, including subnormals. Beyond bfloat16's range
+    it is infinite (scale 253 with codes 4 and 6, 254 from code 2 on); scale 255 is NaN.
+    """
+    shape = mxfp4_shape("blocks", blocks.shape, scales.shape)
+    table, values = _mxfp4_table(), np.empty((scales.size, MXFP4_GROUP // 2), np.uint32)
+    rows, exponents = blocks.reshape(values.shape), _as_bytes(scales).reshape(-1, 1)
+    for piece in _pieces(len(values), MXFP4_GROUP):
+        index = exponents[piece].astype(np.uint16) << 8 | rows[piece]
+        values[piece] = table[index]
+    decoded: Array = values.view(ml_dtypes.bfloat16).reshape(shape)
+    return decoded
+
+
+def mxfp4_encode(values: Array, scales: Array, kept: Array | None = None, *, rounded: bool = False) -> Array:
+    """Encode values [..., in] to uint8 blocks [..., in / 32, 16] with these scales: the inverse of `mxfp4_decode`.
+
+    `kept`: original blocks, reused wherever they decode to the same values; only they distinguish codes that decode
+    alike (infinite values, and a NaN scale). `rounded`: round to the nearest code, ties to even, and clamp to the
+    range; otherwise CheckpointError if a value has no exact code.
+    """
+    shape = (*scales.shape, MXFP4_GROUP // 2)
+    if values.shape != mxfp4_shape("blocks", shape, scales.shape):
+        raise CheckpointError(
+            f"values have shape {list(values.shape)} and MXFP4 scales {list(scales.shape)}; expected one scale per 32 "
+            "values of the last axis."
+        )
+    rows, exponents = values.reshape(-1, MXFP4_GROUP), _as_bytes(scales).reshape(-1, 1)
+    blocks = np.empty((len(rows), MXFP4_GROUP // 2), np.uint8)
+    stored = None if kept is None else kept.reshape(blocks.shape)
+    for piece in _pieces(len(rows), MXFP4_GROUP):
+        numbers = rows[piece].astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = np.ldexp(numbers, _E8M0_BIAS - exponents[piece].astype(np.int32))
+            code = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+        blocks[piece] = code[:, 0::2] | code[:, 1::2] << 4
+        if stored is not None:
+            same = _same(mxfp4_decode(stored[piece][:, None], scales.reshape(-1, 1)[piece]), numbers)
+            blocks[piece] = np.where(same[:, 0::2] & same[:, 1::2], stored[piece], blocks[piece])
+        if not rounded:
+            decoded = mxfp4_decode(blocks[piece][:, None], scales.reshape(-1, 1)[piece])
+            _check_exact(_same(decoded, numbers), "MXFP4")
+    return blocks.reshape(shape)
+
+
+def fp8_decode(codes: Array, scales: Array) -> Array:
+    """Decode E4M3 codes [..., out, in] with scales [..., ceil(out / 128), ceil(in / 128)] to float32 `code * scale`.
+
+    Codes 0x7F and 0xFF are NaN; there is no infinity.
+    """
+    fp8_shape("codes", codes.shape, scales.shape)
+    values = np.empty(codes.shape, np.float32)
+    table = _fp8_table()
+    for band, scale in _bands(codes.shape, scales):
+        with np.errstate(all="ignore"):  # NaN codes, extreme scales
+            np.multiply(table[_as_bytes(codes[band])], scale, out=values[band])
+    return values
+
+
+def fp8_encode(values: Array, scales: Array, kept: Array | None = None, *, rounded: bool = False) -> Array:
+    """Encode values [..., out, in] to E4M3 codes with these scales: the inverse of `fp8_decode`.
+
+    `kept` (codes) and `rounded` as in `mxfp4_encode`; here codes decode alike if a scale is 0, or if the product
+    underflows or overflows float32.
+    """
+    fp8_shape("codes", values.shape, scales.shape)
+    codes = np.empty(values.shape, ml_dtypes.float8_e4m3fn)
+    table = _fp8_table()
+    for band, scale in _bands(values.shape, scales):
+        numbers = values[band].astype(np.float32)
+        with np.errstate(all="ignore"):  # non-finite results are resolved by `kept`, or rejected
+            scaled = np.clip(numbers / scale, -_LARGEST_E4M3, _LARGEST_E4M3)
+            code = scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+            if kept is not None:
+                stored = _as_bytes(kept[band])
+                code = np.where(_same(table[stored] * scale, numbers), stored, code)
+            if not rounded:
+                _check_exact(_same(table[code] * scale, numbers), "FP8")
+        codes[band] = code.view(ml_dtypes.float8_e4m3fn)
+    return codes
+
+
+@cache
+def _mxfp4_table() -> Array:
+    """Lookup table of the two bfloat16 values of a byte, low nibble first, as uint32 [scale * 256 + byte]."""
+    code = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    scale = np.ldexp(1.0, np.arange(256) - _E8M0_BIAS)
+    scale[255] = np.nan
+    with np.errstate(over="ignore"):  # infinite beyond the range, see mxfp4_decode
+        numbers = (scale[:, None] * code).astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+    pairs = np.stack([np.tile(numbers, (1, 16)), np.repeat(numbers, 16, axis=1)], axis=-1)
+    table: Array = np.ascontiguousarray(pairs).view(np.uint32).reshape(-1)
+    return table
+
+
+@cache
+def _fp8_table() -> Array:
+    table: Array = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return table
+
+
+def _as_bytes(array: Array) -> Array:
+    return array.view(np.uint8)
+
+
+def _pieces(rows: int, row: int) -> Iterator[slice]:
+    step = max(1, _PIECE // row)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _bands(shape: Shape, scales: Array) -> Iterator[tuple[tuple[int | slice, ...], Array]]:
+    """Yield an index of rows that share their blocks' scales, and one scale per column."""
+    for outer in np.ndindex(*scales.shape[:-1]):
+        *matrix, band = outer
+        rows = slice(band * FP8_BLOCK, (band + 1) * FP8_BLOCK)
+        scale = np.repeat(scales[outer].astype(np.float32), FP8_BLOCK)[: shape[-1]]
+        yield (*matrix, rows), scale
+
+
+def _same(decoded: Array, numbers: Array) -> Array:
+    """Return a mask of equal values: bit for bit, except that all NaNs are equal."""
+    decoded = decoded.reshape(numbers.shape).astype(np.float32)
+    same: Array = decoded.view(np.uint32) == numbers.view(np.uint32)
+    both_nan: Array = np.isnan(decoded) & np.isnan(numbers)
+    return same | both_nan
+
+
+def _check_exact(same: Array, format_name: str) -> None:
+    if not same.all():
+        raise CheckpointError(
+            f"{np.count_nonzero(~same)} values have no exact {format_name} code with the original scales, because they "
+            "changed. Export them as bfloat16 or float32."
+        )

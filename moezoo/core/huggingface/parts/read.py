@@ -1,0 +1,245 @@
+"""Parsing of config fields shared by several families: attention, feed-forward, MoE layers, layer types."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts.rotations import rope
+from moezoo.core.spec import (
+    AttentionSpec,
+    FeedForwardSpec,
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    GroupedTopKChoiceSpec,
+    HeadSpec,
+    JitterSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    PooledBalanceLossSpec,
+    PositionSpec,
+    RMSNormSpec,
+    RoPESpec,
+    RouterSpec,
+    SelectionBiasSpec,
+    SharedExpertsSpec,
+    TiedHeadSpec,
+    TopKChoiceSpec,
+    UntiedHeadSpec,
+)
+
+
+def attention(
+    fields: Fields,
+    position: PositionSpec,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    **options: Any,
+) -> GroupedQueryAttentionSpec:
+    """Return grouped-query attention with the config's numbers of heads.
+
+    `kv_heads` and `head_dim` are the family's defaults for absent fields. If a field is null or has no default,
+    `num_attention_heads` and `hidden_size / num_attention_heads` apply.
+    """
+    heads = fields.count("num_attention_heads")
+    return GroupedQueryAttentionSpec(
+        num_heads=heads,
+        num_kv_heads=fields.count_or_null("num_key_value_heads", kv_heads) or heads,
+        head_dim=fields.count_or_null("head_dim", head_dim) or fields.count("hidden_size") // heads,
+        position=position,
+        **options,
+    )
+
+
+def swiglu(
+    fields: Fields, hidden_dim: int, *, bias: bool = False, name: str = "hidden_act", default: str = "silu"
+) -> GatedFeedForwardSpec:
+    """Return a gated feed-forward with the config's activation."""
+    kinds = {
+        "silu": "swiglu",
+        "swish": "swiglu",
+        "gelu_pytorch_tanh": "geglu",
+        "gelu_new": "geglu",
+        "relu2": "relu_squared_glu",
+    }
+    return GatedFeedForwardSpec(kind=fields.choice(name, kinds, default), hidden_dim=hidden_dim, bias=bias)
+
+
+def rms_norm(fields: Fields, default: float = 1e-6) -> RMSNormSpec:
+    """Return the RMS norm of all layers."""
+    return RMSNormSpec(epsilon=fields.number("rms_norm_eps", default))
+
+
+def head(fields: Fields, tied: bool = False, *, bias: bool = False) -> HeadSpec:
+    """Return the output projection, tied to the embedding or not."""
+    return (TiedHeadSpec if fields.flag("tie_word_embeddings", tied) else UntiedHeadSpec)(bias=bias)
+
+
+def jitter(fields: Fields, name: str = "router_jitter_noise") -> JitterSpec | None:
+    """Return the training noise on the input of the whole MoE layer, or None."""
+    amount = fields.number(name, 0.0)
+    if not 0 <= amount < 1:
+        raise fields.refuse(name, "a number of at least 0 and below 1")
+    return JitterSpec(of="mixture", amount=amount) if amount else None
+
+
+def pooled_balance(fields: Fields, default: float = 0.001) -> tuple[PooledBalanceLossSpec, ...]:
+    """Return the auxiliary loss of transformers, `router_aux_loss_coef`, or no loss."""
+    coefficient = fields.number("router_aux_loss_coef", default)
+    return (PooledBalanceLossSpec(coefficient=coefficient),) if coefficient else ()
+
+
+def grouped_sigmoid(
+    fields: Fields,
+    *,
+    num_experts: tuple[str, ...] = ("n_routed_experts", "num_local_experts"),
+    num_shared: tuple[str, int] = ("n_shared_experts", 1),
+    groups: tuple[int, int] = (1, 1),
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> MoESpec:
+    """Return the MoE layer of DeepSeek-V3, used by several families: sigmoid scores, selection bias, expert groups.
+
+    Arguments are the family's field names and defaults: of the experts, of the shared experts, (`n_group`,
+    `topk_group`), `norm_topk_prob`, `routed_scaling_factor`. The bias is trained, as in the paper.
+    """
+    fields.expect("scoring_func", "sigmoid", "noaux_tc")  # "noaux_tc" occurs in files of dots.llm1
+    fields.expect("topk_method", "noaux_tc")
+    fields.only_in_training("aux_loss_alpha")  # a sequence-wise balance loss, which transformers does not have
+    fields.get("seq_aux")
+    count, keep = fields.count("n_group", groups[0]), fields.count("topk_group", groups[1])
+    choice = GroupedTopKChoiceSpec(num_groups=count, keep=keep, group_value="top2") if count > 1 else TopKChoiceSpec()
+    width, shared = fields.count("moe_intermediate_size"), fields.integer(*num_shared)
+    divided = fields.flag("norm_topk_prob", renormalize)
+    router = RouterSpec(
+        top_k=fields.count("num_experts_per_tok"),
+        score="sigmoid",
+        selection_bias=SelectionBiasSpec(),
+        choice=choice,
+        renormalize="sum" if divided else "none",
+        renormalize_epsilon=1e-20 if divided else 0.0,
+        scale=fields.number("routed_scaling_factor", scale),
+    )
+    return MoESpec(
+        num_experts=fields.count(fields.either(*num_experts)),
+        router=router,
+        experts=swiglu(fields, width),
+        shared=SharedExpertsSpec(num_experts=shared, hidden_dim=width) if shared else None,
+    )
+
+
+def windows(
+    fields: Fields, num_layers: int, default: Sequence[str] | None = None, *, window: int | None = None
+) -> list[int | None]:
+    """Return each layer's sliding window, from `layer_types` and `sliding_window`.
+
+    `default` (all full attention) and `window` (none) apply to absent fields.
+    """
+    types = layer_types(fields, num_layers, default or ["full_attention"] * num_layers)
+    if "sliding_attention" not in types:
+        fields.get("sliding_window")  # has no effect without sliding layers
+        return [None] * num_layers
+    width = fields.count_or_null("sliding_window", window)
+    if width is None:
+        raise fields.refuse("sliding_window", "a number, because layer_types has sliding_attention")
+    return [width if kind == "sliding_attention" else None for kind in types]
+
+
+def layer_types(
+    fields: Fields,
+    num_layers: int,
+    default: Sequence[str] | None,
+    known: Sequence[str] = ("full_attention", "sliding_attention"),
+) -> list[str]:
+    """Return each layer's kind of attention."""
+    types = fields.items("layer_types", num_layers, default)
+    if any(kind not in known for kind in types):
+        raise fields.refuse("layer_types", f"each layer to be one of {', '.join(known)}")
+    return types
+
+
+def per_layer(fields: Fields, name: str, num_layers: int, default: int | None = None) -> list[int]:
+    """Return an integer of at least 1 per layer, from a list or from one number for all layers."""
+    if not isinstance(fields.get(name), list):
+        return [fields.count(name, default)] * num_layers
+    numbers = fields.items(name, num_layers)
+    if any(type(number) is not int or number < 1 for number in numbers):
+        raise fields.refuse(name, "integers of at least 1")
+    return numbers
+
+
+def model(
+    fields: Fields, layers: Sequence[LayerSpec], *, norm: RMSNormSpec, tied: bool = False, head_bias: bool = False
+) -> ModelSpec:
+    """Return the model with these layers; `tied` is the default of `tie_word_embeddings`."""
+    fields.only_in_training("attention_dropout")
+    return ModelSpec(
+        vocab_size=fields.count("vocab_size"),
+        embed_dim=fields.count("hidden_size"),
+        layers=grouped(layers),
+        norm=norm,
+        head=head(fields, tied, bias=head_bias),
+    )
+
+
+def layer(attention: AttentionSpec, block: FeedForwardSpec | MoESpec) -> LayerSpec:
+    """Return a pre-norm layer whose second block is a dense feed-forward or a MoE layer."""
+    if isinstance(block, MoESpec):
+        return LayerSpec(attention=attention, moe=block)
+    return LayerSpec(attention=attention, feed_forward=block)
+
+
+def grouped(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Merge equal consecutive layers into one with `repeat`."""
+    found: list[LayerSpec] = []
+    for layer in layers:
+        if found and found[-1].model_copy(update={"repeat": 1}) == layer:
+            found[-1] = layer.model_copy(update={"repeat": found[-1].repeat + 1})
+        else:
+            found.append(layer)
+    return tuple(found)
+
+
+def layout(fields: Fields) -> Literal["half_split", "interleaved"]:
+    """Return how RoPE pairs features, from `rope_interleave`."""
+    return "interleaved" if fields.flag("rope_interleave", True) else "half_split"
+
+
+def latent_attention(
+    fields: Fields, position: RoPESpec | None = None, *, queries: int | None = 1536, **options: Any
+) -> LatentAttentionSpec:
+    """Return multi-head latent attention from the fields of DeepSeek's configs.
+
+    `position`: RoPE, by default the config's. `queries`: the family's default of `q_lora_rank` (an explicit null means
+    full-rank queries).
+    """
+    heads = fields.count("num_attention_heads")
+    fields.expect("num_key_value_heads", heads)  # MLA: every head has its own keys
+    return LatentAttentionSpec(
+        num_heads=heads,
+        head_dim=fields.count("qk_nope_head_dim"),
+        rope_head_dim=fields.count("qk_rope_head_dim"),
+        value_head_dim=fields.count("v_head_dim"),
+        latent_dim=fields.count("kv_lora_rank"),
+        query_latent_dim=fields.count_or_null("q_lora_rank", queries),
+        position=rope(fields, layout=layout(fields)) if position is None else position,
+        norm=RMSNormSpec(epsilon=1e-6),  # Trap: rms_norm_eps does not apply to these norms.
+        bias=fields.flag("attention_bias", False),
+        **options,
+    )
+
+
+def dense_layers(fields: Fields, num_layers: int) -> list[bool]:
+    """Return a flag per layer, true if it is dense, from `mlp_only_layers` and `decoder_sparse_step` (Qwen)."""
+    step, only = fields.count("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
+    return [layer in only or (layer + 1) % step > 0 for layer in range(num_layers)]
+
+
+def dense_by_type(fields: Fields, num_layers: int, default: Sequence[bool]) -> list[bool]:
+    """Return a flag per layer, true if it is dense, from `mlp_layer_types`, or `default` if absent."""
+    types = fields.items("mlp_layer_types", num_layers, ["dense" if is_dense else "sparse" for is_dense in default])
+    if any(kind not in ("dense", "sparse") for kind in types):
+        raise fields.refuse("mlp_layer_types", "each layer to be one of dense, sparse")
+    return [kind == "dense" for kind in types]

@@ -1,0 +1,125 @@
+"""Reader of a folder's tensors: quantized ones are decoded from codes and scales, others are read as stored."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.huggingface.codecs import fp8_decode, fp8_encode, fp8_shape, mxfp4_decode, mxfp4_encode, mxfp4_shape
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
+from moezoo.core.huggingface.ledger import FLOATS, Readable
+
+Array = npt.NDArray[Any]
+
+_BLOCKS, _SCALES = "_blocks", "_scales"  # MXFP4
+_SCALE_INV = "_scale_inv"  # FP8
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Tensors of a folder as floats, decoded if config.json declares a quantization.
+
+    Fields:
+        folder: the files.
+        readable: quantized tensors, by the name of their codes.
+    """
+
+    folder: TensorFolder
+    readable: Mapping[str, Readable]
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Return the dtype that a tensor is read as."""
+        tensor = self.readable.get(name)
+        return numpy_dtype(self.folder.tensors[name].dtype if tensor is None else tensor.dtype)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """Read and decode a tensor, or a range of its rows if `has_rows`."""
+        if name not in self.readable:
+            return self.folder.read(name, rows=rows)
+        codes, scales = (self.folder.read(part, rows=rows) for part in self.readable[name].stored)
+        return decode(name, codes, scales)
+
+    def has_rows(self, name: str) -> bool:
+        """Return True if codes and scales have equal rows, so rows can be read (FP8 has one scale per 128 rows)."""
+        stored = self.readable[name].stored if name in self.readable else (name,)
+        shapes = [self.folder.tensors[part].shape for part in stored]
+        return all(shape and shape[0] == shapes[0][0] for shape in shapes)
+
+    def size_bytes(self, name: str) -> int:
+        """Return the size of the decoded tensor, in bytes."""
+        shape = self.readable[name].shape if name in self.readable else self.folder.tensors[name].shape
+        return math.prod(shape) * self.dtype(name).itemsize
+
+    def is_plain(self, name: str) -> bool:
+        """Return True if a tensor is stored without quantization."""
+        return name not in self.readable or self.readable[name].stored == (name,)
+
+
+def encode(name: str, value: Array, scales: Array, kept: Array | None = None) -> Array:
+    """Encode a tensor with these scales. Raises CheckpointError if a value has no exact code."""
+    return (mxfp4_encode if name.endswith(_BLOCKS) else fp8_encode)(value, scales, kept)
+
+
+def decode(name: str, codes: Array, scales: Array) -> Array:
+    """Decode a tensor exactly: MXFP4 to bfloat16, FP8 to float32."""
+    return (mxfp4_decode if name.endswith(_BLOCKS) else fp8_decode)(codes, scales)
+
+
+def numpy_dtype(stored: str) -> np.dtype[Any]:
+    """Return the NumPy dtype of a safetensors float dtype."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if stored == "BF16" else FLOATS[stored])
+
+
+def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> dict[str, Readable]:
+    """Return the tensors quantized according to `quantization_config`, by the name of their codes.
+
+    Raises SpecError for an unsupported method.
+    """
+    config = fields.inside("quantization_config")
+    if config is None:
+        return {}
+    method = config.text("quant_method", "none")
+    found: dict[str, Readable] = {}
+    match method:
+        case "mxfp4":
+            for name, tensor in tensors.items():
+                scales = name.removesuffix(_BLOCKS) + _SCALES
+                if name.endswith(_BLOCKS) and tensor.dtype == "U8" and scales in tensors:
+                    _check_dtype(tensors, scales, ("U8", "F8_E8M0"))
+                    shape = mxfp4_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
+                    found[name] = Readable("BF16", shape, (name, scales))
+        case "fp8":
+            size = config.get("weight_block_size", [128, 128])
+            if size != [128, 128]:
+                raise config.refuse("weight_block_size", "[128, 128]")
+            for name, tensor in tensors.items():
+                scales = name + _SCALE_INV
+                if tensor.dtype == "F8_E4M3" and scales in tensors:
+                    _check_dtype(tensors, scales, ("F32", "BF16", "F8_E8M0"))
+                    shape = fp8_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
+                    found[name] = Readable("F32", shape, (name, scales))
+        case _:
+            raise SpecError(
+                f"quantization_config.quant_method is {method!r}; expected mxfp4 or fp8 ({fields.where}). "
+                "Use an unquantized version of the checkpoint."
+            )
+    return found
+
+
+def _where(tensors: Mapping[str, StoredTensor], name: str) -> str:
+    return f"{tensors[name].file}: {name}"
+
+
+def _check_dtype(tensors: Mapping[str, StoredTensor], scales: str, expected: tuple[str, ...]) -> None:
+    if tensors[scales].dtype not in expected:
+        raise CheckpointError(
+            f"{_where(tensors, scales)} is {tensors[scales].dtype}; expected {' or '.join(expected)} for scales. Fetch "
+            "the checkpoint again."
+        )

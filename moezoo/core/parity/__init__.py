@@ -1,0 +1,1 @@
+"""Parity: compare the reference and the backends on one model."""

@@ -1,0 +1,287 @@
+"""The sides of a parity check: what the float64 reference and each backend make of the same weights and tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezoo.core.backend import Backend, Model
+from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.parameters import parameter_table
+from moezoo.core.parity.causality import Causality, check_causality
+from moezoo.core.random import fold_in, key, micro_batch_keys, uniform
+from moezoo.core.spec import ModelSpec, MoESpec
+from moezoo.core.tokens import Floats, Integers
+
+Doubles = NDArray[np.float64]
+
+_UPDATES_DONE = 9  # the step is taken from moments as if this many updates had been made
+_FLOAT32_ROUNDING = 2.0**-24
+_ROUNDING_PURPOSE = 0x726F756E64  # "round": what the shifts of weights are for, as a seed
+_REFERENCE_ROUNDING = 1e-9  # of float64 sums in another order, far above 1e-16 and far below any dependence
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one realization computed. `update`: its parameters after the step less those of the reference that took the
+    same experts, so that two backends that routed differently can still be compared; `moments`, `step` likewise."""
+
+    name: str
+    experts: list[Integers]
+    weights: Mapping[str, Any]
+    intermediates: Mapping[str, Any]
+    logits: Any
+    losses: Mapping[str, float]
+    gradients: Mapping[str, Any]
+    update: Mapping[str, Doubles]
+    moments: Mapping[str, Doubles]
+    step: Mapping[str, float]
+    moved_copies: float
+    inference_logits: Any
+    causality: list[Causality]
+
+
+class Reference:
+    """The float64 side, and what the others are measured with."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Floats],
+        tokens: Integers,
+        targets: Integers,
+        optimizer: OptimizerConfig,
+    ):
+        from moezoo.core.reference.losses import loss_and_gradients, loss_terms
+        from moezoo.core.reference.transformer import forward
+
+        self.spec, self.tokens, self.targets, self.optimizer = spec, tokens, targets, optimizer
+        self.weights32 = {row.name: np.asarray(weights[row.name], np.float32) for row in parameter_table(spec)}
+        self.weights = {name: value.astype(np.float64) for name, value in self.weights32.items()}
+        self.state = {row.name: self.weights[row.name] for row in parameter_table(spec) if not row.trained}
+        self.key = micro_batch_keys(0, 0, 1)[0]
+        self.intermediates: dict[str, Any] = {}
+        result = forward(spec, self.weights, tokens, record=self.intermediates, key=self.key)
+        self.logits, routings = result.logits_BTV, result.routings
+        terms = loss_terms(spec, self.logits, targets, routings, index_losses=result.index_losses)
+        self.losses = {name: float(value) for name, value in terms.items()}
+        self.experts = [np.where(routing.valid_PK, routing.expert_PK, -1).astype(np.int32) for routing in routings]
+        self.margins = [routing.margin_P for routing in routings]
+        self.cutoffs = [routing.cutoff_E for routing in routings]
+        _, self.gradients = loss_and_gradients(spec, self.weights, tokens, targets, forced=self.experts, key=self.key)
+        self.moments = self._given_moments()
+
+        def run(tokens: Integers, inference: bool) -> Mapping[str, Any]:
+            record: dict[str, Any] = {}
+            forward(spec, self.weights, tokens, record=record, inference=inference)
+            return record
+
+        self.causality = check_causality("reference", run, spec, tokens, _REFERENCE_ROUNDING)
+        self.inference_logits = run(tokens, True)["logits"] if spec.inference_differs else None
+
+    def amplified(self, floor: float) -> dict[str, float]:
+        """How far intermediates, logits and gradients move when every weight is off by up to one float32 rounding.
+
+        The largest over tensors, relative as in `Comparison`, with the same experts: below some multiple of this no
+        float32 realization can be expected to agree, whatever it computes. `floor` is that of gradients' scales.
+        """
+        from moezoo.core.reference.losses import loss_and_gradients
+        from moezoo.core.reference.transformer import forward
+
+        shifted = {}
+        for index, (name, value) in enumerate(self.weights.items()):
+            share = uniform(fold_in(key(_ROUNDING_PURPOSE), index), value.shape).astype(np.float64)
+            shifted[name] = value * (1 + (2 * share - 1) * _FLOAT32_ROUNDING)
+        record: dict[str, Any] = {}
+        result = forward(self.spec, shifted, self.tokens, record=record, key=self.key, forced=self.experts or None)
+        _, gradients = loss_and_gradients(
+            self.spec, shifted, self.tokens, self.targets, forced=self.experts, key=self.key
+        )
+        least = floor * max(_largest(value) for value in self.gradients.values())
+        return {
+            "intermediate": _furthest(record, self.intermediates, 0.0),
+            "logits": _furthest({"logits": result.logits_BTV}, {"logits": self.logits}, 0.0),
+            "gradient": _furthest(gradients, self.gradients, least),
+        }
+
+    @property
+    def forced(self) -> list[Integers] | None:
+        """The experts as a backend takes them, [B, T, K] per MoE layer."""
+        return [expert.reshape(*self.tokens.shape, -1) for expert in self.experts] or None
+
+    @property
+    def windows(self) -> Integers:
+        """Tokens and their targets as one micro-batch [1, B, T + 1]."""
+        return np.concatenate([self.tokens, self.targets[:, -1:]], axis=1)[None].astype(np.int32)
+
+    def side(self) -> Side:
+        """Itself; its differences to itself are zero."""
+        after, moments, step = self.stepped(self.experts)
+        return Side(
+            name="reference",
+            experts=self.experts,
+            weights=self.weights,
+            intermediates=self.intermediates,
+            logits=self.logits,
+            losses=self.losses,
+            gradients=self.gradients,
+            update={name: np.zeros_like(value) for name, value in after.items()},
+            moments=moments,
+            step=step,
+            moved_copies=0.0,
+            inference_logits=self.inference_logits,
+            causality=self.causality,
+        )
+
+    def stepped(self, experts: list[Integers]) -> tuple[dict[str, Doubles], dict[str, Doubles], dict[str, float]]:
+        """Parameters, moments and measured numbers of one update with these experts."""
+        from moezoo.core.reference.losses import loss_and_gradients
+        from moezoo.core.reference.optimizer import Moments, adamw, global_norm
+        from moezoo.core.reference.router_state import updated_state
+
+        losses, gradients = self.losses, self.gradients
+        if any(not np.array_equal(own, other) for own, other in zip(self.experts, experts, strict=True)):
+            losses, gradients = loss_and_gradients(
+                self.spec, self.weights, self.tokens, self.targets, forced=experts or None, key=self.key
+            )
+        given = {name: value.astype(np.float64) for name, value in self.moments.items()}
+        parameters, moments = adamw(
+            self.optimizer,
+            {name: self.weights[name] for name in gradients},
+            gradients,
+            Moments(
+                {name: given[f"first_moment.{name}"] for name in gradients},
+                {name: given[f"second_moment.{name}"] for name in gradients},
+            ),
+            learning_rate=self.optimizer.learning_rate,
+            update=_UPDATES_DONE + 1,
+            decayed={row.name for row in parameter_table(self.spec) if row.decay},
+        )
+        first = {f"first_moment.{name}": value for name, value in moments.first.items()}
+        second = {f"second_moment.{name}": value for name, value in moments.second.items()}
+        # The load is that of the given experts; cutoffs do not depend on who was chosen.
+        loads = [
+            np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices).astype(np.float64)
+            for moe, expert_PK in zip(self.moes, experts, strict=True)
+        ]
+        state = updated_state(self.spec, self.state, loads, self.cutoffs)
+        return parameters | state, first | second, {"gradient_norm": global_norm(gradients), **losses}
+
+    @property
+    def moes(self) -> list[MoESpec]:
+        """Every mixture of the model."""
+        return [moe for _, moe in self.spec.moes]
+
+    def _given_moments(self) -> dict[str, Floats]:
+        """Moments from which a step depends smoothly on the gradient g: m = g / 2, v = g^2 + mean(g^2), g clipped.
+
+        Trap: from zero moments AdamW's first step is the sign of the gradient, which rounding decides where that is
+        small.
+        """
+        from moezoo.core.reference.optimizer import global_norm
+
+        norm, clip = global_norm(self.gradients), self.optimizer.clip_norm
+        scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+        count = sum(value.size for value in self.gradients.values())
+        floor = (1e-3 * scale * norm) ** 2 / count
+        moments: dict[str, Floats] = {}
+        for name, gradient in self.gradients.items():
+            clipped = scale * np.asarray(gradient, np.float64)
+            moments[f"first_moment.{name}"] = (clipped / 2).astype(np.float32)
+            spread = max(float(np.mean(clipped**2)), floor, 1e-30)
+            moments[f"second_moment.{name}"] = (clipped**2 + spread).astype(np.float32)
+        return moments
+
+
+def backend_side(name: str, backend: Backend, reference: Reference, rounding: float) -> Side:
+    """Run one backend on everything that the reference ran."""
+    model = backend.build(reference.spec, reference.weights32)
+    weights = model.export_parameters()
+    free = model.forward(reference.tokens, key=reference.key)
+    experts = [routing.expert.reshape(-1, routing.expert.shape[-1]) for routing in free.routing]
+    given = {"forced": reference.forced, "key": reference.key}
+    output = model.forward(reference.tokens, reference.targets, record=True, **given)
+    _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, **given)
+
+    def run(tokens: Integers, inference: bool) -> Mapping[str, Any]:
+        return model.forward(tokens, record=True, inference=inference).intermediates
+
+    causality = check_causality(name, run, reference.spec, reference.tokens, rounding)
+    inference_logits = run(reference.tokens, True)["logits"] if reference.spec.inference_differs else None
+    after, moments, step, load = _stepped(model, reference)
+    expected_after, expected_moments, expected_step = reference.stepped(_in_order_of(reference.experts, experts))
+    own = reference.side()
+    return Side(
+        name=name,
+        experts=experts,
+        weights=weights,
+        intermediates=output.intermediates,
+        logits=output.logits,
+        losses=output.losses,
+        gradients=gradients,
+        update=_less(after, expected_after, own.update),
+        moments=_less(moments, expected_moments, own.moments),
+        step={key: own.step[key] + step[key] - expected_step[key] for key in step if key in expected_step},
+        moved_copies=_moved_copies(reference.spec, experts, load),
+        inference_logits=inference_logits,
+        causality=causality,
+    )
+
+
+def _stepped(
+    model: Model, reference: Reference
+) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float], list[NDArray[np.int64]]]:
+    """One `train_step` of a backend from the given moments."""
+    model.start_training(reference.optimizer, reference.moments, _UPDATES_DONE)
+    metrics = model.train_step(reference.windows, reference.optimizer.learning_rate, reference.key[None]).fetch()
+    numbers = {"gradient_norm": metrics.gradient_norm, **metrics.losses}
+    return model.export_parameters(), model.export_optimizer(), numbers, metrics.load
+
+
+def _less(
+    values: Mapping[str, Floats], expected: Mapping[str, Doubles], own: Mapping[str, Doubles]
+) -> dict[str, Doubles]:
+    """`own + (values - expected)` by name, for names whose shape is the expected one."""
+    return {
+        name: own[name] + (np.asarray(value, np.float64) - expected[name])
+        for name, value in values.items()
+        if name in expected and np.shape(value) == np.shape(expected[name])
+    }
+
+
+def _in_order_of(own: list[Integers], other: list[Integers]) -> list[Integers]:
+    """Experts of the other side, each token's in our order where it is the same set.
+
+    A backend reports them by falling weight, and a choice that draws one expert after the other (sparsemixer) makes
+    other weights in another order.
+    """
+
+    def aligned(own_PK: Integers, other_PK: Integers) -> Integers:
+        same_P = np.all(np.sort(own_PK, axis=-1) == np.sort(other_PK, axis=-1), axis=-1)
+        return np.where(same_P[:, None], own_PK, other_PK)
+
+    return [aligned(own_PK, other_PK) for own_PK, other_PK in zip(own, other, strict=True)]
+
+
+def _moved_copies(spec: ModelSpec, experts: list[Integers], load: list[NDArray[np.int64]]) -> float:
+    """Share of routed copies that the step sent to another expert than the forward pass did, in the worst layer."""
+    moes = [moe for _, moe in spec.moes]
+    if len(load) != len(moes):
+        return float("inf")
+    shares = [0.0]
+    for moe, expert_PK, size_E in zip(moes, experts, load, strict=True):
+        counts_E = np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices)
+        shares.append(float(np.sum(np.abs(counts_E - size_E)) / 2 / max(counts_E.sum(), 1)))
+    return max(shares)
+
+
+def _largest(values: Any) -> float:
+    return float(np.max(np.abs(values))) if np.size(values) else 0.0
+
+
+def _furthest(found: Mapping[str, Any], known: Mapping[str, Any], least: float) -> float:
+    """The largest relative difference of any tensor of two sides that have the same ones."""
+    scales = {name: max(_largest(value), least) for name, value in known.items()}
+    return max((_largest(found[name] - known[name]) / scale for name, scale in scales.items() if scale), default=0.0)

@@ -1,0 +1,1 @@
+"""Pages and pictures for people: models, meshes, plans, checkpoints, runs."""

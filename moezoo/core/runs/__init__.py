@@ -1,0 +1,1 @@
+"""Run folders: create, open, resume, start from a checkpoint, save, convert."""

@@ -1,0 +1,66 @@
+"""Conversion of Hugging Face checkpoints to run folders, and of runs to Hugging Face checkpoints."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.huggingface.checkpoint import open_checkpoint
+from moezoo.core.huggingface.ledger import Ledger
+from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.runs.open import open_model
+from moezoo.core.runs.save import export, save_run
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]  # parameters done, total
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Result of a conversion: `format` of the new folder, ledger of the checkpoint's tensors, one-line notes."""
+
+    format: str
+    ledger: Ledger
+    notes: list[str]
+
+
+def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
+    """Convert a Hugging Face folder or hub id into a run folder, or a run into a Hugging Face folder.
+
+    Into a run folder, one parameter at a time is in memory. A round trip without changes is bit-exact.
+
+    Raises as `open_model`, RunError if `out` is not empty, and SpecError if no family computes the run's model.
+    """
+    opened = open_model(path)
+    if opened.checkpoint is not None:
+        weights = _WithProgress(opened.weights, on_progress)
+        save_run(out, opened.config, opened.tokenizer, weights, 0, opened.layout)
+        warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
+        return Conversion("moezoo", opened.checkpoint.ledger, opened.problems + ([warning] if warning else []))
+    notes = export(opened.weights, opened.config, opened.tokenizer, opened.layout, out)
+    ledger = open_checkpoint(out).ledger
+    return Conversion("huggingface", ledger, opened.problems + notes)
+
+
+class _WithProgress(ReadWhenAsked):
+    """Weights that report progress as they are read."""
+
+    def __init__(self, inner: Mapping[str, Array], on_progress: Progress | None):
+        super().__init__(shapes_of(inner))
+        self._inner, self._on_progress, self._done = inner, on_progress, 0
+
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype[Any]]:
+        dtypes: Mapping[str, np.dtype[Any]] = self._inner.dtypes  # type: ignore[attr-defined]
+        return dtypes
+
+    def __getitem__(self, name: str) -> Array:
+        value = self._inner[name]
+        self._done += 1
+        if self._on_progress is not None:
+            self._on_progress(self._done, len(self._inner))
+        return value

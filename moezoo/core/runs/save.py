@@ -1,0 +1,68 @@
+"""Save a model as a run folder or as a Hugging Face checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from moezoo.core.checkpoint.store import save_checkpoint
+from moezoo.core.config.run_config import Config, dump_config
+from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from moezoo.core.errors import RunError
+from moezoo.core.files import make_folder, write_atomically
+from moezoo.core.huggingface.export import export_checkpoint
+from moezoo.core.huggingface.export_as import export_as_family
+from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar
+from moezoo.core.runs.run_folder import Run, load_run
+
+
+def export(
+    weights: Mapping[str, NDArray[Any]], config: Config, tokenizer: Tokenizer, layout: Layout | None, out: Path
+) -> list[str]:
+    """Write weights as a Hugging Face checkpoint into a new folder, and return notes. Raises as `LoadedModel.save`."""
+    if layout is not None:
+        return export_checkpoint(weights, layout, out)
+    files = Path(tokenizer.path) if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    length = config.model.max_length or config.training.sequence_length
+    return export_as_family(weights, config.model, out, max_length=length, tokenizer=files)
+
+
+def save_run(
+    path: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, NDArray[Any]],
+    step: int,
+    layout: Layout | None,
+    *,
+    optimizer: Mapping[str, NDArray[Any]] | None = None,
+    tokens: int | None = None,
+) -> None:
+    """Write a run folder of one checkpoint, in whole files. Raises RunError: the folder exists and is not empty."""
+    run = Run(path)
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise RunError(f"{path} exists; expected a new or empty folder. Choose another.")
+    make_folder(run.path)
+    tokenizer.save(run.path)
+    if layout is not None:
+        write_sidecar(layout, run.huggingface_path)
+    text = dump_config(config)
+    save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, {}, None, tokens=tokens)
+    write_atomically(run.config_path, text)
+
+
+def copy_whole(path: str | Path, out: Path) -> tuple[int, list[str]]:
+    """Write the newest checkpoint of a run into a new run folder, one file for weights and one for moments.
+
+    For a run whose checkpoints many processes wrote: what comes out needs nothing but safetensors, and can be gone on
+    with. One tensor is in memory at a time.
+
+    Returns the step, and a line about each damaged checkpoint that was passed over. Raises as `load_run`, and RunError
+    where `out` is not empty.
+    """
+    config, tokenizer, checkpoint, problems = load_run(path)
+    layout = open_sidecar(Run(Path(path)).huggingface_path)
+    step, moments = checkpoint.step, checkpoint.optimizer
+    save_run(out, config, tokenizer, checkpoint.weights, step, layout, optimizer=moments, tokens=checkpoint.tokens)
+    return step, problems

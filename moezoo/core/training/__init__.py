@@ -1,0 +1,1 @@
+"""Training: the loop, evaluation, metrics, and what a run reports."""

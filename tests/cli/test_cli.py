@@ -1,0 +1,340 @@
+"""The command line: a frozen surface, quick help, and one clear line for everything that a caller can get wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import moezoo
+from moezoo import backends
+from moezoo.cli.main import main
+from tests.support.backends_available import require_backend
+from tests.support.small_run import write_config
+
+SURFACE = {
+    "train": [
+        *("CONFIG", "--backend", "--out", "--set", "--mesh", "--resume", "--coordinator", "--num-processes"),
+        *("--process-id", "--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
+    ],
+    "launch": ["--nproc", "COMMAND..."],
+    "generate": [
+        "PATH",
+        "--prompt",
+        "--chat",
+        "--tokens",
+        "--backend",
+        "--compute",
+        "--max-length",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--min-p",
+        "--repetition-penalty",
+        "--seed",
+        "--samples",
+    ],
+    "eval": ["PATH", "--data", "--sequence-length", "--batch-size", "--backend", "--json"],
+    "describe": ["PATH", "--set", "--mesh", "--devices", "--json"],
+    "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
+    "parity": ["PATH", "--json", "--all"],
+    "convert": ["PATH", "OUT", "--whole", "--json"],
+    "zoo": ["CONFIGS", "--json", "--list", "--out"],
+    "schema": [],
+    "bench": [
+        "train|layer|decode|startup|experts",
+        "--backend",
+        "--config",
+        "--peers",
+        "--slices",
+        "--slice-seconds",
+        "--smoke",
+        "--out",
+        "--json",
+    ],
+    "data": ["NAME", "--file"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(autouse=True)
+def _cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEZOO_CACHE", str(folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """A run of one step, and its config beside it."""
+    require_backend("mlx")
+    config = write_config(folder, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEZOO_CACHE", str(folder / "cache"))
+        result = CliRunner().invoke(main, ["train", str(config), "--backend", "mlx", "--out", str(folder / "run")])
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def refused(result: Result, kind: str, *pieces: str) -> None:
+    """One line of the house's form, exit status 1, no traceback."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith(f"{kind}: "), result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    for piece in pieces:
+        assert piece in result.stderr, result.stderr
+
+
+def test_surface_is_frozen() -> None:
+    found = {}
+    for name, command in main.commands.items():
+        found[name] = [
+            parameter.opts[0] if isinstance(parameter, click.Option) else parameter.make_metavar(click.Context(command))
+            for parameter in command.params
+        ]
+    assert {name: [word.strip("[]") for word in words] for name, words in found.items()} == SURFACE
+
+
+def test_help_is_quick_and_loads_no_framework() -> None:
+    code = (
+        "import resource, sys\n"
+        "from click.testing import CliRunner\n"
+        "import moezoo; from moezoo.cli.main import main\n"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "assert not {'jax', 'mlx', 'mlx.core', 'flax', 'transformers', 'torch'} & set(sys.modules)\n"
+        "usage = resource.getrusage(resource.RUSAGE_SELF); print(usage.ru_utime + usage.ru_stime)"
+    )
+    seconds = [float(subprocess.check_output([sys.executable, "-c", code], text=True)) for _ in range(3)]
+    assert min(seconds) < 0.3, seconds
+
+
+def test_public_api_is_small() -> None:
+    assert moezoo.__all__ == ["Config", "ModelSpec", "MoezooError", "load", "load_config", "parameter_table", "parity"]
+    for name in moezoo.__all__:
+        assert getattr(moezoo, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = moezoo.nothing
+
+
+def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == {
+        "config.yaml",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "picture.png",
+        "checkpoints",
+    }
+    assert (trained / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_launch_starts_train_on_the_backend_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[int, tuple[str, ...], str]] = []
+    monkeypatch.setattr("moezoo.core.distributed.launch.launch", lambda *words: started.append(words))
+    monkeypatch.setenv("BACKEND", "mlx")
+    for words in (["--backend", "jax"], ["--backend=jax"], ["--set", "a=b"]):
+        assert call("launch", "--nproc", 3, "train", "c.yaml", *words).exit_code == 0
+        assert started[-1][:2] == (3, ("train", "c.yaml", *words))
+    assert [backend for _, _, backend in started] == ["jax", "jax", "mlx"]
+    refused(call("launch", "--nproc", 2, "eval", "run"), "RunError", "launch runs `train`", "got 'eval'")
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_greedy_text_is_the_same_on_both_backends(trained: Path, backend: str) -> None:
+    require_backend(backend)
+    words = ["generate", trained, "--prompt", "7 owls", "--temperature", 0, "--max-new-tokens", 20]
+    result = call(*words, "--backend", backend)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("7 owls")
+    assert len(result.stdout.strip("\n")) <= 26
+    assert result.stdout == call(*words, "--backend", "mlx").stdout
+
+
+def test_prompts_of_unequal_length_are_continued_at_once_as_if_alone(trained: Path) -> None:
+    words = ["generate", trained, "--temperature", 0, "--max-new-tokens", 8, "--backend", "mlx"]
+    together = call(*words, "--prompt", "7", "--prompt", "7 owls").output
+    texts = [part.split("\n", 1)[1].rstrip("\n") for part in together.split("--- sample ")[1:]]
+    assert texts == [call(*words, "--prompt", prompt).output.rstrip("\n") for prompt in ("7", "7 owls")]
+
+
+def test_several_samples_differ_and_the_seed_repeats(trained: Path) -> None:
+    words = ["generate", trained, "--prompt", "7", "--samples", 3, "--max-new-tokens", 30, "--backend", "mlx", "--seed"]
+    first = call(*words, 1).stdout
+    assert first == call(*words, 1).stdout
+    assert first != call(*words, 2).stdout
+    samples = first.split("--- sample ")[1:]
+    assert len({sample[2:] for sample in samples}) == 3
+
+
+def test_eval_json(trained: Path) -> None:
+    result = call("eval", trained, "--backend", "mlx", "--json")
+    values = json.loads(result.stdout)
+    assert values["step"] == 2
+    assert values["bits_per_byte"] == pytest.approx(values["validation_loss"] / 0.6931472, rel=1e-6)
+    assert len(values["routing"]) == 2
+
+
+def test_eval_of_a_file_needs_none_of_the_runs_data(trained: Path, folder: Path) -> None:
+    (folder / "other.txt").write_text("12 owls saw 144 mice. " * 4)
+    words = ["eval", trained, "--data", folder / "other.txt", "--backend", "mlx"]
+    values = json.loads(call(*words, "--json").stdout)
+    assert values["data"] == str(folder / "other.txt")
+    assert (values["windows"], values["sequence_length"]) == (3, 24)
+    assert json.loads(call(*words, "--sequence-length", 10, "--json").stdout)["windows"] == 8
+    (folder / "short.txt").write_text("12 owls")
+    assert "(1 windows of 6 tokens)" in call("eval", trained, "--data", folder / "short.txt", "--backend", "mlx").stdout
+
+
+def test_describe_and_schema(trained: Path) -> None:
+    assert "active" in call("describe", trained / "config.yaml").stdout
+    assert json.loads(call("describe", trained / "config.yaml", "--json").stdout)
+    schema = json.loads(call("schema").stdout)
+    assert {"init_from", "model", "data", "training", "optimizer", "mesh"} == schema["properties"].keys()
+
+
+def test_unknown_key_names_the_nearest(folder: Path) -> None:
+    path = write_config(folder)
+    path.write_text(path.read_text().replace("top_k", "topk"))
+    result = call("describe", path)
+    assert result.exit_code == 1
+    assert "model.layers[0].moe.router.topk is not a known key; did you mean top_k?" in result.stderr
+
+
+def test_impossible_sizes(folder: Path) -> None:
+    path = write_config(folder)
+    refused(
+        call("describe", path, "--set", "model.layers[0].moe.router.top_k=9"),
+        "SpecError",
+        f"model.layers[0].moe.router.top_k is 9, but num_experts is 5 ({path}). Use top_k <= 5.",
+    )
+    refused(
+        call("describe", path, "--set", "model.layers[0].attention.num_kv_heads=3"),
+        "SpecError",
+        "model.layers[0].attention.num_heads is 4, which is not divisible by num_kv_heads = 3",
+    )
+    refused(call("describe", path, "--set", "mesh.expert=0"), "SpecError", "mesh.expert is 0")
+    refused(call("describe", path, "--set", "training.batch_size=two"), "SpecError", "training.batch_size is 'two'")
+    refused(call("describe", path, "--set", "nonsense"), "SpecError", "expected path=value")
+
+
+def test_yaml_numbers_are_converted_by_the_field(folder: Path) -> None:
+    path = write_config(folder)
+    path.write_text(path.read_text().replace("0.003", "1e-4"))
+    assert moezoo.load_config(path).optimizer.learning_rate == 1e-4
+    path.write_text(path.read_text().replace("steps: 8", "steps: 8\n  steps: 9"))
+    refused(call("describe", path), "SpecError", "duplicate key 'steps'")
+
+
+def test_missing_files(folder: Path) -> None:
+    path = write_config(folder)
+    refused(call("train", folder / "no.yaml"), "SpecError", "no such config", "no.yaml")
+    missing = f"data.sources[0].path={folder / 'no.txt'}"
+    refused(call("train", path, "--out", folder / "a", "--set", missing), "DataError", "no.txt")
+    refused(call("eval", folder / "no_run"), "DataError", "is no run folder, whose data is known", "--data")
+    refused(call("generate", folder / "no_run", "--prompt", "7"), "RunError", "is neither a run folder nor")
+    assert not (folder / "a").exists()
+
+
+def test_text_shorter_than_a_sequence(folder: Path) -> None:
+    path = write_config(folder)
+    (folder / "text.txt").write_text("too short")
+    refused(call("train", path, "--out", folder / "b"), "DataError", "text.txt")
+    assert not (folder / "b").exists()
+
+
+def test_vocabulary_mismatch(folder: Path) -> None:
+    path = write_config(folder)
+    refused(
+        call("train", path, "--out", folder / "c", "--set", "model.vocab_size=99"),
+        "SpecError",
+        "model.vocab_size is 99, but the tokenizer (character) has",
+    )
+
+
+def test_prompt_outside_the_vocabulary(trained: Path) -> None:
+    refused(call("generate", trained, "--prompt", "schön", "--backend", "mlx"), "TokenizerError", "ö")
+    refused(call("generate", trained, "--prompt", "", "--backend", "mlx"), "DataError", "--prompt is empty")
+
+
+def test_tokens_are_continued_as_ids(trained: Path) -> None:
+    words = ["generate", trained, "--backend", "mlx", "--temperature", 0, "--max-new-tokens", 4]
+    result = call(*words, "--tokens", "3, 1,2")
+    assert result.exit_code == 0, result.output
+    ids = [int(piece) for piece in result.stdout.split(",")]
+    assert ids[:3] == [3, 1, 2]
+    assert len(ids) == 7
+    refused(call(*words, "--tokens", "3,x"), "DataError", "--tokens is '3,x'; expected token ids")
+    refused(call(*words, "--tokens", "3,9999999999"), "DataError", "token 9999999999")
+    refused(call(*words), "DataError", "expected --prompt TEXT")
+    refused(call(*words, "--tokens", "1", "--prompt", "7"), "DataError", "expected --prompt TEXT")
+    refused(call(*words, "--tokens", "1", "--chat"), "DataError", "expected --prompt TEXT")
+
+
+def test_chat_needs_a_template(trained: Path) -> None:
+    words = ["generate", trained, "--backend", "mlx", "--chat", "--prompt", "7"]
+    refused(call(*words), "TokenizerError", "no chat template; got a tokenizer of kind character")
+
+
+def test_bad_sampling_options(trained: Path) -> None:
+    refused(call("generate", trained, "--prompt", "7", "--temperature", -1), "SpecError", "temperature")
+    refused(call("generate", trained, "--prompt", "7", "--top-p", 2), "SpecError", "top_p")
+
+
+def test_unwritable_folder(folder: Path) -> None:
+    path = write_config(folder)
+    (folder / "file").write_text("")
+    refused(call("train", path, "--backend", "mlx", "--out", folder / "file" / "run"), "RunError", "file/run")
+
+
+def test_existing_run_without_resume(trained: Path, folder: Path) -> None:
+    result = call("train", write_config(folder, steps=2), "--backend", "mlx", "--out", trained)
+    refused(result, "RunError", "already holds a run", "--resume")
+
+
+def test_unknown_and_missing_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_config(folder)
+    refused(call("train", path, "--backend", "jaxx"), "BackendError", "did you mean jax?")
+    monkeypatch.setitem(backends._PACKAGES, "mlx", ("mlx_is_not_here",))
+    refused(
+        call("train", path, "--backend", "mlx", "--out", folder / "d"),
+        "BackendError",
+        "backend mlx is not installed; missing mlx_is_not_here",
+        "--backend",
+    )
+
+
+def test_load_forward_generate_save(trained: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    require_backend("jax")
+    model = moezoo.load(trained, backend="jax")
+    tokens = model.tokenizer.encode("12 owls saw")[None, :]
+    out = model.forward(tokens[:, :-1], targets=tokens[:, 1:])
+    assert out.logits.shape == (1, 10, model.config.model.vocab)
+    assert out.logits.dtype == np.float32
+    assert [row.layer for row in out.routing] == [0, 1]
+    assert all(row.expert.shape == (1, 10, 2) and row.expert.dtype == np.int32 for row in out.routing)
+    assert all((np.diff(row.weight, axis=-1) <= 0).all() for row in out.routing)
+    assert {"loss", "cross_entropy", "switch_balance", "router_z"} <= out.losses.keys()
+    model.save(tmp_path / "saved")
+    other = moezoo.load(tmp_path / "saved", backend="mlx")
+    assert np.abs(other.forward(tokens).logits - model.forward(tokens).logits).max() < 1e-4
+    assert np.array_equal(
+        model.generate(tokens, max_new_tokens=12, temperature=0.0), other.generate(tokens, max_new_tokens=12)
+    )
+    with pytest.raises(moezoo.MoezooError, match="expected 0 <= token <"):
+        model.forward(np.array([[10_000]]))
+    with pytest.raises(moezoo.MoezooError, match="expected a new or empty folder"):
+        model.save(tmp_path / "saved")
+    with pytest.raises(moezoo.MoezooError, match="no such format"):
+        model.save(tmp_path / "other", format="gguf")  # type: ignore[arg-type]

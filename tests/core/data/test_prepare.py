@@ -1,0 +1,589 @@
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moezoo.core.config.data import DataConfig
+from moezoo.core.data import source_files, token_store
+from moezoo.core.data.prepare import prepare_data
+from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer
+from moezoo.core.errors import DataError, TokenizerError
+
+T = 5
+TEXT = "the cat sat\non the mat é and 犬 saw 🙂\n\nthen the dog ran. " * 20
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MOEZOO_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    return write(tmp_path / "text.txt", TEXT)
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def text(path, **more):
+    return {"kind": "text", "path": str(path), **more}
+
+
+def shards(path, **more):
+    return {"kind": "tokens", "path": str(path), **more}
+
+
+def jsonl(path, **more):
+    return {"kind": "jsonl", "path": str(path), **more}
+
+
+def config(*sources, tokenizer=None, validation_fraction=0.1):
+    return DataConfig.model_validate(
+        {
+            "sources": sources,
+            "tokenizer": tokenizer or {"kind": "character"},
+            "validation_fraction": validation_fraction,
+        }
+    )
+
+
+IDS = {"kind": "ids", "vocab_size": 5000}
+BYTE = {"kind": "byte"}
+
+
+def all_tokens(prepared, source=0):
+    """Every id of one source, training then validation."""
+    parts = []
+    for split in (prepared.train, prepared.validation):
+        part = split.sources[source]
+        parts.append(part.tokens.read(np.array([part.first]), part.num_tokens)[0])
+    return np.concatenate(parts)
+
+
+def all_text(prepared, source=0):
+    return prepared.tokenizer.decode(all_tokens(prepared, source))
+
+
+def write_bin(path, ids, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids, "<u2").tobytes())
+    return path
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_batch_is_a_pure_function_of_step_and_seed(text_file):
+    first = prepare_data(config(text(text_file)), T).train
+    for step in range(7):
+        first.batch(step, 3, T, seed=11)
+    batch = first.batch(7, 3, T, seed=11)
+    again = prepare_data(config(text(text_file)), T).train.batch(7, 3, T, seed=11)
+    assert batch.dtype == np.int32
+    assert batch.shape == (3, T + 1)
+    assert (batch == again).all()
+    assert (batch != first.batch(7, 3, T, seed=12)).any()
+    assert (batch != first.batch(8, 3, T, seed=11)).any()
+
+
+def test_samples_do_not_depend_on_how_they_are_batched(text_file):
+    split = prepare_data(config(text(text_file)), T).train
+    by_four = np.concatenate([split.batch(step, 4, T, 1) for step in range(3)])
+    by_six = np.concatenate([split.batch(step, 6, T, 1) for step in range(2)])
+    assert (by_four == by_six).all()
+
+
+def test_processes_read_their_own_rows_of_a_batch_and_no_others(text_file, monkeypatch):
+    split = prepare_data(config(text(text_file)), T).train
+    whole, read = split.batch(5, 8, T, 1), []
+    tokens = type(split.sources[0].tokens)
+    reading = tokens.read
+    monkeypatch.setattr(
+        tokens, "read", lambda self, starts, length: read.extend(starts) or reading(self, starts, length)
+    )
+    for rows in (np.array([0, 1, 4, 5]), np.array([2, 3, 6, 7])):
+        read.clear()
+        np.testing.assert_array_equal(split.batch(5, 8, T, 1, rows), whole[rows])
+        assert len(read) == 4
+
+
+def test_rows_are_windows_of_the_training_part(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(1000))
+    prepared = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T)
+    batch = prepared.train.batch(3, 64, T, 0)
+    assert (np.diff(batch, axis=1) == 1).all()
+    assert batch.max() < 900
+    assert prepared.train.num_tokens == 900
+    assert prepared.validation.num_tokens == 100
+
+
+def test_an_epoch_sees_every_window_once_and_the_next_one_has_other_borders(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(2000))
+    split = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T).train
+    n = (1800 - T) // T
+    firsts = [np.sort(split.batch(epoch, n, T, 5)[:, 0]) for epoch in range(6)]
+    for first in firsts:
+        assert (np.diff(first) == T).all()
+    assert len({int(first[0]) for first in firsts}) > 1
+
+
+def test_sources_are_blended_by_weight(tmp_path):
+    for k in range(3):
+        np.save(tmp_path / f"{k}.npy", np.full(400, k, np.uint16))
+    sources = [shards(tmp_path / f"{k}.npy", weight=weight) for k, weight in enumerate([1.0, 3.0, 0.5])]
+    prepared = prepare_data(config(*sources, tokenizer=IDS), T)
+    counts = np.bincount(prepared.train.batch(2, 4500, T, 9)[:, 0], minlength=3)
+    assert np.abs(counts - [1000, 3000, 500]).max() <= 3
+    assert [round(row.share, 3) for row in prepared.summary] == [0.222, 0.667, 0.111]
+
+
+def test_each_blended_source_has_epochs_of_its_own(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(1000))
+    np.save(tmp_path / "b.npy", np.arange(1000, 5000))
+    prepared = prepare_data(
+        config(shards(tmp_path / "a.npy"), shards(tmp_path / "b.npy", weight=2.0), tokenizer=IDS), T
+    )
+    n = (900 - T) // T
+    batch = prepared.train.batch(0, 3 * n - 2, T, 4)
+    first = batch[batch[:, 0] < 1000, 0]
+    assert len(first) in (n - 1, n)
+    assert len(np.unique(first)) == len(first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 3, T, 0), "step is out of range; got -1"),
+        ((0, 0, T, 0), "batch_size is out of range; got 0"),
+        ((0, 3, 0, 0), "sequence_length is out of range"),
+        ((0, 3, T, -1), "seed is out of range"),
+        ((1.0, 3, T, 0), "step is out of range; got 1.0"),
+        ((0, 3, 5000, 0), r"training part is shorter than one sequence; got \d+ tokens"),
+    ],
+)
+def test_impossible_batches_are_refused(text_file, arguments, message):
+    split = prepare_data(config(text(text_file)), T).train
+    with pytest.raises(DataError, match=message):
+        split.batch(*arguments)
+
+
+def test_batches_of_a_big_corpus_come_fast(tmp_path):
+    shard = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint16, (200_000_000,))  # sparse, 400 MB
+    del shard
+    split = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), 128).train
+    split.batch(0, 32, 128, 0)
+    best = min(timed(lambda: [split.batch(step, 32, 128, 0) for step in range(100)]) for _ in range(5))
+    assert best < 100 / 500  # 500 a second on a busy machine; some 4000 on an idle one
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+# --- validation windows ----------------------------------------------------------------------------------------------
+
+
+def test_validation_windows_predict_each_token_once(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(1000))
+    np.save(tmp_path / "b.npy", np.arange(1000, 2000))
+    prepared = prepare_data(config(shards(tmp_path / "a.npy"), shards(tmp_path / "b.npy"), tokenizer=IDS), T)
+    windows = prepared.validation.windows(T)
+    assert windows.shape == (38, T + 1)
+    whole = np.asarray(windows)
+    assert whole.dtype == np.int32
+    targets = whole[:, 1:].reshape(-1)
+    assert targets.tolist() == [*range(901, 996), *range(1901, 1996)]
+    assert np.concatenate(list(windows.batches(7))).tolist() == whole.tolist()
+    assert windows[3].tolist() == whole[3].tolist()
+    assert windows[-1].tolist() == whole[-1].tolist()
+    assert len(list(windows)) == 38
+    with pytest.raises(IndexError):
+        windows[38]
+
+
+def test_fewer_validation_windows_are_spread_over_the_whole(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(4000))
+    prepared = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS, validation_fraction=0.5), T)
+    firsts = prepared.validation.windows(T, 10)[:][:, 0]
+    assert len(firsts) == 10
+    assert firsts[0] == 2000
+    assert set(np.diff(firsts)) <= {195, 200}
+    assert len(prepared.validation.windows(T, 10**6)) == 399
+    with pytest.raises(DataError, match="count is out of range; got 0"):
+        prepared.validation.windows(T, 0)
+
+
+# --- texts, out of core ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("tokenizer", [{"kind": "character"}, BYTE])
+def test_text_is_the_same_whatever_the_chunks(text_file, monkeypatch, chunk, tokenizer):
+    monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(token_store, "SHARD_TOKENS", 100)
+    prepared = prepare_data(config(text(text_file), tokenizer=tokenizer), T)
+    assert all_text(prepared) == TEXT
+    if tokenizer["kind"] == "character":
+        assert prepared.tokenizer.characters == "".join(sorted(set(TEXT)))
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator([TEXT], trainer)
+    folder = tmp_path_factory.mktemp("hub")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 61])
+def test_subword_tokens_do_not_depend_on_the_chunks(text_file, hub_folder, monkeypatch, chunk):
+    monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
+    prepared = prepare_data(config(text(text_file), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), T)
+    assert all_tokens(prepared).tolist() == HuggingFaceTokenizer(str(hub_folder)).encode(TEXT).tolist()
+
+
+def test_text_without_spaces_is_cut_in_the_end(tmp_path, hub_folder, monkeypatch):
+    monkeypatch.setattr(source_files, "CHUNK_BYTES", 8)
+    path = write(tmp_path / "a.txt", "catdogmat" * 100)
+    prepared = prepare_data(config(text(path), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), T)
+    assert all_text(prepared) == "catdogmat" * 100
+
+
+@pytest.mark.parametrize(
+    ("piece", "border"),
+    [("a b\nc d", 4), ("a b\n\nc d", 6), ("a  b\n", 0), ("ab", 0), ("", 0), (" a", 0), ("a\r\nb c", 4)],
+)
+def test_word_borders_are_single_newlines_and_spaces(piece, border):
+    assert token_store.word_border(piece) == border
+
+
+def test_files_of_a_folder_are_sorted_and_separated(tmp_path):
+    write(tmp_path / "texts" / "b.txt", "second " * 20)
+    write(tmp_path / "texts" / "a" / "z.txt", "first " * 20)
+    write(tmp_path / "texts" / "notes.md", "not text")
+    for path in (tmp_path / "texts", tmp_path / "texts" / "**" / "*.txt"):
+        prepared = prepare_data(config(text(path)), T)
+        assert all_text(prepared) == "first " * 20 + "\n\n" + "second " * 20
+        assert prepared.summary[0].num_files == 2
+
+
+def test_documents_end_with_the_end_of_text_where_there_is_one(tmp_path, hub_folder):
+    lines = [{"text": "the cat"}, {"text": ""}, {"text": "the dog ran"}, {"text": "sat on the mat " * 5}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
+    prepared = prepare_data(config(jsonl(path), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), 2)
+    assert all_text(prepared) == "<|endoftext|>".join(line["text"] for line in lines if line["text"])
+    plain = prepare_data(config(jsonl(path)), 2)
+    assert all_text(plain) == "\n\n".join(line["text"] for line in lines if line["text"])
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 1 << 20])
+def test_jsonl_lines_span_chunks(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
+    lines = [{"body": f"犬 {k} \u2028 é"} for k in range(20)]
+    content = "\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=k % 2 == 0) for k, line in enumerate(lines))
+    path = write(tmp_path / "a.jsonl", content)
+    prepared = prepare_data(config(jsonl(path, field="body"), tokenizer=BYTE), T)
+    assert all_text(prepared) == "\n\n".join(line["body"] for line in lines)
+
+
+def test_text_is_read_from_a_url(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/a.txt", TEXT.encode())
+    memory.pipe("/corpus/b.txt", b"more")
+    memory.pipe("/corpus/ids.npy", b"")
+    try:
+        for path in ("memory://corpus/a.txt", "memory://corpus", "memory://corpus/*.txt"):
+            expected = TEXT if path.endswith("a.txt") else TEXT + "\n\nmore"
+            assert all_text(prepare_data(config(text(path)), T)) == expected
+        np.save(tmp_path / "ids.npy", np.arange(100))
+        memory.pipe("/corpus/ids.npy", (tmp_path / "ids.npy").read_bytes())
+        prepared = prepare_data(config(shards("memory://corpus/ids.npy"), tokenizer=IDS), T)
+        assert all_tokens(prepared).tolist() == list(range(100))
+    finally:
+        memory.rm("/corpus", recursive=True)
+
+
+def test_text_is_read_from_a_named_dataset(text_file, monkeypatch):
+    from moezoo.core.data import datasets as recipes
+
+    monkeypatch.setattr(recipes, "dataset_path", lambda name: text_file if name == "mine" else None)
+    prepared = prepare_data(config({"kind": "dataset", "name": "mine"}), T)
+    assert all_text(prepared) == TEXT
+    assert prepared.summary[0].source == "mine"
+
+
+# --- cache -----------------------------------------------------------------------------------------------------------
+
+
+def refuse(*_, **__):
+    raise AssertionError("tokenized again")
+
+
+def test_text_is_tokenized_once_and_again_when_it_changes(text_file, monkeypatch, cache):
+    first = all_tokens(prepare_data(config(text(text_file)), T))
+    with monkeypatch.context() as patch:
+        patch.setattr(CharacterTokenizer, "encode", refuse)
+        patch.setattr(token_store.Texts, "pieces", refuse)
+        assert (all_tokens(prepare_data(config(text(text_file)), T)) == first).all()
+    write(text_file, TEXT.replace("cat", "cow"))
+    os.utime(text_file, ns=(1, 1))
+    assert "cow" in all_text(prepare_data(config(text(text_file)), T))
+    assert not list(cache.glob(".*"))
+
+
+def test_two_tokenizers_do_not_share_tokens(text_file):
+    data = config(text(text_file))
+    assert all_text(prepare_data(data, T, tokenizer=ByteTokenizer())) == TEXT
+    assert all_text(prepare_data(data, T)) == TEXT
+
+
+@pytest.mark.parametrize("damage", ["shard", "index", "missing"])
+def test_damaged_cache_entry_is_made_again(text_file, cache, damage):
+    prepare_data(config(text(text_file)), T)
+    [index] = cache.glob("*/index.json")
+    shard = index.parent / "00000.npy"
+    match damage:
+        case "shard":
+            shard.write_bytes(shard.read_bytes()[:-50])
+        case "index":
+            index.write_text("{")
+        case "missing":
+            shard.unlink()
+    assert all_text(prepare_data(config(text(text_file)), T)) == TEXT
+
+
+def test_failed_tokenizing_leaves_nothing_behind(tmp_path, cache):
+    path = write(tmp_path / "a.txt", TEXT.encode() + b"\xff")
+    with pytest.raises(DataError):
+        prepare_data(config(text(path), tokenizer=BYTE), T)
+    assert list(cache.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_process_are_removed_after_a_day(text_file, cache):
+    for name, age_s in (("old", 2 * 86400), ("new", 60)):
+        folder = cache / f".{name}.partial"
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - age_s,) * 2)
+    prepare_data(config(text(text_file)), T)
+    assert [folder.name for folder in cache.glob(".*.partial")] == [".new.partial"]
+
+
+def test_cache_that_cannot_be_written_is_explained(text_file, tmp_path, monkeypatch):
+    write(tmp_path / "file", "in the way")
+    monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"token cache cannot be written.*Set MOEZOO_CACHE"):
+        prepare_data(config(text(text_file)), T)
+
+
+def test_cache_lies_in_the_usual_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("MOEZOO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert token_store.cache_folder() == tmp_path / "moezoo" / "tokens"
+
+
+def test_progress_is_reported_up_to_the_whole(text_file, monkeypatch):
+    monkeypatch.setattr(source_files, "CHUNK_BYTES", 100)
+    seen = []
+    prepare_data(config(text(text_file)), T, on_progress=lambda *row: seen.append(row))
+    size = text_file.stat().st_size
+    name = f"data.sources[0] ({text_file})"
+    assert {row[0] for row in seen} == {f"reading {name}", f"tokenizing {name}"}
+    assert seen[-1] == (f"tokenizing {name}", size, size)
+    assert seen[0][1] == 100
+
+
+# --- token shards ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", ">u2", "i4", "u4", "i8", "u8"])
+def test_npy_shards_of_every_integer_type(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", (np.arange(500) % 200).astype(dtype))
+    prepared = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T)
+    assert all_tokens(prepared).tolist() == (np.arange(500) % 200).tolist()
+    assert prepared.train.batch(0, 2, T, 0).dtype == np.int32
+
+
+def test_bin_and_npy_shards_are_one_row_of_tokens(tmp_path):
+    write_bin(tmp_path / "a.bin", np.arange(100))
+    np.save(tmp_path / "b.npy", np.arange(100, 103))
+    write_bin(tmp_path / "c.bin", np.arange(103, 300))
+    prepared = prepare_data(config(shards(tmp_path), tokenizer=IDS), T)
+    assert all_tokens(prepared).tolist() == list(range(300))
+    batch = prepared.train.batch(0, 200, T, 0)  # windows cross one and two borders between shards
+    assert (np.diff(batch, axis=1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: write_bin(p / "a.bin", [1] * 50, magic=1), r"another header; got 1 and 1 .*expected the magic"),
+        (lambda p: write_bin(p / "a.bin", [1] * 50, version=2), "another header; got 20240520 and 2"),
+        (lambda p: write_bin(p / "a.bin", [1] * 50, count=60), "header says 60 tokens, but its size has room for 50"),
+        (lambda p: (p / "a.bin").write_bytes(b"x"), "another header; got nothing in 1 bytes"),
+        (lambda p: (p / "a.npy").write_bytes(b"no"), "damaged or not a .npy file"),
+        (lambda p: np.save(p / "a.npy", np.ones(9)), r"not a list of ids; got float64 \[9\]"),
+        (lambda p: np.save(p / "a.npy", np.ones((3, 3), int)), r"not a list of ids; got int64 \[3, 3\]"),
+        (lambda p: np.save(p / "a.npy", np.array(["a"], object)), "damaged or not a .npy file"),
+        (lambda p: write_bin(p / "a.bin", []), "token shard is empty"),
+        (lambda p: np.save(p / "a.npy", np.array([1, 5000] * 50)), "got 5000; expected 0 to 4999; .*a.npy"),
+        (lambda p: np.save(p / "a.npy", np.array([1, -3] * 50)), "got -3; expected 0 to 4999"),
+    ],
+)
+def test_damaged_shards_are_refused(tmp_path, make, message):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(DataError, match=message):
+        prepare_data(config(shards(folder), tokenizer=IDS), T)
+
+
+@pytest.mark.parametrize("bad", [5000, 2**32 + 1, -1])
+def test_ids_outside_the_vocabulary_are_found_when_read(tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(token_store, "_FIRST_LOOK", 4)
+    ids = np.zeros(100, np.int64)
+    ids[40] = ids[95] = bad
+    np.save(tmp_path / "a.npy", ids)
+    prepared = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T)
+    with pytest.raises(DataError, match=f"token id outside the vocabulary; got {bad}"):
+        prepared.train.batch(0, 40, T, 0)
+    with pytest.raises(DataError, match=f"token id outside the vocabulary; got {bad}"):
+        prepared.validation.windows(T)[:]
+
+
+def test_truncated_npy_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(1000))
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"damaged or not a .npy file"):
+        prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(
+        DataError, match=r"no such file; got .*nowhere; expected .*data.sources\[0\].path \(tiny.yaml\)"
+    ):
+        prepare_data(config(text(tmp_path / "nowhere")), T, where="tiny.yaml")
+
+
+def test_empty_folder_and_glob_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"no \*.txt below the folder; got"):
+        prepare_data(config(text(tmp_path)), T)
+    with pytest.raises(DataError, match=r"no \*.npy or \*.bin below the folder; got"):
+        prepare_data(config(shards(tmp_path), tokenizer=IDS), T)
+    with pytest.raises(DataError, match="no file matches the glob; got"):
+        prepare_data(config(text(tmp_path / "*.txt")), T)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
+def test_bytes_that_are_not_utf8_are_located(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
+    for content, offset in ((b"abc\xc3\xa9\xe9 la", 5), (b"caf\xe9", 3), (b"abc\xf0\x9f\x99", 3)):
+        path = write(tmp_path / "a.txt", content)
+        with pytest.raises(DataError, match=f"not UTF-8; got byte 0x[0-9a-f]+ at byte offset {offset} .*a.txt"):
+            prepare_data(config(text(path)), T)
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match="not UTF-8; got byte 0xff at byte offset 24"):
+        prepare_data(config(jsonl(path)), T)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"body": "x"}', r"no field 'text'; got the keys \['body'\].*line 3"),
+        ("[1]", "no field 'text'; got list.*line 3"),
+        ('{"text": 5}', "field 'text' is not a text; got int.*line 3"),
+        ('{"text": "x"', "line is not JSON; got .*line 3"),
+        ('{"text": "\\ud83d"}', "half of a surrogate pair.*line 3"),
+        ("[" * 100_000, "line is not JSON.*line 3"),
+    ],
+)
+def test_bad_jsonl_lines_are_numbered(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        prepare_data(config(jsonl(path)), T)
+
+
+def test_text_shorter_than_a_sequence_says_by_how_much(tmp_path):
+    path = write(tmp_path / "a.txt", "abcdefghijklmnopqrst")
+    with pytest.raises(DataError, match=r"training part .*got 18 tokens; expected at least .* = 21; .*a.txt"):
+        prepare_data(config(text(path)), 20)
+    with pytest.raises(DataError, match=r"validation part .*got 2 tokens; expected at least .* = 6; .*a.txt"):
+        prepare_data(config(text(path)), 5)
+    prepare_data(config(text(path), validation_fraction=0.3), 5)
+
+
+def test_empty_text_is_explained(tmp_path):
+    path = write(tmp_path / "a.txt", "")
+    with pytest.raises(DataError, match="the sources have no text"):
+        prepare_data(config(text(path)), T)
+    with pytest.raises(DataError, match="got 0 tokens"):
+        prepare_data(config(text(path), tokenizer=BYTE), T)
+
+
+def test_characters_that_a_trained_tokenizer_lacks_are_named(text_file):
+    with pytest.raises(TokenizerError, match=r"data.sources\[0\] .* has characters outside"):
+        prepare_data(config(text(text_file)), T, tokenizer=CharacterTokenizer("abc"))
+
+
+def test_token_shards_need_their_own_tokenizer(tmp_path, text_file):
+    np.save(tmp_path / "a.npy", np.arange(100))
+    with pytest.raises(DataError, match="holds token ids, whose characters are not known"):
+        prepare_data(config(shards(tmp_path / "a.npy")), T)
+    with pytest.raises(TokenizerError, match="is text, but this tokenizer has ids only"):
+        prepare_data(config(text(text_file), tokenizer=IDS), T)
+
+
+def test_urls_that_cannot_be_read_are_explained(monkeypatch):
+    import fsspec
+
+    with pytest.raises(DataError, match="bogus:// is not a protocol that fsspec knows"):
+        prepare_data(config(text("bogus://bucket/a.txt")), T)
+    with pytest.raises(DataError, match=r"nothing is there; got memory://nowhere/a.txt"):
+        prepare_data(config(text("memory://nowhere/a.txt")), T)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(DataError, match="s3:// needs a package that is not installed"):
+        prepare_data(config(text("s3://bucket/a.txt")), T)
+
+    def broken(*_):
+        raise TimeoutError("no route to host")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "find", broken)
+    with pytest.raises(DataError, match=r"cannot be read; got memory://a \(.*TimeoutError: no route to host"):
+        prepare_data(config(text("memory://a")), T)
+
+
+def test_file_that_may_not_be_read_is_named(text_file, monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(source_files.SourceFile, "open", denied)
+    with pytest.raises(DataError, match=r"cannot be read; got .*text.txt \(PermissionError"):
+        prepare_data(config(text(text_file)), T)

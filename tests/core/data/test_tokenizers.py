@@ -1,0 +1,313 @@
+import contextlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moezoo.core.data.tokenizers import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    HuggingFaceTokenizer,
+    StreamDecoder,
+    TokenIds,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_beside,
+)
+from moezoo.core.errors import TokenizerError
+
+WORDS = "the cat sat\non the mat, and the dog 犬 saw the cat é 🙂.\n\nthen the dog ran\n"
+END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory):
+    """A byte-level BPE of 300 tokens, as a Hugging Face folder."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator([WORDS] * 5, trainer)
+    inner.enable_truncation(max_length=4)  # a real tokenizer.json can carry this
+    folder = tmp_path_factory.mktemp("hub")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END).save_pretrained(str(folder))
+    return folder
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}"
+    "{% endif %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory, hub_folder):
+    """The same as a chat model has it: a first `<s>` by itself, and a template."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Inner.from_file(str(hub_folder / "tokenizer.json"))
+    inner.add_special_tokens(["<s>", "<|end|>"])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+    )
+    outer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|end|>")
+    outer.chat_template = TEMPLATE
+    folder = tmp_path_factory.mktemp("chat")
+    outer.save_pretrained(str(folder))
+    return folder
+
+
+def stream(tokenizer, ids):
+    decoder = StreamDecoder(tokenizer)
+    return [decoder.add([int(index)]) for index in ids] + [decoder.finish()]
+
+
+def test_character_ids_follow_code_points():
+    tokenizer = CharacterTokenizer("cab🙂é")
+    assert tokenizer.characters == "abcé🙂"
+    ids = tokenizer.encode("é🙂a")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [3, 4, 0]
+    assert tokenizer.decode(ids) == "é🙂a"
+    assert tokenizer.vocab_size == 5
+    assert tokenizer.end_of_text is None
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(TokenizerError) as error:
+        CharacterTokenizer("abcé").encode("a§b🙂", where="--prompt")
+    message = str(error.value)
+    assert "--prompt has characters outside the tokenizer's vocabulary; got '§', '🙂'; expected" in message
+    assert "4 characters" in message
+
+
+def test_many_unknown_characters_are_counted():
+    with pytest.raises(TokenizerError, match="and 18 more"):
+        CharacterTokenizer("é").encode("abcdefghijklmnopqrstuvwxyz")
+
+
+@pytest.mark.parametrize("characters", ["", "aa"])
+def test_vocabulary_that_cannot_be_is_refused(characters):
+    with pytest.raises(TokenizerError, match="each character once"):
+        CharacterTokenizer(characters)
+
+
+@given(st.text())
+def test_bytes_round_trip_any_text(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_count(ids) == len(text.encode()) == len(ids)
+    assert "".join(stream(tokenizer, ids)) == text
+
+
+@given(st.text(min_size=1))
+def test_characters_round_trip_any_text_and_count_its_bytes(text):
+    tokenizer = CharacterTokenizer("".join(set(text)))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == len(text)
+    assert tokenizer.byte_count(ids) == len(text.encode())
+    assert "".join(stream(tokenizer, ids)) == text
+
+
+@given(st.lists(st.integers(0, 255)))
+def test_streamed_bytes_equal_decode_even_where_they_are_not_utf8(ids):
+    tokenizer = ByteTokenizer()
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_stream_holds_back_half_characters():
+    assert stream(ByteTokenizer(), "é!".encode()) == ["", "é", "!", ""]
+    assert stream(ByteTokenizer(), "é".encode()[:1]) == ["", "\ufffd"]
+
+
+def test_lone_surrogates_of_a_command_line_are_explained():
+    with pytest.raises(TokenizerError, match=r"prompt is not Unicode text; got '\\udcff' at character 1"):
+        ByteTokenizer().encode("a\udcff")
+    with pytest.raises(TokenizerError, match=r"got '\\udcff'"):
+        CharacterTokenizer("a").encode("a\udcff")
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, 256], np.array([300], np.uint16)])
+def test_ids_outside_the_vocabulary_are_refused(ids):
+    with pytest.raises(TokenizerError, match="token id outside the tokenizer's vocabulary; got"):
+        ByteTokenizer().decode(ids)
+    with pytest.raises(TokenizerError, match="expected 0 to 255"):
+        ByteTokenizer().byte_count(ids)
+
+
+def test_ids_that_are_not_integers_are_refused():
+    with pytest.raises(TokenizerError, match="not integers; got float64"):
+        ByteTokenizer().decode([1.5])
+
+
+def test_ids_without_text_say_so():
+    tokenizer = TokenIds(97)
+    assert tokenizer.byte_count([1, 2]) is None
+    with pytest.raises(TokenizerError, match="prompt is text, but this tokenizer has ids only"):
+        tokenizer.encode("hello")
+    with pytest.raises(TokenizerError, match="cannot be shown as text"):
+        tokenizer.decode([1])
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+@pytest.mark.parametrize("tokenizer", [CharacterTokenizer('a"\\\n\u2028é🙂'), ByteTokenizer(), TokenIds(97)])
+def test_saved_tokenizer_loads_equal(tmp_path, tokenizer, to_file):
+    tokenizer.save(tmp_path / "tokenizer.json" if to_file else tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.to_dict() == tokenizer.to_dict()
+    assert again.content_hash == tokenizer.content_hash
+    assert isinstance(again, Tokenizer)
+    assert load_tokenizer(tmp_path / "tokenizer.json").vocab_size == tokenizer.vocab_size
+
+
+def test_content_hash_tells_vocabularies_apart():
+    assert CharacterTokenizer("ab").content_hash != CharacterTokenizer("ac").content_hash
+    assert CharacterTokenizer("ab").content_hash == CharacterTokenizer("ba").content_hash
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "tokenizer cannot be read"),
+        ("[]", "not a mapping; got list"),
+        ('{"kind": "charakter"}', "did you mean character"),
+        ('{"kind": "character"}', "not complete"),
+        ('{"kind": "ids", "vocab_size": 0}', "not complete"),
+        ('{"kind": "character", "characters": "aa"}', "each character once"),
+    ],
+)
+def test_damaged_tokenizer_file_is_refused(tmp_path, content, message):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_missing_tokenizer_is_explained(tmp_path):
+    with pytest.raises(TokenizerError, match=r"no tokenizer; got .*expected a run folder"):
+        load_tokenizer(tmp_path)
+
+
+def test_hugging_face_tokenizer_round_trips(hub_folder):
+    tokenizer = HuggingFaceTokenizer(str(hub_folder))
+    ids = tokenizer.encode(WORDS)
+    assert ids.dtype == np.int32
+    assert len(ids) > 4  # the truncation that its file carries is off
+    assert tokenizer.decode(ids) == WORDS
+    assert tokenizer.byte_count(ids) == len(WORDS.encode())
+    assert tokenizer.encode(END).tolist() == [tokenizer.end_of_text]
+    assert tokenizer.byte_count([tokenizer.end_of_text]) == 0
+
+
+def test_prompts_get_the_special_tokens_that_data_does_not(chat_folder):
+    tokenizer = HuggingFaceTokenizer(str(chat_folder))
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+    assert tokenizer.decode(tokenizer.encode_with_special_tokens("the cat")) == "<s>the cat"
+
+
+def test_chat_is_written_by_the_template_with_one_first_token(chat_folder, tmp_path):
+    tokenizer = HuggingFaceTokenizer(str(chat_folder))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "the cat"}])
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == "<s><|user|>the cat<|end|><|assistant|>"
+    assert ids.tolist().count(tokenizer.encode("<s>")[0]) == 1
+    tokenizer.save(tmp_path)  # a run fine-tuned from it can chat too
+    assert load_tokenizer(tmp_path).encode_chat([{"role": "user", "content": "the cat"}]).tolist() == ids.tolist()
+
+
+def test_chat_without_a_template_and_a_template_that_refuses_are_explained(hub_folder, chat_folder):
+    with pytest.raises(
+        TokenizerError, match=r"the tokenizer has no chat template; got .*; expected chat_template.jinja"
+    ):
+        HuggingFaceTokenizer(str(hub_folder)).encode_chat([{"role": "user", "content": "the cat"}])
+    with pytest.raises(TokenizerError, match=r"the chat template cannot be applied; got no tools"):
+        HuggingFaceTokenizer(str(chat_folder)).encode_chat([{"role": "tool", "content": "4"}])
+    with pytest.raises(TokenizerError, match="not Unicode text"):
+        HuggingFaceTokenizer(str(chat_folder)).encode_chat([{"role": "user", "content": "\udcff"}])
+
+
+def test_ids_of_a_padded_vocabulary_stand_for_no_text(hub_folder):
+    tokenizer = HuggingFaceTokenizer(str(hub_folder))
+    ids = tokenizer.encode("the cat").tolist()
+    padded = [ids[0], tokenizer.vocab_size, *ids[1:], 100_000]
+    assert tokenizer.decode(padded) == "the cat"
+    assert tokenizer.byte_count(padded) == 7
+    assert "".join(stream(tokenizer, padded)) == "the cat"
+    with pytest.raises(TokenizerError, match="got -1"):
+        tokenizer.decode([-1])
+
+
+def test_a_folder_without_a_tokenizer_gives_ids(tmp_path, hub_folder):
+    assert tokenizer_beside(tmp_path, 97).to_dict() == {"kind": "ids", "vocab_size": 97}
+    assert tokenizer_beside(hub_folder, 512).kind == "huggingface"
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(hub_folder, tmp_path, capfd):
+    (tmp_path / "tokenizer.json").write_bytes((hub_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "theirs.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}})
+    )
+    with contextlib.suppress(TokenizerError):
+        assert HuggingFaceTokenizer(str(tmp_path)).decode(HuggingFaceTokenizer(str(tmp_path)).encode("cat")) == "cat"
+    assert "[y/N]" not in capfd.readouterr().out
+
+
+def test_hugging_face_stream_joins_characters_split_over_tokens(hub_folder):
+    tokenizer = HuggingFaceTokenizer(str(hub_folder))
+    text = "sat on the ✓✓ dog ĉ 🙂🙃 mat"
+    ids = tokenizer.encode(text)
+    assert any("\ufffd" in tokenizer.decode([index]) for index in ids)  # else this tests nothing
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert stream(tokenizer, tokenizer.encode("🙂")[:2])[-1] == "\ufffd"
+
+
+def test_hugging_face_tokenizer_is_copied_into_the_run(hub_folder, tmp_path):
+    tokenizer = HuggingFaceTokenizer(str(hub_folder))
+    tokenizer.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["kind"] == "huggingface"
+    for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "tokenizer", hub_folder):
+        again = load_tokenizer(path)
+        assert again.content_hash == tokenizer.content_hash
+        assert again.encode(WORDS).tolist() == tokenizer.encode(WORDS).tolist()
+        assert again.end_of_text == tokenizer.end_of_text
+
+
+def test_resumed_run_leaves_its_tokenizer_alone(hub_folder, tmp_path):
+    HuggingFaceTokenizer(str(hub_folder)).save(tmp_path)
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*.json")}
+    load_tokenizer(tmp_path).save(tmp_path)
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*.json")} == before
+
+
+def test_missing_hugging_face_folder_is_refused_without_asking_the_hub(tmp_path):
+    with pytest.raises(TokenizerError, match=r"no such tokenizer; got .*nowhere; expected a folder"):
+        HuggingFaceTokenizer(str(tmp_path / "nowhere"))
+
+
+def test_unreachable_hub_is_explained(monkeypatch):
+    import transformers
+
+    def offline(path, **options):
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(TokenizerError, match=r"cannot be loaded; got some/name \(We couldn't connect to the hub\)"):
+        HuggingFaceTokenizer("some/name")

@@ -1,0 +1,168 @@
+"""Held-out loss by training's routing and by inference's, on the float64 reference; and where a run reports both."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moezoo.cli.main import main
+from moezoo.core.backend import Scores
+from moezoo.core.config.validate import validate
+from moezoo.core.data.tokenizers import CharacterTokenizer
+from moezoo.core.errors import DataError
+from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.reference.dispatch import dispatch, num_dropped
+from moezoo.core.reference.losses import expert_counts, token_losses
+from moezoo.core.reference.transformer import forward
+from moezoo.core.spec import ModelSpec
+from moezoo.core.training.evaluation import Evaluation, describe_evaluation, evaluate
+from moezoo.core.training.metrics import read_metrics
+from tests.support.backends_available import require_backend
+from tests.support.small_run import write_config
+from tests.support.tolerances import FLOAT64, assert_close
+from tests.support.twins import normal
+
+VOCAB_SIZE, WINDOWS, T = 11, 6, 7
+TOKENIZER = CharacterTokenizer("abcdefghijk")
+WINDOWS_BT = np.random.default_rng(0).integers(0, VOCAB_SIZE, (WINDOWS, T + 1)).astype(np.int32)
+ROUTINGS = {
+    "dropless": {},
+    "capacity": {"dispatch": {"kind": "capacity", "factor": 0.6}},
+    "capacity of sequences": {"dispatch": {"kind": "capacity", "factor": 0.6, "group": "sequence"}},
+    "wide capacity": {"dispatch": {"kind": "capacity", "factor": 5.0}},
+    "expert choice": {"router": {"top_k": 2, "renormalize": "none", "choice": {"kind": "expert_choice"}}},
+}
+
+
+class Windows:
+    """A split of given windows."""
+
+    def windows(self, length, most):
+        assert length == T
+        return WINDOWS_BT
+
+
+class ReferenceModel:
+    """As much of a backend's model as evaluating needs. Cutoffs, where there are some, are in the midst of scores."""
+
+    def __init__(self, spec):
+        self.spec, self.calls = spec, []
+        self.weights = {name: value.astype(np.float64) for name, value in initial_weights(spec, seed=0).items()}
+        for number, row in enumerate(parameter_table(spec)):
+            if row.trained:
+                self.weights[row.name] = self.weights[row.name] + 0.3 * normal(number, *row.shape)
+            elif "cutoff" in row.name:
+                self.weights[row.name] = np.full(row.shape, 1.0 if "weight" in row.name else 0.25)
+
+    def score(self, tokens, targets, *, inference=False):
+        self.calls.append(inference)
+        logits, routings, _ = forward(self.spec, self.weights, tokens, inference=inference)
+        moe = self.spec.layers[0].moe
+        options = {"num_sequences": len(tokens), "inference": inference}
+        dropped = [int(num_dropped(each, dispatch(moe, each, **options))) for each in routings]
+        return Scores(token_losses(logits, targets), [expert_counts(each) for each in routings], dropped)
+
+
+def model_of(kind="dropless", **fields):
+    moe = {"num_experts": 5, "router": {"top_k": 2}, "experts": {"hidden_dim": 6}} | ROUTINGS[kind]
+    layer = {"repeat": 2, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4}, "moe": moe}
+    return ReferenceModel(
+        validate(ModelSpec, {"vocab_size": VOCAB_SIZE, "embed_dim": 8, "layers": [layer]} | fields, "config")
+    )
+
+
+def evaluated(model, batch_size=WINDOWS, length=T):
+    return evaluate(model, Windows(), TOKENIZER, sequence_length=length, batch_size=batch_size)
+
+
+# --- the two losses --------------------------------------------------------------------------------------------------
+
+
+def test_a_dropless_top_k_model_has_one_loss_and_is_scored_once():
+    model = model_of()
+    result = evaluated(model)
+    assert result.inference_loss is None
+    assert set(model.calls) == {False}
+    assert result.to_dict()["inference_loss"] is None
+    assert "inference" not in describe_evaluation(result)
+
+
+@pytest.mark.parametrize("kind", ["capacity", "expert choice"])
+def test_where_inference_routes_otherwise_it_has_a_loss_of_its_own(kind):
+    model = model_of(kind)
+    result = evaluated(model)
+    for loss, inference in ((result.validation_loss, False), (result.inference_loss, True)):
+        logits = forward(model.spec, model.weights, WINDOWS_BT[:, :-1], inference=inference).logits_BTV
+        assert_close(loss, token_losses(logits, WINDOWS_BT[:, 1:]).mean(), FLOAT64)
+    assert abs(result.inference_loss - result.validation_loss) > 1e-4
+    assert result.to_dict()["inference_loss"] == result.inference_loss
+
+
+@pytest.mark.parametrize("kind", ["capacity", "expert choice"])
+def test_only_the_loss_by_inference_does_not_depend_on_how_windows_are_batched(kind):
+    whole, parts = (evaluated(model_of(kind), batch_size) for batch_size in (WINDOWS, 2))
+    assert_close(parts.inference_loss, whole.inference_loss, FLOAT64)
+    assert abs(parts.validation_loss - whole.validation_loss) > 1e-4
+
+
+def test_with_a_capacity_of_each_sequence_no_loss_depends_on_how_windows_are_batched():
+    whole, parts = (evaluated(model_of("capacity of sequences"), batch_size) for batch_size in (WINDOWS, 2))
+    assert all(row["dropped"] > 0 for row in whole.routing)
+    assert parts.routing == whole.routing
+    assert_close(parts.validation_loss, whole.validation_loss, FLOAT64)
+    assert abs(whole.inference_loss - whole.validation_loss) > 1e-4
+
+
+def test_a_capacity_that_drops_nothing_has_no_gap():
+    result = evaluated(model_of("wide capacity"))
+    assert all(row["dropped"] == 0 for row in result.routing)
+    assert_close(result.inference_loss, result.validation_loss, FLOAT64)
+
+
+def test_load_and_drops_are_those_of_training_routing():
+    for row in evaluated(model_of("capacity")).routing:
+        assert row["dropped"] > 0
+
+
+def test_the_gap_is_printed_with_its_sign():
+    worse, better = (
+        describe_evaluation(Evaluation(2.0, None, 4, T, [], inference_loss=loss)).splitlines()[1]
+        for loss in (2.125, 1.875)
+    )
+    assert worse == "by the routing of inference: 2.1250 nats per token (+0.1250)"
+    assert better == "by the routing of inference: 1.8750 nats per token (-0.1250)"
+
+
+def test_windows_beyond_learned_positions_are_refused():
+    model = model_of(position={"kind": "learned", "max_length": T})
+    assert evaluated(model).windows == WINDOWS
+    message = rf"positions end at {T} tokens \(model.position.max_length\); got windows of {T + 1}. Use fewer."
+    with pytest.raises(DataError, match=message):
+        evaluated(model, length=T + 1)
+
+
+# --- where a run says so ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_reports_both_losses_in_its_metrics_and_to_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    require_backend("mlx")
+    monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
+
+    def call(*words):
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    config, run = write_config(tmp_path, steps=2, validate_every=1, validation_sequences=4), tmp_path / "run"
+    tight = "model.layers[0].moe.dispatch={kind: capacity, factor: 0.5}"
+    printed = call("train", config, "--backend", "mlx", "--out", run, "--set", tight)
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "validation_loss" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(abs(line["inference_loss"] - line["validation_loss"]) > 1e-6 for line in lines)
+    values = json.loads(call("eval", run, "--backend", "mlx", "--json"))
+    assert values["inference_loss"] == lines[-1]["inference_loss"]
+    for text in (printed, call("eval", run, "--backend", "mlx")):
+        assert f"by the routing of inference: {values['inference_loss']:.4f} nats per token (" in text

@@ -1,0 +1,71 @@
+"""Runs of several processes on this machine, by `moezoo launch`."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from moezoo.core.training.metrics import read_metrics
+
+TIMEOUT_S = 120.0
+
+
+def run(*words: object) -> subprocess.Popen[str]:
+    """`moezoo` in a process of its own, whose output comes together. A JAX process has the CPU as one device."""
+    return subprocess.Popen(
+        [str(word) for word in (sys.executable, "-m", "moezoo", *words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def start(*words: object, count: int = 2) -> subprocess.Popen[str]:
+    """`moezoo launch`."""
+    return run("launch", "--nproc", count, *words)
+
+
+def train(backend: str, config: Path, out: Path, *words: object, count: int = 2) -> str:
+    """A run that ends well, and what it said."""
+    running = start("train", config, "--backend", backend, "--out", out, *words, count=count)
+    said, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 0, said
+    return said
+
+
+def begun(
+    backend: str, config: Path, out: Path, *words: object, steps: int = 3
+) -> tuple[subprocess.Popen[str], list[int]]:
+    """A run without an end that has made some steps, and the process ids of its two processes."""
+    more = ("--set", "training.steps=100000")
+    running = start("train", config, "--backend", backend, "--out", out, *more, *words)
+    await_steps(running, out, steps)
+    listed = subprocess.check_output(["pgrep", "-P", str(running.pid)], text=True)
+    return running, sorted(int(word) for word in listed.split())
+
+
+def await_steps(running: subprocess.Popen[str], out: Path, steps: int = 3) -> None:
+    """Wait until a run has written so many lines."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(read_metrics(out / "metrics.jsonl")) < steps:
+        assert running.poll() is None, running.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_ends_with_the_first(backend: str, config: Path, existing: Path, *words: object) -> None:
+    """A group whose first process finds a run in its folder ends with one line of each, and an exit status."""
+    running = start("train", config, "--backend", backend, "--out", existing, *words)
+    said, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 1
+    assert "already holds a run" in said
+    assert "TrainingError: process 0 of 2 ended with status 1" in said
+    assert "Traceback" not in said
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """What a run wrote of its steps."""
+    return [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
