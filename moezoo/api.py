@@ -9,13 +9,13 @@ import numpy as np
 from moezoo.core.backend import Backend, Model, Output, check_length
 from moezoo.core.config.run_config import Config, with_compute
 from moezoo.core.data.prepare import whole_file
-from moezoo.core.data.token_store import Progress
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.progress import Progress
 from moezoo.core.runs.open import open_model
 from moezoo.core.runs.save import export, save_run
 from moezoo.core.tokens import IGNORED, Integers
@@ -212,8 +212,7 @@ def evaluate_file(
     *,
     sequence_length: int | None = None,
     batch_size: int | None = None,
-    on_reading: Progress | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`).
 
@@ -229,7 +228,7 @@ def evaluate_file(
     Raises DataError: the file cannot be used, or as `evaluate`.
     """
     model, training = loaded.model, loaded.config.training
-    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_reading)
+    split = whole_file(path, loaded.tokenizer, model.spec.vocab)
     first_token = loaded.first_token
     length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
     largest_batch = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))

@@ -19,9 +19,9 @@ def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
     Every tensor is accounted for; unchanged weights come back bit for bit.
     """
     import json
-    import time
 
     from moezoo.core.huggingface.ledger import ledger_text
+    from moezoo.core.progress import Pace
     from moezoo.core.runs.convert import convert
     from moezoo.core.runs.save import consolidate
 
@@ -34,13 +34,13 @@ def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
             click.echo(note, err=True)
         click.echo(f"step {step}, weights and moments in whole files: {out}")
         return
-    started = time.monotonic()
+    pace = Pace()
     interactive = sys.stderr.isatty()
 
-    def show(done: int, total: int) -> None:
-        eta = (time.monotonic() - started) / done * (total - done)
+    def show(what: str, done: int, total: int | None) -> None:
         if interactive:
-            click.echo(f"\r{done}/{total} parameters, eta {eta:.0f} s ", nl=done == total, err=True)
+            line = f"\r{what}: {done}/{total} parameters, eta {pace.eta(done, total)} "
+            click.echo(line, nl=done == total, err=True)
 
     result = convert(path, out, show)
     if as_json:

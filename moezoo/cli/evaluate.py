@@ -45,8 +45,8 @@ def evaluate(
         click.echo(problem, err=True)
     with console.status("evaluating ...") as status:
 
-        def show(done: int, total: int) -> None:
-            status.update(f"evaluating: {done:,} of {total:,} windows")
+        def show(what: str, done: int, total: int | None) -> None:
+            status.update(f"{what}: {done:,} of {total or 0:,} windows")
 
         if data is not None:
             result = evaluate_file(

@@ -1,37 +1,10 @@
-"""What a training run shows: a progress bar in a terminal, plain lines elsewhere."""
+"""Console output of a training run: a progress bar in a terminal, plain lines elsewhere."""
 
-import time
-
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moezoo.core.progress import Pace
 from moezoo.core.training.metrics import StepRecord
-
-_LINE_EVERY_S = 10.0
-
-
-class _Pace:
-    """When the next line of something long is due, and how long the rest takes, by what came after `first`."""
-
-    def __init__(self, first: int, total: int):
-        self.total, self._first = total, first
-        self._last_line = self._began = time.monotonic()
-
-    def is_due(self, done: int) -> bool:
-        """Whether to print a line now: the first, one in ten seconds, and the last."""
-        now = time.monotonic()
-        if done <= self._first:
-            self._began = now
-        due = done in (self._first, self.total) or now - self._last_line >= _LINE_EVERY_S
-        if due:
-            self._last_line = now
-        return due
-
-    def eta(self, done: int) -> str:
-        """Of the rest, as a clock has it."""
-        if done <= self._first:
-            return "-:--:--"
-        return _clock((time.monotonic() - self._began) / (done - self._first) * (self.total - done))
 
 
 class ConsoleReporter:
@@ -39,44 +12,46 @@ class ConsoleReporter:
 
     def __init__(self, console: Console):
         self._console = console
-        self._progress: Progress | None = None
+        self._progress: rich_progress.Progress | None = None
 
     def start(self, step: int, total_steps: int) -> None:
-        # The first step compiles; those after it say how long a step takes.
-        self._steps = _Pace(step + 1, total_steps)
-        self._windows: _Pace | None = None
+        self._pace = Pace(step + 1)  # the first step compiles, so it does not count
+        self._total_steps = total_steps
+        self._validation_pace: Pace | None = None
         if self._console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                rich_progress.TextColumn("{task.description}"),
+                rich_progress.BarColumn(bar_width=24),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.TimeElapsedColumn(),
+                rich_progress.TextColumn("eta"),
+                rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("{task.fields[numbers]}"),
             )
-            self._progress = Progress(*columns, console=self._console)
+            self._progress = rich_progress.Progress(*columns, console=self._console)
             self._progress.start()
             self._task = self._progress.add_task("train", total=total_steps, completed=step, numbers="")
             self._validation = self._progress.add_task("validate", start=False, visible=False, numbers="windows")
 
     def step(self, record: StepRecord) -> None:
-        numbers, step = describe_step(record), record.step
+        numbers, step, total = describe_step(record), record.step, self._total_steps
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
-        elif self._steps.is_due(step):
-            eta, total = self._steps.eta(step), self._steps.total
+        elif self._pace.is_due(step, total):
+            eta = self._pace.eta(step, total)
             self._console.print(f"step {step:>6}/{total}  eta {eta}  {numbers}", highlight=False, soft_wrap=True)
 
-    def validating(self, done: int, total: int) -> None:
-        begun, self._windows = self._windows, None if done == total else self._windows or _Pace(done, total)
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        pace = self._validation_pace  # None at the first call of a validation
+        self._validation_pace = None if done == total else pace or Pace(done)
         if self._progress is not None:
-            if begun is None:
+            if pace is None:
                 self._progress.reset(self._validation, total=total)
-            self._progress.update(self._validation, completed=done, visible=done < total)
-        elif begun is not None and self._windows is not None and self._windows.is_due(done):
-            eta = self._windows.eta(done)
-            self._console.print(f"validated {done:,} of {total:,} windows  eta {eta}", highlight=False, soft_wrap=True)
+            self._progress.update(self._validation, completed=done, visible=done != total)
+        elif pace is not None and done != total and pace.is_due(done):
+            of = "" if total is None else f" of {total:,}"
+            line = f"{what}: {done:,}{of} windows  eta {pace.eta(done, total)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -98,9 +73,3 @@ def describe_step(record: StepRecord) -> str:
     if record.worst_load is not None:
         parts.append(f"worst load {record.worst_load:.2f}x")
     return "  ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

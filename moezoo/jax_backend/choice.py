@@ -1,5 +1,6 @@
 """The choice. Spec: moezoo.core.reference.choice."""
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, assert_never
 
@@ -31,6 +32,21 @@ class Choice(NamedTuple):
     cutoff_E: jax.Array | None
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutingContext:
+    """Spec: moezoo.core.reference.choice.RoutingContext."""
+
+    token_P: jax.Array | None = None
+    previous_PE: jax.Array | None = None
+    forced_PK: jax.Array | None = None
+    key: jax.Array | None = None
+    inference: bool = field(default=False, metadata={"static": True})
+
+
+NO_CONTEXT = RoutingContext()
+
+
 def noisy(logits_PE: jax.Array, noise_scale_PE: jax.Array, key: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.choice.noisy."""
     return logits_PE + normal(fold_in(key, ROUTER_NOISE), logits_PE.shape) * noise_scale_PE
@@ -41,12 +57,10 @@ def choose(
     logits_PE: jax.Array,
     score_PE: jax.Array,
     selection_PE: jax.Array,
+    context: RoutingContext = NO_CONTEXT,
     *,
     table_PK: jax.Array | None = None,
     cutoff_E: jax.Array | None = None,
-    forced_PK: jax.Array | None = None,
-    key: jax.Array | None = None,
-    inference: bool = False,
 ) -> Choice:
     """Spec: moezoo.core.reference.choice.choose."""
     selection_PE = lax.stop_gradient(selection_PE)
@@ -61,21 +75,23 @@ def choose(
             chosen_PK = jnp.take_along_axis(lax.stop_gradient(score_PE), expert_PK, axis=-1)
             valid_PK = jnp.cumsum(chosen_PK, axis=-1) - chosen_PK < nucleus.p
         case HashChoiceSpec():
+            assert table_PK is not None
             expert_PK, valid_PK = table_PK, jnp.ones(table_PK.shape, jnp.bool_)
         case SparseMixerChoiceSpec() as mixer:
-            key = None if inference else key
-            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, forced_PK, key)
+            key = None if context.inference else context.key
+            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, context.forced_PK, key)
             valid_PK = jnp.ones(expert_PK.shape, jnp.bool_)
         case ExpertChoiceSpec():
-            if inference:
+            if context.inference:
+                assert cutoff_E is not None
                 taken_PE = selection_PE >= cutoff_E
             else:
                 taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE)
             expert_PK, valid_PK = _highest(jnp.where(taken_PE, selection_PE, -jnp.inf), selection_PE.shape[1])
         case _:
             assert_never(spec.choice)
-    if forced_PK is not None:
-        expert_PK, valid_PK = jnp.maximum(forced_PK, 0), forced_PK >= 0
+    if context.forced_PK is not None:
+        expert_PK, valid_PK = jnp.maximum(context.forced_PK, 0), context.forced_PK >= 0
         weight_PK = None if weight_PK is None else jnp.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E)
 

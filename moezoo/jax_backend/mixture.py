@@ -9,7 +9,9 @@ from flax import nnx
 
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.choice import RoutingContext
 from moezoo.jax_backend.moe import MoE
+from moezoo.jax_backend.runtime.typed import State
 
 
 class Mixture:
@@ -17,15 +19,21 @@ class Mixture:
 
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
         self._prefix = f"layers.{layer}.moe."
-        module = MoE(spec.all_layers[layer].moe, Weights(weights, self._prefix))
-        graph, self._parameters, self._state = nnx.split(module, nnx.Param, ...)
+        module = MoE(dict(spec.moes)[layer], Weights(weights, self._prefix))
+        graph, self._parameters, *rest = nnx.split(module, nnx.Param, ...)
+        (self._state,) = rest
 
-        def output(parameters, state, x_BTD, token_BT):
-            return nnx.merge(graph, parameters, state)(x_BTD, token_BT=token_BT)[0]
+        def output(parameters: State, state: State, x_BTD: jax.Array, token_BT: jax.Array) -> jax.Array:
+            context = RoutingContext(token_P=token_BT.reshape(-1))
+            out_BTD: jax.Array = nnx.merge(graph, parameters, state)(x_BTD, context)[0]
+            return out_BTD
 
-        def gradients(parameters, state, x_BTD, token_BT, gradient_BTD):
+        def gradients(
+            parameters: State, state: State, x_BTD: jax.Array, token_BT: jax.Array, gradient_BTD: jax.Array
+        ) -> tuple[State, jax.Array]:
             pull = jax.vjp(lambda parameters, x: output(parameters, state, x, token_BT), parameters, x_BTD)[1]
-            return pull(gradient_BTD)
+            of_parameters, of_x_BTD = pull(gradient_BTD)
+            return of_parameters, of_x_BTD
 
         self._forward, self._gradients = jax.jit(output), jax.jit(gradients)
 
@@ -33,7 +41,8 @@ class Mixture:
         return jnp.asarray(values)
 
     def forward(self, x_BTD: jax.Array, token_BT: jax.Array) -> jax.Array:
-        return jax.block_until_ready(self._forward(self._parameters, self._state, x_BTD, token_BT))
+        out_BTD: jax.Array = jax.block_until_ready(self._forward(self._parameters, self._state, x_BTD, token_BT))
+        return out_BTD
 
     def gradients(
         self, x_BTD: jax.Array, token_BT: jax.Array, gradient_BTD: jax.Array

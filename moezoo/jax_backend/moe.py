@@ -8,6 +8,7 @@ from flax import nnx
 
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch, used_rows
 from moezoo.jax_backend.distributed.expert_parallel import Rows, on_their_devices
 from moezoo.jax_backend.experts import Experts
@@ -46,33 +47,21 @@ class MoE(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
+        context: RoutingContext = NO_CONTEXT,
         *,
         raw_BTD: jax.Array | None = None,
-        token_BT: jax.Array | None = None,
-        previous_PE: jax.Array | None = None,
-        forced_PK: jax.Array | None = None,
-        key: jax.Array | None = None,
-        inference: bool = False,
         record: dict[str, jax.Array] | None = None,
         name: str = "moe",
     ) -> tuple[jax.Array, Routing, Dispatch]:
-        x_PD = mixture_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), key)
+        x_PD = mixture_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
         raw_PD, routed_PD = x_PD, x_PD
         if isinstance(self.spec.shared, ParallelFeedForwardSpec):
-            raw_PD = x_PD
             if raw_BTD is not None:
-                raw_PD = mixture_input(self.spec.router, raw_BTD.reshape(x_PD.shape), key)
+                raw_PD = mixture_input(self.spec.router, raw_BTD.reshape(x_PD.shape), context.key)
             routed_PD = self.routed_input_norm(raw_PD)
-        routing = self.router(
-            raw_PD,
-            token_P=None if token_BT is None else token_BT.reshape(-1),
-            previous_PE=previous_PE,
-            forced_PK=forced_PK,
-            key=key,
-            inference=inference,
-        )
-        dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=inference)
-        out_PD = self._routed(routed_PD, routing, dispatched, num_sequences=x_BTD.shape[0], inference=inference)
+        routing = self.router(raw_PD, context)
+        dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
+        out_PD = self._routed(routed_PD, routing, dispatched, num_sequences=x_BTD.shape[0], inference=context.inference)
         if self.spec.zero_computation is not None:
             weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)
             out_PD = out_PD + self.constant_experts(routed_PD, weight_PE)

@@ -11,7 +11,7 @@ from moezoo.core.random import ROUTER_JITTER
 from moezoo.core.reference.routing import LEAST_WEIGHT
 from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.choice import Choice, choose, noisy
+from moezoo.jax_backend.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
 from moezoo.jax_backend.random import fold_in, uniform
 
 
@@ -54,19 +54,10 @@ class Router(nnx.Module):
             case ExpertChoiceSpec():
                 self.cutoff, self.cutoff_weight = weights.state("cutoff"), weights.state("cutoff_weight")
 
-    def __call__(
-        self,
-        x_PD: jax.Array,
-        *,
-        token_P: jax.Array | None = None,
-        previous_PE: jax.Array | None = None,
-        forced_PK: jax.Array | None = None,
-        key: jax.Array | None = None,
-        inference: bool = False,
-    ) -> Routing:
-        spec = self.spec
+    def __call__(self, x_PD: jax.Array, context: RoutingContext = NO_CONTEXT) -> Routing:
+        spec, key = self.spec, context.key
         x_PD = self._router_input(x_PD, key)
-        logits_PE = self._linear(x_PD, previous_PE) / spec.temperature
+        logits_PE = self._linear(x_PD, context.previous_PE) / spec.temperature
         if spec.softcap is not None:
             logits_PE = spec.softcap * jnp.tanh(logits_PE / spec.softcap)
         if key is not None and spec.jitter is not None and spec.jitter.of == "logits":
@@ -83,20 +74,10 @@ class Router(nnx.Module):
             selection_PE = selection_PE + lax.stop_gradient(self.selection_bias[...].astype(jnp.float32))
         table_PK = cutoff_E = None
         if isinstance(spec.choice, HashChoiceSpec):
-            table_PK = self.hash_table[...][token_P].astype(jnp.int32)
-        if isinstance(spec.choice, ExpertChoiceSpec) and inference:
+            table_PK = self.hash_table[...][context.token_P].astype(jnp.int32)
+        if isinstance(spec.choice, ExpertChoiceSpec) and context.inference:
             cutoff_E = average_cutoff(self.cutoff[...].astype(jnp.float32), self.cutoff_weight[...].astype(jnp.float32))
-        choice = choose(
-            spec,
-            logits_PE,
-            score_PE,
-            selection_PE,
-            table_PK=table_PK,
-            cutoff_E=cutoff_E,
-            forced_PK=forced_PK,
-            key=key,
-            inference=inference,
-        )
+        choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
         return Routing(
             choice.expert_PK,
             choice.valid_PK,
@@ -127,6 +108,7 @@ class Router(nnx.Module):
         if self.spec.bias:
             logits_PE = logits_PE + self.b_router[...].astype(jnp.float32)
         if self.has_residual:
+            assert previous_PE is not None
             logits_PE = logits_PE + previous_PE @ self.w_residual[...].astype(jnp.float32)
         return logits_PE
 

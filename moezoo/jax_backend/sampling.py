@@ -45,7 +45,7 @@ def rule_of(options: SamplingOptions) -> Rule:
 
 
 def sample(logits_BV: jax.Array, rule: Rule, draw_B: jax.Array | None) -> jax.Array:
-    """Spec: moezoo.core.reference.sampling.sample, with these draws; REFUSED for a row of logits that cannot be sampled.
+    """Spec: moezoo.core.reference.sampling.sample, with these draws; REFUSED for a row that cannot be sampled.
 
     Differs: probabilities and their sums are float32, so the token may differ where u is within rounding of a boundary,
     about 1e-7 times the number of probable tokens: as rarely as different logits of two backends have that effect.
@@ -65,7 +65,7 @@ def sample(logits_BV: jax.Array, rule: Rule, draw_B: jax.Array | None) -> jax.Ar
 
 
 def probabilities(logits_BV: jax.Array, rule: Rule) -> jax.Array:
-    """Spec: moezoo.core.reference.sampling.probabilities; for a temperature > 0, not renormalized, as `sample` allows."""
+    """Spec: moezoo.core.reference.sampling.probabilities; temperature > 0; not renormalized."""
     assert rule.temperature is not None
     logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     p_BV = jnp.exp(logits_BV / rule.temperature)
@@ -92,7 +92,7 @@ def penalized(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> j
 
 
 def draws(key: jax.Array, position: jax.Array, row: jax.Array) -> jax.Array:
-    """Draw the uniform numbers of `moezoo.core.reference.sampling.sample` for pairs of position and sequence [n]: float32 [n]."""
+    """Return the uniform draws of `core.reference.sampling.sample`, one per position and sequence [n]: float32 [n]."""
     keys = jax.vmap(lambda position, row: fold_in(key, position, row))(position, row)
     return jax.vmap(lambda one: uniform(one, ()))(keys)
 

@@ -22,6 +22,7 @@ from moezoo.core.spec import (
 )
 from moezoo.jax_backend.arrays import DTYPES, Weights
 from moezoo.jax_backend.attention import GroupedQueryAttention
+from moezoo.jax_backend.choice import RoutingContext
 from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
@@ -290,12 +291,14 @@ class Transformer(nnx.Module):
         if layer.spec.moe is not None:
             out, routing, dispatched = layer.moe(
                 seen_BTD,
+                RoutingContext(
+                    given.tokens_BT.reshape(-1),
+                    stream.previous_PE,
+                    None if given.forced is None else given.forced[self.spec.moe_layers.index(index)],
+                    key,
+                    given.inference,
+                ),
                 raw_BTD=x_BTD,
-                token_BT=given.tokens_BT,
-                previous_PE=stream.previous_PE,
-                forced_PK=None if given.forced is None else given.forced[self.spec.moe_layers.index(index)],
-                key=key,
-                inference=given.inference,
                 record=record,
                 name=f"{name}.moe",
             )

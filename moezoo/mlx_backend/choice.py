@@ -1,5 +1,6 @@
 """The choice. Spec: moezoo.core.reference.choice."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, assert_never
 
 import mlx.core as mx
@@ -27,6 +28,20 @@ class Choice(NamedTuple):
     cutoff_E: mx.array | None
 
 
+@dataclass(frozen=True)
+class RoutingContext:
+    """Spec: moezoo.core.reference.choice.RoutingContext."""
+
+    token_P: mx.array | None = None
+    previous_PE: mx.array | None = None
+    forced_PK: mx.array | None = None
+    key: mx.array | None = None
+    inference: bool = False
+
+
+NO_CONTEXT = RoutingContext()
+
+
 def noisy(logits_PE: mx.array, noise_scale_PE: mx.array, key: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.choice.noisy."""
     return logits_PE + normal(fold_in(key, ROUTER_NOISE), logits_PE.shape) * noise_scale_PE
@@ -37,12 +52,10 @@ def choose(
     logits_PE: mx.array,
     score_PE: mx.array,
     selection_PE: mx.array,
+    context: RoutingContext = NO_CONTEXT,
     *,
     table_PK: mx.array | None = None,
     cutoff_E: mx.array | None = None,
-    forced_PK: mx.array | None = None,
-    key: mx.array | None = None,
-    inference: bool = False,
 ) -> Choice:
     """Spec: moezoo.core.reference.choice.choose."""
     selection_PE = mx.stop_gradient(selection_PE)
@@ -57,21 +70,23 @@ def choose(
             chosen_PK = mx.take_along_axis(mx.stop_gradient(score_PE), expert_PK, axis=-1)
             valid_PK = mx.cumsum(chosen_PK, axis=-1) - chosen_PK < nucleus.p
         case HashChoiceSpec():
+            assert table_PK is not None
             expert_PK, valid_PK = table_PK, mx.ones(table_PK.shape, mx.bool_)
         case SparseMixerChoiceSpec() as mixer:
-            key = None if inference else key
-            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, forced_PK, key)
+            key = None if context.inference else context.key
+            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, context.forced_PK, key)
             valid_PK = mx.ones(expert_PK.shape, mx.bool_)
         case ExpertChoiceSpec():
-            if inference:
+            if context.inference:
+                assert cutoff_E is not None
                 taken_PE = selection_PE >= cutoff_E
             else:
                 taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE)
             expert_PK, valid_PK = _highest(mx.where(taken_PE, selection_PE, -mx.inf), selection_PE.shape[1])
         case _:
             assert_never(spec.choice)
-    if forced_PK is not None:
-        expert_PK, valid_PK = mx.maximum(forced_PK, 0), forced_PK >= 0
+    if context.forced_PK is not None:
+        expert_PK, valid_PK = mx.maximum(context.forced_PK, 0), context.forced_PK >= 0
         weight_PK = None if weight_PK is None else mx.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E)
 

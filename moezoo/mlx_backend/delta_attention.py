@@ -10,7 +10,7 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import positions
-from moezoo.mlx_backend.runtime.custom_function import custom_function
+from moezoo.mlx_backend.runtime.typed import custom_function
 from moezoo.mlx_backend.short_convolution import causal_convolution
 
 CHUNK = 32

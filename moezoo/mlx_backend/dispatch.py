@@ -8,6 +8,7 @@ from moezoo.core.parameters.capacity import capacities, mostly_unused, num_group
 from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, rows_of_tokens, sum_over_rows
 from moezoo.mlx_backend.routing import Routing
+from moezoo.mlx_backend.runtime.typed import to_int
 
 
 class Dispatch(NamedTuple):
@@ -74,9 +75,7 @@ def dispatch(spec: MoESpec, routing: Routing, *, num_sequences: int = 1, inferen
     size_E = _counts(routing.expert_PK, computed_PK, num_experts)
     if mostly_unused(spec, inference=inference):
         # gather_mm would multiply unused rows too. Shapes may depend on values here, since nothing is compiled.
-        used = mx.sum(size_E).item()
-        assert isinstance(used, int)
-        max_rows = max(1, used)
+        max_rows = max(1, to_int(mx.sum(size_E)))
     order_R = mx.argsort(mx.where(computed_PK, routing.expert_PK, num_experts).reshape(-1))[:max_rows]
     # Trap: without it, "Cannot calculate VJP with respect to indices".
     order_R = mx.stop_gradient(order_R.astype(mx.int32))

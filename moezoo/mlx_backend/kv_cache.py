@@ -1,6 +1,6 @@
 """Key/value caches of attention layers, with a fixed number of slots, as in the JAX backend.
 
-A slot counts the tokens of a batch, left padding included, from 0; a position counts the tokens of one sequence.
+A slot is the index of a token in its row, left padding included; a position is its index in the sequence itself.
 """
 
 from typing import NamedTuple, assert_never

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.choice import RoutingContext
 from moezoo.mlx_backend.moe import MoE
 
 
@@ -17,7 +18,7 @@ class Mixture:
 
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
         self._prefix = f"layers.{layer}.moe."
-        self._module = MoE(spec.all_layers[layer].moe, Weights(weights, self._prefix))
+        self._module = MoE(dict(spec.moes)[layer], Weights(weights, self._prefix))
         trained = {row.name.removeprefix(self._prefix) for row in parameter_table(spec) if row.trained}
         named = dict(tree_flatten(self._module.parameters()))
         self._parameters = {name: value for name, value in named.items() if name in trained}
@@ -27,16 +28,16 @@ class Mixture:
         return mx.array(values)
 
     def forward(self, x_BTD: mx.array, token_BT: mx.array) -> mx.array:
-        out_BTD = self._module(x_BTD, token_BT=token_BT)[0]
+        out_BTD = self._module(x_BTD, RoutingContext(token_P=token_BT.reshape(-1)))[0]
         mx.eval(out_BTD)
         return out_BTD
 
     def gradients(
         self, x_BTD: mx.array, token_BT: mx.array, gradient_BTD: mx.array
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        def output(x_BTD, *values):
+        def output(x_BTD: mx.array, *values: mx.array) -> list[mx.array]:
             self._module.update(tree_unflatten(list(zip(self._parameters, values, strict=True))))
-            return [self._module(x_BTD, token_BT=token_BT)[0]]
+            return [self._module(x_BTD, RoutingContext(token_P=token_BT.reshape(-1)))[0]]
 
         _, (of_x_BTD, *of_parameters) = mx.vjp(output, [x_BTD, *self._parameters.values()], [gradient_BTD])
         mx.eval(of_x_BTD, of_parameters)

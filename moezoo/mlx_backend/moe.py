@@ -7,6 +7,7 @@ from mlx import nn
 
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.mlx_backend.dispatch import Dispatch, _combined, _token_rows, dispatch, used_rows
 from moezoo.mlx_backend.experts import Experts
 from moezoo.mlx_backend.feed_forward import FeedForward
@@ -44,32 +45,20 @@ class MoE(nn.Module):
     def __call__(
         self,
         x_BTD: mx.array,
+        context: RoutingContext = NO_CONTEXT,
         *,
         raw_BTD: mx.array | None = None,
-        token_BT: mx.array | None = None,
-        previous_PE: mx.array | None = None,
-        forced_PK: mx.array | None = None,
-        key: mx.array | None = None,
-        inference: bool = False,
         record: dict[str, mx.array] | None = None,
         name: str = "moe",
     ) -> tuple[mx.array, Routing, Dispatch]:
-        x_PD = mixture_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), key)
+        x_PD = mixture_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
         raw_PD, routed_PD = x_PD, x_PD
         if isinstance(self.spec.shared, ParallelFeedForwardSpec):
-            raw_PD = x_PD
             if raw_BTD is not None:
-                raw_PD = mixture_input(self.spec.router, raw_BTD.reshape(x_PD.shape), key)
+                raw_PD = mixture_input(self.spec.router, raw_BTD.reshape(x_PD.shape), context.key)
             routed_PD = self.routed_input_norm(raw_PD)
-        routing = self.router(
-            raw_PD,
-            token_P=None if token_BT is None else token_BT.reshape(-1),
-            previous_PE=previous_PE,
-            forced_PK=forced_PK,
-            key=key,
-            inference=inference,
-        )
-        dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=inference)
+        routing = self.router(raw_PD, context)
+        dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
         out_PD = self._routed(routed_PD, dispatched)
         if self.spec.zero_computation is not None:
             weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)

@@ -44,7 +44,7 @@ def rule_of(options: SamplingOptions) -> Rule:
 
 
 def sample(logits_BV: mx.array, rule: Rule, draw_B: mx.array | None) -> mx.array:
-    """Spec: moezoo.core.reference.sampling.sample, with these draws; REFUSED for a row of logits that cannot be sampled.
+    """Spec: moezoo.core.reference.sampling.sample, with these draws; REFUSED for a row that cannot be sampled.
 
     Differs: probabilities and their sums are float32, so the token may differ where u is within rounding of a boundary,
     about 1e-7 times the number of probable tokens: as rarely as different logits of two backends have that effect.
@@ -64,7 +64,7 @@ def sample(logits_BV: mx.array, rule: Rule, draw_B: mx.array | None) -> mx.array
 
 
 def probabilities(logits_BV: mx.array, rule: Rule) -> mx.array:
-    """Spec: moezoo.core.reference.sampling.probabilities; for a temperature > 0, not renormalized, as `sample` allows."""
+    """Spec: moezoo.core.reference.sampling.probabilities; temperature > 0; not renormalized."""
     assert rule.temperature is not None
     logits_BV = logits_BV - mx.max(logits_BV, axis=-1, keepdims=True)
     p_BV = mx.exp(logits_BV / rule.temperature)
@@ -91,7 +91,7 @@ def penalized(logits_BV: mx.array, seen_BV: mx.array, penalty: mx.array) -> mx.a
 
 
 def draws(key: mx.array, position: mx.array, row: mx.array) -> mx.array:
-    """Draw the uniform numbers of `moezoo.core.reference.sampling.sample` for pairs of position and sequence [n]: float32 [n]."""
+    """Return the uniform draws of `core.reference.sampling.sample`, one per position and sequence [n]: float32 [n]."""
     keys = fold_in(key, position, row)  # [2, n]: the words of keys broadcast with counters
     return uniform(keys, ())
 

@@ -21,6 +21,7 @@ from moezoo.core.spec import (
 )
 from moezoo.mlx_backend.arrays import DTYPES, Weights
 from moezoo.mlx_backend.attention import GroupedQueryAttention
+from moezoo.mlx_backend.choice import RoutingContext
 from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
@@ -223,12 +224,14 @@ class Transformer(nn.Module):
             if layer.spec.moe is not None:
                 out, routing, dispatched = layer.moe(
                     seen_BTD,
+                    RoutingContext(
+                        tokens_BT.reshape(-1),
+                        routings[-1].logits_PE if routings else None,
+                        None if forced is None else forced[len(routings)],
+                        layer_key,
+                        inference,
+                    ),
                     raw_BTD=x_BTD,
-                    token_BT=tokens_BT,
-                    previous_PE=routings[-1].logits_PE if routings else None,
-                    forced_PK=None if forced is None else forced[len(routings)],
-                    key=layer_key,
-                    inference=inference,
                     record=record,
                     name=f"{name}.moe",
                 )

@@ -8,6 +8,7 @@ import yaml
 from moezoo.bench.configs import NAMES
 from moezoo.core.config.mesh_option import load_mesh
 from moezoo.core.config.run_config import dump_config, load_config, parse_config
+from moezoo.core.runs.init_from import load_resolved_config
 
 ROOT = Path(__file__).parents[2] / "configs"
 MESHES = sorted((ROOT / "meshes").glob("*.yaml"))
@@ -50,7 +51,7 @@ def test_mesh_opens_with_what_it_shows_its_source_and_its_command(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_config_is_valid_and_survives_being_written_out(path):
-    config = load_config(path)
+    config = load_resolved_config(path)
     assert parse_config(dump_config(config)) == config
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from moezoo.core import config, spec
+from moezoo.core import spec
+from moezoo.core.config import data, run_config, training
 from moezoo.core.spec import Part
 from tests.contracts.test_twins import SHARED
 from tests.support.source_tree import BACKENDS, PACKAGE, attribute_reads, backend_file, tree_of
@@ -41,7 +42,7 @@ def parts_in(module) -> list[type[Part]]:
     return list(dict.fromkeys(own))  # an alias names a class again
 
 
-PARTS = [*parts_in(spec), *parts_in(config)]
+PARTS = [part for module in (spec, data, training, run_config) for part in parts_in(module)]
 
 
 def without_validators(tree: ast.Module) -> ast.Module:

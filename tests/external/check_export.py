@@ -1,12 +1,12 @@
-"""Opens checkpoint folders with transformers and mlx-lm, and says how far their logits are from ours.
+"""Compare the logits of transformers and mlx-lm on checkpoint folders with those of moezoo.
 
-    python tests/external/check_export.py FOLDER ...      # FOLDER/expected.npz: input_ids, logits, perhaps greedy
+    python tests/external/check_export.py FOLDER ...      # FOLDER/expected.npz: input_ids, logits, optionally greedy
     python tests/external/check_export.py FOLDER:EXPECTED.npz ...
-    python tests/external/check_export.py --fixtures [CASE ...]      # the checked-in fixtures, in the hub's spelling
+    python tests/external/check_export.py --fixtures [CASE ...]      # the checked-in fixtures, in the hub's format
 
-Needs torch, transformers and mlx-lm, and nothing of this project. Both compute on the CPU in float32, whatever the file
-holds. Prints a Markdown table; fails if one of them differs that did open the folder. An implementation that does not
-know the family, or refuses the file, says so in the table.
+Needs torch, transformers and mlx-lm, but not moezoo. Both run on the CPU in float32, regardless of the stored dtype.
+Prints a Markdown table; fails if an implementation that opened the folder differs. The table also shows implementations
+that do not support the family or the file.
 """
 
 import argparse
@@ -31,14 +31,14 @@ TOLERANCE = 5e-4  # a correct float32 implementation is 1e-5 to 2e-4 away, a wro
 
 @dataclass(frozen=True)
 class Answer:
-    """What an implementation makes of a folder: logits [B, T, V] and greedy tokens, or why it makes nothing of it."""
+    """Outputs of an implementation for a folder: logits [B, T, V] and greedy tokens, or why it cannot load it."""
 
     logits: np.ndarray | None = None
     greedy: np.ndarray | None = None
     refusal: str = ""
 
     def cell(self, expected: dict[str, np.ndarray]) -> str:
-        """The table's cell: the largest difference, and whether greedy tokens are the same."""
+        """Return the table cell: the largest difference, and a note if greedy tokens differ."""
         if self.logits is None:
             return self.refusal
         words = f"{self.difference(expected):.1e}" + ("" if self.agrees(expected) else " **differs**")
@@ -47,7 +47,7 @@ class Answer:
         return words
 
     def difference(self, expected: dict[str, np.ndarray]) -> float:
-        """Largest absolute difference of a logit; NaN is infinitely far."""
+        """Return the largest absolute difference of a logit; NaN counts as infinite."""
         return float(np.nan_to_num(np.abs(self.logits - expected["logits"]), nan=np.inf).max())
 
     def agrees(self, expected: dict[str, np.ndarray]) -> bool:
@@ -57,7 +57,9 @@ class Answer:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", metavar="FOLDER[:NPZ] or CASE")
-    parser.add_argument("--fixtures", action="store_true", help="the arguments are cases; none is all of them")
+    parser.add_argument(
+        "--fixtures", action="store_true", help="The arguments are names of fixtures; without arguments, all fixtures."
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     print("| checkpoint | transformers | mlx-lm |\n|---|---|---|")
@@ -76,14 +78,14 @@ def main() -> int:
 
 
 def row(name: str, folder: Path, expected: dict[str, np.ndarray]) -> bool:
-    """Prints a line of the table, and says whether whoever answered agrees."""
+    """Print a line of the table, and return whether all implementations that loaded the folder agree."""
     answers = [attempted(ask, folder, expected) for ask in (transformers_answer, mlx_answer)]
     print(f"| {name} | " + " | ".join(answer.cell(expected) for answer in answers) + " |", flush=True)
     return all(answer.agrees(expected) for answer in answers)
 
 
 def attempted(ask: Callable[..., Answer], folder: Path, expected: dict[str, np.ndarray]) -> Answer:
-    """The answer, or in one line why there is none."""
+    """Return the answer, or a one-line reason why there is none."""
     steps = expected["greedy"].shape[1] if "greedy" in expected else 0
     try:
         return ask(folder, expected["input_ids"], steps)
@@ -93,7 +95,7 @@ def attempted(ask: Callable[..., Answer], folder: Path, expected: dict[str, np.n
 
 
 def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answer:
-    """Logits of one pass, and greedy tokens with the cache."""
+    """Return logits of one forward pass, and greedy tokens with the KV cache."""
     import torch
     import transformers
 
@@ -110,7 +112,7 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
     )
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        return Answer(refusal=f"finds no {names[0]} and {len(names) - 1} more")
+        return Answer(refusal=f"is missing {names[0]} and {len(names) - 1} more")
     model = model.float().eval()
     prompt = torch.from_numpy(np.asarray(input_ids, np.int64))
     with torch.no_grad():
@@ -129,9 +131,9 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
 
 
 def with_identity_rows(folder: Path, config: dict[str, Any]) -> Path:
-    """A copy with zeros for gate and up of experts that compute nothing: transformers wants what it never reads.
+    """Return a copy with zeros for gate and up of identity experts, which transformers requires but never uses.
 
-    The caller's process ends soon: the copy is left to the folder of temporary files.
+    The copy is left in the folder of temporary files, because the caller's process ends soon.
     """
     from safetensors.torch import load_file, save_file
 
@@ -152,7 +154,7 @@ def with_identity_rows(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def mlx_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answer:
-    """Logits of one pass, and greedy tokens with the cache."""
+    """Return logits of one forward pass, and greedy tokens with the KV cache."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model

@@ -1,10 +1,10 @@
-"""Writes tests/data/huggingface: what transformers computes from tiny checkpoints of every family.
+"""Write tests/data/huggingface: outputs of transformers for tiny checkpoints of every family.
 
-    python tests/external/make_oracles.py [CASE ...]      # default: the cases that have no fixture yet
-    python tests/external/make_oracles.py --check [CASE ...]      # computes again, and compares with what is checked in
+    python tests/external/make_oracles.py [CASE ...]      # default: cases without a fixture
+    python tests/external/make_oracles.py --check [CASE ...]      # recompute, and compare with the checked-in fixtures
 
-Needs torch and transformers, and nothing of this project; README.md in this folder says which versions. A seed is taken
-if the reference is decisive with it: see `Verdict`.
+Needs torch and transformers, but not moezoo; README.md in this folder lists the versions. A seed is used if the
+reference is unambiguous with it: see `Verdict`.
 """
 
 import argparse
@@ -37,17 +37,18 @@ SMALLEST_MARGIN = 2e-3
 
 @dataclass(frozen=True)
 class Verdict:
-    """How decisive the reference is over prompt and continuation, and how exact.
+    """Measures of how unambiguous and how exact the reference is over prompt and continuation.
 
-    A correct float32 implementation is 1e-5 from it: no choice of experts, groups or sparse attention may hang on that
-    (`gap`), nor a greedy token (`margin`), and a wrong expert must show (`idle_experts`, `distinct_tokens`).
+    A correct float32 implementation differs by about 1e-5: this must not change a choice of experts, groups or sparse
+    attention (`gap`) or a greedy token (`margin`), and a wrong expert must be visible (`idle_experts`,
+    `distinct_tokens`).
     """
 
     gap: float
     margin: float
     idle_experts: int
     distinct_tokens: int
-    noise_flips: int  # routings that weights changed by 1e-5 of themselves change
+    noise_flips: int  # routings that change with a relative weight change of 1e-5
     cache_difference: float
     spelling_difference: float
 
@@ -67,7 +68,9 @@ class Verdict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--check", action="store_true", help="compare with the fixtures instead of writing them")
+    parser.add_argument(
+        "--check", action="store_true", help="Recompute and compare with the fixtures instead of writing them."
+    )
     parser.add_argument("--out", type=Path, default=fixtures.FOLDER)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,7 +85,7 @@ def main() -> int:
 
 
 def make(name: str, out: Path) -> bool:
-    """Tries seeds until one is decisive, and writes the fixture."""
+    """Try seeds until one is decisive, and write the fixture."""
     description = described(name, CASES[name])
     verdict = None
     before = [fixtures.read_fixture(name).description["seed"]] if (out / f"{name}.json").exists() else []
@@ -98,12 +101,12 @@ def make(name: str, out: Path) -> bool:
             size = sum((out / f"{name}.{suffix}").stat().st_size for suffix in ("json", "npz"))
             print(f"{name}: seed {seed}, {size / 1024:.1f} KiB, {verdict}", flush=True)
             return True
-    print(f"{name}: no seed below 200 is decisive; the last one: {verdict}", flush=True)
+    print(f"{name}: no seed below 200 is decisive; last verdict: {verdict}", flush=True)
     return False
 
 
 def check(name: str) -> bool:
-    """Computes a fixture again from its json, and says how far it is from what is checked in."""
+    """Recompute a fixture from its json, and print the largest difference from the checked-in one."""
     fixture = fixtures.read_fixture(name)
     answers, _ = computed(fixture.description, CASES[name], only_if_decisive=False)
     same = set(answers) == set(fixture.expected)
@@ -115,7 +118,7 @@ def check(name: str) -> bool:
 
 
 def described(name: str, case: Case) -> dict[str, Any]:
-    """All of a fixture's json but the seed: the configs, and the tensors that transformers writes to a file."""
+    """Return a fixture's json without the seed: the configs, and the tensors that transformers saves."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(case.config))
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -149,12 +152,12 @@ def described(name: str, case: Case) -> dict[str, Any]:
 
 
 def model_class(config: Any) -> Any:
-    """Whose `from_pretrained` gives the family's language model; mistral4's is known to no automatic class."""
+    """Return the class whose `from_pretrained` loads the language model; mistral4 has no automatic class."""
     return transformers.Mistral4ForCausalLM if config.model_type == "mistral4" else transformers.AutoModelForCausalLM
 
 
 def header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file."""
+    """Return names and shapes of the tensors of a safetensors file."""
     data = path.read_bytes()
     entries = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
@@ -163,7 +166,7 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
 def computed(
     description: dict[str, Any], case: Case, *, only_if_decisive: bool
 ) -> tuple[dict[str, np.ndarray], Verdict]:
-    """What transformers says of the checkpoint; the costly half is left out of a seed that is not decisive."""
+    """Return the outputs of transformers; for a seed that is not decisive, skip the expensive half."""
     with tempfile.TemporaryDirectory() as folder:
         model = loaded(description, case, Path(folder, "saved"), "saved")
         prompt = torch.from_numpy(prompt_ids(description))
@@ -188,7 +191,7 @@ def computed(
         if not case.cache_agrees:
             model = loaded(
                 description, case, Path(folder, "saved"), "saved"
-            )  # its frequencies remember the longest text
+            )  # its RoPE frequencies keep those of the longest sequence
         answers = answered(model, prompt, keep_hidden=case.keep_hidden)
         if case.cache_agrees:
             answers |= {"greedy": greedy.numpy().astype(np.int32), "greedy_margin": margin.numpy()}
@@ -201,17 +204,17 @@ def computed(
 
 
 def prompt_ids(description: dict[str, Any]) -> np.ndarray:
-    """(2, 24) int64 token ids, drawn by the fixture's own rule."""
+    """Return random token ids from the fixture's seed, int64 [2, 24]."""
     config = description["config"]
     law = {"low": 0, "high": config.get("text_config", config)["vocab_size"] - 1}
     return fixtures.drawn(description["seed"], "input_ids", (BATCH, LENGTH), "U8", law).astype(np.int64)
 
 
 def loaded(description: dict[str, Any], case: Case, folder: Path, spelling: str) -> torch.nn.Module:
-    """The model of the checkpoint as transformers reads it from disk, in float32; refuses anything left over."""
+    """Load the checkpoint with transformers in float32; exit if any tensor is missing or unexpected."""
     fixtures.write_described(description, folder, spelling=spelling)
     tensors = case.for_transformers(fixtures.drawn_tensors(description))
-    if tensors is not None:  # what transformers cannot read as it stands, or would not compute exactly
+    if tensors is not None:  # files that transformers cannot read, or would not compute exactly
         fixtures.write_safetensors(folder / "model.safetensors", tensors)
         config = json.loads((folder / "config.json").read_text())
         config = config["text_config"] if case.wrapper else config
@@ -232,7 +235,7 @@ def loaded(description: dict[str, Any], case: Case, folder: Path, spelling: str)
 
 
 def answered(model: torch.nn.Module, prompt: torch.Tensor, *, keep_hidden: bool) -> dict[str, np.ndarray]:
-    """Everything about the prompt that a fixture holds."""
+    """Return all arrays of a fixture that are computed from the prompt."""
     with Routings(model) as routings:
         output = model(prompt, labels=prompt, use_cache=False, output_hidden_states=True)
     output.loss.backward()
@@ -255,7 +258,7 @@ def answered(model: torch.nn.Module, prompt: torch.Tensor, *, keep_hidden: bool)
 
 
 def continued(model: torch.nn.Module, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(2, 12) greedy tokens with the cache, the margin of each, and (2, 12, V) logits."""
+    """Return greedy tokens with the KV cache [2, 12], the margin of each, and logits [2, 12, V]."""
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -272,7 +275,7 @@ def continued(model: torch.nn.Module, prompt: torch.Tensor) -> tuple[torch.Tenso
 
 
 def noise_flips(model: torch.nn.Module, tokens: torch.Tensor, before: "Routings") -> int:
-    """How many routings change when every parameter is multiplied by 1 + 1e-5 N(0, 1). Leaves the model changed."""
+    """Return the number of routings that change if every parameter is multiplied by 1 + 1e-5 N(0, 1), in place."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.mul_(1 + 1e-5 * torch.randn(parameter.shape, generator=generator))
@@ -283,12 +286,12 @@ def noise_flips(model: torch.nn.Module, tokens: torch.Tensor, before: "Routings"
 
 @contextlib.contextmanager
 def every_gap() -> Iterator[list[float]]:
-    """Collects, of every top-k that is computed inside, the smallest gap between the last taken and the first left."""
+    """Collect the smallest gap between the last selected and the first unselected value of every top-k inside."""
     gaps: list[float] = []
     originals = torch.topk, torch.Tensor.topk
 
     def watched(values: torch.Tensor, k: int, *arguments: Any, **options: Any) -> Any:
-        a_groups_score = values.ndim == 3 and k == 2  # the two largest are summed: nothing is chosen
+        a_groups_score = values.ndim == 3 and k == 2  # the two largest are summed for a group score: no choice
         if k < values.shape[-1] and not a_groups_score:
             unmasked = values.float().masked_fill(values < -1e30, -torch.inf)  # masks may add the lowest float
             ordered = torch.sort(unmasked, dim=-1, descending=True).values
@@ -304,7 +307,7 @@ def every_gap() -> Iterator[list[float]]:
 
 
 class Routings:
-    """Records what every router of a model gives; a context, since it hangs on hooks."""
+    """Context manager that records the outputs of every router of a model with hooks."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -364,9 +367,9 @@ class Routings:
         return hook
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """(M,) layers; (M, T, E) logits before the score function; (M, T, K) experts by ascending id, and weights."""
+        """Return layers [M], router logits before scoring [M, T, E], sorted experts, weights [M, T, K]."""
         if not self.layers:
-            raise SystemExit("no router was found")
+            raise SystemExit("no router found in the model; expected one of the classes in Routings.__enter__")
         logits, index, weight = (
             torch.stack([entry[key].detach() for entry in self.layers.values()]).float().numpy()
             for key in ("logits", "index", "weight")
@@ -386,7 +389,7 @@ class Routings:
 
 
 def sparse_mixer_gap(logits: torch.Tensor, jitter: float) -> float:
-    """The smallest distance of SparseMixer's choices and of its masks from a tie."""
+    """Return the smallest distance of SparseMixer's choices and masks from a tie."""
     ordered, index = torch.sort(logits, dim=-1, descending=True)
     gap = min(float((ordered[:, place] - ordered[:, place + 1]).min()) for place in (0, 1))
     for place in (0, 1):
@@ -398,7 +401,7 @@ def sparse_mixer_gap(logits: torch.Tensor, jitter: float) -> float:
 
 
 def compact(description: dict[str, Any]) -> str:
-    """JSON with a line for each field, and for each entry of a list of lists or of a mapping."""
+    """Return JSON with one line per field, and per entry of a list of lists or of a mapping."""
     lines = []
     for key, value in description.items():
         if isinstance(value, dict) and value:

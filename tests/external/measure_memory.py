@@ -1,13 +1,13 @@
-"""Peak resident memory of loading a checkpoint, over the checkpoint's size; Linux only.
+"""Measure peak resident memory of loading a checkpoint, relative to its size; Linux only.
 
     python tests/external/measure_memory.py [--gib 2] [--dtype BF16 F32] [--layout expert fused] [--backend jax mlx]
 
-A checkpoint of the mixtral family is made in a temporary folder (`--folder` keeps it), in about five shards, with one
-tensor an expert or with fused experts, filled with random bits of small numbers. A process of its own loads it with
-`moezoo.load`, after it has imported everything and loaded a tiny one. Told are: `peak`, the largest resident memory
-(VmHWM) while loading, less what was resident before (interpreter, libraries, the tiny model), over the size of the
-files; the same with all of it; the peak of anonymous memory alone (sampled every 2 ms), and of pages of files; what
-stays; and seconds. The limit is 1.15 for `peak`.
+A checkpoint of the mixtral family is written to a temporary folder (`--folder` keeps it), in about five shards, with
+one tensor per expert or with fused experts, filled with small random numbers. A separate process loads it with
+`moezoo.load`, after it has imported all modules and loaded a tiny checkpoint. Columns: `peak`, the peak resident memory
+(VmHWM) while loading minus that before loading (interpreter, libraries, the tiny model), relative to the size of the
+files; the same without the subtraction; the peak of anonymous memory alone (sampled every 2 ms) and of file pages;
+memory after loading; and seconds. The limit for `peak` is 1.15.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def write_checkpoint(folder, num_layers, dtype, layout, sizes=SIZES, shard_bytes
     def array(shape):
         import ml_dtypes
 
-        # Drawn once and repeated: the numbers do not matter, the pages do.
+        # Generated once and repeated: only the amount of memory matters.
         block = (draw.standard_normal(1 << 16) * 0.02).astype(getattr(ml_dtypes, kind, None) or kind)
         return np.resize(block, shape)
 
@@ -111,11 +111,11 @@ def status_bytes():
 
 
 def measure(folder, tiny, backend):
-    """In the process of its own: prints one line of JSON."""
+    """Load a checkpoint in this process, and print the measurements as one line of JSON."""
     import moezoo
 
     moezoo.load(tiny, backend=backend)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, peaks, stop = status_bytes(), {"RssAnon": 0, "RssFile": 0}, threading.Event()
 
     def sample():

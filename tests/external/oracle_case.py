@@ -1,4 +1,4 @@
-"""What a case is: a tiny config, the laws that draw its weights, and how its file differs from transformers' own."""
+"""Fixture cases: a tiny config, the laws of its random weights, and differences between hub and transformers files."""
 
 import re
 from collections.abc import Callable
@@ -30,7 +30,7 @@ LAWS = {
     "scales": {"low": 122, "high": 123},  # exponent + 127
 }
 
-# the first that is found in a name decides
+# the first matching pattern decides
 LAW_OF_NAME = (
     (r"e_score_correction_bias$|expert_bias$", "correction"),
     (r"sinks$|attention_sink_bias$", "sink"),
@@ -46,21 +46,23 @@ LAW_OF_NAME = (
 
 
 def as_written(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
-    """Storage in float32, one to one."""
+    """Store a tensor unchanged in float32."""
     return [(name, shape, "F32")]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint to make. The three functions are for what transformers writes otherwise than the hub does."""
+    """A checkpoint to create. The three functions are for differences between files of transformers and of the hub."""
 
     note: str
     config: dict[str, Any]
     laws: dict[str, dict[str, float]] = field(default_factory=dict)
     keep_hidden: bool = False
-    cache_agrees: bool = True  # False: frequencies that change with the length, so that a cache holds other keys
-    refused: str = ""  # what moezoo says of it, where it does not take it
-    wrapper: dict[str, Any] = field(default_factory=dict)  # config.json around the text model's, `text_config`
+    cache_agrees: bool = True  # False: RoPE frequencies change with the length, so cached keys differ
+    refused: str = ""  # moezoo's error message, if it does not support the case
+    wrapper: dict[str, Any] = field(
+        default_factory=dict
+    )  # outer config.json of a multimodal wrapper, without `text_config`
     hub_only: dict[str, Any] = field(default_factory=dict)
     config_additions: dict[str, Any] = field(default_factory=dict)
     as_on_the_hub: Callable[[Shapes], Shapes] = lambda shapes: shapes
@@ -72,12 +74,12 @@ class Case:
         return LAWS | self.laws
 
     def wrapped(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A config.json as it stands in the file."""
+        """Return the content of config.json, in the wrapper if there is one."""
         return {**self.wrapper, "text_config": config} if self.wrapper else config
 
 
 def law_of(case: Case, name: str, dtype: str) -> str:
-    """The law that draws the tensor of that name."""
+    """Return the law of the random values of a tensor, by its name."""
     if dtype == "U8":
         return name.rsplit("_", 1)[-1]
     if name.endswith("weight_scale_inv"):
@@ -112,22 +114,22 @@ CASES: dict[str, Case] = {}
 
 
 def add(name: str, note: str, **rest: Any) -> None:
-    """A case of the family `model_type`; fields of `Case` by their names, everything else is config.json."""
+    """Add a case; keywords that are fields of `Case` set those, all others go to config.json."""
     ours = {key: rest.pop(key) for key in list(rest) if key in Case.__dataclass_fields__}
     rest = COMMON | rest
     CASES[name] = Case(note, {key: value for key, value in rest.items() if value is not ...}, **ours)
 
 
-# how a file on the hub differs from what save_pretrained writes
+# --- differences between files on the hub and files of save_pretrained
 
 
 def without_identity_rows(shapes: Shapes) -> Shapes:
-    """The hub has no weights for experts that compute nothing; transformers 5.23 writes and wants gate and up."""
+    """Remove gate and up of identity experts: transformers 5.23 saves and requires them, the hub has none."""
     return {name: shape for name, shape in shapes.items() if not re.search(r"experts\.(7|8|9)\.", name)}
 
 
 def with_identity_rows(tensors: Stored) -> Stored:
-    """Zeros where transformers wants what it never reads."""
+    """Add zeros for gate and up of identity experts, which transformers requires but never uses."""
     zero = {
         re.sub(r"experts\.0\.", f"experts.{expert}.", name): (dtype, np.zeros_like(array))
         for name, (dtype, array) in tensors.items()
@@ -138,7 +140,7 @@ def with_identity_rows(tensors: Stored) -> Stored:
 
 
 def with_fused_experts(shapes: Shapes) -> Shapes:
-    """Experts in two tensors, gate above up, where transformers 5.23 would write a tensor for each."""
+    """Fuse experts into two tensors, gate and up concatenated; transformers 5.23 would save one per expert."""
     fused: Shapes = {}
     for name, shape in shapes.items():
         match = re.search(r"(.*\.experts\.)(\d+)\.(gate|up|down)_proj\.weight$", name)
@@ -152,12 +154,12 @@ def with_fused_experts(shapes: Shapes) -> Shapes:
 
 
 def in_dtype(dtype: str) -> Storage:
-    """Everything in one dtype."""
+    """Store all tensors in one dtype."""
     return lambda name, shape: [(name, shape, dtype)]
 
 
 def in_e4m3_blocks(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
-    """Matrices of attention and networks as E4M3 codes with a scale for each 128 x 128 block, the rest in bfloat16."""
+    """Store attention and feed-forward matrices as E4M3 codes with a scale per 128 x 128 block, others in bfloat16."""
     if name.endswith("e_score_correction_bias"):
         return [(name, shape, "F32")]
     if not re.search(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$", name):
@@ -167,7 +169,7 @@ def in_e4m3_blocks(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[i
 
 
 def without_e4m3_blocks(tensors: Stored) -> Stored:
-    """code * scale in float32, which is the definition: transformers 5.23 does not do partial blocks right."""
+    """Decode to code * scale in float32, by definition: transformers 5.23 handles partial blocks incorrectly."""
     plain: Stored = {}
     for name, (dtype, array) in tensors.items():
         if dtype == "F8_E4M3":
@@ -179,7 +181,7 @@ def without_e4m3_blocks(tensors: Stored) -> Stored:
 
 
 def in_mxfp4(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
-    """Experts [expert, in, out] as blocks of 32 codes of 4 bits along `in`, each with a power of two."""
+    """Store experts [expert, in, out] as blocks of 32 4-bit codes along `in`, each with a power-of-two scale."""
     if not re.search(r"experts\.(gate_up|down)_proj$", name):
         return [(name, shape, "BF16")]
     experts, inner, outer = shape
@@ -190,7 +192,7 @@ def in_mxfp4(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ..
 
 
 def without_mxfp4(tensors: Stored) -> Stored:
-    """The values of the codes, low half of a byte first, in float32."""
+    """Decode MXFP4 codes to float32, low nibble first."""
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     values = np.concatenate([magnitudes, -magnitudes])
     plain: Stored = {}
@@ -206,14 +208,14 @@ def without_mxfp4(tensors: Stored) -> Stored:
 
 
 def with_mixed_experts(shapes: Shapes) -> Shapes:
-    """Layers of even number fused, the others with a tensor for each expert."""
+    """Fuse the experts of even layers; the others have one tensor per expert."""
     fused = with_fused_experts(shapes)
     even = {name: shape for name, shape in fused.items() if re.search(r"layers\.\d*[02468]\.", name)}
     return even | {name: shape for name, shape in shapes.items() if not re.search(r"layers\.\d*[02468]\.", name)}
 
 
 def with_prediction_layer(shapes: Shapes) -> Shapes:
-    """DeepSeek's layer for the token after next, numbered as one more layer, with what else its file holds."""
+    """Add DeepSeek's multi-token prediction layer, numbered after the last layer, with its other tensors."""
     embed, last = (
         shapes["model.embed_tokens.weight"],
         max(int(name.split(".")[2]) for name in shapes if "layers." in name),
@@ -236,18 +238,18 @@ def with_prediction_layer(shapes: Shapes) -> Shapes:
 
 
 def without(pattern: str) -> Callable[[Stored], Stored]:
-    """Only the tensors whose name the pattern is not found in."""
+    """Remove the tensors whose name matches the pattern."""
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)}
 
 
 def renamed(text: str, head: str, extra: Shapes) -> Callable[[Shapes], Shapes]:
-    """Layers under another prefix than `model.`, the head under another than none, and tensors of other modalities."""
+    """Rename the prefixes of layers and head as in a multimodal wrapper, and add tensors of other modalities."""
     names = ((r"^model\.", text), (r"^lm_head\.", f"{head}lm_head."))
     return lambda shapes: {_replaced(name, names): shape for name, shape in shapes.items()} | extra
 
 
 def unwrapped(text: str, head: str, extra: Shapes) -> Callable[[Stored], Stored]:
-    """The inverse of `renamed`."""
+    """Return the inverse of `renamed`."""
     names = ((f"^{re.escape(text)}", "model."), (f"^{re.escape(head)}lm_head\\.", "lm_head."))
     return lambda tensors: {_replaced(name, names): tensors[name] for name in tensors if name not in extra}
 
@@ -258,7 +260,7 @@ def _replaced(name: str, replacements: tuple[tuple[str, str], ...]) -> str:
 
 
 def inside_a_wrapper(shapes: Shapes) -> Shapes:
-    """The text model's tensors under `model.language_model`, beside those of an image encoder and a prediction head."""
+    """Move the text model to `model.language_model`, and add an image encoder and a multi-token prediction head."""
     text = {
         name.replace("model.", "model.language_model.", 1): shape for name, shape in with_fused_experts(shapes).items()
     }

@@ -1,6 +1,6 @@
-"""The tiny config of every family, in the spelling of files on the hub."""
+"""Tiny config of every family, in the format of files on the hub."""
 
-# ruff: noqa: C408 (fields of config.json read best as keywords)
+# ruff: noqa: C408 (fields of config.json are more readable as keywords)
 
 from oracle_case import (
     add,
@@ -35,7 +35,7 @@ GROUPED = dict(n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=
 YARN = dict(
     type="yarn",
     factor=4.0,
-    original_max_position_embeddings=1024,  # long enough that the ramp has pairs inside
+    original_max_position_embeddings=1024,  # long enough for pairs within the ramp
     beta_fast=32.0,
     beta_slow=1.0,
     mscale=1.0,
@@ -60,15 +60,15 @@ DEEPSEEK_V3 = dict(
     **GROUPED,
 )
 
-add("mixtral", "softmax over all experts, top-2 renormalised", keep_hidden=True, **MIXTRAL)
+add("mixtral", "softmax over all experts, top-2 renormalized", keep_hidden=True, **MIXTRAL)
 add("qwen3_moe", "q/k norm per head, head_dim, dense layer 0", keep_hidden=True, **QWEN3_MOE)
 add("deepseek_v3", "MLA with yarn, sigmoid scores with bias, 2 of 4 groups", keep_hidden=True, **DEEPSEEK_V3)
 
-# families without given oracles
+# --- one main case per family
 
 add(
     "deepseek_v2_lite",
-    "deepseek_v2 in Lite's shape: no query low-rank, no rope scaling, plain top-k, no renormalisation",
+    "deepseek_v2 in Lite's shape: no query low-rank, no rope scaling, plain top-k, no renormalization",
     keep_hidden=True,
     model_type="deepseek_v2",
     num_hidden_layers=3,
@@ -130,7 +130,7 @@ add(
 )
 add(
     "exaone_moe",
-    "q/k norm, sliding window with rotation and full attention without, grouped sigmoid routing",
+    "q/k norm, sliding window with RoPE and full attention without, grouped sigmoid routing",
     keep_hidden=True,
     model_type="exaone_moe",
     num_hidden_layers=4,
@@ -169,7 +169,7 @@ add(
 )
 add(
     "mellum",
-    "q/k norm, sliding window with a rotation of its own, yarn on the full layers, dense layer by list",
+    "q/k norm, sliding window with separate RoPE, yarn on the full layers, dense layer by list",
     keep_hidden=True,
     model_type="mellum",
     max_position_embeddings=4096,
@@ -197,7 +197,7 @@ add(
 )
 add(
     "flex_olmo",
-    "norms after attention and mixture, q/k norm over the whole projection, no renormalisation",
+    "norms after attention and MoE layer, q/k norm over the whole projection, no renormalization",
     keep_hidden=True,
     model_type="flex_olmo",
     intermediate_size=20,
@@ -245,7 +245,7 @@ HUNYUAN = dict(
 )
 add(
     "hunyuan_v1_moe",
-    "q/k norm after rotation, base stretched by alpha, shared expert, lists of top-k by layer, tied head",
+    "q/k norm after RoPE, base scaled by alpha, shared expert, lists of top-k by layer, tied head",
     keep_hidden=True,
     **HUNYUAN
     | dict(
@@ -284,7 +284,7 @@ add(
 )
 add(
     "afmoe",
-    "gated attention with q/k norm, rotation on sliding layers alone, four norms a layer, embedding times sqrt(D)",
+    "gated attention with q/k norm, RoPE on sliding layers only, four norms per layer, embedding times sqrt(D)",
     keep_hidden=True,
     model_type="afmoe",
     num_hidden_layers=3,
@@ -308,7 +308,7 @@ add(
 )
 add(
     "mimo_v2_flash",
-    "sliding window with sinks and twice the kv heads, narrow scaled values, a third of each head rotated",
+    "sliding window with sinks and twice the kv heads, narrow scaled values, a third of each head with RoPE",
     keep_hidden=True,
     model_type="mimo_v2_flash",
     num_hidden_layers=3,
@@ -347,7 +347,7 @@ add(
 )
 add(
     "dbrx",
-    "fused and clipped q, k, v, layer norms without bias, experts of all in one matrix, renormalised",
+    "fused and clipped q, k, v, layer norms without bias, all experts in one matrix, renormalized",
     keep_hidden=True,
     model_type="dbrx",
     hidden_size=...,
@@ -377,7 +377,7 @@ add(
 
 add(
     "longcat_flash",
-    "two MLA and two dense networks a layer, the mixture as a shortcut, 7 experts and 3 identities",
+    "two MLA and two dense feed-forwards per layer, the MoE layer as a shortcut, 7 experts and 3 identities",
     keep_hidden=True,
     as_on_the_hub=without_identity_rows,
     for_transformers=with_identity_rows,
@@ -418,7 +418,7 @@ DELTA = dict(
 
 add(
     "qwen3_5_moe_text",
-    "gated delta networks and gated attention, gated shared expert, a quarter of each head rotated, fused experts",
+    "gated delta networks and gated attention, gated shared expert, a quarter of each head with RoPE, fused experts",
     keep_hidden=True,
     as_on_the_hub=with_fused_experts,
     model_type="qwen3_5_moe_text",
@@ -460,7 +460,7 @@ add(
 
 add(
     "deepseek_v3_fp8",
-    "E4M3 codes with a scale for each 128 x 128 block, the last ones partial; the numbers are of code * scale",
+    "E4M3 codes with a scale per 128 x 128 block, the last ones partial; outputs are of code * scale",
     storage=in_e4m3_blocks,
     for_transformers=without_e4m3_blocks,
     laws={"block_scale": {"mean": 0.006, "std": 0.0015}, "router": {"mean": 0.0, "std": 0.2}},
@@ -485,11 +485,9 @@ add(
     ),
 )
 
-# families with given oracles
-
 add(
     "qwen2_moe",
-    "no renormalisation, gated shared expert, biases of q, k, v, dense layer 0",
+    "no renormalization, gated shared expert, biases of q, k, v, dense layer 0",
     keep_hidden=True,
     model_type="qwen2_moe",
     num_hidden_layers=3,
@@ -518,7 +516,7 @@ OLMOE = dict(
     rope_theta=1e4,
     router_aux_loss_coef=0.01,
 )
-add("olmoe", "q/k norm over the whole projection, clipped q, k, v, no renormalisation", keep_hidden=True, **OLMOE)
+add("olmoe", "q/k norm over the whole projection, clipped q, k, v, no renormalization", keep_hidden=True, **OLMOE)
 GPT_OSS = dict(
     model_type="gpt_oss",
     max_position_embeddings=4096,
@@ -550,7 +548,7 @@ add(
 )
 add(
     "gpt_oss_mxfp4",
-    "experts in MXFP4, the rest in bfloat16; the numbers are of the values in float32",
+    "experts in MXFP4, the rest in bfloat16; outputs are of the values in float32",
     storage=in_mxfp4,
     for_transformers=without_mxfp4,
     laws={"matrix": {"mean": 0.0, "std": 0.18}, "router": {"mean": 0.0, "std": 0.25}},
@@ -577,7 +575,7 @@ add(
 )
 add(
     "deepseek_v2",
-    "MLA with yarn, softmax routing by the best of each group, not renormalised, scaled, 2 shared experts",
+    "MLA with yarn, softmax routing by the best of each group, not renormalized, scaled, 2 shared experts",
     keep_hidden=True,
     **DEEPSEEK_V3
     | dict(
@@ -607,7 +605,12 @@ GLM4_MOE = dict(
     rope_scaling=None,
     **GROUPED | dict(n_group=1, topk_group=1),
 )
-add("glm4_moe", "half of each head rotated, q/k norm, biases of q, k, v, sigmoid routing", keep_hidden=True, **GLM4_MOE)
+add(
+    "glm4_moe",
+    "half of each head with RoPE, q/k norm, biases of q, k, v, sigmoid routing",
+    keep_hidden=True,
+    **GLM4_MOE,
+)
 add(
     "minimax_m2",
     "q/k norm over the whole projection, rotary_dim, sigmoid scores with bias, no shared expert",
@@ -643,7 +646,7 @@ ERNIE = dict(
 )
 add(
     "ernie4_5_moe",
-    "softmax scores with bias for the choice, interleaved rotation, tied head",
+    "softmax scores with a selection bias, interleaved RoPE, tied head",
     keep_hidden=True,
     **ERNIE,
 )
@@ -702,7 +705,7 @@ LLAMA4 = dict(
 )
 add(
     "llama4_text",
-    "sigmoid of the best logit times the expert's input, chunks of 10, no rotation in layer 3, dense layers in turn",
+    "sigmoid of the best logit times the expert's input, chunks of 10, no RoPE in layer 3, dense layers in turn",
     keep_hidden=True,
     **LLAMA4,
 )
@@ -736,7 +739,7 @@ GEMMA4 = dict(
 )
 add(
     "gemma4_text",
-    "dense network and mixture in parallel, normed router with a scale for each expert, wider heads on full layers",
+    "dense feed-forward and MoE in parallel, normalized router with a scale per expert, wider heads on full layers",
     keep_hidden=True,
     **GEMMA4,
 )

@@ -1,6 +1,6 @@
-"""Configs of the same families with other options than the main cases, and files in other layouts and dtypes."""
+"""Configs with options beyond the main cases, and files in other layouts and dtypes."""
 
-# ruff: noqa: C408 (fields of config.json read best as keywords)
+# ruff: noqa: C408 (fields of config.json are more readable as keywords)
 
 from oracle_case import (
     COMMON,
@@ -42,7 +42,7 @@ add("mixtral_bfloat16", "stored in bfloat16", storage=in_dtype("BF16"), **MIXTRA
 add("mixtral_float16", "stored in float16", storage=in_dtype("F16"), **MIXTRAL | dict(torch_dtype="float16"))
 add(
     "qwen3_moe_step",
-    "dense layers by step, no renormalisation, biases of q, k, v, o, sliding window, tied head",
+    "dense layers by step, no renormalization, biases of q, k, v, o, sliding window, tied head",
     **QWEN3_MOE
     | dict(
         norm_topk_prob=False,
@@ -59,7 +59,7 @@ add(
 add("qwen3_moe_fused", "fused experts in every layer", as_on_the_hub=with_fused_experts, **QWEN3_MOE)
 add(
     "qwen3_moe_mixed",
-    "fused experts in layer 2, a tensor for each expert in layer 1",
+    "fused experts in layer 2, a tensor per expert in layer 1",
     as_on_the_hub=with_mixed_experts,
     **QWEN3_MOE,
 )
@@ -70,7 +70,7 @@ for name, note, scaling in (
     ("linear", "positions divided by 4", {"type": "linear", "factor": 4.0}),
     (
         "dynamic",
-        "frequencies that stretch beyond 128 tokens, which is never reached",
+        "frequencies that scale beyond 128 tokens, which is never reached",
         {"type": "dynamic", "factor": 4.0},
     ),
     (
@@ -86,7 +86,7 @@ for name, note, scaling in (
     ),
     (
         "yarn",
-        "with an attention factor of its own, and bounds that are not rounded",
+        "with an explicit attention factor, and bounds that are not rounded",
         {
             "rope_type": "yarn",
             "factor": 4.0,
@@ -104,14 +104,14 @@ for name, note, scaling in (
     add(f"qwen3_moe_rope_{name}", note, refused=refused, **QWEN3_MOE | dict(rope_theta=1e4, rope_scaling=scaling))
 add(
     "qwen3_moe_rope_dynamic_beyond",
-    "24 tokens where 16 are the length of the config: frequencies stretch with the length; no greedy tokens",
+    "24 tokens where the config's length is 16: frequencies scale with the length; no greedy tokens",
     cache_agrees=False,
     refused="expected at most 16 tokens",
     **QWEN3_MOE | dict(rope_theta=1e4, max_position_embeddings=16, rope_scaling={"type": "dynamic", "factor": 4.0}),
 )
 add(
     "qwen2_moe_sliding",
-    "sliding and full layers, renormalised, dense layers by step, no biases",
+    "sliding and full layers, renormalized, dense layers by step, no biases",
     model_type="qwen2_moe",
     num_hidden_layers=4,
     intermediate_size=40,
@@ -130,25 +130,25 @@ add(
 )
 add(
     "deepseek_v3_half_split",
-    "rotation in halves instead of pairs, attention biases, no yarn",
+    "half-split instead of interleaved RoPE, attention biases, no yarn",
     **DEEPSEEK_V3 | dict(rope_interleave=False, attention_bias=True, rope_scaling=None),
 )
 add(
     "deepseek_v3_no_query_rank",
-    "no query low-rank, no renormalisation, two shared experts, tied head (Moonlight's shape)",
+    "no query low-rank, no renormalization, two shared experts, tied head (Moonlight's shape)",
     **DEEPSEEK_V3
     | dict(q_lora_rank=None, norm_topk_prob=False, n_shared_experts=2, rope_scaling=None, tie_word_embeddings=True),
 )
 add(
     "deepseek_v3_prediction_layer",
-    "with the tensors of a layer that predicts the token after next, which no logit depends on",
+    "with the tensors of a multi-token prediction layer, which do not affect logits",
     as_on_the_hub=with_prediction_layer,
     for_transformers=without(r"layers\.3\."),
     **DEEPSEEK_V3,
 )
 add(
     "deepseek_v32_plain",
-    "as many keys chosen as there are up to token 30, no yarn, attention biases",
+    "as many keys selected as there are up to token 30, no yarn, attention biases",
     **DEEPSEEK_V3
     | dict(
         model_type="deepseek_v32",
@@ -162,12 +162,12 @@ add(
 )
 add(
     "glm4_moe_plain",
-    "no q/k norm, no biases, whole heads rotated, groups that bind",
+    "no q/k norm, no biases, full rotary, groups that bind",
     **GLM4_MOE | dict(use_qk_norm=False, attention_bias=False, partial_rotary_factor=1.0, n_group=4, topk_group=2),
 )
 add(
     "glm4_moe_lite_no_query_rank",
-    "no query low-rank, rotation in halves, yarn",
+    "no query low-rank, half-split RoPE, yarn",
     **DEEPSEEK_V3
     | dict(
         model_type="glm4_moe_lite",
@@ -206,16 +206,16 @@ add(
 )
 add(
     "granitemoeshared_no_shared",
-    "shared_intermediate_size 0 is no shared expert",
+    "shared_intermediate_size 0 means no shared expert",
     model_type="granitemoeshared",
     laws={"embedding": {"mean": 0.0, "std": 0.2}},
     shared_intermediate_size=0,
     **GRANITE,
 )
-add("olmoe_renormalised", "renormalised, no clip", **OLMOE | dict(norm_topk_prob=True, clip_qkv=None))
+add("olmoe_renormalised", "renormalized, no clip", **OLMOE | dict(norm_topk_prob=True, clip_qkv=None))
 add(
     "flex_olmo_renormalised",
-    "renormalised, tied head",
+    "renormalized, tied head",
     model_type="flex_olmo",
     intermediate_size=20,
     num_experts=7,
@@ -226,12 +226,12 @@ add(
 )
 add(
     "phimoe_sliding",
-    "sliding window, no biases, plain rotation, a wide jitter mask",
+    "sliding window, no biases, plain RoPE, a wide jitter mask",
     **PHIMOE | dict(sliding_window=8, attention_bias=False, lm_head_bias=False, router_jitter_noise=0.1),
 )
 add(
     "llama4_text_top2",
-    "two experts a token, every layer sparse, no q/k norm, no temperature, biases, tied head",
+    "two experts per token, every layer sparse, no q/k norm, no temperature, biases, tied head",
     **LLAMA4
     | dict(
         num_hidden_layers=2,
@@ -270,7 +270,7 @@ add(
 )
 add(
     "gemma4_text_keys_of_layers",
-    "the last three layers attend to the keys of the second and third; wider dense networks; inputs for each layer",
+    "the last three layers attend to the keys of the second and third; wider dense feed-forwards; per-layer embeddings",
     **GEMMA4
     | dict(
         num_hidden_layers=6,
@@ -282,12 +282,12 @@ add(
 )
 add(
     "qwen3_next_dense",
-    "dense layer 0, no renormalisation",
+    "dense layer 0, no renormalization",
     **QWEN3_NEXT | dict(mlp_only_layers=[0], norm_topk_prob=False),
 )
 add(
     "qwen3_5_moe",
-    "a text model inside a multimodal wrapper: nested config, other prefix, tensors that the text does not use",
+    "a text model inside a multimodal wrapper: nested config, other prefix, tensors that the text model does not use",
     as_on_the_hub=inside_a_wrapper,
     for_transformers=without(r"^mtp\.|^model\.visual\."),
     **{key: ... for key in COMMON if key != "tie_word_embeddings"},
@@ -362,7 +362,7 @@ add(
 )
 add(
     "lfm2_moe_plain",
-    "no selection bias, no renormalisation, biased convolutions, untied",
+    "no selection bias, no renormalization, biased convolutions, untied",
     model_type="lfm2_moe",
     rms_norm_eps=...,
     norm_eps=1e-5,
@@ -387,7 +387,7 @@ add(
 )
 add(
     "dots1_plain",
-    "no window, attention biases, no renormalisation, head_dim by division",
+    "no window, attention biases, no renormalization, head_dim by division",
     model_type="dots1",
     intermediate_size=40,
     moe_intermediate_size=20,
@@ -436,7 +436,7 @@ add(
 )
 add(
     "mistral4_plain",
-    "rotation in halves, no query low-rank, attention biases, no renormalisation, temperature of the context length",
+    "half-split RoPE, no query low-rank, attention biases, no renormalization, temperature of the context length",
     **MISTRAL4
     | dict(
         rope_interleave=False,

@@ -1,12 +1,12 @@
-"""Trains each family for ten steps and exports it, for `check_export.py` to open with transformers and mlx-lm.
+"""Train each family for ten steps and export it, for `check_export.py` to check with transformers and mlx-lm.
 
-    python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx]      # in this project's environment
+    python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx]      # in moezoo's environment
     python tests/external/check_export.py OUT/*                                       # in one with torch and mlx-lm
 
-A case is a fixture of tests/data/huggingface; none: one of every family. config.json is spelled as on the
-hub. Weights start as the fixture's, batches are random tokens, every trainable parameter moves (AdamW, learning rate
-1e-3), the selection bias too. Beside each exported folder's files lies `expected.npz`: tokens, and the logits and
-greedy text of that folder here.
+A case is a fixture of tests/data/huggingface; by default one of every family. config.json has the format of the
+hub. Training starts from the fixture's weights, on random tokens, and changes every trainable parameter (AdamW,
+learning rate 1e-3), including the selection bias. Each exported folder also contains `expected.npz`: tokens, and
+moezoo's logits and greedy tokens for that folder.
 """
 
 import argparse
@@ -42,12 +42,12 @@ def main() -> int:
 
 
 def train_and_export(case: str, out: Path, backend: str) -> None:
-    """Write the trained checkpoint of one case, and what it computes here."""
+    """Write the trained checkpoint of one case, and moezoo's outputs for it."""
     described = read_fixture(case).description["config"]
     vocab = int(described.get("text_config", described)["vocab_size"])
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_checkpoint(case, Path(scratch) / case, spelling="hub")  # mlx-lm reads no other
+        folder = write_checkpoint(case, Path(scratch) / case, spelling="hub")  # mlx-lm reads only this format
         np.save(folder.parent / "batches.npy", random.integers(0, vocab, (STEPS, BATCH, LENGTH), np.int32))
         config = {
             "init_from": str(folder),
@@ -63,7 +63,7 @@ def train_and_export(case: str, out: Path, backend: str) -> None:
         model = moezoo.load(f"{scratch}/run", backend=backend)
         for note in model.save(out, format="huggingface"):
             print(f"  {note}")
-        model = moezoo.load(out, backend=backend)  # as stored: files of 16 bits have rounded what was trained
+        model = moezoo.load(out, backend=backend)  # reload: 16-bit files have rounded the trained weights
         ids = random.integers(0, vocab, (2, LENGTH), np.int32)
         logits, greedy = model.forward(ids).logits, model.generate(ids, max_new_tokens=12, temperature=0.0)
         np.savez(out / "expected.npz", input_ids=ids, logits=logits, greedy=greedy)

@@ -1,6 +1,6 @@
-"""README's table of families, made from what the tests say: `python -m tests.huggingface.family_table`.
+"""README's table of families, generated from test results: `python -m tests.huggingface.family_table`.
 
-Runs the tests of every fixture, and writes a row a family between two marks in README.md.
+Runs the tests of every fixture, and writes one row per family between two marks in README.md.
 """
 
 import re
@@ -27,7 +27,7 @@ _TEST = re.compile(r"::(\w+)\[([\w.]+?)(?:-(jax|mlx))?\]$")
 
 
 class Results:
-    """A pytest plugin that remembers: per family, test and backend, whether all passed; the largest difference."""
+    """Pytest plugin that collects, per family, test and backend, whether all passed, and the largest difference."""
 
     def __init__(self) -> None:
         self.passed: dict[tuple[str, str, str], bool] = defaultdict(lambda: True)
@@ -49,7 +49,7 @@ class Results:
 
 
 def table(results: Results) -> str:
-    """The rows, families in order of name."""
+    """Return the table, with families in order of name."""
     lines = [
         f"| family | {' | '.join(COLUMNS)} | largest difference of a logit | fixtures |",
         f"|---|{'---|' * len(COLUMNS)}---|---|",

@@ -1,4 +1,4 @@
-"""A model that was designed here, written as a family that computes the same."""
+"""Export of a model designed in moezoo as a family with the same computation."""
 
 from pathlib import Path
 
@@ -80,7 +80,7 @@ DEEPSEEK = MIXTRAL | {
 
 
 @pytest.mark.parametrize(("family", "raw"), [("mixtral", MIXTRAL), ("qwen3_moe", QWEN3), ("deepseek_v3", DEEPSEEK)])
-def test_written_as_a_family_and_read_back(family: str, raw: dict, tmp_path: Path) -> None:
+def test_export_as_a_family_reads_back_the_same_model(family: str, raw: dict, tmp_path: Path) -> None:
     spec = ModelSpec.model_validate(raw)
     weights = initial_weights(spec, 0)
     notes = export_as_family(weights, spec, tmp_path / "out", max_length=64)
@@ -93,7 +93,7 @@ def test_written_as_a_family_and_read_back(family: str, raw: dict, tmp_path: Pat
     np.testing.assert_array_equal(moezoo.load(tmp_path / "out", backend="mlx").forward(tokens).logits, ours.logits)
 
 
-def test_a_model_that_no_family_computes(tmp_path: Path) -> None:
+def test_a_model_without_a_matching_family_is_refused(tmp_path: Path) -> None:
     config = with_vocab_size(load_config("configs/tiny/expert_choice.yaml"), 64)
     with pytest.raises(SpecError, match=r"no Hugging Face family .* mixtral has .*layers\[0\]"):
         export_as_family({}, config.model, tmp_path / "out", max_length=64)

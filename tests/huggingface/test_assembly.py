@@ -18,7 +18,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("case", ["mixtral", "granitemoeshared", "deepseek_v3", "qwen3_5_moe_text"])
-def test_pieces_of_any_size_give_the_same_parameters(case, tmp_path, monkeypatch):
+def test_piece_size_does_not_change_parameters(case, tmp_path, monkeypatch):
     folder = write_checkpoint(case, tmp_path, shards=2)
     whole = weights(folder)
     for piece_bytes in (1, 700):
@@ -26,14 +26,14 @@ def test_pieces_of_any_size_give_the_same_parameters(case, tmp_path, monkeypatch
         assert weights(folder) == whole
 
 
-def test_parameters_are_contiguous_and_aligned_as_jax_wants_them(tmp_path):
+def test_parameters_are_contiguous_and_aligned_for_jax(tmp_path):
     for value in open_checkpoint(write_checkpoint("mixtral", tmp_path)).weights.values():
         assert value.flags.c_contiguous
         assert value.ctypes.data % 64 == 0
 
 
 @pytest.mark.parametrize("layout", ["expert", "fused"])
-def test_beside_a_parameter_only_a_piece_is_in_memory(layout, tmp_path, monkeypatch):
+def test_peak_memory_is_one_parameter_plus_one_piece(layout, tmp_path, monkeypatch):
     sizes = {"vocab_size": 8, "hidden_size": 256, "intermediate_size": 512, "num_local_experts": 8}
     write_large(tmp_path, 1, "F32", layout, sizes)
     monkeypatch.setattr(assembly, "PIECE_BYTES", 1 << 16)
@@ -53,7 +53,7 @@ def test_beside_a_parameter_only_a_piece_is_in_memory(layout, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lanes_copy_what_assignment_copies(dtype):
+def test_copy_in_lanes_equals_assignment(dtype):
     source = np.arange(3 * 70 * 130).reshape(3, 70, 130).astype(dtype)
     for view in (
         source,
@@ -72,7 +72,7 @@ def test_lanes_copy_what_assignment_copies(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_tells_nan_from_none_and_zero_from_its_negative(dtype):
+def test_same_bits_distinguishes_nan_and_negative_zero(dtype):
     one = np.array([[0.0, np.nan, 1.0], [2.0, 3.0, 4.0]]).astype(dtype)
     assert same_bits(one, one.copy())
     assert same_bits(one.T, np.ascontiguousarray(one.T))

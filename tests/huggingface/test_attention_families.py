@@ -1,4 +1,4 @@
-"""Options of OLMoE, DBRX, MiMo-V2 and Gemma 4 beyond what fixtures and oracles use."""
+"""Options of OLMoE, DBRX, MiMo-V2 and Gemma 4 beyond those in the fixtures."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def described(case: str, **changes: Any) -> dict[str, Any]:
     return read_fixture(case).description["hub_config"] | changes
 
 
-def test_olmoe_has_a_head_a_key_and_no_clip_unless_it_says_so() -> None:
+def test_olmoe_defaults_are_multi_head_and_no_clip() -> None:
     attention = spec_of(OLMOE).layers[0].attention
     assert (attention.num_kv_heads, attention.head_dim, attention.clip) == (2, 8, None)
     assert attention.qk_norm_over == "projection"
@@ -55,7 +55,7 @@ def test_olmoe_has_a_head_a_key_and_no_clip_unless_it_says_so() -> None:
     assert (moe.moe.router.renormalize, moe.moe.losses, moe.attention.clip) == ("sum", (), 3)
 
 
-def test_a_dynamic_rotation_is_that_of_texts_up_to_the_original_length() -> None:
+def test_dynamic_rope_is_unscaled_up_to_the_original_length() -> None:
     for name in ("rope_type", "type"):
         spec = spec_of(OLMOE | {"rope_theta": 500.0, "rope_scaling": {name: "dynamic", "factor": 4.0}})
         scaling = spec.layers[0].attention.position.scaling
@@ -63,7 +63,7 @@ def test_a_dynamic_rotation_is_that_of_texts_up_to_the_original_length() -> None
         assert spec.max_length == 64
 
 
-def test_longer_texts_are_refused_unless_the_length_is_given() -> None:
+def test_longer_sequences_are_refused_unless_max_length_is_set() -> None:
     config = OLMOE | {"rope_theta": 500.0, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
     longer = spec_of(config, 100)
     assert longer.layers[0].attention.position.scaling == DynamicScalingSpec(factor=4, original_length=64, length=100)
@@ -75,7 +75,7 @@ def test_longer_texts_are_refused_unless_the_length_is_given() -> None:
         check_length(spec_of(config), 65, "a text of 65")
 
 
-def test_phimoe_has_an_attention_factor_for_long_texts() -> None:
+def test_phimoe_has_an_attention_factor_for_long_sequences() -> None:
     config = described("phimoe")
     original = config["rope_scaling"]["original_max_position_embeddings"]
     short, long = (spec_of(config, length).layers[0].attention.position.scaling for length in (None, original + 1))
@@ -83,7 +83,7 @@ def test_phimoe_has_an_attention_factor_for_long_texts() -> None:
     assert long.attention_factor == config["rope_scaling"]["long_mscale"]
 
 
-def test_the_attention_factor_of_longrope_is_that_of_the_longest_text() -> None:
+def test_longrope_attention_factor_is_that_of_the_maximum_length() -> None:
     rope = {"rope_type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [1, 2, 3, 4]}
     scaling = spec_of(OLMOE | {"original_max_position_embeddings": 16, "rope_scaling": rope}).layers[0].attention
     assert isinstance(scaling.position.scaling, LongRoPEScalingSpec)
@@ -91,7 +91,7 @@ def test_the_attention_factor_of_longrope_is_that_of_the_longest_text() -> None:
     assert scaling.position.scaling.length == 16
 
 
-def test_dbrx_takes_the_base_of_its_attention_and_refuses_two() -> None:
+def test_dbrx_reads_rope_theta_from_attn_config_and_refuses_another_outside() -> None:
     config = described("dbrx")
     del config["rope_theta"]
     assert spec_of(config).layers[0].attention.position.base == 5e5
@@ -107,7 +107,7 @@ def test_dbrx_renormalizes_by_a_norm_of_any_order(order: float | None, expected:
     assert (router.renormalize, router.renormalize_order) == expected
 
 
-def test_mimo_has_its_patterns_in_two_spellings_which_must_agree() -> None:
+def test_mimo_has_two_formats_of_layer_patterns_which_must_agree() -> None:
     config = described("mimo_v2_flash")
     without = {key: value for key, value in config.items() if key not in ("layer_types", "mlp_layer_types")}
     assert spec_of(without) == spec_of(config)
@@ -118,10 +118,10 @@ def test_mimo_has_its_patterns_in_two_spellings_which_must_agree() -> None:
     assert spec_of(without | {"attention_value_scale": None}).layers[0].attention.value_multiplier == 1
 
 
-def test_gemma_has_other_heads_where_it_attends_to_everything() -> None:
+def test_gemma_full_attention_layers_have_other_heads() -> None:
     spec = spec_of(GEMMA | {"attention_k_eq_v": True, "num_global_key_value_heads": 1})
     kinds = [layer.attention for layer in spec.all_layers]
-    assert [kind.window for kind in kinds] == [512] * 5 + [None, None]  # each sixth, and the last
+    assert [kind.window for kind in kinds] == [512] * 5 + [None, None]  # every sixth, and the last
     assert {(kind.head_dim, kind.num_kv_heads, kind.values_from_keys) for kind in kinds if kind.window} == {
         (8, 2, False)
     }
@@ -132,7 +132,7 @@ def test_gemma_has_other_heads_where_it_attends_to_everything() -> None:
     assert spec_of(saved) == spec_of(GEMMA)
 
 
-def test_gemmas_last_layers_attend_to_the_keys_of_the_last_alike_before_them() -> None:
+def test_gemma_last_layers_share_keys_of_the_previous_layer_of_their_type() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"] + ["full_attention"] * 3
     spec = spec_of(GEMMA | {"layer_types": types, "num_kv_shared_layers": 3, "use_double_wide_mlp": True})
     assert [layer.attention.keys_of_layer for layer in spec.all_layers] == [None] * 4 + [1] * 3
@@ -141,7 +141,7 @@ def test_gemmas_last_layers_attend_to_the_keys_of_the_last_alike_before_them() -
         spec_of(GEMMA | {"layer_types": types, "num_kv_shared_layers": 6})
 
 
-def test_what_layers_without_keys_have_of_them_in_files_is_kept(tmp_path: Path) -> None:
+def test_key_tensors_of_layers_with_shared_keys_are_kept(tmp_path: Path) -> None:
     description = read_fixture("gemma4_text_keys_of_layers").description
     unused = ["model.layers.5.self_attn.k_proj.weight", "model.layers.5.self_attn.k_norm.weight"]
     tensors = description["tensors"] + [[unused[0], "F32", [24, 32], "matrix"], [unused[1], "F32", [12], "norm"]]
@@ -149,7 +149,7 @@ def test_what_layers_without_keys_have_of_them_in_files_is_kept(tmp_path: Path) 
     assert sorted(open_checkpoint(folder).layout.kept_names()) == sorted(unused)
 
 
-def test_gemmas_router_has_the_epsilon_of_its_norms() -> None:
+def test_gemma_router_uses_the_epsilon_of_the_norms() -> None:
     moe = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 3}
     spec = spec_of(GEMMA | moe | {"rms_norm_eps": 1e-4})
     assert spec.layers[0].moe.router.input_epsilon == spec.norm.epsilon == 1e-4
@@ -178,7 +178,7 @@ def test_gemma_inside_its_wrapper_is_the_same() -> None:
         ),
     ],
 )
-def test_what_is_not_realized_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_option_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError) as seen:
         spec_of(GEMMA | changes)
     assert message in str(seen.value)

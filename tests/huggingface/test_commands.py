@@ -1,4 +1,4 @@
-"""describe, eval and parity work on a Hugging Face folder as on a run."""
+"""describe, eval and parity work on a Hugging Face folder like on a run."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def refused(result: Result, kind: str, *pieces: str) -> None:
 # --- describe --------------------------------------------------------------------------------------------------------
 
 
-def test_description_says_what_was_understood_and_what_becomes_of_every_tensor(folder: Path) -> None:
+def test_description_lists_parsed_fields_and_the_tensor_mapping(folder: Path) -> None:
     known = values_of("describe", folder)
     spec = moezoo.load(folder, backend="mlx").model.spec
     assert known["family"] == "mixtral"
@@ -78,7 +78,7 @@ def test_description_says_what_was_understood_and_what_becomes_of_every_tensor(f
     assert known["generation"]["temperature"] == 0
 
 
-def test_the_page_says_the_same_in_words(folder: Path) -> None:
+def test_page_shows_the_description_as_text(folder: Path) -> None:
     result = call("describe", folder)
     assert result.exit_code == 0, result.output
     page = " ".join(result.stdout.split())
@@ -99,7 +99,7 @@ def test_config_json_alone_is_enough_to_describe(folder: Path, tmp_path: Path) -
     assert "temperature 0.6, ends at token 5, 6, num_beams 2 is not supported" in page
 
 
-def test_kept_tensors_are_named_and_a_missing_shard_is_an_error(tmp_path: Path) -> None:
+def test_kept_tensors_are_listed_and_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     folder = write_checkpoint(CASE, tmp_path / "model")
     tensors = drawn_tensors(read_fixture(CASE).description)
     for layer in range(2):
@@ -126,7 +126,7 @@ def test_a_run_is_described_by_its_config_and_a_checkpoint_takes_no_overrides(fo
 # --- eval ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_token_of_a_text_is_predicted_once_after_a_first_token(model: LoadedModel, folder: Path, text: Path):
+def test_eval_predicts_every_token_once_after_the_first_token(model: LoadedModel, folder: Path, text: Path):
     values = values_of("eval", folder, "--data", text, "--sequence-length", 8, "--backend", "mlx")
     ids = model.tokenizer.encode(text.read_text())
     windows = (len(ids) - 1) // 8
@@ -167,7 +167,7 @@ def test_token_files_are_evaluated_without_a_tokenizer(tmp_path: Path) -> None:
     refused(call("eval", folder, "--data", tmp_path / "text.txt", "--backend", "mlx"), "TokenizerError", "has ids only")
 
 
-def test_eval_says_loss_and_load_in_lines(folder: Path, text: Path) -> None:
+def test_eval_prints_loss_and_load(folder: Path, text: Path) -> None:
     require_backend("mlx")
     result = call("eval", folder, "--data", text, "--backend", "mlx")
     assert result.exit_code == 0, result.output
@@ -188,7 +188,7 @@ def test_parity_holds_on_the_weights_of_a_checkpoint(folder: Path) -> None:
     assert any("weights of mixtral" in note for note in report.notes)
 
 
-def test_parity_refuses_a_large_checkpoint_before_it_reads_one_weight(
+def test_parity_refuses_a_large_checkpoint_before_reading_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moezoo.core.huggingface.checkpoint import LazyWeights

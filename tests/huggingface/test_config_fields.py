@@ -1,4 +1,4 @@
-"""No field of a config.json is read to no effect, in any family; an absent one is what transformers takes it for."""
+"""Every field read from a config.json has an effect, in every family; absent fields have transformers' defaults."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ from moezoo.core.huggingface.family import families, family_of
 from moezoo.core.huggingface.fields import HARMLESS, Fields
 from tests.support.fixtures import cases, read_fixture
 
-# Fields that change nothing beside others of the same config: what they would say is said already, or there is nothing
-# for them to act on.
+# Fields without effect in some configs: another field of the config overrides them, or there is nothing that they apply
+# to.
 IDLE = {
-    # a list of layers says it
+    # overridden by a list of layers
     "global_attn_every_n_layers": ("afmoe*",),
     "first_k_dense_replace": ("deepseek_v32*", "exaone_moe*"),
     "interleave_moe_layer_step": ("llama4*",),
@@ -27,7 +27,7 @@ IDLE = {
     "mlp_only_layers": ("qwen2_moe_sliding", "qwen3_moe_step"),
     "sliding_window_pattern": ("exaone_moe*",),
     "use_sliding_window": ("qwen2_moe*", "qwen3_moe*"),
-    # there is no such layer, group, window or text
+    # no such layer, group, window or sequence length
     "attn_scale": ("llama4_text_top2",),
     "floor_scale": ("llama4_text_top2",),
     "intermediate_size": ("dots1_plain", "lfm2_moe_plain", "qwen3_next"),
@@ -40,15 +40,15 @@ IDLE = {
     "long_mscale": ("phimoe*",),
     "mrope_interleaved": ("qwen3_5_moe*",),
     "mrope_section": ("qwen3_5_moe*",),
-    # the same thing is said inside rope_parameters
+    # overridden by rope_parameters
     "partial_rotary_factor": ("mimo_v2_flash*",),
     "rope_theta": ("mimo_v2_flash*",),
     "rotary_dim": ("minimax_m2*",),
     "swa_rope_theta": ("mimo_v2_flash*",),
     "type": ("*",),
-    # the wrapper around the text says it
+    # overridden by the multimodal wrapper
     "tie_word_embeddings": ("gemma4", "llama4", "mistral4_wrapped", "qwen3_5_moe"),
-    # transformers does not read it
+    # ignored by transformers
     "beta_fast": ("hunyuan_v1_moe",),
     "beta_slow": ("hunyuan_v1_moe",),
     "factor": ("hunyuan_v1_moe",),
@@ -58,13 +58,13 @@ IDLE = {
 
 
 def read(config: dict[str, Any]) -> Any:
-    """What a config says: the model, and notes for a reader."""
+    """Parse a config into a spec and notes."""
     fields = Fields(json.loads(json.dumps(config)), "config.json")
     return family_of(fields).spec_of(fields), fields.notes
 
 
 def others(value: Any) -> list[Any]:
-    """Other values of the same type; one of them must make a difference."""
+    """Return other values of the same type; one of them must make a difference."""
     match value:
         case None:
             return [3]
@@ -83,7 +83,7 @@ def others(value: Any) -> list[Any]:
 
 
 def objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config, and the objects inside it that speak of the text."""
+    """Yield the config and its nested objects that concern the text model."""
     yield config
     for name, value in config.items():
         if isinstance(value, dict) and name not in ("id2label", "label2id", "quantization_config"):
@@ -92,14 +92,14 @@ def objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("spelling", ["config", "hub_config"])
 @pytest.mark.parametrize("case", cases())
-def test_a_field_that_changes_nothing_is_listed_as_harmless(case: str, spelling: str) -> None:
+def test_a_field_without_effect_is_listed_as_harmless(case: str, spelling: str) -> None:
     config = read_fixture(case).description[spelling]
     try:
         expected = read(config)
     except SpecError:
-        return  # refused by name, whatever else it says
+        return  # refused by name
     family = families()[Fields(config, "config.json").model_type]
-    silent = []
+    unused = []
     for owner in objects(config.get("text_config", config)):
         for name, value in list(owner.items()):
             if any(fnmatchcase(name, pattern) for pattern in (*HARMLESS, *family.harmless)):
@@ -115,13 +115,13 @@ def test_a_field_that_changes_nothing_is_listed_as_harmless(case: str, spelling:
                     different = True
             owner[name] = value
             if not different:
-                silent.append(f"{name} {json.dumps(value)}")
-    assert not silent, f"changing these has no effect, and IDLE does not say why: {', '.join(silent)}"
+                unused.append(f"{name} {json.dumps(value)}")
+    assert not unused, f"changing these has no effect, and IDLE does not list them: {', '.join(unused)}"
 
 
 @cache
 def main_cases() -> dict[str, str]:
-    """The first case of every model type that transformers knows by itself, not as a part of a wrapper."""
+    """Return the first case of every model type that transformers can load without a multimodal wrapper."""
     found: dict[str, str] = {}
     for case in cases():
         config = read_fixture(case).description["config"]
@@ -131,8 +131,8 @@ def main_cases() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("model_type", sorted(main_cases()))
-def test_an_absent_field_has_the_value_that_transformers_gives_it(model_type: str) -> None:
-    """Or it is asked for, or refused with what it is taken to be."""
+def test_an_absent_field_has_the_default_of_transformers(model_type: str) -> None:
+    """Unless it is required, or the default itself is refused."""
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -140,10 +140,12 @@ def test_an_absent_field_has_the_value_that_transformers_gives_it(model_type: st
     differing = []
     for name in config:
         part = {other: value for other, value in config.items() if other != name}
-        given = {key: value for key, value in part.items() if key not in ("architectures", "dtype", "model_type")}
+        without_type = {
+            key: value for key, value in part.items() if key not in ("architectures", "dtype", "model_type")
+        }
         with suppress(SpecError):
             without = read(part)
-            whole = json.loads(AutoConfig.for_model(model_type, **given).to_json_string(use_diff=False))
+            whole = json.loads(AutoConfig.for_model(model_type, **without_type).to_json_string(use_diff=False))
             if read(whole) != without:
                 differing.append(f"{name} {json.dumps(whole.get(name))}")
-    assert not differing, f"read as something else where absent: {'; '.join(differing)}"
+    assert not differing, f"other default than in transformers: {'; '.join(differing)}"

@@ -1,4 +1,4 @@
-"""`moezoo convert`: there and back, and a ledger in which every tensor has a line."""
+"""`moezoo convert`: round trips, and a ledger that lists every tensor."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def test_there_and_back(tmp_path: Path) -> None:
+def test_round_trip_through_a_run(tmp_path: Path) -> None:
     source = write_checkpoint("deepseek_v3", tmp_path / "source", shards=2)
     there = run("convert", source, tmp_path / "run")
     assert there.exit_code == 0
@@ -35,7 +35,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert digests(tmp_path / "back") == digests(source)
 
 
-def test_kept_tensors_come_back(tmp_path: Path) -> None:
+def test_kept_tensors_survive_the_round_trip(tmp_path: Path) -> None:
     source = write_checkpoint("deepseek_v3", tmp_path / "source")
     tensors = safetensors.numpy.load_file(source / "model.safetensors")
     later = f"model.layers.{json.loads((source / 'config.json').read_text())['num_hidden_layers']}.eh_proj.weight"
@@ -66,7 +66,7 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         open_checkpoint(source)
 
 
-def test_a_layout_mixed_from_two_is_read(tmp_path: Path) -> None:
+def test_two_layouts_in_one_checkpoint_are_read(tmp_path: Path) -> None:
     source = write_checkpoint("mixtral", tmp_path / "source")
     expected = {name: np.array(value) for name, value in open_checkpoint(source).weights.items()}
     tensors = safetensors.numpy.load_file(source / "model.safetensors")
@@ -83,7 +83,7 @@ def test_a_layout_mixed_from_two_is_read(tmp_path: Path) -> None:
     assert all(np.array_equal(mixed.weights[name], value) for name, value in expected.items())
 
 
-def test_a_parameter_given_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_parameter_is_refused(tmp_path: Path) -> None:
     source = write_checkpoint("mixtral", tmp_path / "source")
     tensors = safetensors.numpy.load_file(source / "model.safetensors")
     tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.block_sparse_moe.gate.weight"]
@@ -113,7 +113,7 @@ def test_compute_chooses_the_dtype_of_activations(backend: str, tmp_path: Path) 
         moezoo.load(source, backend=backend, compute="float8")
 
 
-def test_a_link_that_leaves_the_folder_is_not_passed_on(tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
     source = write_checkpoint("mixtral", tmp_path / "source")
     (tmp_path / "secret.json").write_text("{}")
     (source / "tokenizer_extra.json").symlink_to(tmp_path / "secret.json")

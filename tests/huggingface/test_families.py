@@ -1,4 +1,4 @@
-"""Every family against what transformers computes, on both backends: logits, routing, losses, greedy text."""
+"""Every family against transformers, on both backends: logits, routing, losses, greedy generation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ BACKENDS = ("jax", "mlx")
 
 
 def main_cases() -> list[str]:
-    """One fixture of each family; the others show its options."""
+    """Return one fixture per family; the others test its options."""
     first: dict[str, str] = {}
     for case in cases():
         family = families()[read_fixture(case).model_type].name
@@ -30,12 +30,12 @@ def main_cases() -> list[str]:
     return sorted(first.values())
 
 
-# Compiling is what takes JAX long: what an option changes of decoding and gradients is MLX's to show.
+# Compilation dominates on JAX, so options are tested on MLX alone.
 PAIRS = [*((case, "mlx") for case in cases()), *((case, "jax") for case in main_cases())]
 
 
 def check(model: LoadedModel, expected: Arrays) -> float:
-    """The largest difference of a logit, after all that one forward pass tells."""
+    """Check everything in one forward pass, and return the largest difference of a logit."""
     output = model.forward(expected["input_ids"].astype(np.int32))
     difference = float(np.abs(output.logits - expected["logits"]).max())
     assert difference < LOGITS
@@ -46,7 +46,7 @@ def check(model: LoadedModel, expected: Arrays) -> float:
 
 
 def check_greedy(model: LoadedModel, expected: Arrays) -> None:
-    """Prefill and decoding by the cache."""
+    """Check prefill and cached decoding."""
     ids, greedy = expected["input_ids"].astype(np.int32), expected["greedy"]
     continued = model.generate(ids, max_new_tokens=greedy.shape[1], temperature=0.0)
     np.testing.assert_array_equal(continued, greedy)
@@ -64,7 +64,7 @@ def check_routing(output, expected: Arrays) -> None:
 
 
 def check_losses(model: LoadedModel, expected: Arrays) -> None:
-    """By the model's own loss terms: every token is routed, and each but the last of a sequence has a target."""
+    """Check the model's loss terms: every token is routed, and each except the last of a sequence has a target."""
     ids, targets = ids_and_targets(expected)
     losses = model.forward(ids, targets).losses
     assert losses["cross_entropy"] == pytest.approx(float(expected["ce_loss"]), rel=LOSS)
@@ -78,7 +78,7 @@ def ids_and_targets(expected: Arrays) -> tuple[Integers, Integers]:
 
 
 def without_auxiliary_losses(spec: ModelSpec) -> ModelSpec:
-    """Transformers' gradients are of the cross-entropy alone."""
+    """Return the spec without auxiliary losses: transformers' gradients are of the cross-entropy alone."""
     raw = spec.model_dump()
     for layer in raw["layers"]:
         if layer["moe"]:
@@ -89,7 +89,7 @@ def without_auxiliary_losses(spec: ModelSpec) -> ModelSpec:
 
 
 def check_gradient(folder: Path, backend: str, expected: Arrays) -> None:
-    """The global norm of the gradient, weights in float32 as training has them."""
+    """Check the global norm of the gradient, with weights in float32 as in training."""
     checkpoint = open_checkpoint(folder)
     weights = {name: np.asarray(value, np.float32) for name, value in checkpoint.weights.items()}
     model = load_backend(backend).build(without_auxiliary_losses(checkpoint.spec), weights)
@@ -128,17 +128,17 @@ def test_gradient_of_a_fixture(case: str, backend: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "max_length"), [("qwen3_moe_rope_dynamic_beyond", 24), ("qwen3_moe_rope_longrope_long", 36)]
 )
-def test_texts_beyond_the_original_length(case: str, max_length: int, backend: str, tmp_path: Path) -> None:
-    """24 tokens where the rotation was made for 16; without `max_length` they are refused (test_refusals.py)."""
+def test_sequences_beyond_the_original_length(case: str, max_length: int, backend: str, tmp_path: Path) -> None:
+    """24 tokens with RoPE scaling for 16; without `max_length` they are refused (test_refusals.py)."""
     expected = read_fixture(case).expected
     model = moezoo.load(write_checkpoint(case, tmp_path / case), backend=backend, max_length=max_length)
     check(model, expected)
-    if "greedy" in expected:  # dynamic: transformers' own does not agree with itself
+    if "greedy" in expected:  # dynamic: cached and uncached decoding differ in transformers
         check_greedy(model, expected)
 
 
 @pytest.mark.parametrize("case", cases())
-def test_both_spellings_of_a_config_are_the_same_model(case: str, tmp_path: Path) -> None:
+def test_both_config_formats_are_the_same_model(case: str, tmp_path: Path) -> None:
     saved, hub = (
         describe_checkpoint(write_checkpoint(case, tmp_path / spelling, spelling=spelling)).spec
         for spelling in ("saved", "hub")

@@ -1,4 +1,4 @@
-"""Layouts of the same tensors: as transformers 5 has them in memory, and inside a multimodal wrapper."""
+"""Layouts of the same tensors: in memory in transformers 5, and in a multimodal wrapper."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from tests.support.fixtures import drawn_tensors, read_fixture, write_safetensors
 
-# Of the files' names -> in memory, where it is not the same.
+# Name in the files -> name in memory, where they differ.
 RENAMED = {
     "qwen2_moe": {},
     "glm4_moe": {},
@@ -35,7 +35,7 @@ def renamed(tensors: Tensors, case: str) -> Tensors:
 
 
 def fused(tensors: Tensors) -> Tensors:
-    """Experts stacked, gate and up one behind the other."""
+    """Return tensors with experts stacked, gate and up concatenated."""
     found = {name: value for name, value in tensors.items() if ".mlp.experts." not in name}
     prefixes = sorted({name.split(".mlp.experts.")[0] for name in tensors if ".mlp.experts." in name})
     for prefix in prefixes:
@@ -66,7 +66,7 @@ def assert_same(actual: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("case", RENAMED)
-def test_the_layout_in_memory_holds_the_same(case: str, tmp_path: Path) -> None:
+def test_in_memory_layout_has_the_same_weights(case: str, tmp_path: Path) -> None:
     description = read_fixture(case).description
     config, tensors = description["config"], drawn_tensors(description)
     in_memory = fused(renamed(tensors, case))
@@ -77,7 +77,7 @@ def test_the_layout_in_memory_holds_the_same(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "head"), [("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")]
 )
-def test_a_text_model_inside_a_wrapper_holds_the_same(model: str, head: str, tmp_path: Path) -> None:
+def test_text_model_in_a_multimodal_wrapper_has_the_same_weights(model: str, head: str, tmp_path: Path) -> None:
     description = read_fixture("llama4_text").description
     config, tensors = description["config"], drawn_tensors(description)
     inside = {name.replace("model.", model, 1).replace("lm_head.", head, 1): value for name, value in tensors.items()}

@@ -1,6 +1,6 @@
-"""Options of the families with grouped heads: what each becomes, and which are refused by name.
+"""Options of families with grouped-query attention: the parsed spec of each, and those that are refused by name.
 
-Configs are those of fixtures with other fields. What the fixtures use is compared with transformers elsewhere.
+Configs are those of fixtures with changed fields. The fixtures themselves are compared with transformers elsewhere.
 """
 
 import json
@@ -35,7 +35,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 16.0, "original_max_position_embeddin
 
 
 def spec_of(case: str, **changes: Any) -> ModelSpec:
-    """Of a fixture's config with other fields; one that is `...` is left out."""
+    """Return the spec of a fixture's config with changed fields; `...` removes a field."""
     return read(read_fixture(case).description["config"] | changes)
 
 
@@ -49,8 +49,8 @@ def attentions(spec: ModelSpec) -> list[Any]:
     return [layer.attention for layer in spec.all_layers]
 
 
-def mixture(spec: ModelSpec) -> MoESpec:
-    return next(layer.moe for layer in spec.all_layers if layer.moe is not None)
+def first_moe(spec: ModelSpec) -> MoESpec:
+    return spec.moes[0][1]
 
 
 def windows(spec: ModelSpec) -> list[int | None]:
@@ -139,25 +139,25 @@ def test_refused(case: str, changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "case", ["dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "gpt_oss", "llama4_text", "mellum"]
 )
-def test_an_unknown_field_is_refused_everywhere(case: str) -> None:
+def test_an_unknown_field_is_refused_in_every_family(case: str) -> None:
     with pytest.raises(SpecError, match='unknown for this family: surprise "on"'):
         spec_of(case, surprise="on")
     assert spec_of(case, surprise=None) == spec_of(case)
 
 
-def test_fields_of_generation_are_harmless_with_their_usual_values_alone() -> None:
+def test_generation_fields_are_harmless_only_with_default_values() -> None:
     assert spec_of("mixtral", top_k=50, num_beams=1, is_decoder=False, tokenizer_class="X") == spec_of("mixtral")
     with pytest.raises(SpecError, match="unknown for this family: is_decoder true, top_k 8"):
         spec_of("mixtral", top_k=8, is_decoder=True)
 
 
-# --- what several have -----------------------------------------------------------------------------------------------
+# --- options of several families -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("case", "absent", "null"),
     [
-        ("mixtral", (8, 8), (4, 8)),  # (key heads, width of a head); num_attention_heads 8, hidden_size 64
+        ("mixtral", (8, 8), (4, 8)),  # (key/value heads, head width); num_attention_heads 8, hidden_size 64
         ("qwen3_moe", (4, 8), (8, 8)),
         ("gpt_oss", (8, 64), (8, 8)),
         ("minimax_m2", (8, 128), (8, 8)),
@@ -168,7 +168,7 @@ def test_fields_of_generation_are_harmless_with_their_usual_values_alone() -> No
         ("exaone_moe", (32, 8), (8, 8)),
     ],
 )
-def test_an_absent_number_of_heads_is_the_familys_and_null_is_derived(case, absent, null) -> None:
+def test_absent_head_counts_are_the_familys_default_and_null_is_derived(case, absent, null) -> None:
     wide = {
         "num_attention_heads": 32 if case == "exaone_moe" else 8,
         "hidden_size": 256 if case == "exaone_moe" else 64,
@@ -177,26 +177,26 @@ def test_an_absent_number_of_heads_is_the_familys_and_null_is_derived(case, abse
     first = attentions(spec_of(case, **wide, num_key_value_heads=..., head_dim=...))[0]
     assert (first.num_kv_heads, first.head_dim) == absent
     if case == "minimax_m2":
-        return  # its partial rotation is by head_dim, which must be a number
+        return  # its partial rotary factor depends on head_dim, which must be a number
     other = attentions(spec_of(case, **wide, num_key_value_heads=None, head_dim=None))[0]
     assert (other.num_kv_heads, other.head_dim) == (wide["num_attention_heads"], 8)
 
 
 @pytest.mark.parametrize("case", ["dots1", "exaone_moe", "solar_open", "glm4_moe"])
-def test_one_group_is_no_group(case: str) -> None:
-    router = mixture(spec_of(case, n_group=1, topk_group=1)).router
+def test_one_group_is_plain_top_k(case: str) -> None:
+    router = first_moe(spec_of(case, n_group=1, topk_group=1)).router
     assert router.choice == TopKChoiceSpec()
-    grouped = mixture(spec_of(case, n_group=4, topk_group=2)).router
+    grouped = first_moe(spec_of(case, n_group=4, topk_group=2)).router
     assert grouped.choice == GroupedTopKChoiceSpec(num_groups=4, keep=2, group_value="top2")
 
 
 @pytest.mark.parametrize("case", ["dots1", "exaone_moe", "solar_open", "glm4_moe", "deepseek_v3"])
 def test_sigmoid_routing_is_renormalized_or_not_and_scaled(case: str) -> None:
-    renormalized = mixture(spec_of(case, norm_topk_prob=True, routed_scaling_factor=1.25)).router
+    renormalized = first_moe(spec_of(case, norm_topk_prob=True, routed_scaling_factor=1.25)).router
     assert (renormalized.renormalize, renormalized.renormalize_epsilon, renormalized.scale) == ("sum", 1e-20, 1.25)
-    plain = mixture(spec_of(case, norm_topk_prob=False)).router
+    plain = first_moe(spec_of(case, norm_topk_prob=False)).router
     assert (plain.renormalize, plain.renormalize_epsilon) == ("none", 0.0)
-    absent = mixture(spec_of(case, norm_topk_prob=..., routed_scaling_factor=...)).router
+    absent = first_moe(spec_of(case, norm_topk_prob=..., routed_scaling_factor=...)).router
     assert absent.renormalize == ("none" if case == "dots1" else "sum")
     assert absent.scale == (2.5 if case in ("exaone_moe", "deepseek_v3") else 1.0)
     assert renormalized.selection_bias is not None
@@ -204,9 +204,9 @@ def test_sigmoid_routing_is_renormalized_or_not_and_scaled(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["qwen2_moe", "qwen3_moe", "mellum", "flex_olmo"])
 def test_softmax_routing_is_renormalized_or_not(case: str) -> None:
-    assert mixture(spec_of(case, norm_topk_prob=True)).router.renormalize == "sum"
-    assert mixture(spec_of(case, norm_topk_prob=False)).router.renormalize == "none"
-    assert mixture(spec_of(case, norm_topk_prob=...)).router.renormalize == ("sum" if case == "mellum" else "none")
+    assert first_moe(spec_of(case, norm_topk_prob=True)).router.renormalize == "sum"
+    assert first_moe(spec_of(case, norm_topk_prob=False)).router.renormalize == "none"
+    assert first_moe(spec_of(case, norm_topk_prob=...)).router.renormalize == ("sum" if case == "mellum" else "none")
 
 
 @pytest.mark.parametrize(
@@ -222,15 +222,15 @@ def test_softmax_routing_is_renormalized_or_not(case: str) -> None:
     ],
 )
 def test_the_familys_auxiliary_loss(case: str, default: float) -> None:
-    assert mixture(spec_of(case, router_aux_loss_coef=0.9)).losses == (PooledBalanceLossSpec(coefficient=0.9),)
-    assert mixture(spec_of(case, router_aux_loss_coef=...)).losses == (PooledBalanceLossSpec(coefficient=default),)
-    assert mixture(spec_of(case, router_aux_loss_coef=0)).losses == ()
+    assert first_moe(spec_of(case, router_aux_loss_coef=0.9)).losses == (PooledBalanceLossSpec(coefficient=0.9),)
+    assert first_moe(spec_of(case, router_aux_loss_coef=...)).losses == (PooledBalanceLossSpec(coefficient=default),)
+    assert first_moe(spec_of(case, router_aux_loss_coef=0)).losses == ()
 
 
 @pytest.mark.parametrize(("case", "name"), [("mixtral", "router_jitter_noise"), ("minimax_m2", "router_jitter_noise")])
-def test_noise_of_training_is_on_all_that_the_mixture_sees(case: str, name: str) -> None:
-    assert mixture(spec_of(case, **{name: 0.1})).router.jitter == JitterSpec(of="mixture", amount=0.1)
-    assert mixture(spec_of(case)).router.jitter is None
+def test_jitter_noise_applies_to_the_input_of_the_whole_moe_layer(case: str, name: str) -> None:
+    assert first_moe(spec_of(case, **{name: 0.1})).router.jitter == JitterSpec(of="mixture", amount=0.1)
+    assert first_moe(spec_of(case)).router.jitter is None
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_tied_head(case: str) -> None:
         ("flex_olmo", 5e5),
     ],
 )
-def test_the_familys_rotation_where_the_config_is_silent(case: str, base: float) -> None:
+def test_default_rope_of_each_family(case: str, base: float) -> None:
     assert attentions(spec_of(case, rope_parameters=...))[0].position.base == base
     old = spec_of(case, rope_parameters=..., rope_theta=7e5, rope_scaling={"type": "linear", "factor": 2.0})
     position = attentions(old)[0].position
@@ -278,16 +278,16 @@ def test_the_familys_rotation_where_the_config_is_silent(case: str, base: float)
 
 
 @pytest.mark.parametrize(("case", "default"), [("glm4_moe", 0.5), ("solar_open", 1.0), ("minimax_m2", 0.5)])
-def test_a_part_of_each_head_is_rotated(case: str, default: float) -> None:
-    silent = spec_of(case, rope_parameters=...)
-    assert attentions(silent)[0].position.fraction == default
+def test_partial_rotary_factor(case: str, default: float) -> None:
+    default_spec = spec_of(case, rope_parameters=...)
+    assert attentions(default_spec)[0].position.fraction == default
     outside = spec_of(case, rope_parameters=..., partial_rotary_factor=1 / 3)
     inside = spec_of(case, rope_parameters={"partial_rotary_factor": 1 / 3}, partial_rotary_factor=0.5)
     assert attentions(outside)[0].position.fraction == attentions(inside)[0].position.fraction == 1 / 3
 
 
-def test_squared_relu_is_an_activation() -> None:
-    assert mixture(spec_of("mixtral", hidden_act="relu2")).experts == GatedFeedForwardSpec(
+def test_squared_relu_is_supported() -> None:
+    assert first_moe(spec_of("mixtral", hidden_act="relu2")).experts == GatedFeedForwardSpec(
         kind="relu_squared_glu", hidden_dim=20
     )
 
@@ -295,7 +295,7 @@ def test_squared_relu_is_an_activation() -> None:
 # --- family by family ------------------------------------------------------------------------------------------------
 
 
-def test_gpt_oss_where_the_config_is_silent() -> None:
+def test_gpt_oss_defaults() -> None:
     spec = spec_of("gpt_oss", rope_parameters=..., layer_types=..., sliding_window=..., num_hidden_layers=3)
     assert windows(spec) == [128, None, 128]
     expected = RoPESpec(base=150_000.0, scaling=YaRNScalingSpec(factor=32, original_length=4096, truncate=False))
@@ -304,10 +304,10 @@ def test_gpt_oss_where_the_config_is_silent() -> None:
 
 def test_gpt_oss_clamp() -> None:
     spec = spec_of("gpt_oss", swiglu_alpha=1.5, swiglu_limit=5.0)
-    assert mixture(spec).experts == ClampedSwiGLUSpec(hidden_dim=20, alpha=1.5, limit=5.0)
+    assert first_moe(spec).experts == ClampedSwiGLUSpec(hidden_dim=20, alpha=1.5, limit=5.0)
 
 
-def test_qwen2_slides_every_second_layer_below_a_bound() -> None:
+def test_qwen2_windows_are_in_every_second_layer_below_max_window_layers() -> None:
     slides = {"use_sliding_window": True, "layer_types": ..., "num_hidden_layers": 5, "max_window_layers": 3}
     assert windows(spec_of("qwen2_moe", **slides, sliding_window=8)) == [8, None, 8, None, None]
     assert windows(spec_of("qwen2_moe", **slides, sliding_window=...)) == [4096, None, 4096, None, None]
@@ -317,7 +317,7 @@ def test_qwen2_slides_every_second_layer_below_a_bound() -> None:
 def test_qwen2_dense_layers_and_shared_expert() -> None:
     spec = spec_of("qwen2_moe", mlp_only_layers=[3], decoder_sparse_step=2, num_hidden_layers=4, layer_types=...)
     assert spec.moe_layers == (1,)
-    assert mixture(spec).shared == SharedExpertsSpec(kind="sigmoid_gated", hidden_dim=28)
+    assert first_moe(spec).shared == SharedExpertsSpec(kind="sigmoid_gated", hidden_dim=28)
     assert not attentions(spec_of("qwen2_moe", qkv_bias=False))[0].qkv_bias
 
 
@@ -327,7 +327,7 @@ def test_qwen3_window_is_one_for_all_layers() -> None:
     assert set(windows(spec_of("qwen3_moe", use_sliding_window=False, sliding_window=8))) == {None}
 
 
-def test_glm4_norms_queries_only_where_asked() -> None:
+def test_glm4_qk_norm_is_optional() -> None:
     assert attentions(spec_of("glm4_moe", use_qk_norm=...))[0].qk_norm is None
     assert attentions(spec_of("glm4_moe"))[0].qk_norm == RMSNormSpec(epsilon=1e-5)
     assert spec_of("glm4_moe", first_k_dense_replace=2).moe_layers == (2,)
@@ -362,17 +362,17 @@ def test_ernie_dense_layers() -> None:
 
 
 def test_ernie_floor_shared_experts_and_head() -> None:
-    router = mixture(spec_of("ernie4_5_moe", moe_norm_min=0.5)).router
+    router = first_moe(spec_of("ernie4_5_moe", moe_norm_min=0.5)).router
     assert (router.score, router.renormalize_epsilon, router.renormalize_floor) == ("softmax", 0.5, True)
-    assert not mixture(spec_of("ernie4_5_moe", moe_norm_min=0)).router.renormalize_floor
-    assert mixture(spec_of("ernie4_5_moe", moe_num_shared_experts=0)).shared is None
+    assert not first_moe(spec_of("ernie4_5_moe", moe_norm_min=0)).router.renormalize_floor
+    assert first_moe(spec_of("ernie4_5_moe", moe_num_shared_experts=0)).shared is None
     assert spec_of("ernie4_5_moe", tie_word_embeddings=...).head == TiedHeadSpec()
 
 
-def test_ernie_biases_are_of_all_but_the_routed_experts() -> None:
+def test_ernie_biases_are_everywhere_except_in_routed_experts() -> None:
     spec = spec_of("ernie4_5_moe", use_bias=True)
     dense = next(layer.feed_forward for layer in spec.all_layers if layer.feed_forward is not None)
-    moe, attention = mixture(spec), attentions(spec)[0]
+    moe, attention = first_moe(spec), attentions(spec)[0]
     assert dense.bias
     assert moe.shared_feed_forward.bias
     assert not moe.experts.bias
@@ -407,13 +407,13 @@ def test_llama4_norm_and_temperature() -> None:
     assert {(attention.qk_norm, attention.temperature_tuning) for attention in without} == {(None, None)}
 
 
-def test_llama4_scout_rotation_has_no_ramp() -> None:
+def test_llama4_scout_rope_scaling_has_no_ramp() -> None:
     spec = spec_of("llama4_text", rope_parameters=LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 1.0})
     scaling = Llama3ScalingSpec(factor=16, original_length=8192, high_frequency_factor=1)
     assert attentions(spec)[0].position == RoPESpec(base=5e5, layout="interleaved", scaling=scaling)
 
 
-def test_llama4_inside_its_wrapper() -> None:
+def test_llama4_in_its_multimodal_wrapper() -> None:
     text = read_fixture("llama4_text").description["config"]
     generation = {
         "length_penalty": 1.0,
@@ -433,11 +433,11 @@ def test_dots1_windows_and_shared_experts() -> None:
     assert windows(spec_of("dots1", layer_types=..., max_window_layers=2)) == [None, None, 8]
     assert windows(spec_of("dots1", layer_types=..., sliding_window=None)) == [None] * 3
     assert windows(spec_of("dots1", layer_types=..., sliding_window=..., max_window_layers=...)) == [None] * 3
-    assert mixture(spec_of("dots1", n_shared_experts=None)).shared is None
+    assert first_moe(spec_of("dots1", n_shared_experts=None)).shared is None
     assert spec_of("dots1", first_k_dense_replace=...).moe_layers == (0, 1, 2)
 
 
-def test_exaone_rotates_layers_with_a_window_or_all() -> None:
+def test_exaone_uses_rope_in_layers_with_a_window_or_in_all() -> None:
     def rotated(**changes: Any) -> list[bool]:
         return [isinstance(attention.position, RoPESpec) for attention in attentions(spec_of("exaone_moe", **changes))]
 
@@ -455,22 +455,22 @@ def test_exaone_dense_layers() -> None:
     assert spec_of("exaone_moe", **released, is_moe_layer=[False, True, True, True]) == spec_of("exaone_moe")
 
 
-def test_mellum_rotations_by_type() -> None:
-    silent = attentions(spec_of("mellum", rope_parameters=...))
-    assert [attention.position.base for attention in silent] == [1e4, 5e5, 1e4]
+def test_mellum_rope_by_layer_type() -> None:
+    default_spec = attentions(spec_of("mellum", rope_parameters=...))
+    assert [attention.position.base for attention in default_spec] == [1e4, 5e5, 1e4]
     assert windows(spec_of("mellum", layer_types=..., rope_parameters=...)) == [None] * 3
     assert windows(spec_of("mellum", sliding_window=...)) == [1024, None, 1024]
     assert spec_of("mellum", mlp_layer_types=...).moe_layers == (0, 1, 2)
     assert spec_of("mellum", num_nextn_predict_layers=1, mtp_layer_types=["sliding_attention"]) == spec_of("mellum")
 
 
-def test_flex_olmo_norms_what_a_block_gives() -> None:
+def test_flex_olmo_has_post_norms() -> None:
     spec = spec_of("flex_olmo")
     assert {layer.arrangement for layer in spec.all_layers} == {"post"}
     assert {attention.qk_norm_over for attention in attentions(spec)} == {"projection"}
 
 
-def test_kimi_k2_rotation() -> None:
+def test_kimi_k2_rope() -> None:
     scaling = {"type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
     config = {"rope_scaling": scaling | {"original_max_position_embeddings": 4096}, "rope_theta": 5e4}
     spec = spec_of("deepseek_v3", model_type="kimi_k2", rope_parameters=..., **config)

@@ -1,4 +1,4 @@
-"""README's table of families: a row for each, made by the tests, and nothing in it that failed."""
+"""README's table of families: one row per family, generated from tests, without failures."""
 
 from moezoo.core.huggingface.family import families
 from tests.huggingface.family_table import BEGIN, COLUMNS, END, README, Results, table
@@ -10,12 +10,12 @@ def rows() -> list[list[str]]:
     return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_every_family_has_a_row_in_which_all_holds() -> None:
+def test_every_family_has_a_row_in_which_all_passed() -> None:
     assert [row[0] for row in rows()] == sorted({family.name for family in families().values()})
     assert all(row[1 : 1 + len(COLUMNS)] == ["yes"] * len(COLUMNS) for row in rows())
 
 
-def test_what_failed_or_did_not_run_is_not_a_yes() -> None:
+def test_failed_or_missing_tests_are_not_a_yes() -> None:
     results = Results()
     results.passed["mixtral", "test_fixture", "jax"] = True
     results.passed["mixtral", "test_fixture", "mlx"] = False

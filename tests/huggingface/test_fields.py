@@ -1,4 +1,4 @@
-"""config.json: what is read, what is refused, and in which words."""
+"""Reader of config.json: values, refusals and error messages."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def fields(**values: object) -> Fields:
     return Fields(values, "config.json")
 
 
-def test_defaults_stand_for_absent_and_null() -> None:
+def test_defaults_apply_to_absent_and_null() -> None:
     some = fields(a=None, b=3)
     assert (some.count("a", 7), some.count("b", 7), some.get("c")) == (7, 3, None)
 
@@ -36,20 +36,20 @@ def test_defaults_stand_for_absent_and_null() -> None:
         (lambda some: some.inside("half"), "half is 0.5; expected a JSON object"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(read, message: str) -> None:
+def test_invalid_value_is_refused_by_name(read, message: str) -> None:
     some = fields(zero=0, half=0.5, yes=True, endless=float("inf"), list=[1], word="gelu")
     with pytest.raises(SpecError, match=rf"{message}.*\(config\.json\)"):
         read(some)
 
 
-def test_two_names_for_one_thing_must_agree() -> None:
+def test_aliases_must_agree() -> None:
     assert fields(b=4).either("a", "b") == "b"
     assert fields().either("a", "b") == "a"
     with pytest.raises(SpecError, match="b is 5; expected 4"):
         fields(a=4, b=5).either("a", "b")
 
 
-def test_a_field_that_nobody_read_is_refused() -> None:
+def test_an_unread_field_is_refused() -> None:
     some = fields(known=1, surprise=2, use_cache=True, bos_token_id=0)
     some.get("known")
     with pytest.raises(SpecError, match="unknown for this family: surprise 2"):
@@ -57,7 +57,7 @@ def test_a_field_that_nobody_read_is_refused() -> None:
     some.finish(("sur*",))
 
 
-def test_the_text_model_inside_a_wrapper() -> None:
+def test_text_config_in_a_multimodal_wrapper() -> None:
     some = fields(text_config={"model_type": "inner", "a": 1}, vision_config={"b": 2}, tie_word_embeddings=True)
     assert (some.model_type, some.count("a"), some.flag("tie_word_embeddings")) == ("inner", 1, True)
     with pytest.raises(SpecError, match="unknown for this family: logit_trick 3"):
@@ -90,7 +90,7 @@ def test_a_config_that_is_not_understood_is_refused(changes: dict, message: str,
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1, "a": 2}', "\xff", "[" * 100_000])
-def test_a_config_that_is_no_json_object(text: str, tmp_path: Path) -> None:
+def test_a_config_that_is_not_a_json_object(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(SpecError, match=r"config\.json"):
         describe_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""The checkpoints that tests draw are the ones that transformers answered for."""
+"""Checkpoints generated from fixtures are those that transformers computed the outputs for."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_drawn_weights_are_those_of_the_fixture(case):
 
 
 @pytest.mark.parametrize("case", EVERY)
-def test_fixture_is_small_and_its_answers_fit_together(case):
+def test_fixture_is_small_and_its_arrays_have_matching_shapes(case):
     fixture = fixtures.read_fixture(case)
     assert sum((fixtures.FOLDER / f"{case}.{suffix}").stat().st_size for suffix in ("json", "npz")) < 45 * 1024
     expected = fixture.expected
@@ -43,7 +43,7 @@ def test_written_checkpoint_opens_as_safetensors(tmp_path, shards):
     assert all(np.array_equal(opened[name], array) for name, (_, array) in drawn.items())
 
 
-def test_values_have_the_mean_and_the_deviation_of_their_law():
+def test_values_have_the_mean_and_standard_deviation_of_their_law():
     values = fixtures.drawn(0, "name", (20000,), "F32", {"mean": 1.0, "std": 0.5})
     np.testing.assert_allclose([values.mean(), values.std()], [1.0, 0.5], atol=0.01)
 
@@ -65,6 +65,6 @@ def test_bfloat16_and_e4m3_round_to_the_nearest():
         ["a.0.b.0.w", "a.1.b.0.w", "a.1.b.1.w"],
     ],
 )
-def test_patterns_stand_for_exactly_the_names(names):
+def test_patterns_expand_to_exactly_the_names(names):
     patterns = fixtures.contracted(names)
     assert sorted(name for pattern in patterns for name in fixtures.expanded(pattern)) == names

@@ -55,7 +55,7 @@ def refusal(folder):
 
 
 @pytest.mark.parametrize("write", [single, sharded])
-def test_every_tensor_comes_back_in_its_stored_dtype(tmp_path, write):
+def test_every_tensor_is_read_in_its_stored_dtype(tmp_path, write):
     folder = TensorFolder(write(tmp_path))
     assert folder.tensors.keys() == tensors().keys()
     for name, expected in tensors().items():
@@ -65,7 +65,7 @@ def test_every_tensor_comes_back_in_its_stored_dtype(tmp_path, write):
         assert folder.size_bytes(name) == expected.nbytes
 
 
-def test_a_stored_tensor_says_where_and_what_it_is(tmp_path):
+def test_a_stored_tensor_has_file_dtype_and_shape(tmp_path):
     folder = TensorFolder(sharded(tmp_path))
     assert folder.tensors["embed.weight"] == StoredTensor(SHARDS[0], "BF16", (7, 5))
     assert folder.tensors["scales"] == StoredTensor(SHARDS[1], "F8_E8M0", (4,))
@@ -78,7 +78,7 @@ def test_headers_are_those_of_the_files(tmp_path, write):
         assert content[: 8 + len(header)] == len(header).to_bytes(8, "little") + header
 
 
-def test_a_tensor_is_read_into_its_place_of_a_stack(tmp_path):
+def test_a_tensor_is_read_into_a_slice_of_a_stack(tmp_path):
     folder = TensorFolder(single(tmp_path))
     stack = np.zeros((2, 3, 5), np.float32)
     folder.read("layers.0.w", out=stack[1])
@@ -88,12 +88,12 @@ def test_a_tensor_is_read_into_its_place_of_a_stack(tmp_path):
             folder.read("layers.0.w", out=unfit)
 
 
-def test_one_file_of_another_name_is_taken_without_an_index(tmp_path):
+def test_one_file_of_another_name_is_read_without_an_index(tmp_path):
     os.rename(single(tmp_path) / "model.safetensors", tmp_path / "weights.safetensors")
     assert TensorFolder(tmp_path).tensors["scales"].file == "weights.safetensors"
 
 
-def test_an_index_of_one_file_is_read_and_another_beside_it_refused(tmp_path):
+def test_an_index_of_one_file_is_read_and_an_unlisted_file_refused(tmp_path):
     single(tmp_path)
     write_index(tmp_path, dict.fromkeys(tensors(), "model.safetensors"))
     assert len(TensorFolder(tmp_path).tensors) == len(tensors())

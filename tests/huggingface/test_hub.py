@@ -11,7 +11,7 @@ from huggingface_hub import errors
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.huggingface.hub import progress_line, resolve
+from moezoo.core.huggingface.hub import resolve
 
 COMMIT = "c" * 40
 SHARDS = {
@@ -35,7 +35,7 @@ UNWANTED = {
 
 
 class FakeHub:
-    """A repository on a hub, in a cache laid out as huggingface_hub's."""
+    """A fake hub repository, with a cache in the layout of huggingface_hub."""
 
     def __init__(self, cache, files):
         self.root, self.files, self.fetched, self.revisions = cache / "models--org--name", files, [], []
@@ -71,7 +71,7 @@ class FakeHub:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Makes a hub of one repository with these files."""
+    """Return a function that creates a fake hub with one repository."""
 
     def make(files):
         fake = FakeHub(tmp_path / "cache", files)
@@ -97,11 +97,11 @@ def refusal(name):
     return str(caught.value)
 
 
-def test_only_texts_and_the_weights_of_the_index_are_fetched(hub):
+def test_only_json_templates_and_indexed_weights_are_downloaded(hub):
     fake = hub(TEXTS | SHARDS | UNWANTED)
     path = resolve("org/name")
     assert sorted(fake.fetched) == sorted(TEXTS | SHARDS)
-    assert fake.revisions == [None, COMMIT]  # the weights are of the config's revision
+    assert fake.revisions == [None, COMMIT]  # weights have the same revision as the config
     assert TensorFolder(path).tensors.keys() == {"a", "b"}
 
 
@@ -119,7 +119,7 @@ def test_weights_of_one_file_need_no_index(hub, name):
     assert fake.fetched == ["config.json", name]
 
 
-def test_what_is_in_the_cache_is_not_fetched_again(hub):
+def test_cached_files_are_not_downloaded_again(hub):
     fake = hub(TEXTS | SHARDS)
     first = resolve("org/name")
     fake.fetched.clear()
@@ -127,25 +127,24 @@ def test_what_is_in_the_cache_is_not_fetched_again(hub):
     assert fake.fetched == []
 
 
-def test_progress_tells_how_much_of_how_much_and_how_long(hub, monkeypatch):
+def test_progress_callback_receives_bytes_of_the_weights(hub, monkeypatch):
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("moezoo.core.huggingface.hub.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("moezoo.core.progress.time.monotonic", lambda: next(clock))
     hub(TEXTS | SHARDS | UNWANTED)
-    lines = []
-    resolve("org/name", lines.append)
-    assert [line.split(":")[0] for line in lines] == ["fetching org/name"] * 2  # one a shard
-    assert progress_line("a/b", 1.25e9, 5e9, 25) == "fetching a/b: 1,250 of 5,000 MB, 50 MB/s, 1:15 left"
-    assert progress_line("a/b", 1.25e9, None, 25) == "fetching a/b: 1,250 MB, 50 MB/s"
-    assert progress_line("a/b", 0, 5e9, 0) == "fetching a/b: 0 of 5,000 MB, 0 MB/s"
+    seen = []
+    resolve("org/name", lambda *row: seen.append(row))
+    total = sum(map(len, SHARDS.values()))
+    first = len(SHARDS[min(SHARDS)])
+    assert seen == [("fetching org/name", done, total) for done in (first, total)]  # one call per shard
 
 
-def test_nothing_is_shown_by_the_library_itself(hub, capfd):
+def test_huggingface_hub_prints_nothing_itself(hub, capfd):
     hub(TEXTS | SHARDS)
     resolve("org/name")
     assert capfd.readouterr() == ("", "")
 
 
-def test_paths_stay_as_they_are(hub, tmp_path):
+def test_local_paths_are_returned_unchanged(hub, tmp_path):
     fake = hub({})
     (tmp_path / "org" / "name").mkdir(parents=True)
     for path in ("org/name", "org/missing", tmp_path / "x", "./a/b", "../a", "a/b/c", "name", "/a/b"):
@@ -164,7 +163,7 @@ def test_paths_stay_as_they_are(hub, tmp_path):
         ),
     ],
 )
-def test_a_repository_without_what_is_needed_is_refused(hub, files, problem):
+def test_a_repository_without_config_or_safetensors_is_refused(hub, files, problem):
     fake = hub(files)
     assert problem in refusal("org/name")
     assert not set(fake.fetched) & {"pytorch_model.bin", "modeling_own.py"}
@@ -184,12 +183,12 @@ def test_a_repository_without_what_is_needed_is_refused(hub, files, problem):
         (OSError(28, "No space left on device"), "cannot fetch org/name: OSError: [Errno 28] No space left"),
     ],
 )
-def test_every_failure_is_one_line_that_names_the_repository(hub, error, problem):
+def test_every_failure_is_one_line_with_the_repository(hub, error, problem):
     hub(TEXTS).error = error
     assert problem in refusal("org/name@v1")
 
 
-def test_an_index_that_names_a_path_cannot_widen_what_is_fetched(hub):
+def test_paths_in_an_index_cannot_add_files_to_download(hub):
     index = {"weight_map": {"a": "*.bin", "b": "../x.safetensors", "c": "*.safetensors", "d": 3}}
     fake = hub({"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()} | UNWANTED)
     refusal("org/name")

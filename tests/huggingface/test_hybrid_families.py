@@ -1,4 +1,4 @@
-"""Options of Granite, LFM2, Qwen3-Next, Qwen3.5, Hunyuan and Trinity beyond what fixtures and oracles use."""
+"""Options of Granite, LFM2, Qwen3-Next, Qwen3.5, Hunyuan and Trinity beyond those in the fixtures."""
 
 import json
 from typing import Any
@@ -13,14 +13,14 @@ from tests.support.fixtures import read_fixture
 
 
 def spec_of(case: str, **changes: Any) -> ModelSpec:
-    """The model of a fixture's config with other values; `...` leaves a field out."""
+    """Return the spec of a fixture's config with changed fields; `...` removes a field."""
     config = read_fixture(case).description["hub_config"] | changes
     config = {name: value for name, value in config.items() if value is not ...}
     fields = Fields(json.loads(json.dumps(config)), "config.json")
     return family_of(fields).spec_of(fields)
 
 
-def test_lfm2_has_convolutions_where_layer_types_say_so() -> None:
+def test_lfm2_convolutions_follow_layer_types() -> None:
     spec = spec_of("lfm2_moe", conv_L_cache=5, conv_bias=True)
     mixers = [layer.attention for layer in spec.all_layers]
     assert mixers[0] == mixers[2] == ShortConvolutionSpec(conv_width=5, bias=True)
@@ -28,14 +28,14 @@ def test_lfm2_has_convolutions_where_layer_types_say_so() -> None:
     assert [layer.moe is None for layer in spec.all_layers] == [True, False, False, False]
 
 
-def test_lfm2_says_in_two_ways_that_its_head_is_tied() -> None:
+def test_lfm2_has_two_fields_for_a_tied_head() -> None:
     assert spec_of("lfm2_moe", tie_word_embeddings=...).head.kind == "tied"
     assert spec_of("lfm2_moe", tie_word_embeddings=..., tie_embedding=False).head.kind == "untied"
     with pytest.raises(SpecError, match="tie_word_embeddings is true; expected false"):
         spec_of("lfm2_moe", tie_word_embeddings=True, tie_embedding=False)
 
 
-def test_qwen3_next_attends_in_every_so_many_layers_unless_a_list_says_otherwise() -> None:
+def test_qwen3_next_full_attention_follows_interval_or_layer_types() -> None:
     for changes, kinds in (
         ({"full_attention_interval": 2, "num_hidden_layers": 5}, "dfdfd"),
         ({"full_attention_interval": ..., "num_hidden_layers": 5}, "dddfd"),
@@ -46,12 +46,12 @@ def test_qwen3_next_attends_in_every_so_many_layers_unless_a_list_says_otherwise
         assert "".join(found) == kinds
 
 
-def test_qwen3_next_rotates_a_quarter_of_each_head_unless_it_says_otherwise() -> None:
+def test_qwen3_next_default_partial_rotary_factor_is_a_quarter() -> None:
     spec = spec_of("qwen3_next", layer_types=["full_attention"] * 3, partial_rotary_factor=..., rope_parameters=...)
     assert spec.layers[0].attention.position.fraction == 0.25
 
 
-def test_hunyuan_has_numbers_for_every_layer() -> None:
+def test_hunyuan_has_numbers_per_layer() -> None:
     spec = spec_of(
         "hunyuan_v1_moe",
         moe_topk=[1, 3],
@@ -59,7 +59,7 @@ def test_hunyuan_has_numbers_for_every_layer() -> None:
         num_shared_expert=[2, 1],
         intermediate_size=16,
     )
-    found = [(m.router.top_k, m.experts.hidden_dim, m.shared_feed_forward.hidden_dim) for m in _mixtures(spec)]
+    found = [(m.router.top_k, m.experts.hidden_dim, m.shared_feed_forward.hidden_dim) for m in _moes(spec)]
     assert found == [(1, 20, 32), (3, 24, 16)]
     assert spec_of("hunyuan_v1_moe", use_mixed_mlp_moe=False).layers[0].moe.shared is None
     with pytest.raises(SpecError, match=r"moe_topk is \[1\]; expected a list of 2"):
@@ -68,11 +68,11 @@ def test_hunyuan_has_numbers_for_every_layer() -> None:
         spec_of("hunyuan_v1_moe", moe_topk=[1, 0])
 
 
-def _mixtures(spec: ModelSpec) -> list[Any]:
+def _moes(spec: ModelSpec) -> list[Any]:
     return [layer.moe for layer in spec.all_layers]
 
 
-def test_hunyuans_alpha_makes_the_base_larger_and_without_it_the_length_does() -> None:
+def test_hunyuan_dynamic_rope_with_and_without_alpha() -> None:
     rope = {"type": "dynamic", "alpha": 50.0, "factor": 2.0}
     position = spec_of("hunyuan_v1_moe", rope_scaling=rope, head_dim=12).layers[0].attention.position
     assert position.base == pytest.approx(1e4 * 50 ** (12 / 10))
@@ -81,7 +81,7 @@ def test_hunyuans_alpha_makes_the_base_larger_and_without_it_the_length_does() -
     assert (position.base, position.scaling.kind) == (1e4, "dynamic")
 
 
-def test_trinity_rotates_where_it_slides() -> None:
+def test_trinity_uses_rope_only_in_sliding_layers() -> None:
     spec = spec_of("afmoe", layer_types=..., global_attn_every_n_layers=2, num_hidden_layers=4, sliding_window=5)
     found = [(layer.attention.window, layer.attention.position.kind) for layer in spec.all_layers]
     assert found == [(5, "rope"), (None, "none")] * 2
@@ -109,6 +109,6 @@ def test_trinity_rotates_where_it_slides() -> None:
         ("afmoe", {"n_group": 2}, "n_group is 2; expected 1"),
     ],
 )
-def test_what_is_not_realized_is_refused_by_name(case: str, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_option_is_refused_by_name(case: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec_of(case, **changes)

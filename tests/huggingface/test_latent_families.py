@@ -1,4 +1,4 @@
-"""Families with latent attention, and Phi-3.5-MoE: what their options become, and which are refused by name."""
+"""Options of families with latent attention and of Phi-3.5-MoE: the parsed spec of each, and refusals."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ MISTRAL_ROPE = read_fixture("mistral4").description["config"]["rope_parameters"]
 
 
 def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
-    """Of a fixture's config with other fields; one that is `...` is left out."""
+    """Return the spec of a fixture's config with changed fields; `...` removes a field."""
     config = read_fixture(case).description["config"] | changes
     config = {name: value for name, value in config.items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -58,19 +58,19 @@ def test_refused(case: str, changes: dict[str, Any], message: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "longcat_flash"])
-def test_norms_of_latents_do_not_look_at_rms_norm_eps(case: str, tmp_path: Path) -> None:
+def test_latent_norms_ignore_rms_norm_eps(case: str, tmp_path: Path) -> None:
     spec = spec_of(case, tmp_path, rms_norm_eps=1e-3, attention_bias=True)
     assert (spec.norm.epsilon, spec.layers[0].attention.norm.epsilon) == (1e-3, 1e-6)
     assert spec.layers[0].attention.bias
 
 
-def test_dense_layers_stand_where_mlp_layer_types_says(tmp_path: Path) -> None:
+def test_dense_layers_follow_mlp_layer_types(tmp_path: Path) -> None:
     for case in ("deepseek_v32", "glm4_moe_lite"):
         spec = spec_of(case, tmp_path, mlp_layer_types=["sparse", "dense", "sparse"])
         assert spec.moe_layers == (0, 2)
 
 
-def test_mistral_counts_from_0_or_has_no_temperature(tmp_path: Path) -> None:
+def test_mistral_temperature_counts_from_0_or_is_absent(tmp_path: Path) -> None:
     attention = spec_of("mistral4", tmp_path).layers[0].attention
     assert attention.temperature_tuning == TemperatureTuningSpec(floor_length=8, scale=0.1, first=0)
     assert attention.position.fraction == 1
@@ -84,7 +84,7 @@ def test_one_group_is_plain_top_k(tmp_path: Path) -> None:
         assert isinstance(moe.router.choice, TopKChoiceSpec)
 
 
-def test_phi_has_a_factor_of_its_own_for_each_list(tmp_path: Path) -> None:
+def test_phi_has_an_attention_factor_per_factor_list(tmp_path: Path) -> None:
     rope = read_fixture("phimoe").description["config"]["rope_parameters"]
     original = rope["original_max_position_embeddings"]
     spec_of("phimoe", tmp_path)
@@ -93,15 +93,15 @@ def test_phi_has_a_factor_of_its_own_for_each_list(tmp_path: Path) -> None:
         assert (scaling.length, scaling.attention_factor) == (length, factor)
 
 
-def test_a_layer_of_longcat_is_two_of_ours(tmp_path: Path) -> None:
+def test_a_longcat_layer_becomes_two_layers(tmp_path: Path) -> None:
     spec = spec_of("longcat_flash", tmp_path)
     assert [layer.shortcut for layer in spec.all_layers] == [True, False] * 2
     assert spec.moe_layers == (0, 2)
     assert spec_of("longcat_flash", tmp_path, zero_expert_num=0).layers[0].moe.zero_computation is None
 
 
-def test_gates_of_experts_that_copy_are_kept(tmp_path: Path) -> None:
-    """As transformers 5.23 writes them; a routed expert that lacks its own is missing all the same."""
+def test_gate_tensors_of_copy_experts_are_kept(tmp_path: Path) -> None:
+    """Transformers 5.23 writes them; a routed expert without its gate is still reported as missing."""
     description = read_fixture("longcat_flash").description
     more = [
         [f"model.layers.{{0-1}}.mlp.experts.{{7-9}}.{which}_proj.weight", "F32", [20, 32], "matrix"]

@@ -9,7 +9,7 @@ FLOATS = [ml_dtypes.bfloat16, np.float16, np.float32, np.float64]
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
-def test_one_bad_number_is_found_wherever_it_stands(dtype, value):
+def test_one_nonfinite_value_is_found_at_any_position(dtype, value):
     array = np.full((3, 700, 300), 1.5).astype(dtype)
     array.reshape(-1)[::1000] = ml_dtypes.finfo(dtype).max
     array[0, 0, 0], array[0, 0, 1] = -0.0, ml_dtypes.finfo(dtype).smallest_subnormal

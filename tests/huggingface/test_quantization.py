@@ -22,7 +22,7 @@ def e2m1(nibble):
 
 
 def e4m3(code):
-    """By the definition: a sign, 4 exponent bits of bias 7, 3 bits of mantissa; no infinity, one NaN a sign."""
+    """Decode E4M3 by definition: sign, 4 exponent bits of bias 7, 3 mantissa bits; no infinity, one NaN per sign."""
     sign, exponent, mantissa = -1.0 if code >> 7 else 1.0, code >> 3 & 15, code & 7
     if exponent == 15 and mantissa == 7:
         return np.nan
@@ -33,12 +33,12 @@ def e4m3(code):
 
 
 def every_block_and_scale():
-    """[scale, code group, byte]: each of the 256 bytes under each of the 256 scales."""
+    """Return blocks [scale, code group, byte]: each of the 256 bytes with each of the 256 scales."""
     blocks = np.broadcast_to(EVERY_CODE.reshape(1, 16, 16), (256, 16, 16)).copy()
     return blocks, np.broadcast_to(EVERY_CODE[:, None], (256, 16)).copy()
 
 
-def test_mxfp4_numbers_are_code_times_power_of_two_for_every_byte_and_scale():
+def test_mxfp4_values_are_code_times_power_of_two_for_every_byte_and_scale():
     values = mxfp4_decode(*every_block_and_scale())
     assert (values.dtype, values.shape) == (ml_dtypes.bfloat16, (256, 512))
     nibbles = [nibble for byte in range(256) for nibble in (byte & 15, byte >> 4)]
@@ -53,26 +53,26 @@ def test_mxfp4_numbers_are_code_times_power_of_two_for_every_byte_and_scale():
     )
 
 
-def test_mxfp4_codes_come_back_under_every_scale_that_keeps_them_apart():
+def test_mxfp4_codes_round_trip_with_every_injective_scale():
     blocks, scales = every_block_and_scale()
     finite = slice(0, 253)
     found = mxfp4_encode(mxfp4_decode(blocks[finite], scales[finite]), scales[finite])
     np.testing.assert_array_equal(found, blocks[finite])
 
 
-def test_mxfp4_codes_that_decode_alike_come_back_from_the_kept_ones():
+def test_mxfp4_ambiguous_codes_round_trip_from_the_kept_ones():
     blocks, scales = every_block_and_scale()
     np.testing.assert_array_equal(mxfp4_encode(mxfp4_decode(blocks, scales), scales, blocks), blocks)
 
 
-def test_mxfp4_keeps_only_codes_that_still_stand_for_their_number():
+def test_mxfp4_keeps_only_codes_that_still_decode_to_the_value():
     blocks, scales = every_block_and_scale()
     blocks, scales = blocks[120:130], scales[120:130]
     others = mxfp4_encode(-mxfp4_decode(blocks, scales), scales, blocks)
     np.testing.assert_array_equal(others, blocks ^ 0x88)
 
 
-def test_mxfp4_changed_numbers_are_refused_unless_rounding_is_asked_for():
+def test_mxfp4_changed_values_are_refused_unless_rounded():
     scales = np.full((1, 1), 127, np.uint8)
     values = np.zeros((1, 32), np.float32)
     values[0, :8] = [0.1, 0.26, 5.1, 100, -100, -0.1, 2.5, 3.5]
@@ -90,8 +90,8 @@ def test_mxfp4_scales_of_another_shape_are_refused(blocks, scales):
         mxfp4_shape("x_blocks", blocks, scales)
 
 
-def test_mxfp4_piece_of_the_oracle_decodes_as_by_its_definition():
-    piece = np.load(PIECE)  # numbers: code by code, in float64
+def test_mxfp4_piece_of_the_oracle_decodes_by_definition():
+    piece = np.load(PIECE)  # values: decoded code by code in float64
     values = mxfp4_decode(piece["blocks"], piece["scales"])
     np.testing.assert_array_equal(bits(values), piece["bfloat16_bits"])
     np.testing.assert_array_equal(mxfp4_encode(values, piece["scales"]), piece["blocks"])
@@ -109,7 +109,7 @@ def random_fp8(*shape, seed=0):
     return codes.view(ml_dtypes.float8_e4m3fn), scales
 
 
-def test_fp8_numbers_are_code_times_scale_for_every_code():
+def test_fp8_values_are_code_times_scale_for_every_code():
     scale = np.float32([[1e-3 / 3]])
     values = fp8_decode(EVERY_CODE.reshape(2, 128).view(ml_dtypes.float8_e4m3fn), scale[:, :1]).reshape(-1)
     assert values.dtype == np.float32
@@ -119,7 +119,7 @@ def test_fp8_numbers_are_code_times_scale_for_every_code():
     assert np.signbit(values[0x80])
 
 
-def test_fp8_blocks_have_their_own_scales_and_the_last_ones_are_partial():
+def test_fp8_blocks_have_separate_scales_and_the_last_ones_are_partial():
     codes, scales = random_fp8(200, 300)
     assert scales.shape == (2, 3)
     values = fp8_decode(codes, scales)
@@ -129,12 +129,12 @@ def test_fp8_blocks_have_their_own_scales_and_the_last_ones_are_partial():
 
 
 @pytest.mark.parametrize("shape", [(200, 300), (3, 130, 5), (1, 1), (128, 256)])
-def test_fp8_codes_come_back_bit_for_bit(shape):
+def test_fp8_codes_round_trip_bit_for_bit(shape):
     codes, scales = random_fp8(*shape)
     np.testing.assert_array_equal(bits(fp8_encode(fp8_decode(codes, scales), scales)), bits(codes))
 
 
-def test_fp8_codes_come_back_under_extreme_scales_from_the_kept_ones():
+def test_fp8_codes_with_extreme_scales_round_trip_from_the_kept_ones():
     codes = np.broadcast_to(EVERY_CODE, (5 * 128, 256)).copy().view(ml_dtypes.float8_e4m3fn)
     scales = np.float32([[1e-45, 1], [0, -0.0], [3e38, -2], [np.inf, np.nan], [1e-38, -1e-38]])
     with np.errstate(all="ignore"):
@@ -142,7 +142,7 @@ def test_fp8_codes_come_back_under_extreme_scales_from_the_kept_ones():
     np.testing.assert_array_equal(bits(found), bits(codes))
 
 
-def test_fp8_changed_numbers_are_refused_unless_rounding_is_asked_for():
+def test_fp8_changed_values_are_refused_unless_rounded():
     scales = np.float32([[0.5]])
     values = np.float32([[0.5, 0.51, 1e6, -1e6]])
     with pytest.raises(CheckpointError, match="3 values have no exact FP8 code with the original scales"):

@@ -1,4 +1,4 @@
-"""Published configs whose mathematics is not realized are refused in words, never computed wrong."""
+"""Published configs with unsupported computations are refused with an error, never computed incorrectly."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.support.fixtures import cases, read_fixture, write_checkpoint
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 @pytest.mark.parametrize("case", cases(refused=True))
-def test_what_is_not_realized_is_refused_in_words(case: str, backend: str, tmp_path: Path) -> None:
+def test_unsupported_config_is_refused(case: str, backend: str, tmp_path: Path) -> None:
     fixture = read_fixture(case)
     folder = write_checkpoint(case, tmp_path)
     with pytest.raises(MoezooError, match=fixture.description["refused"]):

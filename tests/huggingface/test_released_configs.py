@@ -1,4 +1,4 @@
-"""Released configs: each is understood whole, and describes a model of the published size.
+"""Released configs: every field of each is understood, and the model has the published size.
 
 The fields are those of the repositories' config.json as public copies of them show them (none was fetched for this),
 without token ids and the like; sizes are those of the models' cards or papers, in billions of parameters.
@@ -226,7 +226,7 @@ CONFIGS: dict[str, tuple[float, dict[str, Any]]] = {
         },
     ),
     "meta-llama/Llama-4-Scout-17B-16E": (
-        107.8,  # of the 109 of its card, without the vision tower
+        107.8,  # of the 109 on its card, without the vision tower
         {
             "architectures": ["Llama4ForConditionalGeneration"],
             "boi_token_index": 200080,

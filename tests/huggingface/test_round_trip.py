@@ -1,4 +1,4 @@
-"""From Hugging Face to moezoo and back: every file comes out bit for bit."""
+"""Round trip from Hugging Face to moezoo and back: every file is equal bit for bit."""
 
 import hashlib
 from pathlib import Path
@@ -25,7 +25,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def round_trip(source: Path, tmp_path: Path) -> None:
-    """Straight, and through a run folder."""
+    """Check the round trip directly, and through a run folder."""
     checkpoint = open_checkpoint(source)
     weights = {name: np.array(value) for name, value in checkpoint.weights.items()}
     export_checkpoint(weights, checkpoint.layout, tmp_path / "straight")
@@ -55,7 +55,9 @@ def test_round_trip_through_a_model(backend: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("case", "codes"), [("deepseek_v3_fp8", "_scale_inv"), ("gpt_oss_mxfp4", "_scales")])
-def test_changed_codes_are_written_as_numbers_under_the_same_names(case: str, codes: str, tmp_path: Path) -> None:
+def test_changed_quantized_weights_are_written_unquantized_under_the_same_names(
+    case: str, codes: str, tmp_path: Path
+) -> None:
     checkpoint = open_checkpoint(write_checkpoint(case, tmp_path / "source"))
     changed = {name: np.asarray(value, np.float32) * np.float32(1.01) for name, value in checkpoint.weights.items()}
     notes = export_checkpoint(changed, checkpoint.layout, tmp_path / "out")

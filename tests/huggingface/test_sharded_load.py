@@ -1,4 +1,4 @@
-"""On JAX a checkpoint goes straight into the sharding asked for: no device holds more than its shards."""
+"""On JAX a checkpoint is loaded directly into its shards: no device holds more than its shards."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SCRIPT = """
 import json, sys
 import jax, numpy as np
 import moezoo
-from moezoo.core.mesh import MeshConfig
+from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.jax_backend.steps import JaxBackend
 
 model = moezoo.load(sys.argv[1], backend=JaxBackend(MeshConfig(expert=8)))

@@ -1,4 +1,4 @@
-"""The language of the name tables: what each rule says of a tensor, and that it reads alike in both directions."""
+"""Rules of the tensor mapping: the parts of each tensor, and round trips."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_split_and_transpose() -> None:
     np.testing.assert_array_equal(placed.holds(theirs, 0), theirs.T.reshape(D, N, H))
 
 
-def test_one_tensor_an_expert() -> None:
+def test_one_tensor_per_expert() -> None:
     rule = Tensor("experts.{expert}.gate", "f d", "w_gate", "e d f")
     every = list(places(rule, {"w_gate": (E, D, F)}, 1))
     assert [placed.name for placed in every] == [f"experts.{expert}.gate" for expert in range(E)]
@@ -35,14 +35,14 @@ def test_one_tensor_an_expert() -> None:
     np.testing.assert_array_equal(every[3].holds(numbers(F, D), 0), numbers(F, D).T)
 
 
-def test_parts_behind_one_another() -> None:
+def test_concatenated_parts() -> None:
     rule = Fused("kv_a", "x d", (Part("latent", "z", "d z"), Part("rope", "o", "d o")))
     placed, theirs = only(rule, {"latent": (D, Z), "rope": (D, O)}), numbers(Z + O, D)
     np.testing.assert_array_equal(placed.holds(theirs, 0), theirs[:Z].T)
     np.testing.assert_array_equal(placed.holds(theirs, 1), theirs[Z:].T)
 
 
-def test_parts_inside_every_head() -> None:
+def test_parts_within_each_head() -> None:
     rule = Fused("kv_b", "(n x) z", (Part("key", "h", "z n h"), Part("value", "v", "z n v")))
     placed, theirs = only(rule, {"key": (Z, N, H), "value": (Z, N, O)}), numbers(N * (H + O), Z)
     heads = theirs.reshape(N, H + O, Z)
@@ -67,21 +67,21 @@ def test_sizes_of_composed_axes_come_from_other_parameters() -> None:
     np.testing.assert_array_equal(placed.holds(theirs, 1), groups[:, 1].reshape(N, D).T)
 
 
-def test_axes_of_one_place() -> None:
+def test_axes_of_size_one() -> None:
     rule = Fused("conv", "x 1 w", (Part("query", "m h", "w m h"), Part("value", "n z", "w n z")))
     placed, theirs = only(rule, {"query": (4, M, H), "value": (4, N, Z)}), numbers(M * H + N * Z, 1, 4)
     np.testing.assert_array_equal(placed.holds(theirs, 0), theirs[: M * H, 0].T.reshape(4, M, H))
     np.testing.assert_array_equal(placed.holds(theirs, 1), theirs[M * H :, 0].T.reshape(4, N, Z))
 
 
-def test_a_rule_stands_for_nothing_where_its_parameters_are_not() -> None:
+def test_a_rule_matches_nothing_in_layers_without_its_parameters() -> None:
     rule = Tensor("mlp.{layer}.gate", "e d", "layers.{layer}.moe.w_router", "d e")
     found = [placed.name for placed in places(rule, {"layers.1.moe.w_router": (D, E)}, 3)]
     assert found == ["mlp.1.gate"]
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
-def test_putting_back_what_was_taken_out(d: int, n: int, h: int, z: int, v: int) -> None:
+def test_put_inverts_holds(d: int, n: int, h: int, z: int, v: int) -> None:
     rule = Fused("kv_b", "(n x) z", (Part("key", "h", "z n h"), Part("value", "v", "z n v")))
     placed = only(rule, {"key": (z, n, h), "value": (z, n, v)})
     theirs = numbers(*placed.shape)
@@ -92,6 +92,6 @@ def test_putting_back_what_was_taken_out(d: int, n: int, h: int, z: int, v: int)
 
 
 @pytest.mark.parametrize("name", sorted({family.name for family in families().values()}))
-def test_a_name_table_begins_with_the_embedding(name: str) -> None:
-    """By its name the wrapper is told."""
+def test_a_tensor_mapping_begins_with_the_embedding(name: str) -> None:
+    """Its name determines the prefix of a multimodal wrapper."""
     assert families()[name].tensors[0].parts[0].ours == "embedding.weight"

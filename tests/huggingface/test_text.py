@@ -1,4 +1,4 @@
-"""Text in and out of a Hugging Face folder: its tokenizer, its chat template, its generation config."""
+"""Text generation from a Hugging Face folder: tokenizer, chat template, generation config."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from tests.support.fixtures import read_fixture, write_checkpoint
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 64 rows with a tokenizer of at most 48 tokens."""
+    """A checkpoint with vocabulary size 64 and a tokenizer of at most 48 tokens."""
     require_backend("mlx")
     return write_tokenizer(write_checkpoint("mixtral", tmp_path_factory.mktemp("text") / "model"))
 
@@ -34,13 +34,13 @@ def call(*words: object) -> Result:
 
 
 def says(folder: Path, tmp_path: Path, **fields: object) -> Path:
-    """The same folder with another generation_config.json."""
+    """Return a copy of the folder with another generation_config.json."""
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     (copy / "generation_config.json").write_text(json.dumps(fields))
     return copy
 
 
-def test_prompts_get_a_first_token_and_chat_only_the_template(model: LoadedModel) -> None:
+def test_prompts_get_a_bos_token_and_chat_only_the_template(model: LoadedModel) -> None:
     assert model.tokenizer.decode(model.encode_prompt("the cat")) == "<s> the cat"
     assert model.tokenizer.decode(model.encode_prompt("the cat", chat=True)).replace(" ", "") == (
         "<s><user>thecat<end><assistant>"
@@ -59,7 +59,7 @@ def test_generate_is_greedy_and_shows_the_text_of_its_ids(folder: Path, model: L
     assert result.stdout == call("generate", folder, "--prompt", "the cat", "--max-new-tokens", 12, "--seed", 1).stdout
 
 
-def test_chat_shows_the_answer_alone(folder: Path, model: LoadedModel) -> None:
+def test_chat_prints_only_the_answer(folder: Path, model: LoadedModel) -> None:
     result = call("generate", folder, "--chat", "--prompt", "the cat", "--max-new-tokens", 5)
     assert result.exit_code == 0, result.output
     ids = model.encode_prompt("the cat", chat=True)
@@ -68,7 +68,7 @@ def test_chat_shows_the_answer_alone(folder: Path, model: LoadedModel) -> None:
     assert result.stdout == text.split("<end>")[0] + "\n"
 
 
-def test_the_files_defaults_hold_and_options_win(folder: Path, tmp_path: Path) -> None:
+def test_generation_config_sets_defaults_and_options_override_them(folder: Path, tmp_path: Path) -> None:
     ids = read_fixture("mixtral").expected["input_ids"][:1].astype(np.int32)
     greedy = read_fixture("mixtral").expected["greedy"][0].tolist()
     told = says(folder, tmp_path, do_sample=True, temperature=5.0, max_new_tokens=7, eos_token_id=[greedy[2], 0])
@@ -83,7 +83,7 @@ def test_the_files_defaults_hold_and_options_win(folder: Path, tmp_path: Path) -
     assert [int(piece) for piece in shown.split(",")] == [*ids[0].tolist(), *greedy[:2]]
 
 
-def test_what_the_file_asks_for_and_is_not_done_stops_generating_alone(folder: Path, tmp_path: Path) -> None:
+def test_unsupported_generation_options_stop_only_generation(folder: Path, tmp_path: Path) -> None:
     told = says(folder, tmp_path, num_beams=4, chat_format="chatml")
     assert moezoo.load(told, backend="mlx").forward(np.array([[1, 2]])).logits.shape == (1, 2, 64)
     result = call("generate", told, "--prompt", "the cat")
@@ -95,7 +95,7 @@ def test_what_the_file_asks_for_and_is_not_done_stops_generating_alone(folder: P
     assert len(lines) == 2
 
 
-def test_a_run_that_was_converted_generates_as_the_folder_said(folder: Path, tmp_path: Path) -> None:
+def test_a_converted_run_generates_like_the_folder(folder: Path, tmp_path: Path) -> None:
     told = says(folder, tmp_path, do_sample=True, temperature=0.7, eos_token_id=[3, 9])
     result = CliRunner().invoke(main, ["convert", str(told), str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
@@ -122,7 +122,7 @@ def test_a_folder_without_a_tokenizer_is_prompted_by_ids(tmp_path: Path) -> None
         moezoo.load(folder, backend="mlx").encode_prompt("the cat", chat=True)
 
 
-def test_a_tokenizer_without_a_template_says_so(tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_chat_template_is_an_error(tmp_path: Path) -> None:
     require_backend("mlx")
     folder = write_tokenizer(write_checkpoint("mixtral", tmp_path / "model"), template=None)
     result = call("generate", folder, "--prompt", "the cat", "--chat")

@@ -1,7 +1,7 @@
-"""Twenty AdamW steps of transformers, taken again by `moezoo train`: weights from a folder, batches from a file.
+"""Twenty AdamW steps of transformers, repeated by `moezoo train` from the same weights and batches.
 
-The folders were made by transformers 5.23 in float32, with the same steps in float64 beside them; the copies that are
-checked in lack what the tests do not need.
+The folders were written by transformers 5.23 in float32, together with the same steps in float64; the checked-in copies
+omit what the tests do not need.
 """
 
 import json
@@ -23,13 +23,13 @@ from tests.support.tolerances import FLOAT32, FLOAT32_TRAINING, TRAINED_LOGITS, 
 
 BACKENDS = ["jax", "mlx"]
 CASES = ["train_mixtral", "train_deepseek_v3"]
-# The bias on the choice is a buffer in transformers, which no step updates.
+# In transformers the selection bias is a buffer, which training does not update.
 INIT_FROM: dict[str, dict[str, object]] = {"train_mixtral": {}, "train_deepseek_v3": {"selection_bias_rate": 0.0}}
 STEPS = 20
 
 
 def config_of(case: str) -> dict[str, object]:
-    """The oracles' recipe."""
+    """Return the training config of the oracles."""
     return {
         "init_from": {"path": str(FOLDER / case), **INIT_FROM[case]},
         "data": {"sources": [{"kind": "batches", "path": str(FOLDER / case / "train.npz"), "key": "batches"}]},
@@ -48,7 +48,7 @@ def config_of(case: str) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run folder, what it measured at each step, and what it should have."""
+    """A run folder, its metrics at each step, and the expected values."""
 
     path: Path
     backend: str
@@ -79,7 +79,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return trained_in(tmp_path_factory.getbasetemp(), backend, case)
 
 
-def test_every_loss_and_gradient_norm_is_that_of_float64(trained: Trained) -> None:
+def test_every_loss_and_gradient_norm_matches_float64(trained: Trained) -> None:
     expected = trained.expected
     assert [line["step"] for line in trained.metrics] == list(range(1, STEPS + 1))
     assert_close(trained.column("loss"), expected["total_loss_fp64"], FLOAT32)
@@ -89,13 +89,13 @@ def test_every_loss_and_gradient_norm_is_that_of_float64(trained: Trained) -> No
         assert_close(trained.column("pooled_balance"), expected["aux_loss_fp64"], FLOAT32)
 
 
-def test_the_model_that_was_trained_gives_the_same_logits(trained: Trained) -> None:
+def test_the_trained_model_gives_the_same_logits(trained: Trained) -> None:
     tokens = trained.expected["batches"][0][:1]
     logits = moezoo.load(trained.path, trained.backend).forward(tokens).logits
     assert_close(logits, trained.expected["final_logits"], TRAINED_LOGITS)
 
 
-def test_every_tensor_of_the_export_has_moved_as_far(trained: Trained, tmp_path: Path) -> None:
+def test_every_exported_tensor_has_moved_as_far(trained: Trained, tmp_path: Path) -> None:
     moezoo.load(trained.path, trained.backend).save(tmp_path / "export", format="huggingface")
     start, end = TensorFolder(FOLDER / trained.case), TensorFolder(tmp_path / "export")
     names = [str(name) for name in trained.expected["names"]]

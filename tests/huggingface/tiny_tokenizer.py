@@ -1,4 +1,4 @@
-"""A tokenizer of a few dozen tokens, as a chat model's folder has it."""
+"""A tokenizer of a few dozen tokens, with the files of a chat model's folder."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ TEMPLATE = (
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 48, template: str | None = TEMPLATE) -> Path:
-    """Write tokenizer.json and its kin; `<s>` comes first by itself, and words carry the space before them.
+    """Write tokenizer.json and related files; `<s>` is prepended, and words include the space before them.
 
     Trained on lower-case words; any other character is `<unk>`.
     """

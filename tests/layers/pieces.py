@@ -1,4 +1,4 @@
-"""Layers with caches: rows that begin at different places, given piece by piece, against each row alone."""
+"""Layers with caches: rows that start at different slots, in pieces, compared with each row alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +19,10 @@ def assert_pieces_match(
     x_BTD: np.ndarray,
     **others: np.ndarray,
 ) -> Any:
-    """`layer` on pieces of x_BTD equals `reference` on each row's own tokens, those from place `first` on.
+    """Assert that `layer` on pieces of x_BTD equals `reference` on each row's own tokens, from slot `first` on.
 
-    What stands before is padding: large numbers, which must reach nobody. `others`: further inputs [B, T, ...], cut
-    alike. Returns the last cache.
+    Before it is padding: large numbers, which must affect nothing. `others`: further inputs [B, T, ...], split
+    likewise. Returns the last cache.
     """
     starts = [0] * len(x_BTD) if first is None else list(first)
     expected = [

@@ -76,8 +76,8 @@ LAYER = LayerSpec(attention=grouped(), feed_forward=GatedFeedForwardSpec(hidden_
 
 
 def values_of(spec: GroupedQueryAttentionSpec, layer: int = 0) -> dict[str, np.ndarray]:
-    """A value for every row of the parameter table, of another seed each."""
-    model = ModelSpec(vocab_size=V, embed_dim=D, layers=(LAYER,))  # rows take its width and initializer alone
+    """Return a value for every row of the parameter table, each from its own seed."""
+    model = ModelSpec(vocab_size=V, embed_dim=D, layers=(LAYER,))  # rows use only its width and initializer
     rows = attention_rows(Rows(model), "attention", spec, layer)
     values = {
         row.name.removeprefix("attention."): (0.3 if row.decay else 1.0) * normal(seed, *row.shape)
@@ -116,7 +116,7 @@ def test_value_and_gradients_match_the_reference(twin, kind):
 
 
 def test_value_residual_matches_the_reference(twin):
-    """Also in the gradient of the first layer's values, and in the layer's own values, which it returns unmixed."""
+    """Also the gradient of the first layer's values, and the layer's own values, which it returns unmixed."""
     values, first = values_of(VALUE_RESIDUAL, layer=1), normal(40, B, T, M, H)
     assert_layer_matches(
         twin,
@@ -134,7 +134,7 @@ def test_value_residual_matches_the_reference(twin):
 
 @pytest.mark.parametrize("limit", [{}, {"window": 40}, {"chunk": 50}])
 def test_sequences_of_several_chunks_match_the_reference(twin, limit):
-    """130 tokens: on the CPU, queries are taken 64 at a time, and with a limit they are not given all earlier keys."""
+    """130 tokens: on the CPU, queries come in chunks of 64, and with a window or chunks they do not read all keys."""
     spec = grouped(**limit)
     assert_layer_matches(
         twin,
@@ -152,8 +152,8 @@ CACHED = {kind: spec for kind, spec in SPECS.items() if kind not in PLAIN} | {"v
 
 @pytest.mark.parametrize("first", [None, (2, 0, 1)], ids=["equal", "ragged"])
 @pytest.mark.parametrize("kind", CACHED)
-def test_pieces_through_a_cache_equal_the_uncached_whole(twin, kind, first):
-    """Nine places as 3, 1, 4, 1; the first of these pieces begins in padding."""
+def test_cached_pieces_equal_the_uncached_pass(twin, kind, first):
+    """Nine slots in pieces of 3, 1, 4, 1; the first piece starts with padding."""
     spec, length = CACHED[kind], 9
     values = values_of(spec, layer=1)
     cache = empty_cache(twin, spec, length + 2)
@@ -171,7 +171,7 @@ def test_pieces_through_a_cache_equal_the_uncached_whole(twin, kind, first):
 
 @pytest.mark.parametrize("pieces", [(1,) * 23, (3, 1, 1, 9, 1, 1, 1, 6), (23,)], ids=["tokens", "pieces", "whole"])
 @pytest.mark.parametrize("limit", [{"window": 4}, {"chunk": 4}, {"window": 1}])
-def test_a_rolling_cache_holds_no_more_than_is_looked_back_at(twin, limit, pieces):
+def test_a_rolling_cache_is_no_larger_than_the_window(twin, limit, pieces):
     spec = grouped(**limit)
     values, cache = values_of(spec), empty_cache(twin, spec, 23)
     cache = assert_pieces_match(
@@ -243,7 +243,7 @@ def test_as_many_kv_heads_as_heads_is_plain_multi_head_attention(twin):
 
 
 def test_grouped_heads_equal_repeated_kv_heads(twin):
-    """Query head n is served by key/value head n // G, not n % M."""
+    """Query head n uses key/value head n // G, not n % M."""
     shared, plain = SPECS["grouped query"], SPECS["multi-head"]
     values = values_of(shared)
     repeated = values | {name: np.repeat(values[name], G, axis=1) for name in ("w_key", "w_value")}
@@ -284,7 +284,7 @@ def test_scores_of_a_thousand_do_not_overflow(twin):
 
 
 def moved_by(twin: Twin, spec: GroupedQueryAttentionSpec, token: int) -> list[int]:
-    """The positions whose output changes with this token of the input."""
+    """Return the positions whose output depends on this input token."""
     changed = X_BTD.copy()
     changed[:, token] += 1
     difference = np.abs(output(twin, spec, changed) - output(twin, spec, X_BTD))
@@ -298,21 +298,21 @@ def test_a_token_is_visible_to_its_window_and_to_its_chunk_only(twin):
     assert moved_by(twin, grouped(chunk=3), 3) == [3, 4]
 
 
-def test_limits_as_long_as_the_text_change_nothing(twin):
+def test_a_window_or_chunk_as_long_as_the_text_changes_nothing(twin):
     for spec in (grouped(window=T), grouped(chunk=T)):
         assert_close(output(twin, spec, X_BTD), output(twin, SPECS["grouped query"], X_BTD), EXACT)
 
 
-def test_only_a_learned_scale_tells_a_norm_before_the_rotation_from_one_after_it(twin):
-    """A rotation keeps lengths."""
+def test_norm_before_and_after_the_rotation_differ_only_by_a_learned_scale(twin):
+    """A rotation preserves norms."""
     before, after = (grouped(qk_norm=RMSNormSpec(scale="none"), qk_norm_after_rotation=late) for late in (False, True))
     assert_close(output(twin, after, X_BTD), output(twin, before, X_BTD), FLOAT32)
     before, after = (grouped(qk_norm=RMSNormSpec(), qk_norm_after_rotation=late) for late in (False, True))
     assert np.max(np.abs(output(twin, after, X_BTD) - output(twin, before, X_BTD))) > 1e-2
 
 
-def test_a_sink_takes_its_share_of_the_weight(twin):
-    """Of one token alone, its weight is `exp(score) / (exp(sink) + exp(score))`; with no sink to speak of it is 1."""
+def test_a_sink_joins_the_softmax_denominator(twin):
+    """A single token has the weight `exp(score) / (exp(sink) + exp(score))`; with a negligible sink it is 1."""
     spec = grouped(sinks=True)
     values = values_of(spec)
     equal_to_the_score = values | {"w_query": 0 * values["w_query"], "sink": np.zeros(N)}
@@ -338,8 +338,8 @@ def test_queries_keep_their_temperature_until_the_floor_length():
     assert_close(temperature(TemperatureTuningSpec(), position_T), expected, FLOAT64)
 
 
-def test_weights_of_a_capped_score_differ_by_no_more_than_the_cap_allows(twin):
-    """Scores of thousands: without a cap, one token would have all the weight. With 1e-3, the weights are equal."""
+def test_softcap_bounds_the_ratio_of_attention_weights(twin):
+    """Scores in the thousands: without softcap one token has all the weight; with 1e-3, weights are equal."""
     spec = grouped(num_kv_heads=N, softcap=1e-3, scale=1e3)
     values = values_of(spec)
     mean_BTD = np.cumsum(X_BTD, axis=1) / np.arange(1, T + 1)[:, None]
@@ -385,8 +385,8 @@ def test_reference_gradient_of_mixed_values_agrees_with_finite_differences():
     assert_reference_gradient(out, values["value_mix"], normal(40, 1, 4, M, H))
 
 
-def test_a_clip_acts_behind_the_norm_and_before_the_rotation(twin):
-    """A normalized head of mean square 1 has no feature above sqrt(H), however large its projection was."""
+def test_clip_is_applied_after_the_norm_and_before_the_rotation(twin):
+    """A normalized head with mean square 1 has no feature above sqrt(H), however large its projection was."""
     normed = grouped(qk_norm=RMSNormSpec(scale="none"), position=NoPositionSpec())
     values = values_of(normed)
     values |= {"w_query": 100 * values["w_query"], "w_value": 0.01 * values["w_value"]}
@@ -397,14 +397,14 @@ def test_a_clip_acts_behind_the_norm_and_before_the_rotation(twin):
 
 
 def test_values_from_keys_are_those_before_norm_and_rotation(twin):
-    """As if w_value were equal to w_key."""
+    """The result is as if w_value equaled w_key."""
     shared, apart = (grouped(qk_norm=RMSNormSpec(), values_from_keys=flag) for flag in (True, False))
     values = values_of(shared)
     expected = output(twin, apart, X_BTD, values | {"w_value": values["w_key"]})
     assert_close(output(twin, shared, X_BTD, values), expected, EXACT)
 
 
-def test_a_norm_of_values_takes_their_length_away(twin):
+def test_value_norm_removes_the_scale_of_values(twin):
     spec = grouped(value_norm=RMSNormSpec(epsilon=1e-12))
     values = values_of(spec)
     longer = output(twin, spec, X_BTD, values | {"w_value": 7 * values["w_value"]})
@@ -430,7 +430,7 @@ def test_a_layer_may_attend_to_anothers_keys_and_values(twin):
 
 
 def test_shared_keys_are_those_of_the_earlier_layer_also_in_its_cache(twin):
-    """On the same input, it is a layer whose own projections of keys and values are equal to the other's."""
+    """On the same input, it equals a layer whose own key and value projections are those of the other layer."""
     own = SHARED.model_copy(update={"keys_of_layer": None})
     values = values_of(own)
     first, alike = layer_of(twin, own, values), layer_of(twin, SHARED, values, layer=1)

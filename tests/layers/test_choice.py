@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from moezoo.core import random
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.reference.choice import Choice, choose, noisy
+from moezoo.core.reference.choice import Choice, RoutingContext, choose, noisy
 from moezoo.core.spec import (
     ExpertChoiceSpec,
     GroupedTopKChoiceSpec,
@@ -94,11 +95,27 @@ def on_device(twin: Twin, arrays: dict) -> dict:
     }
 
 
+def split(context_of, given: dict) -> tuple[Any, dict]:
+    """The routing context among arguments of a choice, and the others."""
+    context = {name: given[name] for name in ("forced_PK", "key", "inference") if name in given}
+    return context_of(**context), {name: value for name, value in given.items() if name not in context}
+
+
+def twins_choose(twin: Twin, spec: RouterSpec, *values, **given):
+    context, arrays = split(twin.module("choice").RoutingContext, given)
+    return twin.module("choice").choose(spec, *values, context, **arrays)
+
+
+def references_choose(spec: RouterSpec, *values, **given) -> Choice:
+    context, arrays = split(RoutingContext, given)
+    return choose(spec, *values, context, **arrays)
+
+
 def chosen(twin: Twin, spec: RouterSpec, logits_PE=LOGITS_PE, *, inference=False, **arrays) -> Choice:
     """What a backend chooses, in NumPy; compiled where that is how it is used."""
 
     def call(values, arrays):
-        return twin.module("choice").choose(spec, *values, **arrays, inference=inference)
+        return twins_choose(twin, spec, *values, **arrays, inference=inference)
 
     if twin.name == "jax":
         import jax
@@ -110,7 +127,7 @@ def chosen(twin: Twin, spec: RouterSpec, logits_PE=LOGITS_PE, *, inference=False
 
 
 def reference(spec: RouterSpec, logits_PE=LOGITS_PE, **given) -> Choice:
-    return choose(spec, *values(spec, logits_PE), **given)
+    return references_choose(spec, *values(spec, logits_PE), **given)
 
 
 def assert_same(actual: Choice, expected: Choice) -> None:
@@ -160,12 +177,12 @@ def test_gradients_of_the_weights_that_a_choice_makes_match_the_reference(twin, 
     spec, given = SPECS[kind], arguments(SPECS[kind], noise=noise)
     _, score_PE, selection_PE = values(spec, LOGITS_PE)
     del given["inference"]
-    ready, twins_choose = on_device(twin, given), twin.module("choice").choose
+    ready = on_device(twin, given)
     scores = twin.array(score_PE), twin.array(selection_PE)
     assert_function_matches(
         twin,
-        lambda logits: twins_choose(spec, logits, *scores, **ready).weight_PK,
-        lambda logits: choose(spec, logits, score_PE, selection_PE, **given).weight_PK,
+        lambda logits: twins_choose(twin, spec, logits, *scores, **ready).weight_PK,
+        lambda logits: references_choose(spec, logits, score_PE, selection_PE, **given).weight_PK,
         LOGITS_PE,
     )
 
@@ -314,7 +331,9 @@ def test_gradient_of_a_sparsemixer_weight_is_that_of_the_undivided_one():
     spec = SPECS["sparsemixer of one"]
     score_PE = softmax(LOGITS_PE)
     expert_PK = reference(spec, key=KEY).expert_PK
-    gradient_PE = autograd.grad(lambda x: choose(spec, x, score_PE, x, key=KEY).weight_PK.sum())(LOGITS_PE)
+    gradient_PE = autograd.grad(lambda x: choose(spec, x, score_PE, x, RoutingContext(key=KEY)).weight_PK.sum())(
+        LOGITS_PE
+    )
     best_P1 = LOGITS_PE.max(axis=-1, keepdims=True)
     near_PE = best_P1 - LOGITS_PE <= 0.8 * np.maximum(np.abs(LOGITS_PE), best_P1)
     gate_PE = softmax(np.where(near_PE, LOGITS_PE, -np.inf))

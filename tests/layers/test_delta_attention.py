@@ -26,7 +26,7 @@ from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT
 from tests.support.twins import B, D, F, G, H, M, N, T, Twin, V, assert_layer_matches, assert_reference_gradient, normal
 
 Z, WIDTH = 10, 4
-# A head that reads next to nothing has a gradient of any size behind the norm; hence the larger epsilon.
+# A head whose output is close to zero has an arbitrarily large gradient after the norm; hence the larger epsilon.
 SPEC = GatedDeltaAttentionSpec(
     num_key_heads=M,
     num_value_heads=N,
@@ -51,7 +51,7 @@ VALUES = {
     "w_output": 0.3 * normal(13, N, Z, D),
 }
 X_BTD = normal(0, B, T, D)
-SEVERAL_CHUNKS = 70  # 32 are one
+SEVERAL_CHUNKS = 70  # 32 is one chunk
 ORACLE = Path(__file__).parents[1] / "data" / "gated_delta_oracle.npz"
 
 
@@ -70,7 +70,7 @@ def rule(twin: Twin, query, key, value, beta, log_decay) -> np.ndarray:
 
 
 def rule_inputs(length: int) -> list[np.ndarray]:
-    """Queries and keys of length one, values, shares to write, logarithms of decays from 0.999 to 1e-20 or so."""
+    """Return unit queries and keys, values, beta, and log decays, for decays from about 0.999 to 1e-20."""
     query, key = unit(normal(1, B, length, M, H)), unit(normal(2, B, length, M, H))
     value, beta = normal(3, B, length, M, G, Z), 1 / (1 + np.exp(-normal(4, B, length, M, G)))
     return [query, key, value, beta, -np.exp(2 * normal(5, B, length, M, G) - 2)]
@@ -109,8 +109,8 @@ def test_chunks_and_recurrence_are_the_same_function(chunk):
     assert_close(gated_delta_rule_in_chunks(*arrays, chunk), gated_delta_rule(*arrays), FLOAT64)
 
 
-def test_keys_that_repeat_and_are_written_whole_keep_their_digits(twin):
-    """The triangular system at its worst: each of 70 tokens replaces what the one before it wrote."""
+def test_repeated_keys_with_beta_of_one_stay_accurate(twin):
+    """The worst case of the triangular system: each of 70 tokens overwrites the value of the token before it."""
     query, key, value, _, _ = rule_inputs(SEVERAL_CHUNKS)
     key[:] = key[:, :1]
     ones, zeros = np.ones(value.shape[:-1]), np.zeros(value.shape[:-1])
@@ -118,16 +118,16 @@ def test_keys_that_repeat_and_are_written_whole_keep_their_digits(twin):
     assert_close(rule(twin, query, key, value, ones, zeros), expected, FLOAT32)
 
 
-def test_a_slow_decay_behind_a_reset_keeps_its_digits(twin):
-    """Differences of sums from a chunk's start would lose four of seven digits behind the -1000."""
+def test_a_slow_decay_after_a_reset_stays_accurate(twin):
+    """Differences of sums from the start of a chunk would lose four of seven digits after the -1000."""
     query, key, value, beta, log_decay = rule_inputs(SEVERAL_CHUNKS)
     log_decay = np.where(np.arange(SEVERAL_CHUNKS)[:, None, None] % 16 == 3, -1000.0, -0.01 * beta)
     expected = gated_delta_rule(query, key, value, beta, log_decay)
     assert_close(rule(twin, query, key, value, beta, log_decay), expected, FLOAT32)
 
 
-def test_a_key_written_again_gives_its_new_value_back(twin):
-    """And other keys, at right angles, give what they gave."""
+def test_reading_a_rewritten_key_returns_its_new_value(twin):
+    """Other, orthogonal keys keep their values."""
     key = np.broadcast_to(np.eye(H)[[0, 1, 0, 2, 3]][None, :, None], (B, T, M, H))
     query = np.broadcast_to(np.eye(H)[[0, 0, 0, 1, 5]][None, :, None], (B, T, M, H))
     value = normal(3, B, T, M, G, Z)
@@ -147,7 +147,7 @@ def test_later_tokens_are_invisible_to_earlier_ones(twin):
 
 
 def test_cached_parts_equal_the_uncached_pass(twin):
-    """A part shorter than the convolution, tokens one at a time, several chunks that follow a state."""
+    """A part shorter than the convolution, tokens one at a time, several chunks that start from a state."""
     parts = (2, 1, 1, 1, 40)
     x_BTD = normal(0, B, sum(parts), D)
     layer, cache, out = layer_of(twin), caches(twin, B), []
@@ -159,8 +159,8 @@ def test_cached_parts_equal_the_uncached_pass(twin):
     assert_close(np.concatenate(out, axis=1), reference(VALUES, x_BTD), FLOAT32)
 
 
-def test_padding_touches_neither_state_nor_memory(twin):
-    """What is kept is what each row alone leaves."""
+def test_padding_does_not_change_the_cache(twin):
+    """The cache equals that of each row alone."""
     x_BTD, first = normal(0, B, 7, D), (2, 0, 4)
     layer = layer_of(twin)
     cache = assert_pieces_match(twin, layer, caches(twin, B), lambda x: reference(VALUES, x), (3, 1, 3), first, x_BTD)
@@ -171,8 +171,8 @@ def test_padding_touches_neither_state_nor_memory(twin):
             assert_close(actual[row : row + 1], plain, FLOAT32, name)
 
 
-def test_a_model_generates_as_it_reads(twin):
-    """JAX pads the prompt of five to sixteen; full attention stands behind the linear one."""
+def test_generation_equals_the_uncached_pass(twin):
+    """JAX pads the prompt from five to sixteen tokens; a full-attention layer follows the linear one."""
     full = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
     layers = tuple(LayerSpec(attention=each, feed_forward=GatedFeedForwardSpec(hidden_dim=F)) for each in (SPEC, full))
     spec = ModelSpec(vocab_size=V, embed_dim=D, layers=layers)
@@ -188,7 +188,7 @@ def test_a_model_generates_as_it_reads(twin):
 
 
 def test_decays_start_as_in_the_authors_code():
-    """Steps of 0.001 to 0.1 times rates of 1 to 16: a state lives for one to a thousand tokens."""
+    """Steps of 0.001 to 0.1 times rates of 1 to 16: a state decays over one to a thousand tokens."""
     attention = GatedDeltaAttentionSpec(num_key_heads=1, num_value_heads=500, key_head_dim=1, value_head_dim=1)
     layer = LayerSpec(attention=attention, feed_forward=GatedFeedForwardSpec(hidden_dim=1))
     weights = initial_weights(ModelSpec(vocab_size=V, embed_dim=1, layers=(layer,)), seed=0)
@@ -230,7 +230,7 @@ def test_matches_a_published_implementation(twin):
 
 
 def from_released(spec: GatedDeltaAttentionSpec, released) -> dict[str, np.ndarray]:
-    """Our parameters from Qwen3-Next's: its projections' rows are grouped by key head, each with G value heads."""
+    """Convert Qwen3-Next's parameters to ours: its projections group rows by key head, each with G value heads."""
     m, h, z = spec.num_key_heads, spec.key_head_dim, spec.value_head_dim
     group = spec.num_value_heads // m
     embed_dim = released["out_proj.weight"].shape[0]

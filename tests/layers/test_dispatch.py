@@ -43,7 +43,7 @@ def moe_of(dispatch=None, zero=None, router=None) -> MoESpec:
 
 
 def routing_of(expert_PK, weight_PK, num_choices=E, valid_PK=None) -> Routing:
-    """A routing whose scores nobody asks for; a slot without weight may still be a valid one."""
+    """Return a routing with unused scores; a slot with weight 0 may still be valid."""
     expert_PK = np.asarray(expert_PK)
     valid_PK = np.ones(expert_PK.shape, bool) if valid_PK is None else valid_PK
     score_PE = np.zeros((len(expert_PK), num_choices))
@@ -52,7 +52,7 @@ def routing_of(expert_PK, weight_PK, num_choices=E, valid_PK=None) -> Routing:
 
 
 def drawn(num_choices=E, slots=K, share_used=1.0) -> Routing:
-    """Different experts in the slots of a token, and weights that differ; unused slots have weight 0."""
+    """Return a routing with different experts per token and different weights; unused slots have weight 0."""
     generator = np.random.default_rng(0)
     expert_PK = generator.permuted(np.tile(np.arange(num_choices), (P, 1)), axis=1)[:, :slots]
     valid_PK = generator.random((P, slots)) < share_used
@@ -61,7 +61,7 @@ def drawn(num_choices=E, slots=K, share_used=1.0) -> Routing:
 
 
 def each_expert_takes(count: int) -> Routing:
-    """Expert choice in training: E slots a token, and `count` tokens an expert."""
+    """Return an expert-choice routing in training: E slots per token, `count` tokens per expert."""
     generator = np.random.default_rng(0)
     valid_PK = np.stack([generator.permutation(P) < count for _ in range(E)], axis=1)
     weight_PK = np.where(valid_PK, np.abs(normal(1, P, E)) + 0.1, 0.0)
@@ -105,7 +105,7 @@ def reference_on_device(twin: Twin, rows: Dispatch):
 
 
 def assert_well_formed(rows: Dispatch, spec: MoESpec, routing: Routing) -> None:
-    """What holds for every dispatch: each kept slot with a feed-forward is one used row; no index is out of range."""
+    """Check invariants: each kept slot of a feed-forward expert is one used row; no index is out of range."""
     used = int(rows.size_E.sum())
     token_R, expert_R, weight_R = rows.token_R[:used], rows.expert_R[:used], rows.weight_R[:used]
     np.testing.assert_array_equal(rows.size_E, np.bincount(expert_R, minlength=spec.num_experts))
@@ -154,7 +154,7 @@ def test_gradient_of_combining_by_the_weights_matches_the_reference(twin, kind):
 
 @st.composite
 def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing, int]:
-    """A small mixture with any dispatch, any routing that its router could have made, and a number of sequences."""
+    """Draw a small MoE layer with any dispatch, any valid routing of its router, and a number of sequences."""
     num_experts, length = (4, 3) if few_shapes else (draw(st.integers(1, 6)), draw(st.integers(1, 4)))
     num_sequences = 2 if few_shapes else draw(st.integers(1, 3))
     tokens = num_sequences * length
@@ -175,7 +175,7 @@ def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing, int]:
         **options,
     )
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    # Tokens may agree on an expert, as they would before a router is balanced.
+    # Tokens may choose the same expert, as with a router that is not balanced.
     liking_E = generator.gumbel(size=num_choices) * draw(st.sampled_from([0.0, 1.0, 10.0]))
     expert_PK = np.argsort(liking_E + generator.gumbel(size=(tokens, num_choices)), axis=-1)[:, :top_k]
     valid_PK = generator.random((tokens, top_k)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
@@ -185,7 +185,7 @@ def mixtures(draw, few_shapes: bool = False) -> tuple[MoESpec, Routing, int]:
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
-def test_no_expert_is_above_capacity_and_none_drops_while_there_is_room(case):
+def test_no_expert_exceeds_its_capacity_or_drops_below_it(case):
     spec, routing, num_sequences = case
     tokens, groups = len(routing.expert_PK), num_groups(spec, num_sequences)
     rows = dispatch(spec, routing, num_sequences=num_sequences)
@@ -203,7 +203,7 @@ def test_no_expert_is_above_capacity_and_none_drops_while_there_is_room(case):
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
 def test_permuting_experts_changes_nothing_for_any_token(case):
-    """Among those with feed-forwards; the others keep their kind."""
+    """Among feed-forward experts; zero-computation experts keep their kind."""
     spec, routing, num_sequences = case
     order = np.random.default_rng(0).permutation(spec.num_experts)
     order = np.concatenate([order, np.arange(spec.num_experts, spec.num_choices)])
@@ -219,7 +219,7 @@ def test_permuting_experts_changes_nothing_for_any_token(case):
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(mixtures())
-def test_token_whose_every_copy_is_dropped_gets_exactly_zero(case):
+def test_a_token_whose_assignments_are_all_dropped_gets_exactly_zero(case):
     spec, routing, num_sequences = case
     rows, tokens = dispatch(spec, routing, num_sequences=num_sequences), len(routing.expert_PK)
     out_PD = combine(rows, 1 + np.random.default_rng(0).random((len(rows.token_R), 3)), tokens)
@@ -229,7 +229,7 @@ def test_token_whose_every_copy_is_dropped_gets_exactly_zero(case):
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(case=mixtures(few_shapes=True))
-def test_any_mixture_is_dispatched_as_the_reference_does(twin, case):
+def test_any_moe_layer_is_dispatched_as_in_the_reference(twin, case):
     spec, routing, num_sequences = case
     expected = dispatch(spec, routing, num_sequences=num_sequences)
     actual = dispatched(twin, spec, routing, num_sequences=num_sequences)
@@ -241,18 +241,18 @@ def test_capacity_rounds_up():
     spec = moe_of(CapacitySpec(factor=1.25))
     assert capacities(spec, 15) == [math.ceil(1.25 * 15 * K / E)] * E == [6] * E
     assert capacities(moe_of(CapacitySpec(factor=0.01)), 1) == [1] * E
-    assert capacities(moe_of(CapacitySpec(factor=100.0)), 15) == [15] * E  # a token asks an expert once
+    assert capacities(moe_of(CapacitySpec(factor=100.0)), 15) == [15] * E  # a token chooses an expert once
 
 
-def test_capacity_takes_the_factor_as_it_is_written():
-    """1.1 * 100 / 5 is 22; in float64 it is a little more, and would be rounded up to 23."""
+def test_capacity_uses_the_exact_decimal_factor():
+    """1.1 * 100 / 5 is 22; in float64 it is slightly more, and would be rounded up to 23."""
     assert math.ceil(1.1 * 100 / 5) == 23
     spec = moe_of(CapacitySpec(factor=1.1)).model_copy(update={"num_experts": 5, "router": RouterSpec(top_k=1)})
     assert capacities(spec, 100) == [22] * 5
 
 
-def test_capacities_of_experts_that_compute_nothing_are_larger_by_their_share():
-    """tau = 1/2, E = 7, Z = 3: u = 2 * 65 / 6.5 = 20 copies for those, 10 for each with a feed-forward; 130 in all."""
+def test_zero_computation_experts_have_capacities_larger_by_their_share():
+    """tau = 1/2, E = 7, Z = 3: u = 2 * 65 / 6.5 = 20 per zero-computation expert, 10 per other expert; 130 in all."""
     spec = moe_of(CapacitySpec(factor=1.0), zero=ZERO)
     assert capacities(spec, 65) == [10] * E + [20] * 3
     assert sum(capacities(spec, 65)) == 65 * K
@@ -261,7 +261,7 @@ def test_capacities_of_experts_that_compute_nothing_are_larger_by_their_share():
     assert num_rows(spec, 65) == 10 * E
 
 
-def test_rows_are_as_few_as_the_experts_can_serve():
+def test_rows_are_bounded_by_the_capacities():
     tokens = 35
     assert num_rows(moe_of(), tokens) == tokens * K
     assert num_rows(moe_of(CapacitySpec(factor=0.5)), tokens) == tokens * K // 2
@@ -274,7 +274,7 @@ def test_rows_are_as_few_as_the_experts_can_serve():
     assert num_rows(moe_of(router=EXPERT_CHOICE), tokens, inference=True) == tokens * E
 
 
-def test_unused_rows_are_expected_where_slots_vary_or_compute_nothing():
+def test_unused_rows_are_expected_for_variable_slots_and_zero_computation_experts():
     assert not mostly_unused(moe_of())
     assert not mostly_unused(moe_of(CapacitySpec(factor=0.5), zero=ZERO))
     assert mostly_unused(moe_of(CapacitySpec(factor=0.5), zero=ZERO), inference=True)
@@ -284,8 +284,8 @@ def test_unused_rows_are_expected_where_slots_vary_or_compute_nothing():
     assert mostly_unused(moe_of(router=EXPERT_CHOICE), inference=True)
 
 
-def test_capacity_serves_the_earliest_tokens(twin):
-    """All 15 tokens ask for expert 4: C = ceil(1.4 * 15 / 7) = 3 of them are served, and no other is computed."""
+def test_capacity_keeps_the_earliest_tokens(twin):
+    """All 15 tokens choose expert 4: C = ceil(1.4 * 15 / 7) = 3 of them are kept, and no other row is computed."""
     spec = moe_of(CapacitySpec(factor=1.4), router=RouterSpec(top_k=1))
     rows = dispatched(twin, spec, routing_of(np.full((P, 1), 4), np.ones((P, 1))))
     np.testing.assert_array_equal(rows.size_E, [0, 0, 0, 0, 3, 0, 0])
@@ -293,7 +293,7 @@ def test_capacity_serves_the_earliest_tokens(twin):
     np.testing.assert_array_equal(rows.kept_PK[:, 0], [True] * 3 + [False] * (P - 3))
 
 
-def test_capacity_by_score_serves_the_highest_weights_and_ties_the_earlier_token(twin):
+def test_capacity_by_score_keeps_the_highest_weights_and_earlier_tokens_on_ties(twin):
     spec = moe_of(CapacitySpec(factor=1.4, priority="score"), router=RouterSpec(top_k=1))
     weight_PK = np.full((P, 1), 0.25)
     weight_PK[[11, 3]] = [[0.5], [0.75]]
@@ -305,7 +305,7 @@ def test_capacity_by_score_serves_the_highest_weights_and_ties_the_earlier_token
 
 @pytest.mark.parametrize("priority", ["position", "score"])
 def test_capacity_of_a_sequence_does_not_depend_on_the_batch(twin, priority):
-    """Each of the B sequences alone, as a whole batch, keeps what it keeps among the others."""
+    """Each of the B sequences alone keeps the assignments that it keeps in the batch."""
     _, routing = CASES["by score"]
     of_sequence = moe_of(CapacitySpec(factor=0.5, priority=priority, group="sequence"))
     of_batch = moe_of(CapacitySpec(factor=0.5, priority=priority))
@@ -329,8 +329,8 @@ def test_inference_drops_nothing(twin, kind):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_drops_are_counted_whatever_the_weights_are(twin, kind):
-    """A score may underflow to weight 0; that token is served all the same."""
+def test_drops_are_counted_for_any_weights(twin, kind):
+    """A score may underflow to weight 0; that token is kept all the same."""
     spec, routing = CASES[kind]
     routing = routing._replace(weight_PK=np.zeros(routing.weight_PK.shape))
     rows, groups, expected = dispatch(spec, routing, num_sequences=B), num_groups(spec, B), 0
@@ -344,7 +344,7 @@ def test_drops_are_counted_whatever_the_weights_are(twin, kind):
 
 
 @pytest.mark.parametrize("kind", ["unused slots", "without computation"])
-def test_expert_counts_are_of_all_valid_slots(twin, kind):
+def test_expert_counts_include_all_valid_slots(twin, kind):
     _, routing = CASES[kind]
     counts = twin.numpy(twin.module("dispatch").expert_counts(on_device(twin, routing)))
     np.testing.assert_array_equal(counts, expert_counts(routing))

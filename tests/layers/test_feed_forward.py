@@ -75,20 +75,20 @@ def test_bfloat16_is_near_float32(twin, spec):
 
 @pytest.mark.parametrize("kind", ["swiglu, bias", "geglu", "relu_squared_glu"])
 def test_bfloat16_gradients_are_near_float32(twin, kind):
-    """Of kinds whose gradient has no jump: beside one, a rounding decides which side a value is on."""
+    """For kinds with a continuous gradient: near a jump, rounding decides on which side a value is."""
     assert_feed_forward_matches(
         twin, SPECS[kind], dtype="bfloat16", tolerance=BFLOAT16, gradient_tolerance=BFLOAT16_GRADIENT
     )
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "geglu", "relu_squared_glu"])
-def test_a_gate_of_zero_lets_nothing_through(twin, kind):
+def test_a_gate_of_zero_outputs_zero(twin, kind):
     spec = SPECS[kind]
     closed = layer_of(twin, spec, values_of(spec) | {"w_gate": np.zeros((D, F))})
     np.testing.assert_array_equal(twin.numpy(closed(twin.array(X_BTD))), np.zeros((B, T, D)))
 
 
-def test_tokens_do_not_see_each_other(twin):
+def test_tokens_are_independent(twin):
     x = X_BTD.copy()
     x[0, 0] += 1
     before, after = (twin.numpy(layer_of(twin, SWIGLU)(twin.array(values))) for values in (X_BTD, x))
@@ -97,7 +97,7 @@ def test_tokens_do_not_see_each_other(twin):
 
 
 def test_clamped_gate_has_no_lower_limit_and_up_has_two(twin):
-    """gpt-oss: gate at most 7, up within 7 of zero, and one added to it. Written out, at values beyond both limits."""
+    """gpt-oss: gate at most 7, up in [-7, 7], plus one. Written out, at values beyond both limits."""
     gate, up = np.array([9.0, 9.0, -9.0, 0.5, 7.5]), np.array([9.0, -9.0, 9.0, 0.25, -1.0])
     limited = [(7.0, 7.0), (7.0, -7.0), (-9.0, 7.0), (0.5, 0.25), (7.0, -1.0)]
     expected = [g / (1 + math.exp(-1.702 * g)) * (u + 1) for g, u in limited]

@@ -1,4 +1,4 @@
-"""Generation on the device: rows of a batch as if alone, prompts in pieces, caches that grow and roll."""
+"""Generation on the device: rows of a batch are independent, prompts come in pieces, caches grow and roll."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def prompts_of(spec):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_rows_of_unequal_length_get_the_text_that_they_get_alone(twin, name):
+def test_rows_of_unequal_length_generate_as_they_do_alone(twin, name):
     model = built(twin, name)
     prompts = prompts_of(model.spec)
     together = generate(model, prompts, max_new_tokens=8, options=GREEDY)
@@ -44,7 +44,7 @@ def test_rows_of_unequal_length_get_the_text_that_they_get_alone(twin, name):
 
 
 def test_sampled_text_is_what_the_reference_draws_of_the_whole_pass(twin):
-    """By penalty, filters, position and sequence; and so the same on both backends."""
+    """With penalty, filters, position and sequence; so both backends draw the same."""
     model = built(twin, "top_k")
     options = SamplingOptions(temperature=1.2, top_k=20, top_p=0.95, repetition_penalty=1.2, seed=2**35 + 1)
     prompts = prompts_of(model.spec)
@@ -68,7 +68,7 @@ def test_prompts_in_pieces_and_grown_caches_give_the_same_text(twin, name, monke
     np.testing.assert_array_equal(generate(model, prompts, max_new_tokens=20, options=GREEDY), whole)
 
 
-def test_weights_that_are_not_finite_end_it_with_one_line(twin):
+def test_weights_that_are_not_finite_raise_an_error_of_one_line(twin):
     model = built(twin, "top_k")
     weights = model.export_parameters()
     weights["final_norm.scale"] = np.full_like(weights["final_norm.scale"], np.nan)
@@ -78,7 +78,7 @@ def test_weights_that_are_not_finite_end_it_with_one_line(twin):
             generate(broken, [[1, 2]], max_new_tokens=3, options=options)
 
 
-def test_pieces_are_whole_ones_behind_the_rest():
+def test_full_pieces_follow_the_remainder():
     assert widths(1000) == [232, 256, 256, 256]
     assert widths(1000, smallest=16) == [256, 256, 256, 256]
     assert widths(3, smallest=16) == [16]

@@ -23,7 +23,7 @@ from tests.support.twins import B, D, E, F, H, K, M, N, V, normal
 
 
 def model_of(dispatch: DispatchSpec) -> ModelSpec:
-    """A layer that sees everything, and one that has most of what attention can have."""
+    """Return a plain causal layer, and one with most attention features."""
     return ModelSpec(
         vocab_size=V,
         embed_dim=D,
@@ -55,7 +55,7 @@ def model_of(dispatch: DispatchSpec) -> ModelSpec:
     )
 
 
-# A capacity, which generation ignores: a token's text may not depend on its neighbours.
+# A capacity, which generation ignores: the text of a sequence may not depend on other sequences.
 SPEC, DROPLESS = model_of(CapacitySpec(factor=0.4)), model_of(DroplessSpec())
 WEIGHTS = {name: 5 * value for name, value in initial_weights(SPEC, seed=0).items()}
 LENGTH = 20
@@ -69,7 +69,7 @@ def model(twin):
 
 @pytest.fixture(scope="module")
 def uncached():
-    """Logits [B, T, V] of the reference, dropless."""
+    """Return logits [B, T, V] of the dropless reference."""
     return forward(DROPLESS, {name: value.astype(np.float64) for name, value in WEIGHTS.items()}, TOKENS)[0]
 
 
@@ -84,7 +84,7 @@ def test_prefill_and_decode_equal_the_uncached_forward(model, uncached, prompt):
 
 
 def test_decoding_one_sequence_gives_what_it_gives_in_a_batch(model, uncached):
-    """With a capacity in force, its neighbours would take its places."""
+    """With a capacity, other sequences would fill the experts."""
     logits, cache = model.prefill(TOKENS[1:2, :5], LENGTH)
     for t in range(5, 8):
         logits, cache = model.decode(TOKENS[1:2, t], cache)
@@ -92,7 +92,7 @@ def test_decoding_one_sequence_gives_what_it_gives_in_a_batch(model, uncached):
 
 
 def test_capacity_would_have_changed_the_uncached_logits(uncached):
-    """So that the tests above can fail."""
+    """Otherwise the tests above could not fail."""
     limited = forward(SPEC, {name: value.astype(np.float64) for name, value in WEIGHTS.items()}, TOKENS)[0]
     assert np.max(np.abs(limited - uncached)) > 0.1 * np.max(np.abs(uncached))
 
@@ -107,7 +107,7 @@ def test_two_caches_do_not_disturb_each_other(model, uncached):
 
 
 def test_bfloat16_cache_is_near_float32(twin, uncached):
-    """Dense layer only: a rounding may otherwise choose another expert."""
+    """Dense layer only: in an MoE layer, rounding may choose another expert."""
     spec = ModelSpec(vocab_size=V, embed_dim=D, layers=SPEC.layers[:1], precision=PrecisionSpec(compute="bfloat16"))
     weights = {name: value / 2 for name, value in WEIGHTS.items() if not name.startswith("layers.1")}
     in_float64 = {name: value.astype(np.float64) for name, value in weights.items()}

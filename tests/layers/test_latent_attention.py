@@ -89,7 +89,7 @@ def layer_of(twin: Twin, spec: LatentAttentionSpec):
 
 
 def everything(attended):
-    """Output and index loss in one, so that both are compared, and gradients pass through both."""
+    """Return output and index loss in one array, so that values and gradients of both are compared."""
     return attended.out_BTD if attended.index_loss is None else attended.out_BTD + attended.index_loss
 
 
@@ -128,7 +128,7 @@ def test_absorbed_form_equals_the_expanded_one(kind):
 @pytest.mark.parametrize("first", [None, (3, 0, 5)], ids=["equal", "ragged"])
 @pytest.mark.parametrize("kind", ["latent", "no position", "indexer"])
 def test_cached_chunks_equal_the_uncached_pass(twin, kind, first):
-    """Prompts of several tokens, then single tokens: all by latents alone."""
+    """Prompts of several tokens, then single tokens, from cached latents alone."""
     spec = SPECS[kind]
 
     def alone(x_BTD):
@@ -142,14 +142,14 @@ def test_cached_chunks_equal_the_uncached_pass(twin, kind, first):
 
 
 @pytest.mark.parametrize("kind", ["latent", "indexer"])
-def test_cache_holds_a_latent_and_a_key_a_token_whatever_the_number_of_heads(twin, kind):
+def test_cache_stores_one_latent_and_one_key_per_token_for_any_number_of_heads(twin, kind):
     spec = SPECS[kind]
     cache = cache_of(twin, spec)
     sizes = [math.prod(part.shape) / (B * (LENGTH + 2)) for part in cache if getattr(part, "ndim", 0) == 3]
     assert sum(sizes) == Z + ROPE + (0 if spec.indexer is None else INDEXER.head_dim)
 
 
-def test_a_model_of_latent_and_sparse_layers_decodes_what_it_computes_uncached(twin):
+def test_decoding_with_latent_and_sparse_layers_equals_the_uncached_pass(twin):
     """A prompt of 17 tokens, which JAX pads, then single ones."""
     layers = tuple(
         LayerSpec(attention=SPECS[kind], feed_forward=GatedFeedForwardSpec(hidden_dim=4))
@@ -195,7 +195,7 @@ def test_bfloat16_cache_is_near_float32(twin):
 
 
 def test_one_head_written_out(twin):
-    """Keys and values made from the latent for each head, as plain attention."""
+    """Keys and values are expanded from the latent for each head, as in plain attention."""
     spec = SPECS["no position"].model_copy(update={"norm": RMSNormSpec(scale="none", epsilon=1e-9)})
     values = values_of(spec)
     latent = X_BTD @ values["w_latent"]
@@ -211,8 +211,8 @@ def test_one_head_written_out(twin):
     assert_close(output(twin, spec, X_BTD), expected, FLOAT32)
 
 
-def test_a_multiplier_of_the_latent_is_one_of_its_norm(twin):
-    """And so is in the cache: what is cached is the latent that keys and values are made of."""
+def test_a_multiplier_of_the_latent_equals_one_of_its_norm_scale(twin):
+    """So it is in the cache too, which stores the latent from which keys and values are computed."""
     spec, values = SPECS["biases"], values_of(SPECS["biases"])
     values["latent_norm.scale"] = spec.latent_multiplier * values["latent_norm.scale"]
     plain = spec.model_copy(update={"latent_multiplier": 1.0})
@@ -221,7 +221,7 @@ def test_a_multiplier_of_the_latent_is_one_of_its_norm(twin):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_temperature_acts_on_both_parts_of_a_query_and_counts_from_first(twin, first):
-    """Twice the query from where the first step is reached: floor((t + first) / 3) = 1."""
+    """Queries are doubled from the first step on, where floor((t + first) / 3) = 1."""
     tuning = TemperatureTuningSpec(floor_length=3, scale=1 / math.log(2), first=first)
     spec = spec_of(temperature_tuning=tuning)
     values = values_of(spec)

@@ -42,7 +42,7 @@ def test_inputs_of_all_layers_match_the_reference(twin, dtype):
 
 
 @pytest.mark.parametrize("activation", ["geglu", "swiglu"])
-def test_what_a_layer_adds_matches_the_reference(twin, activation):
+def test_the_residual_update_of_a_layer_matches_the_reference(twin, activation):
     spec = LayerInputsSpec(dim=Z, activation=activation)
     assert_layer_matches(
         twin,
@@ -64,8 +64,8 @@ def test_reference_gradients_agree_with_finite_differences():
     assert_reference_gradient(lambda x, own: layer_input(SPEC, NORM, OWN, x, own), X_BTD[:1, :2], INPUT_BTZ[:1, :2])
 
 
-def test_a_models_layers_get_each_its_own(twin):
-    """Also in a cache; and a layer whose vectors are zero adds nothing."""
+def test_each_layer_gets_its_own_input(twin):
+    """Also with a cache; and a layer with zero vectors adds nothing."""
     attention = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
     layer = LayerSpec(repeat=L, attention=attention, feed_forward=GatedFeedForwardSpec(hidden_dim=F))
     spec = ModelSpec(vocab_size=V, embed_dim=D, layers=(layer,), layer_inputs=SPEC)
@@ -82,6 +82,6 @@ def test_a_models_layers_get_each_its_own(twin):
     assert_close(model.decode(TOKENS_BT[:, -1], cache)[0], expected[:, -1], FLOAT32)
 
 
-def test_an_activation_that_is_none_is_refused():
+def test_an_unknown_activation_is_refused():
     with pytest.raises(SpecError, match=r"activation is 'relu'.*'swiglu' or 'geglu'"):
         validate(LayerInputsSpec, {"dim": 4, "activation": "relu"}, "config")

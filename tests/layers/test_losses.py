@@ -56,7 +56,7 @@ HETEROGENEOUS = HeterogeneousBalanceLossSpec(coefficient=0.09)
 POOLED = PooledBalanceLossSpec(coefficient=0.1)
 EVERY = (SWITCH, Z, EXPERT, DEVICE, COMMUNICATION, SEQUENCE, GLOBAL, IMPORTANCE, LOAD, HETEROGENEOUS, POOLED)
 
-# For each loss, the fields of a Routing that its gradient flows through.
+# For each loss, the fields of a Routing that have a gradient.
 FIELDS = {
     "router_z": ("logits_PE",),
     "pooled_balance": ("logits_PE",),
@@ -85,7 +85,7 @@ def a_moe(top_k: int = K, score: str = "softmax", losses=()) -> MoESpec:
 
 
 def routing_of(logits_PE, top_k: int = K, *, noise_PE=None, noise_scale_PE=None, score: str = "softmax") -> Routing:
-    """Top-k of given logits, written out; differentiable."""
+    """Return a differentiable top-k routing of these logits, written out."""
     noisy_PE = logits_PE if noise_PE is None else logits_PE + noise_PE * noise_scale_PE
     exp_PE = anp.exp(noisy_PE - anp.max(noisy_PE, axis=-1, keepdims=True))
     softmax_PE = exp_PE / anp.sum(exp_PE, axis=-1, keepdims=True)
@@ -100,7 +100,7 @@ def routing_of(logits_PE, top_k: int = K, *, noise_PE=None, noise_scale_PE=None,
 
 
 def a_routing(seed: int = 5, score: str = "softmax") -> Routing:
-    """Random, with noise, and with a slot that the router left unused."""
+    """Return a random routing with noise, and with an unused slot."""
     noise_scale_PE = 0.1 + np.abs(normal(seed + 2, P, CHOICES))
     routing = routing_of(
         normal(seed, P, CHOICES), noise_PE=normal(seed + 1, P, CHOICES), noise_scale_PE=noise_scale_PE, score=score
@@ -110,7 +110,7 @@ def a_routing(seed: int = 5, score: str = "softmax") -> Routing:
 
 
 def sent_to(experts, num_choices: int = CHOICES, strength: float = 40.0) -> Routing:
-    """Each token goes to its given experts, with all of its probability (logits 0, and `strength` where chosen)."""
+    """Route each token to these experts, with all of its probability (logits 0, and `strength` where chosen)."""
     experts = np.asarray(experts)
     logits_PE = np.zeros((len(experts), num_choices))
     np.put_along_axis(logits_PE, experts, strength, axis=1)
@@ -125,7 +125,7 @@ def on_device(twin, routing: Routing):
 
 
 def model_of(*layer_losses, num_experts: int = 8) -> ModelSpec:
-    """One MoE layer for each tuple of losses."""
+    """Return a model with one MoE layer for each tuple of losses."""
     attention = GroupedQueryAttentionSpec(num_heads=1, num_kv_heads=1, head_dim=2)
     layers = [
         LayerSpec(
@@ -160,7 +160,7 @@ def test_token_losses_and_their_gradient_match_the_reference(twin):
 
 @pytest.mark.parametrize("positions", [1, 3, T, 1000])
 def test_token_losses_are_the_same_over_few_positions_at_once(monkeypatch, positions):
-    """JAX: parts that divide the length, with a rest, and larger than all."""
+    """JAX: chunks that divide the length, that leave a rest, and that exceed it."""
     require_backend("jax")
     twin = Twin("jax")
     monkeypatch.setattr(twin.module("losses"), "PART", positions * B * V)
@@ -190,7 +190,7 @@ def test_a_constant_added_to_the_logits_changes_no_token_loss(twin):
     assert_close(twin.numpy(token_losses(twin.array(LOGITS_BTV + 8), target_BT)), before, FLOAT32)
 
 
-def test_a_target_that_does_not_count_has_no_loss_and_no_gradient(twin):
+def test_a_masked_target_has_no_loss_and_no_gradient(twin):
     target_BT = np.where(np.arange(T) % 2 == 1, TARGET_BT, IGNORED)
     target_BT[0] = IGNORED
     for name in ("token_losses", "cross_entropy"):
@@ -237,7 +237,7 @@ def test_auxiliary_losses_and_their_gradients_match_the_reference(twin, loss, sc
 
 @pytest.mark.parametrize("loss", EVERY, ids=kind_of)
 def test_reference_gradient_agrees_with_finite_differences(loss):
-    """Through score and weight to the logits; the load's through the scale of the noise as well."""
+    """Through score and weight to the logits; for the load loss through the noise scale as well."""
     moe, noise_PE = a_moe(), normal(1, P, CHOICES)
     scale_PE = 0.1 + np.abs(normal(2, P, CHOICES))
 
@@ -248,7 +248,7 @@ def test_reference_gradient_agrees_with_finite_differences(loss):
         routing = routing_of(logits_PE, noise_PE=noise_PE, noise_scale_PE=scale_PE)
         return reference.auxiliary_loss(loss, moe, routing, (B, T))
 
-    if loss is not LOAD:  # without noise it is a count
+    if loss is not LOAD:  # without noise the load is a count
         assert_reference_gradient(of_logits, normal(5, P, CHOICES))
     assert_reference_gradient(with_noise, normal(5, P, CHOICES), scale_PE)
 
@@ -327,7 +327,7 @@ def test_z_loss_of_equal_logits_is_the_squared_log_of_their_number(twin):
     assert_close(twin.numpy(value), math.log(CHOICES) ** 2, FLOAT32)
 
 
-def test_four_layers_collapsed_each_on_its_own_two_of_eight_experts_look_balanced_only_if_pooled(twin):
+def test_layers_collapsed_onto_different_experts_look_balanced_only_if_pooled(twin):
     """The numbers in Hugging Face's normalization, for logits of 8 and 0: 7.99 for each layer, 2.000 pooled."""
     routings = [sent_to(np.tile([2 * layer, 2 * layer + 1], (P, 1)), 8, strength=8.0) for layer in range(4)]
     terms = twins_terms(twin, model_of(*[(POOLED, SWITCH)] * 4), routings)
@@ -351,7 +351,7 @@ def test_pooled_balance_is_what_transformers_computes(twin, family):
     assert_close(twin.numpy(value), expected, FLOAT32)
 
 
-# --- what each sees, and what not ------------------------------------------------------------------------------------
+# --- what each loss detects ------------------------------------------------------------------------------------------
 
 
 def table_of_what_each_sees() -> list[list[str]]:
@@ -362,7 +362,7 @@ def table_of_what_each_sees() -> list[list[str]]:
     return [rows[0], *rows[2:]]
 
 
-SITUATIONS = {  # the experts of a token, by layer, micro-batch, sequence and place
+SITUATIONS = {  # the experts of a token, by layer, micro-batch, sequence and position
     "all experts are used evenly": lambda layer, micro, sequence, token: (token, (token + 2) % 8),
     "two experts take all": lambda layer, micro, sequence, token: (0, 4),
     "two experts a sequence, each its own two": lambda layer, micro, sequence, token: (sequence, sequence + 4),
@@ -376,7 +376,7 @@ SITUATIONS = {  # the experts of a token, by layer, micro-batch, sequence and pl
 
 
 @pytest.mark.parametrize("row", table_of_what_each_sees()[1:], ids=lambda row: row[0])
-def test_the_page_on_losses_says_what_each_sees(row):
+def test_the_page_on_losses_says_what_each_detects(row):
     layers, micros, sequences, length = 4, 4, 4, 8
     device = {"coefficient": 1.0, "num_devices": 4}
     losses = [
@@ -404,7 +404,7 @@ def test_the_page_on_losses_says_what_each_sees(row):
     np.testing.assert_allclose(values, [float(cell) for cell in row[1:]], rtol=1e-12)
 
 
-def test_only_sequence_balance_sees_sequences_that_collapse_each_on_experts_of_their_own(twin):
+def test_only_sequence_balance_detects_sequences_that_collapse_onto_different_experts(twin):
     routing = sent_to(np.repeat([[0, 1], [2, 3], [4, 5]], 4, axis=0))
     others, moe = on_device(twin, routing), a_moe()
     auxiliary_loss = twin.module("losses").auxiliary_loss
@@ -412,7 +412,7 @@ def test_only_sequence_balance_sees_sequences_that_collapse_each_on_experts_of_t
     assert_close(twin.numpy(auxiliary_loss(SEQUENCE, moe, others, (3, 4))), 3.0, FLOAT32)
 
 
-def test_sequence_balance_asks_the_scores_and_not_the_experts_that_a_bias_chose(twin):
+def test_sequence_balance_counts_the_highest_scores_not_the_biased_choices(twin):
     routing = sent_to(ON_TWO)
     biased = routing._replace(expert_PK=EVEN)
     moe, shape = a_moe(), (B, len(TOKENS) // B)
@@ -420,7 +420,7 @@ def test_sequence_balance_asks_the_scores_and_not_the_experts_that_a_bias_chose(
     assert_close(twin.numpy(value), 3.0, FLOAT32)
 
 
-def test_device_balance_does_not_see_inside_a_device():
+def test_device_balance_ignores_imbalance_within_a_device():
     routing = sent_to(np.tile([[0], [2], [4]], (5, 1)))
     moe = a_moe(1)
     assert_close(reference.auxiliary_loss(DEVICE, moe, routing, (3, 5)), 1.0, FLOAT64)
@@ -428,7 +428,7 @@ def test_device_balance_does_not_see_inside_a_device():
 
 
 def test_global_balance_of_parts_is_exactly_the_balance_of_the_whole(twin):
-    """Given the counts of the whole step. With counts of its own, each part is asked to be balanced alone."""
+    """With the counts of the whole step. With its own counts, each part would have to be balanced by itself."""
     module, moe = twin.module("losses"), a_moe()
     whole, half = routing_of(normal(0, 12, CHOICES)), [routing_of(part) for part in np.split(normal(0, 12, CHOICES), 2)]
     load_E = twin.module("dispatch").expert_counts(on_device(twin, whole))
@@ -450,7 +450,7 @@ def test_load_with_little_noise_is_the_count(twin):
     assert_close(twin.numpy(load(on_device(twin, routing_of(logits_PE)), K)), expected, FLOAT32)
 
 
-def test_an_unused_slot_is_counted_for_no_expert(twin):
+def test_unused_slots_are_not_counted(twin):
     routing = a_routing()
     load_E = twin.numpy(twin.module("dispatch").expert_counts(on_device(twin, routing)))
     np.testing.assert_array_equal(load_E, reference.expert_counts(routing))
@@ -554,7 +554,7 @@ def test_a_load_that_cannot_differ_is_refused():
         ({"router": {"top_k": 1}}, "top_k is 1 here and 2"),
     ],
 )
-def test_layers_whose_rows_cannot_be_pooled_are_refused(change, problem):
+def test_layers_that_cannot_be_pooled_are_refused(change, problem):
     moe = raw_moe({"kind": "pooled_balance", "coefficient": 0.1})
     attention = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 2}
     layers = [{"attention": attention, "moe": moe}, {"attention": attention, "moe": moe | change}]

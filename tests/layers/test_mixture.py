@@ -6,6 +6,7 @@ import pytest
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference import inside
+from moezoo.core.reference.choice import RoutingContext
 from moezoo.core.reference.moe import moe
 from moezoo.core.spec import (
     GatedFeedForwardSpec,
@@ -50,7 +51,7 @@ def test_value_and_gradients_match_the_reference(twin, name):
     values = {name: value.astype(np.float64) for name, value in inside(weights, "layers.1.moe").items()}
 
     def reference(values, x_BTD):
-        return moe(spec.layers[1].moe, values, x_BTD, token_BT=TOKENS)[0]
+        return moe(spec.layers[1].moe, values, x_BTD, RoutingContext(token_P=TOKENS.reshape(-1)))[0]
 
     assert_close(twin.numpy(mixture.forward(*on_device[:2])), reference(values, x_BTD), FLOAT32)
     trained = {row.name.removeprefix("layers.1.moe.") for row in parameter_table(spec) if row.trained} & values.keys()

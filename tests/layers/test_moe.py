@@ -7,6 +7,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.parameters.moe import moe_rows
 from moezoo.core.parameters.row import Rows
 from moezoo.core.reference import inside
+from moezoo.core.reference.choice import RoutingContext
 from moezoo.core.reference.dispatch import dispatch
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.moe import moe
@@ -88,8 +89,16 @@ def layer_of(twin: Twin, spec: MoESpec, values=None):
     return twin.module("moe").MoE(spec, twin.weights(values_of(spec) if values is None else values))
 
 
-def output(twin: Twin, spec: MoESpec, x_BTD=X_BTD, values=None, **options) -> np.ndarray:
-    return twin.numpy(layer_of(twin, spec, values)(twin.array(x_BTD), **options)[0])
+def context_of(twin: Twin, **fields):
+    """A backend's routing context, arrays from NumPy."""
+    on_device = {name: value if isinstance(value, bool) else twin.array(value) for name, value in fields.items()}
+    return twin.module("choice").RoutingContext(**on_device)
+
+
+def output(twin: Twin, spec: MoESpec, x_BTD=X_BTD, values=None, raw_BTD=None, **context) -> np.ndarray:
+    raw_BTD = None if raw_BTD is None else twin.array(raw_BTD)
+    layer = layer_of(twin, spec, values)
+    return twin.numpy(layer(twin.array(x_BTD), context_of(twin, **context), raw_BTD=raw_BTD)[0])
 
 
 def all_to_expert(chosen: int) -> dict[str, np.ndarray]:
@@ -119,12 +128,12 @@ def test_bfloat16_is_near_float32(twin, kind):
     """With forced experts: a rounding may not decide who computes."""
     spec = SPECS[kind]
     forced_PK = moe(spec, values_of(spec), X_BTD)[1].expert_PK
-    on_device = twin.array(forced_PK)
+    on_device = context_of(twin, forced_PK=forced_PK)
     assert_layer_matches(
         twin,
         layer_of(twin, spec),
-        lambda layer, x: layer(x, forced_PK=on_device)[0],
-        lambda values, x: moe(spec, values, x, forced_PK=forced_PK)[0],
+        lambda layer, x: layer(x, on_device)[0],
+        lambda values, x: moe(spec, values, x, RoutingContext(forced_PK=forced_PK))[0],
         values_of(spec),
         X_BTD,
         dtype="bfloat16",
@@ -136,13 +145,13 @@ def test_bfloat16_is_near_float32(twin, kind):
 @pytest.mark.parametrize("kind", ["shared", "parallel"])
 def test_jitter_of_the_mixture_reaches_all_who_look_at_a_token(twin, kind):
     """Router, routed and shared experts see the same noisy token: as if it had come so."""
-    spec = noisy_mixture(kind)
+    spec, noise = noisy_mixture(kind), RoutingContext(key=KEY)
     inputs = {"x_BTD": X_BTD} | ({"raw_BTD": RAW_BTD} if kind == "parallel" else {})
     assert_layer_matches(
         twin,
         layer_of(twin, spec),
-        lambda layer, *arrays: layer(**dict(zip(inputs, arrays, strict=True)), key=twin.array(KEY))[0],
-        lambda values, *arrays: moe(spec, values, **dict(zip(inputs, arrays, strict=True)), key=KEY)[0],
+        lambda layer, *arrays: layer(**dict(zip(inputs, arrays, strict=True)), context=context_of(twin, key=KEY))[0],
+        lambda values, *arrays: moe(spec, values, **dict(zip(inputs, arrays, strict=True)), context=noise)[0],
         values_of(spec),
         *inputs.values(),
     )
@@ -150,13 +159,13 @@ def test_jitter_of_the_mixture_reaches_all_who_look_at_a_token(twin, kind):
     assert 0.69 < noise_BTD.min() < 0.72
     assert 1.28 < noise_BTD.max() < 1.31
     expected = moe(SPECS[kind], values_of(spec), **{name: value * noise_BTD for name, value in inputs.items()})[0]
-    assert_close(moe(spec, values_of(spec), **inputs, key=KEY)[0], expected, FLOAT64)
+    assert_close(moe(spec, values_of(spec), **inputs, context=noise)[0], expected, FLOAT64)
 
 
 def test_jitter_of_the_mixture_needs_a_key_and_keeps_bfloat16(twin):
     spec = noisy_mixture("shared")
     assert_close(output(twin, spec), output(twin, SPECS["shared"]), EXACT)
-    assert "bfloat16" in str(layer_of(twin, spec)(twin.array(X_BTD, "bfloat16"), key=twin.array(KEY))[0].dtype)
+    assert "bfloat16" in str(layer_of(twin, spec)(twin.array(X_BTD, "bfloat16"), context_of(twin, key=KEY))[0].dtype)
 
 
 def output_of(spec: MoESpec, values, choice: int, weight: float, x_D: np.ndarray) -> np.ndarray:
@@ -266,7 +275,8 @@ def test_parallel_feed_forward_is_normed_and_the_routed_experts_start_before_the
     )
     without = moe_of()
     routing = moe(without, values, RAW_BTD)[1]  # the router sees no norm at all
-    routed = moe(without, values, normalize(part.norm, named("routed_input"), RAW_BTD), forced_PK=routing.expert_PK)[1]
+    forced = RoutingContext(forced_PK=routing.expert_PK)
+    routed = moe(without, values, normalize(part.norm, named("routed_input"), RAW_BTD), forced)[1]
     np.testing.assert_array_equal(routed.expert_PK, routing.expert_PK)
     expected = np.zeros((P, D))
     normed_PD = normalize(part.norm, named("routed_input"), RAW_BTD).reshape(P, D)
@@ -276,28 +286,28 @@ def test_parallel_feed_forward_is_normed_and_the_routed_experts_start_before_the
         )
     expected = dense + normalize(part.norm, named("routed_output"), expected).reshape(X_BTD.shape)
     assert_close(moe(spec, values, X_BTD, raw_BTD=RAW_BTD)[0], expected, FLOAT64)
-    assert_close(output(twin, spec, raw_BTD=twin.array(RAW_BTD)), expected, FLOAT32)
-    assert_close(output(twin, spec, raw_BTD=twin.array(X_BTD)), output(twin, spec), FLOAT32)
+    assert_close(output(twin, spec, raw_BTD=RAW_BTD), expected, FLOAT32)
+    assert_close(output(twin, spec, raw_BTD=X_BTD), output(twin, spec), FLOAT32)
 
 
 def test_experts_without_computation_get_no_row(twin):
     """Every token is sent to a zero and a copy expert: nothing is computed, and each gets its share of itself."""
     spec, values = SPECS["without computation"], values_of(SPECS["without computation"])
     forced_PK = np.tile([E, E + 2], (P, 1))
-    out, routing, dispatched = layer_of(twin, spec, values)(twin.array(X_BTD), forced_PK=twin.array(forced_PK))
+    out, routing, dispatched = layer_of(twin, spec, values)(twin.array(X_BTD), context_of(twin, forced_PK=forced_PK))
     assert twin.numpy(dispatched.size_E).sum() == 0
     weight_PK = twin.numpy(routing.weight_PK)
     assert_close(twin.numpy(out).reshape(P, D), weight_PK[:, 1:] * X_BTD.reshape(P, D), FLOAT32)
-    zero = layer_of(twin, spec, values)(twin.array(X_BTD), forced_PK=twin.array(np.tile([E, E], (P, 1))))[0]
+    zero = layer_of(twin, spec, values)(twin.array(X_BTD), context_of(twin, forced_PK=np.tile([E, E], (P, 1))))[0]
     np.testing.assert_array_equal(twin.numpy(zero), 0)
 
 
 def test_gradient_reaches_the_router_through_experts_without_computation(twin):
     """Nothing else is chosen, and the weights are scores: their sizes alone decide what comes out."""
     spec = moe_of(zero_computation=ZERO, router=RouterSpec(top_k=K, renormalize="none"))
-    forced_PK = twin.array(np.tile([E + 1, E + 4], (P, 1)))
+    forced = context_of(twin, forced_PK=np.tile([E + 1, E + 4], (P, 1)))
     _, named, _ = twin.value_and_gradients(
-        lambda layer, x: layer(x, forced_PK=forced_PK)[0], normal(9, B, T, D), layer_of(twin, spec), twin.array(X_BTD)
+        lambda layer, x: layer(x, forced)[0], normal(9, B, T, D), layer_of(twin, spec), twin.array(X_BTD)
     )
     assert np.max(np.abs(named["router.w_router"])) > 1e-3
     assert np.max(np.abs(named["constant_experts.w_mix"][1])) > 1e-3
@@ -309,8 +319,8 @@ def test_gradient_reaches_the_router_through_experts_without_computation(twin):
 def test_forced_experts_are_used(twin):
     spec = SPECS["top 2"]
     forced_PK = np.random.default_rng(3).permuted(np.tile(np.arange(E), (P, 1)), axis=1)[:, :K]
-    expected = moe(spec, values_of(spec), X_BTD, forced_PK=forced_PK)[0]
-    assert_close(output(twin, spec, forced_PK=twin.array(forced_PK)), expected, FLOAT32)
+    expected = moe(spec, values_of(spec), X_BTD, RoutingContext(forced_PK=forced_PK))[0]
+    assert_close(output(twin, spec, forced_PK=forced_PK), expected, FLOAT32)
 
 
 def test_record_holds_the_same_names_and_values_as_the_references(twin):
@@ -335,9 +345,9 @@ def test_record_holds_the_same_names_and_values_as_the_references(twin):
 def test_reference_gradient_agrees_with_finite_differences(kind, moved):
     """With forced experts: no step of a difference may decide who computes."""
     spec, values = SPECS[kind], values_of(SPECS[kind])
-    forced_PK = moe(spec, values, X_BTD)[1].expert_PK
+    forced = RoutingContext(forced_PK=moe(spec, values, X_BTD)[1].expert_PK)
     assert_reference_gradient(
-        lambda x, *some: moe(spec, values | dict(zip(moved, some, strict=True)), x, forced_PK=forced_PK)[0],
+        lambda x, *some: moe(spec, values | dict(zip(moved, some, strict=True)), x, forced)[0],
         X_BTD,
         *(values[name] for name in moved),
     )

@@ -21,7 +21,7 @@ from tests.support.twins import (
 X_BTD, SCALE_D, BIAS_D = normal(0, B, T, D), normal(1, D), normal(2, D)
 SPECS = {
     "rms": RMSNormSpec(),
-    "rms, large epsilon": RMSNormSpec(epsilon=0.5),  # large enough to show whether it stands inside the root
+    "rms, large epsilon": RMSNormSpec(epsilon=0.5),  # large enough to show that it is inside the root
     "zero-centred": RMSNormSpec(scale="zero_centred"),
     "no scale": RMSNormSpec(scale="none", epsilon=0.5),
     "layer": LayerNormSpec(),
@@ -85,14 +85,14 @@ def test_bfloat16_is_near_float32(twin, spec):
 
 @pytest.mark.parametrize("spec", [RMSNormSpec(), LayerNormSpec(bias=False)], ids=["rms", "layer"])
 def test_bfloat16_input_is_normalized_in_float32(twin, spec):
-    """The only rounding is that of the result, so it is within half a step of the exact value."""
+    """Only the result is rounded, so it is within half a unit in the last place of the exact value."""
     x = twin.array(X_BTD, "bfloat16")
     exact = normalize(spec, values_of(spec), twin.numpy(x))
     difference = np.abs(twin.numpy(layer_of(twin, spec)(x)) - exact)
     assert np.all(difference <= np.abs(exact) * 2.0**-8 * 1.001)
 
 
-def test_length_of_the_input_does_not_matter(twin):
+def test_the_scale_of_the_input_does_not_matter(twin):
     layer = layer_of(twin, RMSNormSpec(epsilon=1e-12))
     assert_close(twin.numpy(layer(twin.array(1000 * X_BTD))), twin.numpy(layer(twin.array(X_BTD))), FLOAT32)
 
@@ -102,13 +102,13 @@ def test_scale_of_one_gives_a_root_mean_square_of_one(twin):
     assert_close(np.sqrt(np.mean(out**2, axis=-1)), np.ones((B, T)), FLOAT32)
 
 
-def test_a_zero_centred_scale_of_zero_is_no_scale(twin):
+def test_a_zero_centred_scale_of_zero_changes_nothing(twin):
     centred = layer_of(twin, RMSNormSpec(scale="zero_centred"), {"scale": np.zeros(D)})
     without = layer_of(twin, RMSNormSpec(scale="none"))
     np.testing.assert_array_equal(twin.numpy(centred(twin.array(X_BTD))), twin.numpy(without(twin.array(X_BTD))))
 
 
-def test_layer_norm_does_not_notice_a_constant(twin):
+def test_layer_norm_is_invariant_to_a_constant(twin):
     layer = layer_of(twin, LayerNormSpec())
     assert_close(twin.numpy(layer(twin.array(X_BTD + 8))), twin.numpy(layer(twin.array(X_BTD))), FLOAT32)
 

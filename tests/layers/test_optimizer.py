@@ -69,7 +69,7 @@ def windows_of(steps: int, micro_batches: int, batch: int) -> np.ndarray:
 
 
 def reference_run(spec, config, windows, rates):
-    """Parameters, moments and per-step (losses, norm), in float64."""
+    """Return parameters, moments and per-step (losses, norm), in float64."""
     parameters = {name: value.astype(np.float64) for name, value in weights_of(spec).items()}
     moments, measured = zero_moments(parameters), []
     for update, (window, rate) in enumerate(zip(windows, rates, strict=True), start=1):
@@ -102,7 +102,7 @@ def test_three_steps_match_the_reference(twin, kind):
 
 
 def test_weight_decay_acts_on_matrices_only(twin):
-    """A step with and without decay differs by rate * decay * weight where the table says so, else not at all."""
+    """Steps with and without decay differ by rate * decay * weight for rows with `decay`, and not at all for others."""
     windows, before = windows_of(1, 1, 4), weights_of(DENSE)
     after = {}
     for decay in (0.0, 0.5):
@@ -119,7 +119,7 @@ def test_weight_decay_acts_on_matrices_only(twin):
 
 @pytest.mark.parametrize("dispatch", [DroplessSpec(), CapacitySpec(factor=0.5, group="sequence")])
 def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin, dispatch):
-    """Without losses that are not sums over tokens, and without a capacity of all of them: then it is another order."""
+    """Without losses that are not sums over tokens, and without a capacity over the whole batch."""
     windows, config = windows_of(2, 1, 8), CONFIGS["clipped and decayed"]
     layer = LayerSpec(attention=ATTENTION, moe=MOE.model_copy(update={"dispatch": dispatch}))
     spec, runs = DROPLESS.model_copy(update={"layers": (layer,)}), {}
@@ -140,7 +140,7 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin, dispatc
     assert_all_close(runs[4][1], runs[1][1], FLOAT32)
 
 
-def test_a_step_is_the_mean_over_micro_batches_however_many_targets_count(twin):
+def test_a_step_is_the_mean_over_micro_batches_for_any_number_of_targets(twin):
     window = windows_of(1, 2, 3)[0].copy()
     window[0, :2, -1] = IGNORED
     model = twin.backend().build(DENSE, weights_of(DENSE))
@@ -149,7 +149,7 @@ def test_a_step_is_the_mean_over_micro_batches_however_many_targets_count(twin):
     assert_close(model.train_step(window, 1e-3).fetch().losses["loss"], np.mean(losses), FLOAT32)
 
 
-def test_a_micro_batch_without_a_target_that_counts_is_refused(twin):
+def test_a_micro_batch_with_all_targets_masked_is_refused(twin):
     window = windows_of(1, 2, 3)[0][..., :2].copy()
     window[1, :, 1] = IGNORED
     model = twin.backend().build(DENSE, weights_of(DENSE))
@@ -175,7 +175,7 @@ def test_each_choice_and_each_drop_is_counted_once(twin):
     assert metrics.dropped[1] > 0
 
 
-def test_optimizer_that_is_restored_goes_on_as_if_never_stopped(twin):
+def test_a_restored_optimizer_continues_as_if_uninterrupted(twin):
     windows, config = windows_of(3, 1, 4), CONFIGS["clipped and decayed"]
     model = twin.backend().build(DENSE, weights_of(DENSE))
     model.start_training(config)
@@ -190,7 +190,7 @@ def test_optimizer_that_is_restored_goes_on_as_if_never_stopped(twin):
         np.testing.assert_array_equal(after_restored[name], after[name], err_msg=name)
 
 
-def test_global_norm_is_that_of_all_gradients_as_one_vector():
+def test_global_norm_is_the_norm_of_all_gradients_as_one_vector():
     gradients = {"a": normal(0, 3, 5), "b": normal(1, 7)}
     together = np.concatenate([gradients["a"].reshape(-1), gradients["b"]])
     assert_close(global_norm(gradients), np.linalg.norm(together), FLOAT64)
@@ -208,7 +208,7 @@ def test_first_step_of_the_reference_is_the_sign_of_the_gradient():
     assert_close(moments.second["w"], 0.05 * gradients["w"] ** 2, FLOAT64)
 
 
-def test_clipped_gradients_have_the_norm_asked_for():
+def test_clipped_gradients_have_the_clip_norm():
     parameters, gradients = {"w": np.ones((4, 5))}, {"w": 100 * normal(0, 4, 5)}
     config = OptimizerConfig(learning_rate=1.0, clip_norm=0.25, beta1=0.0)
     _, moments = adamw(config, parameters, gradients, zero_moments(parameters), learning_rate=0.1, update=1, decayed=())
@@ -220,8 +220,8 @@ def test_decay_below_zero_is_refused():
         validate(OptimizerConfig, {"learning_rate": 1e-3, "weight_decay": -0.1}, "config")
 
 
-def test_mlx_gradient_norm_keeps_its_digits_on_large_arrays():
-    """On the Linux CPU one float32 sum over all of it is off by 1.8e-3."""
+def test_mlx_gradient_norm_is_accurate_on_large_arrays():
+    """On the Linux CPU a single float32 sum over the whole array is off by 1.8e-3."""
     require_backend("mlx")
     import mlx.core as mx
 

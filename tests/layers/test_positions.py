@@ -92,7 +92,7 @@ def test_bfloat16_is_near_float32(twin, spec):
 
 
 def test_angles_are_float32_even_for_bfloat16_inputs(twin):
-    """Position 1001 is no bfloat16 number: angles in bfloat16 would be off by whole radians."""
+    """Position 1001 is not a bfloat16 number: angles in bfloat16 would be off by whole radians."""
     position_T = np.arange(1001, 1001 + T)
     x = twin.array(X_BTNH, "bfloat16")
     out = twin.module("positions").rotate(ROPE, x, twin.array(position_T))
@@ -112,11 +112,11 @@ def test_products_depend_on_relative_positions_only(twin, spec):
     assert abs(product(13, 9) - product(13, 10)) > 1e-2
 
 
-def test_position_zero_is_left_as_it_is(twin):
+def test_position_zero_is_unchanged(twin):
     np.testing.assert_array_equal(rotated(twin, ROPE, X_BTNH, np.zeros(T, int)), X_BTNH)
 
 
-def test_features_beyond_the_fraction_are_left_as_they_are(twin):
+def test_features_beyond_the_fraction_are_unchanged(twin):
     out = rotated(twin, SPECS["partial"], X_BTNH, np.arange(T))
     np.testing.assert_array_equal(out[..., 4:], X_BTNH[..., 4:])
     assert_close(out[..., :4], rotate(ROPE, X_BTNH[..., :4], np.arange(T)), FLOAT32)
@@ -200,10 +200,10 @@ def test_frequencies_are_those_of_released_models(scaling, base, expected, atten
     np.testing.assert_allclose(actual, expected, rtol=1e-8)
     assert actual_factor == pytest.approx(attention_factor, rel=1e-12)
     half, _ = frequencies(RoPESpec(base=base, scaling=scaling, fraction=0.5), 4 * len(expected))
-    np.testing.assert_array_equal(half, actual)  # scaling looks at the rotated features alone
+    np.testing.assert_array_equal(half, actual)  # scaling depends on the rotated features alone
 
 
-def test_a_fraction_of_the_pairs_turns_as_fast_as_where_all_do():
+def test_a_fraction_of_the_pairs_has_the_frequencies_of_full_rotation():
     """Gemma 4's proportional rotation; numbers as above."""
     quarter = RoPESpec(base=1e6, fraction=0.25, fraction_of="pairs")
     expected = [1, 0.316227766, 0.1, *[0] * 9]
@@ -212,13 +212,13 @@ def test_a_fraction_of_the_pairs_turns_as_fast_as_where_all_do():
     np.testing.assert_allclose(frequencies(slower, 24)[0], np.array(expected) / 8, rtol=1e-8)
 
 
-def test_pairs_that_stand_still_are_left_as_they_are(twin):
+def test_pairs_with_frequency_zero_are_unchanged(twin):
     out = rotated(twin, RoPESpec(fraction=0.4, fraction_of="pairs"), X_BTNH, np.arange(T))
     assert_close(out[..., [1, 2, 4, 5]], X_BTNH[..., [1, 2, 4, 5]], FLOAT32)
     assert np.max(np.abs(out[..., [0, 3]] - X_BTNH[..., [0, 3]])) > 0.1
 
 
-def test_scores_of_latent_attention_grow_with_yarn_and_nothing_else():
+def test_only_yarn_scales_the_scores_of_latent_attention():
     assert score_multiplier(RoPESpec(scaling=YARN)) == pytest.approx((0.05 * math.log(40) + 1) ** 2)
     for spec in (NoPositionSpec(), ROPE, SPECS["yarn"], SPECS["llama3"]):
         assert score_multiplier(spec) == 1
@@ -245,7 +245,7 @@ def test_embedding_positions_match_the_reference(twin, kind, embed_dim):
     )
 
 
-def test_sines_and_cosines_take_turns_and_slow_down():
+def test_sines_and_cosines_alternate_with_falling_frequencies():
     out = embedding_positions(SinusoidalPositionsSpec(), 6, {}, np.array([3]))
     angles = [3.0, 3 / 10_000 ** (1 / 3), 3 / 10_000 ** (2 / 3)]
     assert_close(out, [[wave(angle) for angle in angles for wave in (math.sin, math.cos)]], FLOAT64)
@@ -282,7 +282,7 @@ ATTENTION = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 5}
         ),
     ],
 )
-def test_a_rotation_that_cannot_be_is_refused(head_dim, position, message):
+def test_an_invalid_rotation_is_refused(head_dim, position, message):
     attention = ATTENTION | {"head_dim": head_dim, "position": {"kind": "rope"} | position}
     with pytest.raises(SpecError, match=message):
         validate(GroupedQueryAttentionSpec, attention, "config")

@@ -12,13 +12,13 @@ COUNTERS = (0, 1, random.ROUTER_NOISE, 2**31 + 3, 2**32 - 1)
 
 
 def device_key(twin: Twin, key=KEY):
-    """The key as a backend's uint32 [2]."""
+    """Return the key as a uint32 [2] array of the backend."""
     namespace = twin._namespace()
     return namespace.array(key, dtype=namespace.uint32)
 
 
 def compiled(twin: Twin, function):
-    """`function(key)` compiled with the key as a variable."""
+    """Call `function(key)` compiled, with the key as an argument."""
     if twin.name == "jax":
         import jax
 
@@ -52,7 +52,7 @@ def test_uniforms_are_the_references_bit_for_bit_with_a_traced_key_and_counter(t
             np.testing.assert_array_equal(np.array(actual_uniform), random.uniform(key, shape))
 
 
-def test_normal_and_gumbel_are_the_references_but_for_rounding(twin):
+def test_normal_and_gumbel_are_the_references_up_to_rounding(twin):
     ours, shape = twin.module("random"), (100_000,)
     both = compiled(twin, lambda key: (ours.normal(key, shape), ours.gumbel(key, shape)))(device_key(twin))
     for actual, expected in zip(both, (random.normal(KEY, shape), random.gumbel(KEY, shape)), strict=True):
@@ -98,16 +98,16 @@ def test_gumbel_noise_draws_from_the_softmax():
     assert np.all(np.abs(counted_E - share_E) < 5 * np.sqrt(share_E * (1 - share_E) / len(drawn_P)))
 
 
-def test_every_purpose_has_a_number_of_its_own():
+def test_every_purpose_has_its_own_number():
     purposes = [value for name, value in vars(random).items() if name.isupper() and name[0] != "_"]
     assert len(purposes) == len(set(purposes)) == 6
 
 
-def test_keys_in_a_batch_draw_normals_alone():
+def test_keys_in_a_batch_draw_normals_independently():
     keys = random.split(KEY, 3)
     np.testing.assert_array_equal(random.normal(keys, (5,)), [random.normal(one, (5,)) for one in keys])
 
 
-def test_something_else_than_a_key_is_refused():
+def test_an_invalid_key_is_refused():
     with pytest.raises(SpecError, match=r"not a random key; got float64 \[2\]"):
         random.normal(np.zeros(2), (3,))

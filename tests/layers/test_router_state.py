@@ -48,13 +48,13 @@ def test_an_expert_below_the_mean_goes_up_and_one_at_the_mean_stays(twin: Twin) 
     assert_close(twin.numpy(actual), expected, FLOAT32)
 
 
-def test_a_mean_that_float32_cannot_hold_moves_nobody(twin: Twin) -> None:
+def test_a_mean_that_float32_cannot_represent_changes_no_bias(twin: Twin) -> None:
     load_E = np.full(E, 2**24 + 1)
     bias_E = twin.module("router_state").updated_bias(twin.array(np.zeros(E)), twin.array(load_E), 0.25)
     assert_close(twin.numpy(bias_E), np.zeros(E), EXACT)
 
 
-def test_a_cutoff_divided_by_its_weight_is_the_mean_of_what_it_saw(twin: Twin) -> None:
+def test_a_cutoff_divided_by_its_weight_is_the_mean_of_its_inputs(twin: Twin) -> None:
     lowest_E = np.abs(normal(1, E))
     for function, array in (
         (updated_cutoff, np.asarray),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moezoo.core import random
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
+from moezoo.core.reference.choice import RoutingContext
 from moezoo.core.reference.routing import Routing, average_cutoff, route, score
 from moezoo.core.spec import MoESpec, RouterSpec
 from tests.support.tolerances import BFLOAT16, EXACT, FLOAT32, FLOAT64, assert_close
@@ -81,19 +82,20 @@ def router(twin: Twin, spec: RouterSpec, w_DE=W_DE):
     return twin.module("routing").Router(spec, twin.weights(values_of(spec) | {"w_router": w_DE}))
 
 
-def inputs(twin: Twin, forced_PK=None) -> dict:
+def context_of(twin: Twin, forced_PK=None):
     given = {"token_P": TOKEN_P, "previous_PE": PREVIOUS_PE, "key": KEY, "forced_PK": forced_PK}
-    return {name: twin.array(value) for name, value in given.items() if value is not None}
+    arrays = {name: twin.array(value) for name, value in given.items() if value is not None}
+    return twin.module("choice").RoutingContext(**arrays)
 
 
 def routed(twin: Twin, spec: RouterSpec, x_PD=X_PD, w_DE=W_DE, forced_PK=None) -> Routing:
-    routing = router(twin, spec, w_DE)(twin.array(x_PD), **inputs(twin, forced_PK))
+    routing = router(twin, spec, w_DE)(twin.array(x_PD), context_of(twin, forced_PK))
     return Routing(*(None if value is None else twin.numpy(value) for value in routing), margin_P=None)
 
 
 def reference(spec: RouterSpec, values=None, x_PD=X_PD, forced_PK=None, key=KEY) -> Routing:
     values = {**values_of(spec), **(values or {})}
-    return route(spec, values, x_PD, token_P=TOKEN_P, previous_PE=PREVIOUS_PE, forced_PK=forced_PK, key=key)
+    return route(spec, values, x_PD, RoutingContext(TOKEN_P, PREVIOUS_PE, forced_PK, key))
 
 
 def side_by_side(namespace, routing: Routing):
@@ -120,7 +122,7 @@ def test_gradients_match_the_reference(twin, kind):
     assert_layer_matches(
         twin,
         router(twin, spec),
-        lambda layer, x: side_by_side(twin._namespace(), layer(x, **inputs(twin))),
+        lambda layer, x: side_by_side(twin._namespace(), layer(x, context_of(twin))),
         lambda values, x: side_by_side(autograd.numpy, reference(spec, values, x)),
         trained,
         X_PD,
@@ -128,12 +130,12 @@ def test_gradients_match_the_reference(twin, kind):
 
 
 def test_gradient_reaches_the_logits_of_the_layer_before(twin):
-    spec = SPECS["residual, temperature and cap"]
+    spec, on_device = SPECS["residual, temperature and cap"], twin.module("choice").RoutingContext
     assert_layer_matches(
         twin,
         router(twin, spec),
-        lambda layer, previous: layer(twin.array(X_PD), previous_PE=previous).weight_PK,
-        lambda values, previous: route(spec, values, X_PD, previous_PE=previous).weight_PK,
+        lambda layer, previous: layer(twin.array(X_PD), on_device(previous_PE=previous)).weight_PK,
+        lambda values, previous: route(spec, values, X_PD, RoutingContext(previous_PE=previous)).weight_PK,
         values_of(spec),
         PREVIOUS_PE,
     )
@@ -238,10 +240,10 @@ def test_logits_of_ten_thousand_do_not_overflow(twin, kind):
 @pytest.mark.parametrize("kind", ["normalized input", "residual, temperature and cap", "jitter of the input", "noise"])
 def test_a_router_in_float32_rounds_nothing_of_a_bfloat16_model(twin, kind):
     x = twin.array(X_PD, "bfloat16")
-    routing, exact = router(twin, SPECS[kind])(x, **inputs(twin)), reference(SPECS[kind], x_PD=twin.numpy(x))
+    routing, exact = router(twin, SPECS[kind])(x, context_of(twin)), reference(SPECS[kind], x_PD=twin.numpy(x))
     assert "float32" in str(routing.weight_PK.dtype)
     assert_close(twin.numpy(routing.logits_PE), exact.logits_PE, FLOAT32)
-    in_compute = router(twin, SPECS[kind].model_copy(update={"dtype": "compute"}))(x, **inputs(twin))
+    in_compute = router(twin, SPECS[kind].model_copy(update={"dtype": "compute"}))(x, context_of(twin))
     assert "float32" in str(in_compute.weight_PK.dtype)
     assert_close(twin.numpy(in_compute.logits_PE), exact.logits_PE, BFLOAT16)
 
@@ -262,8 +264,8 @@ def test_router_dtype_decides_in_which_dtype_the_product_is_made(twin):
 
 def test_expert_choice_at_inference_goes_by_the_cutoffs_kept_in_training(twin):
     spec = SPECS["expert choice"]
-    routing = router(twin, spec)(twin.array(X_PD), inference=True)
-    expected = route(spec, values_of(spec), X_PD, inference=True)
+    routing = router(twin, spec)(twin.array(X_PD), twin.module("choice").RoutingContext(inference=True))
+    expected = route(spec, values_of(spec), X_PD, RoutingContext(inference=True))
     assert_close(twin.numpy(routing.weight_PK), expected.weight_PK, FLOAT32)
     reached_PE = expected.score_PE >= VALUES["cutoff"] / VALUES["cutoff_weight"]
     np.testing.assert_array_equal(twin.numpy(routing.valid_PK).sum(axis=-1), reached_PE.sum(axis=-1))

@@ -51,7 +51,7 @@ def test_probabilities_are_those_of_the_reference(twin, name):
 @pytest.mark.parametrize(
     "options", [SamplingOptions(temperature=0), SamplingOptions(top_k=2), SamplingOptions(top_p=0.4)]
 )
-def test_ties_go_to_the_lower_id_and_what_is_forbidden_is_never_drawn(twin, options):
+def test_ties_go_to_the_lower_id_and_forbidden_tokens_are_never_drawn(twin, options):
     row = np.array([-np.inf, 0.5, -np.inf, 0.5, 0.5, -np.inf, 0.5, -1], np.float32)
     logits_BV = np.tile(row, (40, 1))
     found = sampled(twin, logits_BV, options, np.arange(40))
@@ -77,7 +77,7 @@ def test_penalty_is_that_of_the_reference(twin):
 
 
 @pytest.mark.parametrize("options", [SamplingOptions(temperature=0), SamplingOptions(), SamplingOptions(top_p=0.5)])
-def test_rows_from_which_nothing_can_be_drawn_are_refused_and_others_are_not(twin, options):
+def test_only_rows_that_cannot_be_sampled_are_refused(twin, options):
     logits_BV = np.array(LOGITS_BV[:5])
     logits_BV[1, 3], logits_BV[2, 0], logits_BV[3] = np.nan, np.inf, -np.inf
     found = sampled(twin, logits_BV, options, POSITIONS_B[:5])

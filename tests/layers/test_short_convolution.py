@@ -72,8 +72,8 @@ def test_bfloat16_is_near_float32_and_so_is_its_cache(twin):
     assert "bfloat16" in str(layer_of(twin)(x_BTD, empty_cache(twin, x_BTD)).cache.input_BSZ.dtype)
 
 
-def test_a_token_sees_itself_and_those_of_the_filter_before_it(twin):
-    """The last row multiplies the token itself, the first the one farthest back."""
+def test_a_token_depends_on_itself_and_earlier_tokens_of_the_filter(twin):
+    """The last row multiplies the token itself, the first row the earliest token of the filter."""
     weight = np.zeros((WIDTH, D))
     weight[-1], weight[0] = 1.0, 2.0
     expected = X_BTD.copy()
@@ -84,8 +84,8 @@ def test_a_token_sees_itself_and_those_of_the_filter_before_it(twin):
     assert_close(twin.numpy(function(*map(twin.array, (X_BTD, weight, before)))), expected, FLOAT32)
 
 
-def test_biases_do_not_reach_before_the_first_token(twin):
-    """The first token sees zeros before it, where a padded input would give the products of biases."""
+def test_inputs_before_the_first_token_have_no_biases(twin):
+    """Inputs before the first token are zero, where padding before the projections would yield products of biases."""
     first = short_convolution(BIASED, VALUES[True], X_BTD[:, :1]).out_BTD
     assert_close(twin.numpy(layer_of(twin)(twin.array(X_BTD)).out_BTD)[:, :1], first, FLOAT32)
     only_itself = VALUES[True] | {"conv": VALUES[True]["conv"] * np.eye(WIDTH)[-1][:, None]}
@@ -114,7 +114,7 @@ def test_cached_parts_equal_the_uncached_pass(twin):
     assert_close(np.concatenate(found, axis=1), out()(VALUES[True], x_BTD), FLOAT32)
 
 
-def test_padding_does_not_touch_what_is_kept(twin):
+def test_padding_does_not_change_the_cache(twin):
     x_BTD, first = normal(0, B, 7, D), (2, 0, 5)
     layer = layer_of(twin)
     cache = assert_pieces_match(
@@ -134,8 +134,8 @@ def test_an_extended_cache_holds_the_last_inputs(twin):
     assert_close(twin.numpy(cache.input_BSZ), inputs[:, 3:], EXACT)
 
 
-def test_a_model_generates_as_it_reads(twin):
-    """JAX pads the prompt of five to sixteen; full attention stands behind the convolution."""
+def test_generation_equals_the_uncached_pass(twin):
+    """JAX pads the prompt from five to sixteen tokens; a full-attention layer follows the convolution."""
     full = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
     layers = tuple(LayerSpec(attention=each, feed_forward=GatedFeedForwardSpec(hidden_dim=F)) for each in (BARE, full))
     spec = ModelSpec(vocab_size=V, embed_dim=D, layers=layers)
@@ -150,7 +150,7 @@ def test_a_model_generates_as_it_reads(twin):
         assert_close(logits, expected[:, t], FLOAT32, f"after {t + 1} tokens")
 
 
-def test_filters_start_as_a_convolution_of_one_feature_does_in_pytorch():
+def test_filters_are_initialized_as_a_depthwise_convolution_in_pytorch():
     spec = ModelSpec(
         vocab_size=V,
         embed_dim=500,

@@ -67,7 +67,7 @@ def test_only_the_first_features_are_rotated_and_by_the_indexers_own_layout():
     for after, before in zip(rotated[:2], plain[:2], strict=True):
         assert_close(after[..., ROPE:], before[..., ROPE:], FLOAT64)
         assert_close(after[:, 0], before[:, 0], FLOAT64)
-        half = ROPE // 2  # pair 0 turns by t: features 0 and ROPE / 2
+        half = ROPE // 2  # pair 0 (features 0 and ROPE / 2) is rotated by t
         turned = math.cos(2) * before[:, 2, ..., 0] - math.sin(2) * before[:, 2, ..., half]
         assert_close(after[:, 2, ..., 0], turned, FLOAT64)
 
@@ -88,8 +88,8 @@ def test_the_highest_allowed_positions_are_chosen(twin):
             assert set(np.flatnonzero(mask[b, t])) == set(best)
 
 
-def test_a_high_index_of_the_future_takes_nobodys_place(twin):
-    """A top-k before the mask would choose the last positions for everyone, and leave early queries with none."""
+def test_a_high_index_of_a_future_token_displaces_no_choice(twin):
+    """A top-k before the mask would choose the last positions for every query, and leave early queries with none."""
     growing = np.broadcast_to(np.arange(float(T)), (1, T, T)).copy()
     mask = chosen(twin, growing, np.tri(T, dtype=bool), K)
     np.testing.assert_array_equal(mask[0].sum(axis=-1), np.minimum(np.arange(T) + 1, K))
@@ -97,7 +97,7 @@ def test_a_high_index_of_the_future_takes_nobodys_place(twin):
 
 
 def test_ties_go_to_the_lower_position(twin):
-    """Where every relu is shut the index is 0, or -0: a tie that is no accident."""
+    """Where every relu is zero the index is 0 or -0: such ties are systematic."""
     tied = np.zeros((1, T, T))
     tied[..., 1::2] = -0.0
     mask = chosen(twin, tied, np.tri(T, dtype=bool), K)
@@ -143,7 +143,7 @@ def test_index_loss_matches_the_reference(twin, spread):
     )
 
 
-def test_index_loss_keeps_its_digits_near_its_minimum(twin):
+def test_index_loss_is_accurate_near_its_minimum(twin):
     """The divergence is 1e-6 here; as a difference of entropies in float32 it would have one digit."""
     mask = choose_sources(INDEX_BTS, MASK_TS, K + 2)
     distribution = distribution_of(mask, 1.0)

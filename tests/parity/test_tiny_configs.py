@@ -23,6 +23,7 @@ from moezoo.core.reference.losses import loss_and_gradients, loss_terms
 from moezoo.core.reference.optimizer import adamw, zero_moments
 from moezoo.core.reference.router_state import updated_state
 from moezoo.core.reference.transformer import forward
+from moezoo.core.runs.init_from import load_resolved_config
 from tests.support.backends_available import require_backend
 from tests.support.tolerances import (
     BFLOAT16,
@@ -50,7 +51,7 @@ LEARNING_RATE = 1e-3
 
 
 def sized(path: Path) -> Config:
-    config = load_config(path)
+    config = load_resolved_config(path)
     return config if config.model.vocab_size is not None else with_vocab_size(config, VOCAB_SIZE)
 
 

@@ -1,11 +1,11 @@
-"""Tiny checkpoints in Hugging Face's layout, drawn from a seed instead of stored.
+"""Tiny checkpoints in Hugging Face's layout, generated from a seed instead of stored.
 
-`tests/data/huggingface/<case>.json` says what the checkpoint is (config.json, seed, names, shapes and laws of the
-tensors), `<case>.npz` what transformers computes from it. Needs NumPy alone, since `tests/external/make_oracles.py`
-uses it in an environment without this project; how the fixtures are made is said there.
+`tests/data/huggingface/<case>.json` describes the checkpoint (config.json, seed, names, shapes and laws of the
+tensors), `<case>.npz` has the outputs of transformers. Needs only NumPy, because `tests/external/make_oracles.py`,
+which writes the fixtures, uses it in an environment without moezoo.
 
-Every value of a tensor is made from 64 raw bits of Philox, keyed by SHA-256 of seed and name, by integer arithmetic and
-one float64 multiplication: unlike `standard_normal` it cannot change with a version of NumPy or of libm.
+Every value of a tensor is computed from 64 raw bits of Philox, keyed by SHA-256 of seed and name, with integer
+arithmetic and one float64 multiplication: unlike `standard_normal`, it cannot change with the version of NumPy or libm.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ import numpy as np
 
 FOLDER = Path(__file__).parent.parent / "data" / "huggingface"
 
-# safetensors' name -> the unsigned integer or float that holds it in NumPy
+# safetensors dtype -> NumPy dtype of the same width that stores its bits
 STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
 
 
 @dataclass(frozen=True)
 class Fixture:
-    """One case: what the checkpoint is, and what transformers computes from it."""
+    """A test case: the description of a checkpoint, and the outputs of transformers for it."""
 
     case: str
     description: dict[str, Any]
@@ -35,29 +35,29 @@ class Fixture:
 
     @property
     def model_type(self) -> str:
-        """The text model's, where it is inside a wrapper."""
+        """Model type; in a multimodal wrapper that of the text model."""
         config = self.description["config"]
         return str(config.get("text_config", config)["model_type"])
 
 
 def cases(*, refused: bool = False) -> list[str]:
-    """Names of all fixtures that are checked in; or, apart from them, of those that moezoo refuses."""
+    """Return the names of all fixtures that moezoo supports, or with `refused` of those that it refuses."""
     every = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
     return sorted(name for name, description in every.items() if ("refused" in description) == refused)
 
 
 def read_fixture(case: str) -> Fixture:
-    """The fixture of that name."""
+    """Read the fixture of that name."""
     description = json.loads((FOLDER / f"{case}.json").read_text())
     with np.load(FOLDER / f"{case}.npz") as arrays:
         return Fixture(case, description, dict(arrays))
 
 
 def write_checkpoint(case: str, folder: Path, *, spelling: Literal["saved", "hub"] = "saved", shards: int = 1) -> Path:
-    """Writes config.json and model.safetensors of a case into `folder`, and returns it.
+    """Write config.json and model.safetensors of a case into `folder`, and return it.
 
-    `spelling` chooses config.json as transformers 5 saves it, or as files on the hub spell it (`rope_theta`,
-    `rope_scaling`, ...); both mean the same. With `shards` > 1 the tensors are dealt out to as many files, with
+    `spelling` chooses the format of config.json: that of transformers 5, or that of files on the hub (`rope_theta`,
+    `rope_scaling`, ...); both mean the same. With `shards` > 1 the tensors are split over as many files, with a
     model.safetensors.index.json.
     """
     description = json.loads((FOLDER / f"{case}.json").read_text())
@@ -67,7 +67,7 @@ def write_checkpoint(case: str, folder: Path, *, spelling: Literal["saved", "hub
 def write_described(
     description: dict[str, Any], folder: Path, *, spelling: Literal["saved", "hub"] = "saved", shards: int = 1
 ) -> Path:
-    """As `write_checkpoint`, from the content of a case's json."""
+    """Like `write_checkpoint`, from the content of a case's json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = description["hub_config" if spelling == "hub" else "config"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -86,7 +86,7 @@ def write_described(
 
 
 def drawn_tensors(description: dict[str, Any]) -> dict[str, tuple[str, np.ndarray]]:
-    """Name -> (dtype as safetensors names it, the stored bits as an array of that shape)."""
+    """Return all tensors by name: (safetensors dtype, array of the stored bits)."""
     laws = description["laws"]
     return {
         name: (dtype, drawn(description["seed"], name, tuple(shape), dtype, laws[law]))
@@ -96,7 +96,7 @@ def drawn_tensors(description: dict[str, Any]) -> dict[str, tuple[str, np.ndarra
 
 
 def digest(tensors: dict[str, tuple[str, np.ndarray]]) -> str:
-    """SHA-256 over names and stored bytes, in the order of names."""
+    """Return the SHA-256 over names and stored bytes, in order of name."""
     everything = hashlib.sha256()
     for name, (dtype, array) in sorted(tensors.items()):
         everything.update(f"{name} {dtype} {array.shape}".encode() + array.tobytes())
@@ -104,9 +104,10 @@ def digest(tensors: dict[str, tuple[str, np.ndarray]]) -> str:
 
 
 def drawn(seed: int, name: str, shape: tuple[int, ...], dtype: str, law: dict[str, float]) -> np.ndarray:
-    """One tensor's stored values: `mean + std * z`, or integers from `low` to `high` (both included).
+    """Return one tensor's stored values: `mean + std * z`, or integers from `low` to `high` (both included).
 
-    z is the sum of four uniform 16-bit integers, centred and divided by its deviation: nearly normal, within 3.47.
+    z is the sum of four uniform 16-bit integers, centered and divided by its standard deviation: nearly normal, within
+    3.47.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
@@ -120,7 +121,7 @@ def drawn(seed: int, name: str, shape: tuple[int, ...], dtype: str, law: dict[st
 
 
 def stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float64 values rounded to the nearest of a storage dtype, ties to even (E4M3: to the lower one)."""
+    """Round float64 values to the nearest value of a storage dtype, ties to even (E4M3: to the lower one)."""
     if dtype == "BF16":
         bits = values.astype("<f4").view("<u4")
         return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
@@ -132,7 +133,7 @@ def stored(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def e4m3_values() -> np.ndarray:
-    """(256,) float32: the value of each E4M3 code (4 exponent bits of bias 7; no infinity, 0x7f and 0xff are NaN)."""
+    """Return the value of each E4M3 code, float32 [256] (exponent bias 7; no infinity, 0x7f and 0xff are NaN)."""
     code = np.arange(256)
     exponent, mantissa = (code >> 3) & 15, code & 7
     magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
@@ -141,7 +142,7 @@ def e4m3_values() -> np.ndarray:
 
 
 def expanded(pattern: str) -> Iterator[str]:
-    """The names of `a.{0-2}.b.{0-1}`: every number of every range, the last running fastest."""
+    """Yield the names of a pattern `a.{0-2}.b.{0-1}`, with the last range varying fastest."""
     parts = re.split(r"\{(\d+)-(\d+)\}", pattern)
     ranges = [range(int(low), int(high) + 1) for low, high in zip(parts[1::3], parts[2::3], strict=True)]
     for numbers in itertools.product(*ranges):
@@ -149,7 +150,7 @@ def expanded(pattern: str) -> Iterator[str]:
 
 
 def contracted(names: list[str]) -> list[str]:
-    """Patterns that `expanded` turns into exactly these names (of one shape, dtype and law)."""
+    """Return patterns that `expanded` turns into exactly these names (of one shape, dtype and law)."""
     patterns: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
     for name in names:
         parts = re.split(r"(?<=\.)(\d+)(?=\.|$)", name)
@@ -158,7 +159,7 @@ def contracted(names: list[str]) -> list[str]:
 
 
 def _boxes(numbers: set[tuple[int, ...]]) -> list[list[tuple[int, int]]]:
-    """Index tuples as products of ranges: one where that is exact, otherwise one for each first index."""
+    """Return index tuples as products of ranges: one product if exact, otherwise one per first index."""
     columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
     box = [(column[0], column[-1]) for column in columns]
     if np.prod([high - low + 1 for low, high in box]) == len(numbers):
@@ -176,7 +177,7 @@ def _filled(text: tuple[str, ...], box: list[tuple[int, int]]) -> str:
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> None:
-    """A safetensors file: length of the header, header as JSON, bytes."""
+    """Write a safetensors file: length of the header, header as JSON, bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, array) in tensors.items():

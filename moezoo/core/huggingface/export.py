@@ -40,7 +40,7 @@ def export_checkpoint(parameters: Mapping[str, Array], layout: Layout, out: Path
 def into_new_folder(out: Path, write: Callable[[Path], list[str]]) -> list[str]:
     """Create a folder atomically, filled by `write`. Raises RunError if it exists and is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and is not empty; expected a new or empty folder. Choose another one.")
+        raise RunError(f"{out} exists and is not an empty folder; expected a new or empty folder. Choose another one.")
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         remove_folder(partial)
@@ -135,7 +135,7 @@ def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) 
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}
     forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
     write_own_layout(parameters, placed, forms, kept, folder)
-    return ["quantized weights have changed, so they were written without quantization (also in config.json)"]
+    return ["quantized weights have changed, so they and config.json were written without quantization"]
 
 
 def write_own_layout(

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from moezoo.core.errors import SpecError
 from moezoo.core.parity.report import json_safe
+from moezoo.core.progress import Progress
 from moezoo.core.runs.init_from import load_resolved_config
 from moezoo.core.spec import ModelSpec
 
@@ -265,14 +266,14 @@ def _in_color(config: ZooConfig, text: str) -> str:
 def zoo(
     folder: Path,
     check: Callable[[Path], "ParityReport"] | None = None,
-    on_progress: Callable[[int, int, str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Zoo:
     """Build the table from the configs of a folder.
 
     Args:
         folder: of `*.yaml` configs.
         check: runs the parity check of a config; None: no checks, and no figures in the table.
-        on_progress: called before each config with its index, the number of configs, and its name.
+        on_progress: called before each config with its name, its index and the number of configs.
 
     Raises SpecError: the folder has no configs, or one cannot be read.
     """
@@ -282,7 +283,7 @@ def zoo(
     configs = []
     for index, path in enumerate(paths):
         if on_progress is not None:
-            on_progress(index, len(paths), path.stem)
+            on_progress(path.stem, index, len(paths))
         spec = load_resolved_config(path).model
         config = ZooConfig(path.stem, _source(path), tuple(sorted(features(spec))))
         configs.append(config if check is None else _checked(config, check(path)))

@@ -1,7 +1,7 @@
-"""The executable spec: every operation in float64 NumPy, written to be read. Both backends are tested against it.
+"""Executable spec: every operation in readable float64 NumPy. Both backends are tested against it.
 
-`import autograd.numpy as np` is NumPy with gradients (HIPS autograd), so the formula is written once and its gradient
-follows from it. Parameters are a plain dict of canonical names; `inside` gives the view of one module.
+`import autograd.numpy as np` is NumPy with automatic differentiation (HIPS autograd), so only the forward pass is
+written. Parameters are a plain dict by canonical name; `inside` returns the view of one module.
 """
 
 from collections.abc import Mapping
@@ -13,5 +13,5 @@ Record = dict[str, Array]
 
 
 def inside(parameters: Parameters, prefix: str) -> dict[str, Array]:
-    """The parameters whose name starts with `prefix.`, by the rest of their name."""
+    """Return the parameters whose name starts with `prefix.`, keyed by the rest of the name."""
     return {name[len(prefix) + 1 :]: value for name, value in parameters.items() if name.startswith(prefix + ".")}

@@ -1,5 +1,6 @@
 """The choice: which experts compute a token, once the values that decide it are there."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import autograd.numpy as np
@@ -39,6 +40,30 @@ class Choice(NamedTuple):
     margin_P: Array
 
 
+@dataclass(frozen=True)
+class RoutingContext:
+    """Inputs of routing beside the tokens' activations. By default: training, without noise.
+
+    Fields:
+        token_P: int, the tokens' ids in the vocabulary; only `choice: hash` reads them.
+        previous_PE: logits of the previous MoE layer; only a gating residual reads them.
+        forced_PK: int, experts to use in place of the router's own choice, -1 for an unused slot. Weights and cutoffs
+            are still the router's own. With it, two implementations can be compared where near ties would let them
+            choose differently.
+        key: uint32 [2], the key of the layer and step, for jitter, noise and sampling; None for none of them.
+        inference: route as generation does: causal (expert choice by cutoffs), and no capacity drops a token.
+    """
+
+    token_P: Array | None = None
+    previous_PE: Array | None = None
+    forced_PK: Array | None = None
+    key: Array | None = None
+    inference: bool = False
+
+
+NO_CONTEXT = RoutingContext()
+
+
 def noisy(logits_PE: Array, noise_scale_PE: Array, key: Array) -> Array:
     """`logits + normal() * noise_scale`; `key` is that of the layer and step.
 
@@ -52,12 +77,10 @@ def choose(
     logits_PE: Array,
     score_PE: Array,
     selection_PE: Array,
+    context: RoutingContext = NO_CONTEXT,
     *,
     table_PK: Array | None = None,
     cutoff_E: Array | None = None,
-    forced_PK: Array | None = None,
-    key: Array | None = None,
-    inference: bool = False,
 ) -> Choice:
     """Choose experts for tokens, or tokens for experts.
 
@@ -75,11 +98,9 @@ def choose(
         logits_PE: after temperature, softcap and noise.
         score_PE: their scores.
         selection_PE: what decides: `spec.selection_basis` of the two, plus the selection bias.
+        context: forced experts, key, and whether to choose as in generation.
         table_PK: int; rows of the hash table for these tokens.
         cutoff_E: for expert choice at inference: the least value with which each expert takes a token.
-        forced_PK: int; take these experts, -1 for an unused slot. Weights and cutoffs are made as always.
-        key: of the layer and step; None for no noise.
-        inference: choose as in generation.
 
     Source: each spec's docstring (moezoo/core/spec/routing.py) names its own.
     """
@@ -104,11 +125,11 @@ def choose(
         case HashChoiceSpec():
             expert_PK, valid_PK = table_PK, np.ones((tokens, spec.top_k), bool)
         case SparseMixerChoiceSpec() as mixer:
-            key = None if inference else key
-            expert_PK, weight_PK, margin_P = _sparsemixer(mixer, spec.top_k, logits_PE, forced_PK, key)
+            key = None if context.inference else context.key
+            expert_PK, weight_PK, margin_P = _sparsemixer(mixer, spec.top_k, logits_PE, context.forced_PK, key)
             valid_PK = np.ones(expert_PK.shape, bool)
         case ExpertChoiceSpec():
-            if inference:
+            if context.inference:
                 taken_PE, bound_E = selection_PE >= cutoff_E, cutoff_E
                 margin_P = np.min(
                     _share(spec, np.maximum(selection_PE, bound_E), np.minimum(selection_PE, bound_E)), -1
@@ -116,8 +137,8 @@ def choose(
             else:
                 taken_PE, cutoffs_E, margin_P = _highest_tokens(spec, selection_PE)
             expert_PK, valid_PK = _highest(np.where(taken_PE, selection_PE, -np.inf), selection_PE.shape[1])
-    if forced_PK is not None:
-        expert_PK, valid_PK = np.maximum(forced_PK, 0), forced_PK >= 0
+    if context.forced_PK is not None:
+        expert_PK, valid_PK = np.maximum(context.forced_PK, 0), context.forced_PK >= 0
         weight_PK = None if weight_PK is None else np.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E, margin_P)
 

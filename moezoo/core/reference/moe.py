@@ -5,6 +5,7 @@ from typing import assert_never
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, Record, inside
+from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext
 from moezoo.core.reference.dispatch import combine, dispatch, used_rows
 from moezoo.core.reference.experts import experts
 from moezoo.core.reference.feed_forward import feed_forward, sigmoid
@@ -17,13 +18,9 @@ def moe(
     spec: MoESpec,
     parameters: Parameters,
     x_BTD: Array,
+    context: RoutingContext = NO_CONTEXT,
     *,
     raw_BTD: Array | None = None,
-    token_BT: Array | None = None,
-    previous_PE: Array | None = None,
-    forced_PK: Array | None = None,
-    key: Array | None = None,
-    inference: bool = False,
     record: Record | None = None,
     name: str = "moe",
 ) -> tuple[Array, Routing]:
@@ -38,29 +35,21 @@ def moe(
         spec: the mixture.
         parameters: its own.
         x_BTD: behind the layer's norm.
-        raw_BTD: before it, for `shared: {kind: parallel}`: router and routed experts start from there. None: as x_BTD.
-        token_BT, previous_PE, forced_PK, key, inference: as in `route`; at inference no capacity drops anything.
+        context: of its P tokens, as in `route`; at inference no capacity drops a token.
+        raw_BTD: before the layer's norm, for `shared: {kind: parallel}`: router and routed experts start from there.
+            None: as x_BTD.
         record: filled with named intermediates.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1. Weighted inputs: Meta 2025 (Llama 4), released code. Latent
     experts: NVIDIA 2025 (Nemotron 3), released code.
     """
-    x_PD = mixture_input(spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), key)
+    x_PD = mixture_input(spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
     raw_PD, routed_PD = x_PD, x_PD
     if isinstance(spec.shared, ParallelFeedForwardSpec):
-        raw_PD = x_PD if raw_BTD is None else mixture_input(spec.router, raw_BTD.reshape(x_PD.shape), key)
+        raw_PD = x_PD if raw_BTD is None else mixture_input(spec.router, raw_BTD.reshape(x_PD.shape), context.key)
         routed_PD = normalize(spec.shared.norm, inside(parameters, "routed_input_norm"), raw_PD)
-    routing = route(
-        spec.router,
-        inside(parameters, "router"),
-        raw_PD,
-        token_P=None if token_BT is None else token_BT.reshape(-1),
-        previous_PE=previous_PE,
-        forced_PK=forced_PK,
-        key=key,
-        inference=inference,
-    )
-    dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=inference)
+    routing = route(spec.router, inside(parameters, "router"), raw_PD, context)
+    dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
     input_P = routed_PD if spec.latent_dim is None else np.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
     x_RD = input_P[dispatched.token_R]
     match spec.router.apply_to:

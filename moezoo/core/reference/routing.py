@@ -7,7 +7,7 @@ from autograd.tracer import getval
 
 from moezoo.core.random import ROUTER_JITTER, Bits, fold_in, uniform
 from moezoo.core.reference import Array, Parameters
-from moezoo.core.reference.choice import Choice, choose, noisy
+from moezoo.core.reference.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
 from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
 
 LEAST_WEIGHT = 1e-30  # of a moving average: only the 0 from before the first step is less
@@ -40,17 +40,7 @@ class Routing(NamedTuple):
     margin_P: Array
 
 
-def route(
-    spec: RouterSpec,
-    parameters: Parameters,
-    x_PD: Array,
-    *,
-    token_P: Array | None = None,
-    previous_PE: Array | None = None,
-    forced_PK: Array | None = None,
-    key: Bits | None = None,
-    inference: bool = False,
-) -> Routing:
+def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: RoutingContext = NO_CONTEXT) -> Routing:
     """Score all experts, choose up to K, weight them: `x -> logits -> score -> choice -> weight`.
 
     Args:
@@ -59,19 +49,15 @@ def route(
             [E of the previous MoE layer, E], `expert_scale` [E], `selection_bias` [E], `w_noise` [D, E],
             `hash_table` [V, K], `cutoff` [E] with `cutoff_weight` [1].
         x_PD: tokens.
-        token_P: int, their ids in the vocabulary; only `choice: hash` looks at them.
-        previous_PE: logits of the previous MoE layer; only a gating residual looks at them.
-        forced_PK: int, -1 for an unused slot; take these experts instead of choosing (weights are still this router's
-            own). With it, two realizations can be compared where near ties would let them choose differently.
-        key: uint32 [2] of this layer and step, for jitter, noise and sampling; None for none of them.
-        inference: choose as in generation (expert choice by cutoffs).
+        context: token ids, the previous router's logits, forced experts, key, and whether to route as generation does.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5 (top-k gating); softmax over all experts, then top-k with
     renormalization: Jiang et al. 2024, arXiv 2401.04088. Sources of the other fields stand in the spec.
     Differs: jitter of the input reaches the router alone, as in Switch; for that of the mixture see `mixture_input`.
     """
+    key = context.key
     x_PD = _router_input(spec, parameters, x_PD, key)
-    logits_PE = _linear(spec, parameters, x_PD, previous_PE) / spec.temperature
+    logits_PE = _linear(spec, parameters, x_PD, context.previous_PE) / spec.temperature
     if spec.softcap is not None:
         logits_PE = spec.softcap * np.tanh(logits_PE / spec.softcap)
     if key is not None and spec.jitter is not None and spec.jitter.of == "logits":
@@ -87,20 +73,10 @@ def route(
         selection_PE = selection_PE + getval(parameters["selection_bias"])
     table_PK = cutoff_E = None
     if isinstance(spec.choice, HashChoiceSpec):
-        table_PK = getval(parameters["hash_table"])[token_P].astype(int)
-    if isinstance(spec.choice, ExpertChoiceSpec) and inference:
+        table_PK = getval(parameters["hash_table"])[context.token_P].astype(int)
+    if isinstance(spec.choice, ExpertChoiceSpec) and context.inference:
         cutoff_E = average_cutoff(parameters["cutoff"], parameters["cutoff_weight"])
-    choice = choose(
-        spec,
-        logits_PE,
-        score_PE,
-        selection_PE,
-        table_PK=table_PK,
-        cutoff_E=cutoff_E,
-        forced_PK=forced_PK,
-        key=key,
-        inference=inference,
-    )
+    choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
     return Routing(
         choice.expert_PK,
         choice.valid_PK,

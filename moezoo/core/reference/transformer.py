@@ -8,6 +8,7 @@ import autograd.numpy as np
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.attention import Attended, grouped_query_attention
+from moezoo.core.reference.choice import RoutingContext
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.latent_attention import latent_attention
@@ -117,12 +118,14 @@ def forward(
                 layer.moe,
                 inside(parameters, f"{name}.moe"),
                 seen_BTD,
+                RoutingContext(
+                    tokens_BT.reshape(-1),
+                    routings[-1].logits_PE if routings else None,
+                    None if forced is None else forced[len(routings)],
+                    layer_key,
+                    inference,
+                ),
                 raw_BTD=x_BTD,
-                token_BT=tokens_BT,
-                previous_PE=routings[-1].logits_PE if routings else None,
-                forced_PK=None if forced is None else forced[len(routings)],
-                key=layer_key,
-                inference=inference,
                 record=record,
                 name=f"{name}.moe",
             )

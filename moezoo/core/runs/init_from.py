@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.run_config import Config, InitFrom, load_config
 from moezoo.core.config.validate import validate
@@ -117,7 +117,7 @@ def _check(config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
         ) from None
 
 
-class _Float32(ReadWhenAsked):
+class _Float32(LazyTensors):
     """A lazy mapping that converts arrays of any dtype to float32, one at a time."""
 
     def __init__(self, weights: Mapping[str, NDArray[Any]]):

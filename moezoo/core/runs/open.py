@@ -64,11 +64,11 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
 
     Raises RunError: a folder without a checkpoint. Raises CheckpointError: the download fails.
     """
-    from moezoo.core.huggingface.hub import on_stderr, resolve
+    from moezoo.core.huggingface.hub import resolve
+    from moezoo.core.progress import bytes_on_stderr
 
-    show = on_stderr()
-    folder = resolve(path, show, weights=weights)
-    show("")  # ends the progress line
+    with bytes_on_stderr() as show:
+        folder = resolve(path, show, weights=weights)
     if not is_checkpoint(folder):
         raise RunError(
             f"{path} is neither a run folder nor a Hugging Face checkpoint; expected config.yaml or config.json in it. "

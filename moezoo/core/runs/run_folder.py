@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, opened_checkpoint
+from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, load_verified_checkpoint
 from moezoo.core.config.run_config import Config, dump_config, load_config, parse_config
 from moezoo.core.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from moezoo.core.errors import RunError, SpecError
@@ -122,7 +122,7 @@ def resume_point(run: Run, step: int | None = None) -> tuple[Checkpoint | None, 
     `step`: open this step's checkpoint without verifying its files, because another process has.
     """
     if step is not None:
-        return opened_checkpoint(run.checkpoints_path, step), []
+        return load_verified_checkpoint(run.checkpoints_path, step), []
     if not list_checkpoints(run.checkpoints_path):
         return None, []
     checkpoint, _, problems = _latest(run)

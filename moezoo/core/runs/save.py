@@ -59,7 +59,7 @@ def save_run(
     if layout is not None:
         write_sidecar(layout, run.huggingface_path)
     text = dump_config(config)
-    save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, {}, None, tokens=tokens)
+    save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, None, tokens=tokens)
     write_atomically(run.config_path, text)
 
 

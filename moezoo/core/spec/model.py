@@ -145,7 +145,7 @@ InitializerSpec = Annotated[
 class PrecisionSpec(Part):
     """Compute dtype of activations and matrix products.
 
-    Parameters keep the dtype of their files; `core/precision.py` lists the cast points.
+    Parameters keep the dtype of their files; `core/parameters/precision.py` lists the cast points.
     """
 
     compute: Literal["float32", "bfloat16"] = "float32"

@@ -1,7 +1,6 @@
 """Evaluation on held-out data: nats per token, bits per byte, expert load, and the distance from a known optimum."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from moezoo.core.data.prebatched import ReadyBatches
 from moezoo.core.data.prepare import Split
 from moezoo.core.data.token_store import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
+from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED
 from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
 
@@ -102,7 +102,7 @@ def evaluate(
     max_windows: int = MAX_WINDOWS,
     grammar: Grammar | None = None,
     first_token: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
     """Score consecutive windows of a split: all of them, or `max_windows` spread evenly over it.
 
@@ -118,7 +118,7 @@ def evaluate(
         max_windows: number of windows, at most.
         grammar: source of the data, to compare with its entropy.
         first_token: prepended to each window (a BOS token), whose own T tokens are then the targets.
-        on_progress: called with the number of windows done and the total.
+        on_progress: called with the number of windows.
 
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
     """
@@ -152,9 +152,7 @@ class _Totals:
     dropped: list[int]
 
 
-def _score_windows(
-    model: Model, windows: NDArray[np.int32], batch_size: int, on_progress: Callable[[int, int], None] | None
-) -> _Totals:
+def _score_windows(model: Model, windows: NDArray[np.int32], batch_size: int, on_progress: Progress | None) -> _Totals:
     """Score windows [windows, T + 1] batch by batch."""
     losses = np.empty((len(windows), windows.shape[1] - 1), np.float64)
     inference_losses = np.empty_like(losses) if model.spec.inference_differs else None
@@ -170,7 +168,7 @@ def _score_windows(
         load = [a + b for a, b in zip(load, scores.load, strict=True)] if load else scores.load
         dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
         if on_progress is not None:
-            on_progress(start + len(batch), len(windows))
+            on_progress("evaluating", start + len(batch), len(windows))
     return _Totals(losses, inference_losses, load, dropped)
 
 

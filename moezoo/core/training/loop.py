@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -274,7 +273,7 @@ class _Training:
             batch_size=training.batch_size,
             max_windows=MAX_WINDOWS if final else training.validation_sequences,
             grammar=self.grammar if final else None,
-            on_progress=self.reporter.validating,
+            on_progress=self.reporter.progress,
         )
         self._write(ValidationRecord(step, self._tokens(step), evaluation))
         if not final:
@@ -316,9 +315,9 @@ class _Training:
 
         self.saving = self.background.submit(complete)
 
-    def _rest(self) -> tuple[str, dict[str, Any], int | None]:
-        """Return the other arguments of `save_checkpoint`: config text, extra values, number of checkpoints to keep."""
-        return dump_config(self.config), {}, self.config.training.keep_checkpoints
+    def _rest(self) -> tuple[str, int | None]:
+        """Return the other arguments of `save_checkpoint`: config text, number of checkpoints to keep."""
+        return dump_config(self.config), self.config.training.keep_checkpoints
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written in the background, if there is one."""

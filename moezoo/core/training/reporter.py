@@ -16,8 +16,8 @@ class Reporter(Protocol):
         """A record was logged: the newest step of each `training.log_every`, and the first one of the process."""
         ...
 
-    def validating(self, done: int, total: int) -> None:
-        """Validation has scored `done` of `total` windows."""
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """Validation (`what`) has scored `done` of `total` windows."""
         ...
 
     def message(self, text: str) -> None:
@@ -38,7 +38,7 @@ class SilentReporter:
     def step(self, record: StepRecord) -> None:
         """Ignored."""
 
-    def validating(self, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int | None) -> None:
         """Ignored."""
 
     def message(self, text: str) -> None:

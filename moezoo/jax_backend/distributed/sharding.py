@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
 from moezoo.core.distributed.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.errors import SpecError
@@ -88,7 +88,7 @@ class Placement:
             yield
 
 
-class _Placed(ReadWhenAsked):
+class _Placed(LazyTensors):
     def __init__(self, weights: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]):
         super().__init__(shapes_of(weights))
         self._weights, self._shardings = weights, shardings
@@ -101,13 +101,13 @@ def divided(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding
     """One of the arrays, which all processes have, on its devices: each process reads the parts of its own."""
     if isinstance(arrays, Shapes):
         return jax.ShapeDtypeStruct(arrays.shapes[name], np.float32, sharding=sharding)
-    if isinstance(arrays, ReadWhenAsked):
+    if isinstance(arrays, LazyTensors):
         return jax.make_array_from_callback(arrays.shapes[name], sharding, arrays.reader(name))
     value = np.asarray(arrays[name])
     return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
-class Shapes(ReadWhenAsked):
+class Shapes(LazyTensors):
     """What stands for arrays in a plan: their shapes alone."""
 
     def __init__(self, spec: ModelSpec):
@@ -149,10 +149,9 @@ class _Gathered(nnx.Module):
     def __init__(self, block: nnx.Module, name: str, recomputed: bool):
         self.block, self.name, self.recomputed = block, name, recomputed
 
-    def __call__(self, *given: Any, record: Any = None, name: str = "", inference: bool | None = None, **named: Any):
+    def __call__(self, *given: Any, record: Any = None, name: str = "", **named: Any):
         placement = active_placement()
         graph, state = nnx.split(self.block)
-        fixed = {} if inference is None else {"inference": inference}
 
         def block(state: nnx.State, given: Any, named: dict[str, Any]) -> Any:
             # Trap: XLA takes what never changes out of the loop over micro-batches, and would put all blocks together
@@ -160,7 +159,7 @@ class _Gathered(nnx.Module):
             state, given = jax.lax.optimization_barrier((state, given))
             module = nnx.merge(graph, state)
             _at_work(module, placement, self.name)
-            return module(*given, **named, **fixed)
+            return module(*given, **named)
 
         given = (jax.lax.with_sharding_constraint(given[0], placement.sharding(placement.batch_axes)), *given[1:])
         if self.recomputed:

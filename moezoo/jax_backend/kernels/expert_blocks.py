@@ -16,7 +16,10 @@ from moezoo.core.spec import ExpertsSpec
 from moezoo.jax_backend.feed_forward import activate
 from moezoo.jax_backend.kernels import grouped_product as products
 
-Kernel = Callable[[ExpertsSpec, jax.Array, dict[str, jax.Array], jax.Array], jax.Array]
+Arrays = dict[str, jax.Array]
+Outputs = tuple[jax.Array, Arrays]
+
+Kernel = Callable[[ExpertsSpec, jax.Array, Arrays, jax.Array], jax.Array]
 """Output [R, D] of experts, from their spec, rows [R, D] sorted by expert, parameters by name, and size_E."""
 
 
@@ -31,31 +34,35 @@ def expert_kernel(num_rows: int, num_experts: int) -> Kernel | None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked_experts(
-    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E: jax.Array
+    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: Arrays, size_E: jax.Array
 ) -> jax.Array:
     return _experts_forward(spec, block, x_RD, parameters, size_E)[0]
 
 
-def _experts_forward(spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E):
+def _experts_forward(
+    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: Arrays, size_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Arrays, jax.Array, Arrays]]:
     """What the experts give [R, D]; and for the way back, what entered their activation, by the name of its matrix."""
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
     entrances = [name for name in ("w_gate", "w_up") if name in parameters]
     start_E = jnp.cumsum(size_E) - size_E
     padded = jnp.pad(x_RD, ((0, block), (0, 0)))
 
-    def one_expert(expert: jax.Array, results):
+    def one_expert(expert: jax.Array, results: Outputs) -> Outputs:
         own = {name: _matrix_of(value, expert, dtype) for name, value in parameters.items()}
 
-        def one_block(index: jax.Array, results):
+        def one_block(index: jax.Array, results: Outputs) -> Outputs:
             start = start_E[expert] + index * block
             rows = lax.dynamic_slice_in_dim(padded, start, block)
             entered = {name: _linear(rows, own, name) for name in entrances}
             out = _linear(activate(spec, entered.get("w_gate"), entered["w_up"]), own, "w_down")
-            return jax.tree.map(
+            written: Outputs = jax.tree.map(
                 lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=0), results, (out, entered)
             )
+            return written
 
-        return lax.fori_loop(0, _num_blocks(size_E[expert], block), one_block, results)
+        outputs: Outputs = lax.fori_loop(0, _num_blocks(size_E[expert], block), one_block, results)
+        return outputs
 
     def empty(width: int) -> jax.Array:
         return jnp.zeros((num_rows + block, width), dtype)
@@ -65,16 +72,18 @@ def _experts_forward(spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters:
     return out[:num_rows], (x_RD, parameters, size_E, entered)
 
 
-def _experts_backward(spec: ExpertsSpec, block: int, saved, gradient_RD: jax.Array):
+def _experts_backward(
+    spec: ExpertsSpec, block: int, saved: tuple[jax.Array, Arrays, jax.Array, Arrays], gradient_RD: jax.Array
+) -> tuple[jax.Array, Arrays, None]:
     x_RD, parameters, size_E, entered = saved
     dtype = x_RD.dtype
     start_E = jnp.cumsum(size_E) - size_E
     x_padded, gradient_padded = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_RD, gradient_RD))
 
-    def one_expert(expert: jax.Array, results):
+    def one_expert(expert: jax.Array, results: Outputs) -> Outputs:
         own = {name: _matrix_of(value, expert, dtype) for name, value in parameters.items()}
 
-        def one_block(index: jax.Array, results):
+        def one_block(index: jax.Array, results: Outputs) -> Outputs:
             x_gradient, totals = results
             start = start_E[expert] + index * block
             inside = (jnp.arange(block) < size_E[expert] - index * block)[:, None]
@@ -128,18 +137,21 @@ def _bias_of(name: str) -> str:
 
 
 def _num_blocks(size: jax.Array, block: int) -> jax.Array:
-    return (size + block - 1) // block
+    blocks: jax.Array = (size + block - 1) // block
+    return blocks
 
 
 def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """One expert's matrix, cast."""
     if w_EDF.dtype == dtype or w_EDF.dtype.itemsize != 2:
-        return lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False).astype(dtype)
+        own_DF: jax.Array = lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
+        return own_DF.astype(dtype)
     # Trap: XLA on the CPU makes float32 of a whole bfloat16 array before it takes a part of it, but leaves integers as
     # they are; and it would move what is done to the whole array out of the loop, if that did not hang on the index.
     w_EDF, expert = lax.optimization_barrier((w_EDF, expert))
     bits = lax.dynamic_index_in_dim(lax.bitcast_convert_type(w_EDF, jnp.uint16), expert, keepdims=False)
-    return lax.bitcast_convert_type(bits, w_EDF.dtype).astype(dtype)
+    matrix_DF: jax.Array = lax.bitcast_convert_type(bits, w_EDF.dtype).astype(dtype)
+    return matrix_DF
 
 
 # --- few rows --------------------------------------------------------------------------------------------------------
@@ -147,7 +159,7 @@ def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Arr
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _experts_of_few_rows(
-    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E: jax.Array
+    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: Arrays, size_E: jax.Array
 ) -> jax.Array:
     """One loop over blocks of 1 or 4 rows; `block` is that of the way back, which is as if there were many.
 
@@ -170,14 +182,19 @@ def _experts_of_few_rows(
         done = _linear(activate(spec, gate, _linear(rows, own, "w_up")), own, "w_down")
         return lax.dynamic_update_slice_in_dim(out, done, start_block[index], axis=0)
 
-    return lax.fori_loop(0, last_block_E[-1], one_block, jnp.zeros((num_rows + few, width), dtype))[:num_rows]
+    padded_out: jax.Array = lax.fori_loop(0, last_block_E[-1], one_block, jnp.zeros((num_rows + few, width), dtype))
+    return padded_out[:num_rows]
 
 
-def _few_rows_forward(spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: dict[str, jax.Array], size_E):
+def _few_rows_forward(
+    spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: Arrays, size_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Arrays, jax.Array]]:
     return _experts_of_few_rows(spec, block, x_RD, parameters, size_E), (x_RD, parameters, size_E)
 
 
-def _few_rows_backward(spec: ExpertsSpec, block: int, saved, gradient_RD: jax.Array):
+def _few_rows_backward(
+    spec: ExpertsSpec, block: int, saved: tuple[jax.Array, Arrays, jax.Array], gradient_RD: jax.Array
+) -> tuple[jax.Array, Arrays, None]:
     return _experts_backward(spec, block, _experts_forward(spec, block, *saved)[1], gradient_RD)
 
 

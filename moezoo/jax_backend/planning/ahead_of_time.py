@@ -32,7 +32,7 @@ _CALLED = re.compile(
     r"(?:to_apply|body|condition|calls|branch_computations|true_computation|false_computation)=\{?([^}\s]*)"
 )
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-_IN_A_HURRY = {
+_IN_A_HURRY: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
@@ -100,6 +100,7 @@ def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> dict[str, in
     with planned_for("tpu"):
         lowered = _lowered(config, Placement(config.model, config.mesh, chips))
     memory = lowered.compile().memory_analysis()
+    assert memory is not None
     return {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
 
 
@@ -127,9 +128,11 @@ def _takes_from_another(layer: LayerSpec) -> bool:
 def _compiled(config: Config) -> CompiledStep:
     placement = None if config.mesh.is_one_device else Placement(config.model, config.mesh)
     compiled = _lowered(config, placement).compile(_IN_A_HURRY)
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
     return CompiledStep(
-        () if placement is None else tuple(collectives_of(compiled.as_text(), placement)),
+        () if placement is None else tuple(collectives_of(text, placement)),
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         (len(config.model.all_layers),),
@@ -211,7 +214,8 @@ def _collective(line: str, placement: Placement) -> Collective:
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     """Each computation's name, the entry's with `ENTRY ` before it, and its lines."""
-    name, lines = "", []
+    name = ""
+    lines: list[str] = []
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$", line)
         if header:

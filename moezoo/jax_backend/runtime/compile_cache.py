@@ -7,6 +7,7 @@ with `--xla_cpu_max_isa`). That a folder is safe to share between machines has n
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from filelock import FileLock
@@ -20,10 +21,11 @@ def use_compile_cache() -> str:
     What JAX was told (JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false) holds. Otherwise they go to the
     user's cache folder. A folder that cannot be written or locked is said, and no error: each run compiles again.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # has its options as attributes, which type checkers do not see
+    if not config.jax_enable_compilation_cache:
         return "off"
-    if jax.config.jax_compilation_cache_dir:
-        return str(jax.config.jax_compilation_cache_dir)
+    if config.jax_compilation_cache_dir:
+        return str(config.jax_compilation_cache_dir)
     folder = _user_cache() / "moezoo" / "jax"
     try:
         folder.mkdir(parents=True, exist_ok=True)

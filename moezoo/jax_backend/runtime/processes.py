@@ -105,9 +105,13 @@ def gather(number: int) -> PendingNumbers:
     if processes().count == 1:
         return Numbers((number,))
     everywhere, own = _exchange()
-    given = jax.make_array_from_callback(
-        (jax.device_count(),), own, lambda places: np.full(len(range(jax.device_count())[places[0]]), number, np.int32)
-    )
+    count = jax.device_count()
+
+    def own_numbers(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return np.full(len(range(count)[index[0]]), number, np.int32)
+
+    given = jax.make_array_from_callback((count,), own, own_numbers)
     with lost_peer():
         return _Gathered(everywhere(given))
 

@@ -19,13 +19,12 @@ from moezoo.jax_backend.runtime.platform import platform
 from moezoo.jax_backend.transformer import Transformer
 
 
-@partial(jax.jit, static_argnames=("graph", "inference", "placement"))
+@partial(jax.jit, static_argnames=("graph", "placement"))
 def _computed(
     graph: nnx.GraphDef,
     state: nnx.State,
     given: Any,
     named: dict[str, Any],
-    inference: bool | None,
     placement: Placement | None,
 ) -> Any:
     """What a block gives. Blocks that are equal but for their numbers are traced once, and called as a function.
@@ -34,8 +33,7 @@ def _computed(
     """
 
     def block(state: nnx.State, given: Any, named: dict[str, Any]) -> Any:
-        fixed = {} if inference is None else {"inference": inference}
-        return nnx.merge(graph, state)(*given, **named, **fixed)
+        return nnx.merge(graph, state)(*given, **named)
 
     return jax.checkpoint(block)(state, given, named)
 
@@ -46,11 +44,9 @@ class _Recomputed(nnx.Module):
     def __init__(self, block: nnx.Module):
         self.block = block
 
-    def __call__(
-        self, *given: Any, record: Any = None, name: str = "", inference: bool | None = None, **named: Any
-    ) -> Any:
+    def __call__(self, *given: Any, record: Any = None, name: str = "", **named: Any) -> Any:
         graph, state = nnx.split(self.block)
-        return _computed(graph, state, given, named, inference, active_placement())
+        return _computed(graph, state, given, named, active_placement())
 
 
 def _on_their_devices_again(

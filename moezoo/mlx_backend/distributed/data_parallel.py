@@ -13,14 +13,16 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.errors import BackendError, SpecError, TrainingError
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
+from moezoo.mlx_backend.runtime.typed import custom_function, flatten, to_ints
 
 _MESSAGE_BYTES = 32 * 2**20  # about so much in one message; as MLX's own average_gradients
 _last_exchange: list[mx.array] = []
@@ -68,8 +70,7 @@ class _Gathered:
 
     def fetch(self) -> Sequence[int]:
         with lost_peer():
-            numbers: list[int] = self._numbers.tolist()
-            return numbers
+            return to_ints(self._numbers)
 
 
 def total(x: mx.array) -> mx.array:
@@ -82,7 +83,7 @@ def average(x: mx.array) -> mx.array:
     return x if processes().count == 1 else _total(x) / processes().count
 
 
-@mx.custom_function
+@custom_function
 def _total(x: mx.array) -> mx.array:
     return _sent(mx.distributed.all_sum, x)
 
@@ -94,11 +95,11 @@ def _(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent * processes().count
 
 
-def averaged(gradients: dict, terms: Mapping[str, mx.array]) -> tuple[dict, dict[str, mx.array]]:
+def averaged(gradients: dict[str, Any], terms: Mapping[str, mx.array]) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Gradients and loss terms of the whole batch, all of them float32."""
     if processes().count == 1:
         return gradients, dict(terms)
-    named = tree_flatten(gradients)
+    named = flatten(gradients)
     means = [x / processes().count for x in _summed([*(value for _, value in named), *terms.values()])]
     averages = tree_unflatten([(name, mean) for (name, _), mean in zip(named, means, strict=False)]) if named else {}
     return averages, dict(zip(terms, means[len(named) :], strict=True))
@@ -158,8 +159,8 @@ def check_shared(spec: ModelSpec) -> None:
     """Raises SpecError for what chooses among all tokens of a batch, and would choose otherwise among a part of it."""
     if processes().count == 1:
         return
-    for index in spec.moe_layers:
-        moe, where = spec.all_layers[index].moe, f"of layer {index}; {processes().count} processes share a batch"
+    for index, moe in spec.moes:
+        where = f"of layer {index}; {processes().count} processes share a batch"
         if isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "batch":
             raise SpecError(
                 "model.layers[].moe.dispatch.group is batch, whose tokens compete for a capacity; expected sequence "

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, without_graph
+from moezoo.mlx_backend.runtime.typed import custom_function, to_ints
 
 Path = Literal["slices", "gather_mm of rows"]
 
@@ -60,7 +61,7 @@ def group_rows(size_E: mx.array, num_rows: int) -> Groups:
     if grouped_path() == "gather_mm of rows" or few_rows(num_rows, num_experts):
         return Groups(own_R)
     if num_rows > FEW_ROWS * num_experts:
-        return Groups(own_R, ends=mx.stop_gradient(end_E).tolist())
+        return Groups(own_R, ends=to_ints(mx.stop_gradient(end_E)))
     return Groups(own_R, blocks=_plan_blocks(size_E, end_E, own_R, expert_R < num_experts))
 
 
@@ -101,7 +102,7 @@ def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
         rows = mx.gather_mm(x_RD[:, None, :], w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)
         return rows[:, 0, :]
     if groups.ends is not None:
-        return _sliced_product(x_RD, w_EDF, groups)
+        return _sliced_product(x_RD, w_EDF, groups.ends)
     if groups.blocks is None:
         return _product_of_rows(x_RD, w_EDF, groups)
     padded = _blocked_product(_spread(x_RD, groups.blocks), w_EDF.astype(x_RD.dtype), groups.blocks)
@@ -117,9 +118,9 @@ def _product_of_rows(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.arra
     return (rows_R1D @ matrices_RDF)[:, 0, :].astype(x_RD.dtype)
 
 
-def _sliced_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
+def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array:
     """Each expert's slice of the rows times its matrix; unused rows give 0. In float32, as the CPU's products are."""
-    dtype, ends = x_RD.dtype, groups.ends
+    dtype = x_RD.dtype
 
     def product(rows_RD: mx.array, matrices: mx.array) -> mx.array:
         *slices, unused = mx.split(rows_RD[None], ends, axis=1)
@@ -131,7 +132,7 @@ def _sliced_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
             parts.append(mx.zeros((1, unused.shape[1], matrices.shape[-1])))
         return mx.concatenate(parts, axis=1)[0]
 
-    @mx.custom_function
+    @custom_function
     def multiply(rows_RD: mx.array, matrices: mx.array) -> mx.array:
         out_RF = product(rows_RD, matrices)
         return without_graph([out_RF])[0] if is_x86_cpu() else out_RF
@@ -148,7 +149,7 @@ def _sliced_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
 def _spread(x_RD: mx.array, blocks: _Blocks) -> mx.array:
     """Rows [R, D] -> padded rows [I, D], padding zero. Its gradient is `_collect`: each row is used once."""
 
-    @mx.custom_function
+    @custom_function
     def spread(rows: mx.array) -> mx.array:
         padded = mx.concatenate([rows, mx.zeros((1, rows.shape[1]), rows.dtype)])
         return padded[blocks.source_I]
@@ -163,7 +164,7 @@ def _spread(x_RD: mx.array, blocks: _Blocks) -> mx.array:
 def _collect(x_ID: mx.array, blocks: _Blocks) -> mx.array:
     """Padded rows [I, D] -> rows [R, D]. Its gradient is `_spread`."""
 
-    @mx.custom_function
+    @custom_function
     def collect(padded: mx.array) -> mx.array:
         return padded[blocks.slot_R]
 
@@ -184,7 +185,7 @@ def _blocked_product(x_ID: mx.array, w_EDF: mx.array, blocks: _Blocks) -> mx.arr
         out = mx.gather_mm(rows, matrices, rhs_indices=blocks.expert_block, sorted_indices=True)
         return out.reshape(-1, matrices.shape[-1])
 
-    @mx.custom_function
+    @custom_function
     def multiply(rows_ID: mx.array, matrices: mx.array) -> mx.array:
         return product(rows_ID, matrices)
 

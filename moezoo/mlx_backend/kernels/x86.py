@@ -19,6 +19,7 @@ from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
 from moezoo.mlx_backend.runtime.streams import streams
+from moezoo.mlx_backend.runtime.typed import custom_function
 
 LOG2_E = 1 / math.log(2)
 _HIDDEN = (
@@ -48,7 +49,7 @@ def without_graph(arrays: list[mx.array]) -> list[mx.array]:
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + exp(-x)), computed in float32."""
 
-    @mx.custom_function
+    @custom_function
     def of(x: mx.array) -> mx.array:
         return _sigmoid(x)
 
@@ -62,7 +63,7 @@ def sigmoid(x: mx.array) -> mx.array:
 def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.array:
     """silu(gate) * up, computed in float32, in parts of the first axis, a stream each; `forget`: see without_graph."""
 
-    @mx.custom_function
+    @custom_function
     def of(gate: mx.array, up: mx.array) -> list[mx.array]:
         outs, shares, count = [], [], _num_parts(gate)
         for stream, gate_part, up_part in zip(streams(), _parts(gate, count), _parts(up, count), strict=False):
@@ -73,7 +74,9 @@ def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.arra
         return without_graph(found) if forget else found
 
     @of.vjp
-    def _(primals: tuple, gradients: list, outputs: list) -> tuple[mx.array, mx.array]:
+    def _(
+        primals: tuple[mx.array, ...], gradients: list[mx.array], outputs: list[mx.array]
+    ) -> tuple[mx.array, mx.array]:
         of_gate, of_up, shares = [], [], outputs[1:]
         arrays = (_parts(array, len(shares)) for array in (*primals, gradients[0]))
         for stream, share, *parts in zip(streams(), shares, *arrays, strict=False):
@@ -97,7 +100,7 @@ def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
     size = max(1, 2**21 // vocab)
     cuts = list(range(size, num_rows, size))
 
-    def in_turns(of_part, *arrays: mx.array) -> mx.array:
+    def in_turns(of_part: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
         parts = []
         for turn, part in enumerate(zip(*(mx.split(array, cuts) for array in arrays), strict=True)):
             with mx.stream(streams()[turn % len(streams())]):
@@ -108,11 +111,13 @@ def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
         # Trap: less the logarithm of the sum instead, the digits that large logits lost in it would be lost here.
         return mx.power(2.0, (logits - largest[:, None]) * LOG2_E)
 
-    def gradient_of_part(logits, target, largest, total, gradient):
+    def gradient_of_part(
+        logits: mx.array, target: mx.array, largest: mx.array, total: mx.array, gradient: mx.array
+    ) -> mx.array:
         share = powers(logits, largest) * (gradient / total)[:, None]
         return share.at[mx.arange(len(target)), target].add(-gradient)
 
-    @mx.custom_function
+    @custom_function
     def of(logits: mx.array, target: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         largest = in_turns(lambda part: mx.max(part, axis=-1), logits)
         total = in_turns(lambda *part: mx.sum(powers(*part), axis=-1), logits, largest)
@@ -120,7 +125,9 @@ def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
         return mx.log(total) + (largest - chosen), largest, total
 
     @of.vjp
-    def _(primals: tuple, gradients: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+    def _(
+        primals: tuple[mx.array, ...], gradients: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
         found = in_turns(gradient_of_part, *primals, *outputs[1:], gradients[0])
         return found, mx.zeros_like(primals[1])
 
@@ -130,7 +137,7 @@ def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
 def rows_of_tokens(x_PD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
     """x_PD[token_R], where each token stands in `num_slots` rows: its gradient gathers these, and scatters nothing."""
 
-    @mx.custom_function
+    @custom_function
     def of(x_PD: mx.array) -> mx.array:
         return x_PD[token_R]
 
@@ -144,7 +151,7 @@ def rows_of_tokens(x_PD: mx.array, token_R: mx.array, num_slots: int) -> mx.arra
 def sum_over_rows(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
     """The sum of each token's rows, of which it has `num_slots`: the other way of `rows_of_tokens`."""
 
-    @mx.custom_function
+    @custom_function
     def of(x_RD: mx.array) -> mx.array:
         return _sum_of_slots(x_RD, token_R, num_slots)
 
@@ -191,7 +198,15 @@ class FusedAdamW(optimizers.AdamW):
 def _adamw_update(turn: int, beta1: float, beta2: float, epsilon: float) -> Callable[..., list[mx.array]]:
     """One for each stream: what is compiled stays on the stream on which it was traced."""
 
-    def update(gradient, parameter, first, second, kept, rate, root):
+    def update(
+        gradient: mx.array,
+        parameter: mx.array,
+        first: mx.array,
+        second: mx.array,
+        kept: mx.array,
+        rate: mx.array,
+        root: mx.array,
+    ) -> list[mx.array]:
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * (gradient * gradient)
         return [parameter * kept - rate * first / (mx.sqrt(second) * root + epsilon), first, second]
@@ -200,7 +215,8 @@ def _adamw_update(turn: int, beta1: float, beta2: float, epsilon: float) -> Call
 
     def on_stream(*arrays: mx.array) -> list[mx.array]:
         with mx.stream(streams()[turn]):
-            return compiled(*arrays)
+            updated: list[mx.array] = compiled(*arrays)
+            return updated
 
     return on_stream
 
@@ -239,17 +255,18 @@ def attend_in_chunks(
         of_batch = mx.broadcast_to(sink_N * LOG2_E, (batch, kv_heads * group))
         arrays.append(of_batch.reshape(-1, group, 1, 1))
 
-    @mx.custom_function
+    @custom_function
     def of(*arrays: mx.array) -> list[list[mx.array]]:
         out, *rest = zip(*(_attend(chunk, *arrays) for chunk in chunks), strict=True)
-        found = [[mx.concatenate(out, axis=2)], *map(list, rest)]
+        found = [[mx.concatenate(list(out), axis=2)], *map(list, rest)]
         if not forget:
             return found
-        paths, arrays = zip(*tree_flatten(found), strict=True)
-        return tree_unflatten(list(zip(paths, without_graph(list(arrays)), strict=True)))
+        paths, values = zip(*tree_flatten(found), strict=True)
+        copies: list[list[mx.array]] = tree_unflatten(list(zip(paths, without_graph(list(values)), strict=True)))
+        return copies
 
     @of.vjp
-    def _(arrays: tuple, gradients: list, outputs: list) -> list[mx.array]:
+    def _(arrays: tuple[mx.array, ...], gradients: list[Any], outputs: list[Any]) -> list[mx.array]:
         (gradient,), ((out,), numerators, sums, *shares) = gradients[0], outputs
         inner = mx.sum(gradient * out, axis=-1, keepdims=True)
         found = [
@@ -257,7 +274,7 @@ def attend_in_chunks(
             for chunk, parts, total in zip(chunks, numerators, sums, strict=True)
         ]
         of_query, of_keys, of_values = zip(*found, strict=True)
-        of_all = [mx.concatenate(of_query, axis=2), _summed(of_keys, chunks), _summed(of_values, chunks)]
+        of_all = [mx.concatenate(list(of_query), axis=2), _summed(of_keys, chunks), _summed(of_values, chunks)]
         if sink_N is not None:
             share = mx.concatenate(shares[0], axis=2)
             of_all.append(mx.sum(share * inner, axis=2, keepdims=True) / -LOG2_E)
@@ -267,7 +284,7 @@ def attend_in_chunks(
     return out_BMGTH.transpose(0, 3, 1, 2, 4)
 
 
-def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink: mx.array) -> list:
+def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink: mx.array) -> list[Any]:
     """Output [X, G, t, H] of a chunk of t queries, numerators [X, G, t, s] in parts, sums, and shares of sinks."""
     query = query[:, :, chunk.start : chunk.end]
     key, value = (x[:, chunk.first : chunk.last] for x in (key, value))
@@ -293,7 +310,12 @@ def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink
 
 
 def _attend_backward(
-    chunk: Chunk, arrays: tuple, gradient: mx.array, inner: mx.array, numerators: list[mx.array], total: mx.array
+    chunk: Chunk,
+    arrays: tuple[mx.array, ...],
+    gradient: mx.array,
+    inner: mx.array,
+    numerators: list[mx.array],
+    total: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of a chunk's queries, and of the keys and values that it was given."""
     rows = slice(chunk.start, chunk.end)
@@ -301,10 +323,10 @@ def _attend_backward(
     gradient, inner = _folded(gradient[:, :, rows] / total), _folded(inner[:, :, rows] / total)
     of_weight = gradient @ value.swapaxes(1, 2)
     found = []
-    arrays = (_parts(array, len(numerators)) for array in (of_weight, inner, _folded(query), key, gradient))
+    split = (_parts(array, len(numerators)) for array in (of_weight, inner, _folded(query), key, gradient))
     for stream, *parts in zip(
         streams(),
-        *arrays,
+        *split,
         map(_folded, numerators),
         strict=False,  # there may be fewer parts than streams
     ):
@@ -314,7 +336,7 @@ def _attend_backward(
         found.append(
             (of_score @ key_part, of_score.swapaxes(1, 2) @ query_part, numerator.swapaxes(1, 2) @ gradient_part)
         )
-    of_query, of_key, of_value = map(mx.concatenate, zip(*found, strict=True))
+    of_query, of_key, of_value = (mx.concatenate(list(parts)) for parts in zip(*found, strict=True))
     return of_query.reshape(query.shape) / LOG2_E, of_key / LOG2_E, of_value
 
 
@@ -330,15 +352,15 @@ def _num_parts(x: mx.array) -> int:
 
 def _parts(x: mx.array, count: int) -> list[mx.array]:
     """So many parts of the first axis."""
-    return mx.split(x, [len(x) * part // count for part in range(1, count)])
+    return list(mx.split(x, [len(x) * part // count for part in range(1, count)]))
 
 
 def _summed(parts: Sequence[mx.array], chunks: Sequence[Chunk]) -> mx.array:
     """What chunks say of the ranges of sources that they were given -> the sum, for all sources."""
     cuts = sorted({0, *(chunk.first for chunk in chunks), *(chunk.last for chunk in chunks)})
-    sums: list[mx.array | None] = [None] * (len(cuts) - 1)
+    sums: dict[int, mx.array] = {}
     for chunk, part in zip(chunks, parts, strict=True):
         own = [place for place, cut in enumerate(cuts[:-1]) if chunk.first <= cut < chunk.last]
         for place, piece in zip(own, mx.split(part, [cuts[i] - chunk.first for i in own[1:]], axis=1), strict=True):
-            sums[place] = piece if sums[place] is None else sums[place] + piece
-    return mx.concatenate(sums, axis=1)
+            sums[place] = sums[place] + piece if place in sums else piece
+    return mx.concatenate([sums[place] for place in range(len(cuts) - 1)], axis=1)

@@ -19,7 +19,7 @@ def random_logits(sequences=3, vocabulary=11, seed=0):
     return np.random.default_rng(seed).standard_normal((sequences, vocabulary)).astype(np.float32)
 
 
-def test_greedy_takes_the_highest_logit_and_of_equals_the_lower_id():
+def test_greedy_takes_the_highest_logit_and_the_lower_id_on_ties():
     logits_BV = np.array([[0, 3, 1, 3], [2, 2, 2, 2], [-np.inf, -5, -4, -np.inf]], np.float32)
     chosen_B = sample(logits_BV, SamplingOptions(temperature=0, top_k=3, seed=9), 0)
     assert chosen_B.dtype == np.int32
@@ -52,9 +52,9 @@ def test_top_k_of_one_and_tiny_temperature_equal_greedy():
         ({"min_p": 0.38}, {1, 3}),
         ({"min_p": 1.0}, {1}),
         ({"min_p": 0.0}, {0, 1, 2, 3, 4}),
-        ({"top_k": 2, "top_p": 0.57}, {1}),  # top-p sees 4/7 and 3/7, not 0.4 and 0.3
+        ({"top_k": 2, "top_p": 0.57}, {1}),  # top-p applies to 4/7 and 3/7, not 0.4 and 0.3
         ({"top_k": 3, "top_p": 0.9, "min_p": 0.5}, {1, 3}),
-        ({"temperature": 2.0, "min_p": 0.37}, {1, 2, 3, 4}),  # the temperature comes first
+        ({"temperature": 2.0, "min_p": 0.37}, {1, 2, 3, 4}),  # the temperature is applied first
         ({"temperature": 0.5, "min_p": 0.37}, {1, 3}),
     ],
 )
@@ -121,7 +121,7 @@ def test_draw_inverts_the_cumulative_distribution_in_the_order_of_ids():
             assert token == np.searchsorted(np.cumsum(P), draw, side="right")
 
 
-def test_nearly_equal_logits_that_change_places_do_not_change_the_draws():
+def test_swapping_nearly_equal_logits_does_not_change_the_draws():
     one = np.array([[1.0, 1.0 + 1e-6, -2.0, 0.5]], np.float32)
     other = np.array([[1.0 + 1e-6, 1.0, -2.0, 0.5]], np.float32)
     options = SamplingOptions(top_k=3, top_p=0.99)

@@ -35,21 +35,21 @@ def test_words_and_files_give_meshes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "problem"),
+    ("option", "problem"),
     [
-        ("data", r"--mesh is 'data'; expected an axis and its devices, each axis once, such as data=2,expert=4"),
+        ("data", r"--mesh is 'data'; expected AXIS=DEVICES with each axis once, e\.g\. data=2,expert=4"),
         ("data=2,data=4", r"each axis once"),
         ("", r"--mesh is ''"),
         ("data=0", r"data is 0; expected a number of devices, 1 or more, or auto"),
         ("dta=2", r"dta .*data"),
         ("data=auto,expert=auto", r"is 'auto', and so is data"),
-        ("nowhere.yaml", r"cannot read the mesh nowhere.yaml"),
-        (CONFIG, r"has no section mesh"),
+        ("nowhere.yaml", r"no such mesh; got nowhere.yaml"),
+        (CONFIG, r"has no mesh section"),
     ],
 )
-def test_what_is_no_mesh_is_refused(given: str, problem: str) -> None:
+def test_invalid_mesh_option_raises(option: str, problem: str) -> None:
     with pytest.raises(SpecError, match=problem):
-        load_mesh(given)
+        load_mesh(option)
 
 
 def test_bytes_of_a_device_are_those_of_its_parts() -> None:

@@ -464,11 +464,11 @@ CASES = {
     # the rest of a config
     "no data": (
         {"data": {"sources": []}},
-        "data.sources is empty (x.yaml). Give at least one source, e.g. {kind: dataset, name: fables}.",
+        "data.sources is empty (x.yaml). Add at least one source, e.g. {kind: dataset, name: fables}.",
     ),
-    "ready batches beside others": (
+    "prebatched source beside others": (
         {"data": {"sources": [{"kind": "dataset", "name": "fables"}, {"kind": "batches", "path": "x.npy"}]}},
-        "data.sources blends ready batches with 1 more (x.yaml). Use ready batches alone.",
+        "data.sources mixes a source of kind batches with 1 more (x.yaml). Use a source of kind batches alone.",
     ),
     "parts of a batch that do not divide it": (
         {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},

@@ -18,9 +18,8 @@ from moezoo.core.spec import (
 def spec(fields: Fields) -> ModelSpec:
     fields.expect("rope_interleave", True)
     attention = parts.latent_attention(fields)
-    fields.expect(
-        "mlp_bias", False
-    )  # applies to dense and shared feed-forwards; here shared experts are of the same kind as routed ones
+    # Applies to dense and shared feed-forwards only; here shared experts are of the same kind as routed ones.
+    fields.expect("mlp_bias", False)
     moe = _moe(fields)
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     first = fields.integer("first_k_dense_replace", 0)

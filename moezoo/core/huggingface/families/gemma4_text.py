@@ -71,7 +71,7 @@ def _layer_inputs(fields: Fields) -> LayerInputsSpec | None:
 
 
 def _attentions(fields: Fields, types: list[str], norm: RMSNormSpec) -> list[GroupedQueryAttentionSpec]:
-    """Return one per layer; full attention has another head width and, with attention_k_eq_v, no value projection."""
+    """Return each layer's attention; full attention has another head_dim and, with attention_k_eq_v, keys as values."""
     keys_are_values, bias = fields.flag("attention_k_eq_v", False), fields.flag("attention_bias", False)
     shape = {
         "head_dim": fields.count("head_dim", 256),

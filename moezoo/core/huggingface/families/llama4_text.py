@@ -46,7 +46,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _attentions(fields: Fields, num_layers: int, epsilon: float) -> list[GroupedQueryAttentionSpec]:
-    """Return one per layer: with RoPE and L2-normalized queries and keys, mostly chunked, or without, mostly full."""
+    """Return each layer's attention: RoPE with normalized queries and keys, mostly chunked, or NoPE, mostly full."""
     step = fields.count("no_rope_layer_interval", 4)
     # Trap: 1 in no_rope_layers means a layer with RoPE. The released files have an empty list, which means the default.
     rotated = fields.integers("no_rope_layers") or [min((index + 1) % step, 1) for index in range(num_layers)]
