@@ -74,7 +74,7 @@ class MeshConfig(Part):
 
     @property
     def is_one_device(self) -> bool:
-        """Whether the mesh is a single device."""
+        """True for a mesh of a single device."""
         return all(getattr(self, axis) == 1 for axis in MESH_AXES)
 
 

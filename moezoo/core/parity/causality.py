@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import Integers
 
 Mode = Literal["training", "inference"]
-Run = Callable[[Integers, bool], Mapping[str, Any]]
+Run = Callable[[Integers, bool], Mapping[str, NDArray[Any]]]
 """`run(tokens, inference)` returns named intermediates in the order of the forward pass."""
 
 
@@ -37,7 +38,7 @@ class Causality:
 
     @property
     def passed(self) -> bool:
-        """Whether inference is causal. Training need not be: expert choice and capacity depend on the whole batch."""
+        """True unless inference leaks. Training may leak: expert choice and capacity depend on the whole batch."""
         return self.first_leak is None or self.mode == "training"
 
 
@@ -66,7 +67,10 @@ def check_causality(side: str, run: Run, spec: ModelSpec, tokens: Integers, tole
 
 
 def _first_leak(
-    before: Mapping[str, Any], after: Mapping[str, Any], allowed_BT: Any, tolerance: float
+    before: Mapping[str, NDArray[Any]],
+    after: Mapping[str, NDArray[Any]],
+    allowed_BT: NDArray[np.bool_],
+    tolerance: float,
 ) -> tuple[str | None, float]:
     """Return the first intermediate that changed where it must not and its change, or None and the largest change."""
     largest = 0.0

@@ -113,7 +113,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance; NaN is not."""
+        """True if the difference is within the tolerance; NaN is not."""
         return self.relative <= self.tolerance
 
     @property
@@ -155,7 +155,7 @@ class RoutingComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is a near tie, or downstream of one."""
+        """True if every difference is a near tie, or downstream of one."""
         return self.margin is None or self.margin <= self.tolerance
 
 
@@ -216,7 +216,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether everything is within its tolerance."""
+        """True if everything is within its tolerance."""
         checks: tuple[Comparison | RoutingComparison | Causality, ...] = (
             *self.comparisons,
             *self.routing,

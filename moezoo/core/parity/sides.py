@@ -42,16 +42,16 @@ class Side:
 
     name: str
     experts: list[Integers]
-    weights: Mapping[str, Any]
-    intermediates: Mapping[str, Any]
-    logits: Any
+    weights: Mapping[str, NDArray[Any]]
+    intermediates: Mapping[str, NDArray[Any]]
+    logits: NDArray[Any]
     losses: Mapping[str, float]
-    gradients: Mapping[str, Any]
+    gradients: Mapping[str, NDArray[Any]]
     update: Mapping[str, Doubles]
     moments: Mapping[str, Doubles]
     step: Mapping[str, float]
     moved_assignments: float
-    inference_logits: Any
+    inference_logits: NDArray[Any] | None
     causality: list[Causality]
 
 
@@ -74,7 +74,7 @@ class Reference:
         self.weights = {name: value.astype(np.float64) for name, value in self.weights32.items()}
         self.state = {row.name: self.weights[row.name] for row in parameter_table(spec) if not row.trained}
         self.key = micro_batch_keys(0, 0, 1)[0]
-        self.intermediates: dict[str, Any] = {}
+        self.intermediates: dict[str, NDArray[Any]] = {}
         result = forward(spec, self.weights, tokens, record=self.intermediates, key=self.key)
         self.logits, routings = result.logits_BTV, result.routings
         terms = loss_terms(spec, self.logits, targets, routings, index_losses=result.index_losses)
@@ -85,8 +85,8 @@ class Reference:
         _, self.gradients = loss_and_gradients(spec, self.weights, tokens, targets, forced=self.experts, key=self.key)
         self.moments = self._starting_moments()
 
-        def run(tokens: Integers, inference: bool) -> Mapping[str, Any]:
-            record: dict[str, Any] = {}
+        def run(tokens: Integers, inference: bool) -> Mapping[str, NDArray[Any]]:
+            record: dict[str, NDArray[Any]] = {}
             forward(spec, self.weights, tokens, record=record, inference=inference)
             return record
 
@@ -106,7 +106,7 @@ class Reference:
         for index, (name, value) in enumerate(self.weights.items()):
             share = uniform(fold_in(key(_ROUNDING_PURPOSE), index), value.shape).astype(np.float64)
             shifted[name] = value * (1 + (2 * share - 1) * _FLOAT32_ROUNDING)
-        record: dict[str, Any] = {}
+        record: dict[str, NDArray[Any]] = {}
         result = forward(self.spec, shifted, self.tokens, record=record, key=self.key, forced=self.experts or None)
         _, gradients = loss_and_gradients(
             self.spec, shifted, self.tokens, self.targets, forced=self.experts, key=self.key
@@ -216,7 +216,7 @@ def backend_side(name: str, backend: Backend, reference: Reference, rounding: fl
     output = model.forward(reference.tokens, reference.targets, record=True, **options)
     _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, **options)
 
-    def run(tokens: Integers, inference: bool) -> Mapping[str, Any]:
+    def run(tokens: Integers, inference: bool) -> Mapping[str, NDArray[Any]]:
         return model.forward(tokens, record=True, inference=inference).intermediates
 
     causality = check_causality(name, run, reference.spec, reference.tokens, rounding)
@@ -292,7 +292,7 @@ def _largest(values: Any) -> float:
     return float(np.max(np.abs(values))) if np.size(values) else 0.0
 
 
-def _furthest(found: Mapping[str, Any], known: Mapping[str, Any], least: float) -> float:
+def _furthest(found: Mapping[str, NDArray[Any]], known: Mapping[str, NDArray[Any]], least: float) -> float:
     """Return the largest relative difference of any tensor. `least`: lower limit of a tensor's scale."""
     scales = {name: max(_largest(value), least) for name, value in known.items()}
     return max((_largest(found[name] - known[name]) / scale for name, scale in scales.items() if scale), default=0.0)

@@ -196,7 +196,7 @@ class Zoo:
 
     @property
     def passed(self) -> bool | None:
-        """Whether every feature is shown and every config passes; None if all are shown and no config was checked."""
+        """True if every feature is shown and every config passes; None if all are shown and no config was checked."""
         if not self.missing and all(config.passed is None for config in self.configs):
             return None
         return not self.missing and all(config.passed for config in self.configs)

@@ -382,7 +382,7 @@ def test_config_is_checked_with_its_initial_weights(mlx, tmp_path):
     report = parity_of(path, {"mlx": mlx}, batch_size=1, sequence_length=7)
     assert report.passed, report.failures
     assert (report.batch_size, report.sequence_length) == (1, 7)
-    assert any("assumed: 64 tokens" in note for note in report.notes)
+    assert any("assumed: a vocabulary of 64 tokens" in note for note in report.notes)
 
 
 def test_run_is_checked_with_its_newest_weights(mlx, tmp_path):
