@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--file", type=Path, help="A copy that you already have; its checksum is verified.")
+@click.option("--file", type=Path, help="Use this local copy instead of downloading; its checksum is verified.")
 def data(name: str | None, file: Path | None) -> None:
-    """Bring a dataset to this machine, verified; without NAME, list them."""
+    """Download a dataset and verify its checksum.
+
+    Without NAME, list the available datasets.
+    """
     from moezoo.core.data.datasets import fetch, list_recipes
     from moezoo.core.progress import bytes_on_stderr
 
@@ -33,6 +36,7 @@ def data(name: str | None, file: Path | None) -> None:
 def prepare_with_progress(
     console: "Console", config: "Config", where: str, tokenizer: "Tokenizer | None", *, quiet: bool = False
 ) -> "PreparedData":
+    """Prepare a config's data; a status line shows the progress unless `quiet`."""
     from moezoo.core.data.prepare import prepare_data
     from moezoo.core.progress import Pace, bytes_line
 

@@ -1,4 +1,4 @@
-"""Console output of a training run: a progress bar in a terminal, plain lines elsewhere."""
+"""Progress of a training run: a progress bar in a terminal, plain lines elsewhere."""
 
 from rich import progress as rich_progress
 from rich.console import Console

@@ -1,4 +1,4 @@
-"""The command line: a frozen surface, quick help, and one clear line for everything that a caller can get wrong."""
+"""The command line: frozen options, fast help, and one-line errors for wrong input."""
 
 import json
 import subprocess
@@ -240,7 +240,7 @@ def test_missing_files(folder: Path) -> None:
     refused(call("train", folder / "no.yaml"), "SpecError", "no such config", "no.yaml")
     missing = f"data.sources[0].path={folder / 'no.txt'}"
     refused(call("train", path, "--out", folder / "a", "--set", missing), "DataError", "no.txt")
-    refused(call("eval", folder / "no_run"), "DataError", "is no run folder, whose data is known", "--data")
+    refused(call("eval", folder / "no_run"), "DataError", "is not a run folder, so it has no data", "--data")
     refused(call("generate", folder / "no_run", "--prompt", "7"), "RunError", "is neither a run folder nor")
     assert not (folder / "a").exists()
 

@@ -82,7 +82,7 @@ def test_json_has_features_and_configs() -> None:
 def test_features_without_a_config_are_named_and_fail(two: Path) -> None:
     result = call("--list", two)
     assert result.exit_code == 1
-    assert "shown by no config: " in result.stderr
+    assert "parts without a config: " in result.stderr
     assert "attention: latent" in result.stderr
     assert "dispatch: capacity" not in result.stderr
     assert json.loads(call("--list", "--json", two).stdout)["passed"] is False
@@ -99,7 +99,7 @@ def test_table_of_figures_fits_100_columns() -> None:
 def test_failing_config_is_named_and_its_figures_are_json(checked: None, two: Path) -> None:
     result = call("--json", two, "--out", two / "table.md")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].endswith("; differ: capacity")
+    assert result.stderr.splitlines()[-1].endswith("; parity failures: capacity")
     capacity, dense = json.loads(result.stdout, parse_constant=pytest.fail)["configs"]
     assert dense["differences"] == {pair: [2e-7, 3e-6] for pair in PAIRS}
     assert (dense["passed"], dense["causal"]) == (True, "causal")
