@@ -391,7 +391,7 @@ def test_run_is_checked_with_its_newest_weights(mlx, tmp_path):
     TokenIds(config.model.vocab).save(tmp_path)
     for step in (3, 12):
         save_checkpoint(
-            tmp_path / "checkpoints", step, initial_weights(config.model, step), {}, dump_config(config), {}, keep=None
+            tmp_path / "checkpoints", step, initial_weights(config.model, step), {}, dump_config(config), keep=None
         )
     seen = {}
 
