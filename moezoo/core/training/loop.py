@@ -297,7 +297,8 @@ class _Training:
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
             if self.is_first:
-                save_checkpoint(self.saved, step, weights, optimizer, *self._rest(), tokens=self._tokens(step))
+                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
+                save_checkpoint(self.saved, step, weights, optimizer, text, keep, tokens=self._tokens(step))
         else:
             self._start_saving(step, writer)
         self.clock, self.clock_step = time.monotonic(), step
@@ -311,13 +312,10 @@ class _Training:
         def complete() -> None:
             files.finish()
             if self.is_first:
-                complete_checkpoint(partial, step, *self._rest(), tokens=self._tokens(step))
+                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
+                complete_checkpoint(partial, step, text, keep, tokens=self._tokens(step))
 
         self.saving = self.background.submit(complete)
-
-    def _rest(self) -> tuple[str, int | None]:
-        """Return the other arguments of `save_checkpoint`: config text, number of checkpoints to keep."""
-        return dump_config(self.config), self.config.training.keep_checkpoints
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written in the background, if there is one."""
