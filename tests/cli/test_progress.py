@@ -1,4 +1,4 @@
-"""Lines of a run that has no terminal: one in ten seconds, with the time that the rest will take."""
+"""Progress lines without a terminal: one every ten seconds, with an ETA."""
 
 import io
 
@@ -10,7 +10,7 @@ from moezoo.cli.progress import ConsoleReporter
 
 
 class Clock:
-    """`time.monotonic`, but told what time it is."""
+    """A fake `time.monotonic`."""
 
     now = 1000.0
 
@@ -29,7 +29,7 @@ def lines_of(console: Console) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def test_eta_is_of_the_steps_after_the_first_which_compiles(clock):
+def test_eta_ignores_the_first_step_which_compiles(clock):
     console = Console(file=io.StringIO(), width=100)
     reporter = ConsoleReporter(console)
     reporter.start(0, 10)
@@ -40,11 +40,11 @@ def test_eta_is_of_the_steps_after_the_first_which_compiles(clock):
         ["step", "1/10", "eta", "-:--:--"],
         ["step", "2/10", "eta", "0:02:40"],
         ["step", "3/10", "eta", "0:02:20"],
-        ["step", "5/10", "eta", "0:01:15"],  # the fourth came five seconds after a line
+        ["step", "5/10", "eta", "0:01:15"],  # the fourth step was five seconds after the last line
     ]
 
 
-def test_a_resumed_run_counts_from_where_it_goes_on(clock):
+def test_eta_of_a_resumed_run_counts_from_its_first_step(clock):
     console = Console(file=io.StringIO(), width=100)
     reporter = ConsoleReporter(console)
     reporter.start(100, 110)
@@ -54,7 +54,7 @@ def test_a_resumed_run_counts_from_where_it_goes_on(clock):
     assert "eta 0:04:00" in lines_of(console)[1]
 
 
-def test_long_validation_says_how_far_it_is_and_short_one_nothing(clock):
+def test_only_long_validation_prints_progress(clock):
     console = Console(file=io.StringIO(), width=100)
     reporter = ConsoleReporter(console)
     reporter.start(0, 1)
@@ -67,7 +67,7 @@ def test_long_validation_says_how_far_it_is_and_short_one_nothing(clock):
     assert len(lines_of(console)) == 1
 
 
-def test_a_terminal_has_a_bar_for_each_validation_while_it_lasts():
+def test_terminal_shows_a_bar_during_validation():
     reporter = ConsoleReporter(Console(file=io.StringIO(), width=120, force_terminal=True))
     reporter.start(0, 3)
     try:
