@@ -1,14 +1,16 @@
 """`moezoo convert`."""
 
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moezoo.cli.options import json_option
 from moezoo.cli.output import print_json, warn
+
+if TYPE_CHECKING:
+    from moezoo.core.progress import Progress
 
 
 @click.command("convert")
@@ -28,9 +30,9 @@ def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
     from moezoo.core.runs.convert import convert
 
     if whole:
-        _copy_whole(path, out, as_json)
+        _consolidate(path, out, as_json)
         return
-    result = convert(path, out, _show_progress(time.monotonic()))
+    result = convert(path, out, _show_progress())
     if as_json:
         entries = [{**vars(entry), "shape": list(entry.shape)} for entry in result.ledger.entries]
         print_json({"format": result.format, "tensors": entries, "notes": result.notes})
@@ -41,10 +43,10 @@ def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
     click.echo(f"{counts}; none dropped. Written as {result.format}: {out}")
 
 
-def _copy_whole(path: Path, out: Path, as_json: bool) -> None:
-    from moezoo.core.runs.save import copy_whole
+def _consolidate(path: Path, out: Path, as_json: bool) -> None:
+    from moezoo.core.runs.save import consolidate
 
-    step, notes = copy_whole(path, out)
+    step, notes = consolidate(path, out)
     if as_json:
         print_json({"format": "moezoo", "step": step, "notes": notes})
         return
@@ -52,13 +54,15 @@ def _copy_whole(path: Path, out: Path, as_json: bool) -> None:
     click.echo(f"step {step}, weights and moments in unsharded files: {out}")
 
 
-def _show_progress(started: float) -> Callable[[int, int], None]:
+def _show_progress() -> "Progress":
     """Return a callback that shows progress and the remaining time in a terminal."""
-    interactive = sys.stderr.isatty()
+    from moezoo.core.progress import Pace
 
-    def show(done: int, total: int) -> None:
-        eta = (time.monotonic() - started) / done * (total - done)
+    pace, interactive = Pace(), sys.stderr.isatty()
+
+    def show(what: str, done: int, total: int | None) -> None:
         if interactive:
-            click.echo(f"\r{done}/{total} parameters, eta {eta:.0f} s ", nl=done == total, err=True)
+            line = f"\r{what}: {done}/{total} parameters, eta {pace.eta(done, total)} "
+            click.echo(line, nl=done == total, err=True)
 
     return show

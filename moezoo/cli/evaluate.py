@@ -1,6 +1,5 @@
 """`moezoo eval`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moezoo.api import LoadedModel
+    from moezoo.core.progress import Progress
     from moezoo.core.training.evaluation import Evaluation
 
 
@@ -48,8 +48,8 @@ def evaluate(
     warn(*model.problems)
     with console.status("evaluating ...") as status:
 
-        def show(done: int, total: int) -> None:
-            status.update(f"evaluating: {done:,} of {total:,} windows")
+        def show(what: str, done: int, total: int | None) -> None:
+            status.update(f"{what}: {done:,} of {total or 0:,} windows")
 
         if data is not None:
             result = evaluate_file(
@@ -70,7 +70,7 @@ def _evaluate_run(
     model: "LoadedModel",
     sequence_length: int | None,
     batch_size: int | None,
-    show: Callable[[int, int], None],
+    show: "Progress",
 ) -> "Evaluation":
     """Evaluate a run on its own validation data."""
     from moezoo.core.training.evaluation import evaluate, known_grammar

@@ -12,7 +12,7 @@ from moezoo.cli.generate import generate
 from moezoo.cli.inspect import describe, plan_command, schema
 from moezoo.cli.parity import parity, zoo
 from moezoo.cli.train import launch_command, train
-from moezoo.core.distributed.process_group import end
+from moezoo.core.distributed.process_group import exit_process
 from moezoo.core.errors import MoezooError
 
 
@@ -25,10 +25,10 @@ class _Commands(click.Group):
         except MoezooError as error:
             for line in str(error).splitlines():
                 click.echo(f"{type(error).__name__}: {line}", err=True)
-            end(1)
+            exit_process(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            end(130)
+            exit_process(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

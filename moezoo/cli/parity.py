@@ -40,18 +40,16 @@ def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
 
     CONFIGS is a folder of YAML configs. The exit status is 1 if a part has no config or a parity check fails.
     """
-    import time
-
     import moezoo
     from moezoo.core.files import write_atomically
     from moezoo.core.parity.zoo import zoo as make_zoo
+    from moezoo.core.progress import Pace
 
-    started = time.monotonic()
+    pace = Pace()
 
-    def show(done: int, total: int, name: str) -> None:
+    def show(what: str, done: int, total: int | None) -> None:
         if not only_list:
-            eta = f"eta {(time.monotonic() - started) / done * (total - done):.0f} s" if done else "eta unknown"
-            click.echo(f"{done + 1}/{total}  {eta}  {name}", err=True)
+            click.echo(f"{done + 1}/{total}  eta {pace.eta(done, total)}  {what}", err=True)
 
     table = make_zoo(folder, None if only_list else moezoo.parity, show)
     if out is not None:

@@ -44,9 +44,9 @@ def train(
     from moezoo.cli.progress import ConsoleReporter
     from moezoo.core.config.vocabulary import with_vocab_size
     from moezoo.core.data.tokenizers import load_tokenizer
-    from moezoo.core.distributed.processes import first_then_others
+    from moezoo.core.distributed.processes import first_process_first
     from moezoo.core.reports.model_page import training_header
-    from moezoo.core.runs.init_from import check_start, initial_tokenizer
+    from moezoo.core.runs.init_from import check_initial_weights, initial_tokenizer
     from moezoo.core.runs.run_folder import create_run, open_run
     from moezoo.core.training.loop import train as run_training
 
@@ -56,11 +56,11 @@ def train(
     is_first = loaded.processes.is_first
     console = new_console(quiet=not is_first)
     tokenizer = load_tokenizer(path) if resumed else initial_tokenizer(config)
-    data = first_then_others(loaded, lambda: prepare_with_progress(console, config, str(config_path), tokenizer))
+    data = first_process_first(loaded, lambda: prepare_with_progress(console, config, str(config_path), tokenizer))
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
     if not resumed:
-        check_start(config)
-    run = first_then_others(
+        check_initial_weights(config)
+    run = first_process_first(
         loaded, lambda: create_run(path, config, data.tokenizer, resume=resume) if is_first else open_run(path)
     )
     console.print(training_header(config, {"backend": loaded.name, **loaded.facts(), "run": str(path)}))
@@ -84,8 +84,8 @@ def _config(
     from moezoo.core.runs.run_folder import is_run
 
     resumed = resumed_run is not None and is_run(resumed_run)
-    begun = load_config(resumed_run / "config.yaml") if resumed_run is not None and resumed else None
-    config = load_resolved_config(config_path, overrides, begun=begun)
+    before = load_config(resumed_run / "config.yaml") if resumed_run is not None and resumed else None
+    config = load_resolved_config(config_path, overrides, resumed=before)
     return config if mesh is None else config.model_copy(update={"mesh": load_mesh(mesh)}), resumed
 
 

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from moezoo.core.backend import LayerRouting, Output, Scores, StepMetrics, combine_weights
-from moezoo.core.checkpoint.manifest import OF_OPTIMIZER, OF_WEIGHTS
+from moezoo.core.checkpoint.manifest import OPTIMIZER_PREFIX, WEIGHTS_PREFIX
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
@@ -392,8 +392,8 @@ class JaxModel:
     def _write(self, folder: Path) -> PendingFiles:
         weights = self._stacks.cut(self._parameters) | self._state
         moments = self._moments_by_name(lambda held: held)
-        arrays = {f"{OF_WEIGHTS}{name}": value for name, value in weights.items()}
-        return PendingFiles(folder, arrays | {f"{OF_OPTIMIZER}{name}": value for name, value in moments.items()})
+        arrays = {f"{WEIGHTS_PREFIX}{name}": value for name, value in weights.items()}
+        return PendingFiles(folder, arrays | {f"{OPTIMIZER_PREFIX}{name}": value for name, value in moments.items()})
 
     def export_parameters(self) -> dict[str, np.ndarray]:
         return self._stacks.cut(exported(self._parameters)) | exported(self._state)

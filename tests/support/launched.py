@@ -61,8 +61,8 @@ def assert_ends_with_the_first(backend: str, config: Path, existing: Path, *word
     running = start("train", config, "--backend", backend, "--out", existing, *words)
     said, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
-    assert "already holds a run" in said
-    assert "TrainingError: process 0 of 2 ended with status 1" in said
+    assert "already contains a run" in said
+    assert "TrainingError: process 0 of 2 exited with status 1" in said
     assert "Traceback" not in said
 
 

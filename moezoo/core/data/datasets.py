@@ -9,7 +9,6 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
@@ -21,12 +20,12 @@ from moezoo.core.config.yaml_file import read_mapping
 from moezoo.core.data.grammar.grammar import Grammar, load_grammar
 from moezoo.core.errors import DataError, SpecError, nearest
 from moezoo.core.files import PACKAGE, make_folder, sha256_of, write_atomically
+from moezoo.core.progress import Progress
 from moezoo.core.spec import Part
 
 _TIMEOUT_S = 30.0
 _CHUNK_BYTES = 1 << 16
 
-Progress = Callable[[int, int], None]  # bytes so far, bytes in all
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -95,7 +94,7 @@ def load_recipe(name: str) -> Recipe:
     return validate(DownloadRecipe, raw, str(file))
 
 
-def fetch(name: str, file: Path | None = None, progress: Progress | None = None) -> Path:
+def fetch(name: str, file: Path | None = None, on_progress: Progress | None = None) -> Path:
     """Bring a dataset to this machine: from `file`, from the network, or by writing it. One that is here is kept.
 
     Returns the path of the text, whose size and SHA-256 are as the recipe says.
@@ -114,7 +113,7 @@ def fetch(name: str, file: Path | None = None, progress: Progress | None = None)
             path = _stored_at(recipe)
             if file is None and path.is_file() and _source_of(recipe, path.read_bytes()):
                 return path
-            content = _local(recipe, file) if file is not None else _downloaded(recipe, progress)
+            content = _local(recipe, file) if file is not None else _downloaded(recipe, on_progress)
             make_folder(path.parent)
             write_atomically(path, content)
             return path
@@ -209,7 +208,7 @@ def _local(recipe: DownloadRecipe, file: Path) -> bytes:
     return content
 
 
-def _downloaded(recipe: DownloadRecipe, progress: Progress | None) -> bytes:
+def _downloaded(recipe: DownloadRecipe, on_progress: Progress | None) -> bytes:
     """The bytes of the first source that has an address; checked, and held in memory until they are."""
     by_hand = f"pass it: moezoo data {recipe.name} --file PATH"
     source = next((source for source in recipe.sources if source.url), None)
@@ -224,8 +223,8 @@ def _downloaded(recipe: DownloadRecipe, progress: Progress | None) -> bytes:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             while len(content) <= source.bytes and (chunk := response.read(_CHUNK_BYTES)):
                 content += chunk
-                if progress:
-                    progress(len(content), source.bytes)
+                if on_progress is not None:
+                    on_progress(f"downloading {recipe.name}", len(content), source.bytes)
     except urllib.error.HTTPError as error:
         raise DataError(
             f"{source.url} cannot be downloaded; got HTTP {error.code} {error.reason}. "

@@ -29,7 +29,7 @@ from moezoo.core.config.data import (
 from moezoo.core.data import sample_order
 from moezoo.core.data.prebatched import ReadyBatches, open_batches
 from moezoo.core.data.source_files import SourceFile, find_files
-from moezoo.core.data.token_store import Progress, Texts, Tokens, characters_of, open_shards, tokenize
+from moezoo.core.data.token_store import Texts, Tokens, characters_of, open_shards, tokenize
 from moezoo.core.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
@@ -39,6 +39,7 @@ from moezoo.core.data.tokenizers import (
     Tokenizer,
 )
 from moezoo.core.errors import DataError
+from moezoo.core.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def prepare_data(
     return PreparedData(tokenizer, *splits, tuple(summary))
 
 
-def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, on_progress: Progress | None = None) -> Split:
+def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int) -> Split:
     """All tokens of one file as a split: token ids (`.npy`, `.bin`), the `text` of JSON lines (`.jsonl`), or a text.
 
     `vocab_size` is the model's. Raises DataError and TokenizerError as `prepare_data`.
@@ -240,7 +241,7 @@ def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, on_progress: Pr
         tokens = open_shards(find_files(path, (suffix,), path), vocab_size, path)
     else:
         texts = Texts(path, find_files(path, (".txt",), path), "text" if suffix == ".jsonl" else None)
-        tokens = tokenize(texts, tokenizer, on_progress)
+        tokens = tokenize(texts, tokenizer)
     return Split("evaluated", (SplitSource(path, tokens, 0, len(tokens), 1.0),))
 
 

@@ -24,11 +24,11 @@ from moezoo.core.data.source_files import SourceFile, documents_of, text_of
 from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, Tokenizer
 from moezoo.core.errors import DataError, RunError
 from moezoo.core.files import flush_folder, make_folder, remove_folder, rename_folder, write_atomically
+from moezoo.core.progress import Progress
 
 SHARD_TOKENS = 1 << 26
 BETWEEN_DOCUMENTS = "\n\n"  # where the tokenizer has no end of text
 
-Progress = Callable[[str, int, int | None], None]  # what is done, bytes so far, bytes in all (None: not known)
 _Shard = npt.NDArray[np.integer[Any]]
 
 _FORMAT = 1  # of a cache entry

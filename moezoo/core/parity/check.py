@@ -28,7 +28,7 @@ from moezoo.core.parity.report import (
 )
 from moezoo.core.parity.sides import Doubles, Reference, Side, backend_side
 from moezoo.core.random import fold_in, key, uniform
-from moezoo.core.runs.init_from import load_resolved_config, open_start
+from moezoo.core.runs.init_from import load_resolved_config, open_initial_weights
 from moezoo.core.runs.open import is_config, open_model
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 from moezoo.core.tokens import Floats, Integers
@@ -139,7 +139,7 @@ def parity_of(
         raise SpecError(f"parity needs tokens; got {batch_size} sequences of {length}; expected at least 1 of 1.")
     refuse_if_too_large(spec, batch_size, length, len(backends))
     if weights is None and config.init_from is not None:
-        weights = {name: np.asarray(value, np.float32) for name, value in open_start(config).weights.items()}
+        weights = {name: np.asarray(value, np.float32) for name, value in open_initial_weights(config).weights.items()}
         notes.append(f"weights of {config.init_from.path}")
     elif weights is None:
         weights = initial_weights(spec, config.training.seed)
@@ -333,7 +333,7 @@ def _check_request(spec: ModelSpec, tokens: Integers, targets: Integers, backend
             f"targets are not the next tokens; got tokens {tokens.shape} and targets {targets.shape}; expected "
             "targets[:, :-1] == tokens[:, 1:], as a training step has them. Cut both from one window."
         )
-    check_length(spec, tokens.shape[1], f"sequences of {tokens.shape[1]}")
+    check_length(spec, tokens.shape[1], f"sequences of {tokens.shape[1]} tokens")
     refuse_if_too_large(spec, tokens.shape[0], tokens.shape[1], len(backends))
 
 

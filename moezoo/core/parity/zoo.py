@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from moezoo.core.errors import SpecError
 from moezoo.core.parity.report import finite
+from moezoo.core.progress import Progress
 from moezoo.core.runs.init_from import load_resolved_config
 from moezoo.core.spec import ModelSpec
 
@@ -260,7 +261,7 @@ def _in_color(config: ZooConfig, text: str) -> str:
 def zoo(
     folder: Path,
     check: Callable[[Path], "ParityReport"] | None = None,
-    on_progress: Callable[[int, int, str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Zoo:
     """The table of the configs of a folder; `check` runs one's parity check, None leaves the figures out.
 
@@ -272,7 +273,7 @@ def zoo(
     configs = []
     for place, path in enumerate(paths):
         if on_progress is not None:
-            on_progress(place, len(paths), path.stem)
+            on_progress(path.stem, place, len(paths))
         spec = load_resolved_config(path).model
         config = ZooConfig(path.stem, _source(path), tuple(sorted(features(spec))))
         configs.append(config if check is None else _checked(config, check(path)))

@@ -129,7 +129,7 @@ class CheckpointDescription:
                 "min_p": generation.min_p,
                 "repetition_penalty": generation.repetition_penalty,
                 "end_tokens": list(generation.end_tokens),
-                "not_done": [*generation.not_done, *generation.not_done_in_sampling],
+                "not_done": [*generation.unsupported, *generation.unsupported_in_sampling],
                 "unknown": list(generation.unknown),
             },
         }
@@ -219,7 +219,7 @@ def _generation(known: GenerationConfig) -> str:
     words += [f"{name} {value:g}" for name, value in filters.items() if value is not None]
     ends = ", ".join(map(str, known.end_tokens))
     words.append(f"ends at token {ends}" if ends else "no end token")
-    words += [f"{name} is not supported" for name in (*known.not_done, *known.not_done_in_sampling)]
+    words += [f"{name} is not supported" for name in (*known.unsupported, *known.unsupported_in_sampling)]
     return ", ".join(words)
 
 

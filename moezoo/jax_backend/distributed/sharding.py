@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
 from moezoo.core.distributed.sharding_rules import RULES, at_work, check_batch, partition
 from moezoo.core.errors import SpecError
@@ -88,7 +88,7 @@ class Placement:
             yield
 
 
-class _Placed(ReadWhenAsked):
+class _Placed(LazyTensors):
     def __init__(self, weights: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]):
         super().__init__(shapes_of(weights))
         self._weights, self._shardings = weights, shardings
@@ -101,13 +101,13 @@ def divided(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding
     """One of the arrays, which all processes have, on its devices: each process reads the parts of its own."""
     if isinstance(arrays, Shapes):
         return jax.ShapeDtypeStruct(arrays.shapes[name], np.float32, sharding=sharding)
-    if isinstance(arrays, ReadWhenAsked):
+    if isinstance(arrays, LazyTensors):
         return jax.make_array_from_callback(arrays.shapes[name], sharding, arrays.reader(name))
     value = np.asarray(arrays[name])
     return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
-class Shapes(ReadWhenAsked):
+class Shapes(LazyTensors):
     """What stands for arrays in a plan: their shapes alone."""
 
     def __init__(self, spec: ModelSpec):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moezoo.core.distributed.process_group import ProcessGroup, others_wait
+from moezoo.core.distributed.process_group import ProcessGroup, set_immediate_exit
 from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.errors import BackendError, TrainingError
 
@@ -35,7 +35,7 @@ def join(group: ProcessGroup) -> None:
     address = None if group.coordinator == "auto" else group.coordinator
     if address is not None:
         _check_reachable(group)
-    others_wait()
+    set_immediate_exit()
     sys.excepthook = functools.partial(_tell_and_end, sys.excepthook)
     try:
         jax.distributed.initialize(
@@ -85,7 +85,7 @@ def leave() -> None:
     """Wait until all processes have come here, and part."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
-        others_wait(False)
+        set_immediate_exit(False)
 
 
 def processes() -> Processes:

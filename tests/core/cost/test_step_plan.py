@@ -146,9 +146,9 @@ def test_impossible_plans_are_errors_before_compilation() -> None:
     for words, problem in (
         (
             ("--mesh", "expert=3", "--set", "training.batch_size=24"),
-            "has 8 along expert, which mesh.rules.expert = expert would cut into 3",
+            "has size 8 along expert, which is not divisible into 3",
         ),
-        (("--mesh", "data=16"), "has 8 sequences, which data 16 of the mesh would share in 16 equal parts"),
+        (("--mesh", "data=16"), "has 8 sequences, which is not divisible by 16 (data 16 of the mesh)"),
         (("--mesh", "data=auto"), "Add --devices N."),
         (("--mesh", "data=2", "--memory", "much"), "--memory is 'much'; expected a number and a unit"),
         (("--mesh", "data=2", "--topology", "v5e:16x16"), "needs libtpu, which compiles for TPUs that are not there"),

@@ -150,12 +150,12 @@ def test_data_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_download_is_checked_kept_and_not_repeated(shelf: Path, keep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, TEXT)
-    seen: list[tuple[int, int]] = []
-    path = fetch("tale", progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[str, int, int | None]] = []
+    path = fetch("tale", on_progress=lambda *row: seen.append(row))
     assert path == keep / "tale" / "tale.txt"
     assert path.read_bytes() == TEXT
     assert len(seen) > 1
-    assert seen[-1] == (len(TEXT), len(TEXT))
+    assert seen[-1] == ("downloading tale", len(TEXT), len(TEXT))
     serve(monkeypatch, AssertionError("downloaded twice"))
     assert fetch("tale") == dataset_path("tale") == path
 

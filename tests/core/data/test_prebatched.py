@@ -103,7 +103,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 def test_ready_batches_stand_alone():
     source = {"kind": "batches", "path": "a.npy"}
-    with pytest.raises(SpecError, match="sources blends ready batches with 1 more"):
+    with pytest.raises(SpecError, match="sources mixes a source of kind batches with 1 more"):
         validate(DataConfig, {"sources": [source, {"kind": "dataset", "name": "fables"}]}, "x.yaml")
 
 

@@ -102,7 +102,7 @@ def test_consecutive_equal_layers_are_one_run():
     [
         ("byte", 256, None),
         ("ids, vocab_size: 77", 77, None),
-        ("character", 64, "64 tokens in the vocabulary; a character tokenizer takes them from its data"),
+        ("character", 64, "a vocabulary of 64 tokens; the real size of a character tokenizer depends on the data"),
         ("huggingface, path: some/tokenizer", 32_768, "32,768 tokens in the vocabulary; that of some/tokenizer"),
     ],
 )

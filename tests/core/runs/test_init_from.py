@@ -18,7 +18,7 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.runs.init_from import initial_tokenizer, load_resolved_config, open_start
+from moezoo.core.runs.init_from import initial_tokenizer, load_resolved_config, open_initial_weights
 from moezoo.core.runs.run_folder import load_run
 from tests.support.backends_available import require_backend
 from tests.support.fixtures import write_checkpoint
@@ -100,12 +100,12 @@ def test_an_unknown_key_is_refused(tmp_path):
 def test_another_model_than_the_checkpoints_is_refused_with_what_to_do(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     config = with_vocab_size(load_resolved_config(config_file(tmp_path, source, model=MODEL)), 256)
-    with pytest.raises(CheckpointError, match=r"is not the one of init_from .* Leave the section `model` out") as error:
-        open_start(config)
+    with pytest.raises(CheckpointError, match=r"differs from the model of init_from .* Remove the section") as error:
+        open_initial_weights(config)
     assert "  ~ embedding.weight [" in str(error.value)
     result = train(config_file(tmp_path, source, model=MODEL | {"vocab_size": 64}), tmp_path / "run")
     assert result.exit_code == 1
-    assert "Leave the section `model` out" in result.output
+    assert "Remove the section `model`" in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -114,7 +114,7 @@ def test_the_same_model_may_be_written_out(tmp_path):
     model = open_checkpoint(source).spec.model_dump(mode="json")
     config = load_resolved_config(config_file(tmp_path, source, model=model), ["model.dropout=0.5"])
     assert config.model.dropout == 0.5
-    assert sorted(open_start(config).weights) == sorted(open_checkpoint(source).weights)
+    assert sorted(open_initial_weights(config).weights) == sorted(open_checkpoint(source).weights)
 
 
 def test_weights_of_a_bfloat16_file_become_float32(tmp_path):
@@ -122,7 +122,7 @@ def test_weights_of_a_bfloat16_file_become_float32(tmp_path):
     tensors = {name: value.astype(bfloat16) for name, value in StoredTensors(source / "model.safetensors").items()}
     write_tensors(source / "model.safetensors", tensors, {})
     stored = open_checkpoint(source).weights
-    start = open_start(load_resolved_config(config_file(tmp_path, source)))
+    start = open_initial_weights(load_resolved_config(config_file(tmp_path, source)))
     for name, value in start.weights.items():
         assert stored[name].dtype == bfloat16
         assert value.dtype == np.float32
@@ -147,7 +147,7 @@ def test_a_run_begins_from_another_run_with_its_characters(tmp_path):
     config = load_resolved_config(path)
     assert config.model == old.model
     assert initial_tokenizer(config).vocab_size == tokenizer.vocab_size
-    start = open_start(config)
+    start = open_initial_weights(config)
     assert start.layout is None
     for name, value in checkpoint.weights.items():
         np.testing.assert_array_equal(start.weights[name], value)

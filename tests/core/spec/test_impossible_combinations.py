@@ -464,28 +464,28 @@ CASES = {
     # the rest of a config
     "no data": (
         {"data": {"sources": []}},
-        "data.sources is empty (x.yaml). Give at least one source, e.g. {kind: dataset, name: fables}.",
+        "data.sources is empty (x.yaml). Add at least one source, e.g. {kind: dataset, name: fables}.",
     ),
-    "ready batches beside others": (
+    "prebatched source beside others": (
         {"data": {"sources": [{"kind": "dataset", "name": "fables"}, {"kind": "batches", "path": "x.npy"}]}},
-        "data.sources blends ready batches with 1 more (x.yaml). Use ready batches alone.",
+        "data.sources mixes a source of kind batches with 1 more (x.yaml). Use a source of kind batches alone.",
     ),
     "parts of a batch that do not divide it": (
         {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},
         "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "
         "batch_size.",
     ),
-    "two axes that take what is left": (
+    "two axes that are auto": (
         {"mesh": {"data": "auto", "expert": "auto"}},
-        "mesh.expert is 'auto', as data is (x.yaml). Give a number for one of them.",
+        "mesh.expert is 'auto', and so is data (x.yaml). Set one of them to a number.",
     ),
     "experts on devices with the same tokens": (
         {"mesh": {"rules": {"expert": "tensor"}}},
-        "mesh.rules.expert is cut along tensor, where devices have the same tokens (x.yaml). Use expert.",
+        "mesh.rules.expert is sharded over tensor, whose devices share the same tokens (x.yaml). Use expert.",
     ),
-    "widths that no block computes in parts": (
+    "axes that a block cannot compute in parts": (
         {"mesh": {"rules": {"embed": ["fsdp", "tensor"]}}},
-        "mesh.rules.embed is cut along tensor, which is for what a block can compute in parts (x.yaml). "
+        "mesh.rules.embed is sharded over tensor, but a block cannot be computed in parts along it (x.yaml). "
         "Use tensor for head, kv_head, hidden or vocab.",
     ),
     "sequences beyond learned positions": (

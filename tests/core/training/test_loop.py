@@ -237,7 +237,7 @@ def test_metrics_name_every_term_and_routing(tmp_path: Path) -> None:
 def test_existing_run_needs_resume_and_resume_needs_the_same_config(tmp_path: Path) -> None:
     config = write_config(tmp_path, steps=2)
     run("mlx", config, tmp_path / "run")
-    with pytest.raises(RunError, match=r"already holds a run. Add --resume"):
+    with pytest.raises(RunError, match=r"already contains a run. Add --resume"):
         run("mlx", config, tmp_path / "run")
     with pytest.raises(SpecError, match=r"optimizer.learning_rate is 0.5, but the run was started with 0.003"):
         run("mlx", config, tmp_path / "run", "optimizer.learning_rate=0.5", resume=True)
