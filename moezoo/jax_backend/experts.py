@@ -1,5 +1,7 @@
 """Routed experts. Spec: moezoo.core.reference.experts."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,9 @@ from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.feed_forward import activate
 from moezoo.jax_backend.kernels.expert_blocks import expert_kernel
 from moezoo.jax_backend.kernels.grouped_product import group_rows, grouped_product
+
+ExpertsCall = Callable[[jax.Array, jax.Array], jax.Array]
+"""Experts as a function: rows [R, D] sorted by expert, of which each has size_E -> outputs [R, D]."""
 
 
 class Experts(nnx.Module):
@@ -28,7 +33,9 @@ class Experts(nnx.Module):
 
     def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
         spec, dtype = self.spec, x_RD.dtype
-        parameters = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()}
+        parameters: dict[str, jax.Array] = {
+            name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()
+        }
         kernel = expert_kernel(x_RD.shape[0], size_E.shape[0])
         if kernel is not None:
             return kernel(spec, x_RD, parameters, size_E)

@@ -1,6 +1,7 @@
 """The mixture of experts. Spec: moezoo.core.reference.moe."""
 
-from typing import Any, assert_never
+from collections.abc import Callable
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,16 @@ from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch, used_rows
-from moezoo.jax_backend.distributed.expert_parallel import Rows, on_their_devices
-from moezoo.jax_backend.experts import Experts
+from moezoo.jax_backend.experts import Experts, ExpertsCall
 from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.routing import Router, Routing, mixture_input
+
+Exchange = Callable[..., jax.Array]
+"""`run_experts` with tokens and experts on several devices, which exchange tokens (expert parallelism).
+
+Called with spec, experts, x_PD, routing and dispatch, and by name with num_sequences and inference.
+"""
 
 
 class MoE(nnx.Module):
@@ -24,7 +30,6 @@ class MoE(nnx.Module):
         self.spec = spec
         self.router = Router(spec.router, weights.inside("router"))
         self.experts = Experts(spec.experts, weights.inside("experts"))
-        self.on_their_devices = on_their_devices  # rematerialization.py has another that keeps less
         if spec.latent_dim is not None:
             self.w_latent = weights.parameter("w_latent")
             self.w_output = weights.parameter("w_output")
@@ -50,6 +55,7 @@ class MoE(nnx.Module):
         context: RoutingContext = NO_CONTEXT,
         *,
         raw_BTD: jax.Array | None = None,
+        exchange: Exchange | None = None,
         record: dict[str, jax.Array] | None = None,
         name: str = "moe",
     ) -> tuple[jax.Array, Routing, Dispatch]:
@@ -61,7 +67,17 @@ class MoE(nnx.Module):
             routed_PD = self.routed_input_norm(raw_PD)
         routing = self.router(raw_PD, context)
         dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
-        out_PD = self._routed(routed_PD, routing, dispatched, num_sequences=x_BTD.shape[0], inference=context.inference)
+        spec, dtype = self.spec, x_BTD.dtype
+        input_P = routed_PD
+        if spec.latent_dim is not None:
+            input_P = jnp.einsum("PD,DZ->PZ", routed_PD, self.w_latent[...].astype(dtype))
+        if exchange is None:
+            out_PD = run_experts(spec, self.experts, input_P, dispatched)
+        else:
+            options = {"num_sequences": x_BTD.shape[0], "inference": context.inference}
+            out_PD = exchange(spec, self.experts, input_P, routing, dispatched, **options)
+        if spec.latent_dim is not None:
+            out_PD = jnp.einsum("PZ,ZD->PD", out_PD, self.w_output[...].astype(dtype))
         if self.spec.zero_computation is not None:
             weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)
             out_PD = out_PD + self.constant_experts(routed_PD, weight_PE)
@@ -74,13 +90,6 @@ class MoE(nnx.Module):
         if self.spec.shared is not None:
             out_PD = self._with_shared(x_PD, out_PD)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
-
-    def _routed(self, x_PD: jax.Array, routing: Routing, dispatched: Dispatch, **options: Any) -> jax.Array:
-        """The part of the experts that compute."""
-        spec, dtype = self.spec, x_PD.dtype
-        input_P = x_PD if spec.latent_dim is None else jnp.einsum("PD,DZ->PZ", x_PD, self.w_latent[...].astype(dtype))
-        out_P = self.on_their_devices(_through, spec, self.experts, input_P, routing, dispatched, **options)
-        return out_P if spec.latent_dim is None else jnp.einsum("PZ,ZD->PD", out_P, self.w_output[...].astype(dtype))
 
     def _with_shared(self, x_PD: jax.Array, routed_PD: jax.Array) -> jax.Array:
         """Spec: moezoo.core.reference.moe.with_shared."""
@@ -100,8 +109,8 @@ class MoE(nnx.Module):
                 raise ValueError("there are no shared experts")
 
 
-def _through(spec: MoESpec, experts: Rows, x_PD: jax.Array, dispatched: Dispatch) -> jax.Array:
-    """The sum over its copies of what experts make of a token [P, D]."""
+def run_experts(spec: MoESpec, experts: ExpertsCall, x_PD: jax.Array, dispatched: Dispatch) -> jax.Array:
+    """Spec: moezoo.core.reference.moe.run_experts."""
     x_RD = x_PD[dispatched.token_R]
     match spec.router.apply_to:
         case "output":

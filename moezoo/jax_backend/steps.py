@@ -32,7 +32,8 @@ from moezoo.core.tokens import check_targets
 from moezoo.jax_backend.arrays import Weights, exported, to_numpy
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.distributed.checkpoint_writer import PendingFiles
-from moezoo.jax_backend.distributed.sharding import Placement, divided, gathered
+from moezoo.jax_backend.distributed.expert_parallel import ExpertParallel
+from moezoo.jax_backend.distributed.sharding import Placement, gather_outside_layers, shard
 from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, prefilled
 from moezoo.jax_backend.kernels.grouped_product import grouped_path
 from moezoo.jax_backend.kv_cache import Caches
@@ -43,7 +44,7 @@ from moezoo.jax_backend.runtime import processes
 from moezoo.jax_backend.runtime.compile_cache import use_compile_cache
 from moezoo.jax_backend.runtime.processes import lost_peer, on_host
 from moezoo.jax_backend.transformer import Forward, Transformer
-from moezoo.jax_backend.transforms.rematerialization import compiler_options, recomputed
+from moezoo.jax_backend.transforms.rematerialization import Transforms, compiler_options, transforms
 from moezoo.jax_backend.transforms.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
 
 Parameters = dict[str, jax.Array]
@@ -123,8 +124,9 @@ class JaxModel:
         check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
         self.spec = spec
         self._placement = placement
+        self._exchange = None if placement is None else ExpertParallel(placement)
         self._stacks = Stacks(spec, placement=placement)
-        placed = weights if placement is None else placement.placed(weights)
+        placed = weights if placement is None else placement.shard(weights)
         self._parameters, self._state = self._taken_apart(Transformer(spec, Weights(placed)))
         self._decayed = {row.name: row.decay for row in table if row.trained}
         moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
@@ -136,7 +138,7 @@ class JaxModel:
         self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
         self._extend = jax.jit(self._extend_values, donate_argnums=3)
         self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5))
-        self._finite = jax.jit(self._finite_values, out_shardings=None if placement is None else placement.whole)
+        self._finite = jax.jit(self._finite_values, out_shardings=None if placement is None else placement.replicated)
 
     def _taken_apart(self, module: Transformer) -> tuple[Parameters, Parameters]:
         """Parameters and state of a module by name; from now on, `_merge` puts together such a one."""
@@ -173,8 +175,8 @@ class JaxModel:
 
     def _forward_values(self, parameters, state, tokens, targets, forced, key, *, record, inference):
         intermediates: dict[str, jax.Array] = {}
-        module = self._merge(parameters, state)
-        result = module(tokens, forced=forced, record=intermediates, key=key, inference=inference)
+        module, exchange = self._merge(parameters, state), None if self._sharded(tokens) is None else self._exchange
+        result = module(tokens, forced=forced, record=intermediates, key=key, inference=inference, exchange=exchange)
         terms = {} if targets is None else self._terms(result, targets)
         return result._replace(index_losses=[]), terms, intermediates if record else {}
 
@@ -187,7 +189,7 @@ class JaxModel:
     def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
         count = len(tokens)
         if self._placement is not None:
-            filled = self._placement.filled_up(count)
+            filled = self._placement.padded_batch(count)
             tokens, targets = (np.resize(rows, (filled, rows.shape[1])) for rows in (tokens, targets))  # the same again
         with self._traced(len(tokens)):
             values = self._score(self._parameters, self._state, tokens, targets, count=count, inference=inference)
@@ -197,7 +199,8 @@ class JaxModel:
 
     def _score_values(self, parameters, state, tokens, targets, *, count, inference):
         """Of the first `count` sequences; those after them fill up a mesh, and their losses are not looked at."""
-        result = gathered(self._merge(parameters, state))(tokens, inference=inference)
+        module, how = self._transformed(parameters, state, tokens)
+        result = module(tokens, inference=inference, **how._asdict())
         if count < len(tokens):
             counted_P = jnp.arange(tokens.size) < count * tokens.shape[1]
             routings = [own._replace(valid_PK=own.valid_PK & counted_P[:, None]) for own in result.routings]
@@ -250,8 +253,8 @@ class JaxModel:
         return {name: float(value) for name, value in terms.items()}, self._stacks.cut(to_numpy(gradients))
 
     def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
-        module = recomputed(self._merge(parameters, state), self._rematerialize)
-        result = module(tokens, forced=forced, key=key)
+        module, how = self._transformed(parameters, state, tokens, self._rematerialize)
+        result = module(tokens, forced=forced, key=key, **how._asdict())
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], (terms, cutoffs, _load(result))
@@ -272,9 +275,10 @@ class JaxModel:
         init, outputs = self._optimizer(0.0).init, None
         adam, *rest = jax.eval_shape(init, self._parameters)
         if self._placement is not None:
-            lie, whole = {name: self._stacks.lie[name] for name in self._parameters}, self._placement.whole
-            moments = (adam._replace(count=whole, mu=lie, nu=lie), *rest)
-            outputs = (lie, whole, moments, whole)
+            shardings = {name: self._stacks.shardings[name] for name in self._parameters}
+            replicated = self._placement.replicated
+            moments = (adam._replace(count=replicated, mu=shardings, nu=shardings), *rest)
+            outputs = (shardings, replicated, moments, replicated)
         if state is None:
             self._moments = self._new_moments(init, None if outputs is None else outputs[2])
         else:
@@ -323,7 +327,7 @@ class JaxModel:
     def _step_values(self, config, parameters, state, moments, windows, learning_rate, keys):
         running = None
         if self._scanned and windows.shape[0] > 1:
-            running = GradientMeans(parameters, windows.shape[0], self._stacks.lie)
+            running = GradientMeans(parameters, windows.shape[0], self._stacks.shardings)
         gradient_of = jax.value_and_grad(self._loss, has_aux=True) if running is None else running.adding(self._loss)
         global_load = None
         if self._balances_globally and windows.shape[0] > 1:
@@ -344,7 +348,7 @@ class JaxModel:
         gradients, terms, cutoffs = means
         if self._placement is not None:
             gradients = jax.lax.with_sharding_constraint(
-                gradients, {name: self._stacks.lie[name] for name in gradients}
+                gradients, {name: self._stacks.shardings[name] for name in gradients}
             )
         norm = optax.tree.norm(gradients)
         if config.clip_norm is not None:
@@ -357,7 +361,23 @@ class JaxModel:
 
     def _counts(self, parameters, state, window, key):
         """Per MoE layer, how many tokens chose each expert."""
-        return _load(gathered(self._merge(parameters, state))(window[:, :-1], key=key))[0]
+        tokens = window[:, :-1]
+        module, how = self._transformed(parameters, state, tokens)
+        return _load(module(tokens, key=key, **how._asdict()))[0]
+
+    def _sharded(self, tokens: jax.Array) -> Placement | None:
+        """The placement over which a batch is sharded; None for a batch that cannot be sharded equally."""
+        return self._placement if self._placement is not None and self._placement.divides(len(tokens)) else None
+
+    def _transformed(
+        self, parameters: Parameters, state: Parameters, tokens: jax.Array, rematerialize: Rematerialize = "none"
+    ) -> tuple[Transformer, Transforms]:
+        """The module and its transforms for a batch: all-gather, expert parallelism, recomputation."""
+        placement = self._sharded(tokens)
+        if placement is None:
+            return self._merge(parameters, state), transforms(rematerialize, None, None)
+        module = self._merge(gather_outside_layers(parameters, placement), state)
+        return module, transforms(rematerialize, placement, self._exchange)
 
     def _traced(self, num_sequences: int) -> AbstractContextManager[None]:
         """What is computed of so many sequences is divided as the placement says, if there is one."""
@@ -367,11 +387,11 @@ class JaxModel:
         """The array `own` of a state, of a number for each of a parameter's, where they are."""
         if self._placement is None:
             return jnp.asarray(state[own])
-        return divided(state, own, self._placement.parameters[name])
+        return shard(state, own, self._placement.parameters[name])
 
     def _everywhere(self, count: int) -> jax.Array:
         value = np.asarray(count, np.int32)
-        return jnp.asarray(value) if self._placement is None else divided({"": value}, "", self._placement.whole)
+        return jnp.asarray(value) if self._placement is None else shard({"": value}, "", self._placement.replicated)
 
     def wait(self) -> None:
         jax.block_until_ready((self._parameters, self._state))

@@ -1,6 +1,6 @@
 """The whole model. Spec: moezoo.core.reference.transformer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -26,10 +26,10 @@ from moezoo.jax_backend.choice import RoutingContext
 from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
-from moezoo.jax_backend.kv_cache import Cache, Caches, Source
+from moezoo.jax_backend.kv_cache import Attended, Cache, Caches, Source
 from moezoo.jax_backend.latent_attention import LatentAttention
 from moezoo.jax_backend.layer_inputs import LayerInput, LayerInputs
-from moezoo.jax_backend.moe import MoE
+from moezoo.jax_backend.moe import Exchange, MoE
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import EmbeddingPosition, positions
 from moezoo.jax_backend.random import fold_in, uniform
@@ -37,6 +37,8 @@ from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.short_convolution import ShortConvolution
 
 Record = dict[str, jax.Array]
+WrapBlock = Callable[[nnx.Module, str], Callable[..., Any]]
+"""Transform a block (attention, MoE, feed-forward or layer input), by its canonical name, for one forward pass."""
 
 
 class Forward(NamedTuple):
@@ -49,19 +51,22 @@ class Forward(NamedTuple):
     index_losses: list[tuple[int, float, jax.Array]]
 
 
-class _Given(NamedTuple):
-    """What all layers are given."""
+class StepInputs(NamedTuple):
+    """Inputs of a forward pass that all layers share; `forced`: experts by layer index."""
 
     tokens_BT: jax.Array
-    forced: Sequence[jax.Array] | None
+    forced: Mapping[int, jax.Array]
     caches: Caches | None
     record: Record | None
     key: jax.Array | None
     inference: bool
+    exchange: Exchange | None
+    wrap_block: WrapBlock | None
 
 
-class _Stream(NamedTuple):
-    """What a layer hands on to the next."""
+class ResidualState(NamedTuple):
+    """State that a layer passes to the next one: the residual stream, the output of an MoE that is added after the next
+    layer, the first layer's values, and the previous router's logits."""
 
     x_BTD: jax.Array
     shortcut_BTD: jax.Array | None = None
@@ -69,8 +74,8 @@ class _Stream(NamedTuple):
     previous_PE: jax.Array | None = None
 
 
-class _Left(NamedTuple):
-    """What a layer leaves beside the stream."""
+class LayerOutput(NamedTuple):
+    """Output of a layer beside its state; `source` are the keys and values that other layers may attend to."""
 
     routing: Routing | None
     dispatched: Dispatch | None
@@ -112,10 +117,11 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Mo
 
 
 class Layer(nnx.Module):
-    """Attention and a feed-forward, dense or a MoE or both, with their norms before or behind them."""
+    """Spec: moezoo.core.reference.transformer.layer."""
 
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
-        self.spec = spec
+        self.spec, self.name = spec, f"layers.{index}"
+        self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
         self.attention = attention_layer(spec.attention, weights.inside("attention"), index)
         if spec.arrangement != "parallel":
@@ -132,20 +138,82 @@ class Layer(nnx.Module):
         if spec.output_scale:
             self.output_scale = weights.state("output_scale")
 
-    def source_among(self, sources: Mapping[int, Any]) -> dict[str, Any]:
-        """Keys and values of the layer whose this one attends to, if it has none of its own."""
-        match self.spec.attention:
-            case GroupedQueryAttentionSpec(keys_of_layer=int(index)):
-                return {"source": sources[index]}
-            case _:
-                return {}
+    def __call__(
+        self,
+        state: ResidualState,
+        inputs: StepInputs,
+        index: int | jax.Array,
+        input_BTZ: jax.Array | None,
+        sources: Mapping[int, Source | None],
+    ) -> tuple[ResidualState, LayerOutput]:
+        """`index` may be traced where nothing is recorded or forced, and nothing is cached."""
+        name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
+        key = None if inputs.key is None else fold_in(inputs.key, index)
+        x_BTD = state.x_BTD
+        seen_BTD = self.attention_input(x_BTD)
+        attended = self._attend(seen_BTD, state, inputs, index, sources)
+        record[f"{name}.attention"] = attended.out_BTD
+        x_BTD = x_BTD + self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+        if self.spec.arrangement != "parallel":
+            seen_BTD = self.feed_forward_input(x_BTD)
+        routing = dispatched = None
+        if self.spec.moe is not None:
+            forced_PK = None
+            if inputs.forced:
+                assert isinstance(index, int)
+                forced_PK = inputs.forced[index]
+            context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
+            out, routing, dispatched = self._block("moe", inputs)(
+                seen_BTD, context, raw_BTD=x_BTD, exchange=inputs.exchange, record=record, name=f"{name}.moe"
+            )
+            record[f"{name}.moe"] = out
+        shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if self.spec.shortcut else None
+        if self.spec.feed_forward is not None:
+            out = self._block("feed_forward", inputs)(seen_BTD)
+            record[f"{name}.feed_forward"] = out
+        x_BTD = x_BTD + self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
+        x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
+        if input_BTZ is not None:
+            out = self._block("layer_input", inputs)(x_BTD, input_BTZ)
+            record[f"{name}.layer_input"] = out
+            x_BTD = x_BTD + out
+        x_BTD = self.scaled(x_BTD)
+        record[name] = x_BTD
+        first_value_BTMH = attended.value_BTMH if state.first_value_BTMH is None else state.first_value_BTMH
+        previous_PE = state.previous_PE if routing is None else routing.logits_PE
+        state = ResidualState(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
+        return state, LayerOutput(routing, dispatched, attended.cache, attended.index_loss, attended.source)
 
-    def before_attention(self, x_BTD: jax.Array) -> jax.Array:
-        """What attention sees."""
+    def _attend(
+        self,
+        x_BTD: jax.Array,
+        state: ResidualState,
+        inputs: StepInputs,
+        index: int | jax.Array,
+        sources: Mapping[int, Source | None],
+    ) -> Attended:
+        cache, first_B = None, None
+        if inputs.caches is not None:
+            cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
+        shared: dict[str, Any] = {}
+        match self.spec.attention:
+            case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
+                shared["source"] = sources[other]
+        attention = self._block("attention", inputs)
+        attended: Attended = attention(x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared)
+        return attended
+
+    def _block(self, name: str, inputs: StepInputs) -> Callable[..., Any]:
+        """One of the layer's blocks, transformed for this forward pass."""
+        block = getattr(self, name)
+        return block if inputs.wrap_block is None else inputs.wrap_block(block, f"{self.name}.{name}")
+
+    def attention_input(self, x_BTD: jax.Array) -> jax.Array:
+        """Pre-attention norm, unless the norm comes after."""
         return x_BTD if self.spec.arrangement == "post" else self.attention_norm(x_BTD)
 
-    def behind_attention(self, out_BTD: jax.Array) -> jax.Array:
-        """What attention adds."""
+    def attention_output(self, out_BTD: jax.Array) -> jax.Array:
+        """Post-attention norm, where there is one."""
         match self.spec.arrangement:
             case "pre" | "parallel":
                 return out_BTD
@@ -156,12 +224,12 @@ class Layer(nnx.Module):
             case _:
                 assert_never(self.spec.arrangement)
 
-    def before_feed_forward(self, x_BTD: jax.Array) -> jax.Array:
-        """What the feed-forward sees; in a parallel layer it sees what attention saw."""
+    def feed_forward_input(self, x_BTD: jax.Array) -> jax.Array:
+        """Pre-feed-forward norm; not of a parallel layer, whose feed-forward has the input of attention."""
         return x_BTD if self.spec.arrangement == "post" else self.feed_forward_norm(x_BTD)
 
-    def behind_feed_forward(self, out_BTD: jax.Array) -> jax.Array:
-        """What the feed-forward adds."""
+    def feed_forward_output(self, out_BTD: jax.Array) -> jax.Array:
+        """Post-feed-forward norm, where there is one."""
         match self.spec.arrangement:
             case "pre" | "parallel":
                 return out_BTD
@@ -173,10 +241,15 @@ class Layer(nnx.Module):
                 assert_never(self.spec.arrangement)
 
     def scaled(self, x_BTD: jax.Array) -> jax.Array:
-        """What leaves the layer."""
+        """Multiply the residual stream by the layer's output scale."""
         if not self.spec.output_scale:
             return x_BTD
         return (x_BTD.astype(jnp.float32) * self.output_scale[...].astype(jnp.float32)).astype(x_BTD.dtype)
+
+    def _added(self, out_BTD: jax.Array, key: jax.Array | None, purpose: int) -> jax.Array:
+        """Apply dropout and the residual multiplier to what is added to the residual stream."""
+        out_BTD = dropout(out_BTD, self.dropout, None if key is None else fold_in(key, purpose))
+        return out_BTD if self.residual_multiplier == 1 else out_BTD * self.residual_multiplier
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -210,33 +283,29 @@ class Transformer(nnx.Module):
         record: Record | None = None,
         key: jax.Array | None = None,
         inference: bool = False,
+        exchange: Exchange | None = None,
+        wrap_block: WrapBlock | None = None,
     ) -> Forward:
-        """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's."""
+        """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's.
+
+        On a mesh `exchange` runs the experts (expert parallelism); `wrap_block` transforms each layer's blocks.
+        """
+        forced_by_layer = {} if forced is None else dict(zip(self.spec.moe_layers, forced, strict=True))
+        inference = inference or caches is not None
+        inputs = StepInputs(tokens_BT, forced_by_layer, caches, record, key, inference, exchange, wrap_block)
         x_BTD = self._embed(tokens_BT, caches)
         if record is not None:
             record["embedding"] = x_BTD
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
-        given = _Given(tokens_BT, forced, caches, record, key, inference or caches is not None)
-        stream, lefts = self._through_layers(_Stream(x_BTD), inputs_BTLZ, given)
-        x_BTD = self.final_norm(stream.x_BTD if caches is None else stream.x_BTD[:, -1:])
+        state, outputs = self._run_layers(ResidualState(x_BTD), inputs, inputs_BTLZ)
+        x_BTD = self.final_norm(state.x_BTD if caches is None else state.x_BTD[:, -1:])
         logits_BTV = self._logits(x_BTD)
         if record is not None:
             record |= {"final_norm": x_BTD, "logits": logits_BTV}
-        return Forward(
-            logits_BTV,
-            [left.routing for left in lefts if left.routing is not None],
-            [left.dispatched for left in lefts if left.dispatched is not None],
-            None
-            if caches is None
-            else Caches([left.cache for left in lefts if left.cache is not None], caches.first_B),
-            [
-                (index, layer.attention.indexer.loss_coefficient, left.index_loss)
-                for index, (layer, left) in enumerate(zip(self.spec.all_layers, lefts, strict=True))
-                if left.index_loss is not None
-            ],
-        )
+        return self._collected(logits_BTV, outputs, caches)
 
-    def _made_layers(self, weights: Weights) -> nnx.List | nnx.Dict:
+    def _made_layers(self, weights: Weights) -> Any:
+        """Return the layers as an `nnx.List`, or as an `nnx.Dict` where layers are scanned."""
         return nnx.List(
             [
                 Layer(layer, self.spec, weights.inside(f"layers.{index}"), index)
@@ -245,81 +314,38 @@ class Transformer(nnx.Module):
         )
 
     def _layer_at(self, index: int) -> Layer:
-        return self.layers[index]
+        layer: Layer = self.layers[index]
+        return layer
 
-    def _through_layers(
-        self, stream: _Stream, inputs_BTLZ: jax.Array | None, given: _Given
-    ) -> tuple[_Stream, list[_Left]]:
-        """What the last layer hands on, and what each one left."""
+    def _run_layers(
+        self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: jax.Array | None
+    ) -> tuple[ResidualState, list[LayerOutput]]:
+        """Run all layers in order: the state after the last one, and the output of each."""
         sources: dict[int, Source | None] = {}
-        lefts: list[_Left] = []
+        outputs: list[LayerOutput] = []
         for index in range(len(self.spec.all_layers)):
             input_BTZ = None if inputs_BTLZ is None else inputs_BTLZ[:, :, index]
-            stream, left = self._through_layer(self._layer_at(index), index, stream, input_BTZ, sources, given)
+            state, output = self._layer_at(index)(state, inputs, index, input_BTZ, sources)
             if index in self.spec.shared_layers:
-                sources[index] = left.source
-            lefts.append(left)
-        return stream, lefts
+                sources[index] = output.source
+            outputs.append(output._replace(source=None))  # so that no other layer's keys are kept
+        return state, outputs
 
-    def _through_layer(
-        self,
-        layer: Layer,
-        index: int | jax.Array,
-        stream: _Stream,
-        input_BTZ: jax.Array | None,
-        sources: Mapping[int, Source | None],
-        given: _Given,
-    ) -> tuple[_Stream, _Left]:
-        """One layer. `index` may be traced where nothing is recorded or forced, and nothing is in a cache."""
-        name, caches = f"layers.{index}", given.caches
-        record: Record = {} if given.record is None else given.record
-        key = None if given.key is None else fold_in(given.key, index)
-        x_BTD = stream.x_BTD
-        seen_BTD = layer.before_attention(x_BTD)
-        attended = layer.attention(
-            seen_BTD,
-            None if caches is None else caches.layers[index],
-            first_value_BTMH=stream.first_value_BTMH,
-            first_B=None if caches is None else caches.first_B,
-            **layer.source_among(sources),
+    def _collected(self, logits_BTV: jax.Array, outputs: list[LayerOutput], caches: Caches | None) -> Forward:
+        extended = [output.cache for output in outputs if output.cache is not None]
+        return Forward(
+            logits_BTV,
+            [output.routing for output in outputs if output.routing is not None],
+            [output.dispatched for output in outputs if output.dispatched is not None],
+            None if caches is None else Caches(extended, caches.first_B),
+            [
+                (index, layer.attention.indexer.loss_coefficient, output.index_loss)
+                for index, (layer, output) in enumerate(zip(self.spec.all_layers, outputs, strict=True))
+                if isinstance(layer.attention, LatentAttentionSpec)
+                and layer.attention.indexer is not None
+                and output.index_loss is not None
+            ],
         )
-        record[f"{name}.attention"] = attended.out_BTD
-        x_BTD = x_BTD + self._added(layer.behind_attention(attended.out_BTD), key, ATTENTION_DROPOUT)
-        if layer.spec.arrangement != "parallel":
-            seen_BTD = layer.before_feed_forward(x_BTD)
-        routing = dispatched = None
-        if layer.spec.moe is not None:
-            out, routing, dispatched = layer.moe(
-                seen_BTD,
-                RoutingContext(
-                    given.tokens_BT.reshape(-1),
-                    stream.previous_PE,
-                    None if given.forced is None else given.forced[self.spec.moe_layers.index(index)],
-                    key,
-                    given.inference,
-                ),
-                raw_BTD=x_BTD,
-                record=record,
-                name=f"{name}.moe",
-            )
-            record[f"{name}.moe"] = out
-        shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if layer.spec.shortcut else None
-        if layer.spec.feed_forward is not None:
-            out = layer.feed_forward(seen_BTD)
-            record[f"{name}.feed_forward"] = out
-        x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), key, FEED_FORWARD_DROPOUT)
-        x_BTD = x_BTD if stream.shortcut_BTD is None else x_BTD + stream.shortcut_BTD
-        if input_BTZ is not None:
-            out = layer.layer_input(x_BTD, input_BTZ)
-            record[f"{name}.layer_input"] = out
-            x_BTD = x_BTD + out
-        x_BTD = layer.scaled(x_BTD)
-        record[name] = x_BTD
-        first_value_BTMH, previous_PE = stream.first_value_BTMH, stream.previous_PE
-        first_value_BTMH = attended.value_BTMH if first_value_BTMH is None else first_value_BTMH
-        previous_PE = previous_PE if routing is None else routing.logits_PE
-        stream = _Stream(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
-        return stream, _Left(routing, dispatched, attended.cache, attended.index_loss, attended.source)
 
     def _embed(self, tokens_BT: jax.Array, caches: Caches | None) -> jax.Array:
         x_BTD = self.embedding.weight[...][tokens_BT].astype(jnp.float32)
@@ -329,11 +355,6 @@ class Transformer(nnx.Module):
             start, first_B = (0, None) if caches is None else (caches.places, caches.first_B)
             x_BTD = x_BTD + self.position(jnp.maximum(positions(tokens_BT.shape[1], start, first_B), 0))
         return x_BTD.astype(DTYPES[self.spec.precision.compute])
-
-    def _added(self, out_BTD: jax.Array, key: jax.Array | None, purpose: int) -> jax.Array:
-        """What a block adds to the residual stream."""
-        out_BTD = dropout(out_BTD, self.spec.dropout, None if key is None else fold_in(key, purpose))
-        return out_BTD if self.spec.multipliers.residual == 1 else out_BTD * self.spec.multipliers.residual
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
         match self.spec.head:

@@ -6,7 +6,6 @@ import mlx.core as mx
 
 from moezoo.core.parameters.capacity import capacities, mostly_unused, num_groups, num_rows
 from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, rows_of_tokens, sum_over_rows
 from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.runtime.typed import to_int
 
@@ -95,26 +94,6 @@ def combine(dispatched: Dispatch, y_RD: mx.array, num_tokens: int) -> mx.array:
     weighted_RD = dispatched.weight_R[:, None] * y_RD.astype(mx.float32)
     out_PD = mx.zeros((num_tokens, y_RD.shape[-1]), mx.float32)
     return out_PD.at[dispatched.token_R].add(weighted_RD).astype(y_RD.dtype)
-
-
-def _token_rows(dispatched: Dispatch, x_PD: mx.array) -> mx.array:
-    """Gather the token of each row, x_PD[token_R], for rows in the order of `dispatch`."""
-    if is_x86_cpu() and _has_every_slot(dispatched):
-        return rows_of_tokens(x_PD, dispatched.token_R, dispatched.kept_PK.shape[1])
-    return x_PD[dispatched.token_R]
-
-
-def _combined(dispatched: Dispatch, y_RD: mx.array, num_tokens: int) -> mx.array:
-    """Apply `combine` to rows in the order of `dispatch`."""
-    if is_x86_cpu() and _has_every_slot(dispatched):
-        weighted_RD = dispatched.weight_R[:, None] * y_RD.astype(mx.float32)
-        return sum_over_rows(weighted_RD, dispatched.token_R, dispatched.kept_PK.shape[1]).astype(y_RD.dtype)
-    return combine(dispatched, y_RD, num_tokens)
-
-
-def _has_every_slot(dispatched: Dispatch) -> bool:
-    """Return True if the rows of `dispatch` are all slots of all tokens, permuted: unused rows are last."""
-    return dispatched.token_R.size == dispatched.kept_PK.size
 
 
 def _counts(expert_PK: mx.array, counted_PK: mx.array, num_experts: int) -> mx.array:

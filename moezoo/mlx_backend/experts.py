@@ -1,5 +1,7 @@
 """Routed experts. Spec: moezoo.core.reference.experts."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 from mlx import nn
 
@@ -7,6 +9,9 @@ from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.feed_forward import activate
 from moezoo.mlx_backend.kernels.grouped_product import group_rows, grouped_product
+
+ExpertsCall = Callable[[mx.array, mx.array], mx.array]
+"""Experts as a function: rows [R, D] sorted by expert, of which each has size_E -> outputs [R, D]."""
 
 
 class Experts(nn.Module):
@@ -34,7 +39,8 @@ class Experts(nn.Module):
             if not spec.bias:
                 return product
             # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.
-            return product + self[f"b_{name}"].astype(mx.float32)[groups.expert_R].astype(dtype)
+            bias_EF: mx.array = self[f"b_{name}"]
+            return product + bias_EF.astype(mx.float32)[groups.expert_R].astype(dtype)
 
         gate = None if isinstance(spec, PlainFeedForwardSpec) else linear(x_RD, "gate")
         return linear(activate(spec, gate, linear(x_RD, "up")), "down")

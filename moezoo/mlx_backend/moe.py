@@ -8,9 +8,10 @@ from mlx import nn
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
-from moezoo.mlx_backend.dispatch import Dispatch, _combined, _token_rows, dispatch, used_rows
-from moezoo.mlx_backend.experts import Experts
+from moezoo.mlx_backend.dispatch import Dispatch, dispatch, used_rows
+from moezoo.mlx_backend.experts import Experts, ExpertsCall
 from moezoo.mlx_backend.feed_forward import FeedForward
+from moezoo.mlx_backend.kernels.slot_rows import combine_rows, token_rows
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.routing import Router, Routing, mixture_input
 
@@ -59,7 +60,13 @@ class MoE(nn.Module):
             routed_PD = self.routed_input_norm(raw_PD)
         routing = self.router(raw_PD, context)
         dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
-        out_PD = self._routed(routed_PD, dispatched)
+        spec, dtype = self.spec, x_BTD.dtype
+        input_P = routed_PD
+        if spec.latent_dim is not None:
+            input_P = mx.einsum("PD,DZ->PZ", routed_PD, self.w_latent.astype(dtype))
+        out_PD = run_experts(spec, self.experts, input_P, dispatched)
+        if spec.latent_dim is not None:
+            out_PD = mx.einsum("PZ,ZD->PD", out_PD, self.w_output.astype(dtype))
         if self.spec.zero_computation is not None:
             weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)
             out_PD = out_PD + self.constant_experts(routed_PD, weight_PE)
@@ -72,22 +79,6 @@ class MoE(nn.Module):
         if self.spec.shared is not None:
             out_PD = self._with_shared(x_PD, out_PD)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
-
-    def _routed(self, x_PD: mx.array, dispatched: Dispatch) -> mx.array:
-        """The part of the experts that compute."""
-        spec, dtype = self.spec, x_PD.dtype
-        input_P = x_PD if spec.latent_dim is None else mx.einsum("PD,DZ->PZ", x_PD, self.w_latent.astype(dtype))
-        x_RD = _token_rows(dispatched, input_P)
-        match spec.router.apply_to:
-            case "output":
-                summed = dispatched
-            case "input":
-                x_RD = (x_RD.astype(mx.float32) * dispatched.weight_R[:, None]).astype(dtype)
-                summed = dispatched._replace(weight_R=used_rows(dispatched))
-            case _:
-                assert_never(spec.router.apply_to)
-        out_P = _combined(summed, self.experts(x_RD, dispatched.size_E), x_PD.shape[0])
-        return out_P if spec.latent_dim is None else mx.einsum("PZ,ZD->PD", out_P, self.w_output.astype(dtype))
 
     def _with_shared(self, x_PD: mx.array, routed_PD: mx.array) -> mx.array:
         """Spec: moezoo.core.reference.moe.with_shared."""
@@ -105,6 +96,20 @@ class MoE(nn.Module):
                 return routed_PD + self.shared_output_norm(shared_PD)
             case _:
                 raise ValueError("there are no shared experts")
+
+
+def run_experts(spec: MoESpec, experts: ExpertsCall, x_PD: mx.array, dispatched: Dispatch) -> mx.array:
+    """Spec: moezoo.core.reference.moe.run_experts."""
+    x_RD = token_rows(dispatched, x_PD)
+    match spec.router.apply_to:
+        case "output":
+            summed = dispatched
+        case "input":
+            x_RD = (x_RD.astype(mx.float32) * dispatched.weight_R[:, None]).astype(x_PD.dtype)
+            summed = dispatched._replace(weight_R=used_rows(dispatched))
+        case _:
+            assert_never(spec.router.apply_to)
+    return combine_rows(summed, experts(x_RD, dispatched.size_E), x_PD.shape[0])
 
 
 class ConstantExperts(nn.Module):

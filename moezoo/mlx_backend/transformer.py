@@ -25,7 +25,7 @@ from moezoo.mlx_backend.choice import RoutingContext
 from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
-from moezoo.mlx_backend.kv_cache import Cache, Caches, Source
+from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, Source
 from moezoo.mlx_backend.latent_attention import LatentAttention
 from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.mlx_backend.moe import MoE
@@ -46,6 +46,37 @@ class Forward(NamedTuple):
     dispatches: list[Dispatch]
     caches: Caches | None
     index_losses: list[tuple[int, float, mx.array]]
+
+
+class StepInputs(NamedTuple):
+    """Inputs of a forward pass that all layers share; `forced`: experts by layer index."""
+
+    tokens_BT: mx.array
+    forced: Mapping[int, mx.array]
+    caches: Caches | None
+    record: Record | None
+    key: mx.array | None
+    inference: bool
+
+
+class ResidualState(NamedTuple):
+    """State that a layer passes to the next one: the residual stream, the output of an MoE that is added after the next
+    layer, the first layer's values, and the previous router's logits."""
+
+    x_BTD: mx.array
+    shortcut_BTD: mx.array | None = None
+    first_value_BTMH: mx.array | None = None
+    previous_PE: mx.array | None = None
+
+
+class LayerOutput(NamedTuple):
+    """Output of a layer beside its state; `source` are the keys and values that other layers may attend to."""
+
+    routing: Routing | None
+    dispatched: Dispatch | None
+    cache: Cache | None
+    index_loss: mx.array | None
+    source: Source | None
 
 
 class Embedding(nn.Module):
@@ -83,11 +114,12 @@ def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Mod
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward, dense or a MoE or both, with their norms before or behind them."""
+    """Spec: moezoo.core.reference.transformer.layer."""
 
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         super().__init__()
         self.spec = spec
+        self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
         self.attention = attention_layer(spec.attention, weights.inside("attention"), index)
         if spec.arrangement != "parallel":
@@ -105,20 +137,72 @@ class Layer(nn.Module):
             self.output_scale = weights.state("output_scale")
             self.freeze(keys=["output_scale"], recurse=False)
 
-    def source_among(self, sources: Mapping[int, Any]) -> dict[str, Any]:
-        """Keys and values of the layer whose this one attends to, if it has none of its own."""
-        match self.spec.attention:
-            case GroupedQueryAttentionSpec(keys_of_layer=int(index)):
-                return {"source": sources[index]}
-            case _:
-                return {}
+    def __call__(
+        self,
+        state: ResidualState,
+        inputs: StepInputs,
+        index: int,
+        input_BTZ: mx.array | None,
+        sources: Mapping[int, Source | None],
+    ) -> tuple[ResidualState, LayerOutput]:
+        name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
+        key = None if inputs.key is None else fold_in(inputs.key, index)
+        x_BTD = state.x_BTD
+        seen_BTD = self.attention_input(x_BTD)
+        attended = self._attend(seen_BTD, state, inputs, index, sources)
+        record[f"{name}.attention"] = attended.out_BTD
+        x_BTD = x_BTD + self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+        if self.spec.arrangement != "parallel":
+            seen_BTD = self.feed_forward_input(x_BTD)
+        routing = dispatched = None
+        if self.spec.moe is not None:
+            forced_PK = inputs.forced[index] if inputs.forced else None
+            context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
+            out, routing, dispatched = self.moe(seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe")
+            record[f"{name}.moe"] = out
+        shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if self.spec.shortcut else None
+        if self.spec.feed_forward is not None:
+            out = self.feed_forward(seen_BTD)
+            record[f"{name}.feed_forward"] = out
+        x_BTD = x_BTD + self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
+        x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
+        if input_BTZ is not None:
+            out = self.layer_input(x_BTD, input_BTZ)
+            record[f"{name}.layer_input"] = out
+            x_BTD = x_BTD + out
+        x_BTD = self.scaled(x_BTD)
+        record[name] = x_BTD
+        first_value_BTMH = attended.value_BTMH if state.first_value_BTMH is None else state.first_value_BTMH
+        previous_PE = state.previous_PE if routing is None else routing.logits_PE
+        state = ResidualState(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
+        return state, LayerOutput(routing, dispatched, attended.cache, attended.index_loss, attended.source)
 
-    def before_attention(self, x_BTD: mx.array) -> mx.array:
-        """What attention sees."""
+    def _attend(
+        self,
+        x_BTD: mx.array,
+        state: ResidualState,
+        inputs: StepInputs,
+        index: int,
+        sources: Mapping[int, Source | None],
+    ) -> Attended:
+        cache, first_B = None, None
+        if inputs.caches is not None:
+            cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
+        shared: dict[str, Any] = {}
+        match self.spec.attention:
+            case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
+                shared["source"] = sources[other]
+        attended: Attended = self.attention(
+            x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared
+        )
+        return attended
+
+    def attention_input(self, x_BTD: mx.array) -> mx.array:
+        """Pre-attention norm, unless the norm comes after."""
         return x_BTD if self.spec.arrangement == "post" else self.attention_norm(x_BTD)
 
-    def behind_attention(self, out_BTD: mx.array) -> mx.array:
-        """What attention adds."""
+    def attention_output(self, out_BTD: mx.array) -> mx.array:
+        """Post-attention norm, where there is one."""
         match self.spec.arrangement:
             case "pre" | "parallel":
                 return out_BTD
@@ -129,12 +213,12 @@ class Layer(nn.Module):
             case _:
                 assert_never(self.spec.arrangement)
 
-    def before_feed_forward(self, x_BTD: mx.array) -> mx.array:
-        """What the feed-forward sees; in a parallel layer it sees what attention saw."""
+    def feed_forward_input(self, x_BTD: mx.array) -> mx.array:
+        """Pre-feed-forward norm; not of a parallel layer, whose feed-forward has the input of attention."""
         return x_BTD if self.spec.arrangement == "post" else self.feed_forward_norm(x_BTD)
 
-    def behind_feed_forward(self, out_BTD: mx.array) -> mx.array:
-        """What the feed-forward adds."""
+    def feed_forward_output(self, out_BTD: mx.array) -> mx.array:
+        """Post-feed-forward norm, where there is one."""
         match self.spec.arrangement:
             case "pre" | "parallel":
                 return out_BTD
@@ -146,10 +230,15 @@ class Layer(nn.Module):
                 assert_never(self.spec.arrangement)
 
     def scaled(self, x_BTD: mx.array) -> mx.array:
-        """What leaves the layer."""
+        """Multiply the residual stream by the layer's output scale."""
         if not self.spec.output_scale:
             return x_BTD
         return (x_BTD.astype(mx.float32) * self.output_scale.astype(mx.float32)).astype(x_BTD.dtype)
+
+    def _added(self, out_BTD: mx.array, key: mx.array | None, purpose: int) -> mx.array:
+        """Apply dropout and the residual multiplier to what is added to the residual stream."""
+        out_BTD = dropout(out_BTD, self.dropout, None if key is None else fold_in(key, purpose))
+        return out_BTD if self.residual_multiplier == 1 else out_BTD * self.residual_multiplier
 
 
 def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
@@ -188,76 +277,49 @@ class Transformer(nn.Module):
         inference: bool = False,
     ) -> Forward:
         """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's."""
+        forced_by_layer = {} if forced is None else dict(zip(self.spec.moe_layers, forced, strict=True))
         inference = inference or caches is not None
-        record = {} if record is None else record
-        routings: list[Routing] = []
-        dispatches: list[Dispatch] = []
-        new_caches: list[Cache] = []
-        index_losses: list[tuple[int, float, mx.array]] = []
-        first_value_BTMH = None
-        shortcut_BTD: mx.array | None = None
-        sources: dict[int, Source | None] = {}
-        first_B = None if caches is None else caches.first_B
+        inputs = StepInputs(tokens_BT, forced_by_layer, caches, record, key, inference)
         x_BTD = self._embed(tokens_BT, caches)
-        record["embedding"] = x_BTD
+        if record is not None:
+            record["embedding"] = x_BTD
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
-        for index, layer in enumerate(self.layers):
-            name = f"layers.{index}"
-            layer_key = None if key is None else fold_in(key, index)
-            cache = None if caches is None else caches.layers[index]
-            seen_BTD = layer.before_attention(x_BTD)
-            attended = layer.attention(
-                seen_BTD, cache, first_value_BTMH=first_value_BTMH, first_B=first_B, **layer.source_among(sources)
-            )
-            if index in self.spec.shared_layers:
-                sources[index] = attended.source
-            if attended.cache is not None:
-                new_caches.append(attended.cache)
-            record[f"{name}.attention"] = attended.out_BTD
-            if index == 0:
-                first_value_BTMH = attended.value_BTMH
-            if attended.index_loss is not None:
-                index_losses.append((index, layer.spec.attention.indexer.loss_coefficient, attended.index_loss))
-            x_BTD = x_BTD + self._added(layer.behind_attention(attended.out_BTD), layer_key, ATTENTION_DROPOUT)
-            if layer.spec.arrangement != "parallel":
-                seen_BTD = layer.before_feed_forward(x_BTD)
-            if layer.spec.moe is not None:
-                out, routing, dispatched = layer.moe(
-                    seen_BTD,
-                    RoutingContext(
-                        tokens_BT.reshape(-1),
-                        routings[-1].logits_PE if routings else None,
-                        None if forced is None else forced[len(routings)],
-                        layer_key,
-                        inference,
-                    ),
-                    raw_BTD=x_BTD,
-                    record=record,
-                    name=f"{name}.moe",
-                )
-                routings.append(routing)
-                dispatches.append(dispatched)
-                record[f"{name}.moe"] = out
-            joining_BTD, shortcut_BTD = shortcut_BTD, None
-            if layer.spec.shortcut:
-                shortcut_BTD = self._added(out, layer_key, SHORTCUT_DROPOUT)
-            if layer.spec.feed_forward is not None:
-                out = layer.feed_forward(seen_BTD)
-                record[f"{name}.feed_forward"] = out
-            x_BTD = x_BTD + self._added(layer.behind_feed_forward(out), layer_key, FEED_FORWARD_DROPOUT)
-            x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
-            if inputs_BTLZ is not None:
-                out = layer.layer_input(x_BTD, inputs_BTLZ[:, :, index])
-                record[f"{name}.layer_input"] = out
-                x_BTD = x_BTD + out
-            x_BTD = layer.scaled(x_BTD)
-            record[name] = x_BTD
-        x_BTD = self.final_norm(x_BTD if caches is None else x_BTD[:, -1:])
-        record["final_norm"] = x_BTD
+        state, outputs = self._run_layers(ResidualState(x_BTD), inputs, inputs_BTLZ)
+        x_BTD = self.final_norm(state.x_BTD if caches is None else state.x_BTD[:, -1:])
         logits_BTV = self._logits(x_BTD)
-        record["logits"] = logits_BTV
-        extended = None if caches is None else Caches(new_caches, first_B)
-        return Forward(logits_BTV, routings, dispatches, extended, index_losses)
+        if record is not None:
+            record |= {"final_norm": x_BTD, "logits": logits_BTV}
+        return self._collected(logits_BTV, outputs, caches)
+
+    def _run_layers(
+        self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: mx.array | None
+    ) -> tuple[ResidualState, list[LayerOutput]]:
+        """Run all layers in order: the state after the last one, and the output of each."""
+        sources: dict[int, Source | None] = {}
+        outputs: list[LayerOutput] = []
+        for index in range(len(self.spec.all_layers)):
+            input_BTZ = None if inputs_BTLZ is None else inputs_BTLZ[:, :, index]
+            state, output = self.layers[index](state, inputs, index, input_BTZ, sources)
+            if index in self.spec.shared_layers:
+                sources[index] = output.source
+            outputs.append(output._replace(source=None))  # so that no other layer's keys are kept
+        return state, outputs
+
+    def _collected(self, logits_BTV: mx.array, outputs: list[LayerOutput], caches: Caches | None) -> Forward:
+        extended = [output.cache for output in outputs if output.cache is not None]
+        return Forward(
+            logits_BTV,
+            [output.routing for output in outputs if output.routing is not None],
+            [output.dispatched for output in outputs if output.dispatched is not None],
+            None if caches is None else Caches(extended, caches.first_B),
+            [
+                (index, layer.attention.indexer.loss_coefficient, output.index_loss)
+                for index, (layer, output) in enumerate(zip(self.spec.all_layers, outputs, strict=True))
+                if isinstance(layer.attention, LatentAttentionSpec)
+                and layer.attention.indexer is not None
+                and output.index_loss is not None
+            ],
+        )
 
     def _embed(self, tokens_BT: mx.array, caches: Caches | None) -> mx.array:
         x_BTD = self.embedding.weight[tokens_BT].astype(mx.float32)
@@ -267,11 +329,6 @@ class Transformer(nn.Module):
             start, first_B = (0, None) if caches is None else (caches.places, caches.first_B)
             x_BTD = x_BTD + self.position(mx.maximum(positions(tokens_BT.shape[1], start, first_B), 0))
         return x_BTD.astype(DTYPES[self.spec.precision.compute])
-
-    def _added(self, out_BTD: mx.array, key: mx.array | None, purpose: int) -> mx.array:
-        """What a block adds to the residual stream."""
-        out_BTD = dropout(out_BTD, self.spec.dropout, None if key is None else fold_in(key, purpose))
-        return out_BTD if self.spec.multipliers.residual == 1 else out_BTD * self.spec.multipliers.residual
 
     def _logits(self, x_BTD: mx.array) -> mx.array:
         match self.spec.head:

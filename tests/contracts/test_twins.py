@@ -8,7 +8,7 @@ import pytest
 from tests.support.source_tree import BACKENDS, PACKAGE, Function, backend_file, functions, stems, tree_of
 
 FOLDERS = {"kernels", "distributed", "transforms", "runtime", "planning"}
-ONLY_JAX_PARAMETERS = {"placement=", "group="}  # where a model lies on a mesh of devices, and whose these are
+ONLY_JAX_PARAMETERS = {"placement=", "group=", "exchange=", "wrap_block="}  # a mesh of devices, and how a step uses it
 SHARED = sorted(stems("jax_backend"))
 ALPHABET = set("BTSDNMGHZECKFPRVL")
 FAMILIES = (

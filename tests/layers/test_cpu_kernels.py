@@ -18,7 +18,7 @@ from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
 from tests.support.twins import B, D, E, F, H, K, M, N, Twin, V, normal
 
-USERS = ("attention", "dispatch", "kernels.grouped_product", "feed_forward", "losses", "steps")
+USERS = ("attention", "kernels.slot_rows", "kernels.grouped_product", "feed_forward", "losses", "steps")
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, sinks=True)
 LENGTH = 150  # three chunks of queries, the last one short
 

@@ -6,7 +6,7 @@ import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext
-from moezoo.core.reference.dispatch import combine, dispatch, used_rows
+from moezoo.core.reference.dispatch import Dispatch, combine, dispatch, used_rows
 from moezoo.core.reference.experts import experts
 from moezoo.core.reference.feed_forward import feed_forward, sigmoid
 from moezoo.core.reference.normalization import normalize
@@ -51,17 +51,7 @@ def moe(
     routing = route(spec.router, inside(parameters, "router"), raw_PD, context)
     dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
     input_P = routed_PD if spec.latent_dim is None else np.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
-    x_RD = input_P[dispatched.token_R]
-    match spec.router.apply_to:
-        case "output":
-            summed = dispatched
-        case "input":
-            x_RD = x_RD * dispatched.weight_R[:, None]
-            summed = dispatched._replace(weight_R=used_rows(dispatched))
-        case _:
-            assert_never(spec.router.apply_to)
-    y_RD = experts(spec.experts, inside(parameters, "experts"), x_RD, dispatched.size_E)
-    out_PD = combine(summed, y_RD, x_PD.shape[0])
+    out_PD = run_experts(spec, inside(parameters, "experts"), input_P, dispatched)
     if spec.latent_dim is not None:
         out_PD = np.einsum("PZ,ZD->PD", out_PD, parameters["w_output"])
     if spec.zero_computation is not None:
@@ -77,6 +67,23 @@ def moe(
     if spec.shared is not None:
         out_PD = with_shared(spec, parameters, x_PD, out_PD)
     return np.reshape(out_PD, x_BTD.shape), routing
+
+
+def run_experts(spec: MoESpec, parameters: Parameters, x_PD: Array, dispatched: Dispatch) -> Array:
+    """Sum over each token's rows of `weight * expert(x)`, or of `expert(weight * x)` with `apply_to: input`: [P, D].
+
+    `parameters` are those of the experts. With a `latent_dim` D is that.
+    """
+    x_RD = x_PD[dispatched.token_R]
+    match spec.router.apply_to:
+        case "output":
+            summed = dispatched
+        case "input":
+            x_RD = x_RD * dispatched.weight_R[:, None]
+            summed = dispatched._replace(weight_R=used_rows(dispatched))
+        case _:
+            assert_never(spec.router.apply_to)
+    return combine(summed, experts(spec.experts, parameters, x_RD, dispatched.size_E), x_PD.shape[0])
 
 
 def with_shared(spec: MoESpec, parameters: Parameters, x_PD: Array, routed_PD: Array) -> Array:

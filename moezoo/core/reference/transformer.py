@@ -1,7 +1,7 @@
 """The whole model."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import autograd.numpy as np
 
@@ -23,6 +23,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    LayerSpec,
     ModelSpec,
     ShortConvolutionSpec,
     TiedHeadSpec,
@@ -44,6 +45,48 @@ class Forward(NamedTuple):
     index_losses: list[tuple[int, float, Array]]
 
 
+class StepInputs(NamedTuple):
+    """Inputs of a forward pass that all layers share.
+
+    Fields:
+        tokens_BT: int, 0 <= token < V.
+        forced: experts [P, K] to use, by index of the MoE layer; empty where routers choose.
+        record: filled with named intermediates.
+        key: uint32 [2] of a training step, or None.
+        inference: route as generation does.
+    """
+
+    tokens_BT: Array
+    forced: Mapping[int, Array]
+    record: Record
+    key: Array | None
+    inference: bool
+
+
+class ResidualState(NamedTuple):
+    """State that a layer passes to the next one.
+
+    Fields:
+        x_BTD: the residual stream.
+        shortcut_BTD: output of an MoE that is added at the end of the next layer, or None.
+        first_value_BTMH: values of the first layer's attention, for value residuals.
+        previous_PE: logits of the previous MoE layer's router, for gating residuals.
+    """
+
+    x_BTD: Array
+    shortcut_BTD: Array | None = None
+    first_value_BTMH: Array | None = None
+    previous_PE: Array | None = None
+
+
+class LayerOutput(NamedTuple):
+    """Output of a layer beside its state: routing of its MoE, loss of its indexer, and its keys and values."""
+
+    routing: Routing | None
+    index_loss: Array | None
+    source: tuple[Array, Array] | None
+
+
 def forward(
     spec: ModelSpec,
     parameters: Parameters,
@@ -54,14 +97,9 @@ def forward(
     key: Array | None = None,
     inference: bool = False,
 ) -> Forward:
-    """Logits of the next token at every position, and the Routing of every MoE layer.
+    """Return the logits of the next token at every position, and the Routing of every MoE layer.
 
-    A layer is two blocks, attention and a feed-forward, dense or a MoE. A block f is added to the residual stream x as
-    its layer's `arrangement` says: `pre` x + f(norm(x)); `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x)));
-    `parallel`: both blocks see norm(x) of the layer's input. What is added is dropped out and multiplied by
-    `multipliers.residual`. A layer with a `shortcut` has a feed-forward and a MoE, which both see norm(x) behind the
-    attention; the MoE's output is added at the end of the next layer. Then comes the layer's own input, if the model
-    has `layer_inputs`, and last, the stream is multiplied by the layer's `output_scale`, if it has one.
+    The token embedding, then each `layer`, then the final norm and the output projection.
 
     Args:
         spec: the model.
@@ -71,90 +109,128 @@ def forward(
             slot.
         record: filled with named intermediates, in the order in which they are computed.
         key: uint32 [2], the key of a training step; None: no noise, no dropout.
-        inference: route as generation does: causal, and every token served.
+        inference: route as generation does: causal, and no token dropped.
 
-    Source: Radford et al. 2019 (pre-norm decoder); Touvron et al. 2023, arXiv 2302.13971 (RMSNorm, RoPE, SwiGLU); the
-    sources of the options stand in the spec (LayerSpec, ModelSpec).
+    Source: Radford et al. 2019 (pre-norm decoder); Touvron et al. 2023, arXiv 2302.13971 (RMSNorm, RoPE, SwiGLU).
     """
     record = {} if record is None else record
-    routings: list[Routing] = []
-    index_losses: list[tuple[int, float, Array]] = []
-    first_value_BTMH = None
-    shortcut_BTD: Array | None = None
-    sources: dict[int, tuple[Array, Array] | None] = {}
-    x_BTD = _embedded(spec, parameters, tokens_BT)
-    record["embedding"] = x_BTD
+    forced_by_layer = {} if forced is None else dict(zip(spec.moe_layers, forced, strict=True))
+    inputs = StepInputs(tokens_BT, forced_by_layer, record, key, inference)
+    x_BTD = record["embedding"] = _embedded(spec, parameters, tokens_BT)
     if spec.layer_inputs is not None:
         inputs_BTLZ = layer_inputs(spec.layer_inputs, spec.norm, inside(parameters, "layer_inputs"), tokens_BT, x_BTD)
-
-    def normed(name: str, x: Array) -> Array:
-        return normalize(spec.norm, inside(parameters, name), x)
-
-    def added(out_BTD: Array, layer_key: Array | None, purpose: int) -> Array:
-        purpose_key = None if layer_key is None else fold_in(layer_key, purpose)
-        return spec.multipliers.residual * dropout(out_BTD, spec.dropout, purpose_key)
-
-    for index, layer in enumerate(spec.all_layers):
-        name, arrangement = f"layers.{index}", layer.arrangement
-        layer_key = None if key is None else fold_in(key, index)
-        seen_BTD = x_BTD if arrangement == "post" else normed(f"{name}.attention_norm", x_BTD)
-        attended = _attended(
-            layer.attention, inside(parameters, f"{name}.attention"), seen_BTD, first_value_BTMH, sources
+    state, outputs = ResidualState(x_BTD), []
+    sources: dict[int, tuple[Array, Array] | None] = {}
+    for index in range(len(spec.all_layers)):
+        input_BTZ = None if spec.layer_inputs is None else inputs_BTLZ[:, :, index]
+        state, output = layer(
+            spec, index, inside(parameters, f"layers.{index}"), state, inputs, input_BTZ=input_BTZ, sources=sources
         )
-        sources[index] = attended.source
-        out = attended.out_BTD
-        record[f"{name}.attention"] = out
-        if index == 0:
-            first_value_BTMH = attended.value_BTMH
-        if isinstance(layer.attention, LatentAttentionSpec) and layer.attention.indexer is not None:
-            index_losses.append((index, layer.attention.indexer.loss_coefficient, attended.index_loss))
-        if arrangement in ("post", "sandwich"):
-            out = normed(f"{name}.attention_norm" if arrangement == "post" else f"{name}.attention_output_norm", out)
-        x_BTD = x_BTD + added(out, layer_key, ATTENTION_DROPOUT)
-        if arrangement != "parallel":
-            seen_BTD = x_BTD if arrangement == "post" else normed(f"{name}.feed_forward_norm", x_BTD)
-        if layer.moe is not None:
-            out, routing = moe(
-                layer.moe,
-                inside(parameters, f"{name}.moe"),
-                seen_BTD,
-                RoutingContext(
-                    tokens_BT.reshape(-1),
-                    routings[-1].logits_PE if routings else None,
-                    None if forced is None else forced[len(routings)],
-                    layer_key,
-                    inference,
-                ),
-                raw_BTD=x_BTD,
-                record=record,
-                name=f"{name}.moe",
-            )
-            routings.append(routing)
-            record[f"{name}.moe"] = out
-        joining_BTD, shortcut_BTD = shortcut_BTD, None
-        if layer.shortcut:
-            shortcut_BTD = added(out, layer_key, SHORTCUT_DROPOUT)
-        if layer.feed_forward is not None:
-            out = feed_forward(layer.feed_forward, inside(parameters, f"{name}.feed_forward"), seen_BTD)
-            record[f"{name}.feed_forward"] = out
-        if arrangement in ("post", "sandwich"):
-            which = "feed_forward_norm" if arrangement == "post" else "feed_forward_output_norm"
-            out = normed(f"{name}.{which}", out)
-        x_BTD = x_BTD + added(out, layer_key, FEED_FORWARD_DROPOUT)
-        x_BTD = x_BTD if joining_BTD is None else x_BTD + joining_BTD
-        if spec.layer_inputs is not None:
-            own = inside(parameters, f"{name}.layer_input")
-            out = layer_input(spec.layer_inputs, spec.norm, own, x_BTD, inputs_BTLZ[:, :, index])
-            record[f"{name}.layer_input"] = out
-            x_BTD = x_BTD + out
-        if layer.output_scale:
-            x_BTD = x_BTD * parameters[f"{name}.output_scale"]
-        record[name] = x_BTD
-    x_BTD = normed("final_norm", x_BTD)
-    record["final_norm"] = x_BTD
-    logits_BTV = _logits(spec, parameters, x_BTD)
-    record["logits"] = logits_BTV
-    return Forward(logits_BTV, routings, index_losses)
+        sources[index] = output.source
+        outputs.append(output)
+    x_BTD = record["final_norm"] = normalize(spec.norm, inside(parameters, "final_norm"), state.x_BTD)
+    logits_BTV = record["logits"] = _logits(spec, parameters, x_BTD)
+    return Forward(
+        logits_BTV,
+        [output.routing for output in outputs if output.routing is not None],
+        [
+            (index, own.attention.indexer.loss_coefficient, output.index_loss)
+            for index, (own, output) in enumerate(zip(spec.all_layers, outputs, strict=True))
+            if isinstance(own.attention, LatentAttentionSpec) and own.attention.indexer is not None
+        ],
+    )
+
+
+def layer(
+    model: ModelSpec,
+    index: int,
+    parameters: Parameters,
+    state: ResidualState,
+    inputs: StepInputs,
+    *,
+    input_BTZ: Array | None = None,
+    sources: Mapping[int, tuple[Array, Array] | None],
+) -> tuple[ResidualState, LayerOutput]:
+    """Compute one layer: two blocks, attention and a feed-forward, dense or a MoE.
+
+    A block f is added to the residual stream x as the layer's `arrangement` says: `pre` x + f(norm(x)); `post`
+    x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input. What is
+    added is dropped out and multiplied by `multipliers.residual`. A layer with a `shortcut` has a feed-forward and a
+    MoE, which both see norm(x) after attention; the MoE's output is added at the end of the next layer. Then comes the
+    layer's own input, if the model has `layer_inputs`, and last, the stream is multiplied by the layer's
+    `output_scale`, if it has one.
+
+    Args:
+        model: the model.
+        index: the layer's.
+        parameters: the layer's own.
+        state: from the layer before.
+        inputs: of all layers.
+        input_BTZ: the layer's own input, if the model has `layer_inputs`.
+        sources: keys and values of the layers before, by index.
+
+    Source: LayerSpec and ModelSpec name those of the options.
+    """
+    spec, name, record = model.all_layers[index], f"layers.{index}", inputs.record
+    key = None if inputs.key is None else fold_in(inputs.key, index)
+    x_BTD = state.x_BTD
+    seen_BTD = _norm_before(model, spec, parameters, "attention", x_BTD)
+    own = inside(parameters, "attention")
+    attended = _attended(spec.attention, own, seen_BTD, state.first_value_BTMH, sources)
+    record[f"{name}.attention"] = attended.out_BTD
+    out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
+    x_BTD = x_BTD + _added(model, out, key, ATTENTION_DROPOUT)
+    if spec.arrangement != "parallel":
+        seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
+    routing = None
+    if spec.moe is not None:
+        forced_PK = inputs.forced[index] if inputs.forced else None
+        context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
+        own = inside(parameters, "moe")
+        out, routing = moe(spec.moe, own, seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe")
+        record[f"{name}.moe"] = out
+    shortcut_BTD = _added(model, out, key, SHORTCUT_DROPOUT) if spec.shortcut else None
+    if spec.feed_forward is not None:
+        out = feed_forward(spec.feed_forward, inside(parameters, "feed_forward"), seen_BTD)
+        record[f"{name}.feed_forward"] = out
+    out = _norm_after(model, spec, parameters, "feed_forward", out)
+    x_BTD = x_BTD + _added(model, out, key, FEED_FORWARD_DROPOUT)
+    x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
+    if model.layer_inputs is not None:
+        out = layer_input(model.layer_inputs, model.norm, inside(parameters, "layer_input"), x_BTD, input_BTZ)
+        record[f"{name}.layer_input"] = out
+        x_BTD = x_BTD + out
+    x_BTD = record[name] = x_BTD * parameters["output_scale"] if spec.output_scale else x_BTD
+    first_value_BTMH = attended.value_BTMH if index == 0 else state.first_value_BTMH
+    previous_PE = state.previous_PE if routing is None else routing.logits_PE
+    state = ResidualState(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
+    return state, LayerOutput(routing, attended.index_loss, attended.source)
+
+
+def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, x_BTD: Array) -> Array:
+    """Norm of a block's input, unless the norm comes after the block."""
+    if spec.arrangement == "post":
+        return x_BTD
+    return normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
+
+
+def _norm_after(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, out_BTD: Array) -> Array:
+    """Norm of a block's output, where there is one."""
+    match spec.arrangement:
+        case "pre" | "parallel":
+            return out_BTD
+        case "post":
+            return normalize(model.norm, inside(parameters, f"{block}_norm"), out_BTD)
+        case "sandwich":
+            return normalize(model.norm, inside(parameters, f"{block}_output_norm"), out_BTD)
+        case _:
+            assert_never(spec.arrangement)
+
+
+def _added(model: ModelSpec, out_BTD: Array, key: Array | None, purpose: int) -> Array:
+    """Apply dropout and the residual multiplier to what is added to the residual stream."""
+    purpose_key = None if key is None else fold_in(key, purpose)
+    return model.multipliers.residual * dropout(out_BTD, model.dropout, purpose_key)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

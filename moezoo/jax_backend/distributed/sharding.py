@@ -1,14 +1,14 @@
-"""Where arrays lie on a mesh of devices. Only here and in expert_parallel.py: all other files are of one device.
+"""Shardings of a model's arrays on a mesh of devices. Model files are single-device code.
 
-A model on a mesh is the same program; XLA divides it by where its arrays lie (GSPMD). What it would divide badly is
-told here: parameters that are cut along `fsdp` are put together a block at a time, activations stay with their
-sequences, and what is done to each row by itself is done where the row is.
+A model on a mesh is the same program; XLA partitions it by the shardings of its arrays (GSPMD). What it would partition
+badly is told here: parameters that are sharded over `fsdp` are all-gathered a block at a time, activations stay with
+their sequences, and what is done to each row by itself is done where the row is.
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,16 +21,28 @@ from moezoo.core.distributed.sharding_rules import RULES, at_work, check_batch, 
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
-from moezoo.jax_backend.runtime.placement import active, active_placement
+from moezoo.jax_backend.runtime.placement import active
+from moezoo.jax_backend.runtime.typed import State
+from moezoo.jax_backend.transformer import WrapBlock
 
-_BLOCKS = ("attention", "moe", "feed_forward", "layer_input")
+OUTSIDE_LAYERS = ("embedding.", "position.", "layer_inputs.", "head.")
+"""Names of the parameters that are all-gathered once a step, begin so."""
 
 
 class Placement:
-    """Where the arrays of one model lie. Raises SpecError where mesh, rules, model and devices do not fit."""
+    """Shardings of one model's arrays. Raises SpecError where mesh, rules, model and devices do not fit.
+
+    Fields:
+        parameters: sharding of each parameter between steps, by canonical name.
+        computing: sharding of each parameter while its block computes: gathered over the batch's axes.
+        experts: partition of each parameter of the experts while they compute, by its name in the module.
+        expert_axes, batch_axes: axes of the mesh over which experts and sequences are sharded.
+        windows: sharding of a step's windows [A, B, T + 1].
+        replicated: sharding of an array that every device has as a whole.
+    """
 
     def __init__(self, spec: ModelSpec, config: MeshConfig, devices: Sequence[jax.Device] | None = None):
-        """On all of JAX's devices; in a plan, on `devices` that are not there."""
+        """On all of JAX's devices; in a plan, on simulated `devices`."""
         self.exchange = config.exchange
         self.sizes = sizes(config, jax.device_count() if devices is None else len(devices))
         if config.is_one_device and jax.process_count() > 1:
@@ -45,70 +57,76 @@ class Placement:
         self.batch_axes = self._known(BATCH_AXES)
         self._parts, self._compete = math.prod(self.sizes[axis] for axis in BATCH_AXES), spec.sequences_compete
         table = parameter_table(spec)
-        cuts = {row.name: partition(row, config, self.sizes) for row in table}
-        self.parameters = {name: self.sharding(*cut) for name, cut in cuts.items()}
-        self.at_work = {row.name: self.sharding(*at_work(row, cuts[row.name])) for row in table}
-        self.of_experts = {
-            row.name.rsplit(".", 1)[1]: self.at_work[row.name].spec for row in table if ".moe.experts." in row.name
+        partitions = {row.name: partition(row, config, self.sizes) for row in table}
+        self.parameters = {name: self.sharding(*axes) for name, axes in partitions.items()}
+        self.computing = {row.name: self.sharding(*at_work(row, partitions[row.name])) for row in table}
+        self.experts: dict[str, PartitionSpec] = {
+            row.name.rsplit(".", 1)[1]: self.computing[row.name].spec for row in table if ".moe.experts." in row.name
         }
-        self.expert_axes = self._known({**RULES, **config.rules}["expert"])
+        self.expert_axes = self._known(config.rules.get("expert", RULES["expert"]))
         self.windows = self.sharding((), self.batch_axes)
-        self.whole = self.sharding()
+        self.replicated = self.sharding()
 
     def _known(self, axes: Iterable[MeshAxis]) -> tuple[MeshAxis, ...]:
         return tuple(axis for axis in axes if axis in self._axes)
 
-    def sharding(self, *cut: tuple[MeshAxis, ...]) -> NamedSharding:
-        """Of an array whose dimensions are cut along these axes of the mesh; dimensions that are not named are not."""
-        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in cut)))
+    def sharding(self, *partition: tuple[MeshAxis, ...]) -> NamedSharding:
+        """Return the sharding of an array whose dimensions are sharded over these axes; those not named are whole."""
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in partition)))
 
-    def placed(self, weights: Mapping[str, np.ndarray]) -> "_Placed":
-        """Weights as arrays on their devices, one at a time: no device ever holds more than its shards."""
-        return _Placed(weights, self.parameters)
+    def shard(self, weights: Mapping[str, np.ndarray]) -> "_Sharded":
+        """Put weights on their devices, one at a time: no device ever holds more than its shards."""
+        return _Sharded(weights, self.parameters)
 
     def own_sequences(self, batch: int) -> np.ndarray:
-        """Which of a micro-batch's sequences this process's devices compute."""
+        """Return the indices of the sequences of a micro-batch that this process's devices compute."""
         check_batch(batch, self.sizes)
         found = self.windows.addressable_devices_indices_map((1, batch))
-        return np.unique(np.concatenate([np.arange(batch)[rows] for _, rows in found.values()]))
+        return np.unique(np.concatenate([np.arange(batch)[index[1]] for index in found.values() if index is not None]))
 
     def of_all_processes(self, windows: np.ndarray) -> jax.Array:
-        """Windows [A, B, T + 1] of all processes, from this one's own sequences."""
-        return jax.make_array_from_process_local_data(self.windows, windows)
+        """Return windows [A, B, T + 1] of all processes, from this one's own sequences."""
+        of_all: jax.Array = jax.make_array_from_process_local_data(self.windows, windows)
+        return of_all
 
-    def filled_up(self, num_sequences: int) -> int:
-        """The next number of sequences that can be shared equally; the same one where others would change results."""
+    def divides(self, num_sequences: int) -> bool:
+        """Return True where so many sequences can be sharded equally."""
+        return num_sequences % self._parts == 0
+
+    def padded_batch(self, num_sequences: int) -> int:
+        """Return the next number of sequences that can be sharded equally; the same if more would change results."""
         return num_sequences if self._compete else -(-num_sequences // self._parts) * self._parts
 
     @contextmanager
     def active(self, num_sequences: int) -> Iterator[None]:
-        """What is traced inside lies so; where so many sequences cannot be shared equally, as XLA has it."""
-        shared = num_sequences % self._parts == 0
-        with active(self if shared else None), jax.set_mesh(self.mesh):
+        """Trace for this mesh inside; batches that cannot be sharded equally are left to XLA."""
+        with active(self if self.divides(num_sequences) else None), jax.set_mesh(self.mesh):
             yield
 
 
-class _Placed(LazyTensors):
+class _Sharded(LazyTensors):
     def __init__(self, weights: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]):
         super().__init__(shapes_of(weights))
         self._weights, self._shardings = weights, shardings
 
     def __getitem__(self, name: str) -> jax.Array:
-        return divided(self._weights, name, self._shardings[name])
+        return shard(self._weights, name, self._shardings[name])
 
 
-def divided(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding) -> jax.Array:
-    """One of the arrays, which all processes have, on its devices: each process reads the parts of its own."""
+def shard(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding) -> jax.Array:
+    """Put one of the arrays, which all processes have, on its devices: each process reads its own shards."""
     if isinstance(arrays, Shapes):
-        return jax.ShapeDtypeStruct(arrays.shapes[name], np.float32, sharding=sharding)
+        return cast(jax.Array, jax.ShapeDtypeStruct(arrays.shapes[name], np.float32, sharding=sharding))
     if isinstance(arrays, LazyTensors):
-        return jax.make_array_from_callback(arrays.shapes[name], sharding, arrays.reader(name))
-    value = np.asarray(arrays[name])
-    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+        shape, read = arrays.shapes[name], arrays.reader(name)
+    else:
+        value = np.asarray(arrays[name])
+        shape, read = value.shape, value.__getitem__
+    return jax.make_array_from_callback(shape, sharding, cast(Callable[..., np.ndarray], read))
 
 
 class Shapes(LazyTensors):
-    """What stands for arrays in a plan: their shapes alone."""
+    """Shapes in place of a model's arrays, for a plan."""
 
     def __init__(self, spec: ModelSpec):
         super().__init__({row.name: row.shape for row in parameter_table(spec)})
@@ -117,66 +135,77 @@ class Shapes(LazyTensors):
         return jax.ShapeDtypeStruct(self.shapes[name], np.float32)
 
 
-def of_layers(own: NamedSharding) -> NamedSharding:
-    """Of arrays of several layers in one, with an axis L in front: each layer lies as its own would."""
+def stacked(own: NamedSharding) -> NamedSharding:
+    """Return the sharding of several layers' arrays in one, with an axis L in front, from that of each layer's own."""
     return NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
 
 
-def gathered(module: nnx.Module, recomputed: Container[str] = ()) -> nnx.Module:
-    """The model's module for a mesh, changed in place: what is cut along `fsdp` is put together where it is used.
+def gather_outside_layers(parameters: Mapping[str, jax.Array], placement: Placement) -> dict[str, jax.Array]:
+    """All-gather what the model uses outside of its layers; the layers' blocks gather their own (`GatherBlocks`)."""
+    return {
+        name: _gather(value, name, placement) if name.startswith(OUTSIDE_LAYERS) else value
+        for name, value in parameters.items()
+    }
 
-    Blocks do it themselves, and again on the way back, so that one block's parameters are there at a time. `recomputed`
-    names those of which the way back computes all again anyway.
+
+def gather_blocks(placement: Placement, recomputed: Container[str] = ()) -> WrapBlock:
+    """All-gather the parameters of each block where it computes, and again in the backward pass.
+
+    So only one block's whole parameters are there at a time. `recomputed` names the blocks that the backward pass
+    recomputes anyway.
     """
-    placement = active_placement()
-    if placement is None:
-        return module
-    layers = module.layers.items() if isinstance(module.layers, nnx.Dict) else enumerate(module.layers)
-    for key, layer in layers:
-        first = str(key).partition("-")[0]  # of scanned layers, which lie alike
-        for name in _BLOCKS:
-            if hasattr(layer, name):
-                setattr(layer, name, _Gathered(getattr(layer, name), f"layers.{first}.{name}", name in recomputed))
-    for name in ("embedding", "position", "layer_inputs", "head"):
-        if hasattr(module, name):
-            _at_work(getattr(module, name), placement, name)
-    return module
+
+    def wrap(block: nnx.Module, name: str) -> nnx.Module:
+        return _Gathered(block, name, placement, name.rpartition(".")[2] in recomputed)
+
+    return wrap
 
 
 class _Gathered(nnx.Module):
-    """A block whose parameters are put together when it computes, and not kept for the way back."""
+    """A block whose parameters are all-gathered when it computes, and not stored for the backward pass."""
 
-    def __init__(self, block: nnx.Module, name: str, recomputed: bool):
-        self.block, self.name, self.recomputed = block, name, recomputed
+    def __init__(self, block: nnx.Module, name: str, placement: Placement, recomputed: bool):
+        self.block, self.name, self.placement, self.recomputed = block, name, placement, recomputed
 
-    def __call__(self, *given: Any, record: Any = None, name: str = "", **named: Any):
-        placement = active_placement()
+    def __call__(self, *inputs: Any, record: Any = None, name: str = "", exchange: Any = None, **named: Any) -> Any:
+        placement = self.placement
         graph, state = nnx.split(self.block)
+        static = {} if exchange is None else {"exchange": exchange}
 
-        def block(state: nnx.State, given: Any, named: dict[str, Any]) -> Any:
-            # Trap: XLA takes what never changes out of the loop over micro-batches, and would put all blocks together
-            # before it. Behind the barrier a block's parameters hang on what enters it.
-            state, given = jax.lax.optimization_barrier((state, given))
-            module = nnx.merge(graph, state)
-            _at_work(module, placement, self.name)
-            return module(*given, **named)
+        def block(state: State, inputs: Any, named: dict[str, Any]) -> Any:
+            # Trap: XLA takes what never changes out of the loop over micro-batches, and would gather all blocks before
+            # it. The barrier makes a block's parameters depend on the block's input.
+            state, inputs = jax.lax.optimization_barrier((state, inputs))
+            module = nnx.merge(graph, _gather_state(state, self.name, placement))
+            return module(*inputs, **named, **static)
 
-        given = (jax.lax.with_sharding_constraint(given[0], placement.sharding(placement.batch_axes)), *given[1:])
+        rows = placement.sharding(placement.batch_axes)
+        inputs = (jax.lax.with_sharding_constraint(inputs[0], rows), *inputs[1:])
         if self.recomputed:
-            return block(state, given, named)
-        return jax.checkpoint(block, policy=_not_gathered)(state, given, named)
+            return block(state, inputs, named)
+        return jax.checkpoint(block, policy=_not_gathered)(state, inputs, named)
 
 
 def _not_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Whether what this gives may be kept for the way back: neither whole parameters nor another form of them."""
+    """Return True for a result that may be stored for the backward pass: no whole parameter, nor another form of it."""
     forms = ("sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze", "optimization_barrier")
     return primitive.name not in forms
 
 
-def _at_work(module: nnx.Module, placement: Placement, prefix: str) -> None:
-    """Changes the parameters of a module to how they lie when they are computed with."""
-    for path, variable in nnx.iter_graph(module):
-        if isinstance(variable, nnx.Param):
-            name = ".".join([prefix, *(str(key) for key in path)])
-            if placement.at_work[name] != placement.parameters[name]:
-                variable[...] = jax.lax.with_sharding_constraint(variable[...], placement.at_work[name])
+def _gather_state(state: State, prefix: str, placement: Placement) -> State:
+    def gather(path: Any, variable: Any) -> Any:
+        if not isinstance(variable, nnx.Param):
+            return variable
+        name = ".".join([prefix, *(str(key.key) for key in path)])
+        return variable.replace(_gather(variable[...], name, placement))
+
+    gathered: State = jax.tree.map_with_path(gather, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return gathered
+
+
+def _gather(value: jax.Array, name: str, placement: Placement) -> jax.Array:
+    """All-gather a parameter to the sharding with which it is computed with."""
+    if placement.computing[name] == placement.parameters[name]:
+        return value
+    gathered: jax.Array = jax.lax.with_sharding_constraint(value, placement.computing[name])
+    return gathered

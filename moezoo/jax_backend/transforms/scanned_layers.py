@@ -16,8 +16,8 @@ from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.distributed.sharding import Placement, of_layers
-from moezoo.jax_backend.transformer import Layer, Transformer, _Given, _Left, _Stream
+from moezoo.jax_backend.distributed.sharding import Placement, stacked
+from moezoo.jax_backend.transformer import Layer, LayerOutput, ResidualState, StepInputs, Transformer
 
 
 def equal_layers(spec: ModelSpec) -> list[range]:
@@ -35,9 +35,9 @@ def equal_layers(spec: ModelSpec) -> list[range]:
             alone.add(0)
     shapes: list[list[Any]] = [[] for _ in layers]
     for row in parameter_table(spec):
-        index, own = _parts(row.name)
-        if index is not None:
-            shapes[index].append((own, row.shape))
+        of_layer, own = _parts(row.name)
+        if of_layer is not None:
+            shapes[of_layer].append((own, row.shape))
     runs: list[range] = []
     for index, layer in enumerate(layers):
         before = index - 1
@@ -58,18 +58,20 @@ def equal_layers(spec: ModelSpec) -> list[range]:
 class Stacks:
     """Arrays of a run's layers are held as one, with an axis L in front: `layers.2-29.moe.experts.w_gate` [L, E, D, F].
 
-    Without runs, every array is held as it is. On a mesh, `lie` says where each held array lies; else it is empty.
+    Without runs, every array is held as it is. On a mesh, `shardings` are those of the held arrays; else it is empty.
     """
 
     def __init__(self, spec: ModelSpec, runs: Sequence[range] = (), placement: Placement | None = None):
         run_of = {index: run for run in runs if len(run) > 1 for index in run}
-        self._places = {}
+        self._places: dict[str, _Place] = {}
         for name in (row.name for row in parameter_table(spec)):
             index, own = _parts(name)
-            run = run_of.get(index)
-            self._places[name] = _Place(name) if run is None else _Place(_held(run, own), index - run.start)
-        self.lie = {
-            place.name: own if place.index is None else of_layers(own)
+            if index is None or index not in run_of:
+                self._places[name] = _Place(name)
+            else:
+                self._places[name] = _Place(_held(run_of[index], own), index - run_of[index].start)
+        self.shardings = {
+            place.name: own if place.row is None else stacked(own)
             for name, own in ({} if placement is None else placement.parameters).items()
             for place in (self._places[name],)
         }
@@ -84,19 +86,18 @@ class Stacks:
         for name in names:
             members.setdefault(self._places[name].name, []).append(name)
         return {
-            held: read(held)
-            if self._places[own[0]].index is None
-            else self._stacked(held, [read(name) for name in own])
+            held: read(held) if self._places[own[0]].row is None else self._stacked(held, [read(name) for name in own])
             for held, own in members.items()
         }
 
     def _stacked(self, held: str, own: list[jax.Array]) -> jax.Array:
-        return jax.jit(lambda own: jnp.stack(own), out_shardings=self.lie.get(held))(own)
+        joined: jax.Array = jax.jit(lambda own: jnp.stack(own), out_shardings=self.shardings.get(held))(own)
+        return joined
 
     def cut(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Each layer's own arrays, from those that are held: of NumPy's, views."""
         return {
-            name: values[place.name] if place.index is None else values[place.name][place.index]
+            name: values[place.name] if place.row is None else values[place.name][place.row]
             for name, place in self._places.items()
             if place.name in values
         }
@@ -112,7 +113,7 @@ class ScannedTransformer(Transformer):
         self.runs = tuple(equal_layers(spec))
         super().__init__(spec, weights)
 
-    def _made_layers(self, weights: Weights) -> nnx.Dict:
+    def _made_layers(self, weights: Weights) -> nnx.Dict[Any]:
         layers = self.spec.all_layers
         return nnx.Dict(
             {
@@ -123,59 +124,60 @@ class ScannedTransformer(Transformer):
 
     def _layer_at(self, index: int) -> Layer:
         run = next(run for run in self.runs if index in run)
-        layer = self.layers[_name(run)]
+        layer: Layer = self.layers[_name(run)]
         if len(run) == 1:
             return layer
         graph, state = nnx.split(layer)
-        return nnx.merge(graph, jax.tree.map(lambda values: values[index - run.start], state))
+        own: Layer = nnx.merge(graph, jax.tree.map(lambda values: values[index - run.start], state))
+        return own
 
-    def _through_layers(
-        self, stream: _Stream, inputs_BTLZ: jax.Array | None, given: _Given
-    ) -> tuple[_Stream, list[_Left]]:
-        if given.caches is not None or given.forced is not None or given.record is not None:
-            return super()._through_layers(stream, inputs_BTLZ, given)
+    def _run_layers(
+        self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: jax.Array | None
+    ) -> tuple[ResidualState, list[LayerOutput]]:
+        if inputs.caches is not None or inputs.forced or inputs.record is not None:
+            return super()._run_layers(state, inputs, inputs_BTLZ)
         sources: dict[int, Any] = {}
-        lefts: list[_Left] = []
+        outputs: list[LayerOutput] = []
         for run in self.runs:
             first = run.start
             inputs_LBTZ = None if inputs_BTLZ is None else jnp.moveaxis(inputs_BTLZ[:, :, first : run.stop], 2, 0)
             if len(run) > 1:
-                stream, found = self._through_run(run, stream, inputs_LBTZ, sources, given)
-                lefts += found
+                state, found = self._scan_run(run, state, inputs, inputs_LBTZ, sources)
+                outputs += found
                 continue
             input_BTZ = None if inputs_LBTZ is None else inputs_LBTZ[0]
-            stream, left = self._through_layer(self._layer_at(first), first, stream, input_BTZ, sources, given)
-            sources[first] = left.source
-            lefts.append(left)
-        return stream, lefts
+            state, output = self._layer_at(first)(state, inputs, first, input_BTZ, sources)
+            sources[first] = output.source
+            outputs.append(output)
+        return state, outputs
 
-    def _through_run(
+    def _scan_run(
         self,
         run: range,
-        stream: _Stream,
+        state: ResidualState,
+        inputs: StepInputs,
         inputs_LBTZ: jax.Array | None,
         sources: Mapping[int, Any],
-        given: _Given,
-    ) -> tuple[_Stream, list[_Left]]:
-        """One loop over the layers of a run; what they hand on otherwise than to the next stays as it came."""
-        graph, state = nnx.split(self.layers[_name(run)])
-        chained = stream.previous_PE if _takes_logits(self.spec.all_layers[run.start]) else None
+    ) -> tuple[ResidualState, list[LayerOutput]]:
+        """One loop over the layers of a run. What is passed to other layers than the next stays as it came."""
+        graph, stacked_state = nnx.split(self.layers[_name(run)])
+        chained = state.previous_PE if _takes_logits(self.spec.all_layers[run.start]) else None
 
-        def through(carried: tuple[jax.Array, jax.Array | None], own: Any) -> Any:
+        def one_layer(carried: tuple[jax.Array, jax.Array | None], own: Any) -> Any:
             x_BTD, previous_PE = carried
-            entering = stream._replace(x_BTD=x_BTD, previous_PE=previous_PE)
-            state, index, input_BTZ = own
-            layer = nnx.merge(graph, state)
-            leaving, left = self._through_layer(layer, index, entering, input_BTZ, sources, given)
-            left = left._replace(source=None)  # nobody's: such a layer stays alone
-            return (leaving.x_BTD, None if chained is None else leaving.previous_PE), left
+            own_state, index, input_BTZ = own
+            layer = nnx.merge(graph, own_state)
+            entering = state._replace(x_BTD=x_BTD, previous_PE=previous_PE)
+            leaving, output = layer(entering, inputs, index, input_BTZ, sources)
+            output = output._replace(source=None)  # ignored: a layer that others attend to stays alone
+            return (leaving.x_BTD, None if chained is None else leaving.previous_PE), output
 
         indices = jnp.arange(run.start, run.stop)
-        (x_BTD, _), stacked = lax.scan(through, (stream.x_BTD, chained), (state, indices, inputs_LBTZ))
-        lefts = _each(stacked, len(run))
-        routing = lefts[-1].routing
-        previous_PE = stream.previous_PE if routing is None else routing.logits_PE
-        return stream._replace(x_BTD=x_BTD, previous_PE=previous_PE), lefts
+        (x_BTD, _), stacked_outputs = lax.scan(one_layer, (state.x_BTD, chained), (stacked_state, indices, inputs_LBTZ))
+        outputs = _each(stacked_outputs, len(run))
+        routing = outputs[-1].routing
+        previous_PE = state.previous_PE if routing is None else routing.logits_PE
+        return state._replace(x_BTD=x_BTD, previous_PE=previous_PE), outputs
 
 
 class GradientMeans:
@@ -184,18 +186,19 @@ class GradientMeans:
     So one layer's gradients are there beside the means. What comes out of a loop as a whole would be all there.
     """
 
-    def __init__(self, parameters: Mapping[str, jax.Array], num_parts: int, lie: Mapping[str, NamedSharding]):
-        """`lie`: where they lie, on a mesh; else empty."""
+    def __init__(self, parameters: Mapping[str, jax.Array], num_parts: int, shardings: Mapping[str, NamedSharding]):
+        """`shardings`: those of the parameters on a mesh; else empty."""
         self._num_parts = num_parts
-        zeros = {name: jnp.zeros_like(value, device=lie.get(name)) for name, value in parameters.items()}
+        zeros = {name: jnp.zeros_like(value, device=shardings.get(name)) for name, value in parameters.items()}
         self._means = {name: jax.new_ref(value) for name, value in zeros.items()}
 
     def adding(self, loss: Callable[..., Any]) -> Callable[..., Any]:
-        """What `jax.value_and_grad(loss, has_aux=True)` would be, but that gradients are added, and none given."""
+        """What `jax.value_and_grad(loss, has_aux=True)` would be, but that gradients are added, and none returned."""
 
-        def value_and_none(parameters: Mapping[str, jax.Array], *given: Any, **named: Any) -> Any:
+        def value_and_none(parameters: Mapping[str, jax.Array], *inputs: Any, **named: Any) -> Any:
+            pull: Any
             value, pull, beside = jax.vjp(
-                lambda parameters: loss(parameters, *given, **named), parameters, has_aux=True
+                lambda parameters: loss(parameters, *inputs, **named), parameters, has_aux=True
             )
             # Divided here: behind the loop, XLA would write out the divisor in the shape of the largest arrays.
             pull.with_refs(self._means)(jnp.full_like(value, 1 / self._num_parts))
@@ -212,7 +215,7 @@ class _Place(NamedTuple):
     """The held array where a layer's own is, and where in it."""
 
     name: str
-    index: int | None = None
+    row: int | None = None
 
 
 def _parts(name: str) -> tuple[int | None, str]:
