@@ -59,7 +59,7 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group:
         return JaxBackend(mesh, group)
     if group is not None:
         raise BackendError(
-            f"process group options are for backend jax only; got {group.in_words()} with backend mlx. Start MLX "
+            f"process group options are for backend jax only; got {group.options()} with backend mlx. Start MLX "
             "processes with `moezoo launch --nproc N train ...` or mlx.launch."
         )
     from moezoo.mlx_backend.backend import MlxBackend

@@ -51,7 +51,7 @@ def join(group: ProcessGroup) -> None:
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(
-            f"cannot join the other JAX processes within {group.startup_s} s; got {group.in_words()} and "
+            f"cannot join the other JAX processes within {group.startup_s} s; got {group.options()} and "
             f"{' '.join(str(error).split())[:300]}. Start all of them at the same time, with the same --coordinator."
         ) from None
 
@@ -76,7 +76,7 @@ def _check_reachable(group: ProcessGroup) -> None:
     except OSError as error:
         what = "listen there" if group.process_id == 0 else f"reach the first process within {group.startup_s} s"
         raise BackendError(
-            f"cannot {what}: {(error.strerror or str(error)).lower()}; got {group.in_words()}. Give all processes a "
+            f"cannot {what}: {(error.strerror or str(error)).lower()}; got {group.options()}. Give all processes a "
             "free HOST:PORT of the first one's machine, and start them at the same time."
         ) from None
 
