@@ -27,6 +27,8 @@ from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, p
 from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.runtime.processes import on_host
+from moezoo.jax_backend.runtime.typed import GraphDef, State
+from moezoo.jax_backend.sampling import Rule
 from moezoo.jax_backend.transformer import Forward, Transformer
 from moezoo.jax_backend.transforms.rematerialization import Transforms, transforms
 from moezoo.jax_backend.transforms.scanned_layers import Stacks
@@ -75,14 +77,25 @@ class JaxInference:
             {name: np.asarray(value, np.float32) for name, value in intermediates.items()},
         )
 
-    def _forward_values(self, parameters, state, tokens, targets, forced, key, *, record, inference):
+    def _forward_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array | None,
+        forced: Sequence[jax.Array] | None,
+        key: jax.Array | None,
+        *,
+        record: bool,
+        inference: bool,
+    ) -> tuple[Forward, Parameters, Parameters]:
         intermediates: dict[str, jax.Array] = {}
         module, exchange = self._merge(parameters, state), None if self._sharded(tokens) is None else self._exchange
         result = module(tokens, forced=forced, record=intermediates, key=key, inference=inference, exchange=exchange)
         terms = {} if targets is None else self._terms(result, targets)
         return result._replace(index_losses=[]), terms, intermediates if record else {}
 
-    def _terms(self, result: Forward, targets, global_load=None):
+    def _terms(self, result: Forward, targets: jax.Array, global_load: Sequence[jax.Array] | None = None) -> Parameters:
         losses = result.index_losses
         return loss_terms(
             self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
@@ -99,7 +112,16 @@ class JaxInference:
         loads = [np.asarray(sizes, np.int64) for sizes in load]
         return Scores(losses[:count], loads, [int(number) for number in dropped])
 
-    def _score_values(self, parameters, state, tokens, targets, *, count, inference):
+    def _score_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array,
+        *,
+        count: int,
+        inference: bool,
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
         """Of the first `count` sequences; those after them fill up a mesh, and their losses are not looked at."""
         module, how = self._transformed(parameters, state, tokens)
         result = module(tokens, inference=inference, **how._asdict())
@@ -126,14 +148,26 @@ class JaxInference:
         logits, cache = self._extend(self._parameters, self._state, tokens[:, None], cache)
         return np.asarray(logits), cache
 
-    def _extend_values(self, parameters, state, tokens, caches):
+    def _extend_values(
+        self, parameters: Parameters, state: Parameters, tokens: jax.Array, caches: Caches
+    ) -> tuple[jax.Array, Caches]:
         """Logits after the last of the tokens, and caches that hold them too."""
         result = self._merge(parameters, state)(tokens, caches=caches)
+        assert result.caches is not None
         return result.logits_BTV[:, -1], result.caches
 
-    def _decode_values(self, parameters, state, tokens, caches, rule, seen):
+    def _decode_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        caches: Caches,
+        rule: Rule,
+        seen: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, Caches]:
         """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
         logits, caches = self._extend_values(parameters, state, tokens[:, None], caches)
+        assert caches.first_B is not None
         position = caches.places - caches.first_B
         return *choose(logits, rule, seen, drawn(rule, position)), caches
 
@@ -144,7 +178,7 @@ class JaxInference:
         finite = on_host(self._finite(self._parameters, self._state))
         return [row.name for row in parameter_table(self.spec) if not finite[row.name]]
 
-    def _finite_values(self, parameters, state):
+    def _finite_values(self, parameters: Parameters, state: Parameters) -> Parameters:
         named = self._stacks.cut(parameters) | state
         return {name: jnp.all(jnp.isfinite(value)) for name, value in named.items()}
 
@@ -152,7 +186,8 @@ class JaxInference:
 
     def _split(self, module: Transformer) -> tuple[Parameters, Parameters]:
         """Split a module into parameters and state by name; from now on, `_merge` makes such a module."""
-        graph, parameters, state = nnx.split(module, nnx.Param, ...)
+        graph, parameters, *rest = nnx.split(module, nnx.Param, ...)
+        (state,) = rest
         self._merge_split = _merger(graph, parameters, state)
         return dict(_named(parameters)), dict(_named(state))
 
@@ -178,21 +213,22 @@ class JaxInference:
         return nullcontext() if self._placement is None else self._placement.active(num_sequences)
 
 
-def _named(state: nnx.State) -> list[tuple[str, jax.Array]]:
+def _named(state: State) -> list[tuple[str, jax.Array]]:
     """Leaves of an NNX state with their attribute path, in the order of its tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
     return [(".".join(str(key.key) for key in path), value) for path, value in leaves]
 
 
-def _merger(graph: nnx.GraphDef, *states: nnx.State) -> Callable[..., Transformer]:
+def _merger(graph: GraphDef, *states: State) -> Callable[..., Transformer]:
     """A function from values by name, one dict for each of the states, to the module."""
     parts = [(jax.tree.structure(state), [name for name, _ in _named(state)]) for state in states]
 
     def merge(*values: Parameters) -> Transformer:
         pairs = zip(parts, values, strict=True)
-        return nnx.merge(
+        module: Transformer = nnx.merge(
             graph, *(jax.tree.unflatten(shape, [own[name] for name in names]) for (shape, names), own in pairs)
         )
+        return module
 
     return merge
 
@@ -213,6 +249,7 @@ def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) ->
     rows = []
     for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
         slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
-        values = (*combine_weights(*(np.array(value) for value in slots)), np.array(routing.score_PE))
-        rows.append(LayerRouting(layer, *(value.reshape(*shape, -1) for value in values)))
+        expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
+        score_PE, like = np.array(routing.score_PE), (*shape, -1)
+        rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))
     return rows

@@ -73,7 +73,16 @@ class JaxTraining(JaxInference):
             )
         return {name: float(value) for name, value in terms.items()}, self._stacks.cut(to_numpy(gradients))
 
-    def _loss(self, parameters, state, tokens, targets, key=None, forced=None, global_load=None):
+    def _loss(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array,
+        key: jax.Array | None = None,
+        forced: Sequence[jax.Array] | None = None,
+        global_load: Sequence[jax.Array] | None = None,
+    ) -> tuple[jax.Array, Any]:
         module, how = self._transformed(parameters, state, tokens, self._rematerialize)
         result = module(tokens, forced=forced, key=key, **how._asdict())
         terms = self._terms(result, targets, global_load)
@@ -104,9 +113,7 @@ class JaxTraining(JaxInference):
             self._moments = self._new_moments(init, None if outputs is None else outputs[2])
         else:
             first, second = (
-                self._stacks.held(
-                    self._decayed, lambda name, moment=moment: self._placed(name, state, f"{moment}.{name}")
-                )
+                self._stacks.held(self._decayed, partial(self._moment, state, moment))
                 for moment in ("first_moment", "second_moment")
             )
             self._moments = (optax.ScaleByAdamState(self._everywhere(update), first, second), *rest)
@@ -130,7 +137,16 @@ class JaxTraining(JaxInference):
             )
         return PendingJaxStep(values)
 
-    def _step_values(self, config, parameters, state, moments, windows, learning_rate, keys):
+    def _step_values(
+        self,
+        config: OptimizerConfig,
+        parameters: Parameters,
+        state: Parameters,
+        moments: Any,
+        windows: jax.Array,
+        learning_rate: jax.Array,
+        keys: jax.Array | None,
+    ) -> tuple[Any, ...]:
         running = None
         if self._scanned and windows.shape[0] > 1:
             running = GradientMeans(parameters, windows.shape[0], self._stacks.shardings)
@@ -140,7 +156,7 @@ class JaxTraining(JaxInference):
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
             global_load = _sum_over(partial(self._counts, parameters, state), windows, keys)
 
-        def micro_batch(window, key):
+        def micro_batch(window: jax.Array, key: jax.Array | None) -> Any:
             (_, (terms, cutoffs, load)), gradients = gradient_of(
                 parameters, state, window[:, :-1], window[:, 1:], key, global_load=global_load
             )
@@ -163,7 +179,9 @@ class JaxTraining(JaxInference):
         reported = {name: state[name] for name in updated_names(self.spec)}
         return optax.apply_updates(parameters, updates), state, moments, (terms, norm, *load, reported)
 
-    def _counts(self, parameters, state, window, key):
+    def _counts(
+        self, parameters: Parameters, state: Parameters, window: jax.Array, key: jax.Array | None
+    ) -> list[jax.Array]:
         """Per MoE layer, how many tokens chose each expert."""
         tokens = window[:, :-1]
         module, how = self._transformed(parameters, state, tokens)
@@ -174,11 +192,11 @@ class JaxTraining(JaxInference):
     def _new_moments(self, init: Callable[[Parameters], Any], shardings: Any) -> Any:
         return jax.jit(init, out_shardings=shardings)(self._parameters)
 
-    def _placed(self, name: str, state: Mapping[str, np.ndarray], own: str) -> jax.Array:
-        """The array `own` of a state, of a number for each of a parameter's, where they are."""
+    def _moment(self, state: Mapping[str, np.ndarray], moment: str, name: str) -> jax.Array:
+        """Return a moment of a parameter from a saved state, sharded as the parameter is."""
         if self._placement is None:
-            return jnp.asarray(state[own])
-        return shard(state, own, self._placement.parameters[name])
+            return jnp.asarray(state[f"{moment}.{name}"])
+        return shard(state, f"{moment}.{name}", self._placement.parameters[name])
 
     def _everywhere(self, count: int) -> jax.Array:
         value = np.asarray(count, np.int32)
@@ -205,7 +223,7 @@ def _sum_over(micro_batch: Callable[..., Any], windows: jax.Array, keys: jax.Arr
     shapes = jax.eval_shape(micro_batch, windows[0], first_key)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
-    def add(total, part):
+    def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, micro_batch(*part)), None
 
     return jax.lax.scan(add, zeros, (windows, keys))[0]

@@ -6,7 +6,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten
 
 from moezoo.core.backend import LayerRouting, Output, Scores, combine_weights
 from moezoo.core.checkpoint.safetensors_file import shapes_of
@@ -22,6 +21,8 @@ from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.generation import Generation, choose, prefilled
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
+from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int, to_ints
+from moezoo.mlx_backend.sampling import Rule
 from moezoo.mlx_backend.transformer import Forward, Transformer
 
 
@@ -65,11 +66,13 @@ class MlxInference:
         return Output(
             np.array(result.logits_BTV),
             _layer_routings(self.spec, result, tokens.shape),
-            {name: value.item() for name, value in terms.items()},
+            {name: to_float(value) for name, value in terms.items()},
             to_numpy(intermediates) if record else {},
         )
 
-    def _terms(self, result: Forward, targets, global_load=None):
+    def _terms(
+        self, result: Forward, targets: mx.array, global_load: Sequence[mx.array] | None = None
+    ) -> dict[str, mx.array]:
         losses = result.index_losses
         return loss_terms(
             self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
@@ -88,7 +91,7 @@ class MlxInference:
         return Scores(
             np.array(losses),
             [np.array(sizes, np.int64) for sizes in load],
-            [count.item() for count in dropped],
+            [to_int(count) for count in dropped],
         )
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
@@ -106,9 +109,12 @@ class MlxInference:
     def _extended(self, tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:
         """Logits after the last of the tokens, and caches that hold them too."""
         result = self._module(tokens, caches=caches)
+        assert result.caches is not None
         return result.logits_BTV[:, -1], result.caches
 
-    def _decoded(self, tokens, caches, rule, seen, draw):
+    def _decoded(
+        self, tokens: mx.array, caches: Caches, rule: Rule, seen: mx.array | None, draw: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array | None, Caches]:
         """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
         logits, caches = self._extended(tokens[:, None], caches)
         return *choose(logits, rule, seen, draw), caches
@@ -120,7 +126,7 @@ class MlxInference:
     def not_finite(self) -> list[str]:
         named = self._named()
         names = [row.name for row in parameter_table(self.spec)]
-        finite: list[bool] = mx.stack([mx.isfinite(named[name]).all() for name in names]).tolist()
+        finite = to_ints(mx.stack([mx.isfinite(named[name]).all() for name in names]))
         return [name for name, good in zip(names, finite, strict=True) if not good]
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
@@ -130,14 +136,16 @@ class MlxInference:
         module: Any = self._module
         for step in path.split("."):
             module = module[int(step)] if step.isdigit() else module[step]
-        return module
+        found: nn.Module = module
+        return found
 
     def _named(self) -> dict[str, mx.array]:
-        return dict(tree_flatten(self._module.parameters()))
+        return dict(flatten(self._module.parameters()))
 
     def _value(self, name: str) -> mx.array:
         path, _, leaf = name.rpartition(".")
-        return self._inside(path)[leaf]
+        value: mx.array = self._inside(path)[leaf]
+        return value
 
 
 def flat(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
@@ -156,6 +164,7 @@ def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) ->
     rows = []
     for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
         slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
-        values = (*combine_weights(*(np.array(value) for value in slots)), np.array(routing.score_PE))
-        rows.append(LayerRouting(layer, *(value.reshape(*shape, -1) for value in values)))
+        expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
+        score_PE, like = np.array(routing.score_PE), (*shape, -1)
+        rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))
     return rows

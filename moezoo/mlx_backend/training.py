@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from moezoo.core.backend import StepMetrics
 from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
@@ -22,6 +22,7 @@ from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.inference import MlxInference, flat, load_of
 from moezoo.mlx_backend.optimizer import adamw, clip, global_norm
 from moezoo.mlx_backend.router_state import updated_state
+from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int
 
 
 class PendingMlxStep:
@@ -34,10 +35,10 @@ class PendingMlxStep:
         terms, norm, load, dropped, state = self._values
         with data_parallel.lost_peer():
             return StepMetrics(
-                {name: value.item() for name, value in terms.items()},
-                norm.item(),
+                {name: to_float(value) for name, value in terms.items()},
+                to_float(norm),
                 [np.array(sizes, np.int64) for sizes in load],
-                [count.item() for count in dropped],
+                [to_int(count) for count in dropped],
                 to_numpy(state),
             )
 
@@ -67,9 +68,16 @@ class MlxTraining(MlxInference):
         )
         gradients, terms = data_parallel.averaged(gradients, terms)
         mx.eval(terms, gradients)
-        return {name: value.item() for name, value in terms.items()}, to_numpy(dict(tree_flatten(gradients)))
+        return {name: to_float(value) for name, value in terms.items()}, to_numpy(dict(flatten(gradients)))
 
-    def _loss(self, tokens, targets, key=None, forced=None, global_load=None):
+    def _loss(
+        self,
+        tokens: mx.array,
+        targets: mx.array,
+        key: mx.array | None = None,
+        forced: Sequence[mx.array] | None = None,
+        global_load: Sequence[mx.array] | None = None,
+    ) -> tuple[mx.array, dict[str, mx.array], list[mx.array | None], tuple[list[mx.array], list[mx.array]]]:
         result = self._module(tokens, forced=forced, key=key)
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
@@ -104,7 +112,7 @@ class MlxTraining(MlxInference):
             for part in self._optimizer.optimizers:
                 restored = [
                     (path, mx.array(state[f"{names[path.rpartition('.')[2]]}.{path.rpartition('.')[0]}"]))
-                    for path, _ in tree_flatten(part.state)
+                    for path, _ in flatten(part.state)
                     if path.endswith((".m", ".v"))
                 ]
                 moments = tree_unflatten(restored) if restored else {}
@@ -125,7 +133,7 @@ class MlxTraining(MlxInference):
             global_load = _sum_over(lambda window, key: load_of(self._module(window[:, :-1], key=key))[0], parts)
             (global_load,) = data_parallel.summed(global_load)
 
-        def micro_batch(window, key):
+        def micro_batch(window: mx.array, key: mx.array | None) -> Any:
             (_, terms, cutoffs, load), gradients = self._loss_and_gradients(
                 window[:, :-1], window[:, 1:], key, global_load=global_load
             )
