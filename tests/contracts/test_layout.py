@@ -157,7 +157,7 @@ def test_shared_stems_are_single_device_code(backend):
         module = f"{package}.{stem}"
         for target, name in imports_of(module):
             folder = target.removeprefix(f"{package}.").split(".")[0]
-            if folder in ("transforms", "planning"):
+            if folder in ("transforms", "planning") or name in ("is_x86_cpu", "can_fuse", "platform"):
                 problems.append(f"{stem} imports {target}")
             if folder in ("distributed", "runtime") and not target.endswith(".typed") and name not in GLOBAL_BATCH:
                 problems.append(f"{stem} imports {name or 'all'} of {target}")
