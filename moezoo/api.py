@@ -8,8 +8,9 @@ import numpy as np
 
 from moezoo.core.backend import Backend, Model, Output, check_length
 from moezoo.core.config.run_config import Config, with_compute
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prepare import whole_file
-from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
+from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate

@@ -230,7 +230,7 @@ def _gradient_reductions(step: ShardedStep) -> Iterator[Collective]:
 def _loss_reductions(step: ShardedStep) -> Iterator[Collective]:
     """All-reduce losses and expert loads of the whole batch: two counts and a mean of E numbers for each MoE layer.
 
-    Beside these there are some hundred bytes of scalars. Their number depends on the losses and is not counted.
+    Scalars of each loss, some hundred bytes in total, are not counted: their number depends on the losses.
     """
     if not step.batch_axes:
         return

@@ -25,7 +25,7 @@ from moezoo.core.checkpoint.store import (
 )
 from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.config.schedules import learning_rate
-from moezoo.core.data.prebatched import ReadyBatches
+from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import PreparedData
 from moezoo.core.distributed.processes import PendingNumbers, first_process_first
 from moezoo.core.errors import RunError, TrainingError
@@ -100,7 +100,7 @@ class _Training:
         self.config, self.data, self.run, self.backend = config, data, run, backend
         self.is_first = backend.processes.is_first
         self.reporter = reporter if self.is_first else SilentReporter()
-        if isinstance(data.train, ReadyBatches):
+        if isinstance(data.train, PrebatchedSplit):
             data.train.check(config.training)
         checkpoint = self._load_checkpoint()
         initial = self._open_initial_weights() if checkpoint is None else None
