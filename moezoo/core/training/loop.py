@@ -137,8 +137,9 @@ class _Training:
     def _build_model(self, checkpoint: Checkpoint | None, initial: InitialWeights | None) -> Model:
         """Build the model, and its optimizer with the checkpoint's moments."""
         config, source = self.config, checkpoint or initial
-        weights = initial_weights(config.model, config.training.seed) if source is None else source.weights
-        model = self.backend.build(config.model, weights)
+        model = self.backend.build(  # no local name for the weights: initial ones are freed as soon as they are built
+            config.model, initial_weights(config.model, config.training.seed) if source is None else source.weights
+        )
         moments = None if checkpoint is None else checkpoint.optimizer
         if moments is not None:
             trained = [row for row in parameter_table(config.model) if row.trained]
