@@ -59,7 +59,9 @@ class JaxBackend:
             "compile cache": self._compile_cache,
         }
         if not self._mesh.is_one_device:
-            resolved = self._mesh.model_copy(update=sizes(self._mesh, jax.device_count()))
+            resolved = self._mesh.model_copy(
+                update={str(axis): size for axis, size in sizes(self._mesh, jax.device_count()).items()}
+            )
             facts["mesh"] = f"{in_words(resolved)}; tokens to experts: {self._mesh.exchange}"
             facts["checkpoints"] = "Orbax, each process its parts, in the background"
         facts |= processes.facts()

@@ -27,6 +27,8 @@ from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, p
 from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.runtime.processes import on_host
+from moezoo.jax_backend.runtime.typed import GraphDef, State
+from moezoo.jax_backend.sampling import Rule
 from moezoo.jax_backend.transformer import Forward, Transformer
 from moezoo.jax_backend.transforms.rematerialization import Transforms, transforms
 from moezoo.jax_backend.transforms.scanned_layers import Stacks
@@ -65,7 +67,7 @@ class JaxInference:
     ) -> Output:
         if targets is not None:
             check_targets(tokens, targets)
-        inputs = (self._parameters, self._state, tokens, targets, flat(forced), key)
+        inputs = (self._parameters, self._state, tokens, targets, flatten_forced(forced), key)
         with self._traced(len(tokens)):
             result, terms, intermediates = on_host(self._forward(*inputs, record=record, inference=inference))
         return Output(
@@ -75,14 +77,27 @@ class JaxInference:
             {name: np.asarray(value, np.float32) for name, value in intermediates.items()},
         )
 
-    def _forward_values(self, parameters, state, tokens, targets, forced, key, *, record, inference):
+    def _forward_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array | None,
+        forced: Sequence[jax.Array] | None,
+        key: jax.Array | None,
+        *,
+        record: bool,
+        inference: bool,
+    ) -> tuple[Forward, dict[str, jax.Array], dict[str, jax.Array]]:
         intermediates: dict[str, jax.Array] = {}
         module, exchange = self._merge(parameters, state), None if self._sharded(tokens) is None else self._exchange
         result = module(tokens, forced=forced, record=intermediates, key=key, inference=inference, exchange=exchange)
         terms = {} if targets is None else self._terms(result, targets)
         return result._replace(index_losses=[]), terms, intermediates if record else {}
 
-    def _terms(self, result: Forward, targets, global_load=None):
+    def _terms(
+        self, result: Forward, targets: jax.Array, global_load: Sequence[jax.Array] | None = None
+    ) -> dict[str, jax.Array]:
         losses = result.index_losses
         return loss_terms(
             self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
@@ -99,15 +114,24 @@ class JaxInference:
         loads = [np.asarray(sizes, np.int64) for sizes in load]
         return Scores(losses[:count], loads, [int(number) for number in dropped])
 
-    def _score_values(self, parameters, state, tokens, targets, *, count, inference):
-        """Of the first `count` sequences; those after them fill up a mesh, and their losses are not looked at."""
+    def _score_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array,
+        *,
+        count: int,
+        inference: bool,
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        """Score the first `count` sequences; those after them pad the batch, and their losses are ignored."""
         module, how = self._transformed(parameters, state, tokens)
         result = module(tokens, inference=inference, **how._asdict())
         if count < len(tokens):
             counted_P = jnp.arange(tokens.size) < count * tokens.shape[1]
             routings = [own._replace(valid_PK=own.valid_PK & counted_P[:, None]) for own in result.routings]
             result = result._replace(routings=routings)
-        return token_losses(result.logits_BTV, targets), *load_of(result)
+        return token_losses(result.logits_BTV, targets), *routing_load(result)
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
         weights = (self._parameters, self._state)
@@ -116,7 +140,7 @@ class JaxInference:
         )
 
     def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
-        # Places before the prompt are padding, and sizes are rounded up: prompts of like length share their programs.
+        # Slots before the prompt are padding, and sizes are rounded up: prompts of like length share their programs.
         size = sum(widths(tokens.shape[1], SMALLEST)) - tokens.shape[1] + -(-size // 64) * 64
         extend = partial(self._extend, self._parameters, self._state)
         logits, caches = prefilled(self.spec, extend, list(tokens), size)
@@ -126,14 +150,26 @@ class JaxInference:
         logits, cache = self._extend(self._parameters, self._state, tokens[:, None], cache)
         return np.asarray(logits), cache
 
-    def _extend_values(self, parameters, state, tokens, caches):
-        """Logits after the last of the tokens, and caches that hold them too."""
+    def _extend_values(
+        self, parameters: Parameters, state: Parameters, tokens: jax.Array, caches: Caches
+    ) -> tuple[jax.Array, Caches]:
+        """Return the logits after the last of the tokens, and the extended caches."""
         result = self._merge(parameters, state)(tokens, caches=caches)
+        assert result.caches is not None
         return result.logits_BTV[:, -1], result.caches
 
-    def _decode_values(self, parameters, state, tokens, caches, rule, seen):
-        """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
+    def _decode_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        caches: Caches,
+        rule: Rule,
+        seen: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, Caches]:
+        """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
         logits, caches = self._extend_values(parameters, state, tokens[:, None], caches)
+        assert caches.first_B is not None
         position = caches.places - caches.first_B
         return *choose(logits, rule, seen, drawn(rule, position)), caches
 
@@ -144,20 +180,21 @@ class JaxInference:
         finite = on_host(self._finite(self._parameters, self._state))
         return [row.name for row in parameter_table(self.spec) if not finite[row.name]]
 
-    def _finite_values(self, parameters, state):
-        named = self._stacks.cut(parameters) | state
+    def _finite_values(self, parameters: Parameters, state: Parameters) -> Parameters:
+        named = self._stacks.unstack(parameters) | state
         return {name: jnp.all(jnp.isfinite(value)) for name, value in named.items()}
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
 
     def _split(self, module: Transformer) -> tuple[Parameters, Parameters]:
         """Split a module into parameters and state by name; from now on, `_merge` makes such a module."""
-        graph, parameters, state = nnx.split(module, nnx.Param, ...)
+        graph, parameters, *others = nnx.split(module, nnx.Param, ...)
+        (state,) = others
         self._merge_split = _merger(graph, parameters, state)
         return dict(_named(parameters)), dict(_named(state))
 
     def _merge(self, parameters: Parameters, state: Parameters) -> Transformer:
-        return self._merge_split(parameters, self._stacks.held(state, state.__getitem__))
+        return self._merge_split(parameters, self._stacks.stack(state, state.__getitem__))
 
     def _sharded(self, tokens: jax.Array) -> Placement | None:
         """The placement over which a batch is sharded; None for a batch that cannot be sharded equally."""
@@ -174,36 +211,37 @@ class JaxInference:
         return module, transforms(rematerialize, placement, self._exchange)
 
     def _traced(self, num_sequences: int) -> AbstractContextManager[None]:
-        """What is computed of so many sequences is divided as the placement says, if there is one."""
+        """Trace for the mesh, if there is one, with a batch of so many sequences."""
         return nullcontext() if self._placement is None else self._placement.active(num_sequences)
 
 
-def _named(state: nnx.State) -> list[tuple[str, jax.Array]]:
+def _named(state: State) -> list[tuple[str, jax.Array]]:
     """Leaves of an NNX state with their attribute path, in the order of its tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
     return [(".".join(str(key.key) for key in path), value) for path, value in leaves]
 
 
-def _merger(graph: nnx.GraphDef, *states: nnx.State) -> Callable[..., Transformer]:
-    """A function from values by name, one dict for each of the states, to the module."""
+def _merger(graph: GraphDef, *states: State) -> Callable[..., Transformer]:
+    """Return a function that merges a module from values by name, one dict for each of the states."""
     parts = [(jax.tree.structure(state), [name for name, _ in _named(state)]) for state in states]
 
     def merge(*values: Parameters) -> Transformer:
         pairs = zip(parts, values, strict=True)
-        return nnx.merge(
+        module: Transformer = nnx.merge(
             graph, *(jax.tree.unflatten(shape, [own[name] for name in names]) for (shape, names), own in pairs)
         )
+        return module
 
     return merge
 
 
-def flat(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
-    """Experts [B, T, K] -> [P, K]."""
+def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
+    """Reshape experts [B, T, K] to [P, K]."""
     return None if forced is None else [np.asarray(expert, np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
 
 
-def load_of(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Per MoE layer: tokens of each expert, and dropped routed copies."""
+def routing_load(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Return, per MoE layer, the tokens of each expert, and the number of dropped assignments."""
     load = [expert_counts(routing) for routing in result.routings]
     dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
     return load, dropped
@@ -213,6 +251,8 @@ def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) ->
     rows = []
     for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
         slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
-        values = (*combine_weights(*(np.array(value) for value in slots)), np.array(routing.score_PE))
-        rows.append(LayerRouting(layer, *(value.reshape(*shape, -1) for value in values)))
+        expert, weight = combine_weights(*(np.array(value) for value in slots))
+        score = np.array(routing.score_PE)
+        expert, weight, score = expert.reshape(*shape, -1), weight.reshape(*shape, -1), score.reshape(*shape, -1)
+        rows.append(LayerRouting(layer, expert, weight, score))
     return rows

@@ -24,7 +24,8 @@ def adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> Callable[[Any
 
 def global_norm(gradients: Any) -> jax.Array:
     """Spec: moezoo.core.reference.optimizer.global_norm."""
-    return optax.tree.norm(gradients)
+    norm: jax.Array = optax.tree.norm(gradients)
+    return norm
 
 
 def clip(config: OptimizerConfig, gradients: Any, norm: jax.Array) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten
 
 from moezoo.core.backend import LayerRouting, Output, Scores, combine_weights
 from moezoo.core.checkpoint.safetensors_file import shapes_of
@@ -22,6 +21,8 @@ from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.generation import Generation, choose, prefilled
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
+from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int, to_ints
+from moezoo.mlx_backend.sampling import Rule
 from moezoo.mlx_backend.transformer import Forward, Transformer
 
 
@@ -54,7 +55,7 @@ class MlxInference:
         intermediates: dict[str, mx.array] = {}
         result = self._module(
             mx.array(tokens),
-            forced=flat(forced),
+            forced=flatten_forced(forced),
             record=intermediates,
             key=None if key is None else mx.array(key),
             inference=inference,
@@ -65,11 +66,13 @@ class MlxInference:
         return Output(
             np.array(result.logits_BTV),
             _layer_routings(self.spec, result, tokens.shape),
-            {name: value.item() for name, value in terms.items()},
+            {name: to_float(value) for name, value in terms.items()},
             to_numpy(intermediates) if record else {},
         )
 
-    def _terms(self, result: Forward, targets, global_load=None):
+    def _terms(
+        self, result: Forward, targets: mx.array, global_load: Sequence[mx.array] | None = None
+    ) -> dict[str, mx.array]:
         losses = result.index_losses
         return loss_terms(
             self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
@@ -79,7 +82,7 @@ class MlxInference:
         own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)
         result = self._module(mx.array(own_tokens), inference=inference)
         losses = token_losses(result.logits_BTV, mx.array(own_targets))
-        load, dropped = load_of(result)
+        load, dropped = routing_load(result)
         if len(own_tokens) < len(tokens):
             losses = data_parallel.whole_batch(losses)
             load, dropped = data_parallel.summed(load, dropped)
@@ -88,7 +91,7 @@ class MlxInference:
         return Scores(
             np.array(losses),
             [np.array(sizes, np.int64) for sizes in load],
-            [count.item() for count in dropped],
+            [to_int(count) for count in dropped],
         )
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
@@ -104,12 +107,15 @@ class MlxInference:
         return np.array(logits), cache
 
     def _extended(self, tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:
-        """Logits after the last of the tokens, and caches that hold them too."""
+        """Return the logits after the last of the tokens, and the extended caches."""
         result = self._module(tokens, caches=caches)
+        assert result.caches is not None
         return result.logits_BTV[:, -1], result.caches
 
-    def _decoded(self, tokens, caches, rule, seen, draw):
-        """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
+    def _decoded(
+        self, tokens: mx.array, caches: Caches, rule: Rule, seen: mx.array | None, draw: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array | None, Caches]:
+        """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
         logits, caches = self._extended(tokens[:, None], caches)
         return *choose(logits, rule, seen, draw), caches
 
@@ -120,7 +126,7 @@ class MlxInference:
     def not_finite(self) -> list[str]:
         named = self._named()
         names = [row.name for row in parameter_table(self.spec)]
-        finite: list[bool] = mx.stack([mx.isfinite(named[name]).all() for name in names]).tolist()
+        finite = to_ints(mx.stack([mx.isfinite(named[name]).all() for name in names]))
         return [name for name, good in zip(names, finite, strict=True) if not good]
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
@@ -130,23 +136,25 @@ class MlxInference:
         module: Any = self._module
         for step in path.split("."):
             module = module[int(step)] if step.isdigit() else module[step]
+        assert isinstance(module, nn.Module)
         return module
 
     def _named(self) -> dict[str, mx.array]:
-        return dict(tree_flatten(self._module.parameters()))
+        return dict(flatten(self._module.parameters()))
 
     def _value(self, name: str) -> mx.array:
         path, _, leaf = name.rpartition(".")
-        return self._inside(path)[leaf]
+        value: mx.array = self._inside(path)[leaf]
+        return value
 
 
-def flat(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
-    """Experts [B, T, K] -> [P, K]."""
+def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
+    """Reshape experts [B, T, K] to [P, K]."""
     return None if forced is None else [mx.array(expert.reshape(-1, expert.shape[-1])) for expert in forced]
 
 
-def load_of(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
-    """Per MoE layer: tokens of each expert, and dropped routed copies."""
+def routing_load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
+    """Return, per MoE layer, the tokens of each expert, and the number of dropped assignments."""
     load = [expert_counts(routing) for routing in result.routings]
     dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
     return load, dropped
@@ -156,6 +164,8 @@ def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) ->
     rows = []
     for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
         slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
-        values = (*combine_weights(*(np.array(value) for value in slots)), np.array(routing.score_PE))
-        rows.append(LayerRouting(layer, *(value.reshape(*shape, -1) for value in values)))
+        expert, weight = combine_weights(*(np.array(value) for value in slots))
+        score = np.array(routing.score_PE)
+        expert, weight, score = expert.reshape(*shape, -1), weight.reshape(*shape, -1), score.reshape(*shape, -1)
+        rows.append(LayerRouting(layer, expert, weight, score))
     return rows

@@ -1,9 +1,9 @@
 """A model in MLX: inference, training, and here exports."""
 
 import numpy as np
-from mlx.utils import tree_flatten
 
 from moezoo.mlx_backend.arrays import exported, to_numpy
+from moezoo.mlx_backend.runtime.typed import flatten
 from moezoo.mlx_backend.training import MlxTraining
 
 
@@ -19,7 +19,7 @@ class MlxModel(MlxTraining):
     def export_optimizer(self) -> dict[str, np.ndarray]:
         moments = {}
         for part in self._optimizer.optimizers:
-            for path, value in tree_flatten(part.state):
+            for path, value in flatten(part.state):
                 name, _, kind = path.rpartition(".")
                 if kind in ("m", "v"):
                     moments[f"{'first' if kind == 'm' else 'second'}_moment.{name}"] = value

@@ -5,10 +5,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.mlx_backend.kernels.x86 import FusedAdamW, can_fuse
+from moezoo.mlx_backend.runtime.typed import flatten
 
 
 def adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> optimizers.MultiOptimizer:
@@ -30,7 +31,7 @@ def global_norm(gradients: Any) -> mx.array:
     """Spec: moezoo.core.reference.optimizer.global_norm."""
     # Trap: one float32 sum over a large array loses digits on the CPU (4e-5 of the norm at 2.6 M parameters), so the
     # last axis is summed first.
-    squares = [mx.sum(mx.sum(mx.square(gradient), axis=-1)) for _, gradient in tree_flatten(gradients)]
+    squares = [mx.sum(mx.sum(mx.square(gradient), axis=-1)) for _, gradient in flatten(gradients)]
     return mx.sqrt(mx.sum(mx.stack(squares)))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from moezoo.core.backend import StepMetrics
 from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
@@ -19,9 +19,10 @@ from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.core.tokens import check_targets
 from moezoo.mlx_backend.arrays import to_numpy
 from moezoo.mlx_backend.distributed import data_parallel
-from moezoo.mlx_backend.inference import MlxInference, flat, load_of
+from moezoo.mlx_backend.inference import MlxInference, flatten_forced, routing_load
 from moezoo.mlx_backend.optimizer import adamw, clip, global_norm
 from moezoo.mlx_backend.router_state import updated_state
+from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int
 
 
 class PendingMlxStep:
@@ -34,10 +35,10 @@ class PendingMlxStep:
         terms, norm, load, dropped, state = self._values
         with data_parallel.lost_peer():
             return StepMetrics(
-                {name: value.item() for name, value in terms.items()},
-                norm.item(),
+                {name: to_float(value) for name, value in terms.items()},
+                to_float(norm),
                 [np.array(sizes, np.int64) for sizes in load],
-                [count.item() for count in dropped],
+                [to_int(count) for count in dropped],
                 to_numpy(state),
             )
 
@@ -63,17 +64,25 @@ class MlxTraining(MlxInference):
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
         (_, terms, *_), gradients = self._loss_and_gradients(
-            mx.array(tokens), mx.array(targets), None if key is None else mx.array(key), flat(forced)
+            mx.array(tokens), mx.array(targets), None if key is None else mx.array(key), flatten_forced(forced)
         )
         gradients, terms = data_parallel.averaged(gradients, terms)
         mx.eval(terms, gradients)
-        return {name: value.item() for name, value in terms.items()}, to_numpy(dict(tree_flatten(gradients)))
+        return {name: to_float(value) for name, value in terms.items()}, to_numpy(dict(flatten(gradients)))
 
-    def _loss(self, tokens, targets, key=None, forced=None, global_load=None):
+    def _loss(
+        self,
+        tokens: mx.array,
+        targets: mx.array,
+        key: mx.array | None = None,
+        forced: Sequence[mx.array] | None = None,
+        global_load: Sequence[mx.array] | None = None,
+    ) -> tuple[mx.array, dict[str, mx.array], list[mx.array | None], tuple[list[mx.array], list[mx.array]]]:
+        """Return the loss, every loss term, cutoffs of the routers, and loads and drops."""
         result = self._module(tokens, forced=forced, key=key)
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
-        return terms["loss"], terms, cutoffs, load_of(result)
+        return terms["loss"], terms, cutoffs, routing_load(result)
 
     def start_training(
         self,
@@ -104,7 +113,7 @@ class MlxTraining(MlxInference):
             for part in self._optimizer.optimizers:
                 restored = [
                     (path, mx.array(state[f"{names[path.rpartition('.')[2]]}.{path.rpartition('.')[0]}"]))
-                    for path, _ in tree_flatten(part.state)
+                    for path, _ in flatten(part.state)
                     if path.endswith((".m", ".v"))
                 ]
                 moments = tree_unflatten(restored) if restored else {}
@@ -122,10 +131,10 @@ class MlxTraining(MlxInference):
         global_load = None
         if self._balances_globally and len(parts) > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
-            global_load = _sum_over(lambda window, key: load_of(self._module(window[:, :-1], key=key))[0], parts)
+            global_load = _sum_over(lambda window, key: routing_load(self._module(window[:, :-1], key=key))[0], parts)
             (global_load,) = data_parallel.summed(global_load)
 
-        def micro_batch(window, key):
+        def micro_batch(window: mx.array, key: mx.array | None) -> Any:
             (_, terms, cutoffs, load), gradients = self._loss_and_gradients(
                 window[:, :-1], window[:, 1:], key, global_load=global_load
             )
@@ -152,7 +161,7 @@ class MlxTraining(MlxInference):
 
 
 def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array, mx.array | None]]) -> Any:
-    """The sum of what `micro_batch(window, key)` gives for each of the parts."""
+    """Sum `micro_batch(window, key)` over the parts."""
     total = micro_batch(*parts[0])
     for part in parts[1:]:
         # Trap: MLX's tree_map calls the function on None too, which stands where a router has no cutoffs.
