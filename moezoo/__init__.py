@@ -1,6 +1,7 @@
-"""moezoo: one spec for mixture-of-experts language models, realized in Flax NNX and in MLX, and proven equal.
+"""moezoo: one spec for mixture-of-experts language models, implemented in Flax NNX and in MLX, and proven equal.
 
-The public API is `load`, `parity`, the specs, and the errors. Importing it loads neither jax nor mlx.
+The public API is `load`, `load_config`, `parity`, the config and spec classes, and the base class of errors. Importing
+it does not import jax or mlx.
 """
 
 from collections.abc import Sequence
@@ -30,13 +31,16 @@ _LAZY = {
 def load(
     path: str | Path, backend: "str | Backend | None" = None, compute: str | None = None, max_length: int | None = None
 ) -> "LoadedModel":
-    """A model on a backend: `jax`, `mlx`, None for the default, or one that was made (`JaxBackend(mesh)`).
+    """Load a model on a backend.
 
-    `path`: a run folder (its newest whole checkpoint), the folder of a Hugging Face checkpoint, or a hub id `org/name`.
-    `compute`: the dtype of activations and products, `float32` or `bfloat16`; None is what the run's config says, and
-    float32 for a Hugging Face checkpoint. Parameters stay in the dtype of the files.
-    `max_length`: how many tokens a text may have, where a Hugging Face checkpoint's rotation depends on that (longrope,
-    dynamic); None is the length that it was first trained for.
+    Args:
+        path: a run folder (its newest intact checkpoint), the folder of a Hugging Face checkpoint, or a hub id
+            `org/name`.
+        backend: `jax`, `mlx`, None for the default, or a backend object (`JaxBackend(mesh)`).
+        compute: dtype of activations and matrix products, `float32` or `bfloat16`; None: as in the run's config, or
+            float32 for a Hugging Face checkpoint. Parameters stay in the dtype of the files.
+        max_length: maximum number of tokens, for a Hugging Face checkpoint whose RoPE scaling depends on it (longrope,
+            dynamic); None: the original length that it was trained for.
 
     Raises RunError, CheckpointError, SpecError, TokenizerError or BackendError.
     """
@@ -46,9 +50,9 @@ def load(
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
-    """Read and check a YAML config, with `path=value` overrides; a checkpoint that `init_from` names is opened.
+    """Load and validate a YAML config with `path=value` overrides; opens the checkpoint of `init_from` if it has one.
 
-    Raises SpecError, and as `load` for the checkpoint.
+    Raises SpecError, and what `load` raises for the checkpoint.
     """
     from moezoo.core.runs.init_from import load_resolved_config
 
@@ -56,9 +60,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
 
 
 def parity(path: str | Path) -> "ParityReport":
-    """Compare the reference, JAX and MLX on a config's initial weights or a run's newest ones.
+    """Compare the reference, JAX and MLX on the initial weights of a config, or the weights of what `load` opens.
 
-    Both backends must be installed. Raises as `load`.
+    Both backends must be installed. Raises what `load` raises.
     """
     from moezoo.backends import NAMES, load_backend
     from moezoo.core.parity.check import parity_of

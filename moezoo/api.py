@@ -1,4 +1,4 @@
-"""The Python API behind `import moezoo`: a loaded model, and its evaluation on a file."""
+"""The implementation of the Python API `import moezoo`: a loaded model, and its evaluation on a file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,14 +8,15 @@ import numpy as np
 
 from moezoo.core.backend import Backend, Model, Output, check_length
 from moezoo.core.config.run_config import Config, with_compute
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prepare import whole_file
-from moezoo.core.data.token_store import Progress
-from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
+from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.progress import Progress
 from moezoo.core.runs.open import open_model
 from moezoo.core.runs.save import export, save_run
 from moezoo.core.tokens import IGNORED, Integers
@@ -23,7 +24,17 @@ from moezoo.core.training.evaluation import Evaluation, evaluate
 
 
 class LoadedModel:
-    """A model with its tokenizer and config, on one backend."""
+    """A model on a backend with its tokenizer and config.
+
+    Attributes:
+        model: the model as the backend built it.
+        config: of its run, or to fine-tune a Hugging Face checkpoint.
+        tokenizer: encodes and decodes text.
+        step: number of updates it was trained for; 0 for a Hugging Face checkpoint.
+        problems: one-line warnings about the files, for the user.
+        layout: file layout of the Hugging Face checkpoint that it is or started from; None if there is none.
+        generation: default generation settings.
+    """
 
     def __init__(
         self,
@@ -39,41 +50,41 @@ class LoadedModel:
         self.config = config
         self.tokenizer = tokenizer
         self.step = step
-        self.problems = problems  # what a person should know about the files, a line each
-        self.layout = layout  # of the Hugging Face checkpoint that it is, or began from
+        self.problems = problems
+        self.layout = layout
         self.generation = (generation or GenerationConfig()).ending_with(tokenizer.end_of_text)
 
     def forward(self, tokens: Integers, targets: Integers | None = None) -> Output:
-        """Logits, routing and, given targets, losses.
+        """Compute logits and routing, and losses if there are targets.
 
         Args:
             tokens: int32 [B, T], 0 <= token < V.
-            targets: int32 [B, T], the token after each; -1 where there is none to predict.
+            targets: int32 [B, T], the next token of each; -1 masks a target.
 
         Returns:
             `.logits` float32 [B, T, V]; `.routing`, one per MoE layer with `.layer`, `.expert` int32 [B, T, K]
             (descending weight, ties to the lower id) and `.weight` float32 [B, T, K]; `.losses` by name.
 
-        Raises DataError: a token outside the vocabulary, not two dimensions, or more tokens than learned positions.
+        Raises DataError: a token outside the vocabulary, not two dimensions, or more tokens than positions.
         """
         checked = self._checked(tokens, "tokens")
         return self.model.forward(checked, None if targets is None else self._checked(targets, "targets", IGNORED))
 
     @property
     def first_token(self) -> int | None:
-        """The token before every text (`<s>`) where the model was trained with one and its tokenizer puts it there."""
+        """The BOS token (`<s>`), if the tokenizer adds one to every text; None for models trained without one."""
         if self.generation.special_tokens and isinstance(self.tokenizer, HuggingFaceTokenizer):
             return self.tokenizer.first_token
         return None
 
     def encode_prompt(self, text: str, *, chat: bool = False) -> Ids:
-        """Token ids of a prompt, int32 [T].
+        """Encode a prompt to token ids: int32 [T].
 
-        The tokenizer of a Hugging Face folder, or of a run that began from one, adds the special tokens that it adds by
-        itself; other runs were trained without.
-        `chat`: the text as a user's message in the tokenizer's chat template, up to where the answer begins.
+        The tokenizer of a Hugging Face folder, or of a run that started from one, adds its special tokens; other runs
+        were trained without any.
+        `chat`: format the text as a user message with the tokenizer's chat template, ready for the assistant's answer.
 
-        Raises TokenizerError: a tokenizer of ids only, or without a chat template.
+        Raises TokenizerError: the tokenizer cannot encode text, or has no chat template.
         """
         if chat:
             return self._tokenizer_with_template().encode_chat([{"role": "user", "content": text}])
@@ -94,13 +105,16 @@ class LoadedModel:
         seed: int = 0,
         on_tokens: Callable[[Integers], None] | None = None,
     ) -> Integers:
-        """Continue prompts int32 [B, T], or B prompts of any lengths: int32 [B, new]. Temperature 0 is greedy.
+        """Generate continuations int32 [B, new] of prompts int32 [B, T], or of B prompts of any lengths.
 
-        What is None is as `self.generation` says, which a Hugging Face folder's generation_config.json fills; where
-        that says nothing, 32 new tokens, greedy. It ends early when each sequence has one of `generation.end_tokens`.
+        An argument of None takes its value from `self.generation` (generation_config.json of a Hugging Face folder), or
+        else 32 new tokens and greedy decoding. Temperature 0 is greedy. Generation stops early when every sequence has
+        produced one of `generation.end_tokens`.
 
-        `on_tokens` is called with each new column, int32 [B]. Raises DataError as `forward`, SpecError for bad options
-        and for a generation_config.json that asks for what is not done here.
+        `on_tokens` is called with each new column, int32 [B].
+
+        Raises DataError: as `forward`. Raises SpecError: an option out of range, or unsupported settings in
+        generation_config.json.
         """
         rows = self._prompts(tokens)
         return generate(
@@ -121,14 +135,17 @@ class LoadedModel:
         )
 
     def save(self, path: str | Path, format: Literal["moezoo", "huggingface"] = "moezoo") -> list[str]:
-        """Write the model into a new folder, and return notes for a person, a line each.
+        """Save the model into a new folder, and return one-line notes for the user.
 
-        `moezoo`: weights, config and tokenizer, which `moezoo.load` reads on either backend. `huggingface`: the files
-        of the checkpoint that it was read from, or that its run began from, with the weights as they are now (those
-        that did not change come out bit for bit); or those of a family that computes the same, if it was designed here.
+        Args:
+            path: a new or empty folder.
+            format: `moezoo` saves weights, config and tokenizer, which `moezoo.load` reads on either backend.
+                `huggingface` saves the files of the checkpoint that the model was loaded from, or that its run started
+                from, with the current weights (unchanged ones are bit-exact); for a model designed here, the files of a
+                family that represents it.
 
-        Raises RunError: the folder exists and is not empty. Raises SpecError: a format not known, or a model that no
-        family computes.
+        Raises RunError: the folder exists and is not empty. Raises SpecError: an unknown format, or no family can
+        represent the model.
         """
         match format:
             case "moezoo":
@@ -140,18 +157,18 @@ class LoadedModel:
                 weights = self.model.export_parameters()
                 return export(weights, self.config, self.tokenizer, self.layout, Path(path))
             case _:
-                raise SpecError(f"no such format; got {format!r}; expected 'moezoo' or 'huggingface'.")
+                raise SpecError(f"unknown format; got {format!r}; expected 'moezoo' or 'huggingface'. Use one of them.")
 
     def _tokenizer_with_template(self) -> HuggingFaceTokenizer:
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
             return self.tokenizer
         raise TokenizerError(
-            f"there is no chat template; got a tokenizer of kind {self.tokenizer.kind}; expected a Hugging Face "
-            "tokenizer that has one. Prompt without chat."
+            f"the tokenizer has no chat template; got a tokenizer of kind {self.tokenizer.kind}; expected a Hugging "
+            "Face tokenizer that has one. Prompt without chat."
         )
 
     def _prompts(self, tokens: Integers | Sequence[IdsLike]) -> list[Integers]:
-        """Prompts of any lengths, each checked."""
+        """Check prompts, of equal or of different lengths."""
         try:
             return list(self._checked(np.asarray(tokens), "tokens"))
         except ValueError:  # NumPy's, for rows of unequal length
@@ -165,20 +182,20 @@ class LoadedModel:
             worst = array.min() if array.min() < lowest else array.max()
             rule = f"{lowest} <= token < {self.model.spec.vocab} (vocab_size)"
             raise DataError(f"{name} has token {worst}; expected {rule}.")
-        check_length(self.model.spec, array.shape[1], f"{name} of {array.shape[1]}")
+        check_length(self.model.spec, array.shape[1], f"{name} of length {array.shape[1]}")
         return array.astype(np.int32)
 
 
 def load_model(
     path: str | Path, backend: str | Backend | None = None, compute: str | None = None, max_length: int | None = None
 ) -> LoadedModel:
-    """See `moezoo.load`."""
+    """Load a model on a backend: the implementation of `moezoo.load`."""
     from moezoo.backends import load_backend
 
     opened = open_model(path, max_length)
     config = opened.config if compute is None else with_compute(opened.config, compute)
-    realized = load_backend(backend) if backend is None or isinstance(backend, str) else backend
-    model = realized.build(config.model, opened.weights)
+    chosen = load_backend(backend) if backend is None or isinstance(backend, str) else backend
+    model = chosen.build(config.model, opened.weights)
     problems = list(opened.problems)
     if opened.checkpoint is not None:
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
@@ -187,34 +204,40 @@ def load_model(
 
 
 _LOGITS_BYTES = 2**27
+"""Default limit for the logits of one evaluation batch, in float32."""
 
 
 def evaluate_file(
-    loaded: "LoadedModel",
+    loaded: LoadedModel,
     path: str,
     *,
     sequence_length: int | None = None,
     batch_size: int | None = None,
-    on_reading: Progress | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
-    """`evaluate` on all of a file, of text or token ids (`data.whole_file`).
+    """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`).
 
-    A window is as long as in training (512 for a checkpoint from elsewhere), or the file where that is shorter. Models
-    from elsewhere get the token before it that their tokenizer puts before every text. The batch is that of training,
-    or as many windows as keep the logits of one within 128 MiB.
+    Args:
+        loaded: the model. Each window starts with its BOS token, if it has one (`LoadedModel.first_token`).
+        path: the file.
+        sequence_length: tokens per window; None: as in training (512 for a Hugging Face checkpoint), or the whole file
+            if it is shorter.
+        batch_size: windows per batch; None: as in training, reduced so that the logits of a batch take at most 128 MiB.
+        on_progress: progress callback, in windows.
+
+    Raises DataError: the file cannot be used, or as `evaluate`.
     """
     model, training = loaded.model, loaded.config.training
-    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_reading)
+    split = whole_file(path, loaded.tokenizer, model.spec.vocab)
     first_token = loaded.first_token
     length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
-    fitting = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
+    largest_batch = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
     return evaluate(
         model,
         split,
         loaded.tokenizer,
         sequence_length=length,
-        batch_size=batch_size or min(training.batch_size, fitting),
+        batch_size=batch_size or min(training.batch_size, largest_batch),
         first_token=first_token,
         on_progress=on_progress,
     )

@@ -1,4 +1,4 @@
-"""The one place that knows which backends exist."""
+"""Backends by name: the default, the packages that each needs, and loading one."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ _PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
 
 
 def default_backend() -> str:
-    """`$BACKEND` if set, else mlx on Apple silicon and jax elsewhere."""
+    """Return the default backend: `$BACKEND` if set, else mlx on Apple silicon and jax elsewhere."""
     chosen = os.environ.get("BACKEND")
     if chosen:
         return chosen
@@ -23,12 +23,12 @@ def default_backend() -> str:
 
 
 def missing_packages(name: str) -> list[str]:
-    """Packages that the backend needs and that are not installed."""
+    """Return the packages that a backend needs and that are not installed."""
     return [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
 def load_planner() -> Planner:
-    """Return the module that compiles training steps for simulated devices, which only JAX can.
+    """Return the planner, which compiles training steps for simulated devices (JAX only).
 
     Raises BackendError: not installed.
     """
@@ -39,14 +39,19 @@ def load_planner() -> Planner:
 
 
 def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> Backend:
-    """Import a backend (the default one for None), for the devices of a mesh, and join a group of processes.
+    """Import a backend and return it.
 
-    Raises BackendError: unknown name, not installed, or a group that cannot be joined. Raises SpecError: a mesh that it
-    cannot have.
+    Args:
+        name: `jax` or `mlx`; None: the default.
+        mesh: the devices to use; None: one.
+        group: the JAX process group to join; None: a single process, or an MLX group from the environment.
+
+    Raises BackendError: an unknown name, missing packages, or a group that cannot be joined. Raises SpecError: a mesh
+    that the backend does not support.
     """
     name = name or default_backend()
     if name not in NAMES:
-        raise BackendError(f"no such backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}.")
+        raise BackendError(f"unknown backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}.")
     _check_installed(name, "or choose another one with --backend")
     if name == "jax":
         from moezoo.jax_backend.backend import JaxBackend
@@ -54,8 +59,8 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group:
         return JaxBackend(mesh, group)
     if group is not None:
         raise BackendError(
-            f"only JAX processes have a coordinator; got {group.in_words()} with backend mlx. Start MLX's with "
-            "`moezoo launch --nproc N train ...` or mlx.launch."
+            f"process group options are for backend jax only; got {group.options()} with backend mlx. Start MLX "
+            "processes with `moezoo launch --nproc N train ...` or mlx.launch."
         )
     from moezoo.mlx_backend.backend import MlxBackend
 

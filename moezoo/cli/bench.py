@@ -5,18 +5,27 @@ from pathlib import Path
 
 import click
 
-from moezoo.cli.options import json_option, new_console
+from moezoo.cli.options import json_option
+from moezoo.cli.output import new_console, print_json, print_lines
 
 
 @click.command("bench")
 @click.argument("mode", required=False, metavar="[train|layer|decode|startup|experts]")
-@click.option("--backend", "backends", metavar="jax,mlx", help="Default: those that are installed.")
-@click.option("--config", "configs", metavar="S,M,FILE", default="S", show_default=True, help="Models to time.")
-@click.option("--peers", metavar="NAME,...", help="Others to time: names, none, all. Default: installed and not slow.")
-@click.option("--slices", type=click.IntRange(1), default=5, show_default=True, help="Turns of each contender.")
-@click.option("--slice-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Length of a turn.")
-@click.option("--smoke", is_flag=True, help="Everything once, on a tiny model: does it work?")
-@click.option("--out", type=Path, metavar="FILE", help="Picture of the sweep. Default: runs/expert_sweep.png.")
+@click.option("--backend", "backends", metavar="jax,mlx", help="Backends to benchmark. Default: all installed ones.")
+@click.option(
+    "--config", "configs", metavar="S,M,FILE", default="S", show_default=True, help="Models: S, M, or config files."
+)
+@click.option(
+    "--peers",
+    metavar="NAME,...",
+    help="Other libraries: names, none or all. Default: installed ones that are not slow.",
+)
+@click.option("--slices", type=click.IntRange(1), default=5, show_default=True, help="Time slices per contender.")
+@click.option(
+    "--slice-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Length of a time slice."
+)
+@click.option("--smoke", is_flag=True, help="Smoke test: run everything once on a tiny model.")
+@click.option("--out", type=Path, metavar="FILE", help="Plot of the experts sweep. Default: runs/expert_sweep.png.")
 @json_option
 def bench_command(
     mode: str | None,
@@ -29,13 +38,12 @@ def bench_command(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """How fast training, one mixture, decoding and starting are, as a share of what the machine allows.
+    """Benchmark training, one MoE layer, decoding and startup.
 
-    Without a mode, all of them. `experts`: the same active operations with 4 to 128 experts. Others (transformers with
-    PyTorch, mlx-lm) take part where they are installed. With --json the tables go to standard error.
+    Speeds are also shown as a share of the hardware limit. Without a mode, all modes run. `experts` is a sweep from 4
+    to 128 experts with equal active FLOPs. Other libraries (transformers with PyTorch, mlx-lm) are compared if they
+    are installed. With --json, the tables go to standard error.
     """
-    import json
-
     from rich.console import Console
 
     from moezoo.bench.contenders import chosen
@@ -56,8 +64,8 @@ def bench_command(
     if "experts" in modes:
         picture = out or Path("runs/expert_sweep.png")
         draw_sweep(results.rows, picture)
-        console.print(f"picture: {picture}", highlight=False, soft_wrap=True, markup=False)
+        print_lines(console, f"picture: {picture}")
     if as_json:
-        click.echo(json.dumps(results.to_json(), indent=2))
+        print_json(results.to_json())
     if results.failed:
         sys.exit(1)

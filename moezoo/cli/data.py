@@ -15,29 +15,38 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--file", type=Path, help="A copy that you already have; its checksum is verified.")
+@click.option("--file", type=Path, help="Use this local copy instead of downloading; its checksum is verified.")
 def data(name: str | None, file: Path | None) -> None:
-    """Bring a dataset to this machine, verified; without NAME, list them."""
+    """Download a dataset and verify its checksum.
+
+    Without NAME, list the available datasets.
+    """
     from moezoo.core.data.datasets import fetch, list_recipes
+    from moezoo.core.progress import bytes_on_stderr
 
     if name is None:
         for recipe in list_recipes():
             click.echo(f"{recipe.name:20} {recipe.characters:>10,} characters  {recipe.licence:28} {recipe.title}")
         return
-    click.echo(fetch(name, file))
+    with bytes_on_stderr() as show:
+        path = fetch(name, file, show)
+    click.echo(path)
 
 
 def prepare_with_progress(
     console: "Console", config: "Config", where: str, tokenizer: "Tokenizer | None", *, quiet: bool = False
 ) -> "PreparedData":
+    """Prepare a config's data; a status line shows the progress unless `quiet`."""
     from moezoo.core.data.prepare import prepare_data
+    from moezoo.core.progress import Pace, bytes_line
 
     if quiet:
         return prepare_data(config.data, config.training.sequence_length, where=where, tokenizer=tokenizer)
     with console.status("preparing data ...") as status:
+        paces: dict[str, Pace] = {}
 
         def show(what: str, done: int, total: int | None) -> None:
-            status.update(f"{what}: {done / 1e6:,.0f} MB" + (f" of {total / 1e6:,.0f} MB" if total else ""))
+            status.update(bytes_line(what, done, total, paces.setdefault(what, Pace())))
 
         return prepare_data(
             config.data, config.training.sequence_length, where=where, tokenizer=tokenizer, on_progress=show

@@ -1,21 +1,28 @@
 """`moezoo eval`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moezoo.cli.data import prepare_with_progress
-from moezoo.cli.options import backend_option, json_option, new_console
+from moezoo.cli.options import backend_option, json_option
+from moezoo.cli.output import new_console, print_json, print_lines, warn
 from moezoo.core.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moezoo.api import LoadedModel
+    from moezoo.core.progress import Progress
+    from moezoo.core.training.evaluation import Evaluation
 
 
 @click.command("eval")
 @click.argument("path", metavar="PATH", type=Path)
-@click.option(
-    "--data", metavar="FILE", help="A text, JSON lines, or token ids (.npy, .bin). Default: a run's own data."
-)
-@click.option("--sequence-length", type=click.IntRange(1), help="Default: that of the run, else 512.")
-@click.option("--batch-size", type=click.IntRange(1), help="Windows at once.")
+@click.option("--data", metavar="FILE", help="Text, JSON lines, or token ids (.npy, .bin). Default: the run's data.")
+@click.option("--sequence-length", type=click.IntRange(1), help="Sequence length. Default: the run's, or 512.")
+@click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: the run's, less for large logits.")
 @backend_option
 @json_option
 def evaluate(
@@ -26,47 +33,56 @@ def evaluate(
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Loss, bits per byte and routing statistics of a model on held-out data.
+    """Evaluate loss, bits per byte and expert load on held-out data.
 
-    PATH is a run folder, or a Hugging Face folder or hub id with --data.
+    PATH is a run folder, or with --data also a Hugging Face folder or hub id.
     """
-    import json
-
     from moezoo.api import evaluate_file, load_model
     from moezoo.core.runs.run_folder import is_run
-    from moezoo.core.training.evaluation import describe_evaluation, describe_routing, known_grammar
-    from moezoo.core.training.evaluation import evaluate as run_evaluation
+    from moezoo.core.training.evaluation import describe_evaluation, describe_routing
 
     console = new_console()
     if data is None and not is_run(path):
-        raise DataError(f"{path} is no run folder, whose data is known; expected --data FILE, a text or token ids.")
+        raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
     model = load_model(path, backend)
-    for problem in model.problems:
-        click.echo(problem, err=True)
+    warn(*model.problems)
     with console.status("evaluating ...") as status:
 
-        def show(done: int, total: int) -> None:
-            status.update(f"evaluating: {done:,} of {total:,} windows")
+        def show(what: str, done: int, total: int | None) -> None:
+            status.update(f"{what}: {done:,} of {total or 0:,} windows")
 
         if data is not None:
             result = evaluate_file(
                 model, data, sequence_length=sequence_length, batch_size=batch_size, on_progress=show
             )
         else:
-            config = model.config
-            prepared = prepare_with_progress(console, config, str(path), model.tokenizer, quiet=True)
-            result = run_evaluation(
-                model.model,
-                prepared.validation,
-                model.tokenizer,
-                sequence_length=sequence_length or config.training.sequence_length,
-                batch_size=batch_size or config.training.batch_size,
-                grammar=known_grammar(config.data),
-                on_progress=show,
-            )
+            result = _evaluate_run(console, path, model, sequence_length, batch_size, show)
     if as_json:
-        click.echo(json.dumps({"path": str(path), "data": data, "step": model.step, **result.to_dict()}, indent=2))
+        print_json({"path": str(path), "data": data, "step": model.step, **result.to_dict()})
         return
     what = f"step {model.step}" if data is None else data
-    for line in (f"{what}: {describe_evaluation(result)}", *describe_routing(result)):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, f"{what}: {describe_evaluation(result)}", *describe_routing(result))
+
+
+def _evaluate_run(
+    console: "Console",
+    path: Path,
+    model: "LoadedModel",
+    sequence_length: int | None,
+    batch_size: int | None,
+    show: "Progress",
+) -> "Evaluation":
+    """Evaluate a run on its own validation data."""
+    from moezoo.core.training.evaluation import evaluate, known_grammar
+
+    config = model.config
+    prepared = prepare_with_progress(console, config, str(path), model.tokenizer, quiet=True)
+    return evaluate(
+        model.model,
+        prepared.validation,
+        model.tokenizer,
+        sequence_length=sequence_length or config.training.sequence_length,
+        batch_size=batch_size or config.training.batch_size,
+        grammar=known_grammar(config.data),
+        on_progress=show,
+    )

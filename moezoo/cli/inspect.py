@@ -1,11 +1,17 @@
 """`moezoo describe`, `moezoo plan` and `moezoo schema`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from moezoo.cli.options import devices_option, json_option, mesh_option, new_console, set_option
+from moezoo.cli.options import devices_option, json_option, mesh_option, set_option
+from moezoo.cli.output import print_json, print_report, warn_assumed
 from moezoo.core.errors import SpecError
+
+if TYPE_CHECKING:
+    from moezoo.core.config.run_config import Config
+    from moezoo.core.reports.mesh_page import MeshDescription
 
 
 @click.command()
@@ -15,49 +21,59 @@ from moezoo.core.errors import SpecError
 @devices_option
 @json_option
 def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: int | None, as_json: bool) -> None:
-    """A model on one page: layers, parameters, FLOPs, memory.
+    """Show layers, parameters, FLOPs and memory of a model.
 
-    PATH is a YAML config, a run folder, or a Hugging Face folder or hub id, of which config.json is enough: then also
-    what was understood of it, and what becomes of every tensor. With --mesh: where each parameter lies on so many
-    devices instead, and how many bytes of it one of them has.
+    PATH is a YAML config, a run folder, or a Hugging Face folder or hub id. Of a Hugging Face checkpoint, config.json
+    alone is enough; the page also shows the parsed config and the tensor mapping. With --mesh, it shows
+    how each parameter is sharded and its bytes per device instead.
     """
-    import json
-
-    from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.vocabulary import spec_with_vocab_size
-    from moezoo.core.reports.mesh_page import mesh_description, mesh_page
-    from moezoo.core.reports.model_page import describe as page
-    from moezoo.core.reports.model_page import description
-    from moezoo.core.runs.init_from import load_resolved_config
-    from moezoo.core.runs.open import checkpoint_folder, describe_model, is_config
-    from moezoo.core.runs.run_folder import is_run
+    from moezoo.core.reports.checkpoint_page import checkpoint_description, checkpoint_page
+    from moezoo.core.reports.mesh_page import mesh_page
+    from moezoo.core.reports.model_page import config_description, config_page
+    from moezoo.core.runs.open import checkpoint_folder
 
     if mesh is None and devices is not None:
-        raise SpecError(f"--devices {devices} says how many a mesh has; got no --mesh. Add --mesh data=auto, say.")
-    if mesh is not None:
-        known_config = is_config(path) or is_run(path)
-        config = (
-            load_resolved_config(path if is_config(path) else path / "config.yaml", overrides) if known_config else None
+        raise SpecError(
+            f"--devices is the number of devices of a mesh; got --devices {devices} without --mesh. Add --mesh, for "
+            "example --mesh data=auto."
         )
-        spec, assumed = (describe_model(path)[0], None) if config is None else spec_with_vocab_size(config)
-        if assumed:
-            click.echo(f"assumed: {assumed}", err=True)
-        lying = mesh_description(spec, load_mesh(mesh), devices)
-        shown = lying if as_json else mesh_page(lying)
-    elif is_config(path) or is_run(path):
-        config = load_resolved_config(path if is_config(path) else path / "config.yaml", overrides)
-        shown = description(config) if as_json else page(config, str(path))
+    config = _config(path, overrides)
+    if mesh is not None:
+        sharded = _sharded(path, config, mesh, devices)
+        print_report(sharded, lambda: mesh_page(sharded), as_json)
+    elif config is not None:
+        model = config_description(config)
+        print_report(model, lambda: config_page(model, str(path)), as_json)
     else:
-        from moezoo.core.reports.checkpoint_page import checkpoint_description, checkpoint_page
+        checkpoint = checkpoint_description(checkpoint_folder(path, weights=False))
+        print_report(checkpoint, lambda: checkpoint_page(checkpoint, str(path)), as_json)
 
-        if overrides:
-            raise SpecError(f"--set overrides values of a YAML config; got {path}; expected one, or no --set.")
-        folder = checkpoint_folder(path, weights=False)
-        shown = checkpoint_description(folder) if as_json else checkpoint_page(folder, str(path))
-    if as_json:
-        click.echo(json.dumps(shown, indent=2))
-    else:
-        new_console().print(shown)
+
+def _config(path: Path, overrides: tuple[str, ...]) -> "Config | None":
+    """Return the config at a path, or of the run there; None for a checkpoint, which takes no overrides."""
+    from moezoo.core.runs.init_from import load_resolved_config
+    from moezoo.core.runs.open import is_config
+    from moezoo.core.runs.run_folder import is_run
+
+    if is_config(path):
+        return load_resolved_config(path, overrides)
+    if is_run(path):
+        return load_resolved_config(path / "config.yaml", overrides)
+    if overrides:
+        raise SpecError(f"--set overrides values of a YAML config; got {path}; expected one, or no --set.")
+    return None
+
+
+def _sharded(path: Path, config: "Config | None", mesh: str, devices: int | None) -> "MeshDescription":
+    """Return the model's parameters on a mesh; an assumed vocabulary is printed as a warning."""
+    from moezoo.core.config.mesh_option import load_mesh
+    from moezoo.core.config.vocabulary import spec_with_vocab_size
+    from moezoo.core.reports.mesh_page import mesh_description
+    from moezoo.core.runs.open import describe_model
+
+    spec, assumed = (describe_model(path)[0], None) if config is None else spec_with_vocab_size(config)
+    warn_assumed(assumed)
+    return mesh_description(spec, load_mesh(mesh), devices)
 
 
 @click.command("plan")
@@ -65,9 +81,9 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
 @set_option
 @mesh_option
 @devices_option
-@click.option("--memory", metavar="80GiB", help="Of a device: does the step fit?")
-@click.option("--formula", is_flag=True, help="Compile nothing.")
-@click.option("--topology", metavar="v5e:16x16", help="TPU chips to compile for, where libtpu is installed.")
+@click.option("--memory", metavar="80GiB", help="Memory per device, to check whether the step fits.")
+@click.option("--formula", is_flag=True, help="Use formulas only, compile nothing.")
+@click.option("--topology", metavar="v5e:16x16", help="TPU topology to compile for; needs libtpu.")
 @json_option
 def plan_command(
     config_path: Path,
@@ -79,14 +95,12 @@ def plan_command(
     topology: str | None,
     as_json: bool,
 ) -> None:
-    """A training step on devices that are not there: memory, operations, and what travels.
+    """Estimate memory and communication of a training step on a mesh.
 
-    By formula, beside what XLA makes of the step: on this mesh if it has 256 devices or fewer, else on a smaller one
-    with the same axes. Deep models are compiled in part. No weights are made. With --topology, beside the memory that
-    the compiler for TPUs gives it.
+    No accelerator is needed and no weights are allocated. Estimates by formula are shown beside XLA's program, compiled
+    for simulated devices: on this mesh if it has at most 256 devices, else on a smaller one with the same axes. Deep
+    models are compiled in part. With --topology, the memory that the TPU compiler reports is shown instead.
     """
-    import json
-
     from moezoo.backends import load_planner
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.config.vocabulary import spec_with_vocab_size
@@ -100,20 +114,14 @@ def plan_command(
     config = config.model_copy(update={"model": spec, "mesh": config.mesh if mesh is None else load_mesh(mesh)})
     limit = None if memory is None else memory_bytes(memory)
     planner = None if formula and topology is None else load_planner()
-    known = make_plan(config, devices, limit, planner=planner, topology=topology)
-    if assumed:
-        click.echo(f"assumed: {assumed}", err=True)
-    if as_json:
-        click.echo(json.dumps(known, indent=2))
-    else:
-        new_console().print(plan_page(known, str(config_path)))
+    plan = make_plan(config, devices, limit, planner=planner, topology=topology)
+    warn_assumed(assumed)
+    print_report(plan, lambda: plan_page(plan, str(config_path)), as_json)
 
 
 @click.command()
 def schema() -> None:
-    """JSON Schema of a config, for editors that complete YAML."""
-    import json
-
+    """Print the JSON Schema of configs, for completion in editors."""
     from moezoo.core.config.run_config import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=2))
+    print_json(json_schema())

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that `moezoo --help` is quick."""
+"""The `moezoo` command line. Commands import their dependencies when they run, so that `moezoo --help` is fast."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from moezoo.cli.generate import generate
 from moezoo.cli.inspect import describe, plan_command, schema
 from moezoo.cli.parity import parity, zoo
 from moezoo.cli.train import launch_command, train
-from moezoo.core.distributed.process_group import end
+from moezoo.core.distributed.process_group import exit_process
 from moezoo.core.errors import MoezooError
 
 
 class _Commands(click.Group):
-    """Prints our errors in one line, in the order in which commands are used."""
+    """A command group that lists commands in order of use and prints a MoezooError without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -25,10 +25,10 @@ class _Commands(click.Group):
         except MoezooError as error:
             for line in str(error).splitlines():
                 click.echo(f"{type(error).__name__}: {line}", err=True)
-            end(1)
+            exit_process(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            end(130)
+            exit_process(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -37,7 +37,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="moezoo")
 def main() -> None:
-    """Mixture-of-experts language models: one spec, on JAX and on MLX, proven equal."""
+    """Train and run mixture-of-experts language models on JAX and MLX."""
 
 
 for _command in (

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import click
 
-from moezoo.cli.options import json_option, new_console
+from moezoo.cli.options import json_option
+from moezoo.cli.output import new_console, warn
 
 
 @click.command()
 @click.argument("path", metavar="PATH", type=Path)
 @json_option
-@click.option("--all", "show_all", is_flag=True, help="Show every gradient.")
+@click.option("--all", "show_all", is_flag=True, help="Show all gradients.")
 def parity(path: Path, as_json: bool, show_all: bool) -> None:
-    """Compare reference, JAX and MLX on the same weights and tokens. Exit status 1 beyond tolerance.
+    """Compare reference, JAX and MLX on the same weights and tokens.
 
-    PATH is a YAML config (initial weights), a run folder, or a Hugging Face folder or hub id.
+    PATH is a YAML config (initial weights), a run folder, or a Hugging Face folder or hub id. The exit status is 1 if a
+    difference exceeds its tolerance.
     """
     import moezoo
 
@@ -31,22 +33,23 @@ def parity(path: Path, as_json: bool, show_all: bool) -> None:
 @click.command()
 @click.argument("folder", metavar="[CONFIGS]", type=Path, default=Path("configs/tiny"))
 @json_option
-@click.option("--list", "only_list", is_flag=True, help="Leave the parity checks out.")
-@click.option("--out", type=Path, metavar="FILE", help="Write the table as Markdown too.")
+@click.option("--list", "only_list", is_flag=True, help="List only, without parity checks.")
+@click.option("--out", type=Path, metavar="FILE", help="Also write the table to a Markdown file.")
 def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
-    """Every part: its source, a config that shows it, and whether all realizations agree."""
-    import time
+    """List all model parts with source, example config and parity.
 
+    CONFIGS is a folder of YAML configs. The exit status is 1 if a part has no config or a parity check fails.
+    """
     import moezoo
     from moezoo.core.files import write_atomically
     from moezoo.core.parity.zoo import zoo as make_zoo
+    from moezoo.core.progress import Pace
 
-    started = time.monotonic()
+    pace = Pace()
 
-    def show(done: int, total: int, name: str) -> None:
+    def show(what: str, done: int, total: int | None) -> None:
         if not only_list:
-            eta = f"eta {(time.monotonic() - started) / done * (total - done):.0f} s" if done else "eta unknown"
-            click.echo(f"{done + 1}/{total}  {eta}  {name}", err=True)
+            click.echo(f"{done + 1}/{total}  eta {pace.eta(done, total)}  {what}", err=True)
 
     table = make_zoo(folder, None if only_list else moezoo.parity, show)
     if out is not None:
@@ -57,5 +60,5 @@ def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
         new_console().print(table.table())
     if table.passed is False:
         failed = ", ".join(config.name for config in table.configs if config.passed is False)
-        click.echo(f"shown by no config: {', '.join(table.missing) or 'none'}; differ: {failed or 'none'}", err=True)
+        warn(f"parts without a config: {', '.join(table.missing) or 'none'}; parity failures: {failed or 'none'}")
         sys.exit(1)

@@ -1,13 +1,22 @@
 """`moezoo train` and `moezoo launch`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moezoo.cli.data import prepare_with_progress
-from moezoo.cli.options import backend_option, group_options, mesh_option, new_console, set_option
+from moezoo.cli.options import backend_option, group_options, mesh_option, set_option
+from moezoo.cli.output import new_console, print_lines
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moezoo.core.config.run_config import Config
+    from moezoo.core.runs.run_folder import Run
+    from moezoo.core.training.loop import TrainingResult
 
 
 @click.command()
@@ -16,7 +25,7 @@ from moezoo.core.errors import RunError
 @click.option("--out", type=Path, metavar="RUN", help="Run folder. Default: runs/<config name>.")
 @set_option
 @mesh_option
-@click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
+@click.option("--resume", is_flag=True, help="Resume the run in the run folder from its newest checkpoint.")
 @group_options
 def train(
     config_path: Path,
@@ -29,90 +38,78 @@ def train(
 ) -> None:
     """Train a model from a YAML config.
 
-    With --coordinator as one of several JAX processes, all of which are given the same command.
+    With --coordinator this is one of several JAX processes, all of which must be started with the same command.
     """
     from moezoo.backends import load_backend
     from moezoo.cli.progress import ConsoleReporter
-    from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.run_config import load_config
     from moezoo.core.config.vocabulary import with_vocab_size
-    from moezoo.core.data.tokenizers import load_tokenizer
-    from moezoo.core.distributed.processes import first_then_others
-    from moezoo.core.reports.model_page import header
-    from moezoo.core.reports.run_picture import draw_run
-    from moezoo.core.runs.init_from import check_start, initial_tokenizer, load_resolved_config
-    from moezoo.core.runs.run_folder import create_run, is_run, open_run
-    from moezoo.core.training.evaluation import describe_evaluation
+    from moezoo.core.data.load_tokenizer import load_tokenizer
+    from moezoo.core.distributed.processes import first_process_first
+    from moezoo.core.reports.model_page import training_header
+    from moezoo.core.runs.init_from import check_initial_weights, initial_tokenizer
+    from moezoo.core.runs.run_folder import create_run, open_run
     from moezoo.core.training.loop import train as run_training
 
     path = out or Path("runs") / config_path.stem
-    begun = load_config(path / "config.yaml") if resume and is_run(path) else None
-    config = load_resolved_config(config_path, overrides, begun=begun)
-    if mesh is not None:
-        config = config.model_copy(update={"mesh": load_mesh(mesh)})
-    realized = load_backend(backend, config.mesh, group)
-    is_first = realized.processes.is_first
+    config, resumed = _config(config_path, overrides, mesh, path if resume else None)
+    loaded = load_backend(backend, config.mesh, group)
+    is_first = loaded.processes.is_first
     console = new_console(quiet=not is_first)
-    known = initial_tokenizer(config) if begun is None else load_tokenizer(path)
-    data = first_then_others(realized, lambda: prepare_with_progress(console, config, str(config_path), known))
+    tokenizer = load_tokenizer(path) if resumed else initial_tokenizer(config)
+    data = first_process_first(loaded, lambda: prepare_with_progress(console, config, str(config_path), tokenizer))
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
-    if begun is None:
-        check_start(config)
-    run = first_then_others(
-        realized,
-        lambda: create_run(path, config, data.tokenizer, resume=resume) if is_first else open_run(path),
+    if not resumed:
+        check_initial_weights(config)
+    run = first_process_first(
+        loaded, lambda: create_run(path, config, data.tokenizer, resume=resume) if is_first else open_run(path)
     )
-    console.print(header(config, {"backend": realized.name, **realized.facts(), "run": str(path)}))
+    console.print(training_header(config, {"backend": loaded.name, **loaded.facts(), "run": str(path)}))
     for row in data.summary:
-        console.print(
-            f"{row.source}: {row.train_tokens:,} training and {row.validation_tokens:,} validation tokens",
-            highlight=False,
-        )
-    result = run_training(config, data, realized, run, reporter=ConsoleReporter(console))
-    realized.leave()
-    if not is_first:
-        return
-    optimum = result.evaluation.optimum if result.evaluation else None
+        tokens = f"{row.train_tokens:,} training and {row.validation_tokens:,} validation tokens"
+        console.print(f"{row.source}: {tokens}", highlight=False)
+    result = run_training(config, data, loaded, run, reporter=ConsoleReporter(console))
+    loaded.leave()
+    if is_first:
+        resume_command = _resume_command(config_path, backend, out, overrides, mesh)
+        _finish(console, config, run, path, result, resume_command)
+
+
+def _config(
+    config_path: Path, overrides: tuple[str, ...], mesh: str | None, resumed_run: Path | None
+) -> tuple["Config", bool]:
+    """Return the config with its overrides, and True if it resumes a run, whose own config then fills it in."""
+    from moezoo.core.config.mesh_option import load_mesh
+    from moezoo.core.config.run_config import load_config
+    from moezoo.core.runs.init_from import load_resolved_config
+    from moezoo.core.runs.run_folder import is_run
+
+    resumed = resumed_run is not None and is_run(resumed_run)
+    before = load_config(resumed_run / "config.yaml") if resumed_run is not None and resumed else None
+    config = load_resolved_config(config_path, overrides, resumed=before)
+    return config if mesh is None else config.model_copy(update={"mesh": load_mesh(mesh)}), resumed
+
+
+def _finish(
+    console: "Console", config: "Config", run: "Run", path: Path, result: "TrainingResult", resume_command: str
+) -> None:
+    """Draw the picture of a run, and print its evaluation, or how to resume a run that was stopped."""
+    from moezoo.core.reports.run_picture import draw_run
+    from moezoo.core.training.evaluation import describe_evaluation
+
+    evaluation = result.evaluation
+    optimum = evaluation.optimum if evaluation else None
     draw_run(run.metrics_path, run.picture_path, optimum.entropy_rate if optimum else None)
-    if result.evaluation is None:
-        console.print(
-            f"stopped and saved after step {result.step} of {config.training.steps}. Go on with:\n"
-            f"  {_again(config_path, backend, out, overrides, mesh)}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+    if evaluation is None:
+        stopped = f"stopped and saved after step {result.step} of {config.training.steps}. Resume with:"
+        print_lines(console, stopped, f"  {resume_command}")
         return
-    console.print(describe_evaluation(result.evaluation), highlight=False, soft_wrap=True, markup=False)
-    console.print(f"run folder: {path}  (picture: {run.picture_path})", highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, describe_evaluation(evaluation), f"run folder: {path}  (picture: {run.picture_path})")
 
 
-@click.command("launch", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--nproc", type=click.IntRange(1), required=True, metavar="N", help="How many processes.")
-@click.argument("words", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
-def launch_command(nproc: int, words: tuple[str, ...]) -> None:
-    """Run `train` as N processes on this machine, each with a part of every batch.
-
-    For example: moezoo launch --nproc 2 train CONFIG --backend mlx, or --backend jax --mesh data=auto. When one
-    process ends with an error, all do.
-    """
-    from moezoo.backends import default_backend
-    from moezoo.core.distributed.launch import launch
-
-    if words[0] != "train":
-        raise RunError(f"launch runs `train`, which alone divides its work; got {words[0]!r}. Run that by itself.")
-    given = [
-        word.partition("=")[2] or following
-        for word, following in zip(words, [*words[1:], ""], strict=True)
-        if word.partition("=")[0] == "--backend"
-    ]
-    launch(nproc, words, given[-1] if given else default_backend())
-
-
-def _again(
+def _resume_command(
     config_path: Path, backend: str | None, out: Path | None, overrides: tuple[str, ...], mesh: str | None
 ) -> str:
-    """The command that resumes."""
+    """Return the command that resumes a run."""
     import shlex
 
     words = ["moezoo", "train", str(config_path)]
@@ -122,3 +119,28 @@ def _again(
         words += ["--set", override]
     words += ["--mesh", mesh] if mesh else []
     return shlex.join([*words, "--resume"])
+
+
+@click.command("launch", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--nproc", type=click.IntRange(1), required=True, metavar="N", help="Number of processes.")
+@click.argument("words", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+def launch_command(nproc: int, words: tuple[str, ...]) -> None:
+    """Run `train` as N processes on this machine.
+
+    Each process computes a part of every batch. For example: moezoo launch --nproc 2 train CONFIG --backend mlx, or
+    --backend jax --mesh data=auto. If one process fails, all are ended.
+    """
+    from moezoo.backends import default_backend
+    from moezoo.core.distributed.launch import launch
+
+    if words[0] != "train":
+        raise RunError(
+            f"launch runs `train` only, the one command that runs in several processes; got {words[0]!r}. "
+            f"Run `moezoo {words[0]}` without launch."
+        )
+    backends = [
+        word.partition("=")[2] or following
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+        if word.partition("=")[0] == "--backend"
+    ]
+    launch(nproc, words, backends[-1] if backends else default_backend())

@@ -1,6 +1,11 @@
-"""The one protocol between core and a backend. The train, generate and parity loops know only what stands here.
+"""The protocol between core and a backend: training, generation, evaluation and parity use a backend through it alone.
 
-Arrays cross it as NumPy, parameters by canonical name. Tokens are int32; B sequences of T tokens.
+Read it in this order: `Backend` builds a `Model`; a `Model` does inference (`forward`, `score`, `start_generation`),
+training (`start_training`, `train_step`) and export. The dataclasses are their results.
+
+Conventions. Arrays cross the protocol as NumPy arrays, and parameters as dicts keyed by canonical name
+(`core/parameters`). Tokens are int32; B is sequences, T tokens per sequence, V the vocabulary, E experts, K experts
+per token. `Pending...` objects are asynchronous results: the device keeps working until one of them is fetched.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,26 +26,32 @@ from moezoo.core.tokens import Floats, Integers
 
 
 def check_length(spec: ModelSpec, length: int, got: str) -> None:
-    """Raises DataError where the model has positions for fewer than `length` tokens; `got` says whose they are.
+    """Check that the model has positions for sequences of `length` tokens; `got` describes the input in the error.
 
-    Positions end where a learned table does, and where a rotation was stretched for texts of some length. Whoever hands
-    tokens to a model asks this first. Trap: of a row that a table has not, JAX gives the last one and MLX stray memory.
+    The number of positions is limited by a table of learned positions, or by RoPE scaling for a fixed length. Call
+    this before passing tokens to a model. Trap: for a row beyond the end of a table, JAX returns the last row and MLX
+    reads unrelated memory.
+
+    Raises DataError: the sequence is too long.
     """
     if spec.max_length is not None and length > spec.max_length:
-        stretched = spec.max_length_field.endswith("scaling.length")
-        advice = "Use fewer, or load it for a larger max_length" if stretched else "Use fewer"
-        raise DataError(f"positions end at {spec.max_length} tokens ({spec.max_length_field}); got {got}. {advice}.")
+        scaled = spec.max_length_field.endswith("scaling.length")
+        advice = "Use fewer tokens, or load the model with a larger max_length" if scaled else "Use fewer tokens"
+        raise DataError(
+            f"sequence too long; got {got}; expected at most {spec.max_length} tokens ({spec.max_length_field}). "
+            f"{advice}."
+        )
 
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Routing of one MoE layer. Experts by descending weight, ties to the lower id, unused slots last.
+    """Routing of one MoE layer. A token's experts are sorted by descending weight; ties by lower id; unused slots last.
 
     Fields:
         layer: index of the layer in the model.
-        expert: int32 [B, T, K]; -1 in a slot that the router left unused.
-        weight: float32 [B, T, K]; what multiplies each expert's output, 0 where a capacity dropped the token.
-        score: float32 [B, T, E]; scores of all experts, those that compute nothing last.
+        expert: int32 [B, T, K], expert ids; -1 in a slot that the router left unused.
+        weight: float32 [B, T, K], combine weights: the factor of each expert's output, 0 for a dropped assignment.
+        score: float32 [B, T, E], router scores of all experts; zero-computation experts last.
     """
 
     layer: int
@@ -52,7 +63,10 @@ class LayerRouting:
 def combine_weights(
     expert_PK: Integers, valid_PK: NDArray[np.bool_], kept_PK: NDArray[np.bool_], weight_PK: Floats
 ) -> tuple[Integers, Floats]:
-    """Experts and weights [P, K] as a LayerRouting has them, from the slots of a routing and who of them is served."""
+    """Return `expert` and `weight` of a LayerRouting, both [P, K], sorted.
+
+    `valid_PK`: slots that the router used. `kept_PK`: assignments within the expert's capacity.
+    """
     weight_PK = np.where(kept_PK, weight_PK, np.zeros((), weight_PK.dtype))
     order_PK = np.lexsort((expert_PK, -weight_PK, ~valid_PK), axis=-1)
     expert_PK = np.where(valid_PK, expert_PK, -1).astype(np.int32)
@@ -61,7 +75,14 @@ def combine_weights(
 
 @dataclass(frozen=True)
 class Output:
-    """What `forward` gives: logits [B, T, V]; a LayerRouting per MoE layer; with targets, every loss term by name."""
+    """Result of `Model.forward`.
+
+    Fields:
+        logits: float32 [B, T, V].
+        routing: one LayerRouting per MoE layer.
+        losses: every loss term by name; empty without targets.
+        intermediates: named intermediates in the order of the forward pass; empty unless recorded.
+    """
 
     logits: Floats
     routing: list[LayerRouting]
@@ -71,14 +92,14 @@ class Output:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one training step measured, before its update.
+    """Measurements of one training step, taken before its update unless noted.
 
     Fields:
         losses: every loss term by name, mean over the micro-batches.
         gradient_norm: global norm before clipping.
-        load: per MoE layer, int64 [E]: tokens routed to each expert in the global step, before any is dropped.
-        dropped: per MoE layer: routed copies that a capacity dropped.
-        state: what the step changed without a gradient, by canonical name, after it.
+        load: per MoE layer, int64 [E]: assignments to each expert in the global step, before capacity drops any.
+        dropped: per MoE layer, number of assignments beyond an expert's capacity.
+        state: by canonical name, the router state that the step updated without a gradient; values after the step.
     """
 
     losses: dict[str, float]
@@ -90,7 +111,12 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` gives: nats per target token [B, T], 0 if IGNORED, and load and drops as in StepMetrics."""
+    """Result of `Model.score`.
+
+    Fields:
+        token_losses: [B, T], cross-entropy of each target in nats; 0 where the target is IGNORED.
+        load, dropped: as in StepMetrics.
+    """
 
     token_losses: Floats
     load: list[NDArray[np.int64]]
@@ -98,39 +124,39 @@ class Scores:
 
 
 class PendingStep(Protocol):
-    """A step whose numbers may still be on their way; the device works on while the loop goes on."""
+    """Asynchronous result of a training step."""
 
     def fetch(self) -> StepMetrics:
-        """Wait for the numbers."""
+        """Wait for the metrics and return them."""
         ...
 
 
 class PendingTokens(Protocol):
-    """One token of each sequence, which the device may still be computing."""
+    """Asynchronous result of a decoding step: one token of each sequence."""
 
     def fetch(self) -> Integers:
-        """Wait for them: int32 [B]. Raises DataError for logits from which nothing can be drawn."""
+        """Wait for the tokens and return them: int32 [B]. Raises DataError for logits that cannot be sampled from."""
         ...
 
 
 class PendingFiles(Protocol):
-    """Arrays that are on their way into files."""
+    """Asynchronous write of arrays to files."""
 
     def finish(self) -> None:
-        """Return when all processes have written theirs. Raises RunError where one could not."""
+        """Wait until every process has written its files. Raises RunError where one of them failed."""
         ...
 
 
 class Generation(Protocol):
-    """Sequences on the device, which grow by a token each."""
+    """A batch of sequences with their caches on the device, extended one token at a time."""
 
     def next(self) -> PendingTokens:
-        """Begin to compute one more token of each sequence, from those before, which need not be fetched yet."""
+        """Start computing the next token of each sequence. The previous tokens need not have been fetched."""
         ...
 
 
 class Model(Protocol):
-    """A built model. Its parameters live on the device; `train_step` changes them."""
+    """A built model with its parameters on the device. `train_step` updates them in place."""
 
     spec: ModelSpec
 
@@ -144,17 +170,23 @@ class Model(Protocol):
         key: Bits | None = None,
         inference: bool = False,
     ) -> Output:
-        """Logits and routing; with targets, which may be IGNORED, every loss term.
+        """Run the forward pass on tokens [B, T]; with targets [B, T], compute every loss term.
 
-        `forced`: experts [B, T, K] per MoE layer to use, -1 for an unused slot; `record`: named intermediates too;
-        `key`: uint32 [2], the key of a training step, for noise and dropout; `inference`: route as generation does.
+        Args:
+            tokens, targets: int32; a target may be IGNORED.
+            forced: forced routing: experts int32 [B, T, K] per MoE layer, -1 for an unused slot.
+            record: return named intermediates too.
+            key: uint32 [2], the key of a training step, for router noise and dropout; None: neither.
+            inference: use inference routing (no capacity, causal), as generation does.
+
+        Raises DataError: targets that are all IGNORED, or an IGNORED token beside targets.
         """
         ...
 
     def score(self, tokens: Integers, targets: Integers, *, inference: bool = False) -> Scores:
-        """Loss of every target token, 0 where it is IGNORED; without noise and without keeping logits.
+        """Compute the loss of every target token, without noise and without returning logits.
 
-        `inference` as in `forward`. Several processes all give the same whole batch, and all get all of it.
+        `inference`: as in `forward`. With several processes, each passes the whole batch and gets the whole result.
         """
         ...
 
@@ -166,9 +198,9 @@ class Model(Protocol):
         forced: Sequence[Integers] | None = None,
         key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, Floats]]:
-        """Every loss term, and the gradient of `loss` by canonical name of every trained parameter.
+        """Return every loss term, and the gradient of `loss` by canonical name of each trained parameter.
 
-        Raises DataError, as `forward` does, where all targets are IGNORED.
+        Arguments and errors as in `forward`.
         """
         ...
 
@@ -181,123 +213,143 @@ class Model(Protocol):
         rematerialize: Rematerialize = "none",
         layers: Layers = "unrolled",
     ) -> None:
-        """Make the optimizer; with `state` and the number of updates done, as `export_optimizer` gave them.
+        """Create the optimizer and prepare the training step.
 
-        `rematerialize`: what is computed again on the way back, routed `experts` or every `block`; `layers`: `scanned`
-        compiles equal layers once (TrainingConfig).
+        Args:
+            config: AdamW, gradient clipping and weight decay.
+            state: optimizer moments to resume from, as `export_optimizer` returned them; None: zero moments.
+            update: number of updates that these moments have seen.
+            rematerialize: activations to recompute in the backward pass: `none`, those of the `experts`, or of every
+                `block` (activation checkpointing).
+            layers: `scanned` compiles equal layers once (TrainingConfig).
 
-        Raises TrainingError where a parameter is not float32, or the backend does not realize an option; SpecError
-        where layers are to be scanned and no two are equal.
+        Raises TrainingError: a parameter is not float32, or the backend does not support an option. Raises SpecError:
+        `scanned` for a model without two equal layers.
         """
         ...
 
     def own_sequences(self, batch: int) -> NDArray[np.int64]:
-        """Which of the B sequences of a micro-batch this process gives to `train_step`: int64 [b], rising.
+        """Return the indices of this process's sequences in a micro-batch of B: int64 [b], ascending.
 
-        One process: all. Raises SpecError where they cannot be divided.
+        With one process: all. Raises SpecError where B is not divisible.
         """
         ...
 
     def train_step(self, windows: Integers, learning_rate: float, keys: Bits | None = None) -> PendingStep:
-        """One update from windows int32 [A, B, T + 1]: A micro-batches of B sequences, with their next tokens.
+        """Do one update on windows int32 [A, B, T + 1]: A micro-batches of B sequences, inputs and next tokens.
 
-        Of several processes each gives its own sequences, [A, b, T + 1]. What is computed, and all that StepMetrics
-        tell, is of the whole batch, and is the same in every process.
+        The loss is the mean over micro-batches of each one's own mean, however many of its targets are not IGNORED.
+        Router state is updated once, from all micro-batches.
 
-        `keys`: uint32 [A, 2], the key of each micro-batch; None: no noise. State is updated once, from all of them.
-        The loss is the mean over micro-batches of each one's own, however many of its targets count. The last column
-        may be IGNORED. Raises DataError where all of a micro-batch's targets are.
+        With several processes, each passes its own sequences, [A, b, T + 1] (`own_sequences`). Gradients and
+        StepMetrics are those of the global batch, and equal in every process.
+
+        Args:
+            windows: inputs are `[..., :-1]`, targets `[..., 1:]`. Only the last column may be IGNORED.
+            learning_rate: of this update.
+            keys: uint32 [A, 2], the key of each micro-batch; None: no noise.
+
+        Raises DataError: all targets of a micro-batch are IGNORED.
         """
         ...
 
     def start_generation(self, prompts: Sequence[Integers], new_tokens: int, options: SamplingOptions) -> "Generation":
-        """The next tokens of B prompts, int32 of any lengths from 1, of which at most `new_tokens` will be asked for.
+        """Start generation from B prompts, int32 of any lengths >= 1, for at most `new_tokens` calls of `next`.
 
-        Row b gets the tokens that `core.sampling.sample` draws for sequence b of its logits, whoever else is there.
+        Row b gets the tokens that `core.reference.sampling.sample` draws for sequence b from its logits: they do not
+        depend on the other rows of the batch.
         """
         ...
 
     def prefill(self, tokens: Integers, size: int) -> tuple[Floats, Any]:
-        """Logits [B, V] after the last token of [B, T], and a cache with room for `size` tokens in all.
+        """Return logits [B, V] after the last token of [B, T], and a KV cache with capacity for `size` tokens in total.
 
-        For whoever chooses tokens by another rule, or compares logits; `start_generation` keeps them on the device.
+        For custom decoding and for comparing logits; `start_generation` keeps the logits on the device.
         """
         ...
 
     def decode(self, tokens: Integers, cache: Any) -> tuple[Floats, Any]:
-        """Logits [B, V] after one more token [B] per sequence, and the longer cache."""
+        """Return logits [B, V] after one more token [B] per sequence, and the extended cache."""
         ...
 
     def wait(self) -> None:
-        """Return when the device has finished all steps that were started, their updates included."""
+        """Block until the device has finished every step started so far, including its update."""
         ...
 
     def not_finite(self) -> list[str]:
-        """The parameters and state that hold a number that is not finite, in the order of the parameter table."""
+        """Return the names of parameters and state with a NaN or infinite value, in parameter-table order."""
         ...
 
     def files_writer(self) -> Callable[[Path], PendingFiles] | None:
-        """What begins to write all arrays into a new folder, as `core.sharded_tensors` reads them.
+        """Return a function that starts writing all arrays into a new folder, for `checkpoint.sharded_tensors` to read.
 
-        None where this process has all of them: `export_parameters` and `export_optimizer` give them then. Of several
-        processes each writes what is on its devices, and all must call. Training may go on at once.
+        None if this process holds all arrays: then use `export_parameters` and `export_optimizer`. With several
+        processes, each writes its own shards and all must call it. Training may continue while files are written.
         """
         ...
 
     def export_parameters(self) -> dict[str, Floats]:
-        """Every parameter, trained or state, by canonical name and in the dtype that it was built with."""
+        """Return every parameter, trained or state, by canonical name in the dtype it was built with."""
         ...
 
     def export_optimizer(self) -> dict[str, Floats]:
-        """`first_moment.<name>` and `second_moment.<name>` of every trained parameter."""
+        """Return `first_moment.<name>` and `second_moment.<name>` of every trained parameter."""
         ...
 
 
 class Mixture(Protocol):
-    """One mixture by itself, B sequences of T positions. What it computes is on the device, and finished."""
+    """A single MoE layer on B sequences of T tokens, for benchmarks. Results are on the device and already computed."""
 
     def array(self, values: Floats | Integers) -> Any:
-        """Values on the device."""
+        """Copy values to the device."""
         ...
 
     def forward(self, x: Any, token: Any) -> Any:
-        """What the mixture adds to activations float32 [B, T, D] of tokens int32 [B, T], which only a hash reads."""
+        """Return the layer's output [B, T, D] for activations float32 [B, T, D].
+
+        `token`: int32 [B, T], read by a hash router only.
+        """
         ...
 
     def gradients(self, x: Any, token: Any, gradient: Any) -> tuple[Any, dict[str, Any]]:
-        """From the gradient [B, T, D] of what it adds: that of `x`, and of each trained parameter by canonical name."""
+        """Run the backward pass: from the output gradient [B, T, D], return that of `x` and of each trained parameter.
+
+        Parameters are keyed by canonical name.
+        """
         ...
 
 
 class Backend(Protocol):
-    """A framework that realizes specs."""
+    """A framework that implements specs."""
 
     name: str
 
     @property
     def processes(self) -> Processes:
-        """The processes that share a batch, and which of them this is."""
+        """Number of processes that share a batch, and the index of this one."""
         ...
 
     def gather(self, number: int) -> PendingNumbers:
-        """The numbers of all processes, each of which must ask, and in the same order. Does not wait for steps."""
+        """All-gather one number per process. All must call, in the same order. Does not wait for training steps."""
         ...
 
     def leave(self) -> None:
-        """Part from the other processes when all have come here; nothing is computed afterwards."""
+        """Leave the process group once all processes have called this. Do not compute afterwards."""
         ...
 
     def build(self, spec: ModelSpec, weights: Mapping[str, Floats]) -> Model:
-        """A model with these weights, each in its own dtype (`core/precision.py`), which are read one by one.
+        """Build a model from weights by canonical name, each kept in its dtype (`core/parameters/precision.py`).
 
-        Raises CheckpointError where names or shapes (`shapes_of`) differ from the parameter table.
+        Weights are read one at a time, so `weights` may be a lazy mapping of a checkpoint.
+
+        Raises CheckpointError: names or shapes (`shapes_of`) differ from the parameter table.
         """
         ...
 
     def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, Floats]) -> Mixture:
-        """The mixture of layer `layer`, with its weights by canonical name."""
+        """Build the MoE layer of layer `layer` alone, from its weights by canonical name."""
         ...
 
     def facts(self) -> dict[str, str]:
-        """What a run's header says: device, compute path of the experts, and the like."""
+        """Return facts for a run's header by name: device, implementation of the experts, mesh, caches."""
         ...

@@ -1,7 +1,7 @@
-"""Errors that a person can act on.
+"""Exceptions for errors that users can fix.
 
-Each is one line: what is wrong, what was received, what is expected, where, and what to do. The command line prints
-`<class name>: <message>` and exits with status 1, without a traceback; anything else that escapes is a bug of ours.
+Each message is one line: what is wrong, what was received, what is expected, where, and what to do. The command line
+prints `<class name>: <message>` and exits with status 1, without a traceback; any other exception is a bug in moezoo.
 """
 
 import difflib
@@ -9,15 +9,15 @@ from collections.abc import Iterable
 
 
 class MoezooError(Exception):
-    """Base of every error that the caller can cause and mend."""
+    """Base class of all errors that the caller can cause and fix."""
 
 
 class SpecError(MoezooError):
-    """A config or spec that cannot be: unknown key, wrong type, impossible sizes."""
+    """An invalid config or spec: unknown key, wrong type, impossible sizes."""
 
 
 class DataError(MoezooError):
-    """A text, shard, dataset or batch that is missing, damaged, too short, or does not fit the model."""
+    """A text, shard, dataset or batch that is missing, damaged, too short, or incompatible with the model."""
 
 
 class TokenizerError(MoezooError):
@@ -25,11 +25,11 @@ class TokenizerError(MoezooError):
 
 
 class CheckpointError(MoezooError):
-    """A checkpoint that is missing, damaged, or does not fit the spec."""
+    """A checkpoint that is missing, damaged, or does not match the spec."""
 
 
 class RunError(MoezooError):
-    """A run folder that is missing, in the way, or not writable."""
+    """A run folder that is missing, not writable, or already exists."""
 
 
 class BackendError(MoezooError):
@@ -37,14 +37,14 @@ class BackendError(MoezooError):
 
 
 class BenchError(MoezooError):
-    """A contender of the benchmark that died, or cannot do what it is asked to."""
+    """A benchmark contender that crashed or does not support a case."""
 
 
 class TrainingError(MoezooError):
-    """Training that cannot go on, for example a loss that is not finite."""
+    """Training that cannot continue, e.g. because the loss is not finite."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean X?"` for the known word nearest to `word`, or an empty string where none is near."""
+    """Return `"; did you mean X?"` with the closest match for `word` in `known`; an empty string if none is close."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""

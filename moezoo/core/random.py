@@ -83,7 +83,7 @@ def split(key: Bits, count: int) -> Bits:
 
 
 def bits(key: Bits, shape: tuple[int, ...]) -> Bits:
-    """Random bits: uint32 [*shape] for a key [2], or [*keys, *shape] for keys [*keys, 2], independent per key.
+    """Draw random bits: uint32 [*shape] for a key [2], or [*keys, *shape] for keys [*keys, 2], independent per key.
 
     Element i, counted row by row, is y0 xor y1 of threefry(key, (i >> 32, i mod 2**32)).
 
@@ -97,7 +97,7 @@ def bits(key: Bits, shape: tuple[int, ...]) -> Bits:
 
 
 def uniform(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Uniform numbers in [0, 1), multiples of 2**-23: float32 [*shape], or [*keys, *shape] as in `bits`.
+    """Draw uniform numbers in [0, 1), multiples of 2**-23: float32 [*shape], or [*keys, *shape] as in `bits`.
 
     The top 23 bits become the mantissa of a number in [1, 2), minus one: exact on every machine. Scaling is left to
     the caller: a fused multiply-add inside a compiled backend would change the last bit.
@@ -108,7 +108,7 @@ def uniform(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
 
 
 def normal(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """Standard normal numbers: float64 [*shape], or [*keys, *shape] as in `bits`.
+    """Draw standard normal numbers: float64 [*shape], or [*keys, *shape] as in `bits`.
 
     `Phi^-1(u + 2**-24)` for a uniform u: the middle of its cell, so the distribution is symmetric, with maximum 5.3. A
     backend computes `sqrt(2) erfinv(2 u + 2**-23 - 1)`, whose argument is exact in float32.
@@ -120,7 +120,7 @@ def normal(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
 
 
 def gumbel(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """Standard Gumbel numbers, `-log(-log(max(u, 2**-126)))`: float64 [*shape], or [*keys, *shape] as in `bits`.
+    """Draw standard Gumbel numbers, `-log(-log(max(u, 2**-126)))`: float64 [*shape], or [*keys, *shape] as in `bits`.
 
     The argmax of `logits + gumbel` is a sample from softmax(logits). Source: `jax.random.gumbel`.
     """
@@ -128,7 +128,9 @@ def gumbel(key: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
 
 
 def bernoulli(key: Bits, probability: float, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    """True with a probability in [0, 1], compared in float32: bool [*shape], or [*keys, *shape] as in `bits`.
+    """Draw booleans that are True with probability `probability`: bool [*shape], or [*keys, *shape] as in `bits`.
+
+    The probability is in [0, 1] and compared in float32.
 
     Source: `jax.random.bernoulli`.
     """

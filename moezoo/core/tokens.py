@@ -1,4 +1,4 @@
-"""Token ids, targets and the array types that carry them."""
+"""Token ids, targets, and the array types for them."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,21 +10,23 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 
 IGNORED = -1
-"""As a target: there is nothing to predict here. The token has no cross-entropy; auxiliary losses still see it."""
+"""A masked target (ignore index): the position has no cross-entropy, but auxiliary losses still include it."""
 
 
 def check_targets(tokens: Integers, targets: Integers) -> None:
-    """Raises DataError for one pass over tokens and targets [B, T] that all are IGNORED, or IGNORED as a token.
+    """Check the tokens and targets [B, T] of one forward pass.
 
-    Trap: a mean over no targets is 0 / 0, and a row -1 of an embedding is the last one, or stray memory.
+    Trap: a mean over no targets is 0 / 0, and row -1 of an embedding is its last row, or unrelated memory.
+
+    Raises DataError: all targets are IGNORED, or an input token is.
     """
     if not (targets != IGNORED).any():
         raise DataError(
-            f"no target counts; got {targets.size} targets in a batch or micro-batch, each of them {IGNORED}; "
-            "expected at least one token id. Use larger parts, or leave this batch out."
+            f"all targets are masked; got {targets.size} targets of {IGNORED} in a batch or micro-batch; "
+            "expected at least one token id. Use larger micro-batches, or remove this batch."
         )
     if (tokens < 0).any():
         raise DataError(
-            f"{IGNORED} may stand as a target only; got it as an input token. "
-            "In a window it may stand in the last column alone."
+            f"{IGNORED} is allowed as a target only; got it as an input token; expected token ids >= 0. "
+            "In a window it may be in the last column only."
         )

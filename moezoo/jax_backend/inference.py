@@ -88,16 +88,14 @@ class JaxInference:
         *,
         record: bool,
         inference: bool,
-    ) -> tuple[Forward, dict[str, jax.Array], dict[str, jax.Array]]:
+    ) -> tuple[Forward, Parameters, Parameters]:
         intermediates: dict[str, jax.Array] = {}
         module, exchange = self._merge(parameters, state), None if self._sharded(tokens) is None else self._exchange
         result = module(tokens, forced=forced, record=intermediates, key=key, inference=inference, exchange=exchange)
         terms = {} if targets is None else self._terms(result, targets)
         return result._replace(index_losses=[]), terms, intermediates if record else {}
 
-    def _terms(
-        self, result: Forward, targets: jax.Array, global_load: Sequence[jax.Array] | None = None
-    ) -> dict[str, jax.Array]:
+    def _terms(self, result: Forward, targets: jax.Array, global_load: Sequence[jax.Array] | None = None) -> Parameters:
         losses = result.index_losses
         return loss_terms(
             self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
@@ -251,8 +249,7 @@ def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) ->
     rows = []
     for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
         slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
-        expert, weight = combine_weights(*(np.array(value) for value in slots))
-        score = np.array(routing.score_PE)
-        expert, weight, score = expert.reshape(*shape, -1), weight.reshape(*shape, -1), score.reshape(*shape, -1)
-        rows.append(LayerRouting(layer, expert, weight, score))
+        expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
+        score_PE, like = np.array(routing.score_PE), (*shape, -1)
+        rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))
     return rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moezoo.core.checkpoint.manifest import OF_OPTIMIZER, OF_WEIGHTS
+from moezoo.core.checkpoint.manifest import OPTIMIZER_PREFIX, WEIGHTS_PREFIX
 from moezoo.jax_backend.arrays import exported, to_numpy
 from moezoo.jax_backend.distributed.checkpoint_writer import PendingFiles
 from moezoo.jax_backend.inference import Parameters
@@ -22,8 +22,8 @@ class JaxModel(JaxTraining):
     def _write(self, folder: Path) -> PendingFiles:
         weights = self._stacks.unstack(self._parameters) | self._state
         moments = self._moments_by_name(lambda held: held)
-        arrays = {f"{OF_WEIGHTS}{name}": value for name, value in weights.items()}
-        return PendingFiles(folder, arrays | {f"{OF_OPTIMIZER}{name}": value for name, value in moments.items()})
+        arrays = {f"{WEIGHTS_PREFIX}{name}": value for name, value in weights.items()}
+        return PendingFiles(folder, arrays | {f"{OPTIMIZER_PREFIX}{name}": value for name, value in moments.items()})
 
     def export_parameters(self) -> dict[str, np.ndarray]:
         return self._stacks.unstack(exported(self._parameters)) | exported(self._state)

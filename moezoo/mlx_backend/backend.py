@@ -49,7 +49,7 @@ class MlxBackend:
         if is_x86_cpu() and not can_fuse():
             fused = "nothing (slower updates): no g++ on the PATH"
         return {
-            "device": f"{device}, MLX {mx.__version__}",  # type: ignore[attr-defined]
+            "device": f"{device}, MLX {mx.__version__}",  # type: ignore[attr-defined]  # not in its stub
             "experts": grouped_path() + ("; few rows: gather_mm" if grouped_path() == "slices" else ""),
             "blas": BLAS,
             "freed memory": FREED_MEMORY,

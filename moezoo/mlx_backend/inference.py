@@ -164,8 +164,7 @@ def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) ->
     rows = []
     for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
         slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
-        expert, weight = combine_weights(*(np.array(value) for value in slots))
-        score = np.array(routing.score_PE)
-        expert, weight, score = expert.reshape(*shape, -1), weight.reshape(*shape, -1), score.reshape(*shape, -1)
-        rows.append(LayerRouting(layer, expert, weight, score))
+        expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
+        score_PE, like = np.array(routing.score_PE), (*shape, -1)
+        rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))
     return rows

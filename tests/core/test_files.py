@@ -9,10 +9,10 @@ from moezoo.core.files import make_folder, remove_folder, rename_folder, sha256_
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing in the package may catch it and carry on."""
+    """Simulated kill of the process; nothing in the package may catch it and continue."""
 
 
-def test_content_and_nothing_else_is_in_the_folder(tmp_path):
+def test_write_leaves_no_temporary_file(tmp_path):
     write_atomically(tmp_path / "a.bin", b"\x00\xff")
     write_atomically(tmp_path / "b.txt", "größer\n")
     assert (tmp_path / "a.bin").read_bytes() == b"\x00\xff"
@@ -20,7 +20,7 @@ def test_content_and_nothing_else_is_in_the_folder(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.bin", "b.txt"]
 
 
-def test_file_has_the_usual_permissions(tmp_path):
+def test_file_has_default_permissions(tmp_path):
     umask = os.umask(0o027)
     try:
         write_atomically(tmp_path / "a", b"")
@@ -45,7 +45,7 @@ def test_failure_before_the_rename_keeps_the_old_file(tmp_path, monkeypatch, cal
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_file_is_flushed_before_the_rename_and_the_folder_after(tmp_path, monkeypatch):
+def test_file_is_synced_before_the_rename_and_the_folder_after(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace
 
@@ -63,28 +63,28 @@ def test_file_is_flushed_before_the_rename_and_the_folder_after(tmp_path, monkey
     assert calls == ["file", "rename", "folder"]
 
 
-def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(RunError, match=r"cannot write .*/nowhere/a: .*nowhere.* does not exist\. Make it first"):
+def test_missing_folder_error_names_it(tmp_path):
+    with pytest.raises(RunError, match=r"cannot write .*/nowhere/a: .*nowhere.* does not exist\. Create it first"):
         write_atomically(tmp_path / "nowhere" / "a", "text")
 
 
-def test_folder_in_the_way_is_named(tmp_path):
+def test_folder_at_the_path_error_names_it(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(RunError, match=r"cannot write .*/a: is a directory"):
         write_atomically(tmp_path / "a", "text")
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_unwritable_folder_is_named(tmp_path, monkeypatch):
+def test_unwritable_folder_error_names_it(tmp_path, monkeypatch):
     def refuse(path, *_):
-        raise PermissionError(13, "Permission denied", str(path))  # root may write anywhere, so pretend
+        raise PermissionError(13, "Permission denied", str(path))  # root may write anywhere, so the error is simulated
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(RunError, match=r"cannot write .*/a: permission denied\. Choose another place"):
+    with pytest.raises(RunError, match=r"cannot write .*/a: permission denied\. Use another folder"):
         write_atomically(tmp_path / "a", "text")
 
 
-def test_full_disk_is_named(tmp_path, monkeypatch):
+def test_full_disk_error_names_the_path(tmp_path, monkeypatch):
     def refuse(_):
         raise OSError(28, "No space left on device")
 
@@ -102,16 +102,16 @@ def test_sha256_of_a_file(tmp_path):
         sha256_of(tmp_path / "b")
 
 
-def test_make_folder_makes_what_is_missing(tmp_path):
+def test_make_folder_creates_missing_parents(tmp_path):
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot make the folder"):
+    with pytest.raises(RunError, match="cannot create the folder"):
         make_folder(tmp_path / "file" / "b")
 
 
-def test_rename_never_replaces(tmp_path):
+def test_rename_never_overwrites(tmp_path):
     make_folder(tmp_path / "a")
     make_folder(tmp_path / "b")
     with pytest.raises(RunError, match=r"cannot rename .*/a to b: the target exists"):

@@ -38,7 +38,7 @@ def test_key_and_fold_in_equal_jax(jax, seed):
         np.testing.assert_array_equal(fold_in(ours, number), jax.random.key_data(folded))
 
 
-def test_fold_in_of_several_numbers_is_one_after_the_other():
+def test_fold_in_of_several_numbers_is_sequential():
     np.testing.assert_array_equal(fold_in(key(3), 5, 7), fold_in(fold_in(key(3), 5), 7))
     np.testing.assert_array_equal(fold_in(key(3)), key(3))
     assert not np.array_equal(fold_in(key(3), 5, 7), fold_in(key(3), 7, 5))
@@ -61,7 +61,7 @@ def test_split_equals_jax_and_fold_in(jax):
     np.testing.assert_array_equal(keys, [fold_in(key(11), i) for i in range(5)])
 
 
-def test_keys_in_a_batch_draw_what_each_draws_alone():
+def test_batch_of_keys_draws_what_each_key_draws_alone():
     keys = split(key(11), 3)
     np.testing.assert_array_equal(uniform(keys, (5, 7)), [uniform(one, (5, 7)) for one in keys])
     np.testing.assert_array_equal(uniform(keys, ()), [uniform(one, ()) for one in keys])
@@ -81,18 +81,18 @@ def test_uniform_is_uniform():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, None])
-def test_seed_that_is_no_counter_is_refused(seed):
+def test_seed_that_is_not_a_64_bit_integer_is_refused(seed):
     with pytest.raises(SpecError, match=r"got .*expected an integer in \[0, 2\*\*64\)"):
         key(seed)
 
 
 @pytest.mark.parametrize("number", [-1, 2**32, 0.5])
-def test_number_beyond_its_word_is_refused(number):
+def test_number_beyond_32_bits_is_refused(number):
     with pytest.raises(SpecError, match="two numbers, high word first"):
         fold_in(key(0), number)
 
 
-def test_something_else_than_a_key_is_refused():
+def test_array_that_is_not_a_key_is_refused():
     with pytest.raises(SpecError, match=r"not a random key; got int64 \[2\]; expected uint32 \[2\]"):
         fold_in(np.array([0, 1]), 1)
     with pytest.raises(SpecError, match=r"expected uint32 \[..., 2\]"):

@@ -100,13 +100,13 @@ for name, note, scaling in (
     ("longrope_short", "below the original length: short factors", LONGROPE | {"original_max_position_embeddings": 64}),
     ("longrope_long", "beyond the original length: long factors", LONGROPE | {"original_max_position_embeddings": 16}),
 ):
-    refused = "positions end at 16 tokens" if name == "longrope_long" else ""
+    refused = "expected at most 16 tokens" if name == "longrope_long" else ""
     add(f"qwen3_moe_rope_{name}", note, refused=refused, **QWEN3_MOE | dict(rope_theta=1e4, rope_scaling=scaling))
 add(
     "qwen3_moe_rope_dynamic_beyond",
     "24 tokens where the config's length is 16: frequencies scale with the length; no greedy tokens",
     cache_agrees=False,
-    refused="positions end at 16 tokens",
+    refused="expected at most 16 tokens",
     **QWEN3_MOE | dict(rope_theta=1e4, max_position_embeddings=16, rope_scaling={"type": "dynamic", "factor": 4.0}),
 )
 add(

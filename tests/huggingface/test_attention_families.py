@@ -69,7 +69,8 @@ def test_longer_sequences_are_refused_unless_max_length_is_set() -> None:
     assert longer.layers[0].attention.position.scaling == DynamicScalingSpec(factor=4, original_length=64, length=100)
     check_length(longer, 100, "x")
     with pytest.raises(
-        DataError, match=r"positions end at 64 tokens .* Use fewer, or load it for a larger max_length\.$"
+        DataError,
+        match=r"at most 64 tokens .* Use fewer tokens, or load the model with a larger max_length\.$",
     ):
         check_length(spec_of(config), 65, "a text of 65")
 

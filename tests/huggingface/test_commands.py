@@ -105,7 +105,7 @@ def test_kept_tensors_are_listed_and_a_missing_shard_is_an_error(tmp_path: Path)
     for layer in range(2):
         tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = ("F32", np.ones(4, np.float32))
     write_safetensors(folder / "model.safetensors", tensors)
-    assert checkpoint_description(folder)["ledger"]["kept"] == [
+    assert checkpoint_description(folder).to_json()["ledger"]["kept"] == [
         {"name": "model.layers.*.self_attn.rotary_emb.inv_freq", "count": 2, "dtype": "F32", "shape": [4]}
     ]
     assert "kept verbatim: 2 x model.layers.*.self_attn.rotary_emb.inv_freq" in call("describe", folder).stdout

@@ -90,7 +90,7 @@ def test_a_truncated_file_is_refused_by_name(folder, kept):
     path = shards(folder)[1]
     size = path.stat().st_size
     os.truncate(path, kept % size)
-    assert f"{path} is not a whole safetensors file" in refusal(folder)
+    assert f"{path} is not a valid safetensors file" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -110,19 +110,19 @@ def test_an_inconsistent_header_is_refused_by_name(folder, change):
     path = holder(folder, GATE)
     edit_header(path, lambda header: change(header[GATE]))
     text = refusal(folder)
-    assert f"{path} is not a whole safetensors file" in text
+    assert f"{path} is not a valid safetensors file" in text
 
 
 def test_a_file_that_is_huge_but_empty_is_refused_by_its_header(folder):
     path = shards(folder)[0]
     os.truncate(path, 1 << 40)  # sparse
-    assert f"{path} is not a whole safetensors file" in refusal(folder)
+    assert f"{path} is not a valid safetensors file" in refusal(folder)
 
 
 def test_a_header_of_a_tebibyte_is_refused_unread(folder):
     path = shards(folder)[0]
     path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
-    assert "its header claims 1099511627776 bytes" in refusal(folder)
+    assert "its header has 1099511627776 bytes" in refusal(folder)
 
 
 @pytest.mark.parametrize(("stored", "problem"), [("I32", "is I32; expected"), ("U32", "is U32; expected")])

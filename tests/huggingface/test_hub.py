@@ -11,7 +11,7 @@ from huggingface_hub import errors
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.huggingface.hub import progress_line, resolve
+from moezoo.core.huggingface.hub import resolve
 
 COMMIT = "c" * 40
 SHARDS = {
@@ -127,16 +127,15 @@ def test_cached_files_are_not_downloaded_again(hub):
     assert fake.fetched == []
 
 
-def test_progress_shows_size_total_speed_and_time_left(hub, monkeypatch):
+def test_progress_callback_receives_bytes_of_the_weights(hub, monkeypatch):
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("moezoo.core.huggingface.hub.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("moezoo.core.progress.time.monotonic", lambda: next(clock))
     hub(TEXTS | SHARDS | UNWANTED)
-    lines = []
-    resolve("org/name", lines.append)
-    assert [line.split(":")[0] for line in lines] == ["fetching org/name"] * 2  # one per shard
-    assert progress_line("a/b", 1.25e9, 5e9, 25) == "fetching a/b: 1,250 of 5,000 MB, 50 MB/s, 1:15 left"
-    assert progress_line("a/b", 1.25e9, None, 25) == "fetching a/b: 1,250 MB, 50 MB/s"
-    assert progress_line("a/b", 0, 5e9, 0) == "fetching a/b: 0 of 5,000 MB, 0 MB/s"
+    seen = []
+    resolve("org/name", lambda *row: seen.append(row))
+    total = sum(map(len, SHARDS.values()))
+    first = len(SHARDS[min(SHARDS)])
+    assert seen == [("fetching org/name", done, total) for done in (first, total)]  # one call per shard
 
 
 def test_huggingface_hub_prints_nothing_itself(hub, capfd):

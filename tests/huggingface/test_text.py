@@ -91,7 +91,7 @@ def test_unsupported_generation_options_stop_only_generation(folder: Path, tmp_p
     lines = result.stderr.splitlines()
     assert "generation_config.json: chat_format is not known, and has no effect" in lines[0]
     assert lines[1].startswith("SpecError: ")
-    assert "asks for num_beams 4, which is not done here" in lines[1]
+    assert "unsupported generation settings; got num_beams 4 in " in lines[1]
     assert len(lines) == 2
 
 

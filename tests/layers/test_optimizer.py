@@ -154,7 +154,7 @@ def test_a_micro_batch_with_all_targets_masked_is_refused(twin):
     window[1, :, 1] = IGNORED
     model = twin.backend().build(DENSE, weights_of(DENSE))
     model.start_training(CONFIGS["other betas"])
-    with pytest.raises(DataError, match="no target counts; got 3 targets in a batch or micro-batch"):
+    with pytest.raises(DataError, match="all targets are masked; got 3 targets of -1 in a batch or micro-batch"):
         model.train_step(window, 1e-3)
 
 

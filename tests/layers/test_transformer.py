@@ -138,9 +138,9 @@ def test_targets_that_do_not_count_leave_auxiliary_losses_as_they_are(model, out
 def test_a_batch_without_a_target_that_counts_is_refused(model):
     nothing = np.full((B, T), IGNORED, np.int32)
     for call in (model.forward, model.loss_and_gradients):
-        with pytest.raises(DataError, match="no target counts; got 15 targets"):
+        with pytest.raises(DataError, match="all targets are masked; got 15 targets"):
             call(TOKENS_BT, nothing)
-    with pytest.raises(DataError, match="-1 may stand as a target only; got it as an input token"):
+    with pytest.raises(DataError, match="-1 is allowed as a target only; got it as an input token"):
         model.forward(np.where(np.arange(T) == 0, IGNORED, TOKENS_BT), TARGET_BT)
 
 

@@ -12,7 +12,7 @@ import jax
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.cost.step_plan import device_plan
-from moezoo.core.distributed.mesh import MeshConfig, known_sizes
+from moezoo.core.distributed.mesh import MeshConfig, planned_sizes
 from moezoo.jax_backend.planning import ahead_of_time
 
 
@@ -32,13 +32,13 @@ def together(collectives) -> dict[str, list[int]]:
 
 def formula(*case) -> dict:
     config = config_of(*case)
-    plan = device_plan(config, known_sizes(config.mesh, None), float_bytes=4)
+    plan = device_plan(config, planned_sizes(config.mesh, None), float_bytes=4)
     step = ahead_of_time.compiled_step(config)
-    known = [own for own in plan.collectives if own.purpose != "loads and losses"]
+    known = [own for own in plan.collectives if own.purpose != "losses and expert loads"]
     return {
         "formula": together(known),
         "program": together(step.collectives),
-        "memory": dict(plan.memory),
+        "memory": plan.memory.to_json(),
         "arguments": step.arguments,
     }
 
@@ -58,7 +58,7 @@ def programs(*case) -> dict:
 def chips(*case) -> dict:
     config = config_of(*case)
     step = ahead_of_time._compiled(config)
-    return {"simulated": step.arguments, **ahead_of_time.memory_on_chips(config, jax.devices())}
+    return {"simulated": step.arguments, **ahead_of_time.memory_on_chips(config, jax.devices()).to_json()}
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_a_killed_process_ends_the_group_and_a_restart_continues_bit_identically
     said, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
     assert time.monotonic() - killed < 15
-    assert "TrainingError: process 1 of 2 was ended by SIGKILL" in said
+    assert "TrainingError: process 1 of 2 was killed by SIGKILL" in said
     assert subprocess.run(["pgrep", "-f", str(out)], check=False).returncode == 1
     before = lines(out)
     assert [line["loss"] for line in before[:20]] == [line["loss"] for line in lines(two[0])]
@@ -293,10 +293,10 @@ def free_port() -> int:
             ("--coordinator", "a:1", "--process-id", "0"),
             "needs --num-processes and --process-id; got --coordinator a:1",
         ),
-        (("--coordinator", "auto", "--num-processes", "2"), "--coordinator auto finds out who is who"),
+        (("--coordinator", "auto", "--num-processes", "2"), "--coordinator auto detects the number of processes"),
         (("--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"), "--process-id is 2 of --num-process"),
         (("--process-id", "1"), "--num-processes and --process-id need --coordinator HOST:PORT"),
-        (("--coordinator", "auto", "--backend", "mlx"), "only JAX processes have a coordinator"),
+        (("--coordinator", "auto", "--backend", "mlx"), "process group options are for backend jax only"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(config: Path, words: tuple[str, ...], problem: str) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints: safetensors files, manifests, and the folder of a step."""
+"""Checkpoints: safetensors files, sharded tensors, manifests, and one folder per saved step."""

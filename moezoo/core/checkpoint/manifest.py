@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what its files are, whole or in parts, and whether they still are what was written."""
+"""Checkpoint manifest: the list of files with size and SHA-256, and their verification."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ WEIGHTS, OPTIMIZER, CONFIG = "weights.safetensors", "optimizer.safetensors", "co
 _WHOLE = (WEIGHTS, OPTIMIZER, CONFIG)
 MANIFEST = "manifest.json"
 ARRAYS = "arrays"
-"""The folder of a sharded checkpoint's tensors, whose names begin with one of these."""
-OF_WEIGHTS, OF_OPTIMIZER = "weights.", "optimizer."
-_OF_ARRAYS = re.compile(rf"{ARRAYS}(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+")  # never a way out of the folder
+"""Folder of a sharded checkpoint's tensors, whose names begin with one of the two prefixes below."""
+WEIGHTS_PREFIX, OPTIMIZER_PREFIX = "weights.", "optimizer."
+_ARRAY_FILE = re.compile(rf"{ARRAYS}(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+")  # no path can leave the folder
 NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -29,38 +29,44 @@ class _Section(BaseModel):
 
 
 class ManifestFile(_Section):
-    """What a file was when it was written."""
+    """Size and SHA-256 of a file when it was written."""
 
     bytes: NonNegativeInt
     sha256: str
 
 
 class Manifest(_Section):
-    """What a checkpoint says of itself; files by their path in its folder."""
+    """Content of manifest.json; `files` is keyed by the path in the checkpoint's folder.
+
+    `extra` is part of the file format but unused: it is written empty, and older checkpoints may have values in it.
+    """
 
     format_version: int
     step: NonNegativeInt
     tokens: NonNegativeInt | None
     files: dict[str, ManifestFile]
-    extra: dict[str, Any]
+    extra: dict[str, Any] = {}
 
     def to_text(self) -> str:
-        """JSON, with a digest of all of it."""
+        """Return the manifest as JSON, with a SHA-256 of its own content."""
         content = self.model_dump()
-        return json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n"
+        return json.dumps({**content, "sha256": manifest_digest(content)}, indent=2) + "\n"
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's own values, so that a flipped bit in `step` or `extra` is noticed too."""
+def manifest_digest(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the manifest's own values, which detects a flipped bit in e.g. `step`."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def verified(path: Path) -> Manifest:
-    """The manifest of a checkpoint whose every file is as it was written; else CheckpointError, one line."""
+def verify(path: Path) -> Manifest:
+    """Check size and SHA-256 of every file of a checkpoint and return its manifest.
+
+    Raises CheckpointError that names the first missing or damaged file.
+    """
     manifest = read_manifest(path)
     named = NAME.fullmatch(path.name)
     if named is not None and int(named[1]) != manifest.step:
-        raise _damaged(path, f"its manifest is of step {manifest.step} (renamed?)")
+        raise _damaged(path, f"its manifest is for step {manifest.step} (was the folder renamed?)")
     for name, expected in manifest.files.items():
         file = path / name
         try:
@@ -68,20 +74,20 @@ def verified(path: Path) -> Manifest:
         except OSError:
             raise _damaged(path, f"{name} is missing") from None
         if size != expected.bytes:
-            raise _damaged(path, f"{name} has {size} bytes; its manifest says {expected.bytes}")
+            raise _damaged(path, f"{name} has {size} bytes; expected {expected.bytes} according to the manifest")
         try:
             digest = sha256_of(file)
         except RunError as error:
             raise _damaged(path, str(error).rstrip(".")) from error
         if digest != expected.sha256:
-            raise _damaged(path, f"{name} has another SHA-256 than its manifest says")
+            raise _damaged(path, f"the SHA-256 of {name} differs from the manifest")
     return manifest
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint, of which the files themselves are not looked at."""
+    """Read the manifest of a checkpoint without verifying its files. Raises CheckpointError."""
     if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}. Name a folder step_NNNNNNNN of a run.")
+        raise CheckpointError(f"there is no checkpoint at {path}. Use a folder step_NNNNNNNN of a run.")
     try:
         content = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -91,22 +97,22 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(content, dict) or "format_version" not in content:
         raise _damaged(path, f"{MANIFEST} is not a manifest")
     stored_digest = content.pop("sha256", None)
-    if stored_digest != _digest(content):
-        raise _damaged(path, f"{MANIFEST} has another SHA-256 than it says")
+    if stored_digest != manifest_digest(content):
+        raise _damaged(path, f"the SHA-256 of {MANIFEST} differs from the one stored in it")
     if content["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {path} has format version {content['format_version']!r}; expected {FORMAT_VERSION}. "
-            "Use the moezoo that wrote it."
+            "Use the moezoo version that wrote it."
         )
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _damaged(path, f"{MANIFEST} has a bad {where}: {first['msg'].lower()}") from None
+        raise _damaged(path, f"{MANIFEST} has an invalid {where}: {first['msg'].lower()}") from None
     arrays = set(manifest.files) - {CONFIG}
     sharded = len(arrays) == len(manifest.files) - 1 and f"{ARRAYS}/manifest.ocdbt" in arrays
-    if not (sharded and all(_OF_ARRAYS.fullmatch(name) for name in arrays)) and set(manifest.files) != set(_WHOLE):
+    if not (sharded and all(_ARRAY_FILE.fullmatch(name) for name in arrays)) and set(manifest.files) != set(_WHOLE):
         raise _damaged(
             path, f"{MANIFEST} lists {str(sorted(manifest.files))[:300]}; expected {sorted(_WHOLE)}, or {ARRAYS}/"
         )
@@ -114,4 +120,4 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged: {problem}. Use another one.")
+    return CheckpointError(f"checkpoint {path} is damaged: {problem}. Use another checkpoint.")

@@ -1,8 +1,8 @@
-"""Safetensors files, checked before they are believed.
+"""Reading and writing of safetensors files, with strict validation.
 
-The header is checked in plain Python before any tensor is read, and more strictly than some loaders do (MLX's
-accepts overlaps, holes, duplicate names and trailing bytes). Data is read by plain file reads: a file that is
-truncated while it is mapped into memory would kill the process with SIGBUS.
+The header is validated in plain Python before any tensor is read, and more strictly than by some loaders (MLX's
+accepts overlaps, holes, duplicate names and trailing bytes). Data is read with plain file reads: if a file is
+truncated while it is memory-mapped, SIGBUS kills the process.
 """
 
 import hashlib
@@ -21,61 +21,65 @@ from moezoo.core.checkpoint.safetensors_header import (
     HeaderProblem,
     TensorEntry,
     encode_header,
-    laid_out,
+    format_dtype,
     numpy_form,
-    storable_name,
+    parse_header,
 )
 from moezoo.core.errors import CheckpointError
-from moezoo.core.files import written_atomically
+from moezoo.core.files import atomic_writer
 
 Array = npt.NDArray[Any]
 
-_ALIGNMENT_BYTES = 64  # what JAX asks of a buffer on the CPU that it takes over without a copy
+_ALIGNMENT_BYTES = 64  # required by JAX to use a NumPy buffer on the CPU without a copy
 
 
 class SafetensorsFile:
-    """A safetensors file whose header was checked, to be read tensor by tensor; it stays closed in between.
+    """A safetensors file with a validated header, read tensor by tensor; the file is closed between reads.
 
     Fields:
         path: the file.
-        header: the header's bytes as they stand in the file, its padding included and its length excluded.
+        header: the bytes of the header in the file, including padding, without the 8 bytes of its length.
         entries: the tensors by name, in the header's order.
 
-    Checked: the header's length fits the file and the format's limit; it is UTF-8 JSON without duplicate
-    keys; every entry has a known dtype, a shape and offsets, and nothing else; offsets span exactly what
-    dtype and shape need; the tensors fill the file without a hole, an overlap or a trailing byte.
+    Validated: the header's length is within the file and the format's limit; it is UTF-8 JSON without duplicate
+    keys; every entry has a known dtype, a shape and offsets, and no other keys; the offsets match dtype and shape;
+    the tensors fill the file without holes, overlaps or trailing bytes.
 
     Raises CheckpointError that names the file and the first problem.
 
     Source: the safetensors format, https://github.com/huggingface/safetensors#format.
-    Differs: stricter than its parser in that a duplicate name and an entry's unknown keys are refused.
+    Differs: stricter than its parser: duplicate names and unknown keys of an entry are errors.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with self._opened() as file:
+        with self._open() as file:
             self._identity = _identity(file)
             try:
-                self.header, self.entries = _checked(file)
+                self.header, self.entries = _read_header(file)
             except OSError as error:
                 raise _unreadable(self.path, error) from error
             except HeaderProblem as problem:
                 raise CheckpointError(
-                    f"{path} is not a whole safetensors file: {problem}. Fetch it again, or use another copy."
+                    f"{path} is not a valid safetensors file: {problem}. Download it again, or use another copy."
                 ) from None
 
     def read(self, name: str, out: Array | None = None, rows: tuple[int, int] | None = None) -> Array:
-        """One tensor as a NumPy array of the stored dtype, into `out` (contiguous, of its dtype and shape) if given.
+        """Read one tensor as a NumPy array of the stored dtype.
 
-        `rows`: only those from the first up to, without, the second along the first axis of that array.
-        bfloat16 and float8 come as ml_dtypes arrays; F4 and F6 as their bytes, uint8 [..., last size * bits / 8],
-        or flat where a row does not end on a whole byte.
+        bfloat16 and float8 are returned as ml_dtypes arrays; F4 and F6 as bytes, uint8 [..., last size * bits / 8],
+        or one-dimensional if a row does not end on a whole byte.
 
-        Raises CheckpointError: no such name, the file was changed since its header was checked or ends while it
+        Args:
+            name: of the tensor.
+            out: array to read into, contiguous and of the dtype and shape of the result; None: a new array.
+            rows: half-open range (first, last) along the first axis; None: all rows.
+
+        Raises CheckpointError: no such name, the file was changed since its header was read or is truncated while it
         is read, a shape that NumPy cannot hold, or a boolean that is neither 0 nor 1.
         """
         if name not in self.entries:
-            raise CheckpointError(f"{self.path} lacks {name}; it holds {len(self.entries)} other tensors.")
+            raise CheckpointError(f"{self.path} has no tensor {name}; it has {len(self.entries)} others.")
         entry = self.entries[name]
         dtype, shape = numpy_form(entry)
         start, size = entry.start_byte, entry.size_bytes
@@ -84,11 +88,11 @@ class SafetensorsFile:
             assert 0 <= first <= last <= shape[0], (name, rows, shape)
             row_bytes = size // max(1, shape[0])
             start, size, shape = start + first * row_bytes, (last - first) * row_bytes, (last - first, *shape[1:])
-        with self._opened() as file:
-            self._unchanged(file)
-            # Read, not mapped. A file that is cut while it is mapped kills the process with SIGBUS, and mapped pages
-            # are resident beside the array: a file of 2.1 GB takes 5 s either way, but 2.03 GiB of memory when read,
-            # 2.35 when mapped, and 2.10 when each tensor's pages are given back (MADV_DONTNEED).
+        with self._open() as file:
+            self._check_unchanged(file)
+            # Read, not memory-mapped. If a file is truncated while it is mapped, SIGBUS kills the process, and mapped
+            # pages are resident in addition to the array: a file of 2.1 GB takes 5 s either way, but 2.03 GiB of
+            # memory when read, 2.35 when mapped, and 2.10 when each tensor's pages are released (MADV_DONTNEED).
             array = (
                 aligned_empty((size,), np.dtype(np.uint8))
                 if out is None
@@ -99,10 +103,10 @@ class SafetensorsFile:
             except OSError as error:
                 raise _unreadable(self.path, error) from error
             if count != size:
-                raise CheckpointError(f"{self.path} became shorter while {name} was read. Nothing of it is used.")
-            self._unchanged(file)
+                raise CheckpointError(f"{self.path} was truncated while {name} was read. Use another copy.")
+            self._check_unchanged(file)
         if entry.dtype == "BOOL" and array.size and array.max() > 1:
-            raise CheckpointError(f"{self.path}: {name} is BOOL, but holds a byte that is neither 0 nor 1.")
+            raise CheckpointError(f"{self.path}: {name} is BOOL, but contains a byte that is neither 0 nor 1.")
         if out is not None:
             return out
         try:
@@ -112,9 +116,9 @@ class SafetensorsFile:
                 f"{self.path}: NumPy cannot hold {name} of shape {list(entry.shape)} ({error})."
             ) from None
 
-    def _opened(self) -> BinaryIO:
+    def _open(self) -> BinaryIO:
         try:
-            # Without O_NONBLOCK, opening a pipe waits for its other end.
+            # Without O_NONBLOCK, opening a pipe blocks until its other end is opened.
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise _unreadable(self.path, error) from error
@@ -123,13 +127,15 @@ class SafetensorsFile:
             raise CheckpointError(f"cannot read {self.path}: it is a directory, a device or a pipe.")
         return os.fdopen(descriptor, "rb", buffering=0)
 
-    def _unchanged(self, file: BinaryIO) -> None:
+    def _check_unchanged(self, file: BinaryIO) -> None:
         if _identity(file) != self._identity:
-            raise CheckpointError(f"{self.path} was changed after it was opened. Load it again when nothing writes it.")
+            raise CheckpointError(
+                f"{self.path} was changed after it was opened. Load it again when no process writes to it."
+            )
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """`np.empty` where a backend can take it over: JAX needs 64 bytes, NumPy gives 16."""
+    """Return `np.empty` aligned to 64 bytes, so that JAX can use the buffer without a copy; NumPy aligns to 16."""
     size = math.prod(shape) * dtype.itemsize
     block = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
     start = -block.ctypes.data % _ALIGNMENT_BYTES
@@ -137,16 +143,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return array
 
 
-def check_header(path: str | Path) -> dict[str, TensorEntry]:
-    """The tensors that a safetensors file holds, by name, after a check of its header alone: see `SafetensorsFile`."""
-    return SafetensorsFile(path).entries
-
-
-class ReadWhenAsked(Mapping[str, Any]):
-    """Arrays by name, of which `__getitem__`, which is the heir's, makes one. Nothing else does.
+class LazyTensors(Mapping[str, Any]):
+    """Mapping from names to arrays that loads an array only in `__getitem__`, which subclasses implement.
 
     Fields:
-        shapes: by name, known without reading.
+        shapes: shape by name, known without reading.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
@@ -162,16 +163,19 @@ class ReadWhenAsked(Mapping[str, Any]):
         return len(self.shapes)
 
     def reader(self, name: str) -> Callable[[tuple[slice, ...]], Array]:
-        """What gives parts of an array, by a slice of each axis; an heir that can read a part alone does so."""
+        """Return a function that reads a slice of an array, one slice per axis.
+
+        The default reads the whole array; subclasses that can read parts override it.
+        """
         whole: Array = self[name]
         return lambda part: whole[part]
 
 
-class StoredTensors(ReadWhenAsked):
-    """The tensors of a safetensors file. Raises as `SafetensorsFile` does.
+class StoredTensors(LazyTensors):
+    """Lazily read tensors of a safetensors file. Raises as `SafetensorsFile` does.
 
     Fields:
-        dtypes: by name, known without reading.
+        dtypes: dtype by name, known without reading.
     """
 
     def __init__(self, path: str | Path):
@@ -187,22 +191,22 @@ class StoredTensors(ReadWhenAsked):
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Write a safetensors file, all or nothing, and return its size in bytes and its SHA-256.
+    """Write a safetensors file atomically and return its size in bytes and its SHA-256.
 
-    `metadata` is free text by name, `{}` for none. The same tensors and metadata always give the same bytes. The digest
-    is of what was meant, in memory, and not of what a reading back gives. A mapping that reads its arrays when they are
-    asked for, and says `shapes` and `dtypes` without reading, is never in memory whole.
+    `metadata` maps names to free text, `{}` for none. The same tensors and metadata always produce the same bytes. The
+    digest is computed from the data in memory, not by reading the file back. A lazy mapping with attributes `shapes`
+    and `dtypes` is read one tensor at a time.
 
-    Raises CheckpointError for a dtype that the format or NumPy cannot hold, and RunError where the file cannot be
+    Raises CheckpointError for a dtype that the format or NumPy does not support, and RunError if the file cannot be
     written.
     """
     dtypes: Mapping[str, np.dtype[Any]] | None = getattr(tensors, "dtypes", None)
     dtypes = {name: array.dtype for name, array in tensors.items()} if dtypes is None else dtypes
-    forms = {name: (storable_name(name, dtypes[name]), shape) for name, shape in shapes_of(tensors).items()}
+    forms = {name: (format_dtype(name, dtypes[name]), shape) for name, shape in shapes_of(tensors).items()}
     header = encode_header(forms, metadata)
     length = len(header).to_bytes(8, "little")
     digest = hashlib.sha256(length + header)
-    entries, size = laid_out(header)
+    entries, size = parse_header(header)
 
     def in_order() -> Iterator[tuple[str, Array]]:
         for name in entries:
@@ -215,52 +219,51 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapp
 
 
 def shapes_of(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
-    """Each array's shape by name.
+    """Return the shape of each array by name.
 
-    A mapping that reads its arrays when they are asked for (and has its own `__contains__`) says their shapes in an
-    attribute `shapes`, so that nothing is read here.
+    The shapes of a lazy mapping come from its attribute `shapes`, so that no array is read.
     """
     shapes: Mapping[str, tuple[int, ...]] | None = getattr(weights, "shapes", None)
     return {name: value.shape for name, value in weights.items()} if shapes is None else dict(shapes)
 
 
 def write_stream(path: str | Path, header: bytes, tensors: Iterable[tuple[str, Array]]) -> None:
-    """Write a safetensors file of a given header, one tensor in memory at a time: whole, or not at all.
+    """Write a safetensors file with a given header atomically, with one tensor in memory at a time.
 
-    `header` is text as `SafetensorsFile.header` has it, or `encode_header` makes it. `tensors` gives each of its
-    names once, in any order, with an array of its dtype and shape (F4 and F6: of the bytes).
+    `header` is the header's JSON, from `SafetensorsFile.header` or `encode_header`. `tensors` yields each name of the
+    header once, in any order, with an array of its dtype and shape (F4 and F6: of the bytes).
 
-    Raises CheckpointError: a header that is not one, a name too few, too many or twice, another dtype or shape.
-    Raises RunError where the file cannot be written. What was there before is then untouched.
+    Raises CheckpointError: an invalid header, a missing, unexpected or duplicate name, a different dtype or shape.
+    Raises RunError if the file cannot be written. After an error the old file is unchanged.
     """
     try:
-        entries, size = laid_out(header)
+        entries, size = parse_header(header)
     except HeaderProblem as problem:
         raise CheckpointError(f"cannot write {path}: {problem}.") from None
     missing = set(entries)
-    with written_atomically(path) as file:
+    with atomic_writer(path) as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         file.truncate(size)
-        for name, given in tensors:
+        for name, value in tensors:
             if name not in missing:
-                what = "was given twice" if name in entries else "is not in the header"
+                what = "appears twice" if name in entries else "is not in the header"
                 raise CheckpointError(f"cannot write {path}: {name} {what}.")
             missing.remove(name)
-            array, (dtype, shape) = _encodable(name, given), numpy_form(entries[name])
+            array, (dtype, shape) = _encodable(name, value), numpy_form(entries[name])
             if (array.dtype, array.shape) != (dtype, shape):
                 raise CheckpointError(
-                    f"cannot write {path}: {name} is {array.dtype} {list(array.shape)}; its header says {dtype} "
-                    f"{list(shape)}."
+                    f"cannot write {path}: {name} is {array.dtype} {list(array.shape)}; expected {dtype} "
+                    f"{list(shape)} according to the header."
                 )
             file.seek(entries[name].start_byte)
             file.write(array.reshape(-1).view(np.uint8).data)
         if missing:
-            raise CheckpointError(f"cannot write {path}: {', '.join(sorted(missing)[:5])} missing.")
+            raise CheckpointError(f"cannot write {path}: tensors {', '.join(sorted(missing)[:5])} are missing.")
 
 
 def _encodable(name: str, array: Array) -> Array:
-    storable_name(name, array.dtype)
+    format_dtype(name, array.dtype)
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array).reshape(array.shape)  # Trap: ascontiguousarray makes a scalar [1]
@@ -275,21 +278,21 @@ def _identity(file: BinaryIO) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
-def _checked(file: BinaryIO) -> tuple[bytes, dict[str, TensorEntry]]:
+def _read_header(file: BinaryIO) -> tuple[bytes, dict[str, TensorEntry]]:
     file_bytes = os.fstat(file.fileno()).st_size
     if file_bytes < 8:
-        raise HeaderProblem(f"it has {file_bytes} bytes, and the header's length alone takes 8")
+        raise HeaderProblem(f"it has {file_bytes} bytes, but the length of the header already takes 8")
     header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
-        raise HeaderProblem(f"its header claims {header_bytes} bytes, and the format allows {MAX_HEADER_BYTES}")
+        raise HeaderProblem(f"its header has {header_bytes} bytes; the format allows at most {MAX_HEADER_BYTES}")
     if header_bytes > file_bytes - 8:
-        raise HeaderProblem(f"its header claims {header_bytes} bytes, but only {file_bytes - 8} follow (cut short?)")
+        raise HeaderProblem(f"its header has {header_bytes} bytes, but only {file_bytes - 8} follow (truncated?)")
     text = file.read(header_bytes)
     if len(text) != header_bytes:
-        raise HeaderProblem("it became shorter while it was read")
-    entries, end = laid_out(text)
+        raise HeaderProblem("it was truncated while it was read")
+    entries, end = parse_header(text)
     if end != file_bytes:
-        raise HeaderProblem(f"its tensors end at byte {end}, but the file has {file_bytes} (cut or too long?)")
+        raise HeaderProblem(f"its tensors end at byte {end}, but the file has {file_bytes} (truncated or too long?)")
     return text, entries
 
 
@@ -297,13 +300,13 @@ def _bytes_of(out: Array, dtype: np.dtype[Any], shape: tuple[int, ...], path: Pa
     if (out.dtype, out.shape) != (dtype, shape) or not out.flags.c_contiguous or not out.flags.writeable:
         raise CheckpointError(
             f"{path}: {name} is {dtype} {list(shape)} and cannot be read into {out.dtype} {list(out.shape)}; "
-            "expected a writeable, contiguous array of its dtype and shape."
+            "expected a writable, contiguous array of its dtype and shape."
         )
     return out.reshape(-1).view(np.uint8)
 
 
 def _read_into(file: BinaryIO, start: int, array: Array) -> int:
-    """Fill `array` from the file's byte `start` on; how many bytes there were."""
+    """Fill `array` with the bytes of the file from `start` and return the number of bytes read."""
     file.seek(start)
     view, done = array.data, 0
     while done < len(view):

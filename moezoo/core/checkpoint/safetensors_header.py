@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what the format allows, checked more strictly than some loaders do.
+"""Parsing, strict validation and encoding of safetensors headers.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from moezoo.core.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-# Bits of one element, by the format's own names, narrow to wide in the order of the format's own list.
+# Bits per element by the format's dtype name, from narrow to wide in the order of the format's list.
 _BITS = {
     "BOOL": 8,
     "F4": 4,
@@ -41,7 +41,7 @@ _BITS = {
 }
 _RANK = {name: rank for rank, name in enumerate(_BITS)}
 
-# What NumPy can hold, alone or with ml_dtypes (which jax brings along): the format's name to NumPy's.
+# The format's dtype names to those of NumPy and of ml_dtypes (a dependency of jax).
 _NUMPY_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -70,7 +70,7 @@ _FORMAT_NAMES = {numpy_name: name for name, numpy_name in (_NUMPY_NAMES | _ML_DT
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: the format's dtype name (`F32`, `BF16`), its shape, and where its bytes lie."""
+    """One tensor of a file: the format's dtype name (`F32`, `BF16`), shape, and position of its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -79,12 +79,12 @@ class TensorEntry:
 
 
 class HeaderProblem(Exception):
-    """What is wrong with a header, without the file's name."""
+    """An invalid header; the message does not have the file's name."""
 
 
-def laid_out(text: bytes) -> tuple[dict[str, TensorEntry], int]:
-    """The tensors of a header, and the size of a file that has exactly them."""
-    header = _parsed(text)
+def parse_header(text: bytes) -> tuple[dict[str, TensorEntry], int]:
+    """Return the tensors of a header by name, and the size of the file in bytes. Raises HeaderProblem."""
+    header = _parse_json(text)
     header.pop("__metadata__", None)
     data_start = 8 + len(text)
     entries = {name: _entry(name, value, data_start) for name, value in header.items()}
@@ -97,12 +97,12 @@ def laid_out(text: bytes) -> tuple[dict[str, TensorEntry], int]:
     return entries, position
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
-    """The header's JSON object, without what Python's parser lets pass: duplicates, NaN, other encodings."""
+def _parse_json(text: bytes) -> dict[str, Any]:
+    """Parse the header's JSON object; unlike Python's parser, refuse duplicate keys, NaN and other encodings."""
     if not text.startswith(b"{"):
         raise HeaderProblem("its header does not begin with '{'")
 
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
@@ -110,22 +110,22 @@ def _parsed(text: bytes) -> dict[str, Any]:
             found[name] = value
         return found
 
-    def no_constant(name: str) -> None:
+    def refuse_constant(name: str) -> None:
         raise HeaderProblem(f"its header has {name}, which is not JSON")
 
-    def natural(digits: str) -> int:
-        if digits.startswith("-"):  # Trap: -0 would pass as 0, and other parsers refuse it
+    def natural_number(digits: str) -> int:
+        if digits.startswith("-"):  # Trap: -0 would be parsed as 0, but other parsers refuse it
             raise HeaderProblem(f"its header has the negative number {digits:.80}")
         return int(digits)
 
     try:
         header = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=without_duplicates,
-            parse_constant=no_constant,
-            parse_int=natural,
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=refuse_constant,
+            parse_int=natural_number,
         )
-        json.dumps(header, ensure_ascii=False).encode("utf-8")  # Trap: a lone surrogate passes the parser
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # Trap: json accepts a lone surrogate
     except (ValueError, RecursionError) as error:
         raise HeaderProblem(f"its header is not UTF-8 JSON ({type(error).__name__})") from None
     assert isinstance(header, dict)  # it begins with '{'
@@ -148,7 +148,7 @@ def _entry(name: str, value: object, data_start: int) -> TensorEntry:
     total_bits = _BITS[dtype]
     for size in shape:
         total_bits *= size
-        if total_bits >= 1 << 64:  # Trap: [2**40, 2**40, 0] holds nothing, and overflows every loader
+        if total_bits >= 1 << 64:  # Trap: [2**40, 2**40, 0] is empty, but overflows every loader
             raise HeaderProblem(f"the shape of {name!r} is impossibly large; got {shape!r:.80}")
     if total_bits % 8:
         raise HeaderProblem(f"{name!r} does not end on a whole byte: {total_bits} bits")
@@ -163,10 +163,10 @@ def _are_sizes(value: object) -> bool:
 
 
 def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The header, for `write_stream`, of a file of these tensors (the format's dtype name, shape); without its length.
+    """Return the header, without its length, of a file with these tensors (the format's dtype name, shape).
 
-    Wider dtypes come first, so that every tensor is aligned, then names in order: as safetensors itself
-    orders them.
+    The header is for `write_stream`. Tensors are sorted by decreasing dtype width, so that each is aligned, then by
+    name, as safetensors sorts them.
     Differs: safetensors 0.8 writes the metadata in an order that changes from run to run; here it is sorted.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -187,31 +187,26 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
 
 
 def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """How many bytes a tensor takes in a file."""
+    """Return the size of a tensor in a file."""
     return _BITS[dtype] * math.prod(shape) // 8
 
 
-def format_name(dtype: np.dtype[Any]) -> str:
-    """The format's name (`F32`, `BF16`) of a NumPy dtype; KeyError where it has none."""
+def format_dtype(name: str, dtype: np.dtype[Any]) -> str:
+    """Return the format's name (`F32`, `BF16`) of a tensor's dtype. Raises CheckpointError if it has none."""
+    if name == "__metadata__":
+        raise CheckpointError("a tensor cannot be named __metadata__: the format reserves that name. Rename it.")
+    if dtype.name not in _FORMAT_NAMES:
+        known = ", ".join(_FORMAT_NAMES)
+        raise CheckpointError(f"{name} has dtype {dtype}, which safetensors does not support; expected one of {known}.")
     return _FORMAT_NAMES[dtype.name]
 
 
-def storable_name(name: str, dtype: np.dtype[Any]) -> str:
-    """The format's name of a tensor's dtype. Raises CheckpointError where it cannot be stored."""
-    if name == "__metadata__":
-        raise CheckpointError("a tensor cannot be named __metadata__: the format keeps that name for metadata.")
-    if dtype.name not in _FORMAT_NAMES:
-        known = ", ".join(_FORMAT_NAMES)
-        raise CheckpointError(f"{name} has dtype {dtype}, which cannot be stored; expected one of {known}.")
-    return format_name(dtype)
-
-
 def numpy_form(entry: TensorEntry) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """The dtype and shape in which NumPy holds a tensor."""
+    """Return the NumPy dtype and shape of a tensor; packed F4 and F6 elements are bytes."""
     if entry.dtype in _NUMPY_NAMES:
         return np.dtype(_NUMPY_NAMES[entry.dtype]), entry.shape
     if entry.dtype in _ML_DTYPES_NAMES:
-        import ml_dtypes  # only where such a tensor is read: it is not NumPy's own
+        import ml_dtypes  # imported only if needed: it is not part of NumPy
 
         return np.dtype(getattr(ml_dtypes, _ML_DTYPES_NAMES[entry.dtype])), entry.shape
     *rows, last = entry.shape  # at least one: 4 or 6 bits alone are not a whole byte

@@ -1,7 +1,8 @@
-"""Tensors that several devices wrote together, each its parts; read whole or in part, and without JAX.
+"""Reading of sharded tensors written by Orbax, whole or in slices, without JAX.
 
-Orbax writes them (jax_backend/distributed/checkpoint_writer.py): Zarr arrays, whose parts lie in an OCDBT database.
-What they hold is believed only after a checkpoint's manifest was compared with the files.
+jax_backend/distributed/checkpoint_writer.py writes them as Zarr arrays whose chunks are stored in an OCDBT database;
+each process writes the shards of its devices. The files are verified with the checkpoint's manifest before they are
+read.
 """
 
 from collections.abc import Callable
@@ -11,20 +12,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked
+from moezoo.core.checkpoint.safetensors_file import LazyTensors
 from moezoo.core.errors import CheckpointError
 
 Array = npt.NDArray[Any]
 Index = tuple[slice, ...]
 
 
-class ShardedTensors(ReadWhenAsked):
-    """Those whose stored names begin with `prefix`, which is left out here.
+class ShardedTensors(LazyTensors):
+    """Lazily read sharded tensors whose stored names begin with `prefix`; names here are without it.
 
-    Raises CheckpointError where the files are not what Orbax writes, or cannot be read.
+    Raises CheckpointError if the files are not Orbax's format or cannot be read.
 
     Fields:
-        dtypes: by name, known without reading.
+        dtypes: dtype by name, known without reading.
     """
 
     def __init__(self, folder: Path, prefix: str):
@@ -53,6 +54,7 @@ class ShardedTensors(ReadWhenAsked):
         return self.reader(name)(tuple(slice(None) for _ in self.shapes[name]))
 
     def reader(self, name: str) -> Callable[[Index], Array]:
+        """Return a function that reads a slice of an array, and no other part of it."""
         stored = self._arrays[name]
 
         def read(part: Index) -> Array:
@@ -65,4 +67,5 @@ class ShardedTensors(ReadWhenAsked):
         return read
 
     def _unreadable(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"cannot read {self._folder}: {' '.join(str(error).split())[:300]}. Use another one.")
+        reason = " ".join(str(error).split())[:300]
+        return CheckpointError(f"cannot read {self._folder}: {reason}. Use another checkpoint.")

@@ -1,1 +1,1 @@
-"""The YAML config of a run: its sections, and how it is read and checked."""
+"""Run configs in YAML: the sections, reading and validation."""

@@ -14,7 +14,7 @@ from moezoo.core.spec import Part, impossible
 
 
 class TextSource(Part):
-    """Plain UTF-8 text: a file, a folder (every *.txt below it), a glob, or any fsspec URL of one."""
+    """Plain UTF-8 text: a file, a folder (every *.txt in it, recursively), a glob, or an fsspec URL of any of these."""
 
     kind: Literal["text"] = "text"
     path: str
@@ -22,7 +22,7 @@ class TextSource(Part):
 
 
 class JSONLSource(Part):
-    """One JSON object a line; the text is its `field`. A file, a folder (every *.jsonl), a glob, or a URL."""
+    """JSON lines: one object per line, with the text in `field`. A file, a folder (every *.jsonl), a glob, or a URL."""
 
     kind: Literal["jsonl"] = "jsonl"
     path: str
@@ -31,9 +31,9 @@ class JSONLSource(Part):
 
 
 class TokenShardsSource(Part):
-    """Token ids on disk: `.npy` (one dimension of integers), or `.bin` as modded-nanogpt writes it (256 int32, uint16).
+    """Pre-tokenized shards: `.npy` (one-dimensional integers), or modded-nanogpt's `.bin` (256 int32, uint16 ids).
 
-    A file, a folder or a glob. Local shards are memory-mapped. The text's tokenizer is the config's.
+    A file, a folder or a glob. Local shards are memory-mapped. `data.tokenizer` must be the one that made the ids.
     """
 
     kind: Literal["tokens"] = "tokens"
@@ -42,7 +42,7 @@ class TokenShardsSource(Part):
 
 
 class DatasetSource(Part):
-    """A dataset of `datasets/`, by name: built in, or brought by `moezoo data NAME`."""
+    """A dataset of `datasets/` by name: built in, or downloaded with `moezoo data NAME`."""
 
     kind: Literal["dataset"] = "dataset"
     name: str
@@ -50,10 +50,10 @@ class DatasetSource(Part):
 
 
 class BatchesSource(Part):
-    """Token ids in ready batches, one a step in the file's order: integers [steps, B, T] of a `.npy` or a `.npz` file.
+    """Prebatched token ids, one batch per step in file order: integers [steps, B, T] in a `.npy` or `.npz` file.
 
-    A row is a whole sequence: T tokens, T - 1 targets. `key` names the array of a `.npz` file that has several.
-    The last `validation_batches` are held out; where that is 0, validation measures the first batch.
+    A row is a whole sequence: T tokens, T - 1 targets. `key` selects the array of a `.npz` file with several arrays.
+    The last `validation_batches` are held out; if that is 0, the validation loss is computed on the first batch.
     """
 
     kind: Literal["batches"] = "batches"
@@ -68,26 +68,26 @@ SourceSpec = Annotated[
 
 
 class CharacterTokenizerSpec(Part):
-    """One token a character; the vocabulary is the sorted set of characters in the data."""
+    """Character-level tokenizer; the vocabulary is the sorted set of characters in the data."""
 
     kind: Literal["character"] = "character"
 
 
 class ByteTokenizerSpec(Part):
-    """One token a byte of UTF-8; 256 tokens."""
+    """Byte-level tokenizer: one token per UTF-8 byte, 256 tokens."""
 
     kind: Literal["byte"] = "byte"
 
 
 class HuggingFaceTokenizerSpec(Part):
-    """A tokenizer that transformers can load: a folder with its files, or a hub id."""
+    """A tokenizer that transformers can load, from a folder or by hub id."""
 
     kind: Literal["huggingface"] = "huggingface"
     path: str
 
 
 class TokenIdsSpec(Part):
-    """No tokenizer: token shards whose text is of no concern. Text cannot be prompted, nor bits per byte given."""
+    """No tokenizer, only token ids. Text prompts and bits per byte are not available."""
 
     kind: Literal["ids"] = "ids"
     vocab_size: PositiveInt
@@ -100,9 +100,9 @@ TokenizerSpec = Annotated[
 
 
 class DataConfig(Part):
-    """Where tokens come from. Sources are blended by weight; the last `validation_fraction` of each is held out.
+    """Data sources and tokenizer. Sources are mixed by weight; the last `validation_fraction` of each is held out.
 
-    Ready batches stand alone, and say themselves how many of them are held out.
+    A source of kind `batches` must be the only source; its `validation_batches` replaces `validation_fraction`.
     """
 
     sources: tuple[SourceSpec, ...]
@@ -112,9 +112,11 @@ class DataConfig(Part):
     @model_validator(mode="after")
     def _some_sources(self) -> "DataConfig":
         if not self.sources:
-            raise impossible("sources", "is empty", "Give at least one source, e.g. {kind: dataset, name: fables}")
+            raise impossible("sources", "is empty", "Add at least one source, e.g. {kind: dataset, name: fables}")
         if len(self.sources) > 1 and any(isinstance(source, BatchesSource) for source in self.sources):
             raise impossible(
-                "sources", f"blends ready batches with {len(self.sources) - 1} more", "Use ready batches alone"
+                "sources",
+                f"mixes a source of kind batches with {len(self.sources) - 1} more",
+                "Use a source of kind batches alone",
             )
         return self

@@ -1,4 +1,4 @@
-"""A mesh from the command line: `data=2,expert=4`, or a YAML file with a section `mesh` (configs/meshes)."""
+"""The --mesh option: `data=2,expert=4`, or a YAML file with a `mesh` section (configs/meshes)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,21 +9,24 @@ from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
 from moezoo.core.errors import SpecError
 
 
-def load_mesh(given: str) -> MeshConfig:
-    """Raises SpecError: neither words nor a file with a mesh, an axis that is none or stands twice, a bad size."""
-    path = Path(given)
+def load_mesh(option: str) -> MeshConfig:
+    """Parse the value of --mesh: axis sizes, or the path of a YAML file.
+
+    Raises SpecError: neither of these, a file without a `mesh` section, an unknown or duplicate axis, a bad size.
+    """
+    path = Path(option)
     if path.suffix in (".yaml", ".yml"):
         raw = read_mapping(path, "mesh").get("mesh")
         if raw is None:
-            raise SpecError(f"{given} has no section mesh. Give a YAML file that has one, or data=2,expert=4.")
-        return validate(MeshConfig, raw, given)
+            raise SpecError(f"{option} has no mesh section. Use a YAML file that has one, or data=2,expert=4.")
+        return validate(MeshConfig, raw, option)
     sizes: dict[str, Any] = {}
-    for word in given.split(","):
+    for word in option.split(","):
         name, _, value = (part.strip() for part in word.partition("="))
         if not name or not value or name in sizes:
             raise SpecError(
-                f"--mesh is {given!r}; expected an axis and its devices, each axis once, such as data=2,expert=4 "
+                f"--mesh is {option!r}; expected AXIS=DEVICES with each axis once, e.g. data=2,expert=4 "
                 f"(axes: {', '.join(MESH_AXES)}), or a YAML file."
             )
         sizes[name] = int(value) if value.isascii() and value.isdigit() else value
-    return validate(MeshConfig, sizes, f"--mesh {given}")
+    return validate(MeshConfig, sizes, f"--mesh {option}")

@@ -1,4 +1,4 @@
-"""A run as data: the config file, its sections, and errors that name the path of what is wrong in it."""
+"""Run configs: the config file as a pydantic model, reading, overrides and writing."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -20,14 +20,14 @@ from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.errors import SpecError
 from moezoo.core.spec import ModelSpec, Part, PrecisionSpec, impossible
 
-# --- where a run begins ----------------------------------------------------------------------------------------------
+# --- the config ------------------------------------------------------------------------------------------------------
 
 
 class InitFrom(Part):
-    """What a run begins from in place of random numbers: a Hugging Face checkpoint's folder or hub id, or a run folder.
+    """Initial weights from a checkpoint: the folder or hub id of a Hugging Face checkpoint, or a run folder.
 
-    A config without a section `model` has the checkpoint's, with the auxiliary losses that its family trains with.
-    `selection_bias_rate` replaces the family's own in it; 0 keeps the bias as it is.
+    If the config has no `model` section, the checkpoint's model is used, with the auxiliary losses of its family.
+    `selection_bias_rate` overrides the family's rate; 0 keeps the selection bias constant.
     """
 
     path: str
@@ -39,7 +39,7 @@ def _as_init_from(value: object) -> object:
 
 
 class Config(Part):
-    """Everything that a run is made from. Model and tokenizer may be left out where `init_from` has them."""
+    """A complete run config. Model and tokenizer may be omitted if `init_from` provides them."""
 
     init_from: Annotated[
         InitFrom | None, BeforeValidator(_as_init_from, json_schema_input_type=str | InitFrom | None)
@@ -66,14 +66,14 @@ class Config(Part):
 
 
 Resolve = Callable[[dict[str, Any], str], None]
-"""Fills what `init_from` leaves out into a raw config, in place; the second argument names the config in errors."""
+"""Function that adds model and tokenizer from `init_from` to a raw config, in place; the string names it in errors."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Resolve | None = None) -> Config:
     """Read a YAML config and apply `path=value` overrides.
 
-    `resolve` opens what `init_from` names, for a config that leaves the model or the tokenizer out (see
-    `load_resolved_config`); without it such a config is refused. Overrides of the model are applied after it.
+    `resolve` opens the checkpoint of `init_from`, for a config that omits the model or the tokenizer (see
+    `load_resolved_config`); without it such a config is an error. Overrides of the model are applied after it.
 
     Raises SpecError: no such file, not YAML, a duplicate or unknown key, a wrong type, impossible sizes.
     """
@@ -83,7 +83,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
 def parse_config(
     text: str, where: str = "config", overrides: Sequence[str] = (), *, resolve: Resolve | None = None
 ) -> Config:
-    """Parse the text of a config, as `load_config`; `where` names it in errors."""
+    """Parse the text of a config as `load_config` does; `where` names it in errors."""
     raw = parse_mapping(text, where, "config")
     first = [override for override in overrides if re.match(r"\s*init_from\b", override)]
     for override in first:
@@ -99,18 +99,18 @@ def parse_config(
 
 
 def dump_config(config: Config) -> str:
-    """YAML text that `parse_config` reads back to an equal config, defaults written out."""
+    """Return YAML text with all defaults written out; `parse_config` of it returns an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
 
 
 def with_compute(config: Config, compute: str) -> Config:
-    """The config with another `model.precision.compute`. Raises SpecError for a dtype that is none of the known."""
+    """Return the config with another `model.precision.compute`. Raises SpecError for an unknown dtype."""
     precision = validate(PrecisionSpec, {"compute": compute}, "model.precision")
     return config.model_copy(update={"model": config.model.model_copy(update={"precision": precision})})
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a config file, for editors that complete YAML."""
+    """Return the JSON Schema of a config file, for YAML completion in editors."""
     schema = Config.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -120,7 +120,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = [int(key) if key.isdigit() else key for key in re.split(r"[.\[\]]+", path.strip().rstrip("]")) if key != ""]
     if not equals or not keys:
-        raise SpecError(f"--set {override} is not an override; expected path=value, e.g. --set training.steps=20.")
+        raise SpecError(f"--set {override} is not of the form path=value; expected e.g. --set training.steps=20.")
     target: Any = raw
     for key in keys[:-1]:
         if isinstance(target, dict):
@@ -128,17 +128,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         elif isinstance(target, list) and isinstance(key, int) and key < len(target):
             target = target[key]
         else:
-            raise SpecError(f"--set {path} does not exist in the config, at {key!r}. Check the path.")
+            raise SpecError(f"--set {path}: the config has no {key!r} at this place. Check the path.")
     try:
         value = parse_value(text)
     except yaml.YAMLError:
-        raise SpecError(f"--set {path} has a value that is not YAML; got {text!r}. Quote it.") from None
+        raise SpecError(f"--set {path} has a value that is not valid YAML; got {text!r}. Quote it.") from None
     last = keys[-1]
     if isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target)):
         holder: Any = target
         holder[last] = value
     else:
-        raise SpecError(f"--set {path} does not exist in the config, at {last!r}. Check the path.")
-
-
-# --- explaining a validation error -----------------------------------------------------------------------------------
+        raise SpecError(f"--set {path}: the config has no {last!r} at this place. Check the path.")

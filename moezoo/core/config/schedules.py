@@ -1,9 +1,9 @@
-"""Learning-rate schedules, written once for both backends: a warm-up factor times a decay factor times the peak.
+"""Learning-rate schedules, shared by both backends: peak * warm-up factor * decay factor.
 
-Steps are counted from 0, and `learning_rate(schedule, peak, step, total_steps)` is the rate that the update
-of that step uses. The warm-up is linear and never wastes an update at rate zero: with w warm-up steps, step 0
-uses peak/w and step w-1 the peak. The decay begins at step w, whose rate is the peak again, and reaches its
-end at step = total_steps, just after the last update, so the last update is not wasted either.
+Steps are counted from 0, and `learning_rate(schedule, peak, step, total_steps)` is the rate of the update of that
+step. The warm-up is linear and has no update with rate zero: with w warm-up steps, step 0 uses peak/w and step w-1
+the peak. The decay starts at step w, whose rate is the peak again, and reaches its final value at
+step = total_steps, just after the last update, so the last update does not have rate zero either.
 """
 
 import math
@@ -23,13 +23,13 @@ class _Schedule(BaseModel):
 
 
 class ConstantSchedule(_Schedule):
-    """The peak, after the warm-up."""
+    """Constant learning rate after the warm-up."""
 
     kind: Literal["constant"] = "constant"
 
 
 class CosineSchedule(_Schedule):
-    """Half a cosine from the peak to `final_fraction` of it.
+    """Cosine decay from the peak to `final_fraction` of it.
 
     Source: Loshchilov and Hutter 2016, arXiv 1608.03983, eq. 5, without restarts.
     """
@@ -39,9 +39,9 @@ class CosineSchedule(_Schedule):
 
 
 class WSDSchedule(_Schedule):
-    """Warm-up, stable, decay: the peak, then over the last `decay_fraction` of all steps down from it.
+    """Warmup-stable-decay: constant at the peak, then decay over the last `decay_fraction` of all steps.
 
-    It ends at `final_fraction` of the peak. `decay_shape` is `linear`, 1 - x, or `1-sqrt`, 1 - sqrt(x), for x
+    The decay ends at `final_fraction` of the peak. `decay_shape` is `linear`, 1 - x, or `1-sqrt`, 1 - sqrt(x), for x
     from 0 to 1 over the decay. The decay has round(decay_fraction * total_steps) steps.
 
     Source: Hu et al. 2024, MiniCPM, arXiv 2404.06395, section 4; the two shapes are those of Hägele et al.
@@ -56,13 +56,13 @@ class WSDSchedule(_Schedule):
 
 
 class InverseSquareRootSchedule(_Schedule):
-    """After the warm-up of w steps, peak * sqrt(t / (t + step - w)) with the time scale t = `time_scale_steps`.
+    """Inverse square root decay: peak * sqrt(t / (t + step - w)) after w warm-up steps, with t = `time_scale_steps`.
 
-    null for the time scale is t = w (at least 1): then the rate is peak * sqrt(w / step).
+    A time scale of null means t = w (at least 1): then the rate is peak * sqrt(w / step).
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 3, for t = w; the time scale as in Zhai et al. 2021,
     arXiv 2106.04560, and its code, big_vision.
-    Differs: the peak is given, not derived from the width; Vaswani et al. count steps from 1.
+    Differs: the peak is an argument, not derived from the width; Vaswani et al. count steps from 1.
     """
 
     kind: Literal["inverse_square_root"] = "inverse_square_root"
@@ -75,12 +75,12 @@ Schedule = Annotated[
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, total_steps: int) -> float:
-    """The learning rate (float64, >= 0) of the update of `step`, counted from 0, in a run of `total_steps`.
+    """Return the learning rate (float64, >= 0) of the update of `step`, counted from 0, in a run of `total_steps`.
 
     Formula: peak * min(1, (step + 1) / warmup_steps) * decay, where decay is 1 up to step warmup_steps and
-    then as the schedule says; see the module's text for the borders. `peak` >= 0 is finite. A step at or past
-    `total_steps` (an evaluation after the run) has the final rate. A run that ends within its warm-up never
-    reaches the peak; where the decay of `wsd` overlaps the warm-up, the two factors multiply.
+    follows the schedule from there; the module docstring has the boundary cases. `peak` >= 0 is finite. A step at or
+    past `total_steps` (an evaluation after the run) has the final rate. A run shorter than its warm-up never
+    reaches the peak; if the decay of `wsd` overlaps the warm-up, the two factors multiply.
 
     Raises SpecError for a negative step, no steps, or a peak that is negative or not finite.
     """
@@ -113,7 +113,7 @@ def _decay(schedule: Schedule, step: int, total_steps: int) -> float:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """How far the decay from step `start` to step `end` is: 0 before it, 1 after it; 0 if it has no steps."""
+    """Return the completed fraction of a decay from step `start` to step `end`, in [0, 1]; 0 if it has no steps."""
     if step <= start or start >= end:
         return 0.0
     return min(1.0, (step - start) / (end - start))

@@ -19,14 +19,15 @@ Layers = Literal["unrolled", "scanned"]
 
 
 class TrainingConfig(Part):
-    """How long and in what pieces. A global step is `batch_size` sequences, in `gradient_accumulation` equal parts.
+    """Steps, batch size and memory options. A step has `batch_size` sequences in `gradient_accumulation` micro-batches.
 
-    `rematerialize: block` keeps, of each attention and each feed-forward, what enters it, and computes the rest again
-    on the way back: less memory for about a third more work. `experts` does so with what routed experts make of each
-    token's copies alone, neither with attention nor with the router. Source: Chen et al. 2016, arXiv 1604.06174.
+    `rematerialize: block` is activation checkpointing: only the input of each attention and each feed-forward block is
+    saved, and the backward pass recomputes the rest, which takes less memory and about a third more compute. `experts`
+    recomputes only the activations of the routed experts, not attention or the router.
+    Source: Chen et al. 2016, arXiv 1604.06174.
 
-    `layers: scanned` compiles equal layers that follow each other once, and loops over them: for deep models, whose
-    compiling takes long. A step of few layers is slower so. What is computed, and what is saved, stays the same.
+    `layers: scanned` compiles a run of equal layers once and loops over it (`jax.lax.scan`), for deep models with long
+    compile times. A model of few layers is slower with it. Results and checkpoints stay the same.
     """
 
     steps: PositiveInt
@@ -56,7 +57,8 @@ class TrainingConfig(Part):
 class OptimizerConfig(Part):
     """AdamW with decoupled weight decay and bias correction. Source: Loshchilov and Hutter 2017, arXiv 1711.05101.
 
-    Decay acts on the parameters whose row of the parameter table says so. `clip_norm` bounds the global gradient norm.
+    Weight decay applies to parameters with `decay` set in the parameter table. `clip_norm` is the maximum global
+    gradient norm.
     """
 
     kind: Literal["adamw"] = "adamw"

@@ -1,4 +1,4 @@
-"""Check raw data against a part of a config; errors name the path of what is wrong."""
+"""Validation of raw config data, with errors that name the config path."""
 
 import types
 import typing
@@ -18,7 +18,7 @@ _Part = TypeVar("_Part", bound=Part)
 
 
 def validate(part: type[_Part], raw: object, where: str) -> _Part:
-    """Check raw data against a part. Raises one SpecError that names every problem by its path."""
+    """Validate raw data as a config part. Raises one SpecError that lists every problem with its config path."""
     try:
         return part.model_validate(raw)
     except ValidationError as error:
@@ -36,25 +36,22 @@ def _explain(part: type[Part], raw: object, problem: ErrorDetails, where: str) -
         case "extra_forbidden":
             key = str(problem["loc"][-1])
             known = sorted(owner.model_fields) if owner else []
-            return f"{path} is not a known key{nearest(key, known) or ''} ({where}). Known here: {', '.join(known)}."
+            return f"{path} is not a known key{nearest(key, known)} ({where}). Known keys: {', '.join(known)}."
         case "missing":
-            return f"{path} is missing ({where}). Give it."
+            return f"{path} is missing ({where}). Add it."
         case "union_tag_invalid":
-            given, known_tags = (
-                str(context["tag"]),
-                str(context["expected_tags"]).replace("'", "").split(", "),
-            )
+            tag, known_tags = str(context["tag"]), str(context["expected_tags"]).replace("'", "").split(", ")
             rule = f"expected one of {', '.join(known_tags)}"
-            return f"{path}.kind is {given!r}{nearest(given, known_tags)}; {rule} ({where})."
+            return f"{path}.kind is {tag!r}{nearest(tag, known_tags)}; {rule} ({where})."
         case "union_tag_not_found":
-            return f"{path}.kind is missing; expected one that names which part this is ({where})."
+            return f"{path}.kind is missing; expected the kind of this part ({where}). Add it."
         case _:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             return f"{path or 'config'} is {problem['input']!r}; {message} ({where})."
 
 
 def _locate(part: type[Part], raw: object, location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
-    """The path as a reader writes it (union tags left out), and the model that holds its last key."""
+    """Return the config path as users write it (without union tags), and the model class with its last key."""
     path, value = "", raw
     owner: type[BaseModel] | None = None
     candidates: list[type[BaseModel]] = [part]
@@ -77,13 +74,13 @@ def _locate(part: type[Part], raw: object, location: tuple[int | str, ...]) -> t
 
 
 def _tags(model: type[BaseModel]) -> tuple[object, ...]:
-    """The values that `kind` may have in this member of a union."""
+    """Return the allowed values of `kind` in this member of a union."""
     kind = model.model_fields.get("kind")
     return typing.get_args(kind.annotation) if kind else ()
 
 
 def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
-    """Every model class inside `X`, `X | None`, `tuple[X, ...]` and `Annotated[X, ...]`."""
+    """Yield every model class inside `X`, `X | None`, `tuple[X, ...]` and `Annotated[X, ...]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, BaseModel):
             yield annotation

@@ -1,4 +1,4 @@
-"""The vocabulary size of a model whose config leaves it to the tokenizer."""
+"""Vocabulary size of a model whose config does not set it."""
 
 from typing import assert_never
 
@@ -19,14 +19,15 @@ def with_vocab_size(config: Config, vocab_size: int, where: str = "config") -> C
 
     Raises SpecError: the config has another size.
     """
-    given = config.model.vocab_size
+    configured = config.model.vocab_size
     padded = config.data.tokenizer.kind == "huggingface" or config.init_from is not None
-    if given is not None and given != vocab_size:
-        if padded and given > vocab_size:
+    if configured is not None and configured != vocab_size:
+        if padded and configured > vocab_size:
             return config
         raise SpecError(
-            f"model.vocab_size is {given}, but the tokenizer ({config.data.tokenizer.kind}) has {vocab_size} tokens "
-            f"({where}). " + ("Use at least as many." if padded else "Set it to null to follow the tokenizer.")
+            f"model.vocab_size is {configured}, but the tokenizer ({config.data.tokenizer.kind}) has "
+            f"{vocab_size} tokens ({where}). "
+            + ("Use at least as many." if padded else "Set it to null to follow the tokenizer.")
         )
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     return config.model_copy(update={"model": model})
@@ -44,14 +45,14 @@ def spec_with_vocab_size(config: Config, *, assumed_subwords: int = _ASSUMED_SUB
     match tokenizer:
         case ByteTokenizerSpec():
             size = 256
-        case TokenIdsSpec(vocab_size=given):
-            size = given
+        case TokenIdsSpec():
+            size = tokenizer.vocab_size
         case CharacterTokenizerSpec():
             size = ASSUMED_CHARACTERS
-            assumed = f"{size} tokens in the vocabulary; a character tokenizer takes them from its data"
+            assumed = f"a vocabulary of {size} tokens; the real size of a character tokenizer depends on the data"
         case HuggingFaceTokenizerSpec(path=path):
             size = assumed_subwords
-            assumed = f"{size:,} tokens in the vocabulary; that of {path} is not read here (--set model.vocab_size=N)"
+            assumed = f"a vocabulary of {size:,} tokens; {path} was not opened (--set model.vocab_size=N)"
         case _:
             assert_never(tokenizer)
     return spec.model_copy(update={"vocab_size": size}), assumed

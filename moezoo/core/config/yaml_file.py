@@ -1,4 +1,4 @@
-"""The one YAML reader: bounded in size, UTF-8, no duplicate keys."""
+"""Strict YAML reader: limited file size, UTF-8, no duplicate keys."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def read_text(path: str | Path, what: str) -> str:
     file = Path(path)
     try:
         if file.stat().st_size > _MAX_BYTES:
-            raise SpecError(f"{what} is larger than {_MAX_BYTES} bytes; got {path}. Give a moezoo {what} in YAML.")
+            raise SpecError(f"{what} is larger than {_MAX_BYTES} bytes; got {path}. Use a moezoo {what} in YAML.")
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"no such {what}; got {path}; expected a YAML file. Check the path.") from None
@@ -50,12 +50,12 @@ def parse_mapping(text: str, where: str, what: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Parse YAML text that may hold any value. Raises SpecError for a duplicate key, yaml.YAMLError for no YAML."""
+    """Parse YAML text that may hold any value. Raises SpecError for a duplicate key, yaml.YAMLError if not YAML."""
     return yaml.load(text, _StrictLoader)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys."""
+    """YAML loader that refuses duplicate keys."""
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -64,7 +64,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if key in result:
-            raise SpecError(f"duplicate key {key!r} (line {key_node.start_mark.line + 1}). Keep one of them.")
+            raise SpecError(f"duplicate key {key!r} (line {key_node.start_mark.line + 1}). Remove one of them.")
         result[key] = loader.construct_object(value_node, deep=True)
     return result
 

@@ -1,10 +1,11 @@
-"""What a model costs: parameters, floating-point operations, cache and memory, by formula and before it is built.
+"""Memory of the KV cache and of a training step, by formula, before a model is built.
 
 All numbers are exact integers of the formulas below; only `training_memory`'s activations are an estimate.
 Writing: writings/cost.md.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import assert_never
 
@@ -29,12 +30,12 @@ _FLOAT32_BYTES = 4
 
 
 def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
-    """What one more token leaves in the caches, in bytes of the compute dtype c.
+    """Return the KV-cache bytes that each further token adds, in the compute dtype of c bytes.
 
-    Per layer: keys and values, `2 c M H` where values are as wide as keys, 0 where they are another layer's; latent
+    Per layer: keys and values, `2 c M H` if values are as wide as keys, 0 if the layer reuses another layer's; latent
     attention one latent and one rotated key, `c (Z + rope_head_dim)`, and the indexer's key; linear attention and short
-    convolutions nothing, their state has a fixed size. A layer with a window or chunks keeps no more tokens than are
-    looked back at: beyond those it is 0 there, which `cache_bytes` counts.
+    convolutions nothing, their state has a fixed size. A layer with a window or chunks caches only the tokens that it
+    can attend to: `cache_bytes` takes that limit into account, this number does not.
 
     Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this); arXiv 2405.04434, table 1 (latent).
     """
@@ -43,7 +44,7 @@ def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
 
 
 def cache_bytes(spec: ModelSpec, length: int) -> int:
-    """What a text of `length` tokens keeps in the caches: as `kv_cache_bytes_per_token`, up to what a layer reaches."""
+    """Return the KV-cache bytes of a sequence of `length` tokens; windows and chunks limit their layers' tokens."""
     size = COMPUTE_BYTES[compute_dtype(spec)]
     kept = [
         length if (reach := spec.reach_of(index)) is None else min(length, reach)
@@ -66,76 +67,97 @@ def _cached_numbers(attention: AttentionSpec) -> int:
             assert_never(attention)
 
 
-def training_memory(config: Config) -> dict[str, int]:
-    """Bytes of one training step, by what they hold; `activations` is an estimate, the rest is exact.
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Memory of one training step in bytes, by kind; the fields are explained in `training_memory`."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds."""
+        return sum(asdict(self).values())
+
+    def to_json(self) -> dict[str, int]:
+        """Return the total and the bytes of each kind."""
+        return {"total": self.total, **asdict(self)}
+
+
+def training_memory(config: Config) -> TrainingMemory:
+    """Return the memory of one training step; `activations` is an estimate, the rest is exact.
 
     With n parameters, A micro-batches of `P = batch_size / A * sequence_length` tokens, and c bytes of
     the compute dtype:
 
-    - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the sum and the newest, which with `rematerialize: block`
-      are those of one layer at a time, and with `experts` those of one layer's experts and all others); `moments`: 8 n.
-      All float32.
-    - `activations`: P times what the backward pass needs of a token. Per layer: attention
-      `c (4 D + 3 Q) + 4 N T` (two norms in and out; queries, keys and values, again after the rotation, and the heads'
-      output, Q numbers together with N H + M H of grouped heads; float32 probabilities, whole, where there are any);
+    - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the accumulated and the newest gradient; with
+      `rematerialize: block` the newest exists for one layer at a time, with `experts` for one layer's experts at a
+      time and for all other parameters); `moments`: 8 n. All float32.
+    - `activations`: P times the bytes per token that are saved for the backward pass. Per layer: attention
+      `c (4 D + 3 Q) + 4 N T` (inputs and outputs of two norms; queries, keys and values, before and after RoPE, and the
+      heads' output, Q numbers together with N H + M H for grouped heads; all float32 probabilities, if there are any);
       dense feed-forward `c (4 F + D)` (gate, up, activated, product; output), `c (2 F + D)` without a gate; routed
-      experts `8 E + c K (4 F + 2 D)` (logits and scores; each copy in and out); shared experts `4 F c`. And once
-      `2 c D`, the final norm. With `rematerialize: block`, a layer keeps `4 c D` and, of routed experts, `8 E`; one
-      layer at a time has the rest too. With `experts`, `c K (4 F + 2 D)` is there for one layer at a time.
+      experts `8 E + c K (4 F + 2 D)` (logits and scores; input and output of each token-expert assignment); shared
+      experts `4 F c`. And once `2 c D`, the final norm. With `rematerialize: block`, each layer saves `4 c D` and, for
+      routed experts, `8 E`; the rest exists for one layer at a time. With `experts`, `c K (4 F + 2 D)` exists for one
+      layer at a time.
     - `logits`: `8 P V`, the float32 logits and their gradient.
 
-    A backend that fuses attention (MLX, and JAX with a fused kernel) keeps less; one that pads or copies keeps more.
+    A backend that fuses attention (MLX, and JAX with a fused kernel) needs less; padding or copying needs more.
 
-    Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4.1 (what is kept, counted per layer).
+    Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4.1 (saved activations, counted per layer).
     """
     spec = config.model
     parameters = parameter_counts(spec).total
-    parts = config.training.gradient_accumulation
+    micro_batches = config.training.gradient_accumulation
     length = config.training.sequence_length
-    tokens = config.training.batch_size // parts * length
+    tokens = config.training.batch_size // micro_batches * length
     compute = COMPUTE_BYTES[compute_dtype(spec)]
     layers = [layer_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers]
-    copies = [copies_bytes(layer, spec.embed_dim, compute) for layer in spec.all_layers]
-    newest = parameters if parts > 1 else 0
+    experts = [expert_activation_bytes(layer, spec.embed_dim, compute) for layer in spec.all_layers]
+    newest = parameters if micro_batches > 1 else 0
     match config.training.rematerialize:
         case "none":
             pass
         case "experts":
-            of_experts = _parameters_of_layers(spec, ".moe.experts.")
-            newest = min(newest, parameters - sum(of_experts) + max(of_experts))
+            routed = _layer_parameters(spec, ".moe.experts.")
+            newest = min(newest, parameters - sum(routed) + max(routed))
         case "block":
-            newest = min(newest, max(_parameters_of_layers(spec)))
+            newest = min(newest, max(_layer_parameters(spec)))
         case _:
             assert_never(config.training.rematerialize)
-    return {
-        "parameters": _FLOAT32_BYTES * parameters,
-        "gradients": _FLOAT32_BYTES * (parameters + newest),
-        "moments": 2 * _FLOAT32_BYTES * parameters,
-        "activations": round(tokens * activation_bytes(spec, config.training.rematerialize, layers, copies)),
-        "logits": 2 * _FLOAT32_BYTES * tokens * spec.vocab,
-    }
+    return TrainingMemory(
+        parameters=_FLOAT32_BYTES * parameters,
+        gradients=_FLOAT32_BYTES * (parameters + newest),
+        moments=2 * _FLOAT32_BYTES * parameters,
+        activations=round(tokens * activation_bytes(spec, config.training.rematerialize, layers, experts)),
+        logits=2 * _FLOAT32_BYTES * tokens * spec.vocab,
+    )
 
 
-def _parameters_of_layers(spec: ModelSpec, named: str = "") -> list[int]:
-    """Each layer's number of parameters, or of those that have this in their name."""
+def _layer_parameters(spec: ModelSpec, pattern: str = "") -> list[int]:
+    """Return the number of parameters of each layer, or of those whose name contains `pattern`."""
     layers = [0] * len(spec.all_layers)
     for row in parameter_table(spec):
         part, *rest = row.name.split(".")
-        if part == "layers" and named in row.name:
+        if part == "layers" and pattern in row.name:
             layers[int(rest[0])] += row.size
     return layers
 
 
 def activation_bytes(
-    spec: ModelSpec, rematerialize: Rematerialize, layers: Sequence[Fraction], copies: Sequence[Fraction]
+    spec: ModelSpec, rematerialize: Rematerialize, layers: Sequence[Fraction], experts: Sequence[Fraction]
 ) -> Fraction:
-    """Bytes that one token leaves for the backward pass; see `training_memory`.
+    """Return the bytes per token that are saved for the backward pass; see `training_memory`.
 
     Args:
-        spec: of width D.
-        rematerialize: what is computed again.
-        layers: of each layer, `layer_activation_bytes`.
-        copies: of each layer, `copies_bytes`.
+        spec: the model, of width D.
+        rematerialize: the part that the backward pass recomputes.
+        layers: `layer_activation_bytes` of each layer.
+        experts: `expert_activation_bytes` of each layer.
     """
     compute = COMPUTE_BYTES[compute_dtype(spec)]
     final_norm = Fraction(2 * compute * spec.embed_dim)
@@ -143,11 +165,11 @@ def activation_bytes(
         case "none":
             return sum(layers, final_norm)
         case "experts":
-            return sum(layers, final_norm) - sum(copies) + max(copies)
+            return sum(layers, final_norm) - sum(experts) + max(experts)
         case "block":
             choices = sum(moe.num_choices for _, moe in spec.moes)
-            entered = 4 * compute * spec.embed_dim * len(layers) + 2 * _FLOAT32_BYTES * choices
-            return final_norm + entered + max(layers)
+            inputs = 4 * compute * spec.embed_dim * len(layers) + 2 * _FLOAT32_BYTES * choices
+            return final_norm + inputs + max(layers)
         case _:
             assert_never(rematerialize)
 
@@ -159,57 +181,60 @@ def layer_activation_bytes(
     compute: int,
     *,
     rows: Fraction | None = None,
-    parts: Mapping[str, int] | None = None,
+    shards: Mapping[str, int] | None = None,
 ) -> Fraction:
-    """Bytes that one token leaves in one layer for the backward pass; the formula of `training_memory`.
+    """Return the bytes per token that one layer saves for the backward pass, by the formula of `training_memory`.
 
     Args:
-        layer: of a model of this width D, in sequences of this length T.
+        layer: a layer of a model of width D = `embed_dim`.
+        embed_dim: D.
+        length: sequence length T.
         compute: bytes of an activation.
-        rows: of routed experts, for each token; None: as many as it chooses.
-        parts: into how many parts devices cut a logical axis, where they do.
+        rows: rows that routed experts compute per token; None: top_k.
+        shards: number of shards of each logical axis; axes that are left out are not sharded.
     """
-    cut = parts or {}
+    shards = shards or {}
     heads, projected = attention_widths(layer.attention, embed_dim)
-    of_heads = cut.get("head", 1)
-    held = compute * (4 * embed_dim + Fraction(3 * projected, of_heads))
-    held += Fraction(_FLOAT32_BYTES * heads * length, of_heads)
+    head_shards = shards.get("head", 1)
+    saved = compute * (4 * embed_dim + Fraction(3 * projected, head_shards))
+    saved += Fraction(_FLOAT32_BYTES * heads * length, head_shards)
 
     def hidden(feed_forward: FeedForwardSpec) -> Fraction:
-        return Fraction(hidden_copies(feed_forward) * feed_forward.hidden_dim, cut.get("hidden", 1))
+        return Fraction(hidden_arrays(feed_forward) * feed_forward.hidden_dim, shards.get("hidden", 1))
 
     if layer.feed_forward is not None:
-        held += compute * (hidden(layer.feed_forward) + embed_dim)
+        saved += compute * (hidden(layer.feed_forward) + embed_dim)
     if layer.moe is not None:
         moe = layer.moe
-        held += 2 * _FLOAT32_BYTES * moe.num_choices + copies_bytes(layer, embed_dim, compute, rows=rows, parts=parts)
+        saved += 2 * _FLOAT32_BYTES * moe.num_choices
+        saved += expert_activation_bytes(layer, embed_dim, compute, rows=rows, shards=shards)
         if moe.shared is not None:
-            held += compute * hidden(moe.shared_feed_forward)
-    return held
+            saved += compute * hidden(moe.shared_feed_forward)
+    return saved
 
 
-def copies_bytes(
+def expert_activation_bytes(
     layer: LayerSpec,
     embed_dim: int,
     compute: int,
     *,
     rows: Fraction | None = None,
-    parts: Mapping[str, int] | None = None,
+    shards: Mapping[str, int] | None = None,
 ) -> Fraction:
-    """Of them, what routed experts make of a token's copies. The arguments are those of `layer_activation_bytes`."""
+    """Return the part of `layer_activation_bytes` that is due to token-expert assignments; same arguments."""
     moe = layer.moe
     if moe is None:
         return Fraction(0)
     width = embed_dim if moe.latent_dim is None else moe.latent_dim
-    hidden = Fraction(hidden_copies(moe.experts) * moe.experts.hidden_dim, (parts or {}).get("hidden", 1))
+    hidden = Fraction(hidden_arrays(moe.experts) * moe.experts.hidden_dim, (shards or {}).get("hidden", 1))
     return compute * (moe.router.top_k if rows is None else rows) * (hidden + 2 * width)
 
 
 def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int]:
-    """Heads that keep probabilities over positions, and the numbers per token that an attention layer projects to.
+    """Return the number of heads with softmax probabilities, and the projected width Q of an attention layer per token.
 
-    The latter is the width of queries and heads' output, and of keys and values, halved: `N H + M H` for grouped heads;
-    `2 D` for a short convolution, a third of what it keeps: gates and value, and three products of them.
+    Q is half the sum of the widths of queries, keys, values and the heads' output: `N H + M H` for grouped heads; `2 D`
+    for a short convolution, a third of the activations that it saves: gates and value, and three products of them.
     """
     match attention:
         case GroupedQueryAttentionSpec():
@@ -227,6 +252,6 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
             assert_never(attention)
 
 
-def hidden_copies(spec: FeedForwardSpec) -> int:
-    """How many arrays of its hidden width a feed-forward keeps: gate, up, activated, product; or two without a gate."""
+def hidden_arrays(spec: FeedForwardSpec) -> int:
+    """Return the number of arrays of hidden width that are saved: gate, up, activated, product; 2 without a gate."""
     return 2 if isinstance(spec, PlainFeedForwardSpec) else 4

@@ -1,1 +1,1 @@
-"""Device meshes, sharding rules, and groups of processes, as data."""
+"""Device meshes, sharding rules and process groups, as data without any framework."""

@@ -1,7 +1,7 @@
-"""Starts several processes of one command on this machine, and ends all of them when one fails.
+"""Launch several processes of one command on this machine, and end all of them when one fails.
 
-What a process is told is what its framework wants to hear: MLX reads who is who from the environment (`MLX_RANK`, and
-`MLX_HOSTFILE` with an address of each), JAX gets options. Everything between the processes is the framework's own.
+Each process gets its rank in its framework's own way: MLX from environment variables (`MLX_RANK`, and `MLX_HOSTFILE`
+with the address of each process), JAX from command-line options. The frameworks do all communication.
 """
 
 import contextlib
@@ -20,19 +20,21 @@ from typing import IO
 
 from moezoo.core.errors import TrainingError
 
-# Trap: a process whose peer has gone may wait for ever, and is then deaf to SIGTERM. It cannot save without the peer.
+# Trap: a process whose peer has exited may block forever in a collective and then ignores SIGTERM. It cannot save a
+# checkpoint without the peer, so it is killed after this time.
 GRACE_S = 5.0
 _SETTLING_S = 1.0
-_LOOK_EVERY_S = 0.05
+_POLL_INTERVAL_S = 0.05
 
 
 def launch(count: int, words: Sequence[str], backend: str) -> None:
-    """Run `python -m moezoo WORDS` as `count` processes that are one group of the backend, and wait for them.
+    """Run `python -m moezoo WORDS` in `count` processes that form one process group, and wait for them.
 
-    The first one has this terminal; lines of the others begin with their number. SIGINT and SIGTERM reach all.
+    The first process writes to this terminal directly; lines of the others are prefixed with their rank. SIGINT and
+    SIGTERM are forwarded to all.
 
-    Raises TrainingError: a process ended with an error, or by a signal. Raises KeyboardInterrupt at a second signal.
-    Either way the others are gone then, too, at most GRACE_S later.
+    Raises TrainingError: a process exited with an error or was killed by a signal. Raises KeyboardInterrupt: a second
+    signal arrived. In both cases the other processes are ended too, within GRACE_S.
     """
     with tempfile.TemporaryDirectory(prefix="moezoo-launch-") as folder:
         commands = process_commands(count, words, backend, Path(folder) / "hosts.json")
@@ -49,28 +51,28 @@ def launch(count: int, words: Sequence[str], backend: str) -> None:
                 failed = _failures(processes)
             finally:
                 _end(processes)
-                for thread in copied:  # its last words come before ours
+                for thread in copied:  # so that a process's last lines are printed before the error
                     thread.join(1.0)
     if failed:
-        told = "; ".join(f"process {index} of {count} {_how(status)}" for index, status in failed)
-        raise TrainingError(f"{told}. None is left; see above what was said.")
+        causes = "; ".join(f"process {index} of {count} {_describe_exit(status)}" for index, status in failed)
+        raise TrainingError(f"{causes}. All processes were stopped; see their output above.")
 
 
 def process_commands(
     count: int, words: Sequence[str], backend: str, hostfile: Path
 ) -> list[tuple[list[str], Mapping[str, str]]]:
-    """Of each process its command line, and what is put into its environment."""
+    """Return the command line of each process, and the environment variables to set for it."""
     command = [sys.executable, "-m", "moezoo", *words]
     if count == 1:
         return [(command, {})]
     if backend == "jax":
         group = ["--coordinator", f"127.0.0.1:{_free_ports(1)[0]}", "--num-processes", str(count)]
-        # On GPUs each has one of its own; a CPU is one device for each process.
+        # Each process uses one GPU, or the CPU as one device.
         return [
             ([*command, *group, "--process-id", str(index)], {"JAX_LOCAL_DEVICE_IDS": str(index)})
             for index in range(count)
         ]
-    # Trap: OpenBLAS gives each process a thread a core; they spin while they wait, and take the cores from each other.
+    # Trap: OpenBLAS starts one thread per core in each process; threads busy-wait, so processes compete for the cores.
     threads = os.environ.get("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]), encoding="utf-8")
     shared = {"MLX_HOSTFILE": str(hostfile), "OPENBLAS_NUM_THREADS": threads}
@@ -78,10 +80,10 @@ def process_commands(
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
+    """Return ports of this machine that are not in use."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:  # all are held until all are chosen, so that they differ
+        for each in sockets:  # all stay bound until all are chosen, so that the ports differ
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
 
@@ -93,7 +95,7 @@ def _start(index: int, command: Sequence[str], environment: Mapping[str, str]) -
         stdout=None if index == 0 else subprocess.PIPE,
         stderr=None if index == 0 else subprocess.STDOUT,
         env=os.environ | environment,
-        start_new_session=True,  # Trap: else Ctrl-C reaches it twice, from the terminal and from us
+        start_new_session=True,  # Trap: otherwise it gets Ctrl-C twice, from the terminal and from us
     )
 
 
@@ -106,12 +108,12 @@ def _copy_lines(index: int, lines: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to all processes, which end their step, save and stop; so does the end of the terminal.
+    """Forward SIGINT, SIGTERM and SIGHUP to all processes, which finish their step, save a checkpoint and exit.
 
-    At the second one all are ended.
+    A second signal raises KeyboardInterrupt, which ends all of them.
     """
-    # Sessions of their own do not hear of it. Under nohup it is ignored, and stays so.
-    heard = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    # Processes in their own session do not get the terminal's SIGHUP. nohup makes it ignored; then it is not forwarded.
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
 
     signals = 0
 
@@ -119,11 +121,11 @@ def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
         nonlocal signals
         signals += 1
         for process in processes:
-            process.send_signal(number)  # does nothing where it has ended
-        if signals == 2:  # not at a third, which would interrupt the ending
+            process.send_signal(number)  # no effect on a process that has exited
+        if signals == 2:  # not at a third, which would interrupt the cleanup
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, *heard)}
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield
     finally:
@@ -132,24 +134,25 @@ def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _failures(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
-    """Which processes failed, and their status, soon after the first did; [] when all have ended well."""
+    """Wait until a process fails or all succeed; return rank and exit status of each failed process, [] if none."""
     while not any(process.poll() for process in processes):
         if all(process.poll() == 0 for process in processes):
             return []
-        time.sleep(_LOOK_EVERY_S)
-    # One that only lost its peer may be gone before the one that was the cause: all are told, the killed ones first.
+        time.sleep(_POLL_INTERVAL_S)
+    # A process that only lost its peer may exit before the one that caused it: report all, killed ones first.
     deadline = time.monotonic() + _SETTLING_S
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_INTERVAL_S)
     failed = [(index, process.returncode) for index, process in enumerate(processes) if process.returncode]
     return sorted(failed, key=lambda pair: pair[1] > 0)
 
 
-def _how(status: int) -> str:
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+def _describe_exit(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Terminate all processes, and kill those that have not exited within GRACE_S."""
     deadline = time.monotonic() + GRACE_S
     for process in processes:
         process.terminate()

@@ -1,24 +1,18 @@
-"""The devices of a run, as a grid whose axes have names. What is cut along them says core/sharding_rules.py."""
+"""Device meshes with named axes. How parameters are sharded over them: core/distributed/sharding_rules.py."""
 
 import math
-from typing import TYPE_CHECKING
-
-from moezoo.core.errors import SpecError
-
-if TYPE_CHECKING:
-    pass
-
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
+from moezoo.core.errors import SpecError
 from moezoo.core.spec import Part, impossible
 
 MeshAxis = Literal["data", "fsdp", "expert", "tensor"]
 MESH_AXES: tuple[MeshAxis, ...] = get_args(MeshAxis)
 BATCH_AXES: tuple[MeshAxis, ...] = ("data", "fsdp", "expert")
-"""Each of them has its own sequences. Devices along `tensor` compute parts of the same ones."""
+"""Axes over which the batch is sharded. Devices along `tensor` share the same sequences."""
 
 LogicalAxis = Literal["embed", "vocab", "head", "kv_head", "head_dim", "hidden", "expert", "latent"]
 Exchange = Literal["padded", "allgather", "ragged"]
@@ -40,17 +34,18 @@ def _as_axes(value: object) -> object:
 
 
 class MeshConfig(Part):
-    """How many devices there are along each axis; one of them may be `auto`, which is as many as are left.
+    """Number of devices along each axis of the mesh; one axis may be `auto`: all remaining devices.
 
-    `data`: each device has all parameters. `fsdp`: parameters and moments are cut, and put together for each layer when
-    it is their turn. `expert`: experts are cut, and tokens travel. `tensor`: heads and hidden widths are cut.
-
-    `rules`: what cuts a logical axis of the parameter table, in place of `sharding_rules.RULES`: an axis of the mesh,
-    several, or null.
-
-    `exchange`: how tokens reach experts on other devices. `padded`: an all-to-all of as many rows as could be (see
-    `sharding_rules.exchanged`), so that none is left behind. `allgather`: every device has all tokens of its group.
-    `ragged`: an all-to-all of the rows that there are, on platforms that have one (TPU).
+    Fields:
+        data: data parallelism; parameters are replicated.
+        fsdp: fully sharded data parallelism; parameters and moments are sharded, and all-gathered per layer.
+        expert: expert parallelism; experts are sharded, and tokens are dispatched to them.
+        tensor: tensor parallelism; heads and hidden widths are sharded.
+        rules: mesh axes over which a logical axis of the parameter table is sharded, in place of
+            `sharding_rules.RULES`: an axis, several, or null.
+        exchange: how tokens reach experts on other devices. `padded`: an all-to-all with buffers large enough for any
+            routing (`sharding_rules.padded_exchange`), so no token is dropped. `allgather`: every device gets all
+            tokens of its group. `ragged`: an all-to-all of the actual rows, on platforms that support it (TPU).
     """
 
     data: Size = 1
@@ -62,57 +57,60 @@ class MeshConfig(Part):
 
     @model_validator(mode="after")
     def _one_auto(self) -> "MeshConfig":
-        if len(words := [axis for axis in MESH_AXES if getattr(self, axis) == "auto"]) > 1:
-            raise impossible(words[1], f"is 'auto', as {words[0]} is", "Give a number for one of them")
+        if len(auto := [axis for axis in MESH_AXES if getattr(self, axis) == "auto"]) > 1:
+            raise impossible(auto[1], f"is 'auto', and so is {auto[0]}", "Set one of them to a number")
         for name, axes in self.rules.items():
             if name == "expert" and "tensor" in axes:
                 raise impossible(
-                    "rules.expert", "is cut along tensor, where devices have the same tokens", "Use expert"
+                    "rules.expert", "is sharded over tensor, whose devices share the same tokens", "Use expert"
                 )
             if name in ("embed", "head_dim", "latent") and "tensor" in axes:
                 raise impossible(
                     f"rules.{name}",
-                    "is cut along tensor, which is for what a block can compute in parts",
+                    "is sharded over tensor, but a block cannot be computed in parts along it",
                     "Use tensor for head, kv_head, hidden or vocab",
                 )
         return self
 
     @property
     def is_one_device(self) -> bool:
-        """Whether nothing but one device is asked for."""
+        """True for a mesh of a single device."""
         return all(getattr(self, axis) == 1 for axis in MESH_AXES)
 
 
 def sizes(mesh: MeshConfig, num_devices: int) -> dict[MeshAxis, int]:
-    """Devices along each axis, `auto` filled in.
+    """Return the number of devices along each axis, with `auto` resolved.
 
-    A mesh of one device needs no more than that. Raises SpecError where any other does not have exactly `num_devices`.
+    Raises SpecError: the mesh does not have exactly `num_devices` devices. A mesh of one device always fits.
     """
-    given: dict[MeshAxis, int] = {axis: size for axis in MESH_AXES if (size := getattr(mesh, axis)) != "auto"}
-    words = [axis for axis in MESH_AXES if axis not in given]
-    product = math.prod(given.values())
-    if words and num_devices % product == 0:
-        given[words[0]] = num_devices // product
-    elif words or product not in (1, num_devices):
+    known: dict[MeshAxis, int] = {axis: size for axis in MESH_AXES if (size := getattr(mesh, axis)) != "auto"}
+    auto = [axis for axis in MESH_AXES if axis not in known]
+    product = math.prod(known.values())
+    if auto and num_devices % product == 0:
+        known[auto[0]] = num_devices // product
+    elif auto or product not in (1, num_devices):
         raise SpecError(
-            f"mesh is {in_words(mesh)}, for {'a multiple of ' if words else ''}{product} devices; got {num_devices} "
-            f"devices. Use sizes whose product {'divides' if words else 'is'} {num_devices}, or let one axis be auto."
+            f"mesh is {in_words(mesh)}, for {'a multiple of ' if auto else ''}{product} devices; got {num_devices} "
+            f"devices. Use sizes whose product {'divides' if auto else 'is'} {num_devices}, or set one axis to auto."
         )
-    return {axis: given[axis] for axis in MESH_AXES}
+    return {axis: known[axis] for axis in MESH_AXES}
 
 
 def in_words(mesh: MeshConfig) -> str:
-    """`data 2, expert 4`: the axes that have more than one device."""
+    """Describe a mesh by its axes of more than one device: `data 2, expert 4`."""
     named = [f"{axis} {size}" for axis in MESH_AXES if (size := getattr(mesh, axis)) != 1]
     return ", ".join(named) or "one device"
 
 
-def known_sizes(mesh: MeshConfig, num_devices: int | None) -> dict[MeshAxis, int]:
-    """Devices along each axis of a mesh of which only the plan is there. Raises SpecError, as `sizes`."""
-    given = [size for axis in MESH_AXES if (size := getattr(mesh, axis)) != "auto"]
-    if num_devices is None and len(given) < len(MESH_AXES):
-        raise SpecError("an axis of the mesh is auto, which is as many devices as are left. Add --devices N.")
-    devices = math.prod(given) if num_devices is None else num_devices
+def planned_sizes(mesh: MeshConfig, num_devices: int | None) -> dict[MeshAxis, int]:
+    """Return the number of devices along each axis for planning, without any devices. Raises SpecError, as `sizes`.
+
+    `num_devices`: total number of devices, needed to resolve `auto`.
+    """
+    known = [size for axis in MESH_AXES if (size := getattr(mesh, axis)) != "auto"]
+    if num_devices is None and len(known) < len(MESH_AXES):
+        raise SpecError("an axis of the mesh is auto, but the number of devices is unknown. Add --devices N.")
+    devices = math.prod(known) if num_devices is None else num_devices
     if mesh.is_one_device and devices > 1:
         raise SpecError(f"mesh is one device; got --devices {devices}. Add --mesh, for example --mesh data=auto.")
     return sizes(mesh, devices)

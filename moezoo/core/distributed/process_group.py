@@ -1,4 +1,4 @@
-"""What a command is told about the group of processes that it belongs to, and how it ends if it fails there."""
+"""Settings of a JAX process group (coordinator, ranks, timeouts), and how a process of a group exits."""
 
 import os
 import re
@@ -11,15 +11,15 @@ from moezoo.core.errors import BackendError
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """How a JAX process finds the others. MLX's find each other by what their launcher has put into the environment.
+    """Rendezvous settings of a JAX process. MLX processes get theirs from environment variables set by the launcher.
 
     Fields:
-        coordinator: HOST:PORT of the first process, which listens there; or `auto`, where SLURM, Kubernetes, Open MPI
-            or a Cloud TPU says who is who (`jax.distributed.initialize`).
-        num_processes, process_id: how many there are, and which this is, from 0; None with `auto`.
-        startup_s: how long to wait for all to come.
-        heartbeat_s: after how long a process that is silent counts as dead, which ends all others.
-        shutdown_s: how long one that has finished waits for the others.
+        coordinator: HOST:PORT at which the first process listens; or `auto`, to detect address and ranks under SLURM,
+            Kubernetes, Open MPI or on a Cloud TPU (`jax.distributed.initialize`).
+        num_processes, process_id: number of processes, and rank of this one from 0; None with `auto`.
+        startup_s: timeout for all processes to connect.
+        heartbeat_s: time without a heartbeat after which a process counts as dead and all others exit.
+        shutdown_s: how long a finished process waits for the others.
     """
 
     coordinator: str
@@ -30,30 +30,31 @@ class ProcessGroup:
     shutdown_s: int = 30
 
     def __post_init__(self) -> None:
-        given = self.num_processes is not None and self.process_id is not None
+        has_both = self.num_processes is not None and self.process_id is not None
         if self.coordinator == "auto":
             if self.num_processes is not None or self.process_id is not None:
                 raise BackendError(
-                    f"--coordinator auto finds out who is who; got {self.in_words()}. Leave --num-processes and "
-                    "--process-id out, or give HOST:PORT."
+                    f"--coordinator auto detects the number of processes and their ranks; got {self.options()}. "
+                    "Remove --num-processes and --process-id, or use --coordinator HOST:PORT."
                 )
         elif not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
             raise BackendError(
-                f"--coordinator is {self.coordinator!r}; expected HOST:PORT of the first process, or auto."
+                f"--coordinator is {self.coordinator!r}; expected HOST:PORT of the first process, or auto. "
+                "Use the same address in every process."
             )
-        elif not given:
+        elif not has_both:
             raise BackendError(
-                f"--coordinator HOST:PORT needs --num-processes and --process-id; got {self.in_words()}. "
-                "Give both to every process."
+                f"--coordinator HOST:PORT needs --num-processes and --process-id; got {self.options()}. "
+                "Pass both to every process."
             )
         elif not 0 <= (self.process_id or 0) < (self.num_processes or 0):
             raise BackendError(
                 f"--process-id is {self.process_id} of --num-processes {self.num_processes}; expected 0 to "
-                f"{(self.num_processes or 0) - 1}, each once."
+                f"{(self.num_processes or 0) - 1}. Pass a different id to each process."
             )
 
-    def in_words(self) -> str:
-        """`--coordinator ...`: the options that it was made from."""
+    def options(self) -> str:
+        """Return the command-line options of these settings: `--coordinator ...`."""
         options = (
             *(("coordinator", self.coordinator), ("num-processes", self.num_processes)),
             ("process-id", self.process_id),
@@ -61,18 +62,18 @@ class ProcessGroup:
         return " ".join(f"--{name} {value}" for name, value in options if value is not None)
 
 
-_others_wait = False
+_immediate_exit = False
 
 
-def others_wait(wait: bool = True) -> None:
-    """Say whether other processes wait for what this one does, and `end` must not wait for them in turn."""
-    global _others_wait
-    _others_wait = wait
+def set_immediate_exit(enabled: bool = True) -> None:
+    """Set whether `exit_process` skips all cleanup: on while peers would block in a collective with this process."""
+    global _immediate_exit
+    _immediate_exit = enabled
 
 
-def end(status: int) -> NoReturn:
-    """End this process with an exit status; at once where others wait for it, so that they learn of it."""
-    if _others_wait:
+def exit_process(status: int) -> NoReturn:
+    """Exit with a status: immediately while peers wait for this process, so that they fail too, else normally."""
+    if _immediate_exit:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

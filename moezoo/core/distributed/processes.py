@@ -1,4 +1,4 @@
-"""Several processes that train one model: who this one is, which sequences are its own, and how they agree."""
+"""Data-parallel processes: ranks, each process's share of a batch, and agreement between processes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,12 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process is the `index`-th of `count`. The first alone writes files and speaks."""
+    """Rank of this process and world size. Only the first process writes files and prints.
+
+    Fields:
+        index: rank of this process, from 0.
+        count: number of processes.
+    """
 
     index: int = 0
     count: int = 1
@@ -24,30 +29,31 @@ class Processes:
         return self.index == 0
 
     def share(self, batch: int) -> NDArray[np.int64]:
-        """Which of `batch` sequences are this process's own, where all take equal parts in order: int64 [b].
+        """Return the indices of this process's contiguous, equal share of `batch` sequences: int64 [b].
 
-        Raises SpecError where they cannot be equal.
+        Raises SpecError: `batch` is not divisible by the number of processes.
         """
         own = batch // self.count
         if own * self.count != batch:
             raise SpecError(
-                f"{self.count} processes cannot have equal parts of a micro-batch; got {batch} sequences "
-                f"(training.batch_size / training.gradient_accumulation); expected a multiple of {self.count}."
+                f"a micro-batch cannot be divided equally among {self.count} processes; got {batch} sequences "
+                f"(training.batch_size / training.gradient_accumulation); expected a multiple of {self.count}. "
+                "Change the batch size or the number of processes."
             )
         return np.arange(self.index * own, (self.index + 1) * own)
 
 
 class PendingNumbers(Protocol):
-    """One number of each process, which may still be on their way."""
+    """Asynchronous result of an all-gather of one number per process."""
 
     def fetch(self) -> Sequence[int]:
-        """Wait for them: that of process i at place i."""
+        """Wait for the numbers and return them by rank."""
         ...
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers that are here already: what a process that is alone has gathered."""
+    """Result of an all-gather that is already complete, with a single process for instance."""
 
     values: tuple[int, ...]
 
@@ -55,16 +61,16 @@ class Numbers:
         return self.values
 
 
-class Gathers(Protocol):
-    """What of a backend (`core.backend.Backend`) is needed to agree."""
+class SupportsGather(Protocol):
+    """The part of `core.backend.Backend` that agreement between processes needs."""
 
     @property
     def processes(self) -> Processes: ...
     def gather(self, number: int) -> PendingNumbers: ...
 
 
-def first_then_others(backend: Gathers, work: Callable[[], _Result]) -> _Result:
-    """What `work` gives, done by the first process while the others wait, and then by them: they find its files."""
+def first_process_first(backend: SupportsGather, work: Callable[[], _Result]) -> _Result:
+    """Run `work` in the first process while the others wait, then in the others, which find the first one's files."""
     if backend.processes.is_first:
         result = work()
         backend.gather(0).fetch()

@@ -1,1 +1,1 @@
-"""Generation: sampling settings, prompt batches, and the decoding loop."""
+"""Generation: settings of a checkpoint, prompt batches, and the decoding loop."""

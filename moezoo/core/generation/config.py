@@ -1,4 +1,4 @@
-"""How a folder says that its model generates: Hugging Face's `generation_config.json`, read and never guessed."""
+"""Generation settings of a checkpoint: Hugging Face's `generation_config.json`, validated, with no hidden defaults."""
 
 import json
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from moezoo.core.reference.sampling import SamplingOptions
 FILE = "generation_config.json"
 _MAX_BYTES = 1_000_000
 
-# What would change the text and is not done here, and the values with which it changes nothing (null and empty too).
-_NOT_DONE: dict[str, tuple[object, ...]] = {
+# Unsupported options that change the text, with the values that have no effect (null and empty have none either).
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "diversity_penalty": (0,),
@@ -44,7 +44,7 @@ _NOT_DONE: dict[str, tuple[object, ...]] = {
     "watermarking_config": (),
     "dola_layers": (),
 }
-_NOT_DONE_IN_SAMPLING: dict[str, tuple[object, ...]] = {  # greedy text does not depend on these
+_UNSUPPORTED_IN_SAMPLING: dict[str, tuple[object, ...]] = {  # no effect on greedy decoding
     "typical_p": (1,),
     "top_h": (),
     "epsilon_cutoff": (0,),
@@ -54,37 +54,38 @@ _READ = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length",
     "eos_token_id", "pad_token_id",
 }  # fmt: skip
-_HARMLESS = {
-    # the tokenizer adds it; encoders; beams alone
+_NO_EFFECT = {
+    # added by the tokenizer; for encoders; for beam search only
     "bos_token_id", "decoder_start_token_id", "length_penalty", "early_stopping", "low_memory",
-    # how it is computed and what else is returned
+    # implementation, and additional outputs
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache", "prefill_chunk_size",
     "compile_config", "disable_compile", "continuous_batching_config", "renormalize_logits", "remove_invalid_values",
     "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
-    # drafts that a model verifies: the same text, sooner
+    # speculative decoding: the same text, faster
     "use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit",
     "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
-    # where it comes from
+    # origin of the file
     "transformers_version", "generation_kwargs", "_from_model_config", "_commit_hash", "_name_or_path",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """What a folder says about generating; None where it says nothing.
+    """Default generation settings of a model; None where there is no default.
 
     Fields:
-        temperature: 0 is greedy, which is what a Hugging Face folder means that does not ask for `do_sample`.
+        temperature: 0 is greedy decoding, which a Hugging Face folder without `do_sample` means.
         top_k, top_p, min_p, repetition_penalty: as in SamplingOptions.
-        max_new_tokens: how many to add where the caller does not say.
-        max_length: prompt and new tokens together, where neither the caller nor `max_new_tokens` says.
-        end_tokens: any of these ends a sequence.
-        padding: what follows the end of a sequence while others go on; None: its end token again.
-        special_tokens: prompts get the special tokens that the tokenizer adds by itself (a first `<s>`).
-        not_done, not_done_in_sampling: what the folder asks for and `options` refuses, such as `num_beams 4`.
-        unknown: fields that transformers does not know either, and ignores as we do.
-        where: the file, in errors.
+        max_new_tokens: number of tokens to generate.
+        max_length: prompt and new tokens together; used if there is no `max_new_tokens`.
+        end_tokens: end-of-sequence tokens; any of them ends a sequence.
+        padding: token after the end of a sequence while others of the batch continue; None: repeat its end token.
+        special_tokens: whether to add the tokenizer's special tokens to prompts (a BOS token).
+        unsupported, unsupported_in_sampling: settings of the file that `options` refuses, for instance `num_beams 4`;
+            the latter matter only if tokens are sampled.
+        unknown: fields that are ignored, because transformers does not know them either.
+        where: path of the file, for errors.
     """
 
     temperature: float | None = None
@@ -97,8 +98,8 @@ class GenerationConfig:
     end_tokens: tuple[int, ...] = ()
     padding: int | None = None
     special_tokens: bool = False
-    not_done: tuple[str, ...] = ()
-    not_done_in_sampling: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+    unsupported_in_sampling: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     where: str = FILE
 
@@ -111,61 +112,62 @@ class GenerationConfig:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int = 0,
-        otherwise: float = 0.0,
     ) -> SamplingOptions:
-        """What is given, else what the folder says, else `otherwise` as the temperature and no filter.
+        """Return sampling options: each argument, or else this config's value, or else greedy decoding and no filter.
 
-        Raises SpecError: a value out of range, or a folder that asks for what is not done here.
+        Raises SpecError: a value out of range, or a file with unsupported settings.
         """
         options = SamplingOptions(
-            temperature=_first(temperature, self.temperature, otherwise),
+            temperature=_first(temperature, self.temperature, 0.0),
             top_k=_first(top_k, self.top_k, None),
             top_p=_first(top_p, self.top_p, None),
             min_p=_first(min_p, self.min_p, None),
             repetition_penalty=_first(repetition_penalty, self.repetition_penalty, 1.0),
             seed=seed,
         )
-        refused = self.not_done + (() if options.temperature == 0 else self.not_done_in_sampling)
+        refused = self.unsupported + (() if options.temperature == 0 else self.unsupported_in_sampling)
         if refused:
             raise SpecError(
-                f"{self.where} asks for {', '.join(refused)}, which is not done here; expected neither, since the text "
-                "would be another one. Take it out of a copy of the file, or replace `model.generation`."
+                f"unsupported generation settings; got {', '.join(refused)} in {self.where}; expected none of them, "
+                "because the text would differ. Remove them from a copy of the file, or replace `model.generation`."
             )
         return options
 
-    def new_tokens(self, asked: int | None, prompt: int, otherwise: int) -> int:
-        """How many tokens to add to a prompt of so many: what is asked, else what the folder says, else `otherwise`.
+    def new_tokens(self, requested: int | None, prompt: int, default: int) -> int:
+        """Return the number of tokens to generate: `requested`, or else this config's, or else `default`.
 
-        `max_length` only ever lowers `otherwise`. Raises DataError for a prompt that is as long.
+        `prompt` is the number of tokens in the prompt. `max_length` can only lower `default`.
+
+        Raises DataError: the prompt already has `max_length` tokens.
         """
-        if asked is not None:
-            return asked
+        if requested is not None:
+            return requested
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None:
-            return otherwise
+            return default
         if prompt >= self.max_length:
             raise DataError(
-                f"the prompt has {prompt} tokens, and max_length, which counts it, is {self.max_length} "
-                f"({self.where}). Say how many tokens to add (max_new_tokens)."
+                f"the prompt has {prompt} tokens, but max_length, which includes the prompt, is {self.max_length} "
+                f"({self.where}). Set the number of new tokens (max_new_tokens)."
             )
-        return min(otherwise, self.max_length - prompt)
+        return min(default, self.max_length - prompt)
 
     def ending_with(self, token: int | None) -> "GenerationConfig":
-        """The same, with this end token where the folder names none: the tokenizer's, asked last."""
+        """Return a copy with this end token, usually the tokenizer's, if the config has none."""
         return self if self.end_tokens or token is None else replace(self, end_tokens=(token,))
 
 
 def read_generation_config(folder: Path, model_config: Mapping[str, Any]) -> GenerationConfig:
-    """`generation_config.json` of a Hugging Face folder, or what holds where there is none.
+    """Read `generation_config.json` of a Hugging Face folder; without the file, greedy decoding and no limits.
 
-    End and padding tokens are those of the file, else those of `model_config` (config.json), of a wrapper's
-    `text_config` too. Without `do_sample` generation is greedy, whatever temperature is written; `top_k` 0 is off.
+    End and padding tokens come from the file, or else from `model_config` (config.json) or its `text_config`. Without
+    `do_sample`, decoding is greedy whatever the temperature is; `top_k` 0 is off.
 
-    Differs: where `do_sample` is set and `top_k` is not written, transformers keeps the 50 most probable tokens; here
-    no filter is on that nobody wrote. Where nothing is said of lengths, it adds up to 20 tokens in all.
+    Differs: with `do_sample` and no `top_k`, transformers keeps the 50 most probable tokens, and without any length it
+    generates until 20 tokens in total; here a setting that is not in the file is off.
 
-    Raises SpecError: not JSON, a field of a wrong type or out of range.
+    Raises SpecError: not JSON, or a field of a wrong type or out of range.
     """
     file = folder / FILE
     raw = _read_json(file) if file.is_file() else {}
@@ -183,20 +185,22 @@ def read_generation_config(folder: Path, model_config: Mapping[str, Any]) -> Gen
         end_tokens=_token_ids("eos_token_id", raw, model_config, where),
         padding=next(iter(_token_ids("pad_token_id", raw, model_config, where)), None),
         special_tokens=True,
-        not_done=_asked(raw, _NOT_DONE),
-        not_done_in_sampling=_asked(raw, _NOT_DONE_IN_SAMPLING),
-        unknown=tuple(sorted(raw.keys() - _READ - _HARMLESS - _NOT_DONE.keys() - _NOT_DONE_IN_SAMPLING.keys())),
+        unsupported=_effective(raw, _UNSUPPORTED),
+        unsupported_in_sampling=_effective(raw, _UNSUPPORTED_IN_SAMPLING),
+        unknown=tuple(sorted(raw.keys() - _READ - _NO_EFFECT - _UNSUPPORTED.keys() - _UNSUPPORTED_IN_SAMPLING.keys())),
         where=where,
     )
     try:
-        replace(found, not_done=(), not_done_in_sampling=()).options(temperature=fields.number("temperature", None))
+        replace(found, unsupported=(), unsupported_in_sampling=()).options(
+            temperature=fields.number("temperature", None)
+        )
     except SpecError as error:
         raise SpecError(f"{error} ({where})") from None
     return found
 
 
 class _Fields:
-    """Fields of the file by type; null is as if not there."""
+    """Typed access to the fields of the file; null counts as missing."""
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
         self._raw, self._where = raw, where
@@ -222,11 +226,11 @@ class _Fields:
         raise self._refused(name, "a finite number")
 
     def _refused(self, name: str, rule: str) -> SpecError:
-        return SpecError(f"{name} is {self._raw[name]!r}; expected {rule} or null ({self._where}). Mend the file.")
+        return SpecError(f"{name} is {self._raw[name]!r}; expected {rule} or null ({self._where}). Fix the file.")
 
 
-def _asked(raw: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) -> tuple[str, ...]:
-    """`num_beams 4`: fields of the table with a value that changes something."""
+def _effective(raw: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) -> tuple[str, ...]:
+    """List the fields of the table whose value has an effect: `num_beams 4`."""
     return tuple(
         f"{name} {value!r}"
         for name, value in raw.items()
@@ -235,7 +239,7 @@ def _asked(raw: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) -> t
 
 
 def _token_ids(name: str, raw: Mapping[str, Any], model_config: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    """One id or a list of them, from the first place that has some. An id below 0 is how some files write none."""
+    """Read one token id or a list, from the first source that has any. Some files use a negative id for none."""
     inner = model_config.get("text_config")
     for place, source in (
         (where, raw),
@@ -245,7 +249,9 @@ def _token_ids(name: str, raw: Mapping[str, Any], model_config: Mapping[str, Any
         value = source.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
-            raise SpecError(f"{name} is {value!r}; expected a token id, a list of them, or null ({place}). Mend it.")
+            raise SpecError(
+                f"{name} is {value!r}; expected a token id, a list of them, or null ({place}). Fix the file."
+            )
         if ids:
             return tuple(dict.fromkeys(index for index in ids if index >= 0))
     return ()
@@ -254,14 +260,14 @@ def _token_ids(name: str, raw: Mapping[str, Any], model_config: Mapping[str, Any
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _MAX_BYTES:
-            raise SpecError(f"{file} is larger than {_MAX_BYTES} bytes; expected a few lines of JSON. Mend it.")
+            raise SpecError(f"{file} is larger than {_MAX_BYTES} bytes; expected a few lines of JSON. Replace it.")
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{file} cannot be read; got {error}; expected JSON. Mend or remove it.") from None
+        raise SpecError(f"{file} cannot be read; got {error}; expected JSON. Fix or remove the file.") from None
     if not isinstance(raw, dict):
-        raise SpecError(f"{file} is not a mapping; got {type(raw).__name__}; expected fields by name. Mend it.")
+        raise SpecError(f"{file} is not a mapping; got {type(raw).__name__}; expected fields by name. Fix the file.")
     return raw
 
 
-def _first(given: Any, said: Any, otherwise: Any) -> Any:
-    return given if given is not None else said if said is not None else otherwise
+def _first(argument: Any, configured: Any, default: Any) -> Any:
+    return argument if argument is not None else configured if configured is not None else default

@@ -1,7 +1,7 @@
-"""How prompts are handed to a model: padded on the left to one width, in pieces, into caches that grow.
+"""Chunked prefill: prompts of a batch are left-padded to equal length and processed in chunks into growing KV caches.
 
-Padding stands before a row's first token, so that all rows of a batch write the same slots of their caches and end
-together, whatever their lengths are.
+With padding on the left, all rows of a batch write the same cache slots and end at the same position, whatever their
+lengths.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,18 @@ import numpy as np
 from moezoo.core.tokens import Integers
 
 PIECE = 256
-"""Tokens of a prompt at a time, so that scores are PIECE x S a head and not T x T. A product of so many rows is
-bound by arithmetic rather than by the weights that it reads; other sizes have not been timed."""
+"""Tokens per prefill chunk, so that attention scores are PIECE x S per head, not T x T. A matrix product of this many
+rows is bound by compute rather than by reading weights. Other sizes were not timed."""
 
 INITIAL_CAPACITY = 256
-"""Slots of a new cache: about a paragraph, within which nothing is recompiled; other sizes were not timed."""
+"""Capacity of a new cache in tokens: a paragraph of text fits without recompilation. Other sizes were not timed."""
 
 
 def widths(length: int, smallest: int = 1) -> list[int]:
-    """The widths of the pieces of a prompt: whole ones, before them the rest, padded to a power of two from `smallest`.
+    """Return the chunk widths for a prompt: the remainder first, then full chunks of PIECE.
 
-    `smallest` 1: not padded. They add up to `length` or more.
+    The remainder is rounded up to a power of two of at least `smallest`; with `smallest` 1 it is not rounded. The sum
+    is at least `length`.
     """
     whole, rest = divmod(length, PIECE)
     if rest and smallest > 1:
@@ -30,7 +31,7 @@ def widths(length: int, smallest: int = 1) -> list[int]:
 
 
 def padded(prompts: Sequence[Integers], width: int) -> tuple[Integers, Integers]:
-    """Tokens int32 [B, width], each row at the right end, and the place int32 [B] of its first token."""
+    """Left-pad prompts: return tokens int32 [B, width] and the position int32 [B] of each row's first token."""
     tokens = np.zeros((len(prompts), width), np.int32)
     first = np.array([width - len(prompt) for prompt in prompts], np.int32)
     for row, prompt in enumerate(prompts):
@@ -39,7 +40,7 @@ def padded(prompts: Sequence[Integers], width: int) -> tuple[Integers, Integers]
 
 
 def seen_tokens(prompts: Sequence[Integers], vocab: int) -> np.ndarray:
-    """Which tokens each prompt has: bool [B, V]."""
+    """Return the tokens that occur in each prompt as a mask: bool [B, V]; for the repetition penalty."""
     seen = np.zeros((len(prompts), vocab), np.bool_)
     for row, prompt in enumerate(prompts):
         seen[row, prompt] = True

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked
+from moezoo.core.checkpoint.safetensors_file import LazyTensors
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.assembly import assemble, same_bits
 from moezoo.core.huggingface.family import Family
@@ -75,7 +75,7 @@ def open_checkpoint(path: str | Path, max_length: int | None = None) -> HuggingF
     return HuggingFaceCheckpoint(path, description, folder, layout, weights)
 
 
-class LazyWeights(ReadWhenAsked):
+class LazyWeights(LazyTensors):
     """Parameters by canonical name, each assembled from the files on access."""
 
     def __init__(self, spec: ModelSpec, ledger: Ledger, folder: TensorFolder, quantized: Quantized):

@@ -9,17 +9,14 @@ import fnmatch
 import glob
 import io
 import re
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import INDEX, SINGLE, read_json_object
-
-OnProgress = Callable[[str], None]
+from moezoo.core.progress import Pace, Progress
 
 _ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _SMALL_FILES = ["*.json", "*.jinja"]  # config, index, tokenizer, generation config; chat templates
@@ -27,11 +24,11 @@ _SUBFOLDERS = ["*/*"]  # subfolders: other layouts and formats of the same weigh
 _LOCAL = "Or pass the path of a local folder with config.json and *.safetensors."
 
 
-def resolve(path_or_id: str | Path, on_progress: OnProgress | None = None, *, weights: bool = True) -> Path:
+def resolve(path_or_id: str | Path, on_progress: Progress | None = None, *, weights: bool = True) -> Path:
     """Return the folder of a checkpoint: a local path unchanged, or `organization/name[@revision]` in the hub's cache.
 
     A string of the form of an id is a path if it exists, or if its first part is an existing folder. Cached files are
-    not downloaded again and work offline. `on_progress` receives progress lines: megabytes done, total, time left.
+    not downloaded again and work offline. `on_progress` is called with bytes, at most five times a second.
     With `weights=False` only JSON and templates are downloaded, which is enough to describe a model.
 
     Raises CheckpointError if there is no network, no such repository or revision, no access, or no weights.
@@ -44,23 +41,7 @@ def resolve(path_or_id: str | Path, on_progress: OnProgress | None = None, *, we
         return _download(match["repository"], match["revision"], on_progress, weights)
 
 
-def on_stderr() -> OnProgress:
-    """Return a function that prints progress to stderr: one updated line in a terminal, else a line every 10 s."""
-    last = time.monotonic()
-
-    def tell(line: str) -> None:
-        nonlocal last
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{line}\x1b[K")
-            sys.stderr.flush()
-        elif line and time.monotonic() - last >= 10:
-            last = time.monotonic()
-            sys.stderr.write(f"{line}\n")
-
-    return tell
-
-
-def _download(repository: str, revision: str | None, on_progress: OnProgress | None, with_weights: bool) -> Path:
+def _download(repository: str, revision: str | None, on_progress: Progress | None, with_weights: bool) -> Path:
     folder = _fetch(repository, revision, _SMALL_FILES, _Bars(repository, None, None))
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{repository} has no config.json, so it cannot be opened as a checkpoint. {_LOCAL}")
@@ -102,12 +83,12 @@ def _fetch(repository: str, revision: str | None, patterns: list[str], bars: "_B
 
 
 class _Bars:
-    """Replacement for huggingface_hub's progress bars that reports progress as lines of text."""
+    """Replacement for huggingface_hub's progress bars that calls `on_progress`."""
 
-    def __init__(self, repository: str, total: float | None, on_progress: OnProgress | None):
+    def __init__(self, repository: str, total: int | None, on_progress: Progress | None):
         self._repository, self._total, self._on_progress = repository, total, on_progress
-        self._done: dict[int, float] = {}  # one bar counts bytes received, another bytes written
-        self._start = self._last = time.monotonic()
+        self._done: dict[int, int] = {}  # one bar counts bytes received, another bytes written
+        self._pace = Pace(line_every_s=0.2)
         self._lock = threading.Lock()
 
     def tqdm_class(self) -> type:
@@ -125,23 +106,19 @@ class _Bars:
             def update(self, n: float | None = 1) -> bool | None:
                 shown = super().update(n)
                 if self.unit == "B":
-                    bars.report(id(self), self.n, self.total)
+                    bars.report(id(self), int(self.n), None if self.total is None else int(self.total))
                 return bool(shown)
 
         Bar.set_lock(threading.RLock())
         return Bar
 
-    def report(self, bar: int, done: float, total: float | None) -> None:
+    def report(self, bar: int, done: int, total: int | None) -> None:
         """Record a bar's bytes and call `on_progress`, at most five times a second."""
         with self._lock:
             self._done[bar] = done
-            now = time.monotonic()
-            if self._on_progress is None or now - self._last < 0.2:
-                return
-            self._last = now
-            self._on_progress(
-                progress_line(self._repository, max(self._done.values()), self._total or total, now - self._start)
-            )
+            most = max(self._done.values())
+            if self._on_progress is not None and self._pace.is_due(most):
+                self._on_progress(f"fetching {self._repository}", most, self._total or total)
 
 
 class _NullStream(io.TextIOBase):
@@ -149,18 +126,7 @@ class _NullStream(io.TextIOBase):
         return len(text)
 
 
-def progress_line(repository: str, done: float, total: float | None, elapsed_s: float) -> str:
-    """Return a progress line: `fetching org/name: 1,250 of 5,000 MB, 50 MB/s, 1:15 left`."""
-    speed = done / elapsed_s if elapsed_s > 0 else 0.0
-    line = f"fetching {repository}: {done / 1e6:,.0f}" + (f" of {total / 1e6:,.0f}" if total else "")
-    line += f" MB, {speed / 1e6:,.0f} MB/s"
-    if total and speed > 0:
-        left_s = round(max(0.0, total - done) / speed)
-        line += f", {left_s // 60}:{left_s % 60:02} left"
-    return line
-
-
-def _bytes_to_fetch(repository: str, folder: Path, patterns: list[str]) -> float | None:
+def _bytes_to_fetch(repository: str, folder: Path, patterns: list[str]) -> int | None:
     """Return the size of the files not yet cached, in bytes; None if the hub's file list is not available."""
     import huggingface_hub
 

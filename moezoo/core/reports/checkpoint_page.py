@@ -1,20 +1,22 @@
-"""One-page description of a checkpoint: the parsed config and the tensor mapping."""
+"""The page of `moezoo describe` for a Hugging Face checkpoint: the parsed config and the tensor mapping."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moezoo.core.generation.config import read_generation_config
+from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, describe_checkpoint, open_checkpoint
-from moezoo.core.huggingface.ledger import ledger_rows
-from moezoo.core.reports.model_page import model_description, model_tables
+from moezoo.core.huggingface.ledger import LedgerRow, ledger_rows
+from moezoo.core.reports.model_page import ModelDescription, model_description, model_tables
 from moezoo.core.reports.text import bytes_text, count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _LENGTH = 4096  # tokens, for FLOPs and KV cache, unless the model's maximum is smaller
-_WORDS = {
+_STATUS_LABELS = {
     "mapped": "mapped to parameters",
     "copy": "duplicates",
     "codes": "codes of quantized parameters",
@@ -23,108 +25,205 @@ _WORDS = {
 }
 
 
-def checkpoint_description(folder: Path) -> dict[str, Any]:
-    """Return the page as plain data, from config.json and the headers of weight files, if any; no tensor is read.
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a checkpoint.
 
-    `config.understood` lists the fields that were parsed, `config.no_effect` those that do not affect the computation;
-    any other field would have been rejected. `files` and `ledger` are None if the folder has no weights.
-
-    Raises SpecError or CheckpointError.
+    Fields:
+        files: number of files.
+        tensors, bytes: number of tensors and their bytes, by dtype.
     """
+
+    files: int
+    tensors: Mapping[str, int]
+    bytes: Mapping[str, int]
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of tensors of all dtypes."""
+        return sum(self.tensors.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.bytes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the files as plain data."""
+        return {
+            "files": self.files,
+            "tensors": self.num_tensors,
+            "bytes": self.total_bytes,
+            "dtypes": {
+                dtype: {"tensors": number, "bytes": self.bytes[dtype]} for dtype, number in self.tensors.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class LedgerSummary:
+    """The tensor mapping in numbers.
+
+    Fields:
+        counts: number of tensors by status.
+        kept: tensors that are kept verbatim, grouped over layers and experts.
+    """
+
+    counts: Mapping[str, int]
+    kept: tuple[LedgerRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as plain data."""
+        return {
+            "counts": dict(self.counts),
+            "kept": [
+                {"name": row.theirs, "count": row.count, "dtype": row.dtype, "shape": list(row.shape)}
+                for row in self.kept
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """A checkpoint, from config.json and the headers of weight files, if any.
+
+    Fields:
+        family: name of the model family.
+        parsed: fields of config.json that were parsed.
+        no_effect: fields that do not affect the computation; any other field would have been rejected.
+        notes: remarks of the family on this config.
+        model: layers, parameters and cost.
+        files, ledger: None if the folder has no weights.
+        has_tokenizer: True if the folder has a tokenizer.json.
+        generation: defaults for sampling.
+    """
+
+    family: str
+    parsed: tuple[str, ...]
+    no_effect: tuple[str, ...]
+    notes: tuple[str, ...]
+    model: ModelDescription
+    files: WeightFiles | None
+    ledger: LedgerSummary | None
+    has_tokenizer: bool
+    generation: GenerationConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as plain data."""
+        generation = self.generation
+        return {
+            "family": self.family,
+            "config": {
+                "understood": list(self.parsed),
+                "no_effect": list(self.no_effect),
+                "notes": list(self.notes),
+            },
+            **self.model.to_json(),
+            "files": None if self.files is None else self.files.to_json(),
+            "ledger": None if self.ledger is None else self.ledger.to_json(),
+            "tokenizer": self.has_tokenizer,
+            "generation": {
+                "temperature": generation.temperature,
+                "top_k": generation.top_k,
+                "top_p": generation.top_p,
+                "min_p": generation.min_p,
+                "repetition_penalty": generation.repetition_penalty,
+                "end_tokens": list(generation.end_tokens),
+                "not_done": [*generation.unsupported, *generation.unsupported_in_sampling],
+                "unknown": list(generation.unknown),
+            },
+        }
+
+
+def checkpoint_description(folder: Path) -> CheckpointDescription:
+    """Return the description of a checkpoint folder; no tensor is read. Raises SpecError or CheckpointError."""
     has_weights = any(folder.glob("*.safetensors"))
     checkpoint = open_checkpoint(folder) if has_weights else None
     description = checkpoint.description if checkpoint else describe_checkpoint(folder)
     fields, spec = description.fields, description.spec
     longest = [spec.max_length, fields.raw.get("max_position_embeddings")]
-    generation = read_generation_config(folder, fields.raw)
-    return {
-        "family": description.family.name,
-        "config": {
-            "understood": fields.understood,
-            "no_effect": fields.no_effect,
-            "notes": list(description.notes),
-        },
-        **model_description(spec, min([_LENGTH, *(length for length in longest if isinstance(length, int))])),
-        "files": None if checkpoint is None else _files(checkpoint),
-        "ledger": None if checkpoint is None else _ledger(checkpoint),
-        "tokenizer": (folder / "tokenizer.json").is_file(),
-        "generation": {
-            "temperature": generation.temperature,
-            "top_k": generation.top_k,
-            "top_p": generation.top_p,
-            "min_p": generation.min_p,
-            "repetition_penalty": generation.repetition_penalty,
-            "end_tokens": list(generation.end_tokens),
-            "not_done": [*generation.not_done, *generation.not_done_in_sampling],
-            "unknown": list(generation.unknown),
-        },
-    }
+    return CheckpointDescription(
+        family=description.family.name,
+        parsed=tuple(fields.understood),
+        no_effect=tuple(fields.no_effect),
+        notes=tuple(description.notes),
+        model=model_description(spec, min([_LENGTH, *(length for length in longest if isinstance(length, int))])),
+        files=None if checkpoint is None else _weight_files(checkpoint),
+        ledger=None if checkpoint is None else _ledger_summary(checkpoint),
+        has_tokenizer=(folder / "tokenizer.json").is_file(),
+        generation=read_generation_config(folder, fields.raw),
+    )
 
 
-def checkpoint_page(folder: Path, where: str) -> "RenderableType":
-    """Return the page that `moezoo describe` prints, with title `where`."""
-    from rich.console import Group
-    from rich.text import Text
-
-    known = checkpoint_description(folder)
-    config, files = known["config"], known["files"]
-    lines = [
-        f"parsed from config.json: {_names(config['understood'])}",
-        f"no effect on the computation: {_names(config['no_effect'])}",
-        *(f"note: {note}" for note in config["notes"]),
-    ]
-    if files is None:
-        lines.append("weights: none in this folder; described from config.json alone")
-    else:
-        dtypes = ", ".join(f"{name} {bytes_text(row['bytes'])}" for name, row in files["dtypes"].items())
-        lines.append(f"weights: {bytes_text(files['bytes'])} in {_amount(files['files'], 'file')} ({dtypes})")
-        statuses = ", ".join(f"{number:,} {_WORDS[status]}" for status, number in known["ledger"]["counts"].items())
-        lines.append(f"ledger: {_amount(files['tensors'], 'tensor')}: {statuses}")
-        if known["ledger"]["kept"]:
-            kept = [f"{row['count']} x {row['name']}" for row in known["ledger"]["kept"]]
-            lines.append(f"kept verbatim: {_names(kept)}")
-    lines.append(f"generation: {_generation(known['generation'])}")
-    if not known["tokenizer"]:
-        lines.append("tokenizer: none in this folder; pass prompts as --tokens")
-    tables = model_tables(known, f"{where} ({known['family']})")
-    return Group(*tables, *(Text(line, "dim") for line in lines))
-
-
-def _files(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
+def _weight_files(checkpoint: HuggingFaceCheckpoint) -> WeightFiles:
     tensors, sizes = Counter[str](), Counter[str]()
     for name, tensor in checkpoint.folder.tensors.items():
         tensors[tensor.dtype] += 1
         sizes[tensor.dtype] += checkpoint.folder.size_bytes(name)
-    return {
-        "files": len(checkpoint.folder.headers),
-        "tensors": sum(tensors.values()),
-        "bytes": sum(sizes.values()),
-        "dtypes": {dtype: {"tensors": tensors[dtype], "bytes": sizes[dtype]} for dtype in sorted(tensors)},
+    dtypes = sorted(tensors)
+    return WeightFiles(
+        len(checkpoint.folder.headers),
+        {dtype: tensors[dtype] for dtype in dtypes},
+        {dtype: sizes[dtype] for dtype in dtypes},
+    )
+
+
+def _ledger_summary(checkpoint: HuggingFaceCheckpoint) -> LedgerSummary:
+    kept = tuple(row for row in ledger_rows(checkpoint.ledger) if row.status == "kept")
+    return LedgerSummary(checkpoint.ledger.counts(), kept)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_page(known: CheckpointDescription, where: str) -> "RenderableType":
+    """Return the page of `moezoo describe` for a checkpoint, with title `where`."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines = [
+        f"parsed from config.json: {_names(known.parsed)}",
+        f"no effect on the computation: {_names(known.no_effect)}",
+        *(f"note: {note}" for note in known.notes),
+        *_weight_lines(known.files, known.ledger),
+        f"generation: {_generation(known.generation)}",
+    ]
+    if not known.has_tokenizer:
+        lines.append("tokenizer: none in this folder; pass prompts as --tokens")
+    tables = model_tables(known.model, f"{where} ({known.family})")
+    return Group(*tables, *(Text(line, "dim") for line in lines))
+
+
+def _weight_lines(files: WeightFiles | None, ledger: LedgerSummary | None) -> list[str]:
+    if files is None or ledger is None:
+        return ["weights: none in this folder; described from config.json alone"]
+    dtypes = ", ".join(f"{dtype} {bytes_text(size)}" for dtype, size in files.bytes.items())
+    statuses = ", ".join(f"{number:,} {_STATUS_LABELS[status]}" for status, number in ledger.counts.items())
+    lines = [
+        f"weights: {bytes_text(files.total_bytes)} in {_amount(files.files, 'file')} ({dtypes})",
+        f"ledger: {_amount(files.num_tensors, 'tensor')}: {statuses}",
+    ]
+    if ledger.kept:
+        lines.append(f"kept verbatim: {_names([f'{row.count} x {row.theirs}' for row in ledger.kept])}")
+    return lines
+
+
+def _generation(known: GenerationConfig) -> str:
+    filters = {
+        "top_k": known.top_k,
+        "top_p": known.top_p,
+        "min_p": known.min_p,
+        "repetition_penalty": known.repetition_penalty,
     }
-
-
-def _ledger(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
-    return {
-        "counts": checkpoint.ledger.counts(),
-        "kept": [
-            {"name": row.theirs, "count": row.count, "dtype": row.dtype, "shape": list(row.shape)}
-            for row in ledger_rows(checkpoint.ledger)
-            if row.status == "kept"
-        ],
-    }
-
-
-def _generation(known: dict[str, Any]) -> str:
-    filters = ("top_k", "top_p", "min_p", "repetition_penalty")
-    words = ["greedy" if known["temperature"] == 0 else f"temperature {known['temperature']:g}"]
-    words += [f"{name} {known[name]:g}" for name in filters if known[name] is not None]
-    ends = known["end_tokens"]
-    words.append(f"ends at token {', '.join(map(str, ends))}" if ends else "no end token")
-    words += [f"{name} is not supported" for name in known["not_done"]]
+    words = [f"temperature {known.temperature:g}" if known.temperature else "greedy"]
+    words += [f"{name} {value:g}" for name, value in filters.items() if value is not None]
+    ends = ", ".join(map(str, known.end_tokens))
+    words.append(f"ends at token {ends}" if ends else "no end token")
+    words += [f"{name} is not supported" for name in (*known.unsupported, *known.unsupported_in_sampling)]
     return ", ".join(words)
 
 
-def _names(names: list[str], shown: int = 30) -> str:
+def _names(names: Sequence[str], shown: int = 30) -> str:
     more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return (", ".join(names[:shown]) or "none") + more
 

@@ -1,11 +1,12 @@
-"""Where a model's parameters lie on a mesh, and how many bytes of them a device has: before any device is there."""
+"""The page of `moezoo describe --mesh`: how parameters are sharded over a mesh, and their bytes per device."""
 
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moezoo.core.distributed.mesh import MeshAxis, MeshConfig, known_sizes
+from moezoo.core.distributed.mesh import MeshAxis, MeshConfig, planned_sizes
 from moezoo.core.distributed.sharding_rules import Partition, partition
 from moezoo.core.parameters import parameter_table
 from moezoo.core.reports.text import bytes_text, new_table
@@ -17,53 +18,109 @@ if TYPE_CHECKING:
 FLOAT32_BYTES = 4
 
 
-def mesh_description(spec: ModelSpec, mesh: MeshConfig, num_devices: int | None = None) -> dict[str, Any]:
-    """Of each parameter its shape, what cuts each dimension, and its float32 bytes on a device; and sums of them.
+@dataclass(frozen=True)
+class ShardedParameter:
+    """A parameter on a mesh.
 
-    `num_devices`: how many there are, which an axis `auto` needs. Raises SpecError where mesh, model and devices do not
-    fit, with the parameter and the rule.
+    Fields:
+        name, shape: of the whole parameter.
+        partition: for each dimension, the mesh axes over which it is sharded.
+        device_bytes: float32 bytes on one device.
+        trained: False for state, which has no moments.
     """
-    lengths = known_sizes(mesh, num_devices)
+
+    name: str
+    shape: tuple[int, ...]
+    partition: Partition
+    device_bytes: int
+    trained: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the parameter as plain data."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "cut": [list(axes) for axes in self.partition],
+            "bytes": self.device_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class MeshDescription:
+    """The parameters of a model on a mesh.
+
+    Fields:
+        lengths: number of devices along each mesh axis.
+        parameters: in the order of the parameter table.
+    """
+
+    lengths: Mapping[MeshAxis, int]
+    parameters: tuple[ShardedParameter, ...]
+
+    @property
+    def devices(self) -> int:
+        """Number of devices of the mesh."""
+        return math.prod(self.lengths.values())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameters on one device."""
+        return sum(row.device_bytes for row in self.parameters)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of Adam's moments on one device."""
+        return sum(2 * row.device_bytes for row in self.parameters if row.trained)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as plain data."""
+        return {
+            "mesh": dict(self.lengths),
+            "devices": self.devices,
+            "parameters": [row.to_json() for row in self.parameters],
+            "bytes_per_device": {"parameters": self.parameter_bytes, "moments": self.moment_bytes},
+        }
+
+
+def mesh_description(spec: ModelSpec, mesh: MeshConfig, num_devices: int | None = None) -> MeshDescription:
+    """Return how a model's parameters are sharded over a mesh.
+
+    `num_devices`: number of devices, needed if an axis is `auto`. Raises SpecError: mesh, model and devices do not fit,
+    with the parameter and the rule.
+    """
+    lengths = planned_sizes(mesh, num_devices)
     rows = []
-    moments = 0
     for row in parameter_table(spec):
-        cut = partition(row, mesh, lengths)
-        held = FLOAT32_BYTES * row.size // parts(cut, lengths)
-        moments += 2 * held if row.trained else 0
-        rows.append({"name": row.name, "shape": list(row.shape), "cut": [list(axes) for axes in cut], "bytes": held})
-    return {
-        "mesh": lengths,
-        "devices": math.prod(lengths.values()),
-        "parameters": rows,
-        "bytes_per_device": {"parameters": sum(row["bytes"] for row in rows), "moments": moments},
-    }
+        sharded = partition(row, mesh, lengths)
+        size = FLOAT32_BYTES * row.size // num_shards(sharded, lengths)
+        rows.append(ShardedParameter(row.name, tuple(row.shape), sharded, size, row.trained))
+    return MeshDescription(lengths, tuple(rows))
 
 
-def parts(cut: Partition, lengths: Mapping[MeshAxis, int]) -> int:
-    """Into how many equal parts an array is cut."""
-    return math.prod(lengths[axis] for axes in cut for axis in axes)
+def num_shards(sharded: Partition, lengths: Mapping[MeshAxis, int]) -> int:
+    """Return the number of equal shards of an array."""
+    return math.prod(lengths[axis] for axes in sharded for axis in axes)
 
 
-def mesh_page(known: Mapping[str, Any]) -> "RenderableType":
-    """The table of `moezoo describe --mesh`; parameters of equal layers in one row."""
-    named = ", ".join(f"{axis} {length}" for axis, length in known["mesh"].items() if length > 1) or "one device"
-    table = new_table(f"on {named}", "layers", "shape, and what cuts it", "bytes a device", right=(1, 3))
+def mesh_page(known: MeshDescription) -> "RenderableType":
+    """Return the table of `moezoo describe --mesh`; parameters of equal layers share a row."""
+    mesh = ", ".join(f"{axis} {length}" for axis, length in known.lengths.items() if length > 1) or "one device"
+    table = new_table(f"on {mesh}", "layers", "shape and sharding", "bytes per device", right=(1, 3))
     groups: dict[tuple[str, str], list[int]] = {}
-    for row in known["parameters"]:
-        shape = _cut_shape(row, known["mesh"])
-        groups.setdefault((re.sub(r"^layers\.\d+\.", "layers.*.", row["name"]), shape), []).append(row["bytes"])
-    for place, ((name, shape), held) in enumerate(groups.items()):
-        repeated = f"{len(held)} x" if name.startswith("layers.*") else ""
-        table.add_row(name, repeated, shape, bytes_text(sum(held)), end_section=place + 1 == len(groups))
-    held = known["bytes_per_device"]
-    table.add_row("parameters, float32", "", "", bytes_text(held["parameters"]), style="bold")
-    table.add_row("moments of Adam", "", "", bytes_text(held["moments"]), style="bold")
+    for row in known.parameters:
+        key = re.sub(r"^layers\.\d+\.", "layers.*.", row.name), _sharded_shape(row, known.lengths)
+        groups.setdefault(key, []).append(row.device_bytes)
+    for place, ((name, shape), sizes) in enumerate(groups.items()):
+        repeated = f"{len(sizes)} x" if name.startswith("layers.*") else ""
+        table.add_row(name, repeated, shape, bytes_text(sum(sizes)), end_section=place + 1 == len(groups))
+    table.add_row("parameters, float32", "", "", bytes_text(known.parameter_bytes), style="bold")
+    table.add_row("Adam moments, float32", "", "", bytes_text(known.moment_bytes), style="bold")
     return table
 
 
-def _cut_shape(row: Mapping[str, Any], lengths: Mapping[MeshAxis, int]) -> str:
-    words = [
+def _sharded_shape(row: ShardedParameter, lengths: Mapping[MeshAxis, int]) -> str:
+    dimensions = [
         f"{length}" + "".join(f" / {axis} {lengths[axis]}" for axis in axes)
-        for length, axes in zip(row["shape"], row["cut"], strict=True)
+        for length, axes in zip(row.shape, row.partition, strict=True)
     ]
-    return " x ".join(words) or "a number"
+    return " x ".join(dimensions) or "scalar"

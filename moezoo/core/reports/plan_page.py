@@ -1,8 +1,11 @@
-"""The report of `moezoo plan`: what a step costs each device by formula, and what XLA makes of it."""
+"""The page of `moezoo plan`: memory and communication of a training step, by formula and in XLA's program."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from moezoo.core.cost.make_plan import CompiledComparison, Plan
+from moezoo.core.cost.step_plan import DevicePlan
 from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.reports.text import bytes_text, count, new_table, plural
 
@@ -10,104 +13,101 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+_MEMORY_LABELS = {
+    "moments": "Adam moments",
+    "state": "router state",
+    "gathered": "gathered parameters",
+    "exchange": "expert exchange buffers",
+}
 
-def plan_page(known: Mapping[str, Any], where: str) -> "RenderableType":
-    """The page of `moezoo plan`, of what `plan_description` knows. `where` is its title."""
+
+def plan_page(plan: Plan, where: str) -> "RenderableType":
+    """Return the page of a plan, with title `where`."""
     from rich.console import Group
     from rich.text import Text
 
-    named = _mesh_in_words(known["mesh"])
-    sequences, parts = known["sequences"], known["micro_batches"]
+    devices, sequences, micro_batches = plan.devices, plan.sequences, plan.micro_batches
     title = Text.assemble(
         (where, "bold"),
-        f"\non {named}: {known['devices']:,} {plural('device', known['devices'])}, each with {sequences} "
-        f"{plural('sequence', sequences)} of {known['sequence_length']:,} tokens at once, {parts} "
-        f"{plural('time', parts)} a step\n{count(known['flops_per_token'], 'FLOPs')} per token, forward and backward; "
-        f"{count(known['flops'], 'FLOPs')} a device and step",
+        f"\non {_mesh_text(plan.lengths)}: {devices:,} {plural('device', devices)}\n"
+        f"per device and step: {micro_batches} {plural('micro-batch', micro_batches)} of {sequences} "
+        f"{plural('sequence', sequences)} of {plan.sequence_length:,} tokens, {count(plan.flops, 'FLOPs')}\n"
+        f"per token: {count(plan.flops_per_token, 'FLOPs')}, forward and backward",
     )
-    pieces: list[RenderableType] = [title, _memory_table(known)]
-    if known["collectives"]:
-        pieces.append(_collective_table(known))
-    pieces.append(Text(_basis(known), "yellow" if known["extrapolated"] else "dim"))
-    if known["compiled"] is not None:
-        pieces.append(_compared_table(known["compiled"]))
-    if "chip" in known:
-        chip = known["chip"]
-        held, more = (bytes_text(chip[name]) for name in ("argument_bytes", "temporary_bytes"))
+    pieces: list[RenderableType] = [title, _memory_table(plan)]
+    if plan.device.collectives:
+        pieces.append(_collective_table(plan.device, plan.lengths))
+    pieces.append(Text(_basis(plan), "yellow" if plan.extrapolated else "dim"))
+    if plan.compiled is not None:
+        pieces.append(_compiled_table(plan.compiled))
+    if plan.chip is not None:
+        arguments, temporary = bytes_text(plan.chip.arguments), bytes_text(plan.chip.temporary)
         pieces.append(
-            Text(f"a chip of {chip['topology']}, by the compiler for TPUs: {held} that stay, {more} that come and go")
+            Text(f"one chip of {plan.topology}, from the TPU compiler: {arguments} arguments, {temporary} temporary")
         )
     return Group(*pieces)
 
 
-def _basis(known: Mapping[str, Any]) -> str:
-    compiled = known["compiled"]
-    if compiled is None:
+def _basis(plan: Plan) -> str:
+    if plan.compiled is None:
         return "all by formula; nothing was compiled"
-    by = f"by formula, held against XLA's program for {compiled['devices']} simulated devices"
-    return f"extrapolated {by}" if known["extrapolated"] else by
+    basis = f"by formula, compared with XLA's program for {plan.compiled.devices} simulated devices"
+    return f"extrapolated {basis}" if plan.extrapolated else basis
 
 
-def _memory_table(known: Mapping[str, Any]) -> "Table":
-    table = new_table("memory of a device", "", "share", right=(1, 2))
-    memory = known["memory_bytes"]
-    rows = [(name, size) for name, size in memory.items() if name != "total" and size]
-    for place, (name, size) in enumerate(rows):
-        table.add_row(name, bytes_text(size), f"{size / memory['total']:.1%}", end_section=place + 1 == len(rows))
-    table.add_row("total", bytes_text(memory["total"]), "", style="bold")
-    if known["fits"] is not None:
-        verdict = "fits" if known["fits"] else "does not fit"
-        style = "green" if known["fits"] else "red"
-        table.add_row(f"{verdict} into {bytes_text(known['memory_limit_bytes'])}", "", "", style=style)
+def _memory_table(plan: Plan) -> "Table":
+    table = new_table("memory per device", "", "share", right=(1, 2))
+    memory = plan.device.memory
+    rows = [(_MEMORY_LABELS.get(kind, kind), size) for kind, size in asdict(memory).items() if size]
+    for place, (label, size) in enumerate(rows):
+        table.add_row(label, bytes_text(size), f"{size / memory.total:.1%}", end_section=place + 1 == len(rows))
+    table.add_row("total", bytes_text(memory.total), "", style="bold")
+    if plan.memory_limit is not None:
+        verdict, style = ("fits", "green") if plan.fits else ("does not fit", "red")
+        table.add_row(f"{verdict} in {bytes_text(plan.memory_limit)}", "", "", style=style)
     return table
 
 
-def _collective_table(known: Mapping[str, Any]) -> "Table":
-    table = new_table("travels in a step", "as", "along", "arrays", "bytes", "a device sends", right=(3, 4, 5))
-    for own in known["collectives"]:
-        along = _along(own["axes"], known["mesh"])
-        sizes = bytes_text(own["payload_bytes"]), bytes_text(own["sent_bytes"])
-        table.add_row(own["purpose"], own["kind"], along, f"{own['arrays']:,}", *sizes)
-    table.add_section()
-    table.add_row("total", "", "", "", "", bytes_text(known["sent_bytes"]), style="bold")
-    return table
-
-
-def _compared_table(compiled: Mapping[str, Any]) -> "Table":
-    depth, layers = compiled["all_layers"], compiled["layers"]
-    what = f"{depth} {plural('layer', depth)} compiled"
-    if layers != [depth]:
-        what = f"{', '.join(map(str, layers))} layers compiled, {depth} derived"
+def _collective_table(device: DevicePlan, lengths: Mapping[MeshAxis, int]) -> "Table":
     table = new_table(
-        f"XLA's program on {_mesh_in_words(compiled['mesh'])}",
-        "arrays",
-        "formula",
-        "bytes",
-        "formula",
-        right=range(1, 5),
+        "communication per step", "collective", "along", "arrays", "payload", "sent per device", right=(3, 4, 5)
     )
-    for own in compiled["collectives"]:
-        formula, program = own["formula"], own["program"]
+    for own in device.collectives:
+        along, sizes = _axes_text(own.axes, lengths), (bytes_text(own.payload), bytes_text(own.sent))
+        table.add_row(own.purpose, own.kind, along, f"{own.count:,}", *sizes)
+    table.add_section()
+    table.add_row("total", "", "", "", "", bytes_text(device.sent), style="bold")
+    return table
+
+
+def _compiled_table(compiled: CompiledComparison) -> "Table":
+    depth = compiled.num_layers
+    what = f"{depth} {plural('layer', depth)} compiled"
+    if compiled.layers != (depth,):
+        what = f"{', '.join(map(str, compiled.layers))} layers compiled, {depth} extrapolated"
+    table = new_table(
+        f"XLA's program on {_mesh_text(compiled.lengths)}", "arrays", "formula", "bytes", "formula", right=range(1, 5)
+    )
+    for own in compiled.collectives:
         table.add_row(
-            f"{own['kind']} along {_along(own['axes'], compiled['mesh'])}",
-            f"{program['arrays']:,}",
-            f"{formula['arrays']:,}",
-            f"{program['bytes']:,}",
-            f"{formula['bytes']:,}",
+            f"{own.kind} along {_axes_text(own.axes, compiled.lengths)}",
+            f"{own.program_arrays:,}",
+            f"{own.formula_arrays:,}",
+            f"{own.program_bytes:,}",
+            f"{own.formula_bytes:,}",
         )
-    held = compiled["argument_bytes"]
-    table.add_row("parameters, moments, state; and the batch", "", "", f"{held['program']:,}", f"{held['formula']:,}")
-    temporary = compiled["temporary_bytes"]
-    if temporary is not None:
-        table.add_row("temporary, as the CPU has it", "", "", f"{temporary:,}", "")
-    table.caption = f"{what}; numbers travel as float32 on the CPU"
+    arguments = f"{compiled.program_arguments:,}", f"{compiled.formula_arguments:,}"
+    table.add_row("parameters, moments, state; program: and batch", "", "", *arguments)
+    if compiled.temporary is not None:
+        table.add_row("temporary arrays on the CPU", "", "", f"{compiled.temporary:,}", "")
+    table.caption = f"{what}; collectives on the CPU send float32"
     table.caption_justify = "left"
     return table
 
 
-def _along(axes: Sequence[MeshAxis], mesh: Mapping[MeshAxis, int]) -> str:
-    return ", ".join(f"{axis} {mesh[axis]}" for axis in axes)
+def _axes_text(axes: Sequence[MeshAxis], lengths: Mapping[MeshAxis, int]) -> str:
+    return ", ".join(f"{axis} {lengths[axis]}" for axis in axes)
 
 
-def _mesh_in_words(mesh: Mapping[MeshAxis, int]) -> str:
-    return _along([axis for axis, size in mesh.items() if size > 1], mesh) or "one device"
+def _mesh_text(lengths: Mapping[MeshAxis, int]) -> str:
+    return _axes_text([axis for axis, size in lengths.items() if size > 1], lengths) or "one device"

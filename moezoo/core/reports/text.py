@@ -1,4 +1,4 @@
-"""Text for people: numbers with units, tables, plurals."""
+"""Numbers with units, tables and plurals for pages."""
 
 import re
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "T
 
 
 def memory_bytes(text: str) -> int:
-    """Bytes of `80GiB`. Raises SpecError for what is no number with a unit."""
+    """Parse a memory size such as `80GiB`. Raises SpecError: not a number with a unit."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B)", text)
     if found is None or found[2] not in _UNITS:
         raise SpecError(f"--memory is {text!r}; expected a number and a unit, one of {', '.join(_UNITS)}, e.g. 80GiB.")
@@ -21,19 +21,19 @@ def memory_bytes(text: str) -> int:
 
 
 def count(number: float, unit: str = "") -> str:
-    """Three significant digits: `1.23 M`, `12.3 GFLOPs`, `512`; thousands of millions are B without a unit, else G."""
+    """Format with three significant digits: `1.23 M`, `12.3 GFLOPs`, `512`; billions are B without a unit, else G."""
     value, prefixes = float(number), ["", "k", "M", "G" if unit else "B", "T", "P", "E", "Z"]
     return _scaled(value, 1000.0, prefixes, unit)
 
 
 def bytes_text(number: float) -> str:
-    """Three significant digits in binary units: `1.50 MiB`."""
+    """Format with three significant digits in binary units: `1.50 MiB`."""
     return _scaled(float(number), 1024.0, ["", "Ki", "Mi", "Gi", "Ti", "Pi"], "B")
 
 
 def _scaled(value: float, base: float, prefixes: list[str], unit: str) -> str:
     place = 0
-    # 999.5 would be written as 1000 of the smaller prefix
+    # 999.5 would round to 1000 of the smaller prefix
     while value >= (999.5 if base == 1000 else base) and place + 1 < len(prefixes):
         value, place = value / base, place + 1
     digits = 0 if place == 0 else 2 if value < 9.995 else 1 if value < 99.95 else 0
@@ -41,7 +41,7 @@ def _scaled(value: float, base: float, prefixes: list[str], unit: str) -> str:
 
 
 def new_table(first: str, *others: str, right: Iterable[int] = ()) -> "Table":
-    """Return an empty table in the style of all pages; columns at the indices `right` are numbers, flush right."""
+    """Return an empty table in the style of all pages; columns at the indices `right` are right-aligned numbers."""
     from rich import box
     from rich.table import Table
 
@@ -54,5 +54,7 @@ def new_table(first: str, *others: str, right: Iterable[int] = ()) -> "Table":
 
 
 def plural(word: str, number: int) -> str:
-    """Return the word as it is for one, else with an s."""
-    return word if number == 1 else f"{word}s"
+    """Return the word, with an s (`micro-batch`: es) unless the number is 1."""
+    if number == 1:
+        return word
+    return f"{word}es" if word.endswith("ch") else f"{word}s"

@@ -1,6 +1,6 @@
 """Conversion of Hugging Face checkpoints to run folders, and of runs to Hugging Face checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,20 +8,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.progress import Progress
 from moezoo.core.runs.open import open_model
 from moezoo.core.runs.save import export, save_run
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]  # parameters done, total
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Result of a conversion: `format` of the new folder, ledger of the checkpoint's tensors, one-line notes."""
+    """Result of a conversion.
+
+    Fields:
+        format: of the new folder, `moezoo` or `huggingface`.
+        ledger: the mapping of every tensor of the Hugging Face checkpoint.
+        notes: one-line notes for the user.
+    """
 
     format: str
     ledger: Ledger
@@ -31,9 +37,11 @@ class Conversion:
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
     """Convert a Hugging Face folder or hub id into a run folder, or a run into a Hugging Face folder.
 
-    Into a run folder, one parameter at a time is in memory. A round trip without changes is bit-exact.
+    Conversion into a run folder keeps one parameter in memory at a time. A round trip without changes is bit-exact.
+    `on_progress`: progress callback, in parameters.
 
-    Raises as `open_model`, RunError if `out` is not empty, and SpecError if no family computes the run's model.
+    Raises what `open_model` raises. Raises RunError: `out` is not empty. Raises SpecError: no family can represent the
+    run's model.
     """
     opened = open_model(path)
     if opened.checkpoint is not None:
@@ -46,7 +54,7 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
     return Conversion("huggingface", ledger, opened.problems + notes)
 
 
-class _WithProgress(ReadWhenAsked):
+class _WithProgress(LazyTensors):
     """Weights that report progress as they are read."""
 
     def __init__(self, inner: Mapping[str, Array], on_progress: Progress | None):
@@ -62,5 +70,5 @@ class _WithProgress(ReadWhenAsked):
         value = self._inner[name]
         self._done += 1
         if self._on_progress is not None:
-            self._on_progress(self._done, len(self._inner))
+            self._on_progress("converting", self._done, len(self._inner))
         return value

@@ -1,4 +1,4 @@
-"""Where a run begins that does not begin from random numbers: a Hugging Face checkpoint, or another run.
+"""Initialize a run from a Hugging Face checkpoint or from another run (`init_from` of a config).
 
 Writing: writings/fine_tuning.md.
 """
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.run_config import Config, InitFrom, load_config
 from moezoo.core.config.validate import validate
-from moezoo.core.data.tokenizers import Tokenizer, load_tokenizer
+from moezoo.core.data.load_tokenizer import load_tokenizer
+from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.parameters import parameter_table
@@ -24,13 +25,13 @@ from moezoo.core.runs.run_folder import is_run
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run begins with.
+class InitialWeights:
+    """Weights that a run starts from.
 
     Fields:
-        weights: float32 by canonical name, read and converted when asked for.
-        layout: how to write them back in the checkpoint's own layout, where there is one.
-        problems: what a reader should know, a line each.
+        weights: float32 by canonical name; each is read and converted when accessed.
+        layout: file layout of the Hugging Face checkpoint, to export to it again; None if there is none.
+        problems: one-line warnings for the user.
     """
 
     weights: Mapping[str, NDArray[np.float32]]
@@ -38,10 +39,11 @@ class Start:
     problems: list[str]
 
 
-def fill_in(raw: dict[str, Any], where: str, begun: Config | None = None) -> None:
-    """Give a raw config with `init_from` what it leaves out: the model, and the tokenizer.
+def add_model_and_tokenizer(raw: dict[str, Any], where: str, resumed: Config | None = None) -> None:
+    """Add the model and the tokenizer of `init_from` to a raw config, each unless the config has its own.
 
-    `begun`: the config of the run that goes on. What began from the same is taken from there and nothing is opened.
+    `resumed`: the config of the run to resume. If it has the same `init_from`, both are taken from it and nothing is
+    opened.
     """
     init = validate(InitFrom, raw["init_from"], f"init_from of {where}")
     data = raw.setdefault("data", {})
@@ -49,8 +51,8 @@ def fill_in(raw: dict[str, Any], where: str, begun: Config | None = None) -> Non
     has_tokenizer = not isinstance(data, dict) or data.get("tokenizer") is not None
     if has_model and has_tokenizer:
         return
-    if begun is not None and begun.init_from == init:
-        spec, tokenizer = begun.model, begun.data.tokenizer
+    if resumed is not None and resumed.init_from == init:
+        spec, tokenizer = resumed.model, resumed.data.tokenizer
     else:
         spec, tokenizer = describe_model(init.path)
     if not has_model:
@@ -61,40 +63,46 @@ def fill_in(raw: dict[str, Any], where: str, begun: Config | None = None) -> Non
         data["tokenizer"] = tokenizer.model_dump(mode="json")
 
 
-def load_resolved_config(path: str | Path, overrides: Sequence[str] = (), *, begun: Config | None = None) -> Config:
-    """Read a config as `load_config`, and open what `init_from` names if the config leaves model or tokenizer out.
+def load_resolved_config(path: str | Path, overrides: Sequence[str] = (), *, resumed: Config | None = None) -> Config:
+    """Load a config; if it has `init_from` and no model or tokenizer, read them from the checkpoint named there.
 
-    `begun`: the config of the run to resume. If it began from the same checkpoint, nothing is opened.
+    `resumed`: the config of the run to resume. If it has the same `init_from`, the checkpoint is not opened.
 
-    Raises as `load_config`, and as `open_model` for a checkpoint that cannot be opened.
+    Raises what `load_config` raises, and what `open_model` raises for the checkpoint.
     """
-    return load_config(path, overrides, resolve=lambda raw, where: fill_in(raw, where, begun))
+    return load_config(path, overrides, resolve=lambda raw, where: add_model_and_tokenizer(raw, where, resumed))
 
 
 def initial_tokenizer(config: Config) -> Tokenizer | None:
-    """The tokenizer of the run that a run begins from, if it is to be used: its characters are those of its data."""
+    """Return the tokenizer of the run named by `init_from` if the config uses it; None otherwise.
+
+    A character tokenizer depends on the data it was built from, so it must be reused rather than rebuilt.
+    """
     if config.init_from is None or not is_run(config.init_from.path):
         return None
     _, tokenizer = describe_model(config.init_from.path)
     return load_tokenizer(config.init_from.path) if tokenizer == config.data.tokenizer else None
 
 
-def check_start(config: Config) -> None:
-    """Before a run's folder is made: raise as `open_start` where `init_from` has another model than the config."""
+def check_initial_weights(config: Config) -> None:
+    """Check that the model of `init_from` fits the config's, from configs alone; called before creating a run folder.
+
+    Raises what `open_initial_weights` raises.
+    """
     if config.init_from is not None:
         spec, _ = describe_model(config.init_from.path)
         _check(config, {row.name: row.shape for row in parameter_table(spec)})
 
 
-def open_start(config: Config) -> Start:
-    """What `init_from` names, opened and checked against the config's model.
+def open_initial_weights(config: Config) -> InitialWeights:
+    """Open the weights that `init_from` names, and check them against the config's model.
 
-    Raises as `open_model`, and CheckpointError where the parameters are not those of the config's model.
+    Raises what `open_model` raises, and CheckpointError: parameters differ from those of the config's model.
     """
     assert config.init_from is not None
     opened = open_model(config.init_from.path)
     _check(config, shapes_of(opened.weights))
-    return Start(_Float32(opened.weights), opened.layout, opened.problems)
+    return InitialWeights(_Float32(opened.weights), opened.layout, opened.problems)
 
 
 def _check(config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -105,13 +113,13 @@ def _check(config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
     except CheckpointError as error:
         _, _, diff = str(error).partition("\n")
         raise CheckpointError(
-            f"the config's model is not the one of init_from ({path}). Leave the section `model` out: then it is.\n"
-            f"{diff}"
+            f"the config's model differs from the model of init_from ({path}). Remove the section `model` to use that "
+            f"model.\n{diff}"
         ) from None
 
 
-class _Float32(ReadWhenAsked):
-    """Arrays of any dtype as float32, one at a time."""
+class _Float32(LazyTensors):
+    """A lazy mapping that converts arrays of any dtype to float32, one at a time."""
 
     def __init__(self, weights: Mapping[str, NDArray[Any]]):
         super().__init__(shapes_of(weights))
@@ -130,7 +138,7 @@ def _set_selection_bias_rate(model: dict[str, Any], init: InitFrom, where: str) 
     if not biases:
         raise SpecError(
             f"init_from.selection_bias_rate is {init.selection_bias_rate}, but no router of {init.path} has a "
-            f"selection bias ({where}). Leave it out."
+            f"selection bias ({where}). Remove it."
         )
     for bias in biases:
         bias["rate"] = init.selection_bias_rate

@@ -1,4 +1,4 @@
-"""What a path stands for: a run folder, a Hugging Face checkpoint's folder, or the id of one on the hub."""
+"""Open a model from a path: a run folder, the folder of a Hugging Face checkpoint, or a Hugging Face hub id."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,9 @@ from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokeni
 from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.schedules import ConstantSchedule
 from moezoo.core.config.training import OptimizerConfig, TrainingConfig
-from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
+from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import RunError
 from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import (
@@ -27,18 +29,18 @@ from moezoo.core.spec import ModelSpec
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model before any backend has it.
+    """A model read from a path, not yet built on a backend.
 
     Fields:
-        path: the folder (of a hub id, the one in the cache).
-        config: of the run; for a Hugging Face checkpoint one to fine-tune it with, whose data is only an example.
-        tokenizer: a TokenIds, which knows no text, where the folder has none.
-        weights: by canonical name, in the stored dtype; those of a Hugging Face checkpoint are read on access.
-        step: how many updates the run has made.
-        problems: damaged checkpoints that were passed over, and the like, a line each.
-        checkpoint: the Hugging Face checkpoint, None for a run.
-        layout: how the files are laid out of the checkpoint that it is, or that the run began from; else None.
-        generation: what the folder says about generating, or the checkpoint that a run began from; else nothing.
+        path: the folder; for a hub id, its folder in the cache.
+        config: the run's config; for a Hugging Face checkpoint, a config to fine-tune it with example data.
+        tokenizer: `TokenIds`, which cannot encode text, if the folder has no tokenizer.
+        weights: by canonical name, in the stored dtype; each is read when accessed.
+        step: number of updates the run has done; 0 for a Hugging Face checkpoint.
+        problems: one-line warnings for the user, about skipped damaged checkpoints for instance.
+        checkpoint: the Hugging Face checkpoint; None for a run.
+        layout: file layout of the Hugging Face checkpoint, or of the one that the run started from; else None.
+        generation: generation settings of the Hugging Face checkpoint, or of the one that the run started from.
     """
 
     path: Path
@@ -53,32 +55,34 @@ class OpenedModel:
 
 
 def is_config(path: str | Path) -> bool:
-    """Whether a path is a YAML config's: it ends like one, or is a file."""
+    """Return whether a path is a YAML config: by its suffix, or because it is a file."""
     return Path(path).suffix in (".yaml", ".yml") or Path(path).is_file()
 
 
 def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a Hugging Face checkpoint, fetched where `path` is a hub id; progress goes to stderr.
+    """Return the folder of a Hugging Face checkpoint; download a hub id first, with progress on stderr.
 
-    Raises RunError for any other folder, CheckpointError for what cannot be fetched.
+    `weights`: download the weights too.
+
+    Raises RunError: a folder without a checkpoint. Raises CheckpointError: the download fails.
     """
-    from moezoo.core.huggingface.hub import on_stderr, resolve
+    from moezoo.core.huggingface.hub import resolve
+    from moezoo.core.progress import bytes_on_stderr
 
-    tell = on_stderr()
-    folder = resolve(path, tell, weights=weights)
-    tell("")  # the line is done with
+    with bytes_on_stderr() as show:
+        folder = resolve(path, show, weights=weights)
     if not is_checkpoint(folder):
         raise RunError(
             f"{path} is neither a run folder nor a Hugging Face checkpoint; expected config.yaml or config.json in it. "
-            "Give such a folder or the id of one on the hub, or make a run with `moezoo train CONFIG`."
+            "Use such a folder or a hub id, or train a run with `moezoo train CONFIG`."
         )
     return folder
 
 
 def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
-    """Open a run folder (its newest whole checkpoint), a Hugging Face folder, or a hub id.
+    """Open a run folder (its newest intact checkpoint), a Hugging Face folder, or a hub id.
 
-    `max_length`: see `moezoo.load`; a run's config says it itself.
+    `max_length`: as in `moezoo.load`; ignored for a run, whose config contains it.
 
     Raises RunError, CheckpointError, SpecError or TokenizerError.
     """
@@ -91,7 +95,7 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
         return replace(opened, generation=read_generation_config(layout.path, layout.description.fields.raw))
     folder = checkpoint_folder(path)
     checkpoint = open_checkpoint(folder, max_length)
-    tokenizer = tokenizer_beside(checkpoint.path, checkpoint.spec.vocab)
+    tokenizer = tokenizer_of_model_folder(checkpoint.path, checkpoint.spec.vocab)
     return OpenedModel(
         path=folder,
         config=fine_tuning_config(checkpoint, tokenizer),
@@ -105,13 +109,13 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
 
 
 def describe_model(path: str | Path) -> tuple[ModelSpec, TokenizerSpec]:
-    """The model and the tokenizer of what `open_model` opens, from its config alone."""
+    """Read the model spec and the tokenizer spec of a path from its config alone, without opening weights."""
     if is_run(path):
         config = load_config(Run(Path(path)).config_path)
         return config.model, config.data.tokenizer
     folder = checkpoint_folder(path, weights=False)
     spec = describe_checkpoint(folder).spec
-    return spec, _tokenizer_spec(folder, spec, tokenizer_beside(folder, spec.vocab))
+    return spec, _tokenizer_spec(folder, spec, tokenizer_of_model_folder(folder, spec.vocab))
 
 
 def _tokenizer_spec(folder: Path, spec: ModelSpec, tokenizer: Tokenizer) -> TokenizerSpec:
@@ -121,7 +125,7 @@ def _tokenizer_spec(folder: Path, spec: ModelSpec, tokenizer: Tokenizer) -> Toke
 
 
 def fine_tuning_config(checkpoint: HuggingFaceCheckpoint, tokenizer: Tokenizer) -> Config:
-    """A config that trains the checkpoint on, at a small constant rate; its data is an example to replace."""
+    """Return a config to fine-tune a checkpoint at a small constant learning rate, with example data to replace."""
     longest = checkpoint.spec.max_length
     return Config(
         model=checkpoint.spec,

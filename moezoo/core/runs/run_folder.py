@@ -1,11 +1,11 @@
-"""The run folder: everything that a run leaves behind, and enough to go on from.
+"""The run folder: all files of a run, sufficient to resume it.
 
-<run>/config.yaml     the resolved config: defaults written out, the vocabulary's size filled in
-<run>/tokenizer.json  or tokenizer/: what turns text into tokens
-<run>/metrics.jsonl   one object a line, see metrics.py
+<run>/config.yaml     the resolved config, with defaults and the vocabulary size filled in
+<run>/tokenizer.json  or tokenizer/: the tokenizer
+<run>/metrics.jsonl   one JSON object per line, see training/metrics.py
 <run>/picture.png     loss and expert load
-<run>/checkpoints/    see checkpoint.py
-<run>/huggingface/    of a run that began from a Hugging Face checkpoint: how its files were laid out, see
+<run>/checkpoints/    see checkpoint/store.py
+<run>/huggingface/    file layout of the Hugging Face checkpoint that the run started from, if any, see
                       huggingface/layout.py
 """
 
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, opened_checkpoint
+from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, load_verified_checkpoint
 from moezoo.core.config.run_config import Config, dump_config, load_config, parse_config
-from moezoo.core.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from moezoo.core.data.load_tokenizer import load_tokenizer
+from moezoo.core.data.tokenizers import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, remove_folder, write_atomically
 
-# What may differ when a run is resumed: how it is watched, how it is compiled, what it keeps in memory, and how long it
-# goes on (which moves the schedule).
+# Fields of `training` that may change when a run is resumed: logging, saving, compilation, rematerialization, and the
+# number of steps (which moves the schedule).
 _MAY_CHANGE = (
     *("steps", "log_every", "validate_every", "validation_sequences", "checkpoint_every", "keep_checkpoints"),
     *("layers", "rematerialize"),
@@ -29,7 +30,7 @@ _MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Run:
-    """The names of a run folder's files."""
+    """Paths of the files in a run folder."""
 
     path: Path
 
@@ -59,26 +60,26 @@ class Run:
 
 
 def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool) -> Run:
-    """Make a run folder, or check that an existing one may be resumed with this config, and write config and tokenizer.
+    """Create a run folder, or check that an existing one can be resumed with this config; write config and tokenizer.
 
-    Raises RunError: the folder already holds a run and `resume` is off, holds something else, or cannot be written.
-    Raises SpecError: resumed with a config that computes something else.
+    Raises RunError: the folder contains a run and `resume` is False, contains no run and `resume` is True, contains
+    other files, or cannot be written. Raises SpecError: the config differs from the run's in more than `_MAY_CHANGE`.
     """
     run = Run(path)
     if run.config_path.exists():
         if not resume:
             raise RunError(
-                f"{path} already holds a run. Add --resume to go on with it, "
-                "choose another folder with --out, or delete it."
+                f"{path} already contains a run. Add --resume to continue it, choose another folder with --out, or "
+                "delete it."
             )
         _check_same(load_config(run.config_path), config, run.config_path)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(
-            f"{path} exists and is not a run folder; expected none, or an empty one. Choose another with --out."
+            f"{path} exists and is not a run folder; expected a new or empty folder. Choose another with --out."
         )
     elif resume:
         raise RunError(
-            f"there is no run to resume at {path}. Start it without --resume, or name its folder with --out."
+            f"there is no run to resume in {path}. Start one without --resume, or set its folder with --out."
         )
     make_folder(path)
     tokenizer.save(path)
@@ -86,27 +87,27 @@ def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool
     return run
 
 
-def forget_run(run: Run) -> None:
-    """Remove the folder that `create_run` made, of a run that could not begin; one that holds more stays as it is."""
-    if {file.name for file in run.path.iterdir()} <= {run.config_path.name, *TOKENIZER_FILES}:
+def remove_empty_run(run: Run) -> None:
+    """Remove a run folder that contains only what `create_run` wrote; any other folder is left unchanged."""
+    if {file.name for file in run.path.iterdir()} <= {run.config_path.name, TOKENIZER_FILE, TOKENIZER_FOLDER}:
         remove_folder(run.path)
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a path is a run folder."""
+    """Return whether a path is a run folder."""
     return Run(Path(path)).config_path.is_file()
 
 
 def open_run(path: str | Path) -> Run:
-    """An existing run folder. Raises RunError where it is none."""
+    """Open an existing run folder. Raises RunError: it is not one."""
     run = Run(Path(path))
     if not is_run(path):
-        raise RunError(f"{path} is not a run folder; expected config.yaml in it. Make one with `moezoo train CONFIG`.")
+        raise RunError(f"{path} is not a run folder; expected config.yaml in it. Train one with `moezoo train CONFIG`.")
     return run
 
 
 def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]]:
-    """Config, tokenizer and newest whole checkpoint of a run, and a line about each damaged checkpoint passed over.
+    """Load config, tokenizer and newest intact checkpoint of a run; also return a line per damaged checkpoint skipped.
 
     Raises RunError, SpecError, TokenizerError or CheckpointError.
     """
@@ -117,12 +118,12 @@ def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]
 
 
 def resume_point(run: Run, step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint to go on from, or None where none was written yet; and damaged ones passed over.
+    """Return the newest intact checkpoint to resume from, None if none was saved yet; and a line per one skipped.
 
-    `step`: the one of that step, which another process has found so, and verified.
+    `step`: open this step's checkpoint without verifying its files, because another process has.
     """
     if step is not None:
-        return opened_checkpoint(run.checkpoints_path, step), []
+        return load_verified_checkpoint(run.checkpoints_path, step), []
     if not list_checkpoints(run.checkpoints_path):
         return None, []
     checkpoint, _, problems = _latest(run)
@@ -131,25 +132,26 @@ def resume_point(run: Run, step: int | None = None) -> tuple[Checkpoint | None, 
 
 def _latest(run: Run) -> tuple[Checkpoint, Path, list[str]]:
     checkpoint, newest, problems = load_latest_checkpoint(run.checkpoints_path)
-    return checkpoint, newest, [f"passed over: {problem}" for problem in problems]
+    return checkpoint, newest, [f"skipped: {problem}" for problem in problems]
 
 
 def _check_same(old: Config, new: Config, where: Path) -> None:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for dump in (before, after):
-        del dump["mesh"]  # a run may go on with other devices
+        del dump["mesh"]  # a run may be resumed on other devices
         for name in _MAY_CHANGE:
             del dump["training"][name]
     difference = _first_difference(before, after)
     if difference is not None:
-        path, was, given = difference
+        path, started, resumed = difference
         raise SpecError(
-            f"{path} is {given!r}, but the run was started with {was!r} ({where}). "
+            f"{path} is {resumed!r}, but the run was started with {started!r} ({where}). "
             "Resume with the config that it was started with, or start a new run with --out."
         )
 
 
 def _first_difference(before: Any, after: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Return path and both values of the first difference between two nested values; None if they are equal."""
     if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
         pairs = [(f"{path}.{key}" if path else key, before[key], after[key]) for key in before]
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from moezoo.core.checkpoint.store import save_checkpoint
 from moezoo.core.config.run_config import Config, dump_config
-from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import RunError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.huggingface.export import export_checkpoint
@@ -20,7 +21,12 @@ from moezoo.core.runs.run_folder import Run, load_run
 def export(
     weights: Mapping[str, NDArray[Any]], config: Config, tokenizer: Tokenizer, layout: Layout | None, out: Path
 ) -> list[str]:
-    """Write weights as a Hugging Face checkpoint into a new folder, and return notes. Raises as `LoadedModel.save`."""
+    """Export weights as a Hugging Face checkpoint into a new folder, and return one-line notes for the user.
+
+    `layout`: of the checkpoint that the weights came from; None: the first family that can represent the model.
+
+    Raises RunError: the folder exists and is not empty. Raises SpecError: no family can represent the model.
+    """
     if layout is not None:
         return export_checkpoint(weights, layout, out)
     files = Path(tokenizer.path) if isinstance(tokenizer, HuggingFaceTokenizer) else None
@@ -39,27 +45,34 @@ def save_run(
     optimizer: Mapping[str, NDArray[Any]] | None = None,
     tokens: int | None = None,
 ) -> None:
-    """Write a run folder of one checkpoint, in whole files. Raises RunError: the folder exists and is not empty."""
+    """Save a new run folder with a single checkpoint in unsharded files.
+
+    `layout`: of the Hugging Face checkpoint that the weights came from, to export them later; None if there is none.
+    `optimizer`: moments to resume training from; None: the run cannot be resumed. `tokens`: number trained on.
+
+    Raises RunError: the folder exists and is not empty.
+    """
     run = Run(path)
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise RunError(f"{path} exists; expected a new or empty folder. Choose another.")
+        raise RunError(f"{path} exists and is not empty; expected a new or empty folder. Choose another path.")
     make_folder(run.path)
     tokenizer.save(run.path)
     if layout is not None:
         write_sidecar(layout, run.huggingface_path)
     text = dump_config(config)
-    save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, {}, None, tokens=tokens)
+    save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, None, tokens=tokens)
     write_atomically(run.config_path, text)
 
 
-def copy_whole(path: str | Path, out: Path) -> tuple[int, list[str]]:
-    """Write the newest checkpoint of a run into a new run folder, one file for weights and one for moments.
+def consolidate(path: str | Path, out: Path) -> tuple[int, list[str]]:
+    """Copy the newest checkpoint of a run into a new run folder, as one safetensors file of weights and one of moments.
 
-    For a run whose checkpoints many processes wrote: what comes out needs nothing but safetensors, and can be gone on
-    with. One tensor is in memory at a time.
+    Use it for a run whose checkpoints are sharded: the copy needs nothing but safetensors to read, and training can
+    resume from it. One tensor is in memory at a time.
 
-    Returns the step, and a line about each damaged checkpoint that was passed over. Raises as `load_run`, and RunError
-    where `out` is not empty.
+    Returns the step, and one line per damaged checkpoint that was skipped.
+
+    Raises what `load_run` raises, and RunError: `out` is not empty.
     """
     config, tokenizer, checkpoint, problems = load_run(path)
     layout = open_sidecar(Run(Path(path)).huggingface_path)

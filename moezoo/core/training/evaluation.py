@@ -1,9 +1,8 @@
-"""How good a model is on held-out data: nats a token, bits a byte, expert load, distance from a known optimum."""
+"""Evaluation on held-out data: nats per token, bits per byte, expert load, and the distance from a known optimum."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,28 +11,30 @@ from moezoo.core.backend import Model, check_length
 from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
 from moezoo.core.data.grammar.grammar import Grammar
-from moezoo.core.data.prebatched import ReadyBatches
+from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import Split
-from moezoo.core.data.token_store import check_range
+from moezoo.core.data.token_shards import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
+from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED
-from moezoo.core.training.metrics import routing_statistics
-
-if TYPE_CHECKING:
-    pass
+from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
 
 MAX_WINDOWS = 4096
+"""Number of windows in a full evaluation, at most."""
+
+_MANY_EXPERTS = 16
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """Comparison with data whose entropy is known, on characters whose past the window shows whole.
+    """Comparison with data of known entropy, on the characters whose full relevant context is inside the window.
 
     Fields:
-        characters: how many characters were compared.
-        loss: the model's mean nats on them.
-        best_possible: mean nats that the exact source gives these same characters; no model is better on average.
-        entropy_rate: exact nats per character of the endless source, for orientation.
+        characters: number of characters compared.
+        loss: the model's mean loss on them, nats.
+        best_possible: mean surprisal of the same characters under the exact source, nats; no model is better on
+            average.
+        entropy_rate: exact entropy rate of the source, nats per character, for orientation.
         excess: loss / best_possible - 1.
     """
 
@@ -49,30 +50,51 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss of `windows` windows of `sequence_length` tokens, by the routing of training without noise.
+    """Held-out metrics of a model.
 
-    `inference_loss`: by the routing of inference, where that is another one; what generation lives on.
+    Fields:
+        validation_loss: mean nats per token, with training routing and no noise.
+        bits_per_byte: None if tokens have no text.
+        windows: number of windows scored.
+        sequence_length: tokens per window.
+        routing: load and drops of each MoE layer, with training routing.
+        optimum: comparison with the data's entropy, if that is known.
+        inference_loss: mean nats per token with inference routing, if it differs from training routing; the loss that
+            matters for generation.
     """
 
     validation_loss: float
     bits_per_byte: float | None
     windows: int
     sequence_length: int
-    routing: list[dict[str, Any]]
+    routing: tuple[RoutingStatistics, ...]
     optimum: Optimum | None = None
     inference_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the fields as plain values for JSON."""
         values = asdict(self)
         if self.optimum is not None:
             values["optimum"]["excess"] = self.optimum.excess
         return values
 
 
+@dataclass(frozen=True)
+class ValidationRecord:
+    """A line of `metrics.jsonl` (`metrics.Record`) with the result of a validation after `step` updates."""
+
+    step: int
+    tokens: int
+    evaluation: Evaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as one object for JSON, those of the evaluation at the top level."""
+        return {"step": self.step, "tokens": self.tokens, **self.evaluation.to_dict()}
+
+
 def evaluate(
     model: Model,
-    split: Split | ReadyBatches,
+    split: Split | PrebatchedSplit,
     tokenizer: Tokenizer,
     *,
     sequence_length: int,
@@ -80,22 +102,59 @@ def evaluate(
     max_windows: int = MAX_WINDOWS,
     grammar: Grammar | None = None,
     first_token: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Score consecutive windows of a split, all of them or `max_windows` spread evenly over it.
+    """Score consecutive windows of a split: all of them, or `max_windows` spread evenly over it.
 
-    Means are over the targets that count. Bits per byte = total nats / ln 2 / UTF-8 bytes of these; None where tokens
-    have no text. With `first_token` each window begins with it, and its own T tokens are what is predicted.
+    Means are over targets that are not IGNORED. Bits per byte = total nats / ln 2 / UTF-8 bytes of these targets; None
+    if tokens have no text.
 
-    Raises DataError: windows longer than learned positions, a token id outside the model's vocabulary.
+    Args:
+        model: a built model.
+        split: held-out data.
+        tokenizer: counts bytes, and decodes windows for the comparison with `grammar`.
+        sequence_length: T, tokens predicted per window.
+        batch_size: windows per batch, at most.
+        max_windows: number of windows, at most.
+        grammar: source of the data, to compare with its entropy.
+        first_token: prepended to each window (a BOS token), whose own T tokens are then the targets.
+        on_progress: progress callback, in windows.
+
+    Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
     """
-    check_length(model.spec, sequence_length, f"windows of {sequence_length}")
+    check_length(model.spec, sequence_length, f"windows of {sequence_length} tokens")
     windows = np.asarray(split.windows(sequence_length, max_windows))
-    if first_token is not None:  # windows follow each other every T tokens, so this leaves none out and none twice
+    if first_token is not None:  # windows start every T tokens, so each token is still a target exactly once
         windows = np.insert(windows[:, :-1], 0, first_token, axis=1)
     check_range(windows[windows != IGNORED], model.spec.vocab, "data to evaluate on")
-    batch_size = _batch_that_divides(len(windows), batch_size)
-    losses = np.empty((len(windows), sequence_length), np.float64)
+    totals = _score_windows(model, windows, _even_batch_size(len(windows), batch_size), on_progress)
+    counted = windows[:, 1:] != IGNORED
+    num_bytes = tokenizer.byte_count(windows[:, 1:][counted])
+    inference_losses = totals.inference_losses
+    return Evaluation(
+        validation_loss=float(totals.losses[counted].mean()),
+        bits_per_byte=float(totals.losses.sum() / math.log(2) / num_bytes) if num_bytes else None,
+        windows=len(windows),
+        sequence_length=sequence_length,
+        routing=routing_statistics(model.spec.moe_layers, totals.load, totals.dropped),
+        optimum=_compare_with_source(windows, totals.losses, tokenizer, grammar) if grammar is not None else None,
+        inference_loss=None if inference_losses is None else float(inference_losses[counted].mean()),
+    )
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Losses [windows, T] of all targets in nats, with training and with inference routing; load and drops by layer."""
+
+    losses: NDArray[np.float64]
+    inference_losses: NDArray[np.float64] | None
+    load: list[NDArray[np.int64]]
+    dropped: list[int]
+
+
+def _score_windows(model: Model, windows: NDArray[np.int32], batch_size: int, on_progress: Progress | None) -> _Totals:
+    """Score windows [windows, T + 1] batch by batch."""
+    losses = np.empty((len(windows), windows.shape[1] - 1), np.float64)
     inference_losses = np.empty_like(losses) if model.spec.inference_differs else None
     load: list[NDArray[np.int64]] = []
     dropped: list[int] = []
@@ -109,55 +168,46 @@ def evaluate(
         load = [a + b for a, b in zip(load, scores.load, strict=True)] if load else scores.load
         dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
         if on_progress is not None:
-            on_progress(start + len(batch), len(windows))
-    counts = windows[:, 1:] != IGNORED
-    num_bytes = tokenizer.byte_count(windows[:, 1:][counts])
-    return Evaluation(
-        validation_loss=float(losses[counts].mean()),
-        bits_per_byte=float(losses.sum() / math.log(2) / num_bytes) if num_bytes else None,
-        windows=len(windows),
-        sequence_length=sequence_length,
-        routing=routing_statistics(model.spec.moe_layers, load, dropped),
-        optimum=_compare(windows, losses, tokenizer, grammar) if grammar is not None else None,
-        inference_loss=None if inference_losses is None else float(inference_losses[counts].mean()),
-    )
+            on_progress("evaluating", start + len(batch), len(windows))
+    return _Totals(losses, inference_losses, load, dropped)
 
 
 def known_grammar(data: DataConfig) -> Grammar | None:
-    """The grammar behind the data, where it is one built-in dataset read by characters."""
+    """Return the grammar that generates the data, if that is a single built-in dataset with a character tokenizer."""
     match data.sources:
         case (DatasetSource(name=name),) if data.tokenizer.kind == "character":
             return dataset_grammar(name)
     return None
 
 
-def _compare(
+def _compare_with_source(
     windows: NDArray[np.int32], losses: NDArray[np.float64], tokenizer: Tokenizer, grammar: Grammar
 ) -> Optimum | None:
+    """Compare losses with the exact surprisal; None if no character has its full relevant context in the window."""
     assert isinstance(tokenizer, CharacterTokenizer)
-    best = np.stack([grammar.fair_surprisal(tokenizer.decode(window)) for window in windows])
-    fair = ~np.isnan(best)
-    if not fair.any():
+    surprisal = np.stack([grammar.fair_surprisal(tokenizer.decode(window)) for window in windows])
+    comparable = ~np.isnan(surprisal)
+    if not comparable.any():
         return None
     return Optimum(
-        characters=int(fair.sum()),
-        loss=float(losses[fair].mean()),
-        best_possible=float(best[fair].mean()),
+        characters=int(comparable.sum()),
+        loss=float(losses[comparable].mean()),
+        best_possible=float(surprisal[comparable].mean()),
         entropy_rate=grammar.entropy().nats_per_character,
     )
 
 
-def _batch_that_divides(count: int, batch_size: int) -> int:
-    """The largest divisor of `count` up to `batch_size`, unless less than half of it: one shape compiles once."""
+def _even_batch_size(count: int, batch_size: int) -> int:
+    """Return the largest divisor of `count` up to `batch_size`, so that one shape is compiled.
+
+    A divisor below half of `batch_size` is not worth it: then batches are of full size, and the last one smaller.
+    """
     divisor = next(size for size in range(min(batch_size, count), 0, -1) if count % size == 0)
     return divisor if 2 * divisor >= min(batch_size, count) else min(batch_size, count)
 
 
-_MANY_EXPERTS = 16
-
-
 def describe_evaluation(evaluation: Evaluation) -> str:
-    """Validation loss in nats and bits per byte, and the distance from the optimum where it is known."""
+    """Describe the losses in nats per token and bits per byte, and the distance from a known optimum."""
     lines = [
         f"validation loss {evaluation.validation_loss:.4f} nats per token"
         + (f", {evaluation.bits_per_byte:.4f} bits per byte" if evaluation.bits_per_byte is not None else "")
@@ -165,11 +215,11 @@ def describe_evaluation(evaluation: Evaluation) -> str:
     ]
     if evaluation.inference_loss is not None:
         gap = evaluation.inference_loss - evaluation.validation_loss
-        lines.append(f"by the routing of inference: {evaluation.inference_loss:.4f} nats per token ({gap:+.4f})")
+        lines.append(f"with inference routing: {evaluation.inference_loss:.4f} nats per token ({gap:+.4f})")
     if evaluation.optimum is not None:
         optimum = evaluation.optimum
         lines.append(
-            f"where the window shows the whole past that matters: {optimum.loss:.4f} nats, best possible "
+            f"on characters with full context in the window: {optimum.loss:.4f} nats, best possible "
             f"{optimum.best_possible:.4f}: {100 * optimum.excess:.1f} % above the optimum  "
             f"({optimum.characters:,} characters)"
         )
@@ -177,12 +227,12 @@ def describe_evaluation(evaluation: Evaluation) -> str:
 
 
 def describe_routing(evaluation: Evaluation) -> list[str]:
-    """A line a layer: the load of each expert, or of many the most and the least; and what was dropped."""
+    """Describe each MoE layer in a line: load of each expert (of many, the least and the most), and drop rate."""
     lines = []
     for row in evaluation.routing:
-        loads = [share * len(row["load"]) for share in row["load"]]
+        loads = [share * len(row.load) for share in row.load]
         shown = " ".join(f"{load:.2f}" for load in loads)
         if len(loads) > _MANY_EXPERTS:
             shown = f"{min(loads):.2f} to {max(loads):.2f} of {len(loads)} experts"
-        lines.append(f"layer {row['layer']}: load {shown} (1 is balanced), dropped {100 * row['dropped']:.2f} %")
+        lines.append(f"layer {row.layer}: load {shown} (1 is balanced), dropped {100 * row.dropped:.2f} %")
     return lines

@@ -1,19 +1,18 @@
-"""The train loop, written once: it knows the backend protocol and nothing of JAX or MLX."""
+"""The training loop. It uses a backend through its protocol only (`core.backend`), so JAX and MLX share it."""
 
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from moezoo.core.backend import Backend, Model, PendingStep, StepMetrics
+from moezoo.core.backend import Backend, Model, PendingFiles, PendingStep, StepMetrics
 from moezoo.core.checkpoint.manifest import ARRAYS
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import (
@@ -26,24 +25,47 @@ from moezoo.core.checkpoint.store import (
 )
 from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.config.schedules import learning_rate
-from moezoo.core.data.prebatched import ReadyBatches
+from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import PreparedData
-from moezoo.core.distributed.processes import PendingNumbers, first_then_others
+from moezoo.core.distributed.processes import PendingNumbers, first_process_first
 from moezoo.core.errors import RunError, TrainingError
 from moezoo.core.huggingface.layout import write_sidecar
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.runs.init_from import Start, open_start
-from moezoo.core.runs.run_folder import Run, forget_run, resume_point
-from moezoo.core.training.evaluation import MAX_WINDOWS, Evaluation, describe_evaluation, evaluate, known_grammar
-from moezoo.core.training.metrics import MetricsFile, layer_losses, layer_state, routing_statistics
+from moezoo.core.runs.init_from import InitialWeights, open_initial_weights
+from moezoo.core.runs.run_folder import Run, remove_empty_run, resume_point
+from moezoo.core.training.evaluation import (
+    MAX_WINDOWS,
+    Evaluation,
+    ValidationRecord,
+    describe_evaluation,
+    evaluate,
+    known_grammar,
+)
+from moezoo.core.training.metrics import (
+    LayerRecord,
+    MetricsFile,
+    Record,
+    StepRecord,
+    layer_losses,
+    layer_state,
+    routing_statistics,
+)
 from moezoo.core.training.reporter import Reporter, SilentReporter
+
+_MOMENTS = ("first_moment", "second_moment")
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended: `step` updates done, `finished` or stopped by a signal, the final evaluation if finished."""
+    """Result of a training run.
+
+    Fields:
+        step: updates done.
+        finished: all of `training.steps` are done; False if a signal stopped the run.
+        evaluation: the final evaluation; None unless finished.
+    """
 
     step: int
     finished: bool
@@ -53,89 +75,90 @@ class TrainingResult:
 def train(
     config: Config, data: PreparedData, backend: Backend, run: Run, *, reporter: Reporter | None = None
 ) -> TrainingResult:
-    """Train from the run's newest whole checkpoint, or from the beginning, to `training.steps`.
+    """Train to `training.steps`, from the run's newest intact checkpoint if it has one.
 
-    SIGINT and SIGTERM end the step, save, and return with `finished` False. Of several processes all take part in
-    every step and validation, and stop after the same step, whichever got the signal; the first alone writes and tells.
+    SIGINT and SIGTERM finish the current step, save a checkpoint, and return with `finished` False. With several
+    processes, all take part in every step and validation and stop after the same step, whichever got the signal; only
+    the first one writes files and reports.
 
-    Raises TrainingError: the loss or a parameter is not finite. Nothing is saved then; the last good checkpoint stays.
-    Raises MoezooError of any kind where the run cannot begin; a folder that was made for it alone is removed then.
+    Raises TrainingError: the loss or a parameter is not finite. Nothing is saved then, so the last good checkpoint
+    stays. Raises any MoezooError if training cannot start; a run folder created for this run alone is then removed.
     """
     try:
         training = _Training(config, data, backend, run, reporter or SilentReporter())
     except BaseException:
         if backend.processes.is_first:
-            forget_run(run)
+            remove_empty_run(run)
         raise
-    return training.go()
+    return training.run_to_end()
 
 
 class _Training:
+    """A training run in progress."""
+
     def __init__(self, config: Config, data: PreparedData, backend: Backend, run: Run, reporter: Reporter):
         self.config, self.data, self.run, self.backend = config, data, run, backend
         self.is_first = backend.processes.is_first
         self.reporter = reporter if self.is_first else SilentReporter()
-        if isinstance(data.train, ReadyBatches):
+        if isinstance(data.train, PrebatchedSplit):
             data.train.check(config.training)
-        checkpoint = self._resume_point()
+        checkpoint = self._load_checkpoint()
+        initial = self._open_initial_weights() if checkpoint is None else None
         self.first_step = 0 if checkpoint is None else checkpoint.step
-        start = self._start() if checkpoint is None else None
-        begins = checkpoint or start
-        self.model: Model = backend.build(
-            config.model, initial_weights(config.model, config.training.seed) if begins is None else begins.weights
-        )
-        state = None if checkpoint is None else checkpoint.optimizer
-        if state is not None:
-            check_names_and_shapes(
-                shapes_of(state),
-                {
-                    f"{moment}.{row.name}": row.shape
-                    for moment in ("first_moment", "second_moment")
-                    for row in parameter_table(config.model)
-                    if row.trained
-                },
-                f"the optimizer state of {run.path}",
-            )
-        if self.first_step > config.training.steps:
-            raise RunError(
-                f"training.steps is {config.training.steps}, but the run has done {self.first_step} ({run.path}). "
-                f"Use steps >= {self.first_step}."
-            )
-        self.model.start_training(
-            config.optimizer,
-            state,
-            self.first_step,
-            rematerialize=config.training.rematerialize,
-            layers=config.training.layers,
-        )
+        self.model = self._build_model(checkpoint, initial)
         self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
         self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step) if self.is_first else None
-        if self.is_first and start is not None and start.layout is not None:
-            write_sidecar(start.layout, run.huggingface_path)
+        if self.is_first and initial is not None and initial.layout is not None:
+            write_sidecar(initial.layout, run.huggingface_path)
         self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
-        self.pending: list[tuple[int, float, PendingStep]] = []
-        self.stops_asked: list[PendingNumbers] = []
+        self.pending: list[tuple[int, float, PendingStep]] = []  # step, learning rate, metrics
+        self.stop_requests: list[PendingNumbers] = []
         self.background = ThreadPoolExecutor(1)
         self.saving: Future[None] | None = None
         self.grammar = known_grammar(config.data)
 
-    def _resume_point(self) -> Checkpoint | None:
-        """The first process verifies the files, and the others believe it."""
+    def _load_checkpoint(self) -> Checkpoint | None:
+        """Open the checkpoint to resume from. The first process verifies its files; the others use the same step."""
         checkpoint, problems = resume_point(self.run) if self.is_first else (None, [])
         for problem in problems:
             self.reporter.message(problem)
         step = self.backend.gather(-1 if checkpoint is None else checkpoint.step).fetch()[0]
         return checkpoint if self.is_first or step < 0 else resume_point(self.run, step)[0]
 
-    def _start(self) -> Start | None:
+    def _open_initial_weights(self) -> InitialWeights | None:
+        """Open the weights that `init_from` names, if any."""
         if self.config.init_from is None:
             return None
-        start = open_start(self.config)
-        for problem in start.problems:
+        initial = open_initial_weights(self.config)
+        for problem in initial.problems:
             self.reporter.message(f"{self.config.init_from.path}: {problem}")
-        return start
+        return initial
 
-    def go(self) -> TrainingResult:
+    def _build_model(self, checkpoint: Checkpoint | None, initial: InitialWeights | None) -> Model:
+        """Build the model, and its optimizer with the checkpoint's moments."""
+        config, source = self.config, checkpoint or initial
+        weights = initial_weights(config.model, config.training.seed) if source is None else source.weights
+        model = self.backend.build(config.model, weights)
+        moments = None if checkpoint is None else checkpoint.optimizer
+        if moments is not None:
+            trained = [row for row in parameter_table(config.model) if row.trained]
+            expected = {f"{moment}.{row.name}": row.shape for moment in _MOMENTS for row in trained}
+            check_names_and_shapes(shapes_of(moments), expected, f"the optimizer state of {self.run.path}")
+        if self.first_step > config.training.steps:
+            raise RunError(
+                f"training.steps is {config.training.steps}, but the run has done {self.first_step} ({self.run.path}). "
+                f"Use steps >= {self.first_step}."
+            )
+        model.start_training(
+            config.optimizer,
+            moments,
+            self.first_step,
+            rematerialize=config.training.rematerialize,
+            layers=config.training.layers,
+        )
+        return model
+
+    def run_to_end(self) -> TrainingResult:
         training = self.config.training
         if self.first_step:
             self.reporter.message(f"resumed after step {self.first_step}")
@@ -144,41 +167,42 @@ class _Training:
         try:
             with _stop_on_signal() as stop:
                 step = self.first_step
-                while step < training.steps and not self._stops(stop):
+                while step < training.steps and not self._should_stop(stop):
                     step += 1
                     self._step(step)
                 self._report(step)
                 self._save(step)
                 finished = step >= training.steps
-                evaluation = self._validate(step, whole=True) if finished else None
-                self._saved()
+                evaluation = self._validate(step, final=True) if finished else None
+                self._finish_saving()
         finally:
             self.reporter.stop()
-            self.background.shutdown(wait=False)  # what is being saved goes on: the interpreter waits for it
+            self.background.shutdown(wait=False)  # a save in progress continues: the interpreter waits for it at exit
             if self.metrics is not None:
                 self.metrics.close()
         return TrainingResult(step, finished, evaluation)
 
-    def _stops(self, stop: threading.Event) -> bool:
-        """Whether to stop here. Of several processes all get the same answer, since each may have had the signal.
+    def _should_stop(self, stop: threading.Event) -> bool:
+        """Return whether a signal asks to stop before the next step; all processes get the same answer.
 
-        What they said before the last step is what counts: by then it is there, so nobody waits for the step under way.
+        Any process may have received the signal, so they all-gather it. The result gathered before the previous step
+        is used: it has arrived, so no process waits for the step in progress.
         """
         if self.backend.processes.count == 1:
             return stop.is_set()
-        self.stops_asked.append(self.backend.gather(int(stop.is_set())))
-        return len(self.stops_asked) > 1 and any(self.stops_asked.pop(0).fetch())
+        self.stop_requests.append(self.backend.gather(int(stop.is_set())))
+        return len(self.stop_requests) > 1 and any(self.stop_requests.pop(0).fetch())
 
     def _step(self, step: int) -> None:
         training, optimizer = self.config.training, self.config.optimizer
         micro_batches = training.gradient_accumulation
-        firsts = np.arange(micro_batches) * (training.batch_size // micro_batches)
+        offsets = np.arange(micro_batches) * (training.batch_size // micro_batches)
         windows = self.data.train.batch(
             step - 1,
             training.batch_size,
             training.sequence_length,
             training.seed,
-            np.add.outer(firsts, self.own).ravel(),
+            np.add.outer(offsets, self.own).ravel(),
         )
         windows = windows.reshape(micro_batches, -1, windows.shape[-1])
         rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
@@ -188,57 +212,58 @@ class _Training:
             self._report(step)
         last = step == training.steps
         if training.validate_every and step % training.validate_every == 0 and not last:
-            self._validate(step, whole=False)
+            self._validate(step, final=False)
         if training.checkpoint_every and step % training.checkpoint_every == 0 and not last:
             self._save(step)
 
     def _report(self, step: int) -> None:
-        """Wait for the steps since the last report, check them, and write and show the newest."""
+        """Wait for the steps since the last report, check their losses, and log the newest."""
         if not self.pending:
             return
         for number, rate, pending in self.pending:
             metrics = pending.fetch()
             if not math.isfinite(metrics.losses["loss"]):
-                raise TrainingError(self._not_finite(number, metrics.losses["loss"]))
+                raise self._loss_error(number, metrics.losses["loss"])
             newest = number, rate, metrics
         self.pending.clear()
         now = time.monotonic()
         speed = (step - self.clock_step) * self._tokens(1) / max(now - self.clock, 1e-9)
-        # The first step of a process compiles; it would spoil the average of those after it.
+        # The first step of a process compiles, so it has no speed and is left out of the next average.
         self.clock, self.clock_step = now, step
         record = self._record(*newest, speed if step > self.first_step + 1 else None)
         self._write(record)
         self.reporter.step(record)
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _write(self, record: Record) -> None:
         if self.metrics is not None:
             self.metrics.write(record)
 
-    def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> dict[str, Any]:
+    def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> StepRecord:
         kinds: list[str] = [*dict.fromkeys(loss.kind for _, moe in self.config.model.moes for loss in moe.losses)]
         kinds += ["index"] if "index" in metrics.losses else []
         names = ["loss", "cross_entropy", *(name for kind in kinds for name in (kind, f"{kind}_weighted"))]
-        routing = routing_statistics(self.config.model.moe_layers, metrics.load, metrics.dropped)
-        for row in routing:
-            row["losses"] = layer_losses(metrics.losses, row["layer"])
-            row.update(layer_state(metrics.state, row["layer"]))
-        return {
-            "step": step,
-            "tokens": self._tokens(step),
-            **{name: metrics.losses[name] for name in names},
-            "gradient_norm": metrics.gradient_norm,
-            "learning_rate": rate,
-            "tokens_per_second": None if speed is None else round(speed, 1),
-            "routing": routing,
-        }
+        statistics = routing_statistics(self.config.model.moe_layers, metrics.load, metrics.dropped)
+        return StepRecord(
+            step=step,
+            tokens=self._tokens(step),
+            losses={name: metrics.losses[name] for name in names},
+            gradient_norm=metrics.gradient_norm,
+            learning_rate=rate,
+            tokens_per_second=None if speed is None else round(speed, 1),
+            routing=tuple(
+                LayerRecord(row, layer_losses(metrics.losses, row.layer), layer_state(metrics.state, row.layer))
+                for row in statistics
+            ),
+        )
 
     def _tokens(self, steps: int) -> int:
         return steps * self.config.training.batch_size * self.config.training.sequence_length
 
-    def _validate(self, step: int, *, whole: bool) -> Evaluation:
+    def _validate(self, step: int, *, final: bool) -> Evaluation:
+        """Evaluate and log; the final validation uses more windows and compares with a known optimum."""
         self._report(step)
         training = self.config.training
-        if whole:
+        if final:
             self.reporter.message("validating ...")
         evaluation = evaluate(
             self.model,
@@ -246,59 +271,64 @@ class _Training:
             self.data.tokenizer,
             sequence_length=training.sequence_length,
             batch_size=training.batch_size,
-            max_windows=MAX_WINDOWS if whole else training.validation_sequences,
-            grammar=self.grammar if whole else None,
-            on_progress=self.reporter.validating,
+            max_windows=MAX_WINDOWS if final else training.validation_sequences,
+            grammar=self.grammar if final else None,
+            on_progress=self.reporter.progress,
         )
-        self._write({"step": step, "tokens": self._tokens(step), **evaluation.to_dict()})
-        if not whole:
+        self._write(ValidationRecord(step, self._tokens(step), evaluation))
+        if not final:
             self.reporter.message(f"step {step}: {describe_evaluation(evaluation)}")
         self.clock, self.clock_step = time.monotonic(), step
         return evaluation
 
     def _save(self, step: int) -> None:
+        """Save a checkpoint, unless this is the one resumed from. Sharded checkpoints are written in the background."""
         if step == self.first_step and self.saved is not None:
             return
         self._report(step)
-        self._saved()
+        self._finish_saving()
         damaged = self.model.not_finite()
         if damaged:
             raise TrainingError(
-                f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._way_out()}"
+                f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._advice()}"
             )
         self.saved = self.run.checkpoints_path
-        extra: dict[str, Any] = {}
-        rest = dump_config(self.config), extra, self.config.training.keep_checkpoints
         writer = self.model.files_writer()
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
             if self.is_first:
-                save_checkpoint(self.saved, step, weights, optimizer, *rest, tokens=self._tokens(step))
+                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
+                save_checkpoint(self.saved, step, weights, optimizer, text, keep, tokens=self._tokens(step))
         else:
-            begin = begin_checkpoint if self.is_first else partial_folder
-            partial = first_then_others(self.backend, lambda: begin(self.run.checkpoints_path, step))
-            files = writer(partial / ARRAYS)
-
-            def complete() -> None:
-                files.finish()
-                if self.is_first:
-                    complete_checkpoint(partial, step, *rest, tokens=self._tokens(step))
-
-            self.saving = self.background.submit(complete)
+            self._start_saving(step, writer)
         self.clock, self.clock_step = time.monotonic(), step
 
-    def _saved(self) -> None:
+    def _start_saving(self, step: int, writer: Callable[[Path], PendingFiles]) -> None:
+        """Start a checkpoint whose arrays are written by all processes, each its own shards."""
+        folder_of = begin_checkpoint if self.is_first else partial_folder
+        partial = first_process_first(self.backend, lambda: folder_of(self.run.checkpoints_path, step))
+        files = writer(partial / ARRAYS)
+
+        def complete() -> None:
+            files.finish()
+            if self.is_first:
+                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
+                complete_checkpoint(partial, step, text, keep, tokens=self._tokens(step))
+
+        self.saving = self.background.submit(complete)
+
+    def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written in the background, if there is one."""
         if self.saving is not None:
             saving, self.saving = self.saving, None
             saving.result()
 
-    def _not_finite(self, step: int, loss: float) -> str:
+    def _loss_error(self, step: int, loss: float) -> TrainingError:
         damaged = self.model.not_finite()
         first = f"first parameter that is not finite: {damaged[0]}" if damaged else "all parameters are still finite"
-        return f"loss is not finite; got {loss} at step {step}; {first}. {self._way_out()}"
+        return TrainingError(f"loss is not finite; got {loss} at step {step}; {first}. {self._advice()}")
 
-    def _way_out(self) -> str:
+    def _advice(self) -> str:
         kept = (
             f"The last good checkpoint is kept in {self.run.checkpoints_path}"
             if self.saved
@@ -309,7 +339,7 @@ class _Training:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """Set the event at SIGINT or SIGTERM, so that the step under way ends and is saved; a second one ends at once."""
+    """Set the event at SIGINT or SIGTERM, so that the current step ends and is saved; a second signal interrupts."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

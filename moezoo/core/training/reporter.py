@@ -1,33 +1,48 @@
-"""What the training loop reports while it runs."""
+"""The interface through which the training loop reports progress; the console implementation is cli/progress.py."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
+
+from moezoo.core.training.metrics import StepRecord
 
 
 class Reporter(Protocol):
-    """What the train loop tells; nothing here changes what it computes."""
+    """Callbacks of the training loop. They observe only: nothing here changes what is computed."""
 
-    def start(self, step: int, total_steps: int) -> None: ...
-    def step(self, record: Mapping[str, Any]) -> None: ...
-    def validating(self, done: int, total: int) -> None: ...
-    def message(self, text: str) -> None: ...
-    def stop(self) -> None: ...
+    def start(self, step: int, total_steps: int) -> None:
+        """Report the start of training after `step` finished updates (0 for a new run), to end after `total_steps`."""
+        ...
+
+    def step(self, record: StepRecord) -> None:
+        """Report a logged step: every `training.log_every` steps, and the first one of the process."""
+        ...
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """Report progress of a validation (`what`): `done` of `total` windows are scored."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Report a line of text to the user: resuming, skipped checkpoints, validation results."""
+        ...
+
+    def stop(self) -> None:
+        """Report the end of training, also after an exception or a signal."""
+        ...
 
 
 class SilentReporter:
-    """For tests and scripts."""
+    """A reporter that discards everything, for tests, scripts, and all processes but the first."""
 
     def start(self, step: int, total_steps: int) -> None:
-        """Nothing."""
+        """Ignored."""
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Nothing."""
+    def step(self, record: StepRecord) -> None:
+        """Ignored."""
 
-    def validating(self, done: int, total: int) -> None:
-        """Nothing."""
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """Ignored."""
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Ignored."""
 
     def stop(self) -> None:
-        """Nothing."""
+        """Ignored."""

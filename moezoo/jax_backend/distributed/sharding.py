@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
-from moezoo.core.distributed.sharding_rules import RULES, at_work, check_batch, partition
+from moezoo.core.distributed.sharding_rules import RULES, check_batch, gathered_partition, partition
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
@@ -59,7 +59,7 @@ class Placement:
         table = parameter_table(spec)
         partitions = {row.name: partition(row, config, self.sizes) for row in table}
         self.parameters = {name: self.sharding(*axes) for name, axes in partitions.items()}
-        self.computing = {row.name: self.sharding(*at_work(row, partitions[row.name])) for row in table}
+        self.computing = {row.name: self.sharding(*gathered_partition(row, partitions[row.name])) for row in table}
         self.experts: dict[str, PartitionSpec] = {
             row.name.rsplit(".", 1)[1]: self.computing[row.name].spec for row in table if ".moe.experts." in row.name
         }
@@ -104,7 +104,7 @@ class Placement:
             yield
 
 
-class _Sharded(ReadWhenAsked):
+class _Sharded(LazyTensors):
     def __init__(self, weights: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]):
         super().__init__(shapes_of(weights))
         self._weights, self._shardings = weights, shardings
@@ -117,7 +117,7 @@ def shard(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding) 
     """Put one of the arrays, which all processes have, on its devices: each process reads its own shards."""
     if isinstance(arrays, Shapes):
         return cast(jax.Array, jax.ShapeDtypeStruct(arrays.shapes[name], np.float32, sharding=sharding))
-    if isinstance(arrays, ReadWhenAsked):
+    if isinstance(arrays, LazyTensors):
         shape, read = arrays.shapes[name], arrays.reader(name)
     else:
         value = np.asarray(arrays[name])
@@ -125,7 +125,7 @@ def shard(arrays: Mapping[str, np.ndarray], name: str, sharding: NamedSharding) 
     return jax.make_array_from_callback(shape, sharding, cast(Callable[..., np.ndarray], read))
 
 
-class Shapes(ReadWhenAsked):
+class Shapes(LazyTensors):
     """Shapes in place of a model's arrays, for a plan."""
 
     def __init__(self, spec: ModelSpec):

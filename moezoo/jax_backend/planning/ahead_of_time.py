@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from moezoo.core.config.run_config import Config
-from moezoo.core.cost.step_plan import Collective, CollectiveKind, CompiledStep
+from moezoo.core.cost.communication import Collective, CollectiveKind
+from moezoo.core.cost.make_plan import ChipMemory
+from moezoo.core.cost.step_plan import CompiledStep
 from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.errors import BackendError
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
@@ -95,13 +97,13 @@ def chips_of(topology: str) -> list[jax.Device]:
         raise BackendError(f"--topology is {topology!r}, which libtpu refuses: {error}. Use e.g. v5e:16x16.") from None
 
 
-def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> dict[str, int]:
-    """Bytes of a chip's arguments and temporary arrays, as the compiler for TPUs has them. All layers are compiled."""
+def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> ChipMemory:
+    """Compile all layers for TPU chips, and return the memory of one of them."""
     with planned_for("tpu"):
         lowered = _lowered(config, Placement(config.model, config.mesh, chips))
     memory = lowered.compile().memory_analysis()
     assert memory is not None
-    return {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
+    return ChipMemory(memory.argument_size_in_bytes, memory.temp_size_in_bytes)
 
 
 def _programs(model: ModelSpec) -> list[tuple[ModelSpec, int]]:

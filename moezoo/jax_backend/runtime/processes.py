@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moezoo.core.distributed.process_group import ProcessGroup, others_wait
+from moezoo.core.distributed.process_group import ProcessGroup, set_immediate_exit
 from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.errors import BackendError, TrainingError
 
@@ -35,7 +35,7 @@ def join(group: ProcessGroup) -> None:
     address = None if group.coordinator == "auto" else group.coordinator
     if address is not None:
         _check_reachable(group)
-    others_wait()
+    set_immediate_exit()
     sys.excepthook = functools.partial(_tell_and_end, sys.excepthook)
     try:
         jax.distributed.initialize(
@@ -51,7 +51,7 @@ def join(group: ProcessGroup) -> None:
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(
-            f"cannot join the other JAX processes within {group.startup_s} s; got {group.in_words()} and "
+            f"cannot join the other JAX processes within {group.startup_s} s; got {group.options()} and "
             f"{' '.join(str(error).split())[:300]}. Start all of them at the same time, with the same --coordinator."
         ) from None
 
@@ -76,7 +76,7 @@ def _check_reachable(group: ProcessGroup) -> None:
     except OSError as error:
         what = "listen there" if group.process_id == 0 else f"reach the first process within {group.startup_s} s"
         raise BackendError(
-            f"cannot {what}: {(error.strerror or str(error)).lower()}; got {group.in_words()}. Give all processes a "
+            f"cannot {what}: {(error.strerror or str(error)).lower()}; got {group.options()}. Give all processes a "
             "free HOST:PORT of the first one's machine, and start them at the same time."
         ) from None
 
@@ -85,7 +85,7 @@ def leave() -> None:
     """Wait until all processes have come here, and part."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
-        others_wait(False)
+        set_immediate_exit(False)
 
 
 def processes() -> Processes:

@@ -13,7 +13,6 @@ import safetensors.numpy
 from moezoo.core.checkpoint.safetensors_file import (
     SafetensorsFile,
     StoredTensors,
-    check_header,
     shapes_of,
     write_stream,
     write_tensors,
@@ -67,7 +66,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
 
 
-def test_what_is_written_is_read_by_us_and_by_safetensors(tmp_path):
+def test_written_file_is_read_by_moezoo_and_safetensors(tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, small_tensors(), {"z": "1", "format": "pt"})
     assert_same(StoredTensors(path), small_tensors())
@@ -82,19 +81,19 @@ def bytes_of(folder, tensors, metadata):
 
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "pt"}])
-def test_bytes_are_those_of_safetensors(tmp_path, metadata):
+def test_file_is_byte_identical_to_safetensors(tmp_path, metadata):
     expected = safetensors.numpy.save(small_tensors(), metadata or None)
     assert bytes_of(tmp_path, small_tensors(), metadata) == expected
 
 
-def test_size_and_digest_are_those_of_the_file(tmp_path):
+def test_returned_size_and_digest_match_the_file(tmp_path):
     size, digest = write_tensors(tmp_path / "a", small_tensors(), {})
     content = (tmp_path / "a").read_bytes()
     assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
-def test_every_dtype_comes_back(tmp_path, dtype):
+def test_every_dtype_round_trips(tmp_path, dtype):
     known = getattr(ml_dtypes, dtype) if dtype.startswith(("bfloat", "float8")) else dtype
     tensors = {
         "x": np.arange(6).reshape(2, 3).astype(known),
@@ -121,7 +120,7 @@ def test_order_of_tensors_and_metadata_does_not_change_the_bytes(tmp_path):
     assert bytes_of(tmp_path, tensors, metadata) == bytes_of(tmp_path, *backwards)
 
 
-def test_stored_tensors_say_what_they_are_and_are_read_when_asked_for(tmp_path, monkeypatch):
+def test_stored_tensors_are_lazy_and_know_shapes_and_dtypes(tmp_path, monkeypatch):
     write_tensors(tmp_path / "a", small_tensors(), {})
     stored, read = StoredTensors(tmp_path / "a"), []
     one = SafetensorsFile.read
@@ -138,16 +137,16 @@ def test_stored_tensors_say_what_they_are_and_are_read_when_asked_for(tmp_path, 
         stored["head"]
 
 
-def test_header_says_where_each_tensor_lies(tmp_path):
+def test_header_has_the_position_of_each_tensor(tmp_path):
     path = file_with(tmp_path, {"b": entry(offsets=(4, 12)), "a": entry("BF16", (1, 2), (0, 4))}, bytes(12))
     start = path.stat().st_size - 12
-    assert check_header(path) == {
+    assert SafetensorsFile(path).entries == {
         "b": TensorEntry("F32", (2,), start + 4, 8),
         "a": TensorEntry("BF16", (1, 2), start, 4),
     }
 
 
-def test_arrays_that_are_read_can_be_written_to(tmp_path):
+def test_arrays_are_writable(tmp_path):
     write_tensors(tmp_path / "a", small_tensors(), {})
     StoredTensors(tmp_path / "a")["bias"][:] = 0
 
@@ -182,10 +181,10 @@ def test_arrays_that_are_read_can_be_written_to(tmp_path):
         ({"a": entry()}, 9, "but the file has"),
     ],
 )
-def test_bad_header_is_refused_by_name(tmp_path, header, data_bytes, problem):
+def test_invalid_header_error_names_the_file(tmp_path, header, data_bytes, problem):
     path = file_with(tmp_path, header, bytes(data_bytes))
     with pytest.raises(CheckpointError) as caught:
-        check_header(path)
+        SafetensorsFile(path)
     assert str(path) in str(caught.value)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -195,21 +194,21 @@ def test_bad_header_is_refused_by_name(tmp_path, header, data_bytes, problem):
     ("content", "problem"),
     [
         (b"", "it has 0 bytes"),
-        (struct.pack("<Q", 100) + b"{}", "its header claims 100 bytes, but only 2 follow"),
-        (struct.pack("<Q", 2**63) + b"{}", "the format allows 100000000"),
+        (struct.pack("<Q", 100) + b"{}", "its header has 100 bytes, but only 2 follow"),
+        (struct.pack("<Q", 2**63) + b"{}", "the format allows at most 100000000"),
     ],
 )
-def test_bad_length_is_refused(tmp_path, content, problem):
+def test_invalid_header_length_raises(tmp_path, content, problem):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(CheckpointError, match=problem):
-        check_header(tmp_path / "a")
+        SafetensorsFile(tmp_path / "a")
 
 
-def test_missing_file_and_folder_are_refused(tmp_path):
+def test_missing_file_and_folder_raise(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
-        check_header(tmp_path / "a")
+        SafetensorsFile(tmp_path / "a")
     with pytest.raises(CheckpointError, match="is a directory"):
-        check_header(tmp_path)
+        SafetensorsFile(tmp_path)
 
 
 def test_packed_elements_are_read_as_bytes(tmp_path):
@@ -222,16 +221,16 @@ def test_packed_elements_are_read_as_bytes(tmp_path):
     }
 
 
-def test_boolean_that_is_neither_0_nor_1_is_refused(tmp_path):
+def test_boolean_that_is_neither_0_nor_1_raises(tmp_path):
     with pytest.raises(CheckpointError, match="neither 0 nor 1"):
         StoredTensors(file_with(tmp_path, {"a": entry("BOOL", (2,), (0, 2))}, b"\x01\x02"))["a"]
 
 
-def test_what_cannot_be_stored_is_refused_before_the_old_file_is_touched(tmp_path):
+def test_unsupported_tensors_raise_before_the_old_file_is_changed(tmp_path):
     path = tmp_path / "a"
     write_tensors(path, small_tensors(), {})
     for tensors, problem in (
-        ({"x": np.array(["text"])}, "x has dtype <U4, which cannot be stored; expected one of bool"),
+        ({"x": np.array(["text"])}, "x has dtype <U4, which safetensors does not support; expected one of bool"),
         ({"x": np.zeros(2, np.complex128)}, "x has dtype complex128"),
         ({"__metadata__": np.zeros(2)}, "cannot be named __metadata__"),
         ({"x\ud800": np.zeros(2)}, "not valid Unicode"),
@@ -241,7 +240,7 @@ def test_what_cannot_be_stored_is_refused_before_the_old_file_is_touched(tmp_pat
     assert_same(StoredTensors(path), small_tensors())
 
 
-def test_file_cut_short_while_it_is_read_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
+def test_file_truncated_while_it_is_read_raises_and_does_not_crash(tmp_path, monkeypatch):
     path = tmp_path / "a"
     write_tensors(path, {"x": np.zeros(1 << 20, np.uint8)}, {})
     empty = np.empty
@@ -251,12 +250,12 @@ def test_file_cut_short_while_it_is_read_is_an_error_and_not_a_crash(tmp_path, m
         return empty(*args)
 
     monkeypatch.setattr(np, "empty", cut_then_allocate)
-    with pytest.raises(CheckpointError, match="became shorter while x was read"):
+    with pytest.raises(CheckpointError, match="was truncated while x was read"):
         StoredTensors(path)["x"]
 
 
 def corrupted(content, draw):
-    """One of the ways in which files go wrong, or are made wrong."""
+    """Return the content with one random corruption, accidental or malicious."""
     length = int.from_bytes(content[:8], "little")
     kind = draw.choice(["cut", "append", "flip", "flip header", "length", "offsets", "dtype", "shape", "twice", "swap"])
     spot = draw.randrange(len(content))
@@ -287,7 +286,7 @@ def corrupted(content, draw):
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
-def test_corruptions_are_accepted_only_where_safetensors_accepts_them(tmp_path):
+def test_corruptions_are_accepted_only_if_safetensors_accepts_them(tmp_path):
     content = bytes_of(tmp_path, small_tensors(), {"format": "pt"})
     path = tmp_path / "a.safetensors"
     accepted, refused, refused_only_here, refused_when_read = 0, 0, [], []
@@ -299,7 +298,7 @@ def test_corruptions_are_accepted_only_where_safetensors_accepts_them(tmp_path):
         except safetensors.SafetensorError:
             theirs = None
         try:
-            ours = check_header(path)
+            ours = SafetensorsFile(path).entries
         except CheckpointError as error:
             refused += 1
             if theirs is not None:
@@ -319,7 +318,7 @@ def test_corruptions_are_accepted_only_where_safetensors_accepts_them(tmp_path):
         else:
             read = {name: array.tobytes() for name, array in values.items()}
             assert read == {name: data for name, (_, data) in theirs.items()}
-    assert [text for text in refused_only_here if "twice" not in text] == []  # of a duplicate they keep the last
+    assert all("twice" in text for text in refused_only_here)  # safetensors keeps the last of two duplicates
     assert all("NumPy cannot hold" in text or "neither 0 nor 1" in text for text in refused_when_read)
     assert accepted > NUM_CORRUPTIONS // 10
     assert refused > NUM_CORRUPTIONS // 2
@@ -333,14 +332,14 @@ def streamable(tmp_path):
     return SafetensorsFile(tmp_path / "a")
 
 
-def test_a_file_is_written_from_its_header_and_its_tensors_in_any_order(tmp_path):
+def test_stream_may_have_any_order(tmp_path):
     file = streamable(tmp_path)
     for order in (list(file.entries), list(reversed(file.entries))):
         write_stream(tmp_path / "b", file.header, ((name, file.read(name)) for name in order))
         assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
-def test_a_header_is_made_of_dtype_names_and_shapes(tmp_path):
+def test_header_is_encoded_from_dtypes_and_shapes(tmp_path):
     file = streamable(tmp_path)
     described = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
     assert encode_header(described, {"format": "pt"}) == file.header
@@ -356,13 +355,13 @@ def test_packed_elements_are_written_as_bytes(tmp_path):
     ("change", "problem"),
     [
         (lambda pairs: pairs[1:], "missing"),
-        (lambda pairs: [*pairs, pairs[0]], "was given twice"),
+        (lambda pairs: [*pairs, pairs[0]], "appears twice"),
         (lambda pairs: [*pairs, ("more", pairs[0][1])], "more is not in the header"),
-        (lambda pairs: [(name, array.reshape(-1)[:1]) for name, array in pairs], "its header says"),
-        (lambda pairs: [(name, array.astype(np.float32)) for name, array in pairs], "its header says"),
+        (lambda pairs: [(name, array.reshape(-1)[:1]) for name, array in pairs], "according to the header"),
+        (lambda pairs: [(name, array.astype(np.float32)) for name, array in pairs], "according to the header"),
     ],
 )
-def test_a_stream_that_does_not_fit_its_header_leaves_what_was_there(tmp_path, change, problem):
+def test_stream_that_does_not_match_its_header_keeps_the_old_file(tmp_path, change, problem):
     file = streamable(tmp_path)
     before = (tmp_path / "a").read_bytes()
     pairs = [(name, file.read(name)) for name in file.entries]
@@ -372,25 +371,25 @@ def test_a_stream_that_does_not_fit_its_header_leaves_what_was_there(tmp_path, c
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_header_that_is_none_is_not_written(tmp_path):
+def test_invalid_header_is_not_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot write .*: its header does not begin with '{'"):
         write_stream(tmp_path / "a", b"[]", [])
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_that_changed_since_its_header_was_checked_is_refused(tmp_path):
+def test_file_changed_after_its_header_was_read_raises(tmp_path):
     file = streamable(tmp_path)
     write_tensors(tmp_path / "a", small_tensors(), {"format": "pt"})
     with pytest.raises(CheckpointError, match="a was changed after it was opened"):
         file.read("bias")
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+def test_pipe_raises_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="a device or a pipe"):
-        check_header(tmp_path / "pipe")
+        SafetensorsFile(tmp_path / "pipe")
 
 
-def test_arrays_stand_where_a_backend_can_take_them_over(tmp_path):
+def test_arrays_are_aligned_for_zero_copy(tmp_path):
     file = streamable(tmp_path)
     assert {file.read(name).ctypes.data % 64 for name in file.entries if name != "nothing"} == {0}

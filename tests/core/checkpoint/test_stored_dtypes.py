@@ -1,4 +1,4 @@
-"""Parameters in the dtype of their file: kept, given back as they came, and cast where they are used."""
+"""Parameters keep the dtype of their file, are exported unchanged, and are cast where they are used."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moezoo.core.checkpoint.safetensors_file import ReadWhenAsked, shapes_of
+from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import CheckpointError, TrainingError
@@ -19,7 +19,7 @@ from tests.support.twins import Twin, normal
 
 TINY = Path(__file__).parents[3] / "configs/tiny"
 CACHED = ["gated_delta", "sparse_attention", "sinks"]
-# With CACHED every parameter that is used outside of a product in the compute dtype; each is a compilation.
+# Together with CACHED, these use every parameter that is not an operand of a matrix product; each compiles.
 COMPILED = ["value_residual", "layer_norm", "zero_centred_norm", "normalized_router", "gating_residual"]
 COMPILED += ["biased_logits", "zero_computation", "learned_positions", "expert_choice"]
 FORWARD = {"jax": COMPILED, "mlx": sorted(path.stem for path in TINY.glob("*.yaml"))}
@@ -32,7 +32,7 @@ def model_of(name: str) -> ModelSpec:
 
 
 def rounded(spec: ModelSpec, dtype: type = ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
-    """Weights, none of them 0 or 1 throughout, as a file of this dtype has them; a hash table's are integers."""
+    """Return weights of this dtype with noise, so that no tensor is all 0 or 1; hash tables stay integers."""
     weights = initial_weights(spec, 0)
     return {
         name: (value if name.endswith("hash_table") else value + 0.1 * normal(place, *value.shape)).astype(dtype)
@@ -48,8 +48,8 @@ def tokens_of(spec: ModelSpec, length: int = 9) -> np.ndarray:
     return np.random.default_rng(0).integers(0, spec.vocab, (2, length)).astype(np.int32)
 
 
-class OneByOne(ReadWhenAsked):
-    """Weights that note which of them are read."""
+class RecordedTensors(LazyTensors):
+    """Lazy weights that record which of them are read."""
 
     def __init__(self, weights: Mapping[str, np.ndarray]):
         super().__init__(shapes_of(weights))
@@ -61,7 +61,7 @@ class OneByOne(ReadWhenAsked):
 
 
 @pytest.mark.parametrize(("backend", "name"), [(backend, name) for backend in FORWARD for name in FORWARD[backend]])
-def test_bfloat16_parameters_give_what_their_numbers_in_float32_give(backend: str, name: str):
+def test_bfloat16_parameters_match_the_same_values_in_float32(backend: str, name: str):
     require_backend(backend)
     twin = Twin(backend)
     spec = model_of(name)
@@ -75,7 +75,7 @@ def test_bfloat16_parameters_give_what_their_numbers_in_float32_give(backend: st
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_bfloat16_parameters_decode_as_their_numbers_in_float32(twin: Twin, name: str):
+def test_decoding_with_bfloat16_parameters_matches_float32(twin: Twin, name: str):
     spec = model_of(name)
     stored = rounded(spec)
     tokens = tokens_of(spec)
@@ -89,7 +89,7 @@ def test_bfloat16_parameters_decode_as_their_numbers_in_float32(twin: Twin, name
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_parameters_come_back_bit_by_bit(twin: Twin, dtype: type):
+def test_exported_parameters_are_bit_identical(twin: Twin, dtype: type):
     spec = model_of("sigmoid_router")
     stored = rounded(spec, dtype)
     exported = twin.backend().build(spec, stored).export_parameters()
@@ -109,21 +109,21 @@ def test_other_dtypes_become_float32(twin: Twin):
 
 def test_each_parameter_is_read_once(twin: Twin):
     spec = model_of("gating_residual")
-    weights = OneByOne(rounded(spec))
+    weights = RecordedTensors(rounded(spec))
     twin.backend().build(spec, weights)
     assert sorted(weights.read) == sorted(weights)
 
 
-def test_a_wrong_shape_is_refused_before_anything_is_read(twin: Twin):
+def test_wrong_shape_raises_before_any_tensor_is_read(twin: Twin):
     spec = model_of("top_k")
-    weights = OneByOne(rounded(spec))
+    weights = RecordedTensors(rounded(spec))
     weights.shapes["final_norm.scale"] = (3,)
     with pytest.raises(CheckpointError, match=r"~ final_norm\.scale \[3\] expected"):
         twin.backend().build(spec, weights)
     assert weights.read == []
 
 
-def test_training_refuses_what_is_not_float32(twin: Twin):
+def test_training_requires_float32_parameters(twin: Twin):
     spec = model_of("top_k")
     model = twin.backend().build(spec, rounded(spec))
     with pytest.raises(TrainingError, match="training needs float32 parameters; got bfloat16 in "):

@@ -15,7 +15,7 @@ from moezoo.core.config.schedules import (
 from moezoo.core.errors import SpecError
 
 PEAK = 3e-4
-EVERY_KIND = (
+ALL_KINDS = (
     ConstantSchedule(warmup_steps=10),
     CosineSchedule(warmup_steps=10, final_fraction=0.1),
     CosineSchedule(warmup_steps=10),
@@ -30,14 +30,14 @@ def rates(schedule, total_steps=100, peak=PEAK):
     return [learning_rate(schedule, peak, step, total_steps) for step in range(total_steps + 1)]
 
 
-@pytest.mark.parametrize("schedule", EVERY_KIND, ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("schedule", ALL_KINDS, ids=lambda schedule: schedule.kind)
 def test_warm_up_is_linear_and_ends_at_the_peak(schedule):
     rate = rates(schedule)
     assert rate[:10] == [pytest.approx(PEAK * (step + 1) / 10, rel=1e-15) for step in range(10)]
     assert rate[9] == rate[10] == PEAK  # the last step of the warm-up and the first one after it
 
 
-@pytest.mark.parametrize("schedule", EVERY_KIND, ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("schedule", ALL_KINDS, ids=lambda schedule: schedule.kind)
 def test_rate_never_rises_after_the_warm_up_and_is_never_negative(schedule):
     rate = rates(schedule)
     assert all(later <= earlier for earlier, later in itertools.pairwise(rate[9:]))
@@ -45,24 +45,24 @@ def test_rate_never_rises_after_the_warm_up_and_is_never_negative(schedule):
     assert rate[-1] >= 0
 
 
-@pytest.mark.parametrize("schedule", EVERY_KIND, ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("schedule", ALL_KINDS, ids=lambda schedule: schedule.kind)
 def test_without_warm_up_the_first_update_has_the_peak(schedule):
-    at_once = schedule.model_copy(update={"warmup_steps": 0})
-    assert learning_rate(at_once, PEAK, 0, 100) == PEAK
-    assert learning_rate(at_once, PEAK, 0, 1) == PEAK
+    no_warmup = schedule.model_copy(update={"warmup_steps": 0})
+    assert learning_rate(no_warmup, PEAK, 0, 100) == PEAK
+    assert learning_rate(no_warmup, PEAK, 0, 1) == PEAK
 
 
-@pytest.mark.parametrize("schedule", EVERY_KIND, ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("schedule", ALL_KINDS, ids=lambda schedule: schedule.kind)
 def test_rate_is_proportional_to_the_peak(schedule):
     assert rates(schedule, peak=0.0) == [0.0] * 101
     assert rates(schedule, peak=2 * PEAK) == [pytest.approx(2 * rate, rel=1e-15) for rate in rates(schedule)]
 
 
-def test_constant_stays():
+def test_constant_schedule_is_constant():
     assert set(rates(ConstantSchedule())) == {PEAK}
 
 
-def test_cosine_passes_its_middle_and_ends_at_the_final_fraction():
+def test_cosine_has_its_midpoint_and_ends_at_the_final_fraction():
     rate = rates(CosineSchedule(warmup_steps=20, final_fraction=0.1))
     assert rate[60] == pytest.approx(PEAK * 0.55, rel=1e-14)
     assert rate[40] == pytest.approx(PEAK * (0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2), rel=1e-14)
@@ -73,7 +73,7 @@ def test_cosine_passes_its_middle_and_ends_at_the_final_fraction():
 
 
 @pytest.mark.parametrize(("shape", "quarter", "half"), [("linear", 0.75, 0.5), ("1-sqrt", 0.5, 1 - math.sqrt(0.5))])
-def test_wsd_is_stable_and_then_decays_in_its_shape(shape, quarter, half):
+def test_wsd_is_stable_and_then_decays_with_the_configured_shape(shape, quarter, half):
     rate = rates(WSDSchedule(warmup_steps=10, decay_fraction=0.2, decay_shape=shape))
     assert set(rate[9:81]) == {PEAK}
     assert rate[81] < PEAK
@@ -83,7 +83,7 @@ def test_wsd_is_stable_and_then_decays_in_its_shape(shape, quarter, half):
     assert rates(WSDSchedule(decay_shape=shape, final_fraction=0.1))[100] == PEAK * 0.1
 
 
-def test_wsd_without_decay_is_constant_and_with_nothing_else_is_linear():
+def test_wsd_with_decay_fraction_0_is_constant_and_1_is_linear():
     assert set(rates(WSDSchedule(decay_fraction=0.0))) == {PEAK}
     linear = rates(WSDSchedule(decay_fraction=1.0, decay_shape="linear"))
     assert linear == [pytest.approx(PEAK * (1 - step / 100), rel=1e-14) for step in range(101)]
@@ -102,8 +102,8 @@ def test_inverse_square_root_follows_its_time_scale():
     assert rates(InverseSquareRootSchedule())[3] == PEAK / 2  # time scale 1
 
 
-def test_run_that_ends_within_its_warm_up_never_reaches_the_peak():
-    for schedule in EVERY_KIND:
+def test_run_shorter_than_its_warm_up_never_reaches_the_peak():
+    for schedule in ALL_KINDS:
         assert learning_rate(schedule.model_copy(update={"warmup_steps": 100}), 1.0, 4, 5) <= 0.05
 
 
@@ -112,14 +112,14 @@ def test_run_that_ends_within_its_warm_up_never_reaches_the_peak():
     [(1.0, -1, 10, "step -1 of 10"), (1.0, 0, 0, "step 0 of 0"), (-1.0, 0, 1, "peak learning rate is -1.0")]
     + [(value, 0, 1, "expected a finite number") for value in (math.nan, math.inf)],
 )
-def test_impossible_request_is_refused(peak, step, total, problem):
+def test_invalid_arguments_raise(peak, step, total, problem):
     with pytest.raises(SpecError, match=problem):
         learning_rate(ConstantSchedule(), peak, step, total)
 
 
-def test_kind_chooses_the_schedule_and_unknown_keys_are_refused():
+def test_kind_selects_the_schedule_and_unknown_keys_are_refused():
     adapter = TypeAdapter(Schedule)
-    for schedule in EVERY_KIND:
+    for schedule in ALL_KINDS:
         assert adapter.validate_python(schedule.model_dump()) == schedule
     for bad in (
         {"kind": "cosin"},

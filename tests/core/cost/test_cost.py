@@ -1,4 +1,4 @@
-"""Costs against sums done by hand. Sizes are unequal, so that a swapped letter changes the number."""
+"""Costs by formula equal hand-computed sums. Sizes are unequal, so that a swapped dimension changes the number."""
 
 from fractions import Fraction
 
@@ -6,7 +6,7 @@ import pytest
 
 from moezoo.core.config.run_config import parse_config
 from moezoo.core.cost.flops import flops_per_token
-from moezoo.core.cost.memory import cache_bytes, kv_cache_bytes_per_token, training_memory
+from moezoo.core.cost.memory import TrainingMemory, cache_bytes, kv_cache_bytes_per_token, training_memory
 from moezoo.core.cost.parameters import active_experts, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import ROLES, parameter_table
@@ -42,7 +42,7 @@ def with_model(config, **changes):
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
-def test_parameters_by_role_equal_sums_by_hand(config):
+def test_parameters_by_role_equal_hand_computed_sums(config):
     counts = parameter_counts(config.model)
     attention = 20 * 6 * (8 + 2 + 2) + 8 * 6 * 20
     assert counts.by_role == {
@@ -57,7 +57,7 @@ def test_parameters_by_role_equal_sums_by_hand(config):
     assert tuple(counts.by_role) == tuple(counts.active_by_role) == ROLES
 
 
-def test_active_parameters_are_k_of_e_experts_and_all_the_rest(config):
+def test_active_parameters_are_k_of_e_experts_and_all_others(config):
     counts = parameter_counts(config.model)
     rest = counts.total - counts.by_role["routed experts"]
     assert counts.active_by_role["routed experts"] == 2 * 2 * 3 * 20 * 12
@@ -65,7 +65,7 @@ def test_active_parameters_are_k_of_e_experts_and_all_the_rest(config):
     assert counts.total == sum(row.size for row in parameter_table(config.model))
 
 
-def test_layers_with_different_k_and_e_each_count_their_own(config):
+def test_layers_with_different_k_and_e_are_counted_separately(config):
     moe = config.model.layers[1]
     wide = moe.model_copy(
         update={
@@ -79,13 +79,13 @@ def test_layers_with_different_k_and_e_each_count_their_own(config):
     assert parameter_counts(spec).active_by_role["routed experts"] == (2 * 2 + 5) * 3 * 20 * 12
 
 
-def test_a_tied_head_is_counted_once_but_still_multiplies(config):
+def test_tied_head_is_counted_once_but_costs_flops(config):
     tied = ModelSpec.model_validate({**config.model.model_dump(), "head": {"kind": "tied"}})
     assert parameter_counts(tied).by_role["embeddings"] == 11 * 20
     assert flops_per_token(tied, 5, False).head == flops_per_token(config.model, 5, False).head == 2 * 20 * 11
 
 
-def test_flops_by_part_equal_sums_by_hand(config):
+def test_flops_by_part_equal_hand_computed_sums(config):
     flops = flops_per_token(config.model, sequence_length=5, training=False)
     visible = (1 + 2 + 3 + 4 + 5) / 5
     assert flops.attention_projections == 3 * 2 * (20 * 6 * (8 + 2 + 2) + 8 * 6 * 20)
@@ -97,7 +97,7 @@ def test_flops_by_part_equal_sums_by_hand(config):
     assert flops.total == sum(flops.by_part.values())
 
 
-def test_training_is_three_forward_passes(config):
+def test_training_flops_are_three_times_forward(config):
     forward, training = (flops_per_token(config.model, 5, kind) for kind in (False, True))
     assert {name: 3 * value for name, value in forward.by_part.items()} == training.by_part
 
@@ -127,52 +127,52 @@ def test_cache_bytes_count_key_value_heads_in_the_compute_dtype(config):
     assert kv_cache_bytes_per_token(half) == 3 * 2 * 2 * 6 * 2
 
 
-def test_training_memory_equals_its_formula_by_hand(config):
+def test_training_memory_equals_hand_computed_sums(config):
     parameters, tokens = parameter_counts(config.model).total, 3 * 5
     attention = 4 * (4 * 20 + 3 * 48 + 3 * 12) + 4 * 8 * 5
     dense = 4 * (4 * 28 + 20)
     moe = 8 * 7 + 4 * 2 * (4 * 12 + 2 * 20) + 4 * 4 * 18
-    assert training_memory(config) == {
-        "parameters": 4 * parameters,
-        "gradients": 8 * parameters,
-        "moments": 8 * parameters,
-        "activations": tokens * (3 * attention + dense + 2 * moe + 2 * 4 * 20),
-        "logits": 8 * tokens * 11,
-    }
+    assert training_memory(config) == TrainingMemory(
+        parameters=4 * parameters,
+        gradients=8 * parameters,
+        moments=8 * parameters,
+        activations=tokens * (3 * attention + dense + 2 * moe + 2 * 4 * 20),
+        logits=8 * tokens * 11,
+    )
 
 
-def test_without_accumulation_there_is_one_gradient(config):
+def test_without_gradient_accumulation_there_is_one_gradient(config):
     training = config.training.model_copy(update={"gradient_accumulation": 1})
     memory = training_memory(config.model_copy(update={"training": training}))
-    assert memory["gradients"] == memory["parameters"]
-    assert memory["logits"] == 8 * 6 * 5 * 11
+    assert memory.gradients == memory.parameters
+    assert memory.logits == 8 * 6 * 5 * 11
 
 
-def test_with_rematerialization_one_layer_at_a_time_has_all_activations(config):
+def test_block_rematerialization_saves_all_activations_of_one_layer_at_a_time(config):
     training = config.training.model_copy(update={"rematerialize": "block"})
     memory = training_memory(config.model_copy(update={"training": training}))
     attention = 4 * (4 * 20 + 3 * 48 + 3 * 12) + 4 * 8 * 5
     moe = 8 * 7 + 4 * 2 * (4 * 12 + 2 * 20) + 4 * 4 * 18
     kept = 3 * 4 * 4 * 20 + 2 * 8 * 7
-    assert memory["activations"] == 3 * 5 * (kept + attention + moe + 2 * 4 * 20)
+    assert memory.activations == 3 * 5 * (kept + attention + moe + 2 * 4 * 20)
 
 
-def test_with_rematerialization_a_micro_batch_has_the_gradients_of_one_layer_at_a_time(config):
+def test_block_rematerialization_keeps_new_gradients_of_one_layer_at_a_time(config):
     training = config.training.model_copy(update={"rematerialize": "block"})
     memory = training_memory(config.model_copy(update={"training": training}))
     layers = [
         sum(row.size for row in parameter_table(config.model) if row.name.startswith(f"layers.{index}."))
         for index in range(3)
     ]
-    assert memory["gradients"] == memory["parameters"] + 4 * max(layers)
+    assert memory.gradients == memory.parameters + 4 * max(layers)
     single = training.model_copy(update={"gradient_accumulation": 1})
-    assert training_memory(config.model_copy(update={"training": single}))["gradients"] == memory["parameters"]
+    assert training_memory(config.model_copy(update={"training": single})).gradients == memory.parameters
 
 
-def test_with_experts_rematerialized_one_layer_at_a_time_has_its_copies(config):
+def test_expert_rematerialization_saves_expert_activations_of_one_layer_at_a_time(config):
     training = config.training.model_copy(update={"rematerialize": "experts"})
     memory, plain = training_memory(config.model_copy(update={"training": training})), training_memory(config)
-    copies, of_experts = (
+    activations, parameters = (
         4 * 2 * (4 * 12 + 2 * 20),
         [
             sum(
@@ -181,30 +181,30 @@ def test_with_experts_rematerialized_one_layer_at_a_time_has_its_copies(config):
             for index in range(3)
         ],
     )
-    assert sorted(size > 0 for size in of_experts) == [False, True, True]
-    assert plain["activations"] - memory["activations"] == 3 * 5 * copies
-    assert plain["gradients"] - memory["gradients"] == 4 * min(size for size in of_experts if size)
+    assert sorted(size > 0 for size in parameters) == [False, True, True]
+    assert plain.activations - memory.activations == 3 * 5 * activations
+    assert plain.gradients - memory.gradients == 4 * min(size for size in parameters if size)
 
 
-def test_a_null_vocabulary_is_refused_by_name(config):
+def test_null_vocabulary_is_an_error_that_names_the_key(config):
     spec = with_model(config, vocab_size=None).model
     for cost in (parameter_counts, lambda spec: flops_per_token(spec, 5, True)):
         with pytest.raises(SpecError, match=r"model\.vocab_size is null"):
             cost(spec)
 
 
-# --- parts that are costed otherwise ---------------------------------------------------------------------------------
+# --- parts with formulas of their own --------------------------------------------------------------------------------
 
-# N=4, H=6 and 4 rotated, values of 5, Z=7, queries through 9; 3 index heads of 4 that choose 2 tokens
+# N=4, H=6 and 4 with RoPE, values of width 5, Z=7, query latent of 9; 3 index heads of width 4 that choose 2 tokens
 OPTIONS = ", query_latent_dim: 9, indexer: {num_heads: 3, head_dim: 4, top_k: 2}"
 LATENT = f"{{kind: latent, num_heads: 4, head_dim: 6, rope_head_dim: 4, value_head_dim: 5, latent_dim: 7{OPTIONS}}}"
 LATENT_MATRICES = 20 * 9 + 9 * 4 * 10 + 20 * 7 + 20 * 4 + 7 * 4 * 6 + 7 * 4 * 5 + 4 * 5 * 20
 INDEXER_MATRICES = 9 * 3 * 4 + 20 * 4 + 20 * 3
-# 2 key heads of 3 and 4 value heads of 5, behind convolutions of 3 tokens
+# 2 key heads of width 3 and 4 value heads of width 5, after convolutions of width 3
 DELTA = "{kind: gated_delta, num_key_heads: 2, num_value_heads: 4, key_head_dim: 3, value_head_dim: 5, conv_width: 3}"
 DELTA_MATRICES = 2 * 20 * 2 * 3 + 2 * 20 * 4 * 5 + 2 * 20 * 4 + 4 * 5 * 20 + 3 * (2 * 2 * 3 + 4 * 5)
-# E=7 in a latent space of 8, and 1 zero, 1 copy and 2 constant ones that take twice as much each
-MIXTURE = (
+# E=7 in a latent space of 8; zero-computation experts: 1 zero, 1 copy, 2 constant, with an FFN share of 0.5
+MOE = (
     "{num_experts: 7, router: {top_k: 2}, experts: {kind: gelu, hidden_dim: 12}, latent_dim: 8, "
     "zero_computation: {num_zero: 1, num_copy: 1, num_constant: 2, ffn_share: 0.5}, shared: {hidden_dim: 9}}"
 )
@@ -218,15 +218,15 @@ def one_layer(attention=GROUPED, rest=PLAIN):
     return parse_config(f"{CONFIG[:start]}    - {{attention: {attention}, {rest}}}\n{CONFIG[end:]}")
 
 
-def test_a_feed_forward_without_a_gate_has_two_matrices():
+def test_feed_forward_without_gate_has_two_matrices():
     config = one_layer()
     assert parameter_counts(config.model).by_role["feed-forward"] == 2 * 20 * 28
     assert flops_per_token(config.model, 5, False).feed_forward == 2 * 2 * 20 * 28
-    held = 4 * (4 * 20 + 3 * (8 + 2) * 6) + 4 * 8 * 5 + 4 * (2 * 28 + 20)
-    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+    saved = 4 * (4 * 20 + 3 * (8 + 2) * 6) + 4 * 8 * 5 + 4 * (2 * 28 + 20)
+    assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
 
 
-def test_values_of_another_width_count_as_they_are():
+def test_value_width_is_counted_separately():
     heads = "{num_heads: 8, num_kv_heads: 2, head_dim: 6, qkv_bias: true, OPTION}"
     narrow, keys, plain = (
         one_layer(heads.replace("OPTION", option)).model
@@ -250,7 +250,7 @@ def test_values_of_another_width_count_as_they_are():
     assert total - parameter_counts(keys).total == 2 * 6 * (20 + 1)
 
 
-def test_latent_attention_equals_sums_by_hand():
+def test_latent_attention_equals_hand_computed_sums():
     config = one_layer(LATENT)
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
     assert counts.by_role["attention"] == LATENT_MATRICES + INDEXER_MATRICES
@@ -259,18 +259,18 @@ def test_latent_attention_equals_sums_by_hand():
     chosen, visible = (1 + 2 + 2 + 2 + 2) / 5, (1 + 2 + 3 + 4 + 5) / 5
     assert flops.attention_scores == 2 * 4 * (6 + 4 + 5) * chosen + 2 * 3 * 4 * visible
     assert kv_cache_bytes_per_token(config.model) == 4 * (7 + 4 + 4)
-    held = 4 * (4 * 20 + 3 * (4 * (6 + 4 + 5) + 7)) + 4 * 4 * 5 + 4 * (2 * 28 + 20)
-    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+    saved = 4 * (4 * 20 + 3 * (4 * (6 + 4 + 5) + 7)) + 4 * 4 * 5 + 4 * (2 * 28 + 20)
+    assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
 
 
-def test_latent_attention_without_its_options_lacks_what_they_cost():
+def test_latent_attention_without_options_does_not_count_them():
     spec = one_layer(LATENT.replace(OPTIONS, "")).model
     assert parameter_counts(spec).by_role["attention"] == LATENT_MATRICES - 20 * 9 + (20 - 9) * 4 * 10
     assert flops_per_token(spec, 5, False).attention_scores == 2 * 4 * (6 + 4 + 5) * 3
     assert kv_cache_bytes_per_token(spec) == 4 * (7 + 4)
 
 
-def test_linear_attention_costs_the_same_at_every_length_and_caches_nothing_more():
+def test_linear_attention_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
     config = one_layer(DELTA)
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
     assert counts.by_role["attention"] == DELTA_MATRICES + 2 * 4
@@ -279,18 +279,18 @@ def test_linear_attention_costs_the_same_at_every_length_and_caches_nothing_more
     assert flops.attention_scores == 6 * 4 * 3 * 5
     assert flops_per_token(config.model, 500, False) == flops
     assert kv_cache_bytes_per_token(config.model) == 0
-    held = 4 * (4 * 20 + 3 * (2 * 2 * 3 + 2 * 4 * 5)) + 4 * (2 * 28 + 20)
-    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+    saved = 4 * (4 * 20 + 3 * (2 * 2 * 3 + 2 * 4 * 5)) + 4 * (2 * 28 + 20)
+    assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
 
 
-def test_a_short_convolution_costs_its_matrices_and_its_filter():
+def test_short_convolution_counts_matrices_and_filter():
     config = one_layer("{kind: short_convolution, conv_width: 4, bias: true}")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
     assert counts.by_role["attention"] == 4 * 20 * 20 + 4 * 20 + 5 * 20
     assert flops.attention_projections == 2 * (4 * 20 * 20 + 4 * 20)
     assert flops.attention_scores == kv_cache_bytes_per_token(config.model) == 0
-    held = 4 * (4 * 20 + 3 * 2 * 20) + 4 * (2 * 28 + 20)
-    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+    saved = 4 * (4 * 20 + 3 * 2 * 20) + 4 * (2 * 28 + 20)
+    assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_short_convolution_costs_its_matrices_and_its_filter():
         ("chunk: 9", [1, 2, 3, 4, 5]),
     ],
 )
-def test_a_window_or_a_chunk_limits_what_is_scored_and_nothing_else(what, seen):
+def test_window_or_chunk_limits_attention_scores_only(what, seen):
     limited, full = one_layer(GROUPED.replace("}", f", {what}}}")).model, one_layer().model
     flops, all_flops = (flops_per_token(spec, 5, False) for spec in (limited, full))
     assert flops.attention_scores == round(Fraction(4 * 8 * 6 * sum(seen), 5))
@@ -312,8 +312,8 @@ def test_a_window_or_a_chunk_limits_what_is_scored_and_nothing_else(what, seen):
     assert kv_cache_bytes_per_token(limited) == kv_cache_bytes_per_token(full)
 
 
-def test_experts_without_computation_save_a_share_of_the_others():
-    config = one_layer(rest=f"moe: {MIXTURE}")
+def test_zero_computation_experts_reduce_active_experts():
+    config = one_layer(rest=f"moe: {MOE}")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
     used = Fraction(14, 15)  # 2 * 3.5 / (3.5 + 4)
     assert active_experts(config.model.layers[0].moe) == used
@@ -325,8 +325,8 @@ def test_experts_without_computation_save_a_share_of_the_others():
     assert flops.routed_experts == round(2 * (around + constant + used * 2 * matrix))
     assert flops.router == 2 * 20 * 11
     attention = 4 * (4 * 20 + 3 * (8 + 2) * 6) + 4 * 8 * 5
-    held = attention + 8 * 11 + 4 * 2 * (2 * 12 + 2 * 8) + 4 * 2 * 9
-    assert training_memory(config)["activations"] == 3 * 5 * (held + AROUND)
+    saved = attention + 8 * 11 + 4 * 2 * (2 * 12 + 2 * 8) + 4 * 2 * 9
+    assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_experts_without_computation_save_a_share_of_the_others():
         ("choice: {kind: noisy_top_k}", 2 * 20 * 7, 2 * 20 * 7),
     ],
 )
-def test_biases_scales_and_state_of_a_router_are_counted_but_multiply_nothing(router, parameters, matrices):
+def test_router_biases_scales_and_state_count_as_parameters_but_cost_no_flops(router, parameters, matrices):
     moe = f"moe: {{num_experts: 7, router: {{top_k: 2, {router}}}, experts: {{hidden_dim: 12}}}}"
     spec = one_layer(rest=moe).model
     assert parameter_counts(spec).by_role["router"] == parameters
@@ -348,14 +348,14 @@ def test_biases_scales_and_state_of_a_router_are_counted_but_multiply_nothing(ro
     assert active_experts(spec.layers[0].moe) == 2
 
 
-def test_learned_positions_are_embeddings_that_cost_no_product():
+def test_learned_positions_are_embeddings_without_flops():
     text = CONFIG.replace("embed_dim: 20", "embed_dim: 20\n  position: {kind: learned, max_length: 13}")
     spec, without = parse_config(text).model, parse_config(CONFIG).model
     assert parameter_counts(spec).by_role["embeddings"] == 2 * 11 * 20 + 13 * 20
     assert flops_per_token(spec, 5, False) == flops_per_token(without, 5, False)
 
 
-def test_a_window_or_chunks_bound_what_a_text_keeps():
+def test_window_or_chunks_limit_cache_bytes():
     heads = GroupedQueryAttentionSpec(num_heads=8, num_kv_heads=2, head_dim=6)
     kinds = (heads, heads.model_copy(update={"window": 7}), heads.model_copy(update={"chunk": 11}))
     layers = tuple(LayerSpec(attention=kind, feed_forward=GatedFeedForwardSpec(hidden_dim=4)) for kind in kinds)

@@ -1,4 +1,4 @@
-"""Real runs of two MLX processes on this machine: same losses as one, one writer, one stop for all, and failures."""
+"""Runs of two MLX processes on this machine: same losses as one process, one writer, a common stop, and failures."""
 
 import os
 import re
@@ -22,13 +22,13 @@ from tests.support.backends_available import require_backend
 from tests.support.launched import TIMEOUT_S, assert_ends_with_the_first, begun, lines, start, train
 from tests.support.small_run import MODEL, write_config
 
-FROM_ONE = 1e-5
-"""The loss of two processes against one over 20 steps: other sums in float32, which each update multiplies."""
+TOLERANCE = 1e-5
+"""Tolerance of the loss of two processes against one over 20 steps: reordered float32 sums, amplified by updates."""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Much of what is computed over the whole batch at once, in micro-batches, with noise; 20 steps."""
+    """20 steps with most losses and router states that depend on the global batch, micro-batches, and noise."""
     require_backend("mlx")
     folder = tmp_path_factory.mktemp("several")
     path = write_config(folder, steps=20, batch_size=8, gradient_accumulation=2, seed=5)
@@ -55,19 +55,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def two(config: Path) -> tuple[Path, str]:
-    """20 steps of two processes, and what they said."""
+    """Run folder and output of 20 steps of two processes."""
     out = config.with_name("two")
     return out, train("mlx", config, out)
 
 
-def test_two_processes_have_the_losses_of_one(config: Path, two: tuple[Path, str]) -> None:
+def test_two_processes_have_the_losses_of_one_process(config: Path, two: tuple[Path, str]) -> None:
     train("mlx", config, config.with_name("one"), count=1)
     one, other = lines(config.with_name("one")), lines(two[0])
     assert [line["step"] for line in one] == [line["step"] for line in other] == list(range(1, 21))
     for a, b in zip(one, other, strict=True):
         for key in ("loss", "cross_entropy", "global_balance", "importance", "load", "gradient_norm"):
-            assert b[key] == pytest.approx(a[key], rel=10 * FROM_ONE, abs=FROM_ONE), (a["step"], key)
-        assert abs(a["loss"] - b["loss"]) <= FROM_ONE, a["step"]
+            assert b[key] == pytest.approx(a[key], rel=10 * TOLERANCE, abs=TOLERANCE), (a["step"], key)
+        assert abs(a["loss"] - b["loss"]) <= TOLERANCE, a["step"]
         for mine, its in zip(a["routing"], b["routing"], strict=True):
             assert its["load"] == pytest.approx(mine["load"], abs=1e-6)
             assert its.get("selection_bias") == pytest.approx(mine.get("selection_bias"), abs=1e-6)
@@ -75,10 +75,10 @@ def test_two_processes_have_the_losses_of_one(config: Path, two: tuple[Path, str
         [line for line in read_metrics(out / "metrics.jsonl") if "validation_loss" in line]
         for out in (config.with_name("one"), two[0])
     )
-    assert also["validation_loss"] == pytest.approx(validated["validation_loss"], abs=FROM_ONE)
+    assert also["validation_loss"] == pytest.approx(validated["validation_loss"], abs=TOLERANCE)
 
 
-def test_the_first_process_alone_speaks_and_writes(two: tuple[Path, str]) -> None:
+def test_only_the_first_process_prints_and_writes(two: tuple[Path, str]) -> None:
     out, said = two
     assert said.count("processes     2, each with all weights and 1/2 of a batch") == 1
     assert said.count("run folder: ") == 1
@@ -86,18 +86,18 @@ def test_the_first_process_alone_speaks_and_writes(two: tuple[Path, str]) -> Non
     assert len(list_checkpoints(out / "checkpoints")) == 1
 
 
-def test_mlx_launch_starts_the_same_run(config: Path, two: tuple[Path, str]) -> None:
+def test_mlx_launch_runs_the_same_training(config: Path, two: tuple[Path, str]) -> None:
     out = config.with_name("mlx_launch")
     command = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--env", "OPENBLAS_NUM_THREADS=1"]
     command += ["--", sys.executable, "-m", "moezoo", "train", str(config), "--backend", "mlx", "--out", str(out)]
-    quiet, kept_open = os.pipe()  # Trap: at the end of its input mlx.launch reads on, and takes a core for it
+    quiet, kept_open = os.pipe()  # Trap: at the end of its input mlx.launch keeps reading, and uses a core for it
     done = subprocess.run(command, stdin=quiet, capture_output=True, text=True, timeout=TIMEOUT_S)
     os.close(quiet)
     os.close(kept_open)
     assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(two[0])], done.stderr
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(config: Path) -> None:
+def test_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(config: Path) -> None:
     out = config.with_name("stopped")
     running, (_, second) = begun("mlx", config, out)
     os.kill(second, signal.SIGTERM)
@@ -121,7 +121,7 @@ def test_a_killed_process_ends_the_group_with_an_error(config: Path) -> None:
     said, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
     assert time.monotonic() - began < launch.GRACE_S + 5
-    assert "TrainingError: process 1 of 2 was ended by SIGKILL" in said
+    assert "TrainingError: process 1 of 2 was killed by SIGKILL" in said
     assert subprocess.run(["pgrep", "-f", str(config.with_name("killed"))], check=False).returncode == 1
 
 
@@ -129,19 +129,19 @@ def test_an_error_of_the_first_process_ends_the_group(config: Path, two: tuple[P
     assert_ends_with_the_first("mlx", config, two[0])
 
 
-def test_a_batch_that_two_cannot_share_is_refused(config: Path) -> None:
+def test_batch_that_is_not_divisible_by_two_is_refused(config: Path) -> None:
     words = ("--set", "training.batch_size=6", "--set", "training.gradient_accumulation=2")
     running = start("train", config, "--backend", "mlx", "--out", config.with_name("odd"), *words)
     said, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
-    assert "SpecError: 2 processes cannot have equal parts of a micro-batch; got 3 sequences" in said
+    assert "SpecError: a micro-batch cannot be divided equally among 2 processes; got 3 sequences" in said
 
 
 # --- without a backend -----------------------------------------------------------------------------------------------
 
 
 def waiting(program: str) -> subprocess.Popen[bytes]:
-    """A Python process that has said that it is ready."""
+    """Start a Python process and wait until it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", f"import os, signal, sys, time\n{program}\nprint(flush=True)\ntime.sleep(60)"],
         stdout=subprocess.PIPE,
@@ -151,16 +151,16 @@ def waiting(program: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_process_that_is_deaf_to_sigterm_is_killed_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_ignores_sigterm_is_killed_after_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE_S", 0.3)
-    deaf, other = waiting("signal.signal(signal.SIGTERM, signal.SIG_IGN)"), waiting("")
-    launch._end([deaf, other])
-    assert [deaf.returncode, other.returncode] == [-signal.SIGKILL, -signal.SIGTERM]
-    for process in (deaf, other):
+    ignoring, other = waiting("signal.signal(signal.SIGTERM, signal.SIG_IGN)"), waiting("")
+    launch._end([ignoring, other])
+    assert [ignoring.returncode, other.returncode] == [-signal.SIGKILL, -signal.SIGTERM]
+    for process in (ignoring, other):
         process.stdout.close()
 
 
-def test_a_second_signal_ends_processes_that_do_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_signal_kills_processes_that_ignore_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE_S", 0.3)
     program = "import signal, time; signal.signal(2, signal.SIG_IGN); signal.signal(15, signal.SIG_IGN); time.sleep(60)"
     monkeypatch.setattr(launch, "process_commands", lambda *_: [([sys.executable, "-c", program], {})] * 2)
@@ -173,7 +173,7 @@ def test_a_second_signal_ends_processes_that_do_not_listen(monkeypatch: pytest.M
     assert time.monotonic() - began < 10
 
 
-def test_jax_processes_are_told_where_the_first_is() -> None:
+def test_jax_processes_get_the_address_of_the_first() -> None:
     commands = launch.process_commands(2, ["train", "x.yaml"], "jax", Path("unused"))
     for index, (command, environment) in enumerate(commands):
         assert command[3:5] == ["train", "x.yaml"]
@@ -184,9 +184,9 @@ def test_jax_processes_are_told_where_the_first_is() -> None:
     assert commands[0][0][5:7] == commands[1][0][5:7]
 
 
-def test_a_failure_says_which_process_ended_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_names_the_process_and_its_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     programs = ["import time; time.sleep(60)", "import sys; sys.exit(3)"]
     commands = [([sys.executable, "-c", program], {}) for program in programs]
     monkeypatch.setattr(launch, "process_commands", lambda *_: commands)
-    with pytest.raises(TrainingError, match=r"process 1 of 2 ended with status 3\. None is left;"):
+    with pytest.raises(TrainingError, match=r"process 1 of 2 exited with status 3\. All processes were stopped;"):
         launch.launch(2, [], "mlx")

@@ -1,14 +1,14 @@
-"""Several processes: equal parts, who works when, and that they agree. What they compute: test_several_processes."""
+"""Data-parallel processes without a backend: shares of a batch, who works first. Computation: test_launch.py."""
 
 import numpy as np
 import pytest
 
-from moezoo.core.distributed.processes import Numbers, Processes, first_then_others
+from moezoo.core.distributed.processes import Numbers, Processes, first_process_first
 from moezoo.core.errors import SpecError
 
 
-class Told:
-    """A backend whose other processes have said `others`; it notes when it was asked."""
+class FakeBackend:
+    """A backend whose other processes gathered `others`; it logs when it waits for them."""
 
     def __init__(self, index: int, others: tuple[int, ...] = (0,)):
         self.processes, self.others = Processes(index, 1 + len(others)), others
@@ -19,25 +19,25 @@ class Told:
         return Numbers((number, *self.others))
 
 
-def test_parts_of_a_batch_are_equal_disjoint_and_together_all_of_it() -> None:
+def test_shares_of_a_batch_are_equal_disjoint_and_complete() -> None:
     parts = [Processes(index, 3).share(12) for index in range(3)]
     assert [len(part) for part in parts] == [4, 4, 4]
     np.testing.assert_array_equal(np.concatenate(parts), np.arange(12))
     np.testing.assert_array_equal(Processes().share(5), np.arange(5))
 
 
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+def test_indivisible_batch_is_refused() -> None:
     with pytest.raises(SpecError, match=r"got 6 sequences .*expected a multiple of 4"):
         Processes(1, 4).share(6)
 
 
 @pytest.mark.parametrize(("index", "order"), [(0, ["worked", "waited"]), (1, ["waited", "worked"])])
 def test_the_first_process_works_before_the_others(index: int, order: list[str]) -> None:
-    backend = Told(index)
+    backend = FakeBackend(index)
 
     def work() -> str:
         backend.log.append("worked")
         return "done"
 
-    assert first_then_others(backend, work) == "done"
+    assert first_process_first(backend, work) == "done"
     assert backend.log == order

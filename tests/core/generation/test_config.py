@@ -1,4 +1,4 @@
-"""What a folder says about generating is honoured, and what cannot be is refused by name."""
+"""Generation settings of a checkpoint are applied, and unsupported ones are refused by name."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def read(folder, model_config=None, **fields):
 
 
 class Countdown:
-    """A model whose next token is the last one less 1."""
+    """A model whose next token is the previous token minus 1."""
 
     class spec:
         vocab, max_length = V, None
@@ -39,23 +39,26 @@ def continued(prompts, **options):
     return generate(Countdown(), tokens, options=SamplingOptions(temperature=0), **options).tolist()
 
 
-def test_each_sequence_stops_at_any_of_the_end_tokens():
+def test_each_sequence_stops_at_any_end_token():
     assert continued([6], max_new_tokens=9, end_tokens=(2, 4)) == [[5, 4]]
     assert continued([6, 4], max_new_tokens=9, end_tokens=(2, 4)) == [[5, 4], [3, 2]]
     assert continued([6, 3], max_new_tokens=9, end_tokens=(2, 4)) == [[5, 4], [2, 2]]
     assert continued([6, 3], max_new_tokens=9, end_tokens=(2, 4), padding=0) == [[5, 4], [2, 0]]
-    assert continued([6, 3], max_new_tokens=9, end_tokens=(2, 4), padding=V) == [[5, 4], [2, 2]]  # no row for it
+    assert continued([6, 3], max_new_tokens=9, end_tokens=(2, 4), padding=V) == [
+        [5, 4],
+        [2, 2],
+    ]  # outside the vocabulary
     assert continued([6], max_new_tokens=3) == [[5, 4, 3]]
 
 
-def test_a_repeated_token_is_less_likely_whatever_the_sign_of_its_logit():
+def test_repeated_token_is_less_likely_for_either_sign_of_its_logit():
     logits_BV = np.array([[2.0, -2.0, 1.0, -1.0]], np.float32)
     found_BV = penalized(logits_BV, np.array([[0, 1, 0]]), 1.25)
     np.testing.assert_allclose(found_BV, [[1.6, -2.5, 1.0, -1.0]], rtol=1e-6)
     assert logits_BV[0, 0] == 2
 
 
-def test_the_loop_penalizes_prompt_and_new_tokens_alike():
+def test_prompt_and_new_tokens_are_penalized():
     class Constant(Countdown):
         def _logits(self, last_B):
             return np.array([[3.0, 2.9, 2, 1, 0, 0, 0]], np.float32)
@@ -69,7 +72,7 @@ def test_the_loop_penalizes_prompt_and_new_tokens_alike():
     assert text(2.0) == [[1, 2, 0, 0]]  # 1.5, 2.9, 2; then 1.5, 1.45, 2; then 1.5, 1.45, 1, 1
 
 
-def test_greedy_unless_the_file_asks_for_sampling(tmp_path):
+def test_greedy_unless_the_file_sets_do_sample(tmp_path):
     assert read_generation_config(tmp_path, {}).options() == SamplingOptions(temperature=0.0)
     assert read(tmp_path, temperature=0.6, top_p=0.9).options().temperature == 0
     sampled = read(tmp_path, do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.1, repetition_penalty=1.05)
@@ -78,23 +81,23 @@ def test_greedy_unless_the_file_asks_for_sampling(tmp_path):
     assert read(tmp_path, do_sample=True, top_k=0).options() == SamplingOptions(temperature=1.0)
 
 
-def test_what_the_caller_gives_wins(tmp_path):
+def test_arguments_override_the_file(tmp_path):
     config = read(tmp_path, do_sample=True, temperature=0.6, top_p=0.9, max_new_tokens=40)
     assert config.options(temperature=0.0).temperature == 0
-    assert config.options(top_p=1.0, otherwise=0.8) == SamplingOptions(temperature=0.6, top_p=1.0)
-    assert [config.new_tokens(given, 5, 256) for given in (3, None)] == [3, 40]
-    assert GenerationConfig().options(otherwise=0.8).temperature == 0.8
+    assert config.options(top_p=1.0) == SamplingOptions(temperature=0.6, top_p=1.0)
+    assert [config.new_tokens(requested, 5, 256) for requested in (3, None)] == [3, 40]
+    assert GenerationConfig().options(temperature=0.8).temperature == 0.8
 
 
-def test_max_length_counts_the_prompt_and_only_lowers(tmp_path):
+def test_max_length_includes_the_prompt_and_only_lowers(tmp_path):
     config = read(tmp_path, max_length=20)
     assert [config.new_tokens(None, prompt, 8) for prompt in (5, 15)] == [8, 5]
-    with pytest.raises(DataError, match=r"the prompt has 20 tokens, and max_length, which counts it, is 20 "):
+    with pytest.raises(DataError, match=r"the prompt has 20 tokens, but max_length, which includes the prompt, is 20 "):
         config.new_tokens(None, 20, 8)
     assert config.new_tokens(64, 5, 8) == 64
 
 
-def test_end_tokens_come_from_the_file_then_the_model_then_the_tokenizer(tmp_path):
+def test_end_tokens_come_from_file_then_model_then_tokenizer(tmp_path):
     assert read(tmp_path, {"eos_token_id": 9}, eos_token_id=[5, 6, 5]).end_tokens == (5, 6)
     assert read(tmp_path, {"eos_token_id": 9}).end_tokens == (9,)
     assert read(tmp_path, {"text_config": {"eos_token_id": [8]}}).end_tokens == (8,)
@@ -115,21 +118,21 @@ def test_end_tokens_come_from_the_file_then_the_model_then_the_tokenizer(tmp_pat
         {"do_sample": True, "presence_penalty": 1.5},
     ],
 )
-def test_what_would_change_the_text_and_is_not_done_is_refused_by_name(tmp_path, fields):
+def test_unsupported_setting_is_refused_by_name(tmp_path, fields):
     config = read(tmp_path, **fields)
     name, value = list(fields.items())[-1]
-    with pytest.raises(SpecError, match=rf"generation_config.json asks for {name} ") as error:
+    with pytest.raises(SpecError, match=rf"got {name} .* in .*generation_config.json") as error:
         config.options()
     assert repr(value) in str(error.value)
-    assert dataclasses.replace(config, not_done=(), not_done_in_sampling=()).options()
+    assert dataclasses.replace(config, unsupported=(), unsupported_in_sampling=()).options()
 
 
-def test_what_changes_nothing_is_accepted_and_the_unknown_is_named(tmp_path):
-    harmless = {
+def test_settings_without_effect_are_accepted_and_unknown_ones_listed(tmp_path):
+    without_effect = {
         "_from_model_config": True, "bos_token_id": 1, "num_beams": 1, "typical_p": 1.0, "repetition_penalty": 1.0,
         "bad_words_ids": [], "stop_strings": None, "use_cache": True, "epsilon_cutoff": 0,
     }  # fmt: skip
-    config = read(tmp_path, **harmless, chat_format="chatml")
+    config = read(tmp_path, **without_effect, chat_format="chatml")
     assert config.unknown == ("chat_format",)
     assert config.options().temperature == 0
     assert read(tmp_path, typical_p=0.9).options(temperature=0)  # greedy text does not depend on it
@@ -150,13 +153,13 @@ def test_what_changes_nothing_is_accepted_and_the_unknown_is_named(tmp_path):
         ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'; expected a token id"),
     ],
 )
-def test_damaged_file_is_refused(tmp_path, text, message):
+def test_invalid_file_is_refused(tmp_path, text, message):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(SpecError, match=message):
         read_generation_config(tmp_path, {})
 
 
-def test_continuation_leaves_the_end_token_out():
-    said = Continuation(ByteTokenizer(), [97, 98], (ord("!"),))
-    assert "".join([said.add(byte) for byte in b"cd!e"]) + said.finish() == "cd"
+def test_continuation_omits_the_end_token():
+    continuation = Continuation(ByteTokenizer(), [97, 98], (ord("!"),))
+    assert "".join([continuation.add(byte) for byte in b"cd!e"]) + continuation.finish() == "cd"
     assert [Continuation(None, [1], (9,)).add(token) for token in (3, 9)] == [",3", ""]

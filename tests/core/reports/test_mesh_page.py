@@ -24,7 +24,7 @@ def described(*words: str) -> str:
     return result.output
 
 
-def test_words_and_files_give_meshes(tmp_path: Path) -> None:
+def test_mesh_option_takes_axes_or_a_file(tmp_path: Path) -> None:
     assert load_mesh("data=2, expert=auto,exchange=allgather") == MeshConfig(
         data=2, expert="auto", exchange="allgather"
     )
@@ -35,40 +35,39 @@ def test_words_and_files_give_meshes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "problem"),
+    ("option", "problem"),
     [
-        ("data", r"--mesh is 'data'; expected an axis and its devices, each axis once, such as data=2,expert=4"),
+        ("data", r"--mesh is 'data'; expected AXIS=DEVICES with each axis once, e\.g\. data=2,expert=4"),
         ("data=2,data=4", r"each axis once"),
         ("", r"--mesh is ''"),
         ("data=0", r"data is 0; expected a number of devices, 1 or more, or auto"),
         ("dta=2", r"dta .*data"),
-        ("data=auto,expert=auto", r"is 'auto', as data is"),
-        ("nowhere.yaml", r"cannot read the mesh nowhere.yaml"),
-        (CONFIG, r"has no section mesh"),
+        ("data=auto,expert=auto", r"is 'auto', and so is data"),
+        ("nowhere.yaml", r"no such mesh; got nowhere.yaml"),
+        (CONFIG, r"has no mesh section"),
     ],
 )
-def test_what_is_no_mesh_is_refused(given: str, problem: str) -> None:
+def test_invalid_mesh_option_raises(option: str, problem: str) -> None:
     with pytest.raises(SpecError, match=problem):
-        load_mesh(given)
+        load_mesh(option)
 
 
-def test_bytes_of_a_device_are_those_of_its_parts() -> None:
+def test_device_bytes_are_those_of_its_shards() -> None:
     known = mesh_description(SPEC, MeshConfig(fsdp=2, expert=4))
-    rows = {row["name"]: row for row in known["parameters"]}
+    rows = {row.name: row for row in known.parameters}
     assert list(rows) == [row.name for row in parameter_table(SPEC)]
     for row in parameter_table(SPEC):
         times = 4 if ".experts." in row.name else 1
         times *= 2 if "embed" in row.axes and row.role not in ("router", "norms") else 1
-        assert rows[row.name]["bytes"] == 4 * math.prod(row.shape) // times, row.name
-    assert known["bytes_per_device"]["parameters"] == sum(row["bytes"] for row in rows.values())
-    assert known["bytes_per_device"]["moments"] == 2 * sum(
-        rows[row.name]["bytes"] for row in parameter_table(SPEC) if row.trained
-    )
+        assert rows[row.name].device_bytes == 4 * math.prod(row.shape) // times, row.name
+    assert known.parameter_bytes == sum(row.device_bytes for row in rows.values())
+    trained = [rows[row.name].device_bytes for row in parameter_table(SPEC) if row.trained]
+    assert known.moment_bytes == 2 * sum(trained)
     alone = mesh_description(SPEC, MeshConfig())
-    assert alone["bytes_per_device"]["parameters"] == 4 * sum(row.size for row in parameter_table(SPEC))
+    assert alone.parameter_bytes == 4 * sum(row.size for row in parameter_table(SPEC))
 
 
-def test_the_table_says_what_cuts_each_dimension() -> None:
+def test_table_shows_the_sharding_of_each_dimension() -> None:
     page = described("--mesh", "fsdp=2,expert=4")
     experts = SPEC.all_layers[-1].moe
     assert experts is not None
@@ -77,7 +76,7 @@ def test_the_table_says_what_cuts_each_dimension() -> None:
     assert re.search(r"layers\.\*\.moe\.router\.w_router +[0-9]+ x", page)
 
 
-def test_json_has_every_parameter() -> None:
+def test_json_lists_all_parameters() -> None:
     known = json.loads(described("--mesh", "configs/meshes/tiny_moe.yaml", "--devices", "4", "--json"))
     assert known["devices"] == 4
     cut = {row["name"]: row["cut"] for row in known["parameters"]}
@@ -90,12 +89,12 @@ def test_json_has_every_parameter() -> None:
     [
         (("--mesh", "data=auto"), "an axis of the mesh is auto"),
         (("--mesh", "data=2", "--devices", "3"), "mesh is data 2, for 2 devices; got 3 devices"),
-        (("--mesh", "expert=3"), "which mesh.rules.expert = expert would cut into 3 equal parts"),
-        (("--devices", "3"), "--devices 3 says how many a mesh has; got no --mesh"),
+        (("--mesh", "expert=3"), "is not divisible into 3 shards (mesh.rules.expert = expert)"),
+        (("--devices", "3"), "--devices is the number of devices of a mesh; got --devices 3 without --mesh"),
         (("--mesh", "data=1", "--devices", "3"), "mesh is one device; got --devices 3"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(words: tuple[str, ...], problem: str) -> None:
+def test_invalid_mesh_options_are_errors_of_one_line(words: tuple[str, ...], problem: str) -> None:
     result = CliRunner().invoke(main, ["describe", CONFIG, *words])
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

@@ -1,7 +1,8 @@
-"""The page, the header and the plain data say the same numbers as the cost model, in readable form."""
+"""The page, the header and the JSON of a model show the numbers of the cost model."""
 
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from moezoo.core.config.run_config import parse_config
 from moezoo.core.cost.flops import flops_per_token
 from moezoo.core.cost.memory import kv_cache_bytes_per_token, training_memory
 from moezoo.core.cost.parameters import parameter_counts
-from moezoo.core.reports.model_page import describe, description, header
+from moezoo.core.reports.model_page import config_description, config_page, training_header
 from moezoo.core.reports.text import bytes_text, count
 
 CONFIG = """
@@ -72,8 +73,8 @@ def test_numbers_have_three_digits_and_a_unit(number, parameters, flops, size):
     assert (count(number), count(number, "FLOPs"), bytes_text(number)) == (parameters, flops, size)
 
 
-def test_plain_data_equals_the_cost_model_and_is_json():
-    known = description(config())
+def test_json_equals_the_cost_model():
+    known = config_description(config()).to_json()
     spec = config().model.model_copy(update={"vocab_size": 256})
     counts = parameter_counts(spec)
     assert known["parameters"]["total"] == counts.total
@@ -81,14 +82,14 @@ def test_plain_data_equals_the_cost_model_and_is_json():
     assert known["flops_per_token"]["training"]["total"] == flops_per_token(spec, 24, True).total
     assert known["kv_cache_bytes_per_token"] == kv_cache_bytes_per_token(spec)
     memory = training_memory(config().model_copy(update={"model": spec}))
-    assert known["training_memory_bytes"] == {"total": sum(memory.values()), **memory}
+    assert known["training_memory_bytes"] == {"total": memory.total, **asdict(memory)}
     assert known["training"]["tokens"] == 10 * 6 * 24
     assert known["training"]["flops"] == 10 * 6 * 24 * flops_per_token(spec, 24, True).total
     assert json.loads(json.dumps(known)) == known
 
 
-def test_equal_neighbours_are_one_run_of_layers_however_they_are_written():
-    layers = description(config())["layers"]
+def test_consecutive_equal_layers_are_one_run():
+    layers = config_description(config()).to_json()["layers"]
     assert [(run["first"], run["last"]) for run in layers] == [(0, 0), (1, 3)]
     assert layers[0]["attention"] == "8 heads of 6, 2 key/value, RoPE 10,000, qk norm, qkv bias"
     assert layers[1]["attention"] == "8 heads of 6, no positions"
@@ -101,25 +102,27 @@ def test_equal_neighbours_are_one_run_of_layers_however_they_are_written():
     [
         ("byte", 256, None),
         ("ids, vocab_size: 77", 77, None),
-        ("character", 64, "64 tokens in the vocabulary; a character tokenizer takes them from its data"),
-        ("huggingface, path: some/tokenizer", 32_768, "32,768 tokens in the vocabulary; that of some/tokenizer"),
+        ("character", 64, "a vocabulary of 64 tokens; the real size of a character tokenizer depends on the data"),
+        ("huggingface, path: some/tokenizer", 32_768, "a vocabulary of 32,768 tokens; some/tokenizer was not opened"),
     ],
 )
-def test_a_null_vocabulary_follows_the_tokenizer_or_says_what_was_assumed(tokenizer, size, assumed):
-    known = description(config(tokenizer))
-    assert known["vocab_size"] == size
-    assert (known["assumed"] or "").startswith(assumed or "")
-    assert (known["assumed"] is None) == (assumed is None)
-    assert ("assumed:" in rendered(describe(config(tokenizer), "x.yaml"))) == (assumed is not None)
+def test_null_vocabulary_follows_the_tokenizer_or_is_assumed(tokenizer, size, assumed):
+    known = config_description(config(tokenizer))
+    assert known.model.spec.vocab == size
+    assert (known.assumed or "").startswith(assumed or "")
+    assert (known.assumed is None) == (assumed is None)
+    assert ("assumed:" in rendered(config_page(known, "x.yaml"))) == (assumed is not None)
 
 
-def test_a_given_vocabulary_is_kept():
-    given = parse_config(CONFIG.replace("TOKENIZER", "character").replace("vocab_size: null", "vocab_size: 65"))
-    assert (description(given)["vocab_size"], description(given)["assumed"]) == (65, None)
+def test_vocabulary_size_of_the_config_is_used():
+    known = config_description(
+        parse_config(CONFIG.replace("TOKENIZER", "character").replace("vocab_size: null", "vocab_size: 65"))
+    )
+    assert (known.model.spec.vocab, known.assumed) == (65, None)
 
 
-def test_the_page_fits_100_columns_and_shows_totals():
-    page = rendered(describe(config(), "configs/tiny/x.yaml"))
+def test_page_fits_100_columns_and_shows_totals():
+    page = rendered(config_page(config_description(config()), "configs/tiny/x.yaml"))
     counts = parameter_counts(config().model.model_copy(update={"vocab_size": 256}))
     assert max(map(len, page.splitlines())) <= 100
     assert len(page.splitlines()) <= 50
@@ -129,12 +132,14 @@ def test_the_page_fits_100_columns_and_shows_totals():
         assert words in page
 
 
-def test_the_header_shows_facts_as_they_are():
-    text = rendered(header(config(), {"device": "cpu (2 visible) [bold]", "experts": "blocks"}))
+def test_header_shows_facts_verbatim():
+    text = rendered(training_header(config(), {"device": "cpu (2 visible) [bold]", "experts": "blocks"}))
     assert "cpu (2 visible) [bold]" in text
-    assert "144 tokens (6 x 24, in 3 parts), 10 steps" in text
+    assert "144 tokens (6 x 24, in 3 micro-batches), 10 steps" in text
     assert "active per token" in text
     assert "FLOPs per token, forward and backward" in text
     assert "scanned" not in text
     scanned = config().training.model_copy(update={"layers": "scanned"})
-    assert "scanned: equal ones" in rendered(header(config().model_copy(update={"training": scanned}), {}))
+    assert "scanned: consecutive equal layers" in rendered(
+        training_header(config().model_copy(update={"training": scanned}), {})
+    )

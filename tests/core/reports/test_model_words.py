@@ -1,4 +1,4 @@
-"""What `moezoo describe` says of each part; what is a default is not said."""
+"""Descriptions of model parts in words; defaults are left out."""
 
 import pytest
 
@@ -98,7 +98,7 @@ def test_head(head, words):
         ({"kind": "clamped_swiglu", "hidden_dim": 8, "bias": False}, "clamped SwiGLU 8 without biases"),
     ],
 )
-def test_a_dense_feed_forward_and_where_its_norms_stand(fields, words):
+def test_dense_feed_forward_and_norm_placement(fields, words):
     assert feed_forward_in_words(spec_of({"feed_forward": fields}).layers[0]) == words
     sandwich = spec_of({"feed_forward": fields, "arrangement": "sandwich"}).layers[0]
     assert feed_forward_in_words(sandwich) == f"{words}; sandwich norms"
@@ -106,9 +106,9 @@ def test_a_dense_feed_forward_and_where_its_norms_stand(fields, words):
     assert feed_forward_in_words(scaled) == f"{words}; output scaled"
 
 
-def test_a_shortcut_says_both():
-    mixture = {"num_experts": 3, "router": {"top_k": 2}, "experts": {"hidden_dim": 4}}
-    both = {"attention": HEADS, "feed_forward": {"hidden_dim": 8}, "moe": mixture, "shortcut": True}
+def test_shortcut_layer_names_both_feed_forwards():
+    moe = {"num_experts": 3, "router": {"top_k": 2}, "experts": {"hidden_dim": 4}}
+    both = {"attention": HEADS, "feed_forward": {"hidden_dim": 8}, "moe": moe, "shortcut": True}
     spec = spec_of(layers=[both, {"attention": HEADS, "feed_forward": {"hidden_dim": 8}}])
     words = "SwiGLU 8; into the next layer: 2 of 3 experts, SwiGLU 4; softmax, renormalized; dropless"
     assert feed_forward_in_words(spec.layers[0]) == words
@@ -180,7 +180,7 @@ def test_a_shortcut_says_both():
         ),
     ],
 )
-def test_a_mixture(router, moe, words):
+def test_moe_layer(router, moe, words):
     moe = {"num_experts": 6, "router": {"top_k": 2} | router, "experts": {"hidden_dim": 8}} | moe
     assert feed_forward_in_words(spec_of({"feed_forward": None, "moe": moe}).layers[0]) == words
 
@@ -201,5 +201,5 @@ def test_a_mixture(router, moe, words):
         ),
     ],
 )
-def test_the_rest_of_a_model(fields, words):
+def test_model_wide_parts(fields, words):
     assert model_in_words(spec_of(**fields)) == words

@@ -1,4 +1,4 @@
-"""The picture is drawn from any metrics that a run can leave, whole or not at all."""
+"""The picture of a run can be drawn from any metrics file that a run writes."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ def metrics(folder, steps=30, layers=2, experts=4, validate=10):
 
 
 def pixels(path):
-    """Width, height and the decoded bytes of a PNG, so that an empty or cut picture fails."""
+    """Width, height and the decoded bytes of a PNG, so that an empty or truncated picture fails."""
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
@@ -43,7 +43,7 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("optimum", [None, 1.4])
-def test_a_run_becomes_one_whole_png(tmp_path, optimum):
+def test_picture_is_one_complete_png(tmp_path, optimum):
     draw_run(metrics(tmp_path), tmp_path / "picture.png", optimum)
     width, height, body = pixels(tmp_path / "picture.png")
     assert width > 1000
@@ -52,20 +52,20 @@ def test_a_run_becomes_one_whole_png(tmp_path, optimum):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "picture.png"]
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path):
+def test_picture_is_deterministic(tmp_path):
     path = metrics(tmp_path)
     draw_run(path, tmp_path / "a.png", 1.4)
     draw_run(path, tmp_path / "b.png", 1.4)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_a_dense_model_has_no_strips(tmp_path):
+def test_dense_model_has_no_heat_maps(tmp_path):
     draw_run(metrics(tmp_path, layers=0), tmp_path / "dense.png", None)
     draw_run(metrics(tmp_path, layers=2), tmp_path / "moe.png", None)
     assert pixels(tmp_path / "dense.png")[1] < pixels(tmp_path / "moe.png")[1]
 
 
-def test_many_layers_and_experts_stay_on_one_page(tmp_path):
+def test_many_layers_and_experts_fit_on_one_page(tmp_path):
     draw_run(metrics(tmp_path, steps=3, layers=24, experts=128), tmp_path / "picture.png", None)
     width, height, _ = pixels(tmp_path / "picture.png")
     assert height < 1.5 * width
@@ -77,7 +77,7 @@ def test_short_and_long_runs_are_drawn(tmp_path, steps):
     assert len(set(pixels(tmp_path / "picture.png")[2])) > 100
 
 
-def test_a_collapsed_router_is_drawn(tmp_path):
+def test_collapsed_router_is_drawn(tmp_path):
     lines = [
         {"step": step, "cross_entropy": 2.0, "routing": [{"layer": 0, "load": [1.0, 0.0, 0.0]}]} for step in (1, 2, 3)
     ]
@@ -86,7 +86,7 @@ def test_a_collapsed_router_is_drawn(tmp_path):
     assert len(set(pixels(tmp_path / "picture.png")[2])) > 100
 
 
-def test_a_step_whose_loss_was_not_finite_is_left_out(tmp_path):
+def test_step_with_a_nonfinite_loss_is_skipped(tmp_path):
     path = metrics(tmp_path)
     draw_run(path, tmp_path / "without.png", None)
     path.write_text(path.read_text() + json.dumps({"step": 31, "cross_entropy": None}) + "\n")
@@ -94,7 +94,7 @@ def test_a_step_whose_loss_was_not_finite_is_left_out(tmp_path):
     assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
-def test_a_last_line_that_a_kill_cut_is_passed_over(tmp_path):
+def test_truncated_last_line_is_skipped(tmp_path):
     path = metrics(tmp_path)
     draw_run(path, tmp_path / "without.png", None)
     path.write_text(path.read_text() + '{"step": 31, "cross_en')
@@ -102,16 +102,16 @@ def test_a_last_line_that_a_kill_cut_is_passed_over(tmp_path):
     assert (tmp_path / "picture.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
-def test_metrics_without_a_training_step_are_refused(tmp_path):
+def test_metrics_without_a_training_step_are_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "validation_loss": 2.0}\n')
     with pytest.raises(RunError, match="no training step to draw"):
         draw_run(tmp_path / "metrics.jsonl", tmp_path / "picture.png", None)
     assert not (tmp_path / "picture.png").exists()
 
 
-def test_steps_of_two_models_are_refused(tmp_path):
+def test_steps_of_two_models_are_an_error(tmp_path):
     path = metrics(tmp_path, steps=3, layers=2)
     more = [{"step": 4, "cross_entropy": 2.0, "routing": [{"layer": 1, "load": [0.5, 0.5]}]}]
     path.write_text(path.read_text() + "".join(json.dumps(line) + "\n" for line in more))
-    with pytest.raises(RunError, match="does not fit the first one's"):
+    with pytest.raises(RunError, match="does not match the first step"):
         draw_run(path, tmp_path / "picture.png", None)

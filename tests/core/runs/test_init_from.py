@@ -1,4 +1,4 @@
-"""Runs that begin from a Hugging Face checkpoint or from another run."""
+"""Runs that start from a Hugging Face checkpoint or from another run (`init_from`)."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
-from moezoo.core.runs.init_from import initial_tokenizer, load_resolved_config, open_start
+from moezoo.core.runs.init_from import initial_tokenizer, load_resolved_config, open_initial_weights
 from moezoo.core.runs.run_folder import load_run
 from tests.support.backends_available import require_backend
 from tests.support.fixtures import write_checkpoint
@@ -31,7 +31,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_file(folder: Path, init_from: object, **sections: object) -> Path:
-    """A config without a model that trains on random ids."""
+    """Write a config without a model that trains on random ids."""
     ids = np.random.default_rng(0).integers(0, 30, (6, 2, 8))
     np.save(folder / "batches.npy", ids)
     raw = {
@@ -61,7 +61,7 @@ def rates(config: Config) -> list[float]:
     return [router.selection_bias.rate for router in routers if router.selection_bias is not None]
 
 
-def test_without_a_model_it_is_the_checkpoints_and_overrides_come_on_top(tmp_path):
+def test_missing_model_is_the_checkpoints_with_overrides_applied(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     path = config_file(tmp_path, source)
     config = load_resolved_config(path)
@@ -74,7 +74,7 @@ def test_without_a_model_it_is_the_checkpoints_and_overrides_come_on_top(tmp_pat
     assert changed.init_from == config.init_from
 
 
-def test_a_checkpoint_can_be_named_by_an_override(tmp_path):
+def test_override_can_set_the_checkpoint(tmp_path):
     source = write_checkpoint("deepseek_v3", tmp_path / "source")
     path = config_file(tmp_path, tmp_path / "nowhere")
     config = load_resolved_config(path, [f"init_from={source}", "init_from.selection_bias_rate=0.25"])
@@ -85,36 +85,36 @@ def test_a_checkpoint_can_be_named_by_an_override(tmp_path):
     assert set(rates(load_resolved_config(path, [f"init_from={source}"]))) == {0.001}
 
 
-def test_a_rate_without_a_selection_bias_is_refused(tmp_path):
+def test_rate_without_a_selection_bias_is_refused(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     path = config_file(tmp_path, {"path": str(source), "selection_bias_rate": 0.1})
     with pytest.raises(SpecError, match=r"selection_bias_rate is 0\.1, but no router of .* has a selection bias"):
         load_resolved_config(path)
 
 
-def test_an_unknown_key_is_refused(tmp_path):
+def test_unknown_key_is_refused(tmp_path):
     with pytest.raises(SpecError, match=r"pth is not a known key; did you mean path\? \(init_from of "):
         load_resolved_config(config_file(tmp_path, {"pth": "x"}))
 
 
-def test_another_model_than_the_checkpoints_is_refused_with_what_to_do(tmp_path):
+def test_model_that_differs_from_the_checkpoint_is_refused(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     config = with_vocab_size(load_resolved_config(config_file(tmp_path, source, model=MODEL)), 256)
-    with pytest.raises(CheckpointError, match=r"is not the one of init_from .* Leave the section `model` out") as error:
-        open_start(config)
+    with pytest.raises(CheckpointError, match=r"differs from the model of init_from .* Remove the section") as error:
+        open_initial_weights(config)
     assert "  ~ embedding.weight [" in str(error.value)
     result = train(config_file(tmp_path, source, model=MODEL | {"vocab_size": 64}), tmp_path / "run")
     assert result.exit_code == 1
-    assert "Leave the section `model` out" in result.output
+    assert "Remove the section `model`" in result.output
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_model_may_be_written_out(tmp_path):
+def test_equal_model_may_be_in_the_config(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     model = open_checkpoint(source).spec.model_dump(mode="json")
     config = load_resolved_config(config_file(tmp_path, source, model=model), ["model.dropout=0.5"])
     assert config.model.dropout == 0.5
-    assert sorted(open_start(config).weights) == sorted(open_checkpoint(source).weights)
+    assert sorted(open_initial_weights(config).weights) == sorted(open_checkpoint(source).weights)
 
 
 def test_weights_of_a_bfloat16_file_become_float32(tmp_path):
@@ -122,14 +122,14 @@ def test_weights_of_a_bfloat16_file_become_float32(tmp_path):
     tensors = {name: value.astype(bfloat16) for name, value in StoredTensors(source / "model.safetensors").items()}
     write_tensors(source / "model.safetensors", tensors, {})
     stored = open_checkpoint(source).weights
-    start = open_start(load_resolved_config(config_file(tmp_path, source)))
+    start = open_initial_weights(load_resolved_config(config_file(tmp_path, source)))
     for name, value in start.weights.items():
         assert stored[name].dtype == bfloat16
         assert value.dtype == np.float32
         np.testing.assert_array_equal(value, stored[name].astype(np.float32))
 
 
-def test_a_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):
+def test_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):
     config = load_resolved_config(config_file(tmp_path, write_checkpoint("mixtral", tmp_path / "source")))
     size = config.model.vocab_size
     assert with_vocab_size(config, size - 3).model.vocab_size == size
@@ -137,17 +137,17 @@ def test_a_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):
         with_vocab_size(config, size + 1)
 
 
-def test_a_run_begins_from_another_run_with_its_characters(tmp_path):
+def test_run_starts_from_another_run_with_its_tokenizer(tmp_path):
     first = train(write_config(tmp_path, steps=2), tmp_path / "first")
     assert first.exit_code == 0, first.output
     old, tokenizer, checkpoint, _ = load_run(tmp_path / "first")
     text = tmp_path / "other.txt"
-    text.write_text("owls saw mice. " * 60, encoding="utf-8")  # fewer characters than the run knows
+    text.write_text("owls saw mice. " * 60, encoding="utf-8")  # fewer characters than in the run's tokenizer
     path = config_file(tmp_path, tmp_path / "first", data={"sources": [{"kind": "text", "path": str(text)}]})
     config = load_resolved_config(path)
     assert config.model == old.model
     assert initial_tokenizer(config).vocab_size == tokenizer.vocab_size
-    start = open_start(config)
+    start = open_initial_weights(config)
     assert start.layout is None
     for name, value in checkpoint.weights.items():
         np.testing.assert_array_equal(start.weights[name], value)
@@ -156,7 +156,7 @@ def test_a_run_begins_from_another_run_with_its_characters(tmp_path):
     assert load_run(tmp_path / "second")[1].encode("owls").tolist() == tokenizer.encode("owls").tolist()
 
 
-def test_a_run_goes_on_without_the_checkpoint_that_it_began_from(tmp_path):
+def test_run_resumes_without_the_checkpoint_it_started_from(tmp_path):
     source = write_checkpoint("deepseek_v3", tmp_path / "source")
     path = config_file(tmp_path, {"path": str(source), "selection_bias_rate": 0.0})
     whole = train(path, tmp_path / "whole")
@@ -173,7 +173,7 @@ def test_a_run_goes_on_without_the_checkpoint_that_it_began_from(tmp_path):
     assert sorted(open_checkpoint(tmp_path / "export").weights) == sorted(model.model.export_parameters())
 
 
-def test_a_run_from_a_run_from_a_checkpoint_can_still_be_exported(tmp_path):
+def test_run_of_a_run_of_a_checkpoint_can_be_exported(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     first = train(config_file(tmp_path, source), tmp_path / "first")
     assert first.exit_code == 0, first.output

@@ -1,4 +1,4 @@
-"""Learned positions and rotations stretched for some length end there; each way to a model refuses longer texts."""
+"""Learned positions and RoPE scaled for a length limit the sequence; every entry point refuses longer sequences."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ data: {{sources: [{{kind: dataset, name: fables}}]}}
 training: {{steps: 10, batch_size: 2, sequence_length: LENGTH}}
 optimizer: {{learning_rate: 1.0e-3}}
 """
-END = rf"positions end at {LONGEST} tokens \(model.position.max_length\); got "
+LIMIT = rf"; expected at most {LONGEST} tokens \(model.position.max_length\)"
 
 
 def config_of():
@@ -35,7 +35,7 @@ def config_of():
 
 
 class CountingModel:
-    """A model that says how many tokens it was given, and that token 0 comes next."""
+    """A model that records the number of tokens it gets, and predicts token 0."""
 
     def __init__(self, spec):
         self.spec, self.seen = spec, 0
@@ -62,7 +62,7 @@ def loaded():
     return LoadedModel(CountingModel(config.model), config, CharacterTokenizer("abcde"), 0, [])
 
 
-def test_training_on_longer_sequences_is_refused():
+def test_training_on_sequences_beyond_the_positions_is_refused():
     expected = (
         "training.sequence_length is 9, but positions end at 8 tokens (x.yaml). Use a shorter "
         "sequence_length, or a larger model.position.max_length."
@@ -72,40 +72,42 @@ def test_training_on_longer_sequences_is_refused():
     assert str(seen.value) == expected
 
 
-def test_a_text_may_grow_to_the_last_position_and_no_further():
+def test_generation_is_limited_by_the_last_position():
     model, options = CountingModel(config_of().model), SamplingOptions(temperature=0.0)
     assert generate(model, tokens(3), max_new_tokens=5, options=options).shape == (3, 5)
-    assert model.seen < LONGEST  # the last new token is not looked at again
-    with pytest.raises(DataError, match=END + r"a prompt of 3 and 6 new ones\. Use fewer\.$"):
+    assert model.seen < LONGEST  # the last new token is not an input
+    with pytest.raises(
+        DataError, match=r"got a prompt of 3 tokens and 6 new tokens" + LIMIT + r"\. Use fewer tokens\.$"
+    ):
         generate(model, tokens(3), max_new_tokens=6, options=options)
 
 
-def test_a_loaded_model_refuses_what_it_has_no_positions_for(loaded):
+def test_loaded_model_refuses_sequences_beyond_its_positions(loaded):
     assert loaded.forward(tokens(LONGEST)) == "output"
     assert loaded.model.seen == LONGEST
-    with pytest.raises(DataError, match=END + r"tokens of 9\. Use fewer\.$"):
+    with pytest.raises(DataError, match=r"got tokens of length 9" + LIMIT):
         loaded.forward(tokens(9))
-    with pytest.raises(DataError, match=END + r"targets of 9"):
+    with pytest.raises(DataError, match=r"got targets of length 9" + LIMIT):
         loaded.forward(tokens(LONGEST), tokens(9))
-    with pytest.raises(DataError, match=END + r"tokens of 9"):
+    with pytest.raises(DataError, match=r"got tokens of length 9" + LIMIT):
         loaded.generate(tokens(9), max_new_tokens=1)
-    with pytest.raises(DataError, match=END + r"a prompt of 8 and 1 new ones"):
+    with pytest.raises(DataError, match=r"got a prompt of 8 tokens and 1 new tokens" + LIMIT):
         loaded.generate(tokens(LONGEST), max_new_tokens=1)
     assert loaded.model.seen == LONGEST
 
 
-def test_parity_refuses_it_before_anything_is_built(tmp_path):
+def test_parity_refuses_them_before_a_model_is_built(tmp_path):
     config, windows = config_of(), tokens(10)
-    weights, nothing = initial_weights(config.model, 0), {"never built": object()}
-    with pytest.raises(DataError, match=END + r"sequences of 9"):
-        parity(config.model, weights, windows[:, :-1], windows[:, 1:], nothing, OptimizerConfig(learning_rate=1e-3))
+    weights, backends = initial_weights(config.model, 0), {"never built": object()}
+    with pytest.raises(DataError, match=r"got sequences of 9 tokens" + LIMIT):
+        parity(config.model, weights, windows[:, :-1], windows[:, 1:], backends, OptimizerConfig(learning_rate=1e-3))
     path = tmp_path / "x.yaml"
     path.write_text(CONFIG.replace("LENGTH", str(LONGEST)))
-    with pytest.raises(DataError, match=END + r"sequences of 9"):
-        parity_of(path, nothing, sequence_length=9)
+    with pytest.raises(DataError, match=r"got sequences of 9 tokens" + LIMIT):
+        parity_of(path, backends, sequence_length=9)
 
 
-def test_other_positions_have_no_end():
+def test_other_positions_have_no_limit():
     text = CONFIG.replace("LENGTH", "99").replace("kind: learned, max_length: 8", "kind: sinusoidal")
     model = CountingModel(parse_config(text).model)
     assert model.spec.max_length is None
@@ -121,7 +123,7 @@ def test_other_positions_have_no_end():
     ],
     ids=["dynamic", "longrope"],
 )
-def test_a_rotation_for_some_length_ends_there(scaling):
+def test_scaled_rope_is_limited_by_its_length(scaling):
     first, second = ({"kind": "rope", "scaling": scaling | {"length": length}} for length in (9, LONGEST))
     heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
     layers = [
@@ -132,7 +134,7 @@ def test_a_rotation_for_some_length_ends_there(scaling):
     assert generate(model, tokens(3), max_new_tokens=5, options=options).shape == (3, 5)
     field = r"model\.layers\[1\]\.attention\.position\.scaling\.length"
     with pytest.raises(
-        DataError, match=rf"^positions end at {LONGEST} tokens \({field}\); got a prompt of 3 and 6 new"
+        DataError, match=rf"got a prompt of 3 tokens and 6 new tokens; expected at most {LONGEST} tokens \({field}\)"
     ):
         generate(model, tokens(3), max_new_tokens=6, options=options)
     learned = model.spec.model_copy(update={"position": LearnedPositionsSpec(max_length=7)})

@@ -1,4 +1,4 @@
-"""Held-out loss by training's routing and by inference's, on the float64 reference; and where a run reports both."""
+"""Held-out loss with training and with inference routing, on the float64 reference; and that a run reports both."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ ROUTINGS = {
 
 
 class Windows:
-    """A split of given windows."""
+    """A split that returns WINDOWS_BT."""
 
     def windows(self, length, most):
         assert length == T
@@ -46,7 +46,7 @@ class Windows:
 
 
 class ReferenceModel:
-    """As much of a backend's model as evaluating needs. Cutoffs, where there are some, are in the midst of scores."""
+    """The part of a backend's model that evaluation needs. Router cutoffs, if any, are within the range of scores."""
 
     def __init__(self, spec):
         self.spec, self.calls = spec, []
@@ -81,7 +81,7 @@ def evaluated(model, batch_size=WINDOWS, length=T):
 # --- the two losses --------------------------------------------------------------------------------------------------
 
 
-def test_a_dropless_top_k_model_has_one_loss_and_is_scored_once():
+def test_dropless_top_k_model_has_one_loss_and_is_scored_once():
     model = model_of()
     result = evaluated(model)
     assert result.inference_loss is None
@@ -91,7 +91,7 @@ def test_a_dropless_top_k_model_has_one_loss_and_is_scored_once():
 
 
 @pytest.mark.parametrize("kind", ["capacity", "expert choice"])
-def test_where_inference_routes_otherwise_it_has_a_loss_of_its_own(kind):
+def test_different_inference_routing_has_its_own_loss(kind):
     model = model_of(kind)
     result = evaluated(model)
     for loss, inference in ((result.validation_loss, False), (result.inference_loss, True)):
@@ -102,52 +102,52 @@ def test_where_inference_routes_otherwise_it_has_a_loss_of_its_own(kind):
 
 
 @pytest.mark.parametrize("kind", ["capacity", "expert choice"])
-def test_only_the_loss_by_inference_does_not_depend_on_how_windows_are_batched(kind):
+def test_only_the_inference_loss_is_independent_of_batch_size(kind):
     whole, parts = (evaluated(model_of(kind), batch_size) for batch_size in (WINDOWS, 2))
     assert_close(parts.inference_loss, whole.inference_loss, FLOAT64)
     assert abs(parts.validation_loss - whole.validation_loss) > 1e-4
 
 
-def test_with_a_capacity_of_each_sequence_no_loss_depends_on_how_windows_are_batched():
+def test_with_capacity_per_sequence_no_loss_depends_on_batch_size():
     whole, parts = (evaluated(model_of("capacity of sequences"), batch_size) for batch_size in (WINDOWS, 2))
-    assert all(row["dropped"] > 0 for row in whole.routing)
+    assert all(row.dropped > 0 for row in whole.routing)
     assert parts.routing == whole.routing
     assert_close(parts.validation_loss, whole.validation_loss, FLOAT64)
     assert abs(whole.inference_loss - whole.validation_loss) > 1e-4
 
 
-def test_a_capacity_that_drops_nothing_has_no_gap():
+def test_capacity_that_drops_nothing_has_equal_losses():
     result = evaluated(model_of("wide capacity"))
-    assert all(row["dropped"] == 0 for row in result.routing)
+    assert all(row.dropped == 0 for row in result.routing)
     assert_close(result.inference_loss, result.validation_loss, FLOAT64)
 
 
 def test_load_and_drops_are_those_of_training_routing():
     for row in evaluated(model_of("capacity")).routing:
-        assert row["dropped"] > 0
+        assert row.dropped > 0
 
 
 def test_the_gap_is_printed_with_its_sign():
     worse, better = (
-        describe_evaluation(Evaluation(2.0, None, 4, T, [], inference_loss=loss)).splitlines()[1]
+        describe_evaluation(Evaluation(2.0, None, 4, T, (), inference_loss=loss)).splitlines()[1]
         for loss in (2.125, 1.875)
     )
-    assert worse == "by the routing of inference: 2.1250 nats per token (+0.1250)"
-    assert better == "by the routing of inference: 1.8750 nats per token (-0.1250)"
+    assert worse == "with inference routing: 2.1250 nats per token (+0.1250)"
+    assert better == "with inference routing: 1.8750 nats per token (-0.1250)"
 
 
-def test_windows_beyond_learned_positions_are_refused():
+def test_windows_longer_than_learned_positions_are_refused():
     model = model_of(position={"kind": "learned", "max_length": T})
     assert evaluated(model).windows == WINDOWS
-    message = rf"positions end at {T} tokens \(model.position.max_length\); got windows of {T + 1}. Use fewer."
+    message = rf"got windows of {T + 1} tokens; expected at most {T} tokens \(model.position.max_length\). Use fewer"
     with pytest.raises(DataError, match=message):
         evaluated(model, length=T + 1)
 
 
-# --- where a run says so ---------------------------------------------------------------------------------------------
+# --- in a run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_reports_both_losses_in_its_metrics_and_to_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_reports_both_losses_in_metrics_and_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     require_backend("mlx")
     monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
 
@@ -165,4 +165,4 @@ def test_a_run_reports_both_losses_in_its_metrics_and_to_eval(tmp_path: Path, mo
     values = json.loads(call("eval", run, "--backend", "mlx", "--json"))
     assert values["inference_loss"] == lines[-1]["inference_loss"]
     for text in (printed, call("eval", run, "--backend", "mlx")):
-        assert f"by the routing of inference: {values['inference_loss']:.4f} nats per token (" in text
+        assert f"with inference routing: {values['inference_loss']:.4f} nats per token (" in text
