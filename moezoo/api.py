@@ -223,8 +223,7 @@ def evaluate_file(
         sequence_length: tokens per window; None: as in training (512 for a Hugging Face checkpoint), or the whole file
             if it is shorter.
         batch_size: windows per batch; None: as in training, reduced so that the logits of a batch take at most 128 MiB.
-        on_reading: progress of reading the file.
-        on_progress: called with the number of windows scored and the total.
+        on_progress: progress callback, in windows.
 
     Raises DataError: the file cannot be used, or as `evaluate`.
     """

@@ -20,7 +20,7 @@ from moezoo.cli.output import new_console, print_json, print_lines
     metavar="NAME,...",
     help="Other libraries: names, none or all. Default: installed ones that are not slow.",
 )
-@click.option("--slices", type=click.IntRange(1), default=5, show_default=True, help="Number of time slices for each.")
+@click.option("--slices", type=click.IntRange(1), default=5, show_default=True, help="Time slices per contender.")
 @click.option(
     "--slice-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Length of a time slice."
 )
@@ -40,9 +40,9 @@ def bench_command(
 ) -> None:
     """Benchmark training, one MoE layer, decoding and startup.
 
-    Results are also a share of the hardware limit. Without a mode, all modes run. `experts` is a sweep from 4 to 128
-    experts with equal active FLOPs. Other libraries (transformers with PyTorch, mlx-lm) are compared if they are
-    installed. With --json, the tables go to standard error.
+    Speeds are also shown as a share of the hardware limit. Without a mode, all modes run. `experts` is a sweep from 4
+    to 128 experts with equal active FLOPs. Other libraries (transformers with PyTorch, mlx-lm) are compared if they
+    are installed. With --json, the tables go to standard error.
     """
     from rich.console import Console
 

@@ -24,7 +24,7 @@ def public_surface(backend: str, stem: str) -> dict[str, list[str]]:
         if isinstance(node, Function) and not node.name.startswith("_"):
             surface[node.name] = parameters(node)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            name = without_prefix(node.name) if stem == "steps" else node.name
+            name = without_prefix(node.name)
             surface[name] = []
             for method in node.body:
                 if isinstance(method, Function) and (method.name.startswith("__") or not method.name.startswith("_")):

@@ -118,7 +118,7 @@ def evaluate(
         max_windows: number of windows, at most.
         grammar: source of the data, to compare with its entropy.
         first_token: prepended to each window (a BOS token), whose own T tokens are then the targets.
-        on_progress: called with the number of windows.
+        on_progress: progress callback, in windows.
 
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
     """

@@ -137,8 +137,9 @@ class _Training:
     def _build_model(self, checkpoint: Checkpoint | None, initial: InitialWeights | None) -> Model:
         """Build the model, and its optimizer with the checkpoint's moments."""
         config, source = self.config, checkpoint or initial
-        weights = initial_weights(config.model, config.training.seed) if source is None else source.weights
-        model = self.backend.build(config.model, weights)
+        model = self.backend.build(  # no local name for the weights: initial ones are freed as soon as they are built
+            config.model, initial_weights(config.model, config.training.seed) if source is None else source.weights
+        )
         moments = None if checkpoint is None else checkpoint.optimizer
         if moments is not None:
             trained = [row for row in parameter_table(config.model) if row.trained]
@@ -297,7 +298,8 @@ class _Training:
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
             if self.is_first:
-                save_checkpoint(self.saved, step, weights, optimizer, *self._rest(), tokens=self._tokens(step))
+                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
+                save_checkpoint(self.saved, step, weights, optimizer, text, keep, tokens=self._tokens(step))
         else:
             self._start_saving(step, writer)
         self.clock, self.clock_step = time.monotonic(), step
@@ -311,13 +313,10 @@ class _Training:
         def complete() -> None:
             files.finish()
             if self.is_first:
-                complete_checkpoint(partial, step, *self._rest(), tokens=self._tokens(step))
+                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
+                complete_checkpoint(partial, step, text, keep, tokens=self._tokens(step))
 
         self.saving = self.background.submit(complete)
-
-    def _rest(self) -> tuple[str, int | None]:
-        """Return the other arguments of `save_checkpoint`: config text, number of checkpoints to keep."""
-        return dump_config(self.config), self.config.training.keep_checkpoints
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written in the background, if there is one."""

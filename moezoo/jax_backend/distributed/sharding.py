@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig, sizes
-from moezoo.core.distributed.sharding_rules import RULES, at_work, check_batch, partition
+from moezoo.core.distributed.sharding_rules import RULES, check_batch, gathered_partition, partition
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
@@ -59,7 +59,7 @@ class Placement:
         table = parameter_table(spec)
         partitions = {row.name: partition(row, config, self.sizes) for row in table}
         self.parameters = {name: self.sharding(*axes) for name, axes in partitions.items()}
-        self.computing = {row.name: self.sharding(*at_work(row, partitions[row.name])) for row in table}
+        self.computing = {row.name: self.sharding(*gathered_partition(row, partitions[row.name])) for row in table}
         self.experts: dict[str, PartitionSpec] = {
             row.name.rsplit(".", 1)[1]: self.computing[row.name].spec for row in table if ".moe.experts." in row.name
         }

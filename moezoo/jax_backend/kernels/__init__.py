@@ -1,1 +1,1 @@
-"""Grouped products and blocks of experts, for platforms where XLA's own are slow."""
+"""Grouped matrix products and blocked expert feed-forward, for platforms where XLA's own are slow."""

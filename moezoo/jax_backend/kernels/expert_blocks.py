@@ -1,8 +1,8 @@
-"""The experts' whole feed-forward in blocks of rows, where XLA multiplies every row by every expert.
+"""Blocked expert feed-forward, for platforms where XLA's grouped product multiplies every row by every expert.
 
-Rows are sorted by expert. A loop over experts takes an expert's matrices out once, a loop inside it goes over blocks
-of its rows. The last block of an expert may reach over its end: what it computes there is overwritten by the next
-expert in the forward pass and in the gradient of the rows, and masked in the gradients of the matrices.
+Rows are sorted by expert. The outer loop slices each expert's matrices once; the inner loop runs over blocks of its
+rows. The last block of an expert may extend past its last row: the extra results are overwritten by the next expert in
+the forward pass and in the gradient of the rows, and masked in the gradients of the matrices.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ Arrays = dict[str, jax.Array]
 Outputs = tuple[jax.Array, Arrays]
 
 Kernel = Callable[[ExpertsSpec, jax.Array, Arrays, jax.Array], jax.Array]
-"""Output [R, D] of experts, from their spec, rows [R, D] sorted by expert, parameters by name, and size_E."""
+"""Function of a spec, rows [R, D] sorted by expert, parameters by name, and size_E; returns the output [R, D]."""
 
 
 def expert_kernel(num_rows: int, num_experts: int) -> Kernel | None:
-    """Return the kernel for so many rows; None where this platform computes experts by grouped products."""
+    """Return the kernel for this number of rows, or None where the platform computes experts by grouped products."""
     if products.grouped_path() != "blocks":
         return None
     kernel = _experts_of_few_rows if products.few_rows(num_rows, num_experts) else _blocked_experts
@@ -42,9 +42,9 @@ def _blocked_experts(
 def _experts_forward(
     spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: Arrays, size_E: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, Arrays, jax.Array, Arrays]]:
-    """What the experts give [R, D]; and for the way back, what entered their activation, by the name of its matrix."""
+    """Return the output [R, D] and the residuals for the backward pass: inputs, and pre-activations by matrix name."""
     num_rows, dtype = x_RD.shape[0], x_RD.dtype
-    entrances = [name for name in ("w_gate", "w_up") if name in parameters]
+    names = [name for name in ("w_gate", "w_up") if name in parameters]
     start_E = jnp.cumsum(size_E) - size_E
     padded = jnp.pad(x_RD, ((0, block), (0, 0)))
 
@@ -54,10 +54,12 @@ def _experts_forward(
         def one_block(index: jax.Array, results: Outputs) -> Outputs:
             start = start_E[expert] + index * block
             rows = lax.dynamic_slice_in_dim(padded, start, block)
-            entered = {name: _linear(rows, own, name) for name in entrances}
-            out = _linear(activate(spec, entered.get("w_gate"), entered["w_up"]), own, "w_down")
+            pre_activations = {name: _linear(rows, own, name) for name in names}
+            out = _linear(activate(spec, pre_activations.get("w_gate"), pre_activations["w_up"]), own, "w_down")
             written: Outputs = jax.tree.map(
-                lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=0), results, (out, entered)
+                lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
+                results,
+                (out, pre_activations),
             )
             return written
 
@@ -67,15 +69,15 @@ def _experts_forward(
     def empty(width: int) -> jax.Array:
         return jnp.zeros((num_rows + block, width), dtype)
 
-    results = (empty(x_RD.shape[1]), {name: empty(parameters[name].shape[2]) for name in entrances})
-    out, entered = lax.fori_loop(0, size_E.shape[0], one_expert, results)
-    return out[:num_rows], (x_RD, parameters, size_E, entered)
+    results = (empty(x_RD.shape[1]), {name: empty(parameters[name].shape[2]) for name in names})
+    out, pre_activations = lax.fori_loop(0, size_E.shape[0], one_expert, results)
+    return out[:num_rows], (x_RD, parameters, size_E, pre_activations)
 
 
 def _experts_backward(
     spec: ExpertsSpec, block: int, saved: tuple[jax.Array, Arrays, jax.Array, Arrays], gradient_RD: jax.Array
 ) -> tuple[jax.Array, Arrays, None]:
-    x_RD, parameters, size_E, entered = saved
+    x_RD, parameters, size_E, pre_activations = saved
     dtype = x_RD.dtype
     start_E = jnp.cumsum(size_E) - size_E
     x_padded, gradient_padded = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_RD, gradient_RD))
@@ -87,17 +89,17 @@ def _experts_backward(
             x_gradient, totals = results
             start = start_E[expert] + index * block
             inside = (jnp.arange(block) < size_E[expert] - index * block)[:, None]
-            # Trap: what another expert's huge rows have between the products may be infinite, and times 0 be NaN.
-            rows, gradient, *entered_rows = (
+            # Trap: pre-activations of another expert's large rows may be infinite, and infinity times 0 is NaN.
+            rows, gradient, *pre_activation_rows = (
                 jnp.where(inside, lax.dynamic_slice_in_dim(whole, start, block), 0)
-                for whole in (x_padded, gradient_padded, *entered.values())
+                for whole in (x_padded, gradient_padded, *pre_activations.values())
             )
             hidden, pull = jax.vjp(
-                lambda *values: activate(spec, values[0] if len(values) > 1 else None, values[-1]), *entered_rows
+                lambda *values: activate(spec, values[0] if len(values) > 1 else None, values[-1]), *pre_activation_rows
             )
             parts = {"w_down": (hidden, gradient)}
             back = 0.0
-            for name, part in zip(entered, pull(gradient @ own["w_down"].T), strict=True):
+            for name, part in zip(pre_activations, pull(gradient @ own["w_down"].T), strict=True):
                 parts[name] = (rows, part)
                 back = back + part @ own[name].T
             added = {}
@@ -111,7 +113,7 @@ def _experts_backward(
         x_gradient, gradients = results
         zeros = {name: jnp.zeros(value.shape[1:], jnp.float32) for name, value in parameters.items()}
         x_gradient, totals = lax.fori_loop(0, _num_blocks(size_E[expert], block), one_block, (x_gradient, zeros))
-        # A matrix's is rounded to the dtype of the product, as the gradient of a cast is.
+        # The gradient of a matrix is rounded to the dtype of the product, like the gradient of a cast.
         totals = {name: total.astype(dtype) if name.startswith("w_") else total for name, total in totals.items()}
         return x_gradient, {
             name: lax.dynamic_update_index_in_dim(whole, totals[name].astype(whole.dtype), expert, axis=0)
@@ -127,7 +129,7 @@ _blocked_experts.defvjp(_experts_forward, _experts_backward)
 
 
 def _linear(rows: jax.Array, own: dict[str, jax.Array], name: str) -> jax.Array:
-    """Rows times an expert's matrix of that name, and its bias if it has one."""
+    """Return rows times the expert's matrix `name`, plus its bias if it has one."""
     product = rows @ own[name]
     return product + own[_bias_of(name)] if _bias_of(name) in own else product
 
@@ -142,12 +144,12 @@ def _num_blocks(size: jax.Array, block: int) -> jax.Array:
 
 
 def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """One expert's matrix, cast."""
+    """Return one expert's matrix, cast to `dtype`."""
     if w_EDF.dtype == dtype or w_EDF.dtype.itemsize != 2:
         own_DF: jax.Array = lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
         return own_DF.astype(dtype)
-    # Trap: XLA on the CPU makes float32 of a whole bfloat16 array before it takes a part of it, but leaves integers as
-    # they are; and it would move what is done to the whole array out of the loop, if that did not hang on the index.
+    # Trap: XLA on the CPU converts a whole bfloat16 array to float32 before slicing it, but slices integers directly.
+    # It would also hoist operations on the whole array out of the loop, unless they depend on the index (the barrier).
     w_EDF, expert = lax.optimization_barrier((w_EDF, expert))
     bits = lax.dynamic_index_in_dim(lax.bitcast_convert_type(w_EDF, jnp.uint16), expert, keepdims=False)
     matrix_DF: jax.Array = lax.bitcast_convert_type(bits, w_EDF.dtype).astype(dtype)
@@ -161,10 +163,10 @@ def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Arr
 def _experts_of_few_rows(
     spec: ExpertsSpec, block: int, x_RD: jax.Array, parameters: Arrays, size_E: jax.Array
 ) -> jax.Array:
-    """One loop over blocks of 1 or 4 rows; `block` is that of the way back, which is as if there were many.
+    """Run one loop over blocks of 1 or 4 rows; `block` is used by the backward pass, the same as for many rows.
 
-    XLA on the CPU copies a matrix that it takes out by a computed index. In a loop the copies share one place, which
-    stays in cache, so that memory is read once; unrolled, each gets fresh memory, at ten times the price.
+    XLA on the CPU copies a matrix that is sliced at a computed index. In a loop, all copies share one buffer, which
+    stays in cache, so memory is read once; unrolled, each copy gets a new buffer, which is ten times as slow.
     """
     (num_rows, width), num_experts, dtype = x_RD.shape, size_E.shape[0], x_RD.dtype
     few = 1 if 2 * num_rows <= num_experts else 4

@@ -1,1 +1,1 @@
-"""Grouped products, and kernels for x86 CPUs."""
+"""Grouped matrix products, and kernels for x86 CPUs."""

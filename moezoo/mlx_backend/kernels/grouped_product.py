@@ -10,46 +10,46 @@ from moezoo.mlx_backend.runtime.typed import custom_function, to_ints
 Path = Literal["slices", "gather_mm of rows"]
 
 FEW_ROWS = 16
-"""Rows an expert up to which the CPU takes blocks: a slice of so few is not worth waiting for its size."""
+"""Rows per expert up to which the CPU uses blocks: for so few rows, slices do not pay for waiting for their sizes."""
 
 
 def grouped_path() -> Path:
-    """How grouped products are computed on this platform.
+    """Return the implementation of grouped products on this platform.
 
-    On the GPU `gather_mm` takes sorted single rows. On the CPU it would make one product a row. There each expert's
-    rows are a slice, and its product a plain one; this needs the sizes in Python, so a step waits once a layer for what
-    the router says. Few rows are gathered into padded blocks that belong to one expert each, without waiting.
+    On the GPU, `gather_mm` takes sorted single rows. On the CPU it would compute one product per row, so each expert's
+    rows are sliced and multiplied by a plain product; this needs the sizes in Python, so a step waits for the router
+    once per layer. Few rows are gathered into padded blocks of one expert each, without waiting.
     """
     return "gather_mm of rows" if mx.default_device() == mx.Device(mx.gpu) else "slices"
 
 
 def few_rows(num_rows: int, num_experts: int) -> bool:
-    """Whether rows are so few that reading the matrices is all that matters, as when tokens are decoded.
+    """Return True for so few rows that reading the matrices dominates the time, for example in decoding.
 
-    Then, in place of blocks, each row meets its own expert's matrix, so that no matrix of an idle expert is read.
+    Each row is then multiplied by its own expert's matrix instead of in blocks, so idle experts are never read.
     """
     return num_rows <= 2 * num_experts
 
 
 class _Blocks(NamedTuple):
-    """Padded blocks of rows that belong to one expert each, and where each row lies in them.
+    """Padded blocks of rows of one expert each, with the position of each row in them.
 
     Row `slot_R[r]` of the padded rows holds row r; padded row i holds row `source_I[i]`, or padding where that is R.
-    Unused rows, those beyond the sum of `size_E`, all have the last padded row, which is then padding.
+    Unused rows, those beyond the sum of `size_E`, all map to the last padded row, which is then padding.
     """
 
     slot_R: mx.array
     source_I: mx.array
     expert_block: mx.array
-    segment_E2: mx.array  # first and end padded row of each expert
+    segment_E2: mx.array  # first padded row of each expert, and its end
     size: int
 
 
 class Groups(NamedTuple):
-    """Consecutive groups of rows, one an expert, and how they are multiplied: as slices, in blocks, or row by row."""
+    """Consecutive groups of rows, one per expert, to multiply as slices, in blocks, or row by row."""
 
-    expert_R: mx.array  # of an unused row the last expert
-    ends: list[int] | None = None  # end row of each group, where they are slices
+    expert_R: mx.array  # the last expert for an unused row
+    ends: list[int] | None = None  # end row of each group, if multiplied as slices
     blocks: _Blocks | None = None
 
 
@@ -66,7 +66,7 @@ def group_rows(size_E: mx.array, num_rows: int) -> Groups:
 
 
 def _plan_blocks(size_E: mx.array, end_E: mx.array, expert_R: mx.array, used_R: mx.array) -> _Blocks:
-    """The number of blocks is bounded, hence static."""
+    """Assign rows to blocks. The number of blocks is an upper bound, hence static."""
     num_rows, num_experts = expert_R.size, size_E.shape[0]
     block = block_rows(num_rows, num_experts)
     num_blocks = num_rows // block + num_experts
@@ -88,7 +88,7 @@ def _plan_blocks(size_E: mx.array, end_E: mx.array, expert_R: mx.array, used_R: 
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
-    """Rows of a block: about half the mean group, a power of two from 16 to 256."""
+    """Return the rows per block: about half the mean group size, a power of two from 16 to 256."""
     block = 16
     while block < 256 and block * 2 <= 0.75 * num_rows / num_experts:
         block *= 2
@@ -110,7 +110,7 @@ def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
 
 
 def _product_of_rows(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
-    """Each row with its own expert's matrix. Blocks would touch every expert, and decoding a token must not."""
+    """Multiply each row by its own expert's matrix: blocks would read every expert, too slow to decode a token."""
     rows_R1D = x_RD[:, None, :].astype(mx.float32)
     if x_RD.dtype == w_EDF.dtype == mx.float32:
         return mx.gather_mm(rows_R1D, w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)[:, 0, :]
@@ -119,12 +119,12 @@ def _product_of_rows(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.arra
 
 
 def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array:
-    """Each expert's slice of the rows times its matrix; unused rows give 0. In float32, as the CPU's products are."""
+    """Multiply each expert's slice of rows by its matrix, in float32 like all CPU products; unused rows return 0."""
     dtype = x_RD.dtype
 
     def product(rows_RD: mx.array, matrices: mx.array) -> mx.array:
         *slices, unused = mx.split(rows_RD[None], ends, axis=1)
-        # Trap: one Slice an expert costs as much as a small product, a Split of all of them does not.
+        # Trap: one Slice per expert costs as much as a small product; a single Split does not.
         parts = [
             rows @ matrix for rows, matrix in zip(slices, mx.split(matrices, len(ends)), strict=True) if rows.shape[1]
         ]
@@ -147,7 +147,7 @@ def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.arra
 
 
 def _spread(x_RD: mx.array, blocks: _Blocks) -> mx.array:
-    """Rows [R, D] -> padded rows [I, D], padding zero. Its gradient is `_collect`: each row is used once."""
+    """Scatter rows [R, D] to padded rows [I, D], zero-padded. Its gradient is `_collect`: each row is used once."""
 
     @custom_function
     def spread(rows: mx.array) -> mx.array:
@@ -162,7 +162,7 @@ def _spread(x_RD: mx.array, blocks: _Blocks) -> mx.array:
 
 
 def _collect(x_ID: mx.array, blocks: _Blocks) -> mx.array:
-    """Padded rows [I, D] -> rows [R, D]. Its gradient is `_spread`."""
+    """Gather rows [R, D] from padded rows [I, D]. Its gradient is `_spread`."""
 
     @custom_function
     def collect(padded: mx.array) -> mx.array:
@@ -177,7 +177,7 @@ def _collect(x_ID: mx.array, blocks: _Blocks) -> mx.array:
 
 
 def _blocked_product(x_ID: mx.array, w_EDF: mx.array, blocks: _Blocks) -> mx.array:
-    """Padded rows times the matrix of their block's expert. On the CPU gather_mm and segmented_mm are float32 only."""
+    """Multiply padded rows by their block's expert. On the CPU, gather_mm and segmented_mm support only float32."""
     dtype = x_ID.dtype
 
     def product(rows_ID: mx.array, matrices: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""Gathering token rows and combining outputs where every slot of every token has a row, as without capacities."""
+"""Gather token rows and combine outputs when every slot of every token has a row (no capacity limit)."""
 
 import mlx.core as mx
 
@@ -7,14 +7,14 @@ from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, rows_of_tokens, sum_over_
 
 
 def token_rows(dispatched: Dispatch, x_PD: mx.array) -> mx.array:
-    """Return each row's token, x_PD[token_R], of rows from `dispatch`."""
+    """Return the token of each dispatched row: x_PD[token_R]."""
     if is_x86_cpu() and _has_every_slot(dispatched):
         return rows_of_tokens(x_PD, dispatched.token_R, dispatched.kept_PK.shape[1])
     return x_PD[dispatched.token_R]
 
 
 def combine_rows(dispatched: Dispatch, y_RD: mx.array, num_tokens: int) -> mx.array:
-    """Return `combine` of rows from `dispatch`."""
+    """Return the weighted sum of each token's expert outputs, like `combine`."""
     if is_x86_cpu() and _has_every_slot(dispatched):
         weighted_RD = dispatched.weight_R[:, None] * y_RD.astype(mx.float32)
         return sum_over_rows(weighted_RD, dispatched.token_R, dispatched.kept_PK.shape[1]).astype(y_RD.dtype)
@@ -22,5 +22,5 @@ def combine_rows(dispatched: Dispatch, y_RD: mx.array, num_tokens: int) -> mx.ar
 
 
 def _has_every_slot(dispatched: Dispatch) -> bool:
-    """True where the rows are all slots of all tokens, in another order: unused ones are last."""
+    """Return True if the rows are all slots of all tokens, reordered; unused slots are last."""
     return dispatched.token_R.size == dispatched.kept_PK.size

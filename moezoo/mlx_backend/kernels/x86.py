@@ -1,9 +1,9 @@
-"""What MLX's Linux wheel for x86 is slow at, from operations that it is fast at, each with its own gradient.
+"""Replacements for operations that are slow in MLX's Linux wheel for x86, each with a custom gradient.
 
-There `exp`, and all that MLX makes of it (sigmoid, softmax, logsumexp, fused attention), takes 14 to 20 ns an element,
-`where` 6, and `power`, which is the C library's, 6; a sum or a product takes 0.3. So exponentials are powers of 2,
-masks are added, and gradients take the exponentials of the forward pass. Elsewhere, as on Apple silicon, none of it is
-used.
+In that wheel, `exp` and all operations based on it (sigmoid, softmax, logsumexp, fused attention) take 14 to 20 ns per
+element, `where` 6, and `power`, from the C library, 6; a sum or a product takes 0.3. So exponentials are computed as
+powers of 2, masks are added, and gradients reuse the exponentials of the forward pass. On other platforms (Apple
+silicon, for instance) this module is not used.
 """
 
 import functools
@@ -22,49 +22,48 @@ from moezoo.mlx_backend.runtime.streams import streams
 from moezoo.mlx_backend.runtime.typed import custom_function
 
 LOG2_E = 1 / math.log(2)
-_HIDDEN = (
-    -1e30
-)  # the power of 2 of it is exactly 0; of a moderate number it may be denormal, and products of those crawl
+# Score of masked keys. 2^-1e30 is exactly 0; a moderate number could give a denormal, and products of those are slow.
+_MASKED = -1e30
 
 SMALL = 2**14
-"""Elements up to which one thread does what two could share."""
+"""Number of elements up to which one thread is faster than two."""
 
 
 @functools.cache
 def is_x86_cpu() -> bool:
-    """Whether this is the platform that this file is for."""
+    """Return True on the platform that these kernels are for: an x86 CPU."""
     return mx.default_device() == mx.Device(mx.cpu) and platform.machine().lower() in ("x86_64", "amd64")
 
 
 def without_graph(arrays: list[mx.array]) -> list[mx.array]:
-    """Copies that do not keep alive what they were made from. Waits for the values.
+    """Return copies that do not keep the arrays that they were computed from alive. Waits for the values.
 
-    Trap: what is evaluated while MLX traces a gradient keeps all that it was made from until the backward pass is over,
-    and the experts' slices do evaluate. A custom function, which has its own gradient, needs only what it returns.
+    Trap: arrays evaluated while MLX traces a gradient keep all their inputs until the backward pass ends, and the
+    experts' slices force such an evaluation. A custom function has its own gradient and needs only its outputs.
     """
     mx.eval(arrays)
     return [mx.array(np.asarray(array)) for array in arrays]
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + exp(-x)), computed in float32."""
+    """Return 1 / (1 + exp(-x)), computed in float32."""
 
     @custom_function
-    def of(x: mx.array) -> mx.array:
+    def forward(x: mx.array) -> mx.array:
         return _sigmoid(x)
 
-    @of.vjp
+    @forward.vjp
     def _(x: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
         return gradient * (out * (1 - out))
 
-    return of(x.astype(mx.float32)).astype(x.dtype)
+    return forward(x.astype(mx.float32)).astype(x.dtype)
 
 
 def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.array:
-    """silu(gate) * up, computed in float32, in parts of the first axis, a stream each; `forget`: see without_graph."""
+    """Return silu(gate) * up, computed in float32, split over the first axis by stream; `forget`: see without_graph."""
 
     @custom_function
-    def of(gate: mx.array, up: mx.array) -> list[mx.array]:
+    def forward(gate: mx.array, up: mx.array) -> list[mx.array]:
         outs, shares, count = [], [], _num_parts(gate)
         for stream, gate_part, up_part in zip(streams(), _parts(gate, count), _parts(up, count), strict=False):
             with mx.stream(stream):
@@ -73,21 +72,21 @@ def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.arra
         found = [mx.concatenate(outs), *shares]
         return without_graph(found) if forget else found
 
-    @of.vjp
+    @forward.vjp
     def _(
         primals: tuple[mx.array, ...], gradients: list[mx.array], outputs: list[mx.array]
     ) -> tuple[mx.array, mx.array]:
-        of_gate, of_up, shares = [], [], outputs[1:]
+        gate_gradients, up_gradients, shares = [], [], outputs[1:]
         arrays = (_parts(array, len(shares)) for array in (*primals, gradients[0]))
         for stream, share, *parts in zip(streams(), shares, *arrays, strict=False):
             gate, up, gradient = parts
             with mx.stream(stream):
                 silu = gate * share
-                of_gate.append(gradient * up * (share * (1 + gate - silu)))
-                of_up.append(gradient * silu)
-        return mx.concatenate(of_gate), mx.concatenate(of_up)
+                gate_gradients.append(gradient * up * (share * (1 + gate - silu)))
+                up_gradients.append(gradient * silu)
+        return mx.concatenate(gate_gradients), mx.concatenate(up_gradients)
 
-    return of(gate.astype(mx.float32), up.astype(mx.float32))[0].astype(up.dtype)
+    return forward(gate.astype(mx.float32), up.astype(mx.float32))[0].astype(up.dtype)
 
 
 def _sigmoid(x: mx.array) -> mx.array:
@@ -95,20 +94,20 @@ def _sigmoid(x: mx.array) -> mx.array:
 
 
 def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
-    """-log softmax(logits) of each target, float32. In parts of some MiB, in turns on the streams: [P, V] is large."""
+    """Return -log softmax(logits) of each target, float32. [P, V] is large: MiB-sized parts alternate over streams."""
     num_rows, vocab = logits_PV.shape
     size = max(1, 2**21 // vocab)
     cuts = list(range(size, num_rows, size))
 
-    def in_turns(of_part: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
+    def in_turns(compute: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
         parts = []
         for turn, part in enumerate(zip(*(mx.split(array, cuts) for array in arrays), strict=True)):
             with mx.stream(streams()[turn % len(streams())]):
-                parts.append(of_part(*part))
+                parts.append(compute(*part))
         return mx.concatenate(parts)
 
     def powers(logits: mx.array, largest: mx.array) -> mx.array:
-        # Trap: less the logarithm of the sum instead, the digits that large logits lost in it would be lost here.
+        # Trap: subtracting the logarithm of the sum instead would lose the digits that large logits lose in it.
         return mx.power(2.0, (logits - largest[:, None]) * LOG2_E)
 
     def gradient_of_part(
@@ -118,48 +117,48 @@ def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
         return share.at[mx.arange(len(target)), target].add(-gradient)
 
     @custom_function
-    def of(logits: mx.array, target: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def forward(logits: mx.array, target: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         largest = in_turns(lambda part: mx.max(part, axis=-1), logits)
         total = in_turns(lambda *part: mx.sum(powers(*part), axis=-1), logits, largest)
         chosen = mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         return mx.log(total) + (largest - chosen), largest, total
 
-    @of.vjp
+    @forward.vjp
     def _(
         primals: tuple[mx.array, ...], gradients: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
         found = in_turns(gradient_of_part, *primals, *outputs[1:], gradients[0])
         return found, mx.zeros_like(primals[1])
 
-    return of(logits_PV, target_P)[0]
+    return forward(logits_PV, target_P)[0]
 
 
 def rows_of_tokens(x_PD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
-    """x_PD[token_R], where each token stands in `num_slots` rows: its gradient gathers these, and scatters nothing."""
+    """Return x_PD[token_R], with `num_slots` rows per token: its gradient gathers these rows instead of scattering."""
 
     @custom_function
-    def of(x_PD: mx.array) -> mx.array:
+    def forward(x_PD: mx.array) -> mx.array:
         return x_PD[token_R]
 
-    @of.vjp
+    @forward.vjp
     def _(x_PD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
         return _sum_of_slots(gradient, token_R, num_slots)
 
-    return of(x_PD)
+    return forward(x_PD)
 
 
 def sum_over_rows(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
-    """The sum of each token's rows, of which it has `num_slots`: the other way of `rows_of_tokens`."""
+    """Return the sum of each token's `num_slots` rows: the transpose of `rows_of_tokens`."""
 
     @custom_function
-    def of(x_RD: mx.array) -> mx.array:
+    def forward(x_RD: mx.array) -> mx.array:
         return _sum_of_slots(x_RD, token_R, num_slots)
 
-    @of.vjp
+    @forward.vjp
     def _(x_RD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
         return gradient[token_R]
 
-    return of(x_RD)
+    return forward(x_RD)
 
 
 def _sum_of_slots(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array:
@@ -173,12 +172,12 @@ def _sum_of_slots(x_RD: mx.array, token_R: mx.array, num_slots: int) -> mx.array
 
 
 def can_fuse() -> bool:
-    """Whether `mx.compile` makes one loop of several operations here. Without a compiler it silently makes none."""
+    """Return True if `mx.compile` can fuse operations into one loop. Without a compiler it silently fuses none."""
     return is_x86_cpu() and shutil.which("g++") is not None
 
 
 class FusedAdamW(optimizers.AdamW):
-    """MLX's AdamW with bias correction, an array's update in one loop, arrays in turns on the streams."""
+    """MLX's AdamW with bias correction; the update of an array is one fused loop, and arrays alternate over streams."""
 
     def init(self, parameters: Any) -> None:
         super().init(parameters)
@@ -194,9 +193,14 @@ class FusedAdamW(optimizers.AdamW):
         return parameter
 
 
+def adamw_kind() -> type[optimizers.AdamW]:
+    """Return the AdamW of this platform: fused where `mx.compile` can fuse, else MLX's."""
+    return FusedAdamW if can_fuse() else optimizers.AdamW
+
+
 @functools.cache
 def _adamw_update(turn: int, beta1: float, beta2: float, epsilon: float) -> Callable[..., list[mx.array]]:
-    """One for each stream: what is compiled stays on the stream on which it was traced."""
+    """Return the compiled update of a stream: a compiled function stays on the stream where it was traced."""
 
     def update(
         gradient: mx.array,
@@ -222,7 +226,7 @@ def _adamw_update(turn: int, beta1: float, beta2: float, epsilon: float) -> Call
 
 
 class Chunk(NamedTuple):
-    """Queries start:end, the keys first:last that they are given, and which of these each may see (None: all)."""
+    """Queries start:end, their keys first:last, and the mask of keys that each query attends to (None: all)."""
 
     start: int
     end: int
@@ -241,10 +245,10 @@ def attend_in_chunks(
     *,
     forget: bool = False,
 ) -> mx.array:
-    """Attention in float32, chunk after chunk of queries.
+    """Compute attention in float32, one chunk of queries at a time.
 
-    Products take the cores one after the other; what is between them is done in parts, a stream each. The backward pass
-    takes what the forward pass had: 2^(score - largest), the sum of these, and the share of sinks. Below, X = B M.
+    Each product uses all cores; the elementwise work between products is split over streams. The backward pass reuses
+    values of the forward pass: 2^(score - largest), their sum, and the probability of sinks. Below, X = B M.
     """
     batch, length, kv_heads, group, head_dim = query_BTMGH.shape
     arrays = [
@@ -252,11 +256,11 @@ def attend_in_chunks(
         *(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in (key_BSMH, value_BSMH)),
     ]
     if sink_N is not None:
-        of_batch = mx.broadcast_to(sink_N * LOG2_E, (batch, kv_heads * group))
-        arrays.append(of_batch.reshape(-1, group, 1, 1))
+        per_batch = mx.broadcast_to(sink_N * LOG2_E, (batch, kv_heads * group))
+        arrays.append(per_batch.reshape(-1, group, 1, 1))
 
     @custom_function
-    def of(*arrays: mx.array) -> list[list[mx.array]]:
+    def forward(*arrays: mx.array) -> list[list[mx.array]]:
         out, *rest = zip(*(_attend(chunk, *arrays) for chunk in chunks), strict=True)
         found = [[mx.concatenate(list(out), axis=2)], *map(list, rest)]
         if not forget:
@@ -265,7 +269,7 @@ def attend_in_chunks(
         copies: list[list[mx.array]] = tree_unflatten(list(zip(paths, without_graph(list(values)), strict=True)))
         return copies
 
-    @of.vjp
+    @forward.vjp
     def _(arrays: tuple[mx.array, ...], gradients: list[Any], outputs: list[Any]) -> list[mx.array]:
         (gradient,), ((out,), numerators, sums, *shares) = gradients[0], outputs
         inner = mx.sum(gradient * out, axis=-1, keepdims=True)
@@ -273,38 +277,41 @@ def attend_in_chunks(
             _attend_backward(chunk, arrays[:3], gradient, inner, parts, total)
             for chunk, parts, total in zip(chunks, numerators, sums, strict=True)
         ]
-        of_query, of_keys, of_values = zip(*found, strict=True)
-        of_all = [mx.concatenate(list(of_query), axis=2), _summed(of_keys, chunks), _summed(of_values, chunks)]
+        query_gradients, key_gradients, value_gradients = zip(*found, strict=True)
+        query_gradient = mx.concatenate(list(query_gradients), axis=2)
+        input_gradients = [query_gradient, _summed(key_gradients, chunks), _summed(value_gradients, chunks)]
         if sink_N is not None:
             share = mx.concatenate(shares[0], axis=2)
-            of_all.append(mx.sum(share * inner, axis=2, keepdims=True) / -LOG2_E)
-        return of_all
+            input_gradients.append(mx.sum(share * inner, axis=2, keepdims=True) / -LOG2_E)
+        return input_gradients
 
-    out_BMGTH = of(*arrays)[0][0].reshape(batch, kv_heads, group, length, -1)
+    out_BMGTH = forward(*arrays)[0][0].reshape(batch, kv_heads, group, length, -1)
     return out_BMGTH.transpose(0, 3, 1, 2, 4)
 
 
 def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink: mx.array) -> list[Any]:
-    """Output [X, G, t, H] of a chunk of t queries, numerators [X, G, t, s] in parts, sums, and shares of sinks."""
+    """Return the output [X, G, t, H] of t queries, numerators [X, G, t, s] in parts, sums, and sink probabilities."""
     query = query[:, :, chunk.start : chunk.end]
     key, value = (x[:, chunk.first : chunk.last] for x in (key, value))
     score = (_folded(query) @ key.swapaxes(1, 2)).reshape(*query.shape[:3], -1)
-    hidden = None if chunk.mask_TS is None else mx.where(chunk.mask_TS, 0.0, _HIDDEN)
+    mask = None if chunk.mask_TS is None else mx.where(chunk.mask_TS, 0.0, _MASKED)
     count = _num_parts(score)
     sinks = _parts(sink[0], count) if sink else [None] * count
     numerators, sums, shares = [], [], []
-    for stream, part, of_sink in zip(streams(), _parts(score, count), sinks, strict=False):
+    for stream, part, sink_part in zip(streams(), _parts(score, count), sinks, strict=False):
         with mx.stream(stream):
-            part = part if hidden is None else part + hidden
+            part = part if mask is None else part + mask
             largest = mx.max(part, axis=-1, keepdims=True)
-            largest = largest if of_sink is None else mx.maximum(largest, of_sink)
+            largest = largest if sink_part is None else mx.maximum(largest, sink_part)
             numerators.append(mx.power(2.0, part - largest))
             sums.append(mx.sum(numerators[-1], axis=-1, keepdims=True))
-            if of_sink is not None:
-                shares.append(mx.power(2.0, of_sink - largest))
+            if sink_part is not None:
+                shares.append(mx.power(2.0, sink_part - largest))
                 sums[-1] = sums[-1] + shares[-1]
     total = mx.concatenate(sums)
-    out = mx.concatenate([_folded(part) @ of for part, of in zip(numerators, _parts(value, count), strict=True)])
+    out = mx.concatenate(
+        [_folded(part) @ values for part, values in zip(numerators, _parts(value, count), strict=True)]
+    )
     share = [mx.concatenate(shares) / total] if sink else []
     return [out.reshape(*query.shape[:3], -1) / total, numerators, total, *share]
 
@@ -317,46 +324,45 @@ def _attend_backward(
     numerators: list[mx.array],
     total: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Gradients of a chunk's queries, and of the keys and values that it was given."""
+    """Return the gradients of a chunk's queries, keys and values."""
     rows = slice(chunk.start, chunk.end)
     query, key, value = arrays[0][:, :, rows], *(x[:, chunk.first : chunk.last] for x in arrays[1:])
     gradient, inner = _folded(gradient[:, :, rows] / total), _folded(inner[:, :, rows] / total)
-    of_weight = gradient @ value.swapaxes(1, 2)
+    weight_gradient = gradient @ value.swapaxes(1, 2)
     found = []
-    split = (_parts(array, len(numerators)) for array in (of_weight, inner, _folded(query), key, gradient))
+    split = (_parts(array, len(numerators)) for array in (weight_gradient, inner, _folded(query), key, gradient))
     for stream, *parts in zip(
         streams(),
         *split,
         map(_folded, numerators),
-        strict=False,  # there may be fewer parts than streams
+        strict=False,  # fewer parts than streams is possible
     ):
-        of_weight, inner, query_part, key_part, gradient_part, numerator = parts
+        weight_gradient, inner, query_part, key_part, gradient_part, numerator = parts
         with mx.stream(stream):
-            of_score = (of_weight - inner) * numerator
-        found.append(
-            (of_score @ key_part, of_score.swapaxes(1, 2) @ query_part, numerator.swapaxes(1, 2) @ gradient_part)
-        )
-    of_query, of_key, of_value = (mx.concatenate(list(parts)) for parts in zip(*found, strict=True))
-    return of_query.reshape(query.shape) / LOG2_E, of_key / LOG2_E, of_value
+            score_gradient = (weight_gradient - inner) * numerator
+        transposed = score_gradient.swapaxes(1, 2)
+        found.append((score_gradient @ key_part, transposed @ query_part, numerator.swapaxes(1, 2) @ gradient_part))
+    query_gradient, key_gradient, value_gradient = (mx.concatenate(list(parts)) for parts in zip(*found, strict=True))
+    return query_gradient.reshape(query.shape) / LOG2_E, key_gradient / LOG2_E, value_gradient
 
 
 def _folded(x_XGTH: mx.array) -> mx.array:
-    """[X, G, t, H] -> [X, G t, H]: queries that share keys are rows of one product."""
+    """Reshape [X, G, t, H] to [X, G t, H]: queries that share keys become rows of one product."""
     return x_XGTH.reshape(x_XGTH.shape[0], -1, x_XGTH.shape[-1])
 
 
 def _num_parts(x: mx.array) -> int:
-    """How many streams are worth it: what a token leaves is done before another thread has woken up."""
+    """Return the number of streams to use: a single token is done before another thread wakes up."""
     return 1 if x.size < SMALL else min(len(streams()), len(x))
 
 
 def _parts(x: mx.array, count: int) -> list[mx.array]:
-    """So many parts of the first axis."""
+    """Split the first axis into `count` parts."""
     return list(mx.split(x, [len(x) * part // count for part in range(1, count)]))
 
 
 def _summed(parts: Sequence[mx.array], chunks: Sequence[Chunk]) -> mx.array:
-    """What chunks say of the ranges of sources that they were given -> the sum, for all sources."""
+    """Sum the gradients of all chunks, each for its own range of keys, into one array for all keys."""
     cuts = sorted({0, *(chunk.first for chunk in chunks), *(chunk.last for chunk in chunks)})
     sums: dict[int, mx.array] = {}
     for chunk, part in zip(chunks, parts, strict=True):
