@@ -1,4 +1,4 @@
-"""Data-parallel processes without a backend: shares of a batch, who works first. Computation: test_launch.py."""
+"""Data-parallel processes without a backend: shares of a batch, and the first process working first. Computation: test_launch.py."""
 
 import numpy as np
 import pytest

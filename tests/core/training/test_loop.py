@@ -117,10 +117,10 @@ class RecordingModel:
     def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
         return Scores(np.zeros(tokens.shape, np.float32), [np.ones(5, np.int64)] * 2, [0, 0])
 
-    def not_finite(self) -> list[str]:
+    def nonfinite_parameters(self) -> list[str]:
         return []
 
-    def files_writer(self) -> None:
+    def checkpoint_writer(self) -> None:
         return None
 
     def export_parameters(self) -> dict[str, np.ndarray]:
