@@ -67,7 +67,7 @@ class JaxInference:
     ) -> Output:
         if targets is not None:
             check_targets(tokens, targets)
-        inputs = (self._parameters, self._state, tokens, targets, flat(forced), key)
+        inputs = (self._parameters, self._state, tokens, targets, flatten_forced(forced), key)
         with self._traced(len(tokens)):
             result, terms, intermediates = on_host(self._forward(*inputs, record=record, inference=inference))
         return Output(
@@ -122,14 +122,14 @@ class JaxInference:
         count: int,
         inference: bool,
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-        """Of the first `count` sequences; those after them fill up a mesh, and their losses are not looked at."""
+        """Score the first `count` sequences; those after them pad the batch, and their losses are ignored."""
         module, how = self._transformed(parameters, state, tokens)
         result = module(tokens, inference=inference, **how._asdict())
         if count < len(tokens):
             counted_P = jnp.arange(tokens.size) < count * tokens.shape[1]
             routings = [own._replace(valid_PK=own.valid_PK & counted_P[:, None]) for own in result.routings]
             result = result._replace(routings=routings)
-        return token_losses(result.logits_BTV, targets), *load_of(result)
+        return token_losses(result.logits_BTV, targets), *routing_load(result)
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
         weights = (self._parameters, self._state)
@@ -138,7 +138,7 @@ class JaxInference:
         )
 
     def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
-        # Places before the prompt are padding, and sizes are rounded up: prompts of like length share their programs.
+        # Slots before the prompt are padding, and sizes are rounded up: prompts of like length share their programs.
         size = sum(widths(tokens.shape[1], SMALLEST)) - tokens.shape[1] + -(-size // 64) * 64
         extend = partial(self._extend, self._parameters, self._state)
         logits, caches = prefilled(self.spec, extend, list(tokens), size)
@@ -151,7 +151,7 @@ class JaxInference:
     def _extend_values(
         self, parameters: Parameters, state: Parameters, tokens: jax.Array, caches: Caches
     ) -> tuple[jax.Array, Caches]:
-        """Logits after the last of the tokens, and caches that hold them too."""
+        """Return the logits after the last of the tokens, and the extended caches."""
         result = self._merge(parameters, state)(tokens, caches=caches)
         assert result.caches is not None
         return result.logits_BTV[:, -1], result.caches
@@ -165,7 +165,7 @@ class JaxInference:
         rule: Rule,
         seen: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None, Caches]:
-        """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
+        """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
         logits, caches = self._extend_values(parameters, state, tokens[:, None], caches)
         assert caches.first_B is not None
         position = caches.places - caches.first_B
@@ -179,20 +179,20 @@ class JaxInference:
         return [row.name for row in parameter_table(self.spec) if not finite[row.name]]
 
     def _finite_values(self, parameters: Parameters, state: Parameters) -> Parameters:
-        named = self._stacks.cut(parameters) | state
+        named = self._stacks.unstack(parameters) | state
         return {name: jnp.all(jnp.isfinite(value)) for name, value in named.items()}
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
 
     def _split(self, module: Transformer) -> tuple[Parameters, Parameters]:
         """Split a module into parameters and state by name; from now on, `_merge` makes such a module."""
-        graph, parameters, *rest = nnx.split(module, nnx.Param, ...)
-        (state,) = rest
+        graph, parameters, *others = nnx.split(module, nnx.Param, ...)
+        (state,) = others
         self._merge_split = _merger(graph, parameters, state)
         return dict(_named(parameters)), dict(_named(state))
 
     def _merge(self, parameters: Parameters, state: Parameters) -> Transformer:
-        return self._merge_split(parameters, self._stacks.held(state, state.__getitem__))
+        return self._merge_split(parameters, self._stacks.stack(state, state.__getitem__))
 
     def _sharded(self, tokens: jax.Array) -> Placement | None:
         """The placement over which a batch is sharded; None for a batch that cannot be sharded equally."""
@@ -209,7 +209,7 @@ class JaxInference:
         return module, transforms(rematerialize, placement, self._exchange)
 
     def _traced(self, num_sequences: int) -> AbstractContextManager[None]:
-        """What is computed of so many sequences is divided as the placement says, if there is one."""
+        """Trace for the mesh, if there is one, with a batch of so many sequences."""
         return nullcontext() if self._placement is None else self._placement.active(num_sequences)
 
 
@@ -220,7 +220,7 @@ def _named(state: State) -> list[tuple[str, jax.Array]]:
 
 
 def _merger(graph: GraphDef, *states: State) -> Callable[..., Transformer]:
-    """A function from values by name, one dict for each of the states, to the module."""
+    """Return a function that merges a module from values by name, one dict for each of the states."""
     parts = [(jax.tree.structure(state), [name for name, _ in _named(state)]) for state in states]
 
     def merge(*values: Parameters) -> Transformer:
@@ -233,13 +233,13 @@ def _merger(graph: GraphDef, *states: State) -> Callable[..., Transformer]:
     return merge
 
 
-def flat(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
-    """Experts [B, T, K] -> [P, K]."""
+def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
+    """Reshape experts [B, T, K] to [P, K]."""
     return None if forced is None else [np.asarray(expert, np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
 
 
-def load_of(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Per MoE layer: tokens of each expert, and dropped routed copies."""
+def routing_load(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Return, per MoE layer, the tokens of each expert, and the number of dropped assignments."""
     load = [expert_counts(routing) for routing in result.routings]
     dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
     return load, dropped

@@ -20,13 +20,13 @@ class JaxModel(JaxTraining):
         return None if self._placement is None else self._write
 
     def _write(self, folder: Path) -> PendingFiles:
-        weights = self._stacks.cut(self._parameters) | self._state
+        weights = self._stacks.unstack(self._parameters) | self._state
         moments = self._moments_by_name(lambda held: held)
         arrays = {f"{WEIGHTS_PREFIX}{name}": value for name, value in weights.items()}
         return PendingFiles(folder, arrays | {f"{OPTIMIZER_PREFIX}{name}": value for name, value in moments.items()})
 
     def export_parameters(self) -> dict[str, np.ndarray]:
-        return self._stacks.cut(exported(self._parameters)) | exported(self._state)
+        return self._stacks.unstack(exported(self._parameters)) | exported(self._state)
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
         return self._moments_by_name(to_numpy)
@@ -36,5 +36,5 @@ class JaxModel(JaxTraining):
         return {
             f"{moment}.{name}": value
             for moment, held in (("first_moment", adam.mu), ("second_moment", adam.nu))
-            for name, value in self._stacks.cut(taken(held)).items()
+            for name, value in self._stacks.unstack(taken(held)).items()
         }

@@ -19,7 +19,7 @@ from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.core.tokens import check_targets
 from moezoo.jax_backend.arrays import Weights, to_numpy
 from moezoo.jax_backend.distributed.sharding import Placement, shard
-from moezoo.jax_backend.inference import JaxInference, Parameters, flat, load_of
+from moezoo.jax_backend.inference import JaxInference, Parameters, flatten_forced, routing_load
 from moezoo.jax_backend.optimizer import adamw, clip, global_norm
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.runtime.processes import lost_peer, on_host
@@ -69,9 +69,9 @@ class JaxTraining(JaxInference):
         check_targets(tokens, targets)
         with self._traced(len(tokens)):
             (_, (terms, *_)), gradients = self._gradients(
-                self._parameters, self._state, tokens, targets, key, flat(forced)
+                self._parameters, self._state, tokens, targets, key, flatten_forced(forced)
             )
-        return {name: float(value) for name, value in terms.items()}, self._stacks.cut(to_numpy(gradients))
+        return {name: float(value) for name, value in terms.items()}, self._stacks.unstack(to_numpy(gradients))
 
     def _loss(
         self,
@@ -82,12 +82,13 @@ class JaxTraining(JaxInference):
         key: jax.Array | None = None,
         forced: Sequence[jax.Array] | None = None,
         global_load: Sequence[jax.Array] | None = None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[jax.Array | None], tuple[list[jax.Array], list[jax.Array]]]]:
+        """Return the loss; and every loss term, cutoffs of the routers, and loads and drops."""
         module, how = self._transformed(parameters, state, tokens, self._rematerialize)
         result = module(tokens, forced=forced, key=key, **how._asdict())
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
-        return terms["loss"], (terms, cutoffs, load_of(result))
+        return terms["loss"], (terms, cutoffs, routing_load(result))
 
     def start_training(
         self,
@@ -100,7 +101,7 @@ class JaxTraining(JaxInference):
     ) -> None:
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
         self._rematerialize = rematerialize
-        self._hold(layers)
+        self._stack_layers(layers)
         self._optimizer = adamw(config, {self._stacks.name(name): decay for name, decay in self._decayed.items()})
         init, outputs = self._optimizer(0.0).init, None
         adam, *rest = jax.eval_shape(init, self._parameters)
@@ -113,10 +114,10 @@ class JaxTraining(JaxInference):
             self._moments = self._new_moments(init, None if outputs is None else outputs[2])
         else:
             first, second = (
-                self._stacks.held(self._decayed, partial(self._moment, state, moment))
-                for moment in ("first_moment", "second_moment")
+                self._stacks.stack(self._decayed, partial(self._moment, state, kind))
+                for kind in ("first_moment", "second_moment")
             )
-            self._moments = (optax.ScaleByAdamState(self._everywhere(update), first, second), *rest)
+            self._moments = (optax.ScaleByAdamState(self._replicated(update), first, second), *rest)
         self._step = jax.jit(
             partial(self._step_values, config),
             donate_argnums=(0, 2),
@@ -130,10 +131,10 @@ class JaxTraining(JaxInference):
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
         for window in windows:
             check_targets(window[:, :-1], window[:, 1:])
-        given = windows if self._placement is None else self._placement.of_all_processes(windows)
-        with self._traced(given.shape[1]), lost_peer():
+        batch = windows if self._placement is None else self._placement.of_all_processes(windows)
+        with self._traced(batch.shape[1]), lost_peer():
             self._parameters, self._state, self._moments, values = self._step(
-                self._parameters, self._state, self._moments, given, np.float32(learning_rate), keys
+                self._parameters, self._state, self._moments, batch, np.float32(learning_rate), keys
             )
         return PendingJaxStep(values)
 
@@ -146,15 +147,18 @@ class JaxTraining(JaxInference):
         windows: jax.Array,
         learning_rate: jax.Array,
         keys: jax.Array | None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Parameters, Parameters, Any, Any]:
+        """One update. Returns parameters, state and moments after it, and the values of a PendingJaxStep."""
         running = None
         if self._scanned and windows.shape[0] > 1:
             running = GradientMeans(parameters, windows.shape[0], self._stacks.shardings)
-        gradient_of = jax.value_and_grad(self._loss, has_aux=True) if running is None else running.adding(self._loss)
+        gradient_of = (
+            jax.value_and_grad(self._loss, has_aux=True) if running is None else running.accumulate(self._loss)
+        )
         global_load = None
         if self._balances_globally and windows.shape[0] > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
-            global_load = _sum_over(partial(self._counts, parameters, state), windows, keys)
+            global_load = _sum_over(partial(self._loads, parameters, state), windows, keys)
 
         def micro_batch(window: jax.Array, key: jax.Array | None) -> Any:
             (_, (terms, cutoffs, load)), gradients = gradient_of(
@@ -166,7 +170,7 @@ class JaxTraining(JaxInference):
         if windows.shape[0] > 1:
             means = jax.tree.map(lambda total: total / windows.shape[0], means)
         if running is not None:
-            means = (running.taken(), *means[1:])
+            means = (running.means(), *means[1:])
         gradients, terms, cutoffs = means
         if self._placement is not None:
             gradients = jax.lax.with_sharding_constraint(
@@ -177,46 +181,47 @@ class JaxTraining(JaxInference):
         updates, moments = self._optimizer(learning_rate).update(gradients, moments, parameters)
         state = updated_state(self.spec, state, load[0], cutoffs)
         reported = {name: state[name] for name in updated_names(self.spec)}
-        return optax.apply_updates(parameters, updates), state, moments, (terms, norm, *load, reported)
+        updated: Parameters = optax.apply_updates(parameters, updates)
+        return updated, state, moments, (terms, norm, *load, reported)
 
-    def _counts(
+    def _loads(
         self, parameters: Parameters, state: Parameters, window: jax.Array, key: jax.Array | None
     ) -> list[jax.Array]:
-        """Per MoE layer, how many tokens chose each expert."""
+        """Return, per MoE layer, how many tokens chose each expert."""
         tokens = window[:, :-1]
         module, how = self._transformed(parameters, state, tokens)
-        return load_of(module(tokens, key=key, **how._asdict()))[0]
+        return routing_load(module(tokens, key=key, **how._asdict()))[0]
 
     # --- the optimizer's state ---------------------------------------------------------------------------------------
 
     def _new_moments(self, init: Callable[[Parameters], Any], shardings: Any) -> Any:
         return jax.jit(init, out_shardings=shardings)(self._parameters)
 
-    def _moment(self, state: Mapping[str, np.ndarray], moment: str, name: str) -> jax.Array:
-        """Return a moment of a parameter from a saved state, sharded as the parameter is."""
+    def _moment(self, state: Mapping[str, np.ndarray], kind: str, name: str) -> jax.Array:
+        """Put a moment of a parameter on the devices of the parameter."""
         if self._placement is None:
-            return jnp.asarray(state[f"{moment}.{name}"])
-        return shard(state, f"{moment}.{name}", self._placement.parameters[name])
+            return jnp.asarray(state[f"{kind}.{name}"])
+        return shard(state, f"{kind}.{name}", self._placement.parameters[name])
 
-    def _everywhere(self, count: int) -> jax.Array:
+    def _replicated(self, count: int) -> jax.Array:
         value = np.asarray(count, np.int32)
         return jnp.asarray(value) if self._placement is None else shard({"": value}, "", self._placement.replicated)
 
-    def _hold(self, layers: Layers) -> None:
-        """Hold arrays of equal layers as one if they are to be scanned, so that no step copies them."""
+    def _stack_layers(self, layers: Layers) -> None:
+        """Stack the arrays of equal layers if they are to be scanned, so that no step copies them."""
         if self._scanned == (layers == "scanned"):
             return
         stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec), self._placement)
-        own = self._stacks.cut(self._parameters)
+        own = self._stacks.unstack(self._parameters)
         self._parameters.clear()  # so that each array goes when it has been taken out of `own`
         self._stacks, self._scanned = stacks, not self._scanned
-        values = stacks.held(list(own), own.pop) | stacks.held(self._state, self._state.__getitem__)
+        values = stacks.stack(list(own), own.pop) | stacks.stack(self._state, self._state.__getitem__)
         made = ScannedTransformer if self._scanned else Transformer
         self._parameters, _ = self._split(made(self.spec, Weights(values)))
 
 
 def _sum_over(micro_batch: Callable[..., Any], windows: jax.Array, keys: jax.Array | None) -> Any:
-    """The sum of what `micro_batch(window, key)` gives for each of the windows, which are compiled once."""
+    """Sum `micro_batch(window, key)` over the windows. It is compiled once."""
     first_key = None if keys is None else keys[0]
     if windows.shape[0] == 1:
         return micro_batch(windows[0], first_key)

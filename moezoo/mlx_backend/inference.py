@@ -55,7 +55,7 @@ class MlxInference:
         intermediates: dict[str, mx.array] = {}
         result = self._module(
             mx.array(tokens),
-            forced=flat(forced),
+            forced=flatten_forced(forced),
             record=intermediates,
             key=None if key is None else mx.array(key),
             inference=inference,
@@ -82,7 +82,7 @@ class MlxInference:
         own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)
         result = self._module(mx.array(own_tokens), inference=inference)
         losses = token_losses(result.logits_BTV, mx.array(own_targets))
-        load, dropped = load_of(result)
+        load, dropped = routing_load(result)
         if len(own_tokens) < len(tokens):
             losses = data_parallel.whole_batch(losses)
             load, dropped = data_parallel.summed(load, dropped)
@@ -107,7 +107,7 @@ class MlxInference:
         return np.array(logits), cache
 
     def _extended(self, tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:
-        """Logits after the last of the tokens, and caches that hold them too."""
+        """Return the logits after the last of the tokens, and the extended caches."""
         result = self._module(tokens, caches=caches)
         assert result.caches is not None
         return result.logits_BTV[:, -1], result.caches
@@ -115,7 +115,7 @@ class MlxInference:
     def _decoded(
         self, tokens: mx.array, caches: Caches, rule: Rule, seen: mx.array | None, draw: mx.array | None
     ) -> tuple[mx.array, mx.array, mx.array | None, Caches]:
-        """Tokens after these, the logits that they are from, which tokens each row has, and caches."""
+        """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
         logits, caches = self._extended(tokens[:, None], caches)
         return *choose(logits, rule, seen, draw), caches
 
@@ -136,8 +136,8 @@ class MlxInference:
         module: Any = self._module
         for step in path.split("."):
             module = module[int(step)] if step.isdigit() else module[step]
-        found: nn.Module = module
-        return found
+        assert isinstance(module, nn.Module)
+        return module
 
     def _named(self) -> dict[str, mx.array]:
         return dict(flatten(self._module.parameters()))
@@ -148,13 +148,13 @@ class MlxInference:
         return value
 
 
-def flat(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
-    """Experts [B, T, K] -> [P, K]."""
+def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
+    """Reshape experts [B, T, K] to [P, K]."""
     return None if forced is None else [mx.array(expert.reshape(-1, expert.shape[-1])) for expert in forced]
 
 
-def load_of(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
-    """Per MoE layer: tokens of each expert, and dropped routed copies."""
+def routing_load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
+    """Return, per MoE layer, the tokens of each expert, and the number of dropped assignments."""
     load = [expert_counts(routing) for routing in result.routings]
     dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
     return load, dropped

@@ -19,7 +19,7 @@ from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.core.tokens import check_targets
 from moezoo.mlx_backend.arrays import to_numpy
 from moezoo.mlx_backend.distributed import data_parallel
-from moezoo.mlx_backend.inference import MlxInference, flat, load_of
+from moezoo.mlx_backend.inference import MlxInference, flatten_forced, routing_load
 from moezoo.mlx_backend.optimizer import adamw, clip, global_norm
 from moezoo.mlx_backend.router_state import updated_state
 from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int
@@ -64,7 +64,7 @@ class MlxTraining(MlxInference):
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
         (_, terms, *_), gradients = self._loss_and_gradients(
-            mx.array(tokens), mx.array(targets), None if key is None else mx.array(key), flat(forced)
+            mx.array(tokens), mx.array(targets), None if key is None else mx.array(key), flatten_forced(forced)
         )
         gradients, terms = data_parallel.averaged(gradients, terms)
         mx.eval(terms, gradients)
@@ -78,10 +78,11 @@ class MlxTraining(MlxInference):
         forced: Sequence[mx.array] | None = None,
         global_load: Sequence[mx.array] | None = None,
     ) -> tuple[mx.array, dict[str, mx.array], list[mx.array | None], tuple[list[mx.array], list[mx.array]]]:
+        """Return the loss, every loss term, cutoffs of the routers, and loads and drops."""
         result = self._module(tokens, forced=forced, key=key)
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
-        return terms["loss"], terms, cutoffs, load_of(result)
+        return terms["loss"], terms, cutoffs, routing_load(result)
 
     def start_training(
         self,
@@ -130,7 +131,7 @@ class MlxTraining(MlxInference):
         global_load = None
         if self._balances_globally and len(parts) > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
-            global_load = _sum_over(lambda window, key: load_of(self._module(window[:, :-1], key=key))[0], parts)
+            global_load = _sum_over(lambda window, key: routing_load(self._module(window[:, :-1], key=key))[0], parts)
             (global_load,) = data_parallel.summed(global_load)
 
         def micro_batch(window: mx.array, key: mx.array | None) -> Any:
@@ -160,7 +161,7 @@ class MlxTraining(MlxInference):
 
 
 def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array, mx.array | None]]) -> Any:
-    """The sum of what `micro_batch(window, key)` gives for each of the parts."""
+    """Sum `micro_batch(window, key)` over the parts."""
     total = micro_batch(*parts[0])
     for part in parts[1:]:
         # Trap: MLX's tree_map calls the function on None too, which stands where a router has no cutoffs.

@@ -120,7 +120,7 @@ def test_a_mesh_that_is_not_of_this_many_processes_is_refused(pretend) -> None:
     pretend.check_mesh({"data": 2, "expert": 1, "fsdp": "auto"})
     pretend.check_mesh({"data": "auto"})
     for sizes, field in (({"data": 4}, "mesh.data is 4"), ({"data": 2, "expert": 2}, "mesh.expert is 2")):
-        with pytest.raises(SpecError, match=f"{field}, which MLX cannot do with 2 processes"):
+        with pytest.raises(SpecError, match=f"{field}, which MLX does not support with 2 processes"):
             pretend.check_mesh(sizes)
 
 

@@ -1,4 +1,4 @@
-"""Runs of equal layers, compiled once and looped over. Only here: MLX compiles no layer, and refuses `layers: scanned`.
+"""Runs of equal layers, compiled once and scanned. Only on JAX: MLX compiles no layer, and refuses `layers: scanned`.
 
 Spec: moezoo.core.config.training.TrainingConfig.
 """
@@ -21,7 +21,7 @@ from moezoo.jax_backend.transformer import Layer, LayerOutput, ResidualState, St
 
 
 def equal_layers(spec: ModelSpec) -> list[range]:
-    """All layers in order, in runs of layers that are equal in their spec and in what their parameters are.
+    """Return all layers in order, in runs of layers with equal specs and equal parameter shapes.
 
     Alone stay layers that hand something to certain other ones (keys to attend to, values to mix in, a mixture that
     joins later), and the one that such a mixture joins. Raises SpecError where every layer would be alone.
@@ -77,11 +77,11 @@ class Stacks:
         }
 
     def name(self, name: str) -> str:
-        """That of the held array."""
+        """Return the name of the held array that has a parameter."""
         return self._places[name].name
 
-    def held(self, names: Iterable[str], read: Callable[[str], Any]) -> dict[str, Any]:
-        """Arrays as they are held, from what `read` gives for each of the names, one after the other."""
+    def stack(self, names: Iterable[str], read: Callable[[str], Any]) -> dict[str, Any]:
+        """Stack the layers' own arrays as they are held; `read` returns each by its name, one after the other."""
         members: dict[str, list[str]] = {}
         for name in names:
             members.setdefault(self._places[name].name, []).append(name)
@@ -94,8 +94,8 @@ class Stacks:
         joined: jax.Array = jax.jit(lambda own: jnp.stack(own), out_shardings=self.shardings.get(held))(own)
         return joined
 
-    def cut(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Each layer's own arrays, from those that are held: of NumPy's, views."""
+    def unstack(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return each layer's own arrays, from those that are held: of NumPy's, views."""
         return {
             name: values[place.name] if place.row is None else values[place.name][place.row]
             for name, place in self._places.items()
@@ -106,7 +106,7 @@ class Stacks:
 class ScannedTransformer(Transformer):
     """A Transformer in which a run of layers is one layer, with the arrays of all.
 
-    Where the ways of the layers part, for caches, forced experts or intermediates, they are taken out one by one.
+    With caches, forced experts or recorded intermediates, the layers run unrolled: each slices its own arrays.
     """
 
     def __init__(self, spec: ModelSpec, weights: Weights):
@@ -159,7 +159,7 @@ class ScannedTransformer(Transformer):
         inputs_LBTZ: jax.Array | None,
         sources: Mapping[int, Any],
     ) -> tuple[ResidualState, list[LayerOutput]]:
-        """One loop over the layers of a run. What is passed to other layers than the next stays as it came."""
+        """Scan the layers of a run. State that is passed to other layers than the next stays as it came."""
         graph, stacked_state = nnx.split(self.layers[_name(run)])
         chained = state.previous_PE if _takes_logits(self.spec.all_layers[run.start]) else None
 
@@ -181,7 +181,7 @@ class ScannedTransformer(Transformer):
 
 
 class GradientMeans:
-    """Gradients of a step's micro-batches: one mean for each parameter, which a layer adds its own to where they arise.
+    """Mean gradients over a step's micro-batches, to which each layer adds its own in the backward pass.
 
     So one layer's gradients are there beside the means. What comes out of a loop as a whole would be all there.
     """
@@ -192,8 +192,8 @@ class GradientMeans:
         zeros = {name: jnp.zeros_like(value, device=shardings.get(name)) for name, value in parameters.items()}
         self._means = {name: jax.new_ref(value) for name, value in zeros.items()}
 
-    def adding(self, loss: Callable[..., Any]) -> Callable[..., Any]:
-        """What `jax.value_and_grad(loss, has_aux=True)` would be, but that gradients are added, and none returned."""
+    def accumulate(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `jax.value_and_grad(loss, has_aux=True)`, but with gradients added to the means and none returned."""
 
         def value_and_none(parameters: Mapping[str, jax.Array], *inputs: Any, **named: Any) -> Any:
             pull: Any
@@ -206,20 +206,20 @@ class GradientMeans:
 
         return value_and_none
 
-    def taken(self) -> dict[str, jax.Array]:
-        """The means; nothing can be added any more."""
+    def means(self) -> dict[str, jax.Array]:
+        """Return the means; nothing can be added any more."""
         return {name: jax.freeze(mean) for name, mean in self._means.items()}
 
 
 class _Place(NamedTuple):
-    """The held array where a layer's own is, and where in it."""
+    """Name of the held array that has a layer's own array, and the row in it."""
 
     name: str
     row: int | None = None
 
 
 def _parts(name: str) -> tuple[int | None, str]:
-    """`layers.3.attention.w_query` -> 3, `attention.w_query`; a name that is of no layer -> None and itself."""
+    """Split `layers.3.attention.w_query` into 3, `attention.w_query`; another name into None and itself."""
     if not name.startswith("layers."):
         return None, name
     _, index, own = name.split(".", 2)
@@ -243,7 +243,7 @@ def _takes_logits(layer: LayerSpec) -> bool:
 
 
 def _each(stacked: Any, length: int) -> list[Any]:
-    """What each layer gave. Split, not indexed: the way back joins the parts once."""
+    """Return each layer's output. Split, not indexed: the backward pass joins the parts once."""
     leaves, shape = jax.tree.flatten(stacked)
     parts = [[jnp.squeeze(part, 0) for part in lax.split(leaf, [1] * length)] for leaf in leaves]
     return [jax.tree.unflatten(shape, own) for own in zip(*parts, strict=True)] if leaves else [stacked] * length
