@@ -81,5 +81,5 @@ def test_micro_batches_have_the_gradients_of_one_block_at_a_time():
 @pytest.mark.parametrize("how", ["experts", "block"])
 def test_mlx_says_that_it_does_not(how):
     require_backend("mlx")
-    with pytest.raises(TrainingError, match=rf"training.rematerialize is '{how}', which is not realized on MLX"):
+    with pytest.raises(TrainingError, match=rf"training.rematerialize is '{how}', which is not .* on MLX"):
         trained("top_k", how, "mlx")
