@@ -64,7 +64,7 @@ add("mixtral", "softmax over all experts, top-2 renormalised", keep_hidden=True,
 add("qwen3_moe", "q/k norm per head, head_dim, dense layer 0", keep_hidden=True, **QWEN3_MOE)
 add("deepseek_v3", "MLA with yarn, sigmoid scores with bias, 2 of 4 groups", keep_hidden=True, **DEEPSEEK_V3)
 
-# families without given oracles
+# main cases of other families
 
 add(
     "deepseek_v2_lite",
@@ -485,7 +485,7 @@ add(
     ),
 )
 
-# families with given oracles
+# main cases of more families
 
 add(
     "qwen2_moe",
