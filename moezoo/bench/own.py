@@ -32,7 +32,7 @@ class Own:
             case "train":
                 return self._train(case)
             case "forward" | "gradients":
-                return self._mixture(case)
+                return self._moe_layer(case)
             case "decode":
                 return self._decode(case)
 
@@ -57,21 +57,21 @@ class Own:
 
         return run
 
-    def _mixture(self, case: Case) -> Work:
+    def _moe_layer(self, case: Case) -> Work:
         spec = mixture_of(case.spec)
         rows = [row for row in parameter_table(spec) if row.name.startswith("layers.0.moe.")]
         weights = {row.name: initial_value(row, case.config.training.seed) for row in rows}
-        mixture = self._backend.mixture(spec, 0, weights)
-        x, gradient = mixture.array(random_activations(case, 3)), mixture.array(random_activations(case, 4))
-        token = mixture.array(random_windows(case, 1)[0].reshape(-1, x.shape[1] + 1)[:, :-1])
+        layer = self._backend.moe_layer(spec, 0, weights)
+        x, gradient = layer.array(random_activations(case, 3)), layer.array(random_activations(case, 4))
+        token = layer.array(random_windows(case, 1)[0].reshape(-1, x.shape[1] + 1)[:, :-1])
 
         def run(repeats: int) -> float:
             begin = perf_counter()
             for _ in range(repeats):
                 if case.kind == "forward":
-                    mixture.forward(x, token)
+                    layer.forward(x, token)
                 else:
-                    mixture.gradients(x, token, gradient)
+                    layer.gradients(x, token, gradient)
             return perf_counter() - begin
 
         return run
