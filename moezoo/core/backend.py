@@ -297,7 +297,7 @@ class Model(Protocol):
         ...
 
 
-class Mixture(Protocol):
+class MoELayer(Protocol):
     """A single MoE layer on B sequences of T tokens, for benchmarks. Results are on the device and already computed."""
 
     def array(self, values: Floats | Integers) -> Any:
@@ -346,7 +346,7 @@ class Backend(Protocol):
         """
         ...
 
-    def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, Floats]) -> Mixture:
+    def moe_layer(self, spec: ModelSpec, layer: int, weights: Mapping[str, Floats]) -> MoELayer:
         """Build the MoE layer of layer `layer` alone, from its weights by canonical name."""
         ...
 
