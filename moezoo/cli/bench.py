@@ -46,18 +46,22 @@ def bench_command(
     """
     from rich.console import Console
 
-    from moezoo.bench.contenders import chosen
+    from moezoo.bench.contenders import select_contenders
     from moezoo.bench.measure import Effort
     from moezoo.bench.modes import MODES, bench, known_mode, named_configs
     from moezoo.bench.report import report
     from moezoo.bench.sweep_picture import draw_sweep
 
     modes = MODES if mode is None else (known_mode(mode),)
-    entries, left_out = chosen(backends, peers)
+    entries, skipped = select_contenders(backends, peers)
     models = {} if smoke else named_configs(configs)
     errors = Console(stderr=True)
     with errors.status("starting ...") as status:
-        results = bench(modes, models, entries, left_out, Effort(slices, slice_seconds), status.update, smoke=smoke)
+
+        def show(what: str, done: int, total: int | None) -> None:
+            status.update(f"{what} ({done} of {total} done)")
+
+        results = bench(modes, models, entries, skipped, Effort(slices, slice_seconds), show, smoke=smoke)
     console = errors if as_json else new_console(width=120)
     for piece in report(results):
         console.print(piece, highlight=False)

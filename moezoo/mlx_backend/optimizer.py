@@ -8,7 +8,7 @@ from mlx import optimizers
 from mlx.utils import tree_map
 
 from moezoo.core.config.training import OptimizerConfig
-from moezoo.mlx_backend.kernels.x86 import FusedAdamW, can_fuse
+from moezoo.mlx_backend.kernels.x86 import adamw_kind
 from moezoo.mlx_backend.runtime.typed import flatten
 
 
@@ -21,8 +21,7 @@ def adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> optimizers.Mu
     def part(weight_decay: float) -> optimizers.AdamW:
         # Trap: MLX leaves bias correction out unless asked.
         betas = [config.beta1, config.beta2]
-        kind = FusedAdamW if can_fuse() else optimizers.AdamW
-        return kind(0.0, betas, config.epsilon, weight_decay, bias_correction=True)
+        return adamw_kind()(0.0, betas, config.epsilon, weight_decay, bias_correction=True)
 
     return optimizers.MultiOptimizer([part(config.weight_decay), part(0.0)], [lambda name, _: decayed[name]])
 

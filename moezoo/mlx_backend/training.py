@@ -98,13 +98,13 @@ class MlxTraining(MlxInference):
         self._config = config
         if rematerialize != "none":
             raise TrainingError(
-                f"training.rematerialize is {rematerialize!r}, which is not realized on MLX; expected 'none'. "
+                f"training.rematerialize is {rematerialize!r}, which is not supported on MLX; expected 'none'. "
                 "Train on JAX, or with a smaller micro-batch (training.gradient_accumulation)."
             )
         if layers != "unrolled":
             raise TrainingError(
-                f"training.layers is {layers!r}, which is not realized on MLX, where no layer is compiled; expected "
-                "'unrolled'. Leave it out, or train on JAX."
+                f"training.layers is {layers!r}, which is not supported on MLX, which compiles no layers; expected "
+                "'unrolled'. Remove it, or train on JAX."
             )
         self._optimizer = adamw(config, self._decayed)
         self._optimizer.init(self._module.trainable_parameters())
@@ -164,6 +164,6 @@ def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array, m
     """Sum `micro_batch(window, key)` over the parts."""
     total = micro_batch(*parts[0])
     for part in parts[1:]:
-        # Trap: MLX's tree_map calls the function on None too, which stands where a router has no cutoffs.
+        # Trap: MLX's tree_map calls the function on None too, which is the cutoffs of a router without any.
         total = tree_map(lambda a, b: None if a is None else a + b, total, micro_batch(*part))
     return total

@@ -47,7 +47,7 @@ def programs(*case) -> dict:
     config = config_of(*case)
     derived = ahead_of_time.compiled_step(config)
     whole = ahead_of_time._compiled(config)
-    ahead_of_time._IN_A_HURRY.clear()
+    ahead_of_time._FAST_COMPILE.clear()
     slow = ahead_of_time._compiled(config)
     return {
         name: {"layers": step.layers, "arguments": step.arguments, "collectives": together(step.collectives)}

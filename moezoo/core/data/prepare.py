@@ -5,7 +5,7 @@ state: `Split.batch(step, ...)` computes the windows of a step (sample_order.py)
 shards (token_shards.py). To resume, a run needs only its step. Writing: writings/data.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
@@ -143,12 +143,6 @@ class Windows(Sequence[Ids]):
             raise ValueError("windows are read from disk, so they cannot be converted to an array without a copy")
         return self[:].astype(dtype or np.int32, copy=False)  # type: ignore[no-any-return]
 
-    def batches(self, batch_size: int) -> Iterator[Ids]:
-        """Yield batches int32 [B, T + 1]; the last one may be smaller."""
-        _check_integer("batch_size", batch_size, 1, 1 << 31)
-        for first in range(0, self._count, batch_size):
-            yield self[first : first + batch_size]
-
     def _read(self, number: npt.NDArray[np.int64]) -> Ids:
         window = number * self._total // self._count
         source_of = np.searchsorted(self._ends, window, side="right")
@@ -164,14 +158,11 @@ class Windows(Sequence[Ids]):
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """Summary of a source for the console. `share` is its fraction of the training samples, in (0, 1]."""
+    """Summary of a source for the console."""
 
     source: str
-    kind: str
-    num_files: int
     train_tokens: int
     validation_tokens: int
-    share: float
 
 
 @dataclass(frozen=True)
@@ -213,7 +204,6 @@ def prepare_data(
         return _prepare_prebatched(data.sources[0], tokenizer, where)
     train, validation, summary = [], [], []
     weighted = [source for source in data.sources if not isinstance(source, BatchesSource)]
-    total_weight = sum(source.weight for source in weighted)
     for source, found in zip(weighted, found_sources, strict=True):
         tokens = _open(found, tokenizer, on_progress)
         held_out = int(len(tokens) * data.validation_fraction)
@@ -223,11 +213,8 @@ def prepare_data(
         summary.append(
             SourceSummary(
                 source=source.name if isinstance(source, DatasetSource) else source.path,
-                kind=source.kind,
-                num_files=len(found.files),
                 train_tokens=num_train,
                 validation_tokens=held_out,
-                share=source.weight / total_weight,
             )
         )
     splits = Split("training", tuple(train)), Split("validation", tuple(validation))
@@ -313,7 +300,7 @@ def _make_tokenizer(
 def _prepare_prebatched(source: BatchesSource, tokenizer: Tokenizer, where: str) -> PreparedData:
     name, key = f"data.sources[0] ({source.path})", f"data.sources[0].path ({where})"
     train, validation = open_prebatched(source, tokenizer.vocab_size, name, key)
-    summary = SourceSummary(source.path, source.kind, 1, train.num_tokens, validation.num_tokens, 1.0)
+    summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens)
     return PreparedData(tokenizer, train, validation, (summary,))
 
 

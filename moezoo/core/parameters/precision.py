@@ -34,7 +34,7 @@ With `precision.compute: bfloat16`:
 from collections.abc import Mapping
 
 from moezoo.core.errors import TrainingError
-from moezoo.core.spec import ModelSpec, RouterSpec
+from moezoo.core.spec import ModelSpec
 
 STORED_DTYPES = ("float32", "float16", "bfloat16")
 """What a parameter may have; a backend makes float32 of anything else."""
@@ -45,11 +45,6 @@ COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
 def compute_dtype(spec: ModelSpec) -> str:
     """Name of the activation dtype, `float32` or `bfloat16`."""
     return spec.precision.compute
-
-
-def router_dtype(spec: ModelSpec, router: RouterSpec) -> str:
-    """Name of the dtype of the router's matrix product."""
-    return "float32" if router.dtype == "float32" else compute_dtype(spec)
 
 
 def check_float32(dtypes: Mapping[str, str]) -> None:

@@ -137,8 +137,9 @@ class _Training:
     def _build_model(self, checkpoint: Checkpoint | None, initial: InitialWeights | None) -> Model:
         """Build the model, and its optimizer with the checkpoint's moments."""
         config, source = self.config, checkpoint or initial
-        weights = initial_weights(config.model, config.training.seed) if source is None else source.weights
-        model = self.backend.build(config.model, weights)
+        model = self.backend.build(  # no local name for the weights: initial ones are freed as soon as they are built
+            config.model, initial_weights(config.model, config.training.seed) if source is None else source.weights
+        )
         moments = None if checkpoint is None else checkpoint.optimizer
         if moments is not None:
             trained = [row for row in parameter_table(config.model) if row.trained]
@@ -287,13 +288,13 @@ class _Training:
             return
         self._report(step)
         self._finish_saving()
-        damaged = self.model.not_finite()
+        damaged = self.model.nonfinite_parameters()
         if damaged:
             raise TrainingError(
                 f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._advice()}"
             )
         self.saved = self.run.checkpoints_path
-        writer = self.model.files_writer()
+        writer = self.model.checkpoint_writer()
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
             if self.is_first:
@@ -324,7 +325,7 @@ class _Training:
             saving.result()
 
     def _loss_error(self, step: int, loss: float) -> TrainingError:
-        damaged = self.model.not_finite()
+        damaged = self.model.nonfinite_parameters()
         first = f"first parameter that is not finite: {damaged[0]}" if damaged else "all parameters are still finite"
         return TrainingError(f"loss is not finite; got {loss} at step {step}; {first}. {self._advice()}")
 

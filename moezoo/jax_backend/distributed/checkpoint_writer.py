@@ -1,6 +1,6 @@
-"""Arrays into files while training goes on, by each process the parts on its devices. Only here: MLX has no parts.
+"""Asynchronous sharded checkpoints: each process writes the shards of its own devices. JAX only: MLX has no shards.
 
-Orbax copies them from the devices, and writes in the background. What reads them is core/sharded_tensors.py.
+Orbax copies arrays from the devices, then writes in the background. moezoo.core.checkpoint.sharded_tensors reads them.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from moezoo.core.errors import RunError
 
 
 class PendingFiles:
-    """Arrays by name that are on their way into a new folder. All processes of the group make one, and wait."""
+    """Pending write of named arrays to a new folder. Every process of the group creates one and calls `finish`."""
 
     def __init__(self, folder: Path, arrays: Mapping[str, jax.Array]):
-        """Returns when the arrays may change again."""
+        """Start writing; return once the arrays are copied and may be modified or donated."""
         import orbax.checkpoint as ocp
 
         self._folder = folder
-        # Trap: Zarr's second version, which is Orbax's own choice, has no bfloat16 that others read.
+        # Trap: Zarr version 2, Orbax's default, has no bfloat16 that other libraries can read.
         self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
         try:
             self._writer.save(folder.resolve(), args=ocp.args.PyTreeSave(dict(arrays)))
@@ -27,13 +27,13 @@ class PendingFiles:
             raise self._failed(error) from error
 
     def finish(self) -> None:
-        """Return when all processes have written theirs. Raises RunError where one could not."""
+        """Wait until all processes have written their shards. Raises RunError: a process could not write."""
         try:
             self._writer.wait_until_finished()
-        except Exception as error:  # Orbax raises what its own thread met
+        except Exception as error:  # Orbax re-raises any error of its background thread
             raise self._failed(error) from error
         finally:
             self._writer.close()
 
     def _failed(self, error: Exception) -> RunError:
-        return RunError(f"cannot write {self._folder}: {' '.join(str(error).split())[:300]}. Free the place.")
+        return RunError(f"cannot write {self._folder}: {' '.join(str(error).split())[:300]}. Free disk space.")

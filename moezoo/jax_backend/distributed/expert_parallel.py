@@ -1,9 +1,9 @@
-"""Expert parallelism: all-to-all dispatch of tokens to the devices of their experts, and combine. Only on JAX.
+"""Expert parallelism: all-to-all dispatch of tokens to the devices of their experts, and combine. JAX only.
 
-One `shard_map` holds all of it: each device sorts the assignments of its own tokens, sends them to the devices that
-have their experts, and sums up the experts' outputs. Which assignments are computed at all was decided before. A
-capacity per sequence bounds how many there can be for an expert, and gives each a slot; otherwise they follow each
-other (`_PaddedAllToAll`).
+All of it runs in one `shard_map`: each device sorts the token-expert assignments of its own tokens, dispatches them to
+the devices of their experts, and combines the outputs. Dropped assignments are known before. A capacity per sequence
+bounds the number of assignments per expert and sequence, so each gets a slot; without one, they are packed in order
+(`_PaddedAllToAll`).
 Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 3.2 (the all-to-all, slots by capacity); Gale et al.
 2022, MegaBlocks, arXiv 2211.15841 (dropless).
 """
@@ -29,7 +29,7 @@ from moezoo.jax_backend.runtime.typed import State
 
 
 class ExpertParallel:
-    """`run_experts` on the devices of a mesh, each with its own tokens and its own part of the experts."""
+    """`run_experts` on a mesh: tokens and experts are sharded over its devices."""
 
     def __init__(self, placement: Placement):
         self.placement = placement
@@ -50,7 +50,7 @@ class ExpertParallel:
         graph, state = nnx.split(experts)
         partitions = jax.tree.map_with_path(lambda path, _: placement.experts[path[0].key], state)
         rows, length = PartitionSpec(placement.batch_axes), x_PD.shape[0] // num_sequences
-        # Which assignments are computed is known, so nothing is dropped here: a device may have more than others have.
+        # Dropped assignments are already masked, so the local dispatch is dropless: devices may have unequal loads.
         local = spec.model_copy(update={"dispatch": DroplessSpec()})
 
         def on_each_device(
@@ -67,7 +67,7 @@ class ExpertParallel:
                 out_PD = self._with_all_to_all(local, module, x_PD, chosen, length, most, slots)
             return lax.psum(out_PD, "tensor") if placement.sizes["tensor"] > 1 else out_PD
 
-        # Trap: with its check of what varies along which axis, shard_map refuses the loops over blocks, whose results
+        # Trap: with check_vma (which axes a value varies over), shard_map rejects the loops over blocks, whose carries
         # start as zeros.
         mapped = jax.shard_map(
             on_each_device,
@@ -79,7 +79,7 @@ class ExpertParallel:
         return mapped(state, x_PD, routing.expert_PK, dispatched.kept_PK, routing.weight_PK)
 
     def _with_all_tokens(self, spec: MoESpec, experts: ExpertsCall, x_PD: jax.Array, chosen: Routing) -> jax.Array:
-        """All-gather the tokens of the group; each device sums up its own experts' part, then reduce-scatter."""
+        """All-gather the tokens of the group, run the local experts on them, and reduce-scatter the outputs."""
         group, num_experts = self.placement.expert_axes, spec.num_experts // self.devices
         x_PD, expert_PK, valid_PK, weight_PK = (
             lax.all_gather(values, group, tiled=True)
@@ -103,7 +103,7 @@ class ExpertParallel:
         most: int,
         slots: int | None,
     ) -> jax.Array:
-        """Send `most` rows at most to each device of the group, in `slots` for each expert and sequence if given."""
+        """Send at most `most` rows to each device of the group, in `slots` per expert and sequence unless None."""
         group, rows = self.placement.expert_axes, dispatch(spec, chosen, inference=True)
         match self.placement.exchange:
             case "ragged":
@@ -115,14 +115,14 @@ class ExpertParallel:
                 rows, used_R = _in_slots(rows, chosen.expert_PK.reshape(-1, length, chosen.expert_PK.shape[1]), slots)
                 of_all = _experts_by_slot(experts, group, used_R)
             case "allgather":
-                raise ValueError("an all-gather is no all-to-all")
+                raise ValueError("exchange allgather has no all-to-all")
             case _:
                 assert_never(self.placement.exchange)
         return run_experts(spec, of_all, x_PD, rows)
 
 
 def _bias_once(state: State, placement: Placement) -> State:
-    """Keep the output bias on one device along `tensor`: their outputs are parts of one sum."""
+    """Zero the output bias on all devices along `tensor` but the first: their outputs are summed."""
     if placement.sizes["tensor"] == 1 or "b_down" not in state:
         return state
     first = lax.axis_index("tensor") == 0
@@ -131,17 +131,17 @@ def _bias_once(state: State, placement: Placement) -> State:
 
 
 class _PaddedAllToAll:
-    """An all-to-all of `most` rows for each device, which are as many as could ever be for it."""
+    """All-to-all padded to `most` rows per device, the upper bound of rows for one device."""
 
     def __init__(self, count_S: jax.Array, group: tuple[MeshAxis, ...], most: int):
-        """`count_S`: this device's rows for each device of the group, in their order."""
+        """`count_S`: number of this device's rows for each device of the group, in order."""
         self.group, self.most, self.devices = group, most, count_S.shape[0]
         self.count_S, self.start_S = count_S, jnp.cumsum(count_S) - count_S
         self.received_S = lax.all_to_all(count_S, group, 0, 0, tiled=True)
         self.arrival_S = jnp.arange(self.devices) * most
 
     def dispatch(self, x_RD: jax.Array) -> jax.Array:
-        """Send rows to their devices. Returns those of all devices for this one; device s's begin at `arrival_S[s]`."""
+        """Send rows to their devices. Returns the received rows; those from device s begin at `arrival_S[s]`."""
         row_SR = self.start_S[:, None] + jnp.arange(self.most)
         used_SR = jnp.arange(self.most) < self.count_S[:, None]
         x_SRD = jnp.where(used_SR[..., None], x_RD[jnp.minimum(row_SR, x_RD.shape[0] - 1)], 0)
@@ -149,7 +149,7 @@ class _PaddedAllToAll:
         return received_SRD.reshape(-1, x_RD.shape[1])
 
     def combine(self, y_RD: jax.Array, num_rows: int) -> jax.Array:
-        """Send outputs back, to the rows that they were computed from."""
+        """Return outputs to the devices and rows of their inputs."""
         y_SRD = y_RD.reshape(self.devices, self.most, -1)
         y_RD = lax.all_to_all(y_SRD, self.group, 0, 0, tiled=True).reshape(y_RD.shape)
         row_R = jnp.arange(num_rows)
@@ -160,12 +160,12 @@ class _PaddedAllToAll:
 
 
 class _RaggedAllToAll(_PaddedAllToAll):
-    """An all-to-all of the rows that there are. Not run: XLA has none on the CPU."""
+    """Ragged all-to-all, without padding. Not run yet: XLA does not support it on the CPU."""
 
     def __init__(self, count_S: jax.Array, group: tuple[MeshAxis, ...], most: int):
         super().__init__(count_S, group, most)
         self.arrival_S = jnp.cumsum(self.received_S) - self.received_S
-        # Where this device's rows begin in each other device's buffer, and the other way round.
+        # Start of this device's rows in each other device's buffer, and of each other device's rows in this one's.
         self.at_theirs_S, self.at_mine_S = (
             lax.all_to_all(start_S, group, 0, 0, tiled=True) for start_S in (self.arrival_S, self.start_S)
         )
@@ -186,14 +186,14 @@ class _RaggedAllToAll(_PaddedAllToAll):
 def _experts_of_all_devices(
     experts: ExpertsCall, all_to_all: type[_PaddedAllToAll], group: tuple[MeshAxis, ...], devices: int, most: int
 ) -> ExpertsCall:
-    """Experts, of which this device has an equal part, as one function of rows that are sorted by all of them."""
+    """Return a function of rows sorted by global expert, which runs experts that are sharded over devices."""
 
     def call(x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
         size_SE = size_E.reshape(devices, -1)
         exchange = all_to_all(jnp.sum(size_SE, axis=1), group, most)
         size_SE = lax.all_to_all(size_SE, group, 0, 0, tiled=True)
         here_RD = exchange.dispatch(x_RD)
-        # They are sorted by device, and by expert for each device; experts want them sorted by expert.
+        # Received rows are sorted by sending device, then by expert; the experts need them sorted by expert.
         place_R = jnp.arange(here_RD.shape[0])
         device_R = jnp.minimum(jnp.searchsorted(exchange.arrival_S, place_R, side="right") - 1, devices - 1)
         end_RE = jnp.cumsum(size_SE, axis=1)[device_R]
@@ -207,9 +207,9 @@ def _experts_of_all_devices(
 
 
 def _in_slots(rows: Dispatch, expert_BTK: jax.Array, slots: int) -> tuple[Dispatch, jax.Array]:
-    """The same assignments in rows of which each expert has `slots` for each sequence, and which of them are used.
+    """Return the assignments in rows with `slots` per expert and sequence, and a mask of the used rows.
 
-    Rows are sorted by expert and by token, thus by sequence too: those of an expert and a sequence follow each other.
+    Rows are sorted by expert, then by token, hence by sequence: rows of one expert and sequence are contiguous.
     """
     num_experts, num_sequences = rows.size_E.shape[0], expert_BTK.shape[0]
     kept_BTK = rows.kept_PK.reshape(expert_BTK.shape)
@@ -229,7 +229,7 @@ def _in_slots(rows: Dispatch, expert_BTK: jax.Array, slots: int) -> tuple[Dispat
 
 
 def _experts_by_slot(experts: ExpertsCall, group: tuple[MeshAxis, ...], used_R: jax.Array) -> ExpertsCall:
-    """Experts, of which this device has an equal part, as one function of equally many rows of each, some unused."""
+    """Return a function of equally many rows per expert (some unused), which runs experts sharded over devices."""
 
     def call(x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
         x_ERD = jnp.where(used_R[:, None], x_RD, 0).reshape(size_E.shape[0], -1, x_RD.shape[1])

@@ -1,1 +1,1 @@
-"""Training steps that are compiled for simulated devices, to plan memory and communication."""
+"""Training steps compiled for simulated devices, to plan memory and communication."""

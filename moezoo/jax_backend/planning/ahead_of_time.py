@@ -1,7 +1,8 @@
-"""A training step, compiled for devices that are not there and without its arrays: what travels, and what is where.
+"""Compile a training step ahead of time for simulated devices, and read its memory and communication.
 
-Only here: MLX compiles no step. Simulated devices of the CPU give the same division of the work as real ones, since XLA
-divides a program before it knows much of its devices; the memory of temporary arrays is another one there.
+JAX only: MLX does not compile steps. No accelerator and no arrays are needed. Simulated CPU devices give the same
+partitioning as real ones, because XLA partitions a program before most device-specific passes (GSPMD); the memory of
+temporary arrays differs.
 """
 
 import contextlib
@@ -27,43 +28,44 @@ from moezoo.jax_backend.model import JaxModel
 from moezoo.jax_backend.runtime.platform import planned_for
 
 MOST_DEVICES = 256
-"""For which a step is compiled as it is: that takes seconds, and less than a GiB."""
+"""Largest number of devices for which a step is compiled: this takes seconds, and less than a GiB."""
 
 _COLLECTIVE = re.compile(r"= (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(")
 _CALLED = re.compile(
     r"(?:to_apply|body|condition|calls|branch_computations|true_computation|false_computation)=\{?([^}\s]*)"
 )
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-_IN_A_HURRY: dict[str, Any] = {
+_FAST_COMPILE: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
-"""Options that do not change what travels: nobody runs the program."""
+"""Compiler options that do not change the communication: the program is never run."""
 
 
 def simulate_devices(count: int) -> None:
-    """Let the CPU stand for so many devices. Raises BackendError where JAX has started with another number."""
+    """Simulate `count` devices on the CPU. Raises BackendError: JAX has started with another number of devices."""
     jax.config.update("jax_platforms", "cpu")
-    with contextlib.suppress(RuntimeError):  # JAX has started already, maybe with as many
+    with contextlib.suppress(RuntimeError):  # JAX has started already, perhaps with this number
         jax.config.update("jax_num_cpu_devices", count)
     if jax.device_count() != count:
         raise BackendError(
-            f"JAX has started with {jax.device_count()} devices, and cannot simulate {count} any more. "
-            "Ask for a plan in a process of its own."
+            f"cannot simulate devices after JAX has started; got {jax.device_count()} devices; expected {count}. "
+            "Run the plan in a separate process."
         )
 
 
 def compiled_step(config: Config) -> CompiledStep:
-    """The training step of a config on its mesh of all devices. Nothing is allocated but the program.
+    """Compile the training step of a config on its mesh of all devices. Allocates no arrays.
 
-    Of a deep model, one layer of each kind is compiled, and then one more of each: what a layer adds is the difference,
-    times the number of such layers. Where a layer takes something from a certain other one, all are compiled. Scanned
-    layers are planned as if they were not.
+    For a deep model, one layer of each kind is compiled, then one more of each: the difference is the cost of a layer,
+    multiplied by the number of such layers. Where a layer uses values of another layer, all layers are compiled.
+    Scanned layers are planned as unrolled ones.
     """
     if config.mesh.exchange == "ragged":
         raise BackendError(
-            "exchange ragged cannot be compiled for simulated devices: XLA has none on the CPU. Add --formula."
+            "mesh.exchange is ragged, which cannot be compiled for simulated devices: XLA's CPU backend has no ragged "
+            "all-to-all. Add --formula."
         )
     programs = _programs(config.model)
     steps = [(_compiled(config.model_copy(update={"model": model})), times) for model, times in programs]
@@ -78,15 +80,15 @@ def compiled_step(config: Config) -> CompiledStep:
 
 
 def chips_of(topology: str) -> list[jax.Device]:
-    """Chips of a TPU that is not there, by a name such as `v5e:16x16`. Raises BackendError without libtpu.
+    """Return the chips of a TPU topology by name, for example `v5e:16x16`; no TPU is needed.
 
-    Not run yet: libtpu has to be there, of the version that JAX asks for, outside of the usual environment.
-    Source: the documentation of jax.experimental.topologies.
+    Not run yet: it needs libtpu in the version that JAX requires, which is not in the usual environment.
+    Raises BackendError without libtpu. Source: the documentation of jax.experimental.topologies.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise BackendError(
-            f"--topology {topology} needs libtpu, which compiles for TPUs that are not there; it is not installed. "
-            "Run `pip install libtpu`, or leave --topology out."
+            f"--topology {topology} needs libtpu, which compiles for TPUs without a TPU; it is not installed. "
+            "Run `pip install libtpu`, or omit --topology."
         )
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
@@ -98,7 +100,7 @@ def chips_of(topology: str) -> list[jax.Device]:
 
 
 def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> ChipMemory:
-    """Compile all layers for TPU chips, and return the memory of one of them."""
+    """Compile all layers for TPU chips and return the memory per chip."""
     with planned_for("tpu"):
         lowered = _lowered(config, Placement(config.model, config.mesh, chips))
     memory = lowered.compile().memory_analysis()
@@ -107,11 +109,11 @@ def memory_on_chips(config: Config, chips: Sequence[jax.Device]) -> ChipMemory:
 
 
 def _programs(model: ModelSpec) -> list[tuple[ModelSpec, int]]:
-    """Models whose figures, so many times each, add up to those of this one."""
+    """Return models with multipliers, so that the weighted sum of their costs is the cost of this model."""
     layers = [layer.model_copy(update={"repeat": 1}) for layer in model.all_layers]
     kinds = [layer for place, layer in enumerate(layers) if layer not in layers[:place]]
     longer = [place for place, kind in enumerate(kinds) if layers.count(kind) > 1]
-    if len(layers) <= len(kinds) + 1 or any(_takes_from_another(layer) for layer in kinds):
+    if len(layers) <= len(kinds) + 1 or any(_uses_another_layer(layer) for layer in kinds):
         return [(model, 1)]
     more = [layers.count(kinds[place]) - 1 for place in longer]
     found = [(kinds, 1 - sum(more))]
@@ -119,7 +121,7 @@ def _programs(model: ModelSpec) -> list[tuple[ModelSpec, int]]:
     return [(model.model_copy(update={"layers": tuple(some)}), times) for some, times in found if times]
 
 
-def _takes_from_another(layer: LayerSpec) -> bool:
+def _uses_another_layer(layer: LayerSpec) -> bool:
     attention, moe = layer.attention, layer.moe
     shared = isinstance(attention, GroupedQueryAttentionSpec) and (
         attention.keys_of_layer is not None or attention.value_residual
@@ -129,7 +131,7 @@ def _takes_from_another(layer: LayerSpec) -> bool:
 
 def _compiled(config: Config) -> CompiledStep:
     placement = None if config.mesh.is_one_device else Placement(config.model, config.mesh)
-    compiled = _lowered(config, placement).compile(_IN_A_HURRY)
+    compiled = _lowered(config, placement).compile(_FAST_COMPILE)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
@@ -145,13 +147,13 @@ def _lowered(config: Config, placement: Placement | None) -> jax.stages.Lowered:
     training = config.training
     model = _PlannedModel(config.model, placement)
     model.start_training(config.optimizer, rematerialize=training.rematerialize)
-    # As a TPU computes it: attention in one piece, which the CPU would divide into many to compile.
+    # As on a TPU: attention in one piece; on the CPU it would be chunked, which is slow to compile.
     with planned_for("tpu"):
         return model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length)
 
 
 class _PlannedModel(JaxModel):
-    """A model whose arrays are shapes."""
+    """A model whose arrays are shapes without data (`jax.ShapeDtypeStruct`)."""
 
     def __init__(self, spec: ModelSpec, placement: Placement | None):
         super().__init__(spec, Shapes(spec), placement)
@@ -168,15 +170,15 @@ class _PlannedModel(JaxModel):
         size = batch // micro_batches
         sharding = None if self._placement is None else self._placement.windows
         windows = jax.ShapeDtypeStruct((micro_batches, size, length + 1), np.int32, sharding=sharding)
-        self.own_sequences(size)  # says what does not divide
+        self.own_sequences(size)  # raises where the batch cannot be divided
         keys = jax.ShapeDtypeStruct((micro_batches, 2), np.uint32)
-        given = (self._parameters, self._state, self._moments, windows, np.float32(0), keys)
+        arguments = (self._parameters, self._state, self._moments, windows, np.float32(0), keys)
         with self._traced(size):
-            return self._step.lower(*given)
+            return self._step.lower(*arguments)
 
 
 def _sum(parts: Iterable[tuple[Iterable[Collective], int]]) -> Iterator[Collective]:
-    """Collectives of several programs, so many times each, those of one kind and the same axes together."""
+    """Sum the collectives of several programs, with multipliers, by kind and mesh axes."""
     found: dict[tuple[str, tuple[MeshAxis, ...]], Collective] = {}
     for collectives, times in parts:
         for own in collectives:
@@ -186,13 +188,14 @@ def _sum(parts: Iterable[tuple[Iterable[Collective], int]]) -> Iterator[Collecti
     return iter(found.values())
 
 
-# --- reading XLA's text ----------------------------------------------------------------------------------------------
+# --- parsing HLO text ------------------------------------------------------------------------------------------------
 
 
 def collectives_of(text: str, placement: Placement) -> Iterator[Collective]:
-    """The collectives of a compiled program, those of one kind and the same axes of the mesh together.
+    """Return the collectives of a compiled program, summed by kind and mesh axes.
 
-    Loops count as often as they run. Raises BackendError where one around a collective does not say how often.
+    Collectives in loops count once per iteration. Raises BackendError: a loop around a collective has no known trip
+    count.
     """
     computations = dict(_computations(text))
     entry = next(name for name in computations if name.startswith("ENTRY "))
@@ -208,14 +211,14 @@ def _collective(line: str, placement: Placement) -> Collective:
     axes = _axes_of(_groups_of(line), placement)
     devices = math.prod(placement.sizes[axis] for axis in axes)
     payload = sum(arrays)
-    if kind == "reduce-scatter":  # its result is a part of what each device gives
+    if kind == "reduce-scatter":  # its output is a shard of its input
         payload *= devices
-    # An all-to-all of the CPU lists what goes to each device.
+    # An all-to-all on the CPU lists one array per receiving device.
     return Collective(cast(CollectiveKind, kind), axes, devices, 1 if kind == "all-to-all" else len(arrays), payload)
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each computation's name, the entry's with `ENTRY ` before it, and its lines."""
+    """Return the name and the lines of each computation; the entry computation's name has the prefix `ENTRY `."""
     name = ""
     lines: list[str] = []
     for line in text.splitlines():
@@ -229,7 +232,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
-    """The collectives that a computation executes, by itself and by what it calls, and how often."""
+    """Return the collectives that a computation executes, directly or through calls, with their counts."""
     for line in computations[name]:
         if _COLLECTIVE.search(line):
             yield line, times
@@ -240,7 +243,7 @@ def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> I
                 if inside and " while(" in line:
                     trips = re.search(r'known_trip_count":\{"n":"([0-9]+)"', line)
                     if trips is None:
-                        raise BackendError(f"a loop with collectives does not say how often it runs; got {line[:200]}.")
+                        raise BackendError(f"a loop with collectives has no known trip count; got {line[:200]}.")
                     inside = [(found, count * int(trips[1])) for found, count in inside]
                 yield from inside
 
@@ -250,7 +253,7 @@ def _bytes_of(dtype: str, shape: str) -> int:
 
 
 def _groups_of(line: str) -> np.ndarray:
-    """Device numbers of each group [groups, devices], from any of the ways in which XLA writes them."""
+    """Return the device ids of each replica group [groups, devices], from any of XLA's notations."""
     listed = re.search(r"replica_groups=\{(\{[0-9,{}]*\})\}", line)
     if listed:
         return np.array([[int(word) for word in group.split(",")] for group in re.findall(r"\{([0-9,]+)\}", listed[1])])
@@ -258,13 +261,13 @@ def _groups_of(line: str) -> np.ndarray:
     if counted:
         return _counted(counted[2], counted[3]).reshape(_numbers(counted[1]))
     pairs = re.search(r"source_target_pairs=\{(\{[0-9,{}]*\})\}", line)
-    if pairs:  # from one device to another
+    if pairs:  # a source and a target device each
         return np.array([[int(word) for word in pair.split(",")] for pair in re.findall(r"\{([0-9,]+)\}", pairs[1])])
     named = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? \{([^}]*)\}", line
     )
     if named is None:
-        raise BackendError(f"XLA names the devices of a collective in an unknown way; got {line[:300]}.")
+        raise BackendError(f"a collective has replica groups in an unknown notation; got {line[:300]}.")
     axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=([0-9]+)", named[1])}
     ids = _counted(named[2] or str(math.prod(axes.values())), named[3]).reshape(tuple(axes.values()))
     along = [list(axes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
@@ -277,13 +280,13 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _counted(shape: str, order: str | None) -> np.ndarray:
-    """0, 1, 2 ... of a shape, with its axes in another order."""
+    """Return 0, 1, 2, ... in a shape, transposed to `order`."""
     ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return ids if order is None else ids.transpose(_numbers(order))
 
 
 def _axes_of(groups: np.ndarray, placement: Placement) -> tuple[MeshAxis, ...]:
-    """The axes of the mesh along which the devices of some group differ."""
+    """Return the axes of the mesh along which devices of a group differ."""
     ids = np.vectorize(lambda device: device.id)(placement.mesh.devices)
     place = {int(number): np.array(place) for place, number in np.ndenumerate(ids)}
     places = np.array([[place[int(number)] for number in group] for group in groups])

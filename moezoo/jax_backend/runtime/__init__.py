@@ -1,1 +1,1 @@
-"""The machine that a program runs on: platform, processes, compile cache, active placement."""
+"""Runtime environment of a JAX program: platform, processes, compilation cache, active placement."""

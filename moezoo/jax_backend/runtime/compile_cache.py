@@ -1,7 +1,7 @@
-"""Compiled programs kept on disk, so that the second start of a command does not compile again.
+"""Persistent compilation cache, so that the second start of a command does not recompile.
 
-JAX's key has a fingerprint of the device in it, which changes with the instructions that XLA may use on the CPU (seen
-with `--xla_cpu_max_isa`). That a folder is safe to share between machines has not been tried.
+JAX's cache key includes a fingerprint of the device, which depends on the instructions that XLA may use on the CPU
+(seen with `--xla_cpu_max_isa`). Sharing a cache folder between machines has not been tested.
 """
 
 import os
@@ -12,16 +12,16 @@ from typing import Any
 import jax
 from filelock import FileLock
 
-MAX_BYTES = 1 << 30  # a small model's training leaves 8 MB; what was used longest ago goes first
+MAX_BYTES = 1 << 30  # training a small model writes 8 MB; the least recently used entry is evicted first
 
 
 def use_compile_cache() -> str:
-    """Let JAX keep its compiled programs, and say where; to be called before the first of them is compiled.
+    """Enable JAX's compilation cache and return its folder, or why it is off. Call it before the first compilation.
 
-    What JAX was told (JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false) holds. Otherwise they go to the
-    user's cache folder. A folder that cannot be written or locked is said, and no error: each run compiles again.
+    Settings of JAX (JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false) take precedence. The default is
+    the user's cache folder. A folder that cannot be written or locked is reported, not an error: each run recompiles.
     """
-    config: Any = jax.config  # has its options as attributes, which type checkers do not see
+    config: Any = jax.config  # its options are attributes that type checkers do not know
     if not config.jax_enable_compilation_cache:
         return "off"
     if config.jax_compilation_cache_dir:
@@ -31,23 +31,23 @@ def use_compile_cache() -> str:
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK | os.X_OK)
         if usable:
-            _forget_half_written(folder)
-    except (OSError, NotImplementedError):  # the latter where a file system has no locks
+            _remove_incomplete_entries(folder)
+    except (OSError, NotImplementedError):  # NotImplementedError: a file system without locks
         usable = False
     if not usable:
         return f"off: cannot write and lock {folder}; set JAX_COMPILATION_CACHE_DIR to another folder"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    # Small programs too: putting a model together compiles dozens, none of which takes JAX's threshold of a second.
+    # Cache small programs too: building a model compiles dozens, all below JAX's threshold of one second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return str(folder)
 
 
-def _forget_half_written(folder: Path) -> None:
-    """Remove what a process that was killed left: JAX would warn of it at every start, and never write it again.
+def _remove_incomplete_entries(folder: Path) -> None:
+    """Remove incomplete entries of killed processes: JAX would warn about them at every start and never rewrite them.
 
-    JAX writes an entry and then, beside it, when it was used: an entry alone was not finished. Its lock is held.
+    JAX writes an entry, then a file with its access time: an entry without one is incomplete. Holds JAX's own lock.
     """
     with FileLock(folder / ".lockfile", timeout=10):
         for entry in folder.glob("*-cache"):

@@ -1,4 +1,4 @@
-"""The placement that a program is traced for: code that works row by row asks for it, and knows no more of a mesh."""
+"""Placement for which a program is being traced: all that row-wise code needs to know about the mesh."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 
 class Placement(Protocol):
-    """A mesh of devices, and its axes along which the tokens of a batch are sharded."""
+    """A mesh of devices and the axes over which the tokens of a batch are sharded."""
 
     @property
     def mesh(self) -> Mesh: ...
@@ -24,7 +24,7 @@ _active: ContextVar[Placement | None] = ContextVar("placement", default=None)
 
 @contextmanager
 def active(placement: Placement | None) -> Iterator[None]:
-    """Trace for that placement inside the context; None: as on one device."""
+    """Trace for this placement inside the context; None traces for one device."""
     token = _active.set(placement)
     try:
         yield
@@ -33,14 +33,14 @@ def active(placement: Placement | None) -> Iterator[None]:
 
 
 def active_placement() -> Placement | None:
-    """Return the placement of the model that is being traced; None on one device."""
+    """Return the placement of the model being traced; None on one device."""
     return _active.get()
 
 
 def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a function of arrays [P, ...] that does not mix their rows on each device's own rows (`shard_map`).
+    """Wrap a row-wise function of arrays [P, ...] to run on each device's own rows (`shard_map`).
 
-    Trap: XLA all-gathers the rows for some operations that each device could do on its own rows (`top_k`).
+    Trap: XLA all-gathers the rows for some operations that each device could run on its own rows (`top_k`).
     """
     placement = active_placement()
     if placement is None:

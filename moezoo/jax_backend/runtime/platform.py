@@ -1,4 +1,4 @@
-"""The platform that a program is made for, which is not always one that is there. Only here: MLX plans nothing."""
+"""Platform for which a program is traced; in a plan, it may be absent. JAX only: MLX has no ahead-of-time plans."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ _planned: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: that of JAX's devices, unless a program is planned for another."""
+    """Return `cpu`, `gpu` or `tpu`: the platform of JAX's devices, unless inside `planned_for`."""
     return _planned.get() or jax.default_backend()
 
 
 @contextmanager
 def planned_for(name: str) -> Iterator[None]:
-    """What is traced inside is written for that platform."""
+    """Trace for the named platform inside the context."""
     token = _planned.set(name)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Several processes of one JAX program: joining them, what they agree on, and leaving. Only here: MLX joins by itself.
+"""Multi-process JAX: join, exchange numbers, leave. JAX only: MLX initializes its process group on first use.
 
-Everything between them is JAX's own (jax.distributed): a coordinator, which the first process is, and collectives of
-the devices (gloo on the CPU, NCCL on CUDA). Each process runs the same program; arrays lie on the devices of all.
+All communication is JAX's own (jax.distributed): the first process is the coordinator, and devices run collectives
+(Gloo on the CPU, NCCL on CUDA). Each process runs the same program; arrays are sharded over the devices of all.
 """
 
 import functools
@@ -22,21 +22,22 @@ from moezoo.core.distributed.process_group import ProcessGroup, set_immediate_ex
 from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.errors import BackendError, TrainingError
 
-_LOOK_AGAIN_S = 0.1
+_RETRY_S = 0.1
 
 
 def join(group: ProcessGroup) -> None:
-    """Find the other processes; to be called before anything asks JAX for its devices.
+    """Initialize JAX's process group. Call it before anything queries JAX's devices.
 
-    From now on an error ends this process at once. Raises BackendError: no coordinator, or not all came in time.
+    From then on, an error ends this process immediately. Raises BackendError: no coordinator, or a process is missing
+    after the timeout.
     """
-    # Trap: JAX's preemption service takes SIGTERM away from the train loop, which agrees on a stop by itself.
+    # Trap: JAX's preemption service catches SIGTERM, which the training loop handles: all processes agree to stop.
     jax.config.update("jax_enable_preemption_service", False)
     address = None if group.coordinator == "auto" else group.coordinator
     if address is not None:
         _check_reachable(group)
     set_immediate_exit()
-    sys.excepthook = functools.partial(_tell_and_end, sys.excepthook)
+    sys.excepthook = functools.partial(_print_and_exit, sys.excepthook)
     try:
         jax.distributed.initialize(
             address,
@@ -46,79 +47,79 @@ def join(group: ProcessGroup) -> None:
             initialization_timeout=group.startup_s,
             heartbeat_timeout_seconds=group.heartbeat_s,
             shutdown_timeout_seconds=group.shutdown_s,
-            # Trap: else the coordinator listens on all of the machine's addresses.
+            # Trap: otherwise, the coordinator listens on all network interfaces.
             coordinator_bind_address=address,
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(
             f"cannot join the other JAX processes within {group.startup_s} s; got {group.options()} and "
-            f"{' '.join(str(error).split())[:300]}. Start all of them at the same time, with the same --coordinator."
+            f"{' '.join(str(error).split())[:300]}. Start all processes at the same time, with the same --coordinator."
         ) from None
 
 
 def _check_reachable(group: ProcessGroup) -> None:
-    """Trap: where the coordinator cannot listen, or does not come in time, jaxlib ends the process by a signal."""
+    """Check the coordinator's address. Trap: if it cannot listen or starts too late, jaxlib aborts by a signal."""
     host, _, port = group.coordinator.rpartition(":")
-    place = host.strip("[]"), int(port)
+    address = host.strip("[]"), int(port)
     try:
         if group.process_id == 0:
-            socket.create_server(place, family=socket.AF_INET6 if ":" in place[0] else socket.AF_INET).close()
+            socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET).close()
             return
         deadline = time.monotonic() + group.startup_s
         while True:
             try:
-                socket.create_connection(place, timeout=group.startup_s).close()
+                socket.create_connection(address, timeout=group.startup_s).close()
                 return
-            except OSError:  # its name may be as late as itself
+            except OSError:  # its host name may resolve late too
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(_LOOK_AGAIN_S)
+                time.sleep(_RETRY_S)
     except OSError as error:
-        what = "listen there" if group.process_id == 0 else f"reach the first process within {group.startup_s} s"
+        action = "listen there" if group.process_id == 0 else f"reach the first process within {group.startup_s} s"
         raise BackendError(
-            f"cannot {what}: {(error.strerror or str(error)).lower()}; got {group.options()}. Give all processes a "
-            "free HOST:PORT of the first one's machine, and start them at the same time."
+            f"cannot {action}: {(error.strerror or str(error)).lower()}; got {group.options()}. Start "
+            "all processes at the same time, with a free HOST:PORT of the first process's machine."
         ) from None
 
 
 def leave() -> None:
-    """Wait until all processes have come here, and part."""
+    """Wait for all processes, then shut down the process group."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
         set_immediate_exit(False)
 
 
 def processes() -> Processes:
-    """The processes of this run."""
+    """Return the rank of this process and the number of processes in this run."""
     return Processes(jax.process_index(), jax.process_count()) if _joined() else Processes()
 
 
 def facts() -> dict[str, str]:
-    """What a run's header says."""
+    """Return the entries for a run's header."""
     count = processes().count
     each = f"{jax.local_device_count()} device{'s' if jax.local_device_count() > 1 else ''}"
     return {} if count == 1 else {"processes": f"{count}, each with {each}"}
 
 
 def gather(number: int) -> PendingNumbers:
-    """See moezoo.core.backend.Backend.gather."""
+    """All-gather one number per process. See moezoo.core.backend.Backend.gather."""
     if processes().count == 1:
         return Numbers((number,))
-    everywhere, own = _exchange()
+    all_gather, sharding = _all_gather_program()
     count = jax.device_count()
 
     def own_numbers(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         return np.full(len(range(count)[index[0]]), number, np.int32)
 
-    given = jax.make_array_from_callback((count,), own, own_numbers)
+    numbers = jax.make_array_from_callback((count,), sharding, own_numbers)
     with lost_peer():
-        return _Gathered(everywhere(given))
+        return _Gathered(all_gather(numbers))
 
 
 @contextmanager
 def lost_peer() -> Iterator[None]:
-    """Says in our words that another process has gone, where the CPU's collectives notice it before a heartbeat."""
+    """Raise TrainingError if a CPU collective fails because another process ended, earlier than by its heartbeat."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -126,13 +127,13 @@ def lost_peer() -> Iterator[None]:
             raise
         raise TrainingError(
             f"another process of the run has ended; got {' '.join(str(error).split())[:200]} in process "
-            f"{processes().index} of {processes().count}. See what that one said, and go on from the last checkpoint "
-            "with --resume."
+            f"{processes().index} of {processes().count}. See the output of that process, then continue from the last "
+            "checkpoint with --resume."
         ) from None
 
 
 def on_host(values: Any) -> Any:
-    """Arrays of any tree as NumPy arrays, whole. Of several processes, all must ask, in the same order."""
+    """Return the arrays of a tree as whole NumPy arrays. All processes must call it, in the same order."""
 
     def here(value: Any) -> Any:
         if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
@@ -144,7 +145,7 @@ def on_host(values: Any) -> Any:
 
 
 class _Gathered:
-    """The numbers of all devices, of which each process has given its own to all of its."""
+    """All-gathered numbers, one per device; all devices of a process have the same number."""
 
     def __init__(self, numbers: jax.Array):
         self._numbers = numbers
@@ -156,20 +157,21 @@ class _Gathered:
 
 
 @functools.cache
-def _exchange() -> tuple[Any, NamedSharding]:
+def _all_gather_program() -> tuple[Any, NamedSharding]:
+    """Return a compiled all-gather of one number per device, and the sharding of its input."""
     mesh = Mesh(np.array(jax.devices()), ("device",))
     own, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("device"), PartitionSpec()))
     return jax.jit(lambda numbers: numbers, out_shardings=whole), own
 
 
 def _joined() -> bool:
-    """Whether there are others. Trap: to ask JAX for its processes starts it, and then none can be joined."""
+    """Return True after `join`. Trap: querying JAX's processes initializes it, and then it cannot join any."""
     return jax.distributed.is_initialized()
 
 
-def _tell_and_end(tell: Any, *error: Any) -> None:
-    """Trap: a process that failed would wait for the others to shut down, and they for its part of the next step."""
-    tell(*error)
+def _print_and_exit(print_error: Any, *error: Any) -> None:
+    """Print an error and exit. Trap: a failed process waits at shutdown for the others, and they for its next step."""
+    print_error(*error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

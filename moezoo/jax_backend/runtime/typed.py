@@ -1,4 +1,4 @@
-"""Types of Flax NNX whose parameters are not told apart here."""
+"""Type aliases for generic types of Flax NNX, without type arguments."""
 
 from typing import Any
 

@@ -1,11 +1,11 @@
-"""Several processes with the same weights, each with a part of every batch. Only here: JAX divides arrays instead.
+"""Data parallelism: processes with the same weights, each with a shard of every batch. MLX only: JAX shards arrays.
 
-A process computes the loss of its own sequences such that the mean over processes is the loss of the batch, and then
-so are gradients. Means need nothing for that. What is not linear in the batch (counts that divide, sums that are
-squared) is made of the whole batch on the way, by `total` and `average`. Alone, every function here gives back what
-it was given.
+Each process computes the loss of its own sequences so that the mean over processes is the loss of the batch; the same
+then holds for gradients. Means satisfy this already. Values that are not linear in the batch (counts in denominators,
+squared sums) are all-reduced over the whole batch in the forward pass, by `total` and `average`. With one process,
+every function here returns its input.
 
-Started by `moezoo launch` or `mlx.launch`, which say by environment variables who is who; the transport is MLX's.
+Started by `moezoo launch` or `mlx.launch`, which set ranks in environment variables; the transport is MLX's.
 """
 
 import functools
@@ -24,20 +24,20 @@ from moezoo.core.errors import BackendError, SpecError, TrainingError
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 from moezoo.mlx_backend.runtime.typed import custom_function, flatten, to_ints
 
-_MESSAGE_BYTES = 32 * 2**20  # about so much in one message; as MLX's own average_gradients
+_MESSAGE_BYTES = 32 * 2**20  # approximate size of a message, as in MLX's average_gradients
 _last_exchange: list[mx.array] = []
-_LAUNCHED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # of the ring, JACCL and NCCL; of MPI
+_LAUNCHED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # for ring, JACCL and NCCL; for MPI
 
 
 @functools.cache
 def processes() -> Processes:
-    """The processes of this run. Raises BackendError: a launcher's variables are there, but not the others."""
+    """Return rank and number of processes. Raises BackendError: a launcher's variables are set, but no peer answers."""
     launched = next((name for name in _LAUNCHED_BY if name in os.environ), None)
     if launched is None:
         return Processes()
     hosts = os.environ.get("MLX_HOSTFILE")
     if hosts is not None and os.path.isfile(hosts) and not os.path.getsize(hosts) > 1:
-        return Processes()  # mlx.launch with one process gives a file that holds an empty line
+        return Processes()  # mlx.launch with one process writes a file with an empty line
     try:
         group = mx.distributed.init(strict=True)
     except (RuntimeError, ValueError) as error:
@@ -49,13 +49,13 @@ def processes() -> Processes:
 
 
 def facts() -> dict[str, str]:
-    """What a run's header says."""
+    """Return the entries for a run's header."""
     count = processes().count
     return {} if count == 1 else {"processes": f"{count}, each with all weights and 1/{count} of a batch"}
 
 
 def gather(number: int) -> PendingNumbers:
-    """See moezoo.core.backend.Backend.gather."""
+    """All-gather one number per process. See moezoo.core.backend.Backend.gather."""
     if processes().count == 1:
         return Numbers((number,))
     with lost_peer():
@@ -74,12 +74,12 @@ class _Gathered:
 
 
 def total(x: mx.array) -> mx.array:
-    """The sum over processes of what each has of the batch."""
+    """Return the sum over processes (all-reduce), with a gradient."""
     return x if processes().count == 1 else _total(x)
 
 
 def average(x: mx.array) -> mx.array:
-    """The mean over processes of what each has of the batch."""
+    """Return the mean over processes (all-reduce), with a gradient."""
     return x if processes().count == 1 else _total(x) / processes().count
 
 
@@ -90,13 +90,13 @@ def _total(x: mx.array) -> mx.array:
 
 @_total.vjp
 def _(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    # Trap: MLX passes the cotangent through as it is, which would be right if gradients were summed over processes.
-    # They are averaged.
+    # Trap: MLX's own gradient passes the cotangent through unchanged, which is right for gradients that are summed over
+    # processes. Ours are averaged.
     return cotangent * processes().count
 
 
 def averaged(gradients: dict[str, Any], terms: Mapping[str, mx.array]) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """Gradients and loss terms of the whole batch, all of them float32."""
+    """All-reduce gradients and loss terms to their means over processes, all float32."""
     if processes().count == 1:
         return gradients, dict(terms)
     named = flatten(gradients)
@@ -106,14 +106,14 @@ def averaged(gradients: dict[str, Any], terms: Mapping[str, mx.array]) -> tuple[
 
 
 def summed(*lists: Sequence[mx.array]) -> list[list[mx.array]]:
-    """Sums over processes of lists of int32 arrays."""
+    """All-reduce lists of int32 arrays to their sums over processes."""
     counts = [count for each in lists for count in each]
     left = iter(counts if processes().count == 1 else _summed(counts))
     return [list(itertools.islice(left, len(each))) for each in lists]
 
 
 def _summed(arrays: Sequence[mx.array]) -> list[mx.array]:
-    """Sums over processes of arrays of one dtype, joined into messages."""
+    """All-reduce arrays of one dtype to their sums, concatenated into messages."""
     sums: list[mx.array] = []
     while len(sums) < len(arrays):
         ends, rest = [0], arrays[len(sums) :]
@@ -128,71 +128,71 @@ def _summed(arrays: Sequence[mx.array]) -> list[mx.array]:
     return sums
 
 
-def _sent(exchange: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    """What the exchange gives for x, after all exchanges that were asked for before.
+def _sent(collective: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """Run a collective on x, ordered after all earlier collectives.
 
-    Trap: MLX chooses an order by the shape of the graph, which may differ between processes (of an expert without rows
-    there is no product). One would add up its loads, and the other its gradients.
+    Trap: MLX orders collectives by the shape of the graph, which may differ between processes (an expert without rows
+    has no product). One process would then sum its loads with the gradients of another.
     """
     after = mx.depends(x, _last_exchange) if _last_exchange else x
-    _last_exchange[:] = [exchange(after)]
+    _last_exchange[:] = [collective(after)]
     return _last_exchange[0]
 
 
 def own_part(batch: np.ndarray) -> np.ndarray:
-    """The sequences of a batch, which all processes have, that this one computes: all where they cannot be divided."""
+    """Return this process's sequences of a batch known to all processes; all of them if it is not divisible."""
     count = processes().count
     return batch if count == 1 or len(batch) % count else batch[processes().share(len(batch))]
 
 
 def whole_batch(part_BT: mx.array) -> mx.array:
-    """What all processes have computed for their own parts, in order."""
+    """All-gather the results of all processes, in order of rank."""
     return part_BT if processes().count == 1 else _sent(mx.distributed.all_gather, part_BT)
 
 
 def first_draw(count: int) -> int:
-    """Where in the whole batch's random numbers those of this process begin, of which it draws `count`."""
+    """Return the offset of this process's `count` random numbers in those of the whole batch."""
     return processes().index * count
 
 
 def check_shared(spec: ModelSpec) -> None:
-    """Raises SpecError for what chooses among all tokens of a batch, and would choose otherwise among a part of it."""
+    """Raise SpecError if routing depends on all tokens of a batch, and would differ on a shard of it."""
     if processes().count == 1:
         return
     for index, moe in spec.moes:
         where = f"of layer {index}; {processes().count} processes share a batch"
         if isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "batch":
             raise SpecError(
-                "model.layers[].moe.dispatch.group is batch, whose tokens compete for a capacity; expected sequence "
+                "model.layers[].moe.dispatch.group is batch, where all tokens compete for capacity; expected sequence "
                 f"({where}). Use group: sequence, dispatch: {{kind: dropless}}, or one process."
             )
         if isinstance(moe.router.choice, ExpertChoiceSpec):
             raise SpecError(
-                "model.layers[].moe.router.choice is expert_choice, where experts choose among a whole batch's "
-                f"tokens; expected a choice of each token alone ({where}). Use another choice, or one process."
+                "model.layers[].moe.router.choice is expert_choice, where experts choose among all tokens of a "
+                f"batch; expected a choice per token ({where}). Use another choice, or one process."
             )
 
 
 def check_mesh(sizes: Mapping[str, int | str]) -> None:
-    """Raises SpecError where the axes of `mesh` ask for something else than this: each process a part of the batch."""
+    """Raise SpecError if the axes of `mesh` request anything other than data parallelism over all processes."""
     for axis, size in sizes.items():
         expected = processes().count if axis == "data" else 1
         if size not in ("auto", expected):
             raise SpecError(
-                f"mesh.{axis} is {size}, which MLX cannot do with {processes().count} processes; expected {expected} "
-                "or auto: each process has all weights and a part of the batch. Train on JAX, or leave it out."
+                f"mesh.{axis} is {size}, which MLX does not support with {processes().count} processes; expected "
+                f"{expected} or auto: each process has all weights and a shard of the batch. Train on JAX, or omit it."
             )
 
 
 @contextmanager
 def lost_peer() -> Iterator[None]:
-    """Says in our words that another process has gone, which MLX notices at the next message."""
+    """Raise TrainingError if a collective fails because another process has ended."""
     try:
         yield
     except RuntimeError as error:
         if processes().count == 1 or "peer" not in str(error):
             raise
         raise TrainingError(
-            f"another process of the run has ended; got {error} in process {processes().index} of "
-            f"{processes().count}. See what that one said, and go on from the last checkpoint with --resume."
+            f"another process of the run has ended; got {error} in process {processes().index} of {processes().count}. "
+            "See the output of that process, then continue from the last checkpoint with --resume."
         ) from None

@@ -1,1 +1,1 @@
-"""The machine that MLX runs on: its BLAS and its streams."""
+"""Runtime environment of MLX: BLAS library, streams, and typed wrappers."""

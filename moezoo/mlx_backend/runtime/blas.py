@@ -1,9 +1,9 @@
-"""A fast BLAS under MLX on Linux.
+"""Load a fast BLAS (OpenBLAS) for MLX on Linux.
 
-MLX's Linux wheel brings the reference BLAS, whose float32 products run some forty times slower than OpenBLAS's. Symbols
-that are loaded globally before MLX win, so this module must be imported before `mlx.core`; every module of this
-backend that imports MLX gets that through the package's `__init__`. On macOS and where no OpenBLAS is found it does
-nothing, and the run's header says which BLAS is in use.
+MLX's Linux wheel bundles the reference BLAS, whose float32 products are some forty times slower than OpenBLAS's. Global
+symbols loaded before MLX take precedence, so this module must be imported before `mlx.core`; the package's `__init__`
+does that for every module of this backend. On macOS, or if no OpenBLAS is found, it does nothing; the run's header
+reports which BLAS is in use.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ from pathlib import Path
 
 
 def load_fast_blas() -> str:
-    """Load OpenBLAS for all that is loaded later; returns what the header says about it."""
+    """Load OpenBLAS for libraries loaded later, and return its description for the run's header."""
     if platform.system() != "Linux":
         return "Accelerate" if platform.system() == "Darwin" else "MLX's own"
     if "mlx.core" in sys.modules:
         return "reference (slow): mlx.core was imported before moezoo"
-    # By default a thread spins for tens of ms while it waits for the next product, on a core that MLX's threads want.
+    # By default, an idle OpenBLAS thread spins for tens of ms, on a core that MLX's threads need.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     for load in (_system_openblas, _packaged_openblas):
         try:
@@ -38,21 +38,21 @@ def _system_openblas() -> str:
 
 
 def _packaged_openblas() -> str:
-    """OpenBLAS of the PyPI package cmeel-openblas, which expects the system to have libgfortran.so.5."""
+    """Load OpenBLAS of the PyPI package cmeel-openblas, which needs libgfortran.so.5 on the system."""
     library = _file_of("cmeel-openblas", "libopenblas.so.0")
     try:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError:
-        _load_fortran_of_mlx()
+        _load_bundled_gfortran()
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return f"OpenBLAS {importlib.metadata.version('cmeel-openblas')} (cmeel-openblas)"
 
 
-def _load_fortran_of_mlx() -> None:
-    """Load the libgfortran that MLX's wheel brings, under the plain name that OpenBLAS asks for.
+def _load_bundled_gfortran() -> None:
+    """Load the libgfortran that MLX's wheel bundles, under the name that OpenBLAS requires.
 
-    Wheels rename the libraries that they bundle (`libgfortran-f7379c93.so.5.0.0`), and the loader matches needed
-    libraries by that name (SONAME), which a copy with the shorter, plain name in its place restores.
+    Wheels rename bundled libraries (`libgfortran-f7379c93.so.5.0.0`), and the loader matches libraries by that name
+    (SONAME). A copy with the original, shorter SONAME in its place is loaded instead.
     """
     ctypes.CDLL(str(_file_of("mlx-cpu", "libquadmath-*")))
     fortran = _file_of("mlx-cpu", "libgfortran-*")
@@ -64,7 +64,7 @@ def _load_fortran_of_mlx() -> None:
 
 
 def _file_of(distribution: str, pattern: str) -> Path:
-    """The first file of an installed distribution whose name matches. Raises FileNotFoundError."""
+    """Return the first file of an installed distribution whose name matches. Raises FileNotFoundError."""
     for file in importlib.metadata.files(distribution) or []:
         if fnmatch.fnmatch(file.name, pattern):
             return Path(str(file.locate()))

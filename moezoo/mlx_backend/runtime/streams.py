@@ -1,4 +1,4 @@
-"""Streams: how MLX uses more than one core for elementwise work."""
+"""MLX streams, which run elementwise operations on more than one core."""
 
 import functools
 
@@ -7,9 +7,9 @@ import mlx.core as mx
 
 @functools.cache
 def streams() -> list[mx.Stream]:
-    """Where work that falls into parts may take turns: two streams on the CPU, each with a thread; one on the GPU.
+    """Return streams for work split into parts: two on the CPU, with a thread each; one on the GPU.
 
-    MLX's elementwise operations on the CPU use one thread, and exponentials are most of a training step there.
+    On the CPU, MLX runs elementwise operations on one thread, and exponentials dominate the time of a training step.
     """
     if mx.default_device() == mx.Device(mx.gpu):
         return [mx.default_stream(mx.Device(mx.gpu))]

@@ -1,4 +1,4 @@
-"""Typed wrappers for functions of MLX whose stubs are too general."""
+"""Typed wrappers of MLX functions whose type stubs are too general."""
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
@@ -22,25 +22,25 @@ class CustomFunction(Protocol[Arguments, Result_co]):
 
 
 def custom_function(function: Callable[Arguments, Result_co]) -> CustomFunction[Arguments, Result_co]:
-    """Decorate the forward pass of a function with a custom gradient, as `mx.custom_function` does."""
+    """Decorate the forward pass of a function with a custom gradient, like `mx.custom_function`."""
     return cast(CustomFunction[Arguments, Result_co], mx.custom_function(function))
 
 
 def flatten(tree: Any) -> list[tuple[str, mx.array]]:
-    """Return the arrays of a tree with their paths, as `mlx.utils.tree_flatten` does."""
+    """Return the arrays of a tree with their paths, like `mlx.utils.tree_flatten`."""
     return cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
 def to_int(x: mx.array) -> int:
-    """Evaluate an integer scalar."""
+    """Evaluate an integer scalar and return it."""
     return cast(int, x.item())
 
 
 def to_ints(x: mx.array) -> list[int]:
-    """Evaluate an integer vector."""
+    """Evaluate an integer vector and return it as a list."""
     return cast(list[int], x.tolist())
 
 
 def to_float(x: mx.array) -> float:
-    """Evaluate a floating-point scalar."""
+    """Evaluate a floating-point scalar and return it."""
     return cast(float, x.item())

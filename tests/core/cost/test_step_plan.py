@@ -151,7 +151,7 @@ def test_impossible_plans_are_errors_before_compilation() -> None:
         (("--mesh", "data=16"), "has 8 sequences, which is not divisible by 16 (data 16 of the mesh)"),
         (("--mesh", "data=auto"), "Add --devices N."),
         (("--mesh", "data=2", "--memory", "much"), "--memory is 'much'; expected a number and a unit"),
-        (("--mesh", "data=2", "--topology", "v5e:16x16"), "needs libtpu, which compiles for TPUs that are not there"),
+        (("--mesh", "data=2", "--topology", "v5e:16x16"), "needs libtpu, which compiles for TPUs without a TPU"),
     ):
         result = run(CONFIG, *(word for each in SET for word in ("--set", each)), *words)
         assert result.exit_code == 1

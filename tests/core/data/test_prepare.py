@@ -145,7 +145,6 @@ def test_sources_are_mixed_by_weight(tmp_path):
     prepared = prepare_data(config(*sources, tokenizer=IDS), T)
     counts = np.bincount(prepared.train.batch(2, 4500, T, 9)[:, 0], minlength=3)
     assert np.abs(counts - [1000, 3000, 500]).max() <= 3
-    assert [round(row.share, 3) for row in prepared.summary] == [0.222, 0.667, 0.111]
 
 
 def test_each_mixed_source_has_its_own_epochs(tmp_path):
@@ -206,7 +205,7 @@ def test_validation_windows_have_each_target_once(tmp_path):
     assert whole.dtype == np.int32
     targets = whole[:, 1:].reshape(-1)
     assert targets.tolist() == [*range(901, 996), *range(1901, 1996)]
-    assert np.concatenate(list(windows.batches(7))).tolist() == whole.tolist()
+    assert windows[7:14].tolist() == whole[7:14].tolist()
     assert windows[3].tolist() == whole[3].tolist()
     assert windows[-1].tolist() == whole[-1].tolist()
     assert len(list(windows)) == 38
@@ -289,7 +288,6 @@ def test_files_of_a_folder_are_sorted_and_separated(tmp_path):
     for path in (tmp_path / "texts", tmp_path / "texts" / "**" / "*.txt"):
         prepared = prepare_data(config(text(path)), T)
         assert all_text(prepared) == "first " * 20 + "\n\n" + "second " * 20
-        assert prepared.summary[0].num_files == 2
 
 
 def test_documents_are_separated_by_end_of_text_if_the_tokenizer_has_it(tmp_path, hub_folder):

@@ -9,7 +9,6 @@ which is 0 wherever the next character is determined. Text is an infinite sequen
 followed by the end marker. parser.py has the file format; writings/exact_entropy.md the derivation and numbers.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,11 +41,6 @@ class Entropy:
     def nats_per_character(self) -> float:
         """Entropy rate in nats: the lowest mean loss that any model can reach."""
         return self.nats_per_document / self.characters_per_document
-
-    @property
-    def bits_per_character(self) -> float:
-        """Entropy rate in bits."""
-        return self.nats_per_character / math.log(2)
 
 
 def load_grammar(path: str | Path) -> "Grammar":

@@ -90,7 +90,6 @@ def test_entropy_equals_the_sum_over_all_documents(small: Grammar, every_documen
     assert math.isclose(entropy.nats_per_document, nats, rel_tol=1e-12)
     assert math.isclose(entropy.characters_per_document, characters, rel_tol=1e-12)
     assert math.isclose(entropy.nats_per_character, nats / characters, rel_tol=1e-12)
-    assert math.isclose(entropy.bits_per_character, nats / characters / math.log(2), rel_tol=1e-12)
 
 
 def test_long_documents_do_not_exceed_the_recursion_limit() -> None:
