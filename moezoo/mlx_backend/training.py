@@ -164,6 +164,6 @@ def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array, m
     """Sum `micro_batch(window, key)` over the parts."""
     total = micro_batch(*parts[0])
     for part in parts[1:]:
-        # Trap: MLX's tree_map calls the function on None too, which stands where a router has no cutoffs.
+        # Trap: MLX's tree_map calls the function on None too, which is the cutoffs of a router without any.
         total = tree_map(lambda a, b: None if a is None else a + b, total, micro_batch(*part))
     return total

@@ -188,6 +188,21 @@ def test_rich_progress_is_imported_only_by_the_progress_of_the_command_line():
     assert importing == ["moezoo.cli.progress"]
 
 
+def test_functions_and_files_fit_a_reader():
+    """At most 60 lines per function and 400 per file, except in kernels."""
+    long = []
+    for path in FILES:
+        if "kernels" in path.parts:
+            continue
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        long += [f"{module_of(path)}: {lines} lines"] if lines > 400 else []
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                long += [f"{module_of(path)}.{node.name}: {lines} lines"] if lines > 60 else []
+    assert long == []
+
+
 def test_importing_everything_but_the_backends_loads_no_framework():
     """In a fresh process, module by module, so that the failure names the first that loads one."""
     modules = [module_of(path) for path in FRAMEWORK_FREE if path.name != "__main__.py"]

@@ -104,8 +104,7 @@ def choose(
 
     Source: each spec's docstring (moezoo/core/spec/routing.py) names its own.
     """
-    selection_PE = getval(selection_PE)
-    tokens = selection_PE.shape[0]
+    selection_PE, tokens = getval(selection_PE), selection_PE.shape[0]
     margin_P, weight_PK, cutoffs_E = np.full(tokens, np.inf), None, None
     match spec.choice:
         case TopKChoiceSpec() | NoisyTopKChoiceSpec():
@@ -116,12 +115,7 @@ def choose(
             expert_PK, valid_PK = _highest(kept_PE, spec.top_k)
             margin_P = np.minimum(margin_P, _boundary(spec, kept_PE, np.full(tokens, spec.top_k)))
         case TopPChoiceSpec() as nucleus:
-            expert_PK, _ = _highest(selection_PE, spec.top_k)
-            chosen_PK = np.take_along_axis(getval(score_PE), expert_PK, axis=-1)
-            before_PK = np.cumsum(chosen_PK, axis=-1) - chosen_PK
-            valid_PK = before_PK < nucleus.p
-            nearest_P = np.min(np.abs(before_PK[:, 1:] - nucleus.p), axis=-1, initial=np.inf) / nucleus.p
-            margin_P = np.minimum(nearest_P, _boundary(spec, selection_PE, np.sum(valid_PK, axis=-1)))
+            expert_PK, valid_PK, margin_P = _in_nucleus(spec, nucleus, getval(score_PE), selection_PE)
         case HashChoiceSpec():
             expert_PK, valid_PK = table_PK, np.ones((tokens, spec.top_k), bool)
         case SparseMixerChoiceSpec() as mixer:
@@ -130,10 +124,7 @@ def choose(
             valid_PK = np.ones(expert_PK.shape, bool)
         case ExpertChoiceSpec():
             if context.inference:
-                taken_PE, bound_E = selection_PE >= cutoff_E, cutoff_E
-                margin_P = np.min(
-                    _share(spec, np.maximum(selection_PE, bound_E), np.minimum(selection_PE, bound_E)), -1
-                )
+                taken_PE, margin_P = _above_cutoff(spec, selection_PE, cutoff_E)
             else:
                 taken_PE, cutoffs_E, margin_P = _highest_tokens(spec, selection_PE)
             expert_PK, valid_PK = _highest(np.where(taken_PE, selection_PE, -np.inf), selection_PE.shape[1])
@@ -167,6 +158,18 @@ def _in_kept_groups(spec: RouterSpec, groups: GroupedTopKChoiceSpec, value_PE: A
     group_E = np.arange(num_experts) // (num_experts // groups.num_groups)
     kept_PE = np.any(group_E[None, :, None] == best[:, None, :], axis=-1)
     return np.where(kept_PE, value_PE, -np.inf), _boundary(spec, of_group, np.full(tokens, groups.keep))
+
+
+def _in_nucleus(
+    spec: RouterSpec, nucleus: TopPChoiceSpec, score_PE: Array, value_PE: Array
+) -> tuple[Array, Array, Array]:
+    """Return the K highest experts, which of them have scores before them that sum to less than p, and the margin."""
+    expert_PK, _ = _highest(value_PE, spec.top_k)
+    chosen_PK = np.take_along_axis(score_PE, expert_PK, axis=-1)
+    before_PK = np.cumsum(chosen_PK, axis=-1) - chosen_PK
+    valid_PK = before_PK < nucleus.p
+    nearest_P = np.min(np.abs(before_PK[:, 1:] - nucleus.p), axis=-1, initial=np.inf) / nucleus.p
+    return expert_PK, valid_PK, np.minimum(nearest_P, _boundary(spec, value_PE, np.sum(valid_PK, axis=-1)))
 
 
 def _sparsemixer(
@@ -226,6 +229,12 @@ def _highest_tokens(spec: RouterSpec, value_PE: Array) -> tuple[Array, Array, Ar
     last_E, next_E = falling_PE[most - 1], falling_PE[most] if most < tokens else np.full(num_experts, -np.inf)
     share_PE = _share(spec, np.where(taken_PE, value_PE, last_E), np.where(taken_PE, next_E, value_PE))
     return taken_PE, last_E, np.min(share_PE, axis=-1)
+
+
+def _above_cutoff(spec: RouterSpec, value_PE: Array, cutoff_E: Array) -> tuple[Array, Array]:
+    """Return the experts whose cutoff a token's value reaches, [P, E], and the margin of each token."""
+    margin_PE = _share(spec, np.maximum(value_PE, cutoff_E), np.minimum(value_PE, cutoff_E))
+    return value_PE >= cutoff_E, np.min(margin_PE, axis=-1)
 
 
 def _softmax(logits_PE: Array) -> Array:

@@ -184,7 +184,7 @@ class ScannedTransformer(Transformer):
 class GradientMeans:
     """Mean gradients over a step's micro-batches, to which each layer adds its own in the backward pass.
 
-    So one layer's gradients are there beside the means. What comes out of a loop as a whole would be all there.
+    So only one layer's gradients exist beside the means; as outputs of the scan, those of all layers would.
     """
 
     def __init__(self, parameters: Mapping[str, jax.Array], num_parts: int, shardings: Mapping[str, NamedSharding]):
@@ -201,7 +201,7 @@ class GradientMeans:
             value, pull, beside = jax.vjp(
                 lambda parameters: loss(parameters, *inputs, **named), parameters, has_aux=True
             )
-            # Divided here: behind the loop, XLA would write out the divisor in the shape of the largest arrays.
+            # Divided here: after the loop, XLA would write out the divisor in the shape of the largest arrays.
             pull.with_refs(self._means)(jnp.full_like(value, 1 / self._num_parts))
             return (value, beside), {}
 
