@@ -75,7 +75,7 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in partition)))
 
     def shard(self, weights: Mapping[str, np.ndarray]) -> "_Sharded":
-        """Put weights on their devices, one at a time: no device ever holds more than its shards."""
+        """Shard weights over the mesh, one array at a time: no device ever holds more than its shards."""
         return _Sharded(weights, self.parameters)
 
     def own_sequences(self, batch: int) -> np.ndarray:
