@@ -61,7 +61,7 @@ class Own:
         spec = first_moe_layer(case.spec)
         rows = [row for row in parameter_table(spec) if row.name.startswith("layers.0.moe.")]
         weights = {row.name: initial_value(row, case.config.training.seed) for row in rows}
-        layer = self._backend.mixture(spec, 0, weights)
+        layer = self._backend.moe_layer(spec, 0, weights)
         x, gradient = layer.array(random_activations(case, 3)), layer.array(random_activations(case, 4))
         token = layer.array(random_windows(case, 1)[0].reshape(-1, x.shape[1] + 1)[:, :-1])
 

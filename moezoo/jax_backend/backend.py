@@ -12,8 +12,8 @@ from moezoo.core.malloc import keep_freed_memory
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement
 from moezoo.jax_backend.kernels.grouped_product import grouped_path
-from moezoo.jax_backend.mixture import Mixture
 from moezoo.jax_backend.model import JaxModel
+from moezoo.jax_backend.moe_layer import MoELayer
 from moezoo.jax_backend.runtime import processes
 from moezoo.jax_backend.runtime.compile_cache import use_compile_cache
 
@@ -47,8 +47,8 @@ class JaxBackend:
         alone = self._mesh.is_one_device and self.processes.count == 1
         return JaxModel(spec, weights, None if alone else Placement(spec, self._mesh))
 
-    def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> Mixture:
-        return Mixture(spec, layer, weights)
+    def moe_layer(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> MoELayer:
+        return MoELayer(spec, layer, weights)
 
     def facts(self) -> dict[str, str]:
         device = jax.devices()[0]

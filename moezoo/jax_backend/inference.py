@@ -174,7 +174,7 @@ class JaxInference:
     def wait(self) -> None:
         jax.block_until_ready((self._parameters, self._state))
 
-    def not_finite(self) -> list[str]:
+    def nonfinite_parameters(self) -> list[str]:
         finite = on_host(self._finite(self._parameters, self._state))
         return [row.name for row in parameter_table(self.spec) if not finite[row.name]]
 

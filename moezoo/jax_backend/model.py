@@ -16,7 +16,7 @@ from moezoo.jax_backend.training import JaxTraining
 class JaxModel(JaxTraining):
     """See moezoo.core.backend.Model."""
 
-    def files_writer(self) -> Callable[[Path], PendingFiles] | None:
+    def checkpoint_writer(self) -> Callable[[Path], PendingFiles] | None:
         return None if self._placement is None else self._write
 
     def _write(self, folder: Path) -> PendingFiles:

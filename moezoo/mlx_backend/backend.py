@@ -12,8 +12,8 @@ from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.kernels.grouped_product import grouped_path
 from moezoo.mlx_backend.kernels.x86 import can_fuse, is_x86_cpu
-from moezoo.mlx_backend.mixture import Mixture
 from moezoo.mlx_backend.model import MlxModel
+from moezoo.mlx_backend.moe_layer import MoELayer
 
 
 class MlxBackend:
@@ -39,8 +39,8 @@ class MlxBackend:
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> MlxModel:
         return MlxModel(spec, weights)
 
-    def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> Mixture:
-        return Mixture(spec, layer, weights)
+    def moe_layer(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> MoELayer:
+        return MoELayer(spec, layer, weights)
 
     def facts(self) -> dict[str, str]:
         device = "gpu (Metal)" if mx.default_device() == mx.Device(mx.gpu) else "cpu"

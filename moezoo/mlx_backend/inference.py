@@ -123,7 +123,7 @@ class MlxInference:
         mx.eval(self._module.state)
         mx.synchronize()
 
-    def not_finite(self) -> list[str]:
+    def nonfinite_parameters(self) -> list[str]:
         named = self._named()
         names = [row.name for row in parameter_table(self.spec)]
         finite = to_ints(mx.stack([mx.isfinite(named[name]).all() for name in names]))

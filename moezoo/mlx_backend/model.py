@@ -10,7 +10,7 @@ from moezoo.mlx_backend.training import MlxTraining
 class MlxModel(MlxTraining):
     """See moezoo.core.backend.Model."""
 
-    def files_writer(self) -> None:
+    def checkpoint_writer(self) -> None:
         return None
 
     def export_parameters(self) -> dict[str, np.ndarray]:

@@ -98,13 +98,13 @@ class MlxTraining(MlxInference):
         self._config = config
         if rematerialize != "none":
             raise TrainingError(
-                f"training.rematerialize is {rematerialize!r}, which is not realized on MLX; expected 'none'. "
+                f"training.rematerialize is {rematerialize!r}, which is not supported on MLX; expected 'none'. "
                 "Train on JAX, or with a smaller micro-batch (training.gradient_accumulation)."
             )
         if layers != "unrolled":
             raise TrainingError(
-                f"training.layers is {layers!r}, which is not realized on MLX, where no layer is compiled; expected "
-                "'unrolled'. Leave it out, or train on JAX."
+                f"training.layers is {layers!r}, which is not supported on MLX, which compiles no layers; expected "
+                "'unrolled'. Remove it, or train on JAX."
             )
         self._optimizer = adamw(config, self._decayed)
         self._optimizer.init(self._module.trainable_parameters())

@@ -1,4 +1,4 @@
-"""One of several MLX processes: loss terms and gradients of its part of a batch. See test_data_parallel."""
+"""Program of one MLX process: loss terms and gradients of its shard of a batch. See test_data_parallel."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ KEY = micro_batch_keys(3, 0, 1)[0]
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and targets [B, T], where the first half of the sequences has fewer targets that count."""
+    """Return tokens and targets [B, T]; the first half of the sequences has more masked targets."""
     rows = np.random.default_rng(2).integers(0, V, (B, T + 1)).astype(np.int32)
     targets = rows[:, 1:].copy()
     targets[0, 2:], targets[3, 0] = IGNORED, IGNORED
@@ -25,31 +25,31 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def numbers(config: Path) -> dict[str, np.ndarray]:
-    """Loss terms, gradients and scores of this process's part; of all, where it is alone."""
+    """Return loss terms, gradients and scores of this process's shard; of the whole batch with one process."""
     backend = load_backend("mlx")
     spec = with_vocab_size(load_config(config, ["model.vocab_size=null"]), V).model
     model = backend.build(spec, initial_weights(spec, 0))
     tokens, targets = batch()
     own = model.own_sequences(B)
     terms, gradients = model.loss_and_gradients(tokens[own], targets[own], key=KEY)
-    told = model.forward(tokens[own], targets[own], key=KEY).losses
+    forward = model.forward(tokens[own], targets[own], key=KEY).losses
     scores = model.score(tokens, targets)
     found = {f"term {name}": np.array(value) for name, value in terms.items()}
-    found |= {f"told {name}": np.array(value) for name, value in told.items()}
+    found |= {f"forward {name}": np.array(value) for name, value in forward.items()}
     found |= {f"gradient {name}": value for name, value in gradients.items()}
     return found | {"score": scores.token_losses, "load": np.array(scores.load), "dropped": np.array(scores.dropped)}
 
 
-def mixed_up(place: int, seed: int) -> bool:
-    """Whether sums got the summands of other sums, in a random graph that each process has with other detours.
+def mismatched(rank: int, seed: int) -> bool:
+    """Return True if all-reduces were paired wrongly, in a random graph with extra operations that differ by process.
 
-    As an expert without rows makes one: there is no product. MLX would choose another order of messages then.
+    An expert without rows causes such a difference: it has no product. MLX would then order collectives differently.
     """
     import mlx.core as mx
 
     from moezoo.mlx_backend.distributed.data_parallel import total
 
-    common, own = np.random.default_rng(seed), np.random.default_rng([seed, place])
+    common, own = np.random.default_rng(seed), np.random.default_rng([seed, rank])
     nodes = [mx.array([float(index)]) for index in range(3)]
     sums: list[mx.array] = []
     for _ in range(12):
@@ -67,7 +67,7 @@ def mixed_up(place: int, seed: int) -> bool:
 
 if __name__ == "__main__":
     out, *configs = (Path(word) for word in sys.argv[1:])
-    place = load_backend("mlx").processes.index
-    np.savez(out / f"order_{place}.npz", mixed_up=sum(mixed_up(place, seed) for seed in range(60)))
+    rank = load_backend("mlx").processes.index
+    np.savez(out / f"order_{rank}.npz", mismatched=sum(mismatched(rank, seed) for seed in range(60)))
     for path in configs:
-        np.savez(out / f"{path.stem}_{place}.npz", **numbers(path))
+        np.savez(out / f"{path.stem}_{rank}.npz", **numbers(path))

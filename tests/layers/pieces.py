@@ -1,4 +1,4 @@
-"""Layers with caches: rows that start at different slots, in pieces, compared with each row alone."""
+"""Assertion for layers with a cache: padded rows, processed in pieces, equal each row processed alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +21,8 @@ def assert_pieces_match(
 ) -> Any:
     """Assert that `layer` on pieces of x_BTD equals `reference` on each row's own tokens, from slot `first` on.
 
-    Before it is padding: large numbers, which must affect nothing. `others`: further inputs [B, T, ...], split
-    likewise. Returns the last cache.
+    Earlier slots are padding: large numbers, which must not change the result. `others`: further inputs [B, T, ...],
+    split in the same way. Returns the last cache.
     """
     starts = [0] * len(x_BTD) if first is None else list(first)
     expected = [
@@ -32,14 +32,14 @@ def assert_pieces_match(
     x_BTD = np.array(x_BTD)
     for row, start in enumerate(starts):
         x_BTD[row, :start] = 1e3
-    first_B, found, place = None if first is None else twin.array(first), [], 0
+    first_B, found, position = None if first is None else twin.array(first), [], 0
     for length in pieces:
-        piece = slice(place, place + length)
+        piece = slice(position, position + length)
         inputs = {name: twin.array(each[:, piece]) for name, each in others.items()}
         attended = layer(twin.array(x_BTD[:, piece]), cache, first_B=first_B, **inputs)
-        cache, place = attended.cache, place + length
+        cache, position = attended.cache, position + length
         found.append(twin.numpy(attended.out_BTD))
-        assert int(cache.length) == place
+        assert int(cache.length) == position
     for row, start in enumerate(starts):
         own = np.concatenate(found, axis=1)[row : row + 1, start:]
         assert_close(own, expected[row], FLOAT32, f"row {row}")

@@ -1,4 +1,4 @@
-"""What replaces MLX's exponentials on x86, against MLX's own; each layer's test has it against the reference."""
+"""Kernels for x86 CPUs against MLX's own operations; the tests of layers compare them with the reference."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_a_model_has_the_same_loss_and_gradients_with_and_without_the_kernels(ml
 
 
 @pytest.mark.parametrize("scale", [0.1, 10.0, 200.0])
-def test_sigmoid_and_log_losses_are_mlxs_for_arguments_of_any_size(mlx, scale):
+def test_sigmoid_and_log_losses_equal_mlx_for_inputs_of_any_scale(mlx, scale):
     import mlx.core as mx
 
     kernels = mlx.module("kernels.x86")
@@ -79,7 +79,7 @@ def test_sigmoid_and_log_losses_are_mlxs_for_arguments_of_any_size(mlx, scale):
 
 
 @pytest.mark.parametrize("attention", [ATTENTION, ATTENTION.model_copy(update={"window": 5})])
-def test_a_token_is_decoded_alike_with_and_without_the_kernels(mlx, use, attention):
+def test_decoding_gives_the_same_logits_with_and_without_the_kernels(mlx, use, attention):
     spec = spec_of(GatedFeedForwardSpec(hidden_dim=F), attention)
     model = mlx.backend().build(spec, initial_weights(spec, 0))
     token_BT = np.random.default_rng(0).integers(0, V, (B, 12)).astype(np.int32)
@@ -88,12 +88,12 @@ def test_a_token_is_decoded_alike_with_and_without_the_kernels(mlx, use, attenti
         use(kernels)
         logits, cache = model.prefill(token_BT[:, :9], 12)
         assert_close(logits, expected[:, 8], FLOAT32)
-        for place in range(9, 12):
-            logits, cache = model.decode(token_BT[:, place], cache)
-            assert_close(logits, expected[:, place], FLOAT32)
+        for position in range(9, 12):
+            logits, cache = model.decode(token_BT[:, position], cache)
+            assert_close(logits, expected[:, position], FLOAT32)
 
 
-def test_a_hidden_key_has_weight_zero_however_large_its_score(mlx):
+def test_masked_keys_have_zero_weight_even_with_large_scores(mlx):
     kernels = mlx.module("kernels.x86")
     query, key, value = (mlx.array(normal(seed, 1, 3, 1, *more)) for seed, more in ((0, (1, H)), (1, (H,)), (2, (H,))))
     mask = mlx.array(np.tril(np.ones((3, 3), bool)))
@@ -104,7 +104,7 @@ def test_a_hidden_key_has_weight_zero_however_large_its_score(mlx):
     np.testing.assert_array_equal(mlx.numpy(out[0])[:, :2], mlx.numpy(out[1])[:, :2])
 
 
-def test_updates_are_the_same_without_a_compiler_and_the_header_says_so(mlx, monkeypatch):
+def test_updates_are_the_same_without_a_compiler_and_the_header_reports_it(mlx, monkeypatch):
     spec, kernels = spec_of(GatedFeedForwardSpec(hidden_dim=F)), mlx.module("kernels.x86")
     window = np.random.default_rng(0).integers(0, V, (1, B, 9)).astype(np.int32)
     monkeypatch.setattr(kernels, "is_x86_cpu", lambda: True)

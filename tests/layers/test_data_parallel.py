@@ -1,4 +1,4 @@
-"""A batch divided over two MLX processes has the losses, the gradients and the noise of the whole one."""
+"""MLX data parallelism: a batch sharded over two processes has the losses, gradients and noise of the whole batch."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
-# Every auxiliary loss, everything that is drawn at random, and graphs that differ with what each half has to compute.
+# Every auxiliary loss, all random sampling, and graphs that differ between the two shards of a batch.
 CONFIGS = (
     "expert_balance",
     "device_balance",
@@ -41,7 +41,7 @@ CONFIGS = (
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file for each config and process."""
+    """Run two processes; return the folder with one result file per config and process."""
     require_backend("mlx")
     folder = tmp_path_factory.mktemp("parts")
     program = [sys.executable, "-m", "tests.layers.data_parallel_part", str(folder)]
@@ -52,15 +52,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for _, environment in process_commands(2, [], "mlx", folder / "hosts.json")
     ]
-    said = [process.communicate(timeout=120)[0].decode() for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    outputs = [process.communicate(timeout=120)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
     return folder
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_halves_of_a_batch_are_the_whole(name: str, parts: Path) -> None:
+def test_two_shards_of_a_batch_equal_the_whole_batch(name: str, parts: Path) -> None:
     whole = numbers(TINY / f"{name}.yaml")
-    first, second = (np.load(parts / f"{name}_{place}.npz") for place in (0, 1))
+    first, second = (np.load(parts / f"{name}_{rank}.npz") for rank in (0, 1))
     assert set(first.files) == set(second.files) == set(whole)
     assert np.any(whole["dropped"] > 0) == (name == "capacity_groups")
     for key, value in whole.items():
@@ -68,13 +68,13 @@ def test_two_halves_of_a_batch_are_the_whole(name: str, parts: Path) -> None:
         assert_close(first[key], value, FLOAT32_GRADIENT if key.startswith("gradient") else FLOAT32, key)
 
 
-def test_messages_keep_their_order_where_the_graphs_of_two_processes_differ(parts: Path) -> None:
-    assert [int(np.load(parts / f"order_{place}.npz")["mixed_up"]) for place in (0, 1)] == [0, 0]
+def test_collectives_keep_their_order_when_graphs_differ_between_processes(parts: Path) -> None:
+    assert [int(np.load(parts / f"order_{rank}.npz")["mismatched"]) for rank in (0, 1)] == [0, 0]
 
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch):
-    """As if this were the second of two processes."""
+def second_process(monkeypatch: pytest.MonkeyPatch):
+    """Simulate the second of two processes."""
     require_backend("mlx")
     from moezoo.mlx_backend.distributed import data_parallel
 
@@ -82,7 +82,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
     return data_parallel
 
 
-def test_a_process_draws_its_part_of_the_batchs_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_samples_its_shard_of_the_random_numbers_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     mx = require_backend("mlx")
     from moezoo.mlx_backend.distributed import data_parallel
     from moezoo.mlx_backend.random import uniform
@@ -102,7 +102,7 @@ def test_a_process_draws_its_part_of_the_batchs_random_numbers(monkeypatch: pyte
         ("expert_choice", "moe.router.choice"),
     ],
 )
-def test_choices_among_all_tokens_of_a_batch_are_refused(name: str, field: str, pretend) -> None:
+def test_routing_across_all_tokens_of_a_batch_is_rejected(name: str, field: str, second_process) -> None:
     from moezoo.backends import load_backend
 
     config = with_vocab_size(load_config(TINY / f"{name}.yaml", ["model.vocab_size=null"]), V)
@@ -111,20 +111,20 @@ def test_choices_among_all_tokens_of_a_batch_are_refused(name: str, field: str, 
         model.start_training(config.optimizer)
 
 
-def test_a_capacity_of_each_sequence_is_not_refused(pretend) -> None:
+def test_capacity_per_sequence_is_accepted(second_process) -> None:
     config = with_vocab_size(load_config(TINY / "capacity_groups.yaml", ["model.vocab_size=null"]), V)
-    pretend.check_shared(config.model)
+    second_process.check_shared(config.model)
 
 
-def test_a_mesh_that_is_not_of_this_many_processes_is_refused(pretend) -> None:
-    pretend.check_mesh({"data": 2, "expert": 1, "fsdp": "auto"})
-    pretend.check_mesh({"data": "auto"})
+def test_a_mesh_with_another_number_of_processes_is_rejected(second_process) -> None:
+    second_process.check_mesh({"data": 2, "expert": 1, "fsdp": "auto"})
+    second_process.check_mesh({"data": "auto"})
     for sizes, field in (({"data": 4}, "mesh.data is 4"), ({"data": 2, "expert": 2}, "mesh.expert is 2")):
         with pytest.raises(SpecError, match=f"{field}, which MLX does not support with 2 processes"):
-            pretend.check_mesh(sizes)
+            second_process.check_mesh(sizes)
 
 
-def test_variables_of_a_launcher_that_lead_nowhere_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_launcher_variables_without_peers_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     require_backend("mlx")
     from moezoo.mlx_backend.distributed.data_parallel import processes
 
@@ -133,5 +133,5 @@ def test_variables_of_a_launcher_that_lead_nowhere_are_refused(monkeypatch: pyte
     monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
     with pytest.raises(BackendError, match=r"cannot reach the other processes; got MLX_RANK=1"):
         processes.__wrapped__()
-    hosts.write_text("\n", encoding="utf-8")  # as `mlx.launch -n 1` leaves it
+    hosts.write_text("\n", encoding="utf-8")  # as `mlx.launch -n 1` writes it
     assert processes.__wrapped__() == Processes()

@@ -1,4 +1,4 @@
-"""What the way back computes again is what the way there computed: loss, gradients, counts and state stay the same."""
+"""Rematerialization: the backward pass recomputes activations; loss, gradients, counts and state stay the same."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close
 from tests.support.twins import Twin, V
 
 TINY = Path("configs/tiny")
-# Noise and dropout, state, a mixture that joins later, keys of another layer, layers of other kinds, a plain one.
+# Noise and dropout, state, an MoE output that joins a layer later, shared keys, other kinds of layers, a dense one.
 CONFIGS = [
     *("noisy_top_k", "dropout", "softmax_with_bias", "shortcut", "shared_keys", "latent_attention", "gated_delta"),
     *("sparse_attention", "global_balance", "dense"),
@@ -24,7 +24,7 @@ CONFIGS = [
 
 
 def trained(name: str, rematerialize: str, backend: str = "jax") -> tuple[Model, StepMetrics]:
-    """The model after one step of two micro-batches, and what the step measured."""
+    """Return the model after one step of two micro-batches, and the metrics of the step."""
     config = with_vocab_size(load_config(TINY / f"{name}.yaml"), V)
     model = Twin(backend).backend().build(config.model, initial_weights(config.model, 0))
     model.start_training(config.optimizer, rematerialize=rematerialize)
@@ -35,21 +35,21 @@ def trained(name: str, rematerialize: str, backend: str = "jax") -> tuple[Model,
 @pytest.mark.parametrize("how", ["experts", "block"])
 @pytest.mark.parametrize("name", [*CONFIGS, "weight_on_input", "latent_experts", "clamped_swiglu", "zero_computation"])
 def test_a_step_is_the_same_with_and_without_rematerialization(name, how):
-    (plain, expected), (again, found) = (trained(name, each) for each in ("none", how))
+    (plain, expected), (recomputed, found) = (trained(name, each) for each in ("none", how))
     assert_all_close(found.losses, expected.losses, FLOAT32)
     assert_close(found.gradient_norm, expected.gradient_norm, FLOAT32_GRADIENT)
     assert [list(load) for load in found.load] == [list(load) for load in expected.load]
     assert found.dropped == expected.dropped
     assert_all_close(found.state, expected.state, FLOAT32)
     moments = plain.export_optimizer()
-    assert_all_close(again.export_optimizer(), moments, FLOAT32_GRADIENT)
+    assert_all_close(recomputed.export_optimizer(), moments, FLOAT32_GRADIENT)
     assert any(np.abs(value).max() > 0 for value in moments.values())
 
 
-def test_jax_keeps_less_for_the_way_back():
-    """Bytes of one step's temporary arrays, as XLA plans them: eight layers, of which one is alive at a time.
+def test_jax_stores_less_for_the_backward_pass():
+    """Temporary memory of one step, as planned by XLA: eight layers, one of them live at a time.
 
-    `blocks` keep two of the formula's four arrays of hidden width, the gate and what is multiplied by it.
+    `blocks` store two of the formula's four arrays of hidden width: the gate and up projections.
     """
     overrides = ("model.layers[0].repeat=8", "model.embed_dim=64")
     config = with_vocab_size(load_config(TINY / "top_k.yaml", overrides), V)
@@ -62,12 +62,12 @@ def test_jax_keeps_less_for_the_way_back():
         planned[how] = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert planned["block"] < 0.65 * planned["none"], planned
     moe = config.model.layers[0].moe
-    copies = 4 * moe.router.top_k * (2 * moe.experts.hidden_dim + 2 * config.model.embed_dim) * 4 * 128
-    assert 0.8 * 7 * copies < planned["none"] - planned["experts"] < 1.4 * 7 * copies, (planned, copies)
+    moe_bytes = 4 * moe.router.top_k * (2 * moe.experts.hidden_dim + 2 * config.model.embed_dim) * 4 * 128
+    assert 0.8 * 7 * moe_bytes < planned["none"] - planned["experts"] < 1.4 * 7 * moe_bytes, (planned, moe_bytes)
 
 
-def test_micro_batches_have_the_gradients_of_one_block_at_a_time():
-    """Bytes of a step's temporary arrays: the sum of all gradients, and little beside it in a wide model."""
+def test_micro_batches_need_memory_for_the_gradients_of_one_block_at_a_time():
+    """Temporary memory of a step: the sum of all gradients dominates in a wide model."""
     overrides = ("model.layers[0].repeat=6", "model.embed_dim=256")
     config = with_vocab_size(load_config(TINY / "top_k.yaml", overrides), V)
     model = Twin("jax").backend().build(config.model, initial_weights(config.model, 0))
@@ -79,7 +79,7 @@ def test_micro_batches_have_the_gradients_of_one_block_at_a_time():
 
 
 @pytest.mark.parametrize("how", ["experts", "block"])
-def test_mlx_says_that_it_does_not(how):
+def test_rematerialization_on_mlx_is_rejected(how):
     require_backend("mlx")
-    with pytest.raises(TrainingError, match=rf"training.rematerialize is '{how}', which is not realized on MLX"):
+    with pytest.raises(TrainingError, match=rf"training.rematerialize is '{how}', which is not .* on MLX"):
         trained("top_k", how, "mlx")

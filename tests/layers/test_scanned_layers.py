@@ -1,4 +1,4 @@
-"""Layers that are compiled once and looped over give what layers one after the other give."""
+"""Scanned layers (compiled once, run in a loop) give the same results as unrolled layers."""
 
 import re
 
@@ -20,7 +20,7 @@ from tests.support.twins import Twin, V
 
 
 def tiny(name: str, repeat: int) -> Config:
-    """A tiny config with so many layers of its first kind."""
+    """Return a tiny config with its first layer repeated `repeat` times."""
     config = with_vocab_size(load_config(f"configs/tiny/{name}.yaml"), V)
     layer = config.model.layers[0].model_copy(update={"repeat": repeat})
     return with_layers(config, (layer, *config.model.layers[1:]))
@@ -32,14 +32,14 @@ def with_layers(config: Config, layers: tuple) -> Config:
 
 
 def mixed() -> Config:
-    """A dense layer, two mixtures, a dense one, two mixtures."""
+    """Return a config of a dense layer, two MoE layers, a dense layer and two MoE layers."""
     moe, dense = tiny("top_k", 2).model.layers[0], tiny("dense", 1).model.layers[0]
     return with_layers(tiny("top_k", 1), (dense, moe, dense, moe))
 
 
 CONFIGS = {
     "mixed": mixed(),
-    # Noise and dropout, state, logits and values of layers before, losses over all layers or micro-batches, and others.
+    # Noise, dropout, state, logits and values of earlier layers, losses over all layers or micro-batches, and others.
     **{
         name: tiny(name, 3)
         for name in ("noisy_top_k", "softmax_with_bias", "gating_residual", "value_residual", "global_balance")
@@ -65,8 +65,8 @@ def stepped(model: Model, steps: range) -> StepMetrics:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scanned_layers_train_as_unrolled_ones(name):
-    """Three steps of two micro-batches, with noise; scanned ones compute blocks again on the way back."""
+def test_scanned_layers_train_like_unrolled_layers(name):
+    """Three steps of two micro-batches, with noise; scanned layers recompute blocks in the backward pass."""
     config = CONFIGS[name]
     plain, scanned = started(config, "unrolled"), started(config, "scanned", rematerialize="block")
     assert any(name.startswith("layers.") and "-" in name for name in scanned._parameters)
@@ -83,8 +83,8 @@ def test_scanned_layers_train_as_unrolled_ones(name):
 
 
 @pytest.mark.parametrize("name", ["mixed", "softmax_with_bias"])
-def test_a_model_with_scanned_layers_answers_as_before(name):
-    """Every gradient without rematerialization, with and without forced experts; scores, intermediates, and a cache."""
+def test_a_model_with_scanned_layers_has_the_same_outputs_and_gradients(name):
+    """All gradients without rematerialization, with and without forced routing; scores, intermediates, and a cache."""
     config, tokens, targets = CONFIGS[name], windows(0)[0, :, :-1], windows(0)[0, :, 1:]
     plain, scanned = started(config, "unrolled"), started(config, "scanned")
     expected = plain.forward(tokens, targets, record=True)
@@ -98,7 +98,7 @@ def test_a_model_with_scanned_layers_answers_as_before(name):
 
 
 @pytest.mark.parametrize("order", [("scanned", "unrolled"), ("unrolled", "scanned")])
-def test_a_run_goes_on_the_other_way(order):
+def test_a_run_can_resume_with_the_other_setting(order):
     config = CONFIGS["softmax_with_bias"]
     whole, first = started(config, "unrolled"), started(config, order[0])
     stepped(whole, range(3))
@@ -116,7 +116,7 @@ def compiled(layers: Layers, repeat: int) -> jax.stages.Compiled:
     return model._step.lower(*arguments).compile()
 
 
-def test_more_layers_are_no_more_code():
+def test_program_size_does_not_grow_with_the_number_of_scanned_layers():
     products = {
         (layers, repeat): len(re.findall(r" dot\(", compiled(layers, repeat).as_text()))
         for layers, repeat in (("scanned", 4), ("scanned", 8), ("unrolled", 4))
@@ -124,8 +124,8 @@ def test_more_layers_are_no_more_code():
     assert products["scanned", 4] == products["scanned", 8] < products["unrolled", 4] / 2
 
 
-def test_micro_batches_have_the_gradients_of_one_layer_at_a_time():
-    """Bytes of a step's temporary arrays: the mean of all gradients, and little beside it in a wide model."""
+def test_micro_batches_need_memory_for_the_gradients_of_one_layer_at_a_time():
+    """Temporary memory of a step: the mean of all gradients dominates in a wide model."""
     overrides = ("model.layers[0].repeat=12", "model.embed_dim=256")
     config = with_vocab_size(load_config("configs/tiny/top_k.yaml", overrides), V)
     model = started(config, "scanned", rematerialize="block")
@@ -136,12 +136,12 @@ def test_micro_batches_have_the_gradients_of_one_layer_at_a_time():
 
 
 @pytest.mark.parametrize("name", ["shared_keys", "shortcut", "sliding_window"])
-def test_layers_that_cannot_share_their_code_are_refused(name):
+def test_layers_that_cannot_be_scanned_are_rejected(name):
     with pytest.raises(SpecError, match=r"training.layers is 'scanned', but no two of .*training.layers: unrolled"):
         started(with_vocab_size(load_config(f"configs/tiny/{name}.yaml"), V), "scanned")
 
 
-def test_mlx_says_that_it_does_not():
+def test_scanned_layers_on_mlx_are_rejected():
     require_backend("mlx")
-    with pytest.raises(TrainingError, match=r"training.layers is 'scanned', which is not realized on MLX"):
+    with pytest.raises(TrainingError, match=r"training.layers is 'scanned', which is not .* on MLX"):
         started(tiny("top_k", 2), "scanned", "mlx")

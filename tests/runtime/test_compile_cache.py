@@ -1,4 +1,4 @@
-"""Where the JAX backend keeps compiled programs. Each case is a process: JAX reads its settings once."""
+"""The folder of JAX's compilation cache. Each case runs in a process: JAX reads its settings once."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def _jax() -> None:
 
 
 def run(**settings: str) -> tuple[str, str]:
-    """What a process with these settings says its folder is, and what its program gives."""
+    """Run a process with these settings; return the cache folder that it reports and its program's result."""
     inherited = {name: value for name, value in os.environ.items() if "CACHE" not in name}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", _PROGRAM],
@@ -37,48 +37,48 @@ def run(**settings: str) -> tuple[str, str]:
     return folder, value
 
 
-def test_programs_are_kept_in_the_users_cache_folder_small_ones_too(tmp_path):
+def test_programs_are_cached_in_the_users_cache_folder_even_small_ones(tmp_path):
     folder, value = run(XDG_CACHE_HOME=str(tmp_path))
     assert folder.startswith(str(tmp_path / "moezoo" / "jax"))
     assert value == "4.0"
-    kept = sorted(os.listdir(folder))
-    assert any(name.startswith("jit__lambda") for name in kept)
+    cached = sorted(os.listdir(folder))
+    assert any(name.startswith("jit__lambda") for name in cached)
     assert run(XDG_CACHE_HOME=str(tmp_path)) == (folder, "4.0")
-    assert sorted(os.listdir(folder)) == kept  # the second process found them
+    assert sorted(os.listdir(folder)) == cached  # the second process found them
 
 
-def test_what_a_killed_process_left_half_written_is_written_again(tmp_path):
+def test_an_incomplete_entry_of_a_killed_process_is_rewritten(tmp_path):
     folder = Path(run(XDG_CACHE_HOME=str(tmp_path))[0])
     (entry,) = folder.glob("jit__lambda*-cache")
     whole = entry.stat().st_size
     entry.write_bytes(entry.read_bytes()[: whole // 2])
-    Path(str(entry).removesuffix("cache") + "atime").unlink()  # JAX would have written this one next
-    assert run(XDG_CACHE_HOME=str(tmp_path))[1] == "4.0"  # warnings are errors there
+    Path(str(entry).removesuffix("cache") + "atime").unlink()  # JAX would have written this file next
+    assert run(XDG_CACHE_HOME=str(tmp_path))[1] == "4.0"  # warnings are errors in this process
     assert entry.stat().st_size >= whole * 0.9
 
 
-def test_what_jax_was_told_holds(tmp_path):
+def test_settings_of_jax_take_precedence(tmp_path):
     own = tmp_path / "own"
     assert run(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(own))[0] == str(own)
     assert run(XDG_CACHE_HOME=str(tmp_path), JAX_ENABLE_COMPILATION_CACHE="false") == ("off", "4.0")
     assert not (tmp_path / "moezoo").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_said_and_training_goes_on(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported_and_training_continues(tmp_path):
     (tmp_path / "moezoo").write_text("a file in the way")
     folder, value = run(XDG_CACHE_HOME=str(tmp_path))
     assert folder.startswith(f"off: cannot write and lock {tmp_path}/moezoo/jax")
     assert value == "4.0"
 
 
-def test_a_folder_whose_lock_cannot_be_had_is_said_and_training_goes_on(tmp_path):
+def test_a_folder_that_cannot_be_locked_is_reported_and_training_continues(tmp_path):
     (tmp_path / "moezoo" / "jax" / ".lockfile").mkdir(parents=True)
     folder, value = run(XDG_CACHE_HOME=str(tmp_path))
     assert folder.startswith(f"off: cannot write and lock {tmp_path}/moezoo/jax")
     assert value == "4.0"
 
 
-def test_a_lock_that_another_does_not_let_go_is_not_awaited_for_ever(tmp_path):
+def test_waiting_for_a_lock_held_by_another_process_times_out(tmp_path):
     (tmp_path / "moezoo" / "jax").mkdir(parents=True)
     with FileLock(tmp_path / "moezoo" / "jax" / ".lockfile"):
         folder, value = run(XDG_CACHE_HOME=str(tmp_path))

@@ -32,7 +32,7 @@ from moezoo.core.spec import (
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives.
+    """Output of a forward pass.
 
     Fields:
         logits_BTV: of the next token at every position.

@@ -288,13 +288,13 @@ class _Training:
             return
         self._report(step)
         self._finish_saving()
-        damaged = self.model.not_finite()
+        damaged = self.model.nonfinite_parameters()
         if damaged:
             raise TrainingError(
                 f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._advice()}"
             )
         self.saved = self.run.checkpoints_path
-        writer = self.model.files_writer()
+        writer = self.model.checkpoint_writer()
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
             if self.is_first:
@@ -325,7 +325,7 @@ class _Training:
             saving.result()
 
     def _loss_error(self, step: int, loss: float) -> TrainingError:
-        damaged = self.model.not_finite()
+        damaged = self.model.nonfinite_parameters()
         first = f"first parameter that is not finite: {damaged[0]}" if damaged else "all parameters are still finite"
         return TrainingError(f"loss is not finite; got {loss} at step {step}; {first}. {self._advice()}")
 

@@ -23,8 +23,9 @@ from moezoo.jax_backend.transformer import Layer, LayerOutput, ResidualState, St
 def equal_layers(spec: ModelSpec) -> list[range]:
     """Return all layers in order, in runs of layers with equal specs and equal parameter shapes.
 
-    Alone stay layers that hand something to certain other ones (keys to attend to, values to mix in, a mixture that
-    joins later), and the one that such a mixture joins. Raises SpecError where every layer would be alone.
+    A run of its own is each layer that passes something to a certain other one (keys to attend to, values to mix in, an
+    MoE's output for the next layer), and the layer that such an output is added in. Raises SpecError where every run
+    would be one layer.
     """
     layers = spec.all_layers
     alone = set(spec.shared_layers)
@@ -49,7 +50,7 @@ def equal_layers(spec: ModelSpec) -> list[range]:
     if len(runs) == len(layers):
         raise SpecError(
             f"training.layers is 'scanned', but no two of {len(layers)} layers can share their code; expected equal "
-            "layers one after the other, none of which hands keys, values or a mixture to a certain later one. "
+            "layers one after the other, none of which passes keys, values or an MoE's output to a certain later one. "
             "Use training.layers: unrolled."
         )
     return runs

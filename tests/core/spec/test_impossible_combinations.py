@@ -62,8 +62,8 @@ def position(**fields):
 
 
 def choice(kind, router=None, top_k=2, moe=None, **fields):
-    given = {"top_k": top_k, "choice": {"kind": kind} | fields} | (router or {})
-    return model(layer(moe=moe_of(given, **(moe or {}))))
+    options = {"top_k": top_k, "choice": {"kind": kind} | fields} | (router or {})
+    return model(layer(moe=moe_of(options, **(moe or {}))))
 
 
 def expert_choice(router=None, **fields):

@@ -117,10 +117,10 @@ class RecordingModel:
     def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
         return Scores(np.zeros(tokens.shape, np.float32), [np.ones(5, np.int64)] * 2, [0, 0])
 
-    def not_finite(self) -> list[str]:
+    def nonfinite_parameters(self) -> list[str]:
         return []
 
-    def files_writer(self) -> None:
+    def checkpoint_writer(self) -> None:
         return None
 
     def export_parameters(self) -> dict[str, np.ndarray]:
@@ -248,12 +248,12 @@ def test_existing_run_needs_resume_and_resume_needs_the_same_config(tmp_path: Pa
 
 def test_run_that_cannot_start_leaves_no_folder(tmp_path: Path) -> None:
     config, out = write_config(tmp_path, steps=2), tmp_path / "run"
-    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not realized on MLX"):
+    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not supported on MLX"):
         run("mlx", config, out, "training.rematerialize=block")
     assert not out.exists()
     run("mlx", config, out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not realized on MLX"):
+    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not supported on MLX"):
         run("mlx", config, out, "training.rematerialize=block", resume=True)
     assert {**before, out / "config.yaml": (out / "config.yaml").read_bytes()} == {
         file: file.read_bytes() for file in out.rglob("*") if file.is_file()
