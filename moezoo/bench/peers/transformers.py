@@ -127,7 +127,7 @@ class TransformersPeer:
                         output_router_logits=False,
                         streamer=clock,
                     )
-                stamps = clock.stamps[1:]  # the first is the prompt's
+                stamps = clock.stamps[1:]  # the first call has the prompt
                 seconds += (stamps[-1] - stamps[0]) / (len(stamps) - 1)
             return seconds
 
@@ -135,7 +135,7 @@ class TransformersPeer:
 
 
 class _Clock:
-    """A streamer that notes when tokens come."""
+    """Streamer that records the time of each token."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []

@@ -86,7 +86,7 @@ def load_recipe(name: str) -> Recipe:
     raw = read_mapping(file, "recipe")
     if "name" in raw:
         raise SpecError(
-            f"name is not a key of a recipe; got {raw['name']!r} ({file}). Remove it: the folder is the name."
+            f"name is not a key of a recipe; got {raw['name']!r} ({file}). Remove it; the folder is the name."
         )
     raw["name"] = name
     if raw.get("kind") == "grammar":
