@@ -7,14 +7,19 @@ BIN := $(VENV)/bin
 BACKEND ?= $(if $(filter Darwin-arm64,$(shell uname -s)-$(shell uname -m)),mlx,jax)
 FABLES := runs/fables-$(BACKEND)
 
-.PHONY: train test parity check links setup clean
+.PHONY: train test test-all parity check links setup clean
 
 train: setup
 	$(BIN)/moezoo train configs/fables.yaml --backend $(BACKEND) --out $(FABLES) $(if $(wildcard $(FABLES)/config.yaml),--resume)
 	$(BIN)/moezoo generate $(FABLES) --backend $(BACKEND) --prompt "At noon, " --max-new-tokens 400
 
+# What every change must pass.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What a release must pass: also every tiny config on JAX and the other sweeps that are marked `release`.
+test-all: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 # With the compiler's optimizations, as users have it and the tests do not.
 parity: setup

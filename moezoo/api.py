@@ -8,8 +8,9 @@ import numpy as np
 
 from moezoo.core.backend import Backend, Model, Output, check_length
 from moezoo.core.config.run_config import Config, with_compute
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prepare import whole_file
-from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, IdsLike, Tokenizer
+from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
@@ -222,8 +223,7 @@ def evaluate_file(
         sequence_length: tokens per window; None: as in training (512 for a Hugging Face checkpoint), or the whole file
             if it is shorter.
         batch_size: windows per batch; None: as in training, reduced so that the logits of a batch take at most 128 MiB.
-        on_reading: progress of reading the file.
-        on_progress: called with the number of windows scored and the total.
+        on_progress: progress callback, in windows.
 
     Raises DataError: the file cannot be used, or as `evaluate`.
     """

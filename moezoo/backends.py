@@ -54,15 +54,15 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group:
         raise BackendError(f"unknown backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}.")
     _check_installed(name, "or choose another one with --backend")
     if name == "jax":
-        from moezoo.jax_backend.steps import JaxBackend
+        from moezoo.jax_backend.backend import JaxBackend
 
         return JaxBackend(mesh, group)
     if group is not None:
         raise BackendError(
-            f"process group options are for backend jax only; got {group.in_words()} with backend mlx. Start MLX "
+            f"process group options are for backend jax only; got {group.options()} with backend mlx. Start MLX "
             "processes with `moezoo launch --nproc N train ...` or mlx.launch."
         )
-    from moezoo.mlx_backend.steps import MlxBackend
+    from moezoo.mlx_backend.backend import MlxBackend
 
     return MlxBackend(mesh)
 

@@ -7,7 +7,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' tolerances are float
 # Most of the suite's time is XLA compiling tiny functions. Without optimizing them it takes 40 % less, and by its older
 # emitters, which are in the pinned version, half of the rest. What users compile, by the newer ones and with every
 # optimization, is what `moezoo parity` and `moezoo zoo` check.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Splitting a program into parts that compile in parallel costs a third more processor time, and the workers already
+# use every core.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 import pytest
 
@@ -33,11 +38,3 @@ def pytest_configure(config: pytest.Config) -> None:
     half_written = "ignore:Error reading persistent compilation cache entry"
     config.addinivalue_line("filterwarnings", half_written)
     os.environ.setdefault("PYTHONWARNINGS", half_written)  # for the processes that tests start
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what is expensive go to one worker: those of a tiny config, which train it once, or a file's."""
-    for item in items:
-        file, parameters = item.location[0], getattr(item, "callspec", None)
-        shared = parameters.params.get("path") if parameters and file.endswith("test_tiny_configs.py") else None
-        item.add_marker(pytest.mark.xdist_group(str(shared or file)))

@@ -1,4 +1,4 @@
-"""`moezoo bench`: how fast both backends are, beside what the machine allows and beside other implementations.
+"""`moezoo bench`: speed of both backends compared with the hardware limit and with other implementations.
 
-Each contender works in a process of its own, while all others sleep. Writing: writings/bench.md.
+Each contender runs in its own process while all others are idle. Writing: writings/bench.md.
 """

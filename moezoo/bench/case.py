@@ -1,4 +1,4 @@
-"""What is timed, as data: one thing that every contender does and the limit is computed for."""
+"""Benchmark cases as data: a workload that every contender runs and for which the hardware limit is computed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from moezoo.core.tokens import Floats, Integers
 Kind = Literal["train", "forward", "gradients", "decode"]
 
 Work = Callable[[int], float]
-"""Do so many units and wait until they are done; returns their seconds."""
+"""Function that runs a number of units, waits until they are done, and returns the seconds."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time.
+    """One workload to benchmark.
 
     Fields:
-        label: names it among those that are timed together.
-        kind: `train`, a whole training step; `forward` and `gradients` of the model's first mixture alone, the latter
+        label: unique name among the cases of a mode.
+        kind: `train`, a whole training step; `forward` and `gradients` of the model's first MoE layer alone, the latter
             with the forward pass and the gradients of its input and all its weights; `decode`, one more token for each
-            sequence of a batch, greedily.
-        config: the model, and the batch and sequence length of all kinds but `decode`.
-        batch: of `decode`: sequences.
-        context: of `decode`: tokens that each sequence has before.
-        new_tokens: of `decode`: tokens that follow, and are timed but for the first, which comes from the prompt.
+            sequence of a batch, with greedy decoding.
+        config: the model, and batch size and sequence length of all kinds except `decode`.
+        batch: for `decode`: number of sequences.
+        context: for `decode`: number of prompt tokens of each sequence.
+        new_tokens: for `decode`: number of generated tokens; the first, from the prefill, is not timed.
     """
 
     label: str
@@ -40,42 +40,42 @@ class Case:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model."""
+        """Spec of the model."""
         return self.config.model
 
     @property
     def tokens(self) -> int:
-        """Tokens of one unit: of a step, of a pass, or one for each sequence."""
+        """Number of tokens per unit: of a step, of a pass, or one for each sequence."""
         if self.kind == "decode":
             return self.batch
         return self.config.training.batch_size * self.config.training.sequence_length
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, of which `from_json` makes an equal case."""
+        """Return JSON data from which `from_json` creates an equal case."""
         return {**vars(self), "config": dump_config(self.config)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Case":
-        """The case that `to_json` was called on."""
+        """Create the case from the data of `to_json`."""
         return Case(**{**values, "config": parse_config(values["config"])})
 
 
 class Contender(Protocol):
-    """What a contender does in its process. Making it imports its framework; each call builds what it needs."""
+    """Interface of a contender in its process. Its constructor imports the framework."""
 
     def facts(self) -> dict[str, str]:
-        """Versions, device and compute paths."""
+        """Return versions, device and compute paths."""
         ...
 
     def prepare(self, case: Case) -> Work:
-        """Build the model, and what repeats the case. Its first call may compile."""
+        """Build the model and return a function that runs the case. Its first call may compile."""
         ...
 
 
 def random_windows(case: Case, count: int = 8) -> Integers:
-    """Uniform random tokens for `count` training steps, int32 [count, A, B, T + 1], the same for every contender.
+    """Return uniform random tokens for `count` training steps, int32 [count, A, B, T + 1], equal for all contenders.
 
-    Uniform tokens load the experts of an untrained router about evenly, as a balanced model's are.
+    With uniform tokens, the experts of an untrained router have about equal load, like those of a balanced model.
     """
     training = case.config.training
     parts = training.gradient_accumulation
@@ -84,12 +84,12 @@ def random_windows(case: Case, count: int = 8) -> Integers:
 
 
 def random_prompts(case: Case) -> Integers:
-    """Uniform random prompts, int32 [batch, context]."""
+    """Return uniform random prompts, int32 [batch, context]."""
     return np.random.default_rng(1).integers(0, case.spec.vocab, (case.batch, case.context), dtype=np.int32)
 
 
 def random_activations(case: Case, seed: int) -> Floats:
-    """Standard normal values as a layer sees them behind a norm, float32 [B, T, D]."""
+    """Return standard normal activations, like the output of a norm, float32 [B, T, D]."""
     training = case.config.training
     shape = (training.batch_size, training.sequence_length, case.spec.embed_dim)
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The models that are timed: S and M by name, any other by its file."""
+"""Benchmark models: S and M by name, others by their config file."""
 
 from pathlib import Path
 
@@ -21,19 +21,19 @@ _SWEEP = (
 
 
 def bench_config(name: str) -> Config:
-    """S, M or a file's path. Raises SpecError: none of these, or a config whose vocabulary its data would decide."""
+    """Load S, M or a config file. Raises SpecError: no such config, or a vocabulary size that depends on the data."""
     path = config_path(name)
     config = load_config(path)
     if config.model.vocab_size is None:
         raise SpecError(
-            f"model.vocab_size is null ({path}); expected a number, since random tokens are timed and no data is read. "
-            "Give it in the config."
+            f"model.vocab_size is null ({path}); expected a number, since the benchmark uses random tokens. "
+            "Set it in the config."
         )
     return config
 
 
 def config_path(name: str) -> Path:
-    """Return the file of S, M or of any other config by its path. Raises SpecError: no such file."""
+    """Return the config file of S, M or a path. Raises SpecError: no such file."""
     if name not in NAMES:
         path = Path(name)
         if not path.is_file():
@@ -43,14 +43,14 @@ def config_path(name: str) -> Path:
 
 
 def smoke_config() -> Config:
-    """A model that takes no time, for a run that only shows that everything works."""
+    """Return a tiny model for smoke tests."""
     return load_config(config_path("S"), _SMOKE)
 
 
 def sweep_config(base: Config | None, num_experts: int) -> Config:
-    """One model of the sweep: width 256, 2 layers, top-2 of `num_experts` experts of width 256; or `base` with so many.
+    """Return a model of the sweep: width 256, 2 layers, top-2 of `num_experts` experts of width 256.
 
-    Heads, vocabulary, batch and sequence are those of S.
+    Heads, vocabulary, batch size and sequence length are those of S. With `base`, return it with `num_experts` experts.
     """
     if base is None:
         return load_config(config_path("S"), (*_SWEEP, f"model.layers[0].moe.num_experts={num_experts}"))

@@ -1,17 +1,17 @@
-"""What the machine allows: the contender that does nothing but the model's matrix products, or reads its weights.
+"""Hardware limit: a contender that runs only the matrix products of a model, or only reads its weights.
 
 `train`, `forward`, `gradients`: for every matrix that a token uses, one float32 product by NumPy's OpenBLAS with all
-rows at once, `[rows, inner] x [inner, columns]`: rows are the B T tokens, or the B T K routed copies of an expert's
-matrix. Forward and backward make three of it, the product itself and those for the gradients of input and weight.
-Scores of grouped heads are two such products, with B T N rows and the mean number of visible positions as columns or
-inner width. Nothing is sorted, gathered, normalized or activated, no expert is smaller than the whole, and no optimizer
-runs. The rate of these products times the useful operations of `core/cost.py` is the limit's time: operations of parts
-that have no such product here (scores of other kinds of attention) count at the same rate.
+rows at once, `[rows, inner] x [inner, columns]`: rows are the B T tokens, or the B T K token-expert assignments for an
+expert's matrix. Forward and backward together are three products: the output and the gradients of input and weight.
+Scores of grouped-query attention are two products, with B T N rows and the mean number of visible positions as columns
+or inner width. There is no sorting, gathering, normalization, activation or optimizer, and the assignments of all
+experts are one large product. The limit's time is the useful FLOPs of `core/cost` divided by the rate of these
+products: parts without a product here (scores of other kinds of attention) are assumed to have the same rate.
 
-`decode`: the bytes that one token of each of B sequences must read, at the speed at which copies move bytes, read and
-written ones together, by as many threads as there are cores and between arrays that no cache holds. They are every
-matrix but tables that are looked up; of an expert's matrices the share of experts that B tokens touch on average,
-`1 - (1 - K/E)^B`, if they choose evenly and independently; and the keys and values of the context.
+`decode`: the bytes that must be read for one token of each of B sequences, divided by the bandwidth of copies (bytes
+read plus bytes written) with one thread per core, between arrays larger than the caches. These are all matrices except
+embedding tables; of the experts' matrices the expected share used by B tokens that choose uniformly and independently,
+`1 - (1 - K/E)^B`; and the keys and values of the context.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,14 +31,14 @@ from moezoo.core.cost.parameters import active_experts
 from moezoo.core.parameters import ROLES, Parameter, Role, parameter_table
 from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, TiedHeadSpec
 
-_COPIED = 256 << 20  # bytes, several times what caches hold
+_COPIED = 256 << 20  # bytes, several times the size of the caches
 _FLOAT32_BYTES = 4  # of initial weights, whatever the compute dtype
-_MIXTURE: tuple[Role, ...] = ("router", "routed experts", "shared experts")
+_MOE_ROLES: tuple[Role, ...] = ("router", "routed experts", "shared experts")
 
 
 @dataclass(frozen=True)
 class Product:
-    """`[rows, inner] x [inner, columns]`."""
+    """A matrix product `[rows, inner] x [inner, columns]`."""
 
     rows: int
     inner: int
@@ -46,12 +46,12 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Two per multiply-add."""
+        """FLOPs, two per multiply-add."""
         return 2 * self.rows * self.inner * self.columns
 
 
 class Limit:
-    """See the module."""
+    """The hardware limit as a contender; see the module docstring."""
 
     def facts(self) -> dict[str, str]:
         config = np.show_config(mode="dicts")
@@ -61,29 +61,29 @@ class Limit:
     def prepare(self, case: Case) -> Work:
         if case.kind == "decode":
             return _copies(bytes_per_step(case))
-        made = products(case)
+        case_products = products(case)
         backward = case.kind in ("train", "gradients")
-        over_made = useful_flops(case) / (sum(product.flops for product in made) * (3 if backward else 1))
-        run = _products(made, backward)
-        return lambda repeats: run(repeats) * over_made
+        flops = sum(product.flops for product in case_products) * (3 if backward else 1)
+        run, scale = _products(case_products, backward), useful_flops(case) / flops
+        return lambda repeats: run(repeats) * scale
 
 
 def make() -> Limit:
-    """The contender."""
+    """Create the contender."""
     return Limit()
 
 
-def mixture_of(spec: ModelSpec) -> ModelSpec:
-    """The model less all layers but the first that has a mixture, whose parts and costs are then that mixture's."""
+def first_moe_layer(spec: ModelSpec) -> ModelSpec:
+    """Return the model with only its first MoE layer, so that parameters and costs are those of that layer."""
     layer = spec.all_layers[spec.moe_layers[0]]
     return spec.model_copy(update={"layers": (layer.model_copy(update={"repeat": 1, "shortcut": False}),)})
 
 
 def useful_flops(case: Case) -> int:
-    """Operations of one unit on active parameters, as `core/cost.py` counts them."""
+    """Return the FLOPs of one unit on active parameters, as counted by `core/cost`."""
     if case.kind == "decode":
         raise ValueError("decoding is limited by bytes")
-    spec = case.spec if case.kind == "train" else mixture_of(case.spec)
+    spec = case.spec if case.kind == "train" else first_moe_layer(case.spec)
     flops = flops_per_token(spec, case.config.training.sequence_length, training=case.kind != "forward")
     if case.kind == "train":
         return flops.total * case.tokens
@@ -91,40 +91,40 @@ def useful_flops(case: Case) -> int:
 
 
 def products(case: Case) -> list[Product]:
-    """The forward products of one unit, as the module says."""
+    """Return the forward products of one unit; see the module docstring."""
     if case.kind == "train":
         length = case.config.training.sequence_length
         return [*matrix_products(case.spec, case.tokens), *score_products(case.spec, case.tokens, length)]
-    return list(matrix_products(mixture_of(case.spec), case.tokens, of=_MIXTURE))
+    return list(matrix_products(first_moe_layer(case.spec), case.tokens, roles=_MOE_ROLES))
 
 
-def matrix_products(spec: ModelSpec, tokens: int, of: Sequence[Role] = ROLES) -> Iterator[Product]:
-    """A product for each matrix that tokens are multiplied with, of some roles."""
+def matrix_products(spec: ModelSpec, tokens: int, roles: Sequence[Role] = ROLES) -> Iterator[Product]:
+    """Yield a product for each weight matrix with one of the roles."""
     for row, times in _used_matrices(spec):
-        if row.role in of:
+        if row.role in roles:
             yield Product(round(tokens * times), *_sides(row))
 
 
 def score_products(spec: ModelSpec, tokens: int, length: int) -> Iterator[Product]:
-    """Two products for each layer of grouped heads: queries with keys, probabilities with values."""
-    seen = (length + 2) // 2
+    """Yield two products for each grouped-query attention: queries x keys, probabilities x values."""
+    mean_visible = (length + 2) // 2
     for layer in spec.all_layers:
         attention = layer.attention
         if isinstance(attention, GroupedQueryAttentionSpec):
-            most = attention.window if attention.chunk is None else attention.chunk
-            visible = seen if most is None else min(seen, most)
+            limit = attention.window if attention.chunk is None else attention.chunk
+            visible = mean_visible if limit is None else min(mean_visible, limit)
             yield Product(tokens * attention.num_heads, attention.head_dim, visible)
             yield Product(tokens * attention.num_heads, visible, attention.value_dim)
 
 
 def bytes_per_step(case: Case) -> int:
-    """Bytes of weights and cache that one more token of each sequence of a batch must read, when half of it is done."""
+    """Return the bytes of weights and KV cache read for one decoding step, halfway through the generation."""
     weights = Fraction(0)
     for row, times in _used_matrices(case.spec):
-        touched = Fraction(1)
+        share = Fraction(1)  # of the matrix's experts
         if _is_routed(row):
-            touched -= (1 - min(times / row.shape[0], Fraction(1))) ** case.batch
-        weights += touched * row.size
+            share -= (1 - min(times / row.shape[0], Fraction(1))) ** case.batch
+        weights += share * row.size
     cache = kv_cache_bytes_per_token(case.spec) * case.batch * (case.context + case.new_tokens // 2)
     return round(weights * _FLOAT32_BYTES) + cache
 
@@ -134,14 +134,14 @@ def _is_routed(row: Parameter) -> bool:
 
 
 def _used_matrices(spec: ModelSpec) -> Iterator[tuple[Parameter, Fraction]]:
-    """Rows of the table that tokens are multiplied with, and how many times each token is."""
+    """Yield the table's rows that are factors of matrix products, and the number of products per token."""
     layers = spec.all_layers
     tied = isinstance(spec.head, TiedHeadSpec)
     for row in parameter_table(spec):
         if not row.decay:
             continue
         if row.role == "embeddings" and row.name != ("embedding.weight" if tied else "head.w_head"):
-            continue  # looked up
+            continue  # table lookup
         times = Fraction(1)
         if _is_routed(row):
             moe = layers[int(row.name.split(".")[1])].moe
@@ -151,15 +151,15 @@ def _used_matrices(spec: ModelSpec) -> Iterator[tuple[Parameter, Fraction]]:
 
 
 def _sides(row: Parameter) -> tuple[int, int]:
-    """Inner and outer width of a matrix whose heads are joined, of one expert where it has several."""
+    """Return input and output width of a matrix with heads merged; for routed experts, of one expert."""
     shape = row.shape[1:] if _is_routed(row) else row.shape
     if row.axes[-1] == "embed":
         return prod(shape[:-1]), shape[-1]
     return shape[0], prod(shape[1:])
 
 
-def _products(made: list[Product], backward: bool) -> Work:
-    """Do them; equal ones share their operands, which are far larger than caches where it matters."""
+def _products(case_products: list[Product], backward: bool) -> Work:
+    """Run products; equal ones share their operands, which are much larger than the caches in relevant cases."""
     generator = np.random.default_rng(2)
 
     def normal(rows: int, columns: int) -> np.ndarray:
@@ -174,13 +174,13 @@ def _products(made: list[Product], backward: bool) -> Work:
             np.empty((each.rows, each.inner), np.float32),
             np.empty((each.inner, each.columns), np.float32),
         )
-        for each in set(made)
+        for each in set(case_products)
     }
 
     def run(repeats: int) -> float:
         begin = perf_counter()
         for _ in range(repeats):
-            for each in made:
+            for each in case_products:
                 x, w, out_gradient, out, x_gradient, w_gradient = operands[each]
                 np.matmul(x, w, out=out)
                 if backward:
@@ -192,7 +192,7 @@ def _products(made: list[Product], backward: bool) -> Work:
 
 
 def _copies(size: int) -> Work:
-    """Time in which copies move `size` bytes a unit, half read and half written, with a part on each core."""
+    """Measure the time to copy `size` bytes per unit, half read and half written, with one thread per core."""
     threads = cores()
     source, target = np.ones((threads, _COPIED // threads), np.uint8), np.ones((threads, _COPIED // threads), np.uint8)
     moved = source.size + target.size

@@ -1,8 +1,8 @@
-"""Timing: contenders take turns, slice by slice, so that whatever else the machine does is shared by all of them."""
+"""Timing of interleaved slices: contenders take turns, so that other load on the machine affects all of them."""
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -13,15 +13,14 @@ from moezoo.bench.case import Case
 from moezoo.bench.contenders import Entry
 from moezoo.bench.process import Process
 from moezoo.core.errors import BenchError
+from moezoo.core.progress import Progress
 
-Tell = Callable[[str], None]
-
-_MOST_STARTS = 3
+_MAX_STARTS = 3
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long is measured: so many slices of at least one unit and about so many seconds each."""
+    """Measuring time: number of slices, each of at least one unit and about `slice_seconds`."""
 
     slices: int = 5
     slice_seconds: float = 1.0
@@ -29,14 +28,14 @@ class Effort:
 
 @dataclass
 class Timings:
-    """What was measured of some cases.
+    """Measurements of several cases.
 
     Fields:
-        slices: seconds a unit of each slice, by contender and label.
-        first_seconds: of the first call, which may compile, by contender and label.
+        slices: seconds per unit of each slice, by contender and label.
+        first_seconds: seconds of the first call, which may compile, by contender and label.
         peak_memory: bytes, by contender.
-        facts: what a contender says of itself.
-        failed: by contender, one line; it took no part from then on.
+        facts: versions, device and compute paths, by contender.
+        failed: error in one line, by contender; a failed contender is dropped.
     """
 
     slices: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -46,27 +45,30 @@ class Timings:
     failed: dict[str, str] = field(default_factory=dict)
 
     def seconds(self, contender: str, label: str) -> float | None:
-        """The median of the slices; None where there are none."""
-        measured = self.slices.get((contender, label))
-        return median(measured) if measured else None
+        """Return the median of the slices; None if there are none."""
+        slices = self.slices.get((contender, label))
+        return median(slices) if slices else None
 
 
-def take_turns(cases: Sequence[Case], entries: Mapping[str, Entry], effort: Effort, tell: Tell) -> Timings:
-    """Time every case with every contender: each in its process, warmed up one after the other, then A B C A B C ...
+def take_turns(cases: Sequence[Case], entries: Mapping[str, Entry], effort: Effort, on_progress: Progress) -> Timings:
+    """Time every case with every contender: warm up one after the other, then interleave slices A B C A B C ...
 
-    `tell` is called with what is being done. A contender that fails is noted, and the others go on.
+    Each contender has its own process. `on_progress` is called with warm-ups and slices. A contender that fails is
+    recorded and dropped.
     """
     timings = Timings()
+    done, total = 0, (1 + effort.slices) * sum(case.kind in entry.kinds for case in cases for entry in entries.values())
     with contextlib.ExitStack() as stack:
         processes: dict[str, Process] = {}
         for name, entry in entries.items():
             processes[name] = stack.enter_context(Process(name, entry))
-            with _noted(timings, processes, name):
-                tell(f"{name}: starting")
+            with _recorded(timings, processes, name):
+                on_progress(f"{name}: starting", done, total)
                 timings.facts[name] = processes[name].ask("facts")
                 for case in cases:
                     if case.kind in entry.kinds:
-                        tell(f"{name}: warming up, {case.label}")
+                        on_progress(f"{name}: warming up, {case.label}", done, total)
+                        done += 1
                         ready = processes[name].ask("prepare", case=case.to_json(), slice_seconds=effort.slice_seconds)
                         timings.first_seconds[name, case.label] = ready["first_seconds"]
         for turn in range(effort.slices):
@@ -74,29 +76,32 @@ def take_turns(cases: Sequence[Case], entries: Mapping[str, Entry], effort: Effo
                 for name in list(processes):
                     if case.kind not in entries[name].kinds:
                         continue
-                    tell(f"slice {turn + 1} of {effort.slices}, {case.label}: {name}")
-                    with _noted(timings, processes, name):
+                    on_progress(f"slice {turn + 1} of {effort.slices}, {case.label}: {name}", done, total)
+                    done += 1
+                    with _recorded(timings, processes, name):
                         seconds = processes[name].ask("slice", label=case.label)["seconds"]
                         timings.slices.setdefault((name, case.label), []).append(seconds)
         for name in list(processes):
-            with _noted(timings, processes, name):
+            with _recorded(timings, processes, name):
                 timings.peak_memory[name] = processes[name].ask("memory")["bytes"]
     return timings
 
 
-def time_starts(case: Case, entries: Mapping[str, Entry], effort: Effort, tell: Tell) -> Timings:
-    """Seconds from the start of a process to the end of its first training step, `cold` and `warm`.
+def time_starts(case: Case, entries: Mapping[str, Entry], effort: Effort, on_progress: Progress) -> Timings:
+    """Time the startup of a process up to the end of its first training step, `cold` and `warm`.
 
-    Cold: with folders for compiled programs that are empty; warm: with what the cold process left there.
+    Cold: with empty compilation caches; warm: with the caches of the cold process. `on_progress` is called with starts.
     """
     timings = Timings()
     running = dict(entries)
-    turns = min(effort.slices, _MOST_STARTS)
+    turns = min(effort.slices, _MAX_STARTS)
+    done, total = 0, 2 * turns * len(entries)
     for turn in range(turns):
         for name in list(running):
-            with tempfile.TemporaryDirectory() as folder, _noted(timings, running, name):
+            with tempfile.TemporaryDirectory() as folder, _recorded(timings, running, name):
                 for label in ("cold", "warm"):
-                    tell(f"start {turn + 1} of {turns}, {label}: {name}")
+                    on_progress(f"start {turn + 1} of {turns}, {label}: {name}", done, total)
+                    done += 1
                     begin = perf_counter()
                     with Process(name, running[name], _caches_in(Path(folder))) as process:
                         process.ask("first", case=case.to_json())
@@ -106,7 +111,7 @@ def time_starts(case: Case, entries: Mapping[str, Entry], effort: Effort, tell: 
 
 
 def _caches_in(folder: Path) -> dict[str, str]:
-    """Variables that send everything that is kept of compiling to a folder."""
+    """Return environment variables that put all compilation caches into a folder."""
     for name in ("cache", "temporary"):
         (folder / name).mkdir(exist_ok=True)
     cache, temporary = str(folder / "cache"), str(folder / "temporary")
@@ -120,8 +125,8 @@ def _caches_in(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _noted(timings: Timings, running: dict[str, Any], name: str) -> Iterator[None]:
-    """A contender that fails here is noted, and no longer runs."""
+def _recorded(timings: Timings, running: dict[str, Any], name: str) -> Iterator[None]:
+    """Record a contender that fails in this block, and drop it."""
     try:
         yield
     except BenchError as error:

@@ -1,4 +1,4 @@
-"""The modes of `moezoo bench`: which cases each has, and the results of all."""
+"""Modes of `moezoo bench`: the cases of each mode, and the results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from moezoo.bench.configs import bench_config, smoke_config, sweep_config
 from moezoo.bench.contenders import LIMIT, Entry
 from moezoo.bench.limit import bytes_per_step, useful_flops
 from moezoo.bench.machine import load, machine
-from moezoo.bench.measure import Effort, Tell, Timings, take_turns, time_starts
+from moezoo.bench.measure import Effort, Timings, take_turns, time_starts
 from moezoo.core.config.run_config import Config
 from moezoo.core.errors import SpecError, nearest
+from moezoo.core.progress import Progress
 
 Mode = Literal["train", "layer", "decode", "startup", "experts"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-_SHORT, _NEW = 32, 64  # tokens of a prompt and after it
+_SHORT, _NEW = 32, 64  # prompt tokens, new tokens
 _CONTEXTS, _NEW_IN_CONTEXT = (256, 2048), 32
 _SWEPT = (4, 8, 16, 32, 64, 128)
 SMOKE = Effort(slices=1, slice_seconds=0.0)
@@ -25,23 +26,24 @@ SMOKE = Effort(slices=1, slice_seconds=0.0)
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one case.
+    """Result of one contender for one case.
 
     Fields:
         config: S, M, a file, `smoke` or `sweep`.
-        case: the label of the case, as `forward` or `batch 8`.
-        contender: a name, or `limit`.
-        seconds: median over the slices of a unit: a step, a pass, a token of each sequence, a start. Of the limit of
-            decoding: its bytes at the median rate of all cases.
+        case: label of the case, e.g. `forward` or `batch 8`.
+        contender: its name, or `limit`.
+        seconds: median over the slices, per unit: a step, a pass, a token of each sequence, a start. For the limit of
+            decoding: its bytes at the median bandwidth of all cases.
         slices: seconds of each slice.
         first_seconds: of the first unit, which may compile; None for a start.
         tokens_per_second: None for a start.
-        flops_per_second: useful operations, on active parameters; None for decoding and starts.
-        bytes_per_second: bytes that decoding must read; None else.
-        share_of_limit: the limit's seconds over these: where operations limit, the model FLOPs utilisation on active
-            parameters relative to what plain products reach on this machine. None without a limit.
-        relative: of a sweep: seconds over those with the fewest experts.
-        peak_memory_bytes: of the process of a contender that trains; None else.
+        flops_per_second: useful FLOPs, on active parameters; None for decoding and starts.
+        bytes_per_second: bytes that decoding must read; otherwise None.
+        share_of_limit: the limit's seconds divided by these seconds: for compute-bound cases, the model FLOPs
+            utilization (MFU) on active parameters relative to plain matrix products on this machine. None without a
+            limit.
+        relative: in a sweep: seconds relative to those with the fewest experts.
+        peak_memory_bytes: of the process, in mode `train`; otherwise None.
     """
 
     config: str
@@ -61,14 +63,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that one run measured.
+    """All results of one benchmark run.
 
     Fields:
         machine: see machine.py, with the load before and after.
-        effort: slices and their seconds.
-        contenders: what each says of itself.
-        left_out: contenders that did not run, and why.
-        failed: `config mode: why`, a line each.
+        effort: number and length of slices.
+        contenders: versions, device and compute paths of each.
+        left_out: skipped contenders and the reason.
+        failed: lines `config mode: error`.
     """
 
     machine: dict[str, Any]
@@ -79,7 +81,7 @@ class Results:
     rows: list[Row]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return JSON data."""
         return {
             "machine": self.machine,
             "effort": vars(self.effort),
@@ -91,15 +93,17 @@ class Results:
 
 
 def known_mode(name: str) -> Mode:
-    """The mode of that name. Raises SpecError."""
+    """Return the mode with this name. Raises SpecError."""
     for mode in MODES:
         if mode == name:
             return mode
-    raise SpecError(f"no such mode; got {name!r}{nearest(name, MODES)}; expected one of {', '.join(MODES)}, or none.")
+    raise SpecError(
+        f"no such mode; got {name!r}{nearest(name, MODES)}; expected one of {', '.join(MODES)}, or no mode."
+    )
 
 
 def named_configs(names: str) -> dict[str, Config]:
-    """Configs by name, from names or files, comma-separated. Raises SpecError."""
+    """Load configs from comma-separated names or files; return them by name. Raises SpecError."""
     return {name: bench_config(name) for name in (each.strip() for each in names.split(",")) if name}
 
 
@@ -109,22 +113,22 @@ def bench(
     entries: Mapping[str, Entry],
     left_out: Mapping[str, str],
     effort: Effort,
-    tell: Tell,
+    on_progress: Progress,
     *,
     smoke: bool = False,
 ) -> Results:
-    """Run modes, one after the other.
+    """Run benchmark modes one after the other.
 
     Args:
-        modes: in this order.
-        configs: by name; the sweep has its own.
-        entries: contenders by name; the limit is always there.
-        left_out: contenders that do not run, and why, for the record.
-        effort: how long.
-        tell: called with what is being done.
-        smoke: a tiny model in place of the configs, a short sweep, and one slice of one unit.
+        modes: modes, in order.
+        configs: models by name; the sweep has its own.
+        entries: contenders by name; the limit is always included.
+        left_out: skipped contenders and the reason, for the results.
+        effort: number and length of slices.
+        on_progress: called with warm-ups and slices, or starts, of a mode and config.
+        smoke: use a tiny model in place of the configs, a short sweep, and one slice of one unit.
 
-    Raises SpecError: `layer` or `experts` of a model without a mixture.
+    Raises SpecError: mode `layer` for a model without MoE layers.
     """
     if smoke:
         configs, effort = {"smoke": smoke_config()}, SMOKE
@@ -134,17 +138,17 @@ def bench(
         for name, config in ({"sweep": None} if mode == "experts" else configs).items():
             cases = _sweep(smoke) if config is None else _cases(mode, name, config, smoke)
 
-            def say(what: str, prefix: str = f"{mode} {name}: ") -> None:
-                tell(prefix + what)
+            def show(what: str, done: int, total: int | None, prefix: str = f"{mode} {name}: ") -> None:
+                on_progress(prefix + what, done, total)
 
             if mode == "startup":
-                timings = time_starts(cases[0], entries, effort, say)
+                timings = time_starts(cases[0], entries, effort, show)
                 rows += [
                     Row(name, mode, label, contender, timings.seconds(contender, label) or 0.0, slices)
                     for (contender, label), slices in sorted(timings.slices.items(), key=lambda item: item[0][1])
                 ]
             else:
-                timings = take_turns(cases, {**entries, "limit": LIMIT}, effort, say)
+                timings = take_turns(cases, {**entries, "limit": LIMIT}, effort, show)
                 rows += rows_of(name, mode, cases, timings)
             facts |= timings.facts
             failed += [f"{name} {mode}: {why}" for why in timings.failed.values()]
@@ -158,38 +162,37 @@ def _cases(mode: Mode, name: str, config: Config, smoke: bool) -> list[Case]:
             return [Case("train", "train", config)]
         case "layer":
             if not config.model.moe_layers:
-                raise SpecError(f"model.layers have no mixture ({name}); expected one to time. Leave `layer` out.")
+                raise SpecError(f"model.layers has no MoE layer ({name}); expected at least one. Use another mode.")
             return [Case("forward", "forward", config), Case("forward and backward", "gradients", config)]
         case "decode":
             if smoke:
                 return [Case("batch 2", "decode", config, 2, 5, 4)]
             short = [Case(f"batch {batch}", "decode", config, batch, _SHORT, _NEW) for batch in (1, 8)]
-            longer = [
-                Case(f"context {context}", "decode", config, 1, context, _NEW_IN_CONTEXT) for context in _CONTEXTS
-            ]
-            most = config.model.max_length
-            return [case for case in (*short, *longer) if most is None or case.context + case.new_tokens <= most]
+            long = [Case(f"context {context}", "decode", config, 1, context, _NEW_IN_CONTEXT) for context in _CONTEXTS]
+            longest = config.model.max_length
+            cases = *short, *long
+            return [case for case in cases if longest is None or case.context + case.new_tokens <= longest]
         case "experts":
             raise ValueError("the sweep has its own configs")
 
 
 def _sweep(smoke: bool) -> list[Case]:
-    """Training and the layer's forward pass for more and more experts at the same active operations."""
+    """Return cases of training and of one MoE layer for increasing numbers of experts at equal active FLOPs."""
     base = smoke_config() if smoke else None
-    made = []
+    cases = []
     for number in (2, 4) if smoke else _SWEPT:
         config = sweep_config(base, number)
-        made += [
+        cases += [
             Case(f"train, {number} experts", "train", config),
             Case(f"forward, {number} experts", "forward", config),
         ]
-    return made
+    return cases
 
 
 def rows_of(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> list[Row]:
-    """What was measured of the cases of one mode."""
+    """Return the results of the cases of one mode."""
     rows: list[Row] = []
-    least: dict[tuple[str, str], float] = {}
+    fewest_experts: dict[tuple[str, str], float] = {}
     limits = _limits(cases, timings)
     for case in cases:
         limit = limits.get(case.label)
@@ -211,7 +214,7 @@ def rows_of(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> l
                     None if decode else useful_flops(case) / seconds,
                     bytes_per_step(case) / seconds if decode else None,
                     None if limit is None else limit / seconds,
-                    seconds / least.setdefault((contender, case.kind), seconds) if mode == "experts" else None,
+                    seconds / fewest_experts.setdefault((contender, case.kind), seconds) if mode == "experts" else None,
                     timings.peak_memory.get(contender) if mode == "train" and contender != "limit" else None,
                 )
             )
@@ -219,8 +222,10 @@ def rows_of(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> l
 
 
 def _limits(cases: Sequence[Case], timings: Timings) -> dict[str, float]:
-    """Seconds of the limit by label. All decoding is limited by one rate, the median over the slices of all its cases:
-    a copy's speed changes more from second to second than that of products.
+    """Return the seconds of the limit by label.
+
+    All decoding cases have one bandwidth, the median over the slices of all of them, since the bandwidth of copies
+    varies more over time than the rate of matrix products.
     """
     rates = [
         bytes_per_step(case) / seconds

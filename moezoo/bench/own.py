@@ -1,4 +1,4 @@
-"""moezoo's own backends as contenders, through the protocol of core/backend.py and the generate loop."""
+"""moezoo's backends as contenders, through the protocol of core/backend.py and the generation loop."""
 
 import platform
 from itertools import cycle
@@ -6,7 +6,7 @@ from time import perf_counter
 
 from moezoo.backends import load_backend
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
-from moezoo.bench.limit import mixture_of
+from moezoo.bench.limit import first_moe_layer
 from moezoo.core.backend import Model, PendingStep
 from moezoo.core.generation.loop import generate
 from moezoo.core.parameters import parameter_table
@@ -18,7 +18,7 @@ from moezoo.core.tokens import Integers
 
 
 class Own:
-    """One backend."""
+    """A backend of moezoo as a contender."""
 
     def __init__(self, name: str):
         self._backend = load_backend(name)
@@ -32,7 +32,7 @@ class Own:
             case "train":
                 return self._train(case)
             case "forward" | "gradients":
-                return self._mixture(case)
+                return self._moe_layer(case)
             case "decode":
                 return self._decode(case)
 
@@ -42,14 +42,14 @@ class Own:
         model.start_training(optimizer)
         steps = enumerate(cycle(random_windows(case)))
 
-        def one() -> PendingStep:
+        def train_step() -> PendingStep:
             step, windows = next(steps)
             keys = micro_batch_keys(training.seed, step, training.gradient_accumulation)
             return model.train_step(windows, optimizer.learning_rate, keys)
 
         def run(repeats: int) -> float:
             begin = perf_counter()
-            pending = [one() for _ in range(repeats)]  # fetched late, as the train loop does
+            pending = [train_step() for _ in range(repeats)]  # fetched late, as in the training loop
             for each in pending:
                 each.fetch()
             model.wait()
@@ -57,21 +57,21 @@ class Own:
 
         return run
 
-    def _mixture(self, case: Case) -> Work:
-        spec = mixture_of(case.spec)
+    def _moe_layer(self, case: Case) -> Work:
+        spec = first_moe_layer(case.spec)
         rows = [row for row in parameter_table(spec) if row.name.startswith("layers.0.moe.")]
         weights = {row.name: initial_value(row, case.config.training.seed) for row in rows}
-        mixture = self._backend.mixture(spec, 0, weights)
-        x, gradient = mixture.array(random_activations(case, 3)), mixture.array(random_activations(case, 4))
-        token = mixture.array(random_windows(case, 1)[0].reshape(-1, x.shape[1] + 1)[:, :-1])
+        layer = self._backend.moe_layer(spec, 0, weights)
+        x, gradient = layer.array(random_activations(case, 3)), layer.array(random_activations(case, 4))
+        token = layer.array(random_windows(case, 1)[0].reshape(-1, x.shape[1] + 1)[:, :-1])
 
         def run(repeats: int) -> float:
             begin = perf_counter()
             for _ in range(repeats):
                 if case.kind == "forward":
-                    mixture.forward(x, token)
+                    layer.forward(x, token)
                 else:
-                    mixture.gradients(x, token, gradient)
+                    layer.gradients(x, token, gradient)
             return perf_counter() - begin
 
         return run
@@ -95,7 +95,7 @@ class Own:
         return run
 
     def _model(self, case: Case) -> Model:
-        """One model for all cases of decoding it."""
+        """Return the model of a decoding case; all cases with the same spec share it."""
         for spec, model in self._models:
             if spec == case.spec:
                 return model
@@ -105,10 +105,10 @@ class Own:
 
 
 def make_jax() -> Own:
-    """The contender."""
+    """Create the contender."""
     return Own("jax")
 
 
 def make_mlx() -> Own:
-    """The contender."""
+    """Create the contender."""
     return Own("mlx")

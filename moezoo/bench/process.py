@@ -1,4 +1,4 @@
-"""This side of a contender's process: start it, ask it, end it. See worker.py for the other."""
+"""Parent side of a contender's process: start, requests, shutdown. worker.py is the child side."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ _LAST_LINES = 3
 
 
 class Process:
-    """One contender in a process of its own. Use it in a `with` block, which ends the process whatever happens."""
+    """A contender in its own process. Use it in a `with` block, which always ends the process."""
 
     def __init__(self, name: str, entry: Entry, environment: dict[str, str] | None = None):
         self.name = name
@@ -49,7 +49,7 @@ class Process:
         self.close()
 
     def ask(self, what: str, **values: Any) -> dict[str, Any]:
-        """The answer to one request. Raises BenchError, in one line: the contender refused, or its process died."""
+        """Send a request and return the answer. Raises BenchError: the contender has an error, or its process died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -59,15 +59,15 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise BenchError(self._last_words(what))
+            raise BenchError(self._crash_message(what))
         answer = json.loads(line)
         if "error" in answer:
-            raise BenchError(f"contender {self.name} cannot {what}: " + " ".join(answer["error"].split()))
+            raise BenchError(f"contender {self.name} failed at request {what}: " + " ".join(answer["error"].split()))
         result: dict[str, Any] = answer["ok"]
         return result
 
     def close(self) -> None:
-        """End the process, and wait until it is gone."""
+        """Kill the process and wait for it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -76,11 +76,11 @@ class Process:
         self._process.wait()
         self._errors.close()
 
-    def _last_words(self, what: str) -> str:
+    def _crash_message(self, what: str) -> str:
         status = self._process.wait()
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().decode("utf-8", "replace").splitlines()]
-        said = [line for line in lines if line.strip("^~ ")]  # without the marks under a line of a traceback
-        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        words = " | ".join(said[-_LAST_LINES:]) or "nothing"
-        return f"contender {self.name} {how} while asked to {what}; expected an answer. Its last words: {words}"
+        lines = [line for line in lines if line.strip("^~ ")]  # without the markers below a line of a traceback
+        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        last = " | ".join(lines[-_LAST_LINES:]) or "nothing"
+        return f"contender {self.name} {how} during request {what}; expected an answer. Its last output: {last}"

@@ -1,4 +1,4 @@
-"""Results for people: a table for each mode, and one of all shares."""
+"""Console report of benchmark results: a table per mode, and one of all shares of the limit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_BUSY = 0.5  # processes that ran before, for each core
+_BUSY = 0.5  # load per core before the benchmark
 
 
 def report(results: Results) -> "Iterator[RenderableType]":
-    """What is printed, piece by piece."""
+    """Yield the parts of the report."""
     yield _heading(results)
     for mode, config in dict.fromkeys((row.mode, row.config) for row in results.rows):
         yield _table(f"{mode} {config}", [row for row in results.rows if (row.mode, row.config) == (mode, config)])
@@ -32,22 +32,22 @@ def _heading(results: Results) -> "Table":
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
     table.add_row("machine", f"{machine['processor']}, {machine['cores']} cores, {memory}; {machine['system']}")
     before, after = machine["load_before"][0], machine["load_after"][0]
-    busy = " - the machine was not idle before: ratios may still hold" if before > _BUSY * machine["cores"] else ""
-    table.add_row("load", f"{before:g} before, {after:g} after (mean of a minute){busy}")
+    busy = " - the machine was not idle: only ratios are reliable" if before > _BUSY * machine["cores"] else ""
+    table.add_row("load", f"{before:g} before, {after:g} after (1-minute average){busy}")
     for name, value in machine["variables"].items():
         table.add_row(name, value)
-    table.add_row("slices", f"{effort.slices} of about {effort.slice_seconds:g} s, in turns; medians")
+    table.add_row("slices", f"{effort.slices} of about {effort.slice_seconds:g} s, interleaved; medians")
     for name, facts in results.contenders.items():
         table.add_row(name, "; ".join(f"{key}: {value}" for key, value in facts.items()))
     for name, why in results.left_out.items():
-        table.add_row(name, f"[dim]left out: {why}")
+        table.add_row(name, f"[dim]skipped: {why}")
     for line in results.failed:
         table.add_row("[red]failed", line)
     return table
 
 
 def _table(title: str, rows: Sequence[Row]) -> "Table":
-    """A line for each contender and case, with the columns that any of them fills."""
+    """Return a table with a row per contender and case, and the columns that have values."""
     from rich.table import Table
 
     columns: dict[str, Callable[[Row], str]] = {
@@ -80,7 +80,7 @@ def _table(title: str, rows: Sequence[Row]) -> "Table":
 
 
 def _shares(rows: Sequence[Row]) -> "Table":
-    """Shares of the limit: a line for each contender, a column for each case, configs side by side."""
+    """Return a table of shares of the limit: a row per contender, a column per case, configs side by side."""
     from rich.table import Table
 
     configs = list(dict.fromkeys(row.config for row in rows))

@@ -1,4 +1,4 @@
-"""What more experts cost at the same active operations, as a picture."""
+"""Plot of the sweep over the number of experts at equal active FLOPs."""
 
 import io
 from collections.abc import Sequence
@@ -9,21 +9,21 @@ from moezoo.bench.modes import Row
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.reports.run_picture import INK, PALE
 
-_COLOURS = {"jax": "#2a6f97", "mlx": "#d1495b", "limit": PALE}
+_COLORS = {"jax": "#2a6f97", "mlx": "#d1495b", "limit": PALE}
 _OTHERS = ("#3a7d44", "#b07d2b", "#6b4e9b", "#4a9a9a", "#8c5a4a")
 
 
 def draw_sweep(rows: Sequence[Row], out: Path) -> None:
-    """Draw seconds relative to the fewest experts, training on the left and the layer's forward pass on the right.
+    """Plot seconds relative to the fewest experts: training on the left, the MoE layer's forward pass on the right.
 
-    Both axes are logarithmic, and a line a contender. Raises RunError: a folder that cannot be written.
+    Both axes are logarithmic; each contender has a line. Raises RunError if the folder cannot be written.
     """
     make_folder(out.parent)
     write_atomically(out, _render(rows))
 
 
 def points(rows: Sequence[Row], what: str, contender: str) -> list[tuple[int, float]]:
-    """Numbers of experts and relative seconds of one line; `what` is `train` or `forward`."""
+    """Return (number of experts, relative seconds) of one line; `what` is `train` or `forward`."""
     return [
         (int(row.case.split()[1]), row.relative)
         for row in rows
@@ -43,9 +43,9 @@ def _render(rows: Sequence[Row]) -> bytes:
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
         _draw(left, rows, "train", "training step")
-        _draw(right, rows, "forward", "forward pass of the mixture")
-        left.set_ylabel("time, relative to the fewest experts")
-        figure.suptitle("More experts at the same active operations", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        _draw(right, rows, "forward", "forward pass of the MoE layer")
+        left.set_ylabel("time relative to the fewest experts")
+        figure.suptitle("More experts at equal active FLOPs", x=0.01, ha="left", fontsize=12, fontweight="bold")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -64,10 +64,10 @@ def _draw(axes: Any, rows: Sequence[Row], what: str, title: str) -> None:
         experts, times = zip(*line, strict=True)
         ticks |= set(experts)
         lowest, highest = min(lowest, *times), max(highest, *times)
-        own = name in _COLOURS
-        colour = _COLOURS[name] if own else next(others, PALE)
+        own = name in _COLORS
+        color = _COLORS[name] if own else next(others, PALE)
         label = f"{name}, x{times[-1]:.2f}"
-        axes.plot(experts, times, "o-" if own else "o--", color=colour, label=label, markersize=4, linewidth=1.8)
+        axes.plot(experts, times, "o-" if own else "o--", color=color, label=label, markersize=4, linewidth=1.8)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))

@@ -1,8 +1,7 @@
-"""The process of one contender: `python -m moezoo.bench.worker MODULE:FUNCTION`. See process.py for the other side.
+"""Child process of a contender: `python -m moezoo.bench.worker MODULE:FUNCTION`. process.py is the parent side.
 
-It reads one JSON object a line from its standard input, and answers each with one line: `{"ok": ...}`, or
-`{"error": ...}` for what a person can mend. It ends, whatever it is doing, when its standard input does, so that a
-benchmark that is killed leaves nothing behind.
+It reads one JSON object per line from stdin and answers each with one line: `{"ok": ...}`, or `{"error": ...}` for
+errors that users can fix. It exits as soon as stdin is closed, so that a killed benchmark leaves no processes.
 """
 
 import importlib
@@ -20,18 +19,18 @@ from typing import Any, TextIO
 from moezoo.bench.case import Case, Contender, Work
 from moezoo.core.errors import MoezooError
 
-_MOST_REPEATS = 1000
+_MAX_REPEATS = 1000
 
 
 class Worker:
-    """Answers requests about one contender."""
+    """Server of requests for one contender."""
 
     def __init__(self, contender: Contender):
         self._contender = contender
         self._works: dict[str, tuple[Work, int]] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What a request asks for: `facts`, `first`, `prepare`, `slice` or `memory`."""
+        """Answer a request: `facts`, `first`, `prepare`, `slice` or `memory`."""
         match request["do"]:
             case "facts":
                 return self._contender.facts()
@@ -48,7 +47,7 @@ class Worker:
                 raise ValueError(f"no such request: {unknown}")
 
     def _prepare(self, case: Case, slice_seconds: float) -> dict[str, Any]:
-        """Warm up, and find how many units make a slice."""
+        """Warm up, and compute the number of units per slice."""
         work = self._contender.prepare(case)
         begin = perf_counter()
         work(1)
@@ -57,15 +56,15 @@ class Worker:
         if slice_seconds > 0:
             begin = perf_counter()
             work(1)
-            whole = perf_counter() - begin  # of decoding, with the prompt
-            repeats = max(1, min(_MOST_REPEATS, round(slice_seconds / max(whole, 1e-6))))
+            unit = perf_counter() - begin  # for decoding, including the prefill
+            repeats = max(1, min(_MAX_REPEATS, round(slice_seconds / max(unit, 1e-6))))
         self._works[case.label] = (work, repeats)
         return {"first_seconds": first, "repeats": repeats}
 
 
 def peak_memory() -> int:
-    """The most memory that this process ever held, in bytes."""
-    # Trap: on Linux `ru_maxrss` begins with what the process that started this one held.
+    """Return the peak memory of this process in bytes."""
+    # Trap: on Linux, the initial value of `ru_maxrss` is that of the parent process.
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -76,10 +75,10 @@ def peak_memory() -> int:
 
 
 def main() -> None:
-    """Serve until the standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other side is told too, and ends this process
+    """Serve requests until stdin is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and ends this process
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
     module, function = sys.argv[1].split(":")

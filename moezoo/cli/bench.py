@@ -20,7 +20,7 @@ from moezoo.cli.output import new_console, print_json, print_lines
     metavar="NAME,...",
     help="Other libraries: names, none or all. Default: installed ones that are not slow.",
 )
-@click.option("--slices", type=click.IntRange(1), default=5, show_default=True, help="Number of time slices for each.")
+@click.option("--slices", type=click.IntRange(1), default=5, show_default=True, help="Time slices per contender.")
 @click.option(
     "--slice-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Length of a time slice."
 )
@@ -40,24 +40,28 @@ def bench_command(
 ) -> None:
     """Benchmark training, one MoE layer, decoding and startup.
 
-    Results are also a share of the hardware limit. Without a mode, all modes run. `experts` is a sweep from 4 to 128
-    experts with equal active FLOPs. Other libraries (transformers with PyTorch, mlx-lm) are compared if they are
-    installed. With --json, the tables go to standard error.
+    Speeds are also shown as a share of the hardware limit. Without a mode, all modes run. `experts` is a sweep from 4
+    to 128 experts with equal active FLOPs. Other libraries (transformers with PyTorch, mlx-lm) are compared if they
+    are installed. With --json, the tables go to standard error.
     """
     from rich.console import Console
 
-    from moezoo.bench.contenders import chosen
+    from moezoo.bench.contenders import select_contenders
     from moezoo.bench.measure import Effort
     from moezoo.bench.modes import MODES, bench, known_mode, named_configs
     from moezoo.bench.report import report
     from moezoo.bench.sweep_picture import draw_sweep
 
     modes = MODES if mode is None else (known_mode(mode),)
-    entries, left_out = chosen(backends, peers)
+    entries, skipped = select_contenders(backends, peers)
     models = {} if smoke else named_configs(configs)
     errors = Console(stderr=True)
     with errors.status("starting ...") as status:
-        results = bench(modes, models, entries, left_out, Effort(slices, slice_seconds), status.update, smoke=smoke)
+
+        def show(what: str, done: int, total: int | None) -> None:
+            status.update(f"{what} ({done} of {total} done)")
+
+        results = bench(modes, models, entries, skipped, Effort(slices, slice_seconds), show, smoke=smoke)
     console = errors if as_json else new_console(width=120)
     for piece in report(results):
         console.print(piece, highlight=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="PATH", type=Path)
 @click.option("--data", metavar="FILE", help="Text, JSON lines, or token ids (.npy, .bin). Default: the run's data.")
 @click.option("--sequence-length", type=click.IntRange(1), help="Sequence length. Default: the run's, or 512.")
-@click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: the run's, or what fits in memory.")
+@click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: the run's, less for large logits.")
 @backend_option
 @json_option
 def evaluate(

@@ -24,8 +24,8 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
     """Show layers, parameters, FLOPs and memory of a model.
 
     PATH is a YAML config, a run folder, or a Hugging Face folder or hub id. Of a Hugging Face checkpoint, config.json
-    alone is enough; the page also shows the parsed config and the tensor mapping. With --mesh it shows how each
-    parameter is sharded instead, and its bytes per device.
+    alone is enough; the page also shows the parsed config and the tensor mapping. With --mesh, it shows
+    how each parameter is sharded and its bytes per device instead.
     """
     from moezoo.core.reports.checkpoint_page import checkpoint_description, checkpoint_page
     from moezoo.core.reports.mesh_page import mesh_page

@@ -10,7 +10,7 @@ from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import BackendError
 
 backend_option = click.option(
-    "--backend", metavar="jax|mlx", help="Backend. Default: $BACKEND, else mlx on Apple silicon, else jax."
+    "--backend", metavar="jax|mlx", help="Backend to use. Default: $BACKEND, else mlx on Apple silicon, else jax."
 )
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a value of the config; repeatable."
@@ -21,7 +21,7 @@ mesh_option = click.option(
 devices_option = click.option(
     "--devices", type=click.IntRange(1), metavar="N", help="Number of devices, for a mesh axis that is auto."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a page.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
 def group_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,18 +1,18 @@
 """Progress of a training run: a progress bar in a terminal, plain lines elsewhere."""
 
-from rich import progress as rich_progress
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from moezoo.core.progress import Pace
 from moezoo.core.training.metrics import StepRecord
 
 
 class ConsoleReporter:
-    """Progress with ETA, loss, tokens/s, each auxiliary loss by name and weighted value, and the worst expert load."""
+    """Reporter that prints ETA, loss, weighted auxiliary losses, tokens/s and the worst expert load."""
 
     def __init__(self, console: Console):
         self._console = console
-        self._progress: rich_progress.Progress | None = None
+        self._progress: Progress | None = None
 
     def start(self, step: int, total_steps: int) -> None:
         self._pace = Pace(step + 1)  # the first step compiles, so it does not count
@@ -20,15 +20,15 @@ class ConsoleReporter:
         self._validation_pace: Pace | None = None
         if self._console.is_terminal:
             columns = (
-                rich_progress.TextColumn("{task.description}"),
-                rich_progress.BarColumn(bar_width=24),
-                rich_progress.MofNCompleteColumn(),
-                rich_progress.TimeElapsedColumn(),
-                rich_progress.TextColumn("eta"),
-                rich_progress.TimeRemainingColumn(),
-                rich_progress.TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
             )
-            self._progress = rich_progress.Progress(*columns, console=self._console)
+            self._progress = Progress(*columns, console=self._console)
             self._progress.start()
             self._task = self._progress.add_task("train", total=total_steps, completed=step, numbers="")
             self._validation = self._progress.add_task("validate", start=False, visible=False, numbers="windows")
@@ -63,7 +63,7 @@ class ConsoleReporter:
 
 
 def describe_step(record: StepRecord) -> str:
-    """`loss 1.234  cross_entropy 1.220  switch_balance +0.010  router_z +0.004  12,345 tokens/s  worst load 1.32x`."""
+    """Return `loss 1.2340  cross_entropy 1.2200  switch_balance +0.0100  12,345 tokens/s  worst load 1.32x`."""
     parts = [f"loss {record.loss:.4f}"]
     if record.weighted_losses:
         parts.append(f"cross_entropy {record.losses['cross_entropy']:.4f}")

@@ -43,7 +43,7 @@ def train(
     from moezoo.backends import load_backend
     from moezoo.cli.progress import ConsoleReporter
     from moezoo.core.config.vocabulary import with_vocab_size
-    from moezoo.core.data.tokenizers import load_tokenizer
+    from moezoo.core.data.load_tokenizer import load_tokenizer
     from moezoo.core.distributed.processes import first_process_first
     from moezoo.core.reports.model_page import training_header
     from moezoo.core.runs.init_from import check_initial_weights, initial_tokenizer

@@ -276,11 +276,11 @@ class Model(Protocol):
         """Block until the device has finished every step started so far, including its update."""
         ...
 
-    def not_finite(self) -> list[str]:
+    def nonfinite_parameters(self) -> list[str]:
         """Return the names of parameters and state with a NaN or infinite value, in parameter-table order."""
         ...
 
-    def files_writer(self) -> Callable[[Path], PendingFiles] | None:
+    def checkpoint_writer(self) -> Callable[[Path], PendingFiles] | None:
         """Return a function that starts writing all arrays into a new folder, for `checkpoint.sharded_tensors` to read.
 
         None if this process holds all arrays: then use `export_parameters` and `export_optimizer`. With several
@@ -297,7 +297,7 @@ class Model(Protocol):
         ...
 
 
-class Mixture(Protocol):
+class MoELayer(Protocol):
     """A single MoE layer on B sequences of T tokens, for benchmarks. Results are on the device and already computed."""
 
     def array(self, values: Floats | Integers) -> Any:
@@ -346,7 +346,7 @@ class Backend(Protocol):
         """
         ...
 
-    def mixture(self, spec: ModelSpec, layer: int, weights: Mapping[str, Floats]) -> Mixture:
+    def moe_layer(self, spec: ModelSpec, layer: int, weights: Mapping[str, Floats]) -> MoELayer:
         """Build the MoE layer of layer `layer` alone, from its weights by canonical name."""
         ...
 

@@ -10,10 +10,10 @@ from jax import lax
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kernels.attention import chunk_length
 from moezoo.jax_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.jax_backend.positions import positions, rotate, same_side
-from moezoo.jax_backend.runtime.platform import platform
 
 
 def attend(
@@ -71,11 +71,10 @@ def attend_causally(
 ) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
-    A chunk reads only the keys that one of its queries may attend to. On the CPU the scores of a chunk stay in cache,
-    which is four times faster at T = 384 (writings/performance.md).
+    A chunk reads only the keys that one of its queries may attend to.
     """
     length = query_BTMGH.shape[1]
-    chunk = 64 if platform() == "cpu" else length
+    chunk = chunk_length(length)
     position_T = jnp.arange(length)
     attended = []
     for start in range(0, length, chunk):

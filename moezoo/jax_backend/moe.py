@@ -1,4 +1,4 @@
-"""The mixture of experts. Spec: moezoo.core.reference.moe."""
+"""The MoE layer. Spec: moezoo.core.reference.moe."""
 
 from collections.abc import Callable
 from typing import assert_never
@@ -14,7 +14,7 @@ from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch, used_rows
 from moezoo.jax_backend.experts import Experts, ExpertsCall
 from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.routing import Router, Routing, mixture_input
+from moezoo.jax_backend.routing import Router, Routing, jittered_input
 
 Exchange = Callable[..., jax.Array]
 """`run_experts` with tokens and experts on several devices, which exchange tokens (expert parallelism).
@@ -59,11 +59,11 @@ class MoE(nnx.Module):
         record: dict[str, jax.Array] | None = None,
         name: str = "moe",
     ) -> tuple[jax.Array, Routing, Dispatch]:
-        x_PD = mixture_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
+        x_PD = jittered_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
         raw_PD, routed_PD = x_PD, x_PD
         if isinstance(self.spec.shared, ParallelFeedForwardSpec):
             if raw_BTD is not None:
-                raw_PD = mixture_input(self.spec.router, raw_BTD.reshape(x_PD.shape), context.key)
+                raw_PD = jittered_input(self.spec.router, raw_BTD.reshape(x_PD.shape), context.key)
             routed_PD = self.routed_input_norm(raw_PD)
         routing = self.router(raw_PD, context)
         dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)

@@ -91,7 +91,7 @@ class Router(nnx.Module):
         )
 
     def _router_input(self, x_PD: jax.Array, key: jax.Array | None) -> jax.Array:
-        """In the dtype of the product; what is done to it on the way is done in float32."""
+        """Return the router's input in the dtype of the product; jitter and norm are computed in float32."""
         spec = self.spec
         dtype = jnp.float32 if spec.dtype == "float32" else x_PD.dtype
         x_PD = x_PD.astype(jnp.float32)
@@ -135,8 +135,8 @@ class Router(nnx.Module):
         return weight_PK
 
 
-def mixture_input(spec: RouterSpec, x_PD: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Spec: moezoo.core.reference.routing.mixture_input."""
+def jittered_input(spec: RouterSpec, x_PD: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Spec: moezoo.core.reference.routing.jittered_input."""
     if key is None or spec.jitter is None or spec.jitter.of != "mixture":
         return x_PD
     return (x_PD.astype(jnp.float32) * _jitter(spec.jitter.amount, key, x_PD.shape)).astype(x_PD.dtype)

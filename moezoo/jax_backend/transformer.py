@@ -42,7 +42,7 @@ WrapBlock = Callable[[nnx.Module, str], Callable[..., Any]]
 
 
 class Forward(NamedTuple):
-    """Logits [B, T, V] float32; per MoE layer its routing and dispatch; extended caches if any; losses of indexers."""
+    """Spec: moezoo.core.reference.transformer.Forward; with dispatches, and extended caches if there are any."""
 
     logits_BTV: jax.Array
     routings: list[Routing]
@@ -52,7 +52,7 @@ class Forward(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """Inputs of a forward pass that all layers share; `forced`: experts by layer index."""
+    """Spec: moezoo.core.reference.transformer.StepInputs; with key/value caches, and how a mesh runs the layers."""
 
     tokens_BT: jax.Array
     forced: Mapping[int, jax.Array]
@@ -65,8 +65,7 @@ class StepInputs(NamedTuple):
 
 
 class ResidualState(NamedTuple):
-    """State that a layer passes to the next one: the residual stream, the output of an MoE that is added after the next
-    layer, the first layer's values, and the previous router's logits."""
+    """Spec: moezoo.core.reference.transformer.ResidualState."""
 
     x_BTD: jax.Array
     shortcut_BTD: jax.Array | None = None
@@ -75,7 +74,7 @@ class ResidualState(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """Output of a layer beside its state; `source` are the keys and values that other layers may attend to."""
+    """Spec: moezoo.core.reference.transformer.LayerOutput; with dispatch and extended cache."""
 
     routing: Routing | None
     dispatched: Dispatch | None
@@ -92,7 +91,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """What the output projection has of its own: a matrix where it is untied, and a bias where it has one."""
+    """Parameters of the output projection: a matrix where it is untied, and a bias where it has one."""
 
     def __init__(self, spec: HeadSpec, weights: Weights):
         if isinstance(spec, UntiedHeadSpec):

@@ -8,11 +8,10 @@ from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.kernels.x86 import SMALL, Chunk, attend_in_chunks, is_x86_cpu
+from moezoo.mlx_backend.kernels.attention import Chunk, attend_chunks, attend_fused, chunk_length
 from moezoo.mlx_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.mlx_backend.positions import positions, rotate, same_side
-from moezoo.mlx_backend.runtime.streams import streams
 
 
 def attend(
@@ -27,39 +26,22 @@ def attend(
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend; with MLX's fused kernel, which has no softcap.
 
-    Without a mask every query attends to all keys. On x86, `kernels/x86.py` computes it, except with one mask per row
-    (prompts of unequal length) and for few scores, where fewer operations are faster.
+    Without a mask every query attends to all keys.
     """
-    dtype = query_BTMGH.dtype
-    batch, length, kv_heads, group, head_dim = query_BTMGH.shape
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    if softcap is not None or mx.default_device() == mx.Device(mx.cpu):
-        # Trap: without a kernel the scores would be rounded to the dtype of the inputs.
-        query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
-    if softcap is not None:
-        score = mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH) * scale
-        score = softcap * mx.tanh(score / softcap)
-        if mask_TS is not None:
-            score = mx.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -mx.inf)
-        if sink_N is not None:
-            sink_MG11 = sink_N.reshape(kv_heads, group, 1, 1)
-            score = mx.concatenate([score, mx.broadcast_to(sink_MG11, (*score.shape[:-1], 1))], axis=-1)
-        weight = mx.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
-        return mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH).astype(dtype)
-    if mask_TS is not None and mask_TS.ndim == 3:
-        mask_TS = mask_TS[:, None]
-    elif is_x86_cpu() and batch * kv_heads * group * length * key_BSMH.shape[1] >= SMALL:
-        whole = Chunk(0, length, 0, key_BSMH.shape[1], mask_TS)
-        return attend_in_chunks(query_BTMGH, key_BSMH, value_BSMH, [whole], scale, sink_N).astype(dtype)
-    attended_BNTH = mx.fast.scaled_dot_product_attention(
-        query_BTMGH.reshape(batch, length, kv_heads * group, head_dim).swapaxes(1, 2),
-        key_BSMH.swapaxes(1, 2),
-        value_BSMH.swapaxes(1, 2),
-        scale=scale,
-        mask=mask_TS,
-        sinks=None if sink_N is None else sink_N.astype(query_BTMGH.dtype),
-    )
-    return attended_BNTH.swapaxes(1, 2).reshape(batch, length, kv_heads, group, -1).astype(dtype)
+    dtype, kv_heads = query_BTMGH.dtype, key_BSMH.shape[2]
+    scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if scale is None else scale
+    if softcap is None:
+        return attend_fused(query_BTMGH, key_BSMH, value_BSMH, mask_TS, scale, sink_N)
+    query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
+    score = mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH) * scale
+    score = softcap * mx.tanh(score / softcap)
+    if mask_TS is not None:
+        score = mx.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -mx.inf)
+    if sink_N is not None:
+        sink_MG11 = sink_N.reshape(kv_heads, -1, 1, 1)
+        score = mx.concatenate([score, mx.broadcast_to(sink_MG11, (*score.shape[:-1], 1))], axis=-1)
+    weight = mx.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
+    return mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH).astype(dtype)
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: mx.array) -> mx.array:
@@ -91,34 +73,21 @@ def attend_causally(
     and chunks alternate between two streams, each with its own thread. The GPU has a fused kernel for all at once.
     """
     length = query_BTMGH.shape[1]
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    size = 64 if on_cpu else length
-    position_T = mx.arange(length)
+    size, position_T = chunk_length(length), mx.arange(length)
     chunks = []
     for start in range(0, length, size):
         end, first = min(start + size, length), _first_visible(spec, start)
         mask_TS = visible(spec, position_T[start:end], position_T[first:end])
         chunks.append(Chunk(start, end, first, end, mask_TS))
-    if is_x86_cpu() and spec.softcap is None:
-        dtype, scale = query_BTMGH.dtype, 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
-        query_BTMGH, key_BTMH, value_BTMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH))
-        return attend_in_chunks(query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, forget=True).astype(dtype)
-    turns, attended = streams(), []
-    for index, chunk in enumerate(chunks):
+    scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
+
+    def attend_chunk(chunk: Chunk) -> mx.array:
         rows, sources = slice(chunk.start, chunk.end), slice(chunk.first, chunk.last)
-        with mx.stream(turns[index % len(turns)]):
-            attended.append(
-                attend(
-                    query_BTMGH[:, rows],
-                    key_BTMH[:, sources],
-                    value_BTMH[:, sources],
-                    chunk.mask_TS,
-                    scale=spec.scale,
-                    softcap=spec.softcap,
-                    sink_N=sink_N,
-                )
-            )
-    return mx.concatenate(attended, axis=1)
+        query, key, value = query_BTMGH[:, rows], key_BTMH[:, sources], value_BTMH[:, sources]
+        return attend(query, key, value, chunk.mask_TS, scale=scale, softcap=spec.softcap, sink_N=sink_N)
+
+    has_softcap = spec.softcap is not None
+    return attend_chunks(attend_chunk, query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, softcap=has_softcap)
 
 
 def _mask(

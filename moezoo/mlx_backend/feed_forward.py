@@ -1,6 +1,7 @@
 """Dense feed-forward layers. Spec: moezoo.core.reference.feed_forward."""
 
 import math
+from functools import partial
 from typing import assert_never
 
 import mlx.core as mx
@@ -8,13 +9,10 @@ from mlx import nn
 
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.kernels.x86 import gated_silu, is_x86_cpu, sigmoid
-from moezoo.mlx_backend.runtime.streams import streams
+from moezoo.mlx_backend.kernels.activation import rows_in_turns, sigmoid, swiglu
 
-_WITHOUT_EXPONENTIAL = {"relu", "relu_squared", "relu_squared_glu"}  # cheaper than concatenating the parts
-
-MANY_ROWS = 512
-"""From this number of rows on, copying what the backward pass needs costs less than keeping the rest alive."""
+_NOT_IN_TURNS = {"relu", "relu_squared", "relu_squared_glu", "swiglu"}
+"""Activations without exponentials, which cost less than concatenating parts, and one whose kernel has parts itself."""
 
 
 class FeedForward(nn.Module):
@@ -46,22 +44,10 @@ class FeedForward(nn.Module):
 
 
 def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.feed_forward.activate; on the CPU in parts, on two streams in turn."""
-    turns = streams()
-    if spec.kind == "swiglu" and is_x86_cpu():
-        assert gate is not None
-        rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
-        return gated_silu(*rows, forget=len(rows[0]) > MANY_ROWS).reshape(up.shape)
-    if len(turns) == 1 or spec.kind in _WITHOUT_EXPONENTIAL:
+    """Spec: moezoo.core.reference.feed_forward.activate."""
+    if spec.kind in _NOT_IN_TURNS:
         return _activated(spec, gate, up)
-    up_rows = up.reshape(-1, up.shape[-1])
-    cuts = [len(up_rows) * turn // len(turns) for turn in range(1, len(turns))]
-    gate_parts = [None] * len(turns) if gate is None else mx.split(gate.reshape(up_rows.shape), cuts)
-    parts = []
-    for stream, gate_part, up_part in zip(turns, gate_parts, mx.split(up_rows, cuts), strict=True):
-        with mx.stream(stream):
-            parts.append(_activated(spec, gate_part, up_part))
-    return mx.concatenate(parts).reshape(up.shape)
+    return rows_in_turns(partial(_activated, spec), gate, up)
 
 
 def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
@@ -70,7 +56,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
             assert gate is not None
             match spec.kind:
                 case "swiglu":
-                    return _silu(gate) * up
+                    return swiglu(gate, up)
                 case "geglu":
                     return _gelu(gate) * up
                 case "relu_squared_glu":
@@ -80,7 +66,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
         case ClampedSwiGLUSpec():
             assert gate is not None
             gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)
-            return gate * _sigmoid(spec.alpha * gate) * (up + 1)
+            return gate * sigmoid(spec.alpha * gate) * (up + 1)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":
@@ -95,15 +81,6 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
             assert_never(spec)
 
 
-def _silu(x: mx.array) -> mx.array:
-    """SiLU, fused on the GPU; on the CPU, fusing would need a C++ compiler."""
-    return nn.silu(x) if len(streams()) == 1 else x * mx.sigmoid(x)
-
-
-def _sigmoid(x: mx.array) -> mx.array:
-    return sigmoid(x) if is_x86_cpu() else mx.sigmoid(x)
-
-
 def _gelu(x: mx.array) -> mx.array:
     """GELU by tanh, as x times a sigmoid: one exponential, and no cancellation."""
-    return x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    return x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

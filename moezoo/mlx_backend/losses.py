@@ -26,18 +26,15 @@ from moezoo.core.spec import (
 from moezoo.core.tokens import IGNORED
 from moezoo.mlx_backend.dispatch import expert_counts
 from moezoo.mlx_backend.distributed.data_parallel import average, total
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, log_losses
+from moezoo.mlx_backend.kernels.cross_entropy import softmax_losses
 from moezoo.mlx_backend.routing import Routing
 
 
 def token_losses(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.losses.token_losses."""
     counted_BT = mx.maximum(target_BT, 0)
-    if is_x86_cpu():
-        losses_P = log_losses(logits_BTV.reshape(-1, logits_BTV.shape[-1]), counted_BT.reshape(-1))
-        return mx.where(target_BT == IGNORED, 0.0, losses_P.reshape(target_BT.shape))
-    chosen = mx.take_along_axis(logits_BTV, counted_BT[..., None], axis=-1)[..., 0]
-    return mx.where(target_BT == IGNORED, 0.0, mx.logsumexp(logits_BTV, axis=-1) - chosen)
+    losses_P = softmax_losses(logits_BTV.reshape(-1, logits_BTV.shape[-1]), counted_BT.reshape(-1))
+    return mx.where(target_BT == IGNORED, 0.0, losses_P.reshape(target_BT.shape))
 
 
 def cross_entropy(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:

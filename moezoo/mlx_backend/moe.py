@@ -1,4 +1,4 @@
-"""The mixture of experts. Spec: moezoo.core.reference.moe."""
+"""The MoE layer. Spec: moezoo.core.reference.moe."""
 
 from typing import assert_never
 
@@ -13,7 +13,7 @@ from moezoo.mlx_backend.experts import Experts, ExpertsCall
 from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.kernels.slot_rows import combine_rows, token_rows
 from moezoo.mlx_backend.normalization import norm
-from moezoo.mlx_backend.routing import Router, Routing, mixture_input
+from moezoo.mlx_backend.routing import Router, Routing, jittered_input
 
 
 class MoE(nn.Module):
@@ -52,11 +52,11 @@ class MoE(nn.Module):
         record: dict[str, mx.array] | None = None,
         name: str = "moe",
     ) -> tuple[mx.array, Routing, Dispatch]:
-        x_PD = mixture_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
+        x_PD = jittered_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
         raw_PD, routed_PD = x_PD, x_PD
         if isinstance(self.spec.shared, ParallelFeedForwardSpec):
             if raw_BTD is not None:
-                raw_PD = mixture_input(self.spec.router, raw_BTD.reshape(x_PD.shape), context.key)
+                raw_PD = jittered_input(self.spec.router, raw_BTD.reshape(x_PD.shape), context.key)
             routed_PD = self.routed_input_norm(raw_PD)
         routing = self.router(raw_PD, context)
         dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)

@@ -91,7 +91,7 @@ class Router(nn.Module):
         )
 
     def _router_input(self, x_PD: mx.array, key: mx.array | None) -> mx.array:
-        """In the dtype of the product; what is done to it on the way is done in float32."""
+        """Return the router's input in the dtype of the product; jitter and norm are computed in float32."""
         spec = self.spec
         dtype = mx.float32 if spec.dtype == "float32" else x_PD.dtype
         x_PD = x_PD.astype(mx.float32)
@@ -135,8 +135,8 @@ class Router(nn.Module):
         return weight_PK
 
 
-def mixture_input(spec: RouterSpec, x_PD: mx.array, key: mx.array | None) -> mx.array:
-    """Spec: moezoo.core.reference.routing.mixture_input."""
+def jittered_input(spec: RouterSpec, x_PD: mx.array, key: mx.array | None) -> mx.array:
+    """Spec: moezoo.core.reference.routing.jittered_input."""
     if key is None or spec.jitter is None or spec.jitter.of != "mixture":
         return x_PD
     return (x_PD.astype(mx.float32) * _jitter(spec.jitter.amount, key, x_PD.shape)).astype(x_PD.dtype)

@@ -39,7 +39,7 @@ Record = dict[str, mx.array]
 
 
 class Forward(NamedTuple):
-    """Logits [B, T, V] float32; per MoE layer its routing and dispatch; extended caches if any; losses of indexers."""
+    """Spec: moezoo.core.reference.transformer.Forward; with dispatches, and extended caches if there are any."""
 
     logits_BTV: mx.array
     routings: list[Routing]
@@ -49,7 +49,7 @@ class Forward(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """Inputs of a forward pass that all layers share; `forced`: experts by layer index."""
+    """Spec: moezoo.core.reference.transformer.StepInputs; with key/value caches."""
 
     tokens_BT: mx.array
     forced: Mapping[int, mx.array]
@@ -60,8 +60,7 @@ class StepInputs(NamedTuple):
 
 
 class ResidualState(NamedTuple):
-    """State that a layer passes to the next one: the residual stream, the output of an MoE that is added after the next
-    layer, the first layer's values, and the previous router's logits."""
+    """Spec: moezoo.core.reference.transformer.ResidualState."""
 
     x_BTD: mx.array
     shortcut_BTD: mx.array | None = None
@@ -70,7 +69,7 @@ class ResidualState(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """Output of a layer beside its state; `source` are the keys and values that other layers may attend to."""
+    """Spec: moezoo.core.reference.transformer.LayerOutput; with dispatch and extended cache."""
 
     routing: Routing | None
     dispatched: Dispatch | None
@@ -88,7 +87,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """What the output projection has of its own: a matrix where it is untied, and a bias where it has one."""
+    """Parameters of the output projection: a matrix where it is untied, and a bias where it has one."""
 
     def __init__(self, spec: HeadSpec, weights: Weights):
         super().__init__()

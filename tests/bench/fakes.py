@@ -1,4 +1,4 @@
-"""Contenders that need no framework, for tests of the processes around them."""
+"""Fake contenders without a framework, for tests of their processes."""
 
 import os
 import sys
@@ -13,27 +13,27 @@ CASE = Case("train", "train", smoke_config())
 
 
 def fake(name: str, **options) -> Entry:
-    """The entry of `make_<name>` below."""
+    """Return the entry of `make_<name>` below."""
     return Entry(f"tests.bench.fakes:make_{name}", **options)
 
 
 class Fake:
-    """Says that a unit takes as many seconds as its name says, and prints where a library might."""
+    """Reports a fixed time per unit, and prints to stdout like some libraries."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
 
     def facts(self) -> dict[str, str]:
-        print("this line is no answer")
+        print("this line is not an answer")
         return {"seconds": str(self._seconds), "argument": os.environ.get("MOEZOO_FAKE", "unset")}
 
     def prepare(self, case: Case) -> Work:
-        os.write(1, b"nor is this one\n")
+        os.write(1, b"neither is this one\n")
         return lambda repeats: repeats * self._seconds
 
 
 class Dying(Fake):
-    """Its process ends while it works."""
+    """Crashes while it prepares a case."""
 
     def prepare(self, case: Case) -> Work:
         print("first\nsecond\n\nthe memory is full", file=sys.stderr, flush=True)
@@ -41,14 +41,14 @@ class Dying(Fake):
 
 
 class Refusing(Fake):
-    """Finds something that a person can mend."""
+    """Raises an error that users can fix."""
 
     def prepare(self, case: Case) -> Work:
         raise DataError("the model is too large;\nexpected a smaller one.")
 
 
 class Sleeping(Fake):
-    """Works for longer than anyone waits."""
+    """Never returns in time."""
 
     def prepare(self, case: Case) -> Work:
         time.sleep(600)

@@ -1,4 +1,4 @@
-"""The command: everything runs on a tiny model, and what a caller can get wrong is one line."""
+"""`moezoo bench`: smoke test of all modes, selection of contenders, errors and report."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from rich.console import Console
 from moezoo.bench import contenders
 from moezoo.bench.case import Case, random_prompts, random_windows
 from moezoo.bench.configs import bench_config, smoke_config
-from moezoo.bench.contenders import OWN, PEERS, chosen
+from moezoo.bench.contenders import OWN, PEERS, select_contenders
 from moezoo.bench.limit import bytes_per_step
 from moezoo.bench.measure import Effort, Timings
 from moezoo.bench.modes import MODES, Results, Row, bench, rows_of
@@ -50,7 +50,7 @@ def results_of(rows: list[Row]) -> Results:
 
 
 def test_smoke_runs_every_mode_on_both_backends(tmp_path):
-    """As a person starts it, in a process of its own; no time is asserted."""
+    """Run the command as a user does, in its own process; no times are asserted."""
     for name in OWN:
         require_backend(name)
     picture = tmp_path / "made" / "sweep.png"
@@ -86,65 +86,65 @@ def test_smoke_runs_every_mode_on_both_backends(tmp_path):
         (["trian"], "SpecError: no such mode; got 'trian'; did you mean train?; expected one of train, layer,"),
         (["train", "--config", "L"], "SpecError: no such config; got 'L'; expected S, M or the path of a YAML config."),
         (["train", "--config", ROOT / "configs/tiny/top_k.yaml"], "SpecError: model.vocab_size is null"),
-        (["train", "--backend", "jaks"], "BackendError: no such backend; got 'jaks'; expected jax, mlx."),
+        (["train", "--backend", "jaks"], "BackendError: no such backend; got 'jaks'; expected one of jax, mlx."),
         (["train", "--peers", "mlx_lm"], "BackendError: no such peer; got 'mlx_lm'; did you mean mlx-lm?"),
-        (["train", "--peers", ","], "BackendError: no peer is named; got ','; expected transformers,"),
+        (["train", "--peers", ","], "BackendError: no peer is named; got ','; expected one or more of transformers,"),
     ],
 )
-def test_what_a_caller_gets_wrong_is_one_line(words, message):
+def test_user_errors_are_one_line(words, message):
     result = call(*words)
     assert result.exit_code == 1
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_layer_without_a_mixture_is_refused():
+def test_model_without_moe_layer_raises():
     config = smoke_config()
     (layer,) = config.model.layers
     dense = layer.model_copy(update={"moe": None, "feed_forward": layer.moe.experts})
     config = config.model_copy(update={"model": config.model.model_copy(update={"layers": (dense,)})})
-    with pytest.raises(SpecError, match=r"model\.layers have no mixture \(mine\)"):
-        bench(["layer"], {"mine": config}, {}, {}, Effort(), lambda _: None)
+    with pytest.raises(SpecError, match=r"model\.layers has no MoE layer \(mine\)"):
+        bench(["layer"], {"mine": config}, {}, {}, Effort(), lambda *_: None)
 
 
-def test_contenders_are_those_that_are_installed_or_named(monkeypatch):
+def test_installed_or_named_contenders_are_selected(monkeypatch):
     monkeypatch.setattr(contenders, "missing_packages", lambda name: ["jax"] if name == "jax" else [])
     monkeypatch.setattr(contenders, "_missing", lambda packages: [name for name in packages if name == "torch"])
-    entries, left_out = chosen(None, None)
+    entries, skipped = select_contenders(None, None)
     assert list(entries) == ["mlx", "mlx-lm"]
-    assert left_out["jax"] == "not installed: jax"
-    assert left_out["transformers"] == "not installed: torch"
-    assert left_out["mlx-lm-as-installed"] == "slow to time; it runs when --peers names it"
-    assert list(chosen("mlx", "none")[0]) == ["mlx"]
-    assert list(chosen("mlx", "mlx-lm-as-installed")[0]) == ["mlx", "mlx-lm-as-installed"]
-    assert list(chosen("mlx", "all")[0]) == ["mlx", "mlx-lm", "mlx-lm-as-installed"]
+    assert skipped["jax"] == "not installed: jax"
+    assert skipped["transformers"] == "not installed: torch"
+    assert skipped["mlx-lm-as-installed"] == "slow; runs only if named in --peers"
+    assert list(select_contenders("mlx", "none")[0]) == ["mlx"]
+    assert list(select_contenders("mlx", "mlx-lm-as-installed")[0]) == ["mlx", "mlx-lm-as-installed"]
+    assert list(select_contenders("mlx", "all")[0]) == ["mlx", "mlx-lm", "mlx-lm-as-installed"]
     with pytest.raises(BackendError, match="contender jax is not installed; missing jax"):
-        chosen("jax", "none")
+        select_contenders("jax", "none")
     with pytest.raises(BackendError, match="contender transformers is not installed; missing torch"):
-        chosen("mlx", "transformers")
+        select_contenders("mlx", "transformers")
 
 
-def test_every_contender_has_a_maker_that_exists():
+def test_maker_of_every_contender_exists():
     for entry in (*OWN.values(), *PEERS.values()):
         module, function = entry.maker.split(":")
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
         assert f"\ndef {function}() -> " in source
 
 
-def test_a_contender_that_fails_is_reported_and_the_status_says_so(monkeypatch):
+def test_failed_contender_is_reported_and_sets_the_exit_status(monkeypatch):
     for name, entry in {"jax": fake("quick"), "mlx": fake("dying")}.items():
         monkeypatch.setitem(OWN, name, entry)
     monkeypatch.setattr(contenders, "missing_packages", lambda name: [])
     result = call("train", "--smoke", "--peers", "none", "--json")
     assert result.exit_code == 1
     found = json.loads(result.stdout)
-    assert found["failed"][0].startswith("smoke train: contender mlx ended with status 9")
+    assert found["failed"][0].startswith("smoke train: contender mlx exited with status 9")
     assert [row["contender"] for row in found["rows"]] == ["limit", "jax"]
     assert found["rows"][1]["share_of_limit"] == found["rows"][0]["seconds"] / 0.5
     assert found["rows"][1]["tokens_per_second"] == 2 * 16 / 0.5
 
 
-def test_all_decoding_is_limited_by_one_rate():
+def test_decoding_cases_share_one_bandwidth():
     cases = [Case(label, "decode", smoke_config(), batch, 8, 4) for label, batch in (("one", 1), ("two", 2))]
     sizes = {case.label: bytes_per_step(case) for case in cases}
     timings = Timings(facts={"jax": {}, "limit": {}})
@@ -158,12 +158,12 @@ def test_all_decoding_is_limited_by_one_rate():
     assert [row.share_of_limit for row in rows] == pytest.approx([1, 0.5, 1, 0.5])
 
 
-def test_report_has_a_table_for_each_mode_and_one_of_shares():
+def test_report_has_a_table_per_mode_and_one_of_shares():
     console = Console(width=120, record=True, file=io.StringIO())
     for piece in report(results_of(ROWS)):
         console.print(piece)
     text = console.export_text()
-    for piece in ("the machine was not idle before", "left out: not installed", "failed", "train S", "share of the"):
+    for piece in ("the machine was not idle", "skipped: not installed", "failed", "train S", "share of the"):
         assert piece in text
     jax = next(line for line in text.splitlines() if "52.0" in line)
     assert all(piece in jax for piece in ("0.500", "2,048", "1.00 s", "0 %", "9.0 s", "1,024"))
@@ -172,14 +172,14 @@ def test_report_has_a_table_for_each_mode_and_one_of_shares():
     assert "0.25 / -" in shares[0]
 
 
-def test_sweep_is_drawn_relative_to_the_fewest_experts(tmp_path):
+def test_sweep_is_plotted_relative_to_the_fewest_experts(tmp_path):
     assert points(ROWS, "train", "jax") == [(4, 1.0), (128, 2.0)]
     assert points(ROWS, "forward", "jax") == [(4, 1.0), (128, 1.5)]
     draw_sweep(ROWS, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_random_tokens_are_the_same_for_everyone_and_within_the_vocabulary():
+def test_random_tokens_are_equal_for_all_contenders_and_in_the_vocabulary():
     case = Case("train", "train", bench_config("S"), batch=2, context=7)
     windows = random_windows(case)
     assert windows.shape == (8, 1, 8, 257)
@@ -189,6 +189,6 @@ def test_random_tokens_are_the_same_for_everyone_and_within_the_vocabulary():
     assert random_prompts(case).shape == (2, 7)
 
 
-def test_a_case_survives_its_way_into_another_process():
+def test_case_round_trips_through_json():
     case = Case("batch 1", "decode", bench_config("M"), 1, 32, 64)
     assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case

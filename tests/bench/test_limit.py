@@ -1,4 +1,4 @@
-"""The limit: its products are the useful operations of the cost model, and its bytes those that a token needs."""
+"""Hardware limit: its products match the cost model's FLOPs, and its bytes the active weights and cache."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ def sized(path: Path) -> Config:
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "fine_tune"], ids=lambda path: path.stem)
-def test_products_are_the_operations_of_the_cost_model(path):
-    """Rows of copies are whole, where a token may have 1.9 of them; positions that are seen on average too."""
+def test_products_match_the_flops_of_the_cost_model(path):
+    """Tolerances: numbers of rows and of visible positions are rounded, e.g. for 1.9 experts per token."""
     config = sized(path)
     case = Case("train", "train", config)
     length = config.training.sequence_length
@@ -40,7 +40,7 @@ def test_products_are_the_operations_of_the_cost_model(path):
         assert scores == pytest.approx(flops.attention_scores * case.tokens, rel=1 / length)
 
 
-def test_the_mixture_alone_is_router_and_experts_of_one_layer():
+def test_moe_layer_alone_is_router_and_experts_of_one_layer():
     flops = flops_per_token(M.model, 512, training=True)
     per_layer = (flops.router + flops.routed_experts) // 8
     assert useful_flops(Case("both", "gradients", M)) == per_layer * 4 * 512
@@ -48,29 +48,29 @@ def test_the_mixture_alone_is_router_and_experts_of_one_layer():
     assert useful_flops(Case("forward", "forward", M)) == per_layer * 4 * 512 // 3
 
 
-def test_the_sweep_has_the_same_active_operations_but_for_its_router():
-    """The router's product, 2 D E, is the only one that grows."""
+def test_sweep_has_equal_active_flops_except_for_the_router():
+    """Only the router's FLOPs, 2 D E per token, grow."""
     cases = [Case("train", "train", sweep_config(None, number)) for number in (4, 128)]
     fewest, most = (useful_flops(case) for case in cases)
     assert most - fewest == 3 * 2 * (2 * 256 * (128 - 4)) * cases[0].tokens
 
 
-def test_one_token_reads_what_is_active_and_is_not_looked_up():
+def test_one_token_reads_the_active_weights_without_the_embedding():
     counts = parameter_counts(S.model)
-    looked_up = 256 * 256  # the embedding; the head is a matrix of its own
+    embedding = 256 * 256  # a table lookup; the head is untied
     case = Case("batch 1", "decode", S, batch=1, context=0, new_tokens=2)
-    assert bytes_per_step(case) == 4 * (counts.active - looked_up - counts.active_by_role["norms"]) + cache(1, 1)
+    assert bytes_per_step(case) == 4 * (counts.active - embedding - counts.active_by_role["norms"]) + cache(1, 1)
 
 
-def test_many_tokens_read_every_expert_and_a_few_the_expected_share():
-    """Of 8 experts, 2 tokens that choose 2 each touch 8 (1 - (3/4)^2) = 3.5 on average."""
+def test_large_batch_reads_all_experts_and_small_batch_the_expected_share():
+    """With top-2 of 8 experts, 2 tokens use 8 (1 - (3/4)^2) = 3.5 experts on average."""
     experts = parameter_counts(S.model).by_role["routed experts"]
-    read = {batch: bytes_per_step(Case("", "decode", S, batch, 0, 2)) - cache(batch, 1) for batch in (1, 2, 1000)}
-    assert read[2] - read[1] == 4 * experts * (3.5 - 2) / 8
-    assert read[1000] - read[1] == pytest.approx(4 * experts * (8 - 2) / 8)
+    read_bytes = {batch: bytes_per_step(Case("", "decode", S, batch, 0, 2)) - cache(batch, 1) for batch in (1, 2, 1000)}
+    assert read_bytes[2] - read_bytes[1] == 4 * experts * (3.5 - 2) / 8
+    assert read_bytes[1000] - read_bytes[1] == pytest.approx(4 * experts * (8 - 2) / 8)
 
 
-def test_a_context_is_read_with_the_weights():
+def test_context_adds_the_bytes_of_its_cache():
     short, long = (bytes_per_step(Case("", "decode", S, 8, context, 32)) for context in (256, 2048))
     assert long - short == cache(8, 2048 - 256)
 
@@ -80,7 +80,7 @@ def cache(batch: int, tokens: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["train", "forward", "gradients", "decode"])
-def test_the_limit_is_measured_and_repeats_take_longer(kind):
+def test_limit_is_measured_and_repeats_take_longer(kind):
     work = Limit().prepare(Case(kind, kind, smoke_config(), 2, 4, 4))
     work(1)
     assert 0 < work(1) < work(400)

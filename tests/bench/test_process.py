@@ -1,4 +1,4 @@
-"""Contenders in their processes: turns, deaths in one line, and nobody left behind."""
+"""Contenders in their processes: interleaved slices, one-line errors, and no leftover processes."""
 
 import os
 import signal
@@ -22,19 +22,19 @@ FORWARD = Case("forward", "forward", smoke_config())
 
 
 def running(pid: int) -> bool:
-    """Whether a process is there and not only waiting to be counted."""
+    """Return whether a process exists and is not a zombie."""
     status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return bool(status) and not status.startswith("Z")
 
 
-def gone(pid: int, seconds: float = 20.0) -> bool:
+def has_ended(pid: int, seconds: float = 20.0) -> bool:
     end = time.monotonic() + seconds
     while running(pid) and time.monotonic() < end:
         time.sleep(0.05)
     return not running(pid)
 
 
-def test_what_a_contender_prints_does_not_disturb_its_answers():
+def test_output_of_a_contender_does_not_mix_with_its_answers():
     with Process("fake", fake("quick", environment={"MOEZOO_FAKE": "set", "PATH": None})) as process:
         assert process.ask("facts") == {"seconds": "0.5", "argument": "set"}
         assert process.ask("prepare", case=CASE.to_json(), slice_seconds=0.0)["repeats"] == 1
@@ -45,11 +45,11 @@ def test_what_a_contender_prints_does_not_disturb_its_answers():
 @pytest.mark.parametrize(
     ("name", "pieces"),
     [
-        ("dying", ("ended with status 9 while asked to prepare", "first | second | the memory is full")),
-        ("refusing", ("cannot prepare: DataError: the model is too large; expected a smaller one.",)),
+        ("dying", ("exited with status 9 during request prepare", "first | second | the memory is full")),
+        ("refusing", ("failed at request prepare: DataError: the model is too large; expected a smaller one.",)),
     ],
 )
-def test_a_contender_that_fails_is_one_line(name, pieces):
+def test_failed_contender_error_is_one_line(name, pieces):
     with Process(name, fake(name)) as process, pytest.raises(BenchError) as error:
         process.ask("prepare", case=CASE.to_json(), slice_seconds=0.0)
     assert len(str(error.value).splitlines()) == 1
@@ -57,58 +57,60 @@ def test_a_contender_that_fails_is_one_line(name, pieces):
         assert piece in str(error.value)
 
 
-def test_a_contender_that_does_not_import_says_what_is_missing():
+def test_import_error_of_a_contender_names_the_module():
     with Process("none", Entry("tests.bench.nowhere:make")) as process, pytest.raises(BenchError) as error:
         process.ask("facts")
     assert str(error.value).endswith("ModuleNotFoundError: No module named 'tests.bench.nowhere'")
 
 
-def test_contenders_take_turns_and_one_that_dies_does_not_stop_the_others():
-    told = []
+def test_contenders_take_turns_and_a_crash_does_not_stop_the_others():
+    seen = []
     entries = {name: fake(name) for name in ("quick", "dying", "slow")}
-    timings = take_turns([CASE, FORWARD], entries, Effort(slices=2, slice_seconds=0.0), told.append)
+    timings = take_turns([CASE, FORWARD], entries, Effort(slices=2, slice_seconds=0.0), lambda *row: seen.append(row))
     assert list(timings.failed) == ["dying"]
     assert timings.slices["slow", "train"] == [2.0, 2.0]
     assert timings.seconds("quick", "forward") == 0.5
     assert timings.seconds("dying", "train") is None
     assert timings.peak_memory.keys() == {"quick", "slow"}
-    turns = [(line.split(", ")[1].split(": ")) for line in told if line.startswith("slice")]
+    turns = [what.split(", ")[1].split(": ") for what, _, _ in seen if what.startswith("slice")]
     assert turns == 2 * [["train", "quick"], ["train", "slow"], ["forward", "quick"], ["forward", "slow"]]
+    assert {total for _, _, total in seen} == {3 * 2 * 3}
 
 
-def test_a_contender_takes_part_in_its_kinds_only():
+def test_contender_runs_only_its_kinds_of_cases():
     entries = {"quick": fake("quick"), "slow": fake("slow", kinds=("forward",))}
-    timings = take_turns([CASE, FORWARD], entries, Effort(1, 0.0), lambda _: None)
+    timings = take_turns([CASE, FORWARD], entries, Effort(1, 0.0), lambda *_: None)
     assert timings.slices.keys() == {("quick", "train"), ("quick", "forward"), ("slow", "forward")}
 
 
-def test_starts_are_timed_with_empty_and_with_filled_caches():
-    told = []
-    timings = time_starts(CASE, {"quick": fake("quick"), "refusing": fake("refusing")}, Effort(2, 0.0), told.append)
-    assert [line.split(", ")[1].split(":")[0] for line in told if "quick" in line] == 2 * ["cold", "warm"]
+def test_startup_is_timed_with_cold_and_warm_caches():
+    seen = []
+    entries = {"quick": fake("quick"), "refusing": fake("refusing")}
+    timings = time_starts(CASE, entries, Effort(2, 0.0), lambda *row: seen.append(row))
+    assert [what.split(", ")[1].split(":")[0] for what, _, _ in seen if "quick" in what] == 2 * ["cold", "warm"]
     assert len(timings.slices["quick", "cold"]) == len(timings.slices["quick", "warm"]) == 2
     assert list(timings.failed) == ["refusing"]
 
 
 BENCHMARK = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 from moezoo.bench.measure import Effort, take_turns
 from moezoo.bench.process import Process
 from tests.bench.fakes import CASE, fake
 
-started = Process.__init__
-def noted(self, *arguments):
-    started(self, *arguments)
+start = Process.__init__
+def start_and_print(self, *arguments):
+    start(self, *arguments)
     print(self._process.pid, flush=True)
-Process.__init__ = noted
-take_turns([CASE], {"quick": fake("quick"), "sleeping": fake("sleeping")}, Effort(1, 0.0), lambda _: None)
+Process.__init__ = start_and_print
+take_turns([CASE], {"quick": fake("quick"), "sleeping": fake("sleeping")}, Effort(1, 0.0), lambda *_: None)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_benchmark_that_is_stopped_leaves_no_process(how):
-    """Ctrl-C goes to all processes of a terminal, the other signals to the parent alone."""
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_benchmark_leaves_no_process(stop):
+    """Ctrl-C is sent to all processes of a terminal, other signals only to the parent."""
     parent = subprocess.Popen(
         [sys.executable, "-c", BENCHMARK],
         stdout=subprocess.PIPE,
@@ -121,10 +123,10 @@ def test_a_benchmark_that_is_stopped_leaves_no_process(how):
     assert parent.stdout is not None
     workers = [int(parent.stdout.readline()) for _ in range(2)]
     assert all(running(pid) for pid in workers)
-    if how == signal.SIGINT:
-        os.killpg(parent.pid, how)
+    if stop == signal.SIGINT:
+        os.killpg(parent.pid, stop)
     else:
-        parent.send_signal(how)
+        parent.send_signal(stop)
     parent.wait(20)
-    assert all(gone(pid) for pid in workers)
+    assert all(has_ended(pid) for pid in workers)
     parent.stdout.close()

@@ -72,7 +72,7 @@ def _cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
-    """A run of one step, and its config beside it."""
+    """A run of two steps, in the same folder as its config."""
     require_backend("mlx")
     config = write_config(folder, steps=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -86,8 +86,8 @@ def call(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-def refused(result: Result, kind: str, *pieces: str) -> None:
-    """One line of the house's form, exit status 1, no traceback."""
+def assert_error(result: Result, kind: str, *pieces: str) -> None:
+    """Assert a one-line error, exit status 1, and no traceback."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.startswith(f"{kind}: "), result.stderr
@@ -106,7 +106,18 @@ def test_surface_is_frozen() -> None:
     assert {name: [word.strip("[]") for word in words] for name, words in found.items()} == SURFACE
 
 
-def test_help_is_quick_and_loads_no_framework() -> None:
+def test_every_command_has_a_summary_that_fits_and_every_option_a_help_text() -> None:
+    for name, command in main.commands.items():
+        summary = str(command.help).splitlines()[0]
+        assert command.get_short_help_str(limit=75) == summary, name
+        for option in command.params:
+            if isinstance(option, click.Option):
+                text = str(option.help)
+                assert text[:1].isupper(), (name, option.name, text)
+                assert text.endswith("."), (name, option.name, text)
+
+
+def test_help_is_fast_and_loads_no_framework() -> None:
     code = (
         "import resource, sys\n"
         "from click.testing import CliRunner\n"
@@ -127,7 +138,7 @@ def test_public_api_is_small() -> None:
         _ = moezoo.nothing
 
 
-def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
+def test_train_writes_a_complete_run_folder(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         "config.yaml",
         "tokenizer.json",
@@ -138,7 +149,7 @@ def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
     assert (trained / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_launch_starts_train_on_the_backend_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_passes_the_backend_of_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[int, tuple[str, ...], str]] = []
     monkeypatch.setattr("moezoo.core.distributed.launch.launch", lambda *words: started.append(words))
     monkeypatch.setenv("BACKEND", "mlx")
@@ -146,7 +157,7 @@ def test_launch_starts_train_on_the_backend_that_it_names(monkeypatch: pytest.Mo
         assert call("launch", "--nproc", 3, "train", "c.yaml", *words).exit_code == 0
         assert started[-1][:2] == (3, ("train", "c.yaml", *words))
     assert [backend for _, _, backend in started] == ["jax", "jax", "mlx"]
-    refused(call("launch", "--nproc", 2, "eval", "run"), "RunError", "launch runs `train`", "got 'eval'")
+    assert_error(call("launch", "--nproc", 2, "eval", "run"), "RunError", "launch runs `train`", "got 'eval'")
 
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
@@ -160,14 +171,14 @@ def test_greedy_text_is_the_same_on_both_backends(trained: Path, backend: str) -
     assert result.stdout == call(*words, "--backend", "mlx").stdout
 
 
-def test_prompts_of_unequal_length_are_continued_at_once_as_if_alone(trained: Path) -> None:
+def test_batched_prompts_of_unequal_length_match_single_prompts(trained: Path) -> None:
     words = ["generate", trained, "--temperature", 0, "--max-new-tokens", 8, "--backend", "mlx"]
     together = call(*words, "--prompt", "7", "--prompt", "7 owls").output
     texts = [part.split("\n", 1)[1].rstrip("\n") for part in together.split("--- sample ")[1:]]
     assert texts == [call(*words, "--prompt", prompt).output.rstrip("\n") for prompt in ("7", "7 owls")]
 
 
-def test_several_samples_differ_and_the_seed_repeats(trained: Path) -> None:
+def test_samples_differ_and_the_seed_is_reproducible(trained: Path) -> None:
     words = ["generate", trained, "--prompt", "7", "--samples", 3, "--max-new-tokens", 30, "--backend", "mlx", "--seed"]
     first = call(*words, 1).stdout
     assert first == call(*words, 1).stdout
@@ -184,7 +195,7 @@ def test_eval_json(trained: Path) -> None:
     assert len(values["routing"]) == 2
 
 
-def test_eval_of_a_file_needs_none_of_the_runs_data(trained: Path, folder: Path) -> None:
+def test_eval_of_a_file_does_not_need_the_run_data(trained: Path, folder: Path) -> None:
     (folder / "other.txt").write_text("12 owls saw 144 mice. " * 4)
     words = ["eval", trained, "--data", folder / "other.txt", "--backend", "mlx"]
     values = json.loads(call(*words, "--json").stdout)
@@ -202,7 +213,7 @@ def test_describe_and_schema(trained: Path) -> None:
     assert {"init_from", "model", "data", "training", "optimizer", "mesh"} == schema["properties"].keys()
 
 
-def test_unknown_key_names_the_nearest(folder: Path) -> None:
+def test_unknown_key_suggests_the_nearest_key(folder: Path) -> None:
     path = write_config(folder)
     path.write_text(path.read_text().replace("top_k", "topk"))
     result = call("describe", path)
@@ -210,21 +221,23 @@ def test_unknown_key_names_the_nearest(folder: Path) -> None:
     assert "model.layers[0].moe.router.topk is not a known key; did you mean top_k?" in result.stderr
 
 
-def test_impossible_sizes(folder: Path) -> None:
+def test_invalid_sizes(folder: Path) -> None:
     path = write_config(folder)
-    refused(
+    assert_error(
         call("describe", path, "--set", "model.layers[0].moe.router.top_k=9"),
         "SpecError",
         f"model.layers[0].moe.router.top_k is 9, but num_experts is 5 ({path}). Use top_k <= 5.",
     )
-    refused(
+    assert_error(
         call("describe", path, "--set", "model.layers[0].attention.num_kv_heads=3"),
         "SpecError",
         "model.layers[0].attention.num_heads is 4, which is not divisible by num_kv_heads = 3",
     )
-    refused(call("describe", path, "--set", "mesh.expert=0"), "SpecError", "mesh.expert is 0")
-    refused(call("describe", path, "--set", "training.batch_size=two"), "SpecError", "training.batch_size is 'two'")
-    refused(call("describe", path, "--set", "nonsense"), "SpecError", "not of the form path=value")
+    assert_error(call("describe", path, "--set", "mesh.expert=0"), "SpecError", "mesh.expert is 0")
+    assert_error(
+        call("describe", path, "--set", "training.batch_size=two"), "SpecError", "training.batch_size is 'two'"
+    )
+    assert_error(call("describe", path, "--set", "nonsense"), "SpecError", "not of the form path=value")
 
 
 def test_yaml_numbers_are_converted_by_the_field(folder: Path) -> None:
@@ -232,29 +245,29 @@ def test_yaml_numbers_are_converted_by_the_field(folder: Path) -> None:
     path.write_text(path.read_text().replace("0.003", "1e-4"))
     assert moezoo.load_config(path).optimizer.learning_rate == 1e-4
     path.write_text(path.read_text().replace("steps: 8", "steps: 8\n  steps: 9"))
-    refused(call("describe", path), "SpecError", "duplicate key 'steps'")
+    assert_error(call("describe", path), "SpecError", "duplicate key 'steps'")
 
 
 def test_missing_files(folder: Path) -> None:
     path = write_config(folder)
-    refused(call("train", folder / "no.yaml"), "SpecError", "no such config", "no.yaml")
+    assert_error(call("train", folder / "no.yaml"), "SpecError", "no such config", "no.yaml")
     missing = f"data.sources[0].path={folder / 'no.txt'}"
-    refused(call("train", path, "--out", folder / "a", "--set", missing), "DataError", "no.txt")
-    refused(call("eval", folder / "no_run"), "DataError", "is not a run folder, so it has no data", "--data")
-    refused(call("generate", folder / "no_run", "--prompt", "7"), "RunError", "is neither a run folder nor")
+    assert_error(call("train", path, "--out", folder / "a", "--set", missing), "DataError", "no.txt")
+    assert_error(call("eval", folder / "no_run"), "DataError", "is not a run folder, so it has no data", "--data")
+    assert_error(call("generate", folder / "no_run", "--prompt", "7"), "RunError", "is neither a run folder nor")
     assert not (folder / "a").exists()
 
 
-def test_text_shorter_than_a_sequence(folder: Path) -> None:
+def test_text_shorter_than_a_sequence_is_an_error(folder: Path) -> None:
     path = write_config(folder)
     (folder / "text.txt").write_text("too short")
-    refused(call("train", path, "--out", folder / "b"), "DataError", "text.txt")
+    assert_error(call("train", path, "--out", folder / "b"), "DataError", "text.txt")
     assert not (folder / "b").exists()
 
 
 def test_vocabulary_mismatch(folder: Path) -> None:
     path = write_config(folder)
-    refused(
+    assert_error(
         call("train", path, "--out", folder / "c", "--set", "model.vocab_size=99"),
         "SpecError",
         "model.vocab_size is 99, but the tokenizer (character) has",
@@ -262,50 +275,50 @@ def test_vocabulary_mismatch(folder: Path) -> None:
 
 
 def test_prompt_outside_the_vocabulary(trained: Path) -> None:
-    refused(call("generate", trained, "--prompt", "schön", "--backend", "mlx"), "TokenizerError", "ö")
-    refused(call("generate", trained, "--prompt", "", "--backend", "mlx"), "DataError", "--prompt is empty")
+    assert_error(call("generate", trained, "--prompt", "schön", "--backend", "mlx"), "TokenizerError", "ö")
+    assert_error(call("generate", trained, "--prompt", "", "--backend", "mlx"), "DataError", "--prompt is empty")
 
 
-def test_tokens_are_continued_as_ids(trained: Path) -> None:
+def test_generate_continues_token_ids(trained: Path) -> None:
     words = ["generate", trained, "--backend", "mlx", "--temperature", 0, "--max-new-tokens", 4]
     result = call(*words, "--tokens", "3, 1,2")
     assert result.exit_code == 0, result.output
     ids = [int(piece) for piece in result.stdout.split(",")]
     assert ids[:3] == [3, 1, 2]
     assert len(ids) == 7
-    refused(call(*words, "--tokens", "3,x"), "DataError", "--tokens is '3,x'; expected token ids")
-    refused(call(*words, "--tokens", "3,9999999999"), "DataError", "token 9999999999")
-    refused(call(*words), "DataError", "expected --prompt TEXT")
-    refused(call(*words, "--tokens", "1", "--prompt", "7"), "DataError", "expected --prompt TEXT")
-    refused(call(*words, "--tokens", "1", "--chat"), "DataError", "expected --prompt TEXT")
+    assert_error(call(*words, "--tokens", "3,x"), "DataError", "--tokens is '3,x'; expected token ids")
+    assert_error(call(*words, "--tokens", "3,9999999999"), "DataError", "token 9999999999")
+    assert_error(call(*words), "DataError", "expected --prompt TEXT")
+    assert_error(call(*words, "--tokens", "1", "--prompt", "7"), "DataError", "expected --prompt TEXT")
+    assert_error(call(*words, "--tokens", "1", "--chat"), "DataError", "expected --prompt TEXT")
 
 
 def test_chat_needs_a_template(trained: Path) -> None:
     words = ["generate", trained, "--backend", "mlx", "--chat", "--prompt", "7"]
-    refused(call(*words), "TokenizerError", "no chat template; got a tokenizer of kind character")
+    assert_error(call(*words), "TokenizerError", "no chat template; got a tokenizer of kind character")
 
 
 def test_bad_sampling_options(trained: Path) -> None:
-    refused(call("generate", trained, "--prompt", "7", "--temperature", -1), "SpecError", "temperature")
-    refused(call("generate", trained, "--prompt", "7", "--top-p", 2), "SpecError", "top_p")
+    assert_error(call("generate", trained, "--prompt", "7", "--temperature", -1), "SpecError", "temperature")
+    assert_error(call("generate", trained, "--prompt", "7", "--top-p", 2), "SpecError", "top_p")
 
 
 def test_unwritable_folder(folder: Path) -> None:
     path = write_config(folder)
     (folder / "file").write_text("")
-    refused(call("train", path, "--backend", "mlx", "--out", folder / "file" / "run"), "RunError", "file/run")
+    assert_error(call("train", path, "--backend", "mlx", "--out", folder / "file" / "run"), "RunError", "file/run")
 
 
 def test_existing_run_without_resume(trained: Path, folder: Path) -> None:
     result = call("train", write_config(folder, steps=2), "--backend", "mlx", "--out", trained)
-    refused(result, "RunError", "already contains a run", "--resume")
+    assert_error(result, "RunError", "already contains a run", "--resume")
 
 
 def test_unknown_and_missing_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_config(folder)
-    refused(call("train", path, "--backend", "jaxx"), "BackendError", "did you mean jax?")
+    assert_error(call("train", path, "--backend", "jaxx"), "BackendError", "did you mean jax?")
     monkeypatch.setitem(backends._PACKAGES, "mlx", ("mlx_is_not_here",))
-    refused(
+    assert_error(
         call("train", path, "--backend", "mlx", "--out", folder / "d"),
         "BackendError",
         "backend mlx is not installed; missing mlx_is_not_here",

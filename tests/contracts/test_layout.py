@@ -18,7 +18,7 @@ from tests.support.source_tree import BACKENDS, PACKAGE, stems, tree_of
 # import each other.
 LAYERS = (
     ("core.errors",),
-    ("core.files", "core.malloc", "core.random", "core.tokens"),
+    ("core.files", "core.malloc", "core.progress", "core.random", "core.tokens"),
     ("core.spec",),
     ("core.parameters",),
     ("core.distributed",),
@@ -39,6 +39,10 @@ LAYERS = (
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TWIN = ("kernels", "distributed", "transforms", "runtime", "planning")
+OF_A_MODEL = {"backend", "inference", "training", "model"}  # they place a model on devices and processes
+# The only names by which the other shared stems meet a mesh or several processes: each reads as if it were not there.
+GLOBAL_BATCH = {"row_by_row", "average", "total", "first_draw", "on_host"}
+PLATFORM_QUESTIONS = {"default_device", "default_backend", "devices", "local_devices", "process_index", "is_available"}
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "mlx", "torch", "tensorflow"}
 LATE = {"transformers", "matplotlib"}  # slow to import: only a function that needs one imports it
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -144,6 +148,25 @@ def test_what_has_no_twin_lies_in_a_named_folder(backend):
     assert folders <= set(WITHOUT_TWIN)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shared_stems_are_single_device_code(backend):
+    """They call kernels, ask for no platform, and know no mesh or process."""
+    package = f"moezoo.{backend}_backend"
+    problems = []
+    for stem in sorted(stems(f"{backend}_backend") - OF_A_MODEL):
+        module = f"{package}.{stem}"
+        for target, name in imports_of(module):
+            folder = target.removeprefix(f"{package}.").split(".")[0]
+            if folder in ("transforms", "planning") or name in ("is_x86_cpu", "can_fuse", "platform"):
+                problems.append(f"{stem} imports {target}")
+            if folder in ("distributed", "runtime") and not target.endswith(".typed") and name not in GLOBAL_BATCH:
+                problems.append(f"{stem} imports {name or 'all'} of {target}")
+        for node in ast.walk(tree_of(MODULES[module])):
+            if isinstance(node, ast.Attribute) and node.attr in PLATFORM_QUESTIONS:
+                problems.append(f"{stem} asks for {ast.unparse(node)}")
+    assert problems == []
+
+
 def test_no_framework_is_imported_outside_the_backends():
     named = {module_of(path): frameworks_of(ast.walk(tree_of(path))) & FRAMEWORKS for path in FRAMEWORK_FREE}
     assert {module: names for module, names in named.items() if names} == {}
@@ -163,6 +186,21 @@ def test_rich_progress_is_imported_only_by_the_progress_of_the_command_line():
         if isinstance(node, ast.ImportFrom) and node.module == "rich.progress"
     ]
     assert importing == ["moezoo.cli.progress"]
+
+
+def test_functions_and_files_fit_a_reader():
+    """At most 60 lines per function and 400 per file, except in kernels."""
+    long = []
+    for path in FILES:
+        if "kernels" in path.parts:
+            continue
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        long += [f"{module_of(path)}: {lines} lines"] if lines > 400 else []
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                long += [f"{module_of(path)}.{node.name}: {lines} lines"] if lines > 60 else []
+    assert long == []
 
 
 def test_importing_everything_but_the_backends_loads_no_framework():

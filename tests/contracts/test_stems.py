@@ -7,14 +7,12 @@ import pytest
 from tests.support.source_tree import BACKENDS, PACKAGE, stems
 
 LAYER_TESTS = Path(__file__).parents[1] / "layers"
-IN_STEPS = {"optimizer"}  # the frameworks bring an optimizer; each backend's steps.py sets it up
 
 
 @pytest.mark.parametrize("stem", sorted(stems("core/reference")))
 def test_stem_of_the_reference_exists_in_both_backends(stem):
     for backend in BACKENDS:
-        file = "steps" if stem in IN_STEPS else stem
-        assert (PACKAGE / f"{backend}_backend" / f"{file}.py").is_file()
+        assert (PACKAGE / f"{backend}_backend" / f"{stem}.py").is_file()
 
 
 @pytest.mark.parametrize("stem", sorted(stems("core/reference") | {"kv_cache"}))

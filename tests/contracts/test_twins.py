@@ -2,12 +2,21 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 
 from tests.support.source_tree import BACKENDS, PACKAGE, Function, backend_file, functions, stems, tree_of
 
 FOLDERS = {"kernels", "distributed", "transforms", "runtime", "planning"}
+PROTOCOL = {"backend", "inference", "training", "model"}  # files that hand mesh and processes to the others
+SEAMS = {
+    "runtime.placement": {"row_by_row"},
+    "runtime.processes": {"on_host"},
+    "runtime.typed": {"GraphDef", "State", "custom_function", "flatten", "to_float", "to_int", "to_ints"},
+    "distributed.data_parallel": {"average", "first_draw", "total"},
+}
+OF_MACHINES = re.compile("platform|x86|default_(device|backend)|process|[Mm]esh|[Ss]hard|placement|Partition")
 ONLY_JAX_PARAMETERS = {"placement=", "group=", "exchange=", "wrap_block="}  # a mesh of devices, and how a step uses it
 SHARED = sorted(stems("jax_backend"))
 ALPHABET = set("BTSDNMGHZECKFPRVL")
@@ -24,7 +33,7 @@ def public_surface(backend: str, stem: str) -> dict[str, list[str]]:
         if isinstance(node, Function) and not node.name.startswith("_"):
             surface[node.name] = parameters(node)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            name = without_prefix(node.name) if stem == "steps" else node.name
+            name = without_prefix(node.name)
             surface[name] = []
             for method in node.body:
                 if isinstance(method, Function) and (method.name.startswith("__") or not method.name.startswith("_")):
@@ -153,6 +162,40 @@ def test_no_family_is_named_under_a_backend(backend):
     for path in sorted((PACKAGE / f"{backend}_backend").rglob("*.py")):
         text = path.read_text(encoding="utf-8").lower()
         assert [family for family in FAMILIES if family in text] == [], path.name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_public_twin_of_the_reference_says_so(backend):
+    """A public name that the reference's file has too carries `Spec:`; so does the module."""
+    for stem in sorted(stems("core/reference")):
+        of_reference = public_nodes(PACKAGE / "core" / "reference" / f"{stem}.py")
+        path = backend_file(backend, stem)
+        assert "Spec:" in (ast.get_docstring(tree_of(path)) or ""), path.name
+        for name, node in public_nodes(path).items():
+            assert name not in of_reference or "Spec:" in (ast.get_docstring(node) or ""), f"{stem}.{name}"
+
+
+def public_nodes(path: Path) -> dict[str, Function | ast.ClassDef]:
+    return {
+        node.name: node
+        for node in tree_of(path).body
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stem", sorted(set(SHARED) - PROTOCOL))
+def test_a_shared_stem_is_code_for_one_device(stem, backend):
+    """It asks for no platform, and knows no mesh or process: kernels, and the few names of SEAMS, do so for it."""
+    tree = tree_of(backend_file(backend, stem))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"moezoo.{backend}_backend."):
+            folder, _, module = (node.module or "").split(".", 2)[2].rpartition(".")
+            if folder in FOLDERS - {"kernels"}:
+                assert {alias.name for alias in node.names} <= SEAMS.get(f"{folder}.{module}", set()), node.lineno
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert [name for name in sorted(names) if OF_MACHINES.search(name)] == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

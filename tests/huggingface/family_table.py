@@ -64,7 +64,7 @@ def table(results: Results) -> str:
 def main() -> int:
     results = Results()
     tests = [str(HERE / "test_families.py"), str(HERE / "test_round_trip.py")]
-    status = pytest.main([*tests, "-q", "-k", "fixture", "-n", "2"], plugins=[results])
+    status = pytest.main([*tests, "-q", "-m", "", "-k", "fixture", "-n", "2"], plugins=[results])
     text = README.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")

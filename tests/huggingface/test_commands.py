@@ -119,7 +119,9 @@ def test_a_run_is_described_by_its_config_and_a_checkpoint_takes_no_overrides(fo
     config = Path("configs/tiny/top_k.yaml")
     shutil.copy(config, tmp_path / "config.yaml")
     assert values_of("describe", tmp_path) == values_of("describe", config)
-    refused(call("describe", folder, "--set", "training.steps=1"), "SpecError", "--set overrides values of a YAML")
+    for mesh in ((), ("--mesh", "data=2")):
+        result = call("describe", folder, "--set", "training.steps=1", *mesh)
+        refused(result, "SpecError", "--set overrides values of a YAML")
     refused(call("describe", tmp_path / "nothing"), "RunError", "is neither a run folder nor")
 
 

@@ -13,7 +13,7 @@ import json, sys
 import jax, numpy as np
 import moezoo
 from moezoo.core.distributed.mesh import MeshConfig
-from moezoo.jax_backend.steps import JaxBackend
+from moezoo.jax_backend.backend import JaxBackend
 
 model = moezoo.load(sys.argv[1], backend=JaxBackend(MeshConfig(expert=8)))
 whole = moezoo.load(sys.argv[1], backend="jax")

@@ -18,7 +18,7 @@ from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
 from tests.support.twins import B, D, E, F, H, K, M, N, Twin, V, normal
 
-USERS = ("attention", "kernels.slot_rows", "kernels.grouped_product", "feed_forward", "losses", "steps")
+USERS = ("kernels.attention", "kernels.cross_entropy", "kernels.slot_rows", "kernels.grouped_product", "backend")
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, sinks=True)
 LENGTH = 150  # three chunks of queries, the last one short
 
@@ -32,7 +32,7 @@ def mlx() -> Twin:
 @pytest.fixture(params=[0, 2**14], ids=["in parts", "small ones whole"])
 def use(request, mlx, monkeypatch):
     """Take the kernels of this file's subject, or MLX's own, whatever the platform is."""
-    for stem in ("attention", "kernels.x86"):
+    for stem in ("kernels.attention", "kernels.x86"):
         monkeypatch.setattr(mlx.module(stem), "SMALL", request.param)
 
     def choose(kernels: bool) -> None:

@@ -63,7 +63,7 @@ def test_prompts_in_pieces_and_grown_caches_give_the_same_text(twin, name, monke
     model = built(twin, name)
     prompts = [np.tile(prompt, 4) for prompt in prompts_of(model.spec)]
     whole = generate(model, prompts, max_new_tokens=20, options=GREEDY)
-    monkeypatch.setattr(core_prompts, "PIECE", 16)
+    monkeypatch.setattr(core_prompts, "CHUNK", 16)
     monkeypatch.setattr(twin.module("generation"), "INITIAL_CAPACITY", 16)
     np.testing.assert_array_equal(generate(model, prompts, max_new_tokens=20, options=GREEDY), whole)
 

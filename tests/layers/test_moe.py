@@ -12,7 +12,7 @@ from moezoo.core.reference.dispatch import dispatch
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.routing import mixture_input
+from moezoo.core.reference.routing import jittered_input
 from moezoo.core.spec import (
     CapacitySpec,
     GatedFeedForwardSpec,
@@ -155,7 +155,7 @@ def test_jitter_of_the_mixture_reaches_all_who_look_at_a_token(twin, kind):
         values_of(spec),
         *inputs.values(),
     )
-    noise_BTD = mixture_input(spec.router, np.ones((P, D)), KEY).reshape(X_BTD.shape)
+    noise_BTD = jittered_input(spec.router, np.ones((P, D)), KEY).reshape(X_BTD.shape)
     assert 0.69 < noise_BTD.min() < 0.72
     assert 1.28 < noise_BTD.max() < 1.31
     expected = moe(SPECS[kind], values_of(spec), **{name: value * noise_BTD for name, value in inputs.items()})[0]

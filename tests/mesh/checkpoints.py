@@ -35,7 +35,7 @@ def write(config, model, run: Path) -> None:
         step_of(model, step)
     np.savez(run / "weights.npz", **model.export_parameters())
     np.savez(run / "moments.npz", **model.export_optimizer())
-    writer, rest = model.files_writer(), (dump_config(config), {}, None)
+    writer, rest = model.checkpoint_writer(), (dump_config(config), None)
     if writer is None:
         save_checkpoint(run / "checkpoints", 3, model.export_parameters(), model.export_optimizer(), *rest)
     else:

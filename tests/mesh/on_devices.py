@@ -20,7 +20,7 @@ from moezoo.core.config.run_config import parse_config
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.sampling import SamplingOptions
-from moezoo.jax_backend.steps import JaxBackend
+from moezoo.jax_backend.backend import JaxBackend
 
 VOCAB, STEPS = 64, 3
 

@@ -12,7 +12,7 @@ import jax
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.cost.step_plan import device_plan
-from moezoo.core.distributed.mesh import MeshConfig, known_sizes
+from moezoo.core.distributed.mesh import MeshConfig, planned_sizes
 from moezoo.jax_backend.planning import ahead_of_time
 
 
@@ -32,7 +32,7 @@ def together(collectives) -> dict[str, list[int]]:
 
 def formula(*case) -> dict:
     config = config_of(*case)
-    plan = device_plan(config, known_sizes(config.mesh, None), float_bytes=4)
+    plan = device_plan(config, planned_sizes(config.mesh, None), float_bytes=4)
     step = ahead_of_time.compiled_step(config)
     known = [own for own in plan.collectives if own.purpose != "losses and expert loads"]
     return {

@@ -15,7 +15,7 @@ from jax import lax
 
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
-from moezoo.jax_backend.steps import JaxBackend
+from moezoo.jax_backend.backend import JaxBackend
 from tests.mesh.on_devices import VOCAB, apart, config_of
 
 CONFIG = Path("configs/tiny/top_k.yaml")

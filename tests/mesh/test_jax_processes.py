@@ -210,7 +210,7 @@ def test_a_process_that_stands_still_ends_the_other_within_the_heartbeat(config:
 
 FAILS = """
 import sys, threading
-from moezoo.core.process_group import ProcessGroup
+from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.jax_backend.runtime import processes
 processes.join(ProcessGroup("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[1])))
 processes.gather(0).fetch()

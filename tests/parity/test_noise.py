@@ -1,6 +1,7 @@
-"""Dropout, jitter, noise and draws of a whole model: the same on every side for a key, and functions of it alone.
+"""Dropout, router jitter, noise and sampled experts of a whole model: equal on every side, and functions of the key.
 
-Uniform numbers are compared bit for bit in tests/layers/test_random.py; here it is who takes which, and when no one.
+Uniform numbers are compared bit for bit in tests/layers/test_random.py; this checks which key each use draws from, and
+that scoring draws none.
 """
 
 import numpy as np
@@ -62,15 +63,15 @@ WEIGHTS = {
 }
 PARAMETERS = {name: value.astype(np.float64) for name, value in WEIGHTS.items()}
 WINDOW = np.random.default_rng(0).integers(0, V, (2, 3, T + 1)).astype(np.int32)  # [A, B, T + 1]
-# Of seed and step. The first key comes again, and the rate lets only the last of the steps move anything.
+# Keys by seed and step. The first key is used twice, and only the last step has a learning rate above 0.
 KEYS = {"one": micro_batch_keys(5, 0, 2), "other": micro_batch_keys(5, 1, 2)}
 STEPS = (("one", 0.0), ("other", 0.0), ("one", 0.0), ("other", 0.01))
-# Large, as in test_optimizer.py: an update shall not be the sign of a gradient that is rounding.
+# Epsilon is large, as in test_optimizer.py, so that an update is not the sign of a gradient that is rounding.
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, epsilon=1e-2)
 
 
 def reference_pass(keys):
-    """Mean losses, mean gradients, and per layer the load of both micro-batches."""
+    """Return mean losses, mean gradients, and the load per layer of both micro-batches."""
     losses, gradients, load = [], [], []
     for part, key in zip(WINDOW, keys, strict=True):
         routings = forward(SPEC, PARAMETERS, part[:, :-1], key=key).routings
@@ -95,13 +96,13 @@ def model(twin):
 
 @pytest.fixture(scope="module")
 def clean(model):
-    """Scores of the first micro-batch, before any step has moved a weight."""
+    """Scores of the first micro-batch, before any training step."""
     return model.score(WINDOW[0, :, :-1], WINDOW[0, :, 1:])
 
 
 @pytest.fixture(scope="module")
 def steps(model, clean):
-    """What each of STEPS measured."""
+    """Metrics of each of STEPS."""
     model.start_training(OPTIMIZER)
     return [model.train_step(WINDOW, rate, KEYS[name]).fetch() for name, rate in STEPS]
 
@@ -113,7 +114,7 @@ def test_scores_have_no_noise(clean):
         np.testing.assert_array_equal(counts, expert_counts(routing))
 
 
-def test_a_step_has_the_noise_of_its_keys_on_every_side(steps, expected):
+def test_step_has_the_noise_of_its_keys_on_every_side(steps, expected):
     for (name, _), metrics in zip(STEPS, steps, strict=True):
         losses, gradients, load = expected[name]
         assert_all_close(metrics.losses, losses, FLOAT32)
@@ -121,7 +122,7 @@ def test_a_step_has_the_noise_of_its_keys_on_every_side(steps, expected):
         np.testing.assert_array_equal(metrics.load, load)
 
 
-def test_the_same_keys_give_the_same_step_bit_for_bit_and_others_another(steps):
+def test_equal_keys_have_bit_identical_steps_and_other_keys_do_not(steps):
     one, other, again, _ = steps
     assert again.losses == one.losses
     assert again.gradient_norm == one.gradient_norm
@@ -138,7 +139,7 @@ def test_noise_changes_the_loss_and_the_load(steps, expected):
         assert all(np.any(own != counts) for own, counts in zip(metrics.load, load, strict=True))
 
 
-def test_weights_and_moments_after_noisy_steps_are_the_references(model, steps, expected):
+def test_weights_and_moments_after_noisy_steps_equal_the_references(model, steps, expected):
     decayed = {row.name for row in parameter_table(SPEC) if row.decay}
     parameters, moments = PARAMETERS, zero_moments(PARAMETERS)
     for update, (name, rate) in enumerate(STEPS, start=1):

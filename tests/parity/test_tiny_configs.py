@@ -1,8 +1,10 @@
 """Every config under configs/: JAX against MLX against the reference.
 
-Tiny ones are run: forward, losses, gradients and one optimizer step against the reference, then 20 steps of both
-backends side by side. Of larger ones the built names and shapes are compared with the parameter table, and of the
-largest, which no test can build, the table is checked alone.
+Tiny ones are run: forward, losses, gradients, one optimizer step and cached decoding against the reference, then 20
+steps of both backends side by side. Compiling takes JAX 50 times as long as MLX takes to run, so the gate runs those of
+`tests/support/covering.py` on JAX, which together have every feature of the zoo, and every config on MLX; the release
+tests run every config on both. Of larger configs the built names and shapes are compared with the parameter table, and
+of the largest, which no test can build, the table is checked alone.
 """
 
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from moezoo.core.reference.router_state import updated_state
 from moezoo.core.reference.transformer import forward
 from moezoo.core.runs.init_from import load_resolved_config
 from tests.support.backends_available import require_backend
+from tests.support.covering import COMBINATIONS, COVERING, TINY
 from tests.support.tolerances import (
     BFLOAT16,
     BFLOAT16_GRADIENT,
@@ -40,10 +43,9 @@ from tests.support.tolerances import (
 from tests.support.twins import Twin
 
 ROOT = Path(__file__).parents[2] / "configs"
-TINY = sorted((ROOT / "tiny").glob("*.yaml"))
+SMALL = [*COMBINATIONS, *TINY]
 MESHES = sorted((ROOT / "meshes").glob("*.yaml"))  # no configs: devices alone
 OTHERS = sorted(set(ROOT.rglob("*.yaml")) - {*TINY, *MESHES})
-INFERRING_OTHERWISE = [path for path in TINY if load_config(path).model.inference_differs]
 VOCAB_SIZE = 31  # where the config leaves it to a tokenizer
 LARGEST_BUILT = 20_000_000  # parameters; more would take seconds to draw
 B, T, STEPS = 4, 9, 20  # a batch divides into the accumulation steps of every tiny config
@@ -56,16 +58,36 @@ def sized(path: Path) -> Config:
 
 
 def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT).with_suffix(""))
+    return "/".join(path.with_suffix("").parts[-2:])
+
+
+def compiled_in_the_gate(path: Path) -> tuple[pytest.MarkDecorator, ...]:
+    """Marks of what JAX has to compile for a config."""
+    return () if path in COVERING else (pytest.mark.release,)
+
+
+def on_each_backend(paths: list[Path]) -> list:
+    """Parameters: a config and a backend."""
+    return [
+        pytest.param(
+            (path, backend), id=f"{name_of(path)}-{backend}", marks=compiled_in_the_gate(path) * (backend == "jax")
+        )
+        for path in paths
+        for backend in ("jax", "mlx")
+    ]
+
+
+ON_EACH_BACKEND = on_each_backend(SMALL)
+ROUTING_DIFFERS = on_each_backend([path for path in SMALL if load_config(path).model.inference_differs])
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one realization made of a config: a forward pass, gradients, and 20 steps.
+    """What one implementation computed for a config: a forward pass, gradients, and one step.
 
     Routing is free in float32, where no token of the first batch is a near tie (a test sees to it), and the gradients
     are those of the first step. In bfloat16, where a rounding may choose another expert, forward pass and gradients
-    take the reference's experts. Each function that JAX need not compile saves five seconds a config.
+    take the reference's experts. Each function that JAX need not compile saves a second a config.
     """
 
     name: str
@@ -75,8 +97,7 @@ class Run:
     gradients: dict[str, np.ndarray]
     stepped: dict[str, np.ndarray]
     moments: dict[str, np.ndarray]
-    step_losses: list[float]
-    load: list[list[np.ndarray]]
+    step_loss: float
     margin: float
 
 
@@ -126,8 +147,7 @@ def case_of(path: Path) -> Case:
         gradients=step.gradients,
         stepped=step.parameters,
         moments=step.moments,
-        step_losses=[step.loss],
-        load=[],
+        step_loss=step.loss,
         margin=min([step.margin, *(np.min(routing.margin_P) for routing in routings)]),
     )
     return Case(config, weights, windows, reference)
@@ -190,38 +210,59 @@ def _counts(routing) -> np.ndarray:
     return np.bincount(routing.expert_PK[routing.valid_PK], minlength=routing.score_PE.shape[1])
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Losses of 20 steps, and per step and MoE layer the load of each expert."""
+
+    losses: list[float]
+    load: list[list[np.ndarray]]
+
+
+@cache
+def trained(path: Path, backend: str):
+    """A model after its first step, and what the step measured."""
+    case = case_of(path)
+    model = Twin(backend).backend().build(case.config.model, case.weights)
+    model.start_training(case.config.optimizer)
+    return model, _step(model, case, 0)
+
+
+def _step(model, case: Case, number: int):
+    keys = micro_batch_keys(case.config.training.seed, number, case.config.training.gradient_accumulation)
+    return model.train_step(case.windows[number], LEARNING_RATE, keys).fetch()
+
+
 @cache
 def run_of(path: Path, backend: str) -> Run:
     case = case_of(path)
-    spec = case.config.model
-    model = Twin(backend).backend().build(spec, case.weights)
+    model = Twin(backend).backend().build(case.config.model, case.weights)
     forced = [expert.reshape(B, T, -1).astype(np.int32) for expert, _, _ in case.reference.routing]
-    count = case.config.training.gradient_accumulation
     output = model.forward(case.tokens, case.targets, forced=None if case.exact else forced)
     gradients = {} if case.exact else model.loss_and_gradients(case.tokens, case.targets, forced=forced)[1]
-    model.start_training(case.config.optimizer)
-    step_losses, load, stepped, moments = [], [], {}, {}
-    for number, window in enumerate(case.windows):
-        keys = micro_batch_keys(case.config.training.seed, number, count)
-        metrics = model.train_step(window, LEARNING_RATE, keys).fetch()
-        step_losses.append(metrics.losses["loss"])
-        load.append(metrics.load)
-        if number == 0:
-            stepped, moments = model.export_parameters(), model.export_optimizer()
-            if case.exact:
-                gradients = _gradients_in(case.config.optimizer, moments, metrics.gradient_norm)
+    model, metrics = trained(path, backend)
+    moments = model.export_optimizer()
+    if case.exact:
+        gradients = _gradients_in(case.config.optimizer, moments, metrics.gradient_norm)
     return Run(
         name=backend,
         logits=output.logits,
         routing=[tuple(value.reshape(B * T, -1) for value in (r.expert, r.weight, r.score)) for r in output.routing],
         losses=output.losses,
         gradients=gradients,
-        stepped=stepped,
+        stepped=model.export_parameters(),
         moments=moments,
-        step_losses=step_losses,
-        load=load,
+        step_loss=metrics.losses["loss"],
         margin=np.inf,
     )
+
+
+@cache
+def steps_of(path: Path, backend: str) -> Steps:
+    """All steps; after `run_of`, which reads what the first one leaves behind."""
+    run_of(path, backend)
+    case, (model, first) = case_of(path), trained(path, backend)
+    metrics = [first, *(_step(model, case, number) for number in range(1, STEPS))]
+    return Steps([step.losses["loss"] for step in metrics], [step.load for step in metrics])
 
 
 def _gradients_in(optimizer, moments, norm):
@@ -235,32 +276,24 @@ def _gradients_in(optimizer, moments, norm):
     }
 
 
-@pytest.fixture(scope="module", params=TINY, ids=name_of)
-def path(request) -> Path:
+@pytest.fixture(scope="module", params=ON_EACH_BACKEND)
+def pair(request) -> tuple[Path, str]:
+    """A tiny config and a backend."""
+    require_backend(request.param[1])
     return request.param
 
 
-@pytest.fixture
-def both(path) -> list[Run]:
-    for backend in ("jax", "mlx"):
-        require_backend(backend)
-    return [run_of(path, backend) for backend in ("jax", "mlx")]
+def test_forward_pass_matches_the_reference(pair):
+    case, run = case_of(pair[0]), run_of(*pair)
+    assert_close(run.logits, case.reference.logits, FLOAT32 if case.exact else BFLOAT16, f"logits of {run.name}")
+    assert_all_close(run.losses, case.reference.losses, FLOAT32 if case.exact else BFLOAT16_LOSS)
 
 
-def test_forward_pass_matches_the_reference(path, both):
-    case = case_of(path)
-    expected = case.reference
-    for run in both:
-        assert_close(run.logits, expected.logits, FLOAT32 if case.exact else BFLOAT16, f"logits of {run.name}")
-        assert_all_close(run.losses, expected.losses, FLOAT32 if case.exact else BFLOAT16_LOSS)
-
-
-def test_routing_matches_the_reference_and_no_token_is_a_near_tie(path, both):
-    case = case_of(path)
+def test_routing_matches_the_reference_and_no_token_is_a_near_tie(pair):
+    case, run = case_of(pair[0]), run_of(*pair)
     assert case.reference.margin > ROUTING_MARGIN
     for layer, expected in enumerate(case.reference.routing):
-        for run in both:
-            assert_same_routing(run.routing[layer], expected, FLOAT32 if case.exact else BFLOAT16, (run.name, layer))
+        assert_same_routing(run.routing[layer], expected, FLOAT32 if case.exact else BFLOAT16, (run.name, layer))
 
 
 def assert_same_routing(actual, expected, tolerance, what):
@@ -277,10 +310,10 @@ def assert_same_routing(actual, expected, tolerance, what):
     assert_close(own_score, score_PE, tolerance, str(what))
 
 
-@pytest.mark.parametrize("path", INFERRING_OTHERWISE, ids=name_of)
-def test_inference_matches_the_reference_where_it_routes_otherwise(twin, path):
+@pytest.mark.parametrize("pair", ROUTING_DIFFERS, indirect=True)
+def test_inference_matches_the_reference_where_it_routes_otherwise(pair):
     """With the weights of after one step, whose cutoffs are no longer zero."""
-    case = case_of(path)
+    case, twin = case_of(pair[0]), Twin(pair[1])
     spec, weights = case.config.model, {name: np.float32(value) for name, value in case.reference.stepped.items()}
     parameters = {name: value.astype(np.float64) for name, value in weights.items()}
     logits, routings, _ = forward(spec, parameters, case.tokens, inference=True)
@@ -296,51 +329,36 @@ def test_inference_matches_the_reference_where_it_routes_otherwise(twin, path):
     assert np.max(np.abs(logits - forward(spec, parameters, case.tokens).logits_BTV)) > 1e-6
 
 
-def test_gradients_match_the_reference_and_each_other(path, both):
-    case = case_of(path)
-    tolerance = FLOAT32_GRADIENT if case.exact else BFLOAT16_GRADIENT
-    for run in both:
-        assert_all_close(run.gradients, case.reference.gradients, tolerance)
-    assert_all_close(both[0].gradients, both[1].gradients, tolerance)
+def test_gradients_match_the_reference(pair):
+    case, run = case_of(pair[0]), run_of(*pair)
+    assert_all_close(run.gradients, case.reference.gradients, FLOAT32_GRADIENT if case.exact else BFLOAT16_GRADIENT)
 
 
-def test_one_optimizer_step_matches_the_reference(path, both):
-    case = case_of(path)
-    for run in both:
-        assert_close(run.step_losses[0], case.reference.step_losses[0], FLOAT32 if case.exact else BFLOAT16_LOSS)
-        if not case.exact:
-            continue  # the step routes freely, and bfloat16 otherwise than the reference
-        assert_all_close(run.moments, case.reference.moments, FLOAT32_GRADIENT)
-        for name, expected in case.reference.stepped.items():
-            if f"first_moment.{name}" not in case.reference.moments:
-                assert_close(run.stepped[name], expected, FLOAT32, name)  # state
-                continue
-            # Adam's first step is the sign of the gradient: where that is rounding, the moments alone can be compared.
-            gradient = np.abs(case.reference.moments[f"first_moment.{name}"])
-            if not gradient.any():
-                np.testing.assert_array_equal(run.moments[f"first_moment.{name}"], 0, name)  # behind zeros
-                continue
-            clear = gradient > 100 * FLOAT32_GRADIENT.relative * np.max(gradient)
-            assert np.mean(clear) > 0.1, name
-            moved = (run.stepped[name] - case.weights[name])[clear]
-            assert_close(run.stepped[name][clear], expected[clear], FLOAT32, name)
-            assert np.max(np.abs(moved)) > LEARNING_RATE / 2, name
+def test_one_optimizer_step_matches_the_reference(pair):
+    case, run = case_of(pair[0]), run_of(*pair)
+    assert_close(run.step_loss, case.reference.step_loss, FLOAT32 if case.exact else BFLOAT16_LOSS)
+    if not case.exact:
+        return  # the step routes freely, and bfloat16 otherwise than the reference
+    assert_all_close(run.moments, case.reference.moments, FLOAT32_GRADIENT)
+    for name, expected in case.reference.stepped.items():
+        if f"first_moment.{name}" not in case.reference.moments:
+            assert_close(run.stepped[name], expected, FLOAT32, name)  # state
+            continue
+        # Adam's first step is the sign of the gradient: where that is rounding, the moments alone can be compared.
+        gradient = np.abs(case.reference.moments[f"first_moment.{name}"])
+        if not gradient.any():
+            np.testing.assert_array_equal(run.moments[f"first_moment.{name}"], 0, name)  # behind zeros
+            continue
+        clear = gradient > 100 * FLOAT32_GRADIENT.relative * np.max(gradient)
+        assert np.mean(clear) > 0.1, name
+        moved = (run.stepped[name] - case.weights[name])[clear]
+        assert_close(run.stepped[name][clear], expected[clear], FLOAT32, name)
+        assert np.max(np.abs(moved)) > LEARNING_RATE / 2, name
 
 
-def test_twenty_steps_give_the_same_losses_on_both_backends(path, both):
-    case = case_of(path)
-    jax, mlx = both
-    assert len(jax.step_losses) == STEPS
-    tolerance = FLOAT32_TRAINING if case.exact else BFLOAT16_TRAINING
-    for step in range(STEPS):
-        assert_close(jax.step_losses[step], mlx.step_losses[step], tolerance, f"loss of step {step}")
-        for one, other in zip(jax.load[step], mlx.load[step], strict=True):
-            assert one.sum() == other.sum()
-
-
-def test_decoding_by_cache_gives_the_logits_of_the_reference_by_inference_routing(path, twin):
-    case = case_of(path)
-    model = twin.backend().build(case.config.model, case.weights)
+def test_decoding_by_cache_gives_the_logits_of_the_reference_by_inference_routing(pair):
+    case = case_of(pair[0])
+    model = Twin(pair[1]).backend().build(case.config.model, case.weights)
     parameters = {name: value.astype(np.float64) for name, value in case.weights.items()}
     result = forward(case.config.model, parameters, case.tokens, inference=True)
     # Routing of inference decides anew, by seeds that were chosen for training's; a tenth of the margin is still ten
@@ -356,6 +374,32 @@ def test_decoding_by_cache_gives_the_logits_of_the_reference_by_inference_routin
             assert np.median(np.abs(logits - expected)) < BFLOAT16.relative * np.max(np.abs(expected))
         if place + 1 < T:
             logits, cache = model.decode(case.tokens[:, place + 1], cache)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(path, marks=compiled_in_the_gate(path)) for path in SMALL], ids=name_of
+)
+def path(request) -> Path:
+    """A tiny config, on both backends."""
+    for backend in ("jax", "mlx"):
+        require_backend(backend)
+    return request.param
+
+
+def test_gradients_match_each_other(path):
+    jax, mlx = run_of(path, "jax"), run_of(path, "mlx")
+    tolerance = FLOAT32_GRADIENT if case_of(path).exact else BFLOAT16_GRADIENT
+    assert_all_close(jax.gradients, mlx.gradients, tolerance)
+
+
+def test_twenty_steps_give_the_same_losses_on_both_backends(path):
+    jax, mlx = steps_of(path, "jax"), steps_of(path, "mlx")
+    assert len(jax.losses) == STEPS
+    tolerance = FLOAT32_TRAINING if case_of(path).exact else BFLOAT16_TRAINING
+    for step in range(STEPS):
+        assert_close(jax.losses[step], mlx.losses[step], tolerance, f"loss of step {step}")
+        for one, other in zip(jax.load[step], mlx.load[step], strict=True):
+            assert one.sum() == other.sum()
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=name_of)

@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine, by `moezoo launch`."""
+"""Helpers for runs of several processes on this machine with `moezoo launch`."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ TIMEOUT_S = 120.0
 
 
 def run(*words: object) -> subprocess.Popen[str]:
-    """`moezoo` in a process of its own, whose output comes together. A JAX process has the CPU as one device."""
+    """Start `moezoo` in a subprocess, stdout and stderr combined. A JAX process has the CPU as one device."""
     return subprocess.Popen(
         [str(word) for word in (sys.executable, "-m", "moezoo", *words)],
         stdout=subprocess.PIPE,
@@ -24,22 +24,22 @@ def run(*words: object) -> subprocess.Popen[str]:
 
 
 def start(*words: object, count: int = 2) -> subprocess.Popen[str]:
-    """`moezoo launch`."""
+    """Start `moezoo launch`."""
     return run("launch", "--nproc", count, *words)
 
 
 def train(backend: str, config: Path, out: Path, *words: object, count: int = 2) -> str:
-    """A run that ends well, and what it said."""
+    """Run training to a successful end, and return its output."""
     running = start("train", config, "--backend", backend, "--out", out, *words, count=count)
-    said, _ = running.communicate(timeout=TIMEOUT_S)
-    assert running.returncode == 0, said
-    return said
+    output, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 0, output
+    return output
 
 
 def begun(
     backend: str, config: Path, out: Path, *words: object, steps: int = 3
 ) -> tuple[subprocess.Popen[str], list[int]]:
-    """A run without an end that has made some steps, and the process ids of its two processes."""
+    """Start a run without end and wait for some steps; return it and the ids of its two processes."""
     more = ("--set", "training.steps=100000")
     running = start("train", config, "--backend", backend, "--out", out, *more, *words)
     await_steps(running, out, steps)
@@ -48,7 +48,7 @@ def begun(
 
 
 def await_steps(running: subprocess.Popen[str], out: Path, steps: int = 3) -> None:
-    """Wait until a run has written so many lines."""
+    """Wait until a run has written the metrics of `steps` steps."""
     deadline = time.monotonic() + TIMEOUT_S
     while len(read_metrics(out / "metrics.jsonl")) < steps:
         assert running.poll() is None, running.communicate()[0]
@@ -57,15 +57,15 @@ def await_steps(running: subprocess.Popen[str], out: Path, steps: int = 3) -> No
 
 
 def assert_ends_with_the_first(backend: str, config: Path, existing: Path, *words: object) -> None:
-    """A group whose first process finds a run in its folder ends with one line of each, and an exit status."""
+    """Check that a group whose first process fails (its folder contains a run) ends with one error line of each."""
     running = start("train", config, "--backend", backend, "--out", existing, *words)
-    said, _ = running.communicate(timeout=TIMEOUT_S)
+    output, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
-    assert "already contains a run" in said
-    assert "TrainingError: process 0 of 2 exited with status 1" in said
-    assert "Traceback" not in said
+    assert "already contains a run" in output
+    assert "TrainingError: process 0 of 2 exited with status 1" in output
+    assert "Traceback" not in output
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """What a run wrote of its steps."""
+    """Read a run's training records."""
     return [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]

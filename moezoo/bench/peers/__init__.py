@@ -1,1 +1,1 @@
-"""Other implementations, a small file each. None is a dependency; each is imported in its own process only."""
+"""Other MoE implementations as contenders. None is a dependency; each is imported only in its own process."""

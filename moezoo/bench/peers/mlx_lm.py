@@ -1,4 +1,4 @@
-"""mlx-lm: the same model from a config of a family that computes it, random weights, MLX's own optimizer."""
+"""mlx-lm as a contender: the same model as a Hugging Face family, random weights, MLX's optimizer."""
 
 import importlib
 import importlib.metadata
@@ -11,7 +11,7 @@ from moezoo.core.huggingface.export_as import family_for
 
 
 class MlxLmPeer:
-    """mlx-lm on the BLAS that was loaded before MLX."""
+    """mlx-lm with the BLAS that was loaded before MLX."""
 
     def __init__(self, blas: str):
         self._blas = blas
@@ -26,7 +26,7 @@ class MlxLmPeer:
             case "train":
                 return self._train(case)
             case "forward" | "gradients":
-                return self._mixture(case)
+                return self._moe_layer(case)
             case "decode":
                 return self._decode(case)
 
@@ -83,28 +83,28 @@ class MlxLmPeer:
 
         return run
 
-    def _mixture(self, case: Case) -> Work:
+    def _moe_layer(self, case: Case) -> Work:
         import mlx.core as mx
         from mlx.utils import tree_flatten, tree_unflatten
 
         layer = self._model(case).layers[case.spec.moe_layers[0]]
-        (mixture,) = [module for module in layer.children().values() if "switch_mlp" in module]
+        (moe,) = [module for module in layer.children().values() if "switch_mlp" in module]
         x, gradient = mx.array(random_activations(case, 3)), mx.array(random_activations(case, 4))
-        names, values = zip(*tree_flatten(mixture.parameters()), strict=True)
+        names, values = zip(*tree_flatten(moe.parameters()), strict=True)
 
         def output(x: Any, *values: Any) -> Any:
-            mixture.update(tree_unflatten(list(zip(names, values, strict=True))))
-            return [mixture(x)]
+            moe.update(tree_unflatten(list(zip(names, values, strict=True))))
+            return [moe(x)]
 
         def gradients() -> Any:
             result = mx.vjp(output, [x, *values], [gradient])[1]
-            mixture.update(tree_unflatten(list(zip(names, values, strict=True))))
+            moe.update(tree_unflatten(list(zip(names, values, strict=True))))
             return result
 
         def run(repeats: int) -> float:
             begin = perf_counter()
             for _ in range(repeats):
-                mx.eval(mixture(x) if case.kind == "forward" else gradients())
+                mx.eval(moe(x) if case.kind == "forward" else gradients())
             return perf_counter() - begin
 
         return run
@@ -119,8 +119,8 @@ class MlxLmPeer:
             self._models.append((case, model))
         prompts = mx.array(random_prompts(case))
 
-        def one() -> float:
-            """As mlx-lm's `generate_step` does: the next step is started before the token of this one is read."""
+        def generate_once() -> float:
+            """Generate like mlx-lm's `generate_step`: the next step is started before the current token is read."""
             cache = make_prompt_cache(model)
             token = mx.argmax(model(prompts, cache=cache)[:, -1], axis=-1)
             mx.async_eval(token)
@@ -134,16 +134,16 @@ class MlxLmPeer:
                 token = following
             return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
-        return lambda repeats: sum(one() for _ in range(repeats))
+        return lambda repeats: sum(generate_once() for _ in range(repeats))
 
 
 def make() -> MlxLmPeer:
-    """The contender, on the BLAS that moezoo's MLX backend has."""
+    """Create the contender with the BLAS of moezoo's MLX backend."""
     from moezoo.mlx_backend import BLAS
 
     return MlxLmPeer(BLAS)
 
 
 def make_as_installed() -> MlxLmPeer:
-    """The contender as its wheel is."""
+    """Create the contender with the BLAS of MLX's wheel."""
     return MlxLmPeer("as installed")

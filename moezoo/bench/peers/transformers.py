@@ -1,4 +1,4 @@
-"""Hugging Face transformers on PyTorch: the same model from a config of a family that computes it, random weights."""
+"""Hugging Face transformers on PyTorch as a contender: the same model as a Hugging Face family, random weights."""
 
 from collections.abc import Callable
 from itertools import cycle
@@ -13,16 +13,16 @@ from moezoo.core.huggingface.export_as import family_for
 
 
 class TransformersPeer:
-    """One implementation of its experts (`eager`, `grouped_mm`), with or without torch.compile in training."""
+    """transformers with one implementation of the experts (`eager`, `grouped_mm`), with or without torch.compile."""
 
     def __init__(self, experts: str, compiled: bool = False):
         self._experts, self._compiled = experts, compiled
         self._models: list[tuple[Case, Any]] = []
 
     def facts(self) -> dict[str, str]:
-        how = f"experts {self._experts}" + (", torch.compile" if self._compiled else "")
+        options = f"experts {self._experts}" + (", torch.compile" if self._compiled else "")
         return {
-            "transformers": f"{transformers.__version__}, PyTorch {torch.__version__}, {how}",
+            "transformers": f"{transformers.__version__}, PyTorch {torch.__version__}, {options}",
             "threads": str(torch.get_num_threads()),
         }
 
@@ -31,7 +31,7 @@ class TransformersPeer:
             case "train":
                 return self._train(case)
             case "forward" | "gradients":
-                return self._mixture(case)
+                return self._moe_layer(case)
             case "decode":
                 return self._decode(case)
 
@@ -78,20 +78,20 @@ class TransformersPeer:
 
     @staticmethod
     def _balance(case: Case, router_logits: Any) -> Any:
-        """The family's own loss, pooled over layers."""
+        """Compute the family's load-balancing loss, pooled over layers."""
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
         (moe, *_) = [layer.moe for layer in case.spec.all_layers if layer.moe is not None]
         return load_balancing_loss_func(router_logits, moe.num_experts, moe.router.top_k)
 
-    def _mixture(self, case: Case) -> Work:
+    def _moe_layer(self, case: Case) -> Work:
         model = self._model(case).train()
         layer = model.model.layers[case.spec.moe_layers[0]]
-        (mixture,) = [module for module in layer.modules() if hasattr(module, "experts")]
-        parameters = list(mixture.parameters())
+        (moe_block,) = [module for module in layer.modules() if hasattr(module, "experts")]
+        parameters = list(moe_block.parameters())
         x = torch.from_numpy(random_activations(case, 3)).requires_grad_(case.kind == "gradients")
         gradient = torch.from_numpy(random_activations(case, 4))
-        run = torch.compile(mixture) if self._compiled else mixture
+        run = torch.compile(moe_block) if self._compiled else moe_block
 
         def output() -> Any:
             out = run(x)
@@ -127,7 +127,7 @@ class TransformersPeer:
                         output_router_logits=False,
                         streamer=clock,
                     )
-                stamps = clock.stamps[1:]  # the first is the prompt's
+                stamps = clock.stamps[1:]  # the first call has the prompt
                 seconds += (stamps[-1] - stamps[0]) / (len(stamps) - 1)
             return seconds
 
@@ -135,7 +135,7 @@ class TransformersPeer:
 
 
 class _Clock:
-    """A streamer that notes when tokens come."""
+    """Streamer that records the time of each token."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -158,15 +158,15 @@ def _timed(step: Callable[[], None]) -> Work:
 
 
 def make_grouped() -> TransformersPeer:
-    """The contender."""
+    """Create the contender."""
     return TransformersPeer("grouped_mm")
 
 
 def make_eager() -> TransformersPeer:
-    """The contender."""
+    """Create the contender."""
     return TransformersPeer("eager")
 
 
 def make_compiled() -> TransformersPeer:
-    """The contender."""
+    """Create the contender."""
     return TransformersPeer("grouped_mm", compiled=True)

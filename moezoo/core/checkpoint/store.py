@@ -201,20 +201,14 @@ def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
     return [CheckpointInfo(step, found[step]) for step in sorted(found)]
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
-    """Return the newest complete checkpoint in `folder`, by step, and one line for each skipped folder.
+def load_latest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]]:
+    """Load the newest complete checkpoint in `folder`; return it, its folder, and one line for each skipped folder.
 
     Checkpoints are verified with their manifests, newest step first, until one is complete. Skipped are damaged
     checkpoints, leftovers of killed saves, and folders whose name is similar to a checkpoint's.
 
     Raises CheckpointError if no checkpoint is complete.
     """
-    path, _, problems = _newest(folder)
-    return path, problems
-
-
-def load_latest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]]:
-    """Load the newest complete checkpoint; return it with its folder and the lines of `latest_checkpoint`."""
     path, manifest, problems = _newest(folder)
     return _load(path, manifest), path, problems
 

@@ -1,1 +1,1 @@
-"""Cost by formula: parameters, FLOPs, memory, and the communication of a step."""
+"""Cost by formula: parameters, FLOPs, memory and communication."""

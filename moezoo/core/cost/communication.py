@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from moezoo.core.cost.sharded_step import ShardedStep
 from moezoo.core.distributed.mesh import MESH_AXES, MeshAxis
-from moezoo.core.distributed.sharding_rules import Partition, exchanged
+from moezoo.core.distributed.sharding_rules import Partition, padded_exchange
 from moezoo.core.spec import LatentAttentionSpec, MoESpec, TiedHeadSpec
 
 CollectiveKind = Literal[
@@ -140,10 +140,10 @@ def _padded_exchange(step: ShardedStep, moe: MoESpec, recompute: bool) -> Iterat
     how many rows each expert gets, in each forward pass, unless every slot belongs to one expert.
     """
     axes, n = step.expert_axes, step.expert_shards
-    plan = exchanged(moe, step.sequences, step.config.training.sequence_length, n)
+    plan = padded_exchange(moe, step.sequences, step.config.training.sequence_length, n)
     rows = n * plan.rows * step.exchange_width(moe) * step.message_bytes
     yield _collective(step, "all-to-all", axes, "expert dispatch and combine", rows, 6 if recompute else 4)
-    if plan.places is None:
+    if plan.slots is None:
         counts = _INT32_BYTES * moe.num_experts
         yield _collective(step, "all-to-all", axes, "rows per expert", counts, 2 if recompute else 1)
 
@@ -230,7 +230,7 @@ def _gradient_reductions(step: ShardedStep) -> Iterator[Collective]:
 def _loss_reductions(step: ShardedStep) -> Iterator[Collective]:
     """All-reduce losses and expert loads of the whole batch: two counts and a mean of E numbers for each MoE layer.
 
-    Beside these there are some hundred bytes of scalars. Their number depends on the losses and is not counted.
+    Scalars of each loss, some hundred bytes in total, are not counted: their number depends on the losses.
     """
     if not step.batch_axes:
         return

@@ -1,4 +1,4 @@
-"""Floating-point operations per token, by formula. Writing: writings/cost.md."""
+"""FLOPs per token, by formula. Writing: writings/cost.md."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +18,7 @@ from moezoo.core.spec import (
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations per token by part; a part that the model lacks has 0."""
+    """FLOPs per token by part of the model; 0 for a part that the model does not have."""
 
     attention_projections: int
     attention_scores: int
@@ -30,7 +30,7 @@ class Flops:
 
     @property
     def by_part(self) -> dict[str, int]:
-        """Name for people -> operations, in the order of the forward pass."""
+        """FLOPs by label, in the order of the forward pass."""
         return {
             "attention projections": self.attention_projections,
             "attention scores": self.attention_scores,
@@ -48,25 +48,25 @@ class Flops:
 
 
 def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Flops:
-    """Useful operations of one token, 2 per multiply-add, averaged over the T positions of a sequence.
+    """Return the model FLOPs of one token, 2 per multiply-add, averaged over the T positions of a sequence.
 
-    A matrix costs 2 a parameter: of attention, feed-forward, router, shared experts and head, and of the experts that a
-    token uses (`active_experts`). For SwiGLU attention with N query and M key/value heads that is `2 D H (2 N + 2 M)`,
-    `6 D F` and `2 D E`. Beside them, per layer:
+    Matrices cost 2 FLOPs per parameter: those of attention, feed-forward, router, shared experts and head, and of the
+    routed experts that a token uses (`active_experts`). For attention with N query and M key/value heads, SwiGLU and a
+    router, that is `2 D H (2 N + 2 M)`, `6 D F` and `2 D E`. In addition, per layer:
 
     - scores of softmax attention: `2 (query width + value width) * visible positions` for each of the N heads: query
       times key and probability times value; `(T + 1) / 2` positions on average, fewer with a window or a chunk, and at
-      most `top_k` of them with an indexer, whose own scores are `2 width * visible` for each of its heads;
+      most `top_k` of them with an indexer, whose own scores cost `2 width * visible` for each of its heads;
     - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head.
 
-    A short convolution has no scores; its filter, as any matrix, costs 2 a parameter.
+    A short convolution has no scores; its filter costs 2 FLOPs per parameter, as a matrix does.
 
-    Looking up an embedding row is free; norms, biases, rotations, softmax and the combine are left out, as they cost a
-    few operations an element. Training is 3 times forward: the backward pass makes two products for each one. What a
-    backend computes beyond this (masked scores, padding) is overhead, not counted here.
+    An embedding lookup is free. Norms, biases, RoPE, softmax and the combine are not counted: they cost a few
+    operations per element. Training costs 3 times forward, since the backward pass needs two products for each one.
+    Overhead of a backend (masked scores, padding) is not counted.
 
-    Source: Kaplan et al. 2020, arXiv 2001.08361, table 1 (2 a multiply-add, backward twice forward); attention scores
-    and the head counted as Hoffmann et al. 2022, arXiv 2203.15556, appendix F.
+    Source: Kaplan et al. 2020, arXiv 2001.08361, table 1 (2 per multiply-add, backward twice forward); attention scores
+    and the head counted as in Hoffmann et al. 2022, arXiv 2203.15556, appendix F.
     Differs: causal scores are counted at their average length, half of Hoffmann's, who also counts the embedding as a
     product.
     """
@@ -74,7 +74,7 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
     layers = spec.all_layers
     for row in parameter_table(spec):
         if not row.decay:
-            continue  # biases, scales and state multiply nothing
+            continue  # biases, scales and state are not matrices
         used = Fraction(2 * row.size)
         if row.role == "routed experts" and ".experts." in row.name:
             moe = layers[int(row.name.split(".")[1])].moe
@@ -115,7 +115,7 @@ def _score_flops(attention: AttentionSpec, length: int) -> Fraction:
 
 
 def _visible(length: int, most: int | None, *, in_chunks: bool = False) -> Fraction:
-    """Mean number of positions that a token sees, itself included: `(T + 1) / 2`, at most `most` each, or in chunks."""
+    """Return the mean number of visible positions, including the token's own: `(T + 1) / 2` without a limit `most`."""
     if most is None or most >= length:
         return Fraction(length + 1, 2)
     if in_chunks:

@@ -9,7 +9,7 @@ from moezoo.core.config.run_config import Config
 from moezoo.core.cost.communication import Collective, CollectiveKind
 from moezoo.core.cost.flops import flops_per_token
 from moezoo.core.cost.step_plan import CompiledStep, DevicePlan, device_plan, smaller, with_same_sequences
-from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis, known_sizes
+from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis, planned_sizes
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def make_plan(
     already started with other devices.
     """
     chips = None if topology is None or planner is None else planner.chips_of(topology)
-    lengths = known_sizes(config.mesh, num_devices if chips is None else len(chips))
+    lengths = planned_sizes(config.mesh, num_devices if chips is None else len(chips))
     mesh = config.mesh.model_copy(update={str(axis): length for axis, length in lengths.items()})
     config = config.model_copy(update={"mesh": mesh})
     device = device_plan(config, lengths)  # rejects an impossible mesh before anything is compiled

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from moezoo.core.parameters import ROLES, Role, parameter_table
-from moezoo.core.spec import (
-    ModelSpec,
-    MoESpec,
-)
+from moezoo.core.spec import ModelSpec, MoESpec
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters, in the order of ROLES, roles that the model lacks included with 0.
+    """Numbers of parameters by role, in the order of ROLES; 0 for a role that the model does not have.
 
     Fields:
-        by_role: every parameter of the role.
-        active_by_role: those that one token uses.
+        by_role: all parameters of the role.
+        active_by_role: parameters that one token uses.
     """
 
     by_role: Mapping[Role, int]
@@ -25,24 +22,23 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """Every parameter."""
+        """Number of all parameters."""
         return sum(self.by_role.values())
 
     @property
     def active(self) -> int:
-        """Parameters that one token uses."""
+        """Number of parameters that one token uses."""
         return sum(self.active_by_role.values())
 
 
 def parameter_counts(spec: ModelSpec) -> ParameterCounts:
-    """Total and active parameters: `active = stacked experts * active_experts / E + everything else`.
+    """Return total and active parameters: `active = stacked experts * active_experts / E + all others`.
 
-    Embeddings (the table, and the head where it is untied) count whole in both numbers, a tied matrix once. So do
-    `norms` and a router's state. Routed experts count as if no capacity dropped anything. Raises SpecError while
-    vocab_size is null.
+    Both numbers include all embeddings (the table, and an untied head; a tied matrix counts once), norms and router
+    state. Active experts are counted without capacity drops. Raises SpecError: vocab_size is null.
 
-    Source: active parameters as Jiang et al. 2024, arXiv 2401.04088, section 2 counts them.
-    Differs: Kaplan et al. 2020, arXiv 2001.08361, leave embeddings out of N; subtract `by_role["embeddings"]` for that.
+    Source: active parameters as counted in Jiang et al. 2024, arXiv 2401.04088, section 2.
+    Differs: Kaplan et al. 2020, arXiv 2001.08361, exclude embeddings from N; subtract `by_role["embeddings"]` for that.
     """
     total: dict[Role, int] = dict.fromkeys(ROLES, 0)
     active: dict[Role, int] = dict.fromkeys(ROLES, 0)
@@ -59,9 +55,9 @@ def parameter_counts(spec: ModelSpec) -> ParameterCounts:
 
 
 def active_experts(moe: MoESpec) -> Fraction:
-    """How many experts with a feed-forward a token uses: K; with top_p at most K, and with expert choice K on average.
+    """Return the number of feed-forward experts per token: K; an upper bound for top_p, an average for expert choice.
 
-    With Z zero-computation experts it is the share that capacity and loss aim at: `K tau E / (tau E + Z)`.
+    With Z zero-computation experts it is the expected share that capacity and loss target: `K tau E / (tau E + Z)`.
     """
     top_k = Fraction(moe.router.top_k)
     if moe.zero_computation is None:

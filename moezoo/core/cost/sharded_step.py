@@ -7,7 +7,14 @@ from fractions import Fraction
 
 from moezoo.core.config.run_config import Config
 from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshConfig
-from moezoo.core.distributed.sharding_rules import RULES, Partition, at_work, check_batch, exchanged, partition
+from moezoo.core.distributed.sharding_rules import (
+    RULES,
+    Partition,
+    check_batch,
+    gathered_partition,
+    padded_exchange,
+    partition,
+)
 from moezoo.core.parameters import Parameter, parameter_table
 from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.spec import MoESpec
@@ -90,7 +97,7 @@ class ShardedStep:
 
     def gathered_partition(self, row: Parameter) -> Partition:
         """Return the partition of a parameter during its block's computation, after the all-gather."""
-        return at_work(row, self.partitions[row.name])
+        return gathered_partition(row, self.partitions[row.name])
 
     def sharded_size(self, row: Parameter) -> int:
         """Return how many numbers of a parameter the device stores."""
@@ -110,7 +117,7 @@ class ShardedStep:
 
     def padded_rows(self, moe: MoESpec) -> int:
         """Return the rows that a padded all-to-all sends to each device of an expert group."""
-        return exchanged(moe, self.sequences, self.config.training.sequence_length, self.expert_shards).rows
+        return padded_exchange(moe, self.sequences, self.config.training.sequence_length, self.expert_shards).rows
 
     def exchange_bytes(self, moe: MoESpec) -> int:
         """Return the bytes of the rows that expert parallelism exchanges in one direction, for one layer."""

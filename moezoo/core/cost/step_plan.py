@@ -100,8 +100,8 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> Device
     - `gathered`: parameters sharded over batch axes are all-gathered for use: the largest block of a layer, and those
       outside of layers, minus the shards that the device stores anyway; 8 bytes a number, with its gradient.
     - `activations`: p times the bytes per token of `training_memory`, with heads and hidden widths divided by `tensor`.
-      An expert computes not the p K rows of these tokens but those it receives: n rows for each row that `exchanged`
-      allows, or all n p K of a group with `exchange: allgather`.
+      An expert computes not the p K rows of these tokens but those it receives: n rows for each row of the
+      `padded_exchange`, or all n p K of a group with `exchange: allgather`.
     - `exchange`: with experts on n devices, buffers for one layer's dispatch and combine, c bytes a number.
     - `logits`: `8 p V`, divided by `tensor` if a rule shards the vocabulary over it.
 

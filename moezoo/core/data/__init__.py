@@ -1,1 +1,1 @@
-"""Data: sources, tokenizers, token files, and the order in which windows are drawn."""
+"""Training data: sources, tokenizers, token files, sample order and batches."""

@@ -1,7 +1,7 @@
-"""Batches that somebody else has made: a file of token ids, one batch a step, in the file's order.
+"""Precomputed batches from a file of token ids, one batch per step in file order.
 
-A row is a whole sequence: its T tokens are T inputs and T - 1 targets, since nothing follows the last. That is how
-Hugging Face's trainers count, so their losses can be compared with ours. Writing: writings/data.md.
+A row is a whole sequence: its T tokens are T inputs and T - 1 targets, since the last token has no successor. Hugging
+Face's trainers count in the same way, so losses are comparable. Writing: writings/data.md.
 """
 
 import zipfile
@@ -16,7 +16,8 @@ import numpy.typing as npt
 from moezoo.core.config.data import BatchesSource
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.source_files import find_files
-from moezoo.core.data.token_store import check_range, local_copy
+from moezoo.core.data.token_shards import check_range
+from moezoo.core.data.token_store import local_copy
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
 from moezoo.core.tokens import IGNORED
@@ -25,14 +26,14 @@ _Ids3 = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class ReadyBatches:
-    """The part of a file's batches that belongs to a split: [S, B, T], read when asked for. As `data.Split`.
+class PrebatchedSplit:
+    """Training or validation split of precomputed batches, read lazily; same interface as `prepare.Split`.
 
     Fields:
-        name: of the split.
-        source: where the batches are from, for errors.
+        name: name of the split.
+        source: origin of the batches, for errors.
         ids: integer [S, B, T].
-        vocab_size: every id is below it.
+        vocab_size: exclusive upper bound of the ids.
     """
 
     name: str
@@ -42,24 +43,24 @@ class ReadyBatches:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all batches together."""
+        """Number of tokens of all batches."""
         return int(self.ids.size)
 
     def check(self, training: TrainingConfig) -> None:
-        """Raises DataError where a run needs other or more batches than there are."""
+        """Check that sizes and number of batches match the config. Raises DataError."""
         steps, batch_size, sequence_length = self.ids.shape
-        for key, given, here in (
+        for key, configured, found in (
             ("batch_size", training.batch_size, batch_size),
             ("sequence_length", training.sequence_length, sequence_length),
         ):
-            if given != here:
+            if configured != found:
                 raise DataError(
-                    f"training.{key} is {given}, but the batches of {self.source} are [{batch_size}, "
-                    f"{sequence_length}]. Use {here}."
+                    f"training.{key} is {configured}, but the batches of {self.source} are [{batch_size}, "
+                    f"{sequence_length}]. Use {found}."
                 )
         if training.steps > steps:
             raise DataError(
-                f"training.steps is {training.steps}, but {self.source} has {steps} batches to train on, one a step. "
+                f"training.steps is {training.steps}, but {self.source} has {steps} training batches, one per step. "
                 f"Use steps <= {steps}."
             )
 
@@ -71,17 +72,17 @@ class ReadyBatches:
         seed: int,
         rows: npt.NDArray[np.int64] | None = None,
     ) -> Ids:
-        """The file's batch of a step: int32 [B, T + 1], whose last column is IGNORED; as `Split.batch`."""
-        del seed  # the order is the file's
+        """Return the batch of a step: int32 [B, T + 1], whose last column is IGNORED; see `Split.batch`."""
+        del seed  # batches are in file order
         if not 0 <= step < len(self.ids) or (batch_size, sequence_length) != self.ids.shape[1:]:
             raise DataError(
-                f"there is no such batch; got step {step}, [{batch_size}, {sequence_length}]; expected one of "
-                f"{list(self.ids.shape)}; {self.source}."
+                f"there is no such batch; got step {step}, [{batch_size}, {sequence_length}]; expected a step of "
+                f"[steps, batch, length] = {list(self.ids.shape)}; {self.source}. Use the sizes of the file."
             )
         return self._with_targets(self.ids[step] if rows is None else self.ids[step][rows])
 
     def windows(self, sequence_length: int, count: int | None = None) -> Ids:
-        """Rows in order, `count` of them spread evenly (None: all): int32 [n, T + 1]; as `Split.windows`."""
+        """Return rows in order, all or `count` evenly spaced: int32 [n, T + 1]; see `Split.windows`."""
         rows = self.ids.reshape(-1, self.ids.shape[-1])
         if sequence_length != rows.shape[1]:
             raise DataError(
@@ -96,60 +97,61 @@ class ReadyBatches:
         return np.pad(rows.astype(np.int32), ((0, 0), (0, 1)), constant_values=IGNORED)
 
 
-def open_batches(source: BatchesSource, vocab_size: int, name: str, where: str) -> tuple[ReadyBatches, ReadyBatches]:
-    """The batches to train on and those to validate with; `name` and `where` stand in errors.
+def open_prebatched(
+    source: BatchesSource, vocab_size: int, name: str, where: str
+) -> tuple[PrebatchedSplit, PrebatchedSplit]:
+    """Open a file of batches and return its training and validation splits; `name` and `where` are used in errors.
 
-    The file's last `validation_batches` are held out. Where there are none, validation measures the first batch.
+    The last `validation_batches` are held out. If that is 0, the first batch is the validation split.
 
-    Raises DataError: no such file or member, damaged, not integers [steps, B, T], ids outside the vocabulary in the
-    first batch (the others are checked as they are read).
+    Raises DataError: no such file or array, damaged, not integers [steps, B, T], ids outside the vocabulary in the
+    first batch (the others are checked when they are read).
     """
     ids = _read(source, name, where)
-    kept = len(ids) - source.validation_batches
-    if kept < 1:
+    num_train = len(ids) - source.validation_batches
+    if num_train < 1:
         raise DataError(
-            f"{name} has {len(ids)} batches; got validation_batches {source.validation_batches}, which leaves none to "
-            f"train on ({where}). Use less."
+            f"{name} has {len(ids)} batches; got validation_batches {source.validation_batches}, which leaves none for "
+            f"training ({where}). Use fewer."
         )
-    held_out = ids[kept:] if source.validation_batches else ids[:1]
+    held_out = ids[num_train:] if source.validation_batches else ids[:1]
     check_range(ids[0], vocab_size, name)
-    return ReadyBatches("training", name, ids[:kept], vocab_size), ReadyBatches(
-        "validation", name, held_out, vocab_size
-    )
+    train = PrebatchedSplit("training", name, ids[:num_train], vocab_size)
+    return train, PrebatchedSplit("validation", name, held_out, vocab_size)
 
 
 def _read(source: BatchesSource, name: str, where: str) -> _Ids3:
     files = find_files(source.path, (".npy", ".npz"), where)
     if len(files) != 1:
-        raise DataError(f"{name} is {len(files)} files; expected one; {where}. Name the file.")
+        raise DataError(f"{name} is {len(files)} files; expected one; {where}. Use the path of one file.")
     path = local_copy(files[0])
     try:
-        array = _member(path, source.key, name) if path.suffix == ".npz" else _alone(path, source.key, name)
+        array = _load_npz(path, source.key, name) if path.suffix == ".npz" else _load_npy(path, source.key, name)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
-            f"{name} is damaged or not a .npy or .npz file; got {type(error).__name__}: {error}; expected integers as "
-            "numpy.save or numpy.savez writes them. Write it again."
+            f"{name} is damaged or not a .npy or .npz file; got {type(error).__name__}: {error}; expected integers "
+            "written by numpy.save or numpy.savez. Write it again."
         ) from None
     if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape:
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise DataError(f"{name} holds no batches; got {got}; expected integers [steps, batch, length]. Reshape it.")
+        raise DataError(f"{name} has no batches; got {got}; expected integers [steps, batch, length]. Reshape it.")
     if array.shape[-1] < 2:
-        raise DataError(f"{name} has rows of one token, behind which nothing is predicted; expected at least two.")
+        raise DataError(f"{name} has rows of one token, which have no targets; expected at least two. Use longer rows.")
     return array.view(np.ndarray)
 
 
-def _alone(path: Path, key: str | None, name: str) -> Any:
+def _load_npy(path: Path, key: str | None, name: str) -> Any:
     if key is not None:
-        raise DataError(f"{name} is a .npy file, which has no members; got key {key!r}. Leave it out.")
+        raise DataError(f"{name} is a .npy file, which has only one array; got key {key!r}. Remove the key.")
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _member(path: Path, key: str | None, name: str) -> Any:
-    if not zipfile.is_zipfile(path):  # Trap: numpy.load would try .npy, and leaves a damaged file open
-        raise ValueError("it is no zip file")
+def _load_npz(path: Path, key: str | None, name: str) -> Any:
+    if not zipfile.is_zipfile(path):  # Trap: numpy.load would try .npy, and not close a damaged file
+        raise ValueError("it is not a zip file")
     with np.load(path, allow_pickle=False) as file:
         if key is None and len(file.files) == 1:
             return file[file.files[0]]
         if key not in file.files:
-            raise DataError(f"{name} has the members {', '.join(file.files)}; got key {key!r}. Name one of them.")
+            raise DataError(f"{name} has the arrays {', '.join(file.files)}; got key {key!r}. Set key to one of them.")
         return file[key]

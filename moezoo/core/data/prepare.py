@@ -1,11 +1,11 @@
-"""Batches of tokens as a pure function of (step, seed), from texts, JSONL, token shards and named datasets.
+"""Data preparation, and batches of tokens as a pure function of (step, seed).
 
-There is no iterator and no state: `Split.batch(step, ...)` computes which windows a step consists of (sample_order.py)
-and reads them from memory-mapped shards (token_store.py). A run resumes with its step number and nothing else.
-Writing: writings/data.md.
+Sources are text, JSONL, token shards, named datasets and prebatched files. The data loader has no iterator and no
+state: `Split.batch(step, ...)` computes the windows of a step (sample_order.py) and reads them from memory-mapped
+shards (token_shards.py). To resume, a run needs only its step. Writing: writings/data.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
@@ -27,13 +27,14 @@ from moezoo.core.config.data import (
     TokenShardsSource,
 )
 from moezoo.core.data import sample_order
-from moezoo.core.data.prebatched import ReadyBatches, open_batches
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.prebatched import PrebatchedSplit, open_prebatched
 from moezoo.core.data.source_files import SourceFile, find_files
-from moezoo.core.data.token_store import Texts, Tokens, characters_of, open_shards, tokenize
+from moezoo.core.data.token_shards import Tokens
+from moezoo.core.data.token_store import Texts, characters_of, open_shards, tokenize
 from moezoo.core.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
-    HuggingFaceTokenizer,
     Ids,
     TokenIds,
     Tokenizer,
@@ -44,7 +45,7 @@ from moezoo.core.progress import Progress
 
 @dataclass(frozen=True)
 class SplitSource:
-    """The part of one source that belongs to a split: tokens [first, first + num_tokens)."""
+    """Part of a source that belongs to a split: tokens [first, first + num_tokens)."""
 
     name: str
     tokens: Tokens
@@ -55,14 +56,14 @@ class SplitSource:
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the validation part of all sources."""
+    """Training or validation split of all sources."""
 
     name: str
     sources: tuple[SplitSource, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all sources together."""
+        """Number of tokens of all sources."""
         return sum(source.num_tokens for source in self.sources)
 
     def batch(
@@ -73,15 +74,15 @@ class Split:
         seed: int,
         rows: npt.NDArray[np.int64] | None = None,
     ) -> Ids:
-        """The batch of a step: int32 [B, T + 1], where [:, :-1] is the input and [:, 1:] the target.
+        """Return the batch of a step: int32 [B, T + 1], where [:, :-1] is the input and [:, 1:] the target.
 
-        With `rows`, only these of its rows are read, and given in their order.
+        With `rows`, only these rows of the batch are read and returned, in this order.
 
-        A pure function of its arguments and the sources. Row b is sample g = step * B + b; `sample_order.blend` says
-        which source it comes from and its index j there, `sample_order.starts` which window that is.
+        The batch is a pure function of the arguments and the sources. Row b is sample g = step * B + b;
+        `sample_order.blend` maps it to a source and an index j in it, `sample_order.starts` to a window.
 
-        `step` is in [0, 2**62 / B), `seed` in [0, 2**64). Raises DataError: out of these ranges, a source shorter
-        than T + 1 tokens, a token id outside the vocabulary.
+        `step` is in [0, 2**62 / B), `seed` in [0, 2**64). Raises DataError: arguments out of range, a source
+        shorter than T + 1 tokens, a token id outside the vocabulary.
         """
         _check_integer("step", step, 0, (1 << 62) // max(batch_size, 1))
         _check_integer("batch_size", batch_size, 1, 1 << 31)
@@ -100,10 +101,10 @@ class Split:
         return batch
 
     def windows(self, sequence_length: int, count: int | None = None) -> "Windows":
-        """Windows that do not overlap in what they predict, in order: int32 [n, T + 1], read when asked for.
+        """Return consecutive windows in which each token is a target at most once: int32 [n, T + 1], read lazily.
 
-        Window i of a source begins at its token i * T; the sources follow each other. `count` of them are spread
-        evenly over all; None or more than there are means all.
+        Window i of a source begins at its token i * T; the windows of all sources are concatenated. With `count`, that
+        many evenly spaced windows are returned; None or a larger number than there are means all.
         """
         _check_integer("sequence_length", sequence_length, 1, 1 << 31)
         if count is not None:
@@ -114,7 +115,7 @@ class Split:
 
 
 class Windows(Sequence[Ids]):
-    """A lazy int32 [n, T + 1]: an index gives a row, a slice an array; `numpy.asarray` gives it whole."""
+    """Lazy int32 array [n, T + 1]: an index returns a row, a slice an array; `numpy.asarray` reads all of it."""
 
     def __init__(self, sources: Sequence[SplitSource], sequence_length: int, count: int | None) -> None:
         self._sources = tuple(sources)
@@ -125,7 +126,7 @@ class Windows(Sequence[Ids]):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, T + 1)."""
+        """Shape (n, T + 1)."""
         return self._count, self._length + 1
 
     def __len__(self) -> int:
@@ -139,47 +140,38 @@ class Windows(Sequence[Ids]):
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
-            raise ValueError("windows are read from disk, so they cannot be an array without a copy")
+            raise ValueError("windows are read from disk, so they cannot be converted to an array without a copy")
         return self[:].astype(dtype or np.int32, copy=False)  # type: ignore[no-any-return]
-
-    def batches(self, batch_size: int) -> Iterator[Ids]:
-        """int32 [B, T + 1], the last one with what is left over."""
-        _check_integer("batch_size", batch_size, 1, 1 << 31)
-        for first in range(0, self._count, batch_size):
-            yield self[first : first + batch_size]
 
     def _read(self, number: npt.NDArray[np.int64]) -> Ids:
         window = number * self._total // self._count
         source_of = np.searchsorted(self._ends, window, side="right")
         rows = np.empty((len(window), self._length + 1), np.int32)
         for k, source in enumerate(self._sources):
-            mine = np.flatnonzero(source_of == k)
-            if len(mine):
+            own = np.flatnonzero(source_of == k)
+            if len(own):
                 begin = int(self._ends[k - 1]) if k else 0
-                starts = source.first + (window[mine] - begin) * self._length
-                rows[mine] = source.tokens.read(starts, self._length + 1)
+                starts = source.first + (window[own] - begin) * self._length
+                rows[own] = source.tokens.read(starts, self._length + 1)
         return rows
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """One source, for the header on the console. `share` is its part of the training samples, in (0, 1]."""
+    """Summary of a source for the console."""
 
     source: str
-    kind: str
-    num_files: int
     train_tokens: int
     validation_tokens: int
-    share: float
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The data of a run: tokenizer, both splits, and a row a source."""
+    """Data of a run: tokenizer, training and validation split, and a summary of each source."""
 
     tokenizer: Tokenizer
-    train: Split | ReadyBatches
-    validation: Split | ReadyBatches
+    train: Split | PrebatchedSplit
+    validation: Split | PrebatchedSplit
     summary: tuple[SourceSummary, ...]
 
 
@@ -191,37 +183,38 @@ def prepare_data(
     tokenizer: Tokenizer | None = None,
     on_progress: Progress | None = None,
 ) -> PreparedData:
-    """Find the sources, make the tokenizer, tokenize what is not in the cache, and split each source.
+    """Find the sources, create the tokenizer, tokenize text that is not cached, and split each source.
 
-    The last floor(`validation_fraction` * tokens) of each source are held out. Texts are read in chunks, never whole.
-    `tokenizer` is the one of a run that goes on, or of a trained model, instead of a new one. `on_progress` is
-    called with what is being done, the bytes so far and the bytes in all (None where a server does not say).
-    Ready batches are split as `open_batches` says.
+    The last floor(`validation_fraction` * tokens) tokens of each source are held out; `open_prebatched` splits
+    prebatched data. Text is read in chunks, never whole.
 
-    Raises DataError: a file that is missing, unreadable, damaged or not UTF-8, a part shorter than
+    Args:
+        data: the `data` section of the config.
+        sequence_length: minimum length of each split, less 1.
+        where: name of the config in errors.
+        tokenizer: of a resumed run or trained model, used instead of a new one.
+        on_progress: called with bytes.
+
+    Raises DataError: a file that is missing, unreadable, damaged or not UTF-8, a split shorter than
     `sequence_length` + 1 tokens, a token id outside the vocabulary. Raises TokenizerError.
     """
-    opened = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
-    tokenizer = tokenizer or _make_tokenizer(data, opened, where, on_progress)
+    found_sources = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
+    tokenizer = tokenizer or _make_tokenizer(data, found_sources, where, on_progress)
     if isinstance(data.sources[0], BatchesSource):
-        return _ready(data.sources[0], tokenizer, where)
+        return _prepare_prebatched(data.sources[0], tokenizer, where)
     train, validation, summary = [], [], []
-    blended = [source for source in data.sources if not isinstance(source, BatchesSource)]
-    total_weight = sum(source.weight for source in blended)
-    for source, found in zip(blended, opened, strict=True):
+    weighted = [source for source in data.sources if not isinstance(source, BatchesSource)]
+    for source, found in zip(weighted, found_sources, strict=True):
         tokens = _open(found, tokenizer, on_progress)
         held_out = int(len(tokens) * data.validation_fraction)
-        kept = len(tokens) - held_out
-        train.append(SplitSource(found.name, tokens, 0, kept, source.weight))
-        validation.append(SplitSource(found.name, tokens, kept, held_out, source.weight))
+        num_train = len(tokens) - held_out
+        train.append(SplitSource(found.name, tokens, 0, num_train, source.weight))
+        validation.append(SplitSource(found.name, tokens, num_train, held_out, source.weight))
         summary.append(
             SourceSummary(
                 source=source.name if isinstance(source, DatasetSource) else source.path,
-                kind=source.kind,
-                num_files=len(found.files),
-                train_tokens=kept,
+                train_tokens=num_train,
                 validation_tokens=held_out,
-                share=source.weight / total_weight,
             )
         )
     splits = Split("training", tuple(train)), Split("validation", tuple(validation))
@@ -232,9 +225,9 @@ def prepare_data(
 
 
 def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int) -> Split:
-    """All tokens of one file as a split: token ids (`.npy`, `.bin`), the `text` of JSON lines (`.jsonl`), or a text.
+    """Open a whole file as a split: token ids (`.npy`, `.bin`), field `text` of JSON lines (`.jsonl`), or text.
 
-    `vocab_size` is the model's. Raises DataError and TokenizerError as `prepare_data`.
+    `vocab_size` is that of the model. Raises DataError and TokenizerError as `prepare_data` does.
     """
     suffix = Path(path).suffix
     if suffix in (".npy", ".bin"):
@@ -247,7 +240,7 @@ def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int) -> Split:
 
 @dataclass(frozen=True)
 class _Shards:
-    """Files of token ids, found and not yet opened; none of ready batches, which find theirs themselves."""
+    """Files of token shards, not opened yet; empty for a prebatched source, which finds its own file."""
 
     name: str
     files: tuple[SourceFile, ...]
@@ -276,7 +269,7 @@ def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
 
 
 def _make_tokenizer(
-    data: DataConfig, opened: Sequence[Texts | _Shards], where: str, on_progress: Progress | None
+    data: DataConfig, found_sources: Sequence[Texts | _Shards], where: str, on_progress: Progress | None
 ) -> Tokenizer:
     match data.tokenizer:
         case ByteTokenizerSpec():
@@ -287,17 +280,16 @@ def _make_tokenizer(
             return TokenIds(data.tokenizer.vocab_size)
         case CharacterTokenizerSpec():
             characters: set[str] = set()
-            for found in opened:
+            for found in found_sources:
                 if isinstance(found, _Shards):
                     raise DataError(
-                        f"{found.name} holds token ids, whose characters are not known; got a character tokenizer; "
-                        f"expected the one that made the ids; data.tokenizer ({where}). "
-                        "Use {kind: ids, vocab_size: N}, or name it."
+                        f"{found.name} has token ids, not text; got a character tokenizer; expected the tokenizer that "
+                        f"made the ids; data.tokenizer ({where}). Use {{kind: ids, vocab_size: N}}, or that tokenizer."
                     )
                 characters |= characters_of(found, on_progress)
             if not characters:
                 raise DataError(
-                    f"the sources have no text; got 0 characters; expected some; data.sources ({where}). "
+                    f"the sources have no text; got 0 characters; expected at least 1; data.sources ({where}). "
                     "Check the files."
                 )
             return CharacterTokenizer("".join(characters))
@@ -305,10 +297,10 @@ def _make_tokenizer(
             assert_never(data.tokenizer)
 
 
-def _ready(source: BatchesSource, tokenizer: Tokenizer, where: str) -> PreparedData:
+def _prepare_prebatched(source: BatchesSource, tokenizer: Tokenizer, where: str) -> PreparedData:
     name, key = f"data.sources[0] ({source.path})", f"data.sources[0].path ({where})"
-    train, validation = open_batches(source, tokenizer.vocab_size, name, key)
-    summary = SourceSummary(source.path, source.kind, 1, train.num_tokens, validation.num_tokens, 1.0)
+    train, validation = open_prebatched(source, tokenizer.vocab_size, name, key)
+    summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens)
     return PreparedData(tokenizer, train, validation, (summary,))
 
 
@@ -321,7 +313,7 @@ def _open(found: Texts | _Shards, tokenizer: Tokenizer, on_progress: Progress | 
 def _check_length(split: str, source: SplitSource, sequence_length: int, where: str = "") -> None:
     if source.num_tokens <= sequence_length:
         raise DataError(
-            f"the {split} part is shorter than one sequence; got {source.num_tokens} tokens; expected at least "
+            f"the {split} split is shorter than one sequence; got {source.num_tokens} tokens; expected at least "
             f"training.sequence_length + 1 = {sequence_length + 1}; {source.name}{where}. "
             "Use a shorter sequence_length, more text, or another data.validation_fraction."
         )
@@ -329,4 +321,4 @@ def _check_length(split: str, source: SplitSource, sequence_length: int, where: 
 
 def _check_integer(name: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, int | np.integer) or not low <= value < high:
-        raise DataError(f"{name} is out of range; got {value!r}; expected an integer in [{low}, {high}).")
+        raise DataError(f"{name} is out of range; got {value!r}; expected an integer in [{low}, {high}). Change it.")

@@ -1,14 +1,15 @@
-"""The order of samples as arithmetic: which window of which source is sample g, for any g, without a list or a state.
+"""Stateless random-access shuffling: the window of sample g as a pure function of g and the seed.
 
-Three bijections, each computed from counters alone in 64-bit integers, so that they are the same on every machine,
-take no memory, and can be entered at any step:
+Three bijections, computed from counters in 64-bit integers. They are equal on every machine, take no memory, and can be
+evaluated at any step:
 
     blend      g -> (source k, index j of the sample within that source)
     permute    j mod n -> window, within epoch j // n
-    phase      epoch -> where the first window of that epoch starts
+    phase      epoch -> start of the first window of that epoch
 
-The mixing function is splitmix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators"), not the threefry of `moezoo.core.random`: it costs a tenth, and no backend has to draw the same.
+The hash function is splitmix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators"), not the threefry of `moezoo.core.random`: it takes a tenth of the time, and no backend needs to reproduce
+it.
 """
 
 import math
@@ -23,13 +24,13 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _ROUNDS = 6
-_PHASE, _BLEND = 1, 2  # purposes: what a hash is for
+_PHASE, _BLEND = 1, 2  # domain separation of hashes
 
 
 def mix(words: Words) -> Words:
-    """A bijection of 64-bit words that scatters them: uint64 [n] to uint64 [n].
+    """Hash 64-bit words bijectively (splitmix64 finalizer): uint64 [n] to uint64 [n].
 
-    Trap: NumPy warns when a uint64 scalar overflows, and not when an array does; overflow is the algorithm.
+    Trap: NumPy warns about overflow of uint64 scalars, but not of arrays; overflow is intended here.
     """
     words = (words ^ (words >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
     words = (words ^ (words >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
@@ -37,7 +38,7 @@ def mix(words: Words) -> Words:
 
 
 def key(*counters: int) -> int:
-    """A 64-bit word from counters, each in [0, 2**64); their order matters."""
+    """Hash counters, each in [0, 2**64), to a 64-bit word; their order matters."""
     word = 0
     for counter in counters:
         word = (word + _GOLDEN) & _MASK ^ counter
@@ -48,12 +49,12 @@ def key(*counters: int) -> int:
 
 
 def permute(index: Words, size: int, keys: Words) -> Words:
-    """Where a pseudorandom permutation of 0..size-1 sends each index: uint64 [n] to uint64 [n].
+    """Apply a pseudorandom permutation of 0..size-1 to each index: uint64 [n] to uint64 [n].
 
-    `index` is in [0, size), `size` in [1, 2**62); `keys` is uint64 [n], one permutation a key. An index is
-    written as left + a * right with a = ceil(sqrt(size)) and b = ceil(size / a); in turn, each half is shifted
-    by a hash of the other (a Feistel network on Z_a x Z_b). A result beyond `size` goes through again until it
-    is inside (cycle walking), which about one in sqrt(size) has to.
+    `index` is in [0, size), `size` in [1, 2**62); `keys` is uint64 [n], each key selects a permutation. An index is
+    split as left + a * right with a = ceil(sqrt(size)) and b = ceil(size / a); alternately, each half is shifted
+    by a hash of the other (a Feistel network on Z_a x Z_b). A result >= `size` is permuted again until it is in
+    range (cycle walking), which is needed for about one in sqrt(size).
 
     Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains": generalized Feistel, cycle walking.
     """
@@ -68,7 +69,7 @@ def permute(index: Words, size: int, keys: Words) -> Words:
         for step in range(_ROUNDS):
             moved, other = step % 2, 1 - step % 2
             round_key = round_key + np.uint64(_GOLDEN)
-            # Trap: reduce the hash first; (half + hash) % size would wrap at 2**64 and be no bijection.
+            # Trap: reduce the hash first; (half + hash) % size would wrap at 2**64 and not be a bijection.
             halves[moved] = (halves[moved] + mix(halves[other] ^ round_key) % sizes[moved]) % sizes[moved]
         result[walking] = halves[0] + sizes[0] * halves[1]
         walking = walking[result[walking] >= np.uint64(size)]
@@ -76,11 +77,11 @@ def permute(index: Words, size: int, keys: Words) -> Words:
 
 
 def starts(index: Words, num_tokens: int, length: int, seed: int, source: int) -> Words:
-    """First token of the window of each sample of one source: uint64 [n] to uint64 [n].
+    """Return the first token of the window of each sample of one source: uint64 [n] to uint64 [n].
 
-    `index` counts the source's samples from 0, over all epochs. A window is `length` + 1 tokens, and
-    `num_tokens` holds at least one. Windows of an epoch lie `length` apart, from a phase that changes with the
-    epoch, so that the borders between windows move.
+    `index` counts the source's samples from 0, over all epochs. A window has `length` + 1 tokens, and
+    `num_tokens` is at least that. Windows of an epoch start every `length` tokens, from an offset (phase) that changes
+    with the epoch, so that window boundaries change too.
     """
     n, phases = tiling(num_tokens, length)
     epoch, within = index // np.uint64(n), index % np.uint64(n)
@@ -90,7 +91,7 @@ def starts(index: Words, num_tokens: int, length: int, seed: int, source: int) -
 
 
 def tiling(num_tokens: int, length: int) -> tuple[int, int]:
-    """Windows an epoch, n, and how many phases there are, such that every phase leaves room for n windows.
+    """Return the number of windows per epoch, n, and the number of phases, such that n windows fit for every phase.
 
     n = max(1, (num_tokens - length) // length); phases = min(length, num_tokens - n * length).
     """
@@ -99,12 +100,12 @@ def tiling(num_tokens: int, length: int) -> tuple[int, int]:
 
 
 def blend(sample: Words, weights: Sequence[float], seed: int) -> tuple[npt.NDArray[np.int64], Words]:
-    """Which source each sample comes from, and its index there: uint64 [n] to (int64 [n], uint64 [n]).
+    """Return the source of each sample and its index in that source: uint64 [n] to (int64 [n], uint64 [n]).
 
-    Among the samples 0..g-1, source 0 has floor(p g + u) with p its share of the weight and u in [0, 1) a
-    hash of the seed; what is left over goes to the other sources in the same way. So shares are exact to a
-    sample a source, not only on average, and the indices of each source are 0, 1, 2, ... without a gap: each
-    window is seen once an epoch *of its source*. Shares are rounded to multiples of 2**-32.
+    Of the samples 0..g-1, source 0 has floor(p g + u) with p its share of the weight and u in [0, 1) a
+    hash of the seed; the remaining samples are divided among the other sources in the same way. So shares are exact to
+    one sample per source, not only on average, and the indices of each source are 0, 1, 2, ... without gaps: each
+    window is seen once per epoch *of its source*. Shares are rounded to multiples of 2**-32.
     """
     source = np.full(len(sample), len(weights) - 1, np.int64)
     index = sample.copy()
@@ -122,6 +123,6 @@ def blend(sample: Words, weights: Sequence[float], seed: int) -> tuple[npt.NDArr
 
 
 def _scaled(number: Words, share: int, offset: int) -> Words:
-    """floor((number * share + offset) / 2**32) without overflow, for share, offset < 2**32."""
+    """Return floor((number * share + offset) / 2**32) without overflow, for share, offset < 2**32."""
     low = (number & np.uint64(0xFFFFFFFF)) * np.uint64(share) + np.uint64(offset)
     return (number >> np.uint64(32)) * np.uint64(share) + (low >> np.uint64(32))

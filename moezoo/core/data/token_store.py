@@ -1,8 +1,8 @@
-"""Token ids on disk: shards that are memory-mapped, and the cache into which texts are tokenized once.
+"""Cache of tokenized text on disk.
 
-A cache entry is a folder of `.npy` shards named by a hash of what it was made from: the files (path, size, time of
-change), the field of a JSONL source, and the tokenizer. It is made under another name, flushed, and renamed, so
-that an entry is whole or not there.
+A cache entry is a folder of `.npy` shards, named by a hash of its inputs: the files (path, size, modification time),
+the field of a JSONL source, and the tokenizer. It is written under a temporary name, synced and renamed, so that an
+entry is either complete or missing.
 """
 
 import contextlib
@@ -17,78 +17,33 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from moezoo.core.data import source_files
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.source_files import SourceFile, documents_of, text_of
-from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Ids, Tokenizer
+from moezoo.core.data.token_shards import Shard, Tokens, check_range, open_shard
+from moezoo.core.data.tokenizers import Ids, Tokenizer
 from moezoo.core.errors import DataError, RunError
 from moezoo.core.files import flush_folder, make_folder, remove_folder, rename_folder, write_atomically
 from moezoo.core.progress import Progress
 
 SHARD_TOKENS = 1 << 26
-BETWEEN_DOCUMENTS = "\n\n"  # where the tokenizer has no end of text
+BETWEEN_DOCUMENTS = "\n\n"  # separator if the tokenizer has no end-of-text token
 
-_Shard = npt.NDArray[np.integer[Any]]
 
 _FORMAT = 1  # of a cache entry
-_BIN_MAGIC, _BIN_VERSION, _BIN_HEADER = 20240520, 1, 256  # modded-nanogpt: 256 int32, then uint16 tokens
-_FIRST_LOOK = 1 << 16  # tokens of each shard whose range is checked when it is opened
+_FIRST_LOOK = 1 << 16  # number of tokens per shard that are range-checked when it is opened
 _STALE_S = 24 * 3600.0
 
 
-class Tokens:
-    """Token ids over one or more shards, as if they were one array. Read only, memory-mapped."""
-
-    def __init__(self, shards: Sequence[_Shard], vocab_size: int, name: str, known_in_range: bool) -> None:
-        """`name` stands in errors. Ids not `known_in_range` are checked against `vocab_size` when read."""
-        self._shards = tuple(shards)
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
-        self._begins = [0, *self._ends.tolist()]
-        self._vocab_size, self._name, self._known_in_range = vocab_size, name, known_in_range
-        narrow = all(shard.dtype.itemsize < 4 or shard.dtype == np.int32 for shard in self._shards)
-        self._dtype = np.dtype(np.int32 if narrow or known_in_range else np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self._shards else 0
-
-    def read(self, starts: npt.NDArray[np.integer[Any]], length: int) -> Ids:
-        """Windows of `length` ids that begin at `starts`, each inside the array: int32 [n, length].
-
-        Raises DataError for an id outside the vocabulary.
-        """
-        rows = np.empty((len(starts), length), self._dtype)
-        shard_of = np.searchsorted(self._ends, starts, side="right")
-        for row, k, start in zip(rows, shard_of.tolist(), starts.tolist(), strict=True):
-            at = int(start) - self._begins[k]
-            done = 0
-            while done < length:  # once, unless the window crosses into the next shard
-                piece = self._shards[k][at : at + length - done]
-                row[done : done + len(piece)] = piece
-                done, k, at = done + len(piece), k + 1, 0
-        if not self._known_in_range:
-            check_range(rows, self._vocab_size, self._name)
-        return rows.astype(np.int32, copy=False)
-
-
-def check_range(ids: npt.NDArray[np.integer[Any]], vocab_size: int, name: str) -> None:
-    """Raises DataError for an id outside [0, vocab_size)."""
-    if ids.size and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
-        low, high = int(ids.min()), int(ids.max())
-        raise DataError(
-            f"token id outside the vocabulary; got {low if low < 0 else high}; expected 0 to {vocab_size - 1}; {name}. "
-            "Name the tokenizer that made the shards in data.tokenizer."
-        )
-
-
-# --- shards that others wrote ----------------------------------------------------------------------------------------
+# --- pre-tokenized shards --------------------------------------------------------------------------------------------
 
 
 def open_shards(files: Sequence[SourceFile], vocab_size: int, name: str) -> Tokens:
-    """Memory-map `.npy` and `.bin` shards; remote ones are copied into the cache first.
+    """Memory-map `.npy` and `.bin` shards; remote files are copied into the cache first.
 
     Raises DataError: not a shard, damaged, empty, ids outside the vocabulary in the first 65536 of a shard (the
-    rest is checked as it is read).
+    others are checked when they are read).
     """
     shards = [open_shard(local_copy(file), file.name) for file in files]
     for shard, file in zip(shards, files, strict=True):
@@ -96,57 +51,8 @@ def open_shards(files: Sequence[SourceFile], vocab_size: int, name: str) -> Toke
     return Tokens(shards, vocab_size, name, known_in_range=False)
 
 
-def open_shard(path: Path, name: str) -> _Shard:
-    """Memory-map one shard. `name` stands in errors. Raises DataError where it is not one, damaged or empty."""
-    shard = _open_bin(path, name) if path.suffix == ".bin" else _open_npy(path, name)
-    if not len(shard):
-        raise DataError(f"token shard is empty; got 0 tokens; expected some; {name}. Leave it out.")
-    return shard
-
-
-def _open_npy(path: Path, name: str) -> _Shard:
-    try:
-        shard = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"token shard is damaged or not a .npy file; got {name} ({error}); expected integers as numpy.save writes "
-            "them. Write it again."
-        ) from None
-    if not isinstance(shard, np.ndarray) or shard.ndim != 1 or shard.dtype.kind not in "iu":
-        got = f"{shard.dtype} {list(shard.shape)}" if isinstance(shard, np.ndarray) else type(shard).__name__
-        raise DataError(
-            f"token shard is not a list of ids; got {got}; expected integers in one dimension; {name}. "
-            "Write numpy.save(path, ids.astype(numpy.uint16))."
-        )
-    return shard.view(np.ndarray)  # slices of a numpy.memmap cost four times as much
-
-
-def _open_bin(path: Path, name: str) -> _Shard:
-    try:
-        size = path.stat().st_size
-        header = np.fromfile(path, "<i4", min(_BIN_HEADER, size // 4))
-    except OSError as error:
-        raise DataError(f"token shard cannot be read; got {name} ({error}). Check its permissions.") from None
-    expected = f"expected the magic number {_BIN_MAGIC} and version {_BIN_VERSION}, as modded-nanogpt writes them"
-    if len(header) < _BIN_HEADER or header[0] != _BIN_MAGIC or header[1] != _BIN_VERSION:
-        got = f"{header[0]} and {header[1]}" if len(header) >= 2 else "nothing"
-        raise DataError(
-            f"token shard has another header; got {got} in {size} bytes; {expected}; {name}. "
-            "Write it again, or as .npy."
-        )
-    count, present = int(header[2]), (size - 4 * _BIN_HEADER) / 2
-    if count != present:
-        raise DataError(
-            f"token shard is damaged: its header says {count} tokens, but its size has room for {present:g}; {name}. "
-            "Download or write it again."
-        )
-    if not count:
-        return np.zeros(0, np.uint16)
-    return np.memmap(path, "<u2", "r", offset=4 * _BIN_HEADER, shape=(count,)).view(np.ndarray)
-
-
 def local_copy(file: SourceFile) -> Path:
-    """The file's path, or that of its copy in the cache where it is remote."""
+    """Return the path of a local file, or of the cached copy of a remote file, which is downloaded if needed."""
     if file.filesystem is None:
         return Path(file.name)
     copy = cache_folder() / f"{_digest([file])}{Path(file.name).suffix}"
@@ -172,15 +78,15 @@ def local_copy(file: SourceFile) -> Path:
 
 @dataclass(frozen=True)
 class Texts:
-    """The documents of one source: each file one document, or each line of JSONL files (`field` of it)."""
+    """Documents of one source: one per file, or one per line of JSONL files (`field` of each line)."""
 
-    name: str  # in errors and progress
+    name: str  # for errors and progress
     files: tuple[SourceFile, ...]
     field: str | None = None
 
     def pieces(self, on_bytes: Callable[[int], None]) -> Iterator[str | None]:
-        """The text in pieces that fit into memory; None between two documents."""
-        begun = False
+        """Yield the text in pieces that fit into memory, with None between two documents."""
+        started = False
         for file in self.files:
             documents: Iterator[Iterator[str]]
             if self.field is None:
@@ -188,13 +94,13 @@ class Texts:
             else:
                 documents = (iter([text]) for text in documents_of(file, self.field, on_bytes))
             for document in documents:
-                if begun:
+                if started:
                     yield None
-                begun = True
+                started = True
                 yield from document
 
     def counter(self, what: str, on_progress: Progress | None) -> Callable[[int], None]:
-        """A function that adds up bytes and reports them."""
+        """Return a function that counts bytes and reports progress."""
         sizes = [file.size for file in self.files]
         total = sum(size for size in sizes if size is not None) if None not in sizes else None
         done = 0
@@ -209,7 +115,7 @@ class Texts:
 
 
 def characters_of(texts: Texts, on_progress: Progress | None = None) -> set[str]:
-    """Every character in the texts, and between them; found in one pass, kept in the cache."""
+    """Return the set of characters of the texts, including the separator; computed in one pass and cached."""
     file = cache_folder() / f"{_digest(texts.files, texts.field)}.characters.json"
     with contextlib.suppress(OSError, ValueError):
         return set(str(json.loads(file.read_text(encoding="ascii"))))
@@ -223,9 +129,9 @@ def characters_of(texts: Texts, on_progress: Progress | None = None) -> set[str]
 
 
 def tokenize(texts: Texts, tokenizer: Tokenizer, on_progress: Progress | None = None) -> Tokens:
-    """The texts' token ids, from the cache, or else made and put there.
+    """Return the token ids of the texts from the cache; tokenize and cache them if they are not there.
 
-    Memory stays at some 64 times `source_files.CHUNK_BYTES`, whatever the size of the texts. Raises DataError
+    Memory is about 64 times `source_files.CHUNK_BYTES`, independent of the size of the texts. Raises DataError
     and TokenizerError.
     """
     entry = cache_folder() / _digest(texts.files, texts.field, tokenizer.content_hash)
@@ -244,15 +150,15 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, on_progress: Progress | None = 
 
 
 def cache_folder() -> Path:
-    """`$MOEZOO_CACHE`, or `moezoo/tokens` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
-    if given := os.environ.get("MOEZOO_CACHE"):
-        return Path(given).expanduser().absolute()
+    """Return the token cache: `$MOEZOO_CACHE`, else `moezoo/tokens` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if folder := os.environ.get("MOEZOO_CACHE"):
+        return Path(folder).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "moezoo" / "tokens"
 
 
-def _encoded(texts: Texts, tokenizer: Tokenizer, on_bytes: Callable[[int], None]) -> Iterator[Ids]:
-    words = isinstance(tokenizer, HuggingFaceTokenizer)
+def _encode(texts: Texts, tokenizer: Tokenizer, on_bytes: Callable[[int], None]) -> Iterator[Ids]:
+    subwords = isinstance(tokenizer, HuggingFaceTokenizer)  # tokens may span pieces, so cut between words
     limit = source_files.CHUNK_BYTES
     held: list[str] = []
     size = 0
@@ -266,19 +172,20 @@ def _encoded(texts: Texts, tokenizer: Tokenizer, on_bytes: Callable[[int], None]
         size += len(held[-1])
         if size >= limit:
             text = "".join(held)
-            border = word_border(text) if words else size
-            if not border and size >= 16 * limit:
-                border = size  # a text without spaces: some token at this border is another one
-            yield tokenizer.encode(text[:border], where=texts.name)
-            held, size = [text[border:]], size - border
+            boundary = word_boundary(text) if subwords else size
+            if not boundary and size >= 16 * limit:
+                boundary = size  # text without spaces: tokens at this boundary may differ
+            yield tokenizer.encode(text[:boundary], where=texts.name)
+            held, size = [text[boundary:]], size - boundary
     yield tokenizer.encode("".join(held), where=texts.name)
 
 
-def word_border(text: str) -> int:
-    """The last place where a text can be cut such that the parts' tokens are the whole's; 0 if there is none.
+def word_boundary(text: str) -> int:
+    """Return the last position where the text can be split without changing its tokens; 0 if there is none.
 
-    It is after a single newline, else before a single space, with no white space on either side: there, the
-    pre-tokenizers of GPT-2, Llama 3 and Qwen cut anyway, whereas in a run of white space what follows matters.
+    The position is after a single newline, else before a single space, without other white space on either side: the
+    pre-tokenizers of GPT-2, Llama 3 and Qwen split there, but inside a run of white space it depends on the next
+    character.
     """
     for mark, offset in (("\n", 1), (" ", 0)):
         at = len(text) - 1
@@ -295,7 +202,7 @@ def _write_entry(folder: Path, texts: Texts, tokenizer: Tokenizer, on_progress: 
     make_folder(folder)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with contextlib.closing(_ShardWriter(folder, dtype)) as writer:
-        for ids in _encoded(texts, tokenizer, texts.counter("tokenizing", on_progress)):
+        for ids in _encode(texts, tokenizer, texts.counter("tokenizing", on_progress)):
             writer.write(ids)
     index = {
         "files": [file.name for file in texts.files],
@@ -305,23 +212,23 @@ def _write_entry(folder: Path, texts: Texts, tokenizer: Tokenizer, on_progress: 
     write_atomically(folder / "index.json", json.dumps(index, indent=1))
 
 
-def _publish(partial: Path, entry: Path) -> list[_Shard]:
-    """Rename a finished entry to its place, unless another process was faster."""
+def _publish(partial: Path, entry: Path) -> list[Shard]:
+    """Rename a complete entry to its final name, unless another process has written it first."""
     shards = _open_entry(entry)
     if shards is None:
-        remove_folder(entry)  # a damaged one
+        remove_folder(entry)  # damaged
         try:
             rename_folder(partial, entry)
         except RunError:
             if _open_entry(entry) is None:
                 raise
         shards = _open_entry(entry)
-    assert shards is not None  # it has just been written
+    assert shards is not None  # it was just written
     return shards
 
 
-def _open_entry(entry: Path) -> list[_Shard] | None:
-    """The shards of an entry; None where it is not there or not whole."""
+def _open_entry(entry: Path) -> list[Shard] | None:
+    """Return the shards of an entry; None if it is missing or incomplete."""
     try:
         counts = json.loads((entry / "index.json").read_text(encoding="utf-8"))["counts"]
         shards = [open_shard(_shard_path(entry, number), str(entry)) for number in range(len(counts))]
@@ -331,7 +238,7 @@ def _open_entry(entry: Path) -> list[_Shard] | None:
 
 
 class _ShardWriter:
-    """Writes ids into `.npy` files of `SHARD_TOKENS` each, whose number in the header is set when one is full."""
+    """Writer of ids into `.npy` files of `SHARD_TOKENS` each; the count in the header is updated when it is closed."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
         self.counts: list[int] = []
@@ -355,7 +262,7 @@ class _ShardWriter:
         if self._file is not None:
             with self._file:
                 self._file.seek(0)
-                self._write_header(self.counts[-1])  # as long as the first: numpy pads it for any count
+                self._write_header(self.counts[-1])  # of the same length, since numpy pads headers
                 self._file.flush()
                 os.fsync(self._file.fileno())
             self._file = None
@@ -376,7 +283,7 @@ def _digest(files: Sequence[SourceFile], *more: str | None) -> str:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Entries that a killed process left half-made a day ago or earlier."""
+    """Remove incomplete entries that a killed process left at least a day ago."""
     for partial in folder.glob(".*.partial"):
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime > _STALE_S:
@@ -385,11 +292,11 @@ def _remove_stale(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _writing_cache() -> Iterator[None]:
-    """Failures to write become DataErrors; the sources' own are DataErrors already."""
+    """Convert errors while the cache is written into DataErrors; errors of the sources are DataErrors already."""
     try:
         yield
     except (OSError, RunError) as error:
         raise DataError(
-            f"token cache cannot be written; got {cache_folder()} ({error}); expected a writable folder with room "
-            "(MOEZOO_CACHE). Set MOEZOO_CACHE to another folder."
+            f"token cache cannot be written; got {cache_folder()} ({error}); expected a writable folder with free "
+            "space (MOEZOO_CACHE). Set MOEZOO_CACHE to another folder."
         ) from error

@@ -44,8 +44,8 @@ class MeshConfig(Part):
         rules: mesh axes over which a logical axis of the parameter table is sharded, in place of
             `sharding_rules.RULES`: an axis, several, or null.
         exchange: how tokens reach experts on other devices. `padded`: an all-to-all with buffers large enough for any
-            routing (`sharding_rules.exchanged`), so no token is dropped. `allgather`: every device gets all tokens of
-            its group. `ragged`: an all-to-all of the actual rows, on platforms that support it (TPU).
+            routing (`sharding_rules.padded_exchange`), so no token is dropped. `allgather`: every device gets all
+            tokens of its group. `ragged`: an all-to-all of the actual rows, on platforms that support it (TPU).
     """
 
     data: Size = 1
@@ -74,7 +74,7 @@ class MeshConfig(Part):
 
     @property
     def is_one_device(self) -> bool:
-        """Whether the mesh is a single device."""
+        """True for a mesh of a single device."""
         return all(getattr(self, axis) == 1 for axis in MESH_AXES)
 
 
@@ -102,7 +102,7 @@ def in_words(mesh: MeshConfig) -> str:
     return ", ".join(named) or "one device"
 
 
-def known_sizes(mesh: MeshConfig, num_devices: int | None) -> dict[MeshAxis, int]:
+def planned_sizes(mesh: MeshConfig, num_devices: int | None) -> dict[MeshAxis, int]:
     """Return the number of devices along each axis for planning, without any devices. Raises SpecError, as `sizes`.
 
     `num_devices`: total number of devices, needed to resolve `auto`.

@@ -34,7 +34,7 @@ class ProcessGroup:
         if self.coordinator == "auto":
             if self.num_processes is not None or self.process_id is not None:
                 raise BackendError(
-                    f"--coordinator auto detects the number of processes and their ranks; got {self.in_words()}. "
+                    f"--coordinator auto detects the number of processes and their ranks; got {self.options()}. "
                     "Remove --num-processes and --process-id, or use --coordinator HOST:PORT."
                 )
         elif not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
@@ -44,7 +44,7 @@ class ProcessGroup:
             )
         elif not has_both:
             raise BackendError(
-                f"--coordinator HOST:PORT needs --num-processes and --process-id; got {self.in_words()}. "
+                f"--coordinator HOST:PORT needs --num-processes and --process-id; got {self.options()}. "
                 "Pass both to every process."
             )
         elif not 0 <= (self.process_id or 0) < (self.num_processes or 0):
@@ -53,7 +53,7 @@ class ProcessGroup:
                 f"{(self.num_processes or 0) - 1}. Pass a different id to each process."
             )
 
-    def in_words(self) -> str:
+    def options(self) -> str:
         """Return the command-line options of these settings: `--coordinator ...`."""
         options = (
             *(("coordinator", self.coordinator), ("num-processes", self.num_processes)),

@@ -64,11 +64,11 @@ def partition(row: Parameter, mesh: MeshConfig, sizes: Mapping[MeshAxis, int]) -
     return tuple(found)
 
 
-def at_work(row: Parameter, cut: Partition) -> Partition:
+def gathered_partition(row: Parameter, stored: Partition) -> Partition:
     """Return how a parameter is sharded while its block computes: all-gathered over the batch axes, except experts."""
     return tuple(
         axes if name == "expert" else tuple(axis for axis in axes if axis not in BATCH_AXES)
-        for name, axes in zip(row.axes, cut, strict=True)
+        for name, axes in zip(row.axes, stored, strict=True)
     )
 
 
@@ -83,21 +83,23 @@ def check_batch(batch: int, sizes: Mapping[MeshAxis, int]) -> None:
         )
 
 
-class Exchanged(NamedTuple):
+class PaddedExchange(NamedTuple):
     """Buffer size of the all-to-all with `exchange: padded`, in rows [D] per pair of devices of an expert group.
 
     Fields:
         rows: rows sent to each device in the dispatch, used or not; the combine and the backward pass of each send as
             many.
-        places: slots per expert and sequence, if each assignment has a fixed slot; None if rows for a device are
+        slots: slots per expert and sequence, if each assignment has a fixed slot; None if rows for a device are
             contiguous, sorted by expert.
     """
 
     rows: int
-    places: int | None
+    slots: int | None
 
 
-def exchanged(moe: MoESpec, num_sequences: int, length: int, devices: int, *, inference: bool = False) -> Exchanged:
+def padded_exchange(
+    moe: MoESpec, num_sequences: int, length: int, devices: int, *, inference: bool = False
+) -> PaddedExchange:
     """Return the buffer size that is sufficient for any routing, so that no row is dropped. The smaller of:
 
     - `p min(K, E / n)`: all p tokens of a device could choose experts of the same one of n devices.
@@ -116,7 +118,7 @@ def exchanged(moe: MoESpec, num_sequences: int, length: int, devices: int, *, in
     experts = moe.num_experts // devices
     rows = num_sequences * length * min(moe.num_slots, experts)
     if not inference and isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "sequence":
-        places = capacities(moe, length)[0]
-        if experts * num_sequences * places < rows:
-            return Exchanged(experts * num_sequences * places, places)
-    return Exchanged(rows, None)
+        slots = capacities(moe, length)[0]
+        if experts * num_sequences * slots < rows:
+            return PaddedExchange(experts * num_sequences * slots, slots)
+    return PaddedExchange(rows, None)

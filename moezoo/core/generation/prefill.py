@@ -10,8 +10,8 @@ import numpy as np
 
 from moezoo.core.tokens import Integers
 
-PIECE = 256
-"""Tokens per prefill chunk, so that attention scores are PIECE x S per head, not T x T. A matrix product of this many
+CHUNK = 256
+"""Tokens per prefill chunk, so that attention scores are CHUNK x S per head, not T x T. A matrix product of this many
 rows is bound by compute rather than by reading weights. Other sizes were not timed."""
 
 INITIAL_CAPACITY = 256
@@ -19,15 +19,15 @@ INITIAL_CAPACITY = 256
 
 
 def widths(length: int, smallest: int = 1) -> list[int]:
-    """Return the chunk widths for a prompt: the remainder first, then full chunks of PIECE.
+    """Return the chunk widths for a prompt: the remainder first, then full chunks of CHUNK tokens.
 
     The remainder is rounded up to a power of two of at least `smallest`; with `smallest` 1 it is not rounded. The sum
     is at least `length`.
     """
-    whole, rest = divmod(length, PIECE)
+    whole, rest = divmod(length, CHUNK)
     if rest and smallest > 1:
         rest = max(smallest, 1 << (rest - 1).bit_length())
-    return ([rest] if rest else []) + [PIECE] * whole
+    return ([rest] if rest else []) + [CHUNK] * whole
 
 
 def padded(prompts: Sequence[Integers], width: int) -> tuple[Integers, Integers]:

@@ -1,6 +1,6 @@
-"""Does a token's output depend on later tokens, or on its neighbours in the batch? Then the model cannot generate.
+"""Causality check: the output at a position must not depend on later tokens or on other sequences of the batch.
 
-Writing: writings/parity.md.
+A model that fails it under inference routing cannot generate. Writing: writings/parity.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,25 +8,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import Integers
 
 Mode = Literal["training", "inference"]
-Run = Callable[[Integers, bool], Mapping[str, Any]]
-"""`run(tokens, inference)` gives named intermediates in the order of the forward pass."""
+Run = Callable[[Integers, bool], Mapping[str, NDArray[Any]]]
+"""`run(tokens, inference)` returns named intermediates in the order of the forward pass."""
 
 
 @dataclass(frozen=True)
 class Causality:
-    """What changing tokens moved before them.
+    """Result of a causality check of one side.
 
     Fields:
-        side: reference or backend.
-        mode: routing of training, without noise, or of inference.
-        first_leak: the first intermediate that moved where it must not, None where none did: causal.
-        moved: how far, relative to its largest absolute value.
-        tolerance: of `moved`.
+        side: `reference` or the name of a backend.
+        mode: training routing, without noise, or inference routing.
+        first_leak: the first intermediate that changed at a position where it must not; None: causal.
+        moved: its change relative to its largest absolute value; without a leak, the largest change of any.
+        tolerance: limit of `moved`.
     """
 
     side: str
@@ -37,19 +38,19 @@ class Causality:
 
     @property
     def passed(self) -> bool:
-        """Inference must be causal. Training need not be: expert choice and capacities look at the whole batch."""
+        """True unless inference leaks. Training may leak: expert choice and capacity depend on the whole batch."""
         return self.first_leak is None or self.mode == "training"
 
 
 def check_causality(side: str, run: Run, spec: ModelSpec, tokens: Integers, tolerance: float) -> list[Causality]:
-    """Replace the second half of the first sequence; nothing before it, and in no other sequence, may move.
+    """Change the second half of the first sequence, and check that no other position of the batch changes.
 
     Args:
-        side: what the result is called.
-        run: one realization of the model.
-        spec: the model; training's routing is checked too where it differs from that of inference.
-        tokens: int32 [B, T], B >= 2 for leaks between sequences.
-        tolerance: relative; products of other shapes round otherwise, so 0 is too strict.
+        side: name for the result.
+        run: an implementation of the model.
+        spec: the model; training routing is checked too if it differs from inference routing.
+        tokens: int32 [B, T]; B >= 2 detects leaks between sequences.
+        tolerance: relative; 0 is too strict, because products of other shapes round differently.
     """
     start = tokens.shape[1] // 2
     changed = tokens.copy()
@@ -66,16 +67,19 @@ def check_causality(side: str, run: Run, spec: ModelSpec, tokens: Integers, tole
 
 
 def _first_leak(
-    before: Mapping[str, Any], after: Mapping[str, Any], allowed_BT: Any, tolerance: float
+    before: Mapping[str, NDArray[Any]],
+    after: Mapping[str, NDArray[Any]],
+    allowed_BT: NDArray[np.bool_],
+    tolerance: float,
 ) -> tuple[str | None, float]:
-    """The first intermediate that moved elsewhere than allowed, and how far; or None and the largest movement."""
+    """Return the first intermediate that changed where it must not and its change, or None and the largest change."""
     largest = 0.0
     for name, value in before.items():
         own, other = (np.asarray(values, np.float64).reshape(*allowed_BT.shape, -1) for values in (value, after[name]))
-        # Trap: a masked logit is minus infinity on both sides, and their difference is not a number.
+        # Trap: a masked logit is minus infinity in both runs, and their difference would be NaN.
         differs = (own != other) & ~allowed_BT[..., None]
         difference = np.abs(np.subtract(own, other, out=np.zeros_like(own), where=differs))
-        # Trap: a tensor may start as all zeros, so that only the other one has a size.
+        # Trap: one of the tensors may be all zeros, so take the scale from both.
         scale = max(np.max(np.abs(values[np.isfinite(values)]), initial=0.0) for values in (own, other))
         moved = float(np.max(difference, initial=0.0) / (scale or 1.0))
         if not moved <= tolerance:

@@ -1,6 +1,6 @@
-"""Do the reference and the backends compute the same model? Weights and tokens in, every difference out.
+"""The parity check: compare the float64 reference and the backends on the same weights and tokens.
 
-What is compared, and why it is done under forced routing, stands in writings/parity.md.
+Writing, with the reasons for forced routing: writings/parity.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,8 +34,10 @@ from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 from moezoo.core.tokens import Floats, Integers
 
 LIMIT_BYTES = 8 * 2**30
-_CHECKPOINT_RATE = 1e-3  # learning rate of the one step with weights of a Hugging Face checkpoint
-_TOKENS_PURPOSE = 0x706172  # "par": what the random tokens are for, as a counter
+"""Limit for the estimated memory of a check."""
+
+_CHECKPOINT_RATE = 1e-3  # learning rate of the training step for weights of a Hugging Face checkpoint
+_TOKENS_PURPOSE = 0x706172  # "par": purpose of the random tokens, folded into their key
 
 
 def parity(
@@ -49,62 +51,43 @@ def parity(
     *,
     where: str = "model",
     notes: Sequence[str] = (),
-    by_amplification: bool = False,
+    widen_by_rounding: bool = False,
 ) -> ParityReport:
-    """Run the float64 reference and each backend on the same weights and tokens, and compare every two of them.
+    """Run the float64 reference and each backend on the same weights and tokens, and compare them pairwise.
 
-    Free routing: the sets of chosen experts, per layer. Forced routing (everyone takes the reference's experts):
-    intermediates, logits, loss terms, gradients. Then one optimizer step from given moments, with free routing, each
-    backend against a reference that takes that backend's experts.
+    With free routing, compare the set of experts of each token and layer. With forced routing (all sides use the
+    reference's experts), compare intermediates, logits, loss terms and gradients. Then do one optimizer step from fixed
+    nonzero moments with free routing, and compare each backend with a reference that uses the backend's experts.
 
     Args:
         spec: the model.
         weights: float32 by canonical name.
         tokens, targets: int32 [B, T]; targets are the next tokens: `targets[:, :-1] == tokens[:, 1:]`.
-        backends: name in the report -> backend; at least one.
-        optimizer: of the step; its learning rate is the peak.
-        tolerances: None for those of the spec's compute dtype.
-        where: what the report calls the model.
+        backends: by name in the report; at least one.
+        optimizer: of the step; uses its peak learning rate.
+        tolerances: None: those of the spec's compute dtype.
+        where: name of the model in the report.
         notes: lines for the report.
-        by_amplification: widen tolerances to ten times what one rounding of the weights moves in the reference, where
-            that is more: trained weights can amplify it far more than initial ones.
+        widen_by_rounding: widen tolerances to ten times the effect of one float32 rounding of the weights in the
+            reference, if that is more. Trained weights can amplify rounding far more than initial ones.
 
     Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than LIMIT_BYTES. Raises
-    DataError: more tokens than learned positions.
+    DataError: more tokens than positions.
     """
     _check_request(spec, tokens, targets, backends)
     tolerances = tolerances or ParityTolerances.of(spec)
     reference = Reference(spec, weights, tokens, targets, optimizer)
-    if by_amplification:
-        moved = reference.amplified(tolerances.gradient_floor)
-        tolerances = tolerances.amplified(moved)
-        told = ", ".join(f"{name} by {value:.1e}" for name, value in moved.items())
-        notes = [*notes, f"one float32 rounding of every weight moves {told}; tolerances are at least ten times that"]
+    if widen_by_rounding:
+        moved = reference.rounding_sensitivity(tolerances.gradient_floor)
+        tolerances = tolerances.widened(moved)
+        effects = ", ".join(f"{name} by {value:.1e}" for name, value in moved.items())
+        notes = [
+            *notes,
+            f"one float32 rounding of all weights moves {effects}; tolerances are at least ten times that",
+        ]
     sides = [reference.side()]
     sides += [backend_side(name, backend, reference, tolerances.intermediate) for name, backend in backends.items()]
-    pairs = [(left, right) for place, left in enumerate(sides) for right in sides[place + 1 :]]
-    comparisons: list[Comparison] = []
-    routing: list[RoutingComparison] = []
-    first: dict[str, str | None] = {}
-    for left, right in pairs:
-        pair = f"{left.name}/{right.name}"
-        routing += _compare_routing(pair, reference, left, right, tolerances)
-        rows = _compare(pair, sides[0], left, right, tolerances, optimizer.learning_rate)
-        first[pair] = next((row.name for row in rows if row.kind == "intermediate" and not row.passed), None)
-        comparisons += rows
-    return ParityReport(
-        where=where,
-        batch_size=tokens.shape[0],
-        sequence_length=tokens.shape[1],
-        pairs=tuple(first),
-        facts={name: backend.facts() for name, backend in backends.items()},
-        routing=tuple(routing),
-        comparisons=tuple(comparisons),
-        first_difference=first,
-        tolerances=tolerances,
-        notes=tuple(notes),
-        causality=tuple(check for side in sides for check in side.causality),
-    )
+    return _report(reference, sides, tolerances, where, notes, {name: each.facts() for name, each in backends.items()})
 
 
 def parity_of(
@@ -113,31 +96,37 @@ def parity_of(
     *,
     batch_size: int = 2,
     sequence_length: int | None = None,
-    overrides: Sequence[str] = (),
-    tolerances: ParityTolerances | None = None,
 ) -> ParityReport:
-    """`parity` of a config (initial weights of `training.seed`), or of what `open_model` opens, on its newest weights.
+    """Run `parity` on a config, or on the newest weights of a run folder, a Hugging Face folder or a hub id.
 
-    Tokens are random, a function of `training.seed`; T is `min(training.sequence_length, 64)` unless given. A
-    vocab_size of null becomes the tokenizer's number where it needs no data, and ASSUMED_CHARACTERS elsewhere.
-    `overrides` are of a config. Weights of a Hugging Face checkpoint are compared as float32, whatever they are stored
-    in; they are read once the size is known to be small enough.
+    A config gets initial weights of `training.seed`, or those of `init_from`. Tokens are random, a function of
+    `training.seed`. A vocab_size of null becomes the tokenizer's size if no data is needed for it, else
+    ASSUMED_CHARACTERS. Weights of a Hugging Face checkpoint are compared as float32, whatever their stored dtype; they
+    are read only after the size check.
 
-    Raises SpecError or CheckpointError for what cannot be read, and otherwise as `parity`.
+    Args:
+        path: a YAML config, or what `open_model` opens.
+        backends: by name in the report.
+        batch_size: B.
+        sequence_length: T; None: `min(training.sequence_length, 64)`.
+
+    Raises SpecError or CheckpointError: the path cannot be read. Raises what `parity` raises.
     """
     notes: list[str] = []
     weights: Mapping[str, NDArray[Any]] | None = None
     from_checkpoint = False
     if is_config(path):
-        config = load_resolved_config(path, overrides)
+        config = load_resolved_config(path)
     else:
-        config, weights, from_checkpoint = _opened(path, notes)
+        config, weights, from_checkpoint = _open_weights(path, notes)
     spec, assumed = spec_with_vocab_size(config, assumed_subwords=ASSUMED_CHARACTERS)
     notes += [f"assumed: {assumed}"] if assumed else []
     length = min(config.training.sequence_length, 64) if sequence_length is None else sequence_length
     if batch_size < 1 or length < 1:
-        raise SpecError(f"parity needs tokens; got {batch_size} sequences of {length}; expected at least 1 of 1.")
-    refuse_if_too_large(spec, batch_size, length, len(backends))
+        raise SpecError(
+            f"parity needs at least one token; got {batch_size} sequences of {length}; expected at least 1 of 1."
+        )
+    check_reference_size(spec, batch_size, length, len(backends))
     if weights is None and config.init_from is not None:
         weights = {name: np.asarray(value, np.float32) for name, value in open_initial_weights(config).weights.items()}
         notes.append(f"weights of {config.init_from.path}")
@@ -152,26 +141,25 @@ def parity_of(
         windows[:, 1:],
         backends,
         config.optimizer,
-        tolerances,
         where=str(path),
         notes=notes,
-        by_amplification=from_checkpoint,
+        widen_by_rounding=from_checkpoint,
     )
 
 
 def random_windows(vocab_size: int, batch_size: int, length: int, seed: int) -> Integers:
-    """Uniform random tokens int32 [B, T + 1], the same wherever they are drawn."""
+    """Draw uniform random tokens int32 [B, T + 1], equal on every machine."""
     share = uniform(fold_in(key(seed), _TOKENS_PURPOSE), (batch_size, length + 1))
     return np.minimum((share.astype(np.float64) * vocab_size).astype(np.int32), np.int32(vocab_size - 1))
 
 
 def reference_bytes(spec: ModelSpec, batch_size: int, length: int, num_backends: int) -> int:
-    """Estimate of the memory that a check needs.
+    """Estimate the memory of a parity check.
 
     `n (96 + 40 * backends)` for n parameters: weights, gradients, moments and updates, in float64 and, per backend,
-    in float32. And what autograd keeps of each operation in float64, with P = B T and R = P K: per layer `64 P N T` for
-    the scores, `80 P F` or `80 R F` for a feed-forward, `16 P R` for the combine, `64 P (2 N + 2 M) H`, `160 P D`; and
-    `64 P V` at the end.
+    in float32. And the float64 activations that autograd saves, with P = B T and R = P K: per layer `64 P N T` for
+    attention scores, `80 P F` or `80 R F` for a feed-forward, `16 P R` for the combine, `64 P (2 N + 2 M) H` for
+    projections, `160 P D` for the residual stream; and `64 P V` for logits.
     """
     parameters = parameter_counts(spec).total
     tokens, doubles = batch_size * length, 0
@@ -187,24 +175,58 @@ def reference_bytes(spec: ModelSpec, batch_size: int, length: int, num_backends:
     return parameters * (96 + 40 * num_backends) + 8 * tokens * (doubles + 8 * spec.vocab)
 
 
-def refuse_if_too_large(spec: ModelSpec, batch_size: int, length: int, num_backends: int) -> None:
-    """Raises SpecError where `reference_bytes` is above LIMIT_BYTES, before anything is built."""
+def check_reference_size(spec: ModelSpec, batch_size: int, length: int, num_backends: int) -> None:
+    """Check that `reference_bytes` is at most LIMIT_BYTES, before anything is built. Raises SpecError otherwise."""
     needed = reference_bytes(spec, batch_size, length, num_backends)
     if needed > LIMIT_BYTES:
         raise SpecError(
             f"the float64 reference of this model would need about {needed / 2**30:.1f} GiB (parameters "
             f"{parameter_counts(spec).total:,}, tokens {batch_size} x {length}); expected at most "
-            f"{LIMIT_BYTES / 2**30:.0f} GiB. Check a config of the same parts with smaller sizes."
+            f"{LIMIT_BYTES / 2**30:.0f} GiB. Check a config with the same features and smaller sizes."
         )
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def _report(
+    reference: Reference,
+    sides: Sequence[Side],
+    tolerances: ParityTolerances,
+    where: str,
+    notes: Sequence[str],
+    facts: Mapping[str, Mapping[str, str]],
+) -> ParityReport:
+    """Compare every two sides."""
+    comparisons: list[Comparison] = []
+    routing: list[RoutingComparison] = []
+    first: dict[str, str | None] = {}
+    for index, left in enumerate(sides):
+        for right in sides[index + 1 :]:
+            pair = f"{left.name}/{right.name}"
+            routing += _compare_routing(pair, reference, left, right, tolerances)
+            rows = _compare(pair, sides[0], left, right, tolerances, reference.optimizer.learning_rate)
+            first[pair] = next((row.name for row in rows if row.kind == "intermediate" and not row.passed), None)
+            comparisons += rows
+    return ParityReport(
+        where=where,
+        batch_size=reference.tokens.shape[0],
+        sequence_length=reference.tokens.shape[1],
+        pairs=tuple(first),
+        facts=facts,
+        routing=tuple(routing),
+        comparisons=tuple(comparisons),
+        first_difference=first,
+        tolerances=tolerances,
+        notes=tuple(notes),
+        causality=tuple(check for side in sides for check in side.causality),
+    )
 
 
 def _compare(
     pair: str, reference: Side, left: Side, right: Side, tolerances: ParityTolerances, learning_rate: float
 ) -> list[Comparison]:
-    """Every comparison but free routing; intermediates in the reference's order, which is that of the forward pass."""
+    """Compare everything except free routing; intermediates are in the reference's order, that of the forward pass."""
     t = tolerances
     rows: list[Comparison] = []
 
@@ -230,14 +252,14 @@ def _compare(
     for order, power in (("first_moment.", 1), ("second_moment.", 2)):
         named("moment", t.gradient, t.gradient_floor**power, order)
     named("step", t.loss)
-    moved = max(left.moved_copies, right.moved_copies)
-    rows.append(Comparison(pair, "step", "load: share of copies sent elsewhere", moved, moved, t.load))
+    moved = max(left.moved_assignments, right.moved_assignments)
+    rows.append(Comparison(pair, "step", "load: share of assignments that differ", moved, moved, t.load))
     return rows
 
 
 def _values(side: Side, kind: Kind, prefix: str) -> dict[str, Any]:
-    """What a side has of this kind, by name; of names that start with `prefix`."""
-    of: dict[Kind, Mapping[str, Any]] = {
+    """Return a side's tensors of a kind by name, those whose name starts with `prefix`."""
+    values: dict[Kind, Mapping[str, Any]] = {
         "weights": side.weights,
         "intermediate": side.intermediates,
         "loss": side.losses,
@@ -245,13 +267,16 @@ def _values(side: Side, kind: Kind, prefix: str) -> dict[str, Any]:
         "moment": side.moments,
         "step": side.step,
     }
-    return {name: value for name, value in of[kind].items() if name.startswith(prefix)}
+    return {name: value for name, value in values[kind].items() if name.startswith(prefix)}
 
 
 def _comparison(
     pair: str, kind: Kind, name: str, reference: Any, left: Any, right: Any, tolerance: float, floor: float
 ) -> Comparison:
-    """Largest absolute difference, and the same relative to the reference's largest absolute value, or to `floor`."""
+    """Compare a tensor: largest absolute difference, also relative to the reference's largest absolute value.
+
+    `floor`: lower limit of that scale.
+    """
     if reference is None or left is None or right is None or np.shape(left) != np.shape(right):
         return Comparison(pair, kind, name, float("inf"), float("inf"), tolerance)
     absolute = _largest(np.asarray(left, np.float64) - np.asarray(right, np.float64))
@@ -270,7 +295,7 @@ def _update(
     float32_sides: int,
     tolerances: ParityTolerances,
 ) -> Comparison:
-    """Difference of a parameter after the step; relative to the learning rate, beyond what float32 can hold."""
+    """Compare a parameter after the step: difference beyond float32 precision, relative to the learning rate."""
     if left is None or right is None:
         return Comparison(pair, "update", name, float("inf"), float("inf"), tolerances.update)
     difference = np.abs(left - right)
@@ -282,69 +307,72 @@ def _update(
 def _compare_routing(
     pair: str, reference: Reference, left: Side, right: Side, tolerances: ParityTolerances
 ) -> list[RoutingComparison]:
-    """Sets of experts under free routing, layer by layer; what an earlier difference can have reached is set apart."""
+    """Compare the experts of each token with free routing, layer by layer.
+
+    Tokens that an earlier difference can have affected are counted as downstream and not judged.
+    """
     spec, shape = reference.spec, reference.tokens.shape
-    reached_BT = np.zeros(shape, bool)
+    affected_BT = np.zeros(shape, bool)
     rows = []
-    for place, layer in enumerate(spec.moe_layers):
-        one, other = np.sort(left.experts[place], axis=-1), np.sort(right.experts[place], axis=-1)
+    for index, layer in enumerate(spec.moe_layers):
+        one, other = np.sort(left.experts[index], axis=-1), np.sort(right.experts[index], axis=-1)
         differs_BT = np.any(one != other, axis=-1).reshape(shape)
-        moe = reference.moes[place]
-        if isinstance(moe.router.choice, ExpertChoiceSpec) and np.any(reached_BT):
-            reached_BT[:] = True  # experts choose among all tokens, and one of them has changed
-        margin_BT = reference.margins[place].reshape(shape)
-        judged = margin_BT[differs_BT & ~reached_BT]
+        moe = reference.moes[index]
+        if isinstance(moe.router.choice, ExpertChoiceSpec) and np.any(affected_BT):
+            affected_BT[:] = True  # experts choose among all tokens, and one of them changed
+        margin_BT = reference.margins[index].reshape(shape)
+        judged = margin_BT[differs_BT & ~affected_BT]
         rows.append(
             RoutingComparison(
                 pair=pair,
                 layer=layer,
                 tokens=differs_BT.size,
                 identical=int(np.sum(~differs_BT)),
-                downstream=int(np.sum(differs_BT & reached_BT)),
+                downstream=int(np.sum(differs_BT & affected_BT)),
                 margin=float(np.max(judged)) if judged.size else None,
                 tolerance=tolerances.margin,
             )
         )
-        # A token's own later layers, and through attention those of the tokens after it, see the difference.
-        reached_BT |= np.logical_or.accumulate(differs_BT, axis=1)
+        # A difference affects later layers of the same token and, through attention, of the tokens after it.
+        affected_BT |= np.logical_or.accumulate(differs_BT, axis=1)
         if moe.inference_differs:
-            # A place that one token takes from an expert is a place lost to any other, of its group.
+            # A slot that one token takes in an expert is lost to the other tokens of its group.
             by_sequence = isinstance(moe.dispatch, CapacitySpec) and moe.dispatch.group == "sequence"
-            reached_BT |= np.any(differs_BT, axis=1 if by_sequence else None, keepdims=True)
+            affected_BT |= np.any(differs_BT, axis=1 if by_sequence else None, keepdims=True)
     return rows
 
 
 def _largest(values: Any) -> float:
-    """Largest absolute value; NaN where there is one."""
+    """Return the largest absolute value; NaN if there is one."""
     array = np.abs(np.asarray(values, np.float64))
     return float(np.max(array)) if array.size else 0.0
 
 
-# --- what is asked ---------------------------------------------------------------------------------------------------
+# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def _check_request(spec: ModelSpec, tokens: Integers, targets: Integers, backends: Mapping[str, Backend]) -> None:
     if not backends:
-        raise SpecError("parity compares backends with the reference; got none. Give at least one.")
+        raise SpecError("parity compares backends with the reference; got none; expected at least one. Pass a backend.")
     if "reference" in backends:
-        raise SpecError("a backend is called 'reference', which is the name of the float64 side. Use another name.")
+        raise SpecError("a backend is named 'reference', which is the name of the float64 side. Use another name.")
     if tokens.shape != targets.shape or not np.array_equal(tokens[:, 1:], targets[:, :-1]):
         raise SpecError(
             f"targets are not the next tokens; got tokens {tokens.shape} and targets {targets.shape}; expected "
-            "targets[:, :-1] == tokens[:, 1:], as a training step has them. Cut both from one window."
+            "targets[:, :-1] == tokens[:, 1:], as in a training step. Slice both from one window."
         )
     check_length(spec, tokens.shape[1], f"sequences of {tokens.shape[1]} tokens")
-    refuse_if_too_large(spec, tokens.shape[0], tokens.shape[1], len(backends))
+    check_reference_size(spec, tokens.shape[0], tokens.shape[1], len(backends))
 
 
-def _opened(path: str | Path, notes: list[str]) -> tuple[Config, Mapping[str, NDArray[Any]], bool]:
-    """Config and newest weights of a run, of a Hugging Face folder or hub id; and whether it is of the latter."""
+def _open_weights(path: str | Path, notes: list[str]) -> tuple[Config, Mapping[str, NDArray[Any]], bool]:
+    """Open config and newest weights of a run or a Hugging Face checkpoint; also return whether it is the latter."""
     opened = open_model(path)
     notes.extend(opened.problems)
     if opened.checkpoint is None:
         notes.append(f"weights of step {opened.step}")
         return opened.config, opened.weights, False
     notes.append(f"weights of {opened.checkpoint.family.name} ({opened.path}), as float32")
-    # Trap: the step is compared in learning rates, and one of 1e-5 is not far from what float32 rounds off a weight.
+    # Trap: updates are compared in units of the learning rate, and 1e-5 is close to the float32 rounding of a weight.
     optimizer = opened.config.optimizer.model_copy(update={"learning_rate": _CHECKPOINT_RATE})
     return opened.config.model_copy(update={"optimizer": optimizer}), opened.weights, True

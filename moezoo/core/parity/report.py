@@ -1,4 +1,4 @@
-"""What a parity check found: every comparison as data, what failed as one line each, and a table to look at."""
+"""The report of a parity check: every comparison as data, one line per failure, and a table for the terminal."""
 
 import json
 import math
@@ -23,28 +23,28 @@ KINDS: dict[Kind, str] = {
     "gradient": "gradients",
     "update": "parameter updates",
     "moment": "optimizer moments",
-    "step": "numbers of the step",
+    "step": "step metrics",
 }
 
 
 @dataclass(frozen=True)
 class ParityTolerances:
-    """What may differ. Each is relative to the largest absolute value of the reference's tensor unless said otherwise.
+    """Tolerances of a parity check, relative to the largest absolute value of the reference's tensor unless noted.
 
     Fields:
-        intermediate: of every recorded intermediate.
-        logits: of the logits.
-        loss: of every loss term and of the step's gradient norm, relative to its value.
-        gradient: of every gradient, and of every optimizer moment after the step.
-        gradient_floor: a gradient's scale is at least this share of the largest gradient of any tensor: one that is
-            zero in exact arithmetic (a router with K = 1 and renormalized weights, a key bias without positions) is
-            only rounding. Moments likewise; of second moments, its square.
-        update: of a parameter's update, relative to the learning rate, after one unit in the last place of the float32
-            parameter for each float32 side.
-        margin: free routing may choose other experts where the gap between the last chosen and the first rejected score
-            is at most this share of the former (for softmax, nearly a gap of logits).
-        load: share of routed copies that the step may send elsewhere than the forward pass did.
-        reason: why these numbers.
+        intermediate: for every recorded intermediate.
+        logits: for the logits.
+        loss: for every loss term and the step's gradient norm, relative to its value.
+        gradient: for every gradient, and every optimizer moment after the step.
+        gradient_floor: lower limit of a gradient's scale, as a share of the largest gradient of any tensor: a gradient
+            that is zero in exact arithmetic (a router with K = 1 and renormalized weights, a key bias without
+            positions) consists of rounding only. Also for first moments; squared for second moments.
+        update: for a parameter's update, in units of the learning rate, beyond one unit in the last place of the
+            float32 parameter per float32 side.
+        margin: free routing may choose other experts if the gap between the last chosen and the first rejected score is
+            at most this share of the former (for softmax, nearly the gap of the logits).
+        load: share of assignments for which the step may use other experts than the forward pass.
+        reason: why these values.
     """
 
     intermediate: float = 1e-5
@@ -62,7 +62,7 @@ class ParityTolerances:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "ParityTolerances":
-        """The tolerances of the spec's compute dtype."""
+        """Return the tolerances for the spec's compute dtype."""
         if compute_dtype(spec) == "float32":
             return cls()
         return cls(
@@ -80,8 +80,8 @@ class ParityTolerances:
             ),
         )
 
-    def amplified(self, moved: Mapping[str, float]) -> "ParityTolerances":
-        """No narrower than ten times what one rounding of the weights moves (`Reference.amplified`)."""
+    def widened(self, moved: Mapping[str, float]) -> "ParityTolerances":
+        """Return tolerances of at least ten times the effect of one rounding (`Reference.rounding_sensitivity`)."""
         intermediate, logits, gradient = (
             max(getattr(self, name), 10 * moved[name]) for name in ("intermediate", "logits", "gradient")
         )
@@ -91,10 +91,17 @@ class ParityTolerances:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor or number on two sides.
+    """Comparison of one tensor or number on two sides.
 
-    `absolute`: largest absolute difference. `relative`: what is held against `tolerance`. Both are infinite where one
-    side lacks the tensor or has another shape, and NaN where a value is.
+    Fields:
+        pair: `left/right`.
+        kind: see KINDS.
+        name: of the tensor or number.
+        absolute: largest absolute difference.
+        relative: the difference that is compared with `tolerance`.
+        tolerance: limit of `relative`.
+
+    Both differences are infinite if one side lacks the tensor or has another shape, and NaN if a value is NaN.
     """
 
     pair: str
@@ -106,12 +113,12 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Within the tolerance; NaN is not."""
+        """True if the difference is within the tolerance; NaN is not."""
         return self.relative <= self.tolerance
 
     @property
     def excess(self) -> float:
-        """How many times the tolerance; the order of badness. NaN counts as infinite."""
+        """The difference in units of the tolerance, to sort by severity. NaN counts as infinite."""
         if self.passed and self.tolerance == 0:
             return 0.0
         excess = self.relative / self.tolerance if self.tolerance else math.inf
@@ -120,16 +127,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RoutingComparison:
-    """Free routing of one MoE layer on two sides.
+    """Comparison of free routing in one MoE layer on two sides.
 
     Fields:
+        pair: `left/right`.
         layer: index in the model.
-        tokens: P.
+        tokens: P, number of tokens.
         identical: tokens with the same set of experts.
-        downstream: differing tokens that an earlier difference can have reached; not held against the layer.
+        downstream: differing tokens that an earlier difference can have affected; they are not judged.
         margin: the largest gap between the last chosen and the first rejected score of the reference, as a share of the
-            former, over the differing tokens that are not downstream; None where there is none.
-        tolerance: of the margin.
+            former, over the differing tokens that are not downstream; None if there are none.
+        tolerance: limit of the margin.
     """
 
     pair: str
@@ -147,25 +155,25 @@ class RoutingComparison:
 
     @property
     def passed(self) -> bool:
-        """Every difference is a near tie, or follows from one."""
+        """True if every difference is a near tie, or downstream of one."""
         return self.margin is None or self.margin <= self.tolerance
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All comparisons of one check. `pairs` are named `left/right`; the reference is always the left one.
+    """All comparisons of a parity check.
 
     Fields:
-        where: what was checked.
+        where: path or name of the model.
         batch_size, sequence_length: B and T of the tokens.
-        pairs: every two sides, the reference first.
-        facts: per backend, what it says of its device and paths.
-        routing: free routing, per pair and MoE layer.
-        comparisons: everything else, under forced routing, in the order in which it is computed.
+        pairs: every two sides as `left/right`; the reference is always on the left.
+        facts: per backend, its device and implementation choices.
+        routing: comparisons of free routing, per pair and MoE layer.
+        comparisons: all other comparisons, with forced routing, in the order of computation.
         first_difference: per pair, the first intermediate beyond its tolerance in the order of the forward pass.
-        tolerances: those used.
-        notes: what was assumed.
-        causality: per side, whether a token's output depends on later ones.
+        tolerances: those applied.
+        notes: assumptions, and where the weights come from.
+        causality: causality checks of every side.
     """
 
     where: str
@@ -182,7 +190,7 @@ class ParityReport:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """One line each: per pair the first differing intermediate, wrong routing, then the worst of each kind."""
+        """One line per failure: per pair the first differing intermediate, routing, then the worst of each kind."""
         lines: list[str] = []
         for pair in self.pairs:
             failed = [row for row in self.comparisons if row.pair == pair and not row.passed]
@@ -208,7 +216,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Everything within its tolerance."""
+        """True if everything is within its tolerance."""
         checks: tuple[Comparison | RoutingComparison | Causality, ...] = (
             *self.comparisons,
             *self.routing,
@@ -217,18 +225,18 @@ class ParityReport:
         return all(check.passed for check in checks)
 
     def causal(self, mode: Mode) -> str | None:
-        """`causal`, or the first layer that leaks on the first side that does; None where it was not checked."""
+        """Return `causal`, or describe the first leak of the first side that has one; None if it was not checked."""
         checks = [check for check in self.causality if check.mode == mode]
         leaks = [check for check in checks if check.first_leak is not None]
         return _leak(leaks[0]) if leaks else "causal" if checks else None
 
     def worst(self, pair: str, kind: Kind) -> Comparison | None:
-        """The comparison of this kind that is furthest into, or beyond, its tolerance."""
+        """Return the comparison of a kind with the largest difference relative to its tolerance."""
         rows = [row for row in self.comparisons if row.pair == pair and row.kind == kind]
         return max(rows, key=lambda row: row.excess) if rows else None
 
     def to_json(self) -> str:
-        """The report as JSON text; a number that is not finite is written as "inf" or "nan"."""
+        """Return the report as JSON text; infinities and NaN are the strings "inf" and "nan"."""
         content = {
             "where": self.where,
             "passed": self.passed,
@@ -244,10 +252,10 @@ class ParityReport:
             "causality": [{**asdict(check), "passed": check.passed} for check in self.causality],
             "comparisons": [{**asdict(row), "passed": row.passed} for row in self.comparisons],
         }
-        return json.dumps(finite(content), indent=2, allow_nan=False)
+        return json.dumps(json_safe(content), indent=2, allow_nan=False)
 
     def table(self, show_all: bool = False) -> "RenderableType":
-        """The report for a terminal, worst rows on top; `show_all` adds every intermediate, loss term and gradient."""
+        """Return the report for a terminal, worst rows first; `show_all` adds every intermediate, loss and gradient."""
         from rich.console import Group
         from rich.text import Text
 
@@ -279,7 +287,7 @@ class ParityReport:
         return table
 
     def _routing_table(self) -> "Table":
-        table = _table("same experts, freely", *self.pairs, "widest margin\nof a difference")
+        table = _table("free routing: same experts", *self.pairs, "largest margin\nof a difference")
         rows: dict[int, list[RoutingComparison]] = {}
         for row in self.routing:
             rows.setdefault(row.layer, []).append(row)
@@ -305,7 +313,7 @@ class ParityReport:
             if row.kind == kind:
                 rows.setdefault(row.name, {})[row.pair] = row
         in_order: Iterable[tuple[str, dict[str, Comparison]]] = rows.items()
-        if kind != "intermediate":  # those keep the order of the forward pass
+        if kind != "intermediate":  # intermediates stay in the order of the forward pass
             in_order = sorted(rows.items(), key=lambda item: -max(row.excess for row in item[1].values()))
         for name, by_pair in in_order:
             largest = max(row.absolute for row in by_pair.values())
@@ -314,7 +322,7 @@ class ParityReport:
 
 
 def _leak(check: Causality) -> str:
-    return f"{check.first_leak} sees later tokens or other sequences ({check.side}, moved by {check.moved:.1e})"
+    return f"{check.first_leak} depends on later tokens or other sequences ({check.side}, changes by {check.moved:.1e})"
 
 
 def _sentence(row: Comparison) -> str:
@@ -324,15 +332,15 @@ def _sentence(row: Comparison) -> str:
     return f"{row.name}: {row.relative:.1e}{unit} (tolerance {row.tolerance:.0e}; absolute {row.absolute:.1e})"
 
 
-def finite(content: Any) -> Any:
-    """The same content for JSON, where a number that is not finite is a text."""
+def json_safe(content: Any) -> Any:
+    """Convert nested values for JSON: infinities and NaN become strings."""
     match content:
         case float() if not math.isfinite(content):
             return str(content)
         case dict():
-            return {name: finite(value) for name, value in content.items()}
+            return {name: json_safe(value) for name, value in content.items()}
         case list() | tuple():
-            return [finite(value) for value in content]
+            return [json_safe(value) for value in content]
     return content
 
 
@@ -365,5 +373,5 @@ def _short(name: str, width: int = 23) -> str:
 
 
 def names_in_order(first: Sequence[str], others: Iterable[str]) -> list[str]:
-    """`first`, then the names of `others` that it lacks."""
+    """Return `first`, then the names of `others` that are not in it."""
     return list(dict.fromkeys([*first, *others]))

@@ -1,4 +1,4 @@
-"""The sides of a parity check: what the float64 reference and each backend make of the same weights and tokens."""
+"""The sides of a parity check: results of the float64 reference and of each backend for the same weights and tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,34 +17,46 @@ from moezoo.core.tokens import Floats, Integers
 
 Doubles = NDArray[np.float64]
 
-_UPDATES_DONE = 9  # the step is taken from moments as if this many updates had been made
+_UPDATES_DONE = 9  # number of updates that the moments before the step stand for, in bias correction
 _FLOAT32_ROUNDING = 2.0**-24
-_ROUNDING_PURPOSE = 0x726F756E64  # "round": what the shifts of weights are for, as a seed
-_REFERENCE_ROUNDING = 1e-9  # of float64 sums in another order, far above 1e-16 and far below any dependence
+_ROUNDING_PURPOSE = 0x726F756E64  # "round": seed of the perturbation of weights
+_REFERENCE_ROUNDING = 1e-9  # tolerance for reordered float64 sums, far above 1e-16 and far below any real dependence
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one realization computed. `update`: its parameters after the step less those of the reference that took the
-    same experts, so that two backends that routed differently can still be compared; `moments`, `step` likewise."""
+    """Results of one implementation.
+
+    Fields:
+        name: `reference`, or the name of a backend.
+        experts: free routing: int32 [P, K] per MoE layer, -1 for an unused slot.
+        weights: exported parameters.
+        intermediates, logits, losses, gradients: results with forced routing.
+        update: parameters after the step, minus those of a reference that used the same experts: so two backends with
+            different routing can still be compared. Zero for the reference.
+        moments, step: optimizer moments and metrics of the step, corrected in the same way.
+        moved_assignments: share of assignments for which the step used other experts than the forward pass.
+        inference_logits: logits with inference routing; None if it equals training routing.
+        causality: results of the causality check.
+    """
 
     name: str
     experts: list[Integers]
-    weights: Mapping[str, Any]
-    intermediates: Mapping[str, Any]
-    logits: Any
+    weights: Mapping[str, NDArray[Any]]
+    intermediates: Mapping[str, NDArray[Any]]
+    logits: NDArray[Any]
     losses: Mapping[str, float]
-    gradients: Mapping[str, Any]
+    gradients: Mapping[str, NDArray[Any]]
     update: Mapping[str, Doubles]
     moments: Mapping[str, Doubles]
     step: Mapping[str, float]
-    moved_copies: float
-    inference_logits: Any
+    moved_assignments: float
+    inference_logits: NDArray[Any] | None
     causality: list[Causality]
 
 
 class Reference:
-    """The float64 side, and what the others are measured with."""
+    """The float64 reference, with the inputs that all sides share."""
 
     def __init__(
         self,
@@ -62,7 +74,7 @@ class Reference:
         self.weights = {name: value.astype(np.float64) for name, value in self.weights32.items()}
         self.state = {row.name: self.weights[row.name] for row in parameter_table(spec) if not row.trained}
         self.key = micro_batch_keys(0, 0, 1)[0]
-        self.intermediates: dict[str, Any] = {}
+        self.intermediates: dict[str, NDArray[Any]] = {}
         result = forward(spec, self.weights, tokens, record=self.intermediates, key=self.key)
         self.logits, routings = result.logits_BTV, result.routings
         terms = loss_terms(spec, self.logits, targets, routings, index_losses=result.index_losses)
@@ -71,21 +83,21 @@ class Reference:
         self.margins = [routing.margin_P for routing in routings]
         self.cutoffs = [routing.cutoff_E for routing in routings]
         _, self.gradients = loss_and_gradients(spec, self.weights, tokens, targets, forced=self.experts, key=self.key)
-        self.moments = self._given_moments()
+        self.moments = self._starting_moments()
 
-        def run(tokens: Integers, inference: bool) -> Mapping[str, Any]:
-            record: dict[str, Any] = {}
+        def run(tokens: Integers, inference: bool) -> Mapping[str, NDArray[Any]]:
+            record: dict[str, NDArray[Any]] = {}
             forward(spec, self.weights, tokens, record=record, inference=inference)
             return record
 
         self.causality = check_causality("reference", run, spec, tokens, _REFERENCE_ROUNDING)
         self.inference_logits = run(tokens, True)["logits"] if spec.inference_differs else None
 
-    def amplified(self, floor: float) -> dict[str, float]:
-        """How far intermediates, logits and gradients move when every weight is off by up to one float32 rounding.
+    def rounding_sensitivity(self, floor: float) -> dict[str, float]:
+        """Measure how far intermediates, logits and gradients move if every weight has a float32 rounding error.
 
-        The largest over tensors, relative as in `Comparison`, with the same experts: below some multiple of this no
-        float32 realization can be expected to agree, whatever it computes. `floor` is that of gradients' scales.
+        Returns the largest change over tensors, relative as in `Comparison`, with the same experts. No float32
+        implementation can be expected to agree within less than a multiple of this. `floor`: gradient_floor.
         """
         from moezoo.core.reference.losses import loss_and_gradients
         from moezoo.core.reference.transformer import forward
@@ -94,7 +106,7 @@ class Reference:
         for index, (name, value) in enumerate(self.weights.items()):
             share = uniform(fold_in(key(_ROUNDING_PURPOSE), index), value.shape).astype(np.float64)
             shifted[name] = value * (1 + (2 * share - 1) * _FLOAT32_ROUNDING)
-        record: dict[str, Any] = {}
+        record: dict[str, NDArray[Any]] = {}
         result = forward(self.spec, shifted, self.tokens, record=record, key=self.key, forced=self.experts or None)
         _, gradients = loss_and_gradients(
             self.spec, shifted, self.tokens, self.targets, forced=self.experts, key=self.key
@@ -108,16 +120,16 @@ class Reference:
 
     @property
     def forced(self) -> list[Integers] | None:
-        """The experts as a backend takes them, [B, T, K] per MoE layer."""
+        """The experts in a backend's layout: [B, T, K] per MoE layer; None for a dense model."""
         return [expert.reshape(*self.tokens.shape, -1) for expert in self.experts] or None
 
     @property
     def windows(self) -> Integers:
-        """Tokens and their targets as one micro-batch [1, B, T + 1]."""
+        """Tokens and targets as one micro-batch [1, B, T + 1]."""
         return np.concatenate([self.tokens, self.targets[:, -1:]], axis=1)[None].astype(np.int32)
 
     def side(self) -> Side:
-        """Itself; its differences to itself are zero."""
+        """Return the results of the reference as a Side."""
         after, moments, step = self.stepped(self.experts)
         return Side(
             name="reference",
@@ -130,13 +142,13 @@ class Reference:
             update={name: np.zeros_like(value) for name, value in after.items()},
             moments=moments,
             step=step,
-            moved_copies=0.0,
+            moved_assignments=0.0,
             inference_logits=self.inference_logits,
             causality=self.causality,
         )
 
     def stepped(self, experts: list[Integers]) -> tuple[dict[str, Doubles], dict[str, Doubles], dict[str, float]]:
-        """Parameters, moments and measured numbers of one update with these experts."""
+        """Do one optimizer step with these experts; return parameters, moments and metrics."""
         from moezoo.core.reference.losses import loss_and_gradients
         from moezoo.core.reference.optimizer import Moments, adamw, global_norm
         from moezoo.core.reference.router_state import updated_state
@@ -146,14 +158,14 @@ class Reference:
             losses, gradients = loss_and_gradients(
                 self.spec, self.weights, self.tokens, self.targets, forced=experts or None, key=self.key
             )
-        given = {name: value.astype(np.float64) for name, value in self.moments.items()}
+        before = {name: value.astype(np.float64) for name, value in self.moments.items()}
         parameters, moments = adamw(
             self.optimizer,
             {name: self.weights[name] for name in gradients},
             gradients,
             Moments(
-                {name: given[f"first_moment.{name}"] for name in gradients},
-                {name: given[f"second_moment.{name}"] for name in gradients},
+                {name: before[f"first_moment.{name}"] for name in gradients},
+                {name: before[f"second_moment.{name}"] for name in gradients},
             ),
             learning_rate=self.optimizer.learning_rate,
             update=_UPDATES_DONE + 1,
@@ -161,7 +173,7 @@ class Reference:
         )
         first = {f"first_moment.{name}": value for name, value in moments.first.items()}
         second = {f"second_moment.{name}": value for name, value in moments.second.items()}
-        # The load is that of the given experts; cutoffs do not depend on who was chosen.
+        # The load follows from these experts; cutoffs do not depend on the choice.
         loads = [
             np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices).astype(np.float64)
             for moe, expert_PK in zip(self.moes, experts, strict=True)
@@ -171,14 +183,13 @@ class Reference:
 
     @property
     def moes(self) -> list[MoESpec]:
-        """Every mixture of the model."""
+        """Every MoE layer's spec."""
         return [moe for _, moe in self.spec.moes]
 
-    def _given_moments(self) -> dict[str, Floats]:
-        """Moments from which a step depends smoothly on the gradient g: m = g / 2, v = g^2 + mean(g^2), g clipped.
+    def _starting_moments(self) -> dict[str, Floats]:
+        """Return moments from which a step depends smoothly on the clipped gradient g: m = g / 2, v = g^2 + mean(g^2).
 
-        Trap: from zero moments AdamW's first step is the sign of the gradient, which rounding decides where that is
-        small.
+        Trap: from zero moments, AdamW's first step is the sign of the gradient, which rounding decides for small ones.
         """
         from moezoo.core.reference.optimizer import global_norm
 
@@ -196,22 +207,22 @@ class Reference:
 
 
 def backend_side(name: str, backend: Backend, reference: Reference, rounding: float) -> Side:
-    """Run one backend on everything that the reference ran."""
+    """Run a backend on all inputs of the reference. `rounding`: tolerance of its causality check."""
     model = backend.build(reference.spec, reference.weights32)
     weights = model.export_parameters()
     free = model.forward(reference.tokens, key=reference.key)
     experts = [routing.expert.reshape(-1, routing.expert.shape[-1]) for routing in free.routing]
-    given = {"forced": reference.forced, "key": reference.key}
-    output = model.forward(reference.tokens, reference.targets, record=True, **given)
-    _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, **given)
+    options = {"forced": reference.forced, "key": reference.key}
+    output = model.forward(reference.tokens, reference.targets, record=True, **options)
+    _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, **options)
 
-    def run(tokens: Integers, inference: bool) -> Mapping[str, Any]:
+    def run(tokens: Integers, inference: bool) -> Mapping[str, NDArray[Any]]:
         return model.forward(tokens, record=True, inference=inference).intermediates
 
     causality = check_causality(name, run, reference.spec, reference.tokens, rounding)
     inference_logits = run(reference.tokens, True)["logits"] if reference.spec.inference_differs else None
     after, moments, step, load = _stepped(model, reference)
-    expected_after, expected_moments, expected_step = reference.stepped(_in_order_of(reference.experts, experts))
+    expected_after, expected_moments, expected_step = reference.stepped(_aligned_experts(reference.experts, experts))
     own = reference.side()
     return Side(
         name=name,
@@ -221,10 +232,10 @@ def backend_side(name: str, backend: Backend, reference: Reference, rounding: fl
         logits=output.logits,
         losses=output.losses,
         gradients=gradients,
-        update=_less(after, expected_after, own.update),
-        moments=_less(moments, expected_moments, own.moments),
+        update=_corrected(after, expected_after, own.update),
+        moments=_corrected(moments, expected_moments, own.moments),
         step={key: own.step[key] + step[key] - expected_step[key] for key in step if key in expected_step},
-        moved_copies=_moved_copies(reference.spec, experts, load),
+        moved_assignments=_moved_assignments(reference.spec, experts, load),
         inference_logits=inference_logits,
         causality=causality,
     )
@@ -233,17 +244,17 @@ def backend_side(name: str, backend: Backend, reference: Reference, rounding: fl
 def _stepped(
     model: Model, reference: Reference
 ) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float], list[NDArray[np.int64]]]:
-    """One `train_step` of a backend from the given moments."""
+    """Do one `train_step` of a backend from the same moments."""
     model.start_training(reference.optimizer, reference.moments, _UPDATES_DONE)
     metrics = model.train_step(reference.windows, reference.optimizer.learning_rate, reference.key[None]).fetch()
     numbers = {"gradient_norm": metrics.gradient_norm, **metrics.losses}
     return model.export_parameters(), model.export_optimizer(), numbers, metrics.load
 
 
-def _less(
+def _corrected(
     values: Mapping[str, Floats], expected: Mapping[str, Doubles], own: Mapping[str, Doubles]
 ) -> dict[str, Doubles]:
-    """`own + (values - expected)` by name, for names whose shape is the expected one."""
+    """Return `own + (values - expected)` by name, for names with the expected shape."""
     return {
         name: own[name] + (np.asarray(value, np.float64) - expected[name])
         for name, value in values.items()
@@ -251,11 +262,11 @@ def _less(
     }
 
 
-def _in_order_of(own: list[Integers], other: list[Integers]) -> list[Integers]:
-    """Experts of the other side, each token's in our order where it is the same set.
+def _aligned_experts(own: list[Integers], other: list[Integers]) -> list[Integers]:
+    """Return the other side's experts, in our order for each token with the same set.
 
-    A backend reports them by falling weight, and a choice that draws one expert after the other (sparsemixer) makes
-    other weights in another order.
+    A backend reports experts by descending weight, but with a choice that draws one expert after the other
+    (sparsemixer) weights depend on the order.
     """
 
     def aligned(own_PK: Integers, other_PK: Integers) -> Integers:
@@ -265,8 +276,8 @@ def _in_order_of(own: list[Integers], other: list[Integers]) -> list[Integers]:
     return [aligned(own_PK, other_PK) for own_PK, other_PK in zip(own, other, strict=True)]
 
 
-def _moved_copies(spec: ModelSpec, experts: list[Integers], load: list[NDArray[np.int64]]) -> float:
-    """Share of routed copies that the step sent to another expert than the forward pass did, in the worst layer."""
+def _moved_assignments(spec: ModelSpec, experts: list[Integers], load: list[NDArray[np.int64]]) -> float:
+    """Return the share of assignments that differ between the step and the forward pass, in the worst layer."""
     moes = [moe for _, moe in spec.moes]
     if len(load) != len(moes):
         return float("inf")
@@ -281,7 +292,7 @@ def _largest(values: Any) -> float:
     return float(np.max(np.abs(values))) if np.size(values) else 0.0
 
 
-def _furthest(found: Mapping[str, Any], known: Mapping[str, Any], least: float) -> float:
-    """The largest relative difference of any tensor of two sides that have the same ones."""
+def _furthest(found: Mapping[str, NDArray[Any]], known: Mapping[str, NDArray[Any]], least: float) -> float:
+    """Return the largest relative difference of any tensor. `least`: lower limit of a tensor's scale."""
     scales = {name: max(_largest(value), least) for name, value in known.items()}
     return max((_largest(found[name] - known[name]) / scale for name, scale in scales.items() if scale), default=0.0)

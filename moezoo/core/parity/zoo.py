@@ -1,7 +1,7 @@
-"""The zoo's table: every part of the spec, where it comes from, a config that shows it, and whether realizations agree.
+"""The zoo's table: every feature of the spec, a config that shows it, its source, and the results of its parity check.
 
-What a part is, the spec itself says: every member of every union, every choice of a field, every switch, and every
-number that is off unless given. A test holds the tiny configs against that list, so that none is missing.
+The list of features is derived from the spec: every member of a union, every choice of a field, every switch, and every
+number that is off by default. A test checks that the tiny configs show every feature.
 """
 
 import json
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from moezoo.core.errors import SpecError
-from moezoo.core.parity.report import finite
+from moezoo.core.parity.report import json_safe
 from moezoo.core.progress import Progress
 from moezoo.core.runs.init_from import load_resolved_config
 from moezoo.core.spec import ModelSpec
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
     from moezoo.core.parity.report import ParityReport
 
-# Numbers of a part that are one or zero by default and yet no part of their own.
+# Numbers whose default is one or zero, but which are no feature of their own.
 _CONSTANTS = {"beta_slow", "low_frequency_factor", "loss_coefficient", "repeat", "num_experts", "coefficient"}
 _SIZES = {"model.vocab_size"}
 
 
-# --- what there is ---------------------------------------------------------------------------------------------------
+# --- features --------------------------------------------------------------------------------------------------------
 
 
 def all_features() -> tuple[str, ...]:
-    """Every part of the spec, in its order: `attention: latent`, `router.score: sigmoid`."""
+    """List every feature of the spec, in the spec's order: `attention: latent`, `router.score: sigmoid`."""
     named = dict.fromkeys(_features_of_type(ModelSpec, "model", set()))
     return tuple(feature for feature in named if feature not in _SIZES)
 
 
 def features(spec: ModelSpec) -> set[str]:
-    """The parts that this model is made of, as `all_features` names them."""
+    """Return the features of a model, named as by `all_features`."""
     return set(_features_of_value(spec, "model")) - _SIZES
 
 
@@ -65,10 +65,10 @@ def _features_of_type(part: type[BaseModel], owner: str, seen: set[type[BaseMode
 
 def _features_of_value(value: BaseModel, owner: str) -> Iterator[str]:
     for name, field in type(value).model_fields.items():
-        given, annotation = getattr(value, name), _bare(field.annotation)
-        if name == "kind" or given is None:
+        held, annotation = getattr(value, name), _bare(field.annotation)
+        if name == "kind" or held is None:
             continue
-        for item in given if isinstance(given, tuple) else (given,):
+        for item in held if isinstance(held, tuple) else (held,):
             if isinstance(item, BaseModel):
                 if "kind" in type(item).model_fields:
                     yield _kind_feature(owner, name, item.kind)  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ _SAME = {
 
 
 def _owner(name: str, part: type[BaseModel]) -> str:
-    """What a part's fields are written under: the field that holds it, and its kind where another kind has them not."""
+    """Return the prefix of a part's features: the field that holds it, with its kind if the field has several."""
     kinds = _kinds(part)
     return {"layers": "layer"}.get(name, f"{kinds[0]} {_name(name)}" if len(kinds) == 1 else _name(name))
 
@@ -112,7 +112,7 @@ def _bare(annotation: Any) -> Any:
 
 
 def _members(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The parts that a field may hold."""
+    """Yield the spec classes that a field may hold."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, BaseModel):
             yield annotation
@@ -123,7 +123,7 @@ def _members(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """Values of a Literal, or of one that may be null."""
+    """Return the values of a Literal, or of an optional Literal."""
     if typing.get_origin(annotation) is Literal:
         return typing.get_args(annotation)
     return tuple(choice for argument in typing.get_args(annotation) for choice in _literal(argument))
@@ -143,7 +143,7 @@ def _kinds(part: type[BaseModel]) -> tuple[Any, ...]:
 
 
 def _is_switch(field: FieldInfo, name: str) -> bool:
-    """A boolean, or a number that changes nothing by default."""
+    """Return whether a field is a boolean, or a number whose default has no effect."""
     if isinstance(field.default, bool):
         return True
     return isinstance(field.default, int | float) and field.default in (0, 1) and name not in _CONSTANTS
@@ -158,15 +158,15 @@ def _optional(field: FieldInfo) -> bool:
 
 @dataclass(frozen=True)
 class ZooConfig:
-    """One config: what it shows, whence, and what its parity check found (None: not run).
+    """One config: its features and source, and the results of its parity check (None: not run).
 
     Fields:
         name: of the file.
-        source: its header's line.
-        features: parts of the model.
+        source: the `# source:` line of its header.
+        features: features of the model.
         differences: per pair of sides, the largest relative difference of logits and of any gradient.
-        passed: the whole parity check, causality included.
-        causal: `causal`, or the first layer that leaks, by inference's routing.
+        passed: result of the whole parity check, causality included.
+        causal: `causal`, or the first leak with inference routing.
     """
 
     name: str
@@ -179,31 +179,36 @@ class ZooConfig:
 
 @dataclass(frozen=True)
 class Zoo:
-    """The table. `rows`: every part, and the config that shows it, None where none does."""
+    """The zoo's table.
+
+    Fields:
+        configs: every config.
+        rows: every feature with the config that shows it best; None if no config does.
+    """
 
     configs: tuple[ZooConfig, ...]
     rows: tuple[tuple[str, ZooConfig | None], ...]
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Parts that no config shows."""
+        """Features that no config shows."""
         return tuple(feature for feature, config in self.rows if config is None)
 
     @property
     def passed(self) -> bool | None:
-        """Every part is shown, and every config agrees; None where all are shown and none was checked."""
+        """True if every feature is shown and every config passes; None if all are shown and no config was checked."""
         if not self.missing and all(config.passed is None for config in self.configs):
             return None
         return not self.missing and all(config.passed for config in self.configs)
 
     def to_json(self) -> str:
-        """The table as JSON text."""
+        """Return the table as JSON text."""
         rows = [{"part": feature, "config": config and config.name} for feature, config in self.rows]
         content = {"passed": self.passed, "parts": rows, "configs": [asdict(config) for config in self.configs]}
-        return json.dumps(finite(content), indent=2, allow_nan=False)
+        return json.dumps(json_safe(content), indent=2, allow_nan=False)
 
     def table(self) -> "RenderableType":
-        """For a terminal, since one table of it all is too wide: every part with its config, then every config."""
+        """Return two tables for a terminal, narrow enough for it: features with their config, then configs."""
         from rich.console import Group
 
         return Group(self._parts(), self._figures())
@@ -225,7 +230,7 @@ class Zoo:
         return table
 
     def markdown(self) -> str:
-        """The table as a page of the writings."""
+        """Return the table as the Markdown page writings/zoo_table.md."""
         pairs = self._pairs()
         head = ["part", "config", *(f"{pair}: logits, gradients" for pair in pairs), "inference", "source"]
         lines = ["# Every part, as checked", "", "Written by `moezoo zoo --out`, not by hand; [how](zoo.md).", ""]
@@ -263,17 +268,22 @@ def zoo(
     check: Callable[[Path], "ParityReport"] | None = None,
     on_progress: Progress | None = None,
 ) -> Zoo:
-    """The table of the configs of a folder; `check` runs one's parity check, None leaves the figures out.
+    """Build the table from the configs of a folder.
 
-    Raises SpecError: the folder has no config, or one cannot be read.
+    Args:
+        folder: of `*.yaml` configs.
+        check: runs the parity check of a config; None: no checks, and no figures in the table.
+        on_progress: called before each config with its name, its index and the number of configs.
+
+    Raises SpecError: the folder has no configs, or one cannot be read.
     """
     paths = sorted(folder.glob("*.yaml"))
     if not paths:
-        raise SpecError(f"{folder} has no configs; expected *.yaml files. Name the folder configs/tiny of the project.")
+        raise SpecError(f"{folder} has no configs; expected *.yaml files. Use the folder configs/tiny of the project.")
     configs = []
-    for place, path in enumerate(paths):
+    for index, path in enumerate(paths):
         if on_progress is not None:
-            on_progress(path.stem, place, len(paths))
+            on_progress(path.stem, index, len(paths))
         spec = load_resolved_config(path).model
         config = ZooConfig(path.stem, _source(path), tuple(sorted(features(spec))))
         configs.append(config if check is None else _checked(config, check(path)))
@@ -281,7 +291,7 @@ def zoo(
 
 
 def _showing(feature: str, configs: Sequence[ZooConfig]) -> ZooConfig | None:
-    """The config that shows a part best: named after it, else the one of the fewest parts."""
+    """Choose the config that shows a feature best: one named after it, else the one with the fewest features."""
     showing = [config for config in configs if feature in config.features]
     owner, _, own = feature.replace(": ", ".").rpartition(".")
     words, others = set(own.split("_")), set(owner.replace(" ", "_").split("_"))

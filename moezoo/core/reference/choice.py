@@ -1,4 +1,4 @@
-"""The choice: which experts compute a token, once the values that decide it are there."""
+"""The choice of experts, from each token's selection values."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,16 +21,16 @@ from moezoo.core.spec import (
 
 
 class Choice(NamedTuple):
-    """Who is chosen: the part of `Routing` that a choice decides. Integers and booleans have no gradient.
+    """The chosen experts of each token: the part of `Routing` that a choice decides. Integers have no gradient.
 
     Fields:
         expert_PK: int, by descending selection value, ties to the lower id; of a hash in the order of its table. An
-            unused slot has some expert's id. K is top_k, or E for expert choice.
-        valid_PK: bool, False for an unused slot; these stand last.
-        weight_PK: the weights, where the choice makes them itself (sparsemixer), else None.
+            unused slot has any expert's id. K is top_k, or E for expert choice.
+        valid_PK: bool, False for an unused slot; these are last.
+        weight_PK: combine weights, for a choice with its own (sparsemixer), else None.
         cutoff_E: the lowest value that each expert took (expert choice in training), else None. No gradient.
-        margin_P: only here: how far the decision of a token that was nearest to falling otherwise was from it, as a
-            share of the value (of its exponential, if logits decide); inf where nothing can fall otherwise.
+        margin_P: only in the reference: relative distance of a token's nearest decision from the opposite one, as a
+            share of the value (of its exponential, if logits decide); inf where there is no other decision.
     """
 
     expert_PK: Array
@@ -97,15 +97,14 @@ def choose(
         spec: the router.
         logits_PE: after temperature, softcap and noise.
         score_PE: their scores.
-        selection_PE: what decides: `spec.selection_basis` of the two, plus the selection bias.
+        selection_PE: values to compare: `spec.selection_basis` of the two, plus the selection bias.
         context: forced experts, key, and whether to choose as in generation.
         table_PK: int; rows of the hash table for these tokens.
         cutoff_E: for expert choice at inference: the least value with which each expert takes a token.
 
     Source: each spec's docstring (moezoo/core/spec/routing.py) names its own.
     """
-    selection_PE = getval(selection_PE)
-    tokens = selection_PE.shape[0]
+    selection_PE, tokens = getval(selection_PE), selection_PE.shape[0]
     margin_P, weight_PK, cutoffs_E = np.full(tokens, np.inf), None, None
     match spec.choice:
         case TopKChoiceSpec() | NoisyTopKChoiceSpec():
@@ -116,12 +115,7 @@ def choose(
             expert_PK, valid_PK = _highest(kept_PE, spec.top_k)
             margin_P = np.minimum(margin_P, _boundary(spec, kept_PE, np.full(tokens, spec.top_k)))
         case TopPChoiceSpec() as nucleus:
-            expert_PK, _ = _highest(selection_PE, spec.top_k)
-            chosen_PK = np.take_along_axis(getval(score_PE), expert_PK, axis=-1)
-            before_PK = np.cumsum(chosen_PK, axis=-1) - chosen_PK
-            valid_PK = before_PK < nucleus.p
-            nearest_P = np.min(np.abs(before_PK[:, 1:] - nucleus.p), axis=-1, initial=np.inf) / nucleus.p
-            margin_P = np.minimum(nearest_P, _boundary(spec, selection_PE, np.sum(valid_PK, axis=-1)))
+            expert_PK, valid_PK, margin_P = _in_nucleus(spec, nucleus, getval(score_PE), selection_PE)
         case HashChoiceSpec():
             expert_PK, valid_PK = table_PK, np.ones((tokens, spec.top_k), bool)
         case SparseMixerChoiceSpec() as mixer:
@@ -130,10 +124,7 @@ def choose(
             valid_PK = np.ones(expert_PK.shape, bool)
         case ExpertChoiceSpec():
             if context.inference:
-                taken_PE, bound_E = selection_PE >= cutoff_E, cutoff_E
-                margin_P = np.min(
-                    _share(spec, np.maximum(selection_PE, bound_E), np.minimum(selection_PE, bound_E)), -1
-                )
+                taken_PE, margin_P = _above_cutoff(spec, selection_PE, cutoff_E)
             else:
                 taken_PE, cutoffs_E, margin_P = _highest_tokens(spec, selection_PE)
             expert_PK, valid_PK = _highest(np.where(taken_PE, selection_PE, -np.inf), selection_PE.shape[1])
@@ -147,7 +138,7 @@ def choose(
 
 
 def _highest(value_PE: Array, count: int) -> tuple[Array, Array]:
-    """The experts of the `count` highest values, descending, and which of these values are finite.
+    """Return the experts of the `count` highest values, descending, and which of these values are finite.
 
     Trap: a stable sort of the negated values is the tie rule; argpartition has none.
     """
@@ -156,7 +147,7 @@ def _highest(value_PE: Array, count: int) -> tuple[Array, Array]:
 
 
 def _in_kept_groups(spec: RouterSpec, groups: GroupedTopKChoiceSpec, value_PE: Array) -> tuple[Array, Array]:
-    """The values, minus infinity outside the `keep` best groups (ties to the lower group), and the groups' margin.
+    """Return the values, minus infinity outside the `keep` best groups (ties to the lower), and the groups' margin.
 
     The value of a group is its highest, or the sum of its two highest.
     """
@@ -169,10 +160,22 @@ def _in_kept_groups(spec: RouterSpec, groups: GroupedTopKChoiceSpec, value_PE: A
     return np.where(kept_PE, value_PE, -np.inf), _boundary(spec, of_group, np.full(tokens, groups.keep))
 
 
+def _in_nucleus(
+    spec: RouterSpec, nucleus: TopPChoiceSpec, score_PE: Array, value_PE: Array
+) -> tuple[Array, Array, Array]:
+    """Return the K highest experts, which of them have scores before them that sum to less than p, and the margin."""
+    expert_PK, _ = _highest(value_PE, spec.top_k)
+    chosen_PK = np.take_along_axis(score_PE, expert_PK, axis=-1)
+    before_PK = np.cumsum(chosen_PK, axis=-1) - chosen_PK
+    valid_PK = before_PK < nucleus.p
+    nearest_P = np.min(np.abs(before_PK[:, 1:] - nucleus.p), axis=-1, initial=np.inf) / nucleus.p
+    return expert_PK, valid_PK, np.minimum(nearest_P, _boundary(spec, value_PE, np.sum(valid_PK, axis=-1)))
+
+
 def _sparsemixer(
     mixer: SparseMixerChoiceSpec, count: int, logits_PE: Array, forced_PK: Array | None, key: Array | None
 ) -> tuple[Array, Array, Array]:
-    """`count` experts one after the other, their weights, and the margin. For each, among experts not yet taken:
+    """Choose `count` experts one after the other: ids, weights and margin. For each, among experts not yet chosen:
 
         best  = the highest logit;      near = experts with  best - logit <= 2 jitter max(|logit|, best)
         gate  = softmax(logits of the near ones)
@@ -214,9 +217,9 @@ def _sparsemixer(
 
 
 def _highest_tokens(spec: RouterSpec, value_PE: Array) -> tuple[Array, Array, Array]:
-    """Which tokens each expert takes, [P, E]: its `C = ceil(P * top_k / E)` highest, ties to the earlier token.
+    """Return the tokens that each expert takes, [P, E]: its `C = ceil(P * top_k / E)` highest, ties to the earlier one.
 
-    And the lowest value that it takes, and the margin of each token: how far from the border the nearest expert has it.
+    And the lowest value that it takes, and each token's margin: the distance of its nearest expert from its cutoff.
     """
     tokens, num_experts = value_PE.shape
     most = -(-tokens * spec.top_k // num_experts)
@@ -228,6 +231,12 @@ def _highest_tokens(spec: RouterSpec, value_PE: Array) -> tuple[Array, Array, Ar
     return taken_PE, last_E, np.min(share_PE, axis=-1)
 
 
+def _above_cutoff(spec: RouterSpec, value_PE: Array, cutoff_E: Array) -> tuple[Array, Array]:
+    """Return the experts whose cutoff a token's value reaches, [P, E], and the margin of each token."""
+    margin_PE = _share(spec, np.maximum(value_PE, cutoff_E), np.minimum(value_PE, cutoff_E))
+    return value_PE >= cutoff_E, np.min(margin_PE, axis=-1)
+
+
 def _softmax(logits_PE: Array) -> Array:
     unnormalized = np.exp(logits_PE - np.max(getval(logits_PE), axis=-1, keepdims=True))
     return unnormalized / np.sum(unnormalized, axis=-1, keepdims=True)
@@ -237,8 +246,10 @@ def _softmax(logits_PE: Array) -> Array:
 
 
 def _share(spec: RouterSpec, kept: Array, rest: Array) -> Array:
-    """The gap between two values as a share of the higher: `(kept - rest) / |kept|`, or of their exponentials if logits
-    decide, `1 - exp(rest - kept)`; inf where there is no other (minus infinity)."""
+    """Return the gap between two values as a share of the higher: `(kept - rest) / |kept|`.
+
+    Of their exponentials if logits decide: `1 - exp(rest - kept)`. inf where there is no other (minus infinity).
+    """
     gap = np.where(np.isinf(rest), np.inf, kept - rest)
     if spec.selection_basis == "logits":
         return np.where(np.isinf(gap), np.inf, 1 - np.exp(-gap))
@@ -246,14 +257,14 @@ def _share(spec: RouterSpec, kept: Array, rest: Array) -> Array:
 
 
 def _boundary(spec: RouterSpec, value_PE: Array, count_P: Array) -> Array:
-    """The share by which the last of the `count` highest values is above the next."""
+    """Return the share by which the last of the `count` highest values exceeds the next."""
     falling_PE = np.concatenate([-np.sort(-value_PE, axis=-1), np.full((len(value_PE), 1), -np.inf)], axis=-1)
     token_P = np.arange(len(value_PE))
     return _share(spec, falling_PE[token_P, count_P - 1], falling_PE[token_P, count_P])
 
 
 def _distance(value_PE: Array) -> Array:
-    """From the highest to the next; inf where there is no other."""
+    """Return the distance from the highest value to the next; inf where there is no other."""
     if value_PE.shape[1] == 1:
         return np.full(len(value_PE), np.inf)
     falling_PE = -np.sort(-value_PE, axis=-1)

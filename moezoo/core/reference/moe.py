@@ -1,4 +1,4 @@
-"""The mixture of experts: Router -> Dispatch -> Experts -> Combine, plus shared ones and ones without computation."""
+"""The MoE layer: Router -> Dispatch -> Experts -> Combine, plus shared ones and ones without computation."""
 
 from typing import assert_never
 
@@ -10,7 +10,7 @@ from moezoo.core.reference.dispatch import Dispatch, combine, dispatch, used_row
 from moezoo.core.reference.experts import experts
 from moezoo.core.reference.feed_forward import feed_forward, sigmoid
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.routing import Routing, mixture_input, route
+from moezoo.core.reference.routing import Routing, jittered_input, route
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 
 
@@ -26,15 +26,15 @@ def moe(
 ) -> tuple[Array, Routing]:
     """[B, T, D] -> [B, T, D] and the Routing of its P = B * T tokens, numbered sequence by sequence.
 
-    `out = sum over chosen experts of weight * expert(x)`, to which come the experts that every token passes through
-    (`with_shared`) and those that compute nothing (`without_computation`). With `apply_to: input` it is the sum of
+    `out = sum over chosen experts of weight * expert(x)`, plus shared experts, which compute every token
+    (`with_shared`), and experts that compute nothing (`without_computation`). With `apply_to: input` it is the sum of
     `expert(weight * x)`. With a `latent_dim` the experts see `x w_latent`, and w_output follows their sum; the router,
     shared experts and those without computation stay outside.
 
     Args:
-        spec: the mixture.
+        spec: the MoE layer.
         parameters: its own.
-        x_BTD: behind the layer's norm.
+        x_BTD: after the layer's norm.
         context: of its P tokens, as in `route`; at inference no capacity drops a token.
         raw_BTD: before the layer's norm, for `shared: {kind: parallel}`: router and routed experts start from there.
             None: as x_BTD.
@@ -43,10 +43,10 @@ def moe(
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1. Weighted inputs: Meta 2025 (Llama 4), released code. Latent
     experts: NVIDIA 2025 (Nemotron 3), released code.
     """
-    x_PD = mixture_input(spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
+    x_PD = jittered_input(spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
     raw_PD, routed_PD = x_PD, x_PD
     if isinstance(spec.shared, ParallelFeedForwardSpec):
-        raw_PD = x_PD if raw_BTD is None else mixture_input(spec.router, raw_BTD.reshape(x_PD.shape), context.key)
+        raw_PD = x_PD if raw_BTD is None else jittered_input(spec.router, raw_BTD.reshape(x_PD.shape), context.key)
         routed_PD = normalize(spec.shared.norm, inside(parameters, "routed_input_norm"), raw_PD)
     routing = route(spec.router, inside(parameters, "router"), raw_PD, context)
     dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
@@ -87,10 +87,10 @@ def run_experts(spec: MoESpec, parameters: Parameters, x_PD: Array, dispatched: 
 
 
 def with_shared(spec: MoESpec, parameters: Parameters, x_PD: Array, routed_PD: Array) -> Array:
-    """Routed experts' output together with that of the feed-forward that every token passes through: [P, D].
+    """Add the output of the shared experts, which compute every token, to that of the routed ones: [P, D].
 
     `sum`: `routed + shared(x)`. `sigmoid_gated`: `routed + sigmoid(x w_shared_gate) * shared(x)`. `average`: half of
-    the sum. `parallel`: `routed + norm(shared(x))`; what is routed has had its norm.
+    the sum. `parallel`: `routed + norm(shared(x))`; `routed` is already normalized.
 
     Source: Dai et al. 2024, arXiv 2401.06066, eq. 9 (sum); transformers 5.23, models qwen2_moe (gate), cohere2_moe
     (average), gemma4 (parallel).
@@ -111,21 +111,21 @@ def with_shared(spec: MoESpec, parameters: Parameters, x_PD: Array, routed_PD: A
 
 
 def choice_weights(spec: MoESpec, routing: Routing, kept_PK: Array) -> Array:
-    """Weights of the Z experts without computation for every token, 0 where not chosen or dropped: [P, Z]."""
+    """Return the weights of the Z experts without computation, 0 where not chosen or dropped: [P, Z]."""
     hot_PKE = routing.expert_PK[..., None] == np.arange(spec.num_experts, spec.num_choices)
     return np.sum(routing.weight_PK[..., None] * (hot_PKE & kept_PK[..., None]), axis=1)
 
 
 def without_computation(spec: ZeroComputationSpec, parameters: Parameters, x_PD: Array, weight_PE: Array) -> Array:
-    """Weighted sum of the outputs of experts without a feed-forward, in float32: [P, D].
+    """Return the weighted sum of the outputs of experts without a feed-forward, in float32: [P, D].
 
-    In the order of their ids: a zero expert gives 0, a copy expert x, and a constant expert `a x + b v` with a learned
-    v and `[a, b] = softmax(x w_mix)`. A softmax of two is a sigmoid of their difference.
+    In the order of their ids: a zero expert returns 0, a copy expert x, and a constant expert `a x + b v` with a
+    learned v and `[a, b] = softmax(x w_mix)`. A softmax of two is a sigmoid of their difference.
 
     Args:
-        spec: how many there are of each.
+        spec: number of experts of each kind.
         parameters: `constant` [E, D] and `w_mix` [E, D, 2] of the E constant experts.
-        x_PD: what the routed experts see, before any latent projection.
+        x_PD: input of the routed experts, before any latent projection.
         weight_PE: of each expert for each token.
 
     Source: Jin et al. 2024 (MoE++), arXiv 2410.07348, eq. 3-5.

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with which weight."""
+"""The router: scores, chosen experts and combine weights of each token."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ LEAST_WEIGHT = 1e-30  # of a moving average: only the 0 from before the first st
 
 
 class Routing(NamedTuple):
-    """What every router returns, whatever its kind; statistics and auxiliary losses are made from it.
+    """Output of every kind of router; routing statistics and auxiliary losses are computed from it.
 
     Fields:
         expert_PK: int, the chosen experts of each token, by descending selection value, ties to the lower id.
@@ -22,10 +22,10 @@ class Routing(NamedTuple):
         weight_PK: combine weights: what multiplies each chosen expert's output (or input).
         score_PE: scores of all experts (probabilities for softmax).
         logits_PE: before the score function, float32; with the noise, if there was any.
-        selection_PE: what the choice was made by. No gradient.
+        selection_PE: values that the choice compared. No gradient.
         clean_logits_PE, noise_scale_PE: logits before the noise, and its standard deviation; None without noise.
         cutoff_E: lowest score that each expert took (expert choice in training), else None.
-        margin_P: only here: how far the nearest decision was from falling otherwise, as a share of the value.
+        margin_P: only in the reference: relative distance of the nearest decision from the opposite one.
     """
 
     expert_PK: Array
@@ -41,7 +41,7 @@ class Routing(NamedTuple):
 
 
 def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: RoutingContext = NO_CONTEXT) -> Routing:
-    """Score all experts, choose up to K, weight them: `x -> logits -> score -> choice -> weight`.
+    """Route tokens: score all experts, choose up to K, weight them: `x -> logits -> score -> choice -> weight`.
 
     Args:
         spec: the router, a point in the algebra; its docstring has the formulas, the functions below compute them.
@@ -52,8 +52,8 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
         context: token ids, the previous router's logits, forced experts, key, and whether to route as generation does.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5 (top-k gating); softmax over all experts, then top-k with
-    renormalization: Jiang et al. 2024, arXiv 2401.04088. Sources of the other fields stand in the spec.
-    Differs: jitter of the input reaches the router alone, as in Switch; for that of the mixture see `mixture_input`.
+    renormalization: Jiang et al. 2024, arXiv 2401.04088. RouterSpec names the sources of the other fields.
+    Differs: jitter of the input reaches the router alone, as in Switch; `jittered_input` is for the whole MoE layer.
     """
     key = context.key
     x_PD = _router_input(spec, parameters, x_PD, key)
@@ -91,8 +91,8 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
     )
 
 
-def mixture_input(spec: RouterSpec, x_PD: Array, key: Bits | None) -> Array:
-    """Tokens as router, experts and shared experts see them: in training times noise, for `jitter: {of: mixture}`.
+def jittered_input(spec: RouterSpec, x_PD: Array, key: Bits | None) -> Array:
+    """Return the input of router, experts and shared experts: in training times noise, for `jitter: {of: mixture}`.
 
     Source: transformers 5.23, models mixtral, minimax_m2, phimoe (`input_jitter_noise`), dbrx.
     """
@@ -102,7 +102,7 @@ def mixture_input(spec: RouterSpec, x_PD: Array, key: Bits | None) -> Array:
 
 
 def _router_input(spec: RouterSpec, parameters: Parameters, x_PD: Array, key: Bits | None) -> Array:
-    """Tokens as the router sees them: with jitter, then normalized: `x / rms(x) * input_scale / sqrt(D)`."""
+    """Return the router's input: with jitter, then normalized: `x / rms(x) * input_scale / sqrt(D)`."""
     if key is not None and spec.jitter is not None and spec.jitter.of == "input":
         x_PD = x_PD * _jitter(spec.jitter.amount, key, x_PD.shape)
     if spec.input == "normalized":
@@ -140,16 +140,16 @@ def score(spec: RouterSpec, logits_PE: Array) -> Array:
 
 
 def average_cutoff(cutoff_E: Array, cutoff_weight_1: Array) -> Array:
-    """The moving average of cutoffs from its sum and its sum of weights, since it starts at 0 (as Adam's do)."""
+    """Return the moving average of cutoffs, bias-corrected as Adam's moments are: its sum over its sum of weights."""
     return getval(cutoff_E) / np.maximum(getval(cutoff_weight_1), LEAST_WEIGHT)
 
 
 def combine_weight(
     spec: RouterSpec, parameters: Parameters, choice: Choice, logits_PE: Array, score_PE: Array
 ) -> Array:
-    """The weights of the chosen experts: [P, K]; 0 in unused slots, which count nowhere.
+    """Return the combine weights of the chosen experts: [P, K]; 0 in unused slots.
 
-    The score, or softmax or sigmoid of the chosen logits, or what the choice made itself (sparsemixer). Then, in this
+    The score, softmax or sigmoid of the chosen logits, or the choice's own weights (sparsemixer). Then, in this
     order: divided by `sum_k weight_k` or by the p-norm `(sum_k weight_k^p)^(1/p)`, where an epsilon is added to the
     divisor or is its floor; times `scale`; times the expert's own scale.
     """

@@ -32,7 +32,7 @@ from moezoo.core.spec import (
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives.
+    """Output of a forward pass.
 
     Fields:
         logits_BTV: of the next token at every position.
@@ -161,11 +161,7 @@ def layer(
     `output_scale`, if it has one.
 
     Args:
-        model: the model.
-        index: the layer's.
         parameters: the layer's own.
-        state: from the layer before.
-        inputs: of all layers.
         input_BTZ: the layer's own input, if the model has `layer_inputs`.
         sources: keys and values of the layers before, by index.
 

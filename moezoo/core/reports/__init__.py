@@ -1,1 +1,1 @@
-"""Pages and pictures for people: models, meshes, plans, checkpoints, runs."""
+"""Reports: pages on models, meshes, plans and checkpoints, and pictures of runs."""

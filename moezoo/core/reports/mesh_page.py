@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moezoo.core.distributed.mesh import MeshAxis, MeshConfig, known_sizes
+from moezoo.core.distributed.mesh import MeshAxis, MeshConfig, planned_sizes
 from moezoo.core.distributed.sharding_rules import Partition, partition
 from moezoo.core.parameters import parameter_table
 from moezoo.core.reports.text import bytes_text, new_table
@@ -88,7 +88,7 @@ def mesh_description(spec: ModelSpec, mesh: MeshConfig, num_devices: int | None 
     `num_devices`: number of devices, needed if an axis is `auto`. Raises SpecError: mesh, model and devices do not fit,
     with the parameter and the rule.
     """
-    lengths = known_sizes(mesh, num_devices)
+    lengths = planned_sizes(mesh, num_devices)
     rows = []
     for row in parameter_table(spec):
         sharded = partition(row, mesh, lengths)

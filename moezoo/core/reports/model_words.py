@@ -1,4 +1,4 @@
-"""Parts of a model in words, for the page of `moezoo describe`; what is a default is not said."""
+"""Short descriptions of model parts, for the page of `moezoo describe`; defaults are left out."""
 
 from typing import assert_never
 
@@ -46,7 +46,7 @@ _FEED_FORWARDS = {
 
 
 def model_in_words(spec: ModelSpec) -> str:
-    """`learned positions for 64 tokens, layer norm, dropout 10%`: what is not said of its layers; may be empty."""
+    """Describe model-wide parts: `learned positions for 64 tokens, layer norm, dropout 10%`; may be empty."""
     multipliers = [(name, value) for name, value in spec.multipliers.model_dump().items() if value != 1]
     learned = spec.position.max_length if isinstance(spec.position, LearnedPositionsSpec) else None
     words = (
@@ -65,7 +65,7 @@ def model_in_words(spec: ModelSpec) -> str:
 
 
 def head_in_words(spec: HeadSpec) -> str:
-    """`tied` or `untied`, and perhaps `biased`: what stands before the word head."""
+    """Describe the head: `tied` or `untied`, and `biased` if it has a bias."""
     match spec:
         case TiedHeadSpec(bias=bias):
             return "tied, biased" if bias else "tied"
@@ -76,7 +76,7 @@ def head_in_words(spec: HeadSpec) -> str:
 
 
 def attention_in_words(spec: AttentionSpec) -> str:
-    """`8 heads of 32, 2 key/value, RoPE 10,000, qk norm`."""
+    """Describe an attention layer: `8 heads of 32, 2 key/value, RoPE 10,000, qk norm`."""
     match spec:
         case GroupedQueryAttentionSpec():
             parts = _grouped_query(spec)
@@ -105,7 +105,7 @@ def attention_in_words(spec: AttentionSpec) -> str:
 
 
 def feed_forward_in_words(layer: LayerSpec) -> str:
-    """`SwiGLU 512`, or the mixture: experts, shared experts, router, dispatch, losses; and how norms are arranged."""
+    """Describe a feed-forward, `SwiGLU 512`, or an MoE layer with router, dispatch and losses; and norm placement."""
     if layer.shortcut:
         assert layer.feed_forward is not None
         assert layer.moe is not None

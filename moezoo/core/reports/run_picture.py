@@ -1,4 +1,4 @@
-"""One picture of a run: how the loss fell, and how evenly the experts were used."""
+"""Picture of a training run: loss curves, and heat maps of expert load."""
 
 import io
 import math
@@ -16,13 +16,13 @@ from moezoo.core.training.metrics import read_metrics
 
 INK, PALE = "#22303c", "#8a97a3"
 _TRAINING, _VALIDATION, _OPTIMUM = "#2a6f97", "#d1495b", "#3a7d44"
-_MOST_COLUMNS = 600  # of the heat map; more steps than this are averaged
-_MOST_STRIPS_INCHES, _LEAST_STRIP_INCHES = 5.5, 0.16
+_MAX_COLUMNS = 600  # columns of a heat map; further steps are averaged
+_HEAT_MAPS_INCHES, _MIN_HEAT_MAP_INCHES = 5.5, 0.16
 
 
 @dataclass(frozen=True)
 class _Curves:
-    """What the picture shows. `load` is per MoE layer [steps, E], relative to balanced = 1."""
+    """Data of the picture. `load` is per MoE layer [steps, E], relative to a balanced load = 1."""
 
     step: NDArray[np.float64]
     cross_entropy: NDArray[np.float64]
@@ -33,11 +33,11 @@ class _Curves:
 
 
 def draw_run(metrics_path: Path, out: Path, optimum: float | None) -> None:
-    """Draw a run's metrics.jsonl as one PNG.
+    """Draw a run's metrics.jsonl as a PNG.
 
-    Above: the training cross-entropy in nats per token (pale as measured, dark smoothed), validation points, and
-    `optimum` (nats, the entropy of a source where it is known) as a dashed line; bits on the right. Below, for a model
-    with MoE layers: one strip a layer, an expert a row, its load relative to balanced (1 = its fair share).
+    At the top: training cross-entropy in nats per token (raw pale, smoothed dark), validation points, and `optimum`
+    (nats, the entropy of the source, if known) as a dashed line; bits on the right. Below, for a model with MoE layers:
+    one heat map per layer with one row per expert, its load relative to a balanced load of 1.
 
     Raises RunError: metrics without a training step, or damaged; a folder that cannot be written.
     """
@@ -59,7 +59,7 @@ def _read(path: Path) -> _Curves:
                 validation.append((step, float(row["validation_loss"])))
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(
-                f"{path} has a line that is not a line of metrics ({error!r}); expected `step` and losses as numbers. "
+                f"{path} has an invalid line of metrics; got {error!r}; expected `step` and losses as numbers. "
                 "Delete the line, or draw another run."
             ) from error
     if not training:
@@ -76,7 +76,7 @@ def _read(path: Path) -> _Curves:
 
 
 def _loads(rows: Sequence[tuple[float, Any]], path: Path) -> tuple[tuple[int, ...], tuple[NDArray[np.float64], ...]]:
-    """Layers, and per layer the load of each training line relative to balanced."""
+    """Return the MoE layers, and for each the load of every training step relative to a balanced load."""
     if not rows[0][1]:
         return (), ()
     try:
@@ -84,14 +84,14 @@ def _loads(rows: Sequence[tuple[float, Any]], path: Path) -> tuple[tuple[int, ..
         shares = [np.array([routing[place]["load"] for _, routing in rows], np.float64) for place in range(len(layers))]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RunError(
-            f"{path} has steps whose `routing` does not fit the first one's ({error!r}); expected the same layers and "
-            "experts in each. Draw a run of one model."
+            f"{path} has steps whose `routing` does not match the first step; got {error!r}; expected the same "
+            "layers and experts in every step. Draw a run of one model."
         ) from error
     return layers, tuple(share * share.shape[1] for share in shares)
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over a centred window of about a fortieth of the run, narrower near both ends, so that it does not lag."""
+    """Return a centered moving average over a fortieth of the run; the window narrows at both ends to avoid lag."""
     count = len(values)
     index = np.arange(count)
     reach = np.minimum(np.minimum(index, count - 1 - index), _window(count) // 2)
@@ -108,17 +108,17 @@ def _window(count: int) -> int:
 
 
 def _render(curves: _Curves, optimum: float | None, name: str) -> bytes:
-    """The picture as PNG bytes. `Figure` without pyplot keeps no global state and needs no display."""
+    """Render the picture as PNG bytes. `Figure` without pyplot has no global state and needs no display."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [load.shape[1] for load in curves.load]
-    wished = [max(0.42, 0.055 * experts) for experts in rows]
-    shrink = min(1.0, _MOST_STRIPS_INCHES / sum(wished)) if rows else 1.0
-    strips = [max(_LEAST_STRIP_INCHES, shrink * inches) for inches in wished]
+    wanted = [max(0.42, 0.055 * experts) for experts in rows]
+    shrink = min(1.0, _HEAT_MAPS_INCHES / sum(wanted)) if rows else 1.0
+    heights = [max(_MIN_HEAT_MAP_INCHES, shrink * inches) for inches in wanted]
     top, between, heading = 3.3, 0.12 if shrink == 1 else 0.06, 0.6 if rows else 0.0
-    height = 0.55 + top + heading + sum(strips) + between * max(0, len(rows) - 1) + 0.6
+    height = 0.55 + top + heading + sum(heights) + between * max(0, len(rows) - 1) + 0.6
     style: Any = {"font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": PALE, "text.color": INK}
     style |= {"axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none"}
     with rc_context(style):
@@ -132,7 +132,7 @@ def _render(curves: _Curves, optimum: float | None, name: str) -> bytes:
         figure.text(left, 1 - 0.3 * inch, name, fontsize=12, fontweight="bold", va="center")
         if rows:
             bottom = 1 - (0.55 + top + heading) * inch
-            _draw_loads(figure, curves, strips, (left, bottom, width), inch, between)
+            _draw_loads(figure, curves, heights, (left, bottom, width), inch, between)
         else:
             axes.set_xlabel("step")
         buffer = io.BytesIO()
@@ -141,7 +141,7 @@ def _render(curves: _Curves, optimum: float | None, name: str) -> bytes:
 
 
 def _draw_loss(axes: Any, curves: _Curves, optimum: float | None) -> None:
-    """The loss curve. The axis of losses begins below the lowest and ends at the start of training."""
+    """Draw the loss curves; the loss axis spans all finite values, with a margin."""
     last = float(np.mean(curves.cross_entropy[-_window(len(curves.step)) :]))
     axes.plot(curves.step, curves.cross_entropy, color=_TRAINING, alpha=0.28, linewidth=0.8)
     smooth = _smoothed(curves.cross_entropy)
@@ -168,8 +168,8 @@ def _draw_loss(axes: Any, curves: _Curves, optimum: float | None) -> None:
     shown = [*curves.cross_entropy, *curves.validation, *([] if optimum is None else [optimum])]
     shown = [value for value in shown if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(shown), max(shown)
-    room = 0.06 * (high - low) or 0.5
-    axes.set_ylim(low - room, high + room)
+    margin = 0.06 * (high - low) or 0.5
+    axes.set_ylim(low - margin, high + margin)
     _shared_steps(axes, curves)
     axes.set_ylabel("loss (nats per token)")
     axes.grid(axis="y", color=PALE, alpha=0.22, linewidth=0.7)
@@ -183,9 +183,9 @@ def _draw_loss(axes: Any, curves: _Curves, optimum: float | None) -> None:
 
 
 def _draw_loads(
-    figure: Any, curves: _Curves, strips: Sequence[float], place: tuple[float, float, float], inch: float, gap: float
+    figure: Any, curves: _Curves, heights: Sequence[float], place: tuple[float, float, float], inch: float, gap: float
 ) -> None:
-    """A strip a layer. Colour is the logarithm of the relative load, so that half and double are equally far from 1."""
+    """Draw a heat map per layer. Color is the log of the relative load: half and double are equally far from 1."""
     from matplotlib.colors import LogNorm
 
     left, top, width = place
@@ -194,7 +194,7 @@ def _draw_loads(
     norm = LogNorm(1 / limit, limit)
     edges = _edges(curves.step)
     y, mesh = top, None
-    for place_in_model, (layer, load, height) in enumerate(zip(curves.layers, curves.load, strips, strict=True)):
+    for place_in_model, (layer, load, height) in enumerate(zip(curves.layers, curves.load, heights, strict=True)):
         y -= height * inch
         axes = figure.add_axes((left, y, width, height * inch))
         columns, load = _columns(edges, load)
@@ -209,9 +209,9 @@ def _draw_loads(
         axes.invert_yaxis()
         axes.set_yticks([])
         axes.set_ylabel(f"layer {layer}", rotation=0, ha="right", va="center", labelpad=5)
-        axes.tick_params(length=0 if place_in_model + 1 < len(strips) else 3)
+        axes.tick_params(length=0 if place_in_model + 1 < len(heights) else 3)
         _shared_steps(axes, curves)
-        if place_in_model + 1 < len(strips):
+        if place_in_model + 1 < len(heights):
             axes.set_xticklabels([])
             y -= gap * inch
         else:
@@ -221,20 +221,20 @@ def _draw_loads(
     experts = sorted({load.shape[1] for load in curves.load})
     rows = " or ".join(map(str, experts))
     figure.text(
-        left, top + 0.12 * inch, f"Load of the experts ({rows} a layer, one a row), 1 = fair share", va="bottom"
+        left, top + 0.12 * inch, f"Expert load ({rows} experts per layer, one per row), 1 = balanced", va="bottom"
     )
     bar = figure.add_axes((left + width + 0.03, y, 0.016, top - y))
-    colours = figure.colorbar(mesh, cax=bar)
+    colors = figure.colorbar(mesh, cax=bar)
     exponent = int(math.log2(limit))
     values = [2.0**power for power in range(-exponent, exponent + 1)]
-    colours.set_ticks(values, labels=[_factor(value, limit) for value in values])
-    colours.minorticks_off()
-    colours.outline.set_visible(False)
+    colors.set_ticks(values, labels=[_factor(value, limit) for value in values])
+    colors.minorticks_off()
+    colors.outline.set_visible(False)
     bar.tick_params(length=2)
 
 
 def _shared_steps(axes: Any, curves: _Curves) -> None:
-    """The same linear axis of steps above and below: a constant batch makes steps proportional to tokens and time."""
+    """Set the same linear step axis in all plots; with a constant batch, steps are proportional to tokens and time."""
     from matplotlib.ticker import MaxNLocator
 
     edges = _edges(curves.step)
@@ -243,7 +243,7 @@ def _shared_steps(axes: Any, curves: _Curves) -> None:
 
 
 def _edges(step: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Borders between measured steps: the middles, and half a distance beyond both ends."""
+    """Return the borders of heat-map columns: midpoints between steps, and half a distance beyond both ends."""
     if len(step) == 1:
         return np.array([step[0] - 0.5, step[0] + 0.5])
     middle = (step[1:] + step[:-1]) / 2
@@ -251,8 +251,8 @@ def _edges(step: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _columns(edges: NDArray[np.float64], load: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most _MOST_COLUMNS columns: neighbours are averaged."""
-    group = math.ceil(len(load) / _MOST_COLUMNS)
+    """Average neighboring columns until there are at most _MAX_COLUMNS."""
+    group = math.ceil(len(load) / _MAX_COLUMNS)
     if group == 1:
         return edges, load
     starts = np.arange(0, len(load), group)

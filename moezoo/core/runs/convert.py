@@ -37,8 +37,8 @@ class Conversion:
 def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
     """Convert a Hugging Face folder or hub id into a run folder, or a run into a Hugging Face folder.
 
-    Into a run folder, one parameter at a time is in memory. A round trip without changes is bit-exact. `on_progress` is
-    called with parameters.
+    Conversion into a run folder keeps one parameter in memory at a time. A round trip without changes is bit-exact.
+    `on_progress`: progress callback, in parameters.
 
     Raises what `open_model` raises. Raises RunError: `out` is not empty. Raises SpecError: no family can represent the
     run's model.

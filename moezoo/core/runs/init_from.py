@@ -15,7 +15,8 @@ from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.run_config import Config, InitFrom, load_config
 from moezoo.core.config.validate import validate
-from moezoo.core.data.tokenizers import Tokenizer, load_tokenizer
+from moezoo.core.data.load_tokenizer import load_tokenizer
+from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.parameters import parameter_table

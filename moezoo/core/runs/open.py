@@ -11,7 +11,9 @@ from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokeni
 from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.schedules import ConstantSchedule
 from moezoo.core.config.training import OptimizerConfig, TrainingConfig
-from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_beside
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
+from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import RunError
 from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import (
@@ -93,7 +95,7 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
         return replace(opened, generation=read_generation_config(layout.path, layout.description.fields.raw))
     folder = checkpoint_folder(path)
     checkpoint = open_checkpoint(folder, max_length)
-    tokenizer = tokenizer_beside(checkpoint.path, checkpoint.spec.vocab)
+    tokenizer = tokenizer_of_model_folder(checkpoint.path, checkpoint.spec.vocab)
     return OpenedModel(
         path=folder,
         config=fine_tuning_config(checkpoint, tokenizer),
@@ -113,7 +115,7 @@ def describe_model(path: str | Path) -> tuple[ModelSpec, TokenizerSpec]:
         return config.model, config.data.tokenizer
     folder = checkpoint_folder(path, weights=False)
     spec = describe_checkpoint(folder).spec
-    return spec, _tokenizer_spec(folder, spec, tokenizer_beside(folder, spec.vocab))
+    return spec, _tokenizer_spec(folder, spec, tokenizer_of_model_folder(folder, spec.vocab))
 
 
 def _tokenizer_spec(folder: Path, spec: ModelSpec, tokenizer: Tokenizer) -> TokenizerSpec:

@@ -15,7 +15,8 @@ from typing import Any
 
 from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, load_verified_checkpoint
 from moezoo.core.config.run_config import Config, dump_config, load_config, parse_config
-from moezoo.core.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from moezoo.core.data.load_tokenizer import load_tokenizer
+from moezoo.core.data.tokenizers import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import make_folder, remove_folder, write_atomically
 
@@ -88,7 +89,7 @@ def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool
 
 def remove_empty_run(run: Run) -> None:
     """Remove a run folder that contains only what `create_run` wrote; any other folder is left unchanged."""
-    if {file.name for file in run.path.iterdir()} <= {run.config_path.name, *TOKENIZER_FILES}:
+    if {file.name for file in run.path.iterdir()} <= {run.config_path.name, TOKENIZER_FILE, TOKENIZER_FOLDER}:
         remove_folder(run.path)
 
 

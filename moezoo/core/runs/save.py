@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from moezoo.core.checkpoint.store import save_checkpoint
 from moezoo.core.config.run_config import Config, dump_config
-from moezoo.core.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import RunError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.huggingface.export import export_checkpoint

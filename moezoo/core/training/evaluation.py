@@ -11,9 +11,9 @@ from moezoo.core.backend import Model, check_length
 from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
 from moezoo.core.data.grammar.grammar import Grammar
-from moezoo.core.data.prebatched import ReadyBatches
+from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import Split
-from moezoo.core.data.token_store import check_range
+from moezoo.core.data.token_shards import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED
@@ -94,7 +94,7 @@ class ValidationRecord:
 
 def evaluate(
     model: Model,
-    split: Split | ReadyBatches,
+    split: Split | PrebatchedSplit,
     tokenizer: Tokenizer,
     *,
     sequence_length: int,
@@ -118,7 +118,7 @@ def evaluate(
         max_windows: number of windows, at most.
         grammar: source of the data, to compare with its entropy.
         first_token: prepended to each window (a BOS token), whose own T tokens are then the targets.
-        on_progress: called with the number of windows.
+        on_progress: progress callback, in windows.
 
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
     """

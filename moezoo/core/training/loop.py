@@ -25,7 +25,7 @@ from moezoo.core.checkpoint.store import (
 )
 from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.config.schedules import learning_rate
-from moezoo.core.data.prebatched import ReadyBatches
+from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import PreparedData
 from moezoo.core.distributed.processes import PendingNumbers, first_process_first
 from moezoo.core.errors import RunError, TrainingError
@@ -100,7 +100,7 @@ class _Training:
         self.config, self.data, self.run, self.backend = config, data, run, backend
         self.is_first = backend.processes.is_first
         self.reporter = reporter if self.is_first else SilentReporter()
-        if isinstance(data.train, ReadyBatches):
+        if isinstance(data.train, PrebatchedSplit):
             data.train.check(config.training)
         checkpoint = self._load_checkpoint()
         initial = self._open_initial_weights() if checkpoint is None else None
@@ -137,8 +137,9 @@ class _Training:
     def _build_model(self, checkpoint: Checkpoint | None, initial: InitialWeights | None) -> Model:
         """Build the model, and its optimizer with the checkpoint's moments."""
         config, source = self.config, checkpoint or initial
-        weights = initial_weights(config.model, config.training.seed) if source is None else source.weights
-        model = self.backend.build(config.model, weights)
+        model = self.backend.build(  # no local name for the weights: initial ones are freed as soon as they are built
+            config.model, initial_weights(config.model, config.training.seed) if source is None else source.weights
+        )
         moments = None if checkpoint is None else checkpoint.optimizer
         if moments is not None:
             trained = [row for row in parameter_table(config.model) if row.trained]
@@ -287,17 +288,18 @@ class _Training:
             return
         self._report(step)
         self._finish_saving()
-        damaged = self.model.not_finite()
+        damaged = self.model.nonfinite_parameters()
         if damaged:
             raise TrainingError(
                 f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._advice()}"
             )
         self.saved = self.run.checkpoints_path
-        writer = self.model.files_writer()
+        writer = self.model.checkpoint_writer()
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
             if self.is_first:
-                save_checkpoint(self.saved, step, weights, optimizer, *self._rest(), tokens=self._tokens(step))
+                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
+                save_checkpoint(self.saved, step, weights, optimizer, text, keep, tokens=self._tokens(step))
         else:
             self._start_saving(step, writer)
         self.clock, self.clock_step = time.monotonic(), step
@@ -311,13 +313,10 @@ class _Training:
         def complete() -> None:
             files.finish()
             if self.is_first:
-                complete_checkpoint(partial, step, *self._rest(), tokens=self._tokens(step))
+                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
+                complete_checkpoint(partial, step, text, keep, tokens=self._tokens(step))
 
         self.saving = self.background.submit(complete)
-
-    def _rest(self) -> tuple[str, int | None]:
-        """Return the other arguments of `save_checkpoint`: config text, number of checkpoints to keep."""
-        return dump_config(self.config), self.config.training.keep_checkpoints
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written in the background, if there is one."""
@@ -326,7 +325,7 @@ class _Training:
             saving.result()
 
     def _loss_error(self, step: int, loss: float) -> TrainingError:
-        damaged = self.model.not_finite()
+        damaged = self.model.nonfinite_parameters()
         first = f"first parameter that is not finite: {damaged[0]}" if damaged else "all parameters are still finite"
         return TrainingError(f"loss is not finite; got {loss} at step {step}; {first}. {self._advice()}")
 

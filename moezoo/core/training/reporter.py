@@ -9,23 +9,23 @@ class Reporter(Protocol):
     """Callbacks of the training loop. They observe only: nothing here changes what is computed."""
 
     def start(self, step: int, total_steps: int) -> None:
-        """Training starts after `step` finished updates (0 for a new run) and ends after `total_steps`."""
+        """Report the start of training after `step` finished updates (0 for a new run), to end after `total_steps`."""
         ...
 
     def step(self, record: StepRecord) -> None:
-        """A record was logged: the newest step of each `training.log_every`, and the first one of the process."""
+        """Report a logged step: every `training.log_every` steps, and the first one of the process."""
         ...
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """Validation (`what`) has scored `done` of `total` windows."""
+        """Report progress of a validation (`what`): `done` of `total` windows are scored."""
         ...
 
     def message(self, text: str) -> None:
-        """A line for the user: resuming, skipped checkpoints, validation results."""
+        """Report a line of text to the user: resuming, skipped checkpoints, validation results."""
         ...
 
     def stop(self) -> None:
-        """Training has ended, also after an exception or a signal."""
+        """Report the end of training, also after an exception or a signal."""
         ...
 
 

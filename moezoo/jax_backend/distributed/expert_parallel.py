@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from moezoo.core.distributed.mesh import MeshAxis
-from moezoo.core.distributed.sharding_rules import exchanged
+from moezoo.core.distributed.sharding_rules import padded_exchange
 from moezoo.core.spec import DroplessSpec, MoESpec
 from moezoo.jax_backend.dispatch import Dispatch, dispatch
 from moezoo.jax_backend.distributed.sharding import Placement
@@ -63,7 +63,7 @@ class ExpertParallel:
             elif placement.exchange == "allgather":
                 out_PD = self._with_all_tokens(local, module, x_PD, chosen)
             else:
-                most, slots = exchanged(spec, x_PD.shape[0] // length, length, self.devices, inference=inference)
+                most, slots = padded_exchange(spec, x_PD.shape[0] // length, length, self.devices, inference=inference)
                 out_PD = self._with_all_to_all(local, module, x_PD, chosen, length, most, slots)
             return lax.psum(out_PD, "tensor") if placement.sizes["tensor"] > 1 else out_PD
 

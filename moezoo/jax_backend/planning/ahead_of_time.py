@@ -24,8 +24,8 @@ from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.errors import BackendError
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement, Shapes
+from moezoo.jax_backend.model import JaxModel
 from moezoo.jax_backend.runtime.platform import planned_for
-from moezoo.jax_backend.steps import JaxModel
 
 MOST_DEVICES = 256
 """Largest number of devices for which a step is compiled: this takes seconds, and less than a GiB."""

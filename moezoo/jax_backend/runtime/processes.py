@@ -52,7 +52,7 @@ def join(group: ProcessGroup) -> None:
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(
-            f"cannot join the other JAX processes within {group.startup_s} s; got {group.in_words()} and "
+            f"cannot join the other JAX processes within {group.startup_s} s; got {group.options()} and "
             f"{' '.join(str(error).split())[:300]}. Start all processes at the same time, with the same --coordinator."
         ) from None
 
@@ -77,7 +77,7 @@ def _check_reachable(group: ProcessGroup) -> None:
     except OSError as error:
         action = "listen there" if group.process_id == 0 else f"reach the first process within {group.startup_s} s"
         raise BackendError(
-            f"cannot {action}: {(error.strerror or str(error)).lower()}; got {group.in_words()}. Start "
+            f"cannot {action}: {(error.strerror or str(error)).lower()}; got {group.options()}. Start "
             "all processes at the same time, with a free HOST:PORT of the first process's machine."
         ) from None
 

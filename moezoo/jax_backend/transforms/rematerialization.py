@@ -26,7 +26,7 @@ _BLOCKS = ("attention", "moe", "feed_forward")
 
 
 class Transforms(NamedTuple):
-    """How a training step runs a model's layers: see Transformer."""
+    """Transforms of a model's layers in a training step: arguments of Transformer."""
 
     exchange: Exchange | None
     wrap_block: WrapBlock | None

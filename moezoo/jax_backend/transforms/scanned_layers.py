@@ -1,4 +1,4 @@
-"""Runs of equal layers, compiled once and looped over. Only here: MLX compiles no layer, and refuses `layers: scanned`.
+"""Runs of equal layers, compiled once and scanned. Only on JAX: MLX compiles no layer, and refuses `layers: scanned`.
 
 Spec: moezoo.core.config.training.TrainingConfig.
 """
@@ -21,10 +21,11 @@ from moezoo.jax_backend.transformer import Layer, LayerOutput, ResidualState, St
 
 
 def equal_layers(spec: ModelSpec) -> list[range]:
-    """All layers in order, in runs of layers that are equal in their spec and in what their parameters are.
+    """Return all layers in order, in runs of layers with equal specs and equal parameter shapes.
 
-    Alone stay layers that hand something to certain other ones (keys to attend to, values to mix in, a mixture that
-    joins later), and the one that such a mixture joins. Raises SpecError where every layer would be alone.
+    A run of its own is each layer that passes something to a certain other one (keys to attend to, values to mix in, an
+    MoE's output for the next layer), and the layer that such an output is added in. Raises SpecError where every run
+    would be one layer.
     """
     layers = spec.all_layers
     alone = set(spec.shared_layers)
@@ -49,7 +50,7 @@ def equal_layers(spec: ModelSpec) -> list[range]:
     if len(runs) == len(layers):
         raise SpecError(
             f"training.layers is 'scanned', but no two of {len(layers)} layers can share their code; expected equal "
-            "layers one after the other, none of which hands keys, values or a mixture to a certain later one. "
+            "layers one after the other, none of which passes keys, values or an MoE's output to a certain later one. "
             "Use training.layers: unrolled."
         )
     return runs
@@ -77,11 +78,11 @@ class Stacks:
         }
 
     def name(self, name: str) -> str:
-        """That of the held array."""
+        """Return the name of the held array that has a parameter."""
         return self._places[name].name
 
-    def held(self, names: Iterable[str], read: Callable[[str], Any]) -> dict[str, Any]:
-        """Arrays as they are held, from what `read` gives for each of the names, one after the other."""
+    def stack(self, names: Iterable[str], read: Callable[[str], Any]) -> dict[str, Any]:
+        """Stack the layers' own arrays as they are held; `read` returns each by its name, one after the other."""
         members: dict[str, list[str]] = {}
         for name in names:
             members.setdefault(self._places[name].name, []).append(name)
@@ -94,8 +95,8 @@ class Stacks:
         joined: jax.Array = jax.jit(lambda own: jnp.stack(own), out_shardings=self.shardings.get(held))(own)
         return joined
 
-    def cut(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Each layer's own arrays, from those that are held: of NumPy's, views."""
+    def unstack(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return each layer's own arrays, from those that are held: of NumPy's, views."""
         return {
             name: values[place.name] if place.row is None else values[place.name][place.row]
             for name, place in self._places.items()
@@ -106,7 +107,7 @@ class Stacks:
 class ScannedTransformer(Transformer):
     """A Transformer in which a run of layers is one layer, with the arrays of all.
 
-    Where the ways of the layers part, for caches, forced experts or intermediates, they are taken out one by one.
+    With caches, forced experts or recorded intermediates, the layers run unrolled: each slices its own arrays.
     """
 
     def __init__(self, spec: ModelSpec, weights: Weights):
@@ -159,7 +160,7 @@ class ScannedTransformer(Transformer):
         inputs_LBTZ: jax.Array | None,
         sources: Mapping[int, Any],
     ) -> tuple[ResidualState, list[LayerOutput]]:
-        """One loop over the layers of a run. What is passed to other layers than the next stays as it came."""
+        """Scan the layers of a run. State that is passed to other layers than the next stays as it came."""
         graph, stacked_state = nnx.split(self.layers[_name(run)])
         chained = state.previous_PE if _takes_logits(self.spec.all_layers[run.start]) else None
 
@@ -181,9 +182,9 @@ class ScannedTransformer(Transformer):
 
 
 class GradientMeans:
-    """Gradients of a step's micro-batches: one mean for each parameter, which a layer adds its own to where they arise.
+    """Mean gradients over a step's micro-batches, to which each layer adds its own in the backward pass.
 
-    So one layer's gradients are there beside the means. What comes out of a loop as a whole would be all there.
+    So only one layer's gradients exist beside the means; as outputs of the scan, those of all layers would.
     """
 
     def __init__(self, parameters: Mapping[str, jax.Array], num_parts: int, shardings: Mapping[str, NamedSharding]):
@@ -192,34 +193,34 @@ class GradientMeans:
         zeros = {name: jnp.zeros_like(value, device=shardings.get(name)) for name, value in parameters.items()}
         self._means = {name: jax.new_ref(value) for name, value in zeros.items()}
 
-    def adding(self, loss: Callable[..., Any]) -> Callable[..., Any]:
-        """What `jax.value_and_grad(loss, has_aux=True)` would be, but that gradients are added, and none returned."""
+    def accumulate(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `jax.value_and_grad(loss, has_aux=True)`, but with gradients added to the means and none returned."""
 
         def value_and_none(parameters: Mapping[str, jax.Array], *inputs: Any, **named: Any) -> Any:
             pull: Any
             value, pull, beside = jax.vjp(
                 lambda parameters: loss(parameters, *inputs, **named), parameters, has_aux=True
             )
-            # Divided here: behind the loop, XLA would write out the divisor in the shape of the largest arrays.
+            # Divided here: after the loop, XLA would write out the divisor in the shape of the largest arrays.
             pull.with_refs(self._means)(jnp.full_like(value, 1 / self._num_parts))
             return (value, beside), {}
 
         return value_and_none
 
-    def taken(self) -> dict[str, jax.Array]:
-        """The means; nothing can be added any more."""
+    def means(self) -> dict[str, jax.Array]:
+        """Return the means; nothing can be added any more."""
         return {name: jax.freeze(mean) for name, mean in self._means.items()}
 
 
 class _Place(NamedTuple):
-    """The held array where a layer's own is, and where in it."""
+    """Name of the held array that has a layer's own array, and the row in it."""
 
     name: str
     row: int | None = None
 
 
 def _parts(name: str) -> tuple[int | None, str]:
-    """`layers.3.attention.w_query` -> 3, `attention.w_query`; a name that is of no layer -> None and itself."""
+    """Split `layers.3.attention.w_query` into 3, `attention.w_query`; another name into None and itself."""
     if not name.startswith("layers."):
         return None, name
     _, index, own = name.split(".", 2)
@@ -243,7 +244,7 @@ def _takes_logits(layer: LayerSpec) -> bool:
 
 
 def _each(stacked: Any, length: int) -> list[Any]:
-    """What each layer gave. Split, not indexed: the way back joins the parts once."""
+    """Return each layer's output. Split, not indexed: the backward pass joins the parts once."""
     leaves, shape = jax.tree.flatten(stacked)
     parts = [[jnp.squeeze(part, 0) for part in lax.split(leaf, [1] * length)] for leaf in leaves]
     return [jax.tree.unflatten(shape, own) for own in zip(*parts, strict=True)] if leaves else [stacked] * length

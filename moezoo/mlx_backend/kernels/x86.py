@@ -193,6 +193,11 @@ class FusedAdamW(optimizers.AdamW):
         return parameter
 
 
+def adamw_kind() -> type[optimizers.AdamW]:
+    """Return the AdamW of this platform: fused where `mx.compile` can fuse, else MLX's."""
+    return FusedAdamW if can_fuse() else optimizers.AdamW
+
+
 @functools.cache
 def _adamw_update(turn: int, beta1: float, beta2: float, epsilon: float) -> Callable[..., list[mx.array]]:
     """Return the compiled update of a stream: a compiled function stays on the stream where it was traced."""

@@ -20,7 +20,6 @@ from moezoo.core.checkpoint.store import (
     begin_checkpoint,
     check_names_and_shapes,
     complete_checkpoint,
-    latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_latest_checkpoint,
@@ -52,6 +51,11 @@ def tensors(step, version=0):
     }
     moments = {f"{kind}_moment.{name}": w * 2 for name, w in weights.items() for kind in ("first", "second")}
     return weights, {**moments, "count": np.array(step, np.int32)}
+
+
+def latest_checkpoint(folder):
+    _, path, problems = load_latest_checkpoint(folder)
+    return path, problems
 
 
 def save(folder, step, version=0, keep=None):

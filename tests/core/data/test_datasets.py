@@ -1,4 +1,4 @@
-"""Recipes: what is shipped, and that nothing but the recipe's own bytes is ever kept. No test needs a network."""
+"""Dataset recipes: the built-in ones, verification of downloads and copies. No test needs a network."""
 
 import hashlib
 import http.client
@@ -62,15 +62,15 @@ sha256: SHA
 
 @pytest.fixture(autouse=True)
 def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder of its own, and a network that fails the test that reaches for it."""
+    """Use a temporary data folder, and fail tests that access the network."""
     monkeypatch.setenv("MOEZOO_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("reached for the network"))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("accessed the network"))
     return tmp_path / "data"
 
 
 @pytest.fixture
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A datasets folder with two recipes of this test's own."""
+    """Use a datasets folder with two recipes."""
     folder = tmp_path / "datasets"
     for name, recipe in (("tale", RECIPE), ("fables", FABLES)):
         (folder / name).mkdir(parents=True)
@@ -95,19 +95,19 @@ def kept(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-# --- what is shipped -------------------------------------------------------------------------------------------------
+# --- built-in recipes ------------------------------------------------------------------------------------------------
 
 
-def test_shipped_recipes_load() -> None:
-    shipped = {recipe.name: recipe for recipe in list_recipes()}
-    assert sorted(shipped) == ["fables", "panchatantra", "tiny_shakespeare"]
-    assert isinstance(shipped["fables"], GrammarRecipe)
-    tiny = shipped["tiny_shakespeare"]
+def test_built_in_recipes_load() -> None:
+    built_in = {recipe.name: recipe for recipe in list_recipes()}
+    assert sorted(built_in) == ["fables", "panchatantra", "tiny_shakespeare"]
+    assert isinstance(built_in["fables"], GrammarRecipe)
+    tiny = built_in["tiny_shakespeare"]
     assert isinstance(tiny, DownloadRecipe)
     assert [source.bytes for source in tiny.sources] == [1115394, 1115390]
 
 
-def test_fables_are_written_on_first_use_and_reused(keep: Path) -> None:
+def test_fables_are_generated_on_first_use_and_reused(keep: Path) -> None:
     path = dataset_path("fables")
     assert path.parent == keep / "fables"
     grammar, recipe = dataset_grammar("fables"), load_recipe("fables")
@@ -123,7 +123,7 @@ def test_fables_are_written_on_first_use_and_reused(keep: Path) -> None:
     assert kept(keep) == [path.name]
 
 
-def test_datasets_without_a_grammar_have_none() -> None:
+def test_downloaded_dataset_has_no_grammar() -> None:
     assert dataset_grammar("tiny_shakespeare") is None
 
 
@@ -148,7 +148,7 @@ def test_data_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 # --- fetching --------------------------------------------------------------------------------------------------------
 
 
-def test_download_is_checked_kept_and_not_repeated(shelf: Path, keep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_is_verified_stored_and_not_repeated(shelf: Path, keep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, TEXT)
     seen: list[tuple[str, int, int | None]] = []
     path = fetch("tale", on_progress=lambda *row: seen.append(row))
@@ -161,11 +161,11 @@ def test_download_is_checked_kept_and_not_repeated(shelf: Path, keep: Path, monk
 
 
 @pytest.mark.parametrize("answer", [TEXT[:-1], TEXT + b"x", TEXT[:-1] + b"x", b"", b"x" * 10 * len(TEXT)])
-def test_damaged_download_is_refused_and_nothing_is_left(
+def test_damaged_download_raises_and_is_not_stored(
     shelf: Path, keep: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
 ) -> None:
     serve(monkeypatch, answer)
-    with pytest.raises(DataError, match=r"is not the text of tale; got \d+ bytes with SHA-256 .*Nothing was kept"):
+    with pytest.raises(DataError, match=r"is not the text of tale; got \d+ bytes with SHA-256 .*Nothing was stored"):
         fetch("tale")
     assert kept(keep) == []
 
@@ -179,7 +179,7 @@ def test_damaged_download_is_refused_and_nothing_is_left(
         http.client.IncompleteRead(b"x"),
     ],
 )
-def test_no_network_says_what_to_do(
+def test_no_network_error_has_advice(
     shelf: Path, keep: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     serve(monkeypatch, failure)
@@ -188,7 +188,7 @@ def test_no_network_says_what_to_do(
     assert kept(keep) == []
 
 
-def test_refusal_of_the_server_is_named(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_http_error_has_the_status(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     headers = http.client.HTTPMessage()
     with urllib.error.HTTPError("https://example.org", 404, "Not Found", headers, io.BytesIO()) as failure:
         serve(monkeypatch, failure)
@@ -203,7 +203,7 @@ def test_local_copy_of_any_known_edition_is_accepted(shelf: Path, tmp_path: Path
         assert dataset_path("tale").read_bytes() == edition
 
 
-def test_local_copy_of_something_else_is_refused(shelf: Path, keep: Path, tmp_path: Path) -> None:
+def test_local_copy_of_another_text_raises(shelf: Path, keep: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_bytes(b"mine")
     with pytest.raises(DataError, match=r"mine.txt is not the text of tale; got 4 bytes"):
         fetch("tale", file=tmp_path / "mine.txt")
@@ -212,49 +212,49 @@ def test_local_copy_of_something_else_is_refused(shelf: Path, keep: Path, tmp_pa
     assert kept(keep) == []
 
 
-def test_dataset_with_no_address_asks_for_a_local_copy(shelf: Path) -> None:
+def test_dataset_without_url_needs_a_local_copy(shelf: Path) -> None:
     file = shelf / "tale" / "recipe.yaml"
     file.write_text(RECIPE.replace('"https://example.org/tale.txt"', "null"))
-    with pytest.raises(DataError, match=r"no address to download from.*moezoo data tale --file PATH"):
+    with pytest.raises(DataError, match=r"no download URL.*moezoo data tale --file PATH"):
         fetch("tale")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def test_dataset_that_is_not_here_names_the_command(shelf: Path) -> None:
+def test_missing_dataset_error_has_the_command(shelf: Path) -> None:
     with pytest.raises(DataError, match=r"dataset tale is not on this machine; .*moezoo data tale$"):
         dataset_path("tale")
 
 
-def test_text_damaged_after_the_fetch_is_refused(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_damaged_after_the_download_raises(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, TEXT)
     path = fetch("tale")
     path.write_bytes(TEXT[:100])
-    with pytest.raises(DataError, match=r"tale.txt is not the text of tale.*Bring it again: moezoo data tale"):
+    with pytest.raises(DataError, match=r"tale.txt is not the text of tale.*Download it again: moezoo data tale"):
         dataset_path("tale")
     assert fetch("tale").read_bytes() == TEXT
 
 
-def test_unknown_dataset_names_the_nearest() -> None:
+def test_unknown_dataset_error_suggests_a_name() -> None:
     with pytest.raises(DataError, match=r"no dataset is called 'fable'; did you mean fables\? Known: fables, "):
         load_recipe("fable")
     with pytest.raises(DataError, match="no dataset is called"):
         fetch("../fables")
 
 
-def test_changed_grammar_is_not_taken_for_the_recorded_text(shelf: Path, keep: Path) -> None:
+def test_changed_grammar_does_not_match_the_recipe(shelf: Path, keep: Path) -> None:
     file = shelf / "fables" / "recipe.yaml"
     file.write_text(FABLES.replace("SHA", "f" * 64))
     with pytest.raises(
-        DataError, match=r"as written here has SHA-256 [0-9a-f]{64}; expected f{64}.*new number"
+        DataError, match=r"the generated text of dataset fables has SHA-256 [0-9a-f]{64}; expected f{64}.*update"
     ) as caught:
         dataset_path("fables")
     assert kept(keep) == []
     file.write_text(FABLES.replace("SHA", str(caught.value).split("SHA-256 ")[1][:64]))
     first = dataset_path("fables")
     assert first.read_text().count("\n\n") >= 5
-    with pytest.raises(DataError, match="written on this machine; got --file"):
+    with pytest.raises(DataError, match="generated, not copied; got --file"):
         fetch("fables", file=first)
 
 
@@ -267,7 +267,7 @@ def test_changed_grammar_is_not_taken_for_the_recorded_text(shelf: Path, keep: P
         ("kind: download", "kind: grammar", "sha256 is missing"),
     ],
 )
-def test_recipe_that_cannot_be_is_refused(shelf: Path, old: str, new: str, message: str) -> None:
+def test_invalid_recipe_raises(shelf: Path, old: str, new: str, message: str) -> None:
     (shelf / "tale" / "recipe.yaml").write_text(RECIPE.replace(old, new, 1))
     with pytest.raises(SpecError, match=message):
         load_recipe("tale")

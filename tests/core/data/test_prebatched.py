@@ -1,4 +1,4 @@
-"""Batches from a file: which step sees which, what is held out, and what is refused."""
+"""Prebatched data: order of the batches, validation split and errors."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def prepared(path: Path, **more: object) -> PreparedData:
     return prepare_data(data_config(path, **more), T, where="x.yaml")
 
 
-def test_each_step_has_the_files_own_batch_and_the_last_token_predicts_nothing(tmp_path):
+def test_batches_are_in_file_order_and_the_last_token_has_no_target(tmp_path):
     for name, dtype in (("a.npy", np.int64), ("b.npz", np.uint16)):
         train = prepared(saved(tmp_path / name, IDS.astype(dtype))).train
         for step in range(S):
@@ -52,14 +52,14 @@ def test_each_step_has_the_files_own_batch_and_the_last_token_predicts_nothing(t
         assert train.num_tokens == S * B * T
 
 
-def test_a_member_is_named_where_there_are_several(tmp_path):
+def test_key_selects_the_array_of_an_npz_file(tmp_path):
     path = saved(tmp_path / "a.npz", other=np.zeros(3))
     np.testing.assert_array_equal(prepared(path, key="batches").train.batch(2, B, T, 0)[:, :-1], IDS[2])
-    with pytest.raises(DataError, match=r"has the members batches, other; got key None\. Name one of them"):
+    with pytest.raises(DataError, match=r"has the arrays batches, other; got key None\. Set key to one of them"):
         prepared(path)
 
 
-def test_validation_is_what_is_held_out_or_else_the_first_batch(tmp_path):
+def test_validation_split_is_held_out_or_the_first_batch(tmp_path):
     path = saved(tmp_path / "a.npy")
     data = prepared(path)
     np.testing.assert_array_equal(data.validation.windows(T)[:, :-1], IDS[0])
@@ -75,19 +75,19 @@ def test_validation_is_what_is_held_out_or_else_the_first_batch(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (IDS[0], r"holds no batches; got int64 \[3, 6\]; expected integers \[steps, batch, length\]"),
-        (IDS.astype(np.float32), r"holds no batches; got float32"),
+        (IDS[0], r"has no batches; got int64 \[3, 6\]; expected integers \[steps, batch, length\]"),
+        (IDS.astype(np.float32), r"has no batches; got float32"),
         (IDS[:, :, :1], "has rows of one token"),
         (IDS + V, "token id outside the vocabulary; got 61; expected 0 to 30"),
         (IDS - 1, "token id outside the vocabulary; got -1"),
     ],
 )
-def test_a_file_of_something_else_is_refused(tmp_path, array, message):
+def test_invalid_array_raises(tmp_path, array, message):
     with pytest.raises(DataError, match=message):
         prepared(saved(tmp_path / "a.npy", array))
 
 
-def test_a_damaged_file_is_refused(tmp_path):
+def test_damaged_or_missing_file_raises(tmp_path):
     for name in ("a.npy", "a.npz"):
         path = saved(tmp_path / name)
         path.write_bytes(path.read_bytes()[:100])
@@ -95,13 +95,13 @@ def test_a_damaged_file_is_refused(tmp_path):
             prepared(path)
     with pytest.raises(DataError, match="no such file"):
         prepared(tmp_path / "nowhere.npy")
-    with pytest.raises(DataError, match="has no members; got key 'x'"):
+    with pytest.raises(DataError, match="has only one array; got key 'x'"):
         prepared(saved(tmp_path / "b.npy"), key="x")
     with pytest.raises(DataError, match="got validation_batches 5, which leaves none"):
         prepared(tmp_path / "b.npy", validation_batches=5)
 
 
-def test_ready_batches_stand_alone():
+def test_prebatched_source_cannot_be_mixed():
     source = {"kind": "batches", "path": "a.npy"}
     with pytest.raises(SpecError, match="sources mixes a source of kind batches with 1 more"):
         validate(DataConfig, {"sources": [source, {"kind": "dataset", "name": "fables"}]}, "x.yaml")
@@ -124,10 +124,10 @@ def write_config(tmp_path: Path, **training: object) -> Path:
     [
         ({"batch_size": 4}, r"training.batch_size is 4, but the batches of .* are \[3, 6\]. Use 3."),
         ({"sequence_length": 5}, r"training.sequence_length is 5, but the batches of .* are \[3, 6\]. Use 6."),
-        ({"steps": 6}, "training.steps is 6, but .* has 5 batches to train on"),
+        ({"steps": 6}, "training.steps is 6, but .* has 5 training batches"),
     ],
 )
-def test_a_run_that_needs_other_batches_is_refused_before_it_starts(tmp_path, training, message):
+def test_run_with_mismatched_batches_raises_before_it_starts(tmp_path, training, message):
     config = load_config(write_config(tmp_path, **training))
     data = prepare_data(config.data, config.training.sequence_length)
     config = with_vocab_size(config, V)
@@ -135,7 +135,7 @@ def test_a_run_that_needs_other_batches_is_refused_before_it_starts(tmp_path, tr
         train(config, data, Twin("mlx").backend(), create_run(tmp_path / "run", config, data.tokenizer, resume=False))
 
 
-def test_a_run_takes_the_batches_in_order(twin, tmp_path):
+def test_run_trains_on_the_batches_in_order(twin, tmp_path):
     config = load_config(write_config(tmp_path))
     data = prepare_data(config.data, config.training.sequence_length)
     config = with_vocab_size(config, V)

@@ -8,8 +8,9 @@ import pytest
 
 from moezoo.core.config.data import DataConfig
 from moezoo.core.data import source_files, token_store
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prepare import prepare_data
-from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer, HuggingFaceTokenizer
+from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from moezoo.core.errors import DataError, TokenizerError
 
 T = 5
@@ -61,7 +62,7 @@ BYTE = {"kind": "byte"}
 
 
 def all_tokens(prepared, source=0):
-    """Every id of one source, training then validation."""
+    """Return all ids of one source: training split, then validation split."""
     parts = []
     for split in (prepared.train, prepared.validation):
         part = split.sources[source]
@@ -103,7 +104,7 @@ def test_samples_do_not_depend_on_how_they_are_batched(text_file):
     assert (by_four == by_six).all()
 
 
-def test_processes_read_their_own_rows_of_a_batch_and_no_others(text_file, monkeypatch):
+def test_processes_read_only_their_own_rows_of_a_batch(text_file, monkeypatch):
     split = prepare_data(config(text(text_file)), T).train
     whole, read = split.batch(5, 8, T, 1), []
     tokens = type(split.sources[0].tokens)
@@ -117,7 +118,7 @@ def test_processes_read_their_own_rows_of_a_batch_and_no_others(text_file, monke
         assert len(read) == 4
 
 
-def test_rows_are_windows_of_the_training_part(tmp_path):
+def test_rows_are_windows_of_the_training_split(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000))
     prepared = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T)
     batch = prepared.train.batch(3, 64, T, 0)
@@ -127,7 +128,7 @@ def test_rows_are_windows_of_the_training_part(tmp_path):
     assert prepared.validation.num_tokens == 100
 
 
-def test_an_epoch_sees_every_window_once_and_the_next_one_has_other_borders(tmp_path):
+def test_epoch_has_every_window_once_and_boundaries_change_per_epoch(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(2000))
     split = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T).train
     n = (1800 - T) // T
@@ -137,17 +138,16 @@ def test_an_epoch_sees_every_window_once_and_the_next_one_has_other_borders(tmp_
     assert len({int(first[0]) for first in firsts}) > 1
 
 
-def test_sources_are_blended_by_weight(tmp_path):
+def test_sources_are_mixed_by_weight(tmp_path):
     for k in range(3):
         np.save(tmp_path / f"{k}.npy", np.full(400, k, np.uint16))
     sources = [shards(tmp_path / f"{k}.npy", weight=weight) for k, weight in enumerate([1.0, 3.0, 0.5])]
     prepared = prepare_data(config(*sources, tokenizer=IDS), T)
     counts = np.bincount(prepared.train.batch(2, 4500, T, 9)[:, 0], minlength=3)
     assert np.abs(counts - [1000, 3000, 500]).max() <= 3
-    assert [round(row.share, 3) for row in prepared.summary] == [0.222, 0.667, 0.111]
 
 
-def test_each_blended_source_has_epochs_of_its_own(tmp_path):
+def test_each_mixed_source_has_its_own_epochs(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000))
     np.save(tmp_path / "b.npy", np.arange(1000, 5000))
     prepared = prepare_data(
@@ -168,22 +168,22 @@ def test_each_blended_source_has_epochs_of_its_own(tmp_path):
         ((0, 3, 0, 0), "sequence_length is out of range"),
         ((0, 3, T, -1), "seed is out of range"),
         ((1.0, 3, T, 0), "step is out of range; got 1.0"),
-        ((0, 3, 5000, 0), r"training part is shorter than one sequence; got \d+ tokens"),
+        ((0, 3, 5000, 0), r"training split is shorter than one sequence; got \d+ tokens"),
     ],
 )
-def test_impossible_batches_are_refused(text_file, arguments, message):
+def test_invalid_arguments_of_batch_raise(text_file, arguments, message):
     split = prepare_data(config(text(text_file)), T).train
     with pytest.raises(DataError, match=message):
         split.batch(*arguments)
 
 
-def test_batches_of_a_big_corpus_come_fast(tmp_path):
+def test_batches_of_a_large_corpus_are_fast(tmp_path):
     shard = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint16, (200_000_000,))  # sparse, 400 MB
     del shard
     split = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), 128).train
     split.batch(0, 32, 128, 0)
     best = min(timed(lambda: [split.batch(step, 32, 128, 0) for step in range(100)]) for _ in range(5))
-    assert best < 100 / 500  # 500 a second on a busy machine; some 4000 on an idle one
+    assert best < 100 / 500  # 500 per second on a busy machine; about 4000 on an idle one
 
 
 def timed(function):
@@ -195,7 +195,7 @@ def timed(function):
 # --- validation windows ----------------------------------------------------------------------------------------------
 
 
-def test_validation_windows_predict_each_token_once(tmp_path):
+def test_validation_windows_have_each_target_once(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000))
     np.save(tmp_path / "b.npy", np.arange(1000, 2000))
     prepared = prepare_data(config(shards(tmp_path / "a.npy"), shards(tmp_path / "b.npy"), tokenizer=IDS), T)
@@ -205,7 +205,7 @@ def test_validation_windows_predict_each_token_once(tmp_path):
     assert whole.dtype == np.int32
     targets = whole[:, 1:].reshape(-1)
     assert targets.tolist() == [*range(901, 996), *range(1901, 1996)]
-    assert np.concatenate(list(windows.batches(7))).tolist() == whole.tolist()
+    assert windows[7:14].tolist() == whole[7:14].tolist()
     assert windows[3].tolist() == whole[3].tolist()
     assert windows[-1].tolist() == whole[-1].tolist()
     assert len(list(windows)) == 38
@@ -213,7 +213,7 @@ def test_validation_windows_predict_each_token_once(tmp_path):
         windows[38]
 
 
-def test_fewer_validation_windows_are_spread_over_the_whole(tmp_path):
+def test_fewer_validation_windows_are_evenly_spaced(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(4000))
     prepared = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS, validation_fraction=0.5), T)
     firsts = prepared.validation.windows(T, 10)[:][:, 0]
@@ -225,12 +225,12 @@ def test_fewer_validation_windows_are_spread_over_the_whole(tmp_path):
         prepared.validation.windows(T, 0)
 
 
-# --- texts, out of core ----------------------------------------------------------------------------------------------
+# --- text larger than memory -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("tokenizer", [{"kind": "character"}, BYTE])
-def test_text_is_the_same_whatever_the_chunks(text_file, monkeypatch, chunk, tokenizer):
+def test_text_does_not_depend_on_the_chunk_size(text_file, monkeypatch, chunk, tokenizer):
     monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(token_store, "SHARD_TOKENS", 100)
     prepared = prepare_data(config(text(text_file), tokenizer=tokenizer), T)
@@ -260,13 +260,13 @@ def hub_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 61])
-def test_subword_tokens_do_not_depend_on_the_chunks(text_file, hub_folder, monkeypatch, chunk):
+def test_subword_tokens_do_not_depend_on_the_chunk_size(text_file, hub_folder, monkeypatch, chunk):
     monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
     prepared = prepare_data(config(text(text_file), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), T)
     assert all_tokens(prepared).tolist() == HuggingFaceTokenizer(str(hub_folder)).encode(TEXT).tolist()
 
 
-def test_text_without_spaces_is_cut_in_the_end(tmp_path, hub_folder, monkeypatch):
+def test_long_text_without_spaces_is_split(tmp_path, hub_folder, monkeypatch):
     monkeypatch.setattr(source_files, "CHUNK_BYTES", 8)
     path = write(tmp_path / "a.txt", "catdogmat" * 100)
     prepared = prepare_data(config(text(path), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), T)
@@ -274,11 +274,11 @@ def test_text_without_spaces_is_cut_in_the_end(tmp_path, hub_folder, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("piece", "border"),
+    ("piece", "boundary"),
     [("a b\nc d", 4), ("a b\n\nc d", 6), ("a  b\n", 0), ("ab", 0), ("", 0), (" a", 0), ("a\r\nb c", 4)],
 )
-def test_word_borders_are_single_newlines_and_spaces(piece, border):
-    assert token_store.word_border(piece) == border
+def test_word_boundaries_are_single_newlines_and_spaces(piece, boundary):
+    assert token_store.word_boundary(piece) == boundary
 
 
 def test_files_of_a_folder_are_sorted_and_separated(tmp_path):
@@ -288,10 +288,9 @@ def test_files_of_a_folder_are_sorted_and_separated(tmp_path):
     for path in (tmp_path / "texts", tmp_path / "texts" / "**" / "*.txt"):
         prepared = prepare_data(config(text(path)), T)
         assert all_text(prepared) == "first " * 20 + "\n\n" + "second " * 20
-        assert prepared.summary[0].num_files == 2
 
 
-def test_documents_end_with_the_end_of_text_where_there_is_one(tmp_path, hub_folder):
+def test_documents_are_separated_by_end_of_text_if_the_tokenizer_has_it(tmp_path, hub_folder):
     lines = [{"text": "the cat"}, {"text": ""}, {"text": "the dog ran"}, {"text": "sat on the mat " * 5}]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
     prepared = prepare_data(config(jsonl(path), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), 2)
@@ -345,7 +344,7 @@ def refuse(*_, **__):
     raise AssertionError("tokenized again")
 
 
-def test_text_is_tokenized_once_and_again_when_it_changes(text_file, monkeypatch, cache):
+def test_text_is_tokenized_once_and_again_if_it_changes(text_file, monkeypatch, cache):
     first = all_tokens(prepare_data(config(text(text_file)), T))
     with monkeypatch.context() as patch:
         patch.setattr(CharacterTokenizer, "encode", refuse)
@@ -357,14 +356,14 @@ def test_text_is_tokenized_once_and_again_when_it_changes(text_file, monkeypatch
     assert not list(cache.glob(".*"))
 
 
-def test_two_tokenizers_do_not_share_tokens(text_file):
+def test_tokenizers_do_not_share_cache_entries(text_file):
     data = config(text(text_file))
     assert all_text(prepare_data(data, T, tokenizer=ByteTokenizer())) == TEXT
     assert all_text(prepare_data(data, T)) == TEXT
 
 
 @pytest.mark.parametrize("damage", ["shard", "index", "missing"])
-def test_damaged_cache_entry_is_made_again(text_file, cache, damage):
+def test_damaged_cache_entry_is_rebuilt(text_file, cache, damage):
     prepare_data(config(text(text_file)), T)
     [index] = cache.glob("*/index.json")
     shard = index.parent / "00000.npy"
@@ -378,7 +377,7 @@ def test_damaged_cache_entry_is_made_again(text_file, cache, damage):
     assert all_text(prepare_data(config(text(text_file)), T)) == TEXT
 
 
-def test_failed_tokenizing_leaves_nothing_behind(tmp_path, cache):
+def test_failed_tokenization_leaves_no_files(tmp_path, cache):
     path = write(tmp_path / "a.txt", TEXT.encode() + b"\xff")
     with pytest.raises(DataError):
         prepare_data(config(text(path), tokenizer=BYTE), T)
@@ -394,20 +393,20 @@ def test_leftovers_of_a_killed_process_are_removed_after_a_day(text_file, cache)
     assert [folder.name for folder in cache.glob(".*.partial")] == [".new.partial"]
 
 
-def test_cache_that_cannot_be_written_is_explained(text_file, tmp_path, monkeypatch):
+def test_unwritable_cache_error_has_advice(text_file, tmp_path, monkeypatch):
     write(tmp_path / "file", "in the way")
     monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"token cache cannot be written.*Set MOEZOO_CACHE"):
         prepare_data(config(text(text_file)), T)
 
 
-def test_cache_lies_in_the_usual_folder(monkeypatch, tmp_path):
+def test_default_cache_folder_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.delenv("MOEZOO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert token_store.cache_folder() == tmp_path / "moezoo" / "tokens"
 
 
-def test_progress_is_reported_up_to_the_whole(text_file, monkeypatch):
+def test_progress_is_reported_up_to_the_total(text_file, monkeypatch):
     monkeypatch.setattr(source_files, "CHUNK_BYTES", 100)
     seen = []
     prepare_data(config(text(text_file)), T, on_progress=lambda *row: seen.append(row))
@@ -429,33 +428,36 @@ def test_npy_shards_of_every_integer_type(tmp_path, dtype):
     assert prepared.train.batch(0, 2, T, 0).dtype == np.int32
 
 
-def test_bin_and_npy_shards_are_one_row_of_tokens(tmp_path):
+def test_bin_and_npy_shards_are_concatenated(tmp_path):
     write_bin(tmp_path / "a.bin", np.arange(100))
     np.save(tmp_path / "b.npy", np.arange(100, 103))
     write_bin(tmp_path / "c.bin", np.arange(103, 300))
     prepared = prepare_data(config(shards(tmp_path), tokenizer=IDS), T)
     assert all_tokens(prepared).tolist() == list(range(300))
-    batch = prepared.train.batch(0, 200, T, 0)  # windows cross one and two borders between shards
+    batch = prepared.train.batch(0, 200, T, 0)  # windows cross one and two shard boundaries
     assert (np.diff(batch, axis=1) == 1).all()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: write_bin(p / "a.bin", [1] * 50, magic=1), r"another header; got 1 and 1 .*expected the magic"),
-        (lambda p: write_bin(p / "a.bin", [1] * 50, version=2), "another header; got 20240520 and 2"),
-        (lambda p: write_bin(p / "a.bin", [1] * 50, count=60), "header says 60 tokens, but its size has room for 50"),
-        (lambda p: (p / "a.bin").write_bytes(b"x"), "another header; got nothing in 1 bytes"),
+        (lambda p: write_bin(p / "a.bin", [1] * 50, magic=1), r"unknown header; got 1 and 1 .*expected the magic"),
+        (lambda p: write_bin(p / "a.bin", [1] * 50, version=2), "unknown header; got 20240520 and 2"),
+        (lambda p: write_bin(p / "a.bin", [1] * 50, count=60), "header has a count of 60 tokens, but the file has 50"),
+        (lambda p: (p / "a.bin").write_bytes(b"x"), "unknown header; got nothing in 1 bytes"),
         (lambda p: (p / "a.npy").write_bytes(b"no"), "damaged or not a .npy file"),
-        (lambda p: np.save(p / "a.npy", np.ones(9)), r"not a list of ids; got float64 \[9\]"),
-        (lambda p: np.save(p / "a.npy", np.ones((3, 3), int)), r"not a list of ids; got int64 \[3, 3\]"),
+        (lambda p: np.save(p / "a.npy", np.ones(9)), r"not a one-dimensional array of ids; got float64 \[9\]"),
+        (
+            lambda p: np.save(p / "a.npy", np.ones((3, 3), int)),
+            r"not a one-dimensional array of ids; got int64 \[3, 3\]",
+        ),
         (lambda p: np.save(p / "a.npy", np.array(["a"], object)), "damaged or not a .npy file"),
         (lambda p: write_bin(p / "a.bin", []), "token shard is empty"),
         (lambda p: np.save(p / "a.npy", np.array([1, 5000] * 50)), "got 5000; expected 0 to 4999; .*a.npy"),
         (lambda p: np.save(p / "a.npy", np.array([1, -3] * 50)), "got -3; expected 0 to 4999"),
     ],
 )
-def test_damaged_shards_are_refused(tmp_path, make, message):
+def test_invalid_shards_raise(tmp_path, make, message):
     folder = tmp_path / "shards"
     folder.mkdir()
     make(folder)
@@ -464,7 +466,7 @@ def test_damaged_shards_are_refused(tmp_path, make, message):
 
 
 @pytest.mark.parametrize("bad", [5000, 2**32 + 1, -1])
-def test_ids_outside_the_vocabulary_are_found_when_read(tmp_path, monkeypatch, bad):
+def test_ids_outside_the_vocabulary_raise_when_they_are_read(tmp_path, monkeypatch, bad):
     monkeypatch.setattr(token_store, "_FIRST_LOOK", 4)
     ids = np.zeros(100, np.int64)
     ids[40] = ids[95] = bad
@@ -476,7 +478,7 @@ def test_ids_outside_the_vocabulary_are_found_when_read(tmp_path, monkeypatch, b
         prepared.validation.windows(T)[:]
 
 
-def test_truncated_npy_is_refused(tmp_path):
+def test_truncated_npy_raises(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000))
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-8])
     with pytest.raises(DataError, match=r"damaged or not a .npy file"):
@@ -486,24 +488,24 @@ def test_truncated_npy_is_refused(tmp_path):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_missing_file_is_named(tmp_path):
+def test_missing_file_error_names_path_and_key(tmp_path):
     with pytest.raises(
         DataError, match=r"no such file; got .*nowhere; expected .*data.sources\[0\].path \(tiny.yaml\)"
     ):
         prepare_data(config(text(tmp_path / "nowhere")), T, where="tiny.yaml")
 
 
-def test_empty_folder_and_glob_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"no \*.txt below the folder; got"):
+def test_empty_folder_or_glob_error_names_it(tmp_path):
+    with pytest.raises(DataError, match=r"no \*.txt in the folder; got"):
         prepare_data(config(text(tmp_path)), T)
-    with pytest.raises(DataError, match=r"no \*.npy or \*.bin below the folder; got"):
+    with pytest.raises(DataError, match=r"no \*.npy or \*.bin in the folder; got"):
         prepare_data(config(shards(tmp_path), tokenizer=IDS), T)
     with pytest.raises(DataError, match="no file matches the glob; got"):
         prepare_data(config(text(tmp_path / "*.txt")), T)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
-def test_bytes_that_are_not_utf8_are_located(tmp_path, monkeypatch, chunk):
+def test_invalid_utf8_error_has_the_byte_offset(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
     for content, offset in ((b"abc\xc3\xa9\xe9 la", 5), (b"caf\xe9", 3), (b"abc\xf0\x9f\x99", 3)):
         path = write(tmp_path / "a.txt", content)
@@ -525,22 +527,22 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path, monkeypatch, chunk):
         ("[" * 100_000, "line is not JSON.*line 3"),
     ],
 )
-def test_bad_jsonl_lines_are_numbered(tmp_path, line, message):
+def test_invalid_jsonl_error_has_the_line_number(tmp_path, line, message):
     path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(DataError, match=message):
         prepare_data(config(jsonl(path)), T)
 
 
-def test_text_shorter_than_a_sequence_says_by_how_much(tmp_path):
+def test_text_shorter_than_a_sequence_error_has_both_lengths(tmp_path):
     path = write(tmp_path / "a.txt", "abcdefghijklmnopqrst")
-    with pytest.raises(DataError, match=r"training part .*got 18 tokens; expected at least .* = 21; .*a.txt"):
+    with pytest.raises(DataError, match=r"training split .*got 18 tokens; expected at least .* = 21; .*a.txt"):
         prepare_data(config(text(path)), 20)
-    with pytest.raises(DataError, match=r"validation part .*got 2 tokens; expected at least .* = 6; .*a.txt"):
+    with pytest.raises(DataError, match=r"validation split .*got 2 tokens; expected at least .* = 6; .*a.txt"):
         prepare_data(config(text(path)), 5)
     prepare_data(config(text(path), validation_fraction=0.3), 5)
 
 
-def test_empty_text_is_explained(tmp_path):
+def test_empty_text_raises(tmp_path):
     path = write(tmp_path / "a.txt", "")
     with pytest.raises(DataError, match="the sources have no text"):
         prepare_data(config(text(path)), T)
@@ -548,25 +550,25 @@ def test_empty_text_is_explained(tmp_path):
         prepare_data(config(text(path), tokenizer=BYTE), T)
 
 
-def test_characters_that_a_trained_tokenizer_lacks_are_named(text_file):
+def test_characters_outside_the_vocabulary_raise(text_file):
     with pytest.raises(TokenizerError, match=r"data.sources\[0\] .* has characters outside"):
         prepare_data(config(text(text_file)), T, tokenizer=CharacterTokenizer("abc"))
 
 
-def test_token_shards_need_their_own_tokenizer(tmp_path, text_file):
+def test_token_shards_and_text_need_matching_tokenizers(tmp_path, text_file):
     np.save(tmp_path / "a.npy", np.arange(100))
-    with pytest.raises(DataError, match="holds token ids, whose characters are not known"):
+    with pytest.raises(DataError, match="has token ids, not text"):
         prepare_data(config(shards(tmp_path / "a.npy")), T)
     with pytest.raises(TokenizerError, match="is text, but this tokenizer has ids only"):
         prepare_data(config(text(text_file), tokenizer=IDS), T)
 
 
-def test_urls_that_cannot_be_read_are_explained(monkeypatch):
+def test_unreadable_url_errors_have_the_cause(monkeypatch):
     import fsspec
 
-    with pytest.raises(DataError, match="bogus:// is not a protocol that fsspec knows"):
+    with pytest.raises(DataError, match="bogus:// is not a protocol supported by fsspec"):
         prepare_data(config(text("bogus://bucket/a.txt")), T)
-    with pytest.raises(DataError, match=r"nothing is there; got memory://nowhere/a.txt"):
+    with pytest.raises(DataError, match=r"no files found; got memory://nowhere/a.txt"):
         prepare_data(config(text("memory://nowhere/a.txt")), T)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(DataError, match="s3:// needs a package that is not installed"):
@@ -580,7 +582,7 @@ def test_urls_that_cannot_be_read_are_explained(monkeypatch):
         prepare_data(config(text("memory://a")), T)
 
 
-def test_file_that_may_not_be_read_is_named(text_file, monkeypatch):
+def test_file_without_read_permission_error_names_it(text_file, monkeypatch):
     def denied(self):
         raise PermissionError(13, "Permission denied")
 

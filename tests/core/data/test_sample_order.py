@@ -9,20 +9,20 @@ def words(*values):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 10, 97, 100, 1562])
-def test_permutation_is_one(size):
+def test_permutation_is_a_bijection(size):
     index = np.arange(size, dtype=np.uint64)
     result = sample_order.permute(index, size, np.full(size, sample_order.key(5, size), np.uint64))
     assert sorted(result.tolist()) == list(range(size))
 
 
-def test_permutation_has_no_visible_order():
+def test_permutation_looks_random():
     index = np.arange(4096, dtype=np.uint64)
     result = sample_order.permute(index, 4096, np.full(4096, sample_order.key(1), np.uint64)).astype(float)
     assert abs(np.corrcoef(result[:-1], result[1:])[0, 1]) < 0.05
     assert (result == index).sum() < 8
 
 
-def test_each_index_goes_everywhere_equally_often():
+def test_permutations_are_uniform_over_keys():
     size, draws = 7, 7000
     keys = np.array([sample_order.key(2, draw) for draw in range(draws)], np.uint64)
     for index in range(size):
@@ -32,7 +32,7 @@ def test_each_index_goes_everywhere_equally_often():
 
 
 def test_the_order_is_the_same_on_every_machine():
-    """Values written down once: a change here changes what every seed trains on."""
+    """Golden values: a change changes the training data of every seed."""
     keys = np.full(5, sample_order.key(7, 3), np.uint64)
     assert sample_order.permute(words(0, 1, 2, 3, 4), 1000, keys).tolist() == [627, 375, 686, 880, 201]
     starts = sample_order.starts(words(0, 1, 5, 10**9), 10**6, 128, 7, 0)
@@ -40,7 +40,7 @@ def test_the_order_is_the_same_on_every_machine():
 
 
 @pytest.mark.parametrize(("num_tokens", "length"), [(6, 5), (10, 5), (11, 5), (1000, 7), (50, 1), (97, 96)])
-def test_windows_of_an_epoch_tile_without_leaving_the_source(num_tokens, length):
+def test_windows_of_an_epoch_tile_the_source(num_tokens, length):
     n, phases = sample_order.tiling(num_tokens, length)
     assert phases >= 1
     seen = set()
@@ -54,7 +54,7 @@ def test_windows_of_an_epoch_tile_without_leaving_the_source(num_tokens, length)
     assert len(seen) > min(phases, 40) // 2
 
 
-def test_epochs_seeds_and_sources_have_orders_of_their_own():
+def test_epochs_seeds_and_sources_have_different_orders():
     index = np.arange(500, dtype=np.uint64)
     first = sample_order.starts(index, 500 * 8, 8, 1, 0)
     for other in (
@@ -65,7 +65,7 @@ def test_epochs_seeds_and_sources_have_orders_of_their_own():
         assert (first // np.uint64(8) == other // np.uint64(8)).mean() < 0.05
 
 
-def test_blend_is_exact_and_leaves_no_gap():
+def test_blend_is_exact_and_has_no_gaps():
     weights = [1.0, 2.0, 5.5, 0.25]
     sample = np.arange(20_000, dtype=np.uint64)
     source, index = sample_order.blend(sample, weights, seed=3)
@@ -76,7 +76,7 @@ def test_blend_is_exact_and_leaves_no_gap():
             assert abs((source[:upto] == k).sum() - expected) <= len(weights)
 
 
-def test_blend_can_be_entered_anywhere():
+def test_blend_has_random_access():
     weights = [3.0, 1.0, 1.0]
     source, index = sample_order.blend(np.arange(1000, dtype=np.uint64), weights, seed=3)
     for g in (0, 7, 999):
@@ -90,6 +90,6 @@ def test_blend_does_not_overflow():
     assert abs(int(index[source == 0][0]) - 2**60) <= 1
 
 
-def test_blend_survives_weights_of_very_different_size():
+def test_blend_supports_weights_of_very_different_size():
     source, _ = sample_order.blend(np.arange(1000, dtype=np.uint64), [1e30, 1e-30], seed=0)
     assert (source == 0).sum() >= 999

@@ -6,15 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.load_tokenizer import load_tokenizer, tokenizer_of_model_folder
 from moezoo.core.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
-    HuggingFaceTokenizer,
     StreamDecoder,
     TokenIds,
     Tokenizer,
-    load_tokenizer,
-    tokenizer_beside,
 )
 from moezoo.core.errors import TokenizerError
 
@@ -24,7 +23,7 @@ END = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def hub_folder(tmp_path_factory):
-    """A byte-level BPE of 300 tokens, as a Hugging Face folder."""
+    """Folder of a byte-level BPE tokenizer with 300 tokens."""
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +53,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory, hub_folder):
-    """The same as a chat model has it: a first `<s>` by itself, and a template."""
+    """The same tokenizer as of a chat model: it adds `<s>` before each text and has a chat template."""
     from tokenizers import Tokenizer as Inner
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
@@ -87,7 +86,7 @@ def test_character_ids_follow_code_points():
     assert tokenizer.end_of_text is None
 
 
-def test_unknown_characters_are_named():
+def test_unknown_characters_error_names_them():
     with pytest.raises(TokenizerError) as error:
         CharacterTokenizer("abcé").encode("a§b🙂", where="--prompt")
     message = str(error.value)
@@ -95,19 +94,19 @@ def test_unknown_characters_are_named():
     assert "4 characters" in message
 
 
-def test_many_unknown_characters_are_counted():
+def test_many_unknown_characters_error_counts_them():
     with pytest.raises(TokenizerError, match="and 18 more"):
         CharacterTokenizer("é").encode("abcdefghijklmnopqrstuvwxyz")
 
 
 @pytest.mark.parametrize("characters", ["", "aa"])
-def test_vocabulary_that_cannot_be_is_refused(characters):
+def test_invalid_vocabulary_raises(characters):
     with pytest.raises(TokenizerError, match="each character once"):
         CharacterTokenizer(characters)
 
 
 @given(st.text())
-def test_bytes_round_trip_any_text(text):
+def test_byte_tokenizer_round_trips_any_text(text):
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -116,7 +115,7 @@ def test_bytes_round_trip_any_text(text):
 
 
 @given(st.text(min_size=1))
-def test_characters_round_trip_any_text_and_count_its_bytes(text):
+def test_character_tokenizer_round_trips_any_text_and_counts_bytes(text):
     tokenizer = CharacterTokenizer("".join(set(text)))
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -126,17 +125,17 @@ def test_characters_round_trip_any_text_and_count_its_bytes(text):
 
 
 @given(st.lists(st.integers(0, 255)))
-def test_streamed_bytes_equal_decode_even_where_they_are_not_utf8(ids):
+def test_streamed_bytes_equal_decode_even_if_they_are_not_utf8(ids):
     tokenizer = ByteTokenizer()
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_stream_holds_back_half_characters():
+def test_stream_buffers_partial_characters():
     assert stream(ByteTokenizer(), "é!".encode()) == ["", "é", "!", ""]
     assert stream(ByteTokenizer(), "é".encode()[:1]) == ["", "\ufffd"]
 
 
-def test_lone_surrogates_of_a_command_line_are_explained():
+def test_lone_surrogates_raise():
     with pytest.raises(TokenizerError, match=r"prompt is not Unicode text; got '\\udcff' at character 1"):
         ByteTokenizer().encode("a\udcff")
     with pytest.raises(TokenizerError, match=r"got '\\udcff'"):
@@ -144,30 +143,30 @@ def test_lone_surrogates_of_a_command_line_are_explained():
 
 
 @pytest.mark.parametrize("ids", [[-1], [0, 256], np.array([300], np.uint16)])
-def test_ids_outside_the_vocabulary_are_refused(ids):
+def test_ids_outside_the_vocabulary_raise(ids):
     with pytest.raises(TokenizerError, match="token id outside the tokenizer's vocabulary; got"):
         ByteTokenizer().decode(ids)
     with pytest.raises(TokenizerError, match="expected 0 to 255"):
         ByteTokenizer().byte_count(ids)
 
 
-def test_ids_that_are_not_integers_are_refused():
+def test_ids_that_are_not_integers_raise():
     with pytest.raises(TokenizerError, match="not integers; got float64"):
         ByteTokenizer().decode([1.5])
 
 
-def test_ids_without_text_say_so():
+def test_ids_only_tokenizer_raises_for_text():
     tokenizer = TokenIds(97)
     assert tokenizer.byte_count([1, 2]) is None
     with pytest.raises(TokenizerError, match="prompt is text, but this tokenizer has ids only"):
         tokenizer.encode("hello")
-    with pytest.raises(TokenizerError, match="cannot be shown as text"):
+    with pytest.raises(TokenizerError, match="cannot be decoded as text"):
         tokenizer.decode([1])
 
 
 @pytest.mark.parametrize("to_file", [False, True])
 @pytest.mark.parametrize("tokenizer", [CharacterTokenizer('a"\\\n\u2028é🙂'), ByteTokenizer(), TokenIds(97)])
-def test_saved_tokenizer_loads_equal(tmp_path, tokenizer, to_file):
+def test_saved_tokenizer_round_trips(tmp_path, tokenizer, to_file):
     tokenizer.save(tmp_path / "tokenizer.json" if to_file else tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.to_dict() == tokenizer.to_dict()
@@ -176,7 +175,7 @@ def test_saved_tokenizer_loads_equal(tmp_path, tokenizer, to_file):
     assert load_tokenizer(tmp_path / "tokenizer.json").vocab_size == tokenizer.vocab_size
 
 
-def test_content_hash_tells_vocabularies_apart():
+def test_content_hash_depends_on_the_vocabulary():
     assert CharacterTokenizer("ab").content_hash != CharacterTokenizer("ac").content_hash
     assert CharacterTokenizer("ab").content_hash == CharacterTokenizer("ba").content_hash
 
@@ -187,18 +186,18 @@ def test_content_hash_tells_vocabularies_apart():
         ("{", "tokenizer cannot be read"),
         ("[]", "not a mapping; got list"),
         ('{"kind": "charakter"}', "did you mean character"),
-        ('{"kind": "character"}', "not complete"),
-        ('{"kind": "ids", "vocab_size": 0}', "not complete"),
+        ('{"kind": "character"}', "incomplete"),
+        ('{"kind": "ids", "vocab_size": 0}', "incomplete"),
         ('{"kind": "character", "characters": "aa"}', "each character once"),
     ],
 )
-def test_damaged_tokenizer_file_is_refused(tmp_path, content, message):
+def test_invalid_tokenizer_file_raises(tmp_path, content, message):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(TokenizerError, match=message):
         load_tokenizer(tmp_path)
 
 
-def test_missing_tokenizer_is_explained(tmp_path):
+def test_missing_tokenizer_raises(tmp_path):
     with pytest.raises(TokenizerError, match=r"no tokenizer; got .*expected a run folder"):
         load_tokenizer(tmp_path)
 
@@ -207,30 +206,30 @@ def test_hugging_face_tokenizer_round_trips(hub_folder):
     tokenizer = HuggingFaceTokenizer(str(hub_folder))
     ids = tokenizer.encode(WORDS)
     assert ids.dtype == np.int32
-    assert len(ids) > 4  # the truncation that its file carries is off
+    assert len(ids) > 4  # truncation of its file is disabled
     assert tokenizer.decode(ids) == WORDS
     assert tokenizer.byte_count(ids) == len(WORDS.encode())
     assert tokenizer.encode(END).tolist() == [tokenizer.end_of_text]
     assert tokenizer.byte_count([tokenizer.end_of_text]) == 0
 
 
-def test_prompts_get_the_special_tokens_that_data_does_not(chat_folder):
+def test_special_tokens_are_added_to_prompts_only(chat_folder):
     tokenizer = HuggingFaceTokenizer(str(chat_folder))
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     assert tokenizer.decode(tokenizer.encode_with_special_tokens("the cat")) == "<s>the cat"
 
 
-def test_chat_is_written_by_the_template_with_one_first_token(chat_folder, tmp_path):
+def test_chat_uses_the_template_and_has_one_bos_token(chat_folder, tmp_path):
     tokenizer = HuggingFaceTokenizer(str(chat_folder))
     ids = tokenizer.encode_chat([{"role": "user", "content": "the cat"}])
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == "<s><|user|>the cat<|end|><|assistant|>"
     assert ids.tolist().count(tokenizer.encode("<s>")[0]) == 1
-    tokenizer.save(tmp_path)  # a run fine-tuned from it can chat too
+    tokenizer.save(tmp_path)  # also for a run fine-tuned from it
     assert load_tokenizer(tmp_path).encode_chat([{"role": "user", "content": "the cat"}]).tolist() == ids.tolist()
 
 
-def test_chat_without_a_template_and_a_template_that_refuses_are_explained(hub_folder, chat_folder):
+def test_chat_without_a_template_or_with_a_failing_template_raises(hub_folder, chat_folder):
     with pytest.raises(
         TokenizerError, match=r"the tokenizer has no chat template; got .*; expected chat_template.jinja"
     ):
@@ -241,7 +240,7 @@ def test_chat_without_a_template_and_a_template_that_refuses_are_explained(hub_f
         HuggingFaceTokenizer(str(chat_folder)).encode_chat([{"role": "user", "content": "\udcff"}])
 
 
-def test_ids_of_a_padded_vocabulary_stand_for_no_text(hub_folder):
+def test_ids_of_a_padded_vocabulary_decode_to_nothing(hub_folder):
     tokenizer = HuggingFaceTokenizer(str(hub_folder))
     ids = tokenizer.encode("the cat").tolist()
     padded = [ids[0], tokenizer.vocab_size, *ids[1:], 100_000]
@@ -252,12 +251,12 @@ def test_ids_of_a_padded_vocabulary_stand_for_no_text(hub_folder):
         tokenizer.decode([-1])
 
 
-def test_a_folder_without_a_tokenizer_gives_ids(tmp_path, hub_folder):
-    assert tokenizer_beside(tmp_path, 97).to_dict() == {"kind": "ids", "vocab_size": 97}
-    assert tokenizer_beside(hub_folder, 512).kind == "huggingface"
+def test_model_folder_without_tokenizer_has_ids_only(tmp_path, hub_folder):
+    assert tokenizer_of_model_folder(tmp_path, 97).to_dict() == {"kind": "ids", "vocab_size": 97}
+    assert tokenizer_of_model_folder(hub_folder, 512).kind == "huggingface"
 
 
-def test_code_that_comes_with_a_tokenizer_is_never_run(hub_folder, tmp_path, capfd):
+def test_code_in_a_tokenizer_folder_is_never_executed(hub_folder, tmp_path, capfd):
     (tmp_path / "tokenizer.json").write_bytes((hub_folder / "tokenizer.json").read_bytes())
     (tmp_path / "theirs.py").write_text("raise SystemExit('ran')")
     (tmp_path / "tokenizer_config.json").write_text(
@@ -272,7 +271,7 @@ def test_hugging_face_stream_joins_characters_split_over_tokens(hub_folder):
     tokenizer = HuggingFaceTokenizer(str(hub_folder))
     text = "sat on the ✓✓ dog ĉ 🙂🙃 mat"
     ids = tokenizer.encode(text)
-    assert any("\ufffd" in tokenizer.decode([index]) for index in ids)  # else this tests nothing
+    assert any("\ufffd" in tokenizer.decode([index]) for index in ids)  # precondition of this test
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -290,19 +289,19 @@ def test_hugging_face_tokenizer_is_copied_into_the_run(hub_folder, tmp_path):
         assert again.end_of_text == tokenizer.end_of_text
 
 
-def test_resumed_run_leaves_its_tokenizer_alone(hub_folder, tmp_path):
+def test_resumed_run_does_not_rewrite_its_tokenizer(hub_folder, tmp_path):
     HuggingFaceTokenizer(str(hub_folder)).save(tmp_path)
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*.json")}
     load_tokenizer(tmp_path).save(tmp_path)
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*.json")} == before
 
 
-def test_missing_hugging_face_folder_is_refused_without_asking_the_hub(tmp_path):
+def test_missing_hugging_face_folder_raises_without_network(tmp_path):
     with pytest.raises(TokenizerError, match=r"no such tokenizer; got .*nowhere; expected a folder"):
         HuggingFaceTokenizer(str(tmp_path / "nowhere"))
 
 
-def test_unreachable_hub_is_explained(monkeypatch):
+def test_unreachable_hub_raises(monkeypatch):
     import transformers
 
     def offline(path, **options):

@@ -79,10 +79,10 @@ def test_two_processes_have_the_losses_of_one_process(config: Path, two: tuple[P
 
 
 def test_only_the_first_process_prints_and_writes(two: tuple[Path, str]) -> None:
-    out, said = two
-    assert said.count("processes     2, each with all weights and 1/2 of a batch") == 1
-    assert said.count("run folder: ") == 1
-    assert "[1]" not in said
+    out, output = two
+    assert output.count("processes     2, each with all weights and 1/2 of a batch") == 1
+    assert output.count("run folder: ") == 1
+    assert "[1]" not in output
     assert len(list_checkpoints(out / "checkpoints")) == 1
 
 
@@ -101,12 +101,12 @@ def test_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(conf
     out = config.with_name("stopped")
     running, (_, second) = begun("mlx", config, out)
     os.kill(second, signal.SIGTERM)
-    said, _ = running.communicate(timeout=TIMEOUT_S)
-    assert running.returncode == 0, said
-    assert said.count("stopped and saved after step") == 1
+    output, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 0, output
+    assert output.count("stopped and saved after step") == 1
     (saved,) = list_checkpoints(out / "checkpoints")
     step = lines(out)[-1]["step"]
-    assert f"after step {step} of" in said
+    assert f"after step {step} of" in output
     assert saved.step == step
     more = ("--set", f"training.steps={step + 5}")
     train("mlx", config, out, *more, "--resume")
@@ -118,10 +118,10 @@ def test_a_killed_process_ends_the_group_with_an_error(config: Path) -> None:
     running, (_, second) = begun("mlx", config, config.with_name("killed"))
     os.kill(second, signal.SIGKILL)
     began = time.monotonic()
-    said, _ = running.communicate(timeout=TIMEOUT_S)
+    output, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
     assert time.monotonic() - began < launch.GRACE_S + 5
-    assert "TrainingError: process 1 of 2 was killed by SIGKILL" in said
+    assert "TrainingError: process 1 of 2 was killed by SIGKILL" in output
     assert subprocess.run(["pgrep", "-f", str(config.with_name("killed"))], check=False).returncode == 1
 
 
@@ -132,9 +132,9 @@ def test_an_error_of_the_first_process_ends_the_group(config: Path, two: tuple[P
 def test_batch_that_is_not_divisible_by_two_is_refused(config: Path) -> None:
     words = ("--set", "training.batch_size=6", "--set", "training.gradient_accumulation=2")
     running = start("train", config, "--backend", "mlx", "--out", config.with_name("odd"), *words)
-    said, _ = running.communicate(timeout=TIMEOUT_S)
+    output, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
-    assert "SpecError: a micro-batch cannot be divided equally among 2 processes; got 3 sequences" in said
+    assert "SpecError: a micro-batch cannot be divided equally among 2 processes; got 3 sequences" in output
 
 
 # --- without a backend -----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
-from moezoo.core.distributed.sharding_rules import at_work, check_batch, exchanged, partition
+from moezoo.core.distributed.sharding_rules import check_batch, gathered_partition, padded_exchange, partition
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import CapacitySpec, GatedFeedForwardSpec, MoESpec, RouterSpec
@@ -40,7 +40,7 @@ def test_parameters_are_sharded_by_the_rules(rows):
     gate = rows["layers.0.moe.experts.w_gate"]
     cut = partition(gate, mesh, count)
     assert cut == (("expert",), ("fsdp",), ("tensor",))
-    assert at_work(gate, cut) == (("expert",), (), ("tensor",))
+    assert gathered_partition(gate, cut) == (("expert",), (), ("tensor",))
     assert partition(rows["layers.0.attention.w_query"], mesh, count) == (("fsdp",), ("tensor",), ())
     assert partition(rows["layers.0.moe.router.w_router"], mesh, count) == ((), ())
     assert partition(rows["final_norm.scale"], mesh, count) == ((),)
@@ -93,7 +93,7 @@ def test_indivisible_batch_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("devices", "dispatch", "inference", "rows", "places"),
+    ("devices", "dispatch", "inference", "rows", "slots"),
     [
         (2, {}, False, 3 * 16 * 2, None),  # p min(K, E / n)
         (8, {}, False, 3 * 16 * 1, None),
@@ -105,7 +105,7 @@ def test_indivisible_batch_is_refused():
         (8, {"factor": 1.0}, False, 3 * 16 * 1, None),  # per batch
     ],
 )
-def test_padded_exchange_fits_any_routing(devices, dispatch, inference, rows, places):
+def test_padded_exchange_fits_any_routing(devices, dispatch, inference, rows, slots):
     options = {"dispatch": CapacitySpec(**dispatch)} if dispatch else {}
     moe = MoESpec(num_experts=8, router=RouterSpec(top_k=2), experts=GatedFeedForwardSpec(hidden_dim=4), **options)
-    assert exchanged(moe, 3, 16, devices, inference=inference) == (rows, places)
+    assert padded_exchange(moe, 3, 16, devices, inference=inference) == (rows, slots)

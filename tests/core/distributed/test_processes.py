@@ -1,4 +1,4 @@
-"""Data-parallel processes without a backend: shares of a batch, who works first. Computation: test_launch.py."""
+"""Processes without a backend: shares of a batch, and `first_process_first`. Results of training: test_launch.py."""
 
 import numpy as np
 import pytest

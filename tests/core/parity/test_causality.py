@@ -1,4 +1,4 @@
-"""The causality check: what it finds and names, and that every tiny config is causal where it generates."""
+"""The causality check: the leaks it finds and names, and that every tiny config is causal in inference."""
 
 from pathlib import Path
 
@@ -34,43 +34,43 @@ def features(tokens_BT):
     return np.stack([tokens_BT, tokens_BT**2, np.cos(tokens_BT)], axis=-1)
 
 
-def of_the_past(x_BTD):
+def past_sum(x_BTD):
     return np.cumsum(x_BTD, axis=1)
 
 
-def of_the_future(x_BTD):
+def future_sum(x_BTD):
     return np.cumsum(x_BTD[:, ::-1], axis=1)[:, ::-1]
 
 
-def of_the_batch(x_BTD):
+def batch_sum(x_BTD):
     return x_BTD + x_BTD[0, -1]
 
 
-# --- what the check finds --------------------------------------------------------------------------------------------
+# --- detection -------------------------------------------------------------------------------------------------------
 
 
-def test_what_depends_on_the_past_alone_is_causal():
+def test_dependence_on_the_past_alone_is_causal():
     def run(tokens_BT, inference):
         x = features(tokens_BT)
-        return {"embedding": x, "layers.0.moe.router.logits": of_the_past(x).reshape(B * T, -1), "logits": x[..., 0]}
+        return {"embedding": x, "layers.0.moe.router.logits": past_sum(x).reshape(B * T, -1), "logits": x[..., 0]}
 
     (check,) = checked(run)
     assert (check.side, check.mode, check.first_leak, check.passed) == ("fake", "inference", None, True)
     assert check.moved == 0
 
 
-@pytest.mark.parametrize("leak", [of_the_future, of_the_batch])
-def test_a_leak_is_named_by_its_first_intermediate_and_by_its_side(leak):
+@pytest.mark.parametrize("leak", [future_sum, batch_sum])
+def test_leak_is_named_by_its_first_intermediate_and_side(leak):
     def run(tokens_BT, inference):
         x = features(tokens_BT)
-        return {"embedding": x, "layers.0.attention": of_the_past(x), "layers.0": leak(x), "layers.1": leak(leak(x))}
+        return {"embedding": x, "layers.0.attention": past_sum(x), "layers.0": leak(x), "layers.1": leak(leak(x))}
 
     (check,) = checked(run)
     assert (check.side, check.first_leak, check.passed) == ("fake", "layers.0", False)
     assert check.moved > ROUNDING
 
 
-def test_a_leak_into_numbers_that_were_all_zero_is_seen():
+def test_leak_into_a_tensor_of_zeros_is_detected():
     def run(tokens_BT, inference):
         return {"layers.0": np.zeros((B, T, 1)) + (tokens_BT[0, -1] != TOKENS_BT[0, -1])}
 
@@ -78,13 +78,13 @@ def test_a_leak_into_numbers_that_were_all_zero_is_seen():
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_a_leak_between_sequences_is_seen_at_every_length(length):
+def test_leak_between_sequences_is_detected_at_every_length(length):
     tokens_BT = TOKENS_BT[:, :length]
-    (check,) = checked(lambda tokens_BT, _: {"x": of_the_batch(features(tokens_BT))}, tokens_BT=tokens_BT)
+    (check,) = checked(lambda tokens_BT, _: {"x": batch_sum(features(tokens_BT))}, tokens_BT=tokens_BT)
     assert check.first_leak == "x"
 
 
-def test_masked_values_confuse_nothing():
+def test_infinite_masked_values_are_compared():
     def masked(later):
         def run(tokens_BT, inference):
             x = np.where(features(tokens_BT) > 15, -np.inf, features(tokens_BT))
@@ -99,28 +99,28 @@ def test_masked_values_confuse_nothing():
     assert (leaking.first_leak, leaking.moved) == ("selection", np.inf)
 
 
-def test_a_value_that_is_not_a_number_is_no_pass():
+def test_nan_fails():
     (check,) = checked(lambda tokens_BT, _: {"x": np.where(features(tokens_BT) == 1, 0, np.nan)})
     assert check.first_leak == "x"
 
 
-def test_rounding_is_no_leak():
+def test_rounding_is_not_a_leak():
     def run(tokens_BT, inference):
         x = features(tokens_BT)
-        return {"x": x + 1e-7 * of_the_future(x)}
+        return {"x": x + 1e-7 * future_sum(x)}
 
     assert checked(run, tolerance=1e-3)[0].passed
     assert 0 < checked(run, tolerance=1e-3)[0].moved < 1e-3
     assert not checked(run)[0].passed
 
 
-def test_training_is_checked_where_inference_routes_otherwise():
+def test_training_is_checked_if_its_routing_differs():
     seen = []
 
     def run(tokens_BT, inference):
         seen.append(inference)
         x = features(tokens_BT)
-        return {"x": x if inference else of_the_future(x)}
+        return {"x": x if inference else future_sum(x)}
 
     assert [check.mode for check in checked(run)] == ["inference"]
     assert set(seen) == {True}
@@ -129,30 +129,30 @@ def test_training_is_checked_where_inference_routes_otherwise():
     assert (inference.mode, inference.first_leak) == ("inference", None)
 
 
-def test_a_leak_fails_a_report_in_inference_and_is_told_in_training():
+def test_leak_fails_a_report_in_inference_and_is_reported_in_training():
     leaks = {mode: Causality("jax", mode, "layers.1.moe.routed", 0.25, 1e-5) for mode in ("training", "inference")}
 
     def report(*checks):
         return ParityReport("x.yaml", B, T, (), {}, (), (), {}, ParityTolerances(), causality=checks)
 
     clean = Causality("reference", "inference", None, 0.0, 1e-9)
-    told = report(leaks["training"], clean)
-    assert told.passed
-    assert told.failures == ()
-    leak = "layers.1.moe.routed sees later tokens or other sequences (jax, moved by 2.5e-01)"
-    assert told.causal("training") == leak
-    assert told.causal("inference") == "causal"
+    training = report(leaks["training"], clean)
+    assert training.passed
+    assert training.failures == ()
+    leak = "layers.1.moe.routed depends on later tokens or other sequences (jax, changes by 2.5e-01)"
+    assert training.causal("training") == leak
+    assert training.causal("inference") == "causal"
     failed = report(clean, leaks["inference"])
     assert not failed.passed
     assert failed.failures == (f"jax: inference is not causal; {leak}",)
     assert failed.causal("training") is None
 
 
-# --- the zoo, in the reference ---------------------------------------------------------------------------------------
+# --- configs of the zoo, on the reference ----------------------------------------------------------------------------
 
 
 def checks_of(path):
-    """Of a config with weights larger than initial ones, so that nothing starts as zero and hides a leak."""
+    """Check a config, with weights larger than initial ones so that no tensor is zero and hides a leak."""
     spec = load_config(path).model.model_copy(update={"vocab_size": VOCAB_SIZE})
     weights = {name: value.astype(np.float64) for name, value in initial_weights(spec, seed=0).items()}
     for number, row in enumerate(parameter_table(spec)):
@@ -178,9 +178,9 @@ def test_every_tiny_config_generates_causally(path):
     [
         ("expert_choice", "layers.0.moe.router.weight"),
         ("capacity", "layers.0.moe.routed"),
-        ("capacity_groups", None),  # by position, and of each sequence alone
+        ("capacity_groups", None),  # by position, per sequence
     ],
 )
-def test_training_by_the_whole_batch_leaks_and_says_where(name, first):
+def test_training_routing_over_the_batch_leaks_at_the_expected_place(name, first):
     (path,) = (path for path in TINY if path.stem == name)
     assert checks_of(path)["training"].first_leak == first

@@ -1,4 +1,4 @@
-"""The parity check passes for both backends, and fails at the right name for a damaged one."""
+"""The parity check passes for both backends, and fails with the right name for a damaged one."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.data.tokenizers import TokenIds
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.parameters.initialize import initial_weights
-from moezoo.core.parity.check import parity, parity_of, random_windows, refuse_if_too_large
+from moezoo.core.parity.check import check_reference_size, parity, parity_of, random_windows
 from moezoo.core.parity.report import ParityTolerances
 from moezoo.core.parity.sides import Reference
 from tests.support.backends_available import require_backend
@@ -76,7 +76,7 @@ def healthy(both):
 
 
 class Damaged:
-    """A backend whose weights, or whose model's answers, are changed."""
+    """A backend with changed weights, or changed results of its model's methods."""
 
     name = "damaged"
 
@@ -125,7 +125,7 @@ def test_both_backends_agree_with_the_reference_and_with_each_other(healthy):
     assert set(healthy.first_difference.values()) == {None}
 
 
-def test_everything_that_the_reference_names_is_compared(healthy):
+def test_every_tensor_of_the_reference_is_compared(healthy):
     config = parse_config(CONFIG)
     names = {kind: [row.name for row in healthy.comparisons if row.kind == kind] for kind in ("gradient", "update")}
     expected = set(initial_weights(config.model, 0))
@@ -157,7 +157,7 @@ def test_the_report_is_json_and_a_table_of_at_most_100_columns(healthy):
     assert max(map(len, long.splitlines())) <= 100
 
 
-def test_bfloat16_has_tolerances_of_its_own(mlx):
+def test_bfloat16_has_its_own_tolerances(mlx):
     text = CONFIG.replace("embed_dim: 20", "embed_dim: 20\n  precision: {compute: bfloat16}")
     report = check({"mlx": mlx}, text)
     assert report.passed, report.failures
@@ -165,7 +165,7 @@ def test_bfloat16_has_tolerances_of_its_own(mlx):
     assert not check({"mlx": mlx}, text, ParityTolerances()).passed
 
 
-def test_a_model_without_experts_has_no_routing_to_compare(mlx):
+def test_dense_model_has_no_routing_to_compare(mlx):
     text = CONFIG[: CONFIG.index("    - attention: {num_heads: 4")] + CONFIG[CONFIG.index("data:") :]
     report = check({"mlx": mlx}, text)
     assert report.passed, report.failures
@@ -189,7 +189,7 @@ def test_a_model_without_experts_has_no_routing_to_compare(mlx):
         ("head.w_head", "logits"),
     ],
 )
-def test_a_damaged_parameter_is_found_where_it_first_shows(mlx, parameter, first):
+def test_damaged_parameter_is_found_at_its_first_effect(mlx, parameter, first):
     report = check({"damaged": Damaged(mlx, negated(parameter))}, DROPLESS)
     assert not report.passed
     assert report.first_difference == {"reference/damaged": first}
@@ -199,7 +199,7 @@ def test_a_damaged_parameter_is_found_where_it_first_shows(mlx, parameter, first
     assert "FAILED" in rendered(report)
 
 
-def test_one_damaged_expert_in_a_hundred_thousand_parts_is_found(mlx):
+def test_expert_damaged_by_one_part_in_a_thousand_is_found(mlx):
     def nudged(weights):
         changed = weights["layers.1.moe.experts.w_up"].copy()
         changed[3] *= 1 + 1e-3
@@ -209,26 +209,26 @@ def test_one_damaged_expert_in_a_hundred_thousand_parts_is_found(mlx):
     assert report.first_difference["reference/damaged"] == "layers.1.moe.routed"
 
 
-def test_weights_that_amplify_a_rounding_widen_the_tolerances_and_little_else(mlx):
+def test_rounding_sensitivity_widens_only_some_tolerances(mlx):
     moved = {"intermediate": 1e-7, "logits": 4e-6, "gradient": 9e-6}
-    tolerances = ParityTolerances().amplified(moved)
+    tolerances = ParityTolerances().widened(moved)
     assert (tolerances.intermediate, tolerances.loss) == (1e-5, 1e-5)
     np.testing.assert_allclose([tolerances.logits, tolerances.gradient, tolerances.margin], [4e-5, 9e-5, 8e-4])
     config = parse_config(CONFIG)
     weights, windows = initial_weights(config.model, 0), random_windows(31, B, T, seed=1)
     reference = Reference(config.model, weights, windows[:, :-1], windows[:, 1:], config.optimizer)
-    found = reference.amplified(1e-3)
-    assert all(2**-27 < value < 2**-18 for value in found.values()), found  # of an order with one rounding, 2^-24
-    assert found == reference.amplified(1e-3)
+    found = reference.rounding_sensitivity(1e-3)
+    assert all(2**-27 < value < 2**-18 for value in found.values()), found  # of the order of one rounding, 2^-24
+    assert found == reference.rounding_sensitivity(1e-3)
 
 
-def test_the_healthy_backend_of_two_is_not_blamed(mlx):
+def test_undamaged_backend_is_not_blamed(mlx):
     report = check({"mlx": mlx, "damaged": Damaged(mlx, negated("head.w_head"))}, DROPLESS)
     assert {line.split(":")[0] for line in report.failures} == {"reference/damaged", "mlx/damaged"}
 
 
 @pytest.mark.parametrize("change", [{"weight_decay": 0.2}, {"beta1": 0.8}, {"beta2": 0.9}, {"clip_norm": 1e-3}])
-def test_another_optimizer_shows_in_the_update_alone(mlx, change):
+def test_other_optimizer_options_differ_in_the_update_alone(mlx, change):
     def start(method, config, *state):
         method(OptimizerConfig(**{**config.model_dump(), **change}), *state)
 
@@ -238,15 +238,15 @@ def test_another_optimizer_shows_in_the_update_alone(mlx, change):
     assert "update" in kinds_that_fail(report) <= {"update", "moment"}
 
 
-def test_missing_bias_correction_shows_in_the_update(mlx):
+def test_missing_bias_correction_differs_in_the_update(mlx):
     def start(method, config, state, update):
-        method(config, state, 10**6)  # as good as no correction
+        method(config, state, 10**6)  # practically no correction
 
     report = check({"damaged": Damaged(mlx, start_training=start)})
     assert kinds_that_fail(report) == {"update"}
 
 
-def test_a_missing_gradient_and_a_wrong_shape_fail_by_name(mlx):
+def test_missing_gradient_and_wrong_shape_fail_by_name(mlx):
     def gradients(method, *arguments, **keywords):
         losses, named = method(*arguments, **keywords)
         named.pop("layers.0.attention.b_key")
@@ -261,7 +261,7 @@ def test_a_missing_gradient_and_a_wrong_shape_fail_by_name(mlx):
     assert relative == ["inf", "inf"]
 
 
-def test_a_value_that_is_not_a_number_fails(mlx):
+def test_nan_fails(mlx):
     def forward(method, *arguments, **keywords):
         output = method(*arguments, **keywords)
         return replace(output, logits=np.where(np.arange(31) == 4, np.nan, output.logits))
@@ -275,20 +275,20 @@ def test_a_value_that_is_not_a_number_fails(mlx):
 
 
 def choosing(change):
-    """Free routing whose experts `change(place, routing)` replaces."""
+    """Return a `forward` with free routing whose experts are replaced by `change(index, routing)`."""
 
     def forward(method, *arguments, **keywords):
         output = method(*arguments, **keywords)
         if "forced" in keywords:
             return output
-        routing = [replace(row, expert=change(place, row)) for place, row in enumerate(output.routing)]
+        routing = [replace(row, expert=change(index, row)) for index, row in enumerate(output.routing)]
         return replace(output, routing=routing)
 
     return forward
 
 
 def runner_up_for(routing, chosen_BT):
-    """The first rejected expert in place of the last chosen one, for some tokens."""
+    """Replace the last chosen expert of some tokens by the first rejected one."""
     order = np.argsort(-routing.score, axis=-1, kind="stable")
     top_k = routing.expert.shape[-1]
     expert = routing.expert.copy()
@@ -302,10 +302,10 @@ def margins(routing):
     return 1 - falling[..., top_k] / falling[..., top_k - 1]
 
 
-def test_a_wrong_choice_at_a_wide_margin_fails(mlx):
-    def change(place, routing):
+def test_wrong_choice_at_a_large_margin_fails(mlx):
+    def change(index, routing):
         margin = margins(routing)
-        return runner_up_for(routing, margin == margin.max()) if place == 0 else routing.expert
+        return runner_up_for(routing, margin == margin.max()) if index == 0 else routing.expert
 
     report = check({"damaged": Damaged(mlx, forward=choosing(change))}, DROPLESS)
     row = report.routing[0]
@@ -313,12 +313,12 @@ def test_a_wrong_choice_at_a_wide_margin_fails(mlx):
     assert any("layers.1.moe chose other experts for 1 of 15 tokens" in line for line in report.failures)
 
 
-def test_another_choice_at_a_near_tie_is_counted_and_passes(mlx):
+def test_other_choice_at_a_near_tie_is_counted_and_passes(mlx):
     seen = {}
 
-    def change(place, routing):
+    def change(index, routing):
         margin = margins(routing)
-        seen[place] = float(margin.min())
+        seen[index] = float(margin.min())
         return runner_up_for(routing, margin == margin.min())
 
     backend = Damaged(mlx, forward=choosing(change))
@@ -331,12 +331,12 @@ def test_another_choice_at_a_near_tie_is_counted_and_passes(mlx):
 
 
 @pytest.mark.parametrize(("text", "downstream"), [(DROPLESS, 3), (CONFIG, 3)])
-def test_what_follows_from_an_earlier_difference_is_set_apart(mlx, text, downstream):
-    """Token 2 of sequence 1 differs in layer 1, so in layer 2 tokens 2 to 4 of that sequence prove nothing."""
+def test_downstream_of_an_earlier_difference_is_not_judged(mlx, text, downstream):
+    """Token 2 of sequence 1 differs in layer 1, so in layer 2 tokens 2 to 4 of that sequence are not judged."""
 
-    def change(place, routing):
+    def change(index, routing):
         chosen = np.zeros((B, T), bool)
-        chosen[1, 2 if place == 0 else slice(2, T)] = True
+        chosen[1, 2 if index == 0 else slice(2, T)] = True
         return runner_up_for(routing, chosen)
 
     rows = check({"damaged": Damaged(mlx, forward=choosing(change))}, text, ParityTolerances(margin=1.0)).routing
@@ -348,9 +348,9 @@ def test_what_follows_from_an_earlier_difference_is_set_apart(mlx, text, downstr
 def test_downstream_of_a_capacity_is_its_group(mlx, group, downstream):
     """Token 3 of sequence 1 differs in layer 1, and in layer 2 the first token of that sequence and of another."""
 
-    def change(place, routing):
+    def change(index, routing):
         chosen = np.zeros((B, T), bool)
-        chosen[([1], [3]) if place == 0 else ([0, 1], [0, 0])] = True
+        chosen[([1], [3]) if index == 0 else ([0, 1], [0, 0])] = True
         return runner_up_for(routing, chosen)
 
     capacity = (
@@ -362,10 +362,10 @@ def test_downstream_of_a_capacity_is_its_group(mlx, group, downstream):
     assert (rows[1].margin is None) == (group == "batch")
 
 
-def test_an_earlier_token_is_not_downstream_of_a_later_one(mlx):
-    def change(place, routing):
+def test_earlier_token_is_not_downstream_of_a_later_one(mlx):
+    def change(index, routing):
         chosen = np.zeros((B, T), bool)
-        chosen[1, 3 if place == 0 else 0] = True
+        chosen[1, 3 if index == 0 else 0] = True
         return runner_up_for(routing, chosen)
 
     rows = check({"damaged": Damaged(mlx, forward=choosing(change))}, DROPLESS, ParityTolerances(margin=1.0)).routing
@@ -373,33 +373,33 @@ def test_an_earlier_token_is_not_downstream_of_a_later_one(mlx):
     assert rows[1].margin is not None
 
 
-# --- paths and refusals ----------------------------------------------------------------------------------------------
+# --- paths and errors ------------------------------------------------------------------------------------------------
 
 
-def test_a_config_is_checked_from_its_initial_weights(mlx, tmp_path):
+def test_config_is_checked_with_its_initial_weights(mlx, tmp_path):
     path = tmp_path / "model.yaml"
     path.write_text(CONFIG.replace("vocab_size: 31", "vocab_size: null"))
     report = parity_of(path, {"mlx": mlx}, batch_size=1, sequence_length=7)
     assert report.passed, report.failures
     assert (report.batch_size, report.sequence_length) == (1, 7)
-    assert any("assumed: 64 tokens" in note for note in report.notes)
+    assert any("assumed: a vocabulary of 64 tokens" in note for note in report.notes)
 
 
-def test_a_run_is_checked_with_the_weights_of_its_newest_checkpoint(mlx, tmp_path):
+def test_run_is_checked_with_its_newest_weights(mlx, tmp_path):
     config = parse_config(CONFIG)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     TokenIds(config.model.vocab).save(tmp_path)
     for step in (3, 12):
         save_checkpoint(
-            tmp_path / "checkpoints", step, initial_weights(config.model, step), {}, dump_config(config), {}, keep=None
+            tmp_path / "checkpoints", step, initial_weights(config.model, step), {}, dump_config(config), keep=None
         )
     seen = {}
 
-    def remembering(weights):
+    def recording(weights):
         seen.update(weights)
         return weights
 
-    report = parity_of(tmp_path, {"mlx": Damaged(mlx, remembering)}, sequence_length=6)
+    report = parity_of(tmp_path, {"mlx": Damaged(mlx, recording)}, sequence_length=6)
     assert report.passed, report.failures
     assert any("step 12" in note for note in report.notes)
     np.testing.assert_array_equal(seen["head.w_head"], initial_weights(config.model, 12)["head.w_head"])
@@ -420,15 +420,15 @@ def test_random_tokens_cover_the_vocabulary_and_depend_on_the_seed_alone():
     assert np.any(windows != random_windows(7, 20, 30, seed=6))
 
 
-def test_a_folder_that_is_no_run_is_refused(mlx, tmp_path):
+def test_folder_without_a_model_is_refused(mlx, tmp_path):
     with pytest.raises(RunError, match="is neither a run folder nor a Hugging Face checkpoint"):
         parity_of(tmp_path, {"mlx": mlx})
 
 
-def test_a_reference_that_would_not_fit_is_refused_before_it_is_built():
+def test_reference_that_is_too_large_is_refused_before_it_is_built():
     config = parse_config(CONFIG, overrides=["model.embed_dim=8192", "model.vocab_size=128000"])
     with pytest.raises(SpecError, match=r"float64 reference of this model would need about \d+\.\d GiB"):
-        refuse_if_too_large(config.model, 2, 64, 2)
+        check_reference_size(config.model, 2, 64, 2)
 
 
 def test_targets_that_are_not_the_next_tokens_are_refused(mlx):
@@ -439,6 +439,6 @@ def test_targets_that_are_not_the_next_tokens_are_refused(mlx):
         parity(config.model, weights, tokens, tokens, {"mlx": mlx}, config.optimizer)
 
 
-def test_no_backend_is_refused_and_not_a_pass():
+def test_no_backend_is_refused():
     with pytest.raises(SpecError, match="got none"):
         check({})

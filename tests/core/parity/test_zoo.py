@@ -1,4 +1,4 @@
-"""`moezoo zoo`: its tables, its JSON and its exit status, with parity reports that are made up."""
+"""`moezoo zoo`: its tables, JSON and exit status, with fake parity reports."""
 
 import io
 import json
@@ -20,7 +20,7 @@ PAIRS = ("reference/jax", "reference/mlx", "jax/mlx")
 
 
 def report_of(path: Path) -> ParityReport:
-    """Gradients of `capacity` differ, by infinitely much; all else agrees."""
+    """A fake report in which the gradients of `capacity` differ by infinity and all else agrees."""
     gradient = float("inf") if path.stem == "capacity" else 3e-6
     rows = [
         Comparison(pair, kind, kind, value, value, 1e-5)
@@ -54,7 +54,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moezoo, "parity", report_of)
 
 
-def test_a_list_of_the_tiny_configs_has_every_part_with_its_config_and_lacks_none() -> None:
+def test_list_shows_every_feature_with_its_config() -> None:
     result = call("--list", TINY)
     assert result.exit_code == 0, result.stderr
     shown = {row: config.name for row, config in zoo(TINY).rows}
@@ -64,7 +64,7 @@ def test_a_list_of_the_tiny_configs_has_every_part_with_its_config_and_lacks_non
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
-def test_the_shape_of_its_json() -> None:
+def test_json_has_features_and_configs() -> None:
     content = json.loads(call("--list", "--json", TINY).stdout)
     assert content.keys() == {"passed", "parts", "configs"}
     assert content["passed"] is None  # nothing was checked
@@ -79,7 +79,7 @@ def test_the_shape_of_its_json() -> None:
         assert (config["differences"], config["passed"], config["causal"]) == (None, None, None)
 
 
-def test_parts_that_no_config_shows_are_named_and_fail(two: Path) -> None:
+def test_features_without_a_config_are_named_and_fail(two: Path) -> None:
     result = call("--list", two)
     assert result.exit_code == 1
     assert "parts without a config: " in result.stderr
@@ -88,7 +88,7 @@ def test_parts_that_no_config_shows_are_named_and_fail(two: Path) -> None:
     assert json.loads(call("--list", "--json", two).stdout)["passed"] is False
 
 
-def test_figures_of_a_check_stand_in_100_columns() -> None:
+def test_table_of_figures_fits_100_columns() -> None:
     lines = rendered(zoo(TINY, report_of).table())
     assert max(map(len, lines)) <= 100
     rows = [line.split()[:5] for line in lines]
@@ -96,7 +96,7 @@ def test_figures_of_a_check_stand_in_100_columns() -> None:
     assert ["capacity", "inf", "inf", "inf", "causal"] in rows
 
 
-def test_a_config_that_differs_fails_by_name_and_its_figures_are_json(checked: None, two: Path) -> None:
+def test_failing_config_is_named_and_its_figures_are_json(checked: None, two: Path) -> None:
     result = call("--json", two, "--out", two / "table.md")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].endswith("; parity failures: capacity")
@@ -110,17 +110,17 @@ def test_a_config_that_differs_fails_by_name_and_its_figures_are_json(checked: N
     assert "| attention: latent | **none** |" in page
 
 
-def test_all_parts_shown_and_all_configs_equal_is_a_pass() -> None:
+def test_zoo_passes_if_all_features_are_shown_and_all_configs_agree() -> None:
     assert zoo(TINY, lambda path: report_of(Path("x.yaml"))).passed is True
     assert zoo(TINY, report_of).passed is False
 
 
-def test_a_folder_without_configs_is_an_error_in_one_line(tmp_path: Path) -> None:
+def test_folder_without_configs_is_an_error_of_one_line(tmp_path: Path) -> None:
     result = call(tmp_path)
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == (
-        f"SpecError: {tmp_path} has no configs; expected *.yaml files. Name the folder configs/tiny of the project.\n"
+        f"SpecError: {tmp_path} has no configs; expected *.yaml files. Use the folder configs/tiny of the project.\n"
     )
     (tmp_path / "x.yaml").write_text("model: 3")
     assert call("--list", tmp_path).stderr.startswith("SpecError: model is 3; ")

@@ -103,7 +103,7 @@ def test_consecutive_equal_layers_are_one_run():
         ("byte", 256, None),
         ("ids, vocab_size: 77", 77, None),
         ("character", 64, "a vocabulary of 64 tokens; the real size of a character tokenizer depends on the data"),
-        ("huggingface, path: some/tokenizer", 32_768, "32,768 tokens in the vocabulary; that of some/tokenizer"),
+        ("huggingface, path: some/tokenizer", 32_768, "a vocabulary of 32,768 tokens; some/tokenizer was not opened"),
     ],
 )
 def test_null_vocabulary_follows_the_tokenizer_or_is_assumed(tokenizer, size, assumed):

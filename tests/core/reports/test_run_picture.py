@@ -113,5 +113,5 @@ def test_steps_of_two_models_are_an_error(tmp_path):
     path = metrics(tmp_path, steps=3, layers=2)
     more = [{"step": 4, "cross_entropy": 2.0, "routing": [{"layer": 1, "load": [0.5, 0.5]}]}]
     path.write_text(path.read_text() + "".join(json.dumps(line) + "\n" for line in more))
-    with pytest.raises(RunError, match="does not fit the first one's"):
+    with pytest.raises(RunError, match="does not match the first step"):
         draw_run(path, tmp_path / "picture.png", None)

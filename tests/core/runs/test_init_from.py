@@ -1,4 +1,4 @@
-"""Runs that begin from a Hugging Face checkpoint or from another run."""
+"""Runs that start from a Hugging Face checkpoint or from another run (`init_from`)."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_file(folder: Path, init_from: object, **sections: object) -> Path:
-    """A config without a model that trains on random ids."""
+    """Write a config without a model that trains on random ids."""
     ids = np.random.default_rng(0).integers(0, 30, (6, 2, 8))
     np.save(folder / "batches.npy", ids)
     raw = {
@@ -61,7 +61,7 @@ def rates(config: Config) -> list[float]:
     return [router.selection_bias.rate for router in routers if router.selection_bias is not None]
 
 
-def test_without_a_model_it_is_the_checkpoints_and_overrides_come_on_top(tmp_path):
+def test_missing_model_is_the_checkpoints_with_overrides_applied(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     path = config_file(tmp_path, source)
     config = load_resolved_config(path)
@@ -74,7 +74,7 @@ def test_without_a_model_it_is_the_checkpoints_and_overrides_come_on_top(tmp_pat
     assert changed.init_from == config.init_from
 
 
-def test_a_checkpoint_can_be_named_by_an_override(tmp_path):
+def test_override_can_set_the_checkpoint(tmp_path):
     source = write_checkpoint("deepseek_v3", tmp_path / "source")
     path = config_file(tmp_path, tmp_path / "nowhere")
     config = load_resolved_config(path, [f"init_from={source}", "init_from.selection_bias_rate=0.25"])
@@ -85,19 +85,19 @@ def test_a_checkpoint_can_be_named_by_an_override(tmp_path):
     assert set(rates(load_resolved_config(path, [f"init_from={source}"]))) == {0.001}
 
 
-def test_a_rate_without_a_selection_bias_is_refused(tmp_path):
+def test_rate_without_a_selection_bias_is_refused(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     path = config_file(tmp_path, {"path": str(source), "selection_bias_rate": 0.1})
     with pytest.raises(SpecError, match=r"selection_bias_rate is 0\.1, but no router of .* has a selection bias"):
         load_resolved_config(path)
 
 
-def test_an_unknown_key_is_refused(tmp_path):
+def test_unknown_key_is_refused(tmp_path):
     with pytest.raises(SpecError, match=r"pth is not a known key; did you mean path\? \(init_from of "):
         load_resolved_config(config_file(tmp_path, {"pth": "x"}))
 
 
-def test_another_model_than_the_checkpoints_is_refused_with_what_to_do(tmp_path):
+def test_model_that_differs_from_the_checkpoint_is_refused(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     config = with_vocab_size(load_resolved_config(config_file(tmp_path, source, model=MODEL)), 256)
     with pytest.raises(CheckpointError, match=r"differs from the model of init_from .* Remove the section") as error:
@@ -109,7 +109,7 @@ def test_another_model_than_the_checkpoints_is_refused_with_what_to_do(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_model_may_be_written_out(tmp_path):
+def test_equal_model_may_be_in_the_config(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     model = open_checkpoint(source).spec.model_dump(mode="json")
     config = load_resolved_config(config_file(tmp_path, source, model=model), ["model.dropout=0.5"])
@@ -129,7 +129,7 @@ def test_weights_of_a_bfloat16_file_become_float32(tmp_path):
         np.testing.assert_array_equal(value, stored[name].astype(np.float32))
 
 
-def test_a_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):
+def test_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):
     config = load_resolved_config(config_file(tmp_path, write_checkpoint("mixtral", tmp_path / "source")))
     size = config.model.vocab_size
     assert with_vocab_size(config, size - 3).model.vocab_size == size
@@ -137,12 +137,12 @@ def test_a_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):
         with_vocab_size(config, size + 1)
 
 
-def test_a_run_begins_from_another_run_with_its_characters(tmp_path):
+def test_run_starts_from_another_run_with_its_tokenizer(tmp_path):
     first = train(write_config(tmp_path, steps=2), tmp_path / "first")
     assert first.exit_code == 0, first.output
     old, tokenizer, checkpoint, _ = load_run(tmp_path / "first")
     text = tmp_path / "other.txt"
-    text.write_text("owls saw mice. " * 60, encoding="utf-8")  # fewer characters than the run knows
+    text.write_text("owls saw mice. " * 60, encoding="utf-8")  # fewer characters than in the run's tokenizer
     path = config_file(tmp_path, tmp_path / "first", data={"sources": [{"kind": "text", "path": str(text)}]})
     config = load_resolved_config(path)
     assert config.model == old.model
@@ -156,7 +156,7 @@ def test_a_run_begins_from_another_run_with_its_characters(tmp_path):
     assert load_run(tmp_path / "second")[1].encode("owls").tolist() == tokenizer.encode("owls").tolist()
 
 
-def test_a_run_goes_on_without_the_checkpoint_that_it_began_from(tmp_path):
+def test_run_resumes_without_the_checkpoint_it_started_from(tmp_path):
     source = write_checkpoint("deepseek_v3", tmp_path / "source")
     path = config_file(tmp_path, {"path": str(source), "selection_bias_rate": 0.0})
     whole = train(path, tmp_path / "whole")
@@ -173,7 +173,7 @@ def test_a_run_goes_on_without_the_checkpoint_that_it_began_from(tmp_path):
     assert sorted(open_checkpoint(tmp_path / "export").weights) == sorted(model.model.export_parameters())
 
 
-def test_a_run_from_a_run_from_a_checkpoint_can_still_be_exported(tmp_path):
+def test_run_of_a_run_of_a_checkpoint_can_be_exported(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     first = train(config_file(tmp_path, source), tmp_path / "first")
     assert first.exit_code == 0, first.output

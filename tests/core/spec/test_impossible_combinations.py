@@ -62,8 +62,8 @@ def position(**fields):
 
 
 def choice(kind, router=None, top_k=2, moe=None, **fields):
-    given = {"top_k": top_k, "choice": {"kind": kind} | fields} | (router or {})
-    return model(layer(moe=moe_of(given, **(moe or {}))))
+    options = {"top_k": top_k, "choice": {"kind": kind} | fields} | (router or {})
+    return model(layer(moe=moe_of(options, **(moe or {}))))
 
 
 def expert_choice(router=None, **fields):
@@ -470,7 +470,7 @@ CASES = {
         {"data": {"sources": [{"kind": "dataset", "name": "fables"}, {"kind": "batches", "path": "x.npy"}]}},
         "data.sources mixes a source of kind batches with 1 more (x.yaml). Use a source of kind batches alone.",
     ),
-    "parts of a batch that do not divide it": (
+    "gradient_accumulation that does not divide batch_size": (
         {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},
         "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "
         "batch_size.",
@@ -479,11 +479,11 @@ CASES = {
         {"mesh": {"data": "auto", "expert": "auto"}},
         "mesh.expert is 'auto', and so is data (x.yaml). Set one of them to a number.",
     ),
-    "experts on devices with the same tokens": (
+    "experts sharded over tensor": (
         {"mesh": {"rules": {"expert": "tensor"}}},
         "mesh.rules.expert is sharded over tensor, whose devices share the same tokens (x.yaml). Use expert.",
     ),
-    "axes that a block cannot compute in parts": (
+    "embed sharded over tensor": (
         {"mesh": {"rules": {"embed": ["fsdp", "tensor"]}}},
         "mesh.rules.embed is sharded over tensor, but a block cannot be computed in parts along it (x.yaml). "
         "Use tensor for head, kv_head, hidden or vocab.",
@@ -493,7 +493,7 @@ CASES = {
         "training.sequence_length is 8, but positions end at 7 tokens (x.yaml). Use a shorter sequence_length, or a "
         "larger model.position.max_length.",
     ),
-    "sequences beyond those of a scaling": (
+    "sequences beyond the length of a RoPE scaling": (
         position(scaling={"kind": "dynamic", "factor": 2, "original_length": 4, "length": 7}),
         "training.sequence_length is 8, but positions end at 7 tokens (x.yaml). Use a shorter sequence_length, or a "
         "larger model.layers[0].attention.position.scaling.length.",
@@ -567,7 +567,7 @@ ALLOWED = {
     ),
     "a global balance of one micro-batch": losses({"kind": "global_balance"}),
     "a device for each expert": losses({"kind": "device_balance", "num_devices": 6}),
-    "as long as there are positions": model(position={"kind": "learned", "max_length": 8}),
+    "sequences as long as the positions": model(position={"kind": "learned", "max_length": 8}),
     "all experts of the kept groups": grouped(top_k=4, keep=2),
     "all experts": router(top_k=6),
 }

@@ -1,4 +1,4 @@
-"""Training as a whole: both backends, resuming, signals, and losses that are not finite."""
+"""The training loop: both backends, resuming, signals, and losses that are not finite."""
 
 import math
 import os
@@ -48,11 +48,11 @@ def run(backend: str, config_path: Path, out: Path, *overrides: str, resume: boo
     return run_on(load_backend(backend), config_path, out, *overrides, resume=resume)
 
 
-def run_on(realized: Backend, config_path: Path, out: Path, *overrides: str, resume: bool = False) -> TrainingResult:
+def run_on(loaded: Backend, config_path: Path, out: Path, *overrides: str, resume: bool = False) -> TrainingResult:
     config = load_config(config_path, overrides)
     data = prepare_data(config.data, config.training.sequence_length)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
-    return train(config, data, realized, create_run(out, config, data.tokenizer, resume=resume))
+    return train(config, data, loaded, create_run(out, config, data.tokenizer, resume=resume))
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -60,14 +60,14 @@ def losses(out: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
-def test_resumed_run_gives_bit_identical_losses_and_weights(backend: str, tmp_path: Path) -> None:
+def test_resumed_run_has_bit_identical_losses_and_weights(backend: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, checkpoint_every=3, keep_checkpoints=5)
     whole = run(backend, config, tmp_path / "whole", *NOISE)
     assert whole.finished
     assert whole.evaluation is not None
     expected = losses(tmp_path / "whole")
     assert len(expected) == 8
-    for last in (3, 6):  # as if the machine had died after that checkpoint, with later lines already written
+    for last in (3, 6):  # as if the process was killed after that checkpoint, with later metrics already written
         out = tmp_path / f"from_{last}"
         shutil.copytree(tmp_path / "whole", out)
         for folder in (out / "checkpoints").iterdir():
@@ -83,17 +83,17 @@ def test_resumed_run_gives_bit_identical_losses_and_weights(backend: str, tmp_pa
             assert np.array_equal(value, other.optimizer[name]), name
 
 
-class NotingModel:
-    """A backend and its model in one that trains nothing and notes the keys of each step."""
+class RecordingModel:
+    """A backend and its model in one, which does not train and records the keys of each step."""
 
-    name = "noting"
+    name = "recording"
 
     def __init__(self) -> None:
         self.keys: list[np.ndarray] = []
 
     processes = Processes()
 
-    def build(self, spec: ModelSpec, weights: dict[str, np.ndarray]) -> "NotingModel":
+    def build(self, spec: ModelSpec, weights: dict[str, np.ndarray]) -> "RecordingModel":
         self.spec, self.weights = spec, weights
         return self
 
@@ -104,9 +104,9 @@ class NotingModel:
         return np.arange(batch)
 
     def start_training(self, *arguments: object, **options: object) -> None:
-        """Nothing."""
+        """Ignored."""
 
-    def train_step(self, windows: np.ndarray, learning_rate: float, keys: np.ndarray) -> "NotingModel":
+    def train_step(self, windows: np.ndarray, learning_rate: float, keys: np.ndarray) -> "RecordingModel":
         self.keys.append(keys)
         return self
 
@@ -117,10 +117,10 @@ class NotingModel:
     def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
         return Scores(np.zeros(tokens.shape, np.float32), [np.ones(5, np.int64)] * 2, [0, 0])
 
-    def not_finite(self) -> list[str]:
+    def nonfinite_parameters(self) -> list[str]:
         return []
 
-    def files_writer(self) -> None:
+    def checkpoint_writer(self) -> None:
         return None
 
     def export_parameters(self) -> dict[str, np.ndarray]:
@@ -132,28 +132,28 @@ class NotingModel:
         return {f"{moment}.{name}": self.weights[name] for moment in moments for name in names}
 
 
-def test_the_keys_of_a_step_are_functions_of_seed_step_and_micro_batch(tmp_path: Path) -> None:
+def test_keys_of_a_step_depend_on_seed_step_and_micro_batch_alone(tmp_path: Path) -> None:
     path = write_config(tmp_path, batch_size=4, gradient_accumulation=2, steps=6, seed=3)
-    noted = {}
+    models = {}
     for name, overrides in {
         "whole": [],
         "stopped": ["training.steps=4"],
         "other seed": ["training.seed=4"],
         "other model": ["model.embed_dim=12", "training.sequence_length=9"],
     }.items():
-        noted[name] = NotingModel()
-        run_on(noted[name], path, tmp_path / name, *overrides)
-    resumed = NotingModel()
+        models[name] = RecordingModel()
+        run_on(models[name], path, tmp_path / name, *overrides)
+    resumed = RecordingModel()
     run_on(resumed, path, tmp_path / "stopped", resume=True)
-    whole = noted["whole"].keys
+    whole = models["whole"].keys
     np.testing.assert_array_equal(whole, [micro_batch_keys(3, step, 2) for step in range(6)])
-    np.testing.assert_array_equal(noted["stopped"].keys + resumed.keys, whole)
-    np.testing.assert_array_equal(noted["other model"].keys, whole)
-    every = {tuple(key) for run in ("whole", "other seed") for keys in noted[run].keys for key in keys}
+    np.testing.assert_array_equal(models["stopped"].keys + resumed.keys, whole)
+    np.testing.assert_array_equal(models["other model"].keys, whole)
+    every = {tuple(key) for run in ("whole", "other seed") for keys in models[run].keys for key in keys}
     assert len(every) == 2 * 6 * 2
 
 
-def test_run_of_one_backend_goes_on_with_the_other(tmp_path: Path) -> None:
+def test_run_of_one_backend_resumes_on_the_other(tmp_path: Path) -> None:
     config = write_config(tmp_path, checkpoint_every=4)
     run("jax", config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "moved")
@@ -164,7 +164,7 @@ def test_run_of_one_backend_goes_on_with_the_other(tmp_path: Path) -> None:
     assert max(abs(one[step] - other[step]) for step in one) < 1e-5
 
 
-def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint_is_reported_and_skipped(tmp_path: Path) -> None:
     config = write_config(tmp_path, checkpoint_every=4)
     run("mlx", config, tmp_path / "run")
     weights = tmp_path / "run" / "checkpoints" / "step_00000008" / "weights.safetensors"
@@ -181,7 +181,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path:
 
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(backend: str, tmp_path: Path) -> None:
+def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(backend: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, checkpoint_every=2, log_every=5, steps=20)
     schedule = "optimizer.schedule={kind: inverse_square_root, warmup_steps: 0}"
     with pytest.raises(
@@ -205,7 +205,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(backen
     assert not bad.exists() or not any(bad.iterdir())
 
 
-def test_metrics_name_every_term_and_routing(tmp_path: Path) -> None:
+def test_metrics_have_every_loss_term_and_routing(tmp_path: Path) -> None:
     config = write_config(tmp_path, validate_every=4)
     result = run("mlx", config, tmp_path / "run")
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -246,33 +246,33 @@ def test_existing_run_needs_resume_and_resume_needs_the_same_config(tmp_path: Pa
     assert run("mlx", config, tmp_path / "run", "training.steps=3", resume=True).step == 3
 
 
-def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+def test_run_that_cannot_start_leaves_no_folder(tmp_path: Path) -> None:
     config, out = write_config(tmp_path, steps=2), tmp_path / "run"
-    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not realized on MLX"):
+    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not supported on MLX"):
         run("mlx", config, out, "training.rematerialize=block")
     assert not out.exists()
     run("mlx", config, out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not realized on MLX"):
+    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not supported on MLX"):
         run("mlx", config, out, "training.rematerialize=block", resume=True)
     assert {**before, out / "config.yaml": (out / "config.yaml").read_bytes()} == {
         file: file.read_bytes() for file in out.rglob("*") if file.is_file()
     }
 
 
-def test_a_run_goes_on_with_its_layers_compiled_otherwise(tmp_path: Path) -> None:
+def test_run_with_scanned_layers_resumes_with_unrolled_ones(tmp_path: Path) -> None:
     config = write_config(tmp_path, steps=2)
     run("jax", config, tmp_path / "run", "model.layers[0].repeat=2", "training.layers=scanned")
     assert run("jax", config, tmp_path / "run", "model.layers[0].repeat=2", "training.steps=3", resume=True).step == 3
 
 
-def test_a_run_that_computes_again_goes_on_where_that_is_not_realized(tmp_path: Path) -> None:
+def test_run_with_rematerialization_resumes_without_it(tmp_path: Path) -> None:
     config = write_config(tmp_path, steps=2)
     run("jax", config, tmp_path / "run", "training.rematerialize=experts")
     assert run("mlx", config, tmp_path / "run", "training.steps=3", resume=True).step == 3
 
 
-def test_saved_model_cannot_be_resumed_and_steps_cannot_shrink(tmp_path: Path) -> None:
+def test_saved_model_cannot_be_resumed_and_steps_cannot_decrease(tmp_path: Path) -> None:
     config = write_config(tmp_path, steps=2)
     run("mlx", config, tmp_path / "run")
     with pytest.raises(RunError, match=r"training.steps is 1, but the run has done 2"):
@@ -289,11 +289,11 @@ def test_capacity_is_reported_in_metrics_and_routing(backend: str, tmp_path: Pat
     dispatch = "model.layers[0].moe.dispatch={kind: capacity, factor: 0.5}"
     run(backend, config, tmp_path / "run", dispatch)
     routing = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["routing"]
-    copies = 3 * 24 * 2
+    assignments = 3 * 24 * 2
     for row in routing:
-        counts = np.round(np.array(row["load"]) * copies)
-        most = math.ceil(0.5 * copies / 5)
-        assert row["dropped"] == pytest.approx(np.maximum(counts - most, 0).sum() / copies, abs=1e-6)
+        counts = np.round(np.array(row["load"]) * assignments)
+        capacity = math.ceil(0.5 * assignments / 5)
+        assert row["dropped"] == pytest.approx(np.maximum(counts - capacity, 0).sum() / assignments, abs=1e-6)
         assert row["dropped"] > 0
     model = moezoo.load(tmp_path / "run", backend=backend)
     tokens = np.arange(2 * 24).reshape(2, 24) % model.config.model.vocab
@@ -309,13 +309,13 @@ def test_gradient_accumulation_counts_load_once(tmp_path: Path) -> None:
     run("mlx", config, tmp_path / "one")
     run("mlx", config, tmp_path / "two", "training.gradient_accumulation=2")
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("one", "two"))
-    counted = [{**row, "losses": None} for row in one["routing"]]  # the balance of halves is not that of the whole
+    counted = [{**row, "losses": None} for row in one["routing"]]  # balance losses of half batches differ
     assert counted == [{**row, "losses": None} for row in two["routing"]]
     assert one["cross_entropy"] == pytest.approx(two["cross_entropy"], rel=1e-6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_says_how_to_resume(number: signal.Signals, tmp_path: Path) -> None:
+def test_signal_saves_and_prints_the_command_to_resume(number: signal.Signals, tmp_path: Path) -> None:
     require_backend("mlx")
     config, out = write_config(tmp_path, steps=100000), tmp_path / "run"
     command = [sys.executable, "-m", "moezoo", "train", str(config), "--backend", "mlx", "--out", str(out)]

@@ -1,1 +1,1 @@
-"""Probabilistic grammars: text whose entropy is known exactly."""
+"""Probabilistic grammars that generate text with exactly known entropy."""

@@ -1,4 +1,4 @@
-"""The probabilities of a grammar: the odds of each choice, and exact expectations over all documents."""
+"""Probabilities of a grammar: distribution of each choice, and exact expectations over all documents."""
 
 import math
 from bisect import bisect_right
@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.data.grammar.parser import (
+from moezoo.core.data.grammar.pieces import (
     Attribute,
     Choose,
     GrammarFile,
@@ -20,18 +20,18 @@ from moezoo.core.data.grammar.parser import (
     is_plain,
 )
 
-Chosen = Mapping[str, int]  # remembered name -> number of its option
+Chosen = Mapping[str, int]  # variable -> index of the chosen option
 
 
 class Derivation:
-    """What a grammar may write next, given what was chosen."""
+    """Options of each choice of a grammar, conditional on earlier choices."""
 
     def __init__(self, file: GrammarFile) -> None:
         self.file = file
         self._known: dict[tuple[str, frozenset[int]], Odds] = {}
 
     def odds(self, piece: Choose, chosen: Chosen) -> "Odds":
-        """The options that a choice has, given what was chosen before."""
+        """Return the distribution of a choice, conditional on earlier choices."""
         excluded = frozenset(chosen[name] for name in piece.excluded)
         key = (piece.source, excluded)
         found = self._known.get(key)
@@ -40,12 +40,12 @@ class Derivation:
         return found
 
     def option(self, name: str, chosen: Chosen) -> Option:
-        """The option that is remembered under a name."""
+        """Return the option that was chosen for a variable."""
         return self.file.lists[self.file.variables[name]][chosen[name]]
 
 
 class Odds:
-    """The options of one choice, those excluded left out and the weights of the others renormalised."""
+    """Distribution over the options of one choice: weights renormalized without the excluded options."""
 
     def __init__(self, options: tuple[Option, ...], excluded: frozenset[int]) -> None:
         self.numbers = [number for number in range(len(options)) if number not in excluded]
@@ -60,7 +60,7 @@ class Odds:
         self.nats_of_opening = [self._nats_along(opening) for opening in self.openings]
 
     def draw(self, raw: int) -> int:
-        """An option by its weight, from 64 random bits; the bias is below total / 2**64."""
+        """Return a random option by weight from 64 random bits; the bias is below total / 2**64."""
         return bisect_right(self._up_to, (raw * self.total) >> 64)
 
     def _nats_along(self, opening: str) -> NDArray[np.float64]:
@@ -76,11 +76,11 @@ class Odds:
 
 
 class Expectation:
-    """The expected sum, over a document, of a value per piece, by dynamic programming over what is left of it.
+    """Expected sum over a document of a value per piece, by dynamic programming over the rest of the document.
 
-    With `watched`, the value is the length of what repeats that name; else it is `value(piece, odds)`. Names
-    are forgotten as soon as nothing that is left depends on them: lengths of plain repeats do not, exclusions
-    and branching attributes do.
+    The value is `value(piece, odds)`, or with `watched` the length of the text that repeats that variable. The state
+    drops variables on which the rest of the document does not depend: exclusions and branching attributes depend on
+    a variable, the lengths of plain repeats do not.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Expectation:
         self.reads: dict[int, list[frozenset[str]]] = {}
 
     def of_document(self) -> float:
-        """The sum, expected over all documents; the end marker is not counted."""
-        # Trap: recursion as deep as a document has pieces would meet Python's limit, hence generators and a stack.
+        """Return the expected sum over all documents, without the end marker."""
+        # Trap: recursion as deep as a document has pieces would exceed Python's limit, hence generators and a stack.
         key = self._key(self._rest(self.derivation.file.start, 0, -1), {})
         stack = [(key, self._step(*key))]
         answer: float | None = None
@@ -113,10 +113,10 @@ class Expectation:
         return self.memo[key]
 
     def _rest(self, template: Template, index: int, after: int) -> int:
-        """A number for `template[index:]` followed by the rest `after`; -1 is nothing."""
+        """Return a number for `template[index:]` followed by the rest `after`; -1 is the empty rest."""
         if index == len(template):
             return after
-        key = (id(template), index, after)  # the grammar keeps its templates, so an id stays theirs
+        key = (id(template), index, after)  # ids are stable, since the grammar owns its templates
         number = self.rests.get(key)
         if number is None:
             number = self.rests[key] = len(self.kept)
@@ -126,7 +126,7 @@ class Expectation:
         return number
 
     def _reads(self, template: Template) -> list[frozenset[str]]:
-        """The names on which the sum over `template[index:]` depends, for each index."""
+        """Return for each index the variables on which the sum over `template[index:]` depends."""
         found = self.reads.get(id(template))
         if found is None:
             found = [frozenset[str]()]
@@ -155,12 +155,12 @@ class Expectation:
         return [option.attributes[piece.attribute] for option in self.derivation.file.lists[source]]
 
     def _key(self, rest: int, chosen: Chosen) -> tuple[int, frozenset[tuple[str, int]]]:
-        """A state: what is left, and of what was chosen only what matters to it."""
+        """Return a state: the rest of the document and the choices on which it depends."""
         needed = self.needed[rest] if rest >= 0 else frozenset()
         return rest, frozenset((name, number) for name, number in chosen.items() if name in needed)
 
     def _step(self, rest: int, state: frozenset[tuple[str, int]]) -> Generator[tuple[int, Chosen], float | None, float]:
-        """The sum from a state on. Yields the states that it needs, and is sent their sums."""
+        """Compute the sum from a state. Yields the states that it needs, and is sent their sums."""
         if rest < 0:
             return 0.0
         chosen = dict(state)
@@ -172,7 +172,7 @@ class Expectation:
                 own = self._own(piece, None)
             case Choose():
                 odds = self.derivation.odds(piece, chosen)
-                total, alike = self._own(piece, odds), 0.0
+                total, shared = self._own(piece, odds), 0.0
                 matters = following >= 0 and piece.name in self.needed[following]
                 for p, option, number in zip(odds.probability, odds.options, odds.numbers, strict=True):
                     then = {**chosen, piece.name: number} if piece.name is not None else chosen
@@ -183,9 +183,9 @@ class Expectation:
                     if matters:
                         total += p * _sent((yield following, then))
                     else:
-                        alike += p  # what follows a plain option that nothing depends on is one state for all of them
-                if alike:
-                    total += alike * _sent((yield following, chosen))
+                        shared += p  # all plain options that nothing depends on have the same next state
+                if shared:
+                    total += shared * _sent((yield following, chosen))
                 return total
             case Say():
                 watched = piece.name == self.watched
@@ -206,12 +206,12 @@ class Expectation:
 
 
 def choice_nats(piece: Piece, odds: Odds | None) -> float:
-    """The entropy of a choice."""
+    """Return the entropy of a choice in nats, 0 for other pieces."""
     return odds.nats if odds else 0.0
 
 
 def literal_length(piece: Piece, odds: Odds | None) -> float:
-    """The characters of a literal."""
+    """Return the number of characters of a literal, 0 for other pieces."""
     return float(len(piece.text)) if isinstance(piece, Literal) else 0.0
 
 

@@ -1,16 +1,14 @@
-"""Text whose entropy is known exactly: a weighted grammar that is drawn, read back, and summed over.
+"""Probabilistic grammars: sampling text, parsing it, and its exact entropy and surprisal.
 
-A document is written from left to right, and at each choice the options begin with literals of which none is
-a prefix of another. So the text so far determines every choice that is complete, and of an open choice it
-tells which options remain:
+A document is generated from left to right, and the options of each choice begin with literals that are not prefixes
+of each other. So the text so far determines every completed choice, and the remaining options of an open choice:
 
-    -ln p(character | all before) = ln mass(options that fit so far) - ln mass(options that fit it too)
+    -ln p(character | all before) = ln mass(options that match so far) - ln mass(options that also match it)
 
-which is 0 wherever the text is determined. Text is an endless chain of independent documents, each closed by
-the end marker. The file format is in `grammar_file`; the argument, and numbers, in writings/exact_entropy.md.
+which is 0 wherever the next character is determined. Text is an infinite sequence of independent documents, each
+followed by the end marker. parser.py has the file format; writings/exact_entropy.md the derivation and numbers.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,17 +19,18 @@ from numpy.typing import NDArray
 
 from moezoo.core.config.yaml_file import read_text
 from moezoo.core.data.grammar.entropy import Derivation, Expectation, Odds, choice_nats, literal_length
-from moezoo.core.data.grammar.parser import Attribute, Choose, GrammarFile, Literal, Say, Template, parse_grammar_file
+from moezoo.core.data.grammar.parser import parse_grammar_file
+from moezoo.core.data.grammar.pieces import Attribute, Choose, GrammarFile, Literal, Say, Template
 from moezoo.core.errors import DataError
 
-_RAW_BLOCK = 4096  # draws of 64 bits taken from Philox at a time
+_RAW_BLOCK = 4096  # 64-bit words drawn from Philox at a time
 
 
 @dataclass(frozen=True)
 class Entropy:
-    """What a character costs at best, in the endless chain of independent documents.
+    """Entropy rate of the infinite sequence of independent documents: the lower bound of a model's loss.
 
-    The rate is nats per document over characters per document, both exact expectations: by the renewal
+    The rate is nats per document divided by characters per document, both exact expectations: by the renewal
     theorem, the limit of the mean surprisal per character.
     """
 
@@ -40,38 +39,33 @@ class Entropy:
 
     @property
     def nats_per_character(self) -> float:
-        """The lowest mean loss that any model can reach."""
+        """Entropy rate in nats: the lowest mean loss that any model can reach."""
         return self.nats_per_document / self.characters_per_document
-
-    @property
-    def bits_per_character(self) -> float:
-        """The same in bits."""
-        return self.nats_per_character / math.log(2)
 
 
 def load_grammar(path: str | Path) -> "Grammar":
-    """Read and check a grammar file. Raises SpecError naming the rule that it breaks."""
+    """Read and validate a grammar file. Raises SpecError that names the violated rule."""
     text = read_text(Path(path), "grammar")
     return parse_grammar(text, where=str(path))
 
 
 def parse_grammar(text: str, where: str = "grammar") -> "Grammar":
-    """`load_grammar` of a text; `where` names it in errors."""
+    """Parse and validate the text of a grammar; `where` names it in errors."""
     return Grammar(parse_grammar_file(text, where))
 
 
 def fair_mask(tokens: NDArray[np.integer], end: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Which targets follow a document boundary that the model has seen.
+    """Return a mask of the targets that follow a document boundary inside the window.
 
-    Documents are independent, so for these targets the window holds all of the past that matters: the best
-    loss given the window equals the best loss given everything before.
+    Documents are independent, so for these targets the window contains all relevant context: the lowest possible
+    loss given the window equals the lowest possible loss given the whole preceding text.
 
     Args:
-        tokens: integer [..., T], what the model reads; the target of position t is the token after it, token
-        t + 1. end: integer [n], the end marker in the same tokens, one token a character.
+        tokens: integer [..., T], the input tokens; the target of position t is token t + 1.
+        end: integer [n], the end marker in the same tokens, one token per character.
 
     Returns:
-        bool [..., T]: whether the marker lies wholly within tokens 0 to t.
+        bool [..., T]: whether tokens 0 to t contain the complete marker.
     """
     length, n = tokens.shape[-1], len(end)
     mask = np.zeros(tokens.shape, bool)
@@ -85,7 +79,7 @@ def fair_mask(tokens: NDArray[np.integer], end: NDArray[np.integer]) -> NDArray[
 
 
 class Grammar:
-    """A checked grammar. Made by `load_grammar`."""
+    """A validated grammar, created by `load_grammar`."""
 
     def __init__(self, file: GrammarFile) -> None:
         self._file = file
@@ -93,18 +87,18 @@ class Grammar:
 
     @property
     def end(self) -> str:
-        """The marker that closes a document, and stands nowhere else."""
+        """End marker of a document; it occurs nowhere else in the text."""
         return self._file.end
 
     @cached_property
     def characters(self) -> str:
-        """Every character that the text may hold, sorted."""
+        """All characters that can occur in the text, sorted."""
         return "".join(sorted({character for text in _literals(self._file) for character in text} | set(self.end)))
 
     def text(self, characters: int, seed: int) -> str:
-        """Documents until there are `characters` characters or more. A seed gives the same text everywhere."""
+        """Return documents with at least `characters` characters in total; platform-independent for a given seed."""
         if characters < 1:
-            raise DataError(f"text of {characters} characters cannot be; expected at least 1. Ask for more.")
+            raise DataError(f"cannot generate {characters} characters; expected at least 1. Use a larger number.")
         pieces: list[str] = []
         length = 0
         for document in self.documents(seed):
@@ -115,7 +109,7 @@ class Grammar:
         return "".join(pieces)
 
     def documents(self, seed: int) -> Iterator[str]:
-        """Independent documents, without end. Integers from raw Philox draws: equal on every platform."""
+        """Yield independent documents forever, from raw Philox integers that are equal on every platform."""
         draws = _raw_draws(seed)
         while True:
             out: list[str] = []
@@ -124,26 +118,26 @@ class Grammar:
             yield "".join(out)
 
     def entropy(self) -> Entropy:
-        """Exact expectations over all documents, by dynamic programming over the derivation; no sampling."""
+        """Compute exact expectations over all documents by dynamic programming over the derivation, not sampling."""
         nats = Expectation(self._derivation, choice_nats, None).of_document()
         literal = Expectation(self._derivation, literal_length, None).of_document()
-        # Expectations add, so the characters of each remembered name are counted apart: a state then carries
-        # the values that shape the text and one name, not the product of all of them.
+        # Expectations are additive, so the characters of each variable are counted separately: a state then has
+        # the variables that affect the text and one more, not the product of all variables.
         repeats = [Expectation(self._derivation, None, name) for name in self._file.variables]
         characters = len(self.end) + literal + sum(part.of_document() for part in repeats)
         return Entropy(nats, characters)
 
     def surprisal(self, text: str) -> NDArray[np.float64]:
-        """-ln p of each character given all before it, for text that begins at the start of a document.
+        """Return -ln p of each character given all preceding ones, for text that begins at a document's start.
 
         Args:
-            text: any number of documents; the last may be cut anywhere.
+            text: any number of documents; the last may be incomplete.
 
         Returns:
             float64 [len(text)], nats; 0 wherever the character is determined.
 
         Raises:
-            DataError: the text leaves the grammar; the message names the position.
+            DataError: the grammar cannot generate the text; the message names the position.
         """
         reader = _Reader(text)
         try:
@@ -155,10 +149,10 @@ class Grammar:
         return reader.nats
 
     def starts(self, text: str) -> NDArray[np.int64]:
-        """Positions at which a document begins, as the text itself shows: just after each end marker.
+        """Return the positions at which documents begin: those directly after an end marker.
 
-        Position 0 is not among them (a window may begin anywhere); `len(text)` is, where the text ends with a
-        marker.
+        Position 0 is not included, since a window may begin inside a document; `len(text)` is included if the text
+        ends with a marker.
         """
         found: list[int] = []
         at = text.find(self.end)
@@ -168,23 +162,21 @@ class Grammar:
         return np.array(found, np.int64)
 
     def fair_mask(self, text: str) -> NDArray[np.bool_]:
-        """`fair_mask` of the characters that a model reads: bool [len(text)], by position of the input."""
+        """Return `fair_mask` for the input characters of a model: bool [len(text)], by input position."""
         return fair_mask(_codes(text), _codes(self.end))
 
     def fair_surprisal(self, window: str) -> NDArray[np.float64]:
-        """The exact surprisal of each target that `fair_mask` admits, NaN for the others.
+        """Return the exact surprisal of each target in `fair_mask`, NaN for the others.
 
         Args:
-            window: T + 1 characters from anywhere in the text: the model reads the first T and predicts the
-            last T.
+            window: T + 1 characters from any position in the text: the first T are the input, the last T the targets.
 
         Returns:
-            float64 [T], nats; entry t is -ln p of character t + 1. Compare a model's loss with it position by
-            position: the mean over a window is *not* the entropy rate, as a window shows more beginnings of
-            documents than ends.
+            float64 [T], nats; entry t is -ln p of character t + 1. Compare a model's loss with it per position: the
+            mean over a window is *not* the entropy rate, as a window has more beginnings of documents than ends.
 
         Raises:
-            DataError: the text after the first boundary leaves the grammar.
+            DataError: the grammar cannot generate the text after the first boundary.
         """
         best = np.full(max(len(window) - 1, 0), np.nan)
         starts = self.starts(window)
@@ -231,11 +223,11 @@ class Grammar:
 
 
 class _TextEnds(Exception):
-    """The text that is read ends here."""
+    """End of the text that is parsed."""
 
 
 class _Reader:
-    """A cursor over text that writes down what each character cost."""
+    """Cursor over text that records the surprisal of each character."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -255,29 +247,28 @@ class _Reader:
                 self.position += len(opening)
                 return number
         number = self._follow(odds.openings)
-        cut = len(self.text) - self.position
-        self.nats[self.position :] = odds.nats_of_opening[number][:cut]
+        remaining = len(self.text) - self.position
+        self.nats[self.position :] = odds.nats_of_opening[number][:remaining]
         raise _TextEnds
 
     def _follow(self, literals: list[str]) -> int:
-        """One of the literals that the rest of the text begins. Raises at the first character that fits none."""
+        """Return a literal that begins with the rest of the text. Raises at the first character that matches none."""
         rest = self.text[self.position : self.position + max(map(len, literals))]
-        open_ = list(range(len(literals)))
+        candidates = list(range(len(literals)))
         for offset, character in enumerate(rest):
-            fitting = [n for n in open_ if offset < len(literals[n]) and literals[n][offset] == character]
-            if not fitting:
+            matching = [n for n in candidates if offset < len(literals[n]) and literals[n][offset] == character]
+            if not matching:
                 at = self.position + offset
-                expected = sorted({literals[n][offset] for n in open_ if offset < len(literals[n])})
+                expected = sorted({literals[n][offset] for n in candidates if offset < len(literals[n])})
                 raise DataError(
-                    f"text leaves the grammar at position {at}; got {character!r} after "
-                    f"{self.text[max(at - 20, 0) : at]!r}; "
-                    f"expected {' or '.join(map(repr, expected))}. Give text of this grammar that begins at "
-                    f"a document's start."
+                    f"the grammar cannot generate the text at position {at}; got {character!r} after "
+                    f"{self.text[max(at - 20, 0) : at]!r}; expected {' or '.join(map(repr, expected))}. "
+                    "Use text of this grammar that begins at the start of a document."
                 )
-            open_ = fitting
+            candidates = matching
         if len(literals) == 1:
             raise _TextEnds
-        return open_[0]
+        return candidates[0]
 
 
 def _raw_draws(seed: int) -> Iterator[int]:

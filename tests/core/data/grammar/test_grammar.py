@@ -1,4 +1,4 @@
-"""The grammar engine against brute force, and the built-in fables against what is promised of them."""
+"""The grammar's exact entropy and surprisal against brute force, and properties of the built-in fables."""
 
 import itertools
 import math
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from moezoo.core.data.grammar.grammar import Grammar, fair_mask, load_grammar, parse_grammar
-from moezoo.core.data.grammar.parser import Attribute, Choose, GrammarFile, Literal, Say, Template, parse_grammar_file
+from moezoo.core.data.grammar.parser import parse_grammar_file
+from moezoo.core.data.grammar.pieces import Attribute, Choose, GrammarFile, Literal, Say, Template
 from moezoo.core.errors import DataError, SpecError
 
-# Every feature once: weights, nesting, memory, exclusion (with unequal weights), plain and branching attributes.
+# Has every feature: weights, nesting, variables, exclusion (with unequal weights), plain and branching attributes.
 SMALL = r"""
 end: "\n\n"
 start: "The {hero=animal} met {other=animal-hero}{how}. {hero} {hero.end}, {other.his} {hero} too."
@@ -43,7 +44,7 @@ def fables() -> Grammar:
 
 
 def enumerate_documents(file: GrammarFile) -> dict[str, float]:
-    """Every document with its probability, by trying every choice: the spec of the engine."""
+    """Return every document with its probability by enumerating all choices: the reference implementation."""
 
     def expand(template: Template, chosen: Mapping[str, int]) -> Iterator[tuple[str, float, Mapping[str, int]]]:
         if not template:
@@ -81,7 +82,7 @@ def enumerate_documents(file: GrammarFile) -> dict[str, float]:
 # --- entropy ---------------------------------------------------------------------------------------------------------
 
 
-def test_entropy_equals_the_sum_over_every_document(small: Grammar, every_document: dict[str, float]) -> None:
+def test_entropy_equals_the_sum_over_all_documents(small: Grammar, every_document: dict[str, float]) -> None:
     assert math.isclose(sum(every_document.values()), 1.0, rel_tol=1e-12)
     entropy = small.entropy()
     nats = -sum(p * math.log(p) for p in every_document.values())
@@ -89,10 +90,9 @@ def test_entropy_equals_the_sum_over_every_document(small: Grammar, every_docume
     assert math.isclose(entropy.nats_per_document, nats, rel_tol=1e-12)
     assert math.isclose(entropy.characters_per_document, characters, rel_tol=1e-12)
     assert math.isclose(entropy.nats_per_character, nats / characters, rel_tol=1e-12)
-    assert math.isclose(entropy.bits_per_character, nats / characters / math.log(2), rel_tol=1e-12)
 
 
-def test_long_documents_do_not_meet_the_recursion_limit() -> None:
+def test_long_documents_do_not_exceed_the_recursion_limit() -> None:
     n = 3000
     grammar = parse_grammar('end: "|"\nstart: "' + "{bit}" * n + '"\nlists: {bit: ["0", "1"]}')
     entropy = grammar.entropy()
@@ -101,14 +101,14 @@ def test_long_documents_do_not_meet_the_recursion_limit() -> None:
     assert len(next(grammar.documents(seed=0))) == n + 1
 
 
-def test_surprisal_of_every_document_is_minus_log_of_its_probability(
+def test_surprisal_of_a_document_is_its_negative_log_probability(
     small: Grammar, every_document: dict[str, float]
 ) -> None:
     for text, p in every_document.items():
         assert math.isclose(small.surprisal(text).sum(), -math.log(p), rel_tol=1e-12)
 
 
-def test_surprisal_of_each_character_is_the_ratio_of_consistent_masses(
+def test_surprisal_of_each_character_is_the_ratio_of_matching_masses(
     small: Grammar, every_document: dict[str, float]
 ) -> None:
     for text in itertools.islice(every_document, 0, None, 7):
@@ -119,7 +119,7 @@ def test_surprisal_of_each_character_is_the_ratio_of_consistent_masses(
         np.testing.assert_allclose(small.surprisal(text), expected, atol=1e-12)
 
 
-def test_surprisal_of_cut_text_is_the_beginning_of_the_whole(small: Grammar) -> None:
+def test_surprisal_of_a_prefix_is_a_prefix_of_the_surprisal(small: Grammar) -> None:
     text = small.text(200, seed=5)
     whole = small.surprisal(text)
     for cut in range(len(text)):
@@ -127,27 +127,27 @@ def test_surprisal_of_cut_text_is_the_beginning_of_the_whole(small: Grammar) -> 
 
 
 def test_mean_surprisal_of_long_text_approaches_the_rate(small: Grammar, fables: Grammar) -> None:
-    for grammar, tolerance in ((small, 0.01), (fables, 0.005)):  # 3 deviations of the sample's mean, or more
+    for grammar, tolerance in ((small, 0.01), (fables, 0.005)):  # at least 3 standard deviations of the mean
         text = grammar.text(200_000, seed=1)
         rate = grammar.entropy().nats_per_character
         assert abs(grammar.surprisal(text).mean() - rate) < tolerance * rate
 
 
-def test_text_that_leaves_the_grammar_is_refused_at_its_position(small: Grammar) -> None:
+def test_text_outside_the_grammar_error_names_the_position(small: Grammar) -> None:
     good = small.text(100, seed=0)
     at = good.index("met") + 1
-    with pytest.raises(DataError, match=rf"leaves the grammar at position {at}; got 'X'.*expected 'e'"):
+    with pytest.raises(DataError, match=rf"cannot generate the text at position {at}; got 'X'.*expected 'e'"):
         small.surprisal(good[:at] + "X" + good[at + 1 :])
     with pytest.raises(DataError, match=r"position 4; got 'z' after 'The '; expected 'f' or 'h'"):
         small.surprisal("The zebra")
     with pytest.raises(DataError, match=r"position 13; got 'o'.*expected 'r'"):
-        small.surprisal("The fox met fox")  # the hero does not meet itself
+        small.surprisal("The fox met fox")  # excluded: the hero
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def test_text_depends_on_the_seed_alone_and_is_cut_at_ends(small: Grammar) -> None:
+def test_text_depends_only_on_the_seed_and_has_whole_documents(small: Grammar) -> None:
     text = small.text(1000, seed=3)
     assert text == parse_grammar(SMALL).text(1000, seed=3)
     assert text != small.text(1000, seed=4)
@@ -157,7 +157,7 @@ def test_text_depends_on_the_seed_alone_and_is_cut_at_ends(small: Grammar) -> No
     assert last < 1000 <= len(text)
 
 
-def test_documents_come_as_often_as_their_probability_says(small: Grammar, every_document: dict[str, float]) -> None:
+def test_document_frequencies_match_their_probabilities(small: Grammar, every_document: dict[str, float]) -> None:
     n = 20_000
     drawn = list(itertools.islice(small.documents(seed=11), n))
     assert set(drawn) <= set(every_document)
@@ -165,7 +165,7 @@ def test_documents_come_as_often_as_their_probability_says(small: Grammar, every
         assert abs(drawn.count(text) / n - p) < 5 * math.sqrt(p * (1 - p) / n)
 
 
-def test_text_of_no_characters_is_refused(small: Grammar) -> None:
+def test_text_of_no_characters_raises(small: Grammar) -> None:
     with pytest.raises(DataError, match="at least 1"):
         small.text(0, seed=0)
 
@@ -173,24 +173,24 @@ def test_text_of_no_characters_is_refused(small: Grammar) -> None:
 # --- boundaries and fair targets -------------------------------------------------------------------------------------
 
 
-def test_starts_are_where_documents_begin(small: Grammar) -> None:
+def test_starts_are_the_beginnings_of_documents(small: Grammar) -> None:
     documents = list(itertools.islice(small.documents(seed=2), 4))
     ends = np.cumsum([len(document) for document in documents])
     np.testing.assert_array_equal(small.starts("".join(documents)), ends)
     assert small.starts("The fox").size == 0
 
 
-def test_fair_targets_follow_a_boundary_that_has_been_read(small: Grammar) -> None:
+def test_fair_targets_follow_a_boundary_in_the_window(small: Grammar) -> None:
     document = next(small.documents(seed=0))
     window = document[-5:] + document[:9]
-    expected = [False] * 4 + [True] * 10  # position 4 reads the marker's last character and predicts a beginning
+    expected = [False] * 4 + [True] * 10  # the input of position 4 is the marker's last character
     np.testing.assert_array_equal(small.fair_mask(window), expected)
     tokens = np.array([[ord(character) for character in text] for text in (window, document[:14])])
     np.testing.assert_array_equal(fair_mask(tokens, np.array([10, 10])), [expected, [False] * 14])
     assert not small.fair_mask("x").any()
 
 
-def test_fair_surprisal_needs_nothing_from_before_the_window(small: Grammar) -> None:
+def test_fair_surprisal_does_not_depend_on_text_before_the_window(small: Grammar) -> None:
     text = small.text(2000, seed=9)
     whole = small.surprisal(text)
     for begin in range(0, 300, 37):
@@ -203,7 +203,7 @@ def test_fair_surprisal_needs_nothing_from_before_the_window(small: Grammar) -> 
     assert small.fair_surprisal("").size == 0
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- validation ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -212,15 +212,15 @@ def test_fair_surprisal_needs_nothing_from_before_the_window(small: Grammar) -> 
         ("frog", "foxy", r"lists.animal is ambiguous; got 'fox', a prefix of 'foxy'.*Reword"),
         ('" by day"', '""', "option that does not begin with literal text"),
         ('" by day"', '"{sound}"', "option that does not begin with literal text"),
-        ("{how}. ", "{how}.\\n\\n", r"end marker '\\n\\n' may stand inside a document"),
-        ("The {hero=", "\\n{hero=", r"end marker '\\n\\n' may stand inside a document"),
-        ("too.", "too.\\n", r"end marker '\\n\\n' may stand inside a document"),
-        ("{other.his}", "{others.his}", r"nothing is remembered as 'others'; did you mean other\?"),
-        ("The {hero=animal}", "{other} {hero=animal}", "'other' is used before it is surely chosen"),
-        ("{how}.", "{hwo}.", r"nothing is called 'hwo'; did you mean how\?"),
+        ("{how}. ", "{how}.\\n\\n", r"end marker '\\n\\n' may occur inside a document"),
+        ("The {hero=", "\\n{hero=", r"end marker '\\n\\n' may occur inside a document"),
+        ("too.", "too.\\n", r"end marker '\\n\\n' may occur inside a document"),
+        ("{other.his}", "{others.his}", r"no variable is called 'others'; did you mean other\?"),
+        ("The {hero=animal}", "{other} {hero=animal}", "'other' may be used before it is chosen"),
+        ("{how}.", "{hwo}.", r"no list or variable is called 'hwo'; did you mean how\?"),
         ("{other=animal-hero}", "{other=how-hero}", "excludes 'hero', which is not chosen from 'how'"),
         ("{hero.end}", "{hero.ending}", r"no attribute 'ending'; did you mean end\?"),
-        ("{hero.end}", "{hero.end", "brace without its partner"),
+        ("{hero.end}", "{hero.end", "unmatched brace"),
         ("{hero.end}", "{Hero!}", r"reference \{Hero!\}; expected"),
         (" late, {sound}", " late, {how}", "lists.how contains itself"),
         ("weight: 3", "weight: 0.5", r"lists.animal\[0\].weight is 0.5; expected a positive integer"),
@@ -230,17 +230,17 @@ def test_fair_surprisal_needs_nothing_from_before_the_window(small: Grammar) -> 
         ("start:", "begin:", "begin is not a known key"),
         ("lists:", "lists:\n  spare: [a]", "lists.spare is never used"),
         ("text: fox,", 'text: "fox {sound}",', r"\{hero\} repeats an option that is not plain text"),
-        ("{how}. ", "{sound=how}. ", "'sound' is a list and a remembered choice"),
+        ("{how}. ", "{sound=how}. ", "'sound' is both a list and a variable"),
         ("lists:", "lists: [", "is not valid YAML"),
     ],
 )
-def test_what_would_make_the_entropy_wrong_is_refused(old: str, new: str, message: str) -> None:
+def test_invalid_grammar_raises(old: str, new: str, message: str) -> None:
     assert old in SMALL
     with pytest.raises(SpecError, match=message):
         parse_grammar(SMALL.replace(old, new, 1))
 
 
-def test_missing_grammar_file_is_named(tmp_path: Path) -> None:
+def test_missing_grammar_file_error_names_it(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"no such grammar; got .*none\.yaml"):
         load_grammar(tmp_path / "none.yaml")
 
@@ -248,7 +248,7 @@ def test_missing_grammar_file_is_named(tmp_path: Path) -> None:
 # --- the fables ------------------------------------------------------------------------------------------------------
 
 
-def test_fables_are_short_plain_and_dense_enough_to_learn_from(fables: Grammar) -> None:
+def test_fables_are_short_ascii_and_have_the_documented_entropy(fables: Grammar) -> None:
     entropy = fables.entropy()
     assert 0.44 < entropy.nats_per_character < 0.46  # the number in writings/exact_entropy.md
     assert fables.characters.isascii()

@@ -1,4 +1,4 @@
-"""One mixture by itself: what a benchmark times, or someone who needs a MoE layer and no model."""
+"""A single MoE layer, for benchmarks and for users who need no whole model."""
 
 from collections.abc import Mapping
 
@@ -13,8 +13,8 @@ from moezoo.mlx_backend.choice import RoutingContext
 from moezoo.mlx_backend.moe import MoE
 
 
-class Mixture:
-    """See moezoo.core.backend.Mixture. Arrays are MLX's, and each method waits for what it computes."""
+class MoELayer:
+    """See moezoo.core.backend.MoELayer. Arrays are MLX's, and each method waits for its result."""
 
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
         self._prefix = f"layers.{layer}.moe."

@@ -1,4 +1,4 @@
-"""One mixture by itself, compiled: what a benchmark times, or someone who needs a MoE layer and no model."""
+"""A single MoE layer, compiled, for benchmarks and for users who need no whole model."""
 
 from collections.abc import Mapping
 
@@ -14,8 +14,8 @@ from moezoo.jax_backend.moe import MoE
 from moezoo.jax_backend.runtime.typed import State
 
 
-class Mixture:
-    """See moezoo.core.backend.Mixture. Arrays are JAX's, and each method waits for what it computes."""
+class MoELayer:
+    """See moezoo.core.backend.MoELayer. Arrays are JAX's, and each method waits for its result."""
 
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
         self._prefix = f"layers.{layer}.moe."

@@ -1,0 +1,173 @@
+"""Tokenizers that transformers loads, from a folder or the Hugging Face Hub."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.data.tokenizers import (
+    TOKENIZER_FOLDER,
+    Ids,
+    IdsLike,
+    check_ids,
+    encode_utf8,
+    hash_of,
+    save_json,
+    tokenizer_file,
+)
+from moezoo.core.errors import TokenizerError
+from moezoo.core.files import make_folder
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer that transformers loads, from a folder or by hub id.
+
+    `encode` adds no special tokens; one that occurs in the text (`<|endoftext|>`) is encoded as its id. Ids >=
+    `vocab_size`, which models with a padded vocabulary have, decode to nothing.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, path: str) -> None:
+        """Load from `path`: a folder with the tokenizer's files, or a hub id. Raises TokenizerError."""
+        self.path = str(path)
+        self._inner = _load_with_transformers(self.path)
+        self.vocab_size = max(self._inner.get_vocab().values()) + 1  # len() is smaller if ids have gaps
+        eos = self._inner.eos_token_id
+        self.end_of_text: int | None = None if eos is None else int(eos)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of the `tokenizers` library's serialization. Spec: Tokenizer."""
+        return hash_of(["huggingface", self._inner.backend_tokenizer.to_str()])
+
+    def encode(self, text: str, *, where: str = "prompt") -> Ids:
+        """Spec: Tokenizer.encode."""
+        encode_utf8(text, where)
+        ids = self._inner.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, np.int32)
+
+    def encode_with_special_tokens(self, text: str, *, where: str = "prompt") -> Ids:
+        """Encode like transformers by default: with the special tokens that the tokenizer adds, if any."""
+        encode_utf8(text, where)
+        return np.array(self._inner(text)["input_ids"], np.int32)
+
+    @cached_property
+    def first_token(self) -> int | None:
+        """Id of the special token that the tokenizer adds before every text (`<s>`), if any."""
+        bos, added = self._inner.bos_token_id, self._inner("")["input_ids"]
+        return int(bos) if bos is not None and added[:1] == [bos] else None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
+        """Encode a conversation with the tokenizer's chat template, including the generation prompt.
+
+        `messages`: `role` and `content` of each. Only special tokens of the template are used; none is added.
+        Raises TokenizerError: no chat template, or an error in the template for these messages.
+        """
+        for message in messages:
+            encode_utf8(message["content"], "prompt")
+        if not getattr(self._inner, "chat_template", None):
+            raise TokenizerError(
+                f"the tokenizer has no chat template; got {self.path}; expected chat_template.jinja, or chat_template "
+                "in its tokenizer_config.json. Prompt without chat, or use the folder of the chat model."
+            )
+        try:
+            ids = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template is a program: it raises TemplateError and others
+            raise TokenizerError(
+                f"the chat template cannot be applied; got {_first_line(error)} ({self.path}); expected a template for "
+                "roles system, user and assistant. Prompt without chat, or fix the template."
+            ) from error
+        return np.array(ids, np.int32)
+
+    def decode(self, ids: IdsLike) -> str:
+        """Spec: Tokenizer.decode. Special tokens are included; ids >= vocab_size are skipped."""
+        known = self._known(ids).tolist()
+        return str(self._inner.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def byte_count(self, ids: IdsLike) -> int:
+        """Spec: Tokenizer.byte_count. Special tokens and ids >= vocab_size count as 0 bytes.
+
+        Exact for byte-level tokenizers (GPT-2, Llama 3, Qwen). For others it is the length of the decoded
+        text, which can differ by a few bytes if `ids` begins or ends inside a character or a word.
+        """
+        known = self._known(ids)
+        if self._bytes_of is not None:
+            return int(self._bytes_of[known].sum())
+        text = self._inner.decode(known.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode("utf-8"))
+
+    def _known(self, ids: IdsLike) -> npt.NDArray[np.integer[Any]]:
+        array = np.asarray(ids).reshape(-1)
+        return check_ids(array[array < self.vocab_size], self)
+
+    @cached_property
+    def _bytes_of(self) -> npt.NDArray[np.int64] | None:
+        """Bytes of each token of a byte-level tokenizer, whose names have one character per byte; else None."""
+        decoder = json.loads(self._inner.backend_tokenizer.to_str()).get("decoder") or {}
+        parts = decoder.get("decoders", [decoder])
+        if [part.get("type") for part in parts] != ["ByteLevel"]:
+            return None
+        lengths = np.zeros(self.vocab_size, np.int64)
+        added = self._inner.added_tokens_decoder
+        for token, index in self._inner.get_vocab().items():
+            if index not in added:
+                lengths[index] = len(token)
+            elif not added[index].special:
+                lengths[index] = len(token.encode("utf-8"))
+        return lengths
+
+    def to_dict(self) -> dict[str, Any]:
+        """Spec: Tokenizer.to_dict. `path` is the origin; a saved tokenizer is loaded from `tokenizer/`."""
+        return {"kind": self.kind, "path": self.path}
+
+    def save(self, path: str | Path) -> None:
+        """Spec: Tokenizer.save. The files of the Hugging Face tokenizer are saved to `tokenizer/`."""
+        folder = tokenizer_file(path).parent / TOKENIZER_FOLDER
+        if folder.absolute() == Path(self.path).absolute() and tokenizer_file(path).is_file():
+            return  # loaded from this run folder: a kill while it is overwritten would damage it
+        make_folder(folder)
+        self._inner.save_pretrained(str(folder))
+        save_json(self, path)
+
+
+def _load_with_transformers(path: str) -> Any:
+    looks_local = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is None or path.startswith(".")
+    local = Path(path).expanduser()
+    if looks_local and not local.is_dir():  # transformers would look for it on the hub, with retries
+        raise TokenizerError(
+            f"no such tokenizer; got {path}; expected a folder with a tokenizer.json, or a hub id "
+            "(data.tokenizer.path). Check the path."
+        )
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # they recommend installing PyTorch
+    from transformers import AutoTokenizer
+
+    from_pretrained: Callable[..., Any] = AutoTokenizer.from_pretrained
+    try:
+        # Trap: by default, transformers asks on the terminal whether to run code from the folder.
+        inner = from_pretrained(str(local) if local.is_dir() else path, trust_remote_code=False)
+    except Exception as error:  # transformers and the hub client raise many types, from OSError to KeyError
+        raise TokenizerError(
+            f"the tokenizer cannot be loaded; got {path} ({_first_line(error)}); expected a folder with a "
+            "tokenizer.json, or a hub id that is cached or reachable (data.tokenizer.path). Check the name, "
+            "or download its files to a folder and use that."
+        ) from error
+    if not getattr(inner, "is_fast", False):
+        raise TokenizerError(
+            f"the tokenizer has no tokenizer.json; got {path} ({type(inner).__name__}); expected a fast tokenizer "
+            "(data.tokenizer.path). Convert it with transformers' convert_slow_tokenizer."
+        )
+    # Trap: a tokenizer.json can enable truncation and padding, which would silently truncate text.
+    inner.backend_tokenizer.no_truncation()
+    inner.backend_tokenizer.no_padding()
+    return inner
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -1,0 +1,68 @@
+"""The backend protocol in JAX."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
+from moezoo.core.distributed.process_group import ProcessGroup
+from moezoo.core.distributed.processes import PendingNumbers, Processes
+from moezoo.core.malloc import keep_freed_memory
+from moezoo.core.spec import ModelSpec
+from moezoo.jax_backend.distributed.sharding import Placement
+from moezoo.jax_backend.kernels.grouped_product import grouped_path
+from moezoo.jax_backend.model import JaxModel
+from moezoo.jax_backend.moe_layer import MoELayer
+from moezoo.jax_backend.runtime import processes
+from moezoo.jax_backend.runtime.compile_cache import use_compile_cache
+
+
+class JaxBackend:
+    """Flax NNX on JAX."""
+
+    name = "jax"
+
+    def __init__(self, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> None:
+        """On the first device, or on a mesh of all of them, which may be those of several processes."""
+        if group is not None:
+            processes.join(group)
+        self._mesh = mesh or MeshConfig()
+        # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
+        jax.config.update("jax_default_matmul_precision", "highest")
+        self._freed_memory = keep_freed_memory() if jax.default_backend() == "cpu" else None
+        self._compile_cache = use_compile_cache()
+
+    @property
+    def processes(self) -> Processes:
+        return processes.processes()
+
+    def gather(self, number: int) -> PendingNumbers:
+        return processes.gather(number)
+
+    def leave(self) -> None:
+        processes.leave()
+
+    def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> JaxModel:
+        alone = self._mesh.is_one_device and self.processes.count == 1
+        return JaxModel(spec, weights, None if alone else Placement(spec, self._mesh))
+
+    def moe_layer(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> MoELayer:
+        return MoELayer(spec, layer, weights)
+
+    def facts(self) -> dict[str, str]:
+        device = jax.devices()[0]
+        kind = device.device_kind if device.platform != "cpu" else "cpu"
+        facts = {
+            "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
+            "experts": grouped_path() + ("; few rows: the chosen ones alone" if grouped_path() == "blocks" else ""),
+            "compile cache": self._compile_cache,
+        }
+        if not self._mesh.is_one_device:
+            resolved = self._mesh.model_copy(
+                update={str(axis): size for axis, size in sizes(self._mesh, jax.device_count()).items()}
+            )
+            facts["mesh"] = f"{in_words(resolved)}; tokens to experts: {self._mesh.exchange}"
+            facts["checkpoints"] = "Orbax, each process its parts, in the background"
+        facts |= processes.facts()
+        return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}

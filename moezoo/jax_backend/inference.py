@@ -1,0 +1,255 @@
+"""A built model in JAX, as far as nothing is trained: forward pass, scores and generation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moezoo.core.backend import LayerRouting, Output, Scores, combine_weights
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
+from moezoo.core.config.training import Rematerialize
+from moezoo.core.generation.prefill import widths
+from moezoo.core.parameters import parameter_table
+from moezoo.core.random import Bits
+from moezoo.core.reference.sampling import SamplingOptions
+from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import check_targets
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.dispatch import expert_counts, num_dropped
+from moezoo.jax_backend.distributed.expert_parallel import ExpertParallel
+from moezoo.jax_backend.distributed.sharding import Placement, gather_outside_layers
+from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, prefilled
+from moezoo.jax_backend.kv_cache import Caches
+from moezoo.jax_backend.losses import loss_terms, token_losses
+from moezoo.jax_backend.runtime.processes import on_host
+from moezoo.jax_backend.runtime.typed import GraphDef, State
+from moezoo.jax_backend.sampling import Rule
+from moezoo.jax_backend.transformer import Forward, Transformer
+from moezoo.jax_backend.transforms.rematerialization import Transforms, transforms
+from moezoo.jax_backend.transforms.scanned_layers import Stacks
+
+Parameters = dict[str, jax.Array]
+
+
+class JaxInference:
+    """Parameters as a dict of canonical names; the module is merged inside each compiled function."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], placement: Placement | None = None):
+        """On the devices of a placement, else on the first one."""
+        rows = {row.name: row.shape for row in parameter_table(spec)}
+        check_names_and_shapes(shapes_of(weights), rows, "the model")
+        self.spec = spec
+        self._placement = placement
+        self._exchange = None if placement is None else ExpertParallel(placement)
+        self._stacks = Stacks(spec, placement=placement)
+        on_devices = weights if placement is None else placement.shard(weights)
+        self._parameters, self._state = self._split(Transformer(spec, Weights(on_devices)))
+        self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
+        self._score = jax.jit(self._score_values, static_argnames=("count", "inference"))
+        self._extend = jax.jit(self._extend_values, donate_argnums=3)
+        self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5))
+        self._finite = jax.jit(self._finite_values, out_shardings=None if placement is None else placement.replicated)
+
+    def forward(
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray | None = None,
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        record: bool = False,
+        key: Bits | None = None,
+        inference: bool = False,
+    ) -> Output:
+        if targets is not None:
+            check_targets(tokens, targets)
+        inputs = (self._parameters, self._state, tokens, targets, flatten_forced(forced), key)
+        with self._traced(len(tokens)):
+            result, terms, intermediates = on_host(self._forward(*inputs, record=record, inference=inference))
+        return Output(
+            result.logits_BTV,
+            _layer_routings(self.spec, result, tokens.shape),
+            {name: float(value) for name, value in terms.items()},
+            {name: np.asarray(value, np.float32) for name, value in intermediates.items()},
+        )
+
+    def _forward_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array | None,
+        forced: Sequence[jax.Array] | None,
+        key: jax.Array | None,
+        *,
+        record: bool,
+        inference: bool,
+    ) -> tuple[Forward, Parameters, Parameters]:
+        intermediates: dict[str, jax.Array] = {}
+        module, exchange = self._merge(parameters, state), None if self._sharded(tokens) is None else self._exchange
+        result = module(tokens, forced=forced, record=intermediates, key=key, inference=inference, exchange=exchange)
+        terms = {} if targets is None else self._terms(result, targets)
+        return result._replace(index_losses=[]), terms, intermediates if record else {}
+
+    def _terms(self, result: Forward, targets: jax.Array, global_load: Sequence[jax.Array] | None = None) -> Parameters:
+        losses = result.index_losses
+        return loss_terms(
+            self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
+        )
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
+        count = len(tokens)
+        if self._placement is not None:
+            filled = self._placement.padded_batch(count)
+            tokens, targets = (np.resize(rows, (filled, rows.shape[1])) for rows in (tokens, targets))  # the same again
+        with self._traced(len(tokens)):
+            values = self._score(self._parameters, self._state, tokens, targets, count=count, inference=inference)
+        losses, load, dropped = on_host(values)
+        loads = [np.asarray(sizes, np.int64) for sizes in load]
+        return Scores(losses[:count], loads, [int(number) for number in dropped])
+
+    def _score_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array,
+        *,
+        count: int,
+        inference: bool,
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        """Score the first `count` sequences; those after them pad the batch, and their losses are ignored."""
+        module, how = self._transformed(parameters, state, tokens)
+        result = module(tokens, inference=inference, **how._asdict())
+        if count < len(tokens):
+            counted_P = jnp.arange(tokens.size) < count * tokens.shape[1]
+            routings = [own._replace(valid_PK=own.valid_PK & counted_P[:, None]) for own in result.routings]
+            result = result._replace(routings=routings)
+        return token_losses(result.logits_BTV, targets), *routing_load(result)
+
+    def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
+        weights = (self._parameters, self._state)
+        return Generation(
+            self.spec, partial(self._extend, *weights), partial(self._decode, *weights), prompts, new_tokens, options
+        )
+
+    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
+        # Slots before the prompt are padding, and sizes are rounded up: prompts of like length share their programs.
+        size = sum(widths(tokens.shape[1], SMALLEST)) - tokens.shape[1] + -(-size // 64) * 64
+        extend = partial(self._extend, self._parameters, self._state)
+        logits, caches = prefilled(self.spec, extend, list(tokens), size)
+        return np.asarray(logits), caches
+
+    def decode(self, tokens: np.ndarray, cache: Caches) -> tuple[np.ndarray, Caches]:
+        logits, cache = self._extend(self._parameters, self._state, tokens[:, None], cache)
+        return np.asarray(logits), cache
+
+    def _extend_values(
+        self, parameters: Parameters, state: Parameters, tokens: jax.Array, caches: Caches
+    ) -> tuple[jax.Array, Caches]:
+        """Return the logits after the last of the tokens, and the extended caches."""
+        result = self._merge(parameters, state)(tokens, caches=caches)
+        assert result.caches is not None
+        return result.logits_BTV[:, -1], result.caches
+
+    def _decode_values(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        caches: Caches,
+        rule: Rule,
+        seen: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, Caches]:
+        """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
+        logits, caches = self._extend_values(parameters, state, tokens[:, None], caches)
+        assert caches.first_B is not None
+        position = caches.places - caches.first_B
+        return *choose(logits, rule, seen, drawn(rule, position)), caches
+
+    def wait(self) -> None:
+        jax.block_until_ready((self._parameters, self._state))
+
+    def nonfinite_parameters(self) -> list[str]:
+        finite = on_host(self._finite(self._parameters, self._state))
+        return [row.name for row in parameter_table(self.spec) if not finite[row.name]]
+
+    def _finite_values(self, parameters: Parameters, state: Parameters) -> Parameters:
+        named = self._stacks.unstack(parameters) | state
+        return {name: jnp.all(jnp.isfinite(value)) for name, value in named.items()}
+
+    # --- the module and its arrays -----------------------------------------------------------------------------------
+
+    def _split(self, module: Transformer) -> tuple[Parameters, Parameters]:
+        """Split a module into parameters and state by name; from now on, `_merge` makes such a module."""
+        graph, parameters, *others = nnx.split(module, nnx.Param, ...)
+        (state,) = others
+        self._merge_split = _merger(graph, parameters, state)
+        return dict(_named(parameters)), dict(_named(state))
+
+    def _merge(self, parameters: Parameters, state: Parameters) -> Transformer:
+        return self._merge_split(parameters, self._stacks.stack(state, state.__getitem__))
+
+    def _sharded(self, tokens: jax.Array) -> Placement | None:
+        """The placement over which a batch is sharded; None for a batch that cannot be sharded equally."""
+        return self._placement if self._placement is not None and self._placement.divides(len(tokens)) else None
+
+    def _transformed(
+        self, parameters: Parameters, state: Parameters, tokens: jax.Array, rematerialize: Rematerialize = "none"
+    ) -> tuple[Transformer, Transforms]:
+        """The module and its transforms for a batch: all-gather, expert parallelism, recomputation."""
+        placement = self._sharded(tokens)
+        if placement is None:
+            return self._merge(parameters, state), transforms(rematerialize, None, None)
+        module = self._merge(gather_outside_layers(parameters, placement), state)
+        return module, transforms(rematerialize, placement, self._exchange)
+
+    def _traced(self, num_sequences: int) -> AbstractContextManager[None]:
+        """Trace for the mesh, if there is one, with a batch of so many sequences."""
+        return nullcontext() if self._placement is None else self._placement.active(num_sequences)
+
+
+def _named(state: State) -> list[tuple[str, jax.Array]]:
+    """Leaves of an NNX state with their attribute path, in the order of its tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+    return [(".".join(str(key.key) for key in path), value) for path, value in leaves]
+
+
+def _merger(graph: GraphDef, *states: State) -> Callable[..., Transformer]:
+    """Return a function that merges a module from values by name, one dict for each of the states."""
+    parts = [(jax.tree.structure(state), [name for name, _ in _named(state)]) for state in states]
+
+    def merge(*values: Parameters) -> Transformer:
+        pairs = zip(parts, values, strict=True)
+        module: Transformer = nnx.merge(
+            graph, *(jax.tree.unflatten(shape, [own[name] for name in names]) for (shape, names), own in pairs)
+        )
+        return module
+
+    return merge
+
+
+def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
+    """Reshape experts [B, T, K] to [P, K]."""
+    return None if forced is None else [np.asarray(expert, np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
+
+
+def routing_load(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Return, per MoE layer, the tokens of each expert, and the number of dropped assignments."""
+    load = [expert_counts(routing) for routing in result.routings]
+    dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
+    return load, dropped
+
+
+def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
+    rows = []
+    for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
+        slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
+        expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
+        score_PE, like = np.array(routing.score_PE), (*shape, -1)
+        rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))
+    return rows

@@ -1,0 +1,40 @@
+"""A model in JAX: inference, training, and here exports and sharded files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moezoo.core.checkpoint.manifest import OPTIMIZER_PREFIX, WEIGHTS_PREFIX
+from moezoo.jax_backend.arrays import exported, to_numpy
+from moezoo.jax_backend.distributed.checkpoint_writer import PendingFiles
+from moezoo.jax_backend.inference import Parameters
+from moezoo.jax_backend.training import JaxTraining
+
+
+class JaxModel(JaxTraining):
+    """See moezoo.core.backend.Model."""
+
+    def checkpoint_writer(self) -> Callable[[Path], PendingFiles] | None:
+        return None if self._placement is None else self._write
+
+    def _write(self, folder: Path) -> PendingFiles:
+        weights = self._stacks.unstack(self._parameters) | self._state
+        moments = self._moments_by_name(lambda held: held)
+        arrays = {f"{WEIGHTS_PREFIX}{name}": value for name, value in weights.items()}
+        return PendingFiles(folder, arrays | {f"{OPTIMIZER_PREFIX}{name}": value for name, value in moments.items()})
+
+    def export_parameters(self) -> dict[str, np.ndarray]:
+        return self._stacks.unstack(exported(self._parameters)) | exported(self._state)
+
+    def export_optimizer(self) -> dict[str, np.ndarray]:
+        return self._moments_by_name(to_numpy)
+
+    def _moments_by_name(self, taken: Callable[[Parameters], dict[str, Any]]) -> dict[str, Any]:
+        adam = self._moments[0]
+        return {
+            f"{moment}.{name}": value
+            for moment, held in (("first_moment", adam.mu), ("second_moment", adam.nu))
+            for name, value in self._stacks.unstack(taken(held)).items()
+        }

@@ -1,0 +1,234 @@
+"""Training in JAX: loss and gradients, the compiled step, and its optimizer's state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from moezoo.core.backend import StepMetrics
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.precision import check_float32
+from moezoo.core.random import Bits
+from moezoo.core.reference.router_state import updated_names
+from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
+from moezoo.core.tokens import check_targets
+from moezoo.jax_backend.arrays import Weights, to_numpy
+from moezoo.jax_backend.distributed.sharding import Placement, shard
+from moezoo.jax_backend.inference import JaxInference, Parameters, flatten_forced, routing_load
+from moezoo.jax_backend.optimizer import adamw, clip, global_norm
+from moezoo.jax_backend.router_state import updated_state
+from moezoo.jax_backend.runtime.processes import lost_peer, on_host
+from moezoo.jax_backend.transformer import Transformer
+from moezoo.jax_backend.transforms.rematerialization import compiler_options
+from moezoo.jax_backend.transforms.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
+
+
+class PendingJaxStep:
+    """Numbers of a step that XLA may still be computing."""
+
+    def __init__(self, values: Any):
+        self._values = values
+
+    def fetch(self) -> StepMetrics:
+        losses, norm, load, dropped, state = on_host(self._values)
+        return StepMetrics(
+            {name: float(value) for name, value in losses.items()},
+            float(norm),
+            [np.asarray(sizes, np.int64) for sizes in load],
+            [int(count) for count in dropped],
+            state,
+        )
+
+
+class JaxTraining(JaxInference):
+    """A model that is trained; the optimizer's state is on the device, as its parameters are."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], placement: Placement | None = None):
+        super().__init__(spec, weights, placement)
+        self._decayed = {row.name: row.decay for row in parameter_table(spec) if row.trained}
+        self._balances_globally = any(
+            isinstance(loss, GlobalBalanceLossSpec) for _, moe in spec.moes for loss in moe.losses
+        )
+        self._rematerialize: Rematerialize = "none"
+        self._scanned = False
+        self._gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
+
+    def loss_and_gradients(
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        key: Bits | None = None,
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        check_targets(tokens, targets)
+        with self._traced(len(tokens)):
+            (_, (terms, *_)), gradients = self._gradients(
+                self._parameters, self._state, tokens, targets, key, flatten_forced(forced)
+            )
+        return {name: float(value) for name, value in terms.items()}, self._stacks.unstack(to_numpy(gradients))
+
+    def _loss(
+        self,
+        parameters: Parameters,
+        state: Parameters,
+        tokens: jax.Array,
+        targets: jax.Array,
+        key: jax.Array | None = None,
+        forced: Sequence[jax.Array] | None = None,
+        global_load: Sequence[jax.Array] | None = None,
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[jax.Array | None], tuple[list[jax.Array], list[jax.Array]]]]:
+        """Return the loss; and every loss term, cutoffs of the routers, and loads and drops."""
+        module, how = self._transformed(parameters, state, tokens, self._rematerialize)
+        result = module(tokens, forced=forced, key=key, **how._asdict())
+        terms = self._terms(result, targets, global_load)
+        cutoffs = [routing.cutoff_E for routing in result.routings]
+        return terms["loss"], (terms, cutoffs, routing_load(result))
+
+    def start_training(
+        self,
+        config: OptimizerConfig,
+        state: Mapping[str, np.ndarray] | None = None,
+        update: int = 0,
+        *,
+        rematerialize: Rematerialize = "none",
+        layers: Layers = "unrolled",
+    ) -> None:
+        check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
+        self._rematerialize = rematerialize
+        self._stack_layers(layers)
+        self._optimizer = adamw(config, {self._stacks.name(name): decay for name, decay in self._decayed.items()})
+        init, outputs = self._optimizer(0.0).init, None
+        adam, *rest = jax.eval_shape(init, self._parameters)
+        if self._placement is not None:
+            shardings = {name: self._stacks.shardings[name] for name in self._parameters}
+            replicated = self._placement.replicated
+            moments = (adam._replace(count=replicated, mu=shardings, nu=shardings), *rest)
+            outputs = (shardings, replicated, moments, replicated)
+        if state is None:
+            self._moments = self._new_moments(init, None if outputs is None else outputs[2])
+        else:
+            first, second = (
+                self._stacks.stack(self._decayed, partial(self._moment, state, kind))
+                for kind in ("first_moment", "second_moment")
+            )
+            self._moments = (optax.ScaleByAdamState(self._replicated(update), first, second), *rest)
+        self._step = jax.jit(
+            partial(self._step_values, config),
+            donate_argnums=(0, 2),
+            out_shardings=outputs,
+            compiler_options=compiler_options(rematerialize=self._rematerialize != "none" and not self._scanned),
+        )
+
+    def own_sequences(self, batch: int) -> np.ndarray:
+        return np.arange(batch) if self._placement is None else self._placement.own_sequences(batch)
+
+    def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
+        for window in windows:
+            check_targets(window[:, :-1], window[:, 1:])
+        batch = windows if self._placement is None else self._placement.of_all_processes(windows)
+        with self._traced(batch.shape[1]), lost_peer():
+            self._parameters, self._state, self._moments, values = self._step(
+                self._parameters, self._state, self._moments, batch, np.float32(learning_rate), keys
+            )
+        return PendingJaxStep(values)
+
+    def _step_values(
+        self,
+        config: OptimizerConfig,
+        parameters: Parameters,
+        state: Parameters,
+        moments: Any,
+        windows: jax.Array,
+        learning_rate: jax.Array,
+        keys: jax.Array | None,
+    ) -> tuple[Parameters, Parameters, Any, Any]:
+        """One update. Returns parameters, state and moments after it, and the values of a PendingJaxStep."""
+        running = None
+        if self._scanned and windows.shape[0] > 1:
+            running = GradientMeans(parameters, windows.shape[0], self._stacks.shardings)
+        gradient_of = (
+            jax.value_and_grad(self._loss, has_aux=True) if running is None else running.accumulate(self._loss)
+        )
+        global_load = None
+        if self._balances_globally and windows.shape[0] > 1:
+            # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
+            global_load = _sum_over(partial(self._loads, parameters, state), windows, keys)
+
+        def micro_batch(window: jax.Array, key: jax.Array | None) -> Any:
+            (_, (terms, cutoffs, load)), gradients = gradient_of(
+                parameters, state, window[:, :-1], window[:, 1:], key, global_load=global_load
+            )
+            return (gradients, terms, cutoffs), load
+
+        means, load = _sum_over(micro_batch, windows, keys)
+        if windows.shape[0] > 1:
+            means = jax.tree.map(lambda total: total / windows.shape[0], means)
+        if running is not None:
+            means = (running.means(), *means[1:])
+        gradients, terms, cutoffs = means
+        if self._placement is not None:
+            gradients = jax.lax.with_sharding_constraint(
+                gradients, {name: self._stacks.shardings[name] for name in gradients}
+            )
+        norm = global_norm(gradients)
+        gradients = clip(config, gradients, norm)
+        updates, moments = self._optimizer(learning_rate).update(gradients, moments, parameters)
+        state = updated_state(self.spec, state, load[0], cutoffs)
+        reported = {name: state[name] for name in updated_names(self.spec)}
+        updated: Parameters = optax.apply_updates(parameters, updates)
+        return updated, state, moments, (terms, norm, *load, reported)
+
+    def _loads(
+        self, parameters: Parameters, state: Parameters, window: jax.Array, key: jax.Array | None
+    ) -> list[jax.Array]:
+        """Return, per MoE layer, how many tokens chose each expert."""
+        tokens = window[:, :-1]
+        module, how = self._transformed(parameters, state, tokens)
+        return routing_load(module(tokens, key=key, **how._asdict()))[0]
+
+    # --- the optimizer's state ---------------------------------------------------------------------------------------
+
+    def _new_moments(self, init: Callable[[Parameters], Any], shardings: Any) -> Any:
+        return jax.jit(init, out_shardings=shardings)(self._parameters)
+
+    def _moment(self, state: Mapping[str, np.ndarray], kind: str, name: str) -> jax.Array:
+        """Put a moment of a parameter on the devices of the parameter."""
+        if self._placement is None:
+            return jnp.asarray(state[f"{kind}.{name}"])
+        return shard(state, f"{kind}.{name}", self._placement.parameters[name])
+
+    def _replicated(self, count: int) -> jax.Array:
+        value = np.asarray(count, np.int32)
+        return jnp.asarray(value) if self._placement is None else shard({"": value}, "", self._placement.replicated)
+
+    def _stack_layers(self, layers: Layers) -> None:
+        """Stack the arrays of equal layers if they are to be scanned, so that no step copies them."""
+        if self._scanned == (layers == "scanned"):
+            return
+        stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec), self._placement)
+        own = self._stacks.unstack(self._parameters)
+        self._parameters.clear()  # so that each array goes when it has been taken out of `own`
+        self._stacks, self._scanned = stacks, not self._scanned
+        values = stacks.stack(list(own), own.pop) | stacks.stack(self._state, self._state.__getitem__)
+        made = ScannedTransformer if self._scanned else Transformer
+        self._parameters, _ = self._split(made(self.spec, Weights(values)))
+
+
+def _sum_over(micro_batch: Callable[..., Any], windows: jax.Array, keys: jax.Array | None) -> Any:
+    """Sum `micro_batch(window, key)` over the windows. It is compiled once."""
+    first_key = None if keys is None else keys[0]
+    if windows.shape[0] == 1:
+        return micro_batch(windows[0], first_key)
+    shapes = jax.eval_shape(micro_batch, windows[0], first_key)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, micro_batch(*part)), None
+
+    return jax.lax.scan(add, zeros, (windows, keys))[0]

@@ -1,0 +1,58 @@
+"""The backend protocol in MLX."""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
+from moezoo.core.distributed.processes import PendingNumbers, Processes
+from moezoo.core.spec import ModelSpec
+from moezoo.mlx_backend import BLAS, FREED_MEMORY
+from moezoo.mlx_backend.distributed import data_parallel
+from moezoo.mlx_backend.kernels.grouped_product import grouped_path
+from moezoo.mlx_backend.kernels.x86 import can_fuse, is_x86_cpu
+from moezoo.mlx_backend.model import MlxModel
+from moezoo.mlx_backend.moe_layer import MoELayer
+
+
+class MlxBackend:
+    """MLX on Apple silicon, or on the CPU."""
+
+    name = "mlx"
+
+    def __init__(self, mesh: MeshConfig | None = None) -> None:
+        """In one process, or with a part of the batch in each. A mesh that asks for nothing leaves that to them."""
+        if mesh is not None and not mesh.is_one_device:
+            data_parallel.check_mesh({axis: getattr(mesh, axis) for axis in MESH_AXES})
+
+    @property
+    def processes(self) -> Processes:
+        return data_parallel.processes()
+
+    def gather(self, number: int) -> PendingNumbers:
+        return data_parallel.gather(number)
+
+    def leave(self) -> None:
+        self.gather(0).fetch()
+
+    def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> MlxModel:
+        return MlxModel(spec, weights)
+
+    def moe_layer(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> MoELayer:
+        return MoELayer(spec, layer, weights)
+
+    def facts(self) -> dict[str, str]:
+        device = "gpu (Metal)" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+        exponentials = "powers of 2" if is_x86_cpu() else "MLX's own"
+        fused = "optimizer (mx.compile with g++)" if can_fuse() else "nothing"
+        if is_x86_cpu() and not can_fuse():
+            fused = "nothing (slower updates): no g++ on the PATH"
+        return {
+            "device": f"{device}, MLX {mx.__version__}",  # type: ignore[attr-defined]  # not in its stub
+            "experts": grouped_path() + ("; few rows: gather_mm" if grouped_path() == "slices" else ""),
+            "blas": BLAS,
+            "freed memory": FREED_MEMORY,
+            "exponentials": exponentials,
+            "fused": fused,
+        } | data_parallel.facts()

@@ -1,0 +1,170 @@
+"""A built model in MLX, as far as nothing is trained: forward pass, scores and generation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from moezoo.core.backend import LayerRouting, Output, Scores, combine_weights
+from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import check_names_and_shapes
+from moezoo.core.parameters import parameter_table
+from moezoo.core.random import Bits
+from moezoo.core.reference.sampling import SamplingOptions
+from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import check_targets
+from moezoo.mlx_backend.arrays import Weights, to_numpy
+from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
+from moezoo.mlx_backend.distributed import data_parallel
+from moezoo.mlx_backend.generation import Generation, choose, prefilled
+from moezoo.mlx_backend.kv_cache import Caches
+from moezoo.mlx_backend.losses import loss_terms, token_losses
+from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int, to_ints
+from moezoo.mlx_backend.sampling import Rule
+from moezoo.mlx_backend.transformer import Forward, Transformer
+
+
+class MlxInference:
+    """A module that holds its parameters; the canonical name of a parameter is its path in the module."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]):
+        table = parameter_table(spec)
+        check_names_and_shapes(shapes_of(weights), {row.name: row.shape for row in table}, "the model")
+        self.spec = spec
+        self._module = Transformer(spec, Weights(weights))
+        self._state_names = [row.name for row in table if not row.trained]
+        for name in self._state_names:
+            path, _, leaf = name.rpartition(".")
+            self._inside(path).freeze(keys=[leaf], recurse=False)
+        mx.eval(self._module.parameters())
+
+    def forward(
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray | None = None,
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        record: bool = False,
+        key: Bits | None = None,
+        inference: bool = False,
+    ) -> Output:
+        if targets is not None:
+            check_targets(tokens, targets)
+        intermediates: dict[str, mx.array] = {}
+        result = self._module(
+            mx.array(tokens),
+            forced=flatten_forced(forced),
+            record=intermediates,
+            key=None if key is None else mx.array(key),
+            inference=inference,
+        )
+        terms = {} if targets is None else self._terms(result, mx.array(targets))
+        _, terms = data_parallel.averaged({}, terms)
+        mx.eval(result.logits_BTV, result.routings, terms, intermediates if record else {})
+        return Output(
+            np.array(result.logits_BTV),
+            _layer_routings(self.spec, result, tokens.shape),
+            {name: to_float(value) for name, value in terms.items()},
+            to_numpy(intermediates) if record else {},
+        )
+
+    def _terms(
+        self, result: Forward, targets: mx.array, global_load: Sequence[mx.array] | None = None
+    ) -> dict[str, mx.array]:
+        losses = result.index_losses
+        return loss_terms(
+            self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
+        )
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
+        own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)
+        result = self._module(mx.array(own_tokens), inference=inference)
+        losses = token_losses(result.logits_BTV, mx.array(own_targets))
+        load, dropped = routing_load(result)
+        if len(own_tokens) < len(tokens):
+            losses = data_parallel.whole_batch(losses)
+            load, dropped = data_parallel.summed(load, dropped)
+        with data_parallel.lost_peer():
+            mx.eval(losses, load, dropped)
+        return Scores(
+            np.array(losses),
+            [np.array(sizes, np.int64) for sizes in load],
+            [to_int(count) for count in dropped],
+        )
+
+    def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
+        return Generation(self.spec, self._extended, self._decoded, prompts, new_tokens, options)
+
+    def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
+        logits, caches = prefilled(self.spec, self._extended, list(tokens), size)
+        return np.array(logits), caches
+
+    def decode(self, tokens: np.ndarray, cache: Caches) -> tuple[np.ndarray, Caches]:
+        logits, cache = self._extended(mx.array(tokens[:, None]), cache)
+        mx.eval(logits, cache)
+        return np.array(logits), cache
+
+    def _extended(self, tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:
+        """Return the logits after the last of the tokens, and the extended caches."""
+        result = self._module(tokens, caches=caches)
+        assert result.caches is not None
+        return result.logits_BTV[:, -1], result.caches
+
+    def _decoded(
+        self, tokens: mx.array, caches: Caches, rule: Rule, seen: mx.array | None, draw: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array | None, Caches]:
+        """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
+        logits, caches = self._extended(tokens[:, None], caches)
+        return *choose(logits, rule, seen, draw), caches
+
+    def wait(self) -> None:
+        mx.eval(self._module.state)
+        mx.synchronize()
+
+    def nonfinite_parameters(self) -> list[str]:
+        named = self._named()
+        names = [row.name for row in parameter_table(self.spec)]
+        finite = to_ints(mx.stack([mx.isfinite(named[name]).all() for name in names]))
+        return [name for name, good in zip(names, finite, strict=True) if not good]
+
+    # --- the module and its arrays -----------------------------------------------------------------------------------
+
+    def _inside(self, path: str) -> nn.Module:
+        """The module at a canonical path."""
+        module: Any = self._module
+        for step in path.split("."):
+            module = module[int(step)] if step.isdigit() else module[step]
+        assert isinstance(module, nn.Module)
+        return module
+
+    def _named(self) -> dict[str, mx.array]:
+        return dict(flatten(self._module.parameters()))
+
+    def _value(self, name: str) -> mx.array:
+        path, _, leaf = name.rpartition(".")
+        value: mx.array = self._inside(path)[leaf]
+        return value
+
+
+def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
+    """Reshape experts [B, T, K] to [P, K]."""
+    return None if forced is None else [mx.array(expert.reshape(-1, expert.shape[-1])) for expert in forced]
+
+
+def routing_load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
+    """Return, per MoE layer, the tokens of each expert, and the number of dropped assignments."""
+    load = [expert_counts(routing) for routing in result.routings]
+    dropped = [num_dropped(*pair) for pair in zip(result.routings, result.dispatches, strict=True)]
+    return load, dropped
+
+
+def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
+    rows = []
+    for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
+        slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
+        expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
+        score_PE, like = np.array(routing.score_PE), (*shape, -1)
+        rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))
+    return rows

@@ -1,0 +1,49 @@
+"""Activations of this platform: fused on the GPU; on the CPU in parts on two streams, and on x86 as powers of 2."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx import nn
+
+from moezoo.mlx_backend.kernels import x86
+from moezoo.mlx_backend.runtime.streams import streams
+
+MANY_ROWS = 512
+"""From this number of rows on, copying what the backward pass needs costs less than keeping the rest alive."""
+
+Activation = Callable[[mx.array | None, mx.array], mx.array]
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return silu(gate) * up."""
+    if x86.is_x86_cpu():
+        rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
+        return x86.gated_silu(*rows, forget=len(rows[0]) > MANY_ROWS).reshape(up.shape)
+    return rows_in_turns(_swiglu, gate, up)
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """Return 1 / (1 + exp(-x))."""
+    return x86.sigmoid(x) if x86.is_x86_cpu() else mx.sigmoid(x)
+
+
+def rows_in_turns(activation: Activation, gate: mx.array | None, up: mx.array) -> mx.array:
+    """Apply an elementwise activation to parts of the rows, one per stream."""
+    turns = streams()
+    if len(turns) == 1:
+        return activation(gate, up)
+    up_rows = up.reshape(-1, up.shape[-1])
+    cuts = [len(up_rows) * turn // len(turns) for turn in range(1, len(turns))]
+    gate_parts = [None] * len(turns) if gate is None else mx.split(gate.reshape(up_rows.shape), cuts)
+    parts = []
+    for stream, gate_part, up_part in zip(turns, gate_parts, mx.split(up_rows, cuts), strict=True):
+        with mx.stream(stream):
+            parts.append(activation(gate_part, up_part))
+    return mx.concatenate(parts).reshape(up.shape)
+
+
+def _swiglu(gate: mx.array | None, up: mx.array) -> mx.array:
+    """SwiGLU, fused on the GPU; on the CPU, fusing would need a C++ compiler."""
+    assert gate is not None
+    silu = nn.silu(gate) if len(streams()) == 1 else gate * mx.sigmoid(gate)
+    return silu * up

@@ -1,0 +1,13 @@
+"""Cross-entropy per token on this platform: on x86 as powers of 2, in parts on streams."""
+
+import mlx.core as mx
+
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, log_losses
+
+
+def softmax_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
+    """Return -log softmax(logits) of each target, float32 [P]."""
+    if is_x86_cpu():
+        return log_losses(logits_PV, target_P)
+    chosen_P = mx.take_along_axis(logits_PV, target_P[:, None], axis=-1)[:, 0]
+    return mx.logsumexp(logits_PV, axis=-1) - chosen_P

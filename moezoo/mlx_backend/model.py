@@ -1,0 +1,26 @@
+"""A model in MLX: inference, training, and here exports."""
+
+import numpy as np
+
+from moezoo.mlx_backend.arrays import exported, to_numpy
+from moezoo.mlx_backend.runtime.typed import flatten
+from moezoo.mlx_backend.training import MlxTraining
+
+
+class MlxModel(MlxTraining):
+    """See moezoo.core.backend.Model."""
+
+    def checkpoint_writer(self) -> None:
+        return None
+
+    def export_parameters(self) -> dict[str, np.ndarray]:
+        return exported(self._named())
+
+    def export_optimizer(self) -> dict[str, np.ndarray]:
+        moments = {}
+        for part in self._optimizer.optimizers:
+            for path, value in flatten(part.state):
+                name, _, kind = path.rpartition(".")
+                if kind in ("m", "v"):
+                    moments[f"{'first' if kind == 'm' else 'second'}_moment.{name}"] = value
+        return to_numpy(moments)

@@ -1,0 +1,169 @@
+"""Training in MLX: loss and gradients, the step, and its optimizer's state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_map, tree_unflatten
+
+from moezoo.core.backend import StepMetrics
+from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.errors import TrainingError
+from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.precision import check_float32
+from moezoo.core.random import Bits
+from moezoo.core.reference.router_state import updated_names
+from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
+from moezoo.core.tokens import check_targets
+from moezoo.mlx_backend.arrays import to_numpy
+from moezoo.mlx_backend.distributed import data_parallel
+from moezoo.mlx_backend.inference import MlxInference, flatten_forced, routing_load
+from moezoo.mlx_backend.optimizer import adamw, clip, global_norm
+from moezoo.mlx_backend.router_state import updated_state
+from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int
+
+
+class PendingMlxStep:
+    """Numbers of a step that MLX may still be computing."""
+
+    def __init__(self, values: Any):
+        self._values = values
+
+    def fetch(self) -> StepMetrics:
+        terms, norm, load, dropped, state = self._values
+        with data_parallel.lost_peer():
+            return StepMetrics(
+                {name: to_float(value) for name, value in terms.items()},
+                to_float(norm),
+                [np.array(sizes, np.int64) for sizes in load],
+                [to_int(count) for count in dropped],
+                to_numpy(state),
+            )
+
+
+class MlxTraining(MlxInference):
+    """A model that is trained; the optimizer holds its state."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]):
+        super().__init__(spec, weights)
+        self._decayed = {row.name: row.decay for row in parameter_table(spec) if row.trained}
+        self._balances_globally = any(
+            isinstance(loss, GlobalBalanceLossSpec) for _, moe in spec.moes for loss in moe.losses
+        )
+        self._loss_and_gradients = nn.value_and_grad(self._module, self._loss)
+
+    def loss_and_gradients(
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        *,
+        forced: Sequence[np.ndarray] | None = None,
+        key: Bits | None = None,
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        check_targets(tokens, targets)
+        (_, terms, *_), gradients = self._loss_and_gradients(
+            mx.array(tokens), mx.array(targets), None if key is None else mx.array(key), flatten_forced(forced)
+        )
+        gradients, terms = data_parallel.averaged(gradients, terms)
+        mx.eval(terms, gradients)
+        return {name: to_float(value) for name, value in terms.items()}, to_numpy(dict(flatten(gradients)))
+
+    def _loss(
+        self,
+        tokens: mx.array,
+        targets: mx.array,
+        key: mx.array | None = None,
+        forced: Sequence[mx.array] | None = None,
+        global_load: Sequence[mx.array] | None = None,
+    ) -> tuple[mx.array, dict[str, mx.array], list[mx.array | None], tuple[list[mx.array], list[mx.array]]]:
+        """Return the loss, every loss term, cutoffs of the routers, and loads and drops."""
+        result = self._module(tokens, forced=forced, key=key)
+        terms = self._terms(result, targets, global_load)
+        cutoffs = [routing.cutoff_E for routing in result.routings]
+        return terms["loss"], terms, cutoffs, routing_load(result)
+
+    def start_training(
+        self,
+        config: OptimizerConfig,
+        state: Mapping[str, np.ndarray] | None = None,
+        update: int = 0,
+        *,
+        rematerialize: Rematerialize = "none",
+        layers: Layers = "unrolled",
+    ) -> None:
+        check_float32({name: str(value.dtype).rpartition(".")[2] for name, value in self._named().items()})
+        data_parallel.check_shared(self.spec)
+        self._config = config
+        if rematerialize != "none":
+            raise TrainingError(
+                f"training.rematerialize is {rematerialize!r}, which is not supported on MLX; expected 'none'. "
+                "Train on JAX, or with a smaller micro-batch (training.gradient_accumulation)."
+            )
+        if layers != "unrolled":
+            raise TrainingError(
+                f"training.layers is {layers!r}, which is not supported on MLX, which compiles no layers; expected "
+                "'unrolled'. Remove it, or train on JAX."
+            )
+        self._optimizer = adamw(config, self._decayed)
+        self._optimizer.init(self._module.trainable_parameters())
+        if state is not None:
+            names = {"m": "first_moment", "v": "second_moment"}
+            for part in self._optimizer.optimizers:
+                restored = [
+                    (path, mx.array(state[f"{names[path.rpartition('.')[2]]}.{path.rpartition('.')[0]}"]))
+                    for path, _ in flatten(part.state)
+                    if path.endswith((".m", ".v"))
+                ]
+                moments = tree_unflatten(restored) if restored else {}
+                part.state = {**part.state, **moments, "step": mx.array(update, mx.uint64)}
+                part._initialized = True
+
+    def own_sequences(self, batch: int) -> np.ndarray:
+        return data_parallel.processes().share(batch)
+
+    def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingMlxStep:
+        for window in windows:
+            check_targets(window[:, :-1], window[:, 1:])
+        self._optimizer.learning_rate = learning_rate
+        parts = [(mx.array(window), None if keys is None else mx.array(keys[a])) for a, window in enumerate(windows)]
+        global_load = None
+        if self._balances_globally and len(parts) > 1:
+            # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
+            global_load = _sum_over(lambda window, key: routing_load(self._module(window[:, :-1], key=key))[0], parts)
+            (global_load,) = data_parallel.summed(global_load)
+
+        def micro_batch(window: mx.array, key: mx.array | None) -> Any:
+            (_, terms, cutoffs, load), gradients = self._loss_and_gradients(
+                window[:, :-1], window[:, 1:], key, global_load=global_load
+            )
+            return (gradients, terms, cutoffs), load
+
+        means, (load, dropped) = _sum_over(micro_batch, parts)
+        if len(parts) > 1:
+            means = tree_map(lambda total: None if total is None else total / len(parts), means)
+        gradients, terms, cutoffs = means
+        gradients, terms = data_parallel.averaged(gradients, terms)
+        load, dropped = data_parallel.summed(load, dropped)
+        norm = global_norm(gradients)
+        gradients = clip(self._config, gradients, norm)
+        self._optimizer.update(self._module, gradients)
+        del means, gradients  # so that their memory can be taken for what is made of them
+        state = {name: self._value(name) for name in self._state_names}
+        for name, value in updated_state(self.spec, state, load, cutoffs).items():
+            path, _, leaf = name.rpartition(".")
+            setattr(self._inside(path), leaf, value)
+        values = (terms, norm, load, dropped, {name: self._value(name) for name in updated_names(self.spec)})
+        with data_parallel.lost_peer():
+            mx.async_eval(values, self._module.state, self._optimizer.state)
+        return PendingMlxStep(values)
+
+
+def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array, mx.array | None]]) -> Any:
+    """Sum `micro_batch(window, key)` over the parts."""
+    total = micro_batch(*parts[0])
+    for part in parts[1:]:
+        # Trap: MLX's tree_map calls the function on None too, which is the cutoffs of a router without any.
+        total = tree_map(lambda a, b: None if a is None else a + b, total, micro_batch(*part))
+    return total
