@@ -31,7 +31,7 @@ def mlx() -> Twin:
 
 @pytest.fixture(params=[0, 2**14], ids=["in parts", "small ones whole"])
 def use(request, mlx, monkeypatch):
-    """Take the kernels of this file's subject, or MLX's own, whatever the platform is."""
+    """Switch between the x86 kernels and MLX's own operations, on any platform."""
     for stem in ("kernels.attention", "kernels.x86"):
         monkeypatch.setattr(mlx.module(stem), "SMALL", request.param)
 

@@ -1,7 +1,7 @@
 """Expert parallelism: all-to-all dispatch of tokens to the devices of their experts, and combine. JAX only.
 
 All of it runs in one `shard_map`: each device sorts the token-expert assignments of its own tokens, dispatches them to
-the devices of their experts, and combines the outputs. Dropped assignments are known before. A capacity per sequence
+the devices of their experts, and combines the outputs. Tokens were dropped before this step. A capacity per sequence
 bounds the number of assignments per expert and sequence, so each gets a slot; without one, they are packed in order
 (`_PaddedAllToAll`).
 Source: Lepikhin et al. 2020, GShard, arXiv 2006.16668, section 3.2 (the all-to-all, slots by capacity); Gale et al.

@@ -1,4 +1,4 @@
-"""Attention paths of this platform."""
+"""Chunk sizes of attention by platform."""
 
 from moezoo.jax_backend.runtime.platform import platform
 

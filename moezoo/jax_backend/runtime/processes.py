@@ -165,7 +165,7 @@ def _all_gather_program() -> tuple[Any, NamedSharding]:
 
 
 def _joined() -> bool:
-    """Return True after `join`. Trap: querying JAX's processes initializes it, and then it cannot join any."""
+    """Return True after `join`. Trap: querying JAX's processes initializes JAX, which then cannot join others."""
     return jax.distributed.is_initialized()
 
 

@@ -1,4 +1,4 @@
-"""Activations of this platform: fused on the GPU; on the CPU in parts on two streams, and on x86 as powers of 2."""
+"""Activation kernels: fused on the GPU, split over two streams on the CPU, and as powers of 2 on x86."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Attention paths of this platform: MLX's fused kernel, or on x86 products and powers of 2 (`x86.py`)."""
+"""Attention kernels: MLX's fused kernel, or products and powers of 2 on x86 (`x86.py`)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Cross-entropy per token on this platform: on x86 as powers of 2, in parts on streams."""
+"""Cross-entropy per token, computed as powers of 2 in parts over streams on x86."""
 
 import mlx.core as mx
 
