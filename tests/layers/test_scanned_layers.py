@@ -143,5 +143,5 @@ def test_layers_that_cannot_be_scanned_are_rejected(name):
 
 def test_scanned_layers_on_mlx_are_rejected():
     require_backend("mlx")
-    with pytest.raises(TrainingError, match=r"training.layers is 'scanned', which is not .* on MLX"):
+    with pytest.raises(TrainingError, match=r"training.layers is 'scanned', which is not supported on MLX"):
         started(tiny("top_k", 2), "scanned", "mlx")
