@@ -89,7 +89,7 @@ def test_unsupported_generation_options_stop_only_generation(folder: Path, tmp_p
     result = call("generate", told, "--prompt", "the cat")
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
-    assert "generation_config.json: chat_format is not known, and has no effect" in lines[0]
+    assert "generation_config.json: chat_format is an unknown field and has no effect" in lines[0]
     assert lines[1].startswith("SpecError: ")
     assert "unsupported generation settings; got num_beams 4 in " in lines[1]
     assert len(lines) == 2

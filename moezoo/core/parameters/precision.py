@@ -1,8 +1,8 @@
-"""Where numbers change dtype. One list, for both backends; `float32` everywhere makes each of them a no-op.
+"""Cast points: the list of places where dtypes change, for both backends. With float32 each of them is a no-op.
 
-A parameter has the dtype that it is given, one of STORED_DTYPES: that of its file, or float32 where it is trained.
-Every use of it casts, to the compute dtype in a product and to float32 elsewhere; both are exact where compute is
-float32, so a bfloat16 file gives just what its numbers in float32 give.
+A parameter is stored in one of STORED_DTYPES: the dtype of its file, or float32 if it is trained. Every use casts it,
+to the compute dtype in a matrix product and to float32 elsewhere. Both casts are exact if compute is float32, so a
+bfloat16 file gives exactly what the same values in float32 give.
 
 With `precision.compute: bfloat16`:
 

@@ -75,7 +75,7 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in partition)))
 
     def shard(self, weights: Mapping[str, np.ndarray]) -> "_Sharded":
-        """Put weights on their devices, one at a time: no device ever holds more than its shards."""
+        """Shard weights over the mesh, one array at a time: no device ever holds more than its shards."""
         return _Sharded(weights, self.parameters)
 
     def own_sequences(self, batch: int) -> np.ndarray:
@@ -174,10 +174,11 @@ class _Gathered(nnx.Module):
 
         def block(state: State, inputs: Any, named: dict[str, Any]) -> Any:
             # Trap: XLA takes what never changes out of the loop over micro-batches, and would gather all blocks before
-            # it. The barrier makes a block's parameters depend on the block's input.
-            state, inputs = jax.lax.optimization_barrier((state, inputs))
+            # it. The barrier makes a block's parameters depend on the block's input. It covers no other input: a key
+            # that nothing draws from stays out of the program.
+            state, x_BTD = jax.lax.optimization_barrier((state, inputs[0]))
             module = nnx.merge(graph, _gather_state(state, self.name, placement))
-            return module(*inputs, **named, **static)
+            return module(x_BTD, *inputs[1:], **named, **static)
 
         rows = placement.sharding(placement.batch_axes)
         inputs = (jax.lax.with_sharding_constraint(inputs[0], rows), *inputs[1:])

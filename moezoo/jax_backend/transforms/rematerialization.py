@@ -26,7 +26,7 @@ _BLOCKS = ("attention", "moe", "feed_forward")
 
 
 class Transforms(NamedTuple):
-    """Transforms of a model's layers in a training step: arguments of Transformer."""
+    """Transforms of a model's layers in a training step: see Transformer."""
 
     exchange: Exchange | None
     wrap_block: WrapBlock | None
