@@ -49,6 +49,7 @@ def results_of(rows: list[Row]) -> Results:
     return Results(machine, Effort(), {"jax": {"device": "cpu"}}, {"mlx-lm": "not installed"}, ["S train: why"], rows)
 
 
+@pytest.mark.slow
 def test_smoke_runs_every_mode_on_both_backends(tmp_path):
     """As a person starts it, in a process of its own; no time is asserted."""
     for name in OWN:

@@ -22,6 +22,8 @@ from tests.support.backends_available import require_backend
 from tests.support.launched import TIMEOUT_S, assert_ends_with_the_first, begun, lines, start, train
 from tests.support.small_run import MODEL, write_config
 
+pytestmark = pytest.mark.slow
+
 FROM_ONE = 1e-5
 """The loss of two processes against one over 20 steps: other sums in float32, which each update multiplies."""
 
