@@ -7,11 +7,15 @@ BIN := $(VENV)/bin
 BACKEND ?= $(if $(filter Darwin-arm64,$(shell uname -s)-$(shell uname -m)),mlx,jax)
 FABLES := runs/fables-$(BACKEND)
 
-.PHONY: train test test-all parity check links setup clean
+.PHONY: train fast test test-all parity check links setup clean
 
 train: setup
 	$(BIN)/moezoo train configs/fables.yaml --backend $(BACKEND) --out $(FABLES) $(if $(wildcard $(FABLES)/config.yaml),--resume)
 	$(BIN)/moezoo generate $(FABLES) --backend $(BACKEND) --prompt "At noon, " --max-new-tokens 400
+
+# After every edit, in two minutes: what neither compiles on JAX nor starts whole runs.
+fast: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not release and not slow" -k "not jax"
 
 # What every change must pass.
 test: setup

@@ -38,3 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
     half_written = "ignore:Error reading persistent compilation cache entry"
     config.addinivalue_line("filterwarnings", half_written)
     os.environ.setdefault("PYTHONWARNINGS", half_written)  # for the processes that tests start
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of meshes, which share long processes: a worker must not find them left at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "mesh")
+    for item in items:
+        if item.path.parent.name == "mesh":
+            item.add_marker(pytest.mark.slow)

@@ -17,6 +17,8 @@ from moezoo.bench.process import Process
 from moezoo.core.errors import BenchError
 from tests.bench.fakes import CASE, fake
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FORWARD = Case("forward", "forward", smoke_config())
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from moezoo.core.huggingface.quantization import mxfp4_decode, mxfp4_encode
 
 import moezoo
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
+from moezoo.core.huggingface.codecs import mxfp4_decode, mxfp4_encode
 from moezoo.core.huggingface.folder import TensorFolder
 from tests.huggingface.test_families import BACKENDS, check, check_gradient, check_greedy
 from tests.huggingface.test_round_trip import round_trip

@@ -14,16 +14,33 @@ from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.sampling import SamplingOptions, penalized, sample
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
+COMBINATIONS = Path(__file__).parents[1] / "data" / "combinations"
 KINDS = (
     *("top_k", "sliding_window", "chunked_attention", "latent_attention", "sparse_attention", "gated_delta"),
     *("short_convolution", "learned_positions", "shared_keys", "value_residual", "sinks", "layer_inputs"),
 )
+# Each compiles four programs on JAX: the gate's are one of each kind of cache.
+ON_JAX = ("sliding_window", "sparse_attention", "short_convolution", "learned_positions", "shared_keys")
 LENGTHS = (3, 11, 1, 6)
 GREEDY = SamplingOptions(temperature=0)
 
 
+def on_each_backend(names, on_jax):
+    """Parameters: names, each on both backends; on JAX in the gate those of `on_jax`."""
+    return pytest.mark.parametrize(
+        ("name", "twin"),
+        [
+            pytest.param(name, backend, marks=pytest.mark.release if backend == "jax" and name not in on_jax else ())
+            for name in names
+            for backend in ("jax", "mlx")
+        ],
+        indirect=["twin"],
+    )
+
+
 def built(twin, name):
-    spec = load_config(TINY / f"{name}.yaml").model
+    folder = COMBINATIONS if name == "delta_attention" else TINY
+    spec = load_config(folder / f"{name}.yaml").model
     if spec.vocab_size is None:
         spec = spec.model_copy(update={"vocab_size": 61})
     return twin.backend().build(spec, {key: 3 * value for key, value in initial_weights(spec, seed=0).items()})
@@ -34,7 +51,7 @@ def prompts_of(spec):
     return [rng.integers(0, spec.vocab, length).astype(np.int32) for length in LENGTHS]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@on_each_backend(KINDS, ON_JAX)
 def test_rows_of_unequal_length_generate_as_they_do_alone(twin, name):
     model = built(twin, name)
     prompts = prompts_of(model.spec)
@@ -58,7 +75,7 @@ def test_sampled_text_is_what_the_reference_draws_of_the_whole_pass(twin):
         np.testing.assert_array_equal(found[:, step], expected, f"step {step}")
 
 
-@pytest.mark.parametrize("name", ["top_k", "sliding_window", "gated_delta"])
+@on_each_backend(["top_k", "sliding_window", "gated_delta", "delta_attention"], ["sliding_window", "delta_attention"])
 def test_prompts_in_pieces_and_grown_caches_give_the_same_text(twin, name, monkeypatch):
     model = built(twin, name)
     prompts = [np.tile(prompt, 4) for prompt in prompts_of(model.spec)]

@@ -1,10 +1,14 @@
-"""Trains tiny models on 8 simulated devices and on one, and prints as JSON how far apart they are. Run by the tests.
+"""Trains tiny models on 8 simulated devices and on one, and prints how far apart they are. Run by the tests.
 
-python on_devices.py equal CONFIG MESH...    MESH as JSON, e.g. {"data": 8}
-python on_devices.py collectives CONFIG MESH       of a step
-python on_devices.py of_score CONFIG MESH          of 3 sequences
-python on_devices.py donated CONFIG MESH
-python on_devices.py answers CONFIG MESH
+python on_devices.py JOB...     a line of JSON for each; a JOB is JSON too: [what, config, replaced, mesh, ...]
+
+    what        equal       differences of losses, gradients and steps, for each of several meshes
+                collectives of a step
+                of_score    collectives of scoring 3 sequences
+                donated     arrays that a step writes in place
+                answers     everything that a model can be asked for where it was trained
+    replaced    [old, new] in the config's text, or null
+    mesh        e.g. {"data": 8}
 """
 
 import json
@@ -25,9 +29,13 @@ from moezoo.jax_backend.backend import JaxBackend
 VOCAB, STEPS = 64, 3
 
 
-def config_of(path: Path):
-    """With 8 experts, so that any mesh of 8 devices may cut them."""
-    config = parse_config(re.sub(r"num_experts: [0-9]+", "num_experts: 8", path.read_text(encoding="utf-8")), str(path))
+def config_of(path: Path, replaced: tuple[str, str] | None = None):
+    """With 8 experts, so that any mesh of 8 devices may shard them."""
+    text = path.read_text(encoding="utf-8")
+    if replaced is not None:
+        assert text.count(replaced[0]) == 1
+        text = text.replace(*replaced)
+    config = parse_config(re.sub(r"num_experts: [0-9]+", "num_experts: 8", text), str(path))
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": VOCAB})})
 
 
@@ -53,8 +61,7 @@ def apart(one, other) -> float:
     return float(np.max(np.abs(one - other)) / max(np.max(np.abs(one)), 1e-12))
 
 
-def equal(path: Path, meshes: list[dict]) -> dict:
-    config = config_of(path)
+def equal(config, *meshes: dict) -> dict:
     windows = np.random.default_rng(0).integers(0, VOCAB, (2, 8, 17)).astype(np.int32)
     key = np.array([1, 2], np.uint32)
     losses, gradients, steps, scores, alone = trained(config, MeshConfig(), {}, windows, key)
@@ -111,15 +118,13 @@ def answered(config, mesh, options) -> tuple[dict, list]:
     return found, generated
 
 
-def answers(path: Path, given: dict) -> dict:
-    config = config_of(path)
+def answers(config, given: dict) -> dict:
     (alone, expected), (mine, generated) = (answered(config, *mesh_and_options(mesh)) for mesh in ({}, given))
     assert sorted(mine) == sorted(alone)
     return {"apart": {name: apart(alone[name], mine[name]) for name in alone}, "tokens": generated == expected}
 
 
-def compiled_step(path: Path, given: dict, micro_batches: int = 1):
-    config = config_of(path)
+def compiled_step(config, given: dict, micro_batches: int = 1):
     mesh, options = mesh_and_options(given)
     model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
     model.start_training(config.optimizer, **options)
@@ -129,12 +134,11 @@ def compiled_step(path: Path, given: dict, micro_batches: int = 1):
         return model, model._step.lower(*given).compile()
 
 
-def collectives(path: Path, given: dict) -> dict:
-    return collectives_in(compiled_step(path, given)[1].as_text())
+def collectives(config, given: dict) -> dict:
+    return collectives_in(compiled_step(config, given)[1].as_text())
 
 
-def of_score(path: Path, given: dict) -> dict:
-    config = config_of(path)
+def of_score(config, given: dict) -> dict:
     model = JaxBackend(MeshConfig(**given)).build(config.model, initial_weights(config.model, 0))
     compiled, seen = model._score, []
 
@@ -165,9 +169,9 @@ def collectives_in(text: str) -> dict:
     return dict(found)
 
 
-def donated(path: Path, given: dict) -> dict:
+def donated(config, given: dict) -> dict:
     """Arrays of a step that keeps their places, all that should, and how many bytes it needs for others' results."""
-    model, compiled = compiled_step(path, given, micro_batches=2)
+    model, compiled = compiled_step(config, given, micro_batches=2)
     header = compiled.as_text().partition("\n")[0]
     plan = compiled.memory_analysis()
     given = jax.tree.leaves((model._parameters, model._moments))
@@ -182,7 +186,7 @@ def donated(path: Path, given: dict) -> dict:
 
 
 if __name__ == "__main__":
-    what, config, *given = sys.argv[1:]
-    meshes = [json.loads(mesh) for mesh in given]
-    of_one = {"collectives": collectives, "of_score": of_score, "donated": donated, "answers": answers}
-    print(json.dumps(equal(Path(config), meshes) if what == "equal" else of_one[what](Path(config), meshes[0])))
+    whats = {function.__name__: function for function in (equal, collectives, of_score, donated, answers)}
+    for job in sys.argv[1:]:
+        what, path, replaced, *meshes = json.loads(job)
+        print(json.dumps(whats[what](config_of(Path(path), replaced), *meshes)))

@@ -1,8 +1,10 @@
 """The plan of a step and what XLA makes of it, on simulated devices, as JSON. Run by the tests.
 
-python planned.py formula CASE...     the plan beside the program; CASE as JSON: [config, mesh, overrides of the config]
-python planned.py programs CASE       what is derived from a few layers, of all layers, and without any hurry
-python planned.py chips CASE          memory by the way that is for chips which are not there
+python planned.py JOB...     a line of JSON for each; a JOB is JSON too: [what, config, mesh, overrides of the config]
+
+    what    formula     the plan beside the program
+            programs    what is derived from a few layers, of all layers, and without any fast
+            chips       memory by the way that is for chips which are not there
 """
 
 import json
@@ -47,8 +49,10 @@ def programs(*case) -> dict:
     config = config_of(*case)
     derived = ahead_of_time.compiled_step(config)
     whole = ahead_of_time._compiled(config)
+    fast = dict(ahead_of_time._FAST_COMPILE)
     ahead_of_time._FAST_COMPILE.clear()
     slow = ahead_of_time._compiled(config)
+    ahead_of_time._FAST_COMPILE.update(fast)
     return {
         name: {"layers": step.layers, "arguments": step.arguments, "collectives": together(step.collectives)}
         for name, step in {"derived": derived, "whole": whole, "slow": slow}.items()
@@ -62,6 +66,7 @@ def chips(*case) -> dict:
 
 
 if __name__ == "__main__":
-    what, *words = sys.argv[1:]
-    run = {"formula": formula, "programs": programs, "chips": chips}[what]
-    print(json.dumps([run(*json.loads(word)) for word in words]))
+    whats = {function.__name__: function for function in (formula, chips, programs)}
+    for job in sys.argv[1:]:
+        what, *case = json.loads(job)
+        print(json.dumps(whats[what](*case)))

@@ -1,9 +1,13 @@
 """Runs a script of this folder with simulated devices, of which a process that has begun with JAX cannot have more."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.support.backends_available import require_backend
 from tests.support.source_tree import PACKAGE
@@ -24,3 +28,16 @@ def run_simulated(script: str, *words: str, devices: int = 8, backend: str = "ja
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def jobs_of(items: list[pytest.Item], path: Path) -> list[str]:
+    """Jobs of the selected tests of a file, which they name by a parameter `job` or `jobs`."""
+    parameters = [getattr(item, "callspec", None) for item in items if item.path == path]
+    named = [each.params for each in parameters if each is not None]
+    return list(dict.fromkeys(job for each in named for job in (*each.get("jobs", ()), each.get("job")) if job))
+
+
+def results(script: str, jobs: list[str], **options: object) -> dict[str, Any]:
+    """What one process, which imports JAX once, found for each job: a line of JSON each."""
+    lines = run_simulated(script, *jobs, **options).splitlines()[-len(jobs) :] if jobs else []
+    return dict(zip(jobs, map(json.loads, lines), strict=True))

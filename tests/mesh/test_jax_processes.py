@@ -85,8 +85,11 @@ def test_two_processes_have_the_losses_of_one(one: Path, two: tuple[Path, str]) 
 
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
-    [(4, 1, {"data": 2, "expert": 2}), (2, 2, {"fsdp": 2, "expert": "auto"}), (2, 1, {"tensor": 2})],
-    ids=["four", "two_devices_each", "same_sequences"],
+    [
+        pytest.param(4, 1, {"data": 2, "expert": 2}, id="four", marks=pytest.mark.release),
+        pytest.param(2, 2, {"fsdp": 2, "expert": "auto"}, id="two_devices_each"),
+        pytest.param(2, 1, {"tensor": 2}, id="same_sequences", marks=pytest.mark.release),
+    ],
 )
 def test_processes_that_have_parts_of_the_model_have_the_losses_of_one(
     config: Path, one: Path, count: int, devices: int, mesh: dict[str, object], monkeypatch: pytest.MonkeyPatch
@@ -106,10 +109,22 @@ def test_the_first_process_alone_speaks_and_writes(two: tuple[Path, str]) -> Non
     assert len(list_checkpoints(out / "checkpoints")) == 1
 
 
+# Of one file each, and of the shards; (MLX) on several processes, and on another mesh.
+GO_ON = {
+    "jax_1": ("jax", "whole", ("--mesh", "data=1"), 1),
+    "mlx_1": ("mlx", "shards", (), 1),
+    "mlx_2": ("mlx", "whole", (), 2),
+    "jax_4": ("jax", "shards", ("--mesh", "data=2,expert=2"), 4),
+}
+
+
+@pytest.mark.parametrize(
+    "names", [["jax_1", "mlx_1"], pytest.param(list(GO_ON), marks=pytest.mark.release)], ids=["gate", "all"]
+)
 def test_what_two_processes_saved_goes_on_on_one_device_in_mlx_and_as_whole_files(
-    config: Path, two: tuple[Path, str]
+    config: Path, two: tuple[Path, str], names: list[str], tmp_path: Path
 ) -> None:
-    whole = config.with_name("whole")
+    whole = tmp_path / "whole"
     result = CliRunner().invoke(main, ["convert", str(two[0]), str(whole), "--whole"])
     assert result.exit_code == 0, result.output
     (folder,) = (info.path for info in list_checkpoints(whole / "checkpoints"))
@@ -122,18 +137,14 @@ def test_what_two_processes_saved_goes_on_on_one_device_in_mlx_and_as_whole_file
             np.testing.assert_array_equal(mine[name], its[name])
     more = ("--resume", "--set", "training.steps=24")
     after = {}
-    for backend, source, mesh, count in (
-        ("jax", whole, ("--mesh", "data=1"), 1),
-        ("mlx", two[0], (), 1),
-        ("mlx", whole, (), 2),
-        ("jax", two[0], ("--mesh", "data=2,expert=2"), 4),
-    ):
-        out = config.with_name(f"goes_on_{backend}_{count}")
-        shutil.copytree(source, out)
+    for name in names:
+        backend, source, mesh, count = GO_ON[name]
+        out = tmp_path / name
+        shutil.copytree({"whole": whole, "shards": two[0]}[source], out)
         train(backend, config, out, *mesh, *more, count=count)
-        after[out.name] = [line["loss"] for line in lines(out) if line["step"] > 20]
-        assert len(after[out.name]) == 4
-    expected = after["goes_on_jax_1"]
+        after[name] = [line["loss"] for line in lines(out) if line["step"] > 20]
+        assert len(after[name]) == 4
+    expected = after["jax_1"]
     for name, losses in after.items():
         np.testing.assert_allclose(losses, expected, rtol=FROM_ONE, err_msg=name)
 
@@ -238,6 +249,7 @@ def test_an_exception_ends_its_process_at_once_and_the_others_with_one_line(free
     assert also.splitlines()[-1].startswith("moezoo.core.errors.TrainingError: another process of the run has ended")
 
 
+@pytest.mark.release
 def test_slurm_says_who_is_who(config: Path, two: tuple[Path, str]) -> None:
     out = config.with_name("slurm")
     told = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from tests.mesh.simulated import run_simulated
-from tests.support.source_tree import PACKAGE
+from tests.mesh.simulated import jobs_of, results
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING
 
 MESHES = [
@@ -30,6 +29,8 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2, "layers": "scanned", "rematerialize": "block"},
     {"fsdp": 2, "expert": 2, "tensor": 2, "layers": "scanned", "rematerialize": "experts"},
 ]
+# Every axis, rules, both kinds of rematerialization and a scan; the exchange `allgather` is in MIXED.
+IN_THE_GATE = [MESHES[place] for place in (9, 13, 16, 18)]
 MIXED = [MESHES[10], MESHES[11]]
 GROUPED = [
     {"data": 8},
@@ -41,10 +42,19 @@ GROUPED = [
     {"data": 2, "expert": 4, "exchange": "allgather"},
     {"data": 8, "rules": {"expert": "data"}},
 ]
+release = pytest.mark.release
 
 
-def on_devices(*words: str) -> dict:
-    return json.loads(run_simulated("on_devices.py", *words).splitlines()[-1])
+def job(what: str, name: str, *meshes: dict, replaced: tuple[str, str] | None = None) -> str:
+    """A job of on_devices.py on a tiny config or a combination."""
+    folder = "tests/data/combinations" if "/" in name else "configs/tiny"
+    return json.dumps([what, f"{folder}/{name.rpartition('/')[2]}.yaml", replaced, *meshes])
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> dict[str, dict]:
+    """Results of all jobs of the selected tests."""
+    return results("on_devices.py", jobs_of(request.session.items, request.path))
 
 
 def check(found: dict) -> None:
@@ -58,107 +68,134 @@ def check(found: dict) -> None:
         assert apart["loads"], mesh
 
 
-def test_every_mesh_is_as_one_device():
-    found = on_devices("equal", "configs/tiny/top_k.yaml", *map(json.dumps, MESHES))
-    assert len(found) == len(MESHES)
-    check(found)
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(job("equal", "top_k", *IN_THE_GATE), id="gate"),
+        pytest.param(
+            job("equal", "top_k", *(mesh for mesh in MESHES if mesh not in IN_THE_GATE)), id="others", marks=release
+        ),
+    ],
+)
+def test_every_mesh_is_as_one_device(found, job):
+    assert len(found[job]) == len(json.loads(job)) - 3
+    check(found[job])
+
+
+# Those of `release` one by one, on both meshes; the combinations have the same parts, together.
+PARTS = {
+    "combinations/delta_attention": MIXED[1:],  # experts in a latent space, a selection bias
+    "combinations/values": MIXED[:1],  # experts choose from the whole batch
+    "combinations/accumulation": MIXED[:1],  # shared experts with a gate, a loss over all micro-batches
+    "combinations/learned_positions": MIXED[1:],  # noisy choices and their losses, biases of experts
+    "combinations/zero_computation": MIXED[:1],  # which tokens are dropped is decided over the whole batch
+}
+ONE_BY_ONE = (
+    "shared_gated",  # shared experts with a gate
+    "capacity",  # which tokens are dropped is decided over the whole batch
+    "expert_choice",  # experts choose from the whole batch
+    "zero_computation_dropless",
+    "gating_residual",
+    "latent_experts",
+    "softmax_with_bias",  # the bias moves by the whole batch's load
+    "global_balance",
+    "importance_load",
+    "weight_on_input",
+    "clamped_swiglu",  # biases of experts
+    "latent_attention",
+    "gated_delta",
+    "dropout",
+    "noisy_top_k",
+)
 
 
 @pytest.mark.parametrize(
-    "name",
+    "job",
     [
-        "shared_gated",  # shared experts with a gate
-        "capacity",  # who is dropped is decided over the whole batch
-        "expert_choice",  # experts choose from the whole batch
-        "zero_computation_dropless",
-        "gating_residual",
-        "latent_experts",
-        "softmax_with_bias",  # the bias moves by the whole batch's load
-        "global_balance",
-        "importance_load",
-        "weight_on_input",
-        "clamped_swiglu",  # biases of experts
-        "latent_attention",
-        "gated_delta",
-        "dropout",
-        "noisy_top_k",
+        *(pytest.param(job("equal", name, *meshes), id=name) for name, meshes in PARTS.items()),
+        *(pytest.param(job("equal", name, *MIXED), id=name, marks=release) for name in ONE_BY_ONE),
     ],
 )
-def test_every_part_is_as_on_one_device(name):
-    check(on_devices("equal", f"configs/tiny/{name}.yaml", *map(json.dumps, MIXED)))
-
-
-def test_a_capacity_of_each_sequence_is_as_on_one_device():
-    """Experts on 1, 2, 4 and 8 devices."""
-    found = on_devices("equal", "configs/tiny/capacity_groups.yaml", *map(json.dumps, GROUPED))
-    assert len(found) == len(GROUPED)
-    check(found)
+def test_every_part_is_as_on_one_device(found, job):
+    check(found[job])
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "dispatch"),
+    "job",
     [
-        # An empty place gives what the biases are, and no combine weight takes it away.
-        ("clamped_swiglu", "renormalize: none}", "renormalize: none, apply_to: input}\n        dispatch: "),
-        ("zero_computation", "dispatch: {kind: capacity, factor: 1.1}", "dispatch: "),
+        pytest.param(job("equal", "capacity_groups", GROUPED[5]), id="gate"),
+        pytest.param(job("equal", "capacity_groups", *GROUPED), id="all", marks=release),
     ],
 )
-def test_a_capacity_of_each_sequence_goes_with_every_kind_of_expert(tmp_path, name, given, dispatch):
-    text = (PACKAGE.parent / "configs" / "tiny" / f"{name}.yaml").read_text(encoding="utf-8")
-    assert text.count(given) == 1
-    path = tmp_path / f"{name}.yaml"
-    replaced = f"{dispatch}{{kind: capacity, factor: 0.8, priority: score, group: sequence}}"
-    path.write_text(text.replace(given, replaced), encoding="utf-8")
-    check(on_devices("equal", str(path), *map(json.dumps, MIXED)))
+def test_a_capacity_of_each_sequence_is_as_on_one_device(found, job):
+    """Experts on 4 devices; on 1, 2 and 8 too before a release."""
+    assert len(found[job]) == len(json.loads(job)) - 3
+    check(found[job])
 
 
-def test_a_capacity_of_each_sequence_bounds_what_travels():
+CAPACITY = "{kind: capacity, factor: 0.8, priority: score, group: sequence}"
+# An empty place gives what the biases are, and no combine weight takes it away.
+BIASED = ("renormalize: none}", f"renormalize: none, apply_to: input}}\n        dispatch: {CAPACITY}")
+WITH_ZEROS = ("dispatch: {kind: capacity, factor: 1.1}", f"dispatch: {CAPACITY}")
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(job("equal", "clamped_swiglu", *MIXED[:1], replaced=BIASED), id="clamped_swiglu"),
+        pytest.param(job("equal", "clamped_swiglu", *MIXED[1:], replaced=BIASED), id="allgather", marks=release),
+        pytest.param(job("equal", "zero_computation", *MIXED, replaced=WITH_ZEROS), id="zero", marks=release),
+    ],
+)
+def test_a_capacity_of_each_sequence_goes_with_every_kind_of_expert(found, job):
+    check(found[job])
+
+
+def by_job(*jobs: str):
+    return pytest.mark.parametrize("jobs", [jobs], ids=["jobs"])
+
+
+BOUNDED = {"expert": 4, "tensor": 2}
+
+
+@by_job(*(job("collectives", name, BOUNDED) for name in ("capacity_groups", "capacity")))
+def test_a_capacity_of_each_sequence_bounds_what_travels(found, jobs):
     """2 sequences of T = 16 on each of 4 devices, E = 8, K = 2, D = 32: C = ceil(0.6 * 2 * 16 / 8) = 3."""
-    mesh = '{"expert": 4, "tensor": 2}'
     of_sequence, of_batch = (
-        {
-            shape: count
-            for shape, count in on_devices("collectives", f"configs/tiny/{name}.yaml", mesh).items()
-            if "all-to-all" in shape
-        }
-        for name in ("capacity_groups", "capacity")
+        {shape: count for shape, count in found[job].items() if "all-to-all" in shape} for job in jobs
     )
     # In each of 2 layers there and back, and the gradients too. Where a row belongs is known without a count.
     assert of_sequence == {"all-to-all f32[2,6,32]": 8}
     assert of_batch == {"all-to-all f32[1,64,32]": 8, "all-to-all s32[1,2]": 2}
 
 
-def test_who_is_dropped_is_decided_where_the_sequence_is():
-    found = on_devices("collectives", "configs/tiny/capacity_groups.yaml", '{"data": 8}')
-    assert {name.split()[0] for name in found} == {"all-reduce"}
+@pytest.mark.parametrize("job", [job("collectives", "capacity_groups", {"data": 8})], ids=["job"])
+def test_dropped_tokens_are_decided_where_the_sequence_is(found, job):
+    assert {name.split()[0] for name in found[job]} == {"all-reduce"}
 
 
-def test_tokens_travel_to_experts_and_experts_stay():
-    found = on_devices("collectives", "configs/tiny/top_k.yaml", '{"data": 2, "expert": 4}')
-    kinds = {name.split()[0] for name in found}
+@pytest.mark.parametrize("job", [job("collectives", "top_k", MESHES[5])], ids=["job"])
+def test_tokens_travel_to_experts_and_experts_stay(found, job):
+    kinds = {name.split()[0] for name in found[job]}
     assert kinds == {"all-to-all", "all-reduce"}  # nothing is gathered, neither an expert's matrix nor a probability
-    rows = {name: count for name, count in found.items() if name.startswith("all-to-all f32")}
-    assert rows, found
+    assert any(name.startswith("all-to-all f32") for name in found[job]), found[job]
 
 
-def test_experts_are_computed_again_with_their_exchange():
-    """Tokens travel there and back, and so do gradients; then tokens once more, for the way back."""
-    mesh = {"data": 2, "expert": 4}
+@by_job(*(job("collectives", "top_k", {**MESHES[5], **more}) for more in ({}, {"rematerialize": "experts"})))
+def test_experts_are_computed_again_with_their_exchange(found, jobs):
+    """Tokens travel there and back, and so do gradients; then tokens once more, for the backward pass."""
     plain, again = (
-        sum(
-            count
-            for name, count in on_devices("collectives", "configs/tiny/top_k.yaml", json.dumps(given)).items()
-            if name.startswith("all-to-all f32")
-        )
-        for given in (mesh, {**mesh, "rematerialize": "experts"})
+        sum(count for name, count in found[job].items() if name.startswith("all-to-all f32")) for job in jobs
     )
     assert plain < again <= 1.5 * plain, (plain, again)
 
 
-def test_a_scan_puts_the_parameters_of_one_layer_together_at_a_time():
-    mesh = {"fsdp": 8, "layers": "scanned", "rematerialize": "experts"}
-    found = on_devices("collectives", "configs/tiny/top_k.yaml", json.dumps(mesh))
-    gathers = {name for name in found if "all-gather" in name}
+SCANNED = {"fsdp": 8, "layers": "scanned", "rematerialize": "experts"}
+
+
+@pytest.mark.parametrize("job", [job("collectives", "top_k", SCANNED)], ids=["job"])
+def test_a_scan_puts_the_parameters_of_one_layer_together_at_a_time(found, job):
+    gathers = {name for name in found[job] if "all-gather" in name}
     # Outside the loop the embedding and the head alone; inside no array of both layers, [2, 32, 4, 8] and the like.
     assert {name for name in gathers if not name.startswith("loop")} == {
         "all-gather f32[64,32]",
@@ -170,40 +207,47 @@ def test_a_scan_puts_the_parameters_of_one_layer_together_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    "job",
     [
-        ("top_k", MESHES[5]),
-        ("top_k", {**MESHES[10], "layers": "scanned", "rematerialize": "experts"}),
-        ("capacity_groups", MESHES[5]),
+        pytest.param(job("answers", "top_k", MESHES[5]), id="unrolled", marks=release),
+        pytest.param(job("answers", "top_k", MESHES[19]), id="scanned"),
+        pytest.param(job("answers", "capacity_groups", MESHES[5]), id="capacity_groups", marks=release),
     ],
 )
-def test_a_model_answers_where_it_was_trained(name, mesh):
+def test_a_model_answers_where_it_was_trained(found, job):
     """Intermediates, gradients with forced experts, inference, a cache, generated tokens; 3 sequences too, unshared."""
-    found = on_devices("answers", f"configs/tiny/{name}.yaml", json.dumps(mesh))
+    found = found[job]
     assert {"layers.1.moe.router.logits of 8", "layers.1.moe.experts.w_up of 3", "decode of 3"} <= found["apart"].keys()
     far = {name: apart for name, apart in found["apart"].items() if apart > FLOAT32_TRAINING.relative}
     assert not far
     assert found["tokens"]
 
 
-def test_sequences_that_cannot_be_shared_equally_are_scored_where_the_experts_are():
+@pytest.mark.parametrize("job", [job("of_score", "top_k", MESHES[5])], ids=["job"])
+def test_sequences_that_cannot_be_shared_equally_are_scored_where_the_experts_are(found, job):
     """Of 3 sequences on 8 devices tokens travel, as in a step, and no expert is put together."""
-    found = on_devices("of_score", "configs/tiny/top_k.yaml", '{"data": 2, "expert": 4}')
-    assert {name.split()[0] for name in found} == {"all-to-all", "all-reduce"}
+    assert {name.split()[0] for name in found[job]} == {"all-to-all", "all-reduce"}
 
 
-@pytest.mark.parametrize("options", [{}, {"layers": "scanned"}, {"rematerialize": "experts"}])
-def test_a_step_writes_parameters_and_moments_where_they_were(options):
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(job("donated", "top_k", {"fsdp": 2, "expert": 4, **more}), id=name)
+        for name, more in {"plain": {}, "scanned": {"layers": "scanned"}, "again": {"rematerialize": "experts"}}.items()
+    ],
+)
+def test_a_step_writes_parameters_and_moments_where_they_were(found, job):
     """On a mesh too, each device's parts of them; beside them it gives numbers alone."""
-    found = on_devices("donated", "configs/tiny/top_k.yaml", json.dumps({"fsdp": 2, "expert": 4, **options}))
+    found = found[job]
     assert found["kept"] == found["arrays"] > 30
     assert found["kept_bytes"] == found["bytes"]
     assert found["other_results"] < 0.02 * found["bytes"]
 
 
-def test_fsdp_puts_each_parameter_together_twice():
-    """On the way forward and again on the way back; it is not kept."""
-    found = on_devices("collectives", "configs/tiny/top_k.yaml", '{"fsdp": 8}')
+@pytest.mark.parametrize("job", [job("collectives", "top_k", {"fsdp": 8})], ids=["job"])
+def test_fsdp_all_gathers_each_parameter_twice(found, job):
+    """In the forward pass and again in the backward pass; it is not kept."""
+    found = found[job]
     assert "all-to-all" not in {name.split()[0] for name in found}
     gathered = {
         name: count

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from moezoo.core.config.run_config import load_config
+from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.parameters import parameter_table
-from tests.mesh.simulated import run_simulated
+from tests.mesh.simulated import jobs_of, results
 from tests.support.backends_available import require_backend
 from tests.support.source_tree import PACKAGE
 
@@ -29,107 +29,155 @@ print(json.dumps([used.ru_utime + used.ru_stime, peak]), file=sys.stderr)
 sys.exit(ended.returncode)
 """
 
+MICRO = ("training.gradient_accumulation=2", "training.batch_size=16")
+# The gate's: every kind of collective, an accumulation, a recomputation, and parts whose plan has terms of its own.
 CASES = {
-    2: [
-        ("top_k", {"data": 2}, EIGHT),
-        ("top_k", {"fsdp": 2}, EIGHT),
-        ("top_k", {"expert": 2}, EIGHT),
-        ("top_k", {"tensor": 2}, EIGHT),
-    ],
     4: [
-        ("top_k", {"expert": 4, "exchange": "allgather"}, EIGHT),
         ("top_k", {"fsdp": 2, "expert": 2}, (*EIGHT, *AGAIN)),
         ("bfloat16", {"expert": 2, "tensor": 2}, EIGHT),
         ("tied", {"fsdp": 2, "tensor": 2}, SMALL),
     ],
     8: [
         ("top_k", {"data": 2, "expert": 4}, EIGHT),
+        ("top_k", {"fsdp": 4, "expert": 2, "exchange": "allgather"}, (*EIGHT, *AGAIN, EXPERTS)),
         ("top_k", {"data": 8, "rules": {"expert": "data"}}, EIGHT),
+        ("capacity_groups", {"data": 2, "expert": 4}, EIGHT),  # each copy has a place: nothing is said of rows
+        ("grouped_top2", {"data": 2, "expert": 4}, SMALL),  # no score of a group is gathered
+        ("sequence_balance", {"data": 2, "expert": 4}, EIGHT),  # nor of a sequence
+        ("latent_attention_query", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
+    ],
+}
+RELEASE = {
+    2: [
+        ("top_k", {"data": 2}, EIGHT),
+        ("top_k", {"fsdp": 2}, EIGHT),
+        ("top_k", {"expert": 2}, EIGHT),
+        ("top_k", {"tensor": 2}, EIGHT),
+    ],
+    4: [("top_k", {"expert": 4, "exchange": "allgather"}, EIGHT)],
+    8: [
         ("top_k", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
         ("top_k", {"data": 2, "expert": 4}, (*EIGHT, *AGAIN)),
         ("top_k", {"fsdp": 4, "expert": 2, "exchange": "allgather"}, (*EIGHT, *AGAIN)),
         ("top_k", {"data": 2, "expert": 4}, (*EIGHT, *AGAIN, EXPERTS)),
-        (
-            "top_k",
-            {"fsdp": 4, "expert": 2, "exchange": "allgather"},
-            (*EIGHT, *AGAIN, "training.rematerialize=experts"),
-        ),
-        ("capacity_groups", {"data": 2, "expert": 4}, EIGHT),  # each copy has a place: nothing is said of rows
-        ("grouped_top2", {"data": 2, "expert": 4}, SMALL),  # no score of a group is gathered
-        ("sequence_balance", {"data": 2, "expert": 4}, EIGHT),  # nor of a sequence
         ("latent_experts", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
         ("layer_inputs", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
-        ("latent_attention_query", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
         ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
     ],
 }
 
 
-def planned(devices: int, what: str, *cases: tuple) -> list[dict]:
-    words = [json.dumps([f"configs/tiny/{name}.yaml", mesh, list(overrides)]) for name, mesh, overrides in cases]
-    return json.loads(run_simulated("planned.py", what, *words, devices=devices).splitlines()[-1])
+def job(what: str, name: str, mesh: dict, overrides: tuple[str, ...]) -> str:
+    """A job of planned.py."""
+    return json.dumps([what, f"configs/tiny/{name}.yaml", mesh, list(overrides)])
 
 
-@pytest.mark.parametrize("devices", CASES)
-def test_plan_is_what_xla_makes_of_the_step(devices: int) -> None:
-    for case, found in zip(CASES[devices], planned(devices, "formula", *CASES[devices]), strict=True):
-        name, _, overrides = case
-        config = load_config(f"configs/tiny/{name}.yaml", overrides)
-        formula, program = found["formula"], found["program"]
-        for kind in formula.keys() | program.keys():
-            if not kind.startswith("all-reduce"):
-                assert program.get(kind) == formula.get(kind), (case, kind)
-                continue
-            # What is left are numbers: of the gradients' norm one for each parameter, of losses and loads a few, and
-            # some vectors of E for each mixture. The smallest matrix has more.
-            training, layers = config.training, config.model.all_layers
-            choices = sum(layer.moe.num_choices for layer in layers if layer.moe is not None)
-            few = 4 * (len(parameter_table(config.model)) + training.gradient_accumulation * (16 + 4 * choices))
-            (arrays, size), (known, known_size) = program.get(kind, (0, 0)), formula.get(kind, (0, 0))
-            assert known <= arrays, (case, kind)
-            assert 0 <= size - known_size <= few, (case, kind, size, known_size)
+def case_of(job: str) -> tuple[dict, Config]:
+    """The mesh and the config of a job."""
+    _, path, mesh, overrides = json.loads(job)
+    return mesh, load_config(path, overrides)
 
 
-@pytest.mark.parametrize("devices", CASES)
-def test_a_device_holds_what_the_plan_says(devices: int) -> None:
-    cases = CASES[devices][:3]
-    for case, found in zip(cases, planned(devices, "formula", *cases), strict=True):
-        name, mesh, overrides = case
-        training = load_config(f"configs/tiny/{name}.yaml", overrides).training
-        apart = devices // mesh.get("tensor", 1)
-        batch = 4 * training.batch_size * (training.sequence_length + 1) // apart
-        learning_rate = updates = 4
-        memory = found["memory"]
-        held = memory["parameters"] + memory["moments"] + memory["state"]
-        assert found["arguments"] == held + batch + learning_rate + updates, case
+def on(devices: int, what: str, *case) -> pytest.MarkDecorator:
+    """A job, and the number of devices that it needs."""
+    return pytest.mark.parametrize(("devices", "job"), [(devices, job(what, *case))], ids=["job"])
 
 
-def test_no_matrix_of_an_expert_is_gathered() -> None:
-    (found,) = planned(8, "formula", ("top_k", {"data": 2, "expert": 4}, EIGHT))
-    assert {kind.split()[0] for kind in found["program"]} == {"all-to-all", "all-reduce"}
-    layers, devices, tokens, width, experts = 2, 4, 16, 32, 8
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> dict[tuple[int, str], dict]:
+    """Results of all jobs of the selected tests: one process for each number of devices."""
+    items = [item for item in request.session.items if hasattr(item, "callspec")]
+    by_devices = {item.callspec.params["devices"]: [] for item in items if "devices" in item.callspec.params}
+    for item in items:
+        if "devices" in item.callspec.params:
+            by_devices[item.callspec.params["devices"]].append(item)
+    return {
+        (devices, job): result
+        for devices, own in by_devices.items()
+        for job, result in results("planned.py", jobs_of(own, request.path), devices=devices).items()
+    }
+
+
+FORMULAS = [
+    *((devices, job("formula", *case), ()) for devices, cases in CASES.items() for case in cases),
+    *((devices, job("formula", *case), pytest.mark.release) for devices, cases in RELEASE.items() for case in cases),
+]
+
+
+@pytest.mark.parametrize(("devices", "job"), [pytest.param(*each[:2], marks=each[2]) for each in FORMULAS])
+def test_plan_is_what_xla_makes_of_the_step(found, devices: int, job: str) -> None:
+    _, config = case_of(job)
+    formula, program = found[devices, job]["formula"], found[devices, job]["program"]
+    for kind in formula.keys() | program.keys():
+        if not kind.startswith("all-reduce"):
+            assert program.get(kind) == formula.get(kind), kind
+            continue
+        # What is left are numbers: of the gradients' norm one for each parameter, of losses and loads a few, and
+        # some vectors of E for each mixture. The smallest matrix has more.
+        training, layers = config.training, config.model.all_layers
+        choices = sum(layer.moe.num_choices for layer in layers if layer.moe is not None)
+        few = 4 * (len(parameter_table(config.model)) + training.gradient_accumulation * (16 + 4 * choices))
+        (arrays, size), (known, known_size) = program.get(kind, (0, 0)), formula.get(kind, (0, 0))
+        assert known <= arrays, kind
+        assert 0 <= size - known_size <= few, (kind, size, known_size)
+
+
+@pytest.mark.parametrize(("devices", "job"), [pytest.param(*each[:2], marks=each[2]) for each in FORMULAS])
+def test_a_device_holds_what_the_plan_says(found, devices: int, job: str) -> None:
+    mesh, config = case_of(job)
+    training = config.training
+    apart = devices // mesh.get("tensor", 1)
+    batch = 4 * training.batch_size * (training.sequence_length + 1) // apart
+    learning_rate = updates = 4
+    memory = found[devices, job]["memory"]
+    held = memory["parameters"] + memory["moments"] + memory["state"]
+    assert found[devices, job]["arguments"] == held + batch + learning_rate + updates
+
+
+@on(8, "formula", "top_k", {"data": 2, "expert": 4}, EIGHT)
+def test_no_matrix_of_an_expert_is_gathered(found, devices: int, job: str) -> None:
+    program = found[devices, job]["program"]
+    assert {kind.split()[0] for kind in program} == {"all-to-all", "all-reduce"}
+    layers, of_experts, tokens, width, experts = 2, 4, 16, 32, 8
     rows = tokens * 2  # K = 2 = E / n
-    sent = 4 * devices * rows * width
-    assert found["program"]["all-to-all expert"] == [layers * 5, layers * (4 * sent + 4 * experts)]
+    sent = 4 * of_experts * rows * width
+    assert program["all-to-all expert"] == [layers * 5, layers * (4 * sent + 4 * experts)]
 
 
-def test_layers_that_were_not_compiled_are_as_those_that_were() -> None:
-    deep = (*EIGHT, "model.layers[0].repeat=4", "training.rematerialize=block")
-    (found,) = planned(4, "programs", ("top_k", {"fsdp": 2, "expert": 2}, deep))
+DEEP = (*EIGHT, "model.layers[0].repeat=4", "training.rematerialize=block")
+
+
+@on(4, "programs", "top_k", {"fsdp": 2, "expert": 2}, DEEP)
+def test_layers_that_were_not_compiled_are_as_those_that_were(found, devices: int, job: str) -> None:
+    found = found[devices, job]
     assert found["derived"]["layers"] == [1, 2]
     assert found["whole"]["layers"] == found["slow"]["layers"] == [4]
     assert found["derived"]["arguments"] == found["whole"]["arguments"] == found["slow"]["arguments"]
     assert found["derived"]["collectives"] == found["whole"]["collectives"] == found["slow"]["collectives"]
 
 
-def test_chips_that_are_not_there_have_the_same_arguments() -> None:
+@on(4, "chips", "top_k", {"data": 2, "expert": 2}, EIGHT)
+def test_chips_that_are_not_there_have_the_same_arguments(found, devices: int, job: str) -> None:
     """The way for TPUs, tried with simulated devices in their place."""
-    (found,) = planned(4, "chips", ("top_k", {"data": 2, "expert": 2}, EIGHT))
+    found = found[devices, job]
     assert found["argument_bytes"] == found["simulated"]
     assert found["temporary_bytes"] > 0
 
 
-@pytest.mark.parametrize(("mesh", "compiled"), [("fsdp=4,expert=64", 256), ("data=4,fsdp=16,expert=64", 8)])
+@on(8, "formula", "top_k", {"fsdp": 4, "expert": 2}, (*EIGHT, *MICRO))
+def test_blocks_are_all_gathered_for_each_micro_batch_and_not_all_before_the_first(
+    found, devices: int, job: str
+) -> None:
+    """Else a device would have all parameters at once. Embedding and head, which all of a step needs, may be."""
+    found = found[devices, job]
+    (arrays, size), (known, known_size) = (found[which]["all-gather fsdp"] for which in ("program", "formula"))
+    assert (known - arrays, known_size - size) in ((0, 0), (2, 2 * 4 * 64 * 32))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "compiled"),
+    [pytest.param("fsdp=4,expert=64", 256, marks=pytest.mark.release), ("data=4,fsdp=16,expert=64", 8)],
+)
 def test_671_billion_parameters_are_planned_in_less_than_a_minute_and_none_is_made(mesh: str, compiled: int) -> None:
     require_backend("jax")
     command = [sys.executable, "-m", "moezoo", "plan", "configs/large/deepseek_v3.yaml", "--mesh", mesh, "--json"]
@@ -154,11 +202,3 @@ def test_671_billion_parameters_are_planned_in_less_than_a_minute_and_none_is_ma
             assert own["formula"] == own["program"]
         elif own["formula"]["arrays"]:
             assert own["program"]["bytes"] == pytest.approx(own["formula"]["bytes"], rel=1e-5)
-
-
-def test_blocks_are_put_together_for_each_micro_batch_and_not_all_before_the_first() -> None:
-    """Else a device would have all parameters at once. Embedding and head, which all of a step needs, may be."""
-    parts = ("training.gradient_accumulation=2", "training.batch_size=16")
-    (found,) = planned(8, "formula", ("top_k", {"fsdp": 4, "expert": 2}, (*EIGHT, *parts)))
-    (arrays, size), (known, known_size) = (found[which]["all-gather fsdp"] for which in ("program", "formula"))
-    assert (known - arrays, known_size - size) in ((0, 0), (2, 2 * 4 * 64 * 32))

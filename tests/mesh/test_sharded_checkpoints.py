@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,23 +35,36 @@ READ_ON = {
 }
 
 
-@pytest.fixture(scope="module", params=WRITTEN_ON)
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp(request.param)
-    devices, mesh, backend = WRITTEN_ON[request.param]
+# To another mesh, to no mesh, and onto one from no mesh.
+IN_THE_GATE = [("eight", "two_by_two"), ("eight", "mlx"), ("mlx", "eight")]
+EVERY_PAIR = [
+    pytest.param(written, where, marks=() if (written, where) in IN_THE_GATE else pytest.mark.release)
+    for written in WRITTEN_ON
+    for where in READ_ON
+]
+
+
+@cache
+def written_on(name: str, folder: Path) -> Path:
+    run = folder / f"written_on_{name}"
+    run.mkdir()
+    devices, mesh, backend = WRITTEN_ON[name]
     on_devices(devices, "write", mesh, run, backend)
     assert ((run / "checkpoints" / "step_00000003" / "arrays").is_dir()) == (devices > 1)
     return run
 
 
 @pytest.fixture(scope="module")
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written_on(request.param, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("sharded")
-    on_devices(8, "write", WRITTEN_ON["eight"][1], run)
-    return run
+    return written_on("eight", tmp_path_factory.getbasetemp())
 
 
-@pytest.mark.parametrize("where", READ_ON)
+@pytest.mark.parametrize(("written", "where"), EVERY_PAIR, indirect=["written"])
 def test_it_restores_bit_for_bit_elsewhere_and_training_goes_on(written: Path, where: str) -> None:
     """Though steps went on while it was written, with the same buffers."""
     devices, mesh, backend = READ_ON[where]
@@ -59,6 +73,11 @@ def test_it_restores_bit_for_bit_elsewhere_and_training_goes_on(written: Path, w
     np.testing.assert_allclose(losses, expected, rtol=FLOAT32_TRAINING.relative)
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["eight", "mlx", *(pytest.param(name, marks=pytest.mark.release) for name in ("two_by_two", "one"))],
+    indirect=True,
+)
 def test_a_part_is_read_alone(written: Path) -> None:
     checkpoint, _, _ = load_latest_checkpoint(written / "checkpoints")
     with np.load(written / "weights.npz") as weights:

@@ -10,6 +10,8 @@ from filelock import FileLock
 
 from tests.support.backends_available import require_backend
 
+pytestmark = pytest.mark.slow
+
 _PROGRAM = """
 from moezoo.backends import load_backend
 print(load_backend("jax").facts()["compile cache"])

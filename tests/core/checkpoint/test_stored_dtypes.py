@@ -22,12 +22,20 @@ CACHED = ["gated_delta", "sparse_attention", "sinks"]
 # Together with CACHED, these use every parameter that is not an operand of a matrix product; each compiles.
 COMPILED = ["value_residual", "layer_norm", "zero_centred_norm", "normalized_router", "gating_residual"]
 COMPILED += ["biased_logits", "zero_computation", "learned_positions", "expert_choice"]
-FORWARD = {"jax": COMPILED, "mlx": sorted(path.stem for path in TINY.glob("*.yaml"))}
+# The gate's on JAX: with layer_norm they have the parameters of those and of CACHED.
+COMBINED = ["learned_positions", "delta_attention", "scaled_rotation", "values", "zero_computation"]
+FORWARD = [
+    *(pytest.param("jax", f"combinations/{name}") for name in COMBINED),
+    pytest.param("jax", "layer_norm"),
+    *(pytest.param("jax", name, marks=pytest.mark.release) for name in COMPILED if name != "layer_norm"),
+    *(pytest.param("mlx", path.stem) for path in sorted(TINY.glob("*.yaml"))),
+]
 V = 31
 
 
 def model_of(name: str) -> ModelSpec:
-    config: Config = load_config(TINY / f"{name}.yaml")
+    folder = TINY.parents[1] / "tests/data" if "/" in name else TINY
+    config: Config = load_config(folder / f"{name}.yaml")
     return (config if config.model.vocab_size is not None else with_vocab_size(config, V)).model
 
 
@@ -60,7 +68,7 @@ class RecordedTensors(LazyTensors):
         return self._weights[name]
 
 
-@pytest.mark.parametrize(("backend", "name"), [(backend, name) for backend in FORWARD for name in FORWARD[backend]])
+@pytest.mark.parametrize(("backend", "name"), FORWARD)
 def test_bfloat16_parameters_match_the_same_values_in_float32(backend: str, name: str):
     require_backend(backend)
     twin = Twin(backend)

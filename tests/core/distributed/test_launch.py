@@ -22,6 +22,8 @@ from tests.support.backends_available import require_backend
 from tests.support.launched import TIMEOUT_S, assert_ends_with_the_first, begun, lines, start, train
 from tests.support.small_run import MODEL, write_config
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 """Tolerance of the loss of two processes against one over 20 steps: reordered float32 sums, amplified by updates."""
 

@@ -20,6 +20,8 @@ from moezoo.core.parity.report import ParityTolerances
 from moezoo.core.parity.sides import Reference
 from tests.support.backends_available import require_backend
 
+pytestmark = pytest.mark.slow
+
 # D=20, N=8, M=2, H=6, F=28; E=7, K=2 and E=5, K=1 with a capacity; V=31; B=3, T=5
 CONFIG = """
 model:
