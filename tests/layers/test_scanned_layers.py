@@ -32,9 +32,9 @@ def with_layers(config: Config, layers: tuple) -> Config:
 
 
 def mixed() -> Config:
-    """A dense layer, two mixtures with noise, a dense one, two mixtures."""
+    """Two mixtures with noise, a dense layer, two mixtures."""
     moe, dense = tiny("noisy_top_k", 2).model.layers[0], tiny("dense", 1).model.layers[0]
-    return with_layers(tiny("noisy_top_k", 1), (dense, moe, dense, moe))
+    return with_layers(tiny("noisy_top_k", 1), (moe, dense, moe))
 
 
 def combined() -> Config:
