@@ -42,14 +42,15 @@ links: setup
 
 setup: $(VENV)/installed
 
-# uv where it is on the PATH, else venv and pip; the same pinned versions either way.
+# uv where it is on the PATH, else venv and pip; the same pinned versions either way. Python compiles what it imports
+# when it imports it: to do so for everything that is installed takes as long as the rest.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then \
 		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
 		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
 	else \
 		$(PYTHON) -m venv $(VENV) && \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
+		$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
 	fi
 	@touch $@
 

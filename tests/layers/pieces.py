@@ -32,6 +32,7 @@ def assert_pieces_match(
     x_BTD = np.array(x_BTD)
     for row, start in enumerate(starts):
         x_BTD[row, :start] = 1e3
+    layer = twin.compiled(layer)
     first_B, found, position = None if first is None else twin.array(first), [], 0
     for length in pieces:
         piece = slice(position, position + length)

@@ -34,9 +34,9 @@ def with_layers(config: Config, layers: tuple) -> Config:
 
 
 def mixed() -> Config:
-    """Return a config of a dense layer, two MoE layers with noise, a dense layer and two MoE layers."""
+    """Return a config of two MoE layers with noise, a dense layer and two MoE layers."""
     moe, dense = tiny("noisy_top_k", 2).model.layers[0], tiny("dense", 1).model.layers[0]
-    return with_layers(tiny("noisy_top_k", 1), (dense, moe, dense, moe))
+    return with_layers(tiny("noisy_top_k", 1), (moe, dense, moe))
 
 
 def combined() -> Config:

@@ -85,6 +85,17 @@ class Twin:
             [self.numpy(value) for value in of_arrays],
         )
 
+    def compiled(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """The layer's call as JAX compiles it: one program for each shape, in place of one for each operation."""
+        if self.name != "jax":
+            return layer
+        import jax
+        from flax import nnx
+
+        graph, state = nnx.split(layer)
+        call = jax.jit(lambda state, *arrays, **named: nnx.merge(graph, state)(*arrays, **named))
+        return lambda *arrays, **named: call(state, *arrays, **named)
+
     def _namespace(self) -> ModuleType:
         if self.name == "jax":
             import jax.numpy as namespace
