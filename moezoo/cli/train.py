@@ -79,12 +79,12 @@ def _config(
 ) -> tuple["Config", bool]:
     """Return the config with its overrides, and True if it resumes a run, whose own config then fills it in."""
     from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.run_config import load_config
+    from moezoo.core.config.run_config import load_saved_config
     from moezoo.core.runs.init_from import load_resolved_config
     from moezoo.core.runs.run_folder import is_run
 
     resumed = resumed_run is not None and is_run(resumed_run)
-    before = load_config(resumed_run / "config.yaml") if resumed_run is not None and resumed else None
+    before = load_saved_config(resumed_run / "config.yaml") if resumed_run is not None and resumed else None
     config = load_resolved_config(config_path, overrides, resumed=before)
     return config if mesh is None else config.model_copy(update={"mesh": load_mesh(mesh)}), resumed
 

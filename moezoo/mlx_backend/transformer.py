@@ -121,9 +121,9 @@ class Layer(nn.Module):
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
         self.attention = attention_layer(spec.attention, weights.inside("attention"), index)
-        if spec.arrangement != "parallel":
+        if spec.norm_placement != "parallel":
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
-        if spec.arrangement == "sandwich":
+        if spec.norm_placement == "sandwich":
             self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
             self.feed_forward_output_norm = norm(model.norm, weights.inside("feed_forward_output_norm"))
         if spec.feed_forward is not None:
@@ -151,7 +151,7 @@ class Layer(nn.Module):
         attended = self._attend(seen_BTD, state, inputs, index, sources)
         record[f"{name}.attention"] = attended.out_BTD
         x_BTD = x_BTD + self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
-        if self.spec.arrangement != "parallel":
+        if self.spec.norm_placement != "parallel":
             seen_BTD = self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
@@ -198,11 +198,11 @@ class Layer(nn.Module):
 
     def attention_input(self, x_BTD: mx.array) -> mx.array:
         """Pre-attention norm, unless the norm comes after."""
-        return x_BTD if self.spec.arrangement == "post" else self.attention_norm(x_BTD)
+        return x_BTD if self.spec.norm_placement == "post" else self.attention_norm(x_BTD)
 
     def attention_output(self, out_BTD: mx.array) -> mx.array:
         """Post-attention norm, where there is one."""
-        match self.spec.arrangement:
+        match self.spec.norm_placement:
             case "pre" | "parallel":
                 return out_BTD
             case "post":
@@ -210,15 +210,15 @@ class Layer(nn.Module):
             case "sandwich":
                 return self.attention_output_norm(out_BTD)
             case _:
-                assert_never(self.spec.arrangement)
+                assert_never(self.spec.norm_placement)
 
     def feed_forward_input(self, x_BTD: mx.array) -> mx.array:
         """Pre-feed-forward norm; not of a parallel layer, whose feed-forward has the input of attention."""
-        return x_BTD if self.spec.arrangement == "post" else self.feed_forward_norm(x_BTD)
+        return x_BTD if self.spec.norm_placement == "post" else self.feed_forward_norm(x_BTD)
 
     def feed_forward_output(self, out_BTD: mx.array) -> mx.array:
         """Post-feed-forward norm, where there is one."""
-        match self.spec.arrangement:
+        match self.spec.norm_placement:
             case "pre" | "parallel":
                 return out_BTD
             case "post":
@@ -226,7 +226,7 @@ class Layer(nn.Module):
             case "sandwich":
                 return self.feed_forward_output_norm(out_BTD)
             case _:
-                assert_never(self.spec.arrangement)
+                assert_never(self.spec.norm_placement)
 
     def scaled(self, x_BTD: mx.array) -> mx.array:
         """Multiply the residual stream by the layer's output scale."""

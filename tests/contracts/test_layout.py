@@ -39,10 +39,6 @@ LAYERS = (
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TWIN = ("kernels", "distributed", "transforms", "runtime", "planning")
-OF_A_MODEL = {"backend", "inference", "training", "model"}  # they place a model on devices and processes
-# The only names by which the other shared stems meet a mesh or several processes: each reads as if it were not there.
-GLOBAL_BATCH = {"row_by_row", "average", "total", "first_draw", "on_host"}
-PLATFORM_QUESTIONS = {"default_device", "default_backend", "devices", "local_devices", "process_index", "is_available"}
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "mlx", "torch", "tensorflow"}
 LATE = {"transformers", "matplotlib"}  # slow to import: only a function that needs one imports it
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -146,25 +142,6 @@ def test_backends_have_the_same_loose_stems():
 def test_what_has_no_twin_lies_in_a_named_folder(backend):
     folders = {path.name for path in (PACKAGE / f"{backend}_backend").iterdir() if (path / "__init__.py").is_file()}
     assert folders <= set(WITHOUT_TWIN)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shared_stems_are_single_device_code(backend):
-    """They call kernels, ask for no platform, and know no mesh or process."""
-    package = f"moezoo.{backend}_backend"
-    problems = []
-    for stem in sorted(stems(f"{backend}_backend") - OF_A_MODEL):
-        module = f"{package}.{stem}"
-        for target, name in imports_of(module):
-            folder = target.removeprefix(f"{package}.").split(".")[0]
-            if folder in ("transforms", "planning") or name in ("is_x86_cpu", "can_fuse", "platform"):
-                problems.append(f"{stem} imports {target}")
-            if folder in ("distributed", "runtime") and not target.endswith(".typed") and name not in GLOBAL_BATCH:
-                problems.append(f"{stem} imports {name or 'all'} of {target}")
-        for node in ast.walk(tree_of(MODULES[module])):
-            if isinstance(node, ast.Attribute) and node.attr in PLATFORM_QUESTIONS:
-                problems.append(f"{stem} asks for {ast.unparse(node)}")
-    assert problems == []
 
 
 def test_no_framework_is_imported_outside_the_backends():

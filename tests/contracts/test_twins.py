@@ -16,7 +16,7 @@ SEAMS = {
     "runtime.typed": {"GraphDef", "State", "custom_function", "flatten", "to_float", "to_int", "to_ints"},
     "distributed.data_parallel": {"average", "first_draw", "total"},
 }
-OF_MACHINES = re.compile("platform|x86|default_(device|backend)|process|[Mm]esh|[Ss]hard|placement|Partition")
+OF_MACHINES = re.compile("platform|x86|default_(device|backend)|process|[Mm]esh|[Ss]hard|(?<!norm_)placement|Partition")
 ONLY_JAX_PARAMETERS = {"placement=", "group=", "exchange=", "wrap_block="}  # a mesh of devices, and how a step uses it
 SHARED = sorted(stems("jax_backend"))
 ALPHABET = set("BTSDNMGHZECKFPRVL")

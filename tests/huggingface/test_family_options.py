@@ -466,7 +466,7 @@ def test_mellum_rope_by_layer_type() -> None:
 
 def test_flex_olmo_has_post_norms() -> None:
     spec = spec_of("flex_olmo")
-    assert {layer.arrangement for layer in spec.all_layers} == {"post"}
+    assert {layer.norm_placement for layer in spec.all_layers} == {"post"}
     assert {attention.qk_norm_over for attention in attentions(spec)} == {"projection"}
 
 

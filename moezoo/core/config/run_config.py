@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from moezoo.core.config.data import DataConfig
+from moezoo.core.config.renamed_keys import with_new_keys
 from moezoo.core.config.training import OptimizerConfig, TrainingConfig
 from moezoo.core.config.validate import validate
 from moezoo.core.config.yaml_file import parse_mapping, parse_value, read_text
@@ -80,11 +81,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
     return parse_config(read_text(path, "config"), where=str(path), overrides=overrides, resolve=resolve)
 
 
+def load_saved_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load the resolved config of a run, also of one that an earlier version saved. Raises as `load_config`."""
+    return parse_config(read_text(path, "config"), where=str(path), overrides=overrides, saved=True)
+
+
 def parse_config(
-    text: str, where: str = "config", overrides: Sequence[str] = (), *, resolve: Resolve | None = None
+    text: str,
+    where: str = "config",
+    overrides: Sequence[str] = (),
+    *,
+    resolve: Resolve | None = None,
+    saved: bool = False,
 ) -> Config:
-    """Parse the text of a config as `load_config` does; `where` names it in errors."""
+    """Parse the text of a config as `load_config` does; `where` names it in errors.
+
+    `saved`: the text was written by a run; keys that were renamed since then are read by their new names.
+    """
     raw = parse_mapping(text, where, "config")
+    raw = with_new_keys(raw) if saved else raw
     first = [override for override in overrides if re.match(r"\s*init_from\b", override)]
     for override in first:
         raw["init_from"] = _as_init_from(raw.get("init_from"))

@@ -11,6 +11,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from moezoo.core.config.renamed_keys import RENAMED_KEYS
 from moezoo.core.errors import SpecError, nearest
 from moezoo.core.spec import Part
 
@@ -36,6 +37,8 @@ def _explain(part: type[Part], raw: object, problem: ErrorDetails, where: str) -
         case "extra_forbidden":
             key = str(problem["loc"][-1])
             known = sorted(owner.model_fields) if owner else []
+            if RENAMED_KEYS.get(key) in known:
+                return f"{path} is now called {RENAMED_KEYS[key]} ({where}). Rename the key."
             return f"{path} is not a known key{nearest(key, known)} ({where}). Known keys: {', '.join(known)}."
         case "missing":
             return f"{path} is missing ({where}). Add it."

@@ -153,7 +153,7 @@ def layer(
 ) -> tuple[ResidualState, LayerOutput]:
     """Compute one layer: two blocks, attention and a feed-forward, dense or a MoE.
 
-    A block f is added to the residual stream x as the layer's `arrangement` says: `pre` x + f(norm(x)); `post`
+    A block f is added to the residual stream x as the layer's `norm_placement` says: `pre` x + f(norm(x)); `post`
     x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input. What is
     added is dropped out and multiplied by `multipliers.residual`. A layer with a `shortcut` has a feed-forward and a
     MoE, which both see norm(x) after attention; the MoE's output is added at the end of the next layer. Then comes the
@@ -176,7 +176,7 @@ def layer(
     record[f"{name}.attention"] = attended.out_BTD
     out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
     x_BTD = x_BTD + _added(model, out, key, ATTENTION_DROPOUT)
-    if spec.arrangement != "parallel":
+    if spec.norm_placement != "parallel":
         seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
     routing = None
     if spec.moe is not None:
@@ -205,14 +205,14 @@ def layer(
 
 def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, x_BTD: Array) -> Array:
     """Norm of a block's input, unless the norm comes after the block."""
-    if spec.arrangement == "post":
+    if spec.norm_placement == "post":
         return x_BTD
     return normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
 
 
 def _norm_after(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, out_BTD: Array) -> Array:
     """Norm of a block's output, where there is one."""
-    match spec.arrangement:
+    match spec.norm_placement:
         case "pre" | "parallel":
             return out_BTD
         case "post":
@@ -220,7 +220,7 @@ def _norm_after(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block
         case "sandwich":
             return normalize(model.norm, inside(parameters, f"{block}_output_norm"), out_BTD)
         case _:
-            assert_never(spec.arrangement)
+            assert_never(spec.norm_placement)
 
 
 def _added(model: ModelSpec, out_BTD: Array, key: Array | None, purpose: int) -> Array:

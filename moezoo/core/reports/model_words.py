@@ -115,7 +115,7 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
     else:
         assert layer.feed_forward is not None
         text = _feed_forward(layer.feed_forward)
-    text = text if layer.arrangement == "pre" else f"{text}; {layer.arrangement} norms"
+    text = text if layer.norm_placement == "pre" else f"{text}; {layer.norm_placement} norms"
     return f"{text}; output scaled" if layer.output_scale else text
 
 

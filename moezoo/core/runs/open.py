@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokenizerSpec, TokenIdsSpec, TokenizerSpec
-from moezoo.core.config.run_config import Config, load_config
+from moezoo.core.config.run_config import Config, load_saved_config
 from moezoo.core.config.schedules import ConstantSchedule
 from moezoo.core.config.training import OptimizerConfig, TrainingConfig
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
@@ -111,7 +111,7 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
 def describe_model(path: str | Path) -> tuple[ModelSpec, TokenizerSpec]:
     """Read the model spec and the tokenizer spec of a path from its config alone, without opening weights."""
     if is_run(path):
-        config = load_config(Run(Path(path)).config_path)
+        config = load_saved_config(Run(Path(path)).config_path)
         return config.model, config.data.tokenizer
     folder = checkpoint_folder(path, weights=False)
     spec = describe_checkpoint(folder).spec

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, load_verified_checkpoint
-from moezoo.core.config.run_config import Config, dump_config, load_config, parse_config
+from moezoo.core.config.run_config import Config, dump_config, load_saved_config, parse_config
 from moezoo.core.data.load_tokenizer import load_tokenizer
 from moezoo.core.data.tokenizers import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer
 from moezoo.core.errors import RunError, SpecError
@@ -72,7 +72,7 @@ def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool
                 f"{path} already contains a run. Add --resume to continue it, choose another folder with --out, or "
                 "delete it."
             )
-        _check_same(load_config(run.config_path), config, run.config_path)
+        _check_same(load_saved_config(run.config_path), config, run.config_path)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(
             f"{path} exists and is not a run folder; expected a new or empty folder. Choose another with --out."
@@ -113,7 +113,7 @@ def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]
     """
     run = open_run(path)
     checkpoint, newest, problems = _latest(run)
-    config = parse_config(checkpoint.config_text, where=str(newest / "config.yaml"))
+    config = parse_config(checkpoint.config_text, where=str(newest / "config.yaml"), saved=True)
     return config, load_tokenizer(run.path), checkpoint, problems
 
 

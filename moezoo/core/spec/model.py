@@ -17,7 +17,7 @@ from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSp
 class LayerSpec(Part):
     """One transformer layer, or `repeat` identical ones: attention, then a dense feed-forward or a MoE layer.
 
-    `arrangement` is the norm placement around each block f: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv
+    `norm_placement` is the norm placement around each block f: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv
     2002.04745); `post` is `x + norm(f(x))` (OLMo 2, arXiv 2501.00656); `sandwich` is `x + norm(f(norm(x)))` (Gemma 2,
     arXiv 2408.00118); `parallel` is `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et
     al. 2022, arXiv 2204.02311). `shortcut` (ScMoE): the layer has both a dense feed-forward and a MoE layer with the
@@ -28,7 +28,7 @@ class LayerSpec(Part):
     """
 
     repeat: PositiveInt = 1
-    arrangement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     attention: AttentionSpec
     feed_forward: FeedForwardSpec | None = None
     moe: MoESpec | None = None
@@ -44,11 +44,11 @@ class LayerSpec(Part):
                     f"is true, but the layer has no {'moe' if self.moe is None else 'feed_forward'}",
                     "Set both feed_forward (dense) and moe",
                 )
-            if self.arrangement != "pre":
+            if self.norm_placement != "pre":
                 raise impossible(
                     "shortcut",
-                    f"is true, but arrangement is {self.arrangement}",
-                    "Use arrangement: pre",
+                    f"is true, but norm_placement is {self.norm_placement}",
+                    "Use norm_placement: pre",
                 )
         elif (self.feed_forward is None) == (self.moe is None):
             both = "both feed_forward and moe" if self.moe is not None else "neither feed_forward nor moe"
@@ -56,11 +56,11 @@ class LayerSpec(Part):
                 "", f"has {both}", "Set exactly one of feed_forward (dense) and moe, or both and shortcut: true"
             )
         shared = None if self.moe is None else self.moe.shared
-        if isinstance(shared, ParallelFeedForwardSpec) and self.arrangement in ("post", "parallel"):
+        if isinstance(shared, ParallelFeedForwardSpec) and self.norm_placement in ("post", "parallel"):
             raise impossible(
                 "moe.shared",
-                f"is parallel, which needs a norm before the MoE layer, but arrangement {self.arrangement} has none",
-                "Use arrangement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}",
+                f"is parallel, which needs a norm before the MoE, but norm_placement {self.norm_placement} has none",
+                "Use norm_placement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}",
             )
         return self
 

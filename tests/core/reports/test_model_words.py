@@ -100,7 +100,7 @@ def test_head(head, words):
 )
 def test_dense_feed_forward_and_norm_placement(fields, words):
     assert feed_forward_in_words(spec_of({"feed_forward": fields}).layers[0]) == words
-    sandwich = spec_of({"feed_forward": fields, "arrangement": "sandwich"}).layers[0]
+    sandwich = spec_of({"feed_forward": fields, "norm_placement": "sandwich"}).layers[0]
     assert feed_forward_in_words(sandwich) == f"{words}; sandwich norms"
     scaled = spec_of({"feed_forward": fields, "output_scale": True}).layers[0]
     assert feed_forward_in_words(scaled) == f"{words}; output scaled"

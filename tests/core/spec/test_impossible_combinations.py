@@ -334,14 +334,14 @@ CASES = {
         "Use apply_to: output.",
     ),
     "a parallel feed-forward without a norm before it": (
-        model(layer(moe=moe_of(shared=PARALLEL), arrangement="parallel")),
-        "model.layers[0].moe.shared is parallel, which needs a norm before the MoE layer, but arrangement parallel has "
-        "none (x.yaml). Use arrangement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}.",
+        model(layer(moe=moe_of(shared=PARALLEL), norm_placement="parallel")),
+        "model.layers[0].moe.shared is parallel, which needs a norm before the MoE, but norm_placement parallel has "
+        "none (x.yaml). Use norm_placement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}.",
     ),
     "a parallel feed-forward of a post-norm layer": (
-        model(layer(moe=moe_of(shared=PARALLEL), arrangement="post")),
-        "model.layers[0].moe.shared is parallel, which needs a norm before the MoE layer, but arrangement post has "
-        "none (x.yaml). Use arrangement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}.",
+        model(layer(moe=moe_of(shared=PARALLEL), norm_placement="post")),
+        "model.layers[0].moe.shared is parallel, which needs a norm before the MoE, but norm_placement post has "
+        "none (x.yaml). Use norm_placement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}.",
     ),
     # losses
     "a duplicate loss": (
@@ -419,8 +419,8 @@ CASES = {
         "and moe.",
     ),
     "a shortcut with sandwich norms": (
-        model(layer(feed_forward={"hidden_dim": 4}, arrangement="sandwich", shortcut=True), layer()),
-        "model.layers[0].shortcut is true, but arrangement is sandwich (x.yaml). Use arrangement: pre.",
+        model(layer(feed_forward={"hidden_dim": 4}, norm_placement="sandwich", shortcut=True), layer()),
+        "model.layers[0].shortcut is true, but norm_placement is sandwich (x.yaml). Use norm_placement: pre.",
     ),
     "a shortcut in the last layer": (
         model(layer(feed_forward={"hidden_dim": 4}, shortcut=True, repeat=2)),
@@ -558,7 +558,7 @@ ALLOWED = {
     "value_residual on a later layer": model(layer(), layer(HEADS | {"value_residual": True})),
     "gating_residual on repeated MoE layers": model(layer(moe=moe_of({"gating_residual": True}), repeat=2)),
     "gating_residual on a later MoE layer": model(layer(), layer(moe=moe_of({"gating_residual": True}))),
-    "a parallel feed-forward between norms": model(layer(moe=moe_of(shared=PARALLEL), arrangement="sandwich")),
+    "a parallel feed-forward between norms": model(layer(moe=moe_of(shared=PARALLEL), norm_placement="sandwich")),
     "hash with losses on its weights": losses(
         {"kind": "router_z"}, {"kind": "importance"}, router={"choice": {"kind": "hash"}}
     ),

@@ -32,7 +32,7 @@ def spec(fields: Fields) -> ModelSpec:
     kinds = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
     moe, dense = _moe(fields), parts.swiglu(fields, fields.count("intermediate_size"))
     layers = [
-        parts.layer(mixers[kind], dense if index < num_dense else moe).model_copy(update={"arrangement": "sandwich"})
+        parts.layer(mixers[kind], dense if index < num_dense else moe).model_copy(update={"norm_placement": "sandwich"})
         for index, kind in enumerate(parts.layer_types(fields, num_layers, kinds))
     ]
     mup = fields.flag("mup_enabled", False)

@@ -13,7 +13,7 @@ def spec(fields: Fields) -> ModelSpec:
     bias = fields.flag("attention_bias", False)
     layer = LayerSpec(
         repeat=fields.count("num_hidden_layers"),
-        arrangement="post",
+        norm_placement="post",
         attention=parts.attention(
             fields,
             parts.rope(fields, base=5e5),

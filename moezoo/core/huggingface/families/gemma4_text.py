@@ -39,7 +39,7 @@ def spec(fields: Fields) -> ModelSpec:
         moe = _moe(fields, dense, norm) if has_moe else None
         layers.append(
             LayerSpec(
-                arrangement="sandwich",
+                norm_placement="sandwich",
                 attention=attention,
                 feed_forward=None if has_moe else dense,
                 moe=moe,
