@@ -70,6 +70,7 @@ def test_a_step_is_the_same_with_and_without_rematerialization(path, how):
     assert any(np.abs(value).max() > 0 for value in moments.values())
 
 
+@pytest.mark.release  # three programs of four layers
 def test_jax_keeps_less_for_the_way_back():
     """Bytes of one step's temporary arrays, as XLA plans them: four layers, of which one is alive at a time.
 
