@@ -71,6 +71,7 @@ def test_a_step_is_the_same_with_and_without_rematerialization(path, how):
     assert any(np.abs(value).max() > 0 for value in moments.values())
 
 
+@pytest.mark.release  # three programs of four layers
 def test_jax_stores_less_for_the_backward_pass():
     """Temporary memory of one step, as planned by XLA: eight layers, one of them live at a time.
 

@@ -147,6 +147,7 @@ def test_no_matrix_of_an_expert_is_gathered(found, devices: int, job: str) -> No
 DEEP = (*EIGHT, "model.layers[0].repeat=4", "training.rematerialize=block")
 
 
+@pytest.mark.release  # three programs, one of them slow
 @on(4, "programs", "top_k", {"fsdp": 2, "expert": 2}, DEEP)
 def test_layers_that_were_not_compiled_are_as_those_that_were(found, devices: int, job: str) -> None:
     found = found[devices, job]
