@@ -73,7 +73,7 @@ def test_a_step_is_the_same_with_and_without_rematerialization(path, how):
 
 @pytest.mark.release  # three programs of four layers
 def test_jax_stores_less_for_the_backward_pass():
-    """Temporary memory of one step, as planned by XLA: eight layers, one of them live at a time.
+    """Temporary memory of one step, as planned by XLA: four layers, one of them live at a time.
 
     `blocks` store two of the formula's four arrays of hidden width: the gate and up projections.
     """
@@ -108,5 +108,5 @@ def test_micro_batches_need_memory_for_the_gradients_of_one_block_at_a_time():
 @pytest.mark.parametrize("how", ["experts", "block"])
 def test_rematerialization_on_mlx_is_rejected(how):
     require_backend("mlx")
-    with pytest.raises(TrainingError, match=rf"training.rematerialize is '{how}', which is not realized on MLX"):
+    with pytest.raises(TrainingError, match=rf"training.rematerialize is '{how}', which is not supported on MLX"):
         trained(TINY / "top_k.yaml", how, "mlx")

@@ -307,7 +307,7 @@ def free_port() -> int:
         ),
         (("--coordinator", "auto", "--num-processes", "2"), "--coordinator auto detects the number of processes"),
         (("--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"), "--process-id is 2 of --num-process"),
-        (("--process-id", "1"), "--num-processes and --process-id need --coordinator HOST:PORT"),
+        (("--process-id", "1"), "--num-processes and --process-id need --coordinator; got none. Add --coordinator HOST:PORT"),
         (("--coordinator", "auto", "--backend", "mlx"), "process group options are for backend jax only"),
     ],
 )
