@@ -1,4 +1,4 @@
-"""Writes and reads sharded checkpoints on the devices that this process has. Run by the tests.
+"""Write and read sharded checkpoints on the devices of this process. Run by the tests.
 
 python checkpoints.py write BACKEND MESH RUN    three steps, a save, three more steps; and what was to be saved
 python checkpoints.py read BACKEND MESH RUN     the newest checkpoint on this mesh, and three steps from there

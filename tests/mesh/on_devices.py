@@ -1,4 +1,4 @@
-"""Trains tiny models on 8 simulated devices and on one, and prints how far apart they are. Run by the tests.
+"""Train tiny models on 8 simulated devices and on one, and print their differences. Run by the tests.
 
 python on_devices.py JOB...     a line of JSON for each; a JOB is JSON too: [what, config, replaced, mesh, ...]
 
@@ -158,7 +158,7 @@ def of_score(config, given: dict) -> dict:
 
 
 def collectives_in(text: str) -> dict:
-    """How often a program has each collective, by the shape of what it moves; `loop` where a loop has it."""
+    """Count the collectives of a program by payload shape; `loop` marks those inside a loop."""
     computations = dict(re.findall(r"^(?:ENTRY )?(%\S+) .*?\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE))
     inside, seen = [name for body in computations.values() for name in re.findall(r"body=(%[\w.-]+)", body)], set()
     while inside:

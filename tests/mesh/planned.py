@@ -1,4 +1,4 @@
-"""The plan of a step and what XLA makes of it, on simulated devices, as JSON. Run by the tests.
+"""Print the plan of a step and XLA's program of it on simulated devices, as JSON. Run by the tests.
 
 python planned.py JOB...     a line of JSON for each; a JOB is JSON too: [what, config, mesh, overrides of the config]
 
@@ -23,7 +23,7 @@ def config_of(path: str, mesh: dict, overrides: list[str]):
 
 
 def together(collectives) -> dict[str, list[int]]:
-    """By kind and axes: how many arrays, and their bytes."""
+    """Return the number and the bytes of arrays by kind and axes."""
     found: dict[str, list[int]] = {}
     for own in collectives:
         total = found.setdefault(f"{own.kind} {','.join(own.axes)}", [0, 0])

@@ -1,4 +1,4 @@
-"""The exchange `ragged`, which no CPU has, with a stand-in for JAX's operation. Run by the tests.
+"""Run the exchange `ragged` on the CPU with a stand-in for JAX's operation. Run by the tests.
 
 python ragged.py    as JSON: `apart`, losses and gradients of a mesh with it beside those of `padded`, and
                     `lowered`, how often JAX's own is in the training step that is lowered for a TPU
@@ -21,7 +21,7 @@ CONFIG = Path("configs/tiny/top_k.yaml")
 
 
 def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """By its documentation: rows `input_offsets[j]` and on, `send_sizes[j]` of them, go to `output_offsets[j]` of j."""
+    """As documented: `send_sizes[j]` rows from `input_offsets[j]` go to `output_offsets[j]` of device j."""
     me = lax.axis_index(axis_name)
     rows = lax.all_gather(operand, axis_name)
     starts, counts, places = (lax.all_gather(x, axis_name)[:, me] for x in (input_offsets, send_sizes, output_offsets))

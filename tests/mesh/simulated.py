@@ -1,4 +1,4 @@
-"""Runs a script of this folder with simulated devices, of which a process that has begun with JAX cannot have more."""
+"""Run a script of this folder with simulated devices: a process that has started JAX cannot have more of them."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.support.source_tree import PACKAGE
 
 
 def run_simulated(script: str, *words: str, devices: int = 8, backend: str = "jax") -> str:
-    """What the script printed."""
+    """Return the output of the script."""
     require_backend(backend)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     root = PACKAGE.parent
@@ -38,6 +38,6 @@ def jobs_of(items: list[pytest.Item], path: Path) -> list[str]:
 
 
 def results(script: str, jobs: list[str], **options: object) -> dict[str, Any]:
-    """What one process, which imports JAX once, found for each job: a line of JSON each."""
+    """Return the results of each job, run in one process that imports JAX once: one line of JSON each."""
     lines = run_simulated(script, *jobs, **options).splitlines()[-len(jobs) :] if jobs else []
     return dict(zip(jobs, map(json.loads, lines), strict=True))

@@ -1,4 +1,4 @@
-"""Real runs of two and four JAX processes on this machine: same losses as one, and what becomes of failures."""
+"""Runs of two and four JAX processes on this machine: they match the losses of one, and handle failures."""
 
 import os
 import shutil
@@ -24,13 +24,13 @@ from tests.support.small_run import MODEL, write_config
 from tests.support.source_tree import PACKAGE
 
 FROM_ONE = 1e-5
-"""The loss of several processes against one over 20 steps: other sums in float32, which each update multiplies."""
+"""Tolerance of losses against one process over 20 steps: reordered float32 sums, amplified by updates."""
 MESH = ("--mesh", "data=auto")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What is computed over the whole batch at once, in micro-batches, with dropout; 20 steps."""
+    """Config with losses over the whole batch, micro-batches and dropout; 20 steps."""
     require_backend("jax")
     folder = tmp_path_factory.mktemp("processes")
     path = write_config(folder, steps=20, batch_size=8, gradient_accumulation=2, seed=5)
@@ -59,7 +59,7 @@ def one(config: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two(config: Path) -> tuple[Path, str]:
-    """20 steps of two processes, and what they said."""
+    """Run folder and output of 20 steps of two processes."""
     out = config.with_name("two")
     return out, train("jax", config, out, *MESH)
 
@@ -79,7 +79,7 @@ def assert_same_losses(run: Path, other: Path) -> None:
     assert also["validation_loss"] == pytest.approx(validated["validation_loss"], abs=FROM_ONE)
 
 
-def test_two_processes_have_the_losses_of_one(one: Path, two: tuple[Path, str]) -> None:
+def test_two_processes_match_the_losses_of_one(one: Path, two: tuple[Path, str]) -> None:
     assert_same_losses(one, two[0])
 
 
@@ -91,7 +91,7 @@ def test_two_processes_have_the_losses_of_one(one: Path, two: tuple[Path, str]) 
         pytest.param(2, 1, {"tensor": 2}, id="same_sequences", marks=pytest.mark.release),
     ],
 )
-def test_processes_that_have_parts_of_the_model_have_the_losses_of_one(
+def test_sharded_processes_match_the_losses_of_one(
     config: Path, one: Path, count: int, devices: int, mesh: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
@@ -101,7 +101,7 @@ def test_processes_that_have_parts_of_the_model_have_the_losses_of_one(
     assert_same_losses(one, out)
 
 
-def test_the_first_process_alone_speaks_and_writes(two: tuple[Path, str]) -> None:
+def test_only_the_first_process_prints_and_writes(two: tuple[Path, str]) -> None:
     out, said = two
     assert said.count("processes      2, each with 1 device") == 1
     assert said.count("run folder: ") == 1
@@ -121,7 +121,7 @@ GO_ON = {
 @pytest.mark.parametrize(
     "names", [["jax_1", "mlx_1"], pytest.param(list(GO_ON), marks=pytest.mark.release)], ids=["gate", "all"]
 )
-def test_what_two_processes_saved_goes_on_on_one_device_in_mlx_and_as_whole_files(
+def test_run_of_two_processes_resumes_on_one_device_on_mlx_and_consolidated(
     config: Path, two: tuple[Path, str], names: list[str], tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
@@ -189,7 +189,7 @@ def test_an_error_of_the_first_process_ends_the_group(config: Path, two: tuple[P
     assert_ends_with_the_first("jax", config, two[0], *MESH)
 
 
-def test_processes_without_a_mesh_are_refused(config: Path) -> None:
+def test_processes_without_a_mesh_are_an_error(config: Path) -> None:
     running = start("train", config, "--backend", "jax", "--out", config.with_name("no_mesh"))
     said, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 1
@@ -204,7 +204,7 @@ def by_hand(config: Path, out: Path, index: int, port: int, *words: object) -> s
     return run("train", config, "--backend", "jax", "--out", out, *MESH, *group, *words)
 
 
-def test_a_process_that_stands_still_ends_the_other_within_the_heartbeat(config: Path, free_port: int) -> None:
+def test_stopped_process_ends_the_other_within_the_heartbeat(config: Path, free_port: int) -> None:
     out = config.with_name("still")
     words = ("--heartbeat-timeout", 3, "--set", "training.steps=100000")
     first, second = (by_hand(config, out, index, free_port, *words) for index in (0, 1))
@@ -232,7 +232,7 @@ print(processes.gather(0).fetch())
 """
 
 
-def test_an_exception_ends_its_process_at_once_and_the_others_with_one_line(free_port: int) -> None:
+def test_exception_ends_its_process_at_once_and_the_others_with_one_line(free_port: int) -> None:
     first, second = (
         subprocess.Popen(
             [sys.executable, "-c", FAILS, index, str(free_port)],
@@ -250,7 +250,7 @@ def test_an_exception_ends_its_process_at_once_and_the_others_with_one_line(free
 
 
 @pytest.mark.release
-def test_slurm_says_who_is_who(config: Path, two: tuple[Path, str]) -> None:
+def test_slurm_variables_give_coordinator_and_index(config: Path, two: tuple[Path, str]) -> None:
     out = config.with_name("slurm")
     told = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     command = [sys.executable, "-m", "moezoo", "train", str(config), "--backend", "jax", "--out", str(out), *MESH]
@@ -269,7 +269,7 @@ def test_slurm_says_who_is_who(config: Path, two: tuple[Path, str]) -> None:
     assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(two[0])]
 
 
-def test_a_process_that_finds_nobody_says_so(config: Path, free_port: int) -> None:
+def test_unreachable_coordinator_is_an_error(config: Path, free_port: int) -> None:
     lonely = by_hand(config, config.with_name("lonely"), 1, free_port, "--startup-timeout", 1)
     said, _ = lonely.communicate(timeout=TIMEOUT_S)
     assert lonely.returncode == 1
@@ -277,7 +277,7 @@ def test_a_process_that_finds_nobody_says_so(config: Path, free_port: int) -> No
     assert line.startswith("BackendError: cannot reach the first process within 1 s: connection refused; got --coord")
 
 
-def test_a_coordinator_whose_place_is_taken_says_so(config: Path, taken_port: int) -> None:
+def test_occupied_coordinator_port_is_an_error(config: Path, taken_port: int) -> None:
     first = by_hand(config, config.with_name("taken"), 0, taken_port)
     said, _ = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 1
@@ -307,11 +307,14 @@ def free_port() -> int:
         ),
         (("--coordinator", "auto", "--num-processes", "2"), "--coordinator auto detects the number of processes"),
         (("--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"), "--process-id is 2 of --num-process"),
-        (("--process-id", "1"), "--num-processes and --process-id need --coordinator; got none. Add --coordinator HOST:PORT"),
+        (
+            ("--process-id", "1"),
+            "--num-processes and --process-id need --coordinator; got none. Add --coordinator HOST:PORT",
+        ),
         (("--coordinator", "auto", "--backend", "mlx"), "process group options are for backend jax only"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(config: Path, words: tuple[str, ...], problem: str) -> None:
+def test_inconsistent_process_options_are_errors(config: Path, words: tuple[str, ...], problem: str) -> None:
     result = CliRunner().invoke(main, ["train", str(config), "--out", str(config.with_name("bad")), *words])
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""On 8 simulated devices: as on one, in losses, every gradient and three steps; and what travels between them."""
+"""Meshes of 8 simulated devices match one device in losses, every gradient and three steps; and their collectives."""
 
 import json
 
@@ -77,7 +77,7 @@ def check(found: dict) -> None:
         ),
     ],
 )
-def test_every_mesh_is_as_one_device(found, job):
+def test_every_mesh_matches_one_device(found, job):
     assert len(found[job]) == len(json.loads(job)) - 3
     check(found[job])
 
@@ -118,7 +118,7 @@ ONE_BY_ONE = (
         *(pytest.param(job("equal", name, *MIXED), id=f"{name}-both", marks=release) for name in ONE_BY_ONE),
     ],
 )
-def test_every_part_is_as_on_one_device(found, job):
+def test_every_part_matches_one_device(found, job):
     check(found[job])
 
 
@@ -129,8 +129,8 @@ def test_every_part_is_as_on_one_device(found, job):
         pytest.param(job("equal", "capacity_groups", *GROUPED), id="all", marks=release),
     ],
 )
-def test_a_capacity_of_each_sequence_is_as_on_one_device(found, job):
-    """Experts on 4 devices; on 1, 2 and 8 too before a release."""
+def test_capacity_per_sequence_matches_one_device(found, job):
+    """Experts on 4 devices; release tests have 1, 2 and 8 too."""
     assert len(found[job]) == len(json.loads(job)) - 3
     check(found[job])
 
@@ -149,7 +149,7 @@ WITH_ZEROS = ("dispatch: {kind: capacity, factor: 1.1}", f"dispatch: {CAPACITY}"
         pytest.param(job("equal", "zero_computation", *MIXED, replaced=WITH_ZEROS), id="zero", marks=release),
     ],
 )
-def test_a_capacity_of_each_sequence_goes_with_every_kind_of_expert(found, job):
+def test_capacity_per_sequence_works_with_every_kind_of_expert(found, job):
     check(found[job])
 
 
@@ -161,31 +161,31 @@ BOUNDED = {"expert": 4, "tensor": 2}
 
 
 @by_job(*(job("collectives", name, BOUNDED) for name in ("capacity_groups", "capacity")))
-def test_a_capacity_of_each_sequence_bounds_what_travels(found, jobs):
+def test_capacity_per_sequence_bounds_the_all_to_all(found, jobs):
     """2 sequences of T = 16 on each of 4 devices, E = 8, K = 2, D = 32: C = ceil(0.6 * 2 * 16 / 8) = 3."""
     of_sequence, of_batch = (
         {shape: count for shape, count in found[job].items() if "all-to-all" in shape} for job in jobs
     )
-    # In each of 2 layers there and back, and the gradients too. Where a row belongs is known without a count.
+    # Dispatch and combine in 2 layers, and their gradients. Slots are known without exchanging counts.
     assert of_sequence == {"all-to-all f32[2,6,32]": 8}
     assert of_batch == {"all-to-all f32[1,64,32]": 8, "all-to-all s32[1,2]": 2}
 
 
 @pytest.mark.parametrize("job", [job("collectives", "capacity_groups", {"data": 8})], ids=["job"])
-def test_dropped_tokens_are_decided_where_the_sequence_is(found, job):
+def test_dropping_tokens_needs_only_all_reduces(found, job):
     assert {name.split()[0] for name in found[job]} == {"all-reduce"}
 
 
 @pytest.mark.parametrize("job", [job("collectives", "top_k", MESHES[5])], ids=["job"])
-def test_tokens_travel_to_experts_and_experts_stay(found, job):
+def test_tokens_are_exchanged_and_expert_weights_are_not(found, job):
     kinds = {name.split()[0] for name in found[job]}
     assert kinds == {"all-to-all", "all-reduce"}  # nothing is gathered, neither an expert's matrix nor a probability
     assert any(name.startswith("all-to-all f32") for name in found[job]), found[job]
 
 
 @by_job(*(job("collectives", "top_k", {**MESHES[5], **more}) for more in ({}, {"rematerialize": "experts"})))
-def test_experts_are_computed_again_with_their_exchange(found, jobs):
-    """Tokens travel there and back, and so do gradients; then tokens once more, for the backward pass."""
+def test_recomputed_experts_repeat_their_all_to_all(found, jobs):
+    """Dispatch and combine, and their gradients; then dispatch once more, for the backward pass."""
     plain, again = (
         sum(count for name, count in found[job].items() if name.startswith("all-to-all f32")) for job in jobs
     )
@@ -196,7 +196,7 @@ SCANNED = {"fsdp": 8, "layers": "scanned", "rematerialize": "experts"}
 
 
 @pytest.mark.parametrize("job", [job("collectives", "top_k", SCANNED)], ids=["job"])
-def test_a_scan_puts_the_parameters_of_one_layer_together_at_a_time(found, job):
+def test_scan_all_gathers_one_layer_at_a_time(found, job):
     gathers = {name for name in found[job] if "all-gather" in name}
     # Outside the loop the embedding and the head alone; inside no array of both layers, [2, 32, 4, 8] and the like.
     assert {name for name in gathers if not name.startswith("loop")} == {
@@ -216,7 +216,7 @@ def test_a_scan_puts_the_parameters_of_one_layer_together_at_a_time(found, job):
         pytest.param(job("answers", "capacity_groups", MESHES[5]), id="capacity_groups", marks=release),
     ],
 )
-def test_a_model_answers_where_it_was_trained(found, job):
+def test_trained_model_generates_on_its_mesh(found, job):
     """Intermediates, gradients with forced experts, inference, a cache, generated tokens; 3 sequences too, unshared."""
     found = found[job]
     assert {"layers.1.moe.router.logits of 8", "layers.1.moe.experts.w_up of 3", "decode of 3"} <= found["apart"].keys()
@@ -226,8 +226,8 @@ def test_a_model_answers_where_it_was_trained(found, job):
 
 
 @pytest.mark.parametrize("job", [job("of_score", "top_k", MESHES[5])], ids=["job"])
-def test_sequences_that_cannot_be_shared_equally_are_scored_where_the_experts_are(found, job):
-    """Of 3 sequences on 8 devices tokens travel, as in a step, and no expert is put together."""
+def test_indivisible_batch_is_scored_without_gathering_experts(found, job):
+    """3 sequences on 8 devices: tokens are exchanged as in a step, and no expert is gathered."""
     assert {name.split()[0] for name in found[job]} == {"all-to-all", "all-reduce"}
 
 
@@ -238,8 +238,8 @@ def test_sequences_that_cannot_be_shared_equally_are_scored_where_the_experts_ar
         for name, more in {"plain": {}, "scanned": {"layers": "scanned"}, "again": {"rematerialize": "experts"}}.items()
     ],
 )
-def test_a_step_writes_parameters_and_moments_where_they_were(found, job):
-    """On a mesh too, each device's parts of them; beside them it gives numbers alone."""
+def test_step_donates_parameters_and_moments(found, job):
+    """Also on a mesh, per shard; the other results are scalars."""
     found = found[job]
     assert found["kept"] == found["arrays"] > 30
     assert found["kept_bytes"] == found["bytes"]
@@ -248,7 +248,7 @@ def test_a_step_writes_parameters_and_moments_where_they_were(found, job):
 
 @pytest.mark.parametrize("job", [job("collectives", "top_k", {"fsdp": 8})], ids=["job"])
 def test_fsdp_all_gathers_each_parameter_twice(found, job):
-    """In the forward pass and again in the backward pass; it is not kept."""
+    """In the forward pass and again in the backward pass; gathered parameters are not stored."""
     found = found[job]
     assert "all-to-all" not in {name.split()[0] for name in found}
     gathered = {

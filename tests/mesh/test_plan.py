@@ -1,4 +1,4 @@
-"""Plans beside XLA's programs for 2, 4 and 8 simulated devices: what travels, and what a device holds."""
+"""Plans match XLA's programs for 2, 4 and 8 simulated devices: communication, and memory per device."""
 
 import json
 import subprocess
@@ -68,18 +68,18 @@ RELEASE = {
 
 
 def job(what: str, name: str, mesh: dict, overrides: tuple[str, ...]) -> str:
-    """A job of planned.py."""
+    """Return a job of planned.py."""
     return json.dumps([what, f"configs/tiny/{name}.yaml", mesh, list(overrides)])
 
 
 def case_of(job: str) -> tuple[dict, Config]:
-    """The mesh and the config of a job."""
+    """Return the mesh and the config of a job."""
     _, path, mesh, overrides = json.loads(job)
     return mesh, load_config(path, overrides)
 
 
 def on(devices: int, what: str, *case) -> pytest.MarkDecorator:
-    """A job, and the number of devices that it needs."""
+    """Return a job with its number of devices."""
     return pytest.mark.parametrize(("devices", "job"), [(devices, job(what, *case))], ids=["job"])
 
 
@@ -105,7 +105,7 @@ FORMULAS = [
 
 
 @pytest.mark.parametrize(("devices", "job"), [pytest.param(*each[:2], marks=each[2]) for each in FORMULAS])
-def test_plan_is_what_xla_makes_of_the_step(found, devices: int, job: str) -> None:
+def test_plan_matches_the_compiled_step(found, devices: int, job: str) -> None:
     _, config = case_of(job)
     formula, program = found[devices, job]["formula"], found[devices, job]["program"]
     for kind in formula.keys() | program.keys():
@@ -123,7 +123,7 @@ def test_plan_is_what_xla_makes_of_the_step(found, devices: int, job: str) -> No
 
 
 @pytest.mark.parametrize(("devices", "job"), [pytest.param(*each[:2], marks=each[2]) for each in FORMULAS])
-def test_a_device_holds_what_the_plan_says(found, devices: int, job: str) -> None:
+def test_arguments_of_a_device_match_the_plan(found, devices: int, job: str) -> None:
     mesh, config = case_of(job)
     training = config.training
     apart = devices // mesh.get("tensor", 1)
@@ -149,7 +149,7 @@ DEEP = (*EIGHT, "model.layers[0].repeat=4", "training.rematerialize=block")
 
 @pytest.mark.release  # three programs, one of them slow
 @on(4, "programs", "top_k", {"fsdp": 2, "expert": 2}, DEEP)
-def test_layers_that_were_not_compiled_are_as_those_that_were(found, devices: int, job: str) -> None:
+def test_plan_derived_from_few_layers_matches_the_whole_model(found, devices: int, job: str) -> None:
     found = found[devices, job]
     assert found["derived"]["layers"] == [1, 2]
     assert found["whole"]["layers"] == found["slow"]["layers"] == [4]
@@ -158,17 +158,15 @@ def test_layers_that_were_not_compiled_are_as_those_that_were(found, devices: in
 
 
 @on(4, "chips", "top_k", {"data": 2, "expert": 2}, EIGHT)
-def test_chips_that_are_not_there_have_the_same_arguments(found, devices: int, job: str) -> None:
-    """The way for TPUs, tried with simulated devices in their place."""
+def test_plan_for_a_topology_has_the_same_arguments(found, devices: int, job: str) -> None:
+    """The code path for TPUs, with simulated devices in their place."""
     found = found[devices, job]
     assert found["argument_bytes"] == found["simulated"]
     assert found["temporary_bytes"] > 0
 
 
 @on(8, "formula", "top_k", {"fsdp": 4, "expert": 2}, (*EIGHT, *MICRO))
-def test_blocks_are_all_gathered_for_each_micro_batch_and_not_all_before_the_first(
-    found, devices: int, job: str
-) -> None:
+def test_blocks_are_all_gathered_once_per_micro_batch(found, devices: int, job: str) -> None:
     """Else a device would have all parameters at once. Embedding and head, which all of a step needs, may be."""
     found = found[devices, job]
     (arrays, size), (known, known_size) = (found[which]["all-gather fsdp"] for which in ("program", "formula"))
@@ -179,7 +177,7 @@ def test_blocks_are_all_gathered_for_each_micro_batch_and_not_all_before_the_fir
     ("mesh", "compiled"),
     [pytest.param("fsdp=4,expert=64", 256, marks=pytest.mark.release), ("data=4,fsdp=16,expert=64", 8)],
 )
-def test_671_billion_parameters_are_planned_in_less_than_a_minute_and_none_is_made(mesh: str, compiled: int) -> None:
+def test_671_billion_parameters_are_planned_within_a_minute_without_weights(mesh: str, compiled: int) -> None:
     require_backend("jax")
     command = [sys.executable, "-m", "moezoo", "plan", "configs/large/deepseek_v3.yaml", "--mesh", mesh, "--json"]
     command += ["--memory", "80GiB", "--set", "training.batch_size=16384", "--set", "training.gradient_accumulation=4"]

@@ -1,4 +1,4 @@
-"""`exchange: ragged`, which the CPU has not: its offsets by a stand-in for JAX's operation, and what a TPU gets."""
+"""`exchange: ragged`, which XLA has not on the CPU: offsets with a stand-in for its operation, and the TPU program."""
 
 import json
 
@@ -13,11 +13,11 @@ def found() -> dict[str, dict]:
     return json.loads(run_simulated("ragged.py").splitlines()[-1])
 
 
-def test_it_computes_what_the_padded_exchange_does(found) -> None:
+def test_ragged_exchange_matches_the_padded_exchange(found) -> None:
     apart = found["apart"]
     assert apart["losses"] <= FLOAT32.relative
     assert apart["gradients"] <= FLOAT32_GRADIENT.relative
 
 
-def test_a_step_for_tpus_has_it_there_and_back_forward_and_backward_in_each_layer(found) -> None:
+def test_step_for_tpus_has_it_in_dispatch_and_combine_forward_and_backward(found) -> None:
     assert found["lowered"] == {"ragged_all_to_all": 2 * 2 * 2}

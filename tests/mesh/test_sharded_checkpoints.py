@@ -1,4 +1,4 @@
-"""A checkpoint of one mesh on others, on one device and in MLX: verified, and as it was when it was asked for."""
+"""A checkpoint of one mesh restores on others, on one device and in MLX: verified, as of the step it was saved at."""
 
 import hashlib
 import json
@@ -65,8 +65,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("written", "where"), EVERY_PAIR, indirect=["written"])
-def test_it_restores_bit_for_bit_elsewhere_and_training_goes_on(written: Path, where: str) -> None:
-    """Though steps went on while it was written, with the same buffers."""
+def test_checkpoint_restores_bit_for_bit_elsewhere_and_training_continues(written: Path, where: str) -> None:
+    """Although training continued while it was written, and donated the same buffers."""
     devices, mesh, backend = READ_ON[where]
     losses = json.loads(on_devices(devices, "read", mesh, written, backend).splitlines()[-1])
     expected = json.loads((written / "losses.json").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def test_it_restores_bit_for_bit_elsewhere_and_training_goes_on(written: Path, w
     ["eight", "mlx", *(pytest.param(name, marks=pytest.mark.release) for name in ("two_by_two", "one"))],
     indirect=True,
 )
-def test_a_part_is_read_alone(written: Path) -> None:
+def test_one_shard_is_read_alone(written: Path) -> None:
     checkpoint, _, _ = load_latest_checkpoint(written / "checkpoints")
     with np.load(written / "weights.npz") as weights:
         for name in weights:
@@ -87,8 +87,8 @@ def test_a_part_is_read_alone(written: Path) -> None:
             np.testing.assert_array_equal(checkpoint.weights.reader(name)(part), weights[name][part])
 
 
-def test_any_damage_is_noticed(sharded: Path, tmp_path: Path) -> None:
-    """One flipped bit, a byte too few, a file that is missing, in each of the files."""
+def test_any_damage_is_detected(sharded: Path, tmp_path: Path) -> None:
+    """A flipped bit, a missing byte and a missing file, for each of the files."""
     source = sharded / "checkpoints" / "step_00000003"
     files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     assert len(files) > 8
@@ -106,7 +106,7 @@ def test_any_damage_is_noticed(sharded: Path, tmp_path: Path) -> None:
                 load_checkpoint(copy)
 
 
-def test_a_manifest_may_not_name_what_is_elsewhere(sharded: Path, tmp_path: Path) -> None:
+def test_manifest_cannot_name_files_elsewhere(sharded: Path, tmp_path: Path) -> None:
     copy = tmp_path / "step_00000003"
     shutil.copytree(sharded / "checkpoints" / "step_00000003", copy)
     for name in ("arrays/../../outside", "/etc/hostname", "arrays//x", "arrays/.hidden", "other/x"):
