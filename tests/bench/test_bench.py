@@ -49,6 +49,7 @@ def results_of(rows: list[Row]) -> Results:
     return Results(machine, Effort(), {"jax": {"device": "cpu"}}, {"mlx-lm": "not installed"}, ["S train: why"], rows)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_smoke_runs_every_mode_on_both_backends(tmp_path):
     """Run the command as a user does, in its own process; no times are asserted."""

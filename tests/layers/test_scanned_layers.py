@@ -99,7 +99,8 @@ def test_scanned_layers_train_like_unrolled_layers(name):
     assert_all_close(scanned.export_parameters(), plain.export_parameters(), FLOAT32_TRAINING)
 
 
-@pytest.mark.parametrize("name", ["softmax_with_bias", pytest.param("mixed", marks=pytest.mark.release)])
+@pytest.mark.release
+@pytest.mark.parametrize("name", ["softmax_with_bias", "mixed"])
 def test_a_model_with_scanned_layers_has_the_same_outputs_and_gradients(name):
     """All gradients without rematerialization, with and without forced routing; scores, intermediates, and a cache."""
     config, tokens, targets = CONFIGS[name], windows(0)[0, :, :-1], windows(0)[0, :, 1:]

@@ -87,7 +87,7 @@ def test_two_processes_match_the_losses_of_one(one: Path, two: tuple[Path, str])
     ("count", "devices", "mesh"),
     [
         pytest.param(4, 1, {"data": 2, "expert": 2}, id="four", marks=pytest.mark.release),
-        pytest.param(2, 2, {"fsdp": 2, "expert": "auto"}, id="two_devices_each"),
+        pytest.param(2, 2, {"fsdp": 2, "expert": "auto"}, id="two_devices_each", marks=pytest.mark.release),
         pytest.param(2, 1, {"tensor": 2}, id="same_sequences", marks=pytest.mark.release),
     ],
 )
@@ -204,6 +204,7 @@ def by_hand(config: Path, out: Path, index: int, port: int, *words: object) -> s
     return run("train", config, "--backend", "jax", "--out", out, *MESH, *group, *words)
 
 
+@pytest.mark.release
 def test_stopped_process_ends_the_other_within_the_heartbeat(config: Path, free_port: int) -> None:
     out = config.with_name("still")
     words = ("--heartbeat-timeout", 3, "--set", "training.steps=100000")

@@ -80,6 +80,7 @@ def test_a_folder_that_cannot_be_locked_is_reported_and_training_continues(tmp_p
     assert value == "4.0"
 
 
+@pytest.mark.release  # it waits for ten seconds
 def test_waiting_for_a_lock_held_by_another_process_times_out(tmp_path):
     (tmp_path / "moezoo" / "jax").mkdir(parents=True)
     with FileLock(tmp_path / "moezoo" / "jax" / ".lockfile"):

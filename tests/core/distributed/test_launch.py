@@ -88,6 +88,7 @@ def test_only_the_first_process_prints_and_writes(two: tuple[Path, str]) -> None
     assert len(list_checkpoints(out / "checkpoints")) == 1
 
 
+@pytest.mark.release
 def test_mlx_launch_runs_the_same_training(config: Path, two: tuple[Path, str]) -> None:
     out = config.with_name("mlx_launch")
     command = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--env", "OPENBLAS_NUM_THREADS=1"]
