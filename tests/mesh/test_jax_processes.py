@@ -173,6 +173,7 @@ def test_a_killed_process_ends_the_group_and_a_restart_continues_bit_identically
     assert [[line[key] for key in same] for line in lines(out)] == [[line[key] for key in same] for line in before]
 
 
+@pytest.mark.release  # the gate shows it with MLX: tests/core/distributed/test_launch.py
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(config: Path) -> None:
     out = config.with_name("stopped")
     running, (_, second) = begun("jax", config, out, *MESH)

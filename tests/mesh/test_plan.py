@@ -40,11 +40,8 @@ CASES = {
     8: [
         ("top_k", {"data": 2, "expert": 4}, EIGHT),
         ("top_k", {"fsdp": 4, "expert": 2, "exchange": "allgather"}, (*EIGHT, *AGAIN, EXPERTS)),
-        ("top_k", {"data": 8, "rules": {"expert": "data"}}, EIGHT),
-        ("capacity_groups", {"data": 2, "expert": 4}, EIGHT),  # each copy has a place: nothing is said of rows
-        ("grouped_top2", {"data": 2, "expert": 4}, SMALL),  # no score of a group is gathered
-        ("sequence_balance", {"data": 2, "expert": 4}, EIGHT),  # nor of a sequence
-        ("latent_attention_query", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
+        ("capacity_groups", {"data": 2, "expert": 4}, EIGHT),  # every assignment has a slot: no row counts are sent
+        ("sequence_balance", {"data": 2, "expert": 4}, EIGHT),  # no score of a sequence is gathered
     ],
 }
 RELEASE = {
@@ -61,6 +58,9 @@ RELEASE = {
         ("top_k", {"fsdp": 4, "expert": 2, "exchange": "allgather"}, (*EIGHT, *AGAIN)),
         ("top_k", {"data": 2, "expert": 4}, (*EIGHT, *AGAIN, EXPERTS)),
         ("latent_experts", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
+        ("top_k", {"data": 8, "rules": {"expert": "data"}}, EIGHT),
+        ("grouped_top2", {"data": 2, "expert": 4}, SMALL),  # no score of a group is gathered
+        ("latent_attention_query", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
         ("layer_inputs", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
         ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
     ],

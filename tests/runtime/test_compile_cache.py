@@ -59,6 +59,7 @@ def test_an_incomplete_entry_of_a_killed_process_is_rewritten(tmp_path):
     assert entry.stat().st_size >= whole * 0.9
 
 
+@pytest.mark.release
 def test_settings_of_jax_take_precedence(tmp_path):
     own = tmp_path / "own"
     assert run(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(own))[0] == str(own)
@@ -66,6 +67,7 @@ def test_settings_of_jax_take_precedence(tmp_path):
     assert not (tmp_path / "moezoo").exists()
 
 
+@pytest.mark.release
 def test_a_folder_that_cannot_be_created_is_reported_and_training_continues(tmp_path):
     (tmp_path / "moezoo").write_text("a file in the way")
     folder, value = run(XDG_CACHE_HOME=str(tmp_path))
