@@ -182,6 +182,7 @@ def test_eval_prints_loss_and_load(folder: Path, text: Path) -> None:
 # --- parity ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parity_holds_on_the_weights_of_a_checkpoint(folder: Path) -> None:
     require_backend("jax")
     require_backend("mlx")

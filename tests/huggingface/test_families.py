@@ -125,6 +125,7 @@ def test_fixture(case: str, backend: str, tmp_path: Path, record_property: Recor
 @pytest.mark.parametrize(
     ("case", "backend"), [pair for pair in PAIRS if "greedy" in read_fixture(pair.values[0]).expected]
 )
+@pytest.mark.slow
 def test_generation_of_a_fixture(case: str, backend: str, tmp_path: Path) -> None:
     folder = write_checkpoint(case, tmp_path / case)
     model = moezoo.load(folder, backend=backend)
@@ -132,6 +133,7 @@ def test_generation_of_a_fixture(case: str, backend: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("case", "backend"), PAIRS)
+@pytest.mark.slow
 def test_gradient_of_a_fixture(case: str, backend: str, tmp_path: Path) -> None:
     folder = write_checkpoint(case, tmp_path / case)
     check_gradient(folder, backend, read_fixture(case).expected)

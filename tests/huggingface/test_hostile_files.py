@@ -19,6 +19,8 @@ from moezoo.core.huggingface.folder import TensorFolder
 from tests.support.backends_available import require_backend
 from tests.support.fixtures import cases, read_fixture, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 INDEX = "model.safetensors.index.json"
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
 

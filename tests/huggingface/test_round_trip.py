@@ -13,6 +13,8 @@ from moezoo.core.runs.open import open_model
 from moezoo.core.runs.save import save_run
 from tests.support.fixtures import cases, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 NOT_COPIED = {".npz"}
 
 

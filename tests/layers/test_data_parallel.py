@@ -18,6 +18,8 @@ from tests.layers.data_parallel_part import V, numbers
 from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 # Every auxiliary loss, all random sampling, and graphs that differ between the two shards of a batch.
 CONFIGS = (

@@ -392,6 +392,7 @@ def test_gradients_match_each_other(path):
     assert_all_close(jax.gradients, mlx.gradients, tolerance)
 
 
+@pytest.mark.slow
 def test_twenty_steps_give_the_same_losses_on_both_backends(path):
     jax, mlx = steps_of(path, "jax"), steps_of(path, "mlx")
     assert len(jax.losses) == STEPS

@@ -439,6 +439,7 @@ def test_whole_and_sharded_checkpoints_may_alternate(tmp_path):
     assert_is(tmp_path / "step_00000004", 4)
 
 
+@pytest.mark.slow
 def test_kill_at_any_system_call_of_a_sharded_save_keeps_a_checkpoint(tmp_path, monkeypatch):
     """System calls of moezoo only: tensorstore's are not made in Python, and finish before the rename."""
     before = tmp_path / "before"
@@ -477,6 +478,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_sigkill_during_saves_never_loses_a_checkpoint(tmp_path):
     step = 0
     draw = np.random.default_rng(0)

@@ -86,6 +86,7 @@ def test_probabilities_are_a_softmax_that_a_constant_does_not_change():
         *(pytest.param(options, marks=pytest.mark.release) for options in ({}, {"temperature": 0.5}, {"top_k": 3})),
     ],
 )
+@pytest.mark.slow
 def test_frequencies_over_many_draws_are_the_probabilities(options):
     draws, options = 20_000, SamplingOptions(seed=1, **options)
     chosen_B = sample(np.repeat(LOGITS_1V, draws, axis=0), options, position=5)

@@ -30,6 +30,8 @@ from moezoo.core.training.metrics import read_metrics
 from tests.support.backends_available import require_backend
 from tests.support.small_run import write_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
