@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import autograd
 import autograd.numpy
 import numpy as np
 import pytest
@@ -475,3 +476,51 @@ def test_a_combination_that_says_nothing_is_refused(fields, message):
     raw = {"num_experts": E, "router": {"top_k": K} | fields, "experts": {"hidden_dim": F}}
     with pytest.raises(SpecError, match=message):
         validate(MoESpec, raw, "config")
+
+
+CONSTANT_WEIGHTS: dict[str, dict] = {
+    "sum": {},
+    "p norm": {"renormalize": "p_norm", "renormalize_order": 2.5},
+    "tiny epsilon": {"renormalize_epsilon": 1e-6},
+    "floor": {"renormalize_epsilon": 1e-12, "renormalize_floor": True},
+    "softmax of chosen": {"score": "none", "weight": "softmax_of_chosen", "renormalize": "none"},
+    "sigmoid of chosen": {"score": "none", "weight": "sigmoid_of_chosen"},
+    "sigmoid with bias": {"score": "sigmoid"} | BIAS,
+    "noise": {"choice": {"kind": "noisy_top_k"}},
+    "hash": {"choice": {"kind": "hash"}},
+    "groups": {"choice": {"kind": "grouped_top_k", "num_groups": 1, "keep": 1}},
+    "little p": {"top_k": 3, "choice": {"kind": "top_p", "p": 0.9 / E}},
+    "own scale": {"per_expert_scale": True, "scale": 2.5},
+}
+LEARNING: dict[str, dict] = {
+    "score": {"renormalize": "none"},
+    "epsilon": {"renormalize_epsilon": 0.5},
+    "two experts": {"top_k": 2},
+    "p norm of two": {"top_k": 2, "renormalize": "p_norm", "renormalize_order": 2.5},
+    "sigmoid of chosen": {"score": "none", "weight": "sigmoid_of_chosen", "renormalize": "none"},
+    "sparsemixer": {"choice": {"kind": "sparsemixer", "jitter": 0.1}, "renormalize": "none"},
+    "expert choice": {"choice": {"kind": "expert_choice"}, "renormalize": "none"},
+    "little p with bias": {"top_k": 3, "choice": {"kind": "top_p", "p": 0.9 / E}} | BIAS,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "learns"),
+    [pytest.param(fields, False, id=name) for name, fields in CONSTANT_WEIGHTS.items()]
+    + [pytest.param(fields, True, id=f"{name} learns") for name, fields in LEARNING.items()],
+)
+def test_a_router_learns_exactly_if_its_weights_have_a_gradient(fields: dict, learns: bool) -> None:
+    moe = MoESpec.model_validate({"num_experts": E, "router": {"top_k": 1} | fields, "experts": {"hidden_dim": F}})
+    spec, values = moe.router, values_of(moe.router)
+    if "hash_table" in values:
+        values["hash_table"] = values["hash_table"][:, :1]
+    context = RoutingContext(token_P=TOKEN_P, previous_PE=PREVIOUS_PE, key=KEY)
+    chosen_PE = normal(15, P, E)  # stands for what each expert's output does to the loss
+
+    def loss(w_router: np.ndarray) -> float:
+        routing = route(spec, values | {"w_router": w_router}, X_PD, context)
+        return autograd.numpy.sum(routing.weight_PK * chosen_PE[np.arange(P)[:, None], routing.expert_PK])
+
+    largest = np.abs(autograd.grad(loss)(W_DE)).max()
+    assert moe.router_learns == learns
+    assert largest > 1e-2 if learns else largest < 1e-4

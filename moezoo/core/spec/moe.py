@@ -173,6 +173,22 @@ class MoESpec(Part):
         over_batch = isinstance(self.dispatch, CapacitySpec) and self.dispatch.group == "batch"
         return over_batch or isinstance(self.router.choice, ExpertChoiceSpec)
 
+    @property
+    def router_learns(self) -> bool:
+        """False if every combine weight is the constant `scale`: the cross-entropy has no gradient for such a router.
+
+        So it is for one expert per token whose weight is divided by itself (`renormalize`), or is the softmax of one
+        logit (`softmax_of_chosen`). An epsilon below 1e-3 in the divisor leaves less than a thousandth of the gradient.
+        With a single expert there is nothing to learn, and the answer is True.
+        """
+        router, choice = self.router, self.router.choice
+        # The highest of E probabilities is at least 1 / E, which is p already.
+        reaches_p = isinstance(choice, TopPChoiceSpec) and router.score == "softmax" and router.selection_bias is None
+        one_of_p = isinstance(choice, TopPChoiceSpec) and reaches_p and choice.p * self.num_choices <= 1
+        divided = router.renormalize != "none" and router.renormalize_epsilon < 1e-3
+        constant = divided or router.weight == "softmax_of_chosen"  # neither can be set with sparsemixer, expert_choice
+        return self.num_choices == 1 or not ((router.top_k == 1 or one_of_p) and constant)
+
     @model_validator(mode="after")
     def _sizes(self) -> "MoESpec":
         if self.router.top_k > self.num_choices:

@@ -35,6 +35,7 @@ from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.runs.init_from import InitialWeights, open_initial_weights
 from moezoo.core.runs.run_folder import Run, remove_empty_run, resume_point
+from moezoo.core.training.check_routers import check_routers
 from moezoo.core.training.evaluation import (
     MAX_WINDOWS,
     Evaluation,
@@ -103,6 +104,8 @@ class _Training:
         if isinstance(data.train, PrebatchedSplit):
             data.train.check(config.training)
         checkpoint = self._load_checkpoint()
+        for warning in check_routers(config, resumed=checkpoint is not None):
+            self.reporter.message(warning)
         initial = self._open_initial_weights() if checkpoint is None else None
         self.first_step = 0 if checkpoint is None else checkpoint.step
         self.model = self._build_model(checkpoint, initial)
