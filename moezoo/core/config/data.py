@@ -33,7 +33,7 @@ class JSONLSource(Part):
 class TokenShardsSource(Part):
     """Pre-tokenized shards: `.npy` (one-dimensional integers), or modded-nanogpt's `.bin` (256 int32, uint16 ids).
 
-    A file, a folder or a glob. Local shards are memory-mapped. `data.tokenizer` must be the one that made the ids.
+    A file, a folder or a glob. Shards are read window by window. `data.tokenizer` must be the one that made the ids.
     """
 
     kind: Literal["tokens"] = "tokens"

@@ -4,6 +4,7 @@ A row is a whole sequence: its T tokens are T inputs and T - 1 targets, since th
 Face's trainers count in the same way, so losses are comparable. Writing: writings/data.md.
 """
 
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -16,13 +17,11 @@ import numpy.typing as npt
 from moezoo.core.config.data import BatchesSource
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.source_files import find_files
-from moezoo.core.data.token_shards import check_range
+from moezoo.core.data.token_shards import IdFile, IntegerArray, check_range, open_npy
 from moezoo.core.data.token_store import local_copy
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
 from moezoo.core.tokens import IGNORED
-
-_Ids3 = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,27 @@ class PrebatchedSplit:
     Fields:
         name: name of the split.
         source: origin of the batches, for errors.
-        ids: integer [S, B, T].
+        ids: all batches of the source, integer [batches, B, T]: a file, or an array in memory.
+        first: index of the split's first batch.
+        steps: number of its batches.
         vocab_size: exclusive upper bound of the ids.
     """
 
     name: str
     source: str
-    ids: _Ids3
+    ids: IdFile | IntegerArray
+    first: int
+    steps: int
     vocab_size: int
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens of all batches."""
-        return int(self.ids.size)
+        return self.steps * math.prod(self.ids.shape[1:])
 
     def check(self, training: TrainingConfig) -> None:
         """Check that sizes and number of batches match the config. Raises DataError."""
-        steps, batch_size, sequence_length = self.ids.shape
+        _, batch_size, sequence_length = self.ids.shape
         for key, configured, found in (
             ("batch_size", training.batch_size, batch_size),
             ("sequence_length", training.sequence_length, sequence_length),
@@ -58,10 +61,10 @@ class PrebatchedSplit:
                     f"training.{key} is {configured}, but the batches of {self.source} are [{batch_size}, "
                     f"{sequence_length}]. Use {found}."
                 )
-        if training.steps > steps:
+        if training.steps > self.steps:
             raise DataError(
-                f"training.steps is {training.steps}, but {self.source} has {steps} training batches, one per step. "
-                f"Use steps <= {steps}."
+                f"training.steps is {training.steps}, but {self.source} has {self.steps} training batches, one per "
+                f"step. Use steps <= {self.steps}."
             )
 
     def batch(
@@ -74,27 +77,37 @@ class PrebatchedSplit:
     ) -> Ids:
         """Return the batch of a step: int32 [B, T + 1], whose last column is IGNORED; see `Split.batch`."""
         del seed  # batches are in file order
-        if not 0 <= step < len(self.ids) or (batch_size, sequence_length) != self.ids.shape[1:]:
+        shape = (self.steps, *self.ids.shape[1:])
+        if not 0 <= step < self.steps or (batch_size, sequence_length) != self.ids.shape[1:]:
             raise DataError(
                 f"there is no such batch; got step {step}, [{batch_size}, {sequence_length}]; expected a step of "
-                f"[steps, batch, length] = {list(self.ids.shape)}; {self.source}. Use the sizes of the file."
+                f"[steps, batch, length] = {list(shape)}; {self.source}. Use the sizes of the file."
             )
-        return self._with_targets(self.ids[step] if rows is None else self.ids[step][rows])
+        return self._read(step * batch_size + (np.arange(batch_size) if rows is None else rows))
 
     def windows(self, sequence_length: int, count: int | None = None) -> Ids:
         """Return rows in order, all or `count` evenly spaced: int32 [n, T + 1]; see `Split.windows`."""
-        rows = self.ids.reshape(-1, self.ids.shape[-1])
-        if sequence_length != rows.shape[1]:
+        _, batch_size, length = self.ids.shape
+        if sequence_length != length:
             raise DataError(
-                f"training.sequence_length is {sequence_length}, but a row of {self.source} has {rows.shape[1]} "
-                f"tokens. Use {rows.shape[1]}."
+                f"training.sequence_length is {sequence_length}, but a row of {self.source} has {length} tokens. "
+                f"Use {length}."
             )
-        count = len(rows) if count is None else min(count, len(rows))
-        return self._with_targets(rows[np.arange(count) * len(rows) // count])
+        total = self.steps * batch_size
+        count = total if count is None else min(count, total)
+        return self._read(np.arange(count) * total // count)
 
-    def _with_targets(self, rows: _Ids3) -> Ids:
-        check_range(rows, self.vocab_size, self.source)
-        return np.pad(rows.astype(np.int32), ((0, 0), (0, 1)), constant_values=IGNORED)
+    def _read(self, rows: npt.NDArray[np.int64]) -> Ids:
+        """Read rows, counted from the split's first batch, and append the column of targets that do not exist."""
+        _, batch_size, length = self.ids.shape
+        rows = rows + self.first * batch_size
+        if isinstance(self.ids, IdFile):
+            with self.ids.opened() as read:
+                found: IntegerArray = np.stack([read(row * length, length) for row in rows.tolist()])
+        else:
+            found = self.ids.reshape(-1, length)[rows]
+        check_range(found, self.vocab_size, self.source)
+        return np.pad(found.astype(np.int32), ((0, 0), (0, 1)), constant_values=IGNORED)
 
 
 def open_prebatched(
@@ -107,43 +120,44 @@ def open_prebatched(
     Raises DataError: no such file or array, damaged, not integers [steps, B, T], ids outside the vocabulary in the
     first batch (the others are checked when they are read).
     """
-    ids = _read(source, name, where)
+    ids = _open(source, name, where)
     num_train = len(ids) - source.validation_batches
     if num_train < 1:
         raise DataError(
             f"{name} has {len(ids)} batches; got validation_batches {source.validation_batches}, which leaves none for "
             f"training ({where}). Use fewer."
         )
-    held_out = ids[num_train:] if source.validation_batches else ids[:1]
-    check_range(ids[0], vocab_size, name)
-    train = PrebatchedSplit("training", name, ids[:num_train], vocab_size)
-    return train, PrebatchedSplit("validation", name, held_out, vocab_size)
+    held_out = (num_train, source.validation_batches) if source.validation_batches else (0, 1)
+    train = PrebatchedSplit("training", name, ids, 0, num_train, vocab_size)
+    train.batch(0, ids.shape[1], ids.shape[2], seed=0)  # ids in range
+    return train, PrebatchedSplit("validation", name, ids, *held_out, vocab_size)
 
 
-def _read(source: BatchesSource, name: str, where: str) -> _Ids3:
+def _open(source: BatchesSource, name: str, where: str) -> IdFile | IntegerArray:
     files = find_files(source.path, (".npy", ".npz"), where)
     if len(files) != 1:
         raise DataError(f"{name} is {len(files)} files; expected one; {where}. Use the path of one file.")
     path = local_copy(files[0])
+    ids: IdFile | npt.NDArray[Any]
     try:
-        array = _load_npz(path, source.key, name) if path.suffix == ".npz" else _load_npy(path, source.key, name)
+        ids = _load_npz(path, source.key, name) if path.suffix == ".npz" else _open_npy(path, source.key, name)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{name} is damaged or not a .npy or .npz file; got {type(error).__name__}: {error}; expected integers "
             "written by numpy.save or numpy.savez. Write it again."
         ) from None
-    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape:
-        got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+    if len(ids.shape) != 3 or ids.dtype.kind not in "iu" or 0 in ids.shape:
+        got = f"{ids.dtype} {list(ids.shape)}"
         raise DataError(f"{name} has no batches; got {got}; expected integers [steps, batch, length]. Reshape it.")
-    if array.shape[-1] < 2:
+    if ids.shape[-1] < 2:
         raise DataError(f"{name} has rows of one token, which have no targets; expected at least two. Use longer rows.")
-    return array.view(np.ndarray)
+    return ids
 
 
-def _load_npy(path: Path, key: str | None, name: str) -> Any:
+def _open_npy(path: Path, key: str | None, name: str) -> IdFile:
     if key is not None:
         raise DataError(f"{name} is a .npy file, which has only one array; got key {key!r}. Remove the key.")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return open_npy(path, name)
 
 
 def _load_npz(path: Path, key: str | None, name: str) -> Any:

@@ -1,7 +1,7 @@
 """Data preparation, and batches of tokens as a pure function of (step, seed).
 
 Sources are text, JSONL, token shards, named datasets and prebatched files. The data loader has no iterator and no
-state: `Split.batch(step, ...)` computes the windows of a step (sample_order.py) and reads them from memory-mapped
+state: `Split.batch(step, ...)` computes the windows of a step (sample_order.py) and reads them from
 shards (token_shards.py). To resume, a run needs only its step. Writing: writings/data.md.
 """
 

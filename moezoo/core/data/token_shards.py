@@ -1,8 +1,17 @@
-"""Memory-mapped shards of token ids in `.npy` and `.bin` files."""
+"""Token ids in `.npy` and `.bin` files, read window by window.
 
-from collections.abc import Sequence
+Files are read, not memory-mapped: if a file is truncated while it is mapped, SIGBUS kills the process. A file is open
+only during a read, so any number of shards fits under the limit of open files.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -10,15 +19,85 @@ import numpy.typing as npt
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
 
-Shard = npt.NDArray[np.integer[Any]]
+IntegerArray = npt.NDArray[np.integer[Any]]
+Read = Callable[[int, int], IntegerArray]
 
 _BIN_MAGIC, _BIN_VERSION, _BIN_HEADER = 20240520, 1, 256  # modded-nanogpt: 256 int32, then uint16 tokens
+_MAX_NPY_HEADER_BYTES = 1 << 14  # NumPy reads at most 10,000 characters
+_RESTORE = "Restore the file (one in the token cache is made again), and start again; a run continues with --resume."
+
+
+@dataclass(frozen=True)
+class IdFile:
+    """An array of integers in a file.
+
+    Fields:
+        path: the file.
+        name: of the file or its source, for errors.
+        dtype: of the integers.
+        shape: of the array, which is in C order.
+        offset: byte of the file at which the array begins.
+        stamp: size and modification time (ns) of the file when it was opened first.
+    """
+
+    path: Path
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    stamp: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Read]:
+        """Open the file and yield a function that reads `count` integers from the flat index `first`.
+
+        Raises DataError: the file is gone, unreadable, or was changed since it was opened first.
+        """
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                self._check_unchanged(file)
+                yield lambda first, count: self._read(file, first, count)
+                self._check_unchanged(file)
+        except OSError as error:
+            raise DataError(
+                f"token ids cannot be read; got {error.strerror or error}; expected the file that was there at the "
+                f"start; {self._place}. {_RESTORE}"
+            ) from None
+
+    def _read(self, file: BinaryIO, first: int, count: int) -> IntegerArray:
+        size, position = count * self.dtype.itemsize, self.offset + first * self.dtype.itemsize
+        content = os.pread(file.fileno(), size, position)
+        while len(content) < size:  # Linux reads at most 2 GiB at once
+            more = os.pread(file.fileno(), size - len(content), position + len(content))
+            if not more:
+                raise self._changed(f"its end at byte {position + len(content)}")
+            content += more
+        return np.frombuffer(content, self.dtype)
+
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        stamp = _stamp(file)
+        if stamp != self.stamp:
+            same_size = stamp[0] == self.stamp[0]
+            raise self._changed("another modification time" if same_size else f"{stamp[0]} bytes")
+
+    def _changed(self, got: str) -> DataError:
+        return DataError(
+            f"token ids were changed while they were in use; got {got}; expected the file of {self.stamp[0]} bytes "
+            f"that was there at the start; {self._place}. {_RESTORE}"
+        )
+
+    @property
+    def _place(self) -> str:
+        return self.name if self.name == str(self.path) else f"{self.path} of {self.name}"
 
 
 class Tokens:
-    """Read-only view of one or more memory-mapped shards as one array of token ids."""
+    """Read-only view of one or more shards as one array of token ids."""
 
-    def __init__(self, shards: Sequence[Shard], vocab_size: int, name: str, known_in_range: bool) -> None:
+    def __init__(self, shards: Sequence[IdFile], vocab_size: int, name: str, known_in_range: bool) -> None:
         """`name` is used in errors. Unless `known_in_range`, ids are checked against `vocab_size` when read."""
         self._shards = tuple(shards)
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
@@ -33,23 +112,30 @@ class Tokens:
     def read(self, starts: npt.NDArray[np.integer[Any]], length: int) -> Ids:
         """Read windows of `length` ids that begin at `starts` and are within the array: int32 [n, length].
 
-        Raises DataError for an id outside the vocabulary.
+        Raises DataError: an id outside the vocabulary, or a file that was changed or removed since it was opened.
         """
         rows = np.empty((len(starts), length), self._dtype)
-        shard_of = np.searchsorted(self._ends, starts, side="right")
-        for row, k, start in zip(rows, shard_of.tolist(), starts.tolist(), strict=True):
-            at = int(start) - self._begins[k]
-            done = 0
-            while done < length:  # one iteration, unless the window crosses a shard boundary
-                piece = self._shards[k][at : at + length - done]
-                row[done : done + len(piece)] = piece
-                done, k, at = done + len(piece), k + 1, 0
+        pieces = sorted(self._pieces(starts, length))
+        for shard, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
+            with self._shards[shard].opened() as read:
+                for _, at, row, column, count in group:
+                    rows[row, column : column + count] = read(at, count)
         if not self._known_in_range:
             check_range(rows, self._vocab_size, self._name)
         return rows.astype(np.int32, copy=False)
 
+    def _pieces(self, starts: npt.NDArray[np.integer[Any]], length: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """Yield the parts of windows in each shard: (shard, index in it, row, column, number of ids)."""
+        shard_of = np.searchsorted(self._ends, starts, side="right")
+        for row, (shard, start) in enumerate(zip(shard_of.tolist(), starts.tolist(), strict=True)):
+            at, column = int(start) - self._begins[shard], 0
+            while column < length:  # one iteration, unless the window crosses a shard boundary
+                count = min(length - column, len(self._shards[shard]) - at)
+                yield shard, at, row, column, count
+                shard, at, column = shard + 1, 0, column + count
 
-def check_range(ids: npt.NDArray[np.integer[Any]], vocab_size: int, name: str) -> None:
+
+def check_range(ids: IntegerArray, vocab_size: int, name: str) -> None:
     """Check that all ids are in [0, vocab_size); `name` is used in errors. Raises DataError."""
     if ids.size and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
         low, high = int(ids.min()), int(ids.max())
@@ -59,37 +145,64 @@ def check_range(ids: npt.NDArray[np.integer[Any]], vocab_size: int, name: str) -
         )
 
 
-def open_shard(path: Path, name: str) -> Shard:
-    """Memory-map one shard; `name` is used in errors. Raises DataError: not a shard, damaged or empty."""
+def open_shard(path: Path, name: str) -> IdFile:
+    """Open one shard; `name` is used in errors. Raises DataError: not a shard, damaged or empty."""
     shard = _open_bin(path, name) if path.suffix == ".bin" else _open_npy(path, name)
     if not len(shard):
         raise DataError(f"token shard is empty; got 0 tokens; expected at least 1; {name}. Remove it.")
     return shard
 
 
-def _open_npy(path: Path, name: str) -> Shard:
+def open_npy(path: Path, name: str) -> IdFile:
+    """Open an array in a `.npy` file; `name` is used in errors.
+
+    Raises OSError, and ValueError if it is not such a file, is truncated, has Python objects, or is not in C order.
+    """
+    with open(path, "rb", buffering=0) as file:
+        stamp = _stamp(file)
+        header = io.BytesIO(file.read(_MAX_NPY_HEADER_BYTES))
+    version = np.lib.format.read_magic(header)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"its format version is {version[0]}.{version[1]}")
+    shape, fortran_order, dtype = readers[version](header)
+    if dtype.hasobject:
+        raise ValueError("it has Python objects")
+    if fortran_order and len(shape) > 1:
+        raise ValueError("it is in Fortran order; write numpy.ascontiguousarray(ids)")
+    shard = IdFile(path, name, dtype, shape, header.tell(), stamp)
+    size = shard.offset + dtype.itemsize * int(np.prod(shape, dtype=object))
+    if stamp[0] < size:
+        raise ValueError(f"it has {stamp[0]} bytes, but its header claims {size}")
+    return shard
+
+
+def _open_npy(path: Path, name: str) -> IdFile:
     try:
-        shard = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        shard = open_npy(path, name)
+    except OSError as error:
+        raise _unreadable(name, error) from None
+    except ValueError as error:
         raise DataError(
             f"token shard is damaged or not a .npy file; got {name} ({error}); expected integers written by "
             "numpy.save. Write it again."
         ) from None
-    if not isinstance(shard, np.ndarray) or shard.ndim != 1 or shard.dtype.kind not in "iu":
-        got = f"{shard.dtype} {list(shard.shape)}" if isinstance(shard, np.ndarray) else type(shard).__name__
+    if len(shard.shape) != 1 or shard.dtype.kind not in "iu":
         raise DataError(
-            f"token shard is not a one-dimensional array of ids; got {got}; expected integers; {name}. "
-            "Write numpy.save(path, ids.astype(numpy.uint16))."
+            f"token shard is not a one-dimensional array of ids; got {shard.dtype} {list(shard.shape)}; expected "
+            f"integers; {name}. Write numpy.save(path, ids.astype(numpy.uint16))."
         )
-    return shard.view(np.ndarray)  # slicing a numpy.memmap is four times slower
+    return shard
 
 
-def _open_bin(path: Path, name: str) -> Shard:
+def _open_bin(path: Path, name: str) -> IdFile:
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, "<i4", min(_BIN_HEADER, size // 4))
+        with open(path, "rb", buffering=0) as file:
+            stamp = _stamp(file)
+            content = file.read(4 * _BIN_HEADER)
     except OSError as error:
-        raise DataError(f"token shard cannot be read; got {name} ({error}). Check its permissions.") from None
+        raise _unreadable(name, error) from None
+    size, header = stamp[0], np.frombuffer(content[: len(content) // 4 * 4], "<i4")
     expected = f"expected the magic number {_BIN_MAGIC} and version {_BIN_VERSION} of modded-nanogpt's format"
     if len(header) < _BIN_HEADER or header[0] != _BIN_MAGIC or header[1] != _BIN_VERSION:
         got = f"{header[0]} and {header[1]}" if len(header) >= 2 else "nothing"
@@ -103,6 +216,16 @@ def _open_bin(path: Path, name: str) -> Shard:
             f"token shard is damaged: its header has a count of {count} tokens, but the file has {present:g}; {name}. "
             "Download or write it again."
         )
-    if not count:
-        return np.zeros(0, np.uint16)
-    return np.memmap(path, "<u2", "r", offset=4 * _BIN_HEADER, shape=(count,)).view(np.ndarray)
+    return IdFile(path, name, np.dtype("<u2"), (count,), 4 * _BIN_HEADER, stamp)
+
+
+def _unreadable(name: str, error: OSError) -> DataError:
+    return DataError(
+        f"token shard cannot be read; got {name} ({error.strerror or error}); expected a readable file. Check its "
+        "permissions."
+    )
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns

@@ -21,7 +21,7 @@ import numpy as np
 from moezoo.core.data import source_files
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.source_files import SourceFile, documents_of, text_of
-from moezoo.core.data.token_shards import Shard, Tokens, check_range, open_shard
+from moezoo.core.data.token_shards import IdFile, Tokens, check_range, open_shard
 from moezoo.core.data.tokenizers import Ids, Tokenizer
 from moezoo.core.errors import DataError, RunError
 from moezoo.core.files import flush_folder, make_folder, remove_folder, rename_folder, write_atomically
@@ -40,14 +40,15 @@ _STALE_S = 24 * 3600.0
 
 
 def open_shards(files: Sequence[SourceFile], vocab_size: int, name: str) -> Tokens:
-    """Memory-map `.npy` and `.bin` shards; remote files are copied into the cache first.
+    """Open `.npy` and `.bin` shards; remote files are copied into the cache first.
 
     Raises DataError: not a shard, damaged, empty, ids outside the vocabulary in the first 65536 of a shard (the
     others are checked when they are read).
     """
     shards = [open_shard(local_copy(file), file.name) for file in files]
     for shard, file in zip(shards, files, strict=True):
-        check_range(shard[:_FIRST_LOOK], vocab_size, file.name)
+        with shard.opened() as read:
+            check_range(read(0, min(_FIRST_LOOK, len(shard))), vocab_size, file.name)
     return Tokens(shards, vocab_size, name, known_in_range=False)
 
 
@@ -212,7 +213,7 @@ def _write_entry(folder: Path, texts: Texts, tokenizer: Tokenizer, on_progress: 
     write_atomically(folder / "index.json", json.dumps(index, indent=1))
 
 
-def _publish(partial: Path, entry: Path) -> list[Shard]:
+def _publish(partial: Path, entry: Path) -> list[IdFile]:
     """Rename a complete entry to its final name, unless another process has written it first."""
     shards = _open_entry(entry)
     if shards is None:
@@ -227,7 +228,7 @@ def _publish(partial: Path, entry: Path) -> list[Shard]:
     return shards
 
 
-def _open_entry(entry: Path) -> list[Shard] | None:
+def _open_entry(entry: Path) -> list[IdFile] | None:
     """Return the shards of an entry; None if it is missing or incomplete."""
     try:
         counts = json.loads((entry / "index.json").read_text(encoding="utf-8"))["counts"]

@@ -101,6 +101,15 @@ def test_damaged_or_missing_file_raises(tmp_path):
         prepared(tmp_path / "b.npy", validation_batches=5)
 
 
+def test_file_that_is_truncated_while_it_is_in_use_raises(tmp_path):
+    path = saved(tmp_path / "a.npy", np.zeros((500, B, T), np.int64))
+    data = prepared(path, validation_batches=2)
+    path.write_bytes(path.read_bytes()[:4000])
+    for read in (lambda: data.train.batch(400, B, T, 0), lambda: data.validation.windows(T)):
+        with pytest.raises(DataError, match=r"token ids were changed while they were in use; got 4000 bytes.*a\.npy"):
+            read()
+
+
 def test_prebatched_source_cannot_be_mixed():
     source = {"kind": "batches", "path": "a.npy"}
     with pytest.raises(SpecError, match="sources mixes a source of kind batches with 1 more"):

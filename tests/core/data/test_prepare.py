@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import sys
 import time
 
@@ -483,6 +484,61 @@ def test_truncated_npy_raises(tmp_path):
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-8])
     with pytest.raises(DataError, match=r"damaged or not a .npy file"):
         prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T)
+
+
+def truncate(path):
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def touch(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\1\0")
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.bin"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, r"were changed while they were in use; got \d+ bytes; expected the file of \d+ bytes"),
+        (touch, "were changed while they were in use; got another modification time"),
+        (os.unlink, "cannot be read; got No such file or directory"),
+    ],
+)
+def test_shard_that_changes_while_it_is_in_use_raises(tmp_path, name, change, message):
+    """A mapped file that is truncated would end the process with SIGBUS."""
+    path = tmp_path / name
+    np.save(path, np.zeros(500_000, np.uint16)) if name == "a.npy" else write_bin(path, np.zeros(500_000))
+    prepared = prepare_data(config(shards(path), tokenizer=IDS), T)
+    prepared.train.batch(0, 100, T, 0)
+    change(path)
+    for read in (lambda: prepared.train.batch(1, 100, T, 0), lambda: prepared.validation.windows(T, 10)[:]):
+        with pytest.raises(DataError, match=rf"token ids {message}.*{name}.*--resume"):
+            read()
+
+
+def test_shard_that_is_truncated_during_a_read_raises(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.arange(1000))
+    prepared = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, size, at) if at < 4000 else b"")
+    with pytest.raises(DataError, match=r"got its end at byte \d+; expected the file of 8128 bytes"):
+        prepared.train.batch(0, 200, T, 0)
+
+
+def test_number_of_shards_is_not_limited_by_open_files(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for k in range(200):
+        np.save(folder / f"{k:03}.npy", np.arange(10 * k, 10 * k + 10, dtype=np.uint16))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        prepared = prepare_data(config(shards(folder), tokenizer=IDS), T)
+        assert all_tokens(prepared).tolist() == list(range(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
