@@ -1,7 +1,7 @@
 import json
 import os
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -12,8 +12,9 @@ from huggingface_hub import errors
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.hub import resolve
+from moezoo.core.huggingface.layout import small_files
+from tests.huggingface.fake_network import FakeNetwork
 
-COMMIT = "c" * 40
 SHARDS = {
     "model-00001-of-00002.safetensors": safetensors.numpy.save({"a": np.zeros(3, np.float32)}),
     "model-00002-of-00002.safetensors": safetensors.numpy.save({"b": np.zeros(5, np.float32)}),
@@ -34,49 +35,13 @@ UNWANTED = {
 }
 
 
-class FakeHub:
-    """A fake hub repository, with a cache in the layout of huggingface_hub."""
-
-    def __init__(self, cache, files):
-        self.root, self.files, self.fetched, self.revisions = cache / "models--org--name", files, [], []
-        self.error = None
-
-    def snapshot_download(self, repository, *, revision, allow_patterns, ignore_patterns, tqdm_class):
-        assert repository == "org/name"
-        self.revisions.append(revision)
-        if self.error is not None:
-            raise self.error
-        folder = self.root / "snapshots" / COMMIT
-        wanted = huggingface_hub.utils.filter_repo_objects(
-            self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        )
-        received, files = tqdm_class(total=0, initial=0, unit="B", unit_scale=True), tqdm_class(desc="files")
-        for name in wanted:
-            blob, link = self.root / "blobs" / f"hash-of-{name}", folder / name
-            if not blob.exists():
-                self.fetched.append(name)
-                blob.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir(parents=True, exist_ok=True)
-                blob.write_bytes(self.files[name])
-                link.symlink_to(os.path.relpath(blob, folder))
-                received.total += len(self.files[name])
-                received.update(len(self.files[name]))
-            files.update(1)
-        return str(folder)
-
-    def get_cached_repo_tree(self, repository, *, revision):
-        assert (repository, revision) == ("org/name", COMMIT)
-        return [SimpleNamespace(path=name, size=len(content)) for name, content in self.files.items()]
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Return a function that creates a fake hub with one repository."""
+    """Return a function that creates a hub with one repository, which only lacks the network."""
 
-    def make(files):
-        fake = FakeHub(tmp_path / "cache", files)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
-        monkeypatch.setattr(huggingface_hub, "get_cached_repo_tree", fake.get_cached_repo_tree)
+    def make(files, xet=()):
+        fake = FakeNetwork(files, set(xet))
+        fake.install(monkeypatch, tmp_path / "cache")
         monkeypatch.chdir(tmp_path)
         return fake
 
@@ -101,14 +66,14 @@ def test_only_json_templates_and_indexed_weights_are_downloaded(hub):
     fake = hub(TEXTS | SHARDS | UNWANTED)
     path = resolve("org/name")
     assert sorted(fake.fetched) == sorted(TEXTS | SHARDS)
-    assert fake.revisions == [None, COMMIT]  # weights have the same revision as the config
+    assert fake.revisions == ["main"]  # looked up once: weights have the same revision as the config
     assert TensorFolder(path).tensors.keys() == {"a", "b"}
 
 
 def test_a_revision_is_passed_on(hub):
     fake = hub(TEXTS | SHARDS)
     resolve("org/name@refs/pr/1")
-    assert fake.revisions == ["refs/pr/1", COMMIT]
+    assert fake.revisions == ["refs/pr/1"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors"])
@@ -125,6 +90,65 @@ def test_cached_files_are_not_downloaded_again(hub):
     fake.fetched.clear()
     assert resolve("org/name") == first
     assert fake.fetched == []
+
+
+@pytest.mark.parametrize("xet", [(), SHARDS, TEXTS | SHARDS], ids=["git", "weights in Xet", "all in Xet"])
+def test_every_layout_of_the_cache_opens_where_it_is_and_moved(hub, tmp_path, xet):
+    hub(TEXTS | SHARDS, xet)
+    path = resolve("org/name")
+    contents = {file.name: os.path.realpath(file) for file in path.iterdir()}
+    shared = {name for name, content in contents.items() if Path(content).parents[1] == tmp_path / "cache" / "blobs"}
+    assert shared == set(xet)  # as huggingface_hub 2.4 stores them; if this fails, its layout has changed
+    os.symlink(tmp_path / "cache", tmp_path / "linked")
+    os.symlink(path, tmp_path / "my_model")
+    places = [path, tmp_path / "linked" / path.relative_to(tmp_path / "cache"), tmp_path / "my_model"]
+    for place in places:
+        assert TensorFolder(place).tensors.keys() == {"a", "b"}
+        assert [file.name for file in small_files(place)] == sorted(TEXTS)
+    moved = (tmp_path / "cache").rename(tmp_path / "moved") / path.relative_to(tmp_path / "cache")
+    assert TensorFolder(moved).tensors.keys() == {"a", "b"}
+    assert [file.name for file in small_files(moved)] == sorted(TEXTS)
+
+
+def test_a_file_that_another_repository_has_stored_is_linked_and_opens(hub, tmp_path):
+    fake = hub(TEXTS | SHARDS, SHARDS)
+    resolve("org/name")
+    shutil.rmtree(tmp_path / "cache" / "models--org--name")  # the shared content stays
+    fake.fetched.clear()
+    assert TensorFolder(resolve("org/name")).tensors.keys() == {"a", "b"}
+    assert sorted(fake.fetched) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "outside.safetensors",
+        "cache/models--org--other/blobs/etag",
+        "cache/models--org--name/etag",
+        f"cache/blobs/{'ab' * 32}",
+        f"cache/blobs/cd/{'ab' * 32}",
+        "cache/blobs/ab/abcdef",
+        f"blobs/ab/{'ab' * 32}",
+    ],
+)
+def test_a_link_that_leaves_the_cache_is_refused(hub, tmp_path, target):
+    hub({"config.json": b"{}", "model.safetensors": SHARDS["model-00001-of-00002.safetensors"]})
+    path = resolve("org/name")
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").unlink()
+    (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).write_bytes(content)
+    (path / "model.safetensors").symlink_to(tmp_path / target)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link to .*, outside its folder"):
+        TensorFolder(path)
+
+
+def test_a_link_without_its_content_is_named(hub, tmp_path):
+    hub(TEXTS | SHARDS, SHARDS)
+    path = resolve("org/name")
+    shutil.rmtree(tmp_path / "cache" / "blobs")
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.* is a link to .*/cache/blobs/\S+, which is missing"):
+        TensorFolder(path)
 
 
 def test_progress_callback_receives_bytes_of_the_weights(hub, monkeypatch):
@@ -183,8 +207,11 @@ def test_a_repository_without_config_or_safetensors_is_refused(hub, files, probl
         (OSError(28, "No space left on device"), "cannot fetch org/name: OSError: [Errno 28] No space left"),
     ],
 )
-def test_every_failure_is_one_line_with_the_repository(hub, error, problem):
-    hub(TEXTS).error = error
+def test_every_failure_is_one_line_with_the_repository(monkeypatch, error, problem):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert problem in refusal("org/name@v1")
 
 

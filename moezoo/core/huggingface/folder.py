@@ -8,6 +8,7 @@ Only headers and the index are read until a tensor is requested by name. Pickle 
 """
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ Array = npt.NDArray[Any]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
+_XET_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class TensorFolder:
         headers: raw header of each file, by the file's base name (see `SafetensorsFile.header`).
 
     Validates: every header (see `SafetensorsFile`); the index has base names of existing files, none of them a link
-    that leaves the folder; each tensor of the index is in its file, each tensor of the files is in the index, and no
-    tensor is in two files.
+    that leaves the folder (or, in huggingface_hub's cache, the cache); each tensor of the index is in its file, each
+    tensor of the files is in the index, and no tensor is in two files.
 
     Raises CheckpointError with the folder or file and the problem.
     """
@@ -170,13 +172,33 @@ def inside(folder: Path, name: str) -> Path:
     try:
         home, target = folder.resolve(strict=True), path.resolve(strict=True)
     except (OSError, RuntimeError):
-        raise CheckpointError(f"{path} is missing. Fetch the whole checkpoint again.") from None
-    allowed = [home]
-    if home.parent.name == "snapshots":  # huggingface_hub's cache: snapshots/REVISION/file is a link to blobs/HASH
-        allowed.append(home.parent.parent / "blobs")
-    if target.parent not in allowed:
+        broken = f"a link to {os.path.realpath(path)}, which is missing" if path.is_symlink() else "missing"
+        raise CheckpointError(f"{path} is {broken}. Fetch the whole checkpoint again.") from None
+    if target.parent != home and not _is_in_hub_cache(home, target):
         raise CheckpointError(f"{path} is a link to {target}, outside its folder. Replace it with the file itself.")
     return path
+
+
+def _is_in_hub_cache(home: Path, target: Path) -> bool:
+    """Return whether a file is where huggingface_hub's cache stores the content of a snapshot's files.
+
+        CACHE/models--ORG--NAME/snapshots/REVISION/model.safetensors    a link to
+        CACHE/models--ORG--NAME/blobs/ETAG                              the content, or a link to
+        CACHE/blobs/d7/d7edf6bd...                                      the content, by its Xet hash, for all models
+
+    Both paths are resolved, so that the cache itself may be moved or linked.
+    """
+    repository = home.parent.parent
+    if home.parent.name != "snapshots":
+        return False
+    if target.parent == repository / "blobs":
+        return True
+    shared = repository.parent / "blobs" / target.name[:2]
+    return (
+        repository.name.startswith("models--")
+        and target.parent == shared
+        and _XET_HASH.fullmatch(target.name) is not None
+    )
 
 
 def _check_index(folder: Path, index: dict[str, str], files: dict[str, SafetensorsFile]) -> None:
