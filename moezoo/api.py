@@ -9,6 +9,7 @@ import numpy as np
 from moezoo.core.backend import Backend, Model, Output, check_length
 from moezoo.core.config.run_config import Config, with_compute
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.prepare import whole_file
 from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer
 from moezoo.core.errors import DataError, SpecError, TokenizerError
@@ -199,7 +200,7 @@ def load_model(
     problems = list(opened.problems)
     if opened.checkpoint is not None:
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
-        problems += [warning] if warning else []
+        problems += [*([warning] if warning else []), *tokenizer_notes(opened.tokenizer)]
     return LoadedModel(model, config, opened.tokenizer, opened.step, problems, opened.layout, opened.generation)
 
 

@@ -7,7 +7,7 @@ import click
 
 from moezoo.cli.data import prepare_with_progress
 from moezoo.cli.options import backend_option, group_options, mesh_option, set_option
-from moezoo.cli.output import new_console, print_lines
+from moezoo.cli.output import new_console, print_lines, warn
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import RunError
 
@@ -43,7 +43,7 @@ def train(
     from moezoo.backends import load_backend
     from moezoo.cli.progress import ConsoleReporter
     from moezoo.core.config.vocabulary import with_vocab_size
-    from moezoo.core.data.load_tokenizer import load_tokenizer
+    from moezoo.core.data.load_tokenizer import load_tokenizer, tokenizer_notes
     from moezoo.core.distributed.processes import first_process_first
     from moezoo.core.reports.model_page import training_header
     from moezoo.core.runs.init_from import check_initial_weights, initial_tokenizer
@@ -64,6 +64,8 @@ def train(
         loaded, lambda: create_run(path, config, data.tokenizer, resume=resume) if is_first else open_run(path)
     )
     console.print(training_header(config, {"backend": loaded.name, **loaded.facts(), "run": str(path)}))
+    if is_first and not resumed:
+        warn(*tokenizer_notes(data.tokenizer))
     for row in data.summary:
         tokens = f"{row.train_tokens:,} training and {row.validation_tokens:,} validation tokens"
         console.print(f"{row.source}: {tokens}", highlight=False)

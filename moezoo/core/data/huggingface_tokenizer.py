@@ -1,9 +1,8 @@
-"""Tokenizers that transformers loads, from a folder or the Hugging Face Hub."""
+"""Tokenizers of Hugging Face folders and of the Hugging Face Hub."""
 
 import json
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.data.tokenizer_difference import difference
+from moezoo.core.data.tokenizer_files import first_line, load_with_transformers, tokenizer_files
 from moezoo.core.data.tokenizers import (
     TOKENIZER_FOLDER,
     Ids,
@@ -22,11 +23,11 @@ from moezoo.core.data.tokenizers import (
     tokenizer_file,
 )
 from moezoo.core.errors import TokenizerError
-from moezoo.core.files import make_folder
+from moezoo.core.files import make_folder, write_atomically
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer that transformers loads, from a folder or by hub id.
+    """A tokenizer of a Hugging Face folder or hub id, by the rules of its tokenizer.json.
 
     `encode` adds no special tokens; one that occurs in the text (`<|endoftext|>`) is encoded as its id. Ids >=
     `vocab_size`, which models with a padded vocabulary have, decode to nothing.
@@ -37,10 +38,15 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str) -> None:
         """Load from `path`: a folder with the tokenizer's files, or a hub id. Raises TokenizerError."""
         self.path = str(path)
-        self._inner = _load_with_transformers(self.path)
+        self._inner, self._folder = load_with_transformers(self.path)
         self.vocab_size = max(self._inner.get_vocab().values()) + 1  # len() is smaller if ids have gaps
         eos = self._inner.eos_token_id
         self.end_of_text: int | None = None if eos is None else int(eos)
+
+    @cached_property
+    def difference(self) -> str | None:
+        """One line on what transformers would encode otherwise than tokenizer.json says; None if nothing."""
+        return None if self._folder is None else difference(self._folder, self._inner.backend_tokenizer)
 
     @cached_property
     def content_hash(self) -> str:
@@ -81,7 +87,7 @@ class HuggingFaceTokenizer:
             ids = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template is a program: it raises TemplateError and others
             raise TokenizerError(
-                f"the chat template cannot be applied; got {_first_line(error)} ({self.path}); expected a template for "
+                f"the chat template cannot be applied; got {first_line(error)} ({self.path}); expected a template for "
                 "roles system, user and assistant. Prompt without chat, or fix the template."
             ) from error
         return np.array(ids, np.int32)
@@ -132,42 +138,15 @@ class HuggingFaceTokenizer:
         folder = tokenizer_file(path).parent / TOKENIZER_FOLDER
         if folder.absolute() == Path(self.path).absolute() and tokenizer_file(path).is_file():
             return  # loaded from this run folder: a kill while it is overwritten would damage it
-        make_folder(folder)
-        self._inner.save_pretrained(str(folder))
+        for name, content in self.files().items():
+            make_folder((folder / name).parent)
+            write_atomically(folder / name, content)
         save_json(self, path)
 
-
-def _load_with_transformers(path: str) -> Any:
-    looks_local = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is None or path.startswith(".")
-    local = Path(path).expanduser()
-    if looks_local and not local.is_dir():  # transformers would look for it on the hub, with retries
-        raise TokenizerError(
-            f"no such tokenizer; got {path}; expected a folder with a tokenizer.json, or a hub id "
-            "(data.tokenizer.path). Check the path."
-        )
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # they recommend installing PyTorch
-    from transformers import AutoTokenizer
-
-    from_pretrained: Callable[..., Any] = AutoTokenizer.from_pretrained
-    try:
-        # Trap: by default, transformers asks on the terminal whether to run code from the folder.
-        inner = from_pretrained(str(local) if local.is_dir() else path, trust_remote_code=False)
-    except Exception as error:  # transformers and the hub client raise many types, from OSError to KeyError
-        raise TokenizerError(
-            f"the tokenizer cannot be loaded; got {path} ({_first_line(error)}); expected a folder with a "
-            "tokenizer.json, or a hub id that is cached or reachable (data.tokenizer.path). Check the name, "
-            "or download its files to a folder and use that."
-        ) from error
-    if not getattr(inner, "is_fast", False):
-        raise TokenizerError(
-            f"the tokenizer has no tokenizer.json; got {path} ({type(inner).__name__}); expected a fast tokenizer "
-            "(data.tokenizer.path). Convert it with transformers' convert_slow_tokenizer."
-        )
-    # Trap: a tokenizer.json can enable truncation and padding, which would silently truncate text.
-    inner.backend_tokenizer.no_truncation()
-    inner.backend_tokenizer.no_padding()
-    return inner
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    def files(self) -> dict[str, bytes]:
+        """Return the tokenizer's files by name: copies, or converted ones if the folder had no tokenizer.json."""
+        if self._folder is not None:
+            return {str(file.relative_to(self._folder)): file.read_bytes() for file in tokenizer_files(self._folder)}
+        with tempfile.TemporaryDirectory() as folder:
+            self._inner.save_pretrained(folder)
+            return {str(file.relative_to(folder)): file.read_bytes() for file in tokenizer_files(Path(folder))}

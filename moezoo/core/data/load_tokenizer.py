@@ -60,3 +60,9 @@ def tokenizer_of_model_folder(folder: Path, vocab_size: int) -> Tokenizer:
     only by other parts of a larger model). Raises TokenizerError.
     """
     return HuggingFaceTokenizer(str(folder)) if (folder / TOKENIZER_FILE).is_file() else TokenIds(vocab_size)
+
+
+def tokenizer_notes(tokenizer: Tokenizer) -> list[str]:
+    """Return one-line notes for the user: a tokenizer.json that transformers would not encode by."""
+    difference = tokenizer.difference if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    return [] if difference is None else [f"the rules of {TOKENIZER_FILE} are used; {difference}"]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
+from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
@@ -48,7 +49,8 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
         weights = _WithProgress(opened.weights, on_progress)
         save_run(out, opened.config, opened.tokenizer, weights, 0, opened.layout)
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
-        return Conversion("moezoo", opened.checkpoint.ledger, opened.problems + ([warning] if warning else []))
+        notes = [*opened.problems, *([warning] if warning else []), *tokenizer_notes(opened.tokenizer)]
+        return Conversion("moezoo", opened.checkpoint.ledger, notes)
     notes = export(opened.weights, opened.config, opened.tokenizer, opened.layout, out)
     ledger = open_checkpoint(out).ledger
     return Conversion("huggingface", ledger, opened.problems + notes)

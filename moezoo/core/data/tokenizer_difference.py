@@ -1,0 +1,129 @@
+"""Comparison of a tokenizer.json with the rules that transformers' AutoTokenizer would use in its place.
+
+Both are compared without their vocabularies, so that it takes milliseconds.
+"""
+
+import json
+import logging as python_logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moezoo.core.data.tokenizer_files import TOKENIZER_CONFIG, first_line
+from moezoo.core.data.tokenizers import TOKENIZER_FILE
+
+# Spaces at the borders and in between, digits, contractions, both Unicode forms, scripts without spaces, line ends.
+_PROBES = (
+    *("2023", "3.14159", "it's", "IT'S", "e\u0301", "\ufb01", "   lead", " a  b ", "a\n\n  b", "\r\n", "\t\tx", "x  "),
+    *(
+        "snake_case",
+        "CamelCase",
+        "a-b",
+        "(x)",
+        "...",
+        "//x",
+        "日本語",
+        "你好。世界",
+        "été",
+        "🙂👍🏽",
+        "İ",
+        "▁",
+        "``q''",
+        "a1b2",
+    ),
+)
+_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+_MATCHING = ("normalized", "lstrip", "rstrip", "single_word")
+
+
+def difference(folder: Path, backend: Any) -> str | None:
+    """Return one line on what transformers would encode otherwise than `tokenizer.json` of the folder; None if nothing.
+
+    `backend`: the `tokenizers.Tokenizer` read from that file.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    from_pretrained: Callable[..., Any] = transformers.AutoTokenizer.from_pretrained
+    level = logging.get_verbosity()
+    logging.set_verbosity(python_logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory() as small:
+            _write_without_vocabulary(folder, backend, Path(small))
+            theirs = from_pretrained(small, trust_remote_code=False)
+    except Exception as error:  # of many types, from OSError to KeyError
+        return f"transformers {transformers.__version__} cannot load this tokenizer ({first_line(error)})"
+    finally:
+        logging.set_verbosity(level)
+    found = _first_difference(backend, theirs.backend_tokenizer)
+    if found is None:
+        return None
+    return (
+        f"transformers {transformers.__version__} encodes other ids, because its {type(theirs).__name__} has its own "
+        f"rules: {found}"
+    )
+
+
+def _write_without_vocabulary(folder: Path, backend: Any, small: Path) -> None:
+    """Write the tokenizer with its added tokens and rules only, and the configs that AutoTokenizer reads."""
+    from tokenizers import Tokenizer, models
+
+    added = {token.content: token for _, token in sorted(backend.get_added_tokens_decoder().items())}
+    vocab = {token: index for index, token in enumerate(added or ["<unk>"])}
+    model = backend.model
+    bare: models.Model
+    match type(model).__name__:
+        case "BPE":
+            options = {name: getattr(model, name) for name in (*_OPTIONS, "unk_token", "fuse_unk")}
+            bare = models.BPE(vocab=vocab, merges=[], **{name: value for name, value in options.items() if value})
+        case "Unigram":
+            bare = models.Unigram([(token, 0.0) for token in vocab], 0, False)
+        case "WordPiece":
+            bare = models.WordPiece(vocab=vocab, unk_token=model.unk_token)
+        case _:
+            bare = models.WordLevel(vocab=vocab, unk_token=model.unk_token)
+    copy = Tokenizer(bare)
+    for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        setattr(copy, name, getattr(backend, name))
+    copy.add_tokens(list(added.values()))
+    copy.save(str(small / TOKENIZER_FILE))
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, small / name)
+    config = folder / "config.json"
+    if config.is_file():
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        kept = {name: fields[name] for name in ("model_type", "tokenizer_class", "_name_or_path") if name in fields}
+        (small / config.name).write_text(json.dumps(kept))
+
+
+def _first_difference(ours: Any, theirs: Any) -> str | None:
+    for text in _PROBES:
+        pieces, other = _pieces(ours, text), _pieces(theirs, text)
+        if pieces != other:
+            return f"it splits {text!r} into {_shown(other)}, and not into {_shown(pieces)}"
+    for name in _OPTIONS:
+        value, their_value = getattr(ours.model, name, None), getattr(theirs.model, name, None)
+        if (value or None) != (their_value or None):
+            return f"its {name} is {their_value}, and not {value}"
+    tokens = {token.content: token for token in theirs.get_added_tokens_decoder().values()}
+    for token in ours.get_added_tokens_decoder().values():
+        other = tokens.get(token.content, token)
+        for name in _MATCHING:
+            value, their_value = getattr(token, name), getattr(other, name)
+            if value != their_value:
+                return f"{name} of its token {token.content!r} is {their_value}, and not {value}"
+    return None
+
+
+def _pieces(tokenizer: Any, text: str) -> list[str]:
+    normal = text if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [normal]
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+
+
+def _shown(pieces: list[str]) -> str:
+    return " ".join(map(repr, pieces))

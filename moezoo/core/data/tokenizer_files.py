@@ -1,0 +1,153 @@
+"""Files of a Hugging Face tokenizer, and their loading by the rules of tokenizer.json.
+
+transformers' AutoTokenizer takes from tokenizer.json only the vocabulary in many families, and rebuilds normalizer,
+pre-tokenizer and decoder from the class that tokenizer_config.json or config.json names; the ids are then others than
+those that the model was trained on, without a word. Here the file's own rules are used in every family.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moezoo.core.data.tokenizers import TOKENIZER_FILE
+from moezoo.core.errors import TokenizerError
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATES = "additional_chat_templates"
+_NAMES = (
+    *(TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the tokenizer's files in a folder, which can have others: vocabulary, special tokens, chat templates."""
+    found = [folder / name for name in _NAMES] + sorted((folder / TEMPLATES).glob("*.jinja"))
+    return [file for file in found if file.is_file()]
+
+
+def tokenizer_folder(path: str) -> Path | None:
+    """Return the folder of a tokenizer: a local one, or that of a hub id in the hub's cache, fetched first.
+
+    Returns None for a hub id without a tokenizer.json, or if the hub cannot be reached.
+
+    Raises TokenizerError: no such folder.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is None or path.startswith("."):  # not a hub id
+        raise TokenizerError(
+            f"no such tokenizer; got {path}; expected a folder with a tokenizer.json, or a hub id "
+            "(data.tokenizer.path). Check the path."
+        )
+    from transformers.utils.hub import cached_file, list_repo_templates
+
+    def fetch(name: str) -> str | None:
+        found: str | None = cached_file(
+            path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        return found
+
+    main = fetch(TOKENIZER_FILE)
+    if main is None:
+        return None
+    for name in _NAMES[1:]:
+        fetch(name)
+    for name in list_repo_templates(path, local_files_only=False):
+        fetch(f"{TEMPLATES}/{name.removesuffix('.jinja')}.jinja")
+    return Path(main).parent
+
+
+def load_with_transformers(path: str) -> tuple[Any, Path | None]:
+    """Load a tokenizer, and return transformers' object and the folder of its tokenizer.json.
+
+    The rules are those of tokenizer.json; special tokens and chat templates come from the files beside it. A folder
+    without tokenizer.json (sentencepiece, or vocab.json and merges.txt) is converted by AutoTokenizer; its folder is
+    returned as None.
+
+    Raises TokenizerError.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # they recommend installing PyTorch
+    try:
+        folder = tokenizer_folder(path)
+        exact = folder is not None and (folder / TOKENIZER_FILE).is_file()
+        inner = _exact(folder) if folder is not None and exact else _converted(path, folder)
+    except TokenizerError:
+        raise
+    except Exception as error:  # transformers and the hub client raise many types, from OSError to KeyError
+        raise TokenizerError(
+            f"the tokenizer cannot be loaded; got {path} ({first_line(error)}); expected a folder with a "
+            "tokenizer.json, or a hub id that is cached or reachable (data.tokenizer.path). Check the name, "
+            "or download its files to a folder and use that."
+        ) from error
+    if not getattr(inner, "is_fast", False):
+        raise TokenizerError(
+            f"the tokenizer has no tokenizer.json; got {path} ({type(inner).__name__}); expected a fast tokenizer "
+            "(data.tokenizer.path). Convert it with transformers' convert_slow_tokenizer."
+        )
+    # Trap: a tokenizer.json can enable truncation and padding, which would silently truncate text.
+    inner.backend_tokenizer.no_truncation()
+    inner.backend_tokenizer.no_padding()
+    return inner, folder if exact else None
+
+
+class _Shared:
+    """A tokenizer that transformers takes as it is; it deep-copies any other, which takes longer than to read one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self.tokenizer
+
+
+def _exact(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    options: dict[str, Any] = {
+        "tokenizer_object": _Shared(backend),
+        "split_special_tokens": False,
+        "fix_mistral_regex": False,  # it would replace the pre-tokenizer
+    }
+    listed = _read_config(folder).get("added_tokens_decoder")
+    if listed is not None:
+        # Trap: transformers would replace the stripping and normalization of the file's tokens by those listed here.
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        options["added_tokens_decoder"] = {i: token for i, token in listed.items() if token["content"] not in known}
+    from_pretrained: Callable[..., Any] = PreTrainedTokenizerFast.from_pretrained
+    inner = from_pretrained(str(folder), **options)
+    for index, token in options.get("added_tokens_decoder", {}).items():
+        if backend.token_to_id(token["content"]) != int(index):
+            raise TokenizerError(
+                f"added_tokens_decoder has {token['content']!r} as id {index}, but tokenizer.json continues with "
+                f"{backend.token_to_id(token['content'])} ({folder / TOKENIZER_CONFIG}). Fetch both files again."
+            )
+    return inner
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / TOKENIZER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{file.name} is not a JSON object")
+    return config
+
+
+def _converted(path: str, folder: Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    from_pretrained: Callable[..., Any] = AutoTokenizer.from_pretrained
+    # Trap: by default, transformers asks on the terminal whether to run code from the folder.
+    return from_pretrained(path if folder is None else str(folder), trust_remote_code=False)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
