@@ -19,6 +19,7 @@ from tests.support.source_tree import BACKENDS, PACKAGE, stems, tree_of
 LAYERS = (
     ("core.errors",),
     ("core.files", "core.malloc", "core.progress", "core.random", "core.tokens"),
+    ("core.hub",),
     ("core.spec",),
     ("core.parameters",),
     ("core.distributed",),

@@ -7,7 +7,7 @@ import httpx2
 import pytest
 from huggingface_hub import HfApi, _snapshot_download, constants, file_download
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import XetFileData
+from huggingface_hub.utils import XetFileData, tqdm
 
 COMMIT = "c" * 40
 
@@ -21,6 +21,7 @@ class FakeNetwork:
         fetched: names of the files downloaded so far.
         revisions: revisions looked up so far.
         down: whether the hub cannot be reached.
+        tries: requests so far.
     """
 
     def __init__(self, files: dict[str, bytes], xet: set[str]):
@@ -28,6 +29,7 @@ class FakeNetwork:
         self.fetched: list[str] = []
         self.revisions: list[str | None] = []
         self.down = False
+        self.tries = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch, cache: object) -> None:
         """Replace huggingface_hub's network, and set its cache folder; files are downloaded one after the other."""
@@ -60,7 +62,7 @@ class FakeNetwork:
 
     def _metadata(self, *, url, **_):
         self._reach()
-        name = url.partition(f"/resolve/{COMMIT}/")[2]
+        name = url.rpartition("/")[2]
         content = self.files[name]
         xet = XetFileData(file_hash=_xet_hash(content), refresh_route="") if name in self.xet else None
         etag = hashlib.sha256(content).hexdigest() if xet else _git_hash(content)
@@ -68,7 +70,7 @@ class FakeNetwork:
 
     def _get(self, url, temp_file, *, tqdm_class, **_):
         self._reach()
-        self._send(url.partition(f"/resolve/{COMMIT}/")[2], temp_file, tqdm_class)
+        self._send(url.rpartition("/")[2], temp_file, tqdm_class)
 
     def _get_xet(self, *, incomplete_path, displayed_filename, tqdm_class, **_):
         self._reach()
@@ -79,10 +81,11 @@ class FakeNetwork:
         self.fetched.append(name)
         file.write(self.files[name])
         file.flush()
-        with tqdm_class(total=len(self.files[name])) as bar:
+        with (tqdm_class or tqdm)(total=len(self.files[name])) as bar:
             bar.update(len(self.files[name]))
 
     def _reach(self):
+        self.tries += 1
         if self.down:
             raise httpx2.ConnectError("name resolution failed")
 

@@ -13,7 +13,7 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.hub import resolve
 from moezoo.core.huggingface.layout import small_files
-from tests.huggingface.fake_network import FakeNetwork
+from tests.huggingface.fake_network import COMMIT, FakeNetwork
 
 SHARDS = {
     "model-00001-of-00002.safetensors": safetensors.numpy.save({"a": np.zeros(3, np.float32)}),
@@ -66,14 +66,14 @@ def test_only_json_templates_and_indexed_weights_are_downloaded(hub):
     fake = hub(TEXTS | SHARDS | UNWANTED)
     path = resolve("org/name")
     assert sorted(fake.fetched) == sorted(TEXTS | SHARDS)
-    assert fake.revisions == ["main"]  # looked up once: weights have the same revision as the config
+    assert fake.revisions == [None, "main"]  # whether it answers, and its commit: weights and config are of the same
     assert TensorFolder(path).tensors.keys() == {"a", "b"}
 
 
 def test_a_revision_is_passed_on(hub):
     fake = hub(TEXTS | SHARDS)
     resolve("org/name@refs/pr/1")
-    assert fake.revisions == ["refs/pr/1"]
+    assert fake.revisions == ["refs/pr/1", "refs/pr/1"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors"])
@@ -198,7 +198,6 @@ def test_a_repository_without_config_or_safetensors_is_refused(hub, files, probl
     [
         (errors.LocalEntryNotFoundError("no network"), "org/name is neither a folder nor in the cache"),
         (errors.OfflineModeIsEnabled("offline"), "org/name is neither a folder nor in the cache"),
-        (errors.IncompleteSnapshotError("2 missing", snapshot_path="x"), "org/name is only partly cached"),
         (errors.GatedRepoError("no", response=response(403)), "org/name is gated. Accept its terms at"),
         (errors.RepositoryNotFoundError("no", response=response(404)), "no folder or repository org/name"),
         (errors.RevisionNotFoundError("no", response=response(404)), "org/name has no revision 'v1'"),
@@ -207,12 +206,57 @@ def test_a_repository_without_config_or_safetensors_is_refused(hub, files, probl
         (OSError(28, "No space left on device"), "cannot fetch org/name: OSError: [Errno 28] No space left"),
     ],
 )
-def test_every_failure_is_one_line_with_the_repository(monkeypatch, error, problem):
+def test_every_failure_is_one_line_with_the_repository(hub, monkeypatch, error, problem):
     def fail(*_, **__):
         raise error
 
+    hub({})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert problem in refusal("org/name@v1")
+
+
+# What another program may have left in the cache: it fetched all files, those that it needed, or each by its name.
+UNREAD = {"preprocessor_config.json": b"{}"}
+SETTINGS = {"generation_config.json": b"{}", "tokenizer.json": b"{}"}
+
+
+@pytest.mark.parametrize("name", ["org/name", f"org/name@{COMMIT}"])
+@pytest.mark.parametrize("xet", [(), TEXTS | SHARDS | UNREAD], ids=["git", "Xet"])
+def test_offline_the_cache_is_enough_if_it_has_what_is_read(hub, name, xet):
+    fake = hub(TEXTS | SHARDS | UNREAD | SETTINGS, xet)
+    huggingface_hub.snapshot_download("org/name", ignore_patterns=list(UNREAD))
+    fake.down, fake.tries = True, 0
+    path = resolve(name)
+    assert TensorFolder(path).tensors.keys() == {"a", "b"}
+    assert not (path / "preprocessor_config.json").exists()
+    assert fake.tries == 1  # one question without an answer, no retries
+
+
+@pytest.mark.parametrize("name", ["org/name", f"org/name@{COMMIT}"])
+def test_offline_files_that_were_fetched_one_by_one_are_enough(hub, name):
+    fake = hub(TEXTS | SHARDS | UNREAD)
+    for file in TEXTS | SHARDS:
+        huggingface_hub.hf_hub_download("org/name", file)  # as transformers does
+    fake.down = True
+    assert TensorFolder(resolve(name)).tensors.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("missing", [*TEXTS, *SHARDS, *SETTINGS])
+def test_offline_a_file_that_is_read_and_missing_is_named(hub, missing):
+    fake = hub(TEXTS | SHARDS | UNREAD | SETTINGS)
+    huggingface_hub.snapshot_download("org/name", ignore_patterns=[missing, *UNREAD])
+    fake.down = True
+    for name in ("org/name", f"org/name@{COMMIT}"):
+        assert f"org/name is only partly cached, without {missing}, and the hub cannot be reached" in refusal(name)
+    if missing in SHARDS:
+        assert resolve("org/name", weights=False).is_dir()
+
+
+def test_offline_nothing_cached_is_said_in_one_line(hub, tmp_path):
+    fake = hub(TEXTS | SHARDS)
+    fake.down = True
+    assert f"org/name is neither a folder nor in the cache {tmp_path / 'cache'}" in refusal("org/name")
+    assert fake.tries == 1
 
 
 def test_paths_in_an_index_cannot_add_files_to_download(hub):
