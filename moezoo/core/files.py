@@ -1,13 +1,17 @@
-"""Atomic, durable file writes and folder operations: after a crash, a path has the old content or the new one.
+"""Reads of regular files only, and atomic, durable writes: after a crash, a path has the old content or the new one.
 
-Checkpoints and caches are built on these. Every OSError becomes a RunError that names the path.
+Checkpoints and caches are built on these. Writes convert every OSError to a RunError that names the path. Reads raise
+an OSError for the caller to convert: only the caller knows what the file is for.
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +20,54 @@ from moezoo.core.errors import RunError
 
 PACKAGE = Path(__file__).parents[1]
 """Folder of the package, which contains `configs` and `datasets` (symbolic links in a checkout)."""
+
+_CHUNK_BYTES = 1 << 20  # a read allocates what it asks for
+
+
+def open_regular(path: str | Path, max_bytes: int | None = None) -> io.FileIO:
+    """Open a regular file for reading, unbuffered, without waiting for anything.
+
+    Raises OSError (see `reason_of`): no such file, no permission, a folder, pipe, socket or device, which could block
+    forever or never end, or a file of more than `max_bytes` bytes.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe blocks until its other end is opened.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError:
+        raise OSError(errno.EINVAL, "its name has a NUL character", repr(path)) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe" if stat.S_ISFIFO(status.st_mode) else "device"
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
+    if max_bytes is not None and status.st_size > max_bytes:
+        os.close(descriptor)
+        raise _too_large(path, status.st_size, max_bytes)
+    return io.FileIO(descriptor, "rb")
+
+
+def read_bounded(path: str | Path, max_bytes: int) -> bytes:
+    """Read a whole small file; one of more than `max_bytes` bytes is refused unread. Raises as `open_regular`."""
+    content = bytearray()
+    with open_regular(path, max_bytes) as file:
+        while len(content) <= max_bytes and (more := file.read(_CHUNK_BYTES)):
+            content += more
+    if len(content) > max_bytes:  # it grew, or is in /proc, where every file has size 0
+        raise _too_large(path, len(content), max_bytes)
+    return bytes(content)
+
+
+def copy_file(source: Path, target: Path, max_bytes: int) -> None:
+    """Copy a small regular file atomically. Raises RunError, also if it has more than `max_bytes`."""
+    with _readable_errors(f"cannot copy {source}"):
+        content = read_bounded(source, max_bytes)
+    write_atomically(target, content)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the reason of an error of reading or decoding a file in one short line, without the path."""
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+    return reason[:1].lower() + reason[1:] if reason else type(error).__name__
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -53,7 +105,7 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
 
 def sha256_of(path: str | Path) -> str:
     """Return the SHA-256 of a file's content in lower-case hexadecimal. Raises RunError if it cannot be read."""
-    with _readable_errors(f"cannot read {path}"), open(path, "rb") as file:
+    with _readable_errors(f"cannot read {path}"), open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -100,6 +152,10 @@ def flush_tree(path: Path) -> list[Path]:
                 _fsync(found[-1], os.O_RDWR)
             _fsync_folder(Path(folder))
     return sorted(found)
+
+
+def _too_large(path: str | Path, size: int, max_bytes: int) -> OSError:
+    return OSError(errno.EFBIG, f"it has {size} bytes, more than {max_bytes}", str(path))
 
 
 def _fsync_folder(path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.support.source_tree import BACKENDS, PACKAGE, stems, tree_of
 # import each other.
 LAYERS = (
     ("core.errors",),
-    ("core.files", "core.malloc", "core.progress", "core.random", "core.tokens"),
+    ("core.files", "core.json_text", "core.malloc", "core.progress", "core.random", "core.tokens"),
     ("core.hub",),
     ("core.spec",),
     ("core.parameters",),

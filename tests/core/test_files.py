@@ -1,11 +1,23 @@
+import contextlib
 import hashlib
 import os
+import signal
 import stat
 
 import pytest
 
-from moezoo.core.errors import RunError
-from moezoo.core.files import make_folder, remove_folder, rename_folder, sha256_of, write_atomically
+from moezoo.core.checkpoint.manifest import read_manifest
+from moezoo.core.config.run_config import load_config
+from moezoo.core.data.grammar.grammar import load_grammar
+from moezoo.core.data.load_tokenizer import load_tokenizer
+from moezoo.core.data.token_shards import open_shard
+from moezoo.core.errors import MoezooError, RunError
+from moezoo.core.files import make_folder, read_bounded, remove_folder, rename_folder, sha256_of, write_atomically
+from moezoo.core.generation.config import read_generation_config
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.folder import TensorFolder
+from moezoo.core.huggingface.layout import open_sidecar
+from moezoo.core.training.metrics import read_metrics
 
 
 class Killed(BaseException):
@@ -128,3 +140,91 @@ def test_remove_folder_does_not_follow_a_link(tmp_path):
     remove_folder(tmp_path / "missing")
     assert os.listdir(tmp_path) == ["kept"]
     assert os.listdir(tmp_path / "kept") == ["file"]
+
+
+# --- reads -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def at_most(seconds):
+    """Fail instead of waiting for ever for the other end of a pipe."""
+
+    def late(*_):
+        raise AssertionError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def make_sparse(path):
+    path.touch()
+    os.truncate(path, 200 << 30)
+
+
+def make_folder_there(path):
+    path.mkdir()
+
+
+ODD_FILES = [make_pipe, make_device, make_sparse, make_folder_there]
+
+
+REASONS = ["it is a pipe", "it is a device", "it has 214748364800 bytes, more than 99", "it is a folder"]
+
+
+@pytest.mark.parametrize(("make", "reason"), list(zip(ODD_FILES, REASONS, strict=True)))
+def test_only_a_regular_file_of_bounded_size_is_read(tmp_path, make, reason):
+    make(tmp_path / "a")
+    with at_most(5), pytest.raises(OSError, match=reason):
+        read_bounded(tmp_path / "a", 99)
+
+
+def test_a_small_file_is_read_whole_and_one_that_grows_is_not(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x" * 99)
+    assert read_bounded(tmp_path / "a", 99) == b"x" * 99
+    with pytest.raises(OSError, match="it has 99 bytes, more than 98"):
+        read_bounded(tmp_path / "a", 98)
+    with pytest.raises(OSError, match=r"it has \d+ bytes, more than 9"):
+        read_bounded("/proc/self/status", 9)  # its size is 0 until it is read
+    with pytest.raises(OSError, match="NUL"):
+        read_bounded("a\0b", 9)
+
+
+READERS = {
+    "config.yaml": lambda path: load_config(path),
+    "config.json": lambda path: Fields.read(path),
+    "generation_config.json": lambda path: read_generation_config(path.parent, {}),
+    "model.safetensors.index.json": lambda path: TensorFolder(path.parent),
+    "model.safetensors": lambda path: TensorFolder(path.parent),
+    "headers.json": lambda path: open_sidecar(path.parent),
+    "manifest.json": lambda path: read_manifest(path.parent),
+    "tokenizer.json": lambda path: load_tokenizer(path.parent),
+    "tokenizer_config.json": lambda path: load_tokenizer(path.parent),
+    "metrics.jsonl": lambda path: read_metrics(path),
+    "grammar.yaml": lambda path: load_grammar(path),
+    "shard.npy": lambda path: open_shard(path, str(path)),
+    "shard.bin": lambda path: open_shard(path, str(path)),
+}
+
+
+@pytest.mark.parametrize("make", ODD_FILES)
+@pytest.mark.parametrize("name", READERS)
+def test_each_small_file_that_is_no_regular_one_is_one_line_of_error(tmp_path, name, make):
+    make(tmp_path / name)
+    with at_most(5), pytest.raises(MoezooError) as caught:
+        READERS[name](tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert len(str(caught.value)) < 500

@@ -229,7 +229,7 @@ def test_a_duplicate_tensor_is_refused(folder):
     text = (folder / INDEX).read_text()
     name = json.dumps(GATE)
     (folder / INDEX).write_text(text.replace(f"{name}:", f'{name}: "x.safetensors", {name}:'))
-    assert f"{folder / INDEX} has a duplicate key '{GATE}'" in refusal(folder)
+    assert f"{folder / INDEX} cannot be read as JSON (the key '{GATE}' is a duplicate)" in refusal(folder)
 
 
 def test_a_tensor_in_two_shards_is_refused(folder):

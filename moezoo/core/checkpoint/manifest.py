@@ -10,9 +10,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from moezoo.core.errors import CheckpointError, RunError
-from moezoo.core.files import sha256_of
+from moezoo.core.files import read_bounded, reason_of, sha256_of
+from moezoo.core.json_text import parse_json
 
 FORMAT_VERSION = 1
+_MAX_MANIFEST_BYTES = 100_000_000  # a sharded checkpoint lists thousands of files
 
 WEIGHTS, OPTIMIZER, CONFIG = "weights.safetensors", "optimizer.safetensors", "config.yaml"
 _WHOLE = (WEIGHTS, OPTIMIZER, CONFIG)
@@ -89,11 +91,11 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}. Use a folder step_NNNNNNNN of a run.")
     try:
-        content = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
+        content = parse_json(read_bounded(path / MANIFEST, _MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         raise _damaged(path, f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"{MANIFEST} cannot be read ({type(error).__name__})") from error
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{MANIFEST} cannot be read ({reason_of(error)})") from error
     if not isinstance(content, dict) or "format_version" not in content:
         raise _damaged(path, f"{MANIFEST} is not a manifest")
     stored_digest = content.pop("sha256", None)

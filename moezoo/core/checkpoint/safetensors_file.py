@@ -8,7 +8,6 @@ truncated while it is memory-mapped, SIGBUS kills the process.
 import hashlib
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +25,7 @@ from moezoo.core.checkpoint.safetensors_header import (
     parse_header,
 )
 from moezoo.core.errors import CheckpointError
-from moezoo.core.files import atomic_writer
+from moezoo.core.files import atomic_writer, open_regular, reason_of
 
 Array = npt.NDArray[Any]
 
@@ -118,14 +117,9 @@ class SafetensorsFile:
 
     def _open(self) -> BinaryIO:
         try:
-            # Without O_NONBLOCK, opening a pipe blocks until its other end is opened.
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
-        except (OSError, ValueError) as error:
+            return open_regular(self.path)
+        except OSError as error:
             raise _unreadable(self.path, error) from error
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise CheckpointError(f"cannot read {self.path}: it is a directory, a device or a pipe.")
-        return os.fdopen(descriptor, "rb", buffering=0)
 
     def _check_unchanged(self, file: BinaryIO) -> None:
         if _identity(file) != self._identity:
@@ -269,8 +263,8 @@ def _encodable(name: str, array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(array.shape)  # Trap: ascontiguousarray makes a scalar [1]
 
 
-def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
-    return CheckpointError(f"cannot read {path}: {(getattr(error, 'strerror', None) or str(error)).lower()}.")
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read {path}: {reason_of(error)}.")
 
 
 def _identity(file: BinaryIO) -> tuple[int, ...]:

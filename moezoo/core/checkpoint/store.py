@@ -50,6 +50,8 @@ from moezoo.core.files import (
     flush_folder,
     flush_tree,
     make_folder,
+    read_bounded,
+    reason_of,
     remove_folder,
     rename_folder,
     sha256_of,
@@ -58,6 +60,7 @@ from moezoo.core.files import (
 
 Array = npt.NDArray[Any]
 
+_MAX_CONFIG_BYTES = 10_000_000
 _HIDDEN_NAME = re.compile(r"\.(step_\d{8,})\.(partial|replaced|removed)")
 
 
@@ -239,9 +242,9 @@ def _newest(folder: Path) -> tuple[Path, Manifest, list[str]]:
 
 def _load(path: Path, manifest: Manifest) -> Checkpoint:
     try:
-        config_text = (path / CONFIG).read_bytes().decode("utf-8")
+        config_text = read_bounded(path / CONFIG, _MAX_CONFIG_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path / CONFIG}: {error}.") from error
+        raise CheckpointError(f"cannot read {path / CONFIG}: {reason_of(error)}. Use another checkpoint.") from error
     weights: Mapping[str, Array]
     optimizer: Mapping[str, Array]
     if WEIGHTS in manifest.files:

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from moezoo.core.errors import SpecError
+from moezoo.core.files import read_bounded, reason_of
 
 _MAX_BYTES = 1_000_000
 
@@ -24,15 +25,14 @@ def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
 
 def read_text(path: str | Path, what: str) -> str:
     """Return the text of a YAML file. Raises SpecError: no such file, too large, or not UTF-8."""
-    file = Path(path)
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise SpecError(f"{what} is larger than {_MAX_BYTES} bytes; got {path}. Use a moezoo {what} in YAML.")
-        return file.read_text(encoding="utf-8")
+        return read_bounded(path, _MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise SpecError(f"no such {what}; got {path}; expected a YAML file. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{what} cannot be read; got {path} ({error}); expected a YAML text file.") from None
+        raise SpecError(
+            f"{what} cannot be read; got {path} ({reason_of(error)}); expected a YAML text file of at most 1 MB."
+        ) from None
 
 
 def parse_mapping(text: str, where: str, what: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from moezoo.core.config.validate import validate
 from moezoo.core.config.yaml_file import read_mapping
 from moezoo.core.data.grammar.grammar import Grammar, load_grammar
 from moezoo.core.errors import DataError, SpecError, nearest
-from moezoo.core.files import PACKAGE, make_folder, sha256_of, write_atomically
+from moezoo.core.files import PACKAGE, make_folder, read_bounded, reason_of, sha256_of, write_atomically
 from moezoo.core.progress import Progress
 from moezoo.core.spec import Part
 
@@ -112,7 +112,7 @@ def fetch(name: str, file: Path | None = None, on_progress: Progress | None = No
             return _generated(recipe)
         case DownloadRecipe():
             path = _stored_path(recipe)
-            if file is None and path.is_file() and _source_of(recipe, path.read_bytes()):
+            if file is None and path.is_file() and _source_of(recipe, _read(recipe, path)):
                 return path
             content = _read_copy(recipe, file) if file is not None else _download(recipe, on_progress)
             make_folder(path.parent)
@@ -137,7 +137,7 @@ def dataset_path(name: str) -> Path:
                 raise DataError(
                     f"dataset {name} is not on this machine; expected {path}. Download it: moezoo data {name}"
                 )
-            content = path.read_bytes()
+            content = _read(recipe, path)
             if not _source_of(recipe, content):
                 problem = _mismatch(recipe, content, str(path))
                 raise DataError(f"{problem} Download it again: moezoo data {name}")
@@ -179,6 +179,11 @@ def _stored_path(recipe: DownloadRecipe) -> Path:
     return data_folder() / recipe.name / f"{recipe.name}.txt"
 
 
+def _read(recipe: DownloadRecipe, path: Path) -> bytes:
+    """Read a file that should be the dataset's text; a larger one is refused unread. Raises OSError."""
+    return read_bounded(path, max(source.bytes for source in recipe.sources))
+
+
 def _source_of(recipe: DownloadRecipe, content: bytes) -> Source | None:
     """Return the source with this size and SHA-256, or None."""
     sha256 = hashlib.sha256(content).hexdigest()
@@ -197,11 +202,10 @@ def _mismatch(recipe: DownloadRecipe, content: bytes, where: str) -> str:
 
 def _read_copy(recipe: DownloadRecipe, file: Path) -> bytes:
     try:
-        content = file.read_bytes()
+        content = _read(recipe, file)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise DataError(
-            f"--file {file} cannot be read ({reason}); expected the text of {recipe.name}. Check the path."
+            f"--file {file} cannot be read ({reason_of(error)}); expected the text of {recipe.name}. Check the path."
         ) from None
     if not _source_of(recipe, content):
         problem = _mismatch(recipe, content, f"--file {file}")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from moezoo.core.data.tokenizer_difference import difference
 from moezoo.core.data.tokenizer_files import first_line, load_with_transformers, tokenizer_files
 from moezoo.core.data.tokenizers import (
+    MAX_FILE_BYTES,
     TOKENIZER_FOLDER,
     Ids,
     IdsLike,
@@ -23,7 +24,7 @@ from moezoo.core.data.tokenizers import (
     tokenizer_file,
 )
 from moezoo.core.errors import TokenizerError
-from moezoo.core.files import make_folder, write_atomically
+from moezoo.core.files import make_folder, read_bounded, write_atomically
 
 
 class HuggingFaceTokenizer:
@@ -146,7 +147,10 @@ class HuggingFaceTokenizer:
     def files(self) -> dict[str, bytes]:
         """Return the tokenizer's files by name: copies, or converted ones if the folder had no tokenizer.json."""
         if self._folder is not None:
-            return {str(file.relative_to(self._folder)): file.read_bytes() for file in tokenizer_files(self._folder)}
+            return {
+                str(file.relative_to(self._folder)): read_bounded(file, MAX_FILE_BYTES)
+                for file in tokenizer_files(self._folder)
+            }
         with tempfile.TemporaryDirectory() as folder:
             self._inner.save_pretrained(folder)
             return {str(file.relative_to(folder)): file.read_bytes() for file in tokenizer_files(Path(folder))}

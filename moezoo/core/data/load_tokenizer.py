@@ -1,10 +1,11 @@
 """Loading of saved tokenizers, from run folders and folders of Hugging Face models."""
 
-import json
+import os
 from pathlib import Path
 
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.tokenizers import (
+    MAX_FILE_BYTES,
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     ByteTokenizer,
@@ -14,6 +15,8 @@ from moezoo.core.data.tokenizers import (
     tokenizer_file,
 )
 from moezoo.core.errors import TokenizerError, nearest
+from moezoo.core.files import read_bounded, reason_of
+from moezoo.core.json_text import parse_json
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -23,14 +26,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     file = tokenizer_file(path)
-    if not file.is_file():
-        if path.is_dir() and (path / "tokenizer_config.json").is_file():
+    if not os.path.lexists(file):
+        if path.is_dir() and os.path.lexists(path / "tokenizer_config.json"):
             return HuggingFaceTokenizer(str(path))
         raise TokenizerError(f"no tokenizer; got {path}; expected a run folder with {TOKENIZER_FILE}. Check the path.")
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"tokenizer cannot be read; got {file} ({error}); expected JSON. Fix it.") from None
+        saved = parse_json(read_bounded(file, MAX_FILE_BYTES))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"tokenizer cannot be read; got {file} ({reason_of(error)}); expected JSON. Fix it."
+        ) from None
     if not isinstance(saved, dict):
         raise TokenizerError(f"tokenizer is not a mapping; got {type(saved).__name__} in {file}. Fix it.")
     if "kind" not in saved and "model" in saved:  # written by the tokenizers library under the same name
@@ -59,7 +64,7 @@ def tokenizer_of_model_folder(folder: Path, vocab_size: int) -> Tokenizer:
     `vocab_size` is that of the model, which may be larger than the tokenizer's (padding rows) or smaller (tokens used
     only by other parts of a larger model). Raises TokenizerError.
     """
-    return HuggingFaceTokenizer(str(folder)) if (folder / TOKENIZER_FILE).is_file() else TokenIds(vocab_size)
+    return HuggingFaceTokenizer(str(folder)) if os.path.lexists(folder / TOKENIZER_FILE) else TokenIds(vocab_size)
 
 
 def tokenizer_notes(tokenizer: Tokenizer) -> list[str]:

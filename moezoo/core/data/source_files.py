@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moezoo.core.errors import DataError
+from moezoo.core.files import open_regular
 
 CHUNK_BYTES = 1 << 20  # encoding a chunk takes up to 64 times as much memory, as measured
 
@@ -28,7 +29,7 @@ class SourceFile:
     def open(self) -> BinaryIO:
         """Open the file for reading."""
         if self.filesystem is None:
-            return open(self.name, "rb")
+            return open_regular(self.name)
         # Trap: a web server without range requests can only be streamed, which fsspec does for block size 0.
         web = "http" in str(self.filesystem.protocol)
         remote: BinaryIO = self.filesystem.open(self.name, "rb", **({"block_size": 0} if web else {}))

@@ -5,7 +5,6 @@ only during a read, so any number of shards fits under the limit of open files.
 """
 
 import contextlib
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +15,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.data.npy_header import read_npy_header
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
+from moezoo.core.files import open_regular, reason_of
 
 IntegerArray = npt.NDArray[np.integer[Any]]
 Read = Callable[[int, int], IntegerArray]
 
 _BIN_MAGIC, _BIN_VERSION, _BIN_HEADER = 20240520, 1, 256  # modded-nanogpt: 256 int32, then uint16 tokens
-_MAX_NPY_HEADER_BYTES = 1 << 14  # NumPy reads at most 10,000 characters
 _RESTORE = "Restore the file (one in the token cache is made again), and start again; a run continues with --resume."
 
 
@@ -57,13 +57,13 @@ class IdFile:
         Raises DataError: the file is gone, unreadable, or was changed since it was opened first.
         """
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open_regular(self.path) as file:
                 self._check_unchanged(file)
                 yield lambda first, count: self._read(file, first, count)
                 self._check_unchanged(file)
         except OSError as error:
             raise DataError(
-                f"token ids cannot be read; got {error.strerror or error}; expected the file that was there at the "
+                f"token ids cannot be read; got {reason_of(error)}; expected the file that was there at the "
                 f"start; {self._place}. {_RESTORE}"
             ) from None
 
@@ -156,25 +156,14 @@ def open_shard(path: Path, name: str) -> IdFile:
 def open_npy(path: Path, name: str) -> IdFile:
     """Open an array in a `.npy` file; `name` is used in errors.
 
-    Raises OSError, and ValueError if it is not such a file, is truncated, has Python objects, or is not in C order.
+    Raises OSError, and ValueError if it is not such a file, is truncated, has no integers, or is not in C order.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         stamp = _stamp(file)
-        header = io.BytesIO(file.read(_MAX_NPY_HEADER_BYTES))
-    version = np.lib.format.read_magic(header)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"its format version is {version[0]}.{version[1]}")
-    shape, fortran_order, dtype = readers[version](header)
-    if dtype.hasobject:
-        raise ValueError("it has Python objects")
-    if fortran_order and len(shape) > 1:
+        header = read_npy_header(file, stamp[0])
+    if header.fortran_order and len(header.shape) > 1:
         raise ValueError("it is in Fortran order; write numpy.ascontiguousarray(ids)")
-    shard = IdFile(path, name, dtype, shape, header.tell(), stamp)
-    size = shard.offset + dtype.itemsize * int(np.prod(shape, dtype=object))
-    if stamp[0] < size:
-        raise ValueError(f"it has {stamp[0]} bytes, but its header claims {size}")
-    return shard
+    return IdFile(path, name, header.dtype, header.shape, header.start_byte, stamp)
 
 
 def _open_npy(path: Path, name: str) -> IdFile:
@@ -184,10 +173,10 @@ def _open_npy(path: Path, name: str) -> IdFile:
         raise _unreadable(name, error) from None
     except ValueError as error:
         raise DataError(
-            f"token shard is damaged or not a .npy file; got {name} ({error}); expected integers written by "
+            f"token shard is damaged or not a .npy file; got {name} ({reason_of(error)}); expected integers written by "
             "numpy.save. Write it again."
         ) from None
-    if len(shard.shape) != 1 or shard.dtype.kind not in "iu":
+    if len(shard.shape) != 1:
         raise DataError(
             f"token shard is not a one-dimensional array of ids; got {shard.dtype} {list(shard.shape)}; expected "
             f"integers; {name}. Write numpy.save(path, ids.astype(numpy.uint16))."
@@ -197,7 +186,7 @@ def _open_npy(path: Path, name: str) -> IdFile:
 
 def _open_bin(path: Path, name: str) -> IdFile:
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             stamp = _stamp(file)
             content = file.read(4 * _BIN_HEADER)
     except OSError as error:
@@ -221,8 +210,7 @@ def _open_bin(path: Path, name: str) -> IdFile:
 
 def _unreadable(name: str, error: OSError) -> DataError:
     return DataError(
-        f"token shard cannot be read; got {name} ({error.strerror or error}); expected a readable file. Check its "
-        "permissions."
+        f"token shard cannot be read; got {name} ({reason_of(error)}); expected a readable file. Check its permissions."
     )
 
 

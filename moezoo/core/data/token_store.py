@@ -24,7 +24,8 @@ from moezoo.core.data.source_files import SourceFile, documents_of, text_of
 from moezoo.core.data.token_shards import IdFile, Tokens, check_range, open_shard
 from moezoo.core.data.tokenizers import Ids, Tokenizer
 from moezoo.core.errors import DataError, RunError
-from moezoo.core.files import flush_folder, make_folder, remove_folder, rename_folder, write_atomically
+from moezoo.core.files import flush_folder, make_folder, read_bounded, remove_folder, rename_folder, write_atomically
+from moezoo.core.json_text import parse_json
 from moezoo.core.progress import Progress
 
 SHARD_TOKENS = 1 << 26
@@ -33,6 +34,7 @@ BETWEEN_DOCUMENTS = "\n\n"  # separator if the tokenizer has no end-of-text toke
 
 _FORMAT = 1  # of a cache entry
 _FIRST_LOOK = 1 << 16  # number of tokens per shard that are range-checked when it is opened
+_MAX_JSON_BYTES = 100_000_000  # of a cache's small files
 _STALE_S = 24 * 3600.0
 
 
@@ -119,7 +121,7 @@ def characters_of(texts: Texts, on_progress: Progress | None = None) -> set[str]
     """Return the set of characters of the texts, including the separator; computed in one pass and cached."""
     file = cache_folder() / f"{_digest(texts.files, texts.field)}.characters.json"
     with contextlib.suppress(OSError, ValueError):
-        return set(str(json.loads(file.read_text(encoding="ascii"))))
+        return set(str(parse_json(read_bounded(file, _MAX_JSON_BYTES))))
     characters: set[str] = set()
     for piece in texts.pieces(texts.counter("reading", on_progress)):
         characters.update(BETWEEN_DOCUMENTS if piece is None else piece)
@@ -231,7 +233,7 @@ def _publish(partial: Path, entry: Path) -> list[IdFile]:
 def _open_entry(entry: Path) -> list[IdFile] | None:
     """Return the shards of an entry; None if it is missing or incomplete."""
     try:
-        counts = json.loads((entry / "index.json").read_text(encoding="utf-8"))["counts"]
+        counts = parse_json(read_bounded(entry / "index.json", _MAX_JSON_BYTES))["counts"]
         shards = [open_shard(_shard_path(entry, number), str(entry)) for number in range(len(counts))]
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.core.data.tokenizer_files import TOKENIZER_CONFIG, first_line
-from moezoo.core.data.tokenizers import TOKENIZER_FILE
+from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TOKENIZER_FILE
+from moezoo.core.files import read_bounded
+from moezoo.core.json_text import parse_json
 
 # Spaces at the borders and in between, digits, contractions, both Unicode forms, scripts without spaces, line ends.
 _PROBES = (
@@ -94,7 +96,7 @@ def _write_without_vocabulary(folder: Path, backend: Any, small: Path) -> None:
             shutil.copy(folder / name, small / name)
     config = folder / "config.json"
     if config.is_file():
-        fields = json.loads(config.read_text(encoding="utf-8"))
+        fields = parse_json(read_bounded(config, MAX_FILE_BYTES))
         kept = {name: fields[name] for name in ("model_type", "tokenizer_class", "_name_or_path") if name in fields}
         (small / config.name).write_text(json.dumps(kept))
 

@@ -5,15 +5,16 @@ pre-tokenizer and decoder from the class that tokenizer_config.json or config.js
 those that the model was trained on, without a word. Here the file's own rules are used in every family.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.data.tokenizers import TOKENIZER_FILE
+from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TOKENIZER_FILE
 from moezoo.core.errors import TokenizerError
+from moezoo.core.files import open_regular, read_bounded, reason_of
+from moezoo.core.json_text import parse_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
@@ -75,6 +76,8 @@ def load_with_transformers(path: str) -> tuple[Any, Path | None]:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # they recommend installing PyTorch
     try:
         folder = tokenizer_folder(path)
+        if folder is not None:
+            _check_files(folder)
         exact = folder is not None and (folder / TOKENIZER_FILE).is_file()
         inner = _exact(folder) if folder is not None and exact else _converted(path, folder)
     except TokenizerError:
@@ -94,6 +97,18 @@ def load_with_transformers(path: str) -> tuple[Any, Path | None]:
     inner.backend_tokenizer.no_truncation()
     inner.backend_tokenizer.no_padding()
     return inner, folder if exact else None
+
+
+def _check_files(folder: Path) -> None:
+    """Check that what transformers may read is regular and not too large. Raises TokenizerError."""
+    for file in [*(folder / name for name in (*_NAMES, "config.json")), *(folder / TEMPLATES).glob("*.jinja")]:
+        if os.path.lexists(file):
+            try:
+                open_regular(file, MAX_FILE_BYTES).close()
+            except OSError as error:
+                raise TokenizerError(
+                    f"a file of the tokenizer cannot be read; got {file} ({reason_of(error)}). Replace or remove it."
+                ) from None
 
 
 class _Shared:
@@ -134,7 +149,7 @@ def _exact(folder: Path) -> Any:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / TOKENIZER_CONFIG
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = parse_json(read_bounded(file, MAX_FILE_BYTES)) if file.is_file() else {}
     if not isinstance(config, dict):
         raise ValueError(f"{file.name} is not a JSON object")
     return config

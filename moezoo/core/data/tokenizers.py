@@ -21,6 +21,8 @@ Ids = npt.NDArray[np.int32]
 IdsLike = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
+MAX_FILE_BYTES = 300_000_000
+"""Largest file of a tokenizer; Gemma's tokenizer.json, with 262,144 tokens, has 33 MB."""
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """Generation settings of a checkpoint: Hugging Face's `generation_config.json`, validated, with no hidden defaults."""
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from moezoo.core.errors import DataError, SpecError
+from moezoo.core.files import read_bounded, reason_of
+from moezoo.core.json_text import parse_json
 from moezoo.core.reference.sampling import SamplingOptions
 
 FILE = "generation_config.json"
@@ -170,7 +172,7 @@ def read_generation_config(folder: Path, model_config: Mapping[str, Any]) -> Gen
     Raises SpecError: not JSON, or a field of a wrong type or out of range.
     """
     file = folder / FILE
-    raw = _read_json(file) if file.is_file() else {}
+    raw = _read_json(file) if os.path.lexists(file) else {}
     where = str(file)
     fields = _Fields(raw, where)
     temperature = fields.number("temperature", 1.0) if fields.flag("do_sample") else 0.0
@@ -259,11 +261,11 @@ def _token_ids(name: str, raw: Mapping[str, Any], model_config: Mapping[str, Any
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise SpecError(f"{file} is larger than {_MAX_BYTES} bytes; expected a few lines of JSON. Replace it.")
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{file} cannot be read; got {error}; expected JSON. Fix or remove the file.") from None
+        raw = parse_json(read_bounded(file, _MAX_BYTES))
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"{file} cannot be read; got: {reason_of(error)}; expected a few lines of JSON. Fix or remove the file."
+        ) from None
     if not isinstance(raw, dict):
         raise SpecError(f"{file} is not a mapping; got {type(raw).__name__}; expected fields by name. Fix the file.")
     return raw

@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 
 def is_checkpoint(path: str | Path) -> bool:
     """Return True if a path looks like a Hugging Face checkpoint folder (it has a config.json)."""
-    return (Path(path) / CONFIG).is_file()
+    return (Path(path) / CONFIG).exists()
 
 
 def describe_checkpoint(path: str | Path, max_length: int | None = None) -> Description:

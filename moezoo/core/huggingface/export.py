@@ -11,8 +11,8 @@ import numpy.typing as npt
 from moezoo.core.checkpoint.safetensors_file import write_stream
 from moezoo.core.checkpoint.safetensors_header import encode_header, size_bytes
 from moezoo.core.errors import CheckpointError, RunError
-from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
-from moezoo.core.huggingface.layout import CONFIG, Layout, entries_of, small_files
+from moezoo.core.files import copy_file, make_folder, remove_folder, rename_folder, write_atomically
+from moezoo.core.huggingface.layout import CONFIG, MAX_SMALL_BYTES, Layout, entries_of, small_files
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
@@ -65,7 +65,7 @@ def _write(parameters: Mapping[str, Array], layout: Layout, folder: Path) -> lis
             return _write_plain(parameters, layout, folder)
     for file in small_files(layout.path):
         if file.name not in ("headers.json",):
-            write_atomically(folder / file.name, file.read_bytes())
+            copy_file(file, folder / file.name, MAX_SMALL_BYTES)
     for name, header in layout.headers.items():
         write_stream(folder / name, header, _tensors(header, parameters, layout, codes))
     return []
@@ -129,7 +129,7 @@ def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) 
             forms[name] = (tensor.dtype, tensor.shape)
     for file in small_files(layout.path):
         if file.name not in (CONFIG, _INDEX, "headers.json"):
-            write_atomically(folder / file.name, file.read_bytes())
+            copy_file(file, folder / file.name, MAX_SMALL_BYTES)
     config = {key: value for key, value in description.fields.raw.items() if key != "quantization_config"}
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}

@@ -8,11 +8,11 @@ from typing import Any
 import numpy.typing as npt
 
 from moezoo.core.errors import MoezooError, SpecError
-from moezoo.core.files import write_atomically
+from moezoo.core.files import copy_file, write_atomically
 from moezoo.core.huggingface.export import into_new_folder, write_own_layout
 from moezoo.core.huggingface.family import Family, families
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.huggingface.layout import CONFIG
+from moezoo.core.huggingface.layout import CONFIG, MAX_SMALL_BYTES
 from moezoo.core.huggingface.ledger import first_rules
 from moezoo.core.huggingface.parts import grouped
 from moezoo.core.spec import ModelSpec
@@ -44,7 +44,7 @@ def export_as_family(
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         for file in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
             if file.is_file():
-                write_atomically(folder / file.name, file.read_bytes())
+                copy_file(file, folder / file.name, MAX_SMALL_BYTES)
         placed = first_rules(family, spec)
         forms = {name: ("F32", rule.shape) for name, rule in placed.items()}
         write_own_layout(parameters, placed, forms, {}, folder)

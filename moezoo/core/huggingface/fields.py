@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.files import read_bounded, reason_of
+from moezoo.core.json_text import parse_json
 
 _MAX_BYTES = 10_000_000
 
@@ -122,15 +124,11 @@ class Fields:
     def read(cls, path: Path, max_length: int | None = None) -> "Fields":
         """Read a file. Raises CheckpointError if it does not exist, SpecError if it is not a JSON object."""
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise SpecError(
-                    f"{path} is larger than {_MAX_BYTES} bytes; expected a model's config.json. Fetch it again."
-                )
-            values = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_without_duplicates)
+            values = parse_json(read_bounded(path, _MAX_BYTES))
         except FileNotFoundError:
             raise CheckpointError(f"there is no {path.name} in {path.parent}. Use a checkpoint folder.") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise SpecError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from None
+        except (OSError, ValueError) as error:
+            raise SpecError(f"{path} cannot be read as JSON ({reason_of(error)}). Fetch it again.") from None
         if not isinstance(values, dict):
             raise SpecError(f"{path} is {type(values).__name__}; expected a JSON object. Fetch it again.")
         return cls(values, str(path), max_length)
@@ -300,11 +298,3 @@ class Fields:
         if value is None:
             raise SpecError(f"{name} is missing ({self.where}). Fetch the checkpoint's config.json again.")
         return value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is a duplicate")
-    return found

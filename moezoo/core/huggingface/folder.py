@@ -7,10 +7,8 @@
 Only headers and the index are read until a tensor is requested by name. Pickle files are never opened.
 """
 
-import json
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ import numpy.typing as npt
 from moezoo.core.checkpoint.safetensors_file import SafetensorsFile
 from moezoo.core.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from moezoo.core.errors import CheckpointError
+from moezoo.core.files import read_bounded, reason_of
+from moezoo.core.json_text import parse_json
 
 Array = npt.NDArray[Any]
 
@@ -86,29 +86,11 @@ def read_json_object(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str,
     Raises CheckpointError with the file.
     """
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise CheckpointError(f"cannot read {path}: not a file.")
-        if size > max_bytes:
-            raise CheckpointError(f"{path} has {size} bytes; expected at most {max_bytes}. Fetch it again.")
-        text = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {(getattr(error, 'strerror', None) or str(error)).lower()}."
-        ) from error
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise CheckpointError(f"{path} has a duplicate key {twice!r:.80}. Fetch it again, or use another copy.")
-        return found
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # Trap: the parser accepts a lone surrogate
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not UTF-8 JSON ({type(error).__name__}). Fetch it again.") from None
+        value = parse_json(read_bounded(path, max_bytes))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {reason_of(error)}. Fetch it again.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({reason_of(error)}). Fetch it again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object; got {value!r:.80}. Fetch it again.")
     return value

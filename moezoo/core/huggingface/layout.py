@@ -18,12 +18,13 @@ import numpy.typing as npt
 from moezoo.core.checkpoint.safetensors_file import SafetensorsFile, write_stream
 from moezoo.core.checkpoint.safetensors_header import encode_header
 from moezoo.core.errors import CheckpointError
-from moezoo.core.files import make_folder, write_atomically
+from moezoo.core.files import copy_file, make_folder, read_bounded, write_atomically
 from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, inside
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
 from moezoo.core.huggingface.quantized_tensors import decode, encode, quantized_tensors
+from moezoo.core.json_text import parse_json
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -31,7 +32,9 @@ Array = npt.NDArray[Any]
 CONFIG = "config.json"
 _HEADERS, _KEPT = "headers.json", "kept.safetensors"
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")  # files copied along with the tensors; never code or pickle
-_MAX_BYTES = 100_000_000
+_MAX_HEADERS_BYTES = 500_000_000  # one header in the file may have 100 MB
+MAX_SMALL_BYTES = 100_000_000
+"""Largest file beside the tensors that is copied with a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def small_files(path: Path) -> list[Path]:
     Raises CheckpointError for a link that leaves the folder: its target is not part of the checkpoint.
     """
     found = [inside(path, file.name) for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
-    return [file for file in found if not file.name.startswith(".") and file.stat().st_size <= _MAX_BYTES]
+    return [file for file in found if not file.name.startswith(".") and file.stat().st_size <= MAX_SMALL_BYTES]
 
 
 def write_sidecar(layout: Layout, folder: Path) -> None:
@@ -119,17 +122,17 @@ def write_sidecar(layout: Layout, folder: Path) -> None:
     write_stream(folder / _KEPT, header, ((name, layout.read(name)) for name in kept))
     for file in small_files(layout.path):
         if file.name not in (_HEADERS, _KEPT):
-            write_atomically(folder / file.name, file.read_bytes())
+            copy_file(file, folder / file.name, MAX_SMALL_BYTES)
     headers = {name: header.decode("utf-8") for name, header in layout.headers.items()}
     write_atomically(folder / _HEADERS, json.dumps(headers, indent=1, ensure_ascii=False) + "\n")
 
 
 def open_sidecar(folder: Path) -> Layout | None:
     """Read the layout of a run's original checkpoint, or None. Raises CheckpointError if it is damaged."""
-    if not (folder / _HEADERS).is_file():
+    if not (folder / _HEADERS).exists():
         return None
     try:
-        texts = json.loads((folder / _HEADERS).read_bytes().decode("utf-8"))
+        texts = parse_json(read_bounded(folder / _HEADERS, _MAX_HEADERS_BYTES))
         if any(Path(name).name != name or not name.endswith(".safetensors") for name in texts):
             raise ValueError("not a base name of a safetensors file")
         headers = {name: text.encode("utf-8") for name, text in texts.items()}

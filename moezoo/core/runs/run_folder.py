@@ -95,7 +95,7 @@ def remove_empty_run(run: Run) -> None:
 
 def is_run(path: str | Path) -> bool:
     """Return whether a path is a run folder."""
-    return Run(Path(path)).config_path.is_file()
+    return Run(Path(path)).config_path.exists()
 
 
 def open_run(path: str | Path) -> Run:

@@ -11,6 +11,7 @@ each expert after the step (writings/router_state.md). Validation records have `
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.errors import RunError
-from moezoo.core.files import write_atomically
+from moezoo.core.files import read_bounded, reason_of, write_atomically
+
+_MAX_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -187,10 +190,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    try:
+        text = read_bounded(path, _MAX_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read; got: {reason_of(error)}; expected JSON lines. Repair it.") from None
+    for line in text.splitlines(keepends=True):
         try:
             record = json.loads(line)
         except ValueError:

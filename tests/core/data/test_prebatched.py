@@ -76,7 +76,7 @@ def test_validation_split_is_held_out_or_the_first_batch(tmp_path):
     ("array", "message"),
     [
         (IDS[0], r"has no batches; got int64 \[3, 6\]; expected integers \[steps, batch, length\]"),
-        (IDS.astype(np.float32), r"has no batches; got float32"),
+        (IDS.astype(np.float32), "its elements are '<f4', not integers"),
         (IDS[:, :, :1], "has rows of one token"),
         (IDS + V, "token id outside the vocabulary; got 61; expected 0 to 30"),
         (IDS - 1, "token id outside the vocabulary; got -1"),
