@@ -1,6 +1,5 @@
 """Tokenizers of Hugging Face folders and of the Hugging Face Hub."""
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,11 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.data.token_bytes import token_bytes
 from moezoo.core.data.tokenizer_difference import difference
 from moezoo.core.data.tokenizer_files import first_line, load_with_transformers, tokenizer_files
 from moezoo.core.data.tokenizers import (
     MAX_FILE_BYTES,
     TOKENIZER_FOLDER,
+    Flags,
     Ids,
     IdsLike,
     check_ids,
@@ -98,37 +99,19 @@ class HuggingFaceTokenizer:
         known = self._known(ids).tolist()
         return str(self._inner.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def byte_count(self, ids: IdsLike) -> int:
-        """Spec: Tokenizer.byte_count. Special tokens and ids >= vocab_size count as 0 bytes.
-
-        Exact for byte-level tokenizers (GPT-2, Llama 3, Qwen). For others it is the length of the decoded
-        text, which can differ by a few bytes if `ids` begins or ends inside a character or a word.
-        """
-        known = self._known(ids)
-        if self._bytes_of is not None:
-            return int(self._bytes_of[known].sum())
-        text = self._inner.decode(known.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return len(text.encode("utf-8"))
+    def byte_count(self, ids: IdsLike, begins: Flags | None = None) -> int:
+        """Spec: Tokenizer.byte_count. Special tokens and ids >= vocab_size count as 0 bytes: see `token_bytes`."""
+        array = np.asarray(ids).reshape(-1)
+        first = np.arange(len(array)) == 0 if begins is None else begins
+        return int(self._bytes_of[first[array < self.vocab_size].astype(np.intp), self._known(array)].sum())
 
     def _known(self, ids: IdsLike) -> npt.NDArray[np.integer[Any]]:
         array = np.asarray(ids).reshape(-1)
         return check_ids(array[array < self.vocab_size], self)
 
     @cached_property
-    def _bytes_of(self) -> npt.NDArray[np.int64] | None:
-        """Bytes of each token of a byte-level tokenizer, whose names have one character per byte; else None."""
-        decoder = json.loads(self._inner.backend_tokenizer.to_str()).get("decoder") or {}
-        parts = decoder.get("decoders", [decoder])
-        if [part.get("type") for part in parts] != ["ByteLevel"]:
-            return None
-        lengths = np.zeros(self.vocab_size, np.int64)
-        added = self._inner.added_tokens_decoder
-        for token, index in self._inner.get_vocab().items():
-            if index not in added:
-                lengths[index] = len(token)
-            elif not added[index].special:
-                lengths[index] = len(token.encode("utf-8"))
-        return lengths
+    def _bytes_of(self) -> npt.NDArray[np.int64]:
+        return token_bytes(self._inner.backend_tokenizer, self._inner.added_tokens_decoder)
 
     def to_dict(self) -> dict[str, Any]:
         """Spec: Tokenizer.to_dict. `path` is the origin; a saved tokenizer is loaded from `tokenizer/`."""

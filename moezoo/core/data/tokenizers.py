@@ -18,6 +18,7 @@ from moezoo.core.errors import TokenizerError
 from moezoo.core.files import make_folder, write_atomically
 
 Ids = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
 IdsLike = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
@@ -50,8 +51,11 @@ class Tokenizer(Protocol):
         """Decode token ids as text. Raises TokenizerError for an id outside [0, vocab_size)."""
         ...
 
-    def byte_count(self, ids: IdsLike) -> int | None:
-        """Return the number of UTF-8 bytes of the decoded text; None if ids have no text."""
+    def byte_count(self, ids: IdsLike, begins: Flags | None = None) -> int | None:
+        """Return the number of UTF-8 bytes of the text of ids, which may begin and end inside a character.
+
+        `begins`: bool [T], the tokens that begin a text; None: the first one. Returns None if ids have no text.
+        """
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +109,7 @@ class CharacterTokenizer:
         code_points = self._code_points[check_ids(ids, self)]
         return str(code_points.astype("<u4").tobytes(), "utf-32-le", "surrogatepass")
 
-    def byte_count(self, ids: IdsLike) -> int:
+    def byte_count(self, ids: IdsLike, begins: Flags | None = None) -> int:
         """Spec: Tokenizer.byte_count."""
         return int(self._bytes_of[check_ids(ids, self)].sum())
 
@@ -138,7 +142,7 @@ class ByteTokenizer:
         """Decode ids as bytes, which need not be valid UTF-8."""
         return check_ids(ids, self).astype(np.uint8).tobytes()
 
-    def byte_count(self, ids: IdsLike) -> int:
+    def byte_count(self, ids: IdsLike, begins: Flags | None = None) -> int:
         """Spec: Tokenizer.byte_count."""
         return int(check_ids(ids, self).size)
 
@@ -175,7 +179,7 @@ class TokenIds:
             "Add the tokenizer: data.tokenizer, or a tokenizer.json in the model's folder."
         )
 
-    def byte_count(self, ids: IdsLike) -> None:
+    def byte_count(self, ids: IdsLike, begins: Flags | None = None) -> None:
         """Return None: the number of bytes of the text is unknown."""
         return None
 
