@@ -11,7 +11,7 @@ from moezoo.core.config.run_config import Config, with_compute
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.prepare import whole_file
-from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer
+from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer, with_first_tokens
 from moezoo.core.errors import DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
@@ -73,25 +73,20 @@ class LoadedModel:
 
     @property
     def first_token(self) -> int | None:
-        """The BOS token (`<s>`), if the tokenizer adds one to every text; None for models trained without one."""
-        if self.generation.special_tokens and isinstance(self.tokenizer, HuggingFaceTokenizer):
-            return self.tokenizer.first_token
-        return None
+        """The token before every document and prompt (`<s>`); None if the tokenizer has none, or several."""
+        first = self.tokenizer.first_tokens
+        return first[0] if len(first) == 1 else None
 
     def encode_prompt(self, text: str, *, chat: bool = False) -> Ids:
-        """Encode a prompt to token ids: int32 [T].
+        """Encode a prompt to token ids, int32 [T], after the tokenizer's first tokens, as the documents in training.
 
-        The tokenizer of a Hugging Face folder, or of a run that started from one, adds its special tokens; other runs
-        were trained without any.
         `chat`: format the text as a user message with the tokenizer's chat template, ready for the assistant's answer.
 
         Raises TokenizerError: the tokenizer cannot encode text, or has no chat template.
         """
         if chat:
             return self._tokenizer_with_template().encode_chat([{"role": "user", "content": text}])
-        if self.generation.special_tokens and isinstance(self.tokenizer, HuggingFaceTokenizer):
-            return self.tokenizer.encode_with_special_tokens(text)
-        return self.tokenizer.encode(text)
+        return with_first_tokens(self.tokenizer.encode(text), self.tokenizer)
 
     def generate(
         self,
@@ -219,7 +214,7 @@ def evaluate_file(
     """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`).
 
     Args:
-        loaded: the model. Each window starts with its BOS token, if it has one (`LoadedModel.first_token`).
+        loaded: the model. Each window starts with its first token, if it has one (`LoadedModel.first_token`).
         path: the file.
         sequence_length: tokens per window; None: as in training (512 for a Hugging Face checkpoint), or the whole file
             if it is shorter.
@@ -230,7 +225,6 @@ def evaluate_file(
     """
     model, training = loaded.model, loaded.config.training
     split = whole_file(path, loaded.tokenizer, model.spec.vocab)
-    first_token = loaded.first_token
     length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
     largest_batch = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
     return evaluate(
@@ -239,6 +233,6 @@ def evaluate_file(
         loaded.tokenizer,
         sequence_length=length,
         batch_size=batch_size or min(training.batch_size, largest_batch),
-        first_token=first_token,
+        first_token=loaded.first_token,
         on_progress=on_progress,
     )

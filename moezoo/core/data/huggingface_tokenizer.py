@@ -31,8 +31,9 @@ from moezoo.core.files import make_folder, read_bounded, write_atomically
 class HuggingFaceTokenizer:
     """A tokenizer of a Hugging Face folder or hub id, by the rules of its tokenizer.json.
 
-    `encode` adds no special tokens; one that occurs in the text (`<|endoftext|>`) is encoded as its id. Ids >=
-    `vocab_size`, which models with a padded vocabulary have, decode to nothing.
+    `encode` adds no special tokens (`first_tokens` are added once per document, by its callers); one that occurs in the
+    text (`<|endoftext|>`) is encoded as its id. Ids >= `vocab_size`, which models with a padded vocabulary have, decode
+    to nothing.
     """
 
     kind = "huggingface"
@@ -52,8 +53,10 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of the `tokenizers` library's serialization. Spec: Tokenizer."""
-        return hash_of(["huggingface", self._inner.backend_tokenizer.to_str()])
+        """Hash of the `tokenizers` library's serialization, and of what it lacks. Spec: Tokenizer."""
+        inner = self._inner.backend_tokenizer
+        more = [self.end_of_text, self.first_tokens, bool(inner.encode_special_tokens)]
+        return hash_of([self.kind, inner.to_str(), *more])
 
     def encode(self, text: str, *, where: str = "prompt") -> Ids:
         """Spec: Tokenizer.encode."""
@@ -61,16 +64,12 @@ class HuggingFaceTokenizer:
         ids = self._inner.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.int32)
 
-    def encode_with_special_tokens(self, text: str, *, where: str = "prompt") -> Ids:
-        """Encode like transformers by default: with the special tokens that the tokenizer adds, if any."""
-        encode_utf8(text, where)
-        return np.array(self._inner(text)["input_ids"], np.int32)
-
     @cached_property
-    def first_token(self) -> int | None:
-        """Id of the special token that the tokenizer adds before every text (`<s>`), if any."""
-        bos, added = self._inner.bos_token_id, self._inner("")["input_ids"]
-        return int(bos) if bos is not None and added[:1] == [bos] else None
+    def first_tokens(self) -> tuple[int, ...]:
+        """Spec: Tokenizer.first_tokens. They are what the tokenizer's post-processor puts before a text."""
+        encoded = self._inner.backend_tokenizer.encode("a", add_special_tokens=True)
+        added = encoded.special_tokens_mask
+        return tuple(encoded.ids[: added.index(0)] if 0 in added else ())
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
         """Encode a conversation with the tokenizer's chat template, including the generation prompt.

@@ -22,7 +22,7 @@ from moezoo.core.data import source_files
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.source_files import SourceFile, documents_of, text_of
 from moezoo.core.data.token_shards import IdFile, Tokens, check_range, open_shard
-from moezoo.core.data.tokenizers import Ids, Tokenizer
+from moezoo.core.data.tokenizers import Ids, Tokenizer, with_first_tokens
 from moezoo.core.errors import DataError, RunError
 from moezoo.core.files import flush_folder, make_folder, read_bounded, remove_folder, rename_folder, write_atomically
 from moezoo.core.json_text import parse_json
@@ -161,15 +161,31 @@ def cache_folder() -> Path:
 
 
 def _encode(texts: Texts, tokenizer: Tokenizer, on_bytes: Callable[[int], None]) -> Iterator[Ids]:
+    """Yield the ids of all documents: each after the first tokens, and the end-of-text token between two of them.
+
+    Without any of these tokens, documents are separated by a blank line. If the end-of-text token is also the first
+    token, it is there once.
+    """
     subwords = isinstance(tokenizer, HuggingFaceTokenizer)  # tokens may span pieces, so cut between words
     limit = source_files.CHUNK_BYTES
+    end = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
+    separate = bool(end or tokenizer.first_tokens)
     held: list[str] = []
     size = 0
+    begun = False  # whether ids of this document were yielded
+
+    def encode(text: str) -> Ids:
+        nonlocal begun
+        ids = tokenizer.encode(text, where=texts.name)
+        ids, begun = ids if begun or not len(ids) else with_first_tokens(ids, tokenizer), begun or len(ids) > 0
+        return ids
+
     for piece in texts.pieces(on_bytes):
-        if piece is None and tokenizer.end_of_text is not None:
-            yield tokenizer.encode("".join(held), where=texts.name)
-            yield np.array([tokenizer.end_of_text], np.int32)
-            held, size = [], 0
+        if piece is None and separate:
+            yield encode("".join(held))
+            if end != tokenizer.first_tokens:
+                yield np.array(end, np.int32)
+            held, size, begun = [], 0, False
             continue
         held.append(BETWEEN_DOCUMENTS if piece is None else piece)
         size += len(held[-1])
@@ -178,9 +194,9 @@ def _encode(texts: Texts, tokenizer: Tokenizer, on_bytes: Callable[[int], None])
             boundary = word_boundary(text) if subwords else size
             if not boundary and size >= 16 * limit:
                 boundary = size  # text without spaces: tokens at this boundary may differ
-            yield tokenizer.encode(text[:boundary], where=texts.name)
+            yield encode(text[:boundary])
             held, size = [text[boundary:]], size - boundary
-    yield tokenizer.encode("".join(held), where=texts.name)
+    yield encode("".join(held))
 
 
 def word_boundary(text: str) -> int:

@@ -96,6 +96,8 @@ def load_with_transformers(path: str) -> tuple[Any, Path | None]:
     # Trap: a tokenizer.json can enable truncation and padding, which would silently truncate text.
     inner.backend_tokenizer.no_truncation()
     inner.backend_tokenizer.no_padding()
+    if folder is not None and _read_config(folder).get("add_bos_token") is True:
+        _add_bos_token(inner)
     return inner, folder if exact else None
 
 
@@ -109,6 +111,22 @@ def _check_files(folder: Path) -> None:
                 raise TokenizerError(
                     f"a file of the tokenizer cannot be read; got {file} ({reason_of(error)}). Replace or remove it."
                 ) from None
+
+
+def _add_bos_token(inner: Any) -> None:
+    """Add the BOS token to texts, unless the post-processor does so already.
+
+    Trap: transformers 5 ignores `add_bos_token` if there is a tokenizer.json; the post-processors of some (DeepSeek-V3)
+    rely on it.
+    """
+    from tokenizers import processors
+
+    bos, name, backend = inner.bos_token_id, inner.bos_token, inner.backend_tokenizer
+    if bos is None or bos in backend.encode("a").ids:
+        return
+    adding = processors.TemplateProcessing(f"{name}:0 $A:0", f"{name}:0 $A:0 {name}:1 $B:1", [(name, bos)])
+    before = [] if backend.post_processor is None else [backend.post_processor]
+    backend.post_processor = processors.Sequence([*before, adding])
 
 
 class _Shared:

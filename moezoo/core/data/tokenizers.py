@@ -31,7 +31,8 @@ class Tokenizer(Protocol):
     """Interface of a tokenizer for data, training and generation.
 
     `vocab_size` is one more than the largest id. `end_of_text` is the id of the end-of-document token, if there is one.
-    Tokenizers with equal `content_hash` encode text identically; it is the key of the token cache.
+    `first_tokens` are the special tokens before every document and prompt: `<s>` alone, or none.
+    Tokenizers with equal `content_hash` encode documents identically: it is part of the key of the token cache.
     """
 
     @property
@@ -40,6 +41,8 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def end_of_text(self) -> int | None: ...
+    @property
+    def first_tokens(self) -> tuple[int, ...]: ...
     @property
     def content_hash(self) -> str: ...
 
@@ -72,6 +75,7 @@ class CharacterTokenizer:
 
     kind = "character"
     end_of_text = None
+    first_tokens = ()
 
     def __init__(self, characters: str) -> None:
         """`characters` is the vocabulary: each character once, in any order. Raises TokenizerError."""
@@ -128,6 +132,7 @@ class ByteTokenizer:
     kind = "byte"
     vocab_size = 256
     end_of_text = None
+    first_tokens = ()
     content_hash = "byte"
 
     def encode(self, text: str, *, where: str = "prompt") -> Ids:
@@ -160,10 +165,11 @@ class TokenIds:
 
     kind = "ids"
     end_of_text = None
+    first_tokens = ()
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.content_hash = "ids"
+        self.content_hash = hash_of(self.to_dict())
 
     def encode(self, text: str, *, where: str = "prompt") -> Ids:
         """Raise TokenizerError: there is no tokenizer."""
@@ -230,6 +236,12 @@ class StreamDecoder:
         """Decode with preceding ids as context, since some tokenizers drop the space before the first word."""
         shown = self._tokenizer.decode(self._ids[: self._shown])
         return self._tokenizer.decode(self._ids)[len(shown) :]
+
+
+def with_first_tokens(ids: Ids, tokenizer: Tokenizer) -> Ids:
+    """Return the ids of a document or prompt with the tokenizer's first tokens (`<s>`), unless they begin with them."""
+    first = np.array(tokenizer.first_tokens, np.int32)
+    return ids if np.array_equal(ids[: len(first)], first) else np.concatenate([first, ids])
 
 
 def tokenizer_file(path: str | Path) -> Path:

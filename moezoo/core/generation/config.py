@@ -83,7 +83,6 @@ class GenerationConfig:
         max_length: prompt and new tokens together; used if there is no `max_new_tokens`.
         end_tokens: end-of-sequence tokens; any of them ends a sequence.
         padding: token after the end of a sequence while others of the batch continue; None: repeat its end token.
-        special_tokens: whether to add the tokenizer's special tokens to prompts (a BOS token).
         unsupported, unsupported_in_sampling: settings of the file that `options` refuses, for instance `num_beams 4`;
             the latter matter only if tokens are sampled.
         unknown: fields that are ignored, because transformers does not know them either.
@@ -99,7 +98,6 @@ class GenerationConfig:
     max_length: int | None = None
     end_tokens: tuple[int, ...] = ()
     padding: int | None = None
-    special_tokens: bool = False
     unsupported: tuple[str, ...] = ()
     unsupported_in_sampling: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
@@ -186,7 +184,6 @@ def read_generation_config(folder: Path, model_config: Mapping[str, Any]) -> Gen
         max_length=fields.integer("max_length"),
         end_tokens=_token_ids("eos_token_id", raw, model_config, where),
         padding=next(iter(_token_ids("pad_token_id", raw, model_config, where)), None),
-        special_tokens=True,
         unsupported=_effective(raw, _UNSUPPORTED),
         unsupported_in_sampling=_effective(raw, _UNSUPPORTED_IN_SAMPLING),
         unknown=tuple(sorted(raw.keys() - _READ - _NO_EFFECT - _UNSUPPORTED.keys() - _UNSUPPORTED_IN_SAMPLING.keys())),

@@ -117,19 +117,21 @@ def evaluate(
         batch_size: windows per batch, at most.
         max_windows: number of windows, at most.
         grammar: source of the data, to compare with its entropy.
-        first_token: prepended to each window (a BOS token), whose own T tokens are then the targets.
+        first_token: replaces the first token of each window, which is context only, and is no target (`<s>`): models
+            that saw it before every text do poorly without it. None: windows are left as they are.
         on_progress: progress callback, in windows.
 
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
     """
     check_length(model.spec, sequence_length, f"windows of {sequence_length} tokens")
     windows = np.asarray(split.windows(sequence_length, max_windows))
-    if first_token is not None:  # windows start every T tokens, so each token is still a target exactly once
-        windows = np.insert(windows[:, :-1], 0, first_token, axis=1)
     check_range(windows[windows != IGNORED], model.spec.vocab, "data to evaluate on")
-    totals = _score_windows(model, windows, _even_batch_size(len(windows), batch_size), on_progress)
-    counted = windows[:, 1:] != IGNORED
-    num_bytes = tokenizer.byte_count(windows[:, 1:][counted])
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    if first_token is not None:
+        inputs, targets = _after_first_token(inputs, targets, first_token, tokenizer.end_of_text)
+    totals = _score_windows(model, inputs, targets, _even_batch_size(len(windows), batch_size), on_progress)
+    counted = targets != IGNORED
+    num_bytes = tokenizer.byte_count(targets[counted], _begin_texts(windows, tokenizer)[counted])
     inference_losses = totals.inference_losses
     return Evaluation(
         validation_loss=float(totals.losses[counted].mean()),
@@ -152,23 +154,43 @@ class _Totals:
     dropped: list[int]
 
 
-def _score_windows(model: Model, windows: NDArray[np.int32], batch_size: int, on_progress: Progress | None) -> _Totals:
-    """Score windows [windows, T + 1] batch by batch."""
-    losses = np.empty((len(windows), windows.shape[1] - 1), np.float64)
+def _begin_texts(windows: NDArray[np.int32], tokenizer: Tokenizer) -> NDArray[np.bool_]:
+    """Return which targets of windows [n, T + 1] are the first of a text, because of the token before: bool [n, T]."""
+    end = tokenizer.end_of_text
+    return np.isin(windows[:, :-1], [*tokenizer.first_tokens, *([] if end is None else [end])])
+
+
+def _after_first_token(
+    inputs: NDArray[np.int32], targets: NDArray[np.int32], first_token: int, end_of_text: int | None
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Begin each window with the first token, once, and mask it as a target unless it also ends documents."""
+    inputs = inputs.copy()
+    inputs[targets[:, 0] != first_token, 0] = first_token
+    return inputs, targets if first_token == end_of_text else np.where(targets == first_token, IGNORED, targets)
+
+
+def _score_windows(
+    model: Model,
+    inputs: NDArray[np.int32],
+    targets: NDArray[np.int32],
+    batch_size: int,
+    on_progress: Progress | None,
+) -> _Totals:
+    """Score windows: inputs and targets [windows, T], batch by batch."""
+    losses = np.empty(targets.shape, np.float64)
     inference_losses = np.empty_like(losses) if model.spec.inference_differs else None
     load: list[NDArray[np.int64]] = []
     dropped: list[int] = []
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        scores = model.score(batch[:, :-1], batch[:, 1:])
-        losses[start : start + len(batch)] = scores.token_losses
+    for start in range(0, len(targets), batch_size):
+        rows = slice(start, start + batch_size)
+        scores = model.score(inputs[rows], targets[rows])
+        losses[rows] = scores.token_losses
         if inference_losses is not None:
-            inferred = model.score(batch[:, :-1], batch[:, 1:], inference=True)
-            inference_losses[start : start + len(batch)] = inferred.token_losses
+            inference_losses[rows] = model.score(inputs[rows], targets[rows], inference=True).token_losses
         load = [a + b for a, b in zip(load, scores.load, strict=True)] if load else scores.load
         dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
         if on_progress is not None:
-            on_progress("evaluating", start + len(batch), len(windows))
+            on_progress("evaluating", min(start + batch_size, len(targets)), len(targets))
     return _Totals(losses, inference_losses, load, dropped)
 
 

@@ -10,8 +10,8 @@ import pytest
 from moezoo.core.config.data import DataConfig
 from moezoo.core.data import source_files, token_store
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
-from moezoo.core.data.prepare import prepare_data
-from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer
+from moezoo.core.data.prepare import prepare_data, whole_file
+from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer, with_first_tokens
 from moezoo.core.errors import DataError, TokenizerError
 
 T = 5
@@ -298,6 +298,46 @@ def test_documents_are_separated_by_end_of_text_if_the_tokenizer_has_it(tmp_path
     assert all_text(prepared) == "<|endoftext|>".join(line["text"] for line in lines if line["text"])
     plain = prepare_data(config(jsonl(path)), 2)
     assert all_text(plain) == "\n\n".join(line["text"] for line in lines if line["text"])
+
+
+@pytest.fixture(scope="module")
+def bos_folder(tmp_path_factory, hub_folder):
+    """The tokenizer with a first token `<s>` in its post-processor."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer.from_file(str(hub_folder / "tokenizer.json"))
+    inner.add_special_tokens(["<s>"])
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    folder = tmp_path_factory.mktemp("bos")
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("<|endoftext|>", "<s>the cat sat on the mat<|endoftext|><s>already begun<|endoftext|><s>犬"),
+        (None, "<s>the cat sat on the mat<s>already begun<s>犬"),
+        ("<s>", "<s>the cat sat on the mat<s>already begun<s>犬"),
+    ],
+)
+def test_every_document_begins_with_the_first_token_once(tmp_path, bos_folder, monkeypatch, chunk, end, expected):
+    monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
+    path = write(
+        tmp_path / "a.jsonl",
+        "\n".join(json.dumps({"text": text}) for text in ("the cat sat on the mat", "<s>already begun", "犬")),
+    )
+    tokenizer = HuggingFaceTokenizer(str(bos_folder))
+    if end is not None:
+        tokenizer.end_of_text = int(tokenizer.encode(end)[0])
+    prepared = prepare_data(config(jsonl(path), validation_fraction=0.3), 2, tokenizer=tokenizer)
+    assert all_text(prepared) == expected
+    [evaluated] = whole_file(str(path), tokenizer, 500).sources
+    assert tokenizer.decode(evaluated.tokens.read(np.array([0]), evaluated.num_tokens)[0]) == expected
+    with_prompt = with_first_tokens(tokenizer.encode("the cat"), tokenizer)
+    assert all_tokens(prepared)[:2].tolist() == with_prompt[:2].tolist()
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 1 << 20])

@@ -14,6 +14,7 @@ from moezoo.core.data.tokenizers import (
     StreamDecoder,
     TokenIds,
     Tokenizer,
+    with_first_tokens,
 )
 from moezoo.core.errors import TokenizerError
 
@@ -213,10 +214,65 @@ def test_hugging_face_tokenizer_round_trips(hub_folder):
     assert tokenizer.byte_count([tokenizer.end_of_text]) == 0
 
 
-def test_special_tokens_are_added_to_prompts_only(chat_folder):
+def test_first_tokens_are_those_of_the_post_processor_and_are_added_once(hub_folder, chat_folder):
     tokenizer = HuggingFaceTokenizer(str(chat_folder))
-    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
-    assert tokenizer.decode(tokenizer.encode_with_special_tokens("the cat")) == "<s>the cat"
+    text = tokenizer.encode("the cat")
+    assert tokenizer.decode(text) == "the cat"
+    begun = with_first_tokens(text, tokenizer)
+    assert tokenizer.decode(begun) == "<s>the cat"
+    assert with_first_tokens(begun, tokenizer).tolist() == begun.tolist()
+    for none in (HuggingFaceTokenizer(str(hub_folder)), ByteTokenizer(), CharacterTokenizer("a"), TokenIds(9)):
+        assert none.first_tokens == ()
+    assert with_first_tokens(ByteTokenizer().encode("a"), ByteTokenizer()).tolist() == [97]
+
+
+def bos_folder(tmp_path, hub_folder, **config):
+    """Return a copy of the tokenizer, with a BOS token that its post-processor does not add (as in DeepSeek-V3)."""
+    rules = json.loads((hub_folder / "tokenizer.json").read_text())
+    rules["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, **config})
+    )
+    return tmp_path
+
+
+def test_add_bos_token_of_the_config_counts_where_the_post_processor_adds_none(tmp_path, hub_folder):
+    asked = bos_folder(tmp_path / "asked", hub_folder, add_bos_token=True, chat_template=TEMPLATE)
+    tokenizer = HuggingFaceTokenizer(str(asked))
+    bos = tokenizer.end_of_text
+    assert tokenizer.first_tokens == (bos,)
+    assert with_first_tokens(tokenizer.encode("the cat"), tokenizer).tolist().count(bos) == 1
+    assert tokenizer.encode_chat([{"role": "user", "content": "the cat"}]).tolist().count(bos) == 1
+    tokenizer.save(tmp_path / "run")  # transformers does not save the option
+    assert load_tokenizer(tmp_path / "run").first_tokens == (bos,)
+    for config in ({}, {"add_bos_token": False}):
+        without = HuggingFaceTokenizer(str(bos_folder(tmp_path / "without", hub_folder, **config)))
+        assert without.first_tokens == ()
+        assert without.content_hash != tokenizer.content_hash
+
+
+def test_first_tokens_can_be_several(chat_folder, tmp_path):
+    rules = json.loads((chat_folder / "tokenizer.json").read_text())
+    end = next(token for token in rules["added_tokens"] if token["content"] == "<|end|>")["id"]
+    processor = rules["post_processor"]
+    processor["single"] = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("<|end|>", "<s>")] + [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<|end|>", "type_id": 0}},
+    ]
+    processor["special_tokens"]["<|end|>"] = {"id": "<|end|>", "ids": [end], "tokens": ["<|end|>"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    (tmp_path / "tokenizer_config.json").write_bytes((chat_folder / "tokenizer_config.json").read_bytes())
+    tokenizer = HuggingFaceTokenizer(str(tmp_path))
+    assert tokenizer.decode(with_first_tokens(tokenizer.encode("the cat"), tokenizer)) == "<|end|><s>the cat"
+
+
+def test_content_hash_depends_on_the_end_of_text_that_tokenizer_json_lacks(chat_folder, tmp_path):
+    config = json.loads((chat_folder / "tokenizer_config.json").read_text()) | {"eos_token": END}
+    (tmp_path / "tokenizer.json").write_bytes((chat_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert HuggingFaceTokenizer(str(tmp_path)).content_hash != HuggingFaceTokenizer(str(chat_folder)).content_hash
 
 
 def test_chat_uses_the_template_and_has_one_bos_token(chat_folder, tmp_path):

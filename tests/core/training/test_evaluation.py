@@ -78,6 +78,37 @@ def evaluated(model, batch_size=WINDOWS, length=T):
     return evaluate(model, Windows(), TOKENIZER, sequence_length=length, batch_size=batch_size)
 
 
+# --- the first token -------------------------------------------------------------------------------------------------
+
+
+class Sentences(CharacterTokenizer):
+    """Letters, where `a` comes before every text and `b` ends it."""
+
+    def __init__(self, end_of_text=1):
+        super().__init__("abcdefghijk")
+        self.first_tokens, self.end_of_text = (0,), end_of_text
+
+
+def test_each_window_begins_with_the_first_token_once_and_none_predicts_it(monkeypatch):
+    model, seen = model_of(), []
+    monkeypatch.setattr(model, "score", lambda *batch, score=model.score: seen.append(np.stack(batch)) or score(*batch))
+    stream = np.array([[0, 2, 3, 4, 1, 0, 5, 6], [6, 7, 1, 0, 8, 9, 2, 3], [3, 0, 4, 5, 6, 7, 8, 9]], np.int32)
+    monkeypatch.setattr(Windows, "windows", lambda *_: stream)
+    options = {"sequence_length": T, "batch_size": 3}
+    result = evaluate(model, Windows(), Sentences(), first_token=0, **options)
+    [(inputs, targets)] = seen
+    # In place of the token before: of its own, of a middle, and none where a document begins with the second token.
+    assert inputs.tolist() == [[0, 2, 3, 4, 1, 0, 5], [0, 7, 1, 0, 8, 9, 2], [3, 0, 4, 5, 6, 7, 8]]
+    assert targets.tolist() == [[2, 3, 4, 1, -1, 5, 6], [7, 1, -1, 8, 9, 2, 3], [-1, 4, 5, 6, 7, 8, 9]]
+    nats = model.score(inputs, targets).token_losses
+    assert result.validation_loss == pytest.approx(nats.sum() / 18)
+    assert result.bits_per_byte == pytest.approx(nats.sum() / np.log(2) / 18)
+    evaluate(model, Windows(), Sentences(end_of_text=0), first_token=0, **options)
+    assert (seen[-1][1] == stream[:, 1:]).all()  # a first token that ends texts is predicted
+    evaluate(model, Windows(), Sentences(), **options)
+    assert (seen[-1] == [stream[:, :-1], stream[:, 1:]]).all()
+
+
 # --- the two losses --------------------------------------------------------------------------------------------------
 
 
