@@ -363,7 +363,7 @@ def test_unreachable_hub_raises(monkeypatch):
     def offline(path, **options):
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)  # Trap: imports `cached_file`, so first
     monkeypatch.setattr("transformers.utils.hub.cached_file", lambda path, name, **options: None)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(TokenizerError, match=r"cannot be loaded; got some/name \(We couldn't connect to the hub\)"):
         HuggingFaceTokenizer("some/name")
