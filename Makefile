@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BACKEND ?= $(if $(filter Darwin-arm64,$(shell uname -s)-$(shell uname -m)),mlx,jax)
 FABLES := runs/fables-$(BACKEND)
 
-.PHONY: train fast test test-all parity check links setup clean
+.PHONY: train fast test test-all torture parity check links setup clean
 
 train: setup
 	$(BIN)/moezoo train configs/fables.yaml --backend $(BACKEND) --out $(FABLES) $(if $(wildcard $(FABLES)/config.yaml),--resume)
@@ -24,6 +24,10 @@ test: setup
 # What a release must pass: also every tiny config on JAX and the other sweeps that are marked `release`.
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+
+# Kills, flipped bits, mutated files, full disks, closed terminals, two processes, for HOURS; a second call goes on.
+torture: setup
+	$(BIN)/python -m tests.torture --hours $(or $(HOURS),2)
 
 # With the compiler's optimizations, as users have it and the tests do not.
 parity: setup
