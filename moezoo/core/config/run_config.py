@@ -66,6 +66,9 @@ class Config(Part):
 # --- reading and writing ---------------------------------------------------------------------------------------------
 
 
+_DECIDES_WHAT_IS_TAKEN = re.compile(r"\s*(init_from\b|(model|data\.tokenizer)\s*=\s*(null|~|)\s*$)")
+"""Overrides that name the checkpoint of `init_from`, or remove what would be used instead of the checkpoint's own."""
+
 Resolve = Callable[[dict[str, Any], str], None]
 """Function that adds model and tokenizer from `init_from` to a raw config, in place; the string names it in errors."""
 
@@ -74,7 +77,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
     """Read a YAML config and apply `path=value` overrides.
 
     `resolve` opens the checkpoint of `init_from`, for a config that omits the model or the tokenizer (see
-    `load_resolved_config`); without it such a config is an error. Overrides of the model are applied after it.
+    `load_resolved_config`); without it such a config is an error. Overrides of the model are applied after it, except
+    `model=null` and `data.tokenizer=null`, which omit them.
 
     Raises SpecError: no such file, not YAML, a duplicate or unknown key, a wrong type, impossible sizes.
     """
@@ -100,7 +104,7 @@ def parse_config(
     """
     raw = parse_mapping(text, where, "config")
     raw = with_new_keys(raw) if saved else raw
-    first = [override for override in overrides if re.match(r"\s*init_from\b", override)]
+    first = [override for override in overrides if _DECIDES_WHAT_IS_TAKEN.match(override)]
     for override in first:
         raw["init_from"] = _as_init_from(raw.get("init_from"))
         _apply_override(raw, override)

@@ -85,6 +85,16 @@ def test_override_can_set_the_checkpoint(tmp_path):
     assert set(rates(load_resolved_config(path, [f"init_from={source}"]))) == {0.001}
 
 
+def test_override_to_null_takes_the_checkpoints_own(tmp_path):
+    source = write_checkpoint("mixtral", tmp_path / "source")
+    path = config_file(
+        tmp_path, source, data={"sources": [{"kind": "text", "path": "x"}], "tokenizer": {"kind": "byte"}}
+    )
+    assert load_resolved_config(path).data.tokenizer.kind == "byte"
+    assert load_resolved_config(path, ["data.tokenizer=null"]).data.tokenizer.kind == "ids"
+    assert load_resolved_config(path, ["data.tokenizer = "]).data.tokenizer.kind == "ids"
+
+
 def test_rate_without_a_selection_bias_is_refused(tmp_path):
     source = write_checkpoint("mixtral", tmp_path / "source")
     path = config_file(tmp_path, {"path": str(source), "selection_bias_rate": 0.1})
