@@ -45,6 +45,8 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._inner.get_vocab().values()) + 1  # len() is smaller if ids have gaps
         eos = self._inner.eos_token_id
         self.end_of_text: int | None = None if eos is None else int(eos)
+        self.padding: int | None = self._inner.pad_token_id
+        self.chat_template: str | dict[str, str] | None = self._inner.chat_template
 
     @cached_property
     def difference(self) -> str | None:
@@ -79,7 +81,7 @@ class HuggingFaceTokenizer:
         """
         for message in messages:
             encode_utf8(message["content"], "prompt")
-        if not getattr(self._inner, "chat_template", None):
+        if not self.chat_template:
             raise TokenizerError(
                 f"the tokenizer has no chat template; got {self.path}; expected chat_template.jinja, or chat_template "
                 "in its tokenizer_config.json. Prompt without chat, or use the folder of the chat model."
@@ -127,12 +129,9 @@ class HuggingFaceTokenizer:
         save_json(self, path)
 
     def files(self) -> dict[str, bytes]:
-        """Return the tokenizer's files by name: copies, or converted ones if the folder had no tokenizer.json."""
+        """Spec: Tokenizer.files. They are copies, or converted ones if the folder had no tokenizer.json."""
         if self._folder is not None:
-            return {
-                str(file.relative_to(self._folder)): read_bounded(file, MAX_FILE_BYTES)
-                for file in tokenizer_files(self._folder)
-            }
+            return {name: read_bounded(file, MAX_FILE_BYTES) for name, file in tokenizer_files(self._folder).items()}
         with tempfile.TemporaryDirectory() as folder:
             self._inner.save_pretrained(folder)
-            return {str(file.relative_to(folder)): file.read_bytes() for file in tokenizer_files(Path(folder))}
+            return {name: file.read_bytes() for name, file in tokenizer_files(Path(folder)).items()}

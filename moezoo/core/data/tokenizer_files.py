@@ -25,10 +25,10 @@ _NAMES = (
 )
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the tokenizer's files in a folder, which can have others: vocabulary, special tokens, chat templates."""
-    found = [folder / name for name in _NAMES] + sorted((folder / TEMPLATES).glob("*.jinja"))
-    return [file for file in found if file.is_file()]
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Return the tokenizer's files in a folder, by name: vocabulary, special tokens, and chat templates."""
+    names = [*_NAMES, *(f"{TEMPLATES}/{file.name}" for file in sorted((folder / TEMPLATES).glob("*.jinja")))]
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def tokenizer_folder(path: str) -> Path | None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.data.tokenizer_json import byte_tokenizer_files, character_tokenizer_files
 from moezoo.core.errors import TokenizerError
 from moezoo.core.files import make_folder, write_atomically
 
@@ -67,6 +68,13 @@ class Tokenizer(Protocol):
 
     def save(self, path: str | Path) -> None:
         """Save to a run folder; `path` is the folder or its `tokenizer.json`."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files by which a Hugging Face folder gives the same ids, by name; empty if ids have no text.
+
+        Raises TokenizerError: no such files give the same ids.
+        """
         ...
 
 
@@ -125,6 +133,10 @@ class CharacterTokenizer:
         """Spec: Tokenizer.save."""
         save_json(self, path)
 
+    def files(self) -> dict[str, bytes]:
+        """Spec: Tokenizer.files."""
+        return character_tokenizer_files(self.characters)
+
 
 class ByteTokenizer:
     """Byte-level tokenizer: one token per UTF-8 byte. Bytes that are not UTF-8 decode to U+FFFD."""
@@ -158,6 +170,10 @@ class ByteTokenizer:
     def save(self, path: str | Path) -> None:
         """Spec: Tokenizer.save."""
         save_json(self, path)
+
+    def files(self) -> dict[str, bytes]:
+        """Spec: Tokenizer.files."""
+        return byte_tokenizer_files()
 
 
 class TokenIds:
@@ -196,6 +212,10 @@ class TokenIds:
     def save(self, path: str | Path) -> None:
         """Spec: Tokenizer.save."""
         save_json(self, path)
+
+    def files(self) -> dict[str, bytes]:
+        """Return nothing: there is no tokenizer."""
+        return {}
 
 
 class StreamDecoder:

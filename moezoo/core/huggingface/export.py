@@ -10,9 +10,11 @@ import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_file import write_stream
 from moezoo.core.checkpoint.safetensors_header import encode_header, size_bytes
+from moezoo.core.data.tokenizer_files import tokenizer_files
 from moezoo.core.errors import CheckpointError, RunError
-from moezoo.core.files import copy_file, make_folder, remove_folder, rename_folder, write_atomically
-from moezoo.core.huggingface.layout import CONFIG, MAX_SMALL_BYTES, Layout, entries_of, small_files
+from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
+from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
+from moezoo.core.huggingface.layout import CONFIG, HEADERS, Layout, copy_small_files, entries_of
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
@@ -24,17 +26,19 @@ MAX_FILE_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 
 
-def export_checkpoint(parameters: Mapping[str, Array], layout: Layout, out: Path) -> list[str]:
+def export_checkpoint(
+    parameters: Mapping[str, Array], layout: Layout, out: Path, tokenizer: ExportedTokenizer | None = None
+) -> list[str]:
     """Write parameters (by canonical name) to a checkpoint folder that transformers and moezoo can open.
 
     Files, names, order and dtypes are those of the layout, so unchanged weights give the same bytes. If values of
     quantized tensors changed and can no longer be encoded exactly, the family's default layout is written instead,
-    without quantization, and a note says so.
+    without quantization, and a note says so. `tokenizer` replaces the checkpoint's tokenizer, whose files are left out.
 
     Returns one-line notes for the user. Raises RunError if the folder exists and is not empty, or cannot be written;
     nothing of it remains then. Raises CheckpointError if a value overflows the stored dtype.
     """
-    return into_new_folder(out, lambda folder: _write(parameters, layout, folder))
+    return into_new_folder(out, lambda folder: _write(parameters, layout, folder, tokenizer))
 
 
 def into_new_folder(out: Path, write: Callable[[Path], list[str]]) -> list[str]:
@@ -56,19 +60,26 @@ def into_new_folder(out: Path, write: Callable[[Path], list[str]]) -> list[str]:
     return notes
 
 
-def _write(parameters: Mapping[str, Array], layout: Layout, folder: Path) -> list[str]:
+def _write(
+    parameters: Mapping[str, Array], layout: Layout, folder: Path, tokenizer: ExportedTokenizer | None
+) -> list[str]:
     codes: dict[str, Array] = {}
     for name in layout.readable:
         try:
             codes[name] = _codes(name, parameters, layout)
         except CheckpointError:
-            return _write_plain(parameters, layout, folder)
-    for file in small_files(layout.path):
-        if file.name not in ("headers.json",):
-            copy_file(file, folder / file.name, MAX_SMALL_BYTES)
+            return _write_plain(parameters, layout, folder, tokenizer)
+    _write_small_files(layout, folder, tokenizer, set())
     for name, header in layout.headers.items():
         write_stream(folder / name, header, _tensors(header, parameters, layout, codes))
     return []
+
+
+def _write_small_files(layout: Layout, folder: Path, tokenizer: ExportedTokenizer | None, without: set[str]) -> None:
+    replaced = () if tokenizer is None else tokenizer_files(layout.path)
+    copy_small_files(layout.path, folder, {HEADERS, *replaced, *without})
+    if tokenizer is not None:
+        tokenizer.write(folder)
 
 
 def _tensors(
@@ -118,7 +129,9 @@ def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], val
         raise CheckpointError(f"{name} has changed and cannot be encoded exactly.")
 
 
-def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) -> list[str]:
+def _write_plain(
+    parameters: Mapping[str, Array], layout: Layout, folder: Path, tokenizer: ExportedTokenizer | None
+) -> list[str]:
     """Write the family's default layout without quantization, for weights that the codes cannot represent."""
     description = layout.description
     wrap = wrapping(description.family, layout.readable)
@@ -127,11 +140,9 @@ def _write_plain(parameters: Mapping[str, Array], layout: Layout, folder: Path) 
     for name, tensor in layout.tensors.items():
         if name in forms and tensor.dtype in FLOATS:
             forms[name] = (tensor.dtype, tensor.shape)
-    for file in small_files(layout.path):
-        if file.name not in (CONFIG, _INDEX, "headers.json"):
-            copy_file(file, folder / file.name, MAX_SMALL_BYTES)
     config = {key: value for key, value in description.fields.raw.items() if key != "quantization_config"}
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    _write_small_files(layout, folder, tokenizer, {CONFIG, _INDEX})
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}
     forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
     write_own_layout(parameters, placed, forms, kept, folder)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy.typing as npt
 
 from moezoo.core.errors import MoezooError, SpecError
-from moezoo.core.files import copy_file, write_atomically
+from moezoo.core.files import write_atomically
 from moezoo.core.huggingface.export import into_new_folder, write_own_layout
+from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.family import Family, families
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.huggingface.layout import CONFIG, MAX_SMALL_BYTES
+from moezoo.core.huggingface.layout import CONFIG
 from moezoo.core.huggingface.ledger import first_rules
 from moezoo.core.huggingface.parts import grouped
 from moezoo.core.spec import ModelSpec
@@ -24,7 +25,12 @@ _TRAINING_ONLY = ("losses", "jitter", "rate", "dispatch", "loss_coefficient", "d
 
 
 def export_as_family(
-    parameters: Mapping[str, Array], spec: ModelSpec, out: Path, *, max_length: int, tokenizer: Path | None = None
+    parameters: Mapping[str, Array],
+    spec: ModelSpec,
+    out: Path,
+    *,
+    max_length: int,
+    tokenizer: ExportedTokenizer | None = None,
 ) -> list[str]:
     """Write a checkpoint of the first family that parses the same model back from its config.json.
 
@@ -33,7 +39,7 @@ def export_as_family(
         spec: the model.
         out: a new or empty folder.
         max_length: value of `max_position_embeddings`, which does not affect the computation.
-        tokenizer: a folder of tokenizer files to copy.
+        tokenizer: written with the weights; None: the folder gets no tokenizer.
 
     Returns a note that names the family. Raises SpecError if no family computes this model; the error lists the
     differences. Raises RunError if the folder exists and is not empty.
@@ -42,9 +48,8 @@ def export_as_family(
 
     def write(folder: Path) -> list[str]:
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        for file in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
-            if file.is_file():
-                copy_file(file, folder / file.name, MAX_SMALL_BYTES)
+        if tokenizer is not None:
+            tokenizer.write(folder)
         placed = first_rules(family, spec)
         forms = {name: ("F32", rule.shape) for name, rule in placed.items()}
         write_own_layout(parameters, placed, forms, {}, folder)

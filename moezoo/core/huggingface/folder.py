@@ -156,7 +156,7 @@ def inside(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError):
         broken = f"a link to {os.path.realpath(path)}, which is missing" if path.is_symlink() else "missing"
         raise CheckpointError(f"{path} is {broken}. Fetch the whole checkpoint again.") from None
-    if target.parent != home and not _is_in_hub_cache(home, target):
+    if target.parent != (home / name).parent and not _is_in_hub_cache(home, target):
         raise CheckpointError(f"{path} is a link to {target}, outside its folder. Replace it with the file itself.")
     return path
 

@@ -8,7 +8,7 @@ A run that started from a Hugging Face checkpoint stores this, so that its weigh
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_file import SafetensorsFile, write_stream
 from moezoo.core.checkpoint.safetensors_header import encode_header
+from moezoo.core.data.tokenizer_files import TEMPLATES
 from moezoo.core.errors import CheckpointError
 from moezoo.core.files import copy_file, make_folder, read_bounded, write_atomically
 from moezoo.core.huggingface.family import Family, family_of
@@ -30,7 +31,7 @@ from moezoo.core.spec import ModelSpec
 Array = npt.NDArray[Any]
 
 CONFIG = "config.json"
-_HEADERS, _KEPT = "headers.json", "kept.safetensors"
+HEADERS, _KEPT = "headers.json", "kept.safetensors"
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")  # files copied along with the tensors; never code or pickle
 _MAX_HEADERS_BYTES = 500_000_000  # one header in the file may have 100 MB
 MAX_SMALL_BYTES = 100_000_000
@@ -105,13 +106,23 @@ def make_layout(
     return Layout(description, path, headers, tensors, codes, ledger, stored, read)
 
 
-def small_files(path: Path) -> list[Path]:
-    """Return the non-tensor files to copy: configs, tokenizer, templates.
+def small_files(path: Path) -> dict[str, Path]:
+    """Return the non-tensor files to copy, by name: configs, tokenizer, chat templates (some in a subfolder).
 
     Raises CheckpointError for a link that leaves the folder: its target is not part of the checkpoint.
     """
-    found = [inside(path, file.name) for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
-    return [file for file in found if not file.name.startswith(".") and file.stat().st_size <= MAX_SMALL_BYTES]
+    names = [file.name for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and not file.name.startswith(".")]
+    names += [f"{TEMPLATES}/{file.name}" for file in sorted((path / TEMPLATES).glob("*.jinja"))]
+    found = {name: inside(path, name) for name in names if (path / name).is_file()}
+    return {name: file for name, file in found.items() if file.stat().st_size <= MAX_SMALL_BYTES}
+
+
+def copy_small_files(path: Path, folder: Path, without: Container[str]) -> None:
+    """Copy the non-tensor files, except those named in `without`, to another folder. Raises as `small_files`."""
+    for name, file in small_files(path).items():
+        if name not in without:
+            make_folder((folder / name).parent)
+            copy_file(file, folder / name, MAX_SMALL_BYTES)
 
 
 def write_sidecar(layout: Layout, folder: Path) -> None:
@@ -120,19 +131,17 @@ def write_sidecar(layout: Layout, folder: Path) -> None:
     kept = [*layout.kept_names(), *_not_recoverable(layout)]
     header = encode_header({name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}, {})
     write_stream(folder / _KEPT, header, ((name, layout.read(name)) for name in kept))
-    for file in small_files(layout.path):
-        if file.name not in (_HEADERS, _KEPT):
-            copy_file(file, folder / file.name, MAX_SMALL_BYTES)
+    copy_small_files(layout.path, folder, (HEADERS, _KEPT))
     headers = {name: header.decode("utf-8") for name, header in layout.headers.items()}
-    write_atomically(folder / _HEADERS, json.dumps(headers, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / HEADERS, json.dumps(headers, indent=1, ensure_ascii=False) + "\n")
 
 
 def open_sidecar(folder: Path) -> Layout | None:
     """Read the layout of a run's original checkpoint, or None. Raises CheckpointError if it is damaged."""
-    if not (folder / _HEADERS).exists():
+    if not (folder / HEADERS).exists():
         return None
     try:
-        texts = parse_json(read_bounded(folder / _HEADERS, _MAX_HEADERS_BYTES))
+        texts = parse_json(read_bounded(folder / HEADERS, _MAX_HEADERS_BYTES))
         if any(Path(name).name != name or not name.endswith(".safetensors") for name in texts):
             raise ValueError("not a base name of a safetensors file")
         headers = {name: text.encode("utf-8") for name, text in texts.items()}
@@ -143,7 +152,7 @@ def open_sidecar(folder: Path) -> Layout | None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / _HEADERS} is damaged ({type(error).__name__}). Convert the checkpoint again."
+            f"{folder / HEADERS} is damaged ({type(error).__name__}). Convert the checkpoint again."
         ) from None
     kept = SafetensorsFile(folder / _KEPT)
     description = describe_config(folder / CONFIG)

@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 from moezoo.core.checkpoint.store import save_checkpoint
 from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
-from moezoo.core.data.tokenizers import Tokenizer
+from moezoo.core.data.load_tokenizer import tokenizer_notes
+from moezoo.core.data.tokenizers import TokenIds, Tokenizer
 from moezoo.core.errors import RunError
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.export_as import export_as_family
+from moezoo.core.huggingface.export_tokenizer import exported_tokenizer, is_of_checkpoint
 from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar
 from moezoo.core.runs.run_folder import Run, load_run
 
@@ -23,15 +25,27 @@ def export(
 ) -> list[str]:
     """Export weights as a Hugging Face checkpoint into a new folder, and return one-line notes for the user.
 
-    `layout`: of the checkpoint that the weights came from; None: the first family that can represent the model.
+    `layout`: of the checkpoint that the weights came from; None: the first family that can represent the model. The
+    tokenizer is the run's, with its chat template and end tokens; a byte or character tokenizer as a tokenizer.json.
 
-    Raises RunError: the folder exists and is not empty. Raises SpecError: no family can represent the model.
+    Raises RunError: the folder exists and is not empty. Raises SpecError: no family can represent the model. Raises
+    TokenizerError: a character that a tokenizer.json cannot have.
     """
-    if layout is not None:
+    if layout is not None and is_of_checkpoint(tokenizer, layout):
         return export_checkpoint(weights, layout, out)
-    files = Path(tokenizer.path) if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    length = config.model.max_length or config.training.sequence_length
-    return export_as_family(weights, config.model, out, max_length=length, tokenizer=files)
+    if layout is not None and isinstance(tokenizer, TokenIds):
+        notes = export_checkpoint(weights, layout, out)
+        return [*notes, "the original checkpoint's tokenizer was written, since the run used token ids only"]
+    written = exported_tokenizer(tokenizer)
+    if layout is not None:
+        notes = export_checkpoint(weights, layout, out, written)
+        notes += ["the run's own tokenizer and its end tokens were written in place of the original checkpoint's"]
+    else:
+        length = config.model.max_length or config.training.sequence_length
+        notes = export_as_family(weights, config.model, out, max_length=length, tokenizer=written)
+    if not written.files:
+        return [*notes, "no tokenizer was written, since the run used token ids only"]
+    return [*notes, *tokenizer_notes(HuggingFaceTokenizer(str(out)))]
 
 
 def save_run(
