@@ -18,7 +18,15 @@ from tests.support.source_tree import BACKENDS, PACKAGE, stems, tree_of
 # import each other.
 LAYERS = (
     ("core.errors",),
-    ("core.files", "core.json_text", "core.malloc", "core.progress", "core.random", "core.tokens"),
+    (
+        "core.files",
+        "core.json_text",
+        "core.limited_process",
+        "core.malloc",
+        "core.progress",
+        "core.random",
+        "core.tokens",
+    ),
     ("core.hub",),
     ("core.spec",),
     ("core.parameters",),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.data.chat_template import render_chat
 from moezoo.core.data.token_bytes import token_bytes
 from moezoo.core.data.tokenizer_difference import difference
 from moezoo.core.data.tokenizer_files import first_line, load_with_transformers, tokenizer_files
@@ -26,6 +27,7 @@ from moezoo.core.data.tokenizers import (
 )
 from moezoo.core.errors import TokenizerError
 from moezoo.core.files import make_folder, read_bounded, write_atomically
+from moezoo.core.limited_process import LimitedProcessError
 
 
 class HuggingFaceTokenizer:
@@ -87,12 +89,15 @@ class HuggingFaceTokenizer:
                 "in its tokenizer_config.json. Prompt without chat, or use the folder of the chat model."
             )
         try:
-            ids = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is a program: it raises TemplateError and others
+            template = self._inner.get_chat_template()
+            text = render_chat(template, messages, self._inner.special_tokens_map)
+        except (LimitedProcessError, ValueError, TypeError) as error:  # no default template; a message that is not JSON
             raise TokenizerError(
-                f"the chat template cannot be applied; got {first_line(error)} ({self.path}); expected a template for "
-                "roles system, user and assistant. Prompt without chat, or fix the template."
+                f"the chat template cannot be applied; got {first_line(error):.300} ({self.path}); expected a template "
+                "for roles system, user and assistant. Prompt without chat, or fix the template."
             ) from error
+        encode_utf8(text, "chat template")  # a template can write half of a surrogate pair
+        ids = self._inner(text, add_special_tokens=False)["input_ids"]
         return np.array(ids, np.int32)
 
     def decode(self, ids: IdsLike) -> str:
