@@ -39,7 +39,10 @@ def test_qwen3_next_full_attention_follows_interval_or_layer_types() -> None:
     for changes, kinds in (
         ({"full_attention_interval": 2, "num_hidden_layers": 5}, "dfdfd"),
         ({"full_attention_interval": ..., "num_hidden_layers": 5}, "dddfd"),
-        ({"layer_types": ["full_attention", "full_attention", "linear_attention"]}, "ffd"),
+        (
+            {"layer_types": ["full_attention", "full_attention", "linear_attention"], "full_attention_interval": ...},
+            "ffd",
+        ),
     ):
         spec = spec_of("qwen3_5_moe_text", **({"layer_types": ...} | changes))
         found = ["d" if isinstance(each.attention, GatedDeltaAttentionSpec) else "f" for each in spec.all_layers]
@@ -47,7 +50,8 @@ def test_qwen3_next_full_attention_follows_interval_or_layer_types() -> None:
 
 
 def test_qwen3_next_default_partial_rotary_factor_is_a_quarter() -> None:
-    spec = spec_of("qwen3_next", layer_types=["full_attention"] * 3, partial_rotary_factor=..., rope_parameters=...)
+    full = {"layer_types": ["full_attention"] * 3, "full_attention_interval": ...}
+    spec = spec_of("qwen3_next", **full, partial_rotary_factor=..., rope_parameters=...)
     assert spec.layers[0].attention.position.fraction == 0.25
 
 

@@ -66,7 +66,8 @@ def test_latent_norms_ignore_rms_norm_eps(case: str, tmp_path: Path) -> None:
 
 def test_dense_layers_follow_mlp_layer_types(tmp_path: Path) -> None:
     for case in ("deepseek_v32", "glm4_moe_lite"):
-        spec = spec_of(case, tmp_path, mlp_layer_types=["sparse", "dense", "sparse"])
+        types = ["sparse", "dense", "sparse"]
+        spec = spec_of(case, tmp_path, mlp_layer_types=types, first_k_dense_replace=...)
         assert spec.moe_layers == (0, 2)
 
 

@@ -165,8 +165,8 @@ class Fields:
         return name in self._values and self._values[name] is None
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """Return an integer field, at least 0."""
-        value = self._required(name, default)
+        """Return an integer field, at least 0; 16.0 counts as 16."""
+        value = _whole(self._required(name, default))
         most = next((most for word, most in _MOST.items() if word in name), _LARGEST)
         if type(value) is not int or not 0 <= value <= most:
             raise self.refuse(name, f"an integer from 0 to {most}")
@@ -182,7 +182,7 @@ class Fields:
     def count_or_null(self, name: str, default: int | None = None) -> int | None:
         """Return an integer field, at least 1, or None if it is null; `default` applies only if it is absent."""
         self._saw(name)
-        value = self._values.get(name, default)
+        value = _whole(self._values.get(name, default))
         if value is not None and (type(value) is not int or not 1 <= value <= _LARGEST):
             raise self.refuse(name, "an integer of at least 1, or null")
         return value
@@ -225,9 +225,10 @@ class Fields:
     def integers(self, name: str, default: Sequence[int] = ()) -> list[int]:
         """Return a field that is a list of integers, each at least 0."""
         value = self._required(name, list(default))
-        if type(value) is not list or any(type(item) is not int or item < 0 for item in value):
+        found = [_whole(item) for item in value] if type(value) is list else None
+        if found is None or any(type(item) is not int or item < 0 for item in found):
             raise self.refuse(name, "a list of integers of at least 0")
-        return list(value)
+        return found
 
     def either(self, *names: str) -> str:
         """Return whichever alias of a field is present (the first if none is); aliases must have equal values."""
@@ -235,6 +236,17 @@ class Fields:
         for name in there[1:]:
             self.expect(name, self.get(there[0]))
         return there[0] if there else names[0]
+
+    def agree(self, name: str, value: Any, older: Mapping[str, Any]) -> None:
+        """Check that a field, if present, has the value that follows from older spellings of it that are present too.
+
+        `older`: each with the default that transformers writes beside any value of the field, which therefore means
+        nothing; None if it writes none.
+        """
+        there = [other for other, written in older.items() if other in self and self.get(other) != written]
+        if there and name in self and self.get(name) != value:
+            says = " and ".join(f"{other} {json.dumps(self.get(other)):.80}" for other in there)
+            raise self.refuse(name, f"{json.dumps(value):.120}, which follows from {says}")
 
     def expect(self, name: str, *values: Any) -> None:
         """Check that the field is absent, null, or one of these values; no other is supported."""
@@ -298,3 +310,8 @@ class Fields:
         if value is None:
             raise SpecError(f"{name} is missing ({self.where}). Fetch the checkpoint's config.json again.")
         return value
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number that is written as a float (16.0) as an integer, anything else unchanged."""
+    return int(value) if type(value) is float and value.is_integer() else value

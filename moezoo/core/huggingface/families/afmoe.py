@@ -28,12 +28,13 @@ def spec(fields: Fields) -> ModelSpec:
         "full_attention": parts.attention(fields, NoPositionSpec(), head_dim=128, **options),
         "sliding_attention": parts.attention(fields, parts.rope(fields), head_dim=128, window=window, **options),
     }
-    every = fields.count("global_attn_every_n_layers", 4)
-    kinds = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
+    every = "global_attn_every_n_layers"
+    step = fields.count(every, 4)
+    kinds = ["sliding_attention" if (index + 1) % step else "full_attention" for index in range(num_layers)]
     moe, dense = _moe(fields), parts.swiglu(fields, fields.count("intermediate_size"))
     layers = [
         parts.layer(mixers[kind], dense if index < num_dense else moe).model_copy(update={"norm_placement": "sandwich"})
-        for index, kind in enumerate(parts.layer_types(fields, num_layers, kinds))
+        for index, kind in enumerate(parts.layer_types(fields, num_layers, kinds, older={every: 4}))
     ]
     mup = fields.flag("mup_enabled", False)
     multipliers = MultipliersSpec(embedding=math.sqrt(fields.count("hidden_size")) if mup else 1.0)

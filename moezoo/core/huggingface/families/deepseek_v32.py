@@ -27,7 +27,9 @@ def spec(fields: Fields) -> ModelSpec:
     fields.expect("moe_layer_freq", 1)
     parts.layer_types(fields, number, ["indexed_attention"] * number, ("indexed_attention",))
     first = fields.integer("first_k_dense_replace", 3)
-    dense_layers = parts.dense_by_type(fields, number, [index < first for index in range(number)])
+    dense_layers = parts.dense_by_type(
+        fields, number, [index < first for index in range(number)], older={"first_k_dense_replace": None}
+    )
     layers = [parts.layer(attention, dense if is_dense else moe) for is_dense in dense_layers]
     return parts.model(fields, layers, norm=parts.rms_norm(fields))
 

@@ -25,7 +25,9 @@ def spec(fields: Fields) -> ModelSpec:
             parts.attention(fields, position, window=window, qk_norm=norm, qkv_bias=bias, output_bias=bias),
             dense if index < first else moe,
         )
-        for index, window in enumerate(parts.windows(fields, num_layers, slides, window=4096))
+        for index, window in enumerate(
+            parts.windows(fields, num_layers, slides, window=4096, older={"max_window_layers": 62})
+        )
     ]
     return parts.model(fields, layers, norm=norm)
 

@@ -35,12 +35,15 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _windows(fields: Fields, num_layers: int) -> list[int | None]:
-    if "layer_types" in fields:
-        fields.get("sliding_window_pattern")  # "LLLG" in the released files; layer_types lists the same per layer
-        return parts.windows(fields, num_layers, window=4096)
-    step = fields.count("sliding_window_pattern", 4)
-    default = ["sliding_attention" if (index + 1) % step else "full_attention" for index in range(num_layers)]
-    return parts.windows(fields, num_layers, default, window=4096)
+    pattern = fields.get("sliding_window_pattern")
+    if pattern and isinstance(pattern, str) and "layer_types" in fields:
+        # "LLLG" in the released files: local and global attention, repeated. Transformers reads only layer_types then.
+        slides = [pattern[index % len(pattern)] == "L" for index in range(num_layers)]
+    else:
+        step = fields.count("sliding_window_pattern", 4)
+        slides = [(index + 1) % step > 0 for index in range(num_layers)]
+    default = ["sliding_attention" if local else "full_attention" for local in slides]
+    return parts.windows(fields, num_layers, default, window=4096, older={"sliding_window_pattern": None})
 
 
 def _dense_layers(fields: Fields, num_layers: int) -> list[bool]:
@@ -48,8 +51,9 @@ def _dense_layers(fields: Fields, num_layers: int) -> list[bool]:
 
     `is_moe_layer` of released files must agree.
     """
-    first = fields.integer(fields.either("first_k_dense_replace", "first_last_k_dense_replace"), 1)
-    dense = parts.dense_by_type(fields, num_layers, [index < first for index in range(num_layers)])
+    older = fields.either("first_k_dense_replace", "first_last_k_dense_replace")
+    first = fields.integer(older, 1)
+    dense = parts.dense_by_type(fields, num_layers, [index < first for index in range(num_layers)], older={older: None})
     fields.expect("is_moe_layer", [not is_dense for is_dense in dense])
     return dense
 

@@ -134,7 +134,20 @@ def _overrides(fields: Fields, types: list[str], keys_are_values: bool) -> list[
             layer.finish()
         found.append(own)
     inner.finish()
+    for kind, own in zip(types, found, strict=True):
+        if kind == "full_attention":
+            _agree(fields, own, everywhere)
     return found
+
+
+def _agree(fields: Fields, own: dict[str, int], everywhere: dict[str, int]) -> None:
+    """Check that `per_layer_config` and the `global_*` fields, if both are there, give a layer the same shape."""
+    for name, theirs, outside in (
+        ("head_dim", "global_head_dim", fields.count("head_dim", 256)),
+        ("num_kv_heads", "num_global_key_value_heads", fields.count("num_key_value_heads", 4)),
+    ):
+        if theirs in fields and name in everywhere and own.get(name, outside) != everywhere[name]:
+            raise fields.refuse(theirs, f"{own.get(name, outside)}, as in per_layer_config")
 
 
 def _position(fields: Fields, layer_type: str, base: float, default: RoPESpec) -> RoPESpec:

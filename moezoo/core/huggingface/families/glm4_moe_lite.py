@@ -15,7 +15,9 @@ def spec(fields: Fields) -> ModelSpec:
         fields.expect("first_k_dense_replace", 1)  # transformers ignores it and uses 1
     fields.expect("moe_layer_freq", 1)
     number = fields.count("num_hidden_layers")
-    dense_layers = parts.dense_by_type(fields, number, [index < 1 for index in range(number)])
+    first = fields.integer("first_k_dense_replace", 1)
+    by_default = [index < first for index in range(number)]
+    dense_layers = parts.dense_by_type(fields, number, by_default, older={"first_k_dense_replace": None})
     layers = [parts.layer(attention, dense if is_dense else moe) for is_dense in dense_layers]
     return parts.model(fields, layers, norm=parts.rms_norm(fields, 1e-5))
 

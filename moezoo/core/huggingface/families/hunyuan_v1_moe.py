@@ -45,10 +45,19 @@ def spec(fields: Fields) -> ModelSpec:
 
 def _position(fields: Fields, head_dim: int) -> RoPESpec:
     """Return RoPE; `dynamic` with an alpha is a larger base at any length, and its other fields have no effect."""
-    inner = fields.inside("rope_parameters") or fields.inside("rope_scaling")
-    alpha = 0.0 if inner is None else inner.number("alpha", 0.0)
-    if inner is None or not alpha or inner.get("rope_type", inner.get("type")) != "dynamic":
-        return parts.rope(fields, harmless=("alpha",))
+    both = [fields.inside(name) for name in ("rope_parameters", "rope_scaling") if name in fields]
+    found = [_with_alpha(fields, inner, head_dim) for inner in both if inner is not None]
+    if any(position != found[0] for position in found):
+        raise fields.refuse("rope_scaling", "the same as in rope_parameters")
+    if found and found[0] is not None:
+        return found[0]
+    return parts.rope(fields, harmless=("alpha",))
+
+
+def _with_alpha(fields: Fields, inner: Fields, head_dim: int) -> RoPESpec | None:
+    alpha = inner.number("alpha", 0.0)
+    if not alpha or inner.get("rope_type", inner.get("type")) != "dynamic":
+        return None
     if head_dim < 4 or alpha < 0:
         raise inner.refuse("alpha", "a number above 0, and a head_dim of at least 4")
     base = inner.number("rope_theta", fields.number("rope_theta", 10_000.0))

@@ -41,12 +41,20 @@ def spec(fields: Fields) -> ModelSpec:
     fields.expect("use_pos_enc", True)
     layers = [
         parts.layer(mixers[kind], dense if index < num_dense else moe)
-        for index, kind in enumerate(parts.layer_types(fields, num_layers, None, tuple(mixers)))
+        for index, kind in enumerate(_types(fields, num_layers, tuple(mixers)))
     ]
     if "tie_embedding" in fields:  # the name in transformers 4
         fields.expect("tie_word_embeddings", fields.flag("tie_embedding"))
     tied = fields.flag("tie_embedding", True)
     return parts.model(fields, layers, norm=norm, tied=tied)
+
+
+def _types(fields: Fields, num_layers: int, known: tuple[str, ...]) -> list[str]:
+    """Return each layer's kind, from `layer_types` or `full_attn_idxs` (transformers 4)."""
+    full = fields.integers("full_attn_idxs")
+    older = ["full_attention" if index in full else "conv" for index in range(num_layers)]
+    default = older if "full_attn_idxs" in fields else None
+    return parts.layer_types(fields, num_layers, default, known, older={"full_attn_idxs": None})
 
 
 THEIRS, ATTENTION, NAMES = f"{LAYER}.conv", f"{OURS}.attention", ("w1", "w3", "w2")

@@ -81,7 +81,9 @@ def _attentions(fields: Fields, num_layers: int, epsilon: float) -> list[Grouped
 
 def _moe_layers(fields: Fields, num_layers: int) -> list[int]:
     step = fields.count("interleave_moe_layer_step", 1)
-    return fields.integers("moe_layers", range(step - 1, num_layers, step))
+    by_step = list(range(step - 1, num_layers, step))
+    fields.agree("moe_layers", by_step, {"interleave_moe_layer_step": 1})
+    return fields.integers("moe_layers", by_step)
 
 
 _THEIRS = f"{LAYER}.feed_forward"

@@ -12,9 +12,12 @@ def spec(fields: Fields) -> ModelSpec:
     norm = parts.rms_norm(fields)
     head_dim = fields.count("head_dim", 128)
     fraction = fields.integer("rotary_dim", head_dim) / head_dim  # field of the released files
+    position = parts.rope(fields, base=5e6, fraction=fraction)
+    if "rotary_dim" in fields and position.fraction != fraction:
+        raise fields.refuse("rotary_dim", f"{position.fraction * head_dim:g}, which follows from partial_rotary_factor")
     attention = parts.attention(
         fields,
-        parts.rope(fields, base=5e6, fraction=fraction),
+        position,
         kv_heads=8,
         head_dim=128,
         qk_norm=norm,

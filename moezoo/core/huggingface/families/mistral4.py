@@ -44,11 +44,16 @@ def _position(fields: Fields) -> RoPESpec:
 
 
 def _temperature(fields: Fields) -> TemperatureTuningSpec | None:
-    inner = fields.inside("rope_parameters" if "rope_parameters" in fields else "rope_scaling")
-    if inner is None or not inner.number("llama_4_scaling_beta", 0.0):
-        return None
-    length = inner.count("original_max_position_embeddings")
-    return TemperatureTuningSpec(floor_length=length, scale=inner.number("llama_4_scaling_beta"), first=0)
+    found: list[TemperatureTuningSpec | None] = []
+    for name in ("rope_parameters", "rope_scaling"):
+        inner = fields.inside(name)
+        if inner is not None:
+            scale = inner.number("llama_4_scaling_beta", 0.0)
+            length = inner.count("original_max_position_embeddings") if scale else 0
+            found.append(TemperatureTuningSpec(floor_length=length, scale=scale, first=0) if scale else None)
+    if any(tuning != found[0] for tuning in found):
+        raise fields.refuse("rope_scaling", "the same as in rope_parameters")
+    return found[0] if found else None
 
 
 def _moe(fields: Fields) -> MoESpec:

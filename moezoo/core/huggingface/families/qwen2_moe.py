@@ -39,7 +39,7 @@ def _windows(fields: Fields, num_layers: int) -> list[int | None]:
     if fields.flag("use_sliding_window", False):
         # Trap: transformers uses windows in every second layer below max_window_layers, Qwen2's paper in those above.
         default = ["full_attention" if i % 2 or i >= last else "sliding_attention" for i in range(num_layers)]
-        return parts.windows(fields, num_layers, default, window=4096)
+        return parts.windows(fields, num_layers, default, window=4096, older={"max_window_layers": 28})
     parts.layer_types(fields, num_layers, ["full_attention"] * num_layers, known=("full_attention",))
     return [None] * num_layers
 

@@ -41,9 +41,10 @@ def hybrid(fields: Fields, renormalize: bool, dense: list[bool], *, num_experts:
         losses=parts.pooled_balance(fields),
     )
     feed_forward = parts.swiglu(fields, fields.count("intermediate_size", 5632))
+    types = parts.layer_types(fields, len(dense), kinds, tuple(mixers), older={"full_attention_interval": None})
     layers = [
         parts.layer(mixers[kind], feed_forward if is_dense else moe)
-        for kind, is_dense in zip(parts.layer_types(fields, len(dense), kinds, tuple(mixers)), dense, strict=True)
+        for kind, is_dense in zip(types, dense, strict=True)
     ]
     fields.expect("hidden_act", "silu")  # also of the convolutions
     return parts.model(fields, layers, norm=norm)

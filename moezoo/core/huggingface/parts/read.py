@@ -1,6 +1,7 @@
 """Parsing of config fields shared by several families: attention, feed-forward, MoE layers, layer types."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from moezoo.core.huggingface.fields import Fields
@@ -28,6 +29,8 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     UntiedHeadSpec,
 )
+
+NO_OLDER: Mapping[str, Any] = MappingProxyType({})
 
 
 def attention(
@@ -131,13 +134,18 @@ def grouped_sigmoid(
 
 
 def windows(
-    fields: Fields, num_layers: int, default: Sequence[str] | None = None, *, window: int | None = None
+    fields: Fields,
+    num_layers: int,
+    default: Sequence[str] | None = None,
+    *,
+    window: int | None = None,
+    older: Mapping[str, Any] = NO_OLDER,
 ) -> list[int | None]:
     """Return each layer's sliding window, from `layer_types` and `sliding_window`.
 
-    `default` (all full attention) and `window` (none) apply to absent fields.
+    `default` (all full attention) and `window` (none) apply to absent fields; `older` as for `layer_types`.
     """
-    types = layer_types(fields, num_layers, default or ["full_attention"] * num_layers)
+    types = layer_types(fields, num_layers, default or ["full_attention"] * num_layers, older=older)
     if "sliding_attention" not in types:
         fields.get("sliding_window")  # has no effect without sliding layers
         return [None] * num_layers
@@ -152,11 +160,14 @@ def layer_types(
     num_layers: int,
     default: Sequence[str] | None,
     known: Sequence[str] = ("full_attention", "sliding_attention"),
+    *,
+    older: Mapping[str, Any] = NO_OLDER,
 ) -> list[str]:
-    """Return each layer's kind of attention."""
+    """Return each layer's kind of attention; `default` follows from the fields `older` (see `Fields.agree`)."""
     types = fields.items("layer_types", num_layers, default)
     if any(kind not in known for kind in types):
         raise fields.refuse("layer_types", f"each layer to be one of {', '.join(known)}")
+    fields.agree("layer_types", default, older)
     return types
 
 
@@ -164,8 +175,9 @@ def per_layer(fields: Fields, name: str, num_layers: int, default: int | None = 
     """Return an integer of at least 1 per layer, from a list or from one number for all layers."""
     if not isinstance(fields.get(name), list):
         return [fields.count(name, default)] * num_layers
-    numbers = fields.items(name, num_layers)
-    if any(type(number) is not int or number < 1 for number in numbers):
+    fields.items(name, num_layers)
+    numbers = fields.integers(name)
+    if any(number < 1 for number in numbers):
         raise fields.refuse(name, "integers of at least 1")
     return numbers
 
@@ -237,9 +249,16 @@ def dense_layers(fields: Fields, num_layers: int) -> list[bool]:
     return [layer in only or (layer + 1) % step > 0 for layer in range(num_layers)]
 
 
-def dense_by_type(fields: Fields, num_layers: int, default: Sequence[bool]) -> list[bool]:
-    """Return a flag per layer, true if it is dense, from `mlp_layer_types`, or `default` if absent."""
-    types = fields.items("mlp_layer_types", num_layers, ["dense" if is_dense else "sparse" for is_dense in default])
+def dense_by_type(
+    fields: Fields, num_layers: int, default: Sequence[bool], *, older: Mapping[str, Any] = NO_OLDER
+) -> list[bool]:
+    """Return a flag per layer, true if it is dense, from `mlp_layer_types`, or `default` if absent.
+
+    `default` follows from the fields `older` (see `Fields.agree`).
+    """
+    by_default = ["dense" if is_dense else "sparse" for is_dense in default]
+    types = fields.items("mlp_layer_types", num_layers, by_default)
     if any(kind not in ("dense", "sparse") for kind in types):
         raise fields.refuse("mlp_layer_types", "each layer to be one of dense, sparse")
+    fields.agree("mlp_layer_types", by_default, older)
     return [kind == "dense" for kind in types]

@@ -29,21 +29,32 @@ def rope(
     """Return RoPE from `rope_parameters` (transformers 5) or from the fields of transformers 4.
 
     `rope_parameters` may have an object per `layer_type`. The fields of transformers 4 are `rope_theta` (or the field
-    named by `theta`), `rope_scaling` and `partial_rotary_factor`. `base` and `fraction` are defaults; a family without
-    `fraction` only supports full rotary. `harmless`: fields of `rope_parameters` or `rope_scaling` without effect.
+    named by `theta`), `rope_scaling` and `partial_rotary_factor`; both formats in one file must agree. `base` and
+    `fraction` are defaults; a family without `fraction` only supports full rotary. `harmless`: fields of
+    `rope_parameters` or `rope_scaling` without effect.
     """
     base = fields.number(theta, base)
     part = _fraction(fields, fraction)
-    where = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
-    inner = fields.inside(where)
+    inner, older = fields.inside("rope_parameters"), fields.inside("rope_scaling")
+    if inner is None:
+        inner, older = older, None
+    per_type = False
     if inner is not None and layer_type is not None and layer_type in inner:
-        inner = inner.inside(layer_type)
+        inner, per_type = inner.inside(layer_type), True
     if inner is None:
         return RoPESpec(base=base, fraction=part, layout=layout)
+    if not per_type or theta != "rope_theta":  # otherwise rope_theta is that of another layer type
+        fields.agree(theta, inner.get("rope_theta", base), {"rope_parameters": None, "rope_scaling": None})
+    if not per_type:
+        fields.agree("partial_rotary_factor", inner.get("partial_rotary_factor", part), {"rope_parameters": None})
     base, part = inner.number("rope_theta", base), _fraction(inner, None if fraction is None else part)
     proportional = part < 1 and inner.get("rope_type") == "proportional"
     of: Literal["features", "pairs"] = "pairs" if proportional else "features"
     scaling = _scaling(fields, inner, harmless)
+    if older is not None:
+        same = (older.number("rope_theta", base), _fraction(older, part)) == (base, part)
+        if not same or _scaling(fields, older, harmless) != scaling:
+            raise fields.refuse("rope_scaling", "the same as in rope_parameters")
     return RoPESpec(base=base, fraction=part, fraction_of=of, layout=layout, scaling=scaling)
 
 
