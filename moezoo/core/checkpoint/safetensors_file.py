@@ -8,6 +8,7 @@ truncated while it is memory-mapped, SIGBUS kills the process.
 import hashlib
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +34,9 @@ _ALIGNMENT_BYTES = 64  # required by JAX to use a NumPy buffer on the CPU withou
 
 
 class SafetensorsFile:
-    """A safetensors file with a validated header, read tensor by tensor; the file is closed between reads.
+    """A safetensors file with a validated header, read tensor by tensor.
+
+    The file is closed between reads, or held open with `hold`: it can then be read after another process removed it.
 
     Fields:
         path: the file.
@@ -50,9 +53,13 @@ class SafetensorsFile:
     Differs: stricter than its parser: duplicate names and unknown keys of an entry are errors.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, hold: bool = False):
         self.path = Path(path)
+        self._held: int | None = None
         with self._open() as file:
+            if hold:
+                self._held = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._held)
             self._identity = _identity(file)
             try:
                 self.header, self.entries = _read_header(file)
@@ -116,6 +123,8 @@ class SafetensorsFile:
             ) from None
 
     def _open(self) -> BinaryIO:
+        if self._held is not None:
+            return os.fdopen(os.dup(self._held), "rb", buffering=0)
         try:
             return open_regular(self.path)
         except OSError as error:
@@ -166,14 +175,14 @@ class LazyTensors(Mapping[str, Any]):
 
 
 class StoredTensors(LazyTensors):
-    """Lazily read tensors of a safetensors file. Raises as `SafetensorsFile` does.
+    """Lazily read tensors of a safetensors file. `hold` and errors: as `SafetensorsFile`.
 
     Fields:
         dtypes: dtype by name, known without reading.
     """
 
-    def __init__(self, path: str | Path):
-        self._file = SafetensorsFile(path)
+    def __init__(self, path: str | Path, *, hold: bool = False):
+        self._file = SafetensorsFile(path, hold=hold)
         forms = {name: numpy_form(entry) for name, entry in self._file.entries.items()}
         super().__init__({name: shape for name, (_, shape) in forms.items()})
         self.dtypes = {name: dtype for name, (dtype, _) in forms.items()}
@@ -301,10 +310,9 @@ def _bytes_of(out: Array, dtype: np.dtype[Any], shape: tuple[int, ...], path: Pa
 
 def _read_into(file: BinaryIO, start: int, array: Array) -> int:
     """Fill `array` with the bytes of the file from `start` and return the number of bytes read."""
-    file.seek(start)
     view, done = array.data, 0
     while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]  # Linux reads at most 2 GiB at once
+        count = os.preadv(file.fileno(), [view[done:]], start + done)  # Linux reads at most 2 GiB at once
         if not count:
             break
         done += count

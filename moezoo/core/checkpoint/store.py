@@ -61,6 +61,7 @@ from moezoo.core.files import (
 Array = npt.NDArray[Any]
 
 _MAX_CONFIG_BYTES = 10_000_000
+_ATTEMPTS = 100  # a reader has to verify a checkpoint before the next one is saved; tiny ones take many attempts
 _HIDDEN_NAME = re.compile(r"\.(step_\d{8,})\.(partial|replaced|removed)")
 
 
@@ -130,14 +131,14 @@ def save_checkpoint(
         return _complete(partial, step, files, config_text, keep, tokens)
     except (CheckpointError, RunError):
         with contextlib.suppress(RunError):
-            _clean_up(folder)
+            clean_up(folder)
         raise
 
 
 def begin_checkpoint(folder: Path, step: int) -> Path:
     """Create and return the temporary folder of a new checkpoint, which `complete_checkpoint` renames."""
     make_folder(folder)
-    _clean_up(folder)
+    clean_up(folder)
     partial = partial_folder(folder, step)
     make_folder(partial)
     return partial
@@ -189,6 +190,29 @@ def _complete(
     return target
 
 
+def clean_up(folder: Path) -> list[str]:
+    """Clean up after a killed save: restore a replaced checkpoint without successor, and remove the rest.
+
+    Return a line for the user about each. No other process may save in `folder`.
+    """
+    lines = []
+    for name in _names(folder):
+        hidden = _HIDDEN_NAME.fullmatch(name)
+        if hidden is None:
+            continue
+        if hidden[2] == "replaced" and not (folder / hidden[1]).exists():
+            rename_folder(folder / name, folder / hidden[1])
+            lines.append(f"restored {folder / hidden[1]}: the save that replaced it was killed")
+        elif hidden[2] == "replaced":
+            _delete(folder / name)
+            lines.append(f"removed {folder / name}: it was replaced by a save that was then killed")
+        else:
+            remove_folder(folder / name)
+            reason = "its save was killed" if hidden[2] == "partial" else "it was being deleted by a killed save"
+            lines.append(f"removed {folder / name}: {reason}")
+    return lines
+
+
 def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
     """List the checkpoints in `folder` by increasing step, judged by name only; [] if the folder is missing.
 
@@ -208,12 +232,27 @@ def load_latest_checkpoint(folder: Path) -> tuple[Checkpoint, Path, list[str]]:
     """Load the newest complete checkpoint in `folder`; return it, its folder, and one line for each skipped folder.
 
     Checkpoints are verified with their manifests, newest step first, until one is complete. Skipped are damaged
-    checkpoints, leftovers of killed saves, and folders whose name is similar to a checkpoint's.
+    checkpoints, and folders whose name is similar to a checkpoint's. Another process may save and prune at the same
+    time: a checkpoint that it replaces or prunes before it is open is no damage, and a newer one is loaded.
 
     Raises CheckpointError if no checkpoint is complete.
     """
-    path, manifest, problems = _newest(folder)
-    return _load(path, manifest), path, problems
+    for _ in range(_ATTEMPTS):
+        before = _snapshot(folder)
+        problems = [problem for name in _names(folder) if (problem := _similar_name(folder, name))]
+        for info in reversed(list_checkpoints(folder)):
+            try:
+                return load_checkpoint(info.path), info.path, problems
+            except CheckpointError as error:
+                problems.append(str(error))
+            if _snapshot(folder) != before:
+                break
+        if _snapshot(folder) == before:
+            raise _none_complete(folder, problems)
+    raise CheckpointError(
+        f"the checkpoints in {folder} change faster than they can be read, in {_ATTEMPTS} attempts. Wait for the run, "
+        "or save less often (training.checkpoint_every)."
+    )
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -227,17 +266,22 @@ def load_verified_checkpoint(folder: Path, step: int) -> Checkpoint:
     return _load(path, read_manifest(path))
 
 
-def _newest(folder: Path) -> tuple[Path, Manifest, list[str]]:
-    problems = [problem for name in _names(folder) if (problem := _name_problem(folder, name))]
-    for info in reversed(list_checkpoints(folder)):
-        try:
-            return info.path, verify(info.path), problems
-        except CheckpointError as error:
-            problems.append(str(error))
+def _none_complete(folder: Path, problems: list[str]) -> CheckpointError:
     advice = "Train from the start, or use another run."
+    saves = [folder / name for name in _names(folder) if name.endswith(".partial")]
+    problems = [*problems, *(f"{save} is incomplete: it is being saved, or its save was killed." for save in saves)]
     if not problems:
-        raise CheckpointError(f"there is no checkpoint in {folder}. {advice}")
-    raise CheckpointError(f"there is no complete checkpoint in {folder}: {' '.join(problems)} {advice}")
+        return CheckpointError(f"there is no checkpoint in {folder}. {advice}")
+    return CheckpointError(f"there is no complete checkpoint in {folder}: {' '.join(problems)} {advice}")
+
+
+def _snapshot(folder: Path) -> list[tuple[Path, int]]:
+    """Return the checkpoints and their inodes, which change when a process saves, replaces or prunes one."""
+    found = []
+    for info in list_checkpoints(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((info.path, info.path.stat().st_ino))
+    return found
 
 
 def _load(path: Path, manifest: Manifest) -> Checkpoint:
@@ -248,7 +292,8 @@ def _load(path: Path, manifest: Manifest) -> Checkpoint:
     weights: Mapping[str, Array]
     optimizer: Mapping[str, Array]
     if WEIGHTS in manifest.files:
-        weights, optimizer = StoredTensors(path / WEIGHTS), StoredTensors(path / OPTIMIZER)
+        # Held open, so that they stay readable when a training process prunes the checkpoint.
+        weights, optimizer = (StoredTensors(path / name, hold=True) for name in (WEIGHTS, OPTIMIZER))
     else:
         weights, optimizer = (ShardedTensors(path / ARRAYS, prefix) for prefix in (WEIGHTS_PREFIX, OPTIMIZER_PREFIX))
     return Checkpoint(
@@ -324,14 +369,7 @@ def _names(folder: Path) -> list[str]:
         raise CheckpointError(f"cannot list {folder}: {(error.strerror or str(error)).lower()}.") from error
 
 
-def _name_problem(folder: Path, name: str) -> str | None:
-    hidden = _HIDDEN_NAME.fullmatch(name)
-    if hidden is not None and hidden[2] == "partial":
-        return f"{folder / name} is incomplete: its save was killed; the next save removes it."
-    if hidden is not None and hidden[2] == "removed":
-        return f"{folder / name} was being deleted; the next save removes it."
-    if hidden is not None:
-        return f"{folder / name} was being replaced when the save was killed; the next save cleans up."
+def _similar_name(folder: Path, name: str) -> str | None:
     if name.startswith("step_") and _step_of(name) is None:
         return f"{folder / name} is not a checkpoint's name; expected step_ and eight digits. Rename it."
     return None
@@ -355,17 +393,3 @@ def _delete(path: Path) -> None:
     remove_folder(removed)
     rename_folder(path, removed)
     remove_folder(removed)
-
-
-def _clean_up(folder: Path) -> None:
-    """Clean up after a killed save: restore a replaced checkpoint without successor, and remove the rest."""
-    for name in _names(folder):
-        hidden = _HIDDEN_NAME.fullmatch(name)
-        if hidden is None:
-            continue
-        if hidden[2] == "replaced" and not (folder / hidden[1]).exists():
-            rename_folder(folder / name, folder / hidden[1])
-        elif hidden[2] == "replaced":
-            _delete(folder / name)
-        else:
-            remove_folder(folder / name)

@@ -13,12 +13,14 @@ import pytest
 import tensorstore
 
 from moezoo.core.checkpoint import manifest as manifest_module
+from moezoo.core.checkpoint import store
 from moezoo.core.checkpoint.manifest import ARRAYS, manifest_digest
 from moezoo.core.checkpoint.safetensors_file import SafetensorsFile, shapes_of
 from moezoo.core.checkpoint.store import (
     CheckpointInfo,
     begin_checkpoint,
     check_names_and_shapes,
+    clean_up,
     complete_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -302,11 +304,10 @@ def test_other_names_are_ignored_and_similar_ones_are_reported(tmp_path):
     save(tmp_path, 1)
     for name in ("notes", "step_7", "step_000000009"):
         (tmp_path / name).mkdir()
-    (tmp_path / ".step_00000002.partial").mkdir()
+    (tmp_path / ".step_00000002.partial").mkdir()  # of a save in progress, as far as a reader knows
     path, problems = latest_checkpoint(tmp_path)
     assert path.name == "step_00000001"
     assert [line.split(str(tmp_path) + "/")[1].split()[0] for line in problems] == [
-        ".step_00000002.partial",
         "step_000000009",
         "step_7",
     ]
@@ -329,9 +330,12 @@ def test_kill_at_any_system_call_of_a_save_keeps_old_or_new_checkpoint(tmp_path,
         assert_is(path, step)
         assert step in (2, 3)
         assert step >= last, "a later kill keeps at least as much"
-        assert len(problems) == len(hidden(run))  # leftovers are reported
+        assert problems == []
         for info in list_checkpoints(run):  # no half-deleted checkpoint looks complete
             assert_is(info.path, info.step)
+        leftovers = hidden(run)
+        assert len(clean_up(run)) == len(leftovers)
+        assert hidden(run) == []
         last = step
         save(run, 4, keep=2)
         assert steps(run) == [step, 4]
@@ -397,6 +401,66 @@ def test_kill_during_the_cleanup_loses_no_checkpoint(tmp_path, monkeypatch):
         number += 1
     assert steps(run) == [1, 2, 3]
     assert hidden(run) == []
+
+
+# --- reading while another process saves -------------------------------------------------------------------
+
+
+def during(monkeypatch, name, act):
+    """Patch a function of the store: its first call runs `act` before the real one."""
+    real, acts = getattr(store, name), [act]
+
+    def patched(*args):
+        if acts:
+            acts.pop()()
+        return real(*args)
+
+    monkeypatch.setattr(store, name, patched)
+
+
+@pytest.mark.parametrize("stage", ["verify", "_load"])
+def test_checkpoint_pruned_while_it_is_opened_gives_the_newer_one(tmp_path, monkeypatch, stage):
+    save(tmp_path, 1)
+    during(monkeypatch, stage, lambda: save(tmp_path, 2, keep=1))
+    path, problems = latest_checkpoint(tmp_path)
+    assert (path.name, problems) == ("step_00000002", [])
+    assert_is(path, 2)
+
+
+def test_checkpoint_replaced_while_it_is_verified_is_not_called_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    manifest = manifest_module.read_manifest(tmp_path / "step_00000002")
+    monkeypatch.setattr(manifest_module, "read_manifest", lambda path: manifest)
+    during(monkeypatch, "verify", lambda: (monkeypatch.undo(), save(tmp_path, 2, version=1)))
+    path, problems = latest_checkpoint(tmp_path)
+    assert (path.name, problems) == ("step_00000002", [])
+    assert_is(path, 2, 1)
+
+
+def test_loaded_checkpoint_is_readable_after_it_was_pruned(tmp_path):
+    save(tmp_path, 1)
+    loaded, _, _ = load_latest_checkpoint(tmp_path)
+    save(tmp_path, 2, keep=1)
+    assert steps(tmp_path) == [2]
+    weights, optimizer = tensors(1)
+    for found, expected in ((loaded.weights, weights), (loaded.optimizer, optimizer)):
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_checkpoints_that_change_at_every_attempt_end_in_an_error(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    step = iter(range(2, 99))
+    monkeypatch.setattr(store, "_ATTEMPTS", 3)
+
+    def verify(path):
+        save(tmp_path, next(step), keep=1)
+        raise CheckpointError("gone")
+
+    monkeypatch.setattr(store, "verify", verify)
+    with pytest.raises(CheckpointError, match=r"change faster than they can be read, in 3 attempts\. Wait"):
+        latest_checkpoint(tmp_path)
 
 
 # --- sharded checkpoints ------------------------------------------------------------------------------------
