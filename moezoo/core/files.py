@@ -9,6 +9,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moezoo.core.errors import RunError
+
+_PARTIAL = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.partial")
 
 PACKAGE = Path(__file__).parents[1]
 """Folder of the package, which contains `configs` and `datasets` (symbolic links in a checkout)."""
@@ -59,7 +62,7 @@ def read_bounded(path: str | Path, max_bytes: int) -> bytes:
 
 def copy_file(source: Path, target: Path, max_bytes: int) -> None:
     """Copy a small regular file atomically. Raises RunError, also if it has more than `max_bytes`."""
-    with _readable_errors(f"cannot copy {source}"):
+    with readable_errors(f"cannot copy {source}"):
         content = read_bounded(source, max_bytes)
     write_atomically(target, content)
 
@@ -88,7 +91,7 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    with _readable_errors(f"cannot write {path}"):
+    with readable_errors(f"cannot write {path}"):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -105,13 +108,13 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
 
 def sha256_of(path: str | Path) -> str:
     """Return the SHA-256 of a file's content in lower-case hexadecimal. Raises RunError if it cannot be read."""
-    with _readable_errors(f"cannot read {path}"), open_regular(path) as file:
+    with readable_errors(f"cannot read {path}"), open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(path: Path) -> None:
     """Create a folder and its parents, durably; it may already exist."""
-    with _readable_errors(f"cannot create the folder {path}"):
+    with readable_errors(f"cannot create the folder {path}"):
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for folder in missing:
@@ -120,7 +123,7 @@ def make_folder(path: Path) -> None:
 
 def rename_folder(source: Path, target: Path) -> None:
     """Rename a folder atomically and durably. `target` has the same parent folder and must not exist."""
-    with _readable_errors(f"cannot rename {source} to {target.name}"):
+    with readable_errors(f"cannot rename {source} to {target.name}"):
         if target.exists():  # Trap: rename(2) silently replaces an empty folder
             raise FileExistsError(17, "the target exists")
         os.rename(source, target)
@@ -128,24 +131,48 @@ def rename_folder(source: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and its content, if it exists; a symbolic link is removed, not followed."""
-    with _readable_errors(f"cannot remove {path}"):
-        if path.is_symlink():
+    """Remove a folder and its content, or a file, if it exists; a symbolic link is removed, not followed."""
+    with readable_errors(f"cannot remove {path}"):
+        if path.is_symlink() or path.is_file():
             path.unlink()
         elif path.exists():
             shutil.rmtree(path)
 
 
+def remove_empty_folder(path: Path) -> None:
+    """Remove a folder if it is empty; otherwise leave it."""
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files that killed processes left of `atomic_writer`; no other process may write there."""
+    with readable_errors(f"cannot remove temporary files in {folder}"):
+        for file in folder.glob(".*.partial"):
+            if _PARTIAL.fullmatch(file.name):
+                file.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Check that a folder can be written or, if it is missing, created. Nothing is changed. Raises RunError."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    with readable_errors(f"cannot create the folder {path}"):
+        if not existing.is_dir():
+            raise NotADirectoryError(20, f"{existing} is not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError
+
+
 def flush_folder(path: Path) -> None:
     """Sync a folder's directory entries to disk, so that a rename in it survives a power loss."""
-    with _readable_errors(f"cannot flush the folder {path}"):
+    with readable_errors(f"cannot flush the folder {path}"):
         _fsync_folder(path)
 
 
 def flush_tree(path: Path) -> list[Path]:
     """Sync all files and folders of a tree to disk and return the files, sorted by name."""
     found = []
-    with _readable_errors(f"cannot flush the files in {path}"):
+    with readable_errors(f"cannot flush the files in {path}"):
         for folder, _, names in os.walk(path):
             for name in names:
                 found.append(Path(folder) / name)
@@ -171,7 +198,7 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 @contextlib.contextmanager
-def _readable_errors(what: str) -> Iterator[None]:
+def readable_errors(what: str) -> Iterator[None]:
     """Convert an OSError into a RunError of one line."""
     try:
         yield

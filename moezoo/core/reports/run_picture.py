@@ -32,25 +32,29 @@ class _Curves:
     load: tuple[NDArray[np.float64], ...]
 
 
-def draw_run(metrics_path: Path, out: Path, optimum: float | None) -> None:
+def draw_run(metrics_path: Path, out: Path, optimum: float | None) -> list[str]:
     """Draw a run's metrics.jsonl as a PNG.
 
     At the top: training cross-entropy in nats per token (raw pale, smoothed dark), validation points, and `optimum`
     (nats, the entropy of the source, if known) as a dashed line; bits on the right. Below, for a model with MoE layers:
     one heat map per layer with one row per expert, its load relative to a balanced load of 1.
 
+    Return a line for the user about each damaged line of the metrics, which is left out.
+
     Raises RunError: metrics without a training step, or damaged; a folder that cannot be written.
     """
-    curves = _read(metrics_path)
+    problems: list[str] = []
+    curves = _read(metrics_path, problems)
     write_atomically(out, _render(curves, optimum, metrics_path.resolve().parent.name))
+    return problems
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> _Curves:
+def _read(path: Path, problems: list[str]) -> _Curves:
     training, validation = [], []
-    for row in read_metrics(path):
+    for row in read_metrics(path, problems):
         try:
             step = float(row["step"])
             if row.get("cross_entropy") is not None:

@@ -111,6 +111,8 @@ class _Training:
         self.model = self._build_model(checkpoint, initial)
         self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
         self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step) if self.is_first else None
+        for problem in [] if self.metrics is None else self.metrics.problems:
+            self.reporter.message(problem)
         if self.is_first and initial is not None and initial.layout is not None:
             write_sidecar(initial.layout, run.huggingface_path)
         self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
@@ -182,8 +184,6 @@ class _Training:
         finally:
             self.reporter.stop()
             self.background.shutdown(wait=False)  # a save in progress continues: the interpreter waits for it at exit
-            if self.metrics is not None:
-                self.metrics.close()
         return TrainingResult(step, finished, evaluation)
 
     def _should_stop(self, stop: threading.Event) -> bool:

@@ -7,11 +7,15 @@ assignments per expert, sums to 1), `worst_load` (the largest share times the nu
 `dropped` (share of assignments beyond an expert's capacity), `losses` (each auxiliary loss of this layer by name,
 unweighted; `index` is that of its attention's indexer), and if the router has them `selection_bias` and `cutoff` of
 each expert after the step (writings/router_state.md). Validation records have `step`, `tokens`, `validation_loss`
-(nats per token) and the other fields of `Evaluation`; their `routing` has neither losses nor router state.
+(nats per token) and the other fields of `Evaluation`; their `routing` has neither losses nor router state. The last key
+of a line, `crc32`, is the CRC-32 of the line's text before it, in hexadecimal.
 """
 
+import errno
+import io
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.errors import RunError
-from moezoo.core.files import read_bounded, reason_of, write_atomically
+from moezoo.core.files import read_bounded, readable_errors, reason_of, write_atomically
+from moezoo.core.json_text import parse_json
 
+_CHECKSUM = "crc32"
 _MAX_BYTES = 2_000_000_000
 
 
@@ -162,49 +168,117 @@ def layer_state(state: Mapping[str, NDArray[Any]], layer: int) -> dict[str, list
 
 
 class MetricsFile:
-    """An append-only `metrics.jsonl`. Each line is flushed, so a killed process loses at most the line in progress."""
+    """A `metrics.jsonl` open for appending, with one line per step and kind (training or validation).
+
+    Each line is in the file when `write` returns, so a killed process loses at most the line in progress.
+
+    Fields:
+        problems: a line for the user about each damaged line, which is removed.
+    """
 
     def __init__(self, path: Path, *, keep_to_step: int = 0):
-        """Open for appending. Lines after `keep_to_step` are removed: they are newer than the checkpoint resumed."""
+        """Open or create the file. Lines after `keep_to_step` are removed: they are newer than the checkpoint resumed.
+
+        Raises RunError: the file cannot be read or written.
+        """
         self._path = path
-        kept = [line for line, record in _lines(path) if record.get("step", 0) <= keep_to_step]
-        write_atomically(path, "".join(kept))
-        try:
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"{path} cannot be written; got {error.strerror}. Check the folder's permissions.") from None
+        saved, problems = _read(path)
+        self.problems = [f"{problem}; the line was removed" for problem in problems]
+        kept = {key: line for key, (line, _) in saved.items() if key[0] <= keep_to_step}
+        self._keys = set(kept)
+        write_atomically(path, b"".join(kept.values()))
 
     def write(self, record: Record) -> None:
-        """Append a record. Values that are not finite become null, because JSON has no NaN."""
-        self._file.write(json.dumps(_finite(record.to_dict()), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append a record, or replace the line of its step and kind. Values that are not finite become null.
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        Raises RunError: the file was removed, the disk is full, or a limit on its size is reached; the earlier lines
+        are still complete then.
+        """
+        content = _finite(record.to_dict())  # JSON has no NaN
+        key, line = _key(content), _encode(content)
+        with readable_errors(f"cannot write {self._path}"):
+            if key in self._keys:
+                others = [other for saved, (other, _) in _read(self._path)[0].items() if saved != key]
+                write_atomically(self._path, b"".join([*others, line]))
+            else:
+                _append(self._path, line)
+        self._keys.add(key)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read every complete line of a metrics file; [] if it does not exist."""
-    return [record for _, record in _lines(path)]
+def read_metrics(path: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """Read every intact line of a metrics file, the last one of each step and kind; [] if it does not exist.
+
+    `problems`: a line for the user about each damaged line is added to it.
+
+    Raises RunError: the file cannot be read.
+    """
+    saved, damaged = _read(path)
+    if problems is not None:
+        problems += [f"{problem}; the line was ignored" for problem in damaged]
+    return [record for _, record in saved.values()]
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+_Key = tuple[int, str]  # step, and kind: training or validation
+
+
+def _read(path: Path) -> tuple[dict[_Key, tuple[bytes, dict[str, Any]]], list[str]]:
+    """Return line and record of each step and kind, in the file's order, and the problem of each damaged line."""
+    saved: dict[_Key, tuple[bytes, dict[str, Any]]] = {}
+    problems: list[str] = []
     if not os.path.lexists(path):
-        return []
-    found = []
+        return saved, problems
     try:
-        text = read_bounded(path, _MAX_BYTES).decode("utf-8")
-    except (OSError, ValueError) as error:
+        content = read_bounded(path, _MAX_BYTES)
+    except OSError as error:
         raise RunError(f"{path} cannot be read; got: {reason_of(error)}; expected JSON lines. Repair it.") from None
-    for line in text.splitlines(keepends=True):
+    for number, line in enumerate(io.BytesIO(content), start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a line that a killed process left incomplete
-        if isinstance(record, dict) and line.endswith("\n"):
-            found.append((line, record))
-    return found
+            record = _decode(line)
+        except ValueError as error:
+            problems.append(f"line {number} of {path} is damaged: {error}")
+            continue
+        saved[_key(record)] = line, record
+    return saved, problems
+
+
+def _append(path: Path, line: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        end = os.fstat(descriptor).st_size
+        if os.write(descriptor, line) != len(line):
+            os.ftruncate(descriptor, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    """Return a line: JSON whose last key is the CRC-32 of the text before it."""
+    text = json.dumps(record, allow_nan=False)[:-1]
+    return f'{text}, "{_CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    """Return the record of a line, without its checksum, which older lines lack. Raises ValueError with the problem."""
+    if not line.endswith(b"\n"):
+        raise ValueError("it has no end, because the process that wrote it was killed, or the disk was full")
+    try:
+        record = parse_json(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({reason_of(error)})") from None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("it has no step")
+    checksum = record.pop(_CHECKSUM, None)
+    text = line[: -len(f', "{_CHECKSUM}": "00000000"}}\n')]
+    if checksum is not None and checksum != f"{zlib.crc32(text):08x}":
+        raise ValueError("its checksum differs")
+    return record
+
+
+def _key(record: Mapping[str, Any]) -> _Key:
+    return record["step"], "validation" if "validation_loss" in record else "training"
 
 
 def _finite(value: Any) -> Any:
