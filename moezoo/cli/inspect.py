@@ -51,15 +51,14 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
 
 def _config(path: Path, overrides: tuple[str, ...]) -> "Config | None":
     """Return the config at a path, or of the run there; None for a checkpoint, which takes no overrides."""
-    from moezoo.core.config.run_config import load_saved_config
     from moezoo.core.runs.init_from import load_resolved_config
     from moezoo.core.runs.open import is_config
-    from moezoo.core.runs.run_folder import is_run
+    from moezoo.core.runs.run_folder import is_run, load_run_config
 
     if is_config(path):
         return load_resolved_config(path, overrides)
     if is_run(path):
-        return load_saved_config(path / "config.yaml", overrides)
+        return load_run_config(path, overrides)
     if overrides:
         raise SpecError(f"--set overrides values of a YAML config; got {path}; expected one, or no --set.")
     return None

@@ -43,11 +43,11 @@ def train(
     from moezoo.backends import load_backend
     from moezoo.cli.progress import ConsoleReporter
     from moezoo.core.config.vocabulary import with_vocab_size
-    from moezoo.core.data.load_tokenizer import load_tokenizer, tokenizer_notes
+    from moezoo.core.data.load_tokenizer import tokenizer_notes
     from moezoo.core.distributed.processes import first_process_first
     from moezoo.core.reports.model_page import training_header
     from moezoo.core.runs.init_from import check_initial_weights, initial_tokenizer
-    from moezoo.core.runs.run_folder import create_run, open_run
+    from moezoo.core.runs.run_folder import load_run_tokenizer, prepare_run
     from moezoo.core.training.loop import train as run_training
 
     path = out or Path("runs") / config_path.stem
@@ -55,14 +55,12 @@ def train(
     loaded = load_backend(backend, config.mesh, group)
     is_first = loaded.processes.is_first
     console = new_console(quiet=not is_first)
-    tokenizer = load_tokenizer(path) if resumed else initial_tokenizer(config)
+    tokenizer = load_run_tokenizer(path) if resumed else initial_tokenizer(config)
     data = first_process_first(loaded, lambda: prepare_with_progress(console, config, str(config_path), tokenizer))
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
     if not resumed:
         check_initial_weights(config)
-    run = first_process_first(
-        loaded, lambda: create_run(path, config, data.tokenizer, resume=resume) if is_first else open_run(path)
-    )
+    run = first_process_first(loaded, lambda: prepare_run(path, config, resume=resume))
     console.print(training_header(config, {"backend": loaded.name, **loaded.facts(), "run": str(path)}))
     if is_first and not resumed:
         warn(*tokenizer_notes(data.tokenizer))
@@ -81,12 +79,11 @@ def _config(
 ) -> tuple["Config", bool]:
     """Return the config with its overrides, and True if it resumes a run, whose own config then fills it in."""
     from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.run_config import load_saved_config
     from moezoo.core.runs.init_from import load_resolved_config
-    from moezoo.core.runs.run_folder import is_run
+    from moezoo.core.runs.run_folder import is_run, load_run_config
 
     resumed = resumed_run is not None and is_run(resumed_run)
-    before = load_saved_config(resumed_run / "config.yaml") if resumed_run is not None and resumed else None
+    before = load_run_config(resumed_run) if resumed_run is not None and resumed else None
     config = load_resolved_config(config_path, overrides, resumed=before)
     return config if mesh is None else config.model_copy(update={"mesh": load_mesh(mesh)}), resumed
 
@@ -98,9 +95,13 @@ def _finish(
     from moezoo.core.reports.run_picture import draw_run
     from moezoo.core.training.evaluation import describe_evaluation
 
+    if result.step == 0:
+        print_lines(console, "stopped before the first step was done; nothing was saved.")
+        return
     evaluation = result.evaluation
     optimum = evaluation.optimum if evaluation else None
-    draw_run(run.metrics_path, run.picture_path, optimum.entropy_rate if optimum else None)
+    problems = draw_run(run.metrics_path, run.picture_path, optimum.entropy_rate if optimum else None)
+    print_lines(console, *problems)
     if evaluation is None:
         stopped = f"stopped and saved after step {result.step} of {config.training.steps}. Resume with:"
         print_lines(console, stopped, f"  {resume_command}")

@@ -141,6 +141,7 @@ def test_public_api_is_small() -> None:
 def test_train_writes_a_complete_run_folder(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         "config.yaml",
+        "manifest.json",
         "tokenizer.json",
         "metrics.jsonl",
         "picture.png",

@@ -26,18 +26,20 @@ _ARRAY_FILE = re.compile(rf"{ARRAYS}(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+")  # no path
 NAME = re.compile(r"step_(\d{8,})")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Part of a manifest: immutable, with exact types and no unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class ManifestFile(_Section):
+class ManifestFile(Section):
     """Size and SHA-256 of a file when it was written."""
 
     bytes: NonNegativeInt
     sha256: str
 
 
-class Manifest(_Section):
+class Manifest(Section):
     """Content of manifest.json; `files` is keyed by the path in the checkpoint's folder.
 
     `extra` is part of the file format but unused: it is written empty, and older checkpoints may have values in it.

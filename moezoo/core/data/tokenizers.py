@@ -267,7 +267,7 @@ def with_first_tokens(ids: Ids, tokenizer: Tokenizer) -> Ids:
 def tokenizer_file(path: str | Path) -> Path:
     """Return the path of `tokenizer.json` for a run folder or for that file."""
     path = Path(path)
-    return path if path.suffix == ".json" else path / TOKENIZER_FILE
+    return path if path.suffix == ".json" and not path.is_dir() else path / TOKENIZER_FILE
 
 
 def save_json(tokenizer: Tokenizer, path: str | Path) -> None:

@@ -15,13 +15,12 @@ from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.run_config import Config, InitFrom, load_config
 from moezoo.core.config.validate import validate
-from moezoo.core.data.load_tokenizer import load_tokenizer
 from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.parameters import parameter_table
 from moezoo.core.runs.open import describe_model, open_model
-from moezoo.core.runs.run_folder import is_run
+from moezoo.core.runs.run_folder import is_run, load_run_tokenizer
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
     if config.init_from is None or not is_run(config.init_from.path):
         return None
     _, tokenizer = describe_model(config.init_from.path)
-    return load_tokenizer(config.init_from.path) if tokenizer == config.data.tokenizer else None
+    return load_run_tokenizer(config.init_from.path) if tokenizer == config.data.tokenizer else None
 
 
 def check_initial_weights(config: Config) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokenizerSpec, TokenIdsSpec, TokenizerSpec
-from moezoo.core.config.run_config import Config, load_saved_config
+from moezoo.core.config.run_config import Config
 from moezoo.core.config.schedules import ConstantSchedule
 from moezoo.core.config.training import OptimizerConfig, TrainingConfig
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
@@ -22,8 +22,8 @@ from moezoo.core.huggingface.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
-from moezoo.core.huggingface.layout import Layout, open_sidecar
-from moezoo.core.runs.run_folder import Run, is_run, load_run
+from moezoo.core.huggingface.layout import Layout
+from moezoo.core.runs.run_folder import is_run, load_run, load_run_config, load_run_layout
 from moezoo.core.spec import ModelSpec
 
 
@@ -88,7 +88,7 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
     """
     if is_run(path):
         config, tokenizer, saved, problems = load_run(path)
-        layout = open_sidecar(Run(Path(path)).huggingface_path)
+        layout = load_run_layout(path)
         opened = OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
         if layout is None:
             return opened
@@ -111,7 +111,7 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
 def describe_model(path: str | Path) -> tuple[ModelSpec, TokenizerSpec]:
     """Read the model spec and the tokenizer spec of a path from its config alone, without opening weights."""
     if is_run(path):
-        config = load_saved_config(Run(Path(path)).config_path)
+        config = load_run_config(path)
         return config.model, config.data.tokenizer
     folder = checkpoint_folder(path, weights=False)
     spec = describe_checkpoint(folder).spec

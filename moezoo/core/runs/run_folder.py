@@ -4,21 +4,32 @@
 <run>/tokenizer.json  or tokenizer/: the tokenizer
 <run>/metrics.jsonl   one JSON object per line, see training/metrics.py
 <run>/picture.png     loss and expert load
+<run>/manifest.json   size and SHA-256 of the files that do not change, see runs/run_manifest.py
+<run>/lock.json       the process that trains the run, while it does, see runs/run_lock.py
 <run>/checkpoints/    see checkpoint/store.py
 <run>/huggingface/    file layout of the Hugging Face checkpoint that the run started from, if any, see
                       huggingface/layout.py
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, load_verified_checkpoint
-from moezoo.core.config.run_config import Config, dump_config, load_saved_config, parse_config
+from moezoo.core.config.run_config import Config, load_saved_config, parse_config
 from moezoo.core.data.load_tokenizer import load_tokenizer
 from moezoo.core.data.tokenizers import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer
 from moezoo.core.errors import RunError, SpecError
-from moezoo.core.files import make_folder, remove_folder, write_atomically
+from moezoo.core.files import check_writable
+from moezoo.core.huggingface.layout import Layout, open_sidecar
+from moezoo.core.runs.run_lock import check_unlocked
+from moezoo.core.runs.run_manifest import CONFIG_FILE, MANIFEST_FILE, verify_run
+
+LOCK_FILE, HUGGINGFACE_FOLDER = "lock.json", "huggingface"
+
+STATIC = (TOKENIZER_FILE, TOKENIZER_FOLDER, HUGGINGFACE_FOLDER)
+"""Files and folders that are written when a run is created, besides config.yaml, and covered by its manifest."""
 
 # Fields of `training` that may change when a run is resumed: logging, saving, compilation, rematerialization, and the
 # number of steps (which moves the schedule).
@@ -30,13 +41,23 @@ _MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Run:
-    """Paths of the files in a run folder."""
+    """Paths of the files in a run folder.
+
+    Fields:
+        path: the folder.
+        is_new: the run is about to start, and its folder is made after the first step.
+    """
 
     path: Path
+    is_new: bool = False
 
     @property
     def config_path(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / CONFIG_FILE
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / LOCK_FILE
 
     @property
     def metrics_path(self) -> Path:
@@ -52,15 +73,17 @@ class Run:
 
     @property
     def huggingface_path(self) -> Path:
-        return self.path / "huggingface"
+        return self.path / HUGGINGFACE_FOLDER
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
 
 
-def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool) -> Run:
-    """Create a run folder, or check that an existing one can be resumed with this config; write config and tokenizer.
+def prepare_run(path: Path, config: Config, *, resume: bool) -> Run:
+    """Check that a run can start in a new folder, or that the run in a folder can be resumed with this config.
+
+    Nothing is written: `RunWriter` does that, after the first step.
 
     Raises RunError: the folder contains a run and `resume` is False, contains no run and `resume` is True, contains
     other files, or cannot be written. Raises SpecError: the config differs from the run's in more than `_MAY_CHANGE`.
@@ -68,29 +91,36 @@ def create_run(path: Path, config: Config, tokenizer: Tokenizer, *, resume: bool
     run = Run(path)
     if run.config_path.exists():
         if not resume:
+            check_unlocked(run.lock_path)
             raise RunError(
                 f"{path} already contains a run. Add --resume to continue it, choose another folder with --out, or "
                 "delete it."
             )
-        _check_same(load_saved_config(run.config_path), config, run.config_path)
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        _check_same(load_run_config(path), config, run.config_path)
+        return run
+    if unfinished_files(path) is None:
         raise RunError(
             f"{path} exists and is not a run folder; expected a new or empty folder. Choose another with --out."
         )
-    elif resume:
+    if resume:
         raise RunError(
             f"there is no run to resume in {path}. Start one without --resume, or set its folder with --out."
         )
-    make_folder(path)
-    tokenizer.save(path)
-    write_atomically(run.config_path, dump_config(config))
-    return run
+    check_writable(path)
+    return Run(path, is_new=True)
 
 
-def remove_empty_run(run: Run) -> None:
-    """Remove a run folder that contains only what `create_run` wrote; any other folder is left unchanged."""
-    if {file.name for file in run.path.iterdir()} <= {run.config_path.name, TOKENIZER_FILE, TOKENIZER_FOLDER}:
-        remove_folder(run.path)
+def unfinished_files(path: Path) -> list[Path] | None:
+    """Return the files in a folder in which a run may start: those of a start that was killed, if any.
+
+    Return None if the folder contains a run or other files.
+    """
+    if not path.exists():
+        return []
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    names = {file.name for file in files if not file.name.endswith(".partial")}
+    is_start = LOCK_FILE in names and names <= {LOCK_FILE, MANIFEST_FILE, *STATIC}
+    return files if is_start or not files else None
 
 
 def is_run(path: str | Path) -> bool:
@@ -106,6 +136,27 @@ def open_run(path: str | Path) -> Run:
     return run
 
 
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load the config of a run, checked with the run's manifest. Raises RunError or SpecError."""
+    verify_run(Path(path), CONFIG_FILE)
+    return load_saved_config(Run(Path(path)).config_path, overrides)
+
+
+def load_run_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a run, checked with the run's manifest. Raises RunError or TokenizerError."""
+    verify_run(Path(path), TOKENIZER_FILE, TOKENIZER_FOLDER)
+    return load_tokenizer(path)
+
+
+def load_run_layout(path: str | Path) -> Layout | None:
+    """Load the layout of the Hugging Face checkpoint that a run started from, checked with the run's manifest.
+
+    Return None if there is none. Raises RunError or CheckpointError.
+    """
+    verify_run(Path(path), HUGGINGFACE_FOLDER)
+    return open_sidecar(Run(Path(path)).huggingface_path)
+
+
 def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]]:
     """Load config, tokenizer and newest intact checkpoint of a run; also return a line per damaged checkpoint skipped.
 
@@ -114,18 +165,21 @@ def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]
     run = open_run(path)
     checkpoint, newest, problems = _latest(run)
     config = parse_config(checkpoint.config_text, where=str(newest / "config.yaml"), saved=True)
-    return config, load_tokenizer(run.path), checkpoint, problems
+    return config, load_run_tokenizer(path), checkpoint, problems
 
 
 def resume_point(run: Run, step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint to resume from, None if none was saved yet; and a line per one skipped.
+    """Return the newest intact checkpoint to resume from, None if none was saved yet; and lines for the user.
+
+    The lines name what was skipped, or what the run loses because it starts anew.
 
     `step`: open this step's checkpoint without verifying its files, because another process has.
     """
     if step is not None:
         return load_verified_checkpoint(run.checkpoints_path, step), []
     if not list_checkpoints(run.checkpoints_path):
-        return None, []
+        dropped = f"; the steps in {run.metrics_path} are dropped" if run.metrics_path.exists() else ""
+        return None, [f"no checkpoint was saved in {run.path}: training starts anew, at step 1{dropped}"]
     checkpoint, _, problems = _latest(run)
     return checkpoint, problems
 

@@ -12,12 +12,13 @@ from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.tokenizers import TokenIds, Tokenizer
 from moezoo.core.errors import RunError
-from moezoo.core.files import make_folder, write_atomically
+from moezoo.core.files import make_folder
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.export_as import export_as_family
 from moezoo.core.huggingface.export_tokenizer import exported_tokenizer, is_of_checkpoint
-from moezoo.core.huggingface.layout import Layout, open_sidecar, write_sidecar
-from moezoo.core.runs.run_folder import Run, load_run
+from moezoo.core.huggingface.layout import Layout, write_sidecar
+from moezoo.core.runs.run_folder import STATIC, Run, load_run, load_run_layout
+from moezoo.core.runs.run_manifest import seal_run
 
 
 def export(
@@ -75,7 +76,7 @@ def save_run(
         write_sidecar(layout, run.huggingface_path)
     text = dump_config(config)
     save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, None, tokens=tokens)
-    write_atomically(run.config_path, text)
+    seal_run(run.path, STATIC, text)
 
 
 def consolidate(path: str | Path, out: Path) -> tuple[int, list[str]]:
@@ -89,7 +90,7 @@ def consolidate(path: str | Path, out: Path) -> tuple[int, list[str]]:
     Raises what `load_run` raises, and RunError: `out` is not empty.
     """
     config, tokenizer, checkpoint, problems = load_run(path)
-    layout = open_sidecar(Run(Path(path)).huggingface_path)
+    layout = load_run_layout(path)
     step, moments = checkpoint.step, checkpoint.optimizer
     save_run(out, config, tokenizer, checkpoint.weights, step, layout, optimizer=moments, tokens=checkpoint.tokens)
     return step, problems

@@ -29,12 +29,12 @@ from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import PreparedData
 from moezoo.core.distributed.processes import PendingNumbers, first_process_first
 from moezoo.core.errors import RunError, TrainingError
-from moezoo.core.huggingface.layout import write_sidecar
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.runs.init_from import InitialWeights, open_initial_weights
-from moezoo.core.runs.run_folder import Run, remove_empty_run, resume_point
+from moezoo.core.runs.run_folder import Run, resume_point
+from moezoo.core.runs.run_writer import RunWriter
 from moezoo.core.training.check_routers import check_routers
 from moezoo.core.training.evaluation import (
     MAX_WINDOWS,
@@ -82,14 +82,18 @@ def train(
     processes, all take part in every step and validation and stop after the same step, whichever got the signal; only
     the first one writes files and reports.
 
+    The folder of a new run is created after its first step, so that a start that is refused leaves nothing behind.
+
     Raises TrainingError: the loss or a parameter is not finite. Nothing is saved then, so the last good checkpoint
-    stays. Raises any MoezooError if training cannot start; a run folder created for this run alone is then removed.
+    stays. Raises any MoezooError if training cannot start, or cannot go on: another process trains the run, its folder
+    was moved or deleted, the disk is full.
     """
+    writer = RunWriter(run) if backend.processes.is_first else None
     try:
-        training = _Training(config, data, backend, run, reporter or SilentReporter())
+        training = _Training(config, data, backend, run, writer, reporter or SilentReporter())
     except BaseException:
-        if backend.processes.is_first:
-            remove_empty_run(run)
+        if writer is not None:
+            writer.close()
         raise
     return training.run_to_end()
 
@@ -97,9 +101,17 @@ def train(
 class _Training:
     """A training run in progress."""
 
-    def __init__(self, config: Config, data: PreparedData, backend: Backend, run: Run, reporter: Reporter):
+    def __init__(
+        self,
+        config: Config,
+        data: PreparedData,
+        backend: Backend,
+        run: Run,
+        writer: RunWriter | None,
+        reporter: Reporter,
+    ):
         self.config, self.data, self.run, self.backend = config, data, run, backend
-        self.is_first = backend.processes.is_first
+        self.is_first, self.writer = backend.processes.is_first, writer
         self.reporter = reporter if self.is_first else SilentReporter()
         if isinstance(data.train, PrebatchedSplit):
             data.train.check(config.training)
@@ -110,11 +122,8 @@ class _Training:
         self.first_step = 0 if checkpoint is None else checkpoint.step
         self.model = self._build_model(checkpoint, initial)
         self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
-        self.metrics = MetricsFile(run.metrics_path, keep_to_step=self.first_step) if self.is_first else None
-        for problem in [] if self.metrics is None else self.metrics.problems:
-            self.reporter.message(problem)
-        if self.is_first and initial is not None and initial.layout is not None:
-            write_sidecar(initial.layout, run.huggingface_path)
+        self.layout = None if initial is None else initial.layout
+        self.metrics: MetricsFile | None = None  # opened when the first step is done
         self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
         self.pending: list[tuple[int, float, PendingStep]] = []  # step, learning rate, metrics
         self.stop_requests: list[PendingNumbers] = []
@@ -124,7 +133,12 @@ class _Training:
 
     def _load_checkpoint(self) -> Checkpoint | None:
         """Open the checkpoint to resume from. The first process verifies its files; the others use the same step."""
-        checkpoint, problems = resume_point(self.run) if self.is_first else (None, [])
+        checkpoint: Checkpoint | None = None
+        problems: list[str] = []
+        if self.writer is not None and not self.run.is_new:
+            problems = self.writer.remove_leftovers()
+            checkpoint, skipped = resume_point(self.run)
+            problems += skipped
         for problem in problems:
             self.reporter.message(problem)
         step = self.backend.gather(-1 if checkpoint is None else checkpoint.step).fetch()[0]
@@ -183,6 +197,10 @@ class _Training:
                 self._finish_saving()
         finally:
             self.reporter.stop()
+            if self.writer is not None:
+                released = self.background.submit(self.writer.close)  # behind a save in progress
+                if self.saving is None:
+                    released.result()
             self.background.shutdown(wait=False)  # a save in progress continues: the interpreter waits for it at exit
         return TrainingResult(step, finished, evaluation)
 
@@ -239,8 +257,16 @@ class _Training:
         self.reporter.step(record)
 
     def _write(self, record: Record) -> None:
-        if self.metrics is not None:
-            self.metrics.write(record)
+        """Log a record; the first one creates the folder of a new run."""
+        if self.writer is None:
+            return
+        if self.metrics is None:
+            self.writer.begin(self.config, self.data.tokenizer, self.layout)
+            self.metrics = MetricsFile(self.run.metrics_path, keep_to_step=self.first_step)
+            for problem in self.metrics.problems:
+                self.reporter.message(problem)
+        self.writer.check()
+        self.metrics.write(record)
 
     def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> StepRecord:
         kinds: list[str] = [*dict.fromkeys(loss.kind for _, moe in self.config.model.moes for loss in moe.losses)]
@@ -286,8 +312,8 @@ class _Training:
         return evaluation
 
     def _save(self, step: int) -> None:
-        """Save a checkpoint, unless this is the one resumed from. Sharded checkpoints are written in the background."""
-        if step == self.first_step and self.saved is not None:
+        """Save a checkpoint, if a step was done. Sharded checkpoints are written in the background."""
+        if step == self.first_step:
             return
         self._report(step)
         self._finish_saving()
@@ -296,6 +322,8 @@ class _Training:
             raise TrainingError(
                 f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._advice()}"
             )
+        if self.writer is not None:
+            self.writer.check()
         self.saved = self.run.checkpoints_path
         writer = self.model.checkpoint_writer()
         if writer is None:

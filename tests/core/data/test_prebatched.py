@@ -12,7 +12,7 @@ from moezoo.core.config.validate import validate
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.data.prepare import PreparedData, prepare_data
 from moezoo.core.errors import DataError, SpecError
-from moezoo.core.runs.run_folder import create_run, load_run
+from moezoo.core.runs.run_folder import load_run, prepare_run
 from moezoo.core.tokens import IGNORED
 from moezoo.core.training.loop import train
 from moezoo.core.training.metrics import read_metrics
@@ -141,14 +141,14 @@ def test_run_with_mismatched_batches_raises_before_it_starts(tmp_path, training,
     data = prepare_data(config.data, config.training.sequence_length)
     config = with_vocab_size(config, V)
     with pytest.raises(DataError, match=message):
-        train(config, data, Twin("mlx").backend(), create_run(tmp_path / "run", config, data.tokenizer, resume=False))
+        train(config, data, Twin("mlx").backend(), prepare_run(tmp_path / "run", config, resume=False))
 
 
 def test_run_trains_on_the_batches_in_order(twin, tmp_path):
     config = load_config(write_config(tmp_path))
     data = prepare_data(config.data, config.training.sequence_length)
     config = with_vocab_size(config, V)
-    run = create_run(tmp_path / "run", config, data.tokenizer, resume=False)
+    run = prepare_run(tmp_path / "run", config, resume=False)
     result = train(config, data, twin.backend(), run)
     assert result.evaluation is not None
     assert result.evaluation.windows == B

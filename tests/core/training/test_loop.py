@@ -14,20 +14,18 @@ import pytest
 
 import moezoo
 from moezoo.backends import load_backend
-from moezoo.core.backend import Backend, Scores, StepMetrics
+from moezoo.core.backend import Backend
 from moezoo.core.checkpoint.store import load_checkpoint
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.data.prepare import prepare_data
-from moezoo.core.distributed.processes import Numbers, Processes
 from moezoo.core.errors import CheckpointError, RunError, SpecError, TrainingError
-from moezoo.core.parameters import parameter_table
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.runs.run_folder import create_run, load_run
-from moezoo.core.spec import ModelSpec
+from moezoo.core.runs.run_folder import load_run, prepare_run
 from moezoo.core.training.loop import TrainingResult, train
 from moezoo.core.training.metrics import read_metrics
 from tests.support.backends_available import require_backend
+from tests.support.recording_model import RecordingModel
 from tests.support.small_run import write_config
 
 pytestmark = pytest.mark.slow
@@ -54,7 +52,7 @@ def run_on(loaded: Backend, config_path: Path, out: Path, *overrides: str, resum
     config = load_config(config_path, overrides)
     data = prepare_data(config.data, config.training.sequence_length)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
-    return train(config, data, loaded, create_run(out, config, data.tokenizer, resume=resume))
+    return train(config, data, loaded, prepare_run(out, config, resume=resume))
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -83,55 +81,6 @@ def test_resumed_run_has_bit_identical_losses_and_weights(backend: str, tmp_path
             assert np.array_equal(value, other.weights[name]), name
         for name, value in one.optimizer.items():
             assert np.array_equal(value, other.optimizer[name]), name
-
-
-class RecordingModel:
-    """A backend and its model in one, which does not train and records the keys of each step."""
-
-    name = "recording"
-
-    def __init__(self) -> None:
-        self.keys: list[np.ndarray] = []
-
-    processes = Processes()
-
-    def build(self, spec: ModelSpec, weights: dict[str, np.ndarray]) -> "RecordingModel":
-        self.spec, self.weights = spec, weights
-        return self
-
-    def gather(self, number: int) -> Numbers:
-        return Numbers((number,))
-
-    def own_sequences(self, batch: int) -> np.ndarray:
-        return np.arange(batch)
-
-    def start_training(self, *arguments: object, **options: object) -> None:
-        """Ignored."""
-
-    def train_step(self, windows: np.ndarray, learning_rate: float, keys: np.ndarray) -> "RecordingModel":
-        self.keys.append(keys)
-        return self
-
-    def fetch(self) -> StepMetrics:
-        terms = ("loss", "cross_entropy", "switch_balance", "switch_balance_weighted", "router_z", "router_z_weighted")
-        return StepMetrics(dict.fromkeys(terms, 1.0), 1.0, [np.ones(5, np.int64)] * 2, [0, 0])
-
-    def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
-        return Scores(np.zeros(tokens.shape, np.float32), [np.ones(5, np.int64)] * 2, [0, 0])
-
-    def nonfinite_parameters(self) -> list[str]:
-        return []
-
-    def checkpoint_writer(self) -> None:
-        return None
-
-    def export_parameters(self) -> dict[str, np.ndarray]:
-        return dict(self.weights)
-
-    def export_optimizer(self) -> dict[str, np.ndarray]:
-        names = [row.name for row in parameter_table(self.spec) if row.trained]
-        moments = ("first_moment", "second_moment")
-        return {f"{moment}.{name}": self.weights[name] for moment in moments for name in names}
 
 
 def test_keys_of_a_step_depend_on_seed_step_and_micro_batch_alone(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Writing of a run that this process trains: its lock, and its files, which are made after the first step.
+
+A start that is refused, by the first batch for instance, leaves no folder behind. One that is killed while it makes the
+folder leaves lock.json and no config.yaml; the next start then removes its files.
+"""
+
+from moezoo.core.checkpoint.store import clean_up
+from moezoo.core.config.run_config import Config, dump_config
+from moezoo.core.data.tokenizers import Tokenizer
+from moezoo.core.errors import RunError
+from moezoo.core.files import make_folder, remove_empty_folder, remove_folder, remove_partial_files
+from moezoo.core.huggingface.layout import Layout, write_sidecar
+from moezoo.core.runs.run_folder import STATIC, Run, unfinished_files
+from moezoo.core.runs.run_lock import RunLock
+from moezoo.core.runs.run_manifest import replace_config, seal_run
+
+
+class RunWriter:
+    """A run folder that only this process writes to, from its creation until `close`."""
+
+    def __init__(self, run: Run):
+        """Lock the run; a new one is locked when it is created. Raises RunError: another process trains it."""
+        self._run = run
+        self._lock = None if run.is_new else RunLock(run.lock_path)
+
+    def remove_leftovers(self) -> list[str]:
+        """Remove what killed processes left in an existing run; return a line for the user about each."""
+        if self._lock is None:
+            return []
+        left_by = self._lock.left_by
+        notes = [] if left_by is None else [f"{left_by} ended without closing {self._run.path}; the run is taken over"]
+        for folder in (self._run.path, self._run.huggingface_path):
+            remove_partial_files(folder)
+        return notes + clean_up(self._run.checkpoints_path)
+
+    def begin(self, config: Config, tokenizer: Tokenizer, layout: Layout | None) -> None:
+        """Create the run folder, or save the config with which an existing run is resumed.
+
+        `layout`: of the Hugging Face checkpoint that a new run starts from; None if there is none.
+
+        Raises RunError: the folder cannot be written, or another process has started a run in it in the meantime.
+        """
+        if self._run.is_new:
+            self._create(config, tokenizer, layout)
+        else:
+            replace_config(self._run.path, dump_config(config))
+
+    def check(self) -> None:
+        """Raise RunError if the run folder was moved or deleted."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _create(self, config: Config, tokenizer: Tokenizer, layout: Layout | None) -> None:
+        run = self._run
+        is_mine = not run.path.exists()
+        make_folder(run.path)
+        self._lock = RunLock(run.lock_path)
+        try:
+            self._remove_unfinished()
+            tokenizer.save(run.path)
+            if layout is not None:
+                write_sidecar(layout, run.huggingface_path)
+            seal_run(run.path, STATIC, dump_config(config))
+        except BaseException:
+            if unfinished_files(run.path) is not None:
+                self._remove_unfinished()
+            self.close()
+            if is_mine:
+                remove_empty_folder(run.path)
+            raise
+
+    def _remove_unfinished(self) -> None:
+        files = unfinished_files(self._run.path)
+        if files is None:
+            raise RunError(
+                f"another process has written to {self._run.path} since this one started; expected a new or empty "
+                "folder. Nothing was saved. Choose another folder with --out."
+            )
+        for file in files:
+            if file != self._run.lock_path:
+                remove_folder(file)
