@@ -4,8 +4,11 @@ Every error is a DataError that names the file and the position in it.
 """
 
 import codecs
+import fnmatch
 import glob
 import json
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any, BinaryIO
 from moezoo.core.errors import DataError
 from moezoo.core.files import open_regular
 
+_FIRST_LOOK = 4096  # bytes
 CHUNK_BYTES = 1 << 20  # encoding a chunk takes up to 64 times as much memory, as measured
 
 
@@ -36,24 +40,70 @@ class SourceFile:
         return remote
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the content in chunks of `CHUNK_BYTES`. Raises DataError if reading fails."""
+        """Yield the content in chunks of `CHUNK_BYTES`. Raises DataError if reading fails, or the file was changed."""
         try:
             with self.open() as file:
                 while chunk := file.read(CHUNK_BYTES):
                     yield chunk
+                now = None if self.filesystem is not None else os.fstat(file.fileno())
         except Exception as error:  # OSError from a disk; any exception from the client of a remote file system
             raise _unreadable(self.name, error) from error
+        if now is not None and (now.st_size, str(now.st_mtime_ns)) != (self.size, self.stamp):
+            raise DataError(
+                f"file was changed while it was read; got {now.st_size} bytes; expected the {self.size} bytes found at "
+                f"the start; {self.name}. Start again when no process writes to it."
+            )
 
 
 def find_files(path: str, suffixes: tuple[str, ...], where: str) -> tuple[SourceFile, ...]:
     """Find the files of a path, sorted by name: a file, a folder (recursively), a glob, or a URL of any of these.
 
-    Of a folder, only files that end in one of `suffixes` (`.txt`) are returned. `where` names the config key in
-    errors. Raises DataError if there are no files.
+    Of a folder, only files that end in one of `suffixes` (`.txt`) and are not hidden (`.a.txt`) are returned. Links are
+    followed, and a file is returned once. `where` names the config key in errors. Raises DataError if there are no
+    files.
     """
     if path.startswith("file://"):
         path = path.removeprefix("file://")
+    if not path.strip():
+        raise DataError(
+            f"path is empty; got {path!r}; expected a file, a folder, a glob or a URL; {where}. Write '.' for the "
+            "current working directory."
+        )
     return _find_remote(path, suffixes, where) if "://" in path else _find_local(path, suffixes, where)
+
+
+_BYTE_ORDER_MARK = "\ufeff"
+
+# First bytes of files that are not UTF-8 text, and how to make text of them.
+_FORMATS = {
+    b"\x1f\x8b": ("compressed with gzip", "Decompress it: gunzip -k FILE"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "Decompress it: unzstd FILE"),
+    b"BZh": ("compressed with bzip2", "Decompress it: bunzip2 -k FILE"),
+    b"\xfd7zXZ\x00": ("compressed with xz", "Decompress it: unxz -k FILE"),
+    b"PK\x03\x04": ("a zip archive", "Unpack it: unzip FILE"),
+    b"PAR1": ("a Parquet table", "Write its text column as JSON lines, e.g. with pyarrow or pandas.DataFrame.to_json"),
+    b"\x93NUMPY": ("a NumPy array", "Use it as token ids: {kind: tokens, path: FILE}"),
+    b"\xff\xfe\x00\x00": ("UTF-32 text", "Convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),
+    b"\x00\x00\xfe\xff": ("UTF-32 text", "Convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),
+    b"\xff\xfe": ("UTF-16 text", "Convert it: iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"),
+    b"\xfe\xff": ("UTF-16 text", "Convert it: iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"),
+}
+
+
+def _check_format(first: bytes, name: str) -> None:
+    """Raise DataError if a file that begins with these bytes is not UTF-8 text, but in another known format."""
+    known = next((found for mark, found in _FORMATS.items() if first.startswith(mark)), None)
+    if known is None:
+        even, odd = first[:_FIRST_LOOK:2], first[1:_FIRST_LOOK:2]
+        for part, order in ((odd, "LE"), (even, "BE")):  # the high bytes of Latin letters are 0
+            if len(part) > 1 and 2 * part.count(0) > len(part):
+                known = f"UTF-16{order} text", f"Convert it: iconv -f UTF-16{order} -t UTF-8 FILE > FILE.txt"
+                break
+    if known is not None:
+        what, advice = known
+        raise DataError(
+            f"file is {what}; got {name}; expected UTF-8 text. {advice.replace('FILE', shlex.quote(name))}."
+        )
 
 
 def text_of(file: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[str]:
@@ -62,9 +112,13 @@ def text_of(file: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[str]:
     `on_bytes` is called with the number of bytes of each chunk. Raises DataError if the file is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
+    position, at_start = 0, True
     for chunk in file.chunks():
-        yield _decode(decoder, chunk, file, position)
+        if not position:
+            _check_format(chunk, file.name)
+        text = _decode(decoder, chunk, file, position)
+        yield text.removeprefix(_BYTE_ORDER_MARK) if at_start else text
+        at_start = at_start and not text
         position += len(chunk)
         on_bytes(len(chunk))
     yield _decode(decoder, b"", file, position, final=True)
@@ -77,9 +131,11 @@ def documents_of(file: SourceFile, key: str, on_bytes: Callable[[int], None]) ->
     """
     position = 0
     for number, line in enumerate(_lines(file, on_bytes), start=1):
+        if number == 1:
+            _check_format(line, file.name)
         text = _decode(codecs.getincrementaldecoder("utf-8")(), line, file, position, final=True)
         position += len(line) + 1
-        text = text.removeprefix("\ufeff").strip()
+        text = text.removeprefix(_BYTE_ORDER_MARK).strip()
         document = _document(text, key, f"{file.name}, line {number}") if text else ""
         if document:
             yield document
@@ -148,24 +204,63 @@ def _find_local(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sourc
         if local.is_file():
             found = [local]
         elif local.is_dir():
-            found = [file for file in local.rglob("*") if file.name.endswith(suffixes) and file.is_file()]
+            found = [file for file in _files_below(local) if file.name.endswith(suffixes)]
         elif glob.has_magic(path):
-            found = [Path(name) for name in glob.glob(str(local), recursive=True) if Path(name).is_file()]
+            found = list(_glob(local))
         else:
             raise DataError(
                 f"no such file; got {path}; expected a file, a folder, a glob or a URL; {where}. Check the path, "
                 "which is relative to the current working directory."
             )
-        files = [file.absolute() for file in sorted(found)]
+        once = {os.path.realpath(file): file for file in sorted(found, reverse=True)}  # several links to one file
+        files = [file.absolute() for file in sorted(once.values())]
         stats = [file.stat() for file in files]
     except OSError as error:
         raise _unreadable(path, error) from error
     if not files:
         what = f"{_patterns(suffixes)} in the folder" if local.is_dir() else "file matches the glob"
-        raise DataError(f"no {what}; got {path}; expected at least one file; {where}. Check the path.")
+        others = sorted({file.name.partition(".")[2] for file in _files_below(local)}) if local.is_dir() else []
+        has = f" (it has *.{', *.'.join(others[:5])})" if others else ""
+        raise DataError(f"no {what}; got {path}{has}; expected at least one file; {where}. Check the path.")
     return tuple(
         SourceFile(str(file), stat.st_size, str(stat.st_mtime_ns)) for file, stat in zip(files, stats, strict=True)
     )
+
+
+def _glob(pattern: Path) -> Iterator[Path]:
+    """Yield the files that match a pattern. Trap: `glob` follows links in circles, 40 folders deep, for `**`."""
+    parts = pattern.parts
+    if "**" not in parts:
+        yield from (file for name in glob.glob(str(pattern)) if (file := Path(name)).is_file())
+        return
+    first = parts.index("**")
+    for folder in glob.glob(str(Path(*parts[:first]))):
+        for file in _files_below(Path(folder)):
+            if _matches(file.relative_to(folder).parts, parts[first:]):
+                yield file
+
+
+def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern or not names:
+        return pattern == names
+    if pattern[0] == "**":
+        rest = pattern[1:] or ("*",)
+        return any(_matches(names[skip:], rest) for skip in range(len(names)))
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, but no hidden files and folders. Links are followed, to each folder once."""
+    seen = {os.path.realpath(folder)}
+    for here, folders, files in os.walk(folder, followlinks=True):
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders.clear()
+        for name in visible:
+            real = os.path.realpath(os.path.join(here, name))
+            if real not in seen:  # a link to a folder above would lead in circles
+                seen.add(real)
+                folders.append(name)
+        yield from (file for name in files if not name.startswith(".") and (file := Path(here, name)).is_file())
 
 
 # Fields of a file's description that change with its content, in different file systems.
@@ -193,7 +288,7 @@ def _find_remote(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sour
         elif filesystem.isfile(inner):
             names = [inner]
         else:
-            names = [name for name in filesystem.find(inner) if name.endswith(suffixes)]
+            names = [name for name in filesystem.find(inner) if name.endswith(suffixes) and not _is_hidden(name, inner)]
         infos = [filesystem.info(name) for name in sorted(names)]
     except Exception as error:  # any exception of the file system's client
         raise _unreadable(f"{path} ({where})", error) from error
@@ -206,6 +301,11 @@ def _find_remote(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sour
         SourceFile(name, info.get("size"), _stamp(protocol, info), filesystem)
         for name, info in zip(sorted(names), infos, strict=True)
     )
+
+
+def _is_hidden(name: str, folder: str) -> bool:
+    """Return whether a file, or a folder on the way to it from `folder`, has a name that begins with a period."""
+    return any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
 
 
 def _reason(filesystem: Any, name: str) -> str:
