@@ -7,6 +7,7 @@ entry is either complete or missing.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -18,8 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moezoo.core.data import source_files
-from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.encode_text import encode_pieces
 from moezoo.core.data.source_files import SourceFile, documents_of, text_of
 from moezoo.core.data.token_shards import IdFile, Tokens, check_range, open_shard
 from moezoo.core.data.tokenizers import Ids, Tokenizer, with_first_tokens
@@ -32,7 +32,7 @@ SHARD_TOKENS = 1 << 26
 BETWEEN_DOCUMENTS = "\n\n"  # separator if the tokenizer has no end-of-text token
 
 
-_FORMAT = 1  # of a cache entry
+_FORMAT = 2  # of a cache entry: changes with the tokens that a text gets
 _FIRST_LOOK = 1 << 16  # number of tokens per shard that are range-checked when it is opened
 _MAX_JSON_BYTES = 100_000_000  # of a cache's small files
 _STALE_S = 24 * 3600.0
@@ -88,7 +88,10 @@ class Texts:
     field: str | None = None
 
     def pieces(self, on_bytes: Callable[[int], None]) -> Iterator[str | None]:
-        """Yield the text in pieces that fit into memory, with None between two documents."""
+        """Yield the text in pieces, with None between two documents; empty documents are left out.
+
+        A piece is a part of a file, or all of a line of JSONL.
+        """
         started = False
         for file in self.files:
             documents: Iterator[Iterator[str]]
@@ -97,10 +100,13 @@ class Texts:
             else:
                 documents = (iter([text]) for text in documents_of(file, self.field, on_bytes))
             for document in documents:
-                if started:
-                    yield None
-                started = True
-                yield from document
+                first = next((piece for piece in document if piece), None)
+                if first is not None:
+                    if started:
+                        yield None
+                    started = True
+                    yield first
+                    yield from document
 
     def counter(self, what: str, on_progress: Progress | None) -> Callable[[int], None]:
         """Return a function that counts bytes and reports progress."""
@@ -166,52 +172,22 @@ def _encode(texts: Texts, tokenizer: Tokenizer, on_bytes: Callable[[int], None])
     Without any of these tokens, documents are separated by a blank line. If the end-of-text token is also the first
     token, it is there once.
     """
-    subwords = isinstance(tokenizer, HuggingFaceTokenizer)  # tokens may span pieces, so cut between words
-    limit = source_files.CHUNK_BYTES
     end = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
-    separate = bool(end or tokenizer.first_tokens)
-    held: list[str] = []
-    size = 0
-    begun = False  # whether ids of this document were yielded
-
-    def encode(text: str) -> Ids:
-        nonlocal begun
-        ids = tokenizer.encode(text, where=texts.name)
-        ids, begun = ids if begun or not len(ids) else with_first_tokens(ids, tokenizer), begun or len(ids) > 0
-        return ids
-
-    for piece in texts.pieces(on_bytes):
-        if piece is None and separate:
-            yield encode("".join(held))
-            if end != tokenizer.first_tokens:
-                yield np.array(end, np.int32)
-            held, size, begun = [], 0, False
-            continue
-        held.append(BETWEEN_DOCUMENTS if piece is None else piece)
-        size += len(held[-1])
-        if size >= limit:
-            text = "".join(held)
-            boundary = word_boundary(text) if subwords else size
-            if not boundary and size >= 16 * limit:
-                boundary = size  # text without spaces: tokens at this boundary may differ
-            yield encode(text[:boundary])
-            held, size = [text[boundary:]], size - boundary
-    yield encode("".join(held))
+    pieces = texts.pieces(on_bytes)
+    if not end and not tokenizer.first_tokens:
+        pieces = (BETWEEN_DOCUMENTS if piece is None else piece for piece in pieces)
+    for between, document in itertools.groupby(pieces, key=lambda piece: piece is None):
+        if not between:
+            yield from _encode_document((piece or "" for piece in document), tokenizer, texts.name)
+        elif end != tokenizer.first_tokens:
+            yield np.array(end, np.int32)
 
 
-def word_boundary(text: str) -> int:
-    """Return the last position where the text can be split without changing its tokens; 0 if there is none.
-
-    The position is after a single newline, else before a single space, without other white space on either side: the
-    pre-tokenizers of GPT-2, Llama 3 and Qwen split there, but inside a run of white space it depends on the next
-    character.
-    """
-    for mark, offset in (("\n", 1), (" ", 0)):
-        at = len(text) - 1
-        while (at := text.rfind(mark, 1, at)) > 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
-                return at + offset
-    return 0
+def _encode_document(pieces: Iterator[str], tokenizer: Tokenizer, where: str) -> Iterator[Ids]:
+    begun = False
+    for ids in encode_pieces(pieces, tokenizer, where):
+        yield with_first_tokens(ids, tokenizer) if len(ids) and not begun else ids
+        begun = begun or len(ids) > 0
 
 
 # --- cache entries ---------------------------------------------------------------------------------------------------

@@ -260,26 +260,19 @@ def hub_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("chunk", [5, 16, 61])
-def test_subword_tokens_do_not_depend_on_the_chunk_size(text_file, hub_folder, monkeypatch, chunk):
-    monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
-    prepared = prepare_data(config(text(text_file), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), T)
-    assert all_tokens(prepared).tolist() == HuggingFaceTokenizer(str(hub_folder)).encode(TEXT).tolist()
+def test_long_line_is_encoded_in_pieces_of_bounded_size(tmp_path, hub_folder, monkeypatch):
+    monkeypatch.setattr(source_files, "CHUNK_BYTES", 100)
+    encode, lengths = HuggingFaceTokenizer.encode, []
 
+    def recorded(self, text, *, where="prompt"):
+        lengths.append(len(text))
+        return encode(self, text, where=where)
 
-def test_long_text_without_spaces_is_split(tmp_path, hub_folder, monkeypatch):
-    monkeypatch.setattr(source_files, "CHUNK_BYTES", 8)
-    path = write(tmp_path / "a.txt", "catdogmat" * 100)
-    prepared = prepare_data(config(text(path), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), T)
-    assert all_text(prepared) == "catdogmat" * 100
-
-
-@pytest.mark.parametrize(
-    ("piece", "boundary"),
-    [("a b\nc d", 4), ("a b\n\nc d", 6), ("a  b\n", 0), ("ab", 0), ("", 0), (" a", 0), ("a\r\nb c", 4)],
-)
-def test_word_boundaries_are_single_newlines_and_spaces(piece, boundary):
-    assert token_store.word_boundary(piece) == boundary
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode", recorded)
+    path = write(tmp_path / "a.jsonl", json.dumps({"text": TEXT * 5}) + "\n")
+    prepared = prepare_data(config(jsonl(path), tokenizer={"kind": "huggingface", "path": str(hub_folder)}), T)
+    assert max(lengths) <= 100 + 3 * 256
+    assert all_tokens(prepared).tolist() == encode(prepared.tokenizer, TEXT * 5).tolist()
 
 
 def test_files_of_a_folder_are_sorted_and_separated(tmp_path):
