@@ -29,7 +29,12 @@ _LAZY = {
 
 
 def load(
-    path: str | Path, backend: "str | Backend | None" = None, compute: str | None = None, max_length: int | None = None
+    path: str | Path,
+    backend: "str | Backend | None" = None,
+    compute: str | None = None,
+    max_length: int | None = None,
+    *,
+    allow_overcommit: bool = False,
 ) -> "LoadedModel":
     """Load a model on a backend.
 
@@ -41,12 +46,13 @@ def load(
             float32 for a Hugging Face checkpoint. Parameters stay in the dtype of the files.
         max_length: maximum number of tokens, for a Hugging Face checkpoint whose RoPE scaling depends on it (longrope,
             dynamic); None: the original length that it was trained for.
+        allow_overcommit: load and generate even if that needs more memory than is free.
 
-    Raises RunError, CheckpointError, SpecError, TokenizerError or BackendError.
+    Raises RunError, CheckpointError, SpecError, TokenizerError, BackendError or OutOfMemoryError.
     """
     from moezoo.api import load_model
 
-    return load_model(path, backend, compute, max_length)
+    return load_model(path, backend, compute, max_length, allow_overcommit=allow_overcommit)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":

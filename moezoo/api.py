@@ -8,10 +8,12 @@ import numpy as np
 
 from moezoo.core.backend import Backend, Model, Output, check_length
 from moezoo.core.config.run_config import Config, with_compute
+from moezoo.core.cost.fits import check_generation, check_scoring, check_weights
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.prepare import whole_file
 from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer, with_first_tokens
+from moezoo.core.distributed.mesh import ONE_DEVICE, Devices
 from moezoo.core.errors import DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
@@ -35,6 +37,8 @@ class LoadedModel:
         problems: one-line warnings about the files, for the user.
         layout: file layout of the Hugging Face checkpoint that it is or started from; None if there is none.
         generation: default generation settings.
+        devices: that the model is on.
+        allow_overcommit: try what needs more memory than is free.
     """
 
     def __init__(
@@ -46,6 +50,9 @@ class LoadedModel:
         problems: list[str],
         layout: Layout | None = None,
         generation: GenerationConfig | None = None,
+        *,
+        devices: Devices = ONE_DEVICE,
+        allow_overcommit: bool = False,
     ):
         self.model = model
         self.config = config
@@ -53,6 +60,8 @@ class LoadedModel:
         self.step = step
         self.problems = problems
         self.layout = layout
+        self.devices = devices
+        self.allow_overcommit = allow_overcommit
         self.generation = (generation or GenerationConfig()).ending_with(tokenizer.end_of_text)
 
     def forward(self, tokens: Integers, targets: Integers | None = None) -> Output:
@@ -110,13 +119,15 @@ class LoadedModel:
         `on_tokens` is called with each new column, int32 [B].
 
         Raises DataError: as `forward`. Raises SpecError: an option out of range, or unsupported settings in
-        generation_config.json.
+        generation_config.json. Raises OutOfMemoryError: the caches need more memory than is free.
         """
         rows = self._prompts(tokens)
+        new_tokens = self.generation.new_tokens(max_new_tokens, max(len(row) for row in rows), 32)
+        self.check_generation(rows, new_tokens)
         return generate(
             self.model,
             rows,
-            max_new_tokens=self.generation.new_tokens(max_new_tokens, max(len(row) for row in rows), 32),
+            max_new_tokens=new_tokens,
             options=self.generation.options(
                 temperature=temperature,
                 top_k=top_k,
@@ -128,6 +139,22 @@ class LoadedModel:
             end_tokens=self.generation.end_tokens,
             padding=self.generation.padding,
             on_tokens=on_tokens,
+        )
+
+    def check_scoring(self, num_tokens: int, batch_size: int, length: int) -> None:
+        """Check that the logits of a batch of windows over `num_tokens` tokens fit. Raises OutOfMemoryError."""
+        size = min(batch_size, -(-num_tokens // length))
+        check_scoring(self.model.spec, size, length, self.devices, allow_overcommit=self.allow_overcommit)
+
+    def check_generation(self, prompts: Sequence[IdsLike], new_tokens: int) -> list[str]:
+        """Check that the caches of a generation fit; return warnings. Raises OutOfMemoryError, as `generate` does."""
+        return check_generation(
+            self.model.spec,
+            [len(row) for row in prompts],
+            new_tokens,
+            self.devices,
+            may_end=bool(self.generation.end_tokens),
+            allow_overcommit=self.allow_overcommit,
         )
 
     def save(self, path: str | Path, format: Literal["moezoo", "huggingface"] = "moezoo") -> list[str]:
@@ -183,7 +210,12 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, backend: str | Backend | None = None, compute: str | None = None, max_length: int | None = None
+    path: str | Path,
+    backend: str | Backend | None = None,
+    compute: str | None = None,
+    max_length: int | None = None,
+    *,
+    allow_overcommit: bool = False,
 ) -> LoadedModel:
     """Load a model on a backend: the implementation of `moezoo.load`."""
     from moezoo.backends import load_backend
@@ -191,12 +223,23 @@ def load_model(
     opened = open_model(path, max_length)
     config = opened.config if compute is None else with_compute(opened.config, compute)
     chosen = load_backend(backend) if backend is None or isinstance(backend, str) else backend
+    devices, problems = chosen.devices(), list(opened.problems)
+    problems += check_weights(opened.weight_bytes, devices, str(path), allow_overcommit=allow_overcommit)
     model = chosen.build(config.model, opened.weights)
-    problems = list(opened.problems)
     if opened.checkpoint is not None:
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
         problems += [*([warning] if warning else []), *tokenizer_notes(opened.tokenizer)]
-    return LoadedModel(model, config, opened.tokenizer, opened.step, problems, opened.layout, opened.generation)
+    return LoadedModel(
+        model,
+        config,
+        opened.tokenizer,
+        opened.step,
+        problems,
+        opened.layout,
+        opened.generation,
+        devices=devices,
+        allow_overcommit=allow_overcommit,
+    )
 
 
 _LOGITS_BYTES = 2**27
@@ -227,12 +270,14 @@ def evaluate_file(
     split = whole_file(path, loaded.tokenizer, model.spec.vocab)
     length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
     largest_batch = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
+    batch = batch_size or min(training.batch_size, largest_batch)
+    loaded.check_scoring(split.num_tokens, batch, length)
     return evaluate(
         model,
         split,
         loaded.tokenizer,
         sequence_length=length,
-        batch_size=batch_size or min(training.batch_size, largest_batch),
+        batch_size=batch,
         first_token=loaded.first_token,
         on_progress=on_progress,
     )

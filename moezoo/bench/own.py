@@ -8,6 +8,8 @@ from moezoo.backends import load_backend
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
 from moezoo.bench.limit import first_moe_layer
 from moezoo.core.backend import Model, PendingStep
+from moezoo.core.cost.fits import check_training, check_weights
+from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.generation.loop import generate
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_value, initial_weights
@@ -38,6 +40,7 @@ class Own:
 
     def _train(self, case: Case) -> Work:
         training, optimizer = case.config.training, case.config.optimizer
+        check_training(case.config, self._backend.devices())
         model = self._backend.build(case.spec, initial_weights(case.spec, training.seed))
         model.start_training(optimizer)
         steps = enumerate(cycle(random_windows(case)))
@@ -99,6 +102,8 @@ class Own:
         for spec, model in self._models:
             if spec == case.spec:
                 return model
+        weight_bytes = 4 * parameter_counts(case.spec).total  # float32
+        check_weights(weight_bytes, self._backend.devices(), f"the model of {case.label}")
         model = self._backend.build(case.spec, initial_weights(case.spec, case.config.training.seed))
         self._models.append((case.spec, model))
         return model

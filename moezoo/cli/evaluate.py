@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moezoo.cli.data import prepare_with_progress
-from moezoo.cli.options import backend_option, json_option
+from moezoo.cli.options import backend_option, json_option, overcommit_option
 from moezoo.cli.output import new_console, print_json, print_lines, warn
 from moezoo.core.errors import DataError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--sequence-length", type=click.IntRange(1), help="Sequence length. Default: the run's, or 512.")
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: the run's, less for large logits.")
 @backend_option
+@overcommit_option
 @json_option
 def evaluate(
     path: Path,
@@ -31,6 +32,7 @@ def evaluate(
     sequence_length: int | None,
     batch_size: int | None,
     backend: str | None,
+    allow_overcommit: bool,
     as_json: bool,
 ) -> None:
     """Evaluate loss, bits per byte and expert load on held-out data.
@@ -44,7 +46,7 @@ def evaluate(
     console = new_console()
     if data is None and not is_run(path):
         raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
-    model = load_model(path, backend)
+    model = load_model(path, backend, allow_overcommit=allow_overcommit)
     warn(*model.problems)
     with console.status("evaluating ...") as status:
 
@@ -77,12 +79,14 @@ def _evaluate_run(
 
     config = model.config
     prepared = prepare_with_progress(console, config, str(path), model.tokenizer, quiet=True)
+    length, batch = sequence_length or config.training.sequence_length, batch_size or config.training.batch_size
+    model.check_scoring(prepared.validation.num_tokens, batch, length)
     return evaluate(
         model.model,
         prepared.validation,
         model.tokenizer,
-        sequence_length=sequence_length or config.training.sequence_length,
-        batch_size=batch_size or config.training.batch_size,
+        sequence_length=length,
+        batch_size=batch,
         grammar=known_grammar(config.data),
         on_progress=show,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moezoo.cli.options import backend_option
+from moezoo.cli.options import backend_option, overcommit_option
 from moezoo.cli.output import warn
 from moezoo.core.errors import DataError
 
@@ -23,6 +23,7 @@ _TEMPERATURE, _NEW_TOKENS = 0.8, 256
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to the prompt.")
 @click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue instead of a text; prints token ids.")
 @backend_option
+@overcommit_option
 @click.option("--compute", metavar="float32|bfloat16", help="Dtype of activations. Default: the model's own.")
 @click.option("--max-length", type=click.IntRange(1), help="Maximum sequence length, which selects longrope's factors.")
 @click.option(
@@ -41,6 +42,7 @@ def generate(
     chat: bool,
     tokens: str | None,
     backend: str | None,
+    allow_overcommit: bool,
     compute: str | None,
     max_length: int | None,
     max_new_tokens: int | None,
@@ -61,7 +63,7 @@ def generate(
             "generate needs a prompt; expected --prompt TEXT, with or without --chat, or --tokens ID,ID,..."
         )
     ids = None if tokens is None else _token_ids(tokens)
-    model = load_model(path, backend, compute, max_length)
+    model = load_model(path, backend, compute, max_length, allow_overcommit=allow_overcommit)
     generation = model.generation
     warn(*model.problems)
     warn(*(f"{generation.where}: {name} is an unknown field and has no effect" for name in generation.unknown))
@@ -75,6 +77,7 @@ def generate(
     if options["temperature"] is None and generation.temperature is None:
         options["temperature"] = _TEMPERATURE
     new_tokens = generation.new_tokens(max_new_tokens, max(len(row) for row in rows), _NEW_TOKENS)
+    warn(*model.check_generation(printer.rows, new_tokens))
     printer.start()
     model.generate(printer.rows, max_new_tokens=new_tokens, on_tokens=printer.add, **options)
     printer.finish()

@@ -1,5 +1,6 @@
 """The `moezoo` command line. Commands import their dependencies when they run, so that `moezoo --help` is fast."""
 
+import errno
 from typing import Any
 
 import click
@@ -8,6 +9,7 @@ from moezoo.cli.bench import bench_command
 from moezoo.cli.convert import convert_command
 from moezoo.cli.data import data
 from moezoo.cli.evaluate import evaluate
+from moezoo.cli.failures import describe_failure
 from moezoo.cli.generate import generate
 from moezoo.cli.inspect import describe, plan_command, schema
 from moezoo.cli.parity import parity, zoo
@@ -17,7 +19,7 @@ from moezoo.core.errors import MoezooError
 
 
 class _Commands(click.Group):
-    """A command group that lists commands in order of use and prints a MoezooError without a traceback."""
+    """A command group that lists commands in order of use and prints an error in one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -29,6 +31,13 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             exit_process(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # click exits quietly
+                raise
+            click.echo(describe_failure(error), err=True)
+            exit_process(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

@@ -21,6 +21,9 @@ mesh_option = click.option(
 devices_option = click.option(
     "--devices", type=click.IntRange(1), metavar="N", help="Number of devices, for a mesh axis that is auto."
 )
+overcommit_option = click.option(
+    "--allow-overcommit", is_flag=True, help="Try what needs more memory than is free, with a warning."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 

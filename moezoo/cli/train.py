@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moezoo.cli.data import prepare_with_progress
-from moezoo.cli.options import backend_option, group_options, mesh_option, set_option
+from moezoo.cli.options import backend_option, group_options, mesh_option, overcommit_option, set_option
 from moezoo.cli.output import new_console, print_lines, warn
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import RunError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @set_option
 @mesh_option
 @click.option("--resume", is_flag=True, help="Resume the run in the run folder from its newest checkpoint.")
+@overcommit_option
 @group_options
 def train(
     config_path: Path,
@@ -34,6 +35,7 @@ def train(
     overrides: tuple[str, ...],
     mesh: str | None,
     resume: bool,
+    allow_overcommit: bool,
     group: ProcessGroup | None,
 ) -> None:
     """Train a model from a YAML config.
@@ -43,6 +45,7 @@ def train(
     from moezoo.backends import load_backend
     from moezoo.cli.progress import ConsoleReporter
     from moezoo.core.config.vocabulary import with_vocab_size
+    from moezoo.core.cost.fits import check_training
     from moezoo.core.data.load_tokenizer import tokenizer_notes
     from moezoo.core.distributed.processes import first_process_first
     from moezoo.core.reports.model_page import training_header
@@ -60,6 +63,8 @@ def train(
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
     if not resumed:
         check_initial_weights(config)
+    warnings = check_training(config, loaded.devices(), allow_overcommit=allow_overcommit)
+    warn(*(warnings if is_first else []))
     run = first_process_first(loaded, lambda: prepare_run(path, config, resume=resume))
     console.print(training_header(config, {"backend": loaded.name, **loaded.facts(), "run": str(path)}))
     if is_first and not resumed:
@@ -70,7 +75,7 @@ def train(
     result = run_training(config, data, loaded, run, reporter=ConsoleReporter(console))
     loaded.leave()
     if is_first:
-        resume_command = _resume_command(config_path, backend, out, overrides, mesh)
+        resume_command = _resume_command(config_path, backend, out, overrides, mesh, allow_overcommit)
         _finish(console, config, run, path, result, resume_command)
 
 
@@ -110,7 +115,12 @@ def _finish(
 
 
 def _resume_command(
-    config_path: Path, backend: str | None, out: Path | None, overrides: tuple[str, ...], mesh: str | None
+    config_path: Path,
+    backend: str | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    mesh: str | None,
+    allow_overcommit: bool,
 ) -> str:
     """Return the command that resumes a run."""
     import shlex
@@ -121,6 +131,7 @@ def _resume_command(
     for override in overrides:
         words += ["--set", override]
     words += ["--mesh", mesh] if mesh else []
+    words += ["--allow-overcommit"] if allow_overcommit else []
     return shlex.join([*words, "--resume"])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.distributed.mesh import Devices
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import DataError
 from moezoo.core.random import Bits
@@ -327,6 +328,10 @@ class Backend(Protocol):
     @property
     def processes(self) -> Processes:
         """Number of processes that share a batch, and the index of this one."""
+        ...
+
+    def devices(self) -> Devices:
+        """Return the devices that share a training step. Raises SpecError: the mesh does not have as many."""
         ...
 
     def gather(self, number: int) -> PendingNumbers:

@@ -1,7 +1,8 @@
 """Exceptions for errors that users can fix.
 
 Each message is one line: what is wrong, what was received, what is expected, where, and what to do. The command line
-prints `<class name>: <message>` and exits with status 1, without a traceback; any other exception is a bug in moezoo.
+prints `<class name>: <message>` and exits with status 1, without a traceback. Any other exception is a bug in moezoo:
+the command line prints one line for it too, and writes its traceback to a file (cli/failures.py).
 """
 
 import difflib
@@ -34,6 +35,10 @@ class RunError(MoezooError):
 
 class BackendError(MoezooError):
     """A backend that is unknown or not installed."""
+
+
+class OutOfMemoryError(MoezooError):
+    """A model, batch or sequence that needs more memory than there is."""
 
 
 class BenchError(MoezooError):

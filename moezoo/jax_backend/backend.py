@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from moezoo.core.distributed.mesh import MeshConfig, in_words, sizes
+from moezoo.core.distributed.mesh import Devices, MeshConfig, in_words, sizes
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.malloc import keep_freed_memory
@@ -37,6 +37,12 @@ class JaxBackend:
     def processes(self) -> Processes:
         return processes.processes()
 
+    def devices(self) -> Devices:
+        count, local = (1, 1) if self._is_alone else (jax.device_count(), jax.local_device_count())
+        statistics = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+        free = None if not statistics else statistics["bytes_limit"] - statistics["bytes_in_use"]
+        return Devices(sizes(self._mesh, count), local, free)
+
     def gather(self, number: int) -> PendingNumbers:
         return processes.gather(number)
 
@@ -44,8 +50,12 @@ class JaxBackend:
         processes.leave()
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> JaxModel:
-        alone = self._mesh.is_one_device and self.processes.count == 1
-        return JaxModel(spec, weights, None if alone else Placement(spec, self._mesh))
+        return JaxModel(spec, weights, None if self._is_alone else Placement(spec, self._mesh))
+
+    @property
+    def _is_alone(self) -> bool:
+        """True for one device, the first one, in a single process."""
+        return self._mesh.is_one_device and self.processes.count == 1
 
     def moe_layer(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> MoELayer:
         return MoELayer(spec, layer, weights)

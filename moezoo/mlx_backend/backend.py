@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
+from moezoo.core.distributed.mesh import MESH_AXES, Devices, MeshAxis, MeshConfig
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.spec import ModelSpec
 from moezoo.mlx_backend import BLAS, FREED_MEMORY
@@ -29,6 +29,12 @@ class MlxBackend:
     @property
     def processes(self) -> Processes:
         return data_parallel.processes()
+
+    def devices(self) -> Devices:
+        # Metal shares the memory of the host; only a CUDA device has its own, and tells how much of it is free.
+        free = mx.device_info().get("free_memory")
+        lengths: dict[MeshAxis, int] = {axis: self.processes.count if axis == "data" else 1 for axis in MESH_AXES}
+        return Devices(lengths, 1, None if free is None else int(free))
 
     def gather(self, number: int) -> PendingNumbers:
         return data_parallel.gather(number)

@@ -17,8 +17,8 @@ from tests.support.small_run import write_config
 
 SURFACE = {
     "train": [
-        *("CONFIG", "--backend", "--out", "--set", "--mesh", "--resume", "--coordinator", "--num-processes"),
-        *("--process-id", "--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
+        *("CONFIG", "--backend", "--out", "--set", "--mesh", "--resume", "--allow-overcommit", "--coordinator"),
+        *("--num-processes", "--process-id", "--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
     ],
     "launch": ["--nproc", "COMMAND..."],
     "generate": [
@@ -27,6 +27,7 @@ SURFACE = {
         "--chat",
         "--tokens",
         "--backend",
+        "--allow-overcommit",
         "--compute",
         "--max-length",
         "--max-new-tokens",
@@ -38,7 +39,7 @@ SURFACE = {
         "--seed",
         "--samples",
     ],
-    "eval": ["PATH", "--data", "--sequence-length", "--batch-size", "--backend", "--json"],
+    "eval": ["PATH", "--data", "--sequence-length", "--batch-size", "--backend", "--allow-overcommit", "--json"],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--json"],
     "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
     "parity": ["PATH", "--json", "--all"],

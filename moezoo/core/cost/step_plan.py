@@ -7,6 +7,7 @@ XLA's compiled program; `moezoo plan` and the tests compare the two. Writing: wr
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import assert_never
 
 from moezoo.core.config.run_config import Config
@@ -15,6 +16,7 @@ from moezoo.core.cost.memory import activation_bytes, expert_activation_bytes, l
 from moezoo.core.cost.sharded_step import ShardedStep
 from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis
 from moezoo.core.parameters import Parameter
+from moezoo.core.parameters.capacity import has_variable_rows
 
 _FLOAT32_BYTES = 4
 
@@ -89,8 +91,11 @@ def device_plan(config: Config, lengths: Mapping[MeshAxis, int], *, float_bytes:
     return DevicePlan(memory_per_device(config, lengths), step_collectives(step))
 
 
-def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> DeviceMemory:
+def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least: bool = False) -> DeviceMemory:
     """Return the memory of one device. The first four kinds are exact, the others estimates as in `training_memory`.
+
+    `least`: leave out activations that may not be saved: attention probabilities, which fused attention recomputes, and
+    the rows of experts whose number depends on the routing.
 
     With n trained parameters stored on the device, A micro-batches of p tokens per device, and c bytes of the compute
     dtype:
@@ -116,7 +121,9 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int]) -> Device
     layers, experts = [], []
     for layer in spec.all_layers:
         rows = None if layer.moe is None else step.expert_rows_per_token(layer.moe)
-        width, length, size = spec.embed_dim, training.sequence_length, step.compute_bytes
+        width, length, size = spec.embed_dim, 0 if least else training.sequence_length, step.compute_bytes
+        if least and layer.moe is not None and has_variable_rows(layer.moe):
+            rows = Fraction(0)
         layers.append(layer_activation_bytes(layer, width, length, size, rows=rows, shards=shards))
         experts.append(expert_activation_bytes(layer, width, size, rows=rows, shards=shards))
     return DeviceMemory(

@@ -1,6 +1,8 @@
 """Device meshes with named axes. How parameters are sharded over them: core/distributed/sharding_rules.py."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
@@ -76,6 +78,25 @@ class MeshConfig(Part):
     def is_one_device(self) -> bool:
         """True for a mesh of a single device."""
         return all(getattr(self, axis) == 1 for axis in MESH_AXES)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices that share a training step.
+
+    Fields:
+        lengths: number of devices along each mesh axis.
+        local: number of devices in this process.
+        free_bytes: free memory of each device in bytes; None if devices use the memory of their host.
+    """
+
+    lengths: Mapping[MeshAxis, int]
+    local: int
+    free_bytes: int | None
+
+
+ONE_DEVICE = Devices(dict.fromkeys(MESH_AXES, 1), local=1, free_bytes=None)
+"""One device that uses the memory of its host."""
 
 
 def sizes(mesh: MeshConfig, num_devices: int) -> dict[MeshAxis, int]:

@@ -64,3 +64,8 @@ def mostly_unused(spec: MoESpec, *, inference: bool = False) -> bool:
         isinstance(spec.router.choice, ExpertChoiceSpec) and inference
     )
     return not limited and (variable or spec.zero_computation is not None)
+
+
+def has_variable_rows(spec: MoESpec) -> bool:
+    """Return True if the routing decides how many of the R rows are used in training."""
+    return isinstance(spec.dispatch, CapacitySpec) or mostly_unused(spec)

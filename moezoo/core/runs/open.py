@@ -1,5 +1,6 @@
 """Open a model from a path: a run folder, the folder of a Hugging Face checkpoint, or a Hugging Face hub id."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokenizerSpec, TokenIdsSpec, TokenizerSpec
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.schedules import ConstantSchedule
@@ -23,6 +25,7 @@ from moezoo.core.huggingface.checkpoint import (
     open_checkpoint,
 )
 from moezoo.core.huggingface.layout import Layout
+from moezoo.core.parameters.precision import STORED_DTYPES
 from moezoo.core.runs.run_folder import is_run, load_run, load_run_config, load_run_layout
 from moezoo.core.spec import ModelSpec
 
@@ -52,6 +55,15 @@ class OpenedModel:
     checkpoint: HuggingFaceCheckpoint | None = None
     layout: Layout | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters on a device, which keeps them in their stored dtype if it is one of STORED_DTYPES."""
+        dtypes = self.weights.dtypes  # type: ignore[attr-defined]  # of every lazy mapping
+        return sum(
+            math.prod(shape) * (dtypes[name].itemsize if dtypes[name].name in STORED_DTYPES else 4)
+            for name, shape in shapes_of(self.weights).items()
+        )
 
 
 def is_config(path: str | Path) -> bool:
