@@ -12,7 +12,8 @@ import numpy.typing as npt
 from moezoo.core.data.chat_template import render_chat
 from moezoo.core.data.token_bytes import token_bytes
 from moezoo.core.data.tokenizer_difference import difference
-from moezoo.core.data.tokenizer_files import first_line, load_with_transformers, tokenizer_files
+from moezoo.core.data.tokenizer_files import load_with_transformers, tokenizer_files
+from moezoo.core.data.tokenizer_rules import first_line, library_errors
 from moezoo.core.data.tokenizers import (
     MAX_FILE_BYTES,
     TOKENIZER_FOLDER,
@@ -65,13 +66,20 @@ class HuggingFaceTokenizer:
     def encode(self, text: str, *, where: str = "prompt") -> Ids:
         """Spec: Tokenizer.encode."""
         encode_utf8(text, where)
-        ids = self._inner.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return np.array(ids, np.int32)
+        return self._encode(text, where)
+
+    def _encode(self, text: str, where: str) -> Ids:
+        with library_errors(f"encode the {where}", self.path):
+            return np.array(self._inner.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     @cached_property
     def first_tokens(self) -> tuple[int, ...]:
         """Spec: Tokenizer.first_tokens. They are what the tokenizer's post-processor puts before a text."""
-        encoded = self._inner.backend_tokenizer.encode("a", add_special_tokens=True)
+        backend = self._inner.backend_tokenizer
+        try:
+            encoded = backend.encode("a")
+        except Exception:  # a vocabulary of characters without "a"
+            encoded = backend.encode(backend.id_to_token(0))
         added = encoded.special_tokens_mask
         return tuple(encoded.ids[: added.index(0)] if 0 in added else ())
 
@@ -97,13 +105,13 @@ class HuggingFaceTokenizer:
                 "for roles system, user and assistant. Prompt without chat, or fix the template."
             ) from error
         encode_utf8(text, "chat template")  # a template can write half of a surrogate pair
-        ids = self._inner(text, add_special_tokens=False)["input_ids"]
-        return np.array(ids, np.int32)
+        return self._encode(text, "conversation")
 
     def decode(self, ids: IdsLike) -> str:
         """Spec: Tokenizer.decode. Special tokens are included; ids >= vocab_size are skipped."""
         known = self._known(ids).tolist()
-        return str(self._inner.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        with library_errors("decode these ids", self.path):
+            return str(self._inner.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def byte_count(self, ids: IdsLike, begins: Flags | None = None) -> int:
         """Spec: Tokenizer.byte_count. Special tokens and ids >= vocab_size count as 0 bytes: see `token_bytes`."""

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.data.tokenizer_files import TOKENIZER_CONFIG, first_line
+from moezoo.core.data.tokenizer_files import TOKENIZER_CONFIG
+from moezoo.core.data.tokenizer_rules import PARTS, first_line
 from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TOKENIZER_FILE
 from moezoo.core.files import read_bounded
 from moezoo.core.json_text import parse_json
@@ -87,7 +88,7 @@ def _write_without_vocabulary(folder: Path, backend: Any, small: Path) -> None:
         case _:
             bare = models.WordLevel(vocab=vocab, unk_token=model.unk_token)
     copy = Tokenizer(bare)
-    for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+    for name in PARTS:
         setattr(copy, name, getattr(backend, name))
     copy.add_tokens(list(added.values()))
     copy.save(str(small / TOKENIZER_FILE))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moezoo.core.data.tokenizer_rules import check_rules, first_line, library_errors
 from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TOKENIZER_FILE
 from moezoo.core.errors import TokenizerError
 from moezoo.core.files import open_regular, read_bounded, reason_of
@@ -143,7 +144,9 @@ def _exact(folder: Path) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    with library_errors("be read", str(folder / TOKENIZER_FILE)):
+        backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    check_rules(backend, str(folder / TOKENIZER_FILE))
     options: dict[str, Any] = {
         "tokenizer_object": _Shared(backend),
         "split_special_tokens": False,
@@ -179,8 +182,3 @@ def _converted(path: str, folder: Path | None) -> Any:
     from_pretrained: Callable[..., Any] = AutoTokenizer.from_pretrained
     # Trap: by default, transformers asks on the terminal whether to run code from the folder.
     return from_pretrained(path if folder is None else str(folder), trust_remote_code=False)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

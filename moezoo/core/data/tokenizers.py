@@ -23,8 +23,8 @@ Flags = npt.NDArray[np.bool_]
 IdsLike = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
-MAX_FILE_BYTES = 300_000_000
-"""Largest file of a tokenizer; Gemma's tokenizer.json, with 262,144 tokens, has 33 MB."""
+MAX_FILE_BYTES = 100_000_000
+"""Largest file of a tokenizer; Gemma's tokenizer.json, with 262,144 tokens, has 33 MB. A larger one takes minutes."""
 
 
 @runtime_checkable
