@@ -1,5 +1,6 @@
 """The implementation of the Python API `import moezoo`: a loaded model, and its evaluation on a file."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
-from moezoo.core.progress import Progress
+from moezoo.core.progress import Message, Progress
 from moezoo.core.runs.open import open_model
 from moezoo.core.runs.save import export, save_run
 from moezoo.core.tokens import IGNORED, Integers
@@ -253,6 +254,7 @@ def evaluate_file(
     sequence_length: int | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
+    on_message: Message = warnings.warn,
 ) -> Evaluation:
     """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`).
 
@@ -263,11 +265,12 @@ def evaluate_file(
             if it is shorter.
         batch_size: windows per batch; None: as in training, reduced so that the logits of a batch take at most 128 MiB.
         on_progress: progress callback, in windows.
+        on_message: called with a line about each damaged entry of the token cache, which is made again.
 
     Raises DataError: the file cannot be used, or as `evaluate`.
     """
     model, training = loaded.model, loaded.config.training
-    split = whole_file(path, loaded.tokenizer, model.spec.vocab)
+    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_message=on_message)
     length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
     largest_batch = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
     batch = batch_size or min(training.batch_size, largest_batch)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.output import print_lines, warn
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -41,7 +43,9 @@ def prepare_with_progress(
     from moezoo.core.progress import Pace, bytes_line
 
     if quiet:
-        return prepare_data(config.data, config.training.sequence_length, where=where, tokenizer=tokenizer)
+        return prepare_data(
+            config.data, config.training.sequence_length, where=where, tokenizer=tokenizer, on_message=warn
+        )
     with console.status("preparing data ...") as status:
         paces: dict[str, Pace] = {}
 
@@ -49,5 +53,10 @@ def prepare_with_progress(
             status.update(bytes_line(what, done, total, paces.setdefault(what, Pace())))
 
         return prepare_data(
-            config.data, config.training.sequence_length, where=where, tokenizer=tokenizer, on_progress=show
+            config.data,
+            config.training.sequence_length,
+            where=where,
+            tokenizer=tokenizer,
+            on_progress=show,
+            on_message=lambda text: print_lines(console, text),
         )

@@ -55,7 +55,7 @@ def evaluate(
 
         if data is not None:
             result = evaluate_file(
-                model, data, sequence_length=sequence_length, batch_size=batch_size, on_progress=show
+                model, data, sequence_length=sequence_length, batch_size=batch_size, on_progress=show, on_message=warn
             )
         else:
             result = _evaluate_run(console, path, model, sequence_length, batch_size, show)

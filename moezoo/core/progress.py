@@ -11,6 +11,9 @@ Progress = Callable[[str, int, int | None], None]
 `total` is None if it is unknown. The function that takes the callback documents the unit.
 """
 
+Message = Callable[[str], None]
+"""Callback for a line of text to the user."""
+
 LINE_EVERY_S = 10.0
 
 

@@ -6,6 +6,7 @@ Face's trainers count in the same way, so losses are comparable. Writing: writin
 
 import math
 import struct
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from moezoo.core.config.data import BatchesSource
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.npy_header import read_npy_header
 from moezoo.core.data.source_files import find_files
+from moezoo.core.data.token_cache import local_copy
 from moezoo.core.data.token_shards import IdFile, IntegerArray, check_range, open_npy
-from moezoo.core.data.token_store import local_copy
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
 from moezoo.core.files import open_regular, reason_of
+from moezoo.core.progress import Message, Progress
 from moezoo.core.tokens import IGNORED
 
 _ZIP_ERRORS = (EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error)
@@ -118,7 +120,12 @@ class PrebatchedSplit:
 
 
 def open_prebatched(
-    source: BatchesSource, vocab_size: int, name: str, where: str
+    source: BatchesSource,
+    vocab_size: int,
+    name: str,
+    where: str,
+    on_progress: Progress | None = None,
+    on_message: Message = warnings.warn,
 ) -> tuple[PrebatchedSplit, PrebatchedSplit]:
     """Open a file of batches and return its training and validation splits; `name` and `where` are used in errors.
 
@@ -127,7 +134,7 @@ def open_prebatched(
     Raises DataError: no such file or array, damaged, not integers [steps, B, T], ids outside the vocabulary in the
     first batch (the others are checked when they are read).
     """
-    ids = _open(source, name, where)
+    ids = _open(source, name, where, on_progress, on_message)
     num_train = len(ids) - source.validation_batches
     if num_train < 1:
         raise DataError(
@@ -140,11 +147,13 @@ def open_prebatched(
     return train, PrebatchedSplit("validation", name, ids, *held_out, vocab_size)
 
 
-def _open(source: BatchesSource, name: str, where: str) -> IdFile | IntegerArray:
+def _open(
+    source: BatchesSource, name: str, where: str, on_progress: Progress | None, on_message: Message
+) -> IdFile | IntegerArray:
     files = find_files(source.path, (".npy", ".npz"), where)
     if len(files) != 1:
         raise DataError(f"{name} is {len(files)} files; expected one; {where}. Use the path of one file.")
-    path = local_copy(files[0])
+    path = local_copy(files[0], on_progress, on_message)
     ids: IdFile | IntegerArray
     try:
         ids = _load_npz(path, source.key, name) if path.suffix == ".npz" else _open_npy(path, source.key, name)

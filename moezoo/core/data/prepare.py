@@ -5,6 +5,7 @@ state: `Split.batch(step, ...)` computes the windows of a step (sample_order.py)
 shards (token_shards.py). To resume, a run needs only its step. Writing: writings/data.md.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from moezoo.core.data.tokenizers import (
     Tokenizer,
 )
 from moezoo.core.errors import DataError
-from moezoo.core.progress import Progress
+from moezoo.core.progress import Message, Progress
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ def prepare_data(
     where: str = "config",
     tokenizer: Tokenizer | None = None,
     on_progress: Progress | None = None,
+    on_message: Message = warnings.warn,
 ) -> PreparedData:
     """Find the sources, create the tokenizer, tokenize text that is not cached, and split each source.
 
@@ -194,18 +196,19 @@ def prepare_data(
         where: name of the config in errors.
         tokenizer: of a resumed run or trained model, used instead of a new one.
         on_progress: called with bytes.
+        on_message: called with a line about each damaged entry of the token cache, which is made again.
 
     Raises DataError: a file that is missing, unreadable, damaged or not UTF-8, a split shorter than
     `sequence_length` + 1 tokens, a token id outside the vocabulary. Raises TokenizerError.
     """
     found_sources = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
-    tokenizer = tokenizer or _make_tokenizer(data, found_sources, where, on_progress)
+    tokenizer = tokenizer or _make_tokenizer(data, found_sources, where, on_progress, on_message)
     if isinstance(data.sources[0], BatchesSource):
-        return _prepare_prebatched(data.sources[0], tokenizer, where)
+        return _prepare_prebatched(data.sources[0], tokenizer, where, on_progress, on_message)
     train, validation, summary = [], [], []
     weighted = [source for source in data.sources if not isinstance(source, BatchesSource)]
     for source, found in zip(weighted, found_sources, strict=True):
-        tokens = _open(found, tokenizer, on_progress)
+        tokens = _open(found, tokenizer, on_progress, on_message)
         held_out = int(len(tokens) * data.validation_fraction)
         num_train = len(tokens) - held_out
         train.append(SplitSource(found.name, tokens, 0, num_train, source.weight))
@@ -224,17 +227,17 @@ def prepare_data(
     return PreparedData(tokenizer, *splits, tuple(summary))
 
 
-def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int) -> Split:
+def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: Message = warnings.warn) -> Split:
     """Open a whole file as a split: token ids (`.npy`, `.bin`), field `text` of JSON lines (`.jsonl`), or text.
 
-    `vocab_size` is that of the model. Raises DataError and TokenizerError as `prepare_data` does.
+    `vocab_size` is that of the model. `on_message` and errors are those of `prepare_data`.
     """
     suffix = Path(path).suffix
     if suffix in (".npy", ".bin"):
-        tokens = open_shards(find_files(path, (suffix,), path), vocab_size, path)
+        tokens = open_shards(find_files(path, (suffix,), path), vocab_size, path, None, on_message)
     else:
         texts = Texts(path, find_files(path, (".txt",), path), "text" if suffix == ".jsonl" else None)
-        tokens = tokenize(texts, tokenizer)
+        tokens = tokenize(texts, tokenizer, None, on_message)
     return Split("evaluated", (SplitSource(path, tokens, 0, len(tokens), 1.0),))
 
 
@@ -269,7 +272,11 @@ def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
 
 
 def _make_tokenizer(
-    data: DataConfig, found_sources: Sequence[Texts | _Shards], where: str, on_progress: Progress | None
+    data: DataConfig,
+    found_sources: Sequence[Texts | _Shards],
+    where: str,
+    on_progress: Progress | None,
+    on_message: Message,
 ) -> Tokenizer:
     match data.tokenizer:
         case ByteTokenizerSpec():
@@ -286,7 +293,7 @@ def _make_tokenizer(
                         f"{found.name} has token ids, not text; got a character tokenizer; expected the tokenizer that "
                         f"made the ids; data.tokenizer ({where}). Use {{kind: ids, vocab_size: N}}, or that tokenizer."
                     )
-                characters |= characters_of(found, on_progress)
+                characters |= characters_of(found, on_progress, on_message)
             if not characters:
                 raise DataError(
                     f"the sources have no text; got 0 characters; expected at least 1; data.sources ({where}). "
@@ -297,17 +304,19 @@ def _make_tokenizer(
             assert_never(data.tokenizer)
 
 
-def _prepare_prebatched(source: BatchesSource, tokenizer: Tokenizer, where: str) -> PreparedData:
+def _prepare_prebatched(
+    source: BatchesSource, tokenizer: Tokenizer, where: str, on_progress: Progress | None, on_message: Message
+) -> PreparedData:
     name, key = f"data.sources[0] ({source.path})", f"data.sources[0].path ({where})"
-    train, validation = open_prebatched(source, tokenizer.vocab_size, name, key)
+    train, validation = open_prebatched(source, tokenizer.vocab_size, name, key, on_progress, on_message)
     summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens)
     return PreparedData(tokenizer, train, validation, (summary,))
 
 
-def _open(found: Texts | _Shards, tokenizer: Tokenizer, on_progress: Progress | None) -> Tokens:
+def _open(found: Texts | _Shards, tokenizer: Tokenizer, on_progress: Progress | None, on_message: Message) -> Tokens:
     if isinstance(found, _Shards):
-        return open_shards(found.files, tokenizer.vocab_size, found.name)
-    return tokenize(found, tokenizer, on_progress)
+        return open_shards(found.files, tokenizer.vocab_size, found.name, on_progress, on_message)
+    return tokenize(found, tokenizer, on_progress, on_message)
 
 
 def _check_length(split: str, source: SplitSource, sequence_length: int, where: str = "") -> None:

@@ -97,14 +97,14 @@ class IdFile:
 class Tokens:
     """Read-only view of one or more shards as one array of token ids."""
 
-    def __init__(self, shards: Sequence[IdFile], vocab_size: int, name: str, known_in_range: bool) -> None:
-        """`name` is used in errors. Unless `known_in_range`, ids are checked against `vocab_size` when read."""
+    def __init__(self, shards: Sequence[IdFile], vocab_size: int, name: str) -> None:
+        """`name` is used in errors. Ids are checked against `vocab_size` when they are read."""
         self._shards = tuple(shards)
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
         self._begins = [0, *self._ends.tolist()]
-        self._vocab_size, self._name, self._known_in_range = vocab_size, name, known_in_range
+        self._vocab_size, self._name = vocab_size, name
         narrow = all(shard.dtype.itemsize < 4 or shard.dtype == np.int32 for shard in self._shards)
-        self._dtype = np.dtype(np.int32 if narrow or known_in_range else np.int64)
+        self._dtype = np.dtype(np.int32 if narrow else np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._shards else 0
@@ -120,8 +120,7 @@ class Tokens:
             with self._shards[shard].opened() as read:
                 for _, at, row, column, count in group:
                     rows[row, column : column + count] = read(at, count)
-        if not self._known_in_range:
-            check_range(rows, self._vocab_size, self._name)
+        check_range(rows, self._vocab_size, self._name)
         return rows.astype(np.int32, copy=False)
 
     def _pieces(self, starts: npt.NDArray[np.integer[Any]], length: int) -> Iterator[tuple[int, int, int, int, int]]:

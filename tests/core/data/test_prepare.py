@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.config.data import DataConfig
-from moezoo.core.data import source_files, token_store
+from moezoo.core.data import source_files, token_cache, token_store
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prepare import prepare_data, whole_file
 from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer, with_first_tokens
@@ -233,7 +233,7 @@ def test_fewer_validation_windows_are_evenly_spaced(tmp_path):
 @pytest.mark.parametrize("tokenizer", [{"kind": "character"}, BYTE])
 def test_text_does_not_depend_on_the_chunk_size(text_file, monkeypatch, chunk, tokenizer):
     monkeypatch.setattr(source_files, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(token_store, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(token_cache, "SHARD_TOKENS", 100)
     prepared = prepare_data(config(text(text_file), tokenizer=tokenizer), T)
     assert all_text(prepared) == TEXT
     if tokenizer["kind"] == "character":
@@ -396,19 +396,154 @@ def test_tokenizers_do_not_share_cache_entries(text_file):
     assert all_text(prepare_data(data, T)) == TEXT
 
 
-@pytest.mark.parametrize("damage", ["shard", "index", "missing"])
-def test_damaged_cache_entry_is_rebuilt(text_file, cache, damage):
-    prepare_data(config(text(text_file)), T)
-    [index] = cache.glob("*/index.json")
-    shard = index.parent / "00000.npy"
-    match damage:
-        case "shard":
-            shard.write_bytes(shard.read_bytes()[:-50])
-        case "index":
-            index.write_text("{")
-        case "missing":
-            shard.unlink()
-    assert all_text(prepare_data(config(text(text_file)), T)) == TEXT
+def prepared_with_messages(data, **options):
+    """Prepare data, and return it with the lines for the user."""
+    messages = []
+    return prepare_data(data, T, on_message=messages.append, **options), messages
+
+
+def test_a_flipped_bit_anywhere_in_the_cache_is_named_and_the_entry_made_again(text_file, cache, monkeypatch):
+    monkeypatch.setattr(token_cache, "SHARD_TOKENS", 1000)
+    data = config(text(text_file))
+    prepare_data(data, T)
+    files = [file for file in cache.rglob("*") if file.is_file()]
+    assert {file.name[-10:] for file in files} >= {"index.json", "00000.npy"}
+    assert len(files) == 4  # characters, two shards and their index
+    content = {file: file.read_bytes() for file in files}
+    for file in files:
+        step = max(1, len(content[file]) // 5)
+        for at in (*range(0, len(content[file]), step), len(content[file]) - 1):
+            damaged = bytearray(content[file])
+            damaged[at] ^= 1 << at % 8
+            file.write_bytes(damaged)
+            prepared, messages = prepared_with_messages(data)
+            [message] = messages
+            assert "the token cache is damaged and is made again: " in message
+            assert file.name in message
+            assert all_text(prepared) == TEXT
+            assert {file: file.read_bytes() for file in files} == content
+    assert prepared_with_messages(data)[1] == []
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def zero(file):
+    file.write_bytes(file.read_bytes()[:128] + bytes(file.stat().st_size - 128))
+
+
+def replace_by_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("damage", [cut, zero, os.unlink, replace_by_pipe])
+@pytest.mark.parametrize("name", ["00000.npy", "index.json"])
+def test_a_damaged_cache_entry_is_made_again(text_file, cache, damage, name):
+    prepare_data(config(text(text_file), tokenizer=BYTE), T)
+    [entry] = cache.iterdir()
+    damage(entry / name)
+    prepared, [message] = prepared_with_messages(config(text(text_file), tokenizer=BYTE))
+    assert name in message
+    assert str(entry) in message
+    assert all_text(prepared) == TEXT
+
+
+def test_an_entry_under_the_name_of_another_is_made_again(tmp_path, cache):
+    texts = [write(tmp_path / name, content) for name, content in (("a.txt", TEXT), ("b.txt", TEXT.upper()))]
+    for path in texts:
+        prepare_data(config(text(path), tokenizer=BYTE), T)
+    first, second = cache.iterdir()
+    for name in ("index.json", "00000.npy"):
+        first_content, second_content = (first / name).read_bytes(), (second / name).read_bytes()
+        (first / name).write_bytes(second_content)
+        (second / name).write_bytes(first_content)
+    for path in texts:
+        prepared, [message] = prepared_with_messages(config(text(path), tokenizer=BYTE))
+        assert "it has another key" in message
+        assert all_text(prepared) == path.read_text()
+
+
+def test_a_damaged_copy_of_a_remote_file_is_downloaded_again(tmp_path, cache):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    np.save(tmp_path / "ids.npy", np.arange(100))
+    content = (tmp_path / "ids.npy").read_bytes()
+    memory.pipe("/corpus/ids.npy", content)
+    data = config(shards("memory://corpus/ids.npy"), tokenizer=IDS)
+    try:
+        prepare_data(data, T)
+        files = sorted(cache.iterdir())
+        assert [file.suffix for file in files] == [".npy", ".json"]
+        for file in files:
+            damaged = bytearray(file.read_bytes())
+            damaged[-10] ^= 1
+            file.write_bytes(damaged)
+            prepared, [message] = prepared_with_messages(data)
+            assert file.name in message
+            assert all_tokens(prepared).tolist() == list(range(100))
+            assert prepared_with_messages(data)[1] == []
+        files[1].unlink()  # as a process that is killed between the two files leaves it
+        assert prepared_with_messages(data)[1] == []
+    finally:
+        memory.rm("/corpus", recursive=True)
+
+
+def test_an_incomplete_download_is_refused(monkeypatch, cache):
+    file = source_files.SourceFile("bucket/ids.npy", 100, "memory", filesystem=object())
+    monkeypatch.setattr(source_files.SourceFile, "chunks", lambda self: iter([b"ab", b"c"]))
+    with pytest.raises(DataError, match=r"the download is incomplete; got 3 bytes; expected 100; bucket/ids.npy"):
+        token_cache.local_copy(file, None, pytest.fail)
+    assert list(cache.iterdir()) == []
+
+
+def test_ids_of_the_cache_are_checked_when_they_are_read(text_file, cache):
+    prepared = prepare_data(config(text(text_file)), T)
+    [shard] = cache.glob("*/00000.npy")
+    status = shard.stat()
+    damaged = bytearray(shard.read_bytes())
+    damaged[129::2] = b"\xff" * len(damaged[129::2])  # the high byte of each id
+    shard.write_bytes(damaged)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))  # as damage of the disk does
+    with pytest.raises(DataError, match="token id outside the vocabulary; got 65"):
+        prepared.train.batch(0, 3, T, 0)
+
+
+def test_everything_that_decides_the_tokens_is_in_the_key(tmp_path, hub_folder, bos_folder, cache, monkeypatch):
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": "the cat", "body": "a dog"}) for _ in range(9)))
+    seen = []
+
+    def prepared(folder=hub_folder, **source):
+        tokenizer = HuggingFaceTokenizer(str(folder))
+        sources = config(jsonl(path, **source), validation_fraction=0.5)
+        data, messages = prepared_with_messages(sources, tokenizer=tokenizer)
+        assert messages == []
+        seen.append(all_text(data))
+        return len(list(cache.iterdir()))
+
+    def with_option(folder, **options):
+        copy = tmp_path / "-".join(options)
+        copy.mkdir()
+        (copy / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps(config | options))
+        return copy
+
+    assert prepared() == prepared() == 1
+    assert prepared(field="body") == 2
+    assert prepared(bos_folder) == 3
+    assert prepared(with_option(bos_folder, eos_token="<|endoftext|>")) == 4  # the same tokenizer.json
+    assert prepared(with_option(hub_folder, bos_token="<|endoftext|>", add_bos_token=True)) == 5
+    assert len(set(seen)) == 5
+    monkeypatch.setattr(token_store, "version", lambda package: "0.0.1")
+    assert prepared() == 6
+    status = path.stat()  # other text of equal size and modification time, as an archive can have it
+    write(path, path.read_text().replace("cat", "cow"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert prepared() == 7
+    assert "cow" in seen[-1]
 
 
 def test_failed_tokenization_leaves_no_files(tmp_path, cache):
@@ -437,7 +572,7 @@ def test_unwritable_cache_error_has_advice(text_file, tmp_path, monkeypatch):
 def test_default_cache_folder_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.delenv("MOEZOO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert token_store.cache_folder() == tmp_path / "moezoo" / "tokens"
+    assert token_cache.cache_folder() == tmp_path / "moezoo" / "tokens"
 
 
 def test_progress_is_reported_up_to_the_total(text_file, monkeypatch):
