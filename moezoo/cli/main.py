@@ -12,22 +12,30 @@ from moezoo.cli.evaluate import evaluate
 from moezoo.cli.failures import describe_failure
 from moezoo.cli.generate import generate
 from moezoo.cli.inspect import describe, plan_command, schema
+from moezoo.cli.output import output_streams
 from moezoo.cli.parity import parity, zoo
 from moezoo.cli.train import launch_command, train
 from moezoo.core.distributed.process_group import exit_process
 from moezoo.core.errors import MoezooError
+from moezoo.core.signals import Interrupted, end_process
 
 
 class _Commands(click.Group):
     """A command group that lists commands in order of use and prints an error in one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        with output_streams():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except MoezooError as error:
             for line in str(error).splitlines():
                 click.echo(f"{type(error).__name__}: {line}", err=True)
             exit_process(1)
+        except Interrupted as second:
+            end_process(second.exit_status)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             exit_process(130)

@@ -1,13 +1,102 @@
-"""Output of commands: the console, JSON or a page, and warnings."""
+"""Output of commands: the streams, the console, JSON or a page, and warnings."""
 
+import errno
+import io
+import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import click
 
+from moezoo.core.errors import RunError
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+
+class Output(io.TextIOBase):
+    """Standard output or error of a command: it escapes characters that the stream's encoding lacks.
+
+    Args:
+        stream: the stream, None if it is closed.
+        name: of the stream, for errors.
+
+    Fields:
+        required: whether the command ends when the stream cannot be written: quietly after a broken pipe (`| head`),
+            else with a RunError. If False, what is written after that is lost.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str):
+        self._stream, self._name = stream, name
+        self.required, self._lost = True, stream is None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    # Trap: click replaces an ASCII stream that has a `buffer` by one in UTF-8.
+    encoding = property(lambda self: getattr(self._stream, "encoding", None) or "utf-8")
+    errors = property(lambda self: getattr(self._stream, "errors", None))
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):  # click tries b"", then ""
+            raise TypeError(f"{self._name} takes text")
+        if self._stream is not None and not self._lost and text:
+            try:
+                self._stream.write(text)
+            except OSError as error:
+                self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None and not self._lost:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._lose(error)
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise io.UnsupportedOperation(f"{self._name} is closed")
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def _lose(self, error: OSError) -> None:
+        self._lost = True
+        with suppress(io.UnsupportedOperation):  # a stream without a file
+            own, nowhere = self.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, own)  # what the stream still holds goes there: Python writes it at exit, and would fail
+            os.close(nowhere)
+        if self.required and error.errno == errno.EPIPE:
+            raise error
+        if self.required:
+            raise RunError(
+                f"{self._name} cannot be written; got {error.strerror}; expected a terminal, pipe or file with free "
+                "space. Write it elsewhere."
+            ) from None
+
+
+@contextmanager
+def output_streams() -> Iterator[None]:
+    """Replace standard output and error by `Output` in a block."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(before[0], "standard output"), Output(before[1], "standard error")
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def continue_without_output() -> None:
+    """Let the command go on when its terminal closes, its pipe breaks, or the disk of its log is full."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Output):
+            stream.required = False
 
 
 class Report(Protocol):

@@ -7,7 +7,7 @@ import click
 
 from moezoo.cli.data import prepare_with_progress
 from moezoo.cli.options import backend_option, group_options, mesh_option, overcommit_option, set_option
-from moezoo.cli.output import new_console, print_lines, warn
+from moezoo.cli.output import continue_without_output, new_console, print_lines, warn
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import RunError
 
@@ -53,6 +53,7 @@ def train(
     from moezoo.core.runs.run_folder import load_run_tokenizer, prepare_run
     from moezoo.core.training.loop import train as run_training
 
+    continue_without_output()
     path = out or Path("runs") / config_path.stem
     config, resumed = _config(config_path, overrides, mesh, path if resume else None)
     loaded = load_backend(backend, config.mesh, group)
@@ -72,7 +73,7 @@ def train(
     for row in data.summary:
         tokens = f"{row.train_tokens:,} training and {row.validation_tokens:,} validation tokens"
         console.print(f"{row.source}: {tokens}", highlight=False)
-    result = run_training(config, data, loaded, run, reporter=ConsoleReporter(console))
+    result = run_training(config, data, loaded, run, reporter=ConsoleReporter(console), exits=True)
     loaded.leave()
     if is_first:
         resume_command = _resume_command(config_path, backend, out, overrides, mesh, allow_overcommit)
@@ -147,6 +148,7 @@ def launch_command(nproc: int, words: tuple[str, ...]) -> None:
     from moezoo.backends import default_backend
     from moezoo.core.distributed.launch import launch
 
+    continue_without_output()
     if words[0] != "train":
         raise RunError(
             f"launch runs `train` only, the one command that runs in several processes; got {words[0]!r}. "

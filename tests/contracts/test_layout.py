@@ -25,6 +25,7 @@ LAYERS = (
         "core.malloc",
         "core.progress",
         "core.random",
+        "core.signals",
         "core.tokens",
     ),
     ("core.hub",),

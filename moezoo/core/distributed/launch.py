@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from moezoo.core.errors import TrainingError
+from moezoo.core.signals import URGENT, Interrupted, stop_signals
 
 # Trap: a process whose peer has exited may block forever in a collective and then ignores SIGTERM. It cannot save a
 # checkpoint without the peer, so it is killed after this time.
@@ -30,11 +31,11 @@ _POLL_INTERVAL_S = 0.05
 def launch(count: int, words: Sequence[str], backend: str) -> None:
     """Run `python -m moezoo WORDS` in `count` processes that form one process group, and wait for them.
 
-    The first process writes to this terminal directly; lines of the others are prefixed with their rank. SIGINT and
-    SIGTERM are forwarded to all.
+    The first process writes to this terminal directly; lines of the others are prefixed with their rank. Stop signals
+    (`core.signals`) are forwarded to all.
 
-    Raises TrainingError: a process exited with an error or was killed by a signal. Raises KeyboardInterrupt: a second
-    signal arrived. In both cases the other processes are ended too, within GRACE_S.
+    Raises TrainingError: a process exited with an error or was killed by a signal. Raises Interrupted: a second
+    SIGINT or SIGTERM arrived. In both cases the other processes are ended too, within GRACE_S.
     """
     with tempfile.TemporaryDirectory(prefix="moezoo-launch-") as folder:
         commands = process_commands(count, words, backend, Path(folder) / "hosts.json")
@@ -108,24 +109,21 @@ def _copy_lines(index: int, lines: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Forward SIGINT, SIGTERM and SIGHUP to all processes, which finish their step, save a checkpoint and exit.
+    """Forward stop signals to all processes, which finish their step, save a checkpoint and exit.
 
-    A second signal raises KeyboardInterrupt, which ends all of them.
+    A second SIGINT or SIGTERM raises Interrupted, which ends all of them.
     """
-    # Processes in their own session do not get the terminal's SIGHUP. nohup makes it ignored; then it is not forwarded.
-    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-
-    signals = 0
+    urgent = 0
 
     def forward(number: int, frame: object) -> None:
-        nonlocal signals
-        signals += 1
-        for process in processes:
+        nonlocal urgent
+        urgent += number in URGENT
+        for process in processes:  # in their own session, so they do not get the terminal's signals
             process.send_signal(number)  # no effect on a process that has exited
-        if signals == 2:  # not at a third, which would interrupt the cleanup
-            raise KeyboardInterrupt
+        if urgent == 2 and number in URGENT:  # not at a third, which would interrupt the cleanup
+            raise Interrupted(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         yield
     finally:

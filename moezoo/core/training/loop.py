@@ -1,18 +1,15 @@
 """The training loop. It uses a backend through its protocol only (`core.backend`), so JAX and MLX share it."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from moezoo.core.backend import Backend, Model, PendingFiles, PendingStep, StepMetrics
+from moezoo.core.backend import Backend, Model, PendingFiles, PendingStep
 from moezoo.core.checkpoint.manifest import ARRAYS
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import (
@@ -35,6 +32,7 @@ from moezoo.core.random import micro_batch_keys
 from moezoo.core.runs.init_from import InitialWeights, open_initial_weights
 from moezoo.core.runs.run_folder import Run, resume_point
 from moezoo.core.runs.run_writer import RunWriter
+from moezoo.core.signals import stop_on_signal
 from moezoo.core.training.check_routers import check_routers
 from moezoo.core.training.evaluation import (
     MAX_WINDOWS,
@@ -44,18 +42,14 @@ from moezoo.core.training.evaluation import (
     evaluate,
     known_grammar,
 )
-from moezoo.core.training.metrics import (
-    LayerRecord,
-    MetricsFile,
-    Record,
-    StepRecord,
-    layer_losses,
-    layer_state,
-    routing_statistics,
-)
+from moezoo.core.training.metrics import MetricsFile, Record, step_record
 from moezoo.core.training.reporter import Reporter, SilentReporter
 
 _MOMENTS = ("first_moment", "second_moment")
+
+# Steps in flight delay a stop by a signal. Two keep the device busy; more only of short steps, for which waiting would
+# cost speed (a fifth for steps of 5 ms).
+_IN_FLIGHT, _IN_FLIGHT_S = 2, 0.25
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class TrainingResult:
 
     Fields:
         step: updates done.
-        finished: all of `training.steps` are done; False if a signal stopped the run.
+        finished: all of `training.steps` and the final validation are done; False if a signal stopped the run.
         evaluation: the final evaluation; None unless finished.
     """
 
@@ -74,13 +68,20 @@ class TrainingResult:
 
 
 def train(
-    config: Config, data: PreparedData, backend: Backend, run: Run, *, reporter: Reporter | None = None
+    config: Config,
+    data: PreparedData,
+    backend: Backend,
+    run: Run,
+    *,
+    reporter: Reporter | None = None,
+    exits: bool = False,
 ) -> TrainingResult:
     """Train to `training.steps`, from the run's newest intact checkpoint if it has one.
 
-    SIGINT and SIGTERM finish the current step, save a checkpoint, and return with `finished` False. With several
-    processes, all take part in every step and validation and stop after the same step, whichever got the signal; only
-    the first one writes files and reports.
+    A stop signal (`core.signals`) finishes the current step or leaves the validation, saves a checkpoint, and returns
+    with `finished` False; a second SIGINT or SIGTERM raises Interrupted, or ends the process where `exits` is True and
+    the device does not return. With several processes, all take part in every step and validation and stop after the
+    same step, whichever got the signal; only the first one writes files and reports.
 
     The folder of a new run is created after its first step, so that a start that is refused leaves nothing behind.
 
@@ -95,7 +96,11 @@ def train(
         if writer is not None:
             writer.close()
         raise
-    return training.run_to_end()
+    return training.run_to_end(exits)
+
+
+class _ValidationStopped(Exception):
+    """A signal arrived during a validation."""
 
 
 class _Training:
@@ -121,11 +126,13 @@ class _Training:
         initial = self._open_initial_weights() if checkpoint is None else None
         self.first_step = 0 if checkpoint is None else checkpoint.step
         self.model = self._build_model(checkpoint, initial)
-        self.saved: Path | None = None if checkpoint is None else run.checkpoints_path
+        self.step = self.first_step
+        self.saved_step: int | None = None if checkpoint is None else checkpoint.step
         self.layout = None if initial is None else initial.layout
         self.metrics: MetricsFile | None = None  # opened when the first step is done
         self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
         self.pending: list[tuple[int, float, PendingStep]] = []  # step, learning rate, metrics
+        self.in_flight = _IN_FLIGHT
         self.stop_requests: list[PendingNumbers] = []
         self.background = ThreadPoolExecutor(1)
         self.saving: Future[None] | None = None
@@ -178,22 +185,22 @@ class _Training:
         )
         return model
 
-    def run_to_end(self) -> TrainingResult:
-        training = self.config.training
+    def run_to_end(self, exits: bool) -> TrainingResult:
+        training, evaluation = self.config.training, None
         if self.first_step:
             self.reporter.message(f"resumed after step {self.first_step}")
         self.reporter.start(self.first_step, training.steps)
         self.clock, self.clock_step = time.monotonic(), self.first_step
         try:
-            with _stop_on_signal() as stop:
-                step = self.first_step
-                while step < training.steps and not self._should_stop(stop):
-                    step += 1
-                    self._step(step)
-                self._report(step)
-                self._save(step)
-                finished = step >= training.steps
-                evaluation = self._validate(step, final=True) if finished else None
+            with stop_on_signal(self._say_stopping, exits=exits) as self.stop:
+                while self.step < training.steps and not self._should_stop():
+                    self.step += 1
+                    self._step(self.step)
+                    self._settle(self.in_flight - 1)
+                self._report(self.step)
+                self._save(self.step)
+                if self.step >= training.steps:
+                    evaluation = self._validate(self.step, final=True)
                 self._finish_saving()
         finally:
             self.reporter.stop()
@@ -202,17 +209,21 @@ class _Training:
                 if self.saving is None:
                     released.result()
             self.background.shutdown(wait=False)  # a save in progress continues: the interpreter waits for it at exit
-        return TrainingResult(step, finished, evaluation)
+        return TrainingResult(self.step, evaluation is not None, evaluation)
 
-    def _should_stop(self, stop: threading.Event) -> bool:
+    def _say_stopping(self) -> None:
+        saving = f"step {self.step} is saved" if self.step == self.saved_step else f"saving after step {self.step}"
+        self.reporter.message(f"stopping: {saving} (a second Ctrl-C or SIGTERM ends at once)")
+
+    def _should_stop(self) -> bool:
         """Return whether a signal asks to stop before the next step; all processes get the same answer.
 
         Any process may have received the signal, so they all-gather it. The result gathered before the previous step
         is used: it has arrived, so no process waits for the step in progress.
         """
         if self.backend.processes.count == 1:
-            return stop.is_set()
-        self.stop_requests.append(self.backend.gather(int(stop.is_set())))
+            return self.stop.is_set()
+        self.stop_requests.append(self.backend.gather(int(self.stop.is_set())))
         return len(self.stop_requests) > 1 and any(self.stop_requests.pop(0).fetch())
 
     def _step(self, step: int) -> None:
@@ -238,21 +249,28 @@ class _Training:
         if training.checkpoint_every and step % training.checkpoint_every == 0 and not last:
             self._save(step)
 
-    def _report(self, step: int) -> None:
-        """Wait for the steps since the last report, check their losses, and log the newest."""
-        if not self.pending:
-            return
-        for number, rate, pending in self.pending:
+    def _settle(self, in_flight: int) -> None:
+        """Wait until at most `in_flight` steps are not finished, and check the losses of those that are."""
+        while len(self.pending) > in_flight:
+            step, rate, pending = self.pending.pop(0)
             metrics = pending.fetch()
             if not math.isfinite(metrics.losses["loss"]):
-                raise self._loss_error(number, metrics.losses["loss"])
-            newest = number, rate, metrics
-        self.pending.clear()
+                raise self._loss_error(step, metrics.losses["loss"])
+            self.newest = step, rate, metrics
+
+    def _report(self, step: int) -> None:
+        """Wait for all steps, and log the newest one."""
+        if not self.pending:
+            return
+        self._settle(0)
         now = time.monotonic()
-        speed = (step - self.clock_step) * self._tokens(1) / max(now - self.clock, 1e-9)
+        step_s = max(now - self.clock, 1e-9) / max(step - self.clock_step, 1)
+        speed, self.in_flight = self._tokens(1) / step_s, max(_IN_FLIGHT, int(_IN_FLIGHT_S / step_s))
         # The first step of a process compiles, so it has no speed and is left out of the next average.
         self.clock, self.clock_step = now, step
-        record = self._record(*newest, speed if step > self.first_step + 1 else None)
+        number, rate, metrics = self.newest
+        reported = speed if step > self.first_step + 1 else None
+        record = step_record(self.config.model, number, self._tokens(number), rate, metrics, reported)
         self._write(record)
         self.reporter.step(record)
 
@@ -268,52 +286,45 @@ class _Training:
         self.writer.check()
         self.metrics.write(record)
 
-    def _record(self, step: int, rate: float, metrics: StepMetrics, speed: float | None) -> StepRecord:
-        kinds: list[str] = [*dict.fromkeys(loss.kind for _, moe in self.config.model.moes for loss in moe.losses)]
-        kinds += ["index"] if "index" in metrics.losses else []
-        names = ["loss", "cross_entropy", *(name for kind in kinds for name in (kind, f"{kind}_weighted"))]
-        statistics = routing_statistics(self.config.model.moe_layers, metrics.load, metrics.dropped)
-        return StepRecord(
-            step=step,
-            tokens=self._tokens(step),
-            losses={name: metrics.losses[name] for name in names},
-            gradient_norm=metrics.gradient_norm,
-            learning_rate=rate,
-            tokens_per_second=None if speed is None else round(speed, 1),
-            routing=tuple(
-                LayerRecord(row, layer_losses(metrics.losses, row.layer), layer_state(metrics.state, row.layer))
-                for row in statistics
-            ),
-        )
-
     def _tokens(self, steps: int) -> int:
         return steps * self.config.training.batch_size * self.config.training.sequence_length
 
-    def _validate(self, step: int, *, final: bool) -> Evaluation:
-        """Evaluate and log; the final validation uses more windows and compares with a known optimum."""
+    def _validate(self, step: int, *, final: bool) -> Evaluation | None:
+        """Evaluate and log; the final validation uses more windows and compares with a known optimum.
+
+        Return None, and log nothing, if a signal arrives before the last window.
+        """
         self._report(step)
         training = self.config.training
         if final:
             self.reporter.message("validating ...")
-        evaluation = evaluate(
-            self.model,
-            self.data.validation,
-            self.data.tokenizer,
-            sequence_length=training.sequence_length,
-            batch_size=training.batch_size,
-            max_windows=MAX_WINDOWS if final else training.validation_sequences,
-            grammar=self.grammar if final else None,
-            on_progress=self.reporter.progress,
-        )
+        try:
+            evaluation = evaluate(
+                self.model,
+                self.data.validation,
+                self.data.tokenizer,
+                sequence_length=training.sequence_length,
+                batch_size=training.batch_size,
+                max_windows=MAX_WINDOWS if final else training.validation_sequences,
+                grammar=self.grammar if final else None,
+                on_progress=self._validation_progress,
+            )
+        except _ValidationStopped:
+            return None
         self._write(ValidationRecord(step, self._tokens(step), evaluation))
         if not final:
             self.reporter.message(f"step {step}: {describe_evaluation(evaluation)}")
         self.clock, self.clock_step = time.monotonic(), step
         return evaluation
 
+    def _validation_progress(self, what: str, done: int, total: int | None) -> None:
+        self.reporter.progress(what, done, total)
+        if self._should_stop() and done != total:
+            raise _ValidationStopped
+
     def _save(self, step: int) -> None:
-        """Save a checkpoint, if a step was done. Sharded checkpoints are written in the background."""
-        if step == self.first_step:
+        """Save a checkpoint, if a step was done since the last one. Sharded ones are written in the background."""
+        if step in (self.first_step, self.saved_step):
             return
         self._report(step)
         self._finish_saving()
@@ -324,15 +335,17 @@ class _Training:
             )
         if self.writer is not None:
             self.writer.check()
-        self.saved = self.run.checkpoints_path
         writer = self.model.checkpoint_writer()
         if writer is None:
             weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
             if self.is_first:
                 text, keep = dump_config(self.config), self.config.training.keep_checkpoints
-                save_checkpoint(self.saved, step, weights, optimizer, text, keep, tokens=self._tokens(step))
+                save_checkpoint(
+                    self.run.checkpoints_path, step, weights, optimizer, text, keep, tokens=self._tokens(step)
+                )
         else:
             self._start_saving(step, writer)
+        self.saved_step = step
         self.clock, self.clock_step = time.monotonic(), step
 
     def _start_saving(self, step: int, writer: Callable[[Path], PendingFiles]) -> None:
@@ -361,30 +374,7 @@ class _Training:
         return TrainingError(f"loss is not finite; got {loss} at step {step}; {first}. {self._advice()}")
 
     def _advice(self) -> str:
-        kept = (
-            f"The last good checkpoint is kept in {self.run.checkpoints_path}"
-            if self.saved
-            else "Nothing was saved yet"
-        )
+        kept = f"The last good checkpoint is kept in {self.run.checkpoints_path}"
+        if self.saved_step is None:
+            kept = "Nothing was saved yet"
         return f"{kept}. Lower optimizer.learning_rate, or lengthen the warm-up."
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Set the event at SIGINT or SIGTERM, so that the current step ends and is saved; a second signal interrupts."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

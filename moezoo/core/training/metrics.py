@@ -24,9 +24,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moezoo.core.backend import StepMetrics
 from moezoo.core.errors import RunError
 from moezoo.core.files import read_bounded, readable_errors, reason_of, write_atomically
 from moezoo.core.json_text import parse_json
+from moezoo.core.spec import ModelSpec
 
 _CHECKSUM = "crc32"
 _MAX_BYTES = 2_000_000_000
@@ -149,6 +151,28 @@ def routing_statistics(
             )
         )
     return tuple(rows)
+
+
+def step_record(
+    spec: ModelSpec, step: int, tokens: int, learning_rate: float, metrics: StepMetrics, speed: float | None
+) -> StepRecord:
+    """Return the record of a training step; `speed` is in tokens per second, None if it is unknown."""
+    kinds: list[str] = [*dict.fromkeys(loss.kind for _, moe in spec.moes for loss in moe.losses)]
+    kinds += ["index"] if "index" in metrics.losses else []
+    names = ["loss", "cross_entropy", *(name for kind in kinds for name in (kind, f"{kind}_weighted"))]
+    statistics = routing_statistics(spec.moe_layers, metrics.load, metrics.dropped)
+    return StepRecord(
+        step=step,
+        tokens=tokens,
+        losses={name: metrics.losses[name] for name in names},
+        gradient_norm=metrics.gradient_norm,
+        learning_rate=learning_rate,
+        tokens_per_second=None if speed is None else round(speed, 1),
+        routing=tuple(
+            LayerRecord(row, layer_losses(metrics.losses, row.layer), layer_state(metrics.state, row.layer))
+            for row in statistics
+        ),
+    )
 
 
 def layer_losses(losses: Mapping[str, float], layer: int) -> dict[str, float]:

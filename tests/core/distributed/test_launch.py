@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import yaml
 from moezoo.core.checkpoint.store import list_checkpoints
 from moezoo.core.distributed import launch
 from moezoo.core.errors import TrainingError
+from moezoo.core.signals import Interrupted
 from moezoo.core.training.metrics import read_metrics
 from tests.support.backends_available import require_backend
 from tests.support.launched import TIMEOUT_S, assert_ends_with_the_first, begun, lines, start, train
@@ -174,6 +176,18 @@ def test_second_signal_kills_processes_that_ignore_signals(monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         launch.launch(2, [], "mlx")
     assert time.monotonic() - began < 10
+
+
+def test_stop_signals_are_forwarded_and_only_a_second_urgent_one_interrupts() -> None:
+    sent: list[int] = []
+    process = SimpleNamespace(send_signal=sent.append)
+    asking = (signal.SIGHUP, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
+    with launch._forwarded([process]):  # type: ignore[list-item]
+        for number in asking:
+            os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted, match="SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert sent == [*asking, signal.SIGINT]
 
 
 def test_jax_processes_get_the_address_of_the_first() -> None:

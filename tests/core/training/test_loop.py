@@ -265,21 +265,40 @@ def test_gradient_accumulation_counts_load_once(tmp_path: Path) -> None:
     assert one["cross_entropy"] == pytest.approx(two["cross_entropy"], rel=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_prints_the_command_to_resume(number: signal.Signals, tmp_path: Path) -> None:
+def started(config: Path, out: Path) -> "subprocess.Popen[str]":
+    """Start a run in its own process and wait for its first step."""
     require_backend("mlx")
-    config, out = write_config(tmp_path, steps=100000), tmp_path / "run"
     command = [sys.executable, "-m", "moezoo", "train", str(config), "--backend", "mlx", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
     deadline = time.monotonic() + 60
     while not losses(out) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    return process
+
+
+def assert_saved(out: Path) -> None:
+    _, _, checkpoint, problems = load_run(out)
+    assert checkpoint.step == max(losses(out))
+    assert not problems
+
+
+def test_signal_saves_and_prints_the_command_to_resume(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = started(write_config(tmp_path, steps=100000), out)
+    process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
     assert "stopped and saved after step" in printed
     assert "--resume" in printed
     assert "Traceback" not in printed
-    _, _, checkpoint, problems = load_run(out)
-    assert checkpoint.step == max(losses(out))
-    assert not problems
+    assert_saved(out)
+
+
+def test_run_whose_output_breaks_goes_on_and_saves_at_a_hangup(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = started(write_config(tmp_path, steps=100000), out)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert_saved(out)

@@ -1,0 +1,85 @@
+"""Output streams: lost terminals, broken pipes and full disks, and encodings that lack a character."""
+
+import errno
+import io
+import os
+import sys
+
+import click
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from moezoo.cli.output import Output, continue_without_output, output_streams
+from moezoo.core.errors import RunError
+
+
+class Failing(io.StringIO):
+    """A stream that a number of writes reach before each raises an OSError."""
+
+    def __init__(self, number: int, writes: int) -> None:
+        super().__init__()
+        self.number, self.writes, self.tried = number, writes, 0
+
+    def write(self, text: str) -> int:
+        self.tried += 1
+        if self.tried > self.writes:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_optional_output_that_is_lost_ends_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = Failing(number, 1)
+    monkeypatch.setattr(sys, "stdout", lost)
+    with output_streams():
+        continue_without_output()
+        console = Console()
+        console.print("first")
+        for _ in range(3):
+            console.print("more")
+            click.echo("more")
+    assert lost.getvalue() == "first\n"
+    assert lost.tried == 2
+
+
+def test_required_output_ends_quietly_at_a_broken_pipe_else_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Failing(errno.EPIPE, 0))
+    with output_streams(), pytest.raises(BrokenPipeError):  # click exits without a message
+        click.echo("text")
+    monkeypatch.setattr(sys, "stdout", Failing(errno.ENOSPC, 0))
+    with output_streams(), pytest.raises(RunError, match=r"standard output cannot be written; got No space left"):
+        click.echo("text")
+
+
+def test_lost_file_is_replaced_so_that_python_can_flush_it_at_exit() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        output = Output(stream, "standard output")
+        output.required = False
+        output.write("x" * 10)
+        output.flush()
+        stream.flush()
+
+
+def test_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with output_streams():
+        click.echo("text")
+        Console().print("text")
+        assert not sys.stdout.isatty()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_characters_that_the_encoding_lacks_are_escaped(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding))
+    with output_streams():
+        click.echo("é 三")
+        Console(width=40).print(Table("é 三"))
+    accent = "é" if encoding == "cp1252" else "\\xe9"
+    text, *table = stream.getvalue().decode(encoding).splitlines()
+    assert text == f"{accent} \\u4e09"
+    assert any(f"{accent} \\u4e09" in line for line in table)
+    assert all(line.isascii() for line in table if "-" in line)
