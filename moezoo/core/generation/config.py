@@ -1,12 +1,10 @@
 """Generation settings of a checkpoint: Hugging Face's `generation_config.json`, validated, with no hidden defaults."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from moezoo.core.errors import DataError, SpecError
 from moezoo.core.files import read_bounded, reason_of
@@ -52,10 +50,12 @@ _UNSUPPORTED_IN_SAMPLING: dict[str, tuple[object, ...]] = {  # no effect on gree
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
 }
+_FILTERS = ("top_k", "top_p", "min_p")  # no effect on greedy decoding either
 _READ = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length",
     "eos_token_id", "pad_token_id",
 }  # fmt: skip
+_OFF: dict[str, tuple[float, ...]] = {"top_k": (0, -1), "top_p": (0,)}  # as vLLM and llama.cpp write it
 _NO_EFFECT = {
     # added by the tokenizer; for encoders; for beam search only
     "bos_token_id", "decoder_start_token_id", "length_penalty", "early_stopping", "low_memory",
@@ -85,6 +85,8 @@ class GenerationConfig:
         padding: token after the end of a sequence while others of the batch continue; None: repeat its end token.
         unsupported, unsupported_in_sampling: settings of the file that `options` refuses, for instance `num_beams 4`;
             the latter matter only if tokens are sampled.
+        invalid: settings of the file whose value means nothing, by name; `options` and `new_tokens` refuse those that
+            they would use.
         unknown: fields that are ignored, because transformers does not know them either.
         where: path of the file, for errors.
     """
@@ -100,6 +102,7 @@ class GenerationConfig:
     padding: int | None = None
     unsupported: tuple[str, ...] = ()
     unsupported_in_sampling: tuple[str, ...] = ()
+    invalid: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     where: str = FILE
 
@@ -115,8 +118,18 @@ class GenerationConfig:
     ) -> SamplingOptions:
         """Return sampling options: each argument, or else this config's value, or else greedy decoding and no filter.
 
-        Raises SpecError: a value out of range, or a file with unsupported settings.
+        Raises SpecError: a value out of range, or a file with unsupported or invalid settings.
         """
+        given = {
+            "do_sample": temperature,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
         options = SamplingOptions(
             temperature=_first(temperature, self.temperature, 0.0),
             top_k=_first(top_k, self.top_k, None),
@@ -125,25 +138,39 @@ class GenerationConfig:
             repetition_penalty=_first(repetition_penalty, self.repetition_penalty, 1.0),
             seed=seed,
         )
-        refused = self.unsupported + (() if options.temperature == 0 else self.unsupported_in_sampling)
+        greedy = options.temperature == 0
+        refused = self.unsupported + (() if greedy else self.unsupported_in_sampling)
         if refused:
             raise SpecError(
                 f"unsupported generation settings; got {', '.join(refused)} in {self.where}; expected none of them, "
                 "because the text would differ. Remove them from a copy of the file, or replace `model.generation`."
             )
+        self._refuse_invalid(
+            name for name, value in given.items() if value is None and not (greedy and name in _FILTERS)
+        )
         return options
+
+    def _refuse_invalid(self, used: Iterable[str]) -> None:
+        wrong = [self.invalid[name] for name in used if name in self.invalid]
+        if wrong:
+            raise SpecError(
+                f"invalid generation settings; got {', '.join(wrong)} in {self.where}. Fix a copy of the file, or pass "
+                "the setting."
+            )
 
     def new_tokens(self, requested: int | None, prompt: int, default: int) -> int:
         """Return the number of tokens to generate: `requested`, or else this config's, or else `default`.
 
         `prompt` is the number of tokens in the prompt. `max_length` can only lower `default`.
 
-        Raises DataError: the prompt already has `max_length` tokens.
+        Raises DataError: the prompt already has `max_length` tokens. Raises SpecError: an invalid setting of the file.
         """
         if requested is not None:
             return requested
+        self._refuse_invalid(["max_new_tokens"] if self.max_new_tokens is None else [])
         if self.max_new_tokens is not None:
             return self.max_new_tokens
+        self._refuse_invalid(["max_length"])
         if self.max_length is None:
             return default
         if prompt >= self.max_length:
@@ -162,70 +189,87 @@ def read_generation_config(folder: Path, model_config: Mapping[str, Any]) -> Gen
     """Read `generation_config.json` of a Hugging Face folder; without the file, greedy decoding and no limits.
 
     End and padding tokens come from the file, or else from `model_config` (config.json) or its `text_config`. Without
-    `do_sample`, decoding is greedy whatever the temperature is; `top_k` 0 is off.
+    `do_sample`, decoding is greedy whatever the temperature is. `top_k` 0 or -1 and `top_p` 0 are off.
 
     Differs: with `do_sample` and no `top_k`, transformers keeps the 50 most probable tokens, and without any length it
     generates until 20 tokens in total; here a setting that is not in the file is off.
 
-    Raises SpecError: not JSON, or a field of a wrong type or out of range.
+    Raises SpecError: not JSON.
     """
     file = folder / FILE
     raw = _read_json(file) if os.path.lexists(file) else {}
     where = str(file)
-    fields = _Fields(raw, where)
-    temperature = fields.number("temperature", 1.0) if fields.flag("do_sample") else 0.0
-    found = GenerationConfig(
-        temperature=temperature,
-        top_k=fields.integer("top_k") or None,
-        top_p=fields.number("top_p", None),
-        min_p=fields.number("min_p", None),
-        repetition_penalty=fields.number("repetition_penalty", None),
-        max_new_tokens=fields.integer("max_new_tokens"),
-        max_length=fields.integer("max_length"),
-        end_tokens=_token_ids("eos_token_id", raw, model_config, where),
-        padding=next(iter(_token_ids("pad_token_id", raw, model_config, where)), None),
+    fields = _Fields(raw, model_config)
+    return GenerationConfig(
+        temperature=fields.sampling("temperature", 1.0) if fields.flag("do_sample") else 0.0,
+        top_k=fields.sampling("top_k"),
+        top_p=fields.sampling("top_p"),
+        min_p=fields.sampling("min_p"),
+        repetition_penalty=fields.sampling("repetition_penalty"),
+        max_new_tokens=fields.count("max_new_tokens"),
+        max_length=fields.count("max_length"),
+        end_tokens=fields.token_ids("eos_token_id"),
+        padding=next(iter(fields.token_ids("pad_token_id")), None),
         unsupported=_effective(raw, _UNSUPPORTED),
         unsupported_in_sampling=_effective(raw, _UNSUPPORTED_IN_SAMPLING),
+        invalid=fields.invalid,
         unknown=tuple(sorted(raw.keys() - _READ - _NO_EFFECT - _UNSUPPORTED.keys() - _UNSUPPORTED_IN_SAMPLING.keys())),
         where=where,
     )
-    try:
-        replace(found, unsupported=(), unsupported_in_sampling=()).options(
-            temperature=fields.number("temperature", None)
-        )
-    except SpecError as error:
-        raise SpecError(f"{error} ({where})") from None
-    return found
 
 
 class _Fields:
-    """Typed access to the fields of the file; null counts as missing."""
+    """The fields of the file, typed; null counts as missing, and so does an invalid value, noted in `invalid`."""
 
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self._raw, self._where = raw, where
+    def __init__(self, raw: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
+        self._raw, self._model_config = raw, model_config
+        self.invalid: dict[str, str] = {}
 
     def flag(self, name: str) -> bool:
         value = self._raw.get(name)
         if value is None or isinstance(value, bool):
             return bool(value)
-        raise self._refused(name, "true or false")
+        self._refuse(name, value, "true or false")
+        return False
 
-    def integer(self, name: str) -> int | None:
-        value = self._raw.get(name)
+    def count(self, name: str) -> int | None:
+        value = _whole(self._raw.get(name))
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
             return value
-        raise self._refused(name, "an integer >= 0")
+        self._refuse(name, value, "an integer >= 0")
+        return None
 
-    def number(self, name: str, default: float | None) -> float | None:
-        value = self._raw.get(name)
-        if value is None:
-            return default
-        if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
-            return float(value)
-        raise self._refused(name, "a finite number")
+    def sampling(self, name: str, default: Any = None) -> Any:
+        """Return a field of SamplingOptions, within its range; None if it is off."""
+        value = _whole(self._raw.get(name))
+        if value is None or (not isinstance(value, bool) and value in _OFF.get(name, ())):
+            return default if value is None else None
+        try:
+            SamplingOptions(**{name: value})
+            return value if name == "top_k" else float(value)
+        except SpecError as error:
+            self._refuse(name, self._raw[name], str(error).partition("; expected ")[2].rstrip("."))
+            return None
 
-    def _refused(self, name: str, rule: str) -> SpecError:
-        return SpecError(f"{name} is {self._raw[name]!r}; expected {rule} or null ({self._where}). Fix the file.")
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """Return one token id or a list, from the first source that has any. Some files use a negative id for none."""
+        inner = self._model_config.get("text_config")
+        for source in (self._raw, self._model_config, inner if isinstance(inner, Mapping) else {}):
+            value = source.get(name)
+            ids = [_whole(index) for index in (value if isinstance(value, list) else [] if value is None else [value])]
+            if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
+                self._refuse(name, value, "a token id or a list of them")
+            elif ids:
+                return tuple(dict.fromkeys(index for index in ids if index >= 0))
+        return ()
+
+    def _refuse(self, name: str, value: object, rule: str) -> None:
+        self.invalid[name] = f"{name} {value!r:.80} (expected {rule})"
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number that is written as a float (50.0) as an integer, anything else unchanged."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _effective(raw: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) -> tuple[str, ...]:
@@ -235,25 +279,6 @@ def _effective(raw: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) 
         for name, value in raw.items()
         if name in table and value is not None and value != [] and value != {} and value not in table[name]
     )
-
-
-def _token_ids(name: str, raw: Mapping[str, Any], model_config: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    """Read one token id or a list, from the first source that has any. Some files use a negative id for none."""
-    inner = model_config.get("text_config")
-    for place, source in (
-        (where, raw),
-        ("config.json", model_config),
-        ("config.json: text_config", inner if isinstance(inner, Mapping) else {}),
-    ):
-        value = source.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
-            raise SpecError(
-                f"{name} is {value!r}; expected a token id, a list of them, or null ({place}). Fix the file."
-            )
-        if ids:
-            return tuple(dict.fromkeys(index for index in ids if index >= 0))
-    return ()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -130,6 +130,7 @@ class CheckpointDescription:
                 "repetition_penalty": generation.repetition_penalty,
                 "end_tokens": list(generation.end_tokens),
                 "not_done": [*generation.unsupported, *generation.unsupported_in_sampling],
+                "invalid": list(generation.invalid.values()),
                 "unknown": list(generation.unknown),
             },
         }
@@ -220,6 +221,7 @@ def _generation(known: GenerationConfig) -> str:
     ends = ", ".join(map(str, known.end_tokens))
     words.append(f"ends at token {ends}" if ends else "no end token")
     words += [f"{name} is not supported" for name in (*known.unsupported, *known.unsupported_in_sampling)]
+    words += [f"{problem} is invalid" for problem in known.invalid.values()]
     return ", ".join(words)
 
 

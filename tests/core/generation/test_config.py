@@ -78,7 +78,49 @@ def test_greedy_unless_the_file_sets_do_sample(tmp_path):
     sampled = read(tmp_path, do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.1, repetition_penalty=1.05)
     expected = SamplingOptions(temperature=0.6, top_k=20, top_p=0.9, min_p=0.1, repetition_penalty=1.05, seed=3)
     assert sampled.options(seed=3) == expected
-    assert read(tmp_path, do_sample=True, top_k=0).options() == SamplingOptions(temperature=1.0)
+
+
+@pytest.mark.parametrize("off", [{"top_k": 0}, {"top_k": -1}, {"top_k": -1.0}, {"top_p": 0}, {"top_p": 0.0}])
+def test_filters_are_off_in_the_words_of_other_programs(tmp_path, off):
+    assert read(tmp_path, do_sample=True, **off).options() == SamplingOptions(temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("do_sample", "yes", "true or false"),
+        ("temperature", float("nan"), "a finite number >= 0"),
+        ("temperature", -1, "a finite number >= 0"),
+        ("temperature", [1], "a finite number >= 0"),
+        ("top_p", 2, r"a number in \(0, 1\]"),
+        ("top_p", False, r"a number in \(0, 1\]"),
+        ("top_k", 1.5, "an integer >= 1"),
+        ("top_k", -5, "an integer >= 1"),
+        ("top_k", "all", "an integer >= 1"),
+        ("min_p", 1e300, r"a number in \[0, 1\]"),
+    ],
+)
+def test_an_invalid_setting_is_refused_by_name_when_it_is_used(tmp_path, name, value, rule):
+    config = read(tmp_path, **{"do_sample": True, name: value})
+    with pytest.raises(SpecError, match=rf"got {name} .*\(expected {rule}.*generation_config\.json"):
+        config.options()
+    given = {"do_sample": "temperature"}.get(name, name)
+    assert config.options(**{given: {"top_k": 3}.get(name, 0.5)})
+    assert config.options(temperature=0) == SamplingOptions(temperature=0)
+
+
+def test_an_invalid_penalty_length_or_end_is_refused_when_it_is_used(tmp_path):
+    config = read(tmp_path, max_new_tokens=-1, max_length="long", repetition_penalty=0, temperature="hot")
+    assert config.new_tokens(3, 5, 8) == 3
+    with pytest.raises(SpecError, match=r"max_new_tokens -1 \(expected an integer >= 0\)"):
+        config.new_tokens(None, 5, 8)
+    assert read(tmp_path, max_new_tokens=4.0, max_length="long").new_tokens(None, 5, 8) == 4
+    with pytest.raises(SpecError, match=r"got repetition_penalty 0 .*> 0"):
+        config.options()
+    assert config.options(repetition_penalty=1.0).temperature == 0  # greedy: the temperature is not used
+    with pytest.raises(SpecError, match=r"eos_token_id '</s>' .expected a token id"):
+        read(tmp_path, eos_token_id="</s>").options()
+    assert read(tmp_path, eos_token_id=[5.0]).end_tokens == (5,)
 
 
 def test_arguments_override_the_file(tmp_path):
@@ -142,16 +184,7 @@ def test_settings_without_effect_are_accepted_and_unknown_ones_listed(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("{", "cannot be read"),
-        ("[]", "is not a mapping; got list"),
-        ('{"do_sample": "yes"}', "do_sample is 'yes'; expected true or false"),
-        ('{"temperature": NaN}', "temperature is nan; expected a finite number"),
-        ('{"temperature": -1}', "sampling.temperature is -1"),
-        ('{"top_p": 2}', r"sampling.top_p is 2.*generation_config.json"),
-        ('{"top_k": 1.5}', "top_k is 1.5; expected an integer"),
-        ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'; expected a token id"),
-    ],
+    [("{", "cannot be read"), ("[]", "is not a mapping; got list")],
 )
 def test_invalid_file_is_refused(tmp_path, text, message):
     (tmp_path / "generation_config.json").write_text(text)
