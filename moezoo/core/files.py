@@ -25,13 +25,14 @@ PACKAGE = Path(__file__).parents[1]
 """Folder of the package, which contains `configs` and `datasets` (symbolic links in a checkout)."""
 
 _CHUNK_BYTES = 1 << 20  # a read allocates what it asks for
+_LFS_POINTER, _LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
 def open_regular(path: str | Path, max_bytes: int | None = None) -> io.FileIO:
     """Open a regular file for reading, unbuffered, without waiting for anything.
 
     Raises OSError (see `reason_of`): no such file, no permission, a folder, pipe, socket or device, which could block
-    forever or never end, or a file of more than `max_bytes` bytes.
+    forever or never end, a file of more than `max_bytes` bytes, or a Git LFS pointer in place of the file.
     """
     try:
         # Without O_NONBLOCK, opening a pipe blocks until its other end is opened.
@@ -46,6 +47,9 @@ def open_regular(path: str | Path, max_bytes: int | None = None) -> io.FileIO:
     if max_bytes is not None and status.st_size > max_bytes:
         os.close(descriptor)
         raise _too_large(path, status.st_size, max_bytes)
+    if status.st_size <= _LFS_POINTER_BYTES and os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a Git LFS pointer: run `git lfs pull` in its folder to fetch it", str(path))
     return io.FileIO(descriptor, "rb")
 
 

@@ -12,7 +12,7 @@ from moezoo.core.checkpoint.safetensors_file import LazyTensors
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.assembly import assemble, same_bits
 from moezoo.core.huggingface.family import Family
-from moezoo.core.huggingface.folder import TensorFolder
+from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER, TensorFolder
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
 from moezoo.core.huggingface.ledger import Ledger, Source
 from moezoo.core.huggingface.nonfinite import is_finite
@@ -29,8 +29,17 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def describe_checkpoint(path: str | Path, max_length: int | None = None) -> Description:
-    """Parse a folder's config.json without reading any tensors. Raises SpecError or CheckpointError."""
-    return describe_config(Path(path) / CONFIG, max_length)
+    """Parse a folder's config.json without reading any tensors; an adapter beside it is noted.
+
+    Raises SpecError or CheckpointError.
+    """
+    description = describe_config(Path(path) / CONFIG, max_length)
+    adapter = [name for name in ADAPTERS if (Path(path) / name).exists()]
+    if adapter:
+        description.fields.notes.append(
+            f"the adapter beside the model ({', '.join(adapter)}) is not applied. {MERGE_ADAPTER}".rstrip(".")
+        )
+    return description
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ from moezoo.core.json_text import parse_json
 Array = npt.NDArray[Any]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
+"""Files of an adapter (LoRA) for a model, as PEFT and mlx-lm name them; they may lie beside the model."""
+
+MERGE_ADAPTER = "Merge it into its base model (PEFT's merge_and_unload, mlx_lm.fuse), and use the result."
+
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 _XET_HASH = re.compile(r"[0-9a-f]{64}")
@@ -128,7 +133,8 @@ def _is_base_name(name: object) -> bool:
 def _only_file(folder: Path) -> list[str]:
     if (folder / SINGLE).exists():
         return [SINGLE]
-    found = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    every = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    found = [name for name in every if name not in ADAPTERS]
     if len(found) == 1:
         shard = _SHARD.fullmatch(found[0])
         if shard is None or int(shard[2]) == 1:
@@ -138,6 +144,10 @@ def _only_file(folder: Path) -> list[str]:
         raise CheckpointError(
             f"{folder} has {len(found)} safetensors files ({names}) but no {INDEX} that lists their tensors. "
             "Fetch the index too."
+        )
+    if every:
+        raise CheckpointError(
+            f"{folder} has an adapter ({every[0]}) but not the weights that it adapts. {MERGE_ADAPTER}"
         )
     pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
     if pickles:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.hub import TOKENIZER_FILES, PartlyCached, Snapshot, hub_id, readable_errors
-from moezoo.core.huggingface.folder import INDEX, SINGLE, read_json_object
+from moezoo.core.huggingface.folder import ADAPTERS, INDEX, MERGE_ADAPTER, SINGLE, read_json_object
 from moezoo.core.progress import Progress
 
 _SMALL_FILES = ("*.json", "*.jinja")  # config, index, tokenizer, generation config; chat templates
@@ -38,6 +38,8 @@ def _download(snapshot: Snapshot, name: str, on_progress: Progress | None, with_
     folder = snapshot.fetch(_SMALL_FILES, _TO_OPEN if with_weights else _TO_DESCRIBE)
     if not (folder / "config.json").exists():
         problem = f"{name} has no config.json, so it cannot be opened as a checkpoint. {_LOCAL}"
+        if (folder / ADAPTERS[0]).exists():
+            raise CheckpointError(f"{name} is an adapter, without the model that it adapts. {MERGE_ADAPTER}")
         raise PartlyCached(["config.json"]) if snapshot.offline else CheckpointError(problem)
     if not with_weights:
         return folder

@@ -22,7 +22,7 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.files import copy_file, make_folder, read_bounded, write_atomically
 from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.huggingface.folder import StoredTensor, inside
+from moezoo.core.huggingface.folder import ADAPTERS, StoredTensor, inside
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
 from moezoo.core.huggingface.quantized_tensors import decode, encode, quantized_tensors
 from moezoo.core.json_text import parse_json
@@ -112,6 +112,7 @@ def small_files(path: Path) -> dict[str, Path]:
     Raises CheckpointError for a link that leaves the folder: its target is not part of the checkpoint.
     """
     names = [file.name for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES and not file.name.startswith(".")]
+    names = [name for name in names if name not in ADAPTERS]  # its tensors are not copied
     names += [f"{TEMPLATES}/{file.name}" for file in sorted((path / TEMPLATES).glob("*.jinja"))]
     found = {name: inside(path, name) for name in names if (path / name).is_file()}
     return {name: file for name, file in found.items() if file.stat().st_size <= MAX_SMALL_BYTES}

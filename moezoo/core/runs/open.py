@@ -24,6 +24,7 @@ from moezoo.core.huggingface.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
+from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.parameters.precision import STORED_DTYPES
 from moezoo.core.runs.run_folder import is_run, load_run, load_run_config, load_run_layout
@@ -84,6 +85,8 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
     with bytes_on_stderr() as show:
         folder = resolve(path, show, weights=weights)
     if not is_checkpoint(folder):
+        if (folder / ADAPTERS[0]).is_file():
+            raise RunError(f"{path} is an adapter, without the model that it adapts. {MERGE_ADAPTER}")
         raise RunError(
             f"{path} is neither a run folder nor a Hugging Face checkpoint; expected config.yaml or config.json in it. "
             "Use such a folder or a hub id, or train a run with `moezoo train CONFIG`."
