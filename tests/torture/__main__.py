@@ -26,10 +26,18 @@ BEGIN, END = "<!-- torture: make torture -->\n", "<!-- /torture -->"
 @click.option("--folder", type=Path, default=Path("build/torture"), show_default=True, help="Work folder and log.")
 @click.option("--only", default="", metavar="TEXT", help="Attacks whose name contains this text.")
 @click.option("--attempts", type=int, help="Attempts per attack, instead of hours.")
+@click.option("--sharded/--no-sharded", default=True, help="Damage sharded checkpoints too, which JAX writes first.")
 @click.option("--number", type=int, help="Repeat one attempt.")
 @click.option("--report", is_flag=True, help="Write the counts of the log into writings/reliability.md and stop.")
 def main(
-    hours: float, seed: int, folder: Path, only: str, attempts: int | None, number: int | None, report: bool
+    hours: float,
+    seed: int,
+    folder: Path,
+    only: str,
+    attempts: int | None,
+    sharded: bool,
+    number: int | None,
+    report: bool,
 ) -> None:
     """Torture runs, caches and checkpoints."""
     folder = folder.absolute()
@@ -38,7 +46,7 @@ def main(
     if report:
         write_report(list(read(log)))
         return
-    chosen = [attacker for attacker in attackers(folder / "work") if only in attacker.name]
+    chosen = [attacker for attacker in attackers(folder / "work", sharded=sharded) if only in attacker.name]
     done = Counter(outcome.attack for outcome in read(log))
     faults = 0
     turns = (

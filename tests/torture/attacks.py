@@ -1,5 +1,6 @@
 """All attacks, on subjects that are made once in a work folder."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import yaml
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
@@ -34,20 +36,25 @@ class Attacker(Protocol):
         ...
 
 
-def attackers(work: Path) -> list[Attacker]:
-    """Return all attacks; their subjects are made below `work`, afresh."""
+def attackers(work: Path, *, sharded: bool = True) -> list[Attacker]:
+    """Return all attacks; their subjects are made below `work`, afresh.
+
+    `sharded`: also damage sharded checkpoints, for which a mesh trains first.
+    """
     shutil.rmtree(work, ignore_errors=True)
     trainings = [Training(work / way.name, way) for way in WAYS]
-    found: list[Attacker] = [*file_attackers(work)]
+    found: list[Attacker] = [*file_attackers(work, sharded=sharded)]
     return found + [Attack(name, training, attempt) for name, attempt in ATTEMPTS.items() for training in trainings]
 
 
-def file_attackers(work: Path) -> list[Damage]:
+def file_attackers(work: Path, *, sharded: bool) -> list[Damage]:
     """Return the attacks on files at rest."""
     subjects = {"run": _run(work), "fine-tuned run": _fine_tuned(work), "cache": _cache(work)}
+    if sharded:
+        subjects["sharded run"] = _sharded(work)
     found = [Damage(f"flip, {name}", subject, flip) for name, subject in subjects.items()]
-    subjects |= {"checkpoint": _checkpoint(work), "config and text": _config(work)}
-    found.append(Damage("flip, checkpoint", subjects["checkpoint"], flip))
+    found.append(Damage("flip, checkpoint", subjects.setdefault("checkpoint", _checkpoint(work)), flip))
+    subjects |= {"config and text": _config(work), "token shards": _token_shards(work)}
     for name, subject in subjects.items():
         found += [Damage(f"mutation, {name}", subject, mutate), Damage(f"replaced, {name}", subject, replace)]
     return found
@@ -63,6 +70,14 @@ def _run(work: Path) -> Subject:
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     save_run(folder, config, data.tokenizer, initial_weights(config.model, 0), 3, None)
     return Subject(folder, "", partial(read_model, folder), checked=True)
+
+
+def _sharded(work: Path) -> Subject:
+    """A run on a mesh, with checkpoints in shards."""
+    training = Training(work / "sharded", WAYS[-1])
+    status, output = training.finish(training.start())
+    assert status == 0, output
+    return Subject(training.run, "", partial(read_model, training.run), checked=True)
 
 
 def _published(folder: Path) -> Path:
@@ -95,11 +110,37 @@ def _cache(work: Path) -> Subject:
 
 
 def _config(work: Path) -> Subject:
-    """A config and its text, which have no digests."""
+    """A config, its text and its documents, which have no digests."""
     folder = work / "config"
     folder.mkdir()
     path = write_config(folder)
+    lines = [json.dumps({"text": f"{number} owls saw mice. "}) for number in range(200)]
+    (folder / "documents.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    _change_data(path, {"kind": "jsonl", "path": str(folder / "documents.jsonl")})
     return Subject(folder, "", _with_cache(folder / "cache", lambda: _resolved(path)), checked=False)
+
+
+def _token_shards(work: Path) -> Subject:
+    """A config with shards of token ids in both formats."""
+    folder = work / "shards"
+    folder.mkdir()
+    ids = np.random.default_rng(0).integers(0, 40, 4000).astype(np.uint16)
+    np.save(folder / "a.npy", ids)
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(ids)
+    (folder / "b.bin").write_bytes(header.tobytes() + ids.tobytes())
+    path = write_config(folder)
+    sources = [{"kind": "tokens", "path": str(folder / name)} for name in ("a.npy", "b.bin")]
+    _change_data(path, *sources, sources=[], tokenizer={"kind": "ids", "vocab_size": 40})
+    return Subject(folder, "", _with_cache(folder / "cache", lambda: _resolved(path)), checked=False)
+
+
+def _change_data(path: Path, *sources: object, **data: object) -> None:
+    """Change the `data` section of a config file, and append sources."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["data"] |= data
+    config["data"]["sources"] += sources
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 def _resolved(path: Path) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.data.prepare import prepare_data
-from moezoo.core.errors import MoezooError
+from moezoo.core.errors import CheckpointError, MoezooError
 from moezoo.core.runs.open import OpenedModel, open_model
 from moezoo.core.runs.run_folder import Run, is_run
 from moezoo.core.training.metrics import read_metrics
@@ -44,6 +44,9 @@ def read_model(folder: Path) -> str:
     digest = hashlib.sha256(repr((opened.config, opened.step, opened.generation, _encoded(opened))).encode())
     for name in sorted(opened.weights):
         digest.update(np.ascontiguousarray(opened.weights[name]).tobytes())
+    for problem in opened.problems:
+        if "skipped" in problem:  # an older checkpoint was opened in its place, and the user is told so
+            raise CheckpointError(problem)
     if is_run(folder):
         digest.update(json.dumps(read_metrics(Run(folder).metrics_path)).encode())
     return digest.hexdigest()

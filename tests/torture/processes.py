@@ -25,6 +25,7 @@ import numpy as np
 
 from moezoo.core.runs.run_folder import load_run
 from tests.support.small_run import write_config
+from tests.torture.files import attempt
 from tests.torture.outcome import FAULT, Outcome
 
 STEPS, TIMEOUT_S = 12, 300
@@ -57,7 +58,7 @@ WAYS = (
     Way("jax", ("--backend", "jax"), {}),
     Way(
         "mesh",
-        ("--backend", "jax", "--mesh", "fsdp=2,expert=2"),
+        ("--backend", "jax", "--mesh", "fsdp=2,tensor=2"),
         {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
     ),
 )
@@ -101,19 +102,24 @@ class Training:
         return process.returncode, output or ""
 
     def state(self) -> tuple[str, list[str]]:
-        """Digest of the newest checkpoint, and the metrics without speeds."""
+        """Digest of the newest checkpoint, and the metrics without speeds; read in a child, which may start threads."""
+        word, text = attempt(lambda: json.dumps(self._read_state()))
+        digest, lines = json.loads(text) if word == "read" else (f"{word}: {text}", [])
+        return digest, lines
+
+    def _read_state(self) -> tuple[str, list[str]]:
         _, _, checkpoint, _ = load_run(self.run)
         digest = hashlib.sha256(str(checkpoint.step).encode())
         for tensors in (checkpoint.weights, checkpoint.optimizer or {}):
             for name in sorted(tensors):
                 digest.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        return digest.hexdigest(), [json.dumps(line | {"tokens_per_second": None}) for line in lines]
+        return digest.hexdigest(), [json.dumps(line | {"tokens_per_second": None, "crc32": None}) for line in lines]
 
     @property
     def resume(self) -> tuple[str, ...]:
-        """The option that resumes the run; none if it has no folder, because it was killed before its first step."""
-        return ("--resume",) if self.run.exists() else ()
+        """The option that resumes the run; none if it was killed before its first step and is no run yet."""
+        return ("--resume",) if (self.run / "config.yaml").exists() else ()
 
     def resumed_problem(self) -> str | None:
         """Resume the run to its end; return what is wrong with it, or None."""
@@ -125,7 +131,7 @@ class Training:
             return f"left behind: {left}"
         state, expected = self.state(), self.expected
         if state[0] != expected[0]:
-            return "parameters or optimizer state differ from the undisturbed run"
+            return f"parameters or optimizer state differ from the undisturbed run: {state[0]}"
         if state[1] != expected[1]:
             return f"metrics.jsonl differs: {len(state[1])} lines, expected {len(expected[1])}"
         return None
