@@ -64,6 +64,8 @@ def train(
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
     if not resumed:
         check_initial_weights(config)
+    if config.mesh.is_one_device:  # then each process has all weights and an equal part of every micro-batch
+        loaded.processes.share(config.training.batch_size // config.training.gradient_accumulation)
     warnings = check_training(config, loaded.devices(), allow_overcommit=allow_overcommit)
     warn(*(warnings if is_first else []))
     run = first_process_first(loaded, lambda: prepare_run(path, config, resume=resume))
