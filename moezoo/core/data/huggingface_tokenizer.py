@@ -44,7 +44,8 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str) -> None:
         """Load from `path`: a folder with the tokenizer's files, or a hub id. Raises TokenizerError."""
         self.path = str(path)
-        self._inner, self._folder = load_with_transformers(self.path)
+        self._loaded = load_with_transformers(self.path)
+        self._inner = self._loaded.inner
         self.vocab_size = max(self._inner.get_vocab().values()) + 1  # len() is smaller if ids have gaps
         eos = self._inner.eos_token_id
         self.end_of_text: int | None = None if eos is None else int(eos)
@@ -54,7 +55,7 @@ class HuggingFaceTokenizer:
     @cached_property
     def difference(self) -> str | None:
         """One line on what transformers would encode otherwise than tokenizer.json says; None if nothing."""
-        return None if self._folder is None else difference(self._folder, self._inner.backend_tokenizer)
+        return difference(self._loaded)
 
     @cached_property
     def content_hash(self) -> str:
@@ -143,8 +144,9 @@ class HuggingFaceTokenizer:
 
     def files(self) -> dict[str, bytes]:
         """Spec: Tokenizer.files. They are copies, or converted ones if the folder had no tokenizer.json."""
-        if self._folder is not None:
-            return {name: read_bounded(file, MAX_FILE_BYTES) for name, file in tokenizer_files(self._folder).items()}
+        if self._loaded.folder is not None:
+            own = tokenizer_files(self._loaded.folder)
+            return {name: read_bounded(file, MAX_FILE_BYTES) for name, file in own.items()}
         with tempfile.TemporaryDirectory() as folder:
             self._inner.save_pretrained(folder)
             return {name: file.read_bytes() for name, file in tokenizer_files(Path(folder)).items()}

@@ -70,4 +70,4 @@ def tokenizer_of_model_folder(folder: Path, vocab_size: int) -> Tokenizer:
 def tokenizer_notes(tokenizer: Tokenizer) -> list[str]:
     """Return one-line notes for the user: a tokenizer.json that transformers would not encode by."""
     difference = tokenizer.difference if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    return [] if difference is None else [f"the rules of {TOKENIZER_FILE} are used; {difference}"]
+    return [] if difference is None else [f"text is encoded as the tokenizer's files say; {difference}"]

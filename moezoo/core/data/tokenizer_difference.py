@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.data.tokenizer_files import TOKENIZER_CONFIG
+from moezoo.core.data.tokenizer_files import TOKENIZER_CONFIG, LoadedTokenizer
 from moezoo.core.data.tokenizer_rules import PARTS, first_line
 from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TOKENIZER_FILE
 from moezoo.core.files import read_bounded
@@ -41,11 +41,10 @@ _OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_
 _MATCHING = ("normalized", "lstrip", "rstrip", "single_word")
 
 
-def difference(folder: Path, backend: Any) -> str | None:
-    """Return one line on what transformers would encode otherwise than `tokenizer.json` of the folder; None if nothing.
-
-    `backend`: the `tokenizers.Tokenizer` read from that file.
-    """
+def difference(tokenizer: LoadedTokenizer) -> str | None:
+    """Return one line on what transformers would encode otherwise than by a tokenizer.json; None if nothing."""
+    if tokenizer.folder is None:
+        return None
     import transformers
     from transformers.utils import logging
 
@@ -54,25 +53,23 @@ def difference(folder: Path, backend: Any) -> str | None:
     logging.set_verbosity(python_logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as small:
-            _write_without_vocabulary(folder, backend, Path(small))
+            _write_without_vocabulary(tokenizer, tokenizer.folder, Path(small))
             theirs = from_pretrained(small, trust_remote_code=False)
     except Exception as error:  # of many types, from OSError to KeyError
         return f"transformers {transformers.__version__} cannot load this tokenizer ({first_line(error)})"
     finally:
         logging.set_verbosity(level)
-    found = _first_difference(backend, theirs.backend_tokenizer)
+    found = _first_difference(tokenizer.inner.backend_tokenizer, theirs.backend_tokenizer)
     if found is None:
         return None
-    return (
-        f"transformers {transformers.__version__} encodes other ids, because its {type(theirs).__name__} has its own "
-        f"rules: {found}"
-    )
+    return f"transformers {transformers.__version__} ({type(theirs).__name__}) encodes other ids: {found}"
 
 
-def _write_without_vocabulary(folder: Path, backend: Any, small: Path) -> None:
+def _write_without_vocabulary(tokenizer: LoadedTokenizer, folder: Path, small: Path) -> None:
     """Write the tokenizer with its added tokens and rules only, and the configs that AutoTokenizer reads."""
     from tokenizers import Tokenizer, models
 
+    backend = tokenizer.inner.backend_tokenizer
     added = {token.content: token for _, token in sorted(backend.get_added_tokens_decoder().items())}
     vocab = {token: index for index, token in enumerate(added or ["<unk>"])}
     model = backend.model
@@ -90,6 +87,7 @@ def _write_without_vocabulary(folder: Path, backend: Any, small: Path) -> None:
     copy = Tokenizer(bare)
     for name in PARTS:
         setattr(copy, name, getattr(backend, name))
+    copy.post_processor = tokenizer.post_processor
     copy.add_tokens(list(added.values()))
     copy.save(str(small / TOKENIZER_FILE))
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
@@ -111,6 +109,10 @@ def _first_difference(ours: Any, theirs: Any) -> str | None:
         value, their_value = getattr(ours.model, name, None), getattr(theirs.model, name, None)
         if (value or None) != (their_value or None):
             return f"its {name} is {their_value}, and not {value}"
+    for token in list(ours.get_added_tokens_decoder().values())[-1:]:
+        added, their_added = _added_to(ours, token.content), _added_to(theirs, token.content)
+        if added != their_added:
+            return f"it adds {_shown(their_added) or 'nothing'} to a text, and not {_shown(added) or 'nothing'}"
     tokens = {token.content: token for token in theirs.get_added_tokens_decoder().values()}
     for token in ours.get_added_tokens_decoder().values():
         other = tokens.get(token.content, token)
@@ -126,6 +128,14 @@ def _pieces(tokenizer: Any, text: str) -> list[str]:
     if tokenizer.pre_tokenizer is None:
         return [normal]
     return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+
+
+def _added_to(tokenizer: Any, token: str) -> list[str]:
+    """Return the special tokens that are added to a text, which is a special token, so that it needs no vocabulary."""
+    tokens: list[str] = tokenizer.encode(token).tokens
+    if token in tokens:
+        tokens.remove(token)
+    return tokens
 
 
 def _shown(pieces: list[str]) -> str:

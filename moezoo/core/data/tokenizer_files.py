@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moezoo.core.data.tokenizer_rules import check_rules, first_line, library_errors
 from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TOKENIZER_FILE
@@ -65,12 +65,24 @@ def tokenizer_folder(path: str) -> Path | None:
     return Path(main).parent
 
 
-def load_with_transformers(path: str) -> tuple[Any, Path | None]:
-    """Load a tokenizer, and return transformers' object and the folder of its tokenizer.json.
+class LoadedTokenizer(NamedTuple):
+    """A tokenizer as transformers' object.
 
-    The rules are those of tokenizer.json; special tokens and chat templates come from the files beside it. A folder
-    without tokenizer.json (sentencepiece, or vocab.json and merges.txt) is converted by AutoTokenizer; its folder is
-    returned as None.
+    Fields:
+        inner: the object.
+        folder: of its tokenizer.json; None if it was converted from other files.
+        post_processor: the file's own, before `add_bos_token` was heeded.
+    """
+
+    inner: Any
+    folder: Path | None
+    post_processor: Any
+
+
+def load_with_transformers(path: str) -> LoadedTokenizer:
+    """Load a tokenizer by the rules of its tokenizer.json; special tokens and chat templates are in files beside it.
+
+    A folder without tokenizer.json (sentencepiece, or vocab.json and merges.txt) is converted by AutoTokenizer.
 
     Raises TokenizerError.
     """
@@ -97,9 +109,10 @@ def load_with_transformers(path: str) -> tuple[Any, Path | None]:
     # Trap: a tokenizer.json can enable truncation and padding, which would silently truncate text.
     inner.backend_tokenizer.no_truncation()
     inner.backend_tokenizer.no_padding()
+    post_processor = inner.backend_tokenizer.post_processor
     if folder is not None and _read_config(folder).get("add_bos_token") is True:
         _add_bos_token(inner)
-    return inner, folder if exact else None
+    return LoadedTokenizer(inner, folder if exact else None, post_processor)
 
 
 def _check_files(folder: Path) -> None:

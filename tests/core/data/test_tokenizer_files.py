@@ -83,7 +83,7 @@ def test_text_is_encoded_and_decoded_by_the_rules_of_the_file(tmp_path, inner, c
     notes = tokenizer_notes(ours)
     assert len(notes) == (named is not None)
     if named is not None:
-        assert notes[0].startswith("the rules of tokenizer.json are used; transformers ")
+        assert notes[0].startswith("text is encoded as the tokenizer's files say; transformers ")
         assert named in notes[0]
         assert "\n" not in notes[0]
 
@@ -153,3 +153,12 @@ def test_a_folder_without_tokenizer_json_is_converted_and_stays_the_same_in_a_ru
     assert not tokenizer_notes(tokenizer)
     tokenizer.save(tmp_path / "run")
     assert load_tokenizer(tmp_path / "run").encode("in 2023 the cat sat").tolist() == ids
+
+
+def test_a_first_token_that_transformers_does_not_add_is_named(tmp_path):
+    inner = byte_level()
+    folder = written(tmp_path / "model", inner, add_bos_token=True, bos_token="<|end|>")
+    tokenizer = HuggingFaceTokenizer(str(folder))
+    assert tokenizer.first_tokens == (inner.token_to_id("<|end|>"),)
+    assert tokenizer_notes(tokenizer)[0].endswith("it adds nothing to a text, and not '<|end|>'")
+    assert not tokenizer_notes(HuggingFaceTokenizer(str(written(folder, inner, bos_token="<|end|>"))))
