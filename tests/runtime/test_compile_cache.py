@@ -1,5 +1,6 @@
 """The folder of JAX's compilation cache. Each case runs in a process: JAX reads its settings once."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def test_programs_are_cached_in_the_users_cache_folder_even_small_ones(tmp_path)
     assert folder.startswith(str(tmp_path / "moezoo" / "jax"))
     assert value == "4.0"
     cached = sorted(os.listdir(folder))
-    assert any(name.startswith("jit__lambda") for name in cached)
+    [entry] = (name for name in cached if name.startswith("jit__lambda") and name.endswith("-cache"))
+    content = Path(folder, entry).read_bytes()
+    assert content[:32] == hashlib.sha256(content[32:]).digest()
     assert run(XDG_CACHE_HOME=str(tmp_path)) == (folder, "4.0")
     assert sorted(os.listdir(folder)) == cached  # the second process found them
 
@@ -57,6 +60,25 @@ def test_an_incomplete_entry_of_a_killed_process_is_rewritten(tmp_path):
     Path(str(entry).removesuffix("cache") + "atime").unlink()  # JAX would have written this file next
     assert run(XDG_CACHE_HOME=str(tmp_path))[1] == "4.0"  # warnings are errors in this process
     assert entry.stat().st_size >= whole * 0.9
+
+
+@pytest.mark.parametrize("at", [0, 31, 32, 40, -1])
+def test_a_damaged_entry_is_said_and_written_again(tmp_path, at):
+    from moezoo.jax_backend.runtime.compile_cache import MAX_BYTES, VerifiedCache
+
+    cache = VerifiedCache(str(tmp_path), max_size=MAX_BYTES)
+    cache.put("key", b"executable")
+    assert cache.get("key") == b"executable"
+    [entry] = tmp_path.glob("*-cache")
+    damaged = bytearray(entry.read_bytes())
+    damaged[at] ^= 4
+    entry.write_bytes(damaged)
+    with pytest.warns(
+        UserWarning, match=r"the compile cache is damaged and the program is compiled again \(.*key-cache"
+    ):
+        assert cache.get("key") is None
+    cache.put("key", b"executable")
+    assert cache.get("key") == b"executable"
 
 
 @pytest.mark.release
@@ -76,7 +98,7 @@ def test_a_folder_that_cannot_be_created_is_reported_and_training_continues(tmp_
 
 
 def test_a_folder_that_cannot_be_locked_is_reported_and_training_continues(tmp_path):
-    (tmp_path / "moezoo" / "jax" / ".lockfile").mkdir(parents=True)
+    (tmp_path / "moezoo" / "jax" / "verified" / ".lockfile").mkdir(parents=True)
     folder, value = run(XDG_CACHE_HOME=str(tmp_path))
     assert folder.startswith(f"off: cannot write and lock {tmp_path}/moezoo/jax")
     assert value == "4.0"
@@ -84,8 +106,9 @@ def test_a_folder_that_cannot_be_locked_is_reported_and_training_continues(tmp_p
 
 @pytest.mark.release  # it waits for ten seconds
 def test_waiting_for_a_lock_held_by_another_process_times_out(tmp_path):
-    (tmp_path / "moezoo" / "jax").mkdir(parents=True)
-    with FileLock(tmp_path / "moezoo" / "jax" / ".lockfile"):
+    folder = tmp_path / "moezoo" / "jax" / "verified"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lockfile"):
         folder, value = run(XDG_CACHE_HOME=str(tmp_path))
     assert folder.startswith("off: ")
     assert value == "4.0"

@@ -4,13 +4,16 @@ JAX's cache key includes a fingerprint of the device, which depends on the instr
 (seen with `--xla_cpu_max_isa`). Sharing a cache folder between machines has not been tested.
 """
 
+import hashlib
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 from filelock import FileLock
+from jax._src import compilation_cache, lru_cache  # no public API has the cache's reads and writes
 
 MAX_BYTES = 1 << 30  # training a small model writes 8 MB; the least recently used entry is evicted first
 
@@ -26,7 +29,7 @@ def use_compile_cache() -> str:
         return "off"
     if config.jax_compilation_cache_dir:
         return str(config.jax_compilation_cache_dir)
-    folder = _user_cache() / "moezoo" / "jax"
+    folder = _user_cache() / "moezoo" / "jax" / "verified"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK | os.X_OK)
@@ -36,12 +39,39 @@ def use_compile_cache() -> str:
         usable = False
     if not usable:
         return f"off: cannot write and lock {folder}; set JAX_COMPILATION_CACHE_DIR to another folder"
+    vars(compilation_cache)["LRUCache"] = VerifiedCache
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     # Cache small programs too: building a model compiles dozens, all below JAX's threshold of one second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return str(folder)
+
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class VerifiedCache(lru_cache.LRUCache):
+    """JAX's cache folder with the SHA-256 of each entry in front of it; a damaged entry is removed, so made again.
+
+    Trap: JAX runs what it reads. Its compressed entries have a checksum with zlib, but not with zstd (if that package
+    is installed, or in Python 3.14): a flipped bit then ends the process. And it never writes a damaged entry again.
+    """
+
+    def put(self, key: str, value: bytes) -> None:
+        super().put(key, hashlib.sha256(value).digest() + value)
+
+    def get(self, key: str) -> bytes | None:
+        entry: bytes | None = super().get(key)
+        if entry is None:
+            return None
+        digest, value = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
+        if digest == hashlib.sha256(value).digest():
+            return value
+        file = Path(self.path) / f"{key}-cache"
+        warnings.warn(f"the compile cache is damaged and the program is compiled again ({file})", stacklevel=2)
+        file.unlink(missing_ok=True)
+        return None
 
 
 def _remove_incomplete_entries(folder: Path) -> None:
