@@ -28,10 +28,13 @@ CONFIGS = [
 # The same parts together: what recomputes experts and what recomputes a whole block.
 IN_THE_GATE = [
     ("zero_computation", "experts"),  # an MoE output that joins a layer later, a capacity
-    ("learned_positions", "block"),  # noise, biases of experts
     ("delta_attention", "block"),  # state, experts in a latent space
 ]
-BEFORE_A_RELEASE = [("zero_computation", "block"), ("learned_positions", "experts")]
+BEFORE_A_RELEASE = [
+    ("zero_computation", "block"),
+    ("learned_positions", "block"),  # noise, biases of experts
+    ("learned_positions", "experts"),
+]
 
 
 @cache

@@ -52,8 +52,9 @@ def combined() -> Config:
     return with_layers(config, (layer.model_copy(update={"attention": attention, "moe": moe}),))
 
 
-IN_THE_GATE = {"mixed": mixed(), "combined": combined()}
+IN_THE_GATE = {"combined": combined()}
 ONE_BY_ONE = {
+    "mixed": mixed(),
     **{
         name: tiny(name, 3)
         for name in ("noisy_top_k", "softmax_with_bias", "gating_residual", "value_residual", "global_balance")

@@ -149,6 +149,7 @@ def test_run_of_two_processes_resumes_on_one_device_on_mlx_and_consolidated(
         np.testing.assert_allclose(losses, expected, rtol=FROM_ONE, err_msg=name)
 
 
+@pytest.mark.release  # the gate shows it with MLX: tests/core/distributed/test_launch.py
 def test_a_killed_process_ends_the_group_and_a_restart_continues_bit_identically(
     config: Path, two: tuple[Path, str]
 ) -> None:

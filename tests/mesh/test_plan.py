@@ -35,13 +35,10 @@ CASES = {
     4: [
         ("top_k", {"fsdp": 2, "expert": 2}, (*EIGHT, *AGAIN)),
         ("bfloat16", {"expert": 2, "tensor": 2}, EIGHT),
-        ("tied", {"fsdp": 2, "tensor": 2}, SMALL),
     ],
     8: [
-        ("top_k", {"data": 2, "expert": 4}, EIGHT),
         ("top_k", {"fsdp": 4, "expert": 2, "exchange": "allgather"}, (*EIGHT, *AGAIN, EXPERTS)),
         ("capacity_groups", {"data": 2, "expert": 4}, EIGHT),  # every assignment has a slot: no row counts are sent
-        ("sequence_balance", {"data": 2, "expert": 4}, EIGHT),  # no score of a sequence is gathered
     ],
 }
 RELEASE = {
@@ -51,8 +48,13 @@ RELEASE = {
         ("top_k", {"expert": 2}, EIGHT),
         ("top_k", {"tensor": 2}, EIGHT),
     ],
-    4: [("top_k", {"expert": 4, "exchange": "allgather"}, EIGHT)],
+    4: [
+        ("top_k", {"expert": 4, "exchange": "allgather"}, EIGHT),
+        ("tied", {"fsdp": 2, "tensor": 2}, SMALL),
+    ],
     8: [
+        ("top_k", {"data": 2, "expert": 4}, EIGHT),
+        ("sequence_balance", {"data": 2, "expert": 4}, EIGHT),  # no score of a sequence is gathered
         ("top_k", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
         ("top_k", {"data": 2, "expert": 4}, (*EIGHT, *AGAIN)),
         ("top_k", {"fsdp": 4, "expert": 2, "exchange": "allgather"}, (*EIGHT, *AGAIN)),

@@ -52,6 +52,7 @@ def test_programs_are_cached_in_the_users_cache_folder_even_small_ones(tmp_path)
     assert sorted(os.listdir(folder)) == cached  # the second process found them
 
 
+@pytest.mark.release
 def test_an_incomplete_entry_of_a_killed_process_is_rewritten(tmp_path):
     folder = Path(run(XDG_CACHE_HOME=str(tmp_path))[0])
     (entry,) = folder.glob("jit__lambda*-cache")
