@@ -15,13 +15,13 @@ from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.prepare import whole_file
 from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer, with_first_tokens
 from moezoo.core.distributed.mesh import ONE_DEVICE, Devices
-from moezoo.core.errors import DataError, SpecError, TokenizerError
+from moezoo.core.errors import CheckpointError, DataError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.progress import Message, Progress
-from moezoo.core.runs.open import open_model
+from moezoo.core.runs.open import is_superseded, open_model
 from moezoo.core.runs.save import export, save_run
 from moezoo.core.tokens import IGNORED, Integers
 from moezoo.core.training.evaluation import Evaluation, evaluate
@@ -226,7 +226,12 @@ def load_model(
     chosen = load_backend(backend) if backend is None or isinstance(backend, str) else backend
     devices, problems = chosen.devices(), list(opened.problems)
     problems += check_weights(opened.weight_bytes, devices, str(path), allow_overcommit=allow_overcommit)
-    model = chosen.build(config.model, opened.weights)
+    try:
+        model = chosen.build(config.model, opened.weights)
+    except CheckpointError:
+        if not is_superseded(opened):
+            raise
+        return load_model(path, chosen, compute, max_length, allow_overcommit=allow_overcommit)
     if opened.checkpoint is not None:
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
         problems += [*([warning] if warning else []), *tokenizer_notes(opened.tokenizer)]

@@ -149,6 +149,23 @@ def remove_empty_folder(path: Path) -> None:
         path.rmdir()
 
 
+@contextlib.contextmanager
+def emptied_on_error(path: Path) -> Iterator[None]:
+    """Remove what the block writes into a new or empty folder if it raises; other folders are left as they are."""
+    existed = os.path.lexists(path)
+    is_empty = not existed or (path.is_dir() and not any(path.iterdir()))
+    try:
+        yield
+    except BaseException:
+        if is_empty and path.is_dir():
+            with contextlib.suppress(RunError):
+                for entry in path.iterdir():
+                    remove_folder(entry)
+        if not existed:
+            remove_empty_folder(path)
+        raise
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove the temporary files that killed processes left of `atomic_writer`; no other process may write there."""
     with readable_errors(f"cannot remove temporary files in {folder}"):

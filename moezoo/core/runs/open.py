@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_file import shapes_of
+from moezoo.core.checkpoint.store import list_checkpoints
 from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokenizerSpec, TokenIdsSpec, TokenizerSpec
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.schedules import ConstantSchedule
@@ -27,7 +28,7 @@ from moezoo.core.huggingface.checkpoint import (
 from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.parameters.precision import STORED_DTYPES
-from moezoo.core.runs.run_folder import is_run, load_run, load_run_config, load_run_layout
+from moezoo.core.runs.run_folder import Run, is_run, load_run, load_run_config, load_run_layout
 from moezoo.core.spec import ModelSpec
 
 
@@ -121,6 +122,12 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
         layout=checkpoint.layout,
         generation=read_generation_config(folder, checkpoint.description.fields.raw),
     )
+
+
+def is_superseded(opened: OpenedModel) -> bool:
+    """Return whether a run has a newer checkpoint than the opened one, which its training may have pruned since."""
+    saved = list_checkpoints(Run(opened.path).checkpoints_path) if is_run(opened.path) else []
+    return bool(saved) and saved[-1].step > opened.step
 
 
 def describe_model(path: str | Path) -> tuple[ModelSpec, TokenizerSpec]:

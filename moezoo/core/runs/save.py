@@ -12,7 +12,7 @@ from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.tokenizers import TokenIds, Tokenizer
 from moezoo.core.errors import RunError
-from moezoo.core.files import make_folder
+from moezoo.core.files import emptied_on_error, make_folder
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.export_as import export_as_family
 from moezoo.core.huggingface.export_tokenizer import exported_tokenizer, is_of_checkpoint
@@ -30,8 +30,15 @@ def export(
     tokenizer is the run's, with its chat template and end tokens; a byte or character tokenizer as a tokenizer.json.
 
     Raises RunError: the folder exists and is not empty. Raises SpecError: no family can represent the model. Raises
-    TokenizerError: a character that a tokenizer.json cannot have.
+    TokenizerError: a character that a tokenizer.json cannot have. After an error the folder is as it was.
     """
+    with emptied_on_error(out):
+        return _export(weights, config, tokenizer, layout, out)
+
+
+def _export(
+    weights: Mapping[str, NDArray[Any]], config: Config, tokenizer: Tokenizer, layout: Layout | None, out: Path
+) -> list[str]:
     if layout is not None and is_of_checkpoint(tokenizer, layout):
         return export_checkpoint(weights, layout, out)
     if layout is not None and isinstance(tokenizer, TokenIds):
@@ -65,18 +72,19 @@ def save_run(
     `layout`: of the Hugging Face checkpoint that the weights came from, to export them later; None if there is none.
     `optimizer`: moments to resume training from; None: the run cannot be resumed. `tokens`: number trained on.
 
-    Raises RunError: the folder exists and is not empty.
+    Raises RunError: the folder exists and is not empty. After an error the folder is as it was.
     """
     run = Run(path)
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{path} exists and is not empty; expected a new or empty folder. Choose another path.")
-    make_folder(run.path)
-    tokenizer.save(run.path)
-    if layout is not None:
-        write_sidecar(layout, run.huggingface_path)
-    text = dump_config(config)
-    save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, None, tokens=tokens)
-    seal_run(run.path, STATIC, text)
+    with emptied_on_error(run.path):
+        make_folder(run.path)
+        tokenizer.save(run.path)
+        if layout is not None:
+            write_sidecar(layout, run.huggingface_path)
+        text = dump_config(config)
+        save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, None, tokens=tokens)
+        seal_run(run.path, STATIC, text)
 
 
 def consolidate(path: str | Path, out: Path) -> tuple[int, list[str]]:

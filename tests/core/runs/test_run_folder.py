@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from moezoo.api import load_model
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.data.prepare import prepare_data
-from moezoo.core.errors import DataError, RunError
+from moezoo.core.distributed.mesh import MESH_AXES, Devices
+from moezoo.core.errors import CheckpointError, DataError, RunError
 from moezoo.core.runs import run_writer
 from moezoo.core.runs.open import describe_model
 from moezoo.core.runs.run_folder import load_run, load_run_layout, prepare_run
+from moezoo.core.runs.save import export, save_run
 from moezoo.core.training.loop import train
 from moezoo.core.training.metrics import read_metrics
 from moezoo.core.training.reporter import SilentReporter
@@ -195,6 +198,59 @@ def test_folder_moved_or_deleted_while_training_is_one_error(tmp_path, step):
     (tmp_path / "moved").rename(out)
     assert any("ended without closing" in line for line in start(tmp_path, out, resume=True, steps=6, log_every=2))
     assert load_run(out)[2].step == 6
+
+
+@pytest.mark.parametrize("vanished", [True, False])
+def test_checkpoint_that_vanishes_while_the_model_is_built_gives_the_newer_one(tmp_path, monkeypatch, vanished):
+    out, built = tmp_path / "run", []
+    start(tmp_path, out)
+
+    class Reading(RecordingModel):
+        def devices(self):
+            return Devices(dict.fromkeys(MESH_AXES, 1), 1, None)
+
+        def build(self, spec, weights):
+            built.append(spec)
+            if len(built) == 1:  # as sharded files that a run in training prunes while they are read
+                if vanished:
+                    start(tmp_path, out, resume=True, steps=6, keep_checkpoints=1)
+                raise CheckpointError("cannot read the arrays")
+            return super().build(spec, weights)
+
+    if vanished:
+        assert load_model(out, Reading()).step == 6
+    else:
+        with pytest.raises(CheckpointError, match="cannot read the arrays"):
+            load_model(out, Reading())
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["no folder", "empty folder"])
+def test_save_and_export_that_fail_leave_no_files(tmp_path, monkeypatch, existing):
+    start(tmp_path, tmp_path / "run")
+    config, tokenizer, checkpoint, _ = load_run(tmp_path / "run")
+    out = tmp_path / "out"
+    if existing:
+        out.mkdir()
+
+    class Unreadable(dict):
+        def __getitem__(self, name):
+            raise CheckpointError("a damaged tensor")
+
+    weights = Unreadable(checkpoint.weights)
+    weights.shapes, weights.dtypes = checkpoint.weights.shapes, checkpoint.weights.dtypes
+    for attempt in (
+        lambda: save_run(out, config, tokenizer, weights, 4, None),
+        lambda: export(weights, config, tokenizer, None, out),
+    ):
+        with pytest.raises(CheckpointError, match="a damaged tensor"):
+            attempt()
+        assert out.exists() == existing
+        assert not existing or os.listdir(out) == []
+    out.mkdir(exist_ok=True)
+    (out / "notes.txt").write_text("")
+    with pytest.raises(RunError, match="is not empty"):
+        save_run(out, config, tokenizer, checkpoint.weights, 4, None)
+    assert os.listdir(out) == ["notes.txt"]
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
