@@ -49,7 +49,13 @@ class TrainingError(MoezooError):
     """Training that cannot continue, e.g. because the loss is not finite."""
 
 
+def shown(value: object, limit: int = 100) -> str:
+    """Return a value as one line for an error: its repr, cut after `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean X?"` with the closest match for `word` in `known`; an empty string if none is close."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""

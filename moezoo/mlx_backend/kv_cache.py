@@ -173,12 +173,11 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     """Return one empty cache per layer, with `size` slots, or with as many as its window or chunks reach back."""
     dtype = DTYPES[spec.precision.compute]
     caches: list[Cache] = []
-    for index, layer in enumerate(spec.all_layers):
+    for layer, reach in zip(spec.all_layers, spec.reaches, strict=True):
         match layer.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int()):
                 caches.append(SharedCache(0))
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
-                reach = spec.reach_of(index)
                 kept = size if reach is None else min(size, reach)
                 key = mx.zeros((batch, kept, heads, head_dim), dtype)
                 value = mx.zeros((batch, kept, heads, value_dim), dtype)

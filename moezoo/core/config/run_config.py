@@ -21,6 +21,8 @@ from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.errors import SpecError
 from moezoo.core.spec import ModelSpec, Part, PrecisionSpec, impossible
 
+_MAX_DEPTH = 20  # of the path of an override
+
 # --- the config ------------------------------------------------------------------------------------------------------
 
 
@@ -137,24 +139,18 @@ def json_schema() -> dict[str, Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one value of the raw config in place: `training.steps=20`, `model.layers[0].moe.num_experts=4`."""
     path, equals, text = override.partition("=")
-    keys = [int(key) if key.isdigit() else key for key in re.split(r"[.\[\]]+", path.strip().rstrip("]")) if key != ""]
-    if not equals or not keys:
-        raise SpecError(f"--set {override} is not of the form path=value; expected e.g. --set training.steps=20.")
+    *outer, last = [key for key in re.split(r"[.\[\]]+", path.strip()) if key] or [""]
+    if not equals or not last or len(outer) > _MAX_DEPTH:
+        raise SpecError(f"--set {override:.80} is not of the form path=value; expected e.g. --set training.steps=20.")
     target: Any = raw
-    for key in keys[:-1]:
-        if isinstance(target, dict):
-            target = target.setdefault(key, {})
-        elif isinstance(target, list) and isinstance(key, int) and key < len(target):
-            target = target[key]
-        else:
-            raise SpecError(f"--set {path}: the config has no {key!r} at this place. Check the path.")
-    try:
-        value = parse_value(text)
-    except yaml.YAMLError:
-        raise SpecError(f"--set {path} has a value that is not valid YAML; got {text!r}. Quote it.") from None
-    last = keys[-1]
-    if isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target)):
-        holder: Any = target
-        holder[last] = value
-    else:
-        raise SpecError(f"--set {path}: the config has no {last!r} at this place. Check the path.")
+    for key in outer:
+        target = target.setdefault(key, {}) if isinstance(target, dict) else target[_index(target, key, path)]
+    value = parse_value(text, f"the value of --set {path:.80}")
+    target[last if isinstance(target, dict) else _index(target, last, path)] = value
+
+
+def _index(target: Any, key: str, path: str) -> int:
+    """Return the index of an item of a list. Raises SpecError if there is none."""
+    if not isinstance(target, list) or re.fullmatch("[0-9]{1,9}", key) is None or int(key) >= len(target):
+        raise SpecError(f"--set {path:.80}: the config has no {key:.80} at this place. Check the path.")
+    return int(key)

@@ -12,10 +12,12 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from moezoo.core.config.renamed_keys import RENAMED_KEYS
-from moezoo.core.errors import SpecError, nearest
+from moezoo.core.errors import SpecError, nearest, shown
 from moezoo.core.spec import Part
 
 _Part = TypeVar("_Part", bound=Part)
+_MAX_PROBLEMS = 20
+_MAX_CHARACTERS = 1_000  # of a problem; a config can have a text of a megabyte
 
 
 def validate(part: type[_Part], raw: object, where: str) -> _Part:
@@ -23,7 +25,10 @@ def validate(part: type[_Part], raw: object, where: str) -> _Part:
     try:
         return part.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(part, raw, problem, where) for problem in error.errors()]
+        problems = error.errors()
+        lines = [_explain(part, raw, problem, where)[:_MAX_CHARACTERS] for problem in problems[:_MAX_PROBLEMS]]
+        if problems[_MAX_PROBLEMS:]:
+            lines.append(f"{len(problems) - _MAX_PROBLEMS} more problems ({where}). Fix these first.")
         raise SpecError("\n".join(lines)) from None
 
 
@@ -45,12 +50,12 @@ def _explain(part: type[Part], raw: object, problem: ErrorDetails, where: str) -
         case "union_tag_invalid":
             tag, known_tags = str(context["tag"]), str(context["expected_tags"]).replace("'", "").split(", ")
             rule = f"expected one of {', '.join(known_tags)}"
-            return f"{path}.kind is {tag!r}{nearest(tag, known_tags)}; {rule} ({where})."
+            return f"{path}.kind is {shown(tag)}{nearest(tag, known_tags)}; {rule} ({where})."
         case "union_tag_not_found":
             return f"{path}.kind is missing; expected the kind of this part ({where}). Add it."
         case _:
             message = problem["msg"][0].lower() + problem["msg"][1:]
-            return f"{path or 'config'} is {problem['input']!r}; {message} ({where})."
+            return f"{path or 'config'} is {shown(problem['input'])}; {message} ({where})."
 
 
 def _locate(part: type[Part], raw: object, location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
@@ -68,7 +73,7 @@ def _locate(part: type[Part], raw: object, location: tuple[int | str, ...]) -> t
         if is_tag:
             candidates = tagged
             continue
-        path += f".{key}" if path else key
+        path += f".{key:.80}" if path else f"{key:.80}"
         owner = candidates[0] if len(candidates) == 1 else None
         value = value.get(key) if isinstance(value, Mapping) else None
         field = owner.model_fields.get(key) if owner else None

@@ -46,10 +46,7 @@ def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
 def cache_bytes(spec: ModelSpec, length: int) -> int:
     """Return the KV-cache bytes of a sequence of `length` tokens; windows and chunks limit their layers' tokens."""
     size = COMPUTE_BYTES[compute_dtype(spec)]
-    kept = [
-        length if (reach := spec.reach_of(index)) is None else min(length, reach)
-        for index in range(len(spec.all_layers))
-    ]
+    kept = [length if reach is None else min(length, reach) for reach in spec.reaches]
     return sum(size * kept[index] * _cached_numbers(layer.attention) for index, layer in enumerate(spec.all_layers))
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.files import read_bounded, reason_of
 from moezoo.core.json_text import parse_json
+from moezoo.core.spec.model import MAX_LAYERS
 
 _MAX_BYTES = 10_000_000
 
 # Larger values are errors or malicious: the spec would be expanded to that many layers before any shape is checked.
 _LARGEST, _LARGEST_NUMBER = 2**53, 1e300
-_MOST = {"layer": 10_000, "expert": 100_000}
+_MOST = {"layer": MAX_LAYERS, "expert": 100_000}
 
 # Fields that never affect a text model's forward pass, with any value.
 HARMLESS = (

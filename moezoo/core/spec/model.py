@@ -13,6 +13,9 @@ from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec
 
+MAX_LAYERS = 2_000
+"""Largest number of layers of a model; the deepest published ones have 1,000 (DeepNet, arXiv 2203.00555)."""
+
 
 class LayerSpec(Part):
     """One transformer layer, or `repeat` identical ones: attention, then a dense feed-forward or a MoE layer.
@@ -176,6 +179,9 @@ class ModelSpec(Part):
     def _layers_fit(self) -> "ModelSpec":
         if not self.layers:
             raise impossible("layers", "is empty", "Add at least one layer")
+        depth = sum(layer.repeat for layer in self.layers)
+        if depth > MAX_LAYERS:  # before anything is done for each layer
+            raise impossible("layers", f"are {depth} with repeats", f"Use at most {MAX_LAYERS}")
         values = {
             (attention.num_kv_heads, attention.value_dim)
             for attention in (layer.attention for layer in self.layers)
@@ -293,15 +299,19 @@ class ModelSpec(Part):
         )
         return frozenset(index for index in named if index is not None)
 
-    def reach_of(self, index: int) -> int | None:
-        """Number of most recent tokens that layers attending to layer `index`'s keys can see; None: all."""
-        reaches = [
-            min((limit for limit in (attention.window, attention.chunk) if limit is not None), default=None)
-            for place, attention in enumerate(layer.attention for layer in self.all_layers)
-            if isinstance(attention, GroupedQueryAttentionSpec) and index in (place, attention.keys_of_layer)
-        ]
-        known = [reach for reach in reaches if reach is not None]
-        return max(known) if known and len(known) == len(reaches) else None
+    @property
+    def reaches(self) -> tuple[int | None, ...]:
+        """Number of most recent tokens that layers attending to each layer's keys can see, by layer; None: all."""
+        found: list[list[int | None]] = [[] for _ in self.all_layers]
+        for place, attention in enumerate(layer.attention for layer in self.all_layers):
+            if isinstance(attention, GroupedQueryAttentionSpec):
+                limits = [limit for limit in (attention.window, attention.chunk) if limit is not None]
+                for index in {place, place if attention.keys_of_layer is None else attention.keys_of_layer}:
+                    found[index].append(min(limits, default=None))
+        return tuple(
+            None if None in reaches else max((reach for reach in reaches if reach is not None), default=None)
+            for reaches in found
+        )
 
     @property
     def inference_differs(self) -> bool:

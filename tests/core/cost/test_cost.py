@@ -366,5 +366,5 @@ def test_window_or_chunks_limit_cache_bytes():
         attention=heads.model_copy(update={"keys_of_layer": 1}), feed_forward=GatedFeedForwardSpec(hidden_dim=4)
     )
     wider = ModelSpec(vocab_size=9, embed_dim=8, layers=(*layers, sharing))
-    assert wider.reach_of(1) is None
+    assert wider.reaches[1] is None
     assert cache_bytes(wider, 20) == (20 + 20 + 11) * 2 * 2 * 6 * 4

@@ -431,6 +431,10 @@ CASES = {
         {"model": {"embed_dim": 10, "layers": []}},
         "model.layers is empty (x.yaml). Add at least one layer.",
     ),
+    "too many layers": (
+        model(layer() | {"repeat": 1_999}, layer(), layer()),
+        "model.layers are 2001 with repeats (x.yaml). Use at most 2000.",
+    ),
     "value_residual with another number of values": (
         model(layer(), layer(HEADS | {"head_dim": 8, "value_residual": True})),
         f"{ATTENTION} has no values of 2 heads of width 8 for the value_residual of later layers (x.yaml). Use "
