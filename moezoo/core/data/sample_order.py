@@ -5,7 +5,7 @@ evaluated at any step:
 
     blend      g -> (source k, index j of the sample within that source)
     permute    j mod n -> window, within epoch j // n
-    phase      epoch -> start of the first window of that epoch
+    phase      epoch -> end of the first window of that epoch
 
 The hash function is splitmix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
 generators"), not the threefry of `moezoo.core.random`: it takes a tenth of the time, and no backend needs to reproduce
@@ -80,23 +80,24 @@ def starts(index: Words, num_tokens: int, length: int, seed: int, source: int) -
     """Return the first token of the window of each sample of one source: uint64 [n] to uint64 [n].
 
     `index` counts the source's samples from 0, over all epochs. A window has `length` + 1 tokens, and
-    `num_tokens` is at least that. Windows of an epoch start every `length` tokens, from an offset (phase) that changes
-    with the epoch, so that window boundaries change too.
+    `num_tokens` is at least that. Windows of an epoch end every `length` tokens, from an offset (phase) that changes
+    with the epoch, so that window boundaries change too. The first ones and the last ones are moved into the source,
+    so every token but the first is a target in every epoch.
     """
-    n, phases = tiling(num_tokens, length)
+    n = windows_per_epoch(num_tokens, length)
     epoch, within = index // np.uint64(n), index % np.uint64(n)
     keys = mix(np.uint64(key(seed, source)) ^ mix(epoch + np.uint64(_GOLDEN)))
-    phase = mix(keys ^ np.uint64(key(_PHASE))) % np.uint64(phases)
-    return phase + np.uint64(length) * permute(within, n, keys)
+    phase = np.uint64(1) + mix(keys ^ np.uint64(key(_PHASE))) % np.uint64(length)
+    last_target = phase + np.uint64(length) * permute(within, n, keys)
+    return np.clip(last_target, np.uint64(length), np.uint64(num_tokens - 1)) - np.uint64(length)
 
 
-def tiling(num_tokens: int, length: int) -> tuple[int, int]:
-    """Return the number of windows per epoch, n, and the number of phases, such that n windows fit for every phase.
+def windows_per_epoch(num_tokens: int, length: int) -> int:
+    """Return n = 1 + ceil((num_tokens - 2) / length): as many windows as the smallest phase needs to reach the end.
 
-    n = max(1, (num_tokens - length) // length); phases = min(length, num_tokens - n * length).
+    They have n length - (num_tokens - 1) < 2 length targets more than the source, near its two ends.
     """
-    n = max(1, (num_tokens - length) // length)
-    return n, min(length, num_tokens - n * length)
+    return 1 - (2 - num_tokens) // length
 
 
 def blend(sample: Words, weights: Sequence[float], seed: int) -> tuple[npt.NDArray[np.int64], Words]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.config.data import DataConfig
-from moezoo.core.data import source_files, token_cache, token_store
+from moezoo.core.data import sample_order, source_files, token_cache, token_store
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prepare import prepare_data, whole_file
 from moezoo.core.data.tokenizers import ByteTokenizer, CharacterTokenizer, with_first_tokens
@@ -129,14 +129,15 @@ def test_rows_are_windows_of_the_training_split(tmp_path):
     assert prepared.validation.num_tokens == 100
 
 
-def test_epoch_has_every_window_once_and_boundaries_change_per_epoch(tmp_path):
-    np.save(tmp_path / "a.npy", np.arange(2000))
+def test_epoch_has_every_training_token_and_boundaries_change_per_epoch(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(2003))
     split = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T).train
-    n = (1800 - T) // T
-    firsts = [np.sort(split.batch(epoch, n, T, 5)[:, 0]) for epoch in range(6)]
-    for first in firsts:
-        assert (np.diff(first) == T).all()
-    assert len({int(first[0]) for first in firsts}) > 1
+    assert split.num_tokens == 1803
+    n = sample_order.windows_per_epoch(1803, T)
+    epochs = [split.batch(epoch, n, T, 5) for epoch in range(6)]
+    for batch in epochs:
+        assert set(batch.ravel().tolist()) == set(range(1803))
+    assert len({tuple(np.sort(batch[:, 0])) for batch in epochs}) > 1
 
 
 def test_sources_are_mixed_by_weight(tmp_path):
@@ -152,9 +153,9 @@ def test_each_mixed_source_has_its_own_epochs(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000))
     np.save(tmp_path / "b.npy", np.arange(1000, 5000))
     prepared = prepare_data(
-        config(shards(tmp_path / "a.npy"), shards(tmp_path / "b.npy", weight=2.0), tokenizer=IDS), T
+        config(shards(tmp_path / "a.npy", weight=1.0), shards(tmp_path / "b.npy", weight=2.0), tokenizer=IDS), T
     )
-    n = (900 - T) // T
+    n = sample_order.windows_per_epoch(900, T)
     batch = prepared.train.batch(0, 3 * n - 2, T, 4)
     first = batch[batch[:, 0] < 1000, 0]
     assert len(first) in (n - 1, n)
