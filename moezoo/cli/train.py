@@ -72,9 +72,9 @@ def train(
     console.print(training_header(config, {"backend": loaded.name, **loaded.facts(), "run": str(path)}))
     if is_first and not resumed:
         warn(*tokenizer_notes(data.tokenizer))
-    for row in data.summary:
-        tokens = f"{row.train_tokens:,} training and {row.validation_tokens:,} validation tokens"
-        console.print(f"{row.source}: {tokens}", highlight=False)
+    training = config.training
+    tokens = training.steps * training.batch_size * training.sequence_length
+    print_lines(console, *(source.describe(tokens) for source in data.summary))
     result = run_training(config, data, loaded, run, reporter=ConsoleReporter(console), exits=True)
     loaded.leave()
     if is_first:

@@ -7,6 +7,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -18,7 +19,7 @@ class TextSource(Part):
 
     kind: Literal["text"] = "text"
     path: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
 
 
 class JSONLSource(Part):
@@ -27,7 +28,7 @@ class JSONLSource(Part):
     kind: Literal["jsonl"] = "jsonl"
     path: str
     field: str = "text"
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
 
 
 class TokenShardsSource(Part):
@@ -38,7 +39,7 @@ class TokenShardsSource(Part):
 
     kind: Literal["tokens"] = "tokens"
     path: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
 
 
 class DatasetSource(Part):
@@ -46,7 +47,7 @@ class DatasetSource(Part):
 
     kind: Literal["dataset"] = "dataset"
     name: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
 
 
 class BatchesSource(Part):
@@ -100,8 +101,10 @@ TokenizerSpec = Annotated[
 
 
 class DataConfig(Part):
-    """Data sources and tokenizer. Sources are mixed by weight; the last `validation_fraction` of each is held out.
+    """Data sources and tokenizer. The last `validation_fraction` of each source is held out.
 
+    Sources are mixed by `weight`, each one's share of the sequences; without weights by size, so that all have equally
+    many epochs. Either all have a weight or none.
     A source of kind `batches` must be the only source; its `validation_batches` replaces `validation_fraction`.
     """
 
@@ -119,4 +122,19 @@ class DataConfig(Part):
                 f"mixes a source of kind batches with {len(self.sources) - 1} more",
                 "Use a source of kind batches alone",
             )
+        weights = [getattr(source, "weight", None) for source in self.sources]
+        if None in weights and weights != [None] * len(weights):
+            raise impossible(
+                f"sources[{weights.index(None)}].weight",
+                f"is missing, but sources[{next(k for k, weight in enumerate(weights) if weight)}] has one",
+                "Give every source a weight, or none to mix them by size",
+            )
         return self
+
+    @field_validator("sources")
+    @classmethod
+    def _one_source_has_no_share(cls, sources: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
+        """A weight means nothing for the only source; runs of earlier versions have 1.0 there."""
+        if len(sources) != 1 or isinstance(sources[0], BatchesSource):
+            return sources
+        return (sources[0].model_copy(update={"weight": None}),)

@@ -46,7 +46,7 @@ from moezoo.core.progress import Message, Progress
 
 @dataclass(frozen=True)
 class SplitSource:
-    """Part of a source that belongs to a split: tokens [first, first + num_tokens)."""
+    """Part of a source that belongs to a split: tokens [first, first + num_tokens). `weight` is in proportion."""
 
     name: str
     tokens: Tokens
@@ -159,11 +159,27 @@ class Windows(Sequence[Ids]):
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """Summary of a source for the console."""
+    """Summary of a source for the console.
+
+    Fields:
+        source: path, or name of the dataset.
+        train_tokens: number of tokens in the training split.
+        validation_tokens: number of tokens in the validation split.
+        share: part of the training sequences that are from this source.
+    """
 
     source: str
     train_tokens: int
     validation_tokens: int
+    share: float
+
+    def describe(self, tokens: int) -> str:
+        """Describe the source in a run that trains on `tokens` tokens of all sources."""
+        epochs = tokens * self.share / self.train_tokens
+        return (
+            f"{self.source}: {self.train_tokens:,} training and {self.validation_tokens:,} validation tokens, "
+            f"{100 * self.share:.3g} % of the batches, {epochs:,.{2 if epochs >= 0.1 else 4}f} epochs"
+        )
 
 
 @dataclass(frozen=True)
@@ -205,21 +221,19 @@ def prepare_data(
     tokenizer = tokenizer or _make_tokenizer(data, found_sources, where, on_progress, on_message)
     if isinstance(data.sources[0], BatchesSource):
         return _prepare_prebatched(data.sources[0], tokenizer, where, on_progress, on_message)
+    sources = [source for source in data.sources if not isinstance(source, BatchesSource)]
+    tokens = [_open(found, tokenizer, on_progress, on_message) for found in found_sources]
+    held_out = [int(len(one) * data.validation_fraction) for one in tokens]
+    num_train = [len(one) - held for one, held in zip(tokens, held_out, strict=True)]
+    weights = [num if source.weight is None else source.weight for source, num in zip(sources, num_train, strict=True)]
     train, validation, summary = [], [], []
-    weighted = [source for source in data.sources if not isinstance(source, BatchesSource)]
-    for source, found in zip(weighted, found_sources, strict=True):
-        tokens = _open(found, tokenizer, on_progress, on_message)
-        held_out = int(len(tokens) * data.validation_fraction)
-        num_train = len(tokens) - held_out
-        train.append(SplitSource(found.name, tokens, 0, num_train, source.weight))
-        validation.append(SplitSource(found.name, tokens, num_train, held_out, source.weight))
-        summary.append(
-            SourceSummary(
-                source=source.name if isinstance(source, DatasetSource) else source.path,
-                train_tokens=num_train,
-                validation_tokens=held_out,
-            )
-        )
+    for source, found, one, num, held, weight in zip(
+        sources, found_sources, tokens, num_train, held_out, weights, strict=True
+    ):
+        train.append(SplitSource(found.name, one, 0, num, weight))
+        validation.append(SplitSource(found.name, one, num, held, weight))
+        shown = source.name if isinstance(source, DatasetSource) else source.path
+        summary.append(SourceSummary(shown, num, held, share=weight / (sum(weights) or 1.0)))
     splits = Split("training", tuple(train)), Split("validation", tuple(validation))
     for split in splits:
         for part in split.sources:
@@ -309,7 +323,7 @@ def _prepare_prebatched(
 ) -> PreparedData:
     name, key = f"data.sources[0] ({source.path})", f"data.sources[0].path ({where})"
     train, validation = open_prebatched(source, tokenizer.vocab_size, name, key, on_progress, on_message)
-    summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens)
+    summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens, share=1.0)
     return PreparedData(tokenizer, train, validation, (summary,))
 
 

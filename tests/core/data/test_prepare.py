@@ -149,6 +149,29 @@ def test_sources_are_mixed_by_weight(tmp_path):
     assert np.abs(counts - [1000, 3000, 500]).max() <= 3
 
 
+def test_sources_without_weights_are_mixed_by_size(tmp_path):
+    """9,899 and 1,003,851 tokens were mixed half and half: 13 epochs of the small one, of which nothing was said."""
+    for k, size in enumerate((1000, 3000)):
+        np.save(tmp_path / f"{k}.npy", np.full(size, k, np.uint16))
+    paths = [tmp_path / f"{k}.npy" for k in range(2)]
+    prepared = prepare_data(config(*map(shards, paths), tokenizer=IDS), T)
+    assert np.abs(np.bincount(prepared.train.batch(2, 4000, T, 9)[:, 0]) - [1000, 3000]).max() <= 2
+    assert [source.describe(7200) for source in prepared.summary] == [
+        f"{paths[0]}: 900 training and 100 validation tokens, 25 % of the batches, 2.00 epochs",
+        f"{paths[1]}: 2,700 training and 300 validation tokens, 75 % of the batches, 2.00 epochs",
+    ]
+    weighted = prepare_data(config(*(shards(path, weight=1.0) for path in paths), tokenizer=IDS), T)
+    assert [source.describe(360) for source in weighted.summary] == [
+        f"{paths[0]}: 900 training and 100 validation tokens, 50 % of the batches, 0.20 epochs",
+        f"{paths[1]}: 2,700 training and 300 validation tokens, 50 % of the batches, 0.0667 epochs",
+    ]
+
+
+def test_the_only_source_has_no_weight():
+    """Runs of earlier versions were saved with 1.0, and resume with configs that have none."""
+    assert config(text("a.txt", weight=1.0)) == config(text("a.txt"))
+
+
 def test_each_mixed_source_has_its_own_epochs(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000))
     np.save(tmp_path / "b.npy", np.arange(1000, 5000))

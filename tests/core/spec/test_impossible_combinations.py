@@ -474,6 +474,11 @@ CASES = {
         {"data": {"sources": [{"kind": "dataset", "name": "fables"}, {"kind": "batches", "path": "x.npy"}]}},
         "data.sources mixes a source of kind batches with 1 more (x.yaml). Use a source of kind batches alone.",
     ),
+    "weights of some sources": (
+        {"data": {"sources": [{"kind": "text", "path": "a", "weight": 2.0}, {"kind": "text", "path": "b"}]}},
+        "data.sources[1].weight is missing, but sources[0] has one (x.yaml). Give every source a weight, or none to "
+        "mix them by size.",
+    ),
     "gradient_accumulation that does not divide batch_size": (
         {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},
         "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "
