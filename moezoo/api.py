@@ -38,6 +38,7 @@ class LoadedModel:
         problems: one-line warnings about the files, for the user.
         layout: file layout of the Hugging Face checkpoint that it is or started from; None if there is none.
         generation: default generation settings.
+        published: the weights are a Hugging Face checkpoint's, not a run's.
         devices: that the model is on.
         allow_overcommit: try what needs more memory than is free.
     """
@@ -52,6 +53,7 @@ class LoadedModel:
         layout: Layout | None = None,
         generation: GenerationConfig | None = None,
         *,
+        published: bool = False,
         devices: Devices = ONE_DEVICE,
         allow_overcommit: bool = False,
     ):
@@ -59,6 +61,7 @@ class LoadedModel:
         self.config = config
         self.tokenizer = tokenizer
         self.step = step
+        self.published = published
         self.problems = problems
         self.layout = layout
         self.devices = devices
@@ -243,6 +246,7 @@ def load_model(
         problems,
         opened.layout,
         opened.generation,
+        published=opened.checkpoint is not None,
         devices=devices,
         allow_overcommit=allow_overcommit,
     )
@@ -264,7 +268,8 @@ def evaluate_file(
     """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`).
 
     Args:
-        loaded: the model. Each window starts with its first token, if it has one (`LoadedModel.first_token`).
+        loaded: the model. Each window of a published one starts with its first token, if it has one; those of a run are
+            as in training and validation.
         path: the file.
         sequence_length: tokens per window; None: as in training (512 for a Hugging Face checkpoint), or the whole file
             if it is shorter.
@@ -286,6 +291,6 @@ def evaluate_file(
         loaded.tokenizer,
         sequence_length=length,
         batch_size=batch,
-        first_token=loaded.first_token,
+        first_token=loaded.first_token if loaded.published else None,
         on_progress=on_progress,
     )

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from ml_dtypes import bfloat16
 
 import moezoo
+from moezoo.api import evaluate_file
 from moezoo.cli.main import main
 from moezoo.core.checkpoint.safetensors_file import StoredTensors, write_tensors
 from moezoo.core.config.run_config import Config
@@ -20,6 +21,7 @@ from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.runs.init_from import initial_tokenizer, load_resolved_config, open_initial_weights
 from moezoo.core.runs.run_folder import load_run
+from tests.huggingface.tiny_tokenizer import write_tokenizer
 from tests.support.backends_available import require_backend
 from tests.support.fixtures import write_checkpoint
 from tests.support.small_run import MODEL, write_config
@@ -191,3 +193,21 @@ def test_run_of_a_run_of_a_checkpoint_can_be_exported(tmp_path):
     assert second.exit_code == 0, second.output
     moezoo.load(tmp_path / "second", backend="mlx").save(tmp_path / "export", format="huggingface")
     assert TensorFolder(tmp_path / "export").tensors == TensorFolder(source).tensors
+
+
+def test_fine_tuned_run_learns_what_follows_the_first_token(tmp_path):
+    source = write_tokenizer(write_checkpoint("mixtral", tmp_path / "source"))
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"the {name} sat on the mat"}) for name in ("cat", "owl") * 40))
+    data = {"sources": [{"kind": "jsonl", "path": str(text)}]}
+    training = {"steps": 50, "batch_size": 4, "sequence_length": 12}
+    optimizer = {"learning_rate": 5e-3, "schedule": {"kind": "constant"}}
+    result = train(config_file(tmp_path, source, data=data, training=training, optimizer=optimizer), tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    model = moezoo.load(tmp_path / "run", backend="mlx")
+    prompt = model.encode_prompt("the cat")
+    after_first = model.forward(prompt[None]).logits[0, 0].astype(np.float64)
+    nats = np.log(np.exp(after_first - after_first.max()).sum()) + after_first.max() - after_first[prompt[1]]
+    assert nats < 0.1  # 5.4 before training, and 1.0 after it without `<s>` in the data
+    # Its windows begin anywhere, as in training. With `<s>` before each of them it would be 1.1.
+    assert evaluate_file(model, str(text)).validation_loss < 0.3
