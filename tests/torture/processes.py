@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,7 +134,12 @@ class Training:
         if state[0] != expected[0]:
             return f"parameters or optimizer state differ from the undisturbed run: {state[0]}"
         if state[1] != expected[1]:
-            return f"metrics.jsonl differs: {len(state[1])} lines, expected {len(expected[1])}"
+            missing, more = (
+                Counter(one) - Counter(other) for one, other in ((expected[1], state[1]), (state[1], expected[1]))
+            )
+            return (
+                f"metrics.jsonl differs: missing {[line[:90] for line in missing]}, more {[line[:90] for line in more]}"
+            )
         return None
 
 
