@@ -42,7 +42,7 @@ from moezoo.core.training.evaluation import (
     evaluate,
     known_grammar,
 )
-from moezoo.core.training.metrics import MetricsFile, Record, step_record
+from moezoo.core.training.metrics import MetricsFile, Record, has_validation, step_record
 from moezoo.core.training.reporter import Reporter, SilentReporter
 
 _MOMENTS = ("first_moment", "second_moment")
@@ -193,6 +193,8 @@ class _Training:
         self.clock, self.clock_step = time.monotonic(), self.first_step
         try:
             with stop_on_signal(self._say_stopping, exits=exits) as self.stop:
+                if self._validation_is_missing():
+                    self._validate(self.step, final=False)
                 while self.step < training.steps and not self._should_stop():
                     self.step += 1
                     self._step(self.step)
@@ -243,11 +245,22 @@ class _Training:
         self.pending.append((step, rate, self.model.train_step(windows, rate, keys)))
         if step % training.log_every == 0 or step == self.first_step + 1:
             self._report(step)
-        last = step == training.steps
-        if training.validate_every and step % training.validate_every == 0 and not last:
+        if self._validates_after(step):
             self._validate(step, final=False)
-        if training.checkpoint_every and step % training.checkpoint_every == 0 and not last:
+        if training.checkpoint_every and step % training.checkpoint_every == 0 and step != training.steps:
             self._save(step)
+
+    def _validates_after(self, step: int) -> bool:
+        """Return whether a validation follows a step; the final one is not meant."""
+        every = self.config.training.validate_every
+        return every is not None and 0 < step < self.config.training.steps and step % every == 0
+
+    def _validation_is_missing(self) -> bool:
+        """Return whether the run to resume was stopped during the validation that follows its last step."""
+        if not self._validates_after(self.first_step):
+            return False
+        missing = self.is_first and not has_validation(self.run.metrics_path, self.first_step)
+        return bool(self.backend.gather(int(missing)).fetch()[0])
 
     def _settle(self, in_flight: int) -> None:
         """Wait until at most `in_flight` steps are not finished, and check the losses of those that are."""

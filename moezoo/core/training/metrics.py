@@ -242,6 +242,11 @@ def read_metrics(path: Path, problems: list[str] | None = None) -> list[dict[str
     return [record for _, record in saved.values()]
 
 
+def has_validation(path: Path, step: int) -> bool:
+    """Return whether a metrics file has the validation of a step."""
+    return any(line["step"] == step and "windows" in line for line in read_metrics(path))
+
+
 _Key = tuple[int, str]  # step, and kind: training or validation
 
 

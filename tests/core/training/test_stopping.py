@@ -103,6 +103,14 @@ def test_signal_during_a_validation_between_steps_saves_that_step(run: Any, tmp_
     assert (model.batches, saved(tmp_path)) == (1, [4])
 
 
+def test_resuming_repeats_the_validation_that_a_signal_ended(run: Any, tmp_path: Path) -> None:
+    run(Model(at_batch=send_at(1, "SIGHUP")), validate_every=4)
+    run(Model(), validate_every=4, resume=True)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert [line["step"] for line in lines if "windows" in line] == [4, 8]
+
+
 @pytest.mark.parametrize(("ahead_s", "most"), [(0.0, 2), (60.0, 15)])
 def test_only_short_steps_are_in_flight_beyond_two(
     ahead_s: float, most: int, run: Any, monkeypatch: pytest.MonkeyPatch
