@@ -45,7 +45,9 @@ def fields(folder: Path, name: str) -> dict[str, object]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model's folder with two end tokens and a second chat template."""
     folder = write_tokenizer(write_checkpoint("mixtral", tmp_path_factory.mktemp("export") / "base"))
-    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9], "bos_token_id": 1, "temperature": 0.7}')
+    (folder / "generation_config.json").write_text(
+        '{"eos_token_id": [2, 9], "bos_token_id": 1, "temperature": 0.7, "do_sample": true}'
+    )
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     return folder
@@ -56,6 +58,8 @@ def test_a_run_with_its_own_tokenizer_exports_that_one(base: Path, tmp_path: Pat
     config = fields(own, "tokenizer_config.json") | {"eos_token": "<assistant>", "pad_token": "<user>"}
     (own / "tokenizer_config.json").write_text(json.dumps(config))
     run = run_of(base, HuggingFaceTokenizer(str(own)), tmp_path / "run")
+    used = open_model(run)  # the base's end tokens are other words here; LoadedModel adds that of the tokenizer
+    assert (used.generation.temperature, used.generation.end_tokens, used.tokenizer.end_of_text) == (0.7, (), 4)
     notes = exported(run, tmp_path / "out")
     assert "the run's own tokenizer and its end tokens were written in place of the original checkpoint's" in notes
     out = HuggingFaceTokenizer(str(tmp_path / "out"))
@@ -74,7 +78,9 @@ def test_a_run_with_the_tokenizer_of_the_checkpoint_exports_every_file_unchanged
     base: Path, tmp_path: Path, kept: bool
 ) -> None:
     tokenizer: Tokenizer = HuggingFaceTokenizer(str(base)) if kept else TokenIds(64)
-    notes = exported(run_of(base, tokenizer, tmp_path / "run"), tmp_path / "out")
+    run = run_of(base, tokenizer, tmp_path / "run")
+    assert open_model(run).generation.end_tokens == (2, 9)
+    notes = exported(run, tmp_path / "out")
     assert notes == (
         [] if kept else ["the original checkpoint's tokenizer was written, since the run used token ids only"]
     )

@@ -8,9 +8,10 @@ from typing import Any
 
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
-from moezoo.core.data.tokenizers import Tokenizer
+from moezoo.core.data.tokenizer_files import tokenizer_files
+from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TokenIds, Tokenizer
 from moezoo.core.errors import TokenizerError
-from moezoo.core.files import make_folder, write_atomically
+from moezoo.core.files import make_folder, read_bounded, write_atomically
 from moezoo.core.huggingface.folder import read_json_object
 from moezoo.core.huggingface.layout import CONFIG, Layout
 
@@ -52,13 +53,21 @@ def exported_tokenizer(tokenizer: Tokenizer) -> ExportedTokenizer:
     return ExportedTokenizer(tokenizer.files(), tokens)
 
 
-def is_of_checkpoint(tokenizer: Tokenizer, layout: Layout) -> bool:
-    """Return whether a tokenizer is that of a Hugging Face checkpoint: same ids, special tokens and chat template."""
+def is_own(tokenizer: Tokenizer, layout: Layout) -> bool:
+    """Return whether a run's tokenizer is another than that of the Hugging Face checkpoint that it started from.
+
+    It is the same if it has the same ids, special tokens and chat template. Ids without a tokenizer are taken for those
+    of the checkpoint.
+    """
+    if isinstance(tokenizer, TokenIds):
+        return False
+    original = {name: read_bounded(file, MAX_FILE_BYTES) for name, file in tokenizer_files(layout.path).items()}
+    if tokenizer.files() == original:
+        return False
     try:
-        original = tokenizer_of_model_folder(layout.path, layout.description.spec.vocab)
+        return _identity(tokenizer) != _identity(tokenizer_of_model_folder(layout.path, layout.description.spec.vocab))
     except TokenizerError:
-        return False  # damaged: what the run used is written instead
-    return _identity(tokenizer) == _identity(original)
+        return True  # damaged: what the run used counts
 
 
 def _identity(tokenizer: Tokenizer) -> tuple[object, ...]:

@@ -25,6 +25,7 @@ from moezoo.core.huggingface.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
+from moezoo.core.huggingface.export_tokenizer import is_own
 from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.parameters.precision import STORED_DTYPES
@@ -108,7 +109,10 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
         opened = OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
         if layout is None:
             return opened
-        return replace(opened, generation=read_generation_config(layout.path, layout.description.fields.raw))
+        generation = read_generation_config(layout.path, layout.description.fields.raw)
+        if is_own(tokenizer, layout):  # the checkpoint's special tokens have other ids, or none, in this vocabulary
+            generation = replace(generation, end_tokens=(), padding=None)
+        return replace(opened, generation=generation)
     folder = checkpoint_folder(path)
     checkpoint = open_checkpoint(folder, max_length)
     tokenizer = tokenizer_of_model_folder(checkpoint.path, checkpoint.spec.vocab)

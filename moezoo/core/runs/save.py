@@ -10,12 +10,13 @@ from moezoo.core.checkpoint.store import save_checkpoint
 from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_notes
+from moezoo.core.data.tokenizer_files import tokenizer_files
 from moezoo.core.data.tokenizers import TokenIds, Tokenizer
 from moezoo.core.errors import RunError
 from moezoo.core.files import emptied_on_error, make_folder
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.export_as import export_as_family
-from moezoo.core.huggingface.export_tokenizer import exported_tokenizer, is_of_checkpoint
+from moezoo.core.huggingface.export_tokenizer import exported_tokenizer, is_own
 from moezoo.core.huggingface.layout import Layout, write_sidecar
 from moezoo.core.runs.run_folder import STATIC, Run, load_run, load_run_layout
 from moezoo.core.runs.run_manifest import seal_run
@@ -39,11 +40,11 @@ def export(
 def _export(
     weights: Mapping[str, NDArray[Any]], config: Config, tokenizer: Tokenizer, layout: Layout | None, out: Path
 ) -> list[str]:
-    if layout is not None and is_of_checkpoint(tokenizer, layout):
-        return export_checkpoint(weights, layout, out)
-    if layout is not None and isinstance(tokenizer, TokenIds):
+    if layout is not None and not is_own(tokenizer, layout):
         notes = export_checkpoint(weights, layout, out)
-        return [*notes, "the original checkpoint's tokenizer was written, since the run used token ids only"]
+        if isinstance(tokenizer, TokenIds) and tokenizer_files(layout.path):
+            notes.append("the original checkpoint's tokenizer was written, since the run used token ids only")
+        return notes
     written = exported_tokenizer(tokenizer)
     if layout is not None:
         notes = export_checkpoint(weights, layout, out, written)
