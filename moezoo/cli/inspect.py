@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from moezoo.core.reports.mesh_page import MeshDescription
 
 
-@click.command()
+class _ListsModelTypes(click.Command):
+    """A command whose help ends with the model types of Hugging Face checkpoints."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from moezoo.core.huggingface.family import families
+
+        with formatter.section("Model types of Hugging Face checkpoints"):
+            formatter.write_text(", ".join(sorted(families())))
+
+
+@click.command(cls=_ListsModelTypes)
 @click.argument("path", metavar="PATH", type=Path)
 @set_option
 @mesh_option

@@ -55,7 +55,7 @@ def shown(value: object, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `"; did you mean X?"` with the closest match for `word` in `known`; an empty string if none is close."""
-    matches = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""

@@ -71,6 +71,12 @@ def copy_file(source: Path, target: Path, max_bytes: int) -> None:
     write_atomically(target, content)
 
 
+def located(path: str | Path) -> str:
+    """Return a path for an error; one that is relative is followed by the absolute path that it means."""
+    absolute = Path(path).expanduser().absolute()
+    return str(path) if Path(path).is_absolute() else f"{path} ({absolute})"
+
+
 def reason_of(error: Exception) -> str:
     """Return the reason of an error of reading or decoding a file in one short line, without the path."""
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]

@@ -16,16 +16,6 @@ from typing import Any
 from moezoo.core.errors import MoezooError
 from moezoo.core.progress import Pace, Progress
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that change the tokens of a text or a conversation."""
-
 _ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _OF_FILES = (".json", ".jsonl", ".yaml", ".yml", ".txt", ".model", ".safetensors", ".bin", ".npy", ".npz")
 _SUBFOLDERS = ["*/*"]  # subfolders: other layouts and formats of the same weights
@@ -59,21 +49,22 @@ class Snapshot:
     """The files of one commit of a repository: those in the cache and, if the hub answers, those that it has.
 
     Fields:
-        offline: whether only the cache is used, because the hub does not answer for this repository.
+        offline: whether only the cache is used, because the hub does not answer for this repository or is not asked.
     """
 
-    def __init__(self, repository: HubId):
+    def __init__(self, repository: HubId, *, ask: bool = True):
         self._name, self._revision = repository.name, repository.revision
-        self._no_answer = _no_answer(repository)
-        self.offline = self._no_answer is not None
+        self._no_answer = _no_answer(repository) if ask else None
+        self.offline = not ask or self._no_answer is not None
 
     def fetch(
         self, patterns: Sequence[str], needed: Collection[str] | None = None, on_progress: Progress | None = None
     ) -> Path:
         """Return the folder, after a download of the files that match a pattern and are not in the cache.
 
-        Files in subfolders are left out. `needed`: the files without which the cache alone is not enough, of those that
-        the repository has; by default all that match. `on_progress` is called with bytes, at most five times a second.
+        A pattern without a slash leaves out subfolders; all patterns have one, or none has. `needed`: the files without
+        which the cache alone is not enough, of those that the repository has; by default all that match. `on_progress`
+        is called with bytes, at most five times a second.
 
         Raises huggingface_hub's errors and others: see `readable_errors`.
         """
@@ -86,7 +77,7 @@ class Snapshot:
                 self._name,
                 revision=self._revision,
                 allow_patterns=list(patterns),
-                ignore_patterns=_SUBFOLDERS,
+                ignore_patterns=None if "/" in patterns[0] else _SUBFOLDERS,
                 local_files_only=self.offline,
                 tqdm_class=_Bars(self._name, total, on_progress).tqdm_class(),
             )
@@ -115,7 +106,7 @@ class Snapshot:
         return {
             file.path: file.size
             for file in tree
-            if "/" not in file.path
+            if ("/" in file.path) == ("/" in patterns[0])
             and any(fnmatch.fnmatchcase(file.path, pattern) for pattern in patterns)
             and not isinstance(cached(self._name, file.path, revision=self._revision), str)
         }
@@ -163,12 +154,13 @@ def readable_errors(repository: HubId, kind: type[MoezooError], advice: str) -> 
     except errors.RevisionNotFoundError:
         problem = f"{name} has no revision {repository.revision!r}. Its branches and tags are at {page}/refs."
     except errors.RepositoryNotFoundError:
-        problem = f"there is no folder or repository {name} (if it is private, run `hf auth login`)."
+        folder = Path(name).absolute()
+        problem = f"there is no folder {folder} and no repository {name} (if it is private, run `hf auth login`)."
     except errors.HFValidationError:
         problem = f"{name} is neither a folder nor a repository id; expected organization/name[@revision]."
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         cache = huggingface_hub.constants.HF_HUB_CACHE
-        where = f"neither a folder nor in the cache {cache}"
+        where = f"neither a folder ({Path(name).absolute()}) nor in the cache {cache}"
         problem = f"{name} is {where}, and the hub cannot be reached. Connect to a network."
     except Exception as error:  # network errors have no documented class in huggingface_hub
         problem = f"cannot fetch {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}."

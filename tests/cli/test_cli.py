@@ -256,7 +256,9 @@ def test_missing_files(folder: Path) -> None:
     missing = f"data.sources[0].path={folder / 'no.txt'}"
     assert_error(call("train", path, "--out", folder / "a", "--set", missing), "DataError", "no.txt")
     assert_error(call("eval", folder / "no_run"), "DataError", "is not a run folder, so it has no data", "--data")
-    assert_error(call("generate", folder / "no_run", "--prompt", "7"), "RunError", "is neither a run folder nor")
+    assert_error(
+        call("generate", folder / "no_run", "--prompt", "7"), "RunError", "no_run does not exist; expected a run folder"
+    )
     assert not (folder / "a").exists()
 
 

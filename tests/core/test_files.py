@@ -12,7 +12,15 @@ from moezoo.core.data.grammar.grammar import load_grammar
 from moezoo.core.data.load_tokenizer import load_tokenizer
 from moezoo.core.data.token_shards import open_shard
 from moezoo.core.errors import MoezooError, RunError
-from moezoo.core.files import make_folder, read_bounded, remove_folder, rename_folder, sha256_of, write_atomically
+from moezoo.core.files import (
+    located,
+    make_folder,
+    read_bounded,
+    remove_folder,
+    rename_folder,
+    sha256_of,
+    write_atomically,
+)
 from moezoo.core.generation.config import read_generation_config
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import TensorFolder
@@ -228,3 +236,9 @@ def test_each_small_file_that_is_no_regular_one_is_one_line_of_error(tmp_path, n
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_relative_path_is_shown_with_what_it_is_relative_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert located("a/b") == f"a/b ({tmp_path}/a/b)"
+    assert located(tmp_path / "a") == f"{tmp_path}/a"

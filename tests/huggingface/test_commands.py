@@ -122,7 +122,7 @@ def test_a_run_is_described_by_its_config_and_a_checkpoint_takes_no_overrides(fo
     for mesh in ((), ("--mesh", "data=2")):
         result = call("describe", folder, "--set", "training.steps=1", *mesh)
         refused(result, "SpecError", "--set overrides values of a YAML")
-    refused(call("describe", tmp_path / "nothing"), "RunError", "is neither a run folder nor")
+    refused(call("describe", tmp_path / "nothing"), "RunError", "nothing does not exist; expected a run folder")
 
 
 # --- eval ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
+from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
 from tests.support.fixtures import write_checkpoint
 
@@ -99,3 +100,25 @@ def test_a_config_that_is_not_a_json_object(text: str, tmp_path: Path) -> None:
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no config\.json"):
         describe_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mixtrall", "mixtral"),
+        ("qwen3-moe", "qwen3_moe"),
+        ("deepseekv3", "deepseek_v3"),
+        ("mistral", None),
+        ("gemma3_text", None),
+        ("deepseek_v4", None),
+        ("qwen2", None),
+        ("gpt2", None),
+        ("", None),
+    ],
+)
+def test_only_a_misspelled_model_type_gets_a_suggestion(name: str, meant: str | None) -> None:
+    with pytest.raises(SpecError, match=r"supported ones, which `moezoo describe --help` lists") as caught:
+        family_of(fields(model_type=name))
+    suggestion = f"; did you mean {meant}?" if meant else ""
+    assert str(caught.value).startswith(f"model_type is {name!r}{suggestion}; expected one of the ")
+    assert len(str(caught.value)) < 200

@@ -13,7 +13,7 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.hub import resolve
 from moezoo.core.huggingface.layout import small_files
-from tests.huggingface.fake_network import COMMIT, FakeNetwork
+from tests.support.fake_network import COMMIT, FakeNetwork
 
 SHARDS = {
     "model-00001-of-00002.safetensors": safetensors.numpy.save({"a": np.zeros(3, np.float32)}),
@@ -26,6 +26,7 @@ TEXTS = {
         {"weight_map": dict(zip("ab", sorted(SHARDS), strict=True))},
     ).encode(),
 }
+TEMPLATE = {"additional_chat_templates/tool_use.jinja": b"{{ tools }}"}
 UNWANTED = {
     "pytorch_model.bin": b"pickle",
     "modeling_own.py": b"code",
@@ -63,9 +64,9 @@ def refusal(name):
 
 
 def test_only_json_templates_and_indexed_weights_are_downloaded(hub):
-    fake = hub(TEXTS | SHARDS | UNWANTED)
+    fake = hub(TEXTS | SHARDS | TEMPLATE | UNWANTED)
     path = resolve("org/name")
-    assert sorted(fake.fetched) == sorted(TEXTS | SHARDS)
+    assert sorted(fake.fetched) == sorted(TEXTS | SHARDS | TEMPLATE)
     assert fake.revisions == [None, "main"]  # whether it answers, and its commit: weights and config are of the same
     assert TensorFolder(path).tensors.keys() == {"a", "b"}
 
@@ -171,7 +172,7 @@ def test_huggingface_hub_prints_nothing_itself(hub, capfd):
 def test_local_paths_are_returned_unchanged(hub, tmp_path):
     fake = hub({})
     (tmp_path / "org" / "name").mkdir(parents=True)
-    for path in ("org/name", "org/missing", tmp_path / "x", "./a/b", "../a", "a/b/c", "name", "/a/b"):
+    for path in ("org/name", "org/missing", tmp_path / "x", "./a/b", "../a", "a/b/c", "name", "/a/b", "a/b.yaml"):
         assert resolve(path) == Path(path)
     assert fake.revisions == []
 
@@ -196,10 +197,10 @@ def test_a_repository_without_config_or_safetensors_is_refused(hub, files, probl
 @pytest.mark.parametrize(
     ("error", "problem"),
     [
-        (errors.LocalEntryNotFoundError("no network"), "org/name is neither a folder nor in the cache"),
-        (errors.OfflineModeIsEnabled("offline"), "org/name is neither a folder nor in the cache"),
+        (errors.LocalEntryNotFoundError("no network"), "nor in the cache"),
+        (errors.OfflineModeIsEnabled("offline"), "nor in the cache"),
         (errors.GatedRepoError("no", response=response(403)), "org/name is gated. Accept its terms at"),
-        (errors.RepositoryNotFoundError("no", response=response(404)), "no folder or repository org/name"),
+        (errors.RepositoryNotFoundError("no", response=response(404)), "and no repository org/name"),
         (errors.RevisionNotFoundError("no", response=response(404)), "org/name has no revision 'v1'"),
         (errors.HFValidationError("bad"), "org/name is neither a folder nor a repository id"),
         (errors.HfHubHTTPError("a\nb", response=response(500)), "cannot fetch org/name: HfHubHTTPError: a b"),
@@ -255,7 +256,8 @@ def test_offline_a_file_that_is_read_and_missing_is_named(hub, missing):
 def test_offline_nothing_cached_is_said_in_one_line(hub, tmp_path):
     fake = hub(TEXTS | SHARDS)
     fake.down = True
-    assert f"org/name is neither a folder nor in the cache {tmp_path / 'cache'}" in refusal("org/name")
+    places = f"neither a folder ({tmp_path / 'org/name'}) nor in the cache {tmp_path / 'cache'}"
+    assert f"org/name is {places}, and the hub cannot be reached" in refusal("org/name")
     assert fake.tries == 1
 
 

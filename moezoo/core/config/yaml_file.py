@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from moezoo.core.errors import SpecError
-from moezoo.core.files import read_bounded, reason_of
+from moezoo.core.files import located, read_bounded, reason_of
 
 _MAX_BYTES = 1_000_000
 _MAX_NODES = 50_000  # values with aliases expanded; PyYAML takes 3 s for so many, and a resolved config has thousands
@@ -34,7 +34,7 @@ def read_text(path: str | Path, what: str) -> str:
     try:
         return read_bounded(path, _MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
-        raise SpecError(f"no such {what}; got {path}; expected a YAML file. Check the path.") from None
+        raise SpecError(f"no such {what}; got {located(path)}; expected a YAML file. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(
             f"{what} cannot be read; got {path} ({reason_of(error)}); expected a YAML text file of at most 1 MB."

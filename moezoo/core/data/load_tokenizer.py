@@ -15,7 +15,7 @@ from moezoo.core.data.tokenizers import (
     tokenizer_file,
 )
 from moezoo.core.errors import TokenizerError, nearest
-from moezoo.core.files import read_bounded, reason_of
+from moezoo.core.files import located, read_bounded, reason_of
 from moezoo.core.json_text import parse_json
 
 
@@ -29,7 +29,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not os.path.lexists(file):
         if path.is_dir() and os.path.lexists(path / "tokenizer_config.json"):
             return HuggingFaceTokenizer(str(path))
-        raise TokenizerError(f"no tokenizer; got {path}; expected a run folder with {TOKENIZER_FILE}. Check the path.")
+        raise TokenizerError(
+            f"no tokenizer; got {located(path)}; expected a run folder with {TOKENIZER_FILE}. Check the path."
+        )
     try:
         saved = parse_json(read_bounded(file, MAX_FILE_BYTES))
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moezoo.core.errors import DataError
-from moezoo.core.files import open_regular
+from moezoo.core.files import located, open_regular
 
 _FIRST_LOOK = 4096  # bytes
 CHUNK_BYTES = 1 << 20  # encoding a chunk takes up to 64 times as much memory, as measured
@@ -209,8 +209,8 @@ def _find_local(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sourc
             found = list(_glob(local))
         else:
             raise DataError(
-                f"no such file; got {path}; expected a file, a folder, a glob or a URL; {where}. Check the path, "
-                "which is relative to the current working directory."
+                f"no such file; got {located(path)}; expected a file, a folder, a glob or a URL; {where}. Check the "
+                "path; a relative one begins at the working folder."
             )
         once = {os.path.realpath(file): file for file in sorted(found, reverse=True)}  # several links to one file
         files = [file.absolute() for file in sorted(once.values())]

@@ -6,7 +6,6 @@ those that the model was trained on, without a word. Here the file's own rules a
 """
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +13,19 @@ from typing import Any, NamedTuple
 from moezoo.core.data.tokenizer_rules import check_rules, first_line, library_errors
 from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TOKENIZER_FILE
 from moezoo.core.errors import TokenizerError
-from moezoo.core.files import open_regular, read_bounded, reason_of
+from moezoo.core.files import located, open_regular, read_bounded, reason_of
+from moezoo.core.hub import Snapshot, hub_id, readable_errors
 from moezoo.core.json_text import parse_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
-_NAMES = (
+TEXT_FILES = (
     *(TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
-    *("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"),
 )
+"""Files that decide the tokens of a text or of a conversation, in a repository that has a tokenizer.json."""
+
+_NAMES = (*TEXT_FILES, "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
@@ -32,37 +34,31 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
-def tokenizer_folder(path: str) -> Path | None:
+def tokenizer_folder(path: str, *, ask: bool = True) -> Path:
     """Return the folder of a tokenizer: a local one, or that of a hub id in the hub's cache, fetched first.
 
-    Returns None for a hub id without a tokenizer.json, or if the hub cannot be reached.
+    `path`: a folder, the tokenizer.json in it, or a hub id. `ask`: whether the hub may be asked, or only its cache.
 
-    Raises TokenizerError: no such folder.
+    Raises TokenizerError: no such folder or repository, or the hub does not answer and the cache lacks a file.
     """
     local = Path(path).expanduser()
     if local.is_dir():
         return local
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is None or path.startswith("."):  # not a hub id
-        raise TokenizerError(
-            f"no such tokenizer; got {path}; expected a folder with a tokenizer.json, or a hub id "
-            "(data.tokenizer.path). Check the path."
-        )
-    from transformers.utils.hub import cached_file, list_repo_templates
-
-    def fetch(name: str) -> str | None:
-        found: str | None = cached_file(
-            path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-        return found
-
-    main = fetch(TOKENIZER_FILE)
-    if main is None:
-        return None
-    for name in _NAMES[1:]:
-        fetch(name)
-    for name in list_repo_templates(path, local_files_only=False):
-        fetch(f"{TEMPLATES}/{name.removesuffix('.jinja')}.jinja")
-    return Path(main).parent
+    expected = "expected a folder with a tokenizer.json, or a hub id, organization/name (data.tokenizer.path)"
+    if local.is_file():
+        if local.name == TOKENIZER_FILE:
+            return local.parent
+        raise TokenizerError(f"the tokenizer is a file; got {path}; {expected}. Put it into a folder, by that name.")
+    repository = hub_id(path)
+    if repository is None:
+        raise TokenizerError(f"no such tokenizer; got {located(path)}; {expected}. Check the path.")
+    with readable_errors(
+        repository, TokenizerError, "Or use a local folder with a tokenizer.json (data.tokenizer.path)."
+    ):
+        snapshot = Snapshot(repository, ask=ask)
+        folder = snapshot.fetch([*_NAMES, "config.json"], TEXT_FILES)
+        snapshot.fetch([f"{TEMPLATES}/*.jinja"])
+    return folder
 
 
 class LoadedTokenizer(NamedTuple):
@@ -89,10 +85,9 @@ def load_with_transformers(path: str) -> LoadedTokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # they recommend installing PyTorch
     try:
         folder = tokenizer_folder(path)
-        if folder is not None:
-            _check_files(folder)
-        exact = folder is not None and (folder / TOKENIZER_FILE).is_file()
-        inner = _exact(folder) if folder is not None and exact else _converted(path, folder)
+        _check_files(folder)
+        exact = (folder / TOKENIZER_FILE).is_file()
+        inner = _exact(folder) if exact else _converted(folder)
     except TokenizerError:
         raise
     except Exception as error:  # transformers and the hub client raise many types, from OSError to KeyError
@@ -110,7 +105,7 @@ def load_with_transformers(path: str) -> LoadedTokenizer:
     inner.backend_tokenizer.no_truncation()
     inner.backend_tokenizer.no_padding()
     post_processor = inner.backend_tokenizer.post_processor
-    if folder is not None and _read_config(folder).get("add_bos_token") is True:
+    if _read_config(folder).get("add_bos_token") is True:
         _add_bos_token(inner)
     return LoadedTokenizer(inner, folder if exact else None, post_processor)
 
@@ -189,9 +184,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _converted(path: str, folder: Path | None) -> Any:
+def _converted(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     from_pretrained: Callable[..., Any] = AutoTokenizer.from_pretrained
     # Trap: by default, transformers asks on the terminal whether to run code from the folder.
-    return from_pretrained(path if folder is None else str(folder), trust_remote_code=False)
+    return from_pretrained(str(folder), trust_remote_code=False)

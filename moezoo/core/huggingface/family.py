@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -92,8 +93,11 @@ def family_of(fields: Fields) -> Family:
     known = families()
     name = fields.model_type
     if name not in known:
+        # Another number or word is another model (mistral4 and mixtral are not mistral), not a misspelling.
+        same_numbers = [other for other in known if re.findall(r"\d+", other) == re.findall(r"\d+", name)]
+        meant = nearest(name, same_numbers, cutoff=0.87)
         raise SpecError(
-            f"model_type is {name!r}{nearest(name, known)}; expected a supported family: "
-            f"{', '.join(sorted(known))} ({fields.where})."
+            f"model_type is {name!r:.80}{meant}; expected one of the {len(known)} supported ones, which "
+            f"`moezoo describe --help` lists ({fields.where})."
         )
     return known[name]

@@ -7,13 +7,14 @@ layout.
 import glob
 from pathlib import Path
 
+from moezoo.core.data.tokenizer_files import TEMPLATES, TEXT_FILES
 from moezoo.core.errors import CheckpointError
-from moezoo.core.hub import TOKENIZER_FILES, PartlyCached, Snapshot, hub_id, readable_errors
+from moezoo.core.hub import PartlyCached, Snapshot, hub_id, readable_errors
 from moezoo.core.huggingface.folder import ADAPTERS, INDEX, MERGE_ADAPTER, SINGLE, read_json_object
 from moezoo.core.progress import Progress
 
 _SMALL_FILES = ("*.json", "*.jinja")  # config, index, tokenizer, generation config; chat templates
-_TO_DESCRIBE = ("config.json", *TOKENIZER_FILES)
+_TO_DESCRIBE = ("config.json", *TEXT_FILES)
 _TO_OPEN = (*_TO_DESCRIBE, INDEX, "generation_config.json")
 _LOCAL = "Or pass the path of a local folder with config.json and *.safetensors."
 
@@ -41,6 +42,7 @@ def _download(snapshot: Snapshot, name: str, on_progress: Progress | None, with_
         if (folder / ADAPTERS[0]).exists():
             raise CheckpointError(f"{name} is an adapter, without the model that it adapts. {MERGE_ADAPTER}")
         raise PartlyCached(["config.json"]) if snapshot.offline else CheckpointError(problem)
+    snapshot.fetch([f"{TEMPLATES}/*.jinja"])
     if not with_weights:
         return folder
     for weights in _weights(folder):

@@ -18,6 +18,7 @@ from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
 from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import RunError
+from moezoo.core.files import located
 from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import (
     HuggingFaceCheckpoint,
@@ -89,9 +90,12 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
     if not is_checkpoint(folder):
         if (folder / ADAPTERS[0]).is_file():
             raise RunError(f"{path} is an adapter, without the model that it adapts. {MERGE_ADAPTER}")
+        advice = "Use such a folder or a hub id (organization/name), or train a run with `moezoo train CONFIG`."
+        if not folder.exists():
+            raise RunError(f"{located(path)} does not exist; expected a run folder or a Hugging Face folder. {advice}")
         raise RunError(
-            f"{path} is neither a run folder nor a Hugging Face checkpoint; expected config.yaml or config.json in it. "
-            "Use such a folder or a hub id, or train a run with `moezoo train CONFIG`."
+            f"{located(path)} is neither a run folder nor a Hugging Face checkpoint; expected config.yaml or "
+            f"config.json in it. {advice}"
         )
     return folder
 

@@ -62,7 +62,7 @@ class FakeNetwork:
 
     def _metadata(self, *, url, **_):
         self._reach()
-        name = url.rpartition("/")[2]
+        name = _name_in(url)
         content = self.files[name]
         xet = XetFileData(file_hash=_xet_hash(content), refresh_route="") if name in self.xet else None
         etag = hashlib.sha256(content).hexdigest() if xet else _git_hash(content)
@@ -70,7 +70,7 @@ class FakeNetwork:
 
     def _get(self, url, temp_file, *, tqdm_class, **_):
         self._reach()
-        self._send(url.rpartition("/")[2], temp_file, tqdm_class)
+        self._send(_name_in(url), temp_file, tqdm_class)
 
     def _get_xet(self, *, incomplete_path, displayed_filename, tqdm_class, **_):
         self._reach()
@@ -88,6 +88,10 @@ class FakeNetwork:
         self.tries += 1
         if self.down:
             raise httpx2.ConnectError("name resolution failed")
+
+
+def _name_in(url: str) -> str:
+    return url.partition("/resolve/")[2].partition("/")[2]
 
 
 def _git_hash(content: bytes) -> str:
