@@ -62,7 +62,7 @@ def bench_command(
             status.update(f"{what} ({done} of {total} done)")
 
         results = bench(modes, models, entries, skipped, Effort(slices, slice_seconds), show, smoke=smoke)
-    console = errors if as_json else new_console(width=120)
+    console = errors if as_json else new_console()
     for piece in report(results):
         console.print(piece, highlight=False)
     if "experts" in modes:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moezoo.cli.output import print_lines, warn
+from moezoo.cli.output import print_lines, show_status, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def prepare_with_progress(
         return prepare_data(
             config.data, config.training.sequence_length, where=where, tokenizer=tokenizer, on_message=warn
         )
-    with console.status("preparing data ...") as status:
+    with show_status(console, "preparing data ...") as status:
         paces: dict[str, Pace] = {}
 
         def show(what: str, done: int, total: int | None) -> None:

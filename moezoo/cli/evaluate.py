@@ -7,7 +7,7 @@ import click
 
 from moezoo.cli.data import prepare_with_progress
 from moezoo.cli.options import backend_option, json_option, overcommit_option
-from moezoo.cli.output import new_console, print_json, print_lines, warn
+from moezoo.cli.output import new_console, print_json, print_lines, show_status, warn
 from moezoo.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def evaluate(
         raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
     model = load_model(path, backend, allow_overcommit=allow_overcommit)
     warn(*model.problems)
-    with console.status("evaluating ...") as status:
+    with show_status(console, "evaluating ...") as status:
 
         def show(what: str, done: int, total: int | None) -> None:
             status.update(f"{what}: {done:,} of {total or 0:,} windows")

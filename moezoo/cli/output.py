@@ -3,10 +3,11 @@
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 import click
 
@@ -14,6 +15,9 @@ from moezoo.core.errors import RunError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.status import Status
+
+_NATURAL_WIDTH = 10_000  # columns, more than any table has
 
 
 class Output(io.TextIOBase):
@@ -107,11 +111,39 @@ class Report(Protocol):
         ...
 
 
-def new_console(width: int = 100, *, quiet: bool = False) -> "Console":
-    """Return the console for standard output; outside of a terminal it is `width` columns wide."""
+class _WithoutTrailingBlanks(io.TextIOBase):
+    """A stream that drops the blanks with which tables fill their lines."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    encoding = property(lambda self: self._stream.encoding)
+
+    def write(self, text: str) -> int:
+        self._stream.write(re.sub(r" +(?=\n)", "", text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def new_console(*, quiet: bool = False, to_errors: bool = False) -> "Console":
+    """Return the console for standard output, or for standard error.
+
+    Outside of a terminal tables are as wide as their content, unless the environment variable COLUMNS limits them.
+    """
     from rich.console import Console
 
-    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=width, quiet=quiet)
+    stream = sys.stderr if to_errors else sys.stdout
+    if stream.isatty():
+        return Console(quiet=quiet, stderr=to_errors)
+    width = None if "COLUMNS" in os.environ else _NATURAL_WIDTH
+    return Console(file=cast(TextIO, _WithoutTrailingBlanks(stream)), width=width, quiet=quiet)
+
+
+def show_status(console: "Console", text: str) -> "Status":
+    """Return a context manager that shows a line with a spinner in a terminal; `update` replaces its text."""
+    return console.status(text, spinner="dots" if console.encoding.startswith("utf") else "line")
 
 
 def print_lines(console: "Console", *lines: str) -> None:

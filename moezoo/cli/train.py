@@ -110,11 +110,12 @@ def _finish(
     optimum = evaluation.optimum if evaluation else None
     problems = draw_run(run.metrics_path, run.picture_path, optimum.entropy_rate if optimum else None)
     print_lines(console, *problems)
-    if evaluation is None:
+    if not result.finished:
         stopped = f"stopped and saved after step {result.step} of {config.training.steps}. Resume with:"
         print_lines(console, stopped, f"  {resume_command}")
         return
-    print_lines(console, describe_evaluation(evaluation), f"run folder: {path}  (picture: {run.picture_path})")
+    described = () if evaluation is None else (describe_evaluation(evaluation),)
+    print_lines(console, *described, f"run folder: {path}  (picture: {run.picture_path})")
 
 
 def _resume_command(

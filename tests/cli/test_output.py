@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from moezoo.cli.output import Output, continue_without_output, output_streams
+from moezoo.cli.output import Output, continue_without_output, new_console, output_streams
 from moezoo.core.errors import RunError
 
 
@@ -83,3 +83,19 @@ def test_characters_that_the_encoding_lacks_are_escaped(encoding: str, monkeypat
     assert text == f"{accent} \\u4e09"
     assert any(f"{accent} \\u4e09" in line for line in table)
     assert all(line.isascii() for line in table if "-" in line)
+
+
+def test_piped_table_is_as_wide_as_its_content_and_has_no_trailing_blanks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = Table("name", "text")
+    table.add_row("a", "word " * 60)
+    table.add_row("b", "")
+    new_console().print(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("word " * 59 in line for line in lines)
+    assert all(line == line.rstrip() for line in lines)
+    monkeypatch.setenv("COLUMNS", "60")
+    new_console().print(table)
+    assert {len(line) for line in capsys.readouterr().out.splitlines() if line} == {60}

@@ -1,13 +1,15 @@
-"""Progress lines of a run without a terminal: one every ten seconds, with the estimated time left."""
+"""Progress of a run: a bar that fits into the terminal; elsewhere a line every ten seconds, with the time left."""
 
 import io
+import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from moezoo.cli.progress import ConsoleReporter
 from moezoo.core import progress as module
-from moezoo.core.training.metrics import StepRecord
+from moezoo.core.training.metrics import LayerRecord, RoutingStatistics, StepRecord
 
 
 class Clock:
@@ -41,7 +43,8 @@ def test_eta_excludes_the_first_step_which_compiles(clock):
     for step, seconds in [(1, 300), (2, 20), (3, 20), (4, 5), (5, 15)]:
         clock.now += seconds
         reporter.step(record(step))
-    assert [line.split("  loss")[0].split() for line in lines_of(console)] == [
+    assert lines_of(console)[0] == "compiling and running step 1 ..."
+    assert [line.split("  loss")[0].split() for line in lines_of(console)[1:]] == [
         ["step", "1/10", "eta", "-:--:--"],
         ["step", "2/10", "eta", "0:02:40"],
         ["step", "3/10", "eta", "0:02:20"],
@@ -56,18 +59,18 @@ def test_resumed_run_estimates_from_its_own_steps(clock):
     for step in (101, 102):
         clock.now += 30
         reporter.step(record(step))
-    assert "eta 0:04:00" in lines_of(console)[1]
+    assert "eta 0:04:00" in lines_of(console)[2]
 
 
 def test_only_a_long_validation_prints_progress(clock):
     console = Console(file=io.StringIO(), width=100)
     reporter = ConsoleReporter(console)
-    reporter.start(0, 1)
-    for done in (8, 16, 24, 32):
-        clock.now += 4
+    reporter.start(1, 1)
+    for done, seconds in [(0, 4), (8, 30), (16, 4), (24, 4), (32, 4)]:  # the first batch compiles
+        clock.now += seconds
         reporter.progress("evaluating", done, 64)
     assert lines_of(console) == ["evaluating: 32 of 64 windows  eta 0:00:16"]
-    for done in (64, 8, 16):
+    for done in (64, 0, 8, 16):
         reporter.progress("evaluating", done, 64)
     assert len(lines_of(console)) == 1
 
@@ -79,9 +82,66 @@ def test_terminal_shows_a_bar_during_each_validation():
         bar = next(task for task in reporter._progress.tasks if task.description == "validate")
         for _ in range(2):
             assert not bar.visible
-            reporter.progress("evaluating", 8, 64)
-            assert (bar.visible, bar.completed, bar.total) == (True, 8, 64)
+            for done in (0, 8):
+                reporter.progress("evaluating", done, 64)
+                assert (bar.visible, bar.completed, bar.total) == (True, done, 64)
+                assert [task.visible for task in reporter._progress.tasks].count(True) == 1
             reporter.progress("evaluating", 64, 64)
         assert not bar.visible
     finally:
         reporter.stop()
+
+
+FULL = StepRecord(
+    1234,
+    0,
+    {"loss": 1.2345, "cross_entropy": 1.2, "router_z": 0.1, "router_z_weighted": 0.01},
+    1.0,
+    1e-3,
+    12345.6,
+    (LayerRecord(RoutingStatistics(0, (0.5, 0.5), 1.32, 0.0), {}, {}),),
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "left_out"),
+    [
+        (60, ["loss 1.2345"], "tokens/s"),
+        (80, ["loss 1.2345  12,346 tokens/s"], "worst"),
+        (100, ["12,346 tokens/s  worst load 1.32x"], "cross_entropy"),
+        (160, ["worst load 1.32x  cross_entropy 1.2000  router_z +0.0100"], "…"),
+    ],
+)
+def test_step_and_eta_are_shown_at_every_width(width, shown, left_out, clock):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    reporter = ConsoleReporter(console)
+    reporter.start(1232, 10000)
+    clock.now += 40
+    reporter.step(replace(FULL, step=1233))
+    clock.now += 2
+    reporter.step(FULL)
+    reporter.stop()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    frames = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line]
+    assert "compiling" in frames[0]
+    last = frames[-1]
+    assert all(len(line) <= width for line in frames)
+    for piece in ("train", "1234/10000", "eta 4:52:12", *shown):
+        assert piece in last
+    assert left_out not in last
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_notebook_and_log_show_whole_lines(width, clock, capsys):
+    """A notebook shows HTML; without IPython, rich prints the text."""
+    for options in ({"force_jupyter": True}, {"file": io.StringIO()}):
+        console = Console(width=width, record=True, **options)
+        reporter = ConsoleReporter(console)
+        reporter.start(1232, 10000)
+        clock.now += 40
+        reporter.step(replace(FULL, step=1233))
+        reporter.message(f"  moezoo train config.yaml --set {'x' * width} --resume")
+        text = console.export_text().splitlines()
+        assert text[0] == "compiling and running step 1233 ..."
+        assert text[1].startswith("step   1233/10000  eta -:--:--  loss 1.2345  12,346 tokens/s")
+        assert text[2].endswith("--resume")

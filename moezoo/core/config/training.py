@@ -26,6 +26,9 @@ class TrainingConfig(Part):
     recomputes only the activations of the routed experts, not attention or the router.
     Source: Chen et al. 2016, arXiv 1604.06174.
 
+    A validation has at most `validation_sequences` windows; the final one at most `final_validation_sequences`, null
+    leaves it out.
+
     `layers: scanned` compiles a run of equal layers once and loops over it (`jax.lax.scan`), for deep models with long
     compile times. A model of few layers is slower with it. Results and checkpoints stay the same.
     """
@@ -40,6 +43,7 @@ class TrainingConfig(Part):
     log_every: PositiveInt = 10
     validate_every: PositiveInt | None = None
     validation_sequences: PositiveInt = 64
+    final_validation_sequences: PositiveInt | None = 4096
     checkpoint_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
 

@@ -34,7 +34,8 @@ STATIC = (TOKENIZER_FILE, TOKENIZER_FOLDER, HUGGINGFACE_FOLDER)
 # Fields of `training` that may change when a run is resumed: logging, saving, compilation, rematerialization, and the
 # number of steps (which moves the schedule).
 _MAY_CHANGE = (
-    *("steps", "log_every", "validate_every", "validation_sequences", "checkpoint_every", "keep_checkpoints"),
+    *("steps", "log_every", "validate_every", "validation_sequences", "final_validation_sequences"),
+    *("checkpoint_every", "keep_checkpoints"),
     *("layers", "rematerialize"),
 )
 

@@ -119,7 +119,7 @@ def evaluate(
         grammar: source of the data, to compare with its entropy.
         first_token: replaces the first token of each window, which is context only, and is no target (`<s>`): models
             that saw it before every text do poorly without it. None: windows are left as they are.
-        on_progress: progress callback, in windows.
+        on_progress: progress callback, in windows: before the first batch and after each.
 
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
     """
@@ -181,6 +181,8 @@ def _score_windows(
     inference_losses = np.empty_like(losses) if model.spec.inference_differs else None
     load: list[NDArray[np.int64]] = []
     dropped: list[int] = []
+    report = on_progress or (lambda what, done, total: None)
+    report("evaluating", 0, len(targets))
     for start in range(0, len(targets), batch_size):
         rows = slice(start, start + batch_size)
         scores = model.score(inputs[rows], targets[rows])
@@ -189,8 +191,7 @@ def _score_windows(
             inference_losses[rows] = model.score(inputs[rows], targets[rows], inference=True).token_losses
         load = [a + b for a, b in zip(load, scores.load, strict=True)] if load else scores.load
         dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
-        if on_progress is not None:
-            on_progress("evaluating", min(start + batch_size, len(targets)), len(targets))
+        report("evaluating", min(start + batch_size, len(targets)), len(targets))
     return _Totals(losses, inference_losses, load, dropped)
 
 

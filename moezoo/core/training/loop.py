@@ -35,7 +35,6 @@ from moezoo.core.runs.run_writer import RunWriter
 from moezoo.core.signals import stop_on_signal
 from moezoo.core.training.check_routers import check_routers
 from moezoo.core.training.evaluation import (
-    MAX_WINDOWS,
     Evaluation,
     ValidationRecord,
     describe_evaluation,
@@ -59,7 +58,7 @@ class TrainingResult:
     Fields:
         step: updates done.
         finished: all of `training.steps` and the final validation are done; False if a signal stopped the run.
-        evaluation: the final evaluation; None unless finished.
+        evaluation: the final evaluation; None unless finished, or if the config leaves it out.
     """
 
     step: int
@@ -194,15 +193,17 @@ class _Training:
         try:
             with stop_on_signal(self._say_stopping, exits=exits) as self.stop:
                 if self._validation_is_missing():
-                    self._validate(self.step, final=False)
+                    self._validate(self.step, training.validation_sequences)
                 while self.step < training.steps and not self._should_stop():
                     self.step += 1
                     self._step(self.step)
                     self._settle(self.in_flight - 1)
                 self._report(self.step)
                 self._save(self.step)
-                if self.step >= training.steps:
-                    evaluation = self._validate(self.step, final=True)
+                finished = self.step >= training.steps
+                if finished and training.final_validation_sequences is not None:
+                    evaluation = self._validate(self.step, training.final_validation_sequences, final=True)
+                    finished = evaluation is not None
                 self._finish_saving()
         finally:
             self.reporter.stop()
@@ -211,7 +212,7 @@ class _Training:
                 if self.saving is None:
                     released.result()
             self.background.shutdown(wait=False)  # a save in progress continues: the interpreter waits for it at exit
-        return TrainingResult(self.step, evaluation is not None, evaluation)
+        return TrainingResult(self.step, finished, evaluation)
 
     def _say_stopping(self) -> None:
         saving = f"step {self.step} is saved" if self.step == self.saved_step else f"saving after step {self.step}"
@@ -246,7 +247,7 @@ class _Training:
         if step % training.log_every == 0 or step == self.first_step + 1:
             self._report(step)
         if self._validates_after(step):
-            self._validate(step, final=False)
+            self._validate(step, training.validation_sequences)
         if training.checkpoint_every and step % training.checkpoint_every == 0 and step != training.steps:
             self._save(step)
 
@@ -302,8 +303,8 @@ class _Training:
     def _tokens(self, steps: int) -> int:
         return steps * self.config.training.batch_size * self.config.training.sequence_length
 
-    def _validate(self, step: int, *, final: bool) -> Evaluation | None:
-        """Evaluate and log; the final validation uses more windows and compares with a known optimum.
+    def _validate(self, step: int, sequences: int, *, final: bool = False) -> Evaluation | None:
+        """Evaluate and log; the final validation also compares with a known optimum.
 
         Return None, and log nothing, if a signal arrives before the last window.
         """
@@ -318,7 +319,7 @@ class _Training:
                 self.data.tokenizer,
                 sequence_length=training.sequence_length,
                 batch_size=training.batch_size,
-                max_windows=MAX_WINDOWS if final else training.validation_sequences,
+                max_windows=sequences,
                 grammar=self.grammar if final else None,
                 on_progress=self._validation_progress,
             )

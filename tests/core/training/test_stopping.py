@@ -119,3 +119,10 @@ def test_only_short_steps_are_in_flight_beyond_two(
     model = Model()
     run(model, steps=30, log_every=15)
     assert (model.most, model.in_flight, len(model.keys)) == (most, 0, 30)
+
+
+@pytest.mark.parametrize("sequences", [2, None])
+def test_final_validation_has_the_windows_of_the_config_or_is_left_out(sequences: int | None, run: Any) -> None:
+    result, _ = run(Model(), steps=1, final_validation_sequences=sequences)
+    assert result.finished
+    assert (result.evaluation and result.evaluation.windows) == sequences
