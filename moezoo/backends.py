@@ -8,6 +8,7 @@ from moezoo.core.backend import Backend
 from moezoo.core.cost.make_plan import Planner
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.distributed.process_group import ProcessGroup
+from moezoo.core.distributed.startup import STARTUP_S
 from moezoo.core.errors import BackendError, nearest
 
 NAMES = ("jax", "mlx")
@@ -38,13 +39,19 @@ def load_planner() -> Planner:
     return ahead_of_time
 
 
-def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> Backend:
+def load_backend(
+    name: str | None = None,
+    mesh: MeshConfig | None = None,
+    group: ProcessGroup | None = None,
+    startup_s: float = STARTUP_S,
+) -> Backend:
     """Import a backend and return it.
 
     Args:
         name: `jax` or `mlx`; None: the default.
         mesh: the devices to use; None: one.
         group: the JAX process group to join; None: a single process, or an MLX group from the environment.
+        startup_s: time to wait for the other processes of an MLX group.
 
     Raises BackendError: an unknown name, missing packages, or a group that cannot be joined. Raises SpecError: a mesh
     that the backend does not support.
@@ -63,7 +70,9 @@ def load_backend(name: str | None = None, mesh: MeshConfig | None = None, group:
             "processes with `moezoo launch --nproc N train ...` or mlx.launch."
         )
     from moezoo.mlx_backend.backend import MlxBackend
+    from moezoo.mlx_backend.distributed.data_parallel import join
 
+    join(startup_s)
     return MlxBackend(mesh)
 
 

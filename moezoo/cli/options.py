@@ -28,7 +28,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 
 def group_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a process group to a command, which receives them as one argument `group`."""
+    """Add the options of a process group to a command, which receives them as `group`, and `startup_s`."""
     defaults = ProcessGroup("auto")
     timeout: dict[str, Any] = {"type": click.IntRange(1), "show_default": True, "metavar": "SECONDS"}
     options = (
@@ -76,7 +76,7 @@ def group_options(command: Callable[..., None]) -> Callable[..., None]:
                 "address of the first process."
             )
         group = None if coordinator is None else ProcessGroup(coordinator, num_processes, process_id, *timeouts)
-        command(group=group, **others)
+        command(group=group, startup_s=startup_timeout, **others)
 
     for option in reversed(options):
         with_group = option(with_group)

@@ -37,6 +37,7 @@ def train(
     resume: bool,
     allow_overcommit: bool,
     group: ProcessGroup | None,
+    startup_s: int,
 ) -> None:
     """Train a model from a YAML config.
 
@@ -56,7 +57,7 @@ def train(
     continue_without_output()
     path = out or Path("runs") / config_path.stem
     config, resumed = _config(config_path, overrides, mesh, path if resume else None)
-    loaded = load_backend(backend, config.mesh, group)
+    loaded = load_backend(backend, config.mesh, group, startup_s)
     is_first = loaded.processes.is_first
     console = new_console(quiet=not is_first)
     tokenizer = load_run_tokenizer(path) if resumed else initial_tokenizer(config)

@@ -303,7 +303,7 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (("--coordinator", "here"), "--coordinator is 'here'; expected HOST:PORT of the first process, or auto."),
+        (("--coordinator", "here"), "--coordinator is 'here'; expected HOST:PORT of the first process with a port"),
         (
             ("--coordinator", "a:1", "--process-id", "0"),
             "needs --num-processes and --process-id; got --coordinator a:1",

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
+from moezoo.core.distributed.startup import STARTUP_S
 from moezoo.core.errors import BackendError
 
 
@@ -25,7 +26,7 @@ class ProcessGroup:
     coordinator: str
     num_processes: int | None = None
     process_id: int | None = None
-    startup_s: int = 60
+    startup_s: int = STARTUP_S
     heartbeat_s: int = 20
     shutdown_s: int = 30
 
@@ -37,10 +38,10 @@ class ProcessGroup:
                     f"--coordinator auto detects the number of processes and their ranks; got {self.options()}. "
                     "Remove --num-processes and --process-id, or use --coordinator HOST:PORT."
                 )
-        elif not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
+        elif not is_address(self.coordinator):
             raise BackendError(
-                f"--coordinator is {self.coordinator!r}; expected HOST:PORT of the first process, or auto. "
-                "Use the same address in every process."
+                f"--coordinator is {self.coordinator!r}; expected HOST:PORT of the first process with a port from 1 to "
+                "65535, or auto. Use the same address in every process."
             )
         elif not has_both:
             raise BackendError(
@@ -60,6 +61,11 @@ class ProcessGroup:
             ("process-id", self.process_id),
         )
         return " ".join(f"--{name} {value}" for name, value in options if value is not None)
+
+
+def is_address(text: str) -> bool:
+    """Return True for HOST:PORT with a port from 1 to 65535."""
+    return re.fullmatch(r"\S+:[0-9]{1,5}", text) is not None and 1 <= int(text.rpartition(":")[2]) <= 65535
 
 
 _immediate_exit = False

@@ -20,9 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moezoo.core.distributed.process_group import ProcessGroup, set_immediate_exit
 from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
+from moezoo.core.distributed.startup import startup_limit
 from moezoo.core.errors import BackendError, TrainingError
 
 _RETRY_S = 0.1
+_LATER_S = 60
 
 
 def join(group: ProcessGroup) -> None:
@@ -38,23 +40,25 @@ def join(group: ProcessGroup) -> None:
         _check_reachable(group)
     set_immediate_exit()
     sys.excepthook = functools.partial(_print_and_exit, sys.excepthook)
+    failure = f"cannot join the other JAX processes within {group.startup_s} s; got {group.options()}"
+    advice = "Start all processes at the same time, with the same --coordinator, at which nothing else listens."
     try:
-        jax.distributed.initialize(
-            address,
-            group.num_processes,
-            group.process_id,
-            cluster_detection_method=None if address is None else "deactivate",
-            initialization_timeout=group.startup_s,
-            heartbeat_timeout_seconds=group.heartbeat_s,
-            shutdown_timeout_seconds=group.shutdown_s,
-            # Trap: otherwise, the coordinator listens on all network interfaces.
-            coordinator_bind_address=address,
-        )
+        with startup_limit(group.startup_s, f"{BackendError.__name__}: {failure} and no answer. {advice}"):
+            jax.distributed.initialize(
+                address,
+                group.num_processes,
+                group.process_id,
+                cluster_detection_method=None if address is None else "deactivate",
+                # Trap: at its own limit jaxlib aborts with a native stack, so ours comes first.
+                initialization_timeout=group.startup_s + _LATER_S,
+                heartbeat_timeout_seconds=group.heartbeat_s,
+                shutdown_timeout_seconds=group.shutdown_s,
+                # Trap: otherwise, the coordinator listens on all network interfaces.
+                coordinator_bind_address=address,
+            )
     except (RuntimeError, ValueError, TypeError) as error:
-        raise BackendError(
-            f"cannot join the other JAX processes within {group.startup_s} s; got {group.options()} and "
-            f"{' '.join(str(error).split())[:300]}. Start all processes at the same time, with the same --coordinator."
-        ) from None
+        cause = " ".join(str(error).split())[:300].rstrip(".")
+        raise BackendError(f"{failure} and {cause}. {advice}") from None
 
 
 def _check_reachable(group: ProcessGroup) -> None:

@@ -8,18 +8,21 @@ every function here returns its input.
 Started by `moezoo launch` or `mlx.launch`, which set ranks in environment variables; the transport is MLX's.
 """
 
-import functools
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from moezoo.core.distributed.process_group import is_address
 from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
+from moezoo.core.distributed.startup import STARTUP_S, startup_limit
 from moezoo.core.errors import BackendError, SpecError, TrainingError
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 from moezoo.mlx_backend.runtime.typed import custom_function, flatten, to_ints
@@ -29,23 +32,59 @@ _last_exchange: list[mx.array] = []
 _LAUNCHED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # for ring, JACCL and NCCL; for MPI
 
 
-@functools.cache
+_joined: Processes | None = None
+
+
 def processes() -> Processes:
-    """Return rank and number of processes. Raises BackendError: a launcher's variables are set, but no peer answers."""
+    """Return rank and number of processes. Raises BackendError, as `join`."""
+    return _joined or join()
+
+
+def join(startup_s: float = STARTUP_S) -> Processes:
+    """Join the other processes that a launcher's variables announce, if any; once, later calls return the same.
+
+    Raises BackendError: the variables are wrong, or a peer cannot be reached. A peer that never comes ends this process
+    after `startup_s`, with one line.
+    """
+    global _joined
+    if _joined is None:
+        _joined = _join(startup_s)
+    return _joined
+
+
+def _join(startup_s: float) -> Processes:
     launched = next((name for name in _LAUNCHED_BY if name in os.environ), None)
     if launched is None:
         return Processes()
     hosts = os.environ.get("MLX_HOSTFILE")
     if hosts is not None and os.path.isfile(hosts) and not os.path.getsize(hosts) > 1:
         return Processes()  # mlx.launch with one process writes a file with an empty line
+    failure = f"MLX cannot reach the other processes; got {launched}={os.environ[launched]}"
+    advice = "Start all at the same time, with `moezoo launch --nproc N train ...` or `mlx.launch`."
+    late = f"{BackendError.__name__}: {failure} and no answer within {startup_s:g} s (--startup-timeout). {advice}"
     try:
-        group = mx.distributed.init(strict=True)
+        _check_variables(hosts)
+        with startup_limit(startup_s, late):
+            group = mx.distributed.init(strict=True)
+            ranks = to_ints(mx.distributed.all_gather(mx.array([group.rank()], mx.int32), group=group))
     except (RuntimeError, ValueError) as error:
-        raise BackendError(
-            f"MLX cannot reach the other processes; got {launched}={os.environ[launched]} and "
-            f"{' '.join(str(error).split())}. Start with `moezoo launch --nproc N train ...` or `mlx.launch`."
-        ) from None
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise BackendError(f"{failure} and {cause}. {advice}") from None
+    if ranks != list(range(group.size())):  # a foreign service at one of the addresses, or a rank twice
+        raise BackendError(f"{failure} and ranks {ranks}; expected 0 to {group.size() - 1}, once each. {advice}")
     return Processes(group.rank(), group.size())
+
+
+def _check_variables(hosts: str | None) -> None:
+    """Check the ring's variables. Trap: MLX reads any rank as a number, and divides by the number of hosts."""
+    rank = os.environ.get("MLX_RANK", "0")
+    if not (rank.isascii() and rank.isdigit()):
+        raise ValueError(f"MLX_RANK={rank}; expected a number from 0")
+    if hosts is not None and os.path.isfile(hosts):
+        processes = json.loads(Path(hosts).read_text(encoding="utf-8"))
+        lists = isinstance(processes, list) and processes and all(isinstance(each, list) for each in processes)
+        if not lists or not all(is_address(str(address)) for each in processes for address in each):
+            raise ValueError(f"MLX_HOSTFILE={hosts}; expected a list of [HOST:PORT] of each process")
 
 
 def facts() -> dict[str, str]:
