@@ -75,10 +75,12 @@ def _evaluate_run(
     show: "Progress",
 ) -> "Evaluation":
     """Evaluate a run on its own validation data."""
+    from moezoo.core.runs.run_data import changed_data
     from moezoo.core.training.evaluation import evaluate, known_grammar
 
     config = model.config
     prepared = prepare_with_progress(console, config, str(path), model.tokenizer, quiet=True)
+    warn(*changed_data(path, prepared.summary))
     length, batch = sequence_length or config.training.sequence_length, batch_size or config.training.batch_size
     model.check_scoring(prepared.validation.num_tokens, batch, length)
     return evaluate(

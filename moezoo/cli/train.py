@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @mesh_option
 @click.option("--resume", is_flag=True, help="Resume the run in the run folder from its newest checkpoint.")
 @overcommit_option
+@click.option("--allow-changed-data", is_flag=True, help="Resume although the data changed since the run was started.")
 @group_options
 def train(
     config_path: Path,
@@ -36,6 +37,7 @@ def train(
     mesh: str | None,
     resume: bool,
     allow_overcommit: bool,
+    allow_changed_data: bool,
     group: ProcessGroup | None,
     startup_s: int,
 ) -> None:
@@ -51,6 +53,7 @@ def train(
     from moezoo.core.distributed.processes import first_process_first
     from moezoo.core.reports.model_page import training_header
     from moezoo.core.runs.init_from import check_initial_weights, initial_tokenizer
+    from moezoo.core.runs.run_data import check_data
     from moezoo.core.runs.run_folder import load_run_tokenizer, prepare_run
     from moezoo.core.training.loop import train as run_training
 
@@ -70,6 +73,8 @@ def train(
     warnings = check_training(config, loaded.devices(), allow_overcommit=allow_overcommit)
     warn(*(warnings if is_first else []))
     run = first_process_first(loaded, lambda: prepare_run(path, config, resume=resume))
+    changes = check_data(path, data.summary, allow_changed=allow_changed_data) if resumed else []
+    warn(*(changes if is_first else []))
     console.print(training_header(config, {"backend": loaded.name, **loaded.facts(), "run": str(path)}))
     if is_first and not resumed:
         warn(*tokenizer_notes(data.tokenizer))

@@ -4,6 +4,7 @@ A row is a whole sequence: its T tokens are T inputs and T - 1 targets, since th
 Face's trainers count in the same way, so losses are comparable. Writing: writings/data.md.
 """
 
+import hashlib
 import math
 import struct
 import warnings
@@ -57,6 +58,10 @@ class PrebatchedSplit:
     def num_tokens(self) -> int:
         """Number of tokens of all batches."""
         return self.steps * math.prod(self.ids.shape[1:])
+
+    def digest(self) -> str:
+        """Return a digest of all batches; see `IdFile.digest`."""
+        return self.ids.digest() if isinstance(self.ids, IdFile) else hashlib.sha256(self.ids.tobytes()).hexdigest()
 
     def check(self, training: TrainingConfig) -> None:
         """Check that sizes and number of batches match the config. Raises DataError."""

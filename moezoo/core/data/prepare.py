@@ -166,12 +166,14 @@ class SourceSummary:
         train_tokens: number of tokens in the training split.
         validation_tokens: number of tokens in the validation split.
         share: part of the training sequences that are from this source.
+        digest: changes with the tokens (`Tokens.digest`).
     """
 
     source: str
     train_tokens: int
     validation_tokens: int
     share: float
+    digest: str
 
     def describe(self, tokens: int) -> str:
         """Describe the source in a run that trains on `tokens` tokens of all sources."""
@@ -233,7 +235,7 @@ def prepare_data(
         train.append(SplitSource(found.name, one, 0, num, weight))
         validation.append(SplitSource(found.name, one, num, held, weight))
         shown = source.name if isinstance(source, DatasetSource) else source.path
-        summary.append(SourceSummary(shown, num, held, share=weight / (sum(weights) or 1.0)))
+        summary.append(SourceSummary(shown, num, held, weight / (sum(weights) or 1.0), one.digest()))
     splits = Split("training", tuple(train)), Split("validation", tuple(validation))
     for split in splits:
         for part in split.sources:
@@ -323,7 +325,7 @@ def _prepare_prebatched(
 ) -> PreparedData:
     name, key = f"data.sources[0] ({source.path})", f"data.sources[0].path ({where})"
     train, validation = open_prebatched(source, tokenizer.vocab_size, name, key, on_progress, on_message)
-    summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens, share=1.0)
+    summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens, 1.0, train.digest())
     return PreparedData(tokenizer, train, validation, (summary,))
 
 

@@ -6,6 +6,7 @@ index has its own: whatever is read back is verified first. A damaged entry is m
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -221,7 +222,7 @@ def _open_shards(entry: Path, index: dict[str, Any], name: str) -> list[IdFile]:
     for number, row in enumerate(index["shards"]):
         path = _shard_path(entry, number)
         try:
-            shards.append(open_shard(path, name))
+            shards.append(dataclasses.replace(open_shard(path, name), sha256=str(row["sha256"])))
         except DataError:
             raise _DamagedError(f"{path.name} is missing, or not the array that was written") from None
         if len(shards[-1]) != row["tokens"]:

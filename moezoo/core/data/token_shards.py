@@ -5,7 +5,9 @@ only during a read, so any number of shards fits under the limit of open files.
 """
 
 import contextlib
+import hashlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ IntegerArray = npt.NDArray[np.integer[Any]]
 Read = Callable[[int, int], IntegerArray]
 
 _BIN_MAGIC, _BIN_VERSION, _BIN_HEADER = 20240520, 1, 256  # modded-nanogpt: 256 int32, then uint16 tokens
+_BLOCKS, _BLOCK_IDS = 16, 4096  # of a file whose SHA-256 is not known, for its digest
 _RESTORE = "Restore the file (one in the token cache is made again), and start again; a run continues with --resume."
 
 
@@ -38,6 +41,7 @@ class IdFile:
         shape: of the array, which is in C order.
         offset: byte of the file at which the array begins.
         stamp: size and modification time (ns) of the file when it was opened first.
+        sha256: of the file, if it is known.
     """
 
     path: Path
@@ -46,9 +50,22 @@ class IdFile:
     shape: tuple[int, ...]
     offset: int
     stamp: tuple[int, int]
+    sha256: str | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def digest(self) -> str:
+        """Return a digest of the content: the file's SHA-256 if it is known, else one of 16 evenly spaced blocks."""
+        if self.sha256 is not None:
+            return self.sha256
+        count = math.prod(self.shape)
+        block = min(_BLOCK_IDS, count)
+        found = hashlib.sha256(f"{self.dtype.str} {self.shape}".encode())
+        with self.opened() as read:
+            for number in range(_BLOCKS):
+                found.update(read((count - block) * number // (_BLOCKS - 1), block).tobytes())
+        return found.hexdigest()
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Read]:
@@ -108,6 +125,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._shards else 0
+
+    def digest(self) -> str:
+        """Return a digest of the content; see `IdFile.digest`."""
+        return hashlib.sha256(" ".join(shard.digest() for shard in self._shards).encode()).hexdigest()
 
     def read(self, starts: npt.NDArray[np.integer[Any]], length: int) -> Ids:
         """Read windows of `length` ids that begin at `starts` and are within the array: int32 [n, length].

@@ -2,6 +2,7 @@
 
 <run>/config.yaml     the resolved config, with defaults and the vocabulary size filled in
 <run>/tokenizer.json  or tokenizer/: the tokenizer
+<run>/data.json       number of tokens and digest of each source, see runs/run_data.py
 <run>/metrics.jsonl   one JSON object per line, see training/metrics.py
 <run>/picture.png     loss and expert load
 <run>/manifest.json   size and SHA-256 of the files that do not change, see runs/run_manifest.py
@@ -23,12 +24,13 @@ from moezoo.core.data.tokenizers import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokeni
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import check_writable
 from moezoo.core.huggingface.layout import Layout, open_sidecar
+from moezoo.core.runs.run_data import DATA_FILE
 from moezoo.core.runs.run_lock import check_unlocked
 from moezoo.core.runs.run_manifest import CONFIG_FILE, MANIFEST_FILE, verify_run
 
 LOCK_FILE, HUGGINGFACE_FOLDER = "lock.json", "huggingface"
 
-STATIC = (TOKENIZER_FILE, TOKENIZER_FOLDER, HUGGINGFACE_FOLDER)
+STATIC = (TOKENIZER_FILE, TOKENIZER_FOLDER, HUGGINGFACE_FOLDER, DATA_FILE)
 """Files and folders that are written when a run is created, besides config.yaml, and covered by its manifest."""
 
 # Fields of `training` that may change when a run is resumed: logging, saving, compilation, rematerialization, and the

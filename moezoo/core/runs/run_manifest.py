@@ -43,16 +43,16 @@ def seal_run(folder: Path, names: tuple[str, ...], config_text: str) -> None:
     write_atomically(folder / CONFIG_FILE, config_text)
 
 
-def replace_config(folder: Path, config_text: str) -> None:
-    """Replace config.yaml of a run and its entry in the manifest. A kill leaves the old or the new file, unlisted."""
-    if (folder / CONFIG_FILE).read_bytes() == config_text.encode():
+def replace_file(folder: Path, name: str, text: str) -> None:
+    """Replace a file of a run and its entry in the manifest. A kill leaves the old or the new file, unlisted."""
+    if (folder / name).is_file() and (folder / name).read_bytes() == text.encode():
         return
     files = _read(folder)
     if files is not None:
-        _write(folder, {name: file for name, file in files.items() if name != CONFIG_FILE})
-    write_atomically(folder / CONFIG_FILE, config_text)
+        _write(folder, {other: file for other, file in files.items() if other != name})
+    write_atomically(folder / name, text)
     if files is not None:
-        _write(folder, {**files, CONFIG_FILE: _entry(config_text)})
+        _write(folder, {**files, name: _entry(text)})
 
 
 def verify_run(folder: Path, *names: str) -> None:

@@ -6,13 +6,14 @@ folder leaves lock.json and no config.yaml; the next start then removes its file
 
 from moezoo.core.checkpoint.store import clean_up
 from moezoo.core.config.run_config import Config, dump_config
-from moezoo.core.data.tokenizers import Tokenizer
+from moezoo.core.data.prepare import PreparedData
 from moezoo.core.errors import RunError
-from moezoo.core.files import make_folder, remove_empty_folder, remove_folder, remove_partial_files
+from moezoo.core.files import make_folder, remove_empty_folder, remove_folder, remove_partial_files, write_atomically
 from moezoo.core.huggingface.layout import Layout, write_sidecar
+from moezoo.core.runs.run_data import DATA_FILE, dump_data
 from moezoo.core.runs.run_folder import STATIC, Run, unfinished_files
 from moezoo.core.runs.run_lock import RunLock
-from moezoo.core.runs.run_manifest import replace_config, seal_run
+from moezoo.core.runs.run_manifest import CONFIG_FILE, replace_file, seal_run
 
 
 class RunWriter:
@@ -33,17 +34,18 @@ class RunWriter:
             remove_partial_files(folder)
         return notes + clean_up(self._run.checkpoints_path)
 
-    def begin(self, config: Config, tokenizer: Tokenizer, layout: Layout | None) -> None:
-        """Create the run folder, or save the config with which an existing run is resumed.
+    def begin(self, config: Config, data: PreparedData, layout: Layout | None) -> None:
+        """Create the run folder, or save the config and the record of the data with which a run is resumed.
 
         `layout`: of the Hugging Face checkpoint that a new run starts from; None if there is none.
 
         Raises RunError: the folder cannot be written, or another process has started a run in it in the meantime.
         """
         if self._run.is_new:
-            self._create(config, tokenizer, layout)
+            self._create(config, data, layout)
         else:
-            replace_config(self._run.path, dump_config(config))
+            replace_file(self._run.path, CONFIG_FILE, dump_config(config))
+            replace_file(self._run.path, DATA_FILE, dump_data(data.summary))
 
     def check(self) -> None:
         """Raise RunError if the run folder was moved or deleted."""
@@ -56,14 +58,15 @@ class RunWriter:
             self._lock.release()
             self._lock = None
 
-    def _create(self, config: Config, tokenizer: Tokenizer, layout: Layout | None) -> None:
+    def _create(self, config: Config, data: PreparedData, layout: Layout | None) -> None:
         run = self._run
         is_mine = not run.path.exists()
         make_folder(run.path)
         self._lock = RunLock(run.lock_path)
         try:
             self._remove_unfinished()
-            tokenizer.save(run.path)
+            data.tokenizer.save(run.path)
+            write_atomically(run.path / DATA_FILE, dump_data(data.summary))
             if layout is not None:
                 write_sidecar(layout, run.huggingface_path)
             seal_run(run.path, STATIC, dump_config(config))

@@ -293,7 +293,7 @@ class _Training:
         if self.writer is None:
             return
         if self.metrics is None:
-            self.writer.begin(self.config, self.data.tokenizer, self.layout)
+            self.writer.begin(self.config, self.data, self.layout)
             self.metrics = MetricsFile(self.run.metrics_path, keep_to_step=self.first_step)
             for problem in self.metrics.problems:
                 self.reporter.message(problem)

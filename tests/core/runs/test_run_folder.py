@@ -65,7 +65,7 @@ def steps(out: Path):
 
 
 ALL = [(1, True), (2, True), (3, True), (4, True), (4, False)]
-FILES = ["checkpoints", "config.yaml", "manifest.json", "metrics.jsonl", "tokenizer.json"]
+FILES = ["checkpoints", "config.yaml", "data.json", "manifest.json", "metrics.jsonl", "tokenizer.json"]
 
 
 # --- starts ---------------------------------------------------------------------------------------------------------
@@ -313,10 +313,10 @@ def test_config_replaced_by_a_killed_resume_is_not_called_damaged(tmp_path, monk
             calls.clear()
             patch.setattr(os, "replace", killed)
             with pytest.raises(KeyboardInterrupt):
-                run_writer.replace_config(out, f"# {stage}\n" + (out / "config.yaml").read_text())
+                run_writer.replace_file(out, "config.yaml", f"# {stage}\n" + (out / "config.yaml").read_text())
         describe_model(out)
     text = (out / "config.yaml").read_text()
-    run_writer.replace_config(out, text + "\n")
+    run_writer.replace_file(out, "config.yaml", text + "\n")
     flip(out / "config.yaml")
     with pytest.raises(RunError, match=r"the SHA-256 of config\.yaml differs"):
         describe_model(out)
