@@ -88,6 +88,10 @@ class Sentences(CharacterTokenizer):
         super().__init__("abcdefghijk")
         self.first_tokens, self.end_of_text = (0,), end_of_text
 
+    def byte_count(self, ids, begins=None):
+        self.begins = begins
+        return super().byte_count(ids)
+
 
 def test_each_window_begins_with_the_first_token_once_and_none_predicts_it(monkeypatch):
     model, seen = model_of(), []
@@ -95,11 +99,14 @@ def test_each_window_begins_with_the_first_token_once_and_none_predicts_it(monke
     stream = np.array([[0, 2, 3, 4, 1, 0, 5, 6], [6, 7, 1, 0, 8, 9, 2, 3], [3, 0, 4, 5, 6, 7, 8, 9]], np.int32)
     monkeypatch.setattr(Windows, "windows", lambda *_: stream)
     options = {"sequence_length": T, "batch_size": 3}
-    result = evaluate(model, Windows(), Sentences(), first_token=0, **options)
+    tokenizer = Sentences()
+    result = evaluate(model, Windows(), tokenizer, first_token=0, **options)
     [(inputs, targets)] = seen
     # In place of the token before: of its own, of a middle, and none where a document begins with the second token.
     assert inputs.tolist() == [[0, 2, 3, 4, 1, 0, 5], [0, 7, 1, 0, 8, 9, 2], [3, 0, 4, 5, 6, 7, 8]]
     assert targets.tolist() == [[2, 3, 4, 1, -1, 5, 6], [7, 1, -1, 8, 9, 2, 3], [-1, 4, 5, 6, 7, 8, 9]]
+    # Targets that begin a text, for their bytes: after the first token or the end of another text.
+    assert np.flatnonzero(tokenizer.begins).tolist() == [0, 4, 8, 12]
     nats = model.score(inputs, targets).token_losses
     assert result.validation_loss == pytest.approx(nats.sum() / 18)
     assert result.bits_per_byte == pytest.approx(nats.sum() / np.log(2) / 18)
