@@ -12,7 +12,7 @@ import numpy.typing as npt
 from moezoo.core.data.chat_template import render_chat
 from moezoo.core.data.token_bytes import token_bytes
 from moezoo.core.data.tokenizer_difference import difference
-from moezoo.core.data.tokenizer_files import load_with_transformers, tokenizer_files
+from moezoo.core.data.tokenizer_files import first_tokens, load_with_transformers, tokenizer_files
 from moezoo.core.data.tokenizer_rules import first_line, library_errors
 from moezoo.core.data.tokenizers import (
     MAX_FILE_BYTES,
@@ -75,14 +75,8 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def first_tokens(self) -> tuple[int, ...]:
-        """Spec: Tokenizer.first_tokens. They are what the tokenizer's post-processor puts before a text."""
-        backend = self._inner.backend_tokenizer
-        try:
-            encoded = backend.encode("a")
-        except Exception:  # a vocabulary of characters without "a"
-            encoded = backend.encode(backend.id_to_token(0))
-        added = encoded.special_tokens_mask
-        return tuple(encoded.ids[: added.index(0)] if 0 in added else ())
+        """Spec: Tokenizer.first_tokens."""
+        return first_tokens(self._inner.backend_tokenizer)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
         """Encode a conversation with the tokenizer's chat template, including the generation prompt.

@@ -5,6 +5,7 @@ pre-tokenizer and decoder from the class that tokenizer_config.json or config.js
 those that the model was trained on, without a word. Here the file's own rules are used in every family.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,18 @@ def _check_files(folder: Path) -> None:
                 ) from None
 
 
+def first_tokens(backend: Any) -> tuple[int, ...]:
+    """Return the special tokens that the post-processor of a `tokenizers.Tokenizer` puts before every text."""
+    for text in itertools.chain("a", (backend.id_to_token(index) or "" for index in range(backend.get_vocab_size()))):
+        try:
+            encoded = backend.encode(text)
+        except Exception:  # a vocabulary without this text, nor a token for the unknown
+            continue
+        if 0 in (added := encoded.special_tokens_mask):
+            return tuple(encoded.ids[: added.index(0)])
+    return ()
+
+
 def _add_bos_token(inner: Any) -> None:
     """Add the BOS token to texts, unless the post-processor does so already.
 
@@ -131,7 +144,7 @@ def _add_bos_token(inner: Any) -> None:
     from tokenizers import processors
 
     bos, name, backend = inner.bos_token_id, inner.bos_token, inner.backend_tokenizer
-    if bos is None or bos in backend.encode("a").ids:
+    if bos is None or bos in first_tokens(backend):
         return
     adding = processors.TemplateProcessing(f"{name}:0 $A:0", f"{name}:0 $A:0 {name}:1 $B:1", [(name, bos)])
     before = [] if backend.post_processor is None else [backend.post_processor]

@@ -268,6 +268,20 @@ def test_first_tokens_can_be_several(chat_folder, tmp_path):
     assert tokenizer.decode(with_first_tokens(tokenizer.encode("the cat"), tokenizer)) == "<|end|><s>the cat"
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])  # one refuses what it does not know, the other drops it
+def test_first_tokens_of_a_vocabulary_without_latin_letters(tmp_path, kind):
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<s>": 0, "</s>": 1, "犬": 2}
+    inner = Inner(models.WordLevel(vocab) if kind == "WordLevel" else models.BPE(vocab, []))
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(str(tmp_path))
+    assert HuggingFaceTokenizer(str(tmp_path)).first_tokens == (0,)
+
+
 def test_content_hash_depends_on_the_end_of_text_that_tokenizer_json_lacks(chat_folder, tmp_path):
     config = json.loads((chat_folder / "tokenizer_config.json").read_text()) | {"eos_token": END}
     (tmp_path / "tokenizer.json").write_bytes((chat_folder / "tokenizer.json").read_bytes())
