@@ -77,11 +77,11 @@ def _config(path: Path, overrides: tuple[str, ...]) -> "Config | None":
 def _sharded(path: Path, config: "Config | None", mesh: str, devices: int | None) -> "MeshDescription":
     """Return the model's parameters on a mesh; an assumed vocabulary is printed as a warning."""
     from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.vocabulary import spec_with_vocab_size
+    from moezoo.core.data.vocabulary import spec_with_real_vocab_size
     from moezoo.core.reports.mesh_page import mesh_description
     from moezoo.core.runs.open import describe_model
 
-    spec, assumed = (describe_model(path)[0], None) if config is None else spec_with_vocab_size(config)
+    spec, assumed = (describe_model(path)[0], None) if config is None else spec_with_real_vocab_size(config)
     warn_assumed(assumed)
     return mesh_description(spec, load_mesh(mesh), devices)
 
@@ -113,14 +113,14 @@ def plan_command(
     """
     from moezoo.backends import load_planner
     from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.config.vocabulary import spec_with_vocab_size
     from moezoo.core.cost.make_plan import make_plan
+    from moezoo.core.data.vocabulary import spec_with_real_vocab_size
     from moezoo.core.reports.plan_page import plan_page
     from moezoo.core.reports.text import memory_bytes
     from moezoo.core.runs.init_from import load_resolved_config
 
     config = load_resolved_config(config_path, overrides)
-    spec, assumed = spec_with_vocab_size(config)
+    spec, assumed = spec_with_real_vocab_size(config)
     config = config.model_copy(update={"model": spec, "mesh": config.mesh if mesh is None else load_mesh(mesh)})
     limit = None if memory is None else memory_bytes(memory)
     planner = None if formula and topology is None else load_planner()

@@ -49,10 +49,15 @@ def spec_with_vocab_size(config: Config, *, assumed_subwords: int = _ASSUMED_SUB
             size = tokenizer.vocab_size
         case CharacterTokenizerSpec():
             size = ASSUMED_CHARACTERS
-            assumed = f"a vocabulary of {size} tokens; the real size of a character tokenizer depends on the data"
+            assumed = (
+                f"a vocabulary of {size} tokens; the real size of a character tokenizer depends on the data, which is "
+                "not on this machine or large (--set model.vocab_size=N)"
+            )
         case HuggingFaceTokenizerSpec(path=path):
             size = assumed_subwords
-            assumed = f"a vocabulary of {size:,} tokens; {path} was not opened (--set model.vocab_size=N)"
+            assumed = (
+                f"a vocabulary of {size:,} tokens; {path} is not a tokenizer on this machine (--set model.vocab_size=N)"
+            )
         case _:
             assert_never(tokenizer)
     return spec.model_copy(update={"vocab_size": size}), assumed

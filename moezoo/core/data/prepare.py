@@ -33,6 +33,7 @@ from moezoo.core.data.prebatched import PrebatchedSplit, open_prebatched
 from moezoo.core.data.source_files import SourceFile, find_files
 from moezoo.core.data.token_shards import Tokens
 from moezoo.core.data.token_store import Texts, characters_of, open_shards, tokenize
+from moezoo.core.data.tokenizer_files import tokenizer_folder
 from moezoo.core.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
@@ -40,8 +41,10 @@ from moezoo.core.data.tokenizers import (
     TokenIds,
     Tokenizer,
 )
-from moezoo.core.errors import DataError
+from moezoo.core.errors import DataError, TokenizerError
 from moezoo.core.progress import Message, Progress
+
+_MOST_TEXT_BYTES = 64_000_000  # a few seconds
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,30 @@ def prepare_data(
         for part in split.sources:
             _check_length(split.name, part, sequence_length, f"; {where}")
     return PreparedData(tokenizer, *splits, tuple(summary))
+
+
+def tokenizer_on_this_machine(data: DataConfig, where: str) -> Tokenizer | None:
+    """Return the tokenizer of a config, if that takes no download and at most a few seconds; None if not.
+
+    A Hugging Face tokenizer is opened from a folder or the hub's cache; a character tokenizer is made from up to 64 MB
+    of local text. Raises TokenizerError or DataError: a file is there, but damaged.
+    """
+    if isinstance(data.tokenizer, HuggingFaceTokenizerSpec):
+        try:
+            folder = tokenizer_folder(data.tokenizer.path, ask=False)
+        except TokenizerError:
+            return None
+        return HuggingFaceTokenizer(str(folder))
+    try:
+        found = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
+    except DataError:
+        return None
+    files = [file for each in found for file in each.files]
+    if any(isinstance(each, _Shards) for each in found) or any(file.filesystem is not None for file in files):
+        return None
+    if sum(file.size or 0 for file in files) > _MOST_TEXT_BYTES:
+        return None
+    return _make_tokenizer(data, found, where, None, warnings.warn)
 
 
 def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: Message = warnings.warn) -> Split:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.training import TrainingConfig
-from moezoo.core.config.vocabulary import spec_with_vocab_size
 from moezoo.core.cost.flops import Flops, flops_per_token
 from moezoo.core.cost.memory import TrainingMemory, cache_bytes, kv_cache_bytes_per_token, training_memory
 from moezoo.core.cost.parameters import ParameterCounts, parameter_counts
+from moezoo.core.data.vocabulary import spec_with_real_vocab_size
 from moezoo.core.reports.model_words import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.reports.text import bytes_text, count, new_table, plural
 from moezoo.core.spec import LayerSpec, ModelSpec
@@ -140,7 +140,7 @@ class ConfigDescription:
 
 def config_description(config: Config) -> ConfigDescription:
     """Return the description of a config's model and training."""
-    spec, assumed = spec_with_vocab_size(config)
+    spec, assumed = spec_with_real_vocab_size(config)
     config = config.model_copy(update={"model": spec})
     model = model_description(spec, config.training.sequence_length)
     return ConfigDescription(model, assumed, config.training, training_memory(config))
