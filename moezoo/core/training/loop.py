@@ -2,30 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from moezoo.core.backend import Backend, Model, PendingFiles, PendingStep
-from moezoo.core.checkpoint.manifest import ARRAYS
+from moezoo.core.backend import Backend, Model, PendingStep
 from moezoo.core.checkpoint.safetensors_file import shapes_of
-from moezoo.core.checkpoint.store import (
-    Checkpoint,
-    begin_checkpoint,
-    check_names_and_shapes,
-    complete_checkpoint,
-    partial_folder,
-    save_checkpoint,
-)
-from moezoo.core.config.run_config import Config, dump_config
+from moezoo.core.checkpoint.store import Checkpoint, check_names_and_shapes
+from moezoo.core.config.run_config import Config
 from moezoo.core.config.schedules import learning_rate
 from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import PreparedData
-from moezoo.core.distributed.processes import PendingNumbers, first_process_first
-from moezoo.core.errors import RunError, TrainingError
+from moezoo.core.distributed.processes import PendingNumbers
+from moezoo.core.errors import DataError, MoezooError, RunError, TrainingError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
@@ -43,6 +33,7 @@ from moezoo.core.training.evaluation import (
 )
 from moezoo.core.training.metrics import MetricsFile, Record, has_validation, step_record
 from moezoo.core.training.reporter import Reporter, SilentReporter
+from moezoo.core.training.saving import CheckpointSaver
 
 _MOMENTS = ("first_moment", "second_moment")
 
@@ -126,15 +117,15 @@ class _Training:
         self.first_step = 0 if checkpoint is None else checkpoint.step
         self.model = self._build_model(checkpoint, initial)
         self.step = self.first_step
-        self.saved_step: int | None = None if checkpoint is None else checkpoint.step
+        self.trained = self.first_step  # the last step that was started
+        saved_step = None if checkpoint is None else checkpoint.step
+        self.saver = CheckpointSaver(config, backend, self.model, run, writer, saved_step)
         self.layout = None if initial is None else initial.layout
         self.metrics: MetricsFile | None = None  # opened when the first step is done
         self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
         self.pending: list[tuple[int, float, PendingStep]] = []  # step, learning rate, metrics
         self.in_flight = _IN_FLIGHT
         self.stop_requests: list[PendingNumbers] = []
-        self.background = ThreadPoolExecutor(1)
-        self.saving: Future[None] | None = None
         self.grammar = known_grammar(config.data)
 
     def _load_checkpoint(self) -> Checkpoint | None:
@@ -204,18 +195,19 @@ class _Training:
                 if finished and training.final_validation_sequences is not None:
                     evaluation = self._validate(self.step, training.final_validation_sequences, final=True)
                     finished = evaluation is not None
-                self._finish_saving()
+                self.saver.finish()
+        except (DataError, RunError) as error:
+            self._rescue()
+            raise type(error)(f"{error}{self.saver.kept()}") from error
         finally:
             self.reporter.stop()
-            if self.writer is not None:
-                released = self.background.submit(self.writer.close)  # behind a save in progress
-                if self.saving is None:
-                    released.result()
-            self.background.shutdown(wait=False)  # a save in progress continues: the interpreter waits for it at exit
+            self.saver.close()
         return TrainingResult(self.step, finished, evaluation)
 
     def _say_stopping(self) -> None:
-        saving = f"step {self.step} is saved" if self.step == self.saved_step else f"saving after step {self.step}"
+        saving = (
+            f"step {self.step} is saved" if self.step == self.saver.saved_step else f"saving after step {self.step}"
+        )
         self.reporter.message(f"stopping: {saving} (a second Ctrl-C or SIGTERM ends at once)")
 
     def _should_stop(self) -> bool:
@@ -244,6 +236,7 @@ class _Training:
         rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
         keys = micro_batch_keys(training.seed, step - 1, training.gradient_accumulation)
         self.pending.append((step, rate, self.model.train_step(windows, rate, keys)))
+        self.trained = step
         if step % training.log_every == 0 or step == self.first_step + 1:
             self._report(step)
         if self._validates_after(step):
@@ -337,50 +330,26 @@ class _Training:
             raise _ValidationStopped
 
     def _save(self, step: int) -> None:
-        """Save a checkpoint, if a step was done since the last one. Sharded ones are written in the background."""
-        if step in (self.first_step, self.saved_step):
+        """Save a checkpoint, if a step was done since the last one."""
+        if step in (self.first_step, self.saver.saved_step):
             return
         self._report(step)
-        self._finish_saving()
+        self.saver.finish()
         damaged = self.model.nonfinite_parameters()
         if damaged:
             raise TrainingError(
                 f"parameter {damaged[0]} is not finite after step {step}; expected finite numbers. {self._advice()}"
             )
-        if self.writer is not None:
-            self.writer.check()
-        writer = self.model.checkpoint_writer()
-        if writer is None:
-            weights, optimizer = self.model.export_parameters(), self.model.export_optimizer()
-            if self.is_first:
-                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
-                save_checkpoint(
-                    self.run.checkpoints_path, step, weights, optimizer, text, keep, tokens=self._tokens(step)
-                )
-        else:
-            self._start_saving(step, writer)
-        self.saved_step = step
+        self.saver.save(step, self._tokens(step))
         self.clock, self.clock_step = time.monotonic(), step
 
-    def _start_saving(self, step: int, writer: Callable[[Path], PendingFiles]) -> None:
-        """Start a checkpoint whose arrays are written by all processes, each its own shards."""
-        folder_of = begin_checkpoint if self.is_first else partial_folder
-        partial = first_process_first(self.backend, lambda: folder_of(self.run.checkpoints_path, step))
-        files = writer(partial / ARRAYS)
-
-        def complete() -> None:
-            files.finish()
-            if self.is_first:
-                text, keep = dump_config(self.config), self.config.training.keep_checkpoints
-                complete_checkpoint(partial, step, text, keep, tokens=self._tokens(step))
-
-        self.saving = self.background.submit(complete)
-
-    def _finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written in the background, if there is one."""
-        if self.saving is not None:
-            saving, self.saving = self.saving, None
-            saving.result()
+    def _rescue(self) -> None:
+        """Save the steps done when data or metrics fail, unless saving has failed, or fails as well."""
+        alone = self.backend.processes.count == 1  # several would all have to get here
+        if alone and self.metrics is not None and not self.saver.failed:
+            with suppress(MoezooError):
+                self._save(self.trained)
+                self.saver.finish()
 
     def _loss_error(self, step: int, loss: float) -> TrainingError:
         damaged = self.model.nonfinite_parameters()
@@ -389,6 +358,6 @@ class _Training:
 
     def _advice(self) -> str:
         kept = f"The last good checkpoint is kept in {self.run.checkpoints_path}"
-        if self.saved_step is None:
+        if self.saver.saved_step is None:
             kept = "Nothing was saved yet"
         return f"{kept}. Lower optimizer.learning_rate, or lengthen the warm-up."

@@ -11,7 +11,6 @@ each expert after the step (writings/router_state.md). Validation records have `
 of a line, `crc32`, is the CRC-32 of the line's text before it, in hexadecimal.
 """
 
-import errno
 import io
 import json
 import os
@@ -273,10 +272,13 @@ def _read(path: Path) -> tuple[dict[_Key, tuple[bytes, dict[str, Any]]], list[st
 def _append(path: Path, line: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
-        end = os.fstat(descriptor).st_size
-        if os.write(descriptor, line) != len(line):
+        end, done = os.fstat(descriptor).st_size, 0
+        try:
+            while done < len(line):  # a full disk writes a part first, and then fails
+                done += os.write(descriptor, line[done:])
+        except OSError:
             os.ftruncate(descriptor, end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise
     finally:
         os.close(descriptor)
 

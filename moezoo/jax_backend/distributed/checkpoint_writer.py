@@ -57,6 +57,7 @@ def _report_errors_once() -> None:
     Orbax closes its event loop after the first array that cannot be written, so tensorstore cannot deliver the results
     of the others, and prints that error of asyncio for each. Their coroutines fail once more when they are deleted.
     """
+    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
     others = sys.unraisablehook
 

@@ -1,5 +1,6 @@
 """The run folder: refused and killed starts, damage, a folder that moves, a full disk, two processes."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from moezoo.core.runs import run_writer
 from moezoo.core.runs.open import describe_model
 from moezoo.core.runs.run_folder import load_run, load_run_layout, prepare_run
 from moezoo.core.runs.save import export, save_run
+from moezoo.core.training import saving
 from moezoo.core.training.loop import train
 from moezoo.core.training.metrics import read_metrics
 from moezoo.core.training.reporter import SilentReporter
@@ -72,7 +74,7 @@ FILES = ["checkpoints", "config.yaml", "data.json", "manifest.json", "metrics.js
 
 
 def fail():
-    raise DataError("the first batch cannot be read")
+    raise DataError("the first batch cannot be read.")
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["no folder", "empty folder"])
@@ -198,6 +200,76 @@ def test_folder_moved_or_deleted_while_training_is_one_error(tmp_path, step):
     (tmp_path / "moved").rename(out)
     assert any("ended without closing" in line for line in start(tmp_path, out, resume=True, steps=6, log_every=2))
     assert load_run(out)[2].step == 6
+
+
+def test_full_disk_while_metrics_are_written_saves_the_steps_done(tmp_path, monkeypatch):
+    out, real, room = tmp_path / "run", os.write, [3000]
+
+    def write(descriptor, content):
+        written = min(len(content), room[0])
+        if written == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= written
+        return real(descriptor, content[:written])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(RunError) as error:
+            start(tmp_path, out, steps=40, checkpoint_every=100)
+    done = [step for step, _ in steps(out)]
+    assert done == list(range(1, len(done) + 1))
+    assert len(done) > 1
+    expected = (
+        f"cannot write {out}/metrics.jsonl: no space left on device. Remove what is in the way, free disk space, or "
+    )
+    kept = f"use another folder. The checkpoint of step {len(done) + 1} is kept: continue with --resume."
+    assert str(error.value) == expected + kept
+    assert sorted(os.listdir(out)) == FILES
+    start(tmp_path, out, resume=True, steps=40, checkpoint_every=100)
+    assert [step for step, trained in steps(out) if trained] == [n for n in range(1, 41) if n != len(done) + 1]
+
+
+def test_data_that_fails_while_training_saves_the_steps_done(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read\. The checkpoint of step 2 is kept: continue with --resume\."):
+        start(tmp_path, tmp_path / "run", Acting(3, fail), checkpoint_every=100)
+    assert load_run(tmp_path / "run")[2].step == 2
+
+
+def test_checkpoint_that_cannot_be_saved_is_one_error_that_names_the_one_kept(tmp_path, monkeypatch):
+    out, calls = tmp_path / "run", []
+
+    def full(folder, *_, tokens):
+        calls.append(folder)
+        raise RunError("the disk is full.")
+
+    model = Acting(3, lambda: monkeypatch.setattr(saving, "save_checkpoint", full))
+    with pytest.raises(RunError, match=r"^the disk is full\. The checkpoint of step 2 is kept: continue with --resume"):
+        start(tmp_path, out, model)
+    assert len(calls) == 1, "saving is not tried twice"
+    monkeypatch.undo()
+    monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
+    start(tmp_path, out, resume=True)
+    assert steps(out) == ALL
+
+
+def test_sharded_checkpoint_that_cannot_be_saved_leaves_no_partial_folder(tmp_path):
+    out = tmp_path / "run"
+
+    class Sharded(RecordingModel):
+        def checkpoint_writer(self):
+            def write(arrays):
+                arrays.mkdir()
+                return self
+
+            return write
+
+        def finish(self):
+            raise RunError("the disk is full.")
+
+    with pytest.raises(RunError, match=r"^the disk is full\.$"):
+        start(tmp_path, out, Sharded())
+    assert os.listdir(out / "checkpoints") == []
+    assert "lock.json" not in os.listdir(out)
 
 
 @pytest.mark.parametrize("vanished", [True, False])

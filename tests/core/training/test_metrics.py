@@ -136,13 +136,14 @@ def test_full_disk_keeps_the_earlier_lines_whole(tmp_path, monkeypatch):
     file = metrics_file(path, Line(1))
     before, real = path.read_bytes(), os.write
 
-    def short(descriptor, line):
-        return real(descriptor, line[:7])
+    for room in (0, 7):
+        parts = [room] if room else []
 
-    def full(descriptor, line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        def write(descriptor, line, parts=parts):
+            if not parts:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(descriptor, line[: parts.pop()])
 
-    for write in (short, full):
         monkeypatch.setattr(os, "write", write)
         with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: no space left on device\."):
             file.write(Line(2))
