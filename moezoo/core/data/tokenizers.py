@@ -221,15 +221,21 @@ class TokenIds:
 class StreamDecoder:
     """Incremental detokenizer: returns text without partial characters; the concatenation equals `decode` of all ids.
 
+    Args:
+        tokenizer: the tokenizer.
+        before: ids that precede the first ones, a prompt for instance; their text is not returned.
+
     >>> stream = StreamDecoder(tokenizer)
     >>> pieces = [stream.add([next_id]) for next_id in ids] + [stream.finish()]
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: IdsLike = ()) -> None:
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # the ids decoded last, as context, then those not decoded yet
-        self._shown = 0  # number of ids in _ids whose text was returned
+        if isinstance(tokenizer, ByteTokenizer):
+            self._bytes.decode(tokenizer.to_bytes(before))
+        self._ids = [int(index) for index in before]  # the ids decoded last, as context, then those not decoded yet
+        self._shown = len(self._ids)  # number of ids in _ids whose text was returned
 
     def add(self, ids: IdsLike) -> str:
         """Return the text completed by these ids; empty while a character is incomplete."""
@@ -254,8 +260,10 @@ class StreamDecoder:
 
     def _new_text(self) -> str:
         """Decode with preceding ids as context, since some tokenizers drop the space before the first word."""
-        shown = self._tokenizer.decode(self._ids[: self._shown])
-        return self._tokenizer.decode(self._ids)[len(shown) :]
+        shown, text = self._tokenizer.decode(self._ids[: self._shown]), self._tokenizer.decode(self._ids)
+        if not text.startswith(shown):
+            shown = shown.rstrip("\ufffd")  # the ids before ended inside a character
+        return text[len(shown) :]
 
 
 def with_first_tokens(ids: Ids, tokenizer: Tokenizer) -> Ids:

@@ -91,9 +91,8 @@ class Continuation:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, prompt: IdsLike, end_tokens: Collection[int]) -> None:
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
-        if self._decoder is not None:
-            self._decoder.add(prompt)  # Trap: some tokenizers omit the space before the first word
+        # Trap: some tokenizers omit the space before the first word, so the prompt's ids are needed.
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, prompt)
         self._end_tokens, self._ended = end_tokens, False
 
     def add(self, token: int) -> str:

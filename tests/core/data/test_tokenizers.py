@@ -76,6 +76,30 @@ def stream(tokenizer, ids):
     return [decoder.add([int(index)]) for index in ids] + [decoder.finish()]
 
 
+class DecodedBytes:
+    """A tokenizer of bytes as the decoder sees those of Hugging Face: it knows `decode` only."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), DecodedBytes()])
+@pytest.mark.parametrize(
+    ("before", "new", "expected"),
+    [
+        ("it ends \ufffd".encode(), b" here", " here"),
+        ("\ufffd".encode(), "\ufffd\ufffd a".encode(), "\ufffd\ufffd a"),
+        (b"a", "\ufffd".encode(), "\ufffd"),
+        ("犬 ".encode() + b"\xc3", b"\xa9!", "é!"),  # the ids before end inside a character
+        (b"", "犬".encode(), "犬"),
+    ],
+)
+def test_stream_after_a_prompt_returns_the_new_text_once(tokenizer, before, new, expected):
+    decoder = StreamDecoder(tokenizer, list(before))
+    pieces = [decoder.add([index]) for index in new] + [decoder.finish()]
+    assert "".join(pieces) == expected
+
+
 def test_character_ids_follow_code_points():
     tokenizer = CharacterTokenizer("cab🙂é")
     assert tokenizer.characters == "abcé🙂"
