@@ -93,7 +93,7 @@ def load_with_transformers(path: str) -> LoadedTokenizer:
         raise
     except Exception as error:  # transformers and the hub client raise many types, from OSError to KeyError
         raise TokenizerError(
-            f"the tokenizer cannot be loaded; got {path} ({first_line(error)}); expected a folder with a "
+            f"the tokenizer cannot be loaded; got {path} ({first_line(error):.200}); expected a folder with a "
             "tokenizer.json, or a hub id that is cached or reachable (data.tokenizer.path). Check the name, "
             "or download its files to a folder and use that."
         ) from error
@@ -121,6 +121,9 @@ def _check_files(folder: Path) -> None:
                 raise TokenizerError(
                     f"a file of the tokenizer cannot be read; got {file} ({reason_of(error)}). Replace or remove it."
                 ) from None
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            _read_object(folder / name)
 
 
 def first_tokens(backend: Any) -> tuple[int, ...]:
@@ -173,9 +176,10 @@ def _exact(folder: Path) -> Any:
         "split_special_tokens": False,
         "fix_mistral_regex": False,  # it would replace the pre-tokenizer
     }
-    listed = _read_config(folder).get("added_tokens_decoder")
-    if listed is not None:
+    config = _read_config(folder)
+    if "added_tokens_decoder" in config:
         # Trap: transformers would replace the stripping and normalization of the file's tokens by those listed here.
+        listed = _listed_tokens(config, folder)
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         options["added_tokens_decoder"] = {i: token for i, token in listed.items() if token["content"] not in known}
     from_pretrained: Callable[..., Any] = PreTrainedTokenizerFast.from_pretrained
@@ -183,18 +187,42 @@ def _exact(folder: Path) -> Any:
     for index, token in options.get("added_tokens_decoder", {}).items():
         if backend.token_to_id(token["content"]) != int(index):
             raise TokenizerError(
-                f"added_tokens_decoder has {token['content']!r} as id {index}, but tokenizer.json continues with "
+                f"added_tokens_decoder has {token['content']!r:.80} as id {index}, but tokenizer.json continues with "
                 f"{backend.token_to_id(token['content'])} ({folder / TOKENIZER_CONFIG}). Fetch both files again."
             )
     return inner
 
 
+def _listed_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the added tokens that tokenizer_config.json lists, by id. Raises TokenizerError: it has something else."""
+    listed = config["added_tokens_decoder"] or {}
+    if not isinstance(listed, dict) or not all(
+        index.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+        for index, token in listed.items()
+    ):
+        raise TokenizerError(
+            f"added_tokens_decoder has no tokens by id; got {listed!r:.80} ({folder / TOKENIZER_CONFIG}). "
+            "Fetch the file again."
+        )
+    return listed
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / TOKENIZER_CONFIG
-    config = parse_json(read_bounded(file, MAX_FILE_BYTES)) if file.is_file() else {}
-    if not isinstance(config, dict):
-        raise ValueError(f"{file.name} is not a JSON object")
-    return config
+    return _read_object(file) if file.is_file() else {}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Read a file that is a JSON object. Raises TokenizerError."""
+    try:
+        value = parse_json(read_bounded(file, MAX_FILE_BYTES))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"a file of the tokenizer cannot be read; got {file} ({reason_of(error)}). Replace or remove it."
+        ) from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"a file of the tokenizer is no JSON object; got {value!r:.80} ({file}). Fetch it again.")
+    return value
 
 
 def _converted(folder: Path) -> Any:

@@ -162,3 +162,31 @@ def test_a_first_token_that_transformers_does_not_add_is_named(tmp_path):
     assert tokenizer.first_tokens == (inner.token_to_id("<|end|>"),)
     assert tokenizer_notes(tokenizer)[0].endswith("it adds nothing to a text, and not '<|end|>'")
     assert not tokenizer_notes(HuggingFaceTokenizer(str(written(folder, inner, bos_token="<|end|>"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", b"\xff{}", "a file of the tokenizer cannot be read; got .*tokenizer_config.json"),
+        ("tokenizer_config.json", b"[1]", r"no JSON object; got \[1\] \(.*tokenizer_config.json\)"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": 1e308}',
+            r"has no tokens by id; got 1e\+308 \(.*config.json",
+        ),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": ["x"]}}', "has no tokens by id"),
+        ("special_tokens_map.json", b'{"eos_token": ', "cannot be read; got .*special_tokens_map.json"),
+        ("added_tokens.json", b"3", r"no JSON object; got 3 \(.*added_tokens.json\)"),
+    ],
+)
+def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, name, content, message):
+    folder = written(tmp_path, byte_level(), eos_token="<|end|>")
+    (folder / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=message) as caught:
+        HuggingFaceTokenizer(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_added_tokens_may_be_said_with_null(tmp_path):
+    folder = written(tmp_path, byte_level(), added_tokens_decoder=None, eos_token="<|end|>")
+    assert HuggingFaceTokenizer(str(folder)).end_of_text == byte_level().token_to_id("<|end|>")
