@@ -1,5 +1,6 @@
 """Backends by name: the default, the packages that each needs, and loading one."""
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -58,9 +59,11 @@ def load_backend(
     """
     name = name or default_backend()
     if name not in NAMES:
-        raise BackendError(f"unknown backend; got {name!r}{nearest(name, NAMES)}; expected one of {', '.join(NAMES)}.")
+        known = f"expected one of {', '.join(NAMES)}.{_of_device(name)}"
+        raise BackendError(f"unknown backend; got {name!r}{nearest(name, NAMES)}; {known}")
     _check_installed(name, "or choose another one with --backend")
     if name == "jax":
+        _import_jax()
         from moezoo.jax_backend.backend import JaxBackend
 
         return JaxBackend(mesh, group)
@@ -74,6 +77,33 @@ def load_backend(
 
     join(startup_s)
     return MlxBackend(mesh)
+
+
+def _of_device(name: str) -> str:
+    """Return how to ask for a device, if that is what was given in place of a backend."""
+    match name.lower():
+        case "cuda" | "gpu" | "nvidia" | "tpu":
+            extra, platform = ("tpu", "tpu") if name.lower() == "tpu" else ("cuda12", "cuda")
+            return (
+                f" For this device use --backend jax, after `pip install 'jax[{extra}]'`: JAX then takes it by itself, "
+                f"and fails without it if JAX_PLATFORMS={platform} is set."
+            )
+        case "metal" | "mps" | "apple":
+            return " For Apple's GPU use --backend mlx, which takes it by itself."
+        case "cpu":
+            return " Both run on the CPU; JAX_PLATFORMS=cpu keeps --backend jax from an accelerator."
+    return ""
+
+
+def _import_jax() -> None:
+    """Import JAX. Raises BackendError: it cannot read one of its environment variables."""
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:
+        raise BackendError(
+            f"JAX does not start; got {' '.join(str(error).split())[:300].rstrip('.')}; expected a value "
+            "that JAX can read. Correct or unset the environment variable."
+        ) from None
 
 
 def _check_installed(name: str, otherwise: str) -> None:

@@ -16,6 +16,7 @@ from moezoo.jax_backend.model import JaxModel
 from moezoo.jax_backend.moe_layer import MoELayer
 from moezoo.jax_backend.runtime import processes
 from moezoo.jax_backend.runtime.compile_cache import use_compile_cache
+from moezoo.jax_backend.runtime.platform import start_devices
 
 
 class JaxBackend:
@@ -27,6 +28,7 @@ class JaxBackend:
         """On the first device, or on a mesh of all of them, which may be those of several processes."""
         if group is not None:
             processes.join(group)
+        start_devices()
         self._mesh = mesh or MeshConfig()
         # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
         jax.config.update("jax_default_matmul_precision", "highest")
