@@ -1,9 +1,12 @@
 """Seeded mutants of text files, and a time limit, for tests that nothing but a MoezooError comes out."""
 
 import contextlib
+import copy
+import json
 import random
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 TOKENS = [
     *(
@@ -74,6 +77,66 @@ def mutant(content: bytes, draw: random.Random) -> bytes:
             case _ if at < len(result):
                 result[at] ^= 1 << draw.randrange(8)
     return bytes(result)
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2**31,
+    2**63,
+    10**90,
+    1.5,
+    -0.0,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    "x",
+    "0",
+    "\0",
+    "{{",
+]
+ODD += [
+    [],
+    [0],
+    ["x"],
+    [[]],
+    {},
+    {"x": 0},
+    {"": {"": [{}]}},
+    "a" * 100_000,
+    [0] * 10_000,
+    {"type": "x"},
+    "(a+)+$",
+    "../x",
+]
+
+
+def json_mutant(content: bytes, draw: random.Random) -> bytes:
+    """Return the JSON text with one to three values replaced by odd ones, dropped, or moved to another place."""
+    value = json.loads(content)
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        places = list(_places(value))
+        if places:
+            container, key = draw.choice(places)
+            other, another = draw.choice(places)
+            match draw.randrange(6):
+                case 0 if other is not container:
+                    del container[key]
+                case 1:
+                    container[key] = copy.deepcopy(other[another])
+                case _:
+                    container[key] = copy.deepcopy(draw.choice(ODD))
+    return json.dumps(value).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from _places(value[key])
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ def read_manifest(path: Path) -> Manifest:
         raise _damaged(path, f"the SHA-256 of {MANIFEST} differs from the one stored in it")
     if content["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"checkpoint {path} has format version {content['format_version']!r}; expected {FORMAT_VERSION}. "
+            f"checkpoint {path} has format version {content['format_version']!r:.80}; expected {FORMAT_VERSION}. "
             "Use the moezoo version that wrote it."
         )
     try:

@@ -14,6 +14,7 @@ import numpy as np
 from moezoo.core.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_MAX_NAME = 1_000  # characters of a tensor's name
 # Bits per element by the format's dtype name, from narrow to wide in the order of the format's list.
 _BITS = {
     "BOOL": 8,
@@ -92,7 +93,7 @@ def parse_header(text: bytes) -> tuple[dict[str, TensorEntry], int]:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start_byte, item[1].size_bytes)):
         if entry.start_byte != position:
             what = "overlaps the tensor before it" if entry.start_byte < position else "leaves a hole before it"
-            raise HeaderProblem(f"{name!r} {what} (it starts at byte {entry.start_byte}; expected {position})")
+            raise HeaderProblem(f"{name!r:.80} {what} (it starts at byte {entry.start_byte}; expected {position})")
         position += entry.size_bytes
     return entries, position
 
@@ -136,25 +137,29 @@ def _parse_json(text: bytes) -> dict[str, Any]:
 
 
 def _entry(name: str, value: object, data_start: int) -> TensorEntry:
+    if len(name) > _MAX_NAME:
+        raise HeaderProblem(f"its header has a name of {len(name)} characters, {name!r:.80}")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise HeaderProblem(f"the entry of {name!r} is not {{dtype, shape, data_offsets}}; got {value!r:.80}")
+        raise HeaderProblem(f"the entry of {name!r:.80} is not {{dtype, shape, data_offsets}}; got {value!r:.80}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise HeaderProblem(f"the dtype of {name!r} is unknown; got {dtype!r:.80}")
+        raise HeaderProblem(f"the dtype of {name!r:.80} is unknown; got {dtype!r:.80}")
     if not _are_sizes(shape):
-        raise HeaderProblem(f"the shape of {name!r} is not a list of sizes; got {shape!r:.80}")
+        raise HeaderProblem(f"the shape of {name!r:.80} is not a list of sizes; got {shape!r:.80}")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise HeaderProblem(f"the data_offsets of {name!r} are not two positions; got {offsets!r:.80}")
+        raise HeaderProblem(f"the data_offsets of {name!r:.80} are not two positions; got {offsets!r:.80}")
     total_bits = _BITS[dtype]
     for size in shape:
         total_bits *= size
         if total_bits >= 1 << 64:  # Trap: [2**40, 2**40, 0] is empty, but overflows every loader
-            raise HeaderProblem(f"the shape of {name!r} is impossibly large; got {shape!r:.80}")
+            raise HeaderProblem(f"the shape of {name!r:.80} is impossibly large; got {shape!r:.80}")
     if total_bits % 8:
-        raise HeaderProblem(f"{name!r} does not end on a whole byte: {total_bits} bits")
+        raise HeaderProblem(f"{name!r:.80} does not end on a whole byte: {total_bits} bits")
     start, end = offsets
     if end - start != total_bits // 8:
-        raise HeaderProblem(f"{name!r} is {dtype} {shape} and needs {total_bits // 8} bytes, but has offsets {offsets}")
+        raise HeaderProblem(
+            f"{name!r:.80} is {dtype} {shape!s:.80} and needs {total_bits // 8} bytes, but has offsets {offsets}"
+        )
     return TensorEntry(dtype, tuple(shape), data_start + start, total_bits // 8)
 
 

@@ -81,12 +81,12 @@ def load_recipe(name: str) -> Recipe:
     """Load the recipe of a dataset. Raises DataError for an unknown name, SpecError for an invalid recipe."""
     names = _names()
     if name not in names:
-        raise DataError(f"no dataset is called {name!r}{nearest(name, names)} Known: {', '.join(names)}.")
+        raise DataError(f"no dataset is called {name!r:.80}{nearest(name, names)} Known: {', '.join(names)}.")
     file = datasets_folder() / name / "recipe.yaml"
     raw = read_mapping(file, "recipe")
     if "name" in raw:
         raise SpecError(
-            f"name is not a key of a recipe; got {raw['name']!r} ({file}). Remove it; the folder is the name."
+            f"name is not a key of a recipe; got {raw['name']!r:.80} ({file}). Remove it; the folder is the name."
         )
     raw["name"] = name
     if raw.get("kind") == "grammar":

@@ -54,8 +54,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         case kind:
             kinds = ["character", "byte", "huggingface", "ids"]
             raise TokenizerError(
-                f"tokenizer is incomplete or of an unknown kind; got kind {kind!r} with the keys "
-                f"{sorted(saved)} in {file}; expected one of {', '.join(kinds)}{nearest(str(kind), kinds)}. "
+                f"tokenizer is incomplete or of an unknown kind; got kind {kind!r:.80} with the keys "
+                f"{sorted(saved)!s:.200} in {file}; expected one of {', '.join(kinds)}{nearest(str(kind), kinds)}. "
                 "Fix it."
             )
 

@@ -177,7 +177,7 @@ def _open(
 
 def _open_npy(path: Path, key: str | None, name: str) -> IdFile:
     if key is not None:
-        raise DataError(f"{name} is a .npy file, which has only one array; got key {key!r}. Remove the key.")
+        raise DataError(f"{name} is a .npy file, which has only one array; got key {key!r:.80}. Remove the key.")
     return open_npy(path, name)
 
 
@@ -187,7 +187,7 @@ def _load_npz(path: Path, key: str | None, name: str) -> IntegerArray:
         chosen = next(iter(members)) if key is None and len(members) == 1 else key
         if chosen not in members:
             names = ", ".join(members)
-            raise DataError(f"{name} has the arrays {names:.200}; got key {key!r}. Set key to one of them.")
+            raise DataError(f"{name} has the arrays {names:.200}; got key {key!r:.80}. Set key to one of them.")
         info = members[chosen]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             raise ValueError(f"{chosen!r:.80} is encrypted or compressed in an unknown way")

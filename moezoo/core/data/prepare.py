@@ -373,4 +373,6 @@ def _check_length(split: str, source: SplitSource, sequence_length: int, where: 
 
 def _check_integer(name: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, int | np.integer) or not low <= value < high:
-        raise DataError(f"{name} is out of range; got {value!r}; expected an integer in [{low}, {high}). Change it.")
+        raise DataError(
+            f"{name} is out of range; got {value!r:.80}; expected an integer in [{low}, {high}). Change it."
+        )

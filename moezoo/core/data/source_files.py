@@ -149,15 +149,15 @@ def _document(line: str, key: str, where: str) -> str:
             f"line is not JSON; got {line[:40]!r} ({error}); expected one object per line; {where}. Fix the file."
         ) from None
     if not isinstance(value, dict) or key not in value:
-        got = f"the keys {sorted(value)}" if isinstance(value, dict) else type(value).__name__
+        got = f"the keys {sorted(value)!s:.200}" if isinstance(value, dict) else type(value).__name__
         raise DataError(
-            f"line has no field {key!r}; got {got}; expected an object with the text; {where}. "
+            f"line has no field {key!r:.80}; got {got}; expected an object with the text; {where}. "
             "Set the field of the text in the source: {kind: jsonl, path: ..., field: NAME}."
         )
     text = value[key]
     if not isinstance(text, str):
         raise DataError(
-            f"field {key!r} is not a text; got {type(text).__name__}; expected a string; {where}. "
+            f"field {key!r:.80} is not a text; got {type(text).__name__}; expected a string; {where}. "
             "Fix the file, or use another field."
         )
     try:

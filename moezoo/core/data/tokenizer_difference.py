@@ -104,7 +104,7 @@ def _first_difference(ours: Any, theirs: Any) -> str | None:
     for text in _PROBES:
         pieces, other = _pieces(ours, text), _pieces(theirs, text)
         if pieces != other:
-            return f"it splits {text!r} into {_shown(other)}, and not into {_shown(pieces)}"
+            return f"it splits {text!r:.80} into {_shown(other)}, and not into {_shown(pieces)}"
     for name in _OPTIONS:
         value, their_value = getattr(ours.model, name, None), getattr(theirs.model, name, None)
         if (value or None) != (their_value or None):
@@ -119,7 +119,7 @@ def _first_difference(ours: Any, theirs: Any) -> str | None:
         for name in _MATCHING:
             value, their_value = getattr(token, name), getattr(other, name)
             if value != their_value:
-                return f"{name} of its token {token.content!r} is {their_value}, and not {value}"
+                return f"{name} of its token {token.content!r:.80} is {their_value}, and not {value}"
     return None
 
 

@@ -64,7 +64,7 @@ def library_errors(doing: str, where: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
 
 
 def _json_of(part: Any) -> Any:

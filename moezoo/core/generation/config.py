@@ -275,7 +275,7 @@ def _whole(value: Any) -> Any:
 def _effective(raw: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) -> tuple[str, ...]:
     """List the fields of the table whose value has an effect: `num_beams 4`."""
     return tuple(
-        f"{name} {value!r}"
+        f"{name} {value!r:.80}"
         for name, value in raw.items()
         if name in table and value is not None and value != [] and value != {} and value not in table[name]
     )

@@ -13,6 +13,7 @@ from moezoo.core.spec.model import MAX_LAYERS
 
 _MAX_BYTES = 10_000_000
 
+_MOST_NAMED = 10  # unknown fields in an error
 # Larger values are errors or malicious: the spec would be expanded to that many layers before any shape is checked.
 _LARGEST, _LARGEST_NUMBER = 2**53, 1e300
 _MOST = {"layer": MAX_LAYERS, "expert": 100_000}
@@ -299,7 +300,8 @@ class Fields:
             and not any(fnmatchcase(name, pattern) for pattern in patterns)
         ]
         if unknown:
-            named = ", ".join(f"{name} {json.dumps(unread[name]):.80}" for name in sorted(unknown))
+            named = ", ".join(f"{name:.80} {json.dumps(unread[name]):.80}" for name in sorted(unknown)[:_MOST_NAMED])
+            named += f" and {len(unknown) - _MOST_NAMED} more" if unknown[_MOST_NAMED:] else ""
             raise SpecError(
                 f"config.json has fields that are unknown for this family: {named} ({self.where}). If they do not "
                 "affect the computation, list them as harmless in moezoo/core/huggingface/families; otherwise this "

@@ -107,7 +107,7 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
                     found[name] = Readable("F32", shape, (name, scales))
         case _:
             raise SpecError(
-                f"quantization_config.quant_method is {method!r}; expected mxfp4 or fp8 ({fields.where}). "
+                f"quantization_config.quant_method is {method!r:.80}; expected mxfp4 or fp8 ({fields.where}). "
                 "Use an unquantized version of the checkpoint."
             )
     return found

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from moezoo.core.config.yaml_file import read_text
 from moezoo.core.errors import SpecError
 from moezoo.core.parity.report import json_safe
 from moezoo.core.progress import Progress
@@ -317,5 +318,5 @@ def _checked(config: ZooConfig, report: "ParityReport") -> ZooConfig:
 
 
 def _source(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, "config").splitlines()
     return next((line.removeprefix("# source: ") for line in lines if line.startswith("# source: ")), "")

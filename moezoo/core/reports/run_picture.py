@@ -63,7 +63,7 @@ def _read(path: Path, problems: list[str]) -> _Curves:
                 validation.append((step, float(row["validation_loss"])))
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(
-                f"{path} has an invalid line of metrics; got {error!r}; expected `step` and losses as numbers. "
+                f"{path} has an invalid line of metrics; got {error!r:.80}; expected `step` and losses as numbers. "
                 "Delete the line, or draw another run."
             ) from error
     if not training:
@@ -88,7 +88,7 @@ def _loads(rows: Sequence[tuple[float, Any]], path: Path) -> tuple[tuple[int, ..
         shares = [np.array([routing[place]["load"] for _, routing in rows], np.float64) for place in range(len(layers))]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RunError(
-            f"{path} has steps whose `routing` does not match the first step; got {error!r}; expected the same "
+            f"{path} has steps whose `routing` does not match the first step; got {error!r:.80}; expected the same "
             "layers and experts in every step. Draw a run of one model."
         ) from error
     return layers, tuple(share * share.shape[1] for share in shares)

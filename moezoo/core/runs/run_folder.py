@@ -202,7 +202,7 @@ def _check_same(old: Config, new: Config, where: Path) -> None:
     if difference is not None:
         path, started, resumed = difference
         raise SpecError(
-            f"{path} is {resumed!r}, but the run was started with {started!r} ({where}). "
+            f"{path} is {resumed!r:.80}, but the run was started with {started!r:.80} ({where}). "
             "Resume with the config that it was started with, or start a new run with --out."
         )
 

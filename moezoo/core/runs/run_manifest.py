@@ -5,6 +5,7 @@ started from. Checkpoints have their own manifests (checkpoint/manifest.py), and
 checksum. A run of an earlier version has no manifest, and is read unchecked.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -45,8 +46,9 @@ def seal_run(folder: Path, names: tuple[str, ...], config_text: str) -> None:
 
 def replace_file(folder: Path, name: str, text: str) -> None:
     """Replace a file of a run and its entry in the manifest. A kill leaves the old or the new file, unlisted."""
-    if (folder / name).is_file() and (folder / name).read_bytes() == text.encode():
-        return
+    with contextlib.suppress(OSError):
+        if read_bounded(folder / name, len(text.encode())) == text.encode():
+            return
     files = _read(folder)
     if files is not None:
         _write(folder, {other: file for other, file in files.items() if other != name})
@@ -92,8 +94,8 @@ def _read(folder: Path) -> dict[str, ManifestFile] | None:
             raise _damaged(folder, f"the SHA-256 of {MANIFEST_FILE} differs from the one stored in it")
         if content["format_version"] != _VERSION:
             raise RunError(
-                f"{folder / MANIFEST_FILE} has format version {content['format_version']!r}; expected {_VERSION}. Use "
-                "the moezoo version that wrote it."
+                f"{folder / MANIFEST_FILE} has format version {content['format_version']!r:.80}; expected {_VERSION}. "
+                "Use the moezoo version that wrote it."
             )
         return _Manifest.model_validate(content).files
     except FileNotFoundError:

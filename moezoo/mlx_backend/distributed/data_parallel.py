@@ -9,11 +9,9 @@ Started by `moezoo launch` or `mlx.launch`, which set ranks in environment varia
 """
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +22,8 @@ from moezoo.core.distributed.process_group import is_address
 from moezoo.core.distributed.processes import Numbers, PendingNumbers, Processes
 from moezoo.core.distributed.startup import STARTUP_S, startup_limit
 from moezoo.core.errors import BackendError, SpecError, TrainingError
+from moezoo.core.files import read_bounded
+from moezoo.core.json_text import parse_json
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 from moezoo.mlx_backend.runtime.typed import custom_function, flatten, to_ints
 
@@ -81,7 +81,7 @@ def _check_variables(hosts: str | None) -> None:
     if not (rank.isascii() and rank.isdigit()):
         raise ValueError(f"MLX_RANK={rank}; expected a number from 0")
     if hosts is not None and os.path.isfile(hosts):
-        processes = json.loads(Path(hosts).read_text(encoding="utf-8"))
+        processes = parse_json(read_bounded(hosts, 1_000_000))
         lists = isinstance(processes, list) and processes and all(isinstance(each, list) for each in processes)
         if not lists or not all(is_address(str(address)) for each in processes for address in each):
             raise ValueError(f"MLX_HOSTFILE={hosts}; expected a list of [HOST:PORT] of each process")

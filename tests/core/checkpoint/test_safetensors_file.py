@@ -207,7 +207,7 @@ def test_invalid_header_length_raises(tmp_path, content, problem):
 def test_missing_file_and_folder_raise(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         SafetensorsFile(tmp_path / "a")
-    with pytest.raises(CheckpointError, match="is a directory"):
+    with pytest.raises(CheckpointError, match="it is a folder"):
         SafetensorsFile(tmp_path)
 
 
@@ -386,7 +386,7 @@ def test_file_changed_after_its_header_was_read_raises(tmp_path):
 
 def test_pipe_raises_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="a device or a pipe"):
+    with pytest.raises(CheckpointError, match="it is a pipe"):
         SafetensorsFile(tmp_path / "pipe")
 
 

@@ -54,11 +54,13 @@ class _Checks:
         lists, variables = self.grammar.lists, self.grammar.variables
         if piece.source not in lists:
             near = nearest(piece.source, [*lists, *variables])
-            raise SpecError(f"no list or variable is called {piece.source!r}{near} ({self.where}). Fix the reference.")
+            raise SpecError(
+                f"no list or variable is called {piece.source!r:.80}{near} ({self.where}). Fix the reference."
+            )
         for name in piece.excluded:
             if variables.get(name) != piece.source:
                 raise SpecError(
-                    f"{{{piece.source}-{name}}} excludes {name!r}, which is not chosen from {piece.source!r} "
+                    f"{{{piece.source}-{name}}} excludes {name!r:.80}, which is not chosen from {piece.source!r:.80} "
                     f"({self.where}). Exclude a variable that is."
                 )
         if len(piece.excluded) >= len(lists[piece.source]):

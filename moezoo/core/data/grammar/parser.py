@@ -47,7 +47,7 @@ def parse_grammar_file(text: str, where: str = "grammar") -> GrammarFile:
             raise SpecError(f"{key} is not a known key{nearest(str(key), _KEYS)} ({where}). Known: {', '.join(_KEYS)}.")
     for key, kind in (("end", str), ("start", str), ("lists", dict)):
         if not isinstance(raw.get(key), kind) or not raw[key]:
-            raise SpecError(f"{key} is {raw.get(key)!r}; expected a non-empty {kind.__name__} ({where}). Add it.")
+            raise SpecError(f"{key} is {raw.get(key)!r:.80}; expected a non-empty {kind.__name__} ({where}). Add it.")
     lists = {_name(name, where): _options(name, options, where) for name, options in raw["lists"].items()}
     start = _template(raw["start"], "start", where)
     variables = _variables(start, lists, where)
@@ -58,20 +58,20 @@ def parse_grammar_file(text: str, where: str = "grammar") -> GrammarFile:
 
 def _name(name: object, where: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise SpecError(f"{name!r} is not a name; expected lowercase letters, digits and _ ({where}). Rename it.")
+        raise SpecError(f"{name!r:.80} is not a name; expected lowercase letters, digits and _ ({where}). Rename it.")
     return name
 
 
 def _options(name: str, raw: object, where: str) -> tuple[Option, ...]:
     if not isinstance(raw, list) or not raw:
-        raise SpecError(f"lists.{name} is {raw!r}; expected a list of options ({where}). Add at least one.")
+        raise SpecError(f"lists.{name} is {raw!r:.80}; expected a list of options ({where}). Add at least one.")
     options = []
     for number, entry in enumerate(raw):
         place = f"lists.{name}[{number}]"
         fields = dict(entry) if isinstance(entry, dict) else {"text": entry}
         weight = fields.pop("weight", 1)
         if type(weight) is not int or weight < 1:
-            raise SpecError(f"{place}.weight is {weight!r}; expected a positive integer ({where}). Fix it.")
+            raise SpecError(f"{place}.weight is {weight!r:.80}; expected a positive integer ({where}). Fix it.")
         template = _template(fields.pop("text", None), f"{place}.text", where)
         attributes = {_name(key, where): _template(text, f"{place}.{key}", where) for key, text in fields.items()}
         options.append(Option(template, weight, attributes))
@@ -88,14 +88,14 @@ def _options(name: str, raw: object, where: str) -> tuple[Option, ...]:
 def _template(text: object, place: str, where: str) -> Template:
     """Split a text into pieces. `{x}` becomes Say, until `_resolve` replaces names of lists by choices."""
     if not isinstance(text, str):
-        raise SpecError(f"{place} is {text!r}; expected a text ({where}). Quote it.")
+        raise SpecError(f"{place} is {text!r:.80}; expected a text ({where}). Quote it.")
     pieces: list[Piece] = []
     for number, part in enumerate(_REFERENCE.split(text)):
         if number % 2:
             pieces.append(_reference(part, place, where))
         elif part:
             if "{" in part or "}" in part:
-                raise SpecError(f"{place} has an unmatched brace; got {part!r} ({where}). Write {{name}}.")
+                raise SpecError(f"{place} has an unmatched brace; got {part!r:.80} ({where}). Write {{name}}.")
             pieces.append(Literal(part))
     return tuple(pieces)
 
@@ -122,11 +122,11 @@ def _variables(start: Template, lists: Mapping[str, tuple[Option, ...]], where: 
             continue
         if piece.source not in lists:
             raise SpecError(
-                f"no list is called {piece.source!r}{nearest(piece.source, lists)} ({where}). Fix the reference."
+                f"no list is called {piece.source!r:.80}{nearest(piece.source, lists)} ({where}). Fix the reference."
             )
         if piece.name is not None and variables.setdefault(piece.name, piece.source) != piece.source:
             raise SpecError(
-                f"{piece.name!r} is chosen from {piece.source!r} and from {variables[piece.name]!r}; "
+                f"{piece.name!r:.80} is chosen from {piece.source!r:.80} and from {variables[piece.name]!r:.80}; "
                 f"expected one list ({where}). Use two variables."
             )
         if piece.name in lists:
