@@ -73,6 +73,7 @@ def find_files(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Source
 
 
 _BYTE_ORDER_MARK = "\ufeff"
+_LINE_BYTES = 256 << 20  # of a JSON line: it is parsed whole
 
 # First bytes of files that are not UTF-8 text, and how to make text of them.
 _FORMATS = {
@@ -173,12 +174,19 @@ def _document(line: str, key: str, where: str) -> str:
 def _lines(file: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     """Yield lines without newlines; a line that spans chunks is joined once."""
     parts: list[bytes] = []
+    number = 1
     for chunk in file.chunks():
         first, *others = chunk.split(b"\n")
         parts.append(first)
         for other in others:
             yield b"".join(parts)
             parts = [other]
+            number += 1
+        if sum(map(len, parts)) > _LINE_BYTES:
+            raise DataError(
+                f"line is longer than {_LINE_BYTES >> 20} MiB; expected a JSON object per line; {file.name}, line "
+                f"{number}. Check that the file is JSON lines; write long texts as a source of kind text."
+            )
         on_bytes(len(chunk))
     yield b"".join(parts)
 
@@ -208,8 +216,9 @@ def _find_local(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sourc
         elif glob.has_magic(path):
             found = list(_glob(local))
         else:
+            problem = "not a regular file" if local.exists() else "no such file"
             raise DataError(
-                f"no such file; got {located(path)}; expected a file, a folder, a glob or a URL; {where}. Check the "
+                f"{problem}; got {located(path)}; expected a file, a folder, a glob or a URL; {where}. Check the "
                 "path; a relative one begins at the working folder."
             )
         once = {os.path.realpath(file): file for file in sorted(found, reverse=True)}  # several links to one file

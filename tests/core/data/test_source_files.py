@@ -112,3 +112,17 @@ def test_file_that_changes_while_it_is_read_raises(tmp_path):
     write(path, "another text")
     with pytest.raises(DataError, match=r"was changed while it was read; got 12 bytes; expected the 4 bytes"):
         list(text_of(file, lambda _: None))
+
+
+def test_endless_line_and_pipe_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_files, "_LINE_BYTES", 3 << 20)
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "x"}\n')
+        file.truncate(200 << 30)  # of zeros, which take no space
+    [file] = found(path)
+    with pytest.raises(DataError, match=r"line is longer than 3 MiB; expected a JSON object per line; .*, line 2"):
+        list(documents_of(file, "text", lambda _: None))
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(DataError, match=r"not a regular file; got .*b\.txt"):
+        found(tmp_path / "b.txt")
