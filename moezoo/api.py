@@ -112,13 +112,14 @@ class LoadedModel:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int = 0,
+        chat: bool = False,
         on_tokens: Callable[[Integers], None] | None = None,
     ) -> Integers:
         """Generate continuations int32 [B, new] of prompts int32 [B, T], or of B prompts of any lengths.
 
         An argument of None takes its value from `self.generation` (generation_config.json of a Hugging Face folder), or
         else 32 new tokens and greedy decoding. Temperature 0 is greedy. Generation stops early when every sequence has
-        produced one of `generation.end_tokens`.
+        produced one of `end_tokens(chat)`. `chat`: the prompts are conversations (`encode_prompt(text, chat=True)`).
 
         `on_tokens` is called with each new column, int32 [B].
 
@@ -140,7 +141,7 @@ class LoadedModel:
                 repetition_penalty=repetition_penalty,
                 seed=seed,
             ),
-            end_tokens=self.generation.end_tokens,
+            end_tokens=self.end_tokens(chat),
             padding=self.generation.padding,
             on_tokens=on_tokens,
         )
@@ -149,6 +150,16 @@ class LoadedModel:
         """Check that the logits of a batch of windows over `num_tokens` tokens fit. Raises OutOfMemoryError."""
         size = min(batch_size, -(-num_tokens // length))
         check_scoring(self.model.spec, size, length, self.devices, allow_overcommit=self.allow_overcommit)
+
+    def end_tokens(self, chat: bool = False) -> tuple[int, ...]:
+        """Return the tokens that end a text: `generation.end_tokens`, and in a chat the tokenizer's end of turn too.
+
+        A model's generation_config.json may lack the `eos_token` of its tokenizer_config.json (`<|im_end|>`), with
+        which its chat template ends a turn.
+        """
+        own = self.tokenizer.end_of_text
+        ends = self.generation.end_tokens
+        return (*ends, own) if chat and own is not None and own not in ends else ends
 
     def check_generation(self, prompts: Sequence[IdsLike], new_tokens: int) -> list[str]:
         """Check that the caches of a generation fit; return warnings. Raises OutOfMemoryError, as `generate` does."""

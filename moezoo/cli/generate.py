@@ -72,14 +72,14 @@ def generate(
         model.tokenizer if ids is None else None,
         [row for row in rows for _ in range(samples)],
         [text for text in texts for _ in range(samples)],
-        model.generation.end_tokens,
+        model.end_tokens(chat),
     )
     if options["temperature"] is None and generation.temperature is None:
         options["temperature"] = _TEMPERATURE
     new_tokens = generation.new_tokens(max_new_tokens, max(len(row) for row in rows), _NEW_TOKENS)
     warn(*model.check_generation(printer.rows, new_tokens))
     printer.start()
-    model.generate(printer.rows, max_new_tokens=new_tokens, on_tokens=printer.add, **options)
+    model.generate(printer.rows, max_new_tokens=new_tokens, on_tokens=printer.add, chat=chat, **options)
     printer.finish()
 
 

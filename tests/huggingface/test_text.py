@@ -63,9 +63,23 @@ def test_chat_prints_only_the_answer(folder: Path, model: LoadedModel) -> None:
     result = call("generate", folder, "--chat", "--prompt", "the cat", "--max-new-tokens", 5)
     assert result.exit_code == 0, result.output
     ids = model.encode_prompt("the cat", chat=True)
-    new = model.generate(ids[None], max_new_tokens=5)[0]
+    new = model.generate(ids[None], max_new_tokens=5, chat=True)[0]
     text = model.tokenizer.decode(np.concatenate([ids, new])).removeprefix(model.tokenizer.decode(ids))
     assert result.stdout == text.split("<end>")[0] + "\n"
+
+
+def test_a_chat_ends_at_the_tokenizers_end_of_turn_too(folder: Path, tmp_path: Path) -> None:
+    """A model whose generation_config.json has another end token than its tokenizer_config.json."""
+    ids = read_fixture("mixtral").expected["input_ids"][:1].astype(np.int32)
+    greedy = read_fixture("mixtral").expected["greedy"][0].tolist()
+    model = moezoo.load(says(folder, tmp_path, max_new_tokens=7, eos_token_id=[greedy[4], 0]), backend="mlx")
+    model.tokenizer.end_of_text = greedy[2]
+    assert model.end_tokens() == (greedy[4], 0)
+    assert model.end_tokens(chat=True) == (greedy[4], 0, greedy[2])
+    assert model.generate(ids)[0].tolist() == greedy[:5]
+    assert model.generate(ids, chat=True)[0].tolist() == greedy[:3]
+    model.tokenizer.end_of_text = 0
+    assert model.end_tokens(chat=True) == (greedy[4], 0)
 
 
 def test_generation_config_sets_defaults_and_options_override_them(folder: Path, tmp_path: Path) -> None:

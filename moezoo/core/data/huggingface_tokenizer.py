@@ -26,7 +26,7 @@ from moezoo.core.data.tokenizers import (
     save_json,
     tokenizer_file,
 )
-from moezoo.core.errors import TokenizerError
+from moezoo.core.errors import TokenizerError, shown
 from moezoo.core.files import make_folder, read_bounded, write_atomically
 from moezoo.core.limited_process import LimitedProcessError
 
@@ -78,14 +78,23 @@ class HuggingFaceTokenizer:
         """Spec: Tokenizer.first_tokens."""
         return first_tokens(self._inner.backend_tokenizer)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Ids:
         """Encode a conversation with the tokenizer's chat template, including the generation prompt.
 
-        `messages`: `role` and `content` of each. Only special tokens of the template are used; none is added.
+        `messages`: mappings as in transformers; the template sees `role`, `content` (text, a list of parts, or none
+        beside `tool_calls`) and the other fields. Only special tokens of the template are used; none is added.
+
         Raises TokenizerError: no chat template, or an error in the template for these messages.
         """
+        is_list = isinstance(messages, Sequence) and len(messages) > 0
+        if not is_list or not all(isinstance(message, Mapping) for message in messages):
+            raise TokenizerError(
+                f"a conversation is no list of messages; got {shown(messages)}; expected one or more mappings with a "
+                "role and content."
+            )
         for message in messages:
-            encode_utf8(message["content"], "prompt")
+            if isinstance(content := message.get("content"), str):
+                encode_utf8(content, "prompt")
         if not self.chat_template:
             raise TokenizerError(
                 f"the tokenizer has no chat template; got {self.path}; expected chat_template.jinja, or chat_template "
@@ -94,7 +103,7 @@ class HuggingFaceTokenizer:
         try:
             template = self._inner.get_chat_template()
             text = render_chat(template, messages, self._inner.special_tokens_map)
-        except (LimitedProcessError, ValueError, TypeError) as error:  # no default template; a message that is not JSON
+        except (LimitedProcessError, ValueError, TypeError, RecursionError) as error:  # no default template; not JSON
             raise TokenizerError(
                 f"the chat template cannot be applied; got {first_line(error):.300} ({self.path}); expected a template "
                 "for roles system, user and assistant. Prompt without chat, or fix the template."

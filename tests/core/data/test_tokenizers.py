@@ -323,6 +323,42 @@ def test_chat_uses_the_template_and_has_one_bos_token(chat_folder, tmp_path):
     assert load_tokenizer(tmp_path).encode_chat([{"role": "user", "content": "the cat"}]).tolist() == ids.tolist()
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": {"word": "cat"}}}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        [{"role": "assistant", "tool_calls": [CALL]}, {"role": "user", "content": "the cat"}],
+        [{"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": "cat"}]}],
+    ],
+)
+def test_content_may_be_null_a_list_or_absent_as_in_transformers(chat_folder, messages):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(chat_folder))
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert HuggingFaceTokenizer(str(chat_folder)).encode_chat(messages).tolist() == expected
+
+
+def test_what_is_no_conversation_is_refused(chat_folder):
+    tokenizer = HuggingFaceTokenizer(str(chat_folder))
+    circle = {"role": "user"}
+    circle["content"] = [circle]
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for messages in (None, "the cat", ["the cat"], [None], [], {"role": "user", "content": "the cat"}):
+        with pytest.raises(
+            TokenizerError, match=r"a conversation is no list of messages; got .*; expected one or more"
+        ):
+            tokenizer.encode_chat(messages)
+    for message in (circle, {"role": "user", "content": deep}, {"role": "user", "content": {"the", "cat"}}):
+        with pytest.raises(TokenizerError, match="the chat template cannot be applied; got"):
+            tokenizer.encode_chat([message])
+
+
 def test_chat_without_a_template_or_with_a_failing_template_raises(hub_folder, chat_folder):
     with pytest.raises(
         TokenizerError, match=r"the tokenizer has no chat template; got .*; expected chat_template.jinja"
