@@ -273,6 +273,7 @@ def evaluate_file(
     *,
     sequence_length: int | None = None,
     batch_size: int | None = None,
+    max_windows: int | None = None,
     on_progress: Progress | None = None,
     on_message: Message = warnings.warn,
 ) -> Evaluation:
@@ -285,6 +286,7 @@ def evaluate_file(
         sequence_length: tokens per window; None: as in training (512 for a Hugging Face checkpoint), or the whole file
             if it is shorter.
         batch_size: windows per batch; None: as in training, reduced so that the logits of a batch take at most 128 MiB.
+        max_windows: number of windows, at most, spread evenly over the file; None: all.
         on_progress: progress callback, in windows.
         on_message: called with a line about each damaged entry of the token cache, which is made again.
 
@@ -302,6 +304,7 @@ def evaluate_file(
         loaded.tokenizer,
         sequence_length=length,
         batch_size=batch,
+        max_windows=max_windows,
         first_token=loaded.first_token if loaded.published else None,
         on_progress=on_progress,
     )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="FILE", help="Text, JSON lines, or token ids (.npy, .bin). Default: the run's data.")
 @click.option("--sequence-length", type=click.IntRange(1), help="Sequence length. Default: the run's, or 512.")
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: the run's, less for large logits.")
+@click.option("--windows", type=click.IntRange(1), metavar="N", help="Score N windows, spread evenly. Default: all.")
 @backend_option
 @overcommit_option
 @json_option
@@ -31,6 +32,7 @@ def evaluate(
     data: str | None,
     sequence_length: int | None,
     batch_size: int | None,
+    windows: int | None,
     backend: str | None,
     allow_overcommit: bool,
     as_json: bool,
@@ -55,10 +57,16 @@ def evaluate(
 
         if data is not None:
             result = evaluate_file(
-                model, data, sequence_length=sequence_length, batch_size=batch_size, on_progress=show, on_message=warn
+                model,
+                data,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                max_windows=windows,
+                on_progress=show,
+                on_message=warn,
             )
         else:
-            result = _evaluate_run(console, path, model, sequence_length, batch_size, show)
+            result = _evaluate_run(console, path, model, sequence_length, batch_size, windows, show)
     if as_json:
         print_json({"path": str(path), "data": data, "step": model.step, **result.to_dict()})
         return
@@ -72,6 +80,7 @@ def _evaluate_run(
     model: "LoadedModel",
     sequence_length: int | None,
     batch_size: int | None,
+    windows: int | None,
     show: "Progress",
 ) -> "Evaluation":
     """Evaluate a run on its own validation data."""
@@ -89,6 +98,7 @@ def _evaluate_run(
         model.tokenizer,
         sequence_length=length,
         batch_size=batch,
+        max_windows=windows,
         grammar=known_grammar(config.data),
         on_progress=show,
     )

@@ -17,7 +17,8 @@ from tests.support.small_run import write_config
 
 SURFACE = {
     "train": [
-        *("CONFIG", "--backend", "--out", "--set", "--mesh", "--resume", "--allow-overcommit", "--coordinator"),
+        *("CONFIG", "--backend", "--out", "--set", "--mesh", "--resume", "--allow-overcommit"),
+        *("--allow-changed-data", "--coordinator"),
         *("--num-processes", "--process-id", "--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
     ],
     "launch": ["--nproc", "COMMAND..."],
@@ -39,7 +40,10 @@ SURFACE = {
         "--seed",
         "--samples",
     ],
-    "eval": ["PATH", "--data", "--sequence-length", "--batch-size", "--backend", "--allow-overcommit", "--json"],
+    "eval": [
+        *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--backend", "--allow-overcommit"),
+        "--json",
+    ],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--json"],
     "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
     "parity": ["PATH", "--json", "--all"],
@@ -142,6 +146,7 @@ def test_public_api_is_small() -> None:
 def test_train_writes_a_complete_run_folder(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         "config.yaml",
+        "data.json",
         "manifest.json",
         "tokenizer.json",
         "metrics.jsonl",
@@ -202,10 +207,10 @@ def test_eval_of_a_file_does_not_need_the_run_data(trained: Path, folder: Path) 
     words = ["eval", trained, "--data", folder / "other.txt", "--backend", "mlx"]
     values = json.loads(call(*words, "--json").stdout)
     assert values["data"] == str(folder / "other.txt")
-    assert (values["windows"], values["sequence_length"]) == (3, 24)
-    assert json.loads(call(*words, "--sequence-length", 10, "--json").stdout)["windows"] == 8
+    assert (values["windows"], values["sequence_length"]) == (4, 24)
+    assert json.loads(call(*words, "--sequence-length", 10, "--json").stdout)["windows"] == 9
     (folder / "short.txt").write_text("12 owls")
-    assert "(1 windows of 6 tokens)" in call("eval", trained, "--data", folder / "short.txt", "--backend", "mlx").stdout
+    assert "(1 window of 6 tokens)" in call("eval", trained, "--data", folder / "short.txt", "--backend", "mlx").stdout
 
 
 def test_describe_and_schema(trained: Path) -> None:

@@ -111,6 +111,11 @@ class PrebatchedSplit:
         count = total if count is None else min(count, total)
         return self._read(np.arange(count) * total // count)
 
+    def num_windows(self, sequence_length: int) -> int:
+        """Return the number of rows; see `Split.num_windows`."""
+        del sequence_length
+        return self.steps * self.ids.shape[1]
+
     def _read(self, rows: npt.NDArray[np.int64]) -> Ids:
         """Read rows, counted from the split's first batch, and append the column of targets that do not exist."""
         _, batch_size, length = self.ids.shape

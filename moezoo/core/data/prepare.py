@@ -105,10 +105,11 @@ class Split:
         return batch
 
     def windows(self, sequence_length: int, count: int | None = None) -> "Windows":
-        """Return consecutive windows in which each token is a target at most once: int32 [n, T + 1], read lazily.
+        """Return consecutive windows: int32 [n, T + 1], read lazily.
 
-        Window i of a source begins at its token i * T; the windows of all sources are concatenated. With `count`, that
-        many evenly spaced windows are returned; None or a larger number than there are means all.
+        Window i of a source begins at its token i * T. The last one ends at the last token, so its first targets are
+        also in the window before (`Windows.are_repeated`). The windows of all sources are concatenated. With `count`,
+        that many evenly spaced windows are returned; None or a larger number than there are means all.
         """
         _check_integer("sequence_length", sequence_length, 1, 1 << 31)
         if count is not None:
@@ -117,6 +118,10 @@ class Split:
             _check_length(self.name, source, sequence_length)
         return Windows(self.sources, sequence_length, count)
 
+    def num_windows(self, sequence_length: int) -> int:
+        """Return the number of windows of all sources."""
+        return len(self.windows(sequence_length))
+
 
 class Windows(Sequence[Ids]):
     """Lazy int32 array [n, T + 1]: an index returns a row, a slice an array; `numpy.asarray` reads all of it."""
@@ -124,7 +129,7 @@ class Windows(Sequence[Ids]):
     def __init__(self, sources: Sequence[SplitSource], sequence_length: int, count: int | None) -> None:
         self._sources = tuple(sources)
         self._length = sequence_length
-        self._ends = np.cumsum([(source.num_tokens - 1) // sequence_length for source in sources])
+        self._ends = np.cumsum([-(-(source.num_tokens - 1) // sequence_length) for source in sources])
         self._total = int(self._ends[-1])
         self._count = self._total if count is None else min(count, self._total)
 
@@ -147,16 +152,28 @@ class Windows(Sequence[Ids]):
             raise ValueError("windows are read from disk, so they cannot be converted to an array without a copy")
         return self[:].astype(dtype or np.int32, copy=False)  # type: ignore[no-any-return]
 
-    def _read(self, number: npt.NDArray[np.int64]) -> Ids:
+    def are_repeated(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Return which targets of the windows first, ..., last - 1 are targets of the window before: bool [n, T]."""
+        _, start, first_new = self._place(np.arange(*slice(first, last).indices(self._count)))
+        return np.arange(self._length) < (first_new - start)[:, None]
+
+    def _place(
+        self, number: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return source, first token, and first token that is in no window before of each window, all int64 [n]."""
         window = number * self._total // self._count
-        source_of = np.searchsorted(self._ends, window, side="right")
-        rows = np.empty((len(window), self._length + 1), np.int32)
+        source = np.searchsorted(self._ends, window, side="right")
+        first_new = (window - np.concatenate([[0], self._ends])[source]) * self._length
+        sizes = np.array([source.num_tokens for source in self._sources])
+        return source, np.minimum(first_new, sizes[source] - 1 - self._length), first_new
+
+    def _read(self, number: npt.NDArray[np.int64]) -> Ids:
+        source_of, start, _ = self._place(number)
+        rows = np.empty((len(number), self._length + 1), np.int32)
         for k, source in enumerate(self._sources):
             own = np.flatnonzero(source_of == k)
             if len(own):
-                begin = int(self._ends[k - 1]) if k else 0
-                starts = source.first + (window[own] - begin) * self._length
-                rows[own] = source.tokens.read(starts, self._length + 1)
+                rows[own] = source.tokens.read(source.first + start[own], self._length + 1)
         return rows
 
 

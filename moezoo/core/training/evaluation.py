@@ -12,15 +12,12 @@ from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
 from moezoo.core.data.grammar.grammar import Grammar
 from moezoo.core.data.prebatched import PrebatchedSplit
-from moezoo.core.data.prepare import Split
+from moezoo.core.data.prepare import Split, Windows
 from moezoo.core.data.token_shards import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED
 from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
-
-MAX_WINDOWS = 4096
-"""Number of windows in a full evaluation, at most."""
 
 _MANY_EXPERTS = 16
 
@@ -56,6 +53,7 @@ class Evaluation:
         validation_loss: mean nats per token, with training routing and no noise.
         bits_per_byte: None if tokens have no text.
         windows: number of windows scored.
+        all_windows: number of windows of the data.
         sequence_length: tokens per window.
         routing: load and drops of each MoE layer, with training routing.
         optimum: comparison with the data's entropy, if that is known.
@@ -66,6 +64,7 @@ class Evaluation:
     validation_loss: float
     bits_per_byte: float | None
     windows: int
+    all_windows: int
     sequence_length: int
     routing: tuple[RoutingStatistics, ...]
     optimum: Optimum | None = None
@@ -99,7 +98,7 @@ def evaluate(
     *,
     sequence_length: int,
     batch_size: int,
-    max_windows: int = MAX_WINDOWS,
+    max_windows: int | None = None,
     grammar: Grammar | None = None,
     first_token: int | None = None,
     on_progress: Progress | None = None,
@@ -107,7 +106,7 @@ def evaluate(
     """Score consecutive windows of a split: all of them, or `max_windows` spread evenly over it.
 
     Means are over targets that are not IGNORED. Bits per byte = total nats / ln 2 / UTF-8 bytes of these targets; None
-    if tokens have no text.
+    if tokens have no text. Windows are read batch by batch.
 
     Args:
         model: a built model.
@@ -115,7 +114,7 @@ def evaluate(
         tokenizer: counts bytes, and decodes windows for the comparison with `grammar`.
         sequence_length: T, tokens predicted per window.
         batch_size: windows per batch, at most.
-        max_windows: number of windows, at most.
+        max_windows: number of windows, at most; None: all.
         grammar: source of the data, to compare with its entropy.
         first_token: replaces the first token of each window, which is context only, and is no target (`<s>`): models
             that saw it before every text do poorly without it. None: windows are left as they are.
@@ -124,34 +123,69 @@ def evaluate(
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
     """
     check_length(model.spec, sequence_length, f"windows of {sequence_length} tokens")
-    windows = np.asarray(split.windows(sequence_length, max_windows))
-    check_range(windows[windows != IGNORED], model.spec.vocab, "data to evaluate on")
-    inputs, targets = windows[:, :-1], windows[:, 1:]
-    if first_token is not None:
-        inputs, targets = _after_first_token(inputs, targets, first_token, tokenizer.end_of_text)
-    totals = _score_windows(model, inputs, targets, _even_batch_size(len(windows), batch_size), on_progress)
-    counted = targets != IGNORED
-    num_bytes = tokenizer.byte_count(targets[counted], _begin_texts(windows, tokenizer)[counted])
-    inference_losses = totals.inference_losses
-    return Evaluation(
-        validation_loss=float(totals.losses[counted].mean()),
-        bits_per_byte=float(totals.losses.sum() / math.log(2) / num_bytes) if num_bytes else None,
-        windows=len(windows),
-        sequence_length=sequence_length,
-        routing=routing_statistics(model.spec.moe_layers, totals.load, totals.dropped),
-        optimum=_compare_with_source(windows, totals.losses, tokenizer, grammar) if grammar is not None else None,
-        inference_loss=None if inference_losses is None else float(inference_losses[counted].mean()),
-    )
+    windows = split.windows(sequence_length, max_windows)
+    size = _even_batch_size(len(windows), batch_size)
+    sums, report = _Sums(model, tokenizer, grammar), on_progress or (lambda what, done, total: None)
+    report("evaluating", 0, len(windows))
+    for start in range(0, len(windows), size):
+        batch = windows[start : start + size]
+        check_range(batch[batch != IGNORED], model.spec.vocab, "data to evaluate on")
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        if isinstance(windows, Windows):
+            targets = np.where(windows.are_repeated(start, start + size), IGNORED, targets)
+        if first_token is not None:
+            inputs, targets = _after_first_token(inputs, targets, first_token, tokenizer.end_of_text)
+        sums.add(batch, inputs, targets)
+        report("evaluating", start + len(batch), len(windows))
+    return sums.evaluation(len(windows), split.num_windows(sequence_length), sequence_length)
 
 
-@dataclass(frozen=True)
-class _Totals:
-    """Losses [windows, T] of all targets in nats, with training and with inference routing; load and drops by layer."""
+class _Sums:
+    """Sums over the windows scored so far: nats with training and inference routing, bytes, load and drops."""
 
-    losses: NDArray[np.float64]
-    inference_losses: NDArray[np.float64] | None
-    load: list[NDArray[np.int64]]
-    dropped: list[int]
+    def __init__(self, model: Model, tokenizer: Tokenizer, grammar: Grammar | None):
+        self._model, self._tokenizer, self._grammar = model, tokenizer, grammar
+        self._targets, self._nats, self._inference_nats = 0, 0.0, 0.0
+        self._bytes: int | None = 0
+        self._load: list[NDArray[np.int64]] = []
+        self._dropped: list[int] = []
+        self._known = np.zeros(3)  # characters, nats and surprisal where the source is known
+
+    def add(self, windows: NDArray[np.int32], inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        """Score inputs and targets [n, T] of windows [n, T + 1]."""
+        scores, counted = self._model.score(inputs, targets), targets != IGNORED
+        losses = scores.token_losses.astype(np.float64)
+        self._targets += int(counted.sum())
+        self._nats += float(losses[counted].sum())
+        if self._model.spec.inference_differs:
+            inferred = self._model.score(inputs, targets, inference=True).token_losses
+            self._inference_nats += float(inferred.astype(np.float64)[counted].sum())
+        num_bytes = self._tokenizer.byte_count(targets[counted], _begin_texts(windows, self._tokenizer)[counted])
+        self._bytes = None if self._bytes is None or num_bytes is None else self._bytes + num_bytes
+        first = not self._load
+        self._load = scores.load if first else [a + b for a, b in zip(self._load, scores.load, strict=True)]
+        self._dropped = scores.dropped if first else [a + b for a, b in zip(self._dropped, scores.dropped, strict=True)]
+        if self._grammar is not None:
+            losses[~counted] = np.nan
+            self._known += _compare_with_source(windows, losses, self._tokenizer, self._grammar)
+
+    def evaluation(self, windows: int, all_windows: int, sequence_length: int) -> Evaluation:
+        """Return the means."""
+        characters, nats, surprisal = self._known.tolist()
+        optimum = None
+        if self._grammar is not None and characters:
+            rate = self._grammar.entropy().nats_per_character
+            optimum = Optimum(int(characters), nats / characters, surprisal / characters, rate)
+        return Evaluation(
+            validation_loss=self._nats / self._targets,
+            bits_per_byte=self._nats / math.log(2) / self._bytes if self._bytes else None,
+            windows=windows,
+            all_windows=all_windows,
+            sequence_length=sequence_length,
+            routing=routing_statistics(self._model.spec.moe_layers, self._load, self._dropped),
+            optimum=optimum,
+            inference_loss=self._inference_nats / self._targets if self._model.spec.inference_differs else None,
+        )
 
 
 def _begin_texts(windows: NDArray[np.int32], tokenizer: Tokenizer) -> NDArray[np.bool_]:
@@ -169,32 +203,6 @@ def _after_first_token(
     return inputs, targets if first_token == end_of_text else np.where(targets == first_token, IGNORED, targets)
 
 
-def _score_windows(
-    model: Model,
-    inputs: NDArray[np.int32],
-    targets: NDArray[np.int32],
-    batch_size: int,
-    on_progress: Progress | None,
-) -> _Totals:
-    """Score windows: inputs and targets [windows, T], batch by batch."""
-    losses = np.empty(targets.shape, np.float64)
-    inference_losses = np.empty_like(losses) if model.spec.inference_differs else None
-    load: list[NDArray[np.int64]] = []
-    dropped: list[int] = []
-    report = on_progress or (lambda what, done, total: None)
-    report("evaluating", 0, len(targets))
-    for start in range(0, len(targets), batch_size):
-        rows = slice(start, start + batch_size)
-        scores = model.score(inputs[rows], targets[rows])
-        losses[rows] = scores.token_losses
-        if inference_losses is not None:
-            inference_losses[rows] = model.score(inputs[rows], targets[rows], inference=True).token_losses
-        load = [a + b for a, b in zip(load, scores.load, strict=True)] if load else scores.load
-        dropped = [a + b for a, b in zip(dropped, scores.dropped, strict=True)] if dropped else scores.dropped
-        report("evaluating", min(start + batch_size, len(targets)), len(targets))
-    return _Totals(losses, inference_losses, load, dropped)
-
-
 def known_grammar(data: DataConfig) -> Grammar | None:
     """Return the grammar that generates the data, if that is a single built-in dataset with a character tokenizer."""
     match data.sources:
@@ -205,19 +213,15 @@ def known_grammar(data: DataConfig) -> Grammar | None:
 
 def _compare_with_source(
     windows: NDArray[np.int32], losses: NDArray[np.float64], tokenizer: Tokenizer, grammar: Grammar
-) -> Optimum | None:
-    """Compare losses with the exact surprisal; None if no character has its full relevant context in the window."""
+) -> NDArray[np.float64]:
+    """Return number, summed losses and summed exact surprisal of characters with their full context in the window.
+
+    Characters whose loss is NaN do not count.
+    """
     assert isinstance(tokenizer, CharacterTokenizer)
     surprisal = np.stack([grammar.fair_surprisal(tokenizer.decode(window)) for window in windows])
-    comparable = ~np.isnan(surprisal)
-    if not comparable.any():
-        return None
-    return Optimum(
-        characters=int(comparable.sum()),
-        loss=float(losses[comparable].mean()),
-        best_possible=float(surprisal[comparable].mean()),
-        entropy_rate=grammar.entropy().nats_per_character,
-    )
+    known = ~np.isnan(surprisal) & ~np.isnan(losses)
+    return np.array([known.sum(), losses[known].sum(), surprisal[known].sum()])
 
 
 def _even_batch_size(count: int, batch_size: int) -> int:
@@ -231,10 +235,13 @@ def _even_batch_size(count: int, batch_size: int) -> int:
 
 def describe_evaluation(evaluation: Evaluation) -> str:
     """Describe the losses in nats per token and bits per byte, and the distance from a known optimum."""
+    windows = "1 window" if evaluation.windows == 1 else f"{evaluation.windows:,} windows"
+    if evaluation.windows < evaluation.all_windows:
+        windows = f"{evaluation.windows:,} of {evaluation.all_windows:,} windows"
     lines = [
         f"validation loss {evaluation.validation_loss:.4f} nats per token"
         + (f", {evaluation.bits_per_byte:.4f} bits per byte" if evaluation.bits_per_byte is not None else "")
-        + f"  ({evaluation.windows} windows of {evaluation.sequence_length} tokens)"
+        + f"  ({windows} of {evaluation.sequence_length} tokens)"
     ]
     if evaluation.inference_loss is not None:
         gap = evaluation.inference_loss - evaluation.validation_loss

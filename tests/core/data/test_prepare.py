@@ -222,20 +222,24 @@ def timed(function):
 
 def test_validation_windows_have_each_target_once(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000))
-    np.save(tmp_path / "b.npy", np.arange(1000, 2000))
+    np.save(tmp_path / "b.npy", np.arange(1000, 2010))
     prepared = prepare_data(config(shards(tmp_path / "a.npy"), shards(tmp_path / "b.npy"), tokenizer=IDS), T)
     windows = prepared.validation.windows(T)
-    assert windows.shape == (38, T + 1)
+    assert windows.shape == (40, T + 1)
+    assert prepared.validation.num_windows(T) == 40
     whole = np.asarray(windows)
     assert whole.dtype == np.int32
-    targets = whole[:, 1:].reshape(-1)
-    assert targets.tolist() == [*range(901, 996), *range(1901, 1996)]
+    assert (np.diff(whole, axis=1) == 1).all()
+    targets = whole[:, 1:][~windows.are_repeated(0, 40)]
+    assert targets.tolist() == [*range(901, 1000), *range(1910, 2010)]
+    assert windows.are_repeated(19, 20).tolist() == [[True, False, False, False, False]]
+    assert not windows.are_repeated(20, 41).any()
     assert windows[7:14].tolist() == whole[7:14].tolist()
     assert windows[3].tolist() == whole[3].tolist()
     assert windows[-1].tolist() == whole[-1].tolist()
-    assert len(list(windows)) == 38
+    assert len(list(windows)) == 40
     with pytest.raises(IndexError):
-        windows[38]
+        windows[40]
 
 
 def test_fewer_validation_windows_are_evenly_spaced(tmp_path):
@@ -245,7 +249,7 @@ def test_fewer_validation_windows_are_evenly_spaced(tmp_path):
     assert len(firsts) == 10
     assert firsts[0] == 2000
     assert set(np.diff(firsts)) <= {195, 200}
-    assert len(prepared.validation.windows(T, 10**6)) == 399
+    assert len(prepared.validation.windows(T, 10**6)) == 400
     with pytest.raises(DataError, match="count is out of range; got 0"):
         prepared.validation.windows(T, 0)
 

@@ -1,5 +1,6 @@
 """Held-out loss with training and with inference routing, on the float64 reference; and that a run reports both."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from moezoo.cli.main import main
 from moezoo.core.backend import Scores
 from moezoo.core.config.validate import validate
+from moezoo.core.data.prepare import whole_file
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.parameters import parameter_table
@@ -43,6 +45,9 @@ class Windows:
     def windows(self, length, most):
         assert length == T
         return WINDOWS_BT
+
+    def num_windows(self, length):
+        return WINDOWS
 
 
 class ReferenceModel:
@@ -116,6 +121,35 @@ def test_each_window_begins_with_the_first_token_once_and_none_predicts_it(monke
     assert (seen[-1] == [stream[:, :-1], stream[:, 1:]]).all()
 
 
+# --- all of a file ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [T + 1, 5 * T + 1, 5 * T + 4])
+def test_every_token_of_a_file_but_the_first_is_scored_once(tmp_path, num_tokens):
+    ids = np.random.default_rng(1).integers(0, VOCAB_SIZE, num_tokens).astype(np.uint16)
+    np.save(tmp_path / "a.npy", ids)
+    model, split = model_of(), whole_file(str(tmp_path / "a.npy"), TOKENIZER, VOCAB_SIZE)
+    starts = [min(start, num_tokens - 1 - T) for start in range(0, num_tokens - 1, T)]
+    logits = forward(model.spec, model.weights, np.stack([ids[start : start + T] for start in starts])).logits_BTV
+    nats = token_losses(logits, np.stack([ids[start + 1 : start + 1 + T] for start in starts]))
+    expected = np.append(nats[:-1], nats[-1, -((num_tokens - 1 - 1) % T + 1) :])
+    assert len(expected) == num_tokens - 1
+    for batch_size in (2, 100):
+        result = evaluate(model, split, TOKENIZER, sequence_length=T, batch_size=batch_size)
+        assert_close(result.validation_loss, expected.mean(), FLOAT64)
+        assert_close(result.bits_per_byte, expected.mean() / np.log(2), FLOAT64)
+        assert result.windows == result.all_windows == len(starts)
+
+
+def test_a_part_of_the_windows_is_called_a_part(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(8000 * T, np.uint16))
+    model, split = model_of(), whole_file(str(tmp_path / "a.npy"), TOKENIZER, VOCAB_SIZE)
+    result = evaluate(model, split, TOKENIZER, sequence_length=T, batch_size=4, max_windows=3)
+    assert (result.windows, result.all_windows) == (3, 8000)
+    assert "(3 of 8,000 windows of 7 tokens)" in describe_evaluation(result)
+    assert "(8,000 windows of 7 tokens)" in describe_evaluation(dataclasses.replace(result, windows=8000))
+
+
 # --- the two losses --------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +201,7 @@ def test_load_and_drops_are_those_of_training_routing():
 
 def test_the_gap_is_printed_with_its_sign():
     worse, better = (
-        describe_evaluation(Evaluation(2.0, None, 4, T, (), inference_loss=loss)).splitlines()[1]
+        describe_evaluation(Evaluation(2.0, None, 4, 4, T, (), inference_loss=loss)).splitlines()[1]
         for loss in (2.125, 1.875)
     )
     assert worse == "with inference routing: 2.1250 nats per token (+0.1250)"
