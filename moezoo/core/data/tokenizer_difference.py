@@ -48,21 +48,28 @@ def difference(tokenizer: LoadedTokenizer) -> str | None:
     import transformers
     from transformers.utils import logging
 
-    from_pretrained: Callable[..., Any] = transformers.AutoTokenizer.from_pretrained
     level = logging.get_verbosity()
     logging.set_verbosity(python_logging.ERROR)
-    try:
-        with tempfile.TemporaryDirectory() as small:
-            _write_without_vocabulary(tokenizer, tokenizer.folder, Path(small))
-            theirs = from_pretrained(small, trust_remote_code=False)
-    except Exception as error:  # of many types, from OSError to KeyError
-        return f"transformers {transformers.__version__} cannot load this tokenizer ({first_line(error)})"
-    finally:
-        logging.set_verbosity(level)
+    with tempfile.TemporaryDirectory() as small:
+        try:
+            found = _found(tokenizer, tokenizer.folder, Path(small))
+        except Exception as error:  # of many types, from OSError to KeyError
+            found = f"cannot load this tokenizer ({first_line(error).replace(small, str(tokenizer.folder)):.200})"
+        finally:
+            logging.set_verbosity(level)
+    return None if found is None else f"transformers {transformers.__version__} {found}"
+
+
+def _found(tokenizer: LoadedTokenizer, folder: Path, small: Path) -> str | None:
+    from transformers import AutoTokenizer
+
+    from_pretrained: Callable[..., Any] = AutoTokenizer.from_pretrained
+    _write_without_vocabulary(tokenizer, folder, small)
+    theirs = from_pretrained(str(small), trust_remote_code=False)
+    if not theirs.is_fast:
+        return f"({type(theirs).__name__}) does not read {TOKENIZER_FILE}"
     found = _first_difference(tokenizer.inner.backend_tokenizer, theirs.backend_tokenizer)
-    if found is None:
-        return None
-    return f"transformers {transformers.__version__} ({type(theirs).__name__}) encodes other ids: {found}"
+    return None if found is None else f"({type(theirs).__name__}) encodes other ids: {found}"
 
 
 def _write_without_vocabulary(tokenizer: LoadedTokenizer, folder: Path, small: Path) -> None:

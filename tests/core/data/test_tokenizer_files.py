@@ -1,6 +1,7 @@
 """A tokenizer.json is encoded by its own rules, in every family, and what transformers would change is named."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,19 @@ def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, name, content, m
 def test_no_added_tokens_may_be_said_with_null(tmp_path):
     folder = written(tmp_path, byte_level(), added_tokens_decoder=None, eos_token="<|end|>")
     assert HuggingFaceTokenizer(str(folder)).end_of_text == byte_level().token_to_id("<|end|>")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}},
+            "cannot load .*{folder}",
+        ),
+        ({"tokenizer_class": "ByT5Tokenizer"}, r"\(ByT5Tokenizer\) does not read tokenizer.json"),
+    ],
+)
+def test_what_transformers_cannot_or_does_not_read_is_encoded_here(tmp_path, config, said):
+    tokenizer = HuggingFaceTokenizer(str(written(tmp_path, byte_level(), **config)))
+    assert tokenizer.encode(TEXT).tolist() == byte_level().encode(TEXT).ids
+    assert re.search(said.format(folder=tmp_path), tokenizer_notes(tokenizer)[0])
