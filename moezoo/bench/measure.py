@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -50,16 +50,40 @@ class Timings:
         return median(slices) if slices else None
 
 
-def take_turns(cases: Sequence[Case], entries: Mapping[str, Entry], effort: Effort, on_progress: Progress) -> Timings:
+def take_turns(
+    cases: Sequence[Case],
+    entries: Mapping[str, Entry],
+    effort: Effort,
+    on_progress: Progress,
+    timings: Timings,
+    again: Callable[[Timings], Sequence[Case]] = lambda timings: (),
+) -> None:
     """Time every case with every contender: warm up one after the other, then interleave slices A B C A B C ...
 
-    Each contender has its own process. `on_progress` is called with warm-ups and slices. A contender that fails is
-    recorded and dropped.
+    Each contender has its own process. A contender that fails is recorded and dropped.
+
+    Args:
+        cases, entries: what is timed.
+        effort: number and length of slices.
+        on_progress: called with warm-ups and slices.
+        timings: receives each measurement as soon as it is made.
+        again: returns the cases that need a second round of slices.
     """
-    timings = Timings()
     done, total = 0, (1 + effort.slices) * sum(case.kind in entry.kinds for case in cases for entry in entries.values())
+    processes: dict[str, Process] = {}
+
+    def take_slices(cases: Sequence[Case], what: str) -> None:
+        nonlocal done
+        for turn in range(effort.slices):
+            for case in cases:
+                for name in [name for name in processes if case.kind in entries[name].kinds]:
+                    on_progress(f"{what} {turn + 1} of {effort.slices}, {case.label}: {name}", done, total)
+                    done += 1
+                    with _recorded(timings, processes, name):
+                        seconds = processes[name].ask("slice", label=case.label)["seconds"]
+                        timings.slices.setdefault((name, case.label), []).append(seconds)
+
     with contextlib.ExitStack() as stack:
-        processes: dict[str, Process] = {}
         for name, entry in entries.items():
             processes[name] = stack.enter_context(Process(name, entry))
             with _recorded(timings, processes, name):
@@ -71,28 +95,23 @@ def take_turns(cases: Sequence[Case], entries: Mapping[str, Entry], effort: Effo
                         done += 1
                         ready = processes[name].ask("prepare", case=case.to_json(), slice_seconds=effort.slice_seconds)
                         timings.first_seconds[name, case.label] = ready["first_seconds"]
-        for turn in range(effort.slices):
-            for case in cases:
-                for name in list(processes):
-                    if case.kind not in entries[name].kinds:
-                        continue
-                    on_progress(f"slice {turn + 1} of {effort.slices}, {case.label}: {name}", done, total)
-                    done += 1
-                    with _recorded(timings, processes, name):
-                        seconds = processes[name].ask("slice", label=case.label)["seconds"]
-                        timings.slices.setdefault((name, case.label), []).append(seconds)
+        take_slices(cases, "slice")
+        repeated = again(timings)
+        total = done + effort.slices * sum(case.kind in entries[name].kinds for case in repeated for name in processes)
+        take_slices(repeated, "repeated slice")
         for name in list(processes):
             with _recorded(timings, processes, name):
                 timings.peak_memory[name] = processes[name].ask("memory")["bytes"]
-    return timings
 
 
-def time_starts(case: Case, entries: Mapping[str, Entry], effort: Effort, on_progress: Progress) -> Timings:
+def time_starts(
+    case: Case, entries: Mapping[str, Entry], effort: Effort, on_progress: Progress, timings: Timings
+) -> None:
     """Time the startup of a process up to the end of its first training step, `cold` and `warm`.
 
-    Cold: with empty compilation caches; warm: with the caches of the cold process. `on_progress` is called with starts.
+    Cold: with empty compilation caches; warm: with the caches of the cold process. `on_progress` is called with starts,
+    and `timings` receives each one.
     """
-    timings = Timings()
     running = dict(entries)
     turns = min(effort.slices, _MAX_STARTS)
     done, total = 0, 2 * turns * len(entries)
@@ -107,7 +126,6 @@ def time_starts(case: Case, entries: Mapping[str, Entry], effort: Effort, on_pro
                         process.ask("first", case=case.to_json())
                         timings.slices.setdefault((name, label), []).append(perf_counter() - begin)
                         timings.facts[name] = process.ask("facts")
-    return timings
 
 
 def _caches_in(folder: Path) -> dict[str, str]:

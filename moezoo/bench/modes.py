@@ -1,7 +1,8 @@
 """Modes of `moezoo bench`: the cases of each mode, and the results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from moezoo.bench.measure import Effort, Timings, take_turns, time_starts
 from moezoo.core.config.run_config import Config
 from moezoo.core.errors import SpecError, nearest
 from moezoo.core.progress import Progress
+from moezoo.core.signals import Interrupted, interrupted_by_signals
 
 Mode = Literal["train", "layer", "decode", "startup", "experts"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -41,7 +43,7 @@ class Row:
         bytes_per_second: bytes that decoding must read; otherwise None.
         share_of_limit: the limit's seconds divided by these seconds: for compute-bound cases, the model FLOPs
             utilization (MFU) on active parameters relative to plain matrix products on this machine. None without a
-            limit.
+            limit. Above 1 the limit was measured too low, and this is no share of anything.
         relative: in a sweep: seconds relative to those with the fewest experts.
         peak_memory_bytes: of the process, in mode `train`; otherwise None.
     """
@@ -60,6 +62,11 @@ class Row:
     relative: float | None = None
     peak_memory_bytes: int | None = None
 
+    @property
+    def beats_limit(self) -> bool:
+        """The limit was measured too low."""
+        return self.share_of_limit is not None and self.share_of_limit > 1
+
 
 @dataclass(frozen=True)
 class Results:
@@ -71,6 +78,7 @@ class Results:
         contenders: versions, device and compute paths of each.
         left_out: skipped contenders and the reason.
         failed: lines `config mode: error`.
+        stopped: exit status of the signal that ended the benchmark before all was measured; None if all was.
     """
 
     machine: dict[str, Any]
@@ -79,6 +87,7 @@ class Results:
     left_out: dict[str, str]
     failed: list[str]
     rows: list[Row]
+    stopped: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON data."""
@@ -88,7 +97,8 @@ class Results:
             "contenders": self.contenders,
             "left_out": self.left_out,
             "failed": self.failed,
-            "rows": [vars(row) for row in self.rows],
+            "incomplete": self.stopped is not None,
+            "rows": [{**vars(row), "beats_limit": row.beats_limit} for row in self.rows],
         }
 
 
@@ -114,10 +124,11 @@ def bench(
     left_out: Mapping[str, str],
     effort: Effort,
     on_progress: Progress,
+    on_rows: Callable[[list[Row], bool], None] = lambda rows, complete: None,
     *,
     smoke: bool = False,
 ) -> Results:
-    """Run benchmark modes one after the other.
+    """Run benchmark modes one after the other. A stop signal ends it with what was measured until then.
 
     Args:
         modes: modes, in order.
@@ -126,34 +137,63 @@ def bench(
         left_out: skipped contenders and the reason, for the results.
         effort: number and length of slices.
         on_progress: called with warm-ups and slices, or starts, of a mode and config.
+        on_rows: called with the rows of each mode and config as soon as they are measured, and False if they lack some.
         smoke: use a tiny model in place of the configs, a short sweep, and one slice of one unit.
 
     Raises SpecError: mode `layer` for a model without MoE layers.
     """
     if smoke:
         configs, effort = {"smoke": smoke_config()}, SMOKE
-    before, rows, failed = load(), [], []
+    before, failed, stopped = load(), [], None
+    rows: list[Row] = []
     facts: dict[str, dict[str, str]] = {}
-    for mode in modes:
-        for name, config in ({"sweep": None} if mode == "experts" else configs).items():
-            cases = _sweep(smoke) if config is None else _cases(mode, name, config, smoke)
+    for mode, name, config in _parts(modes, configs):
+        cases, timings = _sweep(smoke) if config is None else _cases(mode, name, config, smoke), Timings()
 
-            def show(what: str, done: int, total: int | None, prefix: str = f"{mode} {name}: ") -> None:
-                on_progress(prefix + what, done, total)
+        def show(what: str, done: int, total: int | None, prefix: str = f"{mode} {name}: ") -> None:
+            on_progress(prefix + what, done, total)
 
-            if mode == "startup":
-                timings = time_starts(cases[0], entries, effort, show)
-                rows += [
-                    Row(name, mode, label, contender, timings.seconds(contender, label) or 0.0, slices)
-                    for (contender, label), slices in sorted(timings.slices.items(), key=lambda item: item[0][1])
-                ]
-            else:
-                timings = take_turns(cases, {**entries, "limit": LIMIT}, effort, show)
-                rows += rows_of(name, mode, cases, timings)
-            facts |= timings.facts
-            failed += [f"{name} {mode}: {why}" for why in timings.failed.values()]
+        try:
+            with interrupted_by_signals():
+                if mode == "startup":
+                    time_starts(cases[0], entries, effort, show, timings)
+                else:
+                    contenders = {**entries, "limit": LIMIT}
+                    take_turns(cases, contenders, effort, show, timings, partial(_cases_that_beat_the_limit, cases))
+        except Interrupted as signal:
+            stopped = signal.exit_status
+        made = _starts_of(name, timings) if mode == "startup" else rows_of(name, mode, cases, timings)
+        on_rows(made, stopped is None)
+        rows += made
+        facts |= timings.facts
+        failed += [f"{name} {mode}: {why}" for why in timings.failed.values()]
+        if stopped is not None:
+            break
     described = {**machine(), "load_before": before, "load_after": load()}
-    return Results(described, effort, facts, dict(left_out), failed, rows)
+    return Results(described, effort, facts, dict(left_out), failed, rows, stopped)
+
+
+def _parts(modes: Sequence[Mode], configs: Mapping[str, Config]) -> Iterator[tuple[Mode, str, Config | None]]:
+    """Yield mode, name and config of each part of a benchmark; the sweep has its own configs."""
+    for mode in modes:
+        if mode == "experts":
+            yield mode, "sweep", None
+        else:
+            yield from ((mode, name, config) for name, config in configs.items())
+
+
+def _cases_that_beat_the_limit(cases: Sequence[Case], timings: Timings) -> list[Case]:
+    """Return the cases in which a contender was faster than the limit, so that one of them was disturbed."""
+    fast = {row.case for row in rows_of("", "train", cases, timings) if row.beats_limit}
+    return [case for case in cases if case.label in fast]
+
+
+def _starts_of(name: str, timings: Timings) -> list[Row]:
+    """Return the results of mode `startup`."""
+    return [
+        Row(name, "startup", label, contender, timings.seconds(contender, label) or 0.0, slices)
+        for (contender, label), slices in sorted(timings.slices.items(), key=lambda item: item[0][1])
+    ]
 
 
 def _cases(mode: Mode, name: str, config: Config, smoke: bool) -> list[Case]:

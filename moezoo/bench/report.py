@@ -1,8 +1,9 @@
 """Console report of benchmark results: a table per mode, and one of all shares of the limit."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from moezoo.bench.measure import Effort
 from moezoo.bench.modes import Results, Row
 
 if TYPE_CHECKING:
@@ -10,50 +11,59 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _BUSY = 0.5  # load per core before the benchmark
+_TOO_LOW = (
+    "(!) faster than the limit, also when both were measured again: the limit is too low here, and no share is known"
+)
 
 
-def report(results: Results) -> "Iterator[RenderableType]":
-    """Yield the parts of the report."""
-    yield _heading(results)
-    for mode, config in dict.fromkeys((row.mode, row.config) for row in results.rows):
-        yield _table(f"{mode} {config}", [row for row in results.rows if (row.mode, row.config) == (mode, config)])
-    shared = [row for row in results.rows if row.share_of_limit is not None and row.mode != "experts"]
-    if len({(row.mode, row.config, row.case) for row in shared}) > 1:
-        yield _shares(shared)
-
-
-def _heading(results: Results) -> "Table":
-    from rich.table import Table
-
-    machine, effort = results.machine, results.effort
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+def heading(machine: Mapping[str, Any], load_before: Sequence[float], effort: Effort) -> "Table":
+    """Return the part of the report that is known before anything is measured."""
+    table = _facts()
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
     table.add_row("machine", f"{machine['processor']}, {machine['cores']} cores, {memory}; {machine['system']}")
-    before, after = machine["load_before"][0], machine["load_after"][0]
-    busy = " - the machine was not idle: only ratios are reliable" if before > _BUSY * machine["cores"] else ""
-    table.add_row("load", f"{before:g} before, {after:g} after (1-minute average){busy}")
+    busy = " - the machine is not idle: only ratios are reliable" if load_before[0] > _BUSY * machine["cores"] else ""
+    table.add_row("load", f"{load_before[0]:g} (1-minute average){busy}")
     for name, value in machine["variables"].items():
         table.add_row(name, value)
     table.add_row("slices", f"{effort.slices} of about {effort.slice_seconds:g} s, interleaved; medians")
+    return table
+
+
+def closing(results: Results) -> "Iterator[RenderableType]":
+    """Yield the parts of the report that are known at the end: contenders, failures, and shares side by side."""
+    table = _facts()
+    table.add_row("load", f"{results.machine['load_after'][0]:g} afterwards")
     for name, facts in results.contenders.items():
         table.add_row(name, "; ".join(f"{key}: {value}" for key, value in facts.items()))
     for name, why in results.left_out.items():
         table.add_row(name, f"[dim]skipped: {why}")
     for line in results.failed:
         table.add_row("[red]failed", line)
+    if results.stopped is not None:
+        table.add_row("[red]incomplete", "ended by a signal before everything was measured")
+    yield table
+    shared = [row for row in results.rows if row.share_of_limit is not None and row.mode != "experts"]
+    if len({(row.mode, row.config, row.case) for row in shared}) > 1:
+        yield _shares(shared)
+
+
+def _facts() -> "Table":
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     return table
 
 
-def _table(title: str, rows: Sequence[Row]) -> "Table":
-    """Return a table with a row per contender and case, and the columns that have values."""
+def table_of(rows: Sequence[Row], complete: bool) -> "Table":
+    """Return a table of one mode and config: a row per contender and case, and the columns that have values."""
     from rich.table import Table
 
     columns: dict[str, Callable[[Row], str]] = {
         "case": lambda row: row.case,
         "contender": lambda row: row.contender,
-        "share": lambda row: _number(row.share_of_limit, ".3f"),
+        "share": lambda row: "> 1 (!)" if row.beats_limit else _number(row.share_of_limit, ".3f"),
         "relative": lambda row: _number(row.relative, ".2f", "x"),
         "tokens/s": lambda row: _number(row.tokens_per_second, ",.0f"),
         "time": lambda row: f"{1000 * row.seconds:,.2f} ms" if row.seconds < 1 else f"{row.seconds:,.2f} s",
@@ -65,7 +75,10 @@ def _table(title: str, rows: Sequence[Row]) -> "Table":
     }
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     shown = [name for name, values in cells.items() if any(values)]
-    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1))
+    title = f"{rows[0].mode} {rows[0].config}" + ("" if complete else ", incomplete: ended by a signal")
+    caption = _TOO_LOW if any(row.beats_limit for row in rows) else None
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, padding=(0, 1))
+    table.caption_justify = "left"
     for name in shown:
         left = name in ("case", "contender")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
@@ -95,7 +108,9 @@ def _shares(rows: Sequence[Row]) -> "Table":
         cells = []
         for mode, case in names:
             shares = [found.get((mode, case, config, contender)) for config in configs]
-            cells.append(" / ".join(_number(share, ".2f") or "-" for share in shares))
+            cells.append(
+                " / ".join("> 1 (!)" if (share or 0) > 1 else _number(share, ".2f") or "-" for share in shares)
+            )
         table.add_row(contender, *cells)
     return table
 

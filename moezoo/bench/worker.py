@@ -76,7 +76,8 @@ def peak_memory() -> int:
 
 def main() -> None:
     """Serve requests until stdin is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and ends this process
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent receives them too, and ends this process
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
     requests: queue.Queue[str] = queue.Queue()

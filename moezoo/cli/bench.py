@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from moezoo.cli.options import json_option
-from moezoo.cli.output import new_console, print_json, print_lines
+from moezoo.cli.output import new_console, print_json, print_lines, show_counts
 
 
 @click.command("bench")
@@ -44,32 +44,33 @@ def bench_command(
     to 128 experts with equal active FLOPs. Other libraries (transformers with PyTorch, mlx-lm) are compared if they
     are installed. With --json, the tables go to standard error.
     """
-    from rich.console import Console
-
     from moezoo.bench.contenders import select_contenders
+    from moezoo.bench.machine import load, machine
     from moezoo.bench.measure import Effort
-    from moezoo.bench.modes import MODES, bench, known_mode, named_configs
-    from moezoo.bench.report import report
+    from moezoo.bench.modes import MODES, SMOKE, Row, bench, known_mode, named_configs
+    from moezoo.bench.report import closing, heading, table_of
     from moezoo.bench.sweep_picture import draw_sweep
 
     modes = MODES if mode is None else (known_mode(mode),)
     entries, skipped = select_contenders(backends, peers)
     models = {} if smoke else named_configs(configs)
-    errors = Console(stderr=True)
-    with errors.status("starting ...") as status:
+    effort = SMOKE if smoke else Effort(slices, slice_seconds)
+    console = new_console(to_errors=as_json)
 
-        def show(what: str, done: int, total: int | None) -> None:
-            status.update(f"{what} ({done} of {total} done)")
+    def show_rows(rows: list[Row], complete: bool) -> None:
+        if rows:
+            console.print(table_of(rows, complete), highlight=False)
 
-        results = bench(modes, models, entries, skipped, Effort(slices, slice_seconds), show, smoke=smoke)
-    console = errors if as_json else new_console()
-    for piece in report(results):
+    console.print(heading(machine(), load(), effort), highlight=False)
+    with show_counts(console, "starting ...") as show:
+        results = bench(modes, models, entries, skipped, effort, show, show_rows, smoke=smoke)
+    for piece in closing(results):
         console.print(piece, highlight=False)
-    if "experts" in modes:
+    if "experts" in modes and results.stopped is None:
         picture = out or Path("runs/expert_sweep.png")
         draw_sweep(results.rows, picture)
         print_lines(console, f"picture: {picture}")
     if as_json:
         print_json(results.to_json())
-    if results.failed:
-        sys.exit(1)
+    if results.stopped is not None or results.failed:
+        sys.exit(results.stopped or 1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 import click
 
 from moezoo.core.errors import RunError
+from moezoo.core.progress import Pace, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -144,6 +145,24 @@ def new_console(*, quiet: bool = False, to_errors: bool = False) -> "Console":
 def show_status(console: "Console", text: str) -> "Status":
     """Return a context manager that shows a line with a spinner in a terminal; `update` replaces its text."""
     return console.status(text, spinner="dots" if console.encoding.startswith("utf") else "line")
+
+
+@contextmanager
+def show_counts(console: "Console", text: str) -> Iterator[Progress]:
+    """Yield a progress callback for counted work, beside results that are printed on a console.
+
+    It updates a status line if the console is a terminal, else one on stderr, or prints a line there every 10 s.
+    """
+    console, pace = console if console.is_terminal else new_console(to_errors=True), Pace()
+    with show_status(console, text) as status:
+
+        def show(what: str, done: int, total: int | None) -> None:
+            line = f"{what} ({done} of {total} done)"
+            status.update(line)
+            if not console.is_terminal and pace.is_due(done):
+                print_lines(console, line)
+
+        yield show
 
 
 def print_lines(console: "Console", *lines: str) -> None:

@@ -18,7 +18,7 @@ EXIT_GRACE_S = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A second signal asks the process to end at once.
+    """A signal asks the process to end at once.
 
     Fields:
         exit_status: 128 plus the number of the signal, as shells report it.
@@ -81,6 +81,28 @@ def stop_on_signal(on_stop: Callable[[], None], *, exits: bool = False) -> Itera
         sent.close()
         answering.join()
         arrived.close()
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Raise Interrupted in the block at a stop signal; of those that only ask, at the first one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stopped = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal stopped
+        first, stopped = not stopped, True
+        if first or number in URGENT:
+            raise Interrupted(number)
+
+    previous = {number: signal.signal(number, handle) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _answer(

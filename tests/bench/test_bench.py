@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,14 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from moezoo.bench import contenders
+from moezoo.bench import contenders, modes
 from moezoo.bench.case import Case, random_prompts, random_windows
 from moezoo.bench.configs import bench_config, smoke_config
 from moezoo.bench.contenders import OWN, PEERS, select_contenders
 from moezoo.bench.limit import bytes_per_step
 from moezoo.bench.measure import Effort, Timings
 from moezoo.bench.modes import MODES, Results, Row, bench, rows_of
-from moezoo.bench.report import report
+from moezoo.bench.report import closing, heading, table_of
 from moezoo.bench.sweep_picture import draw_sweep, points
 from moezoo.cli.main import main
 from moezoo.core.errors import BackendError, SpecError
@@ -65,14 +66,15 @@ def test_smoke_runs_every_mode_on_both_backends(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result.keys() == {"machine", "effort", "contenders", "left_out", "failed", "rows"}
+    assert result.keys() == {"machine", "effort", "contenders", "left_out", "failed", "incomplete", "rows"}
     assert result["failed"] == []
+    assert not result["incomplete"]
     assert {row["mode"] for row in result["rows"]} == set(MODES)
     for mode in MODES:
         rows = [row for row in result["rows"] if row["mode"] == mode]
         expected = {"jax", "mlx"} if mode == "startup" else {"jax", "mlx", "limit"}
         assert {row["contender"] for row in rows} == expected
-        assert all(row["seconds"] > 0 and len(row["slices"]) == 1 for row in rows)
+        assert all(row["seconds"] > 0 and len(row["slices"]) >= 1 for row in rows)
         assert all((row["share_of_limit"] is None) == (mode == "startup") for row in rows)
     training = {row["contender"]: row["peak_memory_bytes"] for row in result["rows"] if row["mode"] == "train"}
     assert training["limit"] is None
@@ -146,6 +148,38 @@ def test_failed_contender_is_reported_and_sets_the_exit_status(monkeypatch):
     assert found["rows"][1]["tokens_per_second"] == 2 * 16 / 0.5
 
 
+def test_contender_beyond_the_limit_is_repeated_and_marked_and_a_signal_keeps_what_is_measured(monkeypatch):
+    monkeypatch.setattr(modes, "LIMIT", fake("slow"))
+    seen, printed = [], []
+
+    def stop_in_the_second_round(what: str, done: int, total: int | None) -> None:
+        if "repeated slice" in what:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def show(rows: list[Row], complete: bool) -> None:
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(table_of(rows, complete))
+        printed.append(console.export_text())
+
+    arguments = ({}, {"jax": fake("quick")}, {}, Effort())
+    whole = bench(["train"], *arguments, lambda what, *_: seen.append(what), show, smoke=True)
+    assert sum("repeated slice" in what for what in seen) == 2
+    assert [(row.contender, row.beats_limit, len(row.slices)) for row in whole.rows] == [
+        ("limit", False, 2),
+        ("jax", True, 2),
+    ]
+    assert (whole.stopped, whole.to_json()["incomplete"]) == (None, False)
+    assert "> 1 (!)" in printed[0]
+    assert "4.000" not in printed[0]
+    stopped = bench(["train", "layer"], *arguments, stop_in_the_second_round, show, smoke=True)
+    assert (stopped.stopped, stopped.to_json()["incomplete"]) == (128 + signal.SIGTERM, True)
+    assert [(row.mode, row.contender, len(row.slices)) for row in stopped.rows] == [
+        ("train", "limit", 1),
+        ("train", "jax", 1),
+    ]
+    assert "train smoke, incomplete" in printed[1]
+
+
 def test_decoding_cases_share_one_bandwidth():
     cases = [Case(label, "decode", smoke_config(), batch, 8, 4) for label, batch in (("one", 1), ("two", 2))]
     sizes = {case.label: bytes_per_step(case) for case in cases}
@@ -162,10 +196,14 @@ def test_decoding_cases_share_one_bandwidth():
 
 def test_report_has_a_table_per_mode_and_one_of_shares():
     console = Console(width=120, record=True, file=io.StringIO())
-    for piece in report(results_of(ROWS)):
+    results = results_of(ROWS)
+    console.print(heading(results.machine, [1.9, 1.0, 1.0], results.effort))
+    for rows in (ROWS[:2], ROWS[2:3], ROWS[3:4]):
+        console.print(table_of(rows, complete=True))
+    for piece in closing(results):
         console.print(piece)
     text = console.export_text()
-    for piece in ("the machine was not idle", "skipped: not installed", "failed", "train S", "share of the"):
+    for piece in ("the machine is not idle", "skipped: not installed", "failed", "train S", "share of the"):
         assert piece in text
     jax = next(line for line in text.splitlines() if "52.0" in line)
     assert all(piece in jax for piece in ("0.500", "2,048", "1.00 s", "0 %", "9.0 s", "1,024"))

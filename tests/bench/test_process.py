@@ -12,7 +12,7 @@ import pytest
 from moezoo.bench.case import Case
 from moezoo.bench.configs import smoke_config
 from moezoo.bench.contenders import Entry
-from moezoo.bench.measure import Effort, take_turns, time_starts
+from moezoo.bench.measure import Effort, Timings, take_turns, time_starts
 from moezoo.bench.process import Process
 from moezoo.core.errors import BenchError
 from tests.bench.fakes import CASE, fake
@@ -68,7 +68,8 @@ def test_import_error_of_a_contender_names_the_module():
 def test_contenders_take_turns_and_a_crash_does_not_stop_the_others():
     seen = []
     entries = {name: fake(name) for name in ("quick", "dying", "slow")}
-    timings = take_turns([CASE, FORWARD], entries, Effort(slices=2, slice_seconds=0.0), lambda *row: seen.append(row))
+    timings = Timings()
+    take_turns([CASE, FORWARD], entries, Effort(slices=2, slice_seconds=0.0), lambda *row: seen.append(row), timings)
     assert list(timings.failed) == ["dying"]
     assert timings.slices["slow", "train"] == [2.0, 2.0]
     assert timings.seconds("quick", "forward") == 0.5
@@ -79,16 +80,18 @@ def test_contenders_take_turns_and_a_crash_does_not_stop_the_others():
     assert {total for _, _, total in seen} == {3 * 2 * 3}
 
 
-def test_contender_runs_only_its_kinds_of_cases():
-    entries = {"quick": fake("quick"), "slow": fake("slow", kinds=("forward",))}
-    timings = take_turns([CASE, FORWARD], entries, Effort(1, 0.0), lambda *_: None)
-    assert timings.slices.keys() == {("quick", "train"), ("quick", "forward"), ("slow", "forward")}
+def test_contender_runs_only_its_kinds_of_cases_and_a_case_can_be_repeated():
+    entries, timings = {"quick": fake("quick"), "slow": fake("slow", kinds=("forward",))}, Timings()
+    take_turns([CASE, FORWARD], entries, Effort(1, 0.0), lambda *_: None, timings, lambda found: [FORWARD])
+    lengths = {key: len(slices) for key, slices in timings.slices.items()}
+    assert lengths == {("quick", "train"): 1, ("quick", "forward"): 2, ("slow", "forward"): 2}
 
 
 def test_startup_is_timed_with_cold_and_warm_caches():
     seen = []
     entries = {"quick": fake("quick"), "refusing": fake("refusing")}
-    timings = time_starts(CASE, entries, Effort(2, 0.0), lambda *row: seen.append(row))
+    timings = Timings()
+    time_starts(CASE, entries, Effort(2, 0.0), lambda *row: seen.append(row), timings)
     assert [what.split(", ")[1].split(":")[0] for what, _, _ in seen if "quick" in what] == 2 * ["cold", "warm"]
     assert len(timings.slices["quick", "cold"]) == len(timings.slices["quick", "warm"]) == 2
     assert list(timings.failed) == ["refusing"]
@@ -97,7 +100,7 @@ def test_startup_is_timed_with_cold_and_warm_caches():
 BENCHMARK = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
-from moezoo.bench.measure import Effort, take_turns
+from moezoo.bench.measure import Effort, Timings, take_turns
 from moezoo.bench.process import Process
 from tests.bench.fakes import CASE, fake
 
@@ -106,7 +109,7 @@ def start_and_print(self, *arguments):
     start(self, *arguments)
     print(self._process.pid, flush=True)
 Process.__init__ = start_and_print
-take_turns([CASE], {"quick": fake("quick"), "sleeping": fake("sleeping")}, Effort(1, 0.0), lambda *_: None)
+take_turns([CASE], {"quick": fake("quick"), "sleeping": fake("sleeping")}, Effort(1, 0.0), lambda *_: None, Timings())
 """
 
 
