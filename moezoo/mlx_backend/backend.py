@@ -14,6 +14,7 @@ from moezoo.mlx_backend.kernels.grouped_product import grouped_path
 from moezoo.mlx_backend.kernels.x86 import can_fuse, is_x86_cpu
 from moezoo.mlx_backend.model import MlxModel
 from moezoo.mlx_backend.moe_layer import MoELayer
+from moezoo.mlx_backend.runtime.compiled_libraries import check_compiled_libraries
 
 
 class MlxBackend:
@@ -23,6 +24,8 @@ class MlxBackend:
 
     def __init__(self, mesh: MeshConfig | None = None) -> None:
         """In one process, or with a part of the batch in each. A mesh that asks for nothing leaves that to them."""
+        if can_fuse():
+            check_compiled_libraries()
         if mesh is not None and not mesh.is_one_device:
             data_parallel.check_mesh({axis: getattr(mesh, axis) for axis in MESH_AXES})
 
