@@ -74,7 +74,7 @@ class RunLock:
             try:
                 os.ftruncate(self._descriptor, 0)
                 _write(self._descriptor, Holder.of_this_process())
-            except OSError:
+            except BaseException:
                 self.release()
                 raise
         except OSError as error:
@@ -94,10 +94,12 @@ class RunLock:
 
     def release(self) -> None:
         """Remove the lock."""
-        with contextlib.suppress(OSError):
-            if _is_at(self._descriptor, self._path):
-                os.unlink(self._path)
-        os.close(self._descriptor)
+        try:
+            with contextlib.suppress(OSError):
+                if _is_at(self._descriptor, self._path):
+                    os.unlink(self._path)
+        finally:
+            os.close(self._descriptor)
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -139,11 +141,11 @@ def _take(path: Path) -> tuple[int, Holder | None]:
             if _is_at(descriptor, path):
                 return descriptor, read_holder(path)
             os.close(descriptor)  # its holder removed the file between the two calls
-        except OSError as error:
+        except BaseException as error:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 raise _held(path, read_holder(path), "") from None
-            if error.errno in _UNSUPPORTED:
+            if isinstance(error, OSError) and error.errno in _UNSUPPORTED:
                 return _take_without_flock(path)
             raise
 

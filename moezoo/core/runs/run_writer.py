@@ -54,9 +54,9 @@ class RunWriter:
 
     def close(self) -> None:
         """Release the lock."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
 
     def _create(self, config: Config, data: PreparedData, layout: Layout | None) -> None:
         run = self._run

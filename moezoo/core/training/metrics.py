@@ -303,6 +303,8 @@ def _decode(line: bytes) -> dict[str, Any]:
         raise ValueError("it has no step")
     checksum = record.pop(_CHECKSUM, None)
     text = line[: -len(f', "{_CHECKSUM}": "00000000"}}\n')]
+    if checksum is None and isinstance([*record.values()][-1], str):  # no other value of a record is a text
+        raise ValueError("the name of its checksum differs")
     if checksum is not None and checksum != f"{zlib.crc32(text):08x}":
         raise ValueError("its checksum differs")
     return record

@@ -126,6 +126,69 @@ def test_start_that_was_killed_while_it_made_the_folder_is_cleared_by_the_next(t
     load_run(out)
 
 
+class Killed(BaseException):
+    """Simulated SIGKILL; system calls during the unwinding fail as well."""
+
+
+@pytest.mark.release
+def test_start_and_resume_that_are_killed_at_any_system_call_can_be_repeated(tmp_path, monkeypatch):
+    calls, last = 0, 0
+
+    def dying(real):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls >= last:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    def killed(**options):
+        nonlocal calls
+        calls = 0
+        with monkeypatch.context() as patch:
+            for name in (
+                "open",
+                "write",
+                "fsync",
+                "replace",
+                "rename",
+                "mkdir",
+                "unlink",
+                "rmdir",
+                "ftruncate",
+                "pwrite",
+            ):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                start(tmp_path, out, **options)
+            except Killed:
+                return True
+        return False
+
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # for speed
+    start(tmp_path, tmp_path / "other")  # writes the config and the token cache
+    seen = set()
+    while True:
+        last += 1
+        out = tmp_path / f"run{last}"
+        if not killed():
+            break
+        resumed = (out / "config.yaml").exists()
+        killed(resume=resumed)  # at the same call once more
+        resumed = (out / "config.yaml").exists()
+        seen.add(resumed)
+        start(tmp_path, out, resume=resumed)
+        assert sorted(os.listdir(out)) == FILES
+        assert sorted(os.listdir(out / "checkpoints")) == ["step_00000002", "step_00000004"]
+        assert steps(out) == ALL
+        describe_model(out)
+        shutil.rmtree(out)
+    assert seen == {False, True}
+    assert last > 50
+
+
 def test_folder_with_other_files_is_refused_before_training(tmp_path):
     for name in ("tokenizer.json", "notes.txt"):
         out = tmp_path / name.partition(".")[0]
