@@ -73,7 +73,7 @@ def copy_file(source: Path, target: Path, max_bytes: int) -> None:
 
 def located(path: str | Path) -> str:
     """Return a path for an error; one that is relative is followed by the absolute path that it means."""
-    absolute = Path(path).expanduser().absolute()
+    absolute = os.path.abspath(Path(path).expanduser())
     return str(path) if Path(path).is_absolute() else f"{path} ({absolute})"
 
 

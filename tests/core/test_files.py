@@ -241,4 +241,5 @@ def test_each_small_file_that_is_no_regular_one_is_one_line_of_error(tmp_path, n
 def test_a_relative_path_is_shown_with_what_it_is_relative_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert located("a/b") == f"a/b ({tmp_path}/a/b)"
+    assert located("a/../b") == f"a/../b ({tmp_path}/b)"
     assert located(tmp_path / "a") == f"{tmp_path}/a"

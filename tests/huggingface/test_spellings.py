@@ -66,6 +66,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("mixtral", {"rope_theta": 5e5}, r"rope_theta is 500000\.0; expected 1000000\.0"),
         ("qwen3_moe_rope_yarn", {"rope_scaling": YARN | {"factor": 8.0}}, "rope_scaling is .*; expected the same"),
         ("qwen3_moe_rope_yarn", {"rope_scaling": YARN | {"rope_theta": 5.0}}, "rope_scaling is .*; expected the same"),
+        ("qwen3_moe_rope_yarn", {"rope_parameters": YARN | {"type": "linear"}}, 'type is "linear"; expected "yarn"'),
         ("mixtral", {"rope_scaling": YARN}, "rope_scaling is .*; expected the same as in rope_parameters"),
         ("hunyuan_v1_moe", {"rope_scaling": {"type": "dynamic", "alpha": 9.0}}, "rope_scaling is .* the same"),
         ("glm4_moe", {"partial_rotary_factor": 1.0}, r"partial_rotary_factor is 1\.0; expected 0\.5"),

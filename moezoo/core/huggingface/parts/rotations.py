@@ -76,8 +76,7 @@ def _scaling(fields: Fields, inner: Fields, harmless: Sequence[str]) -> RoPEScal
         "yarn": _yarn,
         "longrope": _longrope,
     }
-    old = "type" in inner  # the name in transformers 4
-    kind = inner.choice("rope_type" if "rope_type" in inner or not old else "type", makers, "default")
+    kind = inner.choice(inner.either("rope_type", "type"), makers, "default")  # `type` is the name in transformers 4
     scaling: RoPEScalingSpec | None = kind(fields, inner)
     inner.finish(("type", "rope_type", "max_position_embeddings", "original_max_position_embeddings", *harmless))
     return scaling
