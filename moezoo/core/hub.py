@@ -87,8 +87,8 @@ class Snapshot:
             if missing:
                 raise PartlyCached(missing) from self._no_answer
         except errors.LocalEntryNotFoundError:
-            if isinstance(self._no_answer, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
-                raise self._no_answer from None  # not there, or no access
+            if isinstance(self._no_answer, errors.HfHubHTTPError):
+                raise self._no_answer from None  # it did answer: not there, no access, or out of order
             raise
         self._revision = Path(folder).name  # the same commit from now on, even if the repository changes meanwhile
         return Path(folder)
@@ -141,6 +141,9 @@ def readable_errors(repository: HubId, kind: type[MoezooError], advice: str) -> 
     from huggingface_hub import errors
 
     name = repository.name
+    unreachable = "the hub cannot be reached. Connect to a network."
+    if huggingface_hub.constants.is_offline_mode():
+        unreachable = "HF_HUB_OFFLINE is set. Unset it."
     page = f"https://huggingface.co/{name}"
     try:
         yield
@@ -148,7 +151,7 @@ def readable_errors(repository: HubId, kind: type[MoezooError], advice: str) -> 
         raise
     except PartlyCached as error:
         files = ", ".join(error.missing[:3]) + (", ..." if error.missing[3:] else "")
-        problem = f"{name} is only partly cached, without {files}, and the hub cannot be reached. Connect to a network."
+        problem = f"{name} is only partly cached, without {files}, and {unreachable}"
     except errors.GatedRepoError:
         problem = f"{name} is gated. Accept its terms at {page}, then run `hf auth login`."
     except errors.RevisionNotFoundError:
@@ -161,7 +164,7 @@ def readable_errors(repository: HubId, kind: type[MoezooError], advice: str) -> 
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         cache = huggingface_hub.constants.HF_HUB_CACHE
         where = f"neither a folder ({Path(name).absolute()}) nor in the cache {cache}"
-        problem = f"{name} is {where}, and the hub cannot be reached. Connect to a network."
+        problem = f"{name} is {where}, and {unreachable}"
     except Exception as error:  # network errors have no documented class in huggingface_hub
         problem = f"cannot fetch {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}."
     else:

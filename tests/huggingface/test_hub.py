@@ -7,7 +7,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import TensorFolder
@@ -259,6 +259,35 @@ def test_offline_nothing_cached_is_said_in_one_line(hub, tmp_path):
     places = f"neither a folder ({tmp_path / 'org/name'}) nor in the cache {tmp_path / 'cache'}"
     assert f"org/name is {places}, and the hub cannot be reached" in refusal("org/name")
     assert fake.tries == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (errors.GatedRepoError("no", response=response(403)), "org/name is gated. Accept its terms at"),
+        (errors.RepositoryNotFoundError("no", response=response(404)), "and no repository org/name"),
+        (errors.RevisionNotFoundError("no", response=response(404)), "org/name has no revision 'v1'"),
+        (
+            errors.HfHubHTTPError("bad\ntoken", response=response(401)),
+            "cannot fetch org/name: HfHubHTTPError: bad token",
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_opened_from_the_cache_or_said(hub, answer, problem):
+    fake = hub(TEXTS | SHARDS | UNREAD)
+    fake.answer = answer
+    assert problem in refusal("org/name@v1")
+    fake.answer = None
+    huggingface_hub.snapshot_download("org/name", revision="v1", ignore_patterns=list(UNREAD))
+    fake.answer = answer
+    assert TensorFolder(resolve("org/name@v1")).tensors.keys() == {"a", "b"}
+
+
+def test_offline_mode_is_said(hub, monkeypatch):
+    fake = hub(TEXTS | SHARDS)
+    fake.answer = errors.OfflineModeIsEnabled("offline")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "and HF_HUB_OFFLINE is set. Unset it." in refusal("org/name")
 
 
 def test_paths_in_an_index_cannot_add_files_to_download(hub):

@@ -21,6 +21,7 @@ class FakeNetwork:
         fetched: names of the files downloaded so far.
         revisions: revisions looked up so far.
         down: whether the hub cannot be reached.
+        answer: error with which the hub answers.
         tries: requests so far.
     """
 
@@ -29,6 +30,7 @@ class FakeNetwork:
         self.fetched: list[str] = []
         self.revisions: list[str | None] = []
         self.down = False
+        self.answer: Exception | None = None
         self.tries = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch, cache: object) -> None:
@@ -86,6 +88,8 @@ class FakeNetwork:
 
     def _reach(self):
         self.tries += 1
+        if self.answer is not None:
+            raise self.answer
         if self.down:
             raise httpx2.ConnectError("name resolution failed")
 
