@@ -128,7 +128,7 @@ class LoadedModel:
         """
         rows = self._prompts(tokens)
         new_tokens = self.generation.new_tokens(max_new_tokens, max(len(row) for row in rows), 32)
-        self.check_generation(rows, new_tokens)
+        self.check_generation(len(rows), max(len(row) for row in rows), new_tokens)
         return generate(
             self.model,
             rows,
@@ -161,14 +161,15 @@ class LoadedModel:
         ends = self.generation.end_tokens
         return (*ends, own) if chat and own is not None and own not in ends else ends
 
-    def check_generation(self, prompts: Sequence[IdsLike], new_tokens: int) -> list[str]:
-        """Check that the caches of a generation fit; return warnings. Raises OutOfMemoryError, as `generate` does."""
+    def check_generation(self, batch_size: int, length: int, new_tokens: int) -> list[str]:
+        """Check that the caches of B prompts of up to `length` tokens fit; return warnings. Raises OutOfMemoryError."""
         return check_generation(
             self.model.spec,
-            [len(row) for row in prompts],
+            batch_size,
+            length,
             new_tokens,
             self.devices,
-            may_end=bool(self.generation.end_tokens),
+            may_end=bool(self.end_tokens(chat=True)),
             allow_overcommit=self.allow_overcommit,
         )
 

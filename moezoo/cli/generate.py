@@ -68,6 +68,9 @@ def generate(
     warn(*model.problems)
     warn(*(f"{generation.where}: {name} is an unknown field and has no effect" for name in generation.unknown))
     rows, texts = _encoded(model, prompts, chat, ids)
+    longest = max(len(row) for row in rows)
+    new_tokens = generation.new_tokens(max_new_tokens, longest, _NEW_TOKENS)
+    warn(*model.check_generation(samples * len(rows), longest, new_tokens))
     printer = _SamplePrinter(
         model.tokenizer if ids is None else None,
         [row for row in rows for _ in range(samples)],
@@ -76,8 +79,6 @@ def generate(
     )
     if options["temperature"] is None and generation.temperature is None:
         options["temperature"] = _TEMPERATURE
-    new_tokens = generation.new_tokens(max_new_tokens, max(len(row) for row in rows), _NEW_TOKENS)
-    warn(*model.check_generation(printer.rows, new_tokens))
     printer.start()
     model.generate(printer.rows, max_new_tokens=new_tokens, on_tokens=printer.add, chat=chat, **options)
     printer.finish()

@@ -5,7 +5,6 @@ if it is more. The estimate is what the formulas expect: a warning, if it is mor
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moezoo.core.config.run_config import Config
@@ -65,7 +64,8 @@ def check_weights(weight_bytes: int, devices: Devices, where: str, *, allow_over
 
 def check_generation(
     spec: ModelSpec,
-    prompts: Sequence[int],
+    batch_size: int,
+    length: int,
     new_tokens: int,
     devices: Devices,
     *,
@@ -76,20 +76,20 @@ def check_generation(
 
     Args:
         spec: the model.
-        prompts: number of tokens of each prompt.
+        batch_size: number of sequences.
+        length: number of tokens of the longest prompt.
         new_tokens: number of new tokens, at most.
         devices: of the model.
         may_end: an end token may end it earlier; then only the caches of the prompts are needed for certain.
         allow_overcommit: as in `check_training`.
     """
-    batch, longest = len(prompts), max(prompts)
-    logits = _FLOAT32_BYTES * batch * spec.vocab
-    estimate = batch * cache_bytes(spec, longest + new_tokens) + logits
+    logits = _FLOAT32_BYTES * batch_size * spec.vocab
+    estimate = batch_size * cache_bytes(spec, length + new_tokens) + logits
     need = _Need(
         "generation",
-        batch * cache_bytes(spec, longest) + logits if may_end else estimate,
+        batch_size * cache_bytes(spec, length) + logits if may_end else estimate,
         estimate,
-        f"caches of {batch} x {longest + new_tokens} tokens",
+        f"caches of {batch_size} x {length + new_tokens} tokens",
         "Use fewer new tokens, fewer samples or shorter prompts",
     )
     return need.check(devices, allow_overcommit)
@@ -98,12 +98,15 @@ def check_generation(
 def check_scoring(
     spec: ModelSpec, batch_size: int, length: int, devices: Devices, *, allow_overcommit: bool = False
 ) -> list[str]:
-    """Check that the logits of a batch [B, T] fit, beside weights that are already on the device."""
+    """Check that the logits of a batch [B, T] fit, beside weights that are already on the device.
+
+    The least is in the compute dtype, the estimate in float32. The rest is as in `check_training`.
+    """
     logits = batch_size * length * spec.vocab
     need = _Need(
         "evaluation",
         COMPUTE_BYTES[compute_dtype(spec)] * logits,
-        2 * _FLOAT32_BYTES * logits,
+        _FLOAT32_BYTES * logits,
         f"logits of {batch_size} x {length} tokens",
         "Use a smaller batch size or sequence length",
     )

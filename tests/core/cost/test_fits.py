@@ -132,20 +132,22 @@ def test_caches_of_new_tokens_are_certain_only_without_an_end_token(free):
     spec = config_of().model
     logits = 2 * 4 * 64
     free(2 * cache_bytes(spec, 10) + logits)
-    assert check_generation(spec, [10, 3], 0, ONE_DEVICE, may_end=True) == []
-    (warning,) = check_generation(spec, [10, 3], 10**9, ONE_DEVICE, may_end=True)
+    assert check_generation(spec, 2, 10, 0, ONE_DEVICE, may_end=True) == []
+    (warning,) = check_generation(spec, 2, 10, 10**9, ONE_DEVICE, may_end=True)
     assert "(caches of 2 x 1000000010 tokens)" in warning
     with pytest.raises(OutOfMemoryError, match="Use fewer new tokens"):
-        check_generation(spec, [10, 3], 10**9, ONE_DEVICE, may_end=False)
+        check_generation(spec, 2, 10, 10**9, ONE_DEVICE, may_end=False)
 
 
-def test_logits_of_an_evaluation(free):
-    spec = config_of().model
-    free(2 * 4 * 6 * 16 * 64)
-    assert check_scoring(spec, 6, 16, ONE_DEVICE) == []
-    assert check_scoring(spec, 7, 16, ONE_DEVICE) != []
+def test_logits_of_an_evaluation_are_certain_in_the_compute_dtype(free):
+    float32, bfloat16 = config_of().model, config_of(name="bfloat16").model
+    free(4 * 6 * 16 * 64)
+    assert check_scoring(float32, 6, 16, ONE_DEVICE) == check_scoring(bfloat16, 6, 16, ONE_DEVICE) == []
+    with pytest.raises(OutOfMemoryError, match="logits of 7 x 16 tokens"):
+        check_scoring(float32, 7, 16, ONE_DEVICE)
+    assert check_scoring(bfloat16, 12, 16, ONE_DEVICE) != []
     with pytest.raises(OutOfMemoryError, match="logits of 13 x 16 tokens"):
-        check_scoring(spec, 13, 16, ONE_DEVICE)
+        check_scoring(bfloat16, 13, 16, ONE_DEVICE)
 
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
@@ -179,6 +181,10 @@ def test_models_and_generations_are_refused_before_they_are_made(backend, tmp_pa
     free(10**6)
     with pytest.raises(OutOfMemoryError, match="Use fewer new tokens"):
         moezoo.load(run, backend).generate([[1, 2]], max_new_tokens=10**9)
+    many = ["generate", str(run), "--tokens", "1,2", "--backend", backend, "--samples", "1000000000"]
+    refused = CliRunner().invoke(main, many)
+    assert refused.stderr.startswith("OutOfMemoryError: generation needs at least ")
+    assert "(caches of 1000000000 x 258 tokens)" in refused.stderr
 
 
 PEAK = """
