@@ -27,7 +27,7 @@ Read = Callable[[int, int], IntegerArray]
 
 _BIN_MAGIC, _BIN_VERSION, _BIN_HEADER = 20240520, 1, 256  # modded-nanogpt: 256 int32, then uint16 tokens
 _BLOCKS, _BLOCK_IDS = 16, 4096  # of a file whose SHA-256 is not known, for its digest
-_RESTORE = "Restore the file (one in the token cache is made again), and start again; a run continues with --resume."
+_RESTORE = "Restore the file (one in the token cache is made again), and start again."
 
 
 @dataclass(frozen=True)

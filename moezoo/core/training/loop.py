@@ -5,8 +5,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-
 from moezoo.core.backend import Backend, Model, PendingStep
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import Checkpoint, check_names_and_shapes
@@ -23,6 +21,7 @@ from moezoo.core.runs.init_from import InitialWeights, open_initial_weights
 from moezoo.core.runs.run_folder import Run, resume_point
 from moezoo.core.runs.run_writer import RunWriter
 from moezoo.core.signals import stop_on_signal
+from moezoo.core.training.batches import Batches
 from moezoo.core.training.check_routers import check_routers
 from moezoo.core.training.evaluation import (
     Evaluation,
@@ -122,7 +121,8 @@ class _Training:
         self.saver = CheckpointSaver(config, backend, self.model, run, writer, saved_step)
         self.layout = None if initial is None else initial.layout
         self.metrics: MetricsFile | None = None  # opened when the first step is done
-        self.own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
+        own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
+        self.batches = Batches(data.train, config.training, own, ahead=backend.processes.count > 1)
         self.pending: list[tuple[int, float, PendingStep]] = []  # step, learning rate, metrics
         self.in_flight = _IN_FLIGHT
         self.stop_requests: list[PendingNumbers] = []
@@ -185,12 +185,16 @@ class _Training:
             with stop_on_signal(self._say_stopping, exits=exits) as self.stop:
                 if self._validation_is_missing():
                     self._validate(self.step, training.validation_sequences)
+                self.batches.prepare(self.step + 1)
                 while self.step < training.steps and not self._should_stop():
                     self.step += 1
                     self._step(self.step)
                     self._settle(self.in_flight - 1)
+                    self.batches.prepare(self.step + 1)
                 self._report(self.step)
                 self._save(self.step)
+                if self.step < training.steps:
+                    self._end_together()
                 finished = self.step >= training.steps
                 if finished and training.final_validation_sequences is not None:
                     evaluation = self._validate(self.step, training.final_validation_sequences, final=True)
@@ -211,28 +215,29 @@ class _Training:
         self.reporter.message(f"stopping: {saving} (a second Ctrl-C or SIGTERM ends at once)")
 
     def _should_stop(self) -> bool:
-        """Return whether a signal asks to stop before the next step; all processes get the same answer.
+        """Return whether a signal or unreadable data asks to stop now; all processes get the same answer.
 
-        Any process may have received the signal, so they all-gather it. The result gathered before the previous step
-        is used: it has arrived, so no process waits for the step in progress.
+        Any process may have received the signal, or cannot read the batch after the next one, so they all-gather it.
+        The result gathered before the previous step is used: it has arrived, so no process waits for the step in
+        progress.
         """
         if self.backend.processes.count == 1:
             return self.stop.is_set()
-        self.stop_requests.append(self.backend.gather(int(self.stop.is_set())))
+        wants_stop = self.stop.is_set() or self.batches.failure is not None
+        self.stop_requests.append(self.backend.gather(int(wants_stop)))
         return len(self.stop_requests) > 1 and any(self.stop_requests.pop(0).fetch())
+
+    def _end_together(self) -> None:
+        """Wait until all processes have saved, and raise the error of the data that stopped them, if it is here."""
+        self.saver.finish()
+        if self.backend.processes.count > 1:
+            self.backend.gather(0).fetch()
+        if self.batches.failure is not None:
+            raise self.batches.failure
 
     def _step(self, step: int) -> None:
         training, optimizer = self.config.training, self.config.optimizer
-        micro_batches = training.gradient_accumulation
-        offsets = np.arange(micro_batches) * (training.batch_size // micro_batches)
-        windows = self.data.train.batch(
-            step - 1,
-            training.batch_size,
-            training.sequence_length,
-            training.seed,
-            np.add.outer(offsets, self.own).ravel(),
-        )
-        windows = windows.reshape(micro_batches, -1, windows.shape[-1])
+        windows = self.batches.take(step)
         rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
         keys = micro_batch_keys(training.seed, step - 1, training.gradient_accumulation)
         self.pending.append((step, rate, self.model.train_step(windows, rate, keys)))

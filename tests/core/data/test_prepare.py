@@ -710,7 +710,7 @@ def test_shard_that_changes_while_it_is_in_use_raises(tmp_path, name, change, me
     prepared.train.batch(0, 100, T, 0)
     change(path)
     for read in (lambda: prepared.train.batch(1, 100, T, 0), lambda: prepared.validation.windows(T, 10)[:]):
-        with pytest.raises(DataError, match=rf"token ids {message}.*{name}.*--resume"):
+        with pytest.raises(DataError, match=rf"token ids {message}.*{name}.*Restore the file"):
             read()
 
 

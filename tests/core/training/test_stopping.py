@@ -1,6 +1,7 @@
 """A signal during training or validation: saved, answered with a message, and the device is not far ahead."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from moezoo.core.backend import Scores, StepMetrics
 from moezoo.core.checkpoint.store import list_checkpoints
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
-from moezoo.core.data.prepare import prepare_data
+from moezoo.core.data.prepare import Split, prepare_data
+from moezoo.core.distributed.processes import Numbers, Processes
+from moezoo.core.errors import DataError
 from moezoo.core.runs.run_folder import prepare_run
 from moezoo.core.training import loop
 from moezoo.core.training.loop import TrainingResult, train
@@ -126,3 +129,60 @@ def test_final_validation_has_the_windows_of_the_config_or_is_left_out(sequences
     result, _ = run(Model(), steps=1, final_validation_sequences=sequences)
     assert result.finished
     assert (result.evaluation and result.evaluation.windows) == sequences
+
+
+# --- data that cannot be read ----------------------------------------------------------------------------------------
+
+
+class OneOfTwo(Model):
+    """The first of two processes; the other one asks to stop in its gather number `other_at`."""
+
+    processes = Processes(0, 2)
+
+    def __init__(self, other_at: int = -1) -> None:
+        super().__init__()
+        self.other_at, self.gathered = other_at, list[int]()
+
+    def gather(self, number: int) -> Numbers:
+        self.gathered.append(number)
+        return Numbers((number, int(len(self.gathered) == self.other_at)))
+
+
+def fail_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Split.batch
+
+    def failing(split: Split, index: int, *arguments: Any) -> Any:
+        if index == step - 1:
+            raise DataError("the shard was truncated.")
+        return batch(split, index, *arguments)
+
+    monkeypatch.setattr(Split, "batch", failing)
+
+
+@pytest.mark.parametrize("model", [Model, OneOfTwo])
+def test_data_that_cannot_be_read_on_saves_the_steps_done(
+    model: type[Model], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(6, monkeypatch)
+    made = model()
+    with pytest.raises(DataError, match=r"^the shard was truncated\. The checkpoint of step 5 is kept"):
+        run(made)
+    assert len(made.keys) == 5
+    assert [saved.step for saved in list_checkpoints(tmp_path / "run" / "checkpoints")] == [5]
+
+
+def test_process_stops_where_another_one_cannot_read_on(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(6, monkeypatch)
+    failed = OneOfTwo()
+    with pytest.raises(DataError):
+        run(failed)
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))
+    other = OneOfTwo(other_at=failed.gathered.index(1) + 1)
+    result, _ = run(other)
+    assert (result.step, result.finished) == (5, False)
+    assert [saved.step for saved in list_checkpoints(tmp_path / "run" / "checkpoints")] == [5]
+    assert len(other.gathered) == len(failed.gathered)

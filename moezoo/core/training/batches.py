@@ -1,0 +1,53 @@
+"""Batches of a training run, read one step ahead if several processes must stop together when one cannot read on."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moezoo.core.config.training import TrainingConfig
+from moezoo.core.data.prebatched import PrebatchedSplit
+from moezoo.core.data.prepare import Split
+from moezoo.core.data.tokenizers import Ids
+from moezoo.core.errors import DataError
+
+
+class Batches:
+    """This process's part of each batch.
+
+    Fields:
+        failure: the error of a batch that was read ahead, which another process must learn of before its turn.
+    """
+
+    def __init__(
+        self, split: Split | PrebatchedSplit, training: TrainingConfig, own: NDArray[np.int64], *, ahead: bool
+    ):
+        """`own`: indices of this process's sequences in a micro-batch. `ahead`: there are several processes."""
+        self.failure: DataError | None = None
+        self._split, self._training, self._own, self._ahead = split, training, own, ahead
+        self._ready: dict[int, Ids] = {}
+
+    def prepare(self, step: int) -> None:
+        """Read a step's batch and the next one, if batches are read ahead; the error of the next one is kept.
+
+        Raises DataError: the step's own batch cannot be read.
+        """
+        for number in range(step, min(step + 2, self._training.steps + 1)) if self._ahead else ():
+            if number in self._ready or self.failure is not None:
+                continue
+            try:
+                self._ready[number] = self._read(number)
+            except DataError as error:
+                if number == step:
+                    raise
+                self.failure = error
+
+    def take(self, step: int) -> Ids:
+        """Return the batch of a step, counted from 1, by micro-batch: int32 [A, b, T + 1]. Raises DataError."""
+        return self._ready.pop(step) if step in self._ready else self._read(step)
+
+    def _read(self, step: int) -> Ids:
+        training = self._training
+        micro_batches = training.gradient_accumulation
+        offsets = np.arange(micro_batches) * (training.batch_size // micro_batches)
+        rows = np.add.outer(offsets, self._own).ravel()
+        windows = self._split.batch(step - 1, training.batch_size, training.sequence_length, training.seed, rows)
+        return windows.reshape(micro_batches, -1, windows.shape[-1])
