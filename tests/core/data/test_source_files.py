@@ -90,6 +90,7 @@ def test_byte_order_mark_is_no_character(tmp_path, monkeypatch, chunk):
         (b"PAR1\0", "file is a Parquet table; .*JSON lines"),
         (b"\x93NUMPY\1\0", "file is a NumPy array; .*kind: tokens"),
     ],
+    ids=("utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip", "bzip2", "xz", "zstd", "parquet", "numpy"),
 )
 def test_other_format_is_named(tmp_path, content, message):
     path = write(tmp_path / "a.txt", content)
