@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 
 from moezoo.cli.options import json_option
-from moezoo.cli.output import new_console, print_json, print_lines, show_counts
+from moezoo.cli.output import new_console, print_json, print_lines, show_progress
+from moezoo.core.progress import Pace
 
 
 @click.command("bench")
@@ -62,7 +63,7 @@ def bench_command(
             console.print(table_of(rows, complete), highlight=False)
 
     console.print(heading(machine(), load(), effort), highlight=False)
-    with show_counts(console, "starting ...") as show:
+    with show_progress(console, "starting ...", _count) as show:
         results = bench(modes, models, entries, skipped, effort, show, show_rows, smoke=smoke)
     for piece in closing(results):
         console.print(piece, highlight=False)
@@ -74,3 +75,7 @@ def bench_command(
         print_json(results.to_json())
     if results.stopped is not None or results.failed:
         sys.exit(results.stopped or 1)
+
+
+def _count(what: str, done: int, total: int | None, pace: Pace) -> str:
+    return f"{what} ({done} of {total} done)"

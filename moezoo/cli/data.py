@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moezoo.cli.output import print_lines, show_status, warn
+from moezoo.cli.output import print_lines, show_progress, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,20 +38,15 @@ def data(name: str | None, file: Path | None) -> None:
 def prepare_with_progress(
     console: "Console", config: "Config", where: str, tokenizer: "Tokenizer | None", *, quiet: bool = False
 ) -> "PreparedData":
-    """Prepare a config's data; a status line shows the progress unless `quiet`."""
+    """Prepare a config's data; the progress is shown unless `quiet`."""
     from moezoo.core.data.prepare import prepare_data
-    from moezoo.core.progress import Pace, bytes_line
+    from moezoo.core.progress import bytes_line
 
     if quiet:
         return prepare_data(
             config.data, config.training.sequence_length, where=where, tokenizer=tokenizer, on_message=warn
         )
-    with show_status(console, "preparing data ...") as status:
-        paces: dict[str, Pace] = {}
-
-        def show(what: str, done: int, total: int | None) -> None:
-            status.update(bytes_line(what, done, total, paces.setdefault(what, Pace())))
-
+    with show_progress(console, "preparing data ...", bytes_line) as show:
         return prepare_data(
             config.data,
             config.training.sequence_length,

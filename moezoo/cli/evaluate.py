@@ -7,8 +7,9 @@ import click
 
 from moezoo.cli.data import prepare_with_progress
 from moezoo.cli.options import backend_option, json_option, overcommit_option
-from moezoo.cli.output import new_console, print_json, print_lines, show_status, warn
+from moezoo.cli.output import new_console, print_json, print_lines, show_progress, warn
 from moezoo.core.errors import DataError
+from moezoo.core.progress import Pace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,11 +51,7 @@ def evaluate(
         raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
     model = load_model(path, backend, allow_overcommit=allow_overcommit)
     warn(*model.problems)
-    with show_status(console, "evaluating ...") as status:
-
-        def show(what: str, done: int, total: int | None) -> None:
-            status.update(f"{what}: {done:,} of {total or 0:,} windows")
-
+    with show_progress(console, "evaluating ...", _windows_line) as show:
         if data is not None:
             result = evaluate_file(
                 model,
@@ -72,6 +69,10 @@ def evaluate(
         return
     what = f"step {model.step}" if data is None else data
     print_lines(console, f"{what}: {describe_evaluation(result)}", *describe_routing(result))
+
+
+def _windows_line(what: str, done: int, total: int | None, pace: Pace) -> str:
+    return f"{what}: {done:,} of {total or 0:,} windows, eta {pace.eta(done, total)}"
 
 
 def _evaluate_run(

@@ -16,7 +16,6 @@ from moezoo.core.progress import Pace, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.status import Status
 
 _NATURAL_WIDTH = 10_000  # columns, more than any table has
 
@@ -142,25 +141,31 @@ def new_console(*, quiet: bool = False, to_errors: bool = False) -> "Console":
     return Console(file=cast(TextIO, _WithoutTrailingBlanks(stream)), width=width, quiet=quiet)
 
 
-def show_status(console: "Console", text: str) -> "Status":
-    """Return a context manager that shows a line with a spinner in a terminal; `update` replaces its text."""
-    return console.status(text, spinner="dots" if console.encoding.startswith("utf") else "line")
-
-
 @contextmanager
-def show_counts(console: "Console", text: str) -> Iterator[Progress]:
-    """Yield a progress callback for counted work, beside results that are printed on a console.
+def show_progress(
+    console: "Console", text: str, line: "Callable[[str, int, int | None, Pace], str]"
+) -> Iterator[Progress]:
+    """Yield a progress callback for work whose result is printed on a console.
 
-    It updates a status line if the console is a terminal, else one on stderr, or prints a line there every 10 s.
+    It updates a status line if the console is a terminal, else one on standard error, or prints a line there every 10 s
+    if that is no terminal either.
+
+    Args:
+        console: where the result is printed.
+        text: status before the first call.
+        line: text of a call; its last argument is the clock of what is worked on.
     """
-    console, pace = console if console.is_terminal else new_console(to_errors=True), Pace()
-    with show_status(console, text) as status:
+    shown = console if console.is_terminal else new_console(to_errors=True, quiet=console.quiet)
+    spinner = "dots" if shown.encoding.startswith("utf") else "line"
+    paces: dict[str, Pace] = {}
+    lines = Pace()
+    with shown.status(text, spinner=spinner) as status:
 
         def show(what: str, done: int, total: int | None) -> None:
-            line = f"{what} ({done} of {total} done)"
-            status.update(line)
-            if not console.is_terminal and pace.is_due(done):
-                print_lines(console, line)
+            shown_line = line(what, done, total, paces.setdefault(what, Pace(done)))
+            status.update(shown_line)
+            if not shown.is_terminal and lines.is_due(1):
+                print_lines(shown, shown_line)
 
         yield show
 

@@ -4,13 +4,15 @@ import errno
 import io
 import os
 import sys
+from types import SimpleNamespace
 
 import click
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from moezoo.cli.output import Output, continue_without_output, new_console, output_streams
+from moezoo.cli.output import Output, continue_without_output, new_console, output_streams, show_progress
+from moezoo.core import progress
 from moezoo.core.errors import RunError
 
 
@@ -99,3 +101,22 @@ def test_piped_table_is_as_wide_as_its_content_and_has_no_trailing_blanks(
     monkeypatch.setenv("COLUMNS", "60")
     new_console().print(table)
     assert {len(line) for line in capsys.readouterr().out.splitlines() if line} == {60}
+
+
+def test_progress_of_a_command_whose_output_is_a_file_is_a_line_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def line(what: str, done: int, total: int | None, pace: progress.Pace) -> str:
+        return f"{what}: {done} of {total}"
+
+    for quiet, numbers in ((False, (3, 6, 9)), (True, ())):
+        with show_progress(new_console(quiet=quiet), "...", line) as show:
+            for done in range(10):
+                show("loading", done, 9)
+                now += 3.5
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.splitlines() == [f"loading: {number} of 9" for number in numbers]

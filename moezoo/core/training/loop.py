@@ -179,10 +179,10 @@ class _Training:
         training, evaluation = self.config.training, None
         if self.first_step:
             self.reporter.message(f"resumed after step {self.first_step}")
-        self.reporter.start(self.first_step, training.steps)
         self.clock, self.clock_step = time.monotonic(), self.first_step
         try:
             with stop_on_signal(self._say_stopping, exits=exits) as self.stop:
+                self.reporter.start(self.first_step, training.steps)
                 if self._validation_is_missing():
                     self._validate(self.step, training.validation_sequences)
                 self.batches.prepare(self.step + 1)

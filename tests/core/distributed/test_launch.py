@@ -119,6 +119,18 @@ def test_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(conf
     assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(config.with_name("whole"))]
 
 
+@pytest.mark.release
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_hangup_or_scheduler_warning_to_the_launcher_saves(number: signal.Signals, config: Path) -> None:
+    out = config.with_name(number.name)
+    running, _ = begun("mlx", config, out)
+    running.send_signal(number)
+    output, _ = running.communicate(timeout=TIMEOUT_S)
+    assert running.returncode == 0, output
+    assert output.count("stopped and saved after step") == 1
+    assert [saved.step for saved in list_checkpoints(out / "checkpoints")] == [lines(out)[-1]["step"]]
+
+
 def test_a_killed_process_ends_the_group_with_an_error(config: Path) -> None:
     running, (_, second) = begun("mlx", config, config.with_name("killed"))
     os.kill(second, signal.SIGKILL)
