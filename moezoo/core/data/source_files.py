@@ -230,7 +230,7 @@ def _find_local(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sourc
         what = f"{_patterns(suffixes)} in the folder" if local.is_dir() else "file matches the glob"
         others = sorted({file.name.partition(".")[2] for file in _files_below(local)}) if local.is_dir() else []
         has = f" (it has *.{', *.'.join(others[:5])})" if others else ""
-        raise DataError(f"no {what}; got {path}{has}; expected at least one file; {where}. Check the path.")
+        raise DataError(f"no {what}; got {located(path)}{has}; expected at least one file; {where}. Check the path.")
     return tuple(
         SourceFile(str(file), stat.st_size, str(stat.st_mtime_ns)) for file, stat in zip(files, stats, strict=True)
     )

@@ -22,7 +22,7 @@ from moezoo.core.config.run_config import Config, load_saved_config, parse_confi
 from moezoo.core.data.load_tokenizer import load_tokenizer
 from moezoo.core.data.tokenizers import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer
 from moezoo.core.errors import RunError, SpecError
-from moezoo.core.files import check_writable
+from moezoo.core.files import check_writable, located
 from moezoo.core.huggingface.layout import Layout, open_sidecar
 from moezoo.core.runs.run_data import DATA_FILE
 from moezoo.core.runs.run_lock import check_unlocked
@@ -107,7 +107,7 @@ def prepare_run(path: Path, config: Config, *, resume: bool) -> Run:
         )
     if resume:
         raise RunError(
-            f"there is no run to resume in {path}. Start one without --resume, or set its folder with --out."
+            f"there is no run to resume in {located(path)}. Start one without --resume, or set its folder with --out."
         )
     check_writable(path)
     return Run(path, is_new=True)
@@ -135,7 +135,9 @@ def open_run(path: str | Path) -> Run:
     """Open an existing run folder. Raises RunError: it is not one."""
     run = Run(Path(path))
     if not is_run(path):
-        raise RunError(f"{path} is not a run folder; expected config.yaml in it. Train one with `moezoo train CONFIG`.")
+        raise RunError(
+            f"{located(path)} is not a run folder; expected config.yaml in it. Train one with `moezoo train CONFIG`."
+        )
     return run
 
 
