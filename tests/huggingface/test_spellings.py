@@ -1,6 +1,6 @@
 """Values of config.json as other programs write them: two spellings of one field, whole numbers as floats."""
 
-import copy
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.spec import ModelSpec
-from tests.support.fixtures import cases, read_fixture
+from tests.support.fixtures import FOLDER, cases
 
 
 def read(config: dict[str, Any]) -> ModelSpec:
@@ -17,9 +17,14 @@ def read(config: dict[str, Any]) -> ModelSpec:
     return family_of(fields).spec_of(fields)
 
 
+def described(case: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / f"{case}.json").read_text())
+    return found
+
+
 def both(case: str, **changes: Any) -> dict[str, Any]:
     """Return a fixture's config in the spelling of transformers 5 and in that of the hub, in one."""
-    description = copy.deepcopy(read_fixture(case).description)
+    description = described(case)
     saved, hub = description["config"], description["hub_config"]
     inner = saved.get("text_config", saved) | hub.get("text_config", hub) | changes
     wrapper = (saved if "text_config" in saved else {}) | (hub if "text_config" in hub else {})
@@ -39,13 +44,13 @@ def in_floats(value: Any) -> Any:
 
 @pytest.mark.parametrize("case", cases())
 def test_two_spellings_that_agree_are_the_same_model(case: str) -> None:
-    assert read(both(case)) == read(read_fixture(case).description["config"])
+    assert read(both(case)) == read(described(case)["config"])
 
 
 @pytest.mark.parametrize("case", cases())
 def test_whole_numbers_may_be_written_as_floats(case: str) -> None:
     for spelling in ("config", "hub_config"):
-        config = read_fixture(case).description[spelling]
+        config = described(case)[spelling]
         assert read(in_floats(config)) == read(config)
 
 
