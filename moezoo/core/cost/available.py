@@ -58,7 +58,7 @@ def _cgroup_limits(root: Path, swap: int) -> Iterator[Available]:
         for each in (folder, *folder.parents[: len(Path(path).parts) - 1]):
             limit, usage = _text(each / most).strip(), _text(each / used).strip()
             if limit.isdigit() and usage.isdigit():
-                kept = dict(row.split() for row in _text(each / "memory.stat").splitlines())
+                kept = dict(re.findall(r"^(\w+) ([0-9]+)$", _text(each / "memory.stat"), re.MULTILINE))
                 cached = sum(int(kept.get(files.format(kind), 0)) for kind in ("active", "inactive"))
                 left = max(0, int(limit) - int(usage) + cached) + swap
                 yield Available(left, "left by the memory limit of this container or job (cgroup)")

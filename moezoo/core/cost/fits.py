@@ -132,7 +132,8 @@ class _Need:
         message = f"{self.what} needs {needed} of memory ({self.parts}); got {_text(free.bytes)} ({free.limit})"
         if short and not allow_overcommit:
             raise OutOfMemoryError(
-                f"{message}. {self.advice}; --allow-overcommit (allow_overcommit=True in Python) tries it all the same."
+                f"{message}. {self.advice}; train, generate and eval try it all the same with --allow-overcommit "
+                "(moezoo.load with allow_overcommit=True)."
             )
         return [f"{message}. If it runs out of memory: {self.advice[0].lower()}{self.advice[1:]}."]
 

@@ -67,7 +67,7 @@ def test_cgroup_of_version_1(system, mounted):
     write(system, "proc/self/cgroup", "5:cpu,cpuacct:/docker/1a2b\n4:memory:/docker/1a2b\n0::/\n")
     write(system, f"sys/fs/cgroup/memory/{mounted}/memory.limit_in_bytes", 300 * KIB)
     write(system, f"sys/fs/cgroup/memory/{mounted}/memory.usage_in_bytes", 290 * KIB)
-    write(system, f"sys/fs/cgroup/memory/{mounted}/memory.stat", f"total_inactive_file {4 * KIB}\n")
+    write(system, f"sys/fs/cgroup/memory/{mounted}/memory.stat", f"odd\ntotal_inactive_file {4 * KIB}\n")
     assert left(system)[0] == (300 - 290 + 4 + 100) * KIB
 
 
