@@ -1,9 +1,11 @@
 """The folder of JAX's compilation cache. Each case runs in a process: JAX reads its settings once."""
 
+import errno
 import hashlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,31 @@ def test_a_damaged_entry_is_said_and_written_again(tmp_path, at):
         assert cache.get("key") is None
     cache.put("key", b"executable")
     assert cache.get("key") == b"executable"
+
+
+def test_a_full_disk_is_said_once_and_leaves_no_entry(tmp_path, monkeypatch):
+    from moezoo.jax_backend.runtime.compile_cache import MAX_BYTES, VerifiedCache
+
+    cache = VerifiedCache(str(tmp_path), max_size=MAX_BYTES)
+    cache.put("first", b"executable")
+    real = type(cache.path).write_bytes
+
+    def full(path, content):
+        real(path, content[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        patch.setattr(type(cache.path), "write_bytes", full)
+        for _ in range(2):
+            cache.put("second", b"executable")
+    [warning] = (str(warning.message) for warning in said)
+    assert warning.startswith(
+        "the compile cache cannot be written (no space left on device); its programs are compiled"
+    )
+    assert cache.get("second") is None
+    cache.put("second", b"executable")
+    assert cache.get("second") == cache.get("first") == b"executable"
 
 
 @pytest.mark.release

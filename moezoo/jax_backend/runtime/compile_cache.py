@@ -15,6 +15,8 @@ import jax
 from filelock import FileLock
 from jax._src import compilation_cache, lru_cache  # no public API has the cache's reads and writes
 
+from moezoo.core.files import reason_of
+
 MAX_BYTES = 1 << 30  # training a small model writes 8 MB; the least recently used entry is evicted first
 
 
@@ -59,7 +61,13 @@ class VerifiedCache(lru_cache.LRUCache):
     """
 
     def put(self, key: str, value: bytes) -> None:
-        super().put(key, hashlib.sha256(value).digest() + value)
+        try:
+            super().put(key, hashlib.sha256(value).digest() + value)
+        except OSError as error:  # a full disk; JAX would stumble over the incomplete entry at each later one
+            for ending in ("cache", "atime"):
+                Path(self.path, f"{key}-{ending}").unlink(missing_ok=True)
+            what = f"the compile cache cannot be written ({reason_of(error)})"
+            warnings.warn(f"{what}; its programs are compiled again at the next start", stacklevel=2)
 
     def get(self, key: str) -> bytes | None:
         entry: bytes | None = super().get(key)
