@@ -79,10 +79,13 @@ _LINE_BYTES = 256 << 20  # of a JSON line: it is parsed whole
 _FORMATS = {
     b"\x1f\x8b": ("compressed with gzip", "Decompress it: gunzip -k FILE"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "Decompress it: unzstd FILE"),
-    b"BZh": ("compressed with bzip2", "Decompress it: bunzip2 -k FILE"),
+    **{b"BZh%d1AY&SY" % level: ("compressed with bzip2", "Decompress it: bunzip2 -k FILE") for level in range(1, 10)},
     b"\xfd7zXZ\x00": ("compressed with xz", "Decompress it: unxz -k FILE"),
     b"PK\x03\x04": ("a zip archive", "Unpack it: unzip FILE"),
-    b"PAR1": ("a Parquet table", "Write its text column as JSON lines, e.g. with pyarrow or pandas.DataFrame.to_json"),
+    b"PAR1\x15": (
+        "a Parquet table",
+        "Write its text column as JSON lines, e.g. with pandas.DataFrame.to_json",
+    ),
     b"\x93NUMPY": ("a NumPy array", "Use it as token ids: {kind: tokens, path: FILE}"),
     b"\xff\xfe\x00\x00": ("UTF-32 text", "Convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),
     b"\x00\x00\xfe\xff": ("UTF-32 text", "Convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),

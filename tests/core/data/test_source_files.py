@@ -87,7 +87,7 @@ def test_byte_order_mark_is_no_character(tmp_path, monkeypatch, chunk):
         (bz2.compress(b"the cat"), "file is compressed with bzip2; .*bunzip2 -k /"),
         (lzma.compress(b"the cat"), "file is compressed with xz; .*unxz -k /"),
         (b"\x28\xb5\x2f\xfd\0\0", "file is compressed with zstd; .*unzstd /"),
-        (b"PAR1\0", "file is a Parquet table; .*JSON lines"),
+        (b"PAR1\x15\0", "file is a Parquet table; .*JSON lines"),
         (b"\x93NUMPY\1\0", "file is a NumPy array; .*kind: tokens"),
     ],
     ids=("utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip", "bzip2", "xz", "zstd", "parquet", "numpy"),
@@ -98,6 +98,11 @@ def test_other_format_is_named(tmp_path, content, message):
         read(path)
     with pytest.raises(DataError, match=message):
         list(documents_of(found(path)[0], "text", lambda _: None))
+
+
+@pytest.mark.parametrize("text", ["BZhang walked in.", "PAR1S", "PK", "a\0b"])
+def test_text_that_only_begins_like_another_format_is_read(tmp_path, text):
+    assert read(write(tmp_path / "a.txt", text)) == text
 
 
 def test_folder_without_texts_says_what_it_has(tmp_path):
