@@ -137,12 +137,11 @@ class PartlyCached(Exception):
 @contextlib.contextmanager
 def readable_errors(repository: HubId, kind: type[MoezooError], advice: str) -> Iterator[None]:
     """Convert any error of the hub or network into one of a kind: a line with the repository, ending with `advice`."""
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     name = repository.name
     unreachable = "the hub cannot be reached. Connect to a network."
-    if huggingface_hub.constants.is_offline_mode():
+    if constants.is_offline_mode():
         unreachable = "HF_HUB_OFFLINE is set. Unset it."
     page = f"https://huggingface.co/{name}"
     try:
@@ -162,8 +161,7 @@ def readable_errors(repository: HubId, kind: type[MoezooError], advice: str) -> 
     except errors.HFValidationError:
         problem = f"{name} is neither a folder nor a repository id; expected organization/name[@revision]."
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        cache = huggingface_hub.constants.HF_HUB_CACHE
-        where = f"neither a folder ({Path(name).absolute()}) nor in the cache {cache}"
+        where = f"neither a folder ({Path(name).absolute()}) nor in the cache {constants.HF_HUB_CACHE}"
         problem = f"{name} is {where}, and {unreachable}"
     except Exception as error:  # network errors have no documented class in huggingface_hub
         problem = f"cannot fetch {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}."

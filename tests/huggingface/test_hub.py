@@ -1,13 +1,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
-from huggingface_hub import constants, errors
+from huggingface_hub import errors
 
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.folder import TensorFolder
@@ -283,11 +285,18 @@ def test_what_the_hub_refuses_is_opened_from_the_cache_or_said(hub, answer, prob
     assert TensorFolder(resolve("org/name@v1")).tensors.keys() == {"a", "b"}
 
 
-def test_offline_mode_is_said(hub, monkeypatch):
-    fake = hub(TEXTS | SHARDS)
-    fake.answer = errors.OfflineModeIsEnabled("offline")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "and HF_HUB_OFFLINE is set. Unset it." in refusal("org/name")
+def test_offline_mode_is_said_by_a_process_that_has_used_nothing_of_the_hub_yet(tmp_path):
+    """In its own process: huggingface_hub imports its modules when they are first used."""
+    lines = "from moezoo.core.huggingface.hub import resolve", "resolve('org/name')"
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "CheckpointError: org/name is neither a folder (" in result.stderr
+    assert "and HF_HUB_OFFLINE is set. Unset it." in result.stderr
 
 
 def test_paths_in_an_index_cannot_add_files_to_download(hub):
