@@ -34,11 +34,13 @@ def startup_limit(seconds: float, message: str) -> Iterator[None]:
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in the terminal is not for it
     )
+    # Only the main thread may set it, and a background job of a shell ignores it.
     in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if in_main_thread else None
+    changed = in_main_thread and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL) if changed else None
     try:
         yield
     finally:
-        if in_main_thread:
+        if changed:
             signal.signal(signal.SIGINT, previous)
         watchdog.communicate()

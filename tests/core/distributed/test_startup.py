@@ -48,6 +48,20 @@ def test_process_that_joined_in_time_goes_on_beyond_the_limit() -> None:
     assert (said, error) == ("waiting\njoined\n", "")
 
 
+def test_interrupt_that_is_ignored_does_not_end_the_wait() -> None:
+    """A shell that starts a command in the background has it ignore SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = waiting(0.5, 60)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, error) == (-signal.SIGKILL, "BackendError: nobody came\n")
+
+
 def test_interrupt_ends_the_wait() -> None:
     process = waiting(60, 60)
     assert process.stdout is not None
