@@ -11,7 +11,7 @@ import json
 import math
 import os
 import resource
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -102,16 +102,17 @@ def _receive(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]
     assert process.stdout is not None
     deadline = time.monotonic() + seconds
     reply = bytearray()
-    while not reply.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-            raise LimitedProcessError(f"it took more than {seconds:g} s")
-        more = os.read(process.stdout.fileno(), 1 << 20)
-        if not more:
-            raise LimitedProcessError(_how_it_ended(process))
-        reply += more
-        if len(reply) > _MAX_REPLY_BYTES:
-            raise LimitedProcessError(f"its result has more than {_MAX_REPLY_BYTES} bytes")
+    with selectors.DefaultSelector() as ready:  # select.select fails for the 1025th open file
+        ready.register(process.stdout, selectors.EVENT_READ)
+        while not reply.endswith(b"\n"):
+            if not ready.select(max(0.0, deadline - time.monotonic())):
+                raise LimitedProcessError(f"it took more than {seconds:g} s")
+            more = os.read(process.stdout.fileno(), 1 << 20)
+            if not more:
+                raise LimitedProcessError(_how_it_ended(process))
+            reply += more
+            if len(reply) > _MAX_REPLY_BYTES:
+                raise LimitedProcessError(f"its result has more than {_MAX_REPLY_BYTES} bytes")
     value: dict[str, Any] = json.loads(reply)
     return value
 

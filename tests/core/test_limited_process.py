@@ -1,5 +1,7 @@
 """Limits of a child process, with functions of this file's own module of tricks."""
 
+import os
+import resource
 import sys
 import time
 
@@ -80,3 +82,17 @@ def test_the_next_call_after_a_crash_has_a_new_process(tricks):
     with pytest.raises(LimitedProcessError, match="its process ended with SIGKILL"):
         process.call(3)
     assert process.call(2) == "aa"
+
+
+def test_a_call_works_with_more_than_1024_open_files(tricks):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("the hard limit of open files is below 1,200")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    descriptors = [os.dup(0) for _ in range(1100)]
+    try:
+        assert tricks("echo").call(1) == 1
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -119,7 +119,7 @@ class SafetensorsFile:
             return array.view(dtype).reshape(shape)
         except ValueError as error:
             raise CheckpointError(
-                f"{self.path}: NumPy cannot hold {name} of shape {list(entry.shape)} ({error})."
+                f"{self.path}: NumPy cannot hold {name} of shape {list(entry.shape)!s:.80} ({error})."
             ) from None
 
     def _open(self) -> BinaryIO:

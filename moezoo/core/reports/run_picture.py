@@ -16,6 +16,7 @@ from moezoo.core.training.metrics import read_metrics
 
 INK, PALE = "#22303c", "#8a97a3"
 _TRAINING, _VALIDATION, _OPTIMUM = "#2a6f97", "#d1495b", "#3a7d44"
+_LARGEST = 1e30  # of a number of the metrics; axes overflow before 1e308
 _MAX_COLUMNS = 600  # columns of a heat map; further steps are averaged
 _HEAT_MAPS_INCHES, _MIN_HEAT_MAP_INCHES = 5.5, 0.16
 
@@ -56,11 +57,11 @@ def _read(path: Path, problems: list[str]) -> _Curves:
     training, validation = [], []
     for row in read_metrics(path, problems):
         try:
-            step = float(row["step"])
+            step = _number(row["step"])
             if row.get("cross_entropy") is not None:
-                training.append((step, float(row["cross_entropy"]), row.get("routing") or []))
+                training.append((step, _number(row["cross_entropy"]), row.get("routing") or []))
             if row.get("validation_loss") is not None:
-                validation.append((step, float(row["validation_loss"])))
+                validation.append((step, _number(row["validation_loss"])))
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(
                 f"{path} has an invalid line of metrics; got {error!r:.80}; expected `step` and losses as numbers. "
@@ -79,6 +80,13 @@ def _read(path: Path, problems: list[str]) -> _Curves:
     )
 
 
+def _number(value: Any) -> float:
+    """Return a number that fits on an axis. Raises ValueError or TypeError."""
+    if not abs(value) < _LARGEST:  # NaN fails too
+        raise ValueError(value)
+    return float(value)
+
+
 def _loads(rows: Sequence[tuple[float, Any]], path: Path) -> tuple[tuple[int, ...], tuple[NDArray[np.float64], ...]]:
     """Return the MoE layers, and for each the load of every training step relative to a balanced load."""
     if not rows[0][1]:
@@ -86,6 +94,8 @@ def _loads(rows: Sequence[tuple[float, Any]], path: Path) -> tuple[tuple[int, ..
     try:
         layers = tuple(int(layer["layer"]) for layer in rows[0][1])
         shares = [np.array([routing[place]["load"] for _, routing in rows], np.float64) for place in range(len(layers))]
+        if any(share.ndim != 2 or not (np.abs(share) < _LARGEST).all() for share in shares):
+            raise ValueError("a load that is not a list of shares")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RunError(
             f"{path} has steps whose `routing` does not match the first step; got {error!r:.80}; expected the same "

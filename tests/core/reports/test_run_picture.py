@@ -115,3 +115,19 @@ def test_steps_of_two_models_are_an_error(tmp_path):
     path.write_text(path.read_text() + "".join(json.dumps(line) + "\n" for line in more))
     with pytest.raises(RunError, match="does not match the first step"):
         draw_run(path, tmp_path / "picture.png", None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cross_entropy": float("inf")},
+        {"cross_entropy": 1e300},
+        {"step": 10**90},
+        {"cross_entropy": "2"},
+        {"routing": [{"layer": 1, "load": [0.5, float("nan")]}]},
+    ],
+)
+def test_numbers_that_fit_on_no_axis_are_an_error(tmp_path, change):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "cross_entropy": 2.0, **change}) + "\n")
+    with pytest.raises(RunError, match=r"an invalid line|not match the first step|no training step"):
+        draw_run(tmp_path / "metrics.jsonl", tmp_path / "picture.png", None)
