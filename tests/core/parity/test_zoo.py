@@ -54,7 +54,8 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moezoo, "parity", report_of)
 
 
-def test_list_shows_every_feature_with_its_config() -> None:
+def test_list_shows_every_feature_with_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     result = call("--list", TINY)
     assert result.exit_code == 0, result.stderr
     shown = {row: config.name for row, config in zoo(TINY).rows}
