@@ -33,20 +33,22 @@ class Holder:
         host: host name.
         since: local time at which it took the lock, for the reader.
         process_start: start time of the process as its host counts it, which tells a reused pid apart.
+        inode: of the lock file, which tells a copy of the run's folder apart.
     """
 
     pid: int
     host: str
     since: str
     process_start: str | None
+    inode: int
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.since})"
 
     @staticmethod
-    def of_this_process() -> "Holder":
+    def of_this_process(inode: int) -> "Holder":
         pid, now = os.getpid(), f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-        return Holder(pid, platform.node(), now, process_start(pid))
+        return Holder(pid, platform.node(), now, process_start(pid), inode)
 
     def is_alive(self) -> bool:
         """Return whether the process may still run: on this host the same process does; on another host, always."""
@@ -73,7 +75,7 @@ class RunLock:
             self._descriptor, self.left_by = _take(path)
             try:
                 os.ftruncate(self._descriptor, 0)
-                _write(self._descriptor, Holder.of_this_process())
+                _write(self._descriptor, Holder.of_this_process(os.fstat(self._descriptor).st_ino))
             except BaseException:
                 self.release()
                 raise
@@ -106,10 +108,12 @@ def read_holder(path: Path) -> Holder | None:
     """Return the process that a lock file names; None if there is no such file, or it names none."""
     try:
         holder = Holder(**parse_json(read_bounded(path, _MAX_BYTES)))
+        is_copy = holder.inode != path.stat().st_ino
     except (OSError, ValueError, TypeError):
         return None
     kinds = ((holder.pid, int), (holder.host, str), (holder.since, str), (holder.process_start, str | None))
-    return holder if all(isinstance(value, kind) for value, kind in kinds) and holder.pid > 0 else None
+    is_valid = all(isinstance(value, kind) for value, kind in kinds) and holder.pid > 0
+    return holder if is_valid and not is_copy else None
 
 
 def check_unlocked(path: Path) -> None:

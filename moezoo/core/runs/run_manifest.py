@@ -46,10 +46,11 @@ def seal_run(folder: Path, names: tuple[str, ...], config_text: str) -> None:
 
 def replace_file(folder: Path, name: str, text: str) -> None:
     """Replace a file of a run and its entry in the manifest. A kill leaves the old or the new file, unlisted."""
+    files, content, before = _read(folder), text.encode(), None
     with contextlib.suppress(OSError):
-        if read_bounded(folder / name, len(text.encode())) == text.encode():
-            return
-    files = _read(folder)
+        before = read_bounded(folder / name, len(content))
+    if before == content and (files is None or name in files):
+        return
     if files is not None:
         _write(folder, {other: file for other, file in files.items() if other != name})
     write_atomically(folder / name, text)
@@ -62,17 +63,26 @@ def verify_run(folder: Path, *names: str) -> None:
 
     Raises RunError that names the first missing or damaged file.
     """
-    for name, expected in (_read(folder) or {}).items():
+    files = _read(folder)
+    while (problem := _problem(folder, files or {}, names)) is not None:
+        before, files = files, _read(folder)
+        if files == before:
+            raise _damaged(folder, problem)  # else the process that trains the run has replaced a file meanwhile
+
+
+def _problem(folder: Path, files: Mapping[str, ManifestFile], names: tuple[str, ...]) -> str | None:
+    for name, expected in files.items():
         if not any(name == asked or name.startswith(f"{asked}/") for asked in names):
             continue
         file = folder / name
         if not file.is_file():
-            raise _damaged(folder, f"{name} is missing")
+            return f"{name} is missing"
         size = file.stat().st_size
         if size != expected.bytes:
-            raise _damaged(folder, f"{name} has {size} bytes; expected {expected.bytes} according to the manifest")
+            return f"{name} has {size} bytes; expected {expected.bytes} according to the manifest"
         if sha256_of(file) != expected.sha256:
-            raise _damaged(folder, f"the SHA-256 of {name} differs from the manifest")
+            return f"the SHA-256 of {name} differs from the manifest"
+    return None
 
 
 def _entry(text: str) -> ManifestFile:

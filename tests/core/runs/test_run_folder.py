@@ -13,7 +13,7 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.data.prepare import prepare_data
 from moezoo.core.distributed.mesh import MESH_AXES, Devices
 from moezoo.core.errors import CheckpointError, DataError, RunError
-from moezoo.core.runs import run_writer
+from moezoo.core.runs import run_manifest, run_writer
 from moezoo.core.runs.open import describe_model
 from moezoo.core.runs.run_folder import load_run, load_run_layout, prepare_run
 from moezoo.core.runs.save import export, save_run
@@ -432,6 +432,22 @@ def test_damaged_file_of_a_run_is_named_wherever_it_is_read(tmp_path):
         start(tmp_path, run, resume=True)
 
 
+def test_config_replaced_while_it_is_verified_is_not_called_damaged(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    start(tmp_path, out)
+    texts = [f"# {number}\n" + (out / "config.yaml").read_text() for number in range(3)]
+    real = run_manifest.sha256_of
+
+    def meanwhile(path):
+        if texts:
+            run_manifest.replace_file(out, "config.yaml", texts.pop())
+        return real(path)
+
+    monkeypatch.setattr(run_manifest, "sha256_of", meanwhile)
+    describe_model(out)
+    assert texts == []
+
+
 def test_config_replaced_by_a_killed_resume_is_not_called_damaged(tmp_path, monkeypatch):
     out = tmp_path / "run"
     start(tmp_path, out)
@@ -448,10 +464,11 @@ def test_config_replaced_by_a_killed_resume_is_not_called_damaged(tmp_path, monk
             calls.clear()
             patch.setattr(os, "replace", killed)
             with pytest.raises(KeyboardInterrupt):
-                run_writer.replace_file(out, "config.yaml", f"# {stage}\n" + (out / "config.yaml").read_text())
+                run_manifest.replace_file(out, "config.yaml", f"# {stage}\n" + (out / "config.yaml").read_text())
         describe_model(out)
     text = (out / "config.yaml").read_text()
-    run_writer.replace_file(out, "config.yaml", text + "\n")
+    assert text.startswith("# 3\n")
+    run_manifest.replace_file(out, "config.yaml", text)  # lists it again
     flip(out / "config.yaml")
     with pytest.raises(RunError, match=r"the SHA-256 of config\.yaml differs"):
         describe_model(out)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -27,7 +28,8 @@ def left_by(path, **changes):
     """Write a lock file as a killed process leaves it, by default this very process."""
     start = process_start(os.getpid())
     holder = {"pid": os.getpid(), "host": platform.node(), "since": "2026-01-02 03:04:05", "process_start": start}
-    path.write_text(json.dumps({**holder, **changes}))
+    path.touch()
+    path.write_text(json.dumps({**holder, "inode": path.stat().st_ino, **changes}))
 
 
 def without_flock(descriptor, operation):
@@ -72,9 +74,8 @@ def test_stale_lock_is_taken_over(tmp_path, monkeypatch, locks):
         left_by(path, **changes)
         lock = RunLock(path)
         assert lock.left_by.since == "2026-01-02 03:04:05"
-        assert read_holder(path) == Holder(
-            os.getpid(), platform.node(), read_holder(path).since, process_start(os.getpid())
-        )
+        own = (os.getpid(), platform.node(), read_holder(path).since, process_start(os.getpid()))
+        assert read_holder(path) == Holder(*own, path.stat().st_ino)
         lock.check()
         lock.release()
     for content in (b"", b"[1]", b"{}", b'{"pid": "1"}', b"\xff"):
@@ -116,6 +117,20 @@ def test_lock_says_when_its_folder_was_moved_deleted_or_taken(tmp_path):
     lock.release()
     assert (run / "lock.json").exists(), "the lock of another process stays"
     other.release()
+
+
+def test_copy_of_a_folder_that_is_trained_is_not_locked(tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    lock = RunLock(run / "lock.json")
+    shutil.copytree(run, copy)
+    check_unlocked(copy / "lock.json")
+    other = RunLock(copy / "lock.json")
+    assert other.left_by is None
+    with pytest.raises(RunError, match="is being trained"):
+        check_unlocked(run / "lock.json")
+    other.release()
+    lock.release()
 
 
 def test_lock_that_cannot_be_written_is_one_error_and_leaves_no_file(tmp_path, monkeypatch):
