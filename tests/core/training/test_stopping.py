@@ -85,7 +85,8 @@ def saved(tmp_path: Path) -> list[int]:
 def test_signal_during_a_step_saves_after_it(name: str, run: Any, tmp_path: Path) -> None:
     result, messages = run(Model(at_step=send_at(3, name)))
     assert (result.step, result.finished, saved(tmp_path)) == (3, False, [3])
-    assert messages == ["stopping: saving after step 3 (a second Ctrl-C or SIGTERM ends at once)"]
+    answers = ("saving after step 3", "step 3 is saved")  # the save may be over before the thread that answers runs
+    assert messages in [[f"stopping: {answer} (a second Ctrl-C or SIGTERM ends at once)"] for answer in answers]
 
 
 def test_signal_during_the_final_validation_leaves_it_and_resuming_repeats_it(run: Any, tmp_path: Path) -> None:
