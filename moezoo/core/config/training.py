@@ -26,6 +26,8 @@ class TrainingConfig(Part):
     recomputes only the activations of the routed experts, not attention or the router.
     Source: Chen et al. 2016, arXiv 1604.06174.
 
+    `batch_size` and `sequence_length` are at most 2**24 each: the longest published context has 10 million tokens.
+
     A validation has at most `validation_sequences` windows; the final one at most `final_validation_sequences`, null
     leaves it out.
 
@@ -34,8 +36,8 @@ class TrainingConfig(Part):
     """
 
     steps: PositiveInt
-    batch_size: PositiveInt
-    sequence_length: PositiveInt
+    batch_size: Annotated[int, Field(ge=1, le=1 << 24)]
+    sequence_length: Annotated[int, Field(ge=1, le=1 << 24)]
     gradient_accumulation: PositiveInt = 1
     rematerialize: Rematerialize = "none"
     layers: Layers = "unrolled"

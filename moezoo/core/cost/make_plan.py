@@ -10,6 +10,9 @@ from moezoo.core.cost.communication import Collective, CollectiveKind
 from moezoo.core.cost.flops import flops_per_token
 from moezoo.core.cost.step_plan import CompiledStep, DevicePlan, device_plan, smaller, with_same_sequences
 from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis, planned_sizes
+from moezoo.core.errors import SpecError
+
+_MOST_BYTES = 1 << 56
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,11 @@ def make_plan(
     plan = Plan(config, lengths, device, flops, memory)
     if planner is None:
         return plan
+    if device.memory.total > _MOST_BYTES:  # Trap: XLA ends the process if the size of an array overflows
+        raise SpecError(
+            f"a step needs {device.memory.total} bytes on each device, more than XLA can describe; expected at most "
+            f"{_MOST_BYTES}. Use a smaller model or batch, more devices, or --formula."
+        )
     if chips is not None:
         return replace(plan, topology=topology, chip=planner.memory_on_chips(config, chips))
     others = lengths if plan.devices <= planner.MOST_DEVICES else smaller(lengths)

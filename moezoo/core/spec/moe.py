@@ -128,10 +128,11 @@ SharedSpec = Annotated[SharedExpertsSpec | ParallelFeedForwardSpec, Field(discri
 class MoESpec(Part):
     """MoE layer (mixture-of-experts feed-forward): Router -> Dispatch -> Experts -> Combine, plus shared experts.
 
-    `latent_dim`: the routed experts run at this width, between two shared projections (Nemotron-3).
+    `num_experts`: at most 2**20, as in He 2024, arXiv 2407.04153 (a million experts). `latent_dim`: the routed experts
+    run at this width, between two shared projections (Nemotron-3).
     """
 
-    num_experts: PositiveInt
+    num_experts: Annotated[int, Field(ge=1, le=1 << 20)]
     router: RouterSpec
     experts: ExpertsSpec
     latent_dim: PositiveInt | None = None

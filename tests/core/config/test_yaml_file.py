@@ -80,6 +80,8 @@ def test_ordinary_yaml_is_read():
         ("model.layers[²]=1", "the config has no ² at this place"),
         ("model.layers[" + "9" * 5_000 + "]=1", "the config has no 9{80} at this place"),
         ("training[0]=1", "training.0 is not a known key"),
+        ("training.batch_size=4611686018427387904", "training.batch_size is 4611686018427387904; input should be less"),
+        ("model.layers[0].moe.num_experts=2147483648", "moe.num_experts is 2147483648; input should be less"),
         ("model.layers[0].repeat=1000000000", "model.layers are 1000000000 with repeats .* Use at most 2000"),
     ],
 )

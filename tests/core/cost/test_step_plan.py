@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from moezoo.cli.main import main
 from moezoo.core.config.run_config import load_config
 from moezoo.core.cost.communication import Collective
+from moezoo.core.cost.make_plan import Planner, make_plan
 from moezoo.core.cost.memory import training_memory
 from moezoo.core.cost.step_plan import device_plan, memory_per_device, smaller, with_same_sequences
 from moezoo.core.distributed.mesh import MESH_AXES, MeshConfig
@@ -203,3 +205,10 @@ def test_large_config_has_the_published_number_of_parameters() -> None:
     assert counts["total"] == pytest.approx(671e9, rel=1e-3)
     assert counts["active"] == pytest.approx(37e9, rel=0.02)
     assert Path(LARGE).exists()
+
+
+def test_a_step_that_no_compiler_can_describe_is_refused_before_it_compiles() -> None:
+    config, _ = config_on("model.embed_dim=4611686018427387904")
+    with pytest.raises(SpecError, match=r"a step needs \d+ bytes on each device, more than XLA can describe"):
+        make_plan(config, 1, None, planner=cast(Planner, object()))  # nothing of the planner is used
+    assert make_plan(config, 1, None).device.memory.total > 1 << 64
