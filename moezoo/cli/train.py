@@ -132,10 +132,14 @@ def _resume_command(
     mesh: str | None,
     allow_overcommit: bool,
 ) -> str:
-    """Return the command that resumes a run."""
+    """Return the command that resumes a run, in as many processes as `moezoo launch` has started."""
+    import os
     import shlex
 
-    words = ["moezoo", "train", str(config_path)]
+    from moezoo.core.distributed.launch import NPROC
+
+    launched = ["launch", "--nproc", os.environ[NPROC]] if NPROC in os.environ else []
+    words = ["moezoo", *launched, "train", str(config_path)]
     words += ["--backend", backend] if backend else []
     words += ["--out", str(out)] if out else []
     for override in overrides:

@@ -27,6 +27,9 @@ GRACE_S = 5.0
 _SETTLING_S = 1.0
 _POLL_INTERVAL_S = 0.05
 
+NPROC = "MOEZOO_LAUNCH_NPROC"
+"""Environment variable of each process: the number of processes, for the command that resumes the run."""
+
 
 def launch(count: int, words: Sequence[str], backend: str) -> None:
     """Run `python -m moezoo WORDS` in `count` processes that form one process group, and wait for them.
@@ -44,7 +47,7 @@ def launch(count: int, words: Sequence[str], backend: str) -> None:
         with _forwarded(processes):
             try:
                 for index, (command, environment) in enumerate(commands):
-                    process = _start(index, command, environment)
+                    process = _start(index, command, {**environment, NPROC: str(count)})
                     processes.append(process)
                     if process.stdout is not None:
                         copied.append(threading.Thread(target=_copy_lines, args=(index, process.stdout), daemon=True))

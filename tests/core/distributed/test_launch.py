@@ -109,6 +109,7 @@ def test_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(conf
     output, _ = running.communicate(timeout=TIMEOUT_S)
     assert running.returncode == 0, output
     assert output.count("stopped and saved after step") == 1
+    assert f"moezoo launch --nproc 2 train {config} --backend mlx" in output
     (saved,) = list_checkpoints(out / "checkpoints")
     step = lines(out)[-1]["step"]
     assert f"after step {step} of" in output
