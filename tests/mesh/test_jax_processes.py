@@ -187,10 +187,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(co
     assert lines(out)[-1]["step"] == saved.step
 
 
+@pytest.mark.release  # the gate shows it with MLX: tests/core/distributed/test_launch.py
 def test_an_error_of_the_first_process_ends_the_group(config: Path, two: tuple[Path, str]) -> None:
     assert_ends_with_the_first("jax", config, two[0], *MESH)
 
 
+@pytest.mark.release
 def test_processes_without_a_mesh_are_an_error(config: Path) -> None:
     running = start("train", config, "--backend", "jax", "--out", config.with_name("no_mesh"))
     said, _ = running.communicate(timeout=TIMEOUT_S)

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("only", "attempts"),
     [
-        pytest.param("flip", 12, id="flipped bits"),
-        pytest.param("mutation", 12, id="mutations"),
-        pytest.param("replaced", 7, id="replaced files"),
+        pytest.param("flip", 8, id="flipped bits"),
+        pytest.param("mutation", 8, id="mutations"),
+        pytest.param("replaced", 5, id="replaced files"),
         pytest.param("mlx", 1, id="mlx processes"),
         pytest.param("jax", 1, id="jax processes", marks=pytest.mark.release),
         pytest.param("mesh", 1, id="mesh processes", marks=pytest.mark.release),

@@ -150,7 +150,7 @@ def test_logits_of_an_evaluation_are_certain_in_the_compute_dtype(free):
         check_scoring(bfloat16, 13, 16, ONE_DEVICE)
 
 
-@pytest.mark.parametrize("backend", ["jax", "mlx"])
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.release), "mlx"])
 def test_training_is_refused_before_there_is_a_folder(backend, tmp_path, free, monkeypatch):
     require_backend(backend)
     monkeypatch.setenv("MOEZOO_CACHE", str(tmp_path / "cache"))

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,13 +50,19 @@ def test_process_that_joined_in_time_goes_on_beyond_the_limit() -> None:
     assert (said, error) == ("waiting\njoined\n", "")
 
 
-def test_interrupt_that_is_ignored_does_not_end_the_wait() -> None:
-    """A shell that starts a command in the background has it ignore SIGINT."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def on_interrupt(action: signal.Handlers) -> Iterator[None]:
+    """Start processes with this action: a shell that starts a command in the background has it ignore SIGINT."""
+    previous = signal.signal(signal.SIGINT, action)
     try:
-        process = waiting(0.5, 60)
+        yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_interrupt_that_is_ignored_does_not_end_the_wait() -> None:
+    with on_interrupt(signal.SIG_IGN):
+        process = waiting(0.5, 60)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -63,7 +71,8 @@ def test_interrupt_that_is_ignored_does_not_end_the_wait() -> None:
 
 
 def test_interrupt_ends_the_wait() -> None:
-    process = waiting(60, 60)
+    with on_interrupt(signal.SIG_DFL):
+        process = waiting(60, 60)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)

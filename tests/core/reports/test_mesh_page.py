@@ -19,7 +19,8 @@ SPEC = load_config(CONFIG).model
 
 
 def described(*words: str) -> str:
-    result = CliRunner().invoke(main, ["describe", CONFIG, *words])
+    # Trap: xdist's workers have COLUMNS, which limits tables.
+    result = CliRunner(env={"COLUMNS": None}).invoke(main, ["describe", CONFIG, *words])
     assert result.exit_code == 0, result.output
     return result.output
 

@@ -131,7 +131,7 @@ def test_damaged_newest_checkpoint_is_reported_and_skipped(tmp_path: Path) -> No
         load_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("backend", ["jax", "mlx"])
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.release), "mlx"])
 def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(backend: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, checkpoint_every=2, log_every=5, steps=20)
     schedule = "optimizer.schedule={kind: inverse_square_root, warmup_steps: 0}"
@@ -233,7 +233,7 @@ def test_saved_model_cannot_be_resumed_and_steps_cannot_decrease(tmp_path: Path)
         run("mlx", config, tmp_path / "saved", "training.steps=3", resume=True)
 
 
-@pytest.mark.parametrize("backend", ["jax", "mlx"])
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.release), "mlx"])
 def test_capacity_is_reported_in_metrics_and_routing(backend: str, tmp_path: Path) -> None:
     require_backend(backend)
     config = write_config(tmp_path, steps=1)
