@@ -79,6 +79,7 @@ def generate(
     )
     if options["temperature"] is None and generation.temperature is None:
         options["temperature"] = _TEMPERATURE
+    generation.options(**options)  # rejects bad settings of the model before anything is printed
     printer.start()
     model.generate(printer.rows, max_new_tokens=new_tokens, on_tokens=printer.add, chat=chat, **options)
     printer.finish()

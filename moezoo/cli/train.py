@@ -1,5 +1,6 @@
 """`moezoo train` and `moezoo launch`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,14 @@ from moezoo.cli.data import prepare_with_progress
 from moezoo.cli.options import backend_option, group_options, mesh_option, overcommit_option, set_option
 from moezoo.cli.output import continue_without_output, new_console, print_lines, warn
 from moezoo.core.distributed.process_group import ProcessGroup
-from moezoo.core.errors import RunError
+from moezoo.core.errors import RunError, TokenizerError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from moezoo.core.config.run_config import Config
+    from moezoo.core.data.prepare import PreparedData
+    from moezoo.core.data.tokenizers import Tokenizer
     from moezoo.core.runs.run_folder import Run
     from moezoo.core.training.loop import TrainingResult
 
@@ -64,7 +67,8 @@ def train(
     is_first = loaded.processes.is_first
     console = new_console(quiet=not is_first)
     tokenizer = load_run_tokenizer(path) if resumed else initial_tokenizer(config)
-    data = first_process_first(loaded, lambda: prepare_with_progress(console, config, str(config_path), tokenizer))
+    prepare = partial(_prepared, console, config, str(config_path), tokenizer, resumed=resumed)
+    data = first_process_first(loaded, prepare)
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
     if not resumed:
         check_initial_weights(config)
@@ -86,6 +90,19 @@ def train(
     if is_first:
         resume_command = _resume_command(config_path, backend, out, overrides, mesh, allow_overcommit)
         _finish(console, config, run, path, result, resume_command)
+
+
+def _prepared(
+    console: "Console", config: "Config", where: str, tokenizer: "Tokenizer | None", *, resumed: bool
+) -> "PreparedData":
+    """Prepare the data; characters that the tokenizer of a run to resume lacks mean that the data has changed."""
+    from moezoo.core.data.tokenizers import CharacterTokenizer
+    from moezoo.core.runs.run_data import vocabulary_error
+
+    try:
+        return prepare_with_progress(console, config, where, tokenizer)
+    except TokenizerError as error:
+        raise vocabulary_error(error) if resumed and isinstance(tokenizer, CharacterTokenizer) else error from None
 
 
 def _config(
@@ -114,7 +131,11 @@ def _finish(
         return
     evaluation = result.evaluation
     optimum = evaluation.optimum if evaluation else None
-    problems = draw_run(run.metrics_path, run.picture_path, optimum.entropy_rate if optimum else None)
+    try:
+        problems = draw_run(run.metrics_path, run.picture_path, optimum.entropy_rate if optimum else None)
+    except KeyboardInterrupt:
+        print_lines(console, f"step {result.step} is saved in {path}; its picture was not drawn.")
+        raise
     print_lines(console, *problems)
     if not result.finished:
         stopped = f"stopped and saved after step {result.step} of {config.training.steps}. Resume with:"

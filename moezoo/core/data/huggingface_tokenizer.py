@@ -70,8 +70,18 @@ class HuggingFaceTokenizer:
         return self._encode(text, where)
 
     def _encode(self, text: str, where: str) -> Ids:
-        with library_errors(f"encode the {where}", self.path):
-            return np.array(self._inner.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        backend = self._inner.backend_tokenizer
+        try:
+            with library_errors(f"encode the {where}", self.path):
+                return np.array(backend.encode(text, add_special_tokens=False).ids, np.int32)
+        except TokenizerError as error:
+            if "Missing [UNK]" not in str(error):
+                raise
+            unknown = sorted({character for character in text if backend.token_to_id(character) is None})
+            raise TokenizerError(
+                f"{where} has characters outside the tokenizer's vocabulary; got "
+                f"{', '.join(map(repr, unknown[:20]))} ({self.path}). Remove them."
+            ) from None
 
     @cached_property
     def first_tokens(self) -> tuple[int, ...]:

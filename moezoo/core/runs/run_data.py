@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from moezoo.core.checkpoint.manifest import Section
 from moezoo.core.data.prepare import SourceSummary
-from moezoo.core.errors import DataError, RunError
+from moezoo.core.errors import DataError, RunError, TokenizerError
 from moezoo.core.files import read_bounded
 from moezoo.core.json_text import parse_json
 from moezoo.core.runs.run_manifest import verify_run
@@ -71,6 +71,15 @@ def check_data(run: Path, summary: Sequence[SourceSummary], *, allow_changed: bo
             "Restore it, start a new run with --out, or go on with --allow-changed-data."
         )
     return changed
+
+
+def vocabulary_error(error: TokenizerError) -> DataError:
+    """Return the error of a run to resume whose data the run's tokenizer cannot encode: the data has changed."""
+    problem, _, _ = str(error).partition("; expected ")
+    return DataError(
+        f"the data has changed since the run was started: {problem}; expected the same text. Restore it, or start "
+        "a new run with --out."
+    )
 
 
 def _tokens(row: SourceSummary) -> int:

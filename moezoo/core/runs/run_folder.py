@@ -89,7 +89,8 @@ def prepare_run(path: Path, config: Config, *, resume: bool) -> Run:
     Nothing is written: `RunWriter` does that, after the first step.
 
     Raises RunError: the folder contains a run and `resume` is False, contains no run and `resume` is True, contains
-    other files, or cannot be written. Raises SpecError: the config differs from the run's in more than `_MAY_CHANGE`.
+    other files, or cannot be written; or a file of the run to resume is damaged. Raises SpecError: the config differs
+    from that of the run in more than `_MAY_CHANGE`.
     """
     run = Run(path)
     if run.config_path.exists():
@@ -100,6 +101,7 @@ def prepare_run(path: Path, config: Config, *, resume: bool) -> Run:
                 "delete it."
             )
         _check_same(load_run_config(path), config, run.config_path)
+        verify_run(run.path, *STATIC)
         return run
     if unfinished_files(path) is None:
         raise RunError(

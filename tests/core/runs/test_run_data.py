@@ -11,8 +11,8 @@ from moezoo.core.config.data import DataConfig
 from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.data.prepare import PreparedData, prepare_data
-from moezoo.core.errors import DataError, RunError
-from moezoo.core.runs.run_data import changed_data, check_data
+from moezoo.core.errors import DataError, RunError, TokenizerError
+from moezoo.core.runs.run_data import changed_data, check_data, vocabulary_error
 from moezoo.core.runs.run_folder import prepare_run
 from moezoo.core.runs.run_writer import RunWriter
 from tests.support.small_run import write_config
@@ -97,3 +97,15 @@ def test_run_without_a_record_says_so_and_a_damaged_record_raises(tmp_path: Path
     (run / "manifest.json").unlink()  # as in runs of earlier versions
     [line] = check_data(run, data.summary, allow_changed=False)
     assert line.startswith("the run has no record of its data")
+
+
+def test_new_character_of_changed_text_is_called_a_change(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path))
+    tokenizer = prepare_data(config.data, T).tokenizer
+    (tmp_path / "text.txt").write_text("X owls")
+    with pytest.raises(TokenizerError) as problem:
+        prepare_data(config.data, T, tokenizer=tokenizer)
+    assert str(vocabulary_error(problem.value)).startswith(
+        "the data has changed since the run was started: data.sources[0]"
+    )
+    assert "byte" not in str(vocabulary_error(problem.value))

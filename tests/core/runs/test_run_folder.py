@@ -427,9 +427,10 @@ def test_damaged_file_of_a_run_is_named_wherever_it_is_read(tmp_path):
                         RunError, match=rf"run {out} is damaged: .*{name}.*Restore the file from a copy"
                     ):
                         read(out)
-    flip(run / "config.yaml")
-    with pytest.raises(RunError, match=r"is damaged: the SHA-256 of config\.yaml"):
-        start(tmp_path, run, resume=True)
+    for name in ("huggingface/b", "config.yaml"):
+        flip(run / name)
+        with pytest.raises(RunError, match=rf"is damaged: the SHA-256 of {name}"):
+            start(tmp_path, run, resume=True)
 
 
 def test_config_replaced_while_it_is_verified_is_not_called_damaged(tmp_path, monkeypatch):
