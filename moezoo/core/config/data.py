@@ -23,7 +23,7 @@ class TextSource(Part):
 
 
 class JSONLSource(Part):
-    """JSON lines: one object per line, with the text in `field`. A file, a folder (every *.jsonl), a glob, or a URL."""
+    """JSON lines: one object per line, the text in `field`. A file, a folder (*.jsonl, *.ndjson), a glob, or a URL."""
 
     kind: Literal["jsonl"] = "jsonl"
     path: str

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from moezoo.core.config.data import BatchesSource
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.npy_header import read_npy_header
-from moezoo.core.data.source_files import find_files
+from moezoo.core.data.source_files import find_files, suffix_of
 from moezoo.core.data.token_cache import local_copy
 from moezoo.core.data.token_shards import IdFile, IntegerArray, check_range, open_npy
 from moezoo.core.data.tokenizers import Ids
@@ -166,7 +166,7 @@ def _open(
     path = local_copy(files[0], on_progress, on_message)
     ids: IdFile | IntegerArray
     try:
-        ids = _load_npz(path, source.key, name) if path.suffix == ".npz" else _open_npy(path, source.key, name)
+        ids = _load_npz(path, source.key, name) if suffix_of(path) == ".npz" else _open_npy(path, source.key, name)
     except (OSError, ValueError, *_ZIP_ERRORS) as error:
         raise DataError(
             f"{name} is damaged or not a .npy or .npz file; got: {reason_of(error)}; expected integers written by "

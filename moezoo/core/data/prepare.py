@@ -8,7 +8,6 @@ shards (token_shards.py). To resume, a run needs only its step. Writing: writing
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
@@ -30,7 +29,7 @@ from moezoo.core.config.data import (
 from moezoo.core.data import sample_order
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prebatched import PrebatchedSplit, open_prebatched
-from moezoo.core.data.source_files import SourceFile, find_files
+from moezoo.core.data.source_files import JSON_LINES, SourceFile, find_files, find_texts, suffix_of
 from moezoo.core.data.token_shards import Tokens
 from moezoo.core.data.token_store import Texts, characters_of, open_shards, tokenize
 from moezoo.core.data.tokenizer_files import tokenizer_folder
@@ -288,16 +287,17 @@ def tokenizer_on_this_machine(data: DataConfig, where: str) -> Tokenizer | None:
 
 
 def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: Message = warnings.warn) -> Split:
-    """Open a whole file as a split: token ids (`.npy`, `.bin`), field `text` of JSON lines (`.jsonl`), or text.
+    """Open a whole file as a split: token ids (`.npy`, `.bin`), field `text` of JSON lines (`.jsonl`, ...), or text.
 
-    `vocab_size` is that of the model. `on_message` and errors are those of `prepare_data`.
+    Suffixes may be in any case. `vocab_size` is that of the model. `on_message` and errors are those of `prepare_data`.
     """
-    suffix = Path(path).suffix
+    suffix = suffix_of(path)
     if suffix in (".npy", ".bin"):
         tokens = open_shards(find_files(path, (suffix,), path), vocab_size, path, None, on_message)
     else:
-        texts = Texts(path, find_files(path, (".txt",), path), "text" if suffix == ".jsonl" else None)
-        tokens = tokenize(texts, tokenizer, None, on_message)
+        is_lines = suffix in JSON_LINES
+        files = find_files(path, JSON_LINES, path) if is_lines else find_texts(path, path)
+        tokens = tokenize(Texts(path, files, "text" if is_lines else None), tokenizer, None, on_message)
     return Split("evaluated", (SplitSource(path, tokens, 0, len(tokens), 1.0),))
 
 
@@ -313,10 +313,10 @@ def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
     match source:
         case TextSource():
             name = f"{key} ({source.path})"
-            return Texts(name, find_files(source.path, (".txt",), f"{key}.path ({where})"))
+            return Texts(name, find_texts(source.path, f"{key}.path ({where})"))
         case JSONLSource():
             name = f"{key} ({source.path})"
-            return Texts(name, find_files(source.path, (".jsonl",), f"{key}.path ({where})"), source.field)
+            return Texts(name, find_files(source.path, JSON_LINES, f"{key}.path ({where})"), source.field)
         case DatasetSource():
             from moezoo.core.data.datasets import dataset_path
 

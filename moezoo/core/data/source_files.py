@@ -17,6 +17,9 @@ from typing import Any, BinaryIO
 from moezoo.core.errors import DataError
 from moezoo.core.files import located, open_regular
 
+JSON_LINES = (".jsonl", ".ndjson")
+"""Suffixes of JSON lines, in lower case."""
+
 _FIRST_LOOK = 4096  # bytes
 CHUNK_BYTES = 1 << 20  # encoding a chunk takes up to 64 times as much memory, as measured
 
@@ -58,9 +61,9 @@ class SourceFile:
 def find_files(path: str, suffixes: tuple[str, ...], where: str) -> tuple[SourceFile, ...]:
     """Find the files of a path, sorted by name: a file, a folder (recursively), a glob, or a URL of any of these.
 
-    Of a folder, only files that end in one of `suffixes` (`.txt`) and are not hidden (`.a.txt`) are returned. Links are
-    followed, and a file is returned once. `where` names the config key in errors. Raises DataError if there are no
-    files.
+    Of a folder, only files that end in one of `suffixes` (`.txt`, in any case) and are not hidden (`.a.txt`) are
+    returned. Links are followed, and a file is returned once. `where` names the config key in errors. Raises DataError
+    if there are no files.
     """
     if path.startswith("file://"):
         path = path.removeprefix("file://")
@@ -70,6 +73,24 @@ def find_files(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Source
             "current working directory."
         )
     return _find_remote(path, suffixes, where) if "://" in path else _find_local(path, suffixes, where)
+
+
+def find_texts(path: str, where: str) -> tuple[SourceFile, ...]:
+    """Find the files of a path as `find_files` does for `.txt`. Raises DataError also if one of them is JSON lines."""
+    files = find_files(path, (".txt",), where)
+    lines = next((file.name for file in files if suffix_of(file.name) in JSON_LINES), None)
+    if lines is not None:
+        raise DataError(
+            f"file is JSON lines, which would be read as text with all of its syntax; got {lines}; expected plain "
+            f"text; {where}. Use a source {{kind: jsonl, path: ..., field: text}}."
+        )
+    return files
+
+
+def suffix_of(path: str | Path) -> str:
+    """Return the suffix of a path or URL in lower case: `.txt` of `A.TXT` and of `https://host/a.txt?download=1`."""
+    name = str(path)
+    return Path(name.partition("?")[0] if name.startswith(("http://", "https://")) else name).suffix.lower()
 
 
 _BYTE_ORDER_MARK = "\ufeff"
@@ -215,7 +236,7 @@ def _find_local(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sourc
         if local.is_file():
             found = [local]
         elif local.is_dir():
-            found = [file for file in _files_below(local) if file.name.endswith(suffixes)]
+            found = [file for file in _files_below(local) if suffix_of(file) in suffixes]
         elif glob.has_magic(path):
             found = list(_glob(local))
         else:
@@ -300,7 +321,9 @@ def _find_remote(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sour
         elif filesystem.isfile(inner):
             names = [inner]
         else:
-            names = [name for name in filesystem.find(inner) if name.endswith(suffixes) and not _is_hidden(name, inner)]
+            names = [
+                name for name in filesystem.find(inner) if suffix_of(name) in suffixes and not _is_hidden(name, inner)
+            ]
         infos = [filesystem.info(name) for name in sorted(names)]
     except Exception as error:  # any exception of the file system's client
         raise _unreadable(f"{path} ({where})", error) from error

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.data.npy_header import read_npy_header
+from moezoo.core.data.source_files import suffix_of
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
 from moezoo.core.files import open_regular, reason_of
@@ -167,7 +168,7 @@ def check_range(ids: IntegerArray, vocab_size: int, name: str) -> None:
 
 def open_shard(path: Path, name: str) -> IdFile:
     """Open one shard; `name` is used in errors. Raises DataError: not a shard, damaged or empty."""
-    shard = _open_bin(path, name) if path.suffix == ".bin" else _open_npy(path, name)
+    shard = _open_bin(path, name) if suffix_of(path) == ".bin" else _open_npy(path, name)
     if not len(shard):
         raise DataError(f"token shard is empty; got 0 tokens; expected at least 1; {name}. Remove it.")
     return shard

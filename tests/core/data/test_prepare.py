@@ -794,6 +794,21 @@ def test_text_shorter_than_a_sequence_error_has_both_lengths(tmp_path):
     prepare_data(config(text(path), validation_fraction=0.3), 5)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson"])
+def test_json_lines_are_never_read_as_plain_text(tmp_path, name):
+    path = write(tmp_path / name, '{"text": "the cat"}\n')
+    assert whole_file(str(path), ByteTokenizer(), 256).num_tokens == len("the cat")
+    with pytest.raises(DataError, match=r"data.sources\[0\].path \(config\). Use a source \{kind: jsonl"):
+        prepare_data(config(text(path)), 1)
+
+
+def test_suffix_of_token_shards_may_be_in_capitals(tmp_path):
+    write_bin(tmp_path / "a.BIN", range(50))
+    assert whole_file(str(tmp_path / "a.BIN"), ByteTokenizer(), 256).num_tokens == 50
+    prepared = prepare_data(config(shards(tmp_path), tokenizer=IDS), 2)
+    assert prepared.train.num_tokens == 45
+
+
 def test_empty_text_raises(tmp_path):
     path = write(tmp_path / "a.txt", "")
     with pytest.raises(DataError, match="the sources have no text"):

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from moezoo.core.data import source_files
-from moezoo.core.data.source_files import documents_of, find_files, text_of
+from moezoo.core.data.source_files import documents_of, find_files, find_texts, text_of
 from moezoo.core.errors import DataError
 
 
@@ -132,3 +132,21 @@ def test_endless_line_and_pipe_are_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "b.txt")
     with pytest.raises(DataError, match=r"not a regular file; got .*b\.txt"):
         found(tmp_path / "b.txt")
+
+
+def test_suffixes_are_compared_in_any_case(tmp_path):
+    for name in ("A.TXT", "b.txt", "c.JSONL", "d.ndjson", "e.Npy"):
+        write(tmp_path / name)
+    names = {suffixes: [os.path.basename(file.name) for file in found(tmp_path, suffixes)] for suffixes in SUFFIXES}
+    assert list(names.values()) == [["A.TXT", "b.txt"], ["c.JSONL", "d.ndjson"], ["e.Npy"]]
+
+
+SUFFIXES = ((".txt",), source_files.JSON_LINES, (".npy", ".bin"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson"])
+def test_json_lines_are_refused_as_plain_text(tmp_path, name):
+    write(tmp_path / name, '{"text": "x"}\n')
+    for path in (tmp_path / name, tmp_path / "*"):
+        with pytest.raises(DataError, match=r"is JSON lines.*got /.*/a\.\w+; .*\. Use a source \{kind: jsonl, path: "):
+            find_texts(str(path), "data.sources[0].path (x.yaml)")
