@@ -43,6 +43,7 @@ from moezoo.core.data.tokenizers import (
 from moezoo.core.errors import DataError, TokenizerError
 from moezoo.core.progress import Message, Progress
 
+_WHOLE = "evaluated"  # split that is a whole file
 _MOST_TEXT_BYTES = 64_000_000  # a few seconds
 
 
@@ -298,7 +299,7 @@ def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: 
         is_lines = suffix in JSON_LINES
         files = find_files(path, JSON_LINES, path) if is_lines else find_texts(path, path)
         tokens = tokenize(Texts(path, files, "text" if is_lines else None), tokenizer, None, on_message)
-    return Split("evaluated", (SplitSource(path, tokens, 0, len(tokens), 1.0),))
+    return Split(_WHOLE, (SplitSource(path, tokens, 0, len(tokens), 1.0),))
 
 
 @dataclass(frozen=True)
@@ -381,10 +382,13 @@ def _open(found: Texts | _Shards, tokenizer: Tokenizer, on_progress: Progress | 
 
 def _check_length(split: str, source: SplitSource, sequence_length: int, where: str = "") -> None:
     if source.num_tokens <= sequence_length:
+        what, name = f"the {split} split", "training.sequence_length"
+        advice = "a shorter sequence_length, more text, or another data.validation_fraction"
+        if split == _WHOLE:
+            what, name, advice = "the data", "sequence length", "a file with more text, or a shorter sequence length"
         raise DataError(
-            f"the {split} split is shorter than one sequence; got {source.num_tokens} tokens; expected at least "
-            f"training.sequence_length + 1 = {sequence_length + 1}; {source.name}{where}. "
-            "Use a shorter sequence_length, more text, or another data.validation_fraction."
+            f"{what} is shorter than one sequence; got {source.num_tokens} tokens; expected at least "
+            f"{name} + 1 = {sequence_length + 1}; {source.name}{where}. Use {advice}."
         )
 
 

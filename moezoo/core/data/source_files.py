@@ -8,6 +8,7 @@ import fnmatch
 import glob
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from moezoo.core.files import located, open_regular
 
 JSON_LINES = (".jsonl", ".ndjson")
 """Suffixes of JSON lines, in lower case."""
+
+BIN_MAGIC = 20240520
+"""First int32 of a token shard in modded-nanogpt's format."""
 
 _FIRST_LOOK = 4096  # bytes
 CHUNK_BYTES = 1 << 20  # encoding a chunk takes up to 64 times as much memory, as measured
@@ -96,39 +100,51 @@ def suffix_of(path: str | Path) -> str:
 _BYTE_ORDER_MARK = "\ufeff"
 _LINE_BYTES = 256 << 20  # of a JSON line: it is parsed whole
 
-# First bytes of files that are not UTF-8 text, and how to make text of them.
+# First bytes of files that are not UTF-8 text, and how to make text of them: FILE is the file, OUT the text.
+_UTF_16 = "is UTF-16 text", "Convert it: iconv -f UTF-16 -t UTF-8 FILE > OUT"
+_UTF_32 = "is UTF-32 text", "Convert it: iconv -f UTF-32 -t UTF-8 FILE > OUT"
+_BZIP2 = "is compressed with bzip2", "Decompress it: bunzip2 -c FILE > OUT"
 _FORMATS = {
-    b"\x1f\x8b": ("compressed with gzip", "Decompress it: gunzip -k FILE"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "Decompress it: unzstd FILE"),
-    **{b"BZh%d1AY&SY" % level: ("compressed with bzip2", "Decompress it: bunzip2 -k FILE") for level in range(1, 10)},
-    b"\xfd7zXZ\x00": ("compressed with xz", "Decompress it: unxz -k FILE"),
-    b"PK\x03\x04": ("a zip archive", "Unpack it: unzip FILE"),
-    b"PAR1\x15": (
-        "a Parquet table",
-        "Write its text column as JSON lines, e.g. with pandas.DataFrame.to_json",
+    b"\x1f\x8b": ("is compressed with gzip", "Decompress it: gunzip -c FILE > OUT"),
+    b"\x28\xb5\x2f\xfd": ("is compressed with zstd", "Decompress it: zstd -dc FILE > OUT"),
+    **{b"BZh%d1AY&SY" % level: _BZIP2 for level in range(1, 10)},
+    b"\xfd7zXZ\x00": ("is compressed with xz", "Decompress it: xz -dc FILE > OUT"),
+    b"PK\x03\x04": ("is a zip archive", "Unpack it: unzip FILE"),
+    b"PAR1\x15": ("is a Parquet table", "Write its text column as JSON lines, e.g. with pandas.DataFrame.to_json"),
+    b"\x93NUMPY": ("is a NumPy array", "Use it as token ids: {kind: tokens, path: FILE}; its name must end in .npy"),
+    BIN_MAGIC.to_bytes(4, "little"): (
+        "has token ids in modded-nanogpt's format",
+        "Use it as token ids: {kind: tokens, path: FILE}; its name must end in .bin",
     ),
-    b"\x93NUMPY": ("a NumPy array", "Use it as token ids: {kind: tokens, path: FILE}"),
-    b"\xff\xfe\x00\x00": ("UTF-32 text", "Convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),
-    b"\x00\x00\xfe\xff": ("UTF-32 text", "Convert it: iconv -f UTF-32 -t UTF-8 FILE > FILE.txt"),
-    b"\xff\xfe": ("UTF-16 text", "Convert it: iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"),
-    b"\xfe\xff": ("UTF-16 text", "Convert it: iconv -f UTF-16 -t UTF-8 FILE > FILE.txt"),
+    b"\xff\xfe\x00\x00": _UTF_32,
+    b"\x00\x00\xfe\xff": _UTF_32,
+    b"\xff\xfe": _UTF_16,
+    b"\xfe\xff": _UTF_16,
 }
 
 
-def _check_format(first: bytes, name: str) -> None:
+def _check_format(first: bytes, name: str, is_lines: bool = False) -> None:
     """Raise DataError if a file that begins with these bytes is not UTF-8 text, but in another known format."""
-    known = next((found for mark, found in _FORMATS.items() if first.startswith(mark)), None)
-    if known is None:
-        even, odd = first[:_FIRST_LOOK:2], first[1:_FIRST_LOOK:2]
-        for part, order in ((odd, "LE"), (even, "BE")):  # the high bytes of Latin letters are 0
-            if len(part) > 1 and 2 * part.count(0) > len(part):
-                known = f"UTF-16{order} text", f"Convert it: iconv -f UTF-16{order} -t UTF-8 FILE > FILE.txt"
-                break
+    known = next((found for mark, found in _FORMATS.items() if first.startswith(mark)), None) or _with_nuls(first)
     if known is not None:
         what, advice = known
-        raise DataError(
-            f"file is {what}; got {name}; expected UTF-8 text. {advice.replace('FILE', shlex.quote(name))}."
-        )
+        file = shlex.quote(name)
+        lines = is_lines or any(suffix in name.lower() for suffix in JSON_LINES)  # a.jsonl.gz
+        words = {"FILE": file, "OUT": f"{file}.jsonl" if lines else f"{file}.txt"}
+        advice = re.sub("FILE|OUT", lambda word: words[word[0]], advice)
+        raise DataError(f"file {what}; got {name}; expected UTF-8 text. {advice}.")
+
+
+def _with_nuls(first: bytes) -> tuple[str, str] | None:
+    """Return the format of a file by its many NUL bytes: UTF-16, whose high bytes are 0 for Latin letters, or none."""
+    even, odd = first[:_FIRST_LOOK:2], first[1:_FIRST_LOOK:2]
+    even_nul, odd_nul = (len(part) > 1 and 2 * part.count(0) > len(part) for part in (even, odd))
+    if not even_nul and not odd_nul:
+        return None
+    if 2 * (even if odd_nul else odd).count(0) >= len(odd):
+        return "has NUL bytes, so it is no text", "Use another file, or write it again"
+    order = "LE" if odd_nul else "BE"
+    return f"is UTF-16{order} text", f"Convert it: iconv -f UTF-16{order} -t UTF-8 FILE > OUT"
 
 
 def text_of(file: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[str]:
@@ -157,7 +173,7 @@ def documents_of(file: SourceFile, key: str, on_bytes: Callable[[int], None]) ->
     position = 0
     for number, line in enumerate(_lines(file, on_bytes), start=1):
         if number == 1:
-            _check_format(line, file.name)
+            _check_format(line, file.name, is_lines=True)
         text = _decode(codecs.getincrementaldecoder("utf-8")(), line, file, position, final=True)
         position += len(line) + 1
         text = text.removeprefix(_BYTE_ORDER_MARK).strip()

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.data.npy_header import read_npy_header
-from moezoo.core.data.source_files import suffix_of
+from moezoo.core.data.source_files import BIN_MAGIC, suffix_of
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
 from moezoo.core.files import open_regular, reason_of
@@ -26,7 +26,7 @@ from moezoo.core.files import open_regular, reason_of
 IntegerArray = npt.NDArray[np.integer[Any]]
 Read = Callable[[int, int], IntegerArray]
 
-_BIN_MAGIC, _BIN_VERSION, _BIN_HEADER = 20240520, 1, 256  # modded-nanogpt: 256 int32, then uint16 tokens
+_BIN_VERSION, _BIN_HEADER = 1, 256  # modded-nanogpt: 256 int32, then uint16 tokens
 _BLOCKS, _BLOCK_IDS = 16, 4096  # of a file whose SHA-256 is not known, for its digest
 _RESTORE = "Restore the file (one in the token cache is made again), and start again."
 
@@ -213,8 +213,8 @@ def _open_bin(path: Path, name: str) -> IdFile:
     except OSError as error:
         raise _unreadable(name, error) from None
     size, header = stamp[0], np.frombuffer(content[: len(content) // 4 * 4], "<i4")
-    expected = f"expected the magic number {_BIN_MAGIC} and version {_BIN_VERSION} of modded-nanogpt's format"
-    if len(header) < _BIN_HEADER or header[0] != _BIN_MAGIC or header[1] != _BIN_VERSION:
+    expected = f"expected the magic number {BIN_MAGIC} and version {_BIN_VERSION} of modded-nanogpt's format"
+    if len(header) < _BIN_HEADER or header[0] != BIN_MAGIC or header[1] != _BIN_VERSION:
         got = f"{header[0]} and {header[1]}" if len(header) >= 2 else "nothing"
         raise DataError(
             f"token shard has an unknown header; got {got} in {size} bytes; {expected}; {name}. "

@@ -809,6 +809,16 @@ def test_suffix_of_token_shards_may_be_in_capitals(tmp_path):
     assert prepared.train.num_tokens == 45
 
 
+def test_whole_file_shorter_than_a_sequence_error_has_no_advice_about_splits(tmp_path):
+    for content, length in (("", 1), ("the cat", 100_000)):
+        split = whole_file(str(write(tmp_path / "a.txt", content)), ByteTokenizer(), 256)
+        with pytest.raises(
+            DataError, match=rf"the data is shorter .*got {len(content)} tokens; .* = {length + 1};"
+        ) as e:
+            split.windows(length)
+        assert str(e.value).endswith("Use a file with more text, or a shorter sequence length.")
+
+
 def test_empty_text_raises(tmp_path):
     path = write(tmp_path / "a.txt", "")
     with pytest.raises(DataError, match="the sources have no text"):

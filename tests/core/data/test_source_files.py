@@ -5,7 +5,9 @@ import gzip
 import lzma
 import os
 import re
+import subprocess
 
+import numpy as np
 import pytest
 
 from moezoo.core.data import source_files
@@ -83,20 +85,37 @@ def test_byte_order_mark_is_no_character(tmp_path, monkeypatch, chunk):
         ("the cat é".encode("utf-16-le"), "file is UTF-16LE text; .*iconv -f UTF-16LE "),
         ("the cat é".encode("utf-16-be"), "file is UTF-16BE text; .*iconv -f UTF-16BE "),
         ("the cat".encode("utf-32"), "file is UTF-32 text; .*iconv -f UTF-32 "),
-        (gzip.compress(b"the cat"), "file is compressed with gzip; .*gunzip -k /"),
-        (bz2.compress(b"the cat"), "file is compressed with bzip2; .*bunzip2 -k /"),
-        (lzma.compress(b"the cat"), "file is compressed with xz; .*unxz -k /"),
-        (b"\x28\xb5\x2f\xfd\0\0", "file is compressed with zstd; .*unzstd /"),
+        (gzip.compress(b"the cat"), r"file is compressed with gzip; .*gunzip -c (/.*/a.txt) > \1.txt\.$"),
+        (bz2.compress(b"the cat"), "file is compressed with bzip2; .*bunzip2 -c /.*/a.txt > /"),
+        (lzma.compress(b"the cat"), "file is compressed with xz; .*xz -dc /.*/a.txt > /"),
+        (b"\x28\xb5\x2f\xfd\0\0", "file is compressed with zstd; .*zstd -dc /.*/a.txt > /"),
         (b"PAR1\x15\0", "file is a Parquet table; .*JSON lines"),
         (b"\x93NUMPY\1\0", "file is a NumPy array; .*kind: tokens"),
+        (np.int32([20240520, 1, 9]).tobytes(), "file has token ids in .*kind: tokens, path: /.*must end in .bin"),
+        (b"\0" * 9000, "file has NUL bytes, so it is no text; got /"),
+        (np.arange(900, dtype=">i4").tobytes(), "file has NUL bytes, so it is no text; got /"),
     ],
-    ids=("utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip", "bzip2", "xz", "zstd", "parquet", "numpy"),
+    ids=(
+        "utf-16",
+        "utf-16-le",
+        "utf-16-be",
+        "utf-32",
+        "gzip",
+        "bzip2",
+        "xz",
+        "zstd",
+        "parquet",
+        "numpy",
+        "bin",
+        "nul",
+        "int32",
+    ),
 )
 def test_other_format_is_named(tmp_path, content, message):
     path = write(tmp_path / "a.txt", content)
     with pytest.raises(DataError, match=message):
         read(path)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message.replace(r"\1.txt", r"\1.jsonl").replace("/a.txt.txt", "/a.txt.jsonl")):
         list(documents_of(found(path)[0], "text", lambda _: None))
 
 
@@ -132,6 +151,18 @@ def test_endless_line_and_pipe_are_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "b.txt")
     with pytest.raises(DataError, match=r"not a regular file; got .*b\.txt"):
         found(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(("name", "out"), [("a FILE", "'{}'.txt"), ("a.jsonl.gz", "{}.jsonl")])
+def test_text_made_by_the_advice_is_found_again(tmp_path, name, out):
+    path = write(tmp_path / name, gzip.compress(b"the cat"))
+    with pytest.raises(DataError) as failure:
+        list(text_of(found(path)[0], lambda _: None))
+    command = str(failure.value).partition("Decompress it: ")[2].removesuffix(".")
+    assert command.endswith(f" > {out.format(path)}")
+    subprocess.run(command, shell=True, check=True)
+    written = found(tmp_path, (".txt", ".jsonl"))
+    assert ["".join(text_of(file, lambda _: None)) for file in written] == ["the cat"]
 
 
 def test_suffixes_are_compared_in_any_case(tmp_path):
