@@ -9,16 +9,15 @@ step = total_steps, just after the last update, so the last update does not have
 import math
 from typing import Annotated, Literal, assert_never
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from moezoo.core.errors import SpecError
+from moezoo.core.spec import Part
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class _Schedule(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
+class _Schedule(Part):
     warmup_steps: NonNegativeInt = 0
 
 

@@ -39,6 +39,9 @@ def _explain(part: type[Part], raw: object, problem: ErrorDetails, where: str) -
         case "impossible":
             path = ".".join(piece for piece in (path, context["path"]) if piece) or "config"
             return f"{path} {context['problem']} ({where}). {context['advice']}."
+        case "boolean":
+            path = ".".join(piece for piece in (path, context["path"]) if piece)
+            return f"{path} is {context['value']}; expected a number, not true or false ({where})."
         case "extra_forbidden":
             key = str(problem["loc"][-1])
             known = sorted(owner.model_fields) if owner else []

@@ -15,6 +15,9 @@ _MAX_NODES = 50_000  # values with aliases expanded; PyYAML takes 3 s for so man
 _MAX_DEPTH = 50
 _MAX_DIGITS = 100
 _MAX_INTEGER = 2**63 - 1
+_NUMBER = re.compile(
+    r"[-+]?(0|[1-9][0-9]*|\.[0-9]+|[0-9]+\.[0-9]*)(e[-+]?[0-9]+)?|0x[0-9a-f]+|[-+]?\.inf|\.nan", re.IGNORECASE
+)
 
 
 def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
@@ -52,8 +55,8 @@ def parse_mapping(text: str, where: str, what: str) -> dict[str, Any]:
 def parse_value(text: str, where: str) -> Any:
     """Parse YAML text that may hold any value: text, numbers, true, false, null, lists, and mappings with text as keys.
 
-    Dates and whatever needs a tag (`!!binary`) are not values here. Bounded, with aliases expanded: depth, number of
-    values, digits of a number.
+    Dates and whatever needs a tag (`!!binary`) are not values here, nor are the numbers of YAML 1.1 that 1.2 gave up:
+    12:30 (750), 010 (8), 0b1, 1_000. Bounded, with aliases expanded: depth, number of values, digits of a number.
 
     Raises SpecError, one line with the place: not YAML, not one of these values, a duplicate key, or beyond a bound.
     """
@@ -167,10 +170,9 @@ def _float(loader: _StrictLoader, node: yaml.ScalarNode) -> float:
 def _number(convert: Callable[[Any], Any], node: yaml.ScalarNode) -> Any:
     if len(node.value) > _MAX_DIGITS:
         raise _problem(f"a number of {len(node.value)} characters", node)
-    try:
-        return convert(node)
-    except (ValueError, OverflowError):  # 0x_ has the form of an integer
-        raise _problem(f"{node.value!r}, which is not a number", node) from None
+    if _NUMBER.fullmatch(node.value) is None:  # PyYAML reads YAML 1.1, where 010 is 8 and 12:30 is 750
+        raise _problem(f"{node.value!r}, which is not a number of the form 10, -1.5, 1.0e-3 or 0x1f", node)
+    return convert(node)
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

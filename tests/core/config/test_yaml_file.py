@@ -9,8 +9,10 @@ import pytest
 
 from moezoo.core.config import yaml_file
 from moezoo.core.config.run_config import dump_config, load_config, parse_config
+from moezoo.core.config.validate import validate
 from moezoo.core.config.yaml_file import parse_value
 from moezoo.core.errors import SpecError
+from moezoo.core.spec import LongRoPEScalingSpec
 from tests.support.hostile import TOKENS, at_most, mutant
 
 CONFIG = Path(__file__).parents[3] / "configs" / "tiny" / "top_k.yaml"
@@ -40,6 +42,14 @@ def nested(first, rest):
         ("{1: 2}", "a key that is not text but int"),
         ("{a: 1, b: 2, a: 3}", r"the duplicate key 'a' \(line 1, column 14\)"),
         ("0x_", "'0x_', which is not a number"),
+        ("a: 12:30:45", r"'12:30:45', which is not a number of the form .* \(line 1, column 4\)"),
+        ("1:30.5", "'1:30.5', which is not a number"),
+        ("010", "'010', which is not a number"),
+        ("-00", "'-00', which is not a number"),
+        ("0b11", "'0b11', which is not a number"),
+        ("-0x1f", "'-0x1f', which is not a number"),
+        ("1_000", "'1_000', which is not a number"),
+        ("1_0.5", "'1_0.5', which is not a number"),
         ("9" * 5_000, "a number of 5000 characters"),
         ("0x" + "f" * 30, "an integer of more than 64 bits, 0xf"),
         ("!!int a", "the tag tag:yaml.org,2002:int"),
@@ -68,12 +78,48 @@ def test_values_are_counted_while_they_are_read(monkeypatch):
 
 def test_ordinary_yaml_is_read():
     text = (
-        "{a: 1_000, b: 0x1f, c: 1.5e-3, d: [true, null, ~], e: 2020-01-31, f: 'x: y', g: &g {h: 1}, i: *g, j: {<<: *g}}"
+        "{a: -10, b: 0x1f, c: 1.5e-3, d: [true, null, ~], e: 2020-01-31, f: 'x: y', g: &g {h: 1}, i: *g, j: {<<: *g}}"
     )
     assert parse_value(text, "c.yaml") == {
-        **{"a": 1000, "b": 31, "c": 0.0015, "d": [True, None, None], "e": "2020-01-31", "f": "x: y"},
+        **{"a": -10, "b": 31, "c": 0.0015, "d": [True, None, None], "e": "2020-01-31", "f": "x: y"},
         **{"g": {"h": 1}, "i": {"h": 1}, "j": {"h": 1}},
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("3.0e-3", 3e-3), (".5", 0.5), ("2.", 2.0), ("+1.5E+2", 150.0), ("0", 0.0)]
+)
+def test_every_form_of_a_number_is_read_as_a_number(text, value):
+    assert load_config(CONFIG, [f"optimizer.weight_decay={text}"]).optimizer.weight_decay == value
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("training.steps=true", "training.steps is True; expected a number, not true or false"),
+        ("training.steps=on", "training.steps is True; expected"),
+        ("optimizer.learning_rate=true", "optimizer.learning_rate is True; expected"),
+        ("optimizer.schedule={kind: constant, warmup_steps: true}", "schedule.warmup_steps is True; expected"),
+        ("optimizer.clip_norm=false", "optimizer.clip_norm is False; expected"),
+        ("mesh.data=true", "mesh.data is True; expected"),
+        (
+            "model.layers[0].moe.losses=[{kind: router_z, coefficient: true}]",
+            r"losses\[0\].coefficient is True; expected",
+        ),
+    ],
+)
+def test_a_boolean_is_not_a_number(override, problem):
+    with pytest.raises(SpecError, match=f"^[a-z0-9_.\\[\\]]*{problem}") as caught:
+        load_config(CONFIG, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_numbers_has_no_boolean():
+    raw = {"short_factors": [1.0, True], "long_factors": [1.0, 2.0], "original_length": 8}
+    with pytest.raises(
+        SpecError, match=r"^short_factors is \[1.0, True\]; expected a number, not true or false \(c.yaml\)"
+    ):
+        validate(LongRoPEScalingSpec, raw, "c.yaml")
 
 
 @pytest.mark.parametrize(
