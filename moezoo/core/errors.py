@@ -55,6 +55,12 @@ def shown(value: object, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def shortened(path: object, limit: int = 200) -> str:
+    """Return a path or name for an error: as it is, or only its ends if it has more than `limit` characters."""
+    text = str(path)
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `"; did you mean X?"` with the closest match for `word` in `known`; an empty string if none is close."""
     matches = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=cutoff)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from moezoo.core.errors import RunError
+from moezoo.core.errors import RunError, shortened
 
 _PARTIAL = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.partial")
 
@@ -72,12 +72,12 @@ def copy_file(source: Path, target: Path, max_bytes: int) -> None:
 
 
 def located(path: str | Path) -> str:
-    """Return a path for an error; one that is relative is followed by the absolute path that it means."""
+    """Return a path for an error, shortened; one that is relative is followed by the absolute path that it means."""
     absolute = os.path.abspath(Path(path).expanduser())
-    return str(path) if Path(path).is_absolute() else f"{path} ({absolute})"
+    return shortened(path) if Path(path).is_absolute() else f"{shortened(path)} ({shortened(absolute)})"
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the reason of an error of reading or decoding a file in one short line, without the path."""
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
     return reason[:1].lower() + reason[1:] if reason else type(error).__name__

@@ -40,7 +40,7 @@ from moezoo.core.data.tokenizers import (
     TokenIds,
     Tokenizer,
 )
-from moezoo.core.errors import DataError, TokenizerError
+from moezoo.core.errors import DataError, TokenizerError, shortened
 from moezoo.core.progress import Message, Progress
 
 _WHOLE = "evaluated"  # split that is a whole file
@@ -292,14 +292,14 @@ def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: 
 
     Suffixes may be in any case. `vocab_size` is that of the model. `on_message` and errors are those of `prepare_data`.
     """
-    suffix = suffix_of(path)
+    suffix, name = suffix_of(path), shortened(path)
     if suffix in (".npy", ".bin"):
-        tokens = open_shards(find_files(path, (suffix,), path), vocab_size, path, None, on_message)
+        tokens = open_shards(find_files(path, (suffix,), name), vocab_size, name, None, on_message)
     else:
         is_lines = suffix in JSON_LINES
-        files = find_files(path, JSON_LINES, path) if is_lines else find_texts(path, path)
-        tokens = tokenize(Texts(path, files, "text" if is_lines else None), tokenizer, None, on_message)
-    return Split(_WHOLE, (SplitSource(path, tokens, 0, len(tokens), 1.0),))
+        files = find_files(path, JSON_LINES, name) if is_lines else find_texts(path, name)
+        tokens = tokenize(Texts(name, files, "text" if is_lines else None), tokenizer, None, on_message)
+    return Split(_WHOLE, (SplitSource(name, tokens, 0, len(tokens), 1.0),))
 
 
 @dataclass(frozen=True)
@@ -313,10 +313,10 @@ class _Shards:
 def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
     match source:
         case TextSource():
-            name = f"{key} ({source.path})"
+            name = f"{key} ({shortened(source.path)})"
             return Texts(name, find_texts(source.path, f"{key}.path ({where})"))
         case JSONLSource():
-            name = f"{key} ({source.path})"
+            name = f"{key} ({shortened(source.path)})"
             return Texts(name, find_files(source.path, JSON_LINES, f"{key}.path ({where})"), source.field)
         case DatasetSource():
             from moezoo.core.data.datasets import dataset_path
@@ -324,9 +324,9 @@ def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
             path = str(dataset_path(source.name))
             return Texts(f"{key} ({source.name})", find_files(path, (".txt",), f"{key}.name ({where})"))
         case BatchesSource():
-            return _Shards(f"{key} ({source.path})", ())
+            return _Shards(f"{key} ({shortened(source.path)})", ())
         case TokenShardsSource():
-            name = f"{key} ({source.path})"
+            name = f"{key} ({shortened(source.path)})"
             return _Shards(name, find_files(source.path, (".npy", ".bin"), f"{key}.path ({where})"))
         case _:
             assert_never(source)
@@ -368,7 +368,7 @@ def _make_tokenizer(
 def _prepare_prebatched(
     source: BatchesSource, tokenizer: Tokenizer, where: str, on_progress: Progress | None, on_message: Message
 ) -> PreparedData:
-    name, key = f"data.sources[0] ({source.path})", f"data.sources[0].path ({where})"
+    name, key = f"data.sources[0] ({shortened(source.path)})", f"data.sources[0].path ({where})"
     train, validation = open_prebatched(source, tokenizer.vocab_size, name, key, on_progress, on_message)
     summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens, 1.0, train.digest())
     return PreparedData(tokenizer, train, validation, (summary,))

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moezoo.core.errors import DataError
-from moezoo.core.files import located, open_regular
+from moezoo.core.errors import DataError, shortened
+from moezoo.core.files import located, open_regular, reason_of
 
 JSON_LINES = (".jsonl", ".ndjson")
 """Suffixes of JSON lines, in lower case."""
@@ -54,11 +54,11 @@ class SourceFile:
                     yield chunk
                 now = None if self.filesystem is not None else os.fstat(file.fileno())
         except Exception as error:  # OSError from a disk; any exception from the client of a remote file system
-            raise _unreadable(self.name, error) from error
+            raise _unreadable(shortened(self.name), error) from error
         if now is not None and (now.st_size, str(now.st_mtime_ns)) != (self.size, self.stamp):
             raise DataError(
                 f"file was changed while it was read; got {now.st_size} bytes; expected the {self.size} bytes found at "
-                f"the start; {self.name}. Start again when no process writes to it."
+                f"the start; {shortened(self.name)}. Start again when no process writes to it."
             )
 
 
@@ -85,8 +85,8 @@ def find_texts(path: str, where: str) -> tuple[SourceFile, ...]:
     lines = next((file.name for file in files if suffix_of(file.name) in JSON_LINES), None)
     if lines is not None:
         raise DataError(
-            f"file is JSON lines, which would be read as text with all of its syntax; got {lines}; expected plain "
-            f"text; {where}. Use a source {{kind: jsonl, path: ..., field: text}}."
+            f"file is JSON lines, which would be read as text with all of its syntax; got {shortened(lines)}; "
+            f"expected plain text; {where}. Use a source {{kind: jsonl, path: ..., field: text}}."
         )
     return files
 
@@ -128,11 +128,11 @@ def _check_format(first: bytes, name: str, is_lines: bool = False) -> None:
     known = next((found for mark, found in _FORMATS.items() if first.startswith(mark)), None) or _with_nuls(first)
     if known is not None:
         what, advice = known
-        file = shlex.quote(name)
+        file = shlex.quote(name) if name == shortened(name) else "FILE"
         lines = is_lines or any(suffix in name.lower() for suffix in JSON_LINES)  # a.jsonl.gz
         words = {"FILE": file, "OUT": f"{file}.jsonl" if lines else f"{file}.txt"}
         advice = re.sub("FILE|OUT", lambda word: words[word[0]], advice)
-        raise DataError(f"file {what}; got {name}; expected UTF-8 text. {advice}.")
+        raise DataError(f"file {what}; got {shortened(name)}; expected UTF-8 text. {advice}.")
 
 
 def _with_nuls(first: bytes) -> tuple[str, str] | None:
@@ -177,7 +177,7 @@ def documents_of(file: SourceFile, key: str, on_bytes: Callable[[int], None]) ->
         text = _decode(codecs.getincrementaldecoder("utf-8")(), line, file, position, final=True)
         position += len(line) + 1
         text = text.removeprefix(_BYTE_ORDER_MARK).strip()
-        document = _document(text, key, f"{file.name}, line {number}") if text else ""
+        document = _document(text, key, f"{shortened(file.name)}, line {number}") if text else ""
         if document:
             yield document
 
@@ -224,8 +224,9 @@ def _lines(file: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[bytes]
             number += 1
         if sum(map(len, parts)) > _LINE_BYTES:
             raise DataError(
-                f"line is longer than {_LINE_BYTES >> 20} MiB; expected a JSON object per line; {file.name}, line "
-                f"{number}. Check that the file is JSON lines; write long texts as a source of kind text."
+                f"line is longer than {_LINE_BYTES >> 20} MiB; expected a JSON object per line; "
+                f"{shortened(file.name)}, line {number}. "
+                "Check that the file is JSON lines; write long texts as a source of kind text."
             )
         on_bytes(len(chunk))
     yield b"".join(parts)
@@ -242,7 +243,7 @@ def _decode(
         offset = position - len(held) + error.start
         raise DataError(
             f"not UTF-8; got byte 0x{error.object[error.start]:02x} at byte offset {offset} ({error.reason}); "
-            f"expected UTF-8 text; {file.name}. Convert it, e.g. with iconv -f latin1 -t utf-8."
+            f"expected UTF-8 text; {shortened(file.name)}. Convert it, e.g. with iconv -f latin1 -t utf-8."
         ) from None
 
 
@@ -265,7 +266,7 @@ def _find_local(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sourc
         files = [file.absolute() for file in sorted(once.values())]
         stats = [file.stat() for file in files]
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(shortened(path), error) from error
     if not files:
         what = f"{_patterns(suffixes)} in the folder" if local.is_dir() else "file matches the glob"
         others = sorted({file.name.partition(".")[2] for file in _files_below(local)}) if local.is_dir() else []
@@ -324,12 +325,13 @@ def _find_remote(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sour
         filesystem, inner = fsspec.core.url_to_fs(path)
     except ImportError as error:
         raise DataError(
-            f"{protocol}:// needs a package that is not installed; got {path} ({error}); {where}. Install it, or "
-            "copy the files to a local folder."
+            f"{protocol}:// needs a package that is not installed; got {shortened(path)} ({error}); {where}. Install "
+            "it, or copy the files to a local folder."
         ) from None
     except ValueError as error:
         raise DataError(
-            f"{protocol}:// is not a protocol supported by fsspec; got {path} ({error}); {where}. Check the URL."
+            f"{protocol}:// is not a protocol supported by fsspec; got {shortened(path)} ({reason_of(error)}); "
+            f"{where}. Check the URL."
         ) from None
     try:
         if "*" in inner or "[" in inner:
@@ -342,11 +344,11 @@ def _find_remote(path: str, suffixes: tuple[str, ...], where: str) -> tuple[Sour
             ]
         infos = [filesystem.info(name) for name in sorted(names)]
     except Exception as error:  # any exception of the file system's client
-        raise _unreadable(f"{path} ({where})", error) from error
+        raise _unreadable(f"{shortened(path)} ({where})", error) from error
     if not infos:
         raise DataError(
-            f"no files found; got {path}{_reason(filesystem, inner)}; expected a file, a glob, or a folder with "
-            f"{_patterns(suffixes)}; {where}. Check the URL, and the connection."
+            f"no files found; got {shortened(path)}{_reason(filesystem, inner)}; expected a file, a glob, or a folder "
+            f"with {_patterns(suffixes)}; {where}. Check the URL, and the connection."
         )
     return tuple(
         SourceFile(name, info.get("size"), _stamp(protocol, info), filesystem)
@@ -365,7 +367,7 @@ def _reason(filesystem: Any, name: str) -> str:
         filesystem.info(name)
     except Exception as error:  # fsspec wraps exceptions of the client in FileNotFoundError
         cause = error.__cause__ or error
-        return f" ({type(cause).__name__}: {' '.join(str(cause).split())})"
+        return f" ({type(cause).__name__}: {reason_of(cause)})"
     return ""
 
 
@@ -379,8 +381,7 @@ def _patterns(suffixes: tuple[str, ...]) -> str:
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
-        f"cannot be read; got {name} ({type(error).__name__}: {reason}); expected a readable file. Check its "
+        f"cannot be read; got {name} ({type(error).__name__}: {reason_of(error)}); expected a readable file. Check its "
         "permissions, or the connection if it is a URL."
     )

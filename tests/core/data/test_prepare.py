@@ -819,6 +819,19 @@ def test_whole_file_shorter_than_a_sequence_error_has_no_advice_about_splits(tmp
         assert str(e.value).endswith("Use a file with more text, or a shorter sequence length.")
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl", "tokens", "batches"])
+@pytest.mark.parametrize("path", ["{}", "{}/*.txt", "memory://{}", "bogus://{}"])
+def test_a_long_path_is_shortened_in_errors(kind, path):
+    for long in ("long/" * 600, "long" * 750):
+        source = {"kind": kind, "path": path.format(long)}
+        with pytest.raises(DataError, match=r"got [^;]*longlong|got [^;]*long/long") as e:
+            prepare_data(config(source, tokenizer=IDS), T)
+        with pytest.raises(DataError) as of_whole_file:
+            whole_file(source["path"], ByteTokenizer(), 256)
+        assert len(str(e.value)) < 900
+        assert len(str(of_whole_file.value)) < 900
+
+
 def test_empty_text_raises(tmp_path):
     path = write(tmp_path / "a.txt", "")
     with pytest.raises(DataError, match="the sources have no text"):
