@@ -23,7 +23,7 @@ import numpy as np
 
 from moezoo.core.config.run_config import load_config
 from moezoo.core.data.prepare import prepare_data
-from moezoo.core.errors import CheckpointError, MoezooError
+from moezoo.core.errors import CheckpointError, MoezooError, RunError
 from moezoo.core.runs.open import OpenedModel, open_model
 from moezoo.core.runs.run_folder import Run, is_run
 from moezoo.core.training.metrics import read_metrics
@@ -48,7 +48,10 @@ def read_model(folder: Path) -> str:
         if "skipped" in problem:  # an older checkpoint was opened in its place, and the user is told so
             raise CheckpointError(problem)
     if is_run(folder):
-        digest.update(json.dumps(read_metrics(Run(folder).metrics_path)).encode())
+        problems: list[str] = []
+        digest.update(json.dumps(read_metrics(Run(folder).metrics_path, problems)).encode())
+        if problems:  # which the commands print
+            raise RunError(problems[0])
     return digest.hexdigest()
 
 
