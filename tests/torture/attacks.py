@@ -77,7 +77,7 @@ def _sharded(work: Path) -> Subject:
     training = Training(work / "sharded", WAYS[-1])
     status, output = training.finish(training.start())
     assert status == 0, output
-    return Subject(training.run, "", partial(read_model, training.run), checked=True)
+    return Subject(training.run, "", partial(read_model, training.run, resumes=True), checked=True)
 
 
 def _published(folder: Path) -> Path:

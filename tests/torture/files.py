@@ -25,8 +25,8 @@ from moezoo.core.config.run_config import load_config
 from moezoo.core.data.prepare import prepare_data
 from moezoo.core.errors import CheckpointError, MoezooError, RunError
 from moezoo.core.runs.open import OpenedModel, open_model
-from moezoo.core.runs.run_folder import Run, is_run
-from moezoo.core.training.metrics import read_metrics
+from moezoo.core.runs.run_folder import Run
+from moezoo.core.training.metrics import MetricsFile, read_metrics
 from tests.torture.outcome import FAULT, Outcome
 
 LIMIT_S, LIMIT_BYTES = 30, 6 << 30
@@ -38,8 +38,11 @@ Read = Callable[[], str]
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-def read_model(folder: Path) -> str:
-    """Open a run or a Hugging Face checkpoint as `moezoo generate` and `describe` do, and digest all of it."""
+def read_model(folder: Path, *, resumes: bool = False) -> str:
+    """Open a run or a Hugging Face checkpoint as `moezoo generate` and `describe` do, and digest all of it.
+
+    `resumes`: read the metrics too, as a resumed run does.
+    """
     opened = open_model(folder)
     digest = hashlib.sha256(repr((opened.config, opened.step, opened.generation, _encoded(opened))).encode())
     for name in sorted(opened.weights):
@@ -47,11 +50,11 @@ def read_model(folder: Path) -> str:
     for problem in opened.problems:
         if "skipped" in problem:  # an older checkpoint was opened in its place, and the user is told so
             raise CheckpointError(problem)
-    if is_run(folder):
-        problems: list[str] = []
-        digest.update(json.dumps(read_metrics(Run(folder).metrics_path, problems)).encode())
-        if problems:  # which the commands print
-            raise RunError(problems[0])
+    if resumes:
+        metrics = MetricsFile(Run(folder).metrics_path, keep_to_step=opened.step)
+        if metrics.problems:  # which the run prints
+            raise RunError(metrics.problems[0])
+        digest.update(json.dumps(read_metrics(Run(folder).metrics_path)).encode())
     return digest.hexdigest()
 
 
