@@ -196,7 +196,7 @@ class MetricsFile:
     Each line is in the file when `write` returns, so a killed process loses at most the line in progress.
 
     Fields:
-        problems: a line for the user about each damaged line, which is removed, or about a file that is missing.
+        problems: a line for the user about each damaged line, which is removed, or about a file without lines.
     """
 
     def __init__(self, path: Path, *, keep_to_step: int = 0):
@@ -207,9 +207,9 @@ class MetricsFile:
         self._path = path
         saved, problems = _read(path)
         self.problems = [f"{problem}; the line was removed" for problem in problems]
-        if keep_to_step and not os.path.lexists(path):
-            self.problems = [f"{path} is missing; the steps up to {keep_to_step} will not be in it"]
         kept = {key: line for key, (line, _) in saved.items() if key[0] <= keep_to_step}
+        if keep_to_step and not kept and not problems:
+            self.problems = [f"{path} is missing or empty; the steps up to {keep_to_step} will not be in it"]
         self._keys = set(kept)
         write_atomically(path, b"".join(kept.values()))
 

@@ -131,11 +131,13 @@ def test_damaged_line_is_named_and_removed_when_the_run_is_resumed(tmp_path, lin
     assert path.read_bytes() == b'{"step": 1, "loss": 2.5}\n'
 
 
-def test_missing_file_of_a_resumed_run_is_named(tmp_path):
+def test_missing_or_empty_file_of_a_resumed_run_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert MetricsFile(path).problems == []
-    path.unlink()
-    assert MetricsFile(path, keep_to_step=3).problems == [f"{path} is missing; the steps up to 3 will not be in it"]
+    for _ in ("empty", "missing"):
+        problems = MetricsFile(path, keep_to_step=3).problems
+        assert problems == [f"{path} is missing or empty; the steps up to 3 will not be in it"]
+        path.unlink()
 
 
 def test_full_disk_keeps_the_earlier_lines_whole(tmp_path, monkeypatch):
