@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 URGENT = (signal.SIGINT, signal.SIGTERM)
 """Signals of which a second one ends the process at once."""
@@ -34,6 +35,17 @@ def stop_signals() -> list[int]:
     asking = [int(getattr(signal, name)) for name in _ASKING if hasattr(signal, name)]
     kept = (signal.SIG_IGN, None)  # None: a handler that Python does not know and could not restore
     return [*URGENT, *(number for number in asking if signal.getsignal(number) not in kept)]
+
+
+@contextmanager
+def handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Install a handler for the stop signals in a block; the handlers before it are restored after it."""
+    previous = {number: signal.signal(number, handle) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -70,12 +82,10 @@ def stop_on_signal(on_stop: Callable[[], None], *, exits: bool = False) -> Itera
     )
     answering.start()
     before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
-    previous = {number: signal.signal(number, handle) for number in handled}
     try:
-        yield stop
+        with handled_by(handle):
+            yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(before)
         ended.set()
         sent.close()
@@ -97,12 +107,8 @@ def interrupted_by_signals() -> Iterator[None]:
         if first or number in URGENT:
             raise Interrupted(number)
 
-    previous = {number: signal.signal(number, handle) for number in stop_signals()}
-    try:
+    with handled_by(handle):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _answer(

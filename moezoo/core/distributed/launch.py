@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from moezoo.core.errors import TrainingError
-from moezoo.core.signals import URGENT, Interrupted, stop_signals
+from moezoo.core.signals import URGENT, Interrupted, handled_by
 
 # Trap: a process whose peer has exited may block forever in a collective and then ignores SIGTERM. It cannot save a
 # checkpoint without the peer, so it is killed after this time.
@@ -126,12 +126,8 @@ def _forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
         if urgent == 2 and number in URGENT:  # not at a third, which would interrupt the cleanup
             raise Interrupted(number)
 
-    previous = {number: signal.signal(number, forward) for number in stop_signals()}
-    try:
+    with handled_by(forward):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _failures(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
