@@ -63,6 +63,7 @@ def test_lost_file_is_replaced_so_that_python_can_flush_it_at_exit() -> None:
         output.write("x" * 10)
         output.flush()
         stream.flush()
+        assert os.path.samestat(os.fstat(writer), os.stat(os.devnull))
 
 
 def test_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
-import contextlib
 import hashlib
 import os
-import signal
 import stat
 
 import pytest
@@ -26,6 +24,7 @@ from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.huggingface.layout import open_sidecar
 from moezoo.core.training.metrics import read_metrics
+from tests.support.hostile import at_most
 
 
 class Killed(BaseException):
@@ -151,22 +150,6 @@ def test_remove_folder_does_not_follow_a_link(tmp_path):
 
 
 # --- reads -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def at_most(seconds):
-    """Fail instead of waiting for ever for the other end of a pipe."""
-
-    def late(*_):
-        raise AssertionError(f"not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def make_pipe(path):
