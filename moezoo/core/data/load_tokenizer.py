@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.tokenizer_files import read_object
 from moezoo.core.data.tokenizers import (
-    MAX_FILE_BYTES,
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     ByteTokenizer,
@@ -15,8 +15,7 @@ from moezoo.core.data.tokenizers import (
     tokenizer_file,
 )
 from moezoo.core.errors import TokenizerError, nearest
-from moezoo.core.files import located, read_bounded, reason_of
-from moezoo.core.json_text import parse_json
+from moezoo.core.files import located
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -32,14 +31,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(
             f"no tokenizer; got {located(path)}; expected a run folder with {TOKENIZER_FILE}. Check the path."
         )
-    try:
-        saved = parse_json(read_bounded(file, MAX_FILE_BYTES))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(
-            f"tokenizer cannot be read; got {file} ({reason_of(error)}); expected JSON. Fix it."
-        ) from None
-    if not isinstance(saved, dict):
-        raise TokenizerError(f"tokenizer is not a mapping; got {type(saved).__name__} in {file}. Fix it.")
+    saved = read_object(file)
     if "kind" not in saved and "model" in saved:  # written by the tokenizers library under the same name
         return HuggingFaceTokenizer(str(file.parent))
     match saved.get("kind"):

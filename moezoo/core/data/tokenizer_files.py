@@ -123,7 +123,7 @@ def _check_files(folder: Path) -> None:
                 ) from None
     for name in ("special_tokens_map.json", "added_tokens.json"):
         if (folder / name).is_file():
-            _read_object(folder / name)
+            read_object(folder / name)
 
 
 def first_tokens(backend: Any) -> tuple[int, ...]:
@@ -209,10 +209,10 @@ def _listed_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / TOKENIZER_CONFIG
-    return _read_object(file) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """Read a file that is a JSON object. Raises TokenizerError."""
     try:
         value = parse_json(read_bounded(file, MAX_FILE_BYTES))
@@ -221,7 +221,7 @@ def _read_object(file: Path) -> dict[str, Any]:
             f"a file of the tokenizer cannot be read; got {file} ({reason_of(error)}). Replace or remove it."
         ) from None
     if not isinstance(value, dict):
-        raise TokenizerError(f"a file of the tokenizer is no JSON object; got {value!r:.80} ({file}). Fetch it again.")
+        raise TokenizerError(f"a file of the tokenizer is not a JSON object; got {value!r:.80} ({file}). Replace it.")
     return value
 
 

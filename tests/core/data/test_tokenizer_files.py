@@ -169,7 +169,7 @@ def test_a_first_token_that_transformers_does_not_add_is_named(tmp_path):
     ("name", "content", "message"),
     [
         ("tokenizer_config.json", b"\xff{}", "a file of the tokenizer cannot be read; got .*tokenizer_config.json"),
-        ("tokenizer_config.json", b"[1]", r"no JSON object; got \[1\] \(.*tokenizer_config.json\)"),
+        ("tokenizer_config.json", b"[1]", r"not a JSON object; got \[1\] \(.*tokenizer_config.json\)"),
         (
             "tokenizer_config.json",
             b'{"added_tokens_decoder": 1e308}',
@@ -177,7 +177,7 @@ def test_a_first_token_that_transformers_does_not_add_is_named(tmp_path):
         ),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": ["x"]}}', "has no tokens by id"),
         ("special_tokens_map.json", b'{"eos_token": ', "cannot be read; got .*special_tokens_map.json"),
-        ("added_tokens.json", b"3", r"no JSON object; got 3 \(.*added_tokens.json\)"),
+        ("added_tokens.json", b"3", r"not a JSON object; got 3 \(.*added_tokens.json\)"),
     ],
 )
 def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, name, content, message):

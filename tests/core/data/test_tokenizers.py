@@ -208,8 +208,8 @@ def test_content_hash_depends_on_the_vocabulary():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "tokenizer cannot be read"),
-        ("[]", "not a mapping; got list"),
+        ("{", "a file of the tokenizer cannot be read; got .*tokenizer.json"),
+        ("[]", r"a file of the tokenizer is not a JSON object; got \[\] \(.*tokenizer.json"),
         ('{"kind": "charakter"}', "did you mean character"),
         ('{"kind": "character"}', "incomplete"),
         ('{"kind": "ids", "vocab_size": 0}', "incomplete"),
