@@ -11,6 +11,7 @@ from typing import Any
 
 from moezoo.bench.case import Case
 from moezoo.bench.contenders import Entry
+from moezoo.bench.foreign_load import foreign_load
 from moezoo.bench.process import Process
 from moezoo.core.errors import BenchError
 from moezoo.core.progress import Progress
@@ -33,13 +34,16 @@ class Timings:
     Fields:
         slices: seconds per unit of each slice, by contender and label.
         first_seconds: seconds of the first call, which may compile, by contender and label.
+        foreign_load: mean share of the cores that other processes used in each slice, by contender and label; empty
+            where that is not known.
         peak_memory: bytes, by contender.
-        facts: versions, device and compute paths, by contender.
+        facts: versions, device, compute paths and scheduling, by contender.
         failed: error in one line, by contender; a failed contender is dropped.
     """
 
     slices: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     first_seconds: dict[tuple[str, str], float] = field(default_factory=dict)
+    foreign_load: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -79,7 +83,9 @@ def take_turns(
                 for name in [name for name in processes if case.kind in entries[name].kinds]:
                     on_progress(f"{what} {turn + 1} of {effort.slices}, {case.label}: {name}", done, total)
                     done += 1
-                    with _recorded(timings, processes, name):
+                    shares = timings.foreign_load.setdefault((name, case.label), [])
+                    pids = [process.pid for process in processes.values()]
+                    with _recorded(timings, processes, name), foreign_load(pids, shares):
                         seconds = processes[name].ask("slice", label=case.label)["seconds"]
                         timings.slices.setdefault((name, case.label), []).append(seconds)
 
@@ -88,7 +94,7 @@ def take_turns(
             processes[name] = stack.enter_context(Process(name, entry))
             with _recorded(timings, processes, name):
                 on_progress(f"{name}: starting", done, total)
-                timings.facts[name] = processes[name].ask("facts")
+                timings.facts[name] = _facts(processes[name])
                 for case in cases:
                     if case.kind in entry.kinds:
                         on_progress(f"{name}: warming up, {case.label}", done, total)
@@ -121,11 +127,17 @@ def time_starts(
                 for label in ("cold", "warm"):
                     on_progress(f"start {turn + 1} of {turns}, {label}: {name}", done, total)
                     done += 1
+                    shares = timings.foreign_load.setdefault((name, label), [])
                     begin = perf_counter()
                     with Process(name, running[name], _caches_in(Path(folder))) as process:
-                        process.ask("first", case=case.to_json())
+                        with foreign_load([process.pid], shares):
+                            process.ask("first", case=case.to_json())
                         timings.slices.setdefault((name, label), []).append(perf_counter() - begin)
-                        timings.facts[name] = process.ask("facts")
+                        timings.facts[name] = _facts(process)
+
+
+def _facts(process: Process) -> dict[str, str]:
+    return {**process.ask("facts"), "scheduling": process.scheduling}
 
 
 def _caches_in(folder: Path) -> dict[str, str]:

@@ -1,105 +1,26 @@
-"""Modes of `moezoo bench`: the cases of each mode, and the results."""
+"""Modes of `moezoo bench`: the cases of each mode, and the loop over them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from statistics import median
-from typing import Any, Literal, get_args
+from typing import get_args
 
 from moezoo.bench.case import Case
 from moezoo.bench.configs import bench_config, smoke_config, sweep_config
 from moezoo.bench.contenders import LIMIT, Entry
-from moezoo.bench.limit import bytes_per_step, useful_flops
 from moezoo.bench.machine import load, machine
 from moezoo.bench.measure import Effort, Timings, take_turns, time_starts
+from moezoo.bench.results import Mode, Results, Row, rows_of, starts_of
 from moezoo.core.config.run_config import Config
 from moezoo.core.errors import SpecError, nearest
 from moezoo.core.progress import Progress
 from moezoo.core.signals import Interrupted, interrupted_by_signals
 
-Mode = Literal["train", "layer", "decode", "startup", "experts"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 _SHORT, _NEW = 32, 64  # prompt tokens, new tokens
 _CONTEXTS, _NEW_IN_CONTEXT = (256, 2048), 32
 _SWEPT = (4, 8, 16, 32, 64, 128)
 SMOKE = Effort(slices=1, slice_seconds=0.0)
-
-
-@dataclass(frozen=True)
-class Row:
-    """Result of one contender for one case.
-
-    Fields:
-        config: S, M, a file, `smoke` or `sweep`.
-        case: label of the case, e.g. `forward` or `batch 8`.
-        contender: its name, or `limit`.
-        seconds: median over the slices, per unit: a step, a pass, a token of each sequence, a start. For the limit of
-            decoding: its bytes at the median bandwidth of all cases.
-        slices: seconds of each slice.
-        first_seconds: of the first unit, which may compile; None for a start.
-        tokens_per_second: None for a start.
-        flops_per_second: useful FLOPs, on active parameters; None for decoding and starts.
-        bytes_per_second: bytes that decoding must read; otherwise None.
-        share_of_limit: the limit's seconds divided by these seconds: for compute-bound cases, the model FLOPs
-            utilization (MFU) on active parameters relative to plain matrix products on this machine. None without a
-            limit. Above 1 the limit was measured too low, and this is no share of anything.
-        relative: in a sweep: seconds relative to those with the fewest experts.
-        peak_memory_bytes: of the process, in mode `train`; otherwise None.
-    """
-
-    config: str
-    mode: Mode
-    case: str
-    contender: str
-    seconds: float
-    slices: list[float]
-    first_seconds: float | None = None
-    tokens_per_second: float | None = None
-    flops_per_second: float | None = None
-    bytes_per_second: float | None = None
-    share_of_limit: float | None = None
-    relative: float | None = None
-    peak_memory_bytes: int | None = None
-
-    @property
-    def beats_limit(self) -> bool:
-        """The limit was measured too low."""
-        return self.share_of_limit is not None and self.share_of_limit > 1
-
-
-@dataclass(frozen=True)
-class Results:
-    """All results of one benchmark run.
-
-    Fields:
-        machine: see machine.py, with the load before and after.
-        effort: number and length of slices.
-        contenders: versions, device and compute paths of each.
-        left_out: skipped contenders and the reason.
-        failed: lines `config mode: error`.
-        stopped: exit status of the signal that ended the benchmark before all was measured; None if all was.
-    """
-
-    machine: dict[str, Any]
-    effort: Effort
-    contenders: dict[str, dict[str, str]]
-    left_out: dict[str, str]
-    failed: list[str]
-    rows: list[Row]
-    stopped: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON data."""
-        return {
-            "machine": self.machine,
-            "effort": vars(self.effort),
-            "contenders": self.contenders,
-            "left_out": self.left_out,
-            "failed": self.failed,
-            "incomplete": self.stopped is not None,
-            "rows": [{**vars(row), "beats_limit": row.beats_limit} for row in self.rows],
-        }
 
 
 def known_mode(name: str) -> Mode:
@@ -162,7 +83,7 @@ def bench(
                     take_turns(cases, contenders, effort, show, timings, partial(_cases_that_beat_the_limit, cases))
         except Interrupted as signal:
             stopped = signal.exit_status
-        made = _starts_of(name, timings) if mode == "startup" else rows_of(name, mode, cases, timings)
+        made = starts_of(name, timings) if mode == "startup" else rows_of(name, mode, cases, timings)
         on_rows(made, stopped is None)
         rows += made
         facts |= timings.facts
@@ -186,14 +107,6 @@ def _cases_that_beat_the_limit(cases: Sequence[Case], timings: Timings) -> list[
     """Return the cases in which a contender was faster than the limit, so that one of them was disturbed."""
     fast = {row.case for row in rows_of("", "train", cases, timings) if row.beats_limit}
     return [case for case in cases if case.label in fast]
-
-
-def _starts_of(name: str, timings: Timings) -> list[Row]:
-    """Return the results of mode `startup`."""
-    return [
-        Row(name, "startup", label, contender, timings.seconds(contender, label) or 0.0, slices)
-        for (contender, label), slices in sorted(timings.slices.items(), key=lambda item: item[0][1])
-    ]
 
 
 def _cases(mode: Mode, name: str, config: Config, smoke: bool) -> list[Case]:
@@ -227,55 +140,3 @@ def _sweep(smoke: bool) -> list[Case]:
             Case(f"forward, {number} experts", "forward", config),
         ]
     return cases
-
-
-def rows_of(name: str, mode: Mode, cases: Sequence[Case], timings: Timings) -> list[Row]:
-    """Return the results of the cases of one mode."""
-    rows: list[Row] = []
-    fewest_experts: dict[tuple[str, str], float] = {}
-    limits = _limits(cases, timings)
-    for case in cases:
-        limit = limits.get(case.label)
-        for contender in ("limit", *(each for each in timings.facts if each != "limit")):
-            seconds = limit if contender == "limit" else timings.seconds(contender, case.label)
-            if seconds is None:
-                continue
-            decode = case.kind == "decode"
-            rows.append(
-                Row(
-                    name,
-                    mode,
-                    case.label,
-                    contender,
-                    seconds,
-                    timings.slices[contender, case.label],
-                    timings.first_seconds[contender, case.label],
-                    case.tokens / seconds,
-                    None if decode else useful_flops(case) / seconds,
-                    bytes_per_step(case) / seconds if decode else None,
-                    None if limit is None else limit / seconds,
-                    seconds / fewest_experts.setdefault((contender, case.kind), seconds) if mode == "experts" else None,
-                    timings.peak_memory.get(contender) if mode == "train" and contender != "limit" else None,
-                )
-            )
-    return rows
-
-
-def _limits(cases: Sequence[Case], timings: Timings) -> dict[str, float]:
-    """Return the seconds of the limit by label.
-
-    All decoding cases have one bandwidth, the median over the slices of all of them, since the bandwidth of copies
-    varies more over time than the rate of matrix products.
-    """
-    rates = [
-        bytes_per_step(case) / seconds
-        for case in cases
-        if case.kind == "decode"
-        for seconds in timings.slices.get(("limit", case.label), [])
-    ]
-    limits = {}
-    for case in cases:
-        seconds = timings.seconds("limit", case.label)
-        if seconds is not None:
-            limits[case.label] = bytes_per_step(case) / median(rates) if case.kind == "decode" else seconds
-    return limits

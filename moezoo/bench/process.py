@@ -12,6 +12,7 @@ from typing import Any
 
 import moezoo
 from moezoo.bench.contenders import Entry
+from moezoo.bench.scheduling import prioritize
 from moezoo.core.errors import BenchError
 
 _LAST_LINES = 3
@@ -38,7 +39,10 @@ class Process:
             text=True,
             encoding="utf-8",
             env=variables,
+            start_new_session=True,  # a scheduling group; Ctrl-C reaches only the benchmark, which ends it
         )
+        self.pid = self._process.pid
+        self.scheduling = prioritize(self.pid)
 
     def __enter__(self) -> "Process":
         return self

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moezoo.bench.foreign_load import DISTURBED
 from moezoo.bench.measure import Effort
-from moezoo.bench.modes import Results, Row
+from moezoo.bench.results import Ratio, Results, Row, ratios
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,6 +34,7 @@ def closing(results: Results) -> "Iterator[RenderableType]":
     """Yield the parts of the report that are known at the end: contenders, failures, and shares side by side."""
     table = _facts()
     table.add_row("load", f"{results.machine['load_after'][0]:g} afterwards")
+    table.add_row("foreign load", _foreign_load(results.rows))
     for name, facts in results.contenders.items():
         table.add_row(name, "; ".join(f"{key}: {value}" for key, value in facts.items()))
     for name, why in results.left_out.items():
@@ -45,6 +47,21 @@ def closing(results: Results) -> "Iterator[RenderableType]":
     shared = [row for row in results.rows if row.share_of_limit is not None and row.mode != "experts"]
     if len({(row.mode, row.config, row.case) for row in shared}) > 1:
         yield _shares(shared)
+    compared = [ratio for ratio in ratios(results.rows) if ratio.mode != "experts"]
+    if compared:
+        yield _relative_to_peers(compared)
+
+
+def _foreign_load(rows: Sequence[Row]) -> str:
+    """Summarize the CPU time that other processes took from the slices."""
+    shares = [share for row in rows for share in row.foreign_load]
+    if not shares:
+        return "not known (needs /proc/stat and slices of 0.2 s)"
+    disturbed = sum(row.num_disturbed for row in rows)
+    text = f"at most {max(shares):.0%} of the cores in a slice"
+    if not disturbed:
+        return text
+    return f"[yellow]{text}, above {DISTURBED:.0%} in {disturbed} of {len(shares)} slices: repeat it on an idle machine"
 
 
 def _facts() -> "Table":
@@ -68,6 +85,7 @@ def table_of(rows: Sequence[Row], complete: bool) -> "Table":
         "tokens/s": lambda row: _number(row.tokens_per_second, ",.0f"),
         "time": lambda row: f"{1000 * row.seconds:,.2f} ms" if row.seconds < 1 else f"{row.seconds:,.2f} s",
         "spread": lambda row: f"{100 * (max(row.slices) - min(row.slices)) / row.seconds:.0f} %",
+        "disturbed": lambda row: f"{row.num_disturbed} of {len(row.slices)}" if row.num_disturbed else "",
         "GFLOP/s": lambda row: _number(row.flops_per_second, ",.1f", scale=1e9),
         "GB/s": lambda row: _number(row.bytes_per_second, ",.2f", scale=1e9),
         "first": lambda row: _number(row.first_seconds, ".1f", " s"),
@@ -112,6 +130,28 @@ def _shares(rows: Sequence[Row]) -> "Table":
                 " / ".join("> 1 (!)" if (share or 0) > 1 else _number(share, ".2f") or "-" for share in shares)
             )
         table.add_row(contender, *cells)
+    return table
+
+
+def _relative_to_peers(compared: Sequence[Ratio]) -> "Table":
+    """Return a table of speeds relative to peers: a row per case, a column per backend and peer."""
+    from rich.table import Table
+
+    title = "speed relative to peers: median of the turns (range)"
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1))
+    table.add_column("case")
+    columns = list(dict.fromkeys((ratio.contender, ratio.peer) for ratio in compared))
+    for contender, peer in columns:
+        table.add_column(f"{contender} / {peer}", justify="right")
+    cases = dict.fromkeys((ratio.config, ratio.mode, ratio.case) for ratio in compared)
+    for config, mode, case in cases:
+        cells = {
+            (ratio.contender, ratio.peer): f"{ratio.median:.2f} ({ratio.lowest:.2f}-{ratio.highest:.2f})"
+            for ratio in compared
+            if (ratio.config, ratio.mode, ratio.case) == (config, mode, case)
+        }
+        label = case if case.startswith(mode) else f"{mode} {case}"
+        table.add_row(f"{config} {label}", *(cells.get(column, "-") for column in columns))
     return table
 
 

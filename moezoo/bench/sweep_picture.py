@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moezoo.bench.modes import Row
+from moezoo.bench.results import Row
 from moezoo.core.files import make_folder, write_atomically
 from moezoo.core.reports.run_picture import INK, PALE
 

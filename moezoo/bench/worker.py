@@ -76,7 +76,7 @@ def peak_memory() -> int:
 
 def main() -> None:
     """Serve requests until stdin is closed."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # the parent receives them too, and ends this process
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent ends this process
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not mix with the answers

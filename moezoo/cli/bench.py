@@ -48,8 +48,9 @@ def bench_command(
     from moezoo.bench.contenders import select_contenders
     from moezoo.bench.machine import load, machine
     from moezoo.bench.measure import Effort
-    from moezoo.bench.modes import MODES, SMOKE, Row, bench, known_mode, named_configs
+    from moezoo.bench.modes import MODES, SMOKE, bench, known_mode, named_configs
     from moezoo.bench.report import closing, heading, table_of
+    from moezoo.bench.results import Row
     from moezoo.bench.sweep_picture import draw_sweep
 
     modes = MODES if mode is None else (known_mode(mode),)

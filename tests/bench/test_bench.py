@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from moezoo.bench.configs import bench_config, smoke_config
 from moezoo.bench.contenders import OWN, PEERS, select_contenders
 from moezoo.bench.limit import bytes_per_step
 from moezoo.bench.measure import Effort, Timings
-from moezoo.bench.modes import MODES, Results, Row, bench, rows_of
+from moezoo.bench.modes import MODES, bench
 from moezoo.bench.report import closing, heading, table_of
+from moezoo.bench.results import Results, Row, ratios, rows_of
 from moezoo.bench.sweep_picture import draw_sweep, points
 from moezoo.cli.main import main
 from moezoo.core.errors import BackendError, SpecError
@@ -50,6 +52,13 @@ def results_of(rows: list[Row]) -> Results:
     return Results(machine, Effort(), {"jax": {"device": "cpu"}}, {"mlx-lm": "not installed"}, ["S train: why"], rows)
 
 
+def text_of(pieces) -> str:
+    console = Console(width=150, record=True, file=io.StringIO())
+    for piece in pieces:
+        console.print(piece)
+    return console.export_text()
+
+
 @pytest.mark.release
 @pytest.mark.slow
 def test_smoke_runs_every_mode_on_both_backends(tmp_path):
@@ -66,7 +75,16 @@ def test_smoke_runs_every_mode_on_both_backends(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result.keys() == {"machine", "effort", "contenders", "left_out", "failed", "incomplete", "rows"}
+    assert result.keys() == {
+        "machine",
+        "effort",
+        "contenders",
+        "left_out",
+        "failed",
+        "incomplete",
+        "rows",
+        "relative_to_peers",
+    }
     assert result["failed"] == []
     assert not result["incomplete"]
     assert {row["mode"] for row in result["rows"]} == set(MODES)
@@ -171,6 +189,7 @@ def test_contender_beyond_the_limit_is_repeated_and_marked_and_a_signal_keeps_wh
     assert (whole.stopped, whole.to_json()["incomplete"]) == (None, False)
     assert "> 1 (!)" in printed[0]
     assert "4.000" not in printed[0]
+    assert [row["share_of_limit"] for row in whole.to_json()["rows"]] == [1.0, None]
     stopped = bench(["train", "layer"], *arguments, stop_in_the_second_round, show, smoke=True)
     assert (stopped.stopped, stopped.to_json()["incomplete"]) == (128 + signal.SIGTERM, True)
     assert [(row.mode, row.contender, len(row.slices)) for row in stopped.rows] == [
@@ -210,6 +229,29 @@ def test_report_has_a_table_per_mode_and_one_of_shares():
     shares = [line for line in text.splitlines() if "0.50 / 0.62" in line]
     assert len(shares) == 1
     assert "0.25 / -" in shares[0]
+
+
+def test_backends_are_compared_with_peers_turn_by_turn():
+    slices = {"jax": [1.0, 2.0, 4.0], "mlx": [2.0, 2.0], "transformers": [2.0, 3.0, 4.0], "limit": [1.0, 1.0, 1.0]}
+    rows = [Row("S", "train", "train", name, 1.0, each, share_of_limit=0.5) for name, each in slices.items()]
+    (ratio,) = ratios(rows)
+    assert (ratio.contender, ratio.peer, ratio.median, ratio.lowest, ratio.highest) == (
+        "jax",
+        "transformers",
+        1.5,
+        1,
+        2,
+    )
+    assert text_of(closing(results_of(rows))).count("1.50 (1.00-2.00)") == 1
+
+
+def test_disturbed_slices_are_counted():
+    quiet, disturbed = (replace(ROWS[1], foreign_load=shares) for shares in ([0.0, 0.01, 0.05], [0.0, 0.4, 0.06]))
+    assert "2 of 3" in text_of([table_of([ROWS[0], disturbed], complete=True)])
+    assert "disturbed" not in text_of([table_of([ROWS[0], quiet], complete=True)])
+    assert "at most 5% of the cores" in text_of(closing(results_of([quiet])))
+    assert "above 5% in 2 of 6 slices" in text_of(closing(results_of([quiet, disturbed])))
+    assert "not known" in text_of(closing(results_of(ROWS)))
 
 
 def test_sweep_is_plotted_relative_to_the_fewest_experts(tmp_path):

@@ -12,6 +12,8 @@ import pytest
 from moezoo.bench.case import Case
 from moezoo.bench.configs import smoke_config
 from moezoo.bench.contenders import Entry
+from moezoo.bench.foreign_load import foreign_load
+from moezoo.bench.machine import cores
 from moezoo.bench.measure import Effort, Timings, take_turns, time_starts
 from moezoo.bench.process import Process
 from moezoo.core.errors import BenchError
@@ -85,6 +87,34 @@ def test_contender_runs_only_its_kinds_of_cases_and_a_case_can_be_repeated():
     take_turns([CASE, FORWARD], entries, Effort(1, 0.0), lambda *_: None, timings, lambda found: [FORWARD])
     lengths = {key: len(slices) for key, slices in timings.slices.items()}
     assert lengths == {("quick", "train"): 1, ("quick", "forward"): 2, ("slow", "forward"): 2}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_load_of_other_processes_is_measured_and_that_of_contenders_is_not():
+    shares: dict[str, list[float]] = {"own": [], "foreign": [], "short": []}
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        for name, pids, seconds in (("own", [busy.pid], 0.5), ("foreign", [], 0.5), ("short", [], 0.0)):
+            with foreign_load(pids, shares[name]):
+                time.sleep(seconds)
+        busy.kill()
+    (own,), (foreign,) = shares["own"], shares["foreign"]
+    assert foreign - own > 0.5 / cores()
+    assert shares["short"] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_contender_leads_its_own_scheduling_group():
+    with Process("fake", fake("quick")) as process:
+        assert os.getsid(process.pid) == process.pid
+        group = Path(f"/proc/{process.pid}/autogroup")
+        nice = group.read_text().split()[-1] if group.is_file() else "none"
+        assert process.scheduling in (
+            f"own group, nice {nice}",
+            "own group",
+            "shared with all processes",
+            "the system's",
+        )
+        assert (nice == "-9") == (process.scheduling == "own group, nice -9")
 
 
 def test_startup_is_timed_with_cold_and_warm_caches():
