@@ -11,7 +11,8 @@ from moezoo.core.spec import ModelSpec
 from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.kernels.grouped_product import grouped_path
-from moezoo.mlx_backend.kernels.x86 import can_fuse, is_x86_cpu
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.kernels.x86.optimizer import can_fuse
 from moezoo.mlx_backend.model import MlxModel
 from moezoo.mlx_backend.moe_layer import MoELayer
 from moezoo.mlx_backend.runtime.compiled_libraries import check_compiled_libraries

@@ -8,7 +8,7 @@ from mlx import optimizers
 from mlx.utils import tree_map
 
 from moezoo.core.config.training import OptimizerConfig
-from moezoo.mlx_backend.kernels.x86 import adamw_kind
+from moezoo.mlx_backend.kernels.x86.optimizer import adamw_kind
 from moezoo.mlx_backend.runtime.typed import flatten
 
 

@@ -18,7 +18,14 @@ from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
 from tests.support.twins import B, D, E, F, H, K, M, N, Twin, V, normal
 
-USERS = ("kernels.attention", "kernels.cross_entropy", "kernels.slot_rows", "kernels.grouped_product", "backend")
+USERS = (
+    "kernels.activation",
+    "kernels.attention",
+    "kernels.cross_entropy",
+    "kernels.slot_rows",
+    "kernels.grouped_product",
+    "backend",
+)
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, sinks=True)
 LENGTH = 150  # three chunks of queries, the last one short
 
@@ -32,11 +39,11 @@ def mlx() -> Twin:
 @pytest.fixture(params=[0, 2**14], ids=["in parts", "small ones whole"])
 def use(request, mlx, monkeypatch):
     """Switch between the x86 kernels and MLX's own operations, on any platform."""
-    for stem in ("kernels.attention", "kernels.x86"):
+    for stem in ("kernels.attention", "kernels.x86.parts", "kernels.x86.slot_rows"):
         monkeypatch.setattr(mlx.module(stem), "SMALL", request.param)
 
     def choose(kernels: bool) -> None:
-        for stem in (*USERS, "kernels.x86"):
+        for stem in USERS:
             monkeypatch.setattr(mlx.module(stem), "is_x86_cpu", lambda: kernels)
 
     return choose
@@ -68,12 +75,15 @@ def test_a_model_has_the_same_loss_and_gradients_with_and_without_the_kernels(ml
 def test_sigmoid_and_log_losses_equal_mlx_for_inputs_of_any_scale(mlx, scale):
     import mlx.core as mx
 
-    kernels = mlx.module("kernels.x86")
+    sigmoid, log_losses = (
+        mlx.module("kernels.x86.activation").sigmoid,
+        mlx.module("kernels.x86.cross_entropy").log_losses,
+    )
     x, target = mlx.array(scale * normal(0, 40, V)), mlx.array(np.arange(40) % V)
-    assert_close(mlx.numpy(kernels.sigmoid(x)), mlx.numpy(mx.sigmoid(x)), FLOAT32)
+    assert_close(mlx.numpy(sigmoid(x)), mlx.numpy(mx.sigmoid(x)), FLOAT32)
     expected = mx.logsumexp(x, axis=-1) - mx.take_along_axis(x, target[:, None], axis=-1)[:, 0]
-    assert_close(mlx.numpy(kernels.log_losses(x, target)), mlx.numpy(expected), FLOAT32)
-    of_kernel = mx.grad(lambda x: mx.sum(kernels.log_losses(x, target)))(x)
+    assert_close(mlx.numpy(log_losses(x, target)), mlx.numpy(expected), FLOAT32)
+    of_kernel = mx.grad(lambda x: mx.sum(log_losses(x, target)))(x)
     of_mlx = mx.grad(lambda x: mx.sum(mx.logsumexp(x, axis=-1) - mx.take_along_axis(x, target[:, None], axis=-1)[:, 0]))
     assert_close(mlx.numpy(of_kernel), mlx.numpy(of_mlx(x)), FLOAT32_GRADIENT)
 
@@ -94,7 +104,7 @@ def test_decoding_gives_the_same_logits_with_and_without_the_kernels(mlx, use, a
 
 
 def test_masked_keys_have_zero_weight_even_with_large_scores(mlx):
-    kernels = mlx.module("kernels.x86")
+    kernels = mlx.module("kernels.x86.attention")
     query, key, value = (mlx.array(normal(seed, 1, 3, 1, *more)) for seed, more in ((0, (1, H)), (1, (H,)), (2, (H,))))
     mask = mlx.array(np.tril(np.ones((3, 3), bool)))
     out = [
@@ -105,7 +115,7 @@ def test_masked_keys_have_zero_weight_even_with_large_scores(mlx):
 
 
 def test_updates_are_the_same_without_a_compiler_and_the_header_reports_it(mlx, monkeypatch):
-    spec, kernels = spec_of(GatedFeedForwardSpec(hidden_dim=F)), mlx.module("kernels.x86")
+    spec, kernels = spec_of(GatedFeedForwardSpec(hidden_dim=F)), mlx.module("kernels.x86.optimizer")
     window = np.random.default_rng(0).integers(0, V, (1, B, 9)).astype(np.int32)
     monkeypatch.setattr(kernels, "is_x86_cpu", lambda: True)
     found, headers = [], []

@@ -24,7 +24,7 @@ print(mx.compile(lambda x: mx.exp(x) * 2 + mx.abs(x))(mx.zeros(3)).tolist())
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[[], str]:
     require_backend("mlx")
-    from moezoo.mlx_backend.kernels.x86 import can_fuse
+    from moezoo.mlx_backend.kernels.x86.optimizer import can_fuse
 
     if not can_fuse():
         pytest.skip("MLX compiles nothing here")

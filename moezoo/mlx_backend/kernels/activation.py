@@ -5,7 +5,8 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.mlx_backend.kernels import x86
+from moezoo.mlx_backend.kernels.x86 import activation as x86
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.runtime.streams import streams
 
 MANY_ROWS = 512
@@ -16,7 +17,7 @@ Activation = Callable[[mx.array | None, mx.array], mx.array]
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up."""
-    if x86.is_x86_cpu():
+    if is_x86_cpu():
         rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
         return x86.gated_silu(*rows, forget=len(rows[0]) > MANY_ROWS).reshape(up.shape)
     return rows_in_turns(_swiglu, gate, up)
@@ -24,7 +25,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def sigmoid(x: mx.array) -> mx.array:
     """Return 1 / (1 + exp(-x))."""
-    return x86.sigmoid(x) if x86.is_x86_cpu() else mx.sigmoid(x)
+    return x86.sigmoid(x) if is_x86_cpu() else mx.sigmoid(x)
 
 
 def rows_in_turns(activation: Activation, gate: mx.array | None, up: mx.array) -> mx.array:

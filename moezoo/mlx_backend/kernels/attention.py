@@ -1,11 +1,13 @@
-"""Attention kernels: MLX's fused kernel, or products and powers of 2 on x86 (`x86.py`)."""
+"""Attention kernels: MLX's fused kernel, or products and powers of 2 on x86 (`x86`)."""
 
 from collections.abc import Callable
 
 import mlx.core as mx
 
-from moezoo.mlx_backend.kernels.x86 import SMALL, attend_in_chunks, is_x86_cpu
-from moezoo.mlx_backend.kernels.x86 import Chunk as Chunk
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.kernels.x86.attention import Chunk as Chunk
+from moezoo.mlx_backend.kernels.x86.attention import attend_in_chunks
+from moezoo.mlx_backend.kernels.x86.parts import SMALL
 from moezoo.mlx_backend.runtime.streams import streams
 
 
@@ -24,7 +26,7 @@ def attend_fused(
 ) -> mx.array:
     """Attend without a softcap; `mask_TS` [T, S], one mask per row [B, T, S], or None: every key.
 
-    On x86, `x86.py` computes it, except with one mask per row (prompts of unequal length) and for few scores, where
+    On x86, `x86` computes it, except with one mask per row (prompts of unequal length) and for few scores, where
     fewer operations are faster.
     """
     dtype = query_BTMGH.dtype

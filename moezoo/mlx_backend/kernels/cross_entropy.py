@@ -2,7 +2,8 @@
 
 import mlx.core as mx
 
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, log_losses
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.kernels.x86.cross_entropy import log_losses
 
 
 def softmax_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:

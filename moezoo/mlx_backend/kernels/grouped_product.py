@@ -4,7 +4,8 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, without_graph
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.kernels.x86.parts import without_graph
 from moezoo.mlx_backend.runtime.typed import custom_function, to_ints
 
 Path = Literal["slices", "gather_mm of rows"]

@@ -3,7 +3,8 @@
 import mlx.core as mx
 
 from moezoo.mlx_backend.dispatch import Dispatch, combine
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, rows_of_tokens, sum_over_rows
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.kernels.x86.slot_rows import rows_of_tokens, sum_over_rows
 
 
 def token_rows(dispatched: Dispatch, x_PD: mx.array) -> mx.array:
