@@ -196,13 +196,8 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     found = []
     for row in rows:
         for peer in rows if row.contender in OWN else ():
-            same = (peer.config, peer.mode, peer.case, len(peer.slices)) == (
-                row.config,
-                row.mode,
-                row.case,
-                len(row.slices),
-            )
-            if same and peer.contender in PEERS:
+            same_case = (peer.config, peer.mode, peer.case) == (row.config, row.mode, row.case)
+            if same_case and peer.contender in PEERS and len(peer.slices) == len(row.slices):
                 pairs = [theirs / ours for theirs, ours in zip(peer.slices, row.slices, strict=True)]
                 names = row.config, row.mode, row.case, row.contender, peer.contender
                 found.append(Ratio(*names, median(pairs), min(pairs), max(pairs)))
