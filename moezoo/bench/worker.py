@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from moezoo.bench.case import Case, Contender, Work
 from moezoo.core.errors import MoezooError
+from moezoo.core.garbage import collect_seldom
 
 _MAX_REPEATS = 1000
 
@@ -78,6 +79,7 @@ def main() -> None:
     """Serve requests until stdin is closed."""
     for number in (signal.SIGINT, signal.SIGHUP):  # the parent ends this process
         signal.signal(number, signal.SIG_IGN)
+    collect_seldom()  # as the command line does
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
     requests: queue.Queue[str] = queue.Queue()

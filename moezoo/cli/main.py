@@ -17,6 +17,7 @@ from moezoo.cli.parity import parity, zoo
 from moezoo.cli.train import launch_command, train
 from moezoo.core.distributed.process_group import exit_process
 from moezoo.core.errors import MoezooError
+from moezoo.core.garbage import collect_seldom
 from moezoo.core.signals import Interrupted, end_process
 
 
@@ -55,6 +56,7 @@ class _Commands(click.Group):
 @click.version_option(package_name="moezoo")
 def main() -> None:
     """Train and run mixture-of-experts language models on JAX and MLX."""
+    collect_seldom()
 
 
 for _command in (

@@ -20,6 +20,7 @@ LAYERS = (
     ("core.errors",),
     (
         "core.files",
+        "core.garbage",
         "core.json_text",
         "core.limited_process",
         "core.malloc",
