@@ -11,7 +11,7 @@ from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.malloc import keep_freed_memory
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement
-from moezoo.jax_backend.kernels.grouped_product import grouped_path
+from moezoo.jax_backend.kernels.grouped_product import path_in_words
 from moezoo.jax_backend.model import JaxModel
 from moezoo.jax_backend.moe_layer import MoELayer
 from moezoo.jax_backend.runtime import processes
@@ -67,7 +67,7 @@ class JaxBackend:
         kind = device.device_kind if device.platform != "cpu" else "cpu"
         facts = {
             "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
-            "experts": grouped_path() + ("; few rows: the chosen ones alone" if grouped_path() == "blocks" else ""),
+            "experts": path_in_words(),
             "compile cache": self._compile_cache,
         }
         if not self._mesh.is_one_device:

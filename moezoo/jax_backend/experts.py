@@ -36,7 +36,7 @@ class Experts(nnx.Module):
         parameters: dict[str, jax.Array] = {
             name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()
         }
-        kernel = expert_kernel(x_RD.shape[0], size_E.shape[0])
+        kernel = expert_kernel(x_RD, parameters)
         if kernel is not None:
             return kernel(spec, x_RD, parameters, size_E)
         groups = group_rows(size_E, x_RD.shape[0])

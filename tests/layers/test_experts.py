@@ -11,7 +11,7 @@ from tests.support.backends_available import require_backend
 from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
 from tests.support.twins import D, E, F, Twin, assert_layer_matches, assert_reference_gradient, normal
 
-PATHS = {"jax": ("blocks", "ragged_dot", "tokamax"), "mlx": ("slices", "gather_mm of rows")}
+PATHS = {"jax": ("blocks", "openblas", "ragged_dot", "tokamax"), "mlx": ("slices", "gather_mm of rows")}
 # Rows of each of the 7 experts. A block has 16 rows up to R = 298, then 32, then 64 from R = 598.
 SIZES = {
     "uneven, some empty": [0, 17, 1, 0, 9, 3, 0],
@@ -141,13 +141,17 @@ def assert_grouped_product_matches(twin: Twin, sizes: list[int], **tolerances) -
 
 @pytest.mark.parametrize(
     ("platform", "installed", "expected"),
-    [("cpu", True, "blocks"), ("tpu", True, "ragged_dot"), ("gpu", True, "tokamax"), ("gpu", False, "blocks")],
+    [
+        *[("cpu", True, "openblas"), ("cpu", False, "blocks")],
+        *[("tpu", True, "ragged_dot"), ("gpu", True, "tokamax"), ("gpu", False, "blocks")],
+    ],
 )
 def test_jax_chooses_its_path_by_platform_and_by_what_is_installed(monkeypatch, platform, installed, expected):
     require_backend("jax")
     module = kernels_of(Twin("jax"))
     monkeypatch.setattr(module.jax, "default_backend", lambda: platform)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(module.openblas, "load", lambda: "OpenBLAS" if installed else None)
     assert module._grouped_path.__wrapped__(module.platform()) == expected
 
 

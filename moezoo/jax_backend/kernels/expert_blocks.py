@@ -15,6 +15,7 @@ from jax import lax
 from moezoo.core.spec import ExpertsSpec
 from moezoo.jax_backend.feed_forward import activate
 from moezoo.jax_backend.kernels import grouped_product as products
+from moezoo.jax_backend.kernels.expert_groups import grouped_experts
 
 Arrays = dict[str, jax.Array]
 Outputs = tuple[jax.Array, Arrays]
@@ -23,10 +24,15 @@ Kernel = Callable[[ExpertsSpec, jax.Array, Arrays, jax.Array], jax.Array]
 """Function of a spec, rows [R, D] sorted by expert, parameters by name, and size_E; returns the output [R, D]."""
 
 
-def expert_kernel(num_rows: int, num_experts: int) -> Kernel | None:
-    """Return the kernel for this number of rows, or None where the platform computes experts by grouped products."""
-    if products.grouped_path() != "blocks":
+def expert_kernel(x_RD: jax.Array, parameters: Arrays) -> Kernel | None:
+    """Return the kernel for these rows, or None where the platform computes experts by grouped products."""
+    path = products.grouped_path()
+    if path not in ("openblas", "blocks"):
         return None
+    num_rows, num_experts = x_RD.shape[0], parameters["w_up"].shape[0]
+    are_float32 = all(array.dtype == jnp.float32 for array in (x_RD, *parameters.values()))
+    if path == "openblas" and are_float32 and not products.few_rows(num_rows, num_experts):
+        return grouped_experts
     kernel = _experts_of_few_rows if products.few_rows(num_rows, num_experts) else _blocked_experts
     block = products.block_rows(num_rows, num_experts)
     return lambda spec, x_RD, parameters, size_E: kernel(spec, block, x_RD, parameters, size_E)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moezoo.jax_backend.kernels import openblas
 from moezoo.jax_backend.runtime.platform import platform
 
-Path = Literal["blocks", "ragged_dot", "tokamax"]
+Path = Literal["openblas", "blocks", "ragged_dot", "tokamax"]
 
 
 def grouped_path() -> Path:
@@ -18,7 +19,8 @@ def grouped_path() -> Path:
 
     `ragged_dot` is XLA's own grouped product, a kernel on TPU. On CPU and GPU, XLA multiplies every row by every
     expert; there, `blocks` loops over blocks of rows of one expert each and computes the whole feed-forward of a block.
-    On GPU, `tokamax` provides kernels where that package is installed.
+    On the CPU, `openblas` multiplies float32 rows where SciPy brings that library, and blocks are for other types. On
+    GPU, `tokamax` provides kernels where that package is installed.
     """
     return _grouped_path(platform())
 
@@ -27,7 +29,20 @@ def grouped_path() -> Path:
 def _grouped_path(name: str) -> Path:
     if name == "gpu" and importlib.util.find_spec("tokamax") is not None:
         return "tokamax"
+    if name == "cpu" and openblas.load() is not None:
+        return "openblas"
     return "ragged_dot" if name == "tpu" else "blocks"
+
+
+def path_in_words() -> str:
+    """Return the implementation of the experts for the run's header."""
+    match grouped_path():
+        case "openblas":
+            return f"{openblas.load()} of SciPy for float32, else blocks; few rows: the chosen ones alone"
+        case "blocks":
+            return "blocks; few rows: the chosen ones alone"
+        case path:
+            return path
 
 
 def few_rows(num_rows: int, num_experts: int) -> bool:

@@ -1,0 +1,54 @@
+"""Feed-forward of all experts at once, where OpenBLAS multiplies exactly the rows of each."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moezoo.core.spec import ExpertsSpec
+from moezoo.jax_backend.feed_forward import activate
+from moezoo.jax_backend.kernels.grouped_product import group_rows
+from moezoo.jax_backend.kernels.openblas import grouped_gradients, grouped_rows, grouped_rows_transposed
+
+Arrays = dict[str, jax.Array]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_experts(spec: ExpertsSpec, x_RD: jax.Array, parameters: Arrays, size_E: jax.Array) -> jax.Array:
+    """Return the output [R, D] of float32 rows that are sorted by expert. All arrays are float32."""
+    return _forward(spec, x_RD, parameters, size_E)[0]
+
+
+def _forward(
+    spec: ExpertsSpec, x_RD: jax.Array, parameters: Arrays, size_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Arrays, jax.Array, Arrays]]:
+    """Return the output [R, D] and the residuals for the backward pass: inputs, and pre-activations by name."""
+    expert_R = group_rows(size_E, x_RD.shape[0]).expert_R
+
+    def linear(rows: jax.Array, name: str) -> jax.Array:
+        product = grouped_rows(size_E, rows, parameters[f"w_{name}"])
+        return product + parameters[f"b_{name}"][expert_R] if spec.bias else product
+
+    pre_activations = {name: linear(x_RD, name) for name in ("gate", "up") if f"w_{name}" in parameters}
+    out = linear(activate(spec, pre_activations.get("gate"), pre_activations["up"]), "down")
+    return out, (x_RD, parameters, size_E, pre_activations)
+
+
+def _backward(
+    spec: ExpertsSpec, saved: tuple[jax.Array, Arrays, jax.Array, Arrays], gradient_RD: jax.Array
+) -> tuple[jax.Array, Arrays, None]:
+    # Behind the barrier, XLA computes the activation again; otherwise it would keep parts of it since the forward pass.
+    x_RD, parameters, size_E, pre_activations = lax.optimization_barrier(saved)
+    hidden_RF, pull = jax.vjp(lambda own: activate(spec, own.get("gate"), own["up"]), pre_activations)
+    (gradients,) = pull(grouped_rows_transposed(size_E, (gradient_RD, parameters["w_down"])))
+    operands = {name: (x_RD, gradient) for name, gradient in gradients.items()} | {"down": (hidden_RF, gradient_RD)}
+    found = {f"w_{name}": grouped_gradients(size_E, *pair) for name, pair in operands.items()}
+    if spec.bias:
+        ones_R1 = jnp.ones((x_RD.shape[0], 1))
+        found |= {f"b_{name}": grouped_gradients(size_E, ones_R1, right)[:, 0] for name, (_, right) in operands.items()}
+    pairs = [(gradient, parameters[f"w_{name}"]) for name, gradient in gradients.items()]
+    return grouped_rows_transposed(size_E, *pairs), found, None
+
+
+grouped_experts.defvjp(_forward, _backward)
