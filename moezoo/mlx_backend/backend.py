@@ -10,6 +10,7 @@ from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.spec import ModelSpec
 from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.distributed import data_parallel
+from moezoo.mlx_backend.kernels.chosen_experts import FEW_TOKENS
 from moezoo.mlx_backend.kernels.grouped_product import grouped_path
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.kernels.x86.optimizer import can_fuse
@@ -60,7 +61,8 @@ class MlxBackend:
             fused = "nothing (slower updates): no g++ on the PATH"
         return {
             "device": f"{device}, MLX {mx.__version__}",  # type: ignore[attr-defined]  # not in its stub
-            "experts": grouped_path() + ("; few rows: gather_mm" if grouped_path() == "slices" else ""),
+            "experts": grouped_path(),
+            "experts of few tokens": FEW_TOKENS,
             "blas": BLAS,
             "freed memory": FREED_MEMORY,
             "exponentials": exponentials,

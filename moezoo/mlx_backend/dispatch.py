@@ -25,8 +25,10 @@ def expert_counts(routing: Routing) -> mx.array:
     return _counts(routing.expert_PK, routing.valid_PK, routing.score_PE.shape[-1])
 
 
-def num_dropped(routing: Routing, dispatched: Dispatch) -> mx.array:
-    """Spec: moezoo.core.reference.dispatch.num_dropped; int32."""
+def num_dropped(routing: Routing, dispatched: Dispatch | None) -> mx.array:
+    """Spec: moezoo.core.reference.dispatch.num_dropped; int32. Without a dispatch none is dropped."""
+    if dispatched is None:
+        return mx.array(0)
     return mx.sum((routing.valid_PK & ~dispatched.kept_PK).astype(mx.int32))
 
 

@@ -163,7 +163,8 @@ def routing_load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
 def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
     rows = []
     for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
-        slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
+        kept_PK = routing.valid_PK if dispatched is None else dispatched.kept_PK
+        slots = (routing.expert_PK, routing.valid_PK, kept_PK, routing.weight_PK)
         expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
         score_PE, like = np.array(routing.score_PE), (*shape, -1)
         rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))

@@ -5,12 +5,15 @@ from typing import assert_never
 import mlx.core as mx
 from mlx import nn
 
+from moezoo.core.parameters.capacity import capacities, mostly_unused, num_groups
 from moezoo.core.spec import MoESpec, ParallelFeedForwardSpec, SharedExpertsSpec, ZeroComputationSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.mlx_backend.dispatch import Dispatch, dispatch, used_rows
 from moezoo.mlx_backend.experts import Experts, ExpertsCall
 from moezoo.mlx_backend.feed_forward import FeedForward
+from moezoo.mlx_backend.kernels.chosen_experts import chosen_experts
+from moezoo.mlx_backend.kernels.grouped_product import few_rows
 from moezoo.mlx_backend.kernels.slot_rows import combine_rows, token_rows
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.routing import Router, Routing, jittered_input
@@ -51,7 +54,8 @@ class MoE(nn.Module):
         raw_BTD: mx.array | None = None,
         record: dict[str, mx.array] | None = None,
         name: str = "moe",
-    ) -> tuple[mx.array, Routing, Dispatch]:
+    ) -> tuple[mx.array, Routing, Dispatch | None]:
+        """The dispatch is None for few tokens: their chosen experts are indexed, and nothing is dropped."""
         x_PD = jittered_input(self.spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
         raw_PD, routed_PD = x_PD, x_PD
         if isinstance(self.spec.shared, ParallelFeedForwardSpec):
@@ -59,16 +63,22 @@ class MoE(nn.Module):
                 raw_PD = jittered_input(self.spec.router, raw_BTD.reshape(x_PD.shape), context.key)
             routed_PD = self.routed_input_norm(raw_PD)
         routing = self.router(raw_PD, context)
-        dispatched = dispatch(self.spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
         spec, dtype = self.spec, x_BTD.dtype
         input_P = routed_PD
         if spec.latent_dim is not None:
             input_P = mx.einsum("PD,DZ->PZ", routed_PD, self.w_latent.astype(dtype))
-        out_PD = run_experts(spec, self.experts, input_P, dispatched)
+        dispatched = None
+        if _indexes_experts(spec, len(x_PD), x_BTD.shape[0], inference=context.inference):
+            chosen = (routing.expert_PK, routing.valid_PK, routing.weight_PK)
+            out_PD = chosen_experts(spec, self.experts, input_P, *chosen)
+        else:
+            dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
+            out_PD = run_experts(spec, self.experts, input_P, dispatched)
         if spec.latent_dim is not None:
             out_PD = mx.einsum("PZ,ZD->PD", out_PD, self.w_output.astype(dtype))
-        if self.spec.zero_computation is not None:
-            weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)
+        if spec.zero_computation is not None:
+            assert dispatched is not None
+            weight_PE = choice_weights(spec, routing, dispatched.kept_PK)
             out_PD = out_PD + self.constant_experts(routed_PD, weight_PE)
         if isinstance(self.spec.shared, ParallelFeedForwardSpec):
             out_PD = self.routed_output_norm(out_PD)
@@ -96,6 +106,15 @@ class MoE(nn.Module):
                 return routed_PD + self.shared_output_norm(shared_PD)
             case _:
                 raise ValueError("there are no shared experts")
+
+
+def _indexes_experts(spec: MoESpec, num_tokens: int, num_sequences: int, *, inference: bool) -> bool:
+    """Return True for few tokens of which every slot has an expert with matrices, and no capacity may drop one."""
+    if not few_rows(num_tokens * spec.num_slots, spec.num_experts) or spec.zero_computation is not None:
+        return False
+    group_size = num_tokens // num_groups(spec, num_sequences)
+    limited = min(capacities(spec, group_size, inference=inference)) < group_size
+    return not limited and not mostly_unused(spec, inference=inference)
 
 
 def run_experts(spec: MoESpec, experts: ExpertsCall, x_PD: mx.array, dispatched: Dispatch) -> mx.array:

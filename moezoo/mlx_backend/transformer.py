@@ -39,11 +39,14 @@ Record = dict[str, mx.array]
 
 
 class Forward(NamedTuple):
-    """Spec: moezoo.core.reference.transformer.Forward; with dispatches, and extended caches if there are any."""
+    """Spec: moezoo.core.reference.transformer.Forward; with extended caches if there are any.
+
+    Also the dispatch of each MoE layer, or None of few tokens, of which nothing is dropped.
+    """
 
     logits_BTV: mx.array
     routings: list[Routing]
-    dispatches: list[Dispatch]
+    dispatches: list[Dispatch | None]
     caches: Caches | None
     index_losses: list[tuple[int, float, mx.array]]
 
@@ -309,7 +312,7 @@ class Transformer(nn.Module):
         return Forward(
             logits_BTV,
             [output.routing for output in outputs if output.routing is not None],
-            [output.dispatched for output in outputs if output.dispatched is not None],
+            [output.dispatched for output in outputs if output.routing is not None],
             None if caches is None else Caches(extended, caches.first_B),
             [
                 (index, layer.attention.indexer.loss_coefficient, output.index_loss)

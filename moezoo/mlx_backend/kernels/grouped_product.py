@@ -98,25 +98,26 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 
 def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
     """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD."""
-    if grouped_path() == "gather_mm of rows":
-        w_EDF = w_EDF.astype(x_RD.dtype)
-        rows = mx.gather_mm(x_RD[:, None, :], w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)
-        return rows[:, 0, :]
+    if grouped_path() == "gather_mm of rows" or (groups.ends is None and groups.blocks is None):
+        return product_of_rows(x_RD[:, None, :], w_EDF, groups.expert_R, in_order=True)[:, 0, :]
     if groups.ends is not None:
         return _sliced_product(x_RD, w_EDF, groups.ends)
-    if groups.blocks is None:
-        return _product_of_rows(x_RD, w_EDF, groups)
+    assert groups.blocks is not None
     padded = _blocked_product(_spread(x_RD, groups.blocks), w_EDF.astype(x_RD.dtype), groups.blocks)
     return _collect(padded, groups.blocks)
 
 
-def _product_of_rows(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
-    """Multiply each row by its own expert's matrix: blocks would read every expert, too slow to decode a token."""
-    rows_R1D = x_RD[:, None, :].astype(mx.float32)
-    if x_RD.dtype == w_EDF.dtype == mx.float32:
-        return mx.gather_mm(rows_R1D, w_EDF, rhs_indices=groups.expert_R, sorted_indices=True)[:, 0, :]
-    matrices_RDF = w_EDF[groups.expert_R].astype(x_RD.dtype).astype(mx.float32)
-    return (rows_R1D @ matrices_RDF)[:, 0, :].astype(x_RD.dtype)
+def product_of_rows(x_R1D: mx.array, w_EDF: mx.array, expert_R: mx.array, *, in_order: bool = False) -> mx.array:
+    """Multiply each row by its own expert's matrix: blocks would read every expert, too slow to decode a token.
+
+    R stands for any number of axes that broadcast; `in_order`: the experts ascend.
+    """
+    dtype = x_R1D.dtype
+    if grouped_path() == "gather_mm of rows" or dtype == w_EDF.dtype == mx.float32:
+        return mx.gather_mm(x_R1D, w_EDF.astype(dtype), rhs_indices=expert_R, sorted_indices=in_order)
+    # On the CPU, gather_mm supports only float32.
+    matrices_RDF = w_EDF[expert_R].astype(dtype).astype(mx.float32)
+    return (x_R1D.astype(mx.float32) @ matrices_RDF).astype(dtype)
 
 
 def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array:

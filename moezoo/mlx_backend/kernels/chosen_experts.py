@@ -1,0 +1,83 @@
+"""Experts of few tokens: matrices are indexed by the chosen experts, without sorting, counting or dispatch."""
+
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+
+from moezoo.core.spec import MoESpec, PlainFeedForwardSpec
+from moezoo.mlx_backend.feed_forward import activate
+from moezoo.mlx_backend.kernels.grouped_product import product_of_rows
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.runtime.streams import streams
+
+FEW_TOKENS = "gather_mm by index; with top_p, cutoffs or zero-computation experts by dispatch"
+"""For the header of a run."""
+
+ROWS_OF_TWO_STREAMS = 16
+"""Number of rows from which a second stream saves more than waiting for it costs, 0.1 ms."""
+
+ONE_THREAD = 2**18
+"""Elements of a matrix up to which OpenBLAS multiplies one row by it on one thread; its threads exclude each other."""
+
+
+def chosen_experts(
+    spec: MoESpec,
+    parameters: Mapping[str, mx.array],
+    x_PD: mx.array,
+    expert_PK: mx.array,
+    valid_PK: mx.array,
+    weight_PK: mx.array,
+) -> mx.array:
+    """Return the weighted sum of each token's experts, as dispatch, experts and combine do, within rounding.
+
+    On an x86 CPU, halves of the tokens go to two streams if there are enough of them.
+    """
+    num_tokens, num_slots = expert_PK.shape
+    turns = streams()
+    in_turns = is_x86_cpu() and num_tokens * num_slots >= ROWS_OF_TWO_STREAMS and num_tokens >= len(turns)
+    if not in_turns or x_PD.shape[1] * spec.experts.hidden_dim >= ONE_THREAD:
+        return _of_tokens(spec, parameters, x_PD, expert_PK, valid_PK, weight_PK)
+    cuts = [num_tokens * turn // len(turns) for turn in range(1, len(turns))]
+    parts = zip(turns, *(mx.split(array, cuts) for array in (x_PD, expert_PK, valid_PK, weight_PK)), strict=True)
+    out = []
+    for stream, *own in parts:
+        with mx.stream(stream):
+            out.append(_of_tokens(spec, parameters, *own))
+    return mx.concatenate(out)
+
+
+def _of_tokens(
+    spec: MoESpec,
+    parameters: Mapping[str, mx.array],
+    x_PD: mx.array,
+    expert_PK: mx.array,
+    valid_PK: mx.array,
+    weight_PK: mx.array,
+) -> mx.array:
+    experts, dtype = spec.experts, x_PD.dtype
+    x_PK1D = x_PD[:, None, None]
+    if spec.router.apply_to == "input":
+        x_PK1D = (x_PK1D.astype(mx.float32) * weight_PK[..., None, None]).astype(dtype)
+        weight_PK = valid_PK.astype(mx.float32)
+    # Trap: without it, "Cannot calculate VJP with respect to indices".
+    linear = _linear(parameters, mx.stop_gradient(expert_PK), bias=experts.bias)
+    gate = None if isinstance(experts, PlainFeedForwardSpec) else linear("gate", x_PK1D)
+    out_PK1D = linear("down", activate(experts, gate, linear("up", x_PK1D)))
+    summed_P1D = weight_PK[:, None] @ out_PK1D[:, :, 0].astype(mx.float32)
+    return summed_P1D[:, 0].astype(dtype)
+
+
+def _linear(
+    parameters: Mapping[str, mx.array], expert_PK: mx.array, *, bias: bool
+) -> Callable[[str, mx.array], mx.array]:
+    """Return `linear(name, x)`, the projection of rows [P, K, 1, D] (or [P, 1, 1, D]) by the chosen experts."""
+
+    def linear(name: str, x_PK1D: mx.array) -> mx.array:
+        product, dtype = product_of_rows(x_PK1D, parameters[f"w_{name}"], expert_PK), x_PK1D.dtype
+        if not bias:
+            return product
+        # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.
+        bias_EF: mx.array = parameters[f"b_{name}"]
+        return product + bias_EF.astype(mx.float32)[expert_PK][..., None, :].astype(dtype)
+
+    return linear
