@@ -12,7 +12,7 @@ from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.kernels.chosen_experts import FEW_TOKENS
 from moezoo.mlx_backend.kernels.grouped_product import grouped_path
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, kernels
 from moezoo.mlx_backend.kernels.x86.optimizer import can_fuse
 from moezoo.mlx_backend.model import MlxModel
 from moezoo.mlx_backend.moe_layer import MoELayer
@@ -55,7 +55,6 @@ class MlxBackend:
 
     def facts(self) -> dict[str, str]:
         device = "gpu (Metal)" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-        exponentials = "powers of 2" if is_x86_cpu() else "MLX's own"
         fused = "optimizer (mx.compile with g++)" if can_fuse() else "nothing"
         if is_x86_cpu() and not can_fuse():
             fused = "nothing (slower updates): no g++ on the PATH"
@@ -65,6 +64,6 @@ class MlxBackend:
             "experts of few tokens": FEW_TOKENS,
             "blas": BLAS,
             "freed memory": FREED_MEMORY,
-            "exponentials": exponentials,
+            "kernels": kernels(),
             "fused": fused,
         } | data_parallel.facts()

@@ -8,7 +8,12 @@ from mlx import nn
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.feed_forward import activate
-from moezoo.mlx_backend.kernels.grouped_product import group_rows, grouped_product
+from moezoo.mlx_backend.kernels.grouped_product import (
+    group_rows,
+    grouped_product,
+    grouped_swiglu,
+    is_plain_swiglu,
+)
 
 ExpertsCall = Callable[[mx.array, mx.array], mx.array]
 """Experts as a function: rows [R, D] sorted by expert, of which each has size_E -> outputs [R, D]."""
@@ -33,6 +38,8 @@ class Experts(nn.Module):
     def __call__(self, x_RD: mx.array, size_E: mx.array) -> mx.array:
         spec, dtype = self.spec, x_RD.dtype
         groups = group_rows(size_E, x_RD.shape[0])
+        if is_plain_swiglu(spec):
+            return grouped_swiglu(x_RD, self.w_gate, self.w_up, self.w_down, groups)
 
         def linear(x_RD: mx.array, name: str) -> mx.array:
             product = grouped_product(x_RD, self[f"w_{name}"], groups)

@@ -7,6 +7,8 @@ from mlx import nn
 
 from moezoo.core.spec import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.kernels.x86 import pays
+from moezoo.mlx_backend.kernels.x86.normalization import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -20,7 +22,8 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         scale = self._multiplier()
-        normed = mx.fast.rms_norm(_flat(x, self.axes), None if scale is None else scale.reshape(-1), self.spec.epsilon)
+        kernel = rms_norm if pays(x.size) else mx.fast.rms_norm
+        normed = kernel(_flat(x, self.axes), None if scale is None else scale.reshape(-1), self.spec.epsilon)
         return normed.reshape(x.shape).astype(x.dtype)
 
     def _multiplier(self) -> mx.array | None:

@@ -1,5 +1,7 @@
 """Kernels for x86 CPUs against MLX's own operations; the tests of layers compare them with the reference."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -18,14 +20,8 @@ from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_UPDATE, assert_all_close, assert_close
 from tests.support.twins import B, D, E, F, H, K, M, N, Twin, V, normal
 
-USERS = (
-    "kernels.activation",
-    "kernels.attention",
-    "kernels.cross_entropy",
-    "kernels.slot_rows",
-    "kernels.grouped_product",
-    "backend",
-)
+KERNELS = ("activation", "attention", "grouped_product", "x86", "x86.optimizer")
+USERS = ("backend", *(f"kernels.{stem}" for stem in KERNELS))
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, sinks=True)
 LENGTH = 150  # three chunks of queries, the last one short
 
@@ -36,11 +32,10 @@ def mlx() -> Twin:
     return Twin("mlx")
 
 
-@pytest.fixture(params=[0, 2**14], ids=["in parts", "small ones whole"])
+@pytest.fixture(params=[0, 2**14], ids=["all of them", "large ones"])
 def use(request, mlx, monkeypatch):
     """Switch between the x86 kernels and MLX's own operations, on any platform."""
-    for stem in ("kernels.attention", "kernels.x86.parts", "kernels.x86.slot_rows"):
-        monkeypatch.setattr(mlx.module(stem), "SMALL", request.param)
+    monkeypatch.setattr(mlx.module("kernels.x86"), "SMALL", request.param)
 
     def choose(kernels: bool) -> None:
         for stem in USERS:
@@ -130,3 +125,22 @@ def test_updates_are_the_same_without_a_compiler_and_the_header_reports_it(mlx, 
     assert_all_close(*found, FLOAT32_UPDATE)
     assert "with g++" in headers[0]
     assert "no g++ on the PATH" in headers[1]
+
+
+def test_pieces_run_on_all_cores_and_an_error_in_one_is_raised(mlx):
+    cores = mlx.module("runtime.cores")
+    done: list[int] = []
+    cores.on_all_cores(functools.partial(done.append, piece) for piece in range(50))
+    assert sorted(done) == list(range(50))
+    with pytest.raises(ZeroDivisionError):
+        cores.on_all_cores([lambda: 1 / 0] * 2)
+
+
+def test_the_header_says_what_computes_when_numpys_threads_cannot_be_limited(mlx, monkeypatch):
+    cores, kernels = mlx.module("runtime.cores"), mlx.module("kernels.x86")
+    monkeypatch.setattr(kernels, "is_x86_cpu", lambda: True)
+    monkeypatch.setattr(cores, "_numpy_blas", lambda: None)
+    done: list[int] = []
+    cores.on_all_cores(functools.partial(done.append, piece) for piece in range(3))
+    assert done == [0, 1, 2]
+    assert "one core" in mlx.backend().facts()["kernels"]

@@ -1,4 +1,4 @@
-"""Activation kernels: fused on the GPU, split over two streams on the CPU, and as powers of 2 on x86."""
+"""Activation kernels: fused on the GPU, split over two streams on the CPU, and on all cores on x86."""
 
 from collections.abc import Callable
 
@@ -9,17 +9,13 @@ from moezoo.mlx_backend.kernels.x86 import activation as x86
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.runtime.streams import streams
 
-MANY_ROWS = 512
-"""From this number of rows on, copying what the backward pass needs costs less than keeping the rest alive."""
-
 Activation = Callable[[mx.array | None, mx.array], mx.array]
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up."""
     if is_x86_cpu():
-        rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
-        return x86.gated_silu(*rows, forget=len(rows[0]) > MANY_ROWS).reshape(up.shape)
+        return x86.gated_silu(gate, up)
     return rows_in_turns(_swiglu, gate, up)
 
 

@@ -1,13 +1,12 @@
-"""Attention kernels: MLX's fused kernel, or products and powers of 2 on x86 (`x86`)."""
+"""Attention kernels: MLX's fused kernel, or NumPy's products on all cores on x86 (`x86`)."""
 
 from collections.abc import Callable
 
 import mlx.core as mx
 
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, pays
 from moezoo.mlx_backend.kernels.x86.attention import Chunk as Chunk
 from moezoo.mlx_backend.kernels.x86.attention import attend_in_chunks
-from moezoo.mlx_backend.kernels.x86.parts import SMALL
 from moezoo.mlx_backend.runtime.streams import streams
 
 
@@ -36,7 +35,7 @@ def attend_fused(
         query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
     if mask_TS is not None and mask_TS.ndim == 3:
         mask_TS = mask_TS[:, None]
-    elif is_x86_cpu() and batch * kv_heads * group * length * key_BSMH.shape[1] >= SMALL:
+    elif pays(batch * kv_heads * group * length * key_BSMH.shape[1]):
         whole = Chunk(0, length, 0, key_BSMH.shape[1], mask_TS)
         return attend_in_chunks(query_BTMGH, key_BSMH, value_BSMH, [whole], scale, sink_N).astype(dtype)
     attended_BNTH = mx.fast.scaled_dot_product_attention(
@@ -65,7 +64,7 @@ def attend_chunks(
     if is_x86_cpu() and not softcap:
         dtype = query_BTMGH.dtype
         query_BTMGH, key_BTMH, value_BTMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH))
-        return attend_in_chunks(query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, forget=True).astype(dtype)
+        return attend_in_chunks(query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N).astype(dtype)
     turns, attended = streams(), []
     for index, chunk in enumerate(chunks):
         with mx.stream(turns[index % len(turns)]):

@@ -4,8 +4,10 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
+from moezoo.core.spec import ExpertsSpec
+from moezoo.mlx_backend.kernels.activation import swiglu
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
-from moezoo.mlx_backend.kernels.x86.parts import without_graph
+from moezoo.mlx_backend.kernels.x86.experts import sliced_product, swiglu_experts
 from moezoo.mlx_backend.runtime.typed import custom_function, to_ints
 
 Path = Literal["slices", "gather_mm of rows"]
@@ -107,6 +109,22 @@ def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array
     return _collect(padded, groups.blocks)
 
 
+def is_plain_swiglu(spec: ExpertsSpec) -> bool:
+    """Return True for the experts that `grouped_swiglu` computes: the common ones."""
+    return spec.kind == "swiglu" and not spec.bias
+
+
+def grouped_swiglu(
+    x_RD: mx.array, gate_EDF: mx.array, up_EDF: mx.array, down_EFD: mx.array, groups: Groups
+) -> mx.array:
+    """Return the feed-forward of SwiGLU experts without biases; in one kernel on x86, if the rows are many."""
+    if is_x86_cpu() and groups.ends is not None:
+        x, gate, up, down = (array.astype(mx.float32) for array in (x_RD, gate_EDF, up_EDF, down_EFD))
+        return swiglu_experts(x, gate, up, down, groups.ends).astype(x_RD.dtype)
+    gate, up = (grouped_product(x_RD, w_EDF, groups) for w_EDF in (gate_EDF, up_EDF))
+    return grouped_product(swiglu(gate, up), down_EFD, groups)
+
+
 def product_of_rows(x_R1D: mx.array, w_EDF: mx.array, expert_R: mx.array, *, in_order: bool = False) -> mx.array:
     """Multiply each row by its own expert's matrix: blocks would read every expert, too slow to decode a token.
 
@@ -123,6 +141,8 @@ def product_of_rows(x_R1D: mx.array, w_EDF: mx.array, expert_R: mx.array, *, in_
 def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array:
     """Multiply each expert's slice of rows by its matrix, in float32 like all CPU products; unused rows return 0."""
     dtype = x_RD.dtype
+    if is_x86_cpu():
+        return sliced_product(x_RD.astype(mx.float32), w_EDF.astype(mx.float32), ends).astype(dtype)
 
     def product(rows_RD: mx.array, matrices: mx.array) -> mx.array:
         *slices, unused = mx.split(rows_RD[None], ends, axis=1)
@@ -136,8 +156,7 @@ def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.arra
 
     @custom_function
     def multiply(rows_RD: mx.array, matrices: mx.array) -> mx.array:
-        out_RF = product(rows_RD, matrices)
-        return without_graph([out_RF])[0] if is_x86_cpu() else out_RF
+        return product(rows_RD, matrices)
 
     @multiply.vjp
     def _(primals: tuple[mx.array, mx.array], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:

@@ -39,7 +39,7 @@ def _system_openblas() -> str:
 
 def _packaged_openblas() -> str:
     """Load OpenBLAS of the PyPI package cmeel-openblas, which needs libgfortran.so.5 on the system."""
-    library = _file_of("cmeel-openblas", "libopenblas.so.0")
+    library = file_of("cmeel-openblas", "libopenblas.so.0")
     try:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError:
@@ -54,8 +54,8 @@ def _load_bundled_gfortran() -> None:
     Wheels rename bundled libraries (`libgfortran-f7379c93.so.5.0.0`), and the loader matches libraries by that name
     (SONAME). A copy with the original, shorter SONAME in its place is loaded instead.
     """
-    ctypes.CDLL(str(_file_of("mlx-cpu", "libquadmath-*")))
-    fortran = _file_of("mlx-cpu", "libgfortran-*")
+    ctypes.CDLL(str(file_of("mlx-cpu", "libquadmath-*")))
+    fortran = file_of("mlx-cpu", "libgfortran-*")
     name, plain = fortran.name.encode() + b"\0", b"libgfortran.so.5"
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / plain.decode()
@@ -63,7 +63,7 @@ def _load_bundled_gfortran() -> None:
         ctypes.CDLL(str(copy))
 
 
-def _file_of(distribution: str, pattern: str) -> Path:
+def file_of(distribution: str, pattern: str) -> Path:
     """Return the first file of an installed distribution whose name matches. Raises FileNotFoundError."""
     for file in importlib.metadata.files(distribution) or []:
         if fnmatch.fnmatch(file.name, pattern):

@@ -1,9 +1,13 @@
-"""Sigmoid and SwiGLU as powers of 2."""
+"""Sigmoid as a power of 2, and SwiGLU in blocks of rows."""
+
+import math
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
-from moezoo.mlx_backend.kernels.x86.parts import LOG2_E, num_parts, split_parts, without_graph
-from moezoo.mlx_backend.runtime.streams import streams
+from moezoo.mlx_backend.kernels.x86 import pays
+from moezoo.mlx_backend.runtime.cores import Floats, blocks, on_all_cores, values, zeros
 from moezoo.mlx_backend.runtime.typed import custom_function
 
 
@@ -12,7 +16,7 @@ def sigmoid(x: mx.array) -> mx.array:
 
     @custom_function
     def forward(x: mx.array) -> mx.array:
-        return _sigmoid(x)
+        return 1 / (1 + mx.power(2.0, x * (-1 / math.log(2))))
 
     @forward.vjp
     def _(x: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
@@ -21,37 +25,58 @@ def sigmoid(x: mx.array) -> mx.array:
     return forward(x.astype(mx.float32)).astype(x.dtype)
 
 
-def gated_silu(gate: mx.array, up: mx.array, *, forget: bool = False) -> mx.array:
-    """Return silu(gate) * up, computed in float32, split over the first axis by stream; `forget`: see without_graph."""
+def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return silu(gate) * up, computed in float32."""
+    if not pays(up.size):
+        return (gate * sigmoid(gate)) * up
+    shape, width = up.shape, up.shape[-1]
 
     @custom_function
-    def forward(gate: mx.array, up: mx.array) -> list[mx.array]:
-        outs, shares, count = [], [], num_parts(gate)
-        for stream, gate_part, up_part in zip(
-            streams(), split_parts(gate, count), split_parts(up, count), strict=False
-        ):
-            with mx.stream(stream):
-                shares.append(_sigmoid(gate_part))
-                outs.append(gate_part * shares[-1] * up_part)
-        found = [mx.concatenate(outs), *shares]
-        return without_graph(found) if forget else found
+    def forward(gate: mx.array, up: mx.array) -> mx.array:
+        of_gate, of_up = values(gate, up)
+        out_RF, out = zeros(*of_up.shape)
+
+        def forward_of(rows: slice) -> None:
+            np.multiply(silu(of_gate[rows]), of_up[rows], out=out[rows])
+
+        on_all_cores(partial(forward_of, rows) for rows in blocks(*out.shape))
+        return out_RF
 
     @forward.vjp
-    def _(
-        primals: tuple[mx.array, ...], gradients: list[mx.array], outputs: list[mx.array]
-    ) -> tuple[mx.array, mx.array]:
-        gate_gradients, up_gradients, shares = [], [], outputs[1:]
-        arrays = (split_parts(array, len(shares)) for array in (*primals, gradients[0]))
-        for stream, share, *parts in zip(streams(), shares, *arrays, strict=False):
-            gate, up, gradient = parts
-            with mx.stream(stream):
-                silu = gate * share
-                gate_gradients.append(gradient * up * (share * (1 + gate - silu)))
-                up_gradients.append(gradient * silu)
-        return mx.concatenate(gate_gradients), mx.concatenate(up_gradients)
+    def _(primals: tuple[mx.array, ...], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:
+        gate, up, of_out = values(*primals, gradient)
+        (of_gate_RF, of_gate), (of_up_RF, of_up) = zeros(*up.shape), zeros(*up.shape)
 
-    return forward(gate.astype(mx.float32), up.astype(mx.float32))[0].astype(up.dtype)
+        def backward_of(rows: slice) -> None:
+            np.copyto(of_up[rows], of_out[rows])
+            swiglu_backward(gate[rows], up[rows], of_up[rows], of_gate[rows])
+
+        on_all_cores(partial(backward_of, rows) for rows in blocks(*up.shape))
+        return of_gate_RF, of_up_RF
+
+    out_RF = forward(*(x.reshape(-1, width).astype(mx.float32) for x in (gate, up)))
+    return out_RF.reshape(shape).astype(up.dtype)
 
 
-def _sigmoid(x: mx.array) -> mx.array:
-    return 1 / (1 + mx.power(2.0, x * -LOG2_E))
+def silu(x: Floats) -> Floats:
+    """Return x * sigmoid(x)."""
+    out = np.exp(-x)
+    out += 1
+    return np.divide(x, out, out=out)
+
+
+def swiglu_backward(gate: Floats, up: Floats, of_hidden: Floats, of_gate: Floats) -> Floats:
+    """Return silu(gate) * up; write the gradient of gate, and in place of the gradient of that product the up one."""
+    share = np.exp(-gate)
+    share += 1
+    np.reciprocal(share, out=share)
+    silu = gate * share
+    # The derivative of silu is share + silu (1 - share).
+    np.multiply(silu, share, out=of_gate)
+    np.subtract(silu, of_gate, out=of_gate)
+    of_gate += share
+    of_gate *= up
+    of_gate *= of_hidden
+    of_hidden *= silu
+    silu *= up
+    return silu

@@ -1,16 +1,18 @@
-"""Attention in chunks of queries, with the elementwise work between products split over streams."""
+"""Attention in chunks of queries whose scores stay in the cache of a core; each key/value head is a piece of work."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+import numpy as np
 
-from moezoo.mlx_backend.kernels.x86.parts import LOG2_E, num_parts, split_parts, without_graph
-from moezoo.mlx_backend.runtime.streams import streams
+from moezoo.mlx_backend.runtime.cores import BLOCK, Floats, on_all_cores, values, zeros
 from moezoo.mlx_backend.runtime.typed import custom_function
 
-# Score of masked keys. 2^-1e30 is exactly 0; a moderate number could give a denormal, and products of those are slow.
+# Score of masked keys. Its exponential is exactly 0; a moderate number could give a denormal, and products of those are
+# slow.
 _MASKED = -1e30
 
 
@@ -24,128 +26,123 @@ class Chunk(NamedTuple):
     mask_TS: mx.array | None
 
 
+class _Part(NamedTuple):
+    """Queries and keys of one product, and what to add to the scores of the keys from `hidden` on."""
+
+    queries: slice
+    keys: slice
+    hidden: int
+    mask_T1S: Floats | None
+
+
 def attend_in_chunks(
     query_BTMGH: mx.array,
     key_BSMH: mx.array,
     value_BSMH: mx.array,
-    chunks: list[Chunk],
+    chunks: Sequence[Chunk],
     scale: float,
     sink_N: mx.array | None = None,
-    *,
-    forget: bool = False,
 ) -> mx.array:
-    """Compute attention in float32, one chunk of queries at a time.
+    """Attend in float32. The backward pass computes the scores again; only the largest and the sum are kept.
 
-    Each product uses all cores; the elementwise work between products is split over streams. The backward pass reuses
-    values of the forward pass: 2^(score - largest), their sum, and the probability of sinks. Below, X = B M.
+    Pieces of work are the key/value heads of each sequence: no two of them write to the same place.
     """
-    batch, length, kv_heads, group, head_dim = query_BTMGH.shape
-    arrays = [
-        (query_BTMGH * (scale * LOG2_E)).transpose(0, 2, 3, 1, 4).reshape(-1, group, length, head_dim),
-        *(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in (key_BSMH, value_BSMH)),
-    ]
-    if sink_N is not None:
-        per_batch = mx.broadcast_to(sink_N * LOG2_E, (batch, kv_heads * group))
-        arrays.append(per_batch.reshape(-1, group, 1, 1))
+    batch, length, kv_heads, group = query_BTMGH.shape[:4]
+    parts = list(_parts(chunks, group))
+    pieces = list(product(range(batch), range(kv_heads)))
+    kept: list[Floats] = []
+    sinks = [] if sink_N is None else [sink_N]
 
     @custom_function
-    def forward(*arrays: mx.array) -> list[list[mx.array]]:
-        out, *rest = zip(*(_attend(chunk, *arrays) for chunk in chunks), strict=True)
-        found = [[mx.concatenate(list(out), axis=2)], *map(list, rest)]
-        if not forget:
-            return found
-        paths, values = zip(*tree_flatten(found), strict=True)
-        copies: list[list[mx.array]] = tree_unflatten(list(zip(paths, without_graph(list(values)), strict=True)))
-        return copies
+    def forward(*arrays: mx.array) -> mx.array:
+        query, key, value, *sink = values(*arrays)
+        out_BTMGH, out = zeros(batch, length, kv_heads, group, value.shape[-1])
+        largest, total = (np.empty((batch, kv_heads, length, group, 1), np.float32) for _ in range(2))
+        kept[:] = largest, total
+
+        def forward_of(row: int, head: int) -> None:
+            queries, keys, of_keys = query[row, :, head] * np.float32(scale), key[row, :, head], value[row, :, head]
+            for part in parts:
+                score = _scores(part, queries, keys)
+                most, sums = largest[row, head, part.queries], total[row, head, part.queries]
+                np.max(score, axis=-1, keepdims=True, out=most)
+                if sink:
+                    of_head = sink[0].reshape(kv_heads, group, 1)[head]
+                    np.maximum(most, of_head, out=most)
+                score -= most
+                np.exp(score, out=score)
+                np.sum(score, axis=-1, keepdims=True, out=sums)
+                if sink:
+                    sums += np.exp(of_head - most)
+                np.divide(_product(score, of_keys[part.keys]), sums, out=out[row, part.queries, head])
+
+        on_all_cores(partial(forward_of, *piece) for piece in pieces)
+        return out_BTMGH
 
     @forward.vjp
-    def _(arrays: tuple[mx.array, ...], gradients: list[Any], outputs: list[Any]) -> list[mx.array]:
-        (gradient,), ((out,), numerators, sums, *shares) = gradients[0], outputs
-        inner = mx.sum(gradient * out, axis=-1, keepdims=True)
-        found = [
-            _attend_backward(chunk, arrays[:3], gradient, inner, parts, total)
-            for chunk, parts, total in zip(chunks, numerators, sums, strict=True)
-        ]
-        query_gradients, key_gradients, value_gradients = zip(*found, strict=True)
-        query_gradient = mx.concatenate(list(query_gradients), axis=2)
-        input_gradients = [query_gradient, _summed(key_gradients, chunks), _summed(value_gradients, chunks)]
-        if sink_N is not None:
-            share = mx.concatenate(shares[0], axis=2)
-            input_gradients.append(mx.sum(share * inner, axis=2, keepdims=True) / -LOG2_E)
-        return input_gradients
+    def _(primals: tuple[mx.array, ...], gradient: mx.array, output: mx.array) -> list[mx.array]:
+        query, key, value, *sink = values(*primals)
+        of_out, out = values(gradient, output)
+        largest, total = kept
+        gradients = [zeros(*primal.shape) for primal in primals[:3]]
+        of_query, of_key, of_value = (view for _, view in gradients)
+        inner = np.empty_like(total)
 
-    out_BMGTH = forward(*arrays)[0][0].reshape(batch, kv_heads, group, length, -1)
-    return out_BMGTH.transpose(0, 3, 1, 2, 4)
+        def backward_of(row: int, head: int) -> None:
+            queries, keys, of_keys = query[row, :, head] * np.float32(scale), key[row, :, head], value[row, :, head]
+            scaled = of_out[row, :, head] / total[row, head]
+            np.sum(scaled * out[row, :, head], axis=-1, keepdims=True, out=inner[row, head])
+            to_keys, to_values = np.zeros(keys.shape, np.float32), np.zeros(of_keys.shape, np.float32)
+            for part in parts:
+                score = _scores(part, queries, keys)
+                score -= largest[row, head, part.queries]
+                np.exp(score, out=score)
+                numerator = score.reshape(-1, score.shape[-1])
+                of_part = scaled[part.queries].reshape(-1, scaled.shape[-1])
+                to_values[part.keys] += numerator.T @ of_part
+                of_score = _product(scaled[part.queries], of_keys[part.keys].T)
+                of_score -= inner[row, head, part.queries]
+                of_score *= score
+                of_queries = of_query[row, part.queries, head]
+                np.multiply(_product(of_score, keys[part.keys]), np.float32(scale), out=of_queries)
+                rows = queries[part.queries].reshape(-1, queries.shape[-1])
+                to_keys[part.keys] += of_score.reshape(numerator.shape).T @ rows
+            of_key[row, :, head], of_value[row, :, head] = to_keys, to_values
 
+        on_all_cores(partial(backward_of, *piece) for piece in pieces)
+        found = [array for array, _ in gradients]
+        if sink:
+            share = np.exp(sink[0].reshape(kv_heads, 1, group, 1) - largest)
+            found.append(mx.array(-np.sum(share * inner, axis=(0, 2)).reshape(-1)))
+        return found
 
-def _attend(chunk: Chunk, query: mx.array, key: mx.array, value: mx.array, *sink: mx.array) -> list[Any]:
-    """Return the output [X, G, t, H] of t queries, numerators [X, G, t, s] in parts, sums, and sink probabilities."""
-    query = query[:, :, chunk.start : chunk.end]
-    key, value = (x[:, chunk.first : chunk.last] for x in (key, value))
-    score = (_folded(query) @ key.swapaxes(1, 2)).reshape(*query.shape[:3], -1)
-    mask = None if chunk.mask_TS is None else mx.where(chunk.mask_TS, 0.0, _MASKED)
-    count = num_parts(score)
-    sinks = split_parts(sink[0], count) if sink else [None] * count
-    numerators, sums, shares = [], [], []
-    for stream, part, sink_part in zip(streams(), split_parts(score, count), sinks, strict=False):
-        with mx.stream(stream):
-            part = part if mask is None else part + mask
-            largest = mx.max(part, axis=-1, keepdims=True)
-            largest = largest if sink_part is None else mx.maximum(largest, sink_part)
-            numerators.append(mx.power(2.0, part - largest))
-            sums.append(mx.sum(numerators[-1], axis=-1, keepdims=True))
-            if sink_part is not None:
-                shares.append(mx.power(2.0, sink_part - largest))
-                sums[-1] = sums[-1] + shares[-1]
-    total = mx.concatenate(sums)
-    out = mx.concatenate(
-        [_folded(part) @ values for part, values in zip(numerators, split_parts(value, count), strict=True)]
-    )
-    share = [mx.concatenate(shares) / total] if sink else []
-    return [out.reshape(*query.shape[:3], -1) / total, numerators, total, *share]
+    return forward(query_BTMGH, key_BSMH, value_BSMH, *sinks)
 
 
-def _attend_backward(
-    chunk: Chunk,
-    arrays: tuple[mx.array, ...],
-    gradient: mx.array,
-    inner: mx.array,
-    numerators: list[mx.array],
-    total: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the gradients of a chunk's queries, keys and values."""
-    rows = slice(chunk.start, chunk.end)
-    query, key, value = arrays[0][:, :, rows], *(x[:, chunk.first : chunk.last] for x in arrays[1:])
-    gradient, inner = _folded(gradient[:, :, rows] / total), _folded(inner[:, :, rows] / total)
-    weight_gradient = gradient @ value.swapaxes(1, 2)
-    found = []
-    split = (split_parts(array, len(numerators)) for array in (weight_gradient, inner, _folded(query), key, gradient))
-    for stream, *parts in zip(
-        streams(),
-        *split,
-        map(_folded, numerators),
-        strict=False,  # fewer parts than streams is possible
-    ):
-        weight_gradient, inner, query_part, key_part, gradient_part, numerator = parts
-        with mx.stream(stream):
-            score_gradient = (weight_gradient - inner) * numerator
-        transposed = score_gradient.swapaxes(1, 2)
-        found.append((score_gradient @ key_part, transposed @ query_part, numerator.swapaxes(1, 2) @ gradient_part))
-    query_gradient, key_gradient, value_gradient = (mx.concatenate(list(parts)) for parts in zip(*found, strict=True))
-    return query_gradient.reshape(query.shape) / LOG2_E, key_gradient / LOG2_E, value_gradient
+def _parts(chunks: Sequence[Chunk], group: int) -> Iterator[_Part]:
+    """Split chunks further, so that the scores of a part fit into the cache of a core."""
+    for chunk in chunks:
+        num_keys = chunk.last - chunk.first
+        size = max(1, 2 * BLOCK // (group * num_keys))
+        mask = None if chunk.mask_TS is None else np.asarray(chunk.mask_TS)
+        for start in range(chunk.start, chunk.end, size):
+            queries = slice(start, min(start + size, chunk.end))
+            hidden, added = num_keys, None
+            if mask is not None:
+                seen_TS = mask[start - chunk.start : queries.stop - chunk.start]
+                hidden = int(np.argmin(np.append(seen_TS.all(axis=0), False)))  # keys below are seen by all
+                added = np.where(seen_TS[:, None, hidden:], np.float32(0), np.float32(_MASKED))
+            yield _Part(queries, slice(chunk.first, chunk.last), hidden, added)
 
 
-def _folded(x_XGTH: mx.array) -> mx.array:
-    """Reshape [X, G, t, H] to [X, G t, H]: queries that share keys become rows of one product."""
-    return x_XGTH.reshape(x_XGTH.shape[0], -1, x_XGTH.shape[-1])
+def _scores(part: _Part, query_TGH: Floats, key_SH: Floats) -> Floats:
+    score = _product(query_TGH[part.queries], key_SH[part.keys].T)
+    if part.mask_T1S is not None:
+        score[..., part.hidden :] += part.mask_T1S
+    return score
 
 
-def _summed(parts: Sequence[mx.array], chunks: Sequence[Chunk]) -> mx.array:
-    """Sum the gradients of all chunks, each for its own range of keys, into one array for all keys."""
-    cuts = sorted({0, *(chunk.first for chunk in chunks), *(chunk.last for chunk in chunks)})
-    sums: dict[int, mx.array] = {}
-    for chunk, part in zip(chunks, parts, strict=True):
-        own = [place for place, cut in enumerate(cuts[:-1]) if chunk.first <= cut < chunk.last]
-        for place, piece in zip(own, mx.split(part, [cuts[i] - chunk.first for i in own[1:]], axis=1), strict=True):
-            sums[place] = sums[place] + piece if place in sums else piece
-    return mx.concatenate([sums[place] for place in range(len(cuts) - 1)], axis=1)
+def _product(x_TGH: Floats, matrix: Floats) -> Floats:
+    """Return the product of all queries of a group, as rows of one matrix, with a matrix."""
+    out: Floats = np.matmul(x_TGH.reshape(-1, x_TGH.shape[-1]), matrix)
+    return out.reshape(*x_TGH.shape[:-1], matrix.shape[-1])

@@ -1,49 +1,51 @@
-"""Cross-entropy per token, in parts that alternate over streams."""
+"""Cross-entropy per token, some rows of the logits at a time."""
 
-from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
-from moezoo.mlx_backend.kernels.x86.parts import LOG2_E
-from moezoo.mlx_backend.runtime.streams import streams
+from moezoo.mlx_backend.runtime.cores import Floats, blocks, on_all_cores, values, zeros
 from moezoo.mlx_backend.runtime.typed import custom_function
 
 
 def log_losses(logits_PV: mx.array, target_P: mx.array) -> mx.array:
-    """Return -log softmax(logits) of each target, float32. [P, V] is large: MiB-sized parts alternate over streams."""
-    num_rows, vocab = logits_PV.shape
-    size = max(1, 2**21 // vocab)
-    cuts = list(range(size, num_rows, size))
-
-    def in_turns(compute: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
-        parts = []
-        for turn, part in enumerate(zip(*(mx.split(array, cuts) for array in arrays), strict=True)):
-            with mx.stream(streams()[turn % len(streams())]):
-                parts.append(compute(*part))
-        return mx.concatenate(parts)
-
-    def powers(logits: mx.array, largest: mx.array) -> mx.array:
-        # Trap: subtracting the logarithm of the sum instead would lose the digits that large logits lose in it.
-        return mx.power(2.0, (logits - largest[:, None]) * LOG2_E)
-
-    def gradient_of_part(
-        logits: mx.array, target: mx.array, largest: mx.array, total: mx.array, gradient: mx.array
-    ) -> mx.array:
-        share = powers(logits, largest) * (gradient / total)[:, None]
-        return share.at[mx.arange(len(target)), target].add(-gradient)
+    """Return -log softmax(logits) of each target, float32. The backward pass computes the exponentials again."""
+    mx.eval(target_P)
+    target, kept = np.asarray(target_P), list[Floats]()
 
     @custom_function
-    def forward(logits: mx.array, target: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        largest = in_turns(lambda part: mx.max(part, axis=-1), logits)
-        total = in_turns(lambda *part: mx.sum(powers(*part), axis=-1), logits, largest)
-        chosen = mx.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return mx.log(total) + (largest - chosen), largest, total
+    def forward(logits_PV: mx.array) -> mx.array:
+        (logits,) = values(logits_PV)
+        loss_P, loss = zeros(len(logits))
+        largest, total = (np.empty((len(logits), 1), np.float32) for _ in range(2))
+        kept[:] = largest, total
+
+        def forward_of(rows: slice) -> None:
+            of_rows = logits[rows]
+            np.max(of_rows, axis=-1, keepdims=True, out=largest[rows])
+            np.sum(np.exp(of_rows - largest[rows]), axis=-1, keepdims=True, out=total[rows])
+            chosen = np.take_along_axis(of_rows, target[rows, None], axis=-1)
+            loss[rows] = (np.log(total[rows]) + (largest[rows] - chosen))[:, 0]
+
+        on_all_cores(partial(forward_of, rows) for rows in blocks(*logits.shape))
+        return loss_P
 
     @forward.vjp
-    def _(
-        primals: tuple[mx.array, ...], gradients: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> tuple[mx.array, mx.array]:
-        found = in_turns(gradient_of_part, *primals, *outputs[1:], gradients[0])
-        return found, mx.zeros_like(primals[1])
+    def _(logits_PV: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        logits, of_loss = values(logits_PV, gradient)
+        of_logits_PV, of_logits = zeros(*logits.shape)
+        largest, total = kept
 
-    return forward(logits_PV, target_P)[0]
+        def backward_of(rows: slice) -> None:
+            of_rows = of_logits[rows]
+            # Trap: subtracting the logarithm of the sum instead would lose the digits that large logits lose in it.
+            np.subtract(logits[rows], largest[rows], out=of_rows)
+            np.exp(of_rows, out=of_rows)
+            of_rows *= of_loss[rows, None] / total[rows]
+            of_rows[np.arange(len(of_rows)), target[rows]] -= of_loss[rows]
+
+        on_all_cores(partial(backward_of, rows) for rows in blocks(*logits.shape))
+        return of_logits_PV
+
+    return forward(logits_PV.astype(mx.float32))
