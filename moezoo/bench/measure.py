@@ -101,6 +101,7 @@ def take_turns(
                         done += 1
                         ready = processes[name].ask("prepare", case=case.to_json(), slice_seconds=effort.slice_seconds)
                         timings.first_seconds[name, case.label] = ready["first_seconds"]
+                timings.facts[name] = _facts(processes[name])  # some are known only now
         take_slices(cases, "slice")
         repeated = again(timings)
         total = done + effort.slices * sum(case.kind in entries[name].kinds for case in repeated for name in processes)

@@ -1,8 +1,10 @@
 """moezoo's backends as contenders, through the protocol of core/backend.py and the generation loop."""
 
 import platform
+from collections.abc import Callable
 from itertools import cycle
 from time import perf_counter
+from typing import Any
 
 from moezoo.backends import load_backend
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
@@ -22,12 +24,14 @@ from moezoo.core.tokens import Integers
 class Own:
     """A backend of moezoo as a contender."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, operations_per_token: Callable[[Any, int], int] | None = None):
         self._backend = load_backend(name)
+        self._operations_per_token = operations_per_token
+        self._counted: dict[str, str] = {}
         self._models: list[tuple[ModelSpec, Model]] = []
 
     def facts(self) -> dict[str, str]:
-        return {**self._backend.facts(), "python": platform.python_version()}
+        return {**self._backend.facts(), **self._counted, "python": platform.python_version()}
 
     def prepare(self, case: Case) -> Work:
         match case.kind:
@@ -82,6 +86,8 @@ class Own:
     def _decode(self, case: Case) -> Work:
         model = self._model(case)
         prompts, options = random_prompts(case), SamplingOptions(temperature=0.0)
+        if self._operations_per_token is not None:
+            self._counted[f"operations, {case.label}"] = f"{self._operations_per_token(model, case.batch)} per token"
 
         def run(repeats: int) -> float:
             seconds = 0.0
@@ -115,5 +121,7 @@ def make_jax() -> Own:
 
 
 def make_mlx() -> Own:
-    """Create the contender."""
-    return Own("mlx")
+    """Create the contender, which counts the operations of MLX's graph."""
+    from moezoo.mlx_backend.planning.operations import operations_per_token
+
+    return Own("mlx", operations_per_token)

@@ -8,6 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.attention import Chunk, attend_chunks, attend_fused, chunk_length
 from moezoo.mlx_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
@@ -156,7 +157,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
-        query = mx.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype))
+        query = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype))
         if spec.qkv_bias:
             query = query + self.b_query.astype(dtype)
         batch, length = x_BTD.shape[:2]
@@ -197,7 +198,7 @@ class GroupedQueryAttention(nn.Module):
                 sink_N=sink_N,
             )
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
-        output = mx.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
+        output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
         if spec.output_bias:
             output = output + self.b_output.astype(dtype)
         return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
@@ -205,13 +206,13 @@ class GroupedQueryAttention(nn.Module):
     def _keys_and_values(self, x_BTD: mx.array, position_T: mx.array | range) -> tuple[mx.array, mx.array]:
         """Return keys after norm and rotation, and values before any value residual."""
         spec, dtype = self.spec, x_BTD.dtype
-        key = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
+        key = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
         if spec.qkv_bias:
             key = key + self.b_key.astype(dtype)
         if spec.values_from_keys:
             value = key
         else:
-            value = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_value.astype(dtype))
+            value = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_value.astype(dtype))
             if spec.qkv_bias:
                 value = value + self.b_value.astype(dtype)
         if spec.value_norm is not None:
@@ -244,9 +245,9 @@ class GroupedQueryAttention(nn.Module):
         """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one."""
         match self.spec.gate:
             case "headwise":
-                gate = mx.einsum("BTD,DN->BTN", x_BTD, self.w_gate.astype(x_BTD.dtype))[..., None]
+                gate = projection.einsum("BTD,DN->BTN", x_BTD, self.w_gate.astype(x_BTD.dtype))[..., None]
             case "elementwise":
-                gate = mx.einsum("BTD,DNH->BTNH", x_BTD, self.w_gate.astype(x_BTD.dtype))
+                gate = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_gate.astype(x_BTD.dtype))
             case None:
                 return attended_BTNH
             case _:

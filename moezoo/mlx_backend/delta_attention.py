@@ -7,6 +7,7 @@ from mlx import nn
 
 from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import positions
@@ -49,12 +50,12 @@ class GatedDeltaAttention(nn.Module):
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         del first_value_BTMH  # only grouped-query attention uses it
         spec, dtype = self.spec, x_BTD.dtype
-        query = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_query.astype(dtype))
-        key = mx.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
-        value = mx.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_value.astype(dtype))
-        gate = mx.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate.astype(dtype)).astype(mx.float32)
-        beta = mx.sigmoid(mx.einsum("BTD,DN->BTN", x_BTD, self.w_beta.astype(dtype)).astype(mx.float32))
-        step = mx.einsum("BTD,DN->BTN", x_BTD, self.w_decay.astype(dtype)).astype(mx.float32)
+        query = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_query.astype(dtype))
+        key = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
+        value = projection.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_value.astype(dtype))
+        gate = projection.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate.astype(dtype)).astype(mx.float32)
+        beta = mx.sigmoid(projection.einsum("BTD,DN->BTN", x_BTD, self.w_beta.astype(dtype)).astype(mx.float32))
+        step = projection.einsum("BTD,DN->BTN", x_BTD, self.w_decay.astype(dtype)).astype(mx.float32)
         rate = mx.exp(self.log_decay_rate.astype(mx.float32))
         log_decay = -rate * nn.softplus(step + self.decay_bias.astype(mx.float32))
         batch, length = x_BTD.shape[:2]
@@ -75,7 +76,7 @@ class GatedDeltaAttention(nn.Module):
         if cache is not None:
             cache = cache.extend(state_BMGHZ, query, key, value)
         normed = (self.output_norm(attended.reshape(value.shape)) * nn.silu(gate)).astype(dtype)
-        return Attended(mx.einsum("BTNZ,NZD->BTD", normed, self.w_output.astype(dtype)), cache, None, None)
+        return Attended(projection.einsum("BTNZ,NZD->BTD", normed, self.w_output.astype(dtype)), cache, None, None)
 
 
 def gated_delta_rule(

@@ -9,6 +9,7 @@ from mlx import nn
 
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.activation import rows_in_turns, sigmoid, swiglu
 
 _NOT_IN_TURNS = {"relu", "relu_squared", "relu_squared_glu", "swiglu"}
@@ -35,11 +36,11 @@ class FeedForward(nn.Module):
         spec, dtype = self.spec, x.dtype
         gate = None
         if not isinstance(spec, PlainFeedForwardSpec):
-            gate = mx.einsum("...D,DF->...F", x, self.w_gate.astype(dtype))
+            gate = projection.einsum("...D,DF->...F", x, self.w_gate.astype(dtype))
             gate = gate + self.b_gate.astype(dtype) if spec.bias else gate
-        up = mx.einsum("...D,DF->...F", x, self.w_up.astype(dtype))
+        up = projection.einsum("...D,DF->...F", x, self.w_up.astype(dtype))
         up = up + self.b_up.astype(dtype) if spec.bias else up
-        out = mx.einsum("...F,FD->...D", activate(spec, gate, up), self.w_down.astype(dtype))
+        out = projection.einsum("...F,FD->...D", activate(spec, gate, up), self.w_down.astype(dtype))
         return out + self.b_down.astype(dtype) if spec.bias else out
 
 

@@ -8,6 +8,7 @@ from mlx import nn
 from moezoo.core.spec import LayerInputsSpec, NormSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.feed_forward import activate
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.normalization import norm
 
 
@@ -22,7 +23,7 @@ class LayerInputs(nn.Module):
         self.norm = norm(norm_spec, weights.inside("norm"))
 
     def __call__(self, tokens_BT: mx.array, x_BTD: mx.array) -> mx.array:
-        context = mx.einsum("BTD,DLZ->BTLZ", x_BTD, self.w_context.astype(x_BTD.dtype))
+        context = projection.einsum("BTD,DLZ->BTLZ", x_BTD, self.w_context.astype(x_BTD.dtype))
         context = self.norm(context.astype(mx.float32) / math.sqrt(x_BTD.shape[-1]))
         own = math.sqrt(self.spec.dim) * self.weight[tokens_BT].astype(mx.float32)
         return ((context + own) / math.sqrt(2)).astype(x_BTD.dtype)
@@ -39,6 +40,6 @@ class LayerInput(nn.Module):
         self.norm = norm(norm_spec, weights.inside("norm"))
 
     def __call__(self, x_BTD: mx.array, input_BTZ: mx.array) -> mx.array:
-        gate = mx.einsum("BTD,DZ->BTZ", x_BTD, self.w_gate.astype(x_BTD.dtype))
+        gate = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_gate.astype(x_BTD.dtype))
         gated = activate(self.spec.gated, gate, input_BTZ)
-        return self.norm(mx.einsum("BTZ,ZD->BTD", gated, self.w_output.astype(x_BTD.dtype)))
+        return self.norm(projection.einsum("BTZ,ZD->BTD", gated, self.w_output.astype(x_BTD.dtype)))

@@ -12,6 +12,7 @@ from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.mlx_backend.dispatch import Dispatch, dispatch, used_rows
 from moezoo.mlx_backend.experts import Experts, ExpertsCall
 from moezoo.mlx_backend.feed_forward import FeedForward
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.chosen_experts import chosen_experts
 from moezoo.mlx_backend.kernels.grouped_product import few_rows
 from moezoo.mlx_backend.kernels.slot_rows import combine_rows, token_rows
@@ -66,7 +67,7 @@ class MoE(nn.Module):
         spec, dtype = self.spec, x_BTD.dtype
         input_P = routed_PD
         if spec.latent_dim is not None:
-            input_P = mx.einsum("PD,DZ->PZ", routed_PD, self.w_latent.astype(dtype))
+            input_P = projection.einsum("PD,DZ->PZ", routed_PD, self.w_latent.astype(dtype))
         dispatched = None
         if _indexes_experts(spec, len(x_PD), x_BTD.shape[0], inference=context.inference):
             chosen = (routing.expert_PK, routing.valid_PK, routing.weight_PK)
@@ -75,7 +76,7 @@ class MoE(nn.Module):
             dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
             out_PD = run_experts(spec, self.experts, input_P, dispatched)
         if spec.latent_dim is not None:
-            out_PD = mx.einsum("PZ,ZD->PD", out_PD, self.w_output.astype(dtype))
+            out_PD = projection.einsum("PZ,ZD->PD", out_PD, self.w_output.astype(dtype))
         if spec.zero_computation is not None:
             assert dispatched is not None
             weight_PE = choice_weights(spec, routing, dispatched.kept_PK)
@@ -149,9 +150,9 @@ class ConstantExperts(nn.Module):
             return (share_P[:, None] * x_PD).astype(dtype)
         weight_PE = weight_PE[:, copies.stop :]
         w_mix = self.w_mix.astype(mx.float32)
-        mix_PE = mx.sigmoid(mx.einsum("PD,ED->PE", x_PD, w_mix[..., 0] - w_mix[..., 1]))
+        mix_PE = mx.sigmoid(projection.einsum("PD,ED->PE", x_PD, w_mix[..., 0] - w_mix[..., 1]))
         share_P = share_P + mx.sum(weight_PE * mix_PE, axis=-1)
-        constant_PD = mx.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), self.constant.astype(mx.float32))
+        constant_PD = projection.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), self.constant.astype(mx.float32))
         return (share_P[:, None] * x_PD + constant_PD).astype(dtype)
 
 

@@ -7,12 +7,11 @@ from mlx import nn
 
 from moezoo.core.spec import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.kernels.x86 import pays
-from moezoo.mlx_backend.kernels.x86.normalization import rms_norm
+from moezoo.mlx_backend.kernels.normalization import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Spec: moezoo.core.reference.normalization.rms_norm; the fused kernel accumulates in float32."""
+    """Spec: moezoo.core.reference.normalization.rms_norm; in float32."""
 
     def __init__(self, spec: RMSNormSpec, weights: Weights, axes: int = 1):
         super().__init__()
@@ -22,8 +21,7 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         scale = self._multiplier()
-        kernel = rms_norm if pays(x.size) else mx.fast.rms_norm
-        normed = kernel(_flat(x, self.axes), None if scale is None else scale.reshape(-1), self.spec.epsilon)
+        normed = rms_norm(_flat(x, self.axes), None if scale is None else scale.reshape(-1), self.spec.epsilon)
         return normed.reshape(x.shape).astype(x.dtype)
 
     def _multiplier(self) -> mx.array | None:

@@ -7,9 +7,10 @@ from mlx import nn
 
 from moezoo.core.random import ROUTER_JITTER
 from moezoo.core.reference.routing import LEAST_WEIGHT
-from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
+from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec, TopPChoiceSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.random import fold_in, uniform
 
 
@@ -57,7 +58,9 @@ class Router(nn.Module):
     def __call__(self, x_PD: mx.array, context: RoutingContext = NO_CONTEXT) -> Routing:
         spec, key = self.spec, context.key
         x_PD = self._router_input(x_PD, key)
-        logits_PE = self._linear(x_PD, context.previous_PE) / spec.temperature
+        logits_PE = self._linear(x_PD, context.previous_PE)
+        if spec.temperature != 1:
+            logits_PE = logits_PE / spec.temperature
         if spec.softcap is not None:
             logits_PE = spec.softcap * mx.tanh(logits_PE / spec.softcap)
         if key is not None and spec.jitter is not None and spec.jitter.of == "logits":
@@ -65,11 +68,11 @@ class Router(nn.Module):
         clean_logits_PE = noise_scale_PE = None
         if key is not None and isinstance(spec.choice, NoisyTopKChoiceSpec):
             clean_logits_PE = logits_PE
-            noise_logits_PE = mx.einsum("PD,DE->PE", x_PD, self.w_noise.astype(x_PD.dtype))
+            noise_logits_PE = projection.einsum("PD,DE->PE", x_PD, self.w_noise.astype(x_PD.dtype))
             noise_scale_PE = mx.logaddexp(noise_logits_PE.astype(mx.float32), 0.0)
             logits_PE = noisy(logits_PE, noise_scale_PE, key)
         score_PE = score(spec, logits_PE)
-        selection_PE = mx.stop_gradient(logits_PE if spec.selection_basis == "logits" else score_PE)
+        selection_PE = logits_PE if spec.selection_basis == "logits" else score_PE  # `choose` stops the gradient
         if spec.selection_bias is not None:
             selection_PE = selection_PE + mx.stop_gradient(self.selection_bias.astype(mx.float32))
         table_PK = cutoff_E = None
@@ -81,7 +84,7 @@ class Router(nn.Module):
         return Routing(
             choice.expert_PK,
             choice.valid_PK,
-            self._combine_weight(choice, logits_PE, score_PE),
+            self._combine_weight(choice, logits_PE, score_PE, every_slot=_uses_every_slot(spec, context)),
             score_PE,
             logits_PE,
             selection_PE,
@@ -104,7 +107,7 @@ class Router(nn.Module):
         return x_PD.astype(dtype)
 
     def _linear(self, x_PD: mx.array, previous_PE: mx.array | None) -> mx.array:
-        logits_PE = mx.einsum("PD,DE->PE", x_PD, self.w_router.astype(x_PD.dtype)).astype(mx.float32)
+        logits_PE = projection.einsum("PD,DE->PE", x_PD, self.w_router.astype(x_PD.dtype)).astype(mx.float32)
         if self.spec.bias:
             logits_PE = logits_PE + self.b_router.astype(mx.float32)
         if self.has_residual:
@@ -112,7 +115,7 @@ class Router(nn.Module):
             logits_PE = logits_PE + previous_PE @ self.w_residual.astype(mx.float32)
         return logits_PE
 
-    def _combine_weight(self, choice: Choice, logits_PE: mx.array, score_PE: mx.array) -> mx.array:
+    def _combine_weight(self, choice: Choice, logits_PE: mx.array, score_PE: mx.array, *, every_slot: bool) -> mx.array:
         spec = self.spec
         if choice.weight_PK is not None:
             weight_PK = choice.weight_PK
@@ -123,16 +126,24 @@ class Router(nn.Module):
                 case "score":
                     pass
                 case "softmax_of_chosen":
-                    weight_PK = mx.softmax(mx.where(choice.valid_PK, weight_PK, -mx.inf), axis=-1, precise=True)
+                    chosen_PK = weight_PK if every_slot else mx.where(choice.valid_PK, weight_PK, -mx.inf)
+                    weight_PK = mx.softmax(chosen_PK, axis=-1, precise=True)
                 case "sigmoid_of_chosen":
                     weight_PK = mx.sigmoid(weight_PK)
                 case _:
                     assert_never(spec.weight)
-        weight_PK = mx.where(choice.valid_PK, weight_PK, 0.0)
-        weight_PK = _renormalized(spec, weight_PK) * spec.scale
+        weight_PK = weight_PK if every_slot else mx.where(choice.valid_PK, weight_PK, 0.0)
+        weight_PK = _renormalized(spec, weight_PK)
+        if spec.scale != 1:
+            weight_PK = weight_PK * spec.scale
         if spec.per_expert_scale:
             weight_PK = weight_PK * self.expert_scale.astype(mx.float32)[choice.expert_PK]
         return weight_PK
+
+
+def _uses_every_slot(spec: RouterSpec, context: RoutingContext) -> bool:
+    """Return True if the choice leaves no slot unused, given finite logits."""
+    return context.forced_PK is None and not isinstance(spec.choice, TopPChoiceSpec | ExpertChoiceSpec)
 
 
 def jittered_input(spec: RouterSpec, x_PD: mx.array, key: mx.array | None) -> mx.array:

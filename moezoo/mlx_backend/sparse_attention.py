@@ -8,6 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import rotate
 
@@ -28,9 +29,9 @@ class Indexer(nn.Module):
     ) -> tuple[mx.array, mx.array, mx.array]:
         spec, dtype = self.spec, x_BTD.dtype
         x_BTD, source_BTZ = mx.stop_gradient(x_BTD), mx.stop_gradient(source_BTZ)
-        query_BTNH = mx.einsum("BTZ,ZNH->BTNH", source_BTZ, self.w_query.astype(dtype))
-        key_BTH = self.key_norm(mx.einsum("BTD,DH->BTH", x_BTD, self.w_key.astype(dtype)))
-        weight_BTN = mx.einsum("BTD,DN->BTN", x_BTD.astype(mx.float32), self.w_weight.astype(mx.float32))
+        query_BTNH = projection.einsum("BTZ,ZNH->BTNH", source_BTZ, self.w_query.astype(dtype))
+        key_BTH = self.key_norm(projection.einsum("BTD,DH->BTH", x_BTD, self.w_key.astype(dtype)))
+        weight_BTN = projection.einsum("BTD,DN->BTN", x_BTD.astype(mx.float32), self.w_weight.astype(mx.float32))
         weight_BTN = weight_BTN / math.sqrt(spec.num_heads * spec.head_dim)
         match self.position:
             case RoPESpec():

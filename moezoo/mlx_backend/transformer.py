@@ -25,6 +25,7 @@ from moezoo.mlx_backend.choice import RoutingContext
 from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, Source
 from moezoo.mlx_backend.latent_attention import LatentAttention
 from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
@@ -335,9 +336,9 @@ class Transformer(nn.Module):
     def _logits(self, x_BTD: mx.array) -> mx.array:
         match self.spec.head:
             case TiedHeadSpec():
-                logits_BTV = mx.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight.astype(x_BTD.dtype))
+                logits_BTV = projection.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight.astype(x_BTD.dtype))
             case UntiedHeadSpec():
-                logits_BTV = mx.einsum("BTD,DV->BTV", x_BTD, self.head.w_head.astype(x_BTD.dtype))
+                logits_BTV = projection.einsum("BTD,DV->BTV", x_BTD, self.head.w_head.astype(x_BTD.dtype))
             case _:
                 assert_never(self.spec.head)
         if self.spec.head.bias:

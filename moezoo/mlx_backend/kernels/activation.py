@@ -9,11 +9,16 @@ from moezoo.mlx_backend.kernels.x86 import activation as x86
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.runtime.streams import streams
 
+FEW = 2**12
+"""Number of elements up to which MLX's sigmoid costs less than the operations of a power of 2."""
+
 Activation = Callable[[mx.array | None, mx.array], mx.array]
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up."""
+    if is_x86_cpu() and up.size <= FEW and up.dtype == mx.float32:
+        return _swiglu(gate, up)
     if is_x86_cpu():
         return x86.gated_silu(gate, up)
     return rows_in_turns(_swiglu, gate, up)

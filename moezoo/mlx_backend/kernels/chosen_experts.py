@@ -1,8 +1,10 @@
 """Experts of few tokens: matrices are indexed by the chosen experts, without sorting, counting or dispatch."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import mlx.core as mx
+import numpy as np
 
 from moezoo.core.spec import MoESpec, PlainFeedForwardSpec
 from moezoo.mlx_backend.feed_forward import activate
@@ -55,25 +57,32 @@ def _of_tokens(
     weight_PK: mx.array,
 ) -> mx.array:
     experts, dtype = spec.experts, x_PD.dtype
-    x_PK1D = x_PD[:, None, None]
+    own_PK, token_PK = _rows(*expert_PK.shape)
+    x_R1D, row_PK = x_PD[:, None], token_PK
     if spec.router.apply_to == "input":
-        x_PK1D = (x_PK1D.astype(mx.float32) * weight_PK[..., None, None]).astype(dtype)
-        weight_PK = valid_PK.astype(mx.float32)
-    # Trap: without it, "Cannot calculate VJP with respect to indices".
-    linear = _linear(parameters, mx.stop_gradient(expert_PK), bias=experts.bias)
-    gate = None if isinstance(experts, PlainFeedForwardSpec) else linear("gate", x_PK1D)
-    out_PK1D = linear("down", activate(experts, gate, linear("up", x_PK1D)))
-    summed_P1D = weight_PK[:, None] @ out_PK1D[:, :, 0].astype(mx.float32)
-    return summed_P1D[:, 0].astype(dtype)
+        x_R1D = (x_R1D.astype(mx.float32) * weight_PK[..., None]).astype(dtype)[:, :, None]
+        weight_PK, row_PK = valid_PK.astype(mx.float32), own_PK
+    linear = _linear(parameters, expert_PK.astype(mx.uint32), bias=experts.bias)
+    gate = None if isinstance(experts, PlainFeedForwardSpec) else linear("gate", x_R1D, row_PK)
+    out_PK1D = linear("down", activate(experts, gate, linear("up", x_R1D, row_PK)), own_PK)
+    summed_P1D = weight_PK[:, None] @ out_PK1D.reshape(*expert_PK.shape, -1).astype(mx.float32)
+    return summed_P1D.reshape(len(x_PD), -1).astype(dtype)
+
+
+@functools.cache
+def _rows(num_tokens: int, num_slots: int) -> tuple[mx.array, mx.array]:
+    """Return the number of each slot and that of its token, uint32 [P, K]."""
+    own_PK = np.arange(num_tokens * num_slots, dtype=np.uint32).reshape(num_tokens, num_slots)
+    return mx.array(own_PK), mx.array(own_PK // num_slots)
 
 
 def _linear(
     parameters: Mapping[str, mx.array], expert_PK: mx.array, *, bias: bool
-) -> Callable[[str, mx.array], mx.array]:
-    """Return `linear(name, x)`, the projection of rows [P, K, 1, D] (or [P, 1, 1, D]) by the chosen experts."""
+) -> Callable[[str, mx.array, mx.array], mx.array]:
+    """Return `linear(name, x, row)`, the projection by the chosen experts of the rows of x with these numbers."""
 
-    def linear(name: str, x_PK1D: mx.array) -> mx.array:
-        product, dtype = product_of_rows(x_PK1D, parameters[f"w_{name}"], expert_PK), x_PK1D.dtype
+    def linear(name: str, x_R1D: mx.array, row_PK: mx.array) -> mx.array:
+        product, dtype = product_of_rows(x_R1D, parameters[f"w_{name}"], expert_PK, row_PK), x_R1D.dtype
         if not bias:
             return product
         # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.

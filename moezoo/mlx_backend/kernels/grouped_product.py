@@ -125,17 +125,26 @@ def grouped_swiglu(
     return grouped_product(swiglu(gate, up), down_EFD, groups)
 
 
-def product_of_rows(x_R1D: mx.array, w_EDF: mx.array, expert_R: mx.array, *, in_order: bool = False) -> mx.array:
+def product_of_rows(
+    x_R1D: mx.array,
+    w_EDF: mx.array,
+    expert_R: mx.array,
+    row_R: mx.array | None = None,
+    *,
+    in_order: bool = False,
+) -> mx.array:
     """Multiply each row by its own expert's matrix: blocks would read every expert, too slow to decode a token.
 
-    R stands for any number of axes that broadcast; `in_order`: the experts ascend.
+    R stands for any number of axes. `row_R`: the number of the row that each expert takes, uint32; None: its own.
+    `in_order`: the experts ascend.
     """
     dtype = x_R1D.dtype
     if grouped_path() == "gather_mm of rows" or dtype == w_EDF.dtype == mx.float32:
-        return mx.gather_mm(x_R1D, w_EDF.astype(dtype), rhs_indices=expert_R, sorted_indices=in_order)
+        return mx.gather_mm(x_R1D, w_EDF.astype(dtype), row_R, expert_R, sorted_indices=in_order)
     # On the CPU, gather_mm supports only float32.
+    rows_R1D = x_R1D if row_R is None else x_R1D.reshape(-1, 1, x_R1D.shape[-1])[row_R]
     matrices_RDF = w_EDF[expert_R].astype(dtype).astype(mx.float32)
-    return (x_R1D.astype(mx.float32) @ matrices_RDF).astype(dtype)
+    return (rows_R1D.astype(mx.float32) @ matrices_RDF).astype(dtype)
 
 
 def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array:

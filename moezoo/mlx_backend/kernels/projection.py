@@ -1,0 +1,30 @@
+"""Products with a weight matrix, each as one product of matrices: `mx.einsum` takes up to six more operations."""
+
+import functools
+import math
+
+import mlx.core as mx
+
+
+def einsum(subscripts: str, x: mx.array, w: mx.array) -> mx.array:
+    """Return `mx.einsum(subscripts, x, w)` where the last axes of x meet the first of w, or the last.
+
+    That is `...I,IO->...O`, or `...I,OI->...O`, where I and O stand for any number of axes.
+    """
+    inner, transposed = _meeting(subscripts)
+    outer = w.shape[: w.ndim - inner] if transposed else w.shape[inner:]
+    lead, size = x.shape[: x.ndim - inner], math.prod(outer)
+    # One sequence is a batch of one product, with fewer views; of more, it would be as many products.
+    batch = lead[:1] if lead[:-1] == (1,) else ()
+    matrix = w.reshape(*batch, size, -1).swapaxes(-1, -2) if transposed else w.reshape(*batch, -1, size)
+    return (x.reshape(*batch, -1, matrix.shape[-2]) @ matrix).reshape(*lead, *outer)
+
+
+@functools.cache
+def _meeting(subscripts: str) -> tuple[int, bool]:
+    """Return the number of axes summed over, and True if they are the last of w."""
+    x, w = subscripts.partition("->")[0].split(",")
+    inner = "".join(letter for letter in x if letter in w)
+    if not inner or not x.endswith(inner) or not (w.startswith(inner) or w.endswith(inner)):
+        raise ValueError(f"not a product with a matrix: {subscripts}")
+    return len(inner), not w.startswith(inner)

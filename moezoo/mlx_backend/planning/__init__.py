@@ -1,0 +1,1 @@
+"""Properties of computations that are planned and not run."""

@@ -1,0 +1,20 @@
+"""Number of operations of a decoded token: each costs some microseconds, however small its arrays are."""
+
+import io
+import re
+
+import mlx.core as mx
+import numpy as np
+
+from moezoo.mlx_backend.inference import MlxInference
+from moezoo.mlx_backend.runtime.typed import flatten
+
+
+def operations_per_token(model: MlxInference, batch: int = 1) -> int:
+    """Return the number of MLX operations that extend each of B sequences by one token; sampling is not counted."""
+    tokens = np.zeros((batch, 2), np.int32)
+    _, caches = model.prefill(tokens[:, :1], 2)
+    lazy = model._extended(mx.array(tokens[:, 1:]), caches)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *(array for _, array in flatten(lazy) if isinstance(array, mx.array)))
+    return len(re.findall(r"shape ?= ?rectangle", graph.getvalue()))
