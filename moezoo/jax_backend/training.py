@@ -22,6 +22,7 @@ from moezoo.jax_backend.distributed.sharding import Placement, shard
 from moezoo.jax_backend.inference import JaxInference, Parameters, flatten_forced, routing_load
 from moezoo.jax_backend.optimizer import adamw, clip, global_norm
 from moezoo.jax_backend.router_state import updated_state
+from moezoo.jax_backend.runtime.in_flight import launched
 from moezoo.jax_backend.runtime.processes import lost_peer, on_host
 from moezoo.jax_backend.transformer import Transformer
 from moezoo.jax_backend.transforms.rematerialization import compiler_options
@@ -136,6 +137,7 @@ class JaxTraining(JaxInference):
             self._parameters, self._state, self._moments, values = self._step(
                 self._parameters, self._state, self._moments, batch, np.float32(learning_rate), keys
             )
+        launched(values)
         return PendingJaxStep(values)
 
     def _step_values(

@@ -5,10 +5,12 @@ ctypes makes its handlers of Python functions, so nothing is compiled. A handler
 expert, without the interpreter's lock, and shares the work with XLA's threads.
 """
 
+import atexit
 import ctypes
 import importlib.util
 import os
 import platform
+import re
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache, partial
@@ -20,8 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moezoo.jax_backend.runtime import in_flight
+
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112  # cblas.h
 _BYTES = 4  # of a float32
+_INTERFACE = ("0", "3")  # major and minor version of the structures below
 
 
 def grouped_rows(size_E: jax.Array, x_RD: jax.Array, w_EDF: jax.Array) -> jax.Array:
@@ -57,6 +62,8 @@ def load() -> str | None:
     found = importlib.util.find_spec("scipy")
     if platform.system() != "Linux" or platform.machine() != "x86_64" or found is None or found.origin is None:
         return None
+    if _interface() != _INTERFACE:
+        return None
     files = [*Path(found.origin).parents[1].glob("scipy.libs/libscipy_openblas-*.so")]
     if not files:
         return None
@@ -77,7 +84,17 @@ def load() -> str | None:
         _handlers[target] = _Handler(partial(_handle, parts))
         address = ctypes.cast(_handlers[target], c_void_p).value
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(address), platform="cpu")
+    # Trap: at exit JAX destroys XLA's client while it holds the interpreter's lock, and the client waits for handlers,
+    # which need that lock. Functions registered later run earlier.
+    atexit.register(in_flight.wait)
     return " ".join(library.scipy_openblas_get_config().decode().split()[:2])
+
+
+def _interface() -> tuple[str, ...]:
+    """Return the version of the interface for foreign functions, as the header says that is installed with JAX."""
+    header = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
+    text = header.read_text(encoding="utf-8") if header.is_file() else ""
+    return tuple(re.findall(r"^#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)$", text, re.MULTILINE))
 
 
 # --- the products ----------------------------------------------------------------------------------------------------
