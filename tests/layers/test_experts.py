@@ -45,6 +45,10 @@ on_every_path = pytest.mark.parametrize(
 def path(request, twin, monkeypatch) -> str:
     """A way of computing a grouped product, whatever this platform would take."""
     monkeypatch.setattr(kernels_of(twin), "grouped_path", lambda: request.param)
+    if request.param == "openblas":
+        if twin.module("kernels.openblas").load() is None:
+            pytest.skip("SciPy brings no OpenBLAS here")
+        monkeypatch.setattr(kernels_of(twin), "SMALLEST_PRODUCT", 0)
     if request.param == "tokamax":
         monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(ragged_dot=kernel_in_place_of_tokamax))
     return request.param
@@ -321,6 +325,52 @@ def test_one_expert_is_a_dense_feed_forward(twin):
         x,
     )
     assert_close(experts(SWIGLU, values, x, np.array([40])), feed_forward(SWIGLU, dense, x), FLOAT64)
+
+
+@pytest.fixture
+def openblas() -> ModuleType:
+    require_backend("jax")
+    module = Twin("jax").module("kernels.openblas")
+    if module.load() is None:
+        pytest.skip("SciPy brings no OpenBLAS here")
+    return module
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 40])
+def test_openblas_divides_its_rows_among_any_number_of_threads(openblas, monkeypatch, threads):
+    monkeypatch.setattr(openblas.os, "sched_getaffinity", lambda _: range(threads))
+    sizes, twin = np.array([0, 300, 65, 63, 1, 0, 171]), Twin("jax")
+    x_RD, gradient_RF, w_EDF = normal(0, 602, D), normal(1, 602, F), normal(2, E, D, F)
+    x_RD[600:] = gradient_RF[600:] = np.nan  # unused rows
+    size_E, x, gradient, w = (twin.array(value) for value in (sizes, x_RD, gradient_RF, w_EDF))
+    product = twin.numpy(openblas.grouped_rows(size_E, x, w))
+    assert_close(product[:600], grouped_product(x_RD[:600], w_EDF, sizes), FLOAT32)
+    product = twin.numpy(openblas.grouped_rows_transposed(size_E, (gradient, w), (gradient, w)))
+    assert_close(product[:600], 2 * grouped_product(gradient_RF[:600], w_EDF.transpose(0, 2, 1), sizes), FLOAT32)
+    assert not product[600:].any()
+    ends = np.cumsum(sizes)
+    expected = [x_RD[a:b].T @ gradient_RF[a:b] for a, b in zip(ends - sizes, ends, strict=True)]
+    assert_close(twin.numpy(openblas.grouped_gradients(size_E, x, gradient)), np.stack(expected), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dtype", "expected"),
+    [(2048, "float32", True), (1024, "float32", False), (28, "float32", False), (2048, "bfloat16", False)],
+)
+def test_openblas_gets_large_products_in_float32(openblas, num_rows, dtype, expected):
+    import jax
+
+    module = Twin("jax").module("kernels.expert_blocks")
+    x_RD, *matrices = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((num_rows, 64), (E, 64, 32), (E, 32, 64)))
+    kernel = module.expert_kernel(x_RD, dict(zip(("w_up", "w_down"), matrices, strict=True)))
+    assert (kernel is module.grouped_experts) == expected
+
+
+def test_an_error_on_the_way_to_openblas_reaches_the_caller(openblas, monkeypatch):
+    monkeypatch.setattr(openblas, "_equal_shares", lambda *_: [(0,)])
+    twin = Twin("jax")
+    with pytest.raises(RuntimeError, match=r"TypeError: .* missing 1 required positional"):
+        twin.numpy(openblas.grouped_rows(twin.array([4]), twin.array(normal(0, 4, D)), twin.array(normal(1, 1, D, F))))
 
 
 @pytest.mark.parametrize("num_experts", [1, 7, 128])

@@ -5,6 +5,7 @@ rows. The last block of an expert may extend past its last row: the extra result
 the forward pass and in the gradient of the rows, and masked in the gradients of the matrices.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -29,11 +30,13 @@ def expert_kernel(x_RD: jax.Array, parameters: Arrays) -> Kernel | None:
     path = products.grouped_path()
     if path not in ("openblas", "blocks"):
         return None
-    num_rows, num_experts = x_RD.shape[0], parameters["w_up"].shape[0]
+    num_rows, (num_experts, *matrix) = x_RD.shape[0], parameters["w_up"].shape
+    few = products.few_rows(num_rows, num_experts)
     are_float32 = all(array.dtype == jnp.float32 for array in (x_RD, *parameters.values()))
-    if path == "openblas" and are_float32 and not products.few_rows(num_rows, num_experts):
+    is_large = num_rows * math.prod(matrix) >= products.SMALLEST_PRODUCT
+    if path == "openblas" and are_float32 and is_large and not few:
         return grouped_experts
-    kernel = _experts_of_few_rows if products.few_rows(num_rows, num_experts) else _blocked_experts
+    kernel = _experts_of_few_rows if few else _blocked_experts
     block = products.block_rows(num_rows, num_experts)
     return lambda spec, x_RD, parameters, size_E: kernel(spec, block, x_RD, parameters, size_E)
 

@@ -13,6 +13,9 @@ from moezoo.jax_backend.runtime.platform import platform
 
 Path = Literal["openblas", "blocks", "ragged_dot", "tokamax"]
 
+SMALLEST_PRODUCT = 1 << 22
+"""Multiply-adds from which OpenBLAS is faster than blocks: handing it one product costs 0.1 ms (writings/log.md)."""
+
 
 def grouped_path() -> Path:
     """Return the implementation of the experts on this platform.
@@ -38,7 +41,7 @@ def path_in_words() -> str:
     """Return the implementation of the experts for the run's header."""
     match grouped_path():
         case "openblas":
-            return f"{openblas.load()} of SciPy for float32, else blocks; few rows: the chosen ones alone"
+            return f"{openblas.load()} of SciPy; small ones and other types: blocks; few rows: the chosen ones alone"
         case "blocks":
             return "blocks; few rows: the chosen ones alone"
         case path:
