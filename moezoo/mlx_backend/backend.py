@@ -12,11 +12,9 @@ from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.kernels.chosen_experts import FEW_TOKENS
 from moezoo.mlx_backend.kernels.grouped_product import grouped_path
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, kernels
-from moezoo.mlx_backend.kernels.x86.optimizer import can_fuse
+from moezoo.mlx_backend.kernels.x86 import kernels
 from moezoo.mlx_backend.model import MlxModel
 from moezoo.mlx_backend.moe_layer import MoELayer
-from moezoo.mlx_backend.runtime.compiled_libraries import check_compiled_libraries
 
 
 class MlxBackend:
@@ -26,8 +24,6 @@ class MlxBackend:
 
     def __init__(self, mesh: MeshConfig | None = None) -> None:
         """In one process, or with a part of the batch in each. A mesh that asks for nothing leaves that to them."""
-        if can_fuse():
-            check_compiled_libraries()
         if mesh is not None and not mesh.is_one_device:
             data_parallel.check_mesh({axis: getattr(mesh, axis) for axis in MESH_AXES})
 
@@ -55,9 +51,6 @@ class MlxBackend:
 
     def facts(self) -> dict[str, str]:
         device = "gpu (Metal)" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-        fused = "optimizer (mx.compile with g++)" if can_fuse() else "nothing"
-        if is_x86_cpu() and not can_fuse():
-            fused = "nothing (slower updates): no g++ on the PATH"
         return {
             "device": f"{device}, MLX {mx.__version__}",  # type: ignore[attr-defined]  # not in its stub
             "experts": grouped_path(),
@@ -65,5 +58,4 @@ class MlxBackend:
             "blas": BLAS,
             "freed memory": FREED_MEMORY,
             "kernels": kernels(),
-            "fused": fused,
         } | data_parallel.facts()

@@ -1,4 +1,4 @@
-"""AdamW, by MLX, or fused into one kernel on x86. Spec: moezoo.core.reference.optimizer."""
+"""AdamW, by MLX, or in blocks on x86. Spec: moezoo.core.reference.optimizer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,8 @@ from mlx import optimizers
 from mlx.utils import tree_map
 
 from moezoo.core.config.training import OptimizerConfig
-from moezoo.mlx_backend.kernels.x86.optimizer import adamw_kind
+from moezoo.mlx_backend.kernels.x86 import pays
+from moezoo.mlx_backend.kernels.x86.optimizer import adamw_kind, norm
 from moezoo.mlx_backend.runtime.typed import flatten
 
 
@@ -28,9 +29,12 @@ def adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> optimizers.Mu
 
 def global_norm(gradients: Any) -> mx.array:
     """Spec: moezoo.core.reference.optimizer.global_norm."""
+    arrays = [gradient for _, gradient in flatten(gradients)]
+    if pays(sum(array.size for array in arrays)):
+        return norm(arrays)
     # Trap: one float32 sum over a large array loses digits on the CPU (4e-5 of the norm at 2.6 M parameters), so the
     # last axis is summed first.
-    squares = [mx.sum(mx.sum(mx.square(gradient), axis=-1)) for _, gradient in flatten(gradients)]
+    squares = [mx.sum(mx.sum(mx.square(gradient), axis=-1)) for gradient in arrays]
     return mx.sqrt(mx.sum(mx.stack(squares)))
 
 

@@ -1,66 +1,65 @@
-"""AdamW with one fused loop per array."""
+"""AdamW and the norm of gradients in blocks, each of which is read once."""
 
-import functools
-import shutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 from mlx import optimizers
 
-from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
-from moezoo.mlx_backend.runtime.streams import streams
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, pays
+from moezoo.mlx_backend.runtime.cores import BLOCK, Floats, on_all_cores, values, zeros
+
+_LARGE_BLOCK = 2 * BLOCK  # nothing is read twice, so fewer calls count more than a cache
 
 
-def can_fuse() -> bool:
-    """Return True if `mx.compile` can fuse operations into one loop. Without a compiler it silently fuses none."""
-    return is_x86_cpu() and shutil.which("g++") is not None
-
-
-class FusedAdamW(optimizers.AdamW):
-    """MLX's AdamW with bias correction; the update of an array is one fused loop, and arrays alternate over streams."""
-
-    def init(self, parameters: Any) -> None:
-        super().init(parameters)
-        self._turn = 0
+class BlockedAdamW(optimizers.AdamW):
+    """MLX's AdamW with bias correction; moments, which the optimizer alone holds, are updated in place."""
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        beta1, beta2 = self.betas
-        step, rate = self.step.astype(mx.float32), self.learning_rate.astype(mx.float32)
-        factors = mx.stack([1 - rate * self.weight_decay, rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step)])
-        self._turn = (getattr(self, "_turn", 0) + 1) % len(streams())
-        update = _adamw_update(self._turn, beta1, beta2, self.eps)
-        parameter, state["m"], state["v"] = update(gradient, parameter, state["m"], state["v"], *factors)
-        return parameter
+        if not pays(parameter.size):
+            return super().apply_single(gradient, parameter, state)  # type: ignore[no-any-return]
+        (beta1, beta2), step, learning_rate = self.betas, self.step.item(), self.learning_rate.item()
+        of_second = np.sqrt(1 - beta2**step)
+        kept, rate = np.float32(1 - learning_rate * self.weight_decay), learning_rate / (1 - beta1**step)
+        updated, out = zeros(*parameter.shape)
+
+        def update(out: Floats, gradient: Floats, value: Floats, first: Floats, second: Floats) -> None:
+            change = gradient * np.float32(1 - beta1)
+            first *= np.float32(beta1)
+            first += change
+            np.multiply(gradient, gradient, out=change)
+            change *= np.float32(1 - beta2)
+            second *= np.float32(beta2)
+            second += change
+            np.sqrt(second, out=change)
+            change += np.float32(self.eps * of_second)
+            np.divide(first, change, out=change)
+            change *= np.float32(rate * of_second)
+            np.multiply(value, kept, out=out)
+            out -= change
+
+        arrays = out, *values(gradient, parameter, state["m"], state["v"])
+        on_all_cores(partial(update, *block) for block in zip(*map(_blocks, arrays), strict=True))
+        return updated
 
 
 def adamw_kind() -> type[optimizers.AdamW]:
-    """Return the AdamW of this platform: fused where `mx.compile` can fuse, else MLX's."""
-    return FusedAdamW if can_fuse() else optimizers.AdamW
+    """Return the AdamW of this platform."""
+    return BlockedAdamW if is_x86_cpu() else optimizers.AdamW
 
 
-@functools.cache
-def _adamw_update(turn: int, beta1: float, beta2: float, epsilon: float) -> Callable[..., list[mx.array]]:
-    """Return the compiled update of a stream: a compiled function stays on the stream where it was traced."""
+def norm(arrays: Sequence[mx.array]) -> mx.array:
+    """Return the Euclidean norm of all elements; blocks are summed in float64."""
+    sums: list[float] = []
 
-    def update(
-        gradient: mx.array,
-        parameter: mx.array,
-        first: mx.array,
-        second: mx.array,
-        kept: mx.array,
-        rate: mx.array,
-        root: mx.array,
-    ) -> list[mx.array]:
-        first = beta1 * first + (1 - beta1) * gradient
-        second = beta2 * second + (1 - beta2) * (gradient * gradient)
-        return [parameter * kept - rate * first / (mx.sqrt(second) * root + epsilon), first, second]
+    def add(block: Floats) -> None:
+        sums.append(float(np.dot(block, block)))
 
-    compiled = mx.compile(update, shapeless=True)
+    on_all_cores(partial(add, block) for array in values(*arrays) for block in _blocks(array))
+    return mx.array(np.sqrt(sum(sums)), mx.float32)
 
-    def on_stream(*arrays: mx.array) -> list[mx.array]:
-        with mx.stream(streams()[turn]):
-            updated: list[mx.array] = compiled(*arrays)
-            return updated
 
-    return on_stream
+def _blocks(array: Floats) -> Iterator[Floats]:
+    flat = array.reshape(-1)
+    return (flat[start : start + _LARGE_BLOCK] for start in range(0, flat.size, _LARGE_BLOCK))
