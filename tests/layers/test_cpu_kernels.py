@@ -141,3 +141,27 @@ def test_the_header_says_what_computes_when_numpys_threads_cannot_be_limited(mlx
     cores.on_all_cores(functools.partial(done.append, piece) for piece in range(3))
     assert done == [0, 1, 2]
     assert "one core" in mlx.backend().facts()["kernels"]
+
+
+@pytest.mark.parametrize("ends", [[2, 4, 6], [0, 6, 6], [5, 5, 6]], ids=["even", "all of one", "idle experts"])
+def test_experts_of_any_size_return_the_products_of_their_rows(mlx, ends):
+    import mlx.core as mx
+
+    kernels = mlx.module("kernels.x86.experts")
+    x, (w, up), down = normal(0, 7, D), (normal(seed, 3, D, F) for seed in (1, 2)), normal(3, 3, F, D)
+    groups = list(zip([0, *ends[:-1]], ends, strict=True))
+    expected = np.concatenate(
+        [*(x[start:end] @ w[expert] for expert, (start, end) in enumerate(groups)), np.zeros((1, F))]
+    )
+    assert_close(mlx.numpy(kernels.sliced_product(mlx.array(x), mlx.array(w), ends)), expected, FLOAT32)
+    arrays = [mlx.array(array) for array in (x, w, up, down)]
+
+    def in_steps(x, gate, up, down):
+        gate, up = (kernels.sliced_product(x, matrices, ends) for matrices in (gate, up))
+        return mx.sum(mx.square(kernels.sliced_product(gate * mx.sigmoid(gate) * up, down, ends)))
+
+    def fused(*arrays):
+        return mx.sum(mx.square(kernels.swiglu_experts(*arrays, ends)))
+
+    for found, wanted in zip(*(mx.grad(loss, range(4))(*arrays) for loss in (fused, in_steps)), strict=True):
+        assert_close(mlx.numpy(found), mlx.numpy(wanted), FLOAT32_GRADIENT)

@@ -31,26 +31,27 @@ def can_limit_blas() -> bool:
 
 def on_all_cores(pieces: Iterable[Callable[[], object]]) -> None:
     """Run the pieces and wait; whichever core is free takes the next. A product in a piece has one thread."""
-    left = iter(list(pieces))
-
-    def work() -> None:
-        with np.errstate(all="ignore"):  # as in MLX, where 1 / (1 + exp(x)) may overflow on the way
-            for piece in left:
-                piece()
-
+    left = iter(list(pieces))  # all threads take from one iterator
     count, blas = cores(), _numpy_blas()
-    if blas is None:
-        work()
+    if blas is None or count == 1:
+        one_by_one(left)
         return
     blas.scipy_openblas_set_num_threads64_(1)
     try:
-        helpers = [_helpers().submit(work) for _ in range(count - 1)]
-        work()
+        helpers = [_helpers().submit(one_by_one, left) for _ in range(count - 1)]
+        one_by_one(left)
         for helper in helpers:
             if not helper.cancel():  # one that has not started has nothing left to do
                 helper.result()
     finally:
         blas.scipy_openblas_set_num_threads64_(count)
+
+
+def one_by_one(pieces: Iterable[Callable[[], object]]) -> None:
+    """Run the pieces in order on this core; a product in one has all threads of NumPy's BLAS."""
+    with np.errstate(all="ignore"):  # as in MLX, where 1 / (1 + exp(x)) may overflow on the way
+        for piece in pieces:
+            piece()
 
 
 def values(*arrays: mx.array) -> list[Floats]:

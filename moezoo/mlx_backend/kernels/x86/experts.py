@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from moezoo.mlx_backend.kernels.x86.activation import silu, swiglu_backward
-from moezoo.mlx_backend.runtime.cores import Floats, blocks, on_all_cores, values, zeros
+from moezoo.mlx_backend.runtime.cores import Floats, blocks, cores, on_all_cores, one_by_one, values, zeros
 from moezoo.mlx_backend.runtime.typed import custom_function
 
 
@@ -92,8 +92,20 @@ def swiglu_experts(
     return forward(x_RD, gate_EDF, up_EDF, down_EFD)
 
 
+_UNEVEN = 1.4
+"""Rows of the largest expert, as a multiple of a core's share, from which its products are split over all cores."""
+
+
 def _per_expert(ends: list[int], work: Callable[[int, slice], object]) -> None:
-    """Call `work(expert, rows)` for all experts, those with the most rows first, so that all cores end together."""
-    groups = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    order = sorted(range(len(groups)), key=lambda expert: groups[expert].start - groups[expert].stop)
-    on_all_cores(partial(work, expert, groups[expert]) for expert in order)
+    """Call `work(expert, rows)` for all experts, those with the most rows first, so that all cores end together.
+
+    If one has so many rows that the other cores would wait for it, each product uses all cores instead.
+    """
+    starts = [0, *ends[:-1]]
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    order = sorted(range(len(ends)), key=lambda expert: -sizes[expert])
+    pieces = [partial(work, expert, slice(starts[expert], ends[expert])) for expert in order]
+    if sizes[order[0]] > _UNEVEN * ends[-1] / cores():
+        one_by_one(pieces)
+    else:
+        on_all_cores(pieces)
