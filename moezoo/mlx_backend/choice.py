@@ -16,6 +16,8 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
+from moezoo.mlx_backend.kernels.x86 import pays
+from moezoo.mlx_backend.kernels.x86.routing import highest
 from moezoo.mlx_backend.random import bernoulli, fold_in, gumbel, normal
 
 
@@ -96,7 +98,10 @@ def choose(
 
 def _highest(value_PE: mx.array, count: int) -> tuple[mx.array, mx.array]:
     # Trap: argsort is stable, so ties go to the lower id; argpartition has no tie rule.
-    expert_PK = mx.argsort(-value_PE, axis=-1)[:, :count]
+    if pays(value_PE.size) and 2 * count < value_PE.shape[1]:
+        expert_PK = highest(value_PE, count)
+    else:
+        expert_PK = mx.argsort(-value_PE, axis=-1)[:, :count]
     return expert_PK.astype(mx.int32), mx.take_along_axis(value_PE, expert_PK, axis=-1) > -mx.inf
 
 

@@ -6,6 +6,8 @@ import mlx.core as mx
 
 from moezoo.core.parameters.capacity import capacities, mostly_unused, num_groups, num_rows
 from moezoo.core.spec import CapacitySpec, DroplessSpec, MoESpec
+from moezoo.mlx_backend.kernels.x86 import pays
+from moezoo.mlx_backend.kernels.x86.routing import counts
 from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.runtime.typed import to_int
 
@@ -100,5 +102,7 @@ def combine(dispatched: Dispatch, y_RD: mx.array, num_tokens: int) -> mx.array:
 
 def _counts(expert_PK: mx.array, counted_PK: mx.array, num_experts: int) -> mx.array:
     """Count the slots of each expert, of those to count; int32."""
+    if pays(expert_PK.size * num_experts):
+        return counts(expert_PK, counted_PK, num_experts)
     chosen = (expert_PK[..., None] == mx.arange(num_experts)) & counted_PK[..., None]
     return mx.sum(chosen.reshape(-1, num_experts).astype(mx.int32), axis=0)

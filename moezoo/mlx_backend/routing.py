@@ -11,6 +11,8 @@ from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSp
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
 from moezoo.mlx_backend.kernels import projection
+from moezoo.mlx_backend.kernels.x86 import pays
+from moezoo.mlx_backend.kernels.x86.routing import softmax
 from moezoo.mlx_backend.random import fold_in, uniform
 
 
@@ -161,7 +163,7 @@ def score(spec: RouterSpec, logits_PE: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.routing.score."""
     match spec.score:
         case "softmax":
-            return mx.softmax(logits_PE, axis=-1, precise=True)
+            return softmax(logits_PE) if pays(logits_PE.size) else mx.softmax(logits_PE, axis=-1, precise=True)
         case "sigmoid":
             return mx.sigmoid(logits_PE)
         case "sqrt_softplus":

@@ -165,3 +165,14 @@ def test_experts_of_any_size_return_the_products_of_their_rows(mlx, ends):
 
     for found, wanted in zip(*(mx.grad(loss, range(4))(*arrays) for loss in (fused, in_steps)), strict=True):
         assert_close(mlx.numpy(found), mlx.numpy(wanted), FLOAT32_GRADIENT)
+
+
+def test_the_highest_values_are_those_of_a_stable_sort_even_where_values_are_infinite_or_missing(mlx):
+    import mlx.core as mx
+
+    value_PE = np.random.default_rng(0).integers(0, 4, (50, 9)).astype(np.float32)
+    for hidden in ([], [0, 2, 3, 4, 5, 6, 7, 8]):
+        value_PE[7, hidden] = -np.inf
+        expected = mx.argsort(-mlx.array(value_PE), axis=-1)[:, :3]
+        found = mlx.module("kernels.x86.routing").highest(mlx.array(value_PE), 3)
+        np.testing.assert_array_equal(mlx.numpy(found), mlx.numpy(expected))
