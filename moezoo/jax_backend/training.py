@@ -111,14 +111,14 @@ class JaxTraining(JaxInference):
             replicated = self._placement.replicated
             moments = (adam._replace(count=replicated, mu=shardings, nu=shardings), *rest)
             outputs = (shardings, replicated, moments, replicated)
-        if state is None:
-            self._moments = self._new_moments(init, None if outputs is None else outputs[2])
-        else:
+        given = None
+        if state is not None:
             first, second = (
                 self._stacks.stack(self._decayed, partial(self._moment, state, kind))
                 for kind in ("first_moment", "second_moment")
             )
-            self._moments = (optax.ScaleByAdamState(self._replicated(update), first, second), *rest)
+            given = (optax.ScaleByAdamState(self._replicated(update), first, second), *rest)
+        self._parameters, self._moments = self._owned(init, given, None if outputs is None else outputs[::2])
         self._step = jax.jit(
             partial(self._step_values, config),
             donate_argnums=(0, 2),
@@ -196,8 +196,20 @@ class JaxTraining(JaxInference):
 
     # --- the optimizer's state ---------------------------------------------------------------------------------------
 
-    def _new_moments(self, init: Callable[[Parameters], Any], shardings: Any) -> Any:
-        return jax.jit(init, out_shardings=shardings)(self._parameters)
+    def _owned(self, init: Callable[[Parameters], Any], given: Any, shardings: Any) -> tuple[Parameters, Any]:
+        """Return the parameters, and the given moments or new ones, in memory that a step can update in place.
+
+        Trap: JAX shares the memory of NumPy arrays that are aligned by chance, one in four. The first step would copy
+        those beside its temporary arrays, which may then not be able to use the same memory in the next one.
+        """
+
+        def held(parameters: Parameters, moments: Any) -> tuple[Parameters, Any]:
+            return parameters, init(parameters) if moments is None else moments
+
+        owned: tuple[Parameters, Any] = jax.jit(held, donate_argnums=(0, 1), out_shardings=shardings)(
+            self._parameters, given
+        )
+        return owned
 
     def _moment(self, state: Mapping[str, np.ndarray], kind: str, name: str) -> jax.Array:
         """Put a moment of a parameter on the devices of the parameter."""

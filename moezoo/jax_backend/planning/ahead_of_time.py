@@ -158,12 +158,14 @@ class _PlannedModel(JaxModel):
     def __init__(self, spec: ModelSpec, placement: Placement | None):
         super().__init__(spec, Shapes(spec), placement)
 
-    def _new_moments(self, init: Any, shardings: Any) -> Any:
+    def _owned(self, init: Any, given: Any, shardings: Any) -> Any:
         shapes = jax.eval_shape(init, self._parameters)
         if shardings is None:
-            return shapes
-        return jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+            return self._parameters, shapes
+        return self._parameters, jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            shapes,
+            shardings[1],
         )
 
     def lowered(self, micro_batches: int, batch: int, length: int) -> jax.stages.Lowered:
