@@ -14,15 +14,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 @functools.cache
-def keep_freed_memory() -> str:
+def keep_freed_memory(*, of_all_threads: bool = True) -> str:
     """Configure this process's malloc to keep freed memory; return a description for the run's header.
 
-    `mmap` is off, the heap never shrinks, and there is one arena: arenas of other threads are limited in size and
-    fall back to `mmap` for large arrays. Existing threads keep their arenas, so call this early.
+    `mmap` is off, and the main thread's arena never shrinks. Arenas of other threads are limited in size, and fall back
+    to `mmap` for large arrays. `of_all_threads`: all that start later use the main one. It is then slower if a
+    compiler's threads leave many small pieces there.
     """
     if platform.libc_ver()[0] != "glibc":
         return "default of the system's malloc"
     mallopt = ctypes.CDLL(None).mallopt
     # Trap: thresholds are an int here, and -1 becomes the largest size; 2**31 - 1 would return a step's 2 GiB.
-    accepted = [mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)]
-    return "kept in the process (mallopt)" if all(accepted) else "returned to the system (mallopt failed)"
+    accepted = [mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)]
+    if of_all_threads:
+        accepted.append(mallopt(_M_ARENA_MAX, 1))
+    if not all(accepted):
+        return "returned to the system (mallopt failed)"
+    return "kept in the process (mallopt)" if of_all_threads else "kept in the main thread (mallopt)"

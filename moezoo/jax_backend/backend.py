@@ -8,7 +8,6 @@ import numpy as np
 from moezoo.core.distributed.mesh import Devices, MeshConfig, in_words, sizes
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.distributed.processes import PendingNumbers, Processes
-from moezoo.core.malloc import keep_freed_memory
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement
 from moezoo.jax_backend.kernels.grouped_product import path_in_words
@@ -16,6 +15,7 @@ from moezoo.jax_backend.model import JaxModel
 from moezoo.jax_backend.moe_layer import MoELayer
 from moezoo.jax_backend.runtime import processes
 from moezoo.jax_backend.runtime.compile_cache import use_compile_cache
+from moezoo.jax_backend.runtime.memory import reuse_memory
 from moezoo.jax_backend.runtime.platform import start_devices
 
 
@@ -26,13 +26,13 @@ class JaxBackend:
 
     def __init__(self, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> None:
         """On the first device, or on a mesh of all of them, which may be those of several processes."""
+        self._freed_memory = reuse_memory()
         if group is not None:
             processes.join(group)
         start_devices()
         self._mesh = mesh or MeshConfig()
         # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
         jax.config.update("jax_default_matmul_precision", "highest")
-        self._freed_memory = keep_freed_memory() if jax.default_backend() == "cpu" else None
         self._compile_cache = use_compile_cache()
 
     @property
@@ -69,6 +69,7 @@ class JaxBackend:
             "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
             "experts": path_in_words(),
             "compile cache": self._compile_cache,
+            "freed memory": self._freed_memory,
         }
         if not self._mesh.is_one_device:
             resolved = self._mesh.model_copy(
@@ -76,5 +77,4 @@ class JaxBackend:
             )
             facts["mesh"] = f"{in_words(resolved)}; tokens to experts: {self._mesh.exchange}"
             facts["checkpoints"] = "Orbax, each process its parts, in the background"
-        facts |= processes.facts()
-        return facts if self._freed_memory is None else facts | {"freed memory": self._freed_memory}
+        return facts | processes.facts()

@@ -1,0 +1,24 @@
+"""Memory that JAX's steps on the CPU take over from each other. JAX only: MLX has an allocator of its own."""
+
+import functools
+
+import jax
+from jax._src import xla_bridge  # no public API tells whether JAX has started its threads
+
+from moezoo.core.malloc import keep_freed_memory
+
+
+@functools.cache
+def reuse_memory() -> str:
+    """Let each step reuse the memory of the last one; return a description for the run's header.
+
+    Call it before anything queries JAX's devices, which starts its threads. Without effect on a GPU or TPU's memory,
+    and on a mesh of several CPU devices, which have a thread each.
+    """
+    if xla_bridge.backends_are_initialized():
+        return "returned to the system: JAX had started before moezoo"
+    # Trap: with asynchronous dispatch on the CPU, a thread of XLA allocates a step's temporary arrays, just before it
+    # frees those of the last step: they would be mapped anew in each step or, kept, exist two or three times.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # XLA's compiler has threads, and the small pieces that it leaves in one arena slowed down a step by 5 to 25 %.
+    return keep_freed_memory(of_all_threads=False)
