@@ -69,7 +69,7 @@ class Generation:
             capacity = _capacity(self._length + 1, self._size)
             if capacity > _capacity(self._length, self._size):
                 self._caches = _grown(self._spec, self._caches, len(self._position_B), capacity)
-            caches, self._caches = self._caches, Caches([], None)
+            caches, self._caches = self._caches._replace(spent=True), Caches([], None)
             self._tokens_B, logits_BV, self._seen_BV, self._caches = self._step(
                 self._tokens_B, caches, self._rule, self._seen_BV, self._next_draw()
             )

@@ -158,10 +158,15 @@ Cache = KVCache | RollingCache | SharedCache | LatentCache | DeltaCache | Convol
 
 
 class Caches(NamedTuple):
-    """One cache per layer, and the slot at which each row starts, after its left padding; None: all start at 0."""
+    """One cache per layer, and the slot at which each row starts, after its left padding; None: all start at 0.
+
+    `spent`: nobody else needs them. A layer's keys and values are then given up when it extends them, so that MLX
+    writes in place, even if it starts before the other layers are built.
+    """
 
     layers: list[Cache]
     first_B: mx.array | None
+    spent: bool = False
 
     @property
     def places(self) -> int:

@@ -26,7 +26,8 @@ from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.kernels import projection
-from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, Source
+from moezoo.mlx_backend.kernels.early_start import start_early
+from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, SharedCache, Source
 from moezoo.mlx_backend.latent_attention import LatentAttention
 from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.mlx_backend.moe import MoE
@@ -191,6 +192,8 @@ class Layer(nn.Module):
         cache, first_B = None, None
         if inputs.caches is not None:
             cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
+            if inputs.caches.spent:
+                inputs.caches.layers[index] = SharedCache(inputs.caches.places)
         shared: dict[str, Any] = {}
         match self.spec.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
@@ -306,6 +309,8 @@ class Transformer(nn.Module):
             if index in self.spec.shared_layers:
                 sources[index] = output.source
             outputs.append(output._replace(source=None))  # so that no other layer's keys are kept
+            if inputs.caches is not None:
+                start_early(state.x_BTD)
         return state, outputs
 
     def _collected(self, logits_BTV: mx.array, outputs: list[LayerOutput], caches: Caches | None) -> Forward:

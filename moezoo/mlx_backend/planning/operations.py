@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from moezoo.mlx_backend.inference import MlxInference
+from moezoo.mlx_backend.kernels.early_start import whole_graph
 from moezoo.mlx_backend.runtime.typed import flatten
 
 
@@ -14,7 +15,8 @@ def operations_per_token(model: MlxInference, batch: int = 1) -> int:
     """Return the number of MLX operations that extend each of B sequences by one token; sampling is not counted."""
     tokens = np.zeros((batch, 2), np.int32)
     _, caches = model.prefill(tokens[:, :1], 2)
-    lazy = model._extended(mx.array(tokens[:, 1:]), caches)
+    with whole_graph():
+        lazy = model._extended(mx.array(tokens[:, 1:]), caches)
     graph = io.StringIO()
     mx.export_to_dot(graph, *(array for _, array in flatten(lazy) if isinstance(array, mx.array)))
     return len(re.findall(r"shape ?= ?rectangle", graph.getvalue()))
