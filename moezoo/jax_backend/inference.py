@@ -30,7 +30,7 @@ from moezoo.jax_backend.runtime.processes import on_host
 from moezoo.jax_backend.runtime.typed import GraphDef, State
 from moezoo.jax_backend.sampling import Rule
 from moezoo.jax_backend.transformer import Forward, Transformer
-from moezoo.jax_backend.transforms.rematerialization import Transforms, transforms
+from moezoo.jax_backend.transforms.rematerialization import Transforms, decoding_options, transforms
 from moezoo.jax_backend.transforms.scanned_layers import Stacks
 
 Parameters = dict[str, jax.Array]
@@ -52,7 +52,7 @@ class JaxInference:
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
         self._score = jax.jit(self._score_values, static_argnames=("count", "inference"))
         self._extend = jax.jit(self._extend_values, donate_argnums=3)
-        self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5))
+        self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5), compiler_options=decoding_options())
         self._finite = jax.jit(self._finite_values, out_shardings=None if placement is None else placement.replicated)
 
     def forward(

@@ -166,3 +166,13 @@ def compiler_options(*, rematerialize: bool) -> dict[str, str]:
         return {}
     left_out = ["cse_barrier_expander", *(["call-inliner"] if rematerialize else [])]
     return {"xla_disable_hlo_passes": ",".join(left_out)}
+
+
+def decoding_options() -> dict[str, str | bool]:
+    """Return XLA's options for a decoding step.
+
+    On the CPU most of its operations take a few microseconds, less than handing them to another thread; and it would
+    compute the cosines of a rotation again for each head without barriers, as above.
+    """
+    options = compiler_options(rematerialize=False)
+    return {**options, "xla_cpu_enable_concurrency_optimized_scheduler": False} if options else {}
