@@ -69,7 +69,6 @@ class JaxBackend:
             "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
             "experts": path_in_words(),
             "compile cache": self._compile_cache,
-            "freed memory": self._freed_memory,
         }
         if not self._mesh.is_one_device:
             resolved = self._mesh.model_copy(
@@ -77,4 +76,7 @@ class JaxBackend:
             )
             facts["mesh"] = f"{in_words(resolved)}; tokens to experts: {self._mesh.exchange}"
             facts["checkpoints"] = "Orbax, each process its parts, in the background"
+        if jax.default_backend() == "cpu":
+            one_each = self._mesh.is_one_device or jax.local_device_count() == 1
+            facts["freed memory"] = self._freed_memory if one_each else "returned to the system: a thread per device"
         return facts | processes.facts()

@@ -13,7 +13,7 @@ def reuse_memory() -> str:
     """Let each step reuse the memory of the last one; return a description for the run's header.
 
     Call it before anything queries JAX's devices, which starts its threads. Without effect on a GPU or TPU's memory,
-    and on a mesh of several CPU devices, which have a thread each.
+    and on several CPU devices of one process, which have a thread each.
     """
     if xla_bridge.backends_are_initialized():
         return "returned to the system: JAX had started before moezoo"
