@@ -238,7 +238,7 @@ def load_model(
 
     opened = open_model(path, max_length)
     config = opened.config if compute is None else with_compute(opened.config, compute)
-    chosen = load_backend(backend) if backend is None or isinstance(backend, str) else backend
+    chosen = load_backend(backend, for_training=False) if backend is None or isinstance(backend, str) else backend
     devices, problems = chosen.devices(), list(opened.problems)
     problems += check_weights(opened.weight_bytes, devices, str(path), allow_overcommit=allow_overcommit)
     try:

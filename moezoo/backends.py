@@ -45,6 +45,8 @@ def load_backend(
     mesh: MeshConfig | None = None,
     group: ProcessGroup | None = None,
     startup_s: float = STARTUP_S,
+    *,
+    for_training: bool = True,
 ) -> Backend:
     """Import a backend and return it.
 
@@ -53,6 +55,8 @@ def load_backend(
         mesh: the devices to use; None: one.
         group: the JAX process group to join; None: a single process, or an MLX group from the environment.
         startup_s: time to wait for the other processes of an MLX group.
+        for_training: False where a model is only used: JAX on the CPU then answers sooner for a token, but a training
+            step would not take over the memory of the one before. The first backend of a process decides.
 
     Raises BackendError: an unknown name, missing packages, or a group that cannot be joined. Raises SpecError: a mesh
     that the backend does not support.
@@ -66,7 +70,7 @@ def load_backend(
         _import_jax()
         from moezoo.jax_backend.backend import JaxBackend
 
-        return JaxBackend(mesh, group)
+        return JaxBackend(mesh, group, for_training=for_training)
     if group is not None:
         raise BackendError(
             f"process group options are for backend jax only; got {group.options()} with backend mlx. Start MLX "

@@ -94,14 +94,13 @@ def take_turns(
             processes[name] = stack.enter_context(Process(name, entry))
             with _recorded(timings, processes, name):
                 on_progress(f"{name}: starting", done, total)
-                timings.facts[name] = _facts(processes[name])
                 for case in cases:
                     if case.kind in entry.kinds:
                         on_progress(f"{name}: warming up, {case.label}", done, total)
                         done += 1
                         ready = processes[name].ask("prepare", case=case.to_json(), slice_seconds=effort.slice_seconds)
                         timings.first_seconds[name, case.label] = ready["first_seconds"]
-                timings.facts[name] = _facts(processes[name])  # some are known only now
+                timings.facts[name] = _facts(processes[name])  # some are known only after a case
         take_slices(cases, "slice")
         repeated = again(timings)
         total = done + effort.slices * sum(case.kind in entries[name].kinds for case in repeated for name in processes)

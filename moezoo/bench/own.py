@@ -9,7 +9,7 @@ from typing import Any
 from moezoo.backends import load_backend
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
 from moezoo.bench.limit import first_moe_layer
-from moezoo.core.backend import Model, PendingStep
+from moezoo.core.backend import Backend, Model, PendingStep
 from moezoo.core.cost.fits import check_training, check_weights
 from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.generation.loop import generate
@@ -25,15 +25,26 @@ class Own:
     """A backend of moezoo as a contender."""
 
     def __init__(self, name: str, operations_per_token: Callable[[Any, int], int] | None = None):
-        self._backend = load_backend(name)
+        self._name = name
+        self._loaded: Backend | None = None
         self._operations_per_token = operations_per_token
         self._counted: dict[str, str] = {}
         self._models: list[tuple[ModelSpec, Model]] = []
+
+    @property
+    def _backend(self) -> Backend:
+        return self._loaded or self._load(for_training=True)
+
+    def _load(self, *, for_training: bool) -> Backend:
+        self._loaded = load_backend(self._name, for_training=for_training)
+        return self._loaded
 
     def facts(self) -> dict[str, str]:
         return {**self._backend.facts(), **self._counted, "python": platform.python_version()}
 
     def prepare(self, case: Case) -> Work:
+        if self._loaded is None:
+            self._load(for_training=case.kind != "decode")
         match case.kind:
             case "train":
                 return self._train(case)

@@ -24,9 +24,11 @@ class JaxBackend:
 
     name = "jax"
 
-    def __init__(self, mesh: MeshConfig | None = None, group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, mesh: MeshConfig | None = None, group: ProcessGroup | None = None, *, for_training: bool = True
+    ) -> None:
         """On the first device, or on a mesh of all of them, which may be those of several processes."""
-        self._freed_memory = reuse_memory()
+        self._freed_memory = reuse_memory(for_training=for_training)
         if group is not None:
             processes.join(group)
         start_devices()

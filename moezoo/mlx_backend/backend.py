@@ -54,7 +54,7 @@ class MlxBackend:
         return {
             "device": f"{device}, MLX {mx.__version__}",  # type: ignore[attr-defined]  # not in its stub
             "experts": grouped_path(),
-            "experts of few tokens": FEW_TOKENS,
+            "few tokens": FEW_TOKENS,
             "blas": BLAS,
             "freed memory": FREED_MEMORY,
             "kernels": kernels(),
