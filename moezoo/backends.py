@@ -80,7 +80,7 @@ def load_backend(
     from moezoo.mlx_backend.distributed.data_parallel import join
 
     join(startup_s)
-    return MlxBackend(mesh)
+    return MlxBackend(mesh, for_training=for_training)
 
 
 def _of_device(name: str) -> str:

@@ -22,8 +22,11 @@ class MlxBackend:
 
     name = "mlx"
 
-    def __init__(self, mesh: MeshConfig | None = None) -> None:
-        """In one process, or with a part of the batch in each. A mesh that asks for nothing leaves that to them."""
+    def __init__(self, mesh: MeshConfig | None = None, *, for_training: bool = True) -> None:
+        """In one process, or with a part of the batch in each. A mesh that asks for nothing leaves that to them.
+
+        `for_training` changes nothing here: MLX computes in the same way in both cases.
+        """
         if mesh is not None and not mesh.is_one_device:
             data_parallel.check_mesh({axis: getattr(mesh, axis) for axis in MESH_AXES})
 
