@@ -10,9 +10,18 @@ from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.choice import RoutingContext
 from moezoo.core.reference.moe import moe
 from moezoo.core.spec import ExpertChoiceSpec, PlainFeedForwardSpec, RouterSpec, TopPChoiceSpec
-from tests.layers.test_moe import RAW_BTD, SPECS, context_of, layer_of, moe_of, output, values_of
+from tests.layers.test_moe import (
+    RAW_BTD,
+    SPECS,
+    assert_bfloat16_is_near_float32,
+    context_of,
+    layer_of,
+    moe_of,
+    output,
+    values_of,
+)
 from tests.support.backends_available import require_backend
-from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, assert_close
+from tests.support.tolerances import FLOAT32, assert_close
 from tests.support.twins import B, D, E, F, K, Twin, assert_layer_matches, normal
 
 SMALL = Path(__file__).parents[2] / "configs" / "bench" / "small.yaml"
@@ -80,20 +89,7 @@ def test_forced_slots_that_are_unused_add_nothing(mlx, kind):
 
 @pytest.mark.parametrize("kind", ["top 2", "latent, weight on input", "biases"])
 def test_few_tokens_of_bfloat16_are_near_float32(mlx, kind):
-    spec = KINDS[kind]
-    forced_PK = moe(spec, values_of(spec), X_BTD)[1].expert_PK
-    on_device = context_of(mlx, forced_PK=forced_PK)
-    assert_layer_matches(
-        mlx,
-        layer_of(mlx, spec),
-        lambda layer, x: layer(x, on_device)[0],
-        lambda values, x: moe(spec, values, x, RoutingContext(forced_PK=forced_PK))[0],
-        values_of(spec),
-        X_BTD,
-        dtype="bfloat16",
-        tolerance=BFLOAT16,
-        gradient_tolerance=BFLOAT16_GRADIENT,
-    )
+    assert_bfloat16_is_near_float32(mlx, KINDS[kind], X_BTD)
 
 
 def test_a_token_takes_few_operations():

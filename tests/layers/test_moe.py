@@ -101,6 +101,23 @@ def output(twin: Twin, spec: MoESpec, x_BTD=X_BTD, values=None, raw_BTD=None, **
     return twin.numpy(layer(twin.array(x_BTD), context_of(twin, **context), raw_BTD=raw_BTD)[0])
 
 
+def assert_bfloat16_is_near_float32(twin: Twin, spec: MoESpec, x_BTD: np.ndarray) -> None:
+    """With forced experts: a rounding may not decide who computes."""
+    forced_PK = moe(spec, values_of(spec), x_BTD)[1].expert_PK
+    on_device = context_of(twin, forced_PK=forced_PK)
+    assert_layer_matches(
+        twin,
+        layer_of(twin, spec),
+        lambda layer, x: layer(x, on_device)[0],
+        lambda values, x: moe(spec, values, x, RoutingContext(forced_PK=forced_PK))[0],
+        values_of(spec),
+        x_BTD,
+        dtype="bfloat16",
+        tolerance=BFLOAT16,
+        gradient_tolerance=BFLOAT16_GRADIENT,
+    )
+
+
 def all_to_expert(chosen: int) -> dict[str, np.ndarray]:
     """Values that send every token to one expert; its tokens' first feature must be 1."""
     values = values_of(SPECS["top 1"])
@@ -125,21 +142,7 @@ def test_value_and_gradients_match_the_reference(twin, kind):
 
 @pytest.mark.parametrize("kind", ["shared behind a gate", "parallel", "weight on input", "without computation"])
 def test_bfloat16_is_near_float32(twin, kind):
-    """With forced experts: a rounding may not decide who computes."""
-    spec = SPECS[kind]
-    forced_PK = moe(spec, values_of(spec), X_BTD)[1].expert_PK
-    on_device = context_of(twin, forced_PK=forced_PK)
-    assert_layer_matches(
-        twin,
-        layer_of(twin, spec),
-        lambda layer, x: layer(x, on_device)[0],
-        lambda values, x: moe(spec, values, x, RoutingContext(forced_PK=forced_PK))[0],
-        values_of(spec),
-        X_BTD,
-        dtype="bfloat16",
-        tolerance=BFLOAT16,
-        gradient_tolerance=BFLOAT16_GRADIENT,
-    )
+    assert_bfloat16_is_near_float32(twin, SPECS[kind], X_BTD)
 
 
 @pytest.mark.parametrize("kind", ["shared", "parallel"])

@@ -48,14 +48,8 @@ def chosen_experts(
     return mx.concatenate(out)
 
 
-def _of_tokens(
-    spec: MoESpec,
-    parameters: Mapping[str, mx.array],
-    x_PD: mx.array,
-    expert_PK: mx.array,
-    valid_PK: mx.array,
-    weight_PK: mx.array,
-) -> mx.array:
+def _of_tokens(spec: MoESpec, parameters: Mapping[str, mx.array], *arrays: mx.array) -> mx.array:
+    x_PD, expert_PK, valid_PK, weight_PK = arrays
     experts, dtype = spec.experts, x_PD.dtype
     own_PK, token_PK = _rows(*expert_PK.shape)
     x_R1D, row_PK = x_PD[:, None], token_PK
