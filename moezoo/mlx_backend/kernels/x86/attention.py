@@ -61,20 +61,9 @@ def attend_in_chunks(
         kept[:] = largest, total
 
         def forward_of(row: int, head: int) -> None:
-            queries, keys, of_keys = query[row, :, head] * np.float32(scale), key[row, :, head], value[row, :, head]
-            for part in parts:
-                score = _scores(part, queries, keys)
-                most, sums = largest[row, head, part.queries], total[row, head, part.queries]
-                np.max(score, axis=-1, keepdims=True, out=most)
-                if sink:
-                    of_head = sink[0].reshape(kv_heads, group, 1)[head]
-                    np.maximum(most, of_head, out=most)
-                score -= most
-                np.exp(score, out=score)
-                np.sum(score, axis=-1, keepdims=True, out=sums)
-                if sink:
-                    sums += np.exp(of_head - most)
-                np.divide(_product(score, of_keys[part.keys]), sums, out=out[row, part.queries, head])
+            own = _Head(query[row, :, head] * np.float32(scale), key[row, :, head], value[row, :, head])
+            of_head = sink[0].reshape(kv_heads, group, 1)[head] if sink else None
+            _attend(parts, own, largest[row, head], total[row, head], out[row, :, head], of_head)
 
         on_all_cores(partial(forward_of, *piece) for piece in pieces)
         return out_BTMGH
@@ -89,25 +78,12 @@ def attend_in_chunks(
         inner = np.empty_like(total)
 
         def backward_of(row: int, head: int) -> None:
-            queries, keys, of_keys = query[row, :, head] * np.float32(scale), key[row, :, head], value[row, :, head]
+            own = _Head(query[row, :, head] * np.float32(scale), key[row, :, head], value[row, :, head])
             scaled = of_out[row, :, head] / total[row, head]
             np.sum(scaled * out[row, :, head], axis=-1, keepdims=True, out=inner[row, head])
-            to_keys, to_values = np.zeros(keys.shape, np.float32), np.zeros(of_keys.shape, np.float32)
-            for part in parts:
-                score = _scores(part, queries, keys)
-                score -= largest[row, head, part.queries]
-                np.exp(score, out=score)
-                numerator = score.reshape(-1, score.shape[-1])
-                of_part = scaled[part.queries].reshape(-1, scaled.shape[-1])
-                to_values[part.keys] += numerator.T @ of_part
-                of_score = _product(scaled[part.queries], of_keys[part.keys].T)
-                of_score -= inner[row, head, part.queries]
-                of_score *= score
-                of_queries = of_query[row, part.queries, head]
-                np.multiply(_product(of_score, keys[part.keys]), np.float32(scale), out=of_queries)
-                rows = queries[part.queries].reshape(-1, queries.shape[-1])
-                to_keys[part.keys] += of_score.reshape(numerator.shape).T @ rows
-            of_key[row, :, head], of_value[row, :, head] = to_keys, to_values
+            of_own = _Head(of_query[row, :, head], of_key[row, :, head], of_value[row, :, head])
+            _attend_backward(parts, own, largest[row, head], scaled, inner[row, head], of_own)
+            np.multiply(of_own.query, np.float32(scale), out=of_own.query)
 
         on_all_cores(partial(backward_of, *piece) for piece in pieces)
         found = [array for array, _ in gradients]
@@ -117,6 +93,55 @@ def attend_in_chunks(
         return found
 
     return forward(query_BTMGH, key_BSMH, value_BSMH, *sinks)
+
+
+class _Head(NamedTuple):
+    """Queries [T, G, H], already multiplied by the scale, keys [S, H] and values [S, H] of one head of a sequence."""
+
+    query: Floats
+    key: Floats
+    value: Floats
+
+
+def _attend(
+    parts: Sequence[_Part], own: _Head, largest: Floats, total: Floats, out: Floats, sink_G1: Floats | None
+) -> None:
+    """Write the output of a head [T, G, H], and the largest score and the sum of each query [T, G, 1]."""
+    for part in parts:
+        score = _scores(part, own.query, own.key)
+        most, sums = largest[part.queries], total[part.queries]
+        np.max(score, axis=-1, keepdims=True, out=most)
+        if sink_G1 is not None:
+            np.maximum(most, sink_G1, out=most)
+        score -= most
+        np.exp(score, out=score)
+        np.sum(score, axis=-1, keepdims=True, out=sums)
+        if sink_G1 is not None:
+            sums += np.exp(sink_G1 - most)
+        np.divide(_product(score, own.value[part.keys]), sums, out=out[part.queries])
+
+
+def _attend_backward(
+    parts: Sequence[_Part], own: _Head, largest: Floats, scaled: Floats, inner: Floats, of_own: _Head
+) -> None:
+    """Write the gradients of a head; that of the queries before the scale.
+
+    `scaled` [T, G, H]: the gradient of the output by the sums; `inner` [T, G, 1]: its product with the output.
+    """
+    to_keys, to_values = np.zeros(own.key.shape, np.float32), np.zeros(own.value.shape, np.float32)
+    for part in parts:
+        score = _scores(part, own.query, own.key)
+        score -= largest[part.queries]
+        np.exp(score, out=score)
+        numerator = score.reshape(-1, score.shape[-1])
+        to_values[part.keys] += numerator.T @ scaled[part.queries].reshape(-1, scaled.shape[-1])
+        of_score = _product(scaled[part.queries], own.value[part.keys].T)
+        of_score -= inner[part.queries]
+        of_score *= score
+        of_own.query[part.queries] = _product(of_score, own.key[part.keys])
+        rows = own.query[part.queries].reshape(-1, own.query.shape[-1])
+        to_keys[part.keys] += of_score.reshape(numerator.shape).T @ rows
+    of_own.key[:], of_own.value[:] = to_keys, to_values
 
 
 def _parts(chunks: Sequence[Chunk], group: int) -> Iterator[_Part]:
