@@ -29,7 +29,7 @@ LAYERS = (
         "core.signals",
         "core.tokens",
     ),
-    ("core.hub",),
+    ("core.hub", "core.quantization"),
     ("core.spec",),
     ("core.parameters",),
     ("core.distributed",),

@@ -1,0 +1,1 @@
+"""Quantized weights: their formats, their representation as codes, and decoding."""

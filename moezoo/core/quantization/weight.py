@@ -1,0 +1,175 @@
+"""A parameter that is kept as codes, and its decoding to float32."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from moezoo.core.errors import CheckpointError
+from moezoo.core.quantization.formats import QuantizationFormat
+
+Array = npt.NDArray[Any]
+
+_E8M0_BIAS = 127
+_PIECE = 1 << 20  # numbers decoded at a time
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A parameter as codes: rows along some of its axes are packed, with one scale per group of a row.
+
+    With the parameter's axes in the order `(*lead, *packed)`, codes have one axis per axis of `lead`, and the axes of
+    `packed` together are the row: `w_query` [D, N, H], stored by output, has lead (1, 2), packed (0,) and codes
+    [N, H, words of D]; `w_output` [N, H, D] has lead (2,), packed (0, 1) and codes [D, words of N*H]; `w_up` of experts
+    [E, D, F] has lead (0, 2), packed (1,) and codes [E, F, words of D].
+
+    Fields:
+        format: mode, bits and group size.
+        shape: shape of the parameter, as in the parameter table.
+        lead: axes of the parameter that are axes of the codes, in the codes' order.
+        packed: axes of the parameter that a row of codes runs over, outer to inner.
+        codes: uint32 [*lead, words].
+        scales: [*lead, groups]; affine, fp8: a float dtype; mxfp4, mxfp8: uint8 (E8M0); nvfp4: uint8 (E4M3).
+        biases: affine: as scales; else None.
+
+    Raises CheckpointError if shapes or dtypes do not agree.
+    """
+
+    format: QuantizationFormat
+    shape: tuple[int, ...]
+    lead: tuple[int, ...]
+    packed: tuple[int, ...]
+    codes: Array
+    scales: Array
+    biases: Array | None = None
+
+    def __post_init__(self) -> None:
+        assert sorted((*self.lead, *self.packed)) == list(range(len(self.shape))), (self.lead, self.packed, self.shape)
+        rows, size = tuple(self.shape[axis] for axis in self.lead), self.row_size
+        if not self.format.divides(size):
+            raise CheckpointError(f"rows of {size} numbers cannot be stored as {self.format}.")
+        expected = {"codes": (*rows, self.format.words(size)), "scales": (*rows, self.format.groups(size))}
+        if self.format.has_biases:
+            expected["biases"] = expected["scales"]
+        for name, shape in expected.items():
+            array = getattr(self, name)
+            if array is None or array.shape != shape:
+                got = None if array is None else list(array.shape)
+                raise CheckpointError(f"{name} of a weight in {self.format} have shape {got}; expected {list(shape)}.")
+
+    @property
+    def row_size(self) -> int:
+        """Number of numbers in a row of codes."""
+        return math.prod(self.shape[axis] for axis in self.packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and biases."""
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.biases is None else self.biases.nbytes)
+
+    def values(self) -> Array:
+        """Decode to a contiguous float32 array of the parameter's shape."""
+        rows = decode_rows(self.format, self.codes, self.scales, self.biases, self.row_size)
+        return self.in_place(rows)
+
+    def in_place(self, rows: Array) -> Array:
+        """Return decoded rows [*lead, row size] in the parameter's shape and order of axes."""
+        order = (*self.lead, *self.packed)
+        split = rows.reshape([self.shape[axis] for axis in order])
+        return np.ascontiguousarray(split.transpose(np.argsort(order)))
+
+
+def stored(weights: Mapping[str, Any], name: str) -> Array | QuantizedWeight:
+    """Return a parameter as it is stored: as codes, if `weights` has it so, or as an array of floats."""
+    as_stored = getattr(weights, "stored", None)
+    value: Array | QuantizedWeight = weights[name] if as_stored is None else as_stored(name)
+    return value
+
+
+def decode_rows(format: QuantizationFormat, codes: Array, scales: Array, biases: Array | None, size: int) -> Array:
+    """Decode uint32 codes [..., words] to float32 [..., size], in pieces that use a few MiB besides the result.
+
+    Products are exact in float32 except for fp8, whose product is rounded once; affine values are rounded once, when
+    the bias is added.
+    """
+    out = np.empty((*codes.shape[:-1], size), np.float32)
+    rows, flat = out.reshape(-1, size), codes.reshape(-1, codes.shape[-1])
+    scales = scales.reshape(-1, scales.shape[-1])
+    biases = None if biases is None else biases.reshape(scales.shape)
+    step = max(1, _PIECE // max(1, size))
+    for start in range(0, len(rows), step):
+        piece = slice(start, start + step)
+        number = _numbers(format, unpack(flat[piece], format.bits, size))
+        scale = _per_number(scale_values(format, scales[piece]), format, size)
+        with np.errstate(all="ignore"):  # extreme scales, NaN codes
+            np.multiply(number, scale, out=rows[piece])
+            if biases is not None:
+                rows[piece] += _per_number(biases[piece].astype(np.float32), format, size)
+    return out
+
+
+def unpack(words: Array, bits: int, size: int) -> Array:
+    """Unpack uint32 words [..., size * bits / 32] to codes uint8 [..., size], low bits first."""
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return stream
+    if bits in (2, 4):
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        codes: Array = (stream[..., None] >> shifts) & (2**bits - 1)
+        return codes.reshape(*words.shape[:-1], size)
+    # Eight codes take `bits` bytes: a little-endian integer.
+    octets = stream.reshape(*words.shape[:-1], size // 8, bits)
+    padded = np.zeros((*octets.shape[:-1], 8), np.uint8)
+    padded[..., :bits] = octets
+    shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)
+    wide: Array = (padded.view("<u8") >> shifts) & np.uint64(2**bits - 1)
+    return wide.astype(np.uint8).reshape(*words.shape[:-1], size)
+
+
+def scale_values(format: QuantizationFormat, scales: Array) -> Array:
+    """Return scales as float32; E8M0 255 and E4M3 0x7F are NaN."""
+    match format.mode:
+        case "mxfp4" | "mxfp8":
+            return _e8m0()[scales.view(np.uint8)]
+        case "nvfp4":
+            return _e4m3()[scales.view(np.uint8)]
+        case _:
+            return scales.astype(np.float32)
+
+
+def _per_number(groups: Array, format: QuantizationFormat, size: int) -> Array:
+    return np.repeat(groups, format.group_size, axis=-1)[..., :size]
+
+
+def _numbers(format: QuantizationFormat, codes: Array) -> Array:
+    match format.mode:
+        case "affine":
+            return codes.astype(np.float32)
+        case "mxfp4" | "nvfp4":
+            return _e2m1()[codes]
+        case _:
+            return _e4m3()[codes]
+
+
+@cache
+def _e8m0() -> Array:
+    scale = np.ldexp(1.0, np.arange(256) - _E8M0_BIAS)
+    scale[255] = np.nan
+    return scale.astype(np.float32)
+
+
+@cache
+def _e4m3() -> Array:
+    table: Array = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return table
+
+
+@cache
+def _e2m1() -> Array:
+    table: Array = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return table

@@ -1,0 +1,66 @@
+"""Quantized weights on a device. Spec: moezoo.core.reference.quantization."""
+
+import math
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+
+from moezoo.core.quantization.formats import QuantizationFormat
+from moezoo.core.quantization.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class QuantizedArray:
+    """A parameter as codes on the device: see moezoo.core.quantization.weight.QuantizedWeight.
+
+    `dtype`: of the decoded numbers, set by `astype` as for an array.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    format: QuantizationFormat
+    shape: tuple[int, ...]
+    lead: tuple[int, ...]
+    packed: tuple[int, ...]
+    dtype: mx.Dtype = mx.float32
+
+    def astype(self, dtype: mx.Dtype) -> "QuantizedArray":
+        """Return the same codes, decoded to another dtype."""
+        return replace(self, dtype=dtype)
+
+
+def quantized_array(weight: QuantizedWeight) -> QuantizedArray:
+    """Move a weight's codes to the device."""
+    biases = None if weight.biases is None else _array(weight.biases)
+    form = (weight.format, weight.shape, weight.lead, weight.packed)
+    return QuantizedArray(_array(weight.codes), _array(weight.scales), biases, *form)
+
+
+def dequantize(weight: QuantizedArray) -> mx.array:
+    """Spec: moezoo.core.reference.quantization.dequantize; computed in float32, returned in the weight's dtype."""
+    size = math.prod(weight.shape[axis] for axis in weight.packed)
+    rows = _rows(weight.format, weight.codes, weight.scales, weight.biases, size).astype(weight.dtype)
+    order = (*weight.lead, *weight.packed)
+    return rows.reshape([weight.shape[axis] for axis in order]).transpose([int(axis) for axis in np.argsort(order)])
+
+
+def _rows(
+    format: QuantizationFormat, codes: mx.array, scales: mx.array, biases: mx.array | None, size: int
+) -> mx.array:
+    """Decode codes [..., words] to float32 [..., size]."""
+    if format.mode == "fp8":
+        scale = mx.repeat(scales.astype(mx.float32), format.group_size, axis=-1)[..., :size]
+        return mx.from_fp8(codes.view(mx.uint8), mx.float32) * scale
+    if biases is None:
+        return mx.dequantize(codes, scales, None, format.group_size, format.bits, format.mode, dtype=mx.float32)
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(codes, scales, biases, format.group_size, format.bits, format.mode)
+
+
+def _array(value: np.ndarray) -> mx.array:
+    if value.dtype == ml_dtypes.bfloat16:
+        return mx.array(value.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(value)

@@ -1,0 +1,26 @@
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moezoo.core.quantization.formats import QuantizationFormat
+from moezoo.core.reference.quantization import dequantize
+from tests.support.quantized import FORMATS, random_weight
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_numbers_are_those_of_the_reference(twin, format):
+    weight = random_weight(format, (2, 128, 3), (0, 2), (1,), ml_dtypes.bfloat16)
+    module = twin.module("quantization")
+    values = twin.numpy(module.dequantize(module.quantized_array(weight)))
+    expected = dequantize(weight)
+    assert values.shape == expected.shape
+    np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_rows_of_two_axes_in_bfloat16(twin):
+    weight = random_weight(QuantizationFormat("affine", 5, 32), (2, 32, 3), (2,), (0, 1))
+    module = twin.module("quantization")
+    narrow = module.dequantize(module.quantized_array(weight).astype(twin.module("arrays").DTYPES["bfloat16"]))
+    assert narrow.shape == weight.shape
+    assert str(narrow.dtype).endswith("bfloat16")
+    np.testing.assert_allclose(twin.numpy(narrow), dequantize(weight), rtol=2**-8, atol=1e-5)
