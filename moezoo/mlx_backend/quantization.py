@@ -29,7 +29,12 @@ class QuantizedArray:
 
     def astype(self, dtype: mx.Dtype) -> "QuantizedArray":
         """Return the same codes, decoded to another dtype."""
-        return replace(self, dtype=dtype)
+        return self if dtype == self.dtype else replace(self, dtype=dtype)
+
+    @property
+    def row_size(self) -> int:
+        """Number of numbers in a row of codes."""
+        return math.prod(self.shape[axis] for axis in self.packed)
 
 
 def quantized_array(weight: QuantizedWeight) -> QuantizedArray:
@@ -41,10 +46,25 @@ def quantized_array(weight: QuantizedWeight) -> QuantizedArray:
 
 def dequantize(weight: QuantizedArray) -> mx.array:
     """Spec: moezoo.core.reference.quantization.dequantize; computed in float32, returned in the weight's dtype."""
-    size = math.prod(weight.shape[axis] for axis in weight.packed)
-    rows = _rows(weight.format, weight.codes, weight.scales, weight.biases, size).astype(weight.dtype)
+    rows = _rows(weight.format, weight.codes, weight.scales, weight.biases, weight.row_size).astype(weight.dtype)
     order = (*weight.lead, *weight.packed)
     return rows.reshape([weight.shape[axis] for axis in order]).transpose([int(axis) for axis in np.argsort(order)])
+
+
+def as_array(weight: mx.array | QuantizedArray) -> mx.array:
+    """Return an array as it is, and codes decoded."""
+    return dequantize(weight) if isinstance(weight, QuantizedArray) else weight
+
+
+def take(weight: mx.array | QuantizedArray, index: mx.array) -> mx.array:
+    """Return `weight[index]`; of codes only the rows with these indices are decoded."""
+    if not isinstance(weight, QuantizedArray):
+        return weight[index]
+    if weight.lead != (0,) or sorted(weight.packed) != list(weight.packed):
+        return dequantize(weight)[index]
+    biases = None if weight.biases is None else weight.biases[index]
+    rows = _rows(weight.format, weight.codes[index], weight.scales[index], biases, weight.row_size)
+    return rows.astype(weight.dtype).reshape(*index.shape, *weight.shape[1:])
 
 
 def _rows(

@@ -24,3 +24,13 @@ def test_rows_of_two_axes_in_bfloat16(twin):
     assert narrow.shape == weight.shape
     assert str(narrow.dtype).endswith("bfloat16")
     np.testing.assert_allclose(twin.numpy(narrow), dequantize(weight), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", [QuantizationFormat(), QuantizationFormat("fp8", 8, 128)], ids=str)
+@pytest.mark.parametrize(("shape", "lead", "packed"), [((5, 2, 64), (0,), (1, 2)), ((128, 4), (1,), (0,))])
+def test_rows_are_taken_in_codes_and_then_decoded(twin, format, shape, lead, packed):
+    weight, index = random_weight(format, shape, lead, packed), np.array([[3, 0], [1, 3]])
+    module, expected = twin.module("quantization"), dequantize(weight)
+    for given in (module.quantized_array(weight), twin.array(expected)):
+        rows = module.take(given, twin.array(index))
+        np.testing.assert_allclose(twin.numpy(rows), expected[index], rtol=1e-6, atol=1e-5)

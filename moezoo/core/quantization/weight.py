@@ -1,7 +1,7 @@
 """A parameter that is kept as codes, and its decoding to float32."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.errors import CheckpointError
+from moezoo.core.errors import CheckpointError, TrainingError
 from moezoo.core.quantization.formats import QuantizationFormat
 
 Array = npt.NDArray[Any]
@@ -89,6 +89,15 @@ def stored(weights: Mapping[str, Any], name: str) -> Array | QuantizedWeight:
     as_stored = getattr(weights, "stored", None)
     value: Array | QuantizedWeight = weights[name] if as_stored is None else as_stored(name)
     return value
+
+
+def check_no_codes(names: Collection[str]) -> None:
+    """Raise TrainingError if there are names: those of the parameters that a model keeps as codes."""
+    if names:
+        raise TrainingError(
+            f"{len(names)} parameters are quantized ({next(iter(names))}, ...), and training all parameters of a "
+            "quantized model is not supported. Make a checkpoint of floats with `moezoo convert --dequantize`."
+        )
 
 
 def decode_rows(format: QuantizationFormat, codes: Array, scales: Array, biases: Array | None, size: int) -> Array:
