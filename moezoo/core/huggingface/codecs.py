@@ -9,7 +9,6 @@ Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M
 """
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError
+from moezoo.core.quantization.small_floats import E8M0_BIAS, e4m3_values, mxfp4_to_bfloat16, to_e4m3
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -24,8 +24,6 @@ Shape = tuple[int, ...]
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
 _PIECE = 1 << 18  # elements at a time
-_E8M0_BIAS = 127
-_LARGEST_E4M3 = np.float32(448)
 
 
 def mxfp4_shape(name: str, blocks: Shape, scales: Shape) -> Shape:
@@ -58,17 +56,14 @@ def fp8_shape(name: str, codes: Shape, scales: Shape) -> Shape:
 def mxfp4_decode(blocks: Array, scales: Array) -> Array:
     """Decode uint8 blocks [..., in / 32, 16], low nibble first, with E8M0 scales [..., in / 32] to bfloat16 [..., in].
 
-    A value is `code * 2^(scale - 127)`; bfloat16 represents it exactly, including subnormals. Beyond bfloat16's range
-    it is infinite (scale 253 with codes 4 and 6, 254 from code 2 on); scale 255 is NaN.
+    Values are exact, see `mxfp4_to_bfloat16`.
     """
     shape = mxfp4_shape("blocks", blocks.shape, scales.shape)
-    table, values = _mxfp4_table(), np.empty((scales.size, MXFP4_GROUP // 2), np.uint32)
-    rows, exponents = blocks.reshape(values.shape), _as_bytes(scales).reshape(-1, 1)
+    values = np.empty((scales.size, MXFP4_GROUP), ml_dtypes.bfloat16)
+    rows, exponents = blocks.reshape(len(values), MXFP4_GROUP // 2), scales.reshape(-1, 1)
     for piece in _pieces(len(values), MXFP4_GROUP):
-        index = exponents[piece].astype(np.uint16) << 8 | rows[piece]
-        values[piece] = table[index]
-    decoded: Array = values.view(ml_dtypes.bfloat16).reshape(shape)
-    return decoded
+        values[piece] = mxfp4_to_bfloat16(rows[piece], exponents[piece])
+    return values.reshape(shape)
 
 
 def mxfp4_encode(values: Array, scales: Array, kept: Array | None = None, *, rounded: bool = False) -> Array:
@@ -90,7 +85,7 @@ def mxfp4_encode(values: Array, scales: Array, kept: Array | None = None, *, rou
     for piece in _pieces(len(rows), MXFP4_GROUP):
         numbers = rows[piece].astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            scaled = np.ldexp(numbers, _E8M0_BIAS - exponents[piece].astype(np.int32))
+            scaled = np.ldexp(numbers, E8M0_BIAS - exponents[piece].astype(np.int32))
             code = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
         blocks[piece] = code[:, 0::2] | code[:, 1::2] << 4
         if stored is not None:
@@ -109,7 +104,7 @@ def fp8_decode(codes: Array, scales: Array) -> Array:
     """
     fp8_shape("codes", codes.shape, scales.shape)
     values = np.empty(codes.shape, np.float32)
-    table = _fp8_table()
+    table = e4m3_values()
     for band, scale in _bands(codes.shape, scales):
         with np.errstate(all="ignore"):  # NaN codes, extreme scales
             np.multiply(table[_as_bytes(codes[band])], scale, out=values[band])
@@ -124,12 +119,11 @@ def fp8_encode(values: Array, scales: Array, kept: Array | None = None, *, round
     """
     fp8_shape("codes", values.shape, scales.shape)
     codes = np.empty(values.shape, ml_dtypes.float8_e4m3fn)
-    table = _fp8_table()
+    table = e4m3_values()
     for band, scale in _bands(values.shape, scales):
         numbers = values[band].astype(np.float32)
         with np.errstate(all="ignore"):  # non-finite results are resolved by `kept`, or rejected
-            scaled = np.clip(numbers / scale, -_LARGEST_E4M3, _LARGEST_E4M3)
-            code = scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+            code = to_e4m3(numbers / scale)
             if kept is not None:
                 stored = _as_bytes(kept[band])
                 code = np.where(_same(table[stored] * scale, numbers), stored, code)
@@ -137,25 +131,6 @@ def fp8_encode(values: Array, scales: Array, kept: Array | None = None, *, round
                 _check_exact(_same(table[code] * scale, numbers), "FP8")
         codes[band] = code.view(ml_dtypes.float8_e4m3fn)
     return codes
-
-
-@cache
-def _mxfp4_table() -> Array:
-    """Lookup table of the two bfloat16 values of a byte, low nibble first, as uint32 [scale * 256 + byte]."""
-    code = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
-    scale = np.ldexp(1.0, np.arange(256) - _E8M0_BIAS)
-    scale[255] = np.nan
-    with np.errstate(over="ignore"):  # infinite beyond the range, see mxfp4_decode
-        numbers = (scale[:, None] * code).astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
-    pairs = np.stack([np.tile(numbers, (1, 16)), np.repeat(numbers, 16, axis=1)], axis=-1)
-    table: Array = np.ascontiguousarray(pairs).view(np.uint32).reshape(-1)
-    return table
-
-
-@cache
-def _fp8_table() -> Array:
-    table: Array = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return table
 
 
 def _as_bytes(array: Array) -> Array:

