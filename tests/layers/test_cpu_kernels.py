@@ -109,18 +109,24 @@ def test_masked_keys_have_zero_weight_even_with_large_scores(mlx):
     np.testing.assert_array_equal(mlx.numpy(out[0])[:, :2], mlx.numpy(out[1])[:, :2])
 
 
-def test_updates_are_the_same_with_and_without_the_kernels(mlx, use):
+@pytest.mark.parametrize("clip_norm", [0.1, None])
+def test_updates_are_the_same_with_and_without_the_kernels(mlx, use, clip_norm):
     spec = spec_of(GatedFeedForwardSpec(hidden_dim=F))
     window = np.random.default_rng(0).integers(0, V, (1, B, 9)).astype(np.int32)
     found: list[dict[str, np.ndarray]] = []
     for kernels in (True, False):
         use(kernels)
         model = mlx.backend().build(spec, initial_weights(spec, 0))
-        model.start_training(OptimizerConfig(learning_rate=1e-2, epsilon=1e-2, weight_decay=0.3))
+        held = model.export_parameters()
+        before = {name: np.array(value) for name, value in held.items()}
+        config = OptimizerConfig(learning_rate=1e-2, epsilon=1e-2, weight_decay=0.3, clip_norm=clip_norm)
+        model.start_training(config)
         norms = {
             f"norm of step {step}": np.array(model.train_step(window, 1e-2).fetch().gradient_norm) for step in range(3)
         }
         found.append(norms | {name: np.array(value) for name, value in model.export_parameters().items()})
+        for name, value in held.items():
+            np.testing.assert_array_equal(value, before[name])
     assert_all_close(*found, FLOAT32_UPDATE)
 
 

@@ -10,11 +10,15 @@ from mlx import optimizers
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu, pays
 from moezoo.mlx_backend.runtime.cores import BLOCK, Floats, on_all_cores, values, zeros
 
-_LARGE_BLOCK = 2 * BLOCK  # nothing is read twice, so fewer calls count more than a cache
+_LARGE_BLOCK = 4 * BLOCK  # nothing is read twice, so fewer calls count more than a cache
 
 
 class BlockedAdamW(optimizers.AdamW):
-    """MLX's AdamW with bias correction; moments, which the optimizer alone holds, are updated in place."""
+    """MLX's AdamW with bias correction, without new arrays.
+
+    Moments, which the optimizer alone holds, are updated in place. The updated parameter is written to the memory of
+    its gradient, which nothing else needs: others may still hold the old parameter.
+    """
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         if not pays(parameter.size):
@@ -22,7 +26,8 @@ class BlockedAdamW(optimizers.AdamW):
         (beta1, beta2), step, learning_rate = self.betas, self.step.item(), self.learning_rate.item()
         of_second = np.sqrt(1 - beta2**step)
         kept, rate = np.float32(1 - learning_rate * self.weight_decay), learning_rate / (1 - beta1**step)
-        updated, out = zeros(*parameter.shape)
+        arrays = values(gradient, parameter, state["m"], state["v"])
+        updated, out = (gradient, arrays[0]) if arrays[0].flags.c_contiguous else zeros(*parameter.shape)
 
         def update(out: Floats, gradient: Floats, value: Floats, first: Floats, second: Floats) -> None:
             change = gradient * np.float32(1 - beta1)
@@ -39,8 +44,7 @@ class BlockedAdamW(optimizers.AdamW):
             np.multiply(value, kept, out=out)
             out -= change
 
-        arrays = out, *values(gradient, parameter, state["m"], state["v"])
-        on_all_cores(partial(update, *block) for block in zip(*map(_blocks, arrays), strict=True))
+        on_all_cores(partial(update, *block) for block in zip(*map(_blocks, (out, *arrays)), strict=True))
         return updated
 
 
