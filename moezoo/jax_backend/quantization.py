@@ -47,7 +47,7 @@ def quantized_array(weight: QuantizedWeight) -> QuantizedArray:
 
 
 def dequantize(weight: QuantizedArray) -> jax.Array:
-    """Spec: moezoo.core.reference.quantization.dequantize; computed in float32, returned in the weight's dtype."""
+    """Spec: moezoo.core.reference.quantization.dequantize; returned in the weight's dtype."""
     rows = _rows(weight.format, weight.codes, weight.scales, weight.biases, weight.row_size).astype(weight.dtype)
     order = (*weight.lead, *weight.packed)
     return rows.reshape([weight.shape[axis] for axis in order]).transpose(np.argsort(order))
@@ -93,7 +93,16 @@ def _rows(
         case _:
             pass
     value = number.astype(jnp.float32) * per_number(scale)
-    return value if biases is None else value + per_number(biases)
+    if biases is None:
+        return value
+    return _rounded(_rounded(value, scales.dtype) + per_number(biases), scales.dtype)
+
+
+def _rounded(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Round float32 numbers to another dtype. Trap: XLA may drop a cast to a narrower dtype and back."""
+    if dtype == jnp.bfloat16:
+        return lax.reduce_precision(value, exponent_bits=8, mantissa_bits=7)
+    return value if dtype == value.dtype else lax.optimization_barrier(value.astype(dtype)).astype(value.dtype)
 
 
 def _unpacked(words: jax.Array, bits: int, size: int) -> jax.Array:

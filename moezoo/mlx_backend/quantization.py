@@ -45,7 +45,7 @@ def quantized_array(weight: QuantizedWeight) -> QuantizedArray:
 
 
 def dequantize(weight: QuantizedArray) -> mx.array:
-    """Spec: moezoo.core.reference.quantization.dequantize; computed in float32, returned in the weight's dtype."""
+    """Spec: moezoo.core.reference.quantization.dequantize; returned in the weight's dtype."""
     rows = _rows(weight.format, weight.codes, weight.scales, weight.biases, weight.row_size).astype(weight.dtype)
     order = (*weight.lead, *weight.packed)
     return rows.reshape([weight.shape[axis] for axis in order]).transpose([int(axis) for axis in np.argsort(order)])
@@ -76,8 +76,7 @@ def _rows(
         return mx.from_fp8(codes.view(mx.uint8), mx.float32) * scale
     if biases is None:
         return mx.dequantize(codes, scales, None, format.group_size, format.bits, format.mode, dtype=mx.float32)
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(codes, scales, biases, format.group_size, format.bits, format.mode)
+    return mx.dequantize(codes, scales, biases, format.group_size, format.bits, format.mode).astype(mx.float32)
 
 
 def _array(value: np.ndarray) -> mx.array:

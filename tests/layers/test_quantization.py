@@ -17,6 +17,16 @@ def test_numbers_are_those_of_the_reference(twin, format):
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=["float32", "float16", "bfloat16"])
+def test_affine_numbers_are_rounded_as_product_and_as_sum_to_the_dtype_of_the_scales(twin, dtype):
+    weight = random_weight(QuantizationFormat("affine", 6, 32), (64, 96), (0,), (1,), dtype)
+    module = twin.module("quantization")
+    values = twin.numpy(module.dequantize(module.quantized_array(weight)))
+    np.testing.assert_array_equal(values, weight.values())
+    np.testing.assert_array_equal(values, values.astype(dtype).astype(np.float32))
+    np.testing.assert_array_equal(values, dequantize(weight).astype(np.float32))
+
+
 def test_rows_of_two_axes_in_bfloat16(twin):
     weight = random_weight(QuantizationFormat("affine", 5, 32), (2, 32, 3), (2,), (0, 1))
     module = twin.module("quantization")

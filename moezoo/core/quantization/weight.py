@@ -101,8 +101,8 @@ def check_no_codes(names: Collection[str]) -> None:
 def decode_rows(format: QuantizationFormat, codes: Array, scales: Array, biases: Array | None, size: int) -> Array:
     """Decode uint32 codes [..., words] to float32 [..., size], in pieces that use a few MiB besides the result.
 
-    Products are exact in float32 except for fp8, whose product is rounded once; affine values are rounded once, when
-    the bias is added.
+    Affine numbers are those of arithmetic in the scales' dtype: rounded as a product, and again as a sum with the bias.
+    Other products are exact in float32, except for fp8, whose product is rounded once.
     """
     out = np.empty((*codes.shape[:-1], size), np.float32)
     rows, flat = out.reshape(-1, size), codes.reshape(-1, codes.shape[-1])
@@ -119,7 +119,9 @@ def decode_rows(format: QuantizationFormat, codes: Array, scales: Array, biases:
         with np.errstate(all="ignore"):  # extreme scales, NaN codes
             np.multiply(number, scale, out=rows[piece])
             if biases is not None:
-                rows[piece] += _per_number(biases[piece].astype(np.float32), format, size)
+                product = rows[piece].astype(scales.dtype, copy=False).astype(np.float32, copy=False)
+                product += _per_number(biases[piece].astype(np.float32), format, size)
+                rows[piece] = product.astype(scales.dtype, copy=False)
     return out
 
 

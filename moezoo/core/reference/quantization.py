@@ -15,8 +15,9 @@ Array = npt.NDArray[Any]
 def dequantize(weight: QuantizedWeight) -> Array:
     """Return the numbers that a weight's codes stand for, float64 of the parameter's shape.
 
-    A number is `scale * code + bias` with the scale, and in affine mode the bias, of its group. Codes follow each other
-    in a row's bits, low bits first, across the borders of uint32 words.
+    A number is `scale * code + bias` with the scale, and in affine mode the bias, of its group; there, product and sum
+    are rounded to the scales' dtype. Codes follow each other in a row's bits, low bits first, across the borders of
+    uint32 words.
 
     Source: as moezoo.core.quantization.formats.
     """
@@ -28,8 +29,14 @@ def dequantize(weight: QuantizedWeight) -> Array:
             code = (bits >> (format.bits * place)) & (2**format.bits - 1)
             group = (*index, place // format.group_size)
             value = scale_of(format, weight.scales[group]) * number_of(format, code)
-            rows[*index, place] = value if weight.biases is None else value + float(weight.biases[group])
+            if weight.biases is not None:
+                value = _rounded(_rounded(value, weight) + float(weight.biases[group]), weight)
+            rows[*index, place] = value
     return weight.in_place(rows)
+
+
+def _rounded(value: float, weight: QuantizedWeight) -> float:
+    return float(np.float64(value).astype(np.float32).astype(weight.scales.dtype))
 
 
 def number_of(format: QuantizationFormat, code: int) -> float:
