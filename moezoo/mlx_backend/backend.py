@@ -13,6 +13,7 @@ from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.kernels.chosen_experts import FEW_TOKENS
 from moezoo.mlx_backend.kernels.grouped_product import grouped_path
 from moezoo.mlx_backend.kernels.x86 import kernels
+from moezoo.mlx_backend.kernels.x86.token import token_path
 from moezoo.mlx_backend.model import MlxModel
 from moezoo.mlx_backend.moe_layer import MoELayer
 
@@ -58,6 +59,7 @@ class MlxBackend:
             "device": f"{device}, MLX {mx.__version__}",  # type: ignore[attr-defined]  # not in its stub
             "experts": grouped_path(),
             "few tokens": FEW_TOKENS,
+            "decoding": token_path(),
             "blas": BLAS,
             "freed memory": FREED_MEMORY,
             "kernels": kernels(),

@@ -18,7 +18,8 @@ from moezoo.core.tokens import check_targets
 from moezoo.mlx_backend.arrays import Weights, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.distributed import data_parallel
-from moezoo.mlx_backend.generation import Generation, choose, prefilled
+from moezoo.mlx_backend.generation import Extend, Generation, Step, choose, prefilled
+from moezoo.mlx_backend.kernels.x86.token import token_step
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
 from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int, to_ints
@@ -95,14 +96,14 @@ class MlxInference:
         )
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
-        return Generation(self.spec, self._extended, self._decoded, prompts, new_tokens, options)
+        return Generation(self.spec, self._extended, self._decoded(), prompts, new_tokens, options)
 
     def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
         logits, caches = prefilled(self.spec, self._extended, list(tokens), size)
         return np.array(logits), caches
 
     def decode(self, tokens: np.ndarray, cache: Caches) -> tuple[np.ndarray, Caches]:
-        logits, cache = self._extended(mx.array(tokens[:, None]), cache)
+        logits, cache = self._extended_by_one()(mx.array(tokens[:, None]), cache)
         mx.eval(logits, cache)
         return np.array(logits), cache
 
@@ -112,12 +113,29 @@ class MlxInference:
         assert result.caches is not None
         return result.logits_BTV[:, -1], result.caches
 
-    def _decoded(
-        self, tokens: mx.array, caches: Caches, rule: Rule, seen: mx.array | None, draw: mx.array | None
-    ) -> tuple[mx.array, mx.array, mx.array | None, Caches]:
-        """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
-        logits, caches = self._extended(tokens[:, None], caches)
-        return *choose(logits, rule, seen, draw), caches
+    def _extended_by_one(self) -> Extend:
+        """Return `_extended` for single tokens with the parameters of now, by NumPy where that is faster."""
+        step = token_step(self.spec, self._named())
+
+        def extended(tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:
+            if step is None or caches.first_B is not None:  # rows with padding have a mask each
+                return self._extended(tokens, caches)
+            return step(np.asarray(tokens)[:, 0], caches)
+
+        return extended
+
+    def _decoded(self) -> Step:
+        """Return the step of a generation."""
+        extended = self._extended_by_one()
+
+        def step(
+            tokens: mx.array, caches: Caches, rule: Rule, seen: mx.array | None, draw: mx.array | None
+        ) -> tuple[mx.array, mx.array, mx.array | None, Caches]:
+            """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
+            logits, caches = extended(tokens[:, None], caches)
+            return *choose(logits, rule, seen, draw), caches
+
+        return step
 
     def wait(self) -> None:
         mx.eval(self._module.state)

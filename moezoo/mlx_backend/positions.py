@@ -10,7 +10,7 @@ from mlx import nn
 from moezoo.core.reference.positions import frequencies, score_multiplier, sinusoidal_frequencies
 from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.kernels.rotation import turns_by_matrix
+from moezoo.mlx_backend.kernels.rotation import turning_matrix, turns_by_matrix
 
 __all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # score_multiplier is a plain number, shared with core
 
@@ -21,7 +21,7 @@ def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array | range) -> mx
     A range is for positions that are known to Python.
     """
     if isinstance(position_T, range) and turns_by_matrix(len(position_T)):
-        turned_BTNH = x_BTNH.astype(mx.float32) @ _matrix(spec, x_BTNH.shape[-1], position_T)
+        turned_BTNH = x_BTNH.astype(mx.float32) @ _matrix(spec, x_BTNH.shape[-1], position_T.start)
         return turned_BTNH.astype(x_BTNH.dtype)
     if isinstance(position_T, range):
         cosine, sine = _cosine_and_sine(spec, x_BTNH.shape[-1], position_T)
@@ -60,20 +60,8 @@ def _cosine_and_sine(spec: RoPESpec, head_dim: int, position_T: range) -> tuple[
 
 
 @functools.lru_cache(maxsize=64)
-def _matrix(spec: RoPESpec, head_dim: int, position_T: range) -> mx.array:
-    """Return the matrix [1, 1, H, H] that turns rows at one position, as `_cosine_and_sine` do."""
-    cosine, sine = (np.array(part).flatten() for part in _cosine_and_sine(spec, head_dim, position_T))
-    matrix_HH, pair = np.eye(head_dim, dtype=np.float32), np.arange(len(cosine))
-    match spec.layout:
-        case "half_split":
-            first, second = pair, pair + len(pair)
-        case "interleaved":
-            first, second = 2 * pair, 2 * pair + 1
-        case _:
-            assert_never(spec.layout)
-    matrix_HH[first, first] = matrix_HH[second, second] = cosine
-    matrix_HH[first, second], matrix_HH[second, first] = sine, -sine
-    return mx.array(matrix_HH[None, None])
+def _matrix(spec: RoPESpec, head_dim: int, position: int) -> mx.array:
+    return mx.array(turning_matrix(spec, head_dim, position)[None, None])
 
 
 def positions(length: int, cached: mx.array | int, first_B: mx.array | None) -> mx.array:

@@ -1,4 +1,4 @@
-"""Number of operations of a decoded token: each costs some microseconds, however small its arrays are."""
+"""Number of operations of a token in MLX's graph: each costs some microseconds, however small its arrays are."""
 
 import io
 import re
@@ -12,7 +12,11 @@ from moezoo.mlx_backend.runtime.typed import flatten
 
 
 def operations_per_token(model: MlxInference, batch: int = 1) -> int:
-    """Return the number of MLX operations that extend each of B sequences by one token; sampling is not counted."""
+    """Return the number of MLX operations that extend each of B sequences by one token; sampling is not counted.
+
+    Also of a model whose tokens NumPy computes here (`kernels/x86/token.py`): the graph is that of other platforms, and
+    of prompts of unequal length.
+    """
     tokens = np.zeros((batch, 2), np.int32)
     _, caches = model.prefill(tokens[:, :1], 2)
     with whole_graph():

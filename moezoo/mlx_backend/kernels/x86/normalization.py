@@ -22,8 +22,7 @@ def rms_norm(x: mx.array, scale: mx.array | None, epsilon: float) -> mx.array:
         kept[:] = [inverse]
 
         def forward_of(rows: slice) -> None:
-            mean = np.einsum("PD,PD->P", x[rows], x[rows])[:, None] / np.float32(width)
-            np.divide(1, np.sqrt(mean + np.float32(epsilon)), out=inverse[rows])
+            inverse[rows] = inverse_rms(x[rows], epsilon)
             np.multiply(x[rows], inverse[rows], out=out[rows])
             for scale_D in scale:
                 out[rows] *= scale_D
@@ -54,3 +53,9 @@ def rms_norm(x: mx.array, scale: mx.array | None, epsilon: float) -> mx.array:
         return [of_x_PD, *(mx.array(np.sum(parts, axis=0)) for _ in scale)]
 
     return forward(x.reshape(-1, width), *scales).reshape(x.shape)
+
+
+def inverse_rms(x: Floats, epsilon: float) -> Floats:
+    """Return 1 over the root mean square of the last axis, which is kept."""
+    mean = np.einsum("...D,...D->...", x, x)[..., None] / np.float32(x.shape[-1])
+    return np.asarray(1 / np.sqrt(mean + np.float32(epsilon)), np.float32)

@@ -1,0 +1,244 @@
+"""One more token of each sequence by NumPy: a product of few rows takes as long as reading its matrix.
+
+OpenBLAS's `sgemm` and `sgemv`, which MLX and NumPy call for one row, read a matrix of half a megabyte at 10 to 15 GB/s;
+`einsum`, which adds one row of the matrix at a time, at 22 to 30, about what the memory gives to all cores. And a small
+operation takes NumPy one microsecond, MLX five.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from moezoo.core.spec import (
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    NoisyTopKChoiceSpec,
+    NormSpec,
+    RMSNormSpec,
+    RoPESpec,
+    TiedHeadSpec,
+    TopKChoiceSpec,
+)
+from moezoo.core.spec.base import Part
+from moezoo.core.tokens import Integers
+from moezoo.mlx_backend.kernels.rotation import turning_matrix
+from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
+from moezoo.mlx_backend.kernels.x86.activation import silu
+from moezoo.mlx_backend.kernels.x86.normalization import inverse_rms
+from moezoo.mlx_backend.kv_cache import Cache, Caches, KVCache
+from moezoo.mlx_backend.runtime.cores import Floats, can_limit_blas, on_all_cores, one_by_one
+
+STREAMED_ROWS = 2
+"""Rows up to which einsum reads a matrix from memory faster than `sgemv` and `sgemm` do: 22 to 30 GB/s for 13 to 17."""
+
+LARGE = 2**19
+"""Elements of a matrix from which OpenBLAS uses all cores for one row, which einsum does not."""
+
+
+def token_path() -> str:
+    """Return what computes one more token, for the run's header."""
+    return "NumPy where all layers are common, else MLX's graph" if _computes_tokens() else "MLX's graph"
+
+
+def token_step(spec: ModelSpec, parameters: Mapping[str, mx.array]) -> "TokenStep | None":
+    """Return the step of a model of common layers with these parameters by canonical name; None of another one.
+
+    Common: pre-norm, RoPE or no position, RMS norms, top-k of a softmax, SwiGLU experts without biases, float32.
+    """
+    if not _computes_tokens() or any(value.dtype != mx.float32 for value in parameters.values()):
+        return None
+    layers = all(_is_common(layer) for layer in spec.layers)
+    common = layers and isinstance(spec.norm, RMSNormSpec) and not spec.head.bias
+    training = ("dropout", "initializer")
+    if not common or not _has_defaults(spec, "vocab_size", "embed_dim", "layers", "norm", "head", *training):
+        return None
+    return TokenStep(spec, {name: np.asarray(value) for name, value in parameters.items()})
+
+
+class TokenStep:
+    """Views of a model's parameters, and the step that extends sequences by one token."""
+
+    def __init__(self, spec: ModelSpec, values: Mapping[str, Floats]):
+        self._embedding_VD = values["embedding.weight"]
+        self._layers = [_Layer(layer, spec.norm, values, f"layers.{i}") for i, layer in enumerate(spec.all_layers)]
+        self._final_norm = _Norm.of(spec.norm, values, "final_norm")
+        self._head_DV = self._embedding_VD.T if isinstance(spec.head, TiedHeadSpec) else values["head.w_head"]
+
+    def __call__(self, tokens_B: Integers, caches: Caches) -> tuple[mx.array, Caches]:
+        """Return logits [B, V] after these tokens, and caches that hold them; written in place if they are spent."""
+        with np.errstate(all="ignore"):  # as in MLX, whose logits of a diverged model are NaN without a warning
+            return self._extended(tokens_B, caches)
+
+    def _extended(self, tokens_B: Integers, caches: Caches) -> tuple[mx.array, Caches]:
+        x_BD, extended = self._embedding_VD[tokens_B], list[Cache]()
+        for layer, cache in zip(self._layers, caches.layers, strict=True):
+            assert isinstance(cache, KVCache)
+            key_BSMH, value_BSMH = (_own(array, spent=caches.spent) for array in (cache.key_BSMH, cache.value_BSMH))
+            x_BD = layer.extended(x_BD, np.asarray(key_BSMH), np.asarray(value_BSMH), cache.length)
+            extended.append(KVCache(key_BSMH, value_BSMH, cache.length + 1))
+        return mx.array(self._final_norm(x_BD) @ self._head_DV), Caches(extended, None)
+
+
+class _Norm(NamedTuple):
+    """RMS norm of the last axis."""
+
+    scale_D: Floats | None
+    epsilon: float
+
+    @staticmethod
+    def of(spec: NormSpec, values: Mapping[str, Floats], name: str) -> "_Norm":
+        assert isinstance(spec, RMSNormSpec)
+        scale_D = None if spec.scale == "none" else values[f"{name}.scale"]
+        return _Norm(1 + scale_D if spec.scale == "zero_centred" and scale_D is not None else scale_D, spec.epsilon)
+
+    def __call__(self, x: Floats) -> Floats:
+        normed = x * inverse_rms(x, self.epsilon)
+        if self.scale_D is not None:
+            normed *= self.scale_D
+        return normed
+
+
+class _Layer:
+    """Attention and experts, each after its norm."""
+
+    def __init__(self, spec: LayerSpec, norm: NormSpec, values: Mapping[str, Floats], name: str):
+        assert isinstance(spec.attention, GroupedQueryAttentionSpec)
+        assert spec.moe is not None
+        self._attention_norm = _Norm.of(norm, values, f"{name}.attention_norm")
+        self._feed_forward_norm = _Norm.of(norm, values, f"{name}.feed_forward_norm")
+        self._attention = _Attention(spec.attention, values, f"{name}.attention")
+        self._experts = _Experts(spec.moe, values, f"{name}.moe")
+
+    def extended(self, x_BD: Floats, key_BSMH: Floats, value_BSMH: Floats, length: int) -> Floats:
+        """Return the residual stream after this layer; keys and values are written to slot `length`."""
+        x_BD = x_BD + self._attention(self._attention_norm(x_BD), key_BSMH, value_BSMH, length)
+        return x_BD + self._experts(self._feed_forward_norm(x_BD))
+
+
+class _Attention:
+    """Attention of one token of each sequence to the filled slots of a cache."""
+
+    def __init__(self, spec: GroupedQueryAttentionSpec, values: Mapping[str, Floats], name: str):
+        group = spec.num_heads // spec.num_kv_heads
+        self._position, self._shape = spec.position, (spec.num_kv_heads, group, spec.head_dim)
+        self._scale = np.float32(spec.head_dim**-0.5 if spec.scale is None else spec.scale)
+        w_query_DNH, w_key_DMH, w_value_DMH, w_output_NHD = (
+            values[f"{name}.w_{part}"] for part in ("query", "key", "value", "output")
+        )
+        self._w_query, self._w_key, self._w_value = (
+            w.reshape(len(w), -1) for w in (w_query_DNH, w_key_DMH, w_value_DMH)
+        )
+        self._w_output = w_output_NHD.reshape(-1, w_output_NHD.shape[-1])
+        self._norms = [
+            _Norm.of(spec.qk_norm, values, f"{name}.{part}_norm")
+            for part in ("query", "key")
+            if spec.qk_norm is not None
+        ]
+
+    def __call__(self, x_BD: Floats, key_BSMH: Floats, value_BSMH: Floats, length: int) -> Floats:
+        """Return the output [B, D]; keys and values of the token are written to slot `length`."""
+        heads, _, width = self._shape
+        query_BMGH: Floats = _product(x_BD, self._w_query).reshape(-1, *self._shape)
+        key_BMH: Floats = _product(x_BD, self._w_key).reshape(-1, heads, width)
+        if self._norms:
+            query_norm, key_norm = self._norms
+            query_BMGH, key_BMH = query_norm(query_BMGH), key_norm(key_BMH)
+        if isinstance(self._position, RoPESpec):
+            turn_HH = turning_matrix(self._position, width, length)
+            query_BMGH, key_BMH = query_BMGH @ turn_HH, key_BMH @ turn_HH
+        key_BSMH[:, length] = key_BMH
+        value_BSMH[:, length] = _product(x_BD, self._w_value).reshape(key_BMH.shape)
+        # A matrix is the left operand, as OpenBLAS is two to four times slower if the right one is the larger.
+        key_BM1SH = key_BSMH[:, : length + 1].swapaxes(1, 2)[:, :, None]
+        weight_BMGS = (key_BM1SH @ (query_BMGH * self._scale)[..., None])[..., 0]
+        weight_BMGS -= weight_BMGS.max(axis=-1, keepdims=True)
+        np.exp(weight_BMGS, out=weight_BMGS)
+        weight_BMGS /= weight_BMGS.sum(axis=-1, keepdims=True)
+        value_BMHS = value_BSMH[:, : length + 1].transpose(0, 2, 3, 1)
+        attended_BMGH = (value_BMHS @ weight_BMGS.swapaxes(-1, -2)).swapaxes(-1, -2)
+        return _product(attended_BMGH.reshape(len(x_BD), -1), self._w_output)
+
+
+class _Experts:
+    """Router and experts of a layer."""
+
+    def __init__(self, spec: MoESpec, values: Mapping[str, Floats], name: str):
+        self._top_k, self._renormalizes = spec.router.top_k, spec.router.renormalize == "sum"
+        self._w_router_DE = values[f"{name}.router.w_router"]
+        self._matrices = [values[f"{name}.experts.w_{part}"] for part in ("gate", "up", "down")]
+
+    def __call__(self, x_BD: Floats) -> Floats:
+        """Return the weighted sum of each token's experts; of several tokens, a core takes one expert at a time."""
+        expert_BK, weight_BK = self._chosen(x_BD)
+        expert_R = expert_BK.reshape(-1)
+        order_R = np.argsort(expert_R, kind="stable")
+        ends = [*(np.flatnonzero(np.diff(expert_R[order_R])) + 1).tolist(), expert_R.size]
+        out_RD = np.empty((expert_R.size, x_BD.shape[1]), np.float32)
+        pieces = (
+            partial(self._run, x_BD, expert_R[order_R[start]], order_R[start:end], out_RD)
+            for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        )
+        (one_by_one if len(x_BD) == 1 else on_all_cores)(pieces)
+        return (weight_BK[:, None] @ out_RD.reshape(*weight_BK.shape, -1))[:, 0]
+
+    def _chosen(self, x_BD: Floats) -> tuple[np.ndarray, Floats]:
+        """Return the experts of each token, ties by lower id, and their weights."""
+        logits_BE = x_BD @ self._w_router_DE
+        expert_BK = np.argsort(-logits_BE, axis=-1, kind="stable")[:, : self._top_k]
+        score_BE = np.exp(logits_BE - logits_BE.max(axis=-1, keepdims=True))
+        weight_BK = score_BE[np.arange(len(x_BD))[:, None], expert_BK]
+        weight_BK /= (weight_BK if self._renormalizes else score_BE).sum(axis=-1, keepdims=True)
+        return expert_BK, weight_BK
+
+    def _run(self, x_BD: Floats, expert: int, slot_R: np.ndarray, out_RD: Floats) -> None:
+        """Compute these slots, all of one expert."""
+        gate_DF, up_DF, down_FD = (matrices[expert] for matrices in self._matrices)
+        rows = x_BD[slot_R // self._top_k]
+        hidden = silu(_product(rows, gate_DF))
+        hidden *= _product(rows, up_DF)
+        out_RD[slot_R] = _product(hidden, down_FD)
+
+
+def _product(x_RD: Floats, w_DF: Floats) -> Floats:
+    """Return x times w: few rows by a loop over D that streams w, larger products by all threads of OpenBLAS."""
+    if len(x_RD) <= STREAMED_ROWS and w_DF.size < LARGE:
+        return np.asarray(np.einsum("RD,DF->RF", x_RD, w_DF))
+    return x_RD @ w_DF
+
+
+def _computes_tokens() -> bool:
+    return is_x86_cpu() and can_limit_blas()
+
+
+def _is_common(layer: LayerSpec) -> bool:
+    attention, moe = layer.attention, layer.moe
+    return (
+        isinstance(attention, GroupedQueryAttentionSpec)
+        and moe is not None
+        and isinstance(attention.qk_norm, RMSNormSpec | None)
+        and isinstance(moe.experts, GatedFeedForwardSpec)
+        and isinstance(moe.router.choice, TopKChoiceSpec | NoisyTopKChoiceSpec)
+        and moe.router.renormalize != "p_norm"
+        and _has_defaults(layer, "repeat", "attention", "moe")
+        and _has_defaults(attention, "num_heads", "num_kv_heads", "head_dim", "position", "qk_norm", "scale")
+        and _has_defaults(moe, "num_experts", "router", "experts", "dispatch", "losses")
+        and _has_defaults(moe.router, "top_k", "choice", "renormalize", "jitter")
+        and _has_defaults(moe.experts, "hidden_dim")
+    )
+
+
+def _has_defaults(part: Part, *names: str) -> bool:
+    """Return True if all fields of a part but these have their defaults, and so mean nothing special."""
+    fields = type(part).model_fields
+    return all(getattr(part, name) == field.default for name, field in fields.items() if name not in names)
+
+
+def _own(array: mx.array, *, spent: bool) -> mx.array:
+    """Return an array that may be written: itself, if nobody else needs it."""
+    return array if spent else mx.array(np.asarray(array))
