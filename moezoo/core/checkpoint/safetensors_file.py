@@ -165,6 +165,14 @@ class LazyTensors(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def stored(self, name: str) -> Any:
+        """Return an array as it is stored: a `QuantizedWeight` in subclasses whose files have codes."""
+        return self[name]
+
+    def stored_bytes(self, name: str) -> int | None:
+        """Return the bytes of codes, scales and biases of an array that `stored` returns as codes, else None."""
+        return None
+
     def reader(self, name: str) -> Callable[[tuple[slice, ...]], Array]:
         """Return a function that reads a slice of an array, one slice per axis.
 

@@ -11,13 +11,15 @@ import numpy.typing as npt
 from moezoo.core.checkpoint.safetensors_file import LazyTensors
 from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.assembly import assemble, same_bits
+from moezoo.core.huggingface.codes import CodedForm, coded_form, read_codes
 from moezoo.core.huggingface.family import Family
-from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER, TensorFolder
+from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER, TensorFolder, tensor_names
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
 from moezoo.core.huggingface.ledger import Ledger, Source
-from moezoo.core.huggingface.nonfinite import is_finite
+from moezoo.core.huggingface.nonfinite import is_finite, is_finite_weight
 from moezoo.core.huggingface.quantized_tensors import Quantized
 from moezoo.core.parameters import parameter_table
+from moezoo.core.quantization.weight import QuantizedWeight
 from moezoo.core.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -29,7 +31,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def describe_checkpoint(path: str | Path, max_length: int | None = None) -> Description:
-    """Parse a folder's config.json without reading any tensors; an adapter beside it is noted.
+    """Parse a folder's config.json, and the names of tensors for its layout; an adapter beside it is noted.
 
     Raises SpecError or CheckpointError.
     """
@@ -39,7 +41,7 @@ def describe_checkpoint(path: str | Path, max_length: int | None = None) -> Desc
         description.fields.notes.append(
             f"the adapter beside the model ({', '.join(adapter)}) is not applied. {MERGE_ADAPTER}".rstrip(".")
         )
-    return description
+    return description.in_layout(tensor_names(Path(path)))
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def open_checkpoint(path: str | Path, max_length: int | None = None) -> HuggingF
     folder = TensorFolder(path)
     _check_total_size(description.spec, folder)
     layout = make_layout(description, path, folder.headers, folder.tensors, folder.read)
-    weights = LazyWeights(description.spec, layout.ledger, folder, Quantized(folder, layout.readable))
-    return HuggingFaceCheckpoint(path, description, folder, layout, weights)
+    weights = LazyWeights(layout.description.spec, layout.ledger, folder, Quantized(folder, layout.readable))
+    return HuggingFaceCheckpoint(path, layout.description, folder, layout, weights)
 
 
 class LazyWeights(LazyTensors):
@@ -101,6 +103,26 @@ class LazyWeights(LazyTensors):
         if not is_finite(value):
             self.nonfinite[name] = None
         return value
+
+    def stored(self, name: str) -> Array | QuantizedWeight:
+        """Return a parameter as it is stored: as codes, if they can stay as they are, or as floats."""
+        form = self._form(name)
+        if form is None:
+            return self[name]
+        weight = read_codes(form, self._ledger.sources[name], self.shapes[name], self._quantized)
+        for source in self._ledger.copies:
+            if source.placed.parts[0][0] == name:
+                self._check_copy(source, name, weight.values())
+        if not is_finite_weight(weight):
+            self.nonfinite[name] = None
+        return weight
+
+    def stored_bytes(self, name: str) -> int | None:
+        form = self._form(name)
+        return None if form is None else form.nbytes
+
+    def _form(self, name: str) -> CodedForm | None:
+        return coded_form(self._ledger.sources[name], self.shapes[name], self._quantized)
 
     @property
     def dtypes(self) -> dict[str, np.dtype[Any]]:
@@ -123,7 +145,7 @@ def _check_total_size(spec: ModelSpec, folder: TensorFolder) -> None:
     """Raise if the files are too small to hold the model, before any tensor names are generated."""
     numbers = sum(math.prod(row.shape) for row in parameter_table(spec))
     stored = sum(folder.size_bytes(name) for name in folder.tensors)
-    if numbers > 2 * stored:  # at most two numbers per byte: no stored dtype is narrower than 4 bits
+    if numbers > 4 * stored:  # at most four numbers per byte: no code is narrower than 2 bits
         raise CheckpointError(
             f"{folder.path / CONFIG} describes a model of {numbers:.3g} parameters, but its safetensors files have "
             f"{stored:.3g} bytes. Use the config.json that belongs to these files."

@@ -119,7 +119,7 @@ def _codes(name: str, parameters: Mapping[str, Array], layout: Layout) -> Array:
     if any(parameters[ours].dtype != value.dtype for ours in layout.ledger.placed[name].ours):
         _check_exact(name, layout.ledger.placed[name], parameters, value)
     kept = layout.read(name) if name in layout.stored else None
-    return encode(name, value, layout.read(tensor.stored[1]), kept)
+    return encode(tensor, value, [layout.read(part) for part in tensor.stored[1:]], kept)
 
 
 def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], value: Array) -> None:

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,6 +23,8 @@ class Family:
         spec: parses a config into a ModelSpec.
         tensors: the tensor mapping, embedding first. If several rules map the same parameter, those whose tensor names
             occur in the files apply; an export in the default layout uses the first.
+        mlx: rules of mlx-lm's layout that differ from `tensors`; those for a tensor of the same name replace it there.
+            A checkpoint has that layout if its files have a name that only these rules have.
         kept: patterns of tensors without a counterpart in the spec, kept verbatim (buffers, vision towers).
         later_layers_kept: keep layers beyond the model's last one verbatim (multi-token prediction).
         harmless: fields of config.json, besides those of every family, that do not affect the computation.
@@ -34,6 +36,7 @@ class Family:
     model_types: tuple[str, ...]
     spec: Callable[[Fields], ModelSpec]
     tensors: tuple[Fused, ...]
+    mlx: tuple[Fused, ...] = ()
     kept: tuple[str, ...] = ()
     later_layers_kept: bool = False
     harmless: tuple[str, ...] = ()
@@ -43,6 +46,21 @@ class Family:
     def name(self) -> str:
         """Name of the family, its first model type."""
         return self.model_types[0]
+
+    @property
+    def mlx_tensors(self) -> tuple[Fused, ...]:
+        """All rules of mlx-lm's layout."""
+        own = {rule.theirs for rule in self.mlx}
+        return (*(rule for rule in self.tensors if rule.theirs not in own), *self.mlx)
+
+    def has_mlx_names(self, names: Iterable[str]) -> bool:
+        """Return whether these names of tensors are those of mlx-lm's layout."""
+        shared = {rule.theirs for rule in self.tensors}
+        own = [re.escape(rule.theirs) for rule in self.mlx if rule.theirs not in shared]
+        if not own:
+            return False
+        pattern = re.sub(r"\\\{(layer|expert)\\\}", r"\\d+", "|".join(own))
+        return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
 
     def spec_of(self, fields: Fields) -> ModelSpec:
         """Parse a config into a ModelSpec. Raises SpecError if any field is not understood."""
@@ -63,7 +81,7 @@ class Family:
                 f"read is {fields.last}. Use the config.json that belongs to these files."
             ) from error
         fields.expect("use_bidirectional_attention", False, "vision")  # "vision": only between the tokens of an image
-        fields.finish(("quantization_config", *self.harmless))
+        fields.finish(("quantization", "quantization_config", *self.harmless))
         return spec
 
 

@@ -116,8 +116,9 @@ class Fields:
             self._values = dict(inner)
             if "tie_word_embeddings" in values:  # the outer value of a wrapper takes precedence
                 self._values["tie_word_embeddings"] = values["tie_word_embeddings"]
-            if "quantization_config" in values:
-                self._values.setdefault("quantization_config", values["quantization_config"])
+            for name in ("quantization", "quantization_config"):
+                if name in values:
+                    self._values.setdefault(name, values[name])
             self._refuse_unread(
                 {key: value for key, value in values.items() if key not in self._values}, _OUTER_HARMLESS
             )

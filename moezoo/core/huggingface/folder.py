@@ -85,6 +85,17 @@ class TensorFolder:
         return self._files[self.tensors[name].file].entries[name].size_bytes
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Return the names of a folder's tensors as far as its small files say them; none if it has no weights yet."""
+    try:
+        index = _weight_map(folder)
+        if index is None and (folder / SINGLE).exists():
+            return list(SafetensorsFile(inside(folder, SINGLE)).entries)
+    except CheckpointError:
+        return []  # the problem is reported when the folder is opened
+    return list(index or ())
+
+
 def read_json_object(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
     """Read a small JSON file that is an object, without duplicate keys; `Infinity` and `NaN` are accepted.
 

@@ -8,8 +8,8 @@ A run that started from a Hugging Face checkpoint stores this, so that its weigh
 """
 
 import json
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import ADAPTERS, StoredTensor, inside
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
-from moezoo.core.huggingface.quantized_tensors import decode, encode, quantized_tensors
+from moezoo.core.huggingface.quantized_tensors import decode, encode, is_packed, quantized_tensors
+from moezoo.core.huggingface.tensors import Fused
 from moezoo.core.json_text import parse_json
 from moezoo.core.spec import ModelSpec
 
@@ -40,11 +41,26 @@ MAX_SMALL_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Description:
-    """A parsed config.json: family, fields, and spec."""
+    """A parsed config.json, and the tensor mapping that it describes.
+
+    Fields:
+        family, fields, spec: the model.
+        rules: the family's tensor mapping, in the layout of the files.
+    """
 
     family: Family
     fields: Fields
     spec: ModelSpec
+    rules: tuple[Fused, ...]
+
+    def in_layout(self, names: Iterable[str]) -> "Description":
+        """Return the description of files with tensors of these names.
+
+        In mlx-lm's layout a zero-centred norm has its scale plus one: it is a learned one.
+        """
+        if not self.family.has_mlx_names(names):
+            return self
+        return replace(self, spec=_with_learned_norms(self.spec), rules=self.family.mlx_tensors)
 
     @property
     def notes(self) -> list[str]:
@@ -76,7 +92,7 @@ class Layout:
 
     def kept_names(self) -> list[str]:
         """Names of tensors that are exported verbatim."""
-        return [entry.name for entry in self.ledger.entries if entry.status in ("kept", "scales")]
+        return [entry.name for entry in self.ledger.entries if entry.status in ("kept", "scales", "biases")]
 
 
 def describe_config(path: Path, max_length: int | None = None) -> Description:
@@ -86,7 +102,18 @@ def describe_config(path: Path, max_length: int | None = None) -> Description:
     """
     fields = Fields.read(path, max_length)
     family = family_of(fields)
-    return Description(family, fields, family.spec_of(fields))
+    return Description(family, fields, family.spec_of(fields), family.tensors)
+
+
+def _with_learned_norms(spec: ModelSpec) -> ModelSpec:
+    """Return the spec with every zero-centred norm replaced by a learned one."""
+
+    def learned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: "learned" if inner == "zero_centred" else learned(inner) for key, inner in value.items()}
+        return [learned(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return ModelSpec.model_validate(learned(spec.model_dump()))
 
 
 def make_layout(
@@ -98,10 +125,12 @@ def make_layout(
     stored: frozenset[str] | None = None,
 ) -> Layout:
     """Build the layout and its ledger. Raises as `make_ledger`, and SpecError for an unsupported quantization."""
+    description = description.in_layout(tensors)
     codes = quantized_tensors(description.fields, tensors)
     plain = {name: Readable(tensor.dtype, tensor.shape, (name,)) for name, tensor in tensors.items()}
     forms = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    ledger = make_ledger(description.family, description.spec, plain | codes, forms, str(path))
+    ledger = make_ledger(description.family, description.rules, description.spec, plain | codes, forms, str(path))
+    codes = {name: tensor for name, tensor in codes.items() if name in ledger.placed}
     stored = frozenset(tensors) if stored is None else stored
     return Layout(description, path, headers, tensors, codes, ledger, stored, read)
 
@@ -161,12 +190,15 @@ def open_sidecar(folder: Path) -> Layout | None:
 
 
 def _not_recoverable(layout: Layout) -> list[str]:
-    """Return names of codes that cannot be recovered from their values and scales (e.g. with a scale of zero)."""
+    """Return names of codes that cannot be recovered from their values and scales (packed, or with a scale of zero)."""
     found = []
     for name, tensor in layout.readable.items():
-        codes, scales = (layout.read(part) for part in tensor.stored)
+        if is_packed(tensor):
+            found.append(name)
+            continue
+        arrays = [layout.read(part) for part in tensor.stored]
         try:
-            same = encode(name, decode(name, codes, scales), scales).tobytes() == codes.tobytes()
+            same = encode(tensor, decode(tensor, arrays), arrays[1:]).tobytes() == arrays[0].tobytes()
         except CheckpointError:
             same = False
         if not same:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.tensors import Fused, Placed, places
 from moezoo.core.parameters import parameter_table
+from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.spec import ModelSpec
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -23,18 +24,21 @@ _WRAPPERS: tuple[Mapping[str, str], ...] = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
 )
 
-Status = Literal["mapped", "copy", "codes", "scales", "kept"]
+Status = Literal["mapped", "copy", "codes", "scales", "biases", "kept"]
+_BESIDE_CODES: tuple[Status, ...] = ("scales", "biases")
 
 
 class Readable(NamedTuple):
-    """A tensor as it is read: decoded from quantized codes and scales, or plain.
+    """A tensor as it is read: decoded from quantized codes, scales and biases, or plain.
 
-    `stored`: names of the stored tensors that it is read from, the main one first.
+    `stored`: names of the stored tensors that it is read from, the tensor or its codes first, then scales and biases.
+    `format`: of the codes.
     """
 
     dtype: str
     shape: tuple[int, ...]
     stored: tuple[str, ...]
+    format: QuantizationFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,13 @@ class Ledger:
 
 def make_ledger(
     family: Family,
+    rules: Iterable[Fused],
     spec: ModelSpec,
     readable: Mapping[str, Readable],
     stored: Mapping[str, tuple[str, str, tuple[int, ...]]],
     where: str,
 ) -> Ledger:
-    """Match the files' tensors (`stored`: file, dtype, shape) with the family's mapping and the spec's parameters.
+    """Match the files' tensors (`stored`: file, dtype, shape) with rules of the family and the spec's parameters.
 
     Raises CheckpointError for an unknown tensor, for a parameter with no or several sources, and for a shape or dtype
     that does not match the spec.
@@ -97,7 +102,7 @@ def make_ledger(
     copies: list[Source] = []
     holders: dict[str, Placed] = {}
     copied: set[str] = set()
-    for rule in family.tensors:
+    for rule in rules:
         for placed in places(rule, shapes, num_layers):
             name = wrap(placed.name)
             if name not in readable:
@@ -113,15 +118,37 @@ def make_ledger(
             for place, (ours, _, _) in enumerate(placed.parts):
                 sources.setdefault(ours, []).append(Source(placed, place, name))
     _check_cover(shapes, sources, where)
+    entries = _entries(family, readable, stored, holders, copied, where, num_layers)
+    gathered = {name: tuple(found) for name, found in sources.items()}
+    return Ledger(entries, gathered, holders, tuple(copies))
+
+
+def _entries(
+    family: Family,
+    readable: Mapping[str, Readable],
+    stored: Mapping[str, tuple[str, str, tuple[int, ...]]],
+    holders: Mapping[str, Placed],
+    copied: Container[str],
+    where: str,
+    num_layers: int,
+) -> tuple[Entry, ...]:
+    """Return an entry per tensor of the files. Raises CheckpointError if one is unknown."""
+    wrap = wrapping(family, readable)
     entries = []
     unknown = []
-    part_of = {part: name for name, tensor in readable.items() for part in tensor.stored[1:] if name in holders}
+    part_of: dict[str, tuple[str, Status]] = {
+        part: (name, status)
+        for name, tensor in readable.items()
+        if name in holders
+        for part, status in zip(tensor.stored[1:], _BESIDE_CODES, strict=False)
+    }
     for name, (file, dtype, shape) in stored.items():
         if name in holders:
             status: Status = "copy" if name in copied else "codes" if len(readable[name].stored) > 1 else "mapped"
             entries.append(Entry(name, file, dtype, shape, status, holders[name].ours))
         elif name in part_of:
-            entries.append(Entry(name, file, dtype, shape, "scales", holders[part_of[name]].ours))
+            codes, status = part_of[name]
+            entries.append(Entry(name, file, dtype, shape, status, holders[codes].ours))
         elif _is_kept(family, name, wrap, num_layers):
             entries.append(Entry(name, file, dtype, shape, "kept"))
         else:
@@ -132,8 +159,7 @@ def make_ledger(
             f"{where} has {len(unknown)} tensors that are unknown for {family.name}: {'; '.join(unknown[:5])}{more}. "
             "No tensor is dropped silently: check that config.json belongs to these files."
         )
-    gathered = {name: tuple(found) for name, found in sources.items()}
-    return Ledger(tuple(entries), gathered, holders, tuple(copies))
+    return tuple(entries)
 
 
 def first_rules(family: Family, spec: ModelSpec) -> dict[str, Placed]:
@@ -178,7 +204,7 @@ def _check(
     if tensor.dtype not in FLOATS:
         raise CheckpointError(
             f"{where}: {name} in {stored[name][0]} is {tensor.dtype}; expected {', '.join(FLOATS)}, or a supported "
-            "quantization declared in config.json (FP8 in blocks, MXFP4)."
+            "quantization declared in config.json (mlx-lm's, FP8 in blocks, MXFP4)."
         )
 
 

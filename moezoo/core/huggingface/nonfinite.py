@@ -1,15 +1,18 @@
 """Detection of NaN and infinity in weights: a warning with names, not an error (a masked -inf can be intended)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.quantization.weight import QuantizedWeight
+
 Array = npt.NDArray[Any]
 
 _PIECE = 1 << 16  # elements at a time, to avoid a second array of a parameter's size
 
+_NAN_E8M0, _NAN_E4M3 = np.uint8(255), np.uint8(0x7F)  # the latter of either sign
 # Exponent bits; all of them set means NaN or infinity.
 _EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
 
@@ -24,6 +27,25 @@ def is_finite(array: Array) -> bool:
     )
     mask = unsigned(exponent)
     return not any(bool(np.any((np.asarray(piece) & mask) == mask)) for piece in pieces)
+
+
+def is_finite_weight(weight: QuantizedWeight) -> bool:
+    """Return True if no code, scale or bias of a weight is NaN or infinity."""
+    mode = weight.format.mode
+    floats = [array for array in (weight.scales, weight.biases) if array is not None and array.dtype != np.uint8]
+    if not all(is_finite(array) for array in floats):
+        return False
+    if mode in ("mxfp4", "mxfp8") and (weight.scales == _NAN_E8M0).any():
+        return False
+    if mode == "nvfp4" and (weight.scales & _NAN_E4M3 == _NAN_E4M3).any():
+        return False
+    return mode not in ("mxfp8", "fp8") or not any(
+        bool((piece & _NAN_E4M3 == _NAN_E4M3).any()) for piece in _pieces(weight.codes.reshape(-1).view(np.uint8))
+    )
+
+
+def _pieces(flat: Array) -> Iterator[Array]:
+    return (flat[start : start + _PIECE] for start in range(0, len(flat), _PIECE))
 
 
 def nonfinite_names(parameters: Iterable[tuple[str, Array]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Reader of a folder's tensors: quantized ones are decoded from codes and scales, others are read as stored."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.huggingface.assembly import same_bits
 from moezoo.core.huggingface.codecs import fp8_decode, fp8_encode, fp8_shape, mxfp4_decode, mxfp4_encode, mxfp4_shape
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
 from moezoo.core.huggingface.ledger import FLOATS, Readable
+from moezoo.core.huggingface.mlx_quantization import declared, mlx_tensors
+from moezoo.core.quantization.formats import QuantizationFormat
+from moezoo.core.quantization.weight import decode_rows
 
 Array = npt.NDArray[Any]
 
@@ -41,8 +45,12 @@ class Quantized:
         """Read and decode a tensor, or a range of its rows if `has_rows`."""
         if name not in self.readable:
             return self.folder.read(name, rows=rows)
-        codes, scales = (self.folder.read(part, rows=rows) for part in self.readable[name].stored)
-        return decode(name, codes, scales)
+        tensor = self.readable[name]
+        return decode(tensor, [self.folder.read(part, rows=rows) for part in tensor.stored])
+
+    def read_into(self, name: str, out: Array) -> None:
+        """Read a plain tensor into a contiguous array of its shape and dtype."""
+        self.folder.read(name, out=out)
 
     def has_rows(self, name: str) -> bool:
         """Return True if codes and scales have equal rows, so rows can be read (FP8 has one scale per 128 rows)."""
@@ -60,14 +68,36 @@ class Quantized:
         return name not in self.readable or self.readable[name].stored == (name,)
 
 
-def encode(name: str, value: Array, scales: Array, kept: Array | None = None) -> Array:
-    """Encode a tensor with these scales. Raises CheckpointError if a value has no exact code."""
-    return (mxfp4_encode if name.endswith(_BLOCKS) else fp8_encode)(value, scales, kept)
+def encode(tensor: Readable, value: Array, beside: Sequence[Array], kept: Array | None = None) -> Array:
+    """Encode a tensor with these scales and biases; `kept`: its original codes.
+
+    Raises CheckpointError if a value has no exact code, or if values of codes in words have changed.
+    """
+    format = tensor.format
+    assert format is not None
+    if is_packed(tensor):
+        if kept is None or not same_bits(decode(tensor, [kept, *beside]), value):
+            raise CheckpointError(f"{tensor.stored[0]} has changed and cannot be encoded exactly.")
+        return kept
+    return (mxfp4_encode if format.mode == "mxfp4" else fp8_encode)(value, beside[0], kept)
 
 
-def decode(name: str, codes: Array, scales: Array) -> Array:
-    """Decode a tensor exactly: MXFP4 to bfloat16, FP8 to float32."""
-    return (mxfp4_decode if name.endswith(_BLOCKS) else fp8_decode)(codes, scales)
+def decode(tensor: Readable, arrays: Sequence[Array]) -> Array:
+    """Decode a tensor from its codes, scales and biases: MXFP4 of transformers to bfloat16, others to float32."""
+    format = tensor.format
+    assert format is not None
+    if is_packed(tensor):
+        codes, scales, *biases = arrays
+        return decode_rows(format, codes, scales, biases[0] if biases else None, tensor.shape[-1])
+    return (mxfp4_decode if format.mode == "mxfp4" else fp8_decode)(*arrays)
+
+
+def is_packed(tensor: Readable) -> bool:
+    """Return True for codes in words, as mlx-lm has them: different codes may mean the same number, after rounding.
+
+    Those of transformers are bytes.
+    """
+    return tensor.format is not None and tensor.format.mode != "fp8" and not tensor.stored[0].endswith(_BLOCKS)
 
 
 def numpy_dtype(stored: str) -> np.dtype[Any]:
@@ -78,10 +108,13 @@ def numpy_dtype(stored: str) -> np.dtype[Any]:
 
 
 def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> dict[str, Readable]:
-    """Return the tensors quantized according to `quantization_config`, by the name of their codes.
+    """Return the tensors quantized according to config.json, by the name of their codes.
 
-    Raises SpecError for an unsupported method.
+    Raises SpecError for an unsupported method, CheckpointError for codes and scales that do not belong together.
     """
+    formats = declared(fields)
+    if formats is not None:
+        return mlx_tensors(*formats, tensors)
     config = fields.inside("quantization_config")
     if config is None:
         return {}
@@ -94,7 +127,7 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
                 if name.endswith(_BLOCKS) and tensor.dtype == "U8" and scales in tensors:
                     _check_dtype(tensors, scales, ("U8", "F8_E8M0"))
                     shape = mxfp4_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
-                    found[name] = Readable("BF16", shape, (name, scales))
+                    found[name] = Readable("BF16", shape, (name, scales), QuantizationFormat("mxfp4", 4, 32))
         case "fp8":
             size = config.get("weight_block_size", [128, 128])
             if size != [128, 128]:
@@ -104,11 +137,11 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
                 if tensor.dtype == "F8_E4M3" and scales in tensors:
                     _check_dtype(tensors, scales, ("F32", "BF16", "F8_E8M0"))
                     shape = fp8_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
-                    found[name] = Readable("F32", shape, (name, scales))
+                    found[name] = Readable("F32", shape, (name, scales), QuantizationFormat("fp8", 8, 128))
         case _:
             raise SpecError(
-                f"quantization_config.quant_method is {method!r:.80}; expected mxfp4 or fp8 ({fields.where}). "
-                "Use an unquantized version of the checkpoint."
+                f"quantization_config.quant_method is {method!r:.80}; expected mxfp4 or fp8, or "
+                f"mlx-lm's quantization ({fields.where}). Use an unquantized version of the checkpoint, or mlx-lm's."
             )
     return found
 

@@ -119,6 +119,39 @@ class Placed:
         """Return the same rule for a piece of `size` along an axis letter."""
         return replace(self, _sizes={**self._sizes, letter: size})
 
+    def packed(self, place: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return which axes of the parameter are axes of codes packed along the tensor's last axis, and which ones a
+        row of them runs over, both in the codes' order; None if a row has several parts or only part of an axis."""
+        *rows, row = _groups(self.rule.axes)
+        part = self.parts[place][2]
+        if not rows or CUT in row:
+            return None
+        stored = [letter for group in rows for letter in group]
+        if CUT in stored:
+            axis = stored.index(CUT)
+            stored[axis : axis + 1] = part.takes.split()
+        stored += row
+        groups = _groups(part.axes)
+        if any(0 < len(set(group) & set(row)) < len(group) for group in groups):
+            return None
+        # One tensor per expert: they are stacked outside of everything else.
+        order = sorted(range(len(groups)), key=lambda a: -1 if groups[a] == (EXPERT,) else stored.index(groups[a][0]))
+        letters = [letter for axis in order for letter in groups[axis] if letter in row]
+        inner = tuple(axis for axis in order if groups[axis][0] in row)
+        return None if letters != [*row] else (tuple(axis for axis in order if axis not in inner), inner)
+
+    def in_words(self, place: int, words: int) -> "Placed":
+        """Return the rule for codes or scales with `words` numbers per row, which puts the part in the codes' order:
+        axes that are not packed, then the packed ones, of sizes `words`, 1, ..., 1."""
+        axes, row = self.packed(place), _groups(self.rule.axes)[-1]
+        assert axes is not None
+        name, expert, part = self.parts[place]
+        groups = _groups(part.axes)
+        moved = " ".join(f"({' '.join(groups[axis])})" for axis in (*axes[0], *axes[1]))
+        parts = (*self.parts[:place], (name, expert, replace(part, axes=moved)), *self.parts[place + 1 :])
+        sizes = {**self._sizes, **dict.fromkeys(row, 1), row[0]: words}
+        return replace(self, shape=(*self.shape[:-1], words), parts=parts, _sizes=sizes)
+
     def holds(self, array: Array, place: int) -> Array:
         """Return the `place`-th part of a checkpoint tensor in our axis order and shape, as a view if possible."""
         view = self._view(array, place)

@@ -21,6 +21,7 @@ _STATUS_LABELS = {
     "copy": "duplicates",
     "codes": "codes of quantized parameters",
     "scales": "scales",
+    "biases": "biases of quantized groups",
     "kept": "kept verbatim",
 }
 

@@ -62,10 +62,12 @@ class OpenedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters on a device, which keeps them in their stored dtype if it is one of STORED_DTYPES."""
-        dtypes = self.weights.dtypes  # type: ignore[attr-defined]  # of every lazy mapping
+        """Bytes of all parameters on a device, which keeps them in codes, or in a dtype of STORED_DTYPES."""
+        weights: Any = self.weights  # a lazy mapping
+        dtypes = weights.dtypes
         return sum(
-            math.prod(shape) * (dtypes[name].itemsize if dtypes[name].name in STORED_DTYPES else 4)
+            weights.stored_bytes(name)
+            or math.prod(shape) * (dtypes[name].itemsize if dtypes[name].name in STORED_DTYPES else 4)
             for name, shape in shapes_of(self.weights).items()
         )
 

@@ -80,6 +80,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(f"{LAYER}.mlp.experts"),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("load_balance_coeff", "max_position_embeddings", "use_grouped_mm"),
 )

@@ -63,6 +63,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq",),
     harmless=(
         "aux_loss_alpha",  # of balance losses that transformers does not have

@@ -72,6 +72,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    mlx=(*parts.switch(), *parts.absorbed()),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,
     harmless=(

@@ -45,6 +45,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(f"{LAYER}.mlp.experts"),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings", "max_window_layers", "use_sliding_window"),
 )

@@ -62,6 +62,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq", "mtp*", "model.mtp*"),
     harmless=("ignored_index", "max_position_embeddings", "moe_capacity", "num_nextn_predict_layers"),
 )

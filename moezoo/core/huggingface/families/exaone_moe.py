@@ -73,6 +73,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq", "mtp.*"),
     harmless=("max_position_embeddings", "num_nextn_predict_layers"),
 )

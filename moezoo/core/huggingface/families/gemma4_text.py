@@ -199,6 +199,7 @@ FAMILY = Family(
         Tensor(f"{LAYER}.per_layer_projection.weight", "d z", f"{OURS}.layer_input.w_output", "z d"),
         Tensor(f"{LAYER}.post_per_layer_input_norm.weight", "d", f"{OURS}.layer_input.norm.scale", "d"),
     ),
+    mlx=parts.switch(f"{LAYER}.experts.switch_glu"),
     kept=(
         "*.rotary_emb.*inv_freq",
         *("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),

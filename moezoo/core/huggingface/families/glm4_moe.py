@@ -38,6 +38,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,
     harmless=("max_position_embeddings", "num_mtp_layers", "num_nextn_predict_layers"),

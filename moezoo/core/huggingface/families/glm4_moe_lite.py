@@ -26,6 +26,7 @@ FAMILY = Family(
     model_types=("glm4_moe_lite",),
     spec=spec,
     tensors=DEEPSEEK.tensors,
+    mlx=DEEPSEEK.mlx,
     kept=DEEPSEEK.kept,
     later_layers_kept=True,
     harmless=(*DEEPSEEK.harmless, "first_k_dense_replace"),

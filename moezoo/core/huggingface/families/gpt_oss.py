@@ -86,6 +86,7 @@ FAMILY = Family(
         _interleaved(f"{_EXPERTS}.gate_up_proj_blocks", "e (f x) d", "e d f"),
         Tensor(f"{_EXPERTS}.down_proj_blocks", "e d f", f"{_OURS}.w_down", "e f d"),
     ),
+    mlx=parts.switch(f"{LAYER}.mlp.experts"),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("initial_context_length", "max_position_embeddings"),
 )

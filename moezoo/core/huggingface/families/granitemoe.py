@@ -53,6 +53,7 @@ FAMILY = Family(
         ),
         Tensor(f"{LAYER}.shared_mlp.output_linear.weight", "d f", f"{SHARED}.w_down", "f d"),
     ),
+    mlx=parts.switch(f"{LAYER}.block_sparse_moe.switch_mlp"),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings",),
 )

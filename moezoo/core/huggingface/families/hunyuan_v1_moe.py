@@ -89,6 +89,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_mlp", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq",),
     harmless=(
         *("*_id", "add_classification_head", "capacity_factor", "cla_share_factor", "class_num", "dense_list"),

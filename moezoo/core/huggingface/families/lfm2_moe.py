@@ -95,6 +95,11 @@ FAMILY = Family(
         Tensor(f"{LAYER}.feed_forward.expert_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
         *parts.experts(f"{LAYER}.feed_forward.experts", NAMES),
     ),
+    mlx=(
+        *beside(f"{ATTENTION}.conv", "w z", [Tensor(f"{THEIRS}.conv.weight", "z w 1", f"{ATTENTION}.conv", "w z")]),
+        *parts.feed_forward(f"{LAYER}.feed_forward", f"{OURS}.feed_forward"),
+        *parts.switch(f"{LAYER}.feed_forward.switch_mlp"),
+    ),
     kept=("*.pos_emb.inv_freq", "*.rotary_emb.inv_freq"),
     harmless=("max_position_embeddings",),
 )

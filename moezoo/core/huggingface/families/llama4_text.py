@@ -102,6 +102,7 @@ FAMILY = Family(
         Tensor(f"{_THEIRS}.experts.down_proj", "e f d", f"{_OURS}.w_down", "e f d"),
         *parts.feed_forward(f"{_THEIRS}.shared_expert", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(f"{LAYER}.feed_forward.experts"),
     kept=("*.rotary_emb.inv_freq", "vision_model.*", "multi_modal_projector.*"),
     harmless=(
         "cache_implementation",

@@ -69,6 +69,7 @@ FAMILY = Family(
         *parts.router(),
         *parts.experts(),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq", "mtp.*"),
     harmless=(
         "max_position_embeddings",

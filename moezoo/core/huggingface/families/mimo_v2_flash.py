@@ -85,6 +85,7 @@ FAMILY = Family(
         *parts.router(),
         *parts.experts(),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq", "model.mtp.*"),
     later_layers_kept=True,
     harmless=("attention_chunk_size", "hybrid_block_size", "max_position_embeddings", "sliding_window"),

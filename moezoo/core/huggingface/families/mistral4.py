@@ -81,6 +81,7 @@ FAMILY = Family(
     model_types=("mistral4",),
     spec=spec,
     tensors=DEEPSEEK.tensors,
+    mlx=DEEPSEEK.mlx,
     kept=("*.rotary_emb.inv_freq", "*vision_tower.*", "*multi_modal_projector.*"),
     harmless=DEEPSEEK.harmless,
 )

@@ -51,6 +51,7 @@ FAMILY = Family(
         *parts.router(),  # the name in transformers 5
         *parts.experts(),
     ),
+    mlx=parts.switch(f"{LAYER}.block_sparse_moe.switch_mlp"),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings",),
     config=config,

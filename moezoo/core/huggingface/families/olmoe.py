@@ -43,6 +43,7 @@ FAMILY = Family(
         *parts.router(),
         *parts.experts(),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings",),
 )

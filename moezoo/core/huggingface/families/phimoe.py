@@ -66,6 +66,7 @@ FAMILY = Family(
         *parts.router(f"{LAYER}.mlp.router"),  # the name in transformers 5
         *parts.experts(),
     ),
+    mlx=parts.switch(f"{LAYER}.block_sparse_moe.switch_mlp"),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings", "original_max_position_embeddings"),
 )

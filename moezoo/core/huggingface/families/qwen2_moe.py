@@ -57,6 +57,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_expert", f"{OURS}.moe.shared"),
         Tensor(f"{LAYER}.mlp.shared_expert_gate.weight", "s d", f"{OURS}.moe.w_shared_gate", "d s"),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings", "sliding_window"),
 )

@@ -1,6 +1,6 @@
 """Qwen3.5-MoE, text model. Source: Qwen Team 2026; transformers, `qwen3_5_moe_text`, `qwen3_5_moe`."""
 
-from moezoo.core.huggingface.families.qwen3_next import ATTENTION, BIAS, DELTA, SHARED_TENSORS, hybrid
+from moezoo.core.huggingface.families.qwen3_next import ATTENTION, BIAS, DELTA, MLX_TENSORS, SHARED_TENSORS, hybrid
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
@@ -37,6 +37,7 @@ FAMILY = Family(
         Tensor(f"{DELTA}.in_proj_b.weight", "n d", f"{ATTENTION}.w_beta", "d n"),
         Tensor(f"{DELTA}.in_proj_a.weight", "n d", f"{ATTENTION}.w_decay", "d n"),
     ),
+    mlx=MLX_TENSORS,
     kept=("mtp.*", "model.visual.*", "visual.*", "vision_tower.*", "*.rotary_emb.inv_freq"),
     harmless=("mamba_ssm_dtype", "max_position_embeddings", "mtp_*"),
 )

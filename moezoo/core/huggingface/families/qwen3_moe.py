@@ -70,6 +70,7 @@ FAMILY = Family(
         *parts.router(),
         *parts.experts(),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings", "max_window_layers", "sliding_window"),
     config=config,

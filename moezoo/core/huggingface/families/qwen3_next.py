@@ -78,6 +78,12 @@ DELTA, FULL, ATTENTION = f"{LAYER}.linear_attn", f"{LAYER}.self_attn", f"{OURS}.
 # Parameters that only one of the two kinds of layer has.
 QUERY_NORM, BIAS = (f"{ATTENTION}.query_norm.scale", "h"), (f"{ATTENTION}.decay_bias", "n")
 
+CONVOLVED = (
+    Part(f"{ATTENTION}.conv_query", "m h", "w m h"),
+    Part(f"{ATTENTION}.conv_key", "m h", "w m h"),
+    Part(f"{ATTENTION}.conv_value", "n z", "w n z"),
+)
+
 # Shared with Qwen3.5: all but prefixes and two projections of Gated DeltaNet.
 SHARED_TENSORS: tuple[Fused, ...] = (
     *parts.MODEL,
@@ -96,15 +102,7 @@ SHARED_TENSORS: tuple[Fused, ...] = (
         ),
     ),
     *parts.qk_norm(),
-    Fused(
-        f"{DELTA}.conv1d.weight",
-        "x 1 w",
-        (
-            Part(f"{ATTENTION}.conv_query", "m h", "w m h"),
-            Part(f"{ATTENTION}.conv_key", "m h", "w m h"),
-            Part(f"{ATTENTION}.conv_value", "n z", "w n z"),
-        ),
-    ),
+    Fused(f"{DELTA}.conv1d.weight", "x 1 w", CONVOLVED),
     Tensor(f"{DELTA}.dt_bias", "n", f"{ATTENTION}.decay_bias", "n"),
     Tensor(f"{DELTA}.A_log", "n", f"{ATTENTION}.log_decay_rate", "n"),
     Tensor(f"{DELTA}.norm.weight", "z", f"{ATTENTION}.output_norm.scale", "z"),
@@ -115,6 +113,8 @@ SHARED_TENSORS: tuple[Fused, ...] = (
     *parts.feed_forward(f"{LAYER}.mlp.shared_expert", f"{OURS}.moe.shared"),
     Tensor(f"{LAYER}.mlp.shared_expert_gate.weight", "u d", f"{OURS}.moe.w_shared_gate", "d u"),
 )
+
+MLX_TENSORS: tuple[Fused, ...] = (*parts.switch(), Fused(f"{DELTA}.conv1d.weight", "x w 1", CONVOLVED))
 
 FAMILY = Family(
     model_types=("qwen3_next",),
@@ -144,6 +144,7 @@ FAMILY = Family(
             ),
         ),
     ),
+    mlx=MLX_TENSORS,
     kept=("mtp.*", "*.rotary_emb.inv_freq"),
     harmless=("max_position_embeddings", "mtp_*", "num_nextn_predict_layers"),
 )

@@ -32,6 +32,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("intermediate_size", "max_position_embeddings"),
 )

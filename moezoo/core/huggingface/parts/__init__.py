@@ -5,6 +5,7 @@ from moezoo.core.huggingface.parts.names import (
     MODEL,
     OURS,
     PRE_NORMS,
+    absorbed,
     experts,
     feed_forward,
     gate_and_up,
@@ -12,6 +13,7 @@ from moezoo.core.huggingface.parts.names import (
     latent,
     qk_norm,
     router,
+    switch,
 )
 from moezoo.core.huggingface.parts.read import (
     attention,
@@ -48,6 +50,7 @@ __all__ = [
     "MODEL",
     "OURS",
     "PRE_NORMS",
+    "absorbed",
     "attention",
     "attention_config",
     "balance_config",
@@ -77,5 +80,6 @@ __all__ = [
     "rope_config",
     "router",
     "swiglu",
+    "switch",
     "windows",
 ]

@@ -111,6 +111,29 @@ def experts(
     )
 
 
+def switch(
+    theirs: str = f"{LAYER}.mlp.switch_mlp",
+    ours: str = f"{OURS}.moe.experts",
+) -> tuple[Fused, ...]:
+    """Return mlx-lm's rules for routed experts: three stacked matrices, with biases if the model has them."""
+    return (
+        Tensor(f"{theirs}.gate_proj.weight", "e f d", f"{ours}.w_gate", "e d f"),
+        Tensor(f"{theirs}.up_proj.weight", "e f d", f"{ours}.w_up", "e d f"),
+        Tensor(f"{theirs}.down_proj.weight", "e d f", f"{ours}.w_down", "e f d"),
+        Tensor(f"{theirs}.gate_proj.bias", "e f", f"{ours}.b_gate", "e f"),
+        Tensor(f"{theirs}.up_proj.bias", "e f", f"{ours}.b_up", "e f"),
+        Tensor(f"{theirs}.down_proj.bias", "e d", f"{ours}.b_down", "e d"),
+    )
+
+
+def absorbed(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") -> tuple[Fused, ...]:
+    """Return mlx-lm's rules for the two halves of `kv_b_proj` in multi-head latent attention."""
+    return (
+        Tensor(f"{theirs}.embed_q.weight", "n z h", f"{ours}.w_key", "z n h"),
+        Tensor(f"{theirs}.unembed_out.weight", "n v z", f"{ours}.w_value", "z n v"),
+    )
+
+
 def gate_and_up(theirs: str, axes: str, ours: str) -> Fused:
     """Return the rule for a tensor with gate and up of all experts, concatenated along axis `x`."""
     return Fused(theirs, axes, (Part(f"{ours}.w_gate", "f", "e d f"), Part(f"{ours}.w_up", "f", "e d f")))

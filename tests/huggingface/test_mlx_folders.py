@@ -1,0 +1,75 @@
+"""Folders of mlx-lm in its own layout, quantized in every mode: names, codes, and its answers on both backends.
+
+`tests/data/mlx_folders`: made by mlx-lm 0.32.2; `oracle.npz` has the last logits of each sequence and greedy text, of
+the model whose weights are the codes decoded by `mx.dequantize`, in float32 arithmetic.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moezoo
+from moezoo.core.huggingface.checkpoint import open_checkpoint
+from moezoo.core.quantization.weight import QuantizedWeight
+from moezoo.core.reference.quantization import dequantize
+from tests.support.fixtures import write_checkpoint
+
+ROOT = Path(__file__).parents[1] / "data" / "mlx_folders"
+FOLDERS = sorted(path.name for path in ROOT.iterdir())
+LOGITS = 5e-4
+# Compiling takes JAX long; what differs between the others are names and formats, which MLX shows too.
+ON_JAX = ("qwen3_moe_4bit_router8",)
+
+
+@pytest.mark.parametrize(
+    ("folder", "backend"),
+    [
+        *(pytest.param(name, "mlx", id=f"{name}-mlx") for name in FOLDERS),
+        *(
+            pytest.param(name, "jax", id=f"{name}-jax", marks=() if name in ON_JAX else pytest.mark.release)
+            for name in FOLDERS
+        ),
+    ],
+)
+def test_logits_and_greedy_text(folder: str, backend: str) -> None:
+    with np.load(ROOT / folder / "oracle.npz") as expected:
+        ids, logits, greedy = (expected[name] for name in ("input_ids", "logits", "greedy"))
+    model = moezoo.load(ROOT / folder, backend=backend)
+    found = model.forward(ids).logits
+    assert np.abs(found[:, -logits.shape[1] :] - logits).max() < LOGITS
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=greedy.shape[1], temperature=0.0), greedy)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_parameters_in_codes_are_those_that_are_decoded(folder: str) -> None:
+    checkpoint = open_checkpoint(ROOT / folder)
+    entries = checkpoint.ledger.entries
+    assert all(entry.ours for entry in entries)
+    coded = {name for entry in entries if entry.status == "codes" for name in entry.ours}
+    for name in checkpoint.weights:
+        weight = checkpoint.weights.stored(name)
+        assert isinstance(weight, QuantizedWeight) == (name in coded)
+        if isinstance(weight, QuantizedWeight):
+            assert weight.nbytes == checkpoint.weights.stored_bytes(name)
+            assert weight.codes.flags.c_contiguous
+            np.testing.assert_array_equal(weight.values(), checkpoint.weights[name])
+
+
+def test_codes_decode_to_the_numbers_of_the_reference() -> None:
+    weights = open_checkpoint(ROOT / "deepseek_v3_4bit").weights
+    for name in ("layers.1.attention.w_key", "layers.1.attention.w_latent"):
+        np.testing.assert_array_equal(dequantize(weights.stored(name)), weights[name])
+
+
+@pytest.mark.parametrize(("case", "mode"), [("gpt_oss_mxfp4", "mxfp4"), ("deepseek_v3_fp8", "fp8")])
+def test_codes_of_the_layout_of_transformers(case: str, mode: str, tmp_path: Path) -> None:
+    """Interleaved gate and up, one tensor per expert, and scales of blocks, repeated for their rows."""
+    weights = open_checkpoint(write_checkpoint(case, tmp_path)).weights
+    found = {name: weights.stored(name) for name in weights}
+    coded = {name: weight for name, weight in found.items() if isinstance(weight, QuantizedWeight)}
+    assert any(name.endswith("moe.experts.w_up") for name in coded)
+    for name, weight in coded.items():
+        assert weight.format.mode == mode
+        assert weight.nbytes == weights.stored_bytes(name)
+        np.testing.assert_array_equal(weight.values(), weights[name].astype(np.float32))
