@@ -11,14 +11,17 @@ import pytest
 
 import moezoo
 from moezoo.core.huggingface.checkpoint import open_checkpoint
+from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.quantization.weight import QuantizedWeight
 from moezoo.core.reference.quantization import dequantize
+from moezoo.core.runs.convert import convert
 from tests.support.fixtures import write_checkpoint
 
 ROOT = Path(__file__).parents[1] / "data" / "mlx_folders"
 FOLDERS = sorted(path.name for path in ROOT.iterdir())
 LOGITS = 5e-4
 # Compiling takes JAX long; what differs between the others are names and formats, which MLX shows too.
+DIFFERENT = ("deepseek_v3_4bit", "mellum_nvfp4", "qwen3_next_4bit")
 ON_JAX = ("qwen3_moe_4bit_router8",)
 
 
@@ -73,3 +76,34 @@ def test_codes_of_the_layout_of_transformers(case: str, mode: str, tmp_path: Pat
         assert weight.format.mode == mode
         assert weight.nbytes == weights.stored_bytes(name)
         np.testing.assert_array_equal(weight.values(), weights[name].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(name, marks=() if name in DIFFERENT else pytest.mark.release) for name in FOLDERS],
+)
+def test_round_trip(folder: str, tmp_path: Path) -> None:
+    """Every tensor with its bits, and config.json, directly and through a run folder."""
+    checkpoint = open_checkpoint(ROOT / folder)
+    export_checkpoint(checkpoint.weights, checkpoint.layout, tmp_path / "straight")
+    convert(ROOT / folder, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    for out in ("straight", "back"):
+        for name in ("config.json", "model.safetensors"):
+            assert (tmp_path / out / name).read_bytes() == (ROOT / folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("folder", ["qwen3_next_4bit", "lfm2_moe_5bit"])
+def test_changed_weights_are_written_as_floats_in_the_same_layout(folder: str, tmp_path: Path) -> None:
+    """Names, transforms and norms stay those of mlx-lm; config.json no longer declares a quantization."""
+    checkpoint = open_checkpoint(ROOT / folder)
+    weights = {name: checkpoint.weights[name] for name in checkpoint.weights}
+    weights["layers.2.moe.experts.w_up"] = weights["layers.2.moe.experts.w_up"] * 2
+    notes = export_checkpoint(weights, checkpoint.layout, tmp_path / "out")
+    assert "without quantization" in notes[0]
+    back = open_checkpoint(tmp_path / "out")
+    assert back.spec == checkpoint.spec
+    assert "model.layers.2" in "".join(name for name in back.folder.tensors if "switch_mlp" in name)
+    assert not {"quantization", "quantization_config"} & back.description.fields.raw.keys()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(back.weights[name], value.astype(back.weights[name].dtype))

@@ -132,21 +132,28 @@ def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], val
 def _write_plain(
     parameters: Mapping[str, Array], layout: Layout, folder: Path, tokenizer: ExportedTokenizer | None
 ) -> list[str]:
-    """Write the family's default layout without quantization, for weights that the codes cannot represent."""
+    """Write the family's default layout, or mlx-lm's if it is that one, without quantization, for weights that the
+    codes cannot represent."""
     description = layout.description
-    wrap = wrapping(description.family, layout.readable)
-    placed = {wrap(name): rule for name, rule in first_rules(description.family, description.spec).items()}
+    wrap = wrapping(description.family, layout.tensors)
+    placed = {wrap(name): rule for name, rule in first_rules(description.rules, description.spec).items()}
     forms = {name: ("BF16", rule.shape) for name, rule in placed.items()}
     for name, tensor in layout.tensors.items():
         if name in forms and tensor.dtype in FLOATS:
             forms[name] = (tensor.dtype, tensor.shape)
-    config = {key: value for key, value in description.fields.raw.items() if key != "quantization_config"}
+    config = _without_quantization(description.fields.raw)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = _without_quantization(config["text_config"])
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     _write_small_files(layout, folder, tokenizer, {CONFIG, _INDEX})
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}
     forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
     write_own_layout(parameters, placed, forms, kept, folder)
     return ["quantized weights have changed, so they and config.json were written without quantization"]
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
 
 
 def write_own_layout(

@@ -50,7 +50,7 @@ def export_as_family(
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.write(folder)
-        placed = first_rules(family, spec)
+        placed = first_rules(family.tensors, spec)
         forms = {name: ("F32", rule.shape) for name, rule in placed.items()}
         write_own_layout(parameters, placed, forms, {}, folder)
         return [f"written as {family.name}, which computes the same function"]

@@ -49,9 +49,9 @@ class Family:
 
     @property
     def mlx_tensors(self) -> tuple[Fused, ...]:
-        """All rules of mlx-lm's layout."""
+        """All rules of mlx-lm's layout; an export in it uses the first for a parameter."""
         own = {rule.theirs for rule in self.mlx}
-        return (*(rule for rule in self.tensors if rule.theirs not in own), *self.mlx)
+        return (*self.mlx, *(rule for rule in self.tensors if rule.theirs not in own))
 
     def has_mlx_names(self, names: Iterable[str]) -> bool:
         """Return whether these names of tensors are those of mlx-lm's layout."""

@@ -162,12 +162,12 @@ def _entries(
     return tuple(entries)
 
 
-def first_rules(family: Family, spec: ModelSpec) -> dict[str, Placed]:
-    """Return the tensors of the family's default layout by name, from the first rule for each parameter."""
+def first_rules(rules: Iterable[Fused], spec: ModelSpec) -> dict[str, Placed]:
+    """Return the tensors of a layout by name, from the first of these rules for each parameter."""
     shapes = {row.name: row.shape for row in parameter_table(spec)}
     rule_of: dict[str, Fused] = {}
     found: dict[str, Placed] = {}
-    for rule in family.tensors:
+    for rule in rules:
         for placed in places(rule, shapes, len(spec.all_layers)):
             # A rule with one tensor per expert is placed once per expert, with the same parameter each time.
             if not rule.copy and all(rule_of.setdefault(ours, rule) is rule for ours in placed.ours):
@@ -175,7 +175,7 @@ def first_rules(family: Family, spec: ModelSpec) -> dict[str, Placed]:
     return found
 
 
-def wrapping(family: Family, readable: Mapping[str, Readable]) -> Callable[[str], str]:
+def wrapping(family: Family, names: Container[str]) -> Callable[[str], str]:
     """Return a function that maps names of the tensor mapping to those in the files, by the name of the embedding."""
     embedding = family.tensors[0]
 
@@ -185,7 +185,7 @@ def wrapping(family: Family, readable: Mapping[str, Readable]) -> Callable[[str]
                 return other + name[len(prefix) :]
         return name
 
-    prefixes = next((each for each in _WRAPPERS if wrapped(embedding.theirs, each) in readable), {})
+    prefixes = next((each for each in _WRAPPERS if wrapped(embedding.theirs, each) in names), {})
     return lambda name: wrapped(name, prefixes)
 
 
