@@ -85,9 +85,11 @@ def step_of(mlx, spec, dtype=None):
     return mlx.module("kernels.x86.token").token_step(spec, parameters)
 
 
+@pytest.mark.parametrize("large", [1, 2**21], ids=["all cores", "one core"])
 @pytest.mark.parametrize("batch", [1, B])
 @pytest.mark.parametrize("kind", COMMON)
-def test_tokens_equal_the_uncached_reference(mlx, kind, batch):
+def test_tokens_equal_the_uncached_reference(mlx, monkeypatch, kind, batch, large):
+    monkeypatch.setattr(mlx.module("kernels.x86.token"), "LARGE", large)
     spec, tokens = COMMON[kind], TOKENS[:batch]
     assert step_of(mlx, spec) is not None
     values = {name: value.astype(np.float64) for name, value in weights_of(spec).items()}

@@ -1,9 +1,10 @@
 """Work in pieces on all cores, with NumPy: its exponentials use vector instructions, and a piece stays in a cache."""
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -32,17 +33,29 @@ def can_limit_blas() -> bool:
 def on_all_cores(pieces: Iterable[Callable[[], object]]) -> None:
     """Run the pieces and wait; whichever core is free takes the next. A product in a piece has one thread."""
     left = iter(list(pieces))  # all threads take from one iterator
-    count, blas = cores(), _numpy_blas()
-    if blas is None or count == 1:
-        one_by_one(left)
-        return
-    blas.scipy_openblas_set_num_threads64_(1)
-    try:
-        helpers = [_helpers().submit(one_by_one, left) for _ in range(count - 1)]
+    with one_blas_thread():
+        helpers = [_helpers().submit(one_by_one, left) for _ in range(cores() - 1)]
         one_by_one(left)
         for helper in helpers:
             if not helper.cancel():  # one that has not started has nothing left to do
                 helper.result()
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Give each product of NumPy one thread. An idle thread of OpenBLAS may spin for 25 ms, on a core that is needed.
+
+    With another BLAS than that of NumPy's wheel nothing changes.
+    """
+    blas = _numpy_blas()
+    if blas is None:
+        yield
+        return
+    cores()  # counted before the first limit
+    count = blas.scipy_openblas_get_num_threads64_()
+    blas.scipy_openblas_set_num_threads64_(1)
+    try:
+        yield
     finally:
         blas.scipy_openblas_set_num_threads64_(count)
 

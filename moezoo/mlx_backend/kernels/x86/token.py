@@ -7,6 +7,7 @@ operation takes NumPy one microsecond, MLX five.
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -32,13 +33,13 @@ from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.kernels.x86.activation import silu
 from moezoo.mlx_backend.kernels.x86.normalization import inverse_rms
 from moezoo.mlx_backend.kv_cache import Cache, Caches, KVCache
-from moezoo.mlx_backend.runtime.cores import Floats, can_limit_blas, on_all_cores, one_by_one
+from moezoo.mlx_backend.runtime.cores import Floats, can_limit_blas, cores, on_all_cores, one_blas_thread, one_by_one
 
 STREAMED_ROWS = 2
 """Rows up to which einsum reads a matrix from memory faster than `sgemv` and `sgemm` do: 22 to 30 GB/s for 13 to 17."""
 
-LARGE = 2**19
-"""Elements of a matrix from which OpenBLAS uses all cores for one row, which einsum does not."""
+LARGE = 2**21
+"""Multiply-adds from which products on all cores save more than waiting for the cores costs."""
 
 
 def token_path() -> str:
@@ -72,7 +73,10 @@ class TokenStep:
 
     def __call__(self, tokens_B: Integers, caches: Caches) -> tuple[mx.array, Caches]:
         """Return logits [B, V] after these tokens, and caches that hold them; written in place if they are spent."""
-        with np.errstate(all="ignore"):  # as in MLX, whose logits of a diverged model are NaN without a warning
+        with (
+            one_blas_thread(),
+            np.errstate(all="ignore"),
+        ):  # as in MLX, whose logits of a diverged model are NaN without a warning
             return self._extended(tokens_B, caches)
 
     def _extended(self, tokens_B: Integers, caches: Caches) -> tuple[mx.array, Caches]:
@@ -82,7 +86,8 @@ class TokenStep:
             key_BSMH, value_BSMH = (_own(array, spent=caches.spent) for array in (cache.key_BSMH, cache.value_BSMH))
             x_BD = layer.extended(x_BD, np.asarray(key_BSMH), np.asarray(value_BSMH), cache.length)
             extended.append(KVCache(key_BSMH, value_BSMH, cache.length + 1))
-        return mx.array(self._final_norm(x_BD) @ self._head_DV), Caches(extended, None)
+        (logits_BV,) = _products(self._final_norm(x_BD), self._head_DV)
+        return mx.array(logits_BV), Caches(extended, None)
 
 
 class _Norm(NamedTuple):
@@ -144,8 +149,9 @@ class _Attention:
     def __call__(self, x_BD: Floats, key_BSMH: Floats, value_BSMH: Floats, length: int) -> Floats:
         """Return the output [B, D]; keys and values of the token are written to slot `length`."""
         heads, _, width = self._shape
-        query_BMGH: Floats = _product(x_BD, self._w_query).reshape(-1, *self._shape)
-        key_BMH: Floats = _product(x_BD, self._w_key).reshape(-1, heads, width)
+        query, key, value = _products(x_BD, self._w_query, self._w_key, self._w_value)
+        query_BMGH: Floats = query.reshape(-1, *self._shape)
+        key_BMH: Floats = key.reshape(-1, heads, width)
         if self._norms:
             query_norm, key_norm = self._norms
             query_BMGH, key_BMH = query_norm(query_BMGH), key_norm(key_BMH)
@@ -153,7 +159,7 @@ class _Attention:
             turn_HH = turning_matrix(self._position, width, length)
             query_BMGH, key_BMH = query_BMGH @ turn_HH, key_BMH @ turn_HH
         key_BSMH[:, length] = key_BMH
-        value_BSMH[:, length] = _product(x_BD, self._w_value).reshape(key_BMH.shape)
+        value_BSMH[:, length] = value.reshape(key_BMH.shape)
         # A matrix is the left operand, as OpenBLAS is two to four times slower if the right one is the larger.
         key_BM1SH = key_BSMH[:, : length + 1].swapaxes(1, 2)[:, :, None]
         weight_BMGS = (key_BM1SH @ (query_BMGH * self._scale)[..., None])[..., 0]
@@ -162,7 +168,8 @@ class _Attention:
         weight_BMGS /= weight_BMGS.sum(axis=-1, keepdims=True)
         value_BMHS = value_BSMH[:, : length + 1].transpose(0, 2, 3, 1)
         attended_BMGH = (value_BMHS @ weight_BMGS.swapaxes(-1, -2)).swapaxes(-1, -2)
-        return _product(attended_BMGH.reshape(len(x_BD), -1), self._w_output)
+        (out_BD,) = _products(attended_BMGH.reshape(len(x_BD), -1), self._w_output)
+        return out_BD
 
 
 class _Experts:
@@ -205,9 +212,28 @@ class _Experts:
         out_RD[slot_R] = _product(hidden, down_FD)
 
 
+def _products(x_BD: Floats, *matrices: Floats) -> list[Floats]:
+    """Return x times each of these matrices; each core takes some columns if that is much work."""
+    if len(x_BD) * sum(w_DF.size for w_DF in matrices) < LARGE:
+        return [_product(x_BD, w_DF) for w_DF in matrices]
+    products: list[Floats] = [np.empty((len(x_BD), w_DF.shape[1]), np.float32) for w_DF in matrices]
+    on_all_cores(
+        partial(np.matmul, x_BD, w_DF[:, share], out=out_BF[:, share])
+        for w_DF, out_BF in zip(matrices, products, strict=True)
+        for share in _shares(w_DF.shape[1])
+    )
+    return products
+
+
+def _shares(count: int) -> list[slice]:
+    """Return a slice of `count` columns for each core."""
+    bounds = [count * core // cores() for core in range(cores() + 1)]
+    return [slice(*pair) for pair in pairwise(bounds)]
+
+
 def _product(x_RD: Floats, w_DF: Floats) -> Floats:
-    """Return x times w: few rows by a loop over D that streams w, larger products by all threads of OpenBLAS."""
-    if len(x_RD) <= STREAMED_ROWS and w_DF.size < LARGE:
+    """Return x times w on this core."""
+    if len(x_RD) <= STREAMED_ROWS:
         return np.asarray(np.einsum("RD,DF->RF", x_RD, w_DF))
     return x_RD @ w_DF
 
