@@ -1,6 +1,7 @@
 """Conversion between NumPy arrays by canonical name and NNX parameters."""
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 from flax import nnx
 
 from moezoo.core.parameters.precision import STORED_DTYPES
+from moezoo.core.quantization.weight import QuantizedWeight, stored
+from moezoo.jax_backend.quantization import QuantizedArray, as_array, quantized_array
 from moezoo.jax_backend.runtime.processes import on_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -32,19 +35,25 @@ class Weights:
         return self._prefix + name in self._values
 
     def parameter(self, name: str) -> nnx.Param[jax.Array]:
-        """Return a trainable parameter with this module's value of that name, in its own dtype: every use casts it."""
-        return nnx.Param(self._array(name))
+        """Return a trainable parameter with this module's value of that name, in its own dtype: every use casts it.
+
+        What is stored as codes is a QuantizedArray in place of an array.
+        """
+        value = stored(self._values, self._prefix + name)
+        if isinstance(value, QuantizedWeight):
+            return nnx.Param(cast(jax.Array, quantized_array(value)))
+        return nnx.Param(_array(value))
 
     def state(self, name: str) -> nnx.Variable[jax.Array]:
         """Return state with this module's value of that name, in its own dtype: not trained by gradients."""
-        return _State(self._array(name))
+        return _State(_array(self._values[self._prefix + name]))
 
-    def _array(self, name: str) -> jax.Array:
-        given = self._values[self._prefix + name]
-        if isinstance(given, jax.Array | jax.ShapeDtypeStruct):  # on its devices already, or planned: sharding.py
-            return given
-        value = np.asarray(given)
-        return jnp.asarray(value, value.dtype if value.dtype.name in STORED_DTYPES else jnp.float32)
+
+def _array(given: Any) -> jax.Array:
+    if isinstance(given, jax.Array | jax.ShapeDtypeStruct):  # on its devices already, or planned: sharding.py
+        return cast(jax.Array, given)
+    value = np.asarray(given)
+    return jnp.asarray(value, value.dtype if value.dtype.name in STORED_DTYPES else jnp.float32)
 
 
 def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -52,6 +61,6 @@ def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     return {name: np.asarray(on_host(value), np.float32) for name, value in values.items()}
 
 
-def exported(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Convert arrays by name to NumPy arrays of their own dtype by name."""
-    return {name: np.asarray(on_host(value)) for name, value in values.items()}
+def exported(values: Mapping[str, jax.Array | QuantizedArray]) -> dict[str, np.ndarray]:
+    """Convert arrays by name to NumPy arrays of their own dtype by name; codes are decoded."""
+    return {name: np.asarray(on_host(as_array(value))) for name, value in values.items()}

@@ -10,6 +10,7 @@ from jax import lax
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kernels.attention import chunk_length
 from moezoo.jax_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
@@ -154,7 +155,7 @@ class GroupedQueryAttention(nnx.Module):
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
-        query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
+        query = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
         if spec.qkv_bias:
             query = query + self.b_query[...].astype(dtype)
         batch, length = x_BTD.shape[:2]
@@ -193,7 +194,7 @@ class GroupedQueryAttention(nnx.Module):
                 sink_N=sink_N,
             )
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
-        output = jnp.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
+        output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
         if spec.output_bias:
             output = output + self.b_output[...].astype(dtype)
         return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
@@ -201,13 +202,13 @@ class GroupedQueryAttention(nnx.Module):
     def _keys_and_values(self, x_BTD: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return keys after norm and rotation, and values before any value residual."""
         spec, dtype = self.spec, x_BTD.dtype
-        key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
+        key = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
         if spec.qkv_bias:
             key = key + self.b_key[...].astype(dtype)
         if spec.values_from_keys:
             value = key
         else:
-            value = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_value[...].astype(dtype))
+            value = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_value[...].astype(dtype))
             if spec.qkv_bias:
                 value = value + self.b_value[...].astype(dtype)
         if spec.value_norm is not None:
@@ -240,9 +241,9 @@ class GroupedQueryAttention(nnx.Module):
         """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one."""
         match self.spec.gate:
             case "headwise":
-                gate = jnp.einsum("BTD,DN->BTN", x_BTD, self.w_gate[...].astype(x_BTD.dtype))[..., None]
+                gate = projection.einsum("BTD,DN->BTN", x_BTD, self.w_gate[...].astype(x_BTD.dtype))[..., None]
             case "elementwise":
-                gate = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_gate[...].astype(x_BTD.dtype))
+                gate = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_gate[...].astype(x_BTD.dtype))
             case None:
                 return attended_BTNH
             case _:

@@ -9,6 +9,7 @@ from jax import lax
 
 from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import positions
@@ -49,12 +50,13 @@ class GatedDeltaAttention(nnx.Module):
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         del first_value_BTMH  # only grouped-query attention uses it
         spec, dtype = self.spec, x_BTD.dtype
-        query = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_query[...].astype(dtype))
-        key = jnp.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
-        value = jnp.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_value[...].astype(dtype))
-        gate = jnp.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate[...].astype(dtype)).astype(jnp.float32)
-        beta = jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x_BTD, self.w_beta[...].astype(dtype)).astype(jnp.float32))
-        step = jnp.einsum("BTD,DN->BTN", x_BTD, self.w_decay[...].astype(dtype)).astype(jnp.float32)
+        query = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_query[...].astype(dtype))
+        key = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
+        value = projection.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_value[...].astype(dtype))
+        gate = projection.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate[...].astype(dtype)).astype(jnp.float32)
+        strength = projection.einsum("BTD,DN->BTN", x_BTD, self.w_beta[...].astype(dtype)).astype(jnp.float32)
+        beta = jax.nn.sigmoid(strength)
+        step = projection.einsum("BTD,DN->BTN", x_BTD, self.w_decay[...].astype(dtype)).astype(jnp.float32)
         rate = jnp.exp(self.log_decay_rate[...].astype(jnp.float32))
         log_decay = -rate * jax.nn.softplus(step + self.decay_bias[...].astype(jnp.float32))
         batch, length = x_BTD.shape[:2]
@@ -78,7 +80,7 @@ class GatedDeltaAttention(nnx.Module):
         if cache is not None:
             cache = cache.extend(state_BMGHZ, query, key, value)
         normed = (self.output_norm(attended.reshape(value.shape)) * jax.nn.silu(gate)).astype(dtype)
-        return Attended(jnp.einsum("BTNZ,NZD->BTD", normed, self.w_output[...].astype(dtype)), cache, None, None)
+        return Attended(projection.einsum("BTNZ,NZD->BTD", normed, self.w_output[...].astype(dtype)), cache, None, None)
 
 
 def gated_delta_rule(

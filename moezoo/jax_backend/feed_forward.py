@@ -8,6 +8,7 @@ from flax import nnx
 
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kernels import projection
 
 
 class FeedForward(nnx.Module):
@@ -29,11 +30,11 @@ class FeedForward(nnx.Module):
         spec, dtype = self.spec, x.dtype
         gate = None
         if not isinstance(spec, PlainFeedForwardSpec):
-            gate = jnp.einsum("...D,DF->...F", x, self.w_gate[...].astype(dtype))
+            gate = projection.einsum("...D,DF->...F", x, self.w_gate[...].astype(dtype))
             gate = gate + self.b_gate[...].astype(dtype) if spec.bias else gate
-        up = jnp.einsum("...D,DF->...F", x, self.w_up[...].astype(dtype))
+        up = projection.einsum("...D,DF->...F", x, self.w_up[...].astype(dtype))
         up = up + self.b_up[...].astype(dtype) if spec.bias else up
-        out = jnp.einsum("...F,FD->...D", activate(spec, gate, up), self.w_down[...].astype(dtype))
+        out = projection.einsum("...F,FD->...D", activate(spec, gate, up), self.w_down[...].astype(dtype))
         return out + self.b_down[...].astype(dtype) if spec.bias else out
 
 

@@ -26,11 +26,12 @@ from moezoo.jax_backend.distributed.sharding import Placement, gather_outside_la
 from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, prefilled
 from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
+from moezoo.jax_backend.quantization import QuantizedArray, as_array
 from moezoo.jax_backend.runtime.processes import on_host
 from moezoo.jax_backend.runtime.typed import GraphDef, State
 from moezoo.jax_backend.sampling import Rule
 from moezoo.jax_backend.transformer import Forward, Transformer
-from moezoo.jax_backend.transforms.rematerialization import Transforms, decoding_options, transforms
+from moezoo.jax_backend.transforms.rematerialization import Transforms, compiler_options, decoding_options, transforms
 from moezoo.jax_backend.transforms.scanned_layers import Stacks
 
 Parameters = dict[str, jax.Array]
@@ -49,9 +50,12 @@ class JaxInference:
         self._stacks = Stacks(spec, placement=placement)
         on_devices = weights if placement is None else placement.shard(weights)
         self._parameters, self._state = self._split(Transformer(spec, Weights(on_devices)))
-        self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"))
-        self._score = jax.jit(self._score_values, static_argnames=("count", "inference"))
-        self._extend = jax.jit(self._extend_values, donate_argnums=3)
+        self._codes = [name for name, value in self._parameters.items() if isinstance(value, QuantizedArray)]
+        # Codes are decoded behind barriers, which one product after the other keeps.
+        options = compiler_options(rematerialize=False) if self._codes else None
+        self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"), compiler_options=options)
+        self._score = jax.jit(self._score_values, static_argnames=("count", "inference"), compiler_options=options)
+        self._extend = jax.jit(self._extend_values, donate_argnums=3, compiler_options=options)
         self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5), compiler_options=decoding_options())
         self._finite = jax.jit(self._finite_values, out_shardings=None if placement is None else placement.replicated)
 
@@ -180,7 +184,7 @@ class JaxInference:
 
     def _finite_values(self, parameters: Parameters, state: Parameters) -> Parameters:
         named = self._stacks.unstack(parameters) | state
-        return {name: jnp.all(jnp.isfinite(value)) for name, value in named.items()}
+        return {name: jnp.all(jnp.isfinite(as_array(value))) for name, value in named.items()}
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
 
@@ -215,13 +219,17 @@ class JaxInference:
 
 def _named(state: State) -> list[tuple[str, jax.Array]]:
     """Leaves of an NNX state with their attribute path, in the order of its tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state), is_leaf=_is_codes)
     return [(".".join(str(key.key) for key in path), value) for path, value in leaves]
+
+
+def _is_codes(value: object) -> bool:
+    return isinstance(value, QuantizedArray)
 
 
 def _merger(graph: GraphDef, *states: State) -> Callable[..., Transformer]:
     """Return a function that merges a module from values by name, one dict for each of the states."""
-    parts = [(jax.tree.structure(state), [name for name, _ in _named(state)]) for state in states]
+    parts = [(jax.tree.structure(state, is_leaf=_is_codes), [name for name, _ in _named(state)]) for state in states]
 
     def merge(*values: Parameters) -> Transformer:
         pairs = zip(parts, values, strict=True)

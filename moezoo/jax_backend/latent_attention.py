@@ -10,6 +10,7 @@ from moezoo.core.reference.latent_attention import expanded, score_scale
 from moezoo.core.spec import LatentAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.attention import attend, attend_causally, temperature
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, LatentCache
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import positions, rotate, same_side
@@ -57,12 +58,12 @@ class LatentAttention(nnx.Module):
             index_query, index_key, index_weight = self.indexer(x_BTD, source, position_T)
         if cache is None:
             grouped = jnp.concatenate([query, rope_query], axis=-1)[:, :, :, None]
-            key = jnp.einsum("BSZ,ZNH->BSNH", latent, self.w_key[...].astype(dtype))
+            key = projection.einsum("BSZ,ZNH->BSNH", latent, self.w_key[...].astype(dtype))
             key = jnp.concatenate([key, jnp.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
-            value = jnp.einsum("BSZ,ZNH->BSNH", latent, self.w_value[...].astype(dtype))
+            value = projection.einsum("BSZ,ZNH->BSNH", latent, self.w_value[...].astype(dtype))
         else:
             cache = cache.extend(latent, rope_key[:, :, 0], index_key)
-            query = jnp.einsum("BTNH,ZNH->BTNZ", query, self.w_key[...].astype(dtype))
+            query = projection.einsum("BTNH,ZNH->BTNZ", query, self.w_key[...].astype(dtype))
             grouped = jnp.concatenate([query, rope_query], axis=-1)[:, :, None]
             key = jnp.concatenate([cache.latent_BSZ, cache.key_BSH], axis=-1)[:, :, None]
             value, index_key = cache.latent_BSZ[:, :, None], cache.index_key_BSH
@@ -85,8 +86,8 @@ class LatentAttention(nnx.Module):
         if cache is None:
             out_BTNH = attended[:, :, :, 0]
         else:
-            out_BTNH = jnp.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], self.w_value[...].astype(dtype))
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_output[...].astype(dtype))
+            out_BTNH = projection.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], self.w_value[...].astype(dtype))
+        out_BTD = projection.einsum("BTNH,NHD->BTD", out_BTNH, self.w_output[...].astype(dtype))
         if spec.bias:
             out_BTD = out_BTD + self.b_output[...].astype(dtype)
         return Attended(out_BTD, cache, None, loss)
@@ -98,14 +99,14 @@ class LatentAttention(nnx.Module):
         spec, dtype = self.spec, x_BTD.dtype
         if spec.query_latent_dim is None:
             source = x_BTD
-            query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
+            query = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
         else:
-            down = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_query_down[...].astype(dtype))
+            down = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_query_down[...].astype(dtype))
             source = self.query_norm(down + self.b_query_down[...].astype(dtype) if spec.bias else down)
-            query = jnp.einsum("BTZ,ZNH->BTNH", source, self.w_query[...].astype(dtype))
+            query = projection.einsum("BTZ,ZNH->BTNH", source, self.w_query[...].astype(dtype))
         query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
-        latent = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_latent[...].astype(dtype))
-        rope_key = jnp.einsum("BTD,DH->BTH", x_BTD, self.w_rope_key[...].astype(dtype))
+        latent = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_latent[...].astype(dtype))
+        rope_key = projection.einsum("BTD,DH->BTH", x_BTD, self.w_rope_key[...].astype(dtype))
         if spec.bias:
             latent = latent + self.b_latent[...].astype(dtype)
             rope_key = rope_key + self.b_rope_key[...].astype(dtype)

@@ -9,7 +9,9 @@ from flax import nnx
 from moezoo.core.spec import LayerInputsSpec, NormSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.feed_forward import activate
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.quantization import take
 
 
 class LayerInputs(nnx.Module):
@@ -22,9 +24,9 @@ class LayerInputs(nnx.Module):
         self.norm = norm(norm_spec, weights.inside("norm"))
 
     def __call__(self, tokens_BT: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        context = jnp.einsum("BTD,DLZ->BTLZ", x_BTD, self.w_context[...].astype(x_BTD.dtype))
+        context = projection.einsum("BTD,DLZ->BTLZ", x_BTD, self.w_context[...].astype(x_BTD.dtype))
         context = self.norm(context.astype(jnp.float32) / math.sqrt(x_BTD.shape[-1]))
-        own = math.sqrt(self.spec.dim) * self.weight[...][tokens_BT].astype(jnp.float32)
+        own = math.sqrt(self.spec.dim) * take(self.weight[...], tokens_BT).astype(jnp.float32)
         return ((context + own) / math.sqrt(2)).astype(x_BTD.dtype)
 
 
@@ -38,6 +40,6 @@ class LayerInput(nnx.Module):
         self.norm = norm(norm_spec, weights.inside("norm"))
 
     def __call__(self, x_BTD: jax.Array, input_BTZ: jax.Array) -> jax.Array:
-        gate = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_gate[...].astype(x_BTD.dtype))
+        gate = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_gate[...].astype(x_BTD.dtype))
         gated = activate(self.spec.gated, gate, input_BTZ)
-        return self.norm(jnp.einsum("BTZ,ZD->BTD", gated, self.w_output[...].astype(x_BTD.dtype)))
+        return self.norm(projection.einsum("BTZ,ZD->BTD", gated, self.w_output[...].astype(x_BTD.dtype)))

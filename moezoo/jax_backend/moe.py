@@ -13,7 +13,9 @@ from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.jax_backend.dispatch import Dispatch, combine, dispatch, used_rows
 from moezoo.jax_backend.experts import Experts, ExpertsCall
 from moezoo.jax_backend.feed_forward import FeedForward
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.quantization import as_array
 from moezoo.jax_backend.routing import Router, Routing, jittered_input
 
 Exchange = Callable[..., jax.Array]
@@ -70,14 +72,14 @@ class MoE(nnx.Module):
         spec, dtype = self.spec, x_BTD.dtype
         input_P = routed_PD
         if spec.latent_dim is not None:
-            input_P = jnp.einsum("PD,DZ->PZ", routed_PD, self.w_latent[...].astype(dtype))
+            input_P = projection.einsum("PD,DZ->PZ", routed_PD, self.w_latent[...].astype(dtype))
         if exchange is None:
             out_PD = run_experts(spec, self.experts, input_P, dispatched)
         else:
             options = {"num_sequences": x_BTD.shape[0], "inference": context.inference}
             out_PD = exchange(spec, self.experts, input_P, routing, dispatched, **options)
         if spec.latent_dim is not None:
-            out_PD = jnp.einsum("PZ,ZD->PD", out_PD, self.w_output[...].astype(dtype))
+            out_PD = projection.einsum("PZ,ZD->PD", out_PD, self.w_output[...].astype(dtype))
         if self.spec.zero_computation is not None:
             weight_PE = choice_weights(self.spec, routing, dispatched.kept_PK)
             out_PD = out_PD + self.constant_experts(routed_PD, weight_PE)
@@ -98,7 +100,7 @@ class MoE(nnx.Module):
             case SharedExpertsSpec(kind="sum"):
                 return routed_PD + shared_PD
             case SharedExpertsSpec(kind="sigmoid_gated"):
-                logit_P = jnp.einsum("PD,D->P", x_PD, self.w_shared_gate[...][:, 0].astype(x_PD.dtype))
+                logit_P = projection.einsum("PD,D->P", x_PD, as_array(self.w_shared_gate[...])[:, 0].astype(x_PD.dtype))
                 gate_P = jax.nn.sigmoid(logit_P.astype(jnp.float32))
                 return routed_PD + (gate_P[:, None] * shared_PD).astype(x_PD.dtype)
             case SharedExpertsSpec():

@@ -12,6 +12,7 @@ from jax import lax
 from moezoo.core.reference.positions import frequencies, score_multiplier, sinusoidal_frequencies
 from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.quantization import take
 
 Layout = Literal["half_split", "interleaved"]
 
@@ -91,7 +92,7 @@ class EmbeddingPosition(nnx.Module):
     def __call__(self, position_T: jax.Array) -> jax.Array:
         match self.spec:
             case LearnedPositionsSpec():
-                return self.weight[...][position_T].astype(jnp.float32)
+                return take(self.weight[...], position_T).astype(jnp.float32)
             case SinusoidalPositionsSpec():
                 angle = _angle(position_T, sinusoidal_frequencies(self.spec, self.embed_dim))
                 waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import lax
 
 from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.quantization.weight import QuantizedWeight
+from moezoo.jax_backend.kernels.codes import decoded
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +35,20 @@ class QuantizedArray:
         """Return the same codes, decoded to another dtype."""
         return replace(self, dtype=jnp.dtype(dtype))
 
+    def __getitem__(self, index: EllipsisType | jax.Array) -> "QuantizedArray":
+        """Return these indices of the first axis, which must be the first one of the codes; or, of `...`, all."""
+        if isinstance(index, EllipsisType):
+            return self
+        assert self.lead[:1] == (0,), self.lead
+        taken = [
+            lax.dynamic_index_in_dim(values, index, keepdims=False) if index.ndim == 0 else values[index]
+            for values in (self.codes, self.scales, *([] if self.biases is None else [self.biases]))
+        ]
+        more = index.ndim - 1
+        lead = (*range(index.ndim), *(axis + more for axis in self.lead[1:]))
+        form = (self.format, (*index.shape, *self.shape[1:]), lead, tuple(axis + more for axis in self.packed))
+        return QuantizedArray(taken[0], taken[1], taken[2] if taken[2:] else None, *form, self.dtype)
+
     @property
     def row_size(self) -> int:
         """Number of numbers in a row of codes."""
@@ -48,7 +64,7 @@ def quantized_array(weight: QuantizedWeight) -> QuantizedArray:
 
 def dequantize(weight: QuantizedArray) -> jax.Array:
     """Spec: moezoo.core.reference.quantization.dequantize; returned in the weight's dtype."""
-    rows = _rows(weight.format, weight.codes, weight.scales, weight.biases, weight.row_size).astype(weight.dtype)
+    rows = decoded(weight.format, weight.codes, weight.scales, weight.biases, weight.row_size).astype(weight.dtype)
     order = (*weight.lead, *weight.packed)
     return rows.reshape([weight.shape[axis] for axis in order]).transpose(np.argsort(order))
 
@@ -60,58 +76,6 @@ def as_array(weight: jax.Array | QuantizedArray) -> jax.Array:
 
 def take(weight: jax.Array | QuantizedArray, index: jax.Array) -> jax.Array:
     """Return `weight[index]`; of codes only the rows with these indices are decoded."""
-    if not isinstance(weight, QuantizedArray):
-        return weight[index]
-    if weight.lead != (0,) or sorted(weight.packed) != list(weight.packed):
-        return dequantize(weight)[index]
-    biases = None if weight.biases is None else weight.biases[index]
-    rows = _rows(weight.format, weight.codes[index], weight.scales[index], biases, weight.row_size)
-    return rows.astype(weight.dtype).reshape(*index.shape, *weight.shape[1:])
-
-
-def _rows(
-    format: QuantizationFormat, codes: jax.Array, scales: jax.Array, biases: jax.Array | None, size: int
-) -> jax.Array:
-    """Decode codes [..., words] to float32 [..., size]."""
-
-    def per_number(groups: jax.Array) -> jax.Array:
-        return jnp.repeat(groups.astype(jnp.float32), format.group_size, axis=-1)[..., :size]
-
-    number, scale = _unpacked(codes, format.bits, size), scales
-    match format.mode:
-        case "affine":
-            pass
-        case "mxfp4" | "nvfp4":
-            number = jnp.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], jnp.float32)[number] / 2
-        case _:
-            number = lax.bitcast_convert_type(number.astype(jnp.uint8), jnp.float8_e4m3fn)
-    match format.mode:
-        case "mxfp4" | "mxfp8":
-            scale = jnp.where(scales == 255, jnp.nan, jnp.ldexp(jnp.float32(1), scales.astype(jnp.int32) - 127))
-        case "nvfp4":
-            scale = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
-        case _:
-            pass
-    value = number.astype(jnp.float32) * per_number(scale)
-    if biases is None:
-        return value
-    return _rounded(_rounded(value, scales.dtype) + per_number(biases), scales.dtype)
-
-
-def _rounded(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Round float32 numbers to another dtype. Trap: XLA may drop a cast to a narrower dtype and back."""
-    if dtype == jnp.bfloat16:
-        return lax.reduce_precision(value, exponent_bits=8, mantissa_bits=7)
-    return value if dtype == value.dtype else lax.optimization_barrier(value.astype(dtype)).astype(value.dtype)
-
-
-def _unpacked(words: jax.Array, bits: int, size: int) -> jax.Array:
-    """Return the codes in uint32 words, low bits first, as uint32 [..., size]."""
-    first = np.arange(size) * bits
-    word, shift = first // 32, (first % 32).astype(np.uint32)
-    low = words[..., word] >> shift
-    crosses = shift + bits > 32
-    if crosses.any():
-        following = words[..., np.minimum(word + 1, words.shape[-1] - 1)]
-        low = low | jnp.where(crosses, following << np.where(crosses, 32 - shift, 0).astype(np.uint32), 0)
-    return low & np.uint32(2**bits - 1)
+    if isinstance(weight, QuantizedArray) and weight.lead[:1] != (0,):
+        weight = dequantize(weight)
+    return as_array(weight[index])

@@ -12,6 +12,7 @@ from moezoo.core.reference.routing import LEAST_WEIGHT
 from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.random import fold_in, uniform
 
 
@@ -65,7 +66,7 @@ class Router(nnx.Module):
         clean_logits_PE = noise_scale_PE = None
         if key is not None and isinstance(spec.choice, NoisyTopKChoiceSpec):
             clean_logits_PE = logits_PE
-            noise_logits_PE = jnp.einsum("PD,DE->PE", x_PD, self.w_noise[...].astype(x_PD.dtype))
+            noise_logits_PE = projection.einsum("PD,DE->PE", x_PD, self.w_noise[...].astype(x_PD.dtype))
             noise_scale_PE = jax.nn.softplus(noise_logits_PE.astype(jnp.float32))
             logits_PE = noisy(logits_PE, noise_scale_PE, key)
         score_PE = score(spec, logits_PE)
@@ -104,7 +105,7 @@ class Router(nnx.Module):
         return x_PD.astype(dtype)
 
     def _linear(self, x_PD: jax.Array, previous_PE: jax.Array | None) -> jax.Array:
-        logits_PE = jnp.einsum("PD,DE->PE", x_PD, self.w_router[...].astype(x_PD.dtype)).astype(jnp.float32)
+        logits_PE = projection.einsum("PD,DE->PE", x_PD, self.w_router[...].astype(x_PD.dtype)).astype(jnp.float32)
         if self.spec.bias:
             logits_PE = logits_PE + self.b_router[...].astype(jnp.float32)
         if self.has_residual:

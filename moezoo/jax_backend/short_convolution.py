@@ -6,6 +6,7 @@ from flax import nnx
 
 from moezoo.core.spec import ShortConvolutionSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
 from moezoo.jax_backend.positions import positions
 
@@ -39,9 +40,9 @@ class ShortConvolution(nnx.Module):
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         del first_value_BTMH  # only grouped-query attention uses it
         dtype = x_BTD.dtype
-        input_gate_BTZ = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_input_gate[...].astype(dtype))
-        output_gate_BTZ = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_output_gate[...].astype(dtype))
-        value_BTZ = jnp.einsum("BTD,DZ->BTZ", x_BTD, self.w_value[...].astype(dtype))
+        input_gate_BTZ = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_input_gate[...].astype(dtype))
+        output_gate_BTZ = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_output_gate[...].astype(dtype))
+        value_BTZ = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_value[...].astype(dtype))
         if self.spec.bias:
             input_gate_BTZ = input_gate_BTZ + self.b_input_gate[...].astype(dtype)
             output_gate_BTZ = output_gate_BTZ + self.b_output_gate[...].astype(dtype)
@@ -58,7 +59,7 @@ class ShortConvolution(nnx.Module):
         if cache is not None:
             cache = cache.extend(gated_BTZ)
         gated_BTZ = (output_gate_BTZ * convolved_BTZ).astype(dtype)
-        output = jnp.einsum("BTZ,ZD->BTD", gated_BTZ, self.w_output[...].astype(dtype))
+        output = projection.einsum("BTZ,ZD->BTD", gated_BTZ, self.w_output[...].astype(dtype))
         if self.spec.bias:
             output = output + self.b_output[...].astype(dtype)
         return Attended(output, cache, None, None)

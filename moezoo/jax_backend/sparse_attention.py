@@ -10,6 +10,7 @@ from jax import lax
 
 from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import rotate
 
@@ -29,9 +30,9 @@ class Indexer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec, dtype = self.spec, x_BTD.dtype
         x_BTD, source_BTZ = lax.stop_gradient(x_BTD), lax.stop_gradient(source_BTZ)
-        query_BTNH = jnp.einsum("BTZ,ZNH->BTNH", source_BTZ, self.w_query[...].astype(dtype))
-        key_BTH = self.key_norm(jnp.einsum("BTD,DH->BTH", x_BTD, self.w_key[...].astype(dtype)))
-        weight_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), self.w_weight[...].astype(jnp.float32))
+        query_BTNH = projection.einsum("BTZ,ZNH->BTNH", source_BTZ, self.w_query[...].astype(dtype))
+        key_BTH = self.key_norm(projection.einsum("BTD,DH->BTH", x_BTD, self.w_key[...].astype(dtype)))
+        weight_BTN = projection.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), self.w_weight[...].astype(jnp.float32))
         weight_BTN = weight_BTN / math.sqrt(spec.num_heads * spec.head_dim)
         match self.position:
             case RoPESpec():

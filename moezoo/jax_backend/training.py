@@ -13,6 +13,7 @@ from moezoo.core.backend import StepMetrics
 from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
+from moezoo.core.quantization.weight import check_no_codes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
@@ -68,6 +69,7 @@ class JaxTraining(JaxInference):
         key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
+        check_no_codes(self._codes)
         with self._traced(len(tokens)):
             (_, (terms, *_)), gradients = self._gradients(
                 self._parameters, self._state, tokens, targets, key, flatten_forced(forced)
@@ -100,6 +102,7 @@ class JaxTraining(JaxInference):
         rematerialize: Rematerialize = "none",
         layers: Layers = "unrolled",
     ) -> None:
+        check_no_codes(self._codes)
         check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
         self._rematerialize = rematerialize
         self._stack_layers(layers)

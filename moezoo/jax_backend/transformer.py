@@ -26,12 +26,14 @@ from moezoo.jax_backend.choice import RoutingContext
 from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
+from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, Cache, Caches, Source
 from moezoo.jax_backend.latent_attention import LatentAttention
 from moezoo.jax_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.jax_backend.moe import Exchange, MoE
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import EmbeddingPosition, positions
+from moezoo.jax_backend.quantization import take
 from moezoo.jax_backend.random import fold_in, uniform
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.short_convolution import ShortConvolution
@@ -347,7 +349,7 @@ class Transformer(nnx.Module):
         )
 
     def _embed(self, tokens_BT: jax.Array, caches: Caches | None) -> jax.Array:
-        x_BTD = self.embedding.weight[...][tokens_BT].astype(jnp.float32)
+        x_BTD = take(self.embedding.weight[...], tokens_BT).astype(jnp.float32)
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:
@@ -358,9 +360,9 @@ class Transformer(nnx.Module):
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
         match self.spec.head:
             case TiedHeadSpec():
-                logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight[...].astype(x_BTD.dtype))
+                logits_BTV = projection.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight[...].astype(x_BTD.dtype))
             case UntiedHeadSpec():
-                logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head.w_head[...].astype(x_BTD.dtype))
+                logits_BTV = projection.einsum("BTD,DV->BTV", x_BTD, self.head.w_head[...].astype(x_BTD.dtype))
             case _:
                 assert_never(self.spec.head)
         if self.spec.head.bias:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import ml_dtypes
 import mlx.core as mx
@@ -31,6 +32,16 @@ class QuantizedArray:
         """Return the same codes, decoded to another dtype."""
         return self if dtype == self.dtype else replace(self, dtype=dtype)
 
+    def __getitem__(self, index: EllipsisType | mx.array) -> "QuantizedArray":
+        """Return these indices of the first axis, which must be the first one of the codes; or, of `...`, all."""
+        if isinstance(index, EllipsisType):
+            return self
+        assert self.lead[:1] == (0,), self.lead
+        biases, more = None if self.biases is None else self.biases[index], index.ndim - 1
+        lead = (*range(index.ndim), *(axis + more for axis in self.lead[1:]))
+        form = (self.format, (*index.shape, *self.shape[1:]), lead, tuple(axis + more for axis in self.packed))
+        return QuantizedArray(self.codes[index], self.scales[index], biases, *form, self.dtype)
+
     @property
     def row_size(self) -> int:
         """Number of numbers in a row of codes."""
@@ -58,13 +69,9 @@ def as_array(weight: mx.array | QuantizedArray) -> mx.array:
 
 def take(weight: mx.array | QuantizedArray, index: mx.array) -> mx.array:
     """Return `weight[index]`; of codes only the rows with these indices are decoded."""
-    if not isinstance(weight, QuantizedArray):
-        return weight[index]
-    if weight.lead != (0,) or sorted(weight.packed) != list(weight.packed):
-        return dequantize(weight)[index]
-    biases = None if weight.biases is None else weight.biases[index]
-    rows = _rows(weight.format, weight.codes[index], weight.scales[index], biases, weight.row_size)
-    return rows.astype(weight.dtype).reshape(*index.shape, *weight.shape[1:])
+    if isinstance(weight, QuantizedArray) and weight.lead[:1] != (0,):
+        weight = dequantize(weight)
+    return as_array(weight[index])
 
 
 def _rows(
@@ -72,7 +79,7 @@ def _rows(
 ) -> mx.array:
     """Decode codes [..., words] to float32 [..., size]."""
     if format.mode == "fp8":
-        scale = mx.repeat(scales.astype(mx.float32), format.group_size, axis=-1)[..., :size]
+        scale = scales.astype(mx.float32)[..., mx.arange(size) // format.group_size]
         return mx.from_fp8(codes.view(mx.uint8), mx.float32) * scale
     if biases is None:
         return mx.dequantize(codes, scales, None, format.group_size, format.bits, format.mode, dtype=mx.float32)

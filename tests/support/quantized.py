@@ -1,11 +1,14 @@
-"""Quantized weights with random codes."""
+"""Quantized weights with random codes, and models with quantized weights."""
 
 import itertools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from moezoo.core.quantization.formats import BITS, GROUP_SIZES, MODES, QuantizationFormat
+from moezoo.core.quantization.quantize import quantize_weight
 from moezoo.core.quantization.weight import QuantizedWeight
 
 FORMATS = [
@@ -31,3 +34,25 @@ def random_weight(
         scales, biases = random.integers(100, 120, groups, np.uint8), None
     words = codes.view(np.uint32)
     return QuantizedWeight(format, shape, lead, packed, words, scales, biases if format.has_biases else None)
+
+
+def quantized_weights(weights: Mapping[str, np.ndarray], format: QuantizationFormat) -> dict[str, Any]:
+    """Return the weights with matrices and embeddings as codes, as far as their rows divide."""
+    found: dict[str, Any] = {}
+    for name, value in weights.items():
+        lead, packed = _axes(name, value.ndim)
+        fits = lead and value.size and format.divides(math.prod(value.shape[axis] for axis in packed))
+        found[name] = quantize_weight(value, format, lead, packed) if fits else value
+    return found
+
+
+def _axes(name: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return lead and packed axes: an output's numbers are a row; of an embedding, a token's."""
+    if name in ("embedding.weight", "layer_inputs.weight"):
+        return (0,), tuple(range(1, rank))
+    own = name.rpartition(".")[2]
+    if not own.startswith("w_") or own in ("w_mix", "w_residual"):
+        return (), ()
+    if ".experts." in name:
+        return (0, 2), (1,)
+    return ((2,), (0, 1)) if own == "w_output" and rank == 3 else (tuple(range(1, rank)), (0,))

@@ -20,6 +20,7 @@ from moezoo.core.distributed.mesh import BATCH_AXES, MESH_AXES, MeshAxis, MeshCo
 from moezoo.core.distributed.sharding_rules import RULES, check_batch, gathered_partition, partition
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
+from moezoo.core.quantization.weight import QuantizedWeight, stored
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.runtime.placement import active
 from moezoo.jax_backend.runtime.typed import State
@@ -110,6 +111,11 @@ class _Sharded(LazyTensors):
         self._weights, self._shardings = weights, shardings
 
     def __getitem__(self, name: str) -> jax.Array:
+        if isinstance(stored(self._weights, name), QuantizedWeight):
+            raise SpecError(
+                f"{name} is quantized, and a mesh of devices does not compute with codes. Use one device, or make a "
+                "checkpoint of floats with `moezoo convert --dequantize`."
+            )
         return shard(self._weights, name, self._shardings[name])
 
 

@@ -17,6 +17,7 @@ from moezoo.core.spec import ExpertsSpec
 from moezoo.jax_backend.feed_forward import activate
 from moezoo.jax_backend.kernels import grouped_product as products
 from moezoo.jax_backend.kernels.expert_groups import grouped_experts
+from moezoo.jax_backend.quantization import QuantizedArray, dequantize
 
 Arrays = dict[str, jax.Array]
 Outputs = tuple[jax.Array, Arrays]
@@ -27,12 +28,12 @@ Kernel = Callable[[ExpertsSpec, jax.Array, Arrays, jax.Array], jax.Array]
 
 def expert_kernel(x_RD: jax.Array, parameters: Arrays) -> Kernel | None:
     """Return the kernel for these rows, or None where the platform computes experts by grouped products."""
-    path = products.grouped_path()
-    if path not in ("openblas", "blocks"):
+    path, in_codes = products.grouped_path(), any(isinstance(value, QuantizedArray) for value in parameters.values())
+    if path not in ("openblas", "blocks") and not in_codes:
         return None
     num_rows, (num_experts, *matrix) = x_RD.shape[0], parameters["w_up"].shape
     few = products.few_rows(num_rows, num_experts)
-    are_float32 = all(array.dtype == jnp.float32 for array in (x_RD, *parameters.values()))
+    are_float32 = not in_codes and all(array.dtype == jnp.float32 for array in (x_RD, *parameters.values()))
     is_large = num_rows * math.prod(matrix) >= products.SMALLEST_PRODUCT
     if path == "openblas" and are_float32 and is_large and not few:
         return grouped_experts
@@ -152,8 +153,11 @@ def _num_blocks(size: jax.Array, block: int) -> jax.Array:
     return blocks
 
 
-def _matrix_of(w_EDF: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return one expert's matrix, cast to `dtype`."""
+def _matrix_of(given_EDF: jax.Array | QuantizedArray, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return one expert's matrix, cast to `dtype`; of codes, only its own are decoded."""
+    if isinstance(given_EDF, QuantizedArray):
+        return dequantize(given_EDF[expert].astype(dtype))
+    w_EDF = given_EDF
     if w_EDF.dtype == dtype or w_EDF.dtype.itemsize != 2:
         own_DF: jax.Array = lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
         return own_DF.astype(dtype)
