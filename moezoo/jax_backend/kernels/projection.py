@@ -13,7 +13,15 @@ _einsum = jnp.einsum  # its strings are checked where products are called
 
 def einsum(subscripts: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
     """Return `jnp.einsum(subscripts, x, w)`; codes are decoded just before the product."""
-    return _of_codes(subscripts, x, w) if isinstance(w, QuantizedArray) else _einsum(subscripts, x, w)
+    if isinstance(w, QuantizedArray):
+        return _of_codes(subscripts, x, w)
+    of_x, of_w = subscripts.partition("->")[0].split(",")
+    inner = sum(letter in of_x for letter in of_w)
+    if inner > 1 and of_x.endswith(of_w[:inner]):
+        # An einsum sums over axes in the order of the alphabet: XLA would copy a matrix [N, H, D] to exchange N and H.
+        product: jax.Array = jnp.tensordot(x, w, axes=inner)
+        return product
+    return _einsum(subscripts, x, w)
 
 
 def _of_codes(subscripts: str, x: jax.Array, w: QuantizedArray) -> jax.Array:
