@@ -8,8 +8,11 @@ import click
 
 from moezoo.cli.options import json_option
 from moezoo.cli.output import print_json, warn
+from moezoo.core.errors import SpecError
 
 if TYPE_CHECKING:
+    from moezoo.core.huggingface.export_layout import LayoutName
+    from moezoo.core.huggingface.recipe import WritableMode
     from moezoo.core.progress import Progress
 
 
@@ -19,20 +22,53 @@ if TYPE_CHECKING:
 @click.option(
     "--whole", is_flag=True, help="Copy a run, its newest checkpoint merged into unsharded safetensors files."
 )
+@click.option("--quantize", metavar="4bit", help="Quantize: write codes of 2, 3, 4, 5, 6 or 8 bits for mlx-lm.")
+@click.option(
+    "--mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), help="Kind of codes. Default: affine."
+)
+@click.option("--group-size", type=click.IntRange(1), metavar="64", help="Numbers that share a scale.")
+@click.option("--router", metavar="8bit|float", help="Width of routers. Default: 8bit, or as in the recipe.")
+@click.option("--recipe", metavar="NAME|FILE", help="Widths by role, layer or module: mixed_3_6, or a YAML file.")
+@click.option("--dequantize", is_flag=True, help="Write a quantized checkpoint in floats.")
+@click.option("--layout", type=click.Choice(["mlx", "transformers"]), help="Names and transforms of tensors in OUT.")
 @json_option
-def convert_command(path: Path, out: Path, whole: bool, as_json: bool) -> None:
-    """Convert between Hugging Face checkpoints and run folders.
+def convert_command(
+    path: Path,
+    out: Path,
+    whole: bool,
+    quantize: str | None,
+    mode: "WritableMode | None",
+    group_size: int | None,
+    router: str | None,
+    recipe: str | None,
+    dequantize: bool,
+    layout: "LayoutName | None",
+    as_json: bool,
+) -> None:
+    """Convert between Hugging Face checkpoints and run folders, or quantize.
 
     PATH is a run folder, a Hugging Face folder or a hub id; OUT is a new folder in the other format. Every tensor is
-    accounted for; unchanged weights are converted back bit for bit.
+    accounted for; unchanged weights are converted back bit for bit. With --quantize, --dequantize or --layout, OUT is a
+    checkpoint for mlx-lm, or for transformers; MLX is not needed.
     """
     from moezoo.core.huggingface.ledger import ledger_text
+    from moezoo.core.huggingface.recipe import recipe_of_options
     from moezoo.core.runs.convert import convert
+    from moezoo.core.runs.convert_layout import convert_layout
 
+    widths = recipe_of_options(quantize, mode, group_size, router, recipe)
+    in_layout = widths is not None or dequantize or layout is not None
     if whole:
+        if in_layout:
+            raise SpecError("--whole copies a run; got --quantize, --dequantize or --layout too. Leave one out.")
         _consolidate(path, out, as_json)
         return
-    result = convert(path, out, _show_progress())
+    if in_layout:
+        result = convert_layout(
+            path, out, layout=layout, recipe=widths, dequantize=dequantize, on_progress=_show_progress()
+        )
+    else:
+        result = convert(path, out, _show_progress())
     if as_json:
         entries = [{**vars(entry), "shape": list(entry.shape)} for entry in result.ledger.entries]
         print_json({"format": result.format, "tensors": entries, "notes": result.notes})
@@ -62,7 +98,8 @@ def _show_progress() -> "Progress":
 
     def show(what: str, done: int, total: int | None) -> None:
         if interactive:
-            line = f"\r{what}: {done}/{total} parameters, eta {pace.eta(done, total)} "
+            unit = "parameters" if what == "converting" else "tensors"
+            line = f"\r{what}: {done}/{total} {unit}, eta {pace.eta(done, total)} "
             click.echo(line, nl=done == total, err=True)
 
     return show

@@ -47,7 +47,10 @@ SURFACE = {
     "describe": ["PATH", "--set", "--mesh", "--devices", "--json"],
     "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
     "parity": ["PATH", "--json", "--all"],
-    "convert": ["PATH", "OUT", "--whole", "--json"],
+    "convert": [
+        *("PATH", "OUT", "--whole", "--quantize", "--mode", "--group-size", "--router", "--recipe", "--dequantize"),
+        *("--layout", "--json"),
+    ],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],
     "schema": [],
     "bench": [

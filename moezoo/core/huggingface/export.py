@@ -1,6 +1,7 @@
 """Export of weights to safetensors files, in the original checkpoint's layout or in the family's default layout."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from moezoo.core.checkpoint.safetensors_header import encode_header, size_bytes
 from moezoo.core.data.tokenizer_files import tokenizer_files
 from moezoo.core.errors import CheckpointError, RunError
 from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
+from moezoo.core.huggingface.assembly import PIECE_BYTES
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.layout import CONFIG, HEADERS, Layout, copy_small_files, entries_of
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
@@ -23,7 +25,7 @@ from moezoo.core.huggingface.tensors import Placed
 Array = npt.NDArray[Any]
 
 MAX_FILE_BYTES = 5_000_000_000
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 def export_checkpoint(
@@ -69,17 +71,18 @@ def _write(
             codes[name] = _codes(name, parameters, layout)
         except CheckpointError:
             return _write_plain(parameters, layout, folder, tokenizer)
-    _write_small_files(layout, folder, tokenizer, set())
+    write_small_files(layout.path, folder, tokenizer, set())
+    if tokenizer is not None:
+        tokenizer.write(folder)
     for name, header in layout.headers.items():
         write_stream(folder / name, header, _tensors(header, parameters, layout, codes))
     return []
 
 
-def _write_small_files(layout: Layout, folder: Path, tokenizer: ExportedTokenizer | None, without: set[str]) -> None:
-    replaced = () if tokenizer is None else tokenizer_files(layout.path)
-    copy_small_files(layout.path, folder, {HEADERS, *replaced, *without})
-    if tokenizer is not None:
-        tokenizer.write(folder)
+def write_small_files(path: Path, folder: Path, tokenizer: ExportedTokenizer | None, without: set[str]) -> None:
+    """Copy the non-tensor files of a checkpoint, except those of its tokenizer if another one replaces it."""
+    replaced = () if tokenizer is None else tokenizer_files(path)
+    copy_small_files(path, folder, {HEADERS, *replaced, *without})
 
 
 def _tensors(
@@ -102,15 +105,41 @@ def _assembled(name: str, placed: Placed, parameters: Mapping[str, Array], dtype
         value = parameters[ours]
         if expert is not None:
             value = value[(slice(None),) * placed.expert_axis(place) + (expert,)]
-        with np.errstate(over="ignore"):
-            cast = value.astype(dtype, copy=False)
-        if cast.dtype != value.dtype and is_finite(value) and not is_finite(cast):
-            raise CheckpointError(
-                f"{ours} has values that overflow {dtype}, the dtype of {name}. Train with smaller weights, or "
-                "export to a checkpoint with a wider dtype."
-            )
-        placed.put(array, place, cast)
+        placed.put(array, place, _cast(value, dtype, ours, name))
     return array
+
+
+def assembled_pieces(
+    name: str, placed: Placed, parameters: Mapping[str, Array], dtype: np.dtype[Any]
+) -> Iterator[tuple[slice, Array]]:
+    """Yield a checkpoint tensor in pieces of its rows, of about 16 MiB or one row; at once if parts share rows."""
+    leading = [placed.leading(place) for place in range(len(placed.parts))]
+    values = [parameters[ours] for ours, _, _ in placed.parts]
+    if placed.rule.per_expert or any(found is None for found in leading):
+        yield slice(None), _assembled(name, placed, parameters, dtype)
+        return
+    letters = [found for found in leading if found is not None]
+    letter, inner, axis = letters[0]
+    count = values[0].shape[axis]
+    step = max(1, PIECE_BYTES * count // max(1, math.prod(placed.shape) * dtype.itemsize))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        piece = np.empty(((stop - start) * inner, *placed.shape[1:]), dtype)
+        for place, (value, (_, _, axis)) in enumerate(zip(values, letters, strict=True)):
+            part = value[(slice(None),) * axis + (slice(start, stop),)]
+            placed.resized(letter, stop - start).put(piece, place, _cast(part, dtype, placed.ours[place], name))
+        yield slice(start * inner, stop * inner), piece
+
+
+def _cast(value: Array, dtype: np.dtype[Any], ours: str, name: str) -> Array:
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype, copy=False)
+    if cast.dtype != value.dtype and is_finite(value) and not is_finite(cast):
+        raise CheckpointError(
+            f"{ours} has values that overflow {dtype}, the dtype of {name}. Train with smaller weights, or "
+            "export to a checkpoint with a wider dtype."
+        )
+    return cast
 
 
 def _codes(name: str, parameters: Mapping[str, Array], layout: Layout) -> Array:
@@ -145,7 +174,9 @@ def _write_plain(
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = _without_quantization(config["text_config"])
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    _write_small_files(layout, folder, tokenizer, {CONFIG, _INDEX})
+    write_small_files(layout.path, folder, tokenizer, {CONFIG, INDEX})
+    if tokenizer is not None:
+        tokenizer.write(folder)
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}
     forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
     write_own_layout(parameters, placed, forms, kept, folder)
@@ -170,27 +201,35 @@ def write_own_layout(
             return kept[name](name)
         return _assembled(name, placed[name], parameters, numpy_dtype(forms[name][0]))
 
-    shards = _shards(forms)
+    shards = shards_of({name: size_bytes(*form) for name, form in forms.items()})
     for file_name, names in shards.items():
         header = encode_header({name: forms[name] for name in names}, {"format": "pt"})
         write_stream(folder / file_name, header, ((name, array(name)) for name in names))
     if len(shards) > 1:
-        where = {name: file_name for file_name, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": sum(size_bytes(*form) for form in forms.values())}, "weight_map": where}
-        write_atomically(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+        write_index(folder, {name: (file, forms[name]) for file, names in shards.items() for name in names}, {})
 
 
-def _shards(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, list[str]]:
-    """Assign tensor names to files of at most MAX_FILE_BYTES each."""
+def write_index(
+    folder: Path, tensors: Mapping[str, tuple[str, tuple[str, tuple[int, ...]]]], metadata: Mapping[str, int]
+) -> None:
+    """Write the index of tensors: the file, dtype and shape of each."""
+    sizes = {"total_size": sum(size_bytes(*form) for _, form in tensors.values())}
+    where = {name: file for name, (file, _) in sorted(tensors.items())}
+    write_atomically(
+        folder / INDEX, json.dumps({"metadata": sizes | dict(metadata), "weight_map": where}, indent=2) + "\n"
+    )
+
+
+def shards_of(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Assign names to files of at most MAX_FILE_BYTES each, by their bytes."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name in sorted(forms):
-        bytes_of = size_bytes(*forms[name])
-        if groups[-1] and size + bytes_of > MAX_FILE_BYTES:
+    for name in sorted(sizes):
+        if groups[-1] and size + sizes[name] > MAX_FILE_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(name)
-        size += bytes_of
+        size += sizes[name]
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}

@@ -15,6 +15,25 @@ from moezoo.core.spec import ModelSpec
 
 
 @dataclass(frozen=True)
+class MlxLM:
+    """Facts about mlx-lm's implementation of a family, for folders that it shall open.
+
+    Fields:
+        floats: patterns of modules that it cannot quantize: their matrix is a plain array there.
+        eight_bits: patterns of modules, besides routers, that it quantizes with 8 bits unless asked for others.
+        config: returns fields of config.json that it requires, beyond `parts.older_spellings`.
+        without: model types of the family that it does not have.
+        wrapper: model type of the multimodal wrapper without which it does not have the model.
+    """
+
+    floats: tuple[str, ...] = ()
+    eight_bits: tuple[str, ...] = ()
+    config: Callable[[ModelSpec], dict[str, Any]] | None = None
+    wrapper: str | None = None
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of published checkpoints.
 
@@ -25,6 +44,7 @@ class Family:
             occur in the files apply; an export in the default layout uses the first.
         mlx: rules of mlx-lm's layout that differ from `tensors`; those for a tensor of the same name replace it there.
             A checkpoint has that layout if its files have a name that only these rules have.
+        mlx_lm: what mlx-lm needs besides.
         kept: patterns of tensors without a counterpart in the spec, kept verbatim (buffers, vision towers).
         later_layers_kept: keep layers beyond the model's last one verbatim (multi-token prediction).
         harmless: fields of config.json, besides those of every family, that do not affect the computation.
@@ -37,6 +57,7 @@ class Family:
     spec: Callable[[Fields], ModelSpec]
     tensors: tuple[Fused, ...]
     mlx: tuple[Fused, ...] = ()
+    mlx_lm: MlxLM = MlxLM()
     kept: tuple[str, ...] = ()
     later_layers_kept: bool = False
     harmless: tuple[str, ...] = ()

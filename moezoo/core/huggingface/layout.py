@@ -60,7 +60,7 @@ class Description:
         """
         if not self.family.has_mlx_names(names):
             return self
-        return replace(self, spec=_with_learned_norms(self.spec), rules=self.family.mlx_tensors)
+        return replace(self, spec=with_learned_norms(self.spec), rules=self.family.mlx_tensors)
 
     @property
     def notes(self) -> list[str]:
@@ -105,7 +105,7 @@ def describe_config(path: Path, max_length: int | None = None) -> Description:
     return Description(family, fields, family.spec_of(fields), family.tensors)
 
 
-def _with_learned_norms(spec: ModelSpec) -> ModelSpec:
+def with_learned_norms(spec: ModelSpec) -> ModelSpec:
     """Return the spec with every zero-centred norm replaced by a learned one."""
 
     def learned(value: Any) -> Any:

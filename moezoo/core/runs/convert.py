@@ -25,7 +25,7 @@ class Conversion:
     """Result of a conversion.
 
     Fields:
-        format: of the new folder, `moezoo` or `huggingface`.
+        format: of the new folder: `moezoo`, `huggingface`, or the layout `mlx` or `transformers`.
         ledger: the mapping of every tensor of the Hugging Face checkpoint.
         notes: one-line notes for the user.
     """

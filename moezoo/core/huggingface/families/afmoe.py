@@ -62,6 +62,8 @@ def _moe(fields: Fields) -> MoESpec:
     )
 
 
+EXPERT_BIAS = Tensor(f"{LAYER}.mlp.expert_bias", "e", f"{OURS}.moe.router.selection_bias", "e")
+
 FAMILY = Family(
     model_types=("afmoe",),
     spec=spec,
@@ -76,11 +78,11 @@ FAMILY = Family(
         Tensor(f"{LAYER}.self_attn.gate_proj.weight", "(n h) d", f"{OURS}.attention.w_gate", "d n h"),
         *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
         *parts.router(f"{LAYER}.mlp.router.gate"),
-        Tensor(f"{LAYER}.mlp.expert_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
+        EXPERT_BIAS,
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
-    mlx=parts.switch(f"{LAYER}.mlp.experts"),
+    mlx=(EXPERT_BIAS, *parts.switch(f"{LAYER}.mlp.experts")),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("load_balance_coeff", "max_position_embeddings", "use_grouped_mm"),
 )

@@ -74,6 +74,7 @@ def _moe(fields: Fields) -> MoESpec:
 
 BLOCK = "transformer.blocks.{layer}"
 EXPERTS = f"{BLOCK}.ffn.experts.mlp"
+EXPERT = f"{BLOCK}.ffn.experts.{{expert}}"
 
 FAMILY = Family(
     model_types=("dbrx",),
@@ -98,6 +99,11 @@ FAMILY = Family(
         Tensor(f"{EXPERTS}.w1", "(e f) d", f"{OURS}.moe.experts.w_gate", "e d f"),
         Tensor(f"{EXPERTS}.v1", "(e f) d", f"{OURS}.moe.experts.w_up", "e d f"),
         Tensor(f"{EXPERTS}.w2", "(e f) d", f"{OURS}.moe.experts.w_down", "e f d"),
+    ),
+    mlx=(
+        Tensor(f"{EXPERT}.w1.weight", "f d", f"{OURS}.moe.experts.w_gate", "e d f"),
+        Tensor(f"{EXPERT}.v1.weight", "f d", f"{OURS}.moe.experts.w_up", "e d f"),
+        Tensor(f"{EXPERT}.w2.weight", "d f", f"{OURS}.moe.experts.w_down", "e f d"),
     ),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_seq_len",),

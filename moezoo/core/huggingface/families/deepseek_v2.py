@@ -1,7 +1,7 @@
 """DeepSeek-V2 and V2-Lite. Source: DeepSeek-AI 2024, arXiv 2405.04434; transformers, `deepseek_v2`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.spec import (
@@ -64,6 +64,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx=parts.switch(),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",)),
     kept=("*.rotary_emb.inv_freq",),
     harmless=(
         "aux_loss_alpha",  # of balance losses that transformers does not have

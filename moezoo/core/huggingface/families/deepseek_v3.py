@@ -3,7 +3,7 @@
 from typing import Any
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.spec import GroupedTopKChoiceSpec, LatentAttentionSpec, ModelSpec, RoPESpec, SharedExpertsSpec
@@ -73,6 +73,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx=(*parts.switch(), *parts.absorbed()),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",)),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,
     harmless=(

@@ -1,7 +1,7 @@
 """DeepSeek-V3.2: V3 with sparse attention. Source: DeepSeek-AI 2025 (V3.2-Exp); transformers, `deepseek_v32`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
@@ -52,6 +52,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx=(*parts.switch(), *parts.absorbed()),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",)),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,
     harmless=("head_dim", "max_position_embeddings", "qk_head_dim"),

@@ -1,7 +1,7 @@
 """dots.llm1. Source: rednote 2025, arXiv 2506.05767; transformers, `dots1`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.spec import ModelSpec
@@ -46,6 +46,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx=parts.switch(f"{LAYER}.mlp.experts"),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",)),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings", "max_window_layers", "use_sliding_window"),
 )

@@ -1,7 +1,9 @@
 """K-EXAONE. Source: LG AI Research 2026, the released model; transformers, `exaone_moe`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
@@ -58,6 +60,14 @@ def _dense_layers(fields: Fields, num_layers: int) -> list[bool]:
     return dense
 
 
+def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "is_moe_layer": [layer.moe is not None for layer in spec.all_layers],
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+
+
 FAMILY = Family(
     model_types=("exaone_moe",),
     spec=spec,
@@ -73,7 +83,8 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
-    mlx=parts.switch(),
+    mlx=(*parts.router(), *parts.switch()),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",), config=_mlx_config),
     kept=("*.rotary_emb.inv_freq", "mtp.*"),
     harmless=("max_position_embeddings", "num_nextn_predict_layers"),
 )

@@ -1,9 +1,10 @@
 """Gemma 4, text model. Source: Google 2026; transformers, `gemma4` (Gemma4Text...)."""
 
 import math
+from typing import Any
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
@@ -171,6 +172,12 @@ def _moe(fields: Fields, dense: GatedFeedForwardSpec, norm: RMSNormSpec) -> MoES
     )
 
 
+def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    found = [layer.attention for layer in spec.all_layers]
+    own = [each for each in found if isinstance(each, GroupedQueryAttentionSpec) and each.window is None]
+    return {"global_head_dim": own[0].head_dim, "num_global_key_value_heads": own[0].num_kv_heads}
+
+
 FAMILY = Family(
     model_types=("gemma4_text",),
     spec=spec,
@@ -200,6 +207,7 @@ FAMILY = Family(
         Tensor(f"{LAYER}.post_per_layer_input_norm.weight", "d", f"{OURS}.layer_input.norm.scale", "d"),
     ),
     mlx=parts.switch(f"{LAYER}.experts.switch_glu"),
+    mlx_lm=MlxLM(config=_mlx_config),
     kept=(
         "*.rotary_emb.*inv_freq",
         *("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),

@@ -1,7 +1,7 @@
 """GLM-4.5, 4.6, 4.7. Source: GLM-4.5 Team 2025, arXiv 2508.06471; transformers, `glm4_moe`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.spec import ModelSpec
@@ -39,6 +39,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx=parts.switch(),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",)),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,
     harmless=("max_position_embeddings", "num_mtp_layers", "num_nextn_predict_layers"),

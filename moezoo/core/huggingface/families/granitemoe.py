@@ -1,7 +1,7 @@
 """Granite 3 MoE, with a shared expert or without. Source: IBM 2024; transformers, `granitemoe`, `granitemoeshared`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor
@@ -54,6 +54,7 @@ FAMILY = Family(
         Tensor(f"{LAYER}.shared_mlp.output_linear.weight", "d f", f"{SHARED}.w_down", "f d"),
     ),
     mlx=parts.switch(f"{LAYER}.block_sparse_moe.switch_mlp"),
+    mlx_lm=MlxLM(eight_bits=("*.self_attn.o_proj", "*.down_proj", "lm_head"), without=("granitemoeshared",)),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings",),
 )

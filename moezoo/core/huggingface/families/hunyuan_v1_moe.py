@@ -1,7 +1,7 @@
 """Hunyuan-A13B. Source: Tencent 2025; transformers, `hunyuan_v1_moe`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.spec import ModelSpec, MoESpec, RoPESpec, RouterSpec, SharedExpertsSpec
@@ -90,6 +90,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_mlp", f"{OURS}.moe.shared"),
     ),
     mlx=parts.switch(),
+    mlx_lm=MlxLM(without=("hunyuan_v1_moe",)),
     kept=("*.rotary_emb.inv_freq",),
     harmless=(
         *("*_id", "add_classification_head", "capacity_factor", "cla_share_factor", "class_num", "dense_list"),

@@ -58,6 +58,8 @@ def _types(fields: Fields, num_layers: int, known: tuple[str, ...]) -> list[str]
 
 
 THEIRS, ATTENTION, NAMES = f"{LAYER}.conv", f"{OURS}.attention", ("w1", "w3", "w2")
+FINAL_NORM = Tensor("model.embedding_norm.weight", "d", "final_norm.scale", "d")
+EXPERT_BIAS = Tensor(f"{LAYER}.feed_forward.expert_bias", "e", f"{OURS}.moe.router.selection_bias", "e")
 GATES_AND_VALUE = ("input_gate", "output_gate", "value")
 
 FAMILY = Family(
@@ -65,7 +67,7 @@ FAMILY = Family(
     spec=spec,
     tensors=(
         *parts.MODEL,
-        Tensor("model.embedding_norm.weight", "d", "final_norm.scale", "d"),
+        FINAL_NORM,
         Tensor(f"{LAYER}.operator_norm.weight", "d", f"{OURS}.attention_norm.scale", "d"),
         Tensor(f"{LAYER}.ffn_norm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
         *beside(f"{ATTENTION}.query_norm.scale", "h", parts.grouped_query(output="out_proj")),
@@ -92,10 +94,12 @@ FAMILY = Family(
         ),
         *parts.feed_forward(f"{LAYER}.feed_forward", f"{OURS}.feed_forward", NAMES),
         *parts.router(f"{LAYER}.feed_forward.gate"),
-        Tensor(f"{LAYER}.feed_forward.expert_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
+        EXPERT_BIAS,
         *parts.experts(f"{LAYER}.feed_forward.experts", NAMES),
     ),
     mlx=(
+        FINAL_NORM,
+        EXPERT_BIAS,
         *beside(f"{ATTENTION}.conv", "w z", [Tensor(f"{THEIRS}.conv.weight", "z w 1", f"{ATTENTION}.conv", "w z")]),
         *parts.feed_forward(f"{LAYER}.feed_forward", f"{OURS}.feed_forward"),
         *parts.switch(f"{LAYER}.feed_forward.switch_mlp"),

@@ -4,7 +4,7 @@ transformers, `llama4`."""
 from typing import Any
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
@@ -103,6 +103,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{_THEIRS}.shared_expert", f"{OURS}.moe.shared"),
     ),
     mlx=parts.switch(f"{LAYER}.feed_forward.experts"),
+    mlx_lm=MlxLM(wrapper="llama4"),
     kept=("*.rotary_emb.inv_freq", "vision_model.*", "multi_modal_projector.*"),
     harmless=(
         "cache_implementation",

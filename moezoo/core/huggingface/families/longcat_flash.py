@@ -74,6 +74,11 @@ FAMILY = Family(
         Tensor(f"{LAYER}.mlp.router.e_score_correction_bias", "e", f"{_EVEN}.moe.router.selection_bias", "e"),
         *parts.experts(ours=f"{_EVEN}.moe.experts"),
     ),
+    mlx=(
+        *parts.switch(ours=f"{_EVEN}.moe.experts"),
+        *parts.absorbed(f"{LAYER}.self_attn.0", f"{_EVEN}.attention"),
+        *parts.absorbed(f"{LAYER}.self_attn.1", f"{_ODD}.attention"),
+    ),
     kept=(
         "*.rotary_emb.inv_freq",
         # transformers 5.23 also saves gate and up, but no down, of the copy experts.

@@ -1,11 +1,13 @@
 """MiMo-V2-Flash. Source: Xiaomi 2026; transformers, `mimo_v2_flash`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
-from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, RoPESpec, SharedExpertsSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -72,6 +74,37 @@ def _dense(fields: Fields, number: int) -> list[bool]:
     return dense
 
 
+def _rope(attention: GroupedQueryAttentionSpec) -> RoPESpec:
+    assert isinstance(attention.position, RoPESpec)
+    return attention.position
+
+
+def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    found = [layer.attention for layer in spec.all_layers]
+    own = [each for each in found if isinstance(each, GroupedQueryAttentionSpec)]
+    full = next((each for each in own if each.window is None), own[0])
+    sliding = next((each for each in own if each.window is not None), own[0])
+    shared = [moe.shared.num_experts for _, moe in spec.moes if isinstance(moe.shared, SharedExpertsSpec)]
+    return {
+        "add_full_attention_sink_bias": full.sinks,
+        "add_swa_attention_sink_bias": sliding.sinks,
+        "hybrid_layer_pattern": [int(each.window is not None) for each in own],
+        "layernorm_epsilon": spec.norm.epsilon,
+        "moe_layer_freq": [int(layer.moe is not None) for layer in spec.all_layers],
+        "n_shared_experts": shared[0] if shared else None,
+        "partial_rotary_factor": _rope(full).fraction,
+        "rope_theta": _rope(full).base,
+        "scoring_func": "sigmoid",
+        "sliding_window_size": None if sliding.window is None else sliding.window - 1,
+        "swa_head_dim": sliding.head_dim,
+        "swa_num_attention_heads": sliding.num_heads,
+        "swa_num_key_value_heads": sliding.num_kv_heads,
+        "swa_rope_theta": _rope(sliding).base,
+        "swa_v_head_dim": sliding.value_dim,
+        "topk_method": "noaux_tc",
+    }
+
+
 FAMILY = Family(
     model_types=("mimo_v2_flash",),
     spec=spec,
@@ -86,6 +119,7 @@ FAMILY = Family(
         *parts.experts(),
     ),
     mlx=parts.switch(),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",), config=_mlx_config),
     kept=("*.rotary_emb.inv_freq", "model.mtp.*"),
     later_layers_kept=True,
     harmless=("attention_chunk_size", "hybrid_block_size", "max_position_embeddings", "sliding_window"),

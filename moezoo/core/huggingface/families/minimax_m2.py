@@ -72,7 +72,10 @@ FAMILY = Family(
         Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", _BIAS, "e"),
         *parts.experts(),
     ),
-    mlx=parts.switch(f"{LAYER}.block_sparse_moe.switch_mlp"),
+    mlx=(
+        Tensor(f"{_THEIRS}.e_score_correction_bias", "e", _BIAS, "e"),
+        *parts.switch(f"{LAYER}.block_sparse_moe.switch_mlp"),
+    ),
     kept=("*.rotary_emb.inv_freq",),
     harmless=(
         "max_model_len",

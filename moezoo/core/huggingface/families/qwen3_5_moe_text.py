@@ -1,7 +1,15 @@
 """Qwen3.5-MoE, text model. Source: Qwen Team 2026; transformers, `qwen3_5_moe_text`, `qwen3_5_moe`."""
 
-from moezoo.core.huggingface.families.qwen3_next import ATTENTION, BIAS, DELTA, MLX_TENSORS, SHARED_TENSORS, hybrid
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.families.qwen3_next import (
+    ATTENTION,
+    BIAS,
+    DELTA,
+    MLX_TENSORS,
+    SHARED_TENSORS,
+    hybrid,
+    mlx_config,
+)
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
 from moezoo.core.spec import ModelSpec
@@ -38,6 +46,7 @@ FAMILY = Family(
         Tensor(f"{DELTA}.in_proj_a.weight", "n d", f"{ATTENTION}.w_decay", "d n"),
     ),
     mlx=MLX_TENSORS,
+    mlx_lm=MlxLM(config=mlx_config, wrapper="qwen3_5_moe"),
     kept=("mtp.*", "model.visual.*", "visual.*", "vision_tower.*", "*.rotary_emb.inv_freq"),
     harmless=("mamba_ssm_dtype", "max_position_embeddings", "mtp_*"),
 )

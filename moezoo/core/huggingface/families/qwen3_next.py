@@ -1,7 +1,9 @@
 """Qwen3-Next. Source: Qwen Team 2025; Yang et al. 2024, arXiv 2412.06464; transformers, `qwen3_next`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
@@ -116,6 +118,13 @@ SHARED_TENSORS: tuple[Fused, ...] = (
 
 MLX_TENSORS: tuple[Fused, ...] = (*parts.switch(), Fused(f"{DELTA}.conv1d.weight", "x w 1", CONVOLVED))
 
+
+def mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return fields of config.json that mlx-lm requires: its layers repeat, with full attention at the end."""
+    full = [not isinstance(layer.attention, GatedDeltaAttentionSpec) for layer in spec.all_layers]
+    return {"full_attention_interval": full.index(True) + 1 if True in full else len(full) + 1}
+
+
 FAMILY = Family(
     model_types=("qwen3_next",),
     spec=spec,
@@ -145,6 +154,7 @@ FAMILY = Family(
         ),
     ),
     mlx=MLX_TENSORS,
+    mlx_lm=MlxLM(config=mlx_config),
     kept=("mtp.*", "*.rotary_emb.inv_freq"),
     harmless=("max_position_embeddings", "mtp_*", "num_nextn_predict_layers"),
 )

@@ -1,7 +1,7 @@
 """Solar Open. Source: Upstage 2026, the released model; transformers, `solar_open`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.spec import ModelSpec
@@ -33,6 +33,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx=parts.switch(),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",)),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("intermediate_size", "max_position_embeddings"),
 )

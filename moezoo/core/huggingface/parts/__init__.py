@@ -42,6 +42,7 @@ from moezoo.core.huggingface.parts.write import (
     balance_config,
     common_config,
     mixture_config,
+    older_spellings,
     rope_config,
 )
 
@@ -72,6 +73,7 @@ __all__ = [
     "layout",
     "mixture_config",
     "model",
+    "older_spellings",
     "per_layer",
     "pooled_balance",
     "qk_norm",
