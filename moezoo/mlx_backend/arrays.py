@@ -1,12 +1,15 @@
 """Conversion between NumPy arrays by canonical name and MLX parameters."""
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
 from moezoo.core.parameters.precision import STORED_DTYPES
+from moezoo.core.quantization.weight import QuantizedWeight, stored
+from moezoo.mlx_backend.quantization import quantized_array
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
@@ -14,7 +17,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 class Weights:
     """Parameter values by canonical name, as seen by one module: `inside("experts")` is the view of a sub-module."""
 
-    def __init__(self, values: Mapping[str, np.ndarray], prefix: str = ""):
+    def __init__(self, values: Mapping[str, Any], prefix: str = ""):
         self._values, self._prefix = values, prefix
 
     def inside(self, name: str) -> "Weights":
@@ -26,8 +29,15 @@ class Weights:
         return self._prefix + name in self._values
 
     def parameter(self, name: str) -> mx.array:
-        """Return a trainable parameter with this module's value of that name, in its own dtype: every use casts it."""
-        value = np.asarray(self._values[self._prefix + name])
+        """Return a trainable parameter with this module's value of that name, in its own dtype: every use casts it.
+
+        Trap: a matrix may be a QuantizedArray, for `projection.einsum`, grouped products, `take` and `as_array`. It is
+        no `mx.array`, so a module's `parameters()` lack it, and no gradient is computed.
+        """
+        given = stored(self._values, self._prefix + name)
+        if isinstance(given, QuantizedWeight) and len(given.shape) > 1:
+            return cast(mx.array, quantized_array(given))
+        value = given.values() if isinstance(given, QuantizedWeight) else np.asarray(given)
         if value.dtype == ml_dtypes.bfloat16:
             return mx.array(value.view(np.uint16)).view(mx.bfloat16)
         return mx.array(value if value.dtype.name in STORED_DTYPES else value.astype(np.float32))

@@ -11,6 +11,7 @@ from moezoo.core.spec import ModelSpec
 from moezoo.mlx_backend import BLAS, FREED_MEMORY
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.kernels.chosen_experts import FEW_TOKENS
+from moezoo.mlx_backend.kernels.codes import in_codes
 from moezoo.mlx_backend.kernels.grouped_product import grouped_path
 from moezoo.mlx_backend.kernels.x86 import kernels
 from moezoo.mlx_backend.kernels.x86.token import token_path
@@ -28,6 +29,7 @@ class MlxBackend:
 
         `for_training` changes nothing here: MLX computes in the same way in both cases.
         """
+        self._in_codes = ""
         if mesh is not None and not mesh.is_one_device:
             data_parallel.check_mesh({axis: getattr(mesh, axis) for axis in MESH_AXES})
 
@@ -48,7 +50,9 @@ class MlxBackend:
         self.gather(0).fetch()
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> MlxModel:
-        return MlxModel(spec, weights)
+        model = MlxModel(spec, weights)
+        self._in_codes = in_codes(model._module)
+        return model
 
     def moe_layer(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]) -> MoELayer:
         return MoELayer(spec, layer, weights)
@@ -63,4 +67,5 @@ class MlxBackend:
             "blas": BLAS,
             "freed memory": FREED_MEMORY,
             "kernels": kernels(),
+            **({"codes": self._in_codes} if self._in_codes else {}),
         } | data_parallel.facts()

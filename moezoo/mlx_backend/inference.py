@@ -19,9 +19,11 @@ from moezoo.mlx_backend.arrays import Weights, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.generation import Extend, Generation, Step, choose, prefilled
+from moezoo.mlx_backend.kernels.codes import named_codes
 from moezoo.mlx_backend.kernels.x86.token import token_step
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
+from moezoo.mlx_backend.quantization import QuantizedArray
 from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int, to_ints
 from moezoo.mlx_backend.sampling import Rule
 from moezoo.mlx_backend.transformer import Forward, Transformer
@@ -115,7 +117,7 @@ class MlxInference:
 
     def _extended_by_one(self) -> Extend:
         """Return `_extended` for single tokens with the parameters of now, by NumPy where that is faster."""
-        step = token_step(self.spec, self._named())
+        step = None if self._codes() else token_step(self.spec, self._named())
 
         def extended(tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:
             if step is None or caches.first_B is not None:  # rows with padding have a mask each
@@ -144,7 +146,12 @@ class MlxInference:
     def nonfinite_parameters(self) -> list[str]:
         named = self._named()
         names = [row.name for row in parameter_table(self.spec)]
-        finite = to_ints(mx.stack([mx.isfinite(named[name]).all() for name in names]))
+        codes = self._codes()
+        finite = to_ints(
+            mx.stack(
+                [_has_finite_scales(codes[name]) if name in codes else mx.isfinite(named[name]).all() for name in names]
+            )
+        )
         return [name for name, good in zip(names, finite, strict=True) if not good]
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
@@ -160,10 +167,26 @@ class MlxInference:
     def _named(self) -> dict[str, mx.array]:
         return dict(flatten(self._module.parameters()))
 
+    def _codes(self) -> dict[str, QuantizedArray]:
+        """Return the parameters that stay in codes, by name."""
+        return named_codes(self._module)
+
     def _value(self, name: str) -> mx.array:
         path, _, leaf = name.rpartition(".")
         value: mx.array = self._inside(path)[leaf]
         return value
+
+
+def _has_finite_scales(weight: QuantizedArray) -> mx.array:
+    """Return True if no scale or bias of codes is NaN or infinite."""
+    match weight.format.mode:
+        case "mxfp4" | "mxfp8":
+            return mx.all(weight.scales != 255)
+        case "nvfp4":
+            return mx.all((weight.scales & 0x7F) != 0x7F)
+        case _:
+            finite = mx.isfinite(weight.scales).all()
+            return finite if weight.biases is None else finite & mx.isfinite(weight.biases).all()
 
 
 def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:

@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
             value = projection.einsum("BSZ,ZNH->BSNH", latent, self.w_value.astype(dtype))
         else:
             cache = cache.extend(latent, rope_key[:, :, 0], index_key)
-            query = mx.einsum("BTNH,ZNH->BTNZ", query, self.w_key.astype(dtype))
+            query = projection.einsum("BTNH,ZNH->BTNZ", query, self.w_key.astype(dtype))
             grouped = mx.concatenate([query, rope_query], axis=-1)[:, :, None]
             key = mx.concatenate([cache.latent_BSZ, cache.key_BSH], axis=-1)[:, :, None]
             value, index_key = cache.latent_BSZ[:, :, None], cache.index_key_BSH
@@ -86,7 +86,7 @@ class LatentAttention(nn.Module):
         if cache is None:
             out_BTNH = attended[:, :, :, 0]
         else:
-            out_BTNH = mx.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], self.w_value.astype(dtype))
+            out_BTNH = projection.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], self.w_value.astype(dtype))
         out_BTD = projection.einsum("BTNH,NHD->BTD", out_BTNH, self.w_output.astype(dtype))
         if spec.bias:
             out_BTD = out_BTD + self.b_output.astype(dtype)

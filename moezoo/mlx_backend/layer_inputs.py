@@ -10,6 +10,7 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.feed_forward import activate
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.normalization import norm
+from moezoo.mlx_backend.quantization import take
 
 
 class LayerInputs(nn.Module):
@@ -25,7 +26,7 @@ class LayerInputs(nn.Module):
     def __call__(self, tokens_BT: mx.array, x_BTD: mx.array) -> mx.array:
         context = projection.einsum("BTD,DLZ->BTLZ", x_BTD, self.w_context.astype(x_BTD.dtype))
         context = self.norm(context.astype(mx.float32) / math.sqrt(x_BTD.shape[-1]))
-        own = math.sqrt(self.spec.dim) * self.weight[tokens_BT].astype(mx.float32)
+        own = math.sqrt(self.spec.dim) * take(self.weight, tokens_BT).astype(mx.float32)
         return ((context + own) / math.sqrt(2)).astype(x_BTD.dtype)
 
 

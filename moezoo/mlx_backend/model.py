@@ -3,6 +3,7 @@
 import numpy as np
 
 from moezoo.mlx_backend.arrays import exported, to_numpy
+from moezoo.mlx_backend.quantization import dequantize
 from moezoo.mlx_backend.runtime.typed import flatten
 from moezoo.mlx_backend.training import MlxTraining
 
@@ -14,7 +15,8 @@ class MlxModel(MlxTraining):
         return None
 
     def export_parameters(self) -> dict[str, np.ndarray]:
-        return exported(self._named())
+        decoded = {name: dequantize(weight) for name, weight in self._codes().items()}
+        return exported(self._named() | decoded)
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
         moments = {}

@@ -14,9 +14,11 @@ from moezoo.mlx_backend.experts import Experts, ExpertsCall
 from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.chosen_experts import chosen_experts
+from moezoo.mlx_backend.kernels.codes import indexes_experts
 from moezoo.mlx_backend.kernels.grouped_product import few_rows
 from moezoo.mlx_backend.kernels.slot_rows import combine_rows, token_rows
 from moezoo.mlx_backend.normalization import norm
+from moezoo.mlx_backend.quantization import as_array
 from moezoo.mlx_backend.routing import Router, Routing, jittered_input
 
 
@@ -69,7 +71,8 @@ class MoE(nn.Module):
         if spec.latent_dim is not None:
             input_P = projection.einsum("PD,DZ->PZ", routed_PD, self.w_latent.astype(dtype))
         dispatched = None
-        if _indexes_experts(spec, len(x_PD), x_BTD.shape[0], inference=context.inference):
+        few = _indexes_experts(spec, len(x_PD), x_BTD.shape[0], inference=context.inference)
+        if few and indexes_experts(self.experts, dtype):
             chosen = (routing.expert_PK, routing.valid_PK, routing.weight_PK)
             out_PD = chosen_experts(spec, self.experts, input_P, *chosen)
         else:
@@ -98,7 +101,7 @@ class MoE(nn.Module):
             case SharedExpertsSpec(kind="sum"):
                 return routed_PD + shared_PD
             case SharedExpertsSpec(kind="sigmoid_gated"):
-                logit_P = mx.einsum("PD,D->P", x_PD, self.w_shared_gate[:, 0].astype(x_PD.dtype))
+                logit_P = mx.einsum("PD,D->P", x_PD, as_array(self.w_shared_gate)[:, 0].astype(x_PD.dtype))
                 gate_P = mx.sigmoid(logit_P.astype(mx.float32))
                 return routed_PD + (gate_P[:, None] * shared_PD).astype(x_PD.dtype)
             case SharedExpertsSpec():
@@ -149,10 +152,12 @@ class ConstantExperts(nn.Module):
         if not spec.num_constant:
             return (share_P[:, None] * x_PD).astype(dtype)
         weight_PE = weight_PE[:, copies.stop :]
-        w_mix = self.w_mix.astype(mx.float32)
+        w_mix = as_array(self.w_mix).astype(mx.float32)
         mix_PE = mx.sigmoid(projection.einsum("PD,ED->PE", x_PD, w_mix[..., 0] - w_mix[..., 1]))
         share_P = share_P + mx.sum(weight_PE * mix_PE, axis=-1)
-        constant_PD = projection.einsum("PE,ED->PD", weight_PE * (1 - mix_PE), self.constant.astype(mx.float32))
+        constant_PD = projection.einsum(
+            "PE,ED->PD", weight_PE * (1 - mix_PE), as_array(self.constant).astype(mx.float32)
+        )
         return (share_P[:, None] * x_PD + constant_PD).astype(dtype)
 
 

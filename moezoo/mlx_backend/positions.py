@@ -11,6 +11,7 @@ from moezoo.core.reference.positions import frequencies, score_multiplier, sinus
 from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels.rotation import turning_matrix, turns_by_matrix
+from moezoo.mlx_backend.quantization import take
 
 __all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # score_multiplier is a plain number, shared with core
 
@@ -94,7 +95,7 @@ class EmbeddingPosition(nn.Module):
     def __call__(self, position_T: mx.array) -> mx.array:
         match self.spec:
             case LearnedPositionsSpec():
-                return self.weight[position_T].astype(mx.float32)
+                return take(self.weight, position_T).astype(mx.float32)
             case SinusoidalPositionsSpec():
                 angle = _angle(position_T, sinusoidal_frequencies(self.spec, self.embed_dim))
                 waves = mx.stack([mx.sin(angle), mx.cos(angle)], axis=-1)

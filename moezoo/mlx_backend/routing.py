@@ -13,6 +13,7 @@ from moezoo.mlx_backend.choice import NO_CONTEXT, Choice, RoutingContext, choose
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.x86 import pays
 from moezoo.mlx_backend.kernels.x86.routing import softmax
+from moezoo.mlx_backend.quantization import as_array
 from moezoo.mlx_backend.random import fold_in, uniform
 
 
@@ -114,7 +115,7 @@ class Router(nn.Module):
             logits_PE = logits_PE + self.b_router.astype(mx.float32)
         if self.has_residual:
             assert previous_PE is not None
-            logits_PE = logits_PE + previous_PE @ self.w_residual.astype(mx.float32)
+            logits_PE = logits_PE + previous_PE @ as_array(self.w_residual).astype(mx.float32)
         return logits_PE
 
     def _combine_weight(self, choice: Choice, logits_PE: mx.array, score_PE: mx.array, *, every_slot: bool) -> mx.array:

@@ -8,6 +8,7 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
 from moezoo.mlx_backend.positions import positions
+from moezoo.mlx_backend.quantization import as_array
 
 
 class ShortConvolution(nn.Module):
@@ -69,6 +70,6 @@ def causal_convolution(x: mx.array, weight: mx.array, before: mx.array) -> mx.ar
     """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
     length = x.shape[1]
     padded = mx.concatenate([before, x], axis=1).astype(mx.float32)
-    weight = weight.astype(mx.float32)
+    weight = as_array(weight).astype(mx.float32)
     rows = (padded[:, start : start + length] * row for start, row in enumerate(weight))
     return sum(rows, mx.array(0.0))

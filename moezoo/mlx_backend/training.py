@@ -13,6 +13,7 @@ from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import TrainingError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
+from moezoo.core.quantization.weight import check_no_codes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
@@ -63,6 +64,7 @@ class MlxTraining(MlxInference):
         key: Bits | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
+        check_no_codes(self._codes())
         (_, terms, *_), gradients = self._loss_and_gradients(
             mx.array(tokens), mx.array(targets), None if key is None else mx.array(key), flatten_forced(forced)
         )
@@ -93,6 +95,7 @@ class MlxTraining(MlxInference):
         rematerialize: Rematerialize = "none",
         layers: Layers = "unrolled",
     ) -> None:
+        check_no_codes(self._codes())
         check_float32({name: str(value.dtype).rpartition(".")[2] for name, value in self._named().items()})
         data_parallel.check_shared(self.spec)
         self._config = config

@@ -33,6 +33,7 @@ from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import EmbeddingPosition, positions
+from moezoo.mlx_backend.quantization import take
 from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.short_convolution import ShortConvolution
@@ -330,7 +331,7 @@ class Transformer(nn.Module):
         )
 
     def _embed(self, tokens_BT: mx.array, caches: Caches | None) -> mx.array:
-        x_BTD = self.embedding.weight[tokens_BT].astype(mx.float32)
+        x_BTD = take(self.embedding.weight, tokens_BT).astype(mx.float32)
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:

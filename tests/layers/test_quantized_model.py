@@ -31,7 +31,7 @@ CASES = [(path, FORMATS[place % len(FORMATS)]) for place, path in enumerate([*GA
 SHORT, LONG = 5, 18
 
 
-@pytest.fixture(params=["jax"])
+@pytest.fixture(params=["jax", "mlx"])
 def twin(request) -> Twin:
     require_backend(request.param)
     return Twin(request.param)

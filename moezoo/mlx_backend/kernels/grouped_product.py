@@ -5,9 +5,11 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from moezoo.core.spec import ExpertsSpec
+from moezoo.mlx_backend.kernels import codes
 from moezoo.mlx_backend.kernels.activation import swiglu
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.kernels.x86.experts import sliced_product, swiglu_experts
+from moezoo.mlx_backend.quantization import QuantizedArray, as_array
 from moezoo.mlx_backend.runtime.typed import custom_function, to_ints
 
 Path = Literal["slices", "gather_mm of rows"]
@@ -56,11 +58,13 @@ class Groups(NamedTuple):
     blocks: _Blocks | None = None
 
 
-def group_rows(size_E: mx.array, num_rows: int) -> Groups:
-    """Plan the product of R rows that are sorted by expert."""
+def group_rows(size_E: mx.array, num_rows: int, *, sliced: bool = False) -> Groups:
+    """Plan the product of R rows that are sorted by expert. `sliced`: by slices in any case."""
     num_experts, end_E = size_E.shape[0], mx.cumsum(size_E)
     expert_R = mx.sum((mx.arange(num_rows)[:, None] >= end_E[None]).astype(mx.int32), axis=1)
     own_R = mx.minimum(expert_R, num_experts - 1).astype(mx.uint32)
+    if sliced:
+        return Groups(own_R, ends=to_ints(end_E))
     if grouped_path() == "gather_mm of rows" or few_rows(num_rows, num_experts):
         return Groups(own_R)
     if num_rows > FEW_ROWS * num_experts:
@@ -98,10 +102,13 @@ def block_rows(num_rows: int, num_experts: int) -> int:
     return block
 
 
-def grouped_product(x_RD: mx.array, w_EDF: mx.array, groups: Groups) -> mx.array:
+def grouped_product(x_RD: mx.array, w_EDF: mx.array | QuantizedArray, groups: Groups) -> mx.array:
     """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD."""
+    if isinstance(w_EDF, QuantizedArray) and groups.ends is not None:
+        return codes.sliced_product(x_RD, w_EDF, groups.ends)
     if grouped_path() == "gather_mm of rows" or (groups.ends is None and groups.blocks is None):
         return product_of_rows(x_RD[:, None, :], w_EDF, groups.expert_R, in_order=True)[:, 0, :]
+    assert not isinstance(w_EDF, QuantizedArray)  # has no blocks
     if groups.ends is not None:
         return _sliced_product(x_RD, w_EDF, groups.ends)
     assert groups.blocks is not None
@@ -115,11 +122,19 @@ def is_plain_swiglu(spec: ExpertsSpec) -> bool:
 
 
 def grouped_swiglu(
-    x_RD: mx.array, gate_EDF: mx.array, up_EDF: mx.array, down_EFD: mx.array, groups: Groups
+    x_RD: mx.array,
+    gate_EDF: mx.array | QuantizedArray,
+    up_EDF: mx.array | QuantizedArray,
+    down_EFD: mx.array | QuantizedArray,
+    groups: Groups,
 ) -> mx.array:
     """Return the feed-forward of SwiGLU experts without biases; in one kernel on x86, if the rows are many."""
-    if is_x86_cpu() and groups.ends is not None:
-        x, gate, up, down = (array.astype(mx.float32) for array in (x_RD, gate_EDF, up_EDF, down_EFD))
+    matrices = (gate_EDF, up_EDF, down_EFD)
+    quantized = [w_EDF for w_EDF in matrices if isinstance(w_EDF, QuantizedArray)]
+    if groups.ends is not None and len(quantized) == len(matrices):
+        return codes.grouped_swiglu(x_RD, quantized, groups.ends)
+    if is_x86_cpu() and groups.ends is not None and not quantized:
+        x, gate, up, down = (as_array(array).astype(mx.float32) for array in (x_RD, *matrices))
         return swiglu_experts(x, gate, up, down, groups.ends).astype(x_RD.dtype)
     gate, up = (grouped_product(x_RD, w_EDF, groups) for w_EDF in (gate_EDF, up_EDF))
     return grouped_product(swiglu(gate, up), down_EFD, groups)
@@ -127,7 +142,7 @@ def grouped_swiglu(
 
 def product_of_rows(
     x_R1D: mx.array,
-    w_EDF: mx.array,
+    w_EDF: mx.array | QuantizedArray,
     expert_R: mx.array,
     row_R: mx.array | None = None,
     *,
@@ -138,6 +153,8 @@ def product_of_rows(
     R stands for any number of axes. `row_R`: the number of the row that each expert takes, uint32; None: its own.
     `in_order`: the experts ascend.
     """
+    if isinstance(w_EDF, QuantizedArray):
+        return codes.product_of_rows(x_R1D, w_EDF, expert_R, row_R, in_order=in_order)
     dtype = x_R1D.dtype
     if grouped_path() == "gather_mm of rows" or dtype == w_EDF.dtype == mx.float32:
         return mx.gather_mm(x_R1D, w_EDF.astype(dtype), row_R, expert_R, sorted_indices=in_order)

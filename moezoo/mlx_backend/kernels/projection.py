@@ -5,13 +5,20 @@ import math
 
 import mlx.core as mx
 
+from moezoo.mlx_backend.kernels import codes
+from moezoo.mlx_backend.quantization import QuantizedArray
 
-def einsum(subscripts: str, x: mx.array, w: mx.array) -> mx.array:
-    """Return `mx.einsum(subscripts, x, w)` where the last axes of x meet the first of w, or the last.
 
-    That is `...I,IO->...O`, or `...I,OI->...O`, where I and O stand for any number of axes.
+def einsum(subscripts: str, x: mx.array, w: mx.array | QuantizedArray) -> mx.array:
+    """Return `mx.einsum(subscripts, x, w)` where the last axes of x meet the first of w, or the last; or of codes.
+
+    That is `...I,IO->...O`, or `...I,OI->...O`, where I and O stand for any number of axes. Or x and w share axes.
     """
+    if isinstance(w, QuantizedArray):
+        return codes.product(subscripts, x, w)
     inner, transposed = _meeting(subscripts)
+    if not inner:
+        return codes.contract(subscripts, x, w)
     outer = w.shape[: w.ndim - inner] if transposed else w.shape[inner:]
     lead, size = x.shape[: x.ndim - inner], math.prod(outer)
     # One sequence is a batch of one product, with fewer views; of more, it would be as many products.
@@ -22,8 +29,10 @@ def einsum(subscripts: str, x: mx.array, w: mx.array) -> mx.array:
 
 @functools.cache
 def _meeting(subscripts: str) -> tuple[int, bool]:
-    """Return the number of axes summed over, and True if they are the last of w."""
-    x, w = subscripts.partition("->")[0].split(",")
+    """Return the number of axes summed over, and True if they are the last of w; 0 if x and w share other axes."""
+    x, w, out = subscripts.replace("->", ",").split(",")
+    if set(x) & set(w) & set(out) - {"."}:
+        return 0, False
     inner = "".join(letter for letter in x if letter in w)
     if not inner or not x.endswith(inner) or not (w.startswith(inner) or w.endswith(inner)):
         raise ValueError(f"not a product with a matrix: {subscripts}")

@@ -1,0 +1,80 @@
+"""Products with codes on MLX: the kernels and NumPy's pieces, beside products with the numbers that codes stand for."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moezoo.core.quantization.formats import QuantizationFormat
+from tests.support.backends_available import require_backend
+from tests.support.quantized import FORMATS, random_weight
+from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.twins import Twin, normal
+
+KINDS = [(format, dtype) for format in FORMATS for dtype in (np.float32, ml_dtypes.bfloat16)]
+KINDS = [(format, dtype) for format, dtype in KINDS if format.mode == "affine" or dtype == np.float32]
+AFFINE = QuantizationFormat("affine", 4, 32)
+
+
+@pytest.fixture(params=[True, False], ids=["x86", "other"])
+def codes(request, monkeypatch):
+    """The module of products, on x86 with NumPy for matrices of any size, and on another CPU."""
+    require_backend("mlx")
+    module = Twin("mlx").module("kernels.codes")
+    if request.param and not module.is_x86_cpu():
+        pytest.skip("not an x86 CPU")
+    monkeypatch.setattr(module, "is_x86_cpu", lambda: request.param)
+    monkeypatch.setattr(module, "FEW_NUMBERS", 0)
+    return module
+
+
+def pair(weight):
+    """Return codes on the device, and their numbers."""
+    return Twin("mlx").module("quantization").quantized_array(weight), weight.values()
+
+
+@pytest.mark.parametrize(("format", "dtype"), KINDS, ids=str)
+def test_products_are_those_of_the_decoded_numbers(codes, format, dtype, monkeypatch):
+    monkeypatch.setattr(codes.x86, "PIECE", 2**10)  # several pieces
+    weight, dense = pair(random_weight(format, (128, 3, 5), (1, 2), (0,), dtype))
+    for rows in (1, 20):
+        x = normal(0, 1, rows, 128)
+        found = codes.product("BTD,DNH->BTNH", Twin("mlx").array(x), weight)
+        assert_close(Twin("mlx").numpy(found), np.einsum("BTD,DNH->BTNH", x, dense.astype(np.float64)), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("subscripts", "shape", "w", "lead", "packed"),
+    [
+        ("BTNH,NHD->BTD", (2, 3, 4, 8), (4, 8, 5), (2,), (0, 1)),
+        ("BTD,VD->BTV", (2, 3, 32), (7, 32), (0,), (1,)),
+        ("BSZ,ZNH->BSNH", (2, 3, 5), (5, 4, 32), (1, 0), (2,)),
+        ("BTNH,ZNH->BTNZ", (2, 3, 4, 32), (5, 4, 32), (1, 0), (2,)),
+        ("BTNZ,ZNH->BTNH", (2, 3, 4, 32), (32, 4, 5), (1, 2), (0,)),
+        ("BTNZ,ZNH->BTNH", (2, 3, 4, 32), (32, 4, 5), (2, 1), (0,)),
+        ("...D,DF->...F", (3, 32), (32, 5), (1,), (0,)),
+        ("...D,DF->...F", (3, 6), (6, 32), (0,), (1,)),
+        ("BTD,DNH->BTNH", (2, 3, 6), (6, 4, 32), (0, 1), (2,)),
+        ("BTD,DLZ->BTLZ", (2, 3, 32), (32, 4, 5), (2, 1), (0,)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_codes_may_run_over_any_axes(codes, subscripts, shape, w, lead, packed, dtype):
+    weight, dense = pair(random_weight(AFFINE, w, lead, packed, dtype))
+    x = normal(1, *shape)
+    found = codes.product(subscripts, Twin("mlx").array(x), weight)
+    assert_close(Twin("mlx").numpy(found), np.einsum(subscripts, x, dense.astype(np.float64)), FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_each_row_is_multiplied_by_the_matrix_of_its_expert(codes, dtype):
+    twin = Twin("mlx")
+    weight, dense = pair(random_weight(AFFINE, (4, 32, 5), (0, 2), (1,), dtype))
+    x, expert = normal(2, 6, 32), np.array([0, 0, 2, 2, 2, 3])
+    expected = np.stack([row @ dense[own] for row, own in zip(x, expert, strict=True)])
+    sliced = codes.sliced_product(twin.array(np.vstack([x, x[:1]])), weight, [2, 2, 5, 6])
+    assert_close(twin.numpy(sliced), np.vstack([expected, np.zeros((1, 5))]), FLOAT32)
+    if codes.is_x86_cpu() or dtype == np.float32:
+        order = np.array([[5, 0], [3, 1]])
+        index = [twin.array(each.astype(np.uint32)) for each in (expert[order], order)]
+        found = codes.product_of_rows(twin.array(x)[:, None], weight, *index, in_order=False)
+        assert_close(twin.numpy(found)[:, :, 0], expected[order], FLOAT32)
