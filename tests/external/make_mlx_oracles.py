@@ -1,0 +1,225 @@
+"""Write tiny folders with mlx-lm, in floats and quantized, and compare moezoo with its answers.
+
+    python tests/external/make_mlx_oracles.py OUT [CASE ...]            # needs mlx-lm, not moezoo
+    python tests/external/make_mlx_oracles.py --names OUT               # writes tests/data/mlx_names.json from them
+    python tests/external/make_mlx_oracles.py --check OUT [NAME ...]    # needs moezoo: a Markdown table
+
+Each case is a fixture's config in the hub's spelling, with sizes that divide into groups, and options that mlx-lm
+ignores or cannot load removed; weights are random. A case is written in bfloat16 and in one quantization of `MODES`.
+`oracle.npz` has the logits, in float32 arithmetic, of the model whose weights are the stored ones or the codes decoded
+by `mx.dequantize`, and greedy text.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+import fixtures
+
+BATCH, LENGTH, CONTINUED = 2, 24, 12
+SIZES = {
+    "hidden_size": 64,
+    "d_model": 64,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "intermediate_size": 128,
+    "intermediate_size_mlp": 128,
+    "ffn_hidden_size": 128,
+    "moe_intermediate_size": 64,
+    "expert_ffn_hidden_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+AFFINE = ((4, 64), (2, 32), (3, 64), (5, 32), (6, 64), (8, 32))
+MODES = (*(("affine", *each) for each in AFFINE), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16))
+# Fixtures and the options that mlx-lm has no implementation of; None removes a field.
+CASES: dict[str, dict[str, Any]] = {
+    "afmoe": {},
+    "dbrx": {},
+    "deepseek_v2": {},
+    "deepseek_v3": {},
+    "deepseek_v32": {},
+    "dots1": {"sliding_window": None, "max_window_layers": None, "layer_types": None},
+    "ernie4_5_moe": {},
+    "exaone_moe": {},
+    "gemma4": {},
+    "gemma4_text": {},
+    "glm4_moe": {},
+    "glm4_moe_lite": {},
+    "gpt_oss": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}},
+    "granitemoe": {},
+    "hunyuan_v1_moe": {"model_type": "hunyuan", "head_dim": None, "attention_head_dim": None},
+    "lfm2_moe": {},
+    "llama4": {},
+    "longcat_flash": {},
+    "mellum": {"mlp_layer_types": None},
+    "mimo_v2_flash": {"sliding_window_size": 128},  # mlx-lm's windows are one token shorter
+    "minimax_m2": {},
+    "mistral4_wrapped": {},
+    "mixtral": {"head_dim": None},
+    "olmoe": {"clip_qkv": None},
+    "phimoe": {"rope_scaling": None, "rope_parameters": None},
+    "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1},
+    "qwen3_5_moe": {},
+    "qwen3_moe": {"rope_scaling": None},
+    "qwen3_next": {},
+    "solar_open": {"rope_scaling": None},
+}
+
+
+def config_of(case: str) -> dict[str, Any]:
+    """Return a case's config.json with the sizes and options of this file."""
+    config = copy.deepcopy(fixtures.read_fixture(case).description["hub_config"])
+    config.pop("quantization_config", None)
+    inner = config.get("text_config", config)
+    for place in (inner, inner.get("ffn_config", {})):
+        place.update({name: size for name, size in SIZES.items() if isinstance(place.get(name), int)})
+    if "qk_head_dim" in inner:
+        inner["qk_head_dim"] = inner["qk_nope_head_dim"] + inner["qk_rope_head_dim"]
+    for name, value in CASES[case].items():
+        inner.pop(name, None)
+        if value is not None:
+            inner[name] = value
+    return config
+
+
+def write(case: str, out: Path, mode: tuple[str, int, int]) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+    from mlx_lm import utils
+
+    mx.random.seed(sum(case.encode()))
+    mx.set_default_device(mx.cpu)
+    config = config_of(case)
+    kind, arguments = utils._get_classes(config)
+    model = kind(arguments.from_dict(config))
+
+    def drawn(path: str, value: Any) -> Any:
+        if not mx.issubdtype(value.dtype, mx.floating):
+            return value
+        if value.ndim < 2:
+            return (value + 0.1 * mx.random.normal(value.shape)).astype(mx.bfloat16)
+        return (mx.random.normal(value.shape) * (0.5 if "embed_tokens" in path else 0.12)).astype(mx.bfloat16)
+
+    model.update(tree_map_with_path(drawn, model.parameters()))
+    save(model, config, out / f"{case}_bfloat16")
+    name, bits, group = mode
+    quantized, config = utils.quantize_model(model, config, group, bits, mode=name)
+    config["quantization_config"] = config["quantization"]
+    folder = out / f"{case}_{name}{bits}_{group}"
+    save(quantized, config, folder, answers=False)
+    floats = kind(arguments.from_dict(config))
+    parameters = dict(tree_flatten(quantized.parameters()))
+    modules = dict(quantized.named_modules())
+    for path in [path for path in parameters if path.endswith(".scales")]:
+        own = modules[path.removesuffix(".scales")]
+        weight = path.replace(".scales", ".weight")
+        scales, biases = parameters.pop(path), parameters.pop(path.replace(".scales", ".biases"), None)
+        parameters[weight] = mx.dequantize(parameters[weight], scales, biases, own.group_size, own.bits, own.mode)
+    floats.update(tree_unflatten(list(parameters.items())))
+    answer(floats, config, folder)
+
+
+def save(model: Any, config: dict[str, Any], folder: Path, *, answers: bool = True) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm import utils
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), parameters, metadata={"format": "mlx"})
+    names = dict.fromkeys(sorted(parameters), "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}, indent=1))
+    utils.save_config(dict(config), folder / "config.json")
+    if answers:
+        copied = type(model)(model.args)
+        copied.update(model.parameters())
+        answer(copied, config, folder)
+
+
+def answer(model: Any, config: dict[str, Any], folder: Path) -> None:
+    """Write logits and greedy text of a model, in float32."""
+    import mlx.core as mx
+
+    model.set_dtype(mx.float32)
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    ids = np.random.default_rng(5).integers(0, vocabulary, (BATCH, LENGTH), dtype=np.int32)
+    logits = np.array(model(mx.array(ids)).astype(mx.float32))
+    grown = ids
+    for _ in range(CONTINUED):
+        following = np.array(mx.argmax(model(mx.array(grown))[:, -1], axis=-1)).astype(np.int32)
+        grown = np.concatenate([grown, following[:, None]], axis=1)
+    np.savez(folder / "oracle.npz", input_ids=ids, logits=logits, greedy=grown[:, LENGTH:])
+
+
+def write_names(out: Path) -> None:
+    """Write config, names and shapes of the folders in floats."""
+    cases = []
+    for folder in sorted(out.glob("*_bfloat16")):
+        data = (folder / "model.safetensors").read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                shapes.setdefault(tuple(entry["shape"]), []).append(name)
+        rows = sorted([pattern, list(shape)] for shape in shapes for pattern in fixtures.contracted(shapes[shape]))
+        tensors = ",\n   ".join(json.dumps(row) for row in rows)
+        config = json.loads((folder / "config.json").read_text())
+        case = json.dumps(folder.name.removesuffix("_bfloat16"))
+        cases.append(f' {case}: {{\n  "config": {json.dumps(config)},\n  "tensors": [\n   {tensors}\n  ]\n }}')
+    (fixtures.FOLDER.parent / "mlx_names.json").write_text("{\n" + ",\n".join(cases) + "\n}\n")
+
+
+def check(folder: Path) -> str:
+    """Return a row of the table: the largest difference of a logit on each backend, or why the folder is refused."""
+    import moezoo
+    from moezoo.core.errors import MoezooError
+
+    cells = []
+    with np.load(folder / "oracle.npz") as expected:
+        for backend in ("jax", "mlx"):
+            try:
+                model = moezoo.load(folder, backend=backend)
+                found = model.forward(expected["input_ids"]).logits
+                greedy = model.generate(expected["input_ids"], max_new_tokens=CONTINUED, temperature=0.0)
+                same = np.array_equal(greedy, expected["greedy"])
+                cells.append(f"{np.abs(found - expected['logits']).max():.1e}{'' if same else ', other tokens'}")
+            except MoezooError as error:
+                cells.append(f"refuses: {error!s:.300}".replace("|", "/"))
+    return f"| {folder.name} | " + " | ".join(cells) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--names", action="store_true")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("which", nargs="*", metavar="CASE")
+    options = parser.parse_args()
+    if options.names:
+        write_names(options.out)
+        return 0
+    if options.check:
+        print("| folder | JAX | MLX |\n|---|---|---|")
+        for folder in sorted(options.out.iterdir()):
+            if (folder / "oracle.npz").exists() and (not options.which or folder.name in options.which):
+                print(check(folder), flush=True)
+        return 0
+    for place, case in enumerate(CASES):
+        if options.which and case not in options.which:
+            continue
+        try:
+            write(case, options.out, MODES[place % len(MODES)])
+        except Exception as error:  # of mlx-lm: the table says so
+            print(f"{case}: mlx-lm: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
