@@ -16,7 +16,7 @@ from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER, TensorFolder, tensor_names
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
 from moezoo.core.huggingface.ledger import Ledger, Source
-from moezoo.core.huggingface.nonfinite import is_finite, is_finite_weight
+from moezoo.core.huggingface.nonfinite import are_finite_scales, is_finite, is_finite_weight
 from moezoo.core.huggingface.quantized_tensors import Quantized
 from moezoo.core.parameters import parameter_table
 from moezoo.core.quantization.weight import QuantizedWeight
@@ -65,6 +65,16 @@ class HuggingFaceCheckpoint:
     @property
     def spec(self) -> ModelSpec:
         return self.description.spec
+
+    def damaged_scales(self) -> list[str]:
+        """Return the quantized parameters that have a scale or bias that is NaN or infinite; only these are read."""
+        formats = {part: tensor.format for tensor in self.layout.readable.values() for part in tensor.stored[1:]}
+        found: dict[str, None] = {}
+        for entry in self.ledger.entries:
+            format = formats.get(entry.name)
+            if format is not None and not are_finite_scales(format, self.folder.read(entry.name)):
+                found |= dict.fromkeys(entry.ours)
+        return list(found)
 
     @property
     def family(self) -> Family:

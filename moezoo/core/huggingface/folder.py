@@ -160,6 +160,11 @@ def _only_file(folder: Path) -> list[str]:
         raise CheckpointError(
             f"{folder} has an adapter ({every[0]}) but not the weights that it adapts. {MERGE_ADAPTER}"
         )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} has its weights as GGUF, which moezoo does not read. Use the safetensors of the model, or a "
+            "folder of mlx-lm."
+        )
     pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
     if pickles:
         raise CheckpointError(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.quantization.weight import QuantizedWeight
 
 Array = npt.NDArray[Any]
@@ -31,17 +32,25 @@ def is_finite(array: Array) -> bool:
 
 def is_finite_weight(weight: QuantizedWeight) -> bool:
     """Return True if no code, scale or bias of a weight is NaN or infinity."""
-    mode = weight.format.mode
-    floats = [array for array in (weight.scales, weight.biases) if array is not None and array.dtype != np.uint8]
-    if not all(is_finite(array) for array in floats):
+    beside = [array for array in (weight.scales, weight.biases) if array is not None]
+    if not all(are_finite_scales(weight.format, array) for array in beside):
         return False
-    if mode in ("mxfp4", "mxfp8") and (weight.scales == _NAN_E8M0).any():
-        return False
-    if mode == "nvfp4" and (weight.scales & _NAN_E4M3 == _NAN_E4M3).any():
-        return False
-    return mode not in ("mxfp8", "fp8") or not any(
+    return weight.format.mode not in ("mxfp8", "fp8") or not any(
         bool((piece & _NAN_E4M3 == _NAN_E4M3).any()) for piece in _pieces(weight.codes.reshape(-1).view(np.uint8))
     )
+
+
+def are_finite_scales(format: QuantizationFormat, scales: Array) -> bool:
+    """Return True if no stored scale or bias of this format is NaN or infinity."""
+    match format.mode:
+        case "mxfp4" | "mxfp8":
+            return not (scales.view(np.uint8) == _NAN_E8M0).any()
+        case "nvfp4":
+            return not (scales.view(np.uint8) & _NAN_E4M3 == _NAN_E4M3).any()
+        case _ if scales.dtype.itemsize == 1:  # E8M0 scales of FP8 blocks
+            return not (scales.view(np.uint8) == _NAN_E8M0).any()
+        case _:
+            return is_finite(scales)
 
 
 def _pieces(flat: Array) -> Iterator[Array]:

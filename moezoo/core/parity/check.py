@@ -17,6 +17,7 @@ from moezoo.core.config.vocabulary import ASSUMED_CHARACTERS, spec_with_vocab_si
 from moezoo.core.cost.memory import attention_widths
 from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.errors import SpecError
+from moezoo.core.huggingface.nonfinite import nonfinite_names, nonfinite_warning
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parity.report import (
     Comparison,
@@ -134,9 +135,12 @@ def parity_of(
         weights = initial_weights(spec, config.training.seed)
         notes.append(f"initial weights of seed {config.training.seed}")
     windows = random_windows(spec.vocab, batch_size, length, config.training.seed)
+    read = {name: np.asarray(weights[name], np.float32) for name in weights}
+    warning = nonfinite_warning(nonfinite_names(read.items()), str(path))
+    notes += [warning] if warning else []
     return parity(
         spec,
-        {name: np.asarray(weights[name], np.float32) for name in weights},
+        read,
         windows[:, :-1],
         windows[:, 1:],
         backends,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, describe_checkpoint, open_checkpoint
 from moezoo.core.huggingface.ledger import LedgerRow, ledger_rows
+from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.reports.model_page import ModelDescription, model_description, model_tables
 from moezoo.core.reports.text import bytes_text, count
 
@@ -138,17 +139,21 @@ class CheckpointDescription:
 
 
 def checkpoint_description(folder: Path) -> CheckpointDescription:
-    """Return the description of a checkpoint folder; no tensor is read. Raises SpecError or CheckpointError."""
+    """Return the description of a checkpoint folder; of its tensors only scales are read, whether one is damaged.
+
+    Raises SpecError or CheckpointError.
+    """
     has_weights = any(folder.glob("*.safetensors"))
     checkpoint = open_checkpoint(folder) if has_weights else None
     description = checkpoint.description if checkpoint else describe_checkpoint(folder)
     fields, spec = description.fields, description.spec
+    warning = None if checkpoint is None else nonfinite_warning(checkpoint.damaged_scales(), str(folder))
     longest = [spec.max_length, fields.raw.get("max_position_embeddings")]
     return CheckpointDescription(
         family=description.family.name,
         parsed=tuple(fields.understood),
         no_effect=tuple(fields.no_effect),
-        notes=tuple(description.notes),
+        notes=(*description.notes, *([] if warning is None else [warning])),
         model=model_description(spec, min([_LENGTH, *(length for length in longest if isinstance(length, int))])),
         files=None if checkpoint is None else _weight_files(checkpoint),
         ledger=None if checkpoint is None else _ledger_summary(checkpoint),
