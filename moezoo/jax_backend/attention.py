@@ -11,7 +11,7 @@ from jax import lax
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kernels import projection
-from moezoo.jax_backend.kernels.attention import chunk_length
+from moezoo.jax_backend.kernels.attention import Chunk, attend_in_chunks, chunk_length, uses_chunk_kernel
 from moezoo.jax_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.jax_backend.positions import positions, rotate, same_side
@@ -75,23 +75,27 @@ def attend_causally(
     A chunk reads only the keys that one of its queries may attend to.
     """
     length = query_BTMGH.shape[1]
-    chunk = chunk_length(length)
-    position_T = jnp.arange(length)
-    attended = []
-    for start in range(0, length, chunk):
-        end = min(start + chunk, length)
-        first = _first_visible(spec, start)
-        attended.append(
-            attend(
-                query_BTMGH[:, start:end],
-                key_BTMH[:, first:end],
-                value_BTMH[:, first:end],
-                visible(spec, position_T[start:end], position_T[first:end]),
-                scale=spec.scale,
-                softcap=spec.softcap,
-                sink_N=sink_N,
-            )
+    size = chunk_length(length)
+    chunks = [Chunk(start, min(start + size, length), _first_visible(spec, start)) for start in range(0, length, size)]
+
+    def mask_of(chunk: Chunk) -> jax.Array:
+        return visible(spec, jnp.arange(chunk.start, chunk.end), jnp.arange(chunk.first, chunk.end))
+
+    if uses_chunk_kernel(query_BTMGH.dtype) and spec.softcap is None:
+        scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
+        return attend_in_chunks(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N)
+    attended = [
+        attend(
+            query_BTMGH[:, chunk.start : chunk.end],
+            key_BTMH[:, chunk.first : chunk.end],
+            value_BTMH[:, chunk.first : chunk.end],
+            mask_of(chunk),
+            scale=spec.scale,
+            softcap=spec.softcap,
+            sink_N=sink_N,
         )
+        for chunk in chunks
+    ]
     return jnp.concatenate(attended, axis=1)
 
 

@@ -18,7 +18,16 @@ from moezoo.core.spec import (
     TemperatureTuningSpec,
 )
 from tests.layers.pieces import assert_pieces_match
-from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, EXACT, FLOAT32, FLOAT64, assert_close
+from tests.support.backends_available import require_backend
+from tests.support.tolerances import (
+    BFLOAT16,
+    BFLOAT16_GRADIENT,
+    EXACT,
+    FLOAT32,
+    FLOAT32_GRADIENT,
+    FLOAT64,
+    assert_close,
+)
 from tests.support.twins import (
     B,
     D,
@@ -455,3 +464,27 @@ def test_a_window_and_chunks_at_once_are_refused():
     sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6}
     with pytest.raises(SpecError, match=r"chunk is 4, but window is also set to 3.*Set only one"):
         validate(GroupedQueryAttentionSpec, sizes | {"window": 3, "chunk": 4}, "config")
+
+
+@pytest.mark.parametrize("options", [{"sinks": True}, {"window": 40}, {"chunk": 50, "scale": 0.7}])
+def test_the_cpu_kernel_of_jax_gives_the_values_and_gradients_of_attend(monkeypatch, options):
+    require_backend("jax")
+    import jax
+    import jax.numpy as jnp
+
+    module = Twin("jax").module("attention")
+    spec = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, **options)
+    arrays = [normal(seed, B, 150, M, *more) for seed, more in enumerate([(N // M, H), (H,), (H,)])]
+    arrays = [jnp.asarray(array) for array in (*arrays, normal(3, N))]
+
+    def loss(query, key, value, sink_N):
+        return jnp.sum(jnp.sin(module.attend_causally(spec, query, key, value, sink_N if spec.sinks else None)))
+
+    found = []
+    for kernel in (True, False):
+        monkeypatch.setattr(module, "uses_chunk_kernel", lambda _, kernel=kernel: kernel)
+        value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*arrays)
+        found.append((np.asarray(value), [np.asarray(gradient) for gradient in gradients]))
+    assert_close(found[0][0], found[1][0], FLOAT32)
+    for own, expected in zip(found[0][1], found[1][1], strict=True):
+        assert_close(own, expected, FLOAT32_GRADIENT)
