@@ -29,17 +29,23 @@ class _ListsModelTypes(click.Command):
 @set_option
 @mesh_option
 @devices_option
+@click.option(
+    "--memory", metavar="16GiB", help="Memory, for the largest context that fits beside a checkpoint's weights."
+)
 @json_option
-def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: int | None, as_json: bool) -> None:
+def describe(
+    path: Path, overrides: tuple[str, ...], mesh: str | None, devices: int | None, memory: str | None, as_json: bool
+) -> None:
     """Show layers, parameters, FLOPs and memory of a model.
 
     PATH is a YAML config, a run folder, or a Hugging Face folder or hub id. Of a Hugging Face checkpoint, config.json
-    alone is enough; the page also shows the parsed config and the tensor mapping. With --mesh, it shows
-    how each parameter is sharded and its bytes per device instead.
+    alone is enough; the page also shows the parsed config, the tensor mapping, and the format, bits per weight and
+    bytes of weights by role. With --mesh, it shows how each parameter is sharded and its bytes per device instead.
     """
     from moezoo.core.reports.checkpoint_page import checkpoint_description, checkpoint_page
     from moezoo.core.reports.mesh_page import mesh_page
     from moezoo.core.reports.model_page import config_description, config_page
+    from moezoo.core.reports.text import memory_bytes
     from moezoo.core.runs.open import checkpoint_folder
 
     if mesh is None and devices is not None:
@@ -48,6 +54,12 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
             "example --mesh data=auto."
         )
     config = _config(path, overrides)
+    limit = None if memory is None else memory_bytes(memory)
+    if limit is not None and (mesh is not None or config is not None):
+        raise SpecError(
+            f"--memory is for the weights and KV cache of a checkpoint; got {path}. For training, "
+            "use `moezoo plan CONFIG --memory`."
+        )
     if mesh is not None:
         sharded = _sharded(path, config, mesh, devices)
         print_report(sharded, lambda: mesh_page(sharded), as_json)
@@ -55,7 +67,7 @@ def describe(path: Path, overrides: tuple[str, ...], mesh: str | None, devices: 
         model = config_description(config)
         print_report(model, lambda: config_page(model, str(path)), as_json)
     else:
-        checkpoint = checkpoint_description(checkpoint_folder(path, weights=False))
+        checkpoint = checkpoint_description(checkpoint_folder(path, weights=False), limit)
         print_report(checkpoint, lambda: checkpoint_page(checkpoint, str(path)), as_json)
 
 

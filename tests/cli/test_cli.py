@@ -44,7 +44,7 @@ SURFACE = {
         *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--backend", "--allow-overcommit"),
         "--json",
     ],
-    "describe": ["PATH", "--set", "--mesh", "--devices", "--json"],
+    "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--json"],
     "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
     "parity": ["PATH", "--json", "--all"],
     "convert": [

@@ -4,6 +4,7 @@ All numbers are exact integers of the formulas below; only `training_memory`'s a
 Writing: writings/cost.md.
 """
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -48,6 +49,15 @@ def cache_bytes(spec: ModelSpec, length: int) -> int:
     size = COMPUTE_BYTES[compute_dtype(spec)]
     kept = [length if reach is None else min(length, reach) for reach in spec.reaches]
     return sum(size * kept[index] * _cached_numbers(layer.attention) for index, layer in enumerate(spec.all_layers))
+
+
+def largest_context(spec: ModelSpec, free_bytes: int) -> int | None:
+    """Return the most tokens of one sequence whose KV cache takes at most `free_bytes`; None: there is no limit."""
+    longest = 1 << 40
+    if cache_bytes(spec, longest) <= free_bytes:
+        return None
+    fits = range(longest)  # by bisection: the cache never shrinks
+    return bisect.bisect_right(fits, free_bytes, key=lambda length: cache_bytes(spec, length)) - 1
 
 
 def _cached_numbers(attention: AttentionSpec) -> int:

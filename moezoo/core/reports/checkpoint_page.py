@@ -11,6 +11,15 @@ from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint, describe_c
 from moezoo.core.huggingface.ledger import LedgerRow, ledger_rows
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.reports.model_page import ModelDescription, model_description, model_tables
+from moezoo.core.reports.storage import (
+    Context,
+    Storage,
+    cache_words,
+    context_in,
+    float32_bytes,
+    storage_of,
+    storage_table,
+)
 from moezoo.core.reports.text import bytes_text, count
 
 if TYPE_CHECKING:
@@ -95,7 +104,8 @@ class CheckpointDescription:
         no_effect: fields that do not affect the computation; any other field would have been rejected.
         notes: remarks of the family on this config.
         model: layers, parameters and cost.
-        files, ledger: None if the folder has no weights.
+        files, ledger, storage: None if the folder has no weights.
+        context: the context that fits in a given memory, if one was given.
         has_tokenizer: True if the folder has a tokenizer.json.
         generation: defaults for sampling.
     """
@@ -107,6 +117,8 @@ class CheckpointDescription:
     model: ModelDescription
     files: WeightFiles | None
     ledger: LedgerSummary | None
+    storage: Storage | None
+    context: Context | None
     has_tokenizer: bool
     generation: GenerationConfig
 
@@ -123,6 +135,8 @@ class CheckpointDescription:
             **self.model.to_json(),
             "files": None if self.files is None else self.files.to_json(),
             "ledger": None if self.ledger is None else self.ledger.to_json(),
+            "storage": None if self.storage is None else self.storage.to_json(),
+            "context": None if self.context is None else self.context.to_json(),
             "tokenizer": self.has_tokenizer,
             "generation": {
                 "temperature": generation.temperature,
@@ -138,8 +152,10 @@ class CheckpointDescription:
         }
 
 
-def checkpoint_description(folder: Path) -> CheckpointDescription:
+def checkpoint_description(folder: Path, memory_bytes: int | None = None) -> CheckpointDescription:
     """Return the description of a checkpoint folder; of its tensors only scales are read, whether one is damaged.
+
+    `memory_bytes`: memory that weights and KV cache shall fit in.
 
     Raises SpecError or CheckpointError.
     """
@@ -148,15 +164,22 @@ def checkpoint_description(folder: Path) -> CheckpointDescription:
     description = checkpoint.description if checkpoint else describe_checkpoint(folder)
     fields, spec = description.fields, description.spec
     warning = None if checkpoint is None else nonfinite_warning(checkpoint.damaged_scales(), str(folder))
-    longest = [spec.max_length, fields.raw.get("max_position_embeddings")]
+    positions = fields.raw.get("max_position_embeddings")
+    longest = [length for length in (spec.max_length, positions) if isinstance(length, int)]
+    storage = None if checkpoint is None else storage_of(checkpoint)
+    weight_bytes = float32_bytes(spec) if storage is None else storage.total.memory_bytes
     return CheckpointDescription(
         family=description.family.name,
         parsed=tuple(fields.understood),
         no_effect=tuple(fields.no_effect),
         notes=(*description.notes, *([] if warning is None else [warning])),
-        model=model_description(spec, min([_LENGTH, *(length for length in longest if isinstance(length, int))])),
+        model=model_description(spec, min([_LENGTH, *longest])),
         files=None if checkpoint is None else _weight_files(checkpoint),
         ledger=None if checkpoint is None else _ledger_summary(checkpoint),
+        storage=storage,
+        context=None
+        if memory_bytes is None
+        else context_in(memory_bytes, weight_bytes, spec, min(longest, default=None)),
         has_tokenizer=(folder / "tokenizer.json").is_file(),
         generation=read_generation_config(folder, fields.raw),
     )
@@ -195,10 +218,18 @@ def checkpoint_page(known: CheckpointDescription, where: str) -> "RenderableType
         *_weight_lines(known.files, known.ledger),
         f"generation: {_generation(known.generation)}",
     ]
+    lines.append(cache_words(known.model.spec))
+    if known.context is not None:
+        lines.append(known.context.words())
     if not known.has_tokenizer:
         lines.append("tokenizer: none in this folder; pass prompts as --tokens")
     tables = model_tables(known.model, f"{where} ({known.family})")
-    return Group(*tables, *(Text(line, "dim") for line in lines))
+    warnings = () if known.storage is None else known.storage.warnings
+    if known.storage is not None:
+        tables.append(storage_table(known.storage))
+    return Group(
+        *tables, *(Text(f"warning: {line}", "yellow") for line in warnings), *(Text(line, "dim") for line in lines)
+    )
 
 
 def _weight_lines(files: WeightFiles | None, ledger: LedgerSummary | None) -> list[str]:
