@@ -117,7 +117,7 @@ class MlxInference:
 
     def _extended_by_one(self) -> Extend:
         """Return `_extended` for single tokens with the parameters of now, by NumPy where that is faster."""
-        step = None if self._codes() else token_step(self.spec, self._named())
+        step = token_step(self.spec, self._named(), self._codes())
 
         def extended(tokens: mx.array, caches: Caches) -> tuple[mx.array, Caches]:
             if step is None or caches.first_B is not None:  # rows with padding have a mask each

@@ -5,6 +5,7 @@ import pytest
 
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
@@ -23,8 +24,10 @@ from moezoo.core.spec import (
     SharedExpertsSpec,
     TiedHeadSpec,
     TopPChoiceSpec,
+    UntiedHeadSpec,
 )
 from tests.support.backends_available import require_backend
+from tests.support.quantized import quantized_weights
 from tests.support.tolerances import FLOAT32, assert_close
 from tests.support.twins import B, D, E, F, H, K, M, N, Twin, V
 
@@ -82,7 +85,7 @@ def weights_of(spec):
 
 def step_of(mlx, spec, dtype=None):
     parameters = {name: mlx.array(value, dtype) for name, value in weights_of(spec).items()}
-    return mlx.module("kernels.x86.token").token_step(spec, parameters)
+    return mlx.module("kernels.x86.token").token_step(spec, parameters, {})
 
 
 @pytest.mark.parametrize("large", [1, 2**21], ids=["all cores", "one core"])
@@ -131,3 +134,18 @@ def test_a_token_after_a_training_step_is_of_the_new_parameters(mlx):
     model.train_step(TOKENS[None], 0.1, micro_batch_keys(0, 0, 1)).fetch()
     found, _ = model.decode(TOKENS[:, PROMPT], model.prefill(TOKENS[:, :PROMPT], LENGTH)[1])
     assert_close(found, model.forward(TOKENS[:, : PROMPT + 1], inference=True).logits[:, -1], FLOAT32)
+
+
+@pytest.mark.parametrize("head", [TiedHeadSpec(), UntiedHeadSpec()], ids=["tied", "untied"])
+@pytest.mark.parametrize("large", [1, 2**21], ids=["all cores", "one core"])
+def test_codes_give_the_logits_of_the_graph(mlx, monkeypatch, head, large):
+    token = mlx.module("kernels.x86.token")
+    monkeypatch.setattr(token, "LARGE", large)
+    sizes = {"embed_dim": 32, "head": head}
+    spec = model_of({"num_heads": 4, "head_dim": 8}, {"experts": GatedFeedForwardSpec(hidden_dim=32)}, **sizes)
+    model = mlx.backend().build(spec, quantized_weights(weights_of(spec), QuantizationFormat("affine", 4, 32)))
+    step = token.token_step(spec, model._named(), model._codes())
+    _, caches = model.prefill(TOKENS[:, :PROMPT], LENGTH)
+    found, _ = step(TOKENS[:, PROMPT], caches)
+    expected, _ = model._extended(mlx.array(TOKENS[:, PROMPT : PROMPT + 1]), caches)
+    assert_close(mlx.numpy(found), mlx.numpy(expected), FLOAT32)

@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from moezoo.core.quantization.formats import QuantizationFormat
-from moezoo.core.quantization.weight import Array, scale_values
+from moezoo.core.quantization.weight import Array, decode_rows, scale_values
+from moezoo.core.tokens import Integers
 from moezoo.mlx_backend.kernels.x86.activation import silu
 from moezoo.mlx_backend.quantization import QuantizedArray
 from moezoo.mlx_backend.runtime.cores import Floats, blocks, on_all_cores, one_by_one, values, zeros
@@ -39,12 +40,17 @@ class Matrix(NamedTuple):
     biases: Array | None
 
     @property
+    def numbers(self) -> int:
+        """Count of numbers."""
+        return self.size * math.prod(self.codes.shape[:-1])
+
+    @property
     def rounds(self) -> bool:
         """True if numbers are rounded, as product and as sum with the bias, to a dtype narrower than float32."""
         return self.biases is not None and self.scales.dtype != np.float32
 
-    def part(self, rows: slice | int) -> "Matrix":
-        """Return some of the rows, or of more than two axes one matrix."""
+    def part(self, rows: slice | int | Integers) -> "Matrix":
+        """Return some of the rows, or the matrix of one expert."""
         biases = None if self.biases is None else self.biases[rows]
         return self._replace(codes=self.codes[rows], scales=self.scales[rows], biases=biases)
 
@@ -64,6 +70,12 @@ def matrix(w: QuantizedArray) -> Matrix:
     """Return views of codes [*lead, words], with their leading axes."""
     biases = None if w.biases is None else _view(w.biases)
     return Matrix(w.format, w.row_size, _view(w.codes).view(np.uint8), _view(w.scales), biases)
+
+
+def decoded(w: Matrix, index: Integers) -> Floats:
+    """Return the rows of numbers with these indices."""
+    rows = w.part(index)
+    return decode_rows(w.format, rows.codes.view(np.uint32), rows.scales, rows.biases, w.size)
 
 
 def product(x: Floats, w: Matrix, out: Floats) -> list[Callable[[], None]]:

@@ -5,7 +5,8 @@ OpenBLAS's `sgemm` and `sgemv`, which MLX and NumPy call for one row, read a mat
 operation takes NumPy one microsecond, MLX five.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,7 +24,6 @@ from moezoo.core.spec import (
     NormSpec,
     RMSNormSpec,
     RoPESpec,
-    TiedHeadSpec,
     TopKChoiceSpec,
 )
 from moezoo.core.spec.base import Part
@@ -31,9 +31,13 @@ from moezoo.core.tokens import Integers
 from moezoo.mlx_backend.kernels.rotation import turning_matrix
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.kernels.x86.activation import silu
+from moezoo.mlx_backend.kernels.x86.codes import Matrix, decoded, matrix, product
 from moezoo.mlx_backend.kernels.x86.normalization import inverse_rms
 from moezoo.mlx_backend.kv_cache import Cache, Caches, KVCache
+from moezoo.mlx_backend.quantization import QuantizedArray
 from moezoo.mlx_backend.runtime.cores import Floats, can_limit_blas, cores, on_all_cores, one_blas_thread, one_by_one
+
+Weight = Floats | Matrix
 
 STREAMED_ROWS = 2
 """Rows up to which einsum reads a matrix from memory faster than `sgemv` and `sgemm` do: 22 to 30 GB/s for 13 to 17."""
@@ -47,29 +51,36 @@ def token_path() -> str:
     return "NumPy where all layers are common, else MLX's graph" if _computes_tokens() else "MLX's graph"
 
 
-def token_step(spec: ModelSpec, parameters: Mapping[str, mx.array]) -> "TokenStep | None":
+def token_step(
+    spec: ModelSpec, parameters: Mapping[str, mx.array], coded: Mapping[str, QuantizedArray]
+) -> "TokenStep | None":
     """Return the step of a model of common layers with these parameters by canonical name; None of another one.
 
-    Common: pre-norm, RoPE or no position, RMS norms, top-k of a softmax, SwiGLU experts without biases, float32.
+    Common: pre-norm, RoPE or no position, RMS norms, top-k of a softmax, SwiGLU experts without biases, and matrices of
+    float32 or codes.
     """
-    if not _computes_tokens() or any(value.dtype != mx.float32 for value in parameters.values()):
+    matrices = (value for value in parameters.values() if value.ndim > 1)
+    if not _computes_tokens() or any(value.dtype != mx.float32 for value in matrices):
+        return None
+    if not all(_runs_over_inputs(name, value) for name, value in coded.items()):
         return None
     layers = all(_is_common(layer) for layer in spec.layers)
     common = layers and isinstance(spec.norm, RMSNormSpec) and not spec.head.bias
     training = ("dropout", "initializer")
     if not common or not _has_defaults(spec, "vocab_size", "embed_dim", "layers", "norm", "head", *training):
         return None
-    return TokenStep(spec, {name: np.asarray(value) for name, value in parameters.items()})
+    floats = {name: np.asarray(value.astype(mx.float32)) for name, value in parameters.items()}
+    return TokenStep(spec, floats | {name: matrix(value) for name, value in coded.items()})
 
 
 class TokenStep:
     """Views of a model's parameters, and the step that extends sequences by one token."""
 
-    def __init__(self, spec: ModelSpec, values: Mapping[str, Floats]):
+    def __init__(self, spec: ModelSpec, values: Mapping[str, Weight]):
         self._embedding_VD = values["embedding.weight"]
         self._layers = [_Layer(layer, spec.norm, values, f"layers.{i}") for i, layer in enumerate(spec.all_layers)]
         self._final_norm = _Norm.of(spec.norm, values, "final_norm")
-        self._head_DV = self._embedding_VD.T if isinstance(spec.head, TiedHeadSpec) else values["head.w_head"]
+        self._head_DV = values["head.w_head"] if "head.w_head" in values else _as_head(self._embedding_VD)
 
     def __call__(self, tokens_B: Integers, caches: Caches) -> tuple[mx.array, Caches]:
         """Return logits [B, V] after these tokens, and caches that hold them; written in place if they are spent."""
@@ -80,7 +91,7 @@ class TokenStep:
             return self._extended(tokens_B, caches)
 
     def _extended(self, tokens_B: Integers, caches: Caches) -> tuple[mx.array, Caches]:
-        x_BD, extended = self._embedding_VD[tokens_B], list[Cache]()
+        x_BD, extended = _rows(self._embedding_VD, tokens_B), list[Cache]()
         for layer, cache in zip(self._layers, caches.layers, strict=True):
             assert isinstance(cache, KVCache)
             key_BSMH, value_BSMH = (_own(array, spent=caches.spent) for array in (cache.key_BSMH, cache.value_BSMH))
@@ -97,9 +108,10 @@ class _Norm(NamedTuple):
     epsilon: float
 
     @staticmethod
-    def of(spec: NormSpec, values: Mapping[str, Floats], name: str) -> "_Norm":
+    def of(spec: NormSpec, values: Mapping[str, Weight], name: str) -> "_Norm":
         assert isinstance(spec, RMSNormSpec)
         scale_D = None if spec.scale == "none" else values[f"{name}.scale"]
+        assert not isinstance(scale_D, Matrix)
         return _Norm(1 + scale_D if spec.scale == "zero_centred" and scale_D is not None else scale_D, spec.epsilon)
 
     def __call__(self, x: Floats) -> Floats:
@@ -112,7 +124,7 @@ class _Norm(NamedTuple):
 class _Layer:
     """Attention and experts, each after its norm."""
 
-    def __init__(self, spec: LayerSpec, norm: NormSpec, values: Mapping[str, Floats], name: str):
+    def __init__(self, spec: LayerSpec, norm: NormSpec, values: Mapping[str, Weight], name: str):
         assert isinstance(spec.attention, GroupedQueryAttentionSpec)
         assert spec.moe is not None
         self._attention_norm = _Norm.of(norm, values, f"{name}.attention_norm")
@@ -129,17 +141,15 @@ class _Layer:
 class _Attention:
     """Attention of one token of each sequence to the filled slots of a cache."""
 
-    def __init__(self, spec: GroupedQueryAttentionSpec, values: Mapping[str, Floats], name: str):
+    def __init__(self, spec: GroupedQueryAttentionSpec, values: Mapping[str, Weight], name: str):
         group = spec.num_heads // spec.num_kv_heads
         self._position, self._shape = spec.position, (spec.num_kv_heads, group, spec.head_dim)
         self._scale = np.float32(spec.head_dim**-0.5 if spec.scale is None else spec.scale)
         w_query_DNH, w_key_DMH, w_value_DMH, w_output_NHD = (
             values[f"{name}.w_{part}"] for part in ("query", "key", "value", "output")
         )
-        self._w_query, self._w_key, self._w_value = (
-            w.reshape(len(w), -1) for w in (w_query_DNH, w_key_DMH, w_value_DMH)
-        )
-        self._w_output = w_output_NHD.reshape(-1, w_output_NHD.shape[-1])
+        self._w_query, self._w_key, self._w_value = (_flat(w, 1) for w in (w_query_DNH, w_key_DMH, w_value_DMH))
+        self._w_output = _flat(w_output_NHD, 2)
         self._norms = [
             _Norm.of(spec.qk_norm, values, f"{name}.{part}_norm")
             for part in ("query", "key")
@@ -175,10 +185,13 @@ class _Attention:
 class _Experts:
     """Router and experts of a layer."""
 
-    def __init__(self, spec: MoESpec, values: Mapping[str, Floats], name: str):
+    def __init__(self, spec: MoESpec, values: Mapping[str, Weight], name: str):
         self._top_k, self._renormalizes = spec.router.top_k, spec.router.renormalize == "sum"
         self._w_router_DE = values[f"{name}.router.w_router"]
         self._matrices = [values[f"{name}.experts.w_{part}"] for part in ("gate", "up", "down")]
+        self._decodes_much = (
+            self._top_k * sum(w.part(0).numbers for w in self._matrices if isinstance(w, Matrix)) >= LARGE
+        )
 
     def __call__(self, x_BD: Floats) -> Floats:
         """Return the weighted sum of each token's experts; of several tokens, a core takes one expert at a time."""
@@ -191,12 +204,12 @@ class _Experts:
             partial(self._run, x_BD, expert_R[order_R[start]], order_R[start:end], out_RD)
             for start, end in zip([0, *ends[:-1]], ends, strict=True)
         )
-        (one_by_one if len(x_BD) == 1 else on_all_cores)(pieces)
+        (one_by_one if len(x_BD) == 1 and not self._decodes_much else on_all_cores)(pieces)
         return (weight_BK[:, None] @ out_RD.reshape(*weight_BK.shape, -1))[:, 0]
 
     def _chosen(self, x_BD: Floats) -> tuple[np.ndarray, Floats]:
         """Return the experts of each token, ties by lower id, and their weights."""
-        logits_BE = x_BD @ self._w_router_DE
+        logits_BE = _product(x_BD, self._w_router_DE)
         expert_BK = np.argsort(-logits_BE, axis=-1, kind="stable")[:, : self._top_k]
         score_BE = np.exp(logits_BE - logits_BE.max(axis=-1, keepdims=True))
         weight_BK = score_BE[np.arange(len(x_BD))[:, None], expert_BK]
@@ -205,23 +218,35 @@ class _Experts:
 
     def _run(self, x_BD: Floats, expert: int, slot_R: np.ndarray, out_RD: Floats) -> None:
         """Compute these slots, all of one expert."""
-        gate_DF, up_DF, down_FD = (matrices[expert] for matrices in self._matrices)
+        gate_DF, up_DF, down_FD = (w.part(expert) if isinstance(w, Matrix) else w[expert] for w in self._matrices)
         rows = x_BD[slot_R // self._top_k]
         hidden = silu(_product(rows, gate_DF))
         hidden *= _product(rows, up_DF)
         out_RD[slot_R] = _product(hidden, down_FD)
 
 
-def _products(x_BD: Floats, *matrices: Floats) -> list[Floats]:
+def _products(x_BD: Floats, *matrices: Weight) -> list[Floats]:
     """Return x times each of these matrices; each core takes some columns if that is much work."""
-    if len(x_BD) * sum(w_DF.size for w_DF in matrices) < LARGE:
-        return [_product(x_BD, w_DF) for w_DF in matrices]
-    products: list[Floats] = [np.empty((len(x_BD), w_DF.shape[1]), np.float32) for w_DF in matrices]
+    coded = [w for w in matrices if isinstance(w, Matrix)]
+    if coded:
+        on_cores = len(coded) == len(matrices) and sum(w.numbers for w in coded) >= LARGE
+        return _decoded_products(x_BD, coded) if on_cores else [_product(x_BD, w) for w in matrices]
+    floats = [w for w in matrices if not isinstance(w, Matrix)]
+    if len(x_BD) * sum(w_DF.size for w_DF in floats) < LARGE:
+        return [_product(x_BD, w_DF) for w_DF in floats]
+    products: list[Floats] = [np.empty((len(x_BD), w_DF.shape[1]), np.float32) for w_DF in floats]
     on_all_cores(
         partial(np.matmul, x_BD, w_DF[:, share], out=out_BF[:, share])
-        for w_DF, out_BF in zip(matrices, products, strict=True)
+        for w_DF, out_BF in zip(floats, products, strict=True)
         for share in _shares(w_DF.shape[1])
     )
+    return products
+
+
+def _decoded_products(x_BD: Floats, matrices: Sequence[Matrix]) -> list[Floats]:
+    """Return the products with codes; a piece of a matrix is decoded on one core."""
+    products: list[Floats] = [np.empty((len(x_BD), len(w.codes)), np.float32) for w in matrices]
+    on_all_cores(piece for w, out in zip(matrices, products, strict=True) for piece in product(x_BD, w, out))
     return products
 
 
@@ -231,11 +256,36 @@ def _shares(count: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
-def _product(x_RD: Floats, w_DF: Floats) -> Floats:
+def _product(x_RD: Floats, w_DF: Weight) -> Floats:
     """Return x times w on this core."""
+    if isinstance(w_DF, Matrix):
+        out_RF: Floats = np.empty((len(x_RD), len(w_DF.codes)), np.float32)
+        one_by_one(product(x_RD, w_DF, out_RF))
+        return out_RF
     if len(x_RD) <= STREAMED_ROWS:
         return np.asarray(np.einsum("RD,DF->RF", x_RD, w_DF))
     return x_RD @ w_DF
+
+
+def _rows(w: Weight, index: Integers) -> Floats:
+    return decoded(w, index) if isinstance(w, Matrix) else w[index]
+
+
+def _as_head(embedding_VD: Weight) -> Weight:
+    """Return the matrix of a tied head; rows of codes already run over its inputs."""
+    return embedding_VD if isinstance(embedding_VD, Matrix) else embedding_VD.T
+
+
+def _flat(w: Weight, inputs: int) -> Weight:
+    """Merge the axes of a matrix's outputs, and those of its inputs, of which there are so many."""
+    return w.flat() if isinstance(w, Matrix) else w.reshape(math.prod(w.shape[:inputs]), -1)
+
+
+def _runs_over_inputs(name: str, w: QuantizedArray) -> bool:
+    """Return True if the rows of codes run over what a product sums over; those of the embedding are its own."""
+    if name == "embedding.weight" or ".experts." in name:
+        return w.packed == (1,)
+    return w.packed == tuple(range(len(w.packed))) and (len(w.packed) == 1 or name.endswith(".w_output"))
 
 
 def _computes_tokens() -> bool:
