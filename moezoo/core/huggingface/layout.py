@@ -8,7 +8,7 @@ A run that started from a Hugging Face checkpoint stores this, so that its weigh
 """
 
 import json
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,20 @@ class Description:
     spec: ModelSpec
     rules: tuple[Fused, ...]
 
-    def in_layout(self, names: Iterable[str]) -> "Description":
+    def in_layout(self, names: Collection[str]) -> "Description":
         """Return the description of files with tensors of these names.
 
-        In mlx-lm's layout a zero-centred norm has its scale plus one: it is a learned one.
+        In mlx-lm's layout a zero-centred norm has its scale plus one: it is a learned one. What mlx-lm drops is no part
+        of the model if its tensors are not there.
         """
         if not self.family.has_mlx_names(names):
             return self
-        return replace(self, spec=with_learned_norms(self.spec), rules=self.family.mlx_tensors)
+        spec, drops = with_learned_norms(self.spec), self.family.mlx_lm.drops
+        if drops is not None and not any(name.endswith(drops[1]) for name in names):
+            note = f"these files of mlx-lm lack {drops[0]}, which it drops; the model is computed without, as there"
+            self.fields.notes += [note] if note not in self.fields.notes else []
+            spec = _without(spec, drops[0])
+        return replace(self, spec=spec, rules=self.family.mlx_tensors)
 
     @property
     def notes(self) -> list[str]:
@@ -114,6 +120,17 @@ def with_learned_norms(spec: ModelSpec) -> ModelSpec:
         return [learned(inner) for inner in value] if isinstance(value, list | tuple) else value
 
     return ModelSpec.model_validate(learned(spec.model_dump()))
+
+
+def _without(spec: ModelSpec, part: str) -> ModelSpec:
+    """Return the spec with null in every field of this name."""
+
+    def dropped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: None if key == part else dropped(inner) for key, inner in value.items()}
+        return [dropped(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return ModelSpec.model_validate(dropped(spec.model_dump()))
 
 
 def make_layout(

@@ -1,7 +1,7 @@
 """ERNIE 4.5. Source: Baidu 2025, ERNIE 4.5 Technical Report; transformers, `ernie4_5_moe`."""
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
@@ -63,6 +63,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx=parts.switch(),
+    mlx_lm=MlxLM(drops=("selection_bias", ".e_score_correction_bias")),
     kept=("*.rotary_emb.inv_freq", "mtp*", "model.mtp*"),
     harmless=("ignored_index", "max_position_embeddings", "moe_capacity", "num_nextn_predict_layers"),
 )
