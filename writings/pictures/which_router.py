@@ -13,7 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from moezoo.core.metrics import read_metrics
+
+from moezoo.core.training.metrics import read_metrics
 
 _COLORS = ("#22303c", "#2a6f97", "#d1495b", "#3a7d44", "#e09f3e", "#7b5ea7", "#1a9e96", "#8a97a3", "#b5651d")
 
