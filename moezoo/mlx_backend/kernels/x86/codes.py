@@ -190,7 +190,7 @@ def _piece(rows: _Rows, w: Matrix, out: Floats) -> None:
         if w.rounds:
             assert w.biases is not None
             _round(number, spare, w.scales.dtype)
-            _repeat(w.biases, w.format.group_size // shape[0], repeated)
+            _repeat(w.biases.astype(np.float32), w.format.group_size // shape[0], repeated)
             number += repeated
             _round(number, spare, w.scales.dtype)
         np.matmul(rows.x[0], number[0].T, out=out)
