@@ -4,9 +4,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.quantization.formats import QuantizationFormat
+from moezoo.core.spec import GatedFeedForwardSpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from tests.support.backends_available import require_backend
-from tests.support.quantized import FORMATS, random_weight
+from tests.support.quantized import FORMATS, quantized_weights, random_weight
 from tests.support.tolerances import FLOAT32, assert_close
 from tests.support.twins import Twin, normal
 
@@ -78,3 +80,17 @@ def test_each_row_is_multiplied_by_the_matrix_of_its_expert(codes, dtype):
         index = [twin.array(each.astype(np.uint32)) for each in (expert[order], order)]
         found = codes.product_of_rows(twin.array(x)[:, None], weight, *index, in_order=False)
         assert_close(twin.numpy(found)[:, :, 0], expected[order], FLOAT32)
+
+
+def test_the_header_says_what_stays_in_codes_and_a_damaged_scale_is_named():
+    require_backend("mlx")
+    attention = GroupedQueryAttentionSpec(num_heads=4, num_kv_heads=4, head_dim=8)
+    layers = (LayerSpec(attention=attention, feed_forward=GatedFeedForwardSpec(hidden_dim=32)),)
+    spec = ModelSpec(vocab_size=8, embed_dim=32, layers=layers)
+    backend, weights = Twin("mlx").backend(), quantized_weights(initial_weights(spec, 0), AFFINE)
+    backend.build(spec, initial_weights(spec, 0))
+    assert "codes" not in backend.facts()
+    damaged = weights["layers.0.feed_forward.w_up"]
+    damaged.scales[1, 0] = np.nan
+    assert backend.build(spec, weights).nonfinite_parameters() == ["layers.0.feed_forward.w_up"]
+    assert backend.facts()["codes"].startswith("9 parameters (4-bit affine, groups of 32), ")
