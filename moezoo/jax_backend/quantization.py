@@ -7,11 +7,11 @@ from types import EllipsisType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.quantization.weight import QuantizedWeight
 from moezoo.jax_backend.kernels.codes import decoded
+from moezoo.jax_backend.kernels.slices import at
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +41,7 @@ class QuantizedArray:
             return self
         assert self.lead[:1] == (0,), self.lead
         taken = [
-            lax.dynamic_index_in_dim(values, index, keepdims=False) if index.ndim == 0 else values[index]
+            at(values, index) if index.ndim == 0 else values[index]
             for values in (self.codes, self.scales, *([] if self.biases is None else [self.biases]))
         ]
         more = index.ndim - 1

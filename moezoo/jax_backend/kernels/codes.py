@@ -18,9 +18,16 @@ def decoded(
         codes = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, format.words(missing))])
     # Axes: group, words in it, numbers in a word. XLA computes these in loops of their own, without divisions.
     value = _numbers(format, _unpacked(codes.reshape(*lead, groups, -1), format.bits))
-    value = value * _scale_values(format, scales)[..., None, None]
-    if biases is not None:
-        value = _rounded(_rounded(value, scales.dtype) + biases.astype(jnp.float32)[..., None, None], scales.dtype)
+    # Behind the barrier, a group's scale is converted once instead of for each of its numbers.
+    scale, bias = lax.optimization_barrier(
+        (_scale_values(format, scales), None if biases is None else biases.astype(jnp.float32))
+    )
+    value = (value * scale[..., None, None]).reshape(*lead, groups, format.group_size)
+    if bias is not None and scales.dtype != jnp.float32:
+        # Long loops of one shape are vectorized; in those over the numbers of a word, rounding would not be.
+        value = _rounded(lax.optimization_barrier(value), scales.dtype)
+    if bias is not None:
+        value = _rounded(value + bias[..., None], scales.dtype)
     return value.reshape(*lead, groups * format.group_size)[..., :size]
 
 
@@ -72,7 +79,13 @@ def _scale_values(format: QuantizationFormat, scales: jax.Array) -> jax.Array:
 
 
 def _rounded(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Round float32 numbers to another dtype. Trap: XLA may drop a cast to a narrower dtype and back."""
+    """Round float32 numbers to another dtype. Trap: XLA may drop a cast to a narrower dtype and back.
+
+    For bfloat16 by integers, half to even, which is a third faster than `lax.reduce_precision` on the CPU; a NaN stays
+    one, since that of a scale has no low bits.
+    """
     if dtype == jnp.bfloat16:
-        return lax.reduce_precision(value, exponent_bits=8, mantissa_bits=7)
+        bits = lax.bitcast_convert_type(value, jnp.uint32)
+        bits = bits + (np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+        return lax.bitcast_convert_type(bits, jnp.float32)
     return value if dtype == value.dtype else lax.optimization_barrier(value.astype(dtype)).astype(value.dtype)

@@ -8,6 +8,7 @@ the forward pass and in the gradient of the rows, and masked in the gradients of
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from moezoo.core.spec import ExpertsSpec
 from moezoo.jax_backend.feed_forward import activate
 from moezoo.jax_backend.kernels import grouped_product as products
 from moezoo.jax_backend.kernels.expert_groups import grouped_experts
+from moezoo.jax_backend.kernels.projection import times_rows
+from moezoo.jax_backend.kernels.slices import at
 from moezoo.jax_backend.quantization import QuantizedArray, dequantize
 
 Arrays = dict[str, jax.Array]
@@ -138,9 +141,10 @@ def _experts_backward(
 _blocked_experts.defvjp(_experts_forward, _experts_backward)
 
 
-def _linear(rows: jax.Array, own: dict[str, jax.Array], name: str) -> jax.Array:
+def _linear(rows: jax.Array, own: dict[str, Any], name: str) -> jax.Array:
     """Return rows times the expert's matrix `name`, plus its bias if it has one."""
-    product = rows @ own[name]
+    matrix = own[name]
+    product = times_rows(rows, matrix.rows_FD) if isinstance(matrix, _Decoded) else rows @ matrix
     return product + own[_bias_of(name)] if _bias_of(name) in own else product
 
 
@@ -153,20 +157,19 @@ def _num_blocks(size: jax.Array, block: int) -> jax.Array:
     return blocks
 
 
-def _matrix_of(given_EDF: jax.Array | QuantizedArray, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
+class _Decoded(NamedTuple):
+    """One expert's matrix, decoded from codes: transposed, since a row of codes has the numbers of one output."""
+
+    rows_FD: jax.Array
+
+
+def _matrix_of(w_EDF: jax.Array | QuantizedArray, expert: jax.Array, dtype: jnp.dtype) -> Any:
     """Return one expert's matrix, cast to `dtype`; of codes, only its own are decoded."""
-    if isinstance(given_EDF, QuantizedArray):
-        return dequantize(given_EDF[expert].astype(dtype))
-    w_EDF = given_EDF
-    if w_EDF.dtype == dtype or w_EDF.dtype.itemsize != 2:
-        own_DF: jax.Array = lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
-        return own_DF.astype(dtype)
-    # Trap: XLA on the CPU converts a whole bfloat16 array to float32 before slicing it, but slices integers directly.
-    # It would also hoist operations on the whole array out of the loop, unless they depend on the index (the barrier).
-    w_EDF, expert = lax.optimization_barrier((w_EDF, expert))
-    bits = lax.dynamic_index_in_dim(lax.bitcast_convert_type(w_EDF, jnp.uint16), expert, keepdims=False)
-    matrix_DF: jax.Array = lax.bitcast_convert_type(bits, w_EDF.dtype).astype(dtype)
-    return matrix_DF
+    if isinstance(w_EDF, QuantizedArray):
+        return _Decoded(lax.optimization_barrier(dequantize(w_EDF[expert].astype(dtype)).T))
+    if w_EDF.dtype == dtype:  # nothing is cast, so nothing can be cast too early
+        return lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
+    return at(w_EDF, expert).astype(dtype)
 
 
 # --- few rows --------------------------------------------------------------------------------------------------------

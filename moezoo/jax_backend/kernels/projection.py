@@ -24,14 +24,26 @@ def einsum(subscripts: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.
     return _einsum(subscripts, x, w)
 
 
+def times_rows(x_RD: jax.Array, w_FD: jax.Array) -> jax.Array:
+    """Return `x_RD @ w_FD.T`, told so that XLA on the CPU reads the matrix in place."""
+    return _einsum("RD,FD->RF", x_RD, w_FD)
+
+
 def _of_codes(subscripts: str, x: jax.Array, w: QuantizedArray) -> jax.Array:
-    """Decode in the order of the codes' axes, so that nothing is transposed."""
     # Without the barrier XLA decodes all matrices of a model before the first product, and keeps them.
     x, w = lax.optimization_barrier((x, w))
     operands, _, result = subscripts.partition("->")
     of_x, of_w = operands.split(",")
+    lead, packed = ("".join(of_w[axis] for axis in axes) for axes in (w.lead, w.packed))
+    rows, count = _rows(w), len(packed)
+    if of_x.endswith(packed) and result == of_x[:-count] + lead:
+        product = times_rows(x.reshape(-1, w.row_size), rows.reshape(-1, w.row_size))
+        return product.reshape(*x.shape[:-count], *rows.shape[: len(lead)])
+    return _einsum(f"{of_x},{lead}{packed}->{result}", x, rows)
+
+
+def _rows(w: QuantizedArray) -> jax.Array:
+    """Return the decoded numbers with axes in the order of the codes, `lead` and then `packed`."""
     order = (*w.lead, *w.packed)
-    of_codes = "".join(of_w[axis] for axis in order)
     shape, axes = tuple(w.shape[axis] for axis in order), tuple(range(len(order)))
-    ordered = replace(w, shape=shape, lead=axes[: len(w.lead)], packed=axes[len(w.lead) :])
-    return _einsum(f"{of_x},{of_codes}->{result}", x, dequantize(ordered))
+    return dequantize(replace(w, shape=shape, lead=axes[: len(w.lead)], packed=axes[len(w.lead) :]))
