@@ -11,6 +11,7 @@ from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement
 from moezoo.jax_backend.kernels.grouped_product import path_in_words
+from moezoo.jax_backend.kernels.projection import in_codes
 from moezoo.jax_backend.model import JaxModel
 from moezoo.jax_backend.moe_layer import MoELayer
 from moezoo.jax_backend.runtime import processes
@@ -33,6 +34,7 @@ class JaxBackend:
             processes.join(group)
         start_devices()
         self._mesh = mesh or MeshConfig()
+        self._in_codes = ""
         # Trap: GPUs multiply float32 as TF32 unless told otherwise. bfloat16 products are not affected.
         jax.config.update("jax_default_matmul_precision", "highest")
         self._compile_cache = use_compile_cache()
@@ -54,7 +56,9 @@ class JaxBackend:
         processes.leave()
 
     def build(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> JaxModel:
-        return JaxModel(spec, weights, None if self._is_alone else Placement(spec, self._mesh))
+        model = JaxModel(spec, weights, None if self._is_alone else Placement(spec, self._mesh))
+        self._in_codes = in_codes(model._parameters)
+        return model
 
     @property
     def _is_alone(self) -> bool:
@@ -71,6 +75,7 @@ class JaxBackend:
             "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
             "experts": path_in_words(),
             "compile cache": self._compile_cache,
+            **({"codes": self._in_codes} if self._in_codes else {}),
         }
         if not self._mesh.is_one_device:
             resolved = self._mesh.model_copy(

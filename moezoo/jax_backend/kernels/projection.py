@@ -1,5 +1,6 @@
 """Products with a weight matrix, which may be kept as codes."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
@@ -22,6 +23,14 @@ def einsum(subscripts: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.
         product: jax.Array = jnp.tensordot(x, w, axes=inner)
         return product
     return _einsum(subscripts, x, w)
+
+
+def in_codes(parameters: Mapping[str, jax.Array | QuantizedArray]) -> str:
+    """Return how many parameters stay in codes, and how they are used, for the header of a run; empty if none."""
+    codes = [value for value in parameters.values() if isinstance(value, QuantizedArray)]
+    formats = "; ".join(sorted({str(value.format) for value in codes}))
+    how = "each matrix decoded by XLA just before its product, those of experts one at a time"
+    return f"{len(codes)} parameters ({formats}), {how}" if codes else ""
 
 
 def times_rows(x_RD: jax.Array, w_FD: jax.Array) -> jax.Array:
