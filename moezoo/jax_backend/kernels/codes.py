@@ -16,18 +16,14 @@ def decoded(
     missing = groups * format.group_size - size
     if missing:
         codes = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, format.words(missing))])
-    # Axes: group, words in it, numbers in a word. XLA computes these in loops of their own, without divisions.
-    value = _numbers(format, _unpacked(codes.reshape(*lead, groups, -1), format.bits))
-    # Behind the barrier, a group's scale is converted once instead of for each of its numbers.
-    scale, bias = lax.optimization_barrier(
-        (_scale_values(format, scales), None if biases is None else biases.astype(jnp.float32))
-    )
-    value = (value * scale[..., None, None]).reshape(*lead, groups, format.group_size)
-    if bias is not None and scales.dtype != jnp.float32:
-        # Long loops of one shape are vectorized; in those over the numbers of a word, rounding would not be.
-        value = _rounded(lax.optimization_barrier(value), scales.dtype)
+    # Axes: group, words in it, numbers in a word: XLA unpacks in loops of their own, without divisions. Behind the
+    # barrier are longer loops, which are vectorized with roundings too; a group's scale is converted once.
+    number = _numbers(format, _unpacked(codes.reshape(*lead, groups, -1), format.bits))
+    bias = None if biases is None else biases.astype(jnp.float32)
+    number, scale, bias = lax.optimization_barrier((number, _scale_values(format, scales), bias))
+    value: jax.Array = number.reshape(*lead, groups, format.group_size) * scale[..., None]
     if bias is not None:
-        value = _rounded(value + bias[..., None], scales.dtype)
+        value = _rounded(_rounded(value, scales.dtype) + bias[..., None], scales.dtype)
     return value.reshape(*lead, groups * format.group_size)[..., :size]
 
 
