@@ -16,10 +16,12 @@ from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.run_config import Config, InitFrom, load_config
 from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import Tokenizer
-from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.errors import CheckpointError, SpecError, TrainingError
+from moezoo.core.huggingface.checkpoint import describe_checkpoint
 from moezoo.core.huggingface.layout import Layout
+from moezoo.core.huggingface.mlx_quantization import declared
 from moezoo.core.parameters import parameter_table
-from moezoo.core.runs.open import describe_model, open_model
+from moezoo.core.runs.open import checkpoint_folder, describe_model, open_model
 from moezoo.core.runs.run_folder import is_run, load_run_tokenizer
 
 
@@ -86,11 +88,18 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
 def check_initial_weights(config: Config) -> None:
     """Check that the model of `init_from` fits the config's, from configs alone; called before creating a run folder.
 
-    Raises what `open_initial_weights` raises.
+    Raises what `open_initial_weights` raises, and TrainingError: a quantized checkpoint for mlx-lm.
     """
     if config.init_from is not None:
-        spec, _ = describe_model(config.init_from.path)
+        path = config.init_from.path
+        spec, _ = describe_model(path)
         _check(config, {row.name: row.shape for row in parameter_table(spec)})
+        quantization = None if is_run(path) else declared(describe_checkpoint(checkpoint_folder(path)).fields)
+        if quantization is not None:
+            raise TrainingError(
+                f"{path} of init_from is quantized ({quantization[0]}), and training all parameters of a quantized "
+                f"model is not supported. Make a checkpoint of floats: moezoo convert {path} OUT --dequantize"
+            )
 
 
 def open_initial_weights(config: Config) -> InitialWeights:

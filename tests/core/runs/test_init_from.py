@@ -211,3 +211,16 @@ def test_fine_tuned_run_learns_what_follows_the_first_token(tmp_path):
     assert nats < 0.1  # 5.4 before training, and 1.0 after it without `<s>` in the data
     # Its windows begin anywhere, as in training. With `<s>` before each of them it would be 1.1.
     assert evaluate_file(model, str(text)).validation_loss < 0.3
+
+
+def test_training_a_quantized_checkpoint_is_refused_and_its_floats_train(tmp_path):
+    folder = Path(__file__).parents[2] / "data" / "mlx_folders" / "qwen3_moe_4bit_router8"
+    result = train(config_file(tmp_path, folder), tmp_path / "run")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "is quantized (4-bit affine, groups of 64), and training all parameters" in result.stderr
+    assert f"moezoo convert {folder} OUT --dequantize" in result.stderr
+    assert not (tmp_path / "run").exists()
+    converted = CliRunner().invoke(main, ["convert", str(folder), str(tmp_path / "floats"), "--dequantize"])
+    assert converted.exit_code == 0, converted.output
+    assert train(config_file(tmp_path, tmp_path / "floats"), tmp_path / "run").exit_code == 0
