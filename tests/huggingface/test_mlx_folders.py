@@ -4,14 +4,18 @@
 the model whose weights are the codes decoded by `mx.dequantize`, in float32 arithmetic.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import moezoo
-from moezoo.core.huggingface.checkpoint import open_checkpoint
+from moezoo.backends import load_backend
+from moezoo.core.huggingface.checkpoint import LazyWeights, open_checkpoint
 from moezoo.core.huggingface.export import export_checkpoint
+from moezoo.core.parity.check import parity_of
 from moezoo.core.quantization.weight import QuantizedWeight
 from moezoo.core.reference.quantization import dequantize
 from moezoo.core.runs.convert import convert
@@ -42,6 +46,38 @@ def test_logits_and_greedy_text(folder: str, backend: str) -> None:
     found = model.forward(ids).logits
     assert np.abs(found[:, -logits.shape[1] :] - logits).max() < LOGITS
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=greedy.shape[1], temperature=0.0), greedy)
+
+
+@pytest.mark.parametrize(
+    ("folder", "backends"),
+    [
+        pytest.param("minimax_m2_mxfp4", ("mlx",), id="minimax_m2_mxfp4-mlx"),
+        *(pytest.param(name, ("jax", "mlx"), id=f"{name}-both", marks=pytest.mark.release) for name in FOLDERS),
+    ],
+)
+def test_parity_of_forward_passes_in_codes(folder: str, backends: tuple[str, ...]) -> None:
+    loaded = {name: load_backend(name) for name in backends}
+    report = parity_of(ROOT / folder, loaded, sequence_length=12)
+    assert report.passed, report.failures
+    assert any("parameters in codes" in note for note in report.notes)
+
+
+def test_parity_finds_a_code_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend computes with the codes themselves, not with the floats that the reference has."""
+    read = LazyWeights.stored
+
+    def changed(weights: LazyWeights, name: str) -> Any:
+        value = read(weights, name)
+        if name.endswith("1.moe.experts.w_down") and isinstance(value, QuantizedWeight):
+            codes = value.codes.copy()
+            codes[:, :8] ^= 0x44444444
+            return replace(value, codes=codes)
+        return value
+
+    monkeypatch.setattr(LazyWeights, "stored", changed)
+    report = parity_of(ROOT / "minimax_m2_mxfp4", {"mlx": load_backend("mlx")}, sequence_length=12)
+    assert not report.passed
+    assert any("layers.1" in failure for failure in report.failures)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -28,6 +28,7 @@ from moezoo.core.parity.report import (
     names_in_order,
 )
 from moezoo.core.parity.sides import Doubles, Reference, Side, backend_side
+from moezoo.core.quantization.weight import QuantizedWeight, stored
 from moezoo.core.random import fold_in, key, uniform
 from moezoo.core.runs.init_from import load_resolved_config, open_initial_weights
 from moezoo.core.runs.open import is_config, open_model
@@ -53,6 +54,7 @@ def parity(
     where: str = "model",
     notes: Sequence[str] = (),
     widen_by_rounding: bool = False,
+    codes: Mapping[str, QuantizedWeight] | None = None,
 ) -> ParityReport:
     """Run the float64 reference and each backend on the same weights and tokens, and compare them pairwise.
 
@@ -71,6 +73,8 @@ def parity(
         notes: lines for the report.
         widen_by_rounding: widen tolerances to ten times the effect of one float32 rounding of the weights in the
             reference, if that is more. Trained weights can amplify rounding far more than initial ones.
+        codes: parameters, by name, that the forward passes of the backends compute in codes; gradients and the step are
+            those of the decoded floats, which `weights` has.
 
     Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than LIMIT_BYTES. Raises
     DataError: more tokens than positions.
@@ -87,7 +91,10 @@ def parity(
             f"one float32 rounding of all weights moves {effects}; tolerances are at least ten times that",
         ]
     sides = [reference.side()]
-    sides += [backend_side(name, backend, reference, tolerances.intermediate) for name, backend in backends.items()]
+    sides += [
+        backend_side(name, backend, reference, tolerances.intermediate, codes or {})
+        for name, backend in backends.items()
+    ]
     return _report(reference, sides, tolerances, where, notes, {name: each.facts() for name, each in backends.items()})
 
 
@@ -138,6 +145,7 @@ def parity_of(
     read = {name: np.asarray(weights[name], np.float32) for name in weights}
     warning = nonfinite_warning(nonfinite_names(read.items()), str(path))
     notes += [warning] if warning else []
+    codes = _codes(weights, notes)
     return parity(
         spec,
         read,
@@ -148,7 +156,15 @@ def parity_of(
         where=str(path),
         notes=notes,
         widen_by_rounding=from_checkpoint,
+        codes=codes,
     )
+
+
+def _codes(weights: Mapping[str, Any], notes: list[str]) -> dict[str, QuantizedWeight]:
+    codes = {name: value for name in weights if isinstance(value := stored(weights, name), QuantizedWeight)}
+    if codes:
+        notes.append(f"forward passes compute with {len(codes)} parameters in codes, gradients and the step in floats")
+    return codes
 
 
 def random_windows(vocab_size: int, batch_size: int, length: int, seed: int) -> Integers:

@@ -11,6 +11,7 @@ from moezoo.core.backend import Backend, Model
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parity.causality import Causality, check_causality
+from moezoo.core.quantization.weight import QuantizedWeight
 from moezoo.core.random import fold_in, key, micro_batch_keys, uniform
 from moezoo.core.spec import ModelSpec, MoESpec
 from moezoo.core.tokens import Floats, Integers
@@ -206,22 +207,29 @@ class Reference:
         return moments
 
 
-def backend_side(name: str, backend: Backend, reference: Reference, rounding: float) -> Side:
-    """Run a backend on all inputs of the reference. `rounding`: tolerance of its causality check."""
-    model = backend.build(reference.spec, reference.weights32)
-    weights = model.export_parameters()
+def backend_side(
+    name: str, backend: Backend, reference: Reference, rounding: float, codes: Mapping[str, QuantizedWeight]
+) -> Side:
+    """Run a backend on all inputs of the reference; its forward passes compute with `codes`, which cannot be trained.
+
+    `rounding`: tolerance of its causality check.
+    """
+    in_codes: Mapping[str, Any] = {**reference.weights32, **codes}
+    trained = backend.build(reference.spec, reference.weights32)
+    model = backend.build(reference.spec, in_codes) if codes else trained
+    weights = trained.export_parameters()
     free = model.forward(reference.tokens, key=reference.key)
     experts = [routing.expert.reshape(-1, routing.expert.shape[-1]) for routing in free.routing]
     options = {"forced": reference.forced, "key": reference.key}
     output = model.forward(reference.tokens, reference.targets, record=True, **options)
-    _, gradients = model.loss_and_gradients(reference.tokens, reference.targets, **options)
+    _, gradients = trained.loss_and_gradients(reference.tokens, reference.targets, **options)
 
     def run(tokens: Integers, inference: bool) -> Mapping[str, NDArray[Any]]:
         return model.forward(tokens, record=True, inference=inference).intermediates
 
     causality = check_causality(name, run, reference.spec, reference.tokens, rounding)
     inference_logits = run(reference.tokens, True)["logits"] if reference.spec.inference_differs else None
-    after, moments, step, load = _stepped(model, reference)
+    after, moments, step, load = _stepped(trained, reference)
     expected_after, expected_moments, expected_step = reference.stepped(_aligned_experts(reference.experts, experts))
     own = reference.side()
     return Side(
