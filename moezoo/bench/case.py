@@ -29,6 +29,7 @@ class Case:
         batch: for `decode`: number of sequences.
         context: for `decode`: number of prompt tokens of each sequence.
         new_tokens: for `decode`: number of generated tokens; the first, from the prefill, is not timed.
+        bits: for `decode`: width of affine codes in groups of 64, routers 8; 0: weights in float32.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Case:
     batch: int = 0
     context: int = 0
     new_tokens: int = 0
+    bits: int = 0
 
     @property
     def spec(self) -> ModelSpec:

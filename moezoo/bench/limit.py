@@ -11,7 +11,8 @@ products: parts without a product here (scores of other kinds of attention) are 
 `decode`: the bytes that must be read for one token of each of B sequences, divided by the bandwidth of copies (bytes
 read plus bytes written) with one thread per core, between arrays larger than the caches. These are all matrices except
 embedding tables; of the experts' matrices the expected share used by B tokens that choose uniformly and independently,
-`1 - (1 - K/E)^B`; and the keys and values of the context.
+`1 - (1 - K/E)^B`; and the keys and values of the context. A weight in codes has their bits and 64 for the float32 scale
+and bias of a group of 64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -124,9 +125,14 @@ def bytes_per_step(case: Case) -> int:
         share = Fraction(1)  # of the matrix's experts
         if _is_routed(row):
             share -= (1 - min(times / row.shape[0], Fraction(1))) ** case.batch
-        weights += share * row.size
+        weights += share * row.size * _weight_bytes(row, case.bits)
     cache = kv_cache_bytes_per_token(case.spec) * case.batch * (case.context + case.new_tokens // 2)
-    return round(weights * _FLOAT32_BYTES) + cache
+    return round(weights) + cache
+
+
+def _weight_bytes(row: Parameter, bits: int) -> Fraction:
+    width = 8 if row.role == "router" else bits
+    return Fraction(width + 1, 8) if bits else Fraction(_FLOAT32_BYTES)  # 64 bits per 64 numbers
 
 
 def _is_routed(row: Parameter) -> bool:

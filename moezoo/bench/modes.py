@@ -48,6 +48,7 @@ def bench(
     on_rows: Callable[[list[Row], bool], None] = lambda rows, complete: None,
     *,
     smoke: bool = False,
+    bits: int = 0,
 ) -> Results:
     """Run benchmark modes one after the other. A stop signal ends it with what was measured until then.
 
@@ -60,6 +61,7 @@ def bench(
         on_progress: called with warm-ups and slices, or starts, of a mode and config.
         on_rows: called with the rows of each mode and config as soon as they are measured, and False if they lack some.
         smoke: use a tiny model in place of the configs, a short sweep, and one slice of one unit.
+        bits: width of codes in `decode`; 0: floats.
 
     Raises SpecError: mode `layer` for a model without MoE layers.
     """
@@ -69,7 +71,7 @@ def bench(
     rows: list[Row] = []
     facts: dict[str, dict[str, str]] = {}
     for mode, name, config in _parts(modes, configs):
-        cases, timings = _sweep(smoke) if config is None else _cases(mode, name, config, smoke), Timings()
+        cases, timings = _sweep(smoke) if config is None else _cases(mode, name, config, smoke, bits), Timings()
 
         def show(what: str, done: int, total: int | None, prefix: str = f"{mode} {name}: ") -> None:
             on_progress(prefix + what, done, total)
@@ -109,7 +111,7 @@ def _cases_that_beat_the_limit(cases: Sequence[Case], timings: Timings) -> list[
     return [case for case in cases if case.label in fast]
 
 
-def _cases(mode: Mode, name: str, config: Config, smoke: bool) -> list[Case]:
+def _cases(mode: Mode, name: str, config: Config, smoke: bool, bits: int) -> list[Case]:
     match mode:
         case "train" | "startup":
             return [Case("train", "train", config)]
@@ -119,9 +121,9 @@ def _cases(mode: Mode, name: str, config: Config, smoke: bool) -> list[Case]:
             return [Case("forward", "forward", config), Case("forward and backward", "gradients", config)]
         case "decode":
             if smoke:
-                return [Case("batch 2", "decode", config, 2, 5, 4)]
-            short = [Case(f"batch {batch}", "decode", config, batch, _SHORT, _NEW) for batch in (1, 8)]
-            long = [Case(f"context {context}", "decode", config, 1, context, _NEW_IN_CONTEXT) for context in _CONTEXTS]
+                return [Case("batch 2", "decode", config, 2, 5, 4, bits)]
+            short = [Case(f"batch {batch}", "decode", config, batch, _SHORT, _NEW, bits) for batch in (1, 8)]
+            long = [Case(f"context {size}", "decode", config, 1, size, _NEW_IN_CONTEXT, bits) for size in _CONTEXTS]
             longest = config.model.max_length
             cases = *short, *long
             return [case for case in cases if longest is None or case.context + case.new_tokens <= longest]

@@ -9,15 +9,16 @@ from typing import Any
 from moezoo.backends import load_backend
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
 from moezoo.bench.limit import first_moe_layer
+from moezoo.bench.quantized import quantized_folder
 from moezoo.core.backend import Backend, Model, PendingStep
 from moezoo.core.cost.fits import check_training, check_weights
 from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.generation.loop import generate
+from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_value, initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.sampling import SamplingOptions
-from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import Integers
 
 
@@ -29,7 +30,7 @@ class Own:
         self._loaded: Backend | None = None
         self._operations_per_token = operations_per_token
         self._counted: dict[str, str] = {}
-        self._models: list[tuple[ModelSpec, Model]] = []
+        self._models: list[tuple[Case, Model]] = []
 
     @property
     def _backend(self) -> Backend:
@@ -97,7 +98,7 @@ class Own:
     def _decode(self, case: Case) -> Work:
         model = self._model(case)
         prompts, options = random_prompts(case), SamplingOptions(temperature=0.0)
-        if self._operations_per_token is not None:
+        if self._operations_per_token is not None and not case.bits:  # codes are decoded outside the graph on x86
             count = self._operations_per_token(model, case.batch)
             self._counted[f"operations, {case.label}"] = f"{count} per token in MLX's graph"
 
@@ -116,14 +117,19 @@ class Own:
         return run
 
     def _model(self, case: Case) -> Model:
-        """Return the model of a decoding case; all cases with the same spec share it."""
-        for spec, model in self._models:
-            if spec == case.spec:
+        """Return the model of a decoding case; all cases with the same spec and width share it."""
+        for other, model in self._models:
+            if (other.spec, other.bits) == (case.spec, case.bits):
                 return model
         weight_bytes = 4 * parameter_counts(case.spec).total  # float32
         check_weights(weight_bytes, self._backend.devices(), f"the model of {case.label}")
-        model = self._backend.build(case.spec, initial_weights(case.spec, case.config.training.seed))
-        self._models.append((case.spec, model))
+        if case.bits:
+            with quantized_folder(case) as folder:
+                checkpoint = open_checkpoint(folder)
+                model = self._backend.build(checkpoint.spec, checkpoint.weights)
+        else:
+            model = self._backend.build(case.spec, initial_weights(case.spec, case.config.training.seed))
+        self._models.append((case, model))
         return model
 
 

@@ -1,13 +1,18 @@
 """`moezoo bench`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moezoo.cli.options import json_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress
 from moezoo.core.progress import Pace
+
+if TYPE_CHECKING:
+    from moezoo.bench.results import Mode
 
 
 @click.command("bench")
@@ -21,6 +26,7 @@ from moezoo.core.progress import Pace
     metavar="NAME,...",
     help="Other libraries: names, none or all. Default: installed ones that are not slow.",
 )
+@click.option("--quantize", metavar="4bit", help="Decode with weights in codes of 2, 3, 4, 5, 6 or 8 bits.")
 @click.option("--slices", type=click.IntRange(1), default=5, show_default=True, help="Time slices per contender.")
 @click.option(
     "--slice-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Length of a time slice."
@@ -33,6 +39,7 @@ def bench_command(
     backends: str | None,
     configs: str,
     peers: str | None,
+    quantize: str | None,
     slices: int,
     slice_seconds: float,
     smoke: bool,
@@ -54,7 +61,11 @@ def bench_command(
     from moezoo.bench.sweep_picture import draw_sweep
 
     modes = MODES if mode is None else (known_mode(mode),)
+    bits = _bits(quantize, modes)
     entries, skipped = select_contenders(backends, peers)
+    if bits and "transformers" in entries:
+        del entries["transformers"]
+        skipped["transformers"] = "does not open mlx-lm's codes"
     models = {} if smoke else named_configs(configs)
     effort = SMOKE if smoke else Effort(slices, slice_seconds)
     console = new_console(to_errors=as_json)
@@ -65,7 +76,7 @@ def bench_command(
 
     console.print(heading(machine(), load(), effort), highlight=False)
     with show_progress(console, "starting ...", _count) as show:
-        results = bench(modes, models, entries, skipped, effort, show, show_rows, smoke=smoke)
+        results = bench(modes, models, entries, skipped, effort, show, show_rows, smoke=smoke, bits=bits)
     for piece in closing(results):
         console.print(piece, highlight=False)
     if "experts" in modes and results.stopped is None:
@@ -76,6 +87,20 @@ def bench_command(
         print_json(results.to_json())
     if results.stopped is not None or results.failed:
         sys.exit(results.stopped or 1)
+
+
+def _bits(quantize: str | None, modes: "Sequence[Mode]") -> int:
+    from moezoo.core.errors import SpecError
+    from moezoo.core.huggingface.recipe import recipe_of_options
+
+    if quantize is None:
+        return 0
+    if tuple(modes) != ("decode",):
+        got = f"mode {modes[0]}" if len(modes) == 1 else "all modes"
+        raise SpecError(f"--quantize is for decoding; got {got}. Use `moezoo bench decode --quantize {quantize}`.")
+    recipe = recipe_of_options(quantize, None, None, None, None)
+    assert recipe is not None
+    return recipe.bits
 
 
 def _count(what: str, done: int, total: int | None, pace: Pace) -> str:

@@ -9,22 +9,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
 from moezoo.bench import contenders, modes
 from moezoo.bench.case import Case, random_prompts, random_windows
-from moezoo.bench.configs import bench_config, smoke_config
+from moezoo.bench.configs import bench_config, smoke_config, sweep_config
 from moezoo.bench.contenders import OWN, PEERS, select_contenders
 from moezoo.bench.limit import bytes_per_step
 from moezoo.bench.measure import Effort, Timings
 from moezoo.bench.modes import MODES, bench
+from moezoo.bench.quantized import quantized_folder
 from moezoo.bench.report import closing, heading, table_of
 from moezoo.bench.results import Results, Row, ratios, rows_of
 from moezoo.bench.sweep_picture import draw_sweep, points
 from moezoo.cli.main import main
 from moezoo.core.errors import BackendError, SpecError
+from moezoo.core.huggingface.checkpoint import open_checkpoint
 from tests.bench.fakes import fake
 from tests.support.backends_available import require_backend
 
@@ -110,6 +113,11 @@ def test_smoke_runs_every_mode_on_both_backends(tmp_path):
         (["train", "--config", ROOT / "configs/tiny/top_k.yaml"], "SpecError: model.vocab_size is null"),
         (["train", "--backend", "jaks"], "BackendError: no such backend; got 'jaks'; expected one of jax, mlx."),
         (["train", "--peers", "mlx_lm"], "BackendError: no such peer; got 'mlx_lm'; did you mean mlx-lm?"),
+        (["train", "--quantize", "4bit"], "SpecError: --quantize is for decoding; got mode train."),
+        (
+            ["decode", "--quantize", "7bit"],
+            "bits of quantization mode affine is 7; expected 2 or 3 or 4 or 5 or 6 or 8",
+        ),
         (["train", "--peers", ","], "BackendError: no peer is named; got ','; expected one or more of transformers,"),
     ],
 )
@@ -118,6 +126,18 @@ def test_user_errors_are_one_line(words, message):
     assert result.exit_code == 1
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_quantized_case_is_a_folder_of_codes():
+    config = sweep_config(None, 4)
+    with quantized_folder(Case("batch 1", "decode", config, 1, 8, 4, bits=4)) as folder:
+        checkpoint = open_checkpoint(folder)
+        weights = {name: checkpoint.weights.stored(name) for name in checkpoint.weights}
+    up, router = weights["layers.1.moe.experts.w_up"], weights["layers.1.moe.router.w_router"]
+    assert [str(each.format) for each in (up, router)] == [f"{bits}-bit affine, groups of 64" for bits in (4, 8)]
+    assert up.scales.dtype == np.float32
+    assert up.shape == (4, 256, 256)
+    assert not folder.exists()
 
 
 def test_model_without_moe_layer_raises():

@@ -70,6 +70,14 @@ def test_large_batch_reads_all_experts_and_small_batch_the_expected_share():
     assert read_bytes[1000] - read_bytes[1] == pytest.approx(4 * experts * (8 - 2) / 8)
 
 
+def test_codes_have_their_bits_and_a_scale_and_a_bias_per_group():
+    counts = parameter_counts(S.model)
+    router = counts.by_role["router"]
+    others = counts.active - 256 * 256 - counts.active_by_role["norms"] - router
+    case = Case("batch 1", "decode", S, 1, 0, 2, bits=4)
+    assert bytes_per_step(case) - cache(1, 1) == (others * (4 * 64 + 64) + router * (8 * 64 + 64)) / 64 / 8
+
+
 def test_context_adds_the_bytes_of_its_cache():
     short, long = (bytes_per_step(Case("", "decode", S, 8, context, 32)) for context in (256, 2048))
     assert long - short == cache(8, 2048 - 256)

@@ -58,6 +58,7 @@ SURFACE = {
         "--backend",
         "--config",
         "--peers",
+        "--quantize",
         "--slices",
         "--slice-seconds",
         "--smoke",

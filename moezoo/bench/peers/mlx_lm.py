@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from moezoo.bench.case import Case, Work, random_activations, random_prompts, random_windows
+from moezoo.bench.quantized import MAX_LENGTH, quantized_folder
 from moezoo.core.huggingface.export_as import family_for
 
 
@@ -34,7 +35,13 @@ class MlxLmPeer:
     def _model(case: Case) -> Any:
         import mlx.core as mx
 
-        family, config = family_for(case.spec, max_length=1 << 16)
+        if case.bits:
+            from mlx_lm.utils import load_model
+
+            with quantized_folder(case) as folder:
+                model, _ = load_model(folder)  # evaluates the weights
+            return model
+        family, config = family_for(case.spec, max_length=MAX_LENGTH)
         module = importlib.import_module(f"mlx_lm.models.{family.name}")
         mx.random.seed(0)
         model = module.Model(module.ModelArgs.from_dict(config))
@@ -113,7 +120,8 @@ class MlxLmPeer:
         import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
 
-        model = next((model for other, model in self._models if other.spec == case.spec), None)
+        same = (model for other, model in self._models if (other.spec, other.bits) == (case.spec, case.bits))
+        model = next(same, None)
         if model is None:
             model = self._model(case)
             self._models.append((case, model))

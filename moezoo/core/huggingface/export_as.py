@@ -13,7 +13,7 @@ from moezoo.core.huggingface.export import into_new_folder, write_own_layout
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.family import Family, families
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.huggingface.layout import CONFIG
+from moezoo.core.huggingface.layout import CONFIG, Description
 from moezoo.core.huggingface.ledger import first_rules
 from moezoo.core.huggingface.parts import grouped
 from moezoo.core.spec import ModelSpec
@@ -81,6 +81,13 @@ def family_for(spec: ModelSpec, max_length: int) -> tuple[Family, dict[str, Any]
         f"no Hugging Face family that moezoo can export computes this model{why}. "
         "Save it with format='moezoo', or change the model to fit one of these families."
     )
+
+
+def describe_as_family(spec: ModelSpec, max_length: int, where: str) -> Description:
+    """Return the description of the model as `family_for` writes it. `where`: for errors. Raises as `family_for`."""
+    family, config = family_for(spec, max_length)
+    fields = Fields(config, f"{where} as {family.name}")
+    return Description(family, fields, family.spec_of(fields), family.tensors)
 
 
 def _inference_fields(spec: ModelSpec) -> Any:

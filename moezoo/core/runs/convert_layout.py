@@ -9,7 +9,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.files import emptied_on_error
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.export import into_new_folder
-from moezoo.core.huggingface.export_as import family_for
+from moezoo.core.huggingface.export_as import describe_as_family
 from moezoo.core.huggingface.export_layout import (
     LayoutName,
     Target,
@@ -19,7 +19,6 @@ from moezoo.core.huggingface.export_layout import (
     write_target,
 )
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer, exported_tokenizer, is_own
-from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.layout import Description, Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.huggingface.recipe import Recipe
@@ -104,9 +103,8 @@ def _source(opened: OpenedModel) -> _Source:
         own = exported_tokenizer(tokenizer) if is_own(tokenizer, layout) else None
         return _Source(layout.description, _dtypes(layout), layout.path, own)
     config = opened.config
-    family, fields = family_for(config.model, config.model.max_length or config.training.sequence_length)
-    read = Fields(fields, f"{opened.path} as {family.name}")
-    description = Description(family, read, family.spec_of(read), family.tensors)
+    length = config.model.max_length or config.training.sequence_length
+    description = describe_as_family(config.model, length, str(opened.path))
     names = [row.name for row in parameter_table(description.spec)]
     return _Source(description, dict.fromkeys(names, "F32"), None, exported_tokenizer(tokenizer))
 
