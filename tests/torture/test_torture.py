@@ -1,4 +1,7 @@
-"""A slice of the torture (`make torture`): files in a few seconds, MLX processes in some more; JAX for a release."""
+"""A slice of the torture (`make torture`): files in the gate, processes for a release.
+
+The gate stops and kills processes of both backends in tests/core/distributed/test_launch.py and test_loop.py.
+"""
 
 import os
 import subprocess
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.slow
         pytest.param("flip", 8, id="flipped bits"),
         pytest.param("mutation", 8, id="mutations"),
         pytest.param("replaced", 5, id="replaced files"),
-        pytest.param("mlx", 1, id="mlx processes"),
+        pytest.param("mlx", 1, id="mlx processes", marks=pytest.mark.release),
         pytest.param("jax", 1, id="jax processes", marks=pytest.mark.release),
         pytest.param("mesh", 1, id="mesh processes", marks=pytest.mark.release),
     ],
