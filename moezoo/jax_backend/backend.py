@@ -10,6 +10,7 @@ from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement
+from moezoo.jax_backend.kernels.attention import attention_path
 from moezoo.jax_backend.kernels.grouped_product import path_in_words
 from moezoo.jax_backend.kernels.projection import in_codes
 from moezoo.jax_backend.model import JaxModel
@@ -74,6 +75,7 @@ class JaxBackend:
         facts = {
             "device": f"{kind} ({jax.device_count()} visible), JAX {jax.__version__}",
             "experts": path_in_words(),
+            "attention": attention_path(),
             "compile cache": self._compile_cache,
             **({"codes": self._in_codes} if self._in_codes else {}),
         }

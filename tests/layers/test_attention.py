@@ -488,3 +488,4 @@ def test_the_cpu_kernel_of_jax_gives_the_values_and_gradients_of_attend(monkeypa
     assert_close(found[0][0], found[1][0], FLOAT32)
     for own, expected in zip(found[0][1], found[1][1], strict=True):
         assert_close(own, expected, FLOAT32_GRADIENT)
+    assert "custom gradient" in Twin("jax").backend().facts()["attention"]

@@ -31,6 +31,13 @@ def uses_chunk_kernel(dtype: jnp.dtype) -> bool:
     return platform() == "cpu" and dtype == jnp.float32
 
 
+def attention_path() -> str:
+    """Return what computes causal attention of whole sequences, for the run's header."""
+    if platform() != "cpu":
+        return "all queries at once"
+    return "chunks of queries, custom gradient; with a softcap or in bfloat16: XLA's gradient"
+
+
 Mask = Callable[[Chunk], jax.Array]
 """Function that returns the mask [T, S] of a chunk."""
 
