@@ -1,6 +1,7 @@
 """A slice of the torture (`make torture`): files in the gate, processes for a release.
 
-The gate stops and kills processes of both backends in tests/core/distributed/test_launch.py and test_loop.py.
+The gate stops and kills groups of MLX processes in tests/core/distributed/test_launch.py, and stops runs of one process
+in tests/core/training.
 """
 
 import os
