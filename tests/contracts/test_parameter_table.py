@@ -36,3 +36,23 @@ def test_canonical_name_is_the_attribute_path_of_the_module(twin, path):
         for step in row.name.split("."):
             value = value[int(step)] if step.isdigit() else getattr(value, step)
         assert tuple(value.shape) == row.shape, row.name
+
+
+def test_matrices_say_which_axes_are_inputs_and_outputs():
+    """Of every tiny config: batch axes number experts or constants; a row without MatrixAxes is no linear map."""
+    rows = {
+        row.name: row for path in TINY for row in parameter_table(with_vocab_size(load_config(path), 31).model)
+    }.values()
+    for row in rows:
+        if row.matrix is None:
+            leaf = row.name.rpartition(".")[2]
+            assert len(row.shape) == 1 or row.role == "norms" or not leaf.startswith("w_"), row
+            continue
+        batch, fan_in, fan_out = row.matrix.split(row.axes)
+        assert set(batch) <= {"expert", "constant"}, row
+        assert fan_in, row
+        assert fan_out, row
+        if row.name.endswith(".w_output") and "head" in row.axes:
+            assert (fan_in, fan_out) == (("head", "head_dim"), ("embed",)), row
+        if ".experts.w_" in row.name:
+            assert batch == ("expert",), row

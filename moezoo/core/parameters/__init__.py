@@ -5,6 +5,6 @@ is the attribute path of the parameter in both frameworks: `layers.3.moe.experts
 """
 
 from moezoo.core.parameters.model import parameter_table
-from moezoo.core.parameters.row import ROLES, Initializer, Parameter, Role
+from moezoo.core.parameters.row import ROLES, Initializer, MatrixAxes, Parameter, Role
 
-__all__ = ["ROLES", "Initializer", "Parameter", "Role", "parameter_table"]
+__all__ = ["ROLES", "Initializer", "MatrixAxes", "Parameter", "Role", "parameter_table"]

@@ -58,7 +58,7 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
         yield rows.matrix(f"{name}.w_gate", (d, n), ("embed", "head"), "attention")
     if spec.gate == "elementwise":
         yield rows.matrix(f"{name}.w_gate", (d, n, z), ("embed", "head", "head_dim"), "attention")
-    yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention")
+    yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
     if spec.output_bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
 
@@ -83,7 +83,7 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
     yield from rows.norm(f"{name}.latent_norm", spec.norm, (z,), ("latent",))
     yield rows.matrix(f"{name}.w_key", (z, n, h), ("latent", "head", "head_dim"), "attention")
     yield rows.matrix(f"{name}.w_value", (z, n, v), ("latent", "head", "head_dim"), "attention")
-    yield rows.output(f"{name}.w_output", (n, v, d), ("head", "head_dim", "embed"), "attention")
+    yield rows.output(f"{name}.w_output", (n, v, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
     if spec.bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
     if spec.indexer is not None:
@@ -111,7 +111,7 @@ def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterat
     yield rows.vector(f"{name}.decay_bias", (n,), ("head",), "attention", step)
     yield rows.vector(f"{name}.log_decay_rate", (n,), ("head",), "attention", rate)
     yield from rows.norm(f"{name}.output_norm", spec.norm, (z,), ("head_dim",))
-    yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention")
+    yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
 
 
 def _short_convolution(rows: Rows, name: str, spec: ShortConvolutionSpec) -> Iterator[Parameter]:

@@ -21,11 +21,11 @@ def feed_forward_rows(
     lead: tuple[int, ...] = () if num_experts is None else (num_experts,)
     lead_axes = () if num_experts is None else ("expert",)
     for which in ("up",) if isinstance(spec, PlainFeedForwardSpec) else ("gate", "up"):
-        yield rows.matrix(f"{name}.w_{which}", (*lead, d, f), (*lead_axes, embed, "hidden"), role)
+        yield rows.matrix(f"{name}.w_{which}", (*lead, d, f), (*lead_axes, embed, "hidden"), role, batch=len(lead))
         if spec.bias:
             yield rows.vector(f"{name}.b_{which}", (*lead, f), (*lead_axes, "hidden"), role)
     # In a latent space, the projection after the experts writes into the residual stream.
     make = rows.output if latent_dim is None else rows.matrix
-    yield make(f"{name}.w_down", (*lead, f, d), (*lead_axes, "hidden", embed), role)
+    yield make(f"{name}.w_down", (*lead, f, d), (*lead_axes, "hidden", embed), role, batch=len(lead))
     if spec.bias:
         yield rows.vector(f"{name}.b_down", (*lead, d), (*lead_axes, embed), role)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from moezoo.core.parameters.feed_forward import feed_forward_rows
-from moezoo.core.parameters.row import ONES, Initializer, Parameter, Rows
+from moezoo.core.parameters.row import ONES, ZEROS, Initializer, Parameter, Rows
 from moezoo.core.spec import (
     ExpertChoiceSpec,
     HashChoiceSpec,
@@ -44,16 +44,14 @@ def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Itera
     if router.bias:
         yield rows.vector(f"{name}.b_router", (e,), ("expert",), "router")
     if router.gating_residual and previous is not None:
-        zeros = Initializer("constant", value=0.0)
-        yield Parameter(f"{name}.w_residual", (previous, e), ("expert", "expert"), zeros, True, "router")
+        yield rows.matrix(f"{name}.w_residual", (previous, e), ("expert", "expert"), "router", ZEROS)
     if router.per_expert_scale:
         yield rows.vector(f"{name}.expert_scale", (e,), ("expert",), "router", ONES)
     if router.selection_bias is not None:
         yield rows.state(f"{name}.selection_bias", (e,), ("expert",), "router")
     match router.choice:
         case NoisyTopKChoiceSpec():
-            zeros = Initializer("constant", value=0.0)
-            yield Parameter(f"{name}.w_noise", (d, e), ("embed", "expert"), zeros, True, "router")
+            yield rows.matrix(f"{name}.w_noise", (d, e), ("embed", "expert"), "router", ZEROS)
         case HashChoiceSpec():
             table = Initializer("hash_table", value=float(e))
             shape = (rows.spec.vocab, router.top_k)
@@ -66,5 +64,6 @@ def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Itera
 def _constant_experts(rows: Rows, name: str, spec: ZeroComputationSpec) -> Iterator[Parameter]:
     if spec.num_constant:
         n, d = spec.num_constant, rows.embed_dim
-        yield rows.matrix(f"{name}.constant", (n, d), ("constant", "embed"), "routed experts")
-        yield rows.matrix(f"{name}.w_mix", (n, d, 2), ("constant", "embed", "two"), "routed experts")
+        axes: tuple[str, ...] = ("constant", "embed")
+        yield Parameter(f"{name}.constant", (n, d), axes, rows.matrix_initializer, True, "routed experts")
+        yield rows.matrix(f"{name}.w_mix", (n, d, 2), (*axes, "two"), "routed experts", batch=1)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moezoo.core.spec import DepthScaledInitializerSpec, LayerNormSpec, ModelSpec, NormSpec, ZeroOutputInitializerSpec
 
@@ -37,12 +37,28 @@ class Initializer:
 ONES, ZEROS = Initializer("constant", value=1.0), Initializer("constant", value=0.0)
 
 
+class MatrixAxes(NamedTuple):
+    """Axes of a matrix: the first `batch` number the matrices of a stack (experts), the next `fan_in` are inputs.
+
+    All other axes are outputs: [D, N, H] with a fan-in of 1 is one matrix from D inputs to N * H outputs.
+    """
+
+    batch: int
+    fan_in: int
+
+    def split(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Return the parts of a shape: those of the stack, the inputs, and the outputs."""
+        end = self.batch + self.fan_in
+        return shape[: self.batch], shape[self.batch : end], shape[end:]
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One row. `axes` has one axis word of the dimension alphabet per dimension; `decay`: weight decay applies.
 
     A row that is not `trained` is state: it has no gradient and no optimizer moments, but a step may update it in
-    another way (a selection bias, an expert's cutoff).
+    another way (a selection bias, an expert's cutoff). `matrix`: which axes are inputs and outputs, of a row that is a
+    linear map or an embedding; None for biases, scales, filters of a convolution, constants and state.
     """
 
     name: str
@@ -52,6 +68,7 @@ class Parameter:
     decay: bool
     role: Role
     trained: bool = True
+    matrix: MatrixAxes | None = None
 
     @property
     def size(self) -> int:
@@ -74,13 +91,26 @@ class Rows:
             case _:
                 self.output_initializer = self.matrix_initializer
 
-    def matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role) -> Parameter:
-        """Return the row of a matrix, with weight decay."""
-        return Parameter(name, shape, axes, self.matrix_initializer, True, role)
+    def matrix(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        role: Role,
+        initializer: Initializer | None = None,
+        *,
+        batch: int = 0,
+        fan_in: int = 1,
+    ) -> Parameter:
+        """Return the row of a matrix, with weight decay; `batch` and `fan_in`: its MatrixAxes."""
+        initializer = self.matrix_initializer if initializer is None else initializer
+        return Parameter(name, shape, axes, initializer, True, role, matrix=MatrixAxes(batch, fan_in))
 
-    def output(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role) -> Parameter:
+    def output(
+        self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role, *, batch: int = 0, fan_in: int = 1
+    ) -> Parameter:
         """Return the row of a matrix that writes into the residual stream."""
-        return Parameter(name, shape, axes, self.output_initializer, True, role)
+        return self.matrix(name, shape, axes, role, self.output_initializer, batch=batch, fan_in=fan_in)
 
     def vector(
         self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], role: Role, initializer: Initializer = ZEROS
