@@ -194,7 +194,7 @@ class LoadedModel:
                 return []
             case "huggingface":
                 weights = self.model.export_parameters()
-                return export(weights, self.config, self.tokenizer, self.layout, Path(path))
+                return export(weights, self.config, self.tokenizer, self.layout, Path(path), step=self.step)
             case _:
                 raise SpecError(f"unknown format; got {format!r}; expected 'moezoo' or 'huggingface'. Use one of them.")
 

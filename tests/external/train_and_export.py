@@ -1,18 +1,20 @@
 """Train each family for ten steps and export it, for `check_export.py` to check with transformers and mlx-lm.
 
-    python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx]      # in moezoo's environment
-    python tests/external/check_export.py OUT/*                                       # in one with torch and mlx-lm
+    python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx] [--spelling hub|saved]
+    python tests/external/check_export.py OUT/*
 
-A case is a fixture of tests/data/huggingface; by default one of every family. config.json has the format of the
-hub. Training starts from the fixture's weights, on random tokens, and changes every trainable parameter (AdamW,
-learning rate 1e-3), including the selection bias. Each exported folder also contains `expected.npz`: tokens, and
-moezoo's logits and greedy tokens for that folder.
+The first one runs in moezoo's environment, the second in one with torch and mlx-lm. A case is a fixture of
+tests/data/huggingface; by default one of every family. config.json has the format of the hub, or with `--spelling
+saved` that of transformers 5, beside which the export has mlx-lm's. Training starts from the fixture's weights, on
+random tokens, and changes every trainable parameter (AdamW, learning rate 1e-3), including the selection bias. Each
+exported folder also contains `expected.npz`: tokens, and moezoo's logits and greedy tokens for that folder.
 """
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import yaml
@@ -34,20 +36,21 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("case", nargs="*")
     parser.add_argument("--backend", default="mlx")
+    parser.add_argument("--spelling", choices=["hub", "saved"], default="hub")
     options = parser.parse_args()
     for case in options.case or main_cases():
         print(f"{case} ...", flush=True)
-        train_and_export(case, options.out / case, options.backend)
+        train_and_export(case, options.out / case, options.backend, options.spelling)
     return 0
 
 
-def train_and_export(case: str, out: Path, backend: str) -> None:
+def train_and_export(case: str, out: Path, backend: str, spelling: Literal["hub", "saved"]) -> None:
     """Write the trained checkpoint of one case, and moezoo's outputs for it."""
     described = read_fixture(case).description["config"]
     vocab = int(described.get("text_config", described)["vocab_size"])
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_checkpoint(case, Path(scratch) / case, spelling="hub")  # mlx-lm reads only this format
+        folder = write_checkpoint(case, Path(scratch) / case, spelling=spelling)
         np.save(folder.parent / "batches.npy", random.integers(0, vocab, (STEPS, BATCH, LENGTH), np.int32))
         config = {
             "init_from": str(folder),

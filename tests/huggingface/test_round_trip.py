@@ -1,6 +1,7 @@
 """Round trip from Hugging Face to moezoo and back: every file is equal bit for bit."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import moezoo
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.export import export_checkpoint
+from moezoo.core.runs.convert import convert
 from moezoo.core.runs.open import open_model
 from moezoo.core.runs.save import save_run
 from tests.support.fixtures import cases, write_checkpoint
@@ -54,6 +56,21 @@ def test_round_trip_through_a_model(backend: str, tmp_path: Path) -> None:
     model.save(tmp_path / "run")
     moezoo.load(tmp_path / "run", backend=backend).save(tmp_path / "again", format="huggingface")
     assert digests(tmp_path / "again") == digests(source)
+
+
+def test_a_trained_model_is_written_with_the_spellings_of_mlx_lm(tmp_path: Path) -> None:
+    """Beside those of transformers 5, in which the source has them."""
+    opened = open_model(write_checkpoint("qwen3_moe", tmp_path / "source"))
+    for step in (0, 10):
+        run = tmp_path / f"run_{step}"
+        save_run(run, opened.config, opened.tokenizer, opened.weights, step, opened.layout)
+        convert(run, tmp_path / f"out_{step}")
+    source, unchanged, trained = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "out_0", "out_10")
+    )
+    assert unchanged == source
+    assert trained == source | {"num_experts": 7, "rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "float32"}
+    assert "num_experts" not in source
 
 
 @pytest.mark.parametrize(("case", "codes"), [("deepseek_v3_fp8", "_scale_inv"), ("gpt_oss_mxfp4", "_scales")])

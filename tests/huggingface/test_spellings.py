@@ -8,6 +8,7 @@ import pytest
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.mlx_config import with_mlx_spellings
 from moezoo.core.spec import ModelSpec
 from tests.support.fixtures import FOLDER, cases
 
@@ -45,6 +46,16 @@ def in_floats(value: Any) -> Any:
 @pytest.mark.parametrize("case", cases())
 def test_two_spellings_that_agree_are_the_same_model(case: str) -> None:
     assert read(both(case)) == read(described(case)["config"])
+
+
+@pytest.mark.parametrize("case", cases())
+def test_the_spellings_of_mlx_lm_beside_those_of_transformers_are_the_same_model(case: str) -> None:
+    config = described(case)["config"]
+    fields = Fields(config, "config.json")
+    written = with_mlx_spellings(family_of(fields), fields, read(config))
+    for before, after in ((config, written), (config.get("text_config", {}), written.get("text_config", {}))):
+        assert all(after[name] == value for name, value in before.items() if name != "text_config")
+    assert read(written) == read(config)
 
 
 @pytest.mark.parametrize("case", cases())

@@ -18,6 +18,7 @@ from moezoo.core.huggingface.assembly import PIECE_BYTES
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.layout import CONFIG, HEADERS, Layout, copy_small_files, entries_of
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
+from moezoo.core.huggingface.mlx_config import with_mlx_spellings, without_quantization
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
@@ -29,18 +30,24 @@ INDEX = "model.safetensors.index.json"
 
 
 def export_checkpoint(
-    parameters: Mapping[str, Array], layout: Layout, out: Path, tokenizer: ExportedTokenizer | None = None
+    parameters: Mapping[str, Array],
+    layout: Layout,
+    out: Path,
+    tokenizer: ExportedTokenizer | None = None,
+    *,
+    trained: bool = False,
 ) -> list[str]:
     """Write parameters (by canonical name) to a checkpoint folder that transformers and moezoo can open.
 
     Files, names, order and dtypes are those of the layout, so unchanged weights give the same bytes. If values of
     quantized tensors changed and can no longer be encoded exactly, the family's default layout is written instead,
     without quantization, and a note says so. `tokenizer` replaces the checkpoint's tokenizer, whose files are left out.
+    `trained`: the folder is another model than the layout's, and its config.json gets the spellings of mlx-lm too.
 
     Returns one-line notes for the user. Raises RunError if the folder exists and is not empty, or cannot be written;
     nothing of it remains then. Raises CheckpointError if a value overflows the stored dtype.
     """
-    return into_new_folder(out, lambda folder: _write(parameters, layout, folder, tokenizer))
+    return into_new_folder(out, lambda folder: _write(parameters, layout, folder, tokenizer, trained))
 
 
 def into_new_folder(out: Path, write: Callable[[Path], list[str]]) -> list[str]:
@@ -63,7 +70,7 @@ def into_new_folder(out: Path, write: Callable[[Path], list[str]]) -> list[str]:
 
 
 def _write(
-    parameters: Mapping[str, Array], layout: Layout, folder: Path, tokenizer: ExportedTokenizer | None
+    parameters: Mapping[str, Array], layout: Layout, folder: Path, tokenizer: ExportedTokenizer | None, trained: bool
 ) -> list[str]:
     codes: dict[str, Array] = {}
     for name in layout.readable:
@@ -72,6 +79,10 @@ def _write(
         except CheckpointError:
             return _write_plain(parameters, layout, folder, tokenizer)
     write_small_files(layout.path, folder, tokenizer, set())
+    read = layout.description
+    config = with_mlx_spellings(read.family, read.fields, read.spec) if trained else read.fields.raw
+    if config != read.fields.raw:
+        write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.write(folder)
     for name, header in layout.headers.items():
@@ -170,10 +181,8 @@ def _write_plain(
     for name, tensor in layout.tensors.items():
         if name in forms and tensor.dtype in FLOATS:
             forms[name] = (tensor.dtype, tensor.shape)
-    config = _without_quantization(description.fields.raw)
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = _without_quantization(config["text_config"])
-    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    config = with_mlx_spellings(description.family, description.fields, description.spec)
+    write_atomically(folder / CONFIG, json.dumps(without_quantization(config), indent=2) + "\n")
     write_small_files(layout.path, folder, tokenizer, {CONFIG, INDEX})
     if tokenizer is not None:
         tokenizer.write(folder)
@@ -181,10 +190,6 @@ def _write_plain(
     forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
     write_own_layout(parameters, placed, forms, kept, folder)
     return ["quantized weights have changed, so they and config.json were written without quantization"]
-
-
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
 
 
 def write_own_layout(

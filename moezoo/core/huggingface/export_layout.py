@@ -25,7 +25,7 @@ from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.layout import CONFIG, Description, with_learned_norms
 from moezoo.core.huggingface.ledger import first_rules
-from moezoo.core.huggingface.parts import older_spellings
+from moezoo.core.huggingface.mlx_config import QUANTIZATION, mlx_lm_has, with_mlx_spellings, without_quantization
 from moezoo.core.huggingface.quantized_tensors import numpy_dtype
 from moezoo.core.huggingface.recipe import Recipe
 from moezoo.core.huggingface.tensors import Placed
@@ -40,7 +40,6 @@ Form = tuple[str, tuple[int, ...]]  # dtype and shape of a stored tensor
 LayoutName = Literal["mlx", "transformers"]
 
 _WEIGHT, _SCALES, _BIASES = ".weight", ".scales", ".biases"
-_QUANTIZATION = ("quantization", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def make_target(
     declared |= {
         name.removesuffix(_WEIGHT): _plain(format) for name, format in sorted(formats.items()) if format != outer
     }
-    config |= dict.fromkeys(_QUANTIZATION, declared)
+    config |= dict.fromkeys(QUANTIZATION, declared)
     return Target(layout, config, spec, placed, stored, formats, undivided)
 
 
@@ -237,28 +236,21 @@ def _plain(format: QuantizationFormat) -> dict[str, Any]:
 
 
 def _mlx_config(family: Family, fields: Fields, spec: ModelSpec) -> dict[str, Any]:
-    """Return a config.json with the spellings that mlx-lm reads, beside those of the source."""
-    if not family.mlx or fields.model_type in family.mlx_lm.without:
+    """Return a config.json with the spellings that mlx-lm reads, in the wrapper that it needs."""
+    if not mlx_lm_has(family, fields):
         raise SpecError(
             f"mlx-lm 0.32 does not have model_type {fields.model_type} ({fields.where}). Use --layout transformers."
         )
-    raw = {key: value for key, value in fields.raw.items() if key not in _QUANTIZATION}
-    inner = raw.get("text_config")
-    text = {key: value for key, value in inner.items() if key not in _QUANTIZATION} if isinstance(inner, dict) else raw
-    required = {} if family.mlx_lm.config is None else family.mlx_lm.config(spec)
-    text = required | text | older_spellings(text)
-    if isinstance(inner, dict):
-        return {"vocab_size": spec.vocab} | raw | {"text_config": text}
-    if family.mlx_lm.wrapper is None:
-        return text
-    return {"model_type": family.mlx_lm.wrapper, "vocab_size": spec.vocab, "text_config": text}
+    config = without_quantization(with_mlx_spellings(family, fields, spec))
+    if family.mlx_lm.wrapper is None or "text_config" in config:
+        return config
+    return {"model_type": family.mlx_lm.wrapper, "vocab_size": spec.vocab, "text_config": config}
 
 
 def _text_config(fields: Fields) -> dict[str, Any]:
     """Return the config.json of the text model alone, without quantization."""
     inner = fields.raw.get("text_config")
-    raw = {"model_type": fields.model_type} | inner if isinstance(inner, dict) else fields.raw
-    return {key: value for key, value in raw.items() if key not in _QUANTIZATION}
+    return without_quantization({"model_type": fields.model_type} | inner if isinstance(inner, dict) else fields.raw)
 
 
 def _check_same(spec: ModelSpec, source: ModelSpec, layout: str) -> None:

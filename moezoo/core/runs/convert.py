@@ -51,7 +51,7 @@ def convert(path: str | Path, out: Path, on_progress: Progress | None = None) ->
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
         notes = [*opened.problems, *([warning] if warning else []), *tokenizer_notes(opened.tokenizer)]
         return Conversion("moezoo", opened.checkpoint.ledger, notes)
-    notes = export(opened.weights, opened.config, opened.tokenizer, opened.layout, out)
+    notes = export(opened.weights, opened.config, opened.tokenizer, opened.layout, out, step=opened.step)
     ledger = open_checkpoint(out).ledger
     return Conversion("huggingface", ledger, opened.problems + notes)
 

@@ -23,31 +23,44 @@ from moezoo.core.runs.run_manifest import seal_run
 
 
 def export(
-    weights: Mapping[str, NDArray[Any]], config: Config, tokenizer: Tokenizer, layout: Layout | None, out: Path
+    weights: Mapping[str, NDArray[Any]],
+    config: Config,
+    tokenizer: Tokenizer,
+    layout: Layout | None,
+    out: Path,
+    *,
+    step: int = 0,
 ) -> list[str]:
     """Export weights as a Hugging Face checkpoint into a new folder, and return one-line notes for the user.
 
-    `layout`: of the checkpoint that the weights came from; None: the first family that can represent the model. The
+    `layout`: of the checkpoint that the weights came from; None: the first family that can represent the model. `step`:
+    number of updates since; with 0 its config.json is written as it was, otherwise mlx-lm can read it too. The
     tokenizer is the run's, with its chat template and end tokens; a byte or character tokenizer as a tokenizer.json.
 
     Raises RunError: the folder exists and is not empty. Raises SpecError: no family can represent the model. Raises
     TokenizerError: a character that a tokenizer.json cannot have. After an error the folder is as it was.
     """
     with emptied_on_error(out):
-        return _export(weights, config, tokenizer, layout, out)
+        return _export(weights, config, tokenizer, layout, out, trained=step > 0)
 
 
 def _export(
-    weights: Mapping[str, NDArray[Any]], config: Config, tokenizer: Tokenizer, layout: Layout | None, out: Path
+    weights: Mapping[str, NDArray[Any]],
+    config: Config,
+    tokenizer: Tokenizer,
+    layout: Layout | None,
+    out: Path,
+    *,
+    trained: bool,
 ) -> list[str]:
     if layout is not None and not is_own(tokenizer, layout):
-        notes = export_checkpoint(weights, layout, out)
+        notes = export_checkpoint(weights, layout, out, trained=trained)
         if isinstance(tokenizer, TokenIds) and tokenizer_files(layout.path):
             notes.append("the original checkpoint's tokenizer was written, since the run used token ids only")
         return notes
     written = exported_tokenizer(tokenizer)
     if layout is not None:
-        notes = export_checkpoint(weights, layout, out, written)
+        notes = export_checkpoint(weights, layout, out, written, trained=trained)
         notes += ["the run's own tokenizer and its end tokens were written in place of the original checkpoint's"]
     else:
         length = config.model.max_length or config.training.sequence_length

@@ -1,0 +1,42 @@
+"""Spellings of config.json that mlx-lm reads, beside those of transformers 5."""
+
+from typing import Any
+
+from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.parts import older_spellings
+from moezoo.core.spec import ModelSpec
+
+QUANTIZATION = ("quantization", "quantization_config")
+"""Fields that declare a quantization: mlx-lm's, and its copy."""
+
+
+def mlx_lm_has(family: Family, fields: Fields) -> bool:
+    """Return True if mlx-lm has the model, so that it shall open what is written."""
+    return bool(family.mlx) and fields.model_type not in family.mlx_lm.without
+
+
+def with_mlx_spellings(family: Family, fields: Fields, spec: ModelSpec) -> dict[str, Any]:
+    """Return a config.json with the fields that mlx-lm reads added, to its `text_config` in a wrapper.
+
+    No field is changed or removed, and transformers reads the same model from it. If mlx-lm does not have the family,
+    nothing is added.
+    """
+    if not mlx_lm_has(family, fields):
+        return dict(fields.raw)
+    inner = fields.raw.get("text_config")
+    text = inner if isinstance(inner, dict) else fields.raw
+    required = {} if family.mlx_lm.config is None else family.mlx_lm.config(spec)
+    added = text | older_spellings(text)
+    added |= {key: value for key, value in required.items() if key not in added}
+    if text is fields.raw:
+        return added
+    return fields.raw | {"text_config": added} | ({} if "vocab_size" in fields.raw else {"vocab_size": spec.vocab})
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json, and its `text_config`, without a quantization."""
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = without_quantization(kept["text_config"])
+    return kept
