@@ -8,7 +8,7 @@ Conventions. Arrays cross the protocol as NumPy arrays, and parameters as dicts 
 per token. `Pending...` objects are asynchronous results: the device keeps working until one of them is fetched.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -198,10 +198,11 @@ class Model(Protocol):
         *,
         forced: Sequence[Integers] | None = None,
         key: Bits | None = None,
+        trained: Collection[str] | None = None,
     ) -> tuple[dict[str, float], dict[str, Floats]]:
         """Return every loss term, and the gradient of `loss` by canonical name of each trained parameter.
 
-        Arguments and errors as in `forward`.
+        `trained` as in `start_training`; other arguments and errors as in `forward`.
         """
         ...
 
@@ -213,6 +214,7 @@ class Model(Protocol):
         *,
         rematerialize: Rematerialize = "none",
         layers: Layers = "unrolled",
+        trained: Collection[str] | None = None,
     ) -> None:
         """Create the optimizer and prepare the training step.
 
@@ -223,6 +225,8 @@ class Model(Protocol):
             rematerialize: activations to recompute in the backward pass: `none`, those of the `experts`, or of every
                 `block` (activation checkpointing).
             layers: `scanned` compiles equal layers once (TrainingConfig).
+            trained: names of the parameters that are trained (`core.parameters.trained`); None: all. The others are
+                frozen: they have no gradient and no moments, and frozen routers keep their state.
 
         Raises TrainingError: a parameter is not float32, or the backend does not support an option. Raises SpecError:
         `scanned` for a model without two equal layers.

@@ -1,6 +1,6 @@
 """Training in JAX: loss and gradients, the compiled step, and its optimizer's state."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from moezoo.core.backend import StepMetrics
 from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
+from moezoo.core.parameters.trained import router_trains
 from moezoo.core.quantization.weight import check_no_codes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
@@ -53,6 +54,7 @@ class JaxTraining(JaxInference):
     def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], placement: Placement | None = None):
         super().__init__(spec, weights, placement)
         self._decayed = {row.name: row.decay for row in parameter_table(spec) if row.trained}
+        self._trained: Collection[str] = self._decayed.keys()
         self._balances_globally = any(
             isinstance(loss, GlobalBalanceLossSpec) for _, moe in spec.moes for loss in moe.losses
         )
@@ -67,18 +69,20 @@ class JaxTraining(JaxInference):
         *,
         forced: Sequence[np.ndarray] | None = None,
         key: Bits | None = None,
+        trained: Collection[str] | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
-        check_no_codes(self._codes)
+        parts = self._split_trained(trained)
         with self._traced(len(tokens)):
             (_, (terms, *_)), gradients = self._gradients(
-                self._parameters, self._state, tokens, targets, key, flatten_forced(forced)
+                *parts, self._state, tokens, targets, key, flatten_forced(forced)
             )
         return {name: float(value) for name, value in terms.items()}, self._stacks.unstack(to_numpy(gradients))
 
     def _loss(
         self,
-        parameters: Parameters,
+        trained: Parameters,
+        frozen: Parameters,
         state: Parameters,
         tokens: jax.Array,
         targets: jax.Array,
@@ -87,7 +91,7 @@ class JaxTraining(JaxInference):
         global_load: Sequence[jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[jax.Array | None], tuple[list[jax.Array], list[jax.Array]]]]:
         """Return the loss; and every loss term, cutoffs of the routers, and loads and drops."""
-        module, how = self._transformed(parameters, state, tokens, self._rematerialize)
+        module, how = self._transformed({**frozen, **trained}, state, tokens, self._rematerialize)
         result = module(tokens, forced=forced, key=key, **how._asdict())
         terms = self._terms(result, targets, global_load)
         cutoffs = [routing.cutoff_E for routing in result.routings]
@@ -101,30 +105,35 @@ class JaxTraining(JaxInference):
         *,
         rematerialize: Rematerialize = "none",
         layers: Layers = "unrolled",
+        trained: Collection[str] | None = None,
     ) -> None:
-        check_no_codes(self._codes)
-        check_float32({name: value.dtype.name for name, value in (self._parameters | self._state).items()})
+        decayed = {name: decay for name, decay in self._decayed.items() if trained is None or name in trained}
+        self._trained, self._router_trains = decayed.keys(), router_trains(self.spec, decayed)
         self._rematerialize = rematerialize
+        own, _ = self._split_trained(self._trained)
+        check_float32({name: value.dtype.name for name, value in (own | self._state).items()})
         self._stack_layers(layers)
-        self._optimizer = adamw(config, {self._stacks.name(name): decay for name, decay in self._decayed.items()})
+        own, _ = self._split_trained(self._trained)
+        self._optimizer = adamw(config, {self._stacks.name(name): decay for name, decay in decayed.items()})
         init, outputs = self._optimizer(0.0).init, None
-        adam, *rest = jax.eval_shape(init, self._parameters)
+        adam, *rest = jax.eval_shape(init, own)
         if self._placement is not None:
-            shardings = {name: self._stacks.shardings[name] for name in self._parameters}
+            shardings = {name: self._stacks.shardings[name] for name in own}
             replicated = self._placement.replicated
             moments = (adam._replace(count=replicated, mu=shardings, nu=shardings), *rest)
             outputs = (shardings, replicated, moments, replicated)
         given = None
         if state is not None:
             first, second = (
-                self._stacks.stack(self._decayed, partial(self._moment, state, kind))
+                self._stacks.stack(decayed, partial(self._moment, state, kind))
                 for kind in ("first_moment", "second_moment")
             )
             given = (optax.ScaleByAdamState(self._replicated(update), first, second), *rest)
-        self._parameters, self._moments = self._owned(init, given, None if outputs is None else outputs[::2])
+        owned, self._moments = self._owned(init, own, given, None if outputs is None else outputs[::2])
+        self._parameters = {**self._parameters, **owned}
         self._step = jax.jit(
             partial(self._step_values, config),
-            donate_argnums=(0, 2),
+            donate_argnums=(0, 3),
             out_shardings=outputs,
             compiler_options=compiler_options(rematerialize=self._rematerialize != "none" and not self._scanned),
         )
@@ -137,37 +146,42 @@ class JaxTraining(JaxInference):
             check_targets(window[:, :-1], window[:, 1:])
         batch = windows if self._placement is None else self._placement.of_all_processes(windows)
         with self._traced(batch.shape[1]), lost_peer():
-            self._parameters, self._state, self._moments, values = self._step(
-                self._parameters, self._state, self._moments, batch, np.float32(learning_rate), keys
-            )
+            updated, self._state, self._moments, values = self._step(*self._step_inputs(batch, learning_rate, keys))
+        self._parameters = {**self._parameters, **updated}
         launched(values)
         return PendingJaxStep(values)
+
+    def _step_inputs(self, windows: Any, learning_rate: float, keys: Any) -> tuple[Any, ...]:
+        """Return what `_step_values` takes after the config."""
+        rate = np.float32(learning_rate)
+        return *self._split_trained(self._trained), self._state, self._moments, windows, rate, keys
 
     def _step_values(
         self,
         config: OptimizerConfig,
-        parameters: Parameters,
+        trained: Parameters,
+        frozen: Parameters,
         state: Parameters,
         moments: Any,
         windows: jax.Array,
         learning_rate: jax.Array,
         keys: jax.Array | None,
     ) -> tuple[Parameters, Parameters, Any, Any]:
-        """One update. Returns parameters, state and moments after it, and the values of a PendingJaxStep."""
+        """One update. Returns trained parameters, state and moments after it, and the values of a PendingJaxStep."""
         running = None
         if self._scanned and windows.shape[0] > 1:
-            running = GradientMeans(parameters, windows.shape[0], self._stacks.shardings)
+            running = GradientMeans(trained, windows.shape[0], self._stacks.shardings)
         gradient_of = (
             jax.value_and_grad(self._loss, has_aux=True) if running is None else running.accumulate(self._loss)
         )
         global_load = None
         if self._balances_globally and windows.shape[0] > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
-            global_load = _sum_over(partial(self._loads, parameters, state), windows, keys)
+            global_load = _sum_over(partial(self._loads, {**frozen, **trained}, state), windows, keys)
 
         def micro_batch(window: jax.Array, key: jax.Array | None) -> Any:
             (_, (terms, cutoffs, load)), gradients = gradient_of(
-                parameters, state, window[:, :-1], window[:, 1:], key, global_load=global_load
+                trained, frozen, state, window[:, :-1], window[:, 1:], key, global_load=global_load
             )
             return (gradients, terms, cutoffs), load
 
@@ -183,10 +197,11 @@ class JaxTraining(JaxInference):
             )
         norm = global_norm(gradients)
         gradients = clip(config, gradients, norm)
-        updates, moments = self._optimizer(learning_rate).update(gradients, moments, parameters)
-        state = updated_state(self.spec, state, load[0], cutoffs)
+        updates, moments = self._optimizer(learning_rate).update(gradients, moments, trained)
+        if self._router_trains:
+            state = updated_state(self.spec, state, load[0], cutoffs)
         reported = {name: state[name] for name in updated_names(self.spec)}
-        updated: Parameters = optax.apply_updates(parameters, updates)
+        updated: Parameters = optax.apply_updates(trained, updates)
         return updated, state, moments, (terms, norm, *load, reported)
 
     def _loads(
@@ -197,10 +212,24 @@ class JaxTraining(JaxInference):
         module, how = self._transformed(parameters, state, tokens)
         return routing_load(module(tokens, key=key, **how._asdict()))[0]
 
+    def _split_trained(self, names: Collection[str] | None) -> tuple[Parameters, Parameters]:
+        """Return the held arrays of the parameters of these names, and those of the others. None: all are trained.
+
+        Raises TrainingError: a parameter that is trained is in codes.
+        """
+        names = self._decayed.keys() if names is None else names
+        check_no_codes([name for name in self._codes if name in names])
+        held = {self._stacks.name(name) for name in names}
+        own = {name: value for name, value in self._parameters.items() if name in held}
+        others = {name: value for name, value in self._parameters.items() if name not in held}
+        return own, others
+
     # --- the optimizer's state ---------------------------------------------------------------------------------------
 
-    def _owned(self, init: Callable[[Parameters], Any], given: Any, shardings: Any) -> tuple[Parameters, Any]:
-        """Return the parameters, and the given moments or new ones, in memory that a step can update in place.
+    def _owned(
+        self, init: Callable[[Parameters], Any], own: Parameters, given: Any, shardings: Any
+    ) -> tuple[Parameters, Any]:
+        """Return trained parameters, and the given moments or new ones, in memory that a step can update in place.
 
         Trap: JAX shares the memory of NumPy arrays that are aligned by chance, one in four. The first step would copy
         those beside its temporary arrays, which may then not be able to use the same memory in the next one.
@@ -209,9 +238,7 @@ class JaxTraining(JaxInference):
         def held(parameters: Parameters, moments: Any) -> tuple[Parameters, Any]:
             return parameters, init(parameters) if moments is None else moments
 
-        owned: tuple[Parameters, Any] = jax.jit(held, donate_argnums=(0, 1), out_shardings=shardings)(
-            self._parameters, given
-        )
+        owned: tuple[Parameters, Any] = jax.jit(held, donate_argnums=(0, 1), out_shardings=shardings)(own, given)
         return owned
 
     def _moment(self, state: Mapping[str, np.ndarray], kind: str, name: str) -> jax.Array:

@@ -1,6 +1,6 @@
 """Training in MLX: loss and gradients, the step, and its optimizer's state."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
 from moezoo.core.errors import TrainingError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
+from moezoo.core.parameters.trained import router_trains
 from moezoo.core.quantization.weight import check_no_codes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
@@ -50,6 +51,7 @@ class MlxTraining(MlxInference):
     def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]):
         super().__init__(spec, weights)
         self._decayed = {row.name: row.decay for row in parameter_table(spec) if row.trained}
+        self._trained: Collection[str] = self._decayed.keys()
         self._balances_globally = any(
             isinstance(loss, GlobalBalanceLossSpec) for _, moe in spec.moes for loss in moe.losses
         )
@@ -62,14 +64,18 @@ class MlxTraining(MlxInference):
         *,
         forced: Sequence[np.ndarray] | None = None,
         key: Bits | None = None,
+        trained: Collection[str] | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
-        check_no_codes(self._codes())
+        trained = self._decayed.keys() if trained is None else trained
+        check_no_codes([name for name in self._codes() if name in trained])
+        self._freeze_others(trained)
         (_, terms, *_), gradients = self._loss_and_gradients(
             mx.array(tokens), mx.array(targets), None if key is None else mx.array(key), flatten_forced(forced)
         )
         gradients, terms = data_parallel.averaged(gradients, terms)
         mx.eval(terms, gradients)
+        self._freeze_others(self._trained)
         return {name: to_float(value) for name, value in terms.items()}, to_numpy(dict(flatten(gradients)))
 
     def _loss(
@@ -94,9 +100,14 @@ class MlxTraining(MlxInference):
         *,
         rematerialize: Rematerialize = "none",
         layers: Layers = "unrolled",
+        trained: Collection[str] | None = None,
     ) -> None:
-        check_no_codes(self._codes())
-        check_float32({name: str(value.dtype).rpartition(".")[2] for name, value in self._named().items()})
+        decayed = {name: decay for name, decay in self._decayed.items() if trained is None or name in trained}
+        check_no_codes([name for name in self._codes() if name in decayed])
+        own = {*decayed, *self._state_names}
+        check_float32({name: _dtype_name(value) for name, value in self._named().items() if name in own})
+        self._freeze_others(decayed.keys())
+        self._trained, self._router_trains = decayed.keys(), router_trains(self.spec, decayed)
         data_parallel.check_shared(self.spec)
         self._config = config
         if rematerialize != "none":
@@ -153,14 +164,28 @@ class MlxTraining(MlxInference):
         gradients = clip(self._config, gradients, norm)
         self._optimizer.update(self._module, gradients)
         del means, gradients  # so that their memory can be taken for what is made of them
-        state = {name: self._value(name) for name in self._state_names}
-        for name, value in updated_state(self.spec, state, load, cutoffs).items():
-            path, _, leaf = name.rpartition(".")
-            setattr(self._inside(path), leaf, value)
+        if self._router_trains:
+            state = {name: self._value(name) for name in self._state_names}
+            for name, value in updated_state(self.spec, state, load, cutoffs).items():
+                path, _, leaf = name.rpartition(".")
+                setattr(self._inside(path), leaf, value)
         values = (terms, norm, load, dropped, {name: self._value(name) for name in updated_names(self.spec)})
         with data_parallel.lost_peer():
             mx.async_eval(values, self._module.state, self._optimizer.state)
         return PendingMlxStep(values)
+
+    def _freeze_others(self, trained: Collection[str]) -> None:
+        """Let MLX compute gradients of these parameters only."""
+        codes = self._codes()
+        for name in self._decayed:
+            if name not in codes:
+                path, _, leaf = name.rpartition(".")
+                change = self._inside(path).unfreeze if name in trained else self._inside(path).freeze
+                change(keys=[leaf], recurse=False)
+
+
+def _dtype_name(value: mx.array) -> str:
+    return str(value.dtype).rpartition(".")[2]
 
 
 def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array, mx.array | None]]) -> Any:

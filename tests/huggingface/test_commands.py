@@ -195,6 +195,6 @@ def test_parity_refuses_a_large_checkpoint_before_reading_weights(
 ) -> None:
     from moezoo.core.huggingface.checkpoint import LazyWeights
 
-    monkeypatch.setattr("moezoo.core.parity.check.LIMIT_BYTES", 1000)
+    monkeypatch.setattr("moezoo.core.parity.reference_size.LIMIT_BYTES", 1000)
     monkeypatch.setattr(LazyWeights, "__getitem__", lambda *_: pytest.fail("read a weight"))
     refused(call("parity", folder), "SpecError", "the float64 reference of this model would need about")

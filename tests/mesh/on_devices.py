@@ -136,8 +136,7 @@ def compiled_step(config, given: dict, micro_batches: int = 1):
     model.start_training(config.optimizer, **options)
     windows = model._placement.of_all_processes(np.zeros((micro_batches, 8, 17), np.int32))
     with model._placement.active(8):
-        given = (model._parameters, model._state, model._moments, windows, np.float32(1e-3), None)
-        return model, model._step.lower(*given).compile()
+        return model, model._step.lower(*model._step_inputs(windows, 1e-3, None)).compile()
 
 
 def collectives(config, given: dict) -> dict:

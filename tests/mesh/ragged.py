@@ -56,8 +56,7 @@ def lowered() -> dict[str, int]:
     model.start_training(config.optimizer)
     windows = model._placement.of_all_processes(np.zeros((1, 8, 17), np.int32))
     with model._placement.active(8):
-        given = (model._parameters, model._state, model._moments, windows, np.float32(1e-3), None)
-        text = model._step.trace(*given).lower(lowering_platforms=("tpu",)).as_text()
+        text = model._step.trace(*model._step_inputs(windows, 1e-3, None)).lower(lowering_platforms=("tpu",)).as_text()
     return {"ragged_all_to_all": text.count("ragged_all_to_all(") + text.count('@ragged_all_to_all"')}
 
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -11,11 +12,16 @@ from pydantic import (
 )
 
 from moezoo.core.config.schedules import CosineSchedule, Schedule
+from moezoo.core.parameters.trained import Trainable
 from moezoo.core.spec import Part, impossible
 
 Rematerialize = Literal["none", "experts", "block"]
 
 Layers = Literal["unrolled", "scanned"]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class TrainingConfig(Part):
@@ -31,6 +37,9 @@ class TrainingConfig(Part):
     A validation has at most `validation_sequences` windows; the final one at most `final_validation_sequences`, null
     leaves it out.
 
+    `only`: the roles of the parameters that are trained, or `all`; the others are frozen, without gradient and moments.
+    Null is all.
+
     `layers: scanned` compiles a run of equal layers once and loops over it (`jax.lax.scan`), for deep models with long
     compile times. A model of few layers is slower with it. Results and checkpoints stay the same.
     """
@@ -41,6 +50,10 @@ class TrainingConfig(Part):
     gradient_accumulation: PositiveInt = 1
     rematerialize: Rematerialize = "none"
     layers: Layers = "unrolled"
+    only: Annotated[
+        tuple[Trainable, ...] | None,
+        BeforeValidator(_as_list, json_schema_input_type=Trainable | tuple[Trainable, ...] | None),
+    ] = None
     seed: NonNegativeInt = 0
     log_every: PositiveInt = 10
     validate_every: PositiveInt | None = None
@@ -48,6 +61,12 @@ class TrainingConfig(Part):
     final_validation_sequences: PositiveInt | None = 4096
     checkpoint_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _trains(self) -> "TrainingConfig":
+        if self.only == ():
+            raise impossible("only", "is empty, so nothing is trained", "Name a role, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":

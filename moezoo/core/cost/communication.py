@@ -222,7 +222,7 @@ def _gradient_reductions(step: ShardedStep) -> Iterator[Collective]:
     for row in step.table:
         sharded = {axis for axes in step.gathered_partition(row) for axis in axes}
         axes = tuple(axis for axis in step.batch_axes if axis not in sharded)
-        if row.trained and axes:
+        if row.name in step.trained and axes:
             times = 2 if tied and row.name == "embedding.weight" else 1
             yield _collective(step, "all-reduce", axes, "gradients", _FLOAT32_BYTES * step.gathered_size(row), times)
 

@@ -5,7 +5,7 @@ Writing: writings/cost.md.
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import assert_never
@@ -13,8 +13,9 @@ from typing import assert_never
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.training import Rematerialize
 from moezoo.core.cost.parameters import parameter_counts
-from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters import Parameter
 from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
+from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.spec import (
     AttentionSpec,
     FeedForwardSpec,
@@ -97,12 +98,12 @@ class TrainingMemory:
 def training_memory(config: Config) -> TrainingMemory:
     """Return the memory of one training step; `activations` is an estimate, the rest is exact.
 
-    With n parameters, A micro-batches of `P = batch_size / A * sequence_length` tokens, and c bytes of
-    the compute dtype:
+    With n parameters, t of them trained, A micro-batches of `P = batch_size / A * sequence_length` tokens, and c bytes
+    of the compute dtype:
 
-    - `parameters`: 4 n; `gradients`: 4 n, or 8 n with A > 1 (the accumulated and the newest gradient; with
+    - `parameters`: 4 n; `gradients`: 4 t, or 8 t with A > 1 (the accumulated and the newest gradient; with
       `rematerialize: block` the newest exists for one layer at a time, with `experts` for one layer's experts at a
-      time and for all other parameters); `moments`: 8 n. All float32.
+      time and for all other parameters); `moments`: 8 t. All float32.
     - `activations`: P times the bytes per token that are saved for the backward pass. Per layer: attention
       `c (4 D + 3 Q) + 4 N T` (inputs and outputs of two norms; queries, keys and values, before and after RoPE, and the
       heads' output, Q numbers together with N H + M H for grouped heads; all float32 probabilities, if there are any);
@@ -119,36 +120,38 @@ def training_memory(config: Config) -> TrainingMemory:
     """
     spec = config.model
     parameters = parameter_counts(spec).total
+    trained = trained_rows(spec, config.training.only)
+    size = sum(row.size for row in trained)
     micro_batches = config.training.gradient_accumulation
     length = config.training.sequence_length
     tokens = config.training.batch_size // micro_batches * length
     compute = COMPUTE_BYTES[compute_dtype(spec)]
     layers = [layer_activation_bytes(layer, spec.embed_dim, length, compute) for layer in spec.all_layers]
     experts = [expert_activation_bytes(layer, spec.embed_dim, compute) for layer in spec.all_layers]
-    newest = parameters if micro_batches > 1 else 0
+    newest = size if micro_batches > 1 else 0
     match config.training.rematerialize:
         case "none":
             pass
         case "experts":
-            routed = _layer_parameters(spec, ".moe.experts.")
-            newest = min(newest, parameters - sum(routed) + max(routed))
+            routed = _layer_parameters(spec, trained, ".moe.experts.")
+            newest = min(newest, size - sum(routed) + max(routed))
         case "block":
-            newest = min(newest, max(_layer_parameters(spec)))
+            newest = min(newest, max(_layer_parameters(spec, trained)))
         case _:
             assert_never(config.training.rematerialize)
     return TrainingMemory(
         parameters=_FLOAT32_BYTES * parameters,
-        gradients=_FLOAT32_BYTES * (parameters + newest),
-        moments=2 * _FLOAT32_BYTES * parameters,
+        gradients=_FLOAT32_BYTES * (size + newest),
+        moments=2 * _FLOAT32_BYTES * size,
         activations=round(tokens * activation_bytes(spec, config.training.rematerialize, layers, experts)),
         logits=2 * _FLOAT32_BYTES * tokens * spec.vocab,
     )
 
 
-def _layer_parameters(spec: ModelSpec, pattern: str = "") -> list[int]:
-    """Return the number of parameters of each layer, or of those whose name contains `pattern`."""
+def _layer_parameters(spec: ModelSpec, rows: Iterable[Parameter], pattern: str = "") -> list[int]:
+    """Return the number of parameters of each layer among these rows, or of those whose name contains `pattern`."""
     layers = [0] * len(spec.all_layers)
-    for row in parameter_table(spec):
+    for row in rows:
         part, *rest = row.name.split(".")
         if part == "layers" and pattern in row.name:
             layers[int(rest[0])] += row.size

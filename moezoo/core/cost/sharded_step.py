@@ -17,6 +17,7 @@ from moezoo.core.distributed.sharding_rules import (
 )
 from moezoo.core.parameters import Parameter, parameter_table
 from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
+from moezoo.core.parameters.trained import trained_names
 from moezoo.core.spec import MoESpec
 
 
@@ -28,6 +29,7 @@ class ShardedStep:
         config: the run's config, with a vocabulary size.
         lengths: number of devices along each mesh axis.
         table: the parameter table.
+        trained: names of the parameters that are trained.
         partitions: for each parameter, the mesh axes over which it is sharded.
         micro_batches: number of micro-batches in a step.
         sequences: sequences of a micro-batch on one device.
@@ -40,6 +42,7 @@ class ShardedStep:
     config: Config
     lengths: Mapping[MeshAxis, int]
     table: tuple[Parameter, ...]
+    trained: frozenset[str]
     partitions: Mapping[str, Partition]
     micro_batches: int
     sequences: int
@@ -64,6 +67,7 @@ class ShardedStep:
             config=config,
             lengths=lengths,
             table=table,
+            trained=trained_names(config.model, training.only),
             partitions={row.name: partition(row, config.mesh, lengths) for row in table},
             micro_batches=training.gradient_accumulation,
             sequences=sequences,

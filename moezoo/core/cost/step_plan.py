@@ -97,11 +97,11 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
     `least`: leave out activations that may not be saved: attention probabilities, which fused attention recomputes, and
     the rows of experts whose number depends on the routing.
 
-    With n trained parameters stored on the device, A micro-batches of p tokens per device, and c bytes of the compute
-    dtype:
+    With n parameters stored on the device, t of them trained, A micro-batches of p tokens per device, and c bytes of
+    the compute dtype:
 
-    - `parameters`: 4 n; `gradients`: 4 n, and with A > 1 the newest gradient as well, or the part of it that
-      `rematerialize` leaves in memory (`training_memory`); `moments`: 8 n; `state`: 4 a number, replicated.
+    - `parameters`: 4 n; `gradients`: 4 t, and with A > 1 the newest gradient as well, or the part of it that
+      `rematerialize` leaves in memory (`training_memory`); `moments`: 8 t; `state`: 4 a number, replicated.
     - `gathered`: parameters sharded over batch axes are all-gathered for use: the largest block of a layer, and those
       outside of layers, minus the shards that the device stores anyway; 8 bytes a number, with its gradient.
     - `activations`: p times the bytes per token of `training_memory`, with heads and hidden widths divided by `tensor`.
@@ -115,7 +115,8 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
     """
     step = ShardedStep.of(config, lengths)
     spec, training, shards = config.model, config.training, step.tensor_shards
-    trained = sum(step.sharded_size(row) for row in step.table if row.trained)
+    parameters = sum(step.sharded_size(row) for row in step.table if row.trained)
+    trained = sum(step.sharded_size(row) for row in step.table if row.name in step.trained)
     state = sum(step.sharded_size(row) for row in step.table if not row.trained)
     newest = 0 if step.micro_batches == 1 else min(trained, _newest_gradients(step, trained))
     layers, experts = [], []
@@ -127,7 +128,7 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
         layers.append(layer_activation_bytes(layer, width, length, size, rows=rows, shards=shards))
         experts.append(expert_activation_bytes(layer, width, size, rows=rows, shards=shards))
     return DeviceMemory(
-        parameters=_FLOAT32_BYTES * trained,
+        parameters=_FLOAT32_BYTES * parameters,
         gradients=_FLOAT32_BYTES * (trained + newest),
         moments=2 * _FLOAT32_BYTES * trained,
         state=_FLOAT32_BYTES * state,
@@ -144,10 +145,12 @@ def _newest_gradients(step: ShardedStep, trained: int) -> int:
         case "none":
             return trained
         case "experts":
-            experts = _by_layer((row for row in step.table if ".moe.experts." in row.name), step.sharded_size).values()
+            rows = [row for row in step.table if ".moe.experts." in row.name and row.name in step.trained]
+            experts = _by_layer(rows, step.sharded_size).values()
             return trained - sum(experts) + max(experts, default=0)
         case "block":
-            return max(_by_layer(step.table, step.sharded_size).values())
+            rows = [row for row in step.table if row.name in step.trained]
+            return max(_by_layer(rows, step.sharded_size).values(), default=0)
         case _:
             assert_never(step.config.training.rematerialize)
 

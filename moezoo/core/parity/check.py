@@ -3,7 +3,7 @@
 Writing, with the reasons for forced routing: writings/parity.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from moezoo.core.backend import Backend, check_length
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.config.vocabulary import ASSUMED_CHARACTERS, spec_with_vocab_size
-from moezoo.core.cost.memory import attention_widths
-from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.nonfinite import nonfinite_names, nonfinite_warning
 from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.parameters.trained import trained_names
+from moezoo.core.parity.reference_size import check_reference_size
 from moezoo.core.parity.report import (
     Comparison,
     Kind,
@@ -34,9 +34,6 @@ from moezoo.core.runs.init_from import load_resolved_config, open_initial_weight
 from moezoo.core.runs.open import is_config, open_model
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 from moezoo.core.tokens import Floats, Integers
-
-LIMIT_BYTES = 8 * 2**30
-"""Limit for the estimated memory of a check."""
 
 _CHECKPOINT_RATE = 1e-3  # learning rate of the training step for weights of a Hugging Face checkpoint
 _TOKENS_PURPOSE = 0x706172  # "par": purpose of the random tokens, folded into their key
@@ -55,6 +52,7 @@ def parity(
     notes: Sequence[str] = (),
     widen_by_rounding: bool = False,
     codes: Mapping[str, QuantizedWeight] | None = None,
+    trained: Collection[str] | None = None,
 ) -> ParityReport:
     """Run the float64 reference and each backend on the same weights and tokens, and compare them pairwise.
 
@@ -75,13 +73,14 @@ def parity(
             reference, if that is more. Trained weights can amplify rounding far more than initial ones.
         codes: parameters, by name, that the forward passes of the backends compute in codes; gradients and the step are
             those of the decoded floats, which `weights` has.
+        trained: names of the parameters with gradients and an update (`core.parameters.trained`); None: all.
 
-    Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than LIMIT_BYTES. Raises
-    DataError: more tokens than positions.
+    Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than the limit
+    (`reference_size`). Raises DataError: more tokens than positions.
     """
     _check_request(spec, tokens, targets, backends)
     tolerances = tolerances or ParityTolerances.of(spec)
-    reference = Reference(spec, weights, tokens, targets, optimizer)
+    reference = Reference(spec, weights, tokens, targets, optimizer, trained)
     if widen_by_rounding:
         moved = reference.rounding_sensitivity(tolerances.gradient_floor)
         tolerances = tolerances.widened(moved)
@@ -145,7 +144,6 @@ def parity_of(
     read = {name: np.asarray(weights[name], np.float32) for name in weights}
     warning = nonfinite_warning(nonfinite_names(read.items()), str(path))
     notes += [warning] if warning else []
-    codes = _codes(weights, notes)
     return parity(
         spec,
         read,
@@ -156,7 +154,8 @@ def parity_of(
         where=str(path),
         notes=notes,
         widen_by_rounding=from_checkpoint,
-        codes=codes,
+        codes=_codes(weights, notes),
+        trained=trained_names(spec, config.training.only),
     )
 
 
@@ -171,39 +170,6 @@ def random_windows(vocab_size: int, batch_size: int, length: int, seed: int) -> 
     """Draw uniform random tokens int32 [B, T + 1], equal on every machine."""
     share = uniform(fold_in(key(seed), _TOKENS_PURPOSE), (batch_size, length + 1))
     return np.minimum((share.astype(np.float64) * vocab_size).astype(np.int32), np.int32(vocab_size - 1))
-
-
-def reference_bytes(spec: ModelSpec, batch_size: int, length: int, num_backends: int) -> int:
-    """Estimate the memory of a parity check.
-
-    `n (96 + 40 * backends)` for n parameters: weights, gradients, moments and updates, in float64 and, per backend,
-    in float32. And the float64 activations that autograd saves, with P = B T and R = P K: per layer `64 P N T` for
-    attention scores, `80 P F` or `80 R F` for a feed-forward, `16 P R` for the combine, `64 P (2 N + 2 M) H` for
-    projections, `160 P D` for the residual stream; and `64 P V` for logits.
-    """
-    parameters = parameter_counts(spec).total
-    tokens, doubles = batch_size * length, 0
-    for layer in spec.all_layers:
-        moe, (heads, projected) = layer.moe, attention_widths(layer.attention, spec.embed_dim)
-        doubles += 8 * heads * length + 16 * projected + 20 * spec.embed_dim
-        if layer.feed_forward is not None:
-            doubles += 10 * layer.feed_forward.hidden_dim
-        if moe is not None:
-            slots = moe.num_slots
-            doubles += 10 * slots * moe.experts.hidden_dim + 2 * tokens * slots
-            doubles += 10 * moe.shared_feed_forward.hidden_dim if moe.shared is not None else 0
-    return parameters * (96 + 40 * num_backends) + 8 * tokens * (doubles + 8 * spec.vocab)
-
-
-def check_reference_size(spec: ModelSpec, batch_size: int, length: int, num_backends: int) -> None:
-    """Check that `reference_bytes` is at most LIMIT_BYTES, before anything is built. Raises SpecError otherwise."""
-    needed = reference_bytes(spec, batch_size, length, num_backends)
-    if needed > LIMIT_BYTES:
-        raise SpecError(
-            f"the float64 reference of this model would need about {needed / 2**30:.1f} GiB (parameters "
-            f"{parameter_counts(spec).total:,}, tokens {batch_size} x {length}); expected at most "
-            f"{LIMIT_BYTES / 2**30:.0f} GiB. Check a config with the same features and smaller sizes."
-        )
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------

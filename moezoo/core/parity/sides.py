@@ -1,6 +1,6 @@
 """The sides of a parity check: results of the float64 reference and of each backend for the same weights and tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from moezoo.core.backend import Backend, Model
 from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.trained import router_trains, trained_names
 from moezoo.core.parity.causality import Causality, check_causality
 from moezoo.core.quantization.weight import QuantizedWeight
 from moezoo.core.random import fold_in, key, micro_batch_keys, uniform
@@ -66,7 +67,9 @@ class Reference:
         tokens: Integers,
         targets: Integers,
         optimizer: OptimizerConfig,
+        trained: Collection[str] | None = None,
     ):
+        """`trained`: names of the parameters that are trained; None: all."""
         from moezoo.core.reference.losses import loss_and_gradients, loss_terms
         from moezoo.core.reference.transformer import forward
 
@@ -74,6 +77,7 @@ class Reference:
         self.weights32 = {row.name: np.asarray(weights[row.name], np.float32) for row in parameter_table(spec)}
         self.weights = {name: value.astype(np.float64) for name, value in self.weights32.items()}
         self.state = {row.name: self.weights[row.name] for row in parameter_table(spec) if not row.trained}
+        self.trained = trained_names(spec) if trained is None else trained
         self.key = micro_batch_keys(0, 0, 1)[0]
         self.intermediates: dict[str, NDArray[Any]] = {}
         result = forward(spec, self.weights, tokens, record=self.intermediates, key=self.key)
@@ -83,7 +87,9 @@ class Reference:
         self.experts = [np.where(routing.valid_PK, routing.expert_PK, -1).astype(np.int32) for routing in routings]
         self.margins = [routing.margin_P for routing in routings]
         self.cutoffs = [routing.cutoff_E for routing in routings]
-        _, self.gradients = loss_and_gradients(spec, self.weights, tokens, targets, forced=self.experts, key=self.key)
+        _, self.gradients = loss_and_gradients(
+            spec, self.weights, tokens, targets, forced=self.experts, key=self.key, trained=self.trained
+        )
         self.moments = self._starting_moments()
 
         def run(tokens: Integers, inference: bool) -> Mapping[str, NDArray[Any]]:
@@ -110,7 +116,7 @@ class Reference:
         record: dict[str, NDArray[Any]] = {}
         result = forward(self.spec, shifted, self.tokens, record=record, key=self.key, forced=self.experts or None)
         _, gradients = loss_and_gradients(
-            self.spec, shifted, self.tokens, self.targets, forced=self.experts, key=self.key
+            self.spec, shifted, self.tokens, self.targets, forced=self.experts, key=self.key, trained=self.trained
         )
         least = floor * max(_largest(value) for value in self.gradients.values())
         return {
@@ -157,7 +163,13 @@ class Reference:
         losses, gradients = self.losses, self.gradients
         if any(not np.array_equal(own, other) for own, other in zip(self.experts, experts, strict=True)):
             losses, gradients = loss_and_gradients(
-                self.spec, self.weights, self.tokens, self.targets, forced=experts or None, key=self.key
+                self.spec,
+                self.weights,
+                self.tokens,
+                self.targets,
+                forced=experts or None,
+                key=self.key,
+                trained=self.trained,
             )
         before = {name: value.astype(np.float64) for name, value in self.moments.items()}
         parameters, moments = adamw(
@@ -179,8 +191,14 @@ class Reference:
             np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices).astype(np.float64)
             for moe, expert_PK in zip(self.moes, experts, strict=True)
         ]
-        state = updated_state(self.spec, self.state, loads, self.cutoffs)
-        return parameters | state, first | second, {"gradient_norm": global_norm(gradients), **losses}
+        state = self.state
+        if router_trains(self.spec, self.trained):
+            state = updated_state(self.spec, state, loads, self.cutoffs)
+        return (
+            {**self.weights, **parameters, **state},
+            first | second,
+            {"gradient_norm": global_norm(gradients), **losses},
+        )
 
     @property
     def moes(self) -> list[MoESpec]:
@@ -220,9 +238,9 @@ def backend_side(
     weights = trained.export_parameters()
     free = model.forward(reference.tokens, key=reference.key)
     experts = [routing.expert.reshape(-1, routing.expert.shape[-1]) for routing in free.routing]
-    options = {"forced": reference.forced, "key": reference.key}
+    options: dict[str, Any] = {"forced": reference.forced, "key": reference.key}
     output = model.forward(reference.tokens, reference.targets, record=True, **options)
-    _, gradients = trained.loss_and_gradients(reference.tokens, reference.targets, **options)
+    _, gradients = trained.loss_and_gradients(reference.tokens, reference.targets, **options, trained=reference.trained)
 
     def run(tokens: Integers, inference: bool) -> Mapping[str, NDArray[Any]]:
         return model.forward(tokens, record=True, inference=inference).intermediates
@@ -253,7 +271,7 @@ def _stepped(
     model: Model, reference: Reference
 ) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float], list[NDArray[np.int64]]]:
     """Do one `train_step` of a backend from the same moments."""
-    model.start_training(reference.optimizer, reference.moments, _UPDATES_DONE)
+    model.start_training(reference.optimizer, reference.moments, _UPDATES_DONE, trained=reference.trained)
     metrics = model.train_step(reference.windows, reference.optimizer.learning_rate, reference.key[None]).fetch()
     numbers = {"gradient_norm": metrics.gradient_norm, **metrics.losses}
     return model.export_parameters(), model.export_optimizer(), numbers, metrics.load

@@ -7,12 +7,12 @@ imbalance each loss detects.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import autograd.numpy as np
 from autograd.extend import defvjp, primitive
 
-from moezoo.core.parameters import parameter_table
+from moezoo.core.parameters.trained import trained_names
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.routing import Routing
 from moezoo.core.reference.transformer import forward
@@ -349,16 +349,18 @@ def loss_and_gradients(
     *,
     key: Array | None = None,
     global_load: Sequence[Array] | None = None,
+    trained: Collection[str] | None = None,
 ) -> tuple[dict[str, float], dict[str, Array]]:
     """Return every loss term, and the gradient of `loss` for every trained parameter, by canonical name.
 
-    `forced` and `key` as in `forward`, `global_load` as in `loss_terms`.
+    `forced` and `key` as in `forward`, `global_load` as in `loss_terms`. `trained`: names of the trained parameters
+    (`core.parameters.trained`); None: all.
     """
     from autograd import value_and_grad
     from autograd.tracer import getval
 
     seen: dict[str, float] = {}
-    trained = {row.name for row in parameter_table(spec) if row.trained}
+    trained = trained_names(spec) if trained is None else trained
     state = {name: value for name, value in parameters.items() if name not in trained}
 
     def total(values: dict[str, Array]) -> Array:

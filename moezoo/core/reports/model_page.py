@@ -10,6 +10,7 @@ from moezoo.core.cost.flops import Flops, flops_per_token
 from moezoo.core.cost.memory import TrainingMemory, cache_bytes, kv_cache_bytes_per_token, training_memory
 from moezoo.core.cost.parameters import ParameterCounts, parameter_counts
 from moezoo.core.data.vocabulary import spec_with_real_vocab_size
+from moezoo.core.parameters.trained import sizes_by_role, trained_rows
 from moezoo.core.reports.model_words import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.reports.text import bytes_text, count, new_table, plural
 from moezoo.core.spec import LayerSpec, ModelSpec
@@ -218,6 +219,10 @@ def training_header(config: Config, facts: Mapping[str, str]) -> "RenderableType
     table.add_column()
     table.add_row("parameters", f"{count(counts.total)}, {count(counts.active)} active per token")
     table.add_row("", f"[dim]{', '.join(roles)}")
+    if len(trained := trained_rows(config.model, training.only)) < len(trained_rows(config.model)):
+        sizes = sizes_by_role(trained)
+        by_role = ", ".join(f"{role} {count(size)}" for role, size in sizes.items())
+        table.add_row("trained", f"{count(sum(sizes.values()))} ({by_role}); the other parameters are frozen")
     table.add_row("compute", f"{count(known.model.training.total, 'FLOPs')} per token, forward and backward")
     table.add_row(
         "step",

@@ -14,8 +14,8 @@ from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import PreparedData
 from moezoo.core.distributed.processes import PendingNumbers
 from moezoo.core.errors import DataError, MoezooError, RunError, TrainingError
-from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.runs.init_from import InitialWeights, open_initial_weights
 from moezoo.core.runs.run_folder import Run, resume_point
@@ -157,8 +157,8 @@ class _Training:
             config.model, initial_weights(config.model, config.training.seed) if source is None else source.weights
         )
         moments = None if checkpoint is None else checkpoint.optimizer
+        trained = trained_rows(config.model, config.training.only)
         if moments is not None:
-            trained = [row for row in parameter_table(config.model) if row.trained]
             expected = {f"{moment}.{row.name}": row.shape for moment in _MOMENTS for row in trained}
             check_names_and_shapes(shapes_of(moments), expected, f"the optimizer state of {self.run.path}")
         if self.first_step > config.training.steps:
@@ -172,6 +172,7 @@ class _Training:
             self.first_step,
             rematerialize=config.training.rematerialize,
             layers=config.training.layers,
+            trained={row.name for row in trained},
         )
         return model
 

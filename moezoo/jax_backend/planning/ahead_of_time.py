@@ -22,6 +22,7 @@ from moezoo.core.cost.make_plan import ChipMemory
 from moezoo.core.cost.step_plan import CompiledStep
 from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.errors import BackendError
+from moezoo.core.parameters.trained import trained_names
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement, Shapes
 from moezoo.jax_backend.model import JaxModel
@@ -146,7 +147,8 @@ def _compiled(config: Config) -> CompiledStep:
 def _lowered(config: Config, placement: Placement | None) -> jax.stages.Lowered:
     training = config.training
     model = _PlannedModel(config.model, placement)
-    model.start_training(config.optimizer, rematerialize=training.rematerialize)
+    trained = trained_names(config.model, training.only)
+    model.start_training(config.optimizer, rematerialize=training.rematerialize, trained=trained)
     # As on a TPU: attention in one piece; on the CPU it would be chunked, which is slow to compile.
     with planned_for("tpu"):
         return model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length)
@@ -158,11 +160,11 @@ class _PlannedModel(JaxModel):
     def __init__(self, spec: ModelSpec, placement: Placement | None):
         super().__init__(spec, Shapes(spec), placement)
 
-    def _owned(self, init: Any, given: Any, shardings: Any) -> Any:
-        shapes = jax.eval_shape(init, self._parameters)
+    def _owned(self, init: Any, own: Any, given: Any, shardings: Any) -> Any:
+        shapes = jax.eval_shape(init, own)
         if shardings is None:
-            return self._parameters, shapes
-        return self._parameters, jax.tree.map(
+            return own, shapes
+        return own, jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
             shapes,
             shardings[1],
@@ -174,9 +176,8 @@ class _PlannedModel(JaxModel):
         windows = jax.ShapeDtypeStruct((micro_batches, size, length + 1), np.int32, sharding=sharding)
         self.own_sequences(size)  # raises where the batch cannot be divided
         keys = jax.ShapeDtypeStruct((micro_batches, 2), np.uint32)
-        arguments = (self._parameters, self._state, self._moments, windows, np.float32(0), keys)
         with self._traced(size):
-            return self._step.lower(*arguments)
+            return self._step.lower(*self._step_inputs(windows, 0.0, keys))
 
 
 def _sum(parts: Iterable[tuple[Iterable[Collective], int]]) -> Iterator[Collective]:

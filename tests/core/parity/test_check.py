@@ -15,7 +15,8 @@ from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.data.tokenizers import TokenIds
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.parameters.initialize import initial_weights
-from moezoo.core.parity.check import check_reference_size, parity, parity_of, random_windows
+from moezoo.core.parity.check import parity, parity_of, random_windows
+from moezoo.core.parity.reference_size import check_reference_size
 from moezoo.core.parity.report import ParityTolerances
 from moezoo.core.parity.sides import Reference
 from tests.support.backends_available import require_backend
@@ -231,8 +232,8 @@ def test_undamaged_backend_is_not_blamed(mlx):
 
 @pytest.mark.parametrize("change", [{"weight_decay": 0.2}, {"beta1": 0.8}, {"beta2": 0.9}, {"clip_norm": 1e-3}])
 def test_other_optimizer_options_differ_in_the_update_alone(mlx, change):
-    def start(method, config, *state):
-        method(OptimizerConfig(**{**config.model_dump(), **change}), *state)
+    def start(method, config, *state, **names):
+        method(OptimizerConfig(**{**config.model_dump(), **change}), *state, **names)
 
     report = check({"damaged": Damaged(mlx, start_training=start)})
     assert not report.passed
@@ -241,8 +242,8 @@ def test_other_optimizer_options_differ_in_the_update_alone(mlx, change):
 
 
 def test_missing_bias_correction_differs_in_the_update(mlx):
-    def start(method, config, state, update):
-        method(config, state, 10**6)  # practically no correction
+    def start(method, config, state, update, **names):
+        method(config, state, 10**6, **names)  # practically no correction
 
     report = check({"damaged": Damaged(mlx, start_training=start)})
     assert kinds_that_fail(report) == {"update"}

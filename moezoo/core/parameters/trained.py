@@ -1,0 +1,68 @@
+"""Names of the parameters that a run trains (`training.only`); the others are frozen.
+
+Writing: writings/fine_tuning.md.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Literal
+
+from moezoo.core.errors import SpecError
+from moezoo.core.parameters.model import parameter_table
+from moezoo.core.parameters.row import Parameter
+from moezoo.core.spec import ModelSpec
+
+Trainable = Literal["all", "attention", "experts", "shared", "dense", "router", "embedding", "head", "norms"]
+"""A role of parameters; or all of them."""
+
+_WORDS: dict[str, Trainable] = {
+    "attention": "attention",
+    "routed experts": "experts",
+    "shared experts": "shared",
+    "feed-forward": "dense",
+    "router": "router",
+    "norms": "norms",
+}
+
+
+def trainable_role(row: Parameter) -> Trainable:
+    """Return the role of a row as a config names it: embeddings are `embedding` or `head`."""
+    return _WORDS.get(row.role) or ("head" if row.name.startswith("head.") else "embedding")
+
+
+def trained_rows(spec: ModelSpec, only: Sequence[Trainable] | None = None) -> tuple[Parameter, ...]:
+    """Return the rows of the parameters that are trained, in the order of the parameter table. None: all.
+
+    Raises SpecError: a role that is named has no parameters.
+    """
+    rows = tuple(row for row in parameter_table(spec) if row.trained)
+    found = {trainable_role(row) for row in rows}
+    for word in only or ():
+        if word != "all" and word not in found:
+            tied = ": a tied head is the embedding" if word == "head" else ""
+            raise SpecError(
+                f"training.only names {word}, but the model has no parameters of this role{tied}; it has "
+                f"{', '.join(sorted(found))}. Remove it."
+            )
+    return rows if only is None or "all" in only else tuple(row for row in rows if trainable_role(row) in only)
+
+
+def trained_names(spec: ModelSpec, only: Sequence[Trainable] | None = None) -> frozenset[str]:
+    """Return the canonical names of `trained_rows`."""
+    return frozenset(row.name for row in trained_rows(spec, only))
+
+
+def router_trains(spec: ModelSpec, trained: Collection[str]) -> bool:
+    """Return True if the routers train: then a step updates their state too (`reference.router_state`).
+
+    A frozen router keeps its selection bias and its cutoffs.
+    """
+    return any(row.role == "router" and row.name in trained for row in parameter_table(spec) if row.trained)
+
+
+def sizes_by_role(rows: Iterable[Parameter]) -> dict[Trainable, int]:
+    """Return the number of parameters of each role, in the order of the rows."""
+    sizes: dict[Trainable, int] = {}
+    for row in rows:
+        role = trainable_role(row)
+        sizes[role] = sizes.get(role, 0) + row.size
+    return sizes
