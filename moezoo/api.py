@@ -248,8 +248,9 @@ def load_model(
             raise
         return load_model(path, chosen, compute, max_length, allow_overcommit=allow_overcommit)
     if opened.checkpoint is not None:
-        warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))
-        problems += [*([warning] if warning else []), *tokenizer_notes(opened.tokenizer)]
+        weights = opened.checkpoint.weights
+        warning = nonfinite_warning(list(weights.nonfinite), str(opened.path))
+        problems += [*weights.decoded_notes(), *([warning] if warning else []), *tokenizer_notes(opened.tokenizer)]
     return LoadedModel(
         model,
         config,

@@ -293,8 +293,11 @@ class Model(Protocol):
         """
         ...
 
-    def export_parameters(self) -> dict[str, Floats]:
-        """Return every parameter, trained or state, by canonical name in the dtype it was built with."""
+    def export_parameters(self) -> Mapping[str, Floats]:
+        """Return every parameter, trained or state, by canonical name in the dtype it was built with.
+
+        If some are in codes, a lazy mapping that decodes them one at a time, with its own `stored`.
+        """
         ...
 
     def export_optimizer(self) -> dict[str, Floats]:

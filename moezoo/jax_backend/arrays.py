@@ -10,7 +10,7 @@ from flax import nnx
 
 from moezoo.core.parameters.precision import STORED_DTYPES
 from moezoo.core.quantization.weight import QuantizedWeight, stored
-from moezoo.jax_backend.quantization import QuantizedArray, as_array, quantized_array
+from moezoo.jax_backend.quantization import QuantizedArray, quantized_array
 from moezoo.jax_backend.runtime.processes import on_host
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -62,5 +62,5 @@ def to_numpy(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 
 
 def exported(values: Mapping[str, jax.Array | QuantizedArray]) -> dict[str, np.ndarray]:
-    """Convert arrays by name to NumPy arrays of their own dtype by name; codes are decoded."""
-    return {name: np.asarray(on_host(as_array(value))) for name, value in values.items()}
+    """Convert arrays by name to NumPy arrays of their own dtype by name; codes are left out."""
+    return {name: np.asarray(on_host(value)) for name, value in values.items() if not isinstance(value, QuantizedArray)}

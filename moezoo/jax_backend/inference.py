@@ -26,7 +26,7 @@ from moezoo.jax_backend.distributed.sharding import Placement, gather_outside_la
 from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, prefilled
 from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
-from moezoo.jax_backend.quantization import QuantizedArray, as_array
+from moezoo.jax_backend.quantization import QuantizedArray, dequantize, is_surely_finite
 from moezoo.jax_backend.runtime.processes import on_host
 from moezoo.jax_backend.runtime.typed import GraphDef, State
 from moezoo.jax_backend.sampling import Rule
@@ -180,11 +180,20 @@ class JaxInference:
 
     def nonfinite_parameters(self) -> list[str]:
         finite = on_host(self._finite(self._parameters, self._state))
-        return [row.name for row in parameter_table(self.spec) if not finite[row.name]]
+        names = [row.name for row in parameter_table(self.spec) if not finite[row.name]]
+        return [name for name in names if not self._is_finite_decoded(name)]
+
+    def _is_finite_decoded(self, name: str) -> bool:
+        """Return True for codes whose numbers are finite, although those of larger codes would not be."""
+        value = self._parameters.get(name)
+        return isinstance(value, QuantizedArray) and bool(jnp.isfinite(dequantize(value)).all())
 
     def _finite_values(self, parameters: Parameters, state: Parameters) -> Parameters:
         named = self._stacks.unstack(parameters) | state
-        return {name: jnp.all(jnp.isfinite(as_array(value))) for name, value in named.items()}
+        return {
+            name: is_surely_finite(value) if isinstance(value, QuantizedArray) else jnp.all(jnp.isfinite(value))
+            for name, value in named.items()
+        }
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
 

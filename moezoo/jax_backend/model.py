@@ -1,15 +1,17 @@
 """A model in JAX: inference, training, and here exports and sharded files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moezoo.core.checkpoint.coded_tensors import CodedTensors
 from moezoo.core.checkpoint.manifest import OPTIMIZER_PREFIX, WEIGHTS_PREFIX
 from moezoo.jax_backend.arrays import exported, to_numpy
 from moezoo.jax_backend.distributed.checkpoint_writer import PendingFiles
 from moezoo.jax_backend.inference import Parameters
+from moezoo.jax_backend.quantization import QuantizedArray, quantized_weight
 from moezoo.jax_backend.training import JaxTraining
 
 
@@ -25,8 +27,11 @@ class JaxModel(JaxTraining):
         arrays = {f"{WEIGHTS_PREFIX}{name}": value for name, value in weights.items()}
         return PendingFiles(folder, arrays | {f"{OPTIMIZER_PREFIX}{name}": value for name, value in moments.items()})
 
-    def export_parameters(self) -> dict[str, np.ndarray]:
-        return self._stacks.unstack(exported(self._parameters)) | exported(self._state)
+    def export_parameters(self) -> Mapping[str, np.ndarray]:
+        named = self._stacks.unstack(self._parameters) | self._state
+        codes = {name: value for name, value in named.items() if isinstance(value, QuantizedArray)}
+        arrays = self._stacks.unstack(exported(self._parameters)) | exported(self._state)
+        return CodedTensors(arrays, codes, quantized_weight) if codes else arrays
 
     def export_optimizer(self) -> dict[str, np.ndarray]:
         return self._moments_by_name(to_numpy)

@@ -7,10 +7,11 @@ from types import EllipsisType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.quantization.weight import QuantizedWeight
-from moezoo.jax_backend.kernels.codes import decoded
+from moezoo.jax_backend.kernels.codes import decoded, largest
 from moezoo.jax_backend.kernels.slices import at
 
 
@@ -62,6 +63,13 @@ def quantized_array(weight: QuantizedWeight) -> QuantizedArray:
     return QuantizedArray(jnp.asarray(weight.codes), jnp.asarray(weight.scales), biases, *form)
 
 
+def quantized_weight(weight: QuantizedArray) -> QuantizedWeight:
+    """Return the codes as NumPy arrays: undoes `quantized_array`."""
+    biases = None if weight.biases is None else np.asarray(weight.biases)
+    form = (weight.format, weight.shape, weight.lead, weight.packed)
+    return QuantizedWeight(*form, np.asarray(weight.codes), np.asarray(weight.scales), biases)
+
+
 def dequantize(weight: QuantizedArray) -> jax.Array:
     """Spec: moezoo.core.reference.quantization.dequantize; returned in the weight's dtype."""
     rows = decoded(weight.format, weight.codes, weight.scales, weight.biases, weight.row_size).astype(weight.dtype)
@@ -72,6 +80,14 @@ def dequantize(weight: QuantizedArray) -> jax.Array:
 def as_array(weight: jax.Array | QuantizedArray) -> jax.Array:
     """Return an array as it is, and codes decoded."""
     return dequantize(weight) if isinstance(weight, QuantizedArray) else weight
+
+
+def is_surely_finite(weight: QuantizedArray) -> jax.Array:
+    """Return True if no number is NaN or infinite, by those of each group's largest code; False: it must be decoded."""
+    finite = jnp.isfinite(largest(weight.format, weight.scales, weight.biases)).all()
+    if not weight.format.has_nan_codes:
+        return finite
+    return finite & ~(lax.bitcast_convert_type(weight.codes, jnp.uint8) & 0x7F == 0x7F).any()
 
 
 def take(weight: jax.Array | QuantizedArray, index: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from moezoo.mlx_backend.kernels.codes import named_codes
 from moezoo.mlx_backend.kernels.x86.token import token_step
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
-from moezoo.mlx_backend.quantization import QuantizedArray
+from moezoo.mlx_backend.quantization import QuantizedArray, dequantize, is_surely_finite
 from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int, to_ints
 from moezoo.mlx_backend.sampling import Rule
 from moezoo.mlx_backend.transformer import Forward, Transformer
@@ -144,15 +144,20 @@ class MlxInference:
         mx.synchronize()
 
     def nonfinite_parameters(self) -> list[str]:
-        named = self._named()
+        named, codes = self._named(), self._codes()
         names = [row.name for row in parameter_table(self.spec)]
-        codes = self._codes()
         finite = to_ints(
             mx.stack(
-                [_has_finite_scales(codes[name]) if name in codes else mx.isfinite(named[name]).all() for name in names]
+                [is_surely_finite(codes[name]) if name in codes else mx.isfinite(named[name]).all() for name in names]
             )
         )
-        return [name for name, good in zip(names, finite, strict=True) if not good]
+        unsure = [name for name, good in zip(names, finite, strict=True) if not good]
+        return [name for name in unsure if not self._is_finite_decoded(name)]
+
+    def _is_finite_decoded(self, name: str) -> bool:
+        """Return True for codes whose numbers are finite, although those of larger codes would not be."""
+        value = self._codes().get(name)
+        return value is not None and bool(mx.isfinite(dequantize(value)).all().item())
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
 
@@ -175,18 +180,6 @@ class MlxInference:
         path, _, leaf = name.rpartition(".")
         value: mx.array = self._inside(path)[leaf]
         return value
-
-
-def _has_finite_scales(weight: QuantizedArray) -> mx.array:
-    """Return True if no scale or bias of codes is NaN or infinite."""
-    match weight.format.mode:
-        case "mxfp4" | "mxfp8":
-            return mx.all(weight.scales != 255)
-        case "nvfp4":
-            return mx.all((weight.scales & 0x7F) != 0x7F)
-        case _:
-            finite = mx.isfinite(weight.scales).all()
-            return finite if weight.biases is None else finite & mx.isfinite(weight.biases).all()
 
 
 def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:

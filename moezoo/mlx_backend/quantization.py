@@ -55,6 +55,13 @@ def quantized_array(weight: QuantizedWeight) -> QuantizedArray:
     return QuantizedArray(_array(weight.codes), _array(weight.scales), biases, *form)
 
 
+def quantized_weight(weight: QuantizedArray) -> QuantizedWeight:
+    """Return the codes as NumPy arrays: undoes `quantized_array`."""
+    biases = None if weight.biases is None else _to_numpy(weight.biases)
+    form = (weight.format, weight.shape, weight.lead, weight.packed)
+    return QuantizedWeight(*form, _to_numpy(weight.codes), _to_numpy(weight.scales), biases)
+
+
 def dequantize(weight: QuantizedArray) -> mx.array:
     """Spec: moezoo.core.reference.quantization.dequantize; returned in the weight's dtype."""
     rows = _rows(weight.format, weight.codes, weight.scales, weight.biases, weight.row_size).astype(weight.dtype)
@@ -65,6 +72,22 @@ def dequantize(weight: QuantizedArray) -> mx.array:
 def as_array(weight: mx.array | QuantizedArray) -> mx.array:
     """Return an array as it is, and codes decoded."""
     return dequantize(weight) if isinstance(weight, QuantizedArray) else weight
+
+
+def is_surely_finite(weight: QuantizedArray) -> mx.array:
+    """Return True if no number is NaN or infinite, by those of each group's largest code; False: it must be decoded."""
+    format, scales = weight.format, weight.scales
+    match format.mode:
+        case "mxfp4" | "mxfp8":  # a power of two
+            finite = (scales <= math.floor(255 - math.log2(format.largest_code))).all()
+        case "nvfp4":
+            finite = ((scales & 0x7F) != 0x7F).all()
+        case "fp8":
+            finite = mx.isfinite(scales.astype(mx.float32) * format.largest_code).all()
+        case _:
+            assert weight.biases is not None
+            finite = mx.isfinite(scales * format.largest_code + weight.biases).all()
+    return finite & ((weight.codes.view(mx.uint8) & 0x7F) != 0x7F).all() if format.has_nan_codes else finite
 
 
 def take(weight: mx.array | QuantizedArray, index: mx.array) -> mx.array:
@@ -84,6 +107,13 @@ def _rows(
     if biases is None:
         return mx.dequantize(codes, scales, None, format.group_size, format.bits, format.mode, dtype=mx.float32)
     return mx.dequantize(codes, scales, biases, format.group_size, format.bits, format.mode).astype(mx.float32)
+
+
+def _to_numpy(value: mx.array) -> np.ndarray:
+    """Return a read-only view of an array."""
+    bfloat16 = value.dtype == mx.bfloat16
+    view = np.asarray(value.view(mx.uint16) if bfloat16 else value)
+    return view.view(ml_dtypes.bfloat16) if bfloat16 else view
 
 
 def _array(value: np.ndarray) -> mx.array:

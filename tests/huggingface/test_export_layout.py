@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.checkpoint.safetensors_file import SafetensorsFile
+from moezoo.core.checkpoint.safetensors_file import SafetensorsFile, write_tensors
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.recipe import FormatRule, Recipe, recipe_of_options
@@ -140,6 +140,21 @@ def test_what_cannot_be_is_refused(tmp_path, case, options, message):
     with pytest.raises(SpecError, match=message):
         convert_layout(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_what_mlx_lm_drops_is_not_converted(tmp_path):
+    """config.json describes a selection bias, and mlx-lm writes no tensor for it."""
+    source = write_checkpoint("ernie4_5_moe", tmp_path / "source")
+    convert_layout(source, tmp_path / "mlx", layout="mlx")
+    weights = tmp_path / "mlx/model.safetensors"
+    file = SafetensorsFile(weights)
+    kept = {name: file.read(name) for name in file.entries if not name.endswith("e_score_correction_bias")}
+    write_tensors(weights, kept, {"format": "mlx"})
+    (tmp_path / "mlx/model.safetensors.index.json").unlink()
+    for options in ({"layout": "transformers"}, {"recipe": FOUR_BITS}):
+        with pytest.raises(SpecError, match="lack selection_bias, which mlx-lm drops") as e:
+            convert_layout(tmp_path / "mlx", tmp_path / "out", **options)
+        assert "\n" not in str(e.value)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):

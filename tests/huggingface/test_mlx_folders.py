@@ -4,6 +4,7 @@
 the model whose weights are the codes decoded by `mx.dequantize`, in float32 arithmetic.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 
 import moezoo
 from moezoo.backends import load_backend
+from moezoo.core.checkpoint.coded_tensors import CodedTensors
 from moezoo.core.huggingface.checkpoint import LazyWeights, open_checkpoint
 from moezoo.core.huggingface.export import export_checkpoint
+from moezoo.core.huggingface.tensors import Placed
 from moezoo.core.parity.check import parity_of
 from moezoo.core.quantization.weight import QuantizedWeight
 from moezoo.core.reference.quantization import dequantize
@@ -127,6 +130,44 @@ def test_round_trip(folder: str, tmp_path: Path) -> None:
     for out in ("straight", "back"):
         for name in ("config.json", "model.safetensors"):
             assert (tmp_path / out / name).read_bytes() == (ROOT / folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("source", ["lfm2_moe_5bit", "gpt_oss_mxfp4", "deepseek_v3_fp8"])
+def test_a_model_in_codes_is_saved_without_decoding_them(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_fixture = not (ROOT / source).is_dir()
+    folder = write_checkpoint(source, tmp_path / "source") if is_fixture else ROOT / source
+    model = moezoo.load(folder, backend="mlx")
+    monkeypatch.setattr(QuantizedWeight, "values", None)
+    model.save(tmp_path / "back", format="huggingface")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_a_model_in_codes_is_exported_one_parameter_at_a_time(backend: str) -> None:
+    weights = open_checkpoint(ROOT / "qwen3_moe_4bit_router8").weights
+    exported = moezoo.load(ROOT / "qwen3_moe_4bit_router8", backend=backend).model.export_parameters()
+    assert isinstance(exported, CodedTensors)
+    assert {name: exported.stored_bytes(name) for name in exported} == {
+        name: weights.stored_bytes(name) for name in weights
+    }
+    for name in ("embedding.weight", "final_norm.scale"):
+        assert exported[name].dtype == exported.dtypes[name]
+        np.testing.assert_array_equal(exported[name], weights[name])
+
+
+def test_parameters_that_are_decoded_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = open_checkpoint(ROOT / "mixtral_8bit").weights
+    assert weights.decoded_notes() == []
+    monkeypatch.setattr(Placed, "packed", lambda _, place: None)
+    (note,) = weights.decoded_notes()
+    assert re.fullmatch(
+        r"\d+ quantized parameters are decoded when the model is loaded, since they have only parts of rows of codes: "
+        r"embedding.weight, .*, \.\.\.",
+        note,
+    )
 
 
 @pytest.mark.parametrize("folder", ["qwen3_next_4bit", "lfm2_moe_5bit"])

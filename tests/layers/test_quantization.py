@@ -2,7 +2,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moezoo.core.quantization.formats import GROUP_SIZES, QuantizationFormat
+from moezoo.core.huggingface.nonfinite import is_finite_weight
+from moezoo.core.quantization.formats import BITS, GROUP_SIZES, MODES, QuantizationFormat
 from moezoo.core.reference.quantization import dequantize
 from tests.support.quantized import FORMATS, random_weight
 
@@ -33,6 +34,47 @@ def test_affine_numbers_are_rounded_as_product_and_as_sum_to_the_dtype_of_the_sc
     np.testing.assert_array_equal(values, weight.values())
     np.testing.assert_array_equal(values, values.astype(dtype).astype(np.float32))
     np.testing.assert_array_equal(values, dequantize(weight).astype(np.float32))
+
+
+FOUND_IN_CODES = ("as it is", "nan scale", "nan code")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [*FOUND_IN_CODES, "large scale, code 0", "large scale, largest code"])
+def test_numbers_that_are_not_finite_are_found_in_codes(twin, mode, case):
+    """As in the decoded numbers, which are needed only for a scale with which some code would be infinite."""
+    format = QuantizationFormat(mode, BITS[mode][0], GROUP_SIZES[mode][0])
+    dtype = np.float16 if mode == "affine" else np.float32
+    weight = random_weight(format, (128, 3), (1,), (0,), dtype)
+    row = weight.codes.view(np.uint8)[1]
+    if "large" in case:
+        largest = {"affine": 60000, "fp8": 1e38, "nvfp4": 0x7E}.get(mode, 254)
+        weight.scales[1] = largest
+        row[:] = 0 if "0" in case else 0x7E if format.has_nan_codes else 0x77 if mode != "affine" else 0xFF
+    elif case == "nan scale":
+        weight.scales[1, 0] = np.nan if weight.scales.dtype.kind == "f" else {"nvfp4": 0x7F}.get(mode, 255)
+    elif case == "nan code" and format.has_nan_codes:
+        row[5] = 0xFF
+    finite = bool(np.isfinite(weight.values()).all())
+    module = twin.module("quantization")
+    on_device = module.quantized_array(weight)
+    found = bool(module.is_surely_finite(on_device))
+    assert not found or finite
+    assert found or finite == bool(np.isfinite(twin.numpy(module.dequantize(on_device))).all())
+    assert is_finite_weight(weight) == finite
+    if case in FOUND_IN_CODES:
+        assert found == finite
+
+
+@pytest.mark.parametrize("format", [QuantizationFormat("affine", 3, 32), QuantizationFormat("mxfp4", 4, 32)], ids=str)
+def test_codes_come_back_from_the_device(twin, format):
+    weight = random_weight(format, (2, 32, 3), (2,), (0, 1), ml_dtypes.bfloat16)
+    module = twin.module("quantization")
+    back = module.quantized_weight(module.quantized_array(weight))
+    assert (back.format, back.shape, back.lead, back.packed) == (format, weight.shape, weight.lead, weight.packed)
+    assert back.scales.dtype == weight.scales.dtype
+    for name in ("codes", "scales", "biases"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(weight, name))
 
 
 def test_rows_of_two_axes_in_bfloat16(twin):

@@ -117,7 +117,7 @@ class LazyWeights(LazyTensors):
     def stored(self, name: str) -> Array | QuantizedWeight:
         """Return a parameter as it is stored: as codes, if they can stay as they are, or as floats."""
         form = self._form(name)
-        if form is None:
+        if not isinstance(form, CodedForm):
             return self[name]
         weight = read_codes(form, self._ledger.sources[name], self.shapes[name], self._quantized)
         for source in self._ledger.copies:
@@ -129,9 +129,22 @@ class LazyWeights(LazyTensors):
 
     def stored_bytes(self, name: str) -> int | None:
         form = self._form(name)
-        return None if form is None else form.nbytes
+        return form.nbytes if isinstance(form, CodedForm) else None
 
-    def _form(self, name: str) -> CodedForm | None:
+    def decoded_notes(self) -> list[str]:
+        """Return a line for each reason why quantized parameters are decoded when they are loaded, with their names."""
+        reasons: dict[str, list[str]] = {}
+        for name in self:
+            form = self._form(name)
+            if isinstance(form, str):
+                reasons.setdefault(form, []).append(name)
+        return [
+            f"{len(names)} quantized parameters are decoded when the model is loaded, since {reason}: "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for reason, names in reasons.items()
+        ]
+
+    def _form(self, name: str) -> CodedForm | str | None:
         return coded_form(self._ledger.sources[name], self.shapes[name], self._quantized)
 
     @property

@@ -17,6 +17,7 @@ from moezoo.core.huggingface.assembly import assemble
 from moezoo.core.huggingface.codecs import FP8_BLOCK
 from moezoo.core.huggingface.ledger import FLOATS, Readable, Source
 from moezoo.core.huggingface.quantized_tensors import Quantized, numpy_dtype
+from moezoo.core.huggingface.tensors import Placed
 from moezoo.core.quantization.formats import WORD_BITS, QuantizationFormat
 from moezoo.core.quantization.weight import QuantizedWeight
 
@@ -34,24 +35,27 @@ class CodedForm(NamedTuple):
     nbytes: int
 
 
-def coded_form(sources: Sequence[Source], shape: tuple[int, ...], quantized: Quantized) -> CodedForm | None:
-    """Return the form of a parameter that can stay in codes.
-
-    None if it is not quantized, or cannot: its tensors have several formats, or a row of codes is not whole in it.
-    """
+def coded_form(sources: Sequence[Source], shape: tuple[int, ...], quantized: Quantized) -> CodedForm | str | None:
+    """Return the form of a parameter that can stay in codes; why it is decoded, if it cannot; None if it has none."""
     tensors = [quantized.readable.get(source.name) for source in sources]
-    format = tensors[0].format if tensors[0] is not None else None
-    if format is None or any(tensor is None or tensor.format != format for tensor in tensors):
+    formats = {None if tensor is None else tensor.format for tensor in tensors}
+    if formats == {None}:
         return None
+    if len(formats) > 1:
+        return "their tensors have several formats"
+    format = formats.pop()
+    assert format is not None
     dtypes = {_Stored(quantized, which).dtype(source.name) for source in sources for which in _parts(format)[1:]}
     axes = {source.placed.packed(source.place) for source in sources}
     known = next(iter(axes))
-    if len(axes) > 1 or known is None or len(dtypes) > 1:
-        return None
+    if len(dtypes) > 1:
+        return "their scales have several dtypes"
+    if len(axes) > 1 or known is None:
+        return "they have only parts of rows of codes"
     lead, packed = known
     rows, size = math.prod(shape[axis] for axis in lead), math.prod(shape[axis] for axis in packed)
     if not lead or not format.divides(size):
-        return None
+        return f"groups do not divide their rows of {size} numbers"
     beside = format.groups(size) * dtypes.pop().itemsize * (len(_parts(format)) - 1)
     return CodedForm(format, lead, packed, rows * (format.words(size) * WORD_BITS // 8 + beside))
 
@@ -69,6 +73,21 @@ def read_codes(
         return assemble(moved, apart, reader.dtype(sources[0].name), reader).reshape(*rows, words)
 
     return QuantizedWeight(form.format, shape, form.lead, form.packed, *(read(which) for which in _parts(form.format)))
+
+
+def written_codes(placed: Placed, weights: Sequence[QuantizedWeight]) -> list[Array]:
+    """Return codes in words, scales and biases of a checkpoint tensor from its parameters: undoes `read_codes`."""
+    format, written = weights[0].format, []
+    for which in _parts(format):
+        words = (format.groups if which else format.words)(placed.shape[-1])
+        parts: list[Any] = [(weight.codes, weight.scales, weight.biases)[which] for weight in weights]
+        array = np.empty((*placed.shape[:-1], words), parts[0].dtype)
+        for place, part in enumerate(parts):
+            expert = placed.parts[place][1]  # stacked outside of everything else
+            placed.in_words(place, words).put(array, place, part if expert is None else part[expert])
+        is_repeated = format.mode == "fp8" and which != _CODES
+        written.append(array[..., ::FP8_BLOCK, :] if is_repeated else array)
+    return written
 
 
 def _parts(format: QuantizationFormat) -> tuple[int, ...]:

@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +15,8 @@ from moezoo.core.checkpoint.safetensors_header import encode_header, size_bytes
 from moezoo.core.data.tokenizer_files import tokenizer_files
 from moezoo.core.errors import CheckpointError, RunError
 from moezoo.core.files import make_folder, remove_folder, rename_folder, write_atomically
-from moezoo.core.huggingface.assembly import PIECE_BYTES
+from moezoo.core.huggingface.assembly import PIECE_BYTES, same_bits
+from moezoo.core.huggingface.codes import written_codes
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.layout import CONFIG, HEADERS, Layout, copy_small_files, entries_of
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
@@ -22,11 +24,13 @@ from moezoo.core.huggingface.mlx_config import with_mlx_spellings, without_quant
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
+from moezoo.core.quantization.weight import QuantizedWeight, stored
 
 Array = npt.NDArray[Any]
 
 MAX_FILE_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
+_CODES = {"U32": np.uint32, "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 
 
 def export_checkpoint(
@@ -72,12 +76,11 @@ def into_new_folder(out: Path, write: Callable[[Path], list[str]]) -> list[str]:
 def _write(
     parameters: Mapping[str, Array], layout: Layout, folder: Path, tokenizer: ExportedTokenizer | None, trained: bool
 ) -> list[str]:
-    codes: dict[str, Array] = {}
-    for name in layout.readable:
-        try:
-            codes[name] = _codes(name, parameters, layout)
-        except CheckpointError:
-            return _write_plain(parameters, layout, folder, tokenizer)
+    try:
+        for name in layout.readable:  # those that have changed are known before anything is written
+            _codes(name, parameters, layout)
+    except CheckpointError:
+        return _write_plain(parameters, layout, folder, tokenizer)
     write_small_files(layout.path, folder, tokenizer, set())
     read = layout.description
     config = with_mlx_spellings(read.family, read.fields, read.spec) if trained else read.fields.raw
@@ -86,7 +89,7 @@ def _write(
     if tokenizer is not None:
         tokenizer.write(folder)
     for name, header in layout.headers.items():
-        write_stream(folder / name, header, _tensors(header, parameters, layout, codes))
+        write_stream(folder / name, header, _tensors(header, parameters, layout))
     return []
 
 
@@ -96,15 +99,13 @@ def write_small_files(path: Path, folder: Path, tokenizer: ExportedTokenizer | N
     copy_small_files(path, folder, {HEADERS, *replaced, *without})
 
 
-def _tensors(
-    header: bytes, parameters: Mapping[str, Array], layout: Layout, codes: Mapping[str, Array]
-) -> Iterator[tuple[str, Array]]:
+def _tensors(header: bytes, parameters: Mapping[str, Array], layout: Layout) -> Iterator[tuple[str, Array]]:
     kept = set(layout.kept_names())
     for name, entry in entries_of(header):
         if name in kept:
             yield name, layout.read(name)
-        elif name in codes:
-            yield name, codes[name]
+        elif name in layout.readable:
+            yield name, _codes(name, parameters, layout)
         else:
             yield name, _assembled(name, layout.ledger.placed[name], parameters, numpy_dtype(entry["dtype"]))
 
@@ -154,12 +155,29 @@ def _cast(value: Array, dtype: np.dtype[Any], ours: str, name: str) -> Array:
 
 
 def _codes(name: str, parameters: Mapping[str, Array], layout: Layout) -> Array:
+    """Return the codes of a tensor. Raises CheckpointError if its values or scales have changed."""
     tensor = layout.readable[name]
+    weights = [stored(parameters, ours) for ours in layout.ledger.placed[name].ours]
+    coded = [weight for weight in weights if isinstance(weight, QuantizedWeight) and weight.format == tensor.format]
+    if len(coded) == len(weights):
+        return _kept_codes(name, coded, layout)
     value = _assembled(name, layout.ledger.placed[name], parameters, numpy_dtype(tensor.dtype))
     if any(parameters[ours].dtype != value.dtype for ours in layout.ledger.placed[name].ours):
         _check_exact(name, layout.ledger.placed[name], parameters, value)
     kept = layout.read(name) if name in layout.stored else None
     return encode(tensor, value, [layout.read(part) for part in tensor.stored[1:]], kept)
+
+
+def _kept_codes(name: str, weights: Sequence[QuantizedWeight], layout: Layout) -> Array:
+    """Return the codes of a tensor whose parameters are codes still, with the scales and biases of the layout."""
+    tensor, original = layout.readable[name], layout.tensors[name]
+    codes, *beside = written_codes(layout.ledger.placed[name], weights)
+    for part, array in zip(tensor.stored[1:], beside, strict=True):
+        kept = layout.read(part)
+        if not same_bits(kept.view(np.uint8) if array.dtype == np.uint8 else kept.astype(array.dtype), array):
+            raise CheckpointError(f"{part} has changed.")
+    written: Array = codes.view(_CODES[original.dtype]).reshape(original.shape)
+    return written
 
 
 def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], value: Array) -> None:

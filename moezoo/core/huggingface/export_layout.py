@@ -89,6 +89,11 @@ def make_target(
     Raises SpecError: mlx-lm does not have the family, or its config would mean another model.
     """
     family, fields = description.family, description.fields
+    if description.lacks is not None:
+        raise SpecError(
+            f"the files of {fields.where} lack {description.lacks}, which mlx-lm drops, so config.json would describe "
+            "another model than they have. Convert the checkpoint in transformers' layout."
+        )
     config = _mlx_config(family, fields, description.spec) if layout == "mlx" else _text_config(fields)
     read = Fields(config, f"{fields.where} in the layout of {layout}", fields.max_length)
     spec = family.spec_of(read)

@@ -46,12 +46,14 @@ class Description:
     Fields:
         family, fields, spec: the model.
         rules: the family's tensor mapping, in the layout of the files.
+        lacks: a part of the model in config.json that the files lack, since mlx-lm drops it.
     """
 
     family: Family
     fields: Fields
     spec: ModelSpec
     rules: tuple[Fused, ...]
+    lacks: str | None = None
 
     def in_layout(self, names: Collection[str]) -> "Description":
         """Return the description of files with tensors of these names.
@@ -61,12 +63,13 @@ class Description:
         """
         if not self.family.has_mlx_names(names):
             return self
-        spec, drops = with_learned_norms(self.spec), self.family.mlx_lm.drops
+        spec, drops, lacks = with_learned_norms(self.spec), self.family.mlx_lm.drops, None
         if drops is not None and not any(name.endswith(drops[1]) for name in names):
-            note = f"these files of mlx-lm lack {drops[0]}, which it drops; the model is computed without, as there"
+            lacks = drops[0]
+            note = f"these files of mlx-lm lack {lacks}, which it drops; the model is computed without, as there"
             self.fields.notes += [note] if note not in self.fields.notes else []
-            spec = _without(spec, drops[0])
-        return replace(self, spec=spec, rules=self.family.mlx_tensors)
+            spec = _without(spec, lacks)
+        return replace(self, spec=spec, rules=self.family.mlx_tensors, lacks=lacks)
 
     @property
     def notes(self) -> list[str]:

@@ -31,13 +31,11 @@ def is_finite(array: Array) -> bool:
 
 
 def is_finite_weight(weight: QuantizedWeight) -> bool:
-    """Return True if no code, scale or bias of a weight is NaN or infinity."""
-    beside = [array for array in (weight.scales, weight.biases) if array is not None]
-    if not all(are_finite_scales(weight.format, array) for array in beside):
+    """Return True if no number of a weight is NaN or infinity; decoded only if the largest code would be infinite."""
+    pieces = _pieces(weight.codes.reshape(-1).view(np.uint8)) if weight.format.has_nan_codes else ()
+    if any(bool((piece & _NAN_E4M3 == _NAN_E4M3).any()) for piece in pieces):
         return False
-    return weight.format.mode not in ("mxfp8", "fp8") or not any(
-        bool((piece & _NAN_E4M3 == _NAN_E4M3).any()) for piece in _pieces(weight.codes.reshape(-1).view(np.uint8))
-    )
+    return is_finite(weight.largest()) or is_finite(weight.values())
 
 
 def are_finite_scales(format: QuantizationFormat, scales: Array) -> bool:

@@ -269,7 +269,7 @@ def backend_side(
 
 def _stepped(
     model: Model, reference: Reference
-) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float], list[NDArray[np.int64]]]:
+) -> tuple[Mapping[str, Floats], dict[str, Floats], dict[str, float], list[NDArray[np.int64]]]:
     """Do one `train_step` of a backend from the same moments."""
     model.start_training(reference.optimizer, reference.moments, _UPDATES_DONE, trained=reference.trained)
     metrics = model.train_step(reference.windows, reference.optimizer.learning_rate, reference.key[None]).fetch()

@@ -25,6 +25,7 @@ Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4", "fp8"]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,), "fp8": (128,)}
+_LARGEST_CODE = {"mxfp4": 6.0, "mxfp8": 448.0, "nvfp4": 6.0, "fp8": 448.0}
 BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,), "fp8": (8,)}
 WORD_BITS = 32
 
@@ -52,6 +53,16 @@ class QuantizationFormat:
     def has_biases(self) -> bool:
         """True if a group has a bias beside its scale."""
         return self.mode == "affine"
+
+    @property
+    def largest_code(self) -> float:
+        """Largest magnitude of a code's number."""
+        return _LARGEST_CODE.get(self.mode, 2.0**self.bits - 1)
+
+    @property
+    def has_nan_codes(self) -> bool:
+        """True if a code can be NaN: 0x7F of either sign."""
+        return self.mode in ("mxfp8", "fp8")
 
     def words(self, size: int) -> int:
         """Return the number of uint32 words of a row of `size` numbers."""

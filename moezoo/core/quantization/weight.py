@@ -1,7 +1,7 @@
 """A parameter that is kept as codes, and its decoding to float32."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,12 @@ class QuantizedWeight:
         rows = decode_rows(self.format, self.codes, self.scales, self.biases, self.row_size)
         return self.in_place(rows)
 
+    def largest(self) -> Array:
+        """Return the number of the largest code of each group as float32 [*lead, groups]: all are finite if it is,
+        unless codes are NaN."""
+        largest = np.full(self.scales.shape, self.format.largest_code, np.float32)
+        return _scaled(largest, self.format, self.scales, self.biases, lambda groups: groups)
+
     def in_place(self, rows: Array) -> Array:
         """Return decoded rows [*lead, row size] in the parameter's shape and order of axes."""
         order = (*self.lead, *self.packed)
@@ -115,14 +121,22 @@ def decode_rows(format: QuantizationFormat, codes: Array, scales: Array, biases:
             rows[piece] = _mxfp4_rows(flat[piece], scales[piece])
             continue
         number = _numbers(format, unpack(flat[piece], format.bits, size))
-        scale = _per_number(scale_values(format, scales[piece]), format, size)
-        with np.errstate(all="ignore"):  # extreme scales, NaN codes
-            np.multiply(number, scale, out=rows[piece])
-            if biases is not None:
-                product = rows[piece].astype(scales.dtype, copy=False).astype(np.float32, copy=False)
-                product += _per_number(biases[piece].astype(np.float32), format, size)
-                rows[piece] = product.astype(scales.dtype, copy=False)
+        bias = None if biases is None else biases[piece]
+        rows[piece] = _scaled(number, format, scales[piece], bias, lambda groups: _per_number(groups, format, size))
     return out
+
+
+def _scaled(
+    number: Array, format: QuantizationFormat, scales: Array, biases: Array | None, spread: Callable[[Array], Array]
+) -> Array:
+    """Multiply numbers of codes by their scales and add biases, in place; `spread`: from groups to numbers."""
+    with np.errstate(all="ignore"):  # extreme scales, NaN codes
+        number *= spread(scale_values(format, scales))
+        if biases is not None:
+            number = number.astype(scales.dtype, copy=False).astype(np.float32, copy=False)
+            number += spread(biases.astype(np.float32))
+            number = number.astype(scales.dtype, copy=False).astype(np.float32, copy=False)
+    return number
 
 
 def unpack(words: Array, bits: int, size: int) -> Array:

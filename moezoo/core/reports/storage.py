@@ -182,16 +182,7 @@ def _warnings(checkpoint: HuggingFaceCheckpoint, memory_bytes: Mapping[str, int]
             f"{len(floats)} {plural('parameter', len(floats))} of routed experts in floats ({bytes_text(size)}): a "
             f"group does not divide the rows, or they were left so: {floats[0].name} {list(floats[0].shape)}, ..."
         )
-    decoded = [
-        row.name
-        for row in rows
-        if checkpoint.weights.stored_bytes(row.name) is None
-        and any(isinstance(stored, QuantizationFormat) for stored in _stored(checkpoint, row.name))
-    ]
-    if decoded:
-        yield f"{len(decoded)} quantized parameters are decoded when the model is loaded: {', '.join(decoded[:3])}" + (
-            ", ..." if len(decoded) > 3 else ""
-        )
+    yield from checkpoint.weights.decoded_notes()
 
 
 def storage_table(storage: Storage) -> "Table":

@@ -27,6 +27,14 @@ def decoded(
     return value.reshape(*lead, groups * format.group_size)[..., :size]
 
 
+def largest(format: QuantizationFormat, scales: jax.Array, biases: jax.Array | None) -> jax.Array:
+    """Spec: moezoo.core.quantization.weight.QuantizedWeight.largest."""
+    value: jax.Array = format.largest_code * _scale_values(format, scales)
+    if biases is None:
+        return value
+    return _rounded(_rounded(value, scales.dtype) + biases.astype(jnp.float32), scales.dtype)
+
+
 def _unpacked(words: jax.Array, bits: int) -> jax.Array:
     """Return the codes in uint32 words [..., W], low bits first, as uint32 [..., W / n, codes in n words]."""
     if 32 % bits == 0:
