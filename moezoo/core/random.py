@@ -17,6 +17,7 @@ from moezoo.core.errors import SpecError
 Bits = npt.NDArray[np.uint32]
 
 ROUTER_JITTER, ROUTER_NOISE, ROUTER_SAMPLE, ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT = range(1, 7)
+ADAPTER_DROPOUT = 7
 """Purposes of a layer's random numbers, as counters: `fold_in(key, ROUTER_NOISE)`. A number is never reused."""
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

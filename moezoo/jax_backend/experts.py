@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
+from moezoo.jax_backend.adapter import held
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.feed_forward import activate
-from moezoo.jax_backend.kernels.expert_blocks import expert_kernel
+from moezoo.jax_backend.kernels.expert_blocks import expert_kernel, with_factors
 from moezoo.jax_backend.kernels.grouped_product import group_rows, grouped_product
 
 ExpertsCall = Callable[[jax.Array, jax.Array], jax.Array]
@@ -33,9 +34,8 @@ class Experts(nnx.Module):
 
     def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
         spec, dtype = self.spec, x_RD.dtype
-        parameters: dict[str, jax.Array] = {
-            name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()
-        }
+        names = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        parameters = with_factors({name: held(getattr(self, name)) for name in names})
         kernel = expert_kernel(x_RD, parameters)
         if kernel is not None:
             return kernel(spec, x_RD, parameters, size_E)
@@ -43,6 +43,9 @@ class Experts(nnx.Module):
 
         def linear(x_RD: jax.Array, name: str) -> jax.Array:
             product = grouped_product(x_RD, parameters[f"w_{name}"], groups)
+            if f"w_{name}.lora_a" in parameters:
+                low_RK = grouped_product(x_RD, parameters[f"w_{name}.lora_a"], groups)
+                product = product + grouped_product(low_RK, parameters[f"w_{name}.lora_b"], groups)
             if not spec.bias:
                 return product
             # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.

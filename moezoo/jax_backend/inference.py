@@ -19,7 +19,7 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import check_targets
-from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.arrays import Weights, named
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.distributed.expert_parallel import ExpertParallel
 from moezoo.jax_backend.distributed.sharding import Placement, gather_outside_layers
@@ -189,10 +189,10 @@ class JaxInference:
         return isinstance(value, QuantizedArray) and bool(jnp.isfinite(dequantize(value)).all())
 
     def _finite_values(self, parameters: Parameters, state: Parameters) -> Parameters:
-        named = self._stacks.unstack(parameters) | state
+        values = self._stacks.unstack(parameters) | state
         return {
             name: is_surely_finite(value) if isinstance(value, QuantizedArray) else jnp.all(jnp.isfinite(value))
-            for name, value in named.items()
+            for name, value in values.items()
         }
 
     # --- the module and its arrays -----------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ class JaxInference:
         graph, parameters, *others = nnx.split(module, nnx.Param, ...)
         (state,) = others
         self._merge_split = _merger(graph, parameters, state)
-        return dict(_named(parameters)), dict(_named(state))
+        return named(parameters), named(state)
 
     def _merge(self, parameters: Parameters, state: Parameters) -> Transformer:
         return self._merge_split(parameters, self._stacks.stack(state, state.__getitem__))
@@ -226,19 +226,13 @@ class JaxInference:
         return nullcontext() if self._placement is None else self._placement.active(num_sequences)
 
 
-def _named(state: State) -> list[tuple[str, jax.Array]]:
-    """Leaves of an NNX state with their attribute path, in the order of its tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state), is_leaf=_is_codes)
-    return [(".".join(str(key.key) for key in path), value) for path, value in leaves]
-
-
 def _is_codes(value: object) -> bool:
     return isinstance(value, QuantizedArray)
 
 
 def _merger(graph: GraphDef, *states: State) -> Callable[..., Transformer]:
     """Return a function that merges a module from values by name, one dict for each of the states."""
-    parts = [(jax.tree.structure(state, is_leaf=_is_codes), [name for name, _ in _named(state)]) for state in states]
+    parts = [(jax.tree.structure(state, is_leaf=_is_codes), list(named(state))) for state in states]
 
     def merge(*values: Parameters) -> Transformer:
         pairs = zip(parts, values, strict=True)

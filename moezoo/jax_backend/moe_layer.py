@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from moezoo.core.spec import ModelSpec
-from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.arrays import Weights, named
 from moezoo.jax_backend.choice import RoutingContext
 from moezoo.jax_backend.moe import MoE
 from moezoo.jax_backend.runtime.typed import State
@@ -19,7 +19,7 @@ class MoELayer:
 
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
         self._prefix = f"layers.{layer}.moe."
-        module = MoE(dict(spec.moes)[layer], Weights(weights, self._prefix))
+        module = MoE(dict(spec.moes)[layer], Weights(weights, self._prefix, spec.adapter))
         graph, self._parameters, *rest = nnx.split(module, nnx.Param, ...)
         (self._state,) = rest
 
@@ -50,5 +50,4 @@ class MoELayer:
         of_parameters, of_x_BTD = jax.block_until_ready(
             self._gradients(self._parameters, self._state, x_BTD, token_BT, gradient_BTD)
         )
-        leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(of_parameters))
-        return of_x_BTD, {self._prefix + ".".join(str(key.key) for key in path): value for path, value in leaves}
+        return of_x_BTD, {self._prefix + name: value for name, value in named(of_parameters).items()}

@@ -20,6 +20,7 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
+from moezoo.jax_backend.adapter import keyed, take
 from moezoo.jax_backend.arrays import DTYPES, Weights
 from moezoo.jax_backend.attention import GroupedQueryAttention
 from moezoo.jax_backend.choice import RoutingContext
@@ -33,7 +34,6 @@ from moezoo.jax_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.jax_backend.moe import Exchange, MoE
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import EmbeddingPosition, positions
-from moezoo.jax_backend.quantization import take
 from moezoo.jax_backend.random import fold_in, uniform
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.short_convolution import ShortConvolution
@@ -123,6 +123,7 @@ class Layer(nnx.Module):
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         self.spec, self.name = spec, f"layers.{index}"
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
+        self.adapter = model.adapter
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
         self.attention = attention_layer(spec.attention, weights.inside("attention"), index)
         if spec.norm_placement != "parallel":
@@ -152,7 +153,7 @@ class Layer(nnx.Module):
         key = None if inputs.key is None else fold_in(inputs.key, index)
         x_BTD = state.x_BTD
         seen_BTD = self.attention_input(x_BTD)
-        attended = self._attend(seen_BTD, state, inputs, index, sources)
+        attended = self._attend(seen_BTD, state, inputs, key, index, sources)
         record[f"{name}.attention"] = attended.out_BTD
         x_BTD = x_BTD + self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
         if self.spec.norm_placement != "parallel":
@@ -164,18 +165,18 @@ class Layer(nnx.Module):
                 assert isinstance(index, int)
                 forced_PK = inputs.forced[index]
             context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
-            out, routing, dispatched = self._block("moe", inputs)(
+            out, routing, dispatched = self._block("moe", inputs, key)(
                 seen_BTD, context, raw_BTD=x_BTD, exchange=inputs.exchange, record=record, name=f"{name}.moe"
             )
             record[f"{name}.moe"] = out
         shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if self.spec.shortcut else None
         if self.spec.feed_forward is not None:
-            out = self._block("feed_forward", inputs)(seen_BTD)
+            out = self._block("feed_forward", inputs, key)(seen_BTD)
             record[f"{name}.feed_forward"] = out
         x_BTD = x_BTD + self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
         x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
         if input_BTZ is not None:
-            out = self._block("layer_input", inputs)(x_BTD, input_BTZ)
+            out = self._block("layer_input", inputs, key)(x_BTD, input_BTZ)
             record[f"{name}.layer_input"] = out
             x_BTD = x_BTD + out
         x_BTD = self.scaled(x_BTD)
@@ -190,6 +191,7 @@ class Layer(nnx.Module):
         x_BTD: jax.Array,
         state: ResidualState,
         inputs: StepInputs,
+        key: jax.Array | None,
         index: int | jax.Array,
         sources: Mapping[int, Source | None],
     ) -> Attended:
@@ -200,13 +202,13 @@ class Layer(nnx.Module):
         match self.spec.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
                 shared["source"] = sources[other]
-        attention = self._block("attention", inputs)
+        attention = self._block("attention", inputs, key)
         attended: Attended = attention(x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared)
         return attended
 
-    def _block(self, name: str, inputs: StepInputs) -> Callable[..., Any]:
-        """One of the layer's blocks, transformed for this forward pass."""
-        block = getattr(self, name)
+    def _block(self, name: str, inputs: StepInputs, key: jax.Array | None) -> Callable[..., Any]:
+        """One of the layer's blocks, with keys for its adapters, transformed for this forward pass."""
+        block = keyed(self.adapter, getattr(self, name), name, key)
         return block if inputs.wrap_block is None else inputs.wrap_block(block, f"{self.name}.{name}")
 
     def attention_input(self, x_BTD: jax.Array) -> jax.Array:
@@ -265,6 +267,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, spec: ModelSpec, weights: Weights):
         self.spec = spec
+        weights = weights.adapted_by(spec.adapter)
         self.embedding = Embedding(weights.inside("embedding"))
         if spec.position is not None:
             self.position = EmbeddingPosition(spec.position, spec.embed_dim, weights.inside("position"))
@@ -300,7 +303,7 @@ class Transformer(nnx.Module):
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
         state, outputs = self._run_layers(ResidualState(x_BTD), inputs, inputs_BTLZ)
         x_BTD = self.final_norm(state.x_BTD if caches is None else state.x_BTD[:, -1:])
-        logits_BTV = self._logits(x_BTD)
+        logits_BTV = self._logits(x_BTD, key)
         if record is not None:
             record |= {"final_norm": x_BTD, "logits": logits_BTV}
         return self._collected(logits_BTV, outputs, caches)
@@ -357,12 +360,15 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.position(jnp.maximum(positions(tokens_BT.shape[1], start, first_B), 0))
         return x_BTD.astype(DTYPES[self.spec.precision.compute])
 
-    def _logits(self, x_BTD: jax.Array) -> jax.Array:
+    def _logits(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        key = None if key is None else fold_in(key, len(self.spec.all_layers))
         match self.spec.head:
             case TiedHeadSpec():
-                logits_BTV = projection.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight[...].astype(x_BTD.dtype))
+                w = keyed(self.spec.adapter, self.embedding, "embedding", key).weight[...]
+                logits_BTV = projection.einsum("BTD,VD->BTV", x_BTD, w.astype(x_BTD.dtype))
             case UntiedHeadSpec():
-                logits_BTV = projection.einsum("BTD,DV->BTV", x_BTD, self.head.w_head[...].astype(x_BTD.dtype))
+                w = keyed(self.spec.adapter, self.head, "head", key).w_head[...]
+                logits_BTV = projection.einsum("BTD,DV->BTV", x_BTD, w.astype(x_BTD.dtype))
             case _:
                 assert_never(self.spec.head)
         if self.spec.head.bias:

@@ -9,7 +9,10 @@ import numpy as np
 
 from moezoo.core.parameters.precision import STORED_DTYPES
 from moezoo.core.quantization.weight import QuantizedWeight, stored
+from moezoo.core.spec import AdapterSpec
+from moezoo.mlx_backend.adapter import BASE, Adapted
 from moezoo.mlx_backend.quantization import quantized_array
+from moezoo.mlx_backend.runtime.typed import flatten
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
@@ -17,12 +20,16 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 class Weights:
     """Parameter values by canonical name, as seen by one module: `inside("experts")` is the view of a sub-module."""
 
-    def __init__(self, values: Mapping[str, Any], prefix: str = ""):
-        self._values, self._prefix = values, prefix
+    def __init__(self, values: Mapping[str, Any], prefix: str = "", adapter: AdapterSpec | None = None):
+        self._values, self._prefix, self._adapter = values, prefix, adapter
 
     def inside(self, name: str) -> "Weights":
         """Return the view of a sub-module."""
-        return Weights(self._values, f"{self._prefix}{name}.")
+        return Weights(self._values, f"{self._prefix}{name}.", self._adapter)
+
+    def adapted_by(self, adapter: AdapterSpec | None) -> "Weights":
+        """Return the same view, of a model with this adapter."""
+        return Weights(self._values, self._prefix, adapter)
 
     def has(self, name: str) -> bool:
         """Return True if this module has a parameter of that name."""
@@ -32,8 +39,15 @@ class Weights:
         """Return a trainable parameter with this module's value of that name, in its own dtype: every use casts it.
 
         Trap: a matrix may be a QuantizedArray, for `projection.einsum`, grouped products, `take` and `as_array`. It is
-        no `mx.array`, so a module's `parameters()` lack it, and no gradient is computed.
+        no `mx.array`, so a module's `parameters()` lack it, and no gradient is computed. With an adapter it is Adapted.
         """
+        if self.has(f"{name}.lora_a"):
+            assert self._adapter is not None
+            base, lora_a, lora_b = (self._plain(part) for part in (name, f"{name}.lora_a", f"{name}.lora_b"))
+            return cast(mx.array, Adapted(base, lora_a, lora_b, self._adapter))
+        return self._plain(name)
+
+    def _plain(self, name: str) -> mx.array:
         given = stored(self._values, self._prefix + name)
         if isinstance(given, QuantizedWeight) and len(given.shape) > 1:
             return cast(mx.array, quantized_array(given))
@@ -45,6 +59,16 @@ class Weights:
     def state(self, name: str) -> mx.array:
         """Return state with this module's value of that name, in its own dtype; the module must freeze it."""
         return self.parameter(name)
+
+
+def canonical_name(path: str) -> str:
+    """Return the canonical name of the parameter at a path of a module."""
+    return path.removesuffix(BASE)
+
+
+def named(tree: Any) -> dict[str, mx.array]:
+    """Return the arrays of a tree of parameters or gradients by canonical name."""
+    return {canonical_name(path): value for path, value in flatten(tree)}
 
 
 def to_numpy(values: Mapping[str, mx.array]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.spec import ExpertsSpec, PlainFeedForwardSpec
+from moezoo.mlx_backend.adapter import held
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.feed_forward import activate
 from moezoo.mlx_backend.kernels.codes import decodes_by_expert
@@ -40,10 +41,10 @@ class Experts(nn.Module):
         spec, dtype = self.spec, x_RD.dtype
         groups = group_rows(size_E, x_RD.shape[0], sliced=decodes_by_expert(self, dtype))
         if is_plain_swiglu(spec):
-            return grouped_swiglu(x_RD, self.w_gate, self.w_up, self.w_down, groups)
+            return grouped_swiglu(x_RD, held(self.w_gate), held(self.w_up), held(self.w_down), groups)
 
         def linear(x_RD: mx.array, name: str) -> mx.array:
-            product = grouped_product(x_RD, getattr(self, f"w_{name}"), groups)
+            product = grouped_product(x_RD, held(getattr(self, f"w_{name}")), groups)
             if not spec.bias:
                 return product
             # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.

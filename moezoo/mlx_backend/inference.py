@@ -15,7 +15,8 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import check_targets
-from moezoo.mlx_backend.arrays import Weights, to_numpy
+from moezoo.mlx_backend.adapter import BASE, Adapted
+from moezoo.mlx_backend.arrays import Weights, named, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.generation import Extend, Generation, Step, choose, prefilled
@@ -24,7 +25,7 @@ from moezoo.mlx_backend.kernels.x86.token import token_step
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
 from moezoo.mlx_backend.quantization import QuantizedArray, dequantize, is_surely_finite
-from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int, to_ints
+from moezoo.mlx_backend.runtime.typed import to_float, to_int, to_ints
 from moezoo.mlx_backend.sampling import Rule
 from moezoo.mlx_backend.transformer import Forward, Transformer
 
@@ -144,11 +145,11 @@ class MlxInference:
         mx.synchronize()
 
     def nonfinite_parameters(self) -> list[str]:
-        named, codes = self._named(), self._codes()
+        arrays, codes = self._named(), self._codes()
         names = [row.name for row in parameter_table(self.spec)]
         finite = to_ints(
             mx.stack(
-                [is_surely_finite(codes[name]) if name in codes else mx.isfinite(named[name]).all() for name in names]
+                [is_surely_finite(codes[name]) if name in codes else mx.isfinite(arrays[name]).all() for name in names]
             )
         )
         unsure = [name for name, good in zip(names, finite, strict=True) if not good]
@@ -170,15 +171,22 @@ class MlxInference:
         return module
 
     def _named(self) -> dict[str, mx.array]:
-        return dict(flatten(self._module.parameters()))
+        return named(self._module.parameters())
 
     def _codes(self) -> dict[str, QuantizedArray]:
         """Return the parameters that stay in codes, by name."""
         return named_codes(self._module)
 
-    def _value(self, name: str) -> mx.array:
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a parameter, and its attribute there."""
         path, _, leaf = name.rpartition(".")
-        value: mx.array = self._inside(path)[leaf]
+        module = self._inside(path)
+        held = module[leaf]
+        return (held, BASE.removeprefix(".")) if isinstance(held, Adapted) else (module, leaf)
+
+    def _value(self, name: str) -> mx.array:
+        module, leaf = self._place(name)
+        value: mx.array = module[leaf]
         return value
 
 

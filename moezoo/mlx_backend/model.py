@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moezoo.core.checkpoint.coded_tensors import CodedTensors
-from moezoo.mlx_backend.arrays import exported, to_numpy
+from moezoo.mlx_backend.arrays import canonical_name, exported, to_numpy
 from moezoo.mlx_backend.quantization import quantized_weight
 from moezoo.mlx_backend.runtime.typed import flatten
 from moezoo.mlx_backend.training import MlxTraining
@@ -25,7 +25,7 @@ class MlxModel(MlxTraining):
         moments = {}
         for part in self._optimizer.optimizers:
             for path, value in flatten(part.state):
-                name, _, kind = path.rpartition(".")
+                own, _, kind = path.rpartition(".")
                 if kind in ("m", "v"):
-                    moments[f"{'first' if kind == 'm' else 'second'}_moment.{name}"] = value
+                    moments[f"{'first' if kind == 'm' else 'second'}_moment.{canonical_name(own)}"] = value
         return to_numpy(moments)

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
-from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.arrays import Weights, canonical_name
 from moezoo.mlx_backend.choice import RoutingContext
 from moezoo.mlx_backend.moe import MoE
+from moezoo.mlx_backend.runtime.typed import flatten
 
 
 class MoELayer:
@@ -18,10 +19,10 @@ class MoELayer:
 
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, np.ndarray]):
         self._prefix = f"layers.{layer}.moe."
-        self._module = MoE(dict(spec.moes)[layer], Weights(weights, self._prefix))
+        self._module = MoE(dict(spec.moes)[layer], Weights(weights, self._prefix, spec.adapter))
         trained = {row.name.removeprefix(self._prefix) for row in parameter_table(spec) if row.trained}
-        named = dict(tree_flatten(self._module.parameters()))
-        self._parameters = {name: value for name, value in named.items() if name in trained}
+        paths = dict(flatten(self._module.parameters()))
+        self._parameters = {path: value for path, value in paths.items() if canonical_name(path) in trained}
         mx.eval(self._module.parameters())
 
     def array(self, values: np.ndarray) -> mx.array:
@@ -43,5 +44,6 @@ class MoELayer:
         mx.eval(of_x_BTD, of_parameters)
         self._module.update(tree_unflatten(list(self._parameters.items())))
         return of_x_BTD, {
-            self._prefix + name: value for name, value in zip(self._parameters, of_parameters, strict=True)
+            self._prefix + canonical_name(path): value
+            for path, value in zip(self._parameters, of_parameters, strict=True)
         }

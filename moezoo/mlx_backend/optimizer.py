@@ -8,6 +8,7 @@ from mlx import optimizers
 from mlx.utils import tree_map
 
 from moezoo.core.config.training import OptimizerConfig
+from moezoo.mlx_backend.arrays import canonical_name
 from moezoo.mlx_backend.kernels.x86 import pays
 from moezoo.mlx_backend.kernels.x86.optimizer import adamw_kind, norm
 from moezoo.mlx_backend.runtime.typed import flatten
@@ -24,7 +25,9 @@ def adamw(config: OptimizerConfig, decayed: Mapping[str, bool]) -> optimizers.Mu
         betas = [config.beta1, config.beta2]
         return adamw_kind()(0.0, betas, config.epsilon, weight_decay, bias_correction=True)
 
-    return optimizers.MultiOptimizer([part(config.weight_decay), part(0.0)], [lambda name, _: decayed[name]])
+    return optimizers.MultiOptimizer(
+        [part(config.weight_decay), part(0.0)], [lambda path, _: decayed[canonical_name(path)]]
+    )
 
 
 def global_norm(gradients: Any) -> mx.array:

@@ -19,7 +19,7 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.core.tokens import check_targets
-from moezoo.mlx_backend.arrays import to_numpy
+from moezoo.mlx_backend.arrays import canonical_name, named, to_numpy
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.inference import MlxInference, flatten_forced, routing_load
 from moezoo.mlx_backend.optimizer import adamw, clip, global_norm
@@ -76,7 +76,7 @@ class MlxTraining(MlxInference):
         gradients, terms = data_parallel.averaged(gradients, terms)
         mx.eval(terms, gradients)
         self._freeze_others(self._trained)
-        return {name: to_float(value) for name, value in terms.items()}, to_numpy(dict(flatten(gradients)))
+        return {name: to_float(value) for name, value in terms.items()}, to_numpy(named(gradients))
 
     def _loss(
         self,
@@ -126,9 +126,10 @@ class MlxTraining(MlxInference):
             names = {"m": "first_moment", "v": "second_moment"}
             for part in self._optimizer.optimizers:
                 restored = [
-                    (path, mx.array(state[f"{names[path.rpartition('.')[2]]}.{path.rpartition('.')[0]}"]))
+                    (path, mx.array(state[f"{names[kind]}.{canonical_name(own)}"]))
                     for path, _ in flatten(part.state)
-                    if path.endswith((".m", ".v"))
+                    for own, _, kind in [path.rpartition(".")]
+                    if kind in names
                 ]
                 moments = tree_unflatten(restored) if restored else {}
                 part.state = {**part.state, **moments, "step": mx.array(update, mx.uint64)}
@@ -179,8 +180,8 @@ class MlxTraining(MlxInference):
         codes = self._codes()
         for name in self._decayed:
             if name not in codes:
-                path, _, leaf = name.rpartition(".")
-                change = self._inside(path).unfreeze if name in trained else self._inside(path).freeze
+                module, leaf = self._place(name)
+                change = module.unfreeze if name in trained else module.freeze
                 change(keys=[leaf], recurse=False)
 
 

@@ -1,6 +1,6 @@
 """The whole model. Spec: moezoo.core.reference.transformer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
+from moezoo.mlx_backend.adapter import held, keyed, take
 from moezoo.mlx_backend.arrays import DTYPES, Weights
 from moezoo.mlx_backend.attention import GroupedQueryAttention
 from moezoo.mlx_backend.choice import RoutingContext
@@ -33,7 +34,6 @@ from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import EmbeddingPosition, positions
-from moezoo.mlx_backend.quantization import take
 from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.short_convolution import ShortConvolution
@@ -125,6 +125,7 @@ class Layer(nn.Module):
         super().__init__()
         self.spec = spec
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
+        self.adapter = model.adapter
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
         self.attention = attention_layer(spec.attention, weights.inside("attention"), index)
         if spec.norm_placement != "parallel":
@@ -154,7 +155,7 @@ class Layer(nn.Module):
         key = None if inputs.key is None else fold_in(inputs.key, index)
         x_BTD = state.x_BTD
         seen_BTD = self.attention_input(x_BTD)
-        attended = self._attend(seen_BTD, state, inputs, index, sources)
+        attended = self._attend(seen_BTD, state, inputs, key, index, sources)
         record[f"{name}.attention"] = attended.out_BTD
         x_BTD = x_BTD + self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
         if self.spec.norm_placement != "parallel":
@@ -163,16 +164,18 @@ class Layer(nn.Module):
         if self.spec.moe is not None:
             forced_PK = inputs.forced[index] if inputs.forced else None
             context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
-            out, routing, dispatched = self.moe(seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe")
+            out, routing, dispatched = self._block("moe", key)(
+                seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe"
+            )
             record[f"{name}.moe"] = out
         shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if self.spec.shortcut else None
         if self.spec.feed_forward is not None:
-            out = self.feed_forward(seen_BTD)
+            out = self._block("feed_forward", key)(seen_BTD)
             record[f"{name}.feed_forward"] = out
         x_BTD = x_BTD + self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
         x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
         if input_BTZ is not None:
-            out = self.layer_input(x_BTD, input_BTZ)
+            out = self._block("layer_input", key)(x_BTD, input_BTZ)
             record[f"{name}.layer_input"] = out
             x_BTD = x_BTD + out
         x_BTD = self.scaled(x_BTD)
@@ -187,6 +190,7 @@ class Layer(nn.Module):
         x_BTD: mx.array,
         state: ResidualState,
         inputs: StepInputs,
+        key: mx.array | None,
         index: int,
         sources: Mapping[int, Source | None],
     ) -> Attended:
@@ -199,10 +203,15 @@ class Layer(nn.Module):
         match self.spec.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
                 shared["source"] = sources[other]
-        attended: Attended = self.attention(
+        attended: Attended = self._block("attention", key)(
             x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared
         )
         return attended
+
+    def _block(self, name: str, key: mx.array | None) -> Callable[..., Any]:
+        """One of the layer's blocks, with keys for its adapters."""
+        block: Callable[..., Any] = keyed(self.adapter, self[name], name, key)
+        return block
 
     def attention_input(self, x_BTD: mx.array) -> mx.array:
         """Pre-attention norm, unless the norm comes after."""
@@ -261,6 +270,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: ModelSpec, weights: Weights):
         super().__init__()
         self.spec = spec
+        weights = weights.adapted_by(spec.adapter)
         self.embedding = Embedding(weights.inside("embedding"))
         if spec.position is not None:
             self.position = EmbeddingPosition(spec.position, spec.embed_dim, weights.inside("position"))
@@ -293,7 +303,7 @@ class Transformer(nn.Module):
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
         state, outputs = self._run_layers(ResidualState(x_BTD), inputs, inputs_BTLZ)
         x_BTD = self.final_norm(state.x_BTD if caches is None else state.x_BTD[:, -1:])
-        logits_BTV = self._logits(x_BTD)
+        logits_BTV = self._logits(x_BTD, key)
         if record is not None:
             record |= {"final_norm": x_BTD, "logits": logits_BTV}
         return self._collected(logits_BTV, outputs, caches)
@@ -331,7 +341,7 @@ class Transformer(nn.Module):
         )
 
     def _embed(self, tokens_BT: mx.array, caches: Caches | None) -> mx.array:
-        x_BTD = take(self.embedding.weight, tokens_BT).astype(mx.float32)
+        x_BTD = take(held(self.embedding.weight), tokens_BT).astype(mx.float32)
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:
@@ -339,12 +349,15 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + self.position(mx.maximum(positions(tokens_BT.shape[1], start, first_B), 0))
         return x_BTD.astype(DTYPES[self.spec.precision.compute])
 
-    def _logits(self, x_BTD: mx.array) -> mx.array:
+    def _logits(self, x_BTD: mx.array, key: mx.array | None) -> mx.array:
+        key = None if key is None else fold_in(key, len(self.spec.all_layers))
         match self.spec.head:
             case TiedHeadSpec():
-                logits_BTV = projection.einsum("BTD,VD->BTV", x_BTD, self.embedding.weight.astype(x_BTD.dtype))
+                w = keyed(self.spec.adapter, self.embedding, "embedding", key).weight
+                logits_BTV = projection.einsum("BTD,VD->BTV", x_BTD, w.astype(x_BTD.dtype))
             case UntiedHeadSpec():
-                logits_BTV = projection.einsum("BTD,DV->BTV", x_BTD, self.head.w_head.astype(x_BTD.dtype))
+                w = keyed(self.spec.adapter, self.head, "head", key).w_head
+                logits_BTV = projection.einsum("BTD,DV->BTV", x_BTD, w.astype(x_BTD.dtype))
             case _:
                 assert_never(self.spec.head)
         if self.spec.head.bias:

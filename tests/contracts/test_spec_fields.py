@@ -93,6 +93,8 @@ def test_backends_read_every_field_that_is_about_computing():
         "embed_dim",
         "hidden_dim",
         "select_on",
+        "rank",
+        "on",
     }
     for backend in BACKENDS:
         read: set[str] = set()

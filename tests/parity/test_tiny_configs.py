@@ -127,7 +127,7 @@ class Case:
 def case_of(path: Path) -> Case:
     config = sized(path)
     spec = config.model
-    weights = initial_weights(spec, config.training.seed)
+    weights = initial_weights(spec, config.training.seed, active_adapters=True)
     parts = config.training.gradient_accumulation
     windows = np.random.default_rng(0).integers(0, spec.vocab, (STEPS, parts, B // parts, T + 1)).astype(np.int32)
     first = windows[0].reshape(B, T + 1)

@@ -42,7 +42,10 @@ def _as_init_from(value: object) -> object:
 
 
 class Config(Part):
-    """A complete run config. Model and tokenizer may be omitted if `init_from` provides them."""
+    """A complete run config. Model and tokenizer may be omitted if `init_from` provides them.
+
+    A file may also have `adapter` at the top (`AdapterSpec`), which becomes a part of the model.
+    """
 
     init_from: Annotated[
         InitFrom | None, BeforeValidator(_as_init_from, json_schema_input_type=str | InitFrom | None)
@@ -52,6 +55,20 @@ class Config(Part):
     training: TrainingConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_into_model(cls, raw: Any) -> Any:
+        """Move `adapter` into the model, whose part it is; fields that the model's has besides stay."""
+        if not isinstance(raw, dict) or "adapter" not in raw:
+            return raw
+        raw = dict(raw)
+        adapter, model = raw.pop("adapter"), raw.get("model")
+        if isinstance(model, dict):
+            own = model.get("adapter")
+            both = {**own, **adapter} if isinstance(own, dict) and isinstance(adapter, dict) else adapter
+            raw["model"] = {**model, "adapter": both}
+        return raw
 
     @model_validator(mode="after")
     def _positions_reach(self) -> "Config":
@@ -133,6 +150,7 @@ def with_compute(config: Config, compute: str) -> Config:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a config file, for YAML completion in editors."""
     schema = Config.model_json_schema()
+    schema["properties"]["adapter"] = schema["$defs"]["ModelSpec"]["properties"]["adapter"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

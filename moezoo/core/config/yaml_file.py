@@ -141,6 +141,8 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, bool) and key_node.value == "on":  # a key of adapters; PyYAML reads YAML 1.1
+            key = key_node.value
         if not isinstance(key, str):
             raise _problem(f"a key that is not text but {type(key).__name__}", key_node)
         if key in result:

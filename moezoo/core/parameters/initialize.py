@@ -1,20 +1,28 @@
 """Initial weights, the same for both backends: one NumPy Philox stream per parameter name."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.parameters import Parameter, parameter_table
+from moezoo.core.parameters import Initializer, Parameter, parameter_table
 from moezoo.core.spec import ModelSpec
 
 
-def initial_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]]:
+def initial_weights(spec: ModelSpec, seed: int, *, active_adapters: bool = False) -> dict[str, NDArray[np.float32]]:
     """Canonical name -> float32 array. The same spec and seed give the same values on every backend.
 
     A parameter's stream depends on its name and the seed only, so adding a part leaves the others as they were.
+    `active_adapters`: no factor of an adapter is zero, as the second ones are at first; for checks of gradients.
     """
-    return {row.name: initial_value(row, seed) for row in parameter_table(spec)}
+    table = parameter_table(spec)
+    if active_adapters:
+        table = tuple(row if row.base is None else replace(row, initializer=_ACTIVE) for row in table)
+    return {row.name: initial_value(row, seed) for row in table}
+
+
+_ACTIVE = Initializer("uniform", value=0.2)
 
 
 def initial_value(row: Parameter, seed: int) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from moezoo.core.parameters.adapter import with_factors
 from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.feed_forward import feed_forward_rows
 from moezoo.core.parameters.moe import moe_rows
@@ -10,11 +11,13 @@ from moezoo.core.spec import LayerSpec, LearnedPositionsSpec, ModelSpec, UntiedH
 
 
 def parameter_table(spec: ModelSpec) -> tuple[Parameter, ...]:
-    """Return every parameter of the model, in the order of the forward pass. Raises SpecError while vocab_size is null.
+    """Return every parameter of the model, in the order of the forward pass.
+
+    Raises SpecError while vocab_size is null, and if the rank of an adapter is above that of a matrix.
 
     Weight decay applies to matrices (two or more dimensions, embeddings included), not to scales and biases.
     """
-    return tuple(_rows(spec, Rows(spec)))
+    return tuple(with_factors(spec, _rows(spec, Rows(spec))))
 
 
 def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:

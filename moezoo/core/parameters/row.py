@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from moezoo.core.spec import DepthScaledInitializerSpec, LayerNormSpec, ModelSpec, NormSpec, ZeroOutputInitializerSpec
+
+Item = TypeVar("Item")
 
 Role = Literal["embeddings", "attention", "feed-forward", "router", "routed experts", "shared experts", "norms"]
 ROLES: tuple[Role, ...] = (
@@ -46,8 +48,8 @@ class MatrixAxes(NamedTuple):
     batch: int
     fan_in: int
 
-    def split(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Return the parts of a shape: those of the stack, the inputs, and the outputs."""
+    def split(self, shape: tuple[Item, ...]) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
+        """Return the parts of a shape, or of its axes: those of the stack, the inputs, and the outputs."""
         end = self.batch + self.fan_in
         return shape[: self.batch], shape[self.batch : end], shape[end:]
 
@@ -58,7 +60,8 @@ class Parameter:
 
     A row that is not `trained` is state: it has no gradient and no optimizer moments, but a step may update it in
     another way (a selection bias, an expert's cutoff). `matrix`: which axes are inputs and outputs, of a row that is a
-    linear map or an embedding; None for biases, scales, filters of a convolution, constants and state.
+    linear map or an embedding; None for biases, scales, filters of a convolution, constants and state. `base`: name of
+    the matrix that a factor of an adapter is for; the factor's role is that matrix's.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Parameter:
     role: Role
     trained: bool = True
     matrix: MatrixAxes | None = None
+    base: str | None = None
 
     @property
     def size(self) -> int:

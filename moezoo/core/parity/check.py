@@ -138,7 +138,7 @@ def parity_of(
         weights = {name: np.asarray(value, np.float32) for name, value in open_initial_weights(config).weights.items()}
         notes.append(f"weights of {config.init_from.path}")
     elif weights is None:
-        weights = initial_weights(spec, config.training.seed)
+        weights = initial_weights(spec, config.training.seed, active_adapters=True)
         notes.append(f"initial weights of seed {config.training.seed}")
     windows = random_windows(spec.vocab, batch_size, length, config.training.seed)
     read = {name: np.asarray(weights[name], np.float32) for name in weights}

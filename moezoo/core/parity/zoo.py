@@ -76,7 +76,7 @@ def _features_of_value(value: BaseModel, owner: str) -> Iterator[str]:
                 elif _optional(field):
                     yield f"{owner}.{name}"
                 yield from _features_of_value(item, _owner(name, type(item)))
-            elif _choices(annotation):
+            elif not _only(annotation):
                 yield f"{owner}.{name}: {item}"
             elif (_is_switch(field, name) and item != field.default) or _optional(field):
                 yield f"{owner}.{name}"

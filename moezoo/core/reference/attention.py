@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters, inside
+from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import rotate
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
@@ -115,7 +115,7 @@ def grouped_query_attention(
 
     Source: see GroupedQueryAttentionSpec.
     """
-    query = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
+    query = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
     if spec.qkv_bias:
         query = query + parameters["b_query"]
     batch, length = x_BTD.shape[:2]
@@ -143,12 +143,12 @@ def grouped_query_attention(
     ).reshape(batch, length, spec.num_heads, spec.value_dim)
     match spec.gate:
         case "headwise":
-            gate = np.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]
+            gate = adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]
             attended = attended / (1 + np.exp(-gate))
         case "elementwise":
-            gate = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_gate"])
+            gate = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_gate"])
             attended = attended / (1 + np.exp(-gate))
-    output = np.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
+    output = adapter.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
     if spec.output_bias:
         output = output + parameters["b_output"]
     return Attended(output, value, None, source if spec.keys_of_layer is None else None)
@@ -158,13 +158,13 @@ def _keys_and_values(
     spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, position_T: Array
 ) -> tuple[Array, Array]:
     """Return keys after norm and rotation, and values before any value residual."""
-    key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
+    key = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
     if spec.qkv_bias:
         key = key + parameters["b_key"]
     if spec.values_from_keys:
         value = key
     else:
-        value = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
+        value = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
         if spec.qkv_bias:
             value = value + parameters["b_value"]
     if spec.value_norm is not None:

@@ -2,7 +2,7 @@
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters, inside
+from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.attention import Attended
 from moezoo.core.reference.feed_forward import sigmoid, silu
 from moezoo.core.reference.normalization import normalize
@@ -112,12 +112,12 @@ def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters,
     Source: Yang et al. 2024, arXiv 2412.06464, fig. 1; decay: Dao and Gu 2024, arXiv 2405.21060 (Mamba-2), where
     `log_decay_rate` is A_log and `decay_bias` is dt_bias; heads shared and gated as in Qwen3-Next.
     """
-    query = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_query"])
-    key = np.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
-    value = np.einsum("BTD,DNZ->BTNZ", x_BTD, parameters["w_value"])
-    gate = np.einsum("BTD,DNZ->BTNZ", x_BTD, parameters["w_gate"])
-    beta = sigmoid(np.einsum("BTD,DN->BTN", x_BTD, parameters["w_beta"]))
-    step = np.logaddexp(0.0, np.einsum("BTD,DN->BTN", x_BTD, parameters["w_decay"]) + parameters["decay_bias"])
+    query = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_query"])
+    key = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
+    value = adapter.einsum("BTD,DNZ->BTNZ", x_BTD, parameters["w_value"])
+    gate = adapter.einsum("BTD,DNZ->BTNZ", x_BTD, parameters["w_gate"])
+    beta = sigmoid(adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_beta"]))
+    step = np.logaddexp(0.0, adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_decay"]) + parameters["decay_bias"])
     log_decay = -np.exp(parameters["log_decay_rate"]) * step
     query = unit(silu(causal_convolution(query, parameters["conv_query"]))) / np.sqrt(spec.key_head_dim)
     key = unit(silu(causal_convolution(key, parameters["conv_key"])))
@@ -128,4 +128,4 @@ def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters,
         query, key, value.reshape(*grouped, spec.value_head_dim), beta.reshape(grouped), log_decay.reshape(grouped)
     )
     normed = normalize(spec.norm, inside(parameters, "output_norm"), attended.reshape(value.shape))
-    return Attended(np.einsum("BTNZ,NZD->BTD", normed * silu(gate), parameters["w_output"]), None, None)
+    return Attended(adapter.einsum("BTNZ,NZD->BTD", normed * silu(gate), parameters["w_output"]), None, None)

@@ -5,7 +5,7 @@ from typing import assert_never
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters
+from moezoo.core.reference import Array, Parameters, adapter
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 
 
@@ -24,11 +24,11 @@ def feed_forward(spec: FeedForwardSpec, parameters: Parameters, x: Array) -> Arr
     """
     gate = None
     if not isinstance(spec, PlainFeedForwardSpec):
-        gate = np.einsum("...D,DF->...F", x, parameters["w_gate"])
+        gate = adapter.einsum("...D,DF->...F", x, parameters["w_gate"])
         gate = gate + parameters["b_gate"] if spec.bias else gate
-    up = np.einsum("...D,DF->...F", x, parameters["w_up"])
+    up = adapter.einsum("...D,DF->...F", x, parameters["w_up"])
     up = up + parameters["b_up"] if spec.bias else up
-    out = np.einsum("...F,FD->...D", activate(spec, gate, up), parameters["w_down"])
+    out = adapter.einsum("...F,FD->...D", activate(spec, gate, up), parameters["w_down"])
     return out + parameters["b_down"] if spec.bias else out
 
 

@@ -4,7 +4,7 @@ import math
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters, inside
+from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.attention import Attended, temperature
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import rotate, score_multiplier
@@ -34,14 +34,14 @@ def latent_attention(
     position_T = np.arange(x_BTD.shape[1])
     source, query, rope_query, latent, rope_key = _projected(spec, parameters, x_BTD, position_T)
     if absorbed:
-        query = np.einsum("BTNH,ZNH->BTNZ", query, parameters["w_key"])
+        query = adapter.einsum("BTNH,ZNH->BTNZ", query, parameters["w_key"])
         grouped = np.concatenate([query, rope_query], axis=-1)[:, :, None]
         key, value = np.concatenate([latent[:, :, None], rope_key], axis=-1), latent[:, :, None]
     else:
         grouped = np.concatenate([query, rope_query], axis=-1)[:, :, :, None]
-        key = np.einsum("BSZ,ZNH->BSNH", latent, parameters["w_key"])
+        key = adapter.einsum("BSZ,ZNH->BSNH", latent, parameters["w_key"])
         key = np.concatenate([key, np.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
-        value = np.einsum("BSZ,ZNH->BSNH", latent, parameters["w_value"])
+        value = adapter.einsum("BSZ,ZNH->BSNH", latent, parameters["w_value"])
     mask_TS = position_T[:, None] >= position_T[None, :]
     mask_BTS, loss = np.repeat(mask_TS[None], len(x_BTD), axis=0), None
     if spec.indexer is not None:
@@ -63,7 +63,7 @@ def latent_attention(
         out_BTNH = np.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], parameters["w_value"])
     else:
         out_BTNH = attended[:, :, :, 0]
-    out_BTD = np.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"])
+    out_BTD = adapter.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"])
     return Attended(out_BTD + parameters["b_output"] if spec.bias else out_BTD, None, loss)
 
 
@@ -90,15 +90,15 @@ def _projected(
     """Return the input of `w_query`, both parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
     if spec.query_latent_dim is None:
         source = x_BTD
-        query = np.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
+        query = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
     else:
-        down = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_query_down"])
+        down = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_query_down"])
         down = down + parameters["b_query_down"] if spec.bias else down
         source = normalize(spec.norm, inside(parameters, "query_norm"), down)
-        query = np.einsum("BTZ,ZNH->BTNH", source, parameters["w_query"])
+        query = adapter.einsum("BTZ,ZNH->BTNH", source, parameters["w_query"])
     query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
-    latent = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_latent"])
-    rope_key = np.einsum("BTD,DH->BTH", x_BTD, parameters["w_rope_key"])
+    latent = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_latent"])
+    rope_key = adapter.einsum("BTD,DH->BTH", x_BTD, parameters["w_rope_key"])
     if spec.bias:
         latent, rope_key = latent + parameters["b_latent"], rope_key + parameters["b_rope_key"]
     latent = spec.latent_multiplier * normalize(spec.norm, inside(parameters, "latent_norm"), latent)

@@ -4,7 +4,7 @@ import math
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters, inside
+from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.feed_forward import activate
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.spec import LayerInputsSpec, NormSpec
@@ -41,6 +41,6 @@ def layer_input(spec: LayerInputsSpec, norm: NormSpec, parameters: Parameters, x
 
     Source: transformers, `gemma4` (Gemma4TextDecoderLayer).
     """
-    gate = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_gate"])
-    out = np.einsum("BTZ,ZD->BTD", activate(spec.gated, gate, input_BTZ), parameters["w_output"])
+    gate = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_gate"])
+    out = adapter.einsum("BTZ,ZD->BTD", activate(spec.gated, gate, input_BTZ), parameters["w_output"])
     return normalize(norm, inside(parameters, "norm"), out)

@@ -4,7 +4,7 @@ from typing import assert_never
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters, Record, inside
+from moezoo.core.reference import Array, Parameters, Record, adapter, inside
 from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext
 from moezoo.core.reference.dispatch import Dispatch, combine, dispatch, used_rows
 from moezoo.core.reference.experts import experts
@@ -50,10 +50,10 @@ def moe(
         routed_PD = normalize(spec.shared.norm, inside(parameters, "routed_input_norm"), raw_PD)
     routing = route(spec.router, inside(parameters, "router"), raw_PD, context)
     dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
-    input_P = routed_PD if spec.latent_dim is None else np.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
+    input_P = routed_PD if spec.latent_dim is None else adapter.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
     out_PD = run_experts(spec, inside(parameters, "experts"), input_P, dispatched)
     if spec.latent_dim is not None:
-        out_PD = np.einsum("PZ,ZD->PD", out_PD, parameters["w_output"])
+        out_PD = adapter.einsum("PZ,ZD->PD", out_PD, parameters["w_output"])
     if spec.zero_computation is not None:
         weight_PE = choice_weights(spec, routing, dispatched.kept_PK)
         own = inside(parameters, "constant_experts")

@@ -6,7 +6,7 @@ import autograd.numpy as np
 from autograd.tracer import getval
 
 from moezoo.core.random import ROUTER_JITTER, Bits, fold_in, uniform
-from moezoo.core.reference import Array, Parameters
+from moezoo.core.reference import Array, Parameters, adapter
 from moezoo.core.reference.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
 from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
 
@@ -65,7 +65,7 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
     clean_logits_PE = noise_scale_PE = None
     if key is not None and isinstance(spec.choice, NoisyTopKChoiceSpec):
         clean_logits_PE = logits_PE
-        noise_scale_PE = np.logaddexp(0.0, np.einsum("PD,DE->PE", x_PD, parameters["w_noise"]))
+        noise_scale_PE = np.logaddexp(0.0, adapter.einsum("PD,DE->PE", x_PD, parameters["w_noise"]))
         logits_PE = noisy(logits_PE, noise_scale_PE, key)
     score_PE = score(spec, logits_PE)
     selection_PE = getval(logits_PE if spec.selection_basis == "logits" else score_PE)
@@ -118,7 +118,7 @@ def _jitter(amount: float, key: Bits, shape: tuple[int, ...]) -> Array:
 
 def _linear(spec: RouterSpec, parameters: Parameters, x_PD: Array, previous_PE: Array | None) -> Array:
     """`x w_router + b_router + previous w_residual`; the first MoE layer of a model has no w_residual."""
-    logits_PE = np.einsum("PD,DE->PE", x_PD, parameters["w_router"])
+    logits_PE = adapter.einsum("PD,DE->PE", x_PD, parameters["w_router"])
     if spec.bias:
         logits_PE = logits_PE + parameters["b_router"]
     if spec.gating_residual and "w_residual" in parameters:

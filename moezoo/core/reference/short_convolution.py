@@ -2,7 +2,7 @@
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters
+from moezoo.core.reference import Array, Parameters, adapter
 from moezoo.core.reference.attention import Attended
 from moezoo.core.spec import ShortConvolutionSpec
 
@@ -36,9 +36,9 @@ def short_convolution(spec: ShortConvolutionSpec, parameters: Parameters, x_BTD:
     Source: Amini et al. 2025, arXiv 2511.23404 (LFM2).
     Differs: released checkpoints store the three projections as one matrix: input gate, output gate, value.
     """
-    input_gate_BTZ = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_input_gate"])
-    output_gate_BTZ = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_output_gate"])
-    value_BTZ = np.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_value"])
+    input_gate_BTZ = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_input_gate"])
+    output_gate_BTZ = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_output_gate"])
+    value_BTZ = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_value"])
     if spec.bias:
         input_gate_BTZ = input_gate_BTZ + parameters["b_input_gate"]
         output_gate_BTZ = output_gate_BTZ + parameters["b_output_gate"]
@@ -46,7 +46,7 @@ def short_convolution(spec: ShortConvolutionSpec, parameters: Parameters, x_BTD:
     convolved_BTZ = causal_convolution(input_gate_BTZ * value_BTZ, parameters["conv"])
     if spec.bias:
         convolved_BTZ = convolved_BTZ + parameters["b_conv"]
-    output = np.einsum("BTZ,ZD->BTD", output_gate_BTZ * convolved_BTZ, parameters["w_output"])
+    output = adapter.einsum("BTZ,ZD->BTD", output_gate_BTZ * convolved_BTZ, parameters["w_output"])
     if spec.bias:
         output = output + parameters["b_output"]
     return Attended(output, None, None)

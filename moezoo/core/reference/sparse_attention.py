@@ -3,7 +3,7 @@
 import autograd.numpy as np
 from autograd.tracer import getval
 
-from moezoo.core.reference import Array, Parameters, inside
+from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import rotate
 from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
@@ -40,10 +40,10 @@ def indexer(
     8 bits.
     """
     x_BTD, source_BTZ = getval(x_BTD), getval(source_BTZ)
-    query_BTNH = np.einsum("BTZ,ZNH->BTNH", source_BTZ, parameters["w_query"])
-    key_BTH = np.einsum("BTD,DH->BTH", x_BTD, parameters["w_key"])
+    query_BTNH = adapter.einsum("BTZ,ZNH->BTNH", source_BTZ, parameters["w_query"])
+    key_BTH = adapter.einsum("BTD,DH->BTH", x_BTD, parameters["w_key"])
     key_BTH = normalize(spec.key_norm, inside(parameters, "key_norm"), key_BTH)
-    weight_BTN = np.einsum("BTD,DN->BTN", x_BTD, parameters["w_weight"]) / np.sqrt(spec.num_heads * spec.head_dim)
+    weight_BTN = adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_weight"]) / np.sqrt(spec.num_heads * spec.head_dim)
     match position:
         case RoPESpec():
             own = position.model_copy(update={"layout": spec.layout})

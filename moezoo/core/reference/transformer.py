@@ -6,7 +6,7 @@ from typing import NamedTuple, assert_never
 import autograd.numpy as np
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT, fold_in, uniform
-from moezoo.core.reference import Array, Parameters, Record, inside
+from moezoo.core.reference import Array, Parameters, Record, adapter, inside
 from moezoo.core.reference.attention import Attended, grouped_query_attention
 from moezoo.core.reference.choice import RoutingContext
 from moezoo.core.reference.delta_attention import gated_delta_attention
@@ -116,6 +116,7 @@ def forward(
     record = {} if record is None else record
     forced_by_layer = {} if forced is None else dict(zip(spec.moe_layers, forced, strict=True))
     inputs = StepInputs(tokens_BT, forced_by_layer, record, key, inference)
+    parameters = adapter.adapted(spec, parameters, key)
     x_BTD = record["embedding"] = _embedded(spec, parameters, tokens_BT)
     if spec.layer_inputs is not None:
         inputs_BTLZ = layer_inputs(spec.layer_inputs, spec.norm, inside(parameters, "layer_inputs"), tokens_BT, x_BTD)
@@ -240,7 +241,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array) -> Array:
-    x_BTD = parameters["embedding.weight"][tokens_BT] * spec.multipliers.embedding
+    x_BTD = adapter.take(parameters["embedding.weight"], tokens_BT) * spec.multipliers.embedding
     if spec.position is not None:
         position_T = np.arange(tokens_BT.shape[1])
         x_BTD = x_BTD + embedding_positions(spec.position, spec.embed_dim, inside(parameters, "position"), position_T)
@@ -270,9 +271,9 @@ def _attended(
 def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:
     match spec.head:
         case TiedHeadSpec():
-            logits_BTV = np.einsum("BTD,VD->BTV", x_BTD, parameters["embedding.weight"])
+            logits_BTV = adapter.einsum("BTD,VD->BTV", x_BTD, parameters["embedding.weight"])
         case UntiedHeadSpec():
-            logits_BTV = np.einsum("BTD,DV->BTV", x_BTD, parameters["head.w_head"])
+            logits_BTV = adapter.einsum("BTD,DV->BTV", x_BTD, parameters["head.w_head"])
     logits_BTV = logits_BTV + parameters["head.b_head"] if spec.head.bias else logits_BTV
     logits_BTV = spec.multipliers.logits * logits_BTV
     return logits_BTV if spec.softcap is None else spec.softcap * np.tanh(logits_BTV / spec.softcap)

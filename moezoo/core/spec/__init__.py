@@ -6,6 +6,7 @@ L the number of layers. Each kind of part has its own file; a part documents wha
 rejects impossible combinations of values.
 """
 
+from moezoo.core.spec.adapter import AdapterRole, AdapterSpec
 from moezoo.core.spec.attention import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
@@ -91,6 +92,8 @@ from moezoo.core.spec.routing import (
 )
 
 __all__ = [
+    "AdapterRole",
+    "AdapterSpec",
     "AttentionSpec",
     "AuxiliaryLossSpec",
     "CapacitySpec",

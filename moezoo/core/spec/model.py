@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.errors import SpecError
+from moezoo.core.spec.adapter import AdapterRole, AdapterSpec
 from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import FeedForwardSpec, GatedFeedForwardSpec
@@ -159,7 +160,7 @@ class ModelSpec(Part):
 
     `position`: position vectors added to the embedding, in addition to those inside attention. `softcap`: logits become
     `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `dropout`: rate of dropout on each block's residual
-    update in training (Srivastava et al. 2014).
+    update in training (Srivastava et al. 2014). `adapter`: low-rank adapters of matrices; configs have it at the top.
     """
 
     vocab_size: PositiveInt | None = None
@@ -174,6 +175,7 @@ class ModelSpec(Part):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     initializer: InitializerSpec = DepthScaledInitializerSpec()
     precision: PrecisionSpec = PrecisionSpec()
+    adapter: AdapterSpec | None = None
 
     @model_validator(mode="after")
     def _layers_fit(self) -> "ModelSpec":
@@ -204,6 +206,8 @@ class ModelSpec(Part):
         self._check_later_layers()
         self._check_shared_keys()
         self._check_pooled_balance()
+        if self.adapter is not None:
+            self.adapter.check(len(self.all_layers), self._adaptable_roles(self.adapter))
         return self
 
     def _check_later_layers(self) -> None:
@@ -273,6 +277,26 @@ class ModelSpec(Part):
                         f"{first} in layers[{named[0][0]}]",
                         "Make them equal, or use switch_balance",
                     )
+
+    def _adaptable_roles(self, adapter: AdapterSpec) -> tuple[AdapterRole, ...]:
+        """Return the roles of which an adapter on its layers could have matrices."""
+        layers = [layer for index, layer in enumerate(self.all_layers) if adapter.has_layer(index)]
+        moes = [layer.moe for layer in layers if layer.moe is not None]
+        found: dict[AdapterRole, bool] = {
+            "attention": True,
+            "experts": bool(moes),
+            "shared": any(moe.shared is not None for moe in moes),
+            "dense": self.layer_inputs is not None or any(layer.feed_forward is not None for layer in layers),
+            "router": bool(moes),
+            "embedding": True,
+            "head": isinstance(self.head, UntiedHeadSpec),
+        }
+        return tuple(role for role, exists in found.items() if exists)
+
+    @property
+    def adapted_roles(self) -> tuple[AdapterRole, ...]:
+        """Roles of the adapted matrices; empty without an adapter."""
+        return () if self.adapter is None else self.adapter.roles(self._adaptable_roles(self.adapter))
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:

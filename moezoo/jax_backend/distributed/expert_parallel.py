@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.distributed.sharding_rules import padded_exchange
 from moezoo.core.spec import DroplessSpec, MoESpec
+from moezoo.jax_backend.arrays import canonical_name
 from moezoo.jax_backend.dispatch import Dispatch, dispatch
 from moezoo.jax_backend.distributed.sharding import Placement
 from moezoo.jax_backend.experts import Experts, ExpertsCall
@@ -48,7 +49,9 @@ class ExpertParallel:
     ) -> jax.Array:
         placement = self.placement
         graph, state = nnx.split(experts)
-        partitions = jax.tree.map_with_path(lambda path, _: placement.experts[path[0].key], state)
+        partitions = jax.tree.map_with_path(
+            lambda path, _: placement.experts[canonical_name(path)], state, is_leaf=_is_variable
+        )
         rows, length = PartitionSpec(placement.batch_axes), x_PD.shape[0] // num_sequences
         # Dropped assignments are already masked, so the local dispatch is dropless: devices may have unequal loads.
         local = spec.model_copy(update={"dispatch": DroplessSpec()})
@@ -119,6 +122,10 @@ class ExpertParallel:
             case _:
                 assert_never(self.placement.exchange)
         return run_experts(spec, of_all, x_PD, rows)
+
+
+def _is_variable(leaf: object) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _bias_once(state: State, placement: Placement) -> State:

@@ -22,6 +22,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.quantization.weight import QuantizedWeight, stored
 from moezoo.core.spec import ModelSpec
+from moezoo.jax_backend.arrays import canonical_name
 from moezoo.jax_backend.runtime.placement import active
 from moezoo.jax_backend.runtime.typed import State
 from moezoo.jax_backend.transformer import WrapBlock
@@ -62,7 +63,9 @@ class Placement:
         self.parameters = {name: self.sharding(*axes) for name, axes in partitions.items()}
         self.computing = {row.name: self.sharding(*gathered_partition(row, partitions[row.name])) for row in table}
         self.experts: dict[str, PartitionSpec] = {
-            row.name.rsplit(".", 1)[1]: self.computing[row.name].spec for row in table if ".moe.experts." in row.name
+            row.name.partition(".experts.")[2]: self.computing[row.name].spec
+            for row in table
+            if ".moe.experts." in row.name
         }
         self.expert_axes = self._known(config.rules.get("expert", RULES["expert"]))
         self.windows = self.sharding((), self.batch_axes)
@@ -203,7 +206,7 @@ def _gather_state(state: State, prefix: str, placement: Placement) -> State:
     def gather(path: Any, variable: Any) -> Any:
         if not isinstance(variable, nnx.Param):
             return variable
-        name = ".".join([prefix, *(str(key.key) for key in path)])
+        name = f"{prefix}.{canonical_name(path)}"
         return variable.replace(_gather(variable[...], name, placement))
 
     gathered: State = jax.tree.map_with_path(gather, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -6,7 +6,7 @@ the forward pass and in the gradient of the rows, and masked in the gradients of
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moezoo.core.spec import ExpertsSpec
+from moezoo.jax_backend.adapter import AdaptedArray
 from moezoo.jax_backend.feed_forward import activate
 from moezoo.jax_backend.kernels import grouped_product as products
 from moezoo.jax_backend.kernels.expert_groups import grouped_experts
@@ -27,6 +28,17 @@ Outputs = tuple[jax.Array, Arrays]
 
 Kernel = Callable[[ExpertsSpec, jax.Array, Arrays, jax.Array], jax.Array]
 """Function of a spec, rows [R, D] sorted by expert, parameters by name, and size_E; returns the output [R, D]."""
+
+
+def with_factors(parameters: Mapping[str, Any]) -> Arrays:
+    """Return arrays or codes by name; the factors of an adapter beside its matrix, the second times the scale."""
+    arrays: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, AdaptedArray):
+            arrays |= {name: value.base, f"{name}.lora_a": value.lora_a, f"{name}.lora_b": value.scaled_b}
+        else:
+            arrays[name] = value
+    return arrays
 
 
 def expert_kernel(x_RD: jax.Array, parameters: Arrays) -> Kernel | None:
@@ -89,9 +101,10 @@ def _experts_forward(
 
 def _experts_backward(
     spec: ExpertsSpec, block: int, saved: tuple[jax.Array, Arrays, jax.Array, Arrays], gradient_RD: jax.Array
-) -> tuple[jax.Array, Arrays, None]:
+) -> tuple[jax.Array, dict[str, jax.Array | None], None]:
     x_RD, parameters, size_E, pre_activations = saved
     dtype = x_RD.dtype
+    floats = {name: value for name, value in parameters.items() if not isinstance(value, QuantizedArray)}
     start_E = jnp.cumsum(size_E) - size_E
     x_padded, gradient_padded = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_RD, gradient_RD))
 
@@ -110,21 +123,16 @@ def _experts_backward(
             hidden, pull = jax.vjp(
                 lambda *values: activate(spec, values[0] if len(values) > 1 else None, values[-1]), *pre_activation_rows
             )
-            parts = {"w_down": (hidden, gradient)}
-            back = 0.0
-            for name, part in zip(pre_activations, pull(gradient @ own["w_down"].T), strict=True):
-                parts[name] = (rows, part)
-                back = back + part @ own[name].T
-            added = {}
-            for name, (left, right) in parts.items():
-                added[name] = jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
-                if spec.bias:
-                    added[_bias_of(name)] = jnp.sum(right.astype(jnp.float32), axis=0)
+            of_hidden, added = _gradients_of_linear(hidden, gradient, own, "w_down")
+            back: jax.Array | float = 0.0
+            for name, part in zip(pre_activations, pull(of_hidden), strict=True):
+                of_rows, of_arrays = _gradients_of_linear(rows, part, own, name)
+                back, added = back + of_rows, added | of_arrays
             x_gradient = lax.dynamic_update_slice_in_dim(x_gradient, back, start, axis=0)
             return x_gradient, jax.tree.map(jnp.add, totals, added)
 
         x_gradient, gradients = results
-        zeros = {name: jnp.zeros(value.shape[1:], jnp.float32) for name, value in parameters.items()}
+        zeros = {name: jnp.zeros(value.shape[1:], jnp.float32) for name, value in floats.items()}
         x_gradient, totals = lax.fori_loop(0, _num_blocks(size_E[expert], block), one_block, (x_gradient, zeros))
         # The gradient of a matrix is rounded to the dtype of the product, like the gradient of a cast.
         totals = {name: total.astype(dtype) if name.startswith("w_") else total for name, total in totals.items()}
@@ -133,19 +141,46 @@ def _experts_backward(
             for name, whole in gradients.items()
         }
 
-    results = (jnp.zeros_like(x_padded), jax.tree.map(jnp.zeros_like, parameters))
+    results = (jnp.zeros_like(x_padded), jax.tree.map(jnp.zeros_like, floats))
     x_gradient, gradients = lax.fori_loop(0, size_E.shape[0], one_expert, results)
-    return x_gradient[: x_RD.shape[0]], gradients, None
+    return x_gradient[: x_RD.shape[0]], {name: gradients.get(name) for name in parameters}, None
 
 
 _blocked_experts.defvjp(_experts_forward, _experts_backward)
 
 
 def _linear(rows: jax.Array, own: dict[str, Any], name: str) -> jax.Array:
-    """Return rows times the expert's matrix `name`, plus its bias if it has one."""
+    """Return rows times the expert's matrix `name`, plus its adapter's output and its bias if it has them."""
     matrix = own[name]
     product = times_rows(rows, matrix.rows_FD) if isinstance(matrix, _Decoded) else rows @ matrix
+    if f"{name}.lora_a" in own:
+        product = product + rows @ own[f"{name}.lora_a"] @ own[f"{name}.lora_b"]
     return product + own[_bias_of(name)] if _bias_of(name) in own else product
+
+
+def _gradients_of_linear(
+    rows: jax.Array, gradient: jax.Array, own: dict[str, Any], name: str
+) -> tuple[jax.Array, Arrays]:
+    """Return the gradients of `_linear`: that of the rows, and those of arrays by name. Codes have none."""
+    matrix, of_arrays = own[name], dict[str, jax.Array]()
+    if isinstance(matrix, _Decoded):
+        of_rows = gradient @ matrix.rows_FD
+    else:
+        of_rows = gradient @ matrix.T
+        of_arrays[name] = _of_matrix(rows, gradient)
+    if f"{name}.lora_a" in own:
+        lora_a, lora_b = own[f"{name}.lora_a"], own[f"{name}.lora_b"]
+        of_low = gradient @ lora_b.T
+        of_rows = of_rows + of_low @ lora_a.T
+        of_arrays[f"{name}.lora_a"] = _of_matrix(rows, of_low)
+        of_arrays[f"{name}.lora_b"] = _of_matrix(rows @ lora_a, gradient)
+    if _bias_of(name) in own:
+        of_arrays[_bias_of(name)] = jnp.sum(gradient.astype(jnp.float32), axis=0)
+    return of_rows, of_arrays
+
+
+def _of_matrix(rows: jax.Array, gradient: jax.Array) -> jax.Array:
+    return jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
 
 
 def _bias_of(name: str) -> str:
@@ -212,7 +247,7 @@ def _few_rows_forward(
 
 def _few_rows_backward(
     spec: ExpertsSpec, block: int, saved: tuple[jax.Array, Arrays, jax.Array], gradient_RD: jax.Array
-) -> tuple[jax.Array, Arrays, None]:
+) -> tuple[jax.Array, dict[str, jax.Array | None], None]:
     return _experts_backward(spec, block, _experts_forward(spec, block, *saved)[1], gradient_RD)
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moezoo.core.reference.adapter import steps_of
+from moezoo.jax_backend.adapter import AdaptedArray
 from moezoo.jax_backend.kernels.slices import rows
 from moezoo.jax_backend.quantization import QuantizedArray, dequantize
 
@@ -17,8 +19,18 @@ PIECE = 1 << 20
 _einsum = jnp.einsum  # its strings are checked where products are called
 
 
-def einsum(subscripts: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
-    """Return `jnp.einsum(subscripts, x, w)`; codes are decoded just before the product."""
+def einsum(subscripts: str, x: jax.Array, w: jax.Array | QuantizedArray | AdaptedArray) -> jax.Array:
+    """Return `jnp.einsum(subscripts, x, w)`; codes are decoded just before the product, and adapters add their own."""
+    if isinstance(w, AdaptedArray):
+        a, b = w.lora_a, w.scaled_b
+        steps = steps_of(subscripts, a.ndim + b.ndim - 2 - len(w.base.shape), b.ndim)
+        first, second = (a, b) if steps.inputs_first else (b, a)
+        low = _product(steps.first, w.dropped(x), first)
+        return _product(subscripts, x, w.base) + _product(steps.second, low, second)
+    return _product(subscripts, x, w)
+
+
+def _product(subscripts: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
     if isinstance(w, QuantizedArray):
         return _of_codes(subscripts, x, w)
     of_x, of_w = subscripts.partition("->")[0].split(",")

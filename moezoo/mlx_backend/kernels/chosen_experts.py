@@ -8,10 +8,10 @@ import numpy as np
 from mlx import nn
 
 from moezoo.core.spec import MoESpec, PlainFeedForwardSpec
+from moezoo.mlx_backend.adapter import held
 from moezoo.mlx_backend.feed_forward import activate
 from moezoo.mlx_backend.kernels.grouped_product import product_of_rows
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
-from moezoo.mlx_backend.quantization import QuantizedArray
 from moezoo.mlx_backend.runtime.streams import streams
 
 FEW_TOKENS = "gather_mm by index; with top_p, cutoffs or zero-computation experts by dispatch"
@@ -40,7 +40,7 @@ def chosen_experts(
     turns = streams()
     in_turns = (
         is_x86_cpu()
-        and not isinstance(module.w_up, QuantizedArray)
+        and isinstance(module.w_up, mx.array)
         and num_tokens * num_slots >= ROWS_OF_TWO_STREAMS
         and num_tokens >= len(turns)
     )
@@ -81,7 +81,7 @@ def _linear(module: nn.Module, expert_PK: mx.array, *, bias: bool) -> Callable[[
     """Return `linear(name, x, row)`, the projection by the chosen experts of the rows of x with these numbers."""
 
     def linear(name: str, x_R1D: mx.array, row_PK: mx.array) -> mx.array:
-        product, dtype = product_of_rows(x_R1D, getattr(module, f"w_{name}"), expert_PK, row_PK), x_R1D.dtype
+        product, dtype = product_of_rows(x_R1D, held(getattr(module, f"w_{name}")), expert_PK, row_PK), x_R1D.dtype
         if not bias:
             return product
         # In float32, so that the sum over an expert's rows which is the bias's gradient keeps its digits.

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx import nn
 
+from moezoo.mlx_backend.adapter import Adapted
+from moezoo.mlx_backend.arrays import canonical_name
 from moezoo.mlx_backend.kernels.activation import swiglu
 from moezoo.mlx_backend.kernels.x86 import codes as x86
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
@@ -40,7 +42,7 @@ def in_codes(module: nn.Module) -> str:
 def named_codes(module: nn.Module) -> dict[str, QuantizedArray]:
     """Return the parameters that stay in codes, by path."""
     return {
-        f"{path}.{name}": value
+        canonical_name(f"{path}.{name}"): value
         for path, inner in module.named_modules()
         for name, value in vars(inner).items()
         if isinstance(value, QuantizedArray)
@@ -143,7 +145,8 @@ def indexes_experts(experts: nn.Module, dtype: mx.Dtype) -> bool:
 
 
 def _codes_of(module: nn.Module) -> list[QuantizedArray]:
-    return [value for value in vars(module).values() if isinstance(value, QuantizedArray)]
+    parts = (vars(inner) for inner in (module, *(inner for inner in module.values() if isinstance(inner, Adapted))))
+    return [value for own in parts for value in own.values() if isinstance(value, QuantizedArray)]
 
 
 def product_of_rows(

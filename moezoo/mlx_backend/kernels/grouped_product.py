@@ -5,11 +5,12 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from moezoo.core.spec import ExpertsSpec
+from moezoo.mlx_backend.adapter import AdaptedArray
 from moezoo.mlx_backend.kernels import codes
 from moezoo.mlx_backend.kernels.activation import swiglu
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.kernels.x86.experts import sliced_product, swiglu_experts
-from moezoo.mlx_backend.quantization import QuantizedArray, as_array
+from moezoo.mlx_backend.quantization import QuantizedArray
 from moezoo.mlx_backend.runtime.typed import custom_function, to_ints
 
 Path = Literal["slices", "gather_mm of rows"]
@@ -102,8 +103,15 @@ def block_rows(num_rows: int, num_experts: int) -> int:
     return block
 
 
-def grouped_product(x_RD: mx.array, w_EDF: mx.array | QuantizedArray, groups: Groups) -> mx.array:
-    """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD."""
+Matrices = mx.array | QuantizedArray | AdaptedArray
+"""One matrix per expert [E, D, F]."""
+
+
+def grouped_product(x_RD: mx.array, w_EDF: Matrices, groups: Groups) -> mx.array:
+    """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD. Adapters add their own."""
+    if isinstance(w_EDF, AdaptedArray):
+        low_RK = grouped_product(x_RD, w_EDF.lora_a, groups)
+        return grouped_product(x_RD, w_EDF.base, groups) + grouped_product(low_RK, w_EDF.scaled_b, groups)
     if isinstance(w_EDF, QuantizedArray) and groups.ends is not None:
         return codes.sliced_product(x_RD, w_EDF, groups.ends)
     if grouped_path() == "gather_mm of rows" or (groups.ends is None and groups.blocks is None):
@@ -123,9 +131,9 @@ def is_plain_swiglu(spec: ExpertsSpec) -> bool:
 
 def grouped_swiglu(
     x_RD: mx.array,
-    gate_EDF: mx.array | QuantizedArray,
-    up_EDF: mx.array | QuantizedArray,
-    down_EFD: mx.array | QuantizedArray,
+    gate_EDF: Matrices,
+    up_EDF: Matrices,
+    down_EFD: Matrices,
     groups: Groups,
 ) -> mx.array:
     """Return the feed-forward of SwiGLU experts without biases; in one kernel on x86, if the rows are many."""
@@ -133,8 +141,9 @@ def grouped_swiglu(
     quantized = [w_EDF for w_EDF in matrices if isinstance(w_EDF, QuantizedArray)]
     if groups.ends is not None and len(quantized) == len(matrices):
         return codes.grouped_swiglu(x_RD, quantized, groups.ends)
-    if is_x86_cpu() and groups.ends is not None and not quantized:
-        x, gate, up, down = (as_array(array).astype(mx.float32) for array in (x_RD, *matrices))
+    plain = [w_EDF for w_EDF in matrices if isinstance(w_EDF, mx.array)]
+    if is_x86_cpu() and groups.ends is not None and len(plain) == len(matrices):
+        x, gate, up, down = (array.astype(mx.float32) for array in (x_RD, *plain))
         return swiglu_experts(x, gate, up, down, groups.ends).astype(x_RD.dtype)
     gate, up = (grouped_product(x_RD, w_EDF, groups) for w_EDF in (gate_EDF, up_EDF))
     return grouped_product(swiglu(gate, up), down_EFD, groups)
@@ -142,7 +151,7 @@ def grouped_swiglu(
 
 def product_of_rows(
     x_R1D: mx.array,
-    w_EDF: mx.array | QuantizedArray,
+    w_EDF: Matrices,
     expert_R: mx.array,
     row_R: mx.array | None = None,
     *,
@@ -153,6 +162,10 @@ def product_of_rows(
     R stands for any number of axes. `row_R`: the number of the row that each expert takes, uint32; None: its own.
     `in_order`: the experts ascend.
     """
+    if isinstance(w_EDF, AdaptedArray):
+        low_R1K = product_of_rows(x_R1D, w_EDF.lora_a, expert_R, row_R, in_order=in_order)
+        more = product_of_rows(low_R1K, w_EDF.scaled_b, expert_R, in_order=in_order)
+        return product_of_rows(x_R1D, w_EDF.base, expert_R, row_R, in_order=in_order) + more
     if isinstance(w_EDF, QuantizedArray):
         return codes.product_of_rows(x_R1D, w_EDF, expert_R, row_R, in_order=in_order)
     dtype = x_R1D.dtype

@@ -5,15 +5,28 @@ import math
 
 import mlx.core as mx
 
+from moezoo.core.reference.adapter import steps_of
+from moezoo.mlx_backend.adapter import AdaptedArray
 from moezoo.mlx_backend.kernels import codes
 from moezoo.mlx_backend.quantization import QuantizedArray
 
 
-def einsum(subscripts: str, x: mx.array, w: mx.array | QuantizedArray) -> mx.array:
+def einsum(subscripts: str, x: mx.array, w: mx.array | QuantizedArray | AdaptedArray) -> mx.array:
     """Return `mx.einsum(subscripts, x, w)` where the last axes of x meet the first of w, or the last; or of codes.
 
-    That is `...I,IO->...O`, or `...I,OI->...O`, where I and O stand for any number of axes. Or x and w share axes.
+    That is `...I,IO->...O`, or `...I,OI->...O`, where I and O stand for any number of axes. Or x and w share axes. An
+    adapter adds its own product.
     """
+    if isinstance(w, AdaptedArray):
+        a, b = w.lora_a, w.scaled_b
+        steps = steps_of(subscripts, a.ndim + b.ndim - 2 - len(w.base.shape), b.ndim)
+        first, second = (a, b) if steps.inputs_first else (b, a)
+        low = _product(steps.first, w.dropped(x), first)
+        return _product(subscripts, x, w.base) + _product(steps.second, low, second)
+    return _product(subscripts, x, w)
+
+
+def _product(subscripts: str, x: mx.array, w: mx.array | QuantizedArray) -> mx.array:
     if isinstance(w, QuantizedArray):
         return codes.product(subscripts, x, w)
     inner, transposed = _meeting(subscripts)
