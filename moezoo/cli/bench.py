@@ -55,7 +55,7 @@ def bench_command(
     from moezoo.bench.contenders import select_contenders
     from moezoo.bench.machine import load, machine
     from moezoo.bench.measure import Effort
-    from moezoo.bench.modes import MODES, SMOKE, bench, known_mode, named_configs
+    from moezoo.bench.modes import MODES, SMOKE, bench, known_mode, named_configs, shorter_in_codes
     from moezoo.bench.report import closing, heading, table_of
     from moezoo.bench.results import Row
     from moezoo.bench.sweep_picture import draw_sweep
@@ -63,9 +63,11 @@ def bench_command(
     modes = MODES if mode is None else (known_mode(mode),)
     bits = _bits(quantize, modes)
     entries, skipped = select_contenders(backends, peers)
-    if bits and "transformers" in entries:
-        del entries["transformers"]
-        skipped["transformers"] = "does not open mlx-lm's codes"
+    if bits:
+        skipped |= shorter_in_codes()
+        for name in [name for name in entries if name.startswith("transformers")]:
+            del entries[name]
+            skipped[name] = "does not open mlx-lm's codes"
     models = {} if smoke else named_configs(configs)
     effort = SMOKE if smoke else Effort(slices, slice_seconds)
     console = new_console(to_errors=as_json)
