@@ -1,19 +1,23 @@
 """Write tiny folders with mlx-lm, in floats and quantized, and compare moezoo with its answers.
 
-    python tests/external/make_mlx_oracles.py OUT [CASE ...]            # needs mlx-lm, not moezoo
+    python tests/external/make_mlx_oracles.py OUT [CASE ...] [--every]  # needs mlx-lm, not moezoo
     python tests/external/make_mlx_oracles.py --names OUT               # writes tests/data/mlx_names.json from them
     python tests/external/make_mlx_oracles.py --check OUT [NAME ...]    # needs moezoo: a Markdown table
 
 Each case is a fixture's config in the hub's spelling, with sizes that divide into groups, and options that mlx-lm
-ignores or cannot load removed; weights are random. A case is written in bfloat16 and in one quantization of `MODES`.
-`oracle.npz` has the logits, in float32 arithmetic, of the model whose weights are the stored ones or the codes decoded
-by `mx.dequantize`, and greedy text.
+ignores or cannot load removed; weights are random. A case is written in bfloat16 and in one quantization of `MODES`,
+or with `--every` in each of them, of weights in bfloat16 and float16, and in the `VARIANTS` of config.json.
+`oracle.npz` has the logits, in float32 arithmetic, of the model whose weights are the stored ones or the codes
+decoded by `mx.dequantize`, and greedy text. `--check` also compares the chosen experts with those of moezoo's
+reference on the decoded weights.
 """
 
 import argparse
 import copy
 import json
 import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,24 @@ SIZES = {
 }
 AFFINE = ((4, 64), (2, 32), (3, 64), (5, 32), (6, 64), (8, 32))
 MODES = (*(("affine", *each) for each in AFFINE), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16))
+Listed = dict[str, dict[str, Any] | bool]  # formats by pattern of module, as in config.json
+MIXED: Listed = {
+    "*.mlp.gate": {"bits": 8, "group_size": 64, "mode": "affine"},
+    "*.self_attn.*": {"bits": 6, "group_size": 32, "mode": "affine"},
+    "*.layers.1.*": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+    "*.down_proj": {"bits": 3, "group_size": 32, "mode": "affine"},
+}
+FLOAT_ROUTER: Listed = {"*.mlp.gate": False, "*.mlp.shared_expert_gate": False}
+# Mode, dtype of the weights, listed modules, and fields of `quantization` that are left out, by name of the folder.
+VARIANTS: dict[str, tuple[tuple[str, int, int], str, Listed, tuple[str, ...]]] = {
+    **{f"{mode}{bits}_{group}": ((mode, bits, group), "bfloat16", {}, ()) for mode, bits, group in MODES},
+    "affine4_64_float16": (("affine", 4, 64), "float16", {}, ()),
+    "affine3_32_float32": (("affine", 3, 32), "float32", {}, ()),
+    "affine4_32_without_mode": (("affine", 4, 32), "bfloat16", {}, ("mode",)),
+    "affine4_64_mixed": (("affine", 4, 64), "bfloat16", MIXED, ()),
+    "affine4_64_float_router": (("affine", 4, 64), "bfloat16", FLOAT_ROUTER, ()),
+    "mxfp4_float_router": (("mxfp4", 4, 32), "bfloat16", FLOAT_ROUTER | {"lm_head": False}, ()),
+}
 # Fixtures and the options that mlx-lm has no implementation of; None removes a field.
 CASES: dict[str, dict[str, Any]] = {
     "afmoe": {},
@@ -89,7 +111,8 @@ def config_of(case: str) -> dict[str, Any]:
     return config
 
 
-def write(case: str, out: Path, mode: tuple[str, int, int]) -> None:
+def write(case: str, out: Path, names: Sequence[str]) -> None:
+    """Write a case in bfloat16 and in the variants of these names."""
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
     from mlx_lm import utils
@@ -109,12 +132,47 @@ def write(case: str, out: Path, mode: tuple[str, int, int]) -> None:
 
     model.update(tree_map_with_path(drawn, model.parameters()))
     save(model, config, out / f"{case}_bfloat16")
+    drawn_values = dict(tree_flatten(model.parameters()))
+    for name in names:
+        model = kind(arguments.from_dict(config))
+        model.update(tree_unflatten(list(drawn_values.items())))
+        write_variant(model, config, out / f"{case}_{name}", *VARIANTS[name])
+
+
+def write_variant(
+    model: Any,
+    config: dict[str, Any],
+    folder: Path,
+    mode: tuple[str, int, int],
+    dtype: str,
+    listed: Listed,
+    without: tuple[str, ...],
+) -> None:
+    """Quantize a model and write it, with mlx-lm's answers for the decoded codes."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm import utils
+
     name, bits, group = mode
-    quantized, config = utils.quantize_model(model, config, group, bits, mode=name)
+    model.set_dtype(getattr(mx, dtype))
+    own = getattr(model, "quant_predicate", None)
+    unquantized: dict[str, bool] = {}
+
+    def chosen(path: str, module: Any) -> dict[str, Any] | bool:
+        for pattern, value in listed.items():
+            if fnmatchcase(path, pattern):
+                if value is False:
+                    unquantized[path] = False
+                return value
+        return True if own is None else own(path, module)
+
+    quantized, config = utils.quantize_model(model, config, group, bits, mode=name, quant_predicate=chosen)
+    config["quantization"] |= unquantized
+    for field in without:
+        del config["quantization"][field]
     config["quantization_config"] = config["quantization"]
-    folder = out / f"{case}_{name}{bits}_{group}"
     save(quantized, config, folder, answers=False)
-    floats = kind(arguments.from_dict(config))
+    floats = type(model)(model.args)
     parameters = dict(tree_flatten(quantized.parameters()))
     modules = dict(quantized.named_modules())
     for path in [path for path in parameters if path.endswith(".scales")]:
@@ -183,22 +241,40 @@ def check(folder: Path) -> str:
 
     cells = []
     with np.load(folder / "oracle.npz") as expected:
+        experts = reference_experts(folder, expected["input_ids"])
         for backend in ("jax", "mlx"):
             try:
                 model = moezoo.load(folder, backend=backend)
-                found = model.forward(expected["input_ids"]).logits
+                output = model.forward(expected["input_ids"])
+                found = output.logits
                 greedy = model.generate(expected["input_ids"], max_new_tokens=CONTINUED, temperature=0.0)
-                same = np.array_equal(greedy, expected["greedy"])
-                cells.append(f"{np.abs(found - expected['logits']).max():.1e}{'' if same else ', other tokens'}")
+                moved = sum(
+                    int((np.sort(own.expert) != np.sort(known)).any(-1).sum())
+                    for own, known in zip(output.routing, experts, strict=True)
+                )
+                words = "" if np.array_equal(greedy, expected["greedy"]) else ", other tokens"
+                words += f", {moved} other choices" if moved else ""
+                cells.append(f"{np.abs(found - expected['logits']).max():.1e}{words}")
             except MoezooError as error:
                 cells.append(f"refuses: {error!s:.300}".replace("|", "/"))
     return f"| {folder.name} | " + " | ".join(cells) + " |"
+
+
+def reference_experts(folder: Path, ids: np.ndarray) -> list[np.ndarray]:
+    """Return the experts [B, T, K] of each MoE layer in the float64 reference on the decoded weights."""
+    from moezoo.core.huggingface.checkpoint import open_checkpoint
+    from moezoo.core.reference.transformer import forward
+
+    checkpoint = open_checkpoint(folder)
+    weights = {name: np.asarray(checkpoint.weights[name], np.float64) for name in checkpoint.weights}
+    return [routing.expert_PK.reshape(*ids.shape, -1) for routing in forward(checkpoint.spec, weights, ids).routings]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--names", action="store_true")
+    parser.add_argument("--every", action="store_true", help="Each case in every mode, width and variant.")
     parser.add_argument("out", type=Path)
     parser.add_argument("which", nargs="*", metavar="CASE")
     options = parser.parse_args()
@@ -215,7 +291,8 @@ def main() -> int:
         if options.which and case not in options.which:
             continue
         try:
-            write(case, options.out, MODES[place % len(MODES)])
+            names = [f"{mode}{bits}_{group}" for mode, bits, group in MODES]
+            write(case, options.out, [*VARIANTS] if options.every else [names[place % len(MODES)]])
         except Exception as error:  # of mlx-lm: the table says so
             print(f"{case}: mlx-lm: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
     return 0

@@ -222,8 +222,8 @@ def problem(folder: Path, backends: tuple[str, ...]) -> str | None:
     ("attempts", "backends"),
     [
         pytest.param(100, (), id="opened"),
-        pytest.param(1000, ("mlx",), id="mlx", marks=pytest.mark.release),
-        pytest.param(1000, ("jax",), id="jax", marks=pytest.mark.release),
+        pytest.param(2000, ("mlx",), id="mlx", marks=pytest.mark.release),
+        pytest.param(2000, ("jax",), id="jax", marks=pytest.mark.release),
     ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales are large
