@@ -6,7 +6,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.config.run_config import Config, dump_config, parse_config
+from moezoo.core.errors import SpecError
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import Floats, Integers
 
@@ -44,6 +46,17 @@ class Case:
     def spec(self) -> ModelSpec:
         """Spec of the model."""
         return self.config.model
+
+    @property
+    def adamw(self) -> AdamWConfig:
+        """The optimizer of every peer. Raises SpecError: the config has another one."""
+        optimizer = self.config.optimizer
+        if not isinstance(optimizer, AdamWConfig):
+            raise SpecError(
+                f"optimizer.kind is {optimizer.kind}; expected adamw, which every peer has. Time moezoo alone, or use "
+                "adamw."
+            )
+        return optimizer
 
     @property
     def tokens(self) -> int:

@@ -95,7 +95,7 @@ def _sharded(path: Path, config: "Config | None", mesh: str, devices: int | None
 
     spec, assumed = (describe_model(path)[0], None) if config is None else spec_with_real_vocab_size(config)
     warn_assumed(assumed)
-    return mesh_description(spec, load_mesh(mesh), devices)
+    return mesh_description(spec, load_mesh(mesh), devices, None if config is None else config.optimizer)
 
 
 @click.command("plan")

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.config.optimizers import OptimizerConfig
+from moezoo.core.config.training import Layers, Rematerialize
 from moezoo.core.distributed.mesh import Devices
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import DataError

@@ -37,9 +37,8 @@ class JaxModel(JaxTraining):
         return self._moments_by_name(to_numpy)
 
     def _moments_by_name(self, taken: Callable[[Parameters], dict[str, Any]]) -> dict[str, Any]:
-        adam = self._moments[0]
         return {
-            f"{moment}.{name}": value
-            for moment, held in (("first_moment", adam.mu), ("second_moment", adam.nu))
+            f"{kind}.{name}": value
+            for kind, held in self._moments.kept.items()
             for name, value in self._stacks.unstack(taken(held)).items()
         }

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import NamedSharding
 
 from moezoo.core.backend import StepMetrics
-from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.config.optimizers import OptimizerConfig
+from moezoo.core.config.training import Layers, Rematerialize
+from moezoo.core.config.update_rules import UpdateRule, state_axes, update_rules
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
 from moezoo.core.parameters.trained import router_trains
@@ -20,9 +22,9 @@ from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.core.tokens import check_targets
 from moezoo.jax_backend.arrays import Weights, to_numpy
-from moezoo.jax_backend.distributed.sharding import Placement, shard
+from moezoo.jax_backend.distributed.sharding import Placement, shard, with_axes
 from moezoo.jax_backend.inference import JaxInference, Parameters, flatten_forced, routing_load
-from moezoo.jax_backend.optimizer import adamw, clip, global_norm
+from moezoo.jax_backend.optimizer import clip, global_norm, make_optimizer
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.runtime.in_flight import launched
 from moezoo.jax_backend.runtime.processes import lost_peer, on_host
@@ -53,8 +55,8 @@ class JaxTraining(JaxInference):
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], placement: Placement | None = None):
         super().__init__(spec, weights, placement)
-        self._decayed = {row.name: row.decay for row in parameter_table(spec) if row.trained}
-        self._trained: Collection[str] = self._decayed.keys()
+        self._rows = {row.name: row for row in parameter_table(spec) if row.trained}
+        self._trained: Collection[str] = self._rows.keys()
         self._balances_globally = any(
             isinstance(loss, GlobalBalanceLossSpec) for _, moe in spec.moes for loss in moe.losses
         )
@@ -107,29 +109,26 @@ class JaxTraining(JaxInference):
         layers: Layers = "unrolled",
         trained: Collection[str] | None = None,
     ) -> None:
-        decayed = {name: decay for name, decay in self._decayed.items() if trained is None or name in trained}
-        self._trained, self._router_trains = decayed.keys(), router_trains(self.spec, decayed)
+        rules = update_rules(config, (row for name, row in self._rows.items() if trained is None or name in trained))
+        self._trained, self._router_trains = rules.keys(), router_trains(self.spec, rules)
         self._rematerialize = rematerialize
         own, _ = self._split_trained(self._trained)
         check_float32({name: value.dtype.name for name, value in (own | self._state).items()})
         self._stack_layers(layers)
         own, _ = self._split_trained(self._trained)
-        self._optimizer = adamw(config, {self._stacks.name(name): decay for name, decay in decayed.items()})
-        init, outputs = self._optimizer(0.0).init, None
-        adam, *rest = jax.eval_shape(init, own)
+        held = self._stacks.rules(rules)
+        self._optimizer, outputs = make_optimizer(held), None
+        moments = jax.eval_shape(self._optimizer.init, own)
+        kept_shardings: dict[str, dict[str, NamedSharding]] = {}
         if self._placement is not None:
             shardings = {name: self._stacks.shardings[name] for name in own}
-            replicated = self._placement.replicated
-            moments = (adam._replace(count=replicated, mu=shardings, nu=shardings), *rest)
-            outputs = (shardings, replicated, moments, replicated)
+            kept_shardings, replicated = _of_state(held, shardings), self._placement.replicated
+            outputs = (shardings, replicated, moments._replace(updates=replicated, kept=kept_shardings), replicated)
         given = None
         if state is not None:
-            first, second = (
-                self._stacks.stack(decayed, partial(self._moment, state, kind))
-                for kind in ("first_moment", "second_moment")
-            )
-            given = (optax.ScaleByAdamState(self._replicated(update), first, second), *rest)
-        owned, self._moments = self._owned(init, own, given, None if outputs is None else outputs[::2])
+            kept = self._restored(state, rules, kept_shardings)
+            given = moments._replace(updates=self._replicated(update), kept=kept)
+        owned, self._moments = self._owned(self._optimizer.init, own, given, None if outputs is None else outputs[::2])
         self._parameters = {**self._parameters, **owned}
         self._step = jax.jit(
             partial(self._step_values, config),
@@ -197,11 +196,10 @@ class JaxTraining(JaxInference):
             )
         norm = global_norm(gradients)
         gradients = clip(config, gradients, norm)
-        updates, moments = self._optimizer(learning_rate).update(gradients, moments, trained)
+        updated, moments = self._optimizer.update(trained, gradients, moments, learning_rate)
         if self._router_trains:
             state = updated_state(self.spec, state, load[0], cutoffs)
         reported = {name: state[name] for name in updated_names(self.spec)}
-        updated: Parameters = optax.apply_updates(trained, updates)
         return updated, state, moments, (terms, norm, *load, reported)
 
     def _loads(
@@ -217,7 +215,7 @@ class JaxTraining(JaxInference):
 
         Raises TrainingError: a parameter that is trained is in codes.
         """
-        names = self._decayed.keys() if names is None else names
+        names = self._rows.keys() if names is None else names
         check_no_codes([name for name in self._codes if name in names])
         held = {self._stacks.name(name) for name in names}
         own = {name: value for name, value in self._parameters.items() if name in held}
@@ -241,11 +239,24 @@ class JaxTraining(JaxInference):
         owned: tuple[Parameters, Any] = jax.jit(held, donate_argnums=(0, 1), out_shardings=shardings)(own, given)
         return owned
 
-    def _moment(self, state: Mapping[str, np.ndarray], kind: str, name: str) -> jax.Array:
-        """Put a moment of a parameter on the devices of the parameter."""
-        if self._placement is None:
-            return jnp.asarray(state[f"{kind}.{name}"])
-        return shard(state, f"{kind}.{name}", self._placement.parameters[name])
+    def _restored(
+        self,
+        state: Mapping[str, np.ndarray],
+        rules: Mapping[str, UpdateRule],
+        shardings: Mapping[str, Mapping[str, NamedSharding]],
+    ) -> dict[str, Parameters]:
+        """Put what the optimizer keeps of each parameter on the parameter's devices, stacked as it is held."""
+
+        def read(kind: str, axes: Mapping[str, tuple[int, ...]], name: str) -> jax.Array:
+            if self._placement is None:
+                return jnp.asarray(state[f"{kind}.{name}"])
+            return shard(state, f"{kind}.{name}", with_axes(self._placement.parameters[name], axes[name]))
+
+        num_axes = {name: len(row.shape) for name, row in self._rows.items()}
+        return {
+            kind: self._stacks.stack(axes, partial(read, kind, axes), shardings.get(kind))
+            for kind, axes in state_axes(rules, num_axes).items()
+        }
 
     def _replicated(self, count: int) -> jax.Array:
         value = np.asarray(count, np.int32)
@@ -276,3 +287,13 @@ def _sum_over(micro_batch: Callable[..., Any], windows: jax.Array, keys: jax.Arr
         return jax.tree.map(jnp.add, total, micro_batch(*part)), None
 
     return jax.lax.scan(add, zeros, (windows, keys))[0]
+
+
+def _of_state(
+    rules: Mapping[str, UpdateRule], shardings: Mapping[str, NamedSharding]
+) -> dict[str, dict[str, NamedSharding]]:
+    """Return the shardings of the optimizer's state, as its parameter's each."""
+    axes = state_axes(rules, {name: len(sharding.spec) for name, sharding in shardings.items()})
+    return {
+        kind: {name: with_axes(shardings[name], those) for name, those in own.items()} for kind, own in axes.items()
+    }

@@ -6,10 +6,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from moezoo.core.backend import StepMetrics
-from moezoo.core.config.training import Layers, OptimizerConfig, Rematerialize
+from moezoo.core.config.optimizers import OptimizerConfig
+from moezoo.core.config.training import Layers, Rematerialize
+from moezoo.core.config.update_rules import update_rules
 from moezoo.core.errors import TrainingError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
@@ -19,12 +21,12 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
 from moezoo.core.tokens import check_targets
-from moezoo.mlx_backend.arrays import canonical_name, named, to_numpy
+from moezoo.mlx_backend.arrays import named, to_numpy
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.inference import MlxInference, flatten_forced, routing_load
-from moezoo.mlx_backend.optimizer import adamw, clip, global_norm
+from moezoo.mlx_backend.optimizer import clip, global_norm, make_optimizer
 from moezoo.mlx_backend.router_state import updated_state
-from moezoo.mlx_backend.runtime.typed import flatten, to_float, to_int
+from moezoo.mlx_backend.runtime.typed import to_float, to_int
 
 
 class PendingMlxStep:
@@ -50,8 +52,8 @@ class MlxTraining(MlxInference):
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]):
         super().__init__(spec, weights)
-        self._decayed = {row.name: row.decay for row in parameter_table(spec) if row.trained}
-        self._trained: Collection[str] = self._decayed.keys()
+        self._rows = {row.name: row for row in parameter_table(spec) if row.trained}
+        self._trained: Collection[str] = self._rows.keys()
         self._balances_globally = any(
             isinstance(loss, GlobalBalanceLossSpec) for _, moe in spec.moes for loss in moe.losses
         )
@@ -67,7 +69,7 @@ class MlxTraining(MlxInference):
         trained: Collection[str] | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
-        trained = self._decayed.keys() if trained is None else trained
+        trained = self._rows.keys() if trained is None else trained
         check_no_codes([name for name in self._codes() if name in trained])
         self._freeze_others(trained)
         (_, terms, *_), gradients = self._loss_and_gradients(
@@ -102,12 +104,12 @@ class MlxTraining(MlxInference):
         layers: Layers = "unrolled",
         trained: Collection[str] | None = None,
     ) -> None:
-        decayed = {name: decay for name, decay in self._decayed.items() if trained is None or name in trained}
-        check_no_codes([name for name in self._codes() if name in decayed])
-        own = {*decayed, *self._state_names}
+        rules = update_rules(config, (row for name, row in self._rows.items() if trained is None or name in trained))
+        check_no_codes([name for name in self._codes() if name in rules])
+        own = {*rules, *self._state_names}
         check_float32({name: _dtype_name(value) for name, value in self._named().items() if name in own})
-        self._freeze_others(decayed.keys())
-        self._trained, self._router_trains = decayed.keys(), router_trains(self.spec, decayed)
+        self._freeze_others(rules.keys())
+        self._trained, self._router_trains = rules.keys(), router_trains(self.spec, rules)
         data_parallel.check_shared(self.spec)
         self._config = config
         if rematerialize != "none":
@@ -120,20 +122,10 @@ class MlxTraining(MlxInference):
                 f"training.layers is {layers!r}, which is not supported on MLX, which compiles no layers; expected "
                 "'unrolled'. Remove it, or train on JAX."
             )
-        self._optimizer = adamw(config, self._decayed)
+        self._optimizer = make_optimizer(rules)
         self._optimizer.init(self._module.trainable_parameters())
         if state is not None:
-            names = {"m": "first_moment", "v": "second_moment"}
-            for part in self._optimizer.optimizers:
-                restored = [
-                    (path, mx.array(state[f"{names[kind]}.{canonical_name(own)}"]))
-                    for path, _ in flatten(part.state)
-                    for own, _, kind in [path.rpartition(".")]
-                    if kind in names
-                ]
-                moments = tree_unflatten(restored) if restored else {}
-                part.state = {**part.state, **moments, "step": mx.array(update, mx.uint64)}
-                part._initialized = True
+            self._optimizer.restore(state, update)
 
     def own_sequences(self, batch: int) -> np.ndarray:
         return data_parallel.processes().share(batch)
@@ -141,7 +133,7 @@ class MlxTraining(MlxInference):
     def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingMlxStep:
         for window in windows:
             check_targets(window[:, :-1], window[:, 1:])
-        self._optimizer.learning_rate = learning_rate
+        self._optimizer.set_learning_rate(learning_rate)
         parts = [(mx.array(window), None if keys is None else mx.array(keys[a])) for a, window in enumerate(windows)]
         global_load = None
         if self._balances_globally and len(parts) > 1:
@@ -178,7 +170,7 @@ class MlxTraining(MlxInference):
     def _freeze_others(self, trained: Collection[str]) -> None:
         """Let MLX compute gradients of these parameters only."""
         codes = self._codes()
-        for name in self._decayed:
+        for name in self._rows:
             if name not in codes:
                 module, leaf = self._place(name)
                 change = module.unfreeze if name in trained else module.freeze

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from moezoo.core import spec
-from moezoo.core.config import data, run_config, training
+from moezoo.core.config import data, optimizers, run_config, training
 from moezoo.core.spec import Part
 from tests.contracts.test_twins import SHARED
 from tests.support.source_tree import BACKENDS, PACKAGE, attribute_reads, backend_file, tree_of
@@ -42,7 +42,7 @@ def parts_in(module) -> list[type[Part]]:
     return list(dict.fromkeys(own))  # an alias names a class again
 
 
-PARTS = [part for module in (spec, data, training, run_config) for part in parts_in(module)]
+PARTS = [part for module in (spec, data, training, optimizers, run_config) for part in parts_in(module)]
 
 
 def without_validators(tree: ast.Module) -> ast.Module:

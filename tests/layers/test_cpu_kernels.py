@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import (
     ClampedSwiGLUSpec,
@@ -119,7 +119,7 @@ def test_updates_are_the_same_with_and_without_the_kernels(mlx, use, clip_norm):
         model = mlx.backend().build(spec, initial_weights(spec, 0))
         held = model.export_parameters()
         before = {name: np.array(value) for name, value in held.items()}
-        config = OptimizerConfig(learning_rate=1e-2, epsilon=1e-2, weight_decay=0.3, clip_norm=clip_norm)
+        config = AdamWConfig(learning_rate=1e-2, epsilon=1e-2, weight_decay=0.3, clip_norm=clip_norm)
         model.start_training(config)
         norms = {
             f"norm of step {step}": np.array(model.train_step(window, 1e-2).fetch().gradient_norm) for step in range(3)

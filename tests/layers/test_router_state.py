@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
@@ -22,7 +22,7 @@ from tests.support.twins import D, E, F, H, K, M, N, Twin, V, normal
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 BIASED = RouterSpec(top_k=K, score="sigmoid", selection_bias=SelectionBiasSpec(rate=0.25))
 CHOSEN = RouterSpec(top_k=K, renormalize="none", choice=ExpertChoiceSpec(decay=0.9))
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
+OPTIMIZER = AdamWConfig(learning_rate=1e-3)
 
 
 def model(*routers: RouterSpec) -> ModelSpec:

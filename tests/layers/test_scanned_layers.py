@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.backend import Model, StepMetrics
+from moezoo.core.config.optimizers import AdafactorConfig, MuonConfig
 from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.training import Layers
 from moezoo.core.config.vocabulary import with_vocab_size
@@ -61,6 +62,8 @@ ONE_BY_ONE = {
     },
     **{name: tiny(name, 2) for name in ("dropout", "layer_inputs", "expert_choice")},
 }
+OPTIMIZERS = (MuonConfig(kind="muon", learning_rate=1e-3), AdafactorConfig(kind="adafactor", learning_rate=1e-3))
+ONE_BY_ONE |= {each.kind: tiny("top_k", 3).model_copy(update={"optimizer": each}) for each in OPTIMIZERS}
 CONFIGS = {**IN_THE_GATE, **ONE_BY_ONE}
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.random import micro_batch_keys
@@ -130,7 +130,7 @@ def test_a_token_after_a_training_step_is_of_the_new_parameters(mlx):
     spec = COMMON["plain"]
     model = mlx.backend().build(spec, weights_of(spec))
     model.decode(TOKENS[:, PROMPT], model.prefill(TOKENS[:, :PROMPT], LENGTH)[1])
-    model.start_training(OptimizerConfig(learning_rate=0.1))
+    model.start_training(AdamWConfig(learning_rate=0.1))
     model.train_step(TOKENS[None], 0.1, micro_batch_keys(0, 0, 1)).fetch()
     found, _ = model.decode(TOKENS[:, PROMPT], model.prefill(TOKENS[:, :PROMPT], LENGTH)[1])
     assert_close(found, model.forward(TOKENS[:, : PROMPT + 1], inference=True).logits[:, -1], FLOAT32)

@@ -48,14 +48,15 @@ def mesh_and_options(given: dict):
 def trained(config, mesh, options, windows, key):
     """Losses and gradients of the first step, all steps, scores, and the model.
 
-    Gradients are the first moments after one step, up to a factor: so they need no program of their own.
+    Gradients are the first moments after one step, up to a factor: so they need no program of their own. What Adafactor
+    keeps instead is compared as it is.
     """
     model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
     model.start_training(config.optimizer, **options)
     keys = np.stack([key, key + 1])
     steps = [model.train_step(windows, 1e-3, keys).fetch()]
     moments = model.export_optimizer()
-    gradients = {name: value for name, value in moments.items() if name.startswith("first_moment.")}
+    gradients = {name: value for name, value in moments.items() if name.startswith("first_moment.")} or moments
     steps += [model.train_step(windows, 1e-3, keys).fetch() for _ in range(1, STEPS)]
     ways = {False, config.model.inference_differs}
     scores = [model.score(windows[0, :, :-1], windows[0, :, 1:], inference=way).token_losses for way in sorted(ways)]

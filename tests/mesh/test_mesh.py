@@ -31,6 +31,7 @@ MESHES = [
 ]
 # Every axis, rematerialization and a scan; the exchange `allgather` is in GROUPED.
 IN_THE_GATE = [MESHES[place] for place in (9, 18)]
+KINDS = [{"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "expert": 4, "layers": "scanned"}]
 MIXED = [MESHES[10], MESHES[11]]
 GROUPED = [
     {"data": 8},
@@ -79,6 +80,20 @@ def check(found: dict) -> None:
 )
 def test_every_mesh_matches_one_device(found, job):
     assert len(found[job]) == len(json.loads(job)) - 3
+    check(found[job])
+
+
+@release
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(
+            job("equal", "top_k", *KINDS, replaced=("learning_rate:", f"kind: {kind}\n  learning_rate:")), id=kind
+        )
+        for kind in ("muon", "adafactor")
+    ],
+)
+def test_every_matrix_of_a_stack_is_updated_by_itself_on_a_mesh(found, job):
     check(found[job])
 
 

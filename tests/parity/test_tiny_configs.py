@@ -16,13 +16,14 @@ import pytest
 
 from moezoo.core.backend import combine_weights
 from moezoo.core.config.run_config import Config, load_config
+from moezoo.core.config.update_rules import update_rules
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters import ROLES, parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.dispatch import dispatch
 from moezoo.core.reference.losses import loss_and_gradients, loss_terms
-from moezoo.core.reference.optimizer import adamw, zero_moments
+from moezoo.core.reference.optimizer import optimizer_step, zero_state
 from moezoo.core.reference.router_state import updated_state
 from moezoo.core.reference.transformer import forward
 from moezoo.core.runs.init_from import load_resolved_config
@@ -188,21 +189,19 @@ def _reference_step(config, parameters, window) -> Step:
         sums = gradients if sums is None else {name: sums[name] + gradients[name] for name in sums}
     gradients = {name: value / count for name, value in sums.items()}
     rows = parameter_table(spec)
-    trained = {row.name: parameters[row.name] for row in rows if row.trained}
-    stepped, moments = adamw(
+    rules = update_rules(config.optimizer, rows)
+    stepped, moments = optimizer_step(
         config.optimizer,
-        trained,
+        rules,
+        parameters,
         gradients,
-        zero_moments(trained),
+        zero_state(rules, parameters),
         learning_rate=LEARNING_RATE,
         update=1,
-        decayed={row.name for row in rows if row.decay},
     )
     state = updated_state(spec, {row.name: parameters[row.name] for row in rows if not row.trained}, loads, cutoffs)
-    first = {f"first_moment.{name}": value for name, value in moments.first.items()}
-    second = {f"second_moment.{name}": value for name, value in moments.second.items()}
     margins = [np.min(routing.margin_P) for layer in layers for routing in layer]
-    return Step(gradients, stepped | state, first | second, float(np.mean(losses)), min(margins, default=np.inf))
+    return Step(gradients, stepped | state, moments, float(np.mean(losses)), min(margins, default=np.inf))
 
 
 def _counts(routing) -> np.ndarray:

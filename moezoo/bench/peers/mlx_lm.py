@@ -53,7 +53,7 @@ class MlxLmPeer:
         from mlx import nn, optimizers
         from mlx.utils import tree_map
 
-        model, config = self._model(case), case.config.optimizer
+        model, config = self._model(case), case.adamw
         model.train()
         optimizer = optimizers.AdamW(
             config.learning_rate,

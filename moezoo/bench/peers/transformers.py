@@ -47,7 +47,7 @@ class TransformersPeer:
         )
 
     def _train(self, case: Case) -> Work:
-        model, config = self._model(case).train(), case.config.optimizer
+        model, config = self._model(case).train(), case.adamw
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,

@@ -13,8 +13,9 @@ from pydantic import (
 )
 
 from moezoo.core.config.data import DataConfig
+from moezoo.core.config.optimizers import OptimizerConfig
 from moezoo.core.config.renamed_keys import with_new_keys
-from moezoo.core.config.training import OptimizerConfig, TrainingConfig
+from moezoo.core.config.training import TrainingConfig
 from moezoo.core.config.validate import validate
 from moezoo.core.config.yaml_file import parse_mapping, parse_value, read_text
 from moezoo.core.distributed.mesh import MeshConfig

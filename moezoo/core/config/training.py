@@ -1,4 +1,4 @@
-"""The `training` and `optimizer` sections of a config."""
+"""The `training` section of a config."""
 
 from typing import Annotated, Literal
 
@@ -6,12 +6,10 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
-from moezoo.core.config.schedules import CosineSchedule, Schedule
 from moezoo.core.parameters.trained import Trainable
 from moezoo.core.spec import Part, impossible
 
@@ -77,20 +75,3 @@ class TrainingConfig(Part):
                 "Use a divisor of batch_size",
             )
         return self
-
-
-class OptimizerConfig(Part):
-    """AdamW with decoupled weight decay and bias correction. Source: Loshchilov and Hutter 2017, arXiv 1711.05101.
-
-    Weight decay applies to parameters with `decay` set in the parameter table. `clip_norm` is the maximum global
-    gradient norm.
-    """
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: PositiveFloat
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    epsilon: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_norm: PositiveFloat | None = 1.0
-    schedule: Schedule = CosineSchedule(warmup_steps=100)

@@ -33,7 +33,7 @@ def check_training(config: Config, devices: Devices, *, allow_overcommit: bool =
     step = memory_per_device(config, devices.lengths)
     least = memory_per_device(config, devices.lengths, least=True)
     state = least.parameters + least.moments + least.state
-    gradients = 0 if config.optimizer.clip_norm is None else least.moments // 2  # one number per trained parameter
+    gradients = 0 if config.optimizer.clip_norm is None else least.gradients
     saved = (least.activations + least.logits) // 2
     windows = _TOKEN_BYTES * training.batch_size * (training.sequence_length + 1)
     of_batch = shared * (step.activations + step.logits) + windows

@@ -5,6 +5,7 @@ Writing: writings/cost.md.
 """
 
 import bisect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -12,6 +13,7 @@ from typing import assert_never
 
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.training import Rematerialize
+from moezoo.core.config.update_rules import state_shapes
 from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.parameters import Parameter
 from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
@@ -103,7 +105,7 @@ def training_memory(config: Config) -> TrainingMemory:
 
     - `parameters`: 4 n; `gradients`: 4 t, or 8 t with A > 1 (the accumulated and the newest gradient; with
       `rematerialize: block` the newest exists for one layer at a time, with `experts` for one layer's experts at a
-      time and for all other parameters); `moments`: 8 t. All float32.
+      time and for all other parameters); `moments`: what the optimizer keeps, 8 t for AdamW. All float32.
     - `activations`: P times the bytes per token that are saved for the backward pass. Per layer: attention
       `c (4 D + 3 Q) + 4 N T` (inputs and outputs of two norms; queries, keys and values, before and after RoPE, and the
       heads' output, Q numbers together with N H + M H for grouped heads; all float32 probabilities, if there are any);
@@ -142,7 +144,7 @@ def training_memory(config: Config) -> TrainingMemory:
     return TrainingMemory(
         parameters=_FLOAT32_BYTES * parameters,
         gradients=_FLOAT32_BYTES * (size + newest),
-        moments=2 * _FLOAT32_BYTES * size,
+        moments=_FLOAT32_BYTES * sum(map(math.prod, state_shapes(config.optimizer, trained).values())),
         activations=round(tokens * activation_bytes(spec, config.training.rematerialize, layers, experts)),
         logits=2 * _FLOAT32_BYTES * tokens * spec.vocab,
     )

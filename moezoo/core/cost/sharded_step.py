@@ -1,7 +1,7 @@
 """Sizes of one training step on one device of a mesh, on which the formulas for memory and communication are based."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -103,9 +103,11 @@ class ShardedStep:
         """Return the partition of a parameter during its block's computation, after the all-gather."""
         return gathered_partition(row, self.partitions[row.name])
 
-    def sharded_size(self, row: Parameter) -> int:
-        """Return how many numbers of a parameter the device stores."""
-        return row.size // self.num_devices(axis for axes in self.partitions[row.name] for axis in axes)
+    def sharded_size(self, row: Parameter, axes: Sequence[int] | None = None) -> int:
+        """Return how many numbers of a parameter the device stores; `axes`: of an array that has these alone."""
+        parts = self.partitions[row.name]
+        axes = range(len(row.shape)) if axes is None else axes
+        return math.prod(row.shape[axis] // self.num_devices(parts[axis]) for axis in axes)
 
     def gathered_size(self, row: Parameter) -> int:
         """Return how many numbers of a parameter the device computes with, after the all-gather."""

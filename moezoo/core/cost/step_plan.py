@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import assert_never
 
 from moezoo.core.config.run_config import Config
+from moezoo.core.config.update_rules import update_rules
 from moezoo.core.cost.communication import Collective, step_collectives
 from moezoo.core.cost.memory import activation_bytes, expert_activation_bytes, layer_activation_bytes
 from moezoo.core.cost.sharded_step import ShardedStep
@@ -95,13 +96,14 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
     """Return the memory of one device. The first four kinds are exact, the others estimates as in `training_memory`.
 
     `least`: leave out activations that may not be saved: attention probabilities, which fused attention recomputes, and
-    the rows of experts whose number depends on the routing.
+    the rows of experts whose number depends on the routing; and a second gradient beside the accumulated one.
 
     With n parameters stored on the device, t of them trained, A micro-batches of p tokens per device, and c bytes of
     the compute dtype:
 
     - `parameters`: 4 n; `gradients`: 4 t, and with A > 1 the newest gradient as well, or the part of it that
-      `rematerialize` leaves in memory (`training_memory`); `moments`: 8 t; `state`: 4 a number, replicated.
+      `rematerialize` leaves in memory (`training_memory`); `moments`: what the optimizer keeps, sharded as its
+      parameters are, 8 t for AdamW; `state`: 4 a number, replicated.
     - `gathered`: parameters sharded over batch axes are all-gathered for use: the largest block of a layer, and those
       outside of layers, minus the shards that the device stores anyway; 8 bytes a number, with its gradient.
     - `activations`: p times the bytes per token of `training_memory`, with heads and hidden widths divided by `tensor`.
@@ -118,7 +120,7 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
     parameters = sum(step.sharded_size(row) for row in step.table if row.trained)
     trained = sum(step.sharded_size(row) for row in step.table if row.name in step.trained)
     state = sum(step.sharded_size(row) for row in step.table if not row.trained)
-    newest = 0 if step.micro_batches == 1 else min(trained, _newest_gradients(step, trained))
+    newest = 0 if least or step.micro_batches == 1 else min(trained, _newest_gradients(step, trained))
     layers, experts = [], []
     for layer in spec.all_layers:
         rows = None if layer.moe is None else step.expert_rows_per_token(layer.moe)
@@ -130,12 +132,21 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
     return DeviceMemory(
         parameters=_FLOAT32_BYTES * parameters,
         gradients=_FLOAT32_BYTES * (trained + newest),
-        moments=2 * _FLOAT32_BYTES * trained,
+        moments=_FLOAT32_BYTES * _moments(step),
         state=_FLOAT32_BYTES * state,
         gathered=2 * _FLOAT32_BYTES * _largest_gather(step),
         activations=round(step.tokens * activation_bytes(spec, training.rematerialize, layers, experts)),
         exchange=max((2 * step.exchange_bytes(moe) for _, moe in spec.moes), default=0),
         logits=2 * _FLOAT32_BYTES * step.tokens * spec.vocab // shards.get("vocab", 1),
+    )
+
+
+def _moments(step: ShardedStep) -> int:
+    """Return how many numbers of the optimizer's state the device stores."""
+    rows = [row for row in step.table if row.name in step.trained]
+    rules = update_rules(step.config.optimizer, rows)
+    return sum(
+        step.sharded_size(row, axes) for row in rows for axes in rules[row.name].state_axes(len(row.shape)).values()
     )
 
 

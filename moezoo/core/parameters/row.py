@@ -53,6 +53,11 @@ class MatrixAxes(NamedTuple):
         end = self.batch + self.fan_in
         return shape[: self.batch], shape[self.batch : end], shape[end:]
 
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return the number of matrices, inputs and outputs of a shape."""
+        stack, inputs, outputs = self.split(shape)
+        return math.prod(stack), math.prod(inputs), math.prod(outputs)
+
 
 @dataclass(frozen=True)
 class Parameter:

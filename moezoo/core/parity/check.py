@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, check_length
+from moezoo.core.config.optimizers import OptimizerConfig
 from moezoo.core.config.run_config import Config
-from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.config.vocabulary import ASSUMED_CHARACTERS, spec_with_vocab_size
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.nonfinite import nonfinite_names, nonfinite_warning
@@ -27,7 +27,8 @@ from moezoo.core.parity.report import (
     RoutingComparison,
     names_in_order,
 )
-from moezoo.core.parity.sides import Doubles, Reference, Side, backend_side
+from moezoo.core.parity.sides import Reference, Side, backend_side
+from moezoo.core.parity.starting_state import Doubles
 from moezoo.core.quantization.weight import QuantizedWeight, stored
 from moezoo.core.random import fold_in, key, uniform
 from moezoo.core.runs.init_from import load_resolved_config, open_initial_weights
@@ -235,7 +236,7 @@ def _compare(
         rows.append(
             _update(pair, name, weight, left.update.get(name), right.update.get(name), learning_rate, float32_sides, t)
         )
-    for order, power in (("first_moment.", 1), ("second_moment.", 2)):
+    for order, power in (("first_moment", 1), ("momentum", 1), ("second_moment", 2)):
         named("moment", t.gradient, t.gradient_floor**power, order)
     named("step", t.loss)
     moved = max(left.moved_assignments, right.moved_assignments)

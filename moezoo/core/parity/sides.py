@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.backend import Backend, Model
-from moezoo.core.config.training import OptimizerConfig
+from moezoo.core.config.optimizers import OptimizerConfig
+from moezoo.core.config.update_rules import update_rules
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.trained import router_trains, trained_names
 from moezoo.core.parity.causality import Causality, check_causality
+from moezoo.core.parity.starting_state import Doubles, starting_state
 from moezoo.core.quantization.weight import QuantizedWeight
 from moezoo.core.random import fold_in, key, micro_batch_keys, uniform
 from moezoo.core.spec import ModelSpec, MoESpec
 from moezoo.core.tokens import Floats, Integers
-
-Doubles = NDArray[np.float64]
 
 _UPDATES_DONE = 9  # number of updates that the moments before the step stand for, in bias correction
 _FLOAT32_ROUNDING = 2.0**-24
@@ -90,7 +90,8 @@ class Reference:
         _, self.gradients = loss_and_gradients(
             spec, self.weights, tokens, targets, forced=self.experts, key=self.key, trained=self.trained
         )
-        self.moments = self._starting_moments()
+        self.rules = update_rules(optimizer, (row for row in parameter_table(spec) if row.name in self.trained))
+        self.moments = starting_state(optimizer, self.rules, self.gradients)
 
         def run(tokens: Integers, inference: bool) -> Mapping[str, NDArray[Any]]:
             record: dict[str, NDArray[Any]] = {}
@@ -157,7 +158,7 @@ class Reference:
     def stepped(self, experts: list[Integers]) -> tuple[dict[str, Doubles], dict[str, Doubles], dict[str, float]]:
         """Do one optimizer step with these experts; return parameters, moments and metrics."""
         from moezoo.core.reference.losses import loss_and_gradients
-        from moezoo.core.reference.optimizer import Moments, adamw, global_norm
+        from moezoo.core.reference.optimizer import global_norm, optimizer_step
         from moezoo.core.reference.router_state import updated_state
 
         losses, gradients = self.losses, self.gradients
@@ -171,21 +172,15 @@ class Reference:
                 key=self.key,
                 trained=self.trained,
             )
-        before = {name: value.astype(np.float64) for name, value in self.moments.items()}
-        parameters, moments = adamw(
+        parameters, moments = optimizer_step(
             self.optimizer,
-            {name: self.weights[name] for name in gradients},
+            self.rules,
+            self.weights,
             gradients,
-            Moments(
-                {name: before[f"first_moment.{name}"] for name in gradients},
-                {name: before[f"second_moment.{name}"] for name in gradients},
-            ),
+            {name: value.astype(np.float64) for name, value in self.moments.items()},
             learning_rate=self.optimizer.learning_rate,
             update=_UPDATES_DONE + 1,
-            decayed={row.name for row in parameter_table(self.spec) if row.decay},
         )
-        first = {f"first_moment.{name}": value for name, value in moments.first.items()}
-        second = {f"second_moment.{name}": value for name, value in moments.second.items()}
         # The load follows from these experts; cutoffs do not depend on the choice.
         loads = [
             np.bincount(expert_PK[expert_PK >= 0], minlength=moe.num_choices).astype(np.float64)
@@ -196,7 +191,7 @@ class Reference:
             state = updated_state(self.spec, state, loads, self.cutoffs)
         return (
             {**self.weights, **parameters, **state},
-            first | second,
+            moments,
             {"gradient_norm": global_norm(gradients), **losses},
         )
 
@@ -204,25 +199,6 @@ class Reference:
     def moes(self) -> list[MoESpec]:
         """Every MoE layer's spec."""
         return [moe for _, moe in self.spec.moes]
-
-    def _starting_moments(self) -> dict[str, Floats]:
-        """Return moments from which a step depends smoothly on the clipped gradient g: m = g / 2, v = g^2 + mean(g^2).
-
-        Trap: from zero moments, AdamW's first step is the sign of the gradient, which rounding decides for small ones.
-        """
-        from moezoo.core.reference.optimizer import global_norm
-
-        norm, clip = global_norm(self.gradients), self.optimizer.clip_norm
-        scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
-        count = sum(value.size for value in self.gradients.values())
-        floor = (1e-3 * scale * norm) ** 2 / count
-        moments: dict[str, Floats] = {}
-        for name, gradient in self.gradients.items():
-            clipped = scale * np.asarray(gradient, np.float64)
-            moments[f"first_moment.{name}"] = (clipped / 2).astype(np.float32)
-            spread = max(float(np.mean(clipped**2)), floor, 1e-30)
-            moments[f"second_moment.{name}"] = (clipped**2 + spread).astype(np.float32)
-        return moments
 
 
 def backend_side(

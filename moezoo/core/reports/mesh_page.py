@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moezoo.core.config.optimizers import AdamWConfig, OptimizerConfig
+from moezoo.core.config.update_rules import update_rules
 from moezoo.core.distributed.mesh import MeshAxis, MeshConfig, planned_sizes
 from moezoo.core.distributed.sharding_rules import Partition, partition
 from moezoo.core.parameters import parameter_table
@@ -26,14 +28,14 @@ class ShardedParameter:
         name, shape: of the whole parameter.
         partition: for each dimension, the mesh axes over which it is sharded.
         device_bytes: float32 bytes on one device.
-        trained: False for state, which has no moments.
+        kept_bytes: float32 bytes of what the optimizer keeps of it, on one device.
     """
 
     name: str
     shape: tuple[int, ...]
     partition: Partition
     device_bytes: int
-    trained: bool
+    kept_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the parameter as plain data."""
@@ -69,8 +71,8 @@ class MeshDescription:
 
     @property
     def moment_bytes(self) -> int:
-        """Bytes of Adam's moments on one device."""
-        return sum(2 * row.device_bytes for row in self.parameters if row.trained)
+        """Bytes of what the optimizer keeps, on one device."""
+        return sum(row.kept_bytes for row in self.parameters)
 
     def to_json(self) -> dict[str, Any]:
         """Return the description as plain data."""
@@ -82,18 +84,24 @@ class MeshDescription:
         }
 
 
-def mesh_description(spec: ModelSpec, mesh: MeshConfig, num_devices: int | None = None) -> MeshDescription:
+def mesh_description(
+    spec: ModelSpec, mesh: MeshConfig, num_devices: int | None = None, optimizer: OptimizerConfig | None = None
+) -> MeshDescription:
     """Return how a model's parameters are sharded over a mesh.
 
-    `num_devices`: number of devices, needed if an axis is `auto`. Raises SpecError: mesh, model and devices do not fit,
-    with the parameter and the rule.
+    `num_devices`: number of devices, needed if an axis is `auto`. `optimizer`: None: AdamW. Raises SpecError: mesh,
+    model and devices do not fit, with the parameter and the rule.
     """
-    lengths = planned_sizes(mesh, num_devices)
+    lengths, table = planned_sizes(mesh, num_devices), parameter_table(spec)
+    rules = update_rules(optimizer or AdamWConfig(learning_rate=1.0), table)
     rows = []
-    for row in parameter_table(spec):
+    for row in table:
         sharded = partition(row, mesh, lengths)
-        size = FLOAT32_BYTES * row.size // num_shards(sharded, lengths)
-        rows.append(ShardedParameter(row.name, tuple(row.shape), sharded, size, row.trained))
+        parts = [length // num_shards((axes,), lengths) for length, axes in zip(row.shape, sharded, strict=True)]
+        kept = rules[row.name].state_axes(len(parts)).values() if row.trained else ()
+        kept_bytes = sum(FLOAT32_BYTES * math.prod(parts[axis] for axis in axes) for axes in kept)
+        size = FLOAT32_BYTES * math.prod(parts)
+        rows.append(ShardedParameter(row.name, tuple(row.shape), sharded, size, kept_bytes))
     return MeshDescription(lengths, tuple(rows))
 
 
@@ -114,7 +122,7 @@ def mesh_page(known: MeshDescription) -> "RenderableType":
         repeated = f"{len(sizes)} x" if name.startswith("layers.*") else ""
         table.add_row(name, repeated, shape, bytes_text(sum(sizes)), end_section=place + 1 == len(groups))
     table.add_row("parameters, float32", "", "", bytes_text(known.parameter_bytes), style="bold")
-    table.add_row("Adam moments, float32", "", "", bytes_text(known.moment_bytes), style="bold")
+    table.add_row("optimizer state, float32", "", "", bytes_text(known.moment_bytes), style="bold")
     return table
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _MEMORY_LABELS = {
-    "moments": "Adam moments",
+    "moments": "optimizer state",
     "state": "router state",
     "gathered": "gathered parameters",
     "exchange": "expert exchange buffers",

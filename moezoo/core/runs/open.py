@@ -11,9 +11,10 @@ import numpy.typing as npt
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import list_checkpoints
 from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokenizerSpec, TokenIdsSpec, TokenizerSpec
+from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.schedules import ConstantSchedule
-from moezoo.core.config.training import OptimizerConfig, TrainingConfig
+from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
 from moezoo.core.data.tokenizers import Tokenizer
@@ -166,5 +167,5 @@ def fine_tuning_config(checkpoint: HuggingFaceCheckpoint, tokenizer: Tokenizer) 
             tokenizer=_tokenizer_spec(checkpoint.path, checkpoint.spec, tokenizer),
         ),
         training=TrainingConfig(steps=100, batch_size=8, sequence_length=min(512, longest or 512)),
-        optimizer=OptimizerConfig(learning_rate=1e-5, schedule=ConstantSchedule()),
+        optimizer=AdamWConfig(learning_rate=1e-5, schedule=ConstantSchedule()),
     )

@@ -213,6 +213,9 @@ def _check_same(old: Config, new: Config, where: Path) -> None:
 
 def _first_difference(before: Any, after: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """Return path and both values of the first difference between two nested values; None if they are equal."""
+    kinds = [part.get("kind") for part in (before, after) if isinstance(part, dict)]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        return f"{path}.kind", kinds[0], kinds[1]
     if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
         pairs = [(f"{path}.{key}" if path else key, before[key], after[key]) for key in before]
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):

@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from moezoo.core.backend import Backend, Model, PendingStep
+from moezoo.core.checkpoint.optimizer_state import check_optimizer_state
 from moezoo.core.checkpoint.safetensors_file import shapes_of
-from moezoo.core.checkpoint.store import Checkpoint, check_names_and_shapes
+from moezoo.core.checkpoint.store import Checkpoint
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.schedules import learning_rate
 from moezoo.core.data.prebatched import PrebatchedSplit
@@ -33,8 +34,6 @@ from moezoo.core.training.evaluation import (
 from moezoo.core.training.metrics import MetricsFile, Record, has_validation, step_record
 from moezoo.core.training.reporter import Reporter, SilentReporter
 from moezoo.core.training.saving import CheckpointSaver
-
-_MOMENTS = ("first_moment", "second_moment")
 
 # Steps in flight delay a stop by a signal. Two keep the device busy; more only of short steps, for which waiting would
 # cost speed (a fifth for steps of 5 ms).
@@ -159,8 +158,8 @@ class _Training:
         moments = None if checkpoint is None else checkpoint.optimizer
         trained = trained_rows(config.model, config.training.only)
         if moments is not None:
-            expected = {f"{moment}.{row.name}": row.shape for moment in _MOMENTS for row in trained}
-            check_names_and_shapes(shapes_of(moments), expected, f"the optimizer state of {self.run.path}")
+            where = f"the optimizer state of {self.run.path}"
+            check_optimizer_state(shapes_of(moments), config.optimizer, trained, where)
         if self.first_step > config.training.steps:
             raise RunError(
                 f"training.steps is {config.training.steps}, but the run has done {self.first_step} ({self.run.path}). "

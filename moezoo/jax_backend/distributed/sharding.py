@@ -149,6 +149,11 @@ def stacked(own: NamedSharding) -> NamedSharding:
     return NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
 
 
+def with_axes(whole: NamedSharding, axes: Sequence[int]) -> NamedSharding:
+    """Return the sharding of an array that has these axes of another one."""
+    return NamedSharding(whole.mesh, PartitionSpec(*(whole.spec[axis] for axis in axes)))
+
+
 def gather_outside_layers(parameters: Mapping[str, jax.Array], placement: Placement) -> dict[str, jax.Array]:
     """All-gather what the model uses outside of its layers; the layers' blocks gather their own (`GatherBlocks`)."""
     return {

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
 
+from moezoo.core.config.update_rules import UpdateRule
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
@@ -81,19 +82,34 @@ class Stacks:
         """Return the name of the held array that has a parameter."""
         return self._places[name].name
 
-    def stack(self, names: Iterable[str], read: Callable[[str], Any]) -> dict[str, Any]:
-        """Stack the layers' own arrays as they are held; `read` returns each by its name, one after the other."""
+    def rules(self, rules: Mapping[str, UpdateRule]) -> dict[str, UpdateRule]:
+        """Return the rule of each held array, from those of the parameters: the layers of a run are equal."""
+        return {
+            place.name: rules[name] if place.row is None else rules[name].stacked()
+            for name, place in self._places.items()
+            if name in rules
+        }
+
+    def stack(
+        self,
+        names: Iterable[str],
+        read: Callable[[str], Any],
+        shardings: Mapping[str, NamedSharding] | None = None,
+    ) -> dict[str, Any]:
+        """Stack the layers' own arrays as they are held; `read` returns each by its name, one after the other.
+
+        `shardings`: of the held arrays; None: those of the parameters.
+        """
+        shardings = self.shardings if shardings is None else shardings
         members: dict[str, list[str]] = {}
         for name in names:
             members.setdefault(self._places[name].name, []).append(name)
         return {
-            held: read(held) if self._places[own[0]].row is None else self._stacked(held, [read(name) for name in own])
+            held: read(held)
+            if self._places[own[0]].row is None
+            else _stacked([read(name) for name in own], shardings.get(held))
             for held, own in members.items()
         }
-
-    def _stacked(self, held: str, own: list[jax.Array]) -> jax.Array:
-        joined: jax.Array = jax.jit(lambda own: jnp.stack(own), out_shardings=self.shardings.get(held))(own)
-        return joined
 
     def unstack(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return each layer's own arrays, from those that are held: of NumPy's, views."""
@@ -210,6 +226,11 @@ class GradientMeans:
     def means(self) -> dict[str, jax.Array]:
         """Return the means; nothing can be added any more."""
         return {name: jax.freeze(mean) for name, mean in self._means.items()}
+
+
+def _stacked(own: list[jax.Array], sharding: NamedSharding | None) -> jax.Array:
+    joined: jax.Array = jax.jit(lambda own: jnp.stack(own), out_shardings=sharding)(own)
+    return joined
 
 
 class _Place(NamedTuple):

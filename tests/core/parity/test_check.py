@@ -10,8 +10,8 @@ from rich.console import Console
 
 from moezoo.backends import load_backend
 from moezoo.core.checkpoint.store import save_checkpoint
+from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.config.run_config import dump_config, parse_config
-from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.data.tokenizers import TokenIds
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.parameters.initialize import initial_weights
@@ -233,12 +233,50 @@ def test_undamaged_backend_is_not_blamed(mlx):
 @pytest.mark.parametrize("change", [{"weight_decay": 0.2}, {"beta1": 0.8}, {"beta2": 0.9}, {"clip_norm": 1e-3}])
 def test_other_optimizer_options_differ_in_the_update_alone(mlx, change):
     def start(method, config, *state, **names):
-        method(OptimizerConfig(**{**config.model_dump(), **change}), *state, **names)
+        method(AdamWConfig(**{**config.model_dump(), **change}), *state, **names)
 
     report = check({"damaged": Damaged(mlx, start_training=start)})
     assert not report.passed
     assert report.first_difference == {"reference/damaged": None}
     assert "update" in kinds_that_fail(report) <= {"update", "moment"}
+
+
+def of_kind(kind, more=""):
+    assert CONFIG.count("optimizer: {") == 1
+    return CONFIG.replace("optimizer: {", f"optimizer: {{kind: {kind}, {more}")
+
+
+@pytest.mark.parametrize("kind", ["muon", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.release), "mlx"])
+def test_the_step_of_every_optimizer_agrees(backend, kind):
+    require_backend(backend)
+    report = check({backend: load_backend(backend)}, of_kind(kind))
+    assert report.passed, report.failures
+    assert {row.kind for row in report.comparisons} >= {"update", "moment"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("muon", "momentum: 0.9, "),
+        ("muon", "nesterov: false, "),
+        ("muon", "update_scale: original, "),
+        ("muon", "newton_schulz_steps: 4, "),
+        ("lion", "beta2: 0.9, "),
+        ("adafactor", "decay_exponent: 0.5, "),
+        ("adafactor", "scale_by_parameter: false, "),
+        ("sgd", "nesterov: true, "),
+    ],
+)
+def test_other_options_of_an_optimizer_differ_in_the_update_alone(mlx, kind, change):
+    other = parse_config(of_kind(kind, change)).optimizer
+
+    def start(method, _, *state, **names):
+        method(other, *state, **names)
+
+    report = check({"damaged": Damaged(mlx, start_training=start)}, of_kind(kind))
+    assert not report.passed
+    assert kinds_that_fail(report) <= {"update", "moment"}
 
 
 def test_missing_bias_correction_differs_in_the_update(mlx):

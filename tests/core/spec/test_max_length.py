@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from moezoo.api import LoadedModel
+from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.config.run_config import parse_config
-from moezoo.core.config.training import OptimizerConfig
 from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError, SpecError
@@ -100,7 +100,7 @@ def test_parity_refuses_them_before_a_model_is_built(tmp_path):
     config, windows = config_of(), tokens(10)
     weights, backends = initial_weights(config.model, 0), {"never built": object()}
     with pytest.raises(DataError, match=r"got sequences of 9 tokens" + LIMIT):
-        parity(config.model, weights, windows[:, :-1], windows[:, 1:], backends, OptimizerConfig(learning_rate=1e-3))
+        parity(config.model, weights, windows[:, :-1], windows[:, 1:], backends, AdamWConfig(learning_rate=1e-3))
     path = tmp_path / "x.yaml"
     path.write_text(CONFIG.replace("LENGTH", str(LONGEST)))
     with pytest.raises(DataError, match=r"got sequences of 9 tokens" + LIMIT):

@@ -233,6 +233,15 @@ def test_saved_model_cannot_be_resumed_and_steps_cannot_decrease(tmp_path: Path)
         run("mlx", config, tmp_path / "saved", "training.steps=3", resume=True)
 
 
+def test_a_run_resumes_with_its_own_optimizer_only(tmp_path: Path) -> None:
+    lion = "optimizer={kind: lion, learning_rate: 1.0e-3}"
+    config = write_config(tmp_path, steps=2)
+    run("mlx", config, tmp_path / "run", lion)
+    with pytest.raises(SpecError, match=r"^optimizer.kind is 'adamw', but the run was started with 'lion'"):
+        run("mlx", config, tmp_path / "run", "training.steps=3", resume=True)
+    assert run("mlx", config, tmp_path / "run", lion, "training.steps=3", resume=True).step == 3
+
+
 @pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.release), "mlx"])
 def test_capacity_is_reported_in_metrics_and_routing(backend: str, tmp_path: Path) -> None:
     require_backend(backend)
