@@ -241,21 +241,25 @@ class Model(Protocol):
         """
         ...
 
-    def train_step(self, windows: Integers, learning_rate: float, keys: Bits | None = None) -> PendingStep:
+    def train_step(
+        self, windows: Integers, learning_rate: float, keys: Bits | None = None, targets: Integers | None = None
+    ) -> PendingStep:
         """Do one update on windows int32 [A, B, T + 1]: A micro-batches of B sequences, inputs and next tokens.
 
-        The loss is the mean over micro-batches of each one's own mean, however many of its targets are not IGNORED.
-        Router state is updated once, from all micro-batches.
+        The cross-entropy is the mean over all targets of the step that are not IGNORED, however they are divided into
+        micro-batches; auxiliary losses are the mean over micro-batches. Router state is updated once, from all.
 
         With several processes, each passes its own sequences, [A, b, T + 1] (`own_sequences`). Gradients and
         StepMetrics are those of the global batch, and equal in every process.
 
         Args:
-            windows: inputs are `[..., :-1]`, targets `[..., 1:]`. Only the last column may be IGNORED.
+            windows: inputs are `[..., :-1]`. Only the last column may be IGNORED.
             learning_rate: of this update.
             keys: uint32 [A, 2], the key of each micro-batch; None: no noise.
+            targets: int32 [A, B, T], any of which may be IGNORED; None: `windows[..., 1:]`.
 
-        Raises DataError: all targets of a micro-batch are IGNORED.
+        Raises DataError: all targets of the step are IGNORED. With several processes the loss is NaN then, and a
+        process whose own targets are all IGNORED contributes nothing.
         """
         ...
 

@@ -13,17 +13,24 @@ IGNORED = -1
 """A masked target (ignore index): the position has no cross-entropy, but auxiliary losses still include it."""
 
 
-def check_targets(tokens: Integers, targets: Integers) -> None:
-    """Check the tokens and targets [B, T] of one forward pass.
+def check_targets(tokens: Integers, targets: Integers, *, whole: bool = True) -> None:
+    """Check the tokens and targets of one forward pass, [B, T], or of a training step, [A, B, T].
+
+    `whole`: False for one process's part of a batch, which may have no targets if that of another process has.
 
     Trap: a mean over no targets is 0 / 0, and row -1 of an embedding is its last row, or unrelated memory.
 
-    Raises DataError: all targets are IGNORED, or an input token is.
+    Raises DataError: all targets are IGNORED, an input token is, or the shapes differ.
     """
-    if not (targets != IGNORED).any():
+    if tokens.shape != targets.shape:
         raise DataError(
-            f"all targets are masked; got {targets.size} targets of {IGNORED} in a batch or micro-batch; "
-            "expected at least one token id. Use larger micro-batches, or remove this batch."
+            f"tokens and targets differ in shape; got {list(tokens.shape)} and {list(targets.shape)}; expected one "
+            "target for each input token."
+        )
+    if whole and not (targets != IGNORED).any():
+        raise DataError(
+            f"all targets are masked; got {targets.size} targets of {IGNORED} in a batch; expected at least one token "
+            "id. Use longer sequences, larger batches, or data with more to learn."
         )
     if (tokens < 0).any():
         raise DataError(

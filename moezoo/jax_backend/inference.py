@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,11 +100,10 @@ class JaxInference:
         terms = {} if targets is None else self._terms(result, targets)
         return result._replace(index_losses=[]), terms, intermediates if record else {}
 
-    def _terms(self, result: Forward, targets: jax.Array, global_load: Sequence[jax.Array] | None = None) -> Parameters:
+    def _terms(self, result: Forward, targets: jax.Array, **of_step: Any) -> Parameters:
+        """Return every loss term; `of_step`: what a micro-batch's loss needs of the whole step (`loss_terms`)."""
         losses = result.index_losses
-        return loss_terms(
-            self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
-        )
+        return loss_terms(self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, **of_step)
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
         count = len(tokens)

@@ -104,9 +104,10 @@ def _over_positions(shape: tuple[int, ...], of_positions: Callable[..., Carried]
     return of_positions(whole * part, length % part, carried) if length % part else carried
 
 
-def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
+def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array, num_targets: jax.Array | None = None) -> jax.Array:
     """Spec: moezoo.core.reference.losses.cross_entropy."""
-    return jnp.sum(token_losses(logits_BTV, target_BT)) / jnp.sum(target_BT != IGNORED)
+    count = jnp.sum(target_BT != IGNORED) if num_targets is None else num_targets
+    return jnp.sum(token_losses(logits_BTV, target_BT)) / count
 
 
 # --- parts of balance losses -----------------------------------------------------------------------------------------
@@ -266,9 +267,10 @@ def loss_terms(
     *,
     index_losses: Sequence[tuple[int, float, jax.Array]] = (),
     global_load: Sequence[jax.Array] | None = None,
+    num_targets: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
-    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
+    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT, num_targets)}
     found: dict[str, list[tuple[int, float, jax.Array]]] = {}
     pooled: list[jax.Array] = []
     batch, length = target_BT.shape

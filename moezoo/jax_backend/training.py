@@ -20,14 +20,15 @@ from moezoo.core.quantization.weight import check_no_codes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.core.tokens import check_targets
+from moezoo.core.tokens import IGNORED, check_targets
 from moezoo.jax_backend.arrays import Weights, to_numpy
 from moezoo.jax_backend.distributed.sharding import Placement, shard, with_axes
 from moezoo.jax_backend.inference import JaxInference, Parameters, flatten_forced, routing_load
 from moezoo.jax_backend.optimizer import clip, global_norm, make_optimizer
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.runtime.in_flight import launched
-from moezoo.jax_backend.runtime.processes import lost_peer, on_host
+from moezoo.jax_backend.runtime.processes import lost_peer, on_host, processes
+from moezoo.jax_backend.runtime.step_batch import StepBatch, step_batch
 from moezoo.jax_backend.transformer import Transformer
 from moezoo.jax_backend.transforms.rematerialization import compiler_options
 from moezoo.jax_backend.transforms.scanned_layers import GradientMeans, ScannedTransformer, Stacks, equal_layers
@@ -90,12 +91,12 @@ class JaxTraining(JaxInference):
         targets: jax.Array,
         key: jax.Array | None = None,
         forced: Sequence[jax.Array] | None = None,
-        global_load: Sequence[jax.Array] | None = None,
+        **of_step: Any,
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[jax.Array | None], tuple[list[jax.Array], list[jax.Array]]]]:
-        """Return the loss; and every loss term, cutoffs of the routers, and loads and drops."""
+        """Return the loss; and every loss term, cutoffs, and loads and drops. `of_step`: see `_terms`."""
         module, how = self._transformed({**frozen, **trained}, state, tokens, self._rematerialize)
         result = module(tokens, forced=forced, key=key, **how._asdict())
-        terms = self._terms(result, targets, global_load)
+        terms = self._terms(result, targets, **of_step)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], (terms, cutoffs, routing_load(result))
 
@@ -140,20 +141,27 @@ class JaxTraining(JaxInference):
     def own_sequences(self, batch: int) -> np.ndarray:
         return np.arange(batch) if self._placement is None else self._placement.own_sequences(batch)
 
-    def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingJaxStep:
-        for window in windows:
-            check_targets(window[:, :-1], window[:, 1:])
-        batch = windows if self._placement is None else self._placement.of_all_processes(windows)
-        with self._traced(batch.shape[1]), lost_peer():
+    def train_step(
+        self,
+        windows: np.ndarray,
+        learning_rate: float,
+        keys: Bits | None = None,
+        targets: np.ndarray | None = None,
+    ) -> PendingJaxStep:
+        batch = step_batch(windows, targets)
+        check_targets(*batch, whole=processes().count == 1)
+        if self._placement is not None:
+            batch = jax.tree.map(self._placement.of_all_processes, batch)
+        with self._traced(batch.tokens.shape[1]), lost_peer():
             updated, self._state, self._moments, values = self._step(*self._step_inputs(batch, learning_rate, keys))
         self._parameters = {**self._parameters, **updated}
         launched(values)
         return PendingJaxStep(values)
 
-    def _step_inputs(self, windows: Any, learning_rate: float, keys: Any) -> tuple[Any, ...]:
+    def _step_inputs(self, batch: Any, learning_rate: float, keys: Any) -> tuple[Any, ...]:
         """Return what `_step_values` takes after the config."""
         rate = np.float32(learning_rate)
-        return *self._split_trained(self._trained), self._state, self._moments, windows, rate, keys
+        return *self._split_trained(self._trained), self._state, self._moments, batch, rate, keys
 
     def _step_values(
         self,
@@ -162,31 +170,31 @@ class JaxTraining(JaxInference):
         frozen: Parameters,
         state: Parameters,
         moments: Any,
-        windows: jax.Array,
+        batch: StepBatch,
         learning_rate: jax.Array,
         keys: jax.Array | None,
     ) -> tuple[Parameters, Parameters, Any, Any]:
         """One update. Returns trained parameters, state and moments after it, and the values of a PendingJaxStep."""
-        running = None
-        if self._scanned and windows.shape[0] > 1:
-            running = GradientMeans(trained, windows.shape[0], self._stacks.shardings)
+        running, num_parts = None, len(batch.tokens)
+        if self._scanned and num_parts > 1:
+            running = GradientMeans(trained, num_parts, self._stacks.shardings)
         gradient_of = (
             jax.value_and_grad(self._loss, has_aux=True) if running is None else running.accumulate(self._loss)
         )
-        global_load = None
-        if self._balances_globally and windows.shape[0] > 1:
+        of_step: dict[str, Any] = {}
+        if num_parts > 1:
+            of_step["num_targets"] = jnp.sum(batch.targets != IGNORED) / num_parts
+        if self._balances_globally and num_parts > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
-            global_load = _sum_over(partial(self._loads, {**frozen, **trained}, state), windows, keys)
+            of_step["global_load"] = _sum_over(partial(self._loads, {**frozen, **trained}, state), batch, keys)
 
-        def micro_batch(window: jax.Array, key: jax.Array | None) -> Any:
-            (_, (terms, cutoffs, load)), gradients = gradient_of(
-                trained, frozen, state, window[:, :-1], window[:, 1:], key, global_load=global_load
-            )
+        def micro_batch(part: StepBatch, key: jax.Array | None) -> Any:
+            (_, (terms, cutoffs, load)), gradients = gradient_of(trained, frozen, state, *part, key, **of_step)
             return (gradients, terms, cutoffs), load
 
-        means, load = _sum_over(micro_batch, windows, keys)
-        if windows.shape[0] > 1:
-            means = jax.tree.map(lambda total: total / windows.shape[0], means)
+        means, load = _sum_over(micro_batch, batch, keys)
+        if num_parts > 1:
+            means = jax.tree.map(lambda total: total / num_parts, means)
         if running is not None:
             means = (running.means(), *means[1:])
         gradients, terms, cutoffs = means
@@ -203,12 +211,11 @@ class JaxTraining(JaxInference):
         return updated, state, moments, (terms, norm, *load, reported)
 
     def _loads(
-        self, parameters: Parameters, state: Parameters, window: jax.Array, key: jax.Array | None
+        self, parameters: Parameters, state: Parameters, part: StepBatch, key: jax.Array | None
     ) -> list[jax.Array]:
         """Return, per MoE layer, how many tokens chose each expert."""
-        tokens = window[:, :-1]
-        module, how = self._transformed(parameters, state, tokens)
-        return routing_load(module(tokens, key=key, **how._asdict()))[0]
+        module, how = self._transformed(parameters, state, part.tokens)
+        return routing_load(module(part.tokens, key=key, **how._asdict()))[0]
 
     def _split_trained(self, names: Collection[str] | None) -> tuple[Parameters, Parameters]:
         """Return the held arrays of the parameters of these names, and those of the others. None: all are trained.
@@ -275,18 +282,18 @@ class JaxTraining(JaxInference):
         self._parameters, _ = self._split(made(self.spec, Weights(values)))
 
 
-def _sum_over(micro_batch: Callable[..., Any], windows: jax.Array, keys: jax.Array | None) -> Any:
-    """Sum `micro_batch(window, key)` over the windows. It is compiled once."""
-    first_key = None if keys is None else keys[0]
-    if windows.shape[0] == 1:
-        return micro_batch(windows[0], first_key)
-    shapes = jax.eval_shape(micro_batch, windows[0], first_key)
+def _sum_over(micro_batch: Callable[..., Any], batch: StepBatch, keys: jax.Array | None) -> Any:
+    """Sum `micro_batch(part, key)` over the parts of a batch. It is compiled once."""
+    first: tuple[StepBatch, jax.Array | None] = jax.tree.map(lambda values: values[0], (batch, keys))
+    if len(batch.tokens) == 1:
+        return micro_batch(*first)
+    shapes = jax.eval_shape(micro_batch, *first)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, micro_batch(*part)), None
 
-    return jax.lax.scan(add, zeros, (windows, keys))[0]
+    return jax.lax.scan(add, zeros, (batch, keys))[0]
 
 
 def _of_state(

@@ -74,13 +74,10 @@ class MlxInference:
             to_numpy(intermediates) if record else {},
         )
 
-    def _terms(
-        self, result: Forward, targets: mx.array, global_load: Sequence[mx.array] | None = None
-    ) -> dict[str, mx.array]:
+    def _terms(self, result: Forward, targets: mx.array, **of_step: Any) -> dict[str, mx.array]:
+        """Return every loss term; `of_step`: what a micro-batch's loss needs of the whole step (`loss_terms`)."""
         losses = result.index_losses
-        return loss_terms(
-            self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, global_load=global_load
-        )
+        return loss_terms(self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, **of_step)
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
         own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)

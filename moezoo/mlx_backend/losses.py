@@ -37,9 +37,10 @@ def token_losses(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
     return mx.where(target_BT == IGNORED, 0.0, losses_P.reshape(target_BT.shape))
 
 
-def cross_entropy(logits_BTV: mx.array, target_BT: mx.array) -> mx.array:
+def cross_entropy(logits_BTV: mx.array, target_BT: mx.array, num_targets: mx.array | None = None) -> mx.array:
     """Spec: moezoo.core.reference.losses.cross_entropy."""
-    return mx.sum(mx.sum(token_losses(logits_BTV, target_BT), axis=-1)) / average(mx.sum(target_BT != IGNORED))
+    count = average(mx.sum(target_BT != IGNORED)) if num_targets is None else num_targets
+    return mx.sum(mx.sum(token_losses(logits_BTV, target_BT), axis=-1)) / count
 
 
 # --- parts of balance losses -----------------------------------------------------------------------------------------
@@ -197,9 +198,10 @@ def loss_terms(
     *,
     index_losses: Sequence[tuple[int, float, mx.array]] = (),
     global_load: Sequence[mx.array] | None = None,
+    num_targets: mx.array | None = None,
 ) -> dict[str, mx.array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
-    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
+    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT, num_targets)}
     found: dict[str, list[tuple[int, float, mx.array]]] = {}
     pooled: list[mx.array] = []
     batch, length = target_BT.shape

@@ -20,7 +20,7 @@ from moezoo.core.quantization.weight import check_no_codes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.core.tokens import check_targets
+from moezoo.core.tokens import IGNORED, check_targets
 from moezoo.mlx_backend.arrays import named, to_numpy
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.inference import MlxInference, flatten_forced, routing_load
@@ -86,11 +86,11 @@ class MlxTraining(MlxInference):
         targets: mx.array,
         key: mx.array | None = None,
         forced: Sequence[mx.array] | None = None,
-        global_load: Sequence[mx.array] | None = None,
+        **of_step: Any,
     ) -> tuple[mx.array, dict[str, mx.array], list[mx.array | None], tuple[list[mx.array], list[mx.array]]]:
-        """Return the loss, every loss term, cutoffs of the routers, and loads and drops."""
+        """Return the loss, every loss term, cutoffs of the routers, and loads and drops. `of_step`: see `_terms`."""
         result = self._module(tokens, forced=forced, key=key)
-        terms = self._terms(result, targets, global_load)
+        terms = self._terms(result, targets, **of_step)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], terms, cutoffs, routing_load(result)
 
@@ -130,21 +130,28 @@ class MlxTraining(MlxInference):
     def own_sequences(self, batch: int) -> np.ndarray:
         return data_parallel.processes().share(batch)
 
-    def train_step(self, windows: np.ndarray, learning_rate: float, keys: Bits | None = None) -> PendingMlxStep:
-        for window in windows:
-            check_targets(window[:, :-1], window[:, 1:])
+    def train_step(
+        self,
+        windows: np.ndarray,
+        learning_rate: float,
+        keys: Bits | None = None,
+        targets: np.ndarray | None = None,
+    ) -> PendingMlxStep:
+        tokens, targets = windows[..., :-1], windows[..., 1:] if targets is None else targets
+        check_targets(tokens, targets, whole=data_parallel.processes().count == 1)
         self._optimizer.set_learning_rate(learning_rate)
-        parts = [(mx.array(window), None if keys is None else mx.array(keys[a])) for a, window in enumerate(windows)]
-        global_load = None
+        each_key = [None] * len(windows) if keys is None else [mx.array(key) for key in keys]
+        parts = list(zip(map(mx.array, tokens), map(mx.array, targets), each_key, strict=True))
+        of_step: dict[str, Any] = {}
+        if len(parts) > 1:
+            of_step["num_targets"] = data_parallel.average(mx.array(np.sum(targets != IGNORED) / len(parts)))
         if self._balances_globally and len(parts) > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
-            global_load = _sum_over(lambda window, key: routing_load(self._module(window[:, :-1], key=key))[0], parts)
-            (global_load,) = data_parallel.summed(global_load)
+            loads = _sum_over(lambda tokens, _, key: routing_load(self._module(tokens, key=key))[0], parts)
+            (of_step["global_load"],) = data_parallel.summed(loads)
 
-        def micro_batch(window: mx.array, key: mx.array | None) -> Any:
-            (_, terms, cutoffs, load), gradients = self._loss_and_gradients(
-                window[:, :-1], window[:, 1:], key, global_load=global_load
-            )
+        def micro_batch(*part: mx.array | None) -> Any:
+            (_, terms, cutoffs, load), gradients = self._loss_and_gradients(*part, **of_step)
             return (gradients, terms, cutoffs), load
 
         means, (load, dropped) = _sum_over(micro_batch, parts)
@@ -181,8 +188,8 @@ def _dtype_name(value: mx.array) -> str:
     return str(value.dtype).rpartition(".")[2]
 
 
-def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array, mx.array | None]]) -> Any:
-    """Sum `micro_batch(window, key)` over the parts."""
+def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array | None, ...]]) -> Any:
+    """Sum `micro_batch(tokens, targets, key)` over the parts."""
     total = micro_batch(*parts[0])
     for part in parts[1:]:
         # Trap: MLX's tree_map calls the function on None too, which is the cutoffs of a router without any.

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moezoo.backends import load_backend
+from moezoo.core.backend import Model
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters.initialize import initial_weights
@@ -34,10 +35,29 @@ def numbers(config: Path) -> dict[str, np.ndarray]:
     terms, gradients = model.loss_and_gradients(tokens[own], targets[own], key=KEY)
     forward = model.forward(tokens[own], targets[own], key=KEY).losses
     scores = model.score(tokens, targets)
+    step: dict[str, np.ndarray] = {}
+    if config.stem == "expert_balance":
+        step = stepped(model, config)
     found = {f"term {name}": np.array(value) for name, value in terms.items()}
     found |= {f"forward {name}": np.array(value) for name, value in forward.items()}
     found |= {f"gradient {name}": value for name, value in gradients.items()}
-    return found | {"score": scores.token_losses, "load": np.array(scores.load), "dropped": np.array(scores.dropped)}
+    return (
+        found
+        | step
+        | {"score": scores.token_losses, "load": np.array(scores.load), "dropped": np.array(scores.dropped)}
+    )
+
+
+def stepped(model: Model, config: Path) -> dict[str, np.ndarray]:
+    """Return what a step on this process's share of two micro-batches measured, one of which has no targets here."""
+    model.start_training(load_config(config, []).optimizer)
+    tokens, targets = batch()
+    own = model.own_sequences(B)
+    many = np.stack([targets, np.where(np.arange(B)[:, None] < B // 2, IGNORED, targets)])
+    windows = np.repeat(np.pad(tokens, ((0, 0), (0, 1)))[None], 2, axis=0)
+    metrics = model.train_step(windows[:, own], 1e-3, np.stack([KEY, KEY + 1]), many[:, own]).fetch()
+    found = {f"term of a step {name}": np.array(value) for name, value in metrics.losses.items()}
+    return found | {"gradient norm of a step": np.array(metrics.gradient_norm)}
 
 
 def mismatched(rank: int, seed: int) -> bool:

@@ -18,6 +18,8 @@ from moezoo.core.spec import (
     ModelSpec,
     MoESpec,
     RouterSpec,
+    RouterZLossSpec,
+    SwitchBalanceLossSpec,
 )
 from moezoo.core.tokens import IGNORED
 from tests.support.backends_available import require_backend
@@ -139,22 +141,56 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(twin, dispatc
     assert_all_close(runs[4][1], runs[1][1], FLOAT32)
 
 
-def test_a_step_is_the_mean_over_micro_batches_for_any_number_of_targets(twin):
-    window = windows_of(1, 2, 3)[0].copy()
-    window[0, :2, -1] = IGNORED
-    model = twin.backend().build(DENSE, weights_of(DENSE))
-    losses = [model.loss_and_gradients(part[:, :-1], part[:, 1:])[0]["loss"] for part in window]
-    model.start_training(CONFIGS["other betas"])
-    assert_close(model.train_step(window, 1e-3).fetch().losses["loss"], np.mean(losses), FLOAT32)
+def masked_targets(window: np.ndarray) -> np.ndarray:
+    """Targets of 3 micro-batches [3, B, T]: most of them masked, a few, and all."""
+    targets = window[..., 1:].copy()
+    targets[0, :, 2:], targets[1, 0, :3], targets[2] = IGNORED, IGNORED, IGNORED
+    return targets
 
 
-def test_a_micro_batch_with_all_targets_masked_is_refused(twin):
-    window = windows_of(1, 2, 3)[0][..., :2].copy()
-    window[1, :, 1] = IGNORED
+def test_masked_targets_of_micro_batches_match_the_reference(twin):
+    """The gradient of the cross-entropy is that over all targets of the step; auxiliary losses are means of parts."""
+    losses = (SwitchBalanceLossSpec(coefficient=0.5), RouterZLossSpec(coefficient=0.5))
+    layer = LayerSpec(attention=ATTENTION, moe=MOE.model_copy(update={"losses": losses}))
+    spec, window = DROPLESS.model_copy(update={"layers": (layer,)}), windows_of(1, 3, 2)[0]
+    targets, parameters = masked_targets(window), {k: v.astype(np.float64) for k, v in weights_of(DROPLESS).items()}
+    num_targets = np.sum(targets != IGNORED) / 3
+    parts = [
+        loss_and_gradients(spec, parameters, part[:, :-1], own, num_targets=num_targets)
+        for part, own in zip(window, targets, strict=True)
+    ]
+    whole, _ = loss_and_gradients(spec, parameters, window.reshape(6, -1)[:, :-1], targets.reshape(6, -1))
+    terms = {name: np.mean([own[name] for own, _ in parts]) for name in whole}
+    assert_close(terms["cross_entropy"], whole["cross_entropy"], FLOAT64)
+    gradients = {name: np.mean([own[name] for _, own in parts], axis=0) for name in parts[0][1]}
+    model = twin.backend().build(spec, weights_of(spec))
+    model.start_training(CONFIGS["no clip, no decay"])
+    assert_all_close(model.train_step(window, 1e-3, targets=targets).fetch().losses, terms, FLOAT32)
+    first = {name: value / 0.1 for name, value in model.export_optimizer().items() if name.startswith("first_moment.")}
+    assert_all_close(first, {f"first_moment.{name}": value for name, value in gradients.items()}, FLOAT32_GRADIENT)
+
+
+def test_accumulation_of_masked_targets_equals_one_batch(twin):
+    window, after = windows_of(1, 3, 2)[0], {}
+    for shape in ((3, 2, -1), (1, 6, -1)):
+        model = twin.backend().build(DENSE, weights_of(DENSE))
+        model.start_training(CONFIGS["other betas"])
+        targets = masked_targets(window)
+        metrics = model.train_step(window.reshape(shape), 1e-2, targets=targets.reshape(shape)).fetch()
+        after[shape] = metrics.losses, model.export_optimizer()
+    (many, moments), (one, expected) = after.values()
+    assert_all_close(many, one, FLOAT32)
+    assert_all_close(moments, expected, FLOAT32_GRADIENT)
+
+
+def test_a_step_with_all_targets_masked_is_refused(twin):
+    window = windows_of(1, 2, 3)[0]
     model = twin.backend().build(DENSE, weights_of(DENSE))
     model.start_training(CONFIGS["other betas"])
-    with pytest.raises(DataError, match="all targets are masked; got 3 targets of -1 in a batch or micro-batch"):
-        model.train_step(window, 1e-3)
+    with pytest.raises(DataError, match=f"all targets are masked; got {6 * T} targets of -1 in a batch"):
+        model.train_step(window, 1e-3, targets=np.full_like(window[..., 1:], IGNORED))
+    with pytest.raises(DataError, match="tokens and targets differ in shape"):
+        model.train_step(window, 1e-3, targets=window)
 
 
 def test_each_choice_and_each_drop_is_counted_once(twin):

@@ -83,6 +83,8 @@ def test_jax_stores_less_for_the_backward_pass():
 
     `blocks` store two of the formula's four arrays of hidden width: the gate and up projections.
     """
+    from moezoo.jax_backend.runtime.step_batch import step_batch
+
     overrides = ("model.layers[0].repeat=4", "model.embed_dim=64")
     config = with_vocab_size(load_config(TINY / "top_k.yaml", overrides), V)
     windows = np.zeros((1, 4, 129), np.int32)
@@ -90,7 +92,7 @@ def test_jax_stores_less_for_the_backward_pass():
     for how in ("none", "experts", "block"):
         model = Twin("jax").backend().build(config.model, initial_weights(config.model, 0))
         model.start_training(config.optimizer, rematerialize=how)
-        arguments = (model._parameters, model._state, model._moments, windows, np.float32(1e-3), None)
+        arguments = model._step_inputs(step_batch(windows), 1e-3, None)
         planned[how] = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert planned["block"] < 0.65 * planned["none"], planned
     moe = config.model.layers[0].moe
@@ -101,12 +103,15 @@ def test_jax_stores_less_for_the_backward_pass():
 @pytest.mark.release  # of scanned layers the gate shows it
 def test_micro_batches_need_memory_for_the_gradients_of_one_block_at_a_time():
     """Temporary memory of a step: the sum of all gradients dominates in a wide model."""
+    from moezoo.jax_backend.runtime.step_batch import step_batch
+
     overrides = ("model.layers[0].repeat=6", "model.embed_dim=256")
     config = with_vocab_size(load_config(TINY / "top_k.yaml", overrides), V)
     model = Twin("jax").backend().build(config.model, initial_weights(config.model, 0))
     model.start_training(config.optimizer, rematerialize="block")
     gradients = sum(value.nbytes for value in model._parameters.values())
-    arguments = (model._parameters, model._state, model._moments, np.zeros((2, 1, 9), np.int32), np.float32(1e-3), None)
+    batch = step_batch(np.zeros((2, 1, 9), np.int32))
+    arguments = model._step_inputs(batch, 1e-3, None)
     planned = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert gradients < planned < 1.6 * gradients, (planned, gradients)
 

@@ -15,6 +15,7 @@ from moezoo.core.errors import SpecError, TrainingError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.spec import ModelSpec
+from moezoo.jax_backend.runtime.step_batch import step_batch
 from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING, assert_all_close, assert_close
 from tests.support.twins import Twin, V
@@ -135,7 +136,7 @@ def test_a_run_can_resume_with_the_other_setting(order):
 
 def compiled(layers: Layers, repeat: int) -> jax.stages.Compiled:
     model = started(tiny("top_k", repeat), layers)
-    arguments = (model._parameters, model._state, model._moments, windows(0), np.float32(1e-3), None)
+    arguments = model._step_inputs(step_batch(windows(0)), 1e-3, None)
     return model._step.lower(*arguments).compile()
 
 
@@ -154,7 +155,8 @@ def test_micro_batches_need_memory_for_the_gradients_of_one_layer_at_a_time():
     config = with_vocab_size(load_config("configs/tiny/top_k.yaml", overrides), V)
     model = started(config, "scanned", rematerialize="block")
     gradients = sum(value.nbytes for value in model._parameters.values())
-    arguments = (model._parameters, model._state, model._moments, np.zeros((2, 1, 9), np.int32), np.float32(1e-3), None)
+    batch = step_batch(np.zeros((2, 1, 9), np.int32))
+    arguments = model._step_inputs(batch, 1e-3, None)
     planned = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert gradients < planned < 1.6 * gradients, (planned, gradients)
 

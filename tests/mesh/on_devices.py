@@ -24,7 +24,9 @@ from moezoo.core.config.run_config import parse_config
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.sampling import SamplingOptions
+from moezoo.core.tokens import IGNORED
 from moezoo.jax_backend.backend import JaxBackend
+from moezoo.jax_backend.runtime.step_batch import step_batch
 
 VOCAB, STEPS = 64, 3
 
@@ -53,11 +55,12 @@ def trained(config, mesh, options, windows, key):
     """
     model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
     model.start_training(config.optimizer, **options)
-    keys = np.stack([key, key + 1])
-    steps = [model.train_step(windows, 1e-3, keys).fetch()]
+    keys, targets = np.stack([key, key + 1]), windows[..., 1:].copy()
+    targets[0, :, 3:], targets[:, 2] = IGNORED, IGNORED  # micro-batches with different numbers, a device with none
+    steps = [model.train_step(windows, 1e-3, keys, targets).fetch()]
     moments = model.export_optimizer()
     gradients = {name: value for name, value in moments.items() if name.startswith("first_moment.")} or moments
-    steps += [model.train_step(windows, 1e-3, keys).fetch() for _ in range(1, STEPS)]
+    steps += [model.train_step(windows, 1e-3, keys, targets).fetch() for _ in range(1, STEPS)]
     ways = {False, config.model.inference_differs}
     scores = [model.score(windows[0, :, :-1], windows[0, :, 1:], inference=way).token_losses for way in sorted(ways)]
     return steps[0].losses, gradients, steps, scores, model
@@ -135,9 +138,9 @@ def compiled_step(config, given: dict, micro_batches: int = 1):
     mesh, options = mesh_and_options(given)
     model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
     model.start_training(config.optimizer, **options)
-    windows = model._placement.of_all_processes(np.zeros((micro_batches, 8, 17), np.int32))
+    batch = jax.tree.map(model._placement.of_all_processes, step_batch(np.zeros((micro_batches, 8, 17), np.int32)))
     with model._placement.active(8):
-        return model, model._step.lower(*model._step_inputs(windows, 1e-3, None)).compile()
+        return model, model._step.lower(*model._step_inputs(batch, 1e-3, None)).compile()
 
 
 def collectives(config, given: dict) -> dict:

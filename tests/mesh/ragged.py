@@ -15,6 +15,7 @@ from jax import lax
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.jax_backend.backend import JaxBackend
+from moezoo.jax_backend.runtime.step_batch import step_batch
 from tests.mesh.on_devices import VOCAB, apart, config_of
 
 CONFIG = Path("configs/tiny/top_k.yaml")
@@ -54,9 +55,9 @@ def lowered() -> dict[str, int]:
         config.model, initial_weights(config.model, 0)
     )
     model.start_training(config.optimizer)
-    windows = model._placement.of_all_processes(np.zeros((1, 8, 17), np.int32))
+    batch = jax.tree.map(model._placement.of_all_processes, step_batch(np.zeros((1, 8, 17), np.int32)))
     with model._placement.active(8):
-        text = model._step.trace(*model._step_inputs(windows, 1e-3, None)).lower(lowering_platforms=("tpu",)).as_text()
+        text = model._step.trace(*model._step_inputs(batch, 1e-3, None)).lower(lowering_platforms=("tpu",)).as_text()
     return {"ragged_all_to_all": text.count("ragged_all_to_all(") + text.count('@ragged_all_to_all"')}
 
 

@@ -129,7 +129,7 @@ def test_arguments_of_a_device_match_the_plan(found, devices: int, job: str) -> 
     mesh, config = case_of(job)
     training = config.training
     apart = devices // mesh.get("tensor", 1)
-    batch = 4 * training.batch_size * (training.sequence_length + 1) // apart
+    batch = 4 * training.batch_size * 2 * training.sequence_length // apart  # tokens and targets
     learning_rate = updates = 4
     memory = found[devices, job]["memory"]
     held = memory["parameters"] + memory["moments"] + memory["state"]

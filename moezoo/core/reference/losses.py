@@ -51,9 +51,14 @@ def token_losses(logits_BTV: Array, target_BT: Array) -> Array:
     return np.where(target_BT == IGNORED, 0.0, log_sum_exp(logits_BTV) - chosen)
 
 
-def cross_entropy(logits_BTV: Array, target_BT: Array) -> Array:
-    """Cross-entropy: mean of `token_losses` over the targets that are not IGNORED, at least one."""
-    return np.sum(token_losses(logits_BTV, target_BT)) / np.sum(target_BT != IGNORED)
+def cross_entropy(logits_BTV: Array, target_BT: Array, num_targets: float | None = None) -> Array:
+    """Cross-entropy: mean of `token_losses` over the targets that are not IGNORED, at least one.
+
+    `num_targets`: for a micro-batch, the mean number of these per micro-batch of the step, by which the sum is divided.
+    The mean over micro-batches is then the mean over all targets of the step, however these are divided.
+    """
+    own = np.sum(target_BT != IGNORED)
+    return np.sum(token_losses(logits_BTV, target_BT)) / (own if num_targets is None else num_targets)
 
 
 # --- parts of balance losses -----------------------------------------------------------------------------------------
@@ -298,6 +303,7 @@ def loss_terms(
     *,
     index_losses: Sequence[tuple[int, float, Array]] = (),
     global_load: Sequence[Array] | None = None,
+    num_targets: float | None = None,
 ) -> dict[str, Array]:
     """Return every loss term by name.
 
@@ -313,8 +319,9 @@ def loss_terms(
         routings: one per MoE layer.
         index_losses: layer, coefficient and value of the loss of each sparse-attention indexer, reported as `index`.
         global_load: int [E] per MoE layer, tokens per expert in the whole step, for `global_balance`.
+        num_targets: as in `cross_entropy`.
     """
-    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT)}
+    terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT, num_targets)}
     found: dict[str, list[tuple[int, float, Array]]] = {}
     pooled: list[Array] = []
     for order, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
@@ -349,12 +356,13 @@ def loss_and_gradients(
     *,
     key: Array | None = None,
     global_load: Sequence[Array] | None = None,
+    num_targets: float | None = None,
     trained: Collection[str] | None = None,
 ) -> tuple[dict[str, float], dict[str, Array]]:
     """Return every loss term, and the gradient of `loss` for every trained parameter, by canonical name.
 
-    `forced` and `key` as in `forward`, `global_load` as in `loss_terms`. `trained`: names of the trained parameters
-    (`core.parameters.trained`); None: all.
+    `forced` and `key` as in `forward`, `global_load` and `num_targets` as in `loss_terms`. `trained`: names of the
+    trained parameters (`core.parameters.trained`); None: all.
     """
     from autograd import value_and_grad
     from autograd.tracer import getval
@@ -365,7 +373,15 @@ def loss_and_gradients(
 
     def total(values: dict[str, Array]) -> Array:
         logits_BTV, routings, index_losses = forward(spec, {**state, **values}, tokens_BT, forced=forced, key=key)
-        terms = loss_terms(spec, logits_BTV, target_BT, routings, index_losses=index_losses, global_load=global_load)
+        terms = loss_terms(
+            spec,
+            logits_BTV,
+            target_BT,
+            routings,
+            index_losses=index_losses,
+            global_load=global_load,
+            num_targets=num_targets,
+        )
         seen.update({name: float(getval(term)) for name, term in terms.items()})
         return terms["loss"]
 

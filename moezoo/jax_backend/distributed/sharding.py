@@ -39,7 +39,7 @@ class Placement:
         computing: sharding of each parameter while its block computes: gathered over the batch's axes.
         experts: partition of each parameter of the experts while they compute, by its name in the module.
         expert_axes, batch_axes: axes of the mesh over which experts and sequences are sharded.
-        windows: sharding of a step's windows [A, B, T + 1].
+        batch: sharding of a step's tokens and targets [A, B, T].
         replicated: sharding of an array that every device has as a whole.
     """
 
@@ -68,7 +68,7 @@ class Placement:
             if ".moe.experts." in row.name
         }
         self.expert_axes = self._known(config.rules.get("expert", RULES["expert"]))
-        self.windows = self.sharding((), self.batch_axes)
+        self.batch = self.sharding((), self.batch_axes)
         self.replicated = self.sharding()
 
     def _known(self, axes: Iterable[MeshAxis]) -> tuple[MeshAxis, ...]:
@@ -85,12 +85,12 @@ class Placement:
     def own_sequences(self, batch: int) -> np.ndarray:
         """Return the indices of the sequences of a micro-batch that this process's devices compute."""
         check_batch(batch, self.sizes)
-        found = self.windows.addressable_devices_indices_map((1, batch))
+        found = self.batch.addressable_devices_indices_map((1, batch))
         return np.unique(np.concatenate([np.arange(batch)[index[1]] for index in found.values() if index is not None]))
 
-    def of_all_processes(self, windows: np.ndarray) -> jax.Array:
-        """Return windows [A, B, T + 1] of all processes, from this one's own sequences."""
-        of_all: jax.Array = jax.make_array_from_process_local_data(self.windows, windows)
+    def of_all_processes(self, tokens: np.ndarray) -> jax.Array:
+        """Return the tokens, or targets, [A, B, T] of all processes, from this one's own sequences."""
+        of_all: jax.Array = jax.make_array_from_process_local_data(self.batch, tokens)
         return of_all
 
     def divides(self, num_sequences: int) -> bool:

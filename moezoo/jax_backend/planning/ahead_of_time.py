@@ -27,6 +27,7 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement, Shapes
 from moezoo.jax_backend.model import JaxModel
 from moezoo.jax_backend.runtime.platform import planned_for
+from moezoo.jax_backend.runtime.step_batch import StepBatch
 
 MOST_DEVICES = 256
 """Largest number of devices for which a step is compiled: this takes seconds, and less than a GiB."""
@@ -172,12 +173,12 @@ class _PlannedModel(JaxModel):
 
     def lowered(self, micro_batches: int, batch: int, length: int) -> jax.stages.Lowered:
         size = batch // micro_batches
-        sharding = None if self._placement is None else self._placement.windows
-        windows = jax.ShapeDtypeStruct((micro_batches, size, length + 1), np.int32, sharding=sharding)
+        sharding = None if self._placement is None else self._placement.batch
+        tokens = jax.ShapeDtypeStruct((micro_batches, size, length), np.int32, sharding=sharding)
         self.own_sequences(size)  # raises where the batch cannot be divided
         keys = jax.ShapeDtypeStruct((micro_batches, 2), np.uint32)
         with self._traced(size):
-            return self._step.lower(*self._step_inputs(windows, 0.0, keys))
+            return self._step.lower(*self._step_inputs(StepBatch(tokens, tokens), 0.0, keys))
 
 
 def _sum(parts: Iterable[tuple[Iterable[Collective], int]]) -> Iterator[Collective]:
