@@ -1,17 +1,12 @@
-"""Data preparation, and batches of tokens as a pure function of (step, seed).
+"""Data preparation: find the sources of a config, tokenize them, and split each into training and validation.
 
-Sources are text, JSONL, token shards, named datasets and prebatched files. The data loader has no iterator and no
-state: `Split.batch(step, ...)` computes the windows of a step (sample_order.py) and reads them from
-shards (token_shards.py). To resume, a run needs only its step. Writing: writings/data.md.
+Sources are text, JSONL, token shards, named datasets and prebatched files. Writing: writings/data.md.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
-
-import numpy as np
-import numpy.typing as npt
+from typing import assert_never
 
 from moezoo.core.config.data import (
     BatchesSource,
@@ -26,155 +21,23 @@ from moezoo.core.config.data import (
     TokenIdsSpec,
     TokenShardsSource,
 )
-from moezoo.core.data import sample_order
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prebatched import PrebatchedSplit, open_prebatched
 from moezoo.core.data.source_files import JSON_LINES, SourceFile, find_files, find_texts, suffix_of
+from moezoo.core.data.splits import WHOLE, Split, SplitSource, check_length
 from moezoo.core.data.token_shards import Tokens
 from moezoo.core.data.token_store import Texts, characters_of, open_shards, tokenize
 from moezoo.core.data.tokenizer_files import tokenizer_folder
 from moezoo.core.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
-    Ids,
     TokenIds,
     Tokenizer,
 )
 from moezoo.core.errors import DataError, TokenizerError, shortened
 from moezoo.core.progress import Message, Progress
 
-_WHOLE = "evaluated"  # split that is a whole file
 _MOST_TEXT_BYTES = 64_000_000  # a few seconds
-
-
-@dataclass(frozen=True)
-class SplitSource:
-    """Part of a source that belongs to a split: tokens [first, first + num_tokens). `weight` is in proportion."""
-
-    name: str
-    tokens: Tokens
-    first: int
-    num_tokens: int
-    weight: float
-
-
-@dataclass(frozen=True)
-class Split:
-    """Training or validation split of all sources."""
-
-    name: str
-    sources: tuple[SplitSource, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of all sources."""
-        return sum(source.num_tokens for source in self.sources)
-
-    def batch(
-        self,
-        step: int,
-        batch_size: int,
-        sequence_length: int,
-        seed: int,
-        rows: npt.NDArray[np.int64] | None = None,
-    ) -> Ids:
-        """Return the batch of a step: int32 [B, T + 1], where [:, :-1] is the input and [:, 1:] the target.
-
-        With `rows`, only these rows of the batch are read and returned, in this order.
-
-        The batch is a pure function of the arguments and the sources. Row b is sample g = step * B + b;
-        `sample_order.blend` maps it to a source and an index j in it, `sample_order.starts` to a window.
-
-        `step` is in [0, 2**62 / B), `seed` in [0, 2**64). Raises DataError: arguments out of range, a source
-        shorter than T + 1 tokens, a token id outside the vocabulary.
-        """
-        _check_integer("step", step, 0, (1 << 62) // max(batch_size, 1))
-        _check_integer("batch_size", batch_size, 1, 1 << 31)
-        _check_integer("sequence_length", sequence_length, 1, 1 << 31)
-        _check_integer("seed", seed, 0, 1 << 64)
-        sample = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
-        sample = sample if rows is None else sample[rows]
-        source_of, index = sample_order.blend(sample, [source.weight for source in self.sources], seed)
-        batch = np.empty((len(sample), sequence_length + 1), np.int32)
-        for k, source in enumerate(self.sources):
-            own = np.flatnonzero(source_of == k)
-            if len(own):
-                _check_length(self.name, source, sequence_length)
-                starts = sample_order.starts(index[own], source.num_tokens, sequence_length, seed, k)
-                batch[own] = source.tokens.read(starts.astype(np.int64) + source.first, sequence_length + 1)
-        return batch
-
-    def windows(self, sequence_length: int, count: int | None = None) -> "Windows":
-        """Return consecutive windows: int32 [n, T + 1], read lazily.
-
-        Window i of a source begins at its token i * T. The last one ends at the last token, so its first targets are
-        also in the window before (`Windows.are_repeated`). The windows of all sources are concatenated. With `count`,
-        that many evenly spaced windows are returned; None or a larger number than there are means all.
-        """
-        _check_integer("sequence_length", sequence_length, 1, 1 << 31)
-        if count is not None:
-            _check_integer("count", count, 1, 1 << 62)
-        for source in self.sources:
-            _check_length(self.name, source, sequence_length)
-        return Windows(self.sources, sequence_length, count)
-
-    def num_windows(self, sequence_length: int) -> int:
-        """Return the number of windows of all sources."""
-        return len(self.windows(sequence_length))
-
-
-class Windows(Sequence[Ids]):
-    """Lazy int32 array [n, T + 1]: an index returns a row, a slice an array; `numpy.asarray` reads all of it."""
-
-    def __init__(self, sources: Sequence[SplitSource], sequence_length: int, count: int | None) -> None:
-        self._sources = tuple(sources)
-        self._length = sequence_length
-        self._ends = np.cumsum([-(-(source.num_tokens - 1) // sequence_length) for source in sources])
-        self._total = int(self._ends[-1])
-        self._count = self._total if count is None else min(count, self._total)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape (n, T + 1)."""
-        return self._count, self._length + 1
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self._read(np.arange(*index.indices(self._count)))
-        number = range(self._count)[index]  # IndexError as for a list
-        return self._read(np.array([number]))[0]
-
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        if copy is False:
-            raise ValueError("windows are read from disk, so they cannot be converted to an array without a copy")
-        return self[:].astype(dtype or np.int32, copy=False)  # type: ignore[no-any-return]
-
-    def are_repeated(self, first: int, last: int) -> npt.NDArray[np.bool_]:
-        """Return which targets of the windows first, ..., last - 1 are targets of the window before: bool [n, T]."""
-        _, start, first_new = self._place(np.arange(*slice(first, last).indices(self._count)))
-        return np.arange(self._length) < (first_new - start)[:, None]
-
-    def _place(
-        self, number: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return source, first token, and first token that is in no window before of each window, all int64 [n]."""
-        window = number * self._total // self._count
-        source = np.searchsorted(self._ends, window, side="right")
-        first_new = (window - np.concatenate([[0], self._ends])[source]) * self._length
-        sizes = np.array([source.num_tokens for source in self._sources])
-        return source, np.minimum(first_new, sizes[source] - 1 - self._length), first_new
-
-    def _read(self, number: npt.NDArray[np.int64]) -> Ids:
-        source_of, start, _ = self._place(number)
-        rows = np.empty((len(number), self._length + 1), np.int32)
-        for k, source in enumerate(self._sources):
-            own = np.flatnonzero(source_of == k)
-            if len(own):
-                rows[own] = source.tokens.read(source.first + start[own], self._length + 1)
-        return rows
 
 
 @dataclass(frozen=True)
@@ -259,7 +122,7 @@ def prepare_data(
     splits = Split("training", tuple(train)), Split("validation", tuple(validation))
     for split in splits:
         for part in split.sources:
-            _check_length(split.name, part, sequence_length, f"; {where}")
+            check_length(split.name, part, sequence_length, f"; {where}")
     return PreparedData(tokenizer, *splits, tuple(summary))
 
 
@@ -299,7 +162,7 @@ def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: 
         is_lines = suffix in JSON_LINES
         files = find_files(path, JSON_LINES, name) if is_lines else find_texts(path, name)
         tokens = tokenize(Texts(name, files, "text" if is_lines else None), tokenizer, None, on_message)
-    return Split(_WHOLE, (SplitSource(name, tokens, 0, len(tokens), 1.0),))
+    return Split(WHOLE, (SplitSource(name, tokens, 0, len(tokens), 1.0),))
 
 
 @dataclass(frozen=True)
@@ -378,22 +241,3 @@ def _open(found: Texts | _Shards, tokenizer: Tokenizer, on_progress: Progress | 
     if isinstance(found, _Shards):
         return open_shards(found.files, tokenizer.vocab_size, found.name, on_progress, on_message)
     return tokenize(found, tokenizer, on_progress, on_message)
-
-
-def _check_length(split: str, source: SplitSource, sequence_length: int, where: str = "") -> None:
-    if source.num_tokens <= sequence_length:
-        what, name = f"the {split} split", "training.sequence_length"
-        advice = "a shorter sequence_length, more text, or another data.validation_fraction"
-        if split == _WHOLE:
-            what, name, advice = "the data", "sequence length", "a file with more text, or a shorter sequence length"
-        raise DataError(
-            f"{what} is shorter than one sequence; got {source.num_tokens} tokens; expected at least "
-            f"{name} + 1 = {sequence_length + 1}; {source.name}{where}. Use {advice}."
-        )
-
-
-def _check_integer(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int | np.integer) or not low <= value < high:
-        raise DataError(
-            f"{name} is out of range; got {value!r:.80}; expected an integer in [{low}, {high}). Change it."
-        )

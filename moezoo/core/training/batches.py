@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.prebatched import PrebatchedSplit
-from moezoo.core.data.prepare import Split
+from moezoo.core.data.splits import Split
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
 

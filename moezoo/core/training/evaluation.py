@@ -12,7 +12,7 @@ from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
 from moezoo.core.data.grammar.grammar import Grammar
 from moezoo.core.data.prebatched import PrebatchedSplit
-from moezoo.core.data.prepare import Split, Windows
+from moezoo.core.data.splits import Split, Windows
 from moezoo.core.data.token_shards import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.progress import Progress

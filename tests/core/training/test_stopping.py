@@ -14,7 +14,8 @@ from moezoo.core.backend import Scores, StepMetrics
 from moezoo.core.checkpoint.store import list_checkpoints
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
-from moezoo.core.data.prepare import Split, prepare_data
+from moezoo.core.data.prepare import prepare_data
+from moezoo.core.data.splits import Split
 from moezoo.core.distributed.processes import Numbers, Processes
 from moezoo.core.errors import DataError
 from moezoo.core.runs.run_folder import prepare_run
