@@ -149,6 +149,42 @@ def test_muon_updates_matrices_inside_of_the_model_and_adamw_the_rest():
     assert rules["bias"].weight_decay == 0.0
 
 
+def test_groups_have_their_own_learning_rate_and_decay(twin):
+    """Each parameter moves as with a config of these numbers for all."""
+    groups = [
+        {"roles": ["router", "norms"], "learning_rate_scale": 0.1, "weight_decay": 0.0},
+        {"roles": ["experts"], "learning_rate_scale": 2.0},
+    ]
+    table = [*TABLE, row("norm", (D,), None, "norms")]
+    values = VALUES | {"norm": normal(9, D)}
+    gradients = [{**each, "norm": normal(10, D)} for each in GRADIENTS]
+    for kind in ("muon", "lion"):
+        plain = KINDS[kind]
+        grouped = type(plain).model_validate({**plain.model_dump(), "groups": groups})
+        undecayed = plain.model_copy(update={"weight_decay": 0.0})
+        found, _ = stepped(twin, update_rules(grouped, table), values, gradients)
+        for config, factor, names in (
+            (plain, 1.0, {"query", "output", "gate", "embedding", "bias"}),
+            (undecayed, 0.1, {"router", "norm"}),
+            (plain, 2.0, {"experts"}),
+        ):
+            rates = tuple(factor * rate for rate in RATES)
+            expected, _ = stepped(twin, update_rules(config, table), values, gradients, rates)
+            assert_all_close(*({name: each[name] for name in names} for each in (found, expected)), FLOAT32)
+
+
+def test_groups_name_roles_that_are_trained_each_once():
+    lion = {"kind": "lion", "learning_rate": 1.0}
+    groups = [{"roles": ["router"]}, {"roles": ["shared", "router"]}]
+    with pytest.raises(SpecError, match=r"^groups name router twice"):
+        validate(LionConfig, {**lion, "groups": groups}, "config")
+    with pytest.raises(SpecError, match=r"^groups\[0\].roles\[0\] is 'routers'; input should be 'attention'"):
+        validate(LionConfig, {**lion, "groups": [{"roles": ["routers"]}]}, "config")
+    config = validate(LionConfig, {**lion, "groups": groups[1:]}, "config")
+    with pytest.raises(SpecError, match=r"^optimizer.groups\[0\].roles names shared, but no parameter of this role is"):
+        update_rules(config, TABLE)
+
+
 def test_no_matrix_of_the_table_is_two_projections():
     """Gate and up, and queries, keys and values, are parameters of their own: each is orthogonalized by itself."""
     for name in ("top_k", "latent_attention", "gated_delta", "clamped_swiglu", "layer_inputs_swiglu"):

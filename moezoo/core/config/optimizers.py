@@ -3,25 +3,46 @@
 Writing: writings/optimizer.md.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.config.schedules import CosineSchedule, Schedule
+from moezoo.core.parameters.trained import RoleWord
 from moezoo.core.spec import Part, default_kind, impossible
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+class ParameterGroup(Part):
+    """Parameters of some roles, with a factor of the learning rate, and a weight decay of their own; null: the common.
+
+    As everywhere, decay applies only to parameters with `decay` set in the parameter table.
+    """
+
+    roles: Annotated[tuple[RoleWord, ...], Field(min_length=1)]
+    learning_rate_scale: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat | None = None
+
+
 class _Optimizer(Part):
     """Fields of every kind. `learning_rate` is the peak of the schedule.
 
-    `clip_norm` is the maximum global gradient norm; null is off.
+    `clip_norm` is the maximum global gradient norm; null is off. `groups`: other numbers for some roles.
     """
 
     learning_rate: PositiveFloat
     clip_norm: PositiveFloat | None = 1.0
     schedule: Schedule = CosineSchedule(warmup_steps=100)
+    groups: tuple[ParameterGroup, ...] = ()
+
+    @model_validator(mode="after")
+    def _roles_are_in_one_group(self) -> Self:
+        roles = [role for group in self.groups for role in group.roles]
+        twice = next((role for role in roles if roles.count(role) > 1), None)
+        if twice is not None:
+            raise impossible("groups", f"name {twice} twice", "Name each role once")
+        return self
 
 
 class _Adam(Part):

@@ -12,7 +12,9 @@ from moezoo.core.config.optimizers import (
     OptimizerConfig,
     SGDConfig,
 )
+from moezoo.core.errors import SpecError
 from moezoo.core.parameters import MatrixAxes, Parameter
+from moezoo.core.parameters.trained import trainable_role
 
 Method = AdamWConfig | MuonAdamW | MuonConfig | LionConfig | AdafactorConfig | SGDConfig
 """The formula of an update, with its numbers: the config itself, or the AdamW inside of Muon's."""
@@ -60,8 +62,20 @@ class UpdateRule:
 
 
 def update_rules(config: OptimizerConfig, rows: Iterable[Parameter]) -> dict[str, UpdateRule]:
-    """Return the rule of each trained parameter of these rows, by canonical name."""
-    return {row.name: _rule(config, row) for row in rows if row.trained}
+    """Return the rule of each trained parameter of these rows, by canonical name.
+
+    Raises SpecError: a group names a role that no parameter has.
+    """
+    trained = [row for row in rows if row.trained]
+    found = {trainable_role(row) for row in trained}
+    for place, group in enumerate(config.groups):
+        for role in group.roles:
+            if role not in found:
+                raise SpecError(
+                    f"optimizer.groups[{place}].roles names {role}, but no parameter of this role is trained; expected "
+                    f"one of {', '.join(sorted(found))}. Remove it."
+                )
+    return {row.name: _rule(config, row) for row in trained}
 
 
 def state_axes(rules: Mapping[str, UpdateRule], num_axes: Mapping[str, int]) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -94,7 +108,12 @@ def _rule(config: OptimizerConfig, row: Parameter) -> UpdateRule:
                 method, scale = adamw, adamw.learning_rate_scale
         case AdafactorConfig():
             matrix = row.matrix or MatrixAxes(0, len(row.shape))
-    return UpdateRule(method, scale, config.weight_decay if row.decay else 0.0, matrix)
+    decay, role = config.weight_decay, trainable_role(row)
+    for group in config.groups:
+        if role in group.roles:
+            scale *= group.learning_rate_scale
+            decay = decay if group.weight_decay is None else group.weight_decay
+    return UpdateRule(method, scale, decay if row.decay else 0.0, matrix)
 
 
 def _is_orthogonalized(row: Parameter) -> bool:

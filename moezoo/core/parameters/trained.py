@@ -11,10 +11,13 @@ from moezoo.core.parameters.model import parameter_table
 from moezoo.core.parameters.row import Parameter
 from moezoo.core.spec import ModelSpec
 
-Trainable = Literal["all", "attention", "experts", "shared", "dense", "router", "embedding", "head", "norms"]
+RoleWord = Literal["attention", "experts", "shared", "dense", "router", "embedding", "head", "norms"]
+"""A role of parameters, as a config names it."""
+
+Trainable = Literal["all"] | RoleWord
 """A role of parameters; or all of them."""
 
-_WORDS: dict[str, Trainable] = {
+_WORDS: dict[str, RoleWord] = {
     "attention": "attention",
     "routed experts": "experts",
     "shared experts": "shared",
@@ -24,7 +27,7 @@ _WORDS: dict[str, Trainable] = {
 }
 
 
-def trainable_role(row: Parameter) -> Trainable:
+def trainable_role(row: Parameter) -> RoleWord:
     """Return the role of a row as a config names it: embeddings are `embedding` or `head`."""
     return _WORDS.get(row.role) or ("head" if row.name.startswith("head.") else "embedding")
 
