@@ -11,6 +11,7 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.feed_forward import activate
 from moezoo.mlx_backend.kernels.codes import decodes_by_expert
 from moezoo.mlx_backend.kernels.grouped_product import (
+    are_frozen,
     group_rows,
     grouped_product,
     grouped_swiglu,
@@ -40,6 +41,7 @@ class Experts(nn.Module):
     def __call__(self, x_RD: mx.array, size_E: mx.array) -> mx.array:
         spec, dtype = self.spec, x_RD.dtype
         groups = group_rows(size_E, x_RD.shape[0], sliced=decodes_by_expert(self, dtype))
+        groups = groups._replace(frozen=groups.ends is not None and are_frozen(self))
         if is_plain_swiglu(spec):
             return grouped_swiglu(x_RD, held(self.w_gate), held(self.w_up), held(self.w_down), groups)
 

@@ -8,10 +8,13 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.reference import adapter as reference
+from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.spec import AdapterSpec
 from tests.support.covering import TINY
-from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.quantized import quantized_weights
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
 from tests.support.twins import B, D, H, M, N, T, V, normal
 
 (PATH,) = (path for path in TINY if path.stem == "adapter")
@@ -64,7 +67,7 @@ def test_new_adapter_changes_no_logit(twin):
     spec = with_vocab_size(load_config(PATH), V).model
     plain = spec.model_copy(update={"adapter": None})
     weights = initial_weights(spec, 0)
-    tokens = np.random.default_rng(0).integers(0, V, (2, 20)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, V, (2, 40)).astype(np.int32)
     backend = twin.backend()
     logits = backend.build(spec, weights).forward(tokens).logits
     base = {row.name: weights[row.name] for row in parameter_table(plain)}
@@ -132,3 +135,38 @@ def test_rank_above_a_matrix_is_refused_with_its_name():
         SpecError, match=r"^model.adapter.rank is 8, but layers.1.moe.router.w_router \[32, 7\] has rank 7"
     ):
         parameter_table(spec)
+
+
+# --- over codes ------------------------------------------------------------------------------------------------------
+
+SIZES = ["model.layers[0].feed_forward.hidden_dim=64", "model.layers[1].moe.experts.hidden_dim=32"]
+AFFINE, MXFP4 = QuantizationFormat("affine", 4, 32), QuantizationFormat("mxfp4", 4, 32)
+
+
+@pytest.mark.parametrize("length", [6, pytest.param(40, marks=pytest.mark.release)])
+@pytest.mark.parametrize("format", [AFFINE, pytest.param(MXFP4, marks=pytest.mark.release)], ids=str)
+def test_gradients_over_codes_are_those_over_the_numbers_that_they_stand_for(twin, format, length):
+    """Of A and B on every kind of matrix; codes have none, and a step leaves them as they are."""
+    config = with_vocab_size(load_config(PATH, SIZES), V)
+    spec, names = config.model, factors_of(config.model)
+    weights = quantized_weights(initial_weights(spec, 0, active_adapters=True), format)
+    numbers = {name: value if isinstance(value, np.ndarray) else value.values() for name, value in weights.items()}
+    assert {"layers.1.moe.experts.w_down", "layers.0.attention.w_output"} <= {
+        name for name, value in weights.items() if value is not numbers[name]
+    }
+    window = np.random.default_rng(0).integers(0, V, (2, length + 1)).astype(np.int32)
+    tokens, targets = window[:, :-1], window[:, 1:]
+    doubles = {name: value.astype(np.float64) for name, value in numbers.items()}
+    _, expected = loss_and_gradients(spec, doubles, tokens, targets)
+    model = twin.backend().build(spec, weights)
+    _, gradients = model.loss_and_gradients(tokens, targets, trained=names)
+    assert_all_close(gradients, {name: expected[name] for name in names}, FLOAT32_GRADIENT)
+    if length == 40 or twin.name == "mlx":  # another program for JAX to compile
+        model.start_training(config.optimizer, trained=names)
+        model.train_step(window[None], 1e-2).fetch()
+        after = model.export_parameters()
+        assert {name for name in numbers if not np.array_equal(after[name], numbers[name])} == names
+
+
+def factors_of(spec):
+    return frozenset(row.name for row in parameter_table(spec) if row.base is not None)

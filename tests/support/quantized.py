@@ -50,7 +50,7 @@ def _axes(name: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return lead and packed axes: an output's numbers are a row; of an embedding, a token's."""
     if name in ("embedding.weight", "layer_inputs.weight"):
         return (0,), tuple(range(1, rank))
-    own = name.rpartition(".")[2]
+    own = name.rpartition(".")[2]  # lora_a and lora_b stay floats
     if not own.startswith("w_") or own in ("w_mix", "w_residual"):
         return (), ()
     if ".experts." in name:

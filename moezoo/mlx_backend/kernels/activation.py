@@ -15,8 +15,10 @@ FEW = 2**12
 Activation = Callable[[mx.array | None, mx.array], mx.array]
 
 
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Return silu(gate) * up."""
+def swiglu(gate: mx.array, up: mx.array, *, in_blocks: bool = False) -> mx.array:
+    """Return silu(gate) * up. `in_blocks`: with the bits that a kernel of whole experts gives, on x86."""
+    if is_x86_cpu() and in_blocks:
+        return x86.gated_silu(gate, up, few=True)
     if is_x86_cpu() and up.size <= FEW and up.dtype == mx.float32:
         return _swiglu(gate, up)
     if is_x86_cpu():

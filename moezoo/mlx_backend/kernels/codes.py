@@ -18,6 +18,7 @@ from moezoo.mlx_backend.kernels.activation import swiglu
 from moezoo.mlx_backend.kernels.x86 import codes as x86
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
 from moezoo.mlx_backend.quantization import QuantizedArray, dequantize
+from moezoo.mlx_backend.runtime.typed import custom_function
 
 contract = mx.einsum
 """Any einsum, under a name of its own: the strings are those of the callers."""
@@ -130,8 +131,20 @@ def _product(x: mx.array, w: QuantizedArray, shared: list[int], *, transposed: b
         biases = None if w.biases is None else w.biases.reshape(scales.shape)
         form = w.format
         return mx.quantized_matmul(x, codes, scales, biases, transposed, form.group_size, form.bits, form.mode)
-    matrix = _rows(w, slice(None)).astype(x.dtype).reshape(*shared, -1, w.row_size)
-    return x @ (matrix.swapaxes(-1, -2) if transposed else matrix)
+
+    def decoded() -> mx.array:
+        matrix = _rows(w, slice(None)).astype(x.dtype).reshape(*shared, -1, w.row_size)
+        return matrix.swapaxes(-1, -2) if transposed else matrix
+
+    @custom_function
+    def multiply(x: mx.array) -> mx.array:
+        return x @ decoded()
+
+    @multiply.vjp
+    def _(x: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return gradient @ decoded().swapaxes(-1, -2)  # decoded again, so that no matrix is kept until then
+
+    return multiply(x)
 
 
 def decodes_by_expert(experts: nn.Module, dtype: mx.Dtype) -> bool:
@@ -177,13 +190,26 @@ def sliced_product(x_RD: mx.array, w: QuantizedArray, ends: list[int]) -> mx.arr
     assert (w.lead, w.packed) == ((0, 2), (1,)), "rows of codes run over the inputs of an expert"
     if is_x86_cpu():
         return x86.sliced_product(x_RD, w, ends).astype(dtype)
-    parts = []
-    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        if end > start:
-            parts.append(x_RD[start:end] @ _rows(w, expert).astype(x_RD.dtype).T)
-            mx.eval(parts[-1])  # so that no two experts' matrices are there at a time
-    parts.append(mx.zeros((len(x_RD) - ends[-1], w.codes.shape[1]), x_RD.dtype))
-    return mx.concatenate(parts).astype(dtype)
+
+    def product(rows: mx.array, width: int, *, transposed: bool) -> mx.array:
+        parts = []
+        for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if end > start:
+                matrix = _rows(w, expert).astype(rows.dtype)
+                parts.append(rows[start:end] @ (matrix.T if transposed else matrix))
+                mx.eval(parts[-1])  # so that no two experts' matrices are there at a time
+        parts.append(mx.zeros((len(rows) - ends[-1], width), rows.dtype))
+        return mx.concatenate(parts)
+
+    @custom_function
+    def multiply(x_RD: mx.array) -> mx.array:
+        return product(x_RD, w.codes.shape[1], transposed=True)
+
+    @multiply.vjp
+    def _(x_RD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return product(gradient, x_RD.shape[1], transposed=False)
+
+    return multiply(x_RD).astype(dtype)
 
 
 def grouped_swiglu(x_RD: mx.array, matrices: Sequence[QuantizedArray], ends: list[int]) -> mx.array:

@@ -3,9 +3,11 @@
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
+from mlx import nn
 
 from moezoo.core.spec import ExpertsSpec
 from moezoo.mlx_backend.adapter import AdaptedArray
+from moezoo.mlx_backend.arrays import named
 from moezoo.mlx_backend.kernels import codes
 from moezoo.mlx_backend.kernels.activation import swiglu
 from moezoo.mlx_backend.kernels.x86 import is_x86_cpu
@@ -57,6 +59,7 @@ class Groups(NamedTuple):
     expert_R: mx.array  # the last expert for an unused row
     ends: list[int] | None = None  # end row of each group, if multiplied as slices
     blocks: _Blocks | None = None
+    frozen: bool = False  # the matrices need no gradient
 
 
 def group_rows(size_E: mx.array, num_rows: int, *, sliced: bool = False) -> Groups:
@@ -71,6 +74,12 @@ def group_rows(size_E: mx.array, num_rows: int, *, sliced: bool = False) -> Grou
     if num_rows > FEW_ROWS * num_experts:
         return Groups(own_R, ends=to_ints(mx.stop_gradient(end_E)))
     return Groups(own_R, blocks=_plan_blocks(size_E, end_E, own_R, expert_R < num_experts))
+
+
+def are_frozen(experts: nn.Module) -> bool:
+    """Return True if no matrix of the experts trains; factors of adapters may."""
+    trained = named(experts.trainable_parameters())
+    return not any(name.startswith("w_") and "." not in name for name in trained)
 
 
 def _plan_blocks(size_E: mx.array, end_E: mx.array, expert_R: mx.array, used_R: mx.array) -> _Blocks:
@@ -110,15 +119,16 @@ Matrices = mx.array | QuantizedArray | AdaptedArray
 def grouped_product(x_RD: mx.array, w_EDF: Matrices, groups: Groups) -> mx.array:
     """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD. Adapters add their own."""
     if isinstance(w_EDF, AdaptedArray):
-        low_RK = grouped_product(x_RD, w_EDF.lora_a, groups)
-        return grouped_product(x_RD, w_EDF.base, groups) + grouped_product(low_RK, w_EDF.scaled_b, groups)
+        of_factors = groups._replace(frozen=False)
+        low_RK = grouped_product(x_RD, w_EDF.lora_a, of_factors)
+        return grouped_product(x_RD, w_EDF.base, groups) + grouped_product(low_RK, w_EDF.scaled_b, of_factors)
     if isinstance(w_EDF, QuantizedArray) and groups.ends is not None:
         return codes.sliced_product(x_RD, w_EDF, groups.ends)
     if grouped_path() == "gather_mm of rows" or (groups.ends is None and groups.blocks is None):
         return product_of_rows(x_RD[:, None, :], w_EDF, groups.expert_R, in_order=True)[:, 0, :]
     assert not isinstance(w_EDF, QuantizedArray)  # has no blocks
     if groups.ends is not None:
-        return _sliced_product(x_RD, w_EDF, groups.ends)
+        return _sliced_product(x_RD, w_EDF, groups.ends, frozen=groups.frozen)
     assert groups.blocks is not None
     padded = _blocked_product(_spread(x_RD, groups.blocks), w_EDF.astype(x_RD.dtype), groups.blocks)
     return _collect(padded, groups.blocks)
@@ -144,9 +154,9 @@ def grouped_swiglu(
     plain = [w_EDF for w_EDF in matrices if isinstance(w_EDF, mx.array)]
     if is_x86_cpu() and groups.ends is not None and len(plain) == len(matrices):
         x, gate, up, down = (array.astype(mx.float32) for array in (x_RD, *plain))
-        return swiglu_experts(x, gate, up, down, groups.ends).astype(x_RD.dtype)
+        return swiglu_experts(x, gate, up, down, groups.ends, frozen=groups.frozen).astype(x_RD.dtype)
     gate, up = (grouped_product(x_RD, w_EDF, groups) for w_EDF in (gate_EDF, up_EDF))
-    return grouped_product(swiglu(gate, up), down_EFD, groups)
+    return grouped_product(swiglu(gate, up, in_blocks=groups.ends is not None), down_EFD, groups)
 
 
 def product_of_rows(
@@ -177,11 +187,11 @@ def product_of_rows(
     return (rows_R1D.astype(mx.float32) @ matrices_RDF).astype(dtype)
 
 
-def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array:
+def _sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int], *, frozen: bool) -> mx.array:
     """Multiply each expert's slice of rows by its matrix, in float32 like all CPU products; unused rows return 0."""
     dtype = x_RD.dtype
     if is_x86_cpu():
-        return sliced_product(x_RD.astype(mx.float32), w_EDF.astype(mx.float32), ends).astype(dtype)
+        return sliced_product(x_RD.astype(mx.float32), w_EDF.astype(mx.float32), ends, frozen=frozen).astype(dtype)
 
     def product(rows_RD: mx.array, matrices: mx.array) -> mx.array:
         *slices, unused = mx.split(rows_RD[None], ends, axis=1)

@@ -25,9 +25,9 @@ def sigmoid(x: mx.array) -> mx.array:
     return forward(x.astype(mx.float32)).astype(x.dtype)
 
 
-def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
-    """Return silu(gate) * up, computed in float32."""
-    if not pays(up.size):
+def gated_silu(gate: mx.array, up: mx.array, *, few: bool = False) -> mx.array:
+    """Return silu(gate) * up, computed in float32. `few`: by NumPy even if there are few elements."""
+    if not few and not pays(up.size):
         return (gate * sigmoid(gate)) * up
     shape, width = up.shape, up.shape[-1]
 

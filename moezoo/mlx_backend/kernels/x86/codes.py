@@ -16,9 +16,10 @@ import numpy as np
 from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.quantization.weight import Array, decode_rows, scale_values
 from moezoo.core.tokens import Integers
-from moezoo.mlx_backend.kernels.x86.activation import silu
+from moezoo.mlx_backend.kernels.x86.activation import silu, swiglu_backward
 from moezoo.mlx_backend.quantization import QuantizedArray
-from moezoo.mlx_backend.runtime.cores import Floats, blocks, on_all_cores, one_by_one, values, zeros
+from moezoo.mlx_backend.runtime.cores import Floats, blocks, cores, on_all_cores, one_by_one, values, zeros
+from moezoo.mlx_backend.runtime.typed import custom_function
 
 PIECE = 2**19
 """Numbers decoded at a time: fewer, and threads would wait for each other to hold Python's lock."""
@@ -66,6 +67,10 @@ class Matrix(NamedTuple):
         return (slice(start, min(start + step, len(self.codes))) for start in range(0, len(self.codes), step))
 
 
+Work = Callable[[Floats, Matrix, Floats], list[Callable[[], None]]]
+"""A product of rows with a matrix, `work(rows, matrix, out)`, as pieces of work."""
+
+
 def matrix(w: QuantizedArray) -> Matrix:
     """Return views of codes [*lead, words], with their leading axes."""
     biases = None if w.biases is None else _view(w.biases)
@@ -84,63 +89,152 @@ def product(x: Floats, w: Matrix, out: Floats) -> list[Callable[[], None]]:
     return [partial(_piece, rows, w.part(piece), out[:, piece]) for piece in w.pieces()]
 
 
+def product_with_rows(gradient: Floats, w: Matrix, out: Floats) -> list[Callable[[], None]]:
+    """Return pieces of work which together write `gradient @ w` to out [R, I], for a gradient [R, O].
+
+    Each core takes some of the rows and decodes the whole matrix: it adds to the same output for every piece of it.
+    """
+    step = max(1, -(-len(gradient) // cores()))
+    starts = range(0, len(gradient), step)
+    return [partial(_add_pieces, gradient[start : start + step], w, out[start : start + step]) for start in starts]
+
+
+def _add_pieces(gradient: Floats, w: Matrix, out: Floats) -> None:
+    planes = _cycle(w.format.bits)[0]
+    total = np.zeros((planes, len(out), w.size // planes), np.float32)
+    for piece in w.pieces():
+        part = w.part(piece)
+        number, spare = _scratch((planes, len(part.codes), w.size // planes))
+        _read_scaled(part, number, spare)
+        for sum_RI, plane in zip(total, number, strict=True):
+            sum_RI += gradient[:, piece] @ plane
+    out[...] = total.transpose(1, 2, 0).reshape(out.shape)
+    if w.biases is not None and not w.rounds:
+        out += np.repeat(gradient @ w.biases, w.format.group_size, axis=1)[:, : w.size]
+
+
 def dense_product(x: mx.array, w: QuantizedArray) -> mx.array:
     """Multiply rows [*shared, R, I] by decoded codes [*shared, ..., words of I], where x has up to one shared axis."""
-    (rows,) = values(x.astype(mx.float32))
     codes = matrix(w)
-    outputs = w.codes.size // w.codes.shape[-1] // (len(rows) if x.ndim == 3 else 1)
-    out_RO, out = zeros(*x.shape[:-1], outputs)
-    parts = [(rows, codes, out)]
-    if x.ndim == 3:
-        parts = [(rows[k], codes.part(k), out[k]) for k in range(len(rows))]
-    _run(piece for each, part, to in parts for piece in product(each, part.flat(), to))
-    return out_RO
+    outputs = w.codes.size // w.codes.shape[-1] // (len(x) if x.ndim == 3 else 1)
+
+    def multiply(work: Work, x: mx.array, width: int) -> mx.array:
+        (rows,) = values(x)
+        out_RO, out = zeros(*x.shape[:-1], width)
+        parts = [(rows, codes, out)]
+        if x.ndim == 3:
+            parts = [(rows[k], codes.part(k), out[k]) for k in range(len(rows))]
+        _run(piece for each, part, to in parts for piece in work(each, part.flat(), to))
+        return out_RO
+
+    @custom_function
+    def forward(x: mx.array) -> mx.array:
+        return multiply(product, x, outputs)
+
+    @forward.vjp
+    def _(x: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        return multiply(product_with_rows, gradient, w.row_size)
+
+    return forward(x.astype(mx.float32))
 
 
 def product_of_rows(x_R1D: mx.array, w: QuantizedArray, expert_R: mx.array, row_R: mx.array | None = None) -> mx.array:
     """Multiply rows, R being any number of axes, by their experts' matrices [E, F, words of D]; each once decoded."""
-    rows_RD, expert = values(x_R1D.astype(mx.float32).reshape(-1, x_R1D.shape[-1]), expert_R.reshape(-1))
+    (expert,) = values(expert_R.reshape(-1))
     row = np.arange(expert.size) if row_R is None else np.asarray(row_R).reshape(-1)
     order = np.argsort(expert, kind="stable")
-    sorted_RF = np.empty((expert.size, w.codes.shape[1]), np.float32)
-    ends = np.cumsum(np.bincount(expert, minlength=len(w.codes)))
-    _run(_of_experts(rows_RD[row[order]], matrix(w), ends.tolist(), sorted_RF))
-    out_RF, out = zeros(*sorted_RF.shape)
-    out[order] = sorted_RF
-    return out_RF.reshape(*expert_R.shape, 1, -1)
+    ends = np.cumsum(np.bincount(expert, minlength=len(w.codes))).tolist()
+
+    @custom_function
+    def forward(x_RD: mx.array) -> mx.array:
+        (x,) = values(x_RD)
+        sorted_RF = np.empty((expert.size, w.codes.shape[1]), np.float32)
+        _run(_of_experts(product, x[row[order]], matrix(w), ends, sorted_RF))
+        out_RF, out = zeros(*sorted_RF.shape)
+        out[order] = sorted_RF
+        return out_RF
+
+    @forward.vjp
+    def _(x_RD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        (of_out,) = values(gradient)
+        sorted_RD = np.zeros((expert.size, x_RD.shape[1]), np.float32)
+        _run(_of_experts(product_with_rows, of_out[order], matrix(w), ends, sorted_RD))
+        of_x_RD, of_x = zeros(*x_RD.shape)
+        np.add.at(of_x, row[order], sorted_RD)
+        return of_x_RD
+
+    return forward(x_R1D.astype(mx.float32).reshape(-1, x_R1D.shape[-1])).reshape(*expert_R.shape, 1, -1)
 
 
 def sliced_product(x_RD: mx.array, w: QuantizedArray, ends: list[int]) -> mx.array:
-    """See moezoo.mlx_backend.kernels.x86.experts.sliced_product, for codes [E, F, words of D]."""
-    (x,) = values(x_RD)
-    out_RF, out = zeros(len(x), w.codes.shape[1])
-    _run(_of_experts(x, matrix(w), ends, out))
-    return out_RF
+    """See moezoo.mlx_backend.kernels.x86.experts.sliced_product, for codes [E, F, words of D], without gradient."""
+
+    @custom_function
+    def forward(x_RD: mx.array) -> mx.array:
+        (x,) = values(x_RD)
+        out_RF, out = zeros(len(x), w.codes.shape[1])
+        _run(_of_experts(product, x, matrix(w), ends, out))
+        return out_RF
+
+    @forward.vjp
+    def _(x_RD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        (of_out,) = values(gradient)
+        of_x_RD, of_x = zeros(*x_RD.shape)
+        _run(_of_experts(product_with_rows, of_out, matrix(w), ends, of_x))
+        return of_x_RD
+
+    return forward(x_RD)
 
 
 def swiglu_experts(
     x_RD: mx.array, gate: QuantizedArray, up: QuantizedArray, down: QuantizedArray, ends: list[int]
 ) -> mx.array:
-    """See moezoo.mlx_backend.kernels.x86.experts.swiglu_experts, for codes."""
-    (x,), used = values(x_RD), ends[-1]
-    out_RD, out = zeros(*x.shape)
-    hidden, raised = (np.empty((used, gate.codes.shape[1]), np.float32) for _ in range(2))
-    _run([*_of_experts(x, matrix(gate), ends, hidden), *_of_experts(x, matrix(up), ends, raised)])
+    """See moezoo.mlx_backend.kernels.x86.experts.swiglu_experts, for codes, which have no gradient."""
+    used, kept = ends[-1], list[Floats]()
 
-    def activate(rows: slice) -> None:
-        hidden[rows] = silu(hidden[rows]) * raised[rows]
+    @custom_function
+    def forward(x_RD: mx.array) -> mx.array:
+        (x,) = values(x_RD)
+        out_RD, out = zeros(*x.shape)
+        hidden, raised, kept_gate = (np.empty((used, gate.codes.shape[1]), np.float32) for _ in range(3))
+        gates = _of_experts(product, x, matrix(gate), ends, kept_gate)
+        _run([*gates, *_of_experts(product, x, matrix(up), ends, raised)])
+        kept[:] = kept_gate, raised
 
-    _run(partial(activate, rows) for rows in blocks(*hidden.shape))
-    _run(_of_experts(hidden, matrix(down), ends, out))
-    return out_RD
+        def activate(rows: slice) -> None:
+            np.multiply(silu(kept_gate[rows]), raised[rows], out=hidden[rows])
+
+        _run(partial(activate, rows) for rows in blocks(*hidden.shape))
+        _run(_of_experts(product, hidden, matrix(down), ends, out))
+        return out_RD
+
+    @forward.vjp
+    def _(x_RD: mx.array, gradient: mx.array, out: mx.array) -> mx.array:
+        (of_out,), (kept_gate, raised) = values(gradient), kept
+        of_up, of_gate, spare = (
+            np.zeros_like(raised),
+            np.empty_like(raised),
+            np.zeros((used, x_RD.shape[1]), np.float32),
+        )
+        _run(_of_experts(product_with_rows, of_out, matrix(down), ends, of_up))
+        for rows in blocks(*raised.shape):
+            swiglu_backward(kept_gate[rows], raised[rows], of_up[rows], of_gate[rows])
+        kept.clear()
+        of_x_RD, of_x = zeros(*x_RD.shape)
+        _run(_of_experts(product_with_rows, of_gate, matrix(gate), ends, of_x))
+        _run(_of_experts(product_with_rows, of_up, matrix(up), ends, spare))
+        of_x[:used] += spare
+        return of_x_RD
+
+    return forward(x_RD)
 
 
-def _of_experts(x: Floats, w: Matrix, ends: list[int], out: Floats) -> list[Callable[[], None]]:
-    """Return pieces of work which write the products of each expert's rows."""
+def _of_experts(work: Work, x: Floats, w: Matrix, ends: list[int], out: Floats) -> list[Callable[[], None]]:
+    """Return pieces of work which write the products of each expert's rows, `product` or `product_with_rows`."""
     pieces = []
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > start:
-            pieces += product(x[start:end], w.part(expert), out[start:end])
+            pieces += work(x[start:end], w.part(expert), out[start:end])
     return pieces
 
 
@@ -176,28 +270,34 @@ def _piece(rows: _Rows, w: Matrix, out: Floats) -> None:
     """Write the product with a piece of a matrix to out [R, O]."""
     shape = (_cycle(w.format.bits)[0], len(w.codes), w.size // _cycle(w.format.bits)[0])
     number, spare = _scratch(shape)
-    _read_numbers(w, spare.view(np.uint8).reshape(-1)[: number.size].reshape(shape), number)
-    scale = scale_values(w.format, w.scales)
     if rows.few:
+        _read_numbers(w, spare, number)
+        scale = scale_values(w.format, w.scales)
         grouped = number.reshape(*shape[:2], -1, w.format.group_size // shape[0]).swapaxes(1, 2)
         sum_GOR = (grouped @ rows.x).sum(0)
         sum_GOR *= scale.T[..., None]
         out[...] = sum_GOR.sum(0).T
     else:
-        repeated = spare[0]
-        _repeat(scale, w.format.group_size // shape[0], repeated)
-        number *= repeated
-        if w.rounds:
-            assert w.biases is not None
-            _round(number, spare, w.scales.dtype)
-            _repeat(w.biases.astype(np.float32), w.format.group_size // shape[0], repeated)
-            number += repeated
-            _round(number, spare, w.scales.dtype)
+        _read_scaled(w, number, spare)
         np.matmul(rows.x[0], number[0].T, out=out)
         for x, plane in zip(rows.x[1:], number[1:], strict=True):
             out += x @ plane.T
     if w.biases is not None and not w.rounds:
         out += rows.sum_RG @ w.biases.T
+
+
+def _read_scaled(w: Matrix, number: Floats, spare: Floats) -> None:
+    """Write numbers times their scales [n, O, I / n], with their biases where both are rounded. `spare`: scratch."""
+    _read_numbers(w, spare, number)
+    per_group, repeated = w.format.group_size // len(number), spare[0]
+    _repeat(scale_values(w.format, w.scales), per_group, repeated)
+    number *= repeated
+    if w.rounds:
+        assert w.biases is not None
+        _round(number, spare, w.scales.dtype)
+        _repeat(w.biases.astype(np.float32), per_group, repeated)
+        number += repeated
+        _round(number, spare, w.scales.dtype)
 
 
 def _repeat(groups: Array, times: int, out: Floats) -> None:
@@ -219,8 +319,9 @@ def _round(number: Floats, spare: Floats, dtype: np.dtype[Any]) -> None:
     np.subtract(spare, number, out=number)
 
 
-def _read_numbers(w: Matrix, code: Array, number: Floats) -> None:
-    """Write numbers of codes without scale [n, O, I / n]: plane k has each n-th one, from k on. `code`: scratch."""
+def _read_numbers(w: Matrix, spare: Floats, number: Floats) -> None:
+    """Write numbers of codes without scale [n, O, I / n]: plane k has each n-th one, from k on. `spare`: scratch."""
+    code = spare.view(np.uint8).reshape(-1)[: number.size].reshape(number.shape)
     _unpack(w.codes, w.format.bits, _cycle(w.format.bits)[1], code)
     match w.format.mode:
         case "affine":

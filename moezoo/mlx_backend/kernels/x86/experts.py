@@ -11,10 +11,10 @@ from moezoo.mlx_backend.runtime.cores import Floats, blocks, cores, on_all_cores
 from moezoo.mlx_backend.runtime.typed import custom_function
 
 
-def sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array:
+def sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int], *, frozen: bool = False) -> mx.array:
     """Return each row times the matrix of its expert, float32; row r belongs to the first expert whose end is above r.
 
-    Rows above the last end return 0.
+    Rows above the last end return 0. `frozen`: the gradient of the matrices is not needed, and zeros stand for it.
     """
 
     @custom_function
@@ -27,11 +27,13 @@ def sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array
     @forward.vjp
     def _(primals: tuple[mx.array, mx.array], gradient: mx.array, out: mx.array) -> tuple[mx.array, mx.array]:
         x, w, of_out = values(*primals, gradient)
-        (of_x_RD, of_x), (of_w_EDF, of_w) = zeros(*x.shape), zeros(*w.shape)
+        of_x_RD, of_x = zeros(*x.shape)
+        of_w_EDF, of_w = _gradients(w.shape, frozen=frozen)
 
         def backward(expert: int, rows: slice) -> None:
             np.matmul(of_out[rows], w[expert].T, out=of_x[rows])
-            np.matmul(x[rows].T, of_out[rows], out=of_w[expert])
+            if of_w is not None:
+                np.matmul(x[rows].T, of_out[rows], out=of_w[expert])
 
         _per_expert(ends, backward)
         return of_x_RD, of_w_EDF
@@ -39,10 +41,15 @@ def sliced_product(x_RD: mx.array, w_EDF: mx.array, ends: list[int]) -> mx.array
     return forward(x_RD, w_EDF)
 
 
+def _gradients(shape: tuple[int, ...], *, frozen: bool) -> tuple[mx.array, Floats | None]:
+    """Return zeros, and a view through which they are written; of frozen matrices, zeros that are not there yet."""
+    return (mx.zeros(shape), None) if frozen else zeros(*shape)
+
+
 def swiglu_experts(
-    x_RD: mx.array, gate_EDF: mx.array, up_EDF: mx.array, down_EFD: mx.array, ends: list[int]
+    x_RD: mx.array, gate_EDF: mx.array, up_EDF: mx.array, down_EFD: mx.array, ends: list[int], *, frozen: bool = False
 ) -> mx.array:
-    """Return the whole feed-forward of SwiGLU experts, float32; rows as in `sliced_product`.
+    """Return the whole feed-forward of SwiGLU experts, float32; rows and `frozen` as in `sliced_product`.
 
     Only gate and up are kept for the backward pass, and only until then.
     """
@@ -70,8 +77,9 @@ def swiglu_experts(
     def _(primals: tuple[mx.array, ...], gradient: mx.array, out: mx.array) -> list[mx.array]:
         x, w_gate, w_up, w_down, of_out = values(*primals, gradient)
         gate, up = kept
-        gradients = [zeros(*primal.shape) for primal in primals]
-        of_x, of_gate, of_up, of_down = (view for _, view in gradients)
+        of_x_RD, of_x = zeros(*x.shape)
+        gradients = [_gradients(w.shape, frozen=frozen) for w in (w_gate, w_up, w_down)]
+        of_gate, of_up, of_down = (view for _, view in gradients)
 
         def backward_of(expert: int, rows: slice) -> None:
             of_hidden = of_out[rows] @ w_down[expert].T
@@ -79,15 +87,16 @@ def swiglu_experts(
             for block in blocks(*hidden.shape):
                 inputs = gate[rows][block], up[rows][block]
                 hidden[block] = swiglu_backward(*inputs, of_hidden[block], of_gate_rows[block])
-            np.matmul(hidden.T, of_out[rows], out=of_down[expert])
-            np.matmul(x[rows].T, of_gate_rows, out=of_gate[expert])
-            np.matmul(x[rows].T, of_hidden, out=of_up[expert])
+            if of_gate is not None and of_up is not None and of_down is not None:
+                np.matmul(hidden.T, of_out[rows], out=of_down[expert])
+                np.matmul(x[rows].T, of_gate_rows, out=of_gate[expert])
+                np.matmul(x[rows].T, of_hidden, out=of_up[expert])
             np.matmul(of_gate_rows, w_gate[expert].T, out=of_x[rows])
             of_x[rows] += of_hidden @ w_up[expert].T
 
         _per_expert(ends, backward_of)
         kept.clear()
-        return [array for array, _ in gradients]
+        return [of_x_RD, *(array for array, _ in gradients)]
 
     return forward(x_RD, gate_EDF, up_EDF, down_EFD)
 
