@@ -130,7 +130,9 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise HeaderProblem(f"its header is not UTF-8 JSON ({type(error).__name__})") from None
     assert isinstance(header, dict)  # it begins with '{'
-    metadata = header.get("__metadata__", {})
+    metadata = header.get("__metadata__")
+    if metadata is None:  # null is what mx.save_safetensors writes
+        return header
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderProblem("its __metadata__ is not a map from text to text")
     return header

@@ -13,7 +13,7 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.assembly import assemble, same_bits
 from moezoo.core.huggingface.codes import CodedForm, coded_form, read_codes
 from moezoo.core.huggingface.family import Family
-from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER, TensorFolder, tensor_names
+from moezoo.core.huggingface.folder import ADAPTERS, USE_ADAPTER, TensorFolder, tensor_names
 from moezoo.core.huggingface.layout import CONFIG, Description, Layout, describe_config, make_layout
 from moezoo.core.huggingface.ledger import Ledger, Source
 from moezoo.core.huggingface.nonfinite import are_finite_scales, is_finite, is_finite_weight
@@ -39,7 +39,7 @@ def describe_checkpoint(path: str | Path, max_length: int | None = None) -> Desc
     adapter = [name for name in ADAPTERS if (Path(path) / name).exists()]
     if adapter:
         description.fields.notes.append(
-            f"the adapter beside the model ({', '.join(adapter)}) is not applied. {MERGE_ADAPTER}".rstrip(".")
+            f"the adapter beside the model ({', '.join(adapter)}) is not applied. {USE_ADAPTER}".rstrip(".")
         )
     return description.in_layout(tensor_names(Path(path)))
 

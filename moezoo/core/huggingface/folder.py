@@ -9,6 +9,7 @@ Only headers and the index are read until a tensor is requested by name. Pickle 
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from moezoo.core.checkpoint.safetensors_file import SafetensorsFile
 from moezoo.core.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from moezoo.core.errors import CheckpointError
-from moezoo.core.files import read_bounded, reason_of
+from moezoo.core.files import open_regular, read_bounded, reason_of
 from moezoo.core.json_text import parse_json
 
 Array = npt.NDArray[Any]
@@ -27,7 +28,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
 """Files of an adapter (LoRA) for a model, as PEFT and mlx-lm name them; they may lie beside the model."""
 
-MERGE_ADAPTER = "Merge it into its base model (PEFT's merge_and_unload, mlx_lm.fuse), and use the result."
+USE_ADAPTER = "Use it with its base model: BASE --adapter FOLDER, or moezoo.load(BASE, adapter=FOLDER)."
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
@@ -79,6 +80,14 @@ class TensorFolder:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}; it has {len(self.tensors)} others.")
         return self._files[self.tensors[name].file].read(name, out, rows)
+
+    def samples(self, size: int) -> Iterator[bytes]:
+        """Yield up to `size` bytes from the middle of every tensor, in order of file and name."""
+        for _, file in sorted(self._files.items()):
+            with open_regular(file.path) as opened:
+                for _, entry in sorted(file.entries.items()):
+                    opened.seek(entry.start_byte + max(0, entry.size_bytes - size) // 2)
+                    yield opened.read(min(size, entry.size_bytes))
 
     def size_bytes(self, name: str) -> int:
         """Return a tensor's size in its file, in bytes."""
@@ -157,9 +166,7 @@ def _only_file(folder: Path) -> list[str]:
             "Fetch the index too."
         )
     if every:
-        raise CheckpointError(
-            f"{folder} has an adapter ({every[0]}) but not the weights that it adapts. {MERGE_ADAPTER}"
-        )
+        raise CheckpointError(f"{folder} has an adapter ({every[0]}) but not the weights that it adapts. {USE_ADAPTER}")
     if any(folder.glob("*.gguf")):
         raise CheckpointError(
             f"{folder} has its weights as GGUF, which moezoo does not read. Use the safetensors of the model, or a "

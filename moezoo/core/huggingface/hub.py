@@ -10,7 +10,7 @@ from pathlib import Path
 from moezoo.core.data.tokenizer_files import TEMPLATES, TEXT_FILES
 from moezoo.core.errors import CheckpointError
 from moezoo.core.hub import PartlyCached, Snapshot, hub_id, readable_errors
-from moezoo.core.huggingface.folder import ADAPTERS, INDEX, MERGE_ADAPTER, SINGLE, read_json_object
+from moezoo.core.huggingface.folder import ADAPTERS, INDEX, SINGLE, USE_ADAPTER, read_json_object
 from moezoo.core.progress import Progress
 
 _SMALL_FILES = ("*.json", "*.jinja")  # config, index, tokenizer, generation config; chat templates
@@ -40,7 +40,7 @@ def _download(snapshot: Snapshot, name: str, on_progress: Progress | None, with_
     if not (folder / "config.json").exists():
         problem = f"{name} has no config.json, so it cannot be opened as a checkpoint. {_LOCAL}"
         if (folder / ADAPTERS[0]).exists():
-            raise CheckpointError(f"{name} is an adapter, without the model that it adapts. {MERGE_ADAPTER}")
+            raise CheckpointError(f"{name} is an adapter, without the model that it adapts. {USE_ADAPTER}")
         raise PartlyCached(["config.json"]) if snapshot.offline else CheckpointError(problem)
     snapshot.fetch([f"{TEMPLATES}/*.jinja"])
     if not with_weights:

@@ -119,6 +119,19 @@ class Placed:
         """Return the same rule for a piece of `size` along an axis letter."""
         return replace(self, _sizes={**self._sizes, letter: size})
 
+    def letters(self, place: int | None) -> Groups:
+        """Return the letters of each axis: of a part as our parameter has them, experts included; None: the tensor."""
+        return _groups(self.rule.axes if place is None else self.parts[place][2].axes)
+
+    def lengths(self, letters: Iterable[str]) -> tuple[int, ...]:
+        """Return the length of each letter."""
+        return tuple(self._sizes[letter] for letter in letters)
+
+    def with_lengths(self, lengths: Mapping[str, int]) -> "Placed":
+        """Return the same rule with other lengths of some letters, none of which is part of axis `x`."""
+        changed = replace(self, _sizes={**self._sizes, **lengths})
+        return replace(changed, shape=tuple(changed._size(group) for group in _groups(self.rule.axes)))
+
     def packed(self, place: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Return which axes of the parameter are axes of codes packed along the tensor's last axis, and which ones a
         row of them runs over, both in the codes' order; None if a row has several parts or only part of an axis."""

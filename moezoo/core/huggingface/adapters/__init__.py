@@ -1,0 +1,1 @@
+"""Adapter folders of mlx-lm, PEFT and vLLM: read into factors of our matrices, and written from them."""
