@@ -34,6 +34,7 @@ def load(
     compute: str | None = None,
     max_length: int | None = None,
     *,
+    adapter: str | Path | None = None,
     allow_overcommit: bool = False,
 ) -> "LoadedModel":
     """Load a model on a backend.
@@ -46,13 +47,14 @@ def load(
             float32 for a Hugging Face checkpoint. Parameters stay in the dtype of the files.
         max_length: maximum number of tokens, for a Hugging Face checkpoint whose RoPE scaling depends on it (longrope,
             dynamic); None: the original length that it was trained for.
+        adapter: an adapter for the model: a run that trained one on it, or a folder of mlx-lm, PEFT or vLLM.
         allow_overcommit: load and generate even if that needs more memory than is free.
 
     Raises RunError, CheckpointError, SpecError, TokenizerError, BackendError or OutOfMemoryError.
     """
     from moezoo.api import load_model
 
-    return load_model(path, backend, compute, max_length, allow_overcommit=allow_overcommit)
+    return load_model(path, backend, compute, max_length, adapter=adapter, allow_overcommit=allow_overcommit)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
@@ -65,15 +67,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
     return load_resolved_config(path, overrides)
 
 
-def parity(path: str | Path) -> "ParityReport":
+def parity(path: str | Path, *, adapter: str | Path | None = None) -> "ParityReport":
     """Compare the reference, JAX and MLX on the initial weights of a config, or the weights of what `load` opens.
 
-    Both backends must be installed. Raises what `load` raises.
+    `adapter`: as in `load`. Both backends must be installed. Raises what `load` raises.
     """
     from moezoo.backends import NAMES, load_backend
     from moezoo.core.parity.check import parity_of
 
-    return parity_of(path, {name: load_backend(name) for name in NAMES})
+    return parity_of(path, {name: load_backend(name) for name in NAMES}, adapter=adapter)
 
 
 def __getattr__(name: str) -> Any:

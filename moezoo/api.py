@@ -20,10 +20,13 @@ from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.parameters import parameter_table
 from moezoo.core.progress import Message, Progress
+from moezoo.core.runs.adapters import fitted
+from moezoo.core.runs.base import Base, own_weights, saved_names
 from moezoo.core.runs.open import is_superseded, open_model
 from moezoo.core.runs.save import export, save_run
-from moezoo.core.tokens import IGNORED, Integers
+from moezoo.core.tokens import IGNORED, Floats, Integers
 from moezoo.core.training.evaluation import Evaluation, evaluate
 
 
@@ -38,6 +41,7 @@ class LoadedModel:
         problems: one-line warnings about the files, for the user.
         layout: file layout of the Hugging Face checkpoint that it is or started from; None if there is none.
         generation: default generation settings.
+        base: of an adapter that the model was loaded with, or whose run it is; else None.
         published: the weights are a Hugging Face checkpoint's, not a run's.
         devices: that the model is on.
         allow_overcommit: try what needs more memory than is free.
@@ -56,8 +60,11 @@ class LoadedModel:
         published: bool = False,
         devices: Devices = ONE_DEVICE,
         allow_overcommit: bool = False,
+        base: Base | None = None,
     ):
         self.model = model
+        self.base = base
+        self._adapters: dict[str, dict[str, Floats]] = {}
         self.config = config
         self.tokenizer = tokenizer
         self.step = step
@@ -188,15 +195,55 @@ class LoadedModel:
         """
         match format:
             case "moezoo":
-                save_run(
-                    Path(path), self.config, self.tokenizer, self.model.export_parameters(), self.step, self.layout
-                )
+                weights = self.model.export_parameters(saved_names(self.config))
+                whole = (Path(path), self.config, self.tokenizer, weights, self.step, self.layout)
+                save_run(*whole, base=self.base)
                 return []
             case "huggingface":
                 weights = self.model.export_parameters()
                 return export(weights, self.config, self.tokenizer, self.layout, Path(path), step=self.step)
             case _:
                 raise SpecError(f"unknown format; got {format!r}; expected 'moezoo' or 'huggingface'. Use one of them.")
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Read another adapter for the same base, to switch to it with `set_adapter(name)`.
+
+        The model has to have an adapter, which leaves room for those of its rank or a smaller one, on its roles and
+        layers or fewer.
+
+        Raises what `moezoo.load` raises; and SpecError: the adapter does not fit into that of the model.
+        """
+        if self.base is None:
+            raise SpecError(
+                f"the model has no adapter, in whose place that of {path} could be; expected one. Load it with "
+                "moezoo.load(BASE, adapter=...)."
+            )
+        opened = open_model(self.base.path, adapter=path)
+        own = own_weights(opened.weights, str(path))
+        self._keep_first()
+        self._adapters[name] = fitted(own, opened.config.model, self.model.spec, str(path))
+
+    def set_adapter(self, name: str | None) -> None:
+        """Switch to the adapter of that name; "default" is the one that the model was loaded with, None is the base.
+
+        Raises SpecError: no adapter of that name was loaded.
+        """
+        self._keep_first()
+        if name is not None and name not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise SpecError(f"unknown adapter {name!r:.80}; expected one of {known}. Load it with load_adapter.")
+        self.model.set_parameters(
+            self._adapters["default"] | {key: np.zeros_like(value) for key, value in self._adapters["default"].items()}
+            if name is None
+            else self._adapters[name]
+        )
+
+    def _keep_first(self) -> None:
+        """Keep the adapter that the model was loaded with."""
+        if "default" not in self._adapters:
+            names = {row.name for row in parameter_table(self.model.spec) if row.base is not None}
+            exported = self.model.export_parameters(names)
+            self._adapters["default"] = {name: np.array(value) for name, value in exported.items()}
 
     def _tokenizer_with_template(self) -> HuggingFaceTokenizer:
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
@@ -231,12 +278,13 @@ def load_model(
     compute: str | None = None,
     max_length: int | None = None,
     *,
+    adapter: str | Path | None = None,
     allow_overcommit: bool = False,
 ) -> LoadedModel:
     """Load a model on a backend: the implementation of `moezoo.load`."""
     from moezoo.backends import load_backend
 
-    opened = open_model(path, max_length)
+    opened = open_model(path, max_length, adapter)
     config = opened.config if compute is None else with_compute(opened.config, compute)
     chosen = load_backend(backend, for_training=False) if backend is None or isinstance(backend, str) else backend
     devices, problems = chosen.devices(), list(opened.problems)
@@ -246,7 +294,7 @@ def load_model(
     except CheckpointError:
         if not is_superseded(opened):
             raise
-        return load_model(path, chosen, compute, max_length, allow_overcommit=allow_overcommit)
+        return load_model(path, chosen, compute, max_length, adapter=adapter, allow_overcommit=allow_overcommit)
     if opened.checkpoint is not None:
         weights = opened.checkpoint.weights
         warning = nonfinite_warning(list(weights.nonfinite), str(opened.path))
@@ -262,6 +310,7 @@ def load_model(
         published=opened.checkpoint is not None,
         devices=devices,
         allow_overcommit=allow_overcommit,
+        base=opened.base,
     )
 
 

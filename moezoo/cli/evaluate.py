@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moezoo.cli.data import prepare_with_progress
-from moezoo.cli.options import backend_option, json_option, overcommit_option
+from moezoo.cli.options import adapter_option, backend_option, json_option, overcommit_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress, warn
 from moezoo.core.errors import DataError
 from moezoo.core.progress import Pace
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--sequence-length", type=click.IntRange(1), help="Sequence length. Default: the run's, or 512.")
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: the run's, less for large logits.")
 @click.option("--windows", type=click.IntRange(1), metavar="N", help="Score N windows, spread evenly. Default: all.")
+@adapter_option
 @backend_option
 @overcommit_option
 @json_option
@@ -34,6 +35,7 @@ def evaluate(
     sequence_length: int | None,
     batch_size: int | None,
     windows: int | None,
+    adapter: Path | None,
     backend: str | None,
     allow_overcommit: bool,
     as_json: bool,
@@ -49,7 +51,7 @@ def evaluate(
     console = new_console()
     if data is None and not is_run(path):
         raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
-    model = load_model(path, backend, allow_overcommit=allow_overcommit)
+    model = load_model(path, backend, adapter=adapter, allow_overcommit=allow_overcommit)
     warn(*model.problems)
     with show_progress(console, "evaluating ...", _windows_line) as show:
         if data is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moezoo.cli.options import backend_option, overcommit_option
+from moezoo.cli.options import adapter_option, backend_option, overcommit_option
 from moezoo.cli.output import warn
 from moezoo.core.errors import DataError
 
@@ -22,6 +22,7 @@ _TEMPERATURE, _NEW_TOKENS = 0.8, 256
 @click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="Text to continue; repeatable.")
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to the prompt.")
 @click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue instead of a text; prints token ids.")
+@adapter_option
 @backend_option
 @overcommit_option
 @click.option("--compute", metavar="float32|bfloat16", help="Dtype of activations. Default: the model's own.")
@@ -41,6 +42,7 @@ def generate(
     prompts: tuple[str, ...],
     chat: bool,
     tokens: str | None,
+    adapter: Path | None,
     backend: str | None,
     allow_overcommit: bool,
     compute: str | None,
@@ -63,7 +65,7 @@ def generate(
             "generate needs a prompt; expected --prompt TEXT, with or without --chat, or --tokens ID,ID,..."
         )
     ids = None if tokens is None else _token_ids(tokens)
-    model = load_model(path, backend, compute, max_length, allow_overcommit=allow_overcommit)
+    model = load_model(path, backend, compute, max_length, adapter=adapter, allow_overcommit=allow_overcommit)
     generation = model.generation
     warn(*model.problems)
     warn(*(f"{generation.where}: {name} is an unknown field and has no effect" for name in generation.unknown))

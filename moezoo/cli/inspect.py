@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moezoo.cli.options import devices_option, json_option, mesh_option, set_option
+from moezoo.cli.options import adapter_option, devices_option, json_option, mesh_option, set_option
 from moezoo.cli.output import print_json, print_report, warn_assumed
 from moezoo.core.errors import SpecError
 
@@ -32,9 +32,16 @@ class _ListsModelTypes(click.Command):
 @click.option(
     "--memory", metavar="16GiB", help="Memory, for the largest context that fits beside a checkpoint's weights."
 )
+@adapter_option
 @json_option
 def describe(
-    path: Path, overrides: tuple[str, ...], mesh: str | None, devices: int | None, memory: str | None, as_json: bool
+    path: Path,
+    overrides: tuple[str, ...],
+    mesh: str | None,
+    devices: int | None,
+    memory: str | None,
+    adapter: Path | None,
+    as_json: bool,
 ) -> None:
     """Show layers, parameters, FLOPs and memory of a model.
 
@@ -46,14 +53,14 @@ def describe(
     from moezoo.core.reports.mesh_page import mesh_page
     from moezoo.core.reports.model_page import config_description, config_page
     from moezoo.core.reports.text import memory_bytes
-    from moezoo.core.runs.open import checkpoint_folder
+    from moezoo.core.runs.open import checkpoint_folder, open_model
 
     if mesh is None and devices is not None:
         raise SpecError(
             f"--devices is the number of devices of a mesh; got --devices {devices} without --mesh. Add --mesh, for "
             "example --mesh data=auto."
         )
-    config = _config(path, overrides)
+    config = _config(path, overrides) if adapter is None else open_model(path, adapter=adapter).config
     limit = None if memory is None else memory_bytes(memory)
     if limit is not None and (mesh is not None or config is not None):
         raise SpecError(

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,6 +24,9 @@ devices_option = click.option(
 )
 overcommit_option = click.option(
     "--allow-overcommit", is_flag=True, help="Try what needs more memory than is free, with a warning."
+)
+adapter_option = click.option(
+    "--adapter", type=Path, metavar="FOLDER", help="Adapter for the model: a run, or a folder of mlx-lm or PEFT."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import click
 
-from moezoo.cli.options import json_option
+from moezoo.cli.options import adapter_option, json_option
 from moezoo.cli.output import new_console, warn
 
 
 @click.command()
 @click.argument("path", metavar="PATH", type=Path)
+@adapter_option
 @json_option
 @click.option("--all", "show_all", is_flag=True, help="Show all gradients.")
-def parity(path: Path, as_json: bool, show_all: bool) -> None:
+def parity(path: Path, adapter: Path | None, as_json: bool, show_all: bool) -> None:
     """Compare reference, JAX and MLX on the same weights and tokens.
 
     PATH is a YAML config (initial weights), a run folder, or a Hugging Face folder or hub id. The exit status is 1 if a
@@ -21,7 +22,7 @@ def parity(path: Path, as_json: bool, show_all: bool) -> None:
     """
     import moezoo
 
-    report = moezoo.parity(path)
+    report = moezoo.parity(path, adapter=adapter)
     if as_json:
         click.echo(report.to_json())
     else:

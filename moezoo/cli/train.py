@@ -55,7 +55,7 @@ def train(
     from moezoo.core.data.load_tokenizer import tokenizer_notes
     from moezoo.core.distributed.processes import first_process_first
     from moezoo.core.reports.model_page import training_header
-    from moezoo.core.runs.init_from import check_initial_weights, initial_tokenizer
+    from moezoo.core.runs.init_from import check_initial_weights, frozen_bytes, initial_tokenizer
     from moezoo.core.runs.run_data import check_data
     from moezoo.core.runs.run_folder import load_run_tokenizer, prepare_run
     from moezoo.core.training.loop import train as run_training
@@ -74,7 +74,8 @@ def train(
         check_initial_weights(config)
     if config.mesh.is_one_device:  # then each process has all weights and an equal part of every micro-batch
         loaded.processes.share(config.training.batch_size // config.training.gradient_accumulation)
-    warnings = check_training(config, loaded.devices(), allow_overcommit=allow_overcommit)
+    frozen = frozen_bytes(config, path if resumed else None)
+    warnings = check_training(config, loaded.devices(), frozen_bytes=frozen, allow_overcommit=allow_overcommit)
     warn(*(warnings if is_first else []))
     run = first_process_first(loaded, lambda: prepare_run(path, config, resume=resume))
     changes = check_data(path, data.summary, allow_changed=allow_changed_data) if resumed else []

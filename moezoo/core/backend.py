@@ -290,19 +290,25 @@ class Model(Protocol):
         """Return the names of parameters and state with a NaN or infinite value, in parameter-table order."""
         ...
 
-    def checkpoint_writer(self) -> Callable[[Path], PendingFiles] | None:
-        """Return a function that starts writing all arrays into a new folder, for `checkpoint.sharded_tensors` to read.
+    def checkpoint_writer(self, names: Collection[str] | None = None) -> Callable[[Path], PendingFiles] | None:
+        """Return a function that starts writing arrays into a new folder, for `checkpoint.sharded_tensors` to read.
+
+        `names`: as in `export_parameters`; all moments are written.
 
         None if this process holds all arrays: then use `export_parameters` and `export_optimizer`. With several
         processes, each writes its own shards and all must call it. Training may continue while files are written.
         """
         ...
 
-    def export_parameters(self) -> Mapping[str, Floats]:
-        """Return every parameter, trained or state, by canonical name in the dtype it was built with.
+    def export_parameters(self, names: Collection[str] | None = None) -> Mapping[str, Floats]:
+        """Return parameters and state by canonical name in the dtype they were built with; None: all of them.
 
         If some are in codes, a lazy mapping that decodes them one at a time, with its own `stored`.
         """
+        ...
+
+    def set_parameters(self, values: Mapping[str, Floats]) -> None:
+        """Replace parameters, those of an adapter for instance, by values of the same shapes."""
         ...
 
     def export_optimizer(self) -> dict[str, Floats]:

@@ -45,10 +45,10 @@ class RecordingModel:
     def nonfinite_parameters(self) -> list[str]:
         return []
 
-    def checkpoint_writer(self) -> None:
+    def checkpoint_writer(self, names: object = None) -> None:
         return None
 
-    def export_parameters(self) -> dict[str, np.ndarray]:
+    def export_parameters(self, names: object = None) -> dict[str, np.ndarray]:
         return dict(self.weights)
 
     def export_optimizer(self) -> dict[str, np.ndarray]:

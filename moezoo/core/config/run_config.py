@@ -31,10 +31,12 @@ class InitFrom(Part):
     """Initial weights from a checkpoint: the folder or hub id of a Hugging Face checkpoint, or a run folder.
 
     If the config has no `model` section, the checkpoint's model is used, with the auxiliary losses of its family.
-    `selection_bias_rate` overrides the family's rate; 0 keeps the selection bias constant.
+    `selection_bias_rate` overrides the family's rate; 0 keeps the selection bias constant. `adapter`: a run or folder
+    with an adapter for it, to go on training.
     """
 
     path: str
+    adapter: str | None = None
     selection_bias_rate: Annotated[float, Field(ge=0)] | None = None
 
 

@@ -36,7 +36,7 @@ class TrainingConfig(Part):
     leaves it out.
 
     `only`: the roles of the parameters that are trained, or `all`; the others are frozen, without gradient and moments.
-    Null is all.
+    `adapter` are the factors of the model's adapter, which are of no role here. Null is the adapter; without one, all.
 
     `layers: scanned` compiles a run of equal layers once and loops over it (`jax.lax.scan`), for deep models with long
     compile times. A model of few layers is slower with it. Results and checkpoints stay the same.

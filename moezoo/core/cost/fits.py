@@ -14,17 +14,21 @@ from moezoo.core.cost.step_plan import memory_per_device
 from moezoo.core.distributed.mesh import Devices
 from moezoo.core.errors import OutOfMemoryError
 from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
+from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.spec import ModelSpec
 
 _FLOAT32_BYTES, _TOKEN_BYTES = 4, 4
 
 
-def check_training(config: Config, devices: Devices, *, allow_overcommit: bool = False) -> list[str]:
+def check_training(
+    config: Config, devices: Devices, *, frozen_bytes: int | None = None, allow_overcommit: bool = False
+) -> list[str]:
     """Check that a training step fits, by the formulas of `memory_per_device`. Return one-line warnings.
 
     The least is parameters and moments, the tokens of the batch, and the larger of these two: the gradients, if they
     are clipped together; or half of the activations that the backward pass needs and of the logits, as if only inputs
-    of matrix products were saved. `allow_overcommit`: warn where the error would be raised.
+    of matrix products were saved. `frozen_bytes`: of parameters that are not trained, as they are stored (codes, for
+    instance), in place of float32. `allow_overcommit`: warn where the error would be raised.
 
     Raises OutOfMemoryError: even the least is more than what is free. Raises SpecError: mesh, model and batch do not
     fit together.
@@ -32,7 +36,11 @@ def check_training(config: Config, devices: Devices, *, allow_overcommit: bool =
     training, shared = config.training, devices.local if devices.free_bytes is None else 1
     step = memory_per_device(config, devices.lengths)
     least = memory_per_device(config, devices.lengths, least=True)
-    state = least.parameters + least.moments + least.state
+    stored = least.parameters
+    if frozen_bytes is not None:
+        trained = sum(row.size for row in trained_rows(config.model, training.only))
+        stored = _FLOAT32_BYTES * trained + frozen_bytes // math.prod(devices.lengths.values())
+    state = stored + least.moments + least.state
     gradients = 0 if config.optimizer.clip_norm is None else least.gradients
     saved = (least.activations + least.logits) // 2
     windows = _TOKEN_BYTES * training.batch_size * (training.sequence_length + 1)
@@ -43,7 +51,7 @@ def check_training(config: Config, devices: Devices, *, allow_overcommit: bool =
         else f"Use a smaller training.batch_size ({training.batch_size}) or sequence_length "
         f"({training.sequence_length}), or a larger gradient_accumulation ({training.gradient_accumulation})"
     )
-    total = shared * step.total + windows
+    total = shared * (step.total - least.parameters + stored) + windows
     need = _Need(
         what="training",
         least=shared * (state + max(gradients, saved)) + windows,

@@ -4,6 +4,7 @@ Writing: writings/fine_tuning.md.
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from moezoo.core.errors import SpecError
@@ -14,8 +15,8 @@ from moezoo.core.spec import ModelSpec
 RoleWord = Literal["attention", "experts", "shared", "dense", "router", "embedding", "head", "norms"]
 """A role of parameters, as a config names it."""
 
-Trainable = Literal["all"] | RoleWord
-"""A role of parameters; or all of them."""
+Trainable = Literal["all", "adapter"] | RoleWord
+"""A role of parameters; all of them; or the model's adapter, whose factors are of no role here."""
 
 _WORDS: dict[str, RoleWord] = {
     "attention": "attention",
@@ -28,17 +29,20 @@ _WORDS: dict[str, RoleWord] = {
 
 
 def trainable_role(row: Parameter) -> RoleWord:
-    """Return the role of a row as a config names it: embeddings are `embedding` or `head`."""
+    """Return the role of a row, or of the matrix of a factor, as a config names it: `embedding` or `head`, not both."""
+    if row.base is not None:
+        return trainable_role(replace(row, name=row.base, base=None))
     return _WORDS.get(row.role) or ("head" if row.name.startswith("head.") else "embedding")
 
 
 def trained_rows(spec: ModelSpec, only: Sequence[Trainable] | None = None) -> tuple[Parameter, ...]:
-    """Return the rows of the parameters that are trained, in the order of the parameter table. None: all.
+    """Return the rows of the parameters that are trained, in the order of the parameter table.
 
-    Raises SpecError: a role that is named has no parameters.
+    None: the adapter, if the model has one, else all. Raises SpecError: a role that is named has no parameters.
     """
     rows = tuple(row for row in parameter_table(spec) if row.trained)
-    found = {trainable_role(row) for row in rows}
+    only = ("adapter",) if only is None and spec.adapter is not None else only
+    found = {_word(row) for row in rows}
     for word in only or ():
         if word != "all" and word not in found:
             tied = ": a tied head is the embedding" if word == "head" else ""
@@ -46,7 +50,11 @@ def trained_rows(spec: ModelSpec, only: Sequence[Trainable] | None = None) -> tu
                 f"training.only names {word}, but the model has no parameters of this role{tied}; it has "
                 f"{', '.join(sorted(found))}. Remove it."
             )
-    return rows if only is None or "all" in only else tuple(row for row in rows if trainable_role(row) in only)
+    return rows if only is None or "all" in only else tuple(row for row in rows if _word(row) in only)
+
+
+def _word(row: Parameter) -> Trainable:
+    return trainable_role(row) if row.base is None else "adapter"
 
 
 def trained_names(spec: ModelSpec, only: Sequence[Trainable] | None = None) -> frozenset[str]:

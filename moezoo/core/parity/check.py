@@ -104,18 +104,19 @@ def parity_of(
     *,
     batch_size: int = 2,
     sequence_length: int | None = None,
+    adapter: str | Path | None = None,
 ) -> ParityReport:
     """Run `parity` on a config, or on the newest weights of a run folder, a Hugging Face folder or a hub id.
 
     A config gets initial weights of `training.seed`, or those of `init_from`. Tokens are random, a function of
     `training.seed`. A vocab_size of null becomes the tokenizer's size if no data is needed for it, else
-    ASSUMED_CHARACTERS. Weights of a Hugging Face checkpoint are compared as float32, whatever their stored dtype; they
-    are read only after the size check.
+    ASSUMED_CHARACTERS. Weights of a Hugging Face checkpoint are compared as float32, and read after the size check.
 
     Args:
         path: a YAML config, or what `open_model` opens.
         backends: by name in the report.
         batch_size: B.
+        adapter: for the model at the path, as `open_model` takes it.
         sequence_length: T; None: `min(training.sequence_length, 64)`.
 
     Raises SpecError or CheckpointError: the path cannot be read. Raises what `parity` raises.
@@ -126,7 +127,7 @@ def parity_of(
     if is_config(path):
         config = load_resolved_config(path)
     else:
-        config, weights, from_checkpoint = _open_weights(path, notes)
+        config, weights, from_checkpoint = _open_weights(path, notes, adapter)
     spec, assumed = spec_with_vocab_size(config, assumed_subwords=ASSUMED_CHARACTERS)
     notes += [f"assumed: {assumed}"] if assumed else []
     length = min(config.training.sequence_length, 64) if sequence_length is None else sequence_length
@@ -143,8 +144,7 @@ def parity_of(
         notes.append(f"initial weights of seed {config.training.seed}")
     windows = random_windows(spec.vocab, batch_size, length, config.training.seed)
     read = {name: np.asarray(weights[name], np.float32) for name in weights}
-    warning = nonfinite_warning(nonfinite_names(read.items()), str(path))
-    notes += [warning] if warning else []
+    notes += [line for line in [nonfinite_warning(nonfinite_names(read.items()), str(path))] if line]
     return parity(
         spec,
         read,
@@ -352,9 +352,11 @@ def _check_request(spec: ModelSpec, tokens: Integers, targets: Integers, backend
     check_reference_size(spec, tokens.shape[0], tokens.shape[1], len(backends))
 
 
-def _open_weights(path: str | Path, notes: list[str]) -> tuple[Config, Mapping[str, NDArray[Any]], bool]:
+def _open_weights(
+    path: str | Path, notes: list[str], adapter: str | Path | None
+) -> tuple[Config, Mapping[str, NDArray[Any]], bool]:
     """Open config and newest weights of a run or a Hugging Face checkpoint; also return whether it is the latter."""
-    opened = open_model(path)
+    opened = open_model(path, adapter=adapter)
     notes.extend(opened.problems)
     if opened.checkpoint is None:
         notes.append(f"weights of step {opened.step}")

@@ -21,7 +21,9 @@ from moezoo.core.huggingface.checkpoint import describe_checkpoint
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.mlx_quantization import declared
 from moezoo.core.parameters import parameter_table
-from moezoo.core.runs.open import checkpoint_folder, describe_model, open_model
+from moezoo.core.parameters.initialize import initial_value
+from moezoo.core.runs.base import AdaptedWeights, Base, load_base, saved_names
+from moezoo.core.runs.open import checkpoint_folder, describe_model, make_base, open_base, open_model
 from moezoo.core.runs.run_folder import is_run, load_run_tokenizer
 
 
@@ -30,14 +32,17 @@ class InitialWeights:
     """Weights that a run starts from.
 
     Fields:
-        weights: float32 by canonical name; each is read and converted when accessed.
+        weights: by canonical name; each is read when accessed. Float32, or of a run of an adapter what is not trained
+            as it is stored, in codes for instance.
         layout: file layout of the Hugging Face checkpoint, to export to it again; None if there is none.
         problems: one-line warnings for the user.
+        base: of a run of an adapter, whose checkpoints lack what it does not train; else None.
     """
 
-    weights: Mapping[str, NDArray[np.float32]]
+    weights: Mapping[str, NDArray[Any]]
     layout: Layout | None
     problems: list[str]
+    base: Base | None = None
 
 
 def add_model_and_tokenizer(raw: dict[str, Any], where: str, resumed: Config | None = None) -> None:
@@ -55,7 +60,7 @@ def add_model_and_tokenizer(raw: dict[str, Any], where: str, resumed: Config | N
     if resumed is not None and resumed.init_from == init:
         spec, tokenizer = resumed.model, resumed.data.tokenizer
     else:
-        spec, tokenizer = describe_model(init.path)
+        spec, tokenizer = describe_model(init.path, adapter=init.adapter)
     if not has_model:
         raw["model"] = spec.model_dump(mode="json")
         if init.selection_bias_rate is not None:
@@ -95,10 +100,11 @@ def check_initial_weights(config: Config) -> None:
         spec, _ = describe_model(path)
         _check(config, {row.name: row.shape for row in parameter_table(spec)})
         quantization = None if is_run(path) else declared(describe_checkpoint(checkpoint_folder(path)).fields)
-        if quantization is not None:
+        if quantization is not None and saved_names(config) is None:
             raise TrainingError(
                 f"{path} of init_from is quantized ({quantization[0]}), and training all parameters of a quantized "
-                f"model is not supported. Make a checkpoint of floats: moezoo convert {path} OUT --dequantize"
+                f"model is not supported. Train an adapter on it, or make a checkpoint of floats: moezoo convert "
+                f"{path} OUT --dequantize"
             )
 
 
@@ -108,16 +114,48 @@ def open_initial_weights(config: Config) -> InitialWeights:
     Raises what `open_model` raises, and CheckpointError: parameters differ from those of the config's model.
     """
     assert config.init_from is not None
-    opened = open_model(config.init_from.path)
+    init = config.init_from
+    opened = open_model(init.path, adapter=init.adapter)
     _check(config, shapes_of(opened.weights))
-    return InitialWeights(_Float32(opened.weights), opened.layout, opened.problems)
+    missing = {row.name: row for row in parameter_table(config.model) if row.name not in opened.weights}
+    factors = {name: initial_value(row, config.training.seed) for name, row in missing.items()}
+    names = saved_names(config)
+    if names is None:
+        weights = AdaptedWeights(config.model, _Float32(opened.weights), factors, init.path)
+        return InitialWeights(weights, opened.layout, opened.problems)
+    trained = {name: np.asarray(opened.weights[name], np.float32) for name in names if name not in missing}
+    weights = AdaptedWeights(config.model, opened.weights, trained | factors, init.path)
+    return InitialWeights(weights, opened.layout, opened.problems, opened.base or make_base(init.path))
+
+
+def with_base(config: Config, run: Path, own: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+    """Return all parameters of a run to resume, from those that its checkpoint has.
+
+    Raises RunError: its base is missing, or has changed; and what `open_model` raises for it.
+    """
+    base = load_base(run)
+    return own if base is None else AdaptedWeights(config.model, open_base(base, run).weights, own, str(run))
+
+
+def frozen_bytes(config: Config, run: Path | None = None) -> int | None:
+    """Return the bytes of the parameters that a run of an adapter does not train; None if it saves all parameters.
+
+    `run`: of a run to resume.
+    """
+    names = saved_names(config)
+    if names is None or config.init_from is None:
+        return None
+    base = None if run is None else load_base(run)
+    opened = open_model(config.init_from.path) if base is None else open_base(base, run or "")
+    return opened.weight_bytes
 
 
 def _check(config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
     assert config.init_from is not None
     path = config.init_from.path
+    expected = {row.name: row.shape for row in parameter_table(config.model) if row.base is None or row.name in shapes}
     try:
-        check_names_and_shapes(shapes, {row.name: row.shape for row in parameter_table(config.model)}, path)
+        check_names_and_shapes(shapes, expected, path)
     except CheckpointError as error:
         _, _, diff = str(error).partition("\n")
         raise CheckpointError(

@@ -12,7 +12,7 @@ from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import list_checkpoints
 from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokenizerSpec, TokenIdsSpec, TokenizerSpec
 from moezoo.core.config.optimizers import AdamWConfig
-from moezoo.core.config.run_config import Config
+from moezoo.core.config.run_config import Config, InitFrom
 from moezoo.core.config.schedules import ConstantSchedule
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
@@ -21,16 +21,19 @@ from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import RunError
 from moezoo.core.files import located
 from moezoo.core.generation.config import GenerationConfig, read_generation_config
+from moezoo.core.huggingface.adapters.read import is_adapter, read_adapter
 from moezoo.core.huggingface.checkpoint import (
     HuggingFaceCheckpoint,
     describe_checkpoint,
     is_checkpoint,
     open_checkpoint,
 )
+from moezoo.core.huggingface.export_as import describe_as_family
 from moezoo.core.huggingface.export_tokenizer import is_own
-from moezoo.core.huggingface.folder import ADAPTERS, MERGE_ADAPTER
-from moezoo.core.huggingface.layout import Layout
+from moezoo.core.huggingface.folder import ADAPTERS, USE_ADAPTER
+from moezoo.core.huggingface.layout import Description, Layout
 from moezoo.core.parameters.precision import STORED_DTYPES
+from moezoo.core.runs.base import AdaptedWeights, Base, base_digest, check_base, load_base
 from moezoo.core.runs.run_folder import Run, is_run, load_run, load_run_config, load_run_layout
 from moezoo.core.spec import ModelSpec
 
@@ -49,6 +52,7 @@ class OpenedModel:
         checkpoint: the Hugging Face checkpoint; None for a run.
         layout: file layout of the Hugging Face checkpoint, or of the one that the run started from; else None.
         generation: generation settings of the Hugging Face checkpoint, or of the one that the run started from.
+        base: the base of an adapter; None for a model that is whole.
     """
 
     path: Path
@@ -60,6 +64,7 @@ class OpenedModel:
     checkpoint: HuggingFaceCheckpoint | None = None
     layout: Layout | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    base: Base | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -92,7 +97,7 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
         folder = resolve(path, show, weights=weights)
     if not is_checkpoint(folder):
         if (folder / ADAPTERS[0]).is_file():
-            raise RunError(f"{path} is an adapter, without the model that it adapts. {MERGE_ADAPTER}")
+            raise RunError(f"{path} is an adapter, without the model that it adapts. {USE_ADAPTER}")
         advice = "Use such a folder or a hub id (organization/name), or train a run with `moezoo train CONFIG`."
         if not folder.exists():
             raise RunError(f"{located(path)} does not exist; expected a run folder or a Hugging Face folder. {advice}")
@@ -103,14 +108,24 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
     return folder
 
 
-def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
+def open_model(path: str | Path, max_length: int | None = None, adapter: str | Path | None = None) -> OpenedModel:
     """Open a run folder (its newest intact checkpoint), a Hugging Face folder, or a hub id.
 
-    `max_length`: as in `moezoo.load`; ignored for a run, whose config contains it.
+    Of a run that holds an adapter alone, its base is opened too.
+
+    Args:
+        path: of the model.
+        max_length: as in `moezoo.load`; ignored for a run, whose config contains it.
+        adapter: a run of an adapter, or a folder of mlx-lm or PEFT, for the model at the path.
 
     Raises RunError, CheckpointError, SpecError or TokenizerError.
     """
+    if adapter is not None:
+        return _open_adapted(path, adapter, max_length)
     if is_run(path):
+        base = load_base(Path(path))
+        if base is not None:
+            return _open_adapter_run(Path(path), base, open_base(base, path))
         config, tokenizer, saved, problems = load_run(path)
         layout = load_run_layout(path)
         opened = OpenedModel(Path(path), config, tokenizer, saved.weights, saved.step, problems, layout=layout)
@@ -135,14 +150,96 @@ def open_model(path: str | Path, max_length: int | None = None) -> OpenedModel:
     )
 
 
+def make_base(path: str | Path) -> Base:
+    """Return the base at a path, by its absolute path or hub id, with the hash of its content."""
+    folder = Path(path) if is_run(path) else checkpoint_folder(path)
+    return Base(str(Path(path).resolve()) if Path(path).exists() else str(path), base_digest(folder))
+
+
+def open_base(base: Base, adapter: str | Path) -> OpenedModel:
+    """Open the base of an adapter. Raises RunError: it is missing or has changed; and what `open_model` raises."""
+    path = Path(base.path)
+    if path.is_absolute() and not path.exists():
+        raise RunError(
+            f"{adapter} is an adapter for {base.path}, which does not exist. Name its new folder, with "
+            f"--adapter {adapter}."
+        )
+    opened = open_model(base.path)
+    check_base(adapter, base, opened.path)
+    return opened
+
+
+def _open_adapter_run(run: Path, base: Base, opened: OpenedModel) -> OpenedModel:
+    """Open a run that holds an adapter alone, on its opened base."""
+    config, tokenizer, saved, problems = load_run(run)
+    return replace(
+        opened,
+        path=run,
+        config=config,
+        tokenizer=tokenizer,
+        weights=AdaptedWeights(config.model, opened.weights, saved.weights, f"{run} on {base.path}"),
+        step=saved.step,
+        problems=[*opened.problems, *problems],
+        checkpoint=None,
+        base=base,
+    )
+
+
+def _open_adapted(path: str | Path, adapter: str | Path, max_length: int | None) -> OpenedModel:
+    """Open a model with an adapter that is beside it."""
+    opened = open_model(path, max_length)
+    if opened.base is not None:
+        raise RunError(f"{path} is an adapter itself; expected the base of {adapter}. Use {opened.base.path}.")
+    if is_run(adapter):
+        base = load_base(Path(adapter))
+        if base is None:
+            raise RunError(f"{adapter} is a run without a base, not an adapter. Use it without --adapter.")
+        check_base(adapter, base, opened.path)
+        return _open_adapter_run(Path(adapter), replace(base, path=make_base(path).path), opened)
+    if not is_adapter(adapter):
+        raise RunError(
+            f"{located(adapter)} is no adapter; expected a run that trained one, or a folder with {ADAPTERS[0]}. Check "
+            "--adapter."
+        )
+    read = read_adapter(Path(adapter), description_of(opened))
+    base, config = make_base(path), opened.config
+    model = config.model.model_copy(update={"adapter": read.spec.adapter})
+    return replace(
+        opened,
+        path=Path(adapter),
+        config=config.model_copy(update={"model": model, "init_from": InitFrom(path=base.path)}),
+        weights=AdaptedWeights(model, opened.weights, read.weights, f"{adapter} on {path}"),
+        problems=[*opened.problems, *read.notes],
+        base=base,
+    )
+
+
+def description_of(opened: OpenedModel) -> Description:
+    """Return the description of an opened model's tensors in Hugging Face's layout, without its adapter.
+
+    Raises SpecError: no family can represent the model.
+    """
+    if opened.layout is not None:
+        return opened.layout.description
+    model = opened.config.model.model_copy(update={"adapter": None})
+    length = model.max_length or opened.config.training.sequence_length
+    return describe_as_family(model, length, str(opened.path))
+
+
 def is_superseded(opened: OpenedModel) -> bool:
     """Return whether a run has a newer checkpoint than the opened one, which its training may have pruned since."""
     saved = list_checkpoints(Run(opened.path).checkpoints_path) if is_run(opened.path) else []
     return bool(saved) and saved[-1].step > opened.step
 
 
-def describe_model(path: str | Path) -> tuple[ModelSpec, TokenizerSpec]:
-    """Read the model spec and the tokenizer spec of a path from its config alone, without opening weights."""
+def describe_model(path: str | Path, adapter: str | Path | None = None) -> tuple[ModelSpec, TokenizerSpec]:
+    """Read the model spec and the tokenizer spec of a path from its config alone, without opening weights.
+
+    With an adapter, both are opened.
+    """
+    if adapter is not None:
+        config = open_model(path, adapter=adapter).config
+        return config.model, config.data.tokenizer
     if is_run(path):
         config = load_run_config(path)
         return config.model, config.data.tokenizer

@@ -8,6 +8,7 @@
 <run>/manifest.json   size and SHA-256 of the files that do not change, see runs/run_manifest.py
 <run>/lock.json       the process that trains the run, while it does, see runs/run_lock.py
 <run>/checkpoints/    see checkpoint/store.py
+<run>/base.json       the base model that an adapter is for, if the run holds an adapter alone, see runs/base.py
 <run>/huggingface/    file layout of the Hugging Face checkpoint that the run started from, if any, see
                       huggingface/layout.py
 """
@@ -28,9 +29,9 @@ from moezoo.core.runs.run_data import DATA_FILE
 from moezoo.core.runs.run_lock import check_unlocked
 from moezoo.core.runs.run_manifest import CONFIG_FILE, MANIFEST_FILE, verify_run
 
-LOCK_FILE, HUGGINGFACE_FOLDER = "lock.json", "huggingface"
+LOCK_FILE, HUGGINGFACE_FOLDER, BASE_FILE = "lock.json", "huggingface", "base.json"
 
-STATIC = (TOKENIZER_FILE, TOKENIZER_FOLDER, HUGGINGFACE_FOLDER, DATA_FILE)
+STATIC = (TOKENIZER_FILE, TOKENIZER_FOLDER, HUGGINGFACE_FOLDER, BASE_FILE, DATA_FILE)
 """Files and folders that are written when a run is created, besides config.yaml, and covered by its manifest."""
 
 # Fields of `training` that may change when a run is resumed: logging, saving, compilation, rematerialization, and the

@@ -10,8 +10,9 @@ from moezoo.core.data.prepare import PreparedData
 from moezoo.core.errors import RunError
 from moezoo.core.files import make_folder, remove_empty_folder, remove_folder, remove_partial_files, write_atomically
 from moezoo.core.huggingface.layout import Layout, write_sidecar
+from moezoo.core.runs.base import Base, dump_base
 from moezoo.core.runs.run_data import DATA_FILE, dump_data
-from moezoo.core.runs.run_folder import STATIC, Run, unfinished_files
+from moezoo.core.runs.run_folder import BASE_FILE, STATIC, Run, unfinished_files
 from moezoo.core.runs.run_lock import RunLock
 from moezoo.core.runs.run_manifest import CONFIG_FILE, replace_file, seal_run
 
@@ -34,15 +35,16 @@ class RunWriter:
             remove_partial_files(folder)
         return notes + clean_up(self._run.checkpoints_path)
 
-    def begin(self, config: Config, data: PreparedData, layout: Layout | None) -> None:
+    def begin(self, config: Config, data: PreparedData, layout: Layout | None, base: Base | None = None) -> None:
         """Create the run folder, or save the config and the record of the data with which a run is resumed.
 
-        `layout`: of the Hugging Face checkpoint that a new run starts from; None if there is none.
+        `layout`: of the Hugging Face checkpoint that a new run starts from; None if there is none. `base`: of a run
+        that holds an adapter alone.
 
         Raises RunError: the folder cannot be written, or another process has started a run in it in the meantime.
         """
         if self._run.is_new:
-            self._create(config, data, layout)
+            self._create(config, data, layout, base)
         else:
             replace_file(self._run.path, CONFIG_FILE, dump_config(config))
             replace_file(self._run.path, DATA_FILE, dump_data(data.summary))
@@ -58,7 +60,7 @@ class RunWriter:
         if lock is not None:
             lock.release()
 
-    def _create(self, config: Config, data: PreparedData, layout: Layout | None) -> None:
+    def _create(self, config: Config, data: PreparedData, layout: Layout | None, base: Base | None) -> None:
         run = self._run
         is_mine = not run.path.exists()
         make_folder(run.path)
@@ -67,7 +69,9 @@ class RunWriter:
             self._remove_unfinished()
             data.tokenizer.save(run.path)
             write_atomically(run.path / DATA_FILE, dump_data(data.summary))
-            if layout is not None:
+            if base is not None:
+                write_atomically(run.path / BASE_FILE, dump_base(base))
+            elif layout is not None:
                 write_sidecar(layout, run.huggingface_path)
             seal_run(run.path, STATIC, dump_config(config))
         except BaseException:

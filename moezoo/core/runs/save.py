@@ -12,13 +12,14 @@ from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.tokenizer_files import tokenizer_files
 from moezoo.core.data.tokenizers import TokenIds, Tokenizer
-from moezoo.core.errors import RunError
-from moezoo.core.files import emptied_on_error, make_folder
+from moezoo.core.errors import RunError, SpecError
+from moezoo.core.files import emptied_on_error, make_folder, write_atomically
 from moezoo.core.huggingface.export import export_checkpoint
 from moezoo.core.huggingface.export_as import export_as_family
 from moezoo.core.huggingface.export_tokenizer import exported_tokenizer, is_own
 from moezoo.core.huggingface.layout import Layout, write_sidecar
-from moezoo.core.runs.run_folder import STATIC, Run, load_run, load_run_layout
+from moezoo.core.runs.base import Base, dump_base, load_base
+from moezoo.core.runs.run_folder import BASE_FILE, STATIC, Run, load_run, load_run_layout
 from moezoo.core.runs.run_manifest import seal_run
 
 
@@ -40,6 +41,11 @@ def export(
     Raises RunError: the folder exists and is not empty. Raises SpecError: no family can represent the model. Raises
     TokenizerError: a character that a tokenizer.json cannot have. After an error the folder is as it was.
     """
+    if config.model.adapter is not None:
+        raise SpecError(
+            "the model has an adapter, which a Hugging Face checkpoint cannot have; expected one or the other. Write "
+            "the adapter with moezoo convert --adapter, or a checkpoint with it merged: --merge."
+        )
     with emptied_on_error(out):
         return _export(weights, config, tokenizer, layout, out, trained=step > 0)
 
@@ -80,11 +86,13 @@ def save_run(
     *,
     optimizer: Mapping[str, NDArray[Any]] | None = None,
     tokens: int | None = None,
+    base: Base | None = None,
 ) -> None:
     """Save a new run folder with a single checkpoint in unsharded files.
 
     `layout`: of the Hugging Face checkpoint that the weights came from, to export them later; None if there is none.
-    `optimizer`: moments to resume training from; None: the run cannot be resumed. `tokens`: number trained on.
+    `optimizer`: moments to resume training from; None: the run cannot be resumed. `tokens`: number trained on. `base`:
+    what `weights` lacks is that of this base.
 
     Raises RunError: the folder exists and is not empty. After an error the folder is as it was.
     """
@@ -94,7 +102,9 @@ def save_run(
     with emptied_on_error(run.path):
         make_folder(run.path)
         tokenizer.save(run.path)
-        if layout is not None:
+        if base is not None:
+            write_atomically(run.path / BASE_FILE, dump_base(base))
+        elif layout is not None:
             write_sidecar(layout, run.huggingface_path)
         text = dump_config(config)
         save_checkpoint(run.checkpoints_path, step, weights, optimizer or {}, text, None, tokens=tokens)
@@ -114,5 +124,6 @@ def consolidate(path: str | Path, out: Path) -> tuple[int, list[str]]:
     config, tokenizer, checkpoint, problems = load_run(path)
     layout = load_run_layout(path)
     step, moments = checkpoint.step, checkpoint.optimizer
-    save_run(out, config, tokenizer, checkpoint.weights, step, layout, optimizer=moments, tokens=checkpoint.tokens)
+    tokens, base = checkpoint.tokens, load_base(Path(path))
+    save_run(out, config, tokenizer, checkpoint.weights, step, layout, optimizer=moments, tokens=tokens, base=base)
     return step, problems

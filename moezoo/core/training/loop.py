@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from moezoo.core.backend import Backend, Model, PendingStep
 from moezoo.core.checkpoint.optimizer_state import check_optimizer_state
@@ -18,7 +20,7 @@ from moezoo.core.errors import DataError, MoezooError, RunError, TrainingError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.runs.init_from import InitialWeights, open_initial_weights
+from moezoo.core.runs.init_from import InitialWeights, open_initial_weights, with_base
 from moezoo.core.runs.run_folder import Run, resume_point
 from moezoo.core.runs.run_writer import RunWriter
 from moezoo.core.signals import stop_on_signal
@@ -118,7 +120,7 @@ class _Training:
         self.trained = self.first_step  # the last step that was started
         saved_step = None if checkpoint is None else checkpoint.step
         self.saver = CheckpointSaver(config, backend, self.model, run, writer, saved_step)
-        self.layout = None if initial is None else initial.layout
+        self.layout, self.base = (None, None) if initial is None else (initial.layout, initial.base)
         self.metrics: MetricsFile | None = None  # opened when the first step is done
         own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
         self.batches = Batches(data.train, config.training, own, ahead=backend.processes.count > 1)
@@ -151,9 +153,9 @@ class _Training:
 
     def _build_model(self, checkpoint: Checkpoint | None, initial: InitialWeights | None) -> Model:
         """Build the model, and its optimizer with the checkpoint's moments."""
-        config, source = self.config, checkpoint or initial
+        config = self.config
         model = self.backend.build(  # no local name for the weights: initial ones are freed as soon as they are built
-            config.model, initial_weights(config.model, config.training.seed) if source is None else source.weights
+            config.model, self._weights(checkpoint, initial)
         )
         moments = None if checkpoint is None else checkpoint.optimizer
         trained = trained_rows(config.model, config.training.only)
@@ -174,6 +176,12 @@ class _Training:
             trained={row.name for row in trained},
         )
         return model
+
+    def _weights(self, checkpoint: Checkpoint | None, initial: InitialWeights | None) -> Mapping[str, Any]:
+        """Return the weights to start from."""
+        if checkpoint is not None:
+            return with_base(self.config, self.run.path, checkpoint.weights)
+        return initial_weights(self.config.model, self.config.training.seed) if initial is None else initial.weights
 
     def run_to_end(self, exits: bool) -> TrainingResult:
         training, evaluation = self.config.training, None
@@ -291,7 +299,7 @@ class _Training:
         if self.writer is None:
             return
         if self.metrics is None:
-            self.writer.begin(self.config, self.data, self.layout)
+            self.writer.begin(self.config, self.data, self.layout, self.base)
             self.metrics = MetricsFile(self.run.metrics_path, keep_to_step=self.first_step)
             for problem in self.metrics.problems:
                 self.reporter.message(problem)

@@ -18,6 +18,7 @@ from moezoo.core.checkpoint.store import (
 from moezoo.core.config.run_config import Config, dump_config
 from moezoo.core.distributed.processes import first_process_first
 from moezoo.core.errors import MoezooError, RunError
+from moezoo.core.runs.base import saved_names
 from moezoo.core.runs.run_folder import Run
 from moezoo.core.runs.run_writer import RunWriter
 
@@ -43,6 +44,7 @@ class CheckpointSaver:
         self._background = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
         self.saved_step, self.failed = saved_step, False
+        self._names = saved_names(config)
 
     def save(self, step: int, tokens: int) -> None:
         """Save a checkpoint of `step`; a sharded one is started. Raises RunError, also of one that was started before.
@@ -53,7 +55,7 @@ class CheckpointSaver:
         if self._writer is not None:
             self._writer.check()
         try:
-            writer = self._model.checkpoint_writer()
+            writer = self._model.checkpoint_writer(self._names)
             if writer is None:
                 self._save_whole(step, tokens)
             else:
@@ -84,7 +86,7 @@ class CheckpointSaver:
         return f" The checkpoint of step {saved[-1].step} is kept: continue with --resume." if saved else ""
 
     def _save_whole(self, step: int, tokens: int) -> None:
-        weights, optimizer = self._model.export_parameters(), self._model.export_optimizer()
+        weights, optimizer = self._model.export_parameters(self._names), self._model.export_optimizer()
         if self._writer is not None:
             text, keep = dump_config(self._config), self._config.training.keep_checkpoints
             save_checkpoint(self._run.checkpoints_path, step, weights, optimizer, text, keep, tokens=tokens)

@@ -319,7 +319,7 @@ def test_sharded_checkpoint_that_cannot_be_saved_leaves_no_partial_folder(tmp_pa
     out = tmp_path / "run"
 
     class Sharded(RecordingModel):
-        def checkpoint_writer(self):
+        def checkpoint_writer(self, names=None):
             def write(arrays):
                 arrays.mkdir()
                 return self
