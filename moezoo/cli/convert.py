@@ -11,6 +11,7 @@ from moezoo.cli.output import print_json, warn
 from moezoo.core.errors import SpecError
 
 if TYPE_CHECKING:
+    from moezoo.core.huggingface.adapters.naming import AdapterLayout
     from moezoo.core.huggingface.export_layout import LayoutName
     from moezoo.core.huggingface.recipe import WritableMode
     from moezoo.core.progress import Progress
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 @click.option("--recipe", metavar="NAME|FILE", help="Widths by role, layer or module: mixed_3_6, or a YAML file.")
 @click.option("--dequantize", is_flag=True, help="Write a quantized checkpoint in floats.")
 @click.option("--layout", type=click.Choice(["mlx", "transformers"]), help="Names and transforms of tensors in OUT.")
+@click.option(
+    "--adapter",
+    metavar="mlx|peft|peft-fused|vllm|FOLDER",
+    help="Write the adapter of a run for mlx-lm, PEFT or vLLM; with --merge, the adapter to merge into PATH.",
+)
+@click.option("--merge", is_flag=True, help="Write a whole checkpoint, with the adapter merged into its base.")
 @json_option
 def convert_command(
     path: Path,
@@ -43,18 +50,22 @@ def convert_command(
     recipe: str | None,
     dequantize: bool,
     layout: "LayoutName | None",
+    adapter: str | None,
+    merge: bool,
     as_json: bool,
 ) -> None:
     """Convert between Hugging Face checkpoints and run folders, or quantize.
 
     PATH is a run folder, a Hugging Face folder or a hub id; OUT is a new folder in the other format. Every tensor is
     accounted for; unchanged weights are converted back bit for bit. With --quantize, --dequantize or --layout, OUT is a
-    checkpoint for mlx-lm, or for transformers; MLX is not needed.
+    checkpoint for mlx-lm, or for transformers; MLX is not needed. With --adapter, OUT is the folder of an adapter; with
+    --merge, a checkpoint with it.
     """
+    from moezoo.core.huggingface.adapters.naming import adapter_layout
     from moezoo.core.huggingface.ledger import ledger_text
     from moezoo.core.huggingface.recipe import recipe_of_options
     from moezoo.core.runs.convert import convert
-    from moezoo.core.runs.convert_layout import convert_layout
+    from moezoo.core.runs.convert_layout import convert_layout, convert_merged
 
     widths = recipe_of_options(quantize, mode, group_size, router, recipe)
     in_layout = widths is not None or dequantize or layout is not None
@@ -63,7 +74,13 @@ def convert_command(
             raise SpecError("--whole copies a run; got --quantize, --dequantize or --layout too. Leave one out.")
         _consolidate(path, out, as_json)
         return
-    if in_layout:
+    if adapter is not None and not merge:
+        _write_adapter(path, out, adapter_layout(adapter), in_layout, as_json)
+        return
+    if merge:
+        merging = None if adapter is None else Path(adapter)
+        result = convert_merged(path, out, layout=layout, recipe=widths, adapter=merging, on_progress=_show_progress())
+    elif in_layout:
         result = convert_layout(
             path, out, layout=layout, recipe=widths, dequantize=dequantize, on_progress=_show_progress()
         )
@@ -77,6 +94,19 @@ def convert_command(
     warn(*result.notes)
     counts = ", ".join(f"{count} {status}" for status, count in result.ledger.counts().items())
     click.echo(f"{counts}; none dropped. Written as {result.format}: {out}")
+
+
+def _write_adapter(path: Path, out: Path, layout: "AdapterLayout", in_layout: bool, as_json: bool) -> None:
+    from moezoo.core.runs.convert_adapter import convert_adapter
+
+    if in_layout:
+        raise SpecError("--adapter writes an adapter; got --quantize, --dequantize or --layout too. Leave one out.")
+    notes = convert_adapter(path, out, layout)
+    if as_json:
+        print_json({"format": layout, "notes": notes})
+        return
+    warn(*notes)
+    click.echo(f"adapter in the layout of {layout}: {out}")
 
 
 def _consolidate(path: Path, out: Path, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.ledger import Ledger
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.progress import Progress
+from moezoo.core.runs.convert_adapter import merged
 from moezoo.core.runs.open import open_model
 from moezoo.core.runs.save import export, save_run
 
@@ -35,17 +36,26 @@ class Conversion:
     notes: list[str]
 
 
-def convert(path: str | Path, out: Path, on_progress: Progress | None = None) -> Conversion:
+def convert(
+    path: str | Path,
+    out: Path,
+    on_progress: Progress | None = None,
+    *,
+    merge: bool = False,
+    adapter: str | Path | None = None,
+) -> Conversion:
     """Convert a Hugging Face folder or hub id into a run folder, or a run into a Hugging Face folder.
 
     Conversion into a run folder keeps one parameter in memory at a time. A round trip without changes is bit-exact.
-    `on_progress`: progress callback, in parameters.
+    `on_progress`: progress callback, in parameters. With `merge`, a run of an adapter, or a model with `adapter`,
+    becomes a Hugging Face folder with the adapter merged into its base, whose weights are floats.
 
     Raises what `open_model` raises. Raises RunError: `out` is not empty. Raises SpecError: no family can represent the
     run's model.
     """
-    opened = open_model(path)
-    if opened.checkpoint is not None:
+    opened = open_model(path, adapter=adapter)
+    opened = merged(opened) if merge else opened
+    if opened.checkpoint is not None and not merge:
         weights = _WithProgress(opened.weights, on_progress)
         save_run(out, opened.config, opened.tokenizer, weights, 0, opened.layout)
         warning = nonfinite_warning(list(opened.checkpoint.weights.nonfinite), str(opened.path))

@@ -24,7 +24,8 @@ from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.huggingface.recipe import Recipe
 from moezoo.core.parameters import parameter_table
 from moezoo.core.progress import Progress
-from moezoo.core.runs.convert import Conversion
+from moezoo.core.runs.convert import Conversion, convert
+from moezoo.core.runs.convert_adapter import merged
 from moezoo.core.runs.open import OpenedModel, open_model
 
 
@@ -45,6 +46,8 @@ def convert_layout(
     layout: LayoutName | None = None,
     recipe: Recipe | None = None,
     dequantize: bool = False,
+    merge: bool = False,
+    adapter: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Conversion:
     """Write a run or a checkpoint as a folder in a layout.
@@ -54,14 +57,16 @@ def convert_layout(
         out: a new or empty folder.
         layout: None: mlx with a recipe, else that of the checkpoint.
         recipe: formats to quantize modules in; None: floats.
-        dequantize: the checkpoint is quantized, and floats are written.
+        dequantize: the checkpoint is quantized, and floats are written; `merge` without a recipe implies it.
+        merge, adapter: merge an adapter into its base; as in `open_model`.
         on_progress: progress callback, in tensors.
 
     Raises what `open_model` raises. Raises SpecError: options that contradict each other or the checkpoint; mlx-lm does
     not have the family. Raises RunError: `out` is not empty. After an error `out` is as it was.
     """
-    opened = open_model(path)
+    opened = merged(open_model(path, adapter=adapter)) if merge else open_model(path)
     quantized = opened.checkpoint is not None and bool(opened.checkpoint.layout.readable)
+    dequantize |= merge and quantized and recipe is None
     if dequantize != (quantized and recipe is None):
         raise SpecError(
             f"{path} is quantized. Add --dequantize to write floats, or --quantize to quantize it again."
@@ -91,10 +96,32 @@ def convert_layout(
 
     with emptied_on_error(out):
         into_new_folder(out, write)
-    notes = [*opened.problems, *_notes(opened, target)]
-    if recipe is not None and quantized:
-        notes.append("the checkpoint was quantized already; quantizing its values again adds to the error")
+    again = ["the checkpoint was quantized already; quantizing its values again adds to the error"]
+    notes = [*opened.problems, *_notes(opened, target), *(again if recipe is not None and quantized else ())]
     return Conversion(layout, open_checkpoint(out).ledger, notes)
+
+
+def convert_merged(
+    path: str | Path,
+    out: Path,
+    *,
+    layout: LayoutName | None = None,
+    recipe: Recipe | None = None,
+    adapter: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> Conversion:
+    """Write a model with its adapter merged as a Hugging Face checkpoint, in the layout of its base.
+
+    A quantized base is written in floats, or quantized again with a recipe. Arguments and errors as in
+    `convert_layout`.
+    """
+    opened = merged(open_model(path, adapter=adapter))
+    quantized = opened.checkpoint is not None and bool(opened.checkpoint.layout.readable)
+    if quantized or layout is not None or recipe is not None:
+        return convert_layout(
+            path, out, layout=layout, recipe=recipe, merge=True, adapter=adapter, on_progress=on_progress
+        )
+    return convert(path, out, on_progress, merge=True, adapter=adapter)
 
 
 def _source(opened: OpenedModel) -> _Source:
