@@ -76,7 +76,7 @@ def test_an_adapter_without_its_model_is_refused_as_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has an adapter \(adapter_model\.safetensors\) but not the weights"):
         open_checkpoint(folder)
     (folder / "config.json").rename(folder / "adapter_config.json")
-    with pytest.raises(RunError, match=r"is an adapter, without the model.*merge_and_unload"):
+    with pytest.raises(RunError, match=r"is an adapter, without the model.*BASE --adapter FOLDER"):
         checkpoint_folder(folder)
 
 
