@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 import mlx.core as mx
 from mlx import optimizers
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from moezoo.core.config.optimizers import (
     AdafactorConfig,
@@ -54,10 +54,9 @@ class _Optimizer(optimizers.MultiOptimizer):
     def restore(self, state: Mapping[str, Any], update: int) -> None:
         """Continue from the arrays of `named_state` after so many updates."""
         for part in self.optimizers:
-            restored = [(path, mx.array(state[f"{kind}.{name}"])) for kind, name, path, _ in _kept(part)]
-            kept = tree_unflatten(restored) if restored else {}
-            part.state = {**part.state, **kept, "step": mx.array(update, mx.uint64)}
-            part._initialized = True
+            for kind, name, path, _ in list(_kept(part)):
+                _put(part.state, path, mx.array(state[f"{kind}.{name}"]))
+            part.state["step"] = mx.array(update, mx.uint64)
 
 
 _KINDS = {"m": "first_moment", "v": "second_moment"}
@@ -71,6 +70,14 @@ def _kept(part: optimizers.Optimizer) -> Iterator[tuple[str, str, str, mx.array]
         if own:  # not the step, nor the learning rate
             kind = "momentum" if isinstance(part, _SGD) else _KINDS.get(kind, kind)
             yield kind, canonical_name(own), path, value
+
+
+def _put(tree: Any, path: str, value: mx.array) -> None:
+    """Replace an array of a tree, whose empty parts (modules without trained parameters) stay."""
+    *outer, last = path.split(".")
+    for step in outer:
+        tree = tree[int(step)] if isinstance(tree, list) else tree[step]
+    tree[last] = value
 
 
 def global_norm(gradients: Any) -> mx.array:
