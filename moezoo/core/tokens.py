@@ -13,6 +13,24 @@ IGNORED = -1
 """A masked target (ignore index): the position has no cross-entropy, but auxiliary losses still include it."""
 
 
+def masked(ids: Integers, trained: NDArray[np.bool_]) -> Integers:
+    """Mark ids that are not trained on by their complement: ~id, which is negative.
+
+    So one array has the tokens and which of them are targets, in the token cache and in a batch.
+    """
+    return np.where(trained, ids, ~ids)
+
+
+def tokens_of(marked: Integers) -> Integers:
+    """Return the token ids of ids that `masked` has marked."""
+    return np.where(marked < 0, ~marked, marked)
+
+
+def targets_of(marked: Integers) -> Integers:
+    """Return ids that `masked` has marked as targets: IGNORED where they are not trained on."""
+    return np.maximum(marked, IGNORED)
+
+
 def check_targets(tokens: Integers, targets: Integers, *, whole: bool = True) -> None:
     """Check the tokens and targets of one forward pass, [B, T], or of a training step, [A, B, T].
 

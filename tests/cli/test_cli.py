@@ -66,6 +66,7 @@ SURFACE = {
         "--json",
     ],
     "data": ["NAME", "--file"],
+    "preview": ["CONFIG", "--set", "--examples"],
 }
 
 

@@ -31,7 +31,9 @@ class RecordingModel:
     def start_training(self, *arguments: object, **options: object) -> None:
         """Ignored."""
 
-    def train_step(self, windows: np.ndarray, learning_rate: float, keys: np.ndarray) -> "RecordingModel":
+    def train_step(
+        self, windows: np.ndarray, learning_rate: float, keys: np.ndarray, targets: np.ndarray
+    ) -> "RecordingModel":
         self.keys.append(keys)
         return self
 

@@ -50,6 +50,20 @@ class DatasetSource(Part):
     weight: PositiveFloat | None = None
 
 
+class ChatSource(Part):
+    """Conversations: JSON lines with `messages` (and `tools`), `prompt` and `completion`, or `text`.
+
+    They are rendered with the tokenizer's own chat template. `loss` says which tokens are trained on: those of all of
+    the assistant's turns, of the `last` of them, or `all`. A `text` is trained on as a whole. A file, a folder, a glob,
+    or a URL, as of kind jsonl.
+    """
+
+    kind: Literal["chat"] = "chat"
+    path: str
+    loss: Literal["assistant", "last", "all"] = "assistant"
+    weight: PositiveFloat | None = None
+
+
 class BatchesSource(Part):
     """Prebatched token ids, one batch per step in file order: integers [steps, B, T] in a `.npy` or `.npz` file.
 
@@ -64,7 +78,8 @@ class BatchesSource(Part):
 
 
 SourceSpec = Annotated[
-    TextSource | JSONLSource | TokenShardsSource | DatasetSource | BatchesSource, Field(discriminator="kind")
+    TextSource | JSONLSource | ChatSource | TokenShardsSource | DatasetSource | BatchesSource,
+    Field(discriminator="kind"),
 ]
 
 
@@ -103,12 +118,15 @@ TokenizerSpec = Annotated[
 class DataConfig(Part):
     """Data sources and tokenizer. The last `validation_fraction` of each source is held out.
 
+    With sources of its own in `validation`, the validation is on all of these, and nothing of `sources` is held out.
+
     Sources are mixed by `weight`, each one's share of the sequences; without weights by size, so that all have equally
     many epochs. Either all have a weight or none.
     A source of kind `batches` must be the only source; its `validation_batches` replaces `validation_fraction`.
     """
 
     sources: tuple[SourceSpec, ...]
+    validation: tuple[SourceSpec, ...] | None = None
     tokenizer: TokenizerSpec = CharacterTokenizerSpec()
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
@@ -129,6 +147,23 @@ class DataConfig(Part):
                 f"is missing, but sources[{next(k for k, weight in enumerate(weights) if weight)}] has one",
                 "Give every source a weight, or none to mix them by size",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_to_validate_on(self) -> "DataConfig":
+        if self.validation is None:
+            return self
+        if not self.validation:
+            raise impossible("validation", "is empty", "Add at least one source, or null for validation_fraction")
+        if any(isinstance(source, BatchesSource) for source in (*self.sources, *self.validation)):
+            raise impossible(
+                "validation", "is set beside a source of kind batches", "Use that source's validation_batches"
+            )
+        for k, source in enumerate(self.validation):
+            if getattr(source, "weight", None) is not None:
+                raise impossible(
+                    f"validation[{k}].weight", "is set", "Remove it: the sources to validate on follow each other"
+                )
         return self
 
     @field_validator("sources")

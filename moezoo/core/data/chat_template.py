@@ -7,15 +7,21 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from moezoo.core.limited_process import LimitedProcess
+
+Message = Mapping[str, Any]
+"""A message as in transformers: `role`, `content` (text, a list of parts, or none) and other fields."""
+
+GENERATION_TAG = r"\{%-?\s*generation\s*-?%\}"
+"""Regular expression of the tag with which a template marks what an assistant wrote."""
 
 _MAX_CHARACTERS = 50_000_000
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def render_chat(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+def render_chat(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
     """Return the text of a conversation with the generation prompt, as transformers' `apply_chat_template` renders it.
 
     `variables`: what the template sees beside the messages, such as the special tokens.
@@ -25,12 +31,36 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], variables:
     return str(_process().call({"template": template, "messages": [*map(_plain, messages)], "variables": variables}))
 
 
+def render_turns(
+    template: str,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    variables: Mapping[str, Any],
+    loss: Literal["assistant", "last", "all"],
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a whole conversation, and the characters [start, end) of it to train on.
+
+    These are the assistant's turns, the last of them, or all. See `chat_turns`.
+
+    Raises LimitedProcessError: an error in the template, a turn that cannot be found, something that the template
+    leaves out, or more than 5 s or 256 MiB.
+    """
+    request = {"template": template, "messages": [*map(_plain, messages)], "tools": tools, "variables": variables}
+    found = _turns_process().call({**request, "loss": loss})
+    return str(found["text"]), [(int(start), int(end)) for start, end in found["turns"]]
+
+
 @functools.cache
 def _process() -> LimitedProcess:
     return LimitedProcess("moezoo.core.data.chat_template:render_request")
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+@functools.cache
+def _turns_process() -> LimitedProcess:
+    return LimitedProcess("moezoo.core.data.chat_turns:turns_request")
+
+
+def _plain(message: Message) -> dict[str, Any]:
     """Return a message without empty fields, and with its reasoning under the names that templates read."""
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
@@ -42,22 +72,28 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def render_request(request: dict[str, Any]) -> str:
     """Render a template in this process, without limits; `request` is that of `render_chat`."""
-    text = _compiled(request["template"]).render(
-        messages=request["messages"], tools=None, documents=None, add_generation_prompt=True, **request["variables"]
-    )
+    return rendered(compiled(request["template"]), request["messages"], True, {"tools": None, **request["variables"]})
+
+
+def rendered(template: Any, messages: Sequence[Message], generation_prompt: bool, given: Mapping[str, Any]) -> str:
+    """Render a compiled template. `given`: the tools and other variables that it sees."""
+    text = template.render(messages=messages, documents=None, add_generation_prompt=generation_prompt, **given)
     if len(text) > _MAX_CHARACTERS:
         raise ValueError(f"the conversation has {len(text)} characters; expected at most {_MAX_CHARACTERS}")
     return str(text)
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    """Compile a template in transformers' environment: `tojson`, `raise_exception`, `strftime_now`, loop controls."""
+def compiled(template: str, marks: tuple[str, str] = ("", "")) -> Any:
+    """Compile a template in transformers' environment: `tojson`, `raise_exception`, `strftime_now`, loop controls.
+
+    `marks` are written around what the template says that an assistant wrote.
+    """
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(marks), jinja2.ext.loopcontrols]
     )
 
     def raise_exception(message: str) -> None:
@@ -100,8 +136,8 @@ def _namespace_class() -> Any:
     return PlainNamespace
 
 
-def _generation_tag() -> Any:
-    """Return Jinja's extension for `{% generation %}`, which marks what an assistant wrote; here it changes nothing."""
+def _generation_tag(marks: tuple[str, str]) -> Any:
+    """Return Jinja's extension for `{% generation %}`, which marks what an assistant wrote."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
@@ -114,6 +150,6 @@ def _generation_tag() -> Any:
             return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
 
         def _inside(self, caller: Any) -> str:
-            return str(caller())
+            return f"{marks[0]}{caller()}{marks[1]}"
 
     return GenerationTag

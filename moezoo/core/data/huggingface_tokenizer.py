@@ -4,12 +4,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.data.chat_template import render_chat
+from moezoo.core.data.chat_template import Message, render_chat, render_turns
 from moezoo.core.data.token_bytes import token_bytes
 from moezoo.core.data.tokenizer_difference import difference
 from moezoo.core.data.tokenizer_files import first_tokens, load_with_transformers, tokenizer_files
@@ -29,6 +29,10 @@ from moezoo.core.data.tokenizers import (
 from moezoo.core.errors import TokenizerError, shown
 from moezoo.core.files import make_folder, read_bounded, write_atomically
 from moezoo.core.limited_process import LimitedProcessError
+from moezoo.core.tokens import masked
+
+_TEMPLATE_ERRORS = (LimitedProcessError, ValueError, TypeError, RecursionError)
+"""An error in a template or its process; no default among several templates; messages that are not JSON."""
 
 
 class HuggingFaceTokenizer:
@@ -83,6 +87,11 @@ class HuggingFaceTokenizer:
                 f"{', '.join(map(repr, unknown[:20]))} ({self.path}). Remove them."
             ) from None
 
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """The tokens that a chat template sees by name: `bos_token`, `eos_token`, ..."""
+        return dict(self._inner.special_tokens_map)
+
     @cached_property
     def first_tokens(self) -> tuple[int, ...]:
         """Spec: Tokenizer.first_tokens."""
@@ -112,14 +121,45 @@ class HuggingFaceTokenizer:
             )
         try:
             template = self._inner.get_chat_template()
-            text = render_chat(template, messages, self._inner.special_tokens_map)
-        except (LimitedProcessError, ValueError, TypeError, RecursionError) as error:  # no default template; not JSON
+            text = render_chat(template, messages, self.special_tokens)
+        except _TEMPLATE_ERRORS as error:
             raise TokenizerError(
                 f"the chat template cannot be applied; got {first_line(error):.300} ({self.path}); expected a template "
                 "for roles system, user and assistant. Prompt without chat, or fix the template."
             ) from error
         encode_utf8(text, "chat template")  # a template can write half of a surrogate pair
         return self._encode(text, "conversation")
+
+    def encode_turns(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, loss: Literal["assistant", "last", "all"]
+    ) -> Ids:
+        """Encode a whole conversation with the chat template; tokens that are not trained on are marked.
+
+        `loss`: the assistant's turns are trained on, the last of them, or all tokens. See `core.tokens.masked`.
+
+        Raises TokenizerError with the cause alone: the template cannot be applied, leaves something out, a turn cannot
+        be found, or a turn's border is inside a token.
+        """
+        try:
+            template = self._inner.get_chat_template(tools=tools)
+            text, turns = render_turns(template, messages, tools, self.special_tokens, loss)
+        except _TEMPLATE_ERRORS as error:
+            raise TokenizerError(first_line(error)[:300]) from error
+        encode_utf8(text, "chat template")
+        ids = self._encode(text, "conversation")
+        trained = np.zeros(len(ids), np.bool_)
+        for start, end in turns:
+            trained[self._num_before(text, start, ids) : self._num_before(text, end, ids)] = True
+        return masked(ids, trained)
+
+    def _num_before(self, text: str, end: int, ids: Ids) -> int:
+        """Return the number of ids of `text[:end]`, with which the ids of the text must begin."""
+        if end == len(text):
+            return len(ids)
+        before = self._encode(text[:end], "conversation")
+        if not np.array_equal(ids[: len(before)], before):
+            raise TokenizerError(f"a turn's border is inside a token, at {text[max(0, end - 12) : end + 12]!r}")
+        return len(before)
 
     def decode(self, ids: IdsLike) -> str:
         """Spec: Tokenizer.decode. Special tokens are included; ids >= vocab_size are skipped."""

@@ -59,6 +59,11 @@ class PrebatchedSplit:
         """Number of tokens of all batches."""
         return self.steps * math.prod(self.ids.shape[1:])
 
+    @property
+    def source_names(self) -> str:
+        """Spec: Split.source_names."""
+        return self.source
+
     def digest(self) -> str:
         """Return a digest of all batches; see `IdFile.digest`."""
         return self.ids.digest() if isinstance(self.ids, IdFile) else hashlib.sha256(self.ids.tobytes()).hexdigest()

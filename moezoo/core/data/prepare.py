@@ -12,6 +12,7 @@ from moezoo.core.config.data import (
     BatchesSource,
     ByteTokenizerSpec,
     CharacterTokenizerSpec,
+    ChatSource,
     DataConfig,
     DatasetSource,
     HuggingFaceTokenizerSpec,
@@ -21,10 +22,12 @@ from moezoo.core.config.data import (
     TokenIdsSpec,
     TokenShardsSource,
 )
+from moezoo.core.data.chat import Conversations, is_conversation, tokenize_conversations
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prebatched import PrebatchedSplit, open_prebatched
 from moezoo.core.data.source_files import JSON_LINES, SourceFile, find_files, find_texts, suffix_of
 from moezoo.core.data.splits import WHOLE, Split, SplitSource, check_length
+from moezoo.core.data.text_files import objects_of
 from moezoo.core.data.token_shards import Tokens
 from moezoo.core.data.token_store import Texts, characters_of, open_shards, tokenize
 from moezoo.core.data.tokenizer_files import tokenizer_folder
@@ -45,6 +48,7 @@ class SourceSummary:
     """Summary of a source for the console.
 
     Fields:
+        key: of the source in the config.
         source: path, or name of the dataset.
         train_tokens: number of tokens in the training split.
         validation_tokens: number of tokens in the validation split.
@@ -52,6 +56,7 @@ class SourceSummary:
         digest: changes with the tokens (`Tokens.digest`).
     """
 
+    key: str
     source: str
     train_tokens: int
     validation_tokens: int
@@ -60,6 +65,8 @@ class SourceSummary:
 
     def describe(self, tokens: int) -> str:
         """Describe the source in a run that trains on `tokens` tokens of all sources."""
+        if not self.train_tokens:
+            return f"{self.source}: {self.validation_tokens:,} validation tokens"
         epochs = tokens * self.share / self.train_tokens
         return (
             f"{self.source}: {self.train_tokens:,} training and {self.validation_tokens:,} validation tokens, "
@@ -88,8 +95,8 @@ def prepare_data(
 ) -> PreparedData:
     """Find the sources, create the tokenizer, tokenize text that is not cached, and split each source.
 
-    The last floor(`validation_fraction` * tokens) tokens of each source are held out; `open_prebatched` splits
-    prebatched data. Text is read in chunks, never whole.
+    The last floor(`validation_fraction` * tokens) tokens of each source are held out, or nothing if `validation` has
+    sources of its own; `open_prebatched` splits prebatched data. Text is read in chunks, never whole.
 
     Args:
         data: the `data` section of the config.
@@ -102,23 +109,27 @@ def prepare_data(
     Raises DataError: a file that is missing, unreadable, damaged or not UTF-8, a split shorter than
     `sequence_length` + 1 tokens, a token id outside the vocabulary. Raises TokenizerError.
     """
-    found_sources = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
-    tokenizer = tokenizer or _make_tokenizer(data, found_sources, where, on_progress, on_message)
+    found_sources = find_sources(data, where)
+    tokenizer = tokenizer or make_tokenizer(data, found_sources, where, on_progress, on_message)
     if isinstance(data.sources[0], BatchesSource):
         return _prepare_prebatched(data.sources[0], tokenizer, where, on_progress, on_message)
-    sources = [source for source in data.sources if not isinstance(source, BatchesSource)]
-    tokens = [_open(found, tokenizer, on_progress, on_message) for found in found_sources]
-    held_out = [int(len(one) * data.validation_fraction) for one in tokens]
+    num_sources, has_own = len(data.sources), data.validation is not None
+    sources = (*data.sources, *(data.validation or ()))
+    tokens = [open_source(found, tokenizer, on_progress, on_message) for found in found_sources]
+    fraction = 0.0 if has_own else data.validation_fraction
+    held_out = [int(len(one) * fraction) if k < num_sources else len(one) for k, one in enumerate(tokens)]
     num_train = [len(one) - held for one, held in zip(tokens, held_out, strict=True)]
-    weights = [num if source.weight is None else source.weight for source, num in zip(sources, num_train, strict=True)]
+    given = [getattr(source, "weight", None) for source in sources]
+    weights = [num if weight is None else weight for weight, num in zip(given, num_train, strict=True)]
     train, validation, summary = [], [], []
-    for source, found, one, num, held, weight in zip(
-        sources, found_sources, tokens, num_train, held_out, weights, strict=True
-    ):
-        train.append(SplitSource(found.name, one, 0, num, weight))
-        validation.append(SplitSource(found.name, one, num, held, weight))
-        shown = source.name if isinstance(source, DatasetSource) else source.path
-        summary.append(SourceSummary(shown, num, held, weight / (sum(weights) or 1.0), one.digest()))
+    rows = zip(sources, found_sources, tokens, num_train, held_out, weights, strict=True)
+    for k, (source, found, one, num, held, weight) in enumerate(rows):
+        if k < num_sources:
+            train.append(SplitSource(found.name, one, 0, num, weight))
+        if k >= num_sources or not has_own:
+            validation.append(SplitSource(found.name, one, num, held, weight))
+        key, shown = found.name.partition(" ")[0], source_path(source)
+        summary.append(SourceSummary(key, shown, num, held, weight / (sum(weights) or 1.0), one.digest()))
     splits = Split("training", tuple(train)), Split("validation", tuple(validation))
     for split in splits:
         for part in split.sources:
@@ -139,21 +150,23 @@ def tokenizer_on_this_machine(data: DataConfig, where: str) -> Tokenizer | None:
             return None
         return HuggingFaceTokenizer(str(folder))
     try:
-        found = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
+        found = find_sources(data, where)
     except DataError:
         return None
     files = [file for each in found for file in each.files]
-    if any(isinstance(each, _Shards) for each in found) or any(file.filesystem is not None for file in files):
+    if not all(isinstance(each, Texts) for each in found) or any(file.filesystem is not None for file in files):
         return None
     if sum(file.size or 0 for file in files) > _MOST_TEXT_BYTES:
         return None
-    return _make_tokenizer(data, found, where, None, warnings.warn)
+    return make_tokenizer(data, found, where, None, warnings.warn)
 
 
 def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: Message = warnings.warn) -> Split:
-    """Open a whole file as a split: token ids (`.npy`, `.bin`), field `text` of JSON lines (`.jsonl`, ...), or text.
+    """Open a whole file as a split: token ids (`.npy`, `.bin`), JSON lines (`.jsonl`, ...), or text.
 
-    Suffixes may be in any case. `vocab_size` is that of the model. `on_message` and errors are those of `prepare_data`.
+    JSON lines are conversations, of which the assistant's turns are targets, if the first one is; else texts in the
+    field `text`. Suffixes may be in any case. `vocab_size` is that of the model. `on_message` and errors are those of
+    `prepare_data`.
     """
     suffix, name = suffix_of(path), shortened(path)
     if suffix in (".npy", ".bin"):
@@ -161,19 +174,43 @@ def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: 
     else:
         is_lines = suffix in JSON_LINES
         files = find_files(path, JSON_LINES, name) if is_lines else find_texts(path, name)
-        tokens = tokenize(Texts(name, files, "text" if is_lines else None), tokenizer, None, on_message)
+        found: FoundSource = Texts(name, files, "text" if is_lines else None)
+        if is_lines and _has_conversations(files):
+            found = Conversations(name, files, "assistant")
+        tokens = open_source(found, tokenizer, None, on_message)
     return Split(WHOLE, (SplitSource(name, tokens, 0, len(tokens), 1.0),))
 
 
+def _has_conversations(files: Sequence[SourceFile]) -> bool:
+    """Return whether the first line of the files is a conversation."""
+    values = (value for file in files for _, value in objects_of(file, lambda count: None))
+    return is_conversation(next(values, {}))
+
+
 @dataclass(frozen=True)
-class _Shards:
+class Shards:
     """Files of token shards, not opened yet; empty for a prebatched source, which finds its own file."""
 
     name: str
     files: tuple[SourceFile, ...]
 
 
-def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
+FoundSource = Texts | Conversations | Shards
+"""Files of a source, not read yet."""
+
+
+def find_sources(data: DataConfig, where: str) -> list[FoundSource]:
+    """Find the files of `data.sources`, then of `data.validation`. Raises DataError."""
+    found = [_find(source, f"data.sources[{k}]", where) for k, source in enumerate(data.sources)]
+    return found + [_find(source, f"data.validation[{k}]", where) for k, source in enumerate(data.validation or ())]
+
+
+def source_path(source: SourceSpec) -> str:
+    """Return the path of a source, or the name of a dataset."""
+    return source.name if isinstance(source, DatasetSource) else source.path
+
+
+def _find(source: SourceSpec, key: str, where: str) -> FoundSource:
     match source:
         case TextSource():
             name = f"{key} ({shortened(source.path)})"
@@ -181,27 +218,31 @@ def _find(source: SourceSpec, key: str, where: str) -> Texts | _Shards:
         case JSONLSource():
             name = f"{key} ({shortened(source.path)})"
             return Texts(name, find_files(source.path, JSON_LINES, f"{key}.path ({where})"), source.field)
+        case ChatSource():
+            name = f"{key} ({shortened(source.path)})"
+            return Conversations(name, find_files(source.path, JSON_LINES, f"{key}.path ({where})"), source.loss)
         case DatasetSource():
             from moezoo.core.data.datasets import dataset_path
 
             path = str(dataset_path(source.name))
             return Texts(f"{key} ({source.name})", find_files(path, (".txt",), f"{key}.name ({where})"))
         case BatchesSource():
-            return _Shards(f"{key} ({shortened(source.path)})", ())
+            return Shards(f"{key} ({shortened(source.path)})", ())
         case TokenShardsSource():
             name = f"{key} ({shortened(source.path)})"
-            return _Shards(name, find_files(source.path, (".npy", ".bin"), f"{key}.path ({where})"))
+            return Shards(name, find_files(source.path, (".npy", ".bin"), f"{key}.path ({where})"))
         case _:
             assert_never(source)
 
 
-def _make_tokenizer(
+def make_tokenizer(
     data: DataConfig,
-    found_sources: Sequence[Texts | _Shards],
+    found_sources: Sequence[FoundSource],
     where: str,
     on_progress: Progress | None,
     on_message: Message,
 ) -> Tokenizer:
+    """Make the tokenizer of a config; a character tokenizer reads the sources. Raises DataError, TokenizerError."""
     match data.tokenizer:
         case ByteTokenizerSpec():
             return ByteTokenizer()
@@ -212,7 +253,12 @@ def _make_tokenizer(
         case CharacterTokenizerSpec():
             characters: set[str] = set()
             for found in found_sources:
-                if isinstance(found, _Shards):
+                if isinstance(found, Conversations):
+                    raise DataError(
+                        f"{found.name} has conversations, which need a tokenizer with a chat template; got a character "
+                        f"tokenizer; data.tokenizer ({where}). Use {{kind: huggingface, path: FOLDER}}."
+                    )
+                if isinstance(found, Shards):
                     raise DataError(
                         f"{found.name} has token ids, not text; got a character tokenizer; expected the tokenizer that "
                         f"made the ids; data.tokenizer ({where}). Use {{kind: ids, vocab_size: N}}, or that tokenizer."
@@ -233,11 +279,16 @@ def _prepare_prebatched(
 ) -> PreparedData:
     name, key = f"data.sources[0] ({shortened(source.path)})", f"data.sources[0].path ({where})"
     train, validation = open_prebatched(source, tokenizer.vocab_size, name, key, on_progress, on_message)
-    summary = SourceSummary(source.path, train.num_tokens, validation.num_tokens, 1.0, train.digest())
+    summary = SourceSummary(
+        "data.sources[0]", source.path, train.num_tokens, validation.num_tokens, 1.0, train.digest()
+    )
     return PreparedData(tokenizer, train, validation, (summary,))
 
 
-def _open(found: Texts | _Shards, tokenizer: Tokenizer, on_progress: Progress | None, on_message: Message) -> Tokens:
-    if isinstance(found, _Shards):
+def open_source(found: FoundSource, tokenizer: Tokenizer, on_progress: Progress | None, on_message: Message) -> Tokens:
+    """Open the tokens of a source, tokenized if they are not in the token cache. Raises DataError, TokenizerError."""
+    if isinstance(found, Shards):
         return open_shards(found.files, tokenizer.vocab_size, found.name, on_progress, on_message)
+    if isinstance(found, Conversations):
+        return tokenize_conversations(found, tokenizer, on_progress, on_message)
     return tokenize(found, tokenizer, on_progress, on_message)

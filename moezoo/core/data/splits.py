@@ -39,6 +39,11 @@ class Split:
     sources: tuple[SplitSource, ...]
 
     @property
+    def source_names(self) -> str:
+        """Names of the sources, for errors."""
+        return ", ".join(source.name for source in self.sources)
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens of all sources."""
         return sum(source.num_tokens for source in self.sources)
@@ -52,6 +57,8 @@ class Split:
         rows: npt.NDArray[np.int64] | None = None,
     ) -> Ids:
         """Return the batch of a step: int32 [B, T + 1], where [:, :-1] is the input and [:, 1:] the target.
+
+        Tokens that are not trained on are marked: see `core.tokens.masked`.
 
         With `rows`, only these rows of the batch are read and returned, in this order.
 
@@ -78,7 +85,7 @@ class Split:
         return batch
 
     def windows(self, sequence_length: int, count: int | None = None) -> "Windows":
-        """Return consecutive windows: int32 [n, T + 1], read lazily.
+        """Return consecutive windows: int32 [n, T + 1], read lazily, with marked tokens as in `batch`.
 
         Window i of a source begins at its token i * T. The last one ends at the last token, so its first targets are
         also in the window before (`Windows.are_repeated`). The windows of all sources are concatenated. With `count`,

@@ -93,14 +93,15 @@ def cached_value(key: Key, make: Callable[[], Any], on_message: Message) -> Any:
 def cached_tokens(
     key: Key,
     make: Callable[[], Iterable[Ids]],
-    vocab_size: int,
+    dtype: str,
     name: str,
     on_progress: Progress | None,
     on_message: Message,
 ) -> list[IdFile]:
     """Return the shards of a key, from the cache or from the ids that `make` yields.
 
-    Shards from the cache are verified: `on_progress` is called with bytes. `name` is used in errors and progress.
+    Shards from the cache are verified: `on_progress` is called with bytes. `dtype` is that of new shards, as NumPy
+    writes it; `name` is used in errors and progress.
     Raises DataError if the cache cannot be written, and what `make` raises.
     """
     entry = cache_folder() / _name(key)
@@ -115,7 +116,7 @@ def cached_tokens(
         _remove_stale(entry.parent)
         partial = entry.with_name(f".{entry.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         try:
-            _write_entry(partial, key, make(), vocab_size)
+            _write_entry(partial, key, make(), dtype)
             return _publish(partial, entry, key, name)
         finally:
             remove_folder(partial)
@@ -174,10 +175,9 @@ def _download(file: SourceFile, target: Path) -> str:
 # --- entries of token shards -----------------------------------------------------------------------------------------
 
 
-def _write_entry(folder: Path, key: Key, ids: Iterable[Ids], vocab_size: int) -> None:
+def _write_entry(folder: Path, key: Key, ids: Iterable[Ids], dtype: str) -> None:
     make_folder(folder)
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    with contextlib.closing(_ShardWriter(folder, dtype)) as writer:
+    with contextlib.closing(_ShardWriter(folder, np.dtype(dtype))) as writer:
         for some in ids:
             writer.write(some)
     shards = [_shard_path(folder, number) for number in range(len(writer.counts))]

@@ -22,6 +22,7 @@ from moezoo.core.data.source_files import BIN_MAGIC, suffix_of
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
 from moezoo.core.files import open_regular, reason_of
+from moezoo.core.tokens import tokens_of
 
 IntegerArray = npt.NDArray[np.integer[Any]]
 Read = Callable[[int, int], IntegerArray]
@@ -115,12 +116,15 @@ class IdFile:
 class Tokens:
     """Read-only view of one or more shards as one array of token ids."""
 
-    def __init__(self, shards: Sequence[IdFile], vocab_size: int, name: str) -> None:
-        """`name` is used in errors. Ids are checked against `vocab_size` when they are read."""
+    def __init__(self, shards: Sequence[IdFile], vocab_size: int, name: str, *, marked: bool = False) -> None:
+        """`name` is used in errors. Ids are checked against `vocab_size` when they are read.
+
+        `marked`: ids that are not trained on are marked (`core.tokens.masked`).
+        """
         self._shards = tuple(shards)
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
         self._begins = [0, *self._ends.tolist()]
-        self._vocab_size, self._name = vocab_size, name
+        self._vocab_size, self._name, self._marked = vocab_size, name, marked
         narrow = all(shard.dtype.itemsize < 4 or shard.dtype == np.int32 for shard in self._shards)
         self._dtype = np.dtype(np.int32 if narrow else np.int64)
 
@@ -134,6 +138,8 @@ class Tokens:
     def read(self, starts: npt.NDArray[np.integer[Any]], length: int) -> Ids:
         """Read windows of `length` ids that begin at `starts` and are within the array: int32 [n, length].
 
+        Ids that are not trained on are marked, where there are any.
+
         Raises DataError: an id outside the vocabulary, or a file that was changed or removed since it was opened.
         """
         rows = np.empty((len(starts), length), self._dtype)
@@ -142,7 +148,7 @@ class Tokens:
             with self._shards[shard].opened() as read:
                 for _, at, row, column, count in group:
                     rows[row, column : column + count] = read(at, count)
-        check_range(rows, self._vocab_size, self._name)
+        check_range(tokens_of(rows) if self._marked else rows, self._vocab_size, self._name)
         return rows.astype(np.int32, copy=False)
 
     def _pieces(self, starts: npt.NDArray[np.integer[Any]], length: int) -> Iterator[tuple[int, int, int, int, int]]:

@@ -10,7 +10,8 @@ import numpy as np
 from moezoo.core.data import source_files
 from moezoo.core.data.encode_text import encode_pieces
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
-from moezoo.core.data.source_files import SourceFile, documents_of, text_of
+from moezoo.core.data.source_files import SourceFile
+from moezoo.core.data.text_files import documents_of, text_of
 from moezoo.core.data.token_cache import Key, cached_tokens, cached_value, files_key, local_copy
 from moezoo.core.data.token_shards import Tokens, check_range, open_shard
 from moezoo.core.data.tokenizers import Ids, Tokenizer, with_first_tokens
@@ -73,17 +74,22 @@ class Texts:
 
     def counter(self, what: str, on_progress: Progress | None) -> Callable[[int], None]:
         """Return a function that counts bytes and reports progress."""
-        sizes = [file.size for file in self.files]
-        total = sum(size for size in sizes if size is not None) if None not in sizes else None
-        done = 0
+        return byte_counter(f"{what} {self.name}", self.files, on_progress)
 
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            if on_progress is not None:
-                on_progress(f"{what} {self.name}", done, total)
 
-        return count
+def byte_counter(what: str, files: Sequence[SourceFile], on_progress: Progress | None) -> Callable[[int], None]:
+    """Return a function that counts the bytes read of files and reports progress."""
+    sizes = [file.size for file in files]
+    total = sum(size for size in sizes if size is not None) if None not in sizes else None
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        if on_progress is not None:
+            on_progress(what, done, total)
+
+    return count
 
 
 def characters_of(texts: Texts, on_progress: Progress | None, on_message: Message) -> set[str]:
@@ -114,7 +120,7 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, on_progress: Progress | None, o
     shards = cached_tokens(
         _key("tokens", texts) | options,
         lambda: _encode(texts, tokenizer, texts.counter("tokenizing", on_progress)),
-        tokenizer.vocab_size,
+        "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
         texts.name,
         on_progress,
         on_message,

@@ -50,12 +50,12 @@ def changed_data(run: Path, summary: Sequence[SourceSummary]) -> list[str]:
     except (OSError, ValueError, ValidationError) as error:
         raise RunError(f"{run / DATA_FILE} cannot be read ({type(error).__name__}). Restore it from a copy.") from None
     changed = []
-    for number, (before, now) in enumerate(zip(record.sources, summary, strict=False)):
+    for before, now in zip(record.sources, summary, strict=False):
         if before.digest != now.digest:
             tokens = f"has {_tokens(now):,} tokens; it had {before.tokens:,}"
             if before.tokens == _tokens(now):
                 tokens = f"has {before.tokens:,} tokens as before, but other ones"
-            changed.append(f"data.sources[{number}] ({now.source}) has changed since the run was started: it {tokens}")
+            changed.append(f"{now.key} ({now.source}) has changed since the run was started: it {tokens}")
     return changed
 
 

@@ -1,5 +1,7 @@
 """Batches of a training run, read one step ahead if several processes must stop together when one cannot read on."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,6 +10,19 @@ from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.splits import Split
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
+from moezoo.core.tokens import IGNORED, targets_of, tokens_of
+
+
+class Batch(NamedTuple):
+    """This process's part of a step's batch, by micro-batch.
+
+    Fields:
+        windows: int32 [A, b, T + 1], token ids.
+        targets: int32 [A, b, T], the next tokens; IGNORED where they are not trained on.
+    """
+
+    windows: Ids
+    targets: Ids
 
 
 class Batches:
@@ -23,7 +38,7 @@ class Batches:
         """`own`: indices of this process's sequences in a micro-batch. `ahead`: there are several processes."""
         self.failure: DataError | None = None
         self._split, self._training, self._own, self._ahead = split, training, own, ahead
-        self._ready: dict[int, Ids] = {}
+        self._ready: dict[int, Batch] = {}
 
     def prepare(self, step: int) -> None:
         """Read a step's batch and the next one, if batches are read ahead; the error of the next one is kept.
@@ -40,14 +55,22 @@ class Batches:
                     raise
                 self.failure = error
 
-    def take(self, step: int) -> Ids:
-        """Return the batch of a step, counted from 1, by micro-batch: int32 [A, b, T + 1]. Raises DataError."""
+    def take(self, step: int) -> Batch:
+        """Return the batch of a step, counted from 1. Raises DataError."""
         return self._ready.pop(step) if step in self._ready else self._read(step)
 
-    def _read(self, step: int) -> Ids:
+    def _read(self, step: int) -> Batch:
         training = self._training
         micro_batches = training.gradient_accumulation
         offsets = np.arange(micro_batches) * (training.batch_size // micro_batches)
         rows = np.add.outer(offsets, self._own).ravel()
         windows = self._split.batch(step - 1, training.batch_size, training.sequence_length, training.seed, rows)
-        return windows.reshape(micro_batches, -1, windows.shape[-1])
+        marked = windows.reshape(micro_batches, -1, windows.shape[-1])
+        targets = targets_of(marked[..., 1:])
+        if not self._ahead and not (targets != IGNORED).any():  # with several processes, others may have targets
+            raise DataError(
+                f"step {step} has no targets: all {targets.size} tokens of its batch are masked; expected at least one "
+                f"to train on; {self._split.source_names}. Use a larger training.batch_size or sequence_length, or "
+                "shorter prompts."
+            )
+        return Batch(tokens_of(marked), targets)

@@ -15,8 +15,9 @@ from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.splits import Split, Windows
 from moezoo.core.data.token_shards import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
+from moezoo.core.errors import DataError
 from moezoo.core.progress import Progress
-from moezoo.core.tokens import IGNORED
+from moezoo.core.tokens import IGNORED, targets_of, tokens_of
 from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
 
 _MANY_EXPERTS = 16
@@ -128,15 +129,21 @@ def evaluate(
     sums, report = _Sums(model, tokenizer, grammar), on_progress or (lambda what, done, total: None)
     report("evaluating", 0, len(windows))
     for start in range(0, len(windows), size):
-        batch = windows[start : start + size]
-        check_range(batch[batch != IGNORED], model.spec.vocab, "data to evaluate on")
-        inputs, targets = batch[:, :-1], batch[:, 1:]
+        marked = windows[start : start + size]
+        batch, targets = tokens_of(marked), targets_of(marked[:, 1:])
+        check_range(batch, model.spec.vocab, "data to evaluate on")
+        inputs = batch[:, :-1]
         if isinstance(windows, Windows):
             targets = np.where(windows.are_repeated(start, start + size), IGNORED, targets)
         if first_token is not None:
-            inputs, targets = _after_first_token(inputs, targets, first_token, tokenizer.end_of_text)
+            inputs, targets = _after_first_token(batch, targets, first_token, tokenizer.end_of_text)
         sums.add(batch, inputs, targets)
         report("evaluating", start + len(batch), len(windows))
+    if not sums.num_targets:
+        raise DataError(
+            f"the {split.name} data has no targets: all tokens of {len(windows)} windows are masked; expected tokens "
+            f"to predict; {split.source_names}. Use more windows, or other data."
+        )
     return sums.evaluation(len(windows), split.num_windows(sequence_length), sequence_length)
 
 
@@ -145,7 +152,7 @@ class _Sums:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, grammar: Grammar | None):
         self._model, self._tokenizer, self._grammar = model, tokenizer, grammar
-        self._targets, self._nats, self._inference_nats = 0, 0.0, 0.0
+        self.num_targets, self._nats, self._inference_nats = 0, 0.0, 0.0
         self._bytes: int | None = 0
         self._load: list[NDArray[np.int64]] = []
         self._dropped: list[int] = []
@@ -155,7 +162,7 @@ class _Sums:
         """Score inputs and targets [n, T] of windows [n, T + 1]."""
         scores, counted = self._model.score(inputs, targets), targets != IGNORED
         losses = scores.token_losses.astype(np.float64)
-        self._targets += int(counted.sum())
+        self.num_targets += int(counted.sum())
         self._nats += float(losses[counted].sum())
         if self._model.spec.inference_differs:
             inferred = self._model.score(inputs, targets, inference=True).token_losses
@@ -177,14 +184,14 @@ class _Sums:
             rate = self._grammar.entropy().nats_per_character
             optimum = Optimum(int(characters), nats / characters, surprisal / characters, rate)
         return Evaluation(
-            validation_loss=self._nats / self._targets,
+            validation_loss=self._nats / self.num_targets,
             bits_per_byte=self._nats / math.log(2) / self._bytes if self._bytes else None,
             windows=windows,
             all_windows=all_windows,
             sequence_length=sequence_length,
             routing=routing_statistics(self._model.spec.moe_layers, self._load, self._dropped),
             optimum=optimum,
-            inference_loss=self._inference_nats / self._targets if self._model.spec.inference_differs else None,
+            inference_loss=self._inference_nats / self.num_targets if self._model.spec.inference_differs else None,
         )
 
 
@@ -195,17 +202,17 @@ def _begin_texts(windows: NDArray[np.int32], tokenizer: Tokenizer) -> NDArray[np
 
 
 def _after_first_token(
-    inputs: NDArray[np.int32], targets: NDArray[np.int32], first_token: int, end_of_text: int | None
+    windows: NDArray[np.int32], targets: NDArray[np.int32], first_token: int, end_of_text: int | None
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Begin each window with the first token, once, and mask it as a target unless it also ends documents."""
-    inputs = inputs.copy()
-    inputs[targets[:, 0] != first_token, 0] = first_token
+    inputs = windows[:, :-1].copy()
+    inputs[windows[:, 1] != first_token, 0] = first_token
     return inputs, targets if first_token == end_of_text else np.where(targets == first_token, IGNORED, targets)
 
 
 def known_grammar(data: DataConfig) -> Grammar | None:
     """Return the grammar that generates the data, if that is a single built-in dataset with a character tokenizer."""
-    match data.sources:
+    match data.validation or data.sources:
         case (DatasetSource(name=name),) if data.tokenizer.kind == "character":
             return dataset_grammar(name)
     return None

@@ -245,10 +245,10 @@ class _Training:
 
     def _step(self, step: int) -> None:
         training, optimizer = self.config.training, self.config.optimizer
-        windows = self.batches.take(step)
+        batch = self.batches.take(step)
         rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
         keys = micro_batch_keys(training.seed, step - 1, training.gradient_accumulation)
-        self.pending.append((step, rate, self.model.train_step(windows, rate, keys)))
+        self.pending.append((step, rate, self.model.train_step(batch.windows, rate, keys, batch.targets)))
         self.trained = step
         if step % training.log_every == 0 or step == self.first_step + 1:
             self._report(step)

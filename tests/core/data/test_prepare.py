@@ -772,7 +772,7 @@ def test_invalid_utf8_error_has_the_byte_offset(tmp_path, monkeypatch, chunk):
     ("line", "message"),
     [
         ('{"body": "x"}', r"no field 'text'; got the keys \['body'\].*line 3"),
-        ("[1]", "no field 'text'; got list.*line 3"),
+        ("[1]", "is no JSON object; got list.*line 3"),
         ('{"text": 5}', "field 'text' is not a text; got int.*line 3"),
         ('{"text": "x"', "line is not JSON; got .*line 3"),
         ('{"text": "\\ud83d"}', "half of a surrogate pair.*line 3"),

@@ -10,8 +10,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from moezoo.core.data import source_files
-from moezoo.core.data.source_files import documents_of, find_files, find_texts, text_of
+from moezoo.core.data import source_files, text_files
+from moezoo.core.data.source_files import find_files, find_texts
+from moezoo.core.data.text_files import documents_of, text_of
 from moezoo.core.errors import DataError
 
 
@@ -140,7 +141,7 @@ def test_file_that_changes_while_it_is_read_raises(tmp_path):
 
 
 def test_endless_line_and_pipe_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_files, "_LINE_BYTES", 3 << 20)
+    monkeypatch.setattr(text_files, "_LINE_BYTES", 3 << 20)
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"text": "x"}\n')

@@ -479,6 +479,23 @@ CASES = {
         "data.sources[1].weight is missing, but sources[0] has one (x.yaml). Give every source a weight, or none to "
         "mix them by size.",
     ),
+    "no data to validate on": (
+        {"data": {"sources": [{"kind": "text", "path": "a"}], "validation": []}},
+        "data.validation is empty (x.yaml). Add at least one source, or null for validation_fraction.",
+    ),
+    "validation sources beside prebatched data": (
+        {"data": {"sources": [{"kind": "batches", "path": "a"}], "validation": [{"kind": "text", "path": "b"}]}},
+        "data.validation is set beside a source of kind batches (x.yaml). Use that source's validation_batches.",
+    ),
+    "weight of a validation source": (
+        {
+            "data": {
+                "sources": [{"kind": "text", "path": "a"}],
+                "validation": [{"kind": "chat", "path": "b", "weight": 2.0}],
+            }
+        },
+        "data.validation[0].weight is set (x.yaml). Remove it: the sources to validate on follow each other.",
+    ),
     "gradient_accumulation that does not divide batch_size": (
         {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},
         "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "

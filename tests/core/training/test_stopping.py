@@ -34,10 +34,12 @@ class Model(RecordingModel):
         super().__init__()
         self.at_step, self.at_batch, self.batches, self.in_flight, self.most = at_step, at_batch, 0, 0, 0
 
-    def train_step(self, windows: np.ndarray, learning_rate: float, keys: np.ndarray) -> "RecordingModel":
+    def train_step(
+        self, windows: np.ndarray, learning_rate: float, keys: np.ndarray, targets: np.ndarray
+    ) -> "RecordingModel":
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
-        pending = super().train_step(windows, learning_rate, keys)
+        pending = super().train_step(windows, learning_rate, keys, targets)
         self.at_step(len(self.keys))
         return pending
 
