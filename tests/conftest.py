@@ -53,8 +53,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests of meshes, which share long processes: a worker must not find them left at the end."""
-    items.sort(key=lambda item: item.path.parent.name != "mesh")
+    """Begin with the tests of several devices, which share long processes.
+
+    A worker must not find them left at the end, nor take some from the other and start their processes once more.
+    """
+    items.sort(key=lambda item: item.path.parent.name not in ("mesh", "distributed"))
     for item in items:
         if item.path.parent.name == "mesh":
             item.add_marker(pytest.mark.slow)
