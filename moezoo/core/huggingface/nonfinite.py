@@ -31,11 +31,11 @@ def is_finite(array: Array) -> bool:
 
 
 def is_finite_weight(weight: QuantizedWeight) -> bool:
-    """Return True if no number of a weight is NaN or infinity; decoded only if the largest code would be infinite."""
+    """Return True if no number of a weight is NaN or infinity; decoded only if the largest scale could make one."""
     pieces = _pieces(weight.codes.reshape(-1).view(np.uint8)) if weight.format.has_nan_codes else ()
     if any(bool((piece & _NAN_E4M3 == _NAN_E4M3).any()) for piece in pieces):
         return False
-    return is_finite(weight.largest()) or is_finite(weight.values())
+    return np.isfinite(weight.bound()) or is_finite(weight.values())
 
 
 def are_finite_scales(format: QuantizationFormat, scales: Array) -> bool:

@@ -75,11 +75,13 @@ class QuantizedWeight:
         rows = decode_rows(self.format, self.codes, self.scales, self.biases, self.row_size)
         return self.in_place(rows)
 
-    def largest(self) -> Array:
-        """Return the number of the largest code of each group as float32 [*lead, groups]: all are finite if it is,
-        unless codes are NaN."""
-        largest = np.full(self.scales.shape, self.format.largest_code, np.float32)
-        return _scaled(largest, self.format, self.scales, self.biases, lambda groups: groups)
+    def bound(self) -> float:
+        """Return a magnitude that no number exceeds, but for NaN codes; not finite if a scale or bias is not."""
+        is_power = self.format.mode in ("mxfp4", "mxfp8")  # E8M0 has no sign
+        scale = self.scales.reshape(-1).max(keepdims=True) if is_power else _largest_magnitude(self.scales)
+        bias = None if self.biases is None else _largest_magnitude(self.biases)
+        code = np.array([self.format.largest_code], np.float32)
+        return float(_scaled(code, self.format, scale, bias, lambda groups: groups)[0])
 
     def in_place(self, rows: Array) -> Array:
         """Return decoded rows [*lead, row size] in the parameter's shape and order of axes."""
@@ -166,6 +168,14 @@ def scale_values(format: QuantizationFormat, scales: Array) -> Array:
             return e4m3_values()[scales.view(np.uint8)]
         case _:
             return scales.astype(np.float32)
+
+
+def _largest_magnitude(array: Array) -> Array:
+    """Return the element [1] of the largest magnitude; NaN counts as the largest."""
+    bits = array.view(f"u{array.itemsize}")
+    mask = (1 << 8 * array.itemsize - 1) - 1
+    largest = np.maximum.reduce(bits & bits.dtype.type(mask), axis=None, initial=0)
+    return np.array([largest], bits.dtype).view(array.dtype)
 
 
 def _per_number(groups: Array, format: QuantizationFormat, size: int) -> Array:

@@ -28,7 +28,7 @@ def decoded(
 
 
 def largest(format: QuantizationFormat, scales: jax.Array, biases: jax.Array | None) -> jax.Array:
-    """Spec: moezoo.core.quantization.weight.QuantizedWeight.largest."""
+    """Return the number of each group's largest code in float32 [..., groups]."""
     value: jax.Array = format.largest_code * _scale_values(format, scales)
     if biases is None:
         return value
