@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face folders and of the Hugging Face Hub."""
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -147,15 +148,21 @@ class HuggingFaceTokenizer:
             raise TokenizerError(first_line(error)[:300]) from error
         encode_utf8(text, "chat template")
         ids = self._encode(text, "conversation")
-        trained = np.zeros(len(ids), np.bool_)
+        trained, num_before = np.zeros(len(ids), np.bool_), self._num_before(text, ids, turns)
         for start, end in turns:
-            trained[self._num_before(text, start, ids) : self._num_before(text, end, ids)] = True
+            trained[num_before[start] : num_before[end]] = True
         return masked(ids, trained)
 
-    def _num_before(self, text: str, end: int, ids: Ids) -> int:
-        """Return the number of ids of `text[:end]`, with which the ids of the text must begin."""
-        if end == len(text):
-            return len(ids)
+    def _num_before(self, text: str, ids: Ids, turns: Sequence[tuple[int, int]]) -> dict[int, int]:
+        """Return the number of ids before each border of turns: those of the text up to it begin those of the text."""
+        borders = sorted({0, len(text), *(border for turn in turns for border in turn)})
+        parts = [self._encode(text[start:end], "conversation") for start, end in itertools.pairwise(borders)]
+        if np.array_equal(np.concatenate([*parts, ids[:0]]), ids):
+            return dict(zip(borders, itertools.accumulate(map(len, parts), initial=0), strict=True))
+        # A tokenizer that begins every text with a space has other ids for the parts.
+        return {border: self._num_up_to(text, border, ids) for border in borders}
+
+    def _num_up_to(self, text: str, end: int, ids: Ids) -> int:
         before = self._encode(text[:end], "conversation")
         if not np.array_equal(ids[: len(before)], before):
             raise TokenizerError(f"a turn's border is inside a token, at {text[max(0, end - 12) : end + 12]!r}")
