@@ -258,8 +258,8 @@ class Model(Protocol):
             keys: uint32 [A, 2], the key of each micro-batch; None: no noise.
             targets: int32 [A, B, T], any of which may be IGNORED; None: `windows[..., 1:]`.
 
-        Raises DataError: all targets of the step are IGNORED. With several processes the loss is NaN then, and a
-        process whose own targets are all IGNORED contributes nothing.
+        Raises DataError: all targets of the step are IGNORED. With several processes the loss is NaN then
+        (`core.training.batches` refuses such a step), and one whose own targets are all IGNORED contributes nothing.
         """
         ...
 

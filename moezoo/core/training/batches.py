@@ -64,13 +64,19 @@ class Batches:
         micro_batches = training.gradient_accumulation
         offsets = np.arange(micro_batches) * (training.batch_size // micro_batches)
         rows = np.add.outer(offsets, self._own).ravel()
-        windows = self._split.batch(step - 1, training.batch_size, training.sequence_length, training.seed, rows)
+        sizes = training.batch_size, training.sequence_length, training.seed
+        windows = self._split.batch(step - 1, *sizes, rows)
         marked = windows.reshape(micro_batches, -1, windows.shape[-1])
         targets = targets_of(marked[..., 1:])
-        if not self._ahead and not (targets != IGNORED).any():  # with several processes, others may have targets
+        # A process without targets reads the whole batch: others may have some, or else all find the same.
+        if not _has_targets(marked) and not _has_targets(self._split.batch(step - 1, *sizes)):
             raise DataError(
-                f"step {step} has no targets: all {targets.size} tokens of its batch are masked; expected at least one "
-                f"to train on; {self._split.source_names}. Use a larger training.batch_size or sequence_length, or "
-                "shorter prompts."
+                f"step {step} has no targets: all {training.batch_size * training.sequence_length} tokens of its batch "
+                f"are masked; expected at least one to train on; {self._split.source_names}. Use a larger "
+                "training.batch_size or sequence_length, or shorter prompts."
             )
         return Batch(tokens_of(marked), targets)
+
+
+def _has_targets(marked: Ids) -> bool:
+    return bool((targets_of(marked[..., 1:]) != IGNORED).any())

@@ -197,6 +197,17 @@ def test_a_step_without_targets_names_the_data(folders, tmp_path):
         batches.take(1)
 
 
+def test_a_process_may_have_no_targets_where_another_has(folders, tmp_path):
+    lines = [{"messages": TURNS[1:3]}, {"text": 40 * "a"}]
+    data = prepare_data(config(folders(PLAIN), written(tmp_path / "chat.jsonl", *20 * lines)), 4)
+    training, counts = TrainingConfig(steps=40, batch_size=2, sequence_length=4), []
+    for rank in (0, 1):
+        batches = Batches(data.train, training, np.array([rank]), ahead=True)
+        counts.append([int((batches.take(step).targets != IGNORED).sum()) for step in range(1, 30)])
+    assert all(map(max, zip(*counts, strict=True)))
+    assert not all(map(min, zip(*counts, strict=True)))
+
+
 def test_validation_has_sources_of_its_own(folders, tmp_path):
     train, own = (written(tmp_path / name, *20 * [{"messages": TURNS}]) for name in ("a.jsonl", "b.jsonl"))
     data = config(folders(PLAIN), train)
