@@ -27,6 +27,7 @@ SURFACE = {
         "--prompt",
         "--chat",
         "--tokens",
+        "--adapter",
         "--backend",
         "--allow-overcommit",
         "--compute",
@@ -41,15 +42,15 @@ SURFACE = {
         "--samples",
     ],
     "eval": [
-        *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--backend", "--allow-overcommit"),
-        "--json",
+        *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--adapter", "--backend"),
+        *("--allow-overcommit", "--json"),
     ],
-    "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--json"],
+    "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--adapter", "--json"],
     "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
-    "parity": ["PATH", "--json", "--all"],
+    "parity": ["PATH", "--adapter", "--json", "--all"],
     "convert": [
         *("PATH", "OUT", "--whole", "--quantize", "--mode", "--group-size", "--router", "--recipe", "--dequantize"),
-        *("--layout", "--json"),
+        *("--layout", "--adapter", "--merge", "--json"),
     ],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],
     "schema": [],
@@ -222,7 +223,7 @@ def test_describe_and_schema(trained: Path) -> None:
     assert "active" in call("describe", trained / "config.yaml").stdout
     assert json.loads(call("describe", trained / "config.yaml", "--json").stdout)
     schema = json.loads(call("schema").stdout)
-    assert {"init_from", "model", "data", "training", "optimizer", "mesh"} == schema["properties"].keys()
+    assert {"init_from", "model", "adapter", "data", "training", "optimizer", "mesh"} == schema["properties"].keys()
 
 
 def test_unknown_key_suggests_the_nearest_key(folder: Path) -> None:

@@ -15,7 +15,7 @@ from moezoo.core.spec import ModelSpec
 RoleWord = Literal["attention", "experts", "shared", "dense", "router", "embedding", "head", "norms"]
 """A role of parameters, as a config names it."""
 
-Trainable = Literal["all", "adapter"] | RoleWord
+Trainable = Literal["all", "adapter", RoleWord]
 """A role of parameters; all of them; or the model's adapter, whose factors are of no role here."""
 
 _WORDS: dict[str, RoleWord] = {

@@ -219,7 +219,8 @@ def training_header(config: Config, facts: Mapping[str, str]) -> "RenderableType
     table.add_column()
     table.add_row("parameters", f"{count(counts.total)}, {count(counts.active)} active per token")
     table.add_row("", f"[dim]{', '.join(roles)}")
-    if len(trained := trained_rows(config.model, training.only)) < len(trained_rows(config.model, ("all",))):
+    spec = known.model.spec
+    if len(trained := trained_rows(spec, training.only)) < len(trained_rows(spec, ("all",))):
         sizes = sizes_by_role(trained)
         by_role = ", ".join(f"{role} {count(size)}" for role, size in sizes.items())
         table.add_row("trained", f"{count(sum(sizes.values()))} ({by_role}); the other parameters are frozen")
