@@ -171,6 +171,7 @@ class Model(Protocol):
         record: bool = False,
         key: Bits | None = None,
         inference: bool = False,
+        documents: Integers | None = None,
     ) -> Output:
         """Run the forward pass on tokens [B, T]; with targets [B, T], compute every loss term.
 
@@ -180,15 +181,20 @@ class Model(Protocol):
             record: return named intermediates too.
             key: uint32 [2], the key of a training step, for router noise and dropout; None: neither.
             inference: use inference routing (no capacity, causal), as generation does.
+            documents: int32 [B, T], ids of the documents that sequences are packed with, ascending along each, then
+                PADDING: no token sees one of another document. None: a sequence is one document.
 
-        Raises DataError: targets that are all IGNORED, or an IGNORED token beside targets.
+        Raises DataError: targets that are all IGNORED, or an IGNORED token beside targets; document ids in disorder.
         """
         ...
 
-    def score(self, tokens: Integers, targets: Integers, *, inference: bool = False) -> Scores:
+    def score(
+        self, tokens: Integers, targets: Integers, *, inference: bool = False, documents: Integers | None = None
+    ) -> Scores:
         """Compute the loss of every target token, without noise and without returning logits.
 
-        `inference`: as in `forward`. With several processes, each passes the whole batch and gets the whole result.
+        `inference`, `documents`: as in `forward`. With several processes, each passes the whole batch and gets the
+        whole result.
         """
         ...
 
@@ -200,6 +206,7 @@ class Model(Protocol):
         forced: Sequence[Integers] | None = None,
         key: Bits | None = None,
         trained: Collection[str] | None = None,
+        documents: Integers | None = None,
     ) -> tuple[dict[str, float], dict[str, Floats]]:
         """Return every loss term, and the gradient of `loss` by canonical name of each trained parameter.
 
@@ -242,7 +249,12 @@ class Model(Protocol):
         ...
 
     def train_step(
-        self, windows: Integers, learning_rate: float, keys: Bits | None = None, targets: Integers | None = None
+        self,
+        windows: Integers,
+        learning_rate: float,
+        keys: Bits | None = None,
+        targets: Integers | None = None,
+        documents: Integers | None = None,
     ) -> PendingStep:
         """Do one update on windows int32 [A, B, T + 1]: A micro-batches of B sequences, inputs and next tokens.
 
@@ -257,6 +269,7 @@ class Model(Protocol):
             learning_rate: of this update.
             keys: uint32 [A, 2], the key of each micro-batch; None: no noise.
             targets: int32 [A, B, T], any of which may be IGNORED; None: `windows[..., 1:]`.
+            documents: int32 [A, B, T], as in `forward`.
 
         Raises DataError: all targets of the step are IGNORED. With several processes the loss is NaN then
         (`core.training.batches` refuses such a step), and one whose own targets are all IGNORED contributes nothing.

@@ -12,6 +12,9 @@ Integers = NDArray[np.int32]
 IGNORED = -1
 """A masked target (ignore index): the position has no cross-entropy, but auxiliary losses still include it."""
 
+PADDING = -1
+"""Document id of the places of a packed sequence that no document fills. They come last."""
+
 
 def masked(ids: Integers, trained: NDArray[np.bool_]) -> Integers:
     """Mark ids that are not trained on by their complement: ~id, which is negative.
@@ -55,3 +58,25 @@ def check_targets(tokens: Integers, targets: Integers, *, whole: bool = True) ->
             f"{IGNORED} is allowed as a target only; got it as an input token; expected token ids >= 0. "
             "In a window it may be in the last column only."
         )
+
+
+def check_documents(tokens: Integers, targets: Integers | None, documents: Integers | None) -> None:
+    """Check the document ids [..., B, T] of packed sequences, if there are any.
+
+    Raises DataError: another shape than the tokens', ids that fall along a sequence before its padding, or a target in
+    padding.
+    """
+    if documents is None:
+        return
+    if documents.shape != tokens.shape:
+        raise DataError(
+            f"documents are {list(documents.shape)}, but tokens are {list(tokens.shape)}. Give each token a document."
+        )
+    last = np.iinfo(np.int32).max
+    if (documents < PADDING).any() or (np.diff(np.where(documents == PADDING, last, documents)) < 0).any():
+        raise DataError(
+            f"document ids fall along a sequence; expected ids >= 0 in ascending order, then {PADDING} for padding. "
+            "Number the documents of each sequence in their order."
+        )
+    if targets is not None and (targets[documents == PADDING] != IGNORED).any():
+        raise DataError(f"padding has targets; expected {IGNORED} where the document id is {PADDING}. Mask them.")

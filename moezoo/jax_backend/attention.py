@@ -14,7 +14,7 @@ from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kernels.attention import Chunk, attend_in_chunks, chunk_length, uses_chunk_kernel
 from moezoo.jax_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
-from moezoo.jax_backend.positions import positions, rotate, same_side
+from moezoo.jax_backend.positions import Documents, positions, rotate, same_document, same_side
 
 
 def attend(
@@ -69,6 +69,7 @@ def attend_causally(
     key_BTMH: jax.Array,
     value_BTMH: jax.Array,
     sink_N: jax.Array | None = None,
+    documents: Documents | None = None,
 ) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
@@ -76,20 +77,29 @@ def attend_causally(
     """
     length = query_BTMGH.shape[1]
     size = chunk_length(length)
-    chunks = [Chunk(start, min(start + size, length), _first_visible(spec, start)) for start in range(0, length, size)]
+    chunks = [
+        Chunk(start, min(start + size, length), _first_visible(spec, start, documents))
+        for start in range(0, length, size)
+    ]
 
-    def mask_of(chunk: Chunk) -> jax.Array:
-        return visible(spec, jnp.arange(chunk.start, chunk.end), jnp.arange(chunk.first, chunk.end))
+    def mask_of(chunk: Chunk, documents: Documents | None) -> jax.Array:
+        if documents is None:
+            return visible(spec, jnp.arange(chunk.start, chunk.end), jnp.arange(chunk.first, chunk.end))
+        own, seen = (
+            Documents(*(part[:, first : chunk.end] for part in documents)) for first in (chunk.start, chunk.first)
+        )
+        mask_BTS = visible(spec, own.position_BT, seen.position_BT)
+        return mask_BTS & same_document(own.document_BT, seen.document_BT)
 
     if uses_chunk_kernel(query_BTMGH.dtype) and spec.softcap is None:
         scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
-        return attend_in_chunks(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N)
+        return attend_in_chunks(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N, documents)
     attended = [
         attend(
             query_BTMGH[:, chunk.start : chunk.end],
             key_BTMH[:, chunk.first : chunk.end],
             value_BTMH[:, chunk.first : chunk.end],
-            mask_of(chunk),
+            mask_of(chunk, documents),
             scale=spec.scale,
             softcap=spec.softcap,
             sink_N=sink_N,
@@ -107,10 +117,15 @@ def _mask(
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
 
 
-def _first_visible(spec: GroupedQueryAttentionSpec, position: int) -> int:
-    """Return the first position that a query at this position, or at a later one, may attend to."""
+def _first_visible(spec: GroupedQueryAttentionSpec, position: int, documents: Documents | None) -> int:
+    """Return the first slot that a query at this slot, or at a later one, may attend to.
+
+    In documents, which begin at any slot, so do their chunks.
+    """
     if spec.window is not None:
         return max(0, position - spec.window + 1)
+    if spec.chunk is not None and documents is not None:
+        return max(0, position - spec.chunk + 1)
     return 0 if spec.chunk is None else position // spec.chunk * spec.chunk
 
 
@@ -156,6 +171,7 @@ class GroupedQueryAttention(nnx.Module):
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
         source: Source | None = None,
+        documents: Documents | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
@@ -163,7 +179,7 @@ class GroupedQueryAttention(nnx.Module):
         if spec.qkv_bias:
             query = query + self.b_query[...].astype(dtype)
         batch, length = x_BTD.shape[:2]
-        position_T = positions(length, 0 if cache is None else cache.length, first_B)
+        position_T = positions(length, 0 if cache is None else cache.length, first_B, documents)
         query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, position_T)
         if spec.temperature_tuning is not None:
             temperature_T = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))
@@ -186,7 +202,7 @@ class GroupedQueryAttention(nnx.Module):
         sink_N = self.sink[...].astype(jnp.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, source[0], source[1], sink_N)
+            attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents)
         else:
             attended = attend(
                 grouped,

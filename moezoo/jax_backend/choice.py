@@ -42,6 +42,7 @@ class RoutingContext:
     forced_PK: jax.Array | None = None
     key: jax.Array | None = None
     inference: bool = field(default=False, metadata={"static": True})
+    real_P: jax.Array | None = None
 
 
 NO_CONTEXT = RoutingContext()
@@ -86,12 +87,14 @@ def choose(
                 assert cutoff_E is not None
                 taken_PE = selection_PE >= cutoff_E
             else:
-                taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE)
+                taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE, context.real_P)
             expert_PK, valid_PK = _highest(jnp.where(taken_PE, selection_PE, -jnp.inf), selection_PE.shape[1])
         case _:
             assert_never(spec.choice)
     if context.forced_PK is not None:
         expert_PK, valid_PK = jnp.maximum(context.forced_PK, 0), context.forced_PK >= 0
+        if context.real_P is not None:
+            valid_PK = valid_PK | ~context.real_P[:, None]  # weights of no expert could be 0 / 0
         weight_PK = None if weight_PK is None else jnp.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E)
 
@@ -151,9 +154,13 @@ def _sparsemixer(
     return jnp.stack(experts, axis=-1), jnp.stack(weights, axis=-1)
 
 
-def _highest_tokens(spec: RouterSpec, value_PE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    tokens, num_experts = value_PE.shape
+def _highest_tokens(spec: RouterSpec, value_PE: jax.Array, real_P: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    num_tokens, num_experts = value_PE.shape
+    tokens: int | jax.Array = num_tokens
+    if real_P is not None:
+        value_PE, tokens = jnp.where(real_P[:, None], value_PE, -jnp.inf), jnp.sum(real_P)
     most = -(-tokens * spec.top_k // num_experts)
     order_PE = jnp.argsort(-value_PE, axis=0, stable=True)
     taken_PE = jnp.argsort(order_PE, axis=0) < most
-    return taken_PE, jnp.take_along_axis(value_PE, order_PE[most - 1 : most], axis=0)[0]
+    last_1E = lax.dynamic_slice_in_dim(order_PE, most - 1, 1)
+    return taken_PE, jnp.take_along_axis(value_PE, last_1E, axis=0)[0]

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from moezoo.core.reference.delta_attention import FORGETS
 from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.positions import positions
+from moezoo.jax_backend.positions import Documents, positions
 from moezoo.jax_backend.short_convolution import causal_convolution
 
 CHUNK = 32
@@ -46,6 +47,7 @@ class GatedDeltaAttention(nnx.Module):
         *,
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
+        documents: Documents | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         del first_value_BTMH  # only grouped-query attention uses it
@@ -64,13 +66,15 @@ class GatedDeltaAttention(nnx.Module):
             real_BT1 = positions(length, 0 if cache is None else cache.length, first_B)[..., None] >= 0
             beta, log_decay = jnp.where(real_BT1, beta, 0.0), jnp.where(real_BT1, log_decay, 0.0)
             query, key, value = (jnp.where(real_BT1[..., None], x, 0).astype(dtype) for x in (query, key, value))
+        if documents is not None:
+            log_decay = jnp.where(documents.position_BT[..., None] == 0, FORGETS, log_decay)
         past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
         grouped = (batch, length, spec.num_key_heads, -1)
         attended, state_BMGHZ = gated_delta_rule(
-            unit(jax.nn.silu(causal_convolution(query, self.conv_query[...], past.query_BSMH)))
+            unit(jax.nn.silu(causal_convolution(query, self.conv_query[...], past.query_BSMH, documents)))
             / math.sqrt(spec.key_head_dim),
-            unit(jax.nn.silu(causal_convolution(key, self.conv_key[...], past.key_BSMH))),
-            jax.nn.silu(causal_convolution(value, self.conv_value[...], past.value_BSNZ)).reshape(
+            unit(jax.nn.silu(causal_convolution(key, self.conv_key[...], past.key_BSMH, documents))),
+            jax.nn.silu(causal_convolution(value, self.conv_value[...], past.value_BSNZ, documents)).reshape(
                 *grouped, spec.value_head_dim
             ),
             beta.reshape(grouped),

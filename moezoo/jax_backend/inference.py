@@ -19,7 +19,7 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import check_targets
+from moezoo.core.tokens import check_documents, check_targets
 from moezoo.jax_backend.arrays import Weights, named
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.distributed.expert_parallel import ExpertParallel
@@ -27,6 +27,7 @@ from moezoo.jax_backend.distributed.sharding import Placement, gather_outside_la
 from moezoo.jax_backend.generation import SMALLEST, Generation, choose, drawn, prefilled
 from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
+from moezoo.jax_backend.positions import packed_documents
 from moezoo.jax_backend.quantization import QuantizedArray, dequantize, is_surely_finite
 from moezoo.jax_backend.runtime.processes import on_host
 from moezoo.jax_backend.runtime.typed import GraphDef, State
@@ -69,10 +70,12 @@ class JaxInference:
         record: bool = False,
         key: Bits | None = None,
         inference: bool = False,
+        documents: np.ndarray | None = None,
     ) -> Output:
+        check_documents(tokens, targets, documents)
         if targets is not None:
             check_targets(tokens, targets)
-        inputs = (self._parameters, self._state, tokens, targets, flatten_forced(forced), key)
+        inputs = (self._parameters, self._state, tokens, targets, flatten_forced(forced), key, documents)
         with self._traced(len(tokens)):
             result, terms, intermediates = on_host(self._forward(*inputs, record=record, inference=inference))
         return Output(
@@ -90,14 +93,23 @@ class JaxInference:
         targets: jax.Array | None,
         forced: Sequence[jax.Array] | None,
         key: jax.Array | None,
+        documents: jax.Array | None,
         *,
         record: bool,
         inference: bool,
     ) -> tuple[Forward, Parameters, Parameters]:
         intermediates: dict[str, jax.Array] = {}
         module, exchange = self._merge(parameters, state), None if self._sharded(tokens) is None else self._exchange
-        result = module(tokens, forced=forced, record=intermediates, key=key, inference=inference, exchange=exchange)
-        terms = {} if targets is None else self._terms(result, targets)
+        result = module(
+            tokens,
+            forced=forced,
+            record=intermediates,
+            key=key,
+            inference=inference,
+            document_BT=documents,
+            exchange=exchange,
+        )
+        terms = {} if targets is None else self._terms(result, targets, documents=packed_documents(documents))
         return result._replace(index_losses=[]), terms, intermediates if record else {}
 
     def _terms(self, result: Forward, targets: jax.Array, **of_step: Any) -> Parameters:
@@ -105,13 +117,21 @@ class JaxInference:
         losses = result.index_losses
         return loss_terms(self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, **of_step)
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
-        count = len(tokens)
+    def score(
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        *,
+        inference: bool = False,
+        documents: np.ndarray | None = None,
+    ) -> Scores:
+        check_documents(tokens, targets, documents)
+        count, batch = len(tokens), [tokens, targets, *([] if documents is None else [documents])]
         if self._placement is not None:
             filled = self._placement.padded_batch(count)
-            tokens, targets = (np.resize(rows, (filled, rows.shape[1])) for rows in (tokens, targets))  # the same again
-        with self._traced(len(tokens)):
-            values = self._score(self._parameters, self._state, tokens, targets, count=count, inference=inference)
+            batch = [np.resize(rows, (filled, rows.shape[1])) for rows in batch]  # the same again
+        with self._traced(len(batch[0])):
+            values = self._score(self._parameters, self._state, *batch, count=count, inference=inference)
         losses, load, dropped = on_host(values)
         loads = [np.asarray(sizes, np.int64) for sizes in load]
         return Scores(losses[:count], loads, [int(number) for number in dropped])
@@ -122,13 +142,14 @@ class JaxInference:
         state: Parameters,
         tokens: jax.Array,
         targets: jax.Array,
+        documents: jax.Array | None = None,
         *,
         count: int,
         inference: bool,
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
         """Score the first `count` sequences; those after them pad the batch, and their losses are ignored."""
         module, how = self._transformed(parameters, state, tokens)
-        result = module(tokens, inference=inference, **how._asdict())
+        result = module(tokens, inference=inference, document_BT=documents, **how._asdict())
         if count < len(tokens):
             counted_P = jnp.arange(tokens.size) < count * tokens.shape[1]
             routings = [own._replace(valid_PK=own.valid_PK & counted_P[:, None]) for own in result.routings]

@@ -13,7 +13,7 @@ from moezoo.jax_backend.attention import attend, attend_causally, temperature
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, LatentCache
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.positions import positions, rotate, same_side
+from moezoo.jax_backend.positions import Documents, positions, rotate, same_side, within_documents
 from moezoo.jax_backend.sparse_attention import Indexer, attend_where, choose_sources, index, index_loss
 
 
@@ -48,10 +48,11 @@ class LatentAttention(nnx.Module):
         *,
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
+        documents: Documents | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
-        position_T = positions(x_BTD.shape[1], 0 if cache is None else cache.length, first_B)
+        position_T = positions(x_BTD.shape[1], 0 if cache is None else cache.length, first_B, documents)
         source, query, rope_query, latent, rope_key = self._projected(x_BTD, position_T)
         index_query = index_key = index_weight = None
         if spec.indexer is not None:
@@ -68,9 +69,10 @@ class LatentAttention(nnx.Module):
             key = jnp.concatenate([cache.latent_BSZ, cache.key_BSH], axis=-1)[:, :, None]
             value, index_key = cache.latent_BSZ[:, :, None], cache.index_key_BSH
         scale, loss = score_scale(spec), None
-        position_S = positions(key.shape[1], 0, first_B)
+        position_S = positions(key.shape[1], 0, first_B, documents)
         mask_TS = position_T[..., :, None] >= position_S[..., None, :]
         mask_TS = mask_TS if first_B is None else mask_TS & same_side(position_T, position_S)
+        mask_TS = within_documents(mask_TS, documents)
         if spec.indexer is not None:
             assert index_query is not None
             assert index_key is not None
@@ -78,9 +80,9 @@ class LatentAttention(nnx.Module):
             index_BTS = index(index_query, index_key, index_weight)
             mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
             attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, scale)
-            loss = index_loss(index_BTS, distribution_BTS, mask_BTS) if cache is None else None
+            loss = index_loss(index_BTS, distribution_BTS, mask_BTS, documents) if cache is None else None
         elif cache is None:
-            attended = attend_causally(expanded(spec), grouped, key, value)
+            attended = attend_causally(expanded(spec), grouped, key, value, documents=documents)
         else:
             attended = attend(grouped, key, value, mask_TS, scale=scale)
         if cache is None:

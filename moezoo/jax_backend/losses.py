@@ -28,6 +28,7 @@ from moezoo.core.spec import (
 )
 from moezoo.core.tokens import IGNORED
 from moezoo.jax_backend.dispatch import expert_counts
+from moezoo.jax_backend.positions import Documents, token_mean
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.runtime.placement import row_by_row
 
@@ -151,33 +152,59 @@ def normal_cdf(x: jax.Array) -> jax.Array:
 # --- the auxiliary losses --------------------------------------------------------------------------------------------
 
 
-def switch_balance(load_E: jax.Array, probability_PE: jax.Array) -> jax.Array:
+def switch_balance(load_E: jax.Array, probability_PE: jax.Array, real_P: jax.Array | None = None) -> jax.Array:
     """Spec: moezoo.core.reference.losses.switch_balance."""
     share_E = load_E / jnp.sum(load_E)
-    return load_E.shape[-1] * jnp.sum(share_E * jnp.mean(probability_PE, axis=0))
+    return load_E.shape[-1] * jnp.sum(share_E * token_mean(probability_PE, real_P))
 
 
-def device_balance(load_E: jax.Array, probability_PE: jax.Array, num_devices: int) -> jax.Array:
+def device_balance(
+    load_E: jax.Array, probability_PE: jax.Array, num_devices: int, real_P: jax.Array | None = None
+) -> jax.Array:
     """Spec: moezoo.core.reference.losses.device_balance."""
-    return switch_balance(by_device(load_E, num_devices), by_device(probability_PE, num_devices))
+    return switch_balance(by_device(load_E, num_devices), by_device(probability_PE, num_devices), real_P)
 
 
-def communication_balance(routing: Routing, probability_PE: jax.Array, num_devices: int, max_devices: int) -> jax.Array:
+def communication_balance(
+    routing: Routing, probability_PE: jax.Array, num_devices: int, max_devices: int, real_P: jax.Array | None = None
+) -> jax.Array:
     """Spec: moezoo.core.reference.losses.communication_balance."""
     hot_PKE = routing.expert_PK[..., None] == jnp.arange(routing.score_PE.shape[-1])
     chosen_PE = jnp.any(hot_PKE & routing.valid_PK[..., None], axis=1)
-    sent = jnp.mean((by_device(chosen_PE, num_devices) > 0).astype(jnp.float32), axis=0)
-    return num_devices / max_devices * jnp.sum(sent * jnp.mean(by_device(probability_PE, num_devices), axis=0))
+    sent = token_mean((by_device(chosen_PE, num_devices) > 0).astype(jnp.float32), real_P)
+    return num_devices / max_devices * jnp.sum(sent * token_mean(by_device(probability_PE, num_devices), real_P))
 
 
-def sequence_balance(logits_PE: jax.Array, probability_PE: jax.Array, top_k: int, shape: tuple[int, int]) -> jax.Array:
+def sequence_balance(
+    logits_PE: jax.Array,
+    probability_PE: jax.Array,
+    top_k: int,
+    shape: tuple[int, int],
+    documents: Documents | None = None,
+) -> jax.Array:
     """Spec: moezoo.core.reference.losses.sequence_balance."""
     batch, length = shape
     num_experts = logits_PE.shape[-1]
+    if documents is not None:
+        return num_experts * _document_balance(highest_logits(logits_PE, top_k), probability_PE, documents) / top_k
     hot_BTE = highest_logits(logits_PE, top_k).reshape(batch, length, num_experts)
     share_BE = jnp.sum(hot_BTE, axis=1) / (length * top_k)
     mean_BE = jnp.mean(probability_PE.reshape(batch, length, num_experts), axis=1)
     return num_experts * jnp.mean(jnp.sum(share_BE * mean_BE, axis=-1))
+
+
+def _document_balance(hot_PE: jax.Array, probability_PE: jax.Array, documents: Documents) -> jax.Array:
+    """Return the mean over documents of `sum_e mean(hot_e) * mean(probability_e)`.
+
+    There are at most as many as tokens; padding is added to one more.
+    """
+    number_P, tokens = documents.number_P, len(hot_PE)
+    zeros_PE = jnp.zeros((tokens + 1, hot_PE.shape[-1]))
+    place_P = jnp.where(number_P < 0, tokens, number_P)
+    size_P1 = jnp.maximum(zeros_PE[:, :1].at[place_P].add(jnp.ones((tokens, 1))), 1)
+    hot_PE = zeros_PE.at[place_P].add(hot_PE.astype(jnp.float32)) / size_P1
+    value_P = jnp.sum(hot_PE * (zeros_PE.at[place_P].add(probability_PE) / size_P1), axis=-1)[:-1]
+    return jnp.sum(value_P) / (jnp.max(number_P) + 1)
 
 
 def importance(routing: Routing) -> jax.Array:
@@ -186,7 +213,7 @@ def importance(routing: Routing) -> jax.Array:
     return squared_variation(importance_E)
 
 
-def load(routing: Routing, top_k: int) -> jax.Array:
+def load(routing: Routing, top_k: int, real_P: jax.Array | None = None) -> jax.Array:
     """Spec: moezoo.core.reference.losses.load."""
     if routing.clean_logits_PE is None or routing.noise_scale_PE is None:
         return squared_variation(expert_counts(routing))
@@ -194,31 +221,33 @@ def load(routing: Routing, top_k: int) -> jax.Array:
     last_P, next_P = falling_PK[:, top_k - 1], falling_PK[:, top_k]
     threshold_PE = jnp.where(routing.logits_PE > next_P[:, None], next_P[:, None], last_P[:, None])
     chance_PE = normal_cdf((routing.clean_logits_PE - threshold_PE) / routing.noise_scale_PE)
+    chance_PE = chance_PE if real_P is None else jnp.where(real_P[:, None], chance_PE, 0.0)
     return squared_variation(jnp.sum(chance_PE, axis=0))
 
 
 def heterogeneous_balance(
-    load_E: jax.Array, probability_PE: jax.Array, num_experts: int, ffn_share: float
+    load_E: jax.Array, probability_PE: jax.Array, num_experts: int, ffn_share: float, real_P: jax.Array | None = None
 ) -> jax.Array:
     """Spec: moezoo.core.reference.losses.heterogeneous_balance."""
     is_zero_E = jnp.arange(load_E.shape[-1]) >= num_experts
     eta_E = jnp.where(is_zero_E, ffn_share, 1.0)
     share_E = load_E / jnp.sum(load_E)
-    return jnp.sum(1 / eta_E) * jnp.sum(eta_E * share_E * jnp.mean(probability_PE, axis=0))
+    return jnp.sum(1 / eta_E) * jnp.sum(eta_E * share_E * token_mean(probability_PE, real_P))
 
 
-def router_z(routing: Routing) -> jax.Array:
+def router_z(routing: Routing, real_P: jax.Array | None = None) -> jax.Array:
     """Spec: moezoo.core.reference.losses.router_z."""
-    return jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits_PE, axis=-1)))
+    return token_mean(jnp.square(jax.nn.logsumexp(routing.logits_PE, axis=-1)), real_P)
 
 
-def pooled_balance(layer_logits: Sequence[jax.Array], top_k: int) -> jax.Array:
+def pooled_balance(layer_logits: Sequence[jax.Array], top_k: int, real_P: jax.Array | None = None) -> jax.Array:
     """Spec: moezoo.core.reference.losses.pooled_balance."""
     logits_PE = jnp.concatenate(layer_logits)
     chosen_PE = jnp.concatenate([highest_logits(own_PE, top_k) for own_PE in layer_logits])
-    frequency_E = jnp.mean(chosen_PE.astype(jnp.float32), axis=0)
+    real_P = None if real_P is None else jnp.tile(real_P, len(layer_logits))
+    frequency_E = token_mean(chosen_PE.astype(jnp.float32), real_P)
     probability_PE = jax.nn.softmax(logits_PE, axis=-1)
-    return logits_PE.shape[-1] * jnp.sum(frequency_E * jnp.mean(probability_PE, axis=0))
+    return logits_PE.shape[-1] * jnp.sum(frequency_E * token_mean(probability_PE, real_P))
 
 
 def auxiliary_loss(
@@ -228,33 +257,34 @@ def auxiliary_loss(
     shape: tuple[int, int],
     *,
     load_E: jax.Array | None = None,
+    documents: Documents | None = None,
 ) -> jax.Array:
     """Spec: moezoo.core.reference.losses.auxiliary_loss."""
+    real_P = None if documents is None else documents.real_P
+    probability_PE = probabilities(moe.router, routing)
     match spec:
         case SwitchBalanceLossSpec() | ExpertBalanceLossSpec():
-            return switch_balance(expert_counts(routing), probabilities(moe.router, routing))
+            return switch_balance(expert_counts(routing), probability_PE, real_P)
         case GlobalBalanceLossSpec():
             own_E = expert_counts(routing) if load_E is None else load_E
-            return switch_balance(own_E, probabilities(moe.router, routing))
+            return switch_balance(own_E, probability_PE, real_P)
         case DeviceBalanceLossSpec():
-            return device_balance(expert_counts(routing), probabilities(moe.router, routing), spec.num_devices)
+            return device_balance(expert_counts(routing), probability_PE, spec.num_devices, real_P)
         case CommunicationBalanceLossSpec():
-            probability_PE = probabilities(moe.router, routing)
-            return communication_balance(routing, probability_PE, spec.num_devices, spec.max_devices)
+            return communication_balance(routing, probability_PE, spec.num_devices, spec.max_devices, real_P)
         case SequenceBalanceLossSpec():
-            return sequence_balance(routing.logits_PE, probabilities(moe.router, routing), moe.router.top_k, shape)
+            return sequence_balance(routing.logits_PE, probability_PE, moe.router.top_k, shape, documents)
         case ImportanceLossSpec():
             return importance(routing)
         case LoadLossSpec():
-            return load(routing, moe.router.top_k)
+            return load(routing, moe.router.top_k, real_P)
         case HeterogeneousBalanceLossSpec():
-            probability_PE = probabilities(moe.router, routing)
             ffn_share = 1.0 if moe.zero_computation is None else moe.zero_computation.ffn_share
-            return heterogeneous_balance(expert_counts(routing), probability_PE, moe.num_experts, ffn_share)
+            return heterogeneous_balance(expert_counts(routing), probability_PE, moe.num_experts, ffn_share, real_P)
         case RouterZLossSpec():
-            return router_z(routing)
+            return router_z(routing, real_P)
         case PooledBalanceLossSpec():
-            return pooled_balance([routing.logits_PE], moe.router.top_k)
+            return pooled_balance([routing.logits_PE], moe.router.top_k, real_P)
         case _:
             assert_never(spec)
 
@@ -268,6 +298,7 @@ def loss_terms(
     index_losses: Sequence[tuple[int, float, jax.Array]] = (),
     global_load: Sequence[jax.Array] | None = None,
     num_targets: jax.Array | None = None,
+    documents: Documents | None = None,
 ) -> dict[str, jax.Array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT, num_targets)}
@@ -277,7 +308,7 @@ def loss_terms(
     for order, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
         load_E = None if global_load is None else global_load[order]
         for loss in moe.losses:
-            value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E)
+            value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E, documents=documents)
             found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
             if isinstance(loss, PooledBalanceLossSpec):
                 pooled.append(routing.logits_PE)
@@ -289,7 +320,7 @@ def loss_terms(
         value = sum((value for _, _, value in rows), zero) / len(rows)
         weighted = sum((coefficient * value for _, coefficient, value in rows), zero)
         if name == "pooled_balance":
-            value = pooled_balance(pooled, pooled_top_k)
+            value = pooled_balance(pooled, pooled_top_k, None if documents is None else documents.real_P)
             weighted = rows[0][1] * value
         terms |= {name: value, f"{name}_weighted": weighted}
         terms |= {f"layers.{index}.{name}": value for index, _, value in rows}

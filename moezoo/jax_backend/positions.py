@@ -1,7 +1,7 @@
 """Position encodings. Spec: moezoo.core.reference.positions."""
 
 from functools import partial
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,59 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from moezoo.core.reference.positions import frequencies, score_multiplier, sinusoidal_frequencies
+from moezoo.core.reference.positions import frequencies, sinusoidal_frequencies
 from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
+from moezoo.core.tokens import PADDING
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.quantization import take
 
 Layout = Literal["half_split", "interleaved"]
 
-__all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # score_multiplier is a plain number, shared with core
+
+class Documents(NamedTuple):
+    """Spec: moezoo.core.reference.positions.Documents."""
+
+    document_BT: jax.Array
+    position_BT: jax.Array
+
+    @property
+    def real_P(self) -> jax.Array:
+        """Spec: moezoo.core.reference.positions.Documents.real_P."""
+        return self.document_BT.reshape(-1) != PADDING
+
+    @property
+    def number_P(self) -> jax.Array:
+        """Spec: moezoo.core.reference.positions.Documents.number_P."""
+        first_P = self.real_P & (self.position_BT.reshape(-1) == 0)
+        return jnp.where(self.real_P, jnp.cumsum(first_P) - 1, -1)
+
+
+def packed_documents(document_BT: jax.Array | None) -> Documents | None:
+    """Spec: moezoo.core.reference.positions.packed_documents."""
+    if document_BT is None:
+        return None
+    slot_T = jnp.arange(document_BT.shape[1])
+    begins_BT = document_BT[:, 1:] != document_BT[:, :-1]
+    first_BT = lax.cummax(jnp.pad(jnp.where(begins_BT, slot_T[1:], 0), [(0, 0), (1, 0)]), axis=1)
+    return Documents(document_BT, jnp.where(document_BT == PADDING, 0, slot_T - first_BT))
+
+
+def token_mean(value: jax.Array, real_P: jax.Array | None = None) -> jax.Array:
+    """Spec: moezoo.core.reference.positions.token_mean."""
+    if real_P is None:
+        return jnp.mean(value, axis=0)
+    real = real_P.reshape(-1, *(1,) * (value.ndim - 1))
+    return jnp.sum(jnp.where(real, value, 0.0), axis=0) / jnp.sum(real_P)
+
+
+def within_documents(mask_TS: jax.Array, documents: Documents | None) -> jax.Array:
+    """Spec: moezoo.core.reference.positions.within_documents."""
+    return mask_TS if documents is None else mask_TS & same_document(documents.document_BT, documents.document_BT)
+
+
+def same_document(document_BT: jax.Array, document_BS: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.positions.same_document."""
+    return document_BT[:, :, None] == document_BS[:, None, :]
 
 
 def rotate(spec: RoPESpec, x_BTNH: jax.Array, position_T: jax.Array) -> jax.Array:
@@ -63,11 +108,15 @@ def _rotated_pairs_backward(
 _rotated_pairs.defvjp(_rotated_pairs_forward, _rotated_pairs_backward)
 
 
-def positions(length: int, cached: jax.Array | int, first_B: jax.Array | None) -> jax.Array:
+def positions(
+    length: int, cached: jax.Array | int, first_B: jax.Array | None, documents: Documents | None = None
+) -> jax.Array:
     """Return the positions of T tokens after `cached` ones: [T], or [B, T] where row b starts at slot `first_B`.
 
-    Padding before the first token of a row has negative positions.
+    Padding before the first token of a row has negative positions. In the documents of packed sequences, they restart.
     """
+    if documents is not None:
+        return documents.position_BT
     slot_T = jnp.arange(length) + cached
     return slot_T if first_B is None else slot_T - first_B[:, None]
 

@@ -79,10 +79,14 @@ class Router(nnx.Module):
         if isinstance(spec.choice, ExpertChoiceSpec) and context.inference:
             cutoff_E = average_cutoff(self.cutoff[...].astype(jnp.float32), self.cutoff_weight[...].astype(jnp.float32))
         choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
+        valid_PK, weight_PK = choice.valid_PK, self._combine_weight(choice, logits_PE, score_PE)
+        if context.real_P is not None:
+            valid_PK = valid_PK & context.real_P[:, None]
+            weight_PK = jnp.where(context.real_P[:, None], weight_PK, 0.0)
         return Routing(
             choice.expert_PK,
-            choice.valid_PK,
-            self._combine_weight(choice, logits_PE, score_PE),
+            valid_PK,
+            weight_PK,
             score_PE,
             logits_PE,
             selection_PE,

@@ -8,7 +8,7 @@ from moezoo.core.spec import ShortConvolutionSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
-from moezoo.jax_backend.positions import positions
+from moezoo.jax_backend.positions import Documents, positions
 
 
 class ShortConvolution(nnx.Module):
@@ -36,6 +36,7 @@ class ShortConvolution(nnx.Module):
         *,
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
+        documents: Documents | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         del first_value_BTMH  # only grouped-query attention uses it
@@ -53,7 +54,7 @@ class ShortConvolution(nnx.Module):
             position_BT = positions(length, 0 if cache is None else cache.length, first_B)
             gated_BTZ = jnp.where(position_BT[..., None] >= 0, gated_BTZ, 0).astype(dtype)
         past = empty_convolution_cache(self.spec, batch, embed_dim, dtype) if cache is None else cache
-        convolved_BTZ = causal_convolution(gated_BTZ, self.conv[...], past.input_BSZ)
+        convolved_BTZ = causal_convolution(gated_BTZ, self.conv[...], past.input_BSZ, documents)
         if self.spec.bias:
             convolved_BTZ = convolved_BTZ + self.b_conv[...].astype(jnp.float32)
         if cache is not None:
@@ -65,11 +66,17 @@ class ShortConvolution(nnx.Module):
         return Attended(output, cache, None, None)
 
 
-def causal_convolution(x: jax.Array, weight: jax.Array, before: jax.Array) -> jax.Array:
+def causal_convolution(
+    x: jax.Array, weight: jax.Array, before: jax.Array, documents: Documents | None = None
+) -> jax.Array:
     """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
     length = x.shape[1]
     padded = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
     weight = weight.astype(jnp.float32)
-    rows = (padded[:, start : start + length] * row for start, row in enumerate(weight))
+    inputs = [padded[:, start : start + length] for start in range(len(weight))]
+    if documents is not None:
+        position = documents.position_BT.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+        inputs = [jnp.where(position >= len(weight) - 1 - start, own, 0.0) for start, own in enumerate(inputs)]
+    rows = (own * row for own, row in zip(inputs, weight, strict=True))
     convolved: jax.Array = sum(rows, jnp.float32(0))
     return convolved

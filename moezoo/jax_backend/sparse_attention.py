@@ -12,7 +12,7 @@ from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.positions import rotate
+from moezoo.jax_backend.positions import Documents, rotate, token_mean
 
 
 class Indexer(nnx.Module):
@@ -77,7 +77,9 @@ def attend_where(
     return attended.astype(value_BSMH.dtype), distribution_BTS
 
 
-def index_loss(index_BTS: jax.Array, distribution_BTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def index_loss(
+    index_BTS: jax.Array, distribution_BTS: jax.Array, mask_BTS: jax.Array, documents: Documents | None = None
+) -> jax.Array:
     """Spec: moezoo.core.reference.sparse_attention.index_loss; computed as `sum p (q/p - 1 - log(q/p))`.
 
     This is equal, since both distributions sum to 1. Its terms are not negative and vanish to second order where q
@@ -87,4 +89,5 @@ def index_loss(index_BTS: jax.Array, distribution_BTS: jax.Array, mask_BTS: jax.
     # Underflowed weights are raised to 1e-30, so that their term is q, which the sum would otherwise lack.
     p_BTS = jnp.maximum(distribution_BTS, 1e-30)
     log_ratio_BTS = jnp.where(mask_BTS, jax.nn.log_softmax(logits, axis=-1) - jnp.log(p_BTS), 0.0)
-    return jnp.mean(jnp.sum(p_BTS * (jnp.expm1(log_ratio_BTS) - log_ratio_BTS), axis=-1))
+    divergence_BT = jnp.sum(p_BTS * (jnp.expm1(log_ratio_BTS) - log_ratio_BTS), axis=-1)
+    return token_mean(divergence_BT.reshape(-1), None if documents is None else documents.real_P)

@@ -20,11 +20,12 @@ from moezoo.core.quantization.weight import check_no_codes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.core.tokens import IGNORED, check_targets
+from moezoo.core.tokens import IGNORED, check_documents, check_targets
 from moezoo.jax_backend.arrays import Weights, to_numpy
 from moezoo.jax_backend.distributed.sharding import Placement, shard, with_axes
 from moezoo.jax_backend.inference import JaxInference, Parameters, flatten_forced, routing_load
 from moezoo.jax_backend.optimizer import clip, global_norm, make_optimizer
+from moezoo.jax_backend.positions import packed_documents
 from moezoo.jax_backend.router_state import updated_state
 from moezoo.jax_backend.runtime.in_flight import launched
 from moezoo.jax_backend.runtime.processes import lost_peer, on_host, processes
@@ -73,12 +74,14 @@ class JaxTraining(JaxInference):
         forced: Sequence[np.ndarray] | None = None,
         key: Bits | None = None,
         trained: Collection[str] | None = None,
+        documents: np.ndarray | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
+        check_documents(tokens, targets, documents)
         parts = self._split_trained(trained)
         with self._traced(len(tokens)):
             (_, (terms, *_)), gradients = self._gradients(
-                *parts, self._state, tokens, targets, key, flatten_forced(forced)
+                *parts, self._state, tokens, targets, documents, key, flatten_forced(forced)
             )
         return {name: float(value) for name, value in terms.items()}, self._stacks.unstack(to_numpy(gradients))
 
@@ -89,14 +92,15 @@ class JaxTraining(JaxInference):
         state: Parameters,
         tokens: jax.Array,
         targets: jax.Array,
+        documents: jax.Array | None = None,
         key: jax.Array | None = None,
         forced: Sequence[jax.Array] | None = None,
         **of_step: Any,
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[jax.Array | None], tuple[list[jax.Array], list[jax.Array]]]]:
         """Return the loss; and every loss term, cutoffs, and loads and drops. `of_step`: see `_terms`."""
         module, how = self._transformed({**frozen, **trained}, state, tokens, self._rematerialize)
-        result = module(tokens, forced=forced, key=key, **how._asdict())
-        terms = self._terms(result, targets, **of_step)
+        result = module(tokens, forced=forced, key=key, document_BT=documents, **how._asdict())
+        terms = self._terms(result, targets, documents=packed_documents(documents), **of_step)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], (terms, cutoffs, routing_load(result))
 
@@ -147,9 +151,11 @@ class JaxTraining(JaxInference):
         learning_rate: float,
         keys: Bits | None = None,
         targets: np.ndarray | None = None,
+        documents: np.ndarray | None = None,
     ) -> PendingJaxStep:
-        batch = step_batch(windows, targets)
-        check_targets(*batch, whole=processes().count == 1)
+        batch = step_batch(windows, targets, documents)
+        check_targets(batch.tokens, batch.targets, whole=processes().count == 1)
+        check_documents(*batch)
         if self._placement is not None:
             batch = jax.tree.map(self._placement.of_all_processes, batch)
         with self._traced(batch.tokens.shape[1]), lost_peer():
@@ -215,7 +221,7 @@ class JaxTraining(JaxInference):
     ) -> list[jax.Array]:
         """Return, per MoE layer, how many tokens chose each expert."""
         module, how = self._transformed(parameters, state, part.tokens)
-        return routing_load(module(part.tokens, key=key, **how._asdict()))[0]
+        return routing_load(module(part.tokens, key=key, document_BT=part.documents, **how._asdict()))[0]
 
     def _split_trained(self, names: Collection[str] | None) -> tuple[Parameters, Parameters]:
         """Return the held arrays of the parameters of these names, and those of the others. None: all are trained.

@@ -33,7 +33,7 @@ from moezoo.jax_backend.latent_attention import LatentAttention
 from moezoo.jax_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.jax_backend.moe import Exchange, MoE
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.positions import EmbeddingPosition, positions
+from moezoo.jax_backend.positions import Documents, EmbeddingPosition, packed_documents, positions
 from moezoo.jax_backend.random import fold_in, uniform
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.short_convolution import ShortConvolution
@@ -62,8 +62,26 @@ class StepInputs(NamedTuple):
     record: Record | None
     key: jax.Array | None
     inference: bool
+    documents: Documents | None
     exchange: Exchange | None
     wrap_block: WrapBlock | None
+
+    def routing_context(
+        self, index: int | jax.Array, previous_PE: jax.Array | None, key: jax.Array | None
+    ) -> RoutingContext:
+        """Spec: moezoo.core.reference.transformer.StepInputs.routing_context."""
+        forced_PK = None
+        if self.forced:
+            assert isinstance(index, int)
+            forced_PK = self.forced[index]
+        return RoutingContext(
+            token_P=self.tokens_BT.reshape(-1),
+            previous_PE=previous_PE,
+            forced_PK=forced_PK,
+            key=key,
+            inference=self.inference,
+            real_P=None if self.documents is None else self.documents.real_P,
+        )
 
 
 class ResidualState(NamedTuple):
@@ -160,11 +178,7 @@ class Layer(nnx.Module):
             seen_BTD = self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
-            forced_PK = None
-            if inputs.forced:
-                assert isinstance(index, int)
-                forced_PK = inputs.forced[index]
-            context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
+            context = inputs.routing_context(index, state.previous_PE, key)
             out, routing, dispatched = self._block("moe", inputs, key)(
                 seen_BTD, context, raw_BTD=x_BTD, exchange=inputs.exchange, record=record, name=f"{name}.moe"
             )
@@ -198,7 +212,7 @@ class Layer(nnx.Module):
         cache, first_B = None, None
         if inputs.caches is not None:
             cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
-        shared: dict[str, Any] = {}
+        shared: dict[str, Any] = {"documents": inputs.documents}
         match self.spec.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
                 shared["source"] = sources[other]
@@ -287,6 +301,7 @@ class Transformer(nnx.Module):
         record: Record | None = None,
         key: jax.Array | None = None,
         inference: bool = False,
+        document_BT: jax.Array | None = None,
         exchange: Exchange | None = None,
         wrap_block: WrapBlock | None = None,
     ) -> Forward:
@@ -296,8 +311,9 @@ class Transformer(nnx.Module):
         """
         forced_by_layer = {} if forced is None else dict(zip(self.spec.moe_layers, forced, strict=True))
         inference = inference or caches is not None
-        inputs = StepInputs(tokens_BT, forced_by_layer, caches, record, key, inference, exchange, wrap_block)
-        x_BTD = self._embed(tokens_BT, caches)
+        documents = packed_documents(document_BT)
+        inputs = StepInputs(tokens_BT, forced_by_layer, caches, record, key, inference, documents, exchange, wrap_block)
+        x_BTD = self._embed(tokens_BT, caches, documents)
         if record is not None:
             record["embedding"] = x_BTD
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
@@ -351,13 +367,13 @@ class Transformer(nnx.Module):
             ],
         )
 
-    def _embed(self, tokens_BT: jax.Array, caches: Caches | None) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, caches: Caches | None, documents: Documents | None) -> jax.Array:
         x_BTD = take(self.embedding.weight[...], tokens_BT).astype(jnp.float32)
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:
             start, first_B = (0, None) if caches is None else (caches.places, caches.first_B)
-            x_BTD = x_BTD + self.position(jnp.maximum(positions(tokens_BT.shape[1], start, first_B), 0))
+            x_BTD = x_BTD + self.position(jnp.maximum(positions(tokens_BT.shape[1], start, first_B, documents), 0))
         return x_BTD.astype(DTYPES[self.spec.precision.compute])
 
     def _logits(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:

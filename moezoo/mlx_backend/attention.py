@@ -12,7 +12,7 @@ from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.attention import Chunk, attend_chunks, attend_fused, chunk_length
 from moezoo.mlx_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
 from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
-from moezoo.mlx_backend.positions import positions, rotate, same_side
+from moezoo.mlx_backend.positions import Documents, positions, rotate, same_document, same_side
 
 
 def attend(
@@ -67,6 +67,7 @@ def attend_causally(
     key_BTMH: mx.array,
     value_BTMH: mx.array,
     sink_N: mx.array | None = None,
+    documents: Documents | None = None,
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
@@ -77,8 +78,13 @@ def attend_causally(
     size, position_T = chunk_length(length), mx.arange(length)
     chunks = []
     for start in range(0, length, size):
-        end, first = min(start + size, length), _first_visible(spec, start)
-        mask_TS = visible(spec, position_T[start:end], position_T[first:end])
+        end, first = min(start + size, length), _first_visible(spec, start, documents)
+        if documents is None:
+            mask_TS = visible(spec, position_T[start:end], position_T[first:end])
+        else:
+            own, seen = (Documents(*(part[:, begin:end] for part in documents)) for begin in (start, first))
+            mask_TS = visible(spec, own.position_BT, seen.position_BT)
+            mask_TS = mask_TS & same_document(own.document_BT, seen.document_BT)
         chunks.append(Chunk(start, end, first, end, mask_TS))
     scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
 
@@ -104,10 +110,15 @@ def _mask(
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
 
 
-def _first_visible(spec: GroupedQueryAttentionSpec, position: int) -> int:
-    """Return the first position that a query at this position, or at a later one, may attend to."""
+def _first_visible(spec: GroupedQueryAttentionSpec, position: int, documents: Documents | None) -> int:
+    """Return the first slot that a query at this slot, or at a later one, may attend to.
+
+    In documents, which begin at any slot, so do their chunks.
+    """
     if spec.window is not None:
         return max(0, position - spec.window + 1)
+    if spec.chunk is not None and documents is not None:
+        return max(0, position - spec.chunk + 1)
     return 0 if spec.chunk is None else position // spec.chunk * spec.chunk
 
 
@@ -154,6 +165,7 @@ class GroupedQueryAttention(nn.Module):
         first_value_BTMH: mx.array | None = None,
         first_B: mx.array | None = None,
         source: Source | None = None,
+        documents: Documents | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
@@ -162,8 +174,9 @@ class GroupedQueryAttention(nn.Module):
             query = query + self.b_query.astype(dtype)
         batch, length = x_BTD.shape[:2]
         cached = 0 if cache is None else cache.length
-        position_T = positions(length, cached, first_B)
-        known_T = range(cached, cached + length) if first_B is None else position_T
+        position_T = positions(length, cached, first_B, documents)
+        is_known = first_B is None and documents is None
+        known_T = range(cached, cached + length) if is_known else position_T
         query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, known_T)
         if spec.temperature_tuning is not None:
             temperature_T = temperature(spec.temperature_tuning, mx.maximum(position_T, 0))
@@ -186,7 +199,7 @@ class GroupedQueryAttention(nn.Module):
         sink_N = self.sink.astype(mx.float32) if spec.sinks else None
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, source[0], source[1], sink_N)
+            attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents)
         else:
             attended = attend(
                 grouped,

@@ -39,6 +39,7 @@ class RoutingContext:
     forced_PK: mx.array | None = None
     key: mx.array | None = None
     inference: bool = False
+    real_P: mx.array | None = None
 
 
 NO_CONTEXT = RoutingContext()
@@ -83,12 +84,14 @@ def choose(
                 assert cutoff_E is not None
                 taken_PE = selection_PE >= cutoff_E
             else:
-                taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE)
+                taken_PE, cutoffs_E = _highest_tokens(spec, selection_PE, context.real_P)
             expert_PK, valid_PK = _highest(mx.where(taken_PE, selection_PE, -mx.inf), selection_PE.shape[1])
         case _:
             assert_never(spec.choice)
     if context.forced_PK is not None:
         expert_PK, valid_PK = mx.maximum(context.forced_PK, 0), context.forced_PK >= 0
+        if context.real_P is not None:
+            valid_PK = valid_PK | ~context.real_P[:, None]  # weights of no expert could be 0 / 0
         weight_PK = None if weight_PK is None else mx.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E)
 
@@ -153,9 +156,13 @@ def _sparsemixer(
     return mx.stack(experts, axis=-1), mx.stack(weights, axis=-1)
 
 
-def _highest_tokens(spec: RouterSpec, value_PE: mx.array) -> tuple[mx.array, mx.array]:
-    tokens, num_experts = value_PE.shape
+def _highest_tokens(spec: RouterSpec, value_PE: mx.array, real_P: mx.array | None) -> tuple[mx.array, mx.array]:
+    num_tokens, num_experts = value_PE.shape
+    tokens: int | mx.array = num_tokens
+    if real_P is not None:
+        value_PE, tokens = mx.where(real_P[:, None], value_PE, -mx.inf), mx.sum(real_P)
     most = -(-tokens * spec.top_k // num_experts)
     order_PE = mx.argsort(-value_PE, axis=0)
     taken_PE = mx.argsort(order_PE, axis=0) < most
-    return taken_PE, mx.take_along_axis(value_PE, order_PE[most - 1 : most], axis=0)[0]
+    last_1E = mx.take(order_PE, mx.array([most - 1]) if isinstance(most, int) else most[None] - 1, axis=0)
+    return taken_PE, mx.take_along_axis(value_PE, last_1E, axis=0)[0]

@@ -5,12 +5,13 @@ import math
 import mlx.core as mx
 from mlx import nn
 
+from moezoo.core.reference.delta_attention import FORGETS
 from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
 from moezoo.mlx_backend.normalization import norm
-from moezoo.mlx_backend.positions import positions
+from moezoo.mlx_backend.positions import Documents, positions
 from moezoo.mlx_backend.runtime.typed import custom_function
 from moezoo.mlx_backend.short_convolution import causal_convolution
 
@@ -46,6 +47,7 @@ class GatedDeltaAttention(nn.Module):
         *,
         first_value_BTMH: mx.array | None = None,
         first_B: mx.array | None = None,
+        documents: Documents | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         del first_value_BTMH  # only grouped-query attention uses it
@@ -63,12 +65,17 @@ class GatedDeltaAttention(nn.Module):
             real_BT1 = positions(length, 0 if cache is None else cache.length, first_B)[..., None] >= 0
             beta, log_decay = mx.where(real_BT1, beta, 0.0), mx.where(real_BT1, log_decay, 0.0)
             query, key, value = (mx.where(real_BT1[..., None], x, 0).astype(dtype) for x in (query, key, value))
+        if documents is not None:
+            log_decay = mx.where(documents.position_BT[..., None] == 0, FORGETS, log_decay)
         past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
         grouped = (batch, length, spec.num_key_heads, -1)
         attended, state_BMGHZ = gated_delta_rule(
-            unit(nn.silu(causal_convolution(query, self.conv_query, past.query_BSMH))) / math.sqrt(spec.key_head_dim),
-            unit(nn.silu(causal_convolution(key, self.conv_key, past.key_BSMH))),
-            nn.silu(causal_convolution(value, self.conv_value, past.value_BSNZ)).reshape(*grouped, spec.value_head_dim),
+            unit(nn.silu(causal_convolution(query, self.conv_query, past.query_BSMH, documents)))
+            / math.sqrt(spec.key_head_dim),
+            unit(nn.silu(causal_convolution(key, self.conv_key, past.key_BSMH, documents))),
+            nn.silu(causal_convolution(value, self.conv_value, past.value_BSNZ, documents)).reshape(
+                *grouped, spec.value_head_dim
+            ),
             beta.reshape(grouped),
             log_decay.reshape(grouped),
             past.state_BMGHZ,

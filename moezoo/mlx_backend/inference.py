@@ -14,7 +14,7 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import check_targets
+from moezoo.core.tokens import check_documents, check_targets
 from moezoo.mlx_backend.adapter import BASE, Adapted
 from moezoo.mlx_backend.arrays import Weights, named, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
@@ -24,6 +24,7 @@ from moezoo.mlx_backend.kernels.codes import named_codes
 from moezoo.mlx_backend.kernels.x86.token import token_step
 from moezoo.mlx_backend.kv_cache import Caches
 from moezoo.mlx_backend.losses import loss_terms, token_losses
+from moezoo.mlx_backend.positions import packed_documents
 from moezoo.mlx_backend.quantization import QuantizedArray, dequantize, is_surely_finite
 from moezoo.mlx_backend.runtime.typed import to_float, to_int, to_ints
 from moezoo.mlx_backend.sampling import Rule
@@ -53,7 +54,9 @@ class MlxInference:
         record: bool = False,
         key: Bits | None = None,
         inference: bool = False,
+        documents: np.ndarray | None = None,
     ) -> Output:
+        check_documents(tokens, targets, documents)
         if targets is not None:
             check_targets(tokens, targets)
         intermediates: dict[str, mx.array] = {}
@@ -63,8 +66,10 @@ class MlxInference:
             record=intermediates,
             key=None if key is None else mx.array(key),
             inference=inference,
+            document_BT=None if documents is None else mx.array(documents),
         )
-        terms = {} if targets is None else self._terms(result, mx.array(targets))
+        packed = None if documents is None else packed_documents(mx.array(documents))
+        terms = {} if targets is None else self._terms(result, mx.array(targets), documents=packed)
         _, terms = data_parallel.averaged({}, terms)
         mx.eval(result.logits_BTV, result.routings, terms, intermediates if record else {})
         return Output(
@@ -79,9 +84,18 @@ class MlxInference:
         losses = result.index_losses
         return loss_terms(self.spec, result.logits_BTV, targets, result.routings, index_losses=losses, **of_step)
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray, *, inference: bool = False) -> Scores:
+    def score(
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        *,
+        inference: bool = False,
+        documents: np.ndarray | None = None,
+    ) -> Scores:
+        check_documents(tokens, targets, documents)
         own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)
-        result = self._module(mx.array(own_tokens), inference=inference)
+        document_BT = None if documents is None else mx.array(data_parallel.own_part(documents))
+        result = self._module(mx.array(own_tokens), inference=inference, document_BT=document_BT)
         losses = token_losses(result.logits_BTV, mx.array(own_targets))
         load, dropped = routing_load(result)
         if len(own_tokens) < len(tokens):

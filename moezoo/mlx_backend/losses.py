@@ -27,6 +27,7 @@ from moezoo.core.tokens import IGNORED
 from moezoo.mlx_backend.dispatch import expert_counts
 from moezoo.mlx_backend.distributed.data_parallel import average, total
 from moezoo.mlx_backend.kernels.cross_entropy import softmax_losses
+from moezoo.mlx_backend.positions import Documents, token_mean
 from moezoo.mlx_backend.routing import Routing
 
 
@@ -84,33 +85,59 @@ def normal_cdf(x: mx.array) -> mx.array:
 # --- the auxiliary losses --------------------------------------------------------------------------------------------
 
 
-def switch_balance(load_E: mx.array, probability_PE: mx.array) -> mx.array:
+def switch_balance(load_E: mx.array, probability_PE: mx.array, real_P: mx.array | None = None) -> mx.array:
     """Spec: moezoo.core.reference.losses.switch_balance."""
     share_E = load_E / mx.sum(load_E)
-    return load_E.shape[-1] * mx.sum(share_E * mx.mean(probability_PE, axis=0))
+    return load_E.shape[-1] * mx.sum(share_E * token_mean(probability_PE, real_P))
 
 
-def device_balance(load_E: mx.array, probability_PE: mx.array, num_devices: int) -> mx.array:
+def device_balance(
+    load_E: mx.array, probability_PE: mx.array, num_devices: int, real_P: mx.array | None = None
+) -> mx.array:
     """Spec: moezoo.core.reference.losses.device_balance."""
-    return switch_balance(by_device(load_E, num_devices), by_device(probability_PE, num_devices))
+    return switch_balance(by_device(load_E, num_devices), by_device(probability_PE, num_devices), real_P)
 
 
-def communication_balance(routing: Routing, probability_PE: mx.array, num_devices: int, max_devices: int) -> mx.array:
+def communication_balance(
+    routing: Routing, probability_PE: mx.array, num_devices: int, max_devices: int, real_P: mx.array | None = None
+) -> mx.array:
     """Spec: moezoo.core.reference.losses.communication_balance."""
     hot_PKE = routing.expert_PK[..., None] == mx.arange(routing.score_PE.shape[-1])
     chosen_PE = mx.any(hot_PKE & routing.valid_PK[..., None], axis=1)
-    sent = average(mx.mean((by_device(chosen_PE, num_devices) > 0).astype(mx.float32), axis=0))
-    return num_devices / max_devices * mx.sum(sent * mx.mean(by_device(probability_PE, num_devices), axis=0))
+    sent = average(token_mean((by_device(chosen_PE, num_devices) > 0).astype(mx.float32), real_P))
+    return num_devices / max_devices * mx.sum(sent * token_mean(by_device(probability_PE, num_devices), real_P))
 
 
-def sequence_balance(logits_PE: mx.array, probability_PE: mx.array, top_k: int, shape: tuple[int, int]) -> mx.array:
+def sequence_balance(
+    logits_PE: mx.array,
+    probability_PE: mx.array,
+    top_k: int,
+    shape: tuple[int, int],
+    documents: Documents | None = None,
+) -> mx.array:
     """Spec: moezoo.core.reference.losses.sequence_balance."""
     batch, length = shape
     num_experts = logits_PE.shape[-1]
+    if documents is not None:
+        return num_experts * _document_balance(highest_logits(logits_PE, top_k), probability_PE, documents) / top_k
     hot_BTE = highest_logits(logits_PE, top_k).reshape(batch, length, num_experts)
     share_BE = mx.sum(hot_BTE, axis=1) / (length * top_k)
     mean_BE = mx.mean(probability_PE.reshape(batch, length, num_experts), axis=1)
     return num_experts * mx.mean(mx.sum(share_BE * mean_BE, axis=-1))
+
+
+def _document_balance(hot_PE: mx.array, probability_PE: mx.array, documents: Documents) -> mx.array:
+    """Return the mean over documents of `sum_e mean(hot_e) * mean(probability_e)`.
+
+    There are at most as many as tokens; padding is added to one more.
+    """
+    number_P, tokens = documents.number_P, len(hot_PE)
+    zeros_PE = mx.zeros((tokens + 1, hot_PE.shape[-1]))
+    place_P = mx.where(number_P < 0, tokens, number_P)
+    size_P1 = mx.maximum(zeros_PE[:, :1].at[place_P].add(mx.ones((tokens, 1))), 1)
+    hot_PE = zeros_PE.at[place_P].add(hot_PE.astype(mx.float32)) / size_P1
+    value_P = mx.sum(hot_PE * (zeros_PE.at[place_P].add(probability_PE) / size_P1), axis=-1)[:-1]
+    return mx.sum(value_P) / average(mx.max(number_P) + 1)
 
 
 def importance(routing: Routing) -> mx.array:
@@ -119,7 +146,7 @@ def importance(routing: Routing) -> mx.array:
     return squared_variation(total(importance_E))
 
 
-def load(routing: Routing, top_k: int) -> mx.array:
+def load(routing: Routing, top_k: int, real_P: mx.array | None = None) -> mx.array:
     """Spec: moezoo.core.reference.losses.load."""
     if routing.clean_logits_PE is None or routing.noise_scale_PE is None:
         return squared_variation(total(expert_counts(routing)))
@@ -128,28 +155,32 @@ def load(routing: Routing, top_k: int) -> mx.array:
     last_P, next_P = falling_PE[:, top_k - 1], falling_PE[:, top_k]
     threshold_PE = mx.where(routing.logits_PE > next_P[:, None], next_P[:, None], last_P[:, None])
     chance_PE = normal_cdf((routing.clean_logits_PE - threshold_PE) / routing.noise_scale_PE)
+    chance_PE = chance_PE if real_P is None else mx.where(real_P[:, None], chance_PE, 0.0)
     return squared_variation(total(mx.sum(chance_PE, axis=0)))
 
 
-def heterogeneous_balance(load_E: mx.array, probability_PE: mx.array, num_experts: int, ffn_share: float) -> mx.array:
+def heterogeneous_balance(
+    load_E: mx.array, probability_PE: mx.array, num_experts: int, ffn_share: float, real_P: mx.array | None = None
+) -> mx.array:
     """Spec: moezoo.core.reference.losses.heterogeneous_balance."""
     is_zero_E = mx.arange(load_E.shape[-1]) >= num_experts
     eta_E = mx.where(is_zero_E, ffn_share, 1.0)
     share_E = load_E / mx.sum(load_E)
-    return mx.sum(1 / eta_E) * mx.sum(eta_E * share_E * mx.mean(probability_PE, axis=0))
+    return mx.sum(1 / eta_E) * mx.sum(eta_E * share_E * token_mean(probability_PE, real_P))
 
 
-def router_z(routing: Routing) -> mx.array:
+def router_z(routing: Routing, real_P: mx.array | None = None) -> mx.array:
     """Spec: moezoo.core.reference.losses.router_z."""
-    return mx.mean(mx.square(mx.logsumexp(routing.logits_PE, axis=-1)))
+    return token_mean(mx.square(mx.logsumexp(routing.logits_PE, axis=-1)), real_P)
 
 
-def pooled_balance(layer_logits: Sequence[mx.array], top_k: int) -> mx.array:
+def pooled_balance(layer_logits: Sequence[mx.array], top_k: int, real_P: mx.array | None = None) -> mx.array:
     """Spec: moezoo.core.reference.losses.pooled_balance."""
     logits_PE = mx.concatenate(list(layer_logits))
-    frequency_E = average(mx.mean(highest_logits(logits_PE, top_k).astype(mx.float32), axis=0))
+    real_P = None if real_P is None else mx.tile(real_P, len(layer_logits))
+    frequency_E = average(token_mean(highest_logits(logits_PE, top_k).astype(mx.float32), real_P))
     probability_PE = mx.softmax(logits_PE, axis=-1, precise=True)
-    return logits_PE.shape[-1] * mx.sum(frequency_E * mx.mean(probability_PE, axis=0))
+    return logits_PE.shape[-1] * mx.sum(frequency_E * token_mean(probability_PE, real_P))
 
 
 def auxiliary_loss(
@@ -159,33 +190,36 @@ def auxiliary_loss(
     shape: tuple[int, int],
     *,
     load_E: mx.array | None = None,
+    documents: Documents | None = None,
 ) -> mx.array:
     """Spec: moezoo.core.reference.losses.auxiliary_loss."""
+    real_P = None if documents is None else documents.real_P
+    probability_PE = probabilities(moe.router, routing)
     match spec:
         case SwitchBalanceLossSpec() | ExpertBalanceLossSpec():
-            return switch_balance(total(expert_counts(routing)), probabilities(moe.router, routing))
+            return switch_balance(total(expert_counts(routing)), probability_PE, real_P)
         case GlobalBalanceLossSpec():
             own_E = total(expert_counts(routing)) if load_E is None else load_E
-            return switch_balance(own_E, probabilities(moe.router, routing))
+            return switch_balance(own_E, probability_PE, real_P)
         case DeviceBalanceLossSpec():
-            return device_balance(total(expert_counts(routing)), probabilities(moe.router, routing), spec.num_devices)
+            return device_balance(total(expert_counts(routing)), probability_PE, spec.num_devices, real_P)
         case CommunicationBalanceLossSpec():
-            probability_PE = probabilities(moe.router, routing)
-            return communication_balance(routing, probability_PE, spec.num_devices, spec.max_devices)
+            return communication_balance(routing, probability_PE, spec.num_devices, spec.max_devices, real_P)
         case SequenceBalanceLossSpec():
-            return sequence_balance(routing.logits_PE, probabilities(moe.router, routing), moe.router.top_k, shape)
+            return sequence_balance(routing.logits_PE, probability_PE, moe.router.top_k, shape, documents)
         case ImportanceLossSpec():
             return importance(routing)
         case LoadLossSpec():
-            return load(routing, moe.router.top_k)
+            return load(routing, moe.router.top_k, real_P)
         case HeterogeneousBalanceLossSpec():
-            probability_PE = probabilities(moe.router, routing)
             ffn_share = 1.0 if moe.zero_computation is None else moe.zero_computation.ffn_share
-            return heterogeneous_balance(total(expert_counts(routing)), probability_PE, moe.num_experts, ffn_share)
+            return heterogeneous_balance(
+                total(expert_counts(routing)), probability_PE, moe.num_experts, ffn_share, real_P
+            )
         case RouterZLossSpec():
-            return router_z(routing)
+            return router_z(routing, real_P)
         case PooledBalanceLossSpec():
-            return pooled_balance([routing.logits_PE], moe.router.top_k)
+            return pooled_balance([routing.logits_PE], moe.router.top_k, real_P)
         case _:
             assert_never(spec)
 
@@ -199,6 +233,7 @@ def loss_terms(
     index_losses: Sequence[tuple[int, float, mx.array]] = (),
     global_load: Sequence[mx.array] | None = None,
     num_targets: mx.array | None = None,
+    documents: Documents | None = None,
 ) -> dict[str, mx.array]:
     """Spec: moezoo.core.reference.losses.loss_terms."""
     terms = {"cross_entropy": cross_entropy(logits_BTV, target_BT, num_targets)}
@@ -208,7 +243,7 @@ def loss_terms(
     for order, ((index, moe), routing) in enumerate(zip(spec.moes, routings, strict=True)):
         load_E = None if global_load is None else global_load[order]
         for loss in moe.losses:
-            value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E)
+            value = auxiliary_loss(loss, moe, routing, (batch, length), load_E=load_E, documents=documents)
             found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
             if isinstance(loss, PooledBalanceLossSpec):
                 pooled.append(routing.logits_PE)
@@ -220,7 +255,7 @@ def loss_terms(
         value = sum((value for _, _, value in rows), zero) / len(rows)
         weighted = sum((coefficient * value for _, coefficient, value in rows), zero)
         if name == "pooled_balance":
-            value = pooled_balance(pooled, pooled_top_k)
+            value = pooled_balance(pooled, pooled_top_k, None if documents is None else documents.real_P)
             weighted = rows[0][1] * value
         terms |= {name: value, f"{name}_weighted": weighted}
         terms |= {f"layers.{index}.{name}": value for index, _, value in rows}

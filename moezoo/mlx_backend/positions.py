@@ -1,19 +1,65 @@
 """Position encodings. Spec: moezoo.core.reference.positions."""
 
 import functools
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from moezoo.core.reference.positions import frequencies, score_multiplier, sinusoidal_frequencies
+from moezoo.core.reference.positions import frequencies, sinusoidal_frequencies
 from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
+from moezoo.core.tokens import PADDING
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.distributed.data_parallel import average
 from moezoo.mlx_backend.kernels.rotation import turning_matrix, turns_by_matrix
 from moezoo.mlx_backend.quantization import take
 
-__all__ = ["EmbeddingPosition", "rotate", "score_multiplier"]  # score_multiplier is a plain number, shared with core
+
+class Documents(NamedTuple):
+    """Spec: moezoo.core.reference.positions.Documents."""
+
+    document_BT: mx.array
+    position_BT: mx.array
+
+    @property
+    def real_P(self) -> mx.array:
+        """Spec: moezoo.core.reference.positions.Documents.real_P."""
+        return self.document_BT.reshape(-1) != PADDING
+
+    @property
+    def number_P(self) -> mx.array:
+        """Spec: moezoo.core.reference.positions.Documents.number_P."""
+        first_P = self.real_P & (self.position_BT.reshape(-1) == 0)
+        return mx.where(self.real_P, mx.cumsum(first_P.astype(mx.int32)) - 1, -1)
+
+
+def packed_documents(document_BT: mx.array | None) -> Documents | None:
+    """Spec: moezoo.core.reference.positions.packed_documents."""
+    if document_BT is None:
+        return None
+    slot_T = mx.arange(document_BT.shape[1])
+    begins_BT = document_BT[:, 1:] != document_BT[:, :-1]
+    first_BT = mx.cummax(mx.pad(mx.where(begins_BT, slot_T[1:], 0), [(0, 0), (1, 0)]), axis=1)
+    return Documents(document_BT, mx.where(document_BT == PADDING, 0, slot_T - first_BT))
+
+
+def token_mean(value: mx.array, real_P: mx.array | None = None) -> mx.array:
+    """Spec: moezoo.core.reference.positions.token_mean."""
+    if real_P is None:
+        return mx.mean(value, axis=0)
+    real = real_P.reshape(-1, *(1,) * (value.ndim - 1))
+    return mx.sum(mx.where(real, value, 0.0), axis=0) / average(mx.sum(real_P))
+
+
+def within_documents(mask_TS: mx.array, documents: Documents | None) -> mx.array:
+    """Spec: moezoo.core.reference.positions.within_documents."""
+    return mask_TS if documents is None else mask_TS & same_document(documents.document_BT, documents.document_BT)
+
+
+def same_document(document_BT: mx.array, document_BS: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.positions.same_document."""
+    return document_BT[:, :, None] == document_BS[:, None, :]
 
 
 def rotate(spec: RoPESpec, x_BTNH: mx.array, position_T: mx.array | range) -> mx.array:
@@ -65,11 +111,15 @@ def _matrix(spec: RoPESpec, head_dim: int, position: int) -> mx.array:
     return mx.array(turning_matrix(spec, head_dim, position)[None, None])
 
 
-def positions(length: int, cached: mx.array | int, first_B: mx.array | None) -> mx.array:
+def positions(
+    length: int, cached: mx.array | int, first_B: mx.array | None, documents: Documents | None = None
+) -> mx.array:
     """Return the positions of T tokens after `cached` ones: [T], or [B, T] where row b starts at slot `first_B`.
 
-    Padding before the first token of a row has negative positions.
+    Padding before the first token of a row has negative positions. In the documents of packed sequences, they restart.
     """
+    if documents is not None:
+        return documents.position_BT
     slot_T = mx.arange(length) + cached
     return slot_T if first_B is None else slot_T - first_B[:, None]
 

@@ -84,10 +84,15 @@ class Router(nn.Module):
         if isinstance(spec.choice, ExpertChoiceSpec) and context.inference:
             cutoff_E = average_cutoff(self.cutoff.astype(mx.float32), self.cutoff_weight.astype(mx.float32))
         choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
+        every_slot, valid_PK = _uses_every_slot(spec, context), choice.valid_PK
+        weight_PK = self._combine_weight(choice, logits_PE, score_PE, every_slot=every_slot)
+        if context.real_P is not None:
+            valid_PK = valid_PK & context.real_P[:, None]
+            weight_PK = mx.where(context.real_P[:, None], weight_PK, 0.0)
         return Routing(
             choice.expert_PK,
-            choice.valid_PK,
-            self._combine_weight(choice, logits_PE, score_PE, every_slot=_uses_every_slot(spec, context)),
+            valid_PK,
+            weight_PK,
             score_PE,
             logits_PE,
             selection_PE,

@@ -7,7 +7,7 @@ from moezoo.core.spec import ShortConvolutionSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
-from moezoo.mlx_backend.positions import positions
+from moezoo.mlx_backend.positions import Documents, positions
 from moezoo.mlx_backend.quantization import as_array
 
 
@@ -37,6 +37,7 @@ class ShortConvolution(nn.Module):
         *,
         first_value_BTMH: mx.array | None = None,
         first_B: mx.array | None = None,
+        documents: Documents | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         del first_value_BTMH  # only grouped-query attention uses it
@@ -54,7 +55,7 @@ class ShortConvolution(nn.Module):
             position_BT = positions(length, 0 if cache is None else cache.length, first_B)
             gated_BTZ = mx.where(position_BT[..., None] >= 0, gated_BTZ, 0).astype(dtype)
         past = empty_convolution_cache(self.spec, batch, embed_dim, dtype) if cache is None else cache
-        convolved_BTZ = causal_convolution(gated_BTZ, self.conv, past.input_BSZ)
+        convolved_BTZ = causal_convolution(gated_BTZ, self.conv, past.input_BSZ, documents)
         if self.spec.bias:
             convolved_BTZ = convolved_BTZ + self.b_conv.astype(mx.float32)
         if cache is not None:
@@ -66,10 +67,14 @@ class ShortConvolution(nn.Module):
         return Attended(output, cache, None, None)
 
 
-def causal_convolution(x: mx.array, weight: mx.array, before: mx.array) -> mx.array:
+def causal_convolution(x: mx.array, weight: mx.array, before: mx.array, documents: Documents | None = None) -> mx.array:
     """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
     length = x.shape[1]
     padded = mx.concatenate([before, x], axis=1).astype(mx.float32)
     weight = as_array(weight).astype(mx.float32)
-    rows = (padded[:, start : start + length] * row for start, row in enumerate(weight))
+    inputs = [padded[:, start : start + length] for start in range(len(weight))]
+    if documents is not None:
+        position = documents.position_BT.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+        inputs = [mx.where(position >= len(weight) - 1 - start, own, 0.0) for start, own in enumerate(inputs)]
+    rows = (own * row for own, row in zip(inputs, weight, strict=True))
     return sum(rows, mx.array(0.0))

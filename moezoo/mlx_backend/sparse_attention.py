@@ -10,7 +10,7 @@ from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.normalization import norm
-from moezoo.mlx_backend.positions import rotate
+from moezoo.mlx_backend.positions import Documents, rotate, token_mean
 
 
 class Indexer(nn.Module):
@@ -78,7 +78,9 @@ def attend_where(
     return attended.astype(dtype), distribution_BTS
 
 
-def index_loss(index_BTS: mx.array, distribution_BTS: mx.array, mask_BTS: mx.array) -> mx.array:
+def index_loss(
+    index_BTS: mx.array, distribution_BTS: mx.array, mask_BTS: mx.array, documents: Documents | None = None
+) -> mx.array:
     """Spec: moezoo.core.reference.sparse_attention.index_loss; computed as `sum p (q/p - 1 - log(q/p))`.
 
     This is equal, since both distributions sum to 1. Its terms are not negative and vanish to second order where q
@@ -89,4 +91,5 @@ def index_loss(index_BTS: mx.array, distribution_BTS: mx.array, mask_BTS: mx.arr
     p_BTS = mx.maximum(distribution_BTS, 1e-30)
     log_softmax_BTS = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     log_ratio_BTS = mx.where(mask_BTS, log_softmax_BTS - mx.log(p_BTS), 0.0)
-    return mx.mean(mx.sum(p_BTS * (mx.expm1(log_ratio_BTS) - log_ratio_BTS), axis=-1))
+    divergence_BT = mx.sum(p_BTS * (mx.expm1(log_ratio_BTS) - log_ratio_BTS), axis=-1)
+    return token_mean(divergence_BT.reshape(-1), None if documents is None else documents.real_P)

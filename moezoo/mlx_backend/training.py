@@ -20,11 +20,12 @@ from moezoo.core.quantization.weight import check_no_codes
 from moezoo.core.random import Bits
 from moezoo.core.reference.router_state import updated_names
 from moezoo.core.spec import GlobalBalanceLossSpec, ModelSpec
-from moezoo.core.tokens import IGNORED, check_targets
+from moezoo.core.tokens import IGNORED, check_documents, check_targets
 from moezoo.mlx_backend.arrays import named, to_numpy
 from moezoo.mlx_backend.distributed import data_parallel
 from moezoo.mlx_backend.inference import MlxInference, flatten_forced, routing_load
 from moezoo.mlx_backend.optimizer import clip, global_norm, make_optimizer
+from moezoo.mlx_backend.positions import packed_documents
 from moezoo.mlx_backend.router_state import updated_state
 from moezoo.mlx_backend.runtime.typed import to_float, to_int
 
@@ -67,13 +68,19 @@ class MlxTraining(MlxInference):
         forced: Sequence[np.ndarray] | None = None,
         key: Bits | None = None,
         trained: Collection[str] | None = None,
+        documents: np.ndarray | None = None,
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
+        check_documents(tokens, targets, documents)
         trained = self._rows.keys() if trained is None else trained
         check_no_codes([name for name in self._codes() if name in trained])
         self._freeze_others(trained)
         (_, terms, *_), gradients = self._loss_and_gradients(
-            mx.array(tokens), mx.array(targets), None if key is None else mx.array(key), flatten_forced(forced)
+            mx.array(tokens),
+            mx.array(targets),
+            None if documents is None else mx.array(documents),
+            None if key is None else mx.array(key),
+            flatten_forced(forced),
         )
         gradients, terms = data_parallel.averaged(gradients, terms)
         mx.eval(terms, gradients)
@@ -84,13 +91,14 @@ class MlxTraining(MlxInference):
         self,
         tokens: mx.array,
         targets: mx.array,
+        documents: mx.array | None = None,
         key: mx.array | None = None,
         forced: Sequence[mx.array] | None = None,
         **of_step: Any,
     ) -> tuple[mx.array, dict[str, mx.array], list[mx.array | None], tuple[list[mx.array], list[mx.array]]]:
         """Return the loss, every loss term, cutoffs of the routers, and loads and drops. `of_step`: see `_terms`."""
-        result = self._module(tokens, forced=forced, key=key)
-        terms = self._terms(result, targets, **of_step)
+        result = self._module(tokens, forced=forced, key=key, document_BT=documents)
+        terms = self._terms(result, targets, documents=packed_documents(documents), **of_step)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], terms, cutoffs, routing_load(result)
 
@@ -136,18 +144,21 @@ class MlxTraining(MlxInference):
         learning_rate: float,
         keys: Bits | None = None,
         targets: np.ndarray | None = None,
+        documents: np.ndarray | None = None,
     ) -> PendingMlxStep:
         tokens, targets = windows[..., :-1], windows[..., 1:] if targets is None else targets
         check_targets(tokens, targets, whole=data_parallel.processes().count == 1)
+        check_documents(tokens, targets, documents)
         self._optimizer.set_learning_rate(learning_rate)
         each_key = [None] * len(windows) if keys is None else [mx.array(key) for key in keys]
-        parts = list(zip(map(mx.array, tokens), map(mx.array, targets), each_key, strict=True))
+        each_documents = [None] * len(windows) if documents is None else [mx.array(part) for part in documents]
+        parts = list(zip(map(mx.array, tokens), map(mx.array, targets), each_documents, each_key, strict=True))
         of_step: dict[str, Any] = {}
         if len(parts) > 1:
             of_step["num_targets"] = data_parallel.average(mx.array(np.sum(targets != IGNORED) / len(parts)))
         if self._balances_globally and len(parts) > 1:
             # The whole step's load has no gradient, but every micro-batch's loss needs it: one more forward pass.
-            loads = _sum_over(lambda tokens, _, key: routing_load(self._module(tokens, key=key))[0], parts)
+            loads = _sum_over(self._loads, parts)
             (of_step["global_load"],) = data_parallel.summed(loads)
 
         def micro_batch(*part: mx.array | None) -> Any:
@@ -174,6 +185,10 @@ class MlxTraining(MlxInference):
             mx.async_eval(values, self._module.state, self._optimizer.state)
         return PendingMlxStep(values)
 
+    def _loads(self, tokens: mx.array, _: mx.array, documents: mx.array | None, key: mx.array | None) -> list[mx.array]:
+        """Return, per MoE layer, how many tokens chose each expert."""
+        return routing_load(self._module(tokens, key=key, document_BT=documents))[0]
+
     def _freeze_others(self, trained: Collection[str]) -> None:
         """Let MLX compute gradients of these parameters only."""
         codes = self._codes()
@@ -189,7 +204,7 @@ def _dtype_name(value: mx.array) -> str:
 
 
 def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array | None, ...]]) -> Any:
-    """Sum `micro_batch(tokens, targets, key)` over the parts."""
+    """Sum `micro_batch(tokens, targets, documents, key)` over the parts."""
     total = micro_batch(*parts[0])
     for part in parts[1:]:
         # Trap: MLX's tree_map calls the function on None too, which is the cutoffs of a router without any.

@@ -33,7 +33,7 @@ from moezoo.mlx_backend.latent_attention import LatentAttention
 from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
 from moezoo.mlx_backend.moe import MoE
 from moezoo.mlx_backend.normalization import norm
-from moezoo.mlx_backend.positions import EmbeddingPosition, positions
+from moezoo.mlx_backend.positions import Documents, EmbeddingPosition, packed_documents, positions
 from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.short_convolution import ShortConvolution
@@ -63,6 +63,18 @@ class StepInputs(NamedTuple):
     record: Record | None
     key: mx.array | None
     inference: bool
+    documents: Documents | None
+
+    def routing_context(self, index: int, previous_PE: mx.array | None, key: mx.array | None) -> RoutingContext:
+        """Spec: moezoo.core.reference.transformer.StepInputs.routing_context."""
+        return RoutingContext(
+            token_P=self.tokens_BT.reshape(-1),
+            previous_PE=previous_PE,
+            forced_PK=self.forced[index] if self.forced else None,
+            key=key,
+            inference=self.inference,
+            real_P=None if self.documents is None else self.documents.real_P,
+        )
 
 
 class ResidualState(NamedTuple):
@@ -162,8 +174,7 @@ class Layer(nn.Module):
             seen_BTD = self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
-            forced_PK = inputs.forced[index] if inputs.forced else None
-            context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
+            context = inputs.routing_context(index, state.previous_PE, key)
             out, routing, dispatched = self._block("moe", key)(
                 seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe"
             )
@@ -199,7 +210,7 @@ class Layer(nn.Module):
             cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
             if inputs.caches.spent:
                 inputs.caches.layers[index] = SharedCache(inputs.caches.places)
-        shared: dict[str, Any] = {}
+        shared: dict[str, Any] = {"documents": inputs.documents}
         match self.spec.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
                 shared["source"] = sources[other]
@@ -292,12 +303,14 @@ class Transformer(nn.Module):
         record: Record | None = None,
         key: mx.array | None = None,
         inference: bool = False,
+        document_BT: mx.array | None = None,
     ) -> Forward:
         """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's."""
         forced_by_layer = {} if forced is None else dict(zip(self.spec.moe_layers, forced, strict=True))
         inference = inference or caches is not None
-        inputs = StepInputs(tokens_BT, forced_by_layer, caches, record, key, inference)
-        x_BTD = self._embed(tokens_BT, caches)
+        documents = packed_documents(document_BT)
+        inputs = StepInputs(tokens_BT, forced_by_layer, caches, record, key, inference, documents)
+        x_BTD = self._embed(tokens_BT, caches, documents)
         if record is not None:
             record["embedding"] = x_BTD
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
@@ -340,13 +353,13 @@ class Transformer(nn.Module):
             ],
         )
 
-    def _embed(self, tokens_BT: mx.array, caches: Caches | None) -> mx.array:
+    def _embed(self, tokens_BT: mx.array, caches: Caches | None, documents: Documents | None) -> mx.array:
         x_BTD = take(held(self.embedding.weight), tokens_BT).astype(mx.float32)
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:
             start, first_B = (0, None) if caches is None else (caches.places, caches.first_B)
-            x_BTD = x_BTD + self.position(mx.maximum(positions(tokens_BT.shape[1], start, first_B), 0))
+            x_BTD = x_BTD + self.position(mx.maximum(positions(tokens_BT.shape[1], start, first_B, documents), 0))
         return x_BTD.astype(DTYPES[self.spec.precision.compute])
 
     def _logits(self, x_BTD: mx.array, key: mx.array | None) -> mx.array:

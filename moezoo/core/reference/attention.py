@@ -6,7 +6,7 @@ import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.positions import rotate
+from moezoo.core.reference.positions import Documents, rotate, within_documents
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 
 
@@ -39,7 +39,8 @@ def attend(
     Args:
         query_BTMGH: N = M * G query heads, grouped by the key/value head that they share.
         key_BSMH, value_BSMH: M heads; the head width of values and of the result may differ from that of queries.
-        mask_TS: bool, True where query t may attend to source s; at least one True per row.
+        mask_TS: bool, True where query t may attend to source s; at least one True per row. [B, T, S]: one mask per
+            sequence.
         scale: multiplies the scores; None means `1 / sqrt(H)`.
         softcap: scores become `softcap * tanh(score / softcap)`, after the scale and before the mask.
         sink_N: attention sinks: one logit per head that joins the softmax denominator and carries no value: a weight is
@@ -55,7 +56,7 @@ def attend(
     score = score / np.sqrt(query_BTMGH.shape[-1]) if scale is None else score * scale
     if softcap is not None:
         score = softcap * np.tanh(score / softcap)
-    score = np.where(mask_TS, score, -np.inf)
+    score = np.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -np.inf)
     largest = np.max(score, axis=-1, keepdims=True)
     total = 0.0
     if sink_N is not None:
@@ -70,16 +71,19 @@ def attend(
 def visible(spec: GroupedQueryAttentionSpec, position_T: Array, position_S: Array) -> Array:
     """Return the causal mask, with the sliding window or the chunks of the spec: bool [T, S], by positions.
 
+    For positions [B, T] and [B, S], one mask per sequence.
+
     A query attends to itself and to earlier tokens: with `window`, only to the last `window` of them, itself included
     (`t - window < s <= t`); with `chunk`, only to those in its own chunk (`s // chunk == t // chunk`).
 
     Source: Beltagy et al. 2020, arXiv 2004.05150, section 3.1 (window, two-sided there); Llama-4 (chunk).
     """
-    mask_TS = position_T[:, None] >= position_S[None, :]
+    position_T1, position_1S = position_T[..., :, None], position_S[..., None, :]
+    mask_TS = position_T1 >= position_1S
     if spec.window is not None:
-        mask_TS = mask_TS & (position_T[:, None] - position_S[None, :] < spec.window)
+        mask_TS = mask_TS & (position_T1 - position_1S < spec.window)
     if spec.chunk is not None:
-        mask_TS = mask_TS & (position_T[:, None] // spec.chunk == position_S[None, :] // spec.chunk)
+        mask_TS = mask_TS & (position_T1 // spec.chunk == position_1S // spec.chunk)
     return mask_TS
 
 
@@ -101,8 +105,9 @@ def grouped_query_attention(
     *,
     first_value_BTMH: Array | None = None,
     source: tuple[Array, Array] | None = None,
+    documents: Documents | None = None,
 ) -> Attended:
-    """Causal self-attention of T tokens at positions 0 .. T-1: [B, T, D] -> [B, T, D].
+    """Causal self-attention of T tokens at positions 0 .. T-1, or in each document: [B, T, D] -> [B, T, D].
 
     Order: project (and add biases); normalize queries and keys if `qk_norm` and apply RoPE, or in the opposite order,
     with `clip` before the rotation in both cases; multiply queries by their temperature; normalize, clip, scale and
@@ -112,6 +117,7 @@ def grouped_query_attention(
         first_value_BTMH: values of the model's first layer, mixed in by `value_residual`; the first layer itself has
             no `value_mix`.
         source: keys and values of layer `keys_of_layer`, as that layer attends to them.
+        documents: those of packed sequences, each by itself; None: every sequence is one.
 
     Source: see GroupedQueryAttentionSpec.
     """
@@ -119,10 +125,10 @@ def grouped_query_attention(
     if spec.qkv_bias:
         query = query + parameters["b_query"]
     batch, length = x_BTD.shape[:2]
-    position_T = np.arange(length)
+    position_T = np.arange(length) if documents is None else documents.position_BT
     query = _rotated(spec, inside(parameters, "query_norm"), query, position_T)
     if spec.temperature_tuning is not None:
-        query = query * temperature(spec.temperature_tuning, position_T)[:, None, None]
+        query = query * temperature(spec.temperature_tuning, position_T)[..., None, None]
     value = None
     if source is None:
         key, value = _keys_and_values(spec, parameters, x_BTD, position_T)
@@ -136,18 +142,12 @@ def grouped_query_attention(
         query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim),
         key,
         mixed,
-        visible(spec, position_T, position_T),
+        within_documents(visible(spec, position_T, position_T), documents),
         scale=spec.scale,
         softcap=spec.softcap,
         sink_N=parameters["sink"] if spec.sinks else None,
     ).reshape(batch, length, spec.num_heads, spec.value_dim)
-    match spec.gate:
-        case "headwise":
-            gate = adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]
-            attended = attended / (1 + np.exp(-gate))
-        case "elementwise":
-            gate = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_gate"])
-            attended = attended / (1 + np.exp(-gate))
+    attended = _gated(spec, parameters, attended, x_BTD)
     output = adapter.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
     if spec.output_bias:
         output = output + parameters["b_output"]
@@ -185,6 +185,18 @@ def _rotated(spec: GroupedQueryAttentionSpec, norm: Parameters, x: Array, positi
         case NoPositionSpec():
             pass
     return normalize(spec.qk_norm, norm, x, axes) if spec.qk_norm is not None and spec.qk_norm_after_rotation else x
+
+
+def _gated(spec: GroupedQueryAttentionSpec, parameters: Parameters, attended_BTNH: Array, x_BTD: Array) -> Array:
+    """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one."""
+    match spec.gate:
+        case "headwise":
+            gate = adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]
+        case "elementwise":
+            gate = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_gate"])
+        case None:
+            return attended_BTNH
+    return attended_BTNH / (1 + np.exp(-gate))
 
 
 def _clipped(spec: GroupedQueryAttentionSpec, x: Array) -> Array:

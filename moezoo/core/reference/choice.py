@@ -52,6 +52,7 @@ class RoutingContext:
             choose differently.
         key: uint32 [2], the key of the layer and step, for jitter, noise and sampling; None for none of them.
         inference: route as generation does: causal (expert choice by cutoffs), and no capacity drops a token.
+        real_P: bool, False for padding, which is not routed: all its slots are unused. None: there is none.
     """
 
     token_P: Array | None = None
@@ -59,6 +60,7 @@ class RoutingContext:
     forced_PK: Array | None = None
     key: Array | None = None
     inference: bool = False
+    real_P: Array | None = None
 
 
 NO_CONTEXT = RoutingContext()
@@ -95,10 +97,9 @@ def choose(
 
     Args:
         spec: the router.
-        logits_PE: after temperature, softcap and noise.
-        score_PE: their scores.
+        logits_PE, score_PE: after temperature, softcap and noise; and their scores.
         selection_PE: values to compare: `spec.selection_basis` of the two, plus the selection bias.
-        context: forced experts, key, and whether to choose as in generation.
+        context: forced experts, key, padding, and whether to choose as in generation.
         table_PK: int; rows of the hash table for these tokens.
         cutoff_E: for expert choice at inference: the least value with which each expert takes a token.
 
@@ -126,10 +127,11 @@ def choose(
             if context.inference:
                 taken_PE, margin_P = _above_cutoff(spec, selection_PE, cutoff_E)
             else:
-                taken_PE, cutoffs_E, margin_P = _highest_tokens(spec, selection_PE)
+                taken_PE, cutoffs_E, margin_P = _highest_tokens(spec, selection_PE, context.real_P)
             expert_PK, valid_PK = _highest(np.where(taken_PE, selection_PE, -np.inf), selection_PE.shape[1])
     if context.forced_PK is not None:
-        expert_PK, valid_PK = np.maximum(context.forced_PK, 0), context.forced_PK >= 0
+        padding_P1 = False if context.real_P is None else ~context.real_P[:, None]  # its weights must not be 0 / 0
+        expert_PK, valid_PK = np.maximum(context.forced_PK, 0), (context.forced_PK >= 0) | padding_P1
         weight_PK = None if weight_PK is None else np.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E, margin_P)
 
@@ -216,11 +218,17 @@ def _sparsemixer(
     return np.stack(experts, axis=-1), np.stack(weights, axis=-1), margin_P
 
 
-def _highest_tokens(spec: RouterSpec, value_PE: Array) -> tuple[Array, Array, Array]:
+def _highest_tokens(spec: RouterSpec, value_PE: Array, real_P: Array | None) -> tuple[Array, Array, Array]:
     """Return the tokens that each expert takes, [P, E]: its `C = ceil(P * top_k / E)` highest, ties to the earlier one.
+
+    Padding is neither taken nor counted as one of the P tokens.
 
     And the lowest value that it takes, and each token's margin: the distance of its nearest expert from its cutoff.
     """
+    if real_P is not None and not np.all(real_P):
+        taken_PE, margin_P = np.zeros(value_PE.shape, bool), np.full(len(value_PE), np.inf)
+        taken_PE[real_P], last_E, margin_P[real_P] = _highest_tokens(spec, value_PE[real_P], None)
+        return taken_PE, last_E, margin_P
     tokens, num_experts = value_PE.shape
     most = -(-tokens * spec.top_k // num_experts)
     order_PE = np.argsort(-value_PE, axis=0, kind="stable")

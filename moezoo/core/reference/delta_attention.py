@@ -6,8 +6,12 @@ from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.attention import Attended
 from moezoo.core.reference.feed_forward import sigmoid, silu
 from moezoo.core.reference.normalization import normalize
+from moezoo.core.reference.positions import Documents
 from moezoo.core.reference.short_convolution import causal_convolution
 from moezoo.core.spec import GatedDeltaAttentionSpec
+
+FORGETS = -1e30
+"""Logarithm of a decay to exactly 0. Minus infinity would be NaN where a sum multiplies it by 0."""
 
 
 def gated_delta_rule(
@@ -23,7 +27,8 @@ def gated_delta_rule(
     Args:
         query_BTMH, key_BTMH: M heads; keys of norm one (less where their norm before scaling is close to epsilon).
         value_BTMGZ, beta_BTMG, log_decay_BTMG: N = M * G heads of value width Z, G per key head. 0 <= beta <= 1,
-            log_decay <= 0. A token with beta 0 and log_decay 0 does not change the state.
+            log_decay <= 0. A token with beta 0 and log_decay 0 does not change the state; one with log_decay FORGETS
+            begins with a state of zeros.
 
     Returns:
         [B, T, M, G, Z].
@@ -99,7 +104,9 @@ def unit(x: Array) -> Array:
     return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
 
 
-def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters, x_BTD: Array) -> Attended:
+def gated_delta_attention(
+    spec: GatedDeltaAttentionSpec, parameters: Parameters, x_BTD: Array, *, documents: Documents | None = None
+) -> Attended:
     """Gated DeltaNet layer: [B, T, D] -> [B, T, D]. Decay and convolution order the tokens; no position encoding.
 
     Order: project; silu of convolved queries, keys and values; L2-normalize queries and keys, divide queries by
@@ -108,6 +115,8 @@ def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters,
 
         beta      = sigmoid(x w_beta)                                                       how much a token writes
         log_decay = -exp(log_decay_rate) * softplus(x w_decay + decay_bias)                 how much it forgets
+
+    The first token of each of the `documents` of packed sequences forgets everything.
 
     Source: Yang et al. 2024, arXiv 2412.06464, fig. 1; decay: Dao and Gu 2024, arXiv 2405.21060 (Mamba-2), where
     `log_decay_rate` is A_log and `decay_bias` is dt_bias; heads shared and gated as in Qwen3-Next.
@@ -119,9 +128,11 @@ def gated_delta_attention(spec: GatedDeltaAttentionSpec, parameters: Parameters,
     beta = sigmoid(adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_beta"]))
     step = np.logaddexp(0.0, adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_decay"]) + parameters["decay_bias"])
     log_decay = -np.exp(parameters["log_decay_rate"]) * step
-    query = unit(silu(causal_convolution(query, parameters["conv_query"]))) / np.sqrt(spec.key_head_dim)
-    key = unit(silu(causal_convolution(key, parameters["conv_key"])))
-    value = silu(causal_convolution(value, parameters["conv_value"]))
+    if documents is not None:
+        log_decay = np.where(documents.position_BT[..., None] == 0, FORGETS, log_decay)
+    query = unit(silu(causal_convolution(query, parameters["conv_query"], documents))) / np.sqrt(spec.key_head_dim)
+    key = unit(silu(causal_convolution(key, parameters["conv_key"], documents)))
+    value = silu(causal_convolution(value, parameters["conv_value"], documents))
     batch, length = x_BTD.shape[:2]
     grouped = (batch, length, spec.num_key_heads, -1)
     attended = gated_delta_rule(

@@ -7,13 +7,18 @@ import autograd.numpy as np
 from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.attention import Attended, temperature
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.positions import rotate, score_multiplier
+from moezoo.core.reference.positions import Documents, rotate, score_multiplier, within_documents
 from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
 from moezoo.core.spec import GroupedQueryAttentionSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec
 
 
 def latent_attention(
-    spec: LatentAttentionSpec, parameters: Parameters, x_BTD: Array, *, absorbed: bool = False
+    spec: LatentAttentionSpec,
+    parameters: Parameters,
+    x_BTD: Array,
+    *,
+    absorbed: bool = False,
+    documents: Documents | None = None,
 ) -> Attended:
     """Causal self-attention with keys and values from one latent of width Z per token: [B, T, D] -> [B, T, D].
 
@@ -29,9 +34,11 @@ def latent_attention(
     (w_key_n q_n) . c`, and `sum_s a_s (c_s w_value_n) = (sum_s a_s c_s) w_value_n`. It is multi-query attention with
     the single key `(c, rotate(k'))` and the single value `c`.
 
+    Of packed sequences, each of their `documents` is by itself.
+
     Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, eq. 9-19; absorbed: section 2.1.2.
     """
-    position_T = np.arange(x_BTD.shape[1])
+    position_T = np.arange(x_BTD.shape[1]) if documents is None else documents.position_BT
     source, query, rope_query, latent, rope_key = _projected(spec, parameters, x_BTD, position_T)
     if absorbed:
         query = adapter.einsum("BTNH,ZNH->BTNZ", query, parameters["w_key"])
@@ -42,8 +49,8 @@ def latent_attention(
         key = adapter.einsum("BSZ,ZNH->BSNH", latent, parameters["w_key"])
         key = np.concatenate([key, np.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
         value = adapter.einsum("BSZ,ZNH->BSNH", latent, parameters["w_value"])
-    mask_TS = position_T[:, None] >= position_T[None, :]
-    mask_BTS, loss = np.repeat(mask_TS[None], len(x_BTD), axis=0), None
+    mask_TS = within_documents(position_T[..., :, None] >= position_T[..., None, :], documents)
+    mask_BTS, loss = np.broadcast_to(mask_TS, (len(x_BTD), *mask_TS.shape[-2:])), None
     if spec.indexer is not None:
         parts = indexer(
             spec.indexer,
@@ -58,7 +65,7 @@ def latent_attention(
         mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
     attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, score_scale(spec))
     if spec.indexer is not None:
-        loss = index_loss(index_BTS, distribution_BTS, mask_BTS)
+        loss = index_loss(index_BTS, distribution_BTS, mask_BTS, documents)
     if absorbed:
         out_BTNH = np.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], parameters["w_value"])
     else:
@@ -110,6 +117,6 @@ def _projected(
         case NoPositionSpec():
             pass
     if spec.temperature_tuning is not None:
-        temperature_T11 = temperature(spec.temperature_tuning, position_T)[:, None, None]
+        temperature_T11 = temperature(spec.temperature_tuning, position_T)[..., None, None]
         query, rope_query = query * temperature_T11, rope_query * temperature_T11
     return source, query, rope_query, latent, rope_key

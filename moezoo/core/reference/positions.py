@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import autograd.numpy as np
 
@@ -20,6 +20,57 @@ from moezoo.core.spec import (
     SinusoidalPositionsSpec,
     YaRNScalingSpec,
 )
+from moezoo.core.tokens import PADDING
+
+
+class Documents(NamedTuple):
+    """Documents that packed sequences hold, one after the other; no token sees one of another document.
+
+    Fields:
+        document_BT: int, the document of each token, ascending along a sequence; PADDING in the places after the last
+            one, which see each other and nothing else.
+        position_BT: int, the index of each token in its document; 0 in padding.
+    """
+
+    document_BT: Array
+    position_BT: Array
+
+    @property
+    def real_P(self) -> Array:
+        """True where one of the P = B * T places holds a token of a document: bool [P]."""
+        return self.document_BT.reshape(-1) != PADDING
+
+    @property
+    def number_P(self) -> Array:
+        """The number of each token's document among those of all sequences, from 0; -1 for padding: int [P]."""
+        first_P = self.real_P & (self.position_BT.reshape(-1) == 0)
+        return np.where(self.real_P, np.cumsum(first_P) - 1, -1)
+
+
+def packed_documents(document_BT: Array | None) -> Documents | None:
+    """Return the documents of packed sequences: the position of a token is the number of those before it in its own.
+
+    None of None: every sequence is one document.
+    """
+    if document_BT is None:
+        return None
+    position_BT = np.sum(np.tril(same_document(document_BT, document_BT), -1), axis=-1)
+    return Documents(document_BT, np.where(document_BT == PADDING, 0, position_BT))
+
+
+def token_mean(value: Array, real_P: Array | None = None) -> Array:
+    """Return the mean over tokens, of those that are `real_P` if it is given: [P, ...] -> [...]."""
+    return np.mean(value if real_P is None else value[real_P], axis=0)
+
+
+def within_documents(mask_TS: Array, documents: Documents | None) -> Array:
+    """Return a mask of attention that is False between documents, if there are any: bool [T, S], or [B, T, S]."""
+    return mask_TS if documents is None else mask_TS & same_document(documents.document_BT, documents.document_BT)
+
+
+def same_document(document_BT: Array, document_BS: Array) -> Array:
+    """Return the mask of pairs of tokens of one document, or both in the padding: bool [B, T, S]."""
+    return document_BT[:, :, None] == document_BS[:, None, :]
 
 
 def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
@@ -32,7 +83,7 @@ def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
     Args:
         spec: base, layout, fraction n / H, and scaling.
         x_BTNH: queries or keys (M heads in place of N for keys), n even.
-        position_T: int, the position of each token, counted from 0.
+        position_T: int, the position of each token, counted from 0: [T], or [B, T] in packed sequences.
 
     Returns:
         [B, T, N, H].
@@ -42,7 +93,7 @@ def rotate(spec: RoPESpec, x_BTNH: Array, position_T: Array) -> Array:
     """
     frequency, attention_factor = frequencies(spec, x_BTNH.shape[-1])
     rotated_dim = 2 * len(frequency)
-    angle = (position_T[:, None] * frequency)[None, :, None, :]
+    angle = (position_T[..., None] * frequency)[..., None, :]
     cosine, sine = attention_factor * np.cos(angle), attention_factor * np.sin(angle)
 
     def turn(first: Array, second: Array) -> list[Array]:
@@ -208,10 +259,10 @@ def embedding_positions(
         spec: the kind.
         embed_dim: D.
         parameters: `weight` [max_length, D] for the learned kind.
-        position_T: int, the position of each token, below `max_length`.
+        position_T: int, the position of each token, below `max_length`: [T], or [B, T] in packed sequences.
 
     Returns:
-        [T, D], in float32 for every compute dtype.
+        [T, D] or [B, T, D], in float32 for every compute dtype.
 
     Source: learned: Gehring et al. 2017, arXiv 1705.03122, section 3.1; sinusoidal: Vaswani et al. 2017, arXiv
     1706.03762, section 3.5.
@@ -220,9 +271,9 @@ def embedding_positions(
         case LearnedPositionsSpec():
             return parameters["weight"][position_T]
         case SinusoidalPositionsSpec():
-            angle = position_T[:, None] * sinusoidal_frequencies(spec, embed_dim)
+            angle = position_T[..., None] * sinusoidal_frequencies(spec, embed_dim)
             waves = np.stack([np.sin(angle), np.cos(angle)], axis=-1)
-            return np.reshape(waves, (len(position_T), -1))[:, :embed_dim]
+            return np.reshape(waves, (*position_T.shape, -1))[..., :embed_dim]
         case _:
             assert_never(spec)
 

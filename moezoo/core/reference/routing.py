@@ -18,7 +18,8 @@ class Routing(NamedTuple):
 
     Fields:
         expert_PK: int, the chosen experts of each token, by descending selection value, ties to the lower id.
-        valid_PK: bool, False for a slot that the router left unused; its weight is 0 and its expert id is valid.
+        valid_PK: bool, False for a slot that the router left unused, as all slots of padding are; its weight is 0 and
+            its expert id is valid.
         weight_PK: combine weights: what multiplies each chosen expert's output (or input).
         score_PE: scores of all experts (probabilities for softmax).
         logits_PE: before the score function, float32; with the noise, if there was any.
@@ -49,7 +50,8 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
             [E of the previous MoE layer, E], `expert_scale` [E], `selection_bias` [E], `w_noise` [D, E],
             `hash_table` [V, K], `cutoff` [E] with `cutoff_weight` [1].
         x_PD: tokens.
-        context: token ids, the previous router's logits, forced experts, key, and whether to route as generation does.
+        context: token ids, the previous router's logits, forced experts, key, padding, and whether to route as
+            generation does.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5 (top-k gating); softmax over all experts, then top-k with
     renormalization: Jiang et al. 2024, arXiv 2401.04088. RouterSpec names the sources of the other fields.
@@ -77,10 +79,12 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
     if isinstance(spec.choice, ExpertChoiceSpec) and context.inference:
         cutoff_E = average_cutoff(parameters["cutoff"], parameters["cutoff_weight"])
     choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
+    weight_PK = combine_weight(spec, parameters, choice, logits_PE, score_PE)
+    real_P1 = np.ones((len(x_PD), 1), bool) if context.real_P is None else context.real_P[:, None]
     return Routing(
         choice.expert_PK,
-        choice.valid_PK,
-        combine_weight(spec, parameters, choice, logits_PE, score_PE),
+        choice.valid_PK & real_P1,
+        np.where(real_P1, weight_PK, 0.0),
         score_PE,
         logits_PE,
         selection_PE,

@@ -4,15 +4,17 @@ import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, adapter
 from moezoo.core.reference.attention import Attended
+from moezoo.core.reference.positions import Documents
 from moezoo.core.spec import ShortConvolutionSpec
 
 
-def causal_convolution(x: Array, weight: Array) -> Array:
+def causal_convolution(x: Array, weight: Array, documents: Documents | None = None) -> Array:
     """Causal depthwise convolution over time, `sum over w of weight[w] x[t - (W - 1) + w]`.
 
     Args:
         x: [B, T, ...]; tokens before the first are zero.
         weight: [W, ...]; its last row multiplies the token itself.
+        documents: those of packed sequences; tokens before the first of each are zero.
 
     Returns:
         The shape of x.
@@ -21,17 +23,24 @@ def causal_convolution(x: Array, weight: Array) -> Array:
     """
     batch, length, *features = x.shape
     padded = np.concatenate([np.zeros((batch, len(weight) - 1, *features)), x], axis=1)
-    return sum(padded[:, start : start + length] * row for start, row in enumerate(weight))
+    rows = [padded[:, start : start + length] for start in range(len(weight))]
+    if documents is not None:
+        position = documents.position_BT.reshape(batch, length, *(1 for _ in features))
+        rows = [np.where(position >= len(weight) - 1 - start, row, 0.0) for start, row in enumerate(rows)]
+    return sum(row * own for row, own in zip(rows, weight, strict=True))
 
 
-def short_convolution(spec: ShortConvolutionSpec, parameters: Parameters, x_BTD: Array) -> Attended:
+def short_convolution(
+    spec: ShortConvolutionSpec, parameters: Parameters, x_BTD: Array, *, documents: Documents | None = None
+) -> Attended:
     """Gated short convolution layer: [B, T, D] -> [B, T, D]. The convolution orders the tokens; no position encoding.
 
         input gate, output gate, value = three projections of x, each [B, T, Z] with Z = D
         out = (output gate * convolution(input gate * value)) w_output
 
     Gates have no activation: a gate is a factor of any sign and size. With `bias`, each projection and the convolution
-    adds one. Tokens before the first are zero as inputs of the convolution, with or without biases.
+    adds one. Tokens before the first (of a sequence, or of each of its `documents`) are zero as inputs of the
+    convolution, with or without biases.
 
     Source: Amini et al. 2025, arXiv 2511.23404 (LFM2).
     Differs: released checkpoints store the three projections as one matrix: input gate, output gate, value.
@@ -43,7 +52,7 @@ def short_convolution(spec: ShortConvolutionSpec, parameters: Parameters, x_BTD:
         input_gate_BTZ = input_gate_BTZ + parameters["b_input_gate"]
         output_gate_BTZ = output_gate_BTZ + parameters["b_output_gate"]
         value_BTZ = value_BTZ + parameters["b_value"]
-    convolved_BTZ = causal_convolution(input_gate_BTZ * value_BTZ, parameters["conv"])
+    convolved_BTZ = causal_convolution(input_gate_BTZ * value_BTZ, parameters["conv"], documents)
     if spec.bias:
         convolved_BTZ = convolved_BTZ + parameters["b_conv"]
     output = adapter.einsum("BTZ,ZD->BTD", output_gate_BTZ * convolved_BTZ, parameters["w_output"])

@@ -5,7 +5,7 @@ from autograd.tracer import getval
 
 from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.positions import rotate
+from moezoo.core.reference.positions import Documents, rotate, token_mean
 from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
 
 
@@ -108,7 +108,7 @@ def attend_where(
     return np.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH), np.mean(getval(weight), axis=(1, 2))
 
 
-def index_loss(index_BTS: Array, distribution_BTS: Array, mask_BTS: Array) -> Array:
+def index_loss(index_BTS: Array, distribution_BTS: Array, mask_BTS: Array, documents: Documents | None = None) -> Array:
     """KL divergence of the index from the attention, in nats: mean over tokens of `KL(distribution || softmax(index))`.
 
     The softmax is over the chosen positions.
@@ -117,6 +117,7 @@ def index_loss(index_BTS: Array, distribution_BTS: Array, mask_BTS: Array) -> Ar
         index_BTS: float, the index scores that this loss trains.
         distribution_BTS: attention weights averaged over heads; 0 where mask_BTS is False, rows sum to 1; no gradient.
         mask_BTS: bool, the chosen positions.
+        documents: those of packed sequences, whose padding does not count.
 
     Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 4.
     Differs: mean over tokens, where the paper sums.
@@ -127,4 +128,5 @@ def index_loss(index_BTS: Array, distribution_BTS: Array, mask_BTS: Array) -> Ar
         mask_BTS, shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True)), 0.0
     )  # outside the mask, 0 * -inf would be NaN
     log_distribution_BTS = np.log(np.where(distribution_BTS > 0, distribution_BTS, 1.0))
-    return np.mean(np.sum(distribution_BTS * (log_distribution_BTS - log_softmax_BTS), axis=-1))
+    divergence_BT = np.sum(distribution_BTS * (log_distribution_BTS - log_softmax_BTS), axis=-1)
+    return token_mean(np.reshape(divergence_BT, -1), None if documents is None else documents.real_P)

@@ -15,7 +15,7 @@ from moezoo.core.reference.latent_attention import latent_attention
 from moezoo.core.reference.layer_inputs import layer_input, layer_inputs
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.positions import embedding_positions
+from moezoo.core.reference.positions import Documents, embedding_positions, packed_documents
 from moezoo.core.reference.routing import Routing
 from moezoo.core.reference.short_convolution import short_convolution
 from moezoo.core.spec import (
@@ -54,6 +54,7 @@ class StepInputs(NamedTuple):
         record: filled with named intermediates.
         key: uint32 [2] of a training step, or None.
         inference: route as generation does.
+        documents: those of packed sequences, or None.
     """
 
     tokens_BT: Array
@@ -61,6 +62,18 @@ class StepInputs(NamedTuple):
     record: Record
     key: Array | None
     inference: bool
+    documents: Documents | None
+
+    def routing_context(self, index: int, previous_PE: Array | None, key: Array | None) -> RoutingContext:
+        """Return the context of the MoE layer `index`, from the layer's key and the logits of the one before."""
+        return RoutingContext(
+            token_P=self.tokens_BT.reshape(-1),
+            previous_PE=previous_PE,
+            forced_PK=self.forced[index] if self.forced else None,
+            key=key,
+            inference=self.inference,
+            real_P=None if self.documents is None else self.documents.real_P,
+        )
 
 
 class ResidualState(NamedTuple):
@@ -96,6 +109,7 @@ def forward(
     record: Record | None = None,
     key: Array | None = None,
     inference: bool = False,
+    document_BT: Array | None = None,
 ) -> Forward:
     """Return the logits of the next token at every position, and the Routing of every MoE layer.
 
@@ -110,14 +124,18 @@ def forward(
         record: filled with named intermediates, in the order in which they are computed.
         key: uint32 [2], the key of a training step; None: no noise, no dropout.
         inference: route as generation does: causal, and no token dropped.
+        document_BT: int, ids of the documents that sequences are packed with: ascending along each, then PADDING. A
+            document is computed as if it were alone, except where its tokens compete with others of the batch: for
+            places in an expert (capacity, expert choice). Padding is not routed. None: a sequence is one document.
 
     Source: Radford et al. 2019 (pre-norm decoder); Touvron et al. 2023, arXiv 2302.13971 (RMSNorm, RoPE, SwiGLU).
     """
     record = {} if record is None else record
     forced_by_layer = {} if forced is None else dict(zip(spec.moe_layers, forced, strict=True))
-    inputs = StepInputs(tokens_BT, forced_by_layer, record, key, inference)
+    documents = packed_documents(document_BT)
+    inputs = StepInputs(tokens_BT, forced_by_layer, record, key, inference, documents)
     parameters = adapter.adapted(spec, parameters, key)
-    x_BTD = record["embedding"] = _embedded(spec, parameters, tokens_BT)
+    x_BTD = record["embedding"] = _embedded(spec, parameters, tokens_BT, documents)
     if spec.layer_inputs is not None:
         inputs_BTLZ = layer_inputs(spec.layer_inputs, spec.norm, inside(parameters, "layer_inputs"), tokens_BT, x_BTD)
     state, outputs = ResidualState(x_BTD), []
@@ -173,7 +191,7 @@ def layer(
     x_BTD = state.x_BTD
     seen_BTD = _norm_before(model, spec, parameters, "attention", x_BTD)
     own = inside(parameters, "attention")
-    attended = _attended(spec.attention, own, seen_BTD, state.first_value_BTMH, sources)
+    attended = _attended(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
     record[f"{name}.attention"] = attended.out_BTD
     out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
     x_BTD = x_BTD + _added(model, out, key, ATTENTION_DROPOUT)
@@ -181,9 +199,7 @@ def layer(
         seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
     routing = None
     if spec.moe is not None:
-        forced_PK = inputs.forced[index] if inputs.forced else None
-        context = RoutingContext(inputs.tokens_BT.reshape(-1), state.previous_PE, forced_PK, key, inputs.inference)
-        own = inside(parameters, "moe")
+        context, own = inputs.routing_context(index, state.previous_PE, key), inside(parameters, "moe")
         out, routing = moe(spec.moe, own, seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe")
         record[f"{name}.moe"] = out
     shortcut_BTD = _added(model, out, key, SHORTCUT_DROPOUT) if spec.shortcut else None
@@ -240,10 +256,10 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return np.where(uniform(key, x.shape) >= np.float32(rate), x / (1 - rate), 0.0)
 
 
-def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array) -> Array:
+def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array, documents: Documents | None) -> Array:
     x_BTD = adapter.take(parameters["embedding.weight"], tokens_BT) * spec.multipliers.embedding
     if spec.position is not None:
-        position_T = np.arange(tokens_BT.shape[1])
+        position_T = np.arange(tokens_BT.shape[1]) if documents is None else documents.position_BT
         x_BTD = x_BTD + embedding_positions(spec.position, spec.embed_dim, inside(parameters, "position"), position_T)
     return x_BTD
 
@@ -254,18 +270,21 @@ def _attended(
     x_BTD: Array,
     first_value_BTMH: Array | None,
     sources: Mapping[int, tuple[Array, Array] | None],
+    documents: Documents | None,
 ) -> Attended:
     match spec:
         case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
-            return grouped_query_attention(spec, parameters, x_BTD, source=sources[other])
+            return grouped_query_attention(spec, parameters, x_BTD, source=sources[other], documents=documents)
         case GroupedQueryAttentionSpec():
-            return grouped_query_attention(spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH)
+            return grouped_query_attention(
+                spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH, documents=documents
+            )
         case GatedDeltaAttentionSpec():
-            return gated_delta_attention(spec, parameters, x_BTD)
+            return gated_delta_attention(spec, parameters, x_BTD, documents=documents)
         case LatentAttentionSpec():
-            return latent_attention(spec, parameters, x_BTD)
+            return latent_attention(spec, parameters, x_BTD, documents=documents)
         case ShortConvolutionSpec():
-            return short_convolution(spec, parameters, x_BTD)
+            return short_convolution(spec, parameters, x_BTD, documents=documents)
 
 
 def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moezoo.jax_backend.positions import Documents
 from moezoo.jax_backend.runtime.platform import platform
 
 
@@ -38,8 +39,8 @@ def attention_path() -> str:
     return "chunks of queries, custom gradient; with a softcap or in bfloat16: XLA's gradient"
 
 
-Mask = Callable[[Chunk], jax.Array]
-"""Function that returns the mask [T, S] of a chunk."""
+Mask = Callable[[Chunk, Documents | None], jax.Array]
+"""Function that returns the mask of a chunk: [T, S], or [B, T, S] of packed documents."""
 
 
 class _Saved(NamedTuple):
@@ -64,13 +65,14 @@ def attend_in_chunks(
     key_BTMH: jax.Array,
     value_BTMH: jax.Array,
     sink_N: jax.Array | None,
+    documents: Documents | None,
 ) -> jax.Array:
     """Attend in float32, with a custom gradient; chunks are in order, and every query belongs to one.
 
     All queries that share a key head are rows of one matrix, so that products are larger and fewer than those of
     `attend`; and the gradient needs no derivative of the softmax's denominator.
     """
-    return _forward(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N)[0]
+    return _forward(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N, documents)[0]
 
 
 def _forward(
@@ -81,6 +83,7 @@ def _forward(
     key_BTMH: jax.Array,
     value_BTMH: jax.Array,
     sink_N: jax.Array | None,
+    documents: Documents | None,
 ) -> tuple[jax.Array, _Saved]:
     kv_heads, group = query_BTMGH.shape[2:4]
     query, key, value = (_heads_first(x) for x in (query_BTMGH, key_BTMH, value_BTMH))
@@ -89,7 +92,8 @@ def _forward(
     for chunk in chunks:
         seen = slice(chunk.first, chunk.end)
         score = jnp.einsum("BMRH,BMSH->BMRS", query[:, :, _rows(chunk, group)], key[:, :, seen]) * scale
-        score = jnp.where(jnp.repeat(mask_of(chunk), group, axis=0), score, -jnp.inf)
+        mask_RS = jnp.repeat(mask_of(chunk, documents), group, axis=-2)
+        score = jnp.where(mask_RS if mask_RS.ndim == 2 else mask_RS[:, None], score, -jnp.inf)
         most = jnp.max(score, axis=-1, keepdims=True)
         if sink_M1G is not None:
             most = jnp.maximum(most, _of_rows(sink_M1G, chunk.end - chunk.start))
@@ -105,7 +109,7 @@ def _forward(
 
 def _backward(
     chunks: Sequence[Chunk], mask_of: Mask, scale: float, saved: _Saved, gradient_BTMGH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, None]:
     group = gradient_BTMGH.shape[3]
     scaled = _heads_first(gradient_BTMGH) / saved.total
     inner = jnp.sum(scaled * saved.out, axis=-1, keepdims=True)
@@ -123,7 +127,7 @@ def _backward(
         share = inner * jnp.exp(_of_rows(saved.sink_M1G, gradient_BTMGH.shape[1]) - saved.largest)
         of_sink_N = -jnp.sum(_heads_last(share, group), axis=(0, 1)).reshape(-1)
     of_query_BTMGH = _heads_last(jnp.concatenate(of_query, axis=2) * scale, group)
-    return of_query_BTMGH, jnp.moveaxis(of_key * scale, 1, 2), jnp.moveaxis(of_value, 1, 2), of_sink_N
+    return of_query_BTMGH, jnp.moveaxis(of_key * scale, 1, 2), jnp.moveaxis(of_value, 1, 2), of_sink_N, None
 
 
 attend_in_chunks.defvjp(_forward, _backward)

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from moezoo.mlx_backend.runtime.cores import BLOCK, Floats, on_all_cores, values, zeros
 from moezoo.mlx_backend.runtime.typed import custom_function
+
+Bools = npt.NDArray[np.bool_]
 
 # Score of masked keys. Its exponential is exactly 0; a moderate number could give a denormal, and products of those are
 # slow.
@@ -17,7 +20,10 @@ _MASKED = -1e30
 
 
 class Chunk(NamedTuple):
-    """Queries start:end, their keys first:last, and the mask of keys that each query attends to (None: all)."""
+    """Queries start:end, their keys first:last, and the mask of keys that each query attends to (None: all).
+
+    The mask is [T, S], or one per sequence, [B, T, S], where sequences are packed with documents.
+    """
 
     start: int
     end: int
@@ -48,7 +54,7 @@ def attend_in_chunks(
     Pieces of work are the key/value heads of each sequence: no two of them write to the same place.
     """
     batch, length, kv_heads, group = query_BTMGH.shape[:4]
-    parts = list(_parts(chunks, group))
+    parts = _parts_of_rows(chunks, group, batch)
     pieces = list(product(range(batch), range(kv_heads)))
     kept: list[Floats] = []
     sinks = [] if sink_N is None else [sink_N]
@@ -63,7 +69,7 @@ def attend_in_chunks(
         def forward_of(row: int, head: int) -> None:
             own = _Head(query[row, :, head] * np.float32(scale), key[row, :, head], value[row, :, head])
             of_head = sink[0].reshape(kv_heads, group, 1)[head] if sink else None
-            _attend(parts, own, largest[row, head], total[row, head], out[row, :, head], of_head)
+            _attend(parts[row], own, largest[row, head], total[row, head], out[row, :, head], of_head)
 
         on_all_cores(partial(forward_of, *piece) for piece in pieces)
         return out_BTMGH
@@ -82,7 +88,7 @@ def attend_in_chunks(
             scaled = of_out[row, :, head] / total[row, head]
             np.sum(scaled * out[row, :, head], axis=-1, keepdims=True, out=inner[row, head])
             of_own = _Head(of_query[row, :, head], of_key[row, :, head], of_value[row, :, head])
-            _attend_backward(parts, own, largest[row, head], scaled, inner[row, head], of_own)
+            _attend_backward(parts[row], own, largest[row, head], scaled, inner[row, head], of_own)
             np.multiply(of_own.query, np.float32(scale), out=of_own.query)
 
         on_all_cores(partial(backward_of, *piece) for piece in pieces)
@@ -144,20 +150,31 @@ def _attend_backward(
     of_own.key[:], of_own.value[:] = to_keys, to_values
 
 
-def _parts(chunks: Sequence[Chunk], group: int) -> Iterator[_Part]:
-    """Split chunks further, so that the scores of a part fit into the cache of a core."""
-    for chunk in chunks:
+def _parts_of_rows(chunks: Sequence[Chunk], group: int, batch: int) -> list[list[_Part]]:
+    """Return the parts of each sequence: those of the first one, unless each has its own masks."""
+    masks = [None if chunk.mask_TS is None else np.asarray(chunk.mask_TS) for chunk in chunks]
+    if not any(mask is not None and mask.ndim == 3 for mask in masks):
+        return [list(_parts(chunks, masks, group))] * batch
+    return [
+        list(_parts(chunks, [mask if mask is None else mask[row] for mask in masks], group)) for row in range(batch)
+    ]
+
+
+def _parts(chunks: Sequence[Chunk], masks: Sequence[Bools | None], group: int) -> Iterator[_Part]:
+    """Split chunks further, so that the scores of a part fit into the cache of a core. `masks` are [T, S]."""
+    for chunk, mask in zip(chunks, masks, strict=True):
         num_keys = chunk.last - chunk.first
         size = max(1, 2 * BLOCK // (group * num_keys))
-        mask = None if chunk.mask_TS is None else np.asarray(chunk.mask_TS)
         for start in range(chunk.start, chunk.end, size):
             queries = slice(start, min(start + size, chunk.end))
-            hidden, added = num_keys, None
+            first, hidden, added = 0, num_keys, None
             if mask is not None:
                 seen_TS = mask[start - chunk.start : queries.stop - chunk.start]
+                first = int(np.argmax(seen_TS.any(axis=0)))  # keys below are seen by none
+                seen_TS = seen_TS[:, first:]
                 hidden = int(np.argmin(np.append(seen_TS.all(axis=0), False)))  # keys below are seen by all
                 added = np.where(seen_TS[:, None, hidden:], np.float32(0), np.float32(_MASKED))
-            yield _Part(queries, slice(chunk.first, chunk.last), hidden, added)
+            yield _Part(queries, slice(chunk.first + first, chunk.last), hidden, added)
 
 
 def _scores(part: _Part, query_TGH: Floats, key_SH: Floats) -> Floats:
