@@ -330,6 +330,8 @@ def evaluate_file(
 ) -> Evaluation:
     """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`).
 
+    A run that was trained with `documents: separate` is evaluated so, too.
+
     Args:
         loaded: the model. Each window of a published one starts with its first token, if it has one; those of a run are
             as in training and validation.
@@ -344,7 +346,8 @@ def evaluate_file(
     Raises DataError: the file cannot be used, or as `evaluate`.
     """
     model, training = loaded.model, loaded.config.training
-    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_message=on_message)
+    documents = loaded.config.data.documents
+    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_message=on_message, documents=documents)
     length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
     largest_batch = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
     batch = batch_size or min(training.batch_size, largest_batch)

@@ -120,6 +120,9 @@ class DataConfig(Part):
 
     With sources of its own in `validation`, the validation is on all of these, and nothing of `sources` is held out.
 
+    `documents: windows` cuts sequences from each source's tokens, one document after the other. `separate` packs whole
+    documents into sequences, and none sees another; a document that is longer is cut. It needs texts or conversations.
+
     Sources are mixed by `weight`, each one's share of the sequences; without weights by size, so that all have equally
     many epochs. Either all have a weight or none.
     A source of kind `batches` must be the only source; its `validation_batches` replaces `validation_fraction`.
@@ -129,6 +132,7 @@ class DataConfig(Part):
     validation: tuple[SourceSpec, ...] | None = None
     tokenizer: TokenizerSpec = CharacterTokenizerSpec()
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    documents: Literal["windows", "separate"] = "windows"
 
     @model_validator(mode="after")
     def _some_sources(self) -> "DataConfig":
@@ -164,6 +168,18 @@ class DataConfig(Part):
                 raise impossible(
                     f"validation[{k}].weight", "is set", "Remove it: the sources to validate on follow each other"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _documents_have_borders(self) -> "DataConfig":
+        for key, sources in (("sources", self.sources), ("validation", self.validation or ())):
+            for number, source in enumerate(sources):
+                if self.documents == "separate" and isinstance(source, BatchesSource | TokenShardsSource):
+                    raise impossible(
+                        "documents",
+                        f"is separate, but {key}[{number}] is of kind {source.kind}, which has no borders of documents",
+                        "Use sources of kind text, jsonl or chat, or documents: windows",
+                    )
         return self
 
     @field_validator("sources")

@@ -38,15 +38,22 @@ class Conversations:
 
 
 def tokenize_conversations(
-    source: Conversations, tokenizer: Tokenizer, on_progress: Progress | None, on_message: Message
+    source: Conversations,
+    tokenizer: Tokenizer,
+    on_progress: Progress | None,
+    on_message: Message,
+    *,
+    separate: bool = False,
 ) -> Tokens:
     """Return the marked ids of all conversations from the cache; render and cache them if they are not there.
+
+    With `separate`, the id `vocab_size`, which is no token, follows each conversation, as in `token_store.tokenize`.
 
     Raises DataError with file and line: no JSON object, no conversation, one that cannot be rendered.
     """
     checked = _with_template(tokenizer, source.name)
     key = {
-        "kind": "conversations",
+        "kind": "separate conversations" if separate else "conversations",
         "rules": _RULES,
         "files": files_key(source.files),
         "loss": source.loss,
@@ -54,16 +61,17 @@ def tokenize_conversations(
         "template": [checked.chat_template, checked.special_tokens],
         "libraries": [version("tokenizers"), version("jinja2")],
     }
+    border = np.array([tokenizer.vocab_size] * separate, np.int32)
     count = byte_counter(f"rendering {source.name}", source.files, on_progress)
     shards = cached_tokens(
         key,
-        lambda: (ids for _, ids in conversations(source, checked, count)),
+        lambda: (np.append(ids, border) for _, ids in conversations(source, checked, count)),
         "<i4",
         source.name,
         on_progress,
         on_message,
     )
-    return Tokens(shards, tokenizer.vocab_size, source.name, marked=True)
+    return Tokens(shards, tokenizer.vocab_size + separate, source.name, marked=True)
 
 
 def conversations(

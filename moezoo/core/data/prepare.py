@@ -5,8 +5,8 @@ Sources are text, JSONL, token shards, named datasets and prebatched files. Writ
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import assert_never
+from dataclasses import dataclass, replace
+from typing import Literal, assert_never
 
 from moezoo.core.config.data import (
     BatchesSource,
@@ -24,6 +24,7 @@ from moezoo.core.config.data import (
 )
 from moezoo.core.data.chat import Conversations, is_conversation, tokenize_conversations
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.packed_split import PackedSplit, all_documents, divided
 from moezoo.core.data.prebatched import PrebatchedSplit, open_prebatched
 from moezoo.core.data.source_files import JSON_LINES, SourceFile, find_files, find_texts, suffix_of
 from moezoo.core.data.splits import WHOLE, Split, SplitSource, check_length
@@ -43,6 +44,10 @@ from moezoo.core.progress import Message, Progress
 _MOST_TEXT_BYTES = 64_000_000  # a few seconds
 
 
+AnySplit = Split | PackedSplit | PrebatchedSplit
+"""A split of any kind of sources: their sequences by step, and for evaluation."""
+
+
 @dataclass(frozen=True)
 class SourceSummary:
     """Summary of a source for the console.
@@ -54,6 +59,8 @@ class SourceSummary:
         validation_tokens: number of tokens in the validation split.
         share: part of the training sequences that are from this source.
         digest: changes with the tokens (`Tokens.digest`).
+        packing: with `documents: separate`, words about the documents and the padding of their sequences.
+        padding: share of padding in the training sequences.
     """
 
     key: str
@@ -62,15 +69,17 @@ class SourceSummary:
     validation_tokens: int
     share: float
     digest: str
+    packing: str = ""
+    padding: float = 0.0
 
     def describe(self, tokens: int) -> str:
         """Describe the source in a run that trains on `tokens` tokens of all sources."""
         if not self.train_tokens:
-            return f"{self.source}: {self.validation_tokens:,} validation tokens"
-        epochs = tokens * self.share / self.train_tokens
+            return f"{self.source}: {self.validation_tokens:,} validation tokens{self.packing}"
+        epochs = tokens * self.share * (1 - self.padding) / self.train_tokens
         return (
-            f"{self.source}: {self.train_tokens:,} training and {self.validation_tokens:,} validation tokens, "
-            f"{100 * self.share:.3g} % of the batches, {epochs:,.{2 if epochs >= 0.1 else 4}f} epochs"
+            f"{self.source}: {self.train_tokens:,} training and {self.validation_tokens:,} validation tokens"
+            f"{self.packing}, {100 * self.share:.3g} % of the batches, {epochs:,.{2 if epochs >= 0.1 else 4}f} epochs"
         )
 
 
@@ -79,8 +88,8 @@ class PreparedData:
     """Data of a run: tokenizer, training and validation split, and a summary of each source."""
 
     tokenizer: Tokenizer
-    train: Split | PrebatchedSplit
-    validation: Split | PrebatchedSplit
+    train: AnySplit
+    validation: AnySplit
     summary: tuple[SourceSummary, ...]
 
 
@@ -113,6 +122,8 @@ def prepare_data(
     tokenizer = tokenizer or make_tokenizer(data, found_sources, where, on_progress, on_message)
     if isinstance(data.sources[0], BatchesSource):
         return _prepare_prebatched(data.sources[0], tokenizer, where, on_progress, on_message)
+    if data.documents == "separate":
+        return _prepare_packed(data, found_sources, tokenizer, sequence_length, on_progress, on_message)
     num_sources, has_own = len(data.sources), data.validation is not None
     sources = (*data.sources, *(data.validation or ()))
     tokens = [open_source(found, tokenizer, on_progress, on_message) for found in found_sources]
@@ -161,12 +172,19 @@ def tokenizer_on_this_machine(data: DataConfig, where: str) -> Tokenizer | None:
     return make_tokenizer(data, found, where, None, warnings.warn)
 
 
-def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: Message = warnings.warn) -> Split:
+def whole_file(
+    path: str,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    *,
+    on_message: Message = warnings.warn,
+    documents: Literal["windows", "separate"] = "windows",
+) -> Split | PackedSplit:
     """Open a whole file as a split: token ids (`.npy`, `.bin`), JSON lines (`.jsonl`, ...), or text.
 
     JSON lines are conversations, of which the assistant's turns are targets, if the first one is; else texts in the
-    field `text`. Suffixes may be in any case. `vocab_size` is that of the model. `on_message` and errors are those of
-    `prepare_data`.
+    field `text`. With `documents: separate` they are packed; token ids, which have no borders, are not. Suffixes may be
+    in any case. `vocab_size` is that of the model. `on_message` and errors are those of `prepare_data`.
     """
     suffix, name = suffix_of(path), shortened(path)
     if suffix in (".npy", ".bin"):
@@ -177,7 +195,9 @@ def whole_file(path: str, tokenizer: Tokenizer, vocab_size: int, *, on_message: 
         found: FoundSource = Texts(name, files, "text" if is_lines else None)
         if is_lines and _has_conversations(files):
             found = Conversations(name, files, "assistant")
-        tokens = open_source(found, tokenizer, None, on_message)
+        tokens = open_source(found, tokenizer, None, on_message, separate=documents == "separate")
+        if documents == "separate":
+            return PackedSplit(WHOLE, (all_documents(name, tokens, tokens.find(tokenizer.vocab_size)),))
     return Split(WHOLE, (SplitSource(name, tokens, 0, len(tokens), 1.0),))
 
 
@@ -274,6 +294,39 @@ def make_tokenizer(
             assert_never(data.tokenizer)
 
 
+def _prepare_packed(
+    data: DataConfig,
+    found_sources: Sequence[FoundSource],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    on_progress: Progress | None,
+    on_message: Message,
+) -> PreparedData:
+    train, validation, summary = [], [], []
+    for k, (source, found) in enumerate(zip((*data.sources, *(data.validation or ())), found_sources, strict=True)):
+        tokens = open_source(found, tokenizer, on_progress, on_message, separate=True)
+        own, held = all_documents(found.name, tokens, tokens.find(tokenizer.vocab_size)), None
+        if k >= len(data.sources):
+            own, held = own.part(0), own
+        elif data.validation is None:
+            own, held = divided(own, data.validation_fraction)
+        weight = getattr(source, "weight", None)
+        own = own if weight is None else replace(own, weight=weight)
+        train += [own] * (k < len(data.sources))
+        validation += [] if held is None else [held]
+        padding = own.padding(sequence_length)
+        packing = f" in {len(own.start):,} and {0 if held is None else len(held.start):,} documents"
+        if own.num_tokens:
+            packing += f", packed with {100 * padding:.3g} % padding"
+        counts = own.num_tokens, 0 if held is None else held.num_tokens
+        key = found.name.partition(" ")[0]
+        summary.append(SourceSummary(key, source_path(source), *counts, own.weight, tokens.digest(), packing, padding))
+    total = sum(row.share for row in summary)
+    summary = [replace(row, share=row.share / total) for row in summary]
+    splits = PackedSplit("training", tuple(train)), PackedSplit("validation", tuple(validation))
+    return PreparedData(tokenizer, *splits, tuple(summary))
+
+
 def _prepare_prebatched(
     source: BatchesSource, tokenizer: Tokenizer, where: str, on_progress: Progress | None, on_message: Message
 ) -> PreparedData:
@@ -285,10 +338,20 @@ def _prepare_prebatched(
     return PreparedData(tokenizer, train, validation, (summary,))
 
 
-def open_source(found: FoundSource, tokenizer: Tokenizer, on_progress: Progress | None, on_message: Message) -> Tokens:
-    """Open the tokens of a source, tokenized if they are not in the token cache. Raises DataError, TokenizerError."""
+def open_source(
+    found: FoundSource,
+    tokenizer: Tokenizer,
+    on_progress: Progress | None,
+    on_message: Message,
+    *,
+    separate: bool = False,
+) -> Tokens:
+    """Open the tokens of a source, tokenized if they are not in the token cache. Raises DataError, TokenizerError.
+
+    `separate`: the id `vocab_size`, which is no token, follows each document.
+    """
     if isinstance(found, Shards):
         return open_shards(found.files, tokenizer.vocab_size, found.name, on_progress, on_message)
     if isinstance(found, Conversations):
-        return tokenize_conversations(found, tokenizer, on_progress, on_message)
-    return tokenize(found, tokenizer, on_progress, on_message)
+        return tokenize_conversations(found, tokenizer, on_progress, on_message, separate=separate)
+    return tokenize(found, tokenizer, on_progress, on_message, separate=separate)

@@ -28,6 +28,7 @@ IntegerArray = npt.NDArray[np.integer[Any]]
 Read = Callable[[int, int], IntegerArray]
 
 _BIN_VERSION, _BIN_HEADER = 1, 256  # modded-nanogpt: 256 int32, then uint16 tokens
+_BLOCK_READ = 1 << 22  # ids, of a file that is searched
 _BLOCKS, _BLOCK_IDS = 16, 4096  # of a file whose SHA-256 is not known, for its digest
 _RESTORE = "Restore the file (one in the token cache is made again), and start again."
 
@@ -142,24 +143,44 @@ class Tokens:
 
         Raises DataError: an id outside the vocabulary, or a file that was changed or removed since it was opened.
         """
-        rows = np.empty((len(starts), length), self._dtype)
-        pieces = sorted(self._pieces(starts, length))
+        return self._read(starts, np.full(len(starts), length)).reshape(len(starts), length)
+
+    def read_ragged(self, starts: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]) -> list[Ids]:
+        """Read parts of unequal length, as `read` does: int32 [lengths[i]] each."""
+        return np.split(self._read(starts, lengths), np.cumsum(lengths)[:-1])
+
+    def find(self, token: int) -> npt.NDArray[np.int64]:
+        """Return the places of an id in the array, ascending. All shards are read."""
+        found = []
+        for begin, shard in zip(self._begins, self._shards, strict=False):
+            with shard.opened() as read:
+                for first in range(0, len(shard), _BLOCK_READ):
+                    ids = read(first, min(_BLOCK_READ, len(shard) - first))
+                    found.append(begin + first + np.flatnonzero(ids == token))
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def _read(self, starts: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]) -> Ids:
+        """Return the parts one after the other."""
+        ids = np.empty(int(lengths.sum()), self._dtype)
+        pieces = sorted(self._pieces(starts, lengths))
         for shard, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
             with self._shards[shard].opened() as read:
-                for _, at, row, column, count in group:
-                    rows[row, column : column + count] = read(at, count)
-        check_range(tokens_of(rows) if self._marked else rows, self._vocab_size, self._name)
-        return rows.astype(np.int32, copy=False)
+                for _, at, place, count in group:
+                    ids[place : place + count] = read(at, count)
+        check_range(tokens_of(ids) if self._marked else ids, self._vocab_size, self._name)
+        return ids.astype(np.int32, copy=False)
 
-    def _pieces(self, starts: npt.NDArray[np.integer[Any]], length: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Yield the parts of windows in each shard: (shard, index in it, row, column, number of ids)."""
-        shard_of = np.searchsorted(self._ends, starts, side="right")
-        for row, (shard, start) in enumerate(zip(shard_of.tolist(), starts.tolist(), strict=True)):
-            at, column = int(start) - self._begins[shard], 0
-            while column < length:  # one iteration, unless the window crosses a shard boundary
-                count = min(length - column, len(self._shards[shard]) - at)
-                yield shard, at, row, column, count
-                shard, at, column = shard + 1, 0, column + count
+    def _pieces(
+        self, starts: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the pieces of parts in each shard: (shard, index in it, place in the result, number of ids)."""
+        shard_of, ends = np.searchsorted(self._ends, starts, side="right"), np.cumsum(lengths)
+        for shard, start, length, end in zip(*(x.tolist() for x in (shard_of, starts, lengths, ends)), strict=True):
+            at, left = start - self._begins[shard], length
+            while left:  # one iteration, unless the part crosses a shard boundary
+                count = min(left, len(self._shards[shard]) - at)
+                yield shard, at, end - left, count
+                shard, at, left = shard + 1, 0, left - count
 
 
 def check_range(ids: IntegerArray, vocab_size: int, name: str) -> None:

@@ -104,8 +104,13 @@ def characters_of(texts: Texts, on_progress: Progress | None, on_message: Messag
     return set(str(cached_value(_key("characters", texts), collect, on_message)))
 
 
-def tokenize(texts: Texts, tokenizer: Tokenizer, on_progress: Progress | None, on_message: Message) -> Tokens:
+def tokenize(
+    texts: Texts, tokenizer: Tokenizer, on_progress: Progress | None, on_message: Message, *, separate: bool = False
+) -> Tokens:
     """Return the token ids of the texts from the cache; tokenize and cache them if they are not there.
+
+    With `separate`, each document ends with the end-of-text token, if the tokenizer has one, and the id `vocab_size`
+    follows it, which is no token: its places are the borders of the documents (`Tokens.find`).
 
     Memory is about 64 times `source_files.CHUNK_BYTES`, independent of the size of the texts. Raises DataError
     and TokenizerError.
@@ -117,15 +122,16 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, on_progress: Progress | None, o
         "library": version("tokenizers") if isinstance(tokenizer, HuggingFaceTokenizer) else None,
         "chunk_bytes": source_files.CHUNK_BYTES,
     }
+    encode, vocab_size = (_encode_separate, tokenizer.vocab_size + 1) if separate else (_encode, tokenizer.vocab_size)
     shards = cached_tokens(
-        _key("tokens", texts) | options,
-        lambda: _encode(texts, tokenizer, texts.counter("tokenizing", on_progress)),
-        "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
+        _key("documents" if separate else "tokens", texts) | options,
+        lambda: encode(texts, tokenizer, texts.counter("tokenizing", on_progress)),
+        "<u2" if vocab_size <= 1 << 16 else "<u4",
         texts.name,
         on_progress,
         on_message,
     )
-    return Tokens(shards, tokenizer.vocab_size, texts.name)
+    return Tokens(shards, vocab_size, texts.name)
 
 
 def _key(kind: str, texts: Texts) -> Key:
@@ -147,6 +153,15 @@ def _encode(texts: Texts, tokenizer: Tokenizer, on_bytes: Callable[[int], None])
             yield from _encode_document((piece or "" for piece in document), tokenizer, texts.name)
         elif end != tokenizer.first_tokens:
             yield np.array(end, np.int32)
+
+
+def _encode_separate(texts: Texts, tokenizer: Tokenizer, on_bytes: Callable[[int], None]) -> Iterator[Ids]:
+    """Yield the ids of all documents, each between the first tokens and the end-of-text token, and then a border."""
+    end = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
+    for between, document in itertools.groupby(texts.pieces(on_bytes), key=lambda piece: piece is None):
+        if not between:
+            yield from _encode_document((piece or "" for piece in document), tokenizer, texts.name)
+            yield np.array([*end, tokenizer.vocab_size], np.int32)
 
 
 def _encode_document(pieces: Iterator[str], tokenizer: Tokenizer, where: str) -> Iterator[Ids]:

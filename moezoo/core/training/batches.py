@@ -1,28 +1,13 @@
 """Batches of a training run, read one step ahead if several processes must stop together when one cannot read on."""
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.config.training import TrainingConfig
-from moezoo.core.data.prebatched import PrebatchedSplit
-from moezoo.core.data.splits import Split
-from moezoo.core.data.tokenizers import Ids
+from moezoo.core.data.batch import Batch
+from moezoo.core.data.prepare import AnySplit
 from moezoo.core.errors import DataError
 from moezoo.core.tokens import IGNORED, targets_of, tokens_of
-
-
-class Batch(NamedTuple):
-    """This process's part of a step's batch, by micro-batch.
-
-    Fields:
-        windows: int32 [A, b, T + 1], token ids.
-        targets: int32 [A, b, T], the next tokens; IGNORED where they are not trained on.
-    """
-
-    windows: Ids
-    targets: Ids
 
 
 class Batches:
@@ -32,9 +17,7 @@ class Batches:
         failure: the error of a batch that was read ahead, which another process must learn of before its turn.
     """
 
-    def __init__(
-        self, split: Split | PrebatchedSplit, training: TrainingConfig, own: NDArray[np.int64], *, ahead: bool
-    ):
+    def __init__(self, split: AnySplit, training: TrainingConfig, own: NDArray[np.int64], *, ahead: bool):
         """`own`: indices of this process's sequences in a micro-batch. `ahead`: there are several processes."""
         self.failure: DataError | None = None
         self._split, self._training, self._own, self._ahead = split, training, own, ahead
@@ -64,19 +47,18 @@ class Batches:
         micro_batches = training.gradient_accumulation
         offsets = np.arange(micro_batches) * (training.batch_size // micro_batches)
         rows = np.add.outer(offsets, self._own).ravel()
-        sizes = training.batch_size, training.sequence_length, training.seed
-        windows = self._split.batch(step - 1, *sizes, rows)
-        marked = windows.reshape(micro_batches, -1, windows.shape[-1])
-        targets = targets_of(marked[..., 1:])
+        batch = self._rows(step, rows)
         # A process without targets reads the whole batch: others may have some, or else all find the same.
-        if not _has_targets(marked) and not _has_targets(self._split.batch(step - 1, *sizes)):
+        if not (batch.targets != IGNORED).any() and not (self._rows(step).targets != IGNORED).any():
             raise DataError(
                 f"step {step} has no targets: all {training.batch_size * training.sequence_length} tokens of its batch "
                 f"are masked; expected at least one to train on; {self._split.source_names}. Use a larger "
                 "training.batch_size or sequence_length, or shorter prompts."
             )
-        return Batch(tokens_of(marked), targets)
+        return batch.by_micro_batch(micro_batches)
 
-
-def _has_targets(marked: Ids) -> bool:
-    return bool((targets_of(marked[..., 1:]) != IGNORED).any())
+    def _rows(self, step: int, rows: NDArray[np.int64] | None = None) -> Batch:
+        """Read these rows of a step's batch; None: all."""
+        training = self._training
+        found = self._split.batch(step - 1, training.batch_size, training.sequence_length, training.seed, rows)
+        return found if isinstance(found, Batch) else Batch(tokens_of(found), targets_of(found[..., 1:]))

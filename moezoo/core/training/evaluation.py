@@ -11,8 +11,9 @@ from moezoo.core.backend import Model, check_length
 from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
 from moezoo.core.data.grammar.grammar import Grammar
-from moezoo.core.data.prebatched import PrebatchedSplit
-from moezoo.core.data.splits import Split, Windows
+from moezoo.core.data.packed_split import PackedSequences
+from moezoo.core.data.prepare import AnySplit
+from moezoo.core.data.splits import Windows
 from moezoo.core.data.token_shards import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.errors import DataError
@@ -94,7 +95,7 @@ class ValidationRecord:
 
 def evaluate(
     model: Model,
-    split: Split | PrebatchedSplit,
+    split: AnySplit,
     tokenizer: Tokenizer,
     *,
     sequence_length: int,
@@ -129,15 +130,18 @@ def evaluate(
     sums, report = _Sums(model, tokenizer, grammar), on_progress or (lambda what, done, total: None)
     report("evaluating", 0, len(windows))
     for start in range(0, len(windows), size):
-        marked = windows[start : start + size]
-        batch, targets = tokens_of(marked), targets_of(marked[:, 1:])
+        if isinstance(windows, PackedSequences):
+            batch, targets, documents = windows.batch(start, start + size)
+        else:
+            marked, documents = windows[start : start + size], None
+            batch, targets = tokens_of(marked), targets_of(marked[:, 1:])
         check_range(batch, model.spec.vocab, "data to evaluate on")
         inputs = batch[:, :-1]
         if isinstance(windows, Windows):
             targets = np.where(windows.are_repeated(start, start + size), IGNORED, targets)
-        if first_token is not None:
+        if first_token is not None and documents is None:
             inputs, targets = _after_first_token(batch, targets, first_token, tokenizer.end_of_text)
-        sums.add(batch, inputs, targets)
+        sums.add(batch, inputs, targets, documents)
         report("evaluating", start + len(batch), len(windows))
     if not sums.num_targets:
         raise DataError(
@@ -158,14 +162,20 @@ class _Sums:
         self._dropped: list[int] = []
         self._known = np.zeros(3)  # characters, nats and surprisal where the source is known
 
-    def add(self, windows: NDArray[np.int32], inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
-        """Score inputs and targets [n, T] of windows [n, T + 1]."""
-        scores, counted = self._model.score(inputs, targets), targets != IGNORED
+    def add(
+        self,
+        windows: NDArray[np.int32],
+        inputs: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        documents: NDArray[np.int32] | None,
+    ) -> None:
+        """Score inputs and targets [n, T] of windows [n, T + 1], or of packed documents."""
+        scores, counted = self._model.score(inputs, targets, documents=documents), targets != IGNORED
         losses = scores.token_losses.astype(np.float64)
         self.num_targets += int(counted.sum())
         self._nats += float(losses[counted].sum())
         if self._model.spec.inference_differs:
-            inferred = self._model.score(inputs, targets, inference=True).token_losses
+            inferred = self._model.score(inputs, targets, inference=True, documents=documents).token_losses
             self._inference_nats += float(inferred.astype(np.float64)[counted].sum())
         num_bytes = self._tokenizer.byte_count(targets[counted], _begin_texts(windows, self._tokenizer)[counted])
         self._bytes = None if self._bytes is None or num_bytes is None else self._bytes + num_bytes
@@ -213,7 +223,7 @@ def _after_first_token(
 def known_grammar(data: DataConfig) -> Grammar | None:
     """Return the grammar that generates the data, if that is a single built-in dataset with a character tokenizer."""
     match data.validation or data.sources:
-        case (DatasetSource(name=name),) if data.tokenizer.kind == "character":
+        case (DatasetSource(name=name),) if data.tokenizer.kind == "character" and data.documents == "windows":
             return dataset_grammar(name)
     return None
 

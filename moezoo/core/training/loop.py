@@ -248,7 +248,8 @@ class _Training:
         batch = self.batches.take(step)
         rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
         keys = micro_batch_keys(training.seed, step - 1, training.gradient_accumulation)
-        self.pending.append((step, rate, self.model.train_step(batch.windows, rate, keys, batch.targets)))
+        started = self.model.train_step(batch.windows, rate, keys, batch.targets, batch.documents)
+        self.pending.append((step, rate, started))
         self.trained = step
         if step % training.log_every == 0 or step == self.first_step + 1:
             self._report(step)

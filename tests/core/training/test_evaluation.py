@@ -62,9 +62,9 @@ class ReferenceModel:
             elif "cutoff" in row.name:
                 self.weights[row.name] = np.full(row.shape, 1.0 if "weight" in row.name else 0.25)
 
-    def score(self, tokens, targets, *, inference=False):
+    def score(self, tokens, targets, *, inference=False, documents=None):
         self.calls.append(inference)
-        logits, routings, _ = forward(self.spec, self.weights, tokens, inference=inference)
+        logits, routings, _ = forward(self.spec, self.weights, tokens, inference=inference, document_BT=documents)
         moe = self.spec.layers[0].moe
         options = {"num_sequences": len(tokens), "inference": inference}
         dropped = [int(num_dropped(each, dispatch(moe, each, **options))) for each in routings]
@@ -100,7 +100,9 @@ class Sentences(CharacterTokenizer):
 
 def test_each_window_begins_with_the_first_token_once_and_none_predicts_it(monkeypatch):
     model, seen = model_of(), []
-    monkeypatch.setattr(model, "score", lambda *batch, score=model.score: seen.append(np.stack(batch)) or score(*batch))
+    monkeypatch.setattr(
+        model, "score", lambda *batch, score=model.score, **_: seen.append(np.stack(batch)) or score(*batch)
+    )
     stream = np.array([[0, 2, 3, 4, 1, 0, 5, 6], [6, 7, 1, 0, 8, 9, 2, 3], [3, 0, 4, 5, 6, 7, 8, 9]], np.int32)
     monkeypatch.setattr(Windows, "windows", lambda *_: stream)
     options = {"sequence_length": T, "batch_size": 3}

@@ -35,7 +35,12 @@ class Model(RecordingModel):
         self.at_step, self.at_batch, self.batches, self.in_flight, self.most = at_step, at_batch, 0, 0, 0
 
     def train_step(
-        self, windows: np.ndarray, learning_rate: float, keys: np.ndarray, targets: np.ndarray
+        self,
+        windows: np.ndarray,
+        learning_rate: float,
+        keys: np.ndarray,
+        targets: np.ndarray,
+        documents: np.ndarray | None = None,
     ) -> "RecordingModel":
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
@@ -47,7 +52,7 @@ class Model(RecordingModel):
         self.in_flight -= 1
         return super().fetch()
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray) -> Scores:
+    def score(self, tokens: np.ndarray, targets: np.ndarray, *, documents: np.ndarray | None = None) -> Scores:
         self.batches += 1
         self.at_batch(self.batches)
         return super().score(tokens, targets)
