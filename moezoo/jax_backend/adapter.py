@@ -84,10 +84,14 @@ class _Key(nnx.Variable[jax.Array]):
 
 
 def take(weight: jax.Array | QuantizedArray | AdaptedArray, index: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.adapter.take; of codes only the rows with these indices are decoded."""
+    """Spec: moezoo.core.reference.adapter.take; of codes only the rows with these indices are decoded.
+
+    In the weight's dtype; with an adapter, in float32.
+    """
     if not isinstance(weight, AdaptedArray):
         return quantization.take(weight, index)
-    return quantization.take(weight.base, index) + weight.lora_a[index] @ weight.scaled_b
+    factors = replace(weight, lora_a=weight.lora_a[index]).astype(jnp.float32)
+    return quantization.take(weight.base, index).astype(jnp.float32) + factors.lora_a @ factors.scaled_b
 
 
 def keyed(spec: AdapterSpec | None, module: Module, name: str, key: jax.Array | None) -> Module:

@@ -83,10 +83,14 @@ def held(parameter: Any) -> Any:
 
 
 def take(weight: mx.array | QuantizedArray | AdaptedArray, index: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.adapter.take; of codes only the rows with these indices are decoded."""
+    """Spec: moezoo.core.reference.adapter.take; of codes only the rows with these indices are decoded.
+
+    In the weight's dtype; with an adapter, in float32.
+    """
     if not isinstance(weight, AdaptedArray):
         return quantization.take(weight, index)
-    return quantization.take(weight.base, index) + weight.lora_a[index] @ weight.scaled_b
+    factors = replace(weight, lora_a=weight.lora_a[index]).astype(mx.float32)
+    return quantization.take(weight.base, index).astype(mx.float32) + factors.lora_a @ factors.scaled_b
 
 
 def keyed(spec: AdapterSpec | None, module: Module, name: str, key: mx.array | None) -> Module:

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from moezoo.core.config.run_config import parse_config
+from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.cost.flops import flops_per_token
 from moezoo.core.cost.memory import kv_cache_bytes_per_token, training_memory
 from moezoo.core.cost.parameters import parameter_counts
@@ -133,13 +134,14 @@ def test_page_fits_100_columns_and_shows_totals():
 
 
 def test_header_shows_facts_verbatim():
-    text = rendered(training_header(config(), {"device": "cpu (2 visible) [bold]", "experts": "blocks"}))
+    sized = with_vocab_size(config(), 256)
+    text = rendered(training_header(sized, {"device": "cpu (2 visible) [bold]", "experts": "blocks"}))
     assert "cpu (2 visible) [bold]" in text
     assert "144 tokens (6 x 24, in 3 micro-batches), 10 steps" in text
     assert "active per token" in text
     assert "FLOPs per token, forward and backward" in text
     assert "scanned" not in text
-    scanned = config().training.model_copy(update={"layers": "scanned"})
+    scanned = sized.training.model_copy(update={"layers": "scanned"})
     assert "scanned: consecutive equal layers" in rendered(
-        training_header(config().model_copy(update={"training": scanned}), {})
+        training_header(sized.model_copy(update={"training": scanned}), {})
     )

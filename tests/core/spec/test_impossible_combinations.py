@@ -16,9 +16,11 @@ from tests.support.source_tree import PACKAGE, tree_of
 
 MODULES = (
     "config.data",
+    "config.optimizers",
     "config.run_config",
     "config.training",
     "distributed.mesh",
+    "spec.adapter",
     "spec.attention",
     "spec.model",
     "spec.moe",
@@ -500,6 +502,45 @@ CASES = {
         {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},
         "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "
         "batch_size.",
+    ),
+    "no role that is trained": (
+        {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "only": []}},
+        "training.only is empty, so nothing is trained (x.yaml). Name a role, or leave it out.",
+    ),
+    "two groups of one role": (
+        {"optimizer": {"learning_rate": 0.001, "groups": [{"roles": ["router"]}, {"roles": ["router"]}]}},
+        "optimizer.groups name router twice (x.yaml). Name each role once.",
+    ),
+    "nesterov without momentum": (
+        {"optimizer": {"kind": "sgd", "learning_rate": 0.001, "momentum": 0, "nesterov": True}},
+        "optimizer.nesterov is true, but momentum is 0 (x.yaml). Use a momentum above 0.",
+    ),
+    # adapter
+    "adapter of no layer": (
+        {"adapter": {"layers": []}},
+        "model.adapter.layers is empty, so nothing would be adapted (x.yaml). Name some, or remove layers.",
+    ),
+    "adapter of a role twice": (
+        {"adapter": {"on": ["router", "router"]}},
+        "model.adapter.on names the same one twice (x.yaml). Name each once.",
+    ),
+    "adapter of a layer beyond the last": (
+        {"adapter": {"layers": [2]}},
+        "model.adapter.layers has 2, but the last layer is 1 (x.yaml). Use indices up to 1.",
+    ),
+    "adapter of a tied head": (
+        model(head={"kind": "tied"}) | {"adapter": {"on": ["head"]}},
+        "model.adapter.on has head, but the head is tied to the embedding (x.yaml). Use embedding, whose matrix a tied "
+        "head has.",
+    ),
+    "adapter of a role that no layer has": (
+        {"adapter": {"on": ["dense"], "layers": [1]}},
+        "model.adapter.on has dense, of which layers 1 has no matrix (x.yaml). Remove dense.",
+    ),
+    "dropout of adapters of experts": (
+        {"adapter": {"dropout": 0.1}},
+        "model.adapter.dropout is 0.1, but adapters of experts have none (x.yaml). Use dropout: 0, or name roles "
+        "without experts in adapter.on.",
     ),
     "two axes that are auto": (
         {"mesh": {"data": "auto", "expert": "auto"}},
