@@ -31,3 +31,9 @@ def keep_freed_memory(*, of_all_threads: bool = True) -> str:
     if not all(accepted):
         return "returned to the system (mallopt failed)"
     return "kept in the process (mallopt)" if of_all_threads else "kept in the main thread (mallopt)"
+
+
+def return_freed_memory() -> None:
+    """Return the memory that is free now to the system; what is freed later is kept as before."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

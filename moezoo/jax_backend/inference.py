@@ -29,6 +29,7 @@ from moezoo.jax_backend.kv_cache import Caches
 from moezoo.jax_backend.losses import loss_terms, token_losses
 from moezoo.jax_backend.positions import packed_documents
 from moezoo.jax_backend.quantization import QuantizedArray, dequantize, is_surely_finite
+from moezoo.jax_backend.runtime.memory import returning_memory
 from moezoo.jax_backend.runtime.processes import on_host
 from moezoo.jax_backend.runtime.typed import GraphDef, State
 from moezoo.jax_backend.sampling import Rule
@@ -158,9 +159,8 @@ class JaxInference:
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
         weights = (self._parameters, self._state)
-        return Generation(
-            self.spec, partial(self._extend, *weights), partial(self._decode, *weights), prompts, new_tokens, options
-        )
+        extend, step = (partial(returning_memory(compiled), *weights) for compiled in (self._extend, self._decode))
+        return Generation(self.spec, extend, step, prompts, new_tokens, options)
 
     def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
         # Slots before the prompt are padding, and sizes are rounded up: prompts of like length share their programs.

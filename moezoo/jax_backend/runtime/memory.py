@@ -1,11 +1,13 @@
 """Memory that JAX's steps on the CPU take over from each other. JAX only: MLX has an allocator of its own."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax._src import xla_bridge  # no public API tells whether JAX has started its threads
 
-from moezoo.core.malloc import keep_freed_memory
+from moezoo.core.malloc import keep_freed_memory, return_freed_memory
 
 
 @functools.cache
@@ -25,3 +27,20 @@ def reuse_memory(*, for_training: bool) -> str:
     # frees those of the last step: they would be mapped anew in each step or, kept, exist two or three times.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     return kept
+
+
+def returning_memory(function: Any) -> Callable[..., Any]:
+    """Wrap a compiled function: a call that compiles then returns to the system what files and compilers left free.
+
+    Not in a process that trains: its next step would map all that memory anew.
+    """
+
+    def call(*inputs: Any) -> Any:
+        known = function._cache_size()
+        result = function(*inputs)
+        config: Any = jax.config  # type checkers do not know its values
+        if function._cache_size() > known and config.values["jax_cpu_enable_async_dispatch"]:
+            return_freed_memory()
+        return result
+
+    return call
