@@ -47,8 +47,8 @@ class Weights:
         """
         if self.has(f"{name}.lora_a"):
             assert self._adapter is not None
-            base, lora_a, lora_b = (self._plain(part) for part in (name, f"{name}.lora_a", f"{name}.lora_b"))
-            return cast(nnx.Param[jax.Array], Adapted(base, lora_a, lora_b, self._adapter))
+            lora_a, lora_b = (self._factor(f"{name}.{factor}") for factor in ("lora_a", "lora_b"))
+            return cast(nnx.Param[jax.Array], Adapted(self._plain(name), lora_a, lora_b, self._adapter))
         return self._plain(name)
 
     def _plain(self, name: str) -> nnx.Param[jax.Array]:
@@ -56,6 +56,11 @@ class Weights:
         if isinstance(value, QuantizedWeight):
             return nnx.Param(cast(jax.Array, quantized_array(value)))
         return nnx.Param(_array(value))
+
+    def _factor(self, name: str) -> nnx.Param[jax.Array]:
+        """Return a factor of an adapter in float32: no use casts it before it is multiplied with the scale."""
+        value: Any = self._values[self._prefix + name]
+        return nnx.Param(_array(value.astype(np.float32) if isinstance(value, np.ndarray) else value))
 
     def state(self, name: str) -> nnx.Variable[jax.Array]:
         """Return state with this module's value of that name, in its own dtype: not trained by gradients."""

@@ -43,8 +43,8 @@ class Weights:
         """
         if self.has(f"{name}.lora_a"):
             assert self._adapter is not None
-            base, lora_a, lora_b = (self._plain(part) for part in (name, f"{name}.lora_a", f"{name}.lora_b"))
-            return cast(mx.array, Adapted(base, lora_a, lora_b, self._adapter))
+            lora_a, lora_b = (self._factor(f"{name}.{factor}") for factor in ("lora_a", "lora_b"))
+            return cast(mx.array, Adapted(self._plain(name), lora_a, lora_b, self._adapter))
         return self._plain(name)
 
     def _plain(self, name: str) -> mx.array:
@@ -55,6 +55,10 @@ class Weights:
         if value.dtype == ml_dtypes.bfloat16:
             return mx.array(value.view(np.uint16)).view(mx.bfloat16)
         return mx.array(value if value.dtype.name in STORED_DTYPES else value.astype(np.float32))
+
+    def _factor(self, name: str) -> mx.array:
+        """Return a factor of an adapter in float32: no use casts it before it is multiplied with the scale."""
+        return mx.array(np.asarray(self._values[self._prefix + name], np.float32))
 
     def state(self, name: str) -> mx.array:
         """Return state with this module's value of that name, in its own dtype; the module must freeze it."""
