@@ -20,6 +20,7 @@ from moezoo.core.reference.dispatch import dispatch, num_dropped
 from moezoo.core.reference.losses import expert_counts, token_losses
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
+from moezoo.core.tokens import masked
 from moezoo.core.training.evaluation import Evaluation, describe_evaluation, evaluate
 from moezoo.core.training.metrics import read_metrics
 from tests.support.backends_available import require_backend
@@ -41,6 +42,8 @@ ROUTINGS = {
 
 class Windows:
     """A split that returns WINDOWS_BT."""
+
+    name, source_names = "validation", "chat.jsonl"
 
     def windows(self, length, most):
         assert length == T
@@ -81,6 +84,21 @@ def model_of(kind="dropless", **fields):
 
 def evaluated(model, batch_size=WINDOWS, length=T):
     return evaluate(model, Windows(), TOKENIZER, sequence_length=length, batch_size=batch_size)
+
+
+# --- masked tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_masked_tokens_are_read_and_have_no_loss_and_no_bytes(monkeypatch):
+    model, trained = model_of(), np.arange(T + 1) % 3 == 2
+    monkeypatch.setattr(Windows, "windows", lambda *_: masked(WINDOWS_BT, trained))
+    result = evaluated(model)
+    losses = model.score(WINDOWS_BT[:, :-1], WINDOWS_BT[:, 1:]).token_losses[:, trained[1:]]
+    assert_close(result.validation_loss, losses.mean(), FLOAT64)
+    assert_close(result.bits_per_byte, losses.mean() / np.log(2), FLOAT64)  # characters of a byte
+    monkeypatch.setattr(Windows, "windows", lambda *_: masked(WINDOWS_BT, np.zeros(T + 1, np.bool_)))
+    with pytest.raises(DataError, match=r"the validation data has no targets: all tokens of 6 windows .* chat.jsonl"):
+        evaluated(model)
 
 
 # --- the first token -------------------------------------------------------------------------------------------------
