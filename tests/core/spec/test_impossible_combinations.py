@@ -498,6 +498,11 @@ CASES = {
         },
         "data.validation[0].weight is set (x.yaml). Remove it: the sources to validate on follow each other.",
     ),
+    "separate documents of token shards": (
+        {"data": {"sources": [{"kind": "tokens", "path": "a"}], "documents": "separate"}},
+        "data.documents is separate, but sources[0] is of kind tokens, which has no borders of documents (x.yaml). Use "
+        "sources of kind text, jsonl or chat, or documents: windows.",
+    ),
     "gradient_accumulation that does not divide batch_size": (
         {"training": {"steps": 10, "batch_size": 6, "sequence_length": 8, "gradient_accumulation": 4}},
         "training.gradient_accumulation is 4, which does not divide batch_size = 6 (x.yaml). Use a divisor of "
