@@ -381,7 +381,7 @@ def loss_and_gradients(
     from autograd import value_and_grad
 
     seen: dict[str, float] = {}
-    trained = trained_names(spec) if trained is None else trained
+    trained = trained_names(spec, ("all",)) if trained is None else trained
     state = {name: value for name, value in parameters.items() if name not in trained}
     of_step: dict[str, Any] = {"global_load": global_load, "num_targets": num_targets}
     of_step["documents"] = packed_documents(document_BT)
