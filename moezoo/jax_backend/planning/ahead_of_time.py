@@ -152,7 +152,8 @@ def _lowered(config: Config, placement: Placement | None) -> jax.stages.Lowered:
     model.start_training(config.optimizer, rematerialize=training.rematerialize, trained=trained)
     # As on a TPU: attention in one piece; on the CPU it would be chunked, which is slow to compile.
     with planned_for("tpu"):
-        return model.lowered(training.gradient_accumulation, training.batch_size, training.sequence_length)
+        sizes = training.gradient_accumulation, training.batch_size, training.sequence_length
+        return model.lowered(*sizes, packed=config.data.documents == "separate")
 
 
 class _PlannedModel(JaxModel):
@@ -171,14 +172,16 @@ class _PlannedModel(JaxModel):
             shardings[1],
         )
 
-    def lowered(self, micro_batches: int, batch: int, length: int) -> jax.stages.Lowered:
+    def lowered(self, micro_batches: int, batch: int, length: int, *, packed: bool) -> jax.stages.Lowered:
+        """Lower the step; `packed`: on sequences that are packed with documents."""
         size = batch // micro_batches
         sharding = None if self._placement is None else self._placement.batch
         tokens = jax.ShapeDtypeStruct((micro_batches, size, length), np.int32, sharding=sharding)
         self.own_sequences(size)  # raises where the batch cannot be divided
         keys = jax.ShapeDtypeStruct((micro_batches, 2), np.uint32)
         with self._traced(size):
-            return self._step.lower(*self._step_inputs(StepBatch(tokens, tokens), 0.0, keys))
+            batch_of_step = StepBatch(tokens, tokens, tokens if packed else None)
+            return self._step.lower(*self._step_inputs(batch_of_step, 0.0, keys))
 
 
 def _sum(parts: Iterable[tuple[Iterable[Collective], int]]) -> Iterator[Collective]:
