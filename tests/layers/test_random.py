@@ -100,7 +100,7 @@ def test_gumbel_noise_draws_from_the_softmax():
 
 def test_every_purpose_has_its_own_number():
     purposes = [value for name, value in vars(random).items() if name.isupper() and name[0] != "_"]
-    assert len(purposes) == len(set(purposes)) == 6
+    assert len(purposes) == len(set(purposes)) == 7
 
 
 def test_keys_in_a_batch_draw_normals_independently():
