@@ -53,7 +53,7 @@ def trained(config, mesh, options, windows, key):
     Gradients are the first moments after one step, up to a factor: so they need no program of their own. What Adafactor
     keeps instead is compared as it is.
     """
-    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
+    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
     model.start_training(config.optimizer, **options)
     keys, targets = np.stack([key, key + 1]), windows[..., 1:].copy()
     targets[0, :, 3:], targets[:, 2] = IGNORED, IGNORED  # micro-batches with different numbers, a device with none
@@ -107,7 +107,7 @@ def answered(config, mesh, options) -> tuple[dict, list]:
 
     And the tokens that follow prompts of unequal length.
     """
-    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
+    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
     model.start_training(config.optimizer, **options)
     windows = np.random.default_rng(0).integers(0, VOCAB, (1, 8, 17)).astype(np.int32)
     model.train_step(windows, 1e-3).fetch()
@@ -136,7 +136,7 @@ def answers(config, given: dict) -> dict:
 
 def compiled_step(config, given: dict, micro_batches: int = 1):
     mesh, options = mesh_and_options(given)
-    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
+    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
     model.start_training(config.optimizer, **options)
     batch = jax.tree.map(model._placement.of_all_processes, step_batch(np.zeros((micro_batches, 8, 17), np.int32)))
     with model._placement.active(8):
@@ -148,7 +148,7 @@ def collectives(config, given: dict) -> dict:
 
 
 def of_score(config, given: dict) -> dict:
-    model = JaxBackend(MeshConfig(**given)).build(config.model, initial_weights(config.model, 0))
+    model = JaxBackend(MeshConfig(**given)).build(config.model, initial_weights(config.model, 0, active_adapters=True))
     compiled, seen = model._score, []
 
     def watched(*values, **named):

@@ -97,6 +97,14 @@ def test_every_matrix_of_a_stack_is_updated_by_itself_on_a_mesh(found, job):
     check(found[job])
 
 
+@release
+@pytest.mark.parametrize(
+    "job", [job("equal", "top_k", *MESHES[15:], replaced=("data:\n", "adapter: {rank: 3}\ndata:\n"))]
+)
+def test_adapters_of_recomputed_and_scanned_layers_match_one_device(found, job):
+    check(found[job])
+
+
 # In the gate on one mesh; before a release all on both, one by one.
 PARTS = {
     "combinations/values": MIXED[:1],  # experts by hash, and experts that choose from the whole batch
@@ -119,6 +127,8 @@ ONE_BY_ONE = (
     "noisy_top_k",
     "combinations/sinusoidal_positions",  # dropout, SparseMixer
     "combinations/learned_positions",  # noisy choices and their losses, biases of experts
+    "adapter",  # on every kind of matrix
+    "adapter_dropout",
 )
 
 
