@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 
+from moezoo.backends import load_backend
 from moezoo.core.config.run_config import json_schema, load_config, parse_config
 from moezoo.core.config.vocabulary import with_vocab_size
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import SpecError, TrainingError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.reference import adapter as reference
 from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.spec import AdapterSpec
+from tests.support.backends_available import require_backend
 from tests.support.covering import TINY
 from tests.support.quantized import quantized_weights
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
@@ -166,6 +168,15 @@ def test_gradients_over_codes_are_those_over_the_numbers_that_they_stand_for(twi
         model.train_step(window[None], 1e-2).fetch()
         after = model.export_parameters()
         assert {name for name in numbers if not np.array_equal(after[name], numbers[name])} == names
+
+
+def test_layers_in_codes_are_not_scanned():
+    require_backend("jax")
+    config = with_vocab_size(load_config(PATH, SIZES), V)
+    weights = quantized_weights(initial_weights(config.model, 0), AFFINE)
+    model = load_backend("jax").build(config.model, weights)
+    with pytest.raises(TrainingError, match=r"^training.layers is 'scanned', .* are not stacked; expected 'unrolled'"):
+        model.start_training(config.optimizer, trained=factors_of(config.model), layers="scanned")
 
 
 def factors_of(spec):
