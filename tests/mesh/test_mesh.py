@@ -29,8 +29,8 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2, "layers": "scanned", "rematerialize": "block"},
     {"fsdp": 2, "expert": 2, "tensor": 2, "layers": "scanned", "rematerialize": "experts"},
 ]
-# Every axis, rematerialization and a scan; the exchange `allgather` is in GROUPED.
-IN_THE_GATE = [MESHES[place] for place in (9, 18)]
+# Three axes, rematerialization and a scan; `data` unrolled is in PARTS, the exchange `allgather` in GROUPED.
+IN_THE_GATE = [MESHES[19]]
 KINDS = [{"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "expert": 4, "layers": "scanned"}]
 MIXED = [MESHES[10], MESHES[11]]
 GROUPED = [
@@ -107,7 +107,7 @@ def test_adapters_of_recomputed_and_scanned_layers_match_one_device(found, job):
 
 # In the gate on one mesh; before a release all on both, one by one.
 PARTS = {
-    "combinations/values": MIXED[:1],  # experts by hash, and experts that choose from the whole batch
+    "combinations/values": [MESHES[9]],  # experts by hash, and experts that choose from the whole batch
 }
 ONE_BY_ONE = (
     "shared_gated",  # shared experts with a gate
