@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.data import sample_order
 from moezoo.core.data.batch import Batch
 from moezoo.core.data.packing import Epochs, Packing, Pieces, cut, packed
+from moezoo.core.data.splits import samples
 from moezoo.core.data.token_shards import Tokens
 from moezoo.core.errors import DataError
 from moezoo.core.tokens import IGNORED, PADDING, targets_of, tokens_of
@@ -78,16 +78,17 @@ class PackedSplit:
     ) -> Batch:
         """Return the batch of a step; with `rows` only these rows of it.
 
-        A pure function of the arguments and the sources, as `Split.batch`: row b is sample g = step * B + b, which
-        `sample_order.blend` maps to a source and an index j in it, and `packing.Epochs` to a sequence of an epoch.
+        A pure function of the arguments, in the ranges of `Split.batch`, and of the sources: `splits.samples` maps a
+        row to a source and an index j in it, and `packing.Epochs` that to a sequence of an epoch.
         """
-        sample = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
-        sample = sample if rows is None else sample[rows]
-        source_of, index = sample_order.blend(sample, [source.weight for source in self.sources], seed)
-        epochs = self._epochs.setdefault(
-            (sequence_length, seed),
-            [Epochs(source.pieces(sequence_length), sequence_length, seed, k) for k, source in enumerate(self.sources)],
-        )
+        weights = [source.weight for source in self.sources]
+        source_of, index = samples(weights, step, batch_size, sequence_length, seed, rows)
+        if (sequence_length, seed) not in self._epochs:
+            pieces = [source.pieces(sequence_length) for source in self.sources]
+            self._epochs[sequence_length, seed] = [
+                Epochs(own, sequence_length, seed, k) for k, own in enumerate(pieces)
+            ]
+        epochs = self._epochs[sequence_length, seed]
         places = []
         for k, number in zip(source_of.tolist(), index.tolist(), strict=True):
             epoch, within = epochs[k].find(number)

@@ -31,6 +31,26 @@ class SplitSource:
     weight: float
 
 
+def samples(
+    weights: Sequence[float],
+    step: int,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+    rows: npt.NDArray[np.int64] | None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """Return the source of each row of a batch, and the row's number in it; of `rows` alone, if given.
+
+    Raises DataError: arguments out of the range that `Split.batch` states.
+    """
+    _check_integer("step", step, 0, (1 << 62) // max(batch_size, 1))
+    _check_integer("batch_size", batch_size, 1, 1 << 31)
+    _check_integer("sequence_length", sequence_length, 1, 1 << 31)
+    _check_integer("seed", seed, 0, 1 << 64)
+    sample = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
+    return sample_order.blend(sample if rows is None else sample[rows], weights, seed)
+
+
 @dataclass(frozen=True)
 class Split:
     """Training or validation split of all sources."""
@@ -68,14 +88,9 @@ class Split:
         `step` is in [0, 2**62 / B), `seed` in [0, 2**64). Raises DataError: arguments out of range, a source
         shorter than T + 1 tokens, a token id outside the vocabulary.
         """
-        _check_integer("step", step, 0, (1 << 62) // max(batch_size, 1))
-        _check_integer("batch_size", batch_size, 1, 1 << 31)
-        _check_integer("sequence_length", sequence_length, 1, 1 << 31)
-        _check_integer("seed", seed, 0, 1 << 64)
-        sample = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
-        sample = sample if rows is None else sample[rows]
-        source_of, index = sample_order.blend(sample, [source.weight for source in self.sources], seed)
-        batch = np.empty((len(sample), sequence_length + 1), np.int32)
+        weights = [source.weight for source in self.sources]
+        source_of, index = samples(weights, step, batch_size, sequence_length, seed, rows)
+        batch = np.empty((len(index), sequence_length + 1), np.int32)
         for k, source in enumerate(self.sources):
             own = np.flatnonzero(source_of == k)
             if len(own):

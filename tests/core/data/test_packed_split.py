@@ -5,7 +5,7 @@ import pytest
 
 from moezoo.core.config.data import DataConfig
 from moezoo.core.config.validate import validate
-from moezoo.core.data.packed_split import PackedSplit
+from moezoo.core.data.packed_split import DocumentSource, PackedSplit
 from moezoo.core.data.prepare import prepare_data, whole_file
 from moezoo.core.data.tokenizers import ByteTokenizer
 from moezoo.core.errors import DataError, SpecError
@@ -55,14 +55,29 @@ def test_an_epoch_has_every_document_once_and_long_ones_in_pieces(tmp_path, text
     held = len(data.validation.sources[0].start)
     assert data.summary[0].train_tokens == sum(map(len, texts[:-held]))
     assert f"in {len(texts) - held} and {held} documents, packed with" in data.summary[0].describe(1000)
-    batches = [data.train.batch(step, 4, T, 3) for step in range(20)]
-    found = [piece for batch in batches for piece in pieces_of(batch)]
     expected = [
         (text[first : first + T][: len(text) - first - 1], text[first + 1 : first + T + 1])
         for text in texts[:-held]
         for first in range(0, len(text) - 1, T)
     ]
-    assert sorted(found[: len(expected)]) == sorted(expected) or set(expected) <= set(found)
+    found, step = [], 0
+    while len(found) < len(expected):
+        found += pieces_of(data.train.batch(step, 1, T, 3))
+        step += 1
+    assert sorted(found) == sorted(expected)
+
+
+def test_documents_are_cut_once_for_all_batches(tmp_path, texts, monkeypatch):
+    split, cut, calls = prepared(write(tmp_path / "a.jsonl", texts)).train, DocumentSource.pieces, []
+    monkeypatch.setattr(DocumentSource, "pieces", lambda *given: calls.append(given) or cut(*given))
+    for step in range(5):
+        split.batch(step, 4, T, 3)
+    assert len(calls) == len(split.sources)
+
+
+def test_arguments_out_of_range_are_refused(tmp_path, texts):
+    with pytest.raises(DataError, match="step is out of range; got -1"):
+        prepared(write(tmp_path / "a.jsonl", texts)).train.batch(-1, 4, T, 3)
 
 
 def test_a_batch_is_a_function_of_step_and_seed_and_a_process_reads_its_own_rows(tmp_path, texts):
