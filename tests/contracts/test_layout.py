@@ -36,7 +36,7 @@ LAYERS = (
     ("core.config",),
     ("core.reference",),
     ("core.backend", "core.checkpoint", "core.cost", "core.data"),
-    ("core.generation", "core.huggingface"),
+    ("core.generation", "core.huggingface", "core.traces"),
     ("core.runs",),
     ("core.training",),
     ("core.parity", "core.reports"),
