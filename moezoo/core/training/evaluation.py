@@ -11,14 +11,12 @@ from moezoo.core.backend import Model, check_length
 from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
 from moezoo.core.data.grammar.grammar import Grammar
-from moezoo.core.data.packed_split import PackedSequences
 from moezoo.core.data.prepare import AnySplit
-from moezoo.core.data.splits import Windows
-from moezoo.core.data.token_shards import check_range
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.progress import Progress
-from moezoo.core.tokens import IGNORED, targets_of, tokens_of
+from moezoo.core.tokens import IGNORED
+from moezoo.core.training.evaluation_windows import EvaluationBatch, evaluation_batches
 from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
 
 _MANY_EXPERTS = 16
@@ -125,30 +123,28 @@ def evaluate(
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
     """
     check_length(model.spec, sequence_length, f"windows of {sequence_length} tokens")
-    windows = split.windows(sequence_length, max_windows)
-    size = _even_batch_size(len(windows), batch_size)
+    count, batches = evaluation_batches(
+        split,
+        tokenizer,
+        model.spec.vocab,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_windows=max_windows,
+        first_token=first_token,
+    )
     sums, report = _Sums(model, tokenizer, grammar), on_progress or (lambda what, done, total: None)
-    report("evaluating", 0, len(windows))
-    for start in range(0, len(windows), size):
-        if isinstance(windows, PackedSequences):
-            batch, targets, documents = windows.batch(start, start + size)
-        else:
-            marked, documents = windows[start : start + size], None
-            batch, targets = tokens_of(marked), targets_of(marked[:, 1:])
-        check_range(batch, model.spec.vocab, "data to evaluate on")
-        inputs = batch[:, :-1]
-        if isinstance(windows, Windows):
-            targets = np.where(windows.are_repeated(start, start + size), IGNORED, targets)
-        if first_token is not None and documents is None:
-            inputs, targets = _after_first_token(batch, targets, first_token, tokenizer.end_of_text)
-        sums.add(batch, inputs, targets, documents)
-        report("evaluating", start + len(batch), len(windows))
+    done = 0
+    report("evaluating", done, count)
+    for batch in batches:
+        sums.add(batch)
+        done += len(batch.windows)
+        report("evaluating", done, count)
     if not sums.num_targets:
         raise DataError(
-            f"the {split.name} data has no targets: all tokens of {len(windows)} windows are masked; expected tokens "
+            f"the {split.name} data has no targets: all tokens of {count} windows are masked; expected tokens "
             f"to predict; {split.source_names}. Use more windows, or other data."
         )
-    return sums.evaluation(len(windows), split.num_windows(sequence_length), sequence_length)
+    return sums.evaluation(count, split.num_windows(sequence_length), sequence_length)
 
 
 class _Sums:
@@ -162,14 +158,9 @@ class _Sums:
         self._dropped: list[int] = []
         self._known = np.zeros(3)  # characters, nats and surprisal where the source is known
 
-    def add(
-        self,
-        windows: NDArray[np.int32],
-        inputs: NDArray[np.int32],
-        targets: NDArray[np.int32],
-        documents: NDArray[np.int32] | None,
-    ) -> None:
-        """Score inputs and targets [n, T] of windows [n, T + 1], or of packed documents."""
+    def add(self, batch: EvaluationBatch) -> None:
+        """Score the windows of a batch."""
+        windows, inputs, targets, documents = batch
         scores, counted = self._model.score(inputs, targets, documents=documents), targets != IGNORED
         losses = scores.token_losses.astype(np.float64)
         self.num_targets += int(counted.sum())
@@ -211,15 +202,6 @@ def _begin_texts(windows: NDArray[np.int32], tokenizer: Tokenizer) -> NDArray[np
     return np.isin(windows[:, :-1], [*tokenizer.first_tokens, *([] if end is None else [end])])
 
 
-def _after_first_token(
-    windows: NDArray[np.int32], targets: NDArray[np.int32], first_token: int, end_of_text: int | None
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Begin each window with the first token, once, and mask it as a target unless it also ends documents."""
-    inputs = windows[:, :-1].copy()
-    inputs[windows[:, 1] != first_token, 0] = first_token
-    return inputs, targets if first_token == end_of_text else np.where(targets == first_token, IGNORED, targets)
-
-
 def known_grammar(data: DataConfig) -> Grammar | None:
     """Return the grammar that generates the data, if that is a single built-in dataset with a character tokenizer."""
     match data.validation or data.sources:
@@ -239,15 +221,6 @@ def _compare_with_source(
     surprisal = np.stack([grammar.fair_surprisal(tokenizer.decode(window)) for window in windows])
     known = ~np.isnan(surprisal) & ~np.isnan(losses)
     return np.array([known.sum(), losses[known].sum(), surprisal[known].sum()])
-
-
-def _even_batch_size(count: int, batch_size: int) -> int:
-    """Return the largest divisor of `count` up to `batch_size`, so that one shape is compiled.
-
-    A divisor below half of `batch_size` is not worth it: then batches are of full size, and the last one smaller.
-    """
-    divisor = next(size for size in range(min(batch_size, count), 0, -1) if count % size == 0)
-    return divisor if 2 * divisor >= min(batch_size, count) else min(batch_size, count)
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
