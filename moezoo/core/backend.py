@@ -21,6 +21,7 @@ from moezoo.core.config.training import Layers, Rematerialize
 from moezoo.core.distributed.mesh import Devices
 from moezoo.core.distributed.processes import PendingNumbers, Processes
 from moezoo.core.errors import DataError
+from moezoo.core.layer_routing import LayerRouting
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
@@ -43,36 +44,6 @@ def check_length(spec: ModelSpec, length: int, got: str) -> None:
             f"sequence too long; got {got}; expected at most {spec.max_length} tokens ({spec.max_length_field}). "
             f"{advice}."
         )
-
-
-@dataclass(frozen=True)
-class LayerRouting:
-    """Routing of one MoE layer. A token's experts are sorted by descending weight; ties by lower id; unused slots last.
-
-    Fields:
-        layer: index of the layer in the model.
-        expert: int32 [B, T, K], expert ids; -1 in a slot that the router left unused.
-        weight: float32 [B, T, K], combine weights: the factor of each expert's output, 0 for a dropped assignment.
-        score: float32 [B, T, E], router scores of all experts; zero-computation experts last.
-    """
-
-    layer: int
-    expert: Integers
-    weight: Floats
-    score: Floats
-
-
-def combine_weights(
-    expert_PK: Integers, valid_PK: NDArray[np.bool_], kept_PK: NDArray[np.bool_], weight_PK: Floats
-) -> tuple[Integers, Floats]:
-    """Return `expert` and `weight` of a LayerRouting, both [P, K], sorted.
-
-    `valid_PK`: slots that the router used. `kept_PK`: assignments within the expert's capacity.
-    """
-    weight_PK = np.where(kept_PK, weight_PK, np.zeros((), weight_PK.dtype))
-    order_PK = np.lexsort((expert_PK, -weight_PK, ~valid_PK), axis=-1)
-    expert_PK = np.where(valid_PK, expert_PK, -1).astype(np.int32)
-    return np.take_along_axis(expert_PK, order_PK, axis=-1), np.take_along_axis(weight_PK, order_PK, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -118,11 +89,13 @@ class Scores:
     Fields:
         token_losses: [B, T], cross-entropy of each target in nats; 0 where the target is IGNORED.
         load, dropped: as in StepMetrics.
+        routing: one LayerRouting per MoE layer; empty unless asked for.
     """
 
     token_losses: Floats
     load: list[NDArray[np.int64]]
     dropped: list[int]
+    routing: list[LayerRouting] = field(default_factory=list)
 
 
 class PendingStep(Protocol):
@@ -177,7 +150,8 @@ class Model(Protocol):
 
         Args:
             tokens, targets: int32; a target may be IGNORED.
-            forced: forced routing: experts int32 [B, T, K] per MoE layer, -1 for an unused slot.
+            forced: forced routing: experts int32 [B, T, K] per MoE layer: UNUSED (-1) in an unused slot, and
+                NOT_REPLAYED (-2) in all slots of a token that is routed freely.
             record: return named intermediates too.
             key: uint32 [2], the key of a training step, for router noise and dropout; None: neither.
             inference: use inference routing (no capacity, causal), as generation does.
@@ -189,12 +163,19 @@ class Model(Protocol):
         ...
 
     def score(
-        self, tokens: Integers, targets: Integers, *, inference: bool = False, documents: Integers | None = None
+        self,
+        tokens: Integers,
+        targets: Integers,
+        *,
+        inference: bool = False,
+        documents: Integers | None = None,
+        forced: Sequence[Integers] | None = None,
+        routing: bool = False,
     ) -> Scores:
         """Compute the loss of every target token, without noise and without returning logits.
 
-        `inference`, `documents`: as in `forward`. With several processes, each passes the whole batch and gets the
-        whole result.
+        `inference`, `documents`, `forced`: as in `forward`. `routing`: return the routing of every MoE layer too. With
+        several processes, each passes the whole batch and gets the whole result.
         """
         ...
 

@@ -15,6 +15,12 @@ IGNORED = -1
 PADDING = -1
 """Document id of the places of a packed sequence that no document fills. They come last."""
 
+UNUSED = -1
+"""Expert id of a slot that the router left unused."""
+
+NOT_REPLAYED = -2
+"""Expert id in all slots of a token that forced routing leaves to the router. (UNUSED in all: a token of no expert.)"""
+
 
 def masked(ids: Integers, trained: NDArray[np.bool_]) -> Integers:
     """Mark ids that are not trained on by their complement: ~id, which is negative.

@@ -19,6 +19,7 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
+from moezoo.core.tokens import NOT_REPLAYED
 from moezoo.jax_backend.random import bernoulli, fold_in, gumbel, normal
 from moezoo.jax_backend.runtime.placement import row_by_row
 
@@ -92,11 +93,19 @@ def choose(
         case _:
             assert_never(spec.choice)
     if context.forced_PK is not None:
-        expert_PK, valid_PK = jnp.maximum(context.forced_PK, 0), context.forced_PK >= 0
-        if context.real_P is not None:
-            valid_PK = valid_PK | ~context.real_P[:, None]  # weights of no expert could be 0 / 0
+        expert_PK, valid_PK = _replayed(context.forced_PK, context.real_P, expert_PK, valid_PK)
         weight_PK = None if weight_PK is None else jnp.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E)
+
+
+def _replayed(
+    forced_PK: jax.Array, real_P: jax.Array | None, expert_PK: jax.Array, valid_PK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Spec: moezoo.core.reference.choice._replayed."""
+    free_P1, used_PK = forced_PK[:, :1] == NOT_REPLAYED, forced_PK >= 0
+    if real_P is not None:
+        used_PK = used_PK | ~real_P[:, None]  # weights of no expert could be 0 / 0
+    return jnp.where(free_P1, expert_PK, jnp.maximum(forced_PK, 0)), jnp.where(free_P1, valid_PK, used_PK)
 
 
 # --- the kinds -------------------------------------------------------------------------------------------------------
@@ -142,10 +151,10 @@ def _sparsemixer(
         if key is not None:
             drawn_PE = logits + gumbel(fold_in(key, ROUTER_SAMPLE, 2 * slot), logits.shape)
             kept_P = bernoulli(fold_in(key, ROUTER_SAMPLE, 2 * slot + 1), 0.25, best_P.shape)
-        if forced_PK is None:
-            expert_P = jnp.argmax(jnp.where(near_PE, drawn_PE, -jnp.inf), axis=-1)
-        else:
-            expert_P = jnp.maximum(forced_PK[:, slot], 0)
+        expert_P = jnp.argmax(jnp.where(near_PE, drawn_PE, -jnp.inf), axis=-1)
+        if forced_PK is not None:
+            forced_P = forced_PK[:, slot]
+            expert_P = jnp.where(forced_P == NOT_REPLAYED, expert_P, jnp.maximum(forced_P, 0))
         gate_P = jnp.take_along_axis(gate_PE, expert_P[:, None], axis=-1)[:, 0]
         scale_P = jnp.where((expert_P == best_P) | kept_P, 1.0, 1 / 3)
         experts.append(expert_P)

@@ -3,18 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moezoo.core.backend import LayerRouting, Output, Scores, combine_weights
+from moezoo.core.backend import Output, Scores
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.training import Rematerialize
 from moezoo.core.generation.prefill import widths
+from moezoo.core.layer_routing import LayerRouting, check_forced, layer_routing
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
@@ -38,6 +39,7 @@ from moezoo.jax_backend.transforms.rematerialization import Transforms, compiler
 from moezoo.jax_backend.transforms.scanned_layers import Stacks
 
 Parameters = dict[str, jax.Array]
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 class JaxInference:
@@ -57,7 +59,8 @@ class JaxInference:
         # Codes are decoded behind barriers, which one product after the other keeps.
         options = compiler_options(rematerialize=False) if self._codes else None
         self._forward = jax.jit(self._forward_values, static_argnames=("record", "inference"), compiler_options=options)
-        self._score = jax.jit(self._score_values, static_argnames=("count", "inference"), compiler_options=options)
+        static = ("count", "inference", "routing")
+        self._score = jax.jit(self._score_values, static_argnames=static, compiler_options=options)
         self._extend = jax.jit(self._extend_values, donate_argnums=3, compiler_options=options)
         self._decode = jax.jit(self._decode_values, donate_argnums=(3, 5), compiler_options=decoding_options())
         self._finite = jax.jit(self._finite_values, out_shardings=None if placement is None else placement.replicated)
@@ -74,6 +77,7 @@ class JaxInference:
         documents: np.ndarray | None = None,
     ) -> Output:
         check_documents(tokens, targets, documents)
+        check_forced(self.spec, tokens, forced)
         if targets is not None:
             check_targets(tokens, targets)
         inputs = (self._parameters, self._state, tokens, targets, flatten_forced(forced), key, documents)
@@ -81,7 +85,7 @@ class JaxInference:
             result, terms, intermediates = on_host(self._forward(*inputs, record=record, inference=inference))
         return Output(
             result.logits_BTV,
-            _layer_routings(self.spec, result, tokens.shape),
+            layer_routings(self.spec, routing_values(result), tokens.shape),
             {name: float(value) for name, value in terms.items()},
             {name: np.asarray(value, np.float32) for name, value in intermediates.items()},
         )
@@ -125,17 +129,25 @@ class JaxInference:
         *,
         inference: bool = False,
         documents: np.ndarray | None = None,
+        forced: Sequence[np.ndarray] | None = None,
+        routing: bool = False,
     ) -> Scores:
         check_documents(tokens, targets, documents)
-        count, batch = len(tokens), [tokens, targets, *([] if documents is None else [documents])]
+        check_forced(self.spec, tokens, forced)
+        count, batch = len(tokens), (tokens, targets, documents, None if forced is None else list(forced))
         if self._placement is not None:
             filled = self._placement.padded_batch(count)
-            batch = [np.resize(rows, (filled, rows.shape[1])) for rows in batch]  # the same again
+            batch = jax.tree.map(lambda rows: np.resize(rows, (filled, *rows.shape[1:])), batch)  # the same again
         with self._traced(len(batch[0])):
-            values = self._score(self._parameters, self._state, *batch, count=count, inference=inference)
-        losses, load, dropped = on_host(values)
-        loads = [np.asarray(sizes, np.int64) for sizes in load]
-        return Scores(losses[:count], loads, [int(number) for number in dropped])
+            inputs = (self._parameters, self._state, *batch)
+            values = self._score(*inputs, count=count, inference=inference, routing=routing)
+        losses, load, dropped, routings = on_host(values)
+        return Scores(
+            losses[:count],
+            [np.asarray(sizes, np.int64) for sizes in load],
+            [int(number) for number in dropped],
+            layer_routings(self.spec, routings, tokens.shape) if routing else [],
+        )
 
     def _score_values(
         self,
@@ -143,19 +155,23 @@ class JaxInference:
         state: Parameters,
         tokens: jax.Array,
         targets: jax.Array,
-        documents: jax.Array | None = None,
+        documents: jax.Array | None,
+        forced: Sequence[jax.Array] | None,
         *,
         count: int,
         inference: bool,
-    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        routing: bool,
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[tuple[jax.Array, ...]]]:
         """Score the first `count` sequences; those after them pad the batch, and their losses are ignored."""
         module, how = self._transformed(parameters, state, tokens)
-        result = module(tokens, inference=inference, document_BT=documents, **how._asdict())
+        forced = flatten_forced(forced)
+        result = module(tokens, forced=forced, inference=inference, document_BT=documents, **how._asdict())
         if count < len(tokens):
             counted_P = jnp.arange(tokens.size) < count * tokens.shape[1]
             routings = [own._replace(valid_PK=own.valid_PK & counted_P[:, None]) for own in result.routings]
             result = result._replace(routings=routings)
-        return token_losses(result.logits_BTV, targets), *routing_load(result)
+        values = routing_values(result) if routing else []
+        return token_losses(result.logits_BTV, targets), *routing_load(result), values
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
         weights = (self._parameters, self._state)
@@ -265,9 +281,9 @@ def _merger(graph: GraphDef, *states: State) -> Callable[..., Transformer]:
     return merge
 
 
-def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
+def flatten_forced(forced: Sequence[Array] | None) -> list[Array] | None:
     """Reshape experts [B, T, K] to [P, K]."""
-    return None if forced is None else [np.asarray(expert, np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
+    return None if forced is None else [expert.astype(np.int32).reshape(-1, expert.shape[-1]) for expert in forced]
 
 
 def routing_load(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -277,11 +293,17 @@ def routing_load(result: Forward) -> tuple[list[jax.Array], list[jax.Array]]:
     return load, dropped
 
 
-def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
-    rows = []
-    for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
-        slots = (routing.expert_PK, routing.valid_PK, dispatched.kept_PK, routing.weight_PK)
-        expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
-        score_PE, like = np.array(routing.score_PE), (*shape, -1)
-        rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))
-    return rows
+def routing_values(result: Forward) -> list[tuple[jax.Array, ...]]:
+    """Return, per MoE layer, the arguments of `layer_routing`, of all tokens."""
+    values: list[tuple[jax.Array, ...]] = []
+    for routing, dispatched in zip(result.routings, result.dispatches, strict=True):
+        kept_PK = dispatched.kept_PK
+        slots = (routing.expert_PK, routing.valid_PK, kept_PK, routing.weight_PK)
+        values.append((*slots, routing.score_PE, routing.selection_PE))
+    return values
+
+
+def layer_routings(spec: ModelSpec, values: Sequence[Sequence[Any]], shape: tuple[int, ...]) -> list[LayerRouting]:
+    """Return the routing of tokens [B, T] from `routing_values` of these or more."""
+    layers = zip(spec.moe_layers, values, strict=True)
+    return [layer_routing(layer, shape, *(np.array(value) for value in own)) for layer, own in layers]

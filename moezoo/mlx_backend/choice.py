@@ -16,6 +16,7 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
+from moezoo.core.tokens import NOT_REPLAYED
 from moezoo.mlx_backend.kernels.x86 import pays
 from moezoo.mlx_backend.kernels.x86.routing import highest
 from moezoo.mlx_backend.random import bernoulli, fold_in, gumbel, normal
@@ -89,11 +90,19 @@ def choose(
         case _:
             assert_never(spec.choice)
     if context.forced_PK is not None:
-        expert_PK, valid_PK = mx.maximum(context.forced_PK, 0), context.forced_PK >= 0
-        if context.real_P is not None:
-            valid_PK = valid_PK | ~context.real_P[:, None]  # weights of no expert could be 0 / 0
+        expert_PK, valid_PK = _replayed(context.forced_PK, context.real_P, expert_PK, valid_PK)
         weight_PK = None if weight_PK is None else mx.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E)
+
+
+def _replayed(
+    forced_PK: mx.array, real_P: mx.array | None, expert_PK: mx.array, valid_PK: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Spec: moezoo.core.reference.choice._replayed."""
+    free_P1, used_PK = forced_PK[:, :1] == NOT_REPLAYED, forced_PK >= 0
+    if real_P is not None:
+        used_PK = used_PK | ~real_P[:, None]  # weights of no expert could be 0 / 0
+    return mx.where(free_P1, expert_PK, mx.maximum(forced_PK, 0)), mx.where(free_P1, valid_PK, used_PK)
 
 
 # --- the kinds -------------------------------------------------------------------------------------------------------
@@ -142,10 +151,10 @@ def _sparsemixer(
         if key is not None:
             drawn_PE = logits + gumbel(fold_in(key, ROUTER_SAMPLE, 2 * slot), logits.shape)
             kept_P = bernoulli(fold_in(key, ROUTER_SAMPLE, 2 * slot + 1), 0.25, best_P.shape)
-        if forced_PK is None:
-            expert_P = mx.argmax(mx.where(near_PE, drawn_PE, -mx.inf), axis=-1)
-        else:
-            expert_P = mx.maximum(forced_PK[:, slot], 0)
+        expert_P = mx.argmax(mx.where(near_PE, drawn_PE, -mx.inf), axis=-1)
+        if forced_PK is not None:
+            forced_P = forced_PK[:, slot]
+            expert_P = mx.where(forced_P == NOT_REPLAYED, expert_P, mx.maximum(forced_P, 0))
         # Trap: without it, "Cannot calculate VJP with respect to indices".
         expert_P = mx.stop_gradient(expert_P.astype(mx.int32))
         gate_P = mx.take_along_axis(gate_PE, expert_P[:, None], axis=-1)[:, 0]

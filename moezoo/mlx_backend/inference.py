@@ -7,9 +7,10 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from moezoo.core.backend import LayerRouting, Output, Scores, combine_weights
+from moezoo.core.backend import Output, Scores
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
+from moezoo.core.layer_routing import LayerRouting, check_forced, layer_routing
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
@@ -57,6 +58,7 @@ class MlxInference:
         documents: np.ndarray | None = None,
     ) -> Output:
         check_documents(tokens, targets, documents)
+        check_forced(self.spec, tokens, forced)
         if targets is not None:
             check_targets(tokens, targets)
         intermediates: dict[str, mx.array] = {}
@@ -74,7 +76,7 @@ class MlxInference:
         mx.eval(result.logits_BTV, result.routings, terms, intermediates if record else {})
         return Output(
             np.array(result.logits_BTV),
-            _layer_routings(self.spec, result, tokens.shape),
+            layer_routings(self.spec, routing_values(result), tokens.shape),
             {name: to_float(value) for name, value in terms.items()},
             to_numpy(intermediates) if record else {},
         )
@@ -91,22 +93,29 @@ class MlxInference:
         *,
         inference: bool = False,
         documents: np.ndarray | None = None,
+        forced: Sequence[np.ndarray] | None = None,
+        routing: bool = False,
     ) -> Scores:
         check_documents(tokens, targets, documents)
+        check_forced(self.spec, tokens, forced)
         own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)
         document_BT = None if documents is None else mx.array(data_parallel.own_part(documents))
-        result = self._module(mx.array(own_tokens), inference=inference, document_BT=document_BT)
+        own_forced = None if forced is None else flatten_forced([data_parallel.own_part(expert) for expert in forced])
+        result = self._module(mx.array(own_tokens), forced=own_forced, inference=inference, document_BT=document_BT)
         losses = token_losses(result.logits_BTV, mx.array(own_targets))
         load, dropped = routing_load(result)
+        values = routing_values(result) if routing else []
         if len(own_tokens) < len(tokens):
             losses = data_parallel.whole_batch(losses)
             load, dropped = data_parallel.summed(load, dropped)
+            values = [tuple(map(data_parallel.whole_batch, own)) for own in values]
         with data_parallel.lost_peer():
-            mx.eval(losses, load, dropped)
+            mx.eval(losses, load, dropped, values)
         return Scores(
             np.array(losses),
             [np.array(sizes, np.int64) for sizes in load],
             [to_int(count) for count in dropped],
+            layer_routings(self.spec, values, tokens.shape) if routing else [],
         )
 
     def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
@@ -203,7 +212,11 @@ class MlxInference:
 
 def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None:
     """Reshape experts [B, T, K] to [P, K]."""
-    return None if forced is None else [mx.array(expert.reshape(-1, expert.shape[-1])) for expert in forced]
+    return (
+        None
+        if forced is None
+        else [mx.array(expert.astype(np.int32).reshape(-1, expert.shape[-1])) for expert in forced]
+    )
 
 
 def routing_load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
@@ -213,12 +226,17 @@ def routing_load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:
     return load, dropped
 
 
-def _layer_routings(spec: ModelSpec, result: Forward, shape: tuple[int, ...]) -> list[LayerRouting]:
-    rows = []
-    for layer, routing, dispatched in zip(spec.moe_layers, result.routings, result.dispatches, strict=True):
+def routing_values(result: Forward) -> list[tuple[mx.array, ...]]:
+    """Return, per MoE layer, the arguments of `layer_routing`, of all tokens."""
+    values: list[tuple[mx.array, ...]] = []
+    for routing, dispatched in zip(result.routings, result.dispatches, strict=True):
         kept_PK = routing.valid_PK if dispatched is None else dispatched.kept_PK
         slots = (routing.expert_PK, routing.valid_PK, kept_PK, routing.weight_PK)
-        expert_PK, weight_PK = combine_weights(*(np.array(value) for value in slots))
-        score_PE, like = np.array(routing.score_PE), (*shape, -1)
-        rows.append(LayerRouting(layer, expert_PK.reshape(like), weight_PK.reshape(like), score_PE.reshape(like)))
-    return rows
+        values.append((*slots, routing.score_PE, routing.selection_PE))
+    return values
+
+
+def layer_routings(spec: ModelSpec, values: Sequence[Sequence[mx.array]], shape: tuple[int, ...]) -> list[LayerRouting]:
+    """Return the routing of tokens [B, T] from `routing_values` of these or more."""
+    layers = zip(spec.moe_layers, values, strict=True)
+    return [layer_routing(layer, shape, *(np.array(value) for value in own)) for layer, own in layers]

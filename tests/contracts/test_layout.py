@@ -34,7 +34,7 @@ LAYERS = (
     ("core.parameters",),
     ("core.distributed",),
     ("core.config",),
-    ("core.reference",),
+    ("core.layer_routing", "core.reference"),
     ("core.backend", "core.checkpoint", "core.cost", "core.data"),
     ("core.generation", "core.huggingface", "core.traces"),
     ("core.runs",),

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moezoo.core.backend import combine_weights
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
+from moezoo.core.layer_routing import combine_weights
 from moezoo.core.parameters.capacity import capacities, mostly_unused, num_groups, num_rows
 from moezoo.core.reference.dispatch import (
     Dispatch,

@@ -23,11 +23,12 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
-from moezoo.core.tokens import IGNORED
+from moezoo.core.tokens import IGNORED, NOT_REPLAYED
 from tests.support.tolerances import (
     BFLOAT16,
     BFLOAT16_GRADIENT,
     BFLOAT16_LOSS,
+    EXACT,
     FINITE_DIFFERENCE,
     FLOAT32,
     FLOAT32_GRADIENT,
@@ -142,6 +143,29 @@ def test_a_batch_without_a_target_that_counts_is_refused(model):
             call(TOKENS_BT, nothing)
     with pytest.raises(DataError, match="-1 is allowed as a target only; got it as an input token"):
         model.forward(np.where(np.arange(T) == 0, IGNORED, TOKENS_BT), TARGET_BT)
+
+
+def test_score_returns_routing_if_asked_and_takes_forced_routing(model, output):
+    (own,) = model.score(TOKENS_BT, TARGET_BT, routing=True).routing
+    for name in ("expert", "weight", "score", "selection", "dropped"):
+        assert_close(getattr(own, name), getattr(output.routing[0], name), EXACT, name)
+    _, routings, _ = forward(SPEC, in_float64(WEIGHTS), TOKENS_BT)
+    assert_close(own.selection, routings[0].selection_PE.reshape(B, T, E), FLOAT32)
+    forced = np.where(np.arange(T)[:, None] % 2, NOT_REPLAYED, own.expert[..., ::-1]).astype(np.int32)
+    scores = model.score(TOKENS_BT, TARGET_BT, forced=[forced], routing=True)
+    assert_close(scores.token_losses, model.score(TOKENS_BT, TARGET_BT).token_losses, FLOAT32)
+    other = (own.expert + 1) % E
+    moved = model.score(TOKENS_BT, TARGET_BT, forced=[other], routing=True)
+    np.testing.assert_array_equal(np.sort(moved.routing[0].expert), np.sort(other))
+    expected = model.forward(TOKENS_BT, TARGET_BT, forced=[other]).losses["cross_entropy"]
+    assert_close(moved.token_losses.mean(), expected, FLOAT32)
+    for wrong, message in (
+        ([forced, forced], "is of 2 layers"),
+        ([forced[0]], r"is \[5, 2\]"),
+        ([forced + E], "has expert"),
+    ):
+        with pytest.raises(DataError, match=message):
+            model.score(TOKENS_BT, TARGET_BT, forced=wrong)
 
 
 def test_score_is_the_loss_of_each_token_and_counts_each_choice(model, output):

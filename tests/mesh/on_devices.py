@@ -118,8 +118,9 @@ def answered(config, mesh, options) -> tuple[dict, list]:
         named = {"logits": output.logits, **output.losses, **output.intermediates}
         forced = [routing.expert for routing in output.routing]
         named |= model.loss_and_gradients(tokens, targets, forced=forced)[1]
-        scores = model.score(tokens, targets, inference=True)
+        scores = model.score(tokens, targets, inference=True, routing=True)
         named |= {"score": scores.token_losses, "load": scores.load, "dropped": scores.dropped}
+        named |= {f"selection.{own.layer}": own.selection for own in scores.routing}
         named["prefill"], cache = model.prefill(tokens, 24)
         named["decode"], _ = model.decode(targets[:, -1], cache)
         found |= {f"{name} of {batch}": value for name, value in named.items()}

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.backend import combine_weights
 from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.update_rules import update_rules
 from moezoo.core.config.vocabulary import with_vocab_size
+from moezoo.core.layer_routing import combine_weights
 from moezoo.core.parameters import ROLES, parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys

@@ -18,6 +18,7 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
+from moezoo.core.tokens import NOT_REPLAYED
 
 
 class Choice(NamedTuple):
@@ -47,9 +48,9 @@ class RoutingContext:
     Fields:
         token_P: int, the tokens' ids in the vocabulary; only `choice: hash` reads them.
         previous_PE: logits of the previous MoE layer; only a gating residual reads them.
-        forced_PK: int, experts to use in place of the router's own choice, -1 for an unused slot. Weights and cutoffs
-            are still the router's own. With it, two implementations can be compared where near ties would let them
-            choose differently.
+        forced_PK: int, experts to use in place of the router's own choice: UNUSED in an unused slot; NOT_REPLAYED in
+            the slots of a token for which the router chooses freely. Weights and cutoffs are still the router's own.
+            With it, two implementations can be compared where near ties would let them choose differently.
         key: uint32 [2], the key of the layer and step, for jitter, noise and sampling; None for none of them.
         inference: route as generation does: causal (expert choice by cutoffs), and no capacity drops a token.
         real_P: bool, False for padding, which is not routed: all its slots are unused. None: there is none.
@@ -130,10 +131,17 @@ def choose(
                 taken_PE, cutoffs_E, margin_P = _highest_tokens(spec, selection_PE, context.real_P)
             expert_PK, valid_PK = _highest(np.where(taken_PE, selection_PE, -np.inf), selection_PE.shape[1])
     if context.forced_PK is not None:
-        padding_P1 = False if context.real_P is None else ~context.real_P[:, None]  # its weights must not be 0 / 0
-        expert_PK, valid_PK = np.maximum(context.forced_PK, 0), (context.forced_PK >= 0) | padding_P1
+        expert_PK, valid_PK = _replayed(context.forced_PK, context.real_P, expert_PK, valid_PK)
         weight_PK = None if weight_PK is None else np.where(valid_PK, weight_PK, 0.0)
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E, margin_P)
+
+
+def _replayed(forced_PK: Array, real_P: Array | None, expert_PK: Array, valid_PK: Array) -> tuple[Array, Array]:
+    """Return the experts and valid slots of forced tokens, and the router's own of those that are not replayed."""
+    free_P1, used_PK = forced_PK[:, :1] == NOT_REPLAYED, forced_PK >= 0
+    if real_P is not None:
+        used_PK = used_PK | ~real_P[:, None]  # weights of no expert could be 0 / 0
+    return np.where(free_P1, expert_PK, np.maximum(forced_PK, 0)), np.where(free_P1, valid_PK, used_PK)
 
 
 # --- the kinds -------------------------------------------------------------------------------------------------------
@@ -205,7 +213,10 @@ def _sparsemixer(
             noise_PE = gumbel(fold_in(key, ROUTER_SAMPLE, 2 * slot), logits.shape)
             kept_P = bernoulli(fold_in(key, ROUTER_SAMPLE, 2 * slot + 1), 0.25, (tokens,))
         drawn_PE = np.where(near_PE, logits + noise_PE, -np.inf)
-        expert_P = np.argmax(drawn_PE, axis=-1) if forced_PK is None else np.maximum(forced_PK[:, slot], 0)
+        expert_P = np.argmax(drawn_PE, axis=-1)
+        if forced_PK is not None:
+            forced_P = forced_PK[:, slot]
+            expert_P = np.where(forced_P == NOT_REPLAYED, expert_P, np.maximum(forced_P, 0))
         gate_P = gate_PE[np.arange(tokens), expert_P]
         scale_P = np.where((expert_P == best_P) | kept_P, 1.0, 1 / 3)
         experts.append(expert_P)

@@ -119,8 +119,8 @@ def forward(
         spec: the model.
         parameters: canonical name -> float64 array.
         tokens_BT: int, 0 <= token < V.
-        forced: one int [P, K] for each MoE layer: experts to use instead of the routers' own choice, -1 for an unused
-            slot.
+        forced: one int [P, K] for each MoE layer: experts to use instead of the routers' own choice, as in
+            `RoutingContext`.
         record: filled with named intermediates, in the order in which they are computed.
         key: uint32 [2], the key of a training step; None: no noise, no dropout.
         inference: route as generation does: causal, and no token dropped.
