@@ -11,9 +11,10 @@ from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.tokens import IGNORED
+from moezoo.core.tokens import IGNORED, PADDING
 
 V, B, T = 31, 4, 9
+PACKED = ("sequence_balance", "global_balance", "capacity_groups", "sparse_attention")
 KEY = micro_batch_keys(3, 0, 1)[0]
 
 
@@ -23,6 +24,15 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     targets = rows[:, 1:].copy()
     targets[0, 2:], targets[3, 0] = IGNORED, IGNORED
     return rows[:, :-1], targets
+
+
+def documents() -> np.ndarray:
+    """Return documents [B, T], of which the shards have different numbers, and padding."""
+    lengths = ([4, 3], [1, 8], [9], [2, 2, 3])
+    ids = np.full((B, T), PADDING, np.int32)
+    for row, own in zip(ids, lengths, strict=True):
+        row[: sum(own)] = np.repeat(np.arange(len(own)), own)
+    return ids
 
 
 def numbers(config: Path) -> dict[str, np.ndarray]:
@@ -36,6 +46,8 @@ def numbers(config: Path) -> dict[str, np.ndarray]:
     forward = model.forward(tokens[own], targets[own], key=KEY).losses
     scores = model.score(tokens, targets)
     step: dict[str, np.ndarray] = {}
+    if config.stem in PACKED:
+        step = packed(model)
     if config.stem == "expert_balance":
         step = stepped(model, config)
     found = {f"term {name}": np.array(value) for name, value in terms.items()}
@@ -46,6 +58,15 @@ def numbers(config: Path) -> dict[str, np.ndarray]:
         | step
         | {"score": scores.token_losses, "load": np.array(scores.load), "dropped": np.array(scores.dropped)}
     )
+
+
+def packed(model: Model) -> dict[str, np.ndarray]:
+    """Return loss terms and gradients of this process's shard of packed documents."""
+    (tokens, targets), ids, own = batch(), documents(), model.own_sequences(B)
+    targets = np.where(ids == PADDING, IGNORED, targets)
+    terms, gradients = model.loss_and_gradients(tokens[own], targets[own], documents=ids[own])
+    found = {f"term of documents {name}": np.array(value) for name, value in terms.items()}
+    return found | {f"gradient of documents {name}": value for name, value in gradients.items()}
 
 
 def stepped(model: Model, config: Path) -> dict[str, np.ndarray]:

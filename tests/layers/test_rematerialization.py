@@ -12,6 +12,7 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import TrainingError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
+from moezoo.core.tokens import IGNORED, PADDING
 from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
 from tests.support.twins import Twin, V
@@ -28,9 +29,13 @@ CONFIGS = [
 # The same parts together: what recomputes experts and what recomputes a whole block.
 IN_THE_GATE = [
     ("zero_computation", "experts"),  # an MoE output that joins a layer later, a capacity
-    ("delta_attention", "block"),  # state, experts in a latent space
+    ("delta_attention", "block-packed"),  # state, experts in a latent space; packed documents
 ]
 BEFORE_A_RELEASE = [
+    ("delta_attention", "block"),
+    ("delta_attention", "experts-packed"),
+    ("sparse_attention", "block-packed"),
+    ("windows", "block-packed"),
     ("zero_computation", "block"),
     ("learned_positions", "block"),  # noise, biases of experts
     ("learned_positions", "experts"),
@@ -38,13 +43,17 @@ BEFORE_A_RELEASE = [
 
 
 @cache
-def trained(path: Path, rematerialize: str, backend: str = "jax") -> tuple[Model, StepMetrics]:
+def trained(path: Path, rematerialize: str, backend: str, *, packed: bool = False) -> tuple[Model, StepMetrics]:
     """Return the model after one step of two micro-batches, and the metrics of the step."""
     config = with_vocab_size(load_config(path), V)
     model = Twin(backend).backend().build(config.model, initial_weights(config.model, 0))
     model.start_training(config.optimizer, rematerialize=rematerialize)
     windows = np.random.default_rng(0).integers(0, V, (2, 2, 14), dtype=np.int32)
-    return model, model.train_step(windows, 1e-3, micro_batch_keys(0, 0, 2)).fetch()
+    targets = documents = None
+    if packed:
+        documents = np.repeat([[[0, 1, 2, PADDING]], [[0, 3, 4, 5]]], [4, 6, 1, 2], axis=-1).repeat(2, axis=1)
+        targets = np.where(documents == PADDING, IGNORED, windows[..., 1:])
+    return model, model.train_step(windows, 1e-3, micro_batch_keys(0, 0, 2), targets, documents).fetch()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +75,9 @@ def trained(path: Path, rematerialize: str, backend: str = "jax") -> tuple[Model
     ],
 )
 def test_a_step_is_the_same_with_and_without_rematerialization(path, how):
-    (plain, expected), (recomputed, found) = (trained(path, each) for each in ("none", how))
+    how, _, packed = how.partition("-")
+    pair = (trained(path, each, "jax", packed=bool(packed)) for each in ("none", how))
+    (plain, expected), (recomputed, found) = pair
     assert_all_close(found.losses, expected.losses, FLOAT32)
     assert_close(found.gradient_norm, expected.gradient_norm, FLOAT32_GRADIENT)
     assert [list(load) for load in found.load] == [list(load) for load in expected.load]

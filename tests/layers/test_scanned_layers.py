@@ -78,9 +78,11 @@ def started(config: Config, layers: Layers, backend: str = "jax", **options) -> 
     return model
 
 
-def stepped(model: Model, steps: range) -> StepMetrics:
+def stepped(model: Model, steps: range, documents: np.ndarray | None = None) -> StepMetrics:
     for step in steps:
-        metrics = model.train_step(windows(step), 1e-3, micro_batch_keys(0, step, 2)).fetch()
+        metrics = model.train_step(
+            windows(step), 1e-3, micro_batch_keys(0, step, 2), windows(step)[..., 1:], documents
+        ).fetch()
     return metrics
 
 
@@ -102,6 +104,17 @@ def test_scanned_layers_train_like_unrolled_layers(name):
     assert_all_close(found.losses, expected.losses, FLOAT32_TRAINING)
     assert_all_close(found.state, expected.state, FLOAT32_TRAINING)
     assert_all_close(scanned.export_parameters(), plain.export_parameters(), FLOAT32_TRAINING)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("name", ["combined", "mixed"])
+def test_scanned_layers_train_on_packed_documents_like_unrolled_layers(name):
+    config, documents = CONFIGS[name], np.repeat([[[0, 1, 2]], [[0, 3, 4]]], [4, 6, 3], axis=-1).repeat(2, axis=1)
+    plain, scanned = started(config, "unrolled"), started(config, "scanned", rematerialize="block")
+    expected, found = (stepped(model, range(1), documents.astype(np.int32)) for model in (plain, scanned))
+    assert_all_close(found.losses, expected.losses, FLOAT32)
+    assert_close(found.gradient_norm, expected.gradient_norm, FLOAT32_GRADIENT)
+    assert_all_close(scanned.export_optimizer(), plain.export_optimizer(), FLOAT32_GRADIENT)
 
 
 @pytest.mark.release

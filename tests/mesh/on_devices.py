@@ -3,6 +3,7 @@
 python on_devices.py JOB...     a line of JSON for each; a JOB is JSON too: [what, config, replaced, mesh, ...]
 
     what        equal       differences of losses, gradients and steps, for each of several meshes
+                packed      the same of packed documents
                 collectives of a step
                 of_score    collectives of scoring 3 sequences
                 donated     arrays that a step writes in place
@@ -24,7 +25,7 @@ from moezoo.core.config.run_config import parse_config
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.sampling import SamplingOptions
-from moezoo.core.tokens import IGNORED
+from moezoo.core.tokens import IGNORED, PADDING
 from moezoo.jax_backend.backend import JaxBackend
 from moezoo.jax_backend.runtime.step_batch import step_batch
 
@@ -47,7 +48,7 @@ def mesh_and_options(given: dict):
     return MeshConfig(**{name: value for name, value in given.items() if name not in options}), options
 
 
-def trained(config, mesh, options, windows, key):
+def trained(config, mesh, options, windows, key, documents=None):
     """Losses and gradients of the first step, all steps, scores, and the model.
 
     Gradients are the first moments after one step, up to a factor: so they need no program of their own. What Adafactor
@@ -57,12 +58,16 @@ def trained(config, mesh, options, windows, key):
     model.start_training(config.optimizer, **options)
     keys, targets = np.stack([key, key + 1]), windows[..., 1:].copy()
     targets[0, :, 3:], targets[:, 2] = IGNORED, IGNORED  # micro-batches with different numbers, a device with none
-    steps = [model.train_step(windows, 1e-3, keys, targets).fetch()]
+    if documents is not None:
+        targets[documents == PADDING] = IGNORED
+    steps = [model.train_step(windows, 1e-3, keys, targets, documents).fetch()]
     moments = model.export_optimizer()
     gradients = {name: value for name, value in moments.items() if name.startswith("first_moment.")} or moments
-    steps += [model.train_step(windows, 1e-3, keys, targets).fetch() for _ in range(1, STEPS)]
+    steps += [model.train_step(windows, 1e-3, keys, targets, documents).fetch() for _ in range(1, STEPS)]
+    scored = (windows[0, :, :-1], windows[0, :, 1:]) if documents is None else (windows[0, :, :-1], targets[0])
+    ids = None if documents is None else documents[0]
     ways = {False, config.model.inference_differs}
-    scores = [model.score(windows[0, :, :-1], windows[0, :, 1:], inference=way).token_losses for way in sorted(ways)]
+    scores = [model.score(*scored, inference=way, documents=ids).token_losses for way in sorted(ways)]
     return steps[0].losses, gradients, steps, scores, model
 
 
@@ -71,13 +76,20 @@ def apart(one, other) -> float:
     return float(np.max(np.abs(one - other)) / max(np.max(np.abs(one)), 1e-12))
 
 
-def equal(config, *meshes: dict) -> dict:
+def packed(config, *meshes: dict) -> dict:
+    ids = np.full((2, 8, 16), PADDING, np.int32)
+    for part, lengths in zip(np.ndindex(2, 8), 4 * [[16], [3, 9, 2], [1, 15], [7, 6]], strict=True):
+        ids[part][: sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
+    return equal(config, *meshes, documents=ids)
+
+
+def equal(config, *meshes: dict, documents=None) -> dict:
     windows = np.random.default_rng(0).integers(0, VOCAB, (2, 8, 17)).astype(np.int32)
     key = np.array([1, 2], np.uint32)
-    losses, gradients, steps, scores, alone = trained(config, MeshConfig(), {}, windows, key)
+    losses, gradients, steps, scores, alone = trained(config, MeshConfig(), {}, windows, key, documents)
     found = {}
     for given in meshes:
-        mine = trained(config, *mesh_and_options(given), windows, key)
+        mine = trained(config, *mesh_and_options(given), windows, key, documents)
         assert sorted(mine[0]) == sorted(losses)
         assert sorted(mine[1]) == sorted(gradients)
         exported = mine[4].export_parameters()
@@ -196,7 +208,7 @@ def donated(config, given: dict) -> dict:
 
 
 if __name__ == "__main__":
-    whats = {function.__name__: function for function in (equal, collectives, of_score, donated, answers)}
+    whats = {function.__name__: function for function in (equal, packed, collectives, of_score, donated, answers)}
     for job in sys.argv[1:]:
         what, path, replaced, *meshes = json.loads(job)
         print(json.dumps(whats[what](config_of(Path(path), replaced), *meshes)))

@@ -105,6 +105,22 @@ def test_adapters_of_recomputed_and_scanned_layers_match_one_device(found, job):
     check(found[job])
 
 
+# Every mesh with rematerialization or a scan, and two without; then attention of other kinds, and capacities.
+@release
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(job("packed", "top_k", *MESHES[9:11], *MESHES[13:]), id="top_k"),
+        *(
+            pytest.param(job("packed", name, MESHES[10], MESHES[14]), id=name)
+            for name in ("gated_delta", "sparse_attention", "capacity_groups", "sequence_balance")
+        ),
+    ],
+)
+def test_packed_documents_match_one_device(found, job):
+    check(found[job])
+
+
 # In the gate on one mesh; before a release all on both, one by one.
 PARTS = {
     "combinations/values": [MESHES[9]],  # experts by hash, and experts that choose from the whole batch

@@ -113,7 +113,7 @@ def training_memory(config: Config) -> TrainingMemory:
       experts `8 E + c K (4 F + 2 D)` (logits and scores; input and output of each token-expert assignment); shared
       experts `4 F c`. And once `2 c D`, the final norm. With `rematerialize: block`, each layer saves `4 c D` and, for
       routed experts, `8 E`; the rest exists for one layer at a time. With `experts`, `c K (4 F + 2 D)` exists for one
-      layer at a time.
+      layer at a time. With packed documents, a mask of T bytes (`mask_bytes`), for one layer at a time.
     - `logits`: `8 P V`, the float32 logits and their gradient.
 
     A backend that fuses attention (MLX, and JAX with a fused kernel) needs less; padding or copying needs more.
@@ -145,7 +145,9 @@ def training_memory(config: Config) -> TrainingMemory:
         parameters=_FLOAT32_BYTES * parameters,
         gradients=_FLOAT32_BYTES * (size + newest),
         moments=_FLOAT32_BYTES * sum(map(math.prod, state_shapes(config.optimizer, trained).values())),
-        activations=round(tokens * activation_bytes(spec, config.training.rematerialize, layers, experts)),
+        activations=round(
+            tokens * (activation_bytes(spec, config.training.rematerialize, layers, experts) + mask_bytes(config))
+        ),
         logits=2 * _FLOAT32_BYTES * tokens * spec.vocab,
     )
 
@@ -184,6 +186,12 @@ def activation_bytes(
             return final_norm + inputs + max(layers)
         case _:
             assert_never(rematerialize)
+
+
+def mask_bytes(config: Config) -> int:
+    """Return the bytes per token of the mask of packed documents, [B, T, S]: one of each pair that attention scores."""
+    attends = any(attention_widths(layer.attention, 0)[0] for layer in config.model.layers)
+    return config.training.sequence_length if attends and config.data.documents == "separate" else 0
 
 
 def layer_activation_bytes(

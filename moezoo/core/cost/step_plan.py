@@ -13,7 +13,7 @@ from typing import assert_never
 from moezoo.core.config.run_config import Config
 from moezoo.core.config.update_rules import update_rules
 from moezoo.core.cost.communication import Collective, step_collectives
-from moezoo.core.cost.memory import activation_bytes, expert_activation_bytes, layer_activation_bytes
+from moezoo.core.cost.memory import activation_bytes, expert_activation_bytes, layer_activation_bytes, mask_bytes
 from moezoo.core.cost.sharded_step import ShardedStep
 from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis
 from moezoo.core.parameters import Parameter
@@ -95,8 +95,9 @@ def device_plan(config: Config, lengths: Mapping[MeshAxis, int], *, float_bytes:
 def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least: bool = False) -> DeviceMemory:
     """Return the memory of one device. The first four kinds are exact, the others estimates as in `training_memory`.
 
-    `least`: leave out activations that may not be saved: attention probabilities, which fused attention recomputes, and
-    the rows of experts whose number depends on the routing; and a second gradient beside the accumulated one.
+    `least`: leave out activations that may not be saved: attention probabilities and masks, which fused attention
+    recomputes, and the rows of experts whose number depends on the routing; and a second gradient beside the
+    accumulated one.
 
     With n parameters stored on the device, t of them trained, A micro-batches of p tokens per device, and c bytes of
     the compute dtype:
@@ -129,13 +130,14 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
             rows = Fraction(0)
         layers.append(layer_activation_bytes(layer, width, length, size, rows=rows, shards=shards))
         experts.append(expert_activation_bytes(layer, width, size, rows=rows, shards=shards))
+    per_token = activation_bytes(spec, training.rematerialize, layers, experts) + (0 if least else mask_bytes(config))
     return DeviceMemory(
         parameters=_FLOAT32_BYTES * parameters,
         gradients=_FLOAT32_BYTES * (trained + newest),
         moments=_FLOAT32_BYTES * _moments(step),
         state=_FLOAT32_BYTES * state,
         gathered=2 * _FLOAT32_BYTES * _largest_gather(step),
-        activations=round(step.tokens * activation_bytes(spec, training.rematerialize, layers, experts)),
+        activations=round(step.tokens * per_token),
         exchange=max((2 * step.exchange_bytes(moe) for _, moe in spec.moes), default=0),
         logits=2 * _FLOAT32_BYTES * step.tokens * spec.vocab // shards.get("vocab", 1),
     )

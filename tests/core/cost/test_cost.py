@@ -141,6 +141,11 @@ def test_training_memory_equals_hand_computed_sums(config):
     )
 
 
+def test_packed_documents_have_a_byte_for_every_pair_of_tokens(config):
+    packed = config.model_copy(update={"data": config.data.model_copy(update={"documents": "separate"})})
+    assert training_memory(packed).activations == training_memory(config).activations + 3 * 5 * 5
+
+
 def test_without_gradient_accumulation_there_is_one_gradient(config):
     training = config.training.model_copy(update={"gradient_accumulation": 1})
     memory = training_memory(config.model_copy(update={"training": training}))

@@ -13,7 +13,7 @@ from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.prepare import prepare_data, whole_file
 from moezoo.core.data.preview import Example
 from moezoo.core.errors import DataError
-from moezoo.core.tokens import IGNORED, masked, targets_of, tokens_of
+from moezoo.core.tokens import IGNORED, PADDING, masked, targets_of, tokens_of
 from moezoo.core.training.batches import Batches
 
 TURN = "<|{{ message.role }}|>{{ message.content }}<|end|>"
@@ -186,6 +186,33 @@ def test_a_batch_has_targets_where_the_assistant_speaks(folders, tmp_path):
     np.testing.assert_array_equal(batch.targets[trained], batch.windows[..., 1:][trained])
     assert 0 < trained.sum() < trained.size
     assert set(batch.targets[trained].tolist()) <= set(seen.tolist())
+
+
+def test_packed_conversations_have_the_targets_of_each_alone(folders, tmp_path):
+    """As every part of a long one has: its last token before the cut is the context of the next part."""
+    answers = [{"role": "assistant", "content": count * "a"} for count in range(1, 21)]
+    path = written(tmp_path / "chat.jsonl", *({"messages": [TURNS[1], answer]} for answer in answers))
+    fields = config(folders(PLAIN), path).model_dump() | {"documents": "separate"}
+    data, length = prepare_data(DataConfig.model_validate(fields), 24), 24
+    count = len(data.train.sources[0].start)
+    alone = [data.tokenizer.encode_turns([TURNS[1], answer], None, "assistant") for answer in answers[:count]]
+    expected = sorted(
+        [tokens_of(ids[first : first + length][: len(ids) - 1 - first]).tolist(), targets_of(part).tolist()]
+        for ids in alone
+        for first in range(0, len(ids) - 1, length)
+        for part in [ids[first + 1 : first + 1 + length]]
+    )
+    found, step = [], 0
+    while len(found) < len(expected):
+        windows, targets, documents = data.train.batch(step, 1, length, 0)
+        for number in range(documents.max() + 1):
+            own = documents[0] == number
+            found.append([windows[0, :-1][own].tolist(), targets[0, own].tolist()])
+        assert np.all(targets[documents == PADDING] == IGNORED)
+        step += 1
+    assert sorted(found) == expected
+    assert any(len(tokens) == length for tokens, _ in expected)
+    assert any(len(tokens) < length and IGNORED in own and max(own) >= 0 for tokens, own in expected)
 
 
 def test_a_step_without_targets_names_the_data(folders, tmp_path):
