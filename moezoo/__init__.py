@@ -40,8 +40,8 @@ def load(
     """Load a model on a backend.
 
     Args:
-        path: a run folder (its newest intact checkpoint), the folder of a Hugging Face checkpoint, or a hub id
-            `org/name`.
+        path: a run folder (its newest intact checkpoint), one of its checkpoints (`run/checkpoints/step_00001000`),
+            the folder of a Hugging Face checkpoint, or a hub id `org/name`.
         backend: `jax`, `mlx`, None for the default, or a backend object (`JaxBackend(mesh)`).
         compute: dtype of activations and matrix products, `float32` or `bfloat16`; None: as in the run's config, or
             float32 for a Hugging Face checkpoint. Parameters stay in the dtype of the files.

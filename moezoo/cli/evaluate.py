@@ -42,7 +42,7 @@ def evaluate(
 ) -> None:
     """Evaluate loss, bits per byte and expert load on held-out data.
 
-    PATH is a run folder, or with --data also a Hugging Face folder or hub id.
+    PATH is a run folder, or one of its checkpoints; with --data also a Hugging Face folder or hub id.
     """
     from moezoo.api import evaluate_file, load_model
     from moezoo.core.runs.run_folder import is_run
@@ -88,11 +88,12 @@ def _evaluate_run(
 ) -> "Evaluation":
     """Evaluate a run on its own validation data."""
     from moezoo.core.runs.run_data import changed_data
+    from moezoo.core.runs.run_folder import run_of
     from moezoo.core.training.evaluation import evaluate, known_grammar
 
     config = model.config
     prepared = prepare_with_progress(console, config, str(path), model.tokenizer, quiet=True)
-    warn(*changed_data(path, prepared.summary))
+    warn(*changed_data(run_of(path), prepared.summary))
     length, batch = sequence_length or config.training.sequence_length, batch_size or config.training.batch_size
     model.check_scoring(prepared.validation.num_tokens, batch, length)
     return evaluate(

@@ -29,7 +29,7 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.trained import router_trains, trained_names
 from moezoo.core.quantization.weight import stored
 from moezoo.core.reference.router_state import updated_names
-from moezoo.core.runs.run_folder import BASE_FILE, Run, is_run
+from moezoo.core.runs.run_folder import BASE_FILE, Run, is_run, is_step, run_of
 from moezoo.core.runs.run_manifest import verify_run
 from moezoo.core.spec import ModelSpec
 
@@ -48,8 +48,9 @@ def base_digest(folder: Path) -> str:
     """Return the hash of a base's content: of a run, or of the folder of a Hugging Face checkpoint."""
     found = hashlib.sha256()
     if is_run(folder):
-        checkpoints = list_checkpoints(Run(folder).checkpoints_path)
-        files = read_manifest(checkpoints[-1].path).files if checkpoints else {}
+        saved = [info.path for info in list_checkpoints(Run(folder).checkpoints_path)]
+        newest = folder if is_step(folder) else saved[-1] if saved else None
+        files = {} if newest is None else read_manifest(newest).files
         for name, file in sorted(files.items()):
             found.update(f"{name} {file.sha256}\n".encode() if name != CHECKPOINT_CONFIG else b"")
         return found.hexdigest()
@@ -72,6 +73,7 @@ def load_base(run: Path) -> Base | None:
 
     Raises RunError: the file is damaged.
     """
+    run = run_of(run)
     verify_run(run, BASE_FILE)
     try:
         content = parse_json(read_bounded(run / BASE_FILE, _MAX_BYTES))

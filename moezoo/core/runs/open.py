@@ -1,4 +1,4 @@
-"""Open a model from a path: a run folder, the folder of a Hugging Face checkpoint, or a Hugging Face hub id."""
+"""Open a model from a path: a run folder, one of a run's checkpoints, a Hugging Face folder, or a hub id."""
 
 import math
 from collections.abc import Mapping
@@ -109,7 +109,7 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
 
 
 def open_model(path: str | Path, max_length: int | None = None, adapter: str | Path | None = None) -> OpenedModel:
-    """Open a run folder (its newest intact checkpoint), a Hugging Face folder, or a hub id.
+    """Open a run folder (its newest intact checkpoint), one of its checkpoints, a Hugging Face folder, or a hub id.
 
     Of a run that holds an adapter alone, its base is opened too.
 

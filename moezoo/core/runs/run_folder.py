@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_latest_checkpoint, load_verified_checkpoint
+from moezoo.core.checkpoint.manifest import NAME
+from moezoo.core.checkpoint.store import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest_checkpoint,
+    load_verified_checkpoint,
+)
 from moezoo.core.config.run_config import Config, load_saved_config, parse_config
 from moezoo.core.data.load_tokenizer import load_tokenizer
 from moezoo.core.data.tokenizers import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer
@@ -30,6 +37,7 @@ from moezoo.core.runs.run_lock import check_unlocked
 from moezoo.core.runs.run_manifest import CONFIG_FILE, MANIFEST_FILE, verify_run
 
 LOCK_FILE, HUGGINGFACE_FOLDER, BASE_FILE = "lock.json", "huggingface", "base.json"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 STATIC = (TOKENIZER_FILE, TOKENIZER_FOLDER, HUGGINGFACE_FOLDER, BASE_FILE, DATA_FILE)
 """Files and folders that are written when a run is created, besides config.yaml, and covered by its manifest."""
@@ -73,7 +81,7 @@ class Run:
 
     @property
     def checkpoints_path(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS_FOLDER
 
     @property
     def huggingface_path(self) -> Path:
@@ -130,8 +138,19 @@ def unfinished_files(path: Path) -> list[Path] | None:
 
 
 def is_run(path: str | Path) -> bool:
-    """Return whether a path is a run folder."""
+    """Return whether a path is a run folder, or the folder of one of a run's checkpoints."""
     return Run(Path(path)).config_path.exists()
+
+
+def is_step(path: str | Path) -> bool:
+    """Return whether a path is the folder of one of a run's checkpoints: `RUN/checkpoints/step_00001000`."""
+    folder = Path(path).absolute()
+    return folder.parent.name == CHECKPOINTS_FOLDER and NAME.fullmatch(folder.name) is not None and is_run(folder)
+
+
+def run_of(path: str | Path) -> Path:
+    """Return the run folder of a checkpoint's folder; any other path as it is."""
+    return Path(path).absolute().parent.parent if is_step(path) else Path(path)
 
 
 def open_run(path: str | Path) -> Run:
@@ -146,14 +165,16 @@ def open_run(path: str | Path) -> Run:
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Load the config of a run, checked with the run's manifest. Raises RunError or SpecError."""
-    verify_run(Path(path), CONFIG_FILE)
-    return load_saved_config(Run(Path(path)).config_path, overrides)
+    run = run_of(path)
+    verify_run(run, CONFIG_FILE)
+    return load_saved_config(Run(run).config_path, overrides)
 
 
 def load_run_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a run, checked with the run's manifest. Raises RunError or TokenizerError."""
-    verify_run(Path(path), TOKENIZER_FILE, TOKENIZER_FOLDER)
-    return load_tokenizer(path)
+    run = run_of(path)
+    verify_run(run, TOKENIZER_FILE, TOKENIZER_FOLDER)
+    return load_tokenizer(run)
 
 
 def load_run_layout(path: str | Path) -> Layout | None:
@@ -161,17 +182,23 @@ def load_run_layout(path: str | Path) -> Layout | None:
 
     Return None if there is none. Raises RunError or CheckpointError.
     """
-    verify_run(Path(path), HUGGINGFACE_FOLDER)
-    return open_sidecar(Run(Path(path)).huggingface_path)
+    run = run_of(path)
+    verify_run(run, HUGGINGFACE_FOLDER)
+    return open_sidecar(Run(run).huggingface_path)
 
 
 def load_run(path: str | Path) -> tuple[Config, Tokenizer, Checkpoint, list[str]]:
     """Load config, tokenizer and newest intact checkpoint of a run; also return a line per damaged checkpoint skipped.
 
+    Of the folder of a checkpoint, load this one.
+
     Raises RunError, SpecError, TokenizerError or CheckpointError.
     """
-    run = open_run(path)
-    checkpoint, newest, problems = _latest(run)
+    run, problems = open_run(path), list[str]()
+    if is_step(path):
+        checkpoint, newest = load_checkpoint(run.path), run.path
+    else:
+        checkpoint, newest, problems = _latest(run)
     config = parse_config(checkpoint.config_text, where=str(newest / "config.yaml"), saved=True)
     return config, load_run_tokenizer(path), checkpoint, problems
 

@@ -14,8 +14,9 @@ from moezoo.core.data.prepare import prepare_data
 from moezoo.core.distributed.mesh import MESH_AXES, Devices
 from moezoo.core.errors import CheckpointError, DataError, RunError
 from moezoo.core.runs import run_manifest, run_writer
-from moezoo.core.runs.open import describe_model
-from moezoo.core.runs.run_folder import load_run, load_run_layout, prepare_run
+from moezoo.core.runs.base import base_digest
+from moezoo.core.runs.open import describe_model, open_model
+from moezoo.core.runs.run_folder import load_run, load_run_layout, prepare_run, run_of
 from moezoo.core.runs.save import export, save_run
 from moezoo.core.training import saving
 from moezoo.core.training.loop import train
@@ -250,6 +251,19 @@ def test_of_two_new_runs_in_one_folder_the_later_is_refused_and_harms_nothing(tm
         start(tmp_path, out, Acting(1, lambda: start(tmp_path, out)))
     assert sorted(os.listdir(out)) == FILES
     assert load_run(out)[2].step == 4
+
+
+def test_an_earlier_checkpoint_opens_by_its_folder(tmp_path, monkeypatch):
+    start(tmp_path, tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step_00000002"
+    assert (open_model(step).step, open_model(tmp_path / "run").step) == (2, 4)
+    assert (describe_model(step), run_of(step)) == (describe_model(tmp_path / "run"), tmp_path / "run")
+    assert base_digest(step) == base_digest(tmp_path / "run")  # this model does not learn
+    monkeypatch.chdir(step)
+    assert open_model(".").tokenizer.content_hash == open_model(step).tokenizer.content_hash
+    (step / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step_00000002"):
+        open_model(step)
 
 
 @pytest.mark.parametrize("step", [3, 4])  # metrics are written after 3, a checkpoint after 4
