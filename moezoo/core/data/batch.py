@@ -2,7 +2,30 @@
 
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moezoo.core.tokens import Integers
+
+NOWHERE = -1
+
+
+class Positions(NamedTuple):
+    """Positions of the input tokens of n sequences in the data.
+
+    Fields:
+        source: int64 [n], the source that each sequence is from.
+        place: int64 [n, T], index of each token in the source's part of the split; NOWHERE for padding, and for a token
+            that is context only, because it is an input of the window before.
+    """
+
+    source: NDArray[np.int64]
+    place: NDArray[np.int64]
+
+
+def row_positions(rows: NDArray[np.int64], sequence_length: int) -> Positions:
+    """Return the positions of the inputs of these rows of an only source, which is rows of T tokens."""
+    return Positions(np.zeros(len(rows), np.int64), rows[:, None] * sequence_length + np.arange(sequence_length))
 
 
 class Batch(NamedTuple):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moezoo.core.data.batch import Batch
+from moezoo.core.data.batch import NOWHERE, Batch, Positions
 from moezoo.core.data.packing import Epochs, Packing, Pieces, cut, packed
 from moezoo.core.data.splits import samples
 from moezoo.core.data.token_shards import Tokens
@@ -17,6 +17,9 @@ from moezoo.core.errors import DataError
 from moezoo.core.tokens import IGNORED, PADDING, targets_of, tokens_of
 
 Integers = npt.NDArray[np.int64]
+
+Place = tuple[int, Packing, int]
+"""A sequence: its source, the packing of an epoch, and its number there."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,23 @@ class PackedSplit:
         A pure function of the arguments, in the ranges of `Split.batch`, and of the sources: `splits.samples` maps a
         row to a source and an index j in it, and `packing.Epochs` that to a sequence of an epoch.
         """
+        return _filled(self.sources, *self._place(step, batch_size, sequence_length, seed, rows), sequence_length)
+
+    def positions(
+        self,
+        step: int,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> Positions:
+        """Return the positions of the inputs of a batch, in the documents one after the other."""
+        return _positions(self.sources, *self._place(step, batch_size, sequence_length, seed, rows), sequence_length)
+
+    def _place(
+        self, step: int, batch_size: int, sequence_length: int, seed: int, rows: npt.NDArray[np.int64] | None
+    ) -> tuple[list[Pieces], list[Place]]:
+        """Return the pieces of each source, and the place of each row of a batch."""
         weights = [source.weight for source in self.sources]
         source_of, index = samples(weights, step, batch_size, sequence_length, seed, rows)
         if (sequence_length, seed) not in self._epochs:
@@ -93,7 +113,7 @@ class PackedSplit:
         for k, number in zip(source_of.tolist(), index.tolist(), strict=True):
             epoch, within = epochs[k].find(number)
             places.append((k, epochs[k].epoch(epoch), within))
-        return _filled(self.sources, [each.pieces for each in epochs], places, sequence_length)
+        return [each.pieces for each in epochs], places
 
     def windows(self, sequence_length: int, count: int | None = None) -> "PackedSequences":
         """Return all documents, packed in their own order; with `count`, that many evenly spaced sequences."""
@@ -121,20 +141,27 @@ class PackedSequences:
 
     def batch(self, first: int, last: int) -> Batch:
         """Return the sequences first, ..., last - 1."""
+        return _filled(self._sources, self._pieces, self._place(first, last), self._length)
+
+    def positions(self, first: int, last: int) -> Positions:
+        """Return the positions of their inputs, in the documents one after the other."""
+        return _positions(self._sources, self._pieces, self._place(first, last), self._length)
+
+    def _place(self, first: int, last: int) -> list[Place]:
         places = []
         for number in self._number[first:last].tolist():
             k = int(np.searchsorted(self._ends, number, side="right"))
             places.append((k, self._packings[k], number - int(self._ends[k]) + len(self._packings[k])))
-        return _filled(self._sources, self._pieces, places, self._length)
+        return places
 
 
 def _filled(
     sources: tuple[DocumentSource, ...],
     pieces: list[Pieces],
-    places: list[tuple[int, Packing, int]],
+    places: list[Place],
     sequence_length: int,
 ) -> Batch:
-    """Read the pieces of sequences, each given by its source, packing and number."""
+    """Read the pieces of sequences."""
     shape = (len(places), sequence_length)
     windows = np.zeros((shape[0], shape[1] + 1), np.int32)
     targets, documents = np.full(shape, IGNORED, np.int32), np.full(shape, PADDING, np.int32)
@@ -145,6 +172,23 @@ def _filled(
             windows[row, column:stop], targets[row, column:stop] = tokens_of(ids[:-1]), targets_of(ids[1:])
             documents[row, column:stop] = number
     return Batch(windows, targets, documents)
+
+
+def _positions(
+    sources: tuple[DocumentSource, ...], pieces: list[Pieces], places: list[Place], sequence_length: int
+) -> Positions:
+    """Return the positions of the inputs of sequences."""
+    index = np.full((len(places), sequence_length), NOWHERE, np.int64)
+    before = [np.cumsum(source.length) - source.length for source in sources]
+    for row, (k, packing, within) in enumerate(places):
+        column = 0
+        for piece in packing.piece[packing.first[within] : packing.first[within + 1]].tolist():
+            start, size = int(pieces[k].start[piece]), int(pieces[k].size[piece])
+            document = int(np.searchsorted(sources[k].start, start, side="right")) - 1
+            first = int(before[k][document]) + start - int(sources[k].start[document])
+            index[row, column : column + size] = np.arange(first, first + size)
+            column += size
+    return Positions(np.array([place[0] for place in places], np.int64), index)
 
 
 def _read(

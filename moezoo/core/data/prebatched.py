@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from moezoo.core.config.data import BatchesSource
 from moezoo.core.config.training import TrainingConfig
+from moezoo.core.data.batch import Positions, row_positions
 from moezoo.core.data.npy_header import read_npy_header
 from moezoo.core.data.source_files import find_files, suffix_of
 from moezoo.core.data.token_cache import local_copy
@@ -103,6 +104,18 @@ class PrebatchedSplit:
                 f"[steps, batch, length] = {list(shape)}; {self.source}. Use the sizes of the file."
             )
         return self._read(step * batch_size + (np.arange(batch_size) if rows is None else rows))
+
+    def positions(
+        self,
+        step: int,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> Positions:
+        """Return the positions of the inputs of a batch, in the rows one after the other."""
+        del seed
+        return row_positions(step * batch_size + (np.arange(batch_size) if rows is None else rows), sequence_length)
 
     def windows(self, sequence_length: int, count: int | None = None) -> Ids:
         """Return rows in order, all or `count` evenly spaced: int32 [n, T + 1]; see `Split.windows`."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moezoo.core.data import sample_order
+from moezoo.core.data.batch import NOWHERE, Positions
 from moezoo.core.data.token_shards import Tokens
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
@@ -88,16 +89,39 @@ class Split:
         `step` is in [0, 2**62 / B), `seed` in [0, 2**64). Raises DataError: arguments out of range, a source
         shorter than T + 1 tokens, a token id outside the vocabulary.
         """
+        source_of, start = self._place(step, batch_size, sequence_length, seed, rows)
+        batch = np.empty((len(start), sequence_length + 1), np.int32)
+        for k, source in enumerate(self.sources):
+            own = np.flatnonzero(source_of == k)
+            if len(own):
+                batch[own] = source.tokens.read(start[own] + source.first, sequence_length + 1)
+        return batch
+
+    def positions(
+        self,
+        step: int,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> Positions:
+        """Return the positions of the inputs of a batch; arguments are those of `batch`."""
+        source_of, start = self._place(step, batch_size, sequence_length, seed, rows)
+        return Positions(source_of, start[:, None] + np.arange(sequence_length))
+
+    def _place(
+        self, step: int, batch_size: int, sequence_length: int, seed: int, rows: npt.NDArray[np.int64] | None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the source of each row of a batch, and the first token in it, both int64 [B]."""
         weights = [source.weight for source in self.sources]
         source_of, index = samples(weights, step, batch_size, sequence_length, seed, rows)
-        batch = np.empty((len(index), sequence_length + 1), np.int32)
+        start = np.empty(len(index), np.int64)
         for k, source in enumerate(self.sources):
             own = np.flatnonzero(source_of == k)
             if len(own):
                 check_length(self.name, source, sequence_length)
-                starts = sample_order.starts(index[own], source.num_tokens, sequence_length, seed, k)
-                batch[own] = source.tokens.read(starts.astype(np.int64) + source.first, sequence_length + 1)
-        return batch
+                start[own] = sample_order.starts(index[own], source.num_tokens, sequence_length, seed, k)
+        return source_of, start
 
     def windows(self, sequence_length: int, count: int | None = None) -> "Windows":
         """Return consecutive windows: int32 [n, T + 1], read lazily, with marked tokens as in `batch`.
@@ -151,6 +175,12 @@ class Windows(Sequence[Ids]):
         """Return which targets of the windows first, ..., last - 1 are targets of the window before: bool [n, T]."""
         _, start, first_new = self._place(np.arange(*slice(first, last).indices(self._count)))
         return np.arange(self._length) < (first_new - start)[:, None]
+
+    def positions(self, first: int, last: int) -> Positions:
+        """Return the positions of the inputs of the windows first, ..., last - 1; NOWHERE for repeated ones."""
+        source, start, _ = self._place(np.arange(*slice(first, last).indices(self._count)))
+        index = start[:, None] + np.arange(self._length)
+        return Positions(source, np.where(self.are_repeated(first, last), NOWHERE, index))
 
     def _place(
         self, number: npt.NDArray[np.int64]

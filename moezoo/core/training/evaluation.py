@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from moezoo.core.backend import Model, check_length
 from moezoo.core.config.data import DataConfig, DatasetSource
 from moezoo.core.data.datasets import dataset_grammar
+from moezoo.core.data.evaluation_windows import EvaluationBatch, evaluation_batches
 from moezoo.core.data.grammar.grammar import Grammar
 from moezoo.core.data.prepare import AnySplit
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED
-from moezoo.core.training.evaluation_windows import EvaluationBatch, evaluation_batches
 from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
 
 _MANY_EXPERTS = 16
@@ -160,7 +160,7 @@ class _Sums:
 
     def add(self, batch: EvaluationBatch) -> None:
         """Score the windows of a batch."""
-        windows, inputs, targets, documents = batch
+        windows, inputs, targets, documents, _ = batch
         scores, counted = self._model.score(inputs, targets, documents=documents), targets != IGNORED
         losses = scores.token_losses.astype(np.float64)
         self.num_targets += int(counted.sum())

@@ -89,6 +89,18 @@ def test_a_batch_is_a_function_of_step_and_seed_and_a_process_reads_its_own_rows
         np.testing.assert_array_equal(part[[1, 3]], rows)
 
 
+def test_positions_are_those_of_the_documents_one_after_the_other(tmp_path, texts):
+    split, whole = prepared(write(tmp_path / "a.jsonl", texts)).train, np.frombuffer("".join(texts).encode(), np.uint8)
+    for batch, (source, place) in (
+        (split.batch(9, 4, T, 3), split.positions(9, 4, T, 3)),
+        (split.windows(T).batch(0, 5), split.windows(T).positions(0, 5)),
+    ):
+        real = batch.documents != PADDING
+        assert not source.any()
+        np.testing.assert_array_equal(place >= 0, real)
+        np.testing.assert_array_equal(whole[place[real]], batch.windows[:, :-1][real])
+
+
 def test_validation_and_whole_files_are_packed_in_order(tmp_path, texts):
     path = write(tmp_path / "a.jsonl", texts)
     split = whole_file(str(path), ByteTokenizer(), 256, documents="separate")

@@ -129,6 +129,21 @@ def test_rows_are_windows_of_the_training_split(tmp_path):
     assert prepared.validation.num_tokens == 100
 
 
+def test_positions_say_where_the_inputs_of_a_batch_and_of_windows_are(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(1000))
+    np.save(tmp_path / "b.npy", np.arange(1000, 2010))
+    prepared = prepare_data(config(shards(tmp_path / "a.npy"), shards(tmp_path / "b.npy"), tokenizer=IDS), T)
+    rows = np.array([3, 40])
+    source, place = prepared.train.positions(3, 64, T, 0, rows)
+    np.testing.assert_array_equal(prepared.train.batch(3, 64, T, 0, rows)[:, :-1], 1000 * source[:, None] + place)
+    windows = prepared.validation.windows(T)
+    source, place = windows.positions(0, 40)
+    first = np.where(source == 0, 900, 1909)[:, None]
+    inputs = windows[:40][:, :-1]
+    np.testing.assert_array_equal(np.where(place < 0, inputs, first + place), inputs)
+    np.testing.assert_array_equal(place < 0, windows.are_repeated(0, 40))
+
+
 def test_epoch_has_every_training_token_and_boundaries_change_per_epoch(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(2003))
     split = prepare_data(config(shards(tmp_path / "a.npy"), tokenizer=IDS), T).train

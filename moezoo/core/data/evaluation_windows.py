@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moezoo.core.data.batch import Positions, row_positions
 from moezoo.core.data.packed_split import PackedSequences
 from moezoo.core.data.prepare import AnySplit
 from moezoo.core.data.splits import Windows
@@ -21,12 +22,14 @@ class EvaluationBatch(NamedTuple):
         inputs: int32 [n, T].
         targets: int32 [n, T]; IGNORED where the target is masked, or counted in the window before.
         documents: int32 [n, T], as in `Model.forward`; None if a window is one document.
+        positions: of the inputs in the data. Their token may be another one there (`first_token`).
     """
 
     windows: Integers
     inputs: Integers
     targets: Integers
     documents: Integers | None
+    positions: Positions
 
 
 def evaluation_batches(
@@ -53,13 +56,18 @@ def evaluation_batches(
             else:
                 marked, documents = windows[start : start + size], None
                 batch, targets = tokens_of(marked), targets_of(marked[:, 1:])
+            if isinstance(windows, Windows | PackedSequences):
+                positions = windows.positions(start, start + size)
+            else:
+                rows = np.arange(start, start + len(batch)) * split.num_windows(sequence_length) // len(windows)
+                positions = row_positions(rows, sequence_length)
             check_range(batch, vocab_size, "data to evaluate on")
             inputs = batch[:, :-1]
             if isinstance(windows, Windows):
                 targets = np.where(windows.are_repeated(start, start + size), IGNORED, targets)
             if first_token is not None and documents is None:
                 inputs, targets = _after_first_token(batch, targets, first_token, tokenizer.end_of_text)
-            yield EvaluationBatch(batch, inputs, targets, documents)
+            yield EvaluationBatch(batch, inputs, targets, documents, positions)
 
     return len(windows), batches()
 
