@@ -15,6 +15,7 @@ from moezoo.cli.inspect import describe, plan_command, schema
 from moezoo.cli.output import output_streams
 from moezoo.cli.parity import parity, zoo
 from moezoo.cli.preview import preview
+from moezoo.cli.trace import trace
 from moezoo.cli.train import launch_command, train
 from moezoo.core.distributed.process_group import exit_process
 from moezoo.core.errors import MoezooError
@@ -62,6 +63,6 @@ def main() -> None:
 
 for _command in (
     *(train, launch_command, generate, evaluate, describe, plan_command, parity),
-    *(convert_command, zoo, schema, bench_command, data, preview),
+    *(convert_command, zoo, schema, bench_command, data, preview, trace),
 ):
     main.add_command(_command)

@@ -68,6 +68,7 @@ SURFACE = {
     ],
     "data": ["NAME", "--file"],
     "preview": ["CONFIG", "--set", "--examples"],
+    "trace": ["PATH", "--out", "--from", "--to", "--model", "--layers", "--experts", "--top-k"],
 }
 
 

@@ -6,13 +6,9 @@ Face's trainers count in the same way, so losses are comparable. Writing: writin
 
 import hashlib
 import math
-import struct
 import warnings
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,19 +16,15 @@ import numpy.typing as npt
 from moezoo.core.config.data import BatchesSource
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.batch import Positions, row_positions
-from moezoo.core.data.npy_header import read_npy_header
+from moezoo.core.data.npz_file import ZIP_ERRORS, load_npz
 from moezoo.core.data.source_files import find_files, suffix_of
 from moezoo.core.data.token_cache import local_copy
 from moezoo.core.data.token_shards import IdFile, IntegerArray, check_range, open_npy
 from moezoo.core.data.tokenizers import Ids
 from moezoo.core.errors import DataError
-from moezoo.core.files import open_regular, reason_of
+from moezoo.core.files import reason_of
 from moezoo.core.progress import Message, Progress
 from moezoo.core.tokens import IGNORED
-
-_ZIP_ERRORS = (EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error)
-_MAX_EXPANSION = 200  # a batch of one repeated token compresses to 1/1000
-_MIN_EXPANDED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -184,8 +176,8 @@ def _open(
     path = local_copy(files[0], on_progress, on_message)
     ids: IdFile | IntegerArray
     try:
-        ids = _load_npz(path, source.key, name) if suffix_of(path) == ".npz" else _open_npy(path, source.key, name)
-    except (OSError, ValueError, *_ZIP_ERRORS) as error:
+        ids = load_npz(path, source.key, name) if suffix_of(path) == ".npz" else _open_npy(path, source.key, name)
+    except (OSError, ValueError, *ZIP_ERRORS) as error:
         raise DataError(
             f"{name} is damaged or not a .npy or .npz file; got: {reason_of(error)}; expected integers written by "
             "numpy.save or numpy.savez. Write it again."
@@ -202,27 +194,3 @@ def _open_npy(path: Path, key: str | None, name: str) -> IdFile:
     if key is not None:
         raise DataError(f"{name} is a .npy file, which has only one array; got key {key!r:.80}. Remove the key.")
     return open_npy(path, name)
-
-
-def _load_npz(path: Path, key: str | None, name: str) -> IntegerArray:
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        chosen = next(iter(members)) if key is None and len(members) == 1 else key
-        if chosen not in members:
-            names = ", ".join(members)
-            raise DataError(f"{name} has the arrays {names:.200}; got key {key!r:.80}. Set key to one of them.")
-        info = members[chosen]
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            raise ValueError(f"{chosen!r:.80} is encrypted or compressed in an unknown way")
-        if info.file_size > max(_MIN_EXPANDED_BYTES, _MAX_EXPANSION * info.compress_size):
-            raise DataError(
-                f"{name} expands from {info.compress_size} to {info.file_size} bytes; expected token ids, which "
-                f"compress to no less than 1/{_MAX_EXPANSION}. Write it again, as .npy if it is what you want."
-            )
-        with archive.open(info) as member:  # reads at most file_size bytes
-            header = read_npy_header(member, info.file_size)
-            content = member.read(header.size_bytes)
-        if len(content) != header.size_bytes:
-            raise ValueError(f"{chosen!r:.80} ends after {len(content)} bytes; expected {header.size_bytes}")
-        order: Literal["C", "F"] = "F" if header.fortran_order else "C"
-        return np.frombuffer(content, header.dtype).reshape(header.shape, order=order)
