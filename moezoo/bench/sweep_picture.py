@@ -7,7 +7,7 @@ from typing import Any
 
 from moezoo.bench.results import Row
 from moezoo.core.files import make_folder, write_atomically
-from moezoo.core.reports.run_picture import INK, PALE
+from moezoo.core.reports.figures import INK, PALE
 
 _COLORS = {"jax": "#2a6f97", "mlx": "#d1495b", "limit": PALE}
 _OTHERS = ("#3a7d44", "#b07d2b", "#6b4e9b", "#4a9a9a", "#8c5a4a")

@@ -14,6 +14,7 @@ from moezoo.cli.generate import generate
 from moezoo.cli.inspect import describe, plan_command, schema
 from moezoo.cli.output import output_streams
 from moezoo.cli.parity import parity, zoo
+from moezoo.cli.plot import plot
 from moezoo.cli.preview import preview
 from moezoo.cli.trace import trace
 from moezoo.cli.train import launch_command, train
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 for _command in (
-    *(train, launch_command, generate, evaluate, describe, plan_command, parity),
+    *(train, launch_command, generate, evaluate, plot, describe, plan_command, parity),
     *(convert_command, zoo, schema, bench_command, data, preview, trace),
 ):
     main.add_command(_command)

@@ -45,6 +45,7 @@ SURFACE = {
         *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--adapter", "--backend"),
         *("--allow-overcommit", "--json"),
     ],
+    "plot": ["RUN...", "--out", "--json"],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--adapter", "--json"],
     "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
     "parity": ["PATH", "--adapter", "--json", "--all"],
@@ -218,6 +219,13 @@ def test_eval_of_a_file_does_not_need_the_run_data(trained: Path, folder: Path) 
     assert json.loads(call(*words, "--sequence-length", 10, "--json").stdout)["windows"] == 9
     (folder / "short.txt").write_text("12 owls")
     assert "(1 window of 6 tokens)" in call("eval", trained, "--data", folder / "short.txt", "--backend", "mlx").stdout
+
+
+def test_plot_draws_a_run_and_says_how_it_ended(trained: Path, folder: Path) -> None:
+    result = call("plot", trained, "--out", folder / "plot.png", "--json")
+    assert json.loads(result.stdout)["runs"][0]["step"] == 2
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert_error(call("plot", trained, "--out", "plot.svg"), "RunError", "got 'plot.svg'", "ends in .png")
 
 
 def test_describe_and_schema(trained: Path) -> None:

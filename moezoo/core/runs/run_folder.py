@@ -16,7 +16,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moezoo.core.checkpoint.manifest import NAME
 from moezoo.core.checkpoint.store import (
@@ -26,6 +25,7 @@ from moezoo.core.checkpoint.store import (
     load_latest_checkpoint,
     load_verified_checkpoint,
 )
+from moezoo.core.config.differences import differing_fields
 from moezoo.core.config.run_config import Config, load_saved_config, parse_config
 from moezoo.core.data.load_tokenizer import load_tokenizer
 from moezoo.core.data.tokenizers import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer
@@ -230,24 +230,8 @@ def _check_same(old: Config, new: Config, where: Path) -> None:
         del dump["mesh"]  # a run may be resumed on other devices
         for name in _MAY_CHANGE:
             del dump["training"][name]
-    difference = _first_difference(before, after)
-    if difference is not None:
-        path, started, resumed = difference
+    for path, (started, resumed) in differing_fields([before, after]):
         raise SpecError(
             f"{path} is {resumed!r:.80}, but the run was started with {started!r:.80} ({where}). "
             "Resume with the config that it was started with, or start a new run with --out."
         )
-
-
-def _first_difference(before: Any, after: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Return path and both values of the first difference between two nested values; None if they are equal."""
-    kinds = [part.get("kind") for part in (before, after) if isinstance(part, dict)]
-    if len(kinds) == 2 and kinds[0] != kinds[1]:
-        return f"{path}.kind", kinds[0], kinds[1]
-    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
-        pairs = [(f"{path}.{key}" if path else key, before[key], after[key]) for key in before]
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        pairs = [(f"{path}[{index}]", *pair) for index, pair in enumerate(zip(before, after, strict=True))]
-    else:
-        return None if before == after else (path, before, after)
-    return next((found for pair in pairs if (found := _first_difference(pair[1], pair[2], pair[0]))), None)
