@@ -1,8 +1,11 @@
-"""Progress of a training run: one line with a bar in a terminal, plain lines elsewhere."""
+"""Progress of a training run: a bar in a terminal, with numbers beside and below it; plain lines elsewhere."""
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from collections.abc import Iterable
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
+from rich.text import Text
 
 from moezoo.core.progress import Pace
 from moezoo.core.training.metrics import StepRecord
@@ -13,19 +16,20 @@ _TIME = len("0:00:00")
 class ConsoleReporter:
     """Reporter that prints ETA, loss, tokens/s, the worst expert load and weighted auxiliary losses.
 
-    In a terminal, the numbers that do not fit into its width are left out, the last ones first.
+    In a terminal, the numbers that do not fit beside the bar are on lines below it.
     """
 
     def __init__(self, console: Console):
         self._console = console
-        self._progress: Progress | None = None
+        self._progress: _Bars | None = None
 
     def start(self, step: int, total_steps: int) -> None:
         self._pace = Pace(step + 1)  # the first step compiles, so it does not count
         self._total_steps = total_steps
         self._validation_pace: Pace | None = None
-        if self._console.is_terminal:
-            self._progress = Progress(*_columns(self._console.width), console=self._console)
+        self._validates_first = True
+        if self._console.is_interactive:  # not one of a type that cannot move the cursor (TERM=dumb)
+            self._progress = _Bars(*_columns(self._console.width), console=self._console)
             self._progress.start()
             self._task = self._progress.add_task("compiling", total=total_steps, completed=step, eta="", numbers="")
             self._validation = self._progress.add_task("validate", visible=False, eta="", numbers="windows")
@@ -39,8 +43,9 @@ class ConsoleReporter:
             # Trap: cells that do not fit are all cut by the same amount, until neither step nor ETA can be read.
             room = self._console.width - _bar_width(self._console.width)
             room -= len(f"train  {total}/{total}   eta  ") + 2 * _TIME
-            shown = _fitting(numbers, room)
-            self._progress.update(self._task, description="train", completed=step, eta=eta, numbers=shown)
+            first, *below = _wrapped(numbers, room, self._console.width)
+            self._progress.below = below
+            self._progress.update(self._task, description="train", completed=step, eta=eta, numbers=first)
         elif due:
             self.message(f"step {step:>6}/{total}  eta {eta}  {'  '.join(numbers)}")
 
@@ -50,10 +55,14 @@ class ConsoleReporter:
         if self._progress is not None:
             if done == 0:
                 self._progress.reset(self._validation, total=total)
-            # One line at a time: notebooks, and logs of terminals, cannot go up by a line.
             self._progress.update(self._task, visible=done == total)
+            self._progress.shows_below = done == total
             eta = "-:--:--" if pace is None else pace.eta(done, total)
-            self._progress.update(self._validation, total=total, completed=done, visible=done != total, eta=eta)
+            what = "compiling" if self._validates_first and done == 0 else "validate"
+            self._progress.update(
+                self._validation, description=what, total=total, completed=done, visible=done != total, eta=eta
+            )
+            self._validates_first &= done == 0
         elif pace is not None and done != total and pace.is_due(done):
             of = "" if total is None else f" of {total:,}"
             self.message(f"{what}: {done:,}{of} windows  eta {pace.eta(done, total)}")
@@ -67,7 +76,26 @@ class ConsoleReporter:
             self._progress = None
 
 
-def _columns(width: int) -> tuple[TextColumn | BarColumn | MofNCompleteColumn | TimeElapsedColumn, ...]:
+class _Bars(Progress):
+    """Bars of training and validation.
+
+    Fields:
+        below: lines below the bar of training.
+        shows_below: whether that bar is the one that is visible.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console):
+        self.below: list[str] = []
+        self.shows_below = True
+        super().__init__(*columns, console=console)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.shows_below:
+            yield from (Text(line, no_wrap=True, overflow="ellipsis") for line in self.below)
+
+
+def _columns(width: int) -> tuple[ProgressColumn, ...]:
     def fixed() -> Column:
         return Column(no_wrap=True)
 
@@ -85,20 +113,29 @@ def _bar_width(width: int) -> int:
     return max(4, min(24, width // 8))
 
 
-def _fitting(parts: list[str], width: int) -> str:
-    """Join the first parts that fit into a width."""
-    while parts and len("  ".join(parts)) > width:
-        parts = parts[:-1]
-    return "  ".join(parts)
+def _wrapped(parts: list[str], first: int, width: int) -> list[str]:
+    """Join parts into lines: the first of `first` columns, which may be empty, the others of `width`."""
+    lines = [""]
+    for part in parts:
+        longer = f"{lines[-1]}  {part}" if lines[-1] else part
+        if len(longer) <= (first if len(lines) == 1 else width):
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
 
 
 def step_numbers(record: StepRecord) -> list[str]:
-    """Return `loss 1.2340`, `12,345 tokens/s`, `worst load 1.32x`, `cross_entropy 1.2200`, `router_z +0.0100`."""
+    """Return `loss 1.2340`, `12,345 tokens/s`, `worst load 1.32x (layer 0 expert 1)`, and the terms of the loss.
+
+    These are `cross_entropy 1.2200`, `router_z +0.0100`.
+    """
     parts = [f"loss {record.loss:.4f}"]
     if record.tokens_per_second:
         parts.append(f"{record.tokens_per_second:,.0f} tokens/s")
-    if record.worst_load is not None:
-        parts.append(f"worst load {record.worst_load:.2f}x")
+    worst = record.worst_layer
+    if worst is not None:
+        parts.append(f"worst load {worst.worst_load:.2f}x (layer {worst.layer} expert {worst.worst_expert})")
     if record.weighted_losses:
         parts.append(f"cross_entropy {record.losses['cross_entropy']:.4f}")
         parts.extend(f"{name} +{value:.4f}" for name, value in record.weighted_losses.items())

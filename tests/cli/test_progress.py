@@ -28,6 +28,11 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def record(step: int) -> StepRecord:
     return StepRecord(step, 0, {"loss": 1.0, "cross_entropy": 1.0}, 1.0, 1e-3, None)
 
@@ -99,20 +104,22 @@ FULL = StepRecord(
     1.0,
     1e-3,
     12345.6,
-    (LayerRecord(RoutingStatistics(0, (0.5, 0.5), 1.32, 0.0), {}, {}),),
+    (LayerRecord(RoutingStatistics(0, (0.34, 0.66), 1.32, 0.0), {}, {}),),
 )
+WORST, TERMS = "worst load 1.32x (layer 0 expert 1)", "cross_entropy 1.2000  router_z +0.0100"
 
 
 @pytest.mark.parametrize(
-    ("width", "shown", "left_out"),
+    ("width", "lines"),
     [
-        (60, ["loss 1.2345"], "tokens/s"),
-        (80, ["loss 1.2345  12,346 tokens/s"], "worst"),
-        (100, ["12,346 tokens/s  worst load 1.32x"], "cross_entropy"),
-        (160, ["worst load 1.32x  cross_entropy 1.2000  router_z +0.0100"], "…"),
+        (50, ["", "loss 1.2345  12,346 tokens/s", WORST, TERMS]),
+        (80, ["loss 1.2345  12,346 tokens/s", f"{WORST}  {TERMS}"]),
+        (100, ["loss 1.2345  12,346 tokens/s", f"{WORST}  {TERMS}"]),
+        (120, [f"loss 1.2345  12,346 tokens/s  {WORST}", TERMS]),
+        (180, [f"loss 1.2345  12,346 tokens/s  {WORST}  {TERMS}"]),
     ],
 )
-def test_step_and_eta_are_shown_at_every_width(width, shown, left_out, clock):
+def test_bar_step_and_eta_stay_and_numbers_wrap_at_every_width(width, lines, clock):
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
     reporter = ConsoleReporter(console)
     reporter.start(1232, 10000)
@@ -122,13 +129,37 @@ def test_step_and_eta_are_shown_at_every_width(width, shown, left_out, clock):
     reporter.step(FULL)
     reporter.stop()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
-    frames = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line]
+    frames = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     assert "compiling" in frames[0]
-    last = frames[-1]
     assert all(len(line) <= width for line in frames)
-    for piece in ("train", "1234/10000", "eta 4:52:12", *shown):
-        assert piece in last
-    assert left_out not in last
+    bar, *below = frames[-len(lines) :]
+    for piece in ("train", "━", "1234/10000", "eta 4:52:12", lines[0]):
+        assert piece in bar
+    assert below == lines[1:]
+
+
+def test_first_validation_compiles_and_hides_the_numbers_of_training():
+    console = Console(file=io.StringIO(), width=60, force_terminal=True)
+    reporter = ConsoleReporter(console)
+    reporter.start(0, 3)
+    reporter.step(replace(FULL, step=1))
+    shown = []
+    for done in (0, 8, 64, 0):
+        reporter.progress("evaluating", done, 64)
+        other = Console(file=io.StringIO(), width=60)
+        other.print(*reporter._progress.get_renderables())
+        shown.append((*(word in other.file.getvalue() for word in ("compiling", "validate", "worst load")),))
+    reporter.stop()
+    assert shown == [(True, False, False), (False, True, False), (False, False, True), (False, True, False)]
+
+
+def test_terminal_that_cannot_move_the_cursor_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    reporter = ConsoleReporter(console)
+    reporter.start(0, 10)
+    reporter.step(record(1))
+    assert [line[:24] for line in lines_of(console)] == ["compiling and running st", "step      1/10  eta -:--"]
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])

@@ -247,12 +247,14 @@ def describe_evaluation(evaluation: Evaluation) -> str:
 
 
 def describe_routing(evaluation: Evaluation) -> list[str]:
-    """Describe each MoE layer in a line: load of each expert (of many, the least and the most), and drop rate."""
+    """Describe each MoE layer in a line: load by expert (of many, the least and the most loaded), and drop rate."""
     lines = []
     for row in evaluation.routing:
         loads = [share * len(row.load) for share in row.load]
-        shown = " ".join(f"{load:.2f}" for load in loads)
+        shown = "of expert " + ", ".join(f"{expert}: {load:.2f}" for expert, load in enumerate(loads))
         if len(loads) > _MANY_EXPERTS:
-            shown = f"{min(loads):.2f} to {max(loads):.2f} of {len(loads)} experts"
+            least = loads.index(min(loads))
+            shown = f"{min(loads):.2f} (expert {least}) to {max(loads):.2f} (expert {row.worst_expert})"
+            shown += f" of {len(loads)} experts"
         lines.append(f"layer {row.layer}: load {shown} (1 is balanced), dropped {100 * row.dropped:.2f} %")
     return lines

@@ -36,6 +36,7 @@ from moezoo.core.training.evaluation import (
 from moezoo.core.training.metrics import MetricsFile, Record, has_validation, step_record
 from moezoo.core.training.reporter import Reporter, SilentReporter
 from moezoo.core.training.saving import CheckpointSaver
+from moezoo.core.training.watch import Watch
 
 # Steps in flight delay a stop by a signal. Two keep the device busy; more only of short steps, for which waiting would
 # cost speed (a fifth for steps of 5 ms).
@@ -128,6 +129,7 @@ class _Training:
         self.in_flight = _IN_FLIGHT
         self.stop_requests: list[PendingNumbers] = []
         self.grammar = known_grammar(config.data)
+        self.watch = Watch(config.model.moe_layers)
 
     def _load_checkpoint(self) -> Checkpoint | None:
         """Open the checkpoint to resume from. The first process verifies its files; the others use the same step."""
@@ -277,6 +279,7 @@ class _Training:
             metrics = pending.fetch()
             if not math.isfinite(metrics.losses["loss"]):
                 raise self._loss_error(step, metrics.losses["loss"])
+            self.watch.add(step, metrics.losses["loss"], metrics.load)
             self.newest = step, rate, metrics
 
     def _report(self, step: int) -> None:
@@ -294,6 +297,8 @@ class _Training:
         record = step_record(self.config.model, number, self._tokens(number), rate, metrics, reported)
         self._write(record)
         self.reporter.step(record)
+        for warning in self.watch.warnings():
+            self.reporter.message(warning)
 
     def _write(self, record: Record) -> None:
         """Log a record; the first one creates the folder of a new run."""

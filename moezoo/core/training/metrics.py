@@ -49,6 +49,11 @@ class RoutingStatistics:
     worst_load: float
     dropped: float
 
+    @property
+    def worst_expert(self) -> int:
+        """Index of the expert with the largest load."""
+        return self.load.index(max(self.load))
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -103,9 +108,9 @@ class StepRecord:
         return {name.removesuffix(ending): value for name, value in self.losses.items() if name.endswith(ending)}
 
     @property
-    def worst_load(self) -> float | None:
-        """The worst load of all MoE layers; None for a dense model."""
-        return max((layer.statistics.worst_load for layer in self.routing), default=None)
+    def worst_layer(self) -> RoutingStatistics | None:
+        """The MoE layer with the worst load; None for a dense model."""
+        return max((layer.statistics for layer in self.routing), key=lambda layer: layer.worst_load, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as one object for JSON, loss terms at the top level."""

@@ -21,8 +21,8 @@ from moezoo.core.reference.losses import expert_counts, token_losses
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import masked
-from moezoo.core.training.evaluation import Evaluation, describe_evaluation, evaluate
-from moezoo.core.training.metrics import read_metrics
+from moezoo.core.training.evaluation import Evaluation, describe_evaluation, describe_routing, evaluate
+from moezoo.core.training.metrics import RoutingStatistics, read_metrics
 from tests.support.backends_available import require_backend
 from tests.support.small_run import write_config
 from tests.support.tolerances import FLOAT64, assert_close
@@ -258,3 +258,12 @@ def test_run_reports_both_losses_in_metrics_and_eval(tmp_path: Path, monkeypatch
     assert values["inference_loss"] == lines[-1]["inference_loss"]
     for text in (printed, call("eval", run, "--backend", "mlx")):
         assert f"with inference routing: {values['inference_loss']:.4f} nats per token (" in text
+
+
+def test_load_rows_have_the_numbers_of_the_experts():
+    many = (0.01, *[0.05] * 18, 0.09)
+    rows = (RoutingStatistics(1, (0.5, 0.2, 0.3), 1.5, 0.0), RoutingStatistics(3, many, 1.8, 0.25))
+    assert describe_routing(Evaluation(1.0, None, 1, 1, 8, rows)) == [
+        "layer 1: load of expert 0: 1.50, 1: 0.60, 2: 0.90 (1 is balanced), dropped 0.00 %",
+        "layer 3: load 0.20 (expert 0) to 1.80 (expert 19) of 20 experts (1 is balanced), dropped 25.00 %",
+    ]

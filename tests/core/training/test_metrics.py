@@ -46,7 +46,10 @@ def test_training_record_is_written_with_its_keys_in_order(tmp_path):
     )
     losses = {"loss": 2.5, "cross_entropy": float("nan"), "router_z": 2.0, "router_z_weighted": 0.5}
     record = StepRecord(7, 640, losses, 1.5, 0.001, None, layers)
-    assert (record.loss, record.worst_load, record.weighted_losses) == (2.5, 1.5, {"router_z": 0.5})
+    assert (record.loss, record.weighted_losses) == (2.5, {"router_z": 0.5})
+    worst = record.worst_layer
+    assert worst is not None
+    assert (worst.layer, worst.worst_load, worst.worst_expert) == (1, 1.5, 0)
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.write(record)
     layer = '{{"layer": {}, "load": [0.75, 0.25], "worst_load": {}, "dropped": 0.0, "losses": {{"router_z": 2.0}}, {}}}'
