@@ -25,7 +25,7 @@ from moezoo.core.layer_routing import LayerRouting
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import Floats, Integers
+from moezoo.core.tokens import ExpertMasks, Floats, Integers
 
 
 def check_length(spec: ModelSpec, length: int, got: str) -> None:
@@ -141,6 +141,7 @@ class Model(Protocol):
         targets: Integers | None = None,
         *,
         forced: Sequence[Integers] | None = None,
+        masks: Sequence[ExpertMasks] | None = None,
         record: bool = False,
         key: Bits | None = None,
         inference: bool = False,
@@ -152,6 +153,8 @@ class Model(Protocol):
             tokens, targets: int32; a target may be IGNORED.
             forced: forced routing: experts int32 [B, T, K] per MoE layer: UNUSED (-1) in an unused slot, and
                 NOT_REPLAYED (-2) in all slots of a token that is routed freely.
+            masks: experts that each sequence does without, for each MoE layer (`interventions.masks`). Forced routing
+                does not heed excluded ones.
             record: return named intermediates too.
             key: uint32 [2], the key of a training step, for router noise and dropout; None: neither.
             inference: use inference routing (no capacity, causal), as generation does.
@@ -170,12 +173,13 @@ class Model(Protocol):
         inference: bool = False,
         documents: Integers | None = None,
         forced: Sequence[Integers] | None = None,
+        masks: Sequence[ExpertMasks] | None = None,
         routing: bool = False,
     ) -> Scores:
         """Compute the loss of every target token, without noise and without returning logits.
 
-        `inference`, `documents`, `forced`: as in `forward`. `routing`: return the routing of every MoE layer too. With
-        several processes, each passes the whole batch and gets the whole result.
+        `inference`, `documents`, `forced`, `masks`: as in `forward`. `routing`: return the routing of every MoE layer
+        too. With several processes, each passes the whole batch and gets the whole result.
         """
         ...
 

@@ -1,4 +1,6 @@
-"""Token ids, targets, and the array types for them."""
+"""Inputs of a model: token ids, targets, masks of experts, and the array types for them."""
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,23 @@ UNUSED = -1
 
 NOT_REPLAYED = -2
 """Expert id in all slots of a token that forced routing leaves to the router. (UNUSED in all: a token of no expert.)"""
+
+
+class ExpertMasks(NamedTuple):
+    """Experts of one MoE layer that each sequence of a batch does without: bool [B, E], or None for none.
+
+    Zero-computation experts are among the E, after the others; shared experts are not.
+
+    Fields:
+        silenced: chosen as ever, but with combine weight 0; the other weights stay as they are.
+        excluded: never chosen; the router takes the best of the others, and weights them as its spec says.
+    """
+
+    silenced: NDArray[np.bool_] | None = None
+    excluded: NDArray[np.bool_] | None = None
+
+
+NO_MASKS = ExpertMasks()
 
 
 def masked(ids: Integers, trained: NDArray[np.bool_]) -> Integers:

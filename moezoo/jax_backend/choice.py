@@ -1,8 +1,9 @@
 """The choice. Spec: moezoo.core.reference.choice."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
-from moezoo.core.tokens import NOT_REPLAYED
+from moezoo.core.tokens import NO_MASKS, NOT_REPLAYED, ExpertMasks
 from moezoo.jax_backend.random import bernoulli, fold_in, gumbel, normal
 from moezoo.jax_backend.runtime.placement import row_by_row
 
@@ -44,9 +45,31 @@ class RoutingContext:
     key: jax.Array | None = None
     inference: bool = field(default=False, metadata={"static": True})
     real_P: jax.Array | None = None
+    silenced_PE: jax.Array | None = None
+    excluded_PE: jax.Array | None = None
 
 
 NO_CONTEXT = RoutingContext()
+
+
+def given_routing(
+    layers: Sequence[int], forced: Sequence[jax.Array] | None, masks: Sequence[ExpertMasks] | None, length: int
+) -> dict[int, RoutingContext]:
+    """Spec: moezoo.core.reference.choice.given_routing."""
+
+    def of_tokens(mask_BE: Any) -> jax.Array | None:
+        return None if mask_BE is None else jnp.repeat(jnp.asarray(mask_BE), length, axis=0)
+
+    if forced is None and masks is None:
+        return {}
+    experts: Sequence[jax.Array | None] = [None] * len(layers) if forced is None else forced
+    of_layers = zip(layers, experts, [NO_MASKS] * len(layers) if masks is None else masks, strict=True)
+    return {
+        layer: RoutingContext(
+            forced_PK=forced_PK, silenced_PE=of_tokens(mask.silenced), excluded_PE=of_tokens(mask.excluded)
+        )
+        for layer, forced_PK, mask in of_layers
+    }
 
 
 def noisy(logits_PE: jax.Array, noise_scale_PE: jax.Array, key: jax.Array) -> jax.Array:
@@ -81,7 +104,7 @@ def choose(
             expert_PK, valid_PK = table_PK, jnp.ones(table_PK.shape, jnp.bool_)
         case SparseMixerChoiceSpec() as mixer:
             key = None if context.inference else context.key
-            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, context.forced_PK, key)
+            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, context, key)
             valid_PK = jnp.ones(expert_PK.shape, jnp.bool_)
         case ExpertChoiceSpec():
             if context.inference:
@@ -124,7 +147,8 @@ def _in_kept_groups(groups: GroupedTopKChoiceSpec, value_PE: jax.Array) -> jax.A
         case "max":
             of_group = jnp.max(in_groups, axis=-1)
         case "top2":
-            of_group = jnp.sum(row_by_row(partial(lax.top_k, k=2))(in_groups)[0], axis=-1)
+            two = row_by_row(partial(lax.top_k, k=2))(in_groups)[0]
+            of_group = two[..., 0] + jnp.where(two[..., 1] > -jnp.inf, two[..., 1], 0.0)
         case _:
             assert_never(groups.group_value)
     best, _ = _highest(of_group, groups.keep)
@@ -134,11 +158,11 @@ def _in_kept_groups(groups: GroupedTopKChoiceSpec, value_PE: jax.Array) -> jax.A
 
 
 def _sparsemixer(
-    mixer: SparseMixerChoiceSpec, count: int, logits_PE: jax.Array, forced_PK: jax.Array | None, key: jax.Array | None
+    mixer: SparseMixerChoiceSpec, count: int, logits_PE: jax.Array, context: RoutingContext, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Spec: moezoo.core.reference.choice._sparsemixer."""
     logits, id_E = lax.stop_gradient(logits_PE), jnp.arange(logits_PE.shape[1])
-    free_PE = jnp.ones(logits.shape, jnp.bool_)
+    free_PE = jnp.ones(logits.shape, jnp.bool_) if context.excluded_PE is None else ~context.excluded_PE
     experts, weights = [], []
     for slot in range(count):
         left_PE = jnp.where(free_PE, logits, -jnp.inf)
@@ -152,8 +176,8 @@ def _sparsemixer(
             drawn_PE = logits + gumbel(fold_in(key, ROUTER_SAMPLE, 2 * slot), logits.shape)
             kept_P = bernoulli(fold_in(key, ROUTER_SAMPLE, 2 * slot + 1), 0.25, best_P.shape)
         expert_P = jnp.argmax(jnp.where(near_PE, drawn_PE, -jnp.inf), axis=-1)
-        if forced_PK is not None:
-            forced_P = forced_PK[:, slot]
+        if context.forced_PK is not None:
+            forced_P = context.forced_PK[:, slot]
             expert_P = jnp.where(forced_P == NOT_REPLAYED, expert_P, jnp.maximum(forced_P, 0))
         gate_P = jnp.take_along_axis(gate_PE, expert_P[:, None], axis=-1)[:, 0]
         scale_P = jnp.where((expert_P == best_P) | kept_P, 1.0, 1 / 3)

@@ -15,12 +15,13 @@ from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
 from moezoo.core.config.training import Rematerialize
 from moezoo.core.generation.prefill import widths
+from moezoo.core.interventions.masks import check_masks
 from moezoo.core.layer_routing import LayerRouting, check_forced, layer_routing
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import check_documents, check_targets
+from moezoo.core.tokens import ExpertMasks, check_documents, check_targets
 from moezoo.jax_backend.arrays import Weights, named
 from moezoo.jax_backend.dispatch import expert_counts, num_dropped
 from moezoo.jax_backend.distributed.expert_parallel import ExpertParallel
@@ -71,6 +72,7 @@ class JaxInference:
         targets: np.ndarray | None = None,
         *,
         forced: Sequence[np.ndarray] | None = None,
+        masks: Sequence[ExpertMasks] | None = None,
         record: bool = False,
         key: Bits | None = None,
         inference: bool = False,
@@ -78,9 +80,10 @@ class JaxInference:
     ) -> Output:
         check_documents(tokens, targets, documents)
         check_forced(self.spec, tokens, forced)
+        check_masks(self.spec, tokens, masks)
         if targets is not None:
             check_targets(tokens, targets)
-        inputs = (self._parameters, self._state, tokens, targets, flatten_forced(forced), key, documents)
+        inputs = (self._parameters, self._state, tokens, targets, flatten_forced(forced), masks, key, documents)
         with self._traced(len(tokens)):
             result, terms, intermediates = on_host(self._forward(*inputs, record=record, inference=inference))
         return Output(
@@ -97,6 +100,7 @@ class JaxInference:
         tokens: jax.Array,
         targets: jax.Array | None,
         forced: Sequence[jax.Array] | None,
+        masks: Sequence[ExpertMasks] | None,
         key: jax.Array | None,
         documents: jax.Array | None,
         *,
@@ -108,6 +112,7 @@ class JaxInference:
         result = module(
             tokens,
             forced=forced,
+            masks=masks,
             record=intermediates,
             key=key,
             inference=inference,
@@ -130,11 +135,14 @@ class JaxInference:
         inference: bool = False,
         documents: np.ndarray | None = None,
         forced: Sequence[np.ndarray] | None = None,
+        masks: Sequence[ExpertMasks] | None = None,
         routing: bool = False,
     ) -> Scores:
         check_documents(tokens, targets, documents)
         check_forced(self.spec, tokens, forced)
-        count, batch = len(tokens), (tokens, targets, documents, None if forced is None else list(forced))
+        check_masks(self.spec, tokens, masks)
+        count = len(tokens)
+        batch: Any = (tokens, targets, documents, *(None if own is None else list(own) for own in (forced, masks)))
         if self._placement is not None:
             filled = self._placement.padded_batch(count)
             batch = jax.tree.map(lambda rows: np.resize(rows, (filled, *rows.shape[1:])), batch)  # the same again
@@ -157,6 +165,7 @@ class JaxInference:
         targets: jax.Array,
         documents: jax.Array | None,
         forced: Sequence[jax.Array] | None,
+        masks: Sequence[ExpertMasks] | None,
         *,
         count: int,
         inference: bool,
@@ -164,8 +173,8 @@ class JaxInference:
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], list[tuple[jax.Array, ...]]]:
         """Score the first `count` sequences; those after them pad the batch, and their losses are ignored."""
         module, how = self._transformed(parameters, state, tokens)
-        forced = flatten_forced(forced)
-        result = module(tokens, forced=forced, inference=inference, document_BT=documents, **how._asdict())
+        given: dict[str, Any] = {"forced": flatten_forced(forced), "masks": masks, "inference": inference}
+        result = module(tokens, **given, document_BT=documents, **how._asdict())
         if count < len(tokens):
             counted_P = jnp.arange(tokens.size) < count * tokens.shape[1]
             routings = [own._replace(valid_PK=own.valid_PK & counted_P[:, None]) for own in result.routings]

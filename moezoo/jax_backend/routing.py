@@ -73,6 +73,8 @@ class Router(nnx.Module):
         selection_PE = lax.stop_gradient(logits_PE if spec.selection_basis == "logits" else score_PE)
         if spec.selection_bias is not None:
             selection_PE = selection_PE + lax.stop_gradient(self.selection_bias[...].astype(jnp.float32))
+        if context.excluded_PE is not None:
+            selection_PE = jnp.where(context.excluded_PE, -jnp.inf, selection_PE)
         table_PK = cutoff_E = None
         if isinstance(spec.choice, HashChoiceSpec):
             table_PK = self.hash_table[...][context.token_P].astype(jnp.int32)
@@ -80,6 +82,9 @@ class Router(nnx.Module):
             cutoff_E = average_cutoff(self.cutoff[...].astype(jnp.float32), self.cutoff_weight[...].astype(jnp.float32))
         choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
         valid_PK, weight_PK = choice.valid_PK, self._combine_weight(choice, logits_PE, score_PE)
+        if context.silenced_PE is not None:
+            silenced_PK = jnp.take_along_axis(context.silenced_PE, choice.expert_PK, axis=-1)
+            weight_PK = jnp.where(silenced_PK, 0.0, weight_PK)
         if context.real_P is not None:
             valid_PK = valid_PK & context.real_P[:, None]
             weight_PK = jnp.where(context.real_P[:, None], weight_PK, 0.0)

@@ -1,6 +1,7 @@
 """The whole model. Spec: moezoo.core.reference.transformer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -20,10 +21,11 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
+from moezoo.core.tokens import ExpertMasks
 from moezoo.jax_backend.adapter import keyed, take
 from moezoo.jax_backend.arrays import DTYPES, Weights
 from moezoo.jax_backend.attention import GroupedQueryAttention
-from moezoo.jax_backend.choice import RoutingContext
+from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext, given_routing
 from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
@@ -57,7 +59,7 @@ class StepInputs(NamedTuple):
     """Spec: moezoo.core.reference.transformer.StepInputs; with key/value caches, and how a mesh runs the layers."""
 
     tokens_BT: jax.Array
-    forced: Mapping[int, jax.Array]
+    given: Mapping[int, RoutingContext]
     caches: Caches | None
     record: Record | None
     key: jax.Array | None
@@ -70,14 +72,10 @@ class StepInputs(NamedTuple):
         self, index: int | jax.Array, previous_PE: jax.Array | None, key: jax.Array | None
     ) -> RoutingContext:
         """Spec: moezoo.core.reference.transformer.StepInputs.routing_context."""
-        forced_PK = None
-        if self.forced:
-            assert isinstance(index, int)
-            forced_PK = self.forced[index]
-        return RoutingContext(
+        return replace(
+            self.given.get(index, NO_CONTEXT) if isinstance(index, int) else NO_CONTEXT,
             token_P=self.tokens_BT.reshape(-1),
             previous_PE=previous_PE,
-            forced_PK=forced_PK,
             key=key,
             inference=self.inference,
             real_P=None if self.documents is None else self.documents.real_P,
@@ -166,7 +164,7 @@ class Layer(nnx.Module):
         input_BTZ: jax.Array | None,
         sources: Mapping[int, Source | None],
     ) -> tuple[ResidualState, LayerOutput]:
-        """`index` may be traced where nothing is recorded or forced, and nothing is cached."""
+        """`index` may be traced where nothing is recorded or given, and nothing is cached."""
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
         x_BTD = state.x_BTD
@@ -297,6 +295,7 @@ class Transformer(nnx.Module):
         tokens_BT: jax.Array,
         *,
         forced: Sequence[jax.Array] | None = None,
+        masks: Sequence[ExpertMasks] | None = None,
         caches: Caches | None = None,
         record: Record | None = None,
         key: jax.Array | None = None,
@@ -309,10 +308,10 @@ class Transformer(nnx.Module):
 
         On a mesh `exchange` runs the experts (expert parallelism); `wrap_block` transforms each layer's blocks.
         """
-        forced_by_layer = {} if forced is None else dict(zip(self.spec.moe_layers, forced, strict=True))
+        given = given_routing(self.spec.moe_layers, forced, masks, tokens_BT.shape[1])
         inference = inference or caches is not None
         documents = packed_documents(document_BT)
-        inputs = StepInputs(tokens_BT, forced_by_layer, caches, record, key, inference, documents, exchange, wrap_block)
+        inputs = StepInputs(tokens_BT, given, caches, record, key, inference, documents, exchange, wrap_block)
         x_BTD = self._embed(tokens_BT, caches, documents)
         if record is not None:
             record["embedding"] = x_BTD

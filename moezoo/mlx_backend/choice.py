@@ -1,7 +1,8 @@
 """The choice. Spec: moezoo.core.reference.choice."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
 
@@ -16,7 +17,7 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
-from moezoo.core.tokens import NOT_REPLAYED
+from moezoo.core.tokens import NO_MASKS, NOT_REPLAYED, ExpertMasks
 from moezoo.mlx_backend.kernels.x86 import pays
 from moezoo.mlx_backend.kernels.x86.routing import highest
 from moezoo.mlx_backend.random import bernoulli, fold_in, gumbel, normal
@@ -41,9 +42,31 @@ class RoutingContext:
     key: mx.array | None = None
     inference: bool = False
     real_P: mx.array | None = None
+    silenced_PE: mx.array | None = None
+    excluded_PE: mx.array | None = None
 
 
 NO_CONTEXT = RoutingContext()
+
+
+def given_routing(
+    layers: Sequence[int], forced: Sequence[mx.array] | None, masks: Sequence[ExpertMasks] | None, length: int
+) -> dict[int, RoutingContext]:
+    """Spec: moezoo.core.reference.choice.given_routing."""
+
+    def of_tokens(mask_BE: Any) -> mx.array | None:
+        return None if mask_BE is None else mx.repeat(mx.array(mask_BE), length, axis=0)
+
+    if forced is None and masks is None:
+        return {}
+    experts: Sequence[mx.array | None] = [None] * len(layers) if forced is None else forced
+    of_layers = zip(layers, experts, [NO_MASKS] * len(layers) if masks is None else masks, strict=True)
+    return {
+        layer: RoutingContext(
+            forced_PK=forced_PK, silenced_PE=of_tokens(mask.silenced), excluded_PE=of_tokens(mask.excluded)
+        )
+        for layer, forced_PK, mask in of_layers
+    }
 
 
 def noisy(logits_PE: mx.array, noise_scale_PE: mx.array, key: mx.array) -> mx.array:
@@ -78,7 +101,7 @@ def choose(
             expert_PK, valid_PK = table_PK, mx.ones(table_PK.shape, mx.bool_)
         case SparseMixerChoiceSpec() as mixer:
             key = None if context.inference else context.key
-            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, context.forced_PK, key)
+            expert_PK, weight_PK = _sparsemixer(mixer, spec.top_k, logits_PE, context, key)
             valid_PK = mx.ones(expert_PK.shape, mx.bool_)
         case ExpertChoiceSpec():
             if context.inference:
@@ -124,7 +147,8 @@ def _in_kept_groups(groups: GroupedTopKChoiceSpec, value_PE: mx.array) -> mx.arr
         case "max":
             of_group = mx.max(in_groups, axis=-1)
         case "top2":
-            of_group = mx.sum(mx.sort(in_groups, axis=-1)[..., -2:], axis=-1)
+            two = mx.sort(in_groups, axis=-1)[..., -2:]
+            of_group = two[..., 1] + mx.where(two[..., 0] > -mx.inf, two[..., 0], 0.0)
         case _:
             assert_never(groups.group_value)
     best, _ = _highest(of_group, groups.keep)
@@ -134,11 +158,11 @@ def _in_kept_groups(groups: GroupedTopKChoiceSpec, value_PE: mx.array) -> mx.arr
 
 
 def _sparsemixer(
-    mixer: SparseMixerChoiceSpec, count: int, logits_PE: mx.array, forced_PK: mx.array | None, key: mx.array | None
+    mixer: SparseMixerChoiceSpec, count: int, logits_PE: mx.array, context: RoutingContext, key: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     """Spec: moezoo.core.reference.choice._sparsemixer."""
     logits, id_E = mx.stop_gradient(logits_PE), mx.arange(logits_PE.shape[1])
-    free_PE = mx.ones(logits.shape, mx.bool_)
+    free_PE = mx.ones(logits.shape, mx.bool_) if context.excluded_PE is None else ~context.excluded_PE
     experts, weights = [], []
     for slot in range(count):
         left_PE = mx.where(free_PE, logits, -mx.inf)
@@ -152,8 +176,8 @@ def _sparsemixer(
             drawn_PE = logits + gumbel(fold_in(key, ROUTER_SAMPLE, 2 * slot), logits.shape)
             kept_P = bernoulli(fold_in(key, ROUTER_SAMPLE, 2 * slot + 1), 0.25, best_P.shape)
         expert_P = mx.argmax(mx.where(near_PE, drawn_PE, -mx.inf), axis=-1)
-        if forced_PK is not None:
-            forced_P = forced_PK[:, slot]
+        if context.forced_PK is not None:
+            forced_P = context.forced_PK[:, slot]
             expert_P = mx.where(forced_P == NOT_REPLAYED, expert_P, mx.maximum(forced_P, 0))
         # Trap: without it, "Cannot calculate VJP with respect to indices".
         expert_P = mx.stop_gradient(expert_P.astype(mx.int32))

@@ -10,12 +10,13 @@ from mlx import nn
 from moezoo.core.backend import Output, Scores
 from moezoo.core.checkpoint.safetensors_file import shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
+from moezoo.core.interventions.masks import check_masks
 from moezoo.core.layer_routing import LayerRouting, check_forced, layer_routing
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import check_documents, check_targets
+from moezoo.core.tokens import ExpertMasks, check_documents, check_targets
 from moezoo.mlx_backend.adapter import BASE, Adapted
 from moezoo.mlx_backend.arrays import Weights, named, to_numpy
 from moezoo.mlx_backend.dispatch import expert_counts, num_dropped
@@ -52,6 +53,7 @@ class MlxInference:
         targets: np.ndarray | None = None,
         *,
         forced: Sequence[np.ndarray] | None = None,
+        masks: Sequence[ExpertMasks] | None = None,
         record: bool = False,
         key: Bits | None = None,
         inference: bool = False,
@@ -59,12 +61,14 @@ class MlxInference:
     ) -> Output:
         check_documents(tokens, targets, documents)
         check_forced(self.spec, tokens, forced)
+        check_masks(self.spec, tokens, masks)
         if targets is not None:
             check_targets(tokens, targets)
         intermediates: dict[str, mx.array] = {}
         result = self._module(
             mx.array(tokens),
             forced=flatten_forced(forced),
+            masks=masks,
             record=intermediates,
             key=None if key is None else mx.array(key),
             inference=inference,
@@ -94,14 +98,18 @@ class MlxInference:
         inference: bool = False,
         documents: np.ndarray | None = None,
         forced: Sequence[np.ndarray] | None = None,
+        masks: Sequence[ExpertMasks] | None = None,
         routing: bool = False,
     ) -> Scores:
         check_documents(tokens, targets, documents)
         check_forced(self.spec, tokens, forced)
+        check_masks(self.spec, tokens, masks)
         own_tokens, own_targets = data_parallel.own_part(tokens), data_parallel.own_part(targets)
         document_BT = None if documents is None else mx.array(data_parallel.own_part(documents))
         own_forced = None if forced is None else flatten_forced([data_parallel.own_part(expert) for expert in forced])
-        result = self._module(mx.array(own_tokens), forced=own_forced, inference=inference, document_BT=document_BT)
+        own_masks = None if masks is None else [_own_masks(own) for own in masks]
+        given: dict[str, Any] = {"forced": own_forced, "masks": own_masks, "inference": inference}
+        result = self._module(mx.array(own_tokens), **given, document_BT=document_BT)
         losses = token_losses(result.logits_BTV, mx.array(own_targets))
         load, dropped = routing_load(result)
         values = routing_values(result) if routing else []
@@ -217,6 +225,10 @@ def flatten_forced(forced: Sequence[np.ndarray] | None) -> list[mx.array] | None
         if forced is None
         else [mx.array(expert.astype(np.int32).reshape(-1, expert.shape[-1])) for expert in forced]
     )
+
+
+def _own_masks(masks: ExpertMasks) -> ExpertMasks:
+    return ExpertMasks(*(None if mask is None else data_parallel.own_part(mask) for mask in masks))
 
 
 def routing_load(result: Forward) -> tuple[list[mx.array], list[mx.array]]:

@@ -78,6 +78,8 @@ class Router(nn.Module):
         selection_PE = logits_PE if spec.selection_basis == "logits" else score_PE  # `choose` stops the gradient
         if spec.selection_bias is not None:
             selection_PE = selection_PE + mx.stop_gradient(self.selection_bias.astype(mx.float32))
+        if context.excluded_PE is not None:
+            selection_PE = mx.where(context.excluded_PE, -mx.inf, selection_PE)
         table_PK = cutoff_E = None
         if isinstance(spec.choice, HashChoiceSpec):
             table_PK = self.hash_table[context.token_P].astype(mx.int32)
@@ -86,6 +88,9 @@ class Router(nn.Module):
         choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
         every_slot, valid_PK = _uses_every_slot(spec, context), choice.valid_PK
         weight_PK = self._combine_weight(choice, logits_PE, score_PE, every_slot=every_slot)
+        if context.silenced_PE is not None:
+            silenced_PK = mx.take_along_axis(context.silenced_PE, choice.expert_PK, axis=-1)
+            weight_PK = mx.where(silenced_PK, 0.0, weight_PK)
         if context.real_P is not None:
             valid_PK = valid_PK & context.real_P[:, None]
             weight_PK = mx.where(context.real_P[:, None], weight_PK, 0.0)

@@ -1,6 +1,7 @@
 """The whole model. Spec: moezoo.core.reference.transformer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
@@ -19,10 +20,11 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
+from moezoo.core.tokens import ExpertMasks
 from moezoo.mlx_backend.adapter import held, keyed, take
 from moezoo.mlx_backend.arrays import DTYPES, Weights
 from moezoo.mlx_backend.attention import GroupedQueryAttention
-from moezoo.mlx_backend.choice import RoutingContext
+from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext, given_routing
 from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
@@ -58,7 +60,7 @@ class StepInputs(NamedTuple):
     """Spec: moezoo.core.reference.transformer.StepInputs; with key/value caches."""
 
     tokens_BT: mx.array
-    forced: Mapping[int, mx.array]
+    given: Mapping[int, RoutingContext]
     caches: Caches | None
     record: Record | None
     key: mx.array | None
@@ -67,10 +69,10 @@ class StepInputs(NamedTuple):
 
     def routing_context(self, index: int, previous_PE: mx.array | None, key: mx.array | None) -> RoutingContext:
         """Spec: moezoo.core.reference.transformer.StepInputs.routing_context."""
-        return RoutingContext(
+        return replace(
+            self.given.get(index, NO_CONTEXT),
             token_P=self.tokens_BT.reshape(-1),
             previous_PE=previous_PE,
-            forced_PK=self.forced[index] if self.forced else None,
             key=key,
             inference=self.inference,
             real_P=None if self.documents is None else self.documents.real_P,
@@ -299,6 +301,7 @@ class Transformer(nn.Module):
         tokens_BT: mx.array,
         *,
         forced: Sequence[mx.array] | None = None,
+        masks: Sequence[ExpertMasks] | None = None,
         caches: Caches | None = None,
         record: Record | None = None,
         key: mx.array | None = None,
@@ -306,10 +309,10 @@ class Transformer(nn.Module):
         document_BT: mx.array | None = None,
     ) -> Forward:
         """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's."""
-        forced_by_layer = {} if forced is None else dict(zip(self.spec.moe_layers, forced, strict=True))
+        given = given_routing(self.spec.moe_layers, forced, masks, tokens_BT.shape[1])
         inference = inference or caches is not None
         documents = packed_documents(document_BT)
-        inputs = StepInputs(tokens_BT, forced_by_layer, caches, record, key, inference, documents)
+        inputs = StepInputs(tokens_BT, given, caches, record, key, inference, documents)
         x_BTD = self._embed(tokens_BT, caches, documents)
         if record is not None:
             record["embedding"] = x_BTD

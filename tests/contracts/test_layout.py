@@ -39,7 +39,7 @@ LAYERS = (
     ("core.generation", "core.huggingface", "core.traces"),
     ("core.runs",),
     ("core.training",),
-    ("core.parity", "core.reports"),
+    ("core.interventions", "core.parity", "core.reports"),
     ("jax_backend", "mlx_backend"),
     ("backends",),
     ("api",),

@@ -180,6 +180,24 @@ def test_tokens_that_are_not_replayed_choose_freely_beside_forced_ones(twin, kin
     np.testing.assert_array_equal(actual.expert_PK[~free_P], forced_PK[~free_P])
 
 
+@pytest.mark.parametrize("kind", ["grouped max", "grouped top2"])
+def test_a_group_is_ranked_by_the_experts_that_are_left_in_it(twin, kind):
+    spec = SPECS[kind]
+    logits_PE, score_PE, selection_PE = values(spec, LOGITS_PE)
+    size = E // spec.choice.num_groups
+    left = selection_PE.copy()
+    left[:, 1:size] = -np.inf  # of the first group one expert is left, and it is the best of all
+    left[:, 0] = 2 * selection_PE.max()
+    left[::2, -size:] = -np.inf
+    given = [twin.array(each) for each in (logits_PE, score_PE, left)]
+    made = twins_choose(twin, spec, *given)
+    expected = references_choose(spec, logits_PE, score_PE, left)
+    np.testing.assert_array_equal(twin.numpy(made.expert_PK)[expected.valid_PK], expected.expert_PK[expected.valid_PK])
+    np.testing.assert_array_equal(twin.numpy(made.valid_PK), expected.valid_PK)
+    np.testing.assert_array_equal(expected.expert_PK[:, 0], 0)
+    assert np.all(expected.expert_PK[::2][expected.valid_PK[::2]] < E - size)
+
+
 def slots(spec: RouterSpec) -> int:
     return MoESpec(num_experts=E, router=spec, experts={"hidden_dim": F}).num_slots
 

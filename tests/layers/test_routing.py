@@ -83,20 +83,20 @@ def router(twin: Twin, spec: RouterSpec, w_DE=W_DE):
     return twin.module("routing").Router(spec, twin.weights(values_of(spec) | {"w_router": w_DE}))
 
 
-def context_of(twin: Twin, forced_PK=None):
-    given = {"token_P": TOKEN_P, "previous_PE": PREVIOUS_PE, "key": KEY, "forced_PK": forced_PK}
+def context_of(twin: Twin, forced_PK=None, **masks):
+    given = {"token_P": TOKEN_P, "previous_PE": PREVIOUS_PE, "key": KEY, "forced_PK": forced_PK} | masks
     arrays = {name: twin.array(value) for name, value in given.items() if value is not None}
     return twin.module("choice").RoutingContext(**arrays)
 
 
-def routed(twin: Twin, spec: RouterSpec, x_PD=X_PD, w_DE=W_DE, forced_PK=None) -> Routing:
-    routing = router(twin, spec, w_DE)(twin.array(x_PD), context_of(twin, forced_PK))
+def routed(twin: Twin, spec: RouterSpec, x_PD=X_PD, w_DE=W_DE, forced_PK=None, **masks) -> Routing:
+    routing = router(twin, spec, w_DE)(twin.array(x_PD), context_of(twin, forced_PK, **masks))
     return Routing(*(None if value is None else twin.numpy(value) for value in routing), margin_P=None)
 
 
-def reference(spec: RouterSpec, values=None, x_PD=X_PD, forced_PK=None, key=KEY) -> Routing:
+def reference(spec: RouterSpec, values=None, x_PD=X_PD, forced_PK=None, key=KEY, **masks) -> Routing:
     values = {**values_of(spec), **(values or {})}
-    return route(spec, values, x_PD, RoutingContext(TOKEN_P, PREVIOUS_PE, forced_PK, key))
+    return route(spec, values, x_PD, RoutingContext(TOKEN_P, PREVIOUS_PE, forced_PK, key, **masks))
 
 
 def side_by_side(namespace, routing: Routing):
@@ -184,6 +184,23 @@ def test_a_selection_bias_moves_the_choice_and_not_the_weights(twin):
     assert_close(with_bias.selection_PE, with_bias.score_PE + VALUES["selection_bias"], FLOAT32)
     forced = routed(twin, plain, forced_PK=with_bias.expert_PK)
     assert_close(forced.weight_PK, with_bias.weight_PK, EXACT)
+
+
+@pytest.mark.parametrize("kind", ["softmax with bias", "top p", "sparsemixer", "expert choice"])
+def test_an_excluded_expert_is_not_chosen_and_a_silenced_one_has_weight_zero(twin, kind):
+    spec = SPECS[kind]
+    excluded_PE = np.random.default_rng(1).permuted(np.tile(np.arange(E) < 2, (P, 1)), axis=1)
+    silenced_PE = np.random.default_rng(2).random((P, E)) < 0.5
+    excluded, expected = reference(spec, excluded_PE=excluded_PE), reference(spec)
+    both = routed(twin, spec, excluded_PE=excluded_PE, silenced_PE=silenced_PE)
+    np.testing.assert_array_equal(both.expert_PK, excluded.expert_PK)
+    np.testing.assert_array_equal(both.valid_PK, excluded.valid_PK)
+    assert not np.any(np.take_along_axis(excluded_PE, both.expert_PK, axis=-1) & (both.valid_PK == 1))
+    silenced_PK = np.take_along_axis(silenced_PE, both.expert_PK, axis=-1)
+    assert_close(both.weight_PK, np.where(silenced_PK, 0.0, excluded.weight_PK), FLOAT32)
+    assert_close(excluded.score_PE, expected.score_PE, EXACT)
+    np.testing.assert_array_equal(excluded.selection_PE, np.where(excluded_PE, -np.inf, expected.selection_PE))
+    assert np.all(excluded.margin_P >= 0)
 
 
 def test_softmax_of_chosen_is_renormalized_softmax(twin):

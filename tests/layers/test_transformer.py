@@ -23,7 +23,7 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
-from moezoo.core.tokens import IGNORED, NOT_REPLAYED
+from moezoo.core.tokens import IGNORED, NOT_REPLAYED, ExpertMasks
 from tests.support.tolerances import (
     BFLOAT16,
     BFLOAT16_GRADIENT,
@@ -183,6 +183,27 @@ def test_forced_experts_are_used_forward_and_backward(model):
     expected_losses, expected = loss_and_gradients(SPEC, in_float64(WEIGHTS), TOKENS_BT, TARGET_BT, forced=[forced])
     assert_all_close(losses, expected_losses, FLOAT32)
     assert_all_close(gradients, expected, FLOAT32_GRADIENT)
+
+
+def test_each_sequence_does_without_its_own_experts(model, output):
+    """Bit for bit: silencing an expert is zeroing its weights, and a sequence without a mask is as it was."""
+    silenced_BE, excluded_BE = np.zeros((B, E), bool), np.zeros((B, E), bool)
+    silenced_BE[1, [2, 5]] = excluded_BE[2, [0, 3, 4]] = True
+    masks = [ExpertMasks(silenced_BE, excluded_BE)]
+    masked = model.forward(TOKENS_BT, TARGET_BT, record=True, masks=masks)
+    expected = forward(SPEC, in_float64(WEIGHTS), TOKENS_BT, masks=masks)
+    assert_close(masked.logits, expected.logits_BTV, FLOAT32)
+    np.testing.assert_array_equal(masked.logits[0], output.logits[0])
+    assert np.isin(output.routing[0].expert[2], [0, 3, 4]).any()
+    assert not np.isin(masked.routing[0].expert[2], [0, 3, 4]).any()
+    zeroed = {name: WEIGHTS[name].copy() for name in WEIGHTS if ".experts." in name}
+    for value in zeroed.values():
+        value[[2, 5]] = 0
+    model.set_parameters(zeroed)
+    without = model.forward(TOKENS_BT, TARGET_BT, record=True)
+    model.set_parameters({name: WEIGHTS[name] for name in zeroed})
+    assert np.any(without.logits[1] != output.logits[1])
+    np.testing.assert_array_equal(masked.logits[1], without.logits[1])
 
 
 def test_later_tokens_and_other_sequences_are_invisible(model, output):

@@ -1,5 +1,6 @@
 """The choice of experts, from each token's selection values."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from moezoo.core.spec import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
-from moezoo.core.tokens import NOT_REPLAYED
+from moezoo.core.tokens import NO_MASKS, NOT_REPLAYED, ExpertMasks
 
 
 class Choice(NamedTuple):
@@ -54,6 +55,10 @@ class RoutingContext:
         key: uint32 [2], the key of the layer and step, for jitter, noise and sampling; None for none of them.
         inference: route as generation does: causal (expert choice by cutoffs), and no capacity drops a token.
         real_P: bool, False for padding, which is not routed: all its slots are unused. None: there is none.
+        silenced_PE: bool, experts whose combine weight for this token becomes 0, after everything else: other weights,
+            the choice and the load stay as they are.
+        excluded_PE: bool, experts that cannot be chosen for this token: their selection value is minus infinity, while
+            scores and logits stay as they are. At least K must remain. A hash and forced experts do not heed it.
     """
 
     token_P: Array | None = None
@@ -62,9 +67,38 @@ class RoutingContext:
     key: Array | None = None
     inference: bool = False
     real_P: Array | None = None
+    silenced_PE: Array | None = None
+    excluded_PE: Array | None = None
 
 
 NO_CONTEXT = RoutingContext()
+
+
+def given_routing(
+    layers: Sequence[int], forced: Sequence[Array] | None, masks: Sequence[ExpertMasks] | None, length: int
+) -> dict[int, RoutingContext]:
+    """Return what a caller decides about routing, by index of the MoE layer; empty if that is nothing.
+
+    Args:
+        layers: indices of the MoE layers.
+        forced: experts [P, K] of each of them, or None.
+        masks: of each of them, experts [B, E] of whole sequences, or None.
+        length: T, tokens of each sequence.
+    """
+
+    def of_tokens(mask_BE: Array | None) -> Array | None:
+        return None if mask_BE is None else np.repeat(mask_BE, length, axis=0)
+
+    if forced is None and masks is None:
+        return {}
+    experts: Sequence[Array | None] = [None] * len(layers) if forced is None else forced
+    of_layers = zip(layers, experts, [NO_MASKS] * len(layers) if masks is None else masks, strict=True)
+    return {
+        layer: RoutingContext(
+            forced_PK=forced_PK, silenced_PE=of_tokens(mask.silenced), excluded_PE=of_tokens(mask.excluded)
+        )
+        for layer, forced_PK, mask in of_layers
+    }
 
 
 def noisy(logits_PE: Array, noise_scale_PE: Array, key: Array) -> Array:
@@ -99,8 +133,9 @@ def choose(
     Args:
         spec: the router.
         logits_PE, score_PE: after temperature, softcap and noise; and their scores.
-        selection_PE: values to compare: `spec.selection_basis` of the two, plus the selection bias.
-        context: forced experts, key, padding, and whether to choose as in generation.
+        selection_PE: values to compare: `spec.selection_basis` of the two, plus the selection bias; minus infinity for
+            an excluded expert.
+        context: forced and excluded experts, key, padding, and whether to choose as in generation.
         table_PK: int; rows of the hash table for these tokens.
         cutoff_E: for expert choice at inference: the least value with which each expert takes a token.
 
@@ -122,7 +157,7 @@ def choose(
             expert_PK, valid_PK = table_PK, np.ones((tokens, spec.top_k), bool)
         case SparseMixerChoiceSpec() as mixer:
             key = None if context.inference else context.key
-            expert_PK, weight_PK, margin_P = _sparsemixer(mixer, spec.top_k, logits_PE, context.forced_PK, key)
+            expert_PK, weight_PK, margin_P = _sparsemixer(mixer, spec.top_k, logits_PE, context, key)
             valid_PK = np.ones(expert_PK.shape, bool)
         case ExpertChoiceSpec():
             if context.inference:
@@ -159,11 +194,14 @@ def _highest(value_PE: Array, count: int) -> tuple[Array, Array]:
 def _in_kept_groups(spec: RouterSpec, groups: GroupedTopKChoiceSpec, value_PE: Array) -> tuple[Array, Array]:
     """Return the values, minus infinity outside the `keep` best groups (ties to the lower), and the groups' margin.
 
-    The value of a group is its highest, or the sum of its two highest.
+    The value of a group is its highest, or the sum of its two highest: of a group with one expert left, that one's.
     """
     tokens, num_experts = value_PE.shape
     ascending = np.sort(value_PE.reshape(tokens, groups.num_groups, -1), axis=-1)
-    of_group = ascending[..., -1] if groups.group_value == "max" else np.sum(ascending[..., -2:], axis=-1)
+    of_group = ascending[..., -1]
+    if groups.group_value == "top2":
+        second = ascending[..., -2]
+        of_group = of_group + np.where(second > -np.inf, second, 0.0)
     best, _ = _highest(of_group, groups.keep)
     group_E = np.arange(num_experts) // (num_experts // groups.num_groups)
     kept_PE = np.any(group_E[None, :, None] == best[:, None, :], axis=-1)
@@ -183,7 +221,7 @@ def _in_nucleus(
 
 
 def _sparsemixer(
-    mixer: SparseMixerChoiceSpec, count: int, logits_PE: Array, forced_PK: Array | None, key: Array | None
+    mixer: SparseMixerChoiceSpec, count: int, logits_PE: Array, context: RoutingContext, key: Array | None
 ) -> tuple[Array, Array, Array]:
     """Choose `count` experts one after the other: ids, weights and margin. For each, among experts not yet chosen:
 
@@ -199,7 +237,7 @@ def _sparsemixer(
     Differs from the released code: a third is 1/3 and not 0.3333.
     """
     logits, tokens = getval(logits_PE), logits_PE.shape[0]
-    free_PE = np.ones(logits.shape, bool)
+    free_PE = np.ones(logits.shape, bool) if context.excluded_PE is None else ~context.excluded_PE
     experts, weights, margin_P = [], [], np.full(tokens, np.inf)
     for slot in range(count):
         left_PE = np.where(free_PE, logits, -np.inf)
@@ -214,8 +252,8 @@ def _sparsemixer(
             kept_P = bernoulli(fold_in(key, ROUTER_SAMPLE, 2 * slot + 1), 0.25, (tokens,))
         drawn_PE = np.where(near_PE, logits + noise_PE, -np.inf)
         expert_P = np.argmax(drawn_PE, axis=-1)
-        if forced_PK is not None:
-            forced_P = forced_PK[:, slot]
+        if context.forced_PK is not None:
+            forced_P = context.forced_PK[:, slot]
             expert_P = np.where(forced_P == NOT_REPLAYED, expert_P, np.maximum(forced_P, 0))
         gate_P = gate_PE[np.arange(tokens), expert_P]
         scale_P = np.where((expert_P == best_P) | kept_P, 1.0, 1 / 3)
@@ -269,10 +307,11 @@ def _share(spec: RouterSpec, kept: Array, rest: Array) -> Array:
 
     Of their exponentials if logits decide: `1 - exp(rest - kept)`. inf where there is no other (minus infinity).
     """
-    gap = np.where(np.isinf(rest), np.inf, kept - rest)
+    alone = np.isinf(rest)
+    kept, rest = np.where(alone, 0.0, kept), np.where(alone, 0.0, rest)  # minus infinity less itself is not a number
     if spec.selection_basis == "logits":
-        return np.where(np.isinf(gap), np.inf, 1 - np.exp(-gap))
-    return gap / np.maximum(np.abs(kept), np.finfo(np.float32).tiny)
+        return np.where(alone, np.inf, 1 - np.exp(rest - kept))
+    return np.where(alone, np.inf, (kept - rest) / np.maximum(np.abs(kept), np.finfo(np.float32).tiny))
 
 
 def _boundary(spec: RouterSpec, value_PE: Array, count_P: Array) -> Array:

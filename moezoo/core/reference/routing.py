@@ -23,7 +23,7 @@ class Routing(NamedTuple):
         weight_PK: combine weights: what multiplies each chosen expert's output (or input).
         score_PE: scores of all experts (probabilities for softmax).
         logits_PE: before the score function, float32; with the noise, if there was any.
-        selection_PE: values that the choice compared. No gradient.
+        selection_PE: values that the choice compared; minus infinity for excluded experts. No gradient.
         clean_logits_PE, noise_scale_PE: logits before the noise, and its standard deviation; None without noise.
         cutoff_E: lowest score that each expert took (expert choice in training), else None.
         margin_P: only in the reference: relative distance of the nearest decision from the opposite one.
@@ -50,8 +50,8 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
             [E of the previous MoE layer, E], `expert_scale` [E], `selection_bias` [E], `w_noise` [D, E],
             `hash_table` [V, K], `cutoff` [E] with `cutoff_weight` [1].
         x_PD: tokens.
-        context: token ids, the previous router's logits, forced experts, key, padding, and whether to route as
-            generation does.
+        context: token ids, the previous router's logits, forced, silenced and excluded experts, key, padding, and
+            whether to route as generation does.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5 (top-k gating); softmax over all experts, then top-k with
     renormalization: Jiang et al. 2024, arXiv 2401.04088. RouterSpec names the sources of the other fields.
@@ -73,6 +73,8 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
     selection_PE = getval(logits_PE if spec.selection_basis == "logits" else score_PE)
     if spec.selection_bias is not None:
         selection_PE = selection_PE + getval(parameters["selection_bias"])
+    if context.excluded_PE is not None:
+        selection_PE = np.where(context.excluded_PE, -np.inf, selection_PE)
     table_PK = cutoff_E = None
     if isinstance(spec.choice, HashChoiceSpec):
         table_PK = getval(parameters["hash_table"])[context.token_P].astype(int)
@@ -80,6 +82,8 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
         cutoff_E = average_cutoff(parameters["cutoff"], parameters["cutoff_weight"])
     choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
     weight_PK = combine_weight(spec, parameters, choice, logits_PE, score_PE)
+    if context.silenced_PE is not None:
+        weight_PK = np.where(np.take_along_axis(context.silenced_PE, choice.expert_PK, axis=-1), 0.0, weight_PK)
     real_P1 = np.ones((len(x_PD), 1), bool) if context.real_P is None else context.real_P[:, None]
     return Routing(
         choice.expert_PK,

@@ -1,6 +1,7 @@
 """The whole model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, assert_never
 
 import autograd.numpy as np
@@ -8,7 +9,7 @@ import autograd.numpy as np
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, adapter, inside
 from moezoo.core.reference.attention import Attended, grouped_query_attention
-from moezoo.core.reference.choice import RoutingContext
+from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext, given_routing
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.latent_attention import latent_attention
@@ -29,6 +30,7 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     UntiedHeadSpec,
 )
+from moezoo.core.tokens import ExpertMasks
 
 
 class Forward(NamedTuple):
@@ -50,7 +52,7 @@ class StepInputs(NamedTuple):
 
     Fields:
         tokens_BT: int, 0 <= token < V.
-        forced: experts [P, K] to use, by index of the MoE layer; empty where routers choose.
+        given: what a caller decides about routing, by index of the MoE layer; empty where that is nothing.
         record: filled with named intermediates.
         key: uint32 [2] of a training step, or None.
         inference: route as generation does.
@@ -58,7 +60,7 @@ class StepInputs(NamedTuple):
     """
 
     tokens_BT: Array
-    forced: Mapping[int, Array]
+    given: Mapping[int, RoutingContext]
     record: Record
     key: Array | None
     inference: bool
@@ -66,10 +68,10 @@ class StepInputs(NamedTuple):
 
     def routing_context(self, index: int, previous_PE: Array | None, key: Array | None) -> RoutingContext:
         """Return the context of the MoE layer `index`, from the layer's key and the logits of the one before."""
-        return RoutingContext(
+        return replace(
+            self.given.get(index, NO_CONTEXT),
             token_P=self.tokens_BT.reshape(-1),
             previous_PE=previous_PE,
-            forced_PK=self.forced[index] if self.forced else None,
             key=key,
             inference=self.inference,
             real_P=None if self.documents is None else self.documents.real_P,
@@ -106,6 +108,7 @@ def forward(
     tokens_BT: Array,
     *,
     forced: Sequence[Array] | None = None,
+    masks: Sequence[ExpertMasks] | None = None,
     record: Record | None = None,
     key: Array | None = None,
     inference: bool = False,
@@ -121,6 +124,7 @@ def forward(
         tokens_BT: int, 0 <= token < V.
         forced: one int [P, K] for each MoE layer: experts to use instead of the routers' own choice, as in
             `RoutingContext`.
+        masks: for each MoE layer, experts [B, E] that are silenced or excluded in each sequence (`RoutingContext`).
         record: filled with named intermediates, in the order in which they are computed.
         key: uint32 [2], the key of a training step; None: no noise, no dropout.
         inference: route as generation does: causal, and no token dropped.
@@ -131,9 +135,9 @@ def forward(
     Source: Radford et al. 2019 (pre-norm decoder); Touvron et al. 2023, arXiv 2302.13971 (RMSNorm, RoPE, SwiGLU).
     """
     record = {} if record is None else record
-    forced_by_layer = {} if forced is None else dict(zip(spec.moe_layers, forced, strict=True))
+    given = given_routing(spec.moe_layers, forced, masks, tokens_BT.shape[1])
     documents = packed_documents(document_BT)
-    inputs = StepInputs(tokens_BT, forced_by_layer, record, key, inference, documents)
+    inputs = StepInputs(tokens_BT, given, record, key, inference, documents)
     parameters = adapter.adapted(spec, parameters, key)
     x_BTD = record["embedding"] = _embedded(spec, parameters, tokens_BT, documents)
     if spec.layer_inputs is not None:

@@ -123,7 +123,7 @@ class Stacks:
 class ScannedTransformer(Transformer):
     """A Transformer in which a run of layers is one layer, with the arrays of all.
 
-    With caches, forced experts or recorded intermediates, the layers run unrolled: each slices its own arrays.
+    With caches, given routing or recorded intermediates, the layers run unrolled: each slices its own arrays.
     """
 
     def __init__(self, spec: ModelSpec, weights: Weights):
@@ -151,7 +151,7 @@ class ScannedTransformer(Transformer):
     def _run_layers(
         self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: jax.Array | None
     ) -> tuple[ResidualState, list[LayerOutput]]:
-        if inputs.caches is not None or inputs.forced or inputs.record is not None:
+        if inputs.caches is not None or inputs.given or inputs.record is not None:
             return super()._run_layers(state, inputs, inputs_BTLZ)
         sources: dict[int, Any] = {}
         outputs: list[LayerOutput] = []
