@@ -1,7 +1,6 @@
 """Backends by name: the default, the packages that each needs, and loading one."""
 
 import importlib
-import importlib.util
 import os
 import platform
 
@@ -11,22 +10,27 @@ from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.distributed.startup import STARTUP_S
 from moezoo.core.errors import BackendError, nearest
+from moezoo.core.extras import missing, missing_message
 
 NAMES = ("jax", "mlx")
 _PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
 
 
 def default_backend() -> str:
-    """Return the default backend: `$BACKEND` if set, else mlx on Apple silicon and jax elsewhere."""
+    """Return the default backend: `$BACKEND` if set, else mlx on Apple silicon and jax elsewhere.
+
+    If only one backend is installed, that one.
+    """
     chosen = os.environ.get("BACKEND")
     if chosen:
         return chosen
-    return "mlx" if platform.system() == "Darwin" and platform.machine() == "arm64" else "jax"
+    usual, other = ("mlx", "jax") if platform.system() == "Darwin" and platform.machine() == "arm64" else ("jax", "mlx")
+    return other if missing_packages(usual) and not missing_packages(other) else usual
 
 
 def missing_packages(name: str) -> list[str]:
     """Return the packages that a backend needs and that are not installed."""
-    return [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
+    return missing(*_PACKAGES[name])
 
 
 def load_planner() -> Planner:
@@ -87,10 +91,10 @@ def _of_device(name: str) -> str:
     """Return how to ask for a device, if that is what was given in place of a backend."""
     match name.lower():
         case "cuda" | "gpu" | "nvidia" | "tpu":
-            extra, platform = ("tpu", "tpu") if name.lower() == "tpu" else ("cuda12", "cuda")
+            extra = platform = "tpu" if name.lower() == "tpu" else "cuda"
             return (
-                f" For this device use --backend jax, after `pip install 'jax[{extra}]'`: JAX then takes it by itself, "
-                f"and fails without it if JAX_PLATFORMS={platform} is set."
+                f" For this device use --backend jax, after `pip install 'moezoo[{extra}]'`: JAX then takes it by "
+                f"itself, and fails without it if JAX_PLATFORMS={platform} is set."
             )
         case "metal" | "mps" | "apple":
             return " For Apple's GPU use --backend mlx, which takes it by itself."
@@ -111,9 +115,5 @@ def _import_jax() -> None:
 
 
 def _check_installed(name: str, otherwise: str) -> None:
-    missing = missing_packages(name)
-    if missing:
-        raise BackendError(
-            f"backend {name} is not installed; missing {', '.join(missing)}. "
-            f"Run `pip install {' '.join(missing)}`, {otherwise}."
-        )
+    if absent := missing_packages(name):
+        raise BackendError(missing_message(f"backend {name}", *absent, otherwise=f", {otherwise}"))

@@ -37,6 +37,10 @@ class BackendError(MoezooError):
     """A backend that is unknown or not installed."""
 
 
+class PackageError(MoezooError):
+    """An optional package that is not installed."""
+
+
 class OutOfMemoryError(MoezooError):
     """A model, batch or sequence that needs more memory than there is."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moezoo.core.errors import MoezooError
+from moezoo.core.extras import check_installed
 from moezoo.core.progress import Pace, Progress
 
 _ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -137,9 +138,10 @@ class PartlyCached(Exception):
 @contextlib.contextmanager
 def readable_errors(repository: HubId, kind: type[MoezooError], advice: str) -> Iterator[None]:
     """Convert any error of the hub or network into one of a kind: a line with the repository, ending with `advice`."""
+    name = repository.name
+    check_installed("huggingface_hub", purpose=f"{name} is not a folder here, and as a hub id it")
     from huggingface_hub import constants, errors
 
-    name = repository.name
     unreachable = "the hub cannot be reached. Connect to a network."
     if constants.is_offline_mode():
         unreachable = "HF_HUB_OFFLINE is set. Unset it."

@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 import moezoo
-from moezoo import backends
 from moezoo.cli.main import main
 from tests.support.backends_available import require_backend
 from tests.support.small_run import write_config
@@ -341,11 +340,11 @@ def test_existing_run_without_resume(trained: Path, folder: Path) -> None:
 def test_unknown_and_missing_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_config(folder)
     assert_error(call("train", path, "--backend", "jaxx"), "BackendError", "did you mean jax?")
-    monkeypatch.setitem(backends._PACKAGES, "mlx", ("mlx_is_not_here",))
+    monkeypatch.setitem(sys.modules, "mlx", None)
     assert_error(
         call("train", path, "--backend", "mlx", "--out", folder / "d"),
         "BackendError",
-        "backend mlx is not installed; missing mlx_is_not_here",
+        "backend mlx needs mlx, not installed here. Run `pip install 'moezoo[mlx]'`",
         "--backend",
     )
 

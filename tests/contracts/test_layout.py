@@ -18,6 +18,7 @@ from tests.support.source_tree import BACKENDS, PACKAGE, stems, tree_of
 # import each other.
 LAYERS = (
     ("core.errors",),
+    ("core.extras",),
     (
         "core.files",
         "core.garbage",

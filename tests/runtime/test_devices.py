@@ -15,9 +15,9 @@ from tests.support.backends_available import require_backend
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("cuda", "use --backend jax, after `pip install 'jax[cuda12]'`"),
-        ("GPU", "use --backend jax, after `pip install 'jax[cuda12]'`"),
-        ("tpu", "use --backend jax, after `pip install 'jax[tpu]'`"),
+        ("cuda", "use --backend jax, after `pip install 'moezoo[cuda]'`"),
+        ("GPU", "use --backend jax, after `pip install 'moezoo[cuda]'`"),
+        ("tpu", "use --backend jax, after `pip install 'moezoo[tpu]'`"),
         ("mps", "use --backend mlx"),
         ("cpu", "JAX_PLATFORMS=cpu keeps --backend jax from an accelerator"),
     ],
@@ -48,7 +48,7 @@ def test_platform_that_is_not_there_is_one_line(error: Exception, cause: str, mo
     with pytest.raises(BackendError, match="JAX has no device to run on") as seen:
         load_backend("jax")
     assert cause in str(seen.value)
-    assert "pip install 'jax[cuda12]'" in str(seen.value)
+    assert "pip install 'moezoo[cuda]'" in str(seen.value)
     assert "\n" not in str(seen.value)
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_file import LazyTensors
 from moezoo.core.errors import CheckpointError
+from moezoo.core.extras import check_installed
 
 Array = npt.NDArray[Any]
 Index = tuple[slice, ...]
@@ -29,6 +30,7 @@ class ShardedTensors(LazyTensors):
     """
 
     def __init__(self, folder: Path, prefix: str):
+        check_installed("tensorstore", purpose=f"the sharded checkpoint {folder}")
         import tensorstore
 
         self._folder = folder

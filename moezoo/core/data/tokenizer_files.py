@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from moezoo.core.data.tokenizer_rules import check_rules, first_line, library_errors
 from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TOKENIZER_FILE
 from moezoo.core.errors import TokenizerError
+from moezoo.core.extras import check_installed
 from moezoo.core.files import located, open_regular, read_bounded, reason_of
 from moezoo.core.hub import Snapshot, hub_id, readable_errors
 from moezoo.core.json_text import parse_json
@@ -84,6 +85,7 @@ def load_with_transformers(path: str) -> LoadedTokenizer:
     Raises TokenizerError.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # they recommend installing PyTorch
+    check_installed("transformers", purpose=f"the tokenizer of {path}")
     try:
         folder = tokenizer_folder(path)
         _check_files(folder)

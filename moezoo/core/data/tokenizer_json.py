@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from moezoo.core.errors import TokenizerError
+from moezoo.core.extras import check_installed
 
 _FILE = "tokenizer.json"
 _CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -22,6 +23,7 @@ def character_tokenizer_files(characters: str) -> dict[str, bytes]:
     A character that is not among them is an error of the tokenizers library. Raises TokenizerError: a character that
     such a file cannot have (half of a surrogate pair).
     """
+    check_installed("tokenizers", purpose=f"the export of a {_FILE}")
     from tokenizers import Tokenizer
 
     try:

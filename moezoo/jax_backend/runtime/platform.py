@@ -25,7 +25,7 @@ def start_devices() -> None:
         raise BackendError(
             f"JAX has no device to run on; got {' '.join(asked) or 'no request for a platform'}"
             f"{f' ({cause})' if cause else ''}; expected a platform that is installed. For an NVIDIA GPU run "
-            "`pip install 'jax[cuda12]'`; for the CPU set JAX_PLATFORMS=cpu; for what there is, unset these variables."
+            "`pip install 'moezoo[cuda]'`; for the CPU set JAX_PLATFORMS=cpu; for what there is, unset these variables."
         ) from None
 
 
