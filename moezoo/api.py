@@ -1,7 +1,7 @@
 """The implementation of the Python API `import moezoo`: a loaded model, and its evaluation on a file."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from moezoo.core.backend import Backend, Model, Output, check_length
 from moezoo.core.config.run_config import Config, with_compute
-from moezoo.core.cost.fits import check_generation, check_scoring, check_weights
+from moezoo.core.cost.fits import check_generation, check_scoring, check_weights, scoring_size
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.prepare import whole_file
@@ -20,13 +20,17 @@ from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
-from moezoo.core.parameters import parameter_table
 from moezoo.core.progress import Message, Progress
-from moezoo.core.runs.adapters import fitted
-from moezoo.core.runs.base import Base, own_weights, saved_names
-from moezoo.core.runs.open import is_superseded, open_model
+from moezoo.core.runs.adapters import AdapterSwitch
+from moezoo.core.runs.base import Base, saved_names
+from moezoo.core.runs.open import is_superseded, open_model, weights_digest
 from moezoo.core.runs.save import export, save_run
-from moezoo.core.tokens import IGNORED, Floats, Integers
+from moezoo.core.tokens import IGNORED, Integers
+from moezoo.core.traces.continuations import RecordOptions
+from moezoo.core.traces.record import recorded_trace
+from moezoo.core.traces.summary import describe_recording
+from moezoo.core.traces.trace import RoutingTrace
+from moezoo.core.traces.trace_data import TracedData, traced_files
 from moezoo.core.training.evaluation import Evaluation, evaluate
 
 
@@ -44,6 +48,8 @@ class LoadedModel:
         base: of an adapter that the model was loaded with, or whose run it is; else None.
         published: the weights are a Hugging Face checkpoint's, not a run's.
         devices: that the model is on.
+        path: the folder of its weights; of an adapter, that one's.
+        backend: name of its backend.
         allow_overcommit: try what needs more memory than is free.
     """
 
@@ -61,10 +67,13 @@ class LoadedModel:
         devices: Devices = ONE_DEVICE,
         allow_overcommit: bool = False,
         base: Base | None = None,
+        path: Path = Path(),
+        backend: str = "",
     ):
         self.model = model
         self.base = base
-        self._adapters: dict[str, dict[str, Floats]] = {}
+        self.path, self.backend = path, backend
+        self._adapters = AdapterSwitch(model, base)
         self.config = config
         self.tokenizer = tokenizer
         self.step = step
@@ -153,6 +162,56 @@ class LoadedModel:
             on_tokens=on_tokens,
         )
 
+    def trace(
+        self,
+        data: str | Path | Mapping[str, str | Path] | Sequence[TracedData],
+        out: str | Path | None = None,
+        *,
+        max_tokens: int | None = None,
+        generate: int = 0,
+        sequence_length: int | None = None,
+        batch_size: int | None = None,
+        inference: bool = False,
+        on_progress: Progress | None = None,
+        on_message: Message = warnings.warn,
+    ) -> RoutingTrace:
+        """Record which experts each token goes to, with the windows and losses of an evaluation.
+
+        Args:
+            data: a file of text or token ids, or files by the name of their domain.
+            out: file to write the trace to, in memory that does not grow with the text; None: keep it in memory.
+            max_tokens: number of tokens of each file, at most.
+            generate: continue each document greedily by up to so many tokens, and record these too. Documents (a line
+                of JSON lines, a text) are then separate.
+            sequence_length, batch_size: as in `evaluate_file`.
+            inference: route as in generation; else as in training, without noise.
+            on_progress: progress callback, in tokens.
+            on_message: called with a line about each damaged entry of the token cache.
+
+        Raises DataError: as `evaluate_file`. Raises SpecError: the model has no MoE layer.
+        """
+        spec, documents = self.model.spec, "separate" if generate else self.config.data.documents
+        if isinstance(data, str | Path | Mapping):
+            data = traced_files(data, self.tokenizer, spec.vocab, documents, on_message=on_message)
+        found = list(data) if max_tokens is None else [each.limited(max_tokens) for each in data]
+        num_tokens = max(each.split.num_tokens for each in found)
+        length, batch = scoring_size(self.config, spec.vocab, num_tokens, sequence_length, batch_size)
+        self.check_scoring(num_tokens, batch, length)
+        if generate:
+            self.check_generation(batch, length, generate)
+        info = describe_recording(
+            spec,
+            [name for each in found for name in each.domains],
+            sequence_length=length,
+            inference=inference,
+            model=str(self.path),
+            weights=weights_digest(self.path, self.base),
+            backend=self.backend,
+        )
+        first = self.first_token if self.published else None
+        options = RecordOptions(length, batch, first, generate, self.end_tokens())
+        return recorded_trace(self.model, found, self.tokenizer, out, info, options, on_progress)
+
     def check_scoring(self, num_tokens: int, batch_size: int, length: int) -> None:
         """Check that the logits of a batch of windows over `num_tokens` tokens fit. Raises OutOfMemoryError."""
         size = min(batch_size, -(-num_tokens // length))
@@ -213,37 +272,14 @@ class LoadedModel:
 
         Raises what `moezoo.load` raises; and SpecError: the adapter does not fit into that of the model.
         """
-        if self.base is None:
-            raise SpecError(
-                f"the model has no adapter, in whose place that of {path} could be; expected one. Load it with "
-                "moezoo.load(BASE, adapter=...)."
-            )
-        opened = open_model(self.base.path, adapter=path)
-        own = own_weights(opened.weights, str(path))
-        self._keep_first()
-        self._adapters[name] = fitted(own, opened.config.model, self.model.spec, str(path))
+        self._adapters.load(path, name)
 
     def set_adapter(self, name: str | None) -> None:
         """Switch to the adapter of that name; "default" is the one that the model was loaded with, None is the base.
 
         Raises SpecError: no adapter of that name was loaded.
         """
-        self._keep_first()
-        if name is not None and name not in self._adapters:
-            known = ", ".join(self._adapters) or "none"
-            raise SpecError(f"unknown adapter {name!r:.80}; expected one of {known}. Load it with load_adapter.")
-        self.model.set_parameters(
-            self._adapters["default"] | {key: np.zeros_like(value) for key, value in self._adapters["default"].items()}
-            if name is None
-            else self._adapters[name]
-        )
-
-    def _keep_first(self) -> None:
-        """Keep the adapter that the model was loaded with."""
-        if "default" not in self._adapters:
-            names = {row.name for row in parameter_table(self.model.spec) if row.base is not None}
-            exported = self.model.export_parameters(names)
-            self._adapters["default"] = {name: np.array(value) for name, value in exported.items()}
+        self._adapters.set(name)
 
     def _tokenizer_with_template(self) -> HuggingFaceTokenizer:
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
@@ -311,11 +347,9 @@ def load_model(
         devices=devices,
         allow_overcommit=allow_overcommit,
         base=opened.base,
+        path=opened.path,
+        backend=chosen.name,
     )
-
-
-_LOGITS_BYTES = 2**27
-"""Default limit for the logits of one evaluation batch, in float32."""
 
 
 def evaluate_file(
@@ -345,12 +379,10 @@ def evaluate_file(
 
     Raises DataError: the file cannot be used, or as `evaluate`.
     """
-    model, training = loaded.model, loaded.config.training
+    model = loaded.model
     documents = loaded.config.data.documents
     split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_message=on_message, documents=documents)
-    length = sequence_length or max(1, min(training.sequence_length, split.num_tokens - 1))
-    largest_batch = max(1, _LOGITS_BYTES // (4 * length * model.spec.vocab))
-    batch = batch_size or min(training.batch_size, largest_batch)
+    length, batch = scoring_size(loaded.config, model.spec.vocab, split.num_tokens, sequence_length, batch_size)
     loaded.check_scoring(split.num_tokens, batch, length)
     return evaluate(
         model,

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import moezoo
 from moezoo.cli.main import main
+from moezoo.core.traces.summary import summarize
+from moezoo.core.traces.trace_file import open_trace
 from tests.support.backends_available import require_backend
 from tests.support.small_run import write_config
 
@@ -68,7 +71,11 @@ SURFACE = {
     ],
     "data": ["NAME", "--file"],
     "preview": ["CONFIG", "--set", "--examples"],
-    "trace": ["PATH", "--out", "--from", "--to", "--model", "--layers", "--experts", "--top-k"],
+    "trace": [
+        *("PATH", "--out", "--data", "--max-tokens", "--generate", "--inference", "--sequence-length", "--batch-size"),
+        *("--adapter", "--backend", "--allow-overcommit", "--json"),
+        *("--from", "--to", "--model", "--layers", "--experts", "--top-k"),
+    ],
 }
 
 
@@ -218,6 +225,24 @@ def test_eval_of_a_file_does_not_need_the_run_data(trained: Path, folder: Path) 
     assert json.loads(call(*words, "--sequence-length", 10, "--json").stdout)["windows"] == 9
     (folder / "short.txt").write_text("12 owls")
     assert "(1 window of 6 tokens)" in call("eval", trained, "--data", folder / "short.txt", "--backend", "mlx").stdout
+
+
+def test_trace_has_the_losses_of_eval_and_python_records_the_same(trained: Path, folder: Path) -> None:
+    out = folder / "t.safetensors"
+    assert "tokens, 2 MoE layers, loss" in call("trace", trained, "--backend", "mlx", "--out", out).stdout
+    trace = open_trace(out)
+    assert [len(value or "") for value in (trace.info.weights_sha256, trace.info.spec_sha256)] == [64, 64]
+    evaluated = json.loads(call("eval", trained, "--backend", "mlx", "--json").stdout)
+    assert summarize(trace).loss == pytest.approx(evaluated["validation_loss"], rel=1e-12)
+    (folder / "owls.txt").write_text("12 owls saw 144 mice. " * 4)
+    data, more = f"owls={folder / 'owls.txt'}", ("--max-tokens", 50, "--generate", 2, "--json")
+    values = json.loads(call("trace", trained, "--backend", "mlx", "--data", data, "--out", out, *more).stdout)
+    assert (values["tokens"], values["generated"]) == (52, 2)
+    again = moezoo.load(trained, "mlx").trace({"owls": folder / "owls.txt"}, max_tokens=50, generate=2)
+    assert again.info == open_trace(out).info
+    np.testing.assert_array_equal(again.rows().expert, open_trace(out).rows().expert)
+    assert_error(call("trace", folder, "--out", out), "DataError", "is not a run folder, so it has no data")
+    assert_error(call("trace", trained, "--out", out, "--data", data, "--data", data), "DataError", "one name twice")
 
 
 def test_plot_draws_a_run_and_says_how_it_ended(trained: Path, folder: Path) -> None:

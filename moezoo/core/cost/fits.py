@@ -18,6 +18,7 @@ from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.spec import ModelSpec
 
 _FLOAT32_BYTES, _TOKEN_BYTES = 4, 4
+_LOGITS_BYTES = 2**27  # of one batch, by default
 
 
 def check_training(
@@ -119,6 +120,19 @@ def check_scoring(
         "Use a smaller batch size or sequence length",
     )
     return need.check(devices, allow_overcommit)
+
+
+def scoring_size(
+    config: Config, vocab_size: int, num_tokens: int, length: int | None, batch_size: int | None
+) -> tuple[int, int]:
+    """Return length and number of the windows of a batch over a file of `num_tokens` tokens.
+
+    Those given, or else those of training: windows no longer than the file, and not so many of them that their logits
+    take more than 128 MiB in float32.
+    """
+    length = length or max(1, min(config.training.sequence_length, num_tokens - 1))
+    largest_batch = max(1, _LOGITS_BYTES // (_FLOAT32_BYTES * length * vocab_size))
+    return length, batch_size or min(config.training.batch_size, largest_batch)
 
 
 @dataclass(frozen=True)

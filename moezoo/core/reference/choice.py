@@ -171,6 +171,20 @@ def choose(
     return Choice(expert_PK, valid_PK, weight_PK, cutoffs_E, margin_P)
 
 
+def runner_up(spec: RouterSpec, selection_PE: Array, expert_PK: Array, valid_PK: Array) -> Array:
+    """Return the expert of the highest selection value among those not chosen, ties to the lower id: int [P].
+
+    -1 where there is none: all of the kept groups are chosen, or a table decides. `expert_PK`, `valid_PK`: the choice.
+    """
+    if isinstance(spec.choice, HashChoiceSpec):
+        return np.full(len(selection_PE), -1)
+    if isinstance(spec.choice, GroupedTopKChoiceSpec):
+        selection_PE, _ = _in_kept_groups(spec, spec.choice, selection_PE)
+    chosen_PKE = (expert_PK[..., None] == np.arange(selection_PE.shape[1])) & valid_PK[..., None]
+    left_PE = np.where(np.any(chosen_PKE, axis=1), -np.inf, selection_PE)
+    return np.where(np.max(left_PE, axis=-1) == -np.inf, -1, np.argmax(left_PE, axis=-1))
+
+
 def _replayed(forced_PK: Array, real_P: Array | None, expert_PK: Array, valid_PK: Array) -> tuple[Array, Array]:
     """Return the experts and valid slots of forced tokens, and the router's own of those that are not replayed."""
     free_P1, used_PK = forced_PK[:, :1] == NOT_REPLAYED, forced_PK >= 0

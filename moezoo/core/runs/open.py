@@ -1,5 +1,6 @@
 """Open a model from a path: a run folder, one of a run's checkpoints, a Hugging Face folder, or a hub id."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
 from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import RunError
-from moezoo.core.files import located
+from moezoo.core.files import located, sha256_of
 from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.adapters.read import is_adapter, read_adapter
 from moezoo.core.huggingface.checkpoint import (
@@ -154,6 +155,15 @@ def make_base(path: str | Path) -> Base:
     """Return the base at a path, by its absolute path or hub id, with the hash of its content."""
     folder = Path(path) if is_run(path) else checkpoint_folder(path)
     return Base(str(Path(path).resolve()) if Path(path).exists() else str(path), base_digest(folder))
+
+
+def weights_digest(path: Path, base: Base | None) -> str:
+    """Return a hash of the weights' content, as `base_digest`; of an adapter at the path, with its base's."""
+    if base is None:
+        return base_digest(path)
+    files = [path / name for name in ADAPTERS if (path / name).is_file()]
+    own = base_digest(path) if is_run(path) else " ".join(map(sha256_of, files))
+    return hashlib.sha256(f"{base.digest} {own}".encode()).hexdigest()
 
 
 def open_base(base: Base, adapter: str | Path) -> OpenedModel:

@@ -7,6 +7,7 @@ the TraceInfo as JSON. The texts of the token ids that occur are `text_token` in
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ from moezoo.core.traces.trace import COLUMNS, RoutingTrace, TraceInfo, TraceRows
 FORMAT = "moezoo routing trace 1"
 _TEXT_COLUMNS: Mapping[str, type[np.generic]] = {"text_token": np.int32, "text_end": np.int64, "text_bytes": np.uint8}
 _MAX_TEXT_BYTES = 1 << 28
+_BLANKS = {"expert": -1, "runner_up": -1, "margin": np.inf, "loss": np.nan}
+_BLANK_TOKENS = 4096
 
 
 class TraceWriter:
@@ -59,6 +62,26 @@ class TraceWriter:
             with readable_errors(f"cannot write {self._path}"):
                 target.write(np.ascontiguousarray(column, COLUMNS[name][0]).data)
         self.num_tokens += len(rows)
+
+    def reserve(self, count: int, num_layers: int, top_k: int) -> None:
+        """Append rows of unknown routing and loss, to be filled by `put`. Raises RunError: the disk is full."""
+        sizes = {"L": num_layers, "K": top_k}
+        for first in range(0, count, _BLANK_TOKENS):
+            number = min(_BLANK_TOKENS, count - first)
+            blank = {
+                name: np.full((number, *(sizes[axis] for axis in axes[1:])), _BLANKS.get(name, 0), dtype)
+                for name, (dtype, axes) in COLUMNS.items()
+            }
+            self.add(TraceRows(**blank))
+
+    def put(self, first: int, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Overwrite these columns of the rows from `first` on. Raises RunError: the disk is full."""
+        for name, column in columns.items():
+            shape, target = self._columns[name]
+            dtype = np.dtype(COLUMNS[name][0])
+            with readable_errors(f"cannot write {self._path}"):
+                target.seek(first * dtype.itemsize * math.prod(shape))
+                target.write(np.ascontiguousarray(column, dtype).data)
 
     def finish(self) -> None:
         """Write the file. Raises DataError: no row was added; RunError."""
