@@ -11,6 +11,7 @@ from moezoo.cli.data import data
 from moezoo.cli.evaluate import evaluate
 from moezoo.cli.failures import describe_failure
 from moezoo.cli.generate import generate
+from moezoo.cli.init import init_command
 from moezoo.cli.inspect import describe, plan_command, schema
 from moezoo.cli.output import output_streams
 from moezoo.cli.parity import parity, zoo
@@ -64,6 +65,6 @@ def main() -> None:
 
 for _command in (
     *(train, launch_command, generate, evaluate, plot, describe, plan_command, parity),
-    *(convert_command, zoo, schema, bench_command, data, preview, trace),
+    *(convert_command, init_command, zoo, schema, bench_command, data, preview, trace),
 ):
     main.add_command(_command)

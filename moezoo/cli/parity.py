@@ -32,16 +32,18 @@ def parity(path: Path, adapter: Path | None, as_json: bool, show_all: bool) -> N
 
 
 @click.command()
-@click.argument("folder", metavar="[CONFIGS]", type=Path, default=Path("configs/tiny"))
+@click.argument("folder", metavar="[CONFIGS]", type=Path, required=False)
 @json_option
 @click.option("--list", "only_list", is_flag=True, help="List only, without parity checks.")
 @click.option("--out", type=Path, metavar="FILE", help="Also write the table to a Markdown file.")
-def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
+def zoo(folder: Path | None, as_json: bool, only_list: bool, out: Path | None) -> None:
     """List all model parts with source, example config and parity.
 
-    CONFIGS is a folder of YAML configs. The exit status is 1 if a part has no config or a parity check fails.
+    CONFIGS is a folder of YAML configs; by default, the tiny ones that ship with moezoo. The exit status is 1 if a part
+    has no config or a parity check fails.
     """
     import moezoo
+    from moezoo.core.config.shipped import SHIPPED
     from moezoo.core.files import write_atomically
     from moezoo.core.parity.zoo import zoo as make_zoo
     from moezoo.core.progress import Pace
@@ -52,7 +54,7 @@ def zoo(folder: Path, as_json: bool, only_list: bool, out: Path | None) -> None:
         if not only_list:
             click.echo(f"{done + 1}/{total}  eta {pace.eta(done, total)}  {what}", err=True)
 
-    table = make_zoo(folder, None if only_list else moezoo.parity, show)
+    table = make_zoo(folder or SHIPPED / "tiny", None if only_list else moezoo.parity, show)
     if out is not None:
         write_atomically(out, table.markdown())
     if as_json:

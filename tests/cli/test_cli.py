@@ -24,6 +24,7 @@ SURFACE = {
         *("--num-processes", "--process-id", "--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
     ],
     "launch": ["--nproc", "COMMAND..."],
+    "init": ["NAME", "--from"],
     "generate": [
         "PATH",
         "--prompt",

@@ -15,6 +15,7 @@ from pydantic import (
 from moezoo.core.config.data import DataConfig
 from moezoo.core.config.optimizers import OptimizerConfig
 from moezoo.core.config.renamed_keys import with_new_keys
+from moezoo.core.config.shipped import config_file
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.config.validate import validate
 from moezoo.core.config.yaml_file import parse_mapping, parse_value, read_text
@@ -96,7 +97,7 @@ Resolve = Callable[[dict[str, Any], str], None]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Resolve | None = None) -> Config:
-    """Read a YAML config and apply `path=value` overrides.
+    """Read a YAML config, by its path or the name of one that ships (`fables`), and apply `path=value` overrides.
 
     `resolve` opens the checkpoint of `init_from`, for a config that omits the model or the tokenizer (see
     `load_resolved_config`); without it such a config is an error. Overrides of the model are applied after it, except
@@ -104,6 +105,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
 
     Raises SpecError: no such file, not YAML, a duplicate or unknown key, a wrong type, impossible sizes.
     """
+    path = config_file(path)
     return parse_config(read_text(path, "config"), where=str(path), overrides=overrides, resolve=resolve)
 
 

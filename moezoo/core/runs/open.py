@@ -15,6 +15,7 @@ from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokeni
 from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.config.run_config import Config, InitFrom
 from moezoo.core.config.schedules import ConstantSchedule
+from moezoo.core.config.shipped import shipped_config
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
@@ -80,8 +81,8 @@ class OpenedModel:
 
 
 def is_config(path: str | Path) -> bool:
-    """Return whether a path is a YAML config: by its suffix, or because it is a file."""
-    return Path(path).suffix in (".yaml", ".yml") or Path(path).is_file()
+    """Return whether a path is a YAML config: by its suffix, or because it is a file or the name of a shipped one."""
+    return Path(path).suffix in (".yaml", ".yml") or Path(path).is_file() or shipped_config(path) is not None
 
 
 def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
