@@ -10,7 +10,7 @@ FABLES := runs/fables-$(BACKEND)
 # Where it is set, each process that a test starts compiles Python anew: to import JAX's backend takes 4 s in place of 1.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train fast test test-all torture parity check links setup clean
+.PHONY: train fast test test-all torture parity check dist links setup clean
 
 train: setup
 	$(BIN)/moezoo train configs/fables.yaml --backend $(BACKEND) --out $(FABLES) $(if $(wildcard $(FABLES)/config.yaml),--resume)
@@ -42,6 +42,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Source distribution and wheel in dist/, with their metadata and README checked as PyPI does.
+dist: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine || uv pip install --quiet --python $(BIN)/python --constraint constraints.txt build twine
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 # Numbers of the links to lines of code, in the writings.
 links: setup

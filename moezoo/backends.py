@@ -1,6 +1,8 @@
 """Backends by name: the default, the packages that each needs, and loading one."""
 
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 
@@ -13,7 +15,8 @@ from moezoo.core.errors import BackendError, nearest
 from moezoo.core.extras import missing, missing_message
 
 NAMES = ("jax", "mlx")
-_PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
+PACKAGES = {"jax": ("jax", "flax", "optax"), "mlx": ("mlx",)}
+"""Packages that each backend needs; `core.extras` says how to install them."""
 
 
 def default_backend() -> str:
@@ -30,7 +33,16 @@ def default_backend() -> str:
 
 def missing_packages(name: str) -> list[str]:
     """Return the packages that a backend needs and that are not installed."""
-    return missing(*_PACKAGES[name])
+    return missing(*PACKAGES[name])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of moezoo, Python and the packages of each backend; "not installed" for a missing one."""
+    found = {"moezoo": importlib.metadata.version("moezoo"), "Python": platform.python_version()}
+    for package in dict.fromkeys(package for name in NAMES for package in PACKAGES[name]):
+        installed = importlib.util.find_spec(package) is not None
+        found[package] = importlib.metadata.version(package) if installed else "not installed"
+    return found
 
 
 def load_planner() -> Planner:

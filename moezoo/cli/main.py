@@ -56,8 +56,24 @@ class _Commands(click.Group):
         return list(self.commands)
 
 
+def _print_versions(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if not asked or ctx.resilient_parsing:
+        return
+    from moezoo.backends import versions
+
+    click.echo("\n".join(f"{name} {version}" for name, version in versions().items()))
+    ctx.exit()
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="moezoo")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Print the versions of moezoo, Python and the backends, and exit.",
+)
 def main() -> None:
     """Train and run mixture-of-experts language models on JAX and MLX."""
     collect_seldom()

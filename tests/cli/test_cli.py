@@ -400,3 +400,9 @@ def test_load_forward_generate_save(trained: Path, tmp_path: Path) -> None:
         model.save(tmp_path / "saved")
     with pytest.raises(moezoo.MoezooError, match="unknown format"):
         model.save(tmp_path / "other", format="gguf")  # type: ignore[arg-type]
+
+
+def test_version_names_the_backends() -> None:
+    lines = dict(line.split(" ", 1) for line in call("--version").output.splitlines())
+    assert lines["moezoo"] == moezoo.__version__
+    assert {"Python", "jax", "flax", "optax", "mlx"} <= set(lines)

@@ -4,10 +4,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from setuptools import find_namespace_packages
 
+import moezoo
+from moezoo.backends import PACKAGES as OF_BACKENDS
 from moezoo.bench.configs import NAMES, config_path
 from moezoo.core.data.datasets import list_recipes
+from moezoo.core.extras import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
@@ -41,3 +45,15 @@ def test_configs_and_recipes_that_code_reads_are_in_the_wheel():
 def test_the_package_says_that_it_has_types():
     assert (ROOT / "moezoo" / "py.typed").is_file()
     assert "py.typed" in SETUPTOOLS["package-data"]["moezoo"]
+
+
+def test_there_is_one_version_number():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "moezoo.__version__"}
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == moezoo.__version__
+
+
+def test_every_optional_package_has_an_extra_that_installs_it():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) <= set(extras)
+    assert {package for packages in OF_BACKENDS.values() for package in packages} <= set(EXTRAS)
