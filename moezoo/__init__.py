@@ -35,6 +35,7 @@ def load(
     max_length: int | None = None,
     *,
     adapter: str | Path | None = None,
+    top_k: int | None = None,
     allow_overcommit: bool = False,
 ) -> "LoadedModel":
     """Load a model on a backend.
@@ -48,13 +49,15 @@ def load(
         max_length: maximum number of tokens, for a Hugging Face checkpoint whose RoPE scaling depends on it (longrope,
             dynamic); None: the original length that it was trained for.
         adapter: an adapter for the model: a run that trained one on it, or a folder of mlx-lm, PEFT or vLLM.
+        top_k: number of experts per token in every MoE layer, in place of the model's own; its weights stay the same.
         allow_overcommit: load and generate even if that needs more memory than is free.
 
     Raises RunError, CheckpointError, SpecError, TokenizerError, BackendError or OutOfMemoryError.
     """
     from moezoo.api import load_model
 
-    return load_model(path, backend, compute, max_length, adapter=adapter, allow_overcommit=allow_overcommit)
+    options: dict[str, Any] = {"adapter": adapter, "top_k": top_k, "allow_overcommit": allow_overcommit}
+    return load_model(path, backend, compute, max_length, **options)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.interventions.top_k import with_top_k
 from moezoo.core.progress import Message, Progress
 from moezoo.core.runs.adapters import AdapterSwitch
 from moezoo.core.runs.base import Base, saved_names
@@ -31,7 +32,8 @@ from moezoo.core.traces.record import recorded_trace
 from moezoo.core.traces.summary import describe_recording
 from moezoo.core.traces.trace import RoutingTrace
 from moezoo.core.traces.trace_data import TracedData, traced_files
-from moezoo.core.training.evaluation import Evaluation, evaluate
+
+Result = TypeVar("Result")
 
 
 class LoadedModel:
@@ -315,6 +317,7 @@ def load_model(
     max_length: int | None = None,
     *,
     adapter: str | Path | None = None,
+    top_k: int | None = None,
     allow_overcommit: bool = False,
 ) -> LoadedModel:
     """Load a model on a backend: the implementation of `moezoo.load`."""
@@ -322,6 +325,7 @@ def load_model(
 
     opened = open_model(path, max_length, adapter)
     config = opened.config if compute is None else with_compute(opened.config, compute)
+    config = config if top_k is None else with_top_k(config, top_k)
     chosen = load_backend(backend, for_training=False) if backend is None or isinstance(backend, str) else backend
     devices, problems = chosen.devices(), list(opened.problems)
     problems += check_weights(opened.weight_bytes, devices, str(path), allow_overcommit=allow_overcommit)
@@ -330,7 +334,8 @@ def load_model(
     except CheckpointError:
         if not is_superseded(opened):
             raise
-        return load_model(path, chosen, compute, max_length, adapter=adapter, allow_overcommit=allow_overcommit)
+        options: dict[str, Any] = {"adapter": adapter, "top_k": top_k, "allow_overcommit": allow_overcommit}
+        return load_model(path, chosen, compute, max_length, **options)
     if opened.checkpoint is not None:
         weights = opened.checkpoint.weights
         warning = nonfinite_warning(list(weights.nonfinite), str(opened.path))
@@ -355,36 +360,34 @@ def load_model(
 def evaluate_file(
     loaded: LoadedModel,
     path: str,
+    measure: Callable[..., Result],
     *,
     sequence_length: int | None = None,
     batch_size: int | None = None,
     max_windows: int | None = None,
     on_progress: Progress | None = None,
     on_message: Message = warnings.warn,
-) -> Evaluation:
-    """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`).
-
-    A run that was trained with `documents: separate` is evaluated so, too.
+) -> Result:
+    """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`), documents as in training.
 
     Args:
         loaded: the model. Each window of a published one starts with its first token, if it has one; those of a run are
             as in training and validation.
         path: the file.
+        measure: `evaluate`, or another function of these arguments, whose result is returned.
         sequence_length: tokens per window; None: as in training (512 for a Hugging Face checkpoint), or the whole file
             if it is shorter.
         batch_size: windows per batch; None: as in training, reduced so that the logits of a batch take at most 128 MiB.
-        max_windows: number of windows, at most, spread evenly over the file; None: all.
-        on_progress: progress callback, in windows.
+        max_windows, on_progress: as in `evaluate`.
         on_message: called with a line about each damaged entry of the token cache, which is made again.
 
-    Raises DataError: the file cannot be used, or as `evaluate`.
+    Raises DataError: the file cannot be used, or as `measure`.
     """
-    model = loaded.model
-    documents = loaded.config.data.documents
+    model, documents = loaded.model, loaded.config.data.documents
     split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_message=on_message, documents=documents)
     length, batch = scoring_size(loaded.config, model.spec.vocab, split.num_tokens, sequence_length, batch_size)
     loaded.check_scoring(split.num_tokens, batch, length)
-    return evaluate(
+    return measure(
         model,
         split,
         loaded.tokenizer,

@@ -1,7 +1,7 @@
 """`moezoo eval`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,11 +12,22 @@ from moezoo.core.errors import DataError
 from moezoo.core.progress import Pace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from moezoo.api import LoadedModel
+    from moezoo.core.backend import Model
+    from moezoo.core.data.grammar.grammar import Grammar
+    from moezoo.core.data.prepare import AnySplit
+    from moezoo.core.data.tokenizers import Tokenizer
+    from moezoo.core.interventions.changes import Changes
+    from moezoo.core.interventions.masks import Mode
     from moezoo.core.progress import Progress
+    from moezoo.core.spec import ModelSpec
     from moezoo.core.training.evaluation import Evaluation
+
+Result = TypeVar("Result")
 
 
 @click.command("eval")
@@ -25,6 +36,19 @@ if TYPE_CHECKING:
 @click.option("--sequence-length", type=click.IntRange(1), help="Sequence length. Default: the run's, or 512.")
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: the run's, less for large logits.")
 @click.option("--windows", type=click.IntRange(1), metavar="N", help="Score N windows, spread evenly. Default: all.")
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="EXPERTS",
+    help='Do without experts: "layers[3].experts[5,7]"; also ranges 0-3, *, and several names separated by ;.',
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["silence", "reroute"]),
+    help="Without an expert: its weight is 0 (silence, the default), or others are chosen instead (reroute).",
+)
+@click.option("--importance", is_flag=True, help="Loss without each expert in turn: of --without, or of all.")
+@click.option("--top-k", type=click.IntRange(1), metavar="K", help="Experts per token. Default: the model's own.")
 @adapter_option
 @backend_option
 @overcommit_option
@@ -35,6 +59,10 @@ def evaluate(
     sequence_length: int | None,
     batch_size: int | None,
     windows: int | None,
+    without: tuple[str, ...],
+    mode: "Mode | None",
+    importance: bool,
+    top_k: int | None,
     adapter: Path | None,
     backend: str | None,
     allow_overcommit: bool,
@@ -45,64 +73,93 @@ def evaluate(
     PATH is a run folder, or one of its checkpoints; with --data also a Hugging Face folder or hub id.
     """
     from moezoo.api import evaluate_file, load_model
+    from moezoo.core.interventions.changes import change_values, describe_change
+    from moezoo.core.interventions.importance import describe_importance, importance_values
     from moezoo.core.runs.run_folder import is_run
-    from moezoo.core.training.evaluation import describe_evaluation, describe_routing
+    from moezoo.core.training.evaluation import describe_evaluation, describe_routing, known_grammar
 
     console = new_console()
     if data is None and not is_run(path):
         raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
-    model = load_model(path, backend, adapter=adapter, allow_overcommit=allow_overcommit)
+    if mode is not None and not (without or importance):
+        raise DataError(f"--mode {mode} has no experts to apply to; expected --without or --importance. Add one.")
+    model = load_model(path, backend, adapter=adapter, top_k=top_k, allow_overcommit=allow_overcommit)
     warn(*model.problems)
+    grammar = known_grammar(model.config.data) if data is None else None
+    measure = _measure(model.model.spec, without, mode or "silence", importance, grammar)
+    sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "max_windows": windows}
     with show_progress(console, "evaluating ...", _windows_line) as show:
         if data is not None:
-            result = evaluate_file(
-                model,
-                data,
-                sequence_length=sequence_length,
-                batch_size=batch_size,
-                max_windows=windows,
-                on_progress=show,
-                on_message=warn,
-            )
+            result, changes = evaluate_file(model, data, measure, **sizes, on_progress=show, on_message=warn)
         else:
-            result = _evaluate_run(console, path, model, sequence_length, batch_size, windows, show)
+            result, changes = _measured_on_run(console, path, model, measure, **sizes, on_progress=show)
     if as_json:
-        print_json({"path": str(path), "data": data, "step": model.step, **result.to_dict()})
+        values = {"path": str(path), "data": data, "step": model.step, **result.to_dict()}
+        if changes is not None:
+            values |= {"importance": importance_values(changes)} if importance else {"without": change_values(changes)}
+        print_json(values)
         return
-    what = f"step {model.step}" if data is None else data
+    what = (f"step {model.step}" if data is None else data) + ("" if top_k is None else f", top_k {top_k}")
     print_lines(console, f"{what}: {describe_evaluation(result)}", *describe_routing(result))
+    if changes is not None:
+        print_lines(console, *(describe_importance(changes) if importance else [describe_change(changes)]))
+
+
+def _measure(
+    spec: "ModelSpec", without: tuple[str, ...], mode: "Mode", importance: bool, grammar: "Grammar | None"
+) -> "Callable[..., tuple[Evaluation, Changes | None]]":
+    """Return a function that evaluates a model: without experts, or with all of them and without each in turn."""
+    from moezoo.core.interventions.changes import loss_changes
+    from moezoo.core.interventions.experts import EVERY_EXPERT, parse_experts
+    from moezoo.core.interventions.importance import each_expert, ranked
+    from moezoo.core.interventions.masks import expert_masks
+    from moezoo.core.training.evaluation import evaluate
+
+    experts = parse_experts(spec, without or [EVERY_EXPERT]) if without or importance else {}
+    masks = expert_masks(spec, experts, mode) if without and not importance else None
+    sets = each_expert(experts) if importance else [experts] if without else []
+
+    def measure(
+        model: "Model", split: "AnySplit", tokenizer: "Tokenizer", **options: Any
+    ) -> "tuple[Evaluation, Changes | None]":
+        result = evaluate(model, split, tokenizer, **options, grammar=grammar, without=masks)
+        if not sets:
+            return result, None
+        changes = loss_changes(model, split, tokenizer, sets, **options, mode=mode)
+        return result, ranked(changes) if importance else changes
+
+    return measure
 
 
 def _windows_line(what: str, done: int, total: int | None, pace: Pace) -> str:
     return f"{what}: {done:,} of {total or 0:,} windows, eta {pace.eta(done, total)}"
 
 
-def _evaluate_run(
+def _measured_on_run(
     console: "Console",
     path: Path,
     model: "LoadedModel",
+    measure: "Callable[..., Result]",
+    *,
     sequence_length: int | None,
     batch_size: int | None,
-    windows: int | None,
-    show: "Progress",
-) -> "Evaluation":
-    """Evaluate a run on its own validation data."""
+    max_windows: int | None,
+    on_progress: "Progress",
+) -> "Result":
+    """Measure a run on its own validation data."""
     from moezoo.core.runs.run_data import changed_data
-    from moezoo.core.runs.run_folder import run_of
-    from moezoo.core.training.evaluation import evaluate, known_grammar
 
     config = model.config
     prepared = prepare_with_progress(console, config, str(path), model.tokenizer, quiet=True)
-    warn(*changed_data(run_of(path), prepared.summary))
+    warn(*changed_data(path, prepared.summary))
     length, batch = sequence_length or config.training.sequence_length, batch_size or config.training.batch_size
     model.check_scoring(prepared.validation.num_tokens, batch, length)
-    return evaluate(
+    return measure(
         model.model,
         prepared.validation,
         model.tokenizer,
         sequence_length=length,
         batch_size=batch,
-        max_windows=windows,
-        grammar=known_grammar(config.data),
-        on_progress=show,
+        max_windows=max_windows,
+        on_progress=on_progress,
     )

@@ -37,6 +37,10 @@ class ExpertMasks(NamedTuple):
     silenced: NDArray[np.bool_] | None = None
     excluded: NDArray[np.bool_] | None = None
 
+    def of_batch(self, number: int) -> "ExpertMasks":
+        """Return the masks of one sequence for each of a number of them."""
+        return ExpertMasks(*(None if mask is None else np.repeat(mask, number, axis=0) for mask in self))
+
 
 NO_MASKS = ExpertMasks()
 

@@ -45,8 +45,8 @@ SURFACE = {
         "--samples",
     ],
     "eval": [
-        *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--adapter", "--backend"),
-        *("--allow-overcommit", "--json"),
+        *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--without", "--mode", "--importance"),
+        *("--top-k", "--adapter", "--backend", "--allow-overcommit", "--json"),
     ],
     "plot": ["RUN...", "--out", "--json"],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--adapter", "--json"],
@@ -215,6 +215,33 @@ def test_eval_json(trained: Path) -> None:
     assert values["step"] == 2
     assert values["bits_per_byte"] == pytest.approx(values["validation_loss"] / 0.6931472, rel=1e-6)
     assert len(values["routing"]) == 2
+
+
+def test_eval_without_experts(trained: Path) -> None:
+    words = ["eval", trained, "--backend", "mlx", "--windows", 3]
+    whole = json.loads(call(*words, "--json").stdout)
+    name = "layers[1].experts[2-3]"
+    values = json.loads(call(*words, "--without", name, "--mode", "reroute", "--json").stdout)
+    change = values["without"]
+    assert (change["experts"], change["mode"]) == (name, "reroute")
+    assert change["loss"] == pytest.approx(whole["validation_loss"], rel=1e-6)
+    assert change["loss"] + change["change"] == pytest.approx(values["validation_loss"], rel=1e-6)
+    assert values["routing"][1]["load"][2:4] == [0, 0]
+    assert "without layers[1].experts[0], silenced: " in call(*words, "--without", "layers[1].experts[0]").stdout
+    ranked = json.loads(call(*words, "--importance", "--without", name, "--json").stdout)
+    assert ranked["validation_loss"] == whole["validation_loss"]
+    assert sorted((row["layer"], row["expert"]) for row in ranked["importance"]["experts"]) == [(1, 2), (1, 3)]
+    assert "layer  expert  change ± standard error" in call(*words, "--importance").stdout
+    assert_error(call(*words, "--without", "layers[1].experts[5]"), "SpecError", "layer 1 has no expert 5", "0-4")
+    assert_error(call(*words, "--mode", "silence"), "DataError", "--mode silence has no experts")
+
+
+def test_eval_with_other_experts_per_token(trained: Path) -> None:
+    words = ["eval", trained, "--backend", "mlx", "--windows", 3]
+    result = call(*words, "--top-k", 1)
+    assert result.stdout.startswith("step 2, top_k 1: ")
+    assert call(*words, "--top-k", 2).stdout.partition(": ")[2] == call(*words).stdout.partition(": ")[2]
+    assert_error(call(*words, "--top-k", 6), "SpecError", "router.top_k is 6, but num_experts is 5")
 
 
 def test_eval_of_a_file_does_not_need_the_run_data(trained: Path, folder: Path) -> None:

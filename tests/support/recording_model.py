@@ -46,7 +46,7 @@ class RecordingModel:
         terms = ("loss", "cross_entropy", "switch_balance", "switch_balance_weighted", "router_z", "router_z_weighted")
         return StepMetrics(dict.fromkeys(terms, 1.0), 1.0, [np.ones(5, np.int64)] * 2, [0, 0])
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray, *, documents: np.ndarray | None = None) -> Scores:
+    def score(self, tokens: np.ndarray, targets: np.ndarray, **options: object) -> Scores:
         return Scores(np.zeros(tokens.shape, np.float32), [np.ones(5, np.int64)] * 2, [0, 0])
 
     def nonfinite_parameters(self) -> list[str]:

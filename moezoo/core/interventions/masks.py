@@ -32,13 +32,6 @@ def masks_of(without: Sequence[NDArray[np.bool_]], mode: Mode) -> list[ExpertMas
             assert_never(mode)
 
 
-def for_sequences(masks: Sequence[ExpertMasks] | None, number: int) -> list[ExpertMasks] | None:
-    """Return the masks of one sequence for a number of them."""
-    if masks is None:
-        return None
-    return [ExpertMasks(*(None if mask is None else np.repeat(mask, number, axis=0) for mask in own)) for own in masks]
-
-
 def check_masks(spec: ModelSpec, tokens: Integers, masks: Sequence[ExpertMasks] | None) -> None:
     """Check the masks of every MoE layer, for tokens [B, T].
 

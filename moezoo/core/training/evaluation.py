@@ -1,7 +1,9 @@
 """Evaluation on held-out data: nats per token, bits per byte, expert load, and the distance from a known optimum."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from moezoo.core.data.prepare import AnySplit
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.progress import Progress
-from moezoo.core.tokens import IGNORED
+from moezoo.core.tokens import IGNORED, ExpertMasks
 from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
 
 _MANY_EXPERTS = 16
@@ -101,6 +103,7 @@ def evaluate(
     max_windows: int | None = None,
     grammar: Grammar | None = None,
     first_token: int | None = None,
+    without: Sequence[ExpertMasks] | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Score consecutive windows of a split: all of them, or `max_windows` spread evenly over it.
@@ -118,6 +121,7 @@ def evaluate(
         grammar: source of the data, to compare with its entropy.
         first_token: replaces the first token of each window, which is context only, and is no target (`<s>`): models
             that saw it before every text do poorly without it. None: windows are left as they are.
+        without: experts that every window does without: masks of one sequence, for each MoE layer.
         on_progress: progress callback, in windows: before the first batch and after each.
 
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
@@ -132,7 +136,7 @@ def evaluate(
         max_windows=max_windows,
         first_token=first_token,
     )
-    sums, report = _Sums(model, tokenizer, grammar), on_progress or (lambda what, done, total: None)
+    sums, report = _Sums(model, tokenizer, grammar, without), on_progress or (lambda what, done, total: None)
     done = 0
     report("evaluating", done, count)
     for batch in batches:
@@ -150,8 +154,10 @@ def evaluate(
 class _Sums:
     """Sums over the windows scored so far: nats with training and inference routing, bytes, load and drops."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, grammar: Grammar | None):
-        self._model, self._tokenizer, self._grammar = model, tokenizer, grammar
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, grammar: Grammar | None, without: Sequence[ExpertMasks] | None
+    ):
+        self._model, self._tokenizer, self._grammar, self._without = model, tokenizer, grammar, without
         self.num_targets, self._nats, self._inference_nats = 0, 0.0, 0.0
         self._bytes: int | None = 0
         self._load: list[NDArray[np.int64]] = []
@@ -161,12 +167,14 @@ class _Sums:
     def add(self, batch: EvaluationBatch) -> None:
         """Score the windows of a batch."""
         windows, inputs, targets, documents, _ = batch
-        scores, counted = self._model.score(inputs, targets, documents=documents), targets != IGNORED
+        masks = None if self._without is None else [own.of_batch(len(inputs)) for own in self._without]
+        score = partial(self._model.score, inputs, targets, documents=documents, masks=masks)
+        scores, counted = score(), targets != IGNORED
         losses = scores.token_losses.astype(np.float64)
         self.num_targets += int(counted.sum())
         self._nats += float(losses[counted].sum())
         if self._model.spec.inference_differs:
-            inferred = self._model.score(inputs, targets, inference=True, documents=documents).token_losses
+            inferred = score(inference=True).token_losses
             self._inference_nats += float(inferred.astype(np.float64)[counted].sum())
         num_bytes = self._tokenizer.byte_count(targets[counted], _begin_texts(windows, self._tokenizer)[counted])
         self._bytes = None if self._bytes is None or num_bytes is None else self._bytes + num_bytes

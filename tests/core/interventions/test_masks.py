@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.errors import SpecError
-from moezoo.core.interventions.masks import check_masks, expert_masks, for_sequences
+from moezoo.core.interventions.masks import check_masks, expert_masks
 from moezoo.core.spec import (
     ChoiceSpec,
     GatedFeedForwardSpec,
@@ -32,15 +32,14 @@ def spec_of(choice: ChoiceSpec = TopKChoiceSpec(), *, bias: bool = False, **rout
 
 
 def check(spec: ModelSpec, ids, mode="reroute") -> None:
-    check_masks(spec, TOKENS_BT, for_sequences(expert_masks(spec, {1: tuple(ids)}, mode), len(TOKENS_BT)))
+    check_masks(spec, TOKENS_BT, [own.of_batch(2) for own in expert_masks(spec, {1: tuple(ids)}, mode)])
 
 
 def test_masks_name_the_experts_of_every_layer():
-    first, second = for_sequences(expert_masks(spec_of(), {1: (0, 7)}), 2)
+    first, second = (own.of_batch(2) for own in expert_masks(spec_of(), {1: (0, 7)}))
     assert first.excluded is second.excluded is None
     assert not first.silenced.any()
     np.testing.assert_array_equal(second.silenced, [[True, *[False] * 6, True]] * 2)
-    assert for_sequences(None, 2) is None
 
 
 def test_as_many_experts_remain_as_a_token_needs():

@@ -21,6 +21,7 @@ from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.folder import TensorFolder
 from moezoo.core.runs.init_from import initial_tokenizer, load_resolved_config, open_initial_weights
 from moezoo.core.runs.run_folder import load_run
+from moezoo.core.training.evaluation import evaluate
 from tests.huggingface.tiny_tokenizer import write_tokenizer
 from tests.support.backends_available import require_backend
 from tests.support.fixtures import write_checkpoint
@@ -210,7 +211,7 @@ def test_fine_tuned_run_learns_what_follows_the_first_token(tmp_path):
     nats = np.log(np.exp(after_first - after_first.max()).sum()) + after_first.max() - after_first[prompt[1]]
     assert nats < 0.1  # 5.4 before training, and 1.0 after it without `<s>` in the data
     # Its windows begin anywhere, as in training. With `<s>` before each of them it would be 1.1.
-    assert evaluate_file(model, str(text)).validation_loss < 0.3
+    assert evaluate_file(model, str(text), evaluate).validation_loss < 0.3
 
 
 def test_training_a_quantized_checkpoint_is_refused_and_its_floats_train(tmp_path):

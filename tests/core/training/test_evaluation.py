@@ -65,9 +65,10 @@ class ReferenceModel:
             elif "cutoff" in row.name:
                 self.weights[row.name] = np.full(row.shape, 1.0 if "weight" in row.name else 0.25)
 
-    def score(self, tokens, targets, *, inference=False, documents=None):
+    def score(self, tokens, targets, *, inference=False, documents=None, masks=None):
         self.calls.append(inference)
-        logits, routings, _ = forward(self.spec, self.weights, tokens, inference=inference, document_BT=documents)
+        options = {"inference": inference, "document_BT": documents, "masks": masks}
+        logits, routings, _ = forward(self.spec, self.weights, tokens, **options)
         moe = self.spec.layers[0].moe
         options = {"num_sequences": len(tokens), "inference": inference}
         dropped = [int(num_dropped(each, dispatch(moe, each, **options))) for each in routings]

@@ -52,7 +52,7 @@ class Model(RecordingModel):
         self.in_flight -= 1
         return super().fetch()
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray, *, documents: np.ndarray | None = None) -> Scores:
+    def score(self, tokens: np.ndarray, targets: np.ndarray, **options: object) -> Scores:
         self.batches += 1
         self.at_batch(self.batches)
         return super().score(tokens, targets)
