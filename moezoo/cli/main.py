@@ -8,6 +8,7 @@ import click
 from moezoo.cli.bench import bench_command
 from moezoo.cli.convert import convert_command
 from moezoo.cli.data import data
+from moezoo.cli.doctor import doctor
 from moezoo.cli.evaluate import evaluate
 from moezoo.cli.failures import describe_failure
 from moezoo.cli.generate import generate
@@ -81,6 +82,6 @@ def main() -> None:
 
 for _command in (
     *(train, launch_command, generate, evaluate, plot, describe, plan_command, parity),
-    *(convert_command, init_command, zoo, schema, bench_command, data, preview, trace),
+    *(convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor),
 ):
     main.add_command(_command)
