@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from moezoo.core.backend import Backend, Model, Output, check_length
+from moezoo.core.backend import Backend, Model, Output, checked_tokens
 from moezoo.core.config.run_config import Config, with_compute
 from moezoo.core.cost.fits import check_generation, check_scoring, check_weights, scoring_size
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
@@ -15,7 +15,7 @@ from moezoo.core.data.load_tokenizer import tokenizer_notes
 from moezoo.core.data.prepare import whole_file
 from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer, with_first_tokens
 from moezoo.core.distributed.mesh import ONE_DEVICE, Devices
-from moezoo.core.errors import CheckpointError, DataError, SpecError, TokenizerError
+from moezoo.core.errors import CheckpointError, SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
@@ -29,6 +29,7 @@ from moezoo.core.runs.save import export, save_run
 from moezoo.core.tokens import IGNORED, Integers
 from moezoo.core.traces.continuations import RecordOptions
 from moezoo.core.traces.record import recorded_trace
+from moezoo.core.traces.replay import forced_for
 from moezoo.core.traces.summary import describe_recording
 from moezoo.core.traces.trace import RoutingTrace
 from moezoo.core.traces.trace_data import TracedData, traced_files
@@ -86,12 +87,16 @@ class LoadedModel:
         self.allow_overcommit = allow_overcommit
         self.generation = (generation or GenerationConfig()).ending_with(tokenizer.end_of_text)
 
-    def forward(self, tokens: Integers, targets: Integers | None = None) -> Output:
+    def forward(
+        self, tokens: Integers, targets: Integers | None = None, *, replay: RoutingTrace | Integers | None = None
+    ) -> Output:
         """Compute logits and routing, and losses if there are targets.
 
         Args:
             tokens: int32 [B, T], 0 <= token < V.
             targets: int32 [B, T], the next token of each; -1 masks a target.
+            replay: experts to force: int [B, T, L, K], or a trace whose first rows are these tokens. A token whose
+                experts are all -1, or that is not in the trace, is routed freely.
 
         Returns:
             `.logits` float32 [B, T, V]; `.routing`, one per MoE layer with `.layer`, `.expert` int32 [B, T, K]
@@ -100,7 +105,9 @@ class LoadedModel:
         Raises DataError: a token outside the vocabulary, not two dimensions, or more tokens than positions.
         """
         checked = self._checked(tokens, "tokens")
-        return self.model.forward(checked, None if targets is None else self._checked(targets, "targets", IGNORED))
+        targets = None if targets is None else self._checked(targets, "targets", IGNORED)
+        forced = None if replay is None else forced_for(replay, self.model.spec, checked)
+        return self.model.forward(checked, targets, forced=forced)
 
     @property
     def first_token(self) -> int | None:
@@ -299,15 +306,7 @@ class LoadedModel:
             return [self._checked(np.asarray(row)[None], "tokens")[0] for row in tokens]
 
     def _checked(self, tokens: Integers, name: str, lowest: int = 0) -> Integers:
-        array = np.asarray(tokens)
-        if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-            raise DataError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [B, T], B and T >= 1.")
-        if array.min() < lowest or array.max() >= self.model.spec.vocab:
-            worst = array.min() if array.min() < lowest else array.max()
-            rule = f"{lowest} <= token < {self.model.spec.vocab} (vocab_size)"
-            raise DataError(f"{name} has token {worst}; expected {rule}.")
-        check_length(self.model.spec, array.shape[1], f"{name} of length {array.shape[1]}")
-        return array.astype(np.int32)
+        return checked_tokens(self.model.spec, tokens, name, lowest)
 
 
 def load_model(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from moezoo.cli.data import prepare_with_progress
-from moezoo.cli.options import adapter_option, backend_option, json_option, overcommit_option
+from moezoo.cli.options import adapter_option, backend_option, json_option, overcommit_option, replay_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress, warn
 from moezoo.core.errors import DataError
 from moezoo.core.progress import Pace
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moezoo.core.interventions.masks import Mode
     from moezoo.core.progress import Progress
     from moezoo.core.spec import ModelSpec
+    from moezoo.core.traces.replay import Replay
     from moezoo.core.training.evaluation import Evaluation
 
 Result = TypeVar("Result")
@@ -49,6 +50,7 @@ Result = TypeVar("Result")
 )
 @click.option("--importance", is_flag=True, help="Loss without each expert in turn: of --without, or of all.")
 @click.option("--top-k", type=click.IntRange(1), metavar="K", help="Experts per token. Default: the model's own.")
+@replay_option
 @adapter_option
 @backend_option
 @overcommit_option
@@ -63,6 +65,7 @@ def evaluate(
     mode: "Mode | None",
     importance: bool,
     top_k: int | None,
+    replay: Path | None,
     adapter: Path | None,
     backend: str | None,
     allow_overcommit: bool,
@@ -83,10 +86,12 @@ def evaluate(
         raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
     if mode is not None and not (without or importance):
         raise DataError(f"--mode {mode} has no experts to apply to; expected --without or --importance. Add one.")
+    if replay is not None and (without or importance):
+        raise DataError("--replay forces the experts that --without and --importance leave out. Use one of them.")
     model = load_model(path, backend, adapter=adapter, top_k=top_k, allow_overcommit=allow_overcommit)
     warn(*model.problems)
     grammar = known_grammar(model.config.data) if data is None else None
-    measure = _measure(model.model.spec, without, mode or "silence", importance, grammar)
+    measure = _measure(model.model.spec, without, mode or "silence", importance, grammar, _replay(model, replay, data))
     sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "max_windows": windows}
     with show_progress(console, "evaluating ...", _windows_line) as show:
         if data is not None:
@@ -106,7 +111,12 @@ def evaluate(
 
 
 def _measure(
-    spec: "ModelSpec", without: tuple[str, ...], mode: "Mode", importance: bool, grammar: "Grammar | None"
+    spec: "ModelSpec",
+    without: tuple[str, ...],
+    mode: "Mode",
+    importance: bool,
+    grammar: "Grammar | None",
+    replay: "Replay | None",
 ) -> "Callable[..., tuple[Evaluation, Changes | None]]":
     """Return a function that evaluates a model: without experts, or with all of them and without each in turn."""
     from moezoo.core.interventions.changes import loss_changes
@@ -122,13 +132,23 @@ def _measure(
     def measure(
         model: "Model", split: "AnySplit", tokenizer: "Tokenizer", **options: Any
     ) -> "tuple[Evaluation, Changes | None]":
-        result = evaluate(model, split, tokenizer, **options, grammar=grammar, without=masks)
+        result = evaluate(model, split, tokenizer, **options, grammar=grammar, without=masks, replay=replay)
         if not sets:
             return result, None
         changes = loss_changes(model, split, tokenizer, sets, **options, mode=mode)
         return result, ranked(changes) if importance else changes
 
     return measure
+
+
+def _replay(model: "LoadedModel", path: Path | None, data: str | None) -> "Replay | None":
+    """Open a trace to replay: of a file the domain of its name, or the only one; of a run's data all in order."""
+    from moezoo.core.traces.replay import Replay
+    from moezoo.core.traces.trace_data import named_file
+    from moezoo.core.traces.trace_file import open_trace
+
+    names = None if data is None else [named_file(data)[0]]
+    return None if path is None else Replay(open_trace(path), model.model.spec, names)
 
 
 def _windows_line(what: str, done: int, total: int | None, pace: Pace) -> str:

@@ -28,6 +28,9 @@ overcommit_option = click.option(
 adapter_option = click.option(
     "--adapter", type=Path, metavar="FOLDER", help="Adapter for the model: a run, or a folder of mlx-lm or PEFT."
 )
+replay_option = click.option(
+    "--replay", type=Path, metavar="TRACE", help="Force the routing of a trace (moezoo trace) of the same data."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 

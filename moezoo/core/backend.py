@@ -46,6 +46,21 @@ def check_length(spec: ModelSpec, length: int, got: str) -> None:
         )
 
 
+def checked_tokens(spec: ModelSpec, tokens: Integers, name: str, lowest: int = 0) -> Integers:
+    """Return tokens [B, T] as int32. `name`: names them in errors. `lowest`: the least id that is allowed.
+
+    Raises DataError: a token outside the vocabulary, not two dimensions, or more tokens than positions.
+    """
+    array = np.asarray(tokens)
+    if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise DataError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [B, T], B and T >= 1.")
+    if array.min() < lowest or array.max() >= spec.vocab:
+        worst = array.min() if array.min() < lowest else array.max()
+        raise DataError(f"{name} has token {worst}; expected {lowest} <= token < {spec.vocab} (vocab_size).")
+    check_length(spec, array.shape[1], f"{name} of length {array.shape[1]}")
+    return array.astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Output:
     """Result of `Model.forward`.

@@ -46,7 +46,7 @@ SURFACE = {
     ],
     "eval": [
         *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--without", "--mode", "--importance"),
-        *("--top-k", "--adapter", "--backend", "--allow-overcommit", "--json"),
+        *("--top-k", "--replay", "--adapter", "--backend", "--allow-overcommit", "--json"),
     ],
     "plot": ["RUN...", "--out", "--json"],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--adapter", "--json"],
@@ -263,6 +263,8 @@ def test_trace_has_the_losses_of_eval_and_python_records_the_same(trained: Path,
     assert [len(value or "") for value in (trace.info.weights_sha256, trace.info.spec_sha256)] == [64, 64]
     evaluated = json.loads(call("eval", trained, "--backend", "mlx", "--json").stdout)
     assert summarize(trace).loss == pytest.approx(evaluated["validation_loss"], rel=1e-12)
+    replayed = json.loads(call("eval", trained, "--backend", "mlx", "--json", "--replay", out).stdout)
+    assert replayed["validation_loss"] == pytest.approx(evaluated["validation_loss"], rel=1e-6)
     (folder / "owls.txt").write_text("12 owls saw 144 mice. " * 4)
     data, more = f"owls={folder / 'owls.txt'}", ("--max-tokens", 50, "--generate", 2, "--json")
     values = json.loads(call("trace", trained, "--backend", "mlx", "--data", data, "--out", out, *more).stdout)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from moezoo.core.data.batch import NOWHERE
 from moezoo.core.data.packed_split import DocumentSource, PackedSplit
 from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.splits import Split, SplitSource
@@ -99,3 +100,11 @@ def place_rows(sources: Sequence[SourceRows]) -> int:
         source.first = total
         total += source.num_rows
     return total
+
+
+def runs(place: Places) -> Iterator[tuple[int, int]]:
+    """Yield the parts [first, last) of places that are consecutive and not NOWHERE."""
+    borders = np.flatnonzero((np.diff(place) != 1) | (place[:-1] == NOWHERE)) + 1
+    for first, last in zip([0, *borders.tolist()], [*borders.tolist(), len(place)], strict=True):
+        if place[first] != NOWHERE:
+            yield first, last

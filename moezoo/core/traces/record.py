@@ -24,7 +24,7 @@ from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED, PADDING, Integers
 from moezoo.core.traces.continuations import RecordOptions, continue_documents, continued_documents
 from moezoo.core.traces.margins import cutoff_names, cutoffs_of, margins
-from moezoo.core.traces.places import Places, SourceRows, place_rows, rows_of
+from moezoo.core.traces.places import Places, SourceRows, place_rows, rows_of, runs
 from moezoo.core.traces.trace import RoutingTrace, TraceInfo, trace_of
 from moezoo.core.traces.trace_data import TracedData
 from moezoo.core.traces.trace_file import TraceWriter, open_trace, write_trace
@@ -148,7 +148,7 @@ class _Recorder:
             values = {name: column[own].reshape(-1, *column.shape[2:]) for name, column in columns.items()}
             values["token"] = batch.inputs[own].ravel()
             new += self._put_inputs(number, place, batch.windows[own, :-1].ravel(), values)
-            for first, last in _runs(np.where(counted[own].ravel(), place, NOWHERE)):
+            for first, last in runs(np.where(counted[own].ravel(), place, NOWHERE)):
                 row = int(self._sources[number].rows(place[first : first + 1] + 1)[0])
                 self._writer.put(row, {"loss": losses[own].ravel()[first:last]})
         self.ids.update(np.unique(batch.inputs).tolist())
@@ -157,7 +157,7 @@ class _Recorder:
     def _put_inputs(self, number: int, place: Places, tokens: Integers, values: dict[str, NDArray[Any]]) -> int:
         """Write the columns of a source's inputs, and tokens that are only predicted; return the number of tokens."""
         source, new = self._sources[number], 0
-        for first, last in _runs(place):
+        for first, last in runs(place):
             self._put(
                 number, place[first:last], tokens[first:last], {k: each[first:last] for k, each in values.items()}
             )
@@ -263,11 +263,3 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[int, str]:
         return {token: tokenizer.decode([token]) for token in ids}
     prefix = tokenizer.decode([before])
     return {token: tokenizer.decode([before, token]).removeprefix(prefix) for token in ids}
-
-
-def _runs(place: Places) -> Iterator[tuple[int, int]]:
-    """Yield the parts [first, last) of places that are consecutive and not NOWHERE."""
-    borders = np.flatnonzero((np.diff(place) != 1) | (place[:-1] == NOWHERE)) + 1
-    for first, last in zip([0, *borders.tolist()], [*borders.tolist(), len(place)], strict=True):
-        if place[first] != NOWHERE:
-            yield first, last

@@ -19,6 +19,7 @@ from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED, ExpertMasks
+from moezoo.core.traces.replay import Replay
 from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
 
 _MANY_EXPERTS = 16
@@ -104,6 +105,7 @@ def evaluate(
     grammar: Grammar | None = None,
     first_token: int | None = None,
     without: Sequence[ExpertMasks] | None = None,
+    replay: Replay | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Score consecutive windows of a split: all of them, or `max_windows` spread evenly over it.
@@ -122,6 +124,7 @@ def evaluate(
         first_token: replaces the first token of each window, which is context only, and is no target (`<s>`): models
             that saw it before every text do poorly without it. None: windows are left as they are.
         without: experts that every window does without: masks of one sequence, for each MoE layer.
+        replay: routing to force, with training and with inference routing.
         on_progress: progress callback, in windows: before the first batch and after each.
 
     Raises DataError: windows longer than the model's positions, or a token id outside the model's vocabulary.
@@ -136,7 +139,9 @@ def evaluate(
         max_windows=max_windows,
         first_token=first_token,
     )
-    sums, report = _Sums(model, tokenizer, grammar, without), on_progress or (lambda what, done, total: None)
+    if replay is not None:
+        replay.check_sources(len(getattr(split, "sources", "1")))
+    sums, report = _Sums(model, tokenizer, grammar, without, replay), on_progress or (lambda what, done, total: None)
     done = 0
     report("evaluating", done, count)
     for batch in batches:
@@ -155,9 +160,15 @@ class _Sums:
     """Sums over the windows scored so far: nats with training and inference routing, bytes, load and drops."""
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, grammar: Grammar | None, without: Sequence[ExpertMasks] | None
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        grammar: Grammar | None,
+        without: Sequence[ExpertMasks] | None,
+        replay: Replay | None,
     ):
-        self._model, self._tokenizer, self._grammar, self._without = model, tokenizer, grammar, without
+        self._model, self._tokenizer, self._grammar = model, tokenizer, grammar
+        self._without, self._replay = without, replay
         self.num_targets, self._nats, self._inference_nats = 0, 0.0, 0.0
         self._bytes: int | None = 0
         self._load: list[NDArray[np.int64]] = []
@@ -166,9 +177,11 @@ class _Sums:
 
     def add(self, batch: EvaluationBatch) -> None:
         """Score the windows of a batch."""
-        windows, inputs, targets, documents, _ = batch
+        windows, inputs, targets, documents, positions = batch
         masks = None if self._without is None else [own.of_batch(len(inputs)) for own in self._without]
         score = partial(self._model.score, inputs, targets, documents=documents, masks=masks)
+        if self._replay is not None:
+            score = partial(score, forced=self._replay.forced(positions, inputs))
         scores, counted = score(), targets != IGNORED
         losses = scores.token_losses.astype(np.float64)
         self.num_targets += int(counted.sum())
