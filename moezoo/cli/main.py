@@ -10,6 +10,7 @@ from moezoo.cli.convert import convert_command
 from moezoo.cli.data import data
 from moezoo.cli.doctor import doctor
 from moezoo.cli.evaluate import evaluate
+from moezoo.cli.explore import explore
 from moezoo.cli.failures import describe_failure
 from moezoo.cli.generate import generate
 from moezoo.cli.init import init_command
@@ -82,6 +83,6 @@ def main() -> None:
 
 for _command in (
     *(train, launch_command, generate, evaluate, plot, describe, plan_command, parity),
-    *(convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor),
+    *(convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor, explore),
 ):
     main.add_command(_command)

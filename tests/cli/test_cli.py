@@ -77,6 +77,7 @@ SURFACE = {
         *("--adapter", "--backend", "--allow-overcommit", "--json"),
         *("--from", "--to", "--model", "--layers", "--experts", "--top-k"),
     ],
+    "explore": ["TRACE [TRACE2", "--out", "--tokens", "--demo"],
     "doctor": ["PATH", "--quick", "--forward", "--backend", "--json"],
 }
 

@@ -40,7 +40,7 @@ LAYERS = (
     ("core.generation", "core.huggingface", "core.traces"),
     ("core.runs",),
     ("core.training",),
-    ("core.doctor", "core.interventions", "core.parity", "core.reports"),
+    ("core.doctor", "core.explorer", "core.interventions", "core.parity", "core.reports"),
     ("jax_backend", "mlx_backend"),
     ("backends",),
     ("api",),

@@ -42,6 +42,11 @@ def test_configs_and_recipes_that_code_reads_are_in_the_wheel():
     assert names == {recipe.name for recipe in list_recipes()} != set()
 
 
+def test_assets_of_the_explorer_are_in_the_wheel():
+    assets = ROOT / "moezoo" / "core" / "explorer" / "assets"
+    assert set(assets.iterdir()) == shipped("moezoo.core.explorer") != set()
+
+
 def test_the_package_says_that_it_has_types():
     assert (ROOT / "moezoo" / "py.typed").is_file()
     assert "py.typed" in SETUPTOOLS["package-data"]["moezoo"]

@@ -1,5 +1,8 @@
 """Synthetic routing traces."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 
 from moezoo.core.traces.trace import RoutingTrace, TraceInfo, TraceRows, trace_of
@@ -39,3 +42,8 @@ def synthetic_trace(
     info = TraceInfo(layers=layers, num_experts=(num_experts,) * len(layers), domains=domains, sequence_length=16)
     texts = {token: f"w{token} " for token in sorted(set(rows.token.tolist()))} if rows.token is not None else {}
     return trace_of(info, rows, texts)
+
+
+def with_columns(trace: RoutingTrace, **columns: Any) -> RoutingTrace:
+    """Return a trace with other values in some columns."""
+    return trace_of(trace.info, replace(trace.rows(), **columns), trace.texts, trace.where)

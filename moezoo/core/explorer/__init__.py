@@ -1,0 +1,1 @@
+"""The explorer: routing traces as one self-contained HTML page."""
