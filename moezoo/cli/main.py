@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from moezoo.cli.bench import bench_command
+from moezoo.cli.compare import compare
 from moezoo.cli.convert import convert_command
 from moezoo.cli.data import data
 from moezoo.cli.doctor import doctor
@@ -83,6 +84,6 @@ def main() -> None:
 
 for _command in (
     *(train, launch_command, generate, evaluate, plot, describe, plan_command, parity),
-    *(convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor, explore),
+    *(compare, convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor, explore),
 ):
     main.add_command(_command)

@@ -51,6 +51,10 @@ SURFACE = {
     "plot": ["RUN...", "--out", "--json"],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--adapter", "--json"],
     "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
+    "compare": [
+        *("A", "B", "--data", "--backend", "--compute", "--adapter", "--sequence-length", "--batch-size", "--windows"),
+        *("--allow-overcommit", "--json"),
+    ],
     "parity": ["PATH", "--adapter", "--json", "--all"],
     "convert": [
         *("PATH", "OUT", "--whole", "--quantize", "--mode", "--group-size", "--router", "--recipe", "--dequantize"),

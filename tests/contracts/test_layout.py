@@ -41,6 +41,7 @@ LAYERS = (
     ("core.runs",),
     ("core.training",),
     ("core.doctor", "core.explorer", "core.interventions", "core.parity", "core.reports"),
+    ("core.comparison",),
     ("jax_backend", "mlx_backend"),
     ("backends",),
     ("api",),

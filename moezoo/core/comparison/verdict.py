@@ -1,0 +1,162 @@
+"""The verdict of a comparison in words: routing or arithmetic, in which layer it starts, and in which part."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from moezoo.core.comparison.report import ComparisonReport
+from moezoo.core.parity.report import json_safe
+
+Kind = Literal["equal", "rounding", "routing", "arithmetic", "both"]
+_MOSTLY = 2 / 3  # share of the KL divergence from which one of the two is the verdict
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict of a comparison.
+
+    Fields:
+        kind: the reason of the difference. `rounding`: the same weights, and no difference above that of the backends'
+            or dtypes' rounding.
+        layer: where it starts; None outside of the layers, or if nothing differs.
+        part: the part of the model that differs first (`intermediates.PARTS`); None if nothing differs.
+        headline: the verdict in a line.
+        reasons: what it is based on, a sentence each.
+    """
+
+    kind: Kind
+    layer: int | None
+    part: str | None
+    headline: str
+    reasons: tuple[str, ...]
+
+
+def verdict(report: ComparisonReport) -> Verdict:
+    """Return the verdict of a report.
+
+    If all parameters that differ are of routers the reason is routing, and if none is it is arithmetic: changes of
+    routing then only follow. Else the share of the KL divergence decides that goes away with A's experts.
+    """
+    kind, (layer, part) = _kind(report), _start(report)
+    about = (_weights, _codes, _start_sentence, _routing, _split, _not_finite)
+    reasons = tuple(filter(None, (sentence(report) for sentence in about)))
+    return Verdict(kind, layer, part, _headline(report, kind, layer, part), reasons)
+
+
+def comparison_json(report: ComparisonReport) -> dict[str, Any]:
+    """Return a report with its verdict as plain data; infinities and NaN are strings."""
+    split = {name: getattr(report, name) for name in ("routing_kl", "routing_loss", "routing_share")}
+    content: dict[str, Any] = json_safe({"verdict": asdict(verdict(report)), **split, **asdict(report)})
+    return content
+
+
+def _kind(report: ComparisonReport) -> Kind:
+    if report.equal:
+        return "equal"
+    names, share = report.weights.names, report.routing_share or 0.0
+    if not names and not report.specs:
+        if report.first_part is None and report.first_routing is None:
+            return "rounding"
+    elif not report.specs:
+        of_routers = [".moe.router." in name for name in names]
+        if all(of_routers):
+            return "routing"
+        if not any(of_routers):
+            return "arithmetic"
+    return "routing" if share >= _MOSTLY else "arithmetic" if share <= 1 - _MOSTLY else "both"
+
+
+def _start(report: ComparisonReport) -> tuple[int | None, str | None]:
+    """Return layer and part of the first difference: of an intermediate, or of a choice between equal logits."""
+    part, routing = report.first_part, report.first_routing
+    if routing is not None:
+        names = [each.name for each in report.parts]
+        logits = f"layers.{routing.layer}.moe.router.logits"
+        if part is None or names.index(part.name) > names.index(logits):
+            return routing.layer, "router"
+    return (None, None) if part is None else (part.layer, part.part)
+
+
+def _headline(report: ComparisonReport, kind: Kind, layer: int | None, part: str | None) -> str:
+    where = "" if part is None else f", starting in the {part}" + ("" if layer is None else f" of layer {layer}")
+    match kind:
+        case "equal":
+            return f"equal: the same logits and experts for all {report.tokens:,} tokens"
+        case "rounding":
+            return "rounding: the same weights, and no difference above the rounding of backend and precision"
+        case "both":
+            share = report.routing_share or 0.0
+            return f"both: {_percent(share)} routing, {_percent(1 - share)} arithmetic{where}"
+        case _:
+            return f"{kind}{where}"
+
+
+def _weights(report: ComparisonReport) -> str:
+    weights, count = report.weights, len(report.weights.names)
+    if not count:
+        return "" if report.equal else "All weights are the same."
+    everything = weights.equal + count
+    if count <= 3:
+        shown = ", ".join(weights.names)
+        return f"{count} of {everything} parameters {'differ' if count > 1 else 'differs'}: {shown}."
+    most = max(weights.differing, key=lambda pair: pair[1], default=None)
+    furthest = "" if most is None else f", most {most[0]} by {_percent(most[1])}"
+    alone = len(weights.only_a) + len(weights.only_b)
+    return f"{count} of {everything} parameters differ{furthest}." + (
+        f" {alone} are in one model only." if alone else ""
+    )
+
+
+def _codes(report: ComparisonReport) -> str:
+    codes = {"A": report.weights.codes_a, "B": report.weights.codes_b}
+    used = [f"{name} has {count} parameters in codes" for name, count in codes.items() if count]
+    return f"{' and '.join(used)}." if used and not report.weights.same_codes else ""
+
+
+def _start_sentence(report: ComparisonReport) -> str:
+    part = report.first_part
+    if part is None:
+        return ""
+    return f"With A's experts in both, {part.name} is the first to differ, by {_percent(part.relative)}."
+
+
+def _routing(report: ComparisonReport) -> str:
+    layer = report.first_routing or next((layer for layer in report.routing if layer.own), None)
+    if layer is None:
+        return ""
+    sentence = f"Routers start to differ in layer {layer.layer}, for {_percent(layer.own)} of the tokens"
+    median = layer.margin.median
+    if not math.isfinite(median):
+        return f"{sentence}."
+    ties = "near ties" if layer.near_ties else "not near ties"
+    rounded = "" if report.first_routing else ", which rounding turns"
+    return (
+        f"{sentence}: {ties}{rounded}; their median margin is {median:.2g}, that of all tokens "
+        f"{layer.all_margin.median:.2g}."
+    )
+
+
+def _split(report: ComparisonReport) -> str:
+    if not report.changed or report.routing_share is None:
+        return ""
+    total, arithmetic = report.total.kl.mean, report.arithmetic.kl.mean
+    if report.routing_kl < 0:
+        return (
+            f"With A's experts B is further from A ({arithmetic:.3g} nats, {total:.3g} with its own): its own choice "
+            "makes up for a part of its arithmetic."
+        )
+    return (
+        f"With A's experts in B, {_percent(report.routing_share)} of the KL divergence goes away ({total:.3g} nats "
+        f"become {arithmetic:.3g})."
+    )
+
+
+def _not_finite(report: ComparisonReport) -> str:
+    if not report.not_finite:
+        return ""
+    return f"{report.not_finite:,} tokens are left out: their logits are NaN or infinite."
+
+
+def _percent(share: float) -> str:
+    """Format with two significant digits, and without a decimal from 10 % on."""
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
