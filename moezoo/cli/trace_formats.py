@@ -12,7 +12,7 @@ from moezoo.cli.output import warn
 from moezoo.core.errors import DataError
 
 if TYPE_CHECKING:
-    from moezoo.core.traces.formats.convert import Decode
+    from moezoo.core.data.tokenizers import Tokenizer
     from moezoo.core.traces.formats.foreign import Known
 
 FORMATS = ("vllm", "sglang", "maxtext", "olmoe", "csv")
@@ -75,35 +75,33 @@ class FormatOptions:
         from moezoo.core.traces.formats.convert import export_trace, import_trace
         from moezoo.core.traces.trace_file import open_trace
 
-        known, decode = self._known()
+        known, tokenizer = self._known()
         if self.source is not None:
-            notes = import_trace(self.source, path, out, known, decode)
+            notes = import_trace(self.source, path, out, known, tokenizer)
         else:
             assert self.target is not None
             notes = export_trace(open_trace(path), self.target, out, known.depth)
         warn(*(f"note: {note}" for note in notes))
         click.echo(f"{out}: the routing of {path}" if self.source is not None else f"{out}: {path} for {self.target}")
 
-    def _known(self) -> "tuple[Known, Decode | None]":
-        """Return the facts about the model that routed, and what decodes its tokens."""
-        from moezoo.core.data.tokenizers import TokenIds
+    def _known(self) -> "tuple[Known, Tokenizer | None]":
+        """Return the facts about the model that routed, and its tokenizer."""
         from moezoo.core.runs.open import describe_model
         from moezoo.core.traces.formats.foreign import Known, known_of
 
-        known, decode = Known(), None
+        known, tokenizer = Known(), None
         if self.model is not None:
             spec, _ = describe_model(self.model)
             known = known_of(spec, self.model)
             tokenizer = _tokenizer(self.model, spec.vocab)
-            decode = None if isinstance(tokenizer, TokenIds) else tokenizer.decode
         if self.layers is not None:
             known = replace(known, layers=_layer_indices(self.layers))
         if self.experts is not None:
             known = replace(known, num_experts=(self.experts,))
-        return replace(known, top_k=self.top_k or known.top_k), decode
+        return replace(known, top_k=self.top_k or known.top_k), tokenizer
 
 
-def _tokenizer(model: str, vocab: int) -> Any:
+def _tokenizer(model: str, vocab: int) -> "Tokenizer":
     """Return the tokenizer of a run, Hugging Face folder or hub id."""
     from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
     from moezoo.core.runs.open import checkpoint_folder

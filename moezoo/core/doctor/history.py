@@ -15,7 +15,7 @@ from moezoo.core.training.metrics import read_metrics
 
 Floats = NDArray[np.float64]
 
-_WINDOW, _LONGEST = 4, 50  # the newest quarter of the records, at most 50
+_SHARE, _FEWEST, _MOST = 4, 3, 50  # the newest quarter of the records, at least 3 and at most 50
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class History:
 
 def recent(count: int) -> int:
     """Return how many of the newest of `count` records stand for the end of a run."""
-    return max(1, min(_LONGEST, count // _WINDOW))
+    return min(count, max(_FEWEST, min(_MOST, count // _SHARE)))
 
 
 def read_history(path: Path, spec: ModelSpec) -> History:

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from moezoo.cli.main import main
+from moezoo.core.data.tokenizers import CharacterTokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.runs.open import describe_model
 from moezoo.core.traces.formats.convert import FORMATS, export_trace, import_trace
@@ -24,8 +25,8 @@ PROMPT, ANSWER = [5, 6, 7], [8, 9]
 ROUTED = np.array([[[(t + l) % EXPERTS, (t + l + 3) % EXPERTS] for l in range(3)] for t in range(5)])
 
 
-def _import(name, path, known=MODEL, decode=None):
-    notes = import_trace(name, path, path.with_name("t.safetensors"), known, decode)
+def _import(name, path, known=MODEL, tokenizer=None):
+    notes = import_trace(name, path, path.with_name("t.safetensors"), known, tokenizer)
     return open_trace(path.with_name("t.safetensors")), notes
 
 
@@ -103,6 +104,13 @@ def test_sglang_responses_are_read_as_documented(tmp_path):
     np.testing.assert_array_equal(trace.rows().expert[2:4], ROUTED[2:4])
     assert (trace.rows().expert[:2] == -1).all()
 
+    ids = {"input_ids": PROMPT, "output_ids": [ANSWER], "routed_experts": meta["routed_experts"]}
+    trace, _ = _import("sglang", _json(tmp_path / "r.json", {"choices": [{"index": 0}], "sglext": ids}))
+    assert trace.rows().token.tolist() == PROMPT + ANSWER
+    several = {"choices": [{"index": 0}, {"index": 1}], "sglext": {**ids, "output_ids": [ANSWER, ANSWER]}}
+    with pytest.raises(DataError, match=r"choice 1 of .* has no routed_experts"):
+        _import("sglang", _json(tmp_path / "r.json", several))
+
     known = Known(layers=LAYERS, num_experts=(EXPERTS,), top_k=2)  # the depth follows from the number of tokens
     trace, _ = _import("sglang", _json(tmp_path / "r.json", [{"meta_info": meta}]), known)
     np.testing.assert_array_equal(trace.rows().expert[:4], ROUTED[:4])
@@ -135,9 +143,11 @@ def test_olmoe_windows_are_read_without_a_model_of_the_layers(tmp_path):
     exp_ids = ROUTED.transpose(0, 2, 1).tolist()
     line = json.dumps({"input_ids": PROMPT + ANSWER, "predicted_token_ids": [0] * 5, "exp_ids": exp_ids})
     (tmp_path / "c4_results.jsonl").write_text(f"{line}\n\n{line}\n")
-    trace, _ = _import("olmoe", tmp_path / "c4_results.jsonl", Known(num_experts=(EXPERTS,)), "t{0[0]}".format)
+    trace, _ = _import(
+        "olmoe", tmp_path / "c4_results.jsonl", Known(num_experts=(EXPERTS,)), CharacterTokenizer("abcdefgh")
+    )
     np.testing.assert_array_equal(trace.rows().expert, np.concatenate([ROUTED, ROUTED]))
-    assert (trace.info.layers, trace.text(9)) == ((0, 1, 2), "t9")
+    assert (trace.info.layers, trace.text(7), trace.text(9)) == ((0, 1, 2), "h", "<9>")  # 9 is not in its vocabulary
 
 
 def test_csv_of_a_prompt_and_decoded_tokens_and_with_numbered_tokens(tmp_path):
@@ -179,11 +189,17 @@ def test_a_trace_comes_back_from_every_format(tmp_path, name, file):
         expert[np.flatnonzero(np.diff(expected.document, append=-1))] = -1
         assert any("last" in note for note in lost)
     np.testing.assert_array_equal(back.rows().expert, expert)
+    assert "an engine that sees whole documents routes them otherwise" not in str(lost)
     for column in KEPT[name, file]:
         np.testing.assert_array_equal(back.column(column), trace.column(column))
     missing = {"weight", "margin", "runner_up", "dropped", "domain", "loss"} - set(KEPT[name, file])
     assert missing <= set(lost[0].split(": ")[1].split(", "))
     assert set(FORMATS) == {name for name, _ in KEPT}
+
+
+def test_documents_longer_than_the_windows_are_said(tmp_path):
+    trace = synthetic_trace(num_tokens=80)
+    assert "20 tokens, but the model saw windows of 16" in export_trace(trace, "csv", tmp_path / "t.csv")[-1]
 
 
 def test_unused_slots_and_unknown_tokens_survive(tmp_path):

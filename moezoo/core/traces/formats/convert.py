@@ -6,17 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from moezoo.core.errors import TokenizerError
+from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.traces.formats.csv_rows import read_csv, write_csv
-from moezoo.core.traces.formats.foreign import Foreign, Known, checked_trace
+from moezoo.core.traces.formats.foreign import Foreign, Known, checked_trace, document_lengths
 from moezoo.core.traces.formats.maxtext import read_maxtext, write_maxtext
 from moezoo.core.traces.formats.olmoe import read_olmoe, write_olmoe
 from moezoo.core.traces.formats.sglang import read_sglang, write_sglang
 from moezoo.core.traces.formats.vllm import read_vllm, write_vllm
+from moezoo.core.traces.record import token_texts
 from moezoo.core.traces.trace import RoutingTrace
 from moezoo.core.traces.trace_file import write_trace
-
-Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def import_trace(name: str, path: Path, out: Path, known: Known, decode: Decode | None = None) -> list[str]:
+def import_trace(name: str, path: Path, out: Path, known: Known, tokenizer: Tokenizer | None = None) -> list[str]:
     """Write the routing in a file of another program as a trace, a part at a time; return notes for the user.
 
     Args:
@@ -49,7 +48,7 @@ def import_trace(name: str, path: Path, out: Path, known: Known, decode: Decode 
         path: the file.
         out: file of the trace.
         known: facts about the model that the file does not say.
-        decode: returns the text of token ids; None if it is unknown.
+        tokenizer: of the model, for the texts of the tokens; None if it is unknown.
 
     Raises DataError: the file is damaged, or a fact is missing.
     """
@@ -58,20 +57,22 @@ def import_trace(name: str, path: Path, out: Path, known: Known, decode: Decode 
     with write_trace(out, foreign.info) as writer:
         for rows in foreign.rows:
             writer.add(checked_trace(foreign.info, rows, str(path)))
-            if decode is not None and rows.token is not None:
+            if tokenizer is not None and rows.token is not None:
                 seen.update(np.unique(rows.token).tolist())
-        if decode is not None:
-            writer.texts.update({token: _text(token, decode) for token in sorted(seen)})
+        if tokenizer is not None:
+            writer.texts.update(
+                token_texts(tokenizer, [token for token in sorted(seen) if token < tokenizer.vocab_size])
+            )
     return foreign.notes
 
 
 def export_trace(trace: RoutingTrace, name: str, path: Path, depth: int | None = None) -> list[str]:
     """Write a trace as another program reads it, for a model of `depth` layers; return what the format loses."""
-    return FORMATS[name].write(trace, path, depth)
-
-
-def _text(token: int, decode: Decode) -> str:
-    try:
-        return decode([token])
-    except TokenizerError:  # another model's ids
-        return f"<{token}>"
+    notes = FORMATS[name].write(trace, path, depth)
+    longest, window = max(document_lengths(trace)), trace.info.sequence_length
+    if window is not None and longest > window:
+        notes.append(
+            f"a document has {longest:,} tokens, but the model saw windows of {window:,}: an engine that sees whole "
+            "documents routes them otherwise"
+        )
+    return notes

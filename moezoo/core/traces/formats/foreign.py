@@ -4,6 +4,7 @@ Files of other programs have experts, and often token ids; never margins or runn
 routing is of, and how many experts those have, no format says: a model or options must.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -247,6 +248,14 @@ def documents(trace: RoutingTrace) -> Iterator[TraceRows]:
             parts.append(piece)
     if parts:
         yield _joined(parts)
+
+
+def document_lengths(trace: RoutingTrace) -> list[int]:
+    """Return the number of tokens of each document."""
+    if not trace.has("document"):
+        return [trace.num_tokens]
+    borders = (np.flatnonzero(np.diff(trace.column("document"))) + 1).tolist()
+    return [last - first for first, last in itertools.pairwise([0, *borders, trace.num_tokens])]
 
 
 def _joined(parts: list[TraceRows]) -> TraceRows:

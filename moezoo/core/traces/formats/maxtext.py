@@ -7,7 +7,6 @@ not replayed, padding among them. The layers are read as all layers or as the Mo
 Source: AI-Hypercomputer/maxtext, RouterReplayTrainerPayload and RoutedMoE.
 """
 
-import itertools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from moezoo.core.traces.formats.foreign import (
     Request,
     RequestReader,
     all_layers,
+    document_lengths,
     documents,
     lost,
 )
@@ -69,7 +69,7 @@ def write_maxtext(trace: RoutingTrace, path: Path, depth: int | None) -> list[st
 
     Without a model's depth the layers are the MoE layers.
     """
-    lengths = _lengths(trace)
+    lengths = document_lengths(trace)
     shape = (len(lengths), max(lengths), depth or trace.num_layers, trace.top_k)
     if path.suffix == ".npy":
         with atomic_writer(path) as file:
@@ -87,14 +87,6 @@ def write_maxtext(trace: RoutingTrace, path: Path, depth: int | None) -> list[st
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, column, allow_pickle=False)
     return lost(trace, ("token", "document"), "maxtext")
-
-
-def _lengths(trace: RoutingTrace) -> list[int]:
-    """Return the number of tokens of each document."""
-    if not trace.has("document"):
-        return [trace.num_tokens]
-    borders = (np.flatnonzero(np.diff(trace.column("document"))) + 1).tolist()
-    return [last - first for first, last in itertools.pairwise([0, *borders, trace.num_tokens])]
 
 
 def _write_experts(file: IO[bytes], trace: RoutingTrace, shape: tuple[int, ...], depth: int | None) -> None:

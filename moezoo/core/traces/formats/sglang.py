@@ -4,10 +4,11 @@
 [tokens - 1, layers, top_k], flattened: of prompt and answer without the last token, which was never fed. The layers are
 all layers of the model (`num_hidden_layers`); those without experts hold 0, or -1 in sgl-jax. The rows begin at
 `routed_experts_start_len`. `meta_info` has `prompt_tokens` and `completion_tokens`; ids and log-probabilities are in
-`input_token_logprobs` and `output_token_logprobs`, [log-probability, id, text] each, if the request asked for them.
+`input_token_logprobs` and `output_token_logprobs`, [log-probability, id, text] each, if the request asked for them. In
+`sglext`, which is beside the choices, the array is that of the first one, and ids are `input_ids` and `output_ids`.
 
-Source: sgl-project/sglang, python/sglang/srt/state_capturer, managers/io_struct.py; sgl-project/sglang-jax,
-docs/features/return_routed_experts.md.
+Source: sglang 0.5.23, srt/state_capturer, srt/managers/io_struct.py, srt/entrypoints/openai/protocol.py;
+sgl-project/sglang-jax, docs/features/return_routed_experts.md.
 """
 
 import math
@@ -48,11 +49,12 @@ def _requests(path: Path, known: Known) -> Iterator[tuple[str, Request]]:
             where = ", ".join(filter(None, (place, f"choice {number}" if len(answers) > 1 else "")))
             if not isinstance(answer, dict):
                 raise damaged(f"{where} of {path}", f"a {type(answer).__name__}", _EXPECTED)
-            yield where, _request(response, answer, known, f"{where or 'the content'} of {path}")
+            yield where, _request(response, number, answer, known, f"{where or 'the content'} of {path}")
 
 
-def _request(response: dict[str, Any], answer: dict[str, Any], known: Known, where: str) -> Request:
-    places = [member(answer, "meta_info"), member(answer, "sglext"), answer, member(response, "sglext")]
+def _request(response: dict[str, Any], number: int, answer: dict[str, Any], known: Known, where: str) -> Request:
+    # The array beside all choices is that of the first one.
+    places = [member(answer, "meta_info"), member(answer, "sglext"), answer, *([member(response, "sglext")][number:])]
     meta = next((place for place in places if place.get("routed_experts") is not None), None)
     if meta is None:
         raise DataError(
@@ -63,8 +65,10 @@ def _request(response: dict[str, Any], answer: dict[str, Any], known: Known, whe
     first = _count(meta, "routed_experts_start_len", where) or 0
     usage = {**member(response, "usage"), **member(answer, "meta_info"), **meta}
     num_prompt, num_answer = (_count(usage, name, where) for name in ("prompt_tokens", "completion_tokens"))
-    pairs = [usage.get("input_token_logprobs"), usage.get("output_token_logprobs")]
-    tokens, loss = _tokens_of(pairs, where)
+    tokens, loss = _scored_tokens([usage.get("input_token_logprobs"), usage.get("output_token_logprobs")], where)
+    prompt, ids = _ids(response, number, answer)
+    if tokens is None and prompt is not None and ids is not None:
+        tokens, num_prompt, num_answer = [*prompt, *ids], len(prompt), len(ids)
     count = None if num_prompt is None or num_answer is None else num_prompt + num_answer
     if tokens is not None and count is not None and len(tokens) != count:
         tokens = loss = None  # the log-probabilities begin later than the prompt
@@ -72,6 +76,15 @@ def _request(response: dict[str, Any], answer: dict[str, Any], known: Known, whe
     if count is not None and not len(expert) <= count - first <= len(expert) + 1:
         raise damaged(where, f"{len(expert)} rows for {count} tokens from token {first}", "a row for all but the last")
     return Request(expert, tokens, num_prompt, count, first, loss)
+
+
+def _ids(response: dict[str, Any], number: int, answer: dict[str, Any]) -> tuple[list[int] | None, list[int] | None]:
+    """Return the token ids of prompt and answer; None where they are not sent."""
+    beside = member(response, "sglext")
+    prompt, answers = beside.get("input_ids"), beside.get("output_ids")
+    ids = answers[number] if isinstance(answers, list) and number < len(answers) else answer.get("output_ids")
+    prompt = answer.get("input_ids") if prompt is None else prompt
+    return (prompt if isinstance(prompt, list) else None), (ids if isinstance(ids, list) else None)
 
 
 def _shaped(flat: NDArray[np.int32], known: Known, count: int | None, where: str) -> NDArray[np.int32]:
@@ -95,7 +108,7 @@ def _count(meta: dict[str, Any], name: str, where: str) -> int | None:
     return value
 
 
-def _tokens_of(pairs: list[Any], where: str) -> tuple[list[int] | None, list[float] | None]:
+def _scored_tokens(pairs: list[Any], where: str) -> tuple[list[int] | None, list[float] | None]:
     """Return token ids and losses from [log-probability, id, text] of prompt and answer; None without them."""
     if not all(isinstance(part, list) for part in pairs):
         return None, None
