@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from moezoo.cli.analyze import analyze
 from moezoo.cli.bench import bench_command
 from moezoo.cli.compare import compare
 from moezoo.cli.convert import convert_command
@@ -85,5 +86,6 @@ def main() -> None:
 for _command in (
     *(train, launch_command, generate, evaluate, plot, describe, plan_command, parity),
     *(compare, convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor, explore),
+    *(analyze,),
 ):
     main.add_command(_command)

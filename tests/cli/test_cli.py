@@ -12,10 +12,12 @@ from click.testing import CliRunner, Result
 
 import moezoo
 from moezoo.cli.main import main
+from moezoo.core.parameters import parameter_table
 from moezoo.core.traces.summary import summarize
-from moezoo.core.traces.trace_file import open_trace
+from moezoo.core.traces.trace_file import open_trace, save_trace
 from tests.support.backends_available import require_backend
 from tests.support.small_run import write_config
+from tests.support.traces import synthetic_trace
 
 SURFACE = {
     "train": [
@@ -76,6 +78,10 @@ SURFACE = {
     ],
     "data": ["NAME", "--file"],
     "preview": ["CONFIG", "--set", "--examples"],
+    "analyze": [
+        *("TRACE...", "--max-tokens", "--cache", "--policy", "--shared", "--model", "--expert-bytes", "--bandwidth"),
+        *("--json", "--csv", "--pictures"),
+    ],
     "trace": [
         *("PATH", "--out", "--data", "--max-tokens", "--generate", "--inference", "--sequence-length", "--batch-size"),
         *("--adapter", "--backend", "--allow-overcommit", "--json"),
@@ -279,6 +285,49 @@ def test_trace_has_the_losses_of_eval_and_python_records_the_same(trained: Path,
     np.testing.assert_array_equal(again.rows().expert, open_trace(out).rows().expert)
     assert_error(call("trace", folder, "--out", out), "DataError", "is not a run folder, so it has no data")
     assert_error(call("trace", trained, "--out", out, "--data", data, "--data", data), "DataError", "one name twice")
+
+
+def test_analyze_measures_traces_and_simulates_caches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    paths = [folder / "early.safetensors", folder / "late.safetensors"]
+    for path in paths:
+        save_trace(path, synthetic_trace(num_tokens=300, layers=(1, 2), num_experts=14, vocab=20))
+    cache = ["--cache", "0.000016MiB", "--expert-bytes", "0.000001MiB", "--bandwidth", "7GB/s"]
+    out = ["--csv", folder / "tables", "--pictures", folder / "pictures"]
+    result = call("analyze", *paths, *cache, *out)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for title in (
+        "All traces",
+        "Load",
+        "Domains",
+        "Vocabulary",
+        "Co-activation",
+        "Predictability",
+        "Distinct",
+        "Cache",
+    ):
+        assert f"\n{title}" in result.stdout, title
+    assert len(list((folder / "tables").iterdir())) == 8
+    assert {path.stem for path in (folder / "pictures").iterdir()} == {
+        *("load", "domains", "coactivation", "saturation", "cache")
+    }
+    values = json.loads(call("analyze", paths[0], "--max-tokens", 100, *cache, "--policy", "best", "--json").stdout)
+    assert [each["tokens"] for each in values["traces"]] == [100]
+    assert [each["policy"] for each in values["cache"]] == ["best"]
+    assert_error(call("analyze", paths[0], "--cache", "8GiB"), "DataError", "does not name its model", "--expert-bytes")
+    assert_error(call("analyze", paths[0], "--policy", "lruu"), "SpecError", "'lruu'", "did you mean lru?")
+    assert_error(call("analyze", paths[0], "--bandwidth", "7GB"), "SpecError", "--bandwidth is '7GB'")
+
+
+def test_the_size_of_cached_experts_is_that_of_the_model(trained: Path, folder: Path) -> None:
+    out = folder / "own.safetensors"
+    assert call("trace", trained, "--backend", "mlx", "--max-tokens", 50, "--out", out).exit_code == 0
+    cached = json.loads(call("analyze", out, "--cache", "1MiB", "--json").stdout)["cache"][0]
+    experts = [
+        row for row in parameter_table(moezoo.load_config(trained / "config.yaml").model) if ".experts." in row.name
+    ]
+    assert cached["loaded_bytes"] == 4 * sum(row.size for row in experts)  # the first use of each
 
 
 def test_plot_draws_a_run_and_says_how_it_ended(trained: Path, folder: Path) -> None:

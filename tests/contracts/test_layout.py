@@ -38,7 +38,7 @@ LAYERS = (
     ("core.layer_routing", "core.reference"),
     ("core.backend", "core.checkpoint", "core.cost", "core.data"),
     ("core.generation", "core.huggingface", "core.traces"),
-    ("core.runs",),
+    ("core.analysis", "core.runs"),
     ("core.training",),
     ("core.doctor", "core.explorer", "core.interventions", "core.parity", "core.reports"),
     ("core.comparison",),

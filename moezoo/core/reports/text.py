@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def memory_bytes(text: str) -> int:
-    """Parse a memory size such as `80GiB`. Raises SpecError: not a number with a unit."""
+def memory_bytes(text: str, option: str = "--memory") -> int:
+    """Parse a memory size such as `80GiB`, the value of an option. Raises SpecError: not a number with a unit."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B)", text)
     if found is None or found[2] not in _UNITS:
-        raise SpecError(f"--memory is {text!r}; expected a number and a unit, one of {', '.join(_UNITS)}, e.g. 80GiB.")
+        raise SpecError(f"{option} is {text!r}; expected a number and a unit, one of {', '.join(_UNITS)}, e.g. 80GiB.")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

@@ -69,15 +69,20 @@ class OpenedModel:
     base: Base | None = None
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of all parameters on a device, which keeps them in codes, or in a dtype of STORED_DTYPES."""
+    def parameter_bytes(self) -> dict[str, int]:
+        """Bytes of each parameter on a device, which keeps it in codes, or in a dtype of STORED_DTYPES."""
         weights: Any = self.weights  # a lazy mapping
         dtypes = weights.dtypes
-        return sum(
-            weights.stored_bytes(name)
+        return {
+            name: weights.stored_bytes(name)
             or math.prod(shape) * (dtypes[name].itemsize if dtypes[name].name in STORED_DTYPES else 4)
             for name, shape in shapes_of(self.weights).items()
-        )
+        }
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters on a device."""
+        return sum(self.parameter_bytes.values())
 
 
 def is_config(path: str | Path) -> bool:
