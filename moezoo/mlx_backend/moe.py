@@ -1,5 +1,6 @@
 """The MoE layer. Spec: moezoo.core.reference.moe."""
 
+from collections.abc import Callable
 from typing import assert_never
 
 import mlx.core as mx
@@ -20,6 +21,12 @@ from moezoo.mlx_backend.kernels.slot_rows import combine_rows, token_rows
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.quantization import as_array
 from moezoo.mlx_backend.routing import Router, Routing, jittered_input
+
+Exchange = Callable[..., mx.array]
+"""`run_experts` in another way.
+
+Called with spec, experts, x_PD, routing and dispatch, and by name with num_sequences and inference.
+"""
 
 
 class MoE(nn.Module):
@@ -55,6 +62,7 @@ class MoE(nn.Module):
         context: RoutingContext = NO_CONTEXT,
         *,
         raw_BTD: mx.array | None = None,
+        exchange: Exchange | None = None,
         record: dict[str, mx.array] | None = None,
         name: str = "moe",
     ) -> tuple[mx.array, Routing, Dispatch | None]:
@@ -77,7 +85,11 @@ class MoE(nn.Module):
             out_PD = chosen_experts(spec, self.experts, input_P, *chosen)
         else:
             dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
-            out_PD = run_experts(spec, self.experts, input_P, dispatched)
+            if exchange is None:
+                out_PD = run_experts(spec, self.experts, input_P, dispatched)
+            else:
+                options = {"num_sequences": x_BTD.shape[0], "inference": context.inference}
+                out_PD = exchange(spec, self.experts, input_P, routing, dispatched, **options)
         if spec.latent_dim is not None:
             out_PD = projection.einsum("PZ,ZD->PD", out_PD, self.w_output.astype(dtype))
         if spec.zero_computation is not None:

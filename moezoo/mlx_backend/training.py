@@ -28,6 +28,7 @@ from moezoo.mlx_backend.optimizer import clip, global_norm, make_optimizer
 from moezoo.mlx_backend.positions import packed_documents
 from moezoo.mlx_backend.router_state import updated_state
 from moezoo.mlx_backend.runtime.typed import to_float, to_int
+from moezoo.mlx_backend.transforms.rematerialization import transforms
 
 
 class PendingMlxStep:
@@ -58,6 +59,7 @@ class MlxTraining(MlxInference):
         self._balances_globally = any(
             isinstance(loss, GlobalBalanceLossSpec) for _, moe in spec.moes for loss in moe.losses
         )
+        self._transforms = transforms("none")
         self._loss_and_gradients = nn.value_and_grad(self._module, self._loss)
 
     def loss_and_gradients(
@@ -97,7 +99,7 @@ class MlxTraining(MlxInference):
         **of_step: Any,
     ) -> tuple[mx.array, dict[str, mx.array], list[mx.array | None], tuple[list[mx.array], list[mx.array]]]:
         """Return the loss, every loss term, cutoffs of the routers, and loads and drops. `of_step`: see `_terms`."""
-        result = self._module(tokens, forced=forced, key=key, document_BT=documents)
+        result = self._module(tokens, forced=forced, key=key, document_BT=documents, **self._transforms._asdict())
         terms = self._terms(result, targets, documents=packed_documents(documents), **of_step)
         cutoffs = [routing.cutoff_E for routing in result.routings]
         return terms["loss"], terms, cutoffs, routing_load(result)
@@ -120,16 +122,12 @@ class MlxTraining(MlxInference):
         self._trained, self._router_trains = rules.keys(), router_trains(self.spec, rules)
         data_parallel.check_shared(self.spec)
         self._config = config
-        if rematerialize != "none":
-            raise TrainingError(
-                f"training.rematerialize is {rematerialize!r}, which is not supported on MLX; expected 'none'. "
-                "Train on JAX, or with a smaller micro-batch (training.gradient_accumulation)."
-            )
         if layers != "unrolled":
             raise TrainingError(
                 f"training.layers is {layers!r}, which is not supported on MLX, which compiles no layers; expected "
                 "'unrolled'. Remove it, or train on JAX."
             )
+        self._transforms = transforms(rematerialize)
         self._optimizer = make_optimizer(rules)
         self._optimizer.init(self._module.trainable_parameters())
         if state is not None:

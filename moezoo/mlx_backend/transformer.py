@@ -33,7 +33,7 @@ from moezoo.mlx_backend.kernels.early_start import start_early
 from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, SharedCache, Source
 from moezoo.mlx_backend.latent_attention import LatentAttention
 from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
-from moezoo.mlx_backend.moe import MoE
+from moezoo.mlx_backend.moe import Exchange, MoE
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, EmbeddingPosition, packed_documents, positions
 from moezoo.mlx_backend.random import fold_in, uniform
@@ -41,6 +41,9 @@ from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.short_convolution import ShortConvolution
 
 Record = dict[str, mx.array]
+
+WrapBlock = Callable[[nn.Module, str], Callable[..., Any]]
+"""Transform a block (attention, MoE, feed-forward or layer input), by its name in the layer, for one forward pass."""
 
 
 class Forward(NamedTuple):
@@ -66,6 +69,8 @@ class StepInputs(NamedTuple):
     key: mx.array | None
     inference: bool
     documents: Documents | None
+    exchange: Exchange | None
+    wrap_block: WrapBlock | None
 
     def routing_context(self, index: int, previous_PE: mx.array | None, key: mx.array | None) -> RoutingContext:
         """Spec: moezoo.core.reference.transformer.StepInputs.routing_context."""
@@ -177,18 +182,18 @@ class Layer(nn.Module):
         routing = dispatched = None
         if self.spec.moe is not None:
             context = inputs.routing_context(index, state.previous_PE, key)
-            out, routing, dispatched = self._block("moe", key)(
-                seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe"
+            out, routing, dispatched = self._block("moe", inputs, key)(
+                seen_BTD, context, raw_BTD=x_BTD, exchange=inputs.exchange, record=record, name=f"{name}.moe"
             )
             record[f"{name}.moe"] = out
         shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if self.spec.shortcut else None
         if self.spec.feed_forward is not None:
-            out = self._block("feed_forward", key)(seen_BTD)
+            out = self._block("feed_forward", inputs, key)(seen_BTD)
             record[f"{name}.feed_forward"] = out
         x_BTD = x_BTD + self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
         x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
         if input_BTZ is not None:
-            out = self._block("layer_input", key)(x_BTD, input_BTZ)
+            out = self._block("layer_input", inputs, key)(x_BTD, input_BTZ)
             record[f"{name}.layer_input"] = out
             x_BTD = x_BTD + out
         x_BTD = self.scaled(x_BTD)
@@ -216,15 +221,15 @@ class Layer(nn.Module):
         match self.spec.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
                 shared["source"] = sources[other]
-        attended: Attended = self._block("attention", key)(
+        attended: Attended = self._block("attention", inputs, key)(
             x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared
         )
         return attended
 
-    def _block(self, name: str, key: mx.array | None) -> Callable[..., Any]:
-        """One of the layer's blocks, with keys for its adapters."""
-        block: Callable[..., Any] = keyed(self.adapter, self[name], name, key)
-        return block
+    def _block(self, name: str, inputs: StepInputs, key: mx.array | None) -> Callable[..., Any]:
+        """One of the layer's blocks, with keys for its adapters, transformed for this forward pass."""
+        block = keyed(self.adapter, self[name], name, key)
+        return block if inputs.wrap_block is None else inputs.wrap_block(block, name)
 
     def attention_input(self, x_BTD: mx.array) -> mx.array:
         """Pre-attention norm, unless the norm comes after."""
@@ -307,12 +312,17 @@ class Transformer(nn.Module):
         key: mx.array | None = None,
         inference: bool = False,
         document_BT: mx.array | None = None,
+        exchange: Exchange | None = None,
+        wrap_block: WrapBlock | None = None,
     ) -> Forward:
-        """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's."""
+        """With `caches`, tokens follow the cached ones, routing is of inference, and logits are the last token's.
+
+        `exchange` runs the experts; `wrap_block` transforms each layer's blocks.
+        """
         given = given_routing(self.spec.moe_layers, forced, masks, tokens_BT.shape[1])
         inference = inference or caches is not None
         documents = packed_documents(document_BT)
-        inputs = StepInputs(tokens_BT, given, caches, record, key, inference, documents)
+        inputs = StepInputs(tokens_BT, given, caches, record, key, inference, documents, exchange, wrap_block)
         x_BTD = self._embed(tokens_BT, caches, documents)
         if record is not None:
             record["embedding"] = x_BTD

@@ -17,7 +17,7 @@ SEAMS = {
     "distributed.data_parallel": {"average", "first_draw", "total"},
 }
 OF_MACHINES = re.compile("platform|x86|default_(device|backend)|process|[Mm]esh|[Ss]hard|(?<!norm_)placement|Partition")
-ONLY_JAX_PARAMETERS = {"placement=", "group=", "exchange=", "wrap_block="}  # a mesh of devices, and how a step uses it
+ONLY_JAX_PARAMETERS = {"placement=", "group="}  # a mesh of devices
 SHARED = sorted(stems("jax_backend"))
 ALPHABET = set("BTSDNMGHZECKFPRVL")
 FAMILIES = (

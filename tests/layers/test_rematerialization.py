@@ -9,11 +9,9 @@ import pytest
 from moezoo.core.backend import Model, StepMetrics
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
-from moezoo.core.errors import TrainingError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.tokens import IGNORED, PADDING
-from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
 from tests.support.twins import Twin, V
 
@@ -56,27 +54,21 @@ def trained(path: Path, rematerialize: str, backend: str, *, packed: bool = Fals
     return model, model.train_step(windows, 1e-3, micro_batch_keys(0, 0, 2), targets, documents).fetch()
 
 
-@pytest.mark.parametrize(
-    ("path", "how"),
-    [
-        *(
-            pytest.param(COMBINATIONS / f"{name}.yaml", how, id=f"combinations/{name}-{how}")
-            for name, how in IN_THE_GATE
-        ),
-        *(
-            pytest.param(COMBINATIONS / f"{name}.yaml", how, id=f"combinations/{name}-{how}", marks=pytest.mark.release)
-            for name, how in BEFORE_A_RELEASE
-        ),
-        *(
-            pytest.param(TINY / f"{name}.yaml", how, id=f"{name}-{how}", marks=pytest.mark.release)
-            for name in CONFIGS
-            for how in ("experts", "block")
-        ),
-    ],
-)
-def test_a_step_is_the_same_with_and_without_rematerialization(path, how):
+def cases():
+    """JAX compiles each for seconds, so most are release tests; on MLX those of single parts."""
+    combined = [(COMBINATIONS / f"{name}.yaml", how) for name, how in [*IN_THE_GATE, *BEFORE_A_RELEASE]]
+    single = [(TINY / f"{name}.yaml", how) for name in CONFIGS for how in ("experts", "block")]
+    for path, how in [*combined, *single]:
+        for backend in ("jax", "mlx"):
+            in_gate = (path, how) in (combined[: len(IN_THE_GATE)] if backend == "jax" else combined)
+            marks = () if in_gate else pytest.mark.release
+            yield pytest.param(path, how, backend, id=f"{'/'.join(path.parts[-2:])}-{how}-{backend}", marks=marks)
+
+
+@pytest.mark.parametrize(("path", "how", "backend"), [*cases()])
+def test_a_step_is_the_same_with_and_without_rematerialization(path, how, backend):
     how, _, packed = how.partition("-")
-    pair = (trained(path, each, "jax", packed=bool(packed)) for each in ("none", how))
+    pair = (trained(path, each, backend, packed=bool(packed)) for each in ("none", how))
     (plain, expected), (recomputed, found) = pair
     assert_all_close(found.losses, expected.losses, FLOAT32)
     assert_close(found.gradient_norm, expected.gradient_norm, FLOAT32_GRADIENT)
@@ -125,10 +117,3 @@ def test_micro_batches_need_memory_for_the_gradients_of_one_block_at_a_time():
     arguments = model._step_inputs(batch, 1e-3, None)
     planned = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert gradients < planned < 1.6 * gradients, (planned, gradients)
-
-
-@pytest.mark.parametrize("how", ["experts", "block"])
-def test_rematerialization_on_mlx_is_rejected(how):
-    require_backend("mlx")
-    with pytest.raises(TrainingError, match=rf"training.rematerialize is '{how}', which is not supported on MLX"):
-        trained(TINY / "top_k.yaml", how, "mlx")

@@ -199,13 +199,13 @@ def test_existing_run_needs_resume_and_resume_needs_the_same_config(tmp_path: Pa
 
 def test_run_that_cannot_start_leaves_no_folder(tmp_path: Path) -> None:
     config, out = write_config(tmp_path, steps=2), tmp_path / "run"
-    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not supported on MLX"):
-        run("mlx", config, out, "training.rematerialize=block")
+    with pytest.raises(TrainingError, match="layers is 'scanned', which is not supported on MLX"):
+        run("mlx", config, out, "training.layers=scanned")
     assert not out.exists()
     run("mlx", config, out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    with pytest.raises(TrainingError, match="rematerialize is 'block', which is not supported on MLX"):
-        run("mlx", config, out, "training.rematerialize=block", resume=True)
+    with pytest.raises(TrainingError, match="layers is 'scanned', which is not supported on MLX"):
+        run("mlx", config, out, "training.layers=scanned", resume=True)
     assert {**before, out / "config.yaml": (out / "config.yaml").read_bytes()} == {
         file: file.read_bytes() for file in out.rglob("*") if file.is_file()
     }
