@@ -8,6 +8,7 @@ from rich.table import Column
 from rich.text import Text
 
 from moezoo.core.progress import Pace
+from moezoo.core.training.evaluation import ValidationRecord
 from moezoo.core.training.metrics import StepRecord
 
 _TIME = len("0:00:00")
@@ -48,6 +49,9 @@ class ConsoleReporter:
             self._progress.update(self._task, description="train", completed=step, eta=eta, numbers=first)
         elif due:
             self.message(f"step {step:>6}/{total}  eta {eta}  {'  '.join(numbers)}")
+
+    def validation(self, record: ValidationRecord) -> None:
+        """The loop says what was found, in a message."""
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         pace = self._validation_pace  # None until the first batch is done, which may compile

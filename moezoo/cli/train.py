@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moezoo.core.data.tokenizers import Tokenizer
     from moezoo.core.runs.run_folder import Run
     from moezoo.core.training.loop import TrainingResult
+    from moezoo.core.training.reporter import Reporters
 
 
 @click.command()
@@ -49,7 +50,6 @@ def train(
     With --coordinator this is one of several JAX processes, all of which must be started with the same command.
     """
     from moezoo.backends import load_backend
-    from moezoo.cli.progress import ConsoleReporter
     from moezoo.core.config.vocabulary import with_vocab_size
     from moezoo.core.cost.fits import check_training
     from moezoo.core.data.load_tokenizer import tokenizer_notes
@@ -86,11 +86,22 @@ def train(
     training = config.training
     tokens = training.steps * training.batch_size * training.sequence_length
     print_lines(console, *(source.describe(tokens) for source in data.summary))
-    result = run_training(config, data, loaded, run, reporter=ConsoleReporter(console), exits=True)
+    reporter = _reporter(console, config, run) if is_first else None
+    result = run_training(config, data, loaded, run, reporter=reporter, exits=True)
     loaded.leave()
     if is_first:
         resume_command = _resume_command(config_path, backend, out, overrides, mesh, allow_overcommit)
         _finish(console, config, run, path, result, resume_command)
+
+
+def _reporter(console: "Console", config: "Config", run: "Run") -> "Reporters":
+    """Return the reporters of the console and of the config's trackers."""
+    from moezoo.cli.progress import ConsoleReporter
+    from moezoo.core.trackers.reporter import tracker_reporters
+    from moezoo.core.training.reporter import Reporters
+
+    shown = ConsoleReporter(console)
+    return Reporters(shown, *tracker_reporters(config, run, shown.message))
 
 
 def _prepared(
@@ -113,10 +124,12 @@ def _config(
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.runs.init_from import load_resolved_config
     from moezoo.core.runs.run_folder import is_run, load_run_config
+    from moezoo.core.trackers.reporter import check_installed
 
     resumed = resumed_run is not None and is_run(resumed_run)
     before = load_run_config(resumed_run) if resumed_run is not None and resumed else None
     config = load_resolved_config(config_path, overrides, resumed=before)
+    check_installed(config.trackers)
     return config if mesh is None else config.model_copy(update={"mesh": load_mesh(mesh)}), resumed
 
 

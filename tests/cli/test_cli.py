@@ -341,7 +341,9 @@ def test_describe_and_schema(trained: Path) -> None:
     assert "active" in call("describe", trained / "config.yaml").stdout
     assert json.loads(call("describe", trained / "config.yaml", "--json").stdout)
     schema = json.loads(call("schema").stdout)
-    assert {"init_from", "model", "adapter", "data", "training", "optimizer", "mesh"} == schema["properties"].keys()
+    assert {"init_from", "model", "adapter", "data", "training", "optimizer", "mesh", "trackers"} == schema[
+        "properties"
+    ].keys()
 
 
 def test_unknown_key_suggests_the_nearest_key(folder: Path) -> None:

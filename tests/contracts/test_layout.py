@@ -40,7 +40,7 @@ LAYERS = (
     ("core.generation", "core.huggingface", "core.traces"),
     ("core.analysis", "core.runs"),
     ("core.training",),
-    ("core.doctor", "core.explorer", "core.interventions", "core.parity", "core.reports"),
+    ("core.doctor", "core.explorer", "core.interventions", "core.parity", "core.reports", "core.trackers"),
     ("core.comparison",),
     ("jax_backend", "mlx_backend"),
     ("backends",),
@@ -53,7 +53,13 @@ LAYERS = (
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 WITHOUT_TWIN = ("kernels", "distributed", "transforms", "runtime", "planning")
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "mlx", "torch", "tensorflow"}
-LATE = {"transformers", "matplotlib"}  # slow to import: only a function that needs one imports it
+LATE = {
+    "transformers",
+    "matplotlib",
+    "tensorboard",
+    "wandb",
+    "trackio",
+}  # slow to import: only a function that needs one imports it
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -41,6 +41,13 @@ class InitFrom(Part):
     selection_bias_rate: Annotated[float, Field(ge=0)] | None = None
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _as_trackers(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 def _as_init_from(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
@@ -48,7 +55,8 @@ def _as_init_from(value: object) -> object:
 class Config(Part):
     """A complete run config. Model and tokenizer may be omitted if `init_from` provides them.
 
-    A file may also have `adapter` at the top (`AdapterSpec`), which becomes a part of the model.
+    A file may also have `adapter` at the top (`AdapterSpec`), which becomes a part of the model. `trackers` log the run
+    besides metrics.jsonl, on this machine (writings/runs.md).
     """
 
     init_from: Annotated[
@@ -59,6 +67,10 @@ class Config(Part):
     training: TrainingConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
+    trackers: Annotated[
+        tuple[TrackerName, ...],
+        BeforeValidator(_as_trackers, json_schema_input_type=TrackerName | tuple[TrackerName, ...]),
+    ] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -73,6 +85,12 @@ class Config(Part):
             both = {**own, **adapter} if isinstance(own, dict) and isinstance(adapter, dict) else adapter
             raw["model"] = {**model, "adapter": both}
         return raw
+
+    @model_validator(mode="after")
+    def _trackers_are_unique(self) -> "Config":
+        if len(set(self.trackers)) < len(self.trackers):
+            raise impossible("trackers", f"lists one twice: {', '.join(self.trackers)}", "List each once")
+        return self
 
     @model_validator(mode="after")
     def _positions_reach(self) -> "Config":

@@ -6,6 +6,7 @@
 <run>/metrics.jsonl   one JSON object per line, see training/metrics.py
 <run>/picture.png     loss and expert load
 <run>/manifest.json   size and SHA-256 of the files that do not change, see runs/run_manifest.py
+<run>/trackers/       files of the config's trackers, if it has any, see trackers/tracker.py
 <run>/lock.json       the process that trains the run, while it does, see runs/run_lock.py
 <run>/checkpoints/    see checkpoint/store.py
 <run>/base.json       the base model that an adapter is for, if the run holds an adapter alone, see runs/base.py
@@ -227,7 +228,7 @@ def _latest(run: Run) -> tuple[Checkpoint, Path, list[str]]:
 def _check_same(old: Config, new: Config, where: Path) -> None:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for dump in (before, after):
-        del dump["mesh"]  # a run may be resumed on other devices
+        del dump["mesh"], dump["trackers"]  # a run may be resumed on other devices, and be tracked elsewhere
         for name in _MAY_CHANGE:
             del dump["training"][name]
     for path, (started, resumed) in differing_fields([before, after]):

@@ -299,6 +299,8 @@ class _Training:
         self.reporter.step(record)
         for warning in self.watch.warnings():
             self.reporter.message(warning)
+        if reported is None:  # reporters open at the first step, which takes seconds
+            self.clock = time.monotonic()
 
     def _write(self, record: Record) -> None:
         """Log a record; the first one creates the folder of a new run."""
@@ -337,7 +339,9 @@ class _Training:
             )
         except _ValidationStopped:
             return None
-        self._write(ValidationRecord(step, self._tokens(step), evaluation))
+        record = ValidationRecord(step, self._tokens(step), evaluation)
+        self._write(record)
+        self.reporter.validation(record)
         if not final:
             self.reporter.message(f"step {step}: {describe_evaluation(evaluation)}")
         self.clock, self.clock_step = time.monotonic(), step

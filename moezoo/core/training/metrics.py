@@ -50,6 +50,17 @@ class RoutingStatistics:
     dropped: float
 
     @property
+    def max_vio(self) -> float:
+        """MaxVio: the largest load over a balanced one, less 1. Source: Wang et al. 2024, arXiv 2408.15664."""
+        return self.worst_load - 1
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the load over that of a balanced load: 1 is balanced, 0 one expert."""
+        share = np.array([share for share in self.load if share > 0])
+        return float(-(share * np.log(share)).sum() / np.log(len(self.load))) if len(self.load) > 1 else 1.0
+
+    @property
     def worst_expert(self) -> int:
         """Index of the expert with the largest load."""
         return self.load.index(max(self.load))

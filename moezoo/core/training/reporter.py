@@ -1,7 +1,11 @@
-"""The interface through which the training loop reports progress; the console implementation is cli/progress.py."""
+"""The interface through which the training loop reports progress.
+
+Implementations: the console in cli/progress.py, trackers in core/trackers/reporter.py.
+"""
 
 from typing import Protocol
 
+from moezoo.core.training.evaluation import ValidationRecord
 from moezoo.core.training.metrics import StepRecord
 
 
@@ -14,6 +18,10 @@ class Reporter(Protocol):
 
     def step(self, record: StepRecord) -> None:
         """Report a logged step: every `training.log_every` steps, and the first one of the process."""
+        ...
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Report a finished validation."""
         ...
 
     def progress(self, what: str, done: int, total: int | None) -> None:
@@ -38,6 +46,9 @@ class SilentReporter:
     def step(self, record: StepRecord) -> None:
         """Ignored."""
 
+    def validation(self, record: ValidationRecord) -> None:
+        """Ignored."""
+
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Ignored."""
 
@@ -46,3 +57,34 @@ class SilentReporter:
 
     def stop(self) -> None:
         """Ignored."""
+
+
+class Reporters:
+    """Several reporters as one, called in their order."""
+
+    def __init__(self, *reporters: Reporter):
+        self._reporters = reporters
+
+    def start(self, step: int, total_steps: int) -> None:
+        for reporter in self._reporters:
+            reporter.start(step, total_steps)
+
+    def step(self, record: StepRecord) -> None:
+        for reporter in self._reporters:
+            reporter.step(record)
+
+    def validation(self, record: ValidationRecord) -> None:
+        for reporter in self._reporters:
+            reporter.validation(record)
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        for reporter in self._reporters:
+            reporter.progress(what, done, total)
+
+    def message(self, text: str) -> None:
+        for reporter in self._reporters:
+            reporter.message(text)
+
+    def stop(self) -> None:
+        for reporter in self._reporters:
+            reporter.stop()
