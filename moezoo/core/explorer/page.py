@@ -99,7 +99,7 @@ def chosen_tokens(text: str | None, total: int) -> range:
 
 
 def demo_trace() -> RoutingTrace:
-    """Return the built-in example: 600 tokens of the fables through a small model that was trained on them."""
+    """Return the built-in example: three fables through a small model that was trained on fables."""
     with resources.as_file(_ASSETS / "demo.safetensors") as path:
         return open_trace(path)
 

@@ -26,17 +26,18 @@ function start(data) {
   }
 
   function show(before, changes) {
-    if (before.layer !== state.layer || !marks.rank) {
-      Object.assign(marks, ranksOf(data, state.layer), { differs: differ && differ[state.layer] });
-    }
+    const first = !marks.rank, changed = (...names) => first || names.some((name) => before[name] !== state[name]);
+    if (changed("layer")) Object.assign(marks, ranksOf(data, state.layer), { differs: differ && differ[state.layer] });
     marks.hit = state.hit >= 0 ? marks.starts[state.hit] : null;
-    paint(data, panes, state, marks);
-    showBar();
-    showToken(data, state, act);
-    showExpert(data, state, act, marks);
-    showDifferences(data, state, act, found);
-    drawMap(data, state);
-    showLoad();
+    if (changed("layer", "slot", "expert", "numbers") || "hit" in changes) paint(data, panes, state, marks);
+    if (changed("layer", "slot", "expert", "numbers", "view", "tab")) showBar();
+    if (changed("layer", "token")) showToken(data, state, act);
+    if (changed("layer", "expert", "view")) showExpert(data, state, act, marks);
+    if (changed("layer")) showDifferences(data, state, act, found);
+    if (changed("layer", "expert", "view", "change")) {
+      drawMap(data, state);
+      showLoad();
+    }
     if (before.token !== state.token) moveTo(before.token, state.token);
     else if ("hit" in changes && marks.hit !== null) panes[0].tokens[marks.hit].scrollIntoView({ block: "nearest" });
   }

@@ -171,12 +171,13 @@ function showDifferences(data, state, act, found) {
 
 // --- load by layer and expert ---------------------------------------------------------------------------------------
 
-const GUTTER = 30, AXIS = 18, DOUBLINGS = 2; // pixels; doublings of an even load that have the strongest color
+const GUTTER = 30, TOP = 5, AXIS = 18; // pixels
+const DOUBLINGS = 2; // of an even load, that have the strongest color
 
 function mapLayout(data, canvas) {
   const width = canvas.clientWidth, columns = Math.max(...data.experts), rows = data.layers.length;
   const cell = Math.max(6, Math.min(18, Math.floor(210 / rows)));
-  return { width, columns, rows, cell, step: (width - GUTTER) / columns, height: rows * cell + AXIS };
+  return { width, columns, rows, cell, step: (width - GUTTER) / columns, height: TOP + rows * cell + AXIS };
 }
 
 function colors(name) {
@@ -202,7 +203,7 @@ function drawMap(data, state) {
   context.textBaseline = "middle";
   const gap = layout.step > 4 ? 1 : 0, line = layout.cell > 6 ? 1 : 0, every = Math.ceil(13 / layout.cell);
   data.layers.forEach((name, layer) => {
-    const top = layer * layout.cell;
+    const top = TOP + layer * layout.cell;
     if (layer === state.layer || layer % every === 0 && Math.abs(layer - state.layer) >= every) {
       context.fillStyle = layer === state.layer ? ink : quiet;
       context.textAlign = "right";
@@ -216,10 +217,10 @@ function drawMap(data, state) {
   });
   context.strokeStyle = ink;
   context.lineWidth = 1.5;
-  context.strokeRect(GUTTER - 1, state.layer * layout.cell - 0.5, data.experts[state.layer] * layout.step + 0.5, layout.cell);
+  context.strokeRect(GUTTER - 1, TOP + state.layer * layout.cell - 0.5, data.experts[state.layer] * layout.step + 0.5, layout.cell);
   if (state.expert !== null) {
     context.lineWidth = 2.5;
-    context.strokeRect(GUTTER + state.expert * layout.step - 1, state.layer * layout.cell - 1, layout.step + 1, layout.cell + 1);
+    context.strokeRect(GUTTER + state.expert * layout.step - 1, TOP + state.layer * layout.cell - 1, layout.step + 1, layout.cell + 1);
   }
   context.fillStyle = quiet;
   const middleExpert = Math.floor(layout.columns / 2);
@@ -237,7 +238,7 @@ function mapValue(data, state, layer, expert) {
 
 function mapCell(data, canvas, event) {
   const layout = mapLayout(data, canvas), box = canvas.getBoundingClientRect();
-  const layer = Math.floor((event.clientY - box.top) / layout.cell), expert = Math.floor((event.clientX - box.left - GUTTER) / layout.step);
+  const layer = Math.floor((event.clientY - box.top - TOP) / layout.cell), expert = Math.floor((event.clientX - box.left - GUTTER) / layout.step);
   return layer >= 0 && layer < layout.rows && expert >= 0 && expert < data.experts[layer] ? { layer, expert } : null;
 }
 

@@ -45,6 +45,7 @@ function spoken(text) {
 
 function makePanes(data, onChoose) {
   const holder = document.getElementById("text");
+  const several = data.domains.length > 1 || data.document && data.document.some((number) => number !== data.document[0]);
   const panes = data.traces.map((trace, index) => {
     const tokens = Array.from({ length: data.tokens });
     const list = element("div", { class: "tokens", role: "listbox", tabindex: "0", id: "tokens-" + index });
@@ -53,7 +54,7 @@ function makePanes(data, onChoose) {
       const document_ = data.document ? data.document[n] : 0;
       if (document_ !== previous || !group) {
         group = element("div", { class: "document", role: "group", "aria-label": originOf(data, n) });
-        if (data.document || data.domains.length > 1) group.append(element("span", { class: "origin" }, originOf(data, n)));
+        if (several) group.append(element("span", { class: "origin" }, originOf(data, n)));
         list.append(group);
         previous = document_;
       }
@@ -121,7 +122,7 @@ function paint(data, panes, state, marks) {
     const largest = expert === null ? trace.layers[layer].largest : largestWeight(data, trace, layer, expert);
     const K = trace.topK, base = layer * K * N;
     for (let n = 0; n < N; n++) {
-      let at = -1, name = "t";
+      let at = -1, name = data.generated && data.generated[n] === 1 ? "t generated" : "t";
       if (expert === null) {
         if (slot < K && trace.expert[base + slot * N + n] >= 0) at = base + slot * N + n;
       } else {
