@@ -168,10 +168,11 @@ def _measured_on_run(
 ) -> "Result":
     """Measure a run on its own validation data."""
     from moezoo.core.runs.run_data import changed_data
+    from moezoo.core.runs.run_folder import run_of
 
     config = model.config
     prepared = prepare_with_progress(console, config, str(path), model.tokenizer, quiet=True)
-    warn(*changed_data(path, prepared.summary))
+    warn(*changed_data(run_of(path), prepared.summary))
     length, batch = sequence_length or config.training.sequence_length, batch_size or config.training.batch_size
     model.check_scoring(prepared.validation.num_tokens, batch, length)
     return measure(

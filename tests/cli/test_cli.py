@@ -227,6 +227,8 @@ def test_eval_json(trained: Path) -> None:
     assert values["step"] == 2
     assert values["bits_per_byte"] == pytest.approx(values["validation_loss"] / 0.6931472, rel=1e-6)
     assert len(values["routing"]) == 2
+    checkpoint = call("eval", trained / "checkpoints" / "step_00000002", "--backend", "mlx", "--json")
+    assert json.loads(checkpoint.stdout) | {"path": str(trained)} == values
 
 
 def test_eval_without_experts(trained: Path) -> None:
