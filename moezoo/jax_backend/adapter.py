@@ -90,8 +90,7 @@ def take(weight: jax.Array | QuantizedArray | AdaptedArray, index: jax.Array) ->
     """
     if not isinstance(weight, AdaptedArray):
         return quantization.take(weight, index)
-    factors = replace(weight, lora_a=weight.lora_a[index]).astype(jnp.float32)
-    return quantization.take(weight.base, index).astype(jnp.float32) + factors.lora_a @ factors.scaled_b
+    return quantization.take(weight.base, index) + weight.lora_a[index] @ weight.scaled_b
 
 
 def keyed(spec: AdapterSpec | None, module: Module, name: str, key: jax.Array | None) -> Module:

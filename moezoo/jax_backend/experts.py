@@ -35,7 +35,7 @@ class Experts(nnx.Module):
     def __call__(self, x_RD: jax.Array, size_E: jax.Array) -> jax.Array:
         spec, dtype = self.spec, x_RD.dtype
         names = nnx.to_pure_dict(nnx.state(self, nnx.Param))
-        parameters = with_factors({name: held(getattr(self, name)) for name in names}, x_RD.dtype)
+        parameters = with_factors({name: held(getattr(self, name)) for name in names})
         kernel = expert_kernel(x_RD, parameters)
         if kernel is not None:
             return kernel(spec, x_RD, parameters, size_E)

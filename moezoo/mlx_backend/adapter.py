@@ -89,8 +89,7 @@ def take(weight: mx.array | QuantizedArray | AdaptedArray, index: mx.array) -> m
     """
     if not isinstance(weight, AdaptedArray):
         return quantization.take(weight, index)
-    factors = replace(weight, lora_a=weight.lora_a[index]).astype(mx.float32)
-    return quantization.take(weight.base, index).astype(mx.float32) + factors.lora_a @ factors.scaled_b
+    return quantization.take(weight.base, index) + weight.lora_a[index] @ weight.scaled_b
 
 
 def keyed(spec: AdapterSpec | None, module: Module, name: str, key: mx.array | None) -> Module:

@@ -30,16 +30,12 @@ Kernel = Callable[[ExpertsSpec, jax.Array, Arrays, jax.Array], jax.Array]
 """Function of a spec, rows [R, D] sorted by expert, parameters by name, and size_E; returns the output [R, D]."""
 
 
-def with_factors(parameters: Mapping[str, Any], dtype: Any) -> Arrays:
-    """Return arrays or codes by name; the factors of an adapter beside its matrix, the second times the scale.
-
-    `dtype`: of the arithmetic, to which the factors are cast before they are scaled.
-    """
+def with_factors(parameters: Mapping[str, Any]) -> Arrays:
+    """Return arrays or codes by name; the factors of an adapter beside its matrix, the second times the scale."""
     arrays: dict[str, Any] = {}
     for name, value in parameters.items():
         if isinstance(value, AdaptedArray):
-            factors = value.astype(dtype)
-            arrays |= {name: value.base, f"{name}.lora_a": factors.lora_a, f"{name}.lora_b": factors.scaled_b}
+            arrays |= {name: value.base, f"{name}.lora_a": value.lora_a, f"{name}.lora_b": value.scaled_b}
         else:
             arrays[name] = value
     return arrays

@@ -119,9 +119,9 @@ Matrices = mx.array | QuantizedArray | AdaptedArray
 def grouped_product(x_RD: mx.array, w_EDF: Matrices, groups: Groups) -> mx.array:
     """Spec: moezoo.core.reference.experts.grouped_product; casts w_EDF to the dtype of x_RD. Adapters add their own."""
     if isinstance(w_EDF, AdaptedArray):
-        of_factors, scaled_b = groups._replace(frozen=False), w_EDF.astype(x_RD.dtype).scaled_b
+        of_factors = groups._replace(frozen=False)
         low_RK = grouped_product(x_RD, w_EDF.lora_a, of_factors)
-        return grouped_product(x_RD, w_EDF.base, groups) + grouped_product(low_RK, scaled_b, of_factors)
+        return grouped_product(x_RD, w_EDF.base, groups) + grouped_product(low_RK, w_EDF.scaled_b, of_factors)
     if isinstance(w_EDF, QuantizedArray) and groups.ends is not None:
         return codes.sliced_product(x_RD, w_EDF, groups.ends)
     if grouped_path() == "gather_mm of rows" or (groups.ends is None and groups.blocks is None):
@@ -174,7 +174,7 @@ def product_of_rows(
     """
     if isinstance(w_EDF, AdaptedArray):
         low_R1K = product_of_rows(x_R1D, w_EDF.lora_a, expert_R, row_R, in_order=in_order)
-        more = product_of_rows(low_R1K, w_EDF.astype(x_R1D.dtype).scaled_b, expert_R, in_order=in_order)
+        more = product_of_rows(low_R1K, w_EDF.scaled_b, expert_R, in_order=in_order)
         return product_of_rows(x_R1D, w_EDF.base, expert_R, row_R, in_order=in_order) + more
     if isinstance(w_EDF, QuantizedArray):
         return codes.product_of_rows(x_R1D, w_EDF, expert_R, row_R, in_order=in_order)
