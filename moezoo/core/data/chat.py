@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moezoo.core.data.chat_turns import is_trained
 from moezoo.core.data.encode_text import encode_pieces
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.source_files import SourceFile
@@ -25,7 +26,7 @@ from moezoo.core.tokens import masked
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-_RULES = 1  # of what is trained on, and of this code: part of every key
+_RULES = 2  # of what is trained on, and of this code: part of every key
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,12 @@ def _check_messages(messages: Any, loss: str, where: str) -> None:
                 f"message has no content; got {shown(content)}; expected a text, a list of parts, or tool_calls; "
                 f"{place}. Fix the file."
             )
-    if loss != "all" and not any(message["role"] == "assistant" for message in messages):
+        for field, allowed in (("train", "true or false"), ("weight", "1 or 0")):
+            if message.get(field) not in (None, True, False):
+                raise DataError(
+                    f"{field} of a message is {shown(message[field])}; expected {allowed}; {place}. Fix the file."
+                )
+    if loss != "all" and not any(message["role"] == "assistant" and is_trained(message) for message in messages):
         raise DataError(
             f"conversation has no turn of the assistant, so nothing to train on; got the roles "
             f"{', '.join(message['role'] for message in messages)!s:.200}; {where}. Remove the line, or use loss: all."

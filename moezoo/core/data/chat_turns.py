@@ -61,12 +61,24 @@ def _turns(request: dict[str, Any], messages: Sequence[Message]) -> dict[str, An
         raise ValueError("the template leaves out the tools")
     if loss == "all":
         return {"text": text, "turns": [(0, len(text))]}
+    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = [number for number, index in enumerate(spoken) if is_trained(messages[index])]
+    chosen = trained[-1:] if loss == "last" else trained
     if re.search(GENERATION_TAG, template):
         turns = _marked_turns(template, messages, given, text)
+        if len(turns) == len(spoken):
+            return {"text": text, "turns": [turns[number] for number in chosen]}
+        if len(trained) < len(spoken):
+            raise ValueError(
+                f"the template marks {len(turns)} parts as the assistant's, which has {len(spoken)} messages"
+            )
         return {"text": text, "turns": turns[-1:] if loss == "last" else turns}
-    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    chosen = spoken[-1:] if loss == "last" else spoken
-    return {"text": text, "turns": [_turn(render, messages, index, text) for index in chosen]}
+    return {"text": text, "turns": [_turn(render, messages, spoken[number], text) for number in chosen]}
+
+
+def is_trained(message: Message) -> bool:
+    """Return False for a message that says so: `"train": false` (axolotl) or `"weight": 0` (OpenAI's format)."""
+    return message.get("train") in (None, True) and message.get("weight") in (None, 1)
 
 
 def _check_complete(render: _Render, messages: Sequence[Message], text: str) -> None:

@@ -113,6 +113,9 @@ def config(folder, path, **more):
         (MARKED, TURNS, "last", ["no<|end|>"]),
         (CALLS, CALLED, "assistant", ["[see]<|end|>", "no<|end|>"]),
         (PLAIN, TURNS[:4], "assistant", ["yes<|end|>"]),
+        (PLAIN, [*TURNS[:4], TURNS[4] | {"train": False}], "assistant", ["yes<|end|>"]),
+        (PLAIN, [*TURNS[:4], TURNS[4] | {"weight": 0}], "last", ["yes<|end|>"]),
+        (MARKED, [*TURNS[:2], TURNS[2] | {"train": False}, *TURNS[3:]], "assistant", ["no<|end|>"]),
     ],
 )
 def test_the_assistants_turns_are_trained_on(folders, template, messages, loss, expected):
@@ -275,6 +278,11 @@ BAD_LINES = [
     ({"messages": [ASKED, {"role": "assistant"}]}, "message has no content; got None; .*message 2 of"),
     ({"messages": [ASKED, {"role": "assistant", "content": "\ud800"}]}, "half of a surrogate pair"),
     ({"messages": [ASKED]}, "no turn of the assistant, so nothing to train on; got the roles user"),
+    ({"messages": [ASKED, TURNS[2] | {"train": False}]}, "no turn of the assistant, so nothing to train on"),
+    (
+        {"messages": [ASKED, TURNS[2] | {"train": "no"}]},
+        "train of a message is 'no'; expected true or false; message 2",
+    ),
     ({"prompt": "x", "completion": [TURNS[2]]}, "not both texts, or both lists of messages; got str and list"),
     ({"messages": TURNS, "tools": "x"}, "tools are no list of objects; got 'x'"),
     ({"messages": TURNS, "tools": [{}]}, "the template leaves out the tools"),
