@@ -19,7 +19,7 @@ from moezoo.core.traces.trace import RoutingTrace
 
 _NEEDED_BY = {
     "weight": "gate mass, first weight, sum of weights",
-    "margin": "margin, near ties",
+    "margin": "margin, narrow margins",
     "dropped": "dropped assignments",
     "token": "vocabulary specialization",
     "domain": "domain specialization",
@@ -112,8 +112,8 @@ def analyze(traces: Sequence[RoutingTrace], on_progress: Progress | None = None)
 def analyze_trace(trace: RoutingTrace, on_progress: Progress | None = None) -> TraceAnalysis:
     """Measure one trace. What needs a column that it lacks is None, and named in `missing`."""
     missing = [f"{_NEEDED_BY[name]} (no {name} recorded)" for name in _NEEDED_BY if not trace.has(name)]
-    has_domains = trace.has("domain") and len(trace.info.domains) > 1
-    if trace.has("domain") and not has_domains:
+    domains = measure_domains(trace, on_progress) if trace.has("domain") else None
+    if domains == ():
         missing.append("domain specialization (one text; record several with `--data NAME=FILE`)")
     vocabulary = None
     if trace.has("token"):
@@ -121,7 +121,7 @@ def analyze_trace(trace: RoutingTrace, on_progress: Progress | None = None) -> T
     return TraceAnalysis(
         trace=trace,
         load=measure_load(trace, on_progress),
-        domains=measure_domains(trace, on_progress) if has_domains else None,
+        domains=domains or None,
         vocabulary=vocabulary,
         coactivation=measure_coactivation(trace, on_progress),
         predictability=measure_predictability(trace, on_progress),

@@ -22,6 +22,7 @@ class LayerDomains:
 
     Fields:
         layer: index in the model.
+        names: the texts that have tokens.
         share: [domains, E], share of the domain's tokens that choose each expert (OLMoE's domain specialization).
         shift: [domains], total variation distance between the domain's load and that of all domains together,
             every domain weighing the same: 0 if the domain uses the experts like all others do.
@@ -30,6 +31,7 @@ class LayerDomains:
     """
 
     layer: int
+    names: tuple[str, ...]
     share: NDArray[np.float64]
     shift: NDArray[np.float64]
     chance: NDArray[np.float64]
@@ -46,29 +48,33 @@ class LayerDomains:
 
 
 def measure_domains(trace: RoutingTrace, on_progress: Progress | None = None) -> tuple[LayerDomains, ...]:
-    """Return the domain specialization of each MoE layer.
+    """Return the domain specialization of each MoE layer; none if fewer than two texts have tokens.
 
     Source: Muennighoff et al. 2024, arXiv 2409.02060, eq. 7.
     """
-    sizes = _domain_sizes(trace)
-    names, generator = np.arange(len(sizes)), np.random.default_rng(_SEED)
+    sizes, generator = _domain_sizes(trace), np.random.default_rng(_SEED)
+    present = np.flatnonzero(sizes)
+    names = tuple(trace.info.domains[domain] for domain in present)
+    if len(names) < 2:
+        return ()
     chosen = np.zeros((len(names), trace.num_layers, most_experts(trace)))
     tokens = np.zeros(chosen.shape[:2])
     shuffled = np.zeros((_SHUFFLES, *chosen.shape))
     for first, last in spans(trace, "domains", on_progress):
         chosen_NLE = is_chosen(trace, first, last)
-        own = names[:, None] == trace.column("domain", first, last)  # [domains, N]
+        own = present[:, None] == trace.column("domain", first, last)  # [domains, N]
         tokens += own.astype(float) @ is_routed(chosen_NLE)
         block = np.arange(last - first) // BLOCK
         groups = np.concatenate([own, np.unique(block)[:, None] == block]).astype(np.float32)
         sums = np.tensordot(groups, chosen_NLE.astype(np.float32), 1)  # by domain, then by block
         chosen += sums[: len(names)]
-        drawn = generator.choice(len(names), size=(_SHUFFLES, len(groups) - len(names)), p=sizes / sizes.sum())
-        shuffled += np.tensordot((names[:, None] == drawn[:, None, :]).astype(np.float32), sums[len(names) :], 1)
+        drawn = generator.choice(present, size=(_SHUFFLES, len(groups) - len(names)), p=sizes[present] / sizes.sum())
+        shuffled += np.tensordot((present[:, None] == drawn[:, None, :]).astype(np.float32), sums[len(names) :], 1)
     shift, chance = _shift(chosen), _shift(shuffled)
     return tuple(
         LayerDomains(
             layer=layer,
+            names=names,
             share=share(chosen[:, place, :count], tokens[:, place, None]),
             shift=shift[:, place],
             chance=chance[:, :, place].mean(axis=0),

@@ -1,4 +1,4 @@
-"""Load of the experts of each layer: balance, dead experts, gate mass, dropped assignments, near ties.
+"""Load of the experts of each layer: balance, dead experts, gate mass, dropped assignments, narrow margins.
 
 Formulas and sources: writings/measures.md.
 """
@@ -13,8 +13,8 @@ from moezoo.core.analysis.chosen import is_chosen, is_routed, most_experts, shar
 from moezoo.core.progress import Progress
 from moezoo.core.traces.trace import RoutingTrace
 
-NEAR_TIE = 0.01
-"""Margin below which a choice counts as a near tie."""
+NARROW = 0.01
+"""Margin below which a choice counts as a narrow one."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LayerLoad:
         weight_sum: mean sum of a token's combine weights.
         dropped: share of assignments beyond an expert's capacity.
         margin: mean of the finite margins.
-        near_ties: share of tokens whose margin is below NEAR_TIE.
+        narrow: share of tokens whose margin is below NARROW.
     """
 
     layer: int
@@ -47,14 +47,14 @@ class LayerLoad:
     weight_sum: float | None
     dropped: float | None
     margin: float | None
-    near_ties: float | None
+    narrow: float | None
 
 
 def measure_load(trace: RoutingTrace, on_progress: Progress | None = None) -> tuple[LayerLoad, ...]:
     """Return the load of each MoE layer. Tokens whose routing is unknown do not count."""
     chosen_LE = np.zeros((trace.num_layers, most_experts(trace)), np.int64)
     mass_LE = np.zeros(chosen_LE.shape)
-    names = ("routed", "first", "weighted", "weight", "dropped", "margin", "finite", "near")
+    names = ("routed", "first", "weighted", "weight", "dropped", "margin", "finite", "narrow")
     sum_L = {name: np.zeros(trace.num_layers) for name in names}
     for first, last in spans(trace, "load", on_progress):
         chosen_NLE = is_chosen(trace, first, last)
@@ -75,7 +75,7 @@ def measure_load(trace: RoutingTrace, on_progress: Progress | None = None) -> tu
             finite_NL = np.isfinite(margin_NL) & known_NL
             sum_L["finite"] += finite_NL.sum(axis=0)
             sum_L["margin"] += np.where(finite_NL, margin_NL, 0.0).sum(axis=0)
-            sum_L["near"] += ((margin_NL < NEAR_TIE) & known_NL).sum(axis=0)
+            sum_L["narrow"] += ((margin_NL < NARROW) & known_NL).sum(axis=0)
     return tuple(_layer_load(trace, place, chosen_LE, mass_LE, sum_L) for place in range(trace.num_layers))
 
 
@@ -108,7 +108,7 @@ def _layer_load(
         weight_sum=mean("weight", "weight", sums["routed"]),
         dropped=mean("dropped", "dropped", float(chosen_E.sum())),
         margin=mean("margin", "margin", sums["finite"]),
-        near_ties=mean("margin", "near", sums["routed"]),
+        narrow=mean("margin", "narrow", sums["routed"]),
     )
 
 

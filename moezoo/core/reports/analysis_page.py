@@ -104,8 +104,8 @@ def _mean(values: Sequence[float]) -> float | None:
 def _load_table(last: TraceAnalysis) -> "Table":
     table = _titled(
         "Load: most and least loaded expert, an equal share being 1; in %: weight of a token's first expert, dropped "
-        "assignments, near ties",
-        *("layer", "MaxVio", "entropy", "most", "least", "dead", "first", "dropped", "ties"),
+        "assignments, margins below 0.01",
+        *("layer", "MaxVio", "entropy", "most", "least", "dead", "first", "dropped", "narrow"),
         right=range(1, 9),
     )
     for layer in last.load:
@@ -118,7 +118,7 @@ def _load_table(last: TraceAnalysis) -> "Table":
             f"e{most} {relative[most]:.2f}",
             f"e{least} {relative[least]:.2f}",
             str(len(layer.dead)),
-            *map(_percent, (layer.first_weight, layer.dropped, layer.near_ties)),
+            *map(_percent, (layer.first_weight, layer.dropped, layer.narrow)),
         )
     return table
 
@@ -126,20 +126,19 @@ def _load_table(last: TraceAnalysis) -> "Table":
 def _domain_parts(last: TraceAnalysis) -> "Iterator[Table]":
     if last.domains is None:
         return
-    names = last.trace.info.domains
     table = _titled(
         "Domains: share of choices that differ from the mean of all texts, in %",
         *("layer", "shift", "by chance", "strongest preference"),
         right=(1, 2),
     )
     for layer in last.domains:
-        place = int(np.argmax([np.subtract(*layer.strongest(one)[1:]) for one in range(len(names))]))
+        place = int(np.argmax([np.subtract(*layer.strongest(one)[1:]) for one in range(len(layer.names))]))
         expert, own, others = layer.strongest(place)
         table.add_row(
             str(layer.layer),
             _percent(float(layer.shift.mean())),
             f"{_percent(float(layer.chance.mean()))} ± {_percent(float(layer.chance_spread.mean()))}",
-            f"e{expert} by {_percent(own)} % of {names[place]:.24}, {_percent(others)} % of others",
+            f"e{expert} by {_percent(own)} % of {layer.names[place]:.24}, {_percent(others)} % of others",
         )
     yield table
 
@@ -228,7 +227,7 @@ def _cache_parts(
         )
         for each in group:
             rates = [each.tokens_per_second(bandwidth) for bandwidth in bandwidths]
-            speeds = [count(rate) if np.isfinite(rate) else "no load" for rate in rates]
+            speeds = ["no load" if np.isinf(rate) else count(rate) if rate >= 1000 else f"{rate:.3g}" for rate in rates]
             table.add_row(each.policy, _percent(each.hit_rate), bytes_text(each.bytes_per_token), *speeds)
         yield table
     for name in dict.fromkeys(each.policy for each in caches):

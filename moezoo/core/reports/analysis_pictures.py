@@ -38,10 +38,10 @@ def _pictures(
 ) -> Iterator[tuple[str, tuple[float, float], Draw]]:
     """Yield name, size in inches and drawing function of each picture."""
     last = analysis.last
-    height = min(9.0, 0.28 * last.trace.num_layers)
+    height = min(6.0, 0.28 * last.trace.num_layers)
     yield "load", (8.6, 1.6 + height), partial(_draw_load, last)
     if last.domains is not None:
-        panels = len(last.trace.info.domains)
+        panels = len(last.domains[0].names)
         yield "domains", (8.6, 1.0 + (0.7 + height) * panels), partial(_draw_domains, last)
     shown = min(_MATRICES, last.trace.num_layers)
     yield "coactivation", (8.6, 4.4 * -(-shown // 2)), partial(_draw_pairs, last)
@@ -68,7 +68,7 @@ def _draw_load(last: TraceAnalysis, figure: Any) -> None:
 
 
 def _draw_domains(last: TraceAnalysis, figure: Any) -> None:
-    names = last.trace.info.domains
+    names = () if last.domains is None else last.domains[0].names
     axes = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
     mesh = None
     for place, (name, own) in enumerate(zip(names, axes, strict=True)):

@@ -20,7 +20,7 @@ def write_tables(folder: Path, analysis: Analysis, caches: Sequence[CacheResult]
     last = analysis.last
     tables: dict[str, tuple[str, Iterator[Row]]] = {
         "layers": ("trace,layer,max_violation,entropy,dead,experts_per_token,first_weight,weight_sum,dropped,margin,"
-                   "near_ties,from_previous,from_token_before,most_loaded", _layers(analysis)),
+                   "narrow,from_previous,from_token_before,most_loaded", _layers(analysis)),
         "load": ("trace,layer,expert,load,gate_mass", _load(analysis)),
         "domains": ("trace,layer,domain,expert,share,shift,chance,chance_spread", _domains(analysis)),
         "vocabulary": ("of,layer,token,text,occurrences,expert,share", _vocabulary(last)),
@@ -52,7 +52,7 @@ def _layers(analysis: Analysis) -> Iterator[Row]:
             yield (
                 *(each.trace.where, load.layer, load.max_violation, load.entropy, len(load.dead)),
                 *(load.experts_per_token, load.first_weight, load.weight_sum, load.dropped, load.margin),
-                *(load.near_ties, guess.from_previous, guess.from_token_before, guess.most_loaded),
+                *(load.narrow, guess.from_previous, guess.from_token_before, guess.most_loaded),
             )
 
 
@@ -67,7 +67,7 @@ def _load(analysis: Analysis) -> Iterator[Row]:
 def _domains(analysis: Analysis) -> Iterator[Row]:
     for each in analysis.traces:
         for layer in each.domains or ():
-            for place, domain in enumerate(each.trace.info.domains):
+            for place, domain in enumerate(layer.names):
                 numbers = [float(values[place]) for values in (layer.shift, layer.chance, layer.chance_spread)]
                 for expert, share in enumerate(layer.share[place]):
                     yield each.trace.where, layer.layer, domain, expert, float(share), *numbers

@@ -26,7 +26,7 @@ def trace_with(expert, num_experts=4, texts=None, domains=("text",), **columns):
     return trace_of(info, TraceRows(expert, **{name: np.array(values) for name, values in columns.items()}), texts)
 
 
-def test_load_balance_mass_and_near_ties():
+def test_load_balance_mass_and_narrow_margins():
     layer = measure_load(
         trace_with(
             [[[0, 1]], [[0, 2]], [[0, 1]], [[-1, -1]]],
@@ -43,7 +43,7 @@ def test_load_balance_mass_and_near_ties():
     assert layer.first_weight == pytest.approx((0.75 + 1 + 2 / 3) / 3)
     assert layer.weight_sum == pytest.approx((1 + 0.5 + 1.5) / 3)
     assert layer.dropped == pytest.approx(1 / 6)
-    assert (layer.margin, layer.near_ties) == (pytest.approx((0.005 + 0.5) / 2), pytest.approx(1 / 3))
+    assert (layer.margin, layer.narrow) == (pytest.approx((0.005 + 0.5) / 2), pytest.approx(1 / 3))
 
 
 def test_balanced_and_collapsed_load():
@@ -69,6 +69,13 @@ def test_shift_of_domains_that_route_alike_is_that_of_chance():
     layer = measure_domains(trace_with(parted[:, None, None], domain=parted, domains=("a", "b")))[0]
     np.testing.assert_allclose(layer.shift, 0.5)
     assert layer.chance.max() < 0.3
+
+
+def test_a_text_without_tokens_is_no_domain():
+    whole = synthetic_trace(domains=("verse", "prose", "code"))
+    assert measure_domains(first_tokens(whole, 25))[0].names == ("verse", "prose")
+    assert measure_domains(first_tokens(whole, 10)) == ()
+    assert any("one text" in line for line in analyze_trace(first_tokens(whole, 10)).missing)
 
 
 def test_vocabulary_specialization_by_the_token_and_by_the_next():
@@ -180,7 +187,7 @@ def test_a_trace_of_experts_alone_says_what_is_missing():
         "domain specialization",
         "borders of documents",
     ]
-    assert (found.domains, found.vocabulary, found.load[0].gate_mass, found.load[0].near_ties) == (None,) * 4
+    assert (found.domains, found.vocabulary, found.load[0].gate_mass, found.load[0].narrow) == (None,) * 4
     np.testing.assert_array_equal(found.load[0].load, analyze_trace(whole).load[0].load)
 
 
