@@ -1,7 +1,7 @@
 """`moezoo compare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,8 +13,11 @@ from moezoo.core.progress import Pace
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import RenderableType
+
     from moezoo.core.comparison.side import Side
     from moezoo.core.data.evaluation_windows import EvaluationBatch
+    from moezoo.core.progress import Progress
 
 
 @click.command("compare")
@@ -47,27 +50,64 @@ def compare(
     """Compare two models, and say whether they differ by routing or arithmetic.
 
     A and B are run folders, checkpoints of runs (RUN/checkpoints/step_00001000), Hugging Face folders or hub ids.
-    Without B, A is compared with itself on another backend, in another precision, or with an adapter.
+    Without B, A is compared with itself on another backend, in another precision, or with an adapter. B may also be a
+    routing trace (.safetensors): then routing alone is compared, and replayed in A.
     """
-    from moezoo.core.comparison.compare import compare_models
-    from moezoo.core.comparison.page import comparison_page
-    from moezoo.core.comparison.verdict import comparison_json
 
-    backends, computes = _pair(backend, "--backend"), _pair(compute, "--compute")
-    if b is None and adapter is None and backends[0] == backends[1] and computes[0] == computes[1]:
+    sides = list(zip(_pair(backend, "--backend"), _pair(compute, "--compute"), strict=True))
+    traced = b is not None and b.suffix == ".safetensors"
+    if sides[0] == sides[1] and adapter is None and b is None:
         raise SpecError(
             "there is nothing to compare A with; got one model; expected B, an --adapter, or two values of --backend "
             "or --compute, e.g. --backend jax,mlx. Add one of them."
         )
-    left = _load(a, backends[0], computes[0], None, allow_overcommit)
-    right = _load(a if b is None else b, backends[1], computes[1], adapter, allow_overcommit)
+    if traced and (sides[0] != sides[1] or adapter is not None):
+        raise SpecError(f"{b} is a trace, which has no --adapter, --backend or --compute of its own. Remove them.")
+    left = _load(a, *sides[0], None, allow_overcommit)
+    right = left if b is not None and traced else _load(b or a, *sides[1], adapter, allow_overcommit)
+    sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "max_windows": windows}
     with show_progress(new_console(), "comparing ...", _line) as show:
-        count, batches = _windows(a, left, right, data, sequence_length, batch_size, windows)
-        report = compare_models(left, right, batches, count, show)
+        if b is not None and traced:
+            result, page = _compared_with_trace(a, left, b, data, sizes, show)
+        else:
+            result, page = _compared(a, left, right, data, sizes, show)
     if as_json:
-        print_json(comparison_json(report))
+        print_json(result)
     else:
-        new_console().print(comparison_page(report))
+        new_console().print(page)
+
+
+def _compared(
+    path: Path, a: "Side", b: "Side", data: str | None, sizes: "dict[str, int | None]", show: "Progress"
+) -> "tuple[dict[str, Any], RenderableType]":
+    """Return the comparison of two models, as data and as a page."""
+    from moezoo.core.comparison.compare import compare_models
+    from moezoo.core.comparison.page import comparison_page
+    from moezoo.core.comparison.verdict import comparison_json
+
+    report = compare_models(a, b, *_windows(path, a, b, data, sizes), show)
+    return comparison_json(report), comparison_page(report)
+
+
+def _compared_with_trace(
+    path: Path, a: "Side", file: Path, data: str | None, sizes: "dict[str, int | None]", show: "Progress"
+) -> "tuple[dict[str, Any], RenderableType]":
+    """Return the comparison of a model and a trace: on its data, or of another program on its own tokens."""
+    from moezoo.core.comparison.compare_trace import batches_of_data, compare_trace, windows_of_trace
+    from moezoo.core.comparison.page import trace_page
+    from moezoo.core.traces.replay import Replay
+    from moezoo.core.traces.trace_data import named_file
+    from moezoo.core.traces.trace_file import open_trace
+
+    trace = open_trace(file)
+    replay = Replay(trace, a.model.spec, None if data is None else [named_file(data)[0]])
+    if data is None and trace.info.written_by != "moezoo":
+        count, batches = windows_of_trace(a, trace, replay, sizes["sequence_length"], sizes["max_windows"])
+    else:
+        count, windows = _windows(path, a, a, data, sizes)
+        batches = batches_of_data(windows, replay)
+    report = compare_trace(a, trace, count, batches, show)
+    return report.to_json(), trace_page(report)
 
 
 def _pair(value: str | None, option: str) -> tuple[str | None, str | None]:
@@ -84,7 +124,6 @@ def _line(what: str, done: int, total: int | None, pace: Pace) -> str:
 
 def _load(path: Path, backend: str | None, compute: str | None, adapter: Path | None, allow_overcommit: bool) -> "Side":
     from moezoo.api import load_model
-    from moezoo.backends import default_backend
     from moezoo.core.comparison.side import Side
 
     loaded = load_model(path, backend, compute, adapter=adapter, allow_overcommit=allow_overcommit)
@@ -92,7 +131,7 @@ def _load(path: Path, backend: str | None, compute: str | None, adapter: Path | 
     return Side(
         name=f"{path}{f' with {adapter}' if adapter else ''}{f', step {loaded.step}' if loaded.step else ''}",
         model=loaded.model,
-        backend=backend or default_backend(),
+        backend=loaded.backend,
         config=loaded.config,
         tokenizer=loaded.tokenizer,
         first_token=loaded.first_token if loaded.published else None,
@@ -102,13 +141,7 @@ def _load(path: Path, backend: str | None, compute: str | None, adapter: Path | 
 
 
 def _windows(
-    path: Path,
-    a: "Side",
-    b: "Side",
-    data: str | None,
-    sequence_length: int | None,
-    batch_size: int | None,
-    windows: int | None,
+    path: Path, a: "Side", b: "Side", data: str | None, sizes: "dict[str, int | None]"
 ) -> "tuple[int, Iterator[EvaluationBatch]]":
     """Return the windows of a file, or of the validation data of run A."""
     from moezoo.cli.data import prepare_with_progress
@@ -118,19 +151,14 @@ def _windows(
     from moezoo.core.runs.run_folder import is_run, run_of
 
     if data is not None:
-        return windows_of_file(
-            a,
-            b,
-            data,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            max_windows=windows,
-            on_message=warn,
-        )
+        return windows_of_file(a, b, data, **sizes, on_message=warn)
     if not is_run(path):
         raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
     check_comparable(a.model.spec, b.model.spec)
     prepared = prepare_with_progress(new_console(), a.config, str(path), a.tokenizer, quiet=True)
     warn(*changed_data(run_of(path), prepared.summary))
-    length = sequence_length or a.config.training.sequence_length
-    return windows_of_split(a, b, prepared.validation, length, batch_size=batch_size, max_windows=windows)
+    length = sizes["sequence_length"] or a.config.training.sequence_length
+    batch_size, windows = sizes["batch_size"], sizes["max_windows"]
+    return windows_of_split(
+        a, b, prepared.validation, sequence_length=length, batch_size=batch_size, max_windows=windows
+    )

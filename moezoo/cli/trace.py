@@ -95,10 +95,11 @@ def _own_data(console: "Console", path: Path, model: "LoadedModel") -> "list[Tra
     """Return a run's validation data, a domain for each source."""
     from moezoo.cli.data import prepare_with_progress
     from moezoo.core.runs.run_data import changed_data
+    from moezoo.core.runs.run_folder import run_of
     from moezoo.core.traces.trace_data import TracedData
 
     prepared = prepare_with_progress(console, model.config, str(path), model.tokenizer, quiet=True)
-    warn(*changed_data(path, prepared.summary))
+    warn(*changed_data(run_of(path), prepared.summary))
     split = prepared.validation
     names = tuple(source.name for source in getattr(split, "sources", ())) or (split.source_names,)
     return [TracedData(names, split)]

@@ -23,7 +23,7 @@ from moezoo.core.tokens import IGNORED, Floats, Integers
 
 
 def compare_models(
-    a: Side, b: Side, batches: Iterable[EvaluationBatch], num_windows: int, on_progress: Progress
+    a: Side, b: Side, num_windows: int, batches: Iterable[EvaluationBatch], on_progress: Progress
 ) -> ComparisonReport:
     """Compare model B with model A on windows, which are read one batch at a time.
 
@@ -92,7 +92,7 @@ class _Sums:
         self.arithmetic.add(_logits(a, counted_P), _logits(b, counted_P), target_P)
         self.parts.add(a, b, counted_P)
         for layer, own, other, replayed in zip(self.layers, routing_a, routing_b, b.routing, strict=True):
-            layer.add(own, other, replayed, counted_P)
+            layer.add(own.expert, other.expert, own, replayed, counted_P)
 
 
 def _forward(

@@ -38,17 +38,18 @@ def windows_of_file(
     vocab, documents = a.model.spec.vocab, a.config.data.documents
     split = whole_file(path, reader.tokenizer, vocab, on_message=on_message, documents=documents)
     length = sequence_length or max(1, min(a.config.training.sequence_length, split.num_tokens - 1))
-    return windows_of_split(a, b, split, length, batch_size=batch_size, max_windows=max_windows)
+    return windows_of_split(a, b, split, sequence_length=length, batch_size=batch_size, max_windows=max_windows)
 
 
 def windows_of_split(
-    a: Side, b: Side, split: AnySplit, length: int, *, batch_size: int | None, max_windows: int | None
+    a: Side, b: Side, split: AnySplit, *, sequence_length: int, batch_size: int | None, max_windows: int | None
 ) -> tuple[int, Iterator[EvaluationBatch]]:
     """Return the number of windows of a split of A's tokens, and their batches.
 
     Raises DataError: windows longer than a model's positions. Raises OutOfMemoryError: the logits of a batch do not
     fit. The batches raise TokenizerError: the tokenizers encode the text of a window differently.
     """
+    length = sequence_length
     for side in (a, b):
         check_length(side.model.spec, length, f"windows of {length} tokens")
     most = max(1, _OUTPUT_BYTES // sum(_sequence_bytes(side.model.spec, length) for side in (a, b)))

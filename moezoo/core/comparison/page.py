@@ -1,11 +1,14 @@
 """The page of a comparison for the terminal."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moezoo.core.comparison.compare_trace import TraceReport
 from moezoo.core.comparison.divergence import Effect
 from moezoo.core.comparison.intermediates import PARTS
 from moezoo.core.comparison.report import ComparisonReport
+from moezoo.core.comparison.routing_changes import RoutingChange
 from moezoo.core.comparison.verdict import verdict
 from moezoo.core.reports.text import new_table
 
@@ -45,9 +48,32 @@ def comparison_page(report: ComparisonReport) -> "RenderableType":
     if not report.equal:
         parts.append(_split(report))
         parts.append(Text("arithmetic: both models with A's experts; routing: the rest of the total", "dim"))
-        parts += [_routing(report)] if report.routing else []
+        parts += [_routing(report.routing)] if report.routing else []
         parts.append(_parts(report))
     return Group(*parts)
+
+
+def trace_page(report: TraceReport) -> "RenderableType":
+    """Return the comparison of a trace with a model; for 80 columns."""
+    from rich.console import Group
+    from rich.text import Text
+
+    effect = report.routing_effect
+    table = new_table("A with", "loss", "change", "KL, nats", "p99", "largest", "same top-1", right=range(1, 7))
+    table.add_row("its own experts", f"{report.loss:.4f}")
+    numbers = map(_number, (effect.kl.mean, effect.kl.p99, effect.kl.max))
+    loss = f"{report.loss + effect.loss:.4f}"
+    table.add_row("the trace's", loss, _loss(effect.loss), *numbers, f"{100 * effect.top1:.2f} %")
+    return Group(
+        Text(f"A      {report.a}"),
+        Text(f"trace  {report.trace}"),
+        Text(f"{report.replayed:,} tokens with routing", "dim"),
+        Text(),
+        Text(report.headline, f"bold {'yellow' if report.first_routing else 'green'}"),
+        Text("A trace has no logits: the choice of experts is compared, and its effect in A."),
+        table,
+        _routing(report.routing),
+    )
 
 
 def _split(report: ComparisonReport) -> "Table":
@@ -72,10 +98,10 @@ def _split(report: ComparisonReport) -> "Table":
     return table
 
 
-def _routing(report: ComparisonReport) -> "Table":
+def _routing(layers: Sequence[RoutingChange]) -> "Table":
     names = ("changed", "by itself", "margin of these", "of all")
     table = new_table("experts", *names, right=range(1, 5))
-    for layer in report.routing:
+    for layer in layers:
         margins = (_number(spread.median) for spread in (layer.margin, layer.all_margin))
         table.add_row(f"layer {layer.layer}", _share(layer.changed), _share(layer.own), *margins)
     return table

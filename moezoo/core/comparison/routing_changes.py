@@ -56,9 +56,23 @@ class LayerChanges:
         self._tokens = self._assignments = self._changed = self._moved = self._own = self._beyond = 0
         self._margin, self._all_margin = Distribution(), Distribution()
 
-    def add(self, a: LayerRouting, b: LayerRouting, replayed: LayerRouting, counted_P: NDArray[np.bool_]) -> None:
-        """Add the tokens `counted_P`: routing of A and of B, and of B with A's experts."""
-        a_PK, b_PK = (_flat(routing.expert)[counted_P] for routing in (a, b))
+    def add(
+        self,
+        a: Integers,
+        b: Integers,
+        margins: LayerRouting,
+        replayed: LayerRouting,
+        counted_P: NDArray[np.bool_],
+    ) -> None:
+        """Add the tokens `counted_P`.
+
+        Args:
+            a, b: experts of A and of B, int32 [B, T, K].
+            margins: routing that the margins are of.
+            replayed: routing of B with A's experts.
+            counted_P: bool [P].
+        """
+        a_PK, b_PK = (_flat(expert)[counted_P] for expert in (a, b))
         shared_P = _shared(a_PK, b_PK)
         changed_P = _differs(a_PK, b_PK)
         self._tokens += len(a_PK)
@@ -67,7 +81,7 @@ class LayerChanges:
         self._moved += int((a_PK >= 0).sum() - shared_P.sum())
         own_P, margin_P = changed_P, np.full(len(a_PK), np.inf)
         if not isinstance(self._moe.router.choice, ExpertChoiceSpec | HashChoiceSpec):
-            margin_P = _decided(self._moe, a, counted_P)[1]
+            margin_P = _decided(self._moe, margins, counted_P)[1]
             preferred_PK, _ = _decided(self._moe, replayed, counted_P)
             own_P = _differs(a_PK, preferred_PK)
         self._own += int(own_P.sum())

@@ -76,7 +76,7 @@ def batches(vocab: int) -> list[EvaluationBatch]:
 
 
 def compared(a: Side, b: Side) -> ComparisonReport:
-    return compare_models(a, b, batches(a.model.spec.vocab), 6, lambda what, done, total: None)
+    return compare_models(a, b, 6, batches(a.model.spec.vocab), lambda what, done, total: None)
 
 
 def damaged(weights: Weights, name: str, share: float = 0.4) -> Weights:
