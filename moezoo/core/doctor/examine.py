@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_checkpoint
-from moezoo.core.config.run_config import Config
+from moezoo.core.checkpoint.store import Checkpoint, list_checkpoints, load_checkpoint, load_latest_checkpoint
 from moezoo.core.doctor.curves import balance_findings, curve_findings
 from moezoo.core.doctor.environment import memory_findings
 from moezoo.core.doctor.finding import Diagnosis, Finding
@@ -17,9 +17,9 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.huggingface.checkpoint import LazyWeights, open_checkpoint
 from moezoo.core.progress import Progress
 from moezoo.core.runs.open import checkpoint_folder
-from moezoo.core.runs.run_folder import Run, is_run, is_step, load_run, load_run_config, run_of
+from moezoo.core.runs.run_folder import Run, is_run, is_step, load_run_config, run_of
 
-CONFIG, METRICS, PARAMETERS, GRADIENTS = "config", "metrics", "parameters", "gradients"
+CONFIG, METRICS, FILES, PARAMETERS, GRADIENTS = "config", "metrics", "files", "parameters", "gradients"
 _QUICK = "left out by --quick"
 
 
@@ -37,8 +37,9 @@ def examine(path: str | Path, *, quick: bool = False, on_progress: Progress | No
 
 
 def _run(path: Path, quick: bool, on_progress: Progress | None) -> Diagnosis:
-    config, saved, problems = _saved(path)
     run = Run(run_of(path))
+    saved, problems = (None, []) if quick else _saved(path)
+    config = load_run_config(path)
     found = Diagnosis(str(path), "checkpoint" if is_step(path) else "run")
     history = read_history(run.metrics_path, config.model)
     found.add(CONFIG, [*router_findings(config.model), *bias_findings(config, history)])
@@ -49,17 +50,20 @@ def _run(path: Path, quick: bool, on_progress: Progress | None) -> Diagnosis:
     else:
         found.add(METRICS, lost)
         found.skipped["load and losses"] = f"{run.metrics_path} has no training records"
-    found.add("files", [_damaged(problem, "The run continues from an older one.") for problem in problems])
-    if saved is None or quick:
-        found.skipped[PARAMETERS] = found.skipped[GRADIENTS] = _QUICK if saved else "the run has no checkpoint"
-        found.step = saved.step if saved else 0
+    if quick:
+        found.skipped |= dict.fromkeys((FILES, PARAMETERS, GRADIENTS), _QUICK)
+        return found
+    found.add(FILES, [_damaged(problem, "The run continues from an older one.") for problem in problems])
+    if saved is None:
+        found.skipped[PARAMETERS] = found.skipped[GRADIENTS] = "the run has no checkpoint"
         return found
     found.step = saved.step
     found.add(PARAMETERS, weight_findings(config.model, saved.weights, on_progress))
     if saved.step == 0:
         found.skipped[GRADIENTS] = "the run has done no step"
         return found
-    unused = unused_findings(config, saved.weights, saved.optimizer, _earlier(run, saved), on_progress)
+    earlier = cache(lambda: _earlier(run, saved))  # most optimizers keep a state of every parameter, so it is not read
+    unused = unused_findings(config, saved.weights, saved.optimizer, earlier, on_progress)
     idle = {_layer(finding) for finding in found.findings if finding.check in ("dead_expert", "collapsed_layer")}
     found.add(GRADIENTS, [finding for finding in unused if _layer(finding) not in idle])
     return found
@@ -70,16 +74,18 @@ def _layer(finding: Finding) -> str:
     return finding.where.split(",")[0]
 
 
-def _saved(path: Path) -> tuple[Config, Checkpoint | None, list[str]]:
-    """Return the config of a path, its checkpoint, None if there is none, and a line for each damaged one."""
-    problems: list[str] = []
-    if list_checkpoints(Run(run_of(path)).checkpoints_path):
-        try:
-            config, _, saved, problems = load_run(path)
-            return config, saved, problems
-        except CheckpointError as error:
-            problems = [str(error)]
-    return load_run_config(path), None, problems
+def _saved(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the verified checkpoint of a path, None if there is none, and a line for each damaged one."""
+    run = Run(run_of(path))
+    if is_step(path):
+        return load_checkpoint(path), []
+    if not list_checkpoints(run.checkpoints_path):
+        return None, []
+    try:
+        saved, _, problems = load_latest_checkpoint(run.checkpoints_path)
+    except CheckpointError as error:
+        return None, [str(error)]
+    return saved, problems
 
 
 def _earlier(run: Run, saved: Checkpoint) -> Mapping[str, Any] | None:

@@ -1,6 +1,6 @@
 """Findings from the tensors of a checkpoint, read one at a time: parameters, and the state of the optimizer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from moezoo.core.spec import ModelSpec
 
 _ROUTER, _EXPERT = ".router.w_router", "expert"
 _ROUTER_BITS = 8  # what mlx-lm keeps routers in
+_FIRST = 64  # numbers, which show of nearly every array that it is not zero
 
 State = Mapping[str, NDArray[Any]]
 
@@ -58,7 +59,7 @@ def weight_findings(spec: ModelSpec, weights: Mapping[str, Any], on_progress: Pr
         elif row.name.endswith(_ROUTER) and (value == value[:, :1]).all():
             seen.zero_router.append(row.name)
         elif row.axes[0] == _EXPERT and row.matrix is not None and len(row.shape) > 1:
-            zero = [expert for expert in range(len(value)) if not value[expert].any()]
+            zero = [expert for expert in range(len(value)) if _is_zero(value[expert])]
             if zero and not _starts_at_zero(row):
                 seen.zero_experts[row.name] = zero
     return list(_weight_findings(seen))
@@ -114,7 +115,7 @@ def unused_findings(
     config: Config,
     weights: Mapping[str, Any],
     optimizer: State,
-    earlier: Mapping[str, Any] | None,
+    earlier: Callable[[], Mapping[str, Any] | None],
     on_progress: Progress | None = None,
 ) -> list[Finding]:
     """Return a finding about trained parameters that never had a gradient.
@@ -126,7 +127,7 @@ def unused_findings(
         config: of the run.
         weights: at its newest checkpoint.
         optimizer: state there, by `<kind>.<name>`.
-        earlier: the weights at an earlier checkpoint; None: those that the run's seed gives, if it started from them.
+        earlier: returns the weights at an earlier checkpoint; None: there is none, and those of the seed are compared.
         on_progress: called with the number of parameters read.
     """
     kinds = sorted({name.partition(".")[0] for name in optimizer})
@@ -138,13 +139,13 @@ def unused_findings(
             on_progress("optimizer state", number, len(rows))
         moments = [optimizer[name] for kind in kinds if (name := f"{kind}.{row.name}") in optimizer]
         if not moments:
-            if _is_unchanged(row, config, weights, earlier):
+            if _is_unchanged(row, config, weights, earlier()):
                 whole.append(row.name)
             continue
-        if not any(moment.any() for moment in moments):
+        if all(_is_zero(moment) for moment in moments):
             whole.append(row.name)
         elif row.axes[0] == _EXPERT and row.matrix is not None and all(len(m) == row.shape[0] for m in moments):
-            idle = [e for e in range(row.shape[0]) if not any(moment[e].any() for moment in moments)]
+            idle = [e for e in range(row.shape[0]) if all(_is_zero(moment[e]) for moment in moments)]
             if idle:
                 experts[row.name] = idle
     return list(_unused(whole, experts))
@@ -180,6 +181,10 @@ def _unused(whole: list[str], experts: dict[str, list[int]]) -> Iterator[Finding
             "No token ever went there: their parameters are as they were initialized.",
             "Raise the balance term's coefficient or the bias rate, or start the router again.",
         )
+
+
+def _is_zero(array: NDArray[Any]) -> bool:
+    return not array.flat[:_FIRST].any() and not array.any()
 
 
 def _names(names: list[str]) -> str:
