@@ -83,7 +83,7 @@ def _is_codes(value: object) -> bool:
 
 
 def _array(given: Any) -> jax.Array:
-    if isinstance(given, jax.Array | jax.ShapeDtypeStruct):  # on its devices already, or planned: sharding.py
+    if isinstance(given, jax.Array | jax.ShapeDtypeStruct | QuantizedArray):  # there already, or planned: sharding.py
         return cast(jax.Array, given)
     value = np.asarray(given)
     return jnp.asarray(value, value.dtype if value.dtype.name in STORED_DTYPES else jnp.float32)

@@ -231,7 +231,8 @@ class JaxInference:
 
     def _is_finite_decoded(self, name: str) -> bool:
         """Return True for codes whose numbers are finite, although those of larger codes would not be."""
-        value = self._parameters.get(name)
+        held = self._stacks.name(name)
+        value = self._stacks.unstack({held: self._parameters.get(held)})[name]
         return isinstance(value, QuantizedArray) and bool(jnp.isfinite(dequantize(value)).all())
 
     def _finite_values(self, parameters: Parameters, state: Parameters) -> Parameters:

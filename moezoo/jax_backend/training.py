@@ -13,7 +13,6 @@ from moezoo.core.backend import StepMetrics
 from moezoo.core.config.optimizers import OptimizerConfig
 from moezoo.core.config.training import Layers, Rematerialize
 from moezoo.core.config.update_rules import UpdateRule, state_axes, update_rules
-from moezoo.core.errors import TrainingError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
 from moezoo.core.parameters.trained import router_trains
@@ -280,17 +279,13 @@ class JaxTraining(JaxInference):
         """Stack the arrays of equal layers if they are to be scanned, so that no step copies them."""
         if self._scanned == (layers == "scanned"):
             return
-        if self._codes:
-            raise TrainingError(
-                f"training.layers is 'scanned', which stacks the matrices of layers, but {len(self._codes)} parameters "
-                f"are quantized ({self._codes[0]}, ...), which are not stacked; expected 'unrolled'. Remove it."
-            )
-        stacks = Stacks(self.spec, () if self._scanned else equal_layers(self.spec), self._placement)
+        runs = () if self._scanned else equal_layers(self.spec, self._parameters | self._state)
+        stacks = Stacks(self.spec, runs, self._placement)
         own = self._stacks.unstack(self._parameters)
         self._parameters.clear()  # so that each array goes when it has been taken out of `own`
         self._stacks, self._scanned = stacks, not self._scanned
         values = stacks.stack(list(own), own.pop) | stacks.stack(self._state, self._state.__getitem__)
-        made = ScannedTransformer if self._scanned else Transformer
+        made = partial(ScannedTransformer, runs=runs) if self._scanned else Transformer
         self._parameters, _ = self._split(made(self.spec, Weights(values)))
 
 

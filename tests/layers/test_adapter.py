@@ -6,7 +6,7 @@ import pytest
 from moezoo.backends import load_backend
 from moezoo.core.config.run_config import json_schema, load_config, parse_config
 from moezoo.core.config.vocabulary import with_vocab_size
-from moezoo.core.errors import SpecError, TrainingError
+from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.quantization.formats import QuantizationFormat
@@ -16,7 +16,7 @@ from moezoo.core.spec import AdapterSpec
 from tests.support.backends_available import require_backend
 from tests.support.covering import TINY
 from tests.support.quantized import quantized_weights
-from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
+from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, FLOAT32_TRAINING, assert_all_close, assert_close
 from tests.support.twins import B, D, H, M, N, T, V, normal
 
 (PATH,) = (path for path in TINY if path.stem == "adapter")
@@ -170,13 +170,50 @@ def test_gradients_over_codes_are_those_over_the_numbers_that_they_stand_for(twi
         assert {name for name in numbers if not np.array_equal(after[name], numbers[name])} == names
 
 
-def test_layers_in_codes_are_not_scanned():
+def in_mixed_codes(config):
+    """Weights of three layers with experts, of which the first has other codes."""
+    initial = initial_weights(config.model, 0, active_adapters=True)
+    affine, mxfp4 = quantized_weights(initial, AFFINE), quantized_weights(initial, MXFP4)
+    return affine | {name: value for name, value in mxfp4.items() if name.startswith("layers.1.")}
+
+
+THREE = [*SIZES, "model.layers[1].repeat=3"]
+
+
+def test_layers_with_equal_codes_are_stacked_and_saved_as_they_were():
     require_backend("jax")
-    config = with_vocab_size(load_config(PATH, SIZES), V)
-    weights = quantized_weights(initial_weights(config.model, 0), AFFINE)
+    config = with_vocab_size(load_config(PATH, THREE), V)
+    weights = in_mixed_codes(config)
     model = load_backend("jax").build(config.model, weights)
-    with pytest.raises(TrainingError, match=r"^training.layers is 'scanned', .* are not stacked; expected 'unrolled'"):
-        model.start_training(config.optimizer, trained=factors_of(config.model), layers="scanned")
+    model.start_training(config.optimizer, trained=factors_of(config.model), layers="scanned")
+    assert {name.split(".")[1] for name in model._parameters if name.startswith("layers.")} == {"0", "1", "2-3"}
+    exported = model.export_parameters()
+    for name, value in weights.items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(exported[name], value, err_msg=name)
+        else:
+            np.testing.assert_array_equal(exported.stored(name).codes, value.codes, err_msg=name)
+            assert exported.stored(name).format == value.format
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("rematerialize", ["none", "block"])
+def test_layers_in_codes_are_scanned_like_unrolled_ones(rematerialize):
+    require_backend("jax")
+    config = with_vocab_size(load_config(PATH, THREE), V)
+    weights, names = in_mixed_codes(config), factors_of(config.model)
+    window = np.random.default_rng(0).integers(0, V, (2, 2, 7)).astype(np.int32)
+    models, losses = [], []
+    for layers, how in (("unrolled", "none"), ("scanned", rematerialize)):
+        model = load_backend("jax").build(config.model, weights)
+        model.start_training(config.optimizer, trained=names, layers=layers, rematerialize=how)
+        losses.append([model.train_step(window, 1e-2).fetch().losses["loss"] for _ in range(2)])
+        models.append(model)
+    unrolled, scanned = models
+    assert_close(losses[1], losses[0], FLOAT32_TRAINING)
+    assert_all_close(scanned.export_optimizer(), unrolled.export_optimizer(), FLOAT32_TRAINING)
+    assert_all_close(dict(scanned.export_parameters()), dict(unrolled.export_parameters()), FLOAT32_TRAINING)
+    assert scanned.nonfinite_parameters() == []
 
 
 def factors_of(spec):

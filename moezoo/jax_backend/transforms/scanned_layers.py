@@ -21,8 +21,8 @@ from moezoo.jax_backend.distributed.sharding import Placement, stacked
 from moezoo.jax_backend.transformer import Layer, LayerOutput, ResidualState, StepInputs, Transformer
 
 
-def equal_layers(spec: ModelSpec) -> list[range]:
-    """Return all layers in order, in runs of layers with equal specs and equal parameter shapes.
+def equal_layers(spec: ModelSpec, parameters: Mapping[str, Any]) -> list[range]:
+    """Return all layers in order, in runs of layers with equal specs, and parameters in equal shapes, dtypes and codes.
 
     A run of its own is each layer that passes something to a certain other one (keys to attend to, values to mix in, an
     MoE's output for the next layer), and the layer that such an output is added in. Raises SpecError where every run
@@ -35,15 +35,16 @@ def equal_layers(spec: ModelSpec) -> list[range]:
             alone |= {index, index + 1}
         if isinstance(layer.attention, GroupedQueryAttentionSpec) and layer.attention.value_residual:
             alone.add(0)
-    shapes: list[list[Any]] = [[] for _ in layers]
+    forms: list[list[Any]] = [[] for _ in layers]
     for row in parameter_table(spec):
         of_layer, own = _parts(row.name)
         if of_layer is not None:
-            shapes[of_layer].append((own, row.shape))
+            leaves, form = jax.tree.flatten(parameters.get(row.name))
+            forms[of_layer].append((own, row.shape, form, [(leaf.shape, leaf.dtype) for leaf in leaves]))
     runs: list[range] = []
     for index, layer in enumerate(layers):
         before = index - 1
-        equal = index > 0 and _once(layer) == _once(layers[before]) and shapes[index] == shapes[before]
+        equal = index > 0 and _once(layer) == _once(layers[before]) and forms[index] == forms[before]
         if equal and not alone & {before, index}:
             runs[-1] = range(runs[-1].start, index + 1)
         else:
@@ -59,6 +60,8 @@ def equal_layers(spec: ModelSpec) -> list[range]:
 
 class Stacks:
     """Arrays of a run's layers are held as one, with an axis L in front: `layers.2-29.moe.experts.w_gate` [L, E, D, F].
+
+    So are those of codes, in a QuantizedArray that is otherwise that of one layer.
 
     Without runs, every array is held as it is. On a mesh, `shardings` are those of the held arrays; else it is empty.
     """
@@ -114,7 +117,7 @@ class Stacks:
     def unstack(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return each layer's own arrays, from those that are held: of NumPy's, views."""
         return {
-            name: values[place.name] if place.row is None else values[place.name][place.row]
+            name: values[place.name] if place.row is None else _row(values[place.name], place.row)
             for name, place in self._places.items()
             if place.name in values
         }
@@ -126,8 +129,8 @@ class ScannedTransformer(Transformer):
     With caches, given routing or recorded intermediates, the layers run unrolled: each slices its own arrays.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights):
-        self.runs = tuple(equal_layers(spec))
+    def __init__(self, spec: ModelSpec, weights: Weights, runs: Sequence[range]):
+        self.runs = tuple(runs)
         super().__init__(spec, weights)
 
     def _made_layers(self, weights: Weights) -> nnx.Dict[Any]:
@@ -145,7 +148,7 @@ class ScannedTransformer(Transformer):
         if len(run) == 1:
             return layer
         graph, state = nnx.split(layer)
-        own: Layer = nnx.merge(graph, jax.tree.map(lambda values: values[index - run.start], state))
+        own: Layer = nnx.merge(graph, _row(state, index - run.start))
         return own
 
     def _run_layers(
@@ -228,9 +231,14 @@ class GradientMeans:
         return {name: jax.freeze(mean) for name, mean in self._means.items()}
 
 
-def _stacked(own: list[jax.Array], sharding: NamedSharding | None) -> jax.Array:
-    joined: jax.Array = jax.jit(lambda own: jnp.stack(own), out_shardings=sharding)(own)
-    return joined
+def _stacked(own: list[Any], sharding: NamedSharding | None) -> Any:
+    """Stack arrays, or each of the arrays of codes."""
+    return jax.jit(lambda own: jax.tree.map(lambda *values: jnp.stack(values), *own), out_shardings=sharding)(own)
+
+
+def _row(stacked: Any, row: int) -> Any:
+    """Return a layer's own arrays."""
+    return jax.tree.map(lambda values: values[row], stacked)
 
 
 class _Place(NamedTuple):
