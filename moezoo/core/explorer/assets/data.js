@@ -127,6 +127,10 @@ function percent(share) {
   return value.toFixed(value === 0 || Math.abs(value) >= 9.95 ? 0 : Math.abs(value) >= 0.95 ? 1 : 2) + " %";
 }
 
+function plural(count, word) {
+  return grouped(count) + " " + word + (count === 1 ? "" : "s");
+}
+
 function grouped(value) {
   return value.toLocaleString("en-US");
 }

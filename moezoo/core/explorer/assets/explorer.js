@@ -280,12 +280,13 @@ function start(data) {
   function build() {
     $("title").textContent = data.title;
     const experts = Array.from(new Set(data.experts)).join(" or "), topK = Array.from(new Set(data.traces.map((trace) => trace.topK))).join(" or ");
-    const size = data.tokens < data.total ? "tokens " + grouped(data.first) + " to " + grouped(data.first + data.tokens - 1) + " of " + grouped(data.total) : grouped(data.tokens) + " tokens";
+    const size = data.tokens < data.total ? "tokens " + grouped(data.first) + " to " + grouped(data.first + data.tokens - 1) + " of " + grouped(data.total) : plural(data.tokens, "token");
     const origin = two ? data.traces.map((trace, index) => "AB"[index] + " · " + [trace.name, ...trace.facts].join(", ")).join("; ") : data.traces[0].facts.join(", ");
-    $("facts").textContent = [size, layerCount + (layerCount > 1 ? " MoE layers" : " MoE layer"), experts + " experts, top-" + topK, origin].filter(Boolean).join(" · ");
+    $("facts").textContent = [size, plural(layerCount, "MoE layer"), experts + " experts, top-" + topK, origin].filter(Boolean).join(" · ");
     $("layer").max = layerCount - 1;
     const largestK = Math.max(...data.traces.map((trace) => trace.topK)), ends = ["1st", "2nd", "3rd"];
     for (let k = 0; k < largestK; k++) $("slot").append(element("option", { value: k }, (ends[k] || k + 1 + "th") + " choice"));
+    $("slot").parentElement.hidden = largestK < 2;
     for (const node of document.querySelectorAll("[data-two]")) node.hidden = !two;
     if (!two) return;
     $("views").hidden = false;

@@ -110,7 +110,7 @@ function showExpert(data, state, act, marks) {
   const mean = found.reduce((sum, entry) => sum + entry.weight, 0) / found.length;
   const title = "Expert " + expert + " of layer " + data.layers[layer] + (data.traces.length > 1 ? " · " + "AB"[state.view] : "");
   const facts = [
-    grouped(found.length) + " tokens", percent(trace.layers[layer].count[expert] / trace.layers[layer].total) + " of the load",
+    plural(found.length, "token"), percent(trace.layers[layer].count[expert] / trace.layers[layer].total) + " of the load",
     number(relativeLoad(data, trace, layer, expert), 2) + " × even",
   ];
   if (trace.weight && found.length) facts.push("mean weight " + number(mean, 2));
@@ -157,7 +157,7 @@ function showDifferences(data, state, act, found) {
   const bars = element("ul", { class: "bars" }, ...found.map((tokens, layer) => element("li", null,
     element("button", {
       type: "button", "data-key": "layer" + layer, "aria-pressed": String(layer === state.layer), onclick: () => act({ layer }),
-      "aria-label": "Layer " + data.layers[layer] + ": " + grouped(tokens.length) + " tokens differ",
+      "aria-label": "Layer " + data.layers[layer] + ": " + plural(tokens.length, "token") + " with other experts",
     }, "Layer " + data.layers[layer]),
     element("span", { class: "bar", style: { "--w": (tokens.length / largest * 100).toFixed(1) + "%" } }),
     element("span", { class: "value" }, grouped(tokens.length)))));
@@ -252,5 +252,5 @@ function describeCell(data, state, layer, expert) {
   const value = mapValue(data, state, layer, expert), trace = data.traces[state.view];
   const where = "Layer " + data.layers[layer] + ", expert " + expert + ": ";
   if (state.change) return where + (value >= 0 ? "+" : "−") + number(Math.abs(value), 2) + " × even in B";
-  return where + number(value, 2) + " × even, " + grouped(trace.layers[layer].count[expert] || 0) + " tokens";
+  return where + number(value, 2) + " × even, " + plural(trace.layers[layer].count[expert] || 0, "token");
 }
