@@ -16,7 +16,15 @@ from moezoo.core.runs.run_folder import load_run_config, open_run
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-COLUMNS = ("step", "training", "validation", "MaxVio", "entropy", "dropped", "tokens/s")
+_FORMATS = {
+    "step": ",.0f",
+    "training": ".3f",
+    "validation": ".3f",
+    "MaxVio": ".2f",
+    "entropy": ".3f",
+    "dropped": ".1%",
+    "tokens/s": ",.0f",
+}
 """Columns of the table of runs, besides the name."""
 
 
@@ -55,14 +63,6 @@ class FinishedRun:
         }
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
-    def cells(self) -> list[str]:
-        """Return the texts of COLUMNS."""
-        end = self.end
-        formats = (",.0f", ".3f", ".3f", ".2f", ".3f", ".1%", ",.0f")
-        return [
-            "" if end[name] is None else format(end[name], text) for name, text in zip(COLUMNS, formats, strict=True)
-        ]
-
 
 @dataclass(frozen=True)
 class RunsReport:
@@ -76,6 +76,16 @@ class RunsReport:
         """The fields in which the configs differ, those equal in several layers as one."""
         return merged_over_layers([*differing_fields([run.config for run in self.runs])])
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the columns that a run has, without the name, and the texts of each run; `dropped` if a run drops."""
+        ends = [run.end for run in self.runs]
+        shown = [
+            name for name in _FORMATS if any(end[name] is not None and (name != "dropped" or end[name]) for end in ends)
+        ]
+        return shown, [
+            ["" if end[name] is None else format(end[name], _FORMATS[name]) for name in shown] for end in ends
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data."""
         return {
@@ -87,14 +97,18 @@ class RunsReport:
         """Return the tables."""
         from rich.console import Group
 
-        table = new_table("run", *COLUMNS, right=range(1, 1 + len(COLUMNS)))
-        for run in self.runs:
-            table.add_row(run.name, *run.cells())
+        columns, rows = self.table()
+        table = new_table("run", *columns, right=range(1, 1 + len(columns)))
+        table.columns[0].overflow = "fold"
+        for run, row in zip(self.runs, rows, strict=True):
+            table.add_row(run.name, *row)
         if len(self.runs) == 1:
             return table
         if not self.differences:
             return Group(table, "The configs do not differ.")
         differences = new_table("config", *(run.name for run in self.runs))
+        for column in differences.columns:
+            column.overflow = "fold"
         for path, values in self.differences:
             differences.add_row(path, *map(value_text, values))
         return Group(table, differences)
@@ -108,9 +122,9 @@ def read_runs(paths: Sequence[Path]) -> RunsReport:
         FinishedRun(
             name=name if names.count(name) == 1 else str(path),
             path=path,
-            config=load_run_config(path).model_dump(mode="json"),
-            curves=read_curves(open_run(path).metrics_path, problems),
+            config=load_run_config(run.path).model_dump(mode="json"),
+            curves=read_curves(run.metrics_path, problems),
         )
-        for name, path in zip(names, paths, strict=True)
+        for name, path, run in zip(names, paths, map(open_run, paths), strict=True)
     ]
     return RunsReport(tuple(runs), tuple(problems))

@@ -31,7 +31,7 @@ from moezoo.core.reports.figures import (
     text_at,
 )
 from moezoo.core.reports.run_curves import Curve, RunCurves, smoothed
-from moezoo.core.reports.run_table import COLUMNS, FinishedRun, RunsReport
+from moezoo.core.reports.run_table import FinishedRun, RunsReport
 
 _LINES, _MARKERS = ("-", (0, (4, 1.5))), "os^DvPX"
 MAX_RUNS = len(_LINES) * len(RUN_COLORS)
@@ -86,7 +86,7 @@ def draw_runs(report: RunsReport, out: Path) -> None:
 
 def _render(report: RunsReport) -> bytes:
     pens, axis = _pens(report.runs)
-    blocks = [*_loss_blocks(pens, axis), *_panel_blocks(pens, axis), *_map_blocks(pens, axis)]
+    blocks = [*_loss_blocks(report, pens, axis), *_panel_blocks(pens, axis), *_map_blocks(pens, axis)]
     blocks += _difference_blocks(pens, report.differences)
     with new_figure(_LEFT + _WIDE + _RIGHT, sum(height for height, _ in blocks)) as figure:
         top = 0.0
@@ -116,23 +116,22 @@ def _pens(runs: Sequence[FinishedRun]) -> tuple[list[_Pen], str]:
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def _loss_blocks(pens: Sequence[_Pen], axis: str) -> list[_Block]:
+def _loss_blocks(report: RunsReport, pens: Sequence[_Pen], axis: str) -> list[_Block]:
     return [
-        (0.3 + _ROW * (len(pens) + 1) + 0.2, partial(_draw_ends, pens)),
+        (0.3 + _ROW * (len(pens) + 1) + 0.2, partial(_draw_ends, report, pens)),
         (0.25 + _LOSS + _AXIS, partial(_draw_losses, pens, axis)),
     ]
 
 
-def _draw_ends(pens: Sequence[_Pen], figure: Any, top: float) -> None:
+def _draw_ends(report: RunsReport, pens: Sequence[_Pen], figure: Any, top: float) -> None:
     """Draw the table of runs, which is the legend too."""
-    name_wide = 3.0
-    column_wide = (_WIDE - name_wide) / len(COLUMNS)
-    for row in range(len(pens) + 1):
+    columns, rows = report.table()
+    name_wide, wide = _WIDE - 0.95 * len(columns), 0.95
+    for row, cells in enumerate([columns, *rows]):
         y = top + 0.3 + row * _ROW
-        cells = COLUMNS if row == 0 else pens[row - 1].run.cells()
-        for column, text in enumerate(cells):
-            right = _LEFT + name_wide + (column + 1) * column_wide
-            text_at(figure, right, y, text, ha="right", va="center", color=PALE if row == 0 else INK)
+        for column, text in enumerate(cells, start=1):
+            right = _LEFT + name_wide + column * wide
+            text_at(figure, right, y, text, ha="right", va="center", color=INK if row else PALE)
         if row:
             _draw_name(figure, pens[row - 1], _LEFT, y, name_wide)
 
