@@ -12,7 +12,7 @@ from moezoo.core.parameters.trained import router_trains, trained_names
 from moezoo.core.spec import ModelSpec, MoESpec
 
 _STARVING = 0.1  # of an equal share
-_EXPECTED_DEAD, _EXPECTED_STARVING = 30, 100  # assignments of an equal share: fewer could be missing by chance
+_EXPECTED_DEAD, _EXPECTED_STARVING = 30, 500  # assignments of an equal share: fewer can be missing by chance
 _FEW = 1.25  # experts in use, as a multiple of top_k
 _REACH = 0.05  # of the score's scale
 _SCORE = {"sigmoid": 0.5, "sqrt_softplus": 0.83, "none": 1.0}  # of a logit of 0, or a logit itself

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from moezoo import backends
 from moezoo.cli.main import main
 from moezoo.core.backend import Output
 from moezoo.core.checkpoint.safetensors_file import StoredTensors, write_tensors
@@ -15,10 +16,14 @@ from moezoo.core.doctor import environment
 from moezoo.core.doctor.environment import memory_findings
 from moezoo.core.doctor.examine import examine
 from moezoo.core.doctor.forward_pass import RANDOM, forward_findings
-from moezoo.core.errors import RunError
+from moezoo.core.doctor.tensors import weight_findings
+from moezoo.core.errors import BackendError, RunError
 from moezoo.core.layer_routing import LayerRouting
+from moezoo.core.quantization.formats import QuantizationFormat
+from moezoo.core.quantization.weight import QuantizedWeight
 from tests.support.fixtures import cases, write_checkpoint
 from tests.support.made_run import EXPERTS, RECORDS, TOP_K, made_run
+from tests.support.quantized import quantized_weights
 from tests.support.small_run import write_config
 
 BIASED = {"score": "sigmoid", "selection_bias": {"rate": 0.001}}
@@ -267,6 +272,25 @@ def test_faults_of_a_published_checkpoint_are_found(tmp_path):
     checks = {finding.check: finding for finding in examine(folder).findings}
     assert set(checks) == {"constant_weights", "nonfinite_tensor"}
     assert examine(folder, quick=True).is_healthy
+
+
+def test_a_router_in_few_bits_is_a_finding():
+    run = made_run(lambda raw: raw["model"].update(embed_dim=32))
+    for bits, checks in ((4, ["router_precision"]), (8, [])):
+        coded = quantized_weights(run.weights, QuantizationFormat("affine", bits, 32))
+        assert isinstance(coded[W_ROUTER], QuantizedWeight)
+        assert [finding.check for finding in weight_findings(run.config.model, coded)] == checks
+
+
+def test_a_backend_that_is_missing_is_a_finding(tmp_path, monkeypatch):
+    def fail(name=None, **others):
+        raise BackendError("backend jax is not installed")
+
+    monkeypatch.setattr(backends, "load_backend", fail)
+    done = CliRunner().invoke(main, ["doctor", str(made_run().write(tmp_path / "run")), "--json"])
+    report = json.loads(done.stdout)
+    assert (done.exit_code, report["findings"][0]["what"]) == (1, "backend jax is not installed")
+    assert report["environment"]["backend"] == "none"
 
 
 def test_a_model_larger_than_memory_is_a_finding(monkeypatch):
