@@ -18,7 +18,8 @@ class Verdict:
     Fields:
         kind: the reason of the difference. `rounding`: the same weights, and no difference above that of the backends'
             or dtypes' rounding.
-        layer: where it starts; None outside of the layers, or if nothing differs.
+        layer: where it starts; None outside of the layers, or if nothing differs. Where the share of routing is the
+            reason for `routing`, that is the first router that prefers other experts.
         part: the part of the model that differs first (`intermediates.PARTS`); None if nothing differs.
         headline: the verdict in a line.
         reasons: what it is based on, a sentence each.
@@ -37,10 +38,15 @@ def verdict(report: ComparisonReport) -> Verdict:
     If all parameters that differ are of routers the reason is routing, and if none is it is arithmetic: changes of
     routing then only follow. Else the share of the KL divergence decides that goes away with A's experts.
     """
-    kind, (layer, part) = _kind(report), _start(report)
+    cause = _cause(report)
+    kind = cause or _kind_by_share(report)
+    layer, part = _start(report)
+    if kind == "routing" and cause is None and report.first_routing is not None:
+        layer, part = report.first_routing.layer, "router"
     about = (_weights, _codes, _start_sentence, _routing, _split, _not_finite)
     reasons = tuple(filter(None, (sentence(report) for sentence in about)))
-    return Verdict(kind, layer, part, _headline(report, kind, layer, part), reasons)
+    headline = _headline(report, kind, layer, part) if cause else _headline_by_share(report, kind, layer, part)
+    return Verdict(kind, layer, part, headline, reasons)
 
 
 def comparison_json(report: ComparisonReport) -> dict[str, Any]:
@@ -50,19 +56,21 @@ def comparison_json(report: ComparisonReport) -> dict[str, Any]:
     return content
 
 
-def _kind(report: ComparisonReport) -> Kind:
+def _cause(report: ComparisonReport) -> Kind | None:
+    """Return the kind that follows from what the models are; None if the share of routing has to decide."""
     if report.equal:
         return "equal"
-    names, share = report.weights.names, report.routing_share or 0.0
-    if not names and not report.specs:
-        if report.first_part is None and report.first_routing is None:
-            return "rounding"
-    elif not report.specs:
-        of_routers = [".moe.router." in name for name in names]
-        if all(of_routers):
-            return "routing"
-        if not any(of_routers):
-            return "arithmetic"
+    names = report.weights.names
+    if report.specs:
+        return None
+    if not names:
+        return "rounding" if report.first_part is None and report.first_routing is None else None
+    of_routers = [".moe.router." in name for name in names]
+    return "routing" if all(of_routers) else None if any(of_routers) else "arithmetic"
+
+
+def _kind_by_share(report: ComparisonReport) -> Kind:
+    share = report.routing_share or 0.0
     return "routing" if share >= _MOSTLY else "arithmetic" if share <= 1 - _MOSTLY else "both"
 
 
@@ -78,17 +86,22 @@ def _start(report: ComparisonReport) -> tuple[int | None, str | None]:
 
 
 def _headline(report: ComparisonReport, kind: Kind, layer: int | None, part: str | None) -> str:
-    where = "" if part is None else f", starting in the {part}" + ("" if layer is None else f" of layer {layer}")
-    match kind:
-        case "equal":
-            return f"equal: the same logits and experts for all {report.tokens:,} tokens"
-        case "rounding":
-            return "rounding: the same weights, and no difference above the rounding of backend and precision"
-        case "both":
-            share = report.routing_share or 0.0
-            return f"both: {_percent(share)} routing, {_percent(1 - share)} arithmetic{where}"
-        case _:
-            return f"{kind}{where}"
+    if kind == "equal":
+        return f"equal: the same logits and experts for all {report.tokens:,} tokens"
+    if kind == "rounding":
+        return "rounding: the same weights, and no difference above the rounding of backend and precision"
+    return f"{kind}{_where(layer, part)}"
+
+
+def _headline_by_share(report: ComparisonReport, kind: Kind, layer: int | None, part: str | None) -> str:
+    share, where = report.routing_share or 0.0, _where(layer, part)
+    if kind == "both":
+        return f"both: {_percent(share)} routing, {_percent(1 - share)} arithmetic{where}"
+    return f"mostly {kind}: {_percent(share if kind == 'routing' else 1 - share)} of the KL divergence{where}"
+
+
+def _where(layer: int | None, part: str | None) -> str:
+    return "" if part is None else f", starting in the {part}" + ("" if layer is None else f" of layer {layer}")
 
 
 def _weights(report: ComparisonReport) -> str:

@@ -154,7 +154,8 @@ def test_codes_are_split_with_numbers_that_add_up(config, weights):
     assert report.total.kl.mean == pytest.approx(report.arithmetic.kl.mean + report.routing_kl)
     assert report.total.loss == pytest.approx(report.arithmetic.loss + report.routing_loss)
     assert report.arithmetic.kl.mean > 0 < abs(report.routing_kl)
-    assert verdict(report).kind in ("both", "routing", "arithmetic")
+    share = f"{100 * report.arithmetic.kl.mean / report.total.kl.mean:.0f} %"
+    assert verdict(report).headline == f"mostly arithmetic: {share} of the KL divergence, starting in the embedding"
     assert f"B has {report.weights.codes_b} parameters in codes." in verdict(report).reasons
     content = json.loads(json.dumps(comparison_json(report), allow_nan=False))
     assert content["routing"][0]["layer"] == 1
