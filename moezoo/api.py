@@ -20,6 +20,7 @@ from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import generate
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
+from moezoo.core.interventions.masks import Mode, named_masks
 from moezoo.core.interventions.top_k import with_top_k
 from moezoo.core.progress import Message, Progress
 from moezoo.core.runs.adapters import AdapterSwitch
@@ -73,22 +74,21 @@ class LoadedModel:
         path: Path = Path(),
         backend: str = "",
     ):
-        self.model = model
-        self.base = base
-        self.path, self.backend = path, backend
+        self.model, self.base, self.path, self.backend = model, base, path, backend
         self._adapters = AdapterSwitch(model, base)
-        self.config = config
-        self.tokenizer = tokenizer
-        self.step = step
-        self.published = published
-        self.problems = problems
-        self.layout = layout
-        self.devices = devices
-        self.allow_overcommit = allow_overcommit
+        self.config, self.tokenizer, self.layout = config, tokenizer, layout
+        self.step, self.published, self.problems = step, published, problems
+        self.devices, self.allow_overcommit = devices, allow_overcommit
         self.generation = (generation or GenerationConfig()).ending_with(tokenizer.end_of_text)
 
     def forward(
-        self, tokens: Integers, targets: Integers | None = None, *, replay: RoutingTrace | Integers | None = None
+        self,
+        tokens: Integers,
+        targets: Integers | None = None,
+        *,
+        replay: RoutingTrace | Integers | None = None,
+        without: str | Sequence[str] = (),
+        mode: Mode = "silence",
     ) -> Output:
         """Compute logits and routing, and losses if there are targets.
 
@@ -97,17 +97,19 @@ class LoadedModel:
             targets: int32 [B, T], the next token of each; -1 masks a target.
             replay: experts to force: int [B, T, L, K], or a trace whose first rows are these tokens. A token whose
                 experts are all -1, or that is not in the trace, is routed freely.
+            without, mode: experts such as `layers[3].experts[5,7]` to silence, or to reroute around.
 
         Returns:
             `.logits` float32 [B, T, V]; `.routing`, one per MoE layer with `.layer`, `.expert` int32 [B, T, K]
             (descending weight, ties to the lower id) and `.weight` float32 [B, T, K]; `.losses` by name.
 
-        Raises DataError: a token outside the vocabulary, not two dimensions, or more tokens than positions.
+        Raises DataError: tokens that the model cannot take. Raises SpecError: experts that cannot be left out.
         """
         checked = self._checked(tokens, "tokens")
         targets = None if targets is None else self._checked(targets, "targets", IGNORED)
         forced = None if replay is None else forced_for(replay, self.model.spec, checked)
-        return self.model.forward(checked, targets, forced=forced)
+        masks = named_masks(self.model.spec, without, mode, len(checked)) if without else None
+        return self.model.forward(checked, targets, forced=forced, masks=masks)
 
     @property
     def first_token(self) -> int | None:

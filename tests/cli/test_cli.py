@@ -482,6 +482,8 @@ def test_load_forward_generate_save(trained: Path, tmp_path: Path) -> None:
     assert np.array_equal(
         model.generate(tokens, max_new_tokens=12, temperature=0.0), other.generate(tokens, max_new_tokens=12)
     )
+    around = other.forward(tokens, without="layers[1].experts[0-2]", mode="reroute").routing[1].expert
+    assert set(around.reshape(-1)) == {3, 4}
     with pytest.raises(moezoo.MoezooError, match="expected 0 <= token <"):
         model.forward(np.array([[10_000]]))
     with pytest.raises(moezoo.MoezooError, match="expected a new or empty folder"):

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.errors import SpecError
-from moezoo.core.interventions.experts import Experts
+from moezoo.core.interventions.experts import Experts, parse_experts
 from moezoo.core.spec import GroupedTopKChoiceSpec, HashChoiceSpec, ModelSpec, MoESpec
 from moezoo.core.tokens import ExpertMasks, Integers
 
@@ -19,6 +19,11 @@ def expert_masks(spec: ModelSpec, experts: Experts, mode: Mode = "silence") -> l
     """Return the masks of each MoE layer that take these experts away from one sequence: bool [1, E]."""
     without = [np.isin(np.arange(moe.num_choices), experts.get(layer, ()))[None] for layer, moe in spec.moes]
     return masks_of(without, mode)
+
+
+def named_masks(spec: ModelSpec, names: str | Sequence[str], mode: Mode, number: int) -> list[ExpertMasks]:
+    """Return the masks that take the named experts away from a number of sequences."""
+    return [own.of_batch(number) for own in expert_masks(spec, parse_experts(spec, names), mode)]
 
 
 def masks_of(without: Sequence[NDArray[np.bool_]], mode: Mode) -> list[ExpertMasks]:

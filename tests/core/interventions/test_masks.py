@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moezoo.core.errors import SpecError
-from moezoo.core.interventions.masks import check_masks, expert_masks
+from moezoo.core.interventions.masks import check_masks, expert_masks, named_masks
 from moezoo.core.spec import (
     ChoiceSpec,
     GatedFeedForwardSpec,
@@ -32,7 +32,8 @@ def spec_of(choice: ChoiceSpec = TopKChoiceSpec(), *, bias: bool = False, **rout
 
 
 def check(spec: ModelSpec, ids, mode="reroute") -> None:
-    check_masks(spec, TOKENS_BT, [own.of_batch(2) for own in expert_masks(spec, {1: tuple(ids)}, mode)])
+    names = f"layers[1].experts[{','.join(map(str, ids))}]"
+    check_masks(spec, TOKENS_BT, named_masks(spec, names, mode, len(TOKENS_BT)))
 
 
 def test_masks_name_the_experts_of_every_layer():
