@@ -116,6 +116,8 @@ def test_click_shows_a_tokens_path_an_experts_tokens_and_the_load(browser: Chrom
     trace = demo_trace()
     browser.click("#t0-40")
     assert selected(browser) == 40
+    first = trace.rows(40, 41)
+    assert browser.text("#tip").startswith(f"Expert {first.expert[0, 0, 0]} at {first.weight[0, 0, 0]:.2f}, ")
     assert browser.text("#token h2") == "Token 40"
     expert = int(trace.column("expert", 40, 41)[0, 2, 0])
     browser.click("#token tbody tr:nth-child(3) .chip")

@@ -236,7 +236,7 @@ function start(data) {
     event.preventDefault();
     event.stopPropagation();
     next.focus();
-    if (next.role === "tab") next.click();
+    if (next.getAttribute("role") === "tab") next.click();
   }
 
   function onMapKey(event) {
@@ -249,7 +249,23 @@ function start(data) {
     update({ layer, expert });
   }
 
+  // A token's experts beside the mouse; what is selected is announced and in the details.
+  function showTip(event) {
+    const token = event.target.closest && event.target.closest(".tokens .t"), tip = $("tip");
+    tip.hidden = !token;
+    if (!token) return;
+    const trace = data.traces[Number(token.id[1])], chosen = choices(data, trace, state.layer, Number(token.dataset.n));
+    const texts = chosen.slice(0, 4).map((choice) => choice.expert + (choice.weight === null ? "" : " at " + number(choice.weight, 2)));
+    tip.textContent = (chosen.length ? "Expert " : "Not recorded") + texts.join(", ") + (chosen.length > 4 ? ", …" : "");
+    const box = token.getClientRects()[0], left = Math.min(box.left, innerWidth - tip.offsetWidth - 8);
+    tip.style.left = Math.max(8, left) + "px";
+    tip.style.top = (box.top > 40 ? box.top - tip.offsetHeight - 6 : box.bottom + 8) + "px";
+  }
+
   function listen() {
+    $("text").addEventListener("mouseover", showTip);
+    $("text").addEventListener("mouseleave", showTip);
+    $("text").addEventListener("scroll", showTip, { capture: true, passive: true });
     document.addEventListener("keydown", onKey);
     for (const id of ["legend", "tabs"]) $(id).addEventListener("keydown", onListKey);
     for (const tab of $("tabs").children) tab.onclick = () => update({ tab: tab.getAttribute("aria-controls") });
