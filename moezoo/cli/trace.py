@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="PATH", type=Path)
 @click.option("--out", required=True, type=Path, metavar="FILE", help="File to write.")
 @click.option("--data", multiple=True, metavar="[NAME=]FILE", help="Text or token ids; repeatable, a domain each.")
+@click.option("--training-data", is_flag=True, help="Record the run's training data. Default: its validation data.")
 @click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Record the first N tokens of each file.")
 @click.option("--generate", type=click.IntRange(1), metavar="N", help="Continue each document by up to N tokens.")
 @click.option("--inference", is_flag=True, help="Route as in generation. Default: as in training, without noise.")
@@ -36,6 +37,7 @@ def trace(
     path: Path,
     out: Path,
     data: tuple[str, ...],
+    training_data: bool,
     max_tokens: int | None,
     generate: int | None,
     inference: bool,
@@ -63,13 +65,15 @@ def trace(
     console, files = new_console(), dict(map(named_file, data))
     if not data and not is_run(path):
         raise DataError(f"{path} is not a run folder, so it has no data; expected --data FILE, a text or token ids.")
+    if files and training_data:
+        raise DataError("--training-data is the run's own data, beside which --data has no place. Use one of them.")
     if len(files) < len(data):
         raise DataError(f"--data has one name twice; got {', '.join(data)}. Name each domain: --data NAME=FILE.")
     model = load_model(path, backend, adapter=adapter, allow_overcommit=allow_overcommit)
     warn(*model.problems)
     with show_progress(console, "recording ...", _tokens_line) as show:
         recorded = model.trace(
-            files or _own_data(console, path, model),
+            files or _own_data(console, path, model, training=training_data),
             out,
             max_tokens=max_tokens,
             generate=generate or 0,
@@ -91,8 +95,8 @@ def _tokens_line(what: str, done: int, total: int | None, pace: Pace) -> str:
     return f"{what}: {done:,} of {total or 0:,} {unit}, eta {pace.eta(done, total)}"
 
 
-def _own_data(console: "Console", path: Path, model: "LoadedModel") -> "list[TracedData]":
-    """Return a run's validation data, a domain for each source."""
+def _own_data(console: "Console", path: Path, model: "LoadedModel", *, training: bool) -> "list[TracedData]":
+    """Return a run's validation or training data, a domain for each source."""
     from moezoo.cli.data import prepare_with_progress
     from moezoo.core.runs.run_data import changed_data
     from moezoo.core.runs.run_folder import run_of
@@ -100,6 +104,6 @@ def _own_data(console: "Console", path: Path, model: "LoadedModel") -> "list[Tra
 
     prepared = prepare_with_progress(console, model.config, str(path), model.tokenizer, quiet=True)
     warn(*changed_data(run_of(path), prepared.summary))
-    split = prepared.validation
+    split = prepared.train if training else prepared.validation
     names = tuple(source.name for source in getattr(split, "sources", ())) or (split.source_names,)
     return [TracedData(names, split)]

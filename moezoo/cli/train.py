@@ -1,5 +1,6 @@
 """`moezoo train` and `moezoo launch`."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moezoo.cli.data import prepare_with_progress
-from moezoo.cli.options import backend_option, group_options, mesh_option, overcommit_option, set_option
+from moezoo.cli.options import backend_option, group_options, mesh_option, overcommit_option, replay_option, set_option
 from moezoo.cli.output import continue_without_output, new_console, print_lines, warn
 from moezoo.core.distributed.process_group import ProcessGroup
 from moezoo.core.errors import RunError, TokenizerError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @set_option
 @mesh_option
 @click.option("--resume", is_flag=True, help="Resume the run in the run folder from its newest checkpoint.")
+@replay_option
 @overcommit_option
 @click.option("--allow-changed-data", is_flag=True, help="Resume although the data changed since the run was started.")
 @group_options
@@ -40,6 +42,7 @@ def train(
     overrides: tuple[str, ...],
     mesh: str | None,
     resume: bool,
+    replay: Path | None,
     allow_overcommit: bool,
     allow_changed_data: bool,
     group: ProcessGroup | None,
@@ -58,17 +61,19 @@ def train(
     from moezoo.core.runs.init_from import check_initial_weights, frozen_bytes, initial_tokenizer
     from moezoo.core.runs.run_data import check_data
     from moezoo.core.runs.run_folder import load_run_tokenizer, prepare_run
+    from moezoo.core.traces.trace_file import open_trace
     from moezoo.core.training.loop import train as run_training
 
     continue_without_output()
+    trace = open_trace(replay) if replay else None
     path = out or Path("runs") / config_path.stem
     config, resumed = _config(config_path, overrides, mesh, path if resume else None)
     loaded = load_backend(backend, config.mesh, group, startup_s)
     is_first = loaded.processes.is_first
     console = new_console(quiet=not is_first)
     tokenizer = load_run_tokenizer(path) if resumed else initial_tokenizer(config)
-    prepare = partial(_prepared, console, config, str(config_path), tokenizer, resumed=resumed)
-    data = first_process_first(loaded, prepare)
+    given = (console, config, str(config_path), tokenizer)
+    data = first_process_first(loaded, partial(_prepared, *given, resumed=resumed))
     config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
     if not resumed:
         check_initial_weights(config)
@@ -76,21 +81,19 @@ def train(
         loaded.processes.share(config.training.batch_size // config.training.gradient_accumulation)
     frozen = frozen_bytes(config, path if resumed else None)
     warnings = check_training(config, loaded.devices(), frozen_bytes=frozen, allow_overcommit=allow_overcommit)
-    warn(*(warnings if is_first else []))
     run = first_process_first(loaded, lambda: prepare_run(path, config, resume=resume))
     changes = check_data(path, data.summary, allow_changed=allow_changed_data) if resumed else []
-    warn(*(changes if is_first else []))
-    console.print(training_header(config, {"backend": loaded.name, **loaded.facts(), "run": str(path)}))
-    if is_first and not resumed:
-        warn(*tokenizer_notes(data.tokenizer))
-    training = config.training
-    tokens = training.steps * training.batch_size * training.sequence_length
+    warn(*([*warnings, *changes] if is_first else []))
+    facts = {"backend": loaded.name, **loaded.facts(), **({"replay": str(replay)} if replay else {}), "run": str(path)}
+    console.print(training_header(config, facts))
+    warn(*(tokenizer_notes(data.tokenizer) if is_first and not resumed else []))
+    tokens = math.prod((config.training.steps, config.training.batch_size, config.training.sequence_length))
     print_lines(console, *(source.describe(tokens) for source in data.summary))
     reporter = _reporter(console, config, run) if is_first else None
-    result = run_training(config, data, loaded, run, reporter=reporter, exits=True)
+    result = run_training(config, data, loaded, run, reporter=reporter, replay=trace, exits=True)
     loaded.leave()
     if is_first:
-        resume_command = _resume_command(config_path, backend, out, overrides, mesh, allow_overcommit)
+        resume_command = _resume_command(config_path, backend, out, overrides, mesh, replay, allow_overcommit)
         _finish(console, config, run, path, result, resume_command)
 
 
@@ -165,6 +168,7 @@ def _resume_command(
     out: Path | None,
     overrides: tuple[str, ...],
     mesh: str | None,
+    replay: Path | None,
     allow_overcommit: bool,
 ) -> str:
     """Return the command that resumes a run, in as many processes as `moezoo launch` has started."""
@@ -180,6 +184,7 @@ def _resume_command(
     for override in overrides:
         words += ["--set", override]
     words += ["--mesh", mesh] if mesh else []
+    words += ["--replay", str(replay)] if replay else []
     words += ["--allow-overcommit"] if allow_overcommit else []
     return shlex.join([*words, "--resume"])
 

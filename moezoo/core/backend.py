@@ -255,6 +255,7 @@ class Model(Protocol):
         keys: Bits | None = None,
         targets: Integers | None = None,
         documents: Integers | None = None,
+        forced: Sequence[Integers] | None = None,
     ) -> PendingStep:
         """Do one update on windows int32 [A, B, T + 1]: A micro-batches of B sequences, inputs and next tokens.
 
@@ -270,6 +271,7 @@ class Model(Protocol):
             keys: uint32 [A, 2], the key of each micro-batch; None: no noise.
             targets: int32 [A, B, T], any of which may be IGNORED; None: `windows[..., 1:]`.
             documents: int32 [A, B, T], as in `forward`.
+            forced: experts int32 [A, B, T, K] per MoE layer, as in `forward`. Routers keep their gradient.
 
         Raises DataError: all targets of the step are IGNORED. With several processes the loss is NaN then
         (`core.training.batches` refuses such a step), and one whose own targets are all IGNORED contributes nothing.

@@ -13,6 +13,7 @@ from moezoo.core.backend import StepMetrics
 from moezoo.core.config.optimizers import OptimizerConfig
 from moezoo.core.config.training import Layers, Rematerialize
 from moezoo.core.config.update_rules import UpdateRule, state_axes, update_rules
+from moezoo.core.layer_routing import check_forced
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
 from moezoo.core.parameters.trained import router_trains
@@ -78,10 +79,11 @@ class JaxTraining(JaxInference):
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
         check_documents(tokens, targets, documents)
+        check_forced(self.spec, tokens, forced)
         parts = self._split_trained(trained)
         with self._traced(len(tokens)):
             (_, (terms, *_)), gradients = self._gradients(
-                *parts, self._state, tokens, targets, documents, key, flatten_forced(forced)
+                *parts, self._state, tokens, targets, documents, None if forced is None else list(forced), key
             )
         return {name: float(value) for name, value in terms.items()}, self._stacks.unstack(to_numpy(gradients))
 
@@ -93,12 +95,13 @@ class JaxTraining(JaxInference):
         tokens: jax.Array,
         targets: jax.Array,
         documents: jax.Array | None = None,
-        key: jax.Array | None = None,
         forced: Sequence[jax.Array] | None = None,
+        key: jax.Array | None = None,
         **of_step: Any,
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], list[jax.Array | None], tuple[list[jax.Array], list[jax.Array]]]]:
         """Return the loss; and every loss term, cutoffs, and loads and drops. `of_step`: see `_terms`."""
         module, how = self._transformed({**frozen, **trained}, state, tokens, self._rematerialize)
+        forced = flatten_forced(forced)
         result = module(tokens, forced=forced, key=key, document_BT=documents, **how._asdict())
         terms = self._terms(result, targets, documents=packed_documents(documents), **of_step)
         cutoffs = [routing.cutoff_E for routing in result.routings]
@@ -152,10 +155,12 @@ class JaxTraining(JaxInference):
         keys: Bits | None = None,
         targets: np.ndarray | None = None,
         documents: np.ndarray | None = None,
+        forced: Sequence[np.ndarray] | None = None,
     ) -> PendingJaxStep:
-        batch = step_batch(windows, targets, documents)
+        batch = step_batch(windows, targets, documents, forced)
         check_targets(batch.tokens, batch.targets, whole=processes().count == 1)
-        check_documents(*batch)
+        check_documents(batch.tokens, batch.targets, documents)
+        check_forced(self.spec, batch.tokens, forced)
         if self._placement is not None:
             batch = jax.tree.map(self._placement.of_all_processes, batch)
         with self._traced(batch.tokens.shape[1]), lost_peer():
@@ -221,7 +226,8 @@ class JaxTraining(JaxInference):
     ) -> list[jax.Array]:
         """Return, per MoE layer, how many tokens chose each expert."""
         module, how = self._transformed(parameters, state, part.tokens)
-        return routing_load(module(part.tokens, key=key, document_BT=part.documents, **how._asdict()))[0]
+        given = {"forced": flatten_forced(part.forced), "document_BT": part.documents}
+        return routing_load(module(part.tokens, key=key, **given, **how._asdict()))[0]
 
     def _split_trained(self, names: Collection[str] | None) -> tuple[Parameters, Parameters]:
         """Return the held arrays of the parameters of these names, and those of the others. None: all are trained.

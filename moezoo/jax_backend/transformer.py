@@ -72,8 +72,10 @@ class StepInputs(NamedTuple):
         self, index: int | jax.Array, previous_PE: jax.Array | None, key: jax.Array | None
     ) -> RoutingContext:
         """Spec: moezoo.core.reference.transformer.StepInputs.routing_context."""
+        # Where layers are scanned, `given` is of this one alone.
+        own = self.given.get(index) if isinstance(index, int) else next(iter(self.given.values()), None)
         return replace(
-            self.given.get(index, NO_CONTEXT) if isinstance(index, int) else NO_CONTEXT,
+            own or NO_CONTEXT,
             token_P=self.tokens_BT.reshape(-1),
             previous_PE=previous_PE,
             key=key,
@@ -164,7 +166,7 @@ class Layer(nnx.Module):
         input_BTZ: jax.Array | None,
         sources: Mapping[int, Source | None],
     ) -> tuple[ResidualState, LayerOutput]:
-        """`index` may be traced where nothing is recorded or given, and nothing is cached."""
+        """`index` may be traced where nothing is recorded, and nothing is cached."""
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
         x_BTD = state.x_BTD

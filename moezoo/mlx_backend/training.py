@@ -13,6 +13,7 @@ from moezoo.core.config.optimizers import OptimizerConfig
 from moezoo.core.config.training import Layers, Rematerialize
 from moezoo.core.config.update_rules import update_rules
 from moezoo.core.errors import TrainingError
+from moezoo.core.layer_routing import check_forced
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import check_float32
 from moezoo.core.parameters.trained import router_trains
@@ -74,6 +75,7 @@ class MlxTraining(MlxInference):
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         check_targets(tokens, targets)
         check_documents(tokens, targets, documents)
+        check_forced(self.spec, tokens, forced)
         trained = self._rows.keys() if trained is None else trained
         check_no_codes([name for name in self._codes() if name in trained])
         self._freeze_others(trained)
@@ -81,8 +83,8 @@ class MlxTraining(MlxInference):
             mx.array(tokens),
             mx.array(targets),
             None if documents is None else mx.array(documents),
-            None if key is None else mx.array(key),
             flatten_forced(forced),
+            None if key is None else mx.array(key),
         )
         gradients, terms = data_parallel.averaged(gradients, terms)
         mx.eval(terms, gradients)
@@ -94,8 +96,8 @@ class MlxTraining(MlxInference):
         tokens: mx.array,
         targets: mx.array,
         documents: mx.array | None = None,
-        key: mx.array | None = None,
         forced: Sequence[mx.array] | None = None,
+        key: mx.array | None = None,
         **of_step: Any,
     ) -> tuple[mx.array, dict[str, mx.array], list[mx.array | None], tuple[list[mx.array], list[mx.array]]]:
         """Return the loss, every loss term, cutoffs of the routers, and loads and drops. `of_step`: see `_terms`."""
@@ -143,14 +145,20 @@ class MlxTraining(MlxInference):
         keys: Bits | None = None,
         targets: np.ndarray | None = None,
         documents: np.ndarray | None = None,
+        forced: Sequence[np.ndarray] | None = None,
     ) -> PendingMlxStep:
         tokens, targets = windows[..., :-1], windows[..., 1:] if targets is None else targets
         check_targets(tokens, targets, whole=data_parallel.processes().count == 1)
         check_documents(tokens, targets, documents)
+        check_forced(self.spec, tokens, forced)
         self._optimizer.set_learning_rate(learning_rate)
         each_key = [None] * len(windows) if keys is None else [mx.array(key) for key in keys]
         each_documents = [None] * len(windows) if documents is None else [mx.array(part) for part in documents]
-        parts = list(zip(map(mx.array, tokens), map(mx.array, targets), each_documents, each_key, strict=True))
+        each_forced = [
+            None if forced is None else flatten_forced([own[a] for own in forced]) for a in range(len(windows))
+        ]
+        arrays = (map(mx.array, tokens), map(mx.array, targets), each_documents, each_forced, each_key)
+        parts = list(zip(*arrays, strict=True))
         of_step: dict[str, Any] = {}
         if len(parts) > 1:
             of_step["num_targets"] = data_parallel.average(mx.array(np.sum(targets != IGNORED) / len(parts)))
@@ -159,7 +167,7 @@ class MlxTraining(MlxInference):
             loads = _sum_over(self._loads, parts)
             (of_step["global_load"],) = data_parallel.summed(loads)
 
-        def micro_batch(*part: mx.array | None) -> Any:
+        def micro_batch(*part: Any) -> Any:
             (_, terms, cutoffs, load), gradients = self._loss_and_gradients(*part, **of_step)
             return (gradients, terms, cutoffs), load
 
@@ -183,9 +191,16 @@ class MlxTraining(MlxInference):
             mx.async_eval(values, self._module.state, self._optimizer.state)
         return PendingMlxStep(values)
 
-    def _loads(self, tokens: mx.array, _: mx.array, documents: mx.array | None, key: mx.array | None) -> list[mx.array]:
+    def _loads(
+        self,
+        tokens: mx.array,
+        _: mx.array,
+        documents: mx.array | None,
+        forced: Sequence[mx.array] | None,
+        key: mx.array | None,
+    ) -> list[mx.array]:
         """Return, per MoE layer, how many tokens chose each expert."""
-        return routing_load(self._module(tokens, key=key, document_BT=documents))[0]
+        return routing_load(self._module(tokens, forced=forced, key=key, document_BT=documents))[0]
 
     def _freeze_others(self, trained: Collection[str]) -> None:
         """Let MLX compute gradients of these parameters only."""
@@ -201,8 +216,8 @@ def _dtype_name(value: mx.array) -> str:
     return str(value.dtype).rpartition(".")[2]
 
 
-def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[mx.array | None, ...]]) -> Any:
-    """Sum `micro_batch(tokens, targets, documents, key)` over the parts."""
+def _sum_over(micro_batch: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> Any:
+    """Sum `micro_batch(tokens, targets, documents, forced, key)` over the parts."""
     total = micro_batch(*parts[0])
     for part in parts[1:]:
         # Trap: MLX's tree_map calls the function on None too, which is the cutoffs of a router without any.

@@ -21,8 +21,8 @@ from tests.support.traces import synthetic_trace
 
 SURFACE = {
     "train": [
-        *("CONFIG", "--backend", "--out", "--set", "--mesh", "--resume", "--allow-overcommit"),
-        *("--allow-changed-data", "--coordinator"),
+        *("CONFIG", "--backend", "--out", "--set", "--mesh", "--resume", "--replay"),
+        *("--allow-overcommit", "--allow-changed-data", "--coordinator"),
         *("--num-processes", "--process-id", "--startup-timeout", "--heartbeat-timeout", "--shutdown-timeout"),
     ],
     "launch": ["--nproc", "COMMAND..."],
@@ -83,8 +83,8 @@ SURFACE = {
         *("--json", "--csv", "--pictures"),
     ],
     "trace": [
-        *("PATH", "--out", "--data", "--max-tokens", "--generate", "--inference", "--sequence-length", "--batch-size"),
-        *("--adapter", "--backend", "--allow-overcommit", "--json"),
+        *("PATH", "--out", "--data", "--training-data", "--max-tokens", "--generate", "--inference"),
+        *("--sequence-length", "--batch-size", "--adapter", "--backend", "--allow-overcommit", "--json"),
         *("--from", "--to", "--model", "--layers", "--experts", "--top-k"),
     ],
     "explore": ["TRACE [TRACE2", "--out", "--tokens", "--demo"],
@@ -285,6 +285,11 @@ def test_trace_has_the_losses_of_eval_and_python_records_the_same(trained: Path,
     again = moezoo.load(trained, "mlx").trace({"owls": folder / "owls.txt"}, max_tokens=50, generate=2)
     assert again.info == open_trace(out).info
     np.testing.assert_array_equal(again.rows().expert, open_trace(out).rows().expert)
+    training = ("--training-data", "--max-tokens", 500, "--out", out)
+    assert call("trace", trained, "--backend", "mlx", *training).exit_code == 0
+    options = ("--set", "training.steps=1", "--set", "training.final_validation_sequences=3")
+    command = ("train", folder / "small.yaml", "--backend", "mlx", *options)
+    assert call(*command, "--replay", out, "--out", folder / "replayed").exit_code == 0
     assert_error(call("trace", folder, "--out", out), "DataError", "is not a run folder, so it has no data")
     assert_error(call("trace", trained, "--out", out, "--data", data, "--data", data), "DataError", "one name twice")
 

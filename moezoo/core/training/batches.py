@@ -7,7 +7,8 @@ from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.batch import Batch
 from moezoo.core.data.prepare import AnySplit
 from moezoo.core.errors import DataError
-from moezoo.core.tokens import IGNORED, targets_of, tokens_of
+from moezoo.core.tokens import IGNORED, Integers, targets_of, tokens_of
+from moezoo.core.traces.replay import Replay
 
 
 class Batches:
@@ -17,8 +18,22 @@ class Batches:
         failure: the error of a batch that was read ahead, which another process must learn of before its turn.
     """
 
-    def __init__(self, split: AnySplit, training: TrainingConfig, own: NDArray[np.int64], *, ahead: bool):
-        """`own`: indices of this process's sequences in a micro-batch. `ahead`: there are several processes."""
+    def __init__(
+        self,
+        split: AnySplit,
+        training: TrainingConfig,
+        own: NDArray[np.int64],
+        *,
+        ahead: bool,
+        replay: Replay | None = None,
+    ):
+        """`own`: indices of this process's sequences in a micro-batch. `ahead`: there are several processes.
+
+        `replay`: routing to force, by the place of a token in its source.
+        """
+        if replay is not None:
+            replay.check_sources(len(getattr(split, "sources", "1")))
+        self._replay = replay
         self.failure: DataError | None = None
         self._split, self._training, self._own, self._ahead = split, training, own, ahead
         self._ready: dict[int, Batch] = {}
@@ -42,12 +57,28 @@ class Batches:
         """Return the batch of a step, counted from 1. Raises DataError."""
         return self._ready.pop(step) if step in self._ready else self._read(step)
 
+    def forced(self, step: int, batch: Batch) -> list[Integers] | None:
+        """Return the experts to force in a step with this batch, [A, b, T, K] per MoE layer; None without a replay.
+
+        Raises DataError: the trace has other tokens.
+        """
+        if self._replay is None:
+            return None
+        training, tokens = self._training, batch.windows[..., :-1]
+        sizes = (training.batch_size, training.sequence_length, training.seed)
+        positions = self._split.positions(step - 1, *sizes, self._own_rows())
+        flat = self._replay.forced(positions, tokens.reshape(-1, tokens.shape[-1]))
+        return [own.reshape(*tokens.shape, -1) for own in flat]
+
+    def _own_rows(self) -> NDArray[np.int64]:
+        """Return the rows of a step's batch that are this process's, by micro-batch."""
+        micro_batches = self._training.gradient_accumulation
+        offsets = np.arange(micro_batches) * (self._training.batch_size // micro_batches)
+        return np.add.outer(offsets, self._own).ravel()
+
     def _read(self, step: int) -> Batch:
         training = self._training
-        micro_batches = training.gradient_accumulation
-        offsets = np.arange(micro_batches) * (training.batch_size // micro_batches)
-        rows = np.add.outer(offsets, self._own).ravel()
-        batch = self._rows(step, rows)
+        batch = self._rows(step, self._own_rows())
         # A process without targets reads the whole batch: others may have some, or else all find the same.
         if not (batch.targets != IGNORED).any() and not (self._rows(step).targets != IGNORED).any():
             raise DataError(
@@ -55,7 +86,7 @@ class Batches:
                 f"are masked; expected at least one to train on; {self._split.source_names}. Use a larger "
                 "training.batch_size or sequence_length, or shorter prompts."
             )
-        return batch.by_micro_batch(micro_batches)
+        return batch.by_micro_batch(training.gradient_accumulation)
 
     def _rows(self, step: int, rows: NDArray[np.int64] | None = None) -> Batch:
         """Read these rows of a step's batch; None: all."""

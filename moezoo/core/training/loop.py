@@ -24,6 +24,8 @@ from moezoo.core.runs.init_from import InitialWeights, open_initial_weights, wit
 from moezoo.core.runs.run_folder import Run, resume_point
 from moezoo.core.runs.run_writer import RunWriter
 from moezoo.core.signals import stop_on_signal
+from moezoo.core.traces.replay import Replay
+from moezoo.core.traces.trace import RoutingTrace
 from moezoo.core.training.batches import Batches
 from moezoo.core.training.check_routers import check_routers
 from moezoo.core.training.evaluation import (
@@ -65,6 +67,7 @@ def train(
     run: Run,
     *,
     reporter: Reporter | None = None,
+    replay: RoutingTrace | None = None,
     exits: bool = False,
 ) -> TrainingResult:
     """Train to `training.steps`, from the run's newest intact checkpoint if it has one.
@@ -74,6 +77,9 @@ def train(
     the device does not return. With several processes, all take part in every step and validation and stop after the
     same step, whichever got the signal; only the first one writes files and reports.
 
+    With `replay`, routers take the experts of a trace of the training data, with a domain for each source (R3): weights
+    are their own, and keep their gradient. Validation routes freely.
+
     The folder of a new run is created after its first step, so that a start that is refused leaves nothing behind.
 
     Raises TrainingError: the loss or a parameter is not finite. Nothing is saved then, so the last good checkpoint
@@ -82,7 +88,7 @@ def train(
     """
     writer = RunWriter(run) if backend.processes.is_first else None
     try:
-        training = _Training(config, data, backend, run, writer, reporter or SilentReporter())
+        training = _Training(config, data, backend, run, writer, reporter or SilentReporter(), replay)
     except BaseException:
         if writer is not None:
             writer.close()
@@ -105,6 +111,7 @@ class _Training:
         run: Run,
         writer: RunWriter | None,
         reporter: Reporter,
+        replay: RoutingTrace | None,
     ):
         self.config, self.data, self.run, self.backend = config, data, run, backend
         self.is_first, self.writer = backend.processes.is_first, writer
@@ -124,7 +131,8 @@ class _Training:
         self.layout, self.base = (None, None) if initial is None else (initial.layout, initial.base)
         self.metrics: MetricsFile | None = None  # opened when the first step is done
         own = self.model.own_sequences(config.training.batch_size // config.training.gradient_accumulation)
-        self.batches = Batches(data.train, config.training, own, ahead=backend.processes.count > 1)
+        several, forced = backend.processes.count > 1, None if replay is None else Replay(replay, config.model)
+        self.batches = Batches(data.train, config.training, own, ahead=several, replay=forced)
         self.pending: list[tuple[int, float, PendingStep]] = []  # step, learning rate, metrics
         self.in_flight = _IN_FLIGHT
         self.stop_requests: list[PendingNumbers] = []
@@ -250,7 +258,9 @@ class _Training:
         batch = self.batches.take(step)
         rate = learning_rate(optimizer.schedule, optimizer.learning_rate, step - 1, training.steps)
         keys = micro_batch_keys(training.seed, step - 1, training.gradient_accumulation)
-        started = self.model.train_step(batch.windows, rate, keys, batch.targets, batch.documents)
+        forced = self.batches.forced(step, batch)
+        replayed: dict[str, Any] = {} if forced is None else {"forced": forced}
+        started = self.model.train_step(batch.windows, rate, keys, batch.targets, batch.documents, **replayed)
         self.pending.append((step, rate, started))
         self.trained = step
         if step % training.log_every == 0 or step == self.first_step + 1:

@@ -126,7 +126,7 @@ class Stacks:
 class ScannedTransformer(Transformer):
     """A Transformer in which a run of layers is one layer, with the arrays of all.
 
-    With caches, given routing or recorded intermediates, the layers run unrolled: each slices its own arrays.
+    With caches or recorded intermediates, the layers run unrolled: each slices its own arrays.
     """
 
     def __init__(self, spec: ModelSpec, weights: Weights, runs: Sequence[range]):
@@ -154,7 +154,7 @@ class ScannedTransformer(Transformer):
     def _run_layers(
         self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: jax.Array | None
     ) -> tuple[ResidualState, list[LayerOutput]]:
-        if inputs.caches is not None or inputs.given or inputs.record is not None:
+        if inputs.caches is not None or inputs.record is not None:
             return super()._run_layers(state, inputs, inputs_BTLZ)
         sources: dict[int, Any] = {}
         outputs: list[LayerOutput] = []
@@ -185,15 +185,19 @@ class ScannedTransformer(Transformer):
 
         def one_layer(carried: tuple[jax.Array, jax.Array | None], own: Any) -> Any:
             x_BTD, previous_PE = carried
-            own_state, index, input_BTZ = own
+            own_state, index, input_BTZ, context = own
             layer = nnx.merge(graph, own_state)
             entering = state._replace(x_BTD=x_BTD, previous_PE=previous_PE)
-            leaving, output = layer(entering, inputs, index, input_BTZ, sources)
+            own_inputs = inputs._replace(given={} if context is None else {run.start: context})
+            leaving, output = layer(entering, own_inputs, index, input_BTZ, sources)
             output = output._replace(source=None)  # ignored: a layer that others attend to stays alone
             return (leaving.x_BTD, None if chained is None else leaving.previous_PE), output
 
         indices = jnp.arange(run.start, run.stop)
-        (x_BTD, _), stacked_outputs = lax.scan(one_layer, (state.x_BTD, chained), (stacked_state, indices, inputs_LBTZ))
+        contexts = [inputs.given[index] for index in run if index in inputs.given]
+        context = jax.tree.map(lambda *own: jnp.stack(own), *contexts) if contexts else None
+        each = (stacked_state, indices, inputs_LBTZ, context)
+        (x_BTD, _), stacked_outputs = lax.scan(one_layer, (state.x_BTD, chained), each)
         outputs = _each(stacked_outputs, len(run))
         routing = outputs[-1].routing
         previous_PE = state.previous_PE if routing is None else routing.logits_PE

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.prepare import whole_file
 from moezoo.core.errors import DataError
 from moezoo.core.tokens import NOT_REPLAYED
@@ -10,6 +11,7 @@ from moezoo.core.traces.continuations import RecordOptions
 from moezoo.core.traces.replay import Replay, forced_for, forced_routing
 from moezoo.core.traces.trace import TraceRows, trace_of
 from moezoo.core.traces.trace_data import TracedData
+from moezoo.core.training.batches import Batches
 from moezoo.core.training.evaluation import evaluate
 from tests.core.traces.test_record import TOKENIZER, T, built, recorded
 from tests.support.tolerances import FLOAT32, assert_close
@@ -97,6 +99,29 @@ def test_a_forward_pass_replays_arrays_and_the_first_rows_of_a_trace(model, tmp_
     ):
         with pytest.raises(DataError, match=message):
             forced_for(wrong, model.spec, tokens)
+
+
+def test_training_takes_the_routing_of_each_token_at_its_place(model, tmp_path):
+    data = data_of(tmp_path)
+    trace = recorded(model, [data])
+    training = TrainingConfig(steps=9, batch_size=4, sequence_length=T, gradient_accumulation=2, seed=3)
+    own = np.array([1])  # of two processes
+    batches = Batches(data.split, training, own, ahead=False, replay=Replay(trace, model.spec))
+    batch = batches.take(5)
+    place = data.split.positions(4, 4, T, 3, np.array([1, 3])).place
+    for layer, forced in enumerate(batches.forced(5, batch)):
+        assert forced.shape == (2, 1, T, 2)
+        np.testing.assert_array_equal(forced[:, 0], trace.column("expert")[place][:, :, layer])
+    assert Batches(data.split, training, own, ahead=False).forced(5, batch) is None
+    other = Batches(
+        data.split,
+        training,
+        own,
+        ahead=False,
+        replay=Replay(changed(trace, token=trace.column("token") + 1), model.spec),
+    )
+    with pytest.raises(DataError, match="expected the same tokens"):
+        other.forced(5, batch)
 
 
 def test_another_models_trace_is_refused(model, tmp_path):
