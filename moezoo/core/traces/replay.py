@@ -72,7 +72,7 @@ class Replay:
         if trace.info.num_experts != counts:
             raise DataError(
                 f"{trace.where} has {_list(trace.info.num_experts)} experts by layer, but the model has "
-                f"{_list(counts)}. Use the trace of a model like it."
+                f"{_list(counts) or 'none'}. Use the trace of a model like it."
             )
         trace.require("token", purpose="a replay")
         self._trace, self._spec = trace, spec
