@@ -1,9 +1,10 @@
 """moezoo: one spec for mixture-of-experts language models, implemented in Flax NNX and in MLX, and proven equal.
 
-The public API is `load`, `load_config`, `parity`, the config and spec classes, and the base class of errors. Importing
-it does not import jax or mlx.
+The public API is `load`, `load_config`, `parity`, `compare`, the config and spec classes, and the base class of errors.
+Importing it does not import jax or mlx.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moezoo.api import LoadedModel
     from moezoo.core.backend import Backend
+    from moezoo.core.comparison.result import Comparison
     from moezoo.core.config.run_config import Config
     from moezoo.core.errors import MoezooError
     from moezoo.core.parameters import parameter_table
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from moezoo.core.spec import ModelSpec
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ModelSpec", "MoezooError", "load", "load_config", "parameter_table", "parity"]
+__all__ = ["Config", "ModelSpec", "MoezooError", "compare", "load", "load_config", "parameter_table", "parity"]
 
 _LAZY = {
     "Config": "moezoo.core.config.run_config",
@@ -79,6 +81,30 @@ def parity(path: str | Path, *, adapter: str | Path | None = None) -> "ParityRep
     from moezoo.core.parity.check import parity_of
 
     return parity_of(path, {name: load_backend(name) for name in NAMES}, adapter=adapter)
+
+
+def compare(
+    a: "LoadedModel",
+    b: "LoadedModel",
+    data: str | Path,
+    *,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+) -> "Comparison":
+    """Compare two models on a file of text or token ids, and say whether they differ by routing or arithmetic.
+
+    Args:
+        a, b: models of the same vocabulary, MoE layers and experts per token.
+        data: text, JSON lines, or token ids (.npy, .bin).
+        sequence_length: tokens per window; None: as model A was trained (512 for a Hugging Face checkpoint).
+        max_windows: number of windows, at most, spread evenly over the file; None: all.
+
+    Raises SpecError, DataError, TokenizerError or OutOfMemoryError.
+    """
+    from moezoo.core.comparison.result import compare_loaded
+
+    sizes = {"sequence_length": sequence_length, "max_windows": max_windows}
+    return compare_loaded(a, b, data, **sizes, on_message=warnings.warn)
 
 
 def __getattr__(name: str) -> Any:

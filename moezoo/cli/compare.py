@@ -53,7 +53,6 @@ def compare(
     Without B, A is compared with itself on another backend, in another precision, or with an adapter. B may also be a
     routing trace (.safetensors): then routing alone is compared, and replayed in A.
     """
-
     sides = list(zip(_pair(backend, "--backend"), _pair(compute, "--compute"), strict=True))
     traced = b is not None and b.suffix == ".safetensors"
     if sides[0] == sides[1] and adapter is None and b is None:
@@ -82,11 +81,10 @@ def _compared(
 ) -> "tuple[dict[str, Any], RenderableType]":
     """Return the comparison of two models, as data and as a page."""
     from moezoo.core.comparison.compare import compare_models
-    from moezoo.core.comparison.page import comparison_page
-    from moezoo.core.comparison.verdict import comparison_json
+    from moezoo.core.comparison.result import with_verdict
 
-    report = compare_models(a, b, *_windows(path, a, b, data, sizes), show)
-    return comparison_json(report), comparison_page(report)
+    compared = with_verdict(compare_models(a, b, *_windows(path, a, b, data, sizes), show))
+    return compared.to_json(), compared.page()
 
 
 def _compared_with_trace(
@@ -124,20 +122,11 @@ def _line(what: str, done: int, total: int | None, pace: Pace) -> str:
 
 def _load(path: Path, backend: str | None, compute: str | None, adapter: Path | None, allow_overcommit: bool) -> "Side":
     from moezoo.api import load_model
-    from moezoo.core.comparison.side import Side
+    from moezoo.core.comparison.side import side_of
 
     loaded = load_model(path, backend, compute, adapter=adapter, allow_overcommit=allow_overcommit)
     warn(*loaded.problems)
-    return Side(
-        name=f"{path}{f' with {adapter}' if adapter else ''}{f', step {loaded.step}' if loaded.step else ''}",
-        model=loaded.model,
-        backend=loaded.backend,
-        config=loaded.config,
-        tokenizer=loaded.tokenizer,
-        first_token=loaded.first_token if loaded.published else None,
-        devices=loaded.devices,
-        allow_overcommit=allow_overcommit,
-    )
+    return side_of(loaded, str(path) if adapter is None else f"{path} with {adapter}")
 
 
 def _windows(

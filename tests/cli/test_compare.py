@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import moezoo
 from moezoo.cli.main import main
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
@@ -63,6 +64,14 @@ def test_json_of_two_precisions_of_one_model(folder: Path) -> None:
     assert values["verdict"]["kind"] == "rounding"
     assert values["tokens"] == 179
     assert values["weights"]["differing"] == []
+
+
+def test_the_function_returns_what_the_command_prints(folder: Path) -> None:
+    one, two = (moezoo.load(folder / name, "mlx") for name in ("one", "two"))
+    found = moezoo.compare(one, two, folder / "own.txt", max_windows=2)
+    words = ("--data", folder / "own.txt", "--windows", 2, "--backend", "mlx", "--json")
+    assert found.to_json() == json.loads(call(folder / "one", folder / "two", *words).stdout)
+    assert found.verdict.kind in ("routing", "arithmetic", "both")
 
 
 def test_one_model_has_nothing_to_be_compared_with(folder: Path) -> None:

@@ -9,7 +9,7 @@ from moezoo.core.comparison.divergence import Effect
 from moezoo.core.comparison.intermediates import PARTS
 from moezoo.core.comparison.report import ComparisonReport
 from moezoo.core.comparison.routing_changes import RoutingChange
-from moezoo.core.comparison.verdict import verdict
+from moezoo.core.comparison.verdict import Verdict
 from moezoo.core.reports.text import new_table
 
 if TYPE_CHECKING:
@@ -28,12 +28,11 @@ _COLUMNS = {
 }
 
 
-def comparison_page(report: ComparisonReport) -> "RenderableType":
+def comparison_page(report: ComparisonReport, found: Verdict) -> "RenderableType":
     """Return the verdict, the split of the difference, and tables by layer; for 80 columns."""
     from rich.console import Group
     from rich.text import Text
 
-    found = verdict(report)
     parts: list[RenderableType] = [
         Text(f"A  {report.a}"),
         Text(f"B  {report.b}"),

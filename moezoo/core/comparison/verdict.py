@@ -1,11 +1,10 @@
 """The verdict of a comparison in words: routing or arithmetic, in which layer it starts, and in which part."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from moezoo.core.comparison.report import ComparisonReport
-from moezoo.core.parity.report import json_safe
 
 Kind = Literal["equal", "rounding", "routing", "arithmetic", "both"]
 _MOSTLY = 2 / 3  # share of the KL divergence from which one of the two is the verdict
@@ -47,13 +46,6 @@ def verdict(report: ComparisonReport) -> Verdict:
     reasons = tuple(filter(None, (sentence(report) for sentence in about)))
     headline = _headline(report, kind, layer, part) if cause else _headline_by_share(report, kind, layer, part)
     return Verdict(kind, layer, part, headline, reasons)
-
-
-def comparison_json(report: ComparisonReport) -> dict[str, Any]:
-    """Return a report with its verdict as plain data; infinities and NaN are strings."""
-    split = {name: getattr(report, name) for name in ("routing_kl", "routing_loss", "routing_share")}
-    content: dict[str, Any] = json_safe({"verdict": asdict(verdict(report)), **split, **asdict(report)})
-    return content
 
 
 def _cause(report: ComparisonReport) -> Kind | None:

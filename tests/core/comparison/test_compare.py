@@ -10,10 +10,10 @@ from rich.console import Console
 
 from moezoo.backends import load_backend
 from moezoo.core.comparison.compare import compare_models
-from moezoo.core.comparison.page import comparison_page
 from moezoo.core.comparison.report import ComparisonReport
+from moezoo.core.comparison.result import with_verdict
 from moezoo.core.comparison.side import Side
-from moezoo.core.comparison.verdict import comparison_json, verdict
+from moezoo.core.comparison.verdict import verdict
 from moezoo.core.config.run_config import Config, parse_config, with_compute
 from moezoo.core.config.vocabulary import spec_with_vocab_size
 from moezoo.core.data.batch import row_positions
@@ -87,7 +87,7 @@ def damaged(weights: Weights, name: str, share: float = 0.4) -> Weights:
 
 def page(report: ComparisonReport, width: int = 80) -> str:
     text = io.StringIO()
-    Console(file=text, width=width).print(comparison_page(report))
+    Console(file=text, width=width).print(with_verdict(report).page())
     return text.getvalue()
 
 
@@ -157,7 +157,7 @@ def test_codes_are_split_with_numbers_that_add_up(config, weights):
     share = f"{100 * report.arithmetic.kl.mean / report.total.kl.mean:.0f} %"
     assert verdict(report).headline == f"mostly arithmetic: {share} of the KL divergence, starting in the embedding"
     assert f"B has {report.weights.codes_b} parameters in codes." in verdict(report).reasons
-    content = json.loads(json.dumps(comparison_json(report), allow_nan=False))
+    content = json.loads(json.dumps(with_verdict(report).to_json(), allow_nan=False))
     assert content["routing"][0]["layer"] == 1
     assert content["verdict"]["kind"] == verdict(report).kind
 
@@ -193,7 +193,7 @@ def test_logits_that_are_not_finite_are_left_out_and_named(config, weights):
     assert (report.not_finite, report.tokens) == (138, 0)
     assert (verdict(report).layer, verdict(report).part) == (2, "experts")
     assert "138 tokens are left out" in page(report)
-    json.dumps(comparison_json(report), allow_nan=False)
+    json.dumps(with_verdict(report).to_json(), allow_nan=False)
 
 
 def test_models_whose_routing_cannot_be_exchanged_are_refused_in_a_line(config, weights):
