@@ -208,6 +208,7 @@ function start(data) {
 
   function onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
+    $("tip").hidden = true;
     const target = event.target;
     if (event.key === "Escape") return void onEscape(target);
     if (target.matches("input, select, textarea")) return;
