@@ -11,7 +11,7 @@ from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
-from moezoo.core.tokens import IGNORED, PADDING
+from moezoo.core.tokens import IGNORED, PADDING, ExpertMasks
 
 V, B, T = 31, 4, 9
 PACKED = ("sequence_balance", "global_balance", "capacity_groups", "sparse_attention")
@@ -45,6 +45,8 @@ def numbers(config: Path) -> dict[str, np.ndarray]:
     terms, gradients = model.loss_and_gradients(tokens[own], targets[own], key=KEY)
     forward = model.forward(tokens[own], targets[own], key=KEY).losses
     scores = model.score(tokens, targets)
+    masks = [ExpertMasks(np.arange(B)[:, None] == np.arange(moe.num_choices)) for _, moe in spec.moes]
+    masked = model.score(tokens, targets, masks=masks).token_losses
     step: dict[str, np.ndarray] = {}
     if config.stem in PACKED:
         step = packed(model)
@@ -56,7 +58,8 @@ def numbers(config: Path) -> dict[str, np.ndarray]:
     return (
         found
         | step
-        | {"score": scores.token_losses, "load": np.array(scores.load), "dropped": np.array(scores.dropped)}
+        | {"score": scores.token_losses, "masked score": masked}
+        | {"load": np.array(scores.load), "dropped": np.array(scores.dropped)}
     )
 
 
