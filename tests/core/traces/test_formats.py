@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from moezoo.core.traces.formats.foreign import Known
 from moezoo.core.traces.trace import TraceInfo, TraceRows, trace_of
 from moezoo.core.traces.trace_file import open_trace
 from tests.support.fixtures import write_checkpoint
+from tests.support.hostile import json_mutant, mutant
 from tests.support.traces import synthetic_trace
 
 LAYERS, EXPERTS, DEPTH = (1, 2, 4), 8, 6
@@ -251,6 +253,7 @@ HOSTILE = [
     ("vllm", _choice(ROUTED.tolist(), token_ids=[1], prompt_token_ids=[2]), "routing of 5 tokens, but 2 tokens"),
     ("vllm", _choice(ROUTED.tolist(), token_ids=[1, 2], prompt_token_ids=[3, "x", 5]), "the token id 'x'"),
     ("vllm", _choice(ROUTED.tolist(), token_ids=[1, 2], prompt_token_ids=[3, 2**31, 5]), "the token id 2147483648"),
+    ("vllm", _choice(ROUTED.tolist(), token_ids=[1, 2], prompt_token_ids=[3, None, 5]), "the token id None"),
     ("vllm", {"choices": []}, "got: no choices"),
     ("vllm", [1], "got: a int"),
     ("vllm", [], "has no routing"),
@@ -300,6 +303,24 @@ def test_a_hostile_file_is_one_line(tmp_path, name, file, content, message):
         _import(name, tmp_path / file)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.release
+@pytest.mark.parametrize(("name", "file"), [*KEPT, *((name, "t.json") for name in ("vllm", "sglang", "olmoe"))])
+def test_mutants_of_every_format_are_read_or_refused_in_one_line(tmp_path, name, file):
+    export_trace(synthetic_trace(num_tokens=24), name, tmp_path / file, DEPTH)
+    content, draw = (tmp_path / file).read_bytes(), random.Random(0)
+    if file == "t.json":
+        content = b"[" + content.replace(b"\n", b",")[:-1] + b"]"
+    said = []
+    for _ in range(400):
+        change = json_mutant if file == "t.json" and draw.random() < 0.5 else mutant
+        (tmp_path / file).write_bytes(change(content, draw))
+        try:
+            _import(name, tmp_path / file)
+        except DataError as error:
+            said.append(str(error))
+    assert [text for text in said if "\n" in text] == []
 
 
 def test_the_command_takes_the_facts_from_a_model_or_from_options(tmp_path):

@@ -222,13 +222,12 @@ def checked_experts(expert: IntegerArray, info: TraceInfo, where: str) -> tuple[
 
 def checked_tokens(tokens: Sequence[int] | IntegerArray, count: int, where: str) -> NDArray[np.int32]:
     """Return token ids as int32 [count]. Raises DataError: not ids, or another number of them."""
-    wrong = tokens if not isinstance(tokens, list | np.ndarray) else None
-    if isinstance(tokens, list):
-        wrong = next((token for token in tokens if type(token) is not int or not 0 <= token <= _MAX_TOKEN), None)
-    elif isinstance(tokens, np.ndarray) and tokens.size and not (tokens.min() >= 0 and tokens.max() <= _MAX_TOKEN):
-        wrong = [int(tokens.min()), int(tokens.max())]
-    if wrong is not None or len(tokens) != count:
-        got = f"{len(tokens)} token ids for {count} tokens" if wrong is None else f"the token id {shown(wrong, 60)}"
+    if isinstance(tokens, np.ndarray):
+        wrong = tokens[(tokens < 0) | (tokens > _MAX_TOKEN)].tolist()
+    else:
+        wrong = [token for token in tokens if type(token) is not int or not 0 <= token <= _MAX_TOKEN]
+    if wrong or len(tokens) != count:
+        got = f"the token id {shown(wrong[0], 60)}" if wrong else f"{len(tokens)} token ids for {count} tokens"
         raise DataError(f"{where} has {got}; expected a token id, from 0, for each token. Record it again.")
     return np.asarray(tokens, np.int32)
 
