@@ -47,13 +47,14 @@ def curve_findings(history: History) -> Iterator[Finding]:
 
 
 def _nonfinite(history: History) -> Iterator[Finding]:
-    for name, values in history.terms.items():
+    loads = {f"load of layer {index}": layer.load_RE.sum(axis=1) for index, layer in history.layers.items()}
+    for name, values in {**history.terms, **loads}.items():
         wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong):
             yield Finding(
                 "fault",
                 "nonfinite_metric",
-                f"{name} is not finite in {len(wrong)} records",
+                f"{name:.80} is not finite in {len(wrong)} records",
                 f"first at step {history.step_R[wrong[0]]}",
                 "A NaN or infinity in the loss or its gradient spoils every parameter that the update reaches.",
                 "Resume from a checkpoint before that step with a lower learning rate.",

@@ -34,7 +34,7 @@ class LayerHistory:
     def recent_E(self) -> Floats:
         """Mean load over the newest records."""
         mean: Floats = np.mean(self.load_RE[-recent(len(self.load_RE)) :], axis=0)
-        return mean
+        return mean  # NaN if a load was not finite
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,14 @@ def read_history(path: Path, spec: ModelSpec) -> History:
     weighted = sorted({name for line in lines for name in line if name.endswith("_weighted")})
     terms = {name: np.array([_number(line, name, path) for line in lines]) for name in [*named, *weighted]}
     layers = {index: _layer(lines, index, moe.num_choices, path) for index, moe in spec.moes} if lines else {}
-    return History(np.array([line["step"] for line in lines], np.int64), terms, layers, problems)
+    return History(np.array([_step(line, path) for line in lines], np.int64), terms, layers, problems)
+
+
+def _step(line: Mapping[str, Any], path: Path) -> int:
+    step: int = line["step"]
+    if not 0 <= step < 2**53:
+        raise _invalid(line, path, "such a step")
+    return step
 
 
 def _number(line: Mapping[str, Any], name: str, path: Path) -> float:
@@ -86,6 +93,9 @@ def _number(line: Mapping[str, Any], name: str, path: Path) -> float:
 def _layer(lines: Sequence[Mapping[str, Any]], index: int, num_experts: int, path: Path) -> LayerHistory:
     rows = [_row(line, index, path) for line in lines]
     load = np.array([_numbers(line, row, "load", num_experts, path) for line, row in zip(lines, rows, strict=True)])
+    outside = np.argwhere(~np.isnan(load) & ~((load >= 0) & (load <= 1)))
+    if len(outside):
+        raise _invalid(lines[outside[0, 0]], path, f"a load of {load[tuple(outside[0])]:g} in layer {index}")
     if not all("selection_bias" in row for row in rows):
         return LayerHistory(load, None)
     bias = [_numbers(line, row, "selection_bias", num_experts, path) for line, row in zip(lines, rows, strict=True)]
@@ -109,7 +119,8 @@ def _numbers(line: Mapping[str, Any], row: Mapping[str, Any], name: str, count: 
 
 
 def _invalid(line: Mapping[str, Any], path: Path, what: str) -> RunError:
+    step = shown(line["step"], 30)
     return RunError(
-        f"{path} does not fit the run's config; got {what} at step {line['step']}; expected what training writes. "
-        "Restore the file."
+        f"{path} does not fit the run's config; got {what} at step {step}; expected what training writes. Restore the "
+        "file."
     )

@@ -52,6 +52,8 @@ def load_findings(config: Config, history: History) -> Iterator[Finding]:
         if layer is None or is_balanced_by_design(moe):
             continue
         share = layer.recent_E
+        if not np.isfinite(share).all():
+            continue
         expected = tokens * moe.router.top_k / moe.num_choices * recent(len(history))
         collapsed = effective_experts(share)
         if collapsed <= _FEW * moe.router.top_k and moe.num_choices >= 2 * _FEW * moe.router.top_k:

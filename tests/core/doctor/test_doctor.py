@@ -116,6 +116,10 @@ def _nan_in_gradient(run):
     run.lines[30]["gradient_norm"] = None
 
 
+def _nan_in_load(run):
+    run.layer()[-1]["load"][2] = None
+
+
 def _nan_in_weights(run):
     run.weights[W_UP][2, 1, 1] = np.inf
 
@@ -180,6 +184,7 @@ FAULTS = {
     "loss spike": ({}, _spike, ("warning", "loss_spike", "step 260")),
     "divergence": ({}, _diverges, ("fault", "divergence", "from step")),
     "NaN in a metric": ({}, _nan_in_gradient, ("fault", "nonfinite_metric", "first at step 310")),
+    "NaN in a load": ({}, _nan_in_load, ("fault", "nonfinite_metric", "first at step 400")),
     "infinity in a tensor": ({}, _nan_in_weights, ("fault", "nonfinite_tensor", W_UP)),
     "router without opinion": ({}, _flat_router, ("fault", "constant_weights", W_ROUTER)),
     "zero expert": ({}, _zero_expert, ("fault", "zero_expert", f"{W_UP}, experts [4]")),
@@ -234,6 +239,8 @@ def test_damaged_files_and_missing_parts_are_said(tmp_path):
     ("key", "value", "message"),
     [
         ("cross_entropy", "x", "cross_entropy is 'x' at step 10"),
+        ("routing", [{"layer": 0, "load": [1e300] * EXPERTS}], r"a load of 1e\+300 in layer 0 at step 10"),
+        ("step", 10**20, "such a step at step 100000000000000000000"),
         ("routing", [], "no routing of layer 0 at step 10"),
         ("routing", [{"layer": 0, "load": [1.0]}], r"load of layer 0 is \[1.0\] at step 10"),
         ("routing", [{"layer": 0, "load": [[]] * EXPERTS}], r"load is \[\] at step 10"),
