@@ -7,6 +7,7 @@ import numpy as np
 from moezoo.core.config.run_config import Config
 from moezoo.core.doctor.finding import Finding
 from moezoo.core.doctor.history import Floats, History, recent
+from moezoo.core.parameters.trained import router_trains, trained_names
 from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, MoESpec
 
 _BEFORE, _SPIKE_SHARE, _SPIKE_DEVIATIONS = 10, 0.25, 8.0  # records; of the loss; of the scatter before it
@@ -79,6 +80,7 @@ def _median(values: Floats) -> float:
 
 def balance_findings(config: Config, history: History) -> Iterator[Finding]:
     """Yield findings about terms that balance the load: absent, switched off, or far from the loss's scale."""
+    trains = router_trains(config.model, trained_names(config.model, config.training.only))
     for index, moe in config.model.moes:
         off = [loss.kind for loss in moe.losses if loss.coefficient == 0]
         if off:
@@ -90,7 +92,7 @@ def balance_findings(config: Config, history: History) -> Iterator[Finding]:
                 "The term is computed and has no effect.",
                 "Set its coefficient (0.01 is common for switch_balance), or remove it.",
             )
-        if index in history.layers and not is_balanced_by_design(moe):
+        if trains and index in history.layers and not is_balanced_by_design(moe):
             worst = float(history.layers[index].recent_E.max() * moe.num_choices)
             if worst > UNEVEN and not _balancing(moe):
                 yield Finding(

@@ -48,6 +48,7 @@ HEALTHY = {
         "change": _without_losses,
     },
     "frozen routers keep their biases": {"router": BIASED, "only": ["experts"]},
+    "frozen routers need no balance": {"only": ["experts"], "change": _without_losses},
 }
 
 
@@ -57,6 +58,7 @@ def test_a_healthy_run_has_no_findings(tmp_path, case):
     if "only" in HEALTHY[case]:
         for row in run.layer() + run.layer(1):
             row["selection_bias"] = [0.0] * EXPERTS
+        _uneven(run)  # a router that is not trained needs no balance term
     found = examine(run.write(tmp_path / "run"))
     assert found.findings == []
     assert (found.kind, found.step, found.skipped) == ("run", 400, {})
