@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moezoo.core.parameters import parameter_table
     from moezoo.core.parity.report import ParityReport
     from moezoo.core.spec import ModelSpec
+    from moezoo.core.traces.trace import RoutingTrace
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ModelSpec", "MoezooError", "compare", "load", "load_config", "parameter_table", "parity"]
@@ -72,15 +73,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
     return load_resolved_config(path, overrides)
 
 
-def parity(path: str | Path, *, adapter: str | Path | None = None) -> "ParityReport":
+def parity(
+    path: str | Path, *, adapter: str | Path | None = None, replay: "RoutingTrace | None" = None
+) -> "ParityReport":
     """Compare the reference, JAX and MLX on the initial weights of a config, or the weights of what `load` opens.
 
-    `adapter`: as in `load`. Both backends must be installed. Raises what `load` raises.
+    `adapter`: as in `load`. `replay`: a trace, whose first tokens and experts all sides get. Both backends must be
+    installed. Raises what `load` raises.
     """
     from moezoo.backends import NAMES, load_backend
     from moezoo.core.parity.check import parity_of
 
-    return parity_of(path, {name: load_backend(name) for name in NAMES}, adapter=adapter)
+    return parity_of(path, {name: load_backend(name) for name in NAMES}, adapter=adapter, replay=replay)
 
 
 def compare(

@@ -5,24 +5,27 @@ from pathlib import Path
 
 import click
 
-from moezoo.cli.options import adapter_option, json_option
+from moezoo.cli.options import adapter_option, json_option, replay_option
 from moezoo.cli.output import new_console, warn
 
 
 @click.command()
 @click.argument("path", metavar="PATH", type=Path)
+@replay_option
 @adapter_option
 @json_option
 @click.option("--all", "show_all", is_flag=True, help="Show all gradients.")
-def parity(path: Path, adapter: Path | None, as_json: bool, show_all: bool) -> None:
+def parity(path: Path, replay: Path | None, adapter: Path | None, as_json: bool, show_all: bool) -> None:
     """Compare reference, JAX and MLX on the same weights and tokens.
 
     PATH is a YAML config (initial weights), a run folder, or a Hugging Face folder or hub id. The exit status is 1 if a
     difference exceeds its tolerance.
     """
     import moezoo
+    from moezoo.core.traces.trace_file import open_trace
 
-    report = moezoo.parity(path, adapter=adapter)
+    trace = None if replay is None else open_trace(replay)
+    report = moezoo.parity(path, adapter=adapter, replay=trace)
     if as_json:
         click.echo(report.to_json())
     else:

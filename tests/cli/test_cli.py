@@ -57,7 +57,7 @@ SURFACE = {
         *("A", "B", "--data", "--backend", "--compute", "--adapter", "--sequence-length", "--batch-size", "--windows"),
         *("--allow-overcommit", "--json"),
     ],
-    "parity": ["PATH", "--adapter", "--json", "--all"],
+    "parity": ["PATH", "--replay", "--adapter", "--json", "--all"],
     "convert": [
         *("PATH", "OUT", "--whole", "--quantize", "--mode", "--group-size", "--router", "--recipe", "--dequantize"),
         *("--layout", "--adapter", "--merge", "--json"),

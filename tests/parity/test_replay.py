@@ -11,6 +11,8 @@ from moezoo.core.config.validate import validate
 from moezoo.core.data.prepare import whole_file
 from moezoo.core.data.tokenizers import ByteTokenizer
 from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.parity.check import parity
+from moezoo.core.parity.sides import Reference
 from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import ModelSpec
@@ -73,6 +75,22 @@ def test_routing_of_the_reference_is_replayed_in_logits_and_in_a_training_step()
     assert np.abs(replayed["layers.0.moe.router.w_router"]).max() > 0
     apart = stepped(twin)[1]["layers.0.moe.experts.w_down"] - gradients["layers.0.moe.experts.w_down"]
     assert np.abs(apart).max() > 1e-3 * np.abs(gradients["layers.0.moe.experts.w_down"]).max()
+
+
+def test_parity_forces_the_routing_that_it_is_given_on_all_sides():
+    tokens, targets = WINDOWS[0, :, :-1], WINDOWS[0, :, 1:]
+    moved = [
+        np.random.default_rng(layer).permuted(np.tile(np.arange(6), (B, T, 1)), axis=2)[..., :3] for layer in (0, 1)
+    ]
+    moved = [own.astype(np.int32) for own in moved]
+    config = AdamWConfig(learning_rate=1e-3)
+    given = (SPEC, WEIGHTS, tokens, targets, {"mlx": Twin("mlx").backend()}, config)
+    report, free = parity(*given, replayed=moved), Reference(SPEC, WEIGHTS, tokens, targets, config)
+    assert report.passed, report.to_json()
+    forced = Reference(SPEC, WEIGHTS, tokens, targets, config, replayed=moved)
+    assert np.abs(forced.logits - free.logits).max() > 1e-2
+    np.testing.assert_array_equal(forced.forced[1], moved[1])
+    np.testing.assert_array_equal(forced.experts[1], free.experts[1])
 
 
 @pytest.mark.release

@@ -35,6 +35,8 @@ from moezoo.core.runs.init_from import load_resolved_config, open_initial_weight
 from moezoo.core.runs.open import is_config, open_model
 from moezoo.core.spec import CapacitySpec, ExpertChoiceSpec, ModelSpec
 from moezoo.core.tokens import Floats, Integers
+from moezoo.core.traces.replay import replayed_windows
+from moezoo.core.traces.trace import RoutingTrace
 
 _CHECKPOINT_RATE = 1e-3  # learning rate of the training step for weights of a Hugging Face checkpoint
 _TOKENS_PURPOSE = 0x706172  # "par": purpose of the random tokens, folded into their key
@@ -54,6 +56,7 @@ def parity(
     widen_by_rounding: bool = False,
     codes: Mapping[str, QuantizedWeight] | None = None,
     trained: Collection[str] | None = None,
+    replayed: list[Integers] | None = None,
 ) -> ParityReport:
     """Run the float64 reference and each backend on the same weights and tokens, and compare them pairwise.
 
@@ -75,13 +78,14 @@ def parity(
         codes: parameters, by name, that the forward passes of the backends compute in codes; gradients and the step are
             those of the decoded floats, which `weights` has.
         trained: names of the parameters with gradients and an update (`core.parameters.trained`); None: all.
+        replayed: experts [B, T, K] per MoE layer for forced routing; None: the reference's.
 
     Raises SpecError: no backend, targets that are not the next tokens, or a reference larger than the limit
     (`reference_size`). Raises DataError: more tokens than positions.
     """
     _check_request(spec, tokens, targets, backends)
     tolerances = tolerances or ParityTolerances.of(spec)
-    reference = Reference(spec, weights, tokens, targets, optimizer, trained)
+    reference = Reference(spec, weights, tokens, targets, optimizer, trained, replayed)
     if widen_by_rounding:
         moved = reference.rounding_sensitivity(tolerances.gradient_floor)
         tolerances = tolerances.widened(moved)
@@ -105,6 +109,7 @@ def parity_of(
     batch_size: int = 2,
     sequence_length: int | None = None,
     adapter: str | Path | None = None,
+    replay: RoutingTrace | None = None,
 ) -> ParityReport:
     """Run `parity` on a config, or on the newest weights of a run folder, a Hugging Face folder or a hub id.
 
@@ -118,14 +123,13 @@ def parity_of(
         batch_size: B.
         adapter: for the model at the path, as `open_model` takes it.
         sequence_length: T; None: `min(training.sequence_length, 64)`.
+        replay: trace whose first tokens, with their experts, are used instead of random ones.
 
     Raises SpecError or CheckpointError: the path cannot be read. Raises what `parity` raises.
     """
     notes: list[str] = []
-    weights: Mapping[str, NDArray[Any]] | None = None
-    from_checkpoint = False
     if is_config(path):
-        config = load_resolved_config(path)
+        config, weights, from_checkpoint = load_resolved_config(path), None, False
     else:
         config, weights, from_checkpoint = _open_weights(path, notes, adapter)
     spec, assumed = spec_with_vocab_size(config, assumed_subwords=ASSUMED_CHARACTERS)
@@ -136,13 +140,11 @@ def parity_of(
             f"parity needs at least one token; got {batch_size} sequences of {length}; expected at least 1 of 1."
         )
     check_reference_size(spec, batch_size, length, len(backends))
-    if weights is None and config.init_from is not None:
-        weights = {name: np.asarray(value, np.float32) for name, value in open_initial_weights(config).weights.items()}
-        notes.append(f"weights of {config.init_from.path}")
-    elif weights is None:
-        weights = initial_weights(spec, config.training.seed, active_adapters=True)
-        notes.append(f"initial weights of seed {config.training.seed}")
-    windows = random_windows(spec.vocab, batch_size, length, config.training.seed)
+    weights = _initial(config, spec, notes) if weights is None else weights
+    windows, replayed = random_windows(spec.vocab, batch_size, length, config.training.seed), None
+    if replay is not None:
+        windows, replayed = replayed_windows(replay, spec, batch_size, length)
+        notes.append(f"forced routing is that of the first {windows[:, :-1].size} tokens of {replay.where}")
     read = {name: np.asarray(weights[name], np.float32) for name in weights}
     notes += [line for line in [nonfinite_warning(nonfinite_names(read.items()), str(path))] if line]
     return parity(
@@ -157,7 +159,17 @@ def parity_of(
         widen_by_rounding=from_checkpoint,
         codes=_codes(weights, notes),
         trained=trained_names(spec, config.training.only),
+        replayed=replayed,
     )
+
+
+def _initial(config: Config, spec: ModelSpec, notes: list[str]) -> Mapping[str, NDArray[Any]]:
+    """Return the weights that a config starts from."""
+    if config.init_from is None:
+        notes.append(f"initial weights of seed {config.training.seed}")
+        return initial_weights(spec, config.training.seed, active_adapters=True)
+    notes.append(f"weights of {config.init_from.path}")
+    return {name: np.asarray(value, np.float32) for name, value in open_initial_weights(config).weights.items()}
 
 
 def _codes(weights: Mapping[str, Any], notes: list[str]) -> dict[str, QuantizedWeight]:

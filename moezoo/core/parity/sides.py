@@ -68,8 +68,12 @@ class Reference:
         targets: Integers,
         optimizer: OptimizerConfig,
         trained: Collection[str] | None = None,
+        replayed: list[Integers] | None = None,
     ):
-        """`trained`: names of the parameters that are trained; None: all."""
+        """`trained`: names of the parameters that are trained; None: all.
+
+        `replayed`: experts [B, T, K] per MoE layer that all sides are forced to; None: the reference's own.
+        """
         from moezoo.core.reference.losses import loss_and_gradients, loss_terms
         from moezoo.core.reference.transformer import forward
 
@@ -81,14 +85,20 @@ class Reference:
         self.key = micro_batch_keys(0, 0, 1)[0]
         self.intermediates: dict[str, NDArray[Any]] = {}
         result = forward(spec, self.weights, tokens, record=self.intermediates, key=self.key)
-        self.logits, routings = result.logits_BTV, result.routings
-        terms = loss_terms(spec, self.logits, targets, routings, index_losses=result.index_losses)
-        self.losses = {name: float(value) for name, value in terms.items()}
+        routings = result.routings
         self.experts = [np.where(routing.valid_PK, routing.expert_PK, -1).astype(np.int32) for routing in routings]
         self.margins = [routing.margin_P for routing in routings]
         self.cutoffs = [routing.cutoff_E for routing in routings]
+        self.forced_experts = self.experts
+        if replayed is not None:
+            self.forced_experts = [own.reshape(-1, own.shape[-1]) for own in replayed]
+            options: dict[str, Any] = {"key": self.key, "forced": self.forced_experts}
+            result = forward(spec, self.weights, tokens, record=self.intermediates, **options)
+        self.logits = result.logits_BTV
+        terms = loss_terms(spec, self.logits, targets, result.routings, index_losses=result.index_losses)
+        self.losses = {name: float(value) for name, value in terms.items()}
         _, self.gradients = loss_and_gradients(
-            spec, self.weights, tokens, targets, forced=self.experts, key=self.key, trained=self.trained
+            spec, self.weights, tokens, targets, forced=self.forced_experts, key=self.key, trained=self.trained
         )
         self.rules = update_rules(optimizer, (row for row in parameter_table(spec) if row.name in self.trained))
         self.moments = starting_state(optimizer, self.rules, self.gradients)
@@ -115,9 +125,17 @@ class Reference:
             share = uniform(fold_in(key(_ROUNDING_PURPOSE), index), value.shape).astype(np.float64)
             shifted[name] = value * (1 + (2 * share - 1) * _FLOAT32_ROUNDING)
         record: dict[str, NDArray[Any]] = {}
-        result = forward(self.spec, shifted, self.tokens, record=record, key=self.key, forced=self.experts or None)
+        result = forward(
+            self.spec, shifted, self.tokens, record=record, key=self.key, forced=self.forced_experts or None
+        )
         _, gradients = loss_and_gradients(
-            self.spec, shifted, self.tokens, self.targets, forced=self.experts, key=self.key, trained=self.trained
+            self.spec,
+            shifted,
+            self.tokens,
+            self.targets,
+            forced=self.forced_experts,
+            key=self.key,
+            trained=self.trained,
         )
         least = floor * max(_largest(value) for value in self.gradients.values())
         return {
@@ -129,7 +147,7 @@ class Reference:
     @property
     def forced(self) -> list[Integers] | None:
         """The experts in a backend's layout: [B, T, K] per MoE layer; None for a dense model."""
-        return [expert.reshape(*self.tokens.shape, -1) for expert in self.experts] or None
+        return [expert.reshape(*self.tokens.shape, -1) for expert in self.forced_experts] or None
 
     @property
     def windows(self) -> Integers:
@@ -162,7 +180,7 @@ class Reference:
         from moezoo.core.reference.router_state import updated_state
 
         losses, gradients = self.losses, self.gradients
-        if any(not np.array_equal(own, other) for own, other in zip(self.experts, experts, strict=True)):
+        if any(not np.array_equal(own, other) for own, other in zip(self.forced_experts, experts, strict=True)):
             losses, gradients = loss_and_gradients(
                 self.spec,
                 self.weights,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moezoo.core.backend import checked_tokens
 from moezoo.core.data.batch import NOWHERE, Positions
 from moezoo.core.errors import DataError
 from moezoo.core.spec import ModelSpec, SparseMixerChoiceSpec
@@ -162,6 +163,25 @@ def forced_for(replay: RoutingTrace | Integers, spec: ModelSpec, tokens: Integer
             "token]. Use the routing of these tokens."
         )
     return forced_routing(spec, expert)
+
+
+def replayed_windows(
+    trace: RoutingTrace, spec: ModelSpec, batch_size: int, length: int
+) -> tuple[Integers, list[Integers]]:
+    """Return B windows int32 [B, T + 1] of a trace's first rows, and forced routing of their inputs.
+
+    T is `length`, or less where the trace is shorter. Raises DataError: as Replay, or a token outside the vocabulary.
+    """
+    length = min(length, (trace.num_tokens - 1) // batch_size)
+    if length < 1:
+        raise DataError(
+            f"{trace.where} has {trace.num_tokens} tokens; expected at least {batch_size + 1}, for {batch_size} "
+            "sequences. Record a longer one."
+        )
+    rows = np.arange(batch_size)[:, None] * length + np.arange(length + 1)
+    trace.require("token", purpose="a replay")
+    windows = checked_tokens(spec, trace.column("token", 0, int(rows[-1, -1]) + 1)[rows], f"token of {trace.where}")
+    return windows, Replay(trace, spec).forced_rows(rows[:, :-1], windows[:, :-1])
 
 
 def _list(counts: Sequence[int]) -> str:

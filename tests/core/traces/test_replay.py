@@ -8,7 +8,7 @@ from moezoo.core.data.prepare import whole_file
 from moezoo.core.errors import DataError
 from moezoo.core.tokens import NOT_REPLAYED
 from moezoo.core.traces.continuations import RecordOptions
-from moezoo.core.traces.replay import Replay, forced_for, forced_routing
+from moezoo.core.traces.replay import Replay, forced_for, forced_routing, replayed_windows
 from moezoo.core.traces.trace import TraceRows, trace_of
 from moezoo.core.traces.trace_data import TracedData
 from moezoo.core.training.batches import Batches
@@ -122,6 +122,16 @@ def test_training_takes_the_routing_of_each_token_at_its_place(model, tmp_path):
     )
     with pytest.raises(DataError, match="expected the same tokens"):
         other.forced(5, batch)
+
+
+def test_windows_of_a_traces_first_rows_have_its_experts(model, tmp_path):
+    trace = recorded(model, [data_of(tmp_path)])
+    windows, forced = replayed_windows(trace, model.spec, 2, T)
+    assert windows.tolist() == [list(TEXT[:9].encode()), list(TEXT[8:17].encode())]
+    np.testing.assert_array_equal(forced[1][1], trace.column("expert", T, 2 * T)[:, 1])
+    assert replayed_windows(trace, model.spec, 2, 64)[0].shape == (2, 15)
+    with pytest.raises(DataError, match="has 30 tokens; expected at least 41, for 40 sequences"):
+        replayed_windows(trace, model.spec, 40, T)
 
 
 def test_another_models_trace_is_refused(model, tmp_path):
