@@ -1,7 +1,6 @@
 """moezoo: one spec for mixture-of-experts language models, implemented in Flax NNX and in MLX, and proven equal.
 
-The public API is `load`, `load_config`, `parity`, `compare`, the config and spec classes, and the base class of errors.
-Importing it does not import jax or mlx.
+The public API is what `dir(moezoo)` lists. Importing it does not import jax or mlx.
 """
 
 import warnings
@@ -21,10 +20,21 @@ if TYPE_CHECKING:
     from moezoo.core.traces.trace import RoutingTrace
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ModelSpec", "MoezooError", "compare", "load", "load_config", "parameter_table", "parity"]
+__all__ = [
+    "Config",
+    "LoadedModel",
+    "ModelSpec",
+    "MoezooError",
+    "compare",
+    "load",
+    "load_config",
+    "parameter_table",
+    "parity",
+]
 
 _LAZY = {
     "Config": "moezoo.core.config.run_config",
+    "LoadedModel": "moezoo.api",
     "ModelSpec": "moezoo.core.spec",
     "MoezooError": "moezoo.core.errors",
     "parameter_table": "moezoo.core.parameters",
@@ -42,6 +52,9 @@ def load(
     allow_overcommit: bool = False,
 ) -> "LoadedModel":
     """Load a model on a backend.
+
+    >>> model = moezoo.load("runs/owls")
+    >>> text = model.generate("3 owls saw ", max_new_tokens=20)
 
     Args:
         path: a run folder (its newest intact checkpoint), one of its checkpoints (`run/checkpoints/step_00001000`),
@@ -65,6 +78,10 @@ def load(
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
     """Load and validate a YAML config with `path=value` overrides; opens the checkpoint of `init_from` if it has one.
+
+    >>> config = moezoo.load_config("fables", ["training.steps=20"])
+    >>> config.training.steps
+    20
 
     Raises SpecError, and what `load` raises for the checkpoint.
     """
@@ -109,6 +126,10 @@ def compare(
 
     sizes = {"sequence_length": sequence_length, "max_windows": max_windows}
     return compare_loaded(a, b, data, **sizes, on_message=warnings.warn)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

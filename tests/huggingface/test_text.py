@@ -68,6 +68,15 @@ def test_chat_prints_only_the_answer(folder: Path, model: LoadedModel) -> None:
     assert result.stdout == text.split("<end>")[0] + "\n"
 
 
+def test_a_model_answers_messages_by_its_template(model: LoadedModel) -> None:
+    ids = model.encode_prompt("the cat", chat=True)
+    answer = model.chat([{"role": "user", "content": "the cat"}], max_new_tokens=5)
+    assert answer == "".join(model.chat("the cat", max_new_tokens=5, stream=True))
+    end, new = model.end_tokens(chat=True), model.generate(ids[None], max_new_tokens=5, chat=True)[0].tolist()
+    said = new[: next((place for place, token in enumerate(new) if token in end), 5)]
+    assert answer == model.tokenizer.decode([*ids, *said]).removeprefix(model.tokenizer.decode(ids))
+
+
 def test_a_chat_ends_at_the_tokenizers_end_of_turn_too(folder: Path, tmp_path: Path) -> None:
     """A model whose generation_config.json has another end token than its tokenizer_config.json."""
     ids = read_fixture("mixtral").expected["input_ids"][:1].astype(np.int32)

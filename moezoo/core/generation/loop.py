@@ -1,6 +1,6 @@
 """The decoding loop, shared by backends: a token is computed while the previous one is fetched, decoded and printed."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -40,27 +40,57 @@ def generate(
     Raises DataError: an empty prompt, a token outside the vocabulary, more tokens than positions, or logits that cannot
     be sampled from.
     """
+    columns: list[Integers] = []
     rows = checked_prompts(model, prompts, max_new_tokens)
+    for column in _columns(model, rows, max_new_tokens, options, end_tokens, padding):
+        columns.append(column)
+        if on_tokens is not None:
+            on_tokens(column)
+    return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0), np.int32)
+
+
+def stream_ids(
+    model: Model,
+    prompts: Integers | Sequence[IdsLike],
+    *,
+    max_new_tokens: int,
+    options: SamplingOptions,
+    end_tokens: Collection[int] = (),
+    padding: int | None = None,
+) -> Iterator[Integers]:
+    """Return an iterator over the columns of what `generate` returns, int32 [B] each, as they are generated.
+
+    Raises what `generate` raises; what is wrong with the prompts, at once.
+    """
+    rows = checked_prompts(model, prompts, max_new_tokens)
+    return _columns(model, rows, max_new_tokens, options, end_tokens, padding)
+
+
+def _columns(
+    model: Model,
+    rows: Sequence[Integers],
+    max_new_tokens: int,
+    options: SamplingOptions,
+    end_tokens: Collection[int],
+    padding: int | None,
+) -> Iterator[Integers]:
     if padding is not None and not 0 <= padding < model.spec.vocab:
         padding = None  # some files have a padding token outside the vocabulary of their model
-    columns: list[Integers] = []
-    ended = np.zeros(len(rows), bool)
     if max_new_tokens <= 0:
-        return np.zeros((len(rows), 0), np.int32)
+        return
+    ended, previous = np.zeros(len(rows), bool), np.zeros(len(rows), np.int32)
     generation = model.start_generation(rows, max_new_tokens, options)
     pending = generation.next()
     for index in range(max_new_tokens):
         following = generation.next() if index + 1 < max_new_tokens else pending
         column, pending = pending.fetch(), following
         if ended.any():
-            column = np.where(ended, columns[-1] if padding is None else np.int32(padding), column).astype(np.int32)
+            column = np.where(ended, previous if padding is None else np.int32(padding), column).astype(np.int32)
         ended |= np.isin(column, list(end_tokens))
-        columns.append(column)
-        if on_tokens is not None:
-            on_tokens(column)
+        yield column
         if ended.all():
-            break
-    return np.stack(columns, axis=1)
+            return
+        previous = column
 
 
 def checked_prompts(model: Model, prompts: Integers | Sequence[IdsLike], new_tokens: int) -> list[Integers]:
@@ -105,3 +135,13 @@ class Continuation:
     def finish(self) -> str:
         """Return the bytes left over from an incomplete character, as replacement text."""
         return "" if self._decoder is None else self._decoder.finish()
+
+
+def text_pieces(
+    columns: Iterator[Integers], tokenizer: Tokenizer, prompts: Sequence[IdsLike], end_tokens: Collection[int]
+) -> Iterator[list[str]]:
+    """Yield the text that each column completes, a piece for each of B sequences, up to their end tokens."""
+    continuations = [Continuation(tokenizer, prompt, end_tokens) for prompt in prompts]
+    for column in columns:
+        yield [continuation.add(int(token)) for continuation, token in zip(continuations, column, strict=True)]
+    yield [continuation.finish() for continuation in continuations]

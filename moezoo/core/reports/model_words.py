@@ -2,6 +2,8 @@
 
 from typing import assert_never
 
+from moezoo.core.cost.parameters import parameter_counts
+from moezoo.core.reports.text import count, plural
 from moezoo.core.spec import (
     AttentionSpec,
     CapacitySpec,
@@ -43,6 +45,15 @@ _FEED_FORWARDS = {
     "gelu": "GELU",
     "relu_squared": "ReLU-squared",
 }
+
+
+def model_in_brief(spec: ModelSpec) -> str:
+    """Describe a model in a few words: `2 layers of width 20, 2 of 5 experts; 5.12 k parameters, 3.10 k active`."""
+    depth, counts = len(spec.all_layers), parameter_counts(spec)
+    experts = dict.fromkeys(f", {_choice(moe)} of {moe.num_experts} experts" for _, moe in spec.moes)
+    active = f", {count(counts.active)} active" if experts else ""
+    layers = f"{depth} {plural('layer', depth)} of width {spec.embed_dim}"
+    return f"{layers}{''.join(experts)}; {count(counts.total)} parameters{active}"
 
 
 def model_in_words(spec: ModelSpec) -> str:

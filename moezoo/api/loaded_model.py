@@ -1,31 +1,30 @@
 """The implementation of the Python API `import moezoo`: a loaded model, and its evaluation on a file."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Unpack, cast, overload
 
 import numpy as np
 
-from moezoo.core.backend import Backend, Model, Output, checked_tokens
-from moezoo.core.config.run_config import Config, with_compute
-from moezoo.core.cost.fits import check_generation, check_scoring, check_weights, scoring_size
+from moezoo.api.prompts import Sampling, Text, TokenRows, as_texts
+from moezoo.core.backend import Model, Output, checked_tokens
+from moezoo.core.config.run_config import Config
+from moezoo.core.cost.fits import check_generation, check_scoring, scoring_size
+from moezoo.core.data.chat_template import Message as ChatMessage
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
-from moezoo.core.data.load_tokenizer import tokenizer_notes
-from moezoo.core.data.prepare import whole_file
-from moezoo.core.data.tokenizers import Ids, IdsLike, Tokenizer, with_first_tokens
+from moezoo.core.data.tokenizers import Ids, Tokenizer, with_first_tokens
 from moezoo.core.distributed.mesh import ONE_DEVICE, Devices
-from moezoo.core.errors import CheckpointError, SpecError, TokenizerError
+from moezoo.core.errors import SpecError, TokenizerError
 from moezoo.core.generation.config import GenerationConfig
-from moezoo.core.generation.loop import generate
+from moezoo.core.generation.loop import generate, stream_ids, text_pieces
 from moezoo.core.huggingface.layout import Layout
-from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.interventions.masks import Mode, named_masks
-from moezoo.core.interventions.top_k import with_top_k
 from moezoo.core.progress import Message, Progress
+from moezoo.core.reports.model_words import model_in_brief
 from moezoo.core.runs.adapters import AdapterSwitch
 from moezoo.core.runs.base import Base, saved_names
-from moezoo.core.runs.open import is_superseded, open_model, weights_digest
+from moezoo.core.runs.open import weights_digest
 from moezoo.core.runs.save import export, save_run
 from moezoo.core.tokens import IGNORED, Integers
 from moezoo.core.traces.continuations import RecordOptions
@@ -35,7 +34,7 @@ from moezoo.core.traces.summary import describe_recording
 from moezoo.core.traces.trace import RoutingTrace
 from moezoo.core.traces.trace_data import TracedData, traced_files
 
-Result = TypeVar("Result")
+_ANSWER_TOKENS = 256
 
 
 class LoadedModel:
@@ -80,6 +79,10 @@ class LoadedModel:
         self.step, self.published, self.problems = step, published, problems
         self.devices, self.allow_overcommit = devices, allow_overcommit
         self.generation = (generation or GenerationConfig()).ending_with(tokenizer.end_of_text)
+
+    def __repr__(self) -> str:
+        trained = "" if self.published else f", step {self.step}"
+        return f"<{type(self).__name__} {self.path}{trained}: {model_in_brief(self.model.spec)}; {self.backend}>"
 
     def forward(
         self,
@@ -128,50 +131,133 @@ class LoadedModel:
             return self._tokenizer_with_template().encode_chat([{"role": "user", "content": text}])
         return with_first_tokens(self.tokenizer.encode(text), self.tokenizer)
 
+    @overload
+    def generate(
+        self, prompt: Text, *, stream: Literal[False] = False, chat: bool = False, **sampling: Unpack[Sampling]
+    ) -> Text: ...
+
+    @overload
+    def generate(
+        self, prompt: Text, *, stream: Literal[True], chat: bool = False, **sampling: Unpack[Sampling]
+    ) -> Iterator[Text]: ...
+
+    @overload
     def generate(
         self,
-        tokens: Integers | Sequence[IdsLike],
+        prompt: TokenRows,
         *,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
+        stream: Literal[False] = False,
         chat: bool = False,
         on_tokens: Callable[[Integers], None] | None = None,
-    ) -> Integers:
-        """Generate continuations int32 [B, new] of prompts int32 [B, T], or of B prompts of any lengths.
+        **sampling: Unpack[Sampling],
+    ) -> Integers: ...
 
-        An argument of None takes its value from `self.generation` (generation_config.json of a Hugging Face folder), or
-        else 32 new tokens and greedy decoding. Temperature 0 is greedy. Generation stops early when every sequence has
-        produced one of `end_tokens(chat)`. `chat`: the prompts are conversations (`encode_prompt(text, chat=True)`).
+    @overload
+    def generate(
+        self, prompt: TokenRows, *, stream: Literal[True], chat: bool = False, **sampling: Unpack[Sampling]
+    ) -> Iterator[Integers]: ...
 
-        `on_tokens` is called with each new column, int32 [B].
+    def generate(
+        self,
+        prompt: str | list[str] | TokenRows,
+        *,
+        stream: bool = False,
+        chat: bool = False,
+        on_tokens: Callable[[Integers], None] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        """Generate a continuation: text of text, token ids of token ids.
+
+        >>> model = moezoo.load("runs/owls")
+        >>> text = model.generate("3 owls saw", max_new_tokens=8)
+        >>> first, second = model.generate(["3 owls", "4 owls"], max_new_tokens=8)
+        >>> ids = model.generate(np.array([[0, 1, 2]]), max_new_tokens=8)
+        >>> ids.shape
+        (1, 8)
+        >>> "".join(model.generate("3 owls saw", max_new_tokens=8, stream=True)) == text
+        True
+
+        Args:
+            prompt: a text, a list of B texts, int32 [B, T], or B rows of token ids of any lengths.
+            stream: return an iterator over what is generated, as soon as it is.
+            chat: texts are a user's messages, for the tokenizer's chat template; ids are conversations
+                (`encode_prompt(text, chat=True)`). See `chat` for several turns.
+            on_tokens: called with each new column of ids, int32 [B].
+            sampling: as in `Sampling`; what is None or not given is as in `self.generation` (generation_config.json of
+                a Hugging Face folder), or else 32 new tokens and greedy decoding.
+
+        Returns:
+            the text after the prompt without its end token; a list of B texts; or ids int32 [B, new]. Of a stream, an
+            iterator over pieces of text; lists of a piece for each of B texts; or columns of ids, int32 [B].
+
+        Generation ends early when every sequence has produced one of `end_tokens(chat)`.
 
         Raises DataError: as `forward`. Raises SpecError: an option out of range, or unsupported settings in
-        generation_config.json. Raises OutOfMemoryError: the caches need more memory than is free.
+        generation_config.json. Raises OutOfMemoryError: the caches need more memory than is free. Raises
+        TokenizerError: as `encode_prompt`.
         """
-        rows = self._prompts(tokens)
-        new_tokens = self.generation.new_tokens(max_new_tokens, max(len(row) for row in rows), 32)
-        self.check_generation(len(rows), max(len(row) for row in rows), new_tokens)
-        return generate(
-            self.model,
-            rows,
-            max_new_tokens=new_tokens,
-            options=self.generation.options(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-            ),
-            end_tokens=self.end_tokens(chat),
-            padding=self.generation.padding,
-            on_tokens=on_tokens,
-        )
+        texts = [prompt] if isinstance(prompt, str) else as_texts(prompt)
+        if texts is None:
+            ids = self._prompts(cast(TokenRows, prompt))
+            request = self._request(ids, chat, sampling)
+            return stream_ids(**request) if stream else generate(**request, on_tokens=on_tokens)
+        rows = [self.encode_prompt(text, chat=chat) for text in texts]
+        pieces = self._pieces(rows, chat, sampling)
+        if isinstance(prompt, str):
+            own = (piece for (piece,) in pieces)
+            return own if stream else "".join(own)
+        return pieces if stream else ["".join(row) for row in zip(*pieces, strict=True)]
+
+    @overload
+    def chat(
+        self, messages: str | Sequence[ChatMessage], *, stream: Literal[False] = False, **sampling: Unpack[Sampling]
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self, messages: str | Sequence[ChatMessage], *, stream: Literal[True], **sampling: Unpack[Sampling]
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self, messages: str | Sequence[ChatMessage], *, stream: bool = False, **sampling: Unpack[Sampling]
+    ) -> str | Iterator[str]:
+        """Answer a conversation by the tokenizer's chat template.
+
+        Args:
+            messages: `[{"role": "user", "content": "Hello"}, ...]`, or the text of one user message.
+            stream: return an iterator over pieces of the answer.
+            sampling: as in `generate`, but up to 256 new tokens where neither it nor the model says otherwise.
+
+        Returns:
+            the answer, without the end of its turn.
+
+        Raises what `generate` raises; TokenizerError: no chat template, or one that cannot be applied.
+        """
+        said = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        row = self._tokenizer_with_template().encode_chat(said)
+        if sampling.get("max_new_tokens") is None:
+            sampling["max_new_tokens"] = self.generation.new_tokens(None, len(row), _ANSWER_TOKENS)
+        pieces = (piece for (piece,) in self._pieces([row], True, sampling))
+        return pieces if stream else "".join(pieces)
+
+    def _request(self, rows: Sequence[Integers], chat: bool, sampling: Sampling) -> dict[str, Any]:
+        """Return the arguments of `generation.loop.generate`, after checking that the caches fit."""
+        longest, options = max((len(row) for row in rows), default=0), dict[str, Any](sampling)
+        new_tokens = self.generation.new_tokens(options.pop("max_new_tokens", None), longest, 32)
+        self.check_generation(len(rows), longest, new_tokens)
+        return {
+            "model": self.model,
+            "prompts": rows,
+            "max_new_tokens": new_tokens,
+            "options": self.generation.options(**options),
+            "end_tokens": self.end_tokens(chat),
+            "padding": self.generation.padding,
+        }
+
+    def _pieces(self, rows: Sequence[Integers], chat: bool, sampling: Sampling) -> Iterator[list[str]]:
+        """Return an iterator over pieces of the generated texts, one for each row of ids."""
+        request = self._request(rows, chat, sampling)
+        return text_pieces(stream_ids(**request), self.tokenizer, rows, request["end_tokens"])
 
     def trace(
         self,
@@ -300,7 +386,7 @@ class LoadedModel:
             "Face tokenizer that has one. Prompt without chat."
         )
 
-    def _prompts(self, tokens: Integers | Sequence[IdsLike]) -> list[Integers]:
+    def _prompts(self, tokens: TokenRows) -> list[Integers]:
         """Check prompts, of equal or of different lengths."""
         try:
             return list(self._checked(np.asarray(tokens), "tokens"))
@@ -309,92 +395,3 @@ class LoadedModel:
 
     def _checked(self, tokens: Integers, name: str, lowest: int = 0) -> Integers:
         return checked_tokens(self.model.spec, tokens, name, lowest)
-
-
-def load_model(
-    path: str | Path,
-    backend: str | Backend | None = None,
-    compute: str | None = None,
-    max_length: int | None = None,
-    *,
-    adapter: str | Path | None = None,
-    top_k: int | None = None,
-    allow_overcommit: bool = False,
-) -> LoadedModel:
-    """Load a model on a backend: the implementation of `moezoo.load`."""
-    from moezoo.backends import load_backend
-
-    opened = open_model(path, max_length, adapter)
-    config = opened.config if compute is None else with_compute(opened.config, compute)
-    config = config if top_k is None else with_top_k(config, top_k)
-    chosen = load_backend(backend, for_training=False) if backend is None or isinstance(backend, str) else backend
-    devices, problems = chosen.devices(), list(opened.problems)
-    problems += check_weights(opened.weight_bytes, devices, str(path), allow_overcommit=allow_overcommit)
-    try:
-        model = chosen.build(config.model, opened.weights)
-    except CheckpointError:
-        if not is_superseded(opened):
-            raise
-        options: dict[str, Any] = {"adapter": adapter, "top_k": top_k, "allow_overcommit": allow_overcommit}
-        return load_model(path, chosen, compute, max_length, **options)
-    if opened.checkpoint is not None:
-        weights = opened.checkpoint.weights
-        warning = nonfinite_warning(list(weights.nonfinite), str(opened.path))
-        problems += [*weights.decoded_notes(), *([warning] if warning else []), *tokenizer_notes(opened.tokenizer)]
-    return LoadedModel(
-        model,
-        config,
-        opened.tokenizer,
-        opened.step,
-        problems,
-        opened.layout,
-        opened.generation,
-        published=opened.checkpoint is not None,
-        devices=devices,
-        allow_overcommit=allow_overcommit,
-        base=opened.base,
-        path=opened.path,
-        backend=chosen.name,
-    )
-
-
-def evaluate_file(
-    loaded: LoadedModel,
-    path: str,
-    measure: Callable[..., Result],
-    *,
-    sequence_length: int | None = None,
-    batch_size: int | None = None,
-    max_windows: int | None = None,
-    on_progress: Progress | None = None,
-    on_message: Message = warnings.warn,
-) -> Result:
-    """Evaluate a model on a whole file of text or token ids (`data.prepare.whole_file`), documents as in training.
-
-    Args:
-        loaded: the model. Each window of a published one starts with its first token, if it has one; those of a run are
-            as in training and validation.
-        path: the file.
-        measure: `evaluate`, or another function of these arguments, whose result is returned.
-        sequence_length: tokens per window; None: as in training (512 for a Hugging Face checkpoint), or the whole file
-            if it is shorter.
-        batch_size: windows per batch; None: as in training, reduced so that the logits of a batch take at most 128 MiB.
-        max_windows, on_progress: as in `evaluate`.
-        on_message: called with a line about each damaged entry of the token cache, which is made again.
-
-    Raises DataError: the file cannot be used, or as `measure`.
-    """
-    model, documents = loaded.model, loaded.config.data.documents
-    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_message=on_message, documents=documents)
-    length, batch = scoring_size(loaded.config, model.spec.vocab, split.num_tokens, sequence_length, batch_size)
-    loaded.check_scoring(split.num_tokens, batch, length)
-    return measure(
-        model,
-        split,
-        loaded.tokenizer,
-        sequence_length=length,
-        batch_size=batch,
-        max_windows=max_windows,
-        first_token=loaded.first_token if loaded.published else None,
-        on_progress=on_progress,
-    )

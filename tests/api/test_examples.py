@@ -1,0 +1,23 @@
+"""The examples in the docstrings of the Python API, run in a folder that has the run `runs/owls`."""
+
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moezoo
+import moezoo.api
+
+MODULES = ["moezoo", *(f"moezoo.api.{module.name}" for module in pkgutil.iter_modules(moezoo.api.__path__))]
+
+
+def test_the_examples_run_as_printed(owls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(owls)
+    monkeypatch.setenv("BACKEND", "mlx")
+    given = {"moezoo": moezoo, "np": np}
+    results = [doctest.testmod(importlib.import_module(name), extraglobs=given) for name in MODULES]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) > 8

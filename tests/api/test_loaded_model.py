@@ -1,0 +1,55 @@
+"""Text in and text out, streams, and the words by which a model and the package present themselves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moezoo
+from moezoo.core.errors import TokenizerError
+
+
+@pytest.fixture(scope="module")
+def model(owls: Path) -> moezoo.LoadedModel:
+    return moezoo.load(owls / "runs" / "owls", "mlx")
+
+
+def test_the_text_of_a_text_is_that_of_its_ids(model: moezoo.LoadedModel) -> None:
+    ids = model.generate(model.encode_prompt("3 owls saw")[None], max_new_tokens=9)
+    text = model.generate("3 owls saw", max_new_tokens=9)
+    assert (type(text), text) == (str, model.tokenizer.decode(ids[0]))
+    assert model.generate(["3 owls saw", "12 o"], max_new_tokens=9)[0] == text
+    assert model.generate(("3 owls saw",), max_new_tokens=9) == [text]
+
+
+def test_a_stream_has_the_pieces_of_what_is_generated(model: moezoo.LoadedModel) -> None:
+    prompts, options = ["3 owls saw", "12 o"], {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    columns = list(zip(*model.generate(prompts, stream=True, **options), strict=True))
+    assert ["".join(column) for column in columns] == model.generate(prompts, **options)
+    ids = np.array([[0, 1], [2, 3]])
+    streamed = np.stack(list(model.generate(ids, stream=True, **options)), axis=1)
+    np.testing.assert_array_equal(streamed, model.generate(ids, **options))
+
+
+def test_a_text_ends_before_its_end_token(model: moezoo.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = model.generate("3 owls saw", max_new_tokens=9)
+    end = int(model.tokenizer.encode(text[4])[0])
+    monkeypatch.setattr(type(model), "end_tokens", lambda self, chat=False: (end,))
+    assert model.generate("3 owls saw", max_new_tokens=9) == text[: text.index(text[4])]
+
+
+def test_a_model_without_template_does_not_chat(model: moezoo.LoadedModel) -> None:
+    with pytest.raises(TokenizerError, match="no chat template"):
+        model.chat("Hello")
+
+
+def test_a_model_says_its_source_parts_size_and_backend(model: moezoo.LoadedModel) -> None:
+    assert repr(model) == (
+        f"<LoadedModel {model.path}, step 8: 2 layers of width 20, 2 of 5 experts; 11.2 k parameters, 6.92 k active; "
+        "mlx>"
+    )
+
+
+def test_the_package_lists_its_public_names() -> None:
+    assert dir(moezoo) == sorted([*moezoo.__all__, "__version__"])
+    assert all(hasattr(moezoo, name) for name in dir(moezoo))
