@@ -9,6 +9,7 @@ from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
+    AdapterSpec,
     CapacitySpec,
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
@@ -53,6 +54,7 @@ COMMON = {
     "interleaved": model_of({"position": RoPESpec(layout="interleaved", fraction=0.67)}),
     "no position, tied": model_of({"position": NoPositionSpec()}, head=TiedHeadSpec(), norm=RMSNormSpec(scale="none")),
     "not renormalized": model_of(moe={"router": RouterSpec(top_k=1, renormalize="none")}),
+    "adapter": model_of(adapter=AdapterSpec(rank=2, scale=1.5, on=("attention", "experts", "router", "head"))),
     "capacity of training": model_of(moe={"dispatch": CapacitySpec(factor=0.4)}),
 }
 OTHER = {
@@ -67,6 +69,7 @@ OTHER = {
     "layer norm": model_of(norm=LayerNormSpec()),
     "softcap": model_of(softcap=5.0),
     "bias of the head": model_of(head=TiedHeadSpec(bias=True)),
+    "adapter of the embedding": model_of(adapter=AdapterSpec(rank=2, on=("embedding",))),
     "bfloat16": model_of(precision=PrecisionSpec(compute="bfloat16")),
 }
 
@@ -80,7 +83,8 @@ def mlx(monkeypatch) -> Twin:
 
 
 def weights_of(spec):
-    return {name: 5 * value for name, value in initial_weights(spec, seed=0).items()}
+    weights = initial_weights(spec, 0, active_adapters=True)
+    return {name: value if ".lora_" in name else 5 * value for name, value in weights.items()}
 
 
 def step_of(mlx, spec, dtype=None):
@@ -136,12 +140,13 @@ def test_a_token_after_a_training_step_is_of_the_new_parameters(mlx):
     assert_close(found, model.forward(TOKENS[:, : PROMPT + 1], inference=True).logits[:, -1], FLOAT32)
 
 
+@pytest.mark.parametrize("adapter", [None, AdapterSpec(rank=2)], ids=["plain", "adapter"])
 @pytest.mark.parametrize("head", [TiedHeadSpec(), UntiedHeadSpec()], ids=["tied", "untied"])
 @pytest.mark.parametrize("large", [1, 2**21], ids=["all cores", "one core"])
-def test_codes_give_the_logits_of_the_graph(mlx, monkeypatch, head, large):
+def test_codes_give_the_logits_of_the_graph(mlx, monkeypatch, head, large, adapter):
     token = mlx.module("kernels.x86.token")
     monkeypatch.setattr(token, "LARGE", large)
-    sizes = {"embed_dim": 32, "head": head}
+    sizes = {"embed_dim": 32, "head": head, "adapter": adapter}
     spec = model_of({"num_heads": 4, "head_dim": 8}, {"experts": GatedFeedForwardSpec(hidden_dim=32)}, **sizes)
     model = mlx.backend().build(spec, quantized_weights(weights_of(spec), QuantizationFormat("affine", 4, 32)))
     step = token.token_step(spec, model._named(), model._codes())

@@ -37,7 +37,18 @@ from moezoo.mlx_backend.kv_cache import Cache, Caches, KVCache
 from moezoo.mlx_backend.quantization import QuantizedArray
 from moezoo.mlx_backend.runtime.cores import Floats, can_limit_blas, cores, on_all_cores, one_blas_thread, one_by_one
 
-Weight = Floats | Matrix
+Plain = Floats | Matrix
+
+
+class LowRank(NamedTuple):
+    """A matrix with an adapter, `base + a b`: b is scaled."""
+
+    base: Plain
+    a: Floats
+    b: Floats
+
+
+Weight = Plain | LowRank
 
 STREAMED_ROWS = 2
 """Rows up to which einsum reads a matrix from memory faster than `sgemv` and `sgemm` do: 22 to 30 GB/s for 13 to 17."""
@@ -57,7 +68,7 @@ def token_step(
     """Return the step of a model of common layers with these parameters by canonical name; None of another one.
 
     Common: pre-norm, RoPE or no position, RMS norms, top-k of a softmax, SwiGLU experts without biases, and matrices of
-    float32 or codes.
+    float32 or codes, but for the embedding with or without an adapter.
     """
     matrices = (value for value in parameters.values() if value.ndim > 1)
     if not _computes_tokens() or any(value.dtype != mx.float32 for value in matrices):
@@ -66,18 +77,32 @@ def token_step(
         return None
     layers = all(_is_common(layer) for layer in spec.layers)
     common = layers and isinstance(spec.norm, RMSNormSpec) and not spec.head.bias
-    training = ("dropout", "initializer")
+    training = ("dropout", "initializer", "adapter")
+    common = common and "embedding.weight.lora_a" not in parameters
     if not common or not _has_defaults(spec, "vocab_size", "embed_dim", "layers", "norm", "head", *training):
         return None
     floats = {name: np.asarray(value.astype(mx.float32)) for name, value in parameters.items()}
-    return TokenStep(spec, floats | {name: matrix(value) for name, value in coded.items()})
+    values: dict[str, Weight] = {**floats, **{name: matrix(value) for name, value in coded.items()}}
+    if spec.adapter is not None:
+        values |= _adapted(values, floats, spec.adapter.scale)
+    return TokenStep(spec, values)
+
+
+def _adapted(values: Mapping[str, Weight], floats: Mapping[str, Floats], scale: float) -> dict[str, Weight]:
+    """Return the matrices that have an adapter, with it."""
+    found: dict[str, Weight] = {}
+    for name in values:
+        base = values[name]
+        if f"{name}.lora_a" in floats and not isinstance(base, LowRank):
+            found[name] = LowRank(base, floats[f"{name}.lora_a"], floats[f"{name}.lora_b"] * np.float32(scale))
+    return found
 
 
 class TokenStep:
     """Views of a model's parameters, and the step that extends sequences by one token."""
 
     def __init__(self, spec: ModelSpec, values: Mapping[str, Weight]):
-        self._embedding_VD = values["embedding.weight"]
+        self._embedding_VD = _plain(values["embedding.weight"])
         self._layers = [_Layer(layer, spec.norm, values, f"layers.{i}") for i, layer in enumerate(spec.all_layers)]
         self._final_norm = _Norm.of(spec.norm, values, "final_norm")
         self._head_DV = values["head.w_head"] if "head.w_head" in values else _as_head(self._embedding_VD)
@@ -111,7 +136,7 @@ class _Norm(NamedTuple):
     def of(spec: NormSpec, values: Mapping[str, Weight], name: str) -> "_Norm":
         assert isinstance(spec, RMSNormSpec)
         scale_D = None if spec.scale == "none" else values[f"{name}.scale"]
-        assert not isinstance(scale_D, Matrix)
+        assert not isinstance(scale_D, Matrix | LowRank)
         return _Norm(1 + scale_D if spec.scale == "zero_centred" and scale_D is not None else scale_D, spec.epsilon)
 
     def __call__(self, x: Floats) -> Floats:
@@ -190,7 +215,7 @@ class _Experts:
         self._w_router_DE = values[f"{name}.router.w_router"]
         self._matrices = [values[f"{name}.experts.w_{part}"] for part in ("gate", "up", "down")]
         self._decodes_much = (
-            self._top_k * sum(w.part(0).numbers for w in self._matrices if isinstance(w, Matrix)) >= LARGE
+            self._top_k * sum(w.part(0).numbers for w in map(_plain, self._matrices) if isinstance(w, Matrix)) >= LARGE
         )
 
     def __call__(self, x_BD: Floats) -> Floats:
@@ -218,7 +243,7 @@ class _Experts:
 
     def _run(self, x_BD: Floats, expert: int, slot_R: np.ndarray, out_RD: Floats) -> None:
         """Compute these slots, all of one expert."""
-        gate_DF, up_DF, down_FD = (w.part(expert) if isinstance(w, Matrix) else w[expert] for w in self._matrices)
+        gate_DF, up_DF, down_FD = (_part(w, expert) for w in self._matrices)
         rows = x_BD[slot_R // self._top_k]
         hidden = silu(_product(rows, gate_DF))
         hidden *= _product(rows, up_DF)
@@ -227,11 +252,14 @@ class _Experts:
 
 def _products(x_BD: Floats, *matrices: Weight) -> list[Floats]:
     """Return x times each of these matrices; each core takes some columns if that is much work."""
+    if any(isinstance(w, LowRank) for w in matrices):
+        plain = _products(x_BD, *map(_plain, matrices))
+        return [out + _low(x_BD, w) if isinstance(w, LowRank) else out for out, w in zip(plain, matrices, strict=True)]
     coded = [w for w in matrices if isinstance(w, Matrix)]
     if coded:
         on_cores = len(coded) == len(matrices) and sum(w.numbers for w in coded) >= LARGE
         return _decoded_products(x_BD, coded) if on_cores else [_product(x_BD, w) for w in matrices]
-    floats = [w for w in matrices if not isinstance(w, Matrix)]
+    floats = [w for w in matrices if not isinstance(w, Matrix | LowRank)]
     if len(x_BD) * sum(w_DF.size for w_DF in floats) < LARGE:
         return [_product(x_BD, w_DF) for w_DF in floats]
     products: list[Floats] = [np.empty((len(x_BD), w_DF.shape[1]), np.float32) for w_DF in floats]
@@ -258,6 +286,8 @@ def _shares(count: int) -> list[slice]:
 
 def _product(x_RD: Floats, w_DF: Weight) -> Floats:
     """Return x times w on this core."""
+    if isinstance(w_DF, LowRank):
+        return _product(x_RD, w_DF.base) + _low(x_RD, w_DF)
     if isinstance(w_DF, Matrix):
         out_RF: Floats = np.empty((len(x_RD), len(w_DF.codes)), np.float32)
         one_by_one(product(x_RD, w_DF, out_RF))
@@ -267,17 +297,38 @@ def _product(x_RD: Floats, w_DF: Weight) -> Floats:
     return x_RD @ w_DF
 
 
-def _rows(w: Weight, index: Integers) -> Floats:
+def _low(x_RD: Floats, w: LowRank) -> Floats:
+    """Return what the adapter adds."""
+    return _product(_product(x_RD, w.a), w.b)
+
+
+def _plain(w: Weight) -> Plain:
+    """Return the matrix without its adapter."""
+    return w.base if isinstance(w, LowRank) else w
+
+
+def _part(w: Weight, expert: int) -> Weight:
+    """Return the matrix of one expert."""
+    if isinstance(w, LowRank):
+        base = w.base.part(expert) if isinstance(w.base, Matrix) else w.base[expert]
+        return LowRank(base, w.a[expert], w.b[expert])
+    return w.part(expert) if isinstance(w, Matrix) else w[expert]
+
+
+def _rows(w: Plain, index: Integers) -> Floats:
     return decoded(w, index) if isinstance(w, Matrix) else w[index]
 
 
-def _as_head(embedding_VD: Weight) -> Weight:
+def _as_head(embedding_VD: Plain) -> Plain:
     """Return the matrix of a tied head; rows of codes already run over its inputs."""
     return embedding_VD if isinstance(embedding_VD, Matrix) else embedding_VD.T
 
 
 def _flat(w: Weight, inputs: int) -> Weight:
     """Merge the axes of a matrix's outputs, and those of its inputs, of which there are so many."""
+    if isinstance(w, LowRank):
+        base = w.base.flat() if isinstance(w.base, Matrix) else w.base.reshape(math.prod(w.base.shape[:inputs]), -1)
+        return LowRank(base, w.a.reshape(-1, w.a.shape[-1]), w.b.reshape(len(w.b), -1))
     return w.flat() if isinstance(w, Matrix) else w.reshape(math.prod(w.shape[:inputs]), -1)
 
 
