@@ -8,6 +8,7 @@ import numpy as np
 from moezoo.backends import load_backend
 from moezoo.core.backend import Model
 from moezoo.core.config.run_config import load_config
+from moezoo.core.config.training import Rematerialize
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
@@ -50,6 +51,8 @@ def numbers(config: Path) -> dict[str, np.ndarray]:
     step: dict[str, np.ndarray] = {}
     if config.stem in PACKED:
         step = packed(model)
+    if config.stem == "sparse_attention":
+        step |= stepped(model, config, "block")  # its indexer's loss is summed over the processes inside of a block
     if config.stem == "expert_balance":
         step = stepped(model, config)
     found = {f"term {name}": np.array(value) for name, value in terms.items()}
@@ -72,9 +75,9 @@ def packed(model: Model) -> dict[str, np.ndarray]:
     return found | {f"gradient of documents {name}": value for name, value in gradients.items()}
 
 
-def stepped(model: Model, config: Path) -> dict[str, np.ndarray]:
+def stepped(model: Model, config: Path, rematerialize: Rematerialize = "none") -> dict[str, np.ndarray]:
     """Return what a step on this process's share of two micro-batches measured, one of which has no targets here."""
-    model.start_training(load_config(config, []).optimizer)
+    model.start_training(load_config(config, []).optimizer, rematerialize=rematerialize)
     tokens, targets = batch()
     own = model.own_sequences(B)
     many = np.stack([targets, np.where(np.arange(B)[:, None] < B // 2, IGNORED, targets)])
