@@ -4,12 +4,12 @@ The public API is what `dir(moezoo)` lists. Importing it does not import jax or 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moezoo.api import LoadedModel
+    from moezoo.api import LoadedModel, Run
     from moezoo.core.backend import Backend
     from moezoo.core.comparison.result import Comparison
     from moezoo.core.config.run_config import Config
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moezoo.core.parity.report import ParityReport
     from moezoo.core.spec import ModelSpec
     from moezoo.core.traces.trace import RoutingTrace
+    from moezoo.core.training.reporter import Reporter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "LoadedModel",
     "ModelSpec",
     "MoezooError",
+    "Run",
     "compare",
     "load",
     "load_config",
     "parameter_table",
     "parity",
+    "train",
 ]
 
 _LAZY = {
@@ -37,6 +40,7 @@ _LAZY = {
     "LoadedModel": "moezoo.api",
     "ModelSpec": "moezoo.core.spec",
     "MoezooError": "moezoo.core.errors",
+    "Run": "moezoo.api",
     "parameter_table": "moezoo.core.parameters",
 }
 
@@ -76,8 +80,10 @@ def load(
     return load_model(path, backend, compute, max_length, **options)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
-    """Load and validate a YAML config with `path=value` overrides; opens the checkpoint of `init_from` if it has one.
+def load_config(path: "str | Path | Mapping[str, Any]", overrides: Sequence[str] = ()) -> "Config":
+    """Load and validate a config with `path=value` overrides; opens the checkpoint of `init_from` if it has one.
+
+    `path`: of a YAML file, the name of one that ships, or the content of one.
 
     >>> config = moezoo.load_config("fables", ["training.steps=20"])
     >>> config.training.steps
@@ -88,6 +94,61 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> "Config":
     from moezoo.core.runs.init_from import load_resolved_config
 
     return load_resolved_config(path, overrides)
+
+
+def train(
+    config: "str | Path | Mapping[str, Any] | Config",
+    *,
+    backend: "str | Backend | None" = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    mesh: str | None = None,
+    resume: bool = False,
+    replay: str | Path | None = None,
+    progress: bool = True,
+    reporter: "Reporter | None" = None,
+    allow_overcommit: bool = False,
+    allow_changed_data: bool = False,
+) -> "Run":
+    """Train a model into a run folder, as `moezoo train` does, and return the run.
+
+    >>> run = moezoo.train("owls.yaml", out="runs/nine", overrides=["training.steps=9"], progress=False)
+    >>> run.metrics["step"].tolist(), run.evaluation.validation_loss < 4
+    ([1, 2, 3, 4, 5, 6, 7, 8, 9], True)
+    >>> model = run.load()
+
+    The first Ctrl-C, or "interrupt" of a notebook, saves and returns the run as it is, which `resume` continues.
+
+    Args:
+        config: a YAML file, the name of a config that ships (`fables`), its content as a mapping, or a Config.
+        backend: as in `load`.
+        out: the run folder; None: runs/<config name>.
+        overrides: `path=value` each, such as `training.steps=20`.
+        mesh: devices per axis (`data=4,expert=2`), or a YAML file.
+        resume: continue the run in `out` from its newest checkpoint.
+        replay: a routing trace of the training data, whose experts are forced.
+        progress: print what is trained, a line of progress, and validations.
+        reporter: takes each logged step and validation, besides.
+        allow_overcommit: try what needs more memory than is free.
+        allow_changed_data: resume although the data has changed.
+
+    Raises MoezooError: training cannot start, or cannot go on. Raises KeyboardInterrupt: stopped before the first step.
+    """
+    from moezoo.api import train_run
+
+    return train_run(
+        config,
+        backend=backend,
+        out=out,
+        overrides=overrides,
+        mesh=mesh,
+        resume=resume,
+        replay=replay,
+        progress=progress,
+        reporter=reporter,
+        allow_overcommit=allow_overcommit,
+        allow_changed_data=allow_changed_data,
+    )
 
 
 def parity(

@@ -10,6 +10,7 @@ from rich.text import Text
 from moezoo.core.progress import Pace
 from moezoo.core.training.evaluation import ValidationRecord
 from moezoo.core.training.metrics import StepRecord
+from moezoo.core.training.progress_lines import step_numbers
 
 _TIME = len("0:00:00")
 
@@ -127,20 +128,3 @@ def _wrapped(parts: list[str], first: int, width: int) -> list[str]:
         else:
             lines.append(part)
     return lines
-
-
-def step_numbers(record: StepRecord) -> list[str]:
-    """Return `loss 1.2340`, `12,345 tokens/s`, `worst load 1.32x (layer 0 expert 1)`, and the terms of the loss.
-
-    These are `cross_entropy 1.2200`, `router_z +0.0100`.
-    """
-    parts = [f"loss {record.loss:.4f}"]
-    if record.tokens_per_second:
-        parts.append(f"{record.tokens_per_second:,.0f} tokens/s")
-    worst = record.worst_layer
-    if worst is not None:
-        parts.append(f"worst load {worst.worst_load:.2f}x (layer {worst.layer} expert {worst.worst_expert})")
-    if record.weighted_losses:
-        parts.append(f"cross_entropy {record.losses['cross_entropy']:.4f}")
-        parts.extend(f"{name} +{value:.4f}" for name, value in record.weighted_losses.items())
-    return parts

@@ -1,6 +1,5 @@
 """`moezoo train` and `moezoo launch`."""
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +10,14 @@ from moezoo.cli.data import prepare_with_progress
 from moezoo.cli.options import backend_option, group_options, mesh_option, overcommit_option, replay_option, set_option
 from moezoo.cli.output import continue_without_output, new_console, print_lines, warn
 from moezoo.core.distributed.process_group import ProcessGroup
-from moezoo.core.errors import RunError, TokenizerError
+from moezoo.core.errors import RunError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from moezoo.core.config.run_config import Config
-    from moezoo.core.data.prepare import PreparedData
-    from moezoo.core.data.tokenizers import Tokenizer
     from moezoo.core.runs.run_folder import Run
     from moezoo.core.training.loop import TrainingResult
-    from moezoo.core.training.reporter import Reporters
 
 
 @click.command()
@@ -52,88 +48,35 @@ def train(
 
     With --coordinator this is one of several JAX processes, all of which must be started with the same command.
     """
-    from moezoo.backends import load_backend
-    from moezoo.core.config.vocabulary import with_vocab_size
-    from moezoo.core.cost.fits import check_training
-    from moezoo.core.data.load_tokenizer import tokenizer_notes
-    from moezoo.core.distributed.processes import first_process_first
+    from moezoo.api.ready_run import ready_run
+    from moezoo.cli.progress import ConsoleReporter
     from moezoo.core.reports.model_page import training_header
-    from moezoo.core.runs.init_from import check_initial_weights, frozen_bytes, initial_tokenizer
-    from moezoo.core.runs.run_data import check_data
-    from moezoo.core.runs.run_folder import load_run_tokenizer, prepare_run
-    from moezoo.core.traces.trace_file import open_trace
-    from moezoo.core.training.loop import train as run_training
 
     continue_without_output()
-    trace = open_trace(replay) if replay else None
-    path = out or Path("runs") / config_path.stem
-    config, resumed = _config(config_path, overrides, mesh, path if resume else None)
-    loaded = load_backend(backend, config.mesh, group, startup_s)
-    is_first = loaded.processes.is_first
-    console = new_console(quiet=not is_first)
-    tokenizer = load_run_tokenizer(path) if resumed else initial_tokenizer(config)
-    given = (console, config, str(config_path), tokenizer)
-    data = first_process_first(loaded, partial(_prepared, *given, resumed=resumed))
-    config = with_vocab_size(config, data.tokenizer.vocab_size, str(config_path))
-    if not resumed:
-        check_initial_weights(config)
-    if config.mesh.is_one_device:  # then each process has all weights and an equal part of every micro-batch
-        loaded.processes.share(config.training.batch_size // config.training.gradient_accumulation)
-    frozen = frozen_bytes(config, path if resumed else None)
-    warnings = check_training(config, loaded.devices(), frozen_bytes=frozen, allow_overcommit=allow_overcommit)
-    run = first_process_first(loaded, lambda: prepare_run(path, config, resume=resume))
-    changes = check_data(path, data.summary, allow_changed=allow_changed_data) if resumed else []
-    warn(*([*warnings, *changes] if is_first else []))
-    facts = {"backend": loaded.name, **loaded.facts(), **({"replay": str(replay)} if replay else {}), "run": str(path)}
-    console.print(training_header(config, facts))
-    warn(*(tokenizer_notes(data.tokenizer) if is_first and not resumed else []))
-    tokens = math.prod((config.training.steps, config.training.batch_size, config.training.sequence_length))
-    print_lines(console, *(source.describe(tokens) for source in data.summary))
-    reporter = _reporter(console, config, run) if is_first else None
-    result = run_training(config, data, loaded, run, reporter=reporter, replay=trace, exits=True)
-    loaded.leave()
-    if is_first:
+    console = new_console()
+    ready = ready_run(
+        config_path,
+        prepare=partial(prepare_with_progress, console),
+        backend=backend,
+        out=out,
+        overrides=overrides,
+        mesh=mesh,
+        resume=resume,
+        replay=replay,
+        allow_overcommit=allow_overcommit,
+        allow_changed_data=allow_changed_data,
+        group=group,
+        startup_s=startup_s,
+    )
+    console.quiet = not ready.is_first
+    warn(*ready.warnings)
+    console.print(training_header(ready.config, ready.facts))
+    warn(*ready.notes)
+    print_lines(console, *ready.sources)
+    result = ready.train(ConsoleReporter(console), exits=True)
+    if ready.is_first:
         resume_command = _resume_command(config_path, backend, out, overrides, mesh, replay, allow_overcommit)
-        _finish(console, config, run, path, result, resume_command)
-
-
-def _reporter(console: "Console", config: "Config", run: "Run") -> "Reporters":
-    """Return the reporters of the console and of the config's trackers."""
-    from moezoo.cli.progress import ConsoleReporter
-    from moezoo.core.trackers.reporter import tracker_reporters
-    from moezoo.core.training.reporter import Reporters
-
-    shown = ConsoleReporter(console)
-    return Reporters(shown, *tracker_reporters(config, run, shown.message))
-
-
-def _prepared(
-    console: "Console", config: "Config", where: str, tokenizer: "Tokenizer | None", *, resumed: bool
-) -> "PreparedData":
-    """Prepare the data; characters that the tokenizer of a run to resume lacks mean that the data has changed."""
-    from moezoo.core.data.tokenizers import CharacterTokenizer
-    from moezoo.core.runs.run_data import vocabulary_error
-
-    try:
-        return prepare_with_progress(console, config, where, tokenizer)
-    except TokenizerError as error:
-        raise vocabulary_error(error) if resumed and isinstance(tokenizer, CharacterTokenizer) else error from None
-
-
-def _config(
-    config_path: Path, overrides: tuple[str, ...], mesh: str | None, resumed_run: Path | None
-) -> tuple["Config", bool]:
-    """Return the config with its overrides, and True if it resumes a run, whose own config then fills it in."""
-    from moezoo.core.config.mesh_option import load_mesh
-    from moezoo.core.runs.init_from import load_resolved_config
-    from moezoo.core.runs.run_folder import is_run, load_run_config
-    from moezoo.core.trackers.reporter import check_installed
-
-    resumed = resumed_run is not None and is_run(resumed_run)
-    before = load_run_config(resumed_run) if resumed_run is not None and resumed else None
-    config = load_resolved_config(config_path, overrides, resumed=before)
-    check_installed(config.trackers)
-    return config if mesh is None else config.model_copy(update={"mesh": load_mesh(mesh)}), resumed
+        _finish(console, ready.config, ready.run, ready.run.path, result, resume_command)
 
 
 def _finish(

@@ -1,7 +1,7 @@
 """Run configs: the config file as a pydantic model, reading, overrides and writing."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -162,6 +162,19 @@ def parse_config(
 def dump_config(config: Config) -> str:
     """Return YAML text with all defaults written out; `parse_config` of it returns an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+def config_text(config: Config | Mapping[str, Any]) -> str:
+    """Return the YAML text of a config, or of the content of one. Raises SpecError: values that YAML does not have."""
+    if isinstance(config, Config):
+        return dump_config(config)
+    try:
+        return yaml.safe_dump(dict(config), sort_keys=False)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SpecError(
+            f"the config cannot be written as YAML; got {' '.join(str(error).split())[:200]}; expected text, numbers, "
+            "true, false, none, lists and mappings. Replace the value."
+        ) from None
 
 
 def with_compute(config: Config, compute: str) -> Config:

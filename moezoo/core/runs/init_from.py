@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moezoo.core.checkpoint.safetensors_file import LazyTensors, shapes_of
 from moezoo.core.checkpoint.store import check_names_and_shapes
-from moezoo.core.config.run_config import Config, InitFrom, load_config
+from moezoo.core.config.run_config import Config, InitFrom, config_text, load_config, parse_config
 from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import Tokenizer
 from moezoo.core.errors import CheckpointError, SpecError, TrainingError
@@ -69,14 +69,23 @@ def add_model_and_tokenizer(raw: dict[str, Any], where: str, resumed: Config | N
         data["tokenizer"] = tokenizer.model_dump(mode="json")
 
 
-def load_resolved_config(path: str | Path, overrides: Sequence[str] = (), *, resumed: Config | None = None) -> Config:
+def load_resolved_config(
+    config: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = (), *, resumed: Config | None = None
+) -> Config:
     """Load a config; if it has `init_from` and no model or tokenizer, read them from the checkpoint named there.
 
-    `resumed`: the config of the run to resume. If it has the same `init_from`, the checkpoint is not opened.
+    `config`: a path or name, as in `load_config`, the content of a file, or a config. `resumed`: the config of the run
+    to resume. If it has the same `init_from`, the checkpoint is not opened.
 
     Raises what `load_config` raises, and what `open_model` raises for the checkpoint.
     """
-    return load_config(path, overrides, resolve=lambda raw, where: add_model_and_tokenizer(raw, where, resumed))
+
+    def resolve(raw: dict[str, Any], where: str) -> None:
+        add_model_and_tokenizer(raw, where, resumed)
+
+    if isinstance(config, str | Path):
+        return load_config(config, overrides, resolve=resolve)
+    return parse_config(config_text(config), overrides=overrides, resolve=resolve)
 
 
 def initial_tokenizer(config: Config) -> Tokenizer | None:
