@@ -7,6 +7,7 @@ python on_devices.py JOB...     a line of JSON for each; a JOB is JSON too: [wha
                 collectives of a step
                 of_score    collectives of scoring 3 sequences
                 donated     arrays that a step writes in place
+                replayed    differences of a step, and of scores of 3 sequences, with forced routing
                 answers     everything that a model can be asked for where it was trained
     replaced    [old, new] in the config's text, or null
     mesh        e.g. {"data": 8}
@@ -25,7 +26,7 @@ from moezoo.core.config.run_config import parse_config
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.sampling import SamplingOptions
-from moezoo.core.tokens import IGNORED, PADDING
+from moezoo.core.tokens import IGNORED, NOT_REPLAYED, PADDING
 from moezoo.jax_backend.backend import JaxBackend
 from moezoo.jax_backend.runtime.step_batch import step_batch
 
@@ -147,6 +148,31 @@ def answers(config, given: dict) -> dict:
     return {"apart": {name: apart(alone[name], mine[name]) for name in alone}, "tokens": generated == expected}
 
 
+def replayed(config, *meshes: dict) -> dict:
+    """A step of two micro-batches with experts that are drawn, every fourth token routed freely; and 3 scores."""
+    generator = np.random.default_rng(0)
+    windows = generator.integers(0, VOCAB, (2, 8, 17)).astype(np.int32)
+    forced = []
+    for _, moe in config.model.moes:
+        drawn = generator.permuted(np.tile(np.arange(moe.num_choices), (2, 8, 16, 1)), axis=3)[..., : moe.num_slots]
+        forced.append(np.where(np.arange(16)[:, None] % 4, drawn, NOT_REPLAYED).astype(np.int32))
+    results = []
+    for mesh, options in map(mesh_and_options, ({}, *meshes)):
+        model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
+        model.start_training(config.optimizer, **options)
+        metrics = model.train_step(windows, 1e-3, forced=forced).fetch()
+        gradients = {name: value for name, value in model.export_optimizer().items() if name.startswith("first_")}
+        batch = (windows[0, :3, :-1], windows[0, :3, 1:])
+        scores = model.score(*batch, forced=[own[0, :3] for own in forced], routing=True)
+        experts = {f"expert.{own.layer}": own.expert for own in scores.routing}
+        results.append({**metrics.losses, **gradients, "load": metrics.load, "score": scores.token_losses, **experts})
+    alone, *others = results
+    return {
+        json.dumps(mesh): {name: apart(alone[name], mine[name]) for name in alone}
+        for mesh, mine in zip(meshes, others, strict=True)
+    }
+
+
 def compiled_step(config, given: dict, micro_batches: int = 1):
     mesh, options = mesh_and_options(given)
     model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
@@ -208,7 +234,9 @@ def donated(config, given: dict) -> dict:
 
 
 if __name__ == "__main__":
-    whats = {function.__name__: function for function in (equal, packed, collectives, of_score, donated, answers)}
+    whats = {
+        function.__name__: function for function in (equal, packed, collectives, of_score, donated, replayed, answers)
+    }
     for job in sys.argv[1:]:
         what, path, replaced, *meshes = json.loads(job)
         print(json.dumps(whats[what](config_of(Path(path), replaced), *meshes)))

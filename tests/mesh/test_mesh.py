@@ -262,6 +262,14 @@ def test_trained_model_generates_on_its_mesh(found, job):
     assert found["tokens"]
 
 
+@release
+@pytest.mark.parametrize("job", [job("replayed", "top_k", MESHES[5], MESHES[17], MESHES[19])], ids=["job"])
+def test_forced_routing_trains_and_scores_as_on_one_device(found, job):
+    for mesh, apart in found[job].items():
+        far = {name: distance for name, distance in apart.items() if distance > FLOAT32_TRAINING.relative}
+        assert not far, mesh
+
+
 @pytest.mark.parametrize("job", [job("of_score", "top_k", MESHES[5])], ids=["job"])
 def test_indivisible_batch_is_scored_without_gathering_experts(found, job):
     """3 sequences on 8 devices: tokens are exchanged as in a step, and no expert is gathered."""

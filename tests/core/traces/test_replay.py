@@ -9,12 +9,13 @@ from moezoo.core.errors import DataError
 from moezoo.core.tokens import NOT_REPLAYED
 from moezoo.core.traces.continuations import RecordOptions
 from moezoo.core.traces.replay import Replay, forced_for, forced_routing, replayed_windows
+from moezoo.core.traces.summary import summarize
 from moezoo.core.traces.trace import TraceRows, trace_of
 from moezoo.core.traces.trace_data import TracedData
 from moezoo.core.training.batches import Batches
 from moezoo.core.training.evaluation import evaluate
 from tests.core.traces.test_record import TOKENIZER, T, built, recorded
-from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.tolerances import FLOAT32, FLOAT64, assert_close
 
 TEXT = "the owl saw thirty small mice."
 
@@ -52,6 +53,19 @@ def test_an_evaluation_takes_the_traces_choice_for_every_new_token(model, tmp_pa
     for layer, routing in enumerate(other.routing):
         counts = np.bincount(moved[:29, layer].ravel(), minlength=5)
         assert np.abs(np.array(routing.load) * 64 - counts).sum() == pytest.approx(6)
+
+
+def test_windows_that_begin_with_the_first_token_are_recorded_and_replayed_so(model, tmp_path):
+    data, first = data_of(tmp_path), ord("<")
+    trace = recorded(model, [data], RecordOptions(T, 4, first_token=first))
+    ids = np.frombuffer(TEXT.encode(), np.uint8).copy()
+    ids[[0, 8, 16]] = first  # of the last window, which begins at 21, tokens from 24 on are new
+    assert trace.column("token").tolist() == ids.tolist()
+    options = {"sequence_length": T, "batch_size": 4, "first_token": first}
+    free = evaluate(model, data.split, TOKENIZER, **options)
+    assert_close(summarize(trace).loss, free.validation_loss, FLOAT64)
+    same = evaluate(model, data.split, TOKENIZER, **options, replay=Replay(trace, model.spec))
+    assert_close(same.validation_loss, free.validation_loss, FLOAT32)
 
 
 def test_generated_rows_and_other_domains_are_left_out(model, tmp_path):
