@@ -1,7 +1,7 @@
 """The implementation of the Python API `import moezoo`: a loaded model, and its evaluation on a file."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast, overload
 
@@ -12,12 +12,12 @@ from moezoo.core.backend import Model, Output, checked_tokens
 from moezoo.core.config.run_config import Config
 from moezoo.core.cost.fits import check_generation, check_scoring, scoring_size
 from moezoo.core.data.chat_template import Message as ChatMessage
-from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moezoo.core.data.huggingface_tokenizer import with_template
 from moezoo.core.data.tokenizers import Ids, Tokenizer, with_first_tokens
 from moezoo.core.distributed.mesh import ONE_DEVICE, Devices
-from moezoo.core.errors import SpecError, TokenizerError
+from moezoo.core.errors import SpecError
 from moezoo.core.generation.config import GenerationConfig
-from moezoo.core.generation.loop import generate, stream_ids, text_pieces
+from moezoo.core.generation.loop import Continuation, OnTokens, generate, stream_ids, text_pieces, until_stop
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.interventions.masks import Mode, named_masks
 from moezoo.core.progress import Message, Progress
@@ -128,8 +128,12 @@ class LoadedModel:
         Raises TokenizerError: the tokenizer cannot encode text, or has no chat template.
         """
         if chat:
-            return self._tokenizer_with_template().encode_chat([{"role": "user", "content": text}])
+            return self.encode_chat([{"role": "user", "content": text}])
         return with_first_tokens(self.tokenizer.encode(text), self.tokenizer)
+
+    def encode_chat(self, messages: Sequence[ChatMessage], **variables: Any) -> Ids:
+        """Encode a conversation for its answer. `variables`: what the chat template sees (`enable_thinking=False`)."""
+        return with_template(self.tokenizer).encode_chat(messages, variables)
 
     @overload
     def generate(
@@ -148,7 +152,7 @@ class LoadedModel:
         *,
         stream: Literal[False] = False,
         chat: bool = False,
-        on_tokens: Callable[[Integers], None] | None = None,
+        on_tokens: OnTokens | None = None,
         **sampling: Unpack[Sampling],
     ) -> Integers: ...
 
@@ -163,7 +167,7 @@ class LoadedModel:
         *,
         stream: bool = False,
         chat: bool = False,
-        on_tokens: Callable[[Integers], None] | None = None,
+        on_tokens: OnTokens | None = None,
         **sampling: Unpack[Sampling],
     ) -> Any:
         """Generate a continuation: text of text, token ids of token ids.
@@ -182,7 +186,7 @@ class LoadedModel:
             stream: return an iterator over what is generated, as soon as it is.
             chat: texts are a user's messages, for the tokenizer's chat template; ids are conversations
                 (`encode_prompt(text, chat=True)`). See `chat` for several turns.
-            on_tokens: called with each new column of ids, int32 [B].
+            on_tokens: called with each new column of ids, int32 [B]; it may return which sequences end here, bool [B].
             sampling: as in `Sampling`; what is None or not given is as in `self.generation` (generation_config.json of
                 a Hugging Face folder), or else 32 new tokens and greedy decoding.
 
@@ -190,7 +194,7 @@ class LoadedModel:
             the text after the prompt without its end token; a list of B texts; or ids int32 [B, new]. Of a stream, an
             iterator over pieces of text; lists of a piece for each of B texts; or columns of ids, int32 [B].
 
-        Generation ends early when every sequence has produced one of `end_tokens(chat)`.
+        Generation ends early when every sequence has produced one of `end_tokens(chat)`, or a text of `stop`.
 
         Raises DataError: as `forward`. Raises SpecError: an option out of range, or unsupported settings in
         generation_config.json. Raises OutOfMemoryError: the caches need more memory than is free. Raises
@@ -200,7 +204,9 @@ class LoadedModel:
         if texts is None:
             ids = self._prompts(cast(TokenRows, prompt))
             request = self._request(ids, chat, sampling)
-            return stream_ids(**request) if stream else generate(**request, on_tokens=on_tokens)
+            if stop := sampling.get("stop"):
+                on_tokens = until_stop(self._continuations(ids, chat, stop), on_tokens)
+            return (stream_ids if stream else generate)(**request, on_tokens=on_tokens)
         rows = [self.encode_prompt(text, chat=chat) for text in texts]
         pieces = self._pieces(rows, chat, sampling)
         if isinstance(prompt, str):
@@ -234,7 +240,7 @@ class LoadedModel:
         Raises what `generate` raises; TokenizerError: no chat template, or one that cannot be applied.
         """
         said = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        row = self._tokenizer_with_template().encode_chat(said)
+        row = self.encode_chat(said)
         if sampling.get("max_new_tokens") is None:
             sampling["max_new_tokens"] = self.generation.new_tokens(None, len(row), _ANSWER_TOKENS)
         pieces = (piece for (piece,) in self._pieces([row], True, sampling))
@@ -244,6 +250,7 @@ class LoadedModel:
         """Return the arguments of `generation.loop.generate`, after checking that the caches fit."""
         longest, options = max((len(row) for row in rows), default=0), dict[str, Any](sampling)
         new_tokens = self.generation.new_tokens(options.pop("max_new_tokens", None), longest, 32)
+        options.pop("stop", None)
         self.check_generation(len(rows), longest, new_tokens)
         return {
             "model": self.model,
@@ -257,7 +264,10 @@ class LoadedModel:
     def _pieces(self, rows: Sequence[Integers], chat: bool, sampling: Sampling) -> Iterator[list[str]]:
         """Return an iterator over pieces of the generated texts, one for each row of ids."""
         request = self._request(rows, chat, sampling)
-        return text_pieces(stream_ids(**request), self.tokenizer, rows, request["end_tokens"])
+        return text_pieces(stream_ids(**request), self._continuations(rows, chat, sampling.get("stop") or ()))
+
+    def _continuations(self, rows: Sequence[Integers], chat: bool, stop: Sequence[str]) -> list[Continuation]:
+        return [Continuation(self.tokenizer, row, self.end_tokens(chat), stop) for row in rows]
 
     def trace(
         self,
@@ -377,14 +387,6 @@ class LoadedModel:
         Raises SpecError: no adapter of that name was loaded.
         """
         self._adapters.set(name)
-
-    def _tokenizer_with_template(self) -> HuggingFaceTokenizer:
-        if isinstance(self.tokenizer, HuggingFaceTokenizer):
-            return self.tokenizer
-        raise TokenizerError(
-            f"the tokenizer has no chat template; got a tokenizer of kind {self.tokenizer.kind}; expected a Hugging "
-            "Face tokenizer that has one. Prompt without chat."
-        )
 
     def _prompts(self, tokens: TokenRows) -> list[Integers]:
         """Check prompts, of equal or of different lengths."""

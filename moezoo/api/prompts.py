@@ -23,6 +23,7 @@ class Sampling(TypedDict, total=False):
         min_p: drop tokens less probable than this fraction of the most probable one.
         repetition_penalty: on tokens that already occur; 1 is off.
         seed: of the random numbers.
+        stop: texts that end a sequence; returned text ends before, ids with the token that completes one.
     """
 
     max_new_tokens: int | None
@@ -32,6 +33,7 @@ class Sampling(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     seed: int
+    stop: Sequence[str]
 
 
 def as_texts(prompts: list[str] | TokenRows) -> list[str] | None:

@@ -1,8 +1,10 @@
 """`moezoo generate`."""
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -12,15 +14,26 @@ from moezoo.core.errors import DataError
 
 if TYPE_CHECKING:
     from moezoo.api import LoadedModel
-    from moezoo.core.data.tokenizers import IdsLike, Tokenizer
+    from moezoo.core.data.tokenizers import IdsLike
+    from moezoo.core.generation.loop import Continuation
+    from moezoo.core.generation.prompts import Prompt
 
 _TEMPERATURE, _NEW_TOKENS = 0.8, 256
+_BATCH = 32
+"""Sequences that are generated together, at most; but all samples of a prompt are."""
 
 
 @click.command()
 @click.argument("path", metavar="PATH", type=Path)
-@click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="Text to continue; repeatable.")
+@click.option("--prompt", "texts", metavar="TEXT|-", multiple=True, help="Text to continue, - for stdin; repeatable.")
+@click.option(
+    "--prompts",
+    "file",
+    metavar="FILE|-",
+    help="File of prompts: one a line, or JSON lines (.jsonl) with `prompt` or `messages`; - for lines of stdin.",
+)
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to the prompt.")
+@click.option("--system", metavar="TEXT", help="System prompt of a chat.")
 @click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue instead of a text; prints token ids.")
 @adapter_option
 @backend_option
@@ -37,10 +50,14 @@ _TEMPERATURE, _NEW_TOKENS = 0.8, 256
 @click.option("--repetition-penalty", type=float, help="Penalty on tokens that already occur; 1 is off.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Number of samples per prompt.")
+@click.option("--stop", metavar="TEXT", multiple=True, help="End at this text, which is not printed; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON per sample.")
 def generate(
     path: Path,
-    prompts: tuple[str, ...],
+    texts: tuple[str, ...],
+    file: str | None,
     chat: bool,
+    system: str | None,
     tokens: str | None,
     adapter: Path | None,
     backend: str | None,
@@ -49,6 +66,8 @@ def generate(
     max_length: int | None,
     max_new_tokens: int | None,
     samples: int,
+    stop: tuple[str, ...],
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Generate text from a model.
@@ -56,81 +75,152 @@ def generate(
     PATH is a run folder, a Hugging Face folder or a hub id. Sampling options of a Hugging Face model default to its
     generation_config.json.
     """
+    import numpy as np
+
     from moezoo.api import load_model
     from moezoo.core.generation.config import GenerationConfig
+    from moezoo.core.generation.stop_strings import StopStrings
 
     GenerationConfig().options(**options)  # rejects bad options before the model is loaded
-    if bool(prompts) == (tokens is not None) or (chat and not prompts):
-        raise DataError(
-            "generate needs a prompt; expected --prompt TEXT, with or without --chat, or --tokens ID,ID,..."
-        )
+    StopStrings(stop)
+    _check_input(texts, file, tokens, chat=chat, stop=stop)
     ids = None if tokens is None else _token_ids(tokens)
+    prompts = _prompts(texts, file) if ids is None else []
+    chat = chat or any(prompt.messages is not None for prompt in prompts)
+    if system is not None and not chat:
+        raise DataError("--system is for a chat; got no chat; expected --chat too, or --prompts with messages.")
     model = load_model(path, backend, compute, max_length, adapter=adapter, allow_overcommit=allow_overcommit)
     generation = model.generation
     warn(*model.problems)
     warn(*(f"{generation.where}: {name} is an unknown field and has no effect" for name in generation.unknown))
-    rows, texts = _encoded(model, prompts, chat, ids)
-    longest = max(len(row) for row in rows)
+    requests = _encoded(model, prompts, chat, system) if ids is None else [_id_request(ids)]
+    longest, batch = max(len(request.row) for request in requests), max(1, _BATCH // samples)
     new_tokens = generation.new_tokens(max_new_tokens, longest, _NEW_TOKENS)
-    warn(*model.check_generation(samples * len(rows), longest, new_tokens))
-    printer = _SamplePrinter(
-        model.tokenizer if ids is None else None,
-        [row for row in rows for _ in range(samples)],
-        [text for text in texts for _ in range(samples)],
-        model.end_tokens(chat),
-    )
+    warn(*model.check_generation(samples * min(batch, len(requests)), longest, new_tokens))
     if options["temperature"] is None and generation.temperature is None:
         options["temperature"] = _TEMPERATURE
     generation.options(**options)  # rejects bad settings of the model before anything is printed
-    printer.start()
-    model.generate(printer.rows, max_new_tokens=new_tokens, on_tokens=printer.add, chat=chat, **options)
-    printer.finish()
+    for start in range(0, len(requests), batch):
+        some = [request for request in requests[start : start + batch] for _ in range(samples)]
+        continuations = _continuations(model, some, chat, stop, has_text=ids is None)
+        printer = _SamplePrinter(some, continuations, samples, as_json, streams=samples * len(requests) == 1)
+        rows = [np.asarray(request.row) for request in some]
+        model.generate(rows, max_new_tokens=new_tokens, on_tokens=printer.add, chat=chat, **options)
+        printer.finish()
+        options["seed"] += 1  # the same prompt gets other samples in another batch
 
 
-def _encoded(
-    model: "LoadedModel", prompts: Sequence[str], chat: bool, ids: list[int] | None
-) -> tuple[list["IdsLike"], list[str]]:
-    """Return the prompts as token ids, and the text with which each output starts."""
-    import numpy as np
+class _Request(NamedTuple):
+    """The tokens of a prompt, what its output starts with, the prompt as it was given, and one line that names it."""
 
-    if ids is not None:
-        return [np.array(ids)], [",".join(map(str, ids))]
-    rows = [model.encode_prompt(prompt, chat=chat) for prompt in prompts]
-    if any(row.size == 0 for row in rows):
+    row: "Sequence[int] | IdsLike"
+    lead: str
+    prompt: Any
+    title: str
+
+
+def _check_input(
+    texts: Sequence[str], file: str | None, tokens: str | None, *, chat: bool, stop: Sequence[str]
+) -> None:
+    if [bool(texts), file is not None, tokens is not None].count(True) != 1 or (chat and tokens is not None):
+        raise DataError(
+            "generate needs a prompt; expected --prompt TEXT or --prompts FILE, with or without --chat, or --tokens "
+            "ID,ID,..."
+        )
+    if stop and tokens is not None:
+        raise DataError("--stop is for text; got --tokens, which prints token ids; expected --prompt TEXT.")
+
+
+def _id_request(ids: list[int]) -> _Request:
+    shown = ",".join(map(str, ids))
+    return _Request(ids, shown, ids, shown)
+
+
+def _prompts(texts: Sequence[str], file: str | None) -> "list[Prompt]":
+    from moezoo.core.generation.prompts import Prompt, prompts_in, read_prompts
+
+    if file == "-":
+        if not (prompts := prompts_in(_standard_input())):
+            raise DataError("--prompts has none; got empty standard input; expected a prompt on each line.")
+        return prompts
+    if file is not None:
+        return read_prompts(file)
+    prompts = [Prompt(_standard_input().removesuffix("\n") if text == "-" else text) for text in texts]
+    if not all(prompt.text for prompt in prompts):
         raise DataError("--prompt is empty; expected at least one token to continue. Give some text.")
-    return list(rows), ["" if chat else prompt for prompt in prompts]
+    return prompts
+
+
+def _standard_input() -> str:
+    try:
+        return str(sys.stdin.buffer.read(), "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8; got {error.reason}; expected text.") from None
+
+
+def _continuations(
+    model: "LoadedModel", requests: Sequence[_Request], chat: bool, stop: Sequence[str], *, has_text: bool
+) -> "list[Continuation]":
+    from moezoo.core.generation.loop import Continuation
+
+    tokenizer, ends = model.tokenizer if has_text else None, model.end_tokens(chat)
+    return [Continuation(tokenizer, request.row, ends, stop) for request in requests]
+
+
+def _encoded(model: "LoadedModel", prompts: "Sequence[Prompt]", chat: bool, system: str | None) -> list[_Request]:
+    requests = []
+    for prompt in prompts:
+        given = prompt.text if prompt.messages is None else prompt.messages
+        if chat:
+            requests.append(_Request(model.encode_chat(prompt.conversation(system)), "", given, prompt.title))
+        else:
+            requests.append(_Request(model.encode_prompt(prompt.text), prompt.text, given, prompt.title))
+    if any(len(request.row) == 0 for request in requests):
+        raise DataError("--prompt is empty; expected at least one token to continue. Give some text.")
+    return requests
 
 
 class _SamplePrinter:
-    """Prints a single sample as it is generated, and several samples when all are finished."""
+    """Prints a single sample as it is generated, and several samples, or JSON, when all are finished.
+
+    Args:
+        requests: prompts, each as often as it has samples, and their continuations.
+    """
 
     def __init__(
-        self, tokenizer: "Tokenizer | None", rows: list["IdsLike"], texts: list[str], end_tokens: tuple[int, ...]
+        self,
+        requests: Sequence[_Request],
+        continuations: "Sequence[Continuation]",
+        samples: int,
+        as_json: bool,
+        *,
+        streams: bool,
     ):
-        from moezoo.core.generation.loop import Continuation
-
-        self.rows, self._texts = rows, texts
-        self._continuations = [Continuation(tokenizer, row, end_tokens) for row in rows]
-        self._streams = len(rows) == 1
-
-    def start(self) -> None:
+        self._requests, self._continuations, self._samples = requests, continuations, samples
+        self._texts = [""] * len(requests)
+        self._as_json, self._streams = as_json, streams and not as_json
         if self._streams:
-            click.echo(self._texts[0], nl=False)
+            click.echo(requests[0].lead, nl=False)
 
-    def add(self, column: Any) -> None:
+    def add(self, column: Any) -> list[bool]:
         for index, token in enumerate(column):
             piece = self._continuations[index].add(int(token))
             self._texts[index] += piece
             if self._streams:
                 click.echo(piece, nl=False)
+        return [continuation.ended for continuation in self._continuations]
 
     def finish(self) -> None:
-        endings = [continuation.finish() for continuation in self._continuations]
-        if self._streams:
-            click.echo(endings[0])
-            return
-        for index, (text, ending) in enumerate(zip(self._texts, endings, strict=True)):
-            click.echo(f"--- sample {index + 1}\n{text}{ending}")
+        for index, (request, continuation) in enumerate(zip(self._requests, self._continuations, strict=True)):
+            ending, number = continuation.finish(), index % self._samples
+            text = self._texts[index] + ending
+            if self._as_json:
+                sample = {"prompt": request.prompt, "sample": number, "text": text}
+                click.echo(json.dumps({**sample, "tokens": continuation.tokens, "ended_by": continuation.ended_by}))
+            elif self._streams:
+                click.echo(ending)
+            else:
+                click.echo(f"--- sample {number + 1}: {request.title}\n{request.lead}{text}")
 
 
 def _token_ids(text: str) -> list[int]:

@@ -29,8 +29,7 @@ SURFACE = {
     "init": ["NAME", "--from"],
     "generate": [
         "PATH",
-        "--prompt",
-        "--chat",
+        *("--prompt", "--prompts", "--chat", "--system"),
         "--tokens",
         "--adapter",
         "--backend",
@@ -44,7 +43,7 @@ SURFACE = {
         "--min-p",
         "--repetition-penalty",
         "--seed",
-        "--samples",
+        *("--samples", "--stop", "--json"),
     ],
     "eval": [
         *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--without", "--mode", "--importance"),
@@ -434,6 +433,45 @@ def test_generate_continues_token_ids(trained: Path) -> None:
     assert_error(call(*words), "DataError", "expected --prompt TEXT")
     assert_error(call(*words, "--tokens", "1", "--prompt", "7"), "DataError", "expected --prompt TEXT")
     assert_error(call(*words, "--tokens", "1", "--chat"), "DataError", "expected --prompt TEXT")
+
+
+def test_generate_reads_prompts_from_files_and_stdin(trained: Path, tmp_path: Path) -> None:
+    words = ["generate", trained, "--backend", "mlx", "--temperature", 0, "--max-new-tokens", 8]
+    (tmp_path / "prompts.txt").write_text("7 owls\n\n8\n")
+    shown = call(*words, "--prompts", tmp_path / "prompts.txt").stdout
+    assert [line for line in shown.splitlines() if line.startswith("---")] == [
+        "--- sample 1: 7 owls",
+        "--- sample 1: 8",
+    ]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "7 owls"}\n{"prompt": "8"}\n')
+    lines = call(*words, "--prompts", tmp_path / "prompts.jsonl", "--json", "--samples", 20).stdout.splitlines()
+    samples = [json.loads(line) for line in lines]  # two batches
+    assert [(each["prompt"], each["sample"]) for each in samples[19:21]] == [("7 owls", 19), ("8", 0)]
+    assert f"--- sample 1: 7 owls\n7 owls{samples[0]['text']}\n--- sample 1: 8\n8{samples[20]['text']}\n" == shown
+    assert (len(samples), len(samples[0]["tokens"]), samples[0]["ended_by"]) == (40, 8, "length")
+    piped = CliRunner().invoke(main, [*map(str, words), "--prompt", "-"], input="7 owls\n").stdout
+    assert piped == f"7 owls{samples[0]['text']}\n"
+    lines = CliRunner().invoke(main, [*map(str, words), "--prompts", "-"], input="7 owls\n8\n").stdout
+    assert lines == shown
+    assert_error(call(*words, "--prompts", "-"), "DataError", "--prompts has none")
+    assert_error(call(*words, "--prompts", tmp_path / "none.txt"), "DataError", "none.txt")
+    assert_error(call(*words, "--prompt", "7", "--system", "x"), "DataError", "--system is for a chat")
+
+
+def test_generate_stops_at_a_text(trained: Path) -> None:
+    words = ["generate", trained, "--backend", "mlx", "--temperature", 0, "--max-new-tokens", 12, "--prompt", "7 owls"]
+    whole = call(*words).stdout.removesuffix("\n").removeprefix("7 owls")
+    stop = whole[3:6]
+    kept = whole[: whole.index(stop)]
+    assert call(*words, "--stop", "never", "--stop", stop).stdout == f"7 owls{kept}\n"
+    sample = json.loads(call(*words, "--stop", stop, "--json").stdout)
+    assert (sample["text"], sample["ended_by"], len(sample["tokens"])) == (kept, "stop", len(kept) + 3)
+    model = moezoo.load(trained, "mlx")
+    assert (
+        model.generate(model.encode_prompt("7 owls")[None], max_new_tokens=12, stop=[stop])[0].tolist()
+        == (sample["tokens"])
+    )
+    assert_error(call(*words, "--stop", ""), "SpecError", "a stop string is empty")
 
 
 def test_chat_needs_a_template(trained: Path) -> None:

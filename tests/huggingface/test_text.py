@@ -77,6 +77,18 @@ def test_a_model_answers_messages_by_its_template(model: LoadedModel) -> None:
     assert answer == model.tokenizer.decode([*ids, *said]).removeprefix(model.tokenizer.decode(ids))
 
 
+def test_conversations_of_a_file_with_a_system_prompt(folder: Path, model: LoadedModel, tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "ran"}]
+    lines.write_text(json.dumps({"messages": [*messages, {"role": "user", "content": "the owl"}]}))
+    words = ("generate", folder, "--prompts", lines, "--json", "--max-new-tokens", 5)
+    (sample,) = map(json.loads, call(*words, "--system", "the mat").stdout.splitlines())
+    assert sample["prompt"][:2] == messages
+    ids = model.encode_chat([{"role": "system", "content": "the mat"}, *sample["prompt"]])
+    assert "the mat<end><user>the cat<end><assistant>ran<end>" in model.tokenizer.decode(ids).replace("> ", ">")
+    assert sample["tokens"] == model.generate(ids[None], max_new_tokens=5, chat=True)[0].tolist()
+
+
 def test_a_chat_ends_at_the_tokenizers_end_of_turn_too(folder: Path, tmp_path: Path) -> None:
     """A model whose generation_config.json has another end token than its tokenizer_config.json."""
     ids = read_fixture("mixtral").expected["input_ids"][:1].astype(np.int32)

@@ -21,6 +21,7 @@ from moezoo.core.data.tokenizers import (
     Flags,
     Ids,
     IdsLike,
+    Tokenizer,
     check_ids,
     encode_utf8,
     hash_of,
@@ -98,11 +99,12 @@ class HuggingFaceTokenizer:
         """Spec: Tokenizer.first_tokens."""
         return first_tokens(self._inner.backend_tokenizer)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Ids:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> Ids:
         """Encode a conversation with the tokenizer's chat template, including the generation prompt.
 
         `messages`: mappings as in transformers; the template sees `role`, `content` (text, a list of parts, or none
         beside `tool_calls`) and the other fields. Only special tokens of the template are used; none is added.
+        `variables`: what it sees beside them, `{"enable_thinking": False}` for instance.
 
         Raises TokenizerError: no chat template, or an error in the template for these messages.
         """
@@ -122,7 +124,7 @@ class HuggingFaceTokenizer:
             )
         try:
             template = self._inner.get_chat_template()
-            text = render_chat(template, messages, self.special_tokens)
+            text = render_chat(template, messages, {**self.special_tokens, **(variables or {})})
         except _TEMPLATE_ERRORS as error:
             raise TokenizerError(
                 f"the chat template cannot be applied; got {first_line(error):.300} ({self.path}); expected a template "
@@ -210,3 +212,13 @@ class HuggingFaceTokenizer:
         with tempfile.TemporaryDirectory() as folder:
             self._inner.save_pretrained(folder)
             return {name: file.read_bytes() for name, file in tokenizer_files(Path(folder)).items()}
+
+
+def with_template(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
+    """Return a tokenizer that may have a chat template. Raises TokenizerError: it cannot have one."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer
+    raise TokenizerError(
+        f"the tokenizer has no chat template; got a tokenizer of kind {tokenizer.kind}; expected a Hugging Face "
+        "tokenizer that has one. Prompt without chat."
+    )

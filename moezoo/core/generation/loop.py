@@ -1,14 +1,19 @@
 """The decoding loop, shared by backends: a token is computed while the previous one is fetched, decoded and printed."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from moezoo.core.backend import Model, check_length
 from moezoo.core.data.tokenizers import IdsLike, StreamDecoder, Tokenizer
 from moezoo.core.errors import DataError
+from moezoo.core.generation.stop_strings import StopStrings
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.tokens import Integers
+
+OnTokens = Callable[[Integers], Sequence[bool] | None]
+"""Called with each new column of tokens, int32 [B]; it may return which sequences end there."""
 
 
 def generate(
@@ -19,7 +24,7 @@ def generate(
     options: SamplingOptions,
     end_tokens: Collection[int] = (),
     padding: int | None = None,
-    on_tokens: Callable[[Integers], None] | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Integers:
     """Generate a continuation of each of B prompts.
 
@@ -32,7 +37,7 @@ def generate(
         options: temperature 0 is greedy; a token depends on (seed, position, sequence index) and the logits only.
         end_tokens: stop when every sequence has produced one of these.
         padding: token after the end of a sequence while others continue; None: repeat its end token.
-        on_tokens: called with each new column, int32 [B].
+        on_tokens: called with each new column, int32 [B]; it may return which sequences end here, bool [B].
 
     Returns:
         int32 [B, new], new <= max_new_tokens.
@@ -40,12 +45,8 @@ def generate(
     Raises DataError: an empty prompt, a token outside the vocabulary, more tokens than positions, or logits that cannot
     be sampled from.
     """
-    columns: list[Integers] = []
     rows = checked_prompts(model, prompts, max_new_tokens)
-    for column in _columns(model, rows, max_new_tokens, options, end_tokens, padding):
-        columns.append(column)
-        if on_tokens is not None:
-            on_tokens(column)
+    columns = list(_columns(model, rows, max_new_tokens, options, end_tokens, padding, on_tokens))
     return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0), np.int32)
 
 
@@ -57,13 +58,14 @@ def stream_ids(
     options: SamplingOptions,
     end_tokens: Collection[int] = (),
     padding: int | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Iterator[Integers]:
     """Return an iterator over the columns of what `generate` returns, int32 [B] each, as they are generated.
 
     Raises what `generate` raises; what is wrong with the prompts, at once.
     """
     rows = checked_prompts(model, prompts, max_new_tokens)
-    return _columns(model, rows, max_new_tokens, options, end_tokens, padding)
+    return _columns(model, rows, max_new_tokens, options, end_tokens, padding, on_tokens)
 
 
 def _columns(
@@ -73,6 +75,7 @@ def _columns(
     options: SamplingOptions,
     end_tokens: Collection[int],
     padding: int | None,
+    on_tokens: OnTokens | None,
 ) -> Iterator[Integers]:
     if padding is not None and not 0 <= padding < model.spec.vocab:
         padding = None  # some files have a padding token outside the vocabulary of their model
@@ -87,6 +90,9 @@ def _columns(
         if ended.any():
             column = np.where(ended, previous if padding is None else np.int32(padding), column).astype(np.int32)
         ended |= np.isin(column, list(end_tokens))
+        stopped = None if on_tokens is None else on_tokens(column)
+        if stopped is not None:
+            ended |= np.asarray(stopped)
         yield column
         if ended.all():
             return
@@ -116,32 +122,70 @@ def checked_prompts(model: Model, prompts: Integers | Sequence[IdsLike], new_tok
 class Continuation:
     """Streaming text of one generated sequence up to its end token; without a tokenizer, `,17` for token 17.
 
+    Attributes:
+        tokens: the sequence up to its end, an end token and the tokens of a stop string included.
+        ended_by: "end_token", "stop" for a stop string, or "length" if it has not ended.
+
     >>> continuation = Continuation(tokenizer, prompt_ids, model.generation.end_tokens)
     >>> pieces = [continuation.add(token) for token in new] + [continuation.finish()]
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: IdsLike, end_tokens: Collection[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt: IdsLike, end_tokens: Collection[int], stop: Sequence[str] = ()
+    ) -> None:
+        """`stop`: texts that end the sequence too; nothing of them is returned. Raises SpecError: one is empty."""
         # Trap: some tokenizers omit the space before the first word, so the prompt's ids are needed.
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, prompt)
-        self._end_tokens, self._ended = end_tokens, False
+        self._end_tokens, self._stop = end_tokens, StopStrings(stop)
+        self.tokens: list[int] = []
+        self.ended_by: Literal["end_token", "stop", "length"] = "length"
+
+    @property
+    def ended(self) -> bool:
+        """An end token or a stop string has come."""
+        return self.ended_by != "length"
 
     def add(self, token: int) -> str:
-        """Return the text that this token completes; empty from the end token on."""
-        self._ended = self._ended or token in self._end_tokens
-        if self._ended:
+        """Return the text that this token completes; empty from the end on."""
+        if self.ended:
             return ""
-        return f",{token}" if self._decoder is None else self._decoder.add([token])
+        self.tokens.append(token)
+        if token in self._end_tokens:
+            self.ended_by = "end_token"
+            return ""
+        return self._before_stop(f",{token}" if self._decoder is None else self._decoder.add([token]))
 
     def finish(self) -> str:
-        """Return the bytes left over from an incomplete character, as replacement text."""
-        return "" if self._decoder is None else self._decoder.finish()
+        """Return the rest: the bytes left over from an incomplete character, as replacement text."""
+        rest = "" if self._decoder is None or self.ended_by == "stop" else self._decoder.finish()
+        return self._before_stop(rest) + self._stop.finish()
+
+    def _before_stop(self, piece: str) -> str:
+        text = self._stop.add(piece)
+        if self._stop.found is not None:
+            self.ended_by = "stop"
+        return text
 
 
-def text_pieces(
-    columns: Iterator[Integers], tokenizer: Tokenizer, prompts: Sequence[IdsLike], end_tokens: Collection[int]
-) -> Iterator[list[str]]:
-    """Yield the text that each column completes, a piece for each of B sequences, up to their end tokens."""
-    continuations = [Continuation(tokenizer, prompt, end_tokens) for prompt in prompts]
+def until_stop(
+    continuations: Sequence[Continuation], on_tokens: OnTokens | None = None
+) -> Callable[[Integers], list[bool]]:
+    """Return an `on_tokens` that ends each sequence where its continuation does, or where another one does."""
+
+    def add(column: Integers) -> list[bool]:
+        others = None if on_tokens is None else on_tokens(column)
+        for continuation, token in zip(continuations, column, strict=True):
+            continuation.add(int(token))
+        ended = [continuation.ended for continuation in continuations]
+        return ended if others is None else [own or other for own, other in zip(ended, others, strict=True)]
+
+    return add
+
+
+def text_pieces(columns: Iterator[Integers], continuations: Sequence[Continuation]) -> Iterator[list[str]]:
+    """Yield the text that each column completes, a piece for each of B sequences, until all have ended."""
     for column in columns:
         yield [continuation.add(int(token)) for continuation, token in zip(continuations, column, strict=True)]
+        if all(continuation.ended for continuation in continuations):
+            break
     yield [continuation.finish() for continuation in continuations]
