@@ -44,6 +44,7 @@ data: {sources: [{kind: dataset, name: fables}]}
 training: {steps: 10, batch_size: 6, sequence_length: 24}
 optimizer: {learning_rate: 1.0e-3}
 """
+ON_BOTH = ("top_k", "grouped_top2", "top_p", "hash", "sparsemixer", "expert_choice", "capacity", "bfloat16")
 Weights = dict[str, np.ndarray]
 
 
@@ -178,7 +179,8 @@ def test_every_kind_of_router_is_compared(path):
     config = config.model_copy(update={"model": spec})
     weights = initial_weights(spec, 1, active_adapters=True)
     assert compared(side(config, weights), side(config, weights)).equal
-    assert verdict(compared(side(config, weights), side(config, weights, "jax"))).kind == "rounding"
+    if path.stem in ON_BOTH:
+        assert verdict(compared(side(config, weights), side(config, weights, "jax"))).kind == "rounding"
     for layer in spec.moe_layers[-1:]:
         report = compared(side(config, weights), side(config, damaged(weights, f"layers.{layer}.moe.router.w_router")))
         assert (verdict(report).kind, verdict(report).layer) == ("routing", layer)
