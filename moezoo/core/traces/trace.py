@@ -73,7 +73,7 @@ class TraceRows:
 
     Fields:
         expert: int16 [N, L, K], by falling weight; -1 in an unused slot. A row that is all -1 is of a token whose
-            routing is unknown (it was not recorded) or that went to no expert.
+            routing is unknown (it was not recorded), or if it has a runner-up, of one that went to no expert.
         weight: float32 [N, L, K], combine weights; 0 in an unused slot and for a dropped assignment.
         dropped: uint8 [N, L, K], 1 for an assignment beyond its expert's capacity.
         margin: float32 [N, L], gap between the last chosen expert and the best one not chosen, as a share
