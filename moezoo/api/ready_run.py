@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moezoo.backends import load_backend
+from moezoo.backends import PACKAGES, load_backend, versions
 from moezoo.core.backend import Backend
 from moezoo.core.config.mesh_option import load_mesh
 from moezoo.core.config.run_config import Config
@@ -24,11 +24,13 @@ from moezoo.core.progress import Message
 from moezoo.core.runs.init_from import check_initial_weights, frozen_bytes, initial_tokenizer, load_resolved_config
 from moezoo.core.runs.run_data import check_data, vocabulary_error
 from moezoo.core.runs.run_folder import Run, is_run, load_run_config, load_run_tokenizer, prepare_run
+from moezoo.core.runs.sessions import describe_session
 from moezoo.core.traces.trace import RoutingTrace
 from moezoo.core.traces.trace_file import open_trace
 from moezoo.core.trackers.reporter import check_installed, tracker_reporters
 from moezoo.core.training.loop import TrainingResult, train
 from moezoo.core.training.reporter import Reporter, Reporters
+from moezoo.core.training.session_log import SessionLog
 
 AnyConfig = str | Path | Mapping[str, Any] | Config
 """A config: the path of a YAML file, the name of one that ships, its content, or as `load_config` returns it."""
@@ -71,14 +73,26 @@ class ReadyRun:
         tokens = math.prod((training.steps, training.batch_size, training.sequence_length))
         return [source.describe(tokens) for source in self.data.summary]
 
-    def train(self, reporter: Reporter, *, exits: bool = False) -> TrainingResult:
-        """Train, and report to `reporter` and the config's trackers. See `core.training.loop.train`."""
-        trackers = tracker_reporters(self.config, self.run, reporter.message) if self.is_first else []
-        every = Reporters(reporter, *trackers) if self.is_first else None
+    def train(self, reporter: Reporter, command: str, *, exits: bool = False) -> TrainingResult:
+        """Train, and report to `reporter`, the config's trackers and the run's sessions, which record `command`.
+
+        See `core.training.loop.train`.
+        """
+        every = None
+        if self.is_first:
+            trackers = tracker_reporters(self.config, self.run, reporter.message)
+            every = Reporters(reporter, SessionLog(self.run, self._session(command), reporter.message), *trackers)
         given = (self.config, self.data, self.backend, self.run)
         result = train(*given, reporter=every, replay=self.replay, exits=exits)
         self.backend.leave()
         return result
+
+    def _session(self, command: str) -> dict[str, Any]:
+        known, count = versions(), self.backend.processes.count
+        used = {
+            name: known[name] for name in ("moezoo", "Python", "numpy", *PACKAGES[self.backend.name]) if name in known
+        }
+        return describe_session(command, used, self.facts, count, self.data.summary)
 
 
 def ready_run(

@@ -14,6 +14,7 @@ from moezoo.core.config.run_config import Config
 from moezoo.core.reports.model_words import model_in_brief
 from moezoo.core.reports.run_picture import draw_run
 from moezoo.core.runs.run_folder import load_run_config, open_run
+from moezoo.core.runs.sessions import read_sessions
 from moezoo.core.training.evaluation import Evaluation, describe_evaluation
 from moezoo.core.training.metric_columns import last_number, read_columns
 from moezoo.core.training.progress_lines import LineReporter
@@ -31,7 +32,7 @@ class Run:
     Attributes:
         path: the folder.
         evaluation: of the final validation, if `moezoo.train` has just done it; else None.
-        problems: one-line warnings about damaged lines of the metrics, as of the last reading.
+        problems: one-line warnings about damaged lines of the file that was read last.
     """
 
     def __init__(self, path: str | Path, *, evaluation: Evaluation | None = None):
@@ -63,6 +64,12 @@ class Run:
         """
         self.problems = []
         return read_columns(self._files.metrics_path, self.problems)
+
+    @property
+    def sessions(self) -> list[dict[str, Any]]:
+        """The processes that trained the run: command, versions, commit, devices, data and times of each."""
+        self.problems = []
+        return read_sessions(self.path, self.problems)
 
     @property
     def picture(self) -> Path:
@@ -105,7 +112,9 @@ def train_run(
     on = f"{ready.backend.name} ({ready.facts['device']})" if "device" in ready.facts else ready.backend.name
     for line in (f"{model_in_brief(ready.config.model)}; {on}", *ready.warnings, *ready.notes, *ready.sources):
         shown.message(line)
-    result = ready.train(shown if reporter is None else Reporters(shown, reporter))
+    named = repr(str(config)) if isinstance(config, str | Path) else "config"
+    call = f"moezoo.train({named}, overrides={list(overrides)!r}, resume={resume})"
+    result = ready.train(shown if reporter is None else Reporters(shown, reporter), call)
     if result.step == 0:
         raise KeyboardInterrupt("stopped before the first step was done; nothing was saved")
     run, evaluation = Run(ready.run.path, evaluation=result.evaluation), result.evaluation

@@ -21,6 +21,7 @@ from moezoo.cli.output import output_streams
 from moezoo.cli.parity import parity, zoo
 from moezoo.cli.plot import plot
 from moezoo.cli.preview import preview
+from moezoo.cli.runs import runs_command
 from moezoo.cli.trace import trace
 from moezoo.cli.train import launch_command, train
 from moezoo.core.distributed.process_group import exit_process
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 for _command in (
-    *(train, launch_command, generate, evaluate, plot, describe, plan_command, parity),
+    *(train, launch_command, generate, evaluate, runs_command, plot, describe, plan_command, parity),
     *(compare, convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor, explore),
     *(analyze,),
 ):

@@ -1,5 +1,7 @@
 """`moezoo train` and `moezoo launch`."""
 
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +75,7 @@ def train(
     console.print(training_header(ready.config, ready.facts))
     warn(*ready.notes)
     print_lines(console, *ready.sources)
-    result = ready.train(ConsoleReporter(console), exits=True)
+    result = ready.train(ConsoleReporter(console), shlex.join(["moezoo", *sys.argv[1:]]), exits=True)
     if ready.is_first:
         resume_command = _resume_command(config_path, backend, out, overrides, mesh, replay, allow_overcommit)
         _finish(console, ready.config, ready.run, ready.run.path, result, resume_command)
@@ -116,7 +118,6 @@ def _resume_command(
 ) -> str:
     """Return the command that resumes a run, in as many processes as `moezoo launch` has started."""
     import os
-    import shlex
 
     from moezoo.core.distributed.launch import NPROC
 

@@ -32,7 +32,7 @@ def test_metrics_are_columns_with_a_row_per_step(owls: Path) -> None:
     assert repr(run) == f"<Run {run.path}: step 8, loss {loss:.4f}, validation_loss {validation:.4f}>"
 
 
-def test_a_run_is_trained_from_a_mapping_stopped_early_and_resumed(
+def test_a_run_is_trained_from_a_mapping_resumed_and_records_both_sessions(
     owls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content, steps = yaml.safe_load((owls / "owls.yaml").read_text()), Steps()
@@ -48,6 +48,18 @@ def test_a_run_is_trained_from_a_mapping_stopped_early_and_resumed(
     assert run.metrics["step"].tolist() == [1, 2, 3, 4]
     assert run.load("mlx").step == 4
     assert capsys.readouterr().out == ""
+    first, second = run.sessions
+    assert (first["first_step"], first["last_step"], first["error"]) == (0, 2, None)
+    assert (second["first_step"], second["last_step"]) == (2, 4)
+    assert first["started"] <= first["ended"] <= second["started"] <= second["ended"]
+    assert first["versions"]["moezoo"] == moezoo.__version__
+    assert "mlx" in first["versions"]
+    assert first["facts"]["backend"] == "mlx"
+    assert first["command"].startswith("moezoo.train(")
+    assert first["data"] == json.loads((run.path / "data.json").read_text())["sources"]
+    (run.path / "sessions.jsonl").write_bytes(b"[]\n{\n")
+    assert run.sessions == []
+    assert run.problems == [f"2 lines of {run.path / 'sessions.jsonl'} are damaged and were ignored"]
 
 
 def test_a_config_without_a_file_needs_a_folder() -> None:

@@ -50,6 +50,7 @@ SURFACE = {
         *("--top-k", "--replay", "--adapter", "--backend", "--allow-overcommit", "--json"),
     ],
     "plot": ["RUN...", "--out", "--json"],
+    "runs": ["FOLDER", "--json"],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--adapter", "--json"],
     "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
     "compare": [
@@ -178,6 +179,7 @@ def test_train_writes_a_complete_run_folder(trained: Path) -> None:
         "tokenizer.json",
         "metrics.jsonl",
         "picture.png",
+        "sessions.jsonl",
         "checkpoints",
     }
     assert (trained / "picture.png").read_bytes().startswith(b"\x89PNG")

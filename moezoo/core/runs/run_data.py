@@ -7,6 +7,7 @@ training and validation text has moved, and the former validation text may be in
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -33,8 +34,12 @@ class _Record(Section):
 
 def dump_data(summary: Sequence[SourceSummary]) -> str:
     """Return the text of data.json."""
-    rows = [_Source(source=row.source, tokens=_tokens(row), digest=row.digest).model_dump() for row in summary]
-    return json.dumps({"sources": rows}, indent=2) + "\n"
+    return json.dumps({"sources": data_record(summary)}, indent=2) + "\n"
+
+
+def data_record(summary: Sequence[SourceSummary]) -> list[dict[str, Any]]:
+    """Return `source`, `tokens` and `digest` of each source."""
+    return [_Source(source=row.source, tokens=_tokens(row), digest=row.digest).model_dump() for row in summary]
 
 
 def changed_data(run: Path, summary: Sequence[SourceSummary]) -> list[str]:

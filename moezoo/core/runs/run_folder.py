@@ -4,6 +4,7 @@
 <run>/tokenizer.json  or tokenizer/: the tokenizer
 <run>/data.json       number of tokens and digest of each source, see runs/run_data.py
 <run>/metrics.jsonl   one JSON object per line, see training/metrics.py
+<run>/sessions.jsonl  the processes that trained the run: version, command, devices, times, see runs/sessions.py
 <run>/picture.png     loss and expert load
 <run>/manifest.json   size and SHA-256 of the files that do not change, see runs/run_manifest.py
 <run>/trackers/       files of the config's trackers, if it has any, see trackers/tracker.py
