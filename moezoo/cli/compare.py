@@ -1,5 +1,6 @@
 """`moezoo compare`."""
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 @click.command("compare")
 @click.argument("a", metavar="A", type=Path)
 @click.argument("b", metavar="[B]", type=Path, required=False)
-@click.option("--data", metavar="FILE", help="Text, JSON lines, or token ids (.npy, .bin). Default: the data of run A.")
+@click.option(
+    "--data",
+    metavar="FILE",
+    help="Text, JSON lines, or token ids (.npy, .bin). Default: the data of run A; the tokens of a trace.",
+)
 @click.option("--backend", metavar="jax|mlx[,jax|mlx]", help="Backend of both, or of A and B: jax,mlx.")
 @click.option(
     "--compute", metavar="DTYPE[,DTYPE]", help="Dtype of activations of both, or of A and B: float32,bfloat16."
@@ -51,8 +56,13 @@ def compare(
 
     A and B are run folders, checkpoints of runs (RUN/checkpoints/step_00001000), Hugging Face folders or hub ids.
     Without B, A is compared with itself on another backend, in another precision, or with an adapter. B may also be a
-    routing trace (.safetensors): then routing alone is compared, and replayed in A.
+    routing trace (.safetensors): then routing alone is compared, and replayed in A, on the tokens of the trace.
     """
+    if a.suffix == ".safetensors" and a.is_file():
+        raise SpecError(
+            f"A is {a}, a file; expected a model: a run folder, a Hugging Face folder or a hub id. A trace can be B. "
+            "Without a model use `moezoo analyze` or `moezoo explore`."
+        )
     sides = list(zip(_pair(backend, "--backend"), _pair(compute, "--compute"), strict=True))
     traced = b is not None and b.suffix == ".safetensors"
     if sides[0] == sides[1] and adapter is None and b is None:
@@ -90,8 +100,8 @@ def _compared(
 def _compared_with_trace(
     path: Path, a: "Side", file: Path, data: str | None, sizes: "dict[str, int | None]", show: "Progress"
 ) -> "tuple[dict[str, Any], RenderableType]":
-    """Return the comparison of a model and a trace: on its data, or of another program on its own tokens."""
-    from moezoo.core.comparison.compare_trace import batches_of_data, compare_trace, windows_of_trace
+    """Return the comparison of a model and a trace: on a file, or on the tokens of the trace."""
+    from moezoo.core.comparison.compare_trace import batches_of_data, compare_trace, windows_of_text, windows_of_trace
     from moezoo.core.comparison.page import trace_page
     from moezoo.core.traces.replay import Replay
     from moezoo.core.traces.trace_data import named_file
@@ -99,12 +109,16 @@ def _compared_with_trace(
 
     trace = open_trace(file)
     replay = Replay(trace, a.model.spec, None if data is None else [named_file(data)[0]])
-    if data is None and trace.info.written_by != "moezoo":
-        count, batches = windows_of_trace(a, trace, replay, sizes["sequence_length"], sizes["max_windows"])
-    else:
-        count, windows = _windows(path, a, a, data, sizes)
-        batches = batches_of_data(windows, replay)
-    report = compare_trace(a, trace, count, batches, show)
+    length, most = sizes["sequence_length"], sizes["max_windows"]
+    with tempfile.TemporaryDirectory() as folder:
+        if data is not None:
+            count, windows = _windows(path, a, a, data, sizes)
+            batches = batches_of_data(windows, replay)
+        elif trace.info.written_by == "moezoo":
+            count, batches = windows_of_text(a, trace, Path(folder), length, sizes["batch_size"], most)
+        else:
+            count, batches = windows_of_trace(a, trace, replay, length, most)
+        report = compare_trace(a, trace, count, batches, show)
     return report.to_json(), trace_page(report)
 
 

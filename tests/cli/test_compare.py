@@ -93,3 +93,21 @@ def test_models_that_see_other_tokens_are_refused_in_a_line(folder: Path) -> Non
         assert result.exit_code == 1, result.output
         assert result.stderr.startswith(error), result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_trace_without_data_is_compared_on_its_own_tokens(folder: Path) -> None:
+    one, file = moezoo.load(folder / "one", "mlx"), folder / "own.safetensors"
+    for generate in (0, 3):
+        one.trace({"first": folder / "own.txt", "second": folder / "own.txt"}, out=file, generate=generate)
+        result = call(folder / "one", file, "--backend", "mlx")
+        assert result.exit_code == 0, result.output
+        assert f"equal: the same experts for all {2 * 179} tokens" in result.stdout
+    assert "same top-1" in result.stdout
+
+
+def test_a_trace_cannot_be_the_model(folder: Path) -> None:
+    file = folder / "any.safetensors"
+    file.touch()
+    result = call(file, file)
+    assert result.stderr.startswith(f"SpecError: A is {file}, a file; expected a model")
+    assert "moezoo analyze" in result.stderr

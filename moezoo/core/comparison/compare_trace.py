@@ -5,19 +5,23 @@ A trace has no logits. But its routing can be replayed, so it is known how much 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moezoo.core.backend import Model
+from moezoo.core.comparison.compared_data import windows_of_split
 from moezoo.core.comparison.divergence import Divergence, Effect
 from moezoo.core.comparison.routing_changes import LayerChanges, RoutingChange
 from moezoo.core.comparison.side import Side
 from moezoo.core.cost.fits import check_scoring
 from moezoo.core.data.batch import NOWHERE, Positions
 from moezoo.core.data.evaluation_windows import EvaluationBatch
-from moezoo.core.data.token_shards import check_range
+from moezoo.core.data.packed_split import DocumentSource, PackedSplit
+from moezoo.core.data.splits import WHOLE, Split, SplitSource
+from moezoo.core.data.token_shards import Tokens, check_range, open_npy
 from moezoo.core.parity.report import ParityTolerances, json_safe
 from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED, NOT_REPLAYED, PADDING, UNUSED, Integers
@@ -130,6 +134,61 @@ def batches_of_data(batches: Iterator[EvaluationBatch], replay: Replay) -> Itera
     """Yield windows of the data that a trace was recorded of, with its experts. Raises DataError: other data."""
     for batch in batches:
         yield batch, replay.forced(batch.positions, batch.inputs)
+
+
+def windows_of_text(
+    a: Side, trace: RoutingTrace, folder: Path, length: int | None, batch_size: int | None, max_windows: int | None
+) -> tuple[int, Iterator[TracedBatch]]:
+    """Return the number of windows of the text that moezoo recorded a trace of, and their batches.
+
+    The text is read from the trace, without what was generated, and cut as it was for the recording if A's data keeps
+    documents apart as then. Its token ids are written into `folder`, a file for each domain.
+
+    Raises what `windows_of_split` raises. The batches raise DataError: a token outside the vocabulary.
+    """
+    trace.require("token", "domain", "document", purpose="a comparison without --data")
+    domain, text = trace.column("domain"), np.ones(trace.num_tokens, bool)
+    if trace.has("generated"):
+        text = trace.column("generated") == 0
+    separate = a.config.data.documents == "separate" or not text.all()  # documents that are continued are separate
+    token, document = trace.column("token"), trace.column("document")
+    found = [index for index in range(len(trace.info.domains)) if (text & (domain == index)).any()]
+    count, parts = 0, list[Iterator[TracedBatch]]()
+    for place, index in enumerate(found):
+        most = None
+        if max_windows is not None:
+            most = (place + 1) * max_windows // len(found) - place * max_windows // len(found)
+        if most == 0:
+            continue
+        own = text & (domain == index)
+        ids = _saved(folder / f"{index}.npy", token[own], a.model.spec.vocab, trace.info.domains[index])
+        split = _split_of_text(trace.info.domains[index], ids, document[own] if separate else None)
+        wanted = length or trace.info.sequence_length or a.config.training.sequence_length
+        windows, batches = windows_of_split(
+            a,
+            a,
+            split,
+            sequence_length=max(1, min(wanted, split.num_tokens - 1)),
+            batch_size=batch_size,
+            max_windows=most,
+        )
+        count += windows
+        parts.append(batches_of_data(batches, Replay(trace, a.model.spec, [trace.info.domains[index]])))
+    return count, chain.from_iterable(parts)
+
+
+def _saved(file: Path, token: Integers, vocab: int, name: str) -> Tokens:
+    np.save(file, token)
+    return Tokens([open_npy(file, name)], vocab, name)
+
+
+def _split_of_text(name: str, tokens: Tokens, document: Integers | None) -> Split | PackedSplit:
+    """Return a split of tokens; of whole documents, if `document` has their numbers."""
+    if document is None:
+        return Split(WHOLE, (SplitSource(name, tokens, 0, len(tokens), 1.0),))
+    start = np.flatnonzero(np.diff(document, prepend=document[:1] - 1))
+    length = np.diff(start, append=len(document))
+    return PackedSplit(WHOLE, (DocumentSource(name, tokens, start, length, float(len(document))),))
 
 
 def windows_of_trace(

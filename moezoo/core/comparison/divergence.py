@@ -32,27 +32,31 @@ class Divergence:
     def __init__(self) -> None:
         self._kl = Distribution()
         self._same, self._left_loss, self._right_loss = 0, 0.0, 0.0
+        self._left_only, self._left_count = 0.0, 0  # loss of tokens where the right model alone is not finite
 
     @property
     def left_loss(self) -> float:
-        """Mean loss of the left model, nats per token."""
-        return self._left_loss / max(self._kl.spread().count, 1)
+        """Mean loss of the left model over all tokens with finite logits of it, nats; NaN without one."""
+        count = self._kl.spread().count + self._left_count
+        return (self._left_loss + self._left_only) / count if count else float("nan")
 
     def add(self, left_PV: Floats, right_PV: Floats, target_P: Integers) -> int:
         """Add the predictions of tokens; return the number of tokens left out because a logit is not finite."""
         rows, left_out = max(1, _CHUNK_VALUES // left_PV.shape[1]), 0
         for first in range(0, len(target_P), rows):
             part = slice(first, first + rows)
-            finite_P = np.isfinite(left_PV[part]).all(-1) & np.isfinite(right_PV[part]).all(-1)
+            left_P, right_P = (np.isfinite(logits_PV[part]).all(-1) for logits_PV in (left_PV, right_PV))
+            finite_P, alone_P = left_P & right_P, left_P & ~right_P
             left_out += int((~finite_P).sum())
+            self._left_only += _loss(_log_softmax(left_PV[part][alone_P]), target_P[part][alone_P])
+            self._left_count += int(alone_P.sum())
             self._add(left_PV[part][finite_P], right_PV[part][finite_P], target_P[part][finite_P])
         return left_out
 
     def _add(self, left_PV: Floats, right_PV: Floats, target_P: Integers) -> None:
         log_left_PV, log_right_PV = _log_softmax(left_PV), _log_softmax(right_PV)
-        row_P = np.arange(len(target_P))
-        self._left_loss -= float(log_left_PV[row_P, target_P].sum())
-        self._right_loss -= float(log_right_PV[row_P, target_P].sum())
+        self._left_loss += _loss(log_left_PV, target_P)
+        self._right_loss += _loss(log_right_PV, target_P)
         self._same += int((left_PV.argmax(-1) == right_PV.argmax(-1)).sum())
         log_right_PV -= log_left_PV
         kl_P = -np.einsum("PV,PV->P", np.exp(log_left_PV), log_right_PV)
@@ -63,6 +67,10 @@ class Divergence:
         kl = self._kl.spread()
         count = max(kl.count, 1)
         return Effect(kl, self._same / count, (self._right_loss - self._left_loss) / count)
+
+
+def _loss(log_PV: NDArray[np.float64], target_P: Integers) -> float:
+    return -float(log_PV[np.arange(len(target_P)), target_P].sum())
 
 
 def _log_softmax(logits_PV: Floats) -> NDArray[np.float64]:

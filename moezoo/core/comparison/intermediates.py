@@ -35,12 +35,14 @@ class PartDifference:
         layer: its layer; None outside of the layers.
         part: a value of PARTS; outside of the layers the name.
         relative: root mean square of the difference over that of the left side; infinite if a value is not finite.
+        not_finite: the models, of `A` and `B`, that have a value that is not finite.
     """
 
     name: str
     layer: int | None
     part: str
     relative: float
+    not_finite: str = ""
 
 
 class IntermediateDifferences:
@@ -55,8 +57,9 @@ class IntermediateDifferences:
         for name in a.keys() & b.keys():
             if a[name].shape == b[name].shape:
                 a_PD, b_PD = (value.reshape(len(counted_P), -1)[counted_P] for value in (a[name], b[name]))
-                sums = np.array([_square(b_PD - a_PD), _square(a_PD)])
-                self._squares[name] = self._squares.get(name, np.zeros(2)) + sums
+                with np.errstate(invalid="ignore", over="ignore"):  # of models that are not finite
+                    sums = np.array([_square(b_PD - a_PD), _square(a_PD), _square(b_PD)])
+                self._squares[name] = self._squares.get(name, np.zeros(3)) + sums
 
     def differences(self) -> tuple[PartDifference, ...]:
         """Return the differences in the order of the forward pass."""
@@ -77,11 +80,12 @@ def _square(values: Floats) -> float:
     return float(np.square(values, dtype=np.float64).sum())  # a BLAS product of this size waits for its threads
 
 
-def _difference(name: str, difference: float, size: float) -> PartDifference:
+def _difference(name: str, difference: float, size: float, size_b: float) -> PartDifference:
     relative = np.sqrt(difference / size) if size and np.isfinite((difference, size)).all() else np.inf
     found = _LAYER.fullmatch(name)
     layer, part = (None, name) if found is None else (int(found[1]), PARTS.get(found[2], found[2]))
-    return PartDifference(name, layer, part, 0.0 if difference == 0 else float(relative))
+    not_finite = "".join(model for model, own in (("A", size), ("B", size_b)) if not np.isfinite(own))
+    return PartDifference(name, layer, part, 0.0 if difference == 0 else float(relative), not_finite)
 
 
 def _place(name: str) -> tuple[int, int, int]:

@@ -36,20 +36,24 @@ def comparison_page(report: ComparisonReport, found: Verdict) -> "RenderableType
     parts: list[RenderableType] = [
         Text(f"A  {report.a}"),
         Text(f"B  {report.b}"),
-        Text(
-            f"{report.tokens:,} tokens, {report.windows:,} windows; loss of A {report.loss:.4f} nats per token", "dim"
-        ),
+        Text(f"{_counts(report)}; loss of A {report.loss:.4f} nats per token", "dim"),
         Text(),
         Text(found.headline, f"bold {_COLORS.get(found.kind, 'yellow')}"),
         *map(Text, found.reasons),
         *(Text(f"The specs differ in {line}.") for line in report.specs),
     ]
     if not report.equal:
-        parts.append(_split(report))
-        parts.append(Text("arithmetic: both models with A's experts; routing: the rest of the total", "dim"))
-        parts += [_routing(report.routing)] if report.routing else []
+        parts += [_split(report)] if report.tokens else []
+        if report.routing:
+            explained = "arithmetic: both models with A's experts; routing: the rest of the total"
+            parts += [Text(explained, "dim")] if report.tokens else []
+            parts.append(_routing(report.routing))
         parts.append(_parts(report))
     return Group(*parts)
+
+
+def _counts(report: ComparisonReport) -> str:
+    return f"{report.tokens + report.not_finite:,} tokens, {report.windows:,} windows"
 
 
 def trace_page(report: TraceReport) -> "RenderableType":
@@ -90,6 +94,8 @@ def _split(report: ComparisonReport) -> "Table":
         )
 
     row("total", report.total)
+    if not report.routing:  # dense models
+        return table
     row("arithmetic", report.arithmetic)
     table.add_row(
         "routing", _number(report.routing_kl), share(report.routing_kl), "", "", "", _loss(report.routing_loss)
@@ -110,7 +116,9 @@ def _parts(report: ComparisonReport) -> "Table":
     """Return relative differences of the intermediates with A's experts, a row per layer."""
     shown = {part: name for part, name in _COLUMNS.items() if any(each.part == PARTS[part] for each in report.parts)}
     found = {(part.layer, part.part): part.relative for part in report.parts}
-    table = new_table("with A's experts", *shown.values(), right=range(1, len(shown) + 1))
+    table = new_table(
+        "with A's experts" if report.routing else "difference", *shown.values(), right=range(1, len(shown) + 1)
+    )
     layers = sorted({part.layer for part in report.parts if part.layer is not None})
     outside = [part for part in report.parts if part.layer is None]
     last = [""] * (len(shown) - 1)

@@ -30,7 +30,7 @@ class ComparisonReport:
         windows: number of windows compared.
         tokens: number of targets compared; all statistics are over them.
         not_finite: number of targets left out because a logit is NaN or infinite.
-        loss: mean loss of A, nats per token.
+        loss: mean loss of A over all tokens with finite logits of A, nats per token; NaN without one.
         total: distance of B from A, each with its own routing.
         arithmetic: distance of B from A when both use A's experts.
         routing: change of the experts by MoE layer.

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from moezoo.core.comparison.intermediates import PartDifference
 from moezoo.core.comparison.report import ComparisonReport
 
-Kind = Literal["equal", "rounding", "routing", "arithmetic", "both"]
+Kind = Literal["equal", "not finite", "rounding", "routing", "arithmetic", "both"]
 _MOSTLY = 2 / 3  # share of the KL divergence from which one of the two is the verdict
 
 
@@ -16,7 +17,7 @@ class Verdict:
 
     Fields:
         kind: the reason of the difference. `rounding`: the same weights, and no difference above that of the backends'
-            or dtypes' rounding.
+            or dtypes' rounding. `not finite`: a logit is NaN or infinite.
         layer: where it starts; None outside of the layers, or if nothing differs. Where the share of routing is the
             reason for `routing`, that is the first router that prefers other experts.
         part: the part of the model that differs first (`intermediates.PARTS`); None if nothing differs.
@@ -34,12 +35,13 @@ class Verdict:
 def verdict(report: ComparisonReport) -> Verdict:
     """Return the verdict of a report.
 
-    If all parameters that differ are of routers the reason is routing, and if none is it is arithmetic: changes of
-    routing then only follow. Else the share of the KL divergence decides that goes away with A's experts.
+    If no parameter that differs is of a router the reason is arithmetic: changes of routing then only follow. If all
+    are, it is routing, unless most of the KL divergence stays with A's experts: then it is their combine weights. Else
+    the share of the KL divergence decides that goes away with A's experts.
     """
     cause = _cause(report)
     kind = cause or _kind_by_share(report)
-    layer, part = _start(report)
+    layer, part = _start(report) if kind != "not finite" else _not_finite_start(report)
     if kind == "routing" and cause is None and report.first_routing is not None:
         layer, part = report.first_routing.layer, "router"
     about = (_weights, _codes, _start_sentence, _routing, _split, _not_finite)
@@ -52,13 +54,25 @@ def _cause(report: ComparisonReport) -> Kind | None:
     """Return the kind that follows from what the models are; None if the share of routing has to decide."""
     if report.equal:
         return "equal"
+    if report.not_finite:
+        return "not finite"
     names = report.weights.names
     if report.specs:
         return None
     if not names:
         return "rounding" if report.first_part is None and report.first_routing is None else None
-    of_routers = [".moe.router." in name for name in names]
-    return "routing" if all(of_routers) else None if any(of_routers) else "arithmetic"
+    if _routers_alone(report):
+        return None if _kind_by_share(report) == "arithmetic" else "routing"
+    return None if any(_of_router(name) for name in names) else "arithmetic"
+
+
+def _of_router(name: str) -> bool:
+    return ".moe.router." in name
+
+
+def _routers_alone(report: ComparisonReport) -> bool:
+    """Return whether the models differ, and by parameters of routers only."""
+    return not report.specs and bool(report.weights.names) and all(map(_of_router, report.weights.names))
 
 
 def _kind_by_share(report: ComparisonReport) -> Kind:
@@ -77,11 +91,25 @@ def _start(report: ComparisonReport) -> tuple[int | None, str | None]:
     return (None, None) if part is None else (part.layer, part.part)
 
 
+def _not_finite_start(report: ComparisonReport) -> tuple[int | None, str | None]:
+    """Return layer and part of the first value that is not finite."""
+    first = _first_not_finite(report)
+    return (None, None) if first is None else (first.layer, first.part)
+
+
+def _first_not_finite(report: ComparisonReport) -> PartDifference | None:
+    return next((part for part in report.parts if part.not_finite), None)
+
+
 def _headline(report: ComparisonReport, kind: Kind, layer: int | None, part: str | None) -> str:
     if kind == "equal":
         return f"equal: the same logits and experts for all {report.tokens:,} tokens"
     if kind == "rounding":
         return "rounding: the same weights, and no difference above the rounding of backend and precision"
+    if kind == "not finite":
+        first = _first_not_finite(report)
+        models = "" if first is None else {"A": " in A", "B": " in B"}.get(first.not_finite, " in A and B")
+        return f"not finite: NaN or infinity{models}{_where(layer, part)}"
     return f"{kind}{_where(layer, part)}"
 
 
@@ -89,6 +117,10 @@ def _headline_by_share(report: ComparisonReport, kind: Kind, layer: int | None, 
     share, where = report.routing_share or 0.0, _where(layer, part)
     if kind == "both":
         return f"both: {_percent(share)} routing, {_percent(1 - share)} arithmetic{where}"
+    if kind == "arithmetic" and _routers_alone(report):
+        if not report.changed:
+            return f"arithmetic: the router's combine weights, no other experts{where}"
+        return f"mostly arithmetic: {_percent(1 - share)} by the routers' combine weights{where}"
     return f"mostly {kind}: {_percent(share if kind == 'routing' else 1 - share)} of the KL divergence{where}"
 
 
@@ -119,15 +151,19 @@ def _codes(report: ComparisonReport) -> str:
 
 
 def _start_sentence(report: ComparisonReport) -> str:
-    part = report.first_part
+    part = report.first_part if not report.not_finite else _first_not_finite(report)
     if part is None:
         return ""
+    if part.not_finite:
+        return f"{part.name} is the first that is not finite."
+    if not report.routing:
+        return f"{part.name} is the first to differ, by {_percent(part.relative)}."
     return f"With A's experts in both, {part.name} is the first to differ, by {_percent(part.relative)}."
 
 
 def _routing(report: ComparisonReport) -> str:
     layer = report.first_routing or next((layer for layer in report.routing if layer.own), None)
-    if layer is None:
+    if layer is None or report.not_finite:  # the order of values that are NaN says nothing
         return ""
     sentence = f"Routers start to differ in layer {layer.layer}, for {_percent(layer.own)} of the tokens"
     median = layer.margin.median
@@ -142,7 +178,7 @@ def _routing(report: ComparisonReport) -> str:
 
 
 def _split(report: ComparisonReport) -> str:
-    if not report.changed or report.routing_share is None:
+    if not report.changed or report.routing_share is None or not report.tokens:
         return ""
     total, arithmetic = report.total.kl.mean, report.arithmetic.kl.mean
     if report.routing_kl < 0:
@@ -159,7 +195,8 @@ def _split(report: ComparisonReport) -> str:
 def _not_finite(report: ComparisonReport) -> str:
     if not report.not_finite:
         return ""
-    return f"{report.not_finite:,} tokens are left out: their logits are NaN or infinite."
+    everything = report.tokens + report.not_finite
+    return f"{report.not_finite:,} of {everything:,} tokens are left out: their logits are NaN or infinite."
 
 
 def _percent(share: float) -> str:

@@ -9,7 +9,8 @@ from moezoo.core.errors import SpecError
 if TYPE_CHECKING:
     from rich.table import Table
 
-_UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS = _BINARY | {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def memory_bytes(text: str, option: str = "--memory") -> int:

@@ -220,3 +220,39 @@ def test_specs_that_differ_are_named(config, weights):
     assert report.specs == ("layers[1,2].moe.router.scale: 1.0 and 2.0",)
     assert verdict(report).part == "combine weights"
     assert "The specs differ in layers[1,2].moe.router.scale: 1.0 and 2.0." in page(report)
+
+
+def test_a_scaled_router_that_moves_no_token_is_blamed_on_its_weights():
+    """Softmax over the chosen logits: twice the logits choose the same experts with other weights."""
+    own = parse_config(CONFIG.replace("score: sigmoid, selection_bias: {rate: 0.001}", "score: softmax"))
+    weights = initial_weights(own.model, 0)
+    name = "layers.2.moe.router.w_router"
+    report = compared(side(own, weights), side(own, weights | {name: 2 * weights[name]}))
+    found = verdict(report)
+    assert (found.kind, found.layer, found.part, report.routing_share) == ("arithmetic", 2, "router", 0)
+    wanted = "arithmetic: the router's combine weights, no other experts, starting in the router of layer 2"
+    assert found.headline == wanted
+
+
+def test_nan_in_b_is_named_with_its_part_and_leaves_the_loss_of_a(config, weights):
+    a = side(config, weights)
+    name = "layers.1.moe.experts.w_down"
+    report = compared(a, side(config, weights | {name: np.full_like(weights[name], np.nan)}))
+    found = verdict(report)
+    assert (found.kind, found.layer, found.part) == ("not finite", 1, "experts")
+    assert found.headline == "not finite: NaN or infinity in B, starting in the experts of layer 1"
+    assert (report.tokens, report.not_finite) == (0, 6 * 23)
+    assert report.loss == compared(a, a).loss
+    text = page(report)
+    assert "nan %" not in text
+    assert "inf %" not in text
+    assert "138 tokens, 6 windows" in text
+
+
+def test_dense_models_have_no_experts_on_their_page():
+    layers = CONFIG[CONFIG.index("    - repeat") : CONFIG.index("  initializer")]
+    own = parse_config(CONFIG.replace(layers, ""))
+    weights = initial_weights(own.model, 0)
+    text = page(compared(side(own, weights), side(own, damaged(weights, "embedding.weight"))))
+    assert "arithmetic, starting in the embedding" in text
+    assert "experts" not in text

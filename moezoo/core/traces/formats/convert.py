@@ -70,7 +70,7 @@ def export_trace(trace: RoutingTrace, name: str, path: Path, depth: int | None =
     """Write a trace as another program reads it, for a model of `depth` layers; return what the format loses."""
     notes = FORMATS[name].write(trace, path, depth)
     longest, window = max(document_lengths(trace)), trace.info.sequence_length
-    if window is not None and longest > window:
+    if window is not None and longest - 1 > window:  # the last token is no input
         notes.append(
             f"a document has {longest:,} tokens, but the model saw windows of {window:,}: an engine that sees whole "
             "documents routes them otherwise"
