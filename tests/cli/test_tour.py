@@ -43,7 +43,11 @@ if "train" in words:
         words += ["--set", "training." + value]
 if words[0] == "bench":
     words += ["--smoke"]
-main(words)
+try:
+    main(words)
+except SystemExit as end:
+    if words[0] != "doctor" or end.code != 1:  # a run of two steps has findings
+        raise
 """
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from moezoo.cli.main import main
 from moezoo.core.config.run_config import load_config
+from moezoo.core.config.shipped import config_file
 from tests.support.readme import ROOT, blocks, commands
 
 COMMANDS = [words for block in blocks() for words in commands(block)]
@@ -18,9 +19,11 @@ def test_a_printed_command_has_these_options(words: list[str]) -> None:
     if words[0] == "launch":
         nproc, (name, *inner) = given["nproc"], given["words"]
         given = main.commands[name].make_context(name, inner).params
-        assert load_config(ROOT / given["config_path"]).training.batch_size % nproc == 0
+        assert load_config(given["config_path"]).training.batch_size % nproc == 0
     if "config_path" in given:
-        assert (ROOT / given["config_path"]).is_file()
+        assert config_file(
+            ROOT / given["config_path"] if given["config_path"].suffix else given["config_path"]
+        ).is_file()
 
 
 def test_no_printed_run_needs_the_folder_of_another() -> None:

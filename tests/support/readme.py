@@ -19,8 +19,9 @@ PLACEHOLDERS = {
 
 def blocks(document: Path = ROOT / "README.md") -> list[str]:
     """Return the blocks of commands of a page, in order; `make` is left out, which sets up its own environment."""
-    found = re.findall(r"^```(?:console)?\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return [_filled(block) for block in found if not block.startswith("make ")]
+    found = re.findall(r"^```(\w*)\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in found if language in ("", "console")]
+    return [_filled(block) for block in blocks if not block.startswith("make ")]
 
 
 def commands(block: str) -> list[list[str]]:
