@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from moezoo.cli.options import adapter_option, backend_option, overcommit_option
+from moezoo.cli.options import adapter_option, backend_option, overcommit_option, sampling_options
 from moezoo.cli.output import warn
 from moezoo.core.errors import DataError
 
@@ -43,12 +43,7 @@ _BATCH = 32
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), help="Maximum number of new tokens. Default: the model's, or 256."
 )
-@click.option("--temperature", type=float, help="Sampling temperature; 0 is greedy. Default: the model's, or 0.8.")
-@click.option("--top-k", type=int, help="Sample from the k most probable tokens.")
-@click.option("--top-p", type=float, help="Sample from the fewest tokens whose probabilities sum to p.")
-@click.option("--min-p", type=float, help="Drop tokens less probable than this fraction of the most probable.")
-@click.option("--repetition-penalty", type=float, help="Penalty on tokens that already occur; 1 is off.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
+@sampling_options
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Number of samples per prompt.")
 @click.option("--stop", metavar="TEXT", multiple=True, help="End at this text, which is not printed; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON per sample.")

@@ -7,6 +7,7 @@ import click
 
 from moezoo.cli.analyze import analyze
 from moezoo.cli.bench import bench_command
+from moezoo.cli.chat import chat
 from moezoo.cli.compare import compare
 from moezoo.cli.convert import convert_command
 from moezoo.cli.data import data
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 for _command in (
-    *(train, launch_command, generate, evaluate, runs_command, plot, describe, plan_command, parity),
+    *(train, launch_command, generate, chat, evaluate, runs_command, plot, describe, plan_command, parity),
     *(compare, convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor, explore),
     *(analyze,),
 ):

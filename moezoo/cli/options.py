@@ -34,6 +34,23 @@ replay_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of sampling to a command."""
+    options = (
+        click.option(
+            "--temperature", type=float, help="Sampling temperature; 0 is greedy. Default: the model's, or 0.8."
+        ),
+        click.option("--top-k", type=int, help="Sample from the k most probable tokens."),
+        click.option("--top-p", type=float, help="Sample from the fewest tokens whose probabilities sum to p."),
+        click.option("--min-p", type=float, help="Drop tokens less probable than this fraction of the most probable."),
+        click.option("--repetition-penalty", type=float, help="Penalty on tokens that already occur; 1 is off."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Random seed."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def group_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of a process group to a command, which receives them as `group`, and `startup_s`."""
     defaults = ProcessGroup("auto")

@@ -24,6 +24,7 @@ from moezoo.core.errors import DataError
 from moezoo.core.layer_routing import LayerRouting
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
+from moezoo.core.reuse import NO_REUSE, Reuse
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import ExpertMasks, Floats, Integers
 
@@ -139,6 +140,10 @@ class PendingFiles(Protocol):
 
 class Generation(Protocol):
     """A batch of sequences with their caches on the device, extended one token at a time."""
+
+    def reusable(self, length: int) -> int:
+        """Return after how many tokens, at most `length`, another generation may start with these caches."""
+        ...
 
     def next(self) -> PendingTokens:
         """Start computing the next token of each sequence. The previous tokens need not have been fetched."""
@@ -278,11 +283,13 @@ class Model(Protocol):
         """
         ...
 
-    def start_generation(self, prompts: Sequence[Integers], new_tokens: int, options: SamplingOptions) -> "Generation":
+    def start_generation(
+        self, prompts: Sequence[Integers], new_tokens: int, options: SamplingOptions, reuse: Reuse = NO_REUSE
+    ) -> "Generation":
         """Start generation from B prompts, int32 of any lengths >= 1, for at most `new_tokens` calls of `next`.
 
         Row b gets the tokens that `core.reference.sampling.sample` draws for sequence b from its logits: they do not
-        depend on the other rows of the batch.
+        depend on the other rows of the batch. `reuse`: caches of a generation before, for a single prompt.
         """
         ...
 

@@ -1,17 +1,19 @@
 """Autoregressive generation on the device: one compiled step per token, from the caches to the next token."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moezoo.core.generation.prefill import INITIAL_CAPACITY, padded, seen_tokens, widths
+from moezoo.core.generation.prefill import INITIAL_CAPACITY, padded, seen_tokens, widths, widths_after
 from moezoo.core.reference.sampling import SamplingOptions, checked_logits
+from moezoo.core.reuse import Reuse
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import Integers
-from moezoo.jax_backend.kv_cache import Cache, Caches, empty_cache
+from moezoo.jax_backend.kv_cache import STATES, Cache, Caches, States, cut_back, empty_cache, states_of
 from moezoo.jax_backend.sampling import Rule, draws, penalized, rule_of, sample
 
 SMALLEST = 16
@@ -46,14 +48,52 @@ class Generation:
         prompts: Sequence[Integers],
         new_tokens: int,
         options: SamplingOptions,
+        reuse: Reuse,
     ):
         self._spec, self._step, self._rule = spec, step, rule_of(options)
-        pieces = widths(max(len(prompt) for prompt in prompts), SMALLEST)
-        self._length, self._size = sum(pieces), sum(pieces) + new_tokens
-        self._logits_BV, self._caches = prefilled(spec, extend, prompts, _capacity(self._length, self._size))
+        longest = max(len(prompt) for prompt in prompts)
+        stops = sorted({*(place for place in reuse.keep if reuse.shared < place < longest), longest})
+        if reuse.before is None:
+            self._kept: dict[int, States] = {}
+            self._length = sum(widths(stops[0], SMALLEST))
+            self._first = self._length - stops[0]  # slots before a prompt of this length
+            self._size = self._first + longest + new_tokens
+            self._capacity = _capacity(self._first + longest, self._size)
+            begun = [prompt[: stops[0]] for prompt in prompts] if reuse.keep else prompts
+            self._logits_BV, self._caches = prefilled(spec, extend, begun, self._capacity)
+        else:
+            self._continue(reuse.before, reuse.shared, longest, new_tokens)
+            stops = [reuse.shared, *stops]
+        for start, end in pairwise(stops):
+            self._kept[start] = states_of(self._caches)
+            self._read(extend, prompts[0][start:end])
         self._tokens_B: jax.Array | None = None
         penalizes = self._rule.penalty is not None
         self._seen_BV = jnp.asarray(seen_tokens(prompts, spec.vocab)) if penalizes else None
+
+    def _continue(self, before: "Generation", shared: int, longest: int, new_tokens: int) -> None:
+        """Take over the caches of another generation, cut back to the first `shared` tokens, and large enough."""
+        self._first, self._length = before._first, before._first + shared
+        self._size = self._first + longest + new_tokens
+        self._capacity = max(before._capacity, _capacity(self._first + longest, self._size))
+        caches, before._caches = before._caches, Caches([], None)
+        self._kept = {}
+        if self._length < before._length:
+            caches = cut_back(caches, self._length, before._kept.get(shared, {}))
+        self._caches = _grown(self._spec, caches, self._capacity)
+
+    def _read(self, extend: Extend, tokens: Integers) -> None:
+        """Read more tokens of the only prompt."""
+        for width in widths_after(len(tokens), SMALLEST):
+            self._logits_BV, self._caches = extend(tokens[None, :width], self._caches)
+            tokens, self._length = tokens[width:], self._length + width
+
+    def reusable(self, length: int) -> int:
+        """Spec: Generation.reusable."""
+        held = self._length - self._first
+        if any(isinstance(cache, STATES) for cache in self._caches.layers):
+            return max((place for place in (*self._kept, held) if place <= length), default=0)
+        return min(length, held) if self._caches.layers else 0
 
     def next(self) -> PendingTokens:
         """Dispatch the next token of each sequence."""
@@ -68,7 +108,8 @@ class Generation:
             del self._logits_BV
             return PendingTokens(self._tokens_B, logits_BV)
         capacity = _capacity(self._length + 1, self._size)
-        if capacity > _capacity(self._length, self._size):
+        if capacity > self._capacity:
+            self._capacity = capacity
             self._caches = _grown(self._spec, self._caches, capacity)
         self._tokens_B, logits_BV, self._seen_BV, self._caches = self._step(
             self._tokens_B, self._caches, self._rule, self._seen_BV

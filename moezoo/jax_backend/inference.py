@@ -20,6 +20,7 @@ from moezoo.core.layer_routing import LayerRouting, check_forced, layer_routing
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
+from moezoo.core.reuse import NO_REUSE, Reuse
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import ExpertMasks, check_documents, check_targets
 from moezoo.jax_backend.arrays import Weights, named
@@ -182,10 +183,12 @@ class JaxInference:
         values = routing_values(result) if routing else []
         return token_losses(result.logits_BTV, targets), *routing_load(result), values
 
-    def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
+    def start_generation(
+        self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions, reuse: Reuse = NO_REUSE
+    ) -> Generation:
         weights = (self._parameters, self._state)
         extend, step = (partial(returning_memory(compiled), *weights) for compiled in (self._extend, self._decode))
-        return Generation(self.spec, extend, step, prompts, new_tokens, options)
+        return Generation(self.spec, extend, step, prompts, new_tokens, options, reuse)
 
     def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
         # Slots before the prompt are padding, and sizes are rounded up: prompts of like length share their programs.

@@ -171,6 +171,29 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
+STATES = (RollingCache, DeltaCache, ConvolutionCache)
+"""Caches that cannot be cut back to fewer tokens, since they do not keep all."""
+
+States = dict[int, Cache]
+"""Caches of this kind, by the index of their layer."""
+
+
+def states_of(caches: Caches) -> States:
+    """Return the caches that cannot be cut back, for `cut_back`. They are copies: the caches are donated."""
+    return {
+        index: jax.tree.map(jnp.copy, cache) for index, cache in enumerate(caches.layers) if isinstance(cache, STATES)
+    }
+
+
+def cut_back(caches: Caches, length: int, states: States) -> Caches:
+    """Return caches of the first `length` slots, padding included; `states`: those after them."""
+    layers: list[Cache] = [
+        states[index] if isinstance(cache, STATES) else cache._replace(length=jnp.full_like(cache.length, length))
+        for index, cache in enumerate(caches.layers)
+    ]
+    return Caches(layers, caches.first_B)
+
+
 def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     """Return one empty cache per layer, with `size` slots, or with as many as its window or chunks reach back."""
     dtype = DTYPES[spec.precision.compute]

@@ -15,6 +15,7 @@ from moezoo.core.layer_routing import LayerRouting, check_forced, layer_routing
 from moezoo.core.parameters import parameter_table
 from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
+from moezoo.core.reuse import NO_REUSE, Reuse
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import ExpertMasks, check_documents, check_targets
 from moezoo.mlx_backend.adapter import BASE, Adapted
@@ -126,8 +127,10 @@ class MlxInference:
             layer_routings(self.spec, values, tokens.shape) if routing else [],
         )
 
-    def start_generation(self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions) -> Generation:
-        return Generation(self.spec, self._extended, self._decoded(), prompts, new_tokens, options)
+    def start_generation(
+        self, prompts: Sequence[np.ndarray], new_tokens: int, options: SamplingOptions, reuse: Reuse = NO_REUSE
+    ) -> Generation:
+        return Generation(self.spec, self._extended, self._decoded(), prompts, new_tokens, options, reuse)
 
     def prefill(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, Caches]:
         logits, caches = prefilled(self.spec, self._extended, list(tokens), size)

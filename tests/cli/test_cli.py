@@ -45,6 +45,11 @@ SURFACE = {
         "--seed",
         *("--samples", "--stop", "--json"),
     ],
+    "chat": [
+        *("PATH", "--system", "--set-template", "--stop", "--adapter", "--backend", "--allow-overcommit", "--compute"),
+        *("--max-length", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
+        *("--repetition-penalty", "--seed"),
+    ],
     "eval": [
         *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--without", "--mode", "--importance"),
         *("--top-k", "--replay", "--adapter", "--backend", "--allow-overcommit", "--json"),

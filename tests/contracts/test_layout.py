@@ -27,6 +27,7 @@ LAYERS = (
         "core.malloc",
         "core.progress",
         "core.random",
+        "core.reuse",
         "core.signals",
         "core.tokens",
     ),

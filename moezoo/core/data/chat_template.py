@@ -21,14 +21,18 @@ _MAX_CHARACTERS = 50_000_000
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def render_chat(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+def render_chat(
+    template: str, messages: Sequence[Message], variables: Mapping[str, Any], *, generation_prompt: bool = True
+) -> str:
     """Return the text of a conversation with the generation prompt, as transformers' `apply_chat_template` renders it.
 
-    `variables`: what the template sees beside the messages, such as the special tokens.
+    `variables`: what the template sees beside the messages, such as the special tokens. `generation_prompt`: end with
+    what comes before an answer.
 
     Raises LimitedProcessError: an error in the template, or more than 5 s or 256 MiB.
     """
-    return str(_process().call({"template": template, "messages": [*map(_plain, messages)], "variables": variables}))
+    request = {"template": template, "messages": [*map(_plain, messages)], "variables": variables}
+    return str(_process().call({**request, "generation_prompt": generation_prompt}))
 
 
 def render_turns(
@@ -72,7 +76,8 @@ def _plain(message: Message) -> dict[str, Any]:
 
 def render_request(request: dict[str, Any]) -> str:
     """Render a template in this process, without limits; `request` is that of `render_chat`."""
-    return rendered(compiled(request["template"]), request["messages"], True, {"tools": None, **request["variables"]})
+    given = {"tools": None, **request["variables"]}
+    return rendered(compiled(request["template"]), request["messages"], request.get("generation_prompt", True), given)
 
 
 def rendered(template: Any, messages: Sequence[Message], generation_prompt: bool, given: Mapping[str, Any]) -> str:

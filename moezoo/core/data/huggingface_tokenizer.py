@@ -99,12 +99,19 @@ class HuggingFaceTokenizer:
         """Spec: Tokenizer.first_tokens."""
         return first_tokens(self._inner.backend_tokenizer)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> Ids:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        generation_prompt: bool = True,
+    ) -> Ids:
         """Encode a conversation with the tokenizer's chat template, including the generation prompt.
 
         `messages`: mappings as in transformers; the template sees `role`, `content` (text, a list of parts, or none
         beside `tool_calls`) and the other fields. Only special tokens of the template are used; none is added.
-        `variables`: what it sees beside them, `{"enable_thinking": False}` for instance.
+        `variables`: what it sees beside them, `{"enable_thinking": False}` for instance. `generation_prompt`: see
+        `render_chat`.
 
         Raises TokenizerError: no chat template, or an error in the template for these messages.
         """
@@ -124,7 +131,8 @@ class HuggingFaceTokenizer:
             )
         try:
             template = self._inner.get_chat_template()
-            text = render_chat(template, messages, {**self.special_tokens, **(variables or {})})
+            given = {**self.special_tokens, **(variables or {})}
+            text = render_chat(template, messages, given, generation_prompt=generation_prompt)
         except _TEMPLATE_ERRORS as error:
             raise TokenizerError(
                 f"the chat template cannot be applied; got {first_line(error):.300} ({self.path}); expected a template "

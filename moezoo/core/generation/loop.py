@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from moezoo.core.backend import Model, check_length
+from moezoo.core.backend import Generation, Model, check_length
 from moezoo.core.data.tokenizers import IdsLike, StreamDecoder, Tokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.generation.stop_strings import StopStrings
@@ -46,7 +46,7 @@ def generate(
     be sampled from.
     """
     rows = checked_prompts(model, prompts, max_new_tokens)
-    columns = list(_columns(model, rows, max_new_tokens, options, end_tokens, padding, on_tokens))
+    columns = list(columns_of(model, rows, max_new_tokens, options, end_tokens, padding, on_tokens))
     return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0), np.int32)
 
 
@@ -65,24 +65,26 @@ def stream_ids(
     Raises what `generate` raises; what is wrong with the prompts, at once.
     """
     rows = checked_prompts(model, prompts, max_new_tokens)
-    return _columns(model, rows, max_new_tokens, options, end_tokens, padding, on_tokens)
+    return columns_of(model, rows, max_new_tokens, options, end_tokens, padding, on_tokens)
 
 
-def _columns(
+def columns_of(
     model: Model,
     rows: Sequence[Integers],
     max_new_tokens: int,
     options: SamplingOptions,
     end_tokens: Collection[int],
-    padding: int | None,
-    on_tokens: OnTokens | None,
+    padding: int | None = None,
+    on_tokens: OnTokens | None = None,
+    start: Callable[[Sequence[Integers], int, SamplingOptions], Generation] | None = None,
 ) -> Iterator[Integers]:
+    """Yield what `stream_ids` does, of checked prompts; `start`: in place of the model's `start_generation`."""
     if padding is not None and not 0 <= padding < model.spec.vocab:
         padding = None  # some files have a padding token outside the vocabulary of their model
     if max_new_tokens <= 0:
         return
     ended, previous = np.zeros(len(rows), bool), np.zeros(len(rows), np.int32)
-    generation = model.start_generation(rows, max_new_tokens, options)
+    generation = (start or model.start_generation)(rows, max_new_tokens, options)
     pending = generation.next()
     for index in range(max_new_tokens):
         following = generation.next() if index + 1 < max_new_tokens else pending

@@ -30,6 +30,17 @@ def widths(length: int, smallest: int = 1) -> list[int]:
     return ([rest] if rest else []) + [CHUNK] * whole
 
 
+def widths_after(length: int, smallest: int = 1) -> list[int]:
+    """Return the widths of pieces that continue a sequence: their sum is `length`, since none can be padded.
+
+    With `smallest` above 1, few widths compile: full chunks, then powers of two.
+    """
+    if smallest == 1:
+        return widths(length)
+    whole, rest = divmod(length, CHUNK)
+    return [CHUNK] * whole + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+
+
 def padded(prompts: Sequence[Integers], width: int) -> tuple[Integers, Integers]:
     """Left-pad prompts: return tokens int32 [B, width] and the position int32 [B] of each row's first token."""
     tokens = np.zeros((len(prompts), width), np.int32)
