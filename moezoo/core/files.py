@@ -230,7 +230,10 @@ def readable_errors(what: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise RunError(f"{what}: {error.filename or 'a part of the path'} does not exist. Create it first.") from error
+        # A temporary file in a missing folder is not what is missing.
+        parent = Path(error.filename).parent if error.filename else None
+        missing = parent if parent is not None and not parent.exists() else error.filename or "a part of the path"
+        raise RunError(f"{what}: {missing} does not exist. Create it first.") from error
     except PermissionError as error:
         raise RunError(f"{what}: permission denied. Use another folder, or change its permissions.") from error
     except OSError as error:

@@ -10,7 +10,7 @@ from moezoo.core.comparison.intermediates import PARTS
 from moezoo.core.comparison.report import ComparisonReport
 from moezoo.core.comparison.routing_changes import RoutingChange
 from moezoo.core.comparison.verdict import Verdict
-from moezoo.core.reports.text import new_table
+from moezoo.core.reports.text import new_table, plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,7 +53,8 @@ def comparison_page(report: ComparisonReport, found: Verdict) -> "RenderableType
 
 
 def _counts(report: ComparisonReport) -> str:
-    return f"{report.tokens + report.not_finite:,} tokens, {report.windows:,} windows"
+    tokens, windows = report.tokens + report.not_finite, report.windows
+    return f"{tokens:,} {plural('token', tokens)}, {windows:,} {plural('window', windows)}"
 
 
 def trace_page(report: TraceReport) -> "RenderableType":

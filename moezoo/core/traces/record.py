@@ -78,10 +78,10 @@ def record_trace(
     check_length(model.spec, length, f"windows of {options.sequence_length} tokens")
     sources = rows_of(data)
     every = [source for own in sources for source in own]
-    if options.generate:
-        continue_documents(model, every, options, report)
-    count, done = place_rows(every), 0
     with write_trace(path, info) as writer:
+        if options.generate:
+            continue_documents(model, every, options, report)
+        count, done = place_rows(every), 0
         top_k = max(moe.num_slots for _, moe in model.spec.moes)
         writer.reserve(count, len(model.spec.moes), top_k)
         recorder = _Recorder(model, tokenizer, writer, top_k, info.inference)

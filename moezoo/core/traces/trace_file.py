@@ -6,6 +6,7 @@ the TraceInfo as JSON. The texts of the token ids that occur are `text_token` in
 """
 
 import contextlib
+import errno
 import json
 import math
 import shutil
@@ -42,6 +43,11 @@ class TraceWriter:
         self.info, self.texts, self.num_tokens = info, dict[int, str](), 0
         self._path, self._files = path, files
         self._columns: dict[str, tuple[tuple[int, ...], IO[bytes]]] = {}
+        with readable_errors(f"cannot write {path}"):  # before the work of recording
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
 
     def add(self, rows: TraceRows) -> None:
         """Append rows. All must have the same columns. Raises DataError: they do not; RunError: the disk is full."""

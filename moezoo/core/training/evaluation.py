@@ -18,7 +18,7 @@ from moezoo.core.data.prepare import AnySplit
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
 from moezoo.core.errors import DataError
 from moezoo.core.progress import Progress
-from moezoo.core.tokens import IGNORED, ExpertMasks
+from moezoo.core.tokens import IGNORED, NOT_REPLAYED, ExpertMasks
 from moezoo.core.traces.replay import Replay
 from moezoo.core.training.metrics import RoutingStatistics, routing_statistics
 
@@ -62,6 +62,8 @@ class Evaluation:
         optimum: comparison with the data's entropy, if that is known.
         inference_loss: mean nats per token with inference routing, if it differs from training routing; the loss that
             matters for generation.
+        replayed: share of the tokens that a layer's replayed routing is known for, the others being routed freely; None
+            without a replay.
     """
 
     validation_loss: float
@@ -72,10 +74,13 @@ class Evaluation:
     routing: tuple[RoutingStatistics, ...]
     optimum: Optimum | None = None
     inference_loss: float | None = None
+    replayed: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values for JSON."""
+        """Return the fields as plain values for JSON; `replayed` only with a replay."""
         values = asdict(self)
+        if self.replayed is None:
+            del values["replayed"]
         if self.optimum is not None:
             values["optimum"]["excess"] = self.optimum.excess
         return values
@@ -169,7 +174,7 @@ class _Sums:
     ):
         self._model, self._tokenizer, self._grammar = model, tokenizer, grammar
         self._without, self._replay = without, replay
-        self.num_targets, self._nats, self._inference_nats = 0, 0.0, 0.0
+        self.num_targets, self._num_replayed, self._nats, self._inference_nats = 0, 0, 0.0, 0.0
         self._bytes: int | None = 0
         self._load: list[NDArray[np.int64]] = []
         self._dropped: list[int] = []
@@ -180,9 +185,13 @@ class _Sums:
         windows, inputs, targets, documents, positions = batch
         masks = None if self._without is None else [own.of_batch(len(inputs)) for own in self._without]
         score = partial(self._model.score, inputs, targets, documents=documents, masks=masks)
+        counted = targets != IGNORED
         if self._replay is not None:
-            score = partial(score, forced=self._replay.forced(positions, inputs))
-        scores, counted = score(), targets != IGNORED
+            forced = self._replay.forced(positions, inputs)
+            score = partial(score, forced=forced)
+            known = np.any([own[..., 0] != NOT_REPLAYED for own in forced], axis=0)
+            self._num_replayed += int((known & counted).sum())
+        scores = score()
         losses = scores.token_losses.astype(np.float64)
         self.num_targets += int(counted.sum())
         self._nats += float(losses[counted].sum())
@@ -214,6 +223,7 @@ class _Sums:
             routing=routing_statistics(self._model.spec.moe_layers, self._load, self._dropped),
             optimum=optimum,
             inference_loss=self._inference_nats / self.num_targets if self._model.spec.inference_differs else None,
+            replayed=None if self._replay is None else self._num_replayed / self.num_targets,
         )
 
 
@@ -257,6 +267,8 @@ def describe_evaluation(evaluation: Evaluation) -> str:
     if evaluation.inference_loss is not None:
         gap = evaluation.inference_loss - evaluation.validation_loss
         lines.append(f"with inference routing: {evaluation.inference_loss:.4f} nats per token ({gap:+.4f})")
+    if evaluation.replayed is not None:
+        lines.append(_describe_replay(evaluation.replayed))
     if evaluation.optimum is not None:
         optimum = evaluation.optimum
         lines.append(
@@ -265,6 +277,14 @@ def describe_evaluation(evaluation: Evaluation) -> str:
             f"({optimum.characters:,} characters)"
         )
     return "\n".join(lines)
+
+
+def _describe_replay(share: float) -> str:
+    if share == 1:
+        return "replayed: all tokens"
+    # Part of the tokens is not rounded to none or all.
+    replayed = f"{min(max(100 * share, 0.1), 99.9):.1f} % of the tokens" if share else "no token"
+    return f"replayed: {replayed}; the others are routed freely"
 
 
 def describe_routing(evaluation: Evaluation) -> list[str]:

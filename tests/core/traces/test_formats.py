@@ -66,7 +66,7 @@ def test_vllm_responses_of_both_kinds_are_read_as_documented(tmp_path):
     assert trace.info == TraceInfo(
         layers=LAYERS, num_experts=(8, 8, 8), domains=("r",), model="some/model", written_by="vllm"
     )
-    assert any("1 tokens have no routing" in note for note in notes)
+    assert any("1 token has no routing" in note for note in notes)
     assert any("margin" in note and "weight" in note for note in notes)
 
     cached = ROUTED.copy()

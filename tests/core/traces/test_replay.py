@@ -13,7 +13,7 @@ from moezoo.core.traces.summary import summarize
 from moezoo.core.traces.trace import TraceRows, trace_of
 from moezoo.core.traces.trace_data import TracedData
 from moezoo.core.training.batches import Batches
-from moezoo.core.training.evaluation import evaluate
+from moezoo.core.training.evaluation import describe_evaluation, evaluate
 from tests.core.traces.test_record import TOKENIZER, T, built, recorded
 from tests.support.tolerances import FLOAT32, FLOAT64, assert_close
 
@@ -46,6 +46,10 @@ def test_an_evaluation_takes_the_traces_choice_for_every_new_token(model, tmp_pa
     free = evaluated(model, data)
     same = evaluated(model, data, Replay(trace, model.spec))
     assert_close(same.validation_loss, free.validation_loss, FLOAT32)
+    assert (same.replayed, free.replayed) == (1, None)
+    part = evaluated(model, data, Replay(trace_of(trace.info, trace.rows(0, 9)), model.spec))
+    assert part.replayed == 9 / 29
+    assert "replayed: 31.0 % of the tokens; the others are routed freely" in describe_evaluation(part)
     moved = np.where(trace.column("expert") < 0, -1, (trace.column("expert") + 1) % 5)
     other = evaluated(model, data, Replay(changed(trace, expert=moved), model.spec))
     assert abs(other.validation_loss - free.validation_loss) > 1e-3

@@ -176,7 +176,8 @@ class RequestReader:
         lacks = {"weight", "margin", "runner_up", "dropped", "token", "loss", "generated"} - (self._columns or set())
         found = [f"the file has no {', '.join(sorted(lacks))}, so the trace has none"]
         if self._unknown:
-            found.append(f"{self._unknown:,} tokens have no routing in the file (-1 in the trace)")
+            have = "token has" if self._unknown == 1 else "tokens have"
+            found.append(f"{self._unknown:,} {have} no routing in the file (-1 in the trace)")
         if self._repeated:
             found.append(
                 f"{self._repeated:,} rows named an expert twice, which no router does: padding, or not recorded; they "
