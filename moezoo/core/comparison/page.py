@@ -71,7 +71,7 @@ def trace_page(report: TraceReport) -> "RenderableType":
     return Group(
         Text(f"A      {report.a}"),
         Text(f"trace  {report.trace}"),
-        Text(f"{report.replayed:,} tokens with routing", "dim"),
+        Text(f"{report.replayed:,} {plural('token', report.replayed)} with routing", "dim"),
         Text(),
         Text(report.headline, f"bold {'yellow' if report.first_routing else 'green'}"),
         Text("A trace has no logits: the choice of experts is compared, and its effect in A."),

@@ -30,6 +30,10 @@ class RecordOptions:
     generate: int = 0
     end_tokens: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.generate < 0:
+            raise DataError(f"generate is {self.generate}; expected 0 or more tokens.")
+
 
 def continue_documents(model: Model, sources: Sequence[SourceRows], options: RecordOptions, report: Progress) -> None:
     """Generate after each document of the sources, and keep what was generated there.

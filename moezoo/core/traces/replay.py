@@ -133,7 +133,12 @@ class Replay:
                 f"{self._trace.where} has token {traced[wrong[0]]} in row {start + wrong[0]}, where the data has "
                 f"{tokens[wrong[0]]}; expected the same tokens. Use the data that the trace was recorded of"
                 + (f", with sequences of {length} tokens." if length else ".")
+                + self._about_documents()
             )
+
+    def _about_documents(self) -> str:
+        """Return what to know about documents if a trace was continued: only these are always separate."""
+        return "" if self._row_of_text is None else " It has generated tokens, so its documents are separate."
 
     def _domain(self, name: str, index: int) -> int:
         domains = self._trace.info.domains
@@ -157,12 +162,20 @@ def forced_for(replay: RoutingTrace | Integers, spec: ModelSpec, tokens: Integer
         rows = np.where(row < replay.num_tokens, row, NOWHERE).reshape(tokens.shape)
         return Replay(replay, spec).forced_rows(rows, tokens)
     expert = np.asarray(replay)
-    if expert.shape[:2] != tokens.shape:
+    if expert.dtype.kind not in "iu" or expert.shape[:2] != tokens.shape:
         raise DataError(
-            f"replay is {list(expert.shape)} for tokens {list(tokens.shape)}; expected [B, T, layers, experts per "
-            "token]. Use the routing of these tokens."
+            f"replay is {expert.dtype} {list(expert.shape)} for tokens {list(tokens.shape)}; expected integers "
+            "[B, T, layers, experts per token], or a RoutingTrace. Use the routing of these tokens."
         )
-    return forced_routing(spec, expert)
+    forced = forced_routing(spec, expert)
+    ordered = np.sort(expert, axis=-1)
+    wrong = (ordered < UNUSED).any(-1) | ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
+    if wrong.any():
+        got = expert[wrong][0].tolist()
+        raise DataError(
+            f"replay sends a token to the experts {got}; expected different ones, or -1. Use what was routed."
+        )
+    return forced
 
 
 def replayed_windows(

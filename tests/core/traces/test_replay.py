@@ -113,7 +113,10 @@ def test_a_forward_pass_replays_arrays_and_the_first_rows_of_a_trace(model, tmp_
         (expert[:, :, :1], r"expected \[\.\.\., 2 MoE layers"),
         (expert + 1, "has expert 5 in layer 0; expected 2 of 5 experts"),
         (np.tile(expert, 2), "has 4 experts for a token in layer 0"),
-        (expert[:, :3], r"replay is \[1, 3, 2, 2\] for tokens \[1, 8\]"),
+        (expert[:, :3], r"replay is int16 \[1, 3, 2, 2\] for tokens \[1, 8\]; expected integers"),
+        (expert.astype(np.float32), r"replay is float32 \[1, 8, 2, 2\] for"),
+        (np.ones_like(expert), r"sends a token to the experts \[1, 1\]; expected different ones"),
+        (np.full_like(expert, -2), r"sends a token to the experts \[-2, -2\]"),
     ):
         with pytest.raises(DataError, match=message):
             forced_for(wrong, model.spec, tokens)
