@@ -21,9 +21,11 @@ class Conversation:
         messages: so far, as in transformers.
         session: the caches; `session.num_read` tokens of the last prompt were read, the others were there.
 
-    >>> chat = Conversation(model, system="Be brief.", template={"enable_thinking": False}, temperature=0.0)
-    >>> "".join(chat.say("Which animals have hooves?"))
-    >>> "".join(chat.say("And which have claws?"))
+    For example, with a model whose tokenizer has a template:
+
+        chat = Conversation(model, system="Be brief.", template={"enable_thinking": False}, temperature=0.0)
+        print("".join(chat.say("Which animals have hooves?")))
+        print("".join(chat.say("And which have claws?")))
     """
 
     def __init__(
