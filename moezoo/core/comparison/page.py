@@ -47,7 +47,7 @@ def comparison_page(report: ComparisonReport, found: Verdict) -> "RenderableType
         if report.routing:
             explained = "arithmetic: both models with A's experts; routing: the rest of the total"
             parts += [Text(explained, "dim")] if report.tokens else []
-            parts.append(_routing(report.routing))
+            parts += [] if report.not_finite else [_routing(report.routing)]
         parts.append(_parts(report))
     return Group(*parts)
 

@@ -32,12 +32,14 @@ def forward_findings(spec: ModelSpec, model: Model, tokens: NDArray[np.int32], d
     for (index, moe), routing in zip(spec.moes, output.routing, strict=True):
         expert, weight = (np.asarray(part).reshape(-1, part.shape[-1]) for part in (routing.expert, routing.weight))
         used = expert >= 0
-        spread = float(np.ptp(weight[used])) if used.any() else 0.0
+        if not used.any() or not np.isfinite(weight[used]).all():  # found above, or nothing to say
+            continue
+        spread = float(np.ptp(weight[used]))
         if spread < _EQUAL and len(expert) > 1 and moe.num_choices > 1:
             yield Finding(
                 "fault",
                 "constant_weights",
-                f"all {used.sum()} combine weights are {float(weight[used].mean()) if used.any() else 0:.3g}",
+                f"all {used.sum()} combine weights are {float(weight[used].mean()):.3g}",
                 f"layer {index}; {data}",
                 "The weights do not depend on the token, so the router has no gradient from the loss.",
                 "Look for a router that is zero or saturated, or a renormalization of a single expert.",

@@ -75,7 +75,7 @@ def _weight_findings(seen: _Seen) -> Iterator[Finding]:
         yield Finding(
             "fault",
             "nonfinite_tensor",
-            f"{len(seen.nonfinite)} parameters have NaN or infinity",
+            f"{len(seen.nonfinite)} of the parameters have NaN or infinity",
             _names(seen.nonfinite),
             "The model's outputs may be meaningless.",
             "Use an earlier checkpoint, or download the file again.",
@@ -84,7 +84,7 @@ def _weight_findings(seen: _Seen) -> Iterator[Finding]:
         yield Finding(
             "fault",
             "constant_weights",
-            f"{len(seen.zero_router)} routers score all experts alike",
+            f"{len(seen.zero_router)} of the routers score all experts alike",
             _names(seen.zero_router),
             "Every token goes to the same experts, with the same weights.",
             "Load or initialize the router; it may be missing from the file that the weights were converted from.",

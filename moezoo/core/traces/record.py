@@ -19,6 +19,7 @@ from moezoo.core.data.packed_split import PackedSplit
 from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.splits import Split
 from moezoo.core.data.tokenizers import Tokenizer
+from moezoo.core.errors import DataError
 from moezoo.core.layer_routing import LayerRouting
 from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED, PADDING, Integers
@@ -207,6 +208,12 @@ class _Recorder:
             "runner_up": np.empty(shape, np.int16),
         }
         for index, ((layer, moe), own) in enumerate(zip(self._model.spec.moes, routings, strict=True)):
+            tokens = np.s_[:] if real is None else real
+            if np.isnan(own.selection[tokens]).any() or not np.isfinite(own.weight[tokens]).all():
+                raise DataError(
+                    f"the router of layer {layer} gives NaN or infinity, which chooses no experts: nothing to trace. "
+                    "`moezoo doctor --forward` finds the reason."
+                )
             for name in ("expert", "weight", "dropped"):
                 columns[name][..., index, : moe.num_slots] = getattr(own, name)
             found = margins(moe.router, own, inference=inference, real=real, cutoff_E=self._cutoffs.get(layer))

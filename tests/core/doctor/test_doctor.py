@@ -332,6 +332,7 @@ def test_a_forward_pass_finds_constant_weights_idle_experts_and_nan():
 
     assert checks(_Model(weight, expert)) == set()
     assert checks(_Model(np.full_like(weight, 0.5), expert)) == {"constant_weights"}
+    assert checks(_Model(np.full_like(weight, np.nan), expert)) == set()  # the logits and tensors say so
     assert checks(_Model(weight, np.minimum(expert, 6))) == {"idle_expert"}
     assert checks(_Model(weight, np.minimum(expert, 6)), RANDOM) == set()
     assert checks(_Model(weight, expert, np.nan)) == {"nonfinite_logits"}

@@ -9,7 +9,7 @@ from moezoo.backends import load_backend
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.validate import validate
 from moezoo.core.data.tokenizers import ByteTokenizer
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import DataError, SpecError
 from moezoo.core.layer_routing import LayerRouting
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec
@@ -177,3 +177,14 @@ def test_margins_are_the_references_and_runners_up_the_best_not_chosen(kind):
                 assert best == -1
             elif not kind.startswith("grouped"):
                 assert best == others[selection_PE[place, others].argmax()]
+
+
+def test_routers_that_are_not_finite_are_refused(files):
+    broken = built()
+    name = next(name for name in broken.export_parameters() if name.endswith("w_router"))
+    weights = initial_weights(broken.spec, 0)
+    weights[name] = np.full_like(weights[name], np.nan)
+    broken = load_backend("mlx").build(broken.spec, weights)
+    data = traced_files(str(files / "a.txt"), TOKENIZER, 256, "windows")
+    with pytest.raises(DataError, match=r"the router of layer 0 gives NaN .* `moezoo doctor --forward`"):
+        recorded(broken, data)
