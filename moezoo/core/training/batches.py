@@ -4,8 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moezoo.core.config.training import TrainingConfig
-from moezoo.core.data.batch import Batch
+from moezoo.core.data.batch import Batch, Positions
 from moezoo.core.data.prepare import AnySplit
+from moezoo.core.data.splits import Split
 from moezoo.core.errors import DataError
 from moezoo.core.tokens import IGNORED, Integers, targets_of, tokens_of
 from moezoo.core.traces.replay import Replay
@@ -29,10 +30,11 @@ class Batches:
     ):
         """`own`: indices of this process's sequences in a micro-batch. `ahead`: there are several processes.
 
-        `replay`: routing to force, by the place of a token in its source.
+        `replay`: routing to force, by the place of a token in its source. Raises DataError: it is of other data.
         """
         if replay is not None:
             replay.check_sources(len(getattr(split, "sources", "1")))
+            _check_beginnings(replay, split, training.sequence_length)
         self._replay = replay
         self.failure: DataError | None = None
         self._split, self._training, self._own, self._ahead = split, training, own, ahead
@@ -93,3 +95,11 @@ class Batches:
         training = self._training
         found = self._split.batch(step - 1, training.batch_size, training.sequence_length, training.seed, rows)
         return found if isinstance(found, Batch) else Batch(tokens_of(found), targets_of(found[..., 1:]))
+
+
+def _check_beginnings(replay: Replay, split: AnySplit, length: int) -> None:
+    """Raise DataError if a text does not begin as in the trace: few batches may have a token of a short trace."""
+    for number, source in enumerate(split.sources if isinstance(split, Split) else ()):
+        count = min(length, source.num_tokens)
+        tokens = tokens_of(source.tokens.read(np.array([source.first]), count))
+        replay.forced(Positions(np.array([number]), np.arange(count)[None]), tokens)

@@ -134,15 +134,14 @@ def test_training_takes_the_routing_of_each_token_at_its_place(model, tmp_path):
         assert forced.shape == (2, 1, T, 2)
         np.testing.assert_array_equal(forced[:, 0], trace.column("expert")[place][:, :, layer])
     assert Batches(data.split, training, own, ahead=False).forced(5, batch) is None
-    other = Batches(
-        data.split,
-        training,
-        own,
-        ahead=False,
-        replay=Replay(changed(trace, token=trace.column("token") + 1), model.spec),
-    )
+    token = trace.column("token").copy()
+    token[-6:] += 1
+    other = Batches(data.split, training, own, ahead=False, replay=Replay(changed(trace, token=token), model.spec))
     with pytest.raises(DataError, match="expected the same tokens"):
-        other.forced(5, batch)
+        [other.forced(step, other.take(step)) for step in range(1, 10)]
+    token[0] += 1  # a trace of other data is noticed before any batch has its tokens
+    with pytest.raises(DataError, match=r"has token 117 in row 0, where the data has 116"):
+        Batches(data.split, training, own, ahead=False, replay=Replay(changed(trace, token=token), model.spec))
 
 
 def test_windows_of_a_traces_first_rows_have_its_experts(model, tmp_path):
