@@ -21,6 +21,7 @@ from moezoo.core.generation.loop import Continuation, OnTokens, generate, stream
 from moezoo.core.huggingface.layout import Layout
 from moezoo.core.interventions.masks import Mode, named_masks
 from moezoo.core.progress import Message, Progress
+from moezoo.core.reports.model_card import write_model_card
 from moezoo.core.reports.model_words import model_in_brief
 from moezoo.core.runs.adapters import AdapterSwitch
 from moezoo.core.runs.base import Base, saved_names
@@ -330,8 +331,7 @@ class LoadedModel:
         A model's generation_config.json may lack the `eos_token` of its tokenizer_config.json (`<|im_end|>`), with
         which its chat template ends a turn.
         """
-        own = self.tokenizer.end_of_text
-        ends = self.generation.end_tokens
+        own, ends = self.tokenizer.end_of_text, self.generation.end_tokens
         return (*ends, own) if chat and own is not None and own not in ends else ends
 
     def check_generation(self, batch_size: int, length: int, new_tokens: int) -> list[str]:
@@ -354,7 +354,7 @@ class LoadedModel:
             format: `moezoo` saves weights, config and tokenizer, which `moezoo.load` reads on either backend.
                 `huggingface` saves the files of the checkpoint that the model was loaded from, or that its run started
                 from, with the current weights (unchanged ones are bit-exact); for a model designed here, the files of a
-                family that represents it.
+                family that represents it. The model of a run that was trained gets a model card, README.md.
 
         Raises RunError: the folder exists and is not empty. Raises SpecError: an unknown format, or no family can
         represent the model.
@@ -362,12 +362,13 @@ class LoadedModel:
         match format:
             case "moezoo":
                 weights = self.model.export_parameters(saved_names(self.config))
-                whole = (Path(path), self.config, self.tokenizer, weights, self.step, self.layout)
-                save_run(*whole, base=self.base)
+                save_run(Path(path), self.config, self.tokenizer, weights, self.step, self.layout, base=self.base)
                 return []
             case "huggingface":
                 weights = self.model.export_parameters()
-                return export(weights, self.config, self.tokenizer, self.layout, Path(path), step=self.step)
+                notes = export(weights, self.config, self.tokenizer, self.layout, Path(path), step=self.step)
+                write_model_card(self.path, Path(path), step=self.step)
+                return notes
             case _:
                 raise SpecError(f"unknown format; got {format!r}; expected 'moezoo' or 'huggingface'. Use one of them.")
 

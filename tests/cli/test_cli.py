@@ -65,7 +65,7 @@ SURFACE = {
     "parity": ["PATH", "--replay", "--adapter", "--json", "--all"],
     "convert": [
         *("PATH", "OUT", "--whole", "--quantize", "--mode", "--group-size", "--router", "--recipe", "--dequantize"),
-        *("--layout", "--adapter", "--merge", "--json"),
+        *("--layout", "--adapter", "--merge", "--push", "--public", "--json"),
     ],
     "zoo": ["CONFIGS", "--json", "--list", "--out"],
     "schema": [],

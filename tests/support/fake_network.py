@@ -23,6 +23,8 @@ class FakeNetwork:
         down: whether the hub cannot be reached.
         answer: error with which the hub answers.
         tries: requests so far.
+        private: whether the repository is private; None: it does not exist.
+        pushed: content by name of the files that were uploaded.
     """
 
     def __init__(self, files: dict[str, bytes], xet: set[str]):
@@ -32,6 +34,8 @@ class FakeNetwork:
         self.down = False
         self.answer: Exception | None = None
         self.tries = 0
+        self.private: bool | None = None
+        self.pushed: dict[str, bytes] = {}
 
     def install(self, monkeypatch: pytest.MonkeyPatch, cache: object) -> None:
         """Replace huggingface_hub's network, and set its cache folder; files are downloaded one after the other."""
@@ -44,15 +48,30 @@ class FakeNetwork:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(HfApi, "repo_info", self._repo_info)
         monkeypatch.setattr(HfApi, "list_repo_tree", self._tree)
+        monkeypatch.setattr(HfApi, "whoami", self._reach)
+        monkeypatch.setattr(HfApi, "create_repo", self._create)
+        monkeypatch.setattr(HfApi, "upload_folder", self._upload)
         monkeypatch.setattr(file_download, "get_hf_file_metadata", self._metadata)
         monkeypatch.setattr(file_download, "http_get", self._get)
         monkeypatch.setattr(file_download, "xet_get", self._get_xet)
 
-    def _repo_info(self, repo_id, *, revision, **_):
+    def _create(self, repo_id, *, private, exist_ok):
+        self._reach()
+        assert repo_id == "org/name"
+        assert exist_ok
+        self.private = private if self.private is None else self.private
+        return f"https://huggingface.co/{repo_id}"
+
+    def _upload(self, *, repo_id, folder_path, commit_message):
+        self._reach()
+        assert repo_id == "org/name"
+        self.pushed = {file.name: file.read_bytes() for file in folder_path.iterdir()}
+
+    def _repo_info(self, repo_id, *, revision=None, **_):
         self._reach()
         assert repo_id == "org/name"
         self.revisions.append(revision)
-        return SimpleNamespace(sha=COMMIT)
+        return SimpleNamespace(sha=COMMIT, private=self.private)
 
     def _tree(self, **_):
         self._reach()

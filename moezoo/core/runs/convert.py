@@ -29,11 +29,13 @@ class Conversion:
         format: of the new folder: `moezoo`, `huggingface`, or the layout `mlx` or `transformers`.
         ledger: the mapping of every tensor of the Hugging Face checkpoint.
         notes: one-line notes for the user.
+        step: number of updates that the written weights have been trained for here.
     """
 
     format: str
     ledger: Ledger
     notes: list[str]
+    step: int = 0
 
 
 def convert(
@@ -63,7 +65,7 @@ def convert(
         return Conversion("moezoo", opened.checkpoint.ledger, notes)
     notes = export(opened.weights, opened.config, opened.tokenizer, opened.layout, out, step=opened.step)
     ledger = open_checkpoint(out).ledger
-    return Conversion("huggingface", ledger, opened.problems + notes)
+    return Conversion("huggingface", ledger, opened.problems + notes, opened.step)
 
 
 class _WithProgress(LazyTensors):

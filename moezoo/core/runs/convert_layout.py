@@ -98,7 +98,7 @@ def convert_layout(
         into_new_folder(out, write)
     again = ["the checkpoint was quantized already; quantizing its values again adds to the error"]
     notes = [*opened.problems, *_notes(opened, target), *(again if recipe is not None and quantized else ())]
-    return Conversion(layout, open_checkpoint(out).ledger, notes)
+    return Conversion(layout, open_checkpoint(out).ledger, notes, opened.step)
 
 
 def convert_merged(
