@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from moezoo.core.config.data import TokenIdsSpec
 from moezoo.core.config.run_config import Config
 from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.data.prepare import source_path
@@ -261,7 +262,11 @@ def _without_folders(text: str) -> str:
 def _use(card: _Card) -> str:
     name, base = json.dumps(card.name), json.dumps(card.base or "BASE")
     where = name if card.adapter is None else f"{base}, adapter={name}"
-    own = f'import moezoo\n\nmodel = moezoo.load({where})\nprint(model.generate("the"))'
+    has_text = not isinstance(card.config.data.tokenizer, TokenIdsSpec)
+    prompt = '"the"' if has_text else "[[0, 1, 2]]"
+    own = _block("python", f"import moezoo\n\nmodel = moezoo.load({where})\nprint(model.generate({prompt}))")
+    if card.adapter is None and not has_text:
+        return f"## Use\n\n{own}"
     match card.adapter:
         case None if not card.is_mlx:
             lines = ["from transformers import pipeline", "", f'writer = pipeline("text-generation", {name})']
@@ -278,7 +283,7 @@ def _use(card: _Card) -> str:
             lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
             lines += [f"base = AutoModelForCausalLM.from_pretrained({base})"]
             lines += [f"model = PeftModel.from_pretrained(base, {name})"]
-    return f"## Use\n\n{_block('python', own)}\n\n{_block('python', chr(10).join(lines))}"
+    return f"## Use\n\n{own}\n\n{_block('python', chr(10).join(lines))}"
 
 
 def _own_card(path: Path) -> tuple[dict[str, Any], str]:

@@ -138,7 +138,10 @@ def test_the_card_of_an_adapter(layout: str, library: str, tags: list[str], line
     assert "| trained parameters | adapter of rank 2, scale 2 |" in text
     if layout == "peft":
         convert(tmp_path / "run", tmp_path / "whole", "--merge")
-        assert card_of(tmp_path / "whole")[0]["library_name"] == "transformers"
+        fields, text = card_of(tmp_path / "whole")
+        assert fields["library_name"] == "transformers"
+        assert "model.generate([[0, 1, 2]])" in text  # the run has no tokenizer
+        assert "pipeline(" not in text
 
 
 @pytest.fixture
