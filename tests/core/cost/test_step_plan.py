@@ -164,7 +164,7 @@ def test_impossible_plans_are_errors_before_compilation() -> None:
 def test_memory_size_needs_a_unit() -> None:
     assert memory_bytes("80GiB") == 80 * 2**30
     assert memory_bytes("1.5 GB") == 1_500_000_000
-    with pytest.raises(SpecError, match=r"--memory is '80'; expected a number and a unit, one of MiB"):
+    with pytest.raises(SpecError, match=r"--memory is '80'; expected a number and a unit, one of KiB, MiB"):
         memory_bytes("80")
 
 

@@ -547,6 +547,10 @@ CASES = {
         "model.adapter.dropout is 0.1, but adapters of experts have none (x.yaml). Use dropout: 0, or name roles "
         "without experts in adapter.on.",
     ),
+    "one tracker twice": (
+        {"trackers": ["wandb", "tensorboard", "wandb"]},
+        "trackers lists one twice: wandb, tensorboard, wandb (x.yaml). List each once.",
+    ),
     "two axes that are auto": (
         {"mesh": {"data": "auto", "expert": "auto"}},
         "mesh.expert is 'auto', and so is data (x.yaml). Set one of them to a number.",
