@@ -23,6 +23,7 @@ from moezoo.cli.parity import parity, zoo
 from moezoo.cli.plot import plot
 from moezoo.cli.preview import preview
 from moezoo.cli.runs import runs_command
+from moezoo.cli.serve import serve_command
 from moezoo.cli.trace import trace
 from moezoo.cli.train import launch_command, train
 from moezoo.core.distributed.process_group import exit_process
@@ -86,8 +87,8 @@ def main() -> None:
 
 
 for _command in (
-    *(train, launch_command, generate, chat, evaluate, runs_command, plot, describe, plan_command, parity),
-    *(compare, convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor, explore),
-    *(analyze,),
+    *(train, launch_command, generate, chat, serve_command, evaluate, runs_command, plot, describe, plan_command),
+    *(parity, compare, convert_command, init_command, zoo, schema, bench_command, data, preview, trace, doctor),
+    *(explore, analyze),
 ):
     main.add_command(_command)

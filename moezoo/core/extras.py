@@ -17,6 +17,8 @@ EXTRAS: Mapping[str, str] = {
     "tokenizers": "hf",
     "huggingface_hub": "hf",
     "jinja2": "hf",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 """The extra that installs each optional package."""
 

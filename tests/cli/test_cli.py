@@ -50,6 +50,10 @@ SURFACE = {
         *("--max-length", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
         *("--repetition-penalty", "--seed"),
     ],
+    "serve": [
+        *("PATH", "--host", "--port", "--name", "--max-tokens", "--adapter", "--backend", "--allow-overcommit"),
+        *("--compute", "--max-length"),
+    ],
     "eval": [
         *("PATH", "--data", "--sequence-length", "--batch-size", "--windows", "--without", "--mode", "--importance"),
         *("--top-k", "--replay", "--adapter", "--backend", "--allow-overcommit", "--json"),

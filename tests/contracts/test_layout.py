@@ -46,7 +46,7 @@ LAYERS = (
     ("jax_backend", "mlx_backend"),
     ("backends",),
     ("api",),
-    ("moezoo",),
+    ("moezoo", "server"),
     ("bench",),
     ("cli",),
     ("__main__",),
@@ -60,6 +60,8 @@ LATE = {
     "tensorboard",
     "wandb",
     "trackio",
+    "starlette",
+    "uvicorn",
 }  # slow to import: only a function that needs one imports it
 FILES = sorted(PACKAGE.rglob("*.py"))
 

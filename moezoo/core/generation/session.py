@@ -1,6 +1,6 @@
 """Several generations, one after another, on the same caches: turns of a chat, requests that begin alike."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 
 import numpy as np
 
@@ -36,8 +36,8 @@ class Session:
         options: SamplingOptions,
         end_tokens: Collection[int] = (),
         keep: Collection[int] = (),
-    ) -> Iterator[int]:
-        """Yield the tokens that `generate` returns for this prompt, int32 [T]; the caller may stop at any.
+    ) -> Generator[int]:
+        """Yield the tokens that `generate` returns for this prompt, int32 [T]; the caller may close it at any.
 
         `keep`: numbers of tokens after which a later prompt may differ from this one. A model with recurrent states or
         windows starts there again; one with full caches, at any token.

@@ -123,7 +123,7 @@ def write_vllm(trace: RoutingTrace, path: Path, depth: int | None) -> list[str]:
             if rows.token is not None:
                 choice["prompt_token_ids"] = rows.token[:num_prompt].tolist()
                 choice["token_ids"] = rows.token[num_prompt:].tolist()
-            choice["routed_experts"] = base64_npy(_smallest(expert))
+            choice["routed_experts"] = base64_npy(smallest(expert))
             record["usage"] = {"prompt_tokens": num_prompt, "completion_tokens": len(rows) - num_prompt}
             file.write(json_line(record))
     if dropped:
@@ -141,7 +141,7 @@ def _write_array(trace: RoutingTrace, path: Path) -> list[str]:
     return lost(trace, (), "vllm")
 
 
-def _smallest(expert: NDArray[np.int16]) -> NDArray[Any]:
+def smallest(expert: NDArray[np.int16]) -> NDArray[Any]:
     """Return experts as uint8 or uint16, as vLLM does; int16 if some are unknown."""
     if (expert < 0).any():
         return expert

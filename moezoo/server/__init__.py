@@ -1,0 +1,1 @@
+"""A model behind HTTP, as OpenAI's API: requests, one thread that answers them, and the app."""

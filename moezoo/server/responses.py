@@ -1,0 +1,145 @@
+"""Answers in the JSON of OpenAI's API, with the routing in the fields of vLLM and of SGLang."""
+
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moezoo.core.data.tokenizers import Tokenizer
+from moezoo.core.spec import ModelSpec
+from moezoo.core.traces.formats.foreign import all_layers
+from moezoo.core.traces.formats.payloads import base64_int32, base64_npy
+from moezoo.core.traces.formats.vllm import smallest
+from moezoo.server.answers import Answer, Piece, Scored
+from moezoo.server.requests import Request
+
+_LOWEST = -9999.0  # JSON has no -inf; OpenAI writes this number
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The responses to one request.
+
+    Fields:
+        request: as it was checked.
+        model: name of the model.
+        spec, tokenizer: of the model.
+        id, created: of all responses to the request.
+    """
+
+    request: Request
+    model: str
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the response with all answers."""
+        choices = [self._choice(answer) for answer in answers]
+        return self._framed(choices, usage=usage_of(answers))
+
+    def begin(self) -> list[dict[str, Any]]:
+        """Return the chunks before the first piece of a stream."""
+        first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return [self._framed([first], chunk=True)] if self.request.is_chat else []
+
+    def chunk(self, item: Piece | Answer) -> dict[str, Any] | None:
+        """Return the chunk of a piece, or of an answer's end; None for a piece without text."""
+        if isinstance(item, Piece) and not item.text:
+            return None
+        text, finish = ("", item.finish) if isinstance(item, Answer) else (item.text, None)
+        choice: dict[str, Any] = {"index": item.index, "finish_reason": finish, "logprobs": None}
+        if self.request.is_chat:
+            return self._framed([{**choice, "delta": {"content": text} if text else {}}], chunk=True)
+        return self._framed([{**choice, "text": text}], chunk=True)
+
+    def end(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+        """Return the chunks after the last answer of a stream."""
+        return [self._framed([], chunk=True, usage=usage_of(answers))] if self.request.stream_usage else []
+
+    def _framed(self, choices: list[dict[str, Any]], chunk: bool = False, **more: Any) -> dict[str, Any]:
+        is_chat = self.request.is_chat
+        kind = f"chat.completion{'.chunk' if chunk else ''}" if is_chat else "text_completion"
+        name = f"{'chatcmpl' if is_chat else 'cmpl'}-{self.id}"
+        return {
+            "id": name,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            **more,
+        }
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish, "logprobs": None}
+        if self.request.is_chat:
+            choice["message"] = {"role": "assistant", "content": answer.text}
+            if answer.scored is not None:
+                choice["logprobs"] = {"content": self._chat_logprobs(answer, answer.scored)}
+        else:
+            choice["text"] = (self._prompt_text(answer) if self.request.echo else "") + answer.text
+            if answer.scored is not None:
+                choice["logprobs"] = self._logprobs(answer, answer.scored)
+        if self.request.token_ids:
+            choice |= {"prompt_token_ids": answer.prompt, "token_ids": answer.tokens}
+        return choice | self._routing(answer)
+
+    def _prompt_text(self, answer: Answer) -> str:
+        given = self.request.prompts[answer.index]
+        return given if isinstance(given, str) else self.tokenizer.decode(answer.prompt)
+
+    def _logprobs(self, answer: Answer, scored: Scored) -> dict[str, Any]:
+        """Return four lists with an entry for each token, those of the prompt only if it is echoed."""
+        ids, first = [*answer.prompt, *answer.tokens], 0 if self.request.echo else len(answer.prompt)
+        tokens = [self.tokenizer.decode([token]) for token in ids]
+        own, tops, offsets = [], [], []
+        offset = 0
+        for place in range(first, len(ids)):
+            value = _number(scored.own[place])
+            top = {self.tokenizer.decode([token]): _number(nats) for token, nats in reversed(scored.top[place])}
+            own.append(value)
+            tops.append(None if value is None else top | {tokens[place]: value})
+            offsets.append(offset)
+            offset += len(tokens[place])
+        return {"tokens": tokens[first:], "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
+
+    def _chat_logprobs(self, answer: Answer, scored: Scored) -> list[dict[str, Any]]:
+        first = len(answer.prompt)
+        return [
+            {
+                **self._entry(token, scored.own[first + number]),
+                "top_logprobs": [self._entry(*entry) for entry in scored.top[first + number]],
+            }
+            for number, token in enumerate(answer.tokens)
+        ]
+
+    def _entry(self, token: int, nats: float) -> dict[str, Any]:
+        text = self.tokenizer.decode([token])
+        return {"token": text, "logprob": _number(nats), "bytes": [*text.encode()]}
+
+    def _routing(self, answer: Answer) -> dict[str, Any]:
+        """Return the experts as vLLM sends them, and beside them as SGLang does."""
+        if answer.expert is None:
+            return {}
+        routed = all_layers(answer.expert, self.spec.moe_layers, len(self.spec.all_layers), dense=0)
+        counts = {"prompt_tokens": len(answer.prompt), "completion_tokens": len(answer.tokens)}
+        meta = {**counts, "routed_experts": base64_int32(routed)}
+        return {"routed_experts": base64_npy(smallest(answer.expert)), "meta_info": meta}
+
+
+def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return the number of tokens of all answers."""
+    prompt, answer = sum(len(each.prompt) for each in answers), sum(len(each.tokens) for each in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": sum(each.num_shared for each in answers)},
+    }
+
+
+def _number(nats: float) -> float | None:
+    return None if math.isnan(nats) else max(float(nats), _LOWEST)
