@@ -294,7 +294,6 @@ class Client:
 
 @pytest.fixture(scope="module")
 def client(engine, model):
-    pytest.importorskip("starlette")
     from moezoo.server.app import create_app
 
     failures = []
@@ -391,6 +390,5 @@ def taken_port():
 
 
 def test_an_address_in_use_is_noticed_before_the_model_is_loaded():
-    pytest.importorskip("uvicorn")
     with taken_port() as port, pytest.raises(DataError, match=f"cannot listen on 127.0.0.1:{port}"):
         serve(lambda: 1 / 0, "tiny", port=port, on_ready=print, on_failure=print)

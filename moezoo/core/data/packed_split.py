@@ -62,6 +62,11 @@ class PackedSplit:
         self._epochs: dict[tuple[int, int], list[Epochs]] = {}
 
     @property
+    def num_sources(self) -> int:
+        """Number of sources."""
+        return len(self.sources)
+
+    @property
     def source_names(self) -> str:
         """Names of the sources, for errors."""
         return ", ".join(source.name for source in self.sources)

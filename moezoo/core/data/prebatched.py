@@ -53,6 +53,11 @@ class PrebatchedSplit:
         return self.steps * math.prod(self.ids.shape[1:])
 
     @property
+    def num_sources(self) -> int:
+        """Number of sources: the file alone."""
+        return 1
+
+    @property
     def source_names(self) -> str:
         """Spec: Split.source_names."""
         return self.source

@@ -60,6 +60,11 @@ class Split:
     sources: tuple[SplitSource, ...]
 
     @property
+    def num_sources(self) -> int:
+        """Number of sources."""
+        return len(self.sources)
+
+    @property
     def source_names(self) -> str:
         """Names of the sources, for errors."""
         return ", ".join(source.name for source in self.sources)

@@ -33,7 +33,7 @@ class Batches:
         `replay`: routing to force, by the place of a token in its source. Raises DataError: it is of other data.
         """
         if replay is not None:
-            replay.check_sources(len(getattr(split, "sources", "1")))
+            replay.check_sources(split.num_sources)
             _check_beginnings(replay, split, training.sequence_length)
         self._replay = replay
         self.failure: DataError | None = None

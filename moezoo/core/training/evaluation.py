@@ -145,7 +145,7 @@ def evaluate(
         first_token=first_token,
     )
     if replay is not None:
-        replay.check_sources(len(getattr(split, "sources", "1")))
+        replay.check_sources(split.num_sources)
     sums, report = _Sums(model, tokenizer, grammar, without, replay), on_progress or (lambda what, done, total: None)
     done = 0
     report("evaluating", done, count)
