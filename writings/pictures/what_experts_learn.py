@@ -81,10 +81,10 @@ def values_of(analysis: Analysis, place: int) -> Values:
         "loss": float(np.nanmean(one.trace.column("loss"))),
         "MaxVio": np.mean([layer.max_violation for layer in one.load]),
         "shift": np.mean([layer.shift.mean() for layer in domains]),
-        "shift by lot": np.mean([layer.chance.mean() for layer in domains]),
+        "shift by chance": np.mean([layer.chance.mean() for layer in domains]),
         "shift by characters": shift_by_ids(one.trace).mean(),
         "input": np.mean([layer.mean for layer in own.layers]),
-        "input by lot": np.mean([layer.chance for layer in own.layers]),
+        "input by chance": np.mean([layer.chance for layer in own.layers]),
         "next": np.mean([layer.mean for layer in following.layers]),
         "pair lift": np.nanmean(pair_lifts(analysis, place)),
         "from previous": np.mean([layer.from_previous for layer in one.predictability[1:]]),
@@ -92,7 +92,7 @@ def values_of(analysis: Analysis, place: int) -> Values:
     }
     if place < len(analysis.saturation):
         saturation = analysis.saturation[place]
-        found |= {"saturation": saturation.all_experts.mean(), "saturation by lot": saturation.chance.mean()}
+        found |= {"saturation": saturation.all_experts.mean(), "saturation by chance": saturation.chance.mean()}
     return found
 
 
@@ -132,7 +132,7 @@ def print_curves(steps: Sequence[int], curves: Sequence[Sequence[Values]]) -> No
 
 def print_contexts(traces: Sequence[RoutingTrace]) -> None:
     """Print, for each layer of the last traces, how far contexts of growing length decide the first expert."""
-    print("\n| layer | context | contexts | share | by lot |\n|---|---|---|---|---|")
+    print("\n| layer | context | contexts | share | by chance |\n|---|---|---|---|---|")
     for place, layer in enumerate(traces[0].info.layers):
         for name, ids in contexts(traces[0]).items():
             found = [measure_vocabulary(with_tokens(trace, ids)) for trace in traces]
@@ -160,7 +160,8 @@ def with_tokens(trace: RoutingTrace, ids: np.ndarray) -> RoutingTrace:
 
 def print_layers(analyses: Sequence[Analysis]) -> None:
     """Print the shift of each text by layer, from the last traces: of all texts, and of verse and prose alone."""
-    print("\n| layer | text | shift | by characters alone | with the one before | by lot |\n|---|---|---|---|---|---|")
+    print("\n| layer | text | shift | by characters alone | with the one before | by chance |")
+    print("|---|---|---|---|---|---|")
     traces = [analysis.last.trace for analysis in analyses]
     for names, part in (("all texts", traces), ("verse or prose", [plays(trace) for trace in traces])):
         domains = [measure_domains(trace) for trace in part]
@@ -209,9 +210,9 @@ def plays(trace: RoutingTrace) -> RoutingTrace:
 
 def draw(steps: Sequence[int], curves: Sequence[Sequence[Values]]) -> None:
     panels = (
-        ("Texts: choices that differ, %", ("shift",), ("shift by characters", "shift by lot")),
-        ("Tokens with their character's main first expert, %", ("input", "next"), ("input by lot",)),
-        ("Experts of the last step, %", ("saturation",), ("saturation by lot",)),
+        ("Texts: choices that differ, %", ("shift",), ("shift by characters", "shift by chance")),
+        ("Tokens with their character's main first expert, %", ("input", "next"), ("input by chance",)),
+        ("Experts of the last step, %", ("saturation",), ("saturation by chance",)),
     )
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
     for own, (title, measured, levels) in zip(axes, panels, strict=True):
