@@ -10,35 +10,28 @@ from flax import nnx
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT
 from moezoo.core.spec import (
-    AttentionSpec,
-    GatedDeltaAttentionSpec,
-    GroupedQueryAttentionSpec,
     HeadSpec,
     LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
-    ShortConvolutionSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
 )
 from moezoo.core.tokens import ExpertMasks
 from moezoo.jax_backend.adapter import keyed, take
 from moezoo.jax_backend.arrays import DTYPES, Weights
-from moezoo.jax_backend.attention import GroupedQueryAttention
 from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext, given_routing
-from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, Cache, Caches, Source
-from moezoo.jax_backend.latent_attention import LatentAttention
 from moezoo.jax_backend.layer_inputs import LayerInput, LayerInputs
+from moezoo.jax_backend.mixer import mix, mixer
 from moezoo.jax_backend.moe import Exchange, MoE
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import Documents, EmbeddingPosition, packed_documents, positions
 from moezoo.jax_backend.random import fold_in, uniform
 from moezoo.jax_backend.routing import Routing
-from moezoo.jax_backend.short_convolution import ShortConvolution
 
 Record = dict[str, jax.Array]
 WrapBlock = Callable[[nnx.Module, str], Callable[..., Any]]
@@ -120,21 +113,6 @@ class Head(nnx.Module):
             self.b_head = weights.parameter("b_head")
 
 
-def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Module:
-    """The attention of layer `index`."""
-    match spec:
-        case GroupedQueryAttentionSpec():
-            return GroupedQueryAttention(spec, weights, index)
-        case GatedDeltaAttentionSpec():
-            return GatedDeltaAttention(spec, weights, index)
-        case LatentAttentionSpec():
-            return LatentAttention(spec, weights, index)
-        case ShortConvolutionSpec():
-            return ShortConvolution(spec, weights, index)
-        case _:
-            assert_never(spec)
-
-
 class Layer(nnx.Module):
     """Spec: moezoo.core.reference.transformer.layer."""
 
@@ -143,7 +121,7 @@ class Layer(nnx.Module):
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.adapter = model.adapter
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
-        self.attention = attention_layer(spec.attention, weights.inside("attention"), index)
+        self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if spec.norm_placement != "parallel":
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.norm_placement == "sandwich":
@@ -212,13 +190,16 @@ class Layer(nnx.Module):
         cache, first_B = None, None
         if inputs.caches is not None:
             cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
-        shared: dict[str, Any] = {"documents": inputs.documents}
-        match self.spec.attention:
-            case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
-                shared["source"] = sources[other]
-        attention = self._block("attention", inputs, key)
-        attended: Attended = attention(x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared)
-        return attended
+        return mix(
+            self.spec.attention,
+            self._block("attention", inputs, key),
+            x_BTD,
+            cache,
+            first_value_BTMH=state.first_value_BTMH,
+            first_B=first_B,
+            sources=sources,
+            documents=inputs.documents,
+        )
 
     def _block(self, name: str, inputs: StepInputs, key: jax.Array | None) -> Callable[..., Any]:
         """One of the layer's blocks, with keys for its adapters, transformed for this forward pass."""

@@ -9,36 +9,29 @@ from mlx import nn
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT
 from moezoo.core.spec import (
-    AttentionSpec,
-    GatedDeltaAttentionSpec,
-    GroupedQueryAttentionSpec,
     HeadSpec,
     LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
-    ShortConvolutionSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
 )
 from moezoo.core.tokens import ExpertMasks
 from moezoo.mlx_backend.adapter import held, keyed, take
 from moezoo.mlx_backend.arrays import DTYPES, Weights
-from moezoo.mlx_backend.attention import GroupedQueryAttention
 from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext, given_routing
-from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.early_start import start_early
 from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, SharedCache, Source
-from moezoo.mlx_backend.latent_attention import LatentAttention
 from moezoo.mlx_backend.layer_inputs import LayerInput, LayerInputs
+from moezoo.mlx_backend.mixer import mix, mixer
 from moezoo.mlx_backend.moe import Exchange, MoE
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, EmbeddingPosition, packed_documents, positions
 from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.routing import Routing
-from moezoo.mlx_backend.short_convolution import ShortConvolution
 
 Record = dict[str, mx.array]
 
@@ -122,21 +115,6 @@ class Head(nn.Module):
             self.b_head = weights.parameter("b_head")
 
 
-def attention_layer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Module:
-    """The attention of layer `index`."""
-    match spec:
-        case GroupedQueryAttentionSpec():
-            return GroupedQueryAttention(spec, weights, index)
-        case GatedDeltaAttentionSpec():
-            return GatedDeltaAttention(spec, weights, index)
-        case LatentAttentionSpec():
-            return LatentAttention(spec, weights, index)
-        case ShortConvolutionSpec():
-            return ShortConvolution(spec, weights, index)
-        case _:
-            assert_never(spec)
-
-
 class Layer(nn.Module):
     """Spec: moezoo.core.reference.transformer.layer."""
 
@@ -146,7 +124,7 @@ class Layer(nn.Module):
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.adapter = model.adapter
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
-        self.attention = attention_layer(spec.attention, weights.inside("attention"), index)
+        self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if spec.norm_placement != "parallel":
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.norm_placement == "sandwich":
@@ -217,14 +195,16 @@ class Layer(nn.Module):
             cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
             if inputs.caches.spent:
                 inputs.caches.layers[index] = SharedCache(inputs.caches.places)
-        shared: dict[str, Any] = {"documents": inputs.documents}
-        match self.spec.attention:
-            case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
-                shared["source"] = sources[other]
-        attended: Attended = self._block("attention", inputs, key)(
-            x_BTD, cache, first_value_BTMH=state.first_value_BTMH, first_B=first_B, **shared
+        return mix(
+            self.spec.attention,
+            self._block("attention", inputs, key),
+            x_BTD,
+            cache,
+            first_value_BTMH=state.first_value_BTMH,
+            first_B=first_B,
+            sources=sources,
+            documents=inputs.documents,
         )
-        return attended
 
     def _block(self, name: str, inputs: StepInputs, key: mx.array | None) -> Callable[..., Any]:
         """One of the layer's blocks, with keys for its adapters, transformed for this forward pass."""

@@ -8,25 +8,18 @@ import autograd.numpy as np
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, adapter, inside
-from moezoo.core.reference.attention import Attended, grouped_query_attention
 from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext, given_routing
-from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.feed_forward import feed_forward
-from moezoo.core.reference.latent_attention import latent_attention
 from moezoo.core.reference.layer_inputs import layer_input, layer_inputs
+from moezoo.core.reference.mixer import mix
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents, embedding_positions, packed_documents
 from moezoo.core.reference.routing import Routing
-from moezoo.core.reference.short_convolution import short_convolution
 from moezoo.core.spec import (
-    AttentionSpec,
-    GatedDeltaAttentionSpec,
-    GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
-    ShortConvolutionSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
 )
@@ -195,7 +188,7 @@ def layer(
     x_BTD = state.x_BTD
     seen_BTD = _norm_before(model, spec, parameters, "attention", x_BTD)
     own = inside(parameters, "attention")
-    attended = _attended(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
+    attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
     record[f"{name}.attention"] = attended.out_BTD
     out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
     x_BTD = x_BTD + _added(model, out, key, ATTENTION_DROPOUT)
@@ -266,29 +259,6 @@ def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array, documen
         position_T = np.arange(tokens_BT.shape[1]) if documents is None else documents.position_BT
         x_BTD = x_BTD + embedding_positions(spec.position, spec.embed_dim, inside(parameters, "position"), position_T)
     return x_BTD
-
-
-def _attended(
-    spec: AttentionSpec,
-    parameters: Parameters,
-    x_BTD: Array,
-    first_value_BTMH: Array | None,
-    sources: Mapping[int, tuple[Array, Array] | None],
-    documents: Documents | None,
-) -> Attended:
-    match spec:
-        case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
-            return grouped_query_attention(spec, parameters, x_BTD, source=sources[other], documents=documents)
-        case GroupedQueryAttentionSpec():
-            return grouped_query_attention(
-                spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH, documents=documents
-            )
-        case GatedDeltaAttentionSpec():
-            return gated_delta_attention(spec, parameters, x_BTD, documents=documents)
-        case LatentAttentionSpec():
-            return latent_attention(spec, parameters, x_BTD, documents=documents)
-        case ShortConvolutionSpec():
-            return short_convolution(spec, parameters, x_BTD, documents=documents)
 
 
 def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:

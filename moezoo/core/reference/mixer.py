@@ -1,0 +1,48 @@
+"""The choice of a layer's mixer: attention, or what takes its place."""
+
+from collections.abc import Mapping
+
+from moezoo.core.reference import Array, Parameters
+from moezoo.core.reference.attention import Attended, grouped_query_attention
+from moezoo.core.reference.delta_attention import gated_delta_attention
+from moezoo.core.reference.latent_attention import latent_attention
+from moezoo.core.reference.positions import Documents
+from moezoo.core.reference.short_convolution import short_convolution
+from moezoo.core.spec import (
+    AttentionSpec,
+    GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
+    ShortConvolutionSpec,
+)
+
+
+def mix(
+    spec: AttentionSpec,
+    parameters: Parameters,
+    x_BTD: Array,
+    first_value_BTMH: Array | None,
+    sources: Mapping[int, tuple[Array, Array] | None],
+    documents: Documents | None,
+) -> Attended:
+    """Mix the tokens of each sequence, causally: [B, T, D] -> [B, T, D], by the kind of the spec.
+
+    Args:
+        parameters: the mixer's own.
+        first_value_BTMH: values of the first layer's attention, or None in that layer itself.
+        sources: keys and values of the layers before, by index, for a layer that has none of its own.
+        documents: those of packed sequences; none of them affects another.
+    """
+    match spec:
+        case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
+            return grouped_query_attention(spec, parameters, x_BTD, source=sources[other], documents=documents)
+        case GroupedQueryAttentionSpec():
+            return grouped_query_attention(
+                spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH, documents=documents
+            )
+        case GatedDeltaAttentionSpec():
+            return gated_delta_attention(spec, parameters, x_BTD, documents=documents)
+        case LatentAttentionSpec():
+            return latent_attention(spec, parameters, x_BTD, documents=documents)
+        case ShortConvolutionSpec():
+            return short_convolution(spec, parameters, x_BTD, documents=documents)

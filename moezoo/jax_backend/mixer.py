@@ -1,0 +1,59 @@
+"""The choice of a layer's mixer. Spec: moezoo.core.reference.mixer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, assert_never
+
+import jax
+from flax import nnx
+
+from moezoo.core.spec import (
+    AttentionSpec,
+    GatedDeltaAttentionSpec,
+    GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
+    ShortConvolutionSpec,
+)
+from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.attention import GroupedQueryAttention
+from moezoo.jax_backend.delta_attention import GatedDeltaAttention
+from moezoo.jax_backend.kv_cache import Attended, Cache, Source
+from moezoo.jax_backend.latent_attention import LatentAttention
+from moezoo.jax_backend.positions import Documents
+from moezoo.jax_backend.short_convolution import ShortConvolution
+
+
+def mixer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Module:
+    """Return the mixer of layer `index`, a module with the arguments of `mix` and a result of `Attended`."""
+    match spec:
+        case GroupedQueryAttentionSpec():
+            return GroupedQueryAttention(spec, weights, index)
+        case GatedDeltaAttentionSpec():
+            return GatedDeltaAttention(spec, weights, index)
+        case LatentAttentionSpec():
+            return LatentAttention(spec, weights, index)
+        case ShortConvolutionSpec():
+            return ShortConvolution(spec, weights, index)
+        case _:
+            assert_never(spec)
+
+
+def mix(
+    spec: AttentionSpec,
+    block: Callable[..., Any],
+    x_BTD: jax.Array,
+    cache: Cache | None = None,
+    *,
+    first_value_BTMH: jax.Array | None = None,
+    first_B: jax.Array | None = None,
+    sources: Mapping[int, Source | None],
+    documents: Documents | None = None,
+) -> Attended:
+    """Spec: moezoo.core.reference.mixer.mix; by `block`, a `mixer` or what wraps it, with the layer's cache."""
+    shared: dict[str, Any] = {}
+    match spec:
+        case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
+            shared["source"] = sources[other]
+    attended: Attended = block(
+        x_BTD, cache, first_value_BTMH=first_value_BTMH, first_B=first_B, documents=documents, **shared
+    )
+    return attended

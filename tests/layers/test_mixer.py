@@ -1,0 +1,46 @@
+"""The choice of a layer's mixer: each kind of the spec has a module on both backends, and sees what it shares."""
+
+from typing import get_args
+
+from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.reference.mixer import mix
+from moezoo.core.spec import (
+    AttentionSpec,
+    GatedDeltaAttentionSpec,
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    ShortConvolutionSpec,
+)
+from tests.support.tolerances import FLOAT32, assert_close
+from tests.support.twins import B, D, F, H, M, N, T, Twin, V, normal
+
+SHARED = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, keys_of_layer=0)
+SPECS = (
+    GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H),
+    GatedDeltaAttentionSpec(num_key_heads=M, num_value_heads=N, key_head_dim=H, value_head_dim=H),
+    LatentAttentionSpec(num_heads=N, latent_dim=H, head_dim=H, rope_head_dim=H, value_head_dim=H),
+    ShortConvolutionSpec(conv_width=3),
+)
+
+
+def test_every_kind_has_its_own_module(twin: Twin):
+    assert {type(spec) for spec in SPECS} == set(get_args(get_args(AttentionSpec)[0]))
+    layers = tuple(LayerSpec(attention=spec, feed_forward=GatedFeedForwardSpec(hidden_dim=F)) for spec in SPECS)
+    weights = twin.weights(initial_weights(ModelSpec(vocab_size=V, embed_dim=D, layers=layers), seed=0))
+    mixer = twin.module("mixer").mixer
+    modules = {type(mixer(spec, weights.inside(f"layers.{at}.attention"), at)) for at, spec in enumerate(SPECS)}
+    assert len(modules) == len(SPECS)
+
+
+def test_a_layer_without_keys_attends_to_those_of_the_layer_it_names(twin: Twin):
+    values = {"w_query": normal(1, D, N, H), "w_output": normal(2, N, H, D)}
+    x_BTD, key_BSMH, value_BSMH = normal(3, B, T, D), normal(4, B, T, M, H), normal(5, B, T, M, H)
+    expected = mix(SHARED, values, x_BTD, None, {0: (key_BSMH, value_BSMH)}, None).out_BTD
+    module, source = twin.module("mixer"), twin.module("kv_cache").Source
+    shared = source(twin.array(key_BSMH), twin.array(value_BSMH), twin.array(range(T)))
+    block = module.mixer(SHARED, twin.weights(values), 1)
+    found = module.mix(SHARED, block, twin.array(x_BTD), sources={0: shared, 1: None}).out_BTD
+    assert_close(twin.numpy(found), expected, FLOAT32)
