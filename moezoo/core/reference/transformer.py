@@ -1,24 +1,19 @@
 """The whole model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple, assert_never
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import autograd.numpy as np
 
-from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, adapter, inside
-from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext, given_routing
-from moezoo.core.reference.feed_forward import feed_forward
-from moezoo.core.reference.layer_inputs import layer_input, layer_inputs
-from moezoo.core.reference.mixer import mix
-from moezoo.core.reference.moe import moe
+from moezoo.core.reference.choice import given_routing
+from moezoo.core.reference.layer import ResidualState, StepInputs, layer
+from moezoo.core.reference.layer_inputs import layer_inputs
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents, embedding_positions, packed_documents
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (
     LatentAttentionSpec,
-    LayerSpec,
     ModelSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
@@ -38,61 +33,6 @@ class Forward(NamedTuple):
     logits_BTV: Array
     routings: list[Routing]
     index_losses: list[tuple[int, float, Array]]
-
-
-class StepInputs(NamedTuple):
-    """Inputs of a forward pass that all layers share.
-
-    Fields:
-        tokens_BT: int, 0 <= token < V.
-        given: what a caller decides about routing, by index of the MoE layer; empty where that is nothing.
-        record: filled with named intermediates.
-        key: uint32 [2] of a training step, or None.
-        inference: route as generation does.
-        documents: those of packed sequences, or None.
-    """
-
-    tokens_BT: Array
-    given: Mapping[int, RoutingContext]
-    record: Record
-    key: Array | None
-    inference: bool
-    documents: Documents | None
-
-    def routing_context(self, index: int, previous_PE: Array | None, key: Array | None) -> RoutingContext:
-        """Return the context of the MoE layer `index`, from the layer's key and the logits of the one before."""
-        return replace(
-            self.given.get(index, NO_CONTEXT),
-            token_P=self.tokens_BT.reshape(-1),
-            previous_PE=previous_PE,
-            key=key,
-            inference=self.inference,
-            real_P=None if self.documents is None else self.documents.real_P,
-        )
-
-
-class ResidualState(NamedTuple):
-    """State that a layer passes to the next one.
-
-    Fields:
-        x_BTD: the residual stream.
-        shortcut_BTD: output of an MoE that is added at the end of the next layer, or None.
-        first_value_BTMH: values of the first layer's attention, for value residuals.
-        previous_PE: logits of the previous MoE layer's router, for gating residuals.
-    """
-
-    x_BTD: Array
-    shortcut_BTD: Array | None = None
-    first_value_BTMH: Array | None = None
-    previous_PE: Array | None = None
-
-
-class LayerOutput(NamedTuple):
-    """Output of a layer beside its state: routing of its MoE, loss of its indexer, and its keys and values."""
-
-    routing: Routing | None
-    index_loss: Array | None
-    source: tuple[Array, Array] | None
 
 
 def forward(
@@ -155,102 +95,6 @@ def forward(
             if isinstance(own.attention, LatentAttentionSpec) and own.attention.indexer is not None
         ],
     )
-
-
-def layer(
-    model: ModelSpec,
-    index: int,
-    parameters: Parameters,
-    state: ResidualState,
-    inputs: StepInputs,
-    *,
-    input_BTZ: Array | None = None,
-    sources: Mapping[int, tuple[Array, Array] | None],
-) -> tuple[ResidualState, LayerOutput]:
-    """Compute one layer: two blocks, attention and a feed-forward, dense or a MoE.
-
-    A block f is added to the residual stream x as the layer's `norm_placement` says: `pre` x + f(norm(x)); `post`
-    x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input. What is
-    added is dropped out and multiplied by `multipliers.residual`. A layer with a `shortcut` has a feed-forward and a
-    MoE, which both see norm(x) after attention; the MoE's output is added at the end of the next layer. Then comes the
-    layer's own input, if the model has `layer_inputs`, and last, the stream is multiplied by the layer's
-    `output_scale`, if it has one.
-
-    Args:
-        parameters: the layer's own.
-        input_BTZ: the layer's own input, if the model has `layer_inputs`.
-        sources: keys and values of the layers before, by index.
-
-    Source: LayerSpec and ModelSpec name those of the options.
-    """
-    spec, name, record = model.all_layers[index], f"layers.{index}", inputs.record
-    key = None if inputs.key is None else fold_in(inputs.key, index)
-    x_BTD = state.x_BTD
-    seen_BTD = _norm_before(model, spec, parameters, "attention", x_BTD)
-    own = inside(parameters, "attention")
-    attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
-    record[f"{name}.attention"] = attended.out_BTD
-    out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
-    x_BTD = x_BTD + _added(model, out, key, ATTENTION_DROPOUT)
-    if spec.norm_placement != "parallel":
-        seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
-    routing = None
-    if spec.moe is not None:
-        context, own = inputs.routing_context(index, state.previous_PE, key), inside(parameters, "moe")
-        out, routing = moe(spec.moe, own, seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe")
-        record[f"{name}.moe"] = out
-    shortcut_BTD = _added(model, out, key, SHORTCUT_DROPOUT) if spec.shortcut else None
-    if spec.feed_forward is not None:
-        out = feed_forward(spec.feed_forward, inside(parameters, "feed_forward"), seen_BTD)
-        record[f"{name}.feed_forward"] = out
-    out = _norm_after(model, spec, parameters, "feed_forward", out)
-    x_BTD = x_BTD + _added(model, out, key, FEED_FORWARD_DROPOUT)
-    x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
-    if model.layer_inputs is not None:
-        out = layer_input(model.layer_inputs, model.norm, inside(parameters, "layer_input"), x_BTD, input_BTZ)
-        record[f"{name}.layer_input"] = out
-        x_BTD = x_BTD + out
-    x_BTD = record[name] = x_BTD * parameters["output_scale"] if spec.output_scale else x_BTD
-    first_value_BTMH = attended.value_BTMH if index == 0 else state.first_value_BTMH
-    previous_PE = state.previous_PE if routing is None else routing.logits_PE
-    state = ResidualState(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
-    return state, LayerOutput(routing, attended.index_loss, attended.source)
-
-
-def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, x_BTD: Array) -> Array:
-    """Norm of a block's input, unless the norm comes after the block."""
-    if spec.norm_placement == "post":
-        return x_BTD
-    return normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
-
-
-def _norm_after(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, out_BTD: Array) -> Array:
-    """Norm of a block's output, where there is one."""
-    match spec.norm_placement:
-        case "pre" | "parallel":
-            return out_BTD
-        case "post":
-            return normalize(model.norm, inside(parameters, f"{block}_norm"), out_BTD)
-        case "sandwich":
-            return normalize(model.norm, inside(parameters, f"{block}_output_norm"), out_BTD)
-        case _:
-            assert_never(spec.norm_placement)
-
-
-def _added(model: ModelSpec, out_BTD: Array, key: Array | None, purpose: int) -> Array:
-    """Apply dropout and the residual multiplier to what is added to the residual stream."""
-    purpose_key = None if key is None else fold_in(key, purpose)
-    return model.multipliers.residual * dropout(out_BTD, model.dropout, purpose_key)
-
-
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Set each element to zero with probability `rate` and divide the others by `1 - rate`; without a key, x.
-
-    An element is kept where its uniform number is at least `rate`. Source: Srivastava et al. 2014, JMLR 15(56).
-    """
-    if rate == 0 or key is None:
-        return x
-    return np.where(uniform(key, x.shape) >= np.float32(rate), x / (1 - rate), 0.0)
 
 
 def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array, documents: Documents | None) -> Array:

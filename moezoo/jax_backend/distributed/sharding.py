@@ -23,9 +23,9 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.quantization.weight import QuantizedWeight, stored
 from moezoo.core.spec import ModelSpec
 from moezoo.jax_backend.arrays import canonical_name
+from moezoo.jax_backend.layer import WrapBlock
 from moezoo.jax_backend.runtime.placement import active
 from moezoo.jax_backend.runtime.typed import State
-from moezoo.jax_backend.transformer import WrapBlock
 
 OUTSIDE_LAYERS = ("embedding.", "position.", "layer_inputs.", "head.")
 """Names of the parameters that are all-gathered once a step, begin so."""

@@ -15,12 +15,12 @@ from moezoo.core.spec import MoESpec
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.distributed.sharding import Placement, gather_blocks
 from moezoo.jax_backend.experts import Experts
+from moezoo.jax_backend.layer import WrapBlock
 from moezoo.jax_backend.moe import Exchange, run_experts
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.runtime.placement import active_placement
 from moezoo.jax_backend.runtime.platform import platform
 from moezoo.jax_backend.runtime.typed import GraphDef, State
-from moezoo.jax_backend.transformer import WrapBlock
 
 _BLOCKS = ("attention", "moe", "feed_forward")
 

@@ -18,7 +18,8 @@ from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.distributed.sharding import Placement, stacked
-from moezoo.jax_backend.transformer import Layer, LayerOutput, ResidualState, StepInputs, Transformer
+from moezoo.jax_backend.layer import Layer, LayerOutput, ResidualState, StepInputs
+from moezoo.jax_backend.transformer import Transformer
 
 
 def equal_layers(spec: ModelSpec, parameters: Mapping[str, Any]) -> list[range]:

@@ -15,10 +15,10 @@ from moezoo.core.config.training import Rematerialize
 from moezoo.core.spec import MoESpec
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.experts import Experts
+from moezoo.mlx_backend.layer import WrapBlock
 from moezoo.mlx_backend.moe import Exchange, run_experts
 from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.runtime.typed import custom_function, flatten
-from moezoo.mlx_backend.transformer import WrapBlock
 
 _BLOCKS = ("attention", "moe", "feed_forward")
 

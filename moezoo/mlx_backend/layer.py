@@ -1,0 +1,223 @@
+"""One layer. Spec: moezoo.core.reference.layer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, assert_never
+
+import mlx.core as mx
+from mlx import nn
+
+from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT
+from moezoo.core.spec import (
+    LayerSpec,
+    ModelSpec,
+)
+from moezoo.mlx_backend.adapter import keyed
+from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
+from moezoo.mlx_backend.dispatch import Dispatch
+from moezoo.mlx_backend.feed_forward import FeedForward
+from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, SharedCache, Source
+from moezoo.mlx_backend.layer_inputs import LayerInput
+from moezoo.mlx_backend.mixer import mix, mixer
+from moezoo.mlx_backend.moe import Exchange, MoE
+from moezoo.mlx_backend.normalization import norm
+from moezoo.mlx_backend.positions import Documents
+from moezoo.mlx_backend.random import fold_in, uniform
+from moezoo.mlx_backend.routing import Routing
+
+Record = dict[str, mx.array]
+
+WrapBlock = Callable[[nn.Module, str], Callable[..., Any]]
+"""Transform a block (attention, MoE, feed-forward or layer input), by its name in the layer, for one forward pass."""
+
+
+class StepInputs(NamedTuple):
+    """Spec: moezoo.core.reference.layer.StepInputs; with key/value caches."""
+
+    tokens_BT: mx.array
+    given: Mapping[int, RoutingContext]
+    caches: Caches | None
+    record: Record | None
+    key: mx.array | None
+    inference: bool
+    documents: Documents | None
+    exchange: Exchange | None
+    wrap_block: WrapBlock | None
+
+    def routing_context(self, index: int, previous_PE: mx.array | None, key: mx.array | None) -> RoutingContext:
+        """Spec: moezoo.core.reference.layer.StepInputs.routing_context."""
+        return replace(
+            self.given.get(index, NO_CONTEXT),
+            token_P=self.tokens_BT.reshape(-1),
+            previous_PE=previous_PE,
+            key=key,
+            inference=self.inference,
+            real_P=None if self.documents is None else self.documents.real_P,
+        )
+
+
+class ResidualState(NamedTuple):
+    """Spec: moezoo.core.reference.layer.ResidualState."""
+
+    x_BTD: mx.array
+    shortcut_BTD: mx.array | None = None
+    first_value_BTMH: mx.array | None = None
+    previous_PE: mx.array | None = None
+
+
+class LayerOutput(NamedTuple):
+    """Spec: moezoo.core.reference.layer.LayerOutput; with dispatch and extended cache."""
+
+    routing: Routing | None
+    dispatched: Dispatch | None
+    cache: Cache | None
+    index_loss: mx.array | None
+    source: Source | None
+
+
+class Layer(nn.Module):
+    """Spec: moezoo.core.reference.layer.layer."""
+
+    def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
+        super().__init__()
+        self.spec = spec
+        self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
+        self.adapter = model.adapter
+        self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
+        self.attention = mixer(spec.attention, weights.inside("attention"), index)
+        if spec.norm_placement != "parallel":
+            self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
+        if spec.norm_placement == "sandwich":
+            self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
+            self.feed_forward_output_norm = norm(model.norm, weights.inside("feed_forward_output_norm"))
+        if spec.feed_forward is not None:
+            self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
+        if spec.moe is not None:
+            self.moe = MoE(spec.moe, weights.inside("moe"))
+        if model.layer_inputs is not None:
+            self.layer_input = LayerInput(model.layer_inputs, model.norm, weights.inside("layer_input"))
+        if spec.output_scale:
+            self.output_scale = weights.state("output_scale")
+            self.freeze(keys=["output_scale"], recurse=False)
+
+    def __call__(
+        self,
+        state: ResidualState,
+        inputs: StepInputs,
+        index: int,
+        input_BTZ: mx.array | None,
+        sources: Mapping[int, Source | None],
+    ) -> tuple[ResidualState, LayerOutput]:
+        name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
+        key = None if inputs.key is None else fold_in(inputs.key, index)
+        x_BTD = state.x_BTD
+        seen_BTD = self.attention_input(x_BTD)
+        attended = self._attend(seen_BTD, state, inputs, key, index, sources)
+        record[f"{name}.attention"] = attended.out_BTD
+        x_BTD = x_BTD + self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+        if self.spec.norm_placement != "parallel":
+            seen_BTD = self.feed_forward_input(x_BTD)
+        routing = dispatched = None
+        if self.spec.moe is not None:
+            context = inputs.routing_context(index, state.previous_PE, key)
+            out, routing, dispatched = self._block("moe", inputs, key)(
+                seen_BTD, context, raw_BTD=x_BTD, exchange=inputs.exchange, record=record, name=f"{name}.moe"
+            )
+            record[f"{name}.moe"] = out
+        shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if self.spec.shortcut else None
+        if self.spec.feed_forward is not None:
+            out = self._block("feed_forward", inputs, key)(seen_BTD)
+            record[f"{name}.feed_forward"] = out
+        x_BTD = x_BTD + self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
+        x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
+        if input_BTZ is not None:
+            out = self._block("layer_input", inputs, key)(x_BTD, input_BTZ)
+            record[f"{name}.layer_input"] = out
+            x_BTD = x_BTD + out
+        x_BTD = self.scaled(x_BTD)
+        record[name] = x_BTD
+        first_value_BTMH = attended.value_BTMH if state.first_value_BTMH is None else state.first_value_BTMH
+        previous_PE = state.previous_PE if routing is None else routing.logits_PE
+        state = ResidualState(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
+        return state, LayerOutput(routing, dispatched, attended.cache, attended.index_loss, attended.source)
+
+    def _attend(
+        self,
+        x_BTD: mx.array,
+        state: ResidualState,
+        inputs: StepInputs,
+        key: mx.array | None,
+        index: int,
+        sources: Mapping[int, Source | None],
+    ) -> Attended:
+        cache, first_B = None, None
+        if inputs.caches is not None:
+            cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
+            if inputs.caches.spent:
+                inputs.caches.layers[index] = SharedCache(inputs.caches.places)
+        return mix(
+            self.spec.attention,
+            self._block("attention", inputs, key),
+            x_BTD,
+            cache,
+            first_value_BTMH=state.first_value_BTMH,
+            first_B=first_B,
+            sources=sources,
+            documents=inputs.documents,
+        )
+
+    def _block(self, name: str, inputs: StepInputs, key: mx.array | None) -> Callable[..., Any]:
+        """One of the layer's blocks, with keys for its adapters, transformed for this forward pass."""
+        block = keyed(self.adapter, self[name], name, key)
+        return block if inputs.wrap_block is None else inputs.wrap_block(block, name)
+
+    def attention_input(self, x_BTD: mx.array) -> mx.array:
+        """Pre-attention norm, unless the norm comes after."""
+        return x_BTD if self.spec.norm_placement == "post" else self.attention_norm(x_BTD)
+
+    def attention_output(self, out_BTD: mx.array) -> mx.array:
+        """Post-attention norm, where there is one."""
+        match self.spec.norm_placement:
+            case "pre" | "parallel":
+                return out_BTD
+            case "post":
+                return self.attention_norm(out_BTD)
+            case "sandwich":
+                return self.attention_output_norm(out_BTD)
+            case _:
+                assert_never(self.spec.norm_placement)
+
+    def feed_forward_input(self, x_BTD: mx.array) -> mx.array:
+        """Pre-feed-forward norm; not of a parallel layer, whose feed-forward has the input of attention."""
+        return x_BTD if self.spec.norm_placement == "post" else self.feed_forward_norm(x_BTD)
+
+    def feed_forward_output(self, out_BTD: mx.array) -> mx.array:
+        """Post-feed-forward norm, where there is one."""
+        match self.spec.norm_placement:
+            case "pre" | "parallel":
+                return out_BTD
+            case "post":
+                return self.feed_forward_norm(out_BTD)
+            case "sandwich":
+                return self.feed_forward_output_norm(out_BTD)
+            case _:
+                assert_never(self.spec.norm_placement)
+
+    def scaled(self, x_BTD: mx.array) -> mx.array:
+        """Multiply the residual stream by the layer's output scale."""
+        if not self.spec.output_scale:
+            return x_BTD
+        return (x_BTD.astype(mx.float32) * self.output_scale.astype(mx.float32)).astype(x_BTD.dtype)
+
+    def _added(self, out_BTD: mx.array, key: mx.array | None, purpose: int) -> mx.array:
+        """Apply dropout and the residual multiplier to what is added to the residual stream."""
+        out_BTD = dropout(out_BTD, self.dropout, None if key is None else fold_in(key, purpose))
+        return out_BTD if self.residual_multiplier == 1 else out_BTD * self.residual_multiplier
+
+
+def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
+    """Spec: moezoo.core.reference.layer.dropout."""
+    if rate == 0 or key is None:
+        return x
+    return mx.where(uniform(key, x.shape) >= rate, x / (1 - rate), 0).astype(x.dtype)
