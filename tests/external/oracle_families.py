@@ -227,6 +227,64 @@ add(
     shared_intermediate_size=28,
     **GRANITE,
 )
+add(
+    "granitemoe_swa",
+    "sinks in every layer, sliding and full layers, one without position, another RoPE base, shared expert",
+    keep_hidden=True,
+    model_type="granitemoe_swa",
+    num_hidden_layers=3,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    layer_rope_theta=[0, 1e4, 5e5],
+    sliding_window=8,
+    shared_intermediate_size=28,
+    **GRANITE,
+)
+ARIA = dict(
+    model_type="aria_text",
+    num_key_value_heads=4,
+    intermediate_size=20,
+    moe_num_experts=7,
+    moe_topk=3,
+    moe_num_shared_experts=2,
+    rope_theta=5e6,
+)
+add(
+    "aria_text",
+    "multi-head attention, softmax over the chosen logits, 2 shared experts, gate and up of all experts fused",
+    keep_hidden=True,
+    **ARIA,
+)
+HY_V3 = dict(
+    model_type="hy_v3",
+    num_hidden_layers=3,
+    head_dim=12,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    num_experts=7,
+    num_experts_per_tok=3,
+    num_shared_experts=1,
+    router_scaling_factor=2.826,
+    enable_moe_fp32_combine=False,
+)
+add(
+    "hy_v3",
+    "q/k norm per head, sigmoid scores with bias, always renormalized, dense layer 0",
+    keep_hidden=True,
+    hub_only=dict(
+        enable_attention_fp32_softmax=False,
+        enable_lm_head_fp32=True,
+        expert_hidden_dim=20,
+        first_k_dense_replace=1,
+        moe_router_enable_expert_bias=True,
+        moe_router_use_sigmoid=True,
+        num_nextn_predict_layers=1,
+        qk_norm=True,
+        route_norm=True,
+        use_grouped_mm=False,
+    ),
+    rope_parameters={"rope_theta": 11158840.0, "rope_type": "default"},
+    **HY_V3,
+)
 HUNYUAN = dict(
     model_type="hunyuan_v1_moe",
     head_dim=12,

@@ -15,6 +15,7 @@ from oracle_case import (
     without,
 )
 from oracle_families import (
+    ARIA,
     DEEPSEEK_V3,
     DELTA,
     ERNIE,
@@ -24,6 +25,7 @@ from oracle_families import (
     GRANITE,
     GROUPED,
     HUNYUAN,
+    HY_V3,
     LLAMA4,
     MISTRAL4,
     MIXTRAL,
@@ -211,6 +213,51 @@ add(
     laws={"embedding": {"mean": 0.0, "std": 0.2}},
     shared_intermediate_size=0,
     **GRANITE,
+)
+add(
+    "granitemoe_swa_plain",
+    "which layers slide and their RoPE by default, no shared expert, attention biases, untied",
+    model_type="granitemoe_swa",
+    num_hidden_layers=3,
+    sliding_window=6,
+    laws={"embedding": {"mean": 0.0, "std": 0.2}},
+    **GRANITE | dict(attention_bias=True, tie_word_embeddings=False),
+)
+ARIA_NAMES = (
+    "language_model.model.",
+    "language_model.",
+    {"vision_tower.post_layernorm.weight": (24,), "multi_modal_projector.query": (8, 24)},
+)
+add(
+    "aria",
+    "inside the multimodal wrapper: one kv head for two heads, biases, one shared expert",
+    as_on_the_hub=renamed(*ARIA_NAMES),
+    for_transformers=unwrapped(*ARIA_NAMES),
+    wrapper={
+        "architectures": ["AriaForConditionalGeneration"],
+        "model_type": "aria",
+        "dtype": "float32",
+        "tie_word_embeddings": False,
+        "image_token_index": 9,
+        "vision_feature_layer": -1,
+        "projector_patch_to_query_dict": {"1225": 128, "4900": 256},
+        "vision_config": {"model_type": "idefics3_vision", "hidden_size": 24, "num_hidden_layers": 1},
+    },
+    **ARIA | dict(num_key_value_heads=2, head_dim=12, attention_bias=True, mlp_bias=True, moe_num_shared_experts=1),
+)
+add(
+    "hy_v3_bias",
+    "biases, dense layers by list, 2 shared experts, half the scale, tied head",
+    **HY_V3
+    | dict(
+        attention_bias=True,
+        mlp_bias=True,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+        num_shared_experts=2,
+        router_scaling_factor=1.4,
+        rope_theta=1e4,
+        tie_word_embeddings=True,
+    ),
 )
 add("olmoe_renormalised", "renormalized, no clip", **OLMOE | dict(norm_topk_prob=True, clip_qkv=None))
 add(

@@ -42,12 +42,12 @@ IDLE = {
     "mrope_section": ("qwen3_5_moe*",),
     # overridden by rope_parameters
     "partial_rotary_factor": ("mimo_v2_flash*",),
-    "rope_theta": ("mimo_v2_flash*",),
+    "rope_theta": ("granitemoe_swa*", "mimo_v2_flash*"),
     "rotary_dim": ("minimax_m2*",),
     "swa_rope_theta": ("mimo_v2_flash*",),
     "type": ("*",),
     # overridden by the multimodal wrapper
-    "tie_word_embeddings": ("gemma4", "llama4", "mistral4_wrapped", "qwen3_5_moe"),
+    "tie_word_embeddings": ("aria", "gemma4", "llama4", "mistral4_wrapped", "qwen3_5_moe"),
     # ignored by transformers
     "beta_fast": ("hunyuan_v1_moe",),
     "beta_slow": ("hunyuan_v1_moe",),

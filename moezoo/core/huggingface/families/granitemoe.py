@@ -1,16 +1,36 @@
 """Granite 3 MoE, with a shared expert or without. Source: IBM 2024; transformers, `granitemoe`, `granitemoeshared`."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor
-from moezoo.core.spec import ModelSpec, MoESpec, MultipliersSpec, RouterSpec, SharedExpertsSpec
+from moezoo.core.spec import (
+    GroupedQueryAttentionSpec,
+    ModelSpec,
+    MoESpec,
+    MultipliersSpec,
+    RouterSpec,
+    SharedExpertsSpec,
+)
 
 
 def spec(fields: Fields) -> ModelSpec:
-    bias, scale = fields.flag("attention_bias", False), fields.number("attention_multiplier", 1.0)
-    attention = parts.attention(fields, parts.rope(fields), qkv_bias=bias, output_bias=bias, scale=scale)
+    attention = parts.attention(fields, parts.rope(fields), **attention_options(fields))
+    return granite(fields, [attention] * fields.count("num_hidden_layers"))
+
+
+def attention_options(fields: Fields) -> dict[str, Any]:
+    """Return the options of attention that all Granite models have."""
+    bias = fields.flag("attention_bias", False)
+    return {"qkv_bias": bias, "output_bias": bias, "scale": fields.number("attention_multiplier", 1.0)}
+
+
+def granite(fields: Fields, attentions: Sequence[GroupedQueryAttentionSpec]) -> ModelSpec:
+    """Return the model with these attention layers, each followed by the same MoE layer."""
     shared = fields.integer("shared_intermediate_size", 0)
     top_k = fields.count("num_experts_per_tok", 2)
     moe = MoESpec(
@@ -20,7 +40,7 @@ def spec(fields: Fields) -> ModelSpec:
         shared=SharedExpertsSpec(hidden_dim=shared) if shared else None,
         losses=parts.pooled_balance(fields),
     )
-    layers = [parts.layer(attention, moe)] * fields.count("num_hidden_layers")
+    layers = [parts.layer(attention, moe) for attention in attentions]
     divisor = fields.number("logits_scaling", 1.0)
     if divisor <= 0:
         raise fields.refuse("logits_scaling", "a number above 0, because logits are divided by it")
