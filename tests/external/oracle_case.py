@@ -33,7 +33,7 @@ LAWS = {
 # the first matching pattern decides
 LAW_OF_NAME = (
     (r"e_score_correction_bias$|expert_bias$", "correction"),
-    (r"sinks$|attention_sink_bias$", "sink"),
+    (r"sinks$|attention_sink_bias$|softmax_offset$", "sink"),
     (r"A_log$", "log_decay"),
     (r"dt_bias$", "time_step"),
     (r"conv1d\.weight$|conv\.conv\.weight$", "convolution"),

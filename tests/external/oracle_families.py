@@ -152,6 +152,25 @@ add(
     mlp_layer_types=["dense"] + ["sparse"] * 3,
     rope_theta=1e6,
 )
+KOLIBRI1 = dict(
+    model_type="kolibri1",
+    num_hidden_layers=3,
+    head_dim=12,
+    moe_intermediate_size=20,
+    shared_expert_intermediate_size=28,
+    num_experts=7,
+    num_experts_per_tok=3,
+    norm_topk_prob=False,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    sliding_window=8,
+    rope_theta=1e4,
+)
+add(
+    "kolibri1",
+    "sigmoid scores chosen by logits plus bias, not renormalized, four norms per layer, RoPE on sliding layers only",
+    keep_hidden=True,
+    **KOLIBRI1,
+)
 add(
     "solar_open",
     "grouped-query attention, grouped sigmoid routing, every layer sparse",
@@ -403,6 +422,30 @@ add(
     },
     **GROUPED,
 )
+COHERE2_MOE = dict(
+    model_type="cohere2_moe",
+    num_hidden_layers=4,
+    head_dim=12,
+    layer_norm_eps=1e-5,
+    rms_norm_eps=None,
+    intermediate_size=20,
+    prefix_dense_intermediate_size=40,
+    num_experts=7,
+    num_experts_per_tok=3,
+    num_shared_experts=2,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+    sliding_window=8,
+    logit_scale=0.4,
+    tie_word_embeddings=True,
+    rope_theta=5e4,
+)
+add(
+    "cohere2_moe",
+    "parallel blocks, layer norms without bias, averaged shared experts, RoPE on the dense and the sliding layers",
+    keep_hidden=True,
+    **COHERE2_MOE,
+)
 add(
     "dbrx",
     "fused and clipped q, k, v, layer norms without bias, all experts in one matrix, renormalized",
@@ -603,6 +646,27 @@ add(
     "sinks, alternating window, biased router, clamped SwiGLU, gate and up interleaved",
     keep_hidden=True,
     **GPT_OSS,
+)
+add(
+    "flint",
+    "sinks and q/k norm, RoPE on sliding layers only, sigmoid scores without bias, shared expert, dense layer 0",
+    keep_hidden=True,
+    model_type="flint",
+    num_hidden_layers=4,
+    head_dim=12,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    shared_expert_intermediate_size=28,
+    num_experts=7,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[0],
+    attention_bias=True,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    sliding_window=8,
+    router_aux_loss_coef=0.01,
+    rope_theta=1e6,
 )
 add(
     "gpt_oss_mxfp4",

@@ -16,6 +16,7 @@ from oracle_case import (
 )
 from oracle_families import (
     ARIA,
+    COHERE2_MOE,
     DEEPSEEK_V3,
     DELTA,
     ERNIE,
@@ -520,4 +521,21 @@ add(
         "moe_top_k": 2,
         "moe_normalize_expert_weights": 2.0,
     },
+)
+add(
+    "cohere2_moe_sigmoid",
+    "RMS norms, biases, sigmoid of the chosen logits, summed shared expert, no RoPE on full layers, untied head",
+    **COHERE2_MOE
+    | dict(
+        num_hidden_layers=3,
+        rms_norm_eps=1e-5,
+        attention_bias=True,
+        expert_selection_fn="sigmoid",
+        num_shared_experts=1,
+        shared_expert_combination_strategy="sum",
+        prefix_dense_sliding_window_pattern=2,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        tie_word_embeddings=False,
+    ),
 )

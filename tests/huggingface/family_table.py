@@ -1,17 +1,19 @@
-"""README's table of families, generated from test results: `python -m tests.huggingface.family_table`.
+"""README's table of families, generated from test results: `python -m tests.huggingface.family_table [FAMILY ...]`.
 
-Runs the tests of every fixture, and writes one row per family between two marks in README.md.
+Runs the tests of every fixture, and writes one row per family between two marks in README.md. With names of families,
+only their fixtures are tested; the other rows stay.
 """
 
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from moezoo.core.huggingface.family import families
-from tests.support.fixtures import read_fixture
+from tests.support.fixtures import cases, read_fixture
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -61,15 +63,24 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def merged(new: str, old: str, names: Sequence[str]) -> str:
+    """Return the table `new`, with the rows of families other than `names` (if there are any) from the table `old`."""
+    kept = {line.split("|")[1]: line for line in old.splitlines()[2:] if line.split("|")[1].strip(" `") not in names}
+    return "\n".join(kept.get(line.split("|")[1], line) if names else line for line in new.splitlines())
+
+
+def main(names: Sequence[str]) -> int:
     results = Results()
+    own = [case for case in cases() if families()[read_fixture(case).model_type].name in names]
+    chosen = f"fixture and ({' or '.join(own)})" if names else "fixture"
     tests = [str(HERE / "test_families.py"), str(HERE / "test_round_trip.py")]
-    status = pytest.main([*tests, "-q", "-m", "", "-k", "fixture", "-n", "2"], plugins=[results])
-    text = README.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    status = pytest.main([*tests, "-q", "-m", "", "-k", chosen, "-n", "2"], plugins=[results])
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    old, _, after = rest.partition(END)
+    new = merged(table(results), old.strip(), names)
+    README.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
     return int(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """README's table of families: one row per family, generated from tests, without failures."""
 
 from moezoo.core.huggingface.family import families
-from tests.huggingface.family_table import BEGIN, COLUMNS, END, README, Results, table
+from tests.huggingface.family_table import BEGIN, COLUMNS, END, README, Results, merged, table
 
 
 def rows() -> list[list[str]]:
@@ -21,3 +21,12 @@ def test_failed_or_missing_tests_are_not_a_yes() -> None:
     results.passed["mixtral", "test_fixture", "mlx"] = False
     row = next(line for line in table(results).splitlines() if "`mixtral`" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")][1:6] == ["yes", *["**no**"] * 4]
+
+
+def test_rows_of_other_families_stay() -> None:
+    old = table(Results())
+    new = old.replace("**no**", "yes")
+    assert merged(new, old, ["mixtral"]).splitlines() == [
+        line if "`mixtral`" in line else before for line, before in zip(new.splitlines(), old.splitlines(), strict=True)
+    ]
+    assert merged(new, old, []) == new

@@ -18,6 +18,7 @@ from moezoo.core.spec import (
     LayerSpec,
     ModelSpec,
     MoESpec,
+    NormSpec,
     PooledBalanceLossSpec,
     PositionSpec,
     RMSNormSpec,
@@ -183,7 +184,7 @@ def per_layer(fields: Fields, name: str, num_layers: int, default: int | None = 
 
 
 def model(
-    fields: Fields, layers: Sequence[LayerSpec], *, norm: RMSNormSpec, tied: bool = False, head_bias: bool = False
+    fields: Fields, layers: Sequence[LayerSpec], *, norm: NormSpec, tied: bool = False, head_bias: bool = False
 ) -> ModelSpec:
     """Return the model with these layers; `tied` is the default of `tie_word_embeddings`."""
     fields.only_in_training("attention_dropout")
@@ -243,10 +244,13 @@ def latent_attention(
     )
 
 
-def dense_layers(fields: Fields, num_layers: int) -> list[bool]:
-    """Return a flag per layer, true if it is dense, from `mlp_only_layers` and `decoder_sparse_step` (Qwen)."""
-    step, only = fields.count("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
-    return [layer in only or (layer + 1) % step > 0 for layer in range(num_layers)]
+def dense_layers(fields: Fields, num_layers: int, only: Sequence[int] = ()) -> list[bool]:
+    """Return a flag per layer, true if it is dense, from `mlp_only_layers` and `decoder_sparse_step` (Qwen).
+
+    `only`: the family's default of `mlp_only_layers`.
+    """
+    step, listed = fields.count("decoder_sparse_step", 1), fields.integers("mlp_only_layers", only)
+    return [layer in listed or (layer + 1) % step > 0 for layer in range(num_layers)]
 
 
 def dense_by_type(
