@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.completion import PATH
 from moezoo.cli.options import json_option
 from moezoo.cli.output import new_console, print_json, show_progress, warn
 from moezoo.core.errors import DataError, SpecError, nearest
@@ -21,7 +22,7 @@ _LINKS_GB = (7.88, 15.8, 31.5, 63.0)  # PCIe 4.0 x4, 5.0 x4, 4.0 x16, 5.0 x16: w
 
 
 @click.command()
-@click.argument("traces", metavar="TRACE...", type=Path, nargs=-1, required=True)
+@click.argument("traces", metavar="TRACE...", type=PATH, nargs=-1, required=True)
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Measure the first N tokens. Default: all.")
 @click.option("--cache", "caches", multiple=True, metavar="8GiB", help="Simulate a cache of experts; repeatable.")
 @click.option(
@@ -38,8 +39,8 @@ _LINKS_GB = (7.88, 15.8, 31.5, 63.0)  # PCIe 4.0 x4, 5.0 x4, 4.0 x16, 5.0 x16: w
     help="Bandwidth of loading experts; repeatable. Default: PCIe 4.0 x4, 5.0 x4, 4.0 x16 and 5.0 x16.",
 )
 @json_option
-@click.option("--csv", "csv_folder", type=Path, metavar="FOLDER", help="Write tables, which have all values.")
-@click.option("--pictures", type=Path, metavar="FOLDER", help="Write pictures.")
+@click.option("--csv", "csv_folder", type=PATH, metavar="FOLDER", help="Write tables, which have all values.")
+@click.option("--pictures", type=PATH, metavar="FOLDER", help="Write pictures.")
 def analyze(
     traces: tuple[Path, ...],
     max_tokens: int | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.completion import PATH
 from moezoo.cli.options import json_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress
 from moezoo.core.progress import Pace
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     "--slice-seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="Length of a time slice."
 )
 @click.option("--smoke", is_flag=True, help="Smoke test: run everything once on a tiny model.")
-@click.option("--out", type=Path, metavar="FILE", help="Plot of the experts sweep. Default: runs/expert_sweep.png.")
+@click.option("--out", type=PATH, metavar="FILE", help="Plot of the experts sweep. Default: runs/expert_sweep.png.")
 @json_option
 def bench_command(
     mode: str | None,

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moezoo.cli.options import adapter_option, backend_option, overcommit_option, sampling_options
+from moezoo.cli.completion import PATH, complete_model
+from moezoo.cli.options import (
+    adapter_option,
+    backend_option,
+    overcommit_option,
+    sampling_options,
+    template_option,
+    template_variables,
+)
 from moezoo.cli.output import warn
-from moezoo.core.errors import DataError, MoezooError
+from moezoo.core.errors import MoezooError
 
 if TYPE_CHECKING:
     from moezoo.api.conversation import Conversation
@@ -21,15 +29,9 @@ _TEMPERATURE = 0.8
 
 
 @click.command()
-@click.argument("path", metavar="PATH", type=Path)
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_model)
 @click.option("--system", metavar="TEXT", help="System prompt.")
-@click.option(
-    "--set-template",
-    "template",
-    metavar="NAME=VALUE",
-    multiple=True,
-    help="Variable of the chat template, such as enable_thinking=false; repeatable.",
-)
+@template_option
 @click.option("--stop", metavar="TEXT", multiple=True, help="End an answer at this text; repeatable.")
 @adapter_option
 @backend_option
@@ -60,7 +62,7 @@ def chat(
     from moezoo.api import load_model
     from moezoo.api.conversation import Conversation
 
-    variables = dict(_variable(text) for text in template)
+    variables = template_variables(template)
     model = load_model(path, backend, compute, max_length, adapter=adapter, allow_overcommit=allow_overcommit)
     warn(*model.problems)
     if options["temperature"] is None and model.generation.temperature is None:
@@ -127,15 +129,3 @@ def until_interrupt(pieces: Iterator[str]) -> Iterator[str]:
                 return
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _variable(text: str) -> tuple[str, Any]:
-    import yaml
-
-    name, equals, value = text.partition("=")
-    try:
-        if equals and name.isidentifier():
-            return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        pass
-    raise DataError(f"--set-template is {text!r}; expected NAME=VALUE, e.g. --set-template enable_thinking=false.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moezoo.cli.completion import PATH, complete_file, complete_model
 from moezoo.cli.options import json_option, overcommit_option
 from moezoo.cli.output import new_console, print_json, show_progress, warn
 from moezoo.core.errors import DataError, SpecError
@@ -22,18 +23,19 @@ if TYPE_CHECKING:
 
 
 @click.command("compare")
-@click.argument("a", metavar="A", type=Path)
-@click.argument("b", metavar="[B]", type=Path, required=False)
+@click.argument("a", metavar="A", type=PATH, shell_complete=complete_model)
+@click.argument("b", metavar="[B]", type=PATH, required=False, shell_complete=complete_model)
 @click.option(
     "--data",
     metavar="FILE",
+    shell_complete=complete_file,
     help="Text, JSON lines, or token ids (.npy, .bin). Default: the data of run A; the tokens of a trace.",
 )
 @click.option("--backend", metavar="jax|mlx[,jax|mlx]", help="Backend of both, or of A and B: jax,mlx.")
 @click.option(
     "--compute", metavar="DTYPE[,DTYPE]", help="Dtype of activations of both, or of A and B: float32,bfloat16."
 )
-@click.option("--adapter", type=Path, metavar="FOLDER", help="Adapter for B: a run, or a folder of mlx-lm or PEFT.")
+@click.option("--adapter", type=PATH, metavar="FOLDER", help="Adapter for B: a run, or a folder of mlx-lm or PEFT.")
 @click.option("--sequence-length", type=click.IntRange(1), help="Sequence length. Default: that of run A, or 512.")
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: run A's, less for large outputs.")
 @click.option("--windows", type=click.IntRange(1), metavar="N", help="Compare N windows, spread evenly. Default: all.")

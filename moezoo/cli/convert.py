@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moezoo.cli.completion import PATH, complete_model
 from moezoo.cli.options import json_option
 from moezoo.cli.output import print_json, warn
 from moezoo.core.errors import SpecError
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @click.command("convert")
-@click.argument("path", metavar="PATH", type=Path)
-@click.argument("out", metavar="OUT", type=Path)
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_model)
+@click.argument("out", metavar="OUT", type=PATH)
 @click.option(
     "--whole", is_flag=True, help="Copy a run, its newest checkpoint merged into unsharded safetensors files."
 )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.completion import PATH, complete_dataset
 from moezoo.cli.output import print_lines, show_progress, warn
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("name", required=False)
-@click.option("--file", type=Path, help="Use this local copy instead of downloading; its checksum is verified.")
+@click.argument("name", required=False, shell_complete=complete_dataset)
+@click.option("--file", type=PATH, help="Use this local copy instead of downloading; its checksum is verified.")
 def data(name: str | None, file: Path | None) -> None:
     """Download a dataset and verify its checksum.
 

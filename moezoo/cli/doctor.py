@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.completion import PATH, complete_model
 from moezoo.cli.options import backend_option, json_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress
 from moezoo.core.errors import MoezooError
@@ -18,7 +19,7 @@ _WINDOWS, _LENGTH = 16, 256
 
 
 @click.command("doctor")
-@click.argument("path", metavar="PATH", type=Path)
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_model)
 @click.option("--quick", is_flag=True, help="Read configs, metrics and headers only, no tensors.")
 @click.option("--forward", is_flag=True, help="Also load the model and run it on some tokens.")
 @backend_option

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from moezoo.cli.completion import PATH, complete_file, complete_model
 from moezoo.cli.data import prepare_with_progress
 from moezoo.cli.options import adapter_option, backend_option, json_option, overcommit_option, replay_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress, warn
@@ -32,8 +33,13 @@ Result = TypeVar("Result")
 
 
 @click.command("eval")
-@click.argument("path", metavar="PATH", type=Path)
-@click.option("--data", metavar="FILE", help="Text, JSON lines, or token ids (.npy, .bin). Default: the run's data.")
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_model)
+@click.option(
+    "--data",
+    metavar="FILE",
+    shell_complete=complete_file,
+    help="Text, JSON lines, or token ids (.npy, .bin). Default: the run's data.",
+)
 @click.option("--sequence-length", type=click.IntRange(1), help="Sequence length. Default: the run's, or 512.")
 @click.option("--batch-size", type=click.IntRange(1), help="Batch size. Default: the run's, less for large logits.")
 @click.option("--windows", type=click.IntRange(1), metavar="N", help="Score N windows, spread evenly. Default: all.")

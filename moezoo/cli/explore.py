@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
+from moezoo.cli.completion import PATH
 from moezoo.cli.output import new_console, print_lines, warn
 from moezoo.core.errors import DataError
 
 
 @click.command()
-@click.argument("traces", metavar="[TRACE [TRACE2]]", type=Path, nargs=-1)
-@click.option("--out", "-o", metavar="PAGE", type=Path, required=True, help="HTML file to write.")
+@click.argument("traces", metavar="[TRACE [TRACE2]]", type=PATH, nargs=-1)
+@click.option("--out", "-o", metavar="PAGE", type=PATH, required=True, help="HTML file to write.")
 @click.option(
     "--tokens",
     metavar="FIRST:LAST",

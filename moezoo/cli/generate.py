@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from moezoo.cli.options import adapter_option, backend_option, overcommit_option, sampling_options
+from moezoo.cli.completion import PATH, complete_file, complete_model
+from moezoo.cli.options import (
+    adapter_option,
+    backend_option,
+    overcommit_option,
+    sampling_options,
+    template_option,
+    template_variables,
+)
 from moezoo.cli.output import warn
 from moezoo.core.errors import DataError
 
@@ -24,16 +32,18 @@ _BATCH = 32
 
 
 @click.command()
-@click.argument("path", metavar="PATH", type=Path)
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_model)
 @click.option("--prompt", "texts", metavar="TEXT|-", multiple=True, help="Text to continue, - for stdin; repeatable.")
 @click.option(
     "--prompts",
     "file",
     metavar="FILE|-",
+    shell_complete=complete_file,
     help="File of prompts: one a line, or JSON lines (.jsonl) with `prompt` or `messages`; - for lines of stdin.",
 )
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to the prompt.")
 @click.option("--system", metavar="TEXT", help="System prompt of a chat.")
+@template_option
 @click.option("--tokens", metavar="ID,ID,...", help="Token ids to continue instead of a text; prints token ids.")
 @adapter_option
 @backend_option
@@ -53,6 +63,7 @@ def generate(
     file: str | None,
     chat: bool,
     system: str | None,
+    template: tuple[str, ...],
     tokens: str | None,
     adapter: Path | None,
     backend: str | None,
@@ -80,15 +91,17 @@ def generate(
     StopStrings(stop)
     _check_input(texts, file, tokens, chat=chat, stop=stop)
     ids = None if tokens is None else _token_ids(tokens)
+    variables = template_variables(template)
     prompts = _prompts(texts, file) if ids is None else []
     chat = chat or any(prompt.messages is not None for prompt in prompts)
-    if system is not None and not chat:
-        raise DataError("--system is for a chat; got no chat; expected --chat too, or --prompts with messages.")
+    for name in (["--system"] if system is not None else []) + (["--set-template"] if variables else []):
+        if not chat:
+            raise DataError(f"{name} is for a chat; got no chat; expected --chat too, or --prompts with messages.")
     model = load_model(path, backend, compute, max_length, adapter=adapter, allow_overcommit=allow_overcommit)
     generation = model.generation
     warn(*model.problems)
     warn(*(f"{generation.where}: {name} is an unknown field and has no effect" for name in generation.unknown))
-    requests = _encoded(model, prompts, chat, system) if ids is None else [_id_request(ids)]
+    requests = _encoded(model, prompts, chat, system, variables) if ids is None else [_id_request(ids)]
     longest, batch = max(len(request.row) for request in requests), max(1, _BATCH // samples)
     new_tokens = generation.new_tokens(max_new_tokens, longest, _NEW_TOKENS)
     warn(*model.check_generation(samples * min(batch, len(requests)), longest, new_tokens))
@@ -162,12 +175,15 @@ def _continuations(
     return [Continuation(tokenizer, request.row, ends, stop) for request in requests]
 
 
-def _encoded(model: "LoadedModel", prompts: "Sequence[Prompt]", chat: bool, system: str | None) -> list[_Request]:
+def _encoded(
+    model: "LoadedModel", prompts: "Sequence[Prompt]", chat: bool, system: str | None, variables: dict[str, Any]
+) -> list[_Request]:
     requests = []
     for prompt in prompts:
         given = prompt.text if prompt.messages is None else prompt.messages
         if chat:
-            requests.append(_Request(model.encode_chat(prompt.conversation(system)), "", given, prompt.title))
+            row = model.encode_chat(prompt.conversation(system), **variables)
+            requests.append(_Request(row, "", given, prompt.title))
         else:
             requests.append(_Request(model.encode_prompt(prompt.text), prompt.text, given, prompt.title))
     if any(len(request.row) == 0 for request in requests):

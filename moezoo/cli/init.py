@@ -4,10 +4,19 @@ from pathlib import Path
 
 import click
 
+from moezoo.cli.completion import PATH, complete_config
+
 
 @click.command("init")
-@click.argument("name", metavar="NAME", type=Path)
-@click.option("--from", "source", metavar="CONFIG", default="fables", help="Config to start from. Default: fables.")
+@click.argument("name", metavar="NAME", type=PATH)
+@click.option(
+    "--from",
+    "source",
+    metavar="CONFIG",
+    default="fables",
+    shell_complete=complete_config,
+    help="Config to start from. Default: fables.",
+)
 def init_command(name: Path, source: str) -> None:
     """Write a commented config to start from, with its schema for editors.
 

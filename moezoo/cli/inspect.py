@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.completion import PATH, complete_config, complete_config_or_model
 from moezoo.cli.options import adapter_option, devices_option, json_option, mesh_option, set_option
 from moezoo.cli.output import print_json, print_report, warn_assumed
 from moezoo.core.errors import SpecError
@@ -25,7 +26,7 @@ class _ListsModelTypes(click.Command):
 
 
 @click.command(cls=_ListsModelTypes)
-@click.argument("path", metavar="PATH", type=Path)
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_config_or_model)
 @set_option
 @mesh_option
 @devices_option
@@ -106,7 +107,7 @@ def _sharded(path: Path, config: "Config | None", mesh: str, devices: int | None
 
 
 @click.command("plan")
-@click.argument("config_path", metavar="CONFIG", type=Path)
+@click.argument("config_path", metavar="CONFIG", type=PATH, shell_complete=complete_config)
 @set_option
 @mesh_option
 @devices_option

@@ -59,6 +59,11 @@ class _Commands(click.Group):
             click.echo(describe_failure(error), err=True)
             exit_process(1)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # Trap: click's own cuts a summary that does not fit in its line, and ends it in "...".
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, str(command.help).split("\n", 1)[0]) for name, command in self.commands.items()])
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 

@@ -1,17 +1,20 @@
 """Options that several commands share, and the options of a process group."""
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from moezoo.cli.completion import PATH, complete_backend, complete_model
 from moezoo.core.distributed.process_group import ProcessGroup
-from moezoo.core.errors import BackendError
+from moezoo.core.errors import BackendError, DataError
 
 backend_option = click.option(
-    "--backend", metavar="jax|mlx", help="Backend to use. Default: $BACKEND, else mlx on Apple silicon, else jax."
+    "--backend",
+    metavar="jax|mlx",
+    shell_complete=complete_backend,
+    help="Backend to use. Default: $BACKEND, else mlx on Apple silicon, else jax.",
 )
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a value of the config; repeatable."
@@ -26,12 +29,41 @@ overcommit_option = click.option(
     "--allow-overcommit", is_flag=True, help="Try what needs more memory than is free, with a warning."
 )
 adapter_option = click.option(
-    "--adapter", type=Path, metavar="FOLDER", help="Adapter for the model: a run, or a folder of mlx-lm or PEFT."
+    "--adapter",
+    type=PATH,
+    metavar="FOLDER",
+    shell_complete=complete_model,
+    help="Adapter for the model: a run, or a folder of mlx-lm or PEFT.",
 )
 replay_option = click.option(
-    "--replay", type=Path, metavar="TRACE", help="Force the routing of a trace (moezoo trace) of the same data."
+    "--replay", type=PATH, metavar="TRACE", help="Force the routing of a trace (moezoo trace) of the same data."
+)
+template_option = click.option(
+    "--set-template",
+    "template",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Variable of the chat template, such as enable_thinking=false; repeatable.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def template_variables(texts: Sequence[str]) -> dict[str, Any]:
+    """Return the variables of `--set-template`; values are YAML. Raises DataError."""
+    import yaml
+
+    variables = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            if not (equals and name.isidentifier()):
+                raise ValueError
+            variables[name] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            raise DataError(
+                f"--set-template is {text!r}; expected NAME=VALUE, e.g. --set-template enable_thinking=false."
+            ) from None
+    return variables
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 
+from moezoo.cli.completion import PATH, complete_config_or_model
 from moezoo.cli.options import adapter_option, json_option, replay_option
 from moezoo.cli.output import new_console, warn
 
 
 @click.command()
-@click.argument("path", metavar="PATH", type=Path)
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_config_or_model)
 @replay_option
 @adapter_option
 @json_option
@@ -35,10 +36,10 @@ def parity(path: Path, replay: Path | None, adapter: Path | None, as_json: bool,
 
 
 @click.command()
-@click.argument("folder", metavar="[CONFIGS]", type=Path, required=False)
+@click.argument("folder", metavar="[CONFIGS]", type=PATH, required=False)
 @json_option
 @click.option("--list", "only_list", is_flag=True, help="List only, without parity checks.")
-@click.option("--out", type=Path, metavar="FILE", help="Also write the table to a Markdown file.")
+@click.option("--out", type=PATH, metavar="FILE", help="Also write the table to a Markdown file.")
 def zoo(folder: Path | None, as_json: bool, only_list: bool, out: Path | None) -> None:
     """List all model parts with source, example config and parity.
 

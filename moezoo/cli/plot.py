@@ -4,15 +4,16 @@ from pathlib import Path
 
 import click
 
+from moezoo.cli.completion import PATH, complete_model
 from moezoo.cli.options import json_option
 from moezoo.cli.output import print_report, warn
 from moezoo.core.errors import RunError
 
 
 @click.command("plot")
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=Path)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH, shell_complete=complete_model)
 @click.option(
-    "--out", default=Path("plot.png"), show_default=True, type=Path, metavar="FILE.png", help="Picture to write."
+    "--out", default=Path("plot.png"), show_default=True, type=PATH, metavar="FILE.png", help="Picture to write."
 )
 @json_option
 def plot(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:

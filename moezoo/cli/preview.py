@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from moezoo.cli.completion import PATH, complete_config
 from moezoo.cli.options import set_option
 from moezoo.cli.output import new_console, warn
 
@@ -11,7 +12,7 @@ _BEFORE, _AFTER = "«", "»"
 
 
 @click.command()
-@click.argument("config_path", metavar="CONFIG", type=Path)
+@click.argument("config_path", metavar="CONFIG", type=PATH, shell_complete=complete_config)
 @set_option
 @click.option("--examples", default=3, show_default=True, type=click.IntRange(1), help="Examples of each source.")
 def preview(config_path: Path, overrides: tuple[str, ...], examples: int) -> None:

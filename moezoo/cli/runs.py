@@ -4,12 +4,13 @@ from pathlib import Path
 
 import click
 
+from moezoo.cli.completion import PATH
 from moezoo.cli.options import json_option
 from moezoo.cli.output import print_report, warn
 
 
 @click.command("runs")
-@click.argument("folder", default=Path("runs"), type=Path)
+@click.argument("folder", default="runs", type=PATH)
 @json_option
 def runs_command(folder: Path, as_json: bool) -> None:
     """List the runs below FOLDER (default: runs), the last updated first.

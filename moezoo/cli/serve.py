@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.completion import PATH, complete_model
 from moezoo.cli.failures import describe_failure
 from moezoo.cli.options import adapter_option, backend_option, overcommit_option
 from moezoo.cli.output import warn
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command("serve")
-@click.argument("path", metavar="PATH", type=Path)
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_model)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 is a free one.")
 @click.option("--name", metavar="TEXT", help="Name of the model in requests. Default: that of its folder.")

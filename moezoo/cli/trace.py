@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.completion import PATH, complete_model
 from moezoo.cli.options import adapter_option, backend_option, json_option, overcommit_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress, warn
 from moezoo.cli.trace_formats import FormatOptions, format_options
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @click.command("trace")
-@click.argument("path", metavar="PATH", type=Path)
-@click.option("--out", required=True, type=Path, metavar="FILE", help="File to write.")
+@click.argument("path", metavar="PATH", type=PATH, shell_complete=complete_model)
+@click.option("--out", required=True, type=PATH, metavar="FILE", help="File to write.")
 @click.option("--data", multiple=True, metavar="[NAME=]FILE", help="Text or token ids; repeatable, a domain each.")
 @click.option("--training-data", is_flag=True, help="Record the run's training data. Default: its validation data.")
 @click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Record the first N tokens of each file.")

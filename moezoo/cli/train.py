@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moezoo.cli.completion import PATH, complete_config
 from moezoo.cli.data import prepare_with_progress
 from moezoo.cli.options import backend_option, group_options, mesh_option, overcommit_option, replay_option, set_option
 from moezoo.cli.output import continue_without_output, new_console, print_lines, warn
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("config_path", metavar="CONFIG", type=Path)
+@click.argument("config_path", metavar="CONFIG", type=PATH, shell_complete=complete_config)
 @backend_option
-@click.option("--out", type=Path, metavar="RUN", help="Run folder. Default: runs/<config name>.")
+@click.option("--out", type=PATH, metavar="RUN", help="Run folder. Default: runs/<config name>.")
 @set_option
 @mesh_option
 @click.option("--resume", is_flag=True, help="Resume the run in the run folder from its newest checkpoint.")

@@ -1,5 +1,6 @@
 """A conversation: its answers are those of a model that reads everything, its caches keep what was said."""
 
+import json
 import os
 import signal
 
@@ -74,6 +75,21 @@ def test_lines_are_messages_and_lines_are_answers(folder):
     assert result.stdout == "".join(f"{answer}\n" for answer in answers)
     wrong = CliRunner().invoke(main, [*words, "--set-template", "x"])
     assert wrong.stderr.startswith("DataError: --set-template is 'x'; expected NAME=VALUE")
+
+
+def test_generate_sets_variables_of_the_template(folder, tmp_path):
+    model, prompts = moezoo.load(folder, backend="mlx"), tmp_path / "prompts.jsonl"
+    said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the owl saw"}]
+    messages = [*said, {"role": "user", "content": "the dog"}]
+    prompts.write_text(json.dumps({"messages": messages}))
+    words = ["generate", str(folder), "--backend", "mlx", "--max-new-tokens", "5", "--temperature", "0", "--json"]
+    for forgets in (True, False):
+        asked = [*words, "--prompts", str(prompts), "--set-template", f"forgets={str(forgets).lower()}"]
+        sample = json.loads(CliRunner().invoke(main, asked).stdout)
+        ids = model.encode_chat(messages, forgets=forgets)
+        assert sample["tokens"] == model.generate(ids[None], max_new_tokens=5, chat=True, temperature=0.0)[0].tolist()
+    wrong = CliRunner().invoke(main, [*words, "--prompt", "the cat", "--set-template", "forgets=true"])
+    assert wrong.stderr.startswith("DataError: --set-template is for a chat; got no chat; expected --chat too")
 
 
 def test_ctrl_c_ends_an_answer_after_its_token_and_what_was_said_is_kept(folder):
