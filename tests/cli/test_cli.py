@@ -160,9 +160,9 @@ def test_every_command_has_a_summary_that_fits_and_every_option_a_help_text() ->
 
 def test_help_cuts_no_summary_in_a_narrow_terminal() -> None:
     for width in (40, 60, 80, 200):
-        shown = CliRunner().invoke(main, ["--help"], terminal_width=width).output
-        assert "..." not in shown.partition("\n")[2]
-        assert all(str(command.help).splitlines()[0] in " ".join(shown.split()) for command in main.commands.values())
+        shown = "".join(CliRunner().invoke(main, ["--help"], terminal_width=width).output.split())
+        for command in main.commands.values():
+            assert "".join(str(command.help).splitlines()[0].split()) in shown
 
 
 def test_help_is_fast_and_loads_no_framework() -> None:
