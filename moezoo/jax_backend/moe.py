@@ -37,6 +37,8 @@ class MoE(nnx.Module):
             self.w_output = weights.parameter("w_output")
         if spec.zero_computation is not None:
             self.constant_experts = ConstantExperts(spec.zero_computation, weights.inside("constant_experts"))
+        if spec.output_norm is not None:
+            self.output_norm = norm(spec.output_norm, weights.inside("output_norm"))
         if spec.shared is not None:
             self.shared = FeedForward(spec.shared_feed_forward, weights.inside("shared"))
         match spec.shared:
@@ -91,6 +93,8 @@ class MoE(nnx.Module):
             record[f"{name}.routed"] = out_PD
         if self.spec.shared is not None:
             out_PD = self._with_shared(x_PD, out_PD)
+        if self.spec.output_norm is not None:
+            out_PD = self.output_norm(out_PD)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
 
     def _with_shared(self, x_PD: jax.Array, routed_PD: jax.Array) -> jax.Array:

@@ -153,6 +153,14 @@ def with_fused_experts(shapes: Shapes) -> Shapes:
     return fused
 
 
+def as_axk1_is_released(shapes: Shapes) -> Shapes:
+    """Remove the selection bias, and add the norm of the MoE layer's output to dense layers, which do not use it."""
+    width = shapes["model.norm.weight"]
+    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
+    norms = {f"model.layers.{layer}.post_mlp_layernorm.weight": width for layer in layers}
+    return {name: shape for name, shape in shapes.items() if "correction_bias" not in name} | norms
+
+
 def in_dtype(dtype: str) -> Storage:
     """Store all tensors in one dtype."""
     return lambda name, shape: [(name, shape, dtype)]

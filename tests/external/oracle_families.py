@@ -98,6 +98,8 @@ add(
     **DEEPSEEK_V3
     | dict(model_type="deepseek_v32", index_n_heads=16, index_head_dim=12, index_topk=8, num_nextn_predict_layers=...),
 )
+AXK1 = DEEPSEEK_V3 | dict(model_type="axk1", scoring_func=..., topk_method=..., num_nextn_predict_layers=...)
+add("axk1", "deepseek_v3 with a norm of the MoE layer's output", keep_hidden=True, **AXK1)
 add(
     "glm4_moe_lite",
     "MLA, grouped sigmoid routing, dense layer 0 by mlp_layer_types",

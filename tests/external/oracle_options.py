@@ -5,6 +5,7 @@
 from oracle_case import (
     COMMON,
     add,
+    as_axk1_is_released,
     in_dtype,
     inside_a_wrapper,
     renamed,
@@ -16,6 +17,7 @@ from oracle_case import (
 )
 from oracle_families import (
     ARIA,
+    AXK1,
     COHERE2_MOE,
     DEEPSEEK_V3,
     DELTA,
@@ -167,6 +169,21 @@ add(
     "glm4_moe_plain",
     "no q/k norm, no biases, full rotary, groups that bind",
     **GLM4_MOE | dict(use_qk_norm=False, attention_bias=False, partial_rotary_factor=1.0, n_group=4, topk_group=2),
+)
+add(
+    "axk1_no_bias",
+    "files without a selection bias, and an unused norm of dense layers; every second layer sparse, half-split",
+    as_on_the_hub=as_axk1_is_released,
+    for_transformers=without(r"layers\.[13]\.post_mlp_layernorm"),
+    **AXK1
+    | dict(
+        first_k_dense_replace=0,
+        moe_layer_freq=2,
+        num_hidden_layers=4,
+        rope_interleave=False,
+        rope_scaling=None,
+        routed_scaling_factor=1.5,
+    ),
 )
 add(
     "glm4_moe_lite_no_query_rank",

@@ -18,6 +18,7 @@ CASES = json.loads((Path(__file__).parents[1] / "data" / "mlx_names.json").read_
 # families without an implementation in mlx-lm
 NOT_THERE = {
     "aria_text",
+    "axk1",
     "cohere2_moe",
     "flex_olmo",
     "flint",

@@ -48,6 +48,7 @@ class Family:
             A checkpoint has that layout if its files have a name that only these rules have.
         mlx_lm: what mlx-lm needs besides.
         kept: patterns of tensors without a counterpart in the spec, kept verbatim (buffers, vision towers).
+        may_lack: a part of the spec, by its field's name, that published files lack if no name has this ending.
         later_layers_kept: keep layers beyond the model's last one verbatim (multi-token prediction).
         harmless: fields of config.json, besides those of every family, that do not affect the computation.
         config: inverse of `spec`: returns fields of a config.json for a model designed in moezoo, or None if the family
@@ -61,6 +62,7 @@ class Family:
     mlx: tuple[Fused, ...] = ()
     mlx_lm: MlxLM = MlxLM()
     kept: tuple[str, ...] = ()
+    may_lack: tuple[str, str] | None = None
     later_layers_kept: bool = False
     harmless: tuple[str, ...] = ()
     config: Callable[[ModelSpec], dict[str, Any] | None] | None = None

@@ -58,11 +58,13 @@ class Description:
     def in_layout(self, names: Collection[str]) -> "Description":
         """Return the description of files with tensors of these names.
 
-        In mlx-lm's layout a zero-centred norm has its scale plus one: it is a learned one. What mlx-lm drops is no part
-        of the model if its tensors are not there.
+        In mlx-lm's layout a zero-centred norm has its scale plus one: it is a learned one. What mlx-lm drops, or what
+        the published files may lack, is no part of the model if its tensors are not there.
         """
         if not self.family.has_mlx_names(names):
-            return self
+            optional = self.family.may_lack
+            there = optional is None or any(name.endswith(optional[1]) for name in names)
+            return self if there or optional is None else replace(self, spec=_without(self.spec, optional[0]))
         spec, drops, lacks = with_learned_norms(self.spec), self.family.mlx_lm.drops, None
         if drops is not None and not any(name.endswith(drops[1]) for name in names):
             lacks = drops[0]

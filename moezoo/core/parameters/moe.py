@@ -27,6 +27,8 @@ def moe_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iter
         yield rows.output(f"{name}.w_output", (z, d), ("latent", "embed"), "routed experts")
     if spec.zero_computation is not None:
         yield from _constant_experts(rows, f"{name}.constant_experts", spec.zero_computation)
+    if spec.output_norm is not None:
+        yield from rows.norm(f"{name}.output_norm", spec.output_norm, (d,), ("embed",))
     if spec.shared is not None:
         yield from feed_forward_rows(rows, f"{name}.shared", spec.shared_feed_forward, "shared experts")
         if isinstance(spec.shared, ParallelFeedForwardSpec):

@@ -88,6 +88,7 @@ _SAME = {
     "qk_norm": "norm",
     "key_norm": "norm",
     "value_norm": "norm",
+    "output_norm": "norm",
     "head": "head",
 }
 

@@ -29,7 +29,7 @@ def moe(
     `out = sum over chosen experts of weight * expert(x)`, plus shared experts, which compute every token
     (`with_shared`), and experts that compute nothing (`without_computation`). With `apply_to: input` it is the sum of
     `expert(weight * x)`. With a `latent_dim` the experts see `x w_latent`, and w_output follows their sum; the router,
-    shared experts and those without computation stay outside.
+    shared experts and those without computation stay outside. Last comes the `output_norm`, if there is one.
 
     Args:
         spec: the MoE layer.
@@ -41,7 +41,7 @@ def moe(
         record: filled with named intermediates.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1. Weighted inputs: Meta 2025 (Llama 4), released code. Latent
-    experts: NVIDIA 2025 (Nemotron 3), released code.
+    experts: NVIDIA 2025 (Nemotron 3), released code. Norm of the output: SK Telecom 2026 (A.X-K1), released code.
     """
     x_PD = jittered_input(spec.router, x_BTD.reshape(-1, x_BTD.shape[-1]), context.key)
     raw_PD, routed_PD = x_PD, x_PD
@@ -66,6 +66,8 @@ def moe(
         record[f"{name}.routed"] = out_PD
     if spec.shared is not None:
         out_PD = with_shared(spec, parameters, x_PD, out_PD)
+    if spec.output_norm is not None:
+        out_PD = normalize(spec.output_norm, inside(parameters, "output_norm"), out_PD)
     return np.reshape(out_PD, x_BTD.shape), routing
 
 

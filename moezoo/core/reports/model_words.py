@@ -206,6 +206,8 @@ def _moe(spec: MoESpec) -> str:
             pass
         case _:
             assert_never(spec.shared)
+    if spec.output_norm is not None:
+        parts.append("normalized output")
     parts.append(_weights(spec.router))
     match spec.dispatch:
         case DroplessSpec():

@@ -129,7 +129,8 @@ class MoESpec(Part):
     """MoE layer (mixture-of-experts feed-forward): Router -> Dispatch -> Experts -> Combine, plus shared experts.
 
     `num_experts`: at most 2**20, as in He 2024, arXiv 2407.04153 (a million experts). `latent_dim`: the routed experts
-    run at this width, between two shared projections (Nemotron-3).
+    run at this width, between two shared projections (Nemotron-3). `output_norm` normalizes the layer's output, the
+    sum of routed and shared experts (A.X-K1); null: none.
     """
 
     num_experts: Annotated[int, Field(ge=1, le=1 << 20)]
@@ -138,6 +139,7 @@ class MoESpec(Part):
     latent_dim: PositiveInt | None = None
     zero_computation: ZeroComputationSpec | None = None
     shared: SharedSpec | None = None
+    output_norm: NormSpec | None = None
     dispatch: DispatchSpec = DroplessSpec()
     losses: tuple[AuxiliaryLossSpec, ...] = ()
 
