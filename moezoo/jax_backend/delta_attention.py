@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moezoo.core.reference.delta_attention import FORGETS
+from moezoo.core.reference.linear_recurrence import FORGETS
 from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kernels import projection
-from moezoo.jax_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
+from moezoo.jax_backend.kv_cache import Attended, RecurrentCache, empty_recurrent_cache
+from moezoo.jax_backend.linear_recurrence import decays, in_chunks
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import Documents, positions
 from moezoo.jax_backend.short_convolution import causal_convolution
@@ -43,7 +44,7 @@ class GatedDeltaAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        cache: DeltaCache | None = None,
+        cache: RecurrentCache | None = None,
         *,
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
@@ -68,7 +69,7 @@ class GatedDeltaAttention(nnx.Module):
             query, key, value = (jnp.where(real_BT1[..., None], x, 0).astype(dtype) for x in (query, key, value))
         if documents is not None:
             log_decay = jnp.where(documents.position_BT[..., None] == 0, FORGETS, log_decay)
-        past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
+        past = empty_recurrent_cache(spec, batch, dtype) if cache is None else cache
         grouped = (batch, length, spec.num_key_heads, -1)
         attended, state_BMGHZ = gated_delta_rule(
             unit(jax.nn.silu(causal_convolution(query, self.conv_query[...], past.query_BSMH, documents)))
@@ -102,23 +103,14 @@ def gated_delta_rule(
     """
     batch, length = key_BTMH.shape[:2]
     chunk = min(chunk, length)
-
-    def in_chunks(x: jax.Array) -> jax.Array:
-        """[B, T, M, ...] -> [chunks, B, M, ..., T of a chunk], padded with tokens that change no state."""
-        x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), (1, 2), (0, x.ndim))
-
-    query_BMTH, key_BMTH, value_BMGTZ = (in_chunks(x).swapaxes(-1, -2) for x in (query_BTMH, key_BTMH, value_BTMGZ))
-    beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG), in_chunks(log_decay_BTMG)
-    position_T = jnp.arange(chunk)
-    before_TS = position_T[:, None] > position_T[None, :]
-    # Trap: a difference of two sums from the start of the chunk would cancel the digits of a small sum.
-    between_BMGTS = jnp.cumsum(jnp.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
-    decay_BMGTS = jnp.where(before_TS.T, 0.0, jnp.exp(between_BMGTS))
-    decay_BMGT1 = jnp.exp(jnp.cumsum(log_decay_BMGT, axis=-1))[..., None]
+    query_BMTH, key_BMTH, value_BMGTZ = (
+        in_chunks(x, chunk).swapaxes(-1, -2) for x in (query_BTMH, key_BTMH, value_BTMGZ)
+    )
+    beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG, chunk), in_chunks(log_decay_BTMG, chunk)
+    decay_BMGTS, decay_BMGT1 = decays(log_decay_BMGT)
     overlap_BMTS = jnp.einsum("...MTH,...MSH->...MTS", key_BMTH, key_BMTH)
     score_BMTS = jnp.einsum("...MTH,...MSH->...MTS", query_BMTH, key_BMTH)
-    lower_BMGTS = jnp.where(before_TS, beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[..., None, :, :], 0.0)
+    lower_BMGTS = jnp.tril(beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[..., None, :, :], -1)
     inverse_BMGTS = _inverse_of_one_plus(lower_BMGTS)
     score_BMGTS = decay_BMGTS * score_BMTS[..., None, :, :]
 

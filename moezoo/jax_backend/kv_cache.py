@@ -13,6 +13,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    Mamba2Spec,
     ModelSpec,
     ShortConvolutionSpec,
 )
@@ -91,7 +92,7 @@ class SharedCache(NamedTuple):
         return SharedCache(self.length + length)
 
 
-class DeltaCache(NamedTuple):
+class RecurrentCache(NamedTuple):
     """Recurrent state after `length` tokens, and the last inputs of the convolutions, one fewer than their width."""
 
     state_BMGHZ: jax.Array
@@ -106,9 +107,9 @@ class DeltaCache(NamedTuple):
         query_BTMH: jax.Array,
         key_BTMH: jax.Array,
         value_BTNZ: jax.Array,
-    ) -> "DeltaCache":
+    ) -> "RecurrentCache":
         """Append T tokens, whose state is already computed."""
-        return DeltaCache(
+        return RecurrentCache(
             state_BMGHZ,
             _latest(self.query_BSMH, query_BTMH),
             _latest(self.key_BSMH, key_BTMH),
@@ -156,7 +157,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | RollingCache | SharedCache | LatentCache | DeltaCache | ConvolutionCache
+Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | ConvolutionCache
 
 
 class Caches(NamedTuple):
@@ -171,7 +172,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, DeltaCache, ConvolutionCache)
+STATES = (RollingCache, RecurrentCache, ConvolutionCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -213,8 +214,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 latent = jnp.zeros((batch, size, latent_dim), dtype)
                 key = jnp.zeros((batch, size, rope_head_dim), dtype)
                 caches.append(LatentCache(latent, key, index_key, jnp.zeros((), jnp.int32)))
-            case GatedDeltaAttentionSpec():
-                caches.append(empty_delta_cache(layer.attention, batch, dtype))
+            case GatedDeltaAttentionSpec() | Mamba2Spec():
+                caches.append(empty_recurrent_cache(layer.attention, batch, dtype))
             case ShortConvolutionSpec():
                 caches.append(empty_convolution_cache(layer.attention, batch, spec.embed_dim, dtype))
             case _:
@@ -222,13 +223,21 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     return caches
 
 
-def empty_delta_cache(spec: GatedDeltaAttentionSpec, batch: int, dtype: jnp.dtype) -> DeltaCache:
+def empty_recurrent_cache(spec: GatedDeltaAttentionSpec | Mamba2Spec, batch: int, dtype: jnp.dtype) -> RecurrentCache:
     """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolutions."""
-    key_heads, value_heads = spec.num_key_heads, spec.num_value_heads
-    state = (batch, key_heads, value_heads // key_heads, spec.key_head_dim, spec.value_head_dim)
-    keys = (batch, spec.conv_width - 1, key_heads, spec.key_head_dim)
-    values = (batch, spec.conv_width - 1, value_heads, spec.value_head_dim)
-    return DeltaCache(
+    match spec:
+        case GatedDeltaAttentionSpec():
+            key_heads, value_heads = spec.num_key_heads, spec.num_value_heads
+            key_dim, value_dim = spec.key_head_dim, spec.value_head_dim
+        case Mamba2Spec():
+            key_heads, value_heads = spec.num_groups, spec.num_heads
+            key_dim, value_dim = spec.state_dim, spec.head_dim
+        case _:
+            assert_never(spec)
+    state = (batch, key_heads, value_heads // key_heads, key_dim, value_dim)
+    keys = (batch, spec.conv_width - 1, key_heads, key_dim)
+    values = (batch, spec.conv_width - 1, value_heads, value_dim)
+    return RecurrentCache(
         jnp.zeros(state, jnp.float32),
         jnp.zeros(keys, dtype),
         jnp.zeros(keys, dtype),

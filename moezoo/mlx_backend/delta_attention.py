@@ -5,11 +5,12 @@ import math
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.reference.delta_attention import FORGETS
+from moezoo.core.reference.linear_recurrence import FORGETS
 from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
-from moezoo.mlx_backend.kv_cache import Attended, DeltaCache, empty_delta_cache
+from moezoo.mlx_backend.kv_cache import Attended, RecurrentCache, empty_recurrent_cache
+from moezoo.mlx_backend.linear_recurrence import decays, in_chunks
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, positions
 from moezoo.mlx_backend.runtime.typed import custom_function
@@ -43,7 +44,7 @@ class GatedDeltaAttention(nn.Module):
     def __call__(
         self,
         x_BTD: mx.array,
-        cache: DeltaCache | None = None,
+        cache: RecurrentCache | None = None,
         *,
         first_value_BTMH: mx.array | None = None,
         first_B: mx.array | None = None,
@@ -67,7 +68,7 @@ class GatedDeltaAttention(nn.Module):
             query, key, value = (mx.where(real_BT1[..., None], x, 0).astype(dtype) for x in (query, key, value))
         if documents is not None:
             log_decay = mx.where(documents.position_BT[..., None] == 0, FORGETS, log_decay)
-        past = empty_delta_cache(spec, batch, dtype) if cache is None else cache
+        past = empty_recurrent_cache(spec, batch, dtype) if cache is None else cache
         grouped = (batch, length, spec.num_key_heads, -1)
         attended, state_BMGHZ = gated_delta_rule(
             unit(nn.silu(causal_convolution(query, self.conv_query, past.query_BSMH, documents)))
@@ -99,25 +100,16 @@ def gated_delta_rule(
 
     All float32. One token is a chunk of one, which is the recurrence.
     """
-    batch, length = key_BTMH.shape[:2]
+    length = key_BTMH.shape[1]
     chunk = min(chunk, length)
-
-    def in_chunks(x: mx.array) -> mx.array:
-        """[B, T, M, ...] -> [chunks, B, M, ..., T of a chunk], padded with tokens that change no state."""
-        x = mx.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1).moveaxis(2, -1)
-
-    query_BMTH, key_BMTH, value_BMGTZ = (in_chunks(x).swapaxes(-1, -2) for x in (query_BTMH, key_BTMH, value_BTMGZ))
-    beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG), in_chunks(log_decay_BTMG)
-    position_T = mx.arange(chunk)
-    before_TS = position_T[:, None] > position_T[None, :]
-    # Trap: a difference of two sums from the start of the chunk would cancel the digits of a small sum.
-    between_BMGTS = mx.cumsum(mx.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
-    decay_BMGTS = mx.where(mx.swapaxes(before_TS, 0, 1), 0.0, mx.exp(between_BMGTS))
-    decay_BMGT1 = mx.exp(mx.cumsum(log_decay_BMGT, axis=-1))[..., None]
+    query_BMTH, key_BMTH, value_BMGTZ = (
+        in_chunks(x, chunk).swapaxes(-1, -2) for x in (query_BTMH, key_BTMH, value_BTMGZ)
+    )
+    beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG, chunk), in_chunks(log_decay_BTMG, chunk)
+    decay_BMGTS, decay_BMGT1 = decays(log_decay_BMGT)
     overlap_BMTS = mx.einsum("...MTH,...MSH->...MTS", key_BMTH, key_BMTH)
     score_BMTS = mx.einsum("...MTH,...MSH->...MTS", query_BMTH, key_BMTH)
-    lower_BMGTS = mx.where(before_TS, beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[..., None, :, :], 0.0)
+    lower_BMGTS = mx.tril(beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[..., None, :, :], -1)
     inverse_BMGTS = _inverse_of_one_plus(lower_BMGTS)
     score_BMGTS = decay_BMGTS * score_BMTS[..., None, :, :]
 

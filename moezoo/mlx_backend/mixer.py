@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    Mamba2Spec,
     ShortConvolutionSpec,
 )
 from moezoo.mlx_backend.arrays import Weights
@@ -18,6 +19,7 @@ from moezoo.mlx_backend.attention import GroupedQueryAttention
 from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.kv_cache import Attended, Cache, Source
 from moezoo.mlx_backend.latent_attention import LatentAttention
+from moezoo.mlx_backend.mamba2 import Mamba2
 from moezoo.mlx_backend.positions import Documents
 from moezoo.mlx_backend.short_convolution import ShortConvolution
 
@@ -33,6 +35,8 @@ def mixer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Module:
             return LatentAttention(spec, weights, index)
         case ShortConvolutionSpec():
             return ShortConvolution(spec, weights, index)
+        case Mamba2Spec():
+            return Mamba2(spec, weights, index)
         case _:
             assert_never(spec)
 

@@ -77,7 +77,7 @@ def rule_inputs(length: int) -> list[np.ndarray]:
 
 
 def caches(twin: Twin, batch: int):
-    return twin.module("kv_cache").empty_delta_cache(SPEC, batch, twin.array(np.zeros(1)).dtype)
+    return twin.module("kv_cache").empty_recurrent_cache(SPEC, batch, twin.array(np.zeros(1)).dtype)
 
 
 def test_value_and_gradients_match_the_reference(twin):
@@ -208,7 +208,7 @@ def test_decays_start_as_in_the_authors_code():
 
 def test_state_of_a_bfloat16_layer_is_float32(twin):
     x_BTD = twin.array(X_BTD, "bfloat16")
-    cache = layer_of(twin)(x_BTD, twin.module("kv_cache").empty_delta_cache(SPEC, B, x_BTD.dtype)).cache
+    cache = layer_of(twin)(x_BTD, twin.module("kv_cache").empty_recurrent_cache(SPEC, B, x_BTD.dtype)).cache
     assert "float32" in str(cache.state_BMGHZ.dtype)
     assert all("bfloat16" in str(array.dtype) for array in (cache.query_BSMH, cache.key_BSMH, cache.value_BSNZ))
 

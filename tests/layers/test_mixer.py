@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     LayerSpec,
+    Mamba2Spec,
     ModelSpec,
     ShortConvolutionSpec,
 )
@@ -23,6 +24,7 @@ SPECS = (
     GatedDeltaAttentionSpec(num_key_heads=M, num_value_heads=N, key_head_dim=H, value_head_dim=H),
     LatentAttentionSpec(num_heads=N, latent_dim=H, head_dim=H, rope_head_dim=H, value_head_dim=H),
     ShortConvolutionSpec(conv_width=3),
+    Mamba2Spec(num_heads=N, head_dim=H, state_dim=H),
 )
 
 

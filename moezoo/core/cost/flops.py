@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    Mamba2Spec,
     ModelSpec,
     ShortConvolutionSpec,
 )
@@ -57,7 +58,8 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
     - scores of softmax attention: `2 (query width + value width) * visible positions` for each of the N heads: query
       times key and probability times value; `(T + 1) / 2` positions on average, fewer with a window or a chunk, and at
       most `top_k` of them with an indexer, whose own scores cost `2 width * visible` for each of its heads;
-    - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head.
+    - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head; of
+      Mamba-2 two, `4 H F`.
 
     A short convolution has no scores; its filter costs 2 FLOPs per parameter, as a matrix does.
 
@@ -108,6 +110,8 @@ def _score_flops(attention: AttentionSpec, length: int) -> Fraction:
             return 2 * heads * width * chosen + index
         case GatedDeltaAttentionSpec(num_value_heads=heads):
             return Fraction(6 * heads * attention.key_head_dim * attention.value_head_dim)
+        case Mamba2Spec(num_heads=heads):
+            return Fraction(4 * heads * attention.state_dim * attention.head_dim)
         case ShortConvolutionSpec():
             return Fraction(0)
         case _:

@@ -25,6 +25,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     LayerSpec,
+    Mamba2Spec,
     ModelSpec,
     PlainFeedForwardSpec,
     ShortConvolutionSpec,
@@ -71,7 +72,7 @@ def _cached_numbers(attention: AttentionSpec) -> int:
             return attention.num_kv_heads * (attention.head_dim + attention.value_dim)
         case LatentAttentionSpec(indexer=indexer):
             return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
-        case GatedDeltaAttentionSpec() | ShortConvolutionSpec():
+        case GatedDeltaAttentionSpec() | ShortConvolutionSpec() | Mamba2Spec():
             return 0
         case _:
             assert_never(attention)
@@ -266,6 +267,9 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
         case GatedDeltaAttentionSpec():
             keys = 2 * attention.num_key_heads * attention.key_head_dim
             return 0, keys + 2 * attention.num_value_heads * attention.value_head_dim
+        case Mamba2Spec():
+            keys = 2 * attention.num_groups * attention.state_dim
+            return 0, keys + 2 * attention.num_heads * attention.head_dim
         case ShortConvolutionSpec():
             return 0, 2 * embed_dim
         case _:

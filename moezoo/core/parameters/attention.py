@@ -1,15 +1,16 @@
 """Parameter table rows of attention layers."""
 
-import math
 from collections.abc import Iterator
 from typing import assert_never
 
 from moezoo.core.parameters.row import Initializer, Parameter, Rows
+from moezoo.core.parameters.state_space import filters, mamba2_rows
 from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    Mamba2Spec,
     ShortConvolutionSpec,
 )
 
@@ -25,6 +26,8 @@ def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> It
             yield from _gated_delta(rows, name, spec)
         case ShortConvolutionSpec():
             yield from _short_convolution(rows, name, spec)
+        case Mamba2Spec():
+            yield from mamba2_rows(rows, name, spec)
         case _:
             assert_never(spec)
 
@@ -98,13 +101,13 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
 def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterator[Parameter]:
     d, m, n, w = rows.embed_dim, spec.num_key_heads, spec.num_value_heads, spec.conv_width
     h, z = spec.key_head_dim, spec.value_head_dim
-    filters = _filters(w)
+    convolution = filters(w)
     # Initial decays as in the authors' code: steps from 0.001 to 0.1.
     rate, step = Initializer("log_rate", value=16.0), Initializer("step_bias", value=0.1)
     for which, heads, width, axis in (("query", m, h, "kv_head"), ("key", m, h, "kv_head"), ("value", n, z, "head")):
         yield rows.matrix(f"{name}.w_{which}", (d, heads, width), ("embed", axis, "head_dim"), "attention")
         shape, axes = (w, heads, width), ("source", axis, "head_dim")
-        yield Parameter(f"{name}.conv_{which}", shape, axes, filters, True, "attention")
+        yield Parameter(f"{name}.conv_{which}", shape, axes, convolution, True, "attention")
     yield rows.matrix(f"{name}.w_gate", (d, n, z), ("embed", "head", "head_dim"), "attention")
     yield rows.matrix(f"{name}.w_beta", (d, n), ("embed", "head"), "attention")
     yield rows.matrix(f"{name}.w_decay", (d, n), ("embed", "head"), "attention")
@@ -120,14 +123,9 @@ def _short_convolution(rows: Rows, name: str, spec: ShortConvolutionSpec) -> Ite
         yield rows.matrix(f"{name}.w_{which}", (d, d), ("embed", "latent"), "attention")
         if spec.bias:
             yield rows.vector(f"{name}.b_{which}", (d,), ("latent",), "attention")
-    yield Parameter(f"{name}.conv", (w, d), ("source", "latent"), _filters(w), True, "attention")
+    yield Parameter(f"{name}.conv", (w, d), ("source", "latent"), filters(w), True, "attention")
     if spec.bias:
         yield rows.vector(f"{name}.b_conv", (d,), ("latent",), "attention")
     yield rows.output(f"{name}.w_output", (d, d), ("latent", "embed"), "attention")
     if spec.bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
-
-
-def _filters(width: int) -> Initializer:
-    """Return PyTorch's default initializer of a depthwise convolution."""
-    return Initializer("uniform", value=1 / math.sqrt(width))

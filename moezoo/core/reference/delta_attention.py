@@ -5,13 +5,11 @@ import autograd.numpy as np
 from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.attention import Attended
 from moezoo.core.reference.feed_forward import sigmoid, silu
+from moezoo.core.reference.linear_recurrence import FORGETS, decays
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents
 from moezoo.core.reference.short_convolution import causal_convolution
 from moezoo.core.spec import GatedDeltaAttentionSpec
-
-FORGETS = -1e30
-"""Logarithm of a decay to exactly 0. Minus infinity would be NaN where a sum multiplies it by 0."""
 
 
 def gated_delta_rule(
@@ -75,16 +73,11 @@ def gated_delta_rule_in_chunks(
         query_BMTH, key_BMTH = (np.transpose(x[:, part], (0, 2, 1, 3)) for x in (query_BTMH, key_BTMH))
         value_BMGTZ = np.transpose(value_BTMGZ[:, part], (0, 2, 3, 1, 4))
         beta_BMGT, log_decay_BMGT = (np.transpose(x[:, part], (0, 2, 3, 1)) for x in (beta_BTMG, log_decay_BTMG))
-        position_T = np.arange(key_BMTH.shape[2])
-        before_TS = position_T[:, None] > position_T[None, :]
-        # Trap: a difference of two sums from the start of the chunk would cancel the digits of a small sum.
-        between_BMGTS = np.cumsum(np.where(before_TS, log_decay_BMGT[..., None], 0.0), axis=-2)
-        decay_BMGTS = np.where(before_TS.T, 0.0, np.exp(between_BMGTS))
-        decay_BMGT1 = np.exp(np.cumsum(log_decay_BMGT, axis=-1))[..., None]
+        decay_BMGTS, decay_BMGT1 = decays(log_decay_BMGT)
         overlap_BMTS = np.einsum("...MTH,...MSH->...MTS", key_BMTH, key_BMTH)
         score_BMTS = np.einsum("...MTH,...MSH->...MTS", query_BMTH, key_BMTH)
-        lower_BMGTS = np.where(before_TS, beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[:, :, None], 0.0)
-        inverse_BMGTS = np.linalg.inv(np.eye(len(position_T)) + lower_BMGTS)
+        lower_BMGTS = np.tril(beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[:, :, None], -1)
+        inverse_BMGTS = np.linalg.inv(np.eye(key_BMTH.shape[2]) + lower_BMGTS)
         score_BMGTS = decay_BMGTS * score_BMTS[:, :, None]
 
         known_BMGTZ = decay_BMGT1 * np.einsum("BMTH,BMGHZ->BMGTZ", key_BMTH, state_BMGHZ)

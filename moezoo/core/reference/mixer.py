@@ -6,6 +6,7 @@ from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.attention import Attended, grouped_query_attention
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.latent_attention import latent_attention
+from moezoo.core.reference.mamba2 import mamba2
 from moezoo.core.reference.positions import Documents
 from moezoo.core.reference.short_convolution import short_convolution
 from moezoo.core.spec import (
@@ -13,6 +14,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    Mamba2Spec,
     ShortConvolutionSpec,
 )
 
@@ -46,3 +48,5 @@ def mix(
             return latent_attention(spec, parameters, x_BTD, documents=documents)
         case ShortConvolutionSpec():
             return short_convolution(spec, parameters, x_BTD, documents=documents)
+        case Mamba2Spec():
+            return mamba2(spec, parameters, x_BTD, documents=documents)

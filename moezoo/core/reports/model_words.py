@@ -18,6 +18,7 @@ from moezoo.core.spec import (
     LayerNormSpec,
     LayerSpec,
     LearnedPositionsSpec,
+    Mamba2Spec,
     ModelSpec,
     MoESpec,
     NoPositionSpec,
@@ -108,6 +109,12 @@ def attention_in_words(spec: AttentionSpec) -> str:
             values = f"{spec.num_value_heads} value heads of {spec.value_head_dim}"
             keys = f"{spec.num_key_heads} key heads of {spec.key_head_dim}"
             parts = [f"gated delta, {values}, {keys}, convolution of {spec.conv_width}"]
+        case Mamba2Spec():
+            groups = "" if spec.num_groups == 1 else f", {spec.num_groups} groups"
+            parts = [f"Mamba-2, {spec.num_heads} heads of {spec.head_dim}, state of {spec.state_dim}{groups}"]
+            parts.append(f"convolution of {spec.conv_width}")
+            if spec.bias:
+                parts.append("biases")
         case ShortConvolutionSpec():
             parts = [f"short convolution of {spec.conv_width}", *(["biases"] if spec.bias else [])]
         case _:

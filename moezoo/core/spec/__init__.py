@@ -90,6 +90,7 @@ from moezoo.core.spec.routing import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
+from moezoo.core.spec.state_space import Mamba2Spec
 
 __all__ = [
     "AdapterRole",
@@ -131,6 +132,7 @@ __all__ = [
     "Llama3ScalingSpec",
     "LoadLossSpec",
     "LongRoPEScalingSpec",
+    "Mamba2Spec",
     "MoESpec",
     "ModelSpec",
     "MultipliersSpec",

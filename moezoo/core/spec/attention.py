@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import PositionSpec, RoPESpec
+from moezoo.core.spec.state_space import Mamba2Spec
 
 
 class TemperatureTuningSpec(Part):
@@ -218,7 +219,7 @@ class ShortConvolutionSpec(Part):
 
 
 AttentionSpec = Annotated[
-    GroupedQueryAttentionSpec | LatentAttentionSpec | GatedDeltaAttentionSpec | ShortConvolutionSpec,
+    GroupedQueryAttentionSpec | LatentAttentionSpec | GatedDeltaAttentionSpec | ShortConvolutionSpec | Mamba2Spec,
     Field(discriminator="kind"),
     default_kind("grouped_query"),
 ]

@@ -9,6 +9,7 @@ from moezoo.core.spec import ModelSpec
 GROUPED = "4 heads of 6, 2 key/value, RoPE 10,000"
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 LATENT = {"kind": "latent", "num_heads": 4, "head_dim": 6, "rope_head_dim": 4, "value_head_dim": 5, "latent_dim": 7}
+MAMBA2 = {"kind": "mamba2", "num_heads": 4, "head_dim": 5, "state_dim": 3}
 DELTA = {"kind": "gated_delta", "num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 3, "value_head_dim": 5}
 YARN = {"kind": "yarn", "factor": 4, "original_length": 16}
 
@@ -67,6 +68,11 @@ def spec_of(layer=None, **fields):
             "temperature by position",
         ),
         (DELTA, "gated delta, 4 value heads of 5, 2 key heads of 3, convolution of 4"),
+        (MAMBA2, "Mamba-2, 4 heads of 5, state of 3, convolution of 4"),
+        (
+            MAMBA2 | {"num_groups": 2, "bias": True},
+            "Mamba-2, 4 heads of 5, state of 3, 2 groups, convolution of 4, biases",
+        ),
         ({"kind": "short_convolution"}, "short convolution of 3"),
         ({"kind": "short_convolution", "conv_width": 4, "bias": True}, "short convolution of 4, biases"),
     ],

@@ -26,6 +26,7 @@ MODULES = (
     "spec.moe",
     "spec.positions",
     "spec.routing",
+    "spec.state_space",
 )
 
 # --- a config with 4 heads, 6 experts and 2 layers, and changes to it ------------------------------------------------
@@ -40,6 +41,7 @@ LATENT = {
     "latent_dim": 7,
 }
 DELTA = {"kind": "gated_delta", "num_key_heads": 3, "num_value_heads": 4, "key_head_dim": 5, "value_head_dim": 6}
+MAMBA2 = {"kind": "mamba2", "num_heads": 4, "head_dim": 5, "state_dim": 6}
 ATTENTION, ROUTER = "model.layers[0].attention", "model.layers[0].moe.router"
 
 
@@ -154,6 +156,14 @@ CASES = {
         model(layer(DELTA)),
         f"{ATTENTION}.num_value_heads is 4, which is not divisible by num_key_heads = 3 (x.yaml). Use a multiple "
         "of num_key_heads.",
+    ),
+    "num_heads not divisible by num_groups": (
+        model(layer(MAMBA2 | {"num_groups": 3})),
+        f"{ATTENTION}.num_heads is 4, which is not divisible by num_groups = 3 (x.yaml). Use a multiple of num_groups.",
+    ),
+    "a longest step that is no longer than the shortest": (
+        model(layer(MAMBA2 | {"min_step": 0.5, "max_step": 0.5})),
+        f"{ATTENTION}.max_step is 0.5, but min_step is 0.5 (x.yaml). Use max_step > min_step.",
     ),
     # positions
     "an odd head_dim": (

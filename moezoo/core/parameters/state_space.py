@@ -1,0 +1,46 @@
+"""Parameter table rows of state-space layers, and of causal convolutions."""
+
+import math
+from collections.abc import Iterator
+
+from moezoo.core.parameters.row import ONES, Initializer, Parameter, Rows
+from moezoo.core.spec import Mamba2Spec
+
+# Initial decays as in the authors' code: rates from 1 to 16, steps from 0.001 to 0.1.
+RATE, STEP = Initializer("log_rate", value=16.0), Initializer("step_bias", value=0.1)
+
+
+def mamba2_rows(rows: Rows, name: str, spec: Mamba2Spec) -> Iterator[Parameter]:
+    """Yield every parameter of a Mamba-2 layer."""
+    d, n, m, w = rows.embed_dim, spec.num_heads, spec.num_groups, spec.conv_width
+    h, z = spec.state_dim, spec.head_dim
+    for which, heads, width, axis in (
+        ("gate", n, z, "head"),
+        ("value", n, z, "head"),
+        ("key", m, h, "kv_head"),
+        ("query", m, h, "kv_head"),
+    ):
+        yield rows.matrix(f"{name}.w_{which}", (d, heads, width), ("embed", axis, "head_dim"), "attention")
+        if spec.bias:
+            yield rows.vector(f"{name}.b_{which}", (heads, width), (axis, "head_dim"), "attention")
+        if which == "gate":
+            continue
+        shape, axes = (w, heads, width), ("source", axis, "head_dim")
+        yield Parameter(f"{name}.conv_{which}", shape, axes, filters(w), True, "attention")
+        if spec.conv_bias:
+            yield rows.vector(f"{name}.b_conv_{which}", (heads, width), (axis, "head_dim"), "attention")
+    yield rows.matrix(f"{name}.w_step", (d, n), ("embed", "head"), "attention")
+    if spec.bias:
+        yield rows.vector(f"{name}.b_step", (n,), ("head",), "attention")
+    yield rows.vector(f"{name}.step_bias", (n,), ("head",), "attention", STEP)
+    yield rows.vector(f"{name}.log_decay_rate", (n,), ("head",), "attention", RATE)
+    yield rows.vector(f"{name}.skip", (n,), ("head",), "attention", ONES)
+    yield rows.vector(f"{name}.norm_scale", (n, z), ("head", "head_dim"), "norms", ONES)
+    yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
+    if spec.bias:
+        yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
+
+
+def filters(width: int) -> Initializer:
+    """Return PyTorch's default initializer of a depthwise convolution over `width` tokens."""
+    return Initializer("uniform", value=1 / math.sqrt(width))

@@ -1,0 +1,45 @@
+"""State-space layers as data: mixers that replace attention in a layer."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from moezoo.core.spec.base import Part, impossible
+
+
+class Mamba2Spec(Part):
+    """Mamba-2: a state-space layer with a scalar decay per head. Source: Dao and Gu 2024, arXiv 2405.21060.
+
+    Each of `num_heads` heads has a state of `state_dim x head_dim` numbers. A token decays it, by a rate times the
+    token's step, adds its value there, times the step, and reads it. `num_groups` groups of heads share the vectors
+    that say where to add and where to read (B and C of the paper). Causal convolutions over `conv_width` tokens, the
+    current one included, follow the projections of values and of those vectors; `conv_bias`: they have biases. Steps
+    are clipped to [`min_step`, `max_step`]. The heads' output is gated, then normalized over the features of a group,
+    with `norm_epsilon`. `bias`: the projections from and to the model width have biases.
+    """
+
+    kind: Literal["mamba2"] = "mamba2"
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    state_dim: PositiveInt
+    num_groups: PositiveInt = 1
+    conv_width: Annotated[int, Field(ge=2)] = 4
+    conv_bias: bool = True
+    bias: bool = False
+    min_step: NonNegativeFloat = 0.0
+    max_step: PositiveFloat | None = None
+    norm_epsilon: PositiveFloat = 1e-5
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "Mamba2Spec":
+        if self.num_heads % self.num_groups:
+            raise impossible(
+                "num_heads",
+                f"is {self.num_heads}, which is not divisible by num_groups = {self.num_groups}",
+                "Use a multiple of num_groups",
+            )
+        if self.max_step is not None and self.max_step <= self.min_step:
+            raise impossible(
+                "max_step", f"is {self.max_step:g}, but min_step is {self.min_step:g}", "Use max_step > min_step"
+            )
+        return self
