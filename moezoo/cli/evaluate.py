@@ -1,5 +1,6 @@
 """`moezoo eval`."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,6 +105,11 @@ def evaluate(
             result, changes = evaluate_file(model, data, measure, **sizes, on_progress=show, on_message=warn)
         else:
             result, changes = _measured_on_run(console, path, model, measure, **sizes, on_progress=show)
+    if not math.isfinite(result.validation_loss):
+        raise DataError(
+            f"the loss on {data or 'the data of the run'} is {result.validation_loss}: {path} computes NaN or "
+            f"infinity; expected a number. `moezoo doctor {path} --forward` finds where it starts."
+        )
     if as_json:
         values = {"path": str(path), "data": data, "step": model.step, **result.to_dict()}
         if changes is not None:

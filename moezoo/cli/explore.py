@@ -6,7 +6,7 @@ import click
 
 from moezoo.cli.completion import PATH
 from moezoo.cli.output import new_console, print_lines, warn
-from moezoo.core.errors import DataError
+from moezoo.core.errors import DataError, counted
 
 
 @click.command()
@@ -47,4 +47,4 @@ def explore(traces: tuple[Path, ...], out: Path, tokens: str | None, demo: bool)
         )
     write_atomically(out, explorer_page(opened, chosen))
     size = bytes_text(out.stat().st_size)
-    print_lines(new_console(), f"{out}: {len(chosen):,} tokens, {size}; open it in a browser")
+    print_lines(new_console(), f"{out}: {counted(len(chosen), 'token')}, {size}; open it in a browser")

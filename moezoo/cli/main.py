@@ -18,7 +18,7 @@ from moezoo.cli.failures import describe_failure
 from moezoo.cli.generate import generate
 from moezoo.cli.init import init_command
 from moezoo.cli.inspect import describe, plan_command, schema
-from moezoo.cli.output import output_streams
+from moezoo.cli.output import output_streams, warn
 from moezoo.cli.parity import parity, zoo
 from moezoo.cli.plot import plot
 from moezoo.cli.preview import preview
@@ -43,8 +43,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MoezooError as error:
-            for line in str(error).splitlines():
-                click.echo(f"{type(error).__name__}: {line}", err=True)
+            warn(*(f"{type(error).__name__}: {line}" for line in str(error).splitlines()))
             exit_process(1)
         except Interrupted as second:
             end_process(second.exit_status)
@@ -56,7 +55,7 @@ class _Commands(click.Group):
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:  # click exits quietly
                 raise
-            click.echo(describe_failure(error), err=True)
+            warn(describe_failure(error))
             exit_process(1)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -171,9 +171,32 @@ def show_progress(
 
 
 def print_lines(console: "Console", *lines: str) -> None:
-    """Print lines verbatim: no markup, no highlighting, no line breaks."""
+    """Print lines without markup and highlighting; in a terminal they break between words.
+
+    A line that begins with two blanks, such as a command to copy, stays whole.
+    """
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        shown = _broken(line, console.width) if console.is_terminal else line
+        console.print(shown, highlight=False, soft_wrap=True, markup=False)
+
+
+def _broken(text: str, width: int) -> str:
+    """Return lines that break between words, further ones indented; a long word, such as a path, stays whole."""
+    import textwrap
+
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "  "}
+    lines = text.split("\n")
+    return "\n".join(line if line.startswith("  ") else textwrap.fill(line, width, **options) for line in lines)
+
+
+def _columns(stream: TextIO) -> int | None:
+    """Return the width of a terminal; None for another stream."""
+    if not stream.isatty():
+        return None
+    given = os.environ.get("COLUMNS", "")
+    with suppress(OSError, ValueError):
+        return int(given) if given else os.get_terminal_size(stream.fileno()).columns or None
+    return None
 
 
 def print_report(report: Report, page: "Callable[[], RenderableType]", as_json: bool) -> None:
@@ -192,9 +215,10 @@ def print_json(values: dict[str, Any]) -> None:
 
 
 def warn(*warnings: str) -> None:
-    """Print warnings, notes and assumptions to standard error, one per line."""
+    """Print errors, warnings, notes and assumptions to standard error, one per line; in a terminal they break."""
+    width = _columns(sys.stderr)
     for warning in warnings:
-        click.echo(warning, err=True)
+        click.echo(warning if width is None else _broken(warning, width), err=True)
 
 
 def warn_assumed(assumed: str | None) -> None:

@@ -7,6 +7,7 @@ import click
 from moezoo.cli.completion import PATH, complete_config
 from moezoo.cli.options import set_option
 from moezoo.cli.output import new_console, warn
+from moezoo.core.errors import counted
 
 _BEFORE, _AFTER = "«", "»"
 
@@ -34,7 +35,7 @@ def preview(config_path: Path, overrides: tuple[str, ...], examples: int) -> Non
     for source in found:
         for example in first_examples(source, tokenizer, examples):
             trained = int((example.ids >= 0).sum())
-            line = f"{example.place}: {len(example.ids)} tokens, {trained} trained on"
+            line = f"{example.place}: {counted(len(example.ids), 'token')}, {trained} trained on"
             console.print(Text(line, "bold"), soft_wrap=True)
             text = Text()
             for part, is_trained in example.parts(tokenizer):

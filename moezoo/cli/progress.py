@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from moezoo.cli.output import print_lines
 from moezoo.core.progress import Pace
 from moezoo.core.training.evaluation import ValidationRecord
 from moezoo.core.training.metrics import StepRecord
@@ -73,7 +74,7 @@ class ConsoleReporter:
             self.message(f"{what}: {done:,}{of} windows  eta {pace.eta(done, total)}")
 
     def message(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        print_lines(self._console, text)
 
     def stop(self) -> None:
         if self._progress is not None:

@@ -69,3 +69,15 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `"; did you mean X?"` with the closest match for `word` in `known`; an empty string if none is close."""
     matches = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def plural(word: str, number: int) -> str:
+    """Return the word, with an s (`micro-batch`: es) unless the number is 1."""
+    if number == 1:
+        return word
+    return f"{word}es" if word.endswith("ch") else f"{word}s"
+
+
+def counted(number: int, word: str) -> str:
+    """Return a number with what it counts: `1 token`, `1,024 tokens`."""
+    return f"{number:,} {plural(word, number)}"

@@ -1,9 +1,11 @@
 """The command line: frozen options, fast help, and one-line errors for wrong input."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -266,6 +268,13 @@ def test_eval_without_experts(trained: Path) -> None:
     assert "layer  expert  change ± standard error" in call(*words, "--importance").stdout
     assert_error(call(*words, "--without", "layers[1].experts[5]"), "SpecError", "layer 1 has no expert 5", "0-4")
     assert_error(call(*words, "--mode", "silence"), "DataError", "--mode silence has no experts")
+
+
+def test_eval_of_nan_is_one_line(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = SimpleNamespace(validation_loss=math.nan)
+    monkeypatch.setattr("moezoo.core.training.evaluation.evaluate", lambda *words, **options: losses)
+    result = call("eval", trained, "--backend", "mlx", "--windows", 1)
+    assert_error(result, "DataError", "the loss on the data of the run is nan", "computes NaN", "moezoo doctor")
 
 
 def test_eval_with_other_experts_per_token(trained: Path) -> None:

@@ -11,7 +11,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from moezoo.cli.output import Output, continue_without_output, new_console, output_streams, show_progress
+from moezoo.cli.output import (
+    Output,
+    continue_without_output,
+    new_console,
+    output_streams,
+    print_lines,
+    show_progress,
+    warn,
+)
 from moezoo.core import progress
 from moezoo.core.errors import RunError
 
@@ -102,6 +110,23 @@ def test_piped_table_is_as_wide_as_its_content_and_has_no_trailing_blanks(
     monkeypatch.setenv("COLUMNS", "60")
     new_console().print(table)
     assert {len(line) for line in capsys.readouterr().out.splitlines() if line} == {60}
+
+
+def test_lines_break_between_words_in_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, command = "runs/" + "x" * 60, "  moezoo train " + "--set a=b " * 6
+    text = f"{'word ' * 10}{path} end"
+    shown, plain = (Console(file=io.StringIO(), width=40, force_terminal=terminal) for terminal in (True, False))
+    for console in (shown, plain):
+        print_lines(console, text, command)
+    assert plain.file.getvalue() == f"{text}\n{command}\n"
+    *lines, last = shown.file.getvalue().splitlines()
+    assert (lines, last) == ([("word " * 8).rstrip(), "  word word", f"  {path}", "  end"], command)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "30")
+    warn("DataError: the first five words of it", "note: short")
+    assert stream.getvalue().splitlines() == ["DataError: the first five", "  words of it", "note: short"]
 
 
 def test_progress_of_a_command_whose_output_is_a_file_is_a_line_every_ten_seconds(

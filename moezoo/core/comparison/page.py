@@ -10,7 +10,8 @@ from moezoo.core.comparison.intermediates import PARTS
 from moezoo.core.comparison.report import ComparisonReport
 from moezoo.core.comparison.routing_changes import RoutingChange
 from moezoo.core.comparison.verdict import Verdict
-from moezoo.core.reports.text import new_table, plural
+from moezoo.core.errors import counted
+from moezoo.core.reports.text import new_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,7 +55,7 @@ def comparison_page(report: ComparisonReport, found: Verdict) -> "RenderableType
 
 def _counts(report: ComparisonReport) -> str:
     tokens, windows = report.tokens + report.not_finite, report.windows
-    return f"{tokens:,} {plural('token', tokens)}, {windows:,} {plural('window', windows)}"
+    return f"{counted(tokens, 'token')}, {counted(windows, 'window')}"
 
 
 def trace_page(report: TraceReport) -> "RenderableType":
@@ -71,7 +72,7 @@ def trace_page(report: TraceReport) -> "RenderableType":
     return Group(
         Text(f"A      {report.a}"),
         Text(f"trace  {report.trace}"),
-        Text(f"{report.replayed:,} {plural('token', report.replayed)} with routing", "dim"),
+        Text(f"{counted(report.replayed, 'token')} with routing", "dim"),
         Text(),
         Text(report.headline, f"bold {'yellow' if report.first_routing else 'green'}"),
         Text("A trace has no logits: the choice of experts is compared, and its effect in A."),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moezoo.core.errors import DataError, SpecError
+from moezoo.core.errors import DataError, SpecError, counted
 from moezoo.core.files import read_bounded, reason_of
 from moezoo.core.json_text import parse_json
 from moezoo.core.reference.sampling import SamplingOptions
@@ -175,8 +175,8 @@ class GenerationConfig:
             return default
         if prompt >= self.max_length:
             raise DataError(
-                f"the prompt has {prompt} tokens, but max_length, which includes the prompt, is {self.max_length} "
-                f"({self.where}). Set the number of new tokens (max_new_tokens)."
+                f"the prompt has {counted(prompt, 'token')}, but max_length, which includes the prompt, is "
+                f"{self.max_length} ({self.where}). Set the number of new tokens (max_new_tokens)."
             )
         return min(default, self.max_length - prompt)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from moezoo.core.backend import Generation, Model, check_length
 from moezoo.core.data.tokenizers import IdsLike, StreamDecoder, Tokenizer
-from moezoo.core.errors import DataError
+from moezoo.core.errors import DataError, counted
 from moezoo.core.generation.stop_strings import StopStrings
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.tokens import Integers
@@ -117,7 +117,11 @@ def checked_prompts(model: Model, prompts: Integers | Sequence[IdsLike], new_tok
                 "Encode prompts with the model's tokenizer."
             )
     length = max(len(row) for row in rows)
-    check_length(model.spec, length + new_tokens, f"a prompt of {length} tokens and {new_tokens} new tokens")
+    check_length(
+        model.spec,
+        length + new_tokens,
+        f"a prompt of {counted(length, 'token')} and {counted(new_tokens, 'new token')}",
+    )
     return rows
 
 

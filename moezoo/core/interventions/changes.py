@@ -107,11 +107,22 @@ def loss_changes(
     nats_WA, targets_W = np.concatenate(nats), np.concatenate(targets)
     if not targets_W.any():
         raise DataError(f"the {split.name} data has no targets in {count} windows; {split.source_names}. Use others.")
+    loss = _finite(float(nats_WA[:, 0].sum() / targets_W.sum()), split)
     changes = [
         Change(experts, *_mean_difference(nats_WA[:, place] - nats_WA[:, 0], targets_W))
         for place, experts in enumerate(without, start=1)
     ]
-    return Changes(mode, float(nats_WA[:, 0].sum() / targets_W.sum()), count, sequence_length, tuple(changes))
+    return Changes(mode, loss, count, sequence_length, tuple(changes))
+
+
+def _finite(loss: float, split: AnySplit) -> float:
+    """Return the loss of the whole model. Raises DataError: it is not finite, and then no change of it is."""
+    if not math.isfinite(loss):
+        raise DataError(
+            f"the loss of the whole model is {loss}, from which no change can be measured; expected a number; "
+            f"{split.source_names}. `moezoo doctor MODEL --forward` finds where NaN or infinity starts."
+        )
+    return loss
 
 
 def _scored(

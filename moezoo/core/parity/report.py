@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +12,8 @@ from moezoo.core.parity.causality import Causality, Mode
 from moezoo.core.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.measure import Measurement
     from rich.table import Table
 
 Kind = Literal["weights", "intermediate", "logits", "loss", "gradient", "update", "moment", "step"]
@@ -275,7 +277,7 @@ class ParityReport:
         return Group(*parts)
 
     def _summary(self) -> "Table":
-        table = _table("largest difference", *self.pairs, "tolerance", "worst at")
+        table = _table("largest\ndifference", *self.pairs, "limit", "worst at")
         rows = []
         for kind, name in KINDS.items():
             worst = [found for pair in self.pairs if (found := self.worst(pair, kind))]
@@ -283,11 +285,11 @@ class ParityReport:
                 rows.append((max(worst, key=lambda row: row.excess), name, kind))
         for worst_row, name, kind in sorted(rows, key=lambda row: -row[0].excess):
             cells = [_cell(self.worst(pair, kind)) for pair in self.pairs]
-            table.add_row(name, *cells, f"{worst_row.tolerance:.0e}", _short(worst_row.name))
+            table.add_row(name, *cells, f"{worst_row.tolerance:.0e}", _Name(worst_row.name))
         return table
 
     def _routing_table(self) -> "Table":
-        table = _table("free routing: same experts", *self.pairs, "largest margin\nof a difference")
+        table = _table("free routing:\nsame experts", *self.pairs, "largest margin\nof a difference")
         rows: dict[int, list[RoutingComparison]] = {}
         for row in self.routing:
             rows.setdefault(row.layer, []).append(row)
@@ -317,7 +319,7 @@ class ParityReport:
             in_order = sorted(rows.items(), key=lambda item: -max(row.excess for row in item[1].values()))
         for name, by_pair in in_order:
             largest = max(row.absolute for row in by_pair.values())
-            table.add_row(_short(name, 44), *[_cell(by_pair.get(pair)) for pair in self.pairs], f"{largest:.1e}")
+            table.add_row(_Name(name), *[_cell(by_pair.get(pair)) for pair in self.pairs], f"{largest:.1e}")
         return table
 
 
@@ -349,11 +351,11 @@ def _table(first: str, *others: str) -> "Table":
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1))
-    table.add_column(first, no_wrap=True, min_width=max(19, len(first)))
+    table.add_column(first)
     for name in others:
-        heading = name.replace("/", " /\n")
-        least = 0 if name == "worst at" else max(9, *map(len, heading.split("\n")))
-        table.add_column(heading, justify="left" if name == "worst at" else "right", no_wrap=True, min_width=least)
+        is_name = name == "worst at"
+        heading = name.replace("/", "\n/ ")
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=not is_name)
     return table
 
 
@@ -368,8 +370,26 @@ def _share(row: RoutingComparison) -> str:
     return "all" if row.identical == row.tokens else f"{row.identical} of {row.tokens}"
 
 
-def _short(name: str, width: int = 23) -> str:
-    return name if len(name) <= width else f"…{name[-width + 1 :]}"
+class _Name:
+    """The name of a tensor in a table, which breaks after dots and underscores where the terminal is narrow."""
+
+    def __init__(self, name: str):
+        self._pieces = re.findall(r"[^._]*[._]|[^._]+$", name)
+
+    def __rich_measure__(self, console: "Console", options: "ConsoleOptions") -> "Measurement":
+        from rich.measure import Measurement
+
+        return Measurement(max(map(len, self._pieces)), sum(map(len, self._pieces)))
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterable["RenderableType"]:
+        from rich.text import Text
+
+        lines = [""]
+        for piece in self._pieces:
+            if len(lines[-1]) + len(piece) > options.max_width:
+                lines.append("")
+            lines[-1] += piece
+        yield Text("\n".join(line for line in lines if line))
 
 
 def names_in_order(first: Sequence[str], others: Iterable[str]) -> list[str]:

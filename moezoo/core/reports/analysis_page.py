@@ -10,6 +10,7 @@ from moezoo.core.analysis.analyze import Analysis, TraceAnalysis
 from moezoo.core.analysis.coactivation import Pair
 from moezoo.core.analysis.expert_cache import POLICIES, CacheResult, ExpertSizes
 from moezoo.core.analysis.vocabulary import FEWEST, favorite_tokens
+from moezoo.core.errors import counted
 from moezoo.core.reports.text import bytes_text, count, new_table
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def _title(last: TraceAnalysis) -> str:
     trace, info = last.trace, last.trace.info
     experts = sorted(set(info.num_experts))
     words = [
-        f"{trace.where}: {trace.num_tokens:,} tokens",
-        f"{trace.num_layers} MoE layers of {' or '.join(map(str, experts))} experts, up to {trace.top_k} per token",
+        f"{trace.where}: {counted(trace.num_tokens, 'token')}",
+        f"{counted(trace.num_layers, 'MoE layer')} of {' or '.join(map(str, experts))} experts, up to {trace.top_k} "
+        "per token",
         *([f"model {info.model}"] if info.model else []),
         f"written by {info.written_by}",
     ]
@@ -148,7 +150,7 @@ def _vocabulary_parts(last: TraceAnalysis) -> "Iterator[Table]":
         return
     own, following = last.vocabulary
     table = _titled(
-        f"Vocabulary: share of an id's tokens with its main first expert, in % ({len(own.token):,} ids)",
+        f"Vocabulary: share of an id's tokens with its main first expert, in % ({counted(len(own.token), 'id')})",
         *("layer", "input id", "by chance", "next id", "by chance"),
         right=range(1, 5),
     )

@@ -10,9 +10,10 @@ from moezoo.core.cost.flops import Flops, flops_per_token
 from moezoo.core.cost.memory import TrainingMemory, cache_bytes, kv_cache_bytes_per_token, training_memory
 from moezoo.core.cost.parameters import ParameterCounts, parameter_counts
 from moezoo.core.data.vocabulary import spec_with_real_vocab_size
+from moezoo.core.errors import counted
 from moezoo.core.parameters.trained import sizes_by_role, trained_rows
 from moezoo.core.reports.model_words import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
-from moezoo.core.reports.text import bytes_text, count, new_table, plural
+from moezoo.core.reports.text import bytes_text, count, new_table
 from moezoo.core.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def training_header(config: Config, facts: Mapping[str, str]) -> "RenderableType
 
 def _layer_table(known: ModelDescription) -> "Table":
     spec, layers = known.spec, len(known.spec.all_layers)
-    table = new_table(f"{layers} {plural('layer', layers)}", "attention", "feed-forward")
+    table = new_table(counted(layers, "layer"), "attention", "feed-forward")
     for run in known.layers:
         indices = f"{run.first}" if run.first == run.last else f"{run.first} to {run.last}"
         table.add_row(indices, attention_in_words(run.layer.attention), feed_forward_in_words(run.layer))

@@ -3,7 +3,8 @@
 from typing import assert_never
 
 from moezoo.core.cost.parameters import parameter_counts
-from moezoo.core.reports.text import count, plural
+from moezoo.core.errors import counted
+from moezoo.core.reports.text import count
 from moezoo.core.spec import (
     AttentionSpec,
     CapacitySpec,
@@ -53,7 +54,7 @@ def model_in_brief(spec: ModelSpec) -> str:
     depth, counts = len(spec.all_layers), parameter_counts(spec)
     experts = dict.fromkeys(f", {_choice(moe)} of {moe.num_experts} experts" for _, moe in spec.moes)
     active = f", {count(counts.active)} active" if experts else ""
-    layers = f"{depth} {plural('layer', depth)} of width {spec.embed_dim}"
+    layers = f"{counted(depth, 'layer')} of width {spec.embed_dim}"
     return f"{layers}{''.join(experts)}; {count(counts.total)} parameters{active}"
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from moezoo.core.cost.make_plan import CompiledComparison, Plan
 from moezoo.core.cost.step_plan import DevicePlan
 from moezoo.core.distributed.mesh import MeshAxis
-from moezoo.core.reports.text import bytes_text, count, new_table, plural
+from moezoo.core.errors import counted
+from moezoo.core.reports.text import bytes_text, count, new_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,9 +30,9 @@ def plan_page(plan: Plan, where: str) -> "RenderableType":
     devices, sequences, micro_batches = plan.devices, plan.sequences, plan.micro_batches
     title = Text.assemble(
         (where, "bold"),
-        f"\non {_mesh_text(plan.lengths)}: {devices:,} {plural('device', devices)}\n"
-        f"per device and step: {micro_batches} {plural('micro-batch', micro_batches)} of {sequences} "
-        f"{plural('sequence', sequences)} of {plan.sequence_length:,} tokens, {count(plan.flops, 'FLOPs')}\n"
+        f"\non {_mesh_text(plan.lengths)}: {counted(devices, 'device')}\n"
+        f"per device and step: {counted(micro_batches, 'micro-batch')} of "
+        f"{counted(sequences, 'sequence')} of {counted(plan.sequence_length, 'token')}, {count(plan.flops, 'FLOPs')}\n"
         f"per token: {count(plan.flops_per_token, 'FLOPs')}, forward and backward",
     )
     pieces: list[RenderableType] = [title, _memory_table(plan)]
@@ -82,7 +83,7 @@ def _collective_table(device: DevicePlan, lengths: Mapping[MeshAxis, int]) -> "T
 
 def _compiled_table(compiled: CompiledComparison) -> "Table":
     depth = compiled.num_layers
-    what = f"{depth} {plural('layer', depth)} compiled"
+    what = f"{counted(depth, 'layer')} compiled"
     if compiled.layers != (depth,):
         what = f"{', '.join(map(str, compiled.layers))} layers compiled, {depth} extrapolated"
     table = new_table(

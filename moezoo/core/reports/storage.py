@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moezoo.core.cost.memory import cache_bytes, largest_context
+from moezoo.core.errors import counted
 from moezoo.core.huggingface.checkpoint import HuggingFaceCheckpoint
 from moezoo.core.huggingface.export_layout import role_of
 from moezoo.core.huggingface.ledger import FLOATS
@@ -14,7 +15,7 @@ from moezoo.core.huggingface.recipe import ROLES
 from moezoo.core.parameters import parameter_table
 from moezoo.core.parameters.precision import STORED_DTYPES
 from moezoo.core.quantization.formats import QuantizationFormat
-from moezoo.core.reports.text import bytes_text, new_table, plural
+from moezoo.core.reports.text import bytes_text, new_table
 from moezoo.core.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _warnings(checkpoint: HuggingFaceCheckpoint, memory_bytes: Mapping[str, int]
     if floats:
         size = sum(memory_bytes[row.name] for row in floats)
         yield (
-            f"{len(floats)} {plural('parameter', len(floats))} of routed experts in floats ({bytes_text(size)}): a "
+            f"{counted(len(floats), 'parameter')} of routed experts in floats ({bytes_text(size)}): a "
             f"group does not divide the rows, or they were left so: {floats[0].name} {list(floats[0].shape)}, ..."
         )
     yield from checkpoint.weights.decoded_notes()

@@ -52,10 +52,3 @@ def new_table(first: str, *others: str, right: Iterable[int] = ()) -> "Table":
     for index, name in enumerate(others, start=1):
         table.add_column(name, justify="right" if index in numbers else "left", no_wrap=index in numbers)
     return table
-
-
-def plural(word: str, number: int) -> str:
-    """Return the word, with an s (`micro-batch`: es) unless the number is 1."""
-    if number == 1:
-        return word
-    return f"{word}es" if word.endswith("ch") else f"{word}s"

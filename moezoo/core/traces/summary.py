@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import SpecError, counted
 from moezoo.core.spec import ModelSpec
 from moezoo.core.traces.margins import NEAR_TIE
 from moezoo.core.traces.trace import RoutingTrace, TraceInfo
@@ -38,8 +38,8 @@ class TraceSummary:
 
     def describe(self) -> str:
         """Describe the numbers in a line."""
-        parts = [f"{self.tokens:,} tokens" + (f" ({self.generated:,} generated)" if self.generated else "")]
-        parts.append(f"{self.layers} MoE layer{'s' if self.layers > 1 else ''}")
+        parts = [counted(self.tokens, "token") + (f" ({self.generated:,} generated)" if self.generated else "")]
+        parts.append(counted(self.layers, "MoE layer"))
         parts += [] if self.loss is None else [f"loss {self.loss:.4f} nats per token"]
         parts += [] if self.near_ties is None else [f"{100 * self.near_ties:.3g} % near ties (margin < {NEAR_TIE:g})"]
         return ", ".join(parts)

@@ -134,6 +134,7 @@ def open_trace(path: str | Path) -> RoutingTrace:
 
     Raises DataError: not such a file, or a damaged one.
     """
+    _check_kind(Path(path))
     try:
         columns = _Columns(Path(path))
         info = TraceInfo.model_validate_json(columns.metadata["trace"])
@@ -145,6 +146,20 @@ def open_trace(path: str | Path) -> RoutingTrace:
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise DataError(f"{path} has invalid metadata of a trace; got {what:.200}. Record it again.") from None
     return RoutingTrace(info, columns, texts, str(path))
+
+
+def _check_kind(path: Path) -> None:
+    """Raises DataError: a file that is readable and does not begin as safetensors files do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return  # whoever reads it says why it cannot be read
+    if start[8:] != b"{":
+        raise DataError(
+            f"{path} is not a routing trace: it is no safetensors file; expected a file that `moezoo trace` wrote. "
+            "Record one with `moezoo trace MODEL --data FILE`, or convert one with `moezoo trace --from`."
+        )
 
 
 class _Columns:

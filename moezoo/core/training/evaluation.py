@@ -16,7 +16,7 @@ from moezoo.core.data.evaluation_windows import EvaluationBatch, evaluation_batc
 from moezoo.core.data.grammar.grammar import Grammar
 from moezoo.core.data.prepare import AnySplit
 from moezoo.core.data.tokenizers import CharacterTokenizer, Tokenizer
-from moezoo.core.errors import DataError
+from moezoo.core.errors import DataError, counted
 from moezoo.core.progress import Progress
 from moezoo.core.tokens import IGNORED, NOT_REPLAYED, ExpertMasks
 from moezoo.core.traces.replay import Replay
@@ -256,13 +256,13 @@ def _compare_with_source(
 
 def describe_evaluation(evaluation: Evaluation) -> str:
     """Describe the losses in nats per token and bits per byte, and the distance from a known optimum."""
-    windows = "1 window" if evaluation.windows == 1 else f"{evaluation.windows:,} windows"
+    windows = counted(evaluation.windows, "window")
     if evaluation.windows < evaluation.all_windows:
         windows = f"{evaluation.windows:,} of {evaluation.all_windows:,} windows"
     lines = [
         f"validation loss {evaluation.validation_loss:.4f} nats per token"
         + (f", {evaluation.bits_per_byte:.4f} bits per byte" if evaluation.bits_per_byte is not None else "")
-        + f"  ({windows} of {evaluation.sequence_length} tokens)"
+        + f"  ({windows} of {counted(evaluation.sequence_length, 'token')})"
     ]
     if evaluation.inference_loss is not None:
         gap = evaluation.inference_loss - evaluation.validation_loss

@@ -156,13 +156,14 @@ def routing_statistics(
     """
     rows = []
     for layer, counts, lost in zip(layers, load, dropped, strict=True):
-        share = counts / counts.sum()
+        total = max(1, int(counts.sum()))  # NaN chooses no expert
+        share = counts / total
         rows.append(
             RoutingStatistics(
                 layer=layer,
                 load=tuple(round(float(value), 6) for value in share),
                 worst_load=round(float(share.max() * len(share)), 4),
-                dropped=round(lost / int(counts.sum()), 6),
+                dropped=round(lost / total, 6),
             )
         )
     return tuple(rows)

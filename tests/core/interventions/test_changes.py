@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import DataError, SpecError
 from moezoo.core.interventions.changes import Change, Changes, describe_change, loss_changes
 from moezoo.core.interventions.experts import EVERY_EXPERT, parse_experts
 from moezoo.core.interventions.importance import describe_importance, each_expert, importance_values, ranked
@@ -49,6 +49,13 @@ def test_importance_does_not_depend_on_the_batches_and_reports_every_window():
             assert_close(*([getattr(row, name) for row in each.changes] for each in (other, found)), FLOAT64)
     values = importance_values(found)["experts"]
     assert [row["change"] for row in values] == sorted((row["change"] for row in values), reverse=True)
+
+
+def test_a_loss_that_is_nan_has_no_changes():
+    model = model_of()
+    model.weights["final_norm.scale"] = model.weights["final_norm.scale"] * np.nan
+    with pytest.raises(DataError, match=r"the loss of the whole model is nan, .* `moezoo doctor"):
+        changes_of(model, [{0: (1,)}])
 
 
 def test_the_standard_error_is_that_of_the_mean_over_windows():

@@ -39,6 +39,13 @@ def test_other_programs_may_record_experts_only(tmp_path):
         read.require("weight", purpose="the gate mass")
 
 
+@pytest.mark.parametrize("content", [b"", b"the cat sat on the mat"])
+def test_another_file_is_no_trace(tmp_path, content):
+    (tmp_path / "some.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"some\.txt is not a routing trace: .* that `moezoo trace` wrote"):
+        open_trace(tmp_path / "some.txt")
+
+
 def _fail_while_recording(path):
     trace = synthetic_trace()
     with write_trace(path, trace.info) as writer:

@@ -39,6 +39,11 @@ def test_load_is_a_share_and_worst_load_is_relative_to_uniform():
     assert row == RoutingStatistics(layer=3, load=(0.75, 0.25, 0.0, 0.0), worst_load=3.0, dropped=0.25)
 
 
+def test_a_layer_that_chose_no_expert_because_of_nan_has_no_load():
+    (row,) = routing_statistics([3], [np.zeros(4, np.int64)], [0])
+    assert (row.load, row.worst_load, row.dropped) == ((0, 0, 0, 0), 0, 0)
+
+
 def test_training_record_is_written_with_its_keys_in_order(tmp_path):
     layers = tuple(
         LayerRecord(RoutingStatistics(layer, (0.75, 0.25), worst, 0.0), {"router_z": 2.0}, {"cutoff": [0.5, 0.25]})
