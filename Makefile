@@ -10,7 +10,7 @@ FABLES := runs/fables-$(BACKEND)
 # Where it is set, each process that a test starts compiles Python anew: to import JAX's backend takes 4 s in place of 1.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train fast test test-all torture parity check dist links setup clean
+.PHONY: train fast test test-all torture parity check dist docs links setup clean
 
 train: setup
 	$(BIN)/moezoo train configs/fables.yaml --backend $(BACKEND) --out $(FABLES) $(if $(wildcard $(FABLES)/config.yaml),--resume)
@@ -49,6 +49,11 @@ dist: setup
 	rm -rf dist build
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
+
+# The site in build/site; a link that leads nowhere is an error. To read it: python -m http.server -d build/site
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]' || uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Numbers of the links to lines of code, in the writings.
 links: setup

@@ -17,7 +17,7 @@ LINK = re.compile(r"\[`([^`\n]+)`\]\(([^)\s#]+\.py)#L(\d*)\)")
 
 
 def documents() -> list[Path]:
-    pages = sorted((ROOT / "writings").glob("*.md"))
+    pages = sorted((ROOT / "writings").rglob("*.md"))
     return [*pages, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "datasets" / "README.md"]
 
 

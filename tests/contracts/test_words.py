@@ -14,7 +14,7 @@ import pytest
 from tests.support.source_tree import PACKAGE, tree_of
 
 ROOT = PACKAGE.parent
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("writings/*.md"), *ROOT.glob("datasets/*.md"), *ROOT.glob("tests/**/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("writings/**/*.md"), *ROOT.glob("datasets/*.md"), *ROOT.glob("tests/**/*.md")]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 CODE = sorted(PACKAGE.rglob("*.py"))
 

@@ -14,7 +14,7 @@ from tests.contracts.line_links import documents, line_links, line_of, renumbere
 
 ROOT = Path(__file__).parents[2]
 WRITINGS = ROOT / "writings"
-PAGES = sorted(WRITINGS.glob("*.md"))
+PAGES = sorted(WRITINGS.rglob("*.md"))
 DOCUMENTS = documents()
 STEMS = sorted(path.stem for path in (ROOT / "moezoo" / "core" / "reference").glob("*.py") if path.stem != "__init__")
 
@@ -104,8 +104,8 @@ def test_a_page_on_code_links_lines_of_the_reference_and_of_both_twins(page: Pat
 
 def test_every_page_is_in_the_index_once() -> None:
     links = relative_links(WRITINGS / "README.md")
-    pages = sorted(page.name for page in PAGES if page.name != "README.md")
-    assert sorted(link for link in links if "/" not in link) == pages
+    pages = sorted(page.relative_to(WRITINGS).as_posix() for page in PAGES if page != WRITINGS / "README.md")
+    assert sorted(link for link in links if link.endswith(".md") and not link.startswith("../")) == pages
 
 
 def merged(base: Any, part: Any) -> Any:
