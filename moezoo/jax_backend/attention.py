@@ -60,6 +60,8 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: 
 
 def temperature(spec: TemperatureTuningSpec, position_T: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.attention.temperature; float32."""
+    if spec.form == "power":
+        return jnp.exp(spec.scale * jnp.log1p((position_T + spec.first) / spec.floor_length))
     return 1 + spec.scale * jnp.log1p((position_T + spec.first) // spec.floor_length)
 
 
@@ -160,6 +162,8 @@ class GroupedQueryAttention(nnx.Module):
             self.sink = weights.parameter("sink")
         if spec.gate is not None:
             self.w_gate = weights.parameter("w_gate")
+        if spec.gate_bias:
+            self.b_gate = weights.parameter("b_gate")
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
 
@@ -258,7 +262,7 @@ class GroupedQueryAttention(nnx.Module):
         return x if clip is None else jnp.clip(x, -clip, clip)
 
     def _gated(self, attended_BTNH: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one."""
+        """Multiply the output of the heads by the sigmoid or softplus gate of the layer's input, if there is one."""
         match self.spec.gate:
             case "headwise":
                 gate = projection.einsum("BTD,DN->BTN", x_BTD, self.w_gate[...].astype(x_BTD.dtype))[..., None]
@@ -268,4 +272,8 @@ class GroupedQueryAttention(nnx.Module):
                 return attended_BTNH
             case _:
                 assert_never(self.spec.gate)
-        return (attended_BTNH * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(attended_BTNH.dtype)
+        gate = gate.astype(jnp.float32)
+        if self.spec.gate_bias:
+            gate = gate + self.b_gate[...].astype(jnp.float32)[:, None]
+        gate = jax.nn.softplus(gate) if self.spec.gate_function == "softplus" else jax.nn.sigmoid(gate)
+        return (attended_BTNH * gate).astype(attended_BTNH.dtype)

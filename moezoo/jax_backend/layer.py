@@ -86,7 +86,7 @@ class Layer(nnx.Module):
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         self.spec, self.name = spec, f"layers.{index}"
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
-        self.adapter = model.adapter
+        self.depth_scaled, self.adapter = model.depth_scaled_residual, model.adapter
         self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
         self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if spec.norm_placement != "parallel":
@@ -118,7 +118,8 @@ class Layer(nnx.Module):
         seen_BTD = self.attention_input(x_BTD)
         attended = self._attend(seen_BTD, state, inputs, key, index, sources)
         record[f"{name}.attention"] = attended.out_BTD
-        x_BTD = x_BTD + self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+        out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+        x_BTD = self._joined(x_BTD, out, 2 * index + 2)
         if self.spec.norm_placement != "parallel":
             seen_BTD = self.feed_forward_input(x_BTD)
         routing = dispatched = None
@@ -132,7 +133,8 @@ class Layer(nnx.Module):
         if self.spec.feed_forward is not None:
             out = self._block("feed_forward", inputs, key)(seen_BTD)
             record[f"{name}.feed_forward"] = out
-        x_BTD = x_BTD + self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
+        out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
+        x_BTD = self._joined(x_BTD, out, 2 * index + 3)
         x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
         if input_BTZ is not None:
             out = self._block("layer_input", inputs, key)(x_BTD, input_BTZ)
@@ -215,6 +217,13 @@ class Layer(nnx.Module):
         """Apply dropout and the residual multiplier to what is added to the residual stream."""
         out_BTD = dropout(out_BTD, self.dropout, None if key is None else fold_in(key, purpose))
         return out_BTD if self.residual_multiplier == 1 else out_BTD * self.residual_multiplier
+
+    def _joined(self, x_BTD: jax.Array, out_BTD: jax.Array, terms: int | jax.Array) -> jax.Array:
+        """Spec: moezoo.core.reference.layer._joined; in float32, cast back."""
+        if not self.depth_scaled:
+            return x_BTD + out_BTD
+        share = 1 / jnp.asarray(terms, jnp.float32)
+        return (x_BTD * jnp.sqrt(1 - share) + out_BTD * jnp.sqrt(share)).astype(x_BTD.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -58,6 +58,8 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: m
 
 def temperature(spec: TemperatureTuningSpec, position_T: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.attention.temperature; float32."""
+    if spec.form == "power":
+        return mx.exp(spec.scale * mx.log1p((position_T + spec.first) / spec.floor_length))
     return 1 + spec.scale * mx.log1p((position_T + spec.first) // spec.floor_length)
 
 
@@ -154,6 +156,8 @@ class GroupedQueryAttention(nn.Module):
             self.sink = weights.parameter("sink")
         if spec.gate is not None:
             self.w_gate = weights.parameter("w_gate")
+        if spec.gate_bias:
+            self.b_gate = weights.parameter("b_gate")
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
 
@@ -255,7 +259,7 @@ class GroupedQueryAttention(nn.Module):
         return x if clip is None else mx.clip(x, -clip, clip)
 
     def _gated(self, attended_BTNH: mx.array, x_BTD: mx.array) -> mx.array:
-        """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one."""
+        """Multiply the output of the heads by the sigmoid or softplus gate of the layer's input, if there is one."""
         match self.spec.gate:
             case "headwise":
                 gate = projection.einsum("BTD,DN->BTN", x_BTD, self.w_gate.astype(x_BTD.dtype))[..., None]
@@ -265,4 +269,8 @@ class GroupedQueryAttention(nn.Module):
                 return attended_BTNH
             case _:
                 assert_never(self.spec.gate)
-        return (attended_BTNH * mx.sigmoid(gate.astype(mx.float32))).astype(attended_BTNH.dtype)
+        gate = gate.astype(mx.float32)
+        if self.spec.gate_bias:
+            gate = gate + self.b_gate.astype(mx.float32)[:, None]
+        gate = nn.softplus(gate) if self.spec.gate_function == "softplus" else mx.sigmoid(gate)
+        return (attended_BTNH * gate).astype(attended_BTNH.dtype)

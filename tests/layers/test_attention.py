@@ -77,6 +77,13 @@ SPECS = {
     "softcap and sinks": grouped(softcap=0.8, sinks=True),
     "headwise gate": grouped(gate="headwise"),
     "elementwise gate": grouped(gate="elementwise"),
+    "softplus gate": grouped(gate="headwise", gate_function="softplus"),
+    "gate with a bias and temperature as a power": grouped(
+        gate="elementwise",
+        gate_bias=True,
+        value_head_dim=5,
+        temperature_tuning=TemperatureTuningSpec(form="power", floor_length=2, scale=0.7),
+    ),
 }
 VALUE_RESIDUAL = grouped(value_residual=True, qkv_bias=True)
 
@@ -347,6 +354,11 @@ def test_queries_keep_their_temperature_until_the_floor_length():
     assert_close(temperature(TemperatureTuningSpec(), position_T), expected, FLOAT64)
 
 
+def test_a_temperature_as_a_power_has_no_steps():
+    spec = TemperatureTuningSpec(form="power", floor_length=2048, scale=0.1)
+    assert_close(temperature(spec, np.array([0, 2047, 6143])), [(2049 / 2048) ** 0.1, 2**0.1, 4**0.1], FLOAT64)
+
+
 def test_softcap_bounds_the_ratio_of_attention_weights(twin):
     """Scores in the thousands: without softcap one token has all the weight; with 1e-3, weights are equal."""
     spec = grouped(num_kv_heads=N, softcap=1e-3, scale=1e3)
@@ -369,13 +381,15 @@ def test_softcap_bounds_the_ratio_of_attention_weights(twin):
             "softcap and sinks",
             "headwise gate",
             "elementwise gate",
+            "softplus gate",
+            "gate with a bias and temperature as a power",
         ),
     ],
 )
 def test_reference_gradient_agrees_with_finite_differences(kind):
     spec = SPECS[kind]
     values = values_of(spec)
-    names = ("w_key", "query_norm.scale", "value_norm.scale", "b_key", "sink", "w_gate")
+    names = ("w_key", "query_norm.scale", "value_norm.scale", "b_key", "sink", "w_gate", "b_gate")
     some = {name: values[name] for name in names if name in values}
     assert_reference_gradient(
         lambda x, *moved: grouped_query_attention(spec, values | dict(zip(some, moved, strict=True)), x).out_BTD,

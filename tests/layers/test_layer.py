@@ -128,6 +128,23 @@ def test_what_leaves_a_layer_is_scaled_by_a_number_that_is_not_trained(twin):
     assert not [name for name in gradients if "output_scale" in name]
 
 
+def test_a_depth_scaled_stream_is_the_sum_of_its_terms_over_the_root_of_their_number(twin):
+    layer = LayerSpec(attention=ATTENTION, moe=MOE, repeat=2)
+    spec = SPEC.model_copy(update={"layers": (layer,), "depth_scaled_residual": True})
+    weights = weights_of(spec)
+    model = twin.backend().build(spec, weights)
+    output = model.forward(TOKENS_BT, record=True)
+    assert_close(output.logits, forward(spec, in_float64(weights), TOKENS_BT)[0], FLOAT32)
+    seen, terms = output.intermediates, [output.intermediates["embedding"]]
+    for index in range(2):
+        terms += [seen[f"layers.{index}.attention"], seen[f"layers.{index}.moe"]]
+        assert_close(seen[f"layers.{index}"], sum(terms) / np.sqrt(len(terms)), FLOAT32)
+    _, gradients = loss_and_gradients(spec, in_float64(weights), TOKENS_BT, TARGET_BT)
+    assert_all_close(model.loss_and_gradients(TOKENS_BT, TARGET_BT)[1], gradients, FLOAT32_GRADIENT)
+    _, cache = model.prefill(TOKENS_BT[:, :-1], T)
+    assert_close(model.decode(TOKENS_BT[:, -1], cache)[0], output.logits[:, -1], FLOAT32)
+
+
 def test_a_layer_with_two_feed_forwards_is_refused():
     layer = {
         "attention": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 6},

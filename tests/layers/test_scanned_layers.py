@@ -61,7 +61,7 @@ ONE_BY_ONE = {
         name: tiny(name, 3)
         for name in ("noisy_top_k", "softmax_with_bias", "gating_residual", "value_residual", "global_balance")
     },
-    **{name: tiny(name, 2) for name in ("dropout", "layer_inputs", "expert_choice")},
+    **{name: tiny(name, 2) for name in ("dropout", "layer_inputs", "expert_choice", "depth_scaled")},
 }
 OPTIMIZERS = (MuonConfig(kind="muon", learning_rate=1e-3), AdafactorConfig(kind="adafactor", learning_rate=1e-3))
 ONE_BY_ONE |= {each.kind: tiny("top_k", 3).model_copy(update={"optimizer": each}) for each in OPTIMIZERS}

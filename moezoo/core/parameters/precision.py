@@ -20,7 +20,7 @@ With `precision.compute: bfloat16`:
 | indexer of sparse attention: product with w_weight, scores, index, choice and loss | float32 |
 | scale of a layer's output; result cast back | float32 |
 | inputs of layers: sum of their two halves; result cast back | float32 |
-| temperature of queries, multiplier and mix of values, sigmoid of the attention's gate; result cast back | float32 |
+| temperature of queries, multiplier and mix of values, function of the attention's gate; result cast back | float32 |
 | linear attention behind its projections: convolutions, decay, beta, state, gate; result cast back | float32 |
 | Mamba-2 behind its projections: convolutions, step, decay, state, gate, norm; result cast back | float32 |
 | short convolution: convolution and product with its output gate; result cast back | float32 |

@@ -90,11 +90,13 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: Array, position_S: Arra
 def temperature(spec: TemperatureTuningSpec, position_T: Array) -> Array:
     """Return the temperature by which queries are multiplied: `1 + scale * ln(1 + floor((t + first) / floor_length))`.
 
-    [T], one factor per position t.
+    Or, with `form: power`, `(1 + (t + first) / floor_length) ** scale`. [T], one factor per position t.
 
     Source: Nakanishi 2025, arXiv 2501.19399 (`s ln n` for n tokens).
-    Differs: Llama-4's form, which changes in steps and is 1 for the first `floor_length - first` tokens.
+    Differs: Llama-4's form, which changes in steps and is 1 for the first `floor_length - first` tokens; Beam's form.
     """
+    if spec.form == "power":
+        return np.exp(spec.scale * np.log1p((position_T + spec.first) / spec.floor_length))
     return 1 + spec.scale * np.log1p((position_T + spec.first) // spec.floor_length)
 
 
@@ -188,7 +190,7 @@ def _rotated(spec: GroupedQueryAttentionSpec, norm: Parameters, x: Array, positi
 
 
 def _gated(spec: GroupedQueryAttentionSpec, parameters: Parameters, attended_BTNH: Array, x_BTD: Array) -> Array:
-    """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one."""
+    """Multiply the output of the heads by the sigmoid or softplus gate of the layer's input, if there is one."""
     match spec.gate:
         case "headwise":
             gate = adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]
@@ -196,7 +198,9 @@ def _gated(spec: GroupedQueryAttentionSpec, parameters: Parameters, attended_BTN
             gate = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_gate"])
         case None:
             return attended_BTNH
-    return attended_BTNH / (1 + np.exp(-gate))
+    if spec.gate_bias:
+        gate = gate + parameters["b_gate"][:, None]
+    return attended_BTNH * (np.logaddexp(0, gate) if spec.gate_function == "softplus" else 1 / (1 + np.exp(-gate)))
 
 
 def _clipped(spec: GroupedQueryAttentionSpec, x: Array) -> Array:

@@ -91,7 +91,8 @@ def layer(
 
     A block f is added to the residual stream x as the layer's `norm_placement` says: `pre` x + f(norm(x)); `post`
     x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input. What is
-    added is dropped out and multiplied by `multipliers.residual`. A layer with a `shortcut` has a feed-forward and a
+    added is dropped out and multiplied by `multipliers.residual`; with `depth_scaled_residual` both terms are divided
+    by the root of how many terms there are (`_joined`). A layer with a `shortcut` has a feed-forward and a
     MoE, which both see norm(x) after attention; the MoE's output is added at the end of the next layer. Then comes the
     layer's own input, if the model has `layer_inputs`, and last, the stream is multiplied by the layer's
     `output_scale`, if it has one.
@@ -111,7 +112,7 @@ def layer(
     attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
     record[f"{name}.attention"] = attended.out_BTD
     out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
-    x_BTD = x_BTD + _added(model, out, key, ATTENTION_DROPOUT)
+    x_BTD = _joined(model, x_BTD, _added(model, out, key, ATTENTION_DROPOUT), 2 * index + 2)
     if spec.norm_placement != "parallel":
         seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
     routing = None
@@ -124,7 +125,7 @@ def layer(
         out = feed_forward(spec.feed_forward, inside(parameters, "feed_forward"), seen_BTD)
         record[f"{name}.feed_forward"] = out
     out = _norm_after(model, spec, parameters, "feed_forward", out)
-    x_BTD = x_BTD + _added(model, out, key, FEED_FORWARD_DROPOUT)
+    x_BTD = _joined(model, x_BTD, _added(model, out, key, FEED_FORWARD_DROPOUT), 2 * index + 3)
     x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
     if model.layer_inputs is not None:
         out = layer_input(model.layer_inputs, model.norm, inside(parameters, "layer_input"), x_BTD, input_BTZ)
@@ -161,6 +162,17 @@ def _added(model: ModelSpec, out_BTD: Array, key: Array | None, purpose: int) ->
     """Apply dropout and the residual multiplier to what is added to the residual stream."""
     purpose_key = None if key is None else fold_in(key, purpose)
     return model.multipliers.residual * dropout(out_BTD, model.dropout, purpose_key)
+
+
+def _joined(model: ModelSpec, x_BTD: Array, out_BTD: Array, terms: int) -> Array:
+    """Add what a block adds; it is the last of the `terms` of the stream, of which the embedding is the first.
+
+    With `depth_scaled_residual` the stream is their sum over sqrt(terms), so with terms of equal variance it keeps it.
+    Source: Reflection AI 2026 (Beam; transformers 5.23, `depth_scaled_residual_add`).
+    """
+    if not model.depth_scaled_residual:
+        return x_BTD + out_BTD
+    return x_BTD * np.sqrt(1 - 1 / terms) + out_BTD * np.sqrt(1 / terms)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

@@ -71,6 +71,7 @@ def model_in_words(spec: ModelSpec) -> str:
         ("sinusoidal positions", isinstance(spec.position, SinusoidalPositionsSpec)),
         (_norm(spec.norm), _norm(spec.norm) != _norm(RMSNormSpec())),
         *((f"{name} times {value:g}", True) for name, value in multipliers),
+        ("depth-scaled residual", spec.depth_scaled_residual),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"dropout {spec.dropout:.0%}", spec.dropout > 0),
     )
@@ -184,7 +185,8 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         ("output bias", spec.output_bias),
         (f"clipped to {spec.clip}", spec.clip is not None),
         ("sinks", spec.sinks),
-        (f"{spec.gate} gate", spec.gate is not None),
+        (f"{spec.gate} {'' if spec.gate_function == 'sigmoid' else 'softplus '}gate", spec.gate is not None),
+        ("gate bias", spec.gate_bias),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"scale {spec.scale}", spec.scale is not None),
         ("temperature by position", spec.temperature_tuning is not None),

@@ -13,9 +13,12 @@ from moezoo.core.spec.state_space import Mamba2Spec
 class TemperatureTuningSpec(Part):
     """Position-dependent query scale: query t is multiplied by `1 + scale * ln(floor((t + first) / floor_length) + 1)`.
 
-    `first`: index of the first token. Source: Nakanishi 2025, arXiv 2501.19399 (scalable softmax), in the form of
-    Llama-4; Mistral 4 counts from 0.
+    With `form: power` it is multiplied by `((t + first) / floor_length + 1) ** scale`, without steps (Beam). `first`:
+    index of the first token. Source: Nakanishi 2025, arXiv 2501.19399 (scalable softmax), in the form of Llama-4;
+    Mistral 4 counts from 0.
     """
+
+    form: Literal["steps", "power"] = "steps"
 
     floor_length: PositiveInt = 8192
     scale: PositiveFloat = 0.1
@@ -32,7 +35,8 @@ class GroupedQueryAttentionSpec(Part):
     query attends only within its own chunk of `chunk` tokens (Llama-4). `sinks`: attention sinks, a learned logit per
     head that enters the softmax and carries no value (gpt-oss; Xiao et al. 2023, arXiv 2309.17453). `gate`: the heads'
     output is multiplied by the sigmoid of a projection of the layer's input, one gate per head or per feature (Qiu et
-    al. 2025, arXiv 2505.06708). `softcap`: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118).
+    al. 2025, arXiv 2505.06708); `gate_function`: or by its softplus (Laguna); `gate_bias`: the projection has a bias
+    per head (Beam). `softcap`: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118).
     `scale` multiplies the scores; null is `1 / sqrt(head_dim)`. `clip`: queries and keys (after a norm before RoPE) and
     values are clipped to [-clip, clip] (MPT, DBRX, OLMoE). Values are `value_head_dim` wide (null: `head_dim`) and
     multiplied by `value_multiplier` (MiMo-V2); `value_norm` normalizes them per head; with `values_from_keys` values
@@ -59,6 +63,8 @@ class GroupedQueryAttentionSpec(Part):
     chunk: PositiveInt | None = None
     sinks: bool = False
     gate: Literal["headwise", "elementwise"] | None = None
+    gate_function: Literal["sigmoid", "softplus"] = "sigmoid"
+    gate_bias: bool = False
     softcap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
     temperature_tuning: TemperatureTuningSpec | None = None
@@ -88,6 +94,12 @@ class GroupedQueryAttentionSpec(Part):
                 "qk_norm",
                 "is null, but qk_norm_over or qk_norm_after_rotation is set",
                 "Add qk_norm: {}, or remove these options",
+            )
+        if self.gate is None and (self.gate_function != "sigmoid" or self.gate_bias):
+            raise impossible(
+                "gate",
+                "is null, but gate_function or gate_bias is set",
+                "Use gate: headwise or elementwise, or remove these options",
             )
         if self.window is not None and self.chunk is not None:
             raise impossible(

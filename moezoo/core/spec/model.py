@@ -159,7 +159,9 @@ class ModelSpec(Part):
     """A decoder-only language model. `vocab_size: null` in a config takes the size of the tokenizer's vocabulary.
 
     `position`: position vectors added to the embedding, in addition to those inside attention. `softcap`: logits become
-    `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `dropout`: rate of dropout on each block's residual
+    `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `depth_scaled_residual`: block i, counted from 2, the
+    attention of the first layer, adds `x sqrt(1 - 1 / i) + f(x) sqrt(1 / i)`: the residual stream is the sum of its i
+    terms over sqrt(i), and keeps its variance (Beam, transformers). `dropout`: rate of dropout on each block's residual
     update in training (Srivastava et al. 2014). `adapter`: low-rank adapters of matrices; configs have it at the top.
     """
 
@@ -171,6 +173,7 @@ class ModelSpec(Part):
     norm: NormSpec = RMSNormSpec()
     head: HeadSpec = UntiedHeadSpec()
     multipliers: MultipliersSpec = MultipliersSpec()
+    depth_scaled_residual: bool = False
     softcap: PositiveFloat | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     initializer: InitializerSpec = DepthScaledInitializerSpec()
@@ -202,6 +205,12 @@ class ModelSpec(Part):
                 f"layers[{len(self.layers) - 1}].shortcut",
                 "is true, but no later layer follows to which the MoE output could be added",
                 "Remove it, or add a layer",
+            )
+        if self.depth_scaled_residual and (self.layer_inputs is not None or any(each.shortcut for each in self.layers)):
+            raise impossible(
+                "depth_scaled_residual",
+                "is true, which counts two blocks per layer, but there are layer_inputs or a shortcut",
+                "Remove one of the two",
             )
         self._check_later_layers()
         self._check_shared_keys()

@@ -105,6 +105,16 @@ CASES = {
         f"{ATTENTION}.num_heads is 4, which is not divisible by num_kv_heads = 3 (x.yaml). Use a multiple of "
         "num_kv_heads.",
     ),
+    "gate_bias without gate": (
+        attention(gate_bias=True),
+        f"{ATTENTION}.gate is null, but gate_function or gate_bias is set (x.yaml). Use gate: headwise or elementwise, "
+        "or remove these options.",
+    ),
+    "depth_scaled_residual with layer_inputs": (
+        model(depth_scaled_residual=True, layer_inputs={"dim": 4}),
+        "model.depth_scaled_residual is true, which counts two blocks per layer, but there are layer_inputs or a "
+        "shortcut (x.yaml). Remove one of the two.",
+    ),
     "qk_norm_after_rotation without qk_norm": (
         attention(qk_norm_after_rotation=True),
         f"{ATTENTION}.qk_norm is null, but qk_norm_over or qk_norm_after_rotation is set (x.yaml). Add qk_norm: {{}}, "
