@@ -77,6 +77,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}},
     "granitemoe": {},
     "hunyuan_v1_moe": {"model_type": "hunyuan", "head_dim": None, "attention_head_dim": None},
+    "laguna": {},
     "lfm2_moe": {},
     "llama4": {},
     "longcat_flash": {},

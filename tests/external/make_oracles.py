@@ -360,11 +360,16 @@ class Routings:
                 case "Gemma4TextRouter":
                     entry.update(weight=output[1], index=output[2])
                 case _:
-                    entry.update(logits=output[0], weight=output[1], index=output[2])
+                    entry.update(logits=output[0], weight=output[1] * self._scale(kind), index=output[2])
             if kind == "PhimoeTopKRouter":
                 self.gaps.append(sparse_mixer_gap(output[0], module.router_jitter_noise))
 
         return hook
+
+    def _scale(self, kind: str) -> float:
+        """Return the factor that the block, not its router, multiplies the weighted sum of experts by."""
+        name = {"LagunaTopKRouter": "moe_routed_scaling_factor", "BeamTopKRouter": "routed_scaling_factor"}.get(kind)
+        return 1.0 if name is None else float(getattr(self.model.config, name))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return layers [M], router logits before scoring [M, T, E], sorted experts, weights [M, T, K]."""

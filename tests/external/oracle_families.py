@@ -448,6 +448,69 @@ add(
     keep_hidden=True,
     **COHERE2_MOE,
 )
+LAGUNA = dict(
+    model_type="laguna",
+    max_position_embeddings=4096,
+    num_hidden_layers=3,
+    head_dim=12,
+    num_attention_heads_per_layer=[4, 6, 2],
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    shared_expert_intermediate_size=28,
+    num_experts=7,
+    num_experts_per_tok=3,
+    moe_routed_scaling_factor=2.5,
+    moe_router_logit_softcapping=1.5,
+    gating=True,
+    layer_types=["full_attention", "sliding_attention", "full_attention"],
+    mlp_layer_types=["dense", "sparse", "sparse"],
+    sliding_window=8,
+    rope_parameters={
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 5e5,
+            "partial_rotary_factor": 0.5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 1024,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+    },
+)
+add(
+    "laguna",
+    "softplus gates per head, head counts per layer, capped router logits, half of each head with yarn on full layers",
+    keep_hidden=True,
+    **LAGUNA,
+)
+BEAM = dict(
+    model_type="beam",
+    num_hidden_layers=4,
+    head_dim=12,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    num_experts=8,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    final_logit_softcapping=5.0,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+    sliding_window=8,
+    rope_parameters={
+        "full_attention": None,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+)
+add(
+    "beam",
+    "depth-scaled residual, gates with a bias per head, RoPE on sliding layers and temperature on full ones, softcap",
+    keep_hidden=True,
+    **BEAM,
+)
 add(
     "dbrx",
     "fused and clipped q, k, v, layer norms without bias, all experts in one matrix, renormalized",

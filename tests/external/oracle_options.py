@@ -29,6 +29,7 @@ from oracle_families import (
     GROUPED,
     HUNYUAN,
     HY_V3,
+    LAGUNA,
     LLAMA4,
     MISTRAL4,
     MIXTRAL,
@@ -554,5 +555,19 @@ add(
         layer_types=["full_attention", "sliding_attention", "full_attention"],
         mlp_layer_types=["dense", "sparse", "sparse"],
         tie_word_embeddings=False,
+    ),
+)
+add(
+    "laguna_per_element",
+    "softplus gates per feature, biases, equal head counts, router logits as they are, tied head, default rotations",
+    **LAGUNA
+    | dict(
+        num_attention_heads_per_layer=None,
+        moe_routed_scaling_factor=1.0,
+        moe_router_logit_softcapping=0.0,
+        gating="per-element",
+        attention_bias=True,
+        rope_parameters=None,
+        tie_word_embeddings=True,
     ),
 )

@@ -33,6 +33,7 @@ IDLE = {
     "intermediate_size": ("dots1_plain", "lfm2_moe_plain", "qwen3_next"),
     "intermediate_size_mlp": ("llama4_text_top2",),
     "moe_layer_end_index": ("ernie4_5_moe*",),
+    "num_attention_heads": ("laguna*",),
     "sliding_window": ("dots1_plain",),
     "layer_norm_eps": ("cohere2_moe_sigmoid",),
     "norm_topk_prob": ("cohere2_moe",),

@@ -1,4 +1,4 @@
-"""Options of families whose layers with full attention have no RoPE: the parsed spec of each, and what is refused."""
+"""Options of families whose kinds of layers have their own positions, or none: the parsed spec, and what is refused."""
 
 from typing import Any
 
@@ -68,9 +68,36 @@ def test_options_of_cohere() -> None:
         ("kolibri1", {"intermediate_size": 3}, "unknown for this family: intermediate_size 3"),
         ("cohere2_moe", {"expert_selection_fn": "sparsemax"}, "expected one of softmax, sigmoid"),
         ("cohere2_moe", {"shared_expert_combination_strategy": "max"}, "expected one of average, sum"),
+        ("beam", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is .* expected an object with "),
+        ("laguna", {"gating": False}, 'gating is false; expected true, "per-head" or "per-element"'),
+        ("laguna", {"moe_apply_router_weight_on_input": True}, "weight_on_input is true; expected false"),
+        ("laguna", {"num_attention_heads_per_layer": [4, 6]}, "expected a list of 3 items"),
         ("cohere2_moe", {"sliding_window_pattern": 2}, "layer_types .* follows from sliding_window_pattern 2"),
     ],
 )
 def test_refused(case: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec_of(case, **changes)
+
+
+def test_layers_of_beam_by_default() -> None:
+    absent = dict.fromkeys(("layer_types", "mlp_layer_types", "rope_parameters"), ...)
+    spec = spec_of("beam", **absent, num_hidden_layers=8, final_logit_softcapping=None)
+    assert windows(spec) == [8, 8, 8, 8, 8, None, 8, None]
+    assert rotated(spec) == [window == 8 for window in windows(spec)]
+    assert [attention.temperature_tuning is None for attention in attentions(spec)] == rotated(spec)
+    assert [index for index, _ in spec.moes] == [3, 4, 5, 6, 7]
+    assert spec.softcap is None
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    spec = spec_of("beam", rope_parameters={"full_attention": rope, "sliding_attention": None})
+    assert rotated(spec) == [False, False, True, True]
+    assert [attention.temperature_tuning is None for attention in attentions(spec)] == [False, False, True, True]
+
+
+def test_options_of_laguna() -> None:
+    first, second, _ = attentions(spec_of("laguna", rope_parameters=...))
+    assert (first.position.base, first.position.fraction) == (5e5, 0.5)
+    assert (second.position.base, second.position.fraction) == (1e4, 1.0)
+    assert [attention.num_heads for attention in attentions(spec_of("laguna"))] == [4, 6, 2]
+    assert attentions(spec_of("laguna", gating="per-head"))[0].gate == "headwise"
+    assert first_moe(spec_of("laguna", moe_router_logit_softcapping=0.0)).router.softcap is None

@@ -208,12 +208,14 @@ def places(rule: Fused, shapes: Shapes, num_layers: int) -> Iterator[Placed]:
     """Yield every checkpoint tensor that a rule matches in a model with these parameters.
 
     A rule matches nothing in a layer without its first parameter (a dense layer has no experts) or without one of the
-    parameters in `sizes`.
+    parameters in `sizes`, nor where its first parameter has another number of axes (a gate per head, or per feature).
     """
     for layer in range(num_layers) if "{layer}" in rule.theirs else (None,):
         names = [_in_layer(part.ours, layer) for part in rule.parts]
         required = [names[0], *(_in_layer(name, layer) for name, _ in rule.sizes)]
         if any(name not in shapes for name in required):
+            continue
+        if len(shapes[names[0]]) != len(_groups(rule.parts[0].axes)):
             continue
         sizes = _sizes(rule, names, shapes, layer)
         groups = _groups(rule.axes)
