@@ -58,6 +58,16 @@ def complete_backend(ctx: click.Context, parameter: click.Parameter, incomplete:
     return [CompletionItem(name) for name in NAMES if name.startswith(incomplete)]
 
 
+def complete_accelerator(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Complete the name of an accelerator."""
+    from click.shell_completion import CompletionItem
+
+    from moezoo.core.cost.step_bound import ACCELERATORS
+
+    names = (name.replace(" ", "-") for name in ACCELERATORS)
+    return [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
+
+
 def complete_dataset(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """Complete the name of a dataset."""
     from click.shell_completion import CompletionItem

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moezoo.cli.completion import PATH, complete_config, complete_config_or_model
+from moezoo.cli.completion import PATH, complete_accelerator, complete_config, complete_config_or_model
 from moezoo.cli.options import adapter_option, devices_option, json_option, mesh_option, set_option
 from moezoo.cli.output import print_json, print_report, warn_assumed
 from moezoo.core.errors import SpecError
@@ -112,6 +112,12 @@ def _sharded(path: Path, config: "Config | None", mesh: str, devices: int | None
 @mesh_option
 @devices_option
 @click.option("--memory", metavar="80GiB", help="Memory per device, to check whether the step fits.")
+@click.option(
+    "--accelerator",
+    metavar="NAME|FIGURES",
+    shell_complete=complete_accelerator,
+    help="Also bound the seconds of a step: H100, TPU v6e, M2, ..., or 18TFLOP/s,546GB/s.",
+)
 @click.option("--formula", is_flag=True, help="Use formulas only, compile nothing.")
 @click.option("--topology", metavar="v5e:16x16", help="TPU topology to compile for; needs libtpu.")
 @json_option
@@ -121,6 +127,7 @@ def plan_command(
     mesh: str | None,
     devices: int | None,
     memory: str | None,
+    accelerator: str | None,
     formula: bool,
     topology: str | None,
     as_json: bool,
@@ -129,11 +136,13 @@ def plan_command(
 
     No accelerator is needed and no weights are allocated. Estimates by formula are shown beside XLA's program, compiled
     for simulated devices: on this mesh if it has at most 256 devices, else on a smaller one with the same axes. Deep
-    models are compiled in part. With --topology, the memory that the TPU compiler reports is shown instead.
+    models are compiled in part. With --topology, the memory that the TPU compiler reports is shown instead. With
+    --accelerator, the data sheet of a device bounds the time of a step; --memory is then its memory.
     """
     from moezoo.backends import load_planner
     from moezoo.core.config.mesh_option import load_mesh
     from moezoo.core.cost.make_plan import make_plan
+    from moezoo.core.cost.step_bound import accelerator as accelerator_of
     from moezoo.core.data.vocabulary import spec_with_real_vocab_size
     from moezoo.core.reports.plan_page import plan_page
     from moezoo.core.reports.text import memory_bytes
@@ -143,8 +152,9 @@ def plan_command(
     spec, assumed = spec_with_real_vocab_size(config)
     config = config.model_copy(update={"model": spec, "mesh": config.mesh if mesh is None else load_mesh(mesh)})
     limit = None if memory is None else memory_bytes(memory)
+    on = None if accelerator is None else accelerator_of(accelerator)
     planner = None if formula and topology is None else load_planner()
-    plan = make_plan(config, devices, limit, planner=planner, topology=topology)
+    plan = make_plan(config, devices, limit, planner=planner, topology=topology, on=on)
     warn_assumed(assumed)
     print_report(plan, lambda: plan_page(plan, str(config_path)), as_json)
 

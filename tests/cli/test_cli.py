@@ -63,7 +63,17 @@ SURFACE = {
     "plot": ["RUN...", "--out", "--json"],
     "runs": ["FOLDER", "--json"],
     "describe": ["PATH", "--set", "--mesh", "--devices", "--memory", "--adapter", "--json"],
-    "plan": ["CONFIG", "--set", "--mesh", "--devices", "--memory", "--formula", "--topology", "--json"],
+    "plan": [
+        "CONFIG",
+        "--set",
+        "--mesh",
+        "--devices",
+        "--memory",
+        "--accelerator",
+        "--formula",
+        "--topology",
+        "--json",
+    ],
     "compare": [
         *("A", "B", "--data", "--backend", "--compute", "--adapter", "--sequence-length", "--batch-size", "--windows"),
         *("--allow-overcommit", "--json"),

@@ -11,7 +11,8 @@ from click.shell_completion import ShellComplete, get_completion_class
 
 from moezoo.cli.completion import PATH
 from moezoo.cli.main import main
-from tests.support.readme import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """A wheel holds everything that a checkout has: every package, and every file that code reads."""
 
+import glob
 import tomllib
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_configs_and_recipes_that_code_reads_are_in_the_wheel():
 def test_assets_of_the_explorer_are_in_the_wheel():
     assets = ROOT / "moezoo" / "core" / "explorer" / "assets"
     assert set(assets.iterdir()) == shipped("moezoo.core.explorer") != set()
+
+
+def test_every_file_beside_the_code_is_in_the_wheel():
+    """Built and installed, the wheel is tested before a release: tests/cli/test_wheel.py."""
+    found = {Path(path) for path in glob.glob(str(ROOT / "moezoo" / "**"), recursive=True)}
+    others = {path for path in found if path.is_file() and path.suffix not in (".py", ".pyc")}
+    held = {path for package in SETUPTOOLS["package-data"] for path in shipped(package)}
+    assert others - held == {ROOT / "moezoo" / "datasets" / "README.md"}
 
 
 def test_the_package_says_that_it_has_types():

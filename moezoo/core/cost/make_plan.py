@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from moezoo.core.config.run_config import Config
 from moezoo.core.cost.communication import Collective, CollectiveKind
 from moezoo.core.cost.flops import flops_per_token
+from moezoo.core.cost.step_bound import Accelerator, StepBound, step_bound
 from moezoo.core.cost.step_plan import CompiledStep, DevicePlan, device_plan, smaller, with_same_sequences
 from moezoo.core.distributed.mesh import BATCH_AXES, MeshAxis, planned_sizes
 from moezoo.core.errors import SpecError
@@ -128,6 +129,7 @@ class Plan:
         compiled: the comparison with XLA's program, on this mesh or a smaller one; None: formula alone.
         topology: name of the TPU topology that was compiled for.
         chip: memory of one of its chips.
+        bound: least time of the step on an accelerator; None: no accelerator was named.
     """
 
     config: Config
@@ -138,6 +140,7 @@ class Plan:
     compiled: CompiledComparison | None = None
     topology: str | None = None
     chip: ChipMemory | None = None
+    bound: StepBound | None = None
 
     @property
     def devices(self) -> int:
@@ -193,6 +196,7 @@ class Plan:
             "compiled": None if self.compiled is None else self.compiled.to_json(),
             "extrapolated": self.extrapolated,
         }
+        known |= {} if self.bound is None else {"bound": self.bound.to_json()}
         return known if self.chip is None else known | {"chip": {"topology": self.topology} | self.chip.to_json()}
 
 
@@ -203,13 +207,15 @@ def make_plan(
     *,
     planner: Planner | None = None,
     topology: str | None = None,
+    on: Accelerator | None = None,
 ) -> Plan:
     """Return the plan of one training step on a mesh.
 
     Args:
         config: with a vocabulary size and a mesh, one axis of which may be `auto`.
         num_devices: number of devices; None: as many as the mesh says, or as the topology has chips.
-        memory: bytes of memory per device, to check whether the step fits.
+        memory: bytes of memory per device, to check whether the step fits; None: those of `on`, if it has a figure.
+        on: accelerator for whose figures the least time of the step is computed.
         planner: compiles the step as well, for simulated devices: on this mesh, or on a smaller one with the same axes
             if it has more devices than can be simulated in seconds. None: by formula alone.
         topology: TPU chips to compile for instead, which needs a planner; the plan then has the memory of one chip.
@@ -223,7 +229,8 @@ def make_plan(
     config = config.model_copy(update={"mesh": mesh})
     device = device_plan(config, lengths)  # rejects an impossible mesh before anything is compiled
     flops = flops_per_token(config.model, config.training.sequence_length, training=True).total
-    plan = Plan(config, lengths, device, flops, memory)
+    plan = Plan(config, lengths, device, flops, on.memory if memory is None and on is not None else memory)
+    plan = plan if on is None else replace(plan, bound=step_bound(config, device, plan.flops, on))
     if planner is None:
         return plan
     if device.memory.total > _MOST_BYTES:  # Trap: XLA ends the process if the size of an array overflows

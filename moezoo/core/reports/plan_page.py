@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moezoo.core.cost.make_plan import CompiledComparison, Plan
+from moezoo.core.cost.step_bound import StepBound
 from moezoo.core.cost.step_plan import DevicePlan
 from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.errors import counted
@@ -38,6 +39,9 @@ def plan_page(plan: Plan, where: str) -> "RenderableType":
     pieces: list[RenderableType] = [title, _memory_table(plan)]
     if plan.device.collectives:
         pieces.append(_collective_table(plan.device, plan.lengths))
+    if plan.bound is not None:
+        tokens = plan.config.training.batch_size * plan.sequence_length
+        pieces += [_bound_table(plan.bound, tokens), Text(_bound_basis(plan.bound), "yellow")]
     pieces.append(Text(_basis(plan), "yellow" if plan.extrapolated else "dim"))
     if plan.compiled is not None:
         pieces.append(_compiled_table(plan.compiled))
@@ -79,6 +83,36 @@ def _collective_table(device: DevicePlan, lengths: Mapping[MeshAxis, int]) -> "T
     table.add_section()
     table.add_row("total", "", "", "", "", bytes_text(device.sent), style="bold")
     return table
+
+
+def _bound_table(bound: StepBound, tokens: int) -> "Table":
+    table = new_table(f"least time of a step, {bound.on.name}", "", "at most", "at least", right=(1, 2, 3))
+    link = "not known" if bound.on.link is None else f"{count(bound.on.link, 'B')}/s"
+    rows = {
+        "compute": (count(bound.flops, "FLOPs"), f"{count(bound.flops_per_second, 'FLOP')}/s"),
+        "memory": (bytes_text(bound.memory_bytes), f"{count(bound.on.bandwidth, 'B')}/s"),
+        "communication": (bytes_text(bound.sent_bytes), link),
+    }
+    for name, seconds in bound.seconds_by_limit.items():
+        if seconds != 0:
+            label = f"{name}, {bound.dtype}" if name == "compute" else name
+            table.add_row(label, *rows[name], "" if seconds is None else _time(seconds))
+    table.add_section()
+    speed = f"{count(tokens / bound.seconds)} tokens/s on all devices"
+    table.add_row("the largest", "", speed, _time(bound.seconds), style="bold")
+    return table
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _bound_basis(bound: StepBound) -> str:
+    unknown = "; communication has no figure" if bound.seconds_by_limit["communication"] is None else ""
+    return (
+        f"a bound, not a measurement: from {bound.on.source}, with perfect overlap{unknown}. It counts products, "
+        "parameters, gradients and optimizer state, but no activations: every real step is slower."
+    )
 
 
 def _compiled_table(compiled: CompiledComparison) -> "Table":
