@@ -3,12 +3,14 @@
 python on_devices.py JOB...     a line of JSON for each; a JOB is JSON too: [what, config, replaced, mesh, ...]
 
     what        equal       differences of losses, gradients and steps, for each of several meshes
+                equal_mlx   the same from MLX on one device, which has nothing to compile
                 packed      the same of packed documents
                 collectives of a step
                 of_score    collectives of scoring 3 sequences
                 donated     arrays that a step writes in place
                 replayed    differences of a step, and of scores of 3 sequences, with forced routing
                 answers     everything that a model can be asked for where it was trained
+                answers_mlx the same from MLX, of an indivisible batch; of a divisible one what follows its prompts
     replaced    [old, new] in the config's text, or null
     mesh        e.g. {"data": 8}
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moezoo.backends import load_backend, missing_packages
 from moezoo.core.config.run_config import parse_config
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
@@ -49,13 +52,18 @@ def mesh_and_options(given: dict):
     return MeshConfig(**{name: value for name, value in given.items() if name not in options}), options
 
 
-def trained(config, mesh, options, windows, key, documents=None):
+def one_device(backend: str):
+    """JAX, or MLX, which other tests hold equal to it; JAX too where MLX is not installed."""
+    return JaxBackend(MeshConfig()) if backend == "jax" or missing_packages("mlx") else load_backend("mlx")
+
+
+def trained(backend, config, options, windows, key, documents=None):
     """Losses and gradients of the first step, all steps, scores, and the model.
 
     Gradients are the first moments after one step, up to a factor: so they need no program of their own. What Adafactor
     keeps instead is compared as it is.
     """
-    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
+    model = backend.build(config.model, initial_weights(config.model, 0, active_adapters=True))
     model.start_training(config.optimizer, **options)
     keys, targets = np.stack([key, key + 1]), windows[..., 1:].copy()
     targets[0, :, 3:], targets[:, 2] = IGNORED, IGNORED  # micro-batches with different numbers, a device with none
@@ -84,13 +92,18 @@ def packed(config, *meshes: dict) -> dict:
     return equal(config, *meshes, documents=ids)
 
 
-def equal(config, *meshes: dict, documents=None) -> dict:
+def equal_mlx(config, *meshes: dict) -> dict:
+    return equal(config, *meshes, alone="mlx")
+
+
+def equal(config, *meshes: dict, documents=None, alone="jax") -> dict:
     windows = np.random.default_rng(0).integers(0, VOCAB, (2, 8, 17)).astype(np.int32)
     key = np.array([1, 2], np.uint32)
-    losses, gradients, steps, scores, alone = trained(config, MeshConfig(), {}, windows, key, documents)
+    losses, gradients, steps, scores, model = trained(one_device(alone), config, {}, windows, key, documents)
     found = {}
     for given in meshes:
-        mine = trained(config, *mesh_and_options(given), windows, key, documents)
+        mesh, options = mesh_and_options(given)
+        mine = trained(JaxBackend(mesh), config, options, windows, key, documents)
         assert sorted(mine[0]) == sorted(losses)
         assert sorted(mine[1]) == sorted(gradients)
         exported = mine[4].export_parameters()
@@ -110,30 +123,24 @@ def equal(config, *meshes: dict, documents=None) -> dict:
             "state": max(
                 [apart(steps[-1].state[name], mine[2][-1].state[name]) for name in steps[-1].state], default=0.0
             ),
-            "parameters": max(apart(value, exported[name]) for name, value in alone.export_parameters().items()),
+            "parameters": max(apart(value, exported[name]) for name, value in model.export_parameters().items()),
         }
     return found
 
 
-def answered(config, mesh, options) -> tuple[dict, list]:
+def answered(backend, config, options, asked: tuple[int, ...]) -> tuple[dict, list]:
     """All that a model says where it was trained, by name, for a batch that a mesh can share equally and one it cannot.
 
-    And the tokens that follow prompts of unequal length.
+    And the tokens that follow prompts of unequal length; that and a cache's logits alone if the batch is not `asked`.
     """
-    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
+    model = backend.build(config.model, initial_weights(config.model, 0, active_adapters=True))
     model.start_training(config.optimizer, **options)
     windows = np.random.default_rng(0).integers(0, VOCAB, (1, 8, 17)).astype(np.int32)
     model.train_step(windows, 1e-3).fetch()
     found, generated = {}, []
     for batch in (8, 3):
         tokens, targets = windows[0, :batch, :-1], windows[0, :batch, 1:]
-        output = model.forward(tokens, targets, record=True)
-        named = {"logits": output.logits, **output.losses, **output.intermediates}
-        forced = [routing.expert for routing in output.routing]
-        named |= model.loss_and_gradients(tokens, targets, forced=forced)[1]
-        scores = model.score(tokens, targets, inference=True, routing=True)
-        named |= {"score": scores.token_losses, "load": scores.load, "dropped": scores.dropped}
-        named |= {f"selection.{own.layer}": own.selection for own in scores.routing}
+        named = uncached(model, tokens, targets) if batch in asked else {}
         named["prefill"], cache = model.prefill(tokens, 24)
         named["decode"], _ = model.decode(targets[:, -1], cache)
         found |= {f"{name} of {batch}": value for name, value in named.items()}
@@ -142,8 +149,24 @@ def answered(config, mesh, options) -> tuple[dict, list]:
     return found, generated
 
 
-def answers(config, given: dict) -> dict:
-    (alone, expected), (mine, generated) = (answered(config, *mesh_and_options(mesh)) for mesh in ({}, given))
+def uncached(model, tokens, targets) -> dict:
+    output = model.forward(tokens, targets, record=True)
+    named = {"logits": output.logits, **output.losses, **output.intermediates}
+    forced = [routing.expert for routing in output.routing]
+    named |= model.loss_and_gradients(tokens, targets, forced=forced)[1]
+    scores = model.score(tokens, targets, inference=True, routing=True)
+    named |= {"score": scores.token_losses, "load": scores.load, "dropped": scores.dropped}
+    return named | {f"selection.{own.layer}": own.selection for own in scores.routing}
+
+
+def answers_mlx(config, given: dict) -> dict:
+    return answers(config, given, alone="mlx", asked=(3,))
+
+
+def answers(config, given: dict, alone="jax", asked=(8, 3)) -> dict:
+    mesh, options = mesh_and_options(given)
+    mine, generated = answered(JaxBackend(mesh), config, options, asked)
+    alone, expected = answered(one_device(alone), config, {}, asked)
     assert sorted(mine) == sorted(alone)
     return {"apart": {name: apart(alone[name], mine[name]) for name in alone}, "tokens": generated == expected}
 
@@ -234,9 +257,8 @@ def donated(config, given: dict) -> dict:
 
 
 if __name__ == "__main__":
-    whats = {
-        function.__name__: function for function in (equal, packed, collectives, of_score, donated, replayed, answers)
-    }
+    every = (equal, equal_mlx, packed, collectives, of_score, donated, replayed, answers, answers_mlx)
+    whats = {function.__name__: function for function in every}
     for job in sys.argv[1:]:
         what, path, replaced, *meshes = json.loads(job)
         print(json.dumps(whats[what](config_of(Path(path), replaced), *meshes)))

@@ -167,6 +167,7 @@ def test_plan_for_a_topology_has_the_same_arguments(found, devices: int, job: st
     assert found["temporary_bytes"] > 0
 
 
+@pytest.mark.release  # the gate's cases have accumulations, of recomputed blocks
 @on(8, "formula", "top_k", {"fsdp": 4, "expert": 2}, (*EIGHT, *MICRO))
 def test_blocks_are_all_gathered_once_per_micro_batch(found, devices: int, job: str) -> None:
     """Else a device would have all parameters at once. Embedding and head, which all of a step needs, may be."""

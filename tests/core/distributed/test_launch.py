@@ -27,15 +27,16 @@ from tests.support.small_run import MODEL, write_config
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
-"""Tolerance of the loss of two processes against one over 20 steps: reordered float32 sums, amplified by updates."""
+"""Tolerance of the loss of two processes against one over 10 steps: reordered float32 sums, amplified by updates."""
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """20 steps with most losses and router states that depend on the global batch, micro-batches, and noise."""
+    """10 steps with most losses and router states that depend on the global batch, micro-batches, and noise."""
     require_backend("mlx")
     folder = tmp_path_factory.mktemp("several")
-    path = write_config(folder, steps=20, batch_size=8, gradient_accumulation=2, seed=5)
+    path = write_config(folder, steps=STEPS, batch_size=8, gradient_accumulation=2, seed=5)
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     layer: dict[str, Any] = MODEL["layers"][0]
     router = {"top_k": 2, "score": "sigmoid", "selection_bias": {"rate": 0.01}}
@@ -59,7 +60,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def two(config: Path) -> tuple[Path, str]:
-    """Run folder and output of 20 steps of two processes."""
+    """Run folder and output of 10 steps of two processes."""
     out = config.with_name("two")
     return out, train("mlx", config, out)
 
@@ -67,7 +68,7 @@ def two(config: Path) -> tuple[Path, str]:
 def test_two_processes_have_the_losses_of_one_process(config: Path, two: tuple[Path, str]) -> None:
     train("mlx", config, config.with_name("one"), count=1)
     one, other = lines(config.with_name("one")), lines(two[0])
-    assert [line["step"] for line in one] == [line["step"] for line in other] == list(range(1, 21))
+    assert [line["step"] for line in one] == [line["step"] for line in other] == list(range(1, STEPS + 1))
     for a, b in zip(one, other, strict=True):
         for key in ("loss", "cross_entropy", "global_balance", "importance", "load", "gradient_norm"):
             assert b[key] == pytest.approx(a[key], rel=10 * TOLERANCE, abs=TOLERANCE), (a["step"], key)
@@ -102,7 +103,9 @@ def test_mlx_launch_runs_the_same_training(config: Path, two: tuple[Path, str]) 
     assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(two[0])], done.stderr
 
 
-def test_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(config: Path) -> None:
+def test_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(
+    config: Path, two: tuple[Path, str]
+) -> None:
     out = config.with_name("stopped")
     running, (_, second) = begun("mlx", config, out)
     os.kill(second, signal.SIGTERM)
@@ -114,10 +117,13 @@ def test_signal_to_one_process_stops_all_after_the_same_step_and_saves_once(conf
     step = lines(out)[-1]["step"]
     assert f"after step {step} of" in output
     assert saved.step == step
-    more = ("--set", f"training.steps={step + 5}")
+    more = ("--set", f"training.steps={step + 2}")
     train("mlx", config, out, *more, "--resume")
-    train("mlx", config, config.with_name("whole"), *more)
-    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(config.with_name("whole"))]
+    whole = two[0]
+    if step + 2 > STEPS:  # on a slow machine the signal comes late
+        whole = config.with_name("whole")
+        train("mlx", config, whole, *more)
+    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(whole)][: step + 2]
 
 
 @pytest.mark.release
