@@ -21,11 +21,10 @@ class Conversation:
         messages: so far, as in transformers.
         session: the caches; `session.num_read` tokens of the last prompt were read, the others were there.
 
-    For example, with a model whose tokenizer has a template:
-
-        chat = Conversation(model, system="Be brief.", template={"enable_thinking": False}, temperature=0.0)
-        print("".join(chat.say("Which animals have hooves?")))
-        print("".join(chat.say("And which have claws?")))
+    >>> chat = Conversation(moezoo.load("models/tiny"), system="the mat", max_new_tokens=8)
+    >>> first, second = "".join(chat.say("the cat")), "".join(chat.say("the owl saw them"))
+    >>> [message["role"] for message in chat.messages]
+    ['system', 'user', 'assistant', 'user', 'assistant']
     """
 
     def __init__(

@@ -5,9 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast, overload
 
-import numpy as np
-
-from moezoo.api.prompts import Sampling, Text, TokenRows, as_texts
+from moezoo.api.prompts import Sampling, Text, TokenRows, as_texts, checked_rows
 from moezoo.core.backend import Model, Output, checked_tokens
 from moezoo.core.config.run_config import Config
 from moezoo.core.cost.fits import check_generation, check_scoring, scoring_size
@@ -203,7 +201,7 @@ class LoadedModel:
         """
         texts = [prompt] if isinstance(prompt, str) else as_texts(prompt)
         if texts is None:
-            ids = self._prompts(cast(TokenRows, prompt))
+            ids = checked_rows(self.model.spec, cast(TokenRows, prompt))
             request = self._request(ids, chat, sampling)
             if stop := sampling.get("stop"):
                 on_tokens = until_stop(self._continuations(ids, chat, stop), on_tokens)
@@ -229,6 +227,8 @@ class LoadedModel:
         self, messages: str | Sequence[ChatMessage], *, stream: bool = False, **sampling: Unpack[Sampling]
     ) -> str | Iterator[str]:
         """Answer a conversation by the tokenizer's chat template.
+
+        >>> answer = moezoo.load("models/tiny").chat("the owl saw them", max_new_tokens=8)
 
         Args:
             messages: `[{"role": "user", "content": "Hello"}, ...]`, or the text of one user message.
@@ -284,6 +284,10 @@ class LoadedModel:
         on_message: Message = warnings.warn,
     ) -> RoutingTrace:
         """Record which experts each token goes to, with the windows and losses of an evaluation.
+
+        >>> trace = moezoo.load("runs/owls").trace("text.txt", max_tokens=60)
+        >>> trace.column("expert").shape
+        (60, 2, 2)
 
         Args:
             data: a file of text or token ids, or files by the name of their domain.
@@ -388,13 +392,6 @@ class LoadedModel:
         Raises SpecError: no adapter of that name was loaded.
         """
         self._adapters.set(name)
-
-    def _prompts(self, tokens: TokenRows) -> list[Integers]:
-        """Check prompts, of equal or of different lengths."""
-        try:
-            return list(self._checked(np.asarray(tokens), "tokens"))
-        except ValueError:  # NumPy's, for rows of unequal length
-            return [self._checked(np.asarray(row)[None], "tokens")[0] for row in tokens]
 
     def _checked(self, tokens: Integers, name: str, lowest: int = 0) -> Integers:
         return checked_tokens(self.model.spec, tokens, name, lowest)

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import TypedDict, TypeVar
 
+import numpy as np
+
+from moezoo.core.backend import checked_tokens
 from moezoo.core.data.tokenizers import IdsLike
+from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import Integers
 
 Text = TypeVar("Text", str, list[str])
@@ -34,6 +38,14 @@ class Sampling(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int
     stop: Sequence[str]
+
+
+def checked_rows(spec: ModelSpec, tokens: TokenRows) -> list[Integers]:
+    """Return prompts of token ids, of equal or of different lengths. Raises DataError: as `checked_tokens`."""
+    try:
+        return list(checked_tokens(spec, np.asarray(tokens), "tokens"))
+    except ValueError:  # NumPy's, for rows of unequal length
+        return [checked_tokens(spec, np.asarray(row)[None], "tokens")[0] for row in tokens]
 
 
 def as_texts(prompts: list[str] | TokenRows) -> list[str] | None:

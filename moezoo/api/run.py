@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from moezoo.api.load import load_model
 from moezoo.api.loaded_model import LoadedModel
 from moezoo.api.ready_run import AnyConfig, quiet_data, ready_run
@@ -15,6 +13,7 @@ from moezoo.core.reports.model_words import model_in_brief
 from moezoo.core.reports.run_picture import draw_run
 from moezoo.core.runs.run_folder import load_run_config, open_run
 from moezoo.core.runs.sessions import read_sessions
+from moezoo.core.tokens import Column
 from moezoo.core.training.evaluation import Evaluation, describe_evaluation
 from moezoo.core.training.metric_columns import last_number, read_columns
 from moezoo.core.training.progress_lines import LineReporter
@@ -54,7 +53,7 @@ class Run:
         return load_run_config(self.path)
 
     @property
-    def metrics(self) -> Mapping[str, NDArray[Any]]:
+    def metrics(self) -> Mapping[str, Column]:
         """The numbers of metrics.jsonl as columns [n] by name, read anew each time; a row per logged step.
 
         `step` (int64), `tokens`, `loss`, `cross_entropy`, `validation_loss` and the others, float64, NaN in the rows

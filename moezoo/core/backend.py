@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moezoo.core.config.optimizers import OptimizerConfig
 from moezoo.core.config.training import Layers, Rematerialize
@@ -26,7 +25,7 @@ from moezoo.core.random import Bits
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.reuse import NO_REUSE, Reuse
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import ExpertMasks, Floats, Integers
+from moezoo.core.tokens import Counts, ExpertMasks, Floats, Integers
 
 
 def check_length(spec: ModelSpec, length: int, got: str) -> None:
@@ -93,7 +92,7 @@ class StepMetrics:
 
     losses: dict[str, float]
     gradient_norm: float
-    load: list[NDArray[np.int64]]
+    load: list[Counts]
     dropped: list[int]
     state: dict[str, Floats] = field(default_factory=dict)
 
@@ -109,7 +108,7 @@ class Scores:
     """
 
     token_losses: Floats
-    load: list[NDArray[np.int64]]
+    load: list[Counts]
     dropped: list[int]
     routing: list[LayerRouting] = field(default_factory=list)
 
@@ -246,7 +245,7 @@ class Model(Protocol):
         """
         ...
 
-    def own_sequences(self, batch: int) -> NDArray[np.int64]:
+    def own_sequences(self, batch: int) -> Counts:
         """Return the indices of this process's sequences in a micro-batch of B: int64 [b], ascending.
 
         With one process: all. Raises SpecError where B is not divisible.

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moezoo.core.errors import DataError
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import NOT_REPLAYED, UNUSED, Floats, Integers
+from moezoo.core.tokens import NOT_REPLAYED, UNUSED, Counts, Flags, Floats, Integers
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,15 @@ class LayerRouting:
     weight: Floats
     score: Floats
     selection: Floats
-    dropped: NDArray[np.bool_]
+    dropped: Flags
 
 
 def layer_routing(
     layer: int,
     shape: tuple[int, ...],
     expert_PK: Integers,
-    valid_PK: NDArray[np.bool_],
-    kept_PK: NDArray[np.bool_],
+    valid_PK: Flags,
+    kept_PK: Flags,
     weight_PK: Floats,
     score_PE: Floats,
     selection_PE: Floats,
@@ -59,9 +58,7 @@ def layer_routing(
     return LayerRouting(layer, *map(by_sequence, (expert_PK, weight_PK, score_PE, selection_PE, dropped_PK)))
 
 
-def combine_weights(
-    expert_PK: Integers, valid_PK: NDArray[np.bool_], kept_PK: NDArray[np.bool_], weight_PK: Floats
-) -> tuple[Integers, Floats]:
+def combine_weights(expert_PK: Integers, valid_PK: Flags, kept_PK: Flags, weight_PK: Floats) -> tuple[Integers, Floats]:
     """Return `expert` and `weight` of a LayerRouting, both [P, K], sorted.
 
     `valid_PK`: slots that the router used. `kept_PK`: assignments within the expert's capacity.
@@ -72,9 +69,7 @@ def combine_weights(
     return np.take_along_axis(expert_PK, order_PK, axis=-1), np.take_along_axis(weight_PK, order_PK, axis=-1)
 
 
-def _falling_weights(
-    expert_PK: Integers, valid_PK: NDArray[np.bool_], kept_PK: NDArray[np.bool_], weight_PK: Floats
-) -> NDArray[np.int64]:
+def _falling_weights(expert_PK: Integers, valid_PK: Flags, kept_PK: Flags, weight_PK: Floats) -> Counts:
     """Return the order of each token's slots: used ones first, by falling weight, ties by lower id."""
     return np.lexsort((expert_PK, -np.where(kept_PK, weight_PK, 0), ~valid_PK), axis=-1)
 

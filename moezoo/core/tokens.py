@@ -1,6 +1,6 @@
 """Inputs of a model: token ids, targets, masks of experts, and the array types for them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,8 +8,19 @@ from numpy.typing import NDArray
 from moezoo.core.errors import DataError
 
 Floats = NDArray[np.float32]
+"""Numbers in float32."""
 
 Integers = NDArray[np.int32]
+"""Token ids, experts or targets in int32."""
+
+Flags = NDArray[np.bool_]
+"""Truth values."""
+
+Counts = NDArray[np.int64]
+"""Numbers of tokens or assignments."""
+
+Column = NDArray[Any]
+"""One value for each row of a table, in the dtype of that column."""
 
 IGNORED = -1
 """A masked target (ignore index): the position has no cross-entropy, but auxiliary losses still include it."""

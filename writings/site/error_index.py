@@ -39,7 +39,7 @@ class ErrorMessage:
         path: of the file, relative to the package.
         line: in the file.
         function: dotted name of the function that raises it, or ''.
-        doing: first line of that function's docstring, or ''.
+        doing: first line of the docstring of that function, or else of its class; or ''.
     """
 
     kind: str
@@ -79,6 +79,12 @@ class Function:
     path: str
     name: str
     node: ast.FunctionDef
+    owner: ast.ClassDef | None = None
+
+    @property
+    def doing(self) -> str:
+        """The first line of its docstring, or else of its class's; or ''."""
+        return _first_line(self.node) or ("" if self.owner is None else _first_line(self.owner))
 
     @property
     def parameters(self) -> list[str]:
@@ -105,11 +111,12 @@ class Source:
     def _visit(self, node: ast.AST, path: str, function: Function | None, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
             inner, inside = function, prefix
+            owner = node if isinstance(node, ast.ClassDef) else function and function.owner
             match child:
                 case ast.Name() | ast.Constant() | ast.expr_context():
                     continue
                 case ast.FunctionDef(name=name):
-                    inner, inside = Function(path, prefix + name, child), f"{prefix}{name}."
+                    inner, inside = Function(path, prefix + name, child, owner), f"{prefix}{name}."
                     self.functions.setdefault(name, []).append(inner)
                 case ast.ClassDef(name=name):
                     inside = f"{prefix}{name}."
@@ -181,6 +188,10 @@ def _errors_in(function: Function) -> list[tuple[str, ast.expr]]:
     return [(_called(call), call.args[0]) for call in calls if _called(call) in source().errors]
 
 
+def _first_line(node: ast.FunctionDef | ast.ClassDef) -> str:
+    return (ast.get_docstring(node) or "").partition("\n")[0]
+
+
 def _called(call: ast.Call) -> str:
     """Return the name of the function or method that is called, '' if it has none."""
     return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
@@ -194,8 +205,7 @@ def _impossible(call: ast.Call, scope: "_Scope") -> Texts:
 
 
 def _made(kind: str, texts: Texts, node: ast.AST, path: str, function: Function | None) -> Iterator[ErrorMessage]:
-    doing = "" if function is None else (ast.get_docstring(function.node) or "").partition("\n")[0]
-    name = "" if function is None else function.name
+    name, doing = ("", "") if function is None else (function.name, function.doing)
     for text in texts:
         if sum(letter.isalpha() for letter in _without_gaps(text)) >= 4:  # else it passes a message on
             yield ErrorMessage(kind, " ".join(text.split()), path, getattr(node, "lineno", 0), name, doing)

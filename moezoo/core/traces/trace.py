@@ -5,13 +5,13 @@ Dimensions: N tokens, L MoE layers, K experts per token (the most of any layer).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moezoo.core.errors import DataError
+from moezoo.core.tokens import Column, Floats, Integers
 
 COLUMNS: Mapping[str, tuple[type[np.generic], str]] = {
     "expert": (np.int16, "NLK"),
@@ -86,19 +86,19 @@ class TraceRows:
         generated: uint8 [N], 1 for a token that the model generated.
     """
 
-    expert: NDArray[np.int16]
-    weight: NDArray[np.float32] | None = None
-    dropped: NDArray[np.uint8] | None = None
-    margin: NDArray[np.float32] | None = None
-    runner_up: NDArray[np.int16] | None = None
-    token: NDArray[np.int32] | None = None
-    loss: NDArray[np.float32] | None = None
-    document: NDArray[np.int32] | None = None
-    domain: NDArray[np.int16] | None = None
-    generated: NDArray[np.uint8] | None = None
+    expert: Column
+    weight: Floats | None = None
+    dropped: Column | None = None
+    margin: Floats | None = None
+    runner_up: Column | None = None
+    token: Integers | None = None
+    loss: Floats | None = None
+    document: Integers | None = None
+    domain: Column | None = None
+    generated: Column | None = None
 
     @property
-    def columns(self) -> dict[str, NDArray[Any]]:
+    def columns(self) -> dict[str, Column]:
         """The columns that are there, by name."""
         found = {name: getattr(self, name) for name in COLUMNS}
         return {name: column for name, column in found.items() if column is not None}
@@ -113,7 +113,7 @@ class ColumnReader(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
-    def read(self, name: str, first: int, last: int) -> NDArray[Any]:
+    def read(self, name: str, first: int, last: int) -> Column:
         """Return the rows first, ..., last - 1 of a column."""
         ...
 
@@ -122,13 +122,13 @@ class ColumnReader(Protocol):
 class _Arrays:
     """Columns in memory."""
 
-    columns: Mapping[str, NDArray[Any]]
+    columns: Mapping[str, Column]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: column.shape for name, column in self.columns.items()}
 
-    def read(self, name: str, first: int, last: int) -> NDArray[Any]:
+    def read(self, name: str, first: int, last: int) -> Column:
         return self.columns[name][first:last]
 
 
@@ -199,7 +199,7 @@ class RoutingTrace:
         read = {name: self.column(name, first, last) for name in COLUMNS if self.has(name)}
         return TraceRows(**read)
 
-    def column(self, name: str, first: int = 0, last: int | None = None) -> NDArray[Any]:
+    def column(self, name: str, first: int = 0, last: int | None = None) -> Column:
         """Return a column of the tokens first, ..., last - 1; all by default.
 
         Raises DataError: the trace has no such column, or it has invalid values.
@@ -222,7 +222,7 @@ class RoutingTrace:
         """Return the trace with another name for errors."""
         return replace(self, where=where)
 
-    def _check(self, name: str, values: NDArray[Any]) -> None:
+    def _check(self, name: str, values: Column) -> None:
         """Check the values of a column, which a file of another program may have wrong. Raises DataError."""
         if name in ("expert", "runner_up"):
             count_L = np.array(self.info.num_experts)

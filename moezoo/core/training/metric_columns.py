@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moezoo.core.errors import RunError
+from moezoo.core.tokens import Column
 from moezoo.core.training.metrics import read_metrics
 
 _MOST_COLUMNS = 200
 _LARGEST_STEP = 2**62
 
 
-def read_columns(path: Path, problems: list[str]) -> dict[str, NDArray[Any]]:
+def read_columns(path: Path, problems: list[str]) -> dict[str, Column]:
     """Read the numbers of a metrics file by name, [n] for n steps: `step` int64, all others float64.
 
     A step has one row, with the numbers of its training record and of its validation; NaN is a number that it does not
@@ -31,11 +31,11 @@ def read_columns(path: Path, problems: list[str]) -> dict[str, NDArray[Any]]:
     if len(names) > _MOST_COLUMNS or any(not 0 <= step < _LARGEST_STEP for step in rows):
         raise RunError(f"{path} has {len(names)} kinds of numbers, or impossible steps; expected metrics of training.")
     steps = sorted(rows)
-    columns: dict[str, NDArray[Any]] = {"step": np.array(steps, np.int64)}
+    columns: dict[str, Column] = {"step": np.array(steps, np.int64)}
     return columns | {name: np.array([rows[step].get(name, math.nan) for step in steps]) for name in names}
 
 
-def last_number(columns: Mapping[str, NDArray[Any]], name: str) -> float | None:
+def last_number(columns: Mapping[str, Column], name: str) -> float | None:
     """Return the last finite number of a column; None if it has none."""
     values = columns.get(name, np.zeros(0))
     known = values[np.isfinite(values)]
