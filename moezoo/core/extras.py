@@ -19,6 +19,7 @@ EXTRAS: Mapping[str, str] = {
     "jinja2": "hf",
     "starlette": "serve",
     "uvicorn": "serve",
+    "lm_eval": "eval",
 }
 """The extra that installs each optional package."""
 

@@ -47,6 +47,7 @@ LAYERS = (
     ("backends",),
     ("api",),
     ("moezoo", "server"),
+    ("evaluation_harness",),
     ("bench",),
     ("cli",),
     ("__main__",),
@@ -72,9 +73,8 @@ def module_of(path: Path) -> str:
 
 
 MODULES = {module_of(path): path for path in FILES}
-FRAMEWORK_FREE = [
-    path for path in FILES if not module_of(path).startswith(("moezoo.jax_", "moezoo.mlx_", "moezoo.bench"))
-]
+NEEDS_AN_EXTRA = ("moezoo.jax_", "moezoo.mlx_", "moezoo.bench", "moezoo.evaluation_harness.model")
+FRAMEWORK_FREE = [path for path in FILES if not module_of(path).startswith(NEEDS_AN_EXTRA)]
 
 
 def unit_of(module: str) -> str:

@@ -113,6 +113,12 @@ TOPICS = (
         "[generation](../generation.md) and [sampling](../sampling.md).",
     ),
     Topic(
+        "lm-eval",
+        ("evaluation_harness",),
+        "An option of `--model_args`, or of a task's generation, that the model cannot follow. See "
+        "[evaluation_harness](../evaluation_harness.md).",
+    ),
+    Topic(
         "Serving",
         ("server", "cli/serve.py"),
         "The server refuses a request, with this text in OpenAI's error object. See [serving](../serving.md).",

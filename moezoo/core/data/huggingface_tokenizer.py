@@ -55,6 +55,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._inner.get_vocab().values()) + 1  # len() is smaller if ids have gaps
         eos = self._inner.eos_token_id
         self.end_of_text: int | None = None if eos is None else int(eos)
+        self.beginning_of_text: int | None = self._inner.bos_token_id  # which not every tokenizer puts first
         self.padding: int | None = self._inner.pad_token_id
         self.chat_template: str | dict[str, str] | None = self._inner.chat_template
 
@@ -95,6 +96,11 @@ class HuggingFaceTokenizer:
         return dict(self._inner.special_tokens_map)
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens, which transformers' `skip_special_tokens` leaves out of a text."""
+        return frozenset(index for index, token in self._inner.added_tokens_decoder.items() if token.special)
+
+    @cached_property
     def first_tokens(self) -> tuple[int, ...]:
         """Spec: Tokenizer.first_tokens."""
         return first_tokens(self._inner.backend_tokenizer)
@@ -108,10 +114,22 @@ class HuggingFaceTokenizer:
     ) -> Ids:
         """Encode a conversation with the tokenizer's chat template, including the generation prompt.
 
+        Arguments and errors: as `chat_text`. Only special tokens of the template are used; none is added.
+        """
+        return self._encode(self.chat_text(messages, variables, generation_prompt=generation_prompt), "conversation")
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        generation_prompt: bool = True,
+    ) -> str:
+        """Return the text of a conversation by the tokenizer's chat template.
+
         `messages`: mappings as in transformers; the template sees `role`, `content` (text, a list of parts, or none
-        beside `tool_calls`) and the other fields. Only special tokens of the template are used; none is added.
-        `variables`: what it sees beside them, `{"enable_thinking": False}` for instance. `generation_prompt`: see
-        `render_chat`.
+        beside `tool_calls`) and the other fields. `variables`: what it sees beside them, `{"enable_thinking": False}`
+        for instance. `generation_prompt`: see `render_chat`.
 
         Raises TokenizerError: no chat template, or an error in the template for these messages.
         """
@@ -139,7 +157,7 @@ class HuggingFaceTokenizer:
                 "for roles system, user and assistant. Prompt without chat, or fix the template."
             ) from error
         encode_utf8(text, "chat template")  # a template can write half of a surrogate pair
-        return self._encode(text, "conversation")
+        return text
 
     def encode_turns(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, loss: Literal["assistant", "last", "all"]
