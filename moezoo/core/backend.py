@@ -118,7 +118,6 @@ class PendingStep(Protocol):
 
     def fetch(self) -> StepMetrics:
         """Wait for the metrics and return them."""
-        ...
 
 
 class PendingTokens(Protocol):
@@ -126,7 +125,9 @@ class PendingTokens(Protocol):
 
     def fetch(self) -> Integers:
         """Wait for the tokens and return them: int32 [B]. Raises DataError for logits that cannot be sampled from."""
-        ...
+
+    def logits(self) -> Floats:
+        """Wait for the model's logits at the place of these tokens, without any penalty: float32 [B, V]."""
 
 
 class PendingFiles(Protocol):
@@ -134,7 +135,6 @@ class PendingFiles(Protocol):
 
     def finish(self) -> None:
         """Wait until every process has written its files. Raises RunError where one of them failed."""
-        ...
 
 
 class Generation(Protocol):
@@ -142,11 +142,9 @@ class Generation(Protocol):
 
     def reusable(self, length: int) -> int:
         """Return after how many tokens, at most `length`, another generation may start with these caches."""
-        ...
 
     def next(self) -> PendingTokens:
         """Start computing the next token of each sequence. The previous tokens need not have been fetched."""
-        ...
 
 
 class Model(Protocol):

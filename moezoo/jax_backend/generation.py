@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moezoo.core.generation.prefill import INITIAL_CAPACITY, padded, seen_tokens, widths, widths_after
-from moezoo.core.reference.sampling import SamplingOptions, checked_logits
+from moezoo.core.reference.sampling import SamplingOptions, raise_unsampled
 from moezoo.core.reuse import Reuse
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import Integers
+from moezoo.core.tokens import Floats, Integers
 from moezoo.jax_backend.kv_cache import STATES, Cache, Caches, States, cut_back, empty_cache, states_of
 from moezoo.jax_backend.sampling import Rule, draws, penalized, rule_of, sample
 
@@ -33,8 +33,12 @@ class PendingTokens:
         """Wait for the tokens. Raises DataError as `moezoo.core.reference.sampling.sample` does."""
         tokens = np.asarray(self._tokens_B)
         if tokens.min() < 0:
-            checked_logits(np.asarray(self._logits_BV))
+            raise_unsampled(np.asarray(self._logits_BV))
         return tokens
+
+    def logits(self) -> Floats:
+        """Spec: PendingTokens.logits."""
+        return np.asarray(self._logits_BV)
 
 
 class Generation:
@@ -133,11 +137,12 @@ def prefilled(spec: ModelSpec, extend: Extend, prompts: Sequence[Integers], size
 def choose(
     logits_BV: jax.Array, rule: Rule, seen_BV: jax.Array | None, draw_B: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Sample tokens with these draws; return them, their logits, and the updated mask of tokens seen in each row."""
+    """Sample tokens with these draws; return them, the logits, and the updated mask of tokens seen in each row."""
+    allowed_BV = logits_BV
     if seen_BV is not None:
         assert rule.penalty is not None
-        logits_BV = penalized(logits_BV, seen_BV, rule.penalty)
-    tokens_B = sample(logits_BV, rule, draw_B)
+        allowed_BV = penalized(logits_BV, seen_BV, rule.penalty)
+    tokens_B = sample(allowed_BV, rule, draw_B)
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
     return tokens_B, logits_BV, seen_BV

@@ -218,7 +218,7 @@ class JaxInference:
         rule: Rule,
         seen: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None, Caches]:
-        """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
+        """Return the next tokens, the model's logits, which tokens each row has, and caches."""
         logits, caches = self._extend_values(parameters, state, tokens[:, None], caches)
         assert caches.first_B is not None
         position = caches.places - caches.first_B

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from moezoo.core.generation.prefill import INITIAL_CAPACITY, padded, seen_tokens, widths, widths_after
-from moezoo.core.reference.sampling import SamplingOptions, checked_logits
+from moezoo.core.reference.sampling import SamplingOptions, raise_unsampled
 from moezoo.core.reuse import Reuse
 from moezoo.core.spec import ModelSpec
-from moezoo.core.tokens import Integers
+from moezoo.core.tokens import Floats, Integers
 from moezoo.mlx_backend.kv_cache import STATES, Cache, Caches, States, cut_back, empty_cache, states_of
 from moezoo.mlx_backend.sampling import Rule, draws, penalized, rule_of, sample
 
@@ -34,8 +34,12 @@ class PendingTokens:
         """Wait for the tokens. Raises DataError as `moezoo.core.reference.sampling.sample` does."""
         tokens = np.array(self._tokens_B)
         if tokens.min() < 0:
-            checked_logits(np.array(self._logits_BV))
+            raise_unsampled(np.array(self._logits_BV))
         return tokens
+
+    def logits(self) -> Floats:
+        """Spec: PendingTokens.logits."""
+        return np.array(self._logits_BV)
 
 
 class Generation:
@@ -147,11 +151,12 @@ def prefilled(spec: ModelSpec, extend: Extend, prompts: Sequence[Integers], size
 def choose(
     logits_BV: mx.array, rule: Rule, seen_BV: mx.array | None, draw_B: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Sample tokens with these draws; return them, their logits, and the updated mask of tokens seen in each row."""
+    """Sample tokens with these draws; return them, the logits, and the updated mask of tokens seen in each row."""
+    allowed_BV = logits_BV
     if seen_BV is not None:
         assert rule.penalty is not None
-        logits_BV = penalized(logits_BV, seen_BV, rule.penalty)
-    tokens_B = sample(logits_BV, rule, draw_B)
+        allowed_BV = penalized(logits_BV, seen_BV, rule.penalty)
+    tokens_B = sample(allowed_BV, rule, draw_B)
     if seen_BV is not None:
         seen_BV = seen_BV | (mx.arange(seen_BV.shape[1]) == tokens_B[:, None])
     return tokens_B, logits_BV, seen_BV

@@ -165,7 +165,7 @@ class MlxInference:
         def step(
             tokens: mx.array, caches: Caches, rule: Rule, seen: mx.array | None, draw: mx.array | None
         ) -> tuple[mx.array, mx.array, mx.array | None, Caches]:
-            """Return the next tokens, the logits that they are drawn from, which tokens each row has, and caches."""
+            """Return the next tokens, the model's logits, which tokens each row has, and caches."""
             logits, caches = extended(tokens[:, None], caches)
             return *choose(logits, rule, seen, draw), caches
 

@@ -1,5 +1,6 @@
-"""Answers of a model to a request, and what one more forward pass over them tells: log-probabilities and routing."""
+"""Answers of a model to a request, with log-probabilities, and what one more forward pass over them tells."""
 
+import math
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from moezoo.api.conversation import ANSWER_TOKENS
 from moezoo.api.loaded_model import LoadedModel
 from moezoo.core.data.huggingface_tokenizer import with_template
+from moezoo.core.generation.likelihood import log_softmax, padded_length
 from moezoo.core.generation.loop import Continuation, checked_prompts
 from moezoo.core.generation.session import Session, shared_length
 from moezoo.core.layer_routing import LayerRouting
@@ -18,28 +20,36 @@ from moezoo.core.tokens import UNUSED, Floats, Integers
 from moezoo.server.requests import Request, RequestError
 
 _TEMPERATURE = 1.0  # OpenAI's default
-_SHORTEST = 16
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token, and log-probabilities in its place by the model's own logits, in nats.
+
+    Fields:
+        token: its id.
+        nats: its log-probability; NaN of the first token of a prompt.
+        top: the most probable tokens, id and log-probability, the likeliest first; none at the first token of a prompt.
+    """
+
+    token: int
+    nats: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that a token completes; `index` is that of its prompt."""
+    """Text that a token completes.
+
+    Fields:
+        index: of its choice.
+        text: may be empty.
+        scored: the tokens since the last piece that has some, if they are asked for.
+    """
 
     index: int
     text: str
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Log-probabilities of a sequence of T tokens, in nats.
-
-    Fields:
-        own: [T], of each token after those before it; that of the first one is NaN.
-        top: the most probable tokens at each place, id and log-probability, the likeliest first; none at the first.
-    """
-
-    own: Floats
-    top: list[list[tuple[int, float]]]
+    scored: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,13 @@ class Answer:
     """A finished answer.
 
     Fields:
-        index: of its prompt.
+        index: of its choice.
         text: without the prompt, an end token and a stop string.
         prompt, tokens: ids of both; an end token is one.
         num_shared: tokens of the prompt that the caches held.
         finish: OpenAI's reason: "stop" or "length".
-        scored: of prompt and answer, if asked for.
+        scored: the tokens of the answer, if asked for.
+        scored_prompt: those of the prompt, if it is echoed.
         expert: int16 [T - 1, L, K], experts of prompt and answer in the MoE layers; UNUSED in an unused slot.
     """
 
@@ -62,24 +73,31 @@ class Answer:
     tokens: list[int]
     num_shared: int
     finish: str
-    scored: Scored | None = None
+    scored: tuple[ScoredToken, ...] | None = None
+    scored_prompt: tuple[ScoredToken, ...] = ()
     expert: NDArray[np.int16] | None = None
 
 
 def answers(loaded: LoadedModel, session: Session, request: Request, most: int) -> Generator[Piece | Answer]:
-    """Yield a piece after each token, and each prompt's answer when it is finished. `most`: new tokens, at most.
+    """Yield a piece after each token, and each answer when it is finished. `most`: new tokens, at most.
+
+    Choices of prompt number p are p * n to p * n + n - 1; their seeds are the request's and those after it.
 
     Raises MoezooError: the model cannot take the request. Raises RequestError: it has no routing.
     """
     if request.routing and not loaded.model.spec.moe_layers:
         raise RequestError("the model has no MoE layer; got return_routed_experts.", "return_routed_experts")
     if request.is_chat:
-        prompt, keep = _encode_chat(loaded, request)
-        yield from _answer(loaded, session, request, 0, prompt, most, keep)
-        return
-    for index, given in enumerate(request.prompts):
-        prompt = loaded.encode_prompt(given) if isinstance(given, str) else np.asarray(given, np.int64)
-        yield from _answer(loaded, session, request, index, prompt, most)
+        prompts = [_encode_chat(loaded, request)]
+    else:
+        prompts = [(_encode(loaded, given), []) for given in request.prompts]
+    for index in range(len(prompts) * request.choices):
+        prompt, keep = prompts[index // request.choices]
+        yield from _answer(loaded, session, request, index, prompt, most, keep)
+
+
+def _encode(loaded: LoadedModel, given: str | tuple[int, ...]) -> Integers:
+    return loaded.encode_prompt(given) if isinstance(given, str) else np.asarray(given, np.int64)
 
 
 def _encode_chat(loaded: LoadedModel, request: Request) -> tuple[Integers, list[int]]:
@@ -97,32 +115,39 @@ def _answer(
     index: int,
     prompt: Integers,
     most: int,
-    keep: list[int] | None = None,
+    keep: list[int],
 ) -> Generator[Piece | Answer]:
     new_tokens = _new_tokens(loaded, request, len(prompt), most)
     (row,) = checked_prompts(loaded.model, [prompt], new_tokens)
     loaded.check_generation(1, len(row), new_tokens)
-    if request.routing or request.top is not None:
-        length = _padded_length(loaded, len(row) + new_tokens)
+    if request.looks_back:
+        length = padded_length(len(row) + new_tokens, loaded.model.spec.max_length)
         loaded.check_scoring(length, 1, length)
-    settings = dict(request.sampling)
+    settings = {**request.sampling, "seed": (request.sampling["seed"] + index % request.choices) % 2**64}
     if loaded.generation.temperature is None:
         settings.setdefault("temperature", _TEMPERATURE)
     options, ends = loaded.generation.options(**settings), loaded.end_tokens(request.is_chat)
     continuation, pieces = Continuation(loaded.tokenizer, row, ends, request.stop), []
-    told: dict[str, Any] = {"max_new_tokens": new_tokens, "options": options, "end_tokens": ends, "keep": keep or ()}
-    with closing(session.stream(row, **told)) as tokens:
+    scored: list[ScoredToken] = []
+    logits: list[Floats] = []
+    told: dict[str, Any] = {"max_new_tokens": new_tokens, "options": options, "end_tokens": ends, "keep": keep}
+    with closing(session.stream(row, **told, on_logits=None if request.top is None else logits.append)) as tokens:
+        sent = 0
         for token in tokens:
             pieces.append(continuation.add(token))
-            yield Piece(index, pieces[-1])
+            if request.top is not None:
+                scored.append(scored_token(logits.pop()[0], token, request.top))
+            yield Piece(index, pieces[-1], tuple(scored[sent:]) if pieces[-1] else ())
+            sent = len(scored) if pieces[-1] else sent
             if continuation.ended:
                 break
     pieces.append(continuation.finish())
-    yield Piece(index, pieces[-1])
+    yield Piece(index, pieces[-1], tuple(scored[sent:]))
     finish = "stop" if continuation.ended else "length"
     shared = session.num_shared if new_tokens else 0
-    answer = Answer(index, "".join(pieces), row.tolist(), continuation.tokens, shared, finish)
-    yield _looked_at(loaded, request, answer) if request.routing or request.top is not None else answer
+    own = None if request.top is None else tuple(scored)
+    answer = Answer(index, "".join(pieces), row.tolist(), continuation.tokens, shared, finish, own)
+    yield _looked_at(loaded, request, answer) if request.looks_back else answer
 
 
 def _new_tokens(loaded: LoadedModel, request: Request, length: int, most: int) -> int:
@@ -136,33 +161,22 @@ def _new_tokens(loaded: LoadedModel, request: Request, length: int, most: int) -
 def _looked_at(loaded: LoadedModel, request: Request, answer: Answer) -> Answer:
     """Return the answer with what a forward pass over it tells, with the routing of generation."""
     tokens = np.asarray([*answer.prompt, *answer.tokens], np.int32)
-    padded = np.zeros(_padded_length(loaded, len(tokens)), np.int32)
+    padded = np.zeros(padded_length(len(tokens), loaded.model.spec.max_length), np.int32)
     padded[: len(tokens)] = tokens  # causal: what comes after does not matter
     output = loaded.model.forward(padded[None], inference=True)
-    scored = None if request.top is None else scored_tokens(output.logits[0, : len(tokens)], tokens, request.top)
+    if request.echo and request.top is not None:
+        known = zip(answer.prompt[1:], output.logits[0], strict=False)
+        first = ScoredToken(answer.prompt[0], math.nan, [])
+        answer = replace(answer, scored_prompt=(first, *(scored_token(row, own, request.top) for own, row in known)))
     expert = experts_of(output.routing, len(tokens) - 1) if request.routing else None
-    return replace(answer, scored=scored, expert=expert)
+    return replace(answer, expert=expert)
 
 
-def _padded_length(loaded: LoadedModel, length: int) -> int:
-    """Return the next power of two, so that a backend that compiles sees few lengths; at most what the model can."""
-    padded = max(_SHORTEST, 1 << (length - 1).bit_length())
-    return min(padded, loaded.model.spec.max_length or padded)
-
-
-def scored_tokens(logits_TV: Floats, tokens_T: Integers, top: int) -> Scored:
-    """Return the log-probability of each token by the logits before it, and the `top` most probable ones."""
-    own = np.full(len(tokens_T), np.nan, np.float32)
-    best: list[list[tuple[int, float]]] = [[]]
-    for place in range(1, len(tokens_T)):
-        row_V = logits_TV[place - 1].astype(np.float64)
-        row_V -= row_V.max()
-        row_V -= np.log(np.exp(row_V).sum())
-        row_V = row_V.astype(np.float32)
-        own[place] = row_V[tokens_T[place]]
-        likeliest = np.argsort(-row_V, kind="stable")[:top] if top > 1 else [row_V.argmax()][:top]
-        best.append([(int(token), float(row_V[token])) for token in likeliest])
-    return Scored(own, best)
+def scored_token(logits_V: Floats, token: int, top: int) -> ScoredToken:
+    """Return a token with its log-probability, and those of the `top` most probable ones."""
+    nats_V = log_softmax(logits_V[None])[0]
+    likeliest = np.argsort(-nats_V, kind="stable")[:top] if top > 1 else [nats_V.argmax()][:top]
+    return ScoredToken(token, float(nats_V[token]), [(int(other), float(nats_V[other])) for other in likeliest])
 
 
 def experts_of(routing: list[LayerRouting], length: int) -> NDArray[np.int16]:

@@ -9,7 +9,7 @@ from moezoo.core.errors import MoezooError, SpecError, nearest, shown
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.json_text import parse_json
 
-MAX_MESSAGES, MAX_PROMPTS, MAX_STOPS, MAX_TOP = 1000, 256, 16, 20
+MAX_MESSAGES, MAX_PROMPTS, MAX_CHOICES, MAX_STOPS, MAX_TOP = 1000, 256, 16, 16, 20
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _COMPLETION_TOKENS = 16  # OpenAI's default
 
@@ -18,7 +18,6 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
     "user": None,
     "metadata": None,
     "store": None,
-    "n": (1,),
     "best_of": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -63,6 +62,7 @@ class Request:
         prompts: texts or token ids; empty in a chat.
         messages: of a chat; None: not one.
         template: variables of the chat template.
+        choices: number of answers to each prompt.
         max_tokens: number of tokens to generate, at most; None: the model's default.
         stop: texts that end an answer.
         sampling: arguments of `GenerationConfig.options`.
@@ -77,6 +77,7 @@ class Request:
     prompts: tuple[str | tuple[int, ...], ...]
     messages: tuple[Mapping[str, Any], ...] | None
     template: Mapping[str, Any]
+    choices: int
     max_tokens: int | None
     stop: tuple[str, ...]
     sampling: Mapping[str, Any]
@@ -91,6 +92,11 @@ class Request:
     def is_chat(self) -> bool:
         """True of a conversation."""
         return self.messages is not None
+
+    @property
+    def looks_back(self) -> bool:
+        """True if an answer needs a forward pass over it: for its experts, or log-probabilities of its prompt."""
+        return self.routing or (self.echo and self.top is not None)
 
 
 def parse_completion(body: bytes, model: str, most: int) -> Request:
@@ -174,16 +180,17 @@ class _Fields:
         stop = self.take("stop", _is_stop, f"a text, or a list of up to {MAX_STOPS} texts; none of them empty") or ()
         stream, options = self.flag("stream"), self.mapping("stream_options")
         routing, token_ids = self.flag("return_routed_experts"), self.flag("return_token_ids")
-        if stream and (top is not None or routing or token_ids or own["echo"]):
+        if stream and (routing or token_ids or own["echo"]):
             raise RequestError(
-                "a stream has text only; got stream with echo, logprobs, return_routed_experts or return_token_ids; "
+                "a stream has text and logprobs only; got stream with echo, return_routed_experts or return_token_ids; "
                 "expected one or the other.",
                 "stream",
             )
-        sampling = self._sampling()
+        sampling, choices = self._sampling(), self.integer("n", 1, MAX_CHOICES) or 1
         self._refuse_others()
         return Request(
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            choices=choices,
             sampling=sampling,
             stream=stream,
             stream_usage=options.get("include_usage") is True,

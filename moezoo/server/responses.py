@@ -12,7 +12,7 @@ from moezoo.core.spec import ModelSpec
 from moezoo.core.traces.formats.foreign import all_layers
 from moezoo.core.traces.formats.payloads import base64_int32, base64_npy
 from moezoo.core.traces.formats.vllm import smallest
-from moezoo.server.answers import Answer, Piece, Scored
+from moezoo.server.answers import Answer, Piece, ScoredToken
 from moezoo.server.requests import Request
 
 _LOWEST = -9999.0  # JSON has no -inf; OpenAI writes this number
@@ -35,30 +35,39 @@ class Responses:
     tokenizer: Tokenizer
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
+    _sent: dict[int, int] = field(default_factory=dict)  # characters of the tokens that a stream has had, by choice
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Return the response with all answers."""
         choices = [self._choice(answer) for answer in answers]
-        return self._framed(choices, usage=usage_of(answers))
+        return self._framed(choices, usage=self._usage(answers))
 
     def begin(self) -> list[dict[str, Any]]:
         """Return the chunks before the first piece of a stream."""
-        first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return [self._framed([first], chunk=True)] if self.request.is_chat else []
+        first = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        indices = range(self.request.choices if self.request.is_chat else 0)
+        return [self._framed([{"index": index, **first}], chunk=True) for index in indices]
 
     def chunk(self, item: Piece | Answer) -> dict[str, Any] | None:
-        """Return the chunk of a piece, or of an answer's end; None for a piece without text."""
-        if isinstance(item, Piece) and not item.text:
+        """Return the chunk of a piece, or of an answer's end; None for an empty piece."""
+        if isinstance(item, Piece) and not item.text and not item.scored:
             return None
         text, finish = ("", item.finish) if isinstance(item, Answer) else (item.text, None)
         choice: dict[str, Any] = {"index": item.index, "finish_reason": finish, "logprobs": None}
+        if isinstance(item, Piece) and item.scored:
+            choice["logprobs"] = self._logprobs(item.scored, self._sent.get(item.index, 0))
+            length = sum(len(self.tokenizer.decode([scored.token])) for scored in item.scored)
+            self._sent[item.index] = self._sent.get(item.index, 0) + length
         if self.request.is_chat:
             return self._framed([{**choice, "delta": {"content": text} if text else {}}], chunk=True)
         return self._framed([{**choice, "text": text}], chunk=True)
 
     def end(self, answers: Sequence[Answer]) -> list[dict[str, Any]]:
         """Return the chunks after the last answer of a stream."""
-        return [self._framed([], chunk=True, usage=usage_of(answers))] if self.request.stream_usage else []
+        return [self._framed([], chunk=True, usage=self._usage(answers))] if self.request.stream_usage else []
+
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        return usage_of(answers, self.request.choices)
 
     def _framed(self, choices: list[dict[str, Any]], chunk: bool = False, **more: Any) -> dict[str, Any]:
         is_chat = self.request.is_chat
@@ -77,44 +86,36 @@ class Responses:
         choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish, "logprobs": None}
         if self.request.is_chat:
             choice["message"] = {"role": "assistant", "content": answer.text}
-            if answer.scored is not None:
-                choice["logprobs"] = {"content": self._chat_logprobs(answer, answer.scored)}
         else:
             choice["text"] = (self._prompt_text(answer) if self.request.echo else "") + answer.text
-            if answer.scored is not None:
-                choice["logprobs"] = self._logprobs(answer, answer.scored)
+        if answer.scored is not None:
+            choice["logprobs"] = self._logprobs((*answer.scored_prompt, *answer.scored))
         if self.request.token_ids:
             choice |= {"prompt_token_ids": answer.prompt, "token_ids": answer.tokens}
         return choice | self._routing(answer)
 
     def _prompt_text(self, answer: Answer) -> str:
-        given = self.request.prompts[answer.index]
+        given = self.request.prompts[answer.index // self.request.choices]
         return given if isinstance(given, str) else self.tokenizer.decode(answer.prompt)
 
-    def _logprobs(self, answer: Answer, scored: Scored) -> dict[str, Any]:
-        """Return four lists with an entry for each token, those of the prompt only if it is echoed."""
-        ids, first = [*answer.prompt, *answer.tokens], 0 if self.request.echo else len(answer.prompt)
-        tokens = [self.tokenizer.decode([token]) for token in ids]
+    def _logprobs(self, scored: Sequence[ScoredToken], offset: int = 0) -> dict[str, Any]:
+        """Return the log-probabilities of tokens as OpenAI's two APIs write them; `offset`: characters before them."""
+        if self.request.is_chat:
+            entries = [
+                {**self._entry(each.token, each.nats), "top_logprobs": [self._entry(*other) for other in each.top]}
+                for each in scored
+            ]
+            return {"content": entries, "refusal": None}
+        tokens = [self.tokenizer.decode([each.token]) for each in scored]
         own, tops, offsets = [], [], []
-        offset = 0
-        for place in range(first, len(ids)):
-            value = _number(scored.own[place])
-            top = {self.tokenizer.decode([token]): _number(nats) for token, nats in reversed(scored.top[place])}
+        for text, each in zip(tokens, scored, strict=True):
+            value = _number(each.nats)
+            top = {self.tokenizer.decode([token]): _number(nats) for token, nats in reversed(each.top)}
             own.append(value)
-            tops.append(None if value is None else top | {tokens[place]: value})
+            tops.append(None if value is None else top | {text: value})
             offsets.append(offset)
-            offset += len(tokens[place])
-        return {"tokens": tokens[first:], "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
-
-    def _chat_logprobs(self, answer: Answer, scored: Scored) -> list[dict[str, Any]]:
-        first = len(answer.prompt)
-        return [
-            {
-                **self._entry(token, scored.own[first + number]),
-                "top_logprobs": [self._entry(*entry) for entry in scored.top[first + number]],
-            }
-            for number, token in enumerate(answer.tokens)
-        ]
+            offset += len(text)
+        return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
 
     def _entry(self, token: int, nats: float) -> dict[str, Any]:
         text = self.tokenizer.decode([token])
@@ -130,14 +131,14 @@ class Responses:
         return {"routed_experts": base64_npy(smallest(answer.expert)), "meta_info": meta}
 
 
-def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return the number of tokens of all answers."""
-    prompt, answer = sum(len(each.prompt) for each in answers), sum(len(each.tokens) for each in answers)
+def usage_of(answers: Sequence[Answer], choices: int) -> dict[str, Any]:
+    """Return the number of tokens of all answers, and of each prompt once for all its choices."""
+    prompt, answer = sum(len(each.prompt) for each in answers[::choices]), sum(len(each.tokens) for each in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": sum(each.num_shared for each in answers)},
+        "prompt_tokens_details": {"cached_tokens": sum(each.num_shared for each in answers[::choices])},
     }
 
 

@@ -67,9 +67,9 @@ class Served:
             return received
 
 
-def ask(served: Served, number: int, expected: dict[str, str]) -> str:
+def ask(served: Served, number: int, expected: dict[str, Any]) -> str:
     """Send one request of a kind that the number selects; return the kind, or what was wrong."""
-    prompt, kind = PROMPTS[number % len(PROMPTS)], number % 6
+    prompt, kind = PROMPTS[number % len(PROMPTS)], number % 7
     told: dict[str, Any] = {"model": "mixtral", "temperature": 0, "max_tokens": 24}
     if kind == 0:
         made = served.client.completions.create(prompt=prompt, **told)
@@ -87,7 +87,15 @@ def ask(served: Served, number: int, expected: dict[str, str]) -> str:
     if kind == 4:
         served.raw(json.dumps(long).encode(), wait_bytes=0)
         return "left at once"
-    answer = served.raw(GARBAGE[number // 6 % len(GARBAGE)])
+    if kind == 5:
+        asked = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 1}
+        chunks = [chunk.choices[0] for chunk in served.client.chat.completions.create(**asked, stream=True, **told)]
+        said = "".join(choice.delta.content or "" for choice in chunks)
+        scored = [entry for choice in chunks if choice.logprobs for entry in choice.logprobs.content]
+        greedy = all(entry.logprob == entry.top_logprobs[0].logprob for entry in scored)
+        right = said == expected[f"chat {prompt}"] and len(scored) == expected[f"tokens {prompt}"] and greedy
+        return "logprobs stream" if right else "WRONG LOGPROBS"
+    answer = served.raw(GARBAGE[number // 7 % len(GARBAGE)])
     status, body = answer.split(b" ", 2)[1], answer.partition(b"\r\n\r\n")[2]
     return "garbage" if status == b"400" and "message" in json.loads(body)["error"] else f"WRONG ERROR {answer!r:.80}"
 
@@ -101,8 +109,11 @@ def main() -> int:
         folder = write_tokenizer(write_checkpoint("mixtral", Path(made) / "mixtral"))
         model = moezoo.load(folder, backend=options.backend)
         told: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 24}
-        expected = {prompt: model.generate(prompt, **told) for prompt in PROMPTS}
+        expected: dict[str, Any] = {prompt: model.generate(prompt, **told) for prompt in PROMPTS}
         expected |= {f"chat {prompt}": model.chat(prompt, **told) for prompt in PROMPTS}
+        for prompt in PROMPTS:
+            ids = model.generate(model.encode_prompt(prompt, chat=True)[None], chat=True, **told)
+            expected[f"tokens {prompt}"] = ids.shape[1]
         served = Served(folder, options.backend)
         try:
             return check(served, expected, options.requests)
@@ -110,7 +121,7 @@ def main() -> int:
             served.process.kill()
 
 
-def check(served: Served, expected: dict[str, str], requests: int) -> int:
+def check(served: Served, expected: dict[str, Any], requests: int) -> int:
     """Do the rounds, print the table, and stop the server; return the exit status."""
     print("| round | answers | seconds | threads | MiB |\n|---|---|---|---|---|")
     states, wrong = [], 0

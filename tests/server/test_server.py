@@ -13,6 +13,7 @@ import pytest
 
 import moezoo
 from moezoo.core.errors import DataError
+from moezoo.core.generation.likelihood import likelihood_of
 from moezoo.core.generation.session import Session
 from moezoo.core.traces.formats.foreign import Known
 from moezoo.core.traces.formats.sglang import read_sglang
@@ -109,6 +110,51 @@ def test_log_probabilities_are_those_of_a_forward_pass(model):
     assert [entry["logprob"] for entry in entries] == [entry["top_logprobs"][0]["logprob"] for entry in entries]
 
 
+def test_log_probabilities_have_no_repetition_penalty(model):
+    told = {"prompt": "the owl saw", "logprobs": 0, "max_tokens": 12, "temperature": 0, "repetition_penalty": 3.0}
+    made = response(model, parse_completion, **told, return_token_ids=True)["choices"][0]
+    tokens = np.asarray([*made["prompt_token_ids"], *made["token_ids"]], np.int32)
+    logits = model.model.forward(tokens[None], inference=True).logits[0]
+    expected = [likelihood_of(logits[place : place + 1], tokens[place + 1 :][:1]).nats for place in range(len(tokens))]
+    found = made["logprobs"]["token_logprobs"]
+    np.testing.assert_allclose(found, expected[-len(found) - 1 : -1], atol=1e-5)
+    with pytest.raises(DataError, match="Use a penalty nearer to 1"):
+        response(model, parse_completion, **{**told, "repetition_penalty": 1e-44})
+
+
+@pytest.mark.parametrize("parse", [parse_completion, parse_chat])
+def test_a_stream_has_the_log_probabilities_of_the_whole_answer(model, parse):
+    """Each token once, also those whose text is held back: of a stop string, or an incomplete character."""
+    chat = parse is parse_chat
+    told = {**(USER if chat else {"prompt": "the cat"}), "temperature": 2.0, "seed": 5, "max_tokens": 40}
+    told |= {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
+    text = response(model, parse, **told)["choices"][0]
+    text = text["message"]["content"] if chat else text["text"]
+    told["stop"] = text[-5:-2]
+    whole = response(model, parse, **told)["choices"][0]
+    request, found = items(model, parse, **told, stream=True)
+    responses = Responses(request, "tiny", model.model.spec, model.tokenizer)
+    sent = [chunk["choices"][0] for item in found if (chunk := responses.chunk(item))]
+    parts = [choice["logprobs"] for choice in sent if choice["logprobs"]]
+    assert len(parts) > 3
+    assert whole["finish_reason"] == "stop"
+    for name, expected in whole["logprobs"].items():
+        assert expected is None or [entry for part in parts for entry in part[name]] == expected
+    assert all(choice["logprobs"] for choice in sent if (choice.get("text") or choice.get("delta", {}).get("content")))
+
+
+def test_choices_of_one_prompt_have_seeds_one_after_the_other(model):
+    told = {"prompt": ["the cat", "the owl"], "temperature": 2.0, "max_tokens": 8}
+    three = response(model, parse_completion, **told, seed=7, n=3, echo=True)
+    texts = [choice["text"] for choice in three["choices"]]
+    alone = [response(model, parse_completion, **told, seed=seed, echo=True)["choices"] for seed in (7, 8, 9)]
+    assert texts == [made[prompt]["text"] for prompt in (0, 1) for made in alone]
+    assert [choice["index"] for choice in three["choices"]] == list(range(6))
+    assert three["usage"]["prompt_tokens"] == sum(len(model.encode_prompt(prompt)) for prompt in told["prompt"])
+    chat = response(model, parse_chat, **USER, temperature=2.0, seed=7, n=2, max_tokens=8)["choices"]
+    assert chat[0]["message"] != chat[1]["message"]
+
+
 def test_routing_is_in_the_fields_of_vllm_and_of_sglang(model, tmp_path):
     spec = model.model.spec
     made = response(
@@ -142,9 +188,10 @@ def test_routing_is_in_the_fields_of_vllm_and_of_sglang(model, tmp_path):
         (parse_completion, {"prompt": "a", "temperature": "hot"}, "temperature", 400),
         (parse_completion, {"prompt": "a", "seed": "1"}, "seed is '1'", 400),
         (parse_completion, {"prompt": "a", "stop": [""]}, "none of them empty", 400),
-        (parse_completion, {"prompt": "a", "n": 2}, "n is 2; expected none", 400),
+        (parse_completion, {"prompt": "a", "n": 17}, "n is 17; expected an integer from 1 to 16", 400),
+        (parse_completion, {"prompt": "a", "best_of": 2}, "best_of is 2; expected none", 400),
         (parse_completion, {"prompt": "a", "max_token": 2}, "unknown field 'max_token'; did you mean max_tokens?", 400),
-        (parse_completion, {"prompt": "a", "stream": True, "logprobs": 1}, "a stream has text only", 400),
+        (parse_completion, {"prompt": "a", "stream": True, "echo": True}, "a stream has text and logprobs", 400),
         (parse_completion, {"prompt": "a", "model": "gpt"}, "model 'gpt' is not served here; expected 'tiny'", 404),
         (parse_chat, {"messages": []}, "the number of messages is 0; expected 1 to 1000", 400),
         (parse_chat, {"messages": ["a"]}, "message 0 is 'a'; expected role and content", 400),
@@ -374,7 +421,7 @@ def test_a_bug_is_status_500_and_is_told(client, monkeypatch):
     status, body = client.call("POST", "/v1/completions", b'{"prompt": "the cat"}')
     assert (status, json.loads(body)["error"]["type"]) == (500, "server_error")
     assert [type(error) for error in client.failures] == [ZeroDivisionError]
-    monkeypatch.setattr("moezoo.server.responses.usage_of", lambda answers: 1 / 0)
+    monkeypatch.setattr("moezoo.server.responses.usage_of", lambda *_: 1 / 0)
     monkeypatch.setattr(engine_module, "answers", answers)
     told = json.dumps({"prompt": "the cat", **GREEDY, "stream": True, "stream_options": {"include_usage": True}})
     status, body = client.call("POST", "/v1/completions", told.encode())

@@ -10,10 +10,13 @@ from moezoo.core.data.tokenizers import IdsLike, StreamDecoder, Tokenizer
 from moezoo.core.errors import DataError, counted
 from moezoo.core.generation.stop_strings import StopStrings
 from moezoo.core.reference.sampling import SamplingOptions
-from moezoo.core.tokens import Integers
+from moezoo.core.tokens import Floats, Integers
 
 OnTokens = Callable[[Integers], Sequence[bool] | None]
 """Called with each new column of tokens, int32 [B]; it may return which sequences end there."""
+
+OnLogits = Callable[[Floats], None]
+"""Called with the model's logits before each column is yielded, float32 [B, V]."""
 
 
 def generate(
@@ -77,6 +80,7 @@ def columns_of(
     padding: int | None = None,
     on_tokens: OnTokens | None = None,
     start: Callable[[Sequence[Integers], int, SamplingOptions], Generation] | None = None,
+    on_logits: OnLogits | None = None,
 ) -> Iterator[Integers]:
     """Yield what `stream_ids` does, of checked prompts; `start`: in place of the model's `start_generation`."""
     if padding is not None and not 0 <= padding < model.spec.vocab:
@@ -88,7 +92,10 @@ def columns_of(
     pending = generation.next()
     for index in range(max_new_tokens):
         following = generation.next() if index + 1 < max_new_tokens else pending
-        column, pending = pending.fetch(), following
+        column = pending.fetch()
+        if on_logits is not None:
+            on_logits(pending.logits())
+        pending = following
         if ended.any():
             column = np.where(ended, previous if padding is None else np.int32(padding), column).astype(np.int32)
         ended |= np.isin(column, list(end_tokens))

@@ -1,11 +1,12 @@
 """Several generations, one after another, on the same caches: turns of a chat, requests that begin alike."""
 
 from collections.abc import Collection, Generator, Sequence
+from typing import Any
 
 import numpy as np
 
 from moezoo.core.backend import Generation, Model
-from moezoo.core.generation.loop import checked_prompts, columns_of
+from moezoo.core.generation.loop import OnLogits, checked_prompts, columns_of
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.reuse import Reuse
 from moezoo.core.tokens import Integers
@@ -36,11 +37,13 @@ class Session:
         options: SamplingOptions,
         end_tokens: Collection[int] = (),
         keep: Collection[int] = (),
+        on_logits: OnLogits | None = None,
     ) -> Generator[int]:
         """Yield the tokens that `generate` returns for this prompt, int32 [T]; the caller may close it at any.
 
         `keep`: numbers of tokens after which a later prompt may differ from this one. A model with recurrent states or
-        windows starts there again; one with full caches, at any token.
+        windows starts there again; one with full caches, at any token. `on_logits`: called with the model's logits
+        [1, V] before each token.
 
         Raises DataError: as `generate`.
         """
@@ -58,7 +61,8 @@ class Session:
             generation = self._model.start_generation([row], new_tokens, options, reuse)
             return generation
 
-        for column in columns_of(self._model, [row], max_new_tokens, options, end_tokens, start=start):
+        told: dict[str, Any] = {"start": start, "on_logits": on_logits}
+        for column in columns_of(self._model, [row], max_new_tokens, options, end_tokens, **told):
             tokens.append(int(column[0]))
             assert generation is not None
             self._held = generation, tokens

@@ -152,6 +152,12 @@ def checked_logits(logits_BV: Logits) -> npt.NDArray[np.float64]:
     return logits
 
 
+def raise_unsampled(logits_BV: Logits) -> NoReturn:
+    """Raise DataError: no token could be sampled from these logits, or not with the penalty that they had."""
+    checked_logits(logits_BV)
+    raise DataError("the repetition penalty makes logits infinite; expected finite ones. Use a penalty nearer to 1.")
+
+
 def _is(types: tuple[type, ...], value: object) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 

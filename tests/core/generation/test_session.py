@@ -44,10 +44,15 @@ def built(twin, name, **of_layers):
 def answered(session, model, prompt, keep=(), options=GREEDY, stop_after=6):
     """Return the tokens of an answer, which are those of a generation that reads everything."""
     found = []
-    for token in session.stream(np.array(prompt), max_new_tokens=6, options=options, keep=keep):
+    logits: list[np.ndarray] = []
+    told = {"max_new_tokens": 6, "options": options, "keep": keep, "on_logits": logits.append}
+    for token in session.stream(np.array(prompt), **told):
         found.append(token)
+        if options is GREEDY:
+            assert (logits[-1].argmax(), logits[-1].shape) == (token, (1, model.spec.vocab))
         if len(found) == stop_after:
             break
+    assert len(logits) == len(found)
     assert found == generate(model, [prompt], max_new_tokens=6, options=options)[0].tolist()[:stop_after]
     return found
 
