@@ -15,6 +15,7 @@ from moezoo.core.spec import (
     LatentAttentionSpec,
     Mamba2Spec,
     ModelSpec,
+    NoAttentionSpec,
     ShortConvolutionSpec,
 )
 from moezoo.jax_backend.arrays import DTYPES
@@ -83,7 +84,7 @@ class RollingCache(NamedTuple):
 
 
 class SharedCache(NamedTuple):
-    """Number of tokens, for a layer that attends to the keys and values of another layer."""
+    """Number of tokens, for a layer that attends to the keys and values of another layer, or to nothing."""
 
     length: jax.Array
 
@@ -201,7 +202,7 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
     caches: list[Cache] = []
     for layer, reach in zip(spec.all_layers, spec.reaches, strict=True):
         match layer.attention:
-            case GroupedQueryAttentionSpec(keys_of_layer=int()):
+            case GroupedQueryAttentionSpec(keys_of_layer=int()) | NoAttentionSpec():
                 caches.append(SharedCache(jnp.zeros((), jnp.int32)))
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
                 kept = size if reach is None else min(size, reach)

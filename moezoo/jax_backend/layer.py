@@ -12,13 +12,14 @@ from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT
 from moezoo.core.spec import (
     LayerSpec,
     ModelSpec,
+    NoAttentionSpec,
 )
 from moezoo.jax_backend.adapter import keyed
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
-from moezoo.jax_backend.kv_cache import Attended, Cache, Caches, Source
+from moezoo.jax_backend.kv_cache import Attended, Cache, Caches, SharedCache, Source
 from moezoo.jax_backend.layer_inputs import LayerInput
 from moezoo.jax_backend.mixer import mix, mixer
 from moezoo.jax_backend.moe import Exchange, MoE
@@ -87,12 +88,14 @@ class Layer(nnx.Module):
         self.spec, self.name = spec, f"layers.{index}"
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.depth_scaled, self.adapter = model.depth_scaled_residual, model.adapter
-        self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
-        self.attention = mixer(spec.attention, weights.inside("attention"), index)
-        if spec.norm_placement != "parallel":
+        if not isinstance(spec.attention, NoAttentionSpec):
+            self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
+            self.attention = mixer(spec.attention, weights.inside("attention"), index)
+        if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
-        if spec.norm_placement == "sandwich":
+        if spec.norm_placement == "sandwich" and spec.has_mixer:
             self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
+        if spec.norm_placement == "sandwich" and not spec.mixer_only:
             self.feed_forward_output_norm = norm(model.norm, weights.inside("feed_forward_output_norm"))
         if spec.feed_forward is not None:
             self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
@@ -115,12 +118,13 @@ class Layer(nnx.Module):
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
         x_BTD = state.x_BTD
-        seen_BTD = self.attention_input(x_BTD)
+        seen_BTD = self.attention_input(x_BTD) if self.spec.has_mixer else x_BTD
         attended = self._attend(seen_BTD, state, inputs, key, index, sources)
-        record[f"{name}.attention"] = attended.out_BTD
-        out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
-        x_BTD = self._joined(x_BTD, out, 2 * index + 2)
-        if self.spec.norm_placement != "parallel":
+        if self.spec.has_mixer:
+            record[f"{name}.attention"] = attended.out_BTD
+            out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+            x_BTD = self._joined(x_BTD, out, 2 * index + 2)
+        if self.spec.norm_placement != "parallel" and not self.spec.mixer_only:
             seen_BTD = self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
@@ -133,8 +137,9 @@ class Layer(nnx.Module):
         if self.spec.feed_forward is not None:
             out = self._block("feed_forward", inputs, key)(seen_BTD)
             record[f"{name}.feed_forward"] = out
-        out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
-        x_BTD = self._joined(x_BTD, out, 2 * index + 3)
+        if not self.spec.mixer_only:
+            out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
+            x_BTD = self._joined(x_BTD, out, 2 * index + 3)
         x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
         if input_BTZ is not None:
             out = self._block("layer_input", inputs, key)(x_BTD, input_BTZ)
@@ -159,8 +164,12 @@ class Layer(nnx.Module):
         cache, first_B = None, None
         if inputs.caches is not None:
             cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
+        spec = self.spec.attention
+        if isinstance(spec, NoAttentionSpec):
+            assert isinstance(cache, SharedCache | None)
+            return Attended(x_BTD, None if cache is None else cache.extend(x_BTD.shape[1]), None, None)
         return mix(
-            self.spec.attention,
+            spec,
             self._block("attention", inputs, key),
             x_BTD,
             cache,

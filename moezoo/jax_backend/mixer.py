@@ -7,11 +7,11 @@ import jax
 from flax import nnx
 
 from moezoo.core.spec import (
-    AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MixerSpec,
     ShortConvolutionSpec,
 )
 from moezoo.jax_backend.arrays import Weights
@@ -24,7 +24,7 @@ from moezoo.jax_backend.positions import Documents
 from moezoo.jax_backend.short_convolution import ShortConvolution
 
 
-def mixer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Module:
+def mixer(spec: MixerSpec, weights: Weights, index: int) -> nnx.Module:
     """Return the mixer of layer `index`, a module with the arguments of `mix` and a result of `Attended`."""
     match spec:
         case GroupedQueryAttentionSpec():
@@ -42,7 +42,7 @@ def mixer(spec: AttentionSpec, weights: Weights, index: int) -> nnx.Module:
 
 
 def mix(
-    spec: AttentionSpec,
+    spec: MixerSpec,
     block: Callable[..., Any],
     x_BTD: jax.Array,
     cache: Cache | None = None,

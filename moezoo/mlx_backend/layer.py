@@ -11,6 +11,7 @@ from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT
 from moezoo.core.spec import (
     LayerSpec,
     ModelSpec,
+    NoAttentionSpec,
 )
 from moezoo.mlx_backend.adapter import keyed
 from moezoo.mlx_backend.arrays import Weights
@@ -84,12 +85,14 @@ class Layer(nn.Module):
         self.spec = spec
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.depth_scaled, self.adapter = model.depth_scaled_residual, model.adapter
-        self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
-        self.attention = mixer(spec.attention, weights.inside("attention"), index)
-        if spec.norm_placement != "parallel":
+        if not isinstance(spec.attention, NoAttentionSpec):
+            self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
+            self.attention = mixer(spec.attention, weights.inside("attention"), index)
+        if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
-        if spec.norm_placement == "sandwich":
+        if spec.norm_placement == "sandwich" and spec.has_mixer:
             self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
+        if spec.norm_placement == "sandwich" and not spec.mixer_only:
             self.feed_forward_output_norm = norm(model.norm, weights.inside("feed_forward_output_norm"))
         if spec.feed_forward is not None:
             self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
@@ -112,12 +115,13 @@ class Layer(nn.Module):
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
         x_BTD = state.x_BTD
-        seen_BTD = self.attention_input(x_BTD)
+        seen_BTD = self.attention_input(x_BTD) if self.spec.has_mixer else x_BTD
         attended = self._attend(seen_BTD, state, inputs, key, index, sources)
-        record[f"{name}.attention"] = attended.out_BTD
-        out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
-        x_BTD = self._joined(x_BTD, out, 2 * index + 2)
-        if self.spec.norm_placement != "parallel":
+        if self.spec.has_mixer:
+            record[f"{name}.attention"] = attended.out_BTD
+            out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+            x_BTD = self._joined(x_BTD, out, 2 * index + 2)
+        if self.spec.norm_placement != "parallel" and not self.spec.mixer_only:
             seen_BTD = self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
@@ -130,8 +134,9 @@ class Layer(nn.Module):
         if self.spec.feed_forward is not None:
             out = self._block("feed_forward", inputs, key)(seen_BTD)
             record[f"{name}.feed_forward"] = out
-        out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
-        x_BTD = self._joined(x_BTD, out, 2 * index + 3)
+        if not self.spec.mixer_only:
+            out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
+            x_BTD = self._joined(x_BTD, out, 2 * index + 3)
         x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
         if input_BTZ is not None:
             out = self._block("layer_input", inputs, key)(x_BTD, input_BTZ)
@@ -158,8 +163,12 @@ class Layer(nn.Module):
             cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
             if inputs.caches.spent:
                 inputs.caches.layers[index] = SharedCache(inputs.caches.places)
+        spec = self.spec.attention
+        if isinstance(spec, NoAttentionSpec):
+            assert isinstance(cache, SharedCache | None)
+            return Attended(x_BTD, None if cache is None else cache.extend(x_BTD.shape[1]), None, None)
         return mix(
-            self.spec.attention,
+            spec,
             self._block("attention", inputs, key),
             x_BTD,
             cache,

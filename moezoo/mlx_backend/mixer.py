@@ -7,11 +7,11 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.spec import (
-    AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MixerSpec,
     ShortConvolutionSpec,
 )
 from moezoo.mlx_backend.arrays import Weights
@@ -24,7 +24,7 @@ from moezoo.mlx_backend.positions import Documents
 from moezoo.mlx_backend.short_convolution import ShortConvolution
 
 
-def mixer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Module:
+def mixer(spec: MixerSpec, weights: Weights, index: int) -> nn.Module:
     """Return the mixer of layer `index`, a module with the arguments of `mix` and a result of `Attended`."""
     match spec:
         case GroupedQueryAttentionSpec():
@@ -42,7 +42,7 @@ def mixer(spec: AttentionSpec, weights: Weights, index: int) -> nn.Module:
 
 
 def mix(
-    spec: AttentionSpec,
+    spec: MixerSpec,
     block: Callable[..., Any],
     x_BTD: mx.array,
     cache: Cache | None = None,

@@ -13,6 +13,7 @@ from moezoo.core.spec import (
     LayerSpec,
     ModelSpec,
     MoESpec,
+    NoAttentionSpec,
     RouterSpec,
     RouterZLossSpec,
     SharedExpertsSpec,
@@ -153,3 +154,32 @@ def test_a_layer_with_two_feed_forwards_is_refused():
     }
     with pytest.raises(SpecError, match=r"layers\[0\] has both feed_forward and moe \(config\). Set exactly one"):
         validate(ModelSpec, {"embed_dim": 8, "layers": [layer]}, "config")
+
+
+def test_layers_of_one_block_add_only_this_block(twin):
+    """With two norms in place of four, the same numbers as one layer of both blocks; decoding counts their tokens."""
+    alone = (
+        LayerSpec(attention=ATTENTION, mixer_only=True),
+        LayerSpec(attention=NoAttentionSpec(), feed_forward=GatedFeedForwardSpec(hidden_dim=F)),
+        LayerSpec(attention=NoAttentionSpec(), moe=MOE),
+    )
+    spec = SPEC.model_copy(update={"layers": alone})
+    weights = weights_of(spec)
+    assert [name for name in weights if "norm" in name and "layers" in name] == [
+        "layers.0.attention_norm.scale",
+        "layers.1.feed_forward_norm.scale",
+        "layers.2.feed_forward_norm.scale",
+    ]
+    model = twin.backend().build(spec, weights)
+    output = model.forward(TOKENS_BT, record=True)
+    seen, x = output.intermediates, output.intermediates["embedding"]
+    for index, block in enumerate(("attention", "feed_forward", "moe")):
+        x = x + seen[f"layers.{index}.{block}"]
+        assert_close(seen[f"layers.{index}"], x, FLOAT32)
+    both = SPEC.model_copy(update={"layers": (alone[1].model_copy(update={"attention": ATTENTION}), alone[2])})
+    renamed = {
+        name.replace("layers.1.", "layers.0.").replace("layers.2.", "layers.1."): weights[name] for name in weights
+    }
+    assert_close(output.logits, forward(both, in_float64(renamed), TOKENS_BT).logits_BTV, FLOAT32)
+    _, cache = model.prefill(TOKENS_BT[:, :-1], T)
+    assert_close(model.decode(TOKENS_BT[:, -1], cache)[0], output.logits[:, -1], FLOAT32)

@@ -5,13 +5,13 @@ from typing import get_args
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.mixer import mix
 from moezoo.core.spec import (
-    AttentionSpec,
     GatedDeltaAttentionSpec,
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     LayerSpec,
     Mamba2Spec,
+    MixerSpec,
     ModelSpec,
     ShortConvolutionSpec,
 )
@@ -29,7 +29,7 @@ SPECS = (
 
 
 def test_every_kind_has_its_own_module(twin: Twin):
-    assert {type(spec) for spec in SPECS} == set(get_args(get_args(AttentionSpec)[0]))
+    assert {type(spec) for spec in SPECS} == set(get_args(MixerSpec))
     layers = tuple(LayerSpec(attention=spec, feed_forward=GatedFeedForwardSpec(hidden_dim=F)) for spec in SPECS)
     weights = twin.weights(initial_weights(ModelSpec(vocab_size=V, embed_dim=D, layers=layers), seed=0))
     mixer = twin.module("mixer").mixer

@@ -13,6 +13,7 @@ from moezoo.core.spec import (
     LatentAttentionSpec,
     Mamba2Spec,
     ModelSpec,
+    NoAttentionSpec,
     ShortConvolutionSpec,
 )
 
@@ -112,7 +113,7 @@ def _score_flops(attention: AttentionSpec, length: int) -> Fraction:
             return Fraction(6 * heads * attention.key_head_dim * attention.value_head_dim)
         case Mamba2Spec(num_heads=heads):
             return Fraction(4 * heads * attention.state_dim * attention.head_dim)
-        case ShortConvolutionSpec():
+        case ShortConvolutionSpec() | NoAttentionSpec():
             return Fraction(0)
         case _:
             assert_never(attention)

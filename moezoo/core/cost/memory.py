@@ -27,6 +27,7 @@ from moezoo.core.spec import (
     LayerSpec,
     Mamba2Spec,
     ModelSpec,
+    NoAttentionSpec,
     PlainFeedForwardSpec,
     ShortConvolutionSpec,
 )
@@ -72,7 +73,7 @@ def _cached_numbers(attention: AttentionSpec) -> int:
             return attention.num_kv_heads * (attention.head_dim + attention.value_dim)
         case LatentAttentionSpec(indexer=indexer):
             return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
-        case GatedDeltaAttentionSpec() | ShortConvolutionSpec() | Mamba2Spec():
+        case GatedDeltaAttentionSpec() | ShortConvolutionSpec() | Mamba2Spec() | NoAttentionSpec():
             return 0
         case _:
             assert_never(attention)
@@ -217,7 +218,8 @@ def layer_activation_bytes(
     shards = shards or {}
     heads, projected = attention_widths(layer.attention, embed_dim)
     head_shards = shards.get("head", 1)
-    saved = compute * (4 * embed_dim + Fraction(3 * projected, head_shards))
+    blocks = int(layer.has_mixer) + int(not layer.mixer_only)
+    saved = compute * (2 * blocks * embed_dim + Fraction(3 * projected, head_shards))
     saved += Fraction(_FLOAT32_BYTES * heads * length, head_shards)
 
     def hidden(feed_forward: FeedForwardSpec) -> Fraction:
@@ -272,6 +274,8 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
             return 0, keys + 2 * attention.num_heads * attention.head_dim
         case ShortConvolutionSpec():
             return 0, 2 * embed_dim
+        case NoAttentionSpec():
+            return 0, 0
         case _:
             assert_never(attention)
 

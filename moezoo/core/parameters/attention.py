@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    NoAttentionSpec,
     ShortConvolutionSpec,
 )
 
@@ -28,6 +29,8 @@ def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> It
             yield from _short_convolution(rows, name, spec)
         case Mamba2Spec():
             yield from mamba2_rows(rows, name, spec)
+        case NoAttentionSpec():
+            pass
         case _:
             assert_never(spec)
 

@@ -44,17 +44,18 @@ def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
 
 def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | None) -> Iterator[Parameter]:
     norm, shape, axes = rows.spec.norm, (rows.embed_dim,), ("embed",)
-    yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
+    if layer.has_mixer:
+        yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
     yield from attention_rows(rows, f"{name}.attention", layer.attention, index)
-    if layer.norm_placement == "sandwich":
+    if layer.norm_placement == "sandwich" and layer.has_mixer:
         yield from rows.norm(f"{name}.attention_output_norm", norm, shape, axes)
-    if layer.norm_placement != "parallel":
+    if layer.norm_placement != "parallel" and not layer.mixer_only:
         yield from rows.norm(f"{name}.feed_forward_norm", norm, shape, axes)
     if layer.feed_forward is not None:
         yield from feed_forward_rows(rows, f"{name}.feed_forward", layer.feed_forward, "feed-forward")
     if layer.moe is not None:
         yield from moe_rows(rows, f"{name}.moe", layer.moe, previous)
-    if layer.norm_placement == "sandwich":
+    if layer.norm_placement == "sandwich" and not layer.mixer_only:
         yield from rows.norm(f"{name}.feed_forward_output_norm", norm, shape, axes)
     if rows.spec.layer_inputs is not None:
         z = rows.spec.layer_inputs.dim

@@ -8,6 +8,7 @@ import autograd.numpy as np
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, inside
+from moezoo.core.reference.attention import Attended
 from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.layer_inputs import layer_input
@@ -19,6 +20,7 @@ from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (
     LayerSpec,
     ModelSpec,
+    NoAttentionSpec,
 )
 
 
@@ -87,15 +89,14 @@ def layer(
     input_BTZ: Array | None = None,
     sources: Mapping[int, tuple[Array, Array] | None],
 ) -> tuple[ResidualState, LayerOutput]:
-    """Compute one layer: two blocks, attention and a feed-forward, dense or a MoE.
+    """Compute one layer: two blocks, a mixer and a feed-forward (dense or a MoE), or one of the two.
 
     A block f is added to the residual stream x as the layer's `norm_placement` says: `pre` x + f(norm(x)); `post`
     x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input. What is
     added is dropped out and multiplied by `multipliers.residual`; with `depth_scaled_residual` both terms are divided
-    by the root of how many terms there are (`_joined`). A layer with a `shortcut` has a feed-forward and a
-    MoE, which both see norm(x) after attention; the MoE's output is added at the end of the next layer. Then comes the
-    layer's own input, if the model has `layer_inputs`, and last, the stream is multiplied by the layer's
-    `output_scale`, if it has one.
+    by the root of how many terms there are (`_joined`). A layer with a `shortcut` has a feed-forward and a MoE, which
+    both see norm(x) after attention; the MoE's output is added at the end of the next layer. Then comes the layer's own
+    input, if the model has `layer_inputs`, and last, the stream is multiplied by the layer's `output_scale`, if any.
 
     Args:
         parameters: the layer's own.
@@ -107,13 +108,14 @@ def layer(
     spec, name, record = model.all_layers[index], f"layers.{index}", inputs.record
     key = None if inputs.key is None else fold_in(inputs.key, index)
     x_BTD = state.x_BTD
-    seen_BTD = _norm_before(model, spec, parameters, "attention", x_BTD)
-    own = inside(parameters, "attention")
-    attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
-    record[f"{name}.attention"] = attended.out_BTD
-    out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
-    x_BTD = _joined(model, x_BTD, _added(model, out, key, ATTENTION_DROPOUT), 2 * index + 2)
-    if spec.norm_placement != "parallel":
+    attended = Attended(x_BTD, None, None)
+    if not isinstance(spec.attention, NoAttentionSpec):
+        seen_BTD, own = _norm_before(model, spec, parameters, "attention", x_BTD), inside(parameters, "attention")
+        attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
+        record[f"{name}.attention"] = attended.out_BTD
+        out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
+        x_BTD = _joined(model, x_BTD, _added(model, out, key, ATTENTION_DROPOUT), 2 * index + 2)
+    if spec.norm_placement != "parallel" and not spec.mixer_only:
         seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
     routing = None
     if spec.moe is not None:
@@ -124,8 +126,9 @@ def layer(
     if spec.feed_forward is not None:
         out = feed_forward(spec.feed_forward, inside(parameters, "feed_forward"), seen_BTD)
         record[f"{name}.feed_forward"] = out
-    out = _norm_after(model, spec, parameters, "feed_forward", out)
-    x_BTD = _joined(model, x_BTD, _added(model, out, key, FEED_FORWARD_DROPOUT), 2 * index + 3)
+    if not spec.mixer_only:
+        out = _norm_after(model, spec, parameters, "feed_forward", out)
+        x_BTD = _joined(model, x_BTD, _added(model, out, key, FEED_FORWARD_DROPOUT), 2 * index + 3)
     x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
     if model.layer_inputs is not None:
         out = layer_input(model.layer_inputs, model.norm, inside(parameters, "layer_input"), x_BTD, input_BTZ)

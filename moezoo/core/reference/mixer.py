@@ -10,17 +10,17 @@ from moezoo.core.reference.mamba2 import mamba2
 from moezoo.core.reference.positions import Documents
 from moezoo.core.reference.short_convolution import short_convolution
 from moezoo.core.spec import (
-    AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MixerSpec,
     ShortConvolutionSpec,
 )
 
 
 def mix(
-    spec: AttentionSpec,
+    spec: MixerSpec,
     parameters: Parameters,
     x_BTD: Array,
     first_value_BTMH: Array | None,

@@ -22,6 +22,7 @@ from moezoo.core.spec import (
     Mamba2Spec,
     ModelSpec,
     MoESpec,
+    NoAttentionSpec,
     NoPositionSpec,
     NormSpec,
     ParallelFeedForwardSpec,
@@ -119,6 +120,8 @@ def attention_in_words(spec: AttentionSpec) -> str:
                 parts.append("biases")
         case ShortConvolutionSpec():
             parts = [f"short convolution of {spec.conv_width}", *(["biases"] if spec.bias else [])]
+        case NoAttentionSpec():
+            parts = ["no attention"]
         case _:
             assert_never(spec)
     return ", ".join(parts)
@@ -130,6 +133,8 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
         assert layer.feed_forward is not None
         assert layer.moe is not None
         text = f"{_feed_forward(layer.feed_forward)}; into the next layer: {_moe(layer.moe)}"
+    elif layer.mixer_only:
+        text = "no feed-forward"
     elif layer.moe is not None:
         text = _moe(layer.moe)
     else:

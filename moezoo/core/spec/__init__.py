@@ -13,6 +13,8 @@ from moezoo.core.spec.attention import (
     GroupedQueryAttentionSpec,
     IndexerSpec,
     LatentAttentionSpec,
+    MixerSpec,
+    NoAttentionSpec,
     ShortConvolutionSpec,
     TemperatureTuningSpec,
 )
@@ -24,6 +26,7 @@ from moezoo.core.spec.feed_forward import (
     GatedFeedForwardSpec,
     PlainFeedForwardSpec,
 )
+from moezoo.core.spec.layer import LayerSpec
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -43,7 +46,6 @@ from moezoo.core.spec.model import (
     HeadSpec,
     InitializerSpec,
     LayerInputsSpec,
-    LayerSpec,
     ModelSpec,
     MultipliersSpec,
     NormalInitializerSpec,
@@ -133,9 +135,11 @@ __all__ = [
     "LoadLossSpec",
     "LongRoPEScalingSpec",
     "Mamba2Spec",
+    "MixerSpec",
     "MoESpec",
     "ModelSpec",
     "MultipliersSpec",
+    "NoAttentionSpec",
     "NoPositionSpec",
     "NoisyTopKChoiceSpec",
     "NormSpec",

@@ -230,8 +230,17 @@ class ShortConvolutionSpec(Part):
     bias: bool = False
 
 
+class NoAttentionSpec(Part):
+    """No attention, nor anything in its place: the layer is a feed-forward alone (Nemotron-H, arXiv 2504.03624)."""
+
+    kind: Literal["none"] = "none"
+
+
+MixerSpec = (
+    GroupedQueryAttentionSpec | LatentAttentionSpec | GatedDeltaAttentionSpec | ShortConvolutionSpec | Mamba2Spec
+)
 AttentionSpec = Annotated[
-    GroupedQueryAttentionSpec | LatentAttentionSpec | GatedDeltaAttentionSpec | ShortConvolutionSpec | Mamba2Spec,
+    MixerSpec | NoAttentionSpec,
     Field(discriminator="kind"),
     default_kind("grouped_query"),
 ]

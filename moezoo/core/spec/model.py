@@ -1,4 +1,4 @@
-"""Layers and the whole model as data."""
+"""The whole model as data."""
 
 from typing import Annotated, Literal
 
@@ -6,67 +6,17 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.errors import SpecError
 from moezoo.core.spec.adapter import AdapterRole, AdapterSpec
-from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec
+from moezoo.core.spec.attention import GroupedQueryAttentionSpec, LatentAttentionSpec
 from moezoo.core.spec.base import Part, impossible
-from moezoo.core.spec.feed_forward import FeedForwardSpec, GatedFeedForwardSpec
+from moezoo.core.spec.feed_forward import GatedFeedForwardSpec
+from moezoo.core.spec.layer import LayerSpec
 from moezoo.core.spec.losses import PooledBalanceLossSpec
-from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
+from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec
 
 MAX_LAYERS = 2_000
 """Largest number of layers of a model; the deepest published ones have 1,000 (DeepNet, arXiv 2203.00555)."""
-
-
-class LayerSpec(Part):
-    """One transformer layer, or `repeat` identical ones: attention, then a dense feed-forward or a MoE layer.
-
-    `norm_placement` is the norm placement around each block f: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv
-    2002.04745); `post` is `x + norm(f(x))` (OLMo 2, arXiv 2501.00656); `sandwich` is `x + norm(f(norm(x)))` (Gemma 2,
-    arXiv 2408.00118); `parallel` is `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et
-    al. 2022, arXiv 2204.02311). `shortcut` (ScMoE): the layer has both a dense feed-forward and a MoE layer with the
-    same input; the MoE output is added to the residual stream only at the end of the next layer, so it can be computed
-    in parallel with that layer (Cai et al. 2024, arXiv 2404.05019; LongCat-Flash, arXiv 2509.01322, whose layer is two
-    of these). `output_scale`: the residual stream that leaves the layer is multiplied by a scalar that is not trained,
-    1 unless loaded from a checkpoint (Gemma 4).
-    """
-
-    repeat: PositiveInt = 1
-    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
-    attention: AttentionSpec
-    feed_forward: FeedForwardSpec | None = None
-    moe: MoESpec | None = None
-    shortcut: bool = False
-    output_scale: bool = False
-
-    @model_validator(mode="after")
-    def _one_feed_forward(self) -> "LayerSpec":
-        if self.shortcut:
-            if self.feed_forward is None or self.moe is None:
-                raise impossible(
-                    "shortcut",
-                    f"is true, but the layer has no {'moe' if self.moe is None else 'feed_forward'}",
-                    "Set both feed_forward (dense) and moe",
-                )
-            if self.norm_placement != "pre":
-                raise impossible(
-                    "shortcut",
-                    f"is true, but norm_placement is {self.norm_placement}",
-                    "Use norm_placement: pre",
-                )
-        elif (self.feed_forward is None) == (self.moe is None):
-            both = "both feed_forward and moe" if self.moe is not None else "neither feed_forward nor moe"
-            raise impossible(
-                "", f"has {both}", "Set exactly one of feed_forward (dense) and moe, or both and shortcut: true"
-            )
-        shared = None if self.moe is None else self.moe.shared
-        if isinstance(shared, ParallelFeedForwardSpec) and self.norm_placement in ("post", "parallel"):
-            raise impossible(
-                "moe.shared",
-                f"is parallel, which needs a norm before the MoE, but norm_placement {self.norm_placement} has none",
-                "Use norm_placement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}",
-            )
-        return self
 
 
 class TiedHeadSpec(Part):
@@ -206,10 +156,11 @@ class ModelSpec(Part):
                 "is true, but no later layer follows to which the MoE output could be added",
                 "Remove it, or add a layer",
             )
-        if self.depth_scaled_residual and (self.layer_inputs is not None or any(each.shortcut for each in self.layers)):
+        other_blocks = any(each.shortcut or each.mixer_only or not each.has_mixer for each in self.layers)
+        if self.depth_scaled_residual and (self.layer_inputs is not None or other_blocks):
             raise impossible(
                 "depth_scaled_residual",
-                "is true, which counts two blocks per layer, but there are layer_inputs or a shortcut",
+                "is true, which counts two blocks per layer, but there are layer_inputs, a shortcut or single blocks",
                 "Remove one of the two",
             )
         self._check_later_layers()

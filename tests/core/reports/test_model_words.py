@@ -68,6 +68,7 @@ def spec_of(layer=None, **fields):
             "temperature by position",
         ),
         (DELTA, "gated delta, 4 value heads of 5, 2 key heads of 3, convolution of 4"),
+        ({"kind": "none"}, "no attention"),
         (MAMBA2, "Mamba-2, 4 heads of 5, state of 3, convolution of 4"),
         (
             MAMBA2 | {"num_groups": 2, "bias": True},

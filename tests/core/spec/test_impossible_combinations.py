@@ -22,6 +22,7 @@ MODULES = (
     "distributed.mesh",
     "spec.adapter",
     "spec.attention",
+    "spec.layer",
     "spec.model",
     "spec.moe",
     "spec.positions",
@@ -112,8 +113,8 @@ CASES = {
     ),
     "depth_scaled_residual with layer_inputs": (
         model(depth_scaled_residual=True, layer_inputs={"dim": 4}),
-        "model.depth_scaled_residual is true, which counts two blocks per layer, but there are layer_inputs or a "
-        "shortcut (x.yaml). Remove one of the two.",
+        "model.depth_scaled_residual is true, which counts two blocks per layer, but there are layer_inputs, a "
+        "shortcut or single blocks (x.yaml). Remove one of the two.",
     ),
     "qk_norm_after_rotation without qk_norm": (
         attention(qk_norm_after_rotation=True),
@@ -166,6 +167,23 @@ CASES = {
         model(layer(DELTA)),
         f"{ATTENTION}.num_value_heads is 4, which is not divisible by num_key_heads = 3 (x.yaml). Use a multiple "
         "of num_key_heads.",
+    ),
+    "a layer without any block": (
+        model({"attention": {"kind": "none"}, "mixer_only": True}),
+        "model.layers[0].mixer_only is true, but attention is none (x.yaml). Remove one of the two.",
+    ),
+    "a feed-forward in a layer that is its mixer alone": (
+        model(layer(mixer_only=True)),
+        "model.layers[0].mixer_only is true, but the layer has a feed-forward (x.yaml). Remove one of the two.",
+    ),
+    "a layer of a feed-forward alone that has none": (
+        model({"attention": {"kind": "none"}}),
+        "model.layers[0].attention is none, which leaves one block (x.yaml). Set exactly one of feed_forward and moe.",
+    ),
+    "one block in parallel": (
+        model(layer({"kind": "none"}, norm_placement="parallel")),
+        "model.layers[0].norm_placement is parallel, but attention is none, and the layer has one block (x.yaml). Use "
+        "both blocks.",
     ),
     "num_heads not divisible by num_groups": (
         model(layer(MAMBA2 | {"num_groups": 3})),

@@ -1,0 +1,85 @@
+"""Layers as data."""
+
+from typing import Literal
+
+from pydantic import PositiveInt, model_validator
+
+from moezoo.core.spec.attention import AttentionSpec, NoAttentionSpec
+from moezoo.core.spec.base import Part, impossible
+from moezoo.core.spec.feed_forward import FeedForwardSpec
+from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
+
+
+class LayerSpec(Part):
+    """One transformer layer, or `repeat` identical ones: attention, then a dense feed-forward or a MoE layer.
+
+    `norm_placement` is the norm placement around each block f: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv
+    2002.04745); `post` is `x + norm(f(x))` (OLMo 2, arXiv 2501.00656); `sandwich` is `x + norm(f(norm(x)))` (Gemma 2,
+    arXiv 2408.00118); `parallel` is `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et
+    al. 2022, arXiv 2204.02311). `shortcut` (ScMoE): the layer has both a dense feed-forward and a MoE layer with the
+    same input; the MoE output is added to the residual stream only at the end of the next layer, so it can be computed
+    in parallel with that layer (Cai et al. 2024, arXiv 2404.05019; LongCat-Flash, arXiv 2509.01322, whose layer is two
+    of these). `output_scale`: the residual stream that leaves the layer is multiplied by a scalar that is not trained,
+    1 unless loaded from a checkpoint (Gemma 4). A layer may have one block only: `attention: {kind: none}` leaves a
+    feed-forward, and `mixer_only` means that there is none (Nemotron-H).
+    """
+
+    repeat: PositiveInt = 1
+    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    attention: AttentionSpec
+    feed_forward: FeedForwardSpec | None = None
+    moe: MoESpec | None = None
+    shortcut: bool = False
+    output_scale: bool = False
+    mixer_only: bool = False
+
+    @property
+    def has_mixer(self) -> bool:
+        """False if the layer is a feed-forward alone."""
+        return not isinstance(self.attention, NoAttentionSpec)
+
+    @model_validator(mode="after")
+    def _one_feed_forward(self) -> "LayerSpec":
+        if self.mixer_only or not self.has_mixer:
+            return self._one_block()
+        if self.shortcut:
+            if self.feed_forward is None or self.moe is None:
+                raise impossible(
+                    "shortcut",
+                    f"is true, but the layer has no {'moe' if self.moe is None else 'feed_forward'}",
+                    "Set both feed_forward (dense) and moe",
+                )
+            if self.norm_placement != "pre":
+                raise impossible(
+                    "shortcut",
+                    f"is true, but norm_placement is {self.norm_placement}",
+                    "Use norm_placement: pre",
+                )
+        elif (self.feed_forward is None) == (self.moe is None):
+            both = "both feed_forward and moe" if self.moe is not None else "neither feed_forward nor moe"
+            raise impossible(
+                "", f"has {both}", "Set exactly one of feed_forward (dense) and moe, or both and shortcut: true"
+            )
+        shared = None if self.moe is None else self.moe.shared
+        if isinstance(shared, ParallelFeedForwardSpec) and self.norm_placement in ("post", "parallel"):
+            raise impossible(
+                "moe.shared",
+                f"is parallel, which needs a norm before the MoE, but norm_placement {self.norm_placement} has none",
+                "Use norm_placement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}",
+            )
+        return self
+
+    def _one_block(self) -> "LayerSpec":
+        """Check a layer that has no feed-forward, or nothing but one."""
+        alone = "mixer_only is true" if self.mixer_only else "attention is none"
+        if self.mixer_only and not self.has_mixer:
+            raise impossible("mixer_only", "is true, but attention is none", "Remove one of the two")
+        if self.mixer_only and (self.feed_forward is not None or self.moe is not None):
+            raise impossible("mixer_only", "is true, but the layer has a feed-forward", "Remove one of the two")
+        if not self.mixer_only and (self.feed_forward is None) == (self.moe is None):
+            raise impossible("attention", "is none, which leaves one block", "Set exactly one of feed_forward and moe")
+        if self.shortcut or self.norm_placement == "parallel":
+            needs = "shortcut" if self.shortcut else "norm_placement"
+            value = "true" if self.shortcut else "parallel"
+            raise impossible(needs, f"is {value}, but {alone}, and the layer has one block", "Use both blocks")
+        return self
