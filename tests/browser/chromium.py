@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+EXPLORER_READY = "document.documentElement && 'ready' in document.documentElement.dataset"
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--no-first-run", "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe"),
@@ -63,15 +64,17 @@ class Chromium:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return result["result"].get("value")
 
-    def open(self, address: str, width: int = 1280, height: int = 800, dark: bool = False) -> None:
-        """Open an address in a window of a size, and wait until the explorer is ready."""
+    def open(
+        self, address: str, width: int = 1280, height: int = 800, dark: bool = False, *, ready: str = EXPLORER_READY
+    ) -> None:
+        """Open an address in a window of a size, and wait until a JavaScript expression is true of the page."""
         self.problems.clear()
         self.requests.clear()
         self.size(width, height)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": _scheme(dark)}])
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=address)
-        self.wait("document.documentElement && 'ready' in document.documentElement.dataset")
+        self.wait(ready)
 
     def size(self, width: int, height: int) -> None:
         """Set the size of the window."""

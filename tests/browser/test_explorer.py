@@ -1,14 +1,13 @@
 """The explorer's page in a browser: what a reader sees and does, by mouse, keyboard and screen reader."""
 
-import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moezoo.core.explorer.page import demo_trace, explorer_page
 from moezoo.core.traces.trace import RoutingTrace
+from tests.browser.accessibility import assert_accessible
 from tests.browser.chromium import Chromium
 from tests.support.traces import synthetic_trace, with_columns
 
@@ -66,19 +65,6 @@ def assert_quiet(browser: Chromium, address: str) -> None:
     """Assert that the console is empty, and that nothing but the page was requested."""
     assert browser.problems == []
     assert {request.partition("#")[0] for request in browser.requests} <= {address, "about:blank"}
-
-
-def assert_accessible(browser: Chromium) -> None:
-    """Assert that axe-core finds nothing serious or critical."""
-    found = importlib.util.find_spec("axe_core_python")
-    assert found is not None, "axe-core-python is missing; make setup installs it"
-    script = Path(str(found.origin)).parent / "axe.min.js"
-    browser.run(script.read_text(encoding="utf-8") + "; 0")
-    violations: list[dict[str, Any]] = browser.run(
-        "axe.run().then(found => found.violations.filter(rule => ['serious', 'critical'].includes(rule.impact))"
-        ".map(rule => ({rule: rule.id, nodes: rule.nodes.slice(0, 3).map(node => node.html.slice(0, 200))})))"
-    )
-    assert violations == []
 
 
 def selected(browser: Chromium) -> int | None:
