@@ -28,7 +28,7 @@ class Attended(NamedTuple):
     cache: "Cache | None"
     value_BTMH: jax.Array | None
     index_loss: jax.Array | None
-    source: "Source | None" = None
+    source: "Shared | None" = None
 
 
 class Source(NamedTuple):
@@ -37,6 +37,10 @@ class Source(NamedTuple):
     key_BSMH: jax.Array
     value_BSMH: jax.Array
     slot_S: jax.Array
+
+
+Shared = Source | jax.Array
+"""What a layer has that later ones may share: keys and values, or the positions bool [B, T, S] that it chose."""
 
 
 class KVCache(NamedTuple):

@@ -48,6 +48,7 @@ class LatentAttention(nnx.Module):
         *,
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
+        chosen_BTS: jax.Array | None = None,
         documents: Documents | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
@@ -78,9 +79,11 @@ class LatentAttention(nnx.Module):
             assert index_key is not None
             assert index_weight is not None
             index_BTS = index(index_query, index_key, index_weight)
-            mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
-            attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, scale)
-            loss = index_loss(index_BTS, distribution_BTS, mask_BTS, documents) if cache is None else None
+            chosen_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
+            attended, distribution_BTS = attend_where(grouped, key, value, chosen_BTS, scale)
+            loss = index_loss(index_BTS, distribution_BTS, chosen_BTS, documents) if cache is None else None
+        elif chosen_BTS is not None:
+            attended, _ = attend_where(grouped, key, value, chosen_BTS, scale)
         elif cache is None:
             attended = attend_causally(expanded(spec), grouped, key, value, documents=documents)
         else:
@@ -92,7 +95,7 @@ class LatentAttention(nnx.Module):
         out_BTD = projection.einsum("BTNH,NHD->BTD", out_BTNH, self.w_output[...].astype(dtype))
         if spec.bias:
             out_BTD = out_BTD + self.b_output[...].astype(dtype)
-        return Attended(out_BTD, cache, None, loss)
+        return Attended(out_BTD, cache, None, loss, None if spec.indexer is None else chosen_BTS)
 
     def _projected(
         self, x_BTD: jax.Array, position_T: jax.Array

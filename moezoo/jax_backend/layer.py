@@ -19,7 +19,7 @@ from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
-from moezoo.jax_backend.kv_cache import Attended, Cache, Caches, SharedCache, Source
+from moezoo.jax_backend.kv_cache import Attended, Cache, Caches, Shared, SharedCache
 from moezoo.jax_backend.layer_inputs import LayerInput
 from moezoo.jax_backend.mixer import mix, mixer
 from moezoo.jax_backend.moe import Exchange, MoE
@@ -78,7 +78,7 @@ class LayerOutput(NamedTuple):
     dispatched: Dispatch | None
     cache: Cache | None
     index_loss: jax.Array | None
-    source: Source | None
+    source: Shared | None
 
 
 class Layer(nnx.Module):
@@ -112,7 +112,7 @@ class Layer(nnx.Module):
         inputs: StepInputs,
         index: int | jax.Array,
         input_BTZ: jax.Array | None,
-        sources: Mapping[int, Source | None],
+        sources: Mapping[int, Shared | None],
     ) -> tuple[ResidualState, LayerOutput]:
         """`index` may be traced where nothing is recorded, and nothing is cached."""
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
@@ -159,7 +159,7 @@ class Layer(nnx.Module):
         inputs: StepInputs,
         key: jax.Array | None,
         index: int | jax.Array,
-        sources: Mapping[int, Source | None],
+        sources: Mapping[int, Shared | None],
     ) -> Attended:
         cache, first_B = None, None
         if inputs.caches is not None:

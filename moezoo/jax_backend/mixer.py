@@ -17,7 +17,7 @@ from moezoo.core.spec import (
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.attention import GroupedQueryAttention
 from moezoo.jax_backend.delta_attention import GatedDeltaAttention
-from moezoo.jax_backend.kv_cache import Attended, Cache, Source
+from moezoo.jax_backend.kv_cache import Attended, Cache, Shared
 from moezoo.jax_backend.latent_attention import LatentAttention
 from moezoo.jax_backend.mamba2 import Mamba2
 from moezoo.jax_backend.positions import Documents
@@ -49,7 +49,7 @@ def mix(
     *,
     first_value_BTMH: jax.Array | None = None,
     first_B: jax.Array | None = None,
-    sources: Mapping[int, Source | None],
+    sources: Mapping[int, Shared | None],
     documents: Documents | None = None,
 ) -> Attended:
     """Spec: moezoo.core.reference.mixer.mix; by `block`, a `mixer` or what wraps it, with the layer's cache."""
@@ -57,6 +57,8 @@ def mix(
     match spec:
         case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
             shared["source"] = sources[other]
+        case LatentAttentionSpec(indexer_of_layer=int(other)):
+            shared["chosen_BTS"] = sources[other]
     attended: Attended = block(
         x_BTD, cache, first_value_BTMH=first_value_BTMH, first_B=first_B, documents=documents, **shared
     )

@@ -20,7 +20,7 @@ from moezoo.jax_backend.arrays import DTYPES, Weights
 from moezoo.jax_backend.choice import given_routing
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.kernels import projection
-from moezoo.jax_backend.kv_cache import Caches, Source
+from moezoo.jax_backend.kv_cache import Caches, Shared
 from moezoo.jax_backend.layer import Layer, LayerOutput, Record, ResidualState, StepInputs, WrapBlock
 from moezoo.jax_backend.layer_inputs import LayerInputs
 from moezoo.jax_backend.moe import Exchange
@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
         self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: jax.Array | None
     ) -> tuple[ResidualState, list[LayerOutput]]:
         """Run all layers in order: the state after the last one, and the output of each."""
-        sources: dict[int, Source | None] = {}
+        sources: dict[int, Shared | None] = {}
         outputs: list[LayerOutput] = []
         for index in range(len(self.spec.all_layers)):
             input_BTZ = None if inputs_BTLZ is None else inputs_BTLZ[:, :, index]

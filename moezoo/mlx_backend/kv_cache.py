@@ -26,7 +26,7 @@ class Attended(NamedTuple):
     cache: "Cache | None"
     value_BTMH: mx.array | None
     index_loss: mx.array | None
-    source: "Source | None" = None
+    source: "Shared | None" = None
 
 
 class Source(NamedTuple):
@@ -35,6 +35,10 @@ class Source(NamedTuple):
     key_BSMH: mx.array
     value_BSMH: mx.array
     slot_S: mx.array
+
+
+Shared = Source | mx.array
+"""What a layer has that later ones may share: keys and values, or the positions bool [B, T, S] that it chose."""
 
 
 class KVCache(NamedTuple):

@@ -18,7 +18,7 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
-from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, SharedCache, Source
+from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, Shared, SharedCache
 from moezoo.mlx_backend.layer_inputs import LayerInput
 from moezoo.mlx_backend.mixer import mix, mixer
 from moezoo.mlx_backend.moe import Exchange, MoE
@@ -74,7 +74,7 @@ class LayerOutput(NamedTuple):
     dispatched: Dispatch | None
     cache: Cache | None
     index_loss: mx.array | None
-    source: Source | None
+    source: Shared | None
 
 
 class Layer(nn.Module):
@@ -110,7 +110,7 @@ class Layer(nn.Module):
         inputs: StepInputs,
         index: int,
         input_BTZ: mx.array | None,
-        sources: Mapping[int, Source | None],
+        sources: Mapping[int, Shared | None],
     ) -> tuple[ResidualState, LayerOutput]:
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
@@ -156,7 +156,7 @@ class Layer(nn.Module):
         inputs: StepInputs,
         key: mx.array | None,
         index: int,
-        sources: Mapping[int, Source | None],
+        sources: Mapping[int, Shared | None],
     ) -> Attended:
         cache, first_B = None, None
         if inputs.caches is not None:

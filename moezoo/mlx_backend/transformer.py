@@ -20,7 +20,7 @@ from moezoo.mlx_backend.choice import given_routing
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.early_start import start_early
-from moezoo.mlx_backend.kv_cache import Caches, Source
+from moezoo.mlx_backend.kv_cache import Caches, Shared
 from moezoo.mlx_backend.layer import Layer, LayerOutput, Record, ResidualState, StepInputs, WrapBlock
 from moezoo.mlx_backend.layer_inputs import LayerInputs
 from moezoo.mlx_backend.moe import Exchange
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         self, state: ResidualState, inputs: StepInputs, inputs_BTLZ: mx.array | None
     ) -> tuple[ResidualState, list[LayerOutput]]:
         """Run all layers in order: the state after the last one, and the output of each."""
-        sources: dict[int, Source | None] = {}
+        sources: dict[int, Shared | None] = {}
         outputs: list[LayerOutput] = []
         for index in range(len(self.spec.all_layers)):
             input_BTZ = None if inputs_BTLZ is None else inputs_BTLZ[:, :, index]

@@ -74,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma4_text": {},
     "glm4_moe": {},
     "glm4_moe_lite": {},
+    "glm_moe_dsa": {"index_topk_freq": None, "attention_bias": False},  # mlx-lm has an indexer in every layer
     "gpt_oss": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}},
     "granitemoe": {},
     "hunyuan_v1_moe": {"model_type": "hunyuan", "head_dim": None, "attention_head_dim": None},

@@ -98,6 +98,25 @@ add(
     **DEEPSEEK_V3
     | dict(model_type="deepseek_v32", index_n_heads=16, index_head_dim=12, index_topk=8, num_nextn_predict_layers=...),
 )
+GLM_MOE_DSA = DEEPSEEK_V3 | dict(
+    model_type="glm_moe_dsa",
+    rope_scaling=None,
+    rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+    rope_theta=...,
+    index_n_heads=16,
+    index_head_dim=12,
+    index_topk=8,
+    num_nextn_predict_layers=...,
+    n_group=1,
+    topk_group=1,
+)
+add(
+    "glm_moe_dsa",
+    "sparse attention, every second layer to the tokens that were chosen in the layer before; interleaved everywhere",
+    keep_hidden=True,
+    hub_only=dict(indexer_rope_interleave=True, moe_router_dtype="float32"),
+    **GLM_MOE_DSA | dict(index_topk_freq=2, index_skip_topk_offset=1),
+)
 AXK1 = DEEPSEEK_V3 | dict(model_type="axk1", scoring_func=..., topk_method=..., num_nextn_predict_layers=...)
 add("axk1", "deepseek_v3 with a norm of the MoE layer's output", keep_hidden=True, **AXK1)
 add(

@@ -24,6 +24,7 @@ from oracle_families import (
     ERNIE,
     GEMMA4,
     GLM4_MOE,
+    GLM_MOE_DSA,
     GPT_OSS,
     GRANITE,
     GROUPED,
@@ -170,6 +171,21 @@ add(
     "glm4_moe_plain",
     "no q/k norm, no biases, full rotary, groups that bind",
     **GLM4_MOE | dict(use_qk_norm=False, attention_bias=False, partial_rotary_factor=1.0, n_group=4, topk_group=2),
+)
+add(
+    "glm_moe_dsa_pattern",
+    "two layers share with the first by a pattern of letters, top 30 of up to 36 keys, groups, biases, yarn",
+    **GLM_MOE_DSA
+    | dict(
+        index_topk_pattern="FSS",
+        index_topk=30,
+        attention_bias=True,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=2,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}
+        | {"original_max_position_embeddings": 1024, "mscale": 1.0, "mscale_all_dim": 0.707},
+    ),
 )
 add(
     "axk1_no_bias",

@@ -38,7 +38,7 @@ IDLE = {
     "layer_norm_eps": ("cohere2_moe_sigmoid",),
     "norm_topk_prob": ("cohere2_moe",),
     "prefix_dense_sliding_window_pattern": ("cohere2_moe_sigmoid",),
-    "topk_group": ("dots1_plain", "glm4_moe"),
+    "topk_group": ("dots1_plain", "glm4_moe", "glm_moe_dsa"),
     "use_double_wide_mlp": ("gemma4*",),
     "vocab_size_per_layer_input": ("gemma4", "gemma4_text", "gemma4_text_shared_kv"),
     "long_mscale": ("phimoe*",),

@@ -133,6 +133,7 @@ def test_a_quantized_folder_goes_back_to_floats(tmp_path):
         ("gpt_oss_mxfp4", {"layout": "mlx"}, "is quantized. Add --dequantize"),
         ("gpt_oss_mxfp4", {"recipe": FOUR_BITS, "dequantize": True}, "with --quantize. Leave out --dequantize"),
         ("flex_olmo", {"layout": "mlx"}, "mlx-lm 0.32 does not have model_type flex_olmo"),
+        ("glm_moe_dsa", {"layout": "mlx"}, "mlx-lm 0.32 cannot compute this model: layer 1 has no indexer of its own"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, case, options, message):

@@ -34,6 +34,13 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
         ("deepseek_v32", {"layer_types": ["full_attention"] * 3}, r"layer_types is .* one of indexed_attention"),
         ("deepseek_v32", {"rope_interleave": False}, "rope_interleave is false; expected true"),
         ("deepseek_v32", {"index_head_dim": 4}, "indexer.head_dim is 4, but it rotates rope_head_dim = 8 features"),
+        ("glm_moe_dsa", {"index_skip_topk_offset": 0, "indexer_types": ...}, "indexer_types is .* full in the first"),
+        ("glm_moe_dsa", {"indexer_types": ["full", "full", "full"]}, "which follows from index_topk_freq 2"),
+        (
+            "glm_moe_dsa_pattern",
+            {"index_topk_pattern": "FXF", "indexer_types": ...},
+            "each layer to be one of full, sh",
+        ),
         ("axk1", {"first_k_dense_replace": 2}, "mlp_layer_types is .* which follows from first_k_dense_replace 2"),
         ("glm4_moe_lite", {"mlp_layer_types": ..., "first_k_dense_replace": 2}, "first_k_dense_replace is 2; exp"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense", "linear", "sparse"]}, "mlp_layer_types is .* dense, sparse"),

@@ -150,11 +150,9 @@ def test_cache_stores_one_latent_and_one_key_per_token_for_any_number_of_heads(t
 
 
 def test_decoding_with_latent_and_sparse_layers_equals_the_uncached_pass(twin):
-    """A prompt of 17 tokens, which JAX pads, then single ones."""
-    layers = tuple(
-        LayerSpec(attention=SPECS[kind], feed_forward=GatedFeedForwardSpec(hidden_dim=4))
-        for kind in ("latent", "indexer")
-    )
+    """A prompt of 17 tokens, which JAX pads, then single ones; the last layer shares the choice of the one before."""
+    kinds = (SPECS["latent"], SPECS["indexer"], spec_of(indexer_of_layer=1))
+    layers = tuple(LayerSpec(attention=kind, feed_forward=GatedFeedForwardSpec(hidden_dim=4)) for kind in kinds)
     model = ModelSpec(vocab_size=V, embed_dim=D, layers=layers)
     weights = {name: 5 * value for name, value in initial_weights(model, seed=0).items()}
     tokens = np.random.default_rng(0).integers(0, V, (B, 19)).astype(np.int32)

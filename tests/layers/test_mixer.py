@@ -2,6 +2,8 @@
 
 from typing import get_args
 
+import numpy as np
+
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.mixer import mix
 from moezoo.core.spec import (
@@ -19,10 +21,11 @@ from tests.support.tolerances import FLOAT32, assert_close
 from tests.support.twins import B, D, F, H, M, N, T, Twin, V, normal
 
 SHARED = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H, keys_of_layer=0)
+LATENT = LatentAttentionSpec(num_heads=N, latent_dim=H, head_dim=H, rope_head_dim=H, value_head_dim=H)
 SPECS = (
     GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H),
     GatedDeltaAttentionSpec(num_key_heads=M, num_value_heads=N, key_head_dim=H, value_head_dim=H),
-    LatentAttentionSpec(num_heads=N, latent_dim=H, head_dim=H, rope_head_dim=H, value_head_dim=H),
+    LATENT,
     ShortConvolutionSpec(conv_width=3),
     Mamba2Spec(num_heads=N, head_dim=H, state_dim=H),
 )
@@ -46,3 +49,19 @@ def test_a_layer_without_keys_attends_to_those_of_the_layer_it_names(twin: Twin)
     block = module.mixer(SHARED, twin.weights(values), 1)
     found = module.mix(SHARED, block, twin.array(x_BTD), sources={0: shared, 1: None}).out_BTD
     assert_close(twin.numpy(found), expected, FLOAT32)
+
+
+def test_a_layer_without_an_indexer_attends_to_the_tokens_chosen_in_the_layer_it_names(twin: Twin):
+    spec = LATENT.model_copy(update={"indexer_of_layer": 0})
+    layer = LayerSpec(attention=LATENT, feed_forward=GatedFeedForwardSpec(hidden_dim=F))
+    every = initial_weights(ModelSpec(vocab_size=V, embed_dim=D, layers=(layer,)), seed=0)
+    start = "layers.0.attention."
+    values = {name.removeprefix(start): 10 * value for name, value in every.items() if name.startswith(start)}
+    x_BTD, chosen_BTS = normal(3, B, T, D), np.broadcast_to(np.eye(T, dtype=bool), (B, T, T))
+    expected = mix(spec, values, x_BTD, None, {0: chosen_BTS}, None).out_BTD
+    module = twin.module("mixer")
+    block = module.mixer(spec, twin.weights(values), 1)
+    found = module.mix(spec, block, twin.array(x_BTD), sources={0: twin.array(chosen_BTS)})
+    assert_close(twin.numpy(found.out_BTD), expected, FLOAT32)
+    assert found.source is None
+    assert not np.allclose(expected, mix(LATENT, values, x_BTD, None, {}, None).out_BTD)

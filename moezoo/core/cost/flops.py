@@ -1,5 +1,6 @@
 """FLOPs per token, by formula. Writing: writings/cost.md."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import assert_never
@@ -11,6 +12,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    LayerSpec,
     Mamba2Spec,
     ModelSpec,
     NoAttentionSpec,
@@ -84,7 +86,7 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
             assert moe is not None
             used *= active_experts(moe) / moe.num_experts
         products[row.role] += used
-    scores = sum((_score_flops(layer.attention, sequence_length) for layer in layers), Fraction(0))
+    scores = sum((_score_flops(layer.attention, sequence_length, layers) for layer in layers), Fraction(0))
     times = 3 if training else 1
     return Flops(
         attention_projections=round(times * products["attention"]),
@@ -97,14 +99,14 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
     )
 
 
-def _score_flops(attention: AttentionSpec, length: int) -> Fraction:
+def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSpec]) -> Fraction:
     match attention:
         case GroupedQueryAttentionSpec(num_heads=heads, head_dim=width, value_dim=value_width):
             most = attention.window if attention.chunk is None else attention.chunk
             return 2 * heads * (width + value_width) * _visible(length, most, in_chunks=attention.chunk is not None)
         case LatentAttentionSpec(num_heads=heads, indexer=indexer):
             width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
-            chosen = _visible(length, None if indexer is None else indexer.top_k)
+            chosen = _visible(length, _chosen(attention, layers))
             index = (
                 Fraction(0) if indexer is None else 2 * indexer.num_heads * indexer.head_dim * _visible(length, None)
             )
@@ -117,6 +119,15 @@ def _score_flops(attention: AttentionSpec, length: int) -> Fraction:
             return Fraction(0)
         case _:
             assert_never(attention)
+
+
+def _chosen(attention: LatentAttentionSpec, layers: Sequence[LayerSpec]) -> int | None:
+    """Return the number of positions that an indexer chooses for this layer, its own or another's; None: no indexer."""
+    if attention.indexer_of_layer is None:
+        return None if attention.indexer is None else attention.indexer.top_k
+    other = layers[attention.indexer_of_layer].attention
+    assert isinstance(other, LatentAttentionSpec)
+    return _chosen(other, layers)
 
 
 def _visible(length: int, most: int | None, *, in_chunks: bool = False) -> Fraction:

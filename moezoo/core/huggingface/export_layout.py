@@ -246,6 +246,8 @@ def _mlx_config(family: Family, fields: Fields, spec: ModelSpec) -> dict[str, An
         raise SpecError(
             f"mlx-lm 0.32 does not have model_type {fields.model_type} ({fields.where}). Use --layout transformers."
         )
+    if (reason := family.mlx_lm.refuses(spec)) is not None:
+        raise SpecError(f"mlx-lm 0.32 cannot compute this model: {reason} ({fields.where}). Use --layout transformers.")
     config = without_quantization(with_mlx_spellings(family, fields, spec))
     if family.mlx_lm.wrapper is None or "text_config" in config:
         return config

@@ -24,6 +24,7 @@ class MlxLM:
         config: returns fields of config.json that it requires, beyond `parts.older_spellings`.
         without: model types of the family that it does not have.
         wrapper: model type of the multimodal wrapper without which it does not have the model.
+        refuses: returns why it cannot compute a model of the family, or None if it can.
         drops: a part of the spec, by its field's name, that it drops with the tensors whose names have this ending.
     """
 
@@ -32,6 +33,7 @@ class MlxLM:
     config: Callable[[ModelSpec], dict[str, Any]] | None = None
     wrapper: str | None = None
     without: tuple[str, ...] = ()
+    refuses: Callable[[ModelSpec], str | None] = lambda spec: None
     drops: tuple[str, str] | None = None
 
 

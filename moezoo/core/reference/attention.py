@@ -9,19 +9,22 @@ from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents, rotate, within_documents
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 
+Source = tuple[Array, Array] | Array
+"""What an attention layer has that later ones may share: keys and values, or the positions that its indexer chose."""
+
 
 class Attended(NamedTuple):
     """Result of an attention layer of any kind: its output [B, T, D], and values that only some kinds have.
 
     `value_BTMH`: values of grouped-query attention, before any value residual. `index_loss`: the scalar loss that
-    trains an indexer. `source`: the keys and values attended to, from grouped-query attention that computes its own.
-    Each is None where it does not apply.
+    trains an indexer. `source`: the keys and values attended to, from grouped-query attention that computes its own, or
+    the positions bool [B, T, S], from latent attention with an indexer. Each is None where it does not apply.
     """
 
     out_BTD: Array
     value_BTMH: Array | None
     index_loss: Array | None
-    source: tuple[Array, Array] | None = None
+    source: Source | None = None
 
 
 def attend(

@@ -18,6 +18,7 @@ def latent_attention(
     x_BTD: Array,
     *,
     absorbed: bool = False,
+    chosen_BTS: Array | None = None,
     documents: Documents | None = None,
 ) -> Attended:
     """Causal self-attention with keys and values from one latent of width Z per token: [B, T, D] -> [B, T, D].
@@ -25,7 +26,7 @@ def latent_attention(
     Head n has the query `(q_n, rotate(q'_n))`, the key `(c w_key_n, rotate(k'))` and the value `c w_value_n`, where
     `c = norm(x w_latent)` is the latent, `k' = x w_rope_key` is shared by all heads, and `(q_n, q'_n)` is
     `x w_query_n`, or `norm(x w_query_down) w_query_n` with low-rank queries. With an indexer, a query attends only to
-    the positions that the indexer chooses (sparse attention).
+    the positions that the indexer chooses (sparse attention), or that another layer's chose: `chosen_BTS`.
 
     Order: project, and add the biases of `w_query_down`, `w_latent`, `w_rope_key` and `w_output` if the spec has them;
     normalize; multiply the latent by its constant; rotate; multiply both parts of a query by its temperature; attend.
@@ -51,17 +52,10 @@ def latent_attention(
         value = adapter.einsum("BSZ,ZNH->BSNH", latent, parameters["w_value"])
     mask_TS = within_documents(position_T[..., :, None] >= position_T[..., None, :], documents)
     mask_BTS, loss = np.broadcast_to(mask_TS, (len(x_BTD), *mask_TS.shape[-2:])), None
+    mask_BTS = mask_BTS if chosen_BTS is None else chosen_BTS
     if spec.indexer is not None:
-        parts = indexer(
-            spec.indexer,
-            spec.position,
-            spec.rope_head_dim,
-            inside(parameters, "indexer"),
-            x_BTD,
-            source,
-            position_T,
-        )
-        index_BTS = index(*parts)
+        own = inside(parameters, "indexer")
+        index_BTS = index(*indexer(spec.indexer, spec.position, spec.rope_head_dim, own, x_BTD, source, position_T))
         mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
     attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, score_scale(spec))
     if spec.indexer is not None:
@@ -71,7 +65,8 @@ def latent_attention(
     else:
         out_BTNH = attended[:, :, :, 0]
     out_BTD = adapter.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"])
-    return Attended(out_BTD + parameters["b_output"] if spec.bias else out_BTD, None, loss)
+    out_BTD = out_BTD + parameters["b_output"] if spec.bias else out_BTD
+    return Attended(out_BTD, None, loss, None if spec.indexer is None else mask_BTS)
 
 
 def score_scale(spec: LatentAttentionSpec) -> float:

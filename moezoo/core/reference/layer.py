@@ -8,7 +8,7 @@ import autograd.numpy as np
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT, fold_in, uniform
 from moezoo.core.reference import Array, Parameters, Record, inside
-from moezoo.core.reference.attention import Attended
+from moezoo.core.reference.attention import Attended, Source
 from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.layer_inputs import layer_input
@@ -72,11 +72,11 @@ class ResidualState(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """Output of a layer beside its state: routing of its MoE, loss of its indexer, and its keys and values."""
+    """Output of a layer beside its state: routing of its MoE, loss of its indexer, and what others may share."""
 
     routing: Routing | None
     index_loss: Array | None
-    source: tuple[Array, Array] | None
+    source: Source | None
 
 
 def layer(
@@ -87,7 +87,7 @@ def layer(
     inputs: StepInputs,
     *,
     input_BTZ: Array | None = None,
-    sources: Mapping[int, tuple[Array, Array] | None],
+    sources: Mapping[int, Source | None],
 ) -> tuple[ResidualState, LayerOutput]:
     """Compute one layer: two blocks, a mixer and a feed-forward (dense or a MoE), or one of the two.
 
@@ -101,7 +101,7 @@ def layer(
     Args:
         parameters: the layer's own.
         input_BTZ: the layer's own input, if the model has `layer_inputs`.
-        sources: keys and values of the layers before, by index.
+        sources: what the layers before share, by index.
 
     Source: LayerSpec and ModelSpec name those of the options.
     """

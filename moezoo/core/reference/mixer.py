@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from moezoo.core.reference import Array, Parameters
-from moezoo.core.reference.attention import Attended, grouped_query_attention
+from moezoo.core.reference.attention import Attended, Source, grouped_query_attention
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.latent_attention import latent_attention
 from moezoo.core.reference.mamba2 import mamba2
@@ -24,7 +24,7 @@ def mix(
     parameters: Parameters,
     x_BTD: Array,
     first_value_BTMH: Array | None,
-    sources: Mapping[int, tuple[Array, Array] | None],
+    sources: Mapping[int, Source | None],
     documents: Documents | None,
 ) -> Attended:
     """Mix the tokens of each sequence, causally: [B, T, D] -> [B, T, D], by the kind of the spec.
@@ -32,7 +32,7 @@ def mix(
     Args:
         parameters: the mixer's own.
         first_value_BTMH: values of the first layer's attention, or None in that layer itself.
-        sources: keys and values of the layers before, by index, for a layer that has none of its own.
+        sources: what the layers before share, by index: keys and values, or positions chosen by an indexer.
         documents: those of packed sequences; none of them affects another.
     """
     match spec:
@@ -44,6 +44,8 @@ def mix(
             )
         case GatedDeltaAttentionSpec():
             return gated_delta_attention(spec, parameters, x_BTD, documents=documents)
+        case LatentAttentionSpec(indexer_of_layer=int(other)):
+            return latent_attention(spec, parameters, x_BTD, chosen_BTS=sources[other], documents=documents)
         case LatentAttentionSpec():
             return latent_attention(spec, parameters, x_BTD, documents=documents)
         case ShortConvolutionSpec():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, Record, adapter, inside
+from moezoo.core.reference.attention import Source
 from moezoo.core.reference.choice import given_routing
 from moezoo.core.reference.layer import ResidualState, StepInputs, layer
 from moezoo.core.reference.layer_inputs import layer_inputs
@@ -76,7 +77,7 @@ def forward(
     if spec.layer_inputs is not None:
         inputs_BTLZ = layer_inputs(spec.layer_inputs, spec.norm, inside(parameters, "layer_inputs"), tokens_BT, x_BTD)
     state, outputs = ResidualState(x_BTD), []
-    sources: dict[int, tuple[Array, Array] | None] = {}
+    sources: dict[int, Source | None] = {}
     for index in range(len(spec.all_layers)):
         input_BTZ = None if spec.layer_inputs is None else inputs_BTLZ[:, :, index]
         state, output = layer(

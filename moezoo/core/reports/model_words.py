@@ -101,6 +101,8 @@ def attention_in_words(spec: AttentionSpec) -> str:
             parts = [f"{heads}, latent {spec.latent_dim}{query}", _position(spec.position)]
             if spec.indexer is not None:
                 parts.append(f"indexer top {spec.indexer.top_k}")
+            if spec.indexer_of_layer is not None:
+                parts.append(f"tokens chosen in layer {spec.indexer_of_layer}")
             extra = (
                 ("" if spec.scale is None else f"scale {spec.scale:g}", spec.scale is not None),
                 (f"latent times {spec.latent_multiplier:g}", spec.latent_multiplier != 1),

@@ -156,7 +156,9 @@ class LatentAttentionSpec(Part):
     `value_head_dim`. `bias`: the projections from and to the model width have a bias, except `w_query`
     (`attention_bias` of DeepSeek-V3). `latent_multiplier` is a constant on the normalized latent (LongCat-Flash); a
     constant on queries is part of `scale`, which multiplies the scores; null is `1 / sqrt(head_dim + rope_head_dim)`,
-    and YaRN's mscale multiplies either.
+    and YaRN's mscale multiplies either. With an `indexer` a query attends only to the tokens that it chooses; with
+    `indexer_of_layer`, to those that the indexer of that earlier layer chose (index from 0, repeats expanded), and this
+    layer has none (GLM-5.2; arXiv 2603.12201).
     """
 
     kind: Literal["latent"] = "latent"
@@ -173,6 +175,7 @@ class LatentAttentionSpec(Part):
     scale: PositiveFloat | None = None
     temperature_tuning: TemperatureTuningSpec | None = None
     indexer: IndexerSpec | None = None
+    indexer_of_layer: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _sizes(self) -> "LatentAttentionSpec":
@@ -184,6 +187,12 @@ class LatentAttentionSpec(Part):
                     f"is {self.indexer.head_dim}, but it rotates rope_head_dim = {self.rope_head_dim} features",
                     f"Use at least {self.rope_head_dim}",
                 )
+        if self.indexer is not None and self.indexer_of_layer is not None:
+            raise impossible(
+                "indexer_of_layer",
+                f"is {self.indexer_of_layer}, but this layer has its own indexer",
+                "Remove one of the two",
+            )
         return self
 
 

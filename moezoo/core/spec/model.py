@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.errors import SpecError
 from moezoo.core.spec.adapter import AdapterRole, AdapterSpec
-from moezoo.core.spec.attention import GroupedQueryAttentionSpec, LatentAttentionSpec
+from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import GatedFeedForwardSpec
 from moezoo.core.spec.layer import LayerSpec
@@ -164,7 +164,7 @@ class ModelSpec(Part):
                 "Remove one of the two",
             )
         self._check_later_layers()
-        self._check_shared_keys()
+        self._check_shared_layers()
         self._check_pooled_balance()
         if self.adapter is not None:
             self.adapter.check(len(self.all_layers), self._adaptable_roles(self.adapter))
@@ -191,31 +191,24 @@ class ModelSpec(Part):
                 "Remove it, or set it on later MoE layers too",
             )
 
-    def _check_shared_keys(self) -> None:
-        """Raise if `keys_of_layer` names a layer without keys and values of this layer's shape."""
+    def _check_shared_layers(self) -> None:
+        """Raise if `keys_of_layer` or `indexer_of_layer` names a layer without what this layer needs."""
         places = [(place, layer.attention) for place, layer in enumerate(self.layers) for _ in range(layer.repeat)]
         for index, (place, attention) in enumerate(places):
-            if not isinstance(attention, GroupedQueryAttentionSpec) or attention.keys_of_layer is None:
-                continue
-            source = attention.keys_of_layer
-            path = f"layers[{place}].attention.keys_of_layer"
+            match attention:
+                case GroupedQueryAttentionSpec(keys_of_layer=int(source)):
+                    path = f"layers[{place}].attention.keys_of_layer"
+                case LatentAttentionSpec(indexer_of_layer=int(source)):
+                    path = f"layers[{place}].attention.indexer_of_layer"
+                case _:
+                    continue
             if source >= index:
                 raise impossible(path, f"is {source}, but this is layer {index}", "Use the index of an earlier layer")
             other = places[source][1]
-            if not isinstance(other, GroupedQueryAttentionSpec) or other.keys_of_layer is not None:
-                raise impossible(
-                    path,
-                    f"is {source}, but that layer does not compute its own grouped_query keys",
-                    "Use a layer with grouped_query attention and without keys_of_layer",
-                )
-            ours, theirs = ((each.num_kv_heads, each.head_dim, each.value_dim) for each in (attention, other))
-            if ours != theirs:
-                raise impossible(
-                    path,
-                    f"is {source}, which has {theirs[0]} key/value heads of widths {theirs[1]} and {theirs[2]}, not "
-                    f"{ours[0]} of widths {ours[1]} and {ours[2]}",
-                    "Make them equal, or use another layer",
-                )
+            if isinstance(attention, GroupedQueryAttentionSpec):
+                _check_shared_keys(attention, other, source, path)
+            elif not isinstance(other, LatentAttentionSpec) or other.indexer is None:
+                raise impossible(path, f"is {source}, but that layer has no indexer", "Use a layer that has one")
 
     def _check_pooled_balance(self) -> None:
         """Raise if layers with pooled_balance differ in number of experts, top_k or coefficient."""
@@ -275,12 +268,17 @@ class ModelSpec(Part):
 
     @property
     def shared_layers(self) -> frozenset[int]:
-        """Indices of the layers whose keys and values later layers share (`keys_of_layer`)."""
-        named = (
+        """Indices of the layers whose keys and values, or whose indexer's choice, later layers share."""
+        named = [
             layer.attention.keys_of_layer
             for layer in self.layers
             if isinstance(layer.attention, GroupedQueryAttentionSpec)
-        )
+        ]
+        named += [
+            layer.attention.indexer_of_layer
+            for layer in self.layers
+            if isinstance(layer.attention, LatentAttentionSpec)
+        ]
         return frozenset(index for index in named if index is not None)
 
     @property
@@ -338,3 +336,21 @@ class ModelSpec(Part):
                 "model.vocab_size is null; expected a number when the model is built. Set it, or set a tokenizer."
             )
         return self.vocab_size
+
+
+def _check_shared_keys(attention: GroupedQueryAttentionSpec, other: AttentionSpec, source: int, path: str) -> None:
+    """Raise if the layer `source` lacks keys and values of this layer's shape."""
+    if not isinstance(other, GroupedQueryAttentionSpec) or other.keys_of_layer is not None:
+        raise impossible(
+            path,
+            f"is {source}, but that layer does not compute its own grouped_query keys",
+            "Use a layer with grouped_query attention and without keys_of_layer",
+        )
+    ours, theirs = ((each.num_kv_heads, each.head_dim, each.value_dim) for each in (attention, other))
+    if ours != theirs:
+        raise impossible(
+            path,
+            f"is {source}, which has {theirs[0]} key/value heads of widths {theirs[1]} and {theirs[2]}, not "
+            f"{ours[0]} of widths {ours[1]} and {ours[2]}",
+            "Make them equal, or use another layer",
+        )

@@ -23,7 +23,7 @@ from moezoo.core.cost.step_plan import CompiledStep
 from moezoo.core.distributed.mesh import MeshAxis
 from moezoo.core.errors import BackendError
 from moezoo.core.parameters.trained import trained_names
-from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, LatentAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.distributed.sharding import Placement, Shapes
 from moezoo.jax_backend.model import JaxModel
 from moezoo.jax_backend.runtime.platform import planned_for
@@ -128,6 +128,7 @@ def _uses_another_layer(layer: LayerSpec) -> bool:
     shared = isinstance(attention, GroupedQueryAttentionSpec) and (
         attention.keys_of_layer is not None or attention.value_residual
     )
+    shared = shared or (isinstance(attention, LatentAttentionSpec) and attention.indexer_of_layer is not None)
     return shared or layer.shortcut or (moe is not None and moe.router.gating_residual)
 
 

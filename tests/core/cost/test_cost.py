@@ -275,6 +275,17 @@ def test_latent_attention_without_options_does_not_count_them():
     assert kv_cache_bytes_per_token(spec) == 4 * (7 + 4)
 
 
+def test_a_layer_without_an_indexer_of_its_own_attends_to_as_many_tokens_as_its_other_layer_chooses():
+    spec = one_layer(LATENT).model
+    attention = spec.layers[0].attention.model_copy(update={"indexer": None, "indexer_of_layer": 0})
+    both = spec.model_copy(
+        update={"layers": (*spec.layers, spec.layers[0].model_copy(update={"attention": attention}))}
+    )
+    chosen, visible = (1 + 2 + 2 + 2 + 2) / 5, (1 + 2 + 3 + 4 + 5) / 5
+    assert flops_per_token(both, 5, False).attention_scores == 4 * 4 * (6 + 4 + 5) * chosen + 2 * 3 * 4 * visible
+    assert kv_cache_bytes_per_token(both) == 4 * (7 + 4 + 4) + 4 * (7 + 4)
+
+
 def test_linear_attention_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
     config = one_layer(DELTA)
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)

@@ -63,6 +63,10 @@ def spec_of(layer=None, **fields):
             "scale 0.5",
         ),
         (
+            LATENT | {"indexer_of_layer": 0},
+            "4 heads of 6 + 4, values of 5, latent 7, RoPE 10,000 interleaved, tokens chosen in layer 0",
+        ),
+        (
             LATENT | {"bias": True, "latent_multiplier": 1.5, "temperature_tuning": {}},
             "4 heads of 6 + 4, values of 5, latent 7, RoPE 10,000 interleaved, latent times 1.5, biases, "
             "temperature by position",
@@ -80,7 +84,10 @@ def spec_of(layer=None, **fields):
 )
 def test_attention(attention, words):
     attention = attention if "kind" in attention else HEADS | attention
-    first = {"attention": attention if "keys_of_layer" not in attention else HEADS, "feed_forward": {"hidden_dim": 8}}
+    indexed = LATENT | {"indexer": {"num_heads": 1, "head_dim": 4, "top_k": 2}}
+    other = {"keys_of_layer": HEADS, "indexer_of_layer": indexed}
+    alone = next((other[name] for name in other if name in attention), attention)
+    first = {"attention": alone, "feed_forward": {"hidden_dim": 8}}
     spec = spec_of(layers=[first, first | {"attention": attention}])
     assert attention_in_words(spec.layers[1].attention) == words
 

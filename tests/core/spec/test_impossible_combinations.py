@@ -41,6 +41,7 @@ LATENT = {
     "value_head_dim": 5,
     "latent_dim": 7,
 }
+INDEXED = LATENT | {"indexer": {"num_heads": 1, "head_dim": 4, "top_k": 3}}
 DELTA = {"kind": "gated_delta", "num_key_heads": 3, "num_value_heads": 4, "key_head_dim": 5, "value_head_dim": 6}
 MAMBA2 = {"kind": "mamba2", "num_heads": 4, "head_dim": 5, "state_dim": 6}
 ATTENTION, ROUTER = "model.layers[0].attention", "model.layers[0].moe.router"
@@ -158,6 +159,20 @@ CASES = {
         model(layer(HEADS | {"value_head_dim": 5}), layer(HEADS | {"keys_of_layer": 0})),
         "model.layers[1].attention.keys_of_layer is 0, which has 2 key/value heads of widths 6 and 5, not 2 of "
         "widths 6 and 6 (x.yaml). Make them equal, or use another layer.",
+    ),
+    "an indexer beside that of another layer": (
+        model(layer(INDEXED), layer(INDEXED | {"indexer_of_layer": 0})),
+        "model.layers[1].attention.indexer_of_layer is 0, but this layer has its own indexer (x.yaml). Remove one of "
+        "the two.",
+    ),
+    "the indexer of a later layer": (
+        model(layer(LATENT | {"indexer_of_layer": 1}), layer(INDEXED)),
+        f"{ATTENTION}.indexer_of_layer is 1, but this is layer 0 (x.yaml). Use the index of an earlier layer.",
+    ),
+    "the indexer of a layer without one": (
+        model(layer(LATENT), layer(LATENT | {"indexer_of_layer": 0})),
+        "model.layers[1].attention.indexer_of_layer is 0, but that layer has no indexer (x.yaml). Use a layer that has "
+        "one.",
     ),
     "an indexer with fewer features than it rotates": (
         model(layer(LATENT | {"indexer": {"num_heads": 1, "head_dim": 2, "top_k": 3}})),
