@@ -120,7 +120,7 @@ def time_starts(
     """
     running = dict(entries)
     turns = min(effort.slices, _MAX_STARTS)
-    done, total = 0, 2 * turns * len(entries)
+    done, total = 0, num_starts(entries, effort)
     for turn in range(turns):
         for name in list(running):
             with tempfile.TemporaryDirectory() as folder, _recorded(timings, running, name):
@@ -134,6 +134,11 @@ def time_starts(
                             process.ask("first", case=case.to_json())
                         timings.slices.setdefault((name, label), []).append(perf_counter() - begin)
                         timings.facts[name] = _facts(process)
+
+
+def num_starts(entries: Mapping[str, Entry], effort: Effort) -> int:
+    """Return the number of starts that `time_starts` times."""
+    return 2 * min(effort.slices, _MAX_STARTS) * len(entries)
 
 
 def _facts(process: Process) -> dict[str, str]:

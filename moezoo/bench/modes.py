@@ -1,12 +1,13 @@
 """Modes of `moezoo bench`: the cases of each mode, and the loop over them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from moezoo.bench.case import Case
 from moezoo.bench.configs import bench_config, smoke_config, sweep_config
 from moezoo.bench.contenders import LIMIT, Entry
+from moezoo.bench.duration import unit_seconds
 from moezoo.bench.machine import load, machine
 from moezoo.bench.measure import Effort, Timings, take_turns, time_starts
 from moezoo.bench.results import Mode, Results, Row, rows_of, starts_of
@@ -60,24 +61,22 @@ def bench(
         entries: contenders by name; the limit is always included.
         left_out: skipped contenders and the reason, for the results.
         effort: number and length of slices.
-        on_progress: called with warm-ups and slices, or starts, of a mode and config.
+        on_progress: called with warm-ups, slices and starts, counted over all modes and configs.
         on_rows: called with the rows of each mode and config as soon as they are measured, and False if they lack some.
         smoke: use a tiny model in place of the configs, a short sweep, and one slice of one unit.
         bits: width of codes in `decode`; 0: floats.
 
     Raises SpecError: mode `layer` for a model without MoE layers.
     """
-    if smoke:
-        configs, effort = {"smoke": smoke_config()}, SMOKE
     before, failed, stopped = load(), [], None
     rows: list[Row] = []
     facts: dict[str, dict[str, str]] = {}
-    for mode, name, config in _parts(modes, configs):
-        cases, timings = _sweep(smoke) if config is None else _cases(mode, name, config, smoke, bits), Timings()
-
-        def show(what: str, done: int, total: int | None, prefix: str = f"{mode} {name}: ") -> None:
-            on_progress(prefix + what, done, total)
-
+    parts = planned(modes, configs, entries, effort, smoke=smoke, bits=bits)
+    effort, all_units, done_before = SMOKE if smoke else effort, sum(len(part.seconds) for part in parts), 0
+    for mode, name, cases, seconds in parts:
+        timings = Timings()
+        others = all_units - len(seconds)
+        show = partial(_counted_over_all, on_progress, f"{mode} {name}: ", done_before, others)
         try:
             with interrupted_by_signals():
                 if mode == "startup":
@@ -92,19 +91,52 @@ def bench(
         rows += made
         facts |= timings.facts
         failed += [f"{name} {mode}: {why}" for why in timings.failed.values()]
+        done_before += len(seconds)
         if stopped is not None:
             break
     described = {**machine(), "load_before": before, "load_after": load()}
     return Results(described, effort, facts, dict(left_out), failed, rows, stopped)
 
 
-def _parts(modes: Sequence[Mode], configs: Mapping[str, Config]) -> Iterator[tuple[Mode, str, Config | None]]:
-    """Yield mode, name and config of each part of a benchmark; the sweep has its own configs."""
+def _counted_over_all(
+    on_progress: Progress, prefix: str, done_before: int, others: int, what: str, done: int, total: int | None
+) -> None:
+    """Report progress of a part as that of the benchmark, which has `others` units outside of it."""
+    on_progress(prefix + what, done_before + done, None if total is None else total + others)
+
+
+class Part(NamedTuple):
+    """One mode with one model: its name, its cases, and the expected seconds of each warm-up and slice, or start."""
+
+    mode: Mode
+    name: str
+    cases: Sequence[Case]
+    seconds: Sequence[float]
+
+
+def planned(
+    modes: Sequence[Mode],
+    configs: Mapping[str, Config],
+    entries: Mapping[str, Entry],
+    effort: Effort,
+    *,
+    smoke: bool = False,
+    bits: int = 0,
+) -> list[Part]:
+    """Return the parts of a benchmark in order; the sweep has its own models. The arguments are those of `bench`.
+
+    Raises SpecError: mode `layer` for a model without MoE layers.
+    """
+    if smoke:
+        configs, effort = {"smoke": smoke_config()}, SMOKE
+    found: list[Part] = []
     for mode in modes:
-        if mode == "experts":
-            yield mode, "sweep", None
-        else:
-            yield from ((mode, name, config) for name, config in configs.items())
+        models = {"sweep": None} if mode == "experts" else configs
+        for name, config in models.items():
+            cases = _sweep(smoke) if config is None else _cases(mode, name, config, smoke, bits)
+            contenders = entries if mode == "startup" else {**entries, "limit": LIMIT}
+            found.append(Part(mode, name, cases, unit_seconds(mode, cases, contenders, effort)))
+    return found
 
 
 def _cases_that_beat_the_limit(cases: Sequence[Case], timings: Timings) -> list[Case]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from moezoo.bench.foreign_load import DISTURBED
 from moezoo.bench.measure import Effort
 from moezoo.bench.results import Ratio, Results, Row, ratios
+from moezoo.core.progress import clock
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,7 +18,9 @@ _TOO_LOW = (
 )
 
 
-def heading(machine: Mapping[str, Any], load_before: Sequence[float], effort: Effort) -> "Table":
+def heading(
+    machine: Mapping[str, Any], load_before: Sequence[float], effort: Effort, expected_s: float, units: int
+) -> "Table":
     """Return the part of the report that is known before anything is measured."""
     table = _facts()
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
@@ -27,6 +30,7 @@ def heading(machine: Mapping[str, Any], load_before: Sequence[float], effort: Ef
     for name, value in machine["variables"].items():
         table.add_row(name, value)
     table.add_row("slices", f"{effort.slices} of about {effort.slice_seconds:g} s, interleaved; medians")
+    table.add_row("time", f"about {clock(expected_s)} for {units} warm-ups, slices and starts; corrected as it goes")
     return table
 
 

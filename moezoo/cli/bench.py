@@ -10,9 +10,10 @@ import click
 from moezoo.cli.completion import PATH
 from moezoo.cli.options import json_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress
-from moezoo.core.progress import Pace
+from moezoo.core.progress import Pace, clock
 
 if TYPE_CHECKING:
+    from moezoo.bench.contenders import Entry
     from moezoo.bench.results import Mode
 
 
@@ -54,9 +55,10 @@ def bench_command(
     are installed. With --json, the tables go to standard error.
     """
     from moezoo.bench.contenders import select_contenders
+    from moezoo.bench.duration import Duration
     from moezoo.bench.machine import load, machine
     from moezoo.bench.measure import Effort
-    from moezoo.bench.modes import MODES, SMOKE, bench, known_mode, named_configs, shorter_in_codes
+    from moezoo.bench.modes import MODES, SMOKE, bench, known_mode, named_configs, planned, shorter_in_codes
     from moezoo.bench.report import closing, heading, table_of
     from moezoo.bench.results import Row
     from moezoo.bench.sweep_picture import draw_sweep
@@ -65,10 +67,7 @@ def bench_command(
     bits = _bits(quantize, modes)
     entries, skipped = select_contenders(backends, peers)
     if bits:
-        skipped |= shorter_in_codes()
-        for name in [name for name in entries if name.startswith("transformers")]:
-            del entries[name]
-            skipped[name] = "does not open mlx-lm's codes"
+        skipped |= shorter_in_codes() | _without_codes(entries)
     models = {} if smoke else named_configs(configs)
     effort = SMOKE if smoke else Effort(slices, slice_seconds)
     console = new_console(to_errors=as_json)
@@ -77,8 +76,15 @@ def bench_command(
         if rows:
             console.print(table_of(rows, complete), highlight=False)
 
-    console.print(heading(machine(), load(), effort), highlight=False)
-    with show_progress(console, "starting ...", _count) as show:
+    parts = planned(modes, models, entries, effort, smoke=smoke, bits=bits)
+    units = [seconds for part in parts for seconds in part.seconds]
+    duration = Duration(units)
+    console.print(heading(machine(), load(), effort, duration.expected, len(units)), highlight=False)
+
+    def line(what: str, done: int, total: int | None, pace: Pace) -> str:
+        return f"{what} ({done} of {total} done, eta {clock(duration.left(done))})"
+
+    with show_progress(console, "starting ...", line) as show:
         results = bench(modes, models, entries, skipped, effort, show, show_rows, smoke=smoke, bits=bits)
     for piece in closing(results):
         console.print(piece, highlight=False)
@@ -90,6 +96,14 @@ def bench_command(
         print_json(results.to_json())
     if results.stopped is not None or results.failed:
         sys.exit(results.stopped or 1)
+
+
+def _without_codes(entries: "dict[str, Entry]") -> dict[str, str]:
+    """Remove the contenders that do not open mlx-lm's codes; return each with the reason."""
+    removed = [name for name in entries if name.startswith("transformers")]
+    for name in removed:
+        del entries[name]
+    return dict.fromkeys(removed, "does not open mlx-lm's codes")
 
 
 def _bits(quantize: str | None, modes: "Sequence[Mode]") -> int:
@@ -104,7 +118,3 @@ def _bits(quantize: str | None, modes: "Sequence[Mode]") -> int:
     recipe = recipe_of_options(quantize, None, None, None, None)
     assert recipe is not None
     return recipe.bits
-
-
-def _count(what: str, done: int, total: int | None, pace: Pace) -> str:
-    return f"{what} ({done} of {total} done)"

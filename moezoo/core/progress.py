@@ -52,9 +52,14 @@ class Pace:
         """Return the estimated time left as `h:mm:ss`, or `-:--:--` if it is unknown."""
         if total is None or done <= self._first:
             return "-:--:--"
-        minutes, seconds = divmod(int(self.elapsed_s() / (done - self._first) * max(0, total - done)), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}"
+        return clock(self.elapsed_s() / (done - self._first) * max(0, total - done))
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as `h:mm:ss`."""
+    minutes, whole = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole:02}"
 
 
 def bytes_line(what: str, done: int, total: int | None, pace: Pace) -> str:

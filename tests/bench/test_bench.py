@@ -236,7 +236,7 @@ def test_decoding_cases_share_one_bandwidth():
 def test_report_has_a_table_per_mode_and_one_of_shares():
     console = Console(width=120, record=True, file=io.StringIO())
     results = results_of(ROWS)
-    console.print(heading(results.machine, [1.9, 1.0, 1.0], results.effort))
+    console.print(heading(results.machine, [1.9, 1.0, 1.0], results.effort, 200, 12))
     for rows in (ROWS[:2], ROWS[2:3], ROWS[3:4]):
         console.print(table_of(rows, complete=True))
     for piece in closing(results):
