@@ -10,8 +10,10 @@ from click.testing import CliRunner, Result
 
 import moezoo
 from moezoo.api import LoadedModel
+from moezoo.backends import load_backend
 from moezoo.cli.main import main
 from moezoo.core.errors import CheckpointError
+from moezoo.core.parity.check import parity_of
 from moezoo.core.reports.checkpoint_page import checkpoint_description
 from tests.huggingface.tiny_tokenizer import SENTENCES, write_tokenizer
 from tests.support.backends_available import require_backend
@@ -182,10 +184,11 @@ def test_eval_prints_loss_and_load(folder: Path, text: Path) -> None:
 
 
 @pytest.mark.slow
-def test_parity_holds_on_the_weights_of_a_checkpoint(folder: Path) -> None:
-    require_backend("jax")
-    require_backend("mlx")
-    report = moezoo.parity(folder)
+@pytest.mark.parametrize("backends", [["mlx"], pytest.param(["jax", "mlx"], marks=pytest.mark.release)])
+def test_parity_holds_on_the_weights_of_a_checkpoint(folder: Path, backends: list[str]) -> None:
+    for name in backends:
+        require_backend(name)
+    report = parity_of(folder, {name: load_backend(name) for name in backends})
     assert report.passed, report.failures
     assert any("weights of mixtral" in note for note in report.notes)
 

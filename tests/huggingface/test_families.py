@@ -10,7 +10,8 @@ import moezoo
 from moezoo.api import LoadedModel
 from moezoo.backends import load_backend
 from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpoint
-from moezoo.core.huggingface.family import families
+from moezoo.core.huggingface.family import families, family_of
+from moezoo.core.huggingface.fields import Fields
 from moezoo.core.spec import ModelSpec
 from moezoo.core.tokens import IGNORED, Integers
 from tests.support.fixtures import cases, read_fixture, write_checkpoint
@@ -30,9 +31,11 @@ def main_cases() -> list[str]:
     return sorted(first.values())
 
 
-# Compiling is what takes JAX long: what an option changes is shown by MLX, on which every case runs. The gate decodes
-# and differentiates on JAX one fixture of each kind of attention and of layer; the release tests, one of each family.
-DIFFERENT = {"deepseek_v32", "gemma4_text", "gpt_oss", "lfm2_moe", "llama4_text", "qwen3_next"}
+# Compiling is what takes JAX long. Every case runs on MLX, and test_tiny_configs.py holds JAX to the reference in every
+# feature that a family can have. So the gate computes on JAX one fixture of each kind of attention, and of three it
+# decodes and differentiates; the release tests compute every fixture, and decode and differentiate one of each family.
+ON_JAX = {"deepseek_v32", "gemma4_text", "gpt_oss", "lfm2_moe", "llama4_text", "qwen3_next"}
+DECODED_ON_JAX = {"deepseek_v32", "gemma4_text", "qwen3_next"}
 
 
 def on_each_backend(on_jax: set[str], in_the_gate: set[str]) -> list:
@@ -47,7 +50,7 @@ def on_each_backend(on_jax: set[str], in_the_gate: set[str]) -> list:
     ]
 
 
-PAIRS = on_each_backend(set(main_cases()), DIFFERENT)
+PAIRS = on_each_backend(set(main_cases()), DECODED_ON_JAX)
 
 
 def check(model: LoadedModel, expected: Arrays) -> float:
@@ -115,7 +118,16 @@ def test_every_family_has_a_fixture() -> None:
     assert shown == {family.name for family in families().values()}
 
 
-@pytest.mark.parametrize(("case", "backend"), on_each_backend(set(cases()), set(main_cases())))
+def test_every_kind_of_attention_runs_on_jax_in_the_gate() -> None:
+    def kinds(case: str) -> set[str]:
+        fields = Fields(read_fixture(case).description["config"], "config.json")
+        return {layer.attention.kind for layer in family_of(fields).spec_of(fields).layers}
+
+    lacking = {case: more for case in main_cases() if (more := kinds(case) - set().union(*map(kinds, ON_JAX)))}
+    assert not lacking, f"no case of ON_JAX has these kinds of attention: {lacking}; add one of the cases"
+
+
+@pytest.mark.parametrize(("case", "backend"), on_each_backend(set(cases()), ON_JAX))
 def test_fixture(case: str, backend: str, tmp_path: Path, record_property: RecordProperty) -> None:
     folder = write_checkpoint(case, tmp_path / case, shards=1 if backend == "jax" else 3)
     model = moezoo.load(folder, backend=backend)

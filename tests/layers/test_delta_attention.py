@@ -66,7 +66,7 @@ def reference(values, x_BTD):
 def rule(twin: Twin, query, key, value, beta, log_decay) -> np.ndarray:
     state_BMGHZ = np.zeros((len(key), M, G, H, value.shape[-1]))
     arrays = [twin.array(array) for array in (query, key, value, beta, log_decay, state_BMGHZ)]
-    return twin.numpy(twin.module("delta_attention").gated_delta_rule(*arrays)[0])
+    return twin.numpy(twin.compiled_function(twin.module("delta_attention").gated_delta_rule)(*arrays)[0])
 
 
 def rule_inputs(length: int) -> list[np.ndarray]:
@@ -138,7 +138,7 @@ def test_reading_a_rewritten_key_returns_its_new_value(twin):
 
 
 def test_later_tokens_are_invisible_to_earlier_ones(twin):
-    layer = layer_of(twin)
+    layer = twin.compiled(layer_of(twin))
     changed = X_BTD.copy()
     changed[:, 3:] = normal(21, B, T - 3, D)
     before, after = (twin.numpy(layer(twin.array(x)).out_BTD) for x in (X_BTD, changed))
@@ -150,7 +150,7 @@ def test_cached_parts_equal_the_uncached_pass(twin):
     """A part shorter than the convolution, tokens one at a time, several chunks that start from a state."""
     parts = (2, 1, 1, 1, 40)
     x_BTD = normal(0, B, sum(parts), D)
-    layer, cache, out = layer_of(twin), caches(twin, B), []
+    layer, cache, out = twin.compiled(layer_of(twin)), caches(twin, B), []
     for start, part in zip(np.cumsum((0, *parts)), parts, strict=False):
         attended = layer(twin.array(x_BTD[:, start : start + part]), cache)
         cache = attended.cache
@@ -164,6 +164,7 @@ def test_padding_does_not_change_the_cache(twin):
     x_BTD, first = normal(0, B, 7, D), (2, 0, 4)
     layer = layer_of(twin)
     cache = assert_pieces_match(twin, layer, caches(twin, B), lambda x: reference(VALUES, x), (3, 1, 3), first, x_BTD)
+    layer = twin.compiled(layer)
     for row, start in enumerate(first):
         alone = layer(twin.array(x_BTD[row : row + 1, start:]), caches(twin, 1)).cache
         for name in ("state_BMGHZ", "query_BSMH", "key_BSMH", "value_BSNZ"):

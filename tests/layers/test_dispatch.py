@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -95,8 +97,14 @@ def on_device(twin: Twin, routing: Routing):
     return own(*(None if value is None else twin.array(value) for value in routing[: len(own._fields)]))
 
 
+@cache
+def compiled_dispatch(twin: Twin, spec: MoESpec, *options: tuple[str, int | bool]) -> Callable[..., Dispatch]:
+    return twin.compiled_function(partial(twin.module("dispatch").dispatch, spec, **dict(options)))
+
+
 def dispatched(twin: Twin, spec: MoESpec, routing: Routing, **options) -> Dispatch:
-    result = twin.module("dispatch").dispatch(spec, on_device(twin, routing), **options)
+    function = compiled_dispatch(twin, spec, *options.items())
+    result = function(on_device(twin, routing))
     return Dispatch(*(twin.numpy(value) for value in result))._replace(kept_PK=np.array(result.kept_PK))
 
 

@@ -12,6 +12,8 @@ from moezoo.core.generation.loop import generate
 from moezoo.core.generation.prefill import padded, widths
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.sampling import SamplingOptions, penalized, sample
+from tests.support.backends_available import require_backend
+from tests.support.twins import Twin
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 COMBINATIONS = Path(__file__).parents[1] / "data" / "combinations"
@@ -46,6 +48,12 @@ def built(twin, name):
     return twin.backend().build(spec, {key: 3 * value for key, value in initial_weights(spec, seed=0).items()})
 
 
+def beside(twin) -> Twin:
+    """Return MLX, whose text JAX must give: each shape that JAX compiles takes it a second."""
+    require_backend("mlx")
+    return Twin("mlx")
+
+
 def prompts_of(spec):
     rng = np.random.default_rng(0)
     return [rng.integers(0, spec.vocab, length).astype(np.int32) for length in LENGTHS]
@@ -56,6 +64,7 @@ def test_rows_of_unequal_length_generate_as_they_do_alone(twin, name):
     model = built(twin, name)
     prompts = prompts_of(model.spec)
     together = generate(model, prompts, max_new_tokens=8, options=GREEDY)
+    model = built(beside(twin), name)
     for row, prompt in zip(together, prompts, strict=True):
         np.testing.assert_array_equal(generate(model, [prompt], max_new_tokens=8, options=GREEDY)[0], row)
 
@@ -66,6 +75,7 @@ def test_sampled_text_is_what_the_reference_draws_of_the_whole_pass(twin):
     options = SamplingOptions(temperature=1.2, top_k=20, top_p=0.95, repetition_penalty=1.2, seed=2**35 + 1)
     prompts = prompts_of(model.spec)
     found = generate(model, prompts, max_new_tokens=6, options=options)
+    model = built(beside(twin), "top_k")
     for step in range(6):
         so_far = [np.concatenate([prompt, row[:step]]) for prompt, row in zip(prompts, found, strict=True)]
         logits = np.concatenate(
@@ -79,7 +89,7 @@ def test_sampled_text_is_what_the_reference_draws_of_the_whole_pass(twin):
 def test_prompts_in_pieces_and_grown_caches_give_the_same_text(twin, name, monkeypatch):
     model = built(twin, name)
     prompts = [np.tile(prompt, 4) for prompt in prompts_of(model.spec)]
-    whole = generate(model, prompts, max_new_tokens=20, options=GREEDY)
+    whole = generate(built(beside(twin), name), prompts, max_new_tokens=20, options=GREEDY)
     monkeypatch.setattr(core_prompts, "CHUNK", 16)
     monkeypatch.setattr(twin.module("generation"), "INITIAL_CAPACITY", 16)
     np.testing.assert_array_equal(generate(model, prompts, max_new_tokens=20, options=GREEDY), whole)

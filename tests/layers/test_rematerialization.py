@@ -12,6 +12,7 @@ from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.random import micro_batch_keys
 from moezoo.core.tokens import IGNORED, PADDING
+from tests.support.backends_available import require_backend
 from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_all_close, assert_close
 from tests.support.twins import Twin, V
 
@@ -58,18 +59,24 @@ def cases():
     """JAX compiles each for seconds, so most are release tests; on MLX those of single parts."""
     combined = [(COMBINATIONS / f"{name}.yaml", how) for name, how in [*IN_THE_GATE, *BEFORE_A_RELEASE]]
     single = [(TINY / f"{name}.yaml", how) for name in CONFIGS for how in ("experts", "block")]
+    name = "{}-{}-{}".format
     for path, how in [*combined, *single]:
         for backend in ("jax", "mlx"):
-            in_gate = (path, how) in (combined[: len(IN_THE_GATE)] if backend == "jax" else combined)
-            marks = () if in_gate else pytest.mark.release
-            yield pytest.param(path, how, backend, id=f"{'/'.join(path.parts[-2:])}-{how}-{backend}", marks=marks)
+            marks = () if backend == "mlx" and (path, how) in combined else pytest.mark.release
+            yield pytest.param(
+                path, how, backend, backend, id=name("/".join(path.parts[-2:]), how, backend), marks=marks
+            )
+    for path, how in combined[: len(IN_THE_GATE)]:  # JAX's beside MLX's, which compiles nothing
+        yield pytest.param(path, how, "jax", "mlx", id=name("/".join(path.parts[-2:]), how, "jax-beside-mlx"))
 
 
-@pytest.mark.parametrize(("path", "how", "backend"), [*cases()])
-def test_a_step_is_the_same_with_and_without_rematerialization(path, how, backend):
+@pytest.mark.parametrize(("path", "how", "backend", "beside"), [*cases()])
+def test_a_step_is_the_same_with_and_without_rematerialization(path, how, backend, beside):
     how, _, packed = how.partition("-")
-    pair = (trained(path, each, backend, packed=bool(packed)) for each in ("none", how))
-    (plain, expected), (recomputed, found) = pair
+    for each in (backend, beside):
+        require_backend(each)
+    plain, expected = trained(path, "none", beside, packed=bool(packed))
+    recomputed, found = trained(path, how, backend, packed=bool(packed))
     assert_all_close(found.losses, expected.losses, FLOAT32)
     assert_close(found.gradient_norm, expected.gradient_norm, FLOAT32_GRADIENT)
     assert [list(load) for load in found.load] == [list(load) for load in expected.load]

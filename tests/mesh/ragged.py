@@ -1,6 +1,6 @@
 """Run the exchange `ragged` on the CPU with a stand-in for JAX's operation. Run by the tests.
 
-python ragged.py    as JSON: `apart`, losses and gradients of a mesh with it beside those of `padded`, and
+python ragged.py    as JSON: `apart`, losses and gradients of a mesh with it beside those of one device, and
                     `lowered`, how often JAX's own is in the training step that is lowered for a TPU
 """
 
@@ -16,7 +16,7 @@ from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.jax_backend.backend import JaxBackend
 from moezoo.jax_backend.runtime.step_batch import step_batch
-from tests.mesh.on_devices import VOCAB, apart, config_of
+from tests.mesh.on_devices import VOCAB, apart, config_of, one_device
 
 CONFIG = Path("configs/tiny/top_k.yaml")
 
@@ -37,12 +37,11 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
 def equal() -> dict[str, float]:
     config = config_of(CONFIG)
     windows = np.random.default_rng(0).integers(0, VOCAB, (8, 17)).astype(np.int32)
-    found = {}
-    for exchange in ("padded", "ragged"):
-        mesh = MeshConfig(data=2, expert=4, exchange=exchange)
-        model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0))
-        found[exchange] = model.loss_and_gradients(windows[:, :-1], windows[:, 1:])
-    (losses, gradients), (also, these) = found["padded"], found["ragged"]
+    found = []
+    for backend in (one_device("mlx"), JaxBackend(MeshConfig(data=2, expert=4, exchange="ragged"))):
+        model = backend.build(config.model, initial_weights(config.model, 0))
+        found.append(model.loss_and_gradients(windows[:, :-1], windows[:, 1:]))
+    (losses, gradients), (also, these) = found
     return {
         "losses": max(apart(losses[name], also[name]) for name in losses),
         "gradients": max(apart(gradients[name], these[name]) for name in gradients),

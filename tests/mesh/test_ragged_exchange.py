@@ -13,7 +13,7 @@ def found() -> dict[str, dict]:
     return json.loads(run_simulated("ragged.py").splitlines()[-1])
 
 
-def test_ragged_exchange_matches_the_padded_exchange(found) -> None:
+def test_ragged_exchange_matches_one_device(found) -> None:
     apart = found["apart"]
     assert apart["losses"] <= FLOAT32.relative
     assert apart["gradients"] <= FLOAT32_GRADIENT.relative

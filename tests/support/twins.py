@@ -96,6 +96,14 @@ class Twin:
         call = jax.jit(lambda state, *arrays, **named: nnx.merge(graph, state)(*arrays, **named))
         return lambda *arrays, **named: call(state, *arrays, **named)
 
+    def compiled_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as JAX compiles it, of arrays alone."""
+        if self.name != "jax":
+            return function
+        import jax
+
+        return jax.jit(function)
+
     def _namespace(self) -> ModuleType:
         if self.name == "jax":
             import jax.numpy as namespace
