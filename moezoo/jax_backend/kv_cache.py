@@ -214,6 +214,12 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 value = jnp.zeros((batch, kept, heads, value_dim), dtype)
                 kind = KVCache if reach is None else RollingCache
                 caches.append(kind(key, value, jnp.zeros((), jnp.int32)))
+            case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, window=int(window)):
+                kept = min(size, window)
+                key = jnp.zeros((batch, kept, 1, rope_head_dim), dtype)
+                caches.append(
+                    RollingCache(key, jnp.zeros((batch, kept, 1, latent_dim), dtype), jnp.zeros((), jnp.int32))
+                )
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
                 index_key = None if indexer is None else jnp.zeros((batch, size, indexer.head_dim), dtype)
                 latent = jnp.zeros((batch, size, latent_dim), dtype)

@@ -9,9 +9,9 @@ from flax import nnx
 from moezoo.core.reference.latent_attention import expanded, score_scale
 from moezoo.core.spec import LatentAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.attention import attend, attend_causally, temperature
+from moezoo.jax_backend.attention import attend, attend_causally, temperature, visible
 from moezoo.jax_backend.kernels import projection
-from moezoo.jax_backend.kv_cache import Attended, LatentCache
+from moezoo.jax_backend.kv_cache import Attended, LatentCache, RollingCache
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import Documents, positions, rotate, same_side, within_documents
 from moezoo.jax_backend.sparse_attention import Indexer, attend_where, choose_sources, index, index_loss
@@ -29,9 +29,13 @@ class LatentAttention(nnx.Module):
         self.w_latent = weights.parameter("w_latent")
         self.w_rope_key = weights.parameter("w_rope_key")
         self.latent_norm = norm(spec.norm, weights.inside("latent_norm"))
+        if spec.rope_key_norm:
+            self.rope_key_norm = norm(spec.norm, weights.inside("rope_key_norm"))
         self.w_key = weights.parameter("w_key")
         self.w_value = weights.parameter("w_value")
         self.w_output = weights.parameter("w_output")
+        if spec.gate is not None:
+            self.w_gate = weights.parameter("w_gate")
         if spec.bias:
             if spec.query_latent_dim is not None:
                 self.b_query_down = weights.parameter("b_query_down")
@@ -44,7 +48,7 @@ class LatentAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        cache: LatentCache | None = None,
+        cache: LatentCache | RollingCache | None = None,
         *,
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
@@ -55,7 +59,7 @@ class LatentAttention(nnx.Module):
         spec, dtype = self.spec, x_BTD.dtype
         position_T = positions(x_BTD.shape[1], 0 if cache is None else cache.length, first_B, documents)
         source, query, rope_query, latent, rope_key = self._projected(x_BTD, position_T)
-        index_query = index_key = index_weight = None
+        index_query = index_key = index_weight = slot_S = None
         if spec.indexer is not None:
             index_query, index_key, index_weight = self.indexer(x_BTD, source, position_T)
         if cache is None:
@@ -64,16 +68,17 @@ class LatentAttention(nnx.Module):
             key = jnp.concatenate([key, jnp.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
             value = projection.einsum("BSZ,ZNH->BSNH", latent, self.w_value[...].astype(dtype))
         else:
-            cache = cache.extend(latent, rope_key[:, :, 0], index_key)
             query = projection.einsum("BTNH,ZNH->BTNZ", query, self.w_key[...].astype(dtype))
             grouped = jnp.concatenate([query, rope_query], axis=-1)[:, :, None]
-            key = jnp.concatenate([cache.latent_BSZ, cache.key_BSH], axis=-1)[:, :, None]
-            value, index_key = cache.latent_BSZ[:, :, None], cache.index_key_BSH
+            if isinstance(cache, RollingCache):  # latents are the values of one head, rotated keys its keys
+                cache, (rope_key, value, slot_S) = cache.extend(rope_key, latent[:, :, None])
+            else:
+                cache = cache.extend(latent, rope_key[:, :, 0], index_key)
+                rope_key, value = cache.key_BSH[:, :, None], cache.latent_BSZ[:, :, None]
+                index_key = cache.index_key_BSH
+            key = jnp.concatenate([value, rope_key], axis=-1)
         scale, loss = score_scale(spec), None
-        position_S = positions(key.shape[1], 0, first_B, documents)
-        mask_TS = position_T[..., :, None] >= position_S[..., None, :]
-        mask_TS = mask_TS if first_B is None else mask_TS & same_side(position_T, position_S)
-        mask_TS = within_documents(mask_TS, documents)
+        mask_TS = within_documents(self._mask(position_T, key.shape[1], slot_S, first_B, documents), documents)
         if spec.indexer is not None:
             assert index_query is not None
             assert index_key is not None
@@ -92,10 +97,30 @@ class LatentAttention(nnx.Module):
             out_BTNH = attended[:, :, :, 0]
         else:
             out_BTNH = projection.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], self.w_value[...].astype(dtype))
+        if spec.gate is not None:
+            gate_BTN = projection.einsum("BTD,DN->BTN", x_BTD, self.w_gate[...].astype(dtype)).astype(jnp.float32)
+            out_BTNH = (out_BTNH * jax.nn.sigmoid(gate_BTN)[..., None]).astype(dtype)
         out_BTD = projection.einsum("BTNH,NHD->BTD", out_BTNH, self.w_output[...].astype(dtype))
         if spec.bias:
             out_BTD = out_BTD + self.b_output[...].astype(dtype)
         return Attended(out_BTD, cache, None, loss, None if spec.indexer is None else chosen_BTS)
+
+    def _mask(
+        self,
+        position_T: jax.Array,
+        slots: int,
+        slot_S: jax.Array | None,
+        first_B: jax.Array | None,
+        documents: Documents | None,
+    ) -> jax.Array:
+        """Return the mask of tokens at these positions over that many cache slots, of a rolling cache `slot_S`."""
+        if slot_S is None:
+            position_S = positions(slots, 0, first_B, documents)
+        else:
+            position_S = slot_S if first_B is None else slot_S - first_B[:, None]
+        mask_TS = visible(expanded(self.spec), position_T, position_S)
+        plain = first_B is None and slot_S is None
+        return mask_TS if plain else mask_TS & same_side(position_T, position_S)
 
     def _projected(
         self, x_BTD: jax.Array, position_T: jax.Array
@@ -115,6 +140,7 @@ class LatentAttention(nnx.Module):
         if spec.bias:
             latent = latent + self.b_latent[...].astype(dtype)
             rope_key = rope_key + self.b_rope_key[...].astype(dtype)
+        rope_key = self.rope_key_norm(rope_key) if spec.rope_key_norm else rope_key
         latent, rope_key = self.latent_norm(latent), rope_key[:, :, None]
         if spec.latent_multiplier != 1:
             latent = latent * spec.latent_multiplier

@@ -215,6 +215,10 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 value = mx.zeros((batch, kept, heads, value_dim), dtype)
                 kind = KVCache if reach is None else RollingCache
                 caches.append(kind(key, value, 0))
+            case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, window=int(window)):
+                kept = min(size, window)
+                key = mx.zeros((batch, kept, 1, rope_head_dim), dtype)
+                caches.append(RollingCache(key, mx.zeros((batch, kept, 1, latent_dim), dtype), 0))
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
                 index_key = None if indexer is None else mx.zeros((batch, size, indexer.head_dim), dtype)
                 latent = mx.zeros((batch, size, latent_dim), dtype)

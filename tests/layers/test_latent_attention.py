@@ -44,6 +44,8 @@ SPECS = {
     "biases of the input": spec_of(
         bias=True, temperature_tuning=TemperatureTuningSpec(floor_length=2, scale=0.7, first=0)
     ),
+    "window": spec_of(query_latent_dim=QUERY, window=3, latent_multiplier=1.5),
+    "gate and norm of the rotated key": spec_of(gate="headwise", rope_key_norm=True, norm=RMSNormSpec(epsilon=1e-3)),
     "indexer": spec_of(query_latent_dim=QUERY, indexer=INDEXER),
     "indexer of the input": spec_of(
         position=NoPositionSpec(), indexer=INDEXER.model_copy(update={"key_norm": RMSNormSpec(scale="none")})
@@ -67,6 +69,10 @@ def values_of(spec: LatentAttentionSpec) -> dict[str, np.ndarray]:
     }
     if spec.query_latent_dim is not None:
         shapes |= {"w_query_down": (D, QUERY), "query_norm.scale": (QUERY,)}
+    if spec.rope_key_norm:
+        shapes["rope_key_norm.scale"] = (ROPE,)
+    if spec.gate is not None:
+        shapes["w_gate"] = (D, N)
     if isinstance(spec.norm, LayerNormSpec):
         shapes["latent_norm.bias"] = (Z,)
     if spec.bias:
@@ -126,7 +132,7 @@ def test_absorbed_form_equals_the_expanded_one(kind):
 
 
 @pytest.mark.parametrize("first", [None, (3, 0, 5)], ids=["equal", "ragged"])
-@pytest.mark.parametrize("kind", ["latent", "no position", "indexer"])
+@pytest.mark.parametrize("kind", ["latent", "no position", "window", "gate and norm of the rotated key", "indexer"])
 def test_cached_chunks_equal_the_uncached_pass(twin, kind, first):
     """Prompts of several tokens, then single tokens, from cached latents alone."""
     spec = SPECS[kind]
@@ -149,9 +155,14 @@ def test_cache_stores_one_latent_and_one_key_per_token_for_any_number_of_heads(t
     assert sum(sizes) == Z + ROPE + (0 if spec.indexer is None else INDEXER.head_dim)
 
 
+def test_cache_of_a_window_keeps_no_more_tokens_than_it_reaches(twin):
+    cache = cache_of(twin, SPECS["window"])
+    assert [tuple(part.shape) for part in cache[:2]] == [(B, 3, 1, ROPE), (B, 3, 1, Z)]
+
+
 def test_decoding_with_latent_and_sparse_layers_equals_the_uncached_pass(twin):
-    """A prompt of 17 tokens, which JAX pads, then single ones; the last layer shares the choice of the one before."""
-    kinds = (SPECS["latent"], SPECS["indexer"], spec_of(indexer_of_layer=1))
+    """A prompt of 17 tokens, which JAX pads, then single ones; the third layer shares the choice of the second."""
+    kinds = (SPECS["window"], SPECS["indexer"], spec_of(indexer_of_layer=1), SPECS["latent"])
     layers = tuple(LayerSpec(attention=kind, feed_forward=GatedFeedForwardSpec(hidden_dim=4)) for kind in kinds)
     model = ModelSpec(vocab_size=V, embed_dim=D, layers=layers)
     weights = {name: 5 * value for name, value in initial_weights(model, seed=0).items()}
@@ -217,6 +228,19 @@ def test_a_multiplier_of_the_latent_equals_one_of_its_norm_scale(twin):
     assert_close(output(twin, spec, X_BTD), latent_attention(plain, values, X_BTD).out_BTD, FLOAT32)
 
 
+def test_a_window_is_that_of_grouped_query_attention_and_a_large_gate_is_open(twin):
+    """With one token in the window every head returns its own value; sigmoid(0) halves it."""
+    values = values_of(spec_of(window=1, gate="headwise"))
+    latent = X_BTD @ values["w_latent"]
+    latent = values["latent_norm.scale"] * latent / np.sqrt(np.mean(latent**2, axis=-1, keepdims=True) + 1e-6)
+    own = np.einsum("BTZ,ZNH,NHD->BTD", latent, values["w_value"], values["w_output"])
+    halved = values | {"w_gate": 0 * values["w_gate"]}
+    assert_close(latent_attention(spec_of(window=1), values, X_BTD).out_BTD, own, FLOAT64)
+    spec = spec_of(window=1, gate="headwise")
+    layer = twin.module("latent_attention").LatentAttention(spec, twin.weights(halved), 0)
+    assert_close(twin.numpy(layer(twin.array(X_BTD)).out_BTD), own / 2, FLOAT32)
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_temperature_acts_on_both_parts_of_a_query_and_counts_from_first(twin, first):
     """Queries are doubled from the first step on, where floor((t + first) / 3) = 1."""
@@ -248,11 +272,11 @@ def test_an_indexer_that_chooses_every_position_changes_nothing(twin):
     assert np.max(np.abs(output(twin, SPECS["indexer"], LONG_BTD) - expected)) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["low-rank queries", "no position"])
+@pytest.mark.parametrize("kind", ["low-rank queries", "no position", "window", "gate and norm of the rotated key"])
 def test_reference_gradient_agrees_with_finite_differences(kind):
     spec = SPECS[kind]
     values = values_of(spec)
-    names = ("w_latent", "w_rope_key", "w_key", "w_value")
+    names = ("w_latent", "w_rope_key", "w_key", "w_value", *(("w_gate", "rope_key_norm.scale") if spec.gate else ()))
     assert_reference_gradient(
         lambda x, *some: latent_attention(spec, values | dict(zip(names, some, strict=True)), x).out_BTD,
         X_BTD[:1, :3],

@@ -122,9 +122,9 @@ def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSp
 
 
 def _chosen(attention: LatentAttentionSpec, layers: Sequence[LayerSpec]) -> int | None:
-    """Return the number of positions that an indexer chooses for this layer, its own or another's; None: no indexer."""
+    """Return how many positions a query attends to: of a window, or of an indexer, its own or another's; None: all."""
     if attention.indexer_of_layer is None:
-        return None if attention.indexer is None else attention.indexer.top_k
+        return attention.window if attention.indexer is None else attention.indexer.top_k
     other = layers[attention.indexer_of_layer].attention
     assert isinstance(other, LatentAttentionSpec)
     return _chosen(other, layers)

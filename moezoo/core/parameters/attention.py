@@ -89,8 +89,12 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
         yield rows.vector(f"{name}.b_latent", (z,), ("latent",), "attention")
         yield rows.vector(f"{name}.b_rope_key", (o,), ("head_dim",), "attention")
     yield from rows.norm(f"{name}.latent_norm", spec.norm, (z,), ("latent",))
+    if spec.rope_key_norm:
+        yield from rows.norm(f"{name}.rope_key_norm", spec.norm, (o,), ("head_dim",))
     yield rows.matrix(f"{name}.w_key", (z, n, h), ("latent", "head", "head_dim"), "attention")
     yield rows.matrix(f"{name}.w_value", (z, n, v), ("latent", "head", "head_dim"), "attention")
+    if spec.gate is not None:
+        yield rows.matrix(f"{name}.w_gate", (d, n), ("embed", "head"), "attention")
     yield rows.output(f"{name}.w_output", (n, v, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
     if spec.bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")

@@ -5,7 +5,7 @@ import math
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, adapter, inside
-from moezoo.core.reference.attention import Attended, temperature
+from moezoo.core.reference.attention import Attended, temperature, visible
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents, rotate, score_multiplier, within_documents
 from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
@@ -29,7 +29,9 @@ def latent_attention(
     the positions that the indexer chooses (sparse attention), or that another layer's chose: `chosen_BTS`.
 
     Order: project, and add the biases of `w_query_down`, `w_latent`, `w_rope_key` and `w_output` if the spec has them;
-    normalize; multiply the latent by its constant; rotate; multiply both parts of a query by its temperature; attend.
+    normalize, also `k'` with `rope_key_norm`; multiply the latent by its constant; rotate; multiply both parts of a
+    query by its temperature; attend, to no more than `window` tokens; multiply by the sigmoid of `x w_gate_n` if there
+    is a gate.
 
     The absorbed form computes the same numbers from latents alone, so a cache stores nothing else: `q_n . (c w_key_n) =
     (w_key_n q_n) . c`, and `sum_s a_s (c_s w_value_n) = (sum_s a_s c_s) w_value_n`. It is multi-query attention with
@@ -50,7 +52,7 @@ def latent_attention(
         key = adapter.einsum("BSZ,ZNH->BSNH", latent, parameters["w_key"])
         key = np.concatenate([key, np.repeat(rope_key, spec.num_heads, axis=2)], axis=-1)
         value = adapter.einsum("BSZ,ZNH->BSNH", latent, parameters["w_value"])
-    mask_TS = within_documents(position_T[..., :, None] >= position_T[..., None, :], documents)
+    mask_TS = within_documents(visible(expanded(spec), position_T, position_T), documents)
     mask_BTS, loss = np.broadcast_to(mask_TS, (len(x_BTD), *mask_TS.shape[-2:])), None
     mask_BTS = mask_BTS if chosen_BTS is None else chosen_BTS
     if spec.indexer is not None:
@@ -64,9 +66,16 @@ def latent_attention(
         out_BTNH = np.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], parameters["w_value"])
     else:
         out_BTNH = attended[:, :, :, 0]
-    out_BTD = adapter.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"])
-    out_BTD = out_BTD + parameters["b_output"] if spec.bias else out_BTD
+    out_BTD = _output(spec, parameters, out_BTNH, x_BTD)
     return Attended(out_BTD, None, loss, None if spec.indexer is None else mask_BTS)
+
+
+def _output(spec: LatentAttentionSpec, parameters: Parameters, out_BTNH: Array, x_BTD: Array) -> Array:
+    """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one, and project it."""
+    if spec.gate is not None:
+        out_BTNH = out_BTNH / (1 + np.exp(-adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]))
+    out_BTD = adapter.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"])
+    return out_BTD + parameters["b_output"] if spec.bias else out_BTD
 
 
 def score_scale(spec: LatentAttentionSpec) -> float:
@@ -82,6 +91,7 @@ def expanded(spec: LatentAttentionSpec) -> GroupedQueryAttentionSpec:
         num_kv_heads=spec.num_heads,
         head_dim=spec.head_dim + spec.rope_head_dim,
         position=NoPositionSpec(),
+        window=spec.window,
         scale=score_scale(spec),
     )
 
@@ -104,6 +114,8 @@ def _projected(
     if spec.bias:
         latent, rope_key = latent + parameters["b_latent"], rope_key + parameters["b_rope_key"]
     latent = spec.latent_multiplier * normalize(spec.norm, inside(parameters, "latent_norm"), latent)
+    if spec.rope_key_norm:
+        rope_key = normalize(spec.norm, inside(parameters, "rope_key_norm"), rope_key)
     rope_key = rope_key[:, :, None]
     match spec.position:
         case RoPESpec():

@@ -108,6 +108,9 @@ def attention_in_words(spec: AttentionSpec) -> str:
                 (f"latent times {spec.latent_multiplier:g}", spec.latent_multiplier != 1),
                 ("biases", spec.bias),
                 ("temperature by position", spec.temperature_tuning is not None),
+                (f"window {spec.window}", spec.window is not None),
+                ("norm of the rotated key", spec.rope_key_norm),
+                (f"{spec.gate} gate", spec.gate is not None),
             )
             parts.extend(word for word, there in extra if there)
         case GatedDeltaAttentionSpec():

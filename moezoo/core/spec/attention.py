@@ -156,9 +156,11 @@ class LatentAttentionSpec(Part):
     `value_head_dim`. `bias`: the projections from and to the model width have a bias, except `w_query`
     (`attention_bias` of DeepSeek-V3). `latent_multiplier` is a constant on the normalized latent (LongCat-Flash); a
     constant on queries is part of `scale`, which multiplies the scores; null is `1 / sqrt(head_dim + rope_head_dim)`,
-    and YaRN's mscale multiplies either. With an `indexer` a query attends only to the tokens that it chooses; with
-    `indexer_of_layer`, to those that the indexer of that earlier layer chose (index from 0, repeats expanded), and this
-    layer has none (GLM-5.2; arXiv 2603.12201).
+    and YaRN's mscale multiplies either. `rope_key_norm`: the shared key is normalized before its rotation. `window`:
+    sliding window, each query attends to the last `window` tokens, itself included. `gate`: each head's output is
+    multiplied by the sigmoid of a projection of the layer's input (these three: dots3-note, transformers). With an
+    `indexer` a query attends only to the tokens that it chooses; with `indexer_of_layer`, to those that the indexer of
+    that earlier layer chose (index from 0, repeats expanded), and this layer has none (GLM-5.2; arXiv 2603.12201).
     """
 
     kind: Literal["latent"] = "latent"
@@ -174,11 +176,18 @@ class LatentAttentionSpec(Part):
     latent_multiplier: PositiveFloat = 1.0
     scale: PositiveFloat | None = None
     temperature_tuning: TemperatureTuningSpec | None = None
+    rope_key_norm: bool = False
+    window: PositiveInt | None = None
+    gate: Literal["headwise"] | None = None
     indexer: IndexerSpec | None = None
     indexer_of_layer: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _sizes(self) -> "LatentAttentionSpec":
+        if self.window is not None and (self.indexer is not None or self.indexer_of_layer is not None):
+            raise impossible(
+                "window", f"is {self.window}, but an indexer selects the positions", "Set only one of them"
+            )
         if isinstance(self.position, RoPESpec):
             self.position.check(self.rope_head_dim, "rope_head_dim")
             if self.indexer is not None and self.indexer.head_dim < self.rope_head_dim:

@@ -290,6 +290,8 @@ class ModelSpec(Part):
                 limits = [limit for limit in (attention.window, attention.chunk) if limit is not None]
                 for index in {place, place if attention.keys_of_layer is None else attention.keys_of_layer}:
                     found[index].append(min(limits, default=None))
+            if isinstance(attention, LatentAttentionSpec):
+                found[place].append(attention.window)
         return tuple(
             None if None in reaches else max((reach for reach in reaches if reach is not None), default=None)
             for reaches in found

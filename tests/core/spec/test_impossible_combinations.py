@@ -107,6 +107,10 @@ CASES = {
         f"{ATTENTION}.num_heads is 4, which is not divisible by num_kv_heads = 3 (x.yaml). Use a multiple of "
         "num_kv_heads.",
     ),
+    "window and indexer of latent attention": (
+        model(layer(LATENT | {"window": 3, "indexer": {"num_heads": 2, "head_dim": 4, "top_k": 2}})),
+        f"{ATTENTION}.window is 3, but an indexer selects the positions (x.yaml). Set only one of them.",
+    ),
     "gate_bias without gate": (
         attention(gate_bias=True),
         f"{ATTENTION}.gate is null, but gate_function or gate_bias is set (x.yaml). Use gate: headwise or elementwise, "
