@@ -96,7 +96,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{found[1]}{repository}/{kind}/main/{linked}{fragment}{found[3]}"
 
     pieces = FENCE.split(markdown)
-    return "".join(piece if index % 2 else LINK.sub(link, _with_pipes(piece)) for index, piece in enumerate(pieces))
+    return "".join(
+        _as_shell(piece) if index % 2 else LINK.sub(link, _with_pipes(piece)) for index, piece in enumerate(pieces)
+    )
 
 
 def on_page_content(html: str, **_: object) -> str:
@@ -107,6 +109,11 @@ def on_page_content(html: str, **_: object) -> str:
 def on_post_page(output: str, **_: object) -> str:
     """Name the theme's search dialog, for screen readers."""
     return output.replace(' role="dialog">', ' role="dialog" aria-label="Search">', 1)
+
+
+def _as_shell(fence: str) -> str:
+    """Highlight commands without a prompt as such: `console` takes each line without one for output."""
+    return fence if "\n$ " in fence else fence.replace("```console\n", "```bash\n", 1)
 
 
 def _with_pipes(markdown: str) -> str:
@@ -122,8 +129,7 @@ def _with_pipes(markdown: str) -> str:
 def notebook_page(path: Path, repository: str) -> str:
     """Return a notebook as Markdown: its texts, its code, and the text of what the code printed."""
     name = path.relative_to(ROOT).as_posix()
-    colab = f"https://colab.research.google.com/github/{urlsplit(repository).path.strip('/')}/blob/main/{name}"
-    links = f"[Open it in Colab]({colab}), or [see the file]({repository}/blob/main/{name})."
+    links = f"This page is the notebook [{path.name}]({repository}/blob/main/{name})."
     parts: list[str] = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"]).strip()
