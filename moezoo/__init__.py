@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moezoo.core.comparison.result import Comparison
     from moezoo.core.config.run_config import Config
     from moezoo.core.errors import MoezooError
+    from moezoo.core.explorer.explore import Explorer
     from moezoo.core.parameters import parameter_table
     from moezoo.core.parity.report import ParityReport
     from moezoo.core.spec import ModelSpec
@@ -28,6 +29,7 @@ __all__ = [
     "MoezooError",
     "Run",
     "compare",
+    "explore",
     "load",
     "load_config",
     "parameter_table",
@@ -187,6 +189,26 @@ def compare(
 
     sizes = {"sequence_length": sequence_length, "max_windows": max_windows}
     return compare_loaded(a, b, data, **sizes, on_message=warnings.warn)
+
+
+def explore(
+    trace: "RoutingTrace | str | Path", other: "RoutingTrace | str | Path | None" = None, *, tokens: range | None = None
+) -> "Explorer":
+    """Show which experts each token went to, as `moezoo explore` does; a notebook shows the page in a frame.
+
+    >>> trace = moezoo.load("runs/owls").trace("text.txt")
+    >>> page = moezoo.explore(trace).write("routing.html")
+
+    Args:
+        trace: of `LoadedModel.trace`, or the file of one.
+        other: a second trace of the same tokens, to be shown beside the first, with differences marked.
+        tokens: positions of the tokens to show, at most 20,000; None: the first 2,000.
+
+    Raises DataError: not a trace, or the two cannot be compared.
+    """
+    from moezoo.core.explorer.explore import explore as explore_traces
+
+    return explore_traces(*([trace] if other is None else [trace, other]), tokens=tokens)
 
 
 def __dir__() -> list[str]:

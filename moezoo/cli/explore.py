@@ -24,8 +24,8 @@ def explore(traces: tuple[Path, ...], out: Path, tokens: str | None, demo: bool)
     TRACE is a file that `moezoo trace` wrote; two of the same tokens are shown side by side, with differences marked.
     The page is one HTML file that works without a network.
     """
-    from moezoo.core.explorer.page import check_comparable, chosen_tokens, demo_trace, explorer_page
-    from moezoo.core.files import write_atomically
+    from moezoo.core.explorer.explore import explore as explorer_of
+    from moezoo.core.explorer.page import chosen_tokens, demo_trace
     from moezoo.core.reports.text import bytes_text
     from moezoo.core.traces.trace_file import open_trace
 
@@ -36,8 +36,6 @@ def explore(traces: tuple[Path, ...], out: Path, tokens: str | None, demo: bool)
             "trace.safetensors -o page.html."
         )
     opened = [demo_trace()] if demo else [open_trace(path) for path in traces]
-    if len(opened) == 2:
-        check_comparable(*opened)
     total = opened[0].num_tokens
     chosen = chosen_tokens(tokens, total)
     if len(chosen) < total and tokens is None:
@@ -45,6 +43,6 @@ def explore(traces: tuple[Path, ...], out: Path, tokens: str | None, demo: bool)
             f"note: the page has the first {len(chosen):,} of {total:,} tokens; --tokens FIRST:LAST chooses others, "
             "20,000 at most"
         )
-    write_atomically(out, explorer_page(opened, chosen))
+    explorer_of(*opened, tokens=chosen).write(out)
     size = bytes_text(out.stat().st_size)
     print_lines(new_console(), f"{out}: {counted(len(chosen), 'token')}, {size}; open it in a browser")

@@ -192,7 +192,8 @@ def test_help_is_fast_and_loads_no_framework() -> None:
 
 def test_public_api_is_small() -> None:
     classes = ["Config", "LoadedModel", "ModelSpec", "MoezooError", "Run"]
-    assert moezoo.__all__ == [*classes, "compare", "load", "load_config", "parameter_table", "parity", "train"]
+    functions = ["compare", "explore", "load", "load_config", "parameter_table", "parity", "train"]
+    assert moezoo.__all__ == [*classes, *functions]
     for name in moezoo.__all__:
         assert getattr(moezoo, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

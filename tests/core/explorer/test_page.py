@@ -1,15 +1,18 @@
 """The explorer's page: what it contains, how large it is, and which traces it takes."""
 
 import base64
+import html
 import json
 import re
 import zlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import moezoo
 from moezoo.core.errors import DataError
 from moezoo.core.explorer.columns import Column, integers, packed, reals
 from moezoo.core.explorer.page import MAX_TOKENS, check_comparable, chosen_tokens, demo_trace, explorer_page
@@ -31,6 +34,13 @@ def content_of(page: str) -> tuple[dict[str, Any], bytes]:
     whole = zlib.decompress(base64.b64decode(found))
     end = 4 + int.from_bytes(whole[:4], "little")
     return json.loads(whole[4:end]), whole[end:]
+
+
+def hostile_trace() -> RoutingTrace:
+    """A trace whose names and texts are markup."""
+    trace = synthetic_trace(vocab=len(HOSTILE))
+    info = trace.info.model_copy(update={"domains": (HOSTILE[0], "prose"), "model": HOSTILE[1]})
+    return RoutingTrace(info, trace.source, dict(enumerate(HOSTILE)), "/x/<b><!--data-->")
 
 
 def decoded(column: Column) -> np.ndarray:
@@ -79,10 +89,7 @@ def test_page_has_every_column_and_names_nothing_outside() -> None:
 
 
 def test_hostile_texts_and_names_do_not_become_markup() -> None:
-    trace = synthetic_trace(vocab=len(HOSTILE))
-    info = trace.info.model_copy(update={"domains": (HOSTILE[0], "prose"), "model": HOSTILE[1]})
-    hostile = RoutingTrace(info, trace.source, dict(enumerate(HOSTILE)), "/x/<b><!--data-->")
-    page, plain = (explorer_page([one], range(40)) for one in (hostile, trace))
+    page, plain = (explorer_page([one], range(40)) for one in (hostile_trace(), synthetic_trace(vocab=len(HOSTILE))))
     assert page.count("<script") == plain.count("<script")
     assert "&lt;b&gt;" in page
     assert not any(text in page for text in ("alert(1)", "<b>", "<!--"))
@@ -142,3 +149,20 @@ def test_demo_is_a_trained_models_trace() -> None:
     assert trace.info.num_experts == (16,) * 4
     assert np.nanmean(rows.loss) < 0.6  # nats; an untrained model has 3.3
     assert "".join(map(trace.text, rows.token.tolist()))[:7] == "At tea,"
+
+
+def test_a_notebook_shows_the_page_in_a_frame_and_a_file_has_it(tmp_path: Path) -> None:
+    trace = hostile_trace()
+    page = moezoo.explore(trace, tokens=range(3, 9))
+    assert page.html == explorer_page([trace], range(3, 9))
+    assert repr(page).startswith("<Explorer: 6 tokens;")
+    [shown] = re.findall(r'^<iframe srcdoc="([^"]*)" [^<>]*></iframe>$', page._repr_html_())
+    assert html.unescape(shown) == page.html
+    assert page.write(tmp_path / "page.html").read_text(encoding="utf-8") == page.html
+
+
+def test_two_traces_of_other_tokens_are_no_page() -> None:
+    trace = synthetic_trace()
+    other = with_columns(trace, token=trace.column("token") + 1)
+    with pytest.raises(DataError, match="has token"):
+        moezoo.explore(trace, other)
