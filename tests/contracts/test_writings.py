@@ -129,7 +129,8 @@ def snippets() -> list[Any]:
     """Every YAML block that is a part of a config."""
     found = []
     for document in [path for path in DOCUMENTS if path.is_file()]:
-        blocks = re.findall(r"^```yaml\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        text = document.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```yaml(?: title=[^\n]*)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
         for number, block in enumerate(blocks):
             raw = yaml.safe_load(block)
             if isinstance(raw, dict) and raw.keys() <= Config.model_fields.keys():
