@@ -16,7 +16,7 @@ from moezoo.core.runs.sessions import read_sessions
 from moezoo.core.tokens import Column
 from moezoo.core.training.evaluation import Evaluation, describe_evaluation
 from moezoo.core.training.metric_columns import last_number, read_columns
-from moezoo.core.training.progress_lines import LineReporter
+from moezoo.core.training.progress_lines import python_reporter
 from moezoo.core.training.reporter import Reporter, Reporters, SilentReporter
 
 
@@ -95,7 +95,7 @@ def train_run(
     allow_changed_data: bool = False,
 ) -> Run:
     """Train a model: the implementation of `moezoo.train`."""
-    shown: Reporter = LineReporter() if progress else SilentReporter()
+    shown: Reporter = python_reporter() if progress else SilentReporter()
     ready = ready_run(
         config,
         prepare=quiet_data(shown.message),
