@@ -82,7 +82,7 @@ def load(
     return load_model(path, backend, compute, max_length, **options)
 
 
-def load_config(path: "str | Path | Mapping[str, Any]", overrides: Sequence[str] = ()) -> "Config":
+def load_config(path: "str | Path | Mapping[str, Any]", overrides: str | Sequence[str] = ()) -> "Config":
     """Load and validate a config with `path=value` overrides; opens the checkpoint of `init_from` if it has one.
 
     `path`: of a YAML file, the name of one that ships, or the content of one.
@@ -103,7 +103,7 @@ def train(
     *,
     backend: "str | Backend | None" = None,
     out: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     mesh: str | None = None,
     resume: bool = False,
     replay: str | Path | None = None,
@@ -168,8 +168,8 @@ def parity(
 
 
 def compare(
-    a: "LoadedModel",
-    b: "LoadedModel",
+    a: "LoadedModel | str | Path",
+    b: "LoadedModel | str | Path",
     data: str | Path,
     *,
     sequence_length: int | None = None,
@@ -178,7 +178,7 @@ def compare(
     """Compare two models on a file of text or token ids, and say whether they differ by routing or arithmetic.
 
     Args:
-        a, b: models of the same vocabulary, MoE layers and experts per token.
+        a, b: models of the same vocabulary, MoE layers and experts per token, or paths to `load`.
         data: text, JSON lines, or token ids (.npy, .bin).
         sequence_length: tokens per window; None: as model A was trained (512 for a Hugging Face checkpoint).
         max_windows: number of windows, at most, spread evenly over the file; None: all.
@@ -188,7 +188,8 @@ def compare(
     from moezoo.core.comparison.result import compare_loaded
 
     sizes = {"sequence_length": sequence_length, "max_windows": max_windows}
-    return compare_loaded(a, b, data, **sizes, on_message=warnings.warn)
+    first, second = (load(model) if isinstance(model, str | Path) else model for model in (a, b))
+    return compare_loaded(first, second, data, **sizes, on_message=warnings.warn)
 
 
 def explore(

@@ -27,7 +27,7 @@ class Sampling(TypedDict, total=False):
         min_p: drop tokens less probable than this fraction of the most probable one.
         repetition_penalty: on tokens that already occur; 1 is off.
         seed: of the random numbers.
-        stop: texts that end a sequence; returned text ends before, ids with the token that completes one.
+        stop: a text that ends a sequence, or several; returned text ends before, ids with the token that completes one.
     """
 
     max_new_tokens: int | None
@@ -37,7 +37,7 @@ class Sampling(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     seed: int
-    stop: Sequence[str]
+    stop: str | Sequence[str] | None
 
 
 def checked_rows(spec: ModelSpec, tokens: TokenRows) -> list[Integers]:

@@ -85,7 +85,7 @@ def train_run(
     *,
     backend: str | Backend | None = None,
     out: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     mesh: str | None = None,
     resume: bool = False,
     replay: str | Path | None = None,
@@ -95,6 +95,7 @@ def train_run(
     allow_changed_data: bool = False,
 ) -> Run:
     """Train a model: the implementation of `moezoo.train`."""
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     shown: Reporter = python_reporter() if progress else SilentReporter()
     ready = ready_run(
         config,

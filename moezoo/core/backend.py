@@ -51,7 +51,10 @@ def checked_tokens(spec: ModelSpec, tokens: Integers, name: str, lowest: int = 0
 
     Raises DataError: a token outside the vocabulary, not two dimensions, or more tokens than positions.
     """
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:  # NumPy's, for rows of unequal length
+        array = np.asarray(tokens, object)
     if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise DataError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [B, T], B and T >= 1.")
     if array.min() < lowest or array.max() >= spec.vocab:

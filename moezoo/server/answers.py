@@ -1,7 +1,7 @@
 """Answers of a model to a request, with log-probabilities, and what one more forward pass over them tells."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from moezoo.core.tokens import UNUSED, Floats, Integers
 from moezoo.server.requests import Request, RequestError
 
 _TEMPERATURE = 1.0  # OpenAI's default
+_CONTEXT = 4  # tokens; one may have no text
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class ScoredToken:
 
     Fields:
         token: its id.
+        before: a few tokens before it, on which its text depends; none of the first token of a prompt.
         nats: its log-probability; NaN of the first token of a prompt.
         top: the most probable tokens, id and log-probability, the likeliest first; none at the first token of a prompt.
     """
 
     token: int
+    before: tuple[int, ...]
     nats: float
     top: list[tuple[int, float]]
 
@@ -136,7 +139,8 @@ def _answer(
         for token in tokens:
             pieces.append(continuation.add(token))
             if request.top is not None:
-                scored.append(scored_token(logits.pop()[0], token, request.top))
+                known = (*row[-_CONTEXT:].tolist(), *continuation.tokens[:-1])
+                scored.append(scored_token(logits.pop()[0], token, known, request.top))
             yield Piece(index, pieces[-1], tuple(scored[sent:]) if pieces[-1] else ())
             sent = len(scored) if pieces[-1] else sent
             if continuation.ended:
@@ -165,18 +169,20 @@ def _looked_at(loaded: LoadedModel, request: Request, answer: Answer) -> Answer:
     padded[: len(tokens)] = tokens  # causal: what comes after does not matter
     output = loaded.model.forward(padded[None], inference=True)
     if request.echo and request.top is not None:
-        known = zip(answer.prompt[1:], output.logits[0], strict=False)
-        first = ScoredToken(answer.prompt[0], math.nan, [])
-        answer = replace(answer, scored_prompt=(first, *(scored_token(row, own, request.top) for own, row in known)))
+        prompt, top = answer.prompt, request.top
+        rows = zip(range(1, len(prompt)), output.logits[0], strict=False)
+        scored = [scored_token(logits_V, prompt[place], prompt[:place], top) for place, logits_V in rows]
+        answer = replace(answer, scored_prompt=(ScoredToken(prompt[0], (), math.nan, []), *scored))
     expert = experts_of(output.routing, len(tokens) - 1) if request.routing else None
     return replace(answer, expert=expert)
 
 
-def scored_token(logits_V: Floats, token: int, top: int) -> ScoredToken:
-    """Return a token with its log-probability, and those of the `top` most probable ones."""
+def scored_token(logits_V: Floats, token: int, before: Sequence[int], top: int) -> ScoredToken:
+    """Return a token, which is after others, with its log-probability, and the `top` most probable tokens."""
     nats_V = log_softmax(logits_V[None])[0]
     likeliest = np.argsort(-nats_V, kind="stable")[:top] if top > 1 else [nats_V.argmax()][:top]
-    return ScoredToken(token, float(nats_V[token]), [(int(other), float(nats_V[other])) for other in likeliest])
+    best = [(int(other), float(nats_V[other])) for other in likeliest]
+    return ScoredToken(token, tuple(before[-_CONTEXT:]), float(nats_V[token]), best)
 
 
 def experts_of(routing: list[LayerRouting], length: int) -> NDArray[np.int16]:

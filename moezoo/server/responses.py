@@ -56,7 +56,7 @@ class Responses:
         choice: dict[str, Any] = {"index": item.index, "finish_reason": finish, "logprobs": None}
         if isinstance(item, Piece) and item.scored:
             choice["logprobs"] = self._logprobs(item.scored, self._sent.get(item.index, 0))
-            length = sum(len(self.tokenizer.decode([scored.token])) for scored in item.scored)
+            length = sum(len(self._text(scored.before, scored.token)) for scored in item.scored)
             self._sent[item.index] = self._sent.get(item.index, 0) + length
         if self.request.is_chat:
             return self._framed([{**choice, "delta": {"content": text} if text else {}}], chunk=True)
@@ -102,23 +102,31 @@ class Responses:
         """Return the log-probabilities of tokens as OpenAI's two APIs write them; `offset`: characters before them."""
         if self.request.is_chat:
             entries = [
-                {**self._entry(each.token, each.nats), "top_logprobs": [self._entry(*other) for other in each.top]}
+                {
+                    **self._entry(each.before, each.token, each.nats),
+                    "top_logprobs": [self._entry(each.before, *other) for other in each.top],
+                }
                 for each in scored
             ]
             return {"content": entries, "refusal": None}
-        tokens = [self.tokenizer.decode([each.token]) for each in scored]
+        tokens = [self._text(each.before, each.token) for each in scored]
         own, tops, offsets = [], [], []
         for text, each in zip(tokens, scored, strict=True):
             value = _number(each.nats)
-            top = {self.tokenizer.decode([token]): _number(nats) for token, nats in reversed(each.top)}
+            top = {self._text(each.before, token): _number(nats) for token, nats in reversed(each.top)}
             own.append(value)
             tops.append(None if value is None else top | {text: value})
             offsets.append(offset)
             offset += len(text)
         return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
 
-    def _entry(self, token: int, nats: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
+    def _text(self, before: Sequence[int], token: int) -> str:
+        """Return the text of a token after others: with the space that some tokenizers omit at the beginning."""
+        shown, text = self.tokenizer.decode(before), self.tokenizer.decode([*before, token])
+        return text[len(shown) :] if text.startswith(shown) else self.tokenizer.decode([token])
+
+    def _entry(self, before: Sequence[int], token: int, nats: float) -> dict[str, Any]:
+        text = self._text(before, token)
         return {"token": text, "logprob": _number(nats), "bytes": [*text.encode()]}
 
     def _routing(self, answer: Answer) -> dict[str, Any]:

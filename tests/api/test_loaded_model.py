@@ -1,12 +1,14 @@
 """Text in and text out, streams, and the words by which a model and the package present themselves."""
 
+import re
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 import moezoo
-from moezoo.core.errors import TokenizerError
+from moezoo.core.errors import DataError, RunError, SpecError, TokenizerError
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,39 @@ def test_a_stream_has_the_pieces_of_what_is_generated(model: moezoo.LoadedModel)
     ids = np.array([[0, 1], [2, 3]])
     streamed = np.stack(list(model.generate(ids, stream=True, **options)), axis=1)
     np.testing.assert_array_equal(streamed, model.generate(ids, **options))
+
+
+def test_a_wrong_argument_is_an_error_of_one_line(model: moezoo.LoadedModel) -> None:
+    whole = model.generate("3 owls", max_new_tokens=9)
+    assert model.generate("3 owls", max_new_tokens=9, stop=whole[3:6]) == whole.partition(whole[3:6])[0]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"stop": [5]}, "stop is"),
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'; expected an integer >= 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+    ]
+    for settings, message in wrong:
+        with pytest.raises(SpecError, match=re.escape(message)):
+            model.generate("3 owls", **settings)
+    with pytest.raises(DataError, match=r"tokens is object \[2\]; expected integers"):
+        model.forward([[1, 2], [3]])  # type: ignore[arg-type]
+
+
+def test_a_config_is_no_model(owls: Path) -> None:
+    for path in ("fables", str(owls / "owls.yaml")):
+        with pytest.raises(RunError, match="is a config, not a model"):
+            moezoo.load(path)
+    with pytest.raises(RunError, match=r"did you mean fables\?; expected"):
+        moezoo.load("fabels")
+
+
+def test_models_are_compared_by_their_paths(
+    owls: Path, model: moezoo.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKEND", "mlx")
+    monkeypatch.setattr("moezoo.core.comparison.result.compare_loaded", lambda a, b, *_, **__: (a, b))
+    a, b = cast(Any, moezoo.compare(model.path, model, owls / "text.txt"))
+    assert (a.path, b) == (model.path, model)
 
 
 def test_a_text_ends_before_its_end_token(model: moezoo.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,10 @@ def test_a_run_is_trained_from_a_mapping_resumed_and_records_both_sessions(
     assert run.problems == [f"2 lines of {run.path / 'sessions.jsonl'} are damaged and were ignored"]
 
 
+def test_one_override_needs_no_list(owls: Path) -> None:
+    assert moezoo.load_config(owls / "owls.yaml", "training.steps=3").training.steps == 3
+
+
 def test_a_config_without_a_file_needs_a_folder() -> None:
     with pytest.raises(RunError, match="Set `out`"):
         moezoo.train({})

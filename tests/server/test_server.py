@@ -143,6 +143,18 @@ def test_a_stream_has_the_log_probabilities_of_the_whole_answer(model, parse):
     assert all(choice["logprobs"] for choice in sent if (choice.get("text") or choice.get("delta", {}).get("content")))
 
 
+def test_the_tokens_of_log_probabilities_join_to_the_text(model):
+    """Also the spaces, which this tokenizer's tokens alone begin without."""
+    told = {"temperature": 2.0, "seed": 3, "max_tokens": 24}
+    told |= {"return_token_ids": True}
+    made = response(model, parse_completion, prompt="the cat", echo=True, logprobs=3, **told)["choices"][0]
+    tokens, offsets = made["logprobs"]["tokens"], made["logprobs"]["text_offset"]
+    text = model.tokenizer.decode(made["prompt_token_ids"] + made["token_ids"])
+    assert "".join(tokens) == text
+    assert all(text[offset:].startswith(token) for offset, token in zip(offsets, tokens, strict=True))
+    assert any(token.startswith(" ") for token in tokens)
+
+
 def test_choices_of_one_prompt_have_seeds_one_after_the_other(model):
     told = {"prompt": ["the cat", "the owl"], "temperature": 2.0, "max_tokens": 8}
     three = response(model, parse_completion, **told, seed=7, n=3, echo=True)

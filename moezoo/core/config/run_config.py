@@ -135,17 +135,18 @@ def load_saved_config(path: str | Path, overrides: Sequence[str] = ()) -> Config
 def parse_config(
     text: str,
     where: str = "config",
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     *,
     resolve: Resolve | None = None,
     saved: bool = False,
 ) -> Config:
-    """Parse the text of a config as `load_config` does; `where` names it in errors.
+    """Parse the text of a config as `load_config` does; `where` names it in errors. `overrides`: several, or one.
 
     `saved`: the text was written by a run; keys that were renamed since then are read by their new names.
     """
     raw = parse_mapping(text, where, "config")
     raw = with_new_keys(raw) if saved else raw
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     first = [override for override in overrides if _DECIDES_WHAT_IS_TAKEN.match(override)]
     for override in first:
         raw["init_from"] = _as_init_from(raw.get("init_from"))

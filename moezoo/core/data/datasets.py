@@ -81,7 +81,8 @@ def load_recipe(name: str) -> Recipe:
     """Load the recipe of a dataset. Raises DataError for an unknown name, SpecError for an invalid recipe."""
     names = _names()
     if name not in names:
-        raise DataError(f"no dataset is called {name!r:.80}{nearest(name, names)} Known: {', '.join(names)}.")
+        close = nearest(name, names)
+        raise DataError(f"no dataset has this name; got {name!r:.80}{close}; expected one of {', '.join(names)}.")
     file = datasets_folder() / name / "recipe.yaml"
     raw = read_mapping(file, "recipe")
     if "name" in raw:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moezoo.core.errors import DataError, SpecError, counted
 from moezoo.core.files import read_bounded, reason_of
 from moezoo.core.json_text import parse_json
@@ -163,10 +165,13 @@ class GenerationConfig:
 
         `prompt` is the number of tokens in the prompt. `max_length` can only lower `default`.
 
-        Raises DataError: the prompt already has `max_length` tokens. Raises SpecError: an invalid setting of the file.
+        Raises DataError: the prompt already has `max_length` tokens. Raises SpecError: an invalid setting of the file;
+        `requested` is no number of tokens.
         """
         if requested is not None:
-            return requested
+            if not isinstance(requested, int | np.integer) or isinstance(requested, bool) or requested < 0:
+                raise SpecError(f"max_new_tokens is {requested!r:.80}; expected an integer >= 0.")
+            return int(requested)
         self._refuse_invalid(["max_new_tokens"] if self.max_new_tokens is None else [])
         if self.max_new_tokens is not None:
             return self.max_new_tokens

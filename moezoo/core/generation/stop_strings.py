@@ -19,11 +19,13 @@ class StopStrings:
     (['two ', 'Eggs ', ''], '', 'END')
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
-        """Raise SpecError for an empty stop string."""
-        if not all(stops):
+    def __init__(self, stops: str | Sequence[str] = ()) -> None:
+        """`stops`: texts, or one. Raise SpecError: one is empty, or no text."""
+        self._stops, self._held = (stops,) if isinstance(stops, str) else tuple(stops), ""
+        if not all(isinstance(stop, str) for stop in self._stops):
+            raise SpecError(f"stop is {stops!r:.80}; expected a text, or a list of texts, that ends what is generated.")
+        if not all(self._stops):
             raise SpecError("a stop string is empty; expected text that ends what is generated. Leave it out.")
-        self._stops, self._held = tuple(stops), ""
         self.found: str | None = None
 
     def add(self, piece: str) -> str:

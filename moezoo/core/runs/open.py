@@ -15,12 +15,12 @@ from moezoo.core.config.data import DataConfig, DatasetSource, HuggingFaceTokeni
 from moezoo.core.config.optimizers import AdamWConfig
 from moezoo.core.config.run_config import Config, InitFrom
 from moezoo.core.config.schedules import ConstantSchedule
-from moezoo.core.config.shipped import shipped_config
+from moezoo.core.config.shipped import shipped_config, shipped_configs
 from moezoo.core.config.training import TrainingConfig
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.load_tokenizer import tokenizer_of_model_folder
 from moezoo.core.data.tokenizers import Tokenizer
-from moezoo.core.errors import RunError
+from moezoo.core.errors import RunError, nearest
 from moezoo.core.files import located, sha256_of
 from moezoo.core.generation.config import GenerationConfig, read_generation_config
 from moezoo.core.huggingface.adapters.read import is_adapter, read_adapter
@@ -38,6 +38,8 @@ from moezoo.core.parameters.precision import STORED_DTYPES
 from moezoo.core.runs.base import AdaptedWeights, Base, base_digest, check_base, load_base
 from moezoo.core.runs.run_folder import Run, is_run, load_run, load_run_config, load_run_layout
 from moezoo.core.spec import ModelSpec
+
+_CONFIGS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class OpenedModel:
 
 def is_config(path: str | Path) -> bool:
     """Return whether a path is a YAML config: by its suffix, or because it is a file or the name of a shipped one."""
-    return Path(path).suffix in (".yaml", ".yml") or Path(path).is_file() or shipped_config(path) is not None
+    return Path(path).suffix in _CONFIGS or Path(path).is_file() or shipped_config(path) is not None
 
 
 def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
@@ -105,9 +107,17 @@ def checkpoint_folder(path: str | Path, *, weights: bool = True) -> Path:
     if not is_checkpoint(folder):
         if (folder / ADAPTERS[0]).is_file():
             raise RunError(f"{path} is an adapter, without the model that it adapts. {USE_ADAPTER}")
+        if Path(path).suffix in _CONFIGS or shipped_config(path) is not None:
+            raise RunError(
+                f"{path} is a config, not a model; expected a run folder or a Hugging Face folder. Train it with "
+                f"`moezoo train {path}`, and use the folder of its run."
+            )
         advice = "Use such a folder or a hub id (organization/name), or train a run with `moezoo train CONFIG`."
         if not folder.exists():
-            raise RunError(f"{located(path)} does not exist; expected a run folder or a Hugging Face folder. {advice}")
+            close = nearest(str(path), shipped_configs())
+            raise RunError(
+                f"{located(path)} does not exist{close}; expected a run folder or a Hugging Face folder. {advice}"
+            )
         raise RunError(
             f"{located(path)} is neither a run folder nor a Hugging Face checkpoint; expected config.yaml or "
             f"config.json in it. {advice}"

@@ -108,8 +108,8 @@ def prepare_run(path: Path, config: Config, *, resume: bool) -> Run:
         if not resume:
             check_unlocked(run.lock_path)
             raise RunError(
-                f"{path} already contains a run. Add --resume to continue it, choose another folder with --out, or "
-                "delete it."
+                f"{path} already contains a run. Add --resume (in Python, resume=True) to continue it, choose another "
+                "folder with --out, or delete it."
             )
         _check_same(load_run_config(path), config, run.config_path)
         verify_run(run.path, *STATIC)

@@ -237,9 +237,9 @@ def test_text_damaged_after_the_download_raises(shelf: Path, monkeypatch: pytest
 
 
 def test_unknown_dataset_error_suggests_a_name() -> None:
-    with pytest.raises(DataError, match=r"no dataset is called 'fable'; did you mean fables\? Known: fables, "):
+    with pytest.raises(DataError, match=r"got 'fable'; did you mean fables\?; expected one of fables, "):
         load_recipe("fable")
-    with pytest.raises(DataError, match="no dataset is called"):
+    with pytest.raises(DataError, match="no dataset has this name"):
         fetch("../fables")
 
 

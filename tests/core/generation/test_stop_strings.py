@@ -23,6 +23,10 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
     assert before([], ["a", "b"]) == (["a", "b", ""], None)
     with pytest.raises(SpecError, match="a stop string is empty"):
         StopStrings(["a", ""])
+    with pytest.raises(SpecError, match=r"stop is \[5\]; expected a text, or a list of texts"):
+        StopStrings([5])  # type: ignore[list-item]
+    one = StopStrings("ab")
+    assert (one.add("a b ab"), one.found) == ("a b ", "ab")
 
 
 def test_the_result_does_not_depend_on_how_a_stream_is_cut():
