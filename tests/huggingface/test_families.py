@@ -1,6 +1,7 @@
 """Every family against transformers, on both backends: logits, routing, losses, greedy generation."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ LOGITS, WEIGHTS, LOSS, GRADIENT = 5e-4, 1e-4, 1e-5, 1e-4
 BACKENDS = ("jax", "mlx")
 
 
+@cache
 def main_cases() -> list[str]:
     """Return one fixture per family; the others test its options."""
     first: dict[str, str] = {}

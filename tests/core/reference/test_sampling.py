@@ -88,7 +88,7 @@ def test_probabilities_are_a_softmax_that_a_constant_does_not_change():
 )
 @pytest.mark.slow
 def test_frequencies_over_many_draws_are_the_probabilities(options):
-    draws, options = 20_000, SamplingOptions(seed=1, **options)
+    draws, options = 5_000, SamplingOptions(seed=1, **options)
     chosen_B = sample(np.repeat(LOGITS_1V, draws, axis=0), options, position=5)
     found = np.bincount(chosen_B, minlength=5) / draws
     expected = probabilities(LOGITS_1V, options)[0]
