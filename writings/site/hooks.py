@@ -34,6 +34,7 @@ SECTION = re.compile(r"^## (.+)$|\]\(([^)#\s]+\.(?:md|ipynb))\)", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 GENERATED = re.compile(r"<!-- site: (\w+) -->")
+LONG_CODE = re.compile(r"(?<=<code>)[^<]{30,}(?=</code>)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 _log = logging.getLogger("mkdocs.hooks.moezoo")
 
@@ -101,8 +102,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     )
 
 
-def on_page_content(html: str, **_: object) -> str:
-    """Replace TeX by MathML."""
+def on_page_content(html: str, page: Page, **_: object) -> str:
+    """Replace TeX by MathML, let long code break, and give a page without headings the room of their list."""
+    if not any(item.children for item in page.toc):
+        page.meta.setdefault("hide", []).append("toc")
+    html = LONG_CODE.sub(lambda found: re.sub(r"(&\w+;)|(?<=[,/_.])", r"\1<wbr>", found[0]), html)
     return FORMULA.sub(lambda found: convert(unescape(found[2]), "block" if found[1] == "div" else "inline"), html)
 
 
