@@ -21,6 +21,7 @@ from oracle_families import (
     COHERE2_MOE,
     DEEPSEEK_V3,
     DELTA,
+    DOTS3_NOTE,
     ERNIE,
     GEMMA4,
     GLM4_MOE,
@@ -425,6 +426,57 @@ add(
         "audio_config": None,
     },
     **GEMMA4,
+)
+DOTS3_NAMES = (
+    "model.",
+    "",
+    {
+        "vision_encoder.post_trunk_norm.weight": (24,),
+        "audio_encoder.dots_encoder.speech_encoder.conv_out.weight": (16, 8),
+    },
+)
+add(
+    "dots3_note",
+    "inside the multimodal wrapper: no indexer, biases, no groups, no renormalization, dense layers by a list",
+    as_on_the_hub=renamed(*DOTS3_NAMES),
+    for_transformers=unwrapped(*DOTS3_NAMES),
+    wrapper={
+        "architectures": ["Dots3NoteForConditionalGeneration"],
+        "model_type": "dots3_note",
+        "torch_dtype": "float32",
+        "tie_word_embeddings": False,
+        "image_token_id": 60,
+        "vision_config": {
+            "model_type": "dots3_note_vision_encoder",
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "mlp_layer_types": ["dense"],
+            "adapter_in_dim": 24,
+            "adapter_out_dim": 32,
+        },
+        "audio_config": {
+            "model_type": "dots3_note_audio_encoder",
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "adapter_input_size": 16,
+            "adapter_out_dim": 32,
+        },
+    },
+    **DOTS3_NOTE
+    | dict(
+        num_hidden_layers=3,
+        use_dsa=False,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        first_k_dense_replace=0,
+        moe_layer_freq=[1, 1, 0],
+        attention_bias=True,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        n_shared_experts=2,
+    ),
 )
 MISTRAL4_NAMES = ("language_model.model.", "language_model.", {"vision_tower.ln_pre.weight": (24,)})
 add(

@@ -35,6 +35,9 @@ IDLE = {
     "moe_layer_end_index": ("ernie4_5_moe*",),
     "num_attention_heads": ("laguna*",),
     "sliding_window": ("dots1_plain",),
+    "index_head_dim": ("dots3_note",),
+    "index_n_heads": ("dots3_note",),
+    "index_topk": ("dots3_note",),
     "layer_norm_eps": ("cohere2_moe_sigmoid",),
     "norm_topk_prob": ("cohere2_moe",),
     "prefix_dense_sliding_window_pattern": ("cohere2_moe_sigmoid",),
@@ -51,7 +54,7 @@ IDLE = {
     "swa_rope_theta": ("mimo_v2_flash*",),
     "type": ("*",),
     # overridden by the multimodal wrapper
-    "tie_word_embeddings": ("aria", "gemma4", "llama4", "mistral4_wrapped", "qwen3_5_moe"),
+    "tie_word_embeddings": ("dots3_note", "aria", "gemma4", "llama4", "mistral4_wrapped", "qwen3_5_moe"),
     # ignored by transformers
     "beta_fast": ("hunyuan_v1_moe",),
     "beta_slow": ("hunyuan_v1_moe",),

@@ -6,7 +6,8 @@ import pytest
 
 from moezoo.core.errors import SpecError
 from moezoo.core.spec import LayerNormSpec, ModelSpec, NoPositionSpec
-from tests.huggingface.test_family_options import attentions, first_moe, spec_of, windows
+from tests.huggingface.test_family_options import attentions, first_moe, read, spec_of, windows
+from tests.support.fixtures import read_fixture
 
 
 def rotated(spec: ModelSpec) -> list[bool]:
@@ -61,6 +62,28 @@ def test_options_of_cohere() -> None:
     assert first_moe(spec_of("cohere2_moe_sigmoid", norm_topk_prob=False)).router.renormalize == "none"
 
 
+def test_layers_of_dots3_note_by_default() -> None:
+    absent = ("layer_types", "per_layer_config", "mlp_layer_types", "rope_parameters", "qk_rope_head_dim", "head_dim")
+    spec = spec_of("dots3_note_text", **dict.fromkeys(absent, ...), num_hidden_layers=7, index_head_dim=64)
+    assert windows(spec) == [None, None, 8, 8, 8, None, 8]
+    assert [attention.indexer is None for attention in attentions(spec)] == [window == 8 for window in windows(spec)]
+    assert [layer.moe is None for layer in spec.all_layers] == [True] + [False] * 6
+    sliding, full = attentions(spec)[2], attentions(spec)[0]
+    assert (sliding.num_heads, sliding.head_dim, sliding.rope_head_dim, sliding.latent_dim) == (64, 192, 64, 1024)
+    assert (full.num_heads, full.rope_head_dim) == (4, 64)
+    assert (sliding.position.base, full.position.base) == (5e4, 8e7)
+
+
+def test_dots3_note_as_published_has_its_text_model_at_the_top() -> None:
+    config = read_fixture("dots3_note_text").description["hub_config"]
+    towers = {"vision_config": {"hidden_size": 24}, "audio_config": {"hidden_size": 16}, "audio_token_id": 3}
+    assert read(config | towers | {"model_type": "dots3_note"}) == read(config)
+    assert all(attention.indexer is None for attention in attentions(read(config | {"use_dsa": False})))
+    assert windows(read(config | {"layer_types": ..., "use_sliding_window": False})) == [None] * 4
+    steps = read(config | {"num_hidden_layers": 4, "first_k_dense_replace": 0, "moe_layer_freq": 2})
+    assert [index for index, _ in steps.moes] == [0, 2]
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
@@ -69,6 +92,10 @@ def test_options_of_cohere() -> None:
         ("cohere2_moe", {"expert_selection_fn": "sparsemax"}, "expected one of softmax, sigmoid"),
         ("cohere2_moe", {"shared_expert_combination_strategy": "max"}, "expected one of average, sum"),
         ("beam", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is .* expected an object with "),
+        ("dots3_note_text", {"topk_group": 5}, "topk_group is 5; expected at most n_group"),
+        ("dots3_note_text", {"num_key_value_heads": 2}, "num_key_value_heads is 2; expected that of each layer to be"),
+        ("dots3_note_text", {"swa_kv_lora_rank": 16}, "swa_kv_lora_rank is 16; expected 24"),
+        ("dots3_note_text", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters is .* an object with "),
         ("laguna", {"gating": False}, 'gating is false; expected true, "per-head" or "per-element"'),
         ("laguna", {"moe_apply_router_weight_on_input": True}, "weight_on_input is true; expected false"),
         ("laguna", {"num_attention_heads_per_layer": [4, 6]}, "expected a list of 3 items"),

@@ -21,6 +21,7 @@ NOT_THERE = {
     "axk1",
     "beam",
     "cohere2_moe",
+    "dots3_note_text",
     "flex_olmo",
     "flint",
     "granitemoe_swa",
