@@ -141,6 +141,20 @@ def test_gemma_last_layers_share_keys_of_the_previous_layer_of_their_type() -> N
         spec_of(GEMMA | {"layer_types": types, "num_kv_shared_layers": 6})
 
 
+def test_gemma_keys_of_layers_may_have_leading_zeros() -> None:
+    types = ["sliding_attention", "full_attention"] * 6
+
+    def described(keys: list[str]) -> ModelSpec:
+        layers = {"num_hidden_layers": 12, "layer_types": types, "global_head_dim": 16}
+        return spec_of(GEMMA | layers | {"per_layer_config": {key: {"head_dim": 16} for key in keys}})
+
+    padded = described(["01", "03", "05", "07", "09", "11"])  # as transformers writes them
+    assert padded == described(["1", "3", "5", "7", "9", "11"])
+    assert [layer.attention.head_dim for layer in padded.all_layers][:2] == [8, 16]
+    with pytest.raises(SpecError, match="fields that are unknown"):
+        described(["99"])
+
+
 def test_key_tensors_of_layers_with_shared_keys_are_kept(tmp_path: Path) -> None:
     description = read_fixture("gemma4_text_keys_of_layers").description
     unused = ["model.layers.5.self_attn.k_proj.weight", "model.layers.5.self_attn.k_norm.weight"]

@@ -127,7 +127,9 @@ def _overrides(fields: Fields, types: list[str], keys_are_values: bool) -> list[
     found = []
     for index in range(len(types)):
         own: dict[str, int] = {}
-        layer = inner.inside(str(index))
+        # transformers pads the keys with zeros to equal width: "05" of 30 layers
+        name = next((name for width in (1, 2, 3) if (name := str(index).zfill(width)) in inner), str(index))
+        layer = inner.inside(name)
         if layer is not None:
             for theirs, ours in (("head_dim", "head_dim"), ("num_key_value_heads", "num_kv_heads")):
                 if theirs in layer:
