@@ -1,8 +1,9 @@
-"""Benchmark models: S and M by name, others by their config file."""
+"""Benchmark models: S and M, others by the file or name of their config."""
 
 from pathlib import Path
 
 from moezoo.core.config.run_config import Config, load_config
+from moezoo.core.config.shipped import config_file
 from moezoo.core.errors import SpecError
 from moezoo.core.files import PACKAGE
 
@@ -21,7 +22,7 @@ _SWEEP = (
 
 
 def bench_config(name: str) -> Config:
-    """Load S, M or a config file. Raises SpecError: no such config, or a vocabulary size that depends on the data."""
+    """Load S, M, or a config by file or name. Raises SpecError: no such config, or a vocabulary size of null."""
     path = config_path(name)
     config = load_config(path)
     if config.model.vocab_size is None:
@@ -33,11 +34,11 @@ def bench_config(name: str) -> Config:
 
 
 def config_path(name: str) -> Path:
-    """Return the config file of S, M or a path. Raises SpecError: no such file."""
+    """Return the config file of S, M, a path or a name. Raises SpecError: no such file."""
     if name not in NAMES:
-        path = Path(name)
+        path = config_file(name)
         if not path.is_file():
-            raise SpecError(f"no such config; got {name!r}; expected S, M or the path of a YAML config.")
+            raise SpecError(f"no such config; got {name!r}; expected S, M, or the path or name of a YAML config.")
         return path
     return PACKAGE / "configs" / "bench" / f"{NAMES[name]}.yaml"
 

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 @click.argument("mode", required=False, metavar="[train|layer|decode|startup|experts]")
 @click.option("--backend", "backends", metavar="jax,mlx", help="Backends to benchmark. Default: all installed ones.")
 @click.option(
-    "--config", "configs", metavar="S,M,FILE", default="S", show_default=True, help="Models: S, M, or config files."
+    "--config",
+    "configs",
+    metavar="S,M,CONFIG",
+    default="S",
+    show_default=True,
+    help="Models: S, M, or any configs.",
 )
 @click.option(
     "--peers",

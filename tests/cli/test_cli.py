@@ -448,9 +448,9 @@ def test_text_shorter_than_a_sequence_is_an_error(folder: Path) -> None:
 def test_vocabulary_mismatch(folder: Path) -> None:
     path = write_config(folder)
     assert_error(
-        call("train", path, "--out", folder / "c", "--set", "model.vocab_size=99"),
+        call("train", path, "--out", folder / "c", "--set", "model.vocab_size=9"),
         "SpecError",
-        "model.vocab_size is 99, but the tokenizer (character) has",
+        "model.vocab_size is 9, but the tokenizer (character) has",
     )
 
 

@@ -5,16 +5,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from moezoo.core.config.model_text import model_text
 from moezoo.core.config.run_config import json_schema
 from moezoo.core.config.shipped import config_file
 from moezoo.core.config.yaml_file import parse_mapping, read_text
 from moezoo.core.errors import RunError, SpecError
 from moezoo.core.files import write_atomically
+from moezoo.core.spec import ModelSpec
 
 SCHEMA_FILE = "moezoo.schema.json"
 
 _COMMENTS: Mapping[str, str] = {
     "model": "architecture; `moezoo zoo --list` shows every part with a config of it",
+    "vocab_size": "rows of the embedding; null takes the tokenizer's size",
     "embed_dim": "width of the residual stream",
     "repeat": "this many equal layers; list several entries for layers that differ",
     "attention": "or null, for a layer without; num_heads must be a multiple of num_kv_heads",
@@ -36,12 +39,13 @@ _COMMENTS: Mapping[str, str] = {
 _KEY = re.compile(r"(?P<indent>\s*(?:- )?)(?P<key>\w+):")
 
 
-def new_config(path: str | Path, source: str | Path = "fables") -> list[Path]:
+def new_config(path: str | Path, source: str | Path = "fables", model: ModelSpec | None = None) -> list[Path]:
     """Write a config made from another, with the JSON Schema of configs beside it; return the files.
 
     Args:
         path: the new file; `.yaml` is added where it has no suffix.
         source: path or name of the config to start from.
+        model: of the checkpoint that `source` is: the rest is that of fables.
 
     Raises RunError: the file exists, or cannot be written. Raises SpecError: no such source, or it is not YAML.
     """
@@ -51,7 +55,9 @@ def new_config(path: str | Path, source: str | Path = "fables") -> list[Path]:
         raise SpecError(f"a config is a YAML file; got {str(path)!r:.200}; expected NAME or NAME.yaml. Rename it.")
     if path.exists():
         raise RunError(f"{path} exists and is not replaced. Use another name, or remove it.")
-    text = read_text(config_file(source), "config")
+    text = read_text(config_file(source if model is None else "fables"), "config")
+    if model is not None:
+        text = model_text(model) + text[text.index("\ndata:") + 1 :]
     parse_mapping(text, str(source), "config")
     header = (
         f"# yaml-language-server: $schema={SCHEMA_FILE}\n"

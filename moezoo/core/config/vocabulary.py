@@ -14,21 +14,18 @@ _ASSUMED_SUBWORDS = 32_768
 def with_vocab_size(config: Config, vocab_size: int, where: str = "config") -> Config:
     """Return the config with `model.vocab_size` set from the tokenizer.
 
-    A larger size in the config is kept if the tokenizer is a Hugging Face one or the model comes from a checkpoint:
-    such models have padding rows in the embedding.
+    A larger size in the config is kept: the rows of the embedding that no token has are padding.
 
-    Raises SpecError: the config has another size.
+    Raises SpecError: the config has a smaller size.
     """
     configured = config.model.vocab_size
-    padded = config.data.tokenizer.kind == "huggingface" or config.init_from is not None
-    if configured is not None and configured != vocab_size:
-        if padded and configured > vocab_size:
-            return config
+    if configured is not None and configured < vocab_size:
         raise SpecError(
             f"model.vocab_size is {configured}, but the tokenizer ({config.data.tokenizer.kind}) has "
-            f"{vocab_size} tokens ({where}). "
-            + ("Use at least as many." if padded else "Set it to null to follow the tokenizer.")
+            f"{vocab_size} tokens ({where}). Use at least as many, or null to follow the tokenizer."
         )
+    if configured is not None:
+        return config
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     return config.model_copy(update={"model": model})
 

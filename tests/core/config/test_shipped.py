@@ -4,11 +4,15 @@ import json
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from moezoo.cli.main import main
 from moezoo.core.config.new_config import new_config
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.shipped import SHIPPED, shipped_config, shipped_configs
 from moezoo.core.errors import RunError, SpecError
+from moezoo.core.huggingface.checkpoint import describe_checkpoint
+from tests.support.fixtures import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +52,17 @@ def test_a_new_config_has_the_values_of_its_source_and_comments(tmp_path, source
     assert "$defs" in json.loads(schema.read_text())
     with pytest.raises(RunError, match=r"mine\.yaml exists and is not replaced"):
         new_config("mine", source)
+
+
+def test_a_new_config_has_the_model_of_a_checkpoint(tmp_path):
+    folder = write_checkpoint("gpt_oss", tmp_path / "published")
+    result = CliRunner().invoke(main, ["init", str(tmp_path / "mine"), "--from", str(folder)])
+    assert result.exit_code == 0, result.output
+    model, published = load_config(tmp_path / "mine.yaml").model, describe_checkpoint(folder).spec
+    assert model.all_layers == published.all_layers
+    assert model.model_copy(update={"layers": published.layers}) == published
+    assert "moe: *moe" in (tmp_path / "mine.yaml").read_text()  # a part that occurs again is not written again
+    assert load_config(tmp_path / "mine.yaml").data == load_config("fables").data
 
 
 def test_a_new_config_is_a_yaml_file():
