@@ -1009,3 +1009,49 @@ add(
     keep_hidden=True,
     **QWEN3_NEXT,
 )
+HYBRID = GRANITE | dict(
+    model_type="granitemoehybrid",
+    num_hidden_layers=3,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    shared_intermediate_size=28,
+    mamba_n_heads=8,
+    mamba_d_head=8,
+    mamba_d_state=6,
+    mamba_n_groups=2,
+    mamba_d_conv=3,
+    mamba_chunk_size=8,
+)
+add(
+    "granitemoehybrid",
+    "Mamba-2 and attention without positions, shared expert beside experts, four multipliers, tied head",
+    keep_hidden=True,
+    **HYBRID,
+)
+NEMOTRON = dict(
+    model_type="nemotron_h",
+    rms_norm_eps=...,
+    hidden_act=...,
+    num_hidden_layers=...,
+    layer_norm_epsilon=1e-4,
+    layers_block_type=["linear_attention", "moe", "linear_attention", "full_attention", "mlp", "moe"],
+    head_dim=12,
+    intermediate_size=40,
+    ssm_state_size=6,
+    mamba_num_heads=6,
+    mamba_head_dim=8,
+    n_groups=2,
+    conv_kernel=3,
+    chunk_size=8,
+    n_routed_experts=7,
+    num_experts_per_tok=3,
+    moe_intermediate_size=20,
+    moe_shared_expert_intermediate_size=28,
+    moe_latent_size=16,
+    routed_scaling_factor=1.5,
+)
+add(
+    "nemotron_h",
+    "one block per layer: Mamba-2, latent relu-squared experts, attention without positions, dense",
+    keep_hidden=True,
+    **NEMOTRON,
+)

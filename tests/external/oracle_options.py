@@ -31,10 +31,12 @@ from oracle_families import (
     GROUPED,
     HUNYUAN,
     HY_V3,
+    HYBRID,
     LAGUNA,
     LLAMA4,
     MISTRAL4,
     MIXTRAL,
+    NEMOTRON,
     OLMOE,
     PHIMOE,
     QWEN3_MOE,
@@ -637,5 +639,39 @@ add(
         attention_bias=True,
         rope_parameters=None,
         tie_word_embeddings=True,
+    ),
+)
+add(
+    "granitemoehybrid_rope",
+    "RoPE, biases of projections but not of convolutions, clipped steps, older names of layers",
+    cache_agrees=False,  # one new token is not clipped
+    **HYBRID
+    | dict(
+        position_embedding_type="rope",
+        layer_types=["mamba", "attention", "mamba"],
+        mamba_d_head="auto",
+        mamba_proj_bias=True,
+        mamba_conv_bias=False,
+        time_step_limit=[0.3, 0.6],
+        tie_word_embeddings=False,
+    ),
+)
+add(
+    "nemotron_h_plain",
+    "no latent space, groups of experts, biases, not renormalized, a pattern of letters, clipped steps",
+    cache_agrees=False,  # one new token is not clipped
+    **NEMOTRON
+    | dict(
+        layers_block_type=...,
+        hybrid_override_pattern="MM*E-",
+        moe_latent_size=None,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=False,
+        mlp_bias=True,
+        use_bias=True,
+        use_conv_bias=False,
+        time_step_min=0.35,
     ),
 )

@@ -8,7 +8,14 @@ import pytest
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.spec import GatedDeltaAttentionSpec, GroupedQueryAttentionSpec, ModelSpec, ShortConvolutionSpec
+from moezoo.core.spec import (
+    GatedDeltaAttentionSpec,
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    Mamba2Spec,
+    ModelSpec,
+    ShortConvolutionSpec,
+)
 from tests.support.fixtures import read_fixture
 
 
@@ -125,3 +132,47 @@ def test_trinity_uses_rope_only_in_sliding_layers() -> None:
 def test_unsupported_option_is_refused_by_name(case: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec_of(case, **changes)
+
+
+def test_granite_hybrids_without_experts_have_their_shared_feed_forward_alone() -> None:
+    spec = spec_of(
+        "granitemoehybrid",
+        num_local_experts=0,
+        layer_types=...,
+        layers_block_type=["mamba", "attention", "mamba"],
+    )
+    assert {layer.feed_forward for layer in spec.all_layers} == {GatedFeedForwardSpec(hidden_dim=28)}
+    assert [isinstance(layer.attention, Mamba2Spec) for layer in spec.all_layers] == [True, False, True]
+
+
+def test_the_width_of_granites_state_space_heads_follows_from_the_model() -> None:
+    assert spec_of("granitemoehybrid", mamba_d_head="auto") == spec_of("granitemoehybrid")
+    with pytest.raises(SpecError, match=r"mamba_d_head is 9; expected \"auto\" or 8"):
+        spec_of("granitemoehybrid", mamba_d_head=9)
+    with pytest.raises(SpecError, match="mamba_n_heads is 7; expected a divisor of mamba_expand"):
+        spec_of("granitemoehybrid", mamba_n_heads=7)
+
+
+def test_limits_of_steps_are_two_numbers() -> None:
+    for limits, expected in (
+        ([0.1, {"__float__": "Infinity"}], (0.1, None)),
+        (None, (0.0, None)),
+        ([0, 2], (0.0, 2.0)),
+    ):
+        mixer = spec_of("granitemoehybrid", time_step_limit=limits).layers[0].attention
+        assert isinstance(mixer, Mamba2Spec)
+        assert (mixer.min_step, mixer.max_step) == expected
+    for limits in ("none", [1], [-1, 2], [0, "inf"]):
+        with pytest.raises(SpecError, match=r"time_step_limit is .*; expected two numbers"):
+            spec_of("granitemoehybrid", time_step_limit=limits)
+
+
+def test_nemotron_layers_follow_a_list_or_a_pattern() -> None:
+    listed, pattern = spec_of("nemotron_h"), {"layers_block_type": ..., "hybrid_override_pattern": "MEM*-E"}
+    assert spec_of("nemotron_h", **pattern) == listed
+    assert spec_of("nemotron_h", hybrid_override_pattern="MEM*-E") == listed
+    assert len(spec_of("nemotron_h", layers_block_type=...).all_layers) == 4
+    with pytest.raises(SpecError, match=r"hybrid_override_pattern is .*; expected the layers of layers_block_type"):
+        spec_of("nemotron_h", hybrid_override_pattern="ME")
+    with pytest.raises(SpecError, match=r"hybrid_override_pattern is .*; expected each layer to be one of"):
+        spec_of("nemotron_h", **pattern | {"hybrid_override_pattern": "MX"})

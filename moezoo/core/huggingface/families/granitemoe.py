@@ -9,7 +9,8 @@ from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor
 from moezoo.core.spec import (
-    GroupedQueryAttentionSpec,
+    AttentionSpec,
+    LayerSpec,
     ModelSpec,
     MoESpec,
     MultipliersSpec,
@@ -29,9 +30,12 @@ def attention_options(fields: Fields) -> dict[str, Any]:
     return {"qkv_bias": bias, "output_bias": bias, "scale": fields.number("attention_multiplier", 1.0)}
 
 
-def granite(fields: Fields, attentions: Sequence[GroupedQueryAttentionSpec]) -> ModelSpec:
-    """Return the model with these attention layers, each followed by the same MoE layer."""
-    shared = fields.integer("shared_intermediate_size", 0)
+def granite(fields: Fields, mixers: Sequence[AttentionSpec], shared: int = 0) -> ModelSpec:
+    """Return the model with these mixers (attention, or what takes its place), each followed by the same MoE layer.
+
+    `shared`: default width of the shared expert; 0: none.
+    """
+    shared = fields.integer("shared_intermediate_size", shared)
     top_k = fields.count("num_experts_per_tok", 2)
     moe = MoESpec(
         num_experts=fields.count(fields.either("num_local_experts", "num_experts"), 8),
@@ -40,7 +44,11 @@ def granite(fields: Fields, attentions: Sequence[GroupedQueryAttentionSpec]) -> 
         shared=SharedExpertsSpec(hidden_dim=shared) if shared else None,
         losses=parts.pooled_balance(fields),
     )
-    layers = [parts.layer(attention, moe) for attention in attentions]
+    return scaled(fields, [parts.layer(mixer, moe) for mixer in mixers])
+
+
+def scaled(fields: Fields, layers: Sequence[LayerSpec]) -> ModelSpec:
+    """Return the model with these layers and the multipliers of all Granite models."""
     divisor = fields.number("logits_scaling", 1.0)
     if divisor <= 0:
         raise fields.refuse("logits_scaling", "a number above 0, because logits are divided by it")

@@ -37,6 +37,7 @@ from moezoo.core.huggingface.parts.read import (
 from moezoo.core.huggingface.parts.rotations import (
     rope,
 )
+from moezoo.core.huggingface.parts.state_space import mamba2, mlx_mamba2, step_limits
 from moezoo.core.huggingface.parts.write import (
     attention_config,
     balance_config,
@@ -71,7 +72,9 @@ __all__ = [
     "layer",
     "layer_types",
     "layout",
+    "mamba2",
     "mixture_config",
+    "mlx_mamba2",
     "model",
     "older_spellings",
     "per_layer",
@@ -81,6 +84,7 @@ __all__ = [
     "rope",
     "rope_config",
     "router",
+    "step_limits",
     "swiglu",
     "switch",
     "windows",
