@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 READY = "document.readyState === 'complete' && location.href !== 'about:blank'"
 PAGES = [
     *("", "routing/", "exact_entropy/", "zoo_table/", "changelog/", "pages/"),
-    *("reference/python/", "reference/command_line/", "reference/errors/"),
+    *("reference/python/", "reference/command_line/", "reference/errors/", "guides/train_your_own/"),
 ]
 ERROR = "SpecError: model.layers[0].moe.router.top_k is 9, but num_experts is 7 (mine.yaml). Use top_k <= 7."
 

@@ -78,6 +78,12 @@ def test_an_error_as_it_is_printed_fits_its_message(call: Callable[[], object], 
     assert [message for message in messages if message.kind in line and message.pattern.fullmatch(line)], line
 
 
+def test_the_python_page_has_every_public_name() -> None:
+    page = (PACKAGE.parent / "writings" / "reference" / "python.md").read_text(encoding="utf-8")
+    named = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
+    assert set(moezoo.__all__) - {MoezooError.__name__} <= named  # errors are on it by their module
+
+
 def test_option_tables_have_every_option_and_no_html_of_a_help_text() -> None:
     tables = option_tables()
     sections = dict(re.findall(r"^## moezoo ([\w-]+)\n(.*?)(?=^## |\Z)", tables, re.DOTALL | re.MULTILINE))
