@@ -19,7 +19,8 @@ def inputs(length: int) -> list[np.ndarray]:
 def of_twin(twin: Twin):
     """Return the twin's recurrence from a state of zeros, without the last state."""
     state = twin.array(np.zeros((B, M, G, H, Z)))
-    return lambda *arrays: twin.module("linear_recurrence").linear_recurrence(*arrays, state)[0]
+    recurrence = twin.module("linear_recurrence").linear_recurrence
+    return twin.compiled_function(lambda *arrays: recurrence(*arrays, state)[0])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 64])
