@@ -161,10 +161,10 @@ def parity(
     `adapter`: as in `load`. `replay`: a trace, whose first tokens and experts all sides get. Both backends must be
     installed. Raises what `load` raises.
     """
-    from moezoo.backends import NAMES, load_backend
+    from moezoo.backends import load_backends
     from moezoo.core.parity.check import parity_of
 
-    return parity_of(path, {name: load_backend(name) for name in NAMES}, adapter=adapter, replay=replay)
+    return parity_of(path, load_backends(), adapter=adapter, replay=replay)
 
 
 def compare(

@@ -81,7 +81,7 @@ def load_backend(
     if name not in NAMES:
         known = f"expected one of {', '.join(NAMES)}.{_of_device(name)}"
         raise BackendError(f"unknown backend; got {name!r}{nearest(name, NAMES)}; {known}")
-    _check_installed(name, "or choose another one with --backend")
+    _check_installed(name, _instead_of(name))
     if name == "jax":
         _import_jax()
         from moezoo.jax_backend.backend import JaxBackend
@@ -97,6 +97,19 @@ def load_backend(
 
     join(startup_s)
     return MlxBackend(mesh, for_training=for_training)
+
+
+def load_backends() -> dict[str, Backend]:
+    """Import all backends and return them by name. Raises BackendError: packages of one are missing."""
+    absent = [package for name in NAMES for package in missing_packages(name)]
+    if absent:
+        raise BackendError(missing_message("comparing the backends", *absent))
+    return {name: load_backend(name) for name in NAMES}
+
+
+def _instead_of(name: str) -> str:
+    other = next(each for each in NAMES if each != name)
+    return f"or 'moezoo[{other}]' for --backend {other}" if missing_packages(other) else f"or use --backend {other}"
 
 
 def _of_device(name: str) -> str:

@@ -77,10 +77,18 @@ def _facts() -> "Table":
     return table
 
 
-def table_of(rows: Sequence[Row], complete: bool) -> "Table":
-    """Return a table of one mode and config: a row per contender and case, and the columns that have values."""
+def _titled(title: str) -> "Table":
+    """Return an empty table with as little as possible between its columns, for terminals of 80."""
+    from rich import box
     from rich.table import Table
 
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def table_of(rows: Sequence[Row], complete: bool) -> "Table":
+    """Return a table of one mode and config: a row per contender and case, and the columns that have values."""
     columns: dict[str, Callable[[Row], str]] = {
         "case": lambda row: row.case,
         "contender": lambda row: row.contender,
@@ -99,11 +107,12 @@ def table_of(rows: Sequence[Row], complete: bool) -> "Table":
     shown = [name for name, values in cells.items() if any(values)]
     title = f"{rows[0].mode} {rows[0].config}" + ("" if complete else ", incomplete: ended by a signal")
     caption = _TOO_LOW if any(row.beats_limit for row in rows) else None
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, padding=(0, 1))
-    table.caption_justify = "left"
+    table = _titled(title)
+    table.caption, table.caption_justify = caption, "left"
     for name in shown:
-        left = name in ("case", "contender")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        is_text = name in ("case", "contender")
+        heading = name.replace("peak MiB", "peak\nMiB")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     previous = ""
     for index, row in enumerate(rows):
         if index and row.case != previous:
@@ -116,13 +125,11 @@ def table_of(rows: Sequence[Row], complete: bool) -> "Table":
 
 def _shares(rows: Sequence[Row]) -> "Table":
     """Return a table of shares of the limit: a row per contender, a column per case, configs side by side."""
-    from rich.table import Table
-
     configs = list(dict.fromkeys(row.config for row in rows))
     names = list(dict.fromkeys((row.mode, row.case) for row in rows))
     found = {(row.mode, row.case, row.config, row.contender): row.share_of_limit for row in rows}
     title = f"share of the limit, {' / '.join(configs)}"
-    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1))
+    table = _titled(title)
     table.add_column("contender", no_wrap=True)
     for mode, case in names:
         table.add_column(case if case.startswith(mode) else f"{mode} {case}", justify="right")
@@ -139,10 +146,8 @@ def _shares(rows: Sequence[Row]) -> "Table":
 
 def _relative_to_peers(compared: Sequence[Ratio]) -> "Table":
     """Return a table of speeds relative to peers: a row per case, a column per backend and peer."""
-    from rich.table import Table
-
     title = "speed relative to peers: median of the turns (range)"
-    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1))
+    table = _titled(title)
     table.add_column("case")
     columns = list(dict.fromkeys((ratio.contender, ratio.peer) for ratio in compared))
     for contender, peer in columns:

@@ -543,6 +543,8 @@ def test_unknown_and_missing_backend(folder: Path, monkeypatch: pytest.MonkeyPat
         "backend mlx needs mlx, not installed here. Run `pip install 'moezoo[mlx]'`",
         "--backend",
     )
+    wanted = "comparing the backends needs mlx, not installed here. Run `pip install 'moezoo[mlx]'`."
+    assert_error(call("parity", path), "BackendError", wanted)
 
 
 def test_load_forward_generate_save(trained: Path, tmp_path: Path) -> None:
