@@ -37,9 +37,9 @@ def missing_packages(name: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of moezoo, Python and the packages of each backend; "not installed" for a missing one."""
+    """Return the versions of moezoo, Python, NumPy and each backend's packages; "not installed" for a missing one."""
     found = {"moezoo": importlib.metadata.version("moezoo"), "Python": platform.python_version()}
-    for package in dict.fromkeys(package for name in NAMES for package in PACKAGES[name]):
+    for package in dict.fromkeys(["numpy", *(package for name in NAMES for package in PACKAGES[name])]):
         installed = importlib.util.find_spec(package) is not None
         found[package] = importlib.metadata.version(package) if installed else "not installed"
     return found

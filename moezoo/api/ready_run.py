@@ -89,9 +89,7 @@ class ReadyRun:
 
     def _session(self, command: str) -> dict[str, Any]:
         known, count = versions(), self.backend.processes.count
-        used = {
-            name: known[name] for name in ("moezoo", "Python", "numpy", *PACKAGES[self.backend.name]) if name in known
-        }
+        used = {name: known[name] for name in ("moezoo", "Python", "numpy", *PACKAGES[self.backend.name])}
         return describe_session(command, used, self.facts, count, self.data.summary)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,6 +213,18 @@ def test_train_writes_a_complete_run_folder(trained: Path) -> None:
         "checkpoints",
     }
     assert (trained / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_records_how_it_was_trained(trained: Path) -> None:
+    started, ended = map(json.loads, (trained / "sessions.jsonl").read_text().splitlines())
+    assert started["command"].startswith("moezoo ")
+    assert set(started["versions"]) == {"moezoo", "Python", "numpy", "mlx"}
+    assert started["versions"]["numpy"] == np.__version__
+    assert {"commit", "folder", "host", "platform", "cores", "processes", "first_step"} <= set(started)
+    assert "MLX" in started["facts"]["device"]
+    assert [len(source["digest"]) for source in started["data"]] == [64]
+    assert (ended["last_step"], ended["error"]) == (2, None)
+    assert datetime.fromisoformat(ended["ended"]) >= datetime.fromisoformat(started["started"])
 
 
 def test_launch_passes_the_backend_of_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,4 +592,4 @@ def test_load_forward_generate_save(trained: Path, tmp_path: Path) -> None:
 def test_version_names_the_backends() -> None:
     lines = dict(line.split(" ", 1) for line in call("--version").output.splitlines())
     assert lines["moezoo"] == moezoo.__version__
-    assert {"Python", "jax", "flax", "optax", "mlx"} <= set(lines)
+    assert {"Python", "numpy", "jax", "flax", "optax", "mlx"} <= set(lines)
