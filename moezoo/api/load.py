@@ -9,7 +9,7 @@ from moezoo.core.backend import Backend
 from moezoo.core.config.run_config import with_compute
 from moezoo.core.cost.fits import check_weights
 from moezoo.core.data.load_tokenizer import tokenizer_notes
-from moezoo.core.errors import CheckpointError
+from moezoo.core.errors import CheckpointError, check_count
 from moezoo.core.huggingface.nonfinite import nonfinite_warning
 from moezoo.core.interventions.top_k import with_top_k
 from moezoo.core.runs.open import is_superseded, open_model
@@ -26,6 +26,7 @@ def load_model(
     allow_overcommit: bool = False,
 ) -> LoadedModel:
     """Load a model on a backend: the implementation of `moezoo.load`."""
+    check_count("max_length", max_length)
     opened = open_model(path, max_length, adapter)
     config = opened.config if compute is None else with_compute(opened.config, compute)
     config = config if top_k is None else with_top_k(config, top_k)

@@ -13,7 +13,7 @@ from moezoo.core.data.chat_template import Message as ChatMessage
 from moezoo.core.data.huggingface_tokenizer import with_template
 from moezoo.core.data.tokenizers import Ids, Tokenizer, with_first_tokens
 from moezoo.core.distributed.mesh import ONE_DEVICE, Devices
-from moezoo.core.errors import SpecError
+from moezoo.core.errors import DataError, SpecError
 from moezoo.core.generation.config import GenerationConfig
 from moezoo.core.generation.loop import Continuation, OnTokens, generate, stream_ids, text_pieces, until_stop
 from moezoo.core.huggingface.layout import Layout
@@ -305,6 +305,8 @@ class LoadedModel:
         spec, documents = self.model.spec, "separate" if generate else self.config.data.documents
         if isinstance(data, str | Path | Mapping):
             data = traced_files(data, self.tokenizer, spec.vocab, documents, on_message=on_message)
+        if not data:
+            raise DataError("a trace needs data; got none; expected at least one file. Name one.")
         found = list(data) if max_tokens is None else [each.limited(max_tokens) for each in data]
         num_tokens = max(each.split.num_tokens for each in found)
         length, batch = scoring_size(self.config, spec.vocab, num_tokens, sequence_length, batch_size)

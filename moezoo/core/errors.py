@@ -7,6 +7,7 @@ the command line prints one line for it too, and writes its traceback to a file 
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class MoezooError(Exception):
@@ -81,3 +82,9 @@ def plural(word: str, number: int) -> str:
 def counted(number: int, word: str) -> str:
     """Return a number with what it counts: `1 token`, `1,024 tokens`."""
     return f"{number:,} {plural(word, number)}"
+
+
+def check_count(name: str, given: object, least: int = 1) -> None:
+    """Check that an argument is None or an integer of at least `least`. Raises SpecError."""
+    if given is not None and (not isinstance(given, Integral) or isinstance(given, bool) or int(given) < least):
+        raise SpecError(f"{name} is {given!r:.80}; expected an integer >= {least}.")

@@ -1,6 +1,7 @@
 """Text in and text out, streams, and the words by which a model and the package present themselves."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +47,21 @@ def test_a_wrong_argument_is_an_error_of_one_line(model: moezoo.LoadedModel) -> 
         with pytest.raises(SpecError, match=re.escape(message)):
             model.generate("3 owls", **settings)
     with pytest.raises(DataError, match=r"tokens is object \[2\]; expected integers"):
-        model.forward([[1, 2], [3]])  # type: ignore[arg-type]
+        model.forward(cast(Any, [[1, 2], [3]]))
+
+
+def test_wrong_sizes_modes_and_data_are_errors_of_one_line(model: moezoo.LoadedModel, owls: Path) -> None:
+    text = str(owls / "text.txt")
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: moezoo.load(model.path, max_length=0), "max_length is 0; expected an integer >= 1"),
+        (lambda: model.trace(text, sequence_length=0), "sequence_length is 0; expected an integer >= 1"),
+        (lambda: model.trace(text, batch_size=-1), "batch_size is -1"),
+        (lambda: model.trace([]), "a trace needs data; got none"),
+        (lambda: model.forward(cast(Any, [[1]]), without="layers[1]", mode=cast(Any, "x")), "unknown mode; got 'x'"),
+    ]
+    for call, message in calls:
+        with pytest.raises(moezoo.MoezooError, match=re.escape(message)):
+            call()
 
 
 def test_a_config_is_no_model(owls: Path) -> None:

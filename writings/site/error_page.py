@@ -108,7 +108,7 @@ TOPICS = (
     ),
     Topic(
         "Generation, chat and models in Python",
-        ("core/generation", "core/backend.py", "api", "core/reference/sampling.py", "__init__.py"),
+        ("core/generation", "core/backend.py", "core/errors.py", "api", "core/reference/sampling.py", "__init__.py"),
         "A prompt, an option of sampling or a sequence is one that the model cannot take. See "
         "[generation](../generation.md) and [sampling](../sampling.md).",
     ),

@@ -37,8 +37,10 @@ def config_file(name: str | Path) -> Path:
     found = shipped_config(name)
     if found is None:
         known = [*shipped_configs(), *(known.rpartition("/")[2] for known in shipped_configs())]
+        here = path.with_name(f"{path.name}.yaml")
+        close = f"; did you mean {here}?" if here.is_file() else nearest(str(name), known)
         raise SpecError(
-            f"no such config; got {str(name)!r:.200}{nearest(str(name), known)}; expected a YAML file, or the name of "
+            f"no such config; got {str(name)!r:.200}{close}; expected a YAML file, or the name of "
             "a config that ships with moezoo (fables, shakespeare/moe_small). Check the path, or list the parts and "
             "their configs with `moezoo zoo --list`."
         )

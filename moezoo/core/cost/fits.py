@@ -12,7 +12,7 @@ from moezoo.core.cost.available import Available, available_memory
 from moezoo.core.cost.memory import cache_bytes
 from moezoo.core.cost.step_plan import memory_per_device
 from moezoo.core.distributed.mesh import Devices
-from moezoo.core.errors import OutOfMemoryError
+from moezoo.core.errors import OutOfMemoryError, check_count
 from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.spec import ModelSpec
@@ -128,8 +128,10 @@ def scoring_size(
     """Return length and number of the windows of a batch over a file of `num_tokens` tokens.
 
     Those given, or else those of training: windows no longer than the file, and not so many of them that their logits
-    take more than 128 MiB in float32.
+    take more than 128 MiB in float32. Raises SpecError: one that is given is below 1.
     """
+    for name, given in (("sequence_length", length), ("batch_size", batch_size)):
+        check_count(name, given)
     length = length or max(1, min(config.training.sequence_length, num_tokens - 1))
     largest_batch = max(1, _LOGITS_BYTES // (_FLOAT32_BYTES * length * vocab_size))
     return length, batch_size or min(config.training.batch_size, largest_batch)

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moezoo.core.errors import DataError, SpecError, counted
+from moezoo.core.errors import DataError, SpecError, check_count, counted
 from moezoo.core.files import read_bounded, reason_of
 from moezoo.core.json_text import parse_json
 from moezoo.core.reference.sampling import SamplingOptions
@@ -169,8 +167,7 @@ class GenerationConfig:
         `requested` is no number of tokens.
         """
         if requested is not None:
-            if not isinstance(requested, int | np.integer) or isinstance(requested, bool) or requested < 0:
-                raise SpecError(f"max_new_tokens is {requested!r:.80}; expected an integer >= 0.")
+            check_count("max_new_tokens", requested, 0)
             return int(requested)
         self._refuse_invalid(["max_new_tokens"] if self.max_new_tokens is None else [])
         if self.max_new_tokens is not None:

@@ -1,7 +1,7 @@
 """Masks that take experts away from a model (`ExpertMasks`), and what they mean for each kind of choice."""
 
 from collections.abc import Sequence
-from typing import Literal, assert_never
+from typing import Literal, assert_never, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,9 @@ def expert_masks(spec: ModelSpec, experts: Experts, mode: Mode = "silence") -> l
 
 
 def named_masks(spec: ModelSpec, names: str | Sequence[str], mode: Mode, number: int) -> list[ExpertMasks]:
-    """Return the masks that take the named experts away from a number of sequences."""
+    """Return the masks that take the named experts away from a number of sequences. Raises SpecError: unknown names."""
+    if mode not in get_args(Mode):
+        raise SpecError(f"unknown mode; got {mode!r:.80}; expected one of {', '.join(get_args(Mode))}.")
     return [own.of_batch(number) for own in expert_masks(spec, parse_experts(spec, names), mode)]
 
 

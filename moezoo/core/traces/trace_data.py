@@ -13,7 +13,6 @@ from moezoo.core.data.prebatched import PrebatchedSplit
 from moezoo.core.data.prepare import AnySplit, whole_file
 from moezoo.core.data.splits import Split
 from moezoo.core.data.tokenizers import Tokenizer
-from moezoo.core.errors import DataError
 from moezoo.core.progress import Message
 
 
@@ -63,11 +62,9 @@ def traced_files(
 ) -> list[TracedData]:
     """Open files (`data.prepare.whole_file`): one, or several by the name of their domain.
 
-    Raises DataError: a file cannot be used, or there is none.
+    Raises DataError: a file cannot be used.
     """
     files = dict([named_file(str(data))]) if isinstance(data, str | Path) else {**data}
-    if not files:
-        raise DataError("a trace needs data; got no file; expected at least one. Name one.")
     return [
         TracedData((name,), whole_file(str(path), tokenizer, vocab_size, on_message=on_message, documents=documents))
         for name, path in files.items()

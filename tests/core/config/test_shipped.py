@@ -38,6 +38,12 @@ def test_an_unknown_name_is_one_line_with_the_nearest():
         load_config("fabels")
 
 
+def test_a_name_without_its_suffix_leads_to_the_file(tmp_path):
+    (tmp_path / "owls.yaml").touch()
+    with pytest.raises(SpecError, match=r"did you mean \S+/owls\.yaml\?"):
+        load_config(tmp_path / "owls")
+
+
 def test_what_exists_here_is_not_a_shipped_config(tmp_path):
     (tmp_path / "fables").mkdir()
     assert shipped_config("fables") is None

@@ -24,7 +24,7 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
     with pytest.raises(SpecError, match="a stop string is empty"):
         StopStrings(["a", ""])
     with pytest.raises(SpecError, match=r"stop is \[5\]; expected a text, or a list of texts"):
-        StopStrings([5])  # type: ignore[list-item]
+        StopStrings([5])
     one = StopStrings("ab")
     assert (one.add("a b ab"), one.found) == ("a b ", "ab")
 
