@@ -20,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("runs/fables", "runs/other", "elsewhere/mine"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.yaml").touch()
-    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "zz_mine.yaml").touch()  # no config that ships begins so
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train fab", ["fables"]),
         ("train shakespeare/moe_s", ["shakespeare/moe_small"]),
         ("plan moe_s", ["moe_small"]),
-        ("preview min", ["mine.yaml"]),
+        ("preview zz_", ["zz_mine.yaml"]),
         ("init new --from fab", ["fables"]),
         ("generate ", ["runs/fables", "runs/other"]),
         ("eval fab", ["runs/fables"]),
