@@ -29,7 +29,7 @@ def test_fixture_is_small_and_its_arrays_have_matching_shapes(case):
 
 
 def test_all_fixtures_together_stay_small():
-    assert sum(path.stat().st_size for path in fixtures.FOLDER.iterdir()) < 2.5 * 2**20
+    assert sum(path.stat().st_size for path in fixtures.FOLDER.iterdir()) < 4 * 2**20
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -1,4 +1,4 @@
-"""Command A+. Source: Cohere 2026, the released model; transformers, `cohere2_moe`."""
+"""Command A+, North Mini Code. Source: Cohere 2026, the released models; transformers, `cohere2_moe`."""
 
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
@@ -19,6 +19,13 @@ from moezoo.core.spec import (
 
 def spec(fields: Fields) -> ModelSpec:
     number = fields.count("num_hidden_layers")
+    # In released files: the only forms that transformers has.
+    for name in ("use_gated_activation", "use_parallel_block"):
+        fields.expect(name, True)
+    for name in ("layer_norm_bias", "use_parallel_embedding", "use_qk_norm"):
+        fields.expect(name, False)
+    fields.expect("position_embedding_type", "rope_gptj")
+    fields.expect("rotary_pct", 1.0)
     rope, bias = parts.rope(fields, layout="interleaved"), fields.flag("attention_bias", False)
     first_dense = fields.integer("first_k_dense_replace", 0)
     dense = parts.dense_by_type(fields, number, [index < first_dense for index in range(number)])
@@ -95,5 +102,5 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
-    harmless=("max_position_embeddings",),
+    harmless=("cache_implementation", "max_position_embeddings"),
 )

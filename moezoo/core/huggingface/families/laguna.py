@@ -22,10 +22,16 @@ def spec(fields: Fields) -> ModelSpec:
     number = fields.count("num_hidden_layers")
     heads = parts.per_layer(fields, "num_attention_heads_per_layer", number, fields.count("num_attention_heads", 48))
     dense = parts.dense_by_type(fields, number, [index == 0 for index in range(number)])
+    gate = _gate(fields)
+    # In released files: what follows from the fields above, and options that transformers does not have.
+    fields.expect("mlp_only_layers", [index for index, is_dense in enumerate(dense) if is_dense])
+    fields.expect("gating_types", [{"headwise": "per_head", "elementwise": "per_element"}[gate]] * number)
+    fields.expect("decoder_sparse_step", 1)
+    fields.expect("swa_attention_sink_enabled", False)
     norm, bias, moe = parts.rms_norm(fields), fields.flag("attention_bias", False), _moe(fields)
     feed_forward = parts.swiglu(fields, fields.count("intermediate_size", 8192))
     fields.expect("qkv_bias", bias)  # read by mlx-lm alone
-    options: dict[str, Any] = {"qk_norm": norm, "qkv_bias": bias, "output_bias": bias, "gate": _gate(fields)}
+    options: dict[str, Any] = {"qk_norm": norm, "qkv_bias": bias, "output_bias": bias, "gate": gate}
     layers = [
         parts.layer(
             GroupedQueryAttentionSpec(
@@ -61,6 +67,7 @@ def _rope(fields: Fields, kind: str) -> RoPESpec:
 
 
 def _moe(fields: Fields) -> MoESpec:
+    fields.expect("norm_topk_prob", True)
     fields.expect("moe_apply_router_weight_on_input", False)  # transformers 5.23 refuses it too
     fields.expect("moe_router_score_func", "sigmoid")  # read by mlx-lm alone
     cap = fields.number("moe_router_logit_softcapping", 0.0)
