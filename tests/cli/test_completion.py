@@ -47,7 +47,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_completion_finds(line: str, found: list[str]) -> None:
     *words, incomplete = line.split(" ")
     items = ShellComplete(main, {}, "moezoo", "_MOEZOO_COMPLETE").get_completions(words, incomplete)
-    assert [(item.type, item.value) for item in items] == [("plain", text) for text in found]
+    assert {item.type for item in items} == {"plain"}
+    assert [item.value for item in items if item.value in found] == found  # more configs may begin so
 
 
 @pytest.mark.parametrize(
