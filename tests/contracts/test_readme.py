@@ -56,7 +56,7 @@ def test_no_printed_run_needs_the_folder_of_another(page: Path) -> None:
 
 def test_the_pages_print_what_is_checked() -> None:
     assert len(GUIDES) >= 8
-    assert len(PRINTED) > 100
+    assert len(PRINTED) > 90
     elsewhere = [block for page in PAGES for block in blocks(page) if block.elsewhere]
     assert elsewhere
     assert all(commands(block) or "mlx_lm" in block.text for block in elsewhere)

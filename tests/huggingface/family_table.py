@@ -78,6 +78,7 @@ def main(names: Sequence[str]) -> int:
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     old, _, after = rest.partition(END)
     new = merged(table(results), old.strip(), names)
+    before = re.sub(r"\b\d+ families\b", f"{len(new.splitlines()) - 2} families", before)
     README.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
     return int(status)
 
