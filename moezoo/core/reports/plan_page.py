@@ -41,7 +41,7 @@ def plan_page(plan: Plan, where: str) -> "RenderableType":
         pieces.append(_collective_table(plan.device, plan.lengths))
     if plan.bound is not None:
         tokens = plan.config.training.batch_size * plan.sequence_length
-        pieces += [_bound_table(plan.bound, tokens), Text(_bound_basis(plan.bound), "yellow")]
+        pieces += [_bound_table(plan.bound), Text(_bound_basis(plan.bound, tokens), "yellow")]
     pieces.append(Text(_basis(plan), "yellow" if plan.extrapolated else "dim"))
     if plan.compiled is not None:
         pieces.append(_compiled_table(plan.compiled))
@@ -85,7 +85,7 @@ def _collective_table(device: DevicePlan, lengths: Mapping[MeshAxis, int]) -> "T
     return table
 
 
-def _bound_table(bound: StepBound, tokens: int) -> "Table":
+def _bound_table(bound: StepBound) -> "Table":
     table = new_table(f"least time of a step, {bound.on.name}", "", "at most", "at least", right=(1, 2, 3))
     link = "not known" if bound.on.link is None else f"{count(bound.on.link, 'B')}/s"
     rows = {
@@ -98,8 +98,7 @@ def _bound_table(bound: StepBound, tokens: int) -> "Table":
             label = f"{name}, {bound.dtype}" if name == "compute" else name
             table.add_row(label, *rows[name], "" if seconds is None else _time(seconds))
     table.add_section()
-    speed = f"{count(tokens / bound.seconds)} tokens/s on all devices"
-    table.add_row("the largest", "", speed, _time(bound.seconds), style="bold")
+    table.add_row("the largest", "", "", _time(bound.seconds), style="bold")
     return table
 
 
@@ -107,11 +106,12 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def _bound_basis(bound: StepBound) -> str:
+def _bound_basis(bound: StepBound, tokens: int) -> str:
     unknown = "; communication has no figure" if bound.seconds_by_limit["communication"] is None else ""
     return (
-        f"a bound, not a measurement: from {bound.on.source}, with perfect overlap{unknown}. It counts products, "
-        "parameters, gradients and optimizer state, but no activations: every real step is slower."
+        f"at most {count(tokens / bound.seconds)} tokens/s on all devices: a bound, not a measurement, from "
+        f"{bound.on.source}, with perfect overlap{unknown}. It counts products, parameters, gradients and optimizer "
+        "state, but no activations: every real step is slower."
     )
 
 
