@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moezoo.cli.completion import PATH
+from moezoo.cli.completion import PATH, complete_mode
 from moezoo.cli.options import json_option
 from moezoo.cli.output import new_console, print_json, print_lines, show_progress
 from moezoo.core.progress import Pace, clock
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("bench")
-@click.argument("mode", required=False, metavar="[train|layer|decode|startup|experts]")
+@click.argument("mode", required=False, metavar="[train|layer|decode|startup|experts]", shell_complete=complete_mode)
 @click.option("--backend", "backends", metavar="jax,mlx", help="Backends to benchmark. Default: all installed ones.")
 @click.option(
     "--config",

@@ -68,6 +68,15 @@ def complete_accelerator(ctx: click.Context, parameter: click.Parameter, incompl
     return [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
 
 
+def complete_mode(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Complete the mode of a benchmark."""
+    from click.shell_completion import CompletionItem
+
+    from moezoo.bench.modes import MODES
+
+    return [CompletionItem(mode) for mode in MODES if mode.startswith(incomplete)]
+
+
 def complete_dataset(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """Complete the name of a dataset."""
     from click.shell_completion import CompletionItem

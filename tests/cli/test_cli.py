@@ -217,7 +217,7 @@ def test_train_writes_a_complete_run_folder(trained: Path) -> None:
 
 def test_a_run_records_how_it_was_trained(trained: Path) -> None:
     started, ended = map(json.loads, (trained / "sessions.jsonl").read_text().splitlines())
-    assert started["command"].startswith("moezoo ")
+    assert started["command"].startswith("moezoo")
     assert set(started["versions"]) == {"moezoo", "Python", "numpy", "mlx"}
     assert started["versions"]["numpy"] == np.__version__
     assert {"commit", "folder", "host", "platform", "cores", "processes", "first_step"} <= set(started)

@@ -42,6 +42,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("eval runs/fables --mode s", ["silence"]),
         ("generate runs/fables --backend ", ["jax", "mlx"]),
         ("data tiny", ["tiny_shakespeare"]),
+        ("bench st", ["startup"]),
+        ("plan fables --accelerator h", ["H100", "H200"]),
     ],
 )
 def test_completion_finds(line: str, found: list[str]) -> None:
