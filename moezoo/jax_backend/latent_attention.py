@@ -26,6 +26,8 @@ class LatentAttention(nnx.Module):
             self.w_query_down = weights.parameter("w_query_down")
             self.query_norm = norm(spec.norm, weights.inside("query_norm"))
         self.w_query = weights.parameter("w_query")
+        if spec.query_gate:
+            self.w_query_gate = weights.parameter("w_query_gate")
         self.w_latent = weights.parameter("w_latent")
         self.w_rope_key = weights.parameter("w_rope_key")
         self.latent_norm = norm(spec.norm, weights.inside("latent_norm"))
@@ -58,7 +60,8 @@ class LatentAttention(nnx.Module):
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
         position_T = positions(x_BTD.shape[1], 0 if cache is None else cache.length, first_B, documents)
-        source, query, rope_query, latent, rope_key = self._projected(x_BTD, position_T)
+        source, seen = self._query_sources(x_BTD)
+        query, rope_query, latent, rope_key = self._projected(x_BTD, seen, position_T)
         index_query = index_key = index_weight = slot_S = None
         if spec.indexer is not None:
             index_query, index_key, index_weight = self.indexer(x_BTD, source, position_T)
@@ -97,13 +100,22 @@ class LatentAttention(nnx.Module):
             out_BTNH = attended[:, :, :, 0]
         else:
             out_BTNH = projection.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], self.w_value[...].astype(dtype))
+        out_BTD = self._output(out_BTNH, x_BTD, seen)
+        return Attended(out_BTD, cache, None, loss, None if spec.indexer is None else chosen_BTS)
+
+    def _output(self, out_BTNH: jax.Array, x_BTD: jax.Array, seen_BTZ: jax.Array) -> jax.Array:
+        """Spec: moezoo.core.reference.latent_attention._output."""
+        spec, dtype = self.spec, x_BTD.dtype
         if spec.gate is not None:
             gate_BTN = projection.einsum("BTD,DN->BTN", x_BTD, self.w_gate[...].astype(dtype)).astype(jnp.float32)
             out_BTNH = (out_BTNH * jax.nn.sigmoid(gate_BTN)[..., None]).astype(dtype)
+        if spec.query_gate:
+            gate_BTNH = projection.einsum("BTZ,ZNH->BTNH", seen_BTZ, self.w_query_gate[...].astype(dtype))
+            out_BTNH = (out_BTNH * jax.nn.sigmoid(gate_BTNH.astype(jnp.float32))).astype(dtype)
         out_BTD = projection.einsum("BTNH,NHD->BTD", out_BTNH, self.w_output[...].astype(dtype))
         if spec.bias:
             out_BTD = out_BTD + self.b_output[...].astype(dtype)
-        return Attended(out_BTD, cache, None, loss, None if spec.indexer is None else chosen_BTS)
+        return out_BTD
 
     def _mask(
         self,
@@ -122,18 +134,22 @@ class LatentAttention(nnx.Module):
         plain = first_B is None and slot_S is None
         return mask_TS if plain else mask_TS & same_side(position_T, position_S)
 
-    def _projected(
-        self, x_BTD: jax.Array, position_T: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Return the input of `w_query`, both parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
+    def _query_sources(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Spec: moezoo.core.reference.latent_attention._query_sources."""
         spec, dtype = self.spec, x_BTD.dtype
         if spec.query_latent_dim is None:
-            source = x_BTD
-            query = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
-        else:
-            down = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_query_down[...].astype(dtype))
-            source = self.query_norm(down + self.b_query_down[...].astype(dtype) if spec.bias else down)
-            query = projection.einsum("BTZ,ZNH->BTNH", source, self.w_query[...].astype(dtype))
+            return x_BTD, x_BTD
+        down = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_query_down[...].astype(dtype))
+        down = down + self.b_query_down[...].astype(dtype) if spec.bias else down
+        source = self.query_norm(down)
+        return source, jnp.concatenate([source, down], axis=-1) if spec.raw_query_latent else source
+
+    def _projected(
+        self, x_BTD: jax.Array, seen_BTZ: jax.Array, position_T: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Return both parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
+        spec, dtype = self.spec, x_BTD.dtype
+        query = projection.einsum("BTZ,ZNH->BTNH", seen_BTZ, self.w_query[...].astype(dtype))
         query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
         latent = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_latent[...].astype(dtype))
         rope_key = projection.einsum("BTD,DH->BTH", x_BTD, self.w_rope_key[...].astype(dtype))
@@ -156,4 +172,4 @@ class LatentAttention(nnx.Module):
             temperature_T11 = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))[..., None, None]
             query = (query * temperature_T11).astype(dtype)
             rope_query = (rope_query * temperature_T11).astype(dtype)
-        return source, query, rope_query, latent, rope_key
+        return query, rope_query, latent, rope_key

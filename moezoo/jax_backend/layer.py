@@ -23,7 +23,7 @@ from moezoo.jax_backend.kv_cache import Attended, Cache, Caches, Shared, SharedC
 from moezoo.jax_backend.layer_inputs import LayerInput
 from moezoo.jax_backend.mixer import mix, mixer
 from moezoo.jax_backend.moe import Exchange, MoE
-from moezoo.jax_backend.normalization import norm
+from moezoo.jax_backend.normalization import NormGate, norm
 from moezoo.jax_backend.positions import Documents
 from moezoo.jax_backend.random import fold_in, uniform
 from moezoo.jax_backend.routing import Routing
@@ -93,6 +93,10 @@ class Layer(nnx.Module):
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
+        if spec.attention_norm_gate is not None:
+            self.attention_norm_gate = NormGate(weights.inside("attention_norm_gate"))
+        if spec.feed_forward_norm_gate is not None:
+            self.feed_forward_norm_gate = NormGate(weights.inside("feed_forward_norm_gate"))
         if spec.norm_placement == "sandwich" and spec.has_mixer:
             self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
         if spec.norm_placement == "sandwich" and not spec.mixer_only:
@@ -185,8 +189,9 @@ class Layer(nnx.Module):
         return block if inputs.wrap_block is None else inputs.wrap_block(block, f"{self.name}.{name}")
 
     def attention_input(self, x_BTD: jax.Array) -> jax.Array:
-        """Pre-attention norm, unless the norm comes after."""
-        return x_BTD if self.spec.norm_placement == "post" else self.attention_norm(x_BTD)
+        """Pre-attention norm, with its gate if there is one, unless the norm comes after."""
+        normed = x_BTD if self.spec.norm_placement == "post" else self.attention_norm(x_BTD)
+        return normed if self.spec.attention_norm_gate is None else self.attention_norm_gate(normed)
 
     def attention_output(self, out_BTD: jax.Array) -> jax.Array:
         """Post-attention norm, where there is one."""
@@ -201,8 +206,9 @@ class Layer(nnx.Module):
                 assert_never(self.spec.norm_placement)
 
     def feed_forward_input(self, x_BTD: jax.Array) -> jax.Array:
-        """Pre-feed-forward norm; not of a parallel layer, whose feed-forward has the input of attention."""
-        return x_BTD if self.spec.norm_placement == "post" else self.feed_forward_norm(x_BTD)
+        """As `attention_input`; not of a parallel layer, whose feed-forward has the input of attention."""
+        normed = x_BTD if self.spec.norm_placement == "post" else self.feed_forward_norm(x_BTD)
+        return normed if self.spec.feed_forward_norm_gate is None else self.feed_forward_norm_gate(normed)
 
     def feed_forward_output(self, out_BTD: jax.Array) -> jax.Array:
         """Post-feed-forward norm, where there is one."""

@@ -8,6 +8,7 @@ from flax import nnx
 
 from moezoo.core.spec import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kernels import projection
 
 
 class RMSNorm(nnx.Module):
@@ -46,6 +47,19 @@ class LayerNorm(nnx.Module):
         centred = x32 - jnp.mean(x32, axis=_last(self.axes), keepdims=True)
         normed = _rms_norm(centred, self.scale[...].astype(jnp.float32), self.epsilon, self.axes)
         return (normed if self.bias is None else normed + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class NormGate(nnx.Module):
+    """Spec: moezoo.core.reference.normalization.norm_gate; the gate in float32."""
+
+    def __init__(self, weights: Weights):
+        self.w_down = weights.parameter("w_down")
+        self.w_up = weights.parameter("w_up")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        down = projection.einsum("BTD,DZ->BTZ", x, self.w_down[...].astype(x.dtype))
+        up = projection.einsum("BTZ,ZD->BTD", jax.nn.silu(down), self.w_up[...].astype(x.dtype))
+        return (x * jax.nn.sigmoid(up.astype(jnp.float32))).astype(x.dtype)
 
 
 def norm(spec: NormSpec, weights: Weights, axes: int = 1) -> RMSNorm | LayerNorm:

@@ -22,7 +22,7 @@ from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, Shared, SharedC
 from moezoo.mlx_backend.layer_inputs import LayerInput
 from moezoo.mlx_backend.mixer import mix, mixer
 from moezoo.mlx_backend.moe import Exchange, MoE
-from moezoo.mlx_backend.normalization import norm
+from moezoo.mlx_backend.normalization import NormGate, norm
 from moezoo.mlx_backend.positions import Documents
 from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.routing import Routing
@@ -90,6 +90,10 @@ class Layer(nn.Module):
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
+        if spec.attention_norm_gate is not None:
+            self.attention_norm_gate = NormGate(weights.inside("attention_norm_gate"))
+        if spec.feed_forward_norm_gate is not None:
+            self.feed_forward_norm_gate = NormGate(weights.inside("feed_forward_norm_gate"))
         if spec.norm_placement == "sandwich" and spec.has_mixer:
             self.attention_output_norm = norm(model.norm, weights.inside("attention_output_norm"))
         if spec.norm_placement == "sandwich" and not spec.mixer_only:
@@ -184,8 +188,9 @@ class Layer(nn.Module):
         return block if inputs.wrap_block is None else inputs.wrap_block(block, name)
 
     def attention_input(self, x_BTD: mx.array) -> mx.array:
-        """Pre-attention norm, unless the norm comes after."""
-        return x_BTD if self.spec.norm_placement == "post" else self.attention_norm(x_BTD)
+        """Pre-attention norm, with its gate if there is one, unless the norm comes after."""
+        normed = x_BTD if self.spec.norm_placement == "post" else self.attention_norm(x_BTD)
+        return normed if self.spec.attention_norm_gate is None else self.attention_norm_gate(normed)
 
     def attention_output(self, out_BTD: mx.array) -> mx.array:
         """Post-attention norm, where there is one."""
@@ -200,8 +205,9 @@ class Layer(nn.Module):
                 assert_never(self.spec.norm_placement)
 
     def feed_forward_input(self, x_BTD: mx.array) -> mx.array:
-        """Pre-feed-forward norm; not of a parallel layer, whose feed-forward has the input of attention."""
-        return x_BTD if self.spec.norm_placement == "post" else self.feed_forward_norm(x_BTD)
+        """As `attention_input`; not of a parallel layer, whose feed-forward has the input of attention."""
+        normed = x_BTD if self.spec.norm_placement == "post" else self.feed_forward_norm(x_BTD)
+        return normed if self.spec.feed_forward_norm_gate is None else self.feed_forward_norm_gate(normed)
 
     def feed_forward_output(self, out_BTD: mx.array) -> mx.array:
         """Post-feed-forward norm, where there is one."""

@@ -7,6 +7,7 @@ from mlx import nn
 
 from moezoo.core.spec import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.normalization import rms_norm
 
 
@@ -50,6 +51,20 @@ class LayerNorm(nn.Module):
         bias = None if self.bias is None else self.bias.astype(mx.float32).reshape(-1)
         normed = mx.fast.layer_norm(_flat(x, self.axes), scale, bias, self.epsilon)
         return normed.reshape(x.shape).astype(x.dtype)
+
+
+class NormGate(nn.Module):
+    """Spec: moezoo.core.reference.normalization.norm_gate; the gate in float32."""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        self.w_down = weights.parameter("w_down")
+        self.w_up = weights.parameter("w_up")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        down = projection.einsum("BTD,DZ->BTZ", x, self.w_down.astype(x.dtype))
+        up = projection.einsum("BTZ,ZD->BTD", nn.silu(down), self.w_up.astype(x.dtype))
+        return (x * mx.sigmoid(up.astype(mx.float32))).astype(x.dtype)
 
 
 def norm(spec: NormSpec, weights: Weights, axes: int = 1) -> RMSNorm | LayerNorm:

@@ -118,6 +118,21 @@ add(
     **GLM_MOE_DSA | dict(index_topk_freq=2, index_skip_topk_offset=1),
 )
 AXK1 = DEEPSEEK_V3 | dict(model_type="axk1", scoring_func=..., topk_method=..., num_nextn_predict_layers=...)
+AXK2 = AXK1 | dict(
+    model_type="axk2",
+    n_group=...,
+    topk_group=...,
+    index_n_heads=16,
+    index_head_dim=12,
+    index_topk=8,
+    gated_norm_rank=6,
+)
+add(
+    "axk2",
+    "sparse attention, queries and a gate from the latent before and behind its norm, norms with low-rank gates",
+    keep_hidden=True,
+    **AXK2,
+)
 add("axk1", "deepseek_v3 with a norm of the MoE layer's output", keep_hidden=True, **AXK1)
 add(
     "glm4_moe_lite",

@@ -18,6 +18,7 @@ from oracle_case import (
 from oracle_families import (
     ARIA,
     AXK1,
+    AXK2,
     COHERE2_MOE,
     DEEPSEEK_V3,
     DELTA,
@@ -188,6 +189,22 @@ add(
         n_shared_experts=2,
         rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}
         | {"original_max_position_embeddings": 1024, "mscale": 1.0, "mscale_all_dim": 0.707},
+    ),
+)
+add(
+    "axk2_list",
+    "dense layers by list, top 30 of up to 36 keys, biases, no yarn, no renormalization, 2 shared experts, tied head",
+    **AXK2
+    | dict(
+        attention_bias=True,
+        first_k_dense_replace=...,
+        moe_layer_freq=...,
+        index_topk=30,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+        n_shared_experts=2,
+        norm_topk_prob=False,
+        rope_scaling=None,
+        tie_word_embeddings=True,
     ),
 )
 add(

@@ -41,6 +41,8 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
             {"index_topk_pattern": "FXF", "indexer_types": ...},
             "each layer to be one of full, sh",
         ),
+        ("axk2", {"n_group": 4, "topk_group": 2}, "n_group is 4; expected 1"),
+        ("axk2", {"rope_interleave": False}, "rope_interleave is false; expected true"),
         ("axk1", {"first_k_dense_replace": 2}, "mlp_layer_types is .* which follows from first_k_dense_replace 2"),
         ("glm4_moe_lite", {"mlp_layer_types": ..., "first_k_dense_replace": 2}, "first_k_dense_replace is 2; exp"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense", "linear", "sparse"]}, "mlp_layer_types is .* dense, sparse"),

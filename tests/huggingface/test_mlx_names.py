@@ -19,6 +19,7 @@ CASES = json.loads((Path(__file__).parents[1] / "data" / "mlx_names.json").read_
 NOT_THERE = {
     "aria_text",
     "axk1",
+    "axk2",
     "beam",
     "cohere2_moe",
     "dots3_note_text",

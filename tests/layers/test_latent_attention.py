@@ -46,6 +46,10 @@ SPECS = {
     ),
     "window": spec_of(query_latent_dim=QUERY, window=3, latent_multiplier=1.5),
     "gate and norm of the rotated key": spec_of(gate="headwise", rope_key_norm=True, norm=RMSNormSpec(epsilon=1e-3)),
+    "gate": spec_of(query_gate=True),
+    "raw latent of queries": spec_of(
+        query_latent_dim=QUERY, bias=True, raw_query_latent=True, query_gate=True, indexer=INDEXER
+    ),
     "indexer": spec_of(query_latent_dim=QUERY, indexer=INDEXER),
     "indexer of the input": spec_of(
         position=NoPositionSpec(), indexer=INDEXER.model_copy(update={"key_norm": RMSNormSpec(scale="none")})
@@ -58,8 +62,9 @@ LONG_BTD = normal(0, B, LENGTH, D)
 
 def values_of(spec: LatentAttentionSpec) -> dict[str, np.ndarray]:
     source = D if spec.query_latent_dim is None else QUERY
+    seen = spec.query_source_dim or D
     shapes = {
-        "w_query": (source, N, H + ROPE),
+        "w_query": (seen, N, H + ROPE),
         "w_latent": (D, Z),
         "w_rope_key": (D, ROPE),
         "w_key": (Z, N, H),
@@ -73,6 +78,8 @@ def values_of(spec: LatentAttentionSpec) -> dict[str, np.ndarray]:
         shapes["rope_key_norm.scale"] = (ROPE,)
     if spec.gate is not None:
         shapes["w_gate"] = (D, N)
+    if spec.query_gate:
+        shapes["w_query_gate"] = (seen, N, VALUE)
     if isinstance(spec.norm, LayerNormSpec):
         shapes["latent_norm.bias"] = (Z,)
     if spec.bias:
@@ -132,7 +139,9 @@ def test_absorbed_form_equals_the_expanded_one(kind):
 
 
 @pytest.mark.parametrize("first", [None, (3, 0, 5)], ids=["equal", "ragged"])
-@pytest.mark.parametrize("kind", ["latent", "no position", "window", "gate and norm of the rotated key", "indexer"])
+@pytest.mark.parametrize(
+    "kind", ["latent", "no position", "window", "gate and norm of the rotated key", "indexer", "raw latent of queries"]
+)
 def test_cached_chunks_equal_the_uncached_pass(twin, kind, first):
     """Prompts of several tokens, then single tokens, from cached latents alone."""
     spec = SPECS[kind]

@@ -3,7 +3,8 @@ import pytest
 
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.reference.normalization import layer_norm, normalize, rms_norm
+from moezoo.core.reference.feed_forward import sigmoid
+from moezoo.core.reference.normalization import layer_norm, norm_gate, normalize, rms_norm
 from moezoo.core.spec import LayerNormSpec, NormSpec, RMSNormSpec
 from tests.support.tolerances import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, FLOAT64, assert_close
 from tests.support.twins import (
@@ -52,6 +53,18 @@ def assert_norm_matches(
         x,
         **options,
     )
+
+
+GATE = {"w_down": 0.3 * normal(3, D, H), "w_up": 0.3 * normal(4, H, D)}
+
+
+def test_gate_matches_the_reference_and_its_formula(twin):
+    layer = twin.module("normalization").NormGate(twin.weights(GATE))
+    assert_layer_matches(twin, layer, lambda layer, x: layer(x), norm_gate, GATE, X_BTD)
+    down = X_BTD[1, 2] @ GATE["w_down"]
+    logits = (down * sigmoid(down)) @ GATE["w_up"]
+    assert_close(norm_gate(GATE, X_BTD)[1, 2], X_BTD[1, 2] * sigmoid(logits), FLOAT64)
+    assert_close(norm_gate(GATE | {"w_up": 0 * GATE["w_up"]}, X_BTD), X_BTD / 2, FLOAT64)
 
 
 @each_spec

@@ -64,7 +64,8 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
     - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head; of
       Mamba-2 two, `4 H F`.
 
-    A short convolution has no scores; its filter costs 2 FLOPs per parameter, as a matrix does.
+    A short convolution has no scores; its filter costs 2 FLOPs per parameter, as a matrix does. The low-rank gate of a
+    norm counts as a feed-forward.
 
     An embedding lookup is free. Norms, biases, RoPE, softmax and the combine are not counted: they cost a few
     operations per element. Training costs 3 times forward, since the backward pass needs two products for each one.
@@ -91,7 +92,7 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
     return Flops(
         attention_projections=round(times * products["attention"]),
         attention_scores=round(times * scores),
-        feed_forward=round(times * products["feed-forward"]),
+        feed_forward=round(times * (products["feed-forward"] + products["norms"])),
         router=round(times * products["router"]),
         routed_experts=round(times * products["routed experts"]),
         shared_experts=round(times * products["shared experts"]),

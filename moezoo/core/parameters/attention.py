@@ -80,9 +80,10 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
         if spec.bias:
             yield rows.vector(f"{name}.b_query_down", (q,), ("latent",), "attention")
         yield from rows.norm(f"{name}.query_norm", spec.norm, (q,), ("latent",))
-        yield rows.matrix(f"{name}.w_query", (q, n, h + o), ("latent", "head", "head_dim"), "attention")
-    else:
-        yield rows.matrix(f"{name}.w_query", (d, n, h + o), ("embed", "head", "head_dim"), "attention")
+    source, axis = (d, "embed") if spec.query_source_dim is None else (spec.query_source_dim, "latent")
+    yield rows.matrix(f"{name}.w_query", (source, n, h + o), (axis, "head", "head_dim"), "attention")
+    if spec.query_gate:
+        yield rows.matrix(f"{name}.w_query_gate", (source, n, v), (axis, "head", "head_dim"), "attention")
     yield rows.matrix(f"{name}.w_latent", (d, z), ("embed", "latent"), "attention")
     yield rows.matrix(f"{name}.w_rope_key", (d, o), ("embed", "head_dim"), "attention")
     if spec.bias:

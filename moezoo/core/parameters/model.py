@@ -42,15 +42,24 @@ def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
         yield rows.vector("head.b_head", (v,), ("vocab",), "embeddings")
 
 
+def _norm_gate(rows: Rows, name: str, rank: int | None) -> Iterator[Parameter]:
+    if rank is not None:
+        d = rows.embed_dim
+        yield rows.matrix(f"{name}.w_down", (d, rank), ("embed", "latent"), "norms")
+        yield rows.matrix(f"{name}.w_up", (rank, d), ("latent", "embed"), "norms")
+
+
 def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | None) -> Iterator[Parameter]:
     norm, shape, axes = rows.spec.norm, (rows.embed_dim,), ("embed",)
     if layer.has_mixer:
         yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
+        yield from _norm_gate(rows, f"{name}.attention_norm_gate", layer.attention_norm_gate)
     yield from attention_rows(rows, f"{name}.attention", layer.attention, index)
     if layer.norm_placement == "sandwich" and layer.has_mixer:
         yield from rows.norm(f"{name}.attention_output_norm", norm, shape, axes)
     if layer.norm_placement != "parallel" and not layer.mixer_only:
         yield from rows.norm(f"{name}.feed_forward_norm", norm, shape, axes)
+        yield from _norm_gate(rows, f"{name}.feed_forward_norm_gate", layer.feed_forward_norm_gate)
     if layer.feed_forward is not None:
         yield from feed_forward_rows(rows, f"{name}.feed_forward", layer.feed_forward, "feed-forward")
     if layer.moe is not None:

@@ -15,6 +15,7 @@ With `precision.compute: bfloat16`:
 | products of attention, feed-forward, experts and head | compute in and out, accumulated in float32 |
 | embedding rows times their multiplier, plus positions; result cast to compute | float32 |
 | norms: means, rsqrt, scale and bias; result cast back | float32 |
+| gate of a norm: sigmoid and product; result cast back | float32 |
 | RoPE angles and rotation; result cast back | float32 |
 | attention scores, their cap, sinks and softmax; probabilities cast back | float32 |
 | indexer of sparse attention: product with w_weight, scores, index, choice and loss | float32 |

@@ -26,7 +26,8 @@ def latent_attention(
     Head n has the query `(q_n, rotate(q'_n))`, the key `(c w_key_n, rotate(k'))` and the value `c w_value_n`, where
     `c = norm(x w_latent)` is the latent, `k' = x w_rope_key` is shared by all heads, and `(q_n, q'_n)` is
     `x w_query_n`, or `norm(x w_query_down) w_query_n` with low-rank queries. With an indexer, a query attends only to
-    the positions that the indexer chooses (sparse attention), or that another layer's chose: `chosen_BTS`.
+    the positions that the indexer chooses (sparse attention), or that another layer's chose: `chosen_BTS`. With a
+    `query_gate` the heads' output is multiplied by `sigmoid(s w_query_gate)`, s being what w_query multiplies.
 
     Order: project, and add the biases of `w_query_down`, `w_latent`, `w_rope_key` and `w_output` if the spec has them;
     normalize, also `k'` with `rope_key_norm`; multiply the latent by its constant; rotate; multiply both parts of a
@@ -42,7 +43,8 @@ def latent_attention(
     Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, eq. 9-19; absorbed: section 2.1.2.
     """
     position_T = np.arange(x_BTD.shape[1]) if documents is None else documents.position_BT
-    source, query, rope_query, latent, rope_key = _projected(spec, parameters, x_BTD, position_T)
+    source, seen = _query_sources(spec, parameters, x_BTD)
+    query, rope_query, latent, rope_key = _projected(spec, parameters, x_BTD, seen, position_T)
     if absorbed:
         query = adapter.einsum("BTNH,ZNH->BTNZ", query, parameters["w_key"])
         grouped = np.concatenate([query, rope_query], axis=-1)[:, :, None]
@@ -66,14 +68,16 @@ def latent_attention(
         out_BTNH = np.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], parameters["w_value"])
     else:
         out_BTNH = attended[:, :, :, 0]
-    out_BTD = _output(spec, parameters, out_BTNH, x_BTD)
+    out_BTD = _output(spec, parameters, out_BTNH, x_BTD, seen)
     return Attended(out_BTD, None, loss, None if spec.indexer is None else mask_BTS)
 
 
-def _output(spec: LatentAttentionSpec, parameters: Parameters, out_BTNH: Array, x_BTD: Array) -> Array:
-    """Multiply the output of the heads by the sigmoid gate of the layer's input, if there is one, and project it."""
+def _output(spec: LatentAttentionSpec, parameters: Parameters, out_BTNH: Array, x_BTD: Array, seen_BTZ: Array) -> Array:
+    """Multiply the output of the heads by the sigmoid gates of the layer's input and of `seen_BTZ`, and project it."""
     if spec.gate is not None:
         out_BTNH = out_BTNH / (1 + np.exp(-adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]))
+    if spec.query_gate:
+        out_BTNH = out_BTNH / (1 + np.exp(-adapter.einsum("BTZ,ZNH->BTNH", seen_BTZ, parameters["w_query_gate"])))
     out_BTD = adapter.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"])
     return out_BTD + parameters["b_output"] if spec.bias else out_BTD
 
@@ -96,18 +100,21 @@ def expanded(spec: LatentAttentionSpec) -> GroupedQueryAttentionSpec:
     )
 
 
-def _projected(
-    spec: LatentAttentionSpec, parameters: Parameters, x_BTD: Array, position_T: Array
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Return the input of `w_query`, both parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
+def _query_sources(spec: LatentAttentionSpec, parameters: Parameters, x_BTD: Array) -> tuple[Array, Array]:
+    """Return what the indexer's queries are projected from, and those of the attention: x, or the query latent."""
     if spec.query_latent_dim is None:
-        source = x_BTD
-        query = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
-    else:
-        down = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_query_down"])
-        down = down + parameters["b_query_down"] if spec.bias else down
-        source = normalize(spec.norm, inside(parameters, "query_norm"), down)
-        query = adapter.einsum("BTZ,ZNH->BTNH", source, parameters["w_query"])
+        return x_BTD, x_BTD
+    down = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_query_down"])
+    down = down + parameters["b_query_down"] if spec.bias else down
+    source = normalize(spec.norm, inside(parameters, "query_norm"), down)
+    return source, np.concatenate([source, down], axis=-1) if spec.raw_query_latent else source
+
+
+def _projected(
+    spec: LatentAttentionSpec, parameters: Parameters, x_BTD: Array, seen_BTZ: Array, position_T: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Return both parts of queries, latents [B, T, Z], and the shared key [B, T, 1, H]."""
+    query = adapter.einsum("BTZ,ZNH->BTNH", seen_BTZ, parameters["w_query"])
     query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
     latent = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_latent"])
     rope_key = adapter.einsum("BTD,DH->BTH", x_BTD, parameters["w_rope_key"])
@@ -126,4 +133,4 @@ def _projected(
     if spec.temperature_tuning is not None:
         temperature_T11 = temperature(spec.temperature_tuning, position_T)[..., None, None]
         query, rope_query = query * temperature_T11, rope_query * temperature_T11
-    return source, query, rope_query, latent, rope_key
+    return query, rope_query, latent, rope_key

@@ -14,7 +14,7 @@ from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.layer_inputs import layer_input
 from moezoo.core.reference.mixer import mix
 from moezoo.core.reference.moe import moe
-from moezoo.core.reference.normalization import normalize
+from moezoo.core.reference.normalization import norm_gate, normalize
 from moezoo.core.reference.positions import Documents
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (
@@ -142,10 +142,12 @@ def layer(
 
 
 def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, x_BTD: Array) -> Array:
-    """Norm of a block's input, unless the norm comes after the block."""
+    """Norm of a block's input, with its gate if there is one, unless the norm comes after the block."""
     if spec.norm_placement == "post":
         return x_BTD
-    return normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
+    normed = normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
+    rank = spec.attention_norm_gate if block == "attention" else spec.feed_forward_norm_gate
+    return normed if rank is None else norm_gate(inside(parameters, f"{block}_norm_gate"), normed)
 
 
 def _norm_after(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, out_BTD: Array) -> Array:

@@ -73,5 +73,19 @@ def layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float, axes:
     return normed if bias is None else normed + bias
 
 
+def norm_gate(parameters: Parameters, x: Array) -> Array:
+    """Gate of a normalized input by itself, at low rank: `x * sigmoid(silu(x w_down) w_up)`.
+
+    Args:
+        parameters: `w_down` [D, Z] and `w_up` [Z, D].
+        x: [..., D], behind its norm.
+
+    Source: SK Telecom 2026 (A.X-K2), released code: transformers 5.23, axk2.
+    """
+    down = np.einsum("BTD,DZ->BTZ", x, parameters["w_down"])
+    up = np.einsum("BTZ,ZD->BTD", down / (1 + np.exp(-down)), parameters["w_up"])
+    return x / (1 + np.exp(-up))
+
+
 def _last(axes: int) -> tuple[int, ...]:
     return tuple(range(-axes, 0))

@@ -111,6 +111,8 @@ def attention_in_words(spec: AttentionSpec) -> str:
                 (f"window {spec.window}", spec.window is not None),
                 ("norm of the rotated key", spec.rope_key_norm),
                 (f"{spec.gate} gate", spec.gate is not None),
+                ("queries of the raw latent too", spec.raw_query_latent),
+                ("gate of the query latent", spec.query_gate),
             )
             parts.extend(word for word, there in extra if there)
         case GatedDeltaAttentionSpec():
@@ -146,6 +148,9 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
         assert layer.feed_forward is not None
         text = _feed_forward(layer.feed_forward)
     text = text if layer.norm_placement == "pre" else f"{text}; {layer.norm_placement} norms"
+    ranks = {"attention": layer.attention_norm_gate, "feed-forward": layer.feed_forward_norm_gate}
+    gates = [name for name, rank in ranks.items() if rank is not None]
+    text = f"{text}; gated norm of {' and '.join(gates)}" if gates else text
     return f"{text}; output scaled" if layer.output_scale else text
 
 

@@ -161,6 +161,9 @@ class LatentAttentionSpec(Part):
     multiplied by the sigmoid of a projection of the layer's input (these three: dots3-note, transformers). With an
     `indexer` a query attends only to the tokens that it chooses; with `indexer_of_layer`, to those that the indexer of
     that earlier layer chose (index from 0, repeats expanded), and this layer has none (GLM-5.2; arXiv 2603.12201).
+    With `raw_query_latent` queries are projected from their latent twice over, normalized and as it is; with
+    `query_gate` the heads' output is multiplied by the sigmoid of another projection of what queries are projected
+    from, per feature (both: A.X-K2).
     """
 
     kind: Literal["latent"] = "latent"
@@ -181,6 +184,14 @@ class LatentAttentionSpec(Part):
     gate: Literal["headwise"] | None = None
     indexer: IndexerSpec | None = None
     indexer_of_layer: NonNegativeInt | None = None
+    raw_query_latent: bool = False
+    query_gate: bool = False
+
+    @property
+    def query_source_dim(self) -> int | None:
+        """Width of what queries are projected from; None: the model's."""
+        latent_dim = self.query_latent_dim
+        return None if latent_dim is None else (2 if self.raw_query_latent else 1) * latent_dim
 
     @model_validator(mode="after")
     def _sizes(self) -> "LatentAttentionSpec":
@@ -201,6 +212,10 @@ class LatentAttentionSpec(Part):
                 "indexer_of_layer",
                 f"is {self.indexer_of_layer}, but this layer has its own indexer",
                 "Remove one of the two",
+            )
+        if self.raw_query_latent and self.query_latent_dim is None:
+            raise impossible(
+                "raw_query_latent", "is true, but query_latent_dim is null", "Set query_latent_dim, or remove it"
             )
         return self
 

@@ -21,7 +21,9 @@ class LayerSpec(Part):
     in parallel with that layer (Cai et al. 2024, arXiv 2404.05019; LongCat-Flash, arXiv 2509.01322, whose layer is two
     of these). `output_scale`: the residual stream that leaves the layer is multiplied by a scalar that is not trained,
     1 unless loaded from a checkpoint (Gemma 4). A layer may have one block only: `attention: {kind: none}` leaves a
-    feed-forward, and `mixer_only` means that there is none (Nemotron-H).
+    feed-forward, and `mixer_only` means that there is none (Nemotron-H). `attention_norm_gate`,
+    `feed_forward_norm_gate`: rank of a gate on the normalized input y of that block, `y * sigmoid(silu(y w_down) w_up)`
+    (A.X-K2); null: none.
     """
 
     repeat: PositiveInt = 1
@@ -32,6 +34,8 @@ class LayerSpec(Part):
     shortcut: bool = False
     output_scale: bool = False
     mixer_only: bool = False
+    attention_norm_gate: PositiveInt | None = None
+    feed_forward_norm_gate: PositiveInt | None = None
 
     @property
     def has_mixer(self) -> bool:
@@ -67,6 +71,20 @@ class LayerSpec(Part):
                 f"is parallel, which needs a norm before the MoE, but norm_placement {self.norm_placement} has none",
                 "Use norm_placement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _norm_gates(self) -> "LayerSpec":
+        gates = {
+            "attention_norm_gate": (self.attention_norm_gate, self.has_mixer, ("post",)),
+            "feed_forward_norm_gate": (self.feed_forward_norm_gate, not self.mixer_only, ("post", "parallel")),
+        }
+        for name, (rank, has_block, without) in gates.items():
+            if rank is not None and (not has_block or self.norm_placement in without):
+                why = (
+                    f"norm_placement {self.norm_placement} has no norm before it" if has_block else "there is no block"
+                )
+                raise impossible(name, f"is {rank}, but {why}", "Remove it, or use norm_placement: pre")
         return self
 
     def _one_block(self) -> "LayerSpec":

@@ -275,6 +275,19 @@ def test_latent_attention_without_options_does_not_count_them():
     assert kv_cache_bytes_per_token(spec) == 4 * (7 + 4)
 
 
+def test_gates_of_norms_and_of_the_query_latent_are_matrices():
+    spec = one_layer(LATENT).model
+    attention = spec.layers[0].attention.model_copy(update={"raw_query_latent": True, "query_gate": True})
+    gates = {"attention": attention, "attention_norm_gate": 3, "feed_forward_norm_gate": 2}
+    gated = spec.model_copy(update={"layers": (spec.layers[0].model_copy(update=gates),)})
+    of_queries, of_norms = 9 * 4 * 10 + 2 * 9 * 4 * 5, 2 * 20 * (3 + 2)
+    before, after = parameter_counts(spec), parameter_counts(gated)
+    assert after.by_role["attention"] - before.by_role["attention"] == of_queries
+    assert after.total - before.total == of_queries + of_norms
+    difference = flops_per_token(gated, 5, False).total - flops_per_token(spec, 5, False).total
+    assert difference == 2 * (of_queries + of_norms)
+
+
 def test_a_layer_without_an_indexer_of_its_own_attends_to_as_many_tokens_as_its_other_layer_chooses():
     spec = one_layer(LATENT).model
     attention = spec.layers[0].attention.model_copy(update={"indexer": None, "indexer_of_layer": 0})

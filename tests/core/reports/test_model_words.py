@@ -63,6 +63,11 @@ def spec_of(layer=None, **fields):
             "scale 0.5",
         ),
         (
+            LATENT | {"query_latent_dim": 9, "raw_query_latent": True, "query_gate": True},
+            "4 heads of 6 + 4, values of 5, latent 7, query latent 9, RoPE 10,000 interleaved, queries of the raw "
+            "latent too, gate of the query latent",
+        ),
+        (
             LATENT | {"indexer_of_layer": 0},
             "4 heads of 6 + 4, values of 5, latent 7, RoPE 10,000 interleaved, tokens chosen in layer 0",
         ),

@@ -164,6 +164,21 @@ CASES = {
         "model.layers[1].attention.keys_of_layer is 0, which has 2 key/value heads of widths 6 and 5, not 2 of "
         "widths 6 and 6 (x.yaml). Make them equal, or use another layer.",
     ),
+    "queries of the raw latent without a latent": (
+        model(layer(LATENT | {"raw_query_latent": True})),
+        f"{ATTENTION}.raw_query_latent is true, but query_latent_dim is null (x.yaml). Set query_latent_dim, or remove "
+        "it.",
+    ),
+    "a gate of a norm that comes after its block": (
+        model(layer(norm_placement="post", attention_norm_gate=3)),
+        "model.layers[0].attention_norm_gate is 3, but norm_placement post has no norm before it (x.yaml). Remove it, "
+        "or use norm_placement: pre.",
+    ),
+    "a gate of a norm of no block": (
+        model(layer({"kind": "none"}, attention_norm_gate=3)),
+        "model.layers[0].attention_norm_gate is 3, but there is no block (x.yaml). Remove it, or use norm_placement: "
+        "pre.",
+    ),
     "an indexer beside that of another layer": (
         model(layer(INDEXED), layer(INDEXED | {"indexer_of_layer": 0})),
         "model.layers[1].attention.indexer_of_layer is 0, but this layer has its own indexer (x.yaml). Remove one of "
