@@ -627,9 +627,29 @@ add(
         "moe_normalize_expert_weights": 2.0,
     },
 )
+COHERE2_NAMES = (
+    "model.language_model.",
+    "",
+    {
+        "model.multi_modal_projector.linear_1.weight": (24, 48),
+        "model.vision_tower.embeddings.patch_embedding.bias": (24,),
+    },
+)
 add(
     "cohere2_moe_sigmoid",
-    "RMS norms, biases, sigmoid of the chosen logits, summed shared expert, no RoPE on full layers, untied head",
+    "in its multimodal wrapper: RMS norms, biases, sigmoid of the chosen logits, summed shared expert, untied head",
+    as_on_the_hub=renamed(*COHERE2_NAMES),
+    for_transformers=unwrapped(*COHERE2_NAMES),
+    wrapper={
+        "architectures": ["Cohere2VisionForConditionalGeneration"],
+        "model_type": "cohere2_vision",
+        "dtype": "float32",
+        "tie_word_embeddings": False,
+        "alignment_intermediate_size": 48,
+        "downsample_factor": 2,
+        "image_token_id": 60,
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 24, "num_hidden_layers": 1},
+    },
     **COHERE2_MOE
     | dict(
         num_hidden_layers=3,

@@ -55,7 +55,15 @@ IDLE = {
     "swa_rope_theta": ("mimo_v2_flash*",),
     "type": ("*",),
     # overridden by the multimodal wrapper
-    "tie_word_embeddings": ("dots3_note", "aria", "gemma4", "llama4", "mistral4_wrapped", "qwen3_5_moe"),
+    "tie_word_embeddings": (
+        "cohere2_moe_sigmoid",
+        "dots3_note",
+        "aria",
+        "gemma4",
+        "llama4",
+        "mistral4_wrapped",
+        "qwen3_5_moe",
+    ),
     # ignored by transformers
     "beta_fast": ("hunyuan_v1_moe",),
     "beta_slow": ("hunyuan_v1_moe",),

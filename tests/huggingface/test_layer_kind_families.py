@@ -59,7 +59,9 @@ def test_options_of_cohere() -> None:
     dense = spec_of("cohere2_moe", prefix_dense_intermediate_size=None).all_layers[0].feed_forward
     assert dense is not None
     assert dense.hidden_dim == 20
-    assert first_moe(spec_of("cohere2_moe_sigmoid", norm_topk_prob=False)).router.renormalize == "none"
+    for divided, renormalize in ((True, "sum"), (False, "none")):
+        spec = spec_of("cohere2_moe", expert_selection_fn="sigmoid", norm_topk_prob=divided)
+        assert first_moe(spec).router.renormalize == renormalize
 
 
 def test_layers_of_dots3_note_by_default() -> None:

@@ -89,6 +89,8 @@ _OUTER_HARMLESS = (
     "*image*",
     "*video*",
     "*projector*",
+    "alignment_intermediate_size",  # of Cohere's projector, as the next one
+    "downsample_factor",
     "boa_*",
     "boi_*",
     "eoa_*",

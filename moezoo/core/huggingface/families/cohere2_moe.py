@@ -102,5 +102,6 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
+    kept=("*vision_tower.*", "*multi_modal_projector.*"),
     harmless=("cache_implementation", "max_position_embeddings"),
 )
