@@ -1,11 +1,12 @@
 // Finds the message of an error that is pasted, by the words that do not differ from case to case.
 "use strict";
 
-// The search reads some characters of errors and options as operators.
+// The search reads some characters of errors and options as operators. Numbers of an error differ from case to case.
 addEventListener("input", event => {
   const field = event.target;
   if (!field.matches(".md-search__input")) return;
-  const words = field.value.replace(/[:^~*+"]/g, " ").replace(/(^|\s)-+(?=\S)/g, "$1");
+  const plain = field.value.replace(/[:^~*+"]/g, " ").replace(/(^|\s)-+(?=\S)/g, "$1");
+  const words = /^\w+Error\s/.test(plain) ? plain.replace(/\s\d\S*/g, "") : plain;
   if (words !== field.value) field.value = words;
 }, true);
 
