@@ -77,6 +77,13 @@ CASES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"index_topk_freq": None, "attention_bias": False},  # mlx-lm has an indexer in every layer
     "gpt_oss": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}},
     "granitemoe": {},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_conv_bias": True,
+        "mamba_d_head": 16,
+        "mamba_proj_bias": False,
+        "position_embedding_type": "nope",
+    },
     "hunyuan_v1_moe": {"model_type": "hunyuan", "head_dim": None, "attention_head_dim": None},
     "laguna": {},
     "lfm2_moe": {},
@@ -87,6 +94,14 @@ CASES: dict[str, dict[str, Any]] = {
     "minimax_m2": {},
     "mistral4_wrapped": {},
     "mixtral": {"head_dim": None},
+    "nemotron_h": {
+        **dict.fromkeys(("attention_bias", "mamba_proj_bias", "mlp_bias", "use_bias"), False),
+        "n_group": 1,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "topk_group": 1,
+        "use_conv_bias": True,
+    },
     "olmoe": {"clip_qkv": None},
     "phimoe": {"rope_scaling": None, "rope_parameters": None},
     "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1},

@@ -91,7 +91,7 @@ def test_loaded_model_refuses_sequences_beyond_its_positions(loaded):
         loaded.forward(tokens(LONGEST), tokens(9))
     with pytest.raises(DataError, match=r"got tokens of length 9" + LIMIT):
         loaded.generate(tokens(9), max_new_tokens=1)
-    with pytest.raises(DataError, match=r"got a prompt of 8 tokens and 1 new tokens" + LIMIT):
+    with pytest.raises(DataError, match=r"got a prompt of 8 tokens and 1 new token" + LIMIT):
         loaded.generate(tokens(LONGEST), max_new_tokens=1)
     assert loaded.model.seen == LONGEST
 
