@@ -14,6 +14,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MambaSpec,
     ModelSpec,
     NoAttentionSpec,
     ShortConvolutionSpec,
@@ -134,6 +135,18 @@ class ConvolutionCache(NamedTuple):
         return ConvolutionCache(_latest(self.input_BSZ, input_BTZ), self.length + input_BTZ.shape[1])
 
 
+class ScanCache(NamedTuple):
+    """State of each channel after `length` tokens, and the last inputs of a convolution, one fewer than its width."""
+
+    state_BFZ: jax.Array
+    input_BSF: jax.Array
+    length: jax.Array
+
+    def extend(self, state_BFZ: jax.Array, input_BTF: jax.Array) -> "ScanCache":
+        """Append T tokens, whose state is already computed."""
+        return ScanCache(state_BFZ, _latest(self.input_BSF, input_BTF), self.length + input_BTF.shape[1])
+
+
 class LatentCache(NamedTuple):
     """KVCache for latent attention: a latent and one rotated key per token, and an indexer's key if there is one."""
 
@@ -162,7 +175,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | ConvolutionCache
+Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | ConvolutionCache | ScanCache
 
 
 class Caches(NamedTuple):
@@ -177,7 +190,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, RecurrentCache, ConvolutionCache)
+STATES = (RollingCache, RecurrentCache, ConvolutionCache, ScanCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -227,6 +240,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(LatentCache(latent, key, index_key, jnp.zeros((), jnp.int32)))
             case GatedDeltaAttentionSpec() | Mamba2Spec():
                 caches.append(empty_recurrent_cache(layer.attention, batch, dtype))
+            case MambaSpec():
+                caches.append(empty_scan_cache(layer.attention, batch, dtype))
             case ShortConvolutionSpec():
                 caches.append(empty_convolution_cache(layer.attention, batch, spec.embed_dim, dtype))
             case _:
@@ -255,6 +270,12 @@ def empty_recurrent_cache(spec: GatedDeltaAttentionSpec | Mamba2Spec, batch: int
         jnp.zeros(values, dtype),
         jnp.zeros((), jnp.int32),
     )
+
+
+def empty_scan_cache(spec: MambaSpec, batch: int, dtype: jnp.dtype) -> ScanCache:
+    """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolution."""
+    state = jnp.zeros((batch, spec.inner_dim, spec.state_dim), jnp.float32)
+    return ScanCache(state, jnp.zeros((batch, spec.conv_width - 1, spec.inner_dim), dtype), jnp.zeros((), jnp.int32))
 
 
 def empty_convolution_cache(

@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MambaSpec,
     MixerSpec,
     ShortConvolutionSpec,
 )
@@ -19,6 +20,7 @@ from moezoo.jax_backend.attention import GroupedQueryAttention
 from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.kv_cache import Attended, Cache, Shared
 from moezoo.jax_backend.latent_attention import LatentAttention
+from moezoo.jax_backend.mamba import Mamba
 from moezoo.jax_backend.mamba2 import Mamba2
 from moezoo.jax_backend.positions import Documents
 from moezoo.jax_backend.short_convolution import ShortConvolution
@@ -37,6 +39,8 @@ def mixer(spec: MixerSpec, weights: Weights, index: int) -> nnx.Module:
             return ShortConvolution(spec, weights, index)
         case Mamba2Spec():
             return Mamba2(spec, weights, index)
+        case MambaSpec():
+            return Mamba(spec, weights, index)
         case _:
             assert_never(spec)
 

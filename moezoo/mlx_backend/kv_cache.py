@@ -12,6 +12,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MambaSpec,
     ModelSpec,
     NoAttentionSpec,
     ShortConvolutionSpec,
@@ -132,6 +133,18 @@ class ConvolutionCache(NamedTuple):
         return ConvolutionCache(_latest(self.input_BSZ, input_BTZ), self.length + input_BTZ.shape[1])
 
 
+class ScanCache(NamedTuple):
+    """State of each channel after `length` tokens, and the last inputs of a convolution, one fewer than its width."""
+
+    state_BFZ: mx.array
+    input_BSF: mx.array
+    length: int
+
+    def extend(self, state_BFZ: mx.array, input_BTF: mx.array) -> "ScanCache":
+        """Append T tokens, whose state is already computed."""
+        return ScanCache(state_BFZ, _latest(self.input_BSF, input_BTF), self.length + input_BTF.shape[1])
+
+
 class LatentCache(NamedTuple):
     """KVCache for latent attention: a latent and one rotated key per token, and an indexer's key if there is one."""
 
@@ -160,7 +173,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | ConvolutionCache
+Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | ConvolutionCache | ScanCache
 
 
 class Caches(NamedTuple):
@@ -180,7 +193,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, RecurrentCache, ConvolutionCache)
+STATES = (RollingCache, RecurrentCache, ConvolutionCache, ScanCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -226,6 +239,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(LatentCache(latent, key, index_key, 0))
             case GatedDeltaAttentionSpec() | Mamba2Spec():
                 caches.append(empty_recurrent_cache(layer.attention, batch, dtype))
+            case MambaSpec():
+                caches.append(empty_scan_cache(layer.attention, batch, dtype))
             case ShortConvolutionSpec():
                 caches.append(empty_convolution_cache(layer.attention, batch, spec.embed_dim, dtype))
             case _:
@@ -254,6 +269,12 @@ def empty_recurrent_cache(spec: GatedDeltaAttentionSpec | Mamba2Spec, batch: int
         mx.zeros(values, dtype),
         0,
     )
+
+
+def empty_scan_cache(spec: MambaSpec, batch: int, dtype: mx.Dtype) -> ScanCache:
+    """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolution."""
+    state = mx.zeros((batch, spec.inner_dim, spec.state_dim), mx.float32)
+    return ScanCache(state, mx.zeros((batch, spec.conv_width - 1, spec.inner_dim), dtype), 0)
 
 
 def empty_convolution_cache(

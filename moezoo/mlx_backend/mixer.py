@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MambaSpec,
     MixerSpec,
     ShortConvolutionSpec,
 )
@@ -19,6 +20,7 @@ from moezoo.mlx_backend.attention import GroupedQueryAttention
 from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.kv_cache import Attended, Cache, Shared
 from moezoo.mlx_backend.latent_attention import LatentAttention
+from moezoo.mlx_backend.mamba import Mamba
 from moezoo.mlx_backend.mamba2 import Mamba2
 from moezoo.mlx_backend.positions import Documents
 from moezoo.mlx_backend.short_convolution import ShortConvolution
@@ -37,6 +39,8 @@ def mixer(spec: MixerSpec, weights: Weights, index: int) -> nn.Module:
             return ShortConvolution(spec, weights, index)
         case Mamba2Spec():
             return Mamba2(spec, weights, index)
+        case MambaSpec():
+            return Mamba(spec, weights, index)
         case _:
             assert_never(spec)
 

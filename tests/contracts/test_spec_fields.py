@@ -94,6 +94,7 @@ def test_backends_read_every_field_that_is_about_computing():
         "hidden_dim",
         "select_on",
         "rank",
+        "step_rank",
         "on",
     }
     for backend in BACKENDS:

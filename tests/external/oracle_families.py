@@ -1070,3 +1070,21 @@ add(
     keep_hidden=True,
     **NEMOTRON,
 )
+JAMBA = dict(
+    model_type="jamba",
+    num_hidden_layers=4,
+    intermediate_size=20,
+    num_experts=7,
+    num_experts_per_tok=3,
+    attn_layer_period=3,
+    attn_layer_offset=1,
+    mamba_d_state=6,
+    mamba_d_conv=3,
+    mamba_dt_rank=5,
+)
+add(
+    "jamba",
+    "Mamba-1 with norms and attention without positions, experts in every second layer",
+    keep_hidden=True,
+    **JAMBA,
+)

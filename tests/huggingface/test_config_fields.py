@@ -43,6 +43,7 @@ IDLE = {
     "prefix_dense_sliding_window_pattern": ("cohere2_moe_sigmoid",),
     "topk_group": ("dots1_plain", "glm4_moe", "glm_moe_dsa", "nemotron_h"),
     "position_embedding_type": ("granitemoehybrid",),
+    "attn_layer_period": ("jamba",),
     "use_double_wide_mlp": ("gemma4*",),
     "vocab_size_per_layer_input": ("gemma4", "gemma4_text", "gemma4_text_shared_kv"),
     "long_mscale": ("phimoe*",),

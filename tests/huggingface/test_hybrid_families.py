@@ -176,3 +176,13 @@ def test_nemotron_layers_follow_a_list_or_a_pattern() -> None:
         spec_of("nemotron_h", hybrid_override_pattern="ME")
     with pytest.raises(SpecError, match=r"hybrid_override_pattern is .*; expected each layer to be one of"):
         spec_of("nemotron_h", **pattern | {"hybrid_override_pattern": "MX"})
+
+
+def test_jambas_layers_follow_periods_and_offsets() -> None:
+    spec = spec_of("jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=4, expert_layer_offset=2)
+    assert [layer.attention.kind == "mamba" for layer in spec.all_layers] == [True, False, True, False]
+    assert [layer.moe is not None for layer in spec.all_layers] == [False, False, True, False]
+    assert not spec_of("jamba", num_experts=1, num_experts_per_tok=1).moes
+    assert spec_of("jamba", mamba_dt_rank="auto").layers[0].attention.step_rank == 2
+    with pytest.raises(SpecError, match="attn_layer_offset is 3; expected an integer below attn_layer_period = 3"):
+        spec_of("jamba", attn_layer_offset=3)

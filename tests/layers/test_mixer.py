@@ -13,6 +13,7 @@ from moezoo.core.spec import (
     LatentAttentionSpec,
     LayerSpec,
     Mamba2Spec,
+    MambaSpec,
     MixerSpec,
     ModelSpec,
     ShortConvolutionSpec,
@@ -28,6 +29,7 @@ SPECS = (
     LATENT,
     ShortConvolutionSpec(conv_width=3),
     Mamba2Spec(num_heads=N, head_dim=H, state_dim=H),
+    MambaSpec(inner_dim=F, state_dim=H, step_rank=M),
 )
 
 

@@ -14,6 +14,7 @@ from moezoo.core.spec import (
     LatentAttentionSpec,
     LayerSpec,
     Mamba2Spec,
+    MambaSpec,
     ModelSpec,
     NoAttentionSpec,
     ShortConvolutionSpec,
@@ -62,7 +63,7 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
       times key and probability times value; `(T + 1) / 2` positions on average, fewer with a window or a chunk, and at
       most `top_k` of them with an indexer, whose own scores cost `2 width * visible` for each of its heads;
     - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head; of
-      Mamba-2 two, `4 H F`.
+      Mamba-2 two, `4 H F`; and of Mamba-1 two, `4 Z` for each channel.
 
     A short convolution has no scores; its filter costs 2 FLOPs per parameter, as a matrix does. The low-rank gate of a
     norm counts as a feed-forward.
@@ -116,6 +117,8 @@ def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSp
             return Fraction(6 * heads * attention.key_head_dim * attention.value_head_dim)
         case Mamba2Spec(num_heads=heads):
             return Fraction(4 * heads * attention.state_dim * attention.head_dim)
+        case MambaSpec():
+            return Fraction(4 * attention.inner_dim * attention.state_dim)
         case ShortConvolutionSpec() | NoAttentionSpec():
             return Fraction(0)
         case _:

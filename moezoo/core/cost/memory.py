@@ -26,6 +26,7 @@ from moezoo.core.spec import (
     LatentAttentionSpec,
     LayerSpec,
     Mamba2Spec,
+    MambaSpec,
     ModelSpec,
     NoAttentionSpec,
     PlainFeedForwardSpec,
@@ -73,7 +74,7 @@ def _cached_numbers(attention: AttentionSpec) -> int:
             return attention.num_kv_heads * (attention.head_dim + attention.value_dim)
         case LatentAttentionSpec(indexer=indexer):
             return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
-        case GatedDeltaAttentionSpec() | ShortConvolutionSpec() | Mamba2Spec() | NoAttentionSpec():
+        case GatedDeltaAttentionSpec() | ShortConvolutionSpec() | Mamba2Spec() | MambaSpec() | NoAttentionSpec():
             return 0
         case _:
             assert_never(attention)
@@ -274,6 +275,8 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
             return 0, keys + 2 * attention.num_heads * attention.head_dim
         case ShortConvolutionSpec():
             return 0, 2 * embed_dim
+        case MambaSpec():
+            return 0, 2 * attention.inner_dim
         case NoAttentionSpec():
             return 0, 0
         case _:

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from moezoo.core.parameters.row import Initializer, Parameter, Rows
-from moezoo.core.parameters.state_space import filters, mamba2_rows
+from moezoo.core.parameters.state_space import filters, mamba2_rows, mamba_rows
 from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MambaSpec,
     NoAttentionSpec,
     ShortConvolutionSpec,
 )
@@ -29,6 +30,8 @@ def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> It
             yield from _short_convolution(rows, name, spec)
         case Mamba2Spec():
             yield from mamba2_rows(rows, name, spec)
+        case MambaSpec():
+            yield from mamba_rows(rows, name, spec)
         case NoAttentionSpec():
             pass
         case _:

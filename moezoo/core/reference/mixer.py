@@ -6,6 +6,7 @@ from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.attention import Attended, Source, grouped_query_attention
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.latent_attention import latent_attention
+from moezoo.core.reference.mamba import mamba
 from moezoo.core.reference.mamba2 import mamba2
 from moezoo.core.reference.positions import Documents
 from moezoo.core.reference.short_convolution import short_convolution
@@ -14,6 +15,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     Mamba2Spec,
+    MambaSpec,
     MixerSpec,
     ShortConvolutionSpec,
 )
@@ -52,3 +54,5 @@ def mix(
             return short_convolution(spec, parameters, x_BTD, documents=documents)
         case Mamba2Spec():
             return mamba2(spec, parameters, x_BTD, documents=documents)
+        case MambaSpec():
+            return mamba(spec, parameters, x_BTD, documents=documents)

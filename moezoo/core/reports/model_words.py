@@ -20,6 +20,7 @@ from moezoo.core.spec import (
     LayerSpec,
     LearnedPositionsSpec,
     Mamba2Spec,
+    MambaSpec,
     ModelSpec,
     MoESpec,
     NoAttentionSpec,
@@ -127,6 +128,10 @@ def attention_in_words(spec: AttentionSpec) -> str:
                 parts.append("biases")
         case ShortConvolutionSpec():
             parts = [f"short convolution of {spec.conv_width}", *(["biases"] if spec.bias else [])]
+        case MambaSpec():
+            parts = [f"Mamba, {spec.inner_dim} channels, state of {spec.state_dim}, steps of rank {spec.step_rank}"]
+            parts.append(f"convolution of {spec.conv_width}")
+            parts += ["norms"] * (spec.norm is not None) + ["biases"] * spec.bias
         case NoAttentionSpec():
             parts = ["no attention"]
         case _:

@@ -92,7 +92,7 @@ from moezoo.core.spec.routing import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
-from moezoo.core.spec.state_space import Mamba2Spec
+from moezoo.core.spec.state_space import Mamba2Spec, MambaSpec
 
 __all__ = [
     "AdapterRole",
@@ -135,6 +135,7 @@ __all__ = [
     "LoadLossSpec",
     "LongRoPEScalingSpec",
     "Mamba2Spec",
+    "MambaSpec",
     "MixerSpec",
     "MoESpec",
     "ModelSpec",

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import PositionSpec, RoPESpec
-from moezoo.core.spec.state_space import Mamba2Spec
+from moezoo.core.spec.state_space import Mamba2Spec, MambaSpec
 
 
 class TemperatureTuningSpec(Part):
@@ -270,7 +270,12 @@ class NoAttentionSpec(Part):
 
 
 MixerSpec = (
-    GroupedQueryAttentionSpec | LatentAttentionSpec | GatedDeltaAttentionSpec | ShortConvolutionSpec | Mamba2Spec
+    GroupedQueryAttentionSpec
+    | LatentAttentionSpec
+    | GatedDeltaAttentionSpec
+    | ShortConvolutionSpec
+    | Mamba2Spec
+    | MambaSpec
 )
 AttentionSpec = Annotated[
     MixerSpec | NoAttentionSpec,

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.base import Part, impossible
+from moezoo.core.spec.norms import NormSpec
 
 
 class Mamba2Spec(Part):
@@ -43,3 +44,23 @@ class Mamba2Spec(Part):
                 "max_step", f"is {self.max_step:g}, but min_step is {self.min_step:g}", "Use max_step > min_step"
             )
         return self
+
+
+class MambaSpec(Part):
+    """Mamba-1: a selective state-space layer. Source: Gu and Dao 2023, arXiv 2312.00752.
+
+    Each of `inner_dim` channels has a state of `state_dim` numbers, each with a decay rate of its own. A causal
+    convolution over `conv_width` tokens, the current one included, precedes it (`conv_bias`: with a bias). From the
+    convolved channels are projected each token's steps (through `step_rank` features), and the vectors that say where
+    to add and where to read. `norm` normalizes these three (Jamba, arXiv 2403.19887); null: no norm. `bias`: the
+    projections from and to the model width have biases.
+    """
+
+    kind: Literal["mamba"] = "mamba"
+    inner_dim: PositiveInt
+    state_dim: PositiveInt = 16
+    step_rank: PositiveInt
+    conv_width: Annotated[int, Field(ge=2)] = 4
+    conv_bias: bool = True
+    bias: bool = False
+    norm: NormSpec | None = None

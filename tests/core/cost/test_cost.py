@@ -326,6 +326,20 @@ def test_mamba2_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
     assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
 
 
+def test_mamba_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
+    config = one_layer("{kind: mamba, inner_dim: 12, state_dim: 3, step_rank: 2, conv_width: 3, norm: {}}")
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
+    matrices = 3 * 20 * 12 + 12 * (2 + 3 + 3) + 2 * 12 + 3 * 12
+    assert counts.by_role["attention"] == matrices + 3 * 12 + 12 * 3
+    assert counts.by_role["norms"] == 3 * 20 + 2 + 3 + 3
+    assert flops.attention_projections == 2 * matrices
+    assert flops.attention_scores == 4 * 12 * 3
+    assert flops_per_token(config.model, 500, False) == flops
+    assert kv_cache_bytes_per_token(config.model) == 0
+    saved = 4 * (4 * 20 + 3 * 2 * 12) + 4 * (2 * 28 + 20)
+    assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
+
+
 def test_short_convolution_counts_matrices_and_filter():
     config = one_layer("{kind: short_convolution, conv_width: 4, bias: true}")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)

@@ -77,6 +77,10 @@ def spec_of(layer=None, **fields):
             "temperature by position",
         ),
         (DELTA, "gated delta, 4 value heads of 5, 2 key heads of 3, convolution of 4"),
+        (
+            {"kind": "mamba", "inner_dim": 9, "state_dim": 4, "step_rank": 2, "norm": {}, "bias": True},
+            "Mamba, 9 channels, state of 4, steps of rank 2, convolution of 4, norms, biases",
+        ),
         ({"kind": "none"}, "no attention"),
         (MAMBA2, "Mamba-2, 4 heads of 5, state of 3, convolution of 4"),
         (
