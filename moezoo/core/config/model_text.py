@@ -55,7 +55,8 @@ class _Parts:
                 return raw
         raw = self.fields(part)
         if isinstance(part, LayerSpec):
-            role = "moe_layer" if part.moe is not None else "dense_layer"
+            block = part.attention.kind if part.mixer_only else "moe" if part.moe is not None else "dense"
+            role = f"{block}_layer"
         self._written.append((part, role, raw))
         return raw
 

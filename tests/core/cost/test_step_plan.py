@@ -26,7 +26,7 @@ SET = (
     "training.sequence_length=16",
     "model.layers[0].moe.num_experts=8",
 )
-LARGE = "configs/large/deepseek_v3.yaml"
+LARGE = "configs/large/deepseek_v3_pretraining.yaml"
 
 
 def config_on(*overrides: str, **mesh: object):
