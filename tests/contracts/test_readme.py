@@ -1,5 +1,6 @@
 """The commands of the README and the guides exist, with these options, on these files, not in each other's way."""
 
+import re
 from pathlib import Path
 
 import click
@@ -8,6 +9,7 @@ import pytest
 from moezoo.cli.main import main
 from moezoo.core.config.run_config import load_config
 from moezoo.core.config.shipped import config_file
+from moezoo.core.huggingface.family import families
 from tests.support.printed import GUIDES, README, ROOT, blocks, commands
 
 PAGES = [README, *GUIDES]
@@ -52,6 +54,11 @@ def test_no_printed_run_needs_the_folder_of_another(page: Path) -> None:
             given = given_to(words)
             folders.append(given["out"] or Path("runs") / given["config_path"].stem)
     assert len(set(folders)) == len(folders)
+
+
+def test_the_readme_says_how_many_families_there_are() -> None:
+    said = {int(number) for number in re.findall(r"(\d+) families", README.read_text(encoding="utf-8"))}
+    assert said == {len({family.name for family in families().values()})}
 
 
 def test_the_pages_print_what_is_checked() -> None:

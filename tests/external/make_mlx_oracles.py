@@ -85,6 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
         "position_embedding_type": "nope",
     },
     "hunyuan_v1_moe": {"model_type": "hunyuan", "head_dim": None, "attention_head_dim": None},
+    "jamba": {"expert_layer_offset": 1, "expert_layer_period": 2, "mamba_expand": 2},
     "laguna": {},
     "lfm2_moe": {},
     "llama4": {},

@@ -27,6 +27,7 @@ from moezoo.core.reference.optimizer import optimizer_step, zero_state
 from moezoo.core.reference.router_state import updated_state
 from moezoo.core.reference.transformer import forward
 from moezoo.core.runs.init_from import load_resolved_config
+from tests.huggingface.release_configs import RELEASES
 from tests.support.backends_available import require_backend
 from tests.support.covering import COMBINATIONS, COVERING, TINY
 from tests.support.tolerances import (
@@ -46,7 +47,8 @@ from tests.support.twins import Twin
 ROOT = Path(__file__).parents[2] / "configs"
 SMALL = [*COMBINATIONS, *TINY]
 MESHES = sorted((ROOT / "meshes").glob("*.yaml"))  # no configs: devices alone
-OTHERS = sorted(set(ROOT.rglob("*.yaml")) - {*TINY, *MESHES})
+RELEASED = [ROOT / "families" / f"{name}.yaml" for name in RELEASES]  # in tests/huggingface/test_releases.py
+OTHERS = sorted(set(ROOT.rglob("*.yaml")) - {*TINY, *MESHES, *RELEASED})
 VOCAB_SIZE = 31  # where the config leaves it to a tokenizer
 LARGEST_BUILT = 20_000_000  # parameters; more would take seconds to draw
 B, T, STEPS = 4, 9, 20  # a batch divides into the accumulation steps of every tiny config
@@ -424,6 +426,6 @@ def test_larger_configs_that_a_test_can_build_have_the_tables_names_and_shapes(t
 
 
 def test_there_is_a_case_for_every_config():
-    """A config that no test sees fails here: every YAML file is tiny or among the others, and none is left out."""
+    """A config that no test sees fails here: every YAML file is tiny, released or among the others."""
     assert len(TINY) >= 12
-    assert sorted([*TINY, *OTHERS, *MESHES]) == sorted(ROOT.rglob("*.y*ml"))
+    assert sorted([*TINY, *OTHERS, *MESHES, *RELEASED]) == sorted(ROOT.rglob("*.y*ml"))
