@@ -13,6 +13,7 @@ from moezoo.core.huggingface.family import families
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec
 from tests.huggingface.release_configs import FOLDER, RELEASES, release_spec, release_text
+from tests.support.backends_available import require_backend
 
 _UNITS = {"B": 1e9, "T": 1e12}
 
@@ -83,7 +84,9 @@ def test_a_release_is_built_without_memory(name: str, backend: str, monkeypatch:
 
 
 def _sizes_on_jax(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
-    jax, nnx = pytest.importorskip("jax"), pytest.importorskip("flax.nnx")
+    jax = require_backend("jax")
+    from flax import nnx
+
     from moezoo.jax_backend.arrays import Weights
     from moezoo.jax_backend.transformer import Transformer
 
@@ -97,7 +100,7 @@ def _sizes_on_jax(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> lis
 def _shapes_on_mlx(
     spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, tuple[int, ...]]:
-    mx = pytest.importorskip("mlx.core")
+    mx = require_backend("mlx")
     from moezoo.mlx_backend.arrays import Weights, named
     from moezoo.mlx_backend.transformer import Transformer
 
