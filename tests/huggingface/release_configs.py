@@ -24,6 +24,7 @@ training:
   steps: 1000
   batch_size: 8
   sequence_length: 1024
+  final_validation_sequences: 64
   rematerialize: block
 optimizer:
   learning_rate: 3.0e-4
