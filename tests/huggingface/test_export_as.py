@@ -11,7 +11,7 @@ from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from moezoo.core.huggingface.export_as import export_as_family
+from moezoo.core.huggingface.export_as import export_as_family, family_for
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec
 
@@ -91,6 +91,14 @@ def test_export_as_a_family_reads_back_the_same_model(family: str, raw: dict, tm
     tokens = np.arange(20, dtype=np.int32).reshape(2, 10)
     ours = load_backend("mlx").build(spec, weights).forward(tokens)
     np.testing.assert_array_equal(moezoo.load(tmp_path / "out", backend="mlx").forward(tokens).logits, ours.logits)
+
+
+def test_the_same_layers_in_another_grouping_are_the_same_model() -> None:
+    (layer,) = MIXTRAL["layers"][:1]
+    for repeats in ((4,), (1, 3), (2, 2)):
+        layers = [{**layer, "repeat": repeat} for repeat in repeats]
+        family, _ = family_for(ModelSpec.model_validate({**MIXTRAL, "layers": layers}), 64)
+        assert family.name == "mixtral"
 
 
 def test_a_model_without_a_matching_family_is_refused(tmp_path: Path) -> None:

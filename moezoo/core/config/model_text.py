@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from moezoo.core.spec import LayerSpec, ModelSpec
+from moezoo.core.spec import LayerSpec, ModelSpec, with_repeats
 from moezoo.core.spec.base import Part
 
 _WIDTH = 118
@@ -18,7 +18,7 @@ def model_text(spec: ModelSpec) -> str:
     Fields with their default values are left out. Consecutive equal layers become one with `repeat`, and a layer or a
     part of one that occurs again is an alias of its first occurrence.
     """
-    layers = _merged(spec.all_layers)
+    layers = with_repeats(spec.layers)
     written = _Parts()
     raw = written.fields(spec.model_copy(update={"layers": ()}))
     bodies = [layer.model_copy(update={"repeat": 1}) for layer in layers]
@@ -28,18 +28,6 @@ def model_text(spec: ModelSpec) -> str:
     ]
     ordered = {name: raw[name] for name in ModelSpec.model_fields if name in raw}
     return yaml.dump({"model": ordered}, Dumper=_dumper(written.names()), sort_keys=False, width=_WIDTH)
-
-
-def _merged(layers: tuple[LayerSpec, ...]) -> list[LayerSpec]:
-    """Return the layers with runs of equal ones merged."""
-    found: list[LayerSpec] = []
-    for layer in layers:
-        body = layer.model_copy(update={"repeat": 1})
-        if found and found[-1].model_copy(update={"repeat": 1}) == body:
-            found[-1] = found[-1].model_copy(update={"repeat": found[-1].repeat + 1})
-        else:
-            found.append(body)
-    return found
 
 
 class _Parts:

@@ -15,8 +15,7 @@ from moezoo.core.huggingface.family import Family, families
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.layout import CONFIG, Description
 from moezoo.core.huggingface.ledger import first_rules
-from moezoo.core.huggingface.parts import grouped
-from moezoo.core.spec import ModelSpec
+from moezoo.core.spec import ModelSpec, with_repeats
 
 Array = npt.NDArray[Any]
 
@@ -98,7 +97,7 @@ def _inference_fields(spec: ModelSpec) -> Any:
             return {key: kept(inner) for key, inner in value.items() if key not in _TRAINING_ONLY}
         return [kept(inner) for inner in value] if isinstance(value, list | tuple) else value
 
-    return kept(spec.model_copy(update={"layers": grouped(spec.all_layers)}).model_dump())
+    return kept(spec.model_copy(update={"layers": with_repeats(spec.layers)}).model_dump())
 
 
 def _difference(read: Any, expected: Any, path: str = "") -> str | None:

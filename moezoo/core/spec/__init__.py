@@ -26,7 +26,7 @@ from moezoo.core.spec.feed_forward import (
     GatedFeedForwardSpec,
     PlainFeedForwardSpec,
 )
-from moezoo.core.spec.layer import LayerSpec
+from moezoo.core.spec.layer import LayerSpec, with_repeats
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -174,4 +174,5 @@ __all__ = [
     "ZeroOutputInitializerSpec",
     "default_kind",
     "impossible",
+    "with_repeats",
 ]

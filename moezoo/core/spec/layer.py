@@ -1,5 +1,6 @@
 """Layers as data."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import PositiveInt, model_validator
@@ -101,3 +102,15 @@ class LayerSpec(Part):
             value = "true" if self.shortcut else "parallel"
             raise impossible(needs, f"is {value}, but {alone}, and the layer has one block", "Use both blocks")
         return self
+
+
+def with_repeats(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Merge equal consecutive layers into one, whose `repeat` is the sum of theirs."""
+    found: list[LayerSpec] = []
+    for layer in layers:
+        repeat = found[-1].repeat if found else 0
+        if found and found[-1] == layer.model_copy(update={"repeat": repeat}):
+            found[-1] = layer.model_copy(update={"repeat": repeat + layer.repeat})
+        else:
+            found.append(layer)
+    return tuple(found)

@@ -20,6 +20,7 @@ from moezoo.core.spec import (
     RMSNormSpec,
     RoPESpec,
     RouterSpec,
+    with_repeats,
 )
 
 
@@ -52,7 +53,7 @@ def spec(fields: Fields) -> ModelSpec:
         vocab_size=fields.count("vocab_size"),
         embed_dim=width,
         layer_inputs=_layer_inputs(fields),
-        layers=parts.grouped(layers),
+        layers=with_repeats(layers),
         norm=norm,
         head=parts.head(fields, tied=True),
         multipliers=MultipliersSpec(embedding=math.sqrt(width)),

@@ -29,6 +29,7 @@ from moezoo.core.spec import (
     TiedHeadSpec,
     TopKChoiceSpec,
     UntiedHeadSpec,
+    with_repeats,
 )
 
 NO_OLDER: Mapping[str, Any] = MappingProxyType({})
@@ -191,7 +192,7 @@ def model(
     return ModelSpec(
         vocab_size=fields.count("vocab_size"),
         embed_dim=fields.count("hidden_size"),
-        layers=grouped(layers),
+        layers=with_repeats(layers),
         norm=norm,
         head=head(fields, tied, bias=head_bias),
     )
@@ -202,17 +203,6 @@ def layer(attention: AttentionSpec, block: FeedForwardSpec | MoESpec) -> LayerSp
     if isinstance(block, MoESpec):
         return LayerSpec(attention=attention, moe=block)
     return LayerSpec(attention=attention, feed_forward=block)
-
-
-def grouped(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """Merge equal consecutive layers into one with `repeat`."""
-    found: list[LayerSpec] = []
-    for layer in layers:
-        if found and found[-1].model_copy(update={"repeat": 1}) == layer:
-            found[-1] = layer.model_copy(update={"repeat": found[-1].repeat + 1})
-        else:
-            found.append(layer)
-    return tuple(found)
 
 
 def layout(fields: Fields) -> Literal["half_split", "interleaved"]:
