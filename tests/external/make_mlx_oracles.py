@@ -1,7 +1,7 @@
 """Write tiny folders with mlx-lm, in floats and quantized, and compare moezoo with its answers.
 
     python tests/external/make_mlx_oracles.py OUT [CASE ...] [--every]  # needs mlx-lm, not moezoo
-    python tests/external/make_mlx_oracles.py --names OUT               # writes tests/data/mlx_names.json from them
+    python tests/external/make_mlx_oracles.py --names OUT               # writes them into tests/data/mlx_names.json
     python tests/external/make_mlx_oracles.py --check OUT [NAME ...]    # needs moezoo: a Markdown table
 
 Each case is a fixture's config in the hub's spelling, with sizes that divide into groups, and options that mlx-lm
@@ -81,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention", "mamba"],
         "mamba_conv_bias": True,
         "mamba_d_head": 16,
+        "mamba_n_groups": 1,  # mlx-lm norms all groups of heads together
         "mamba_proj_bias": False,
         "position_embedding_type": "nope",
     },
@@ -235,9 +236,10 @@ def answer(model: Any, config: dict[str, Any], folder: Path) -> None:
 
 
 def write_names(out: Path) -> None:
-    """Write config, names and shapes of the folders in floats."""
-    cases = []
-    for folder in sorted(out.glob("*_bfloat16")):
+    """Write config, names and shapes of the folders in floats, in place of those of the same cases."""
+    path = fixtures.FOLDER.parent / "mlx_names.json"
+    cases = json.loads(path.read_text())
+    for folder in out.glob("*_bfloat16"):
         data = (folder / "model.safetensors").read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         shapes: dict[tuple[int, ...], list[str]] = {}
@@ -245,11 +247,14 @@ def write_names(out: Path) -> None:
             if name != "__metadata__":
                 shapes.setdefault(tuple(entry["shape"]), []).append(name)
         rows = sorted([pattern, list(shape)] for shape in shapes for pattern in fixtures.contracted(shapes[shape]))
-        tensors = ",\n   ".join(json.dumps(row) for row in rows)
         config = json.loads((folder / "config.json").read_text())
-        case = json.dumps(folder.name.removesuffix("_bfloat16"))
-        cases.append(f' {case}: {{\n  "config": {json.dumps(config)},\n  "tensors": [\n   {tensors}\n  ]\n }}')
-    (fixtures.FOLDER.parent / "mlx_names.json").write_text("{\n" + ",\n".join(cases) + "\n}\n")
+        cases[folder.name.removesuffix("_bfloat16")] = {"config": config, "tensors": rows}
+    texts = []
+    for name, case in sorted(cases.items()):
+        tensors = ",\n   ".join(json.dumps(row) for row in case["tensors"])
+        config_text = json.dumps(case["config"])
+        texts.append(f' {json.dumps(name)}: {{\n  "config": {config_text},\n  "tensors": [\n   {tensors}\n  ]\n }}')
+    path.write_text("{\n" + ",\n".join(texts) + "\n}\n")
 
 
 def check(folder: Path) -> str:
