@@ -55,7 +55,7 @@ def activate(spec: FeedForwardSpec, gate: jax.Array | None, up: jax.Array) -> ja
         case ClampedSwiGLUSpec():
             assert gate is not None
             gate, up = jnp.minimum(gate, spec.limit), jnp.clip(up, -spec.limit, spec.limit)
-            return gate * jax.nn.sigmoid(spec.alpha * gate) * (up + 1)
+            return gate * jax.nn.sigmoid(spec.alpha * gate) * (up + spec.up_offset)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":

@@ -67,7 +67,7 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
         case ClampedSwiGLUSpec():
             assert gate is not None
             gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)
-            return gate * sigmoid(spec.alpha * gate) * (up + 1)
+            return gate * sigmoid(spec.alpha * gate) * (up + spec.up_offset)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":

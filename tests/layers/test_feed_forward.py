@@ -19,7 +19,7 @@ SPECS = {
     "geglu": GatedFeedForwardSpec(kind="geglu", hidden_dim=F),
     "relu_squared_glu": GatedFeedForwardSpec(kind="relu_squared_glu", hidden_dim=F),
     "clamped_swiglu": CLAMPED,
-    "clamped_swiglu, no bias": ClampedSwiGLUSpec(hidden_dim=F, limit=1.5, alpha=1.0, bias=False),
+    "clamped_swiglu, no bias": ClampedSwiGLUSpec(hidden_dim=F, limit=1.5, alpha=1.0, up_offset=0.0, bias=False),
     "relu": PlainFeedForwardSpec(kind="relu", hidden_dim=F),
     "gelu, bias": PlainFeedForwardSpec(kind="gelu", hidden_dim=F, bias=True),
     "relu_squared": PlainFeedForwardSpec(kind="relu_squared", hidden_dim=F),

@@ -38,7 +38,7 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
     | kind | result |
     |---|---|
     | swiglu, geglu, relu_squared_glu | `f(gate) * up` with f silu, gelu, relu squared |
-    | clamped_swiglu | `gate * sigmoid(alpha gate) * (up + 1)`, gate at most `limit`, up in [-`limit`, `limit`] |
+    | clamped_swiglu | `gate * sigmoid(alpha gate) * (up + up_offset)`, gate <= `limit`, up in [-`limit`, `limit`] |
     | relu, gelu, relu_squared | `f(up)` |
     """
     match spec:
@@ -54,7 +54,7 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
                     assert_never(spec.kind)
         case ClampedSwiGLUSpec():
             gate, up = np.minimum(gate, spec.limit), np.clip(up, -spec.limit, spec.limit)
-            return gate * sigmoid(spec.alpha * gate) * (up + 1)
+            return gate * sigmoid(spec.alpha * gate) * (up + spec.up_offset)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":

@@ -20,15 +20,17 @@ class GatedFeedForwardSpec(Part):
 
 
 class ClampedSwiGLUSpec(Part):
-    """SwiGLU with clamped inputs: `gate * sigmoid(alpha gate) * (up + 1)`, gate <= limit, |up| <= limit.
+    """SwiGLU with clamped inputs: `gate * sigmoid(alpha gate) * (up + up_offset)`, gate <= limit, |up| <= limit.
 
-    Source: OpenAI 2025 (gpt-oss), arXiv 2508.10925, section 2, and its released code.
+    Source: OpenAI 2025 (gpt-oss), arXiv 2508.10925, section 2, and its released code. With an alpha of 1 and an offset
+    of 0 it is SwiGLU of clamped inputs (DeepSeek-V4).
     """
 
     kind: Literal["clamped_swiglu"] = "clamped_swiglu"
     hidden_dim: PositiveInt
     alpha: PositiveFloat = 1.702
     limit: PositiveFloat = 7.0
+    up_offset: Annotated[float, Field(ge=0)] = 1.0
     bias: bool = True
 
 
