@@ -9,11 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT
-from moezoo.core.spec import (
-    LayerSpec,
-    ModelSpec,
-    NoAttentionSpec,
-)
+from moezoo.core.spec import LayerSpec, ModelSpec, NoAttentionSpec
 from moezoo.jax_backend.adapter import keyed
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext
@@ -26,6 +22,7 @@ from moezoo.jax_backend.moe import Exchange, MoE
 from moezoo.jax_backend.normalization import NormGate, norm
 from moezoo.jax_backend.positions import Documents
 from moezoo.jax_backend.random import fold_in, uniform
+from moezoo.jax_backend.residual import Residual, Streams
 from moezoo.jax_backend.routing import Routing
 
 Record = dict[str, jax.Array]
@@ -65,7 +62,7 @@ class StepInputs(NamedTuple):
 class ResidualState(NamedTuple):
     """Spec: moezoo.core.reference.layer.ResidualState."""
 
-    x_BTD: jax.Array
+    streams: Streams
     shortcut_BTD: jax.Array | None = None
     first_value_BTMH: jax.Array | None = None
     previous_PE: jax.Array | None = None
@@ -87,10 +84,13 @@ class Layer(nnx.Module):
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         self.spec, self.name = spec, f"layers.{index}"
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
-        self.depth_scaled, self.adapter = model.depth_scaled_residual, model.adapter
+        self.adapter = model.adapter
         if not isinstance(spec.attention, NoAttentionSpec):
+            self.attention_residual = Residual(model.residual, weights.inside("attention_residual"))
             self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
+        if not spec.mixer_only:
+            self.feed_forward_residual = Residual(model.residual, weights.inside("feed_forward_residual"))
         if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.attention_norm_gate is not None:
@@ -121,15 +121,19 @@ class Layer(nnx.Module):
         """`index` may be traced where nothing is recorded, and nothing is cached."""
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
-        x_BTD = state.x_BTD
-        seen_BTD = self.attention_input(x_BTD) if self.spec.has_mixer else x_BTD
-        attended = self._attend(seen_BTD, state, inputs, key, index, sources)
+        streams = state.streams
         if self.spec.has_mixer:
+            x_BTD, connection = self.attention_residual.read(streams, 2 * index)
+            seen_BTD = self.attention_input(x_BTD)
+            attended = self._attend(seen_BTD, state, inputs, key, index, sources)
             record[f"{name}.attention"] = attended.out_BTD
             out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
-            x_BTD = self._joined(x_BTD, out, 2 * index + 2)
-        if self.spec.norm_placement != "parallel" and not self.spec.mixer_only:
-            seen_BTD = self.feed_forward_input(x_BTD)
+            streams = self.attention_residual.write(streams, connection, out, 2 * index)
+        else:
+            attended = self._attend(streams, state, inputs, key, index, sources)
+        if not self.spec.mixer_only:
+            x_BTD, connection = self.feed_forward_residual.read(streams, 2 * index + 1)
+            seen_BTD = seen_BTD if self.spec.norm_placement == "parallel" else self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
             context = inputs.routing_context(index, state.previous_PE, key)
@@ -143,17 +147,17 @@ class Layer(nnx.Module):
             record[f"{name}.feed_forward"] = out
         if not self.spec.mixer_only:
             out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
-            x_BTD = self._joined(x_BTD, out, 2 * index + 3)
-        x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
+            streams = self.feed_forward_residual.write(streams, connection, out, 2 * index + 1)
+        streams = streams if state.shortcut_BTD is None else streams + state.shortcut_BTD
         if input_BTZ is not None:
-            out = self._block("layer_input", inputs, key)(x_BTD, input_BTZ)
+            out = self._block("layer_input", inputs, key)(streams, input_BTZ)
             record[f"{name}.layer_input"] = out
-            x_BTD = x_BTD + out
-        x_BTD = self.scaled(x_BTD)
-        record[name] = x_BTD
+            streams = streams + out
+        streams = self.scaled(streams)
+        record[name] = streams
         first_value_BTMH = attended.value_BTMH if state.first_value_BTMH is None else state.first_value_BTMH
         previous_PE = state.previous_PE if routing is None else routing.logits_PE
-        state = ResidualState(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
+        state = ResidualState(streams, shortcut_BTD, first_value_BTMH, previous_PE)
         return state, LayerOutput(routing, dispatched, attended.cache, attended.index_loss, attended.source)
 
     def _attend(
@@ -222,23 +226,16 @@ class Layer(nnx.Module):
             case _:
                 assert_never(self.spec.norm_placement)
 
-    def scaled(self, x_BTD: jax.Array) -> jax.Array:
+    def scaled(self, streams: Streams) -> Streams:
         """Multiply the residual stream by the layer's output scale."""
         if not self.spec.output_scale:
-            return x_BTD
-        return (x_BTD.astype(jnp.float32) * self.output_scale[...].astype(jnp.float32)).astype(x_BTD.dtype)
+            return streams
+        return (streams.astype(jnp.float32) * self.output_scale[...].astype(jnp.float32)).astype(streams.dtype)
 
     def _added(self, out_BTD: jax.Array, key: jax.Array | None, purpose: int) -> jax.Array:
         """Apply dropout and the residual multiplier to what is added to the residual stream."""
         out_BTD = dropout(out_BTD, self.dropout, None if key is None else fold_in(key, purpose))
         return out_BTD if self.residual_multiplier == 1 else out_BTD * self.residual_multiplier
-
-    def _joined(self, x_BTD: jax.Array, out_BTD: jax.Array, terms: int | jax.Array) -> jax.Array:
-        """Spec: moezoo.core.reference.layer._joined; in float32, cast back."""
-        if not self.depth_scaled:
-            return x_BTD + out_BTD
-        share = 1 / jnp.asarray(terms, jnp.float32)
-        return (x_BTD * jnp.sqrt(1 - share) + out_BTD * jnp.sqrt(share)).astype(x_BTD.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -8,11 +8,7 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT
-from moezoo.core.spec import (
-    LayerSpec,
-    ModelSpec,
-    NoAttentionSpec,
-)
+from moezoo.core.spec import LayerSpec, ModelSpec, NoAttentionSpec
 from moezoo.mlx_backend.adapter import keyed
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
@@ -25,6 +21,7 @@ from moezoo.mlx_backend.moe import Exchange, MoE
 from moezoo.mlx_backend.normalization import NormGate, norm
 from moezoo.mlx_backend.positions import Documents
 from moezoo.mlx_backend.random import fold_in, uniform
+from moezoo.mlx_backend.residual import Residual, Streams
 from moezoo.mlx_backend.routing import Routing
 
 Record = dict[str, mx.array]
@@ -61,7 +58,7 @@ class StepInputs(NamedTuple):
 class ResidualState(NamedTuple):
     """Spec: moezoo.core.reference.layer.ResidualState."""
 
-    x_BTD: mx.array
+    streams: Streams
     shortcut_BTD: mx.array | None = None
     first_value_BTMH: mx.array | None = None
     previous_PE: mx.array | None = None
@@ -84,10 +81,13 @@ class Layer(nn.Module):
         super().__init__()
         self.spec = spec
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
-        self.depth_scaled, self.adapter = model.depth_scaled_residual, model.adapter
+        self.adapter = model.adapter
         if not isinstance(spec.attention, NoAttentionSpec):
+            self.attention_residual = Residual(model.residual, weights.inside("attention_residual"))
             self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
+        if not spec.mixer_only:
+            self.feed_forward_residual = Residual(model.residual, weights.inside("feed_forward_residual"))
         if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.attention_norm_gate is not None:
@@ -118,15 +118,19 @@ class Layer(nn.Module):
     ) -> tuple[ResidualState, LayerOutput]:
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
-        x_BTD = state.x_BTD
-        seen_BTD = self.attention_input(x_BTD) if self.spec.has_mixer else x_BTD
-        attended = self._attend(seen_BTD, state, inputs, key, index, sources)
+        streams = state.streams
         if self.spec.has_mixer:
+            x_BTD, connection = self.attention_residual.read(streams, 2 * index)
+            seen_BTD = self.attention_input(x_BTD)
+            attended = self._attend(seen_BTD, state, inputs, key, index, sources)
             record[f"{name}.attention"] = attended.out_BTD
             out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
-            x_BTD = self._joined(x_BTD, out, 2 * index + 2)
-        if self.spec.norm_placement != "parallel" and not self.spec.mixer_only:
-            seen_BTD = self.feed_forward_input(x_BTD)
+            streams = self.attention_residual.write(streams, connection, out, 2 * index)
+        else:
+            attended = self._attend(streams, state, inputs, key, index, sources)
+        if not self.spec.mixer_only:
+            x_BTD, connection = self.feed_forward_residual.read(streams, 2 * index + 1)
+            seen_BTD = seen_BTD if self.spec.norm_placement == "parallel" else self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
             context = inputs.routing_context(index, state.previous_PE, key)
@@ -140,17 +144,17 @@ class Layer(nn.Module):
             record[f"{name}.feed_forward"] = out
         if not self.spec.mixer_only:
             out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
-            x_BTD = self._joined(x_BTD, out, 2 * index + 3)
-        x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
+            streams = self.feed_forward_residual.write(streams, connection, out, 2 * index + 1)
+        streams = streams if state.shortcut_BTD is None else streams + state.shortcut_BTD
         if input_BTZ is not None:
-            out = self._block("layer_input", inputs, key)(x_BTD, input_BTZ)
+            out = self._block("layer_input", inputs, key)(streams, input_BTZ)
             record[f"{name}.layer_input"] = out
-            x_BTD = x_BTD + out
-        x_BTD = self.scaled(x_BTD)
-        record[name] = x_BTD
+            streams = streams + out
+        streams = self.scaled(streams)
+        record[name] = streams
         first_value_BTMH = attended.value_BTMH if state.first_value_BTMH is None else state.first_value_BTMH
         previous_PE = state.previous_PE if routing is None else routing.logits_PE
-        state = ResidualState(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
+        state = ResidualState(streams, shortcut_BTD, first_value_BTMH, previous_PE)
         return state, LayerOutput(routing, dispatched, attended.cache, attended.index_loss, attended.source)
 
     def _attend(
@@ -221,23 +225,16 @@ class Layer(nn.Module):
             case _:
                 assert_never(self.spec.norm_placement)
 
-    def scaled(self, x_BTD: mx.array) -> mx.array:
+    def scaled(self, streams: Streams) -> Streams:
         """Multiply the residual stream by the layer's output scale."""
         if not self.spec.output_scale:
-            return x_BTD
-        return (x_BTD.astype(mx.float32) * self.output_scale.astype(mx.float32)).astype(x_BTD.dtype)
+            return streams
+        return (streams.astype(mx.float32) * self.output_scale.astype(mx.float32)).astype(streams.dtype)
 
     def _added(self, out_BTD: mx.array, key: mx.array | None, purpose: int) -> mx.array:
         """Apply dropout and the residual multiplier to what is added to the residual stream."""
         out_BTD = dropout(out_BTD, self.dropout, None if key is None else fold_in(key, purpose))
         return out_BTD if self.residual_multiplier == 1 else out_BTD * self.residual_multiplier
-
-    def _joined(self, x_BTD: mx.array, out_BTD: mx.array, terms: int) -> mx.array:
-        """Spec: moezoo.core.reference.layer._joined; in float32, cast back."""
-        if not self.depth_scaled:
-            return x_BTD + out_BTD
-        share = 1 / mx.array(terms, mx.float32)
-        return (x_BTD * mx.sqrt(1 - share) + out_BTD * mx.sqrt(share)).astype(x_BTD.dtype)
 
 
 def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:

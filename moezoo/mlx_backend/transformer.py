@@ -27,6 +27,7 @@ from moezoo.mlx_backend.moe import Exchange
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, EmbeddingPosition, packed_documents, positions
 from moezoo.mlx_backend.random import fold_in
+from moezoo.mlx_backend.residual import FinalResidual, enter
 from moezoo.mlx_backend.routing import Routing
 
 
@@ -77,6 +78,7 @@ class Transformer(nn.Module):
         self.layers = [
             Layer(layer, spec, weights.inside(f"layers.{index}"), index) for index, layer in enumerate(spec.all_layers)
         ]
+        self.final_residual = FinalResidual(spec.residual, weights.inside("final_residual"))
         self.final_norm = norm(spec.norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec) or spec.head.bias:
             self.head = Head(spec.head, weights.inside("head"))
@@ -107,8 +109,9 @@ class Transformer(nn.Module):
         if record is not None:
             record["embedding"] = x_BTD
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
-        state, outputs = self._run_layers(ResidualState(x_BTD), inputs, inputs_BTLZ)
-        x_BTD = self.final_norm(state.x_BTD if caches is None else state.x_BTD[:, -1:])
+        state, outputs = self._run_layers(ResidualState(enter(self.spec.residual, x_BTD)), inputs, inputs_BTLZ)
+        x_BTD = self.final_residual(state.streams)
+        x_BTD = self.final_norm(x_BTD if caches is None else x_BTD[:, -1:])
         logits_BTV = self._logits(x_BTD, key)
         if record is not None:
             record |= {"final_norm": x_BTD, "logits": logits_BTV}
@@ -127,7 +130,7 @@ class Transformer(nn.Module):
                 sources[index] = output.source
             outputs.append(output._replace(source=None))  # so that no other layer's keys are kept
             if inputs.caches is not None:
-                start_early(state.x_BTD)
+                start_early(state.streams)
         return state, outputs
 
     def _collected(self, logits_BTV: mx.array, outputs: list[LayerOutput], caches: Caches | None) -> Forward:

@@ -8,6 +8,7 @@ from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
     CapacitySpec,
+    DepthScaledResidualSpec,
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
     LayerSpec,
@@ -131,7 +132,7 @@ def test_what_leaves_a_layer_is_scaled_by_a_number_that_is_not_trained(twin):
 
 def test_a_depth_scaled_stream_is_the_sum_of_its_terms_over_the_root_of_their_number(twin):
     layer = LayerSpec(attention=ATTENTION, moe=MOE, repeat=2)
-    spec = SPEC.model_copy(update={"layers": (layer,), "depth_scaled_residual": True})
+    spec = SPEC.model_copy(update={"layers": (layer,), "residual": DepthScaledResidualSpec()})
     weights = weights_of(spec)
     model = twin.backend().build(spec, weights)
     output = model.forward(TOKENS_BT, record=True)

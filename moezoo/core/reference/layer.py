@@ -1,6 +1,6 @@
 """One layer: its two blocks around the residual stream."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple, assert_never
 
@@ -16,12 +16,9 @@ from moezoo.core.reference.mixer import mix
 from moezoo.core.reference.moe import moe
 from moezoo.core.reference.normalization import norm_gate, normalize
 from moezoo.core.reference.positions import Documents
+from moezoo.core.reference.residual import Streams, read, write
 from moezoo.core.reference.routing import Routing
-from moezoo.core.spec import (
-    LayerSpec,
-    ModelSpec,
-    NoAttentionSpec,
-)
+from moezoo.core.spec import LayerSpec, ModelSpec, NoAttentionSpec
 
 
 class StepInputs(NamedTuple):
@@ -59,13 +56,13 @@ class ResidualState(NamedTuple):
     """State that a layer passes to the next one.
 
     Fields:
-        x_BTD: the residual stream.
+        streams: the residual stream, or several (`enter`).
         shortcut_BTD: output of an MoE that is added at the end of the next layer, or None.
         first_value_BTMH: values of the first layer's attention, for value residuals.
         previous_PE: logits of the previous MoE layer's router, for gating residuals.
     """
 
-    x_BTD: Array
+    streams: Streams
     shortcut_BTD: Array | None = None
     first_value_BTMH: Array | None = None
     previous_PE: Array | None = None
@@ -91,12 +88,12 @@ def layer(
 ) -> tuple[ResidualState, LayerOutput]:
     """Compute one layer: two blocks, a mixer and a feed-forward (dense or a MoE), or one of the two.
 
-    A block f is added to the residual stream x as the layer's `norm_placement` says: `pre` x + f(norm(x)); `post`
-    x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input. What is
-    added is dropped out and multiplied by `multipliers.residual`; with `depth_scaled_residual` both terms are divided
-    by the root of how many terms there are (`_joined`). A layer with a `shortcut` has a feed-forward and a MoE, which
-    both see norm(x) after attention; the MoE's output is added at the end of the next layer. Then comes the layer's own
-    input, if the model has `layer_inputs`, and last, the stream is multiplied by the layer's `output_scale`, if any.
+    A block f is added to the x that it reads from the residual stream as `norm_placement` says: `pre` x + f(norm(x));
+    `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input.
+    What is added is dropped out and multiplied by `multipliers.residual`; the model's `residual` says what reading and
+    adding are. A layer with a `shortcut` has a feed-forward and a MoE, which both see norm(x) after attention; the
+    MoE's output is added at the end of the next layer. Then comes the layer's own input, if the model has
+    `layer_inputs`, and last, the stream is multiplied by the layer's `output_scale`, if any.
 
     Args:
         parameters: the layer's own.
@@ -107,16 +104,17 @@ def layer(
     """
     spec, name, record = model.all_layers[index], f"layers.{index}", inputs.record
     key = None if inputs.key is None else fold_in(inputs.key, index)
-    x_BTD = state.x_BTD
-    attended = Attended(x_BTD, None, None)
+    streams, attended = state.streams, Attended(None, None, None)
     if not isinstance(spec.attention, NoAttentionSpec):
+        x_BTD, add = _read(model, index, parameters, "attention", streams, key)
         seen_BTD, own = _norm_before(model, spec, parameters, "attention", x_BTD), inside(parameters, "attention")
         attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
         record[f"{name}.attention"] = attended.out_BTD
-        out = _norm_after(model, spec, parameters, "attention", attended.out_BTD)
-        x_BTD = _joined(model, x_BTD, _added(model, out, key, ATTENTION_DROPOUT), 2 * index + 2)
-    if spec.norm_placement != "parallel" and not spec.mixer_only:
-        seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
+        streams = add(attended.out_BTD)
+    if not spec.mixer_only:
+        x_BTD, add = _read(model, index, parameters, "feed_forward", streams, key)
+        if spec.norm_placement != "parallel":
+            seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
     routing = None
     if spec.moe is not None:
         context, own = inputs.routing_context(index, state.previous_PE, key), inside(parameters, "moe")
@@ -127,18 +125,32 @@ def layer(
         out = feed_forward(spec.feed_forward, inside(parameters, "feed_forward"), seen_BTD)
         record[f"{name}.feed_forward"] = out
     if not spec.mixer_only:
-        out = _norm_after(model, spec, parameters, "feed_forward", out)
-        x_BTD = _joined(model, x_BTD, _added(model, out, key, FEED_FORWARD_DROPOUT), 2 * index + 3)
-    x_BTD = x_BTD if state.shortcut_BTD is None else x_BTD + state.shortcut_BTD
+        streams = add(out)
+    streams = streams if state.shortcut_BTD is None else streams + state.shortcut_BTD
     if model.layer_inputs is not None:
-        out = layer_input(model.layer_inputs, model.norm, inside(parameters, "layer_input"), x_BTD, input_BTZ)
-        record[f"{name}.layer_input"] = out
-        x_BTD = x_BTD + out
-    x_BTD = record[name] = x_BTD * parameters["output_scale"] if spec.output_scale else x_BTD
+        own = inside(parameters, "layer_input")
+        out = record[f"{name}.layer_input"] = layer_input(model.layer_inputs, model.norm, own, streams, input_BTZ)
+        streams = streams + out
+    streams = record[name] = streams * parameters["output_scale"] if spec.output_scale else streams
     first_value_BTMH = attended.value_BTMH if index == 0 else state.first_value_BTMH
     previous_PE = state.previous_PE if routing is None else routing.logits_PE
-    state = ResidualState(x_BTD, shortcut_BTD, first_value_BTMH, previous_PE)
+    state = ResidualState(streams, shortcut_BTD, first_value_BTMH, previous_PE)
     return state, LayerOutput(routing, attended.index_loss, attended.source)
+
+
+def _read(
+    model: ModelSpec, index: int, parameters: Parameters, block: str, streams: Streams, key: Array | None
+) -> tuple[Array, Callable[[Array], Streams]]:
+    """Return what a block of layer `index` reads from the streams, and the function that adds its output to them."""
+    own, number = inside(parameters, f"{block}_residual"), 2 * index + (block == "feed_forward")
+    x_BTD, connection = read(model.residual, own, streams, number)
+    purpose = ATTENTION_DROPOUT if block == "attention" else FEED_FORWARD_DROPOUT
+
+    def add(out_BTD: Array) -> Streams:
+        normed = _norm_after(model, model.all_layers[index], parameters, block, out_BTD)
+        return write(model.residual, own, streams, connection, _added(model, normed, key, purpose), number)
+
+    return x_BTD, add
 
 
 def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, x_BTD: Array) -> Array:
@@ -167,17 +179,6 @@ def _added(model: ModelSpec, out_BTD: Array, key: Array | None, purpose: int) ->
     """Apply dropout and the residual multiplier to what is added to the residual stream."""
     purpose_key = None if key is None else fold_in(key, purpose)
     return model.multipliers.residual * dropout(out_BTD, model.dropout, purpose_key)
-
-
-def _joined(model: ModelSpec, x_BTD: Array, out_BTD: Array, terms: int) -> Array:
-    """Add what a block adds; it is the last of the `terms` of the stream, of which the embedding is the first.
-
-    With `depth_scaled_residual` the stream is their sum over sqrt(terms), so with terms of equal variance it keeps it.
-    Source: Reflection AI 2026 (Beam; transformers 5.23, `depth_scaled_residual_add`).
-    """
-    if not model.depth_scaled_residual:
-        return x_BTD + out_BTD
-    return x_BTD * np.sqrt(1 - 1 / terms) + out_BTD * np.sqrt(1 / terms)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

@@ -12,6 +12,7 @@ from moezoo.core.reference.layer import ResidualState, StepInputs, layer
 from moezoo.core.reference.layer_inputs import layer_inputs
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents, embedding_positions, packed_documents
+from moezoo.core.reference.residual import enter, leave
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (
     LatentAttentionSpec,
@@ -76,16 +77,16 @@ def forward(
     x_BTD = record["embedding"] = _embedded(spec, parameters, tokens_BT, documents)
     if spec.layer_inputs is not None:
         inputs_BTLZ = layer_inputs(spec.layer_inputs, spec.norm, inside(parameters, "layer_inputs"), tokens_BT, x_BTD)
-    state, outputs = ResidualState(x_BTD), []
+    state, outputs = ResidualState(enter(spec.residual, x_BTD)), []
     sources: dict[int, Source | None] = {}
     for index in range(len(spec.all_layers)):
         input_BTZ = None if spec.layer_inputs is None else inputs_BTLZ[:, :, index]
-        state, output = layer(
-            spec, index, inside(parameters, f"layers.{index}"), state, inputs, input_BTZ=input_BTZ, sources=sources
-        )
+        own = inside(parameters, f"layers.{index}")
+        state, output = layer(spec, index, own, state, inputs, input_BTZ=input_BTZ, sources=sources)
         sources[index] = output.source
         outputs.append(output)
-    x_BTD = record["final_norm"] = normalize(spec.norm, inside(parameters, "final_norm"), state.x_BTD)
+    x_BTD = leave(spec.residual, inside(parameters, "final_residual"), state.streams)
+    x_BTD = record["final_norm"] = normalize(spec.norm, inside(parameters, "final_norm"), x_BTD)
     logits_BTV = record["logits"] = _logits(spec, parameters, x_BTD)
     return Forward(
         logits_BTV,

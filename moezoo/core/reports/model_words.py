@@ -8,6 +8,7 @@ from moezoo.core.reports.text import count
 from moezoo.core.spec import (
     AttentionSpec,
     CapacitySpec,
+    DepthScaledResidualSpec,
     DroplessSpec,
     ExpertChoiceSpec,
     FeedForwardSpec,
@@ -73,7 +74,7 @@ def model_in_words(spec: ModelSpec) -> str:
         ("sinusoidal positions", isinstance(spec.position, SinusoidalPositionsSpec)),
         (_norm(spec.norm), _norm(spec.norm) != _norm(RMSNormSpec())),
         *((f"{name} times {value:g}", True) for name, value in multipliers),
-        ("depth-scaled residual", spec.depth_scaled_residual),
+        ("depth-scaled residual", isinstance(spec.residual, DepthScaledResidualSpec)),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"dropout {spec.dropout:.0%}", spec.dropout > 0),
     )

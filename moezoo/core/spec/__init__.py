@@ -79,6 +79,7 @@ from moezoo.core.spec.positions import (
     SinusoidalPositionsSpec,
     YaRNScalingSpec,
 )
+from moezoo.core.spec.residual import DepthScaledResidualSpec, ResidualSpec, SumResidualSpec
 from moezoo.core.spec.routing import (
     ChoiceSpec,
     ExpertChoiceSpec,
@@ -104,6 +105,7 @@ __all__ = [
     "ClampedSwiGLUSpec",
     "CommunicationBalanceLossSpec",
     "DepthScaledInitializerSpec",
+    "DepthScaledResidualSpec",
     "DeviceBalanceLossSpec",
     "DispatchSpec",
     "DroplessSpec",
@@ -152,6 +154,7 @@ __all__ = [
     "PositionSpec",
     "PrecisionSpec",
     "RMSNormSpec",
+    "ResidualSpec",
     "RoPEScalingSpec",
     "RoPESpec",
     "RouterSpec",
@@ -163,6 +166,7 @@ __all__ = [
     "ShortConvolutionSpec",
     "SinusoidalPositionsSpec",
     "SparseMixerChoiceSpec",
+    "SumResidualSpec",
     "SwitchBalanceLossSpec",
     "TemperatureTuningSpec",
     "TiedHeadSpec",

@@ -14,6 +14,7 @@ from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec
+from moezoo.core.spec.residual import DepthScaledResidualSpec, ResidualSpec, SumResidualSpec
 
 MAX_LAYERS = 2_000
 """Largest number of layers of a model; the deepest published ones have 1,000 (DeepNet, arXiv 2203.00555)."""
@@ -109,10 +110,9 @@ class ModelSpec(Part):
     """A decoder-only language model. `vocab_size: null` in a config takes the size of the tokenizer's vocabulary.
 
     `position`: position vectors added to the embedding, in addition to those inside attention. `softcap`: logits become
-    `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `depth_scaled_residual`: block i, counted from 2, the
-    attention of the first layer, adds `x sqrt(1 - 1 / i) + f(x) sqrt(1 / i)`: the residual stream is the sum of its i
-    terms over sqrt(i), and keeps its variance (Beam, transformers). `dropout`: rate of dropout on each block's residual
-    update in training (Srivastava et al. 2014). `adapter`: low-rank adapters of matrices; configs have it at the top.
+    `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `residual`: how blocks read from and add to the
+    residual stream. `dropout`: rate of dropout on each block's residual update in training (Srivastava et al. 2014).
+    `adapter`: low-rank adapters of matrices; configs have it at the top.
     """
 
     vocab_size: PositiveInt | None = None
@@ -123,7 +123,7 @@ class ModelSpec(Part):
     norm: NormSpec = RMSNormSpec()
     head: HeadSpec = UntiedHeadSpec()
     multipliers: MultipliersSpec = MultipliersSpec()
-    depth_scaled_residual: bool = False
+    residual: ResidualSpec = SumResidualSpec()
     softcap: PositiveFloat | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     initializer: InitializerSpec = DepthScaledInitializerSpec()
@@ -157,10 +157,11 @@ class ModelSpec(Part):
                 "Remove it, or add a layer",
             )
         other_blocks = any(each.shortcut or each.mixer_only or not each.has_mixer for each in self.layers)
-        if self.depth_scaled_residual and (self.layer_inputs is not None or other_blocks):
+        if isinstance(self.residual, DepthScaledResidualSpec) and (self.layer_inputs is not None or other_blocks):
             raise impossible(
-                "depth_scaled_residual",
-                "is true, which counts two blocks per layer, but there are layer_inputs, a shortcut or single blocks",
+                "residual",
+                "is depth_scaled, which counts two blocks per layer, but there are layer_inputs, a shortcut or single "
+                "blocks",
                 "Remove one of the two",
             )
         self._check_later_layers()

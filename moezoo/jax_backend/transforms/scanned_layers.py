@@ -19,6 +19,7 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.distributed.sharding import Placement, stacked
 from moezoo.jax_backend.layer import Layer, LayerOutput, ResidualState, StepInputs
+from moezoo.jax_backend.residual import Streams
 from moezoo.jax_backend.transformer import Transformer
 
 
@@ -184,25 +185,25 @@ class ScannedTransformer(Transformer):
         graph, stacked_state = nnx.split(self.layers[_name(run)])
         chained = state.previous_PE if _takes_logits(self.spec.all_layers[run.start]) else None
 
-        def one_layer(carried: tuple[jax.Array, jax.Array | None], own: Any) -> Any:
-            x_BTD, previous_PE = carried
+        def one_layer(carried: tuple[Streams, jax.Array | None], own: Any) -> Any:
+            streams, previous_PE = carried
             own_state, index, input_BTZ, context = own
             layer = nnx.merge(graph, own_state)
-            entering = state._replace(x_BTD=x_BTD, previous_PE=previous_PE)
+            entering = state._replace(streams=streams, previous_PE=previous_PE)
             own_inputs = inputs._replace(given={} if context is None else {run.start: context})
             leaving, output = layer(entering, own_inputs, index, input_BTZ, sources)
             output = output._replace(source=None)  # ignored: a layer that others attend to stays alone
-            return (leaving.x_BTD, None if chained is None else leaving.previous_PE), output
+            return (leaving.streams, None if chained is None else leaving.previous_PE), output
 
         indices = jnp.arange(run.start, run.stop)
         contexts = [inputs.given[index] for index in run if index in inputs.given]
         context = jax.tree.map(lambda *own: jnp.stack(own), *contexts) if contexts else None
         each = (stacked_state, indices, inputs_LBTZ, context)
-        (x_BTD, _), stacked_outputs = lax.scan(one_layer, (state.x_BTD, chained), each)
+        (streams, _), stacked_outputs = lax.scan(one_layer, (state.streams, chained), each)
         outputs = _each(stacked_outputs, len(run))
         routing = outputs[-1].routing
         previous_PE = state.previous_PE if routing is None else routing.logits_PE
-        return state._replace(x_BTD=x_BTD, previous_PE=previous_PE), outputs
+        return state._replace(streams=streams, previous_PE=previous_PE), outputs
 
 
 class GradientMeans:

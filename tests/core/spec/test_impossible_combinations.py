@@ -116,9 +116,9 @@ CASES = {
         f"{ATTENTION}.gate is null, but gate_function or gate_bias is set (x.yaml). Use gate: headwise or elementwise, "
         "or remove these options.",
     ),
-    "depth_scaled_residual with layer_inputs": (
-        model(depth_scaled_residual=True, layer_inputs={"dim": 4}),
-        "model.depth_scaled_residual is true, which counts two blocks per layer, but there are layer_inputs, a "
+    "depth_scaled residual with layer_inputs": (
+        model(residual={"kind": "depth_scaled"}, layer_inputs={"dim": 4}),
+        "model.residual is depth_scaled, which counts two blocks per layer, but there are layer_inputs, a "
         "shortcut or single blocks (x.yaml). Remove one of the two.",
     ),
     "qk_norm_after_rotation without qk_norm": (

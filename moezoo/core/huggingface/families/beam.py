@@ -5,7 +5,7 @@ from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
-from moezoo.core.spec import ModelSpec, NoPositionSpec, PositionSpec, TemperatureTuningSpec
+from moezoo.core.spec import DepthScaledResidualSpec, ModelSpec, NoPositionSpec, PositionSpec, TemperatureTuningSpec
 
 TEMPERATURE = TemperatureTuningSpec(form="power", floor_length=2048, scale=0.1)
 """Of queries in layers without RoPE."""
@@ -44,7 +44,7 @@ def spec(fields: Fields) -> ModelSpec:
     cap = "final_logit_softcapping"
     softcap = None if fields.null(cap) else fields.number(cap, 30.0)
     model = parts.model(fields, layers, norm=norm)
-    return model.model_copy(update={"depth_scaled_residual": True, "softcap": softcap})
+    return model.model_copy(update={"residual": DepthScaledResidualSpec(), "softcap": softcap})
 
 
 def _has_rope(fields: Fields, is_full: bool) -> bool:

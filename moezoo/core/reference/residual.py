@@ -1,0 +1,72 @@
+"""The residual stream or streams: what a block reads, and where its output goes.
+
+The layer stack calls `enter` once, `read` and `write` around each block, and `leave` once. Streams are an array with
+axes B, T first; what else they hold is the affair of the variant, as is the connection that `read` hands to `write`.
+"""
+
+from typing import Any, assert_never
+
+import autograd.numpy as np
+
+from moezoo.core.reference import Array, Parameters
+from moezoo.core.spec import DepthScaledResidualSpec, ResidualSpec, SumResidualSpec
+
+Streams = Array
+Connection = Any
+
+
+def enter(spec: ResidualSpec, x_BTD: Array) -> Streams:
+    """Return the streams before the first block, of the embeddings."""
+    match spec:
+        case SumResidualSpec() | DepthScaledResidualSpec():
+            return x_BTD
+        case _:
+            assert_never(spec)
+
+
+def read(spec: ResidualSpec, parameters: Parameters, streams: Streams, block: int) -> tuple[Array, Connection]:
+    """Return the input of a block, before its norm, and what `write` needs beside its output.
+
+    Args:
+        parameters: the block's own, `layers.N.attention_residual` or `layers.N.feed_forward_residual`.
+        block: index of the block in the model, 2 l for the mixer of layer l and 2 l + 1 for its feed-forward.
+    """
+    match spec:
+        case SumResidualSpec() | DepthScaledResidualSpec():
+            return streams, None
+        case _:
+            assert_never(spec)
+
+
+def write(
+    spec: ResidualSpec, parameters: Parameters, streams: Streams, connection: Connection, out_BTD: Array, block: int
+) -> Streams:
+    """Return the streams after a block.
+
+    With `depth_scaled`, they are the sum of the embedding and all blocks' outputs over the root of their number: terms
+    of equal variance keep it.
+
+    Args:
+        parameters, block: as of `read`.
+        streams: those that the block read.
+        out_BTD: what the block adds.
+
+    Source: SumResidualSpec and the others name theirs.
+    """
+    match spec:
+        case SumResidualSpec():
+            return streams + out_BTD
+        case DepthScaledResidualSpec():
+            share = 1 / (block + 2)
+            return streams * np.sqrt(1 - share) + out_BTD * np.sqrt(share)
+        case _:
+            assert_never(spec)
+
+
+def leave(spec: ResidualSpec, parameters: Parameters, streams: Streams) -> Array:
+    """Return the input of the final norm [B, T, D]; `parameters`: those of `final_residual`."""
+    match spec:
+        case SumResidualSpec() | DepthScaledResidualSpec():
+            return streams
+        case _:
+            assert_never(spec)
