@@ -13,6 +13,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     ModelSpec,
@@ -124,6 +125,17 @@ class RecurrentCache(NamedTuple):
         )
 
 
+class StateCache(NamedTuple):
+    """Recurrent state after `length` tokens."""
+
+    state_BMGHZ: jax.Array
+    length: jax.Array
+
+    def extend(self, state_BMGHZ: jax.Array, length: int) -> "StateCache":
+        """Append `length` tokens, whose state is already computed."""
+        return StateCache(state_BMGHZ, self.length + length)
+
+
 class ConvolutionCache(NamedTuple):
     """Last inputs of a convolution after `length` tokens, one fewer than its width."""
 
@@ -175,7 +187,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | ConvolutionCache | ScanCache
+Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | StateCache | ConvolutionCache | ScanCache
 
 
 class Caches(NamedTuple):
@@ -190,7 +202,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, RecurrentCache, ConvolutionCache, ScanCache)
+STATES = (RollingCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -240,6 +252,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(LatentCache(latent, key, index_key, jnp.zeros((), jnp.int32)))
             case GatedDeltaAttentionSpec() | Mamba2Spec():
                 caches.append(empty_recurrent_cache(layer.attention, batch, dtype))
+            case LightningAttentionSpec():
+                caches.append(empty_state_cache(layer.attention, batch))
             case MambaSpec():
                 caches.append(empty_scan_cache(layer.attention, batch, dtype))
             case ShortConvolutionSpec():
@@ -270,6 +284,12 @@ def empty_recurrent_cache(spec: GatedDeltaAttentionSpec | Mamba2Spec, batch: int
         jnp.zeros(values, dtype),
         jnp.zeros((), jnp.int32),
     )
+
+
+def empty_state_cache(spec: LightningAttentionSpec, batch: int) -> StateCache:
+    """Return the cache before the first token: a float32 state of zeros."""
+    state = (batch, spec.num_heads, 1, spec.head_dim, spec.head_dim)
+    return StateCache(jnp.zeros(state, jnp.float32), jnp.zeros((), jnp.int32))
 
 
 def empty_scan_cache(spec: MambaSpec, batch: int, dtype: jnp.dtype) -> ScanCache:

@@ -10,6 +10,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     MixerSpec,
@@ -20,6 +21,7 @@ from moezoo.jax_backend.attention import GroupedQueryAttention
 from moezoo.jax_backend.delta_attention import GatedDeltaAttention
 from moezoo.jax_backend.kv_cache import Attended, Cache, Shared
 from moezoo.jax_backend.latent_attention import LatentAttention
+from moezoo.jax_backend.lightning_attention import LightningAttention
 from moezoo.jax_backend.mamba import Mamba
 from moezoo.jax_backend.mamba2 import Mamba2
 from moezoo.jax_backend.positions import Documents
@@ -41,6 +43,8 @@ def mixer(spec: MixerSpec, weights: Weights, index: int) -> nnx.Module:
             return Mamba2(spec, weights, index)
         case MambaSpec():
             return Mamba(spec, weights, index)
+        case LightningAttentionSpec():
+            return LightningAttention(spec, weights, index)
         case _:
             assert_never(spec)
 

@@ -11,6 +11,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     ModelSpec,
@@ -122,6 +123,17 @@ class RecurrentCache(NamedTuple):
         )
 
 
+class StateCache(NamedTuple):
+    """Recurrent state after `length` tokens."""
+
+    state_BMGHZ: mx.array
+    length: int
+
+    def extend(self, state_BMGHZ: mx.array, length: int) -> "StateCache":
+        """Append `length` tokens, whose state is already computed."""
+        return StateCache(state_BMGHZ, self.length + length)
+
+
 class ConvolutionCache(NamedTuple):
     """Last inputs of a convolution after `length` tokens, one fewer than its width."""
 
@@ -173,7 +185,7 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | ConvolutionCache | ScanCache
+Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | StateCache | ConvolutionCache | ScanCache
 
 
 class Caches(NamedTuple):
@@ -193,7 +205,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, RecurrentCache, ConvolutionCache, ScanCache)
+STATES = (RollingCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -239,6 +251,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(LatentCache(latent, key, index_key, 0))
             case GatedDeltaAttentionSpec() | Mamba2Spec():
                 caches.append(empty_recurrent_cache(layer.attention, batch, dtype))
+            case LightningAttentionSpec():
+                caches.append(empty_state_cache(layer.attention, batch))
             case MambaSpec():
                 caches.append(empty_scan_cache(layer.attention, batch, dtype))
             case ShortConvolutionSpec():
@@ -269,6 +283,12 @@ def empty_recurrent_cache(spec: GatedDeltaAttentionSpec | Mamba2Spec, batch: int
         mx.zeros(values, dtype),
         0,
     )
+
+
+def empty_state_cache(spec: LightningAttentionSpec, batch: int) -> StateCache:
+    """Return the cache before the first token: a float32 state of zeros."""
+    state = (batch, spec.num_heads, 1, spec.head_dim, spec.head_dim)
+    return StateCache(mx.zeros(state, mx.float32), 0)
 
 
 def empty_scan_cache(spec: MambaSpec, batch: int, dtype: mx.Dtype) -> ScanCache:

@@ -10,6 +10,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     MixerSpec,
@@ -20,6 +21,7 @@ from moezoo.mlx_backend.attention import GroupedQueryAttention
 from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.kv_cache import Attended, Cache, Shared
 from moezoo.mlx_backend.latent_attention import LatentAttention
+from moezoo.mlx_backend.lightning_attention import LightningAttention
 from moezoo.mlx_backend.mamba import Mamba
 from moezoo.mlx_backend.mamba2 import Mamba2
 from moezoo.mlx_backend.positions import Documents
@@ -41,6 +43,8 @@ def mixer(spec: MixerSpec, weights: Weights, index: int) -> nn.Module:
             return Mamba2(spec, weights, index)
         case MambaSpec():
             return Mamba(spec, weights, index)
+        case LightningAttentionSpec():
+            return LightningAttention(spec, weights, index)
         case _:
             assert_never(spec)
 

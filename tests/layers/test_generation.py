@@ -19,7 +19,15 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny"
 COMBINATIONS = Path(__file__).parents[1] / "data" / "combinations"
 KINDS = (
     *("top_k", "sliding_window", "chunked_attention", "latent_attention", "sparse_attention", "gated_delta", "mamba2"),
-    *("short_convolution", "learned_positions", "shared_keys", "value_residual", "sinks", "layer_inputs"),
+    *(
+        "lightning_attention",
+        "short_convolution",
+        "learned_positions",
+        "shared_keys",
+        "value_residual",
+        "sinks",
+        "layer_inputs",
+    ),
 )
 # Each compiles four programs on JAX: the gate's are one of each kind of cache.
 ON_JAX = ("sliding_window", "sparse_attention", "short_convolution", "learned_positions", "shared_keys")

@@ -12,6 +12,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     LayerSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     MixerSpec,
@@ -30,6 +31,7 @@ SPECS = (
     ShortConvolutionSpec(conv_width=3),
     Mamba2Spec(num_heads=N, head_dim=H, state_dim=H),
     MambaSpec(inner_dim=F, state_dim=H, step_rank=M),
+    LightningAttentionSpec(num_heads=N, head_dim=H),
 )
 
 

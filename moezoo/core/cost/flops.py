@@ -13,6 +13,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     LayerSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     ModelSpec,
@@ -117,6 +118,8 @@ def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSp
             return Fraction(6 * heads * attention.key_head_dim * attention.value_head_dim)
         case Mamba2Spec(num_heads=heads):
             return Fraction(4 * heads * attention.state_dim * attention.head_dim)
+        case LightningAttentionSpec(num_heads=heads, head_dim=width):
+            return Fraction(4 * heads * width * width)
         case MambaSpec():
             return Fraction(4 * attention.inner_dim * attention.state_dim)
         case ShortConvolutionSpec() | NoAttentionSpec():

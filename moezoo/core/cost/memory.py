@@ -25,6 +25,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
     LayerSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     ModelSpec,
@@ -74,7 +75,9 @@ def _cached_numbers(attention: AttentionSpec) -> int:
             return attention.num_kv_heads * (attention.head_dim + attention.value_dim)
         case LatentAttentionSpec(indexer=indexer):
             return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
-        case GatedDeltaAttentionSpec() | ShortConvolutionSpec() | Mamba2Spec() | MambaSpec() | NoAttentionSpec():
+        case GatedDeltaAttentionSpec() | LightningAttentionSpec() | Mamba2Spec() | MambaSpec():
+            return 0
+        case ShortConvolutionSpec() | NoAttentionSpec():
             return 0
         case _:
             assert_never(attention)
@@ -273,6 +276,8 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
         case Mamba2Spec():
             keys = 2 * attention.num_groups * attention.state_dim
             return 0, keys + 2 * attention.num_heads * attention.head_dim
+        case LightningAttentionSpec():
+            return 0, 4 * attention.num_heads * attention.head_dim
         case ShortConvolutionSpec():
             return 0, 2 * embed_dim
         case MambaSpec():

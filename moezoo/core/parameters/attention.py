@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from moezoo.core.parameters.row import Initializer, Parameter, Rows
-from moezoo.core.parameters.state_space import filters, mamba2_rows, mamba_rows
+from moezoo.core.parameters.state_space import filters, lightning_rows, mamba2_rows, mamba_rows
 from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     NoAttentionSpec,
@@ -32,6 +33,8 @@ def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> It
             yield from mamba2_rows(rows, name, spec)
         case MambaSpec():
             yield from mamba_rows(rows, name, spec)
+        case LightningAttentionSpec():
+            yield from lightning_rows(rows, name, spec)
         case NoAttentionSpec():
             pass
         case _:

@@ -23,6 +23,7 @@ With `precision.compute: bfloat16`:
 | inputs of layers: sum of their two halves; result cast back | float32 |
 | temperature of queries, multiplier and mix of values, function of the attention's gate; result cast back | float32 |
 | linear attention behind its projections: convolutions, decay, beta, state, gate; result cast back | float32 |
+| lightning attention behind its projections: silu, state, norm, gate; result cast back | float32 |
 | Mamba-1 and 2 behind their projections: convolutions, step, decay, state, gate, norm; result cast back | float32 |
 | short convolution: convolution and product with its output gate; result cast back | float32 |
 | inputs of those convolutions, in the cache and before it | compute |

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from moezoo.core.parameters.row import ONES, Initializer, Parameter, Rows
-from moezoo.core.spec import Mamba2Spec, MambaSpec
+from moezoo.core.spec import LightningAttentionSpec, Mamba2Spec, MambaSpec
 
 # Initial decays as in the authors' code: rates from 1 to 16, steps from 0.001 to 0.1.
 RATE, STEP = Initializer("log_rate", value=16.0), Initializer("step_bias", value=0.1)
@@ -63,6 +63,15 @@ def mamba_rows(rows: Rows, name: str, spec: MambaSpec) -> Iterator[Parameter]:
     yield rows.output(f"{name}.w_output", (f, d), ("hidden", "embed"), "attention")
     if spec.bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
+
+
+def lightning_rows(rows: Rows, name: str, spec: LightningAttentionSpec) -> Iterator[Parameter]:
+    """Yield every parameter of a lightning attention layer."""
+    shape, axes = (spec.num_heads, spec.head_dim), ("head", "head_dim")
+    for which in ("query", "key", "value", "gate"):
+        yield rows.matrix(f"{name}.w_{which}", (rows.embed_dim, *shape), ("embed", *axes), "attention")
+    yield from rows.norm(f"{name}.output_norm", spec.norm, shape, axes)
+    yield rows.output(f"{name}.w_output", (*shape, rows.embed_dim), (*axes, "embed"), "attention", fan_in=2)
 
 
 def filters(width: int) -> Initializer:

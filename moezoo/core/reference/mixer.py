@@ -6,6 +6,7 @@ from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.attention import Attended, Source, grouped_query_attention
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.latent_attention import latent_attention
+from moezoo.core.reference.lightning_attention import lightning_attention
 from moezoo.core.reference.mamba import mamba
 from moezoo.core.reference.mamba2 import mamba2
 from moezoo.core.reference.positions import Documents
@@ -14,6 +15,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     MixerSpec,
@@ -56,3 +58,5 @@ def mix(
             return mamba2(spec, parameters, x_BTD, documents=documents)
         case MambaSpec():
             return mamba(spec, parameters, x_BTD, documents=documents)
+        case LightningAttentionSpec():
+            return lightning_attention(spec, parameters, x_BTD, documents=documents)

@@ -20,6 +20,7 @@ from moezoo.core.spec import (
     LayerNormSpec,
     LayerSpec,
     LearnedPositionsSpec,
+    LightningAttentionSpec,
     Mamba2Spec,
     MambaSpec,
     ModelSpec,
@@ -127,6 +128,8 @@ def attention_in_words(spec: AttentionSpec) -> str:
             parts.append(f"convolution of {spec.conv_width}")
             if spec.bias:
                 parts.append("biases")
+        case LightningAttentionSpec():
+            parts = [f"lightning, {spec.num_heads} heads of {spec.head_dim}, decays times {spec.decay_scale:g}"]
         case ShortConvolutionSpec():
             parts = [f"short convolution of {spec.conv_width}", *(["biases"] if spec.bias else [])]
         case MambaSpec():

@@ -93,7 +93,7 @@ from moezoo.core.spec.routing import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
-from moezoo.core.spec.state_space import Mamba2Spec, MambaSpec
+from moezoo.core.spec.state_space import LightningAttentionSpec, Mamba2Spec, MambaSpec
 
 __all__ = [
     "AdapterRole",
@@ -132,6 +132,7 @@ __all__ = [
     "LayerNormSpec",
     "LayerSpec",
     "LearnedPositionsSpec",
+    "LightningAttentionSpec",
     "LinearScalingSpec",
     "Llama3ScalingSpec",
     "LoadLossSpec",

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import PositionSpec, RoPESpec
-from moezoo.core.spec.state_space import Mamba2Spec, MambaSpec
+from moezoo.core.spec.state_space import LightningAttentionSpec, Mamba2Spec, MambaSpec
 
 
 class TemperatureTuningSpec(Part):
@@ -276,6 +276,7 @@ MixerSpec = (
     | ShortConvolutionSpec
     | Mamba2Spec
     | MambaSpec
+    | LightningAttentionSpec
 )
 AttentionSpec = Annotated[
     MixerSpec | NoAttentionSpec,

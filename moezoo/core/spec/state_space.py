@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.base import Part, impossible
-from moezoo.core.spec.norms import NormSpec
+from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 
 
 class Mamba2Spec(Part):
@@ -64,3 +64,19 @@ class MambaSpec(Part):
     conv_bias: bool = True
     bias: bool = False
     norm: NormSpec | None = None
+
+
+class LightningAttentionSpec(Part):
+    """Lightning attention: linear attention whose states decay at fixed rates. Source: Qin et al. 2024, 2405.17381.
+
+    Each of `num_heads` heads has a state of `head_dim x head_dim` numbers. A token decays it, adds the product of its
+    key and value, and reads it with its query; silu follows the three projections. Rates are not trained: those of the
+    heads are a geometric series from 2^(-8/N) to 1/256, times `decay_scale`, which falls with depth (MiniMax-01, arXiv
+    2501.08313). `norm` is over the features of all heads; a sigmoid gate of the layer's input follows it.
+    """
+
+    kind: Literal["lightning"] = "lightning"
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    decay_scale: NonNegativeFloat = 1.0
+    norm: NormSpec = RMSNormSpec()

@@ -326,6 +326,19 @@ def test_mamba2_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
     assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
 
 
+def test_lightning_attention_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
+    config = one_layer("{kind: lightning, num_heads: 4, head_dim: 5}")
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
+    assert counts.by_role["attention"] == 5 * 20 * 4 * 5
+    assert counts.by_role["norms"] == 3 * 20 + 4 * 5
+    assert flops.attention_projections == 2 * 5 * 20 * 4 * 5
+    assert flops.attention_scores == 4 * 4 * 5 * 5
+    assert flops_per_token(config.model, 500, False) == flops
+    assert kv_cache_bytes_per_token(config.model) == 0
+    saved = 4 * (4 * 20 + 3 * 4 * 4 * 5) + 4 * (2 * 28 + 20)
+    assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
+
+
 def test_mamba_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
     config = one_layer("{kind: mamba, inner_dim: 12, state_dim: 3, step_rank: 2, conv_width: 3, norm: {}}")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)

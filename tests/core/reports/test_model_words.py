@@ -81,6 +81,10 @@ def spec_of(layer=None, **fields):
             {"kind": "mamba", "inner_dim": 9, "state_dim": 4, "step_rank": 2, "norm": {}, "bias": True},
             "Mamba, 9 channels, state of 4, steps of rank 2, convolution of 4, norms, biases",
         ),
+        (
+            {"kind": "lightning", "num_heads": 4, "head_dim": 5, "decay_scale": 0.5},
+            "lightning, 4 heads of 5, decays times 0.5",
+        ),
         ({"kind": "none"}, "no attention"),
         (MAMBA2, "Mamba-2, 4 heads of 5, state of 3, convolution of 4"),
         (
