@@ -41,6 +41,7 @@ class RoutingContext:
 
     token_P: jax.Array | None = None
     previous_PE: jax.Array | None = None
+    previous_PZ: jax.Array | None = None
     forced_PK: jax.Array | None = None
     key: jax.Array | None = None
     inference: bool = field(default=False, metadata={"static": True})

@@ -9,10 +9,11 @@ from jax import lax
 
 from moezoo.core.random import ROUTER_JITTER
 from moezoo.core.reference.routing import LEAST_WEIGHT
-from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
+from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterMLPSpec, RouterSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
 from moezoo.jax_backend.kernels import projection
+from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.random import fold_in, uniform
 
 
@@ -28,6 +29,7 @@ class Routing(NamedTuple):
     clean_logits_PE: jax.Array | None
     noise_scale_PE: jax.Array | None
     cutoff_E: jax.Array | None
+    state_PZ: jax.Array | None
 
 
 class Router(nnx.Module):
@@ -38,6 +40,8 @@ class Router(nnx.Module):
         self.w_router = weights.parameter("w_router")
         if spec.input == "normalized":
             self.input_scale = weights.parameter("input_scale")
+        if spec.mlp is not None:
+            self.mlp = RouterMLP(spec.mlp, weights.inside("mlp"))
         if spec.bias:
             self.b_router = weights.parameter("b_router")
         self.has_residual = spec.gating_residual and weights.has("w_residual")
@@ -57,7 +61,9 @@ class Router(nnx.Module):
 
     def __call__(self, x_PD: jax.Array, context: RoutingContext = NO_CONTEXT) -> Routing:
         spec, key = self.spec, context.key
-        x_PD = self._router_input(x_PD, key)
+        x_PD, state_PZ = self._router_input(x_PD, key), None
+        if spec.mlp is not None:
+            x_PD, state_PZ = self.mlp(x_PD, context.previous_PZ)
         logits_PE = self._linear(x_PD, context.previous_PE) / spec.temperature
         if spec.softcap is not None:
             logits_PE = spec.softcap * jnp.tanh(logits_PE / spec.softcap)
@@ -98,6 +104,7 @@ class Router(nnx.Module):
             clean_logits_PE,
             noise_scale_PE,
             choice.cutoff_E,
+            state_PZ,
         )
 
     def _router_input(self, x_PD: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -143,6 +150,31 @@ class Router(nnx.Module):
         if spec.per_expert_scale:
             weight_PK = weight_PK * self.expert_scale[...].astype(jnp.float32)[choice.expert_PK]
         return weight_PK
+
+
+class RouterMLP(nnx.Module):
+    """Spec: moezoo.core.reference.routing.router_mlp; in the dtype of the router's products."""
+
+    def __init__(self, spec: RouterMLPSpec, weights: Weights):
+        self.w_down, self.b_down = weights.parameter("w_down"), weights.parameter("b_down")
+        self.averages = spec.depth_average and weights.has("state_scale")
+        if self.averages:
+            self.state_scale = weights.parameter("state_scale")
+        self.norm = norm(spec.norm, weights.inside("norm"))
+        self.w_first, self.b_first = weights.parameter("w_first"), weights.parameter("b_first")
+        self.w_second, self.b_second = weights.parameter("w_second"), weights.parameter("b_second")
+
+    def __call__(self, x_PD: jax.Array, previous_PZ: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        dtype = x_PD.dtype
+        state_PZ = projection.einsum("PD,DZ->PZ", x_PD, self.w_down[...].astype(dtype))
+        state_PZ = state_PZ + self.b_down[...].astype(dtype)
+        if self.averages:
+            assert previous_PZ is not None
+            state_PZ = state_PZ + self.state_scale[...].astype(dtype) * previous_PZ
+        x_PZ = projection.einsum("PZ,ZF->PF", self.norm(state_PZ), self.w_first[...].astype(dtype))
+        x_PZ = jax.nn.gelu(x_PZ + self.b_first[...].astype(dtype), approximate=False)
+        x_PZ = projection.einsum("PZ,ZF->PF", x_PZ, self.w_second[...].astype(dtype))
+        return jax.nn.gelu(x_PZ + self.b_second[...].astype(dtype), approximate=False), state_PZ
 
 
 def jittered_input(spec: RouterSpec, x_PD: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -38,6 +38,7 @@ class RoutingContext:
 
     token_P: mx.array | None = None
     previous_PE: mx.array | None = None
+    previous_PZ: mx.array | None = None
     forced_PK: mx.array | None = None
     key: mx.array | None = None
     inference: bool = False

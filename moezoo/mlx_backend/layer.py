@@ -43,12 +43,13 @@ class StepInputs(NamedTuple):
     exchange: Exchange | None
     wrap_block: WrapBlock | None
 
-    def routing_context(self, index: int, previous_PE: mx.array | None, key: mx.array | None) -> RoutingContext:
+    def routing_context(self, index: int, state: "ResidualState", key: mx.array | None) -> RoutingContext:
         """Spec: moezoo.core.reference.layer.StepInputs.routing_context."""
         return replace(
             self.given.get(index, NO_CONTEXT),
             token_P=self.tokens_BT.reshape(-1),
-            previous_PE=previous_PE,
+            previous_PE=state.previous_PE,
+            previous_PZ=state.previous_PZ,
             key=key,
             inference=self.inference,
             real_P=None if self.documents is None else self.documents.real_P,
@@ -62,6 +63,7 @@ class ResidualState(NamedTuple):
     shortcut_BTD: mx.array | None = None
     first_value_BTMH: mx.array | None = None
     previous_PE: mx.array | None = None
+    previous_PZ: mx.array | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -133,7 +135,7 @@ class Layer(nn.Module):
             seen_BTD = seen_BTD if self.spec.norm_placement == "parallel" else self.feed_forward_input(x_BTD)
         routing = dispatched = None
         if self.spec.moe is not None:
-            context = inputs.routing_context(index, state.previous_PE, key)
+            context = inputs.routing_context(index, state, key)
             out, routing, dispatched = self._block("moe", inputs, key)(
                 seen_BTD, context, raw_BTD=x_BTD, exchange=inputs.exchange, record=record, name=f"{name}.moe"
             )
@@ -153,8 +155,8 @@ class Layer(nn.Module):
         streams = self.scaled(streams)
         record[name] = streams
         first_value_BTMH = attended.value_BTMH if state.first_value_BTMH is None else state.first_value_BTMH
-        previous_PE = state.previous_PE if routing is None else routing.logits_PE
-        state = ResidualState(streams, shortcut_BTD, first_value_BTMH, previous_PE)
+        previous = (state.previous_PE, state.previous_PZ) if routing is None else (routing.logits_PE, routing.state_PZ)
+        state = ResidualState(streams, shortcut_BTD, first_value_BTMH, *previous)
         return state, LayerOutput(routing, dispatched, attended.cache, attended.index_loss, attended.source)
 
     def _attend(

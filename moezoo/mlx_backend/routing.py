@@ -7,12 +7,20 @@ from mlx import nn
 
 from moezoo.core.random import ROUTER_JITTER
 from moezoo.core.reference.routing import LEAST_WEIGHT
-from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec, TopPChoiceSpec
+from moezoo.core.spec import (
+    ExpertChoiceSpec,
+    HashChoiceSpec,
+    NoisyTopKChoiceSpec,
+    RouterMLPSpec,
+    RouterSpec,
+    TopPChoiceSpec,
+)
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.x86 import pays
 from moezoo.mlx_backend.kernels.x86.routing import softmax
+from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.quantization import as_array
 from moezoo.mlx_backend.random import fold_in, uniform
 
@@ -29,6 +37,7 @@ class Routing(NamedTuple):
     clean_logits_PE: mx.array | None
     noise_scale_PE: mx.array | None
     cutoff_E: mx.array | None
+    state_PZ: mx.array | None
 
 
 class Router(nn.Module):
@@ -40,6 +49,8 @@ class Router(nn.Module):
         self.w_router = weights.parameter("w_router")
         if spec.input == "normalized":
             self.input_scale = weights.parameter("input_scale")
+        if spec.mlp is not None:
+            self.mlp = RouterMLP(spec.mlp, weights.inside("mlp"))
         if spec.bias:
             self.b_router = weights.parameter("b_router")
         self.has_residual = spec.gating_residual and weights.has("w_residual")
@@ -60,7 +71,9 @@ class Router(nn.Module):
 
     def __call__(self, x_PD: mx.array, context: RoutingContext = NO_CONTEXT) -> Routing:
         spec, key = self.spec, context.key
-        x_PD = self._router_input(x_PD, key)
+        x_PD, state_PZ = self._router_input(x_PD, key), None
+        if spec.mlp is not None:
+            x_PD, state_PZ = self.mlp(x_PD, context.previous_PZ)
         logits_PE = self._linear(x_PD, context.previous_PE)
         if spec.temperature != 1:
             logits_PE = logits_PE / spec.temperature
@@ -104,6 +117,7 @@ class Router(nn.Module):
             clean_logits_PE,
             noise_scale_PE,
             choice.cutoff_E,
+            state_PZ,
         )
 
     def _router_input(self, x_PD: mx.array, key: mx.array | None) -> mx.array:
@@ -152,6 +166,31 @@ class Router(nn.Module):
         if spec.per_expert_scale:
             weight_PK = weight_PK * self.expert_scale.astype(mx.float32)[choice.expert_PK]
         return weight_PK
+
+
+class RouterMLP(nn.Module):
+    """Spec: moezoo.core.reference.routing.router_mlp; in the dtype of the router's products."""
+
+    def __init__(self, spec: RouterMLPSpec, weights: Weights):
+        super().__init__()
+        self.w_down, self.b_down = weights.parameter("w_down"), weights.parameter("b_down")
+        self.averages = spec.depth_average and weights.has("state_scale")
+        if self.averages:
+            self.state_scale = weights.parameter("state_scale")
+        self.norm = norm(spec.norm, weights.inside("norm"))
+        self.w_first, self.b_first = weights.parameter("w_first"), weights.parameter("b_first")
+        self.w_second, self.b_second = weights.parameter("w_second"), weights.parameter("b_second")
+
+    def __call__(self, x_PD: mx.array, previous_PZ: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        dtype = x_PD.dtype
+        state_PZ = projection.einsum("PD,DZ->PZ", x_PD, self.w_down.astype(dtype)) + self.b_down.astype(dtype)
+        if self.averages:
+            assert previous_PZ is not None
+            state_PZ = state_PZ + self.state_scale.astype(dtype) * previous_PZ
+        x_PZ = projection.einsum("PZ,ZF->PF", self.norm(state_PZ), self.w_first.astype(dtype))
+        x_PZ = nn.gelu(x_PZ + self.b_first.astype(dtype))
+        x_PZ = projection.einsum("PZ,ZF->PF", x_PZ, self.w_second.astype(dtype))
+        return nn.gelu(x_PZ + self.b_second.astype(dtype)), state_PZ
 
 
 def _uses_every_slot(spec: RouterSpec, context: RoutingContext) -> bool:

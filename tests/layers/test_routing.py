@@ -18,6 +18,8 @@ from tests.support.twins import D, E, F, K, P, Twin, V, assert_layer_matches, as
 
 X_PD, W_DE = normal(0, P, D), 0.5 * normal(1, D, E)
 TOKEN_P = np.random.default_rng(4).integers(0, V, P)
+Z = 11  # width of the router's MLP
+PREVIOUS_PZ = normal(28, P, Z)
 PREVIOUS_PE = normal(5, P, E + 2)  # logits of a layer with another number of experts
 KEY = random.key(6)
 VALUES = {
@@ -30,6 +32,14 @@ VALUES = {
     "w_noise": 0.3 * normal(12, D, E),
     "cutoff": 0.1 * np.abs(normal(14, E)),
     "cutoff_weight": np.array([0.5]),
+    "mlp.w_down": 0.5 * normal(20, D, Z),
+    "mlp.b_down": normal(21, Z),
+    "mlp.state_scale": 1 + 0.3 * normal(22, Z),
+    "mlp.norm.scale": 1 + 0.3 * normal(23, Z),
+    "mlp.w_first": 0.5 * normal(24, Z, Z),
+    "mlp.b_first": normal(25, Z),
+    "mlp.w_second": 0.5 * normal(26, Z, Z),
+    "mlp.b_second": normal(27, Z),
     "hash_table": np.random.default_rng(13).permuted(np.tile(np.arange(E), (V, 1)), axis=1)[:, :K].astype(float),
 }
 STATE = {"selection_bias", "cutoff", "cutoff_weight", "hash_table"}
@@ -50,6 +60,7 @@ ROUTERS: dict[str, dict] = {
     "p norm": {"top_k": 3, "renormalize": "p_norm", "renormalize_order": 2.5},
     "normalized input": {"input": "normalized", "per_expert_scale": True, "input_epsilon": 1e-4},
     "residual, temperature and cap": {"gating_residual": True, "temperature": 0.7, "softcap": 2.0, "bias": True},
+    "mlp": {"mlp": {"hidden_dim": Z, "depth_average": True, "norm": {"epsilon": 0.1}}, "renormalize": "none"} | BIAS,
     "jitter of the input": {"jitter": {"of": "input", "amount": 0.3}},
     "jitter of the logits": {"jitter": {"of": "logits", "amount": 0.3}, "score": "sigmoid"},
     "noise": {"choice": {"kind": "noisy_top_k"}},
@@ -76,33 +87,38 @@ def values_of(spec: RouterSpec) -> dict[str, np.ndarray]:
         "cutoff_weight": spec.choice.kind == "expert_choice",
         "hash_table": spec.choice.kind == "hash",
     }
-    return {name: value for name, value in VALUES.items() if asked[name]}
+    asked |= {name: spec.mlp is not None for name in VALUES if name.startswith("mlp.")}
+    values = {name: value for name, value in VALUES.items() if asked[name]}
+    return values if spec.mlp is None else values | {"w_router": values["w_router"][:Z]}
 
 
-def router(twin: Twin, spec: RouterSpec, w_DE=W_DE):
-    return twin.module("routing").Router(spec, twin.weights(values_of(spec) | {"w_router": w_DE}))
+def router(twin: Twin, spec: RouterSpec, w_DE=None):
+    own = {} if w_DE is None else {"w_router": w_DE}
+    return twin.module("routing").Router(spec, twin.weights(values_of(spec) | own))
 
 
 def context_of(twin: Twin, forced_PK=None, **masks):
-    given = {"token_P": TOKEN_P, "previous_PE": PREVIOUS_PE, "key": KEY, "forced_PK": forced_PK} | masks
+    previous = {"previous_PE": PREVIOUS_PE, "previous_PZ": PREVIOUS_PZ}
+    given = {"token_P": TOKEN_P, "key": KEY, "forced_PK": forced_PK} | previous | masks
     arrays = {name: twin.array(value) for name, value in given.items() if value is not None}
     return twin.module("choice").RoutingContext(**arrays)
 
 
-def routed(twin: Twin, spec: RouterSpec, x_PD=X_PD, w_DE=W_DE, forced_PK=None, **masks) -> Routing:
+def routed(twin: Twin, spec: RouterSpec, x_PD=X_PD, w_DE=None, forced_PK=None, **masks) -> Routing:
     routing = router(twin, spec, w_DE)(twin.array(x_PD), context_of(twin, forced_PK, **masks))
     return Routing(*(None if value is None else twin.numpy(value) for value in routing), margin_P=None)
 
 
 def reference(spec: RouterSpec, values=None, x_PD=X_PD, forced_PK=None, key=KEY, **masks) -> Routing:
     values = {**values_of(spec), **(values or {})}
-    return route(spec, values, x_PD, RoutingContext(TOKEN_P, PREVIOUS_PE, forced_PK, key, **masks))
+    return route(spec, values, x_PD, RoutingContext(TOKEN_P, PREVIOUS_PE, PREVIOUS_PZ, forced_PK, key, **masks))
 
 
 def side_by_side(namespace, routing: Routing):
     """All that has a gradient, [P, ...]."""
     noise = [] if routing.noise_scale_PE is None else [routing.clean_logits_PE, routing.noise_scale_PE]
-    return namespace.concatenate([routing.weight_PK, routing.score_PE, routing.logits_PE, *noise], axis=-1)
+    state = [] if routing.state_PZ is None else [routing.state_PZ]
+    return namespace.concatenate([routing.weight_PK, routing.score_PE, routing.logits_PE, *noise, *state], axis=-1)
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -140,6 +156,28 @@ def test_gradient_reaches_the_logits_of_the_layer_before(twin):
         values_of(spec),
         PREVIOUS_PE,
     )
+
+
+def test_gradient_reaches_the_state_of_the_layer_before(twin):
+    spec, on_device = RouterSpec(top_k=K, mlp=SPECS["mlp"].mlp), twin.module("choice").RoutingContext
+    assert_layer_matches(
+        twin,
+        router(twin, spec),
+        lambda layer, previous: layer(twin.array(X_PD), on_device(previous_PZ=previous)).logits_PE,
+        lambda values, previous: route(spec, values, X_PD, RoutingContext(previous_PZ=previous)).logits_PE,
+        values_of(spec),
+        PREVIOUS_PZ,
+    )
+
+
+def test_a_state_holds_that_of_all_layers_before(twin):
+    """With no input, the third layer's state is the first layer's, times both scales."""
+    spec, zeros = SPECS["mlp"], np.zeros((P, D))
+    values = values_of(spec) | {"mlp.b_down": np.zeros(Z)}
+    layer, state = twin.module("routing").Router(spec, twin.weights(values)), twin.array(PREVIOUS_PZ)
+    for _ in range(2):
+        state = layer(twin.array(zeros), twin.module("choice").RoutingContext(previous_PZ=state)).state_PZ
+    assert_close(twin.numpy(state), PREVIOUS_PZ * VALUES["mlp.state_scale"] ** 2, FLOAT32)
 
 
 def test_the_first_mixture_has_no_gating_residual(twin):
@@ -329,7 +367,7 @@ def test_reference_gradient_agrees_with_finite_differences(kind):
     def weights(x_PD, *arrays):
         return side_by_side(autograd.numpy, reference(spec, dict(zip(names, arrays, strict=True)), x_PD))
 
-    assert_reference_gradient(weights, X_PD, *(VALUES[name] for name in names))
+    assert_reference_gradient(weights, X_PD, *(values_of(spec)[name] for name in names))
 
 
 # --- properties of many routers --------------------------------------------------------------------------------------
@@ -341,7 +379,9 @@ logits_of = st.lists(
 )
 examples = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 UNBIASED = [name for name, fields in ROUTERS.items() if not fields.keys() & {"selection_bias", "choice", "jitter"}]
-OF_LOGITS = [name for name in UNBIASED if SPECS[name].input == "hidden" and not SPECS[name].gating_residual]
+OF_LOGITS = [
+    name for name in UNBIASED if SPECS[name].input == "hidden" and not SPECS[name].gating_residual and name != "mlp"
+]
 
 
 def of_logits(twin: Twin, spec: RouterSpec, eighths) -> list[Routing]:

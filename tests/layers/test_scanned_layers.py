@@ -59,7 +59,14 @@ ONE_BY_ONE = {
     "mixed": mixed(),
     **{
         name: tiny(name, 3)
-        for name in ("noisy_top_k", "softmax_with_bias", "gating_residual", "value_residual", "global_balance")
+        for name in (
+            "noisy_top_k",
+            "softmax_with_bias",
+            "gating_residual",
+            "router_mlp",
+            "value_residual",
+            "global_balance",
+        )
     },
     **{name: tiny(name, 2) for name in ("dropout", "layer_inputs", "expert_choice", "depth_scaled")},
 }

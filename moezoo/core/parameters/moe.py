@@ -10,6 +10,7 @@ from moezoo.core.spec import (
     MoESpec,
     NoisyTopKChoiceSpec,
     ParallelFeedForwardSpec,
+    RouterMLPSpec,
     ZeroComputationSpec,
 )
 
@@ -42,7 +43,10 @@ def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Itera
     router, d, e = spec.router, rows.embed_dim, spec.num_choices
     if router.input == "normalized":
         yield rows.vector(f"{name}.input_scale", (d,), ("embed",), "router", ONES)
-    yield rows.matrix(f"{name}.w_router", (d, e), ("embed", "expert"), "router")
+    width, axis = (d, "embed") if router.mlp is None else (router.mlp.hidden_dim, "latent")
+    if router.mlp is not None:
+        yield from _router_mlp(rows, f"{name}.mlp", router.mlp, previous)
+    yield rows.matrix(f"{name}.w_router", (width, e), (axis, "expert"), "router")
     if router.bias:
         yield rows.vector(f"{name}.b_router", (e,), ("expert",), "router")
     if router.gating_residual and previous is not None:
@@ -53,7 +57,7 @@ def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Itera
         yield rows.state(f"{name}.selection_bias", (e,), ("expert",), "router")
     match router.choice:
         case NoisyTopKChoiceSpec():
-            yield rows.matrix(f"{name}.w_noise", (d, e), ("embed", "expert"), "router", ZEROS)
+            yield rows.matrix(f"{name}.w_noise", (width, e), (axis, "expert"), "router", ZEROS)
         case HashChoiceSpec():
             table = Initializer("hash_table", value=float(e))
             shape = (rows.spec.vocab, router.top_k)
@@ -61,6 +65,18 @@ def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Itera
         case ExpertChoiceSpec():
             yield rows.state(f"{name}.cutoff", (e,), ("expert",), "router")
             yield rows.state(f"{name}.cutoff_weight", (1,), ("one",), "router")
+
+
+def _router_mlp(rows: Rows, name: str, spec: RouterMLPSpec, previous: int | None) -> Iterator[Parameter]:
+    z = spec.hidden_dim
+    yield rows.matrix(f"{name}.w_down", (rows.embed_dim, z), ("embed", "latent"), "router")
+    yield rows.vector(f"{name}.b_down", (z,), ("latent",), "router")
+    if spec.depth_average and previous is not None:
+        yield rows.vector(f"{name}.state_scale", (z,), ("latent",), "router", ONES)
+    yield from rows.norm(f"{name}.norm", spec.norm, (z,), ("latent",))
+    for layer in ("first", "second"):
+        yield rows.matrix(f"{name}.w_{layer}", (z, z), ("latent", "latent"), "router")
+        yield rows.vector(f"{name}.b_{layer}", (z,), ("latent",), "router")
 
 
 def _constant_experts(rows: Rows, name: str, spec: ZeroComputationSpec) -> Iterator[Parameter]:

@@ -49,6 +49,7 @@ class RoutingContext:
     Fields:
         token_P: int, the tokens' ids in the vocabulary; only `choice: hash` reads them.
         previous_PE: logits of the previous MoE layer; only a gating residual reads them.
+        previous_PZ: state of the router's MLP of the previous MoE layer; only an MLP with a depth average reads it.
         forced_PK: int, experts to use in place of the router's own choice: UNUSED in an unused slot; NOT_REPLAYED in
             the slots of a token for which the router chooses freely. Weights and cutoffs are still the router's own.
             With it, two implementations can be compared where near ties would let them choose differently.
@@ -63,6 +64,7 @@ class RoutingContext:
 
     token_P: Array | None = None
     previous_PE: Array | None = None
+    previous_PZ: Array | None = None
     forced_PK: Array | None = None
     key: Array | None = None
     inference: bool = False

@@ -40,12 +40,13 @@ class StepInputs(NamedTuple):
     inference: bool
     documents: Documents | None
 
-    def routing_context(self, index: int, previous_PE: Array | None, key: Array | None) -> RoutingContext:
-        """Return the context of the MoE layer `index`, from the layer's key and the logits of the one before."""
+    def routing_context(self, index: int, state: "ResidualState", key: Array | None) -> RoutingContext:
+        """Return the context of the MoE layer `index`, from the layer's key and what the router before left."""
         return replace(
             self.given.get(index, NO_CONTEXT),
             token_P=self.tokens_BT.reshape(-1),
-            previous_PE=previous_PE,
+            previous_PE=state.previous_PE,
+            previous_PZ=state.previous_PZ,
             key=key,
             inference=self.inference,
             real_P=None if self.documents is None else self.documents.real_P,
@@ -60,12 +61,14 @@ class ResidualState(NamedTuple):
         shortcut_BTD: output of an MoE that is added at the end of the next layer, or None.
         first_value_BTMH: values of the first layer's attention, for value residuals.
         previous_PE: logits of the previous MoE layer's router, for gating residuals.
+        previous_PZ: state of the MLP of that router, for depth averages; None without one.
     """
 
     streams: Streams
     shortcut_BTD: Array | None = None
     first_value_BTMH: Array | None = None
     previous_PE: Array | None = None
+    previous_PZ: Array | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -117,7 +120,7 @@ def layer(
             seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
     routing = None
     if spec.moe is not None:
-        context, own = inputs.routing_context(index, state.previous_PE, key), inside(parameters, "moe")
+        context, own = inputs.routing_context(index, state, key), inside(parameters, "moe")
         out, routing = moe(spec.moe, own, seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe")
         record[f"{name}.moe"] = out
     shortcut_BTD = _added(model, out, key, SHORTCUT_DROPOUT) if spec.shortcut else None
@@ -133,8 +136,8 @@ def layer(
         streams = streams + out
     streams = record[name] = streams * parameters["output_scale"] if spec.output_scale else streams
     first_value_BTMH = attended.value_BTMH if index == 0 else state.first_value_BTMH
-    previous_PE = state.previous_PE if routing is None else routing.logits_PE
-    state = ResidualState(streams, shortcut_BTD, first_value_BTMH, previous_PE)
+    previous = (state.previous_PE, state.previous_PZ) if routing is None else (routing.logits_PE, routing.state_PZ)
+    state = ResidualState(streams, shortcut_BTD, first_value_BTMH, *previous)
     return state, LayerOutput(routing, attended.index_loss, attended.source)
 
 

@@ -6,9 +6,11 @@ import autograd.numpy as np
 from autograd.tracer import getval
 
 from moezoo.core.random import ROUTER_JITTER, Bits, fold_in, uniform
-from moezoo.core.reference import Array, Parameters, adapter
+from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.choice import NO_CONTEXT, Choice, RoutingContext, choose, noisy
-from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterSpec
+from moezoo.core.reference.feed_forward import exact_gelu
+from moezoo.core.reference.normalization import normalize
+from moezoo.core.spec import ExpertChoiceSpec, HashChoiceSpec, NoisyTopKChoiceSpec, RouterMLPSpec, RouterSpec
 
 LEAST_WEIGHT = 1e-30  # of a moving average: only the 0 from before the first step is less
 
@@ -26,6 +28,7 @@ class Routing(NamedTuple):
         selection_PE: values that the choice compared; minus infinity for excluded experts. No gradient.
         clean_logits_PE, noise_scale_PE: logits before the noise, and its standard deviation; None without noise.
         cutoff_E: lowest score that each expert took (expert choice in training), else None.
+        state_PZ: state of the router's MLP, for the next MoE layer; None without one.
         margin_P: only in the reference: relative distance of the nearest decision from the opposite one.
     """
 
@@ -38,6 +41,7 @@ class Routing(NamedTuple):
     clean_logits_PE: Array | None
     noise_scale_PE: Array | None
     cutoff_E: Array | None
+    state_PZ: Array | None
     margin_P: Array
 
 
@@ -48,7 +52,7 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
         spec: the router, a point in the algebra; its docstring has the formulas, the functions below compute them.
         parameters: `w_router` [D, E], and what the spec asks for: `input_scale` [D], `b_router` [E], `w_residual`
             [E of the previous MoE layer, E], `expert_scale` [E], `selection_bias` [E], `w_noise` [D, E],
-            `hash_table` [V, K], `cutoff` [E] with `cutoff_weight` [1].
+            `hash_table` [V, K], `cutoff` [E] with `cutoff_weight` [1]; with an MLP its own, its width for D.
         x_PD: tokens.
         context: token ids, the previous router's logits, forced, silenced and excluded experts, key, padding, and
             whether to route as generation does.
@@ -59,6 +63,9 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
     """
     key = context.key
     x_PD = _router_input(spec, parameters, x_PD, key)
+    state_PZ = None
+    if spec.mlp is not None:
+        x_PD, state_PZ = router_mlp(spec.mlp, inside(parameters, "mlp"), x_PD, context.previous_PZ)
     logits_PE = _linear(spec, parameters, x_PD, context.previous_PE) / spec.temperature
     if spec.softcap is not None:
         logits_PE = spec.softcap * np.tanh(logits_PE / spec.softcap)
@@ -95,6 +102,7 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
         clean_logits_PE,
         noise_scale_PE,
         choice.cutoff_E,
+        state_PZ,
         choice.margin_P,
     )
 
@@ -117,6 +125,31 @@ def _router_input(spec: RouterSpec, parameters: Parameters, x_PD: Array, key: Bi
         mean_square_P1 = np.mean(x_PD**2, axis=-1, keepdims=True)
         x_PD = x_PD / np.sqrt(mean_square_P1 + spec.input_epsilon) * parameters["input_scale"] / np.sqrt(x_PD.shape[-1])
     return x_PD
+
+
+def router_mlp(
+    spec: RouterMLPSpec, parameters: Parameters, x_PD: Array, previous_PZ: Array | None = None
+) -> tuple[Array, Array]:
+    """Return what the router's matrix multiplies, [P, Z], and the state for the next MoE layer, [P, Z].
+
+        state = x w_down + b_down + state_scale * previous state
+        output = gelu(gelu(norm(state) w_first + b_first) w_second + b_second)
+
+    Args:
+        spec: the MLP; without `depth_average`, and in the first MoE layer, nothing is added to the state.
+        parameters: `w_down` [D, Z], `w_first` and `w_second` [Z, Z], a bias [Z] of each, those of `norm`, and
+            `state_scale` [Z] if there is something to add.
+        x_PD: the router's input.
+        previous_PZ: state of the previous MoE layer's router.
+
+    Source: Anthony et al. 2025 (ZAYA1), arXiv 2511.17127; transformers 5.23, zaya (`ZayaRouter`), GELU by erf.
+    """
+    state_PZ = adapter.einsum("PD,DZ->PZ", x_PD, parameters["w_down"]) + parameters["b_down"]
+    if "state_scale" in parameters:
+        state_PZ = state_PZ + parameters["state_scale"] * previous_PZ
+    x_PZ = normalize(spec.norm, inside(parameters, "norm"), state_PZ)
+    x_PZ = exact_gelu(adapter.einsum("PZ,ZF->PF", x_PZ, parameters["w_first"]) + parameters["b_first"])
+    return exact_gelu(adapter.einsum("PZ,ZF->PF", x_PZ, parameters["w_second"]) + parameters["b_second"]), state_PZ
 
 
 def _jitter(amount: float, key: Bits, shape: tuple[int, ...]) -> Array:

@@ -276,6 +276,8 @@ def _weights(router: RouterSpec) -> str:
         (router.score if router.weight == "score" else router.weight.replace("_", " "), True),
         ("of a normalized input", router.input == "normalized"),
         ("with a bias", router.bias),
+        ("" if router.mlp is None else f"of an MLP {router.mlp.hidden_dim}", router.mlp is not None),
+        ("averaged over depth", router.mlp is not None and router.mlp.depth_average),
         ("with a gating residual", router.gating_residual),
         (f"temperature {router.temperature:g}", router.temperature != 1),
         (f"softcap {router.softcap}", router.softcap is not None),

@@ -1,5 +1,6 @@
 """The whole model as data."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -15,6 +16,7 @@ from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec
 from moezoo.core.spec.residual import DepthScaledResidualSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.spec.routing import RouterSpec
 
 MAX_LAYERS = 2_000
 """Largest number of layers of a model; the deepest published ones have 1,000 (DeepNet, arXiv 2203.00555)."""
@@ -184,13 +186,22 @@ class ModelSpec(Part):
                 "is true, but it mixes the first layer's values into later layers, and none of them has it",
                 "Remove it, or set it on later layers too",
             )
-        gated = [(place, layer.moe.router.gating_residual) for place, layer in places if layer.moe is not None]
-        if gated and gated[0][1] and not any(residual for _, residual in gated[1:]):
-            raise impossible(
-                f"layers[{gated[0][0]}].moe.router.gating_residual",
-                "is true, but there is no MoE layer before this one, and no later one has it",
-                "Remove it, or set it on later MoE layers too",
-            )
+        routers = [(place, layer.moe.router) for place, layer in places if layer.moe is not None]
+        for name, of in (("gating_residual", _gating_residual), ("mlp.depth_average", _depth_average)):
+            if routers and of(routers[0][1]) and not any(of(router) for _, router in routers[1:]):
+                raise impossible(
+                    f"layers[{routers[0][0]}].moe.router.{name}",
+                    "is true, but there is no MoE layer before this one, and no later one has it",
+                    "Remove it, or set it on later MoE layers too",
+                )
+        for (_, before), (place, router) in pairwise(routers):
+            width = None if before.mlp is None else before.mlp.hidden_dim
+            if router.mlp is not None and router.mlp.depth_average and width != router.mlp.hidden_dim:
+                raise impossible(
+                    f"layers[{place}].moe.router.mlp.depth_average",
+                    f"is true, but the router of the MoE layer before has no state of {router.mlp.hidden_dim}",
+                    "Use the same mlp.hidden_dim in both, or remove it",
+                )
 
     def _check_shared_layers(self) -> None:
         """Raise if `keys_of_layer` or `indexer_of_layer` names a layer without what this layer needs."""
@@ -339,6 +350,14 @@ class ModelSpec(Part):
                 "model.vocab_size is null; expected a number when the model is built. Set it, or set a tokenizer."
             )
         return self.vocab_size
+
+
+def _gating_residual(router: RouterSpec) -> bool:
+    return router.gating_residual
+
+
+def _depth_average(router: RouterSpec) -> bool:
+    return router.mlp is not None and router.mlp.depth_average
 
 
 def _check_shared_keys(attention: GroupedQueryAttentionSpec, other: AttentionSpec, source: int, path: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.base import Part, default_kind, impossible
+from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 
 # --- choice: the experts chosen for each token -----------------------------------------------------------------------
 
@@ -133,15 +134,29 @@ class JitterSpec(Part):
     amount: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
 
+class RouterMLPSpec(Part):
+    """MLP before the router's matrix, with a state that may be averaged over depth.
+
+    The state is `h = x w_down + b_down`, `hidden_dim` wide. With `depth_average` the state of the previous MoE layer,
+    times a learned scale per feature, is added to it, and the sum is what the next one sees (exponential depth
+    averaging); the first MoE layer has none to add. Two layers with exact GELU follow its `norm`, and their output is
+    what the router's matrix multiplies. Source: Anthony et al. 2025 (ZAYA1), arXiv 2511.17127; transformers 5.23, zaya.
+    """
+
+    hidden_dim: PositiveInt
+    depth_average: bool = False
+    norm: NormSpec = RMSNormSpec()
+
+
 class RouterSpec(Part):
     """Router that chooses K of E experts for each token and weights them; a point in the router algebra.
 
     In order of computation:
 
     - `input`: the `hidden` state, or `normalized`: divided by its root mean square (`input_epsilon` is added to the
-      mean square), times a learned scale, divided by sqrt(D) (Gemma 4). `gating_residual`: the previous MoE layer's
-      logits, multiplied by a learned matrix, are added to this layer's (MoE++, arXiv 2410.07348, eq. 6); the first MoE
-      layer has none to add.
+      mean square), times a learned scale, divided by sqrt(D) (Gemma 4). `mlp`: the router's matrix multiplies the
+      output of a small network of it instead (ZAYA1). `gating_residual`: the previous MoE layer's logits, multiplied by
+      a learned matrix, are added to this layer's (MoE++, arXiv 2410.07348, eq. 6); the first MoE layer has none to add.
     - `bias`: the router's linear layer has one. `dtype` of its matrix product: `float32` regardless of the model's
       compute dtype (Zoph et al. 2022, arXiv 2202.08906), or `compute`.
     - logits are divided by `temperature`, then capped: `softcap * tanh(logit / softcap)`.
@@ -158,6 +173,7 @@ class RouterSpec(Part):
     top_k: PositiveInt
     input: Literal["hidden", "normalized"] = "hidden"
     input_epsilon: PositiveFloat = 1e-6
+    mlp: RouterMLPSpec | None = None
     gating_residual: bool = False
     bias: bool = False
     dtype: Literal["float32", "compute"] = "float32"
@@ -176,6 +192,11 @@ class RouterSpec(Part):
     per_expert_scale: bool = False
     apply_to: Literal["output", "input"] = "output"
     jitter: JitterSpec | None = None
+
+    @property
+    def reads_previous(self) -> bool:
+        """True if it takes something from the router of the previous MoE layer: its logits, or the state of its MLP."""
+        return self.gating_residual or (self.mlp is not None and self.mlp.depth_average)
 
     @property
     def selection_basis(self) -> Literal["score", "logits"]:

@@ -129,7 +129,7 @@ def _uses_another_layer(layer: LayerSpec) -> bool:
         attention.keys_of_layer is not None or attention.value_residual
     )
     shared = shared or (isinstance(attention, LatentAttentionSpec) and attention.indexer_of_layer is not None)
-    return shared or layer.shortcut or (moe is not None and moe.router.gating_residual)
+    return shared or layer.shortcut or (moe is not None and moe.router.reads_previous)
 
 
 def _compiled(config: Config) -> CompiledStep:

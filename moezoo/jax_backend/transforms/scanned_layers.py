@@ -183,27 +183,29 @@ class ScannedTransformer(Transformer):
     ) -> tuple[ResidualState, list[LayerOutput]]:
         """Scan the layers of a run. State that is passed to other layers than the next stays as it came."""
         graph, stacked_state = nnx.split(self.layers[_name(run)])
-        chained = state.previous_PE if _takes_logits(self.spec.all_layers[run.start]) else None
+        chained = _reads_previous(self.spec.all_layers[run.start])
 
-        def one_layer(carried: tuple[Streams, jax.Array | None], own: Any) -> Any:
-            streams, previous_PE = carried
+        def one_layer(carried: tuple[Streams, jax.Array | None, jax.Array | None], own: Any) -> Any:
+            streams, previous_PE, previous_PZ = carried
             own_state, index, input_BTZ, context = own
             layer = nnx.merge(graph, own_state)
-            entering = state._replace(streams=streams, previous_PE=previous_PE)
+            entering = state._replace(streams=streams, previous_PE=previous_PE, previous_PZ=previous_PZ)
             own_inputs = inputs._replace(given={} if context is None else {run.start: context})
             leaving, output = layer(entering, own_inputs, index, input_BTZ, sources)
             output = output._replace(source=None)  # ignored: a layer that others attend to stays alone
-            return (leaving.streams, None if chained is None else leaving.previous_PE), output
+            return (leaving.streams, *((leaving.previous_PE, leaving.previous_PZ) if chained else (None, None))), output
 
         indices = jnp.arange(run.start, run.stop)
         contexts = [inputs.given[index] for index in run if index in inputs.given]
         context = jax.tree.map(lambda *own: jnp.stack(own), *contexts) if contexts else None
         each = (stacked_state, indices, inputs_LBTZ, context)
-        (streams, _), stacked_outputs = lax.scan(one_layer, (state.streams, chained), each)
+        entering = (state.previous_PE, state.previous_PZ) if chained else (None, None)
+        (streams, *_), stacked_outputs = lax.scan(one_layer, (state.streams, *entering), each)
         outputs = _each(stacked_outputs, len(run))
         routing = outputs[-1].routing
-        previous_PE = state.previous_PE if routing is None else routing.logits_PE
-        return state._replace(streams=streams, previous_PE=previous_PE), outputs
+        if routing is not None:
+            state = state._replace(previous_PE=routing.logits_PE, previous_PZ=routing.state_PZ)
+        return state._replace(streams=streams), outputs
 
 
 class GradientMeans:
@@ -274,8 +276,8 @@ def _once(layer: LayerSpec) -> LayerSpec:
     return layer.model_copy(update={"repeat": 1})
 
 
-def _takes_logits(layer: LayerSpec) -> bool:
-    return layer.moe is not None and layer.moe.router.gating_residual
+def _reads_previous(layer: LayerSpec) -> bool:
+    return layer.moe is not None and layer.moe.router.reads_previous
 
 
 def _each(stacked: Any, length: int) -> list[Any]:

@@ -195,6 +195,11 @@ def test_shortcut_layer_names_both_feed_forwards():
             "with a gating residual, renormalized by p-norm, times 2.5, times a scale per expert; dropless",
         ),
         (
+            {"mlp": {"hidden_dim": 3, "depth_average": True}},
+            {},
+            "2 of 6 experts, SwiGLU 8; softmax, of an MLP 3, averaged over depth, renormalized; dropless",
+        ),
+        (
             {"bias": True, "dtype": "compute"},
             {"shared": {"kind": "parallel", "feed_forward": {"kind": "geglu", "hidden_dim": 4}}},
             "2 of 6 experts, SwiGLU 8; GeGLU 4 in parallel; softmax, with a bias, renormalized, in the compute dtype; "

@@ -539,6 +539,16 @@ CASES = {
         "model.layers[1].moe.router.gating_residual is true, but there is no MoE layer before this one, and no later "
         "one has it (x.yaml). Remove it, or set it on later MoE layers too.",
     ),
+    "depth_average on the first MoE layer alone": (
+        model(layer(moe=moe_of({"mlp": {"hidden_dim": 3, "depth_average": True}})), layer()),
+        "model.layers[0].moe.router.mlp.depth_average is true, but there is no MoE layer before this one, and no later "
+        "one has it (x.yaml). Remove it, or set it on later MoE layers too.",
+    ),
+    "depth_average behind a router without an MLP": (
+        model(layer(), layer(moe=moe_of({"mlp": {"hidden_dim": 3, "depth_average": True}}))),
+        "model.layers[1].moe.router.mlp.depth_average is true, but the router of the MoE layer before has no state of "
+        "3 (x.yaml). Use the same mlp.hidden_dim in both, or remove it.",
+    ),
     # the rest of a config
     "no data": (
         {"data": {"sources": []}},
