@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT_DROPOUT
-from moezoo.core.spec import LayerSpec, ModelSpec, NoAttentionSpec
+from moezoo.core.spec import BlockFactorsSpec, LayerSpec, ModelSpec, NoAttentionSpec
 from moezoo.mlx_backend.adapter import keyed
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
@@ -122,15 +122,18 @@ class Layer(nn.Module):
         key = None if inputs.key is None else fold_in(inputs.key, index)
         streams = state.streams
         if self.spec.has_mixer:
+            streams = self.attention_stream(streams)
             x_BTD, connection = self.attention_residual.read(streams, 2 * index)
             seen_BTD = self.attention_input(x_BTD)
             attended = self._attend(seen_BTD, state, inputs, key, index, sources)
             record[f"{name}.attention"] = attended.out_BTD
             out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+            streams, out = _weighted(self.spec.attention_factors, streams, out)
             streams = self.attention_residual.write(streams, connection, out, 2 * index)
         else:
             attended = self._attend(streams, state, inputs, key, index, sources)
         if not self.spec.mixer_only:
+            streams = self.feed_forward_stream(streams)
             x_BTD, connection = self.feed_forward_residual.read(streams, 2 * index + 1)
             seen_BTD = seen_BTD if self.spec.norm_placement == "parallel" else self.feed_forward_input(x_BTD)
         routing = dispatched = None
@@ -146,6 +149,7 @@ class Layer(nn.Module):
             record[f"{name}.feed_forward"] = out
         if not self.spec.mixer_only:
             out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
+            streams, out = _weighted(self.spec.feed_forward_factors, streams, out)
             streams = self.feed_forward_residual.write(streams, connection, out, 2 * index + 1)
         streams = streams if state.shortcut_BTD is None else streams + state.shortcut_BTD
         if input_BTZ is not None:
@@ -193,15 +197,19 @@ class Layer(nn.Module):
         block = keyed(self.adapter, self[name], name, key)
         return block if inputs.wrap_block is None else inputs.wrap_block(block, name)
 
+    def attention_stream(self, streams: Streams) -> Streams:
+        """The stream, normalized where the norm is one of the stream itself."""
+        return self.attention_norm(streams) if self.spec.norm_placement == "stream" else streams
+
     def attention_input(self, x_BTD: mx.array) -> mx.array:
-        """Pre-attention norm, with its gate if there is one, unless the norm comes after."""
-        normed = x_BTD if self.spec.norm_placement == "post" else self.attention_norm(x_BTD)
+        """Norm before attention, unless it is one of the stream or after it; with its gate if there is one."""
+        normed = x_BTD if self.spec.norm_placement in ("post", "stream") else self.attention_norm(x_BTD)
         return normed if self.spec.attention_norm_gate is None else self.attention_norm_gate(normed)
 
     def attention_output(self, out_BTD: mx.array) -> mx.array:
         """Post-attention norm, where there is one."""
         match self.spec.norm_placement:
-            case "pre" | "parallel":
+            case "pre" | "parallel" | "stream":
                 return out_BTD
             case "post":
                 return self.attention_norm(out_BTD)
@@ -210,15 +218,19 @@ class Layer(nn.Module):
             case _:
                 assert_never(self.spec.norm_placement)
 
+    def feed_forward_stream(self, streams: Streams) -> Streams:
+        """As `attention_stream`."""
+        return self.feed_forward_norm(streams) if self.spec.norm_placement == "stream" else streams
+
     def feed_forward_input(self, x_BTD: mx.array) -> mx.array:
         """As `attention_input`; not of a parallel layer, whose feed-forward has the input of attention."""
-        normed = x_BTD if self.spec.norm_placement == "post" else self.feed_forward_norm(x_BTD)
+        normed = x_BTD if self.spec.norm_placement in ("post", "stream") else self.feed_forward_norm(x_BTD)
         return normed if self.spec.feed_forward_norm_gate is None else self.feed_forward_norm_gate(normed)
 
     def feed_forward_output(self, out_BTD: mx.array) -> mx.array:
         """Post-feed-forward norm, where there is one."""
         match self.spec.norm_placement:
-            case "pre" | "parallel":
+            case "pre" | "parallel" | "stream":
                 return out_BTD
             case "post":
                 return self.feed_forward_norm(out_BTD)
@@ -237,6 +249,12 @@ class Layer(nn.Module):
         """Apply dropout and the residual multiplier to what is added to the residual stream."""
         out_BTD = dropout(out_BTD, self.dropout, None if key is None else fold_in(key, purpose))
         return out_BTD if self.residual_multiplier == 1 else out_BTD * self.residual_multiplier
+
+
+def _weighted(factors: BlockFactorsSpec, streams: Streams, out_BTD: mx.array) -> tuple[Streams, mx.array]:
+    """Multiply the stream and what is added to it by their factors."""
+    streams = streams if factors.stream == 1 else streams * factors.stream
+    return streams, out_BTD if factors.block == 1 else out_BTD * factors.block
 
 
 def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:

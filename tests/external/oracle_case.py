@@ -222,6 +222,34 @@ def with_mixed_experts(shapes: Shapes) -> Shapes:
     return even | {name: shape for name, shape in shapes.items() if not re.search(r"layers\.\d*[02468]\.", name)}
 
 
+def without_decays(shapes: Shapes) -> Shapes:
+    """Remove the buffers of lightning attention, which follow from the config; transformers saves and requires them."""
+    return {name: shape for name, shape in shapes.items() if not re.search("slope_rate|_decay$", name)}
+
+
+def with_decays(heads: int, block: int) -> Callable[[Stored], Stored]:
+    """Return the inverse of `without_decays`."""
+
+    def added(tensors: Stored) -> Stored:
+        depth = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
+        found, place = dict(tensors), np.arange(1, block + 1)
+        between = place[:, None] - place[None, :]
+        for name in [name for name in tensors if name.endswith("self_attn.qkv_proj.weight")]:
+            start, layer = name.removesuffix("qkv_proj.weight"), int(name.split(".")[2])
+            rates = 2.0 ** (-8 * np.arange(1, heads + 1) / heads) * (1 - layer / (depth - 1 + 1e-5) + 1e-5)
+            rate = rates[:, None, None]
+            buffers = {
+                "slope_rate": rate,
+                "query_decay": np.exp(-rate * place[:, None]),
+                "key_decay": np.exp(-rate * (block - place[:, None])),
+                "diagonal_decay": np.where(between >= 0, np.exp(-rate * np.maximum(between, 0)), 0)[None],
+            }
+            found |= {f"{start}{key}": ("F32", value.astype(np.float32)) for key, value in buffers.items()}
+        return found
+
+    return added
+
+
 def with_prediction_layer(shapes: Shapes) -> Shapes:
     """Add DeepSeek's multi-token prediction layer, numbered after the last layer, with its other tensors."""
     embed, last = (

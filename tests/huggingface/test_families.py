@@ -36,7 +36,17 @@ def main_cases() -> list[str]:
 # Compiling is what takes JAX long. Every case runs on MLX, and test_tiny_configs.py holds JAX to the reference in every
 # feature that a family can have. So the gate computes on JAX one fixture of each kind of attention, and of three it
 # decodes and differentiates; the release tests compute every fixture, and decode and differentiate one of each family.
-ON_JAX = {"deepseek_v32", "gemma4_text", "gpt_oss", "jamba", "lfm2_moe", "llama4_text", "nemotron_h", "qwen3_next"}
+ON_JAX = {
+    "deepseek_v32",
+    "gemma4_text",
+    "gpt_oss",
+    "jamba",
+    "lfm2_moe",
+    "llama4_text",
+    "minimax",
+    "nemotron_h",
+    "qwen3_next",
+}
 DECODED_ON_JAX = {"deepseek_v32", "gemma4_text", "qwen3_next"}
 
 

@@ -186,3 +186,16 @@ def test_jambas_layers_follow_periods_and_offsets() -> None:
     assert spec_of("jamba", mamba_dt_rank="auto").layers[0].attention.step_rank == 2
     with pytest.raises(SpecError, match="attn_layer_offset is 3; expected an integer below attn_layer_period = 3"):
         spec_of("jamba", attn_layer_offset=3)
+
+
+def test_lightning_attention_forgets_more_slowly_in_deeper_layers() -> None:
+    spec = spec_of("minimax", layer_types=...)
+    assert [layer.attention.kind for layer in spec.all_layers] == ["grouped_query", "lightning"] * 2
+    scales = [layer.attention.decay_scale for layer in spec.all_layers[1::2]]
+    assert scales == pytest.approx([2 / 3 + 1e-5, 1e-5], abs=1e-5)
+    assert {layer.norm_placement for layer in spec.layers} == {"stream"}
+    released = {"attn_type_list": [1, 0, 0, 1], "postnorm": True, "shared_intermediate_size": 0}
+    assert spec_of("minimax", **released) == spec_of("minimax")
+    assert spec_of("minimax", rotary_dim=6).layers[0].attention.position.fraction == 0.5
+    with pytest.raises(SpecError, match='hidden_act is "relu2"; expected "silu"'):
+        spec_of("minimax", hidden_act="relu2")

@@ -5,8 +5,10 @@ from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.losses import loss_and_gradients
+from moezoo.core.reference.normalization import rms_norm
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
+    BlockFactorsSpec,
     CapacitySpec,
     DepthScaledResidualSpec,
     GatedFeedForwardSpec,
@@ -24,6 +26,7 @@ from moezoo.core.spec import (
 from tests.support.tolerances import (
     FLOAT32,
     FLOAT32_GRADIENT,
+    FLOAT64,
     assert_all_close,
     assert_close,
 )
@@ -145,6 +148,25 @@ def test_a_depth_scaled_stream_is_the_sum_of_its_terms_over_the_root_of_their_nu
     assert_all_close(model.loss_and_gradients(TOKENS_BT, TARGET_BT)[1], gradients, FLOAT32_GRADIENT)
     _, cache = model.prefill(TOKENS_BT[:, :-1], T)
     assert_close(model.decode(TOKENS_BT[:, -1], cache)[0], output.logits[:, -1], FLOAT32)
+
+
+def test_a_norm_of_the_stream_itself_and_factors():
+    """The backends' own is the combination delta_attention, in tests/parity."""
+    factors = BlockFactorsSpec(stream=1.5, block=0.75), BlockFactorsSpec(stream=2.0)
+    layer = LayerSpec(
+        attention=ATTENTION,
+        moe=MOE,
+        norm_placement="stream",
+        attention_factors=factors[0],
+        feed_forward_factors=factors[1],
+    )
+    spec = SPEC.model_copy(update={"layers": (layer,)})
+    weights, seen = in_float64(weights_of(spec)), {}
+    forward(spec, weights, TOKENS_BT, record=seen)
+    normed = rms_norm(seen["embedding"], weights["layers.0.attention_norm.scale"], 1e-6)
+    middle = 1.5 * normed + 0.75 * seen["layers.0.attention"]
+    normed = rms_norm(middle, weights["layers.0.feed_forward_norm.scale"], 1e-6)
+    assert_close(seen["layers.0"], 2 * normed + seen["layers.0.moe"], FLOAT64)
 
 
 def test_a_layer_with_two_feed_forwards_is_refused():

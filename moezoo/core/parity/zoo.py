@@ -90,6 +90,8 @@ _SAME = {
     "value_norm": "norm",
     "output_norm": "norm",
     "head": "head",
+    "attention_factors": "factors",
+    "feed_forward_factors": "factors",
 }
 
 

@@ -92,11 +92,11 @@ def layer(
     """Compute one layer: two blocks, a mixer and a feed-forward (dense or a MoE), or one of the two.
 
     A block f is added to the x that it reads from the residual stream as `norm_placement` says: `pre` x + f(norm(x));
-    `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input.
-    What is added is dropped out and multiplied by `multipliers.residual`; the model's `residual` says what reading and
-    adding are. A layer with a `shortcut` has a feed-forward and a MoE, which both see norm(x) after attention; the
-    MoE's output is added at the end of the next layer. Then comes the layer's own input, if the model has
-    `layer_inputs`, and last, the stream is multiplied by the layer's `output_scale`, if any.
+    `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input;
+    `stream`: n + f(n) with n = norm(x). Factors multiply both terms. What is added is dropped out and multiplied by
+    `multipliers.residual`; the model's `residual` says what reading and adding are. A layer with a `shortcut` has a
+    feed-forward and a MoE, which both see norm(x) after attention; the MoE's output is added at the end of the next
+    layer. Then comes the layer's own input, if there is one, and last, the factor `output_scale`.
 
     Args:
         parameters: the layer's own.
@@ -145,22 +145,26 @@ def _read(
     model: ModelSpec, index: int, parameters: Parameters, block: str, streams: Streams, key: Array | None
 ) -> tuple[Array, Callable[[Array], Streams]]:
     """Return what a block of layer `index` reads from the streams, and the function that adds its output to them."""
-    own, number = inside(parameters, f"{block}_residual"), 2 * index + (block == "feed_forward")
+    spec, own = model.all_layers[index], inside(parameters, f"{block}_residual")
+    number = 2 * index + (block == "feed_forward")
+    factors = spec.attention_factors if block == "attention" else spec.feed_forward_factors
+    if spec.norm_placement == "stream":
+        streams = normalize(model.norm, inside(parameters, f"{block}_norm"), streams)
     x_BTD, connection = read(model.residual, own, streams, number)
     purpose = ATTENTION_DROPOUT if block == "attention" else FEED_FORWARD_DROPOUT
 
     def add(out_BTD: Array) -> Streams:
-        normed = _norm_after(model, model.all_layers[index], parameters, block, out_BTD)
-        return write(model.residual, own, streams, connection, _added(model, normed, key, purpose), number)
+        added_BTD = factors.block * _added(model, _norm_after(model, spec, parameters, block, out_BTD), key, purpose)
+        return write(model.residual, own, factors.stream * streams, connection, added_BTD, number)
 
     return x_BTD, add
 
 
 def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, x_BTD: Array) -> Array:
-    """Norm of a block's input, with its gate if there is one, unless the norm comes after the block."""
-    if spec.norm_placement == "post":
-        return x_BTD
-    normed = normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
+    """Norm of a block's input, unless it is one of the stream or after the block; with its gate if there is one."""
+    normed = x_BTD
+    if spec.norm_placement not in ("post", "stream"):
+        normed = normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
     rank = spec.attention_norm_gate if block == "attention" else spec.feed_forward_norm_gate
     return normed if rank is None else norm_gate(inside(parameters, f"{block}_norm_gate"), normed)
 
@@ -168,7 +172,7 @@ def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, bloc
 def _norm_after(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, out_BTD: Array) -> Array:
     """Norm of a block's output, where there is one."""
     match spec.norm_placement:
-        case "pre" | "parallel":
+        case "pre" | "parallel" | "stream":
             return out_BTD
         case "post":
             return normalize(model.norm, inside(parameters, f"{block}_norm"), out_BTD)

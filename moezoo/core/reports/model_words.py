@@ -7,6 +7,7 @@ from moezoo.core.errors import counted
 from moezoo.core.reports.text import count
 from moezoo.core.spec import (
     AttentionSpec,
+    BlockFactorsSpec,
     CapacitySpec,
     DepthScaledResidualSpec,
     DroplessSpec,
@@ -157,6 +158,9 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
         assert layer.feed_forward is not None
         text = _feed_forward(layer.feed_forward)
     text = text if layer.norm_placement == "pre" else f"{text}; {layer.norm_placement} norms"
+    for name, factors in (("attention", layer.attention_factors), ("feed-forward", layer.feed_forward_factors)):
+        if factors != BlockFactorsSpec():
+            text = f"{text}; stream times {factors.stream:g}, {name} times {factors.block:g}"
     ranks = {"attention": layer.attention_norm_gate, "feed-forward": layer.feed_forward_norm_gate}
     gates = [name for name, rank in ranks.items() if rank is not None]
     text = f"{text}; gated norm of {' and '.join(gates)}" if gates else text

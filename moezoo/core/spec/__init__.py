@@ -26,7 +26,7 @@ from moezoo.core.spec.feed_forward import (
     GatedFeedForwardSpec,
     PlainFeedForwardSpec,
 )
-from moezoo.core.spec.layer import LayerSpec, with_repeats
+from moezoo.core.spec.layer import BlockFactorsSpec, LayerSpec, with_repeats
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -101,6 +101,7 @@ __all__ = [
     "AdapterSpec",
     "AttentionSpec",
     "AuxiliaryLossSpec",
+    "BlockFactorsSpec",
     "CapacitySpec",
     "ChoiceSpec",
     "ClampedSwiGLUSpec",

@@ -3,12 +3,19 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.attention import AttentionSpec, NoAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import FeedForwardSpec
 from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
+
+
+class BlockFactorsSpec(Part):
+    """Constants of what a block f adds: the stream x becomes `stream * x + block * f`."""
+
+    stream: PositiveFloat = 1.0
+    block: PositiveFloat = 1.0
 
 
 class LayerSpec(Part):
@@ -17,24 +24,28 @@ class LayerSpec(Part):
     `norm_placement` is the norm placement around each block f: `pre` is `x + f(norm(x))` (Xiong et al. 2020, arXiv
     2002.04745); `post` is `x + norm(f(x))` (OLMo 2, arXiv 2501.00656); `sandwich` is `x + norm(f(norm(x)))` (Gemma 2,
     arXiv 2408.00118); `parallel` is `x + attention(norm(x)) + feed_forward(norm(x))` with one norm (GPT-J; Chowdhery et
-    al. 2022, arXiv 2204.02311). `shortcut` (ScMoE): the layer has both a dense feed-forward and a MoE layer with the
-    same input; the MoE output is added to the residual stream only at the end of the next layer, so it can be computed
-    in parallel with that layer (Cai et al. 2024, arXiv 2404.05019; LongCat-Flash, arXiv 2509.01322, whose layer is two
-    of these). `output_scale`: the residual stream that leaves the layer is multiplied by a scalar that is not trained,
-    1 unless loaded from a checkpoint (Gemma 4). A layer may have one block only: `attention: {kind: none}` leaves a
-    feed-forward, and `mixer_only` means that there is none (Nemotron-H). `attention_norm_gate`,
-    `feed_forward_norm_gate`: rank of a gate on the normalized input y of that block, `y * sigmoid(silu(y w_down) w_up)`
-    (A.X-K2); null: none.
+    al. 2022, arXiv 2204.02311); `stream` normalizes the stream itself, `n + f(n)` with `n = norm(x)` (the transformer
+    of 2017, whose norm after a block is that before the next; with `attention_factors` and `feed_forward_factors`,
+    DeepNorm: Wang et al. 2022, arXiv 2203.00555; MiniMax-01, arXiv 2501.08313). `shortcut` (ScMoE): the layer has both
+    a dense feed-forward and a MoE layer with the same input; the MoE output is added to the residual stream only at the
+    end of the next layer, so it can be computed in parallel with that layer (Cai et al. 2024, arXiv 2404.05019;
+    LongCat-Flash, arXiv 2509.01322, whose layer is two of these). `output_scale`: the residual stream that leaves the
+    layer is multiplied by a scalar that is not trained, 1 unless loaded from a checkpoint (Gemma 4). A layer may have
+    one block only: `attention: {kind: none}` leaves a feed-forward, and `mixer_only` means that there is none
+    (Nemotron-H). `attention_norm_gate`, `feed_forward_norm_gate`: rank of a gate on the normalized input y of that
+    block, `y * sigmoid(silu(y w_down) w_up)` (A.X-K2); null: none.
     """
 
     repeat: PositiveInt = 1
-    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    norm_placement: Literal["pre", "post", "sandwich", "parallel", "stream"] = "pre"
     attention: AttentionSpec
     feed_forward: FeedForwardSpec | None = None
     moe: MoESpec | None = None
     shortcut: bool = False
     output_scale: bool = False
     mixer_only: bool = False
+    attention_factors: BlockFactorsSpec = BlockFactorsSpec()
+    feed_forward_factors: BlockFactorsSpec = BlockFactorsSpec()
     attention_norm_gate: PositiveInt | None = None
     feed_forward_norm_gate: PositiveInt | None = None
 
@@ -75,7 +86,7 @@ class LayerSpec(Part):
         return self
 
     @model_validator(mode="after")
-    def _norm_gates(self) -> "LayerSpec":
+    def _gates_and_factors(self) -> "LayerSpec":
         gates = {
             "attention_norm_gate": (self.attention_norm_gate, self.has_mixer, ("post",)),
             "feed_forward_norm_gate": (self.feed_forward_norm_gate, not self.mixer_only, ("post", "parallel")),
@@ -86,6 +97,12 @@ class LayerSpec(Part):
                     f"norm_placement {self.norm_placement} has no norm before it" if has_block else "there is no block"
                 )
                 raise impossible(name, f"is {rank}, but {why}", "Remove it, or use norm_placement: pre")
+        for name, factors, has_block in (
+            ("attention_factors", self.attention_factors, self.has_mixer),
+            ("feed_forward_factors", self.feed_forward_factors, not self.mixer_only),
+        ):
+            if factors != BlockFactorsSpec() and not has_block:
+                raise impossible(name, "is set, but there is no block", "Remove it")
         return self
 
     def _one_block(self) -> "LayerSpec":

@@ -166,6 +166,13 @@ class ModelSpec(Part):
                 "blocks",
                 "Remove one of the two",
             )
+        for place, layer in enumerate(self.layers):
+            if layer.norm_placement == "stream" and not isinstance(self.residual, SumResidualSpec):
+                raise impossible(
+                    f"layers[{place}].norm_placement",
+                    f"is stream, which normalizes the stream itself, but residual is {self.residual.kind}",
+                    "Use norm_placement: pre, or residual: {kind: sum}",
+                )
         self._check_later_layers()
         self._check_shared_layers()
         self._check_pooled_balance()

@@ -131,6 +131,9 @@ def test_dense_feed_forward_and_norm_placement(fields, words):
     assert feed_forward_in_words(sandwich) == f"{words}; sandwich norms"
     scaled = spec_of({"feed_forward": fields, "output_scale": True}).layers[0]
     assert feed_forward_in_words(scaled) == f"{words}; output scaled"
+    factors = {"attention_factors": {"stream": 3.5}, "norm_placement": "stream"}
+    weighted = spec_of({"feed_forward": fields} | factors).layers[0]
+    assert feed_forward_in_words(weighted) == f"{words}; stream norms; stream times 3.5, attention times 1"
 
 
 def test_shortcut_layer_names_both_feed_forwards():

@@ -174,6 +174,15 @@ CASES = {
         "model.layers[0].attention_norm_gate is 3, but norm_placement post has no norm before it (x.yaml). Remove it, "
         "or use norm_placement: pre.",
     ),
+    "factors of no block": (
+        model(layer({"kind": "none"}, attention_factors={"stream": 2.0})),
+        "model.layers[0].attention_factors is set, but there is no block (x.yaml). Remove it.",
+    ),
+    "a norm of the stream itself where it is scaled by depth": (
+        model(layer(norm_placement="stream"), residual={"kind": "depth_scaled"}),
+        "model.layers[0].norm_placement is stream, which normalizes the stream itself, but residual is depth_scaled "
+        "(x.yaml). Use norm_placement: pre, or residual: {kind: sum}.",
+    ),
     "a gate of a norm of no block": (
         model(layer({"kind": "none"}, attention_norm_gate=3)),
         "model.layers[0].attention_norm_gate is 3, but there is no block (x.yaml). Remove it, or use norm_placement: "
