@@ -22,7 +22,7 @@ from moezoo.jax_backend.moe import Exchange, MoE
 from moezoo.jax_backend.normalization import NormGate, norm
 from moezoo.jax_backend.positions import Documents
 from moezoo.jax_backend.random import fold_in, uniform
-from moezoo.jax_backend.residual import Residual, Streams
+from moezoo.jax_backend.residual import Streams, residual
 from moezoo.jax_backend.routing import Routing
 
 Record = dict[str, jax.Array]
@@ -86,11 +86,11 @@ class Layer(nnx.Module):
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.adapter = model.adapter
         if not isinstance(spec.attention, NoAttentionSpec):
-            self.attention_residual = Residual(model.residual, weights.inside("attention_residual"))
+            self.attention_residual = residual(model.residual, weights.inside("attention_residual"))
             self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if not spec.mixer_only:
-            self.feed_forward_residual = Residual(model.residual, weights.inside("feed_forward_residual"))
+            self.feed_forward_residual = residual(model.residual, weights.inside("feed_forward_residual"))
         if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.attention_norm_gate is not None:

@@ -21,7 +21,7 @@ from moezoo.mlx_backend.moe import Exchange, MoE
 from moezoo.mlx_backend.normalization import NormGate, norm
 from moezoo.mlx_backend.positions import Documents
 from moezoo.mlx_backend.random import fold_in, uniform
-from moezoo.mlx_backend.residual import Residual, Streams
+from moezoo.mlx_backend.residual import Streams, residual
 from moezoo.mlx_backend.routing import Routing
 
 Record = dict[str, mx.array]
@@ -85,11 +85,11 @@ class Layer(nn.Module):
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.adapter = model.adapter
         if not isinstance(spec.attention, NoAttentionSpec):
-            self.attention_residual = Residual(model.residual, weights.inside("attention_residual"))
+            self.attention_residual = residual(model.residual, weights.inside("attention_residual"))
             self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if not spec.mixer_only:
-            self.feed_forward_residual = Residual(model.residual, weights.inside("feed_forward_residual"))
+            self.feed_forward_residual = residual(model.residual, weights.inside("feed_forward_residual"))
         if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.attention_norm_gate is not None:

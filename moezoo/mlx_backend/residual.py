@@ -5,53 +5,60 @@ from typing import Any, assert_never
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import DepthScaledResidualSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.spec import DepthScaledResidualSpec, HyperConnectionsSpec, ResidualSpec, SumResidualSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.hyper_connections import HyperConnection, MergedStreams, enter_streams
 
 Streams = mx.array
 Connection = Any
 
 
-class Residual(nn.Module):
-    """Spec: moezoo.core.reference.residual, `read` and `write`; of one block."""
+class OneStream(nn.Module):
+    """Spec: moezoo.core.reference.residual, `read` and `write` of one stream."""
 
-    def __init__(self, spec: ResidualSpec, weights: Weights):
+    def __init__(self, spec: SumResidualSpec | DepthScaledResidualSpec):
         super().__init__()
         self.spec = spec
 
-    def read(self, streams: Streams, block: int) -> tuple[mx.array, Connection]:
+    def read(self, x_BTD: mx.array, block: int) -> tuple[mx.array, Connection]:
         """Spec: moezoo.core.reference.residual.read."""
-        match self.spec:
-            case SumResidualSpec() | DepthScaledResidualSpec():
-                return streams, None
-            case _:
-                assert_never(self.spec)
+        return x_BTD, None
 
-    def write(self, streams: Streams, connection: Connection, out_BTD: mx.array, block: int) -> Streams:
+    def write(self, x_BTD: mx.array, connection: Connection, out_BTD: mx.array, block: int) -> mx.array:
         """Spec: moezoo.core.reference.residual.write; in float32, cast back."""
         match self.spec:
             case SumResidualSpec():
-                return streams + out_BTD
+                return x_BTD + out_BTD
             case DepthScaledResidualSpec():
                 share = 1 / mx.array(block + 2, mx.float32)
-                return (streams * mx.sqrt(1 - share) + out_BTD * mx.sqrt(share)).astype(streams.dtype)
+                return (x_BTD * mx.sqrt(1 - share) + out_BTD * mx.sqrt(share)).astype(x_BTD.dtype)
             case _:
                 assert_never(self.spec)
 
 
-class FinalResidual(nn.Module):
-    """Spec: moezoo.core.reference.residual.leave."""
+Residual = OneStream | HyperConnection
 
-    def __init__(self, spec: ResidualSpec, weights: Weights):
-        super().__init__()
-        self.spec = spec
 
-    def __call__(self, streams: Streams) -> mx.array:
-        match self.spec:
-            case SumResidualSpec() | DepthScaledResidualSpec():
-                return streams
-            case _:
-                assert_never(self.spec)
+def residual(spec: ResidualSpec, weights: Weights) -> Residual:
+    """Spec: moezoo.core.reference.residual, `read` and `write`; of one block, whose own weights these are."""
+    match spec:
+        case SumResidualSpec() | DepthScaledResidualSpec():
+            return OneStream(spec)
+        case HyperConnectionsSpec():
+            return HyperConnection(spec, weights)
+        case _:
+            assert_never(spec)
+
+
+def final_residual(spec: ResidualSpec, weights: Weights) -> MergedStreams | None:
+    """Spec: moezoo.core.reference.residual.leave; None: the stream as it is."""
+    match spec:
+        case SumResidualSpec() | DepthScaledResidualSpec():
+            return None
+        case HyperConnectionsSpec():
+            return MergedStreams(spec, weights)
+        case _:
+            assert_never(spec)
 
 
 def enter(spec: ResidualSpec, x_BTD: mx.array) -> Streams:
@@ -59,5 +66,7 @@ def enter(spec: ResidualSpec, x_BTD: mx.array) -> Streams:
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
             return x_BTD
+        case HyperConnectionsSpec():
+            return enter_streams(spec, x_BTD)
         case _:
             assert_never(spec)

@@ -19,7 +19,7 @@ SEAMS = {
 OF_MACHINES = re.compile("platform|x86|default_(device|backend)|process|[Mm]esh|[Ss]hard|(?<!norm_)placement|Partition")
 ONLY_JAX_PARAMETERS = {"placement=", "group="}  # a mesh of devices
 SHARED = sorted(stems("jax_backend"))
-ALPHABET = set("BTSDNMGHZECKFPRVL")
+ALPHABET = set("BTSDNMGHZECKFPRVLJIU")
 FAMILIES = (
     *("mixtral", "mistral", "qwen", "deepseek", "olmoe", "gpt_oss", "granite", "glm4", "minimax", "phimoe"),
     *("llama", "gemma", "ernie", "hunyuan", "longcat"),

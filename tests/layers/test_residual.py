@@ -17,7 +17,7 @@ TERMS = [normal(number, B, T, D) for number in range(4)]
 def test_a_stream_of_one_is_the_sum_of_its_terms_or_that_over_the_root_of_their_number(twin, spec):
     module = twin.module("residual")
     ours, streams = module.enter(spec, twin.array(TERMS[0])), enter(spec, TERMS[0])
-    block = module.Residual(spec, twin.weights({}))
+    block = module.residual(spec, twin.weights({}))
     for number, term in enumerate(TERMS[1:]):
         x_BTD, connection = read(spec, {}, streams, number)
         streams = write(spec, {}, streams, connection, term, number)
@@ -26,7 +26,8 @@ def test_a_stream_of_one_is_the_sum_of_its_terms_or_that_over_the_root_of_their_
         ours = block.write(ours, connection, twin.array(term), number)
     share = 1 if isinstance(spec, SumResidualSpec) else np.sqrt(len(TERMS))
     assert_close(leave(spec, {}, streams), sum(TERMS) / share, FLOAT32)
-    assert_close(twin.numpy(module.FinalResidual(spec, twin.weights({}))(ours)), sum(TERMS) / share, FLOAT32)
+    assert_close(twin.numpy(ours), sum(TERMS) / share, FLOAT32)
+    assert module.final_residual(spec, twin.weights({})) is None
 
 
 def test_the_former_flag_is_refused():

@@ -68,7 +68,10 @@ ONE_BY_ONE = {
             "global_balance",
         )
     },
-    **{name: tiny(name, 2) for name in ("dropout", "layer_inputs", "expert_choice", "depth_scaled")},
+    **{
+        name: tiny(name, 2)
+        for name in ("dropout", "layer_inputs", "expert_choice", "depth_scaled", "hyper_connections")
+    },
 }
 OPTIMIZERS = (MuonConfig(kind="muon", learning_rate=1e-3), AdafactorConfig(kind="adafactor", learning_rate=1e-3))
 ONE_BY_ONE |= {each.kind: tiny("top_k", 3).model_copy(update={"optimizer": each}) for each in OPTIMIZERS}

@@ -67,7 +67,8 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
       Mamba-2 two, `4 H F`; and of Mamba-1 two, `4 Z` for each channel.
 
     A short convolution has no scores; its filter costs 2 FLOPs per parameter, as a matrix does. The low-rank gate of a
-    norm counts as a feed-forward.
+    norm counts as a feed-forward, and so do the maps of hyper-connections; the sums of streams themselves, `2 J (J + 2)
+    D` for each block that mixes J, are not counted: with J = 4, a fourth of their map.
 
     An embedding lookup is free. Norms, biases, RoPE, softmax and the combine are not counted: they cost a few
     operations per element. Training costs 3 times forward, since the backward pass needs two products for each one.

@@ -20,9 +20,11 @@ from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.spec import (
     AttentionSpec,
+    DepthScaledResidualSpec,
     FeedForwardSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
+    HyperConnectionsSpec,
     LatentAttentionSpec,
     LayerSpec,
     LightningAttentionSpec,
@@ -32,6 +34,7 @@ from moezoo.core.spec import (
     NoAttentionSpec,
     PlainFeedForwardSpec,
     ShortConvolutionSpec,
+    SumResidualSpec,
 )
 
 _FLOAT32_BYTES = 4
@@ -119,7 +122,8 @@ def training_memory(config: Config) -> TrainingMemory:
       experts `8 E + c K (4 F + 2 D)` (logits and scores; input and output of each token-expert assignment); shared
       experts `4 F c`. And once `2 c D`, the final norm. With `rematerialize: block`, each layer saves `4 c D` and, for
       routed experts, `8 E`; the rest exists for one layer at a time. With `experts`, `c K (4 F + 2 D)` exists for one
-      layer at a time. With packed documents, a mask of T bytes (`mask_bytes`), for one layer at a time.
+      layer at a time. With packed documents, a mask of T bytes (`mask_bytes`), for one layer at a time. With J residual
+      streams, `c J D` for each block, which reads them, and `8 J^2` for each iteration of its mixing matrix.
     - `logits`: `8 P V`, the float32 logits and their gradient.
 
     A backend that fuses attention (MLX, and JAX with a fused kernel) needs less; padding or copying needs more.
@@ -180,18 +184,31 @@ def activation_bytes(
         experts: `expert_activation_bytes` of each layer.
     """
     compute = COMPUTE_BYTES[compute_dtype(spec)]
-    final_norm = Fraction(2 * compute * spec.embed_dim)
+    outside = Fraction(2 * compute * spec.embed_dim + stream_bytes(spec))
     match rematerialize:
         case "none":
-            return sum(layers, final_norm)
+            return sum(layers, outside)
         case "experts":
-            return sum(layers, final_norm) - sum(experts) + max(experts)
+            return sum(layers, outside) - sum(experts) + max(experts)
         case "block":
             choices = sum(moe.num_choices for _, moe in spec.moes)
             inputs = 4 * compute * spec.embed_dim * len(layers) + 2 * _FLOAT32_BYTES * choices
-            return final_norm + inputs + max(layers)
+            return outside + inputs + max(layers)
         case _:
             assert_never(rematerialize)
+
+
+def stream_bytes(spec: ModelSpec) -> int:
+    """Return the bytes per token that are saved of several residual streams; see `training_memory`."""
+    match spec.residual:
+        case SumResidualSpec() | DepthScaledResidualSpec():
+            return 0
+        case HyperConnectionsSpec(num_streams=streams, sinkhorn_iterations=iterations):
+            blocks = sum(int(layer.has_mixer) + int(not layer.mixer_only) for layer in spec.all_layers)
+            mixing = 0 if iterations is None else _FLOAT32_BYTES * 2 * iterations * streams**2
+            return blocks * (COMPUTE_BYTES[compute_dtype(spec)] * streams * spec.embed_dim + mixing)
+        case _:
+            assert_never(spec.residual)
 
 
 def mask_bytes(config: Config) -> int:

@@ -6,6 +6,7 @@ from moezoo.core.parameters.adapter import with_factors
 from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.feed_forward import feed_forward_rows
 from moezoo.core.parameters.moe import moe_rows
+from moezoo.core.parameters.residual import final_residual_rows, residual_rows
 from moezoo.core.parameters.row import ONES, Parameter, Rows
 from moezoo.core.spec import LayerSpec, LearnedPositionsSpec, ModelSpec, UntiedHeadSpec
 
@@ -35,6 +36,7 @@ def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
         yield from _layer(rows, f"layers.{index}", layer, index, previous)
         if layer.moe is not None:
             previous = layer.moe.num_choices
+    yield from final_residual_rows(rows, "final_residual")
     yield from rows.norm("final_norm", spec.norm, (d,), ("embed",))
     if isinstance(spec.head, UntiedHeadSpec):
         yield rows.matrix("head.w_head", (d, v), ("embed", "vocab"), "embeddings")
@@ -52,11 +54,14 @@ def _norm_gate(rows: Rows, name: str, rank: int | None) -> Iterator[Parameter]:
 def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | None) -> Iterator[Parameter]:
     norm, shape, axes = rows.spec.norm, (rows.embed_dim,), ("embed",)
     if layer.has_mixer:
+        yield from residual_rows(rows, f"{name}.attention_residual")
         yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
         yield from _norm_gate(rows, f"{name}.attention_norm_gate", layer.attention_norm_gate)
     yield from attention_rows(rows, f"{name}.attention", layer.attention, index)
     if layer.norm_placement == "sandwich" and layer.has_mixer:
         yield from rows.norm(f"{name}.attention_output_norm", norm, shape, axes)
+    if not layer.mixer_only:
+        yield from residual_rows(rows, f"{name}.feed_forward_residual")
     if layer.norm_placement != "parallel" and not layer.mixer_only:
         yield from rows.norm(f"{name}.feed_forward_norm", norm, shape, axes)
         yield from _norm_gate(rows, f"{name}.feed_forward_norm_gate", layer.feed_forward_norm_gate)

@@ -19,6 +19,7 @@ With `precision.compute: bfloat16`:
 | RoPE angles and rotation; result cast back | float32 |
 | attention scores, their cap, sinks and softmax; probabilities cast back | float32 |
 | indexer of sparse attention: product with w_weight, scores, index, choice and loss | float32 |
+| hyper-connections: weights of streams, their product and mixing matrix, sums of streams; result cast back | float32 |
 | scale of a layer's output; result cast back | float32 |
 | inputs of layers: sum of their two halves; result cast back | float32 |
 | temperature of queries, multiplier and mix of values, function of the attention's gate; result cast back | float32 |

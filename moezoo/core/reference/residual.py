@@ -9,7 +9,8 @@ from typing import Any, assert_never
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters
-from moezoo.core.spec import DepthScaledResidualSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.reference.hyper_connections import enter_streams, merge_streams, read_streams, write_streams
+from moezoo.core.spec import DepthScaledResidualSpec, HyperConnectionsSpec, ResidualSpec, SumResidualSpec
 
 Streams = Array
 Connection = Any
@@ -20,6 +21,8 @@ def enter(spec: ResidualSpec, x_BTD: Array) -> Streams:
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
             return x_BTD
+        case HyperConnectionsSpec():
+            return enter_streams(spec, x_BTD)
         case _:
             assert_never(spec)
 
@@ -34,6 +37,8 @@ def read(spec: ResidualSpec, parameters: Parameters, streams: Streams, block: in
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
             return streams, None
+        case HyperConnectionsSpec():
+            return read_streams(spec, parameters, streams)
         case _:
             assert_never(spec)
 
@@ -59,6 +64,8 @@ def write(
         case DepthScaledResidualSpec():
             share = 1 / (block + 2)
             return streams * np.sqrt(1 - share) + out_BTD * np.sqrt(share)
+        case HyperConnectionsSpec():
+            return write_streams(streams, connection, out_BTD)
         case _:
             assert_never(spec)
 
@@ -68,5 +75,7 @@ def leave(spec: ResidualSpec, parameters: Parameters, streams: Streams) -> Array
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
             return streams
+        case HyperConnectionsSpec():
+            return merge_streams(spec, parameters, streams)
         case _:
             assert_never(spec)

@@ -17,6 +17,7 @@ from moezoo.core.spec import (
     GroupedQueryAttentionSpec,
     GroupedTopKChoiceSpec,
     HeadSpec,
+    HyperConnectionsSpec,
     LatentAttentionSpec,
     LayerNormSpec,
     LayerSpec,
@@ -31,12 +32,14 @@ from moezoo.core.spec import (
     NormSpec,
     ParallelFeedForwardSpec,
     PositionSpec,
+    ResidualSpec,
     RMSNormSpec,
     RoPESpec,
     RouterSpec,
     SharedExpertsSpec,
     ShortConvolutionSpec,
     SinusoidalPositionsSpec,
+    SumResidualSpec,
     TiedHeadSpec,
     TopKChoiceSpec,
     TopPChoiceSpec,
@@ -76,11 +79,23 @@ def model_in_words(spec: ModelSpec) -> str:
         ("sinusoidal positions", isinstance(spec.position, SinusoidalPositionsSpec)),
         (_norm(spec.norm), _norm(spec.norm) != _norm(RMSNormSpec())),
         *((f"{name} times {value:g}", True) for name, value in multipliers),
-        ("depth-scaled residual", isinstance(spec.residual, DepthScaledResidualSpec)),
+        (_residual(spec.residual), not isinstance(spec.residual, SumResidualSpec)),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"dropout {spec.dropout:.0%}", spec.dropout > 0),
     )
     return ", ".join(word for word, there in words if there)
+
+
+def _residual(spec: ResidualSpec) -> str:
+    match spec:
+        case SumResidualSpec():
+            return "plain residual"
+        case DepthScaledResidualSpec():
+            return "depth-scaled residual"
+        case HyperConnectionsSpec(num_streams=streams, sinkhorn_iterations=iterations):
+            return f"{streams} residual streams, {'separate' if iterations is None else 'mixed'}"
+        case _:
+            assert_never(spec)
 
 
 def head_in_words(spec: HeadSpec) -> str:

@@ -79,7 +79,7 @@ from moezoo.core.spec.positions import (
     SinusoidalPositionsSpec,
     YaRNScalingSpec,
 )
-from moezoo.core.spec.residual import DepthScaledResidualSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.spec.residual import DepthScaledResidualSpec, HyperConnectionsSpec, ResidualSpec, SumResidualSpec
 from moezoo.core.spec.routing import (
     ChoiceSpec,
     ExpertChoiceSpec,
@@ -125,6 +125,7 @@ __all__ = [
     "HashChoiceSpec",
     "HeadSpec",
     "HeterogeneousBalanceLossSpec",
+    "HyperConnectionsSpec",
     "ImportanceLossSpec",
     "IndexerSpec",
     "InitializerSpec",

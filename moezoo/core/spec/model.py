@@ -15,7 +15,7 @@ from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec
-from moezoo.core.spec.residual import DepthScaledResidualSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.spec.residual import ResidualSpec, SumResidualSpec, check_residual
 from moezoo.core.spec.routing import RouterSpec
 
 MAX_LAYERS = 2_000
@@ -158,21 +158,7 @@ class ModelSpec(Part):
                 "is true, but no later layer follows to which the MoE output could be added",
                 "Remove it, or add a layer",
             )
-        other_blocks = any(each.shortcut or each.mixer_only or not each.has_mixer for each in self.layers)
-        if isinstance(self.residual, DepthScaledResidualSpec) and (self.layer_inputs is not None or other_blocks):
-            raise impossible(
-                "residual",
-                "is depth_scaled, which counts two blocks per layer, but there are layer_inputs, a shortcut or single "
-                "blocks",
-                "Remove one of the two",
-            )
-        for place, layer in enumerate(self.layers):
-            if layer.norm_placement == "stream" and not isinstance(self.residual, SumResidualSpec):
-                raise impossible(
-                    f"layers[{place}].norm_placement",
-                    f"is stream, which normalizes the stream itself, but residual is {self.residual.kind}",
-                    "Use norm_placement: pre, or residual: {kind: sum}",
-                )
+        check_residual(self.residual, self.layers, has_layer_inputs=self.layer_inputs is not None)
         self._check_later_layers()
         self._check_shared_layers()
         self._check_pooled_balance()

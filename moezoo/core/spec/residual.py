@@ -1,10 +1,12 @@
 """The residual stream as data: what blocks read from it, and how it takes up what they add."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, assert_never
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from moezoo.core.spec.base import Part, default_kind
+from moezoo.core.spec.base import Part, default_kind, impossible
+from moezoo.core.spec.layer import LayerSpec
 
 
 class SumResidualSpec(Part):
@@ -23,4 +25,60 @@ class DepthScaledResidualSpec(Part):
     kind: Literal["depth_scaled"] = "depth_scaled"
 
 
-ResidualSpec = Annotated[SumResidualSpec | DepthScaledResidualSpec, Field(discriminator="kind"), default_kind("sum")]
+class HyperConnectionsSpec(Part):
+    """Several streams: a block reads a weighted sum of them, and adds its output to each with a weight of its own.
+
+    All weights are functions of the token's streams, and of each block's own parameters. A block reads with weights
+    `sigmoid + epsilon` and writes with `magnitude * sigmoid + write_epsilon`. When it writes, the streams are mixed by
+    a nearly doubly stochastic matrix, made in `sinkhorn_iterations`; null: they are not mixed. `norm_epsilon`: of the
+    norm of all streams that the weights are computed from. At first all weights but those of mixing are those of a
+    plain sum. Source: Xie et al. 2025, arXiv 2512.24880 (mHC; DeepSeek-V4), after Zhu et al. 2024, arXiv 2409.19606
+    (hyper-connections); without mixing Tencent 2026 (HY-V4; transformers 5.23).
+    """
+
+    kind: Literal["hyper_connections"] = "hyper_connections"
+    num_streams: PositiveInt = 4
+    sinkhorn_iterations: PositiveInt | None = 20
+    magnitude: PositiveFloat = 2.0
+    epsilon: NonNegativeFloat = 1e-6
+    write_epsilon: NonNegativeFloat = 0.0
+    norm_epsilon: PositiveFloat = 1e-6
+
+
+ResidualSpec = Annotated[
+    SumResidualSpec | DepthScaledResidualSpec | HyperConnectionsSpec, Field(discriminator="kind"), default_kind("sum")
+]
+
+
+def check_residual(spec: ResidualSpec, layers: Sequence[LayerSpec], *, has_layer_inputs: bool) -> None:
+    """Raise if a model adds to its residual stream in a way that this kind of residual has no meaning for."""
+    for place, layer in enumerate(layers):
+        if layer.norm_placement == "stream" and not isinstance(spec, SumResidualSpec):
+            raise impossible(
+                f"layers[{place}].norm_placement",
+                f"is stream, which normalizes the stream itself, but residual is {spec.kind}",
+                "Use norm_placement: pre, or residual: {kind: sum}",
+            )
+    shortcut = any(layer.shortcut for layer in layers)
+    match spec:
+        case SumResidualSpec():
+            pass
+        case DepthScaledResidualSpec():
+            if has_layer_inputs or shortcut or any(layer.mixer_only or not layer.has_mixer for layer in layers):
+                raise impossible(
+                    "residual",
+                    "is depth_scaled, which counts two blocks per layer, but there are layer_inputs, a shortcut or "
+                    "single blocks",
+                    "Remove one of the two",
+                )
+        case HyperConnectionsSpec():
+            parallel = any(layer.norm_placement == "parallel" for layer in layers)
+            if has_layer_inputs or shortcut or parallel or any(layer.output_scale for layer in layers):
+                raise impossible(
+                    "residual",
+                    f"is {spec.kind}, but there are layer_inputs, a shortcut, an output_scale or parallel blocks, "
+                    "which add to one stream",
+                    "Remove one of the two",
+                )
+        case _:
+            assert_never(spec)

@@ -10,7 +10,13 @@ from moezoo.core.cost.memory import TrainingMemory, cache_bytes, kv_cache_bytes_
 from moezoo.core.cost.parameters import active_experts, parameter_counts
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import ROLES, parameter_table
-from moezoo.core.spec import GatedFeedForwardSpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+from moezoo.core.spec import (
+    GatedFeedForwardSpec,
+    GroupedQueryAttentionSpec,
+    HyperConnectionsSpec,
+    LayerSpec,
+    ModelSpec,
+)
 
 # D=20, N=8, M=2, H=6, F=28 (dense), 12 (experts), 2 x 9 (shared), E=7, K=2, V=11, L=3 (one dense, two MoE)
 CONFIG = """
@@ -273,6 +279,18 @@ def test_latent_attention_without_options_does_not_count_them():
     assert parameter_counts(spec).by_role["attention"] == LATENT_MATRICES - 20 * 9 + (20 - 9) * 4 * 10
     assert flops_per_token(spec, 5, False).attention_scores == 2 * 4 * (6 + 4 + 5) * 3
     assert kv_cache_bytes_per_token(spec) == 4 * (7 + 4)
+
+
+def test_several_residual_streams_have_maps_and_are_all_saved():
+    config = one_layer(LATENT)
+    residual = HyperConnectionsSpec(num_streams=3, sinkhorn_iterations=4)
+    streams = config.model_copy(update={"model": config.model.model_copy(update={"residual": residual})})
+    maps, vectors = 2 * 3 * 20 * (3 + 3 + 9) + 3 * 20 * 3, 2 * (3 + 3 + 9 + 3) + 3 + 1
+    assert parameter_counts(streams.model).total - parameter_counts(config.model).total == maps + vectors
+    difference = flops_per_token(streams.model, 5, False).total - flops_per_token(config.model, 5, False).total
+    assert difference == 2 * maps
+    saved = training_memory(streams).activations - training_memory(config).activations
+    assert saved == 3 * 5 * 2 * (4 * 3 * 20 + 4 * 2 * 4 * 9)
 
 
 def test_gates_of_norms_and_of_the_query_latent_are_matrices():

@@ -229,6 +229,8 @@ def test_moe_layer(router, moe, words):
         ({"position": {"kind": "learned", "max_length": 64}}, "learned positions for 64 tokens"),
         ({"position": {"kind": "sinusoidal"}, "norm": {"kind": "layer"}}, "sinusoidal positions, layer norm"),
         ({"norm": {"scale": "zero_centred"}, "dropout": 0.1}, "zero-centred RMS norm, dropout 10%"),
+        ({"residual": {"kind": "depth_scaled"}}, "depth-scaled residual"),
+        ({"residual": {"kind": "hyper_connections"}}, "4 residual streams, mixed"),
         ({"norm": {"kind": "layer", "bias": False}, "softcap": 30}, "layer norm without bias, softcap 30.0"),
         (
             {"norm": {"scale": "none"}, "multipliers": {"embedding": 12, "logits": 0.25}},

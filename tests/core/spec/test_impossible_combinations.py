@@ -26,6 +26,7 @@ MODULES = (
     "spec.model",
     "spec.moe",
     "spec.positions",
+    "spec.residual",
     "spec.routing",
     "spec.state_space",
 )
@@ -120,6 +121,11 @@ CASES = {
         model(residual={"kind": "depth_scaled"}, layer_inputs={"dim": 4}),
         "model.residual is depth_scaled, which counts two blocks per layer, but there are layer_inputs, a "
         "shortcut or single blocks (x.yaml). Remove one of the two.",
+    ),
+    "hyper_connections with parallel blocks": (
+        model(layer(norm_placement="parallel"), residual={"kind": "hyper_connections"}),
+        "model.residual is hyper_connections, but there are layer_inputs, a shortcut, an output_scale or parallel "
+        "blocks, which add to one stream (x.yaml). Remove one of the two.",
     ),
     "qk_norm_after_rotation without qk_norm": (
         attention(qk_norm_after_rotation=True),

@@ -1,0 +1,36 @@
+"""Rows of the parameter table for the residual stream or streams."""
+
+import math
+from collections.abc import Iterator
+
+from moezoo.core.parameters.row import Initializer, Parameter, Rows
+from moezoo.core.spec import HyperConnectionsSpec
+
+_SCALE = Initializer("constant", value=0.01)
+"""Of what depends on the token (alpha). Source: Xie et al. 2025, arXiv 2512.24880; hy_v4 in transformers."""
+
+
+def residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
+    """Yield the rows of one block's connection to the residual streams."""
+    spec = rows.spec.residual
+    if isinstance(spec, HyperConnectionsSpec):
+        yield from _weights(rows, name, "read", spec.num_streams)
+        yield from _weights(rows, name, "write", spec.num_streams)
+        if spec.sinkhorn_iterations is not None:
+            yield from _weights(rows, name, "mix", spec.num_streams)
+
+
+def final_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
+    """Yield the rows of the last step, from the residual streams to the final norm."""
+    if isinstance(rows.spec.residual, HyperConnectionsSpec):
+        yield from _weights(rows, name, "read", rows.spec.residual.num_streams)
+
+
+def _weights(rows: Rows, name: str, which: str, streams: int) -> Iterator[Parameter]:
+    """Yield the rows of a map from all streams of a token to weights: at first, reading takes their mean."""
+    outputs, axes = ((streams, streams), ("stream", "stream")) if which == "mix" else ((streams,), ("stream",))
+    matrix = (streams, rows.embed_dim, *outputs)
+    yield rows.matrix(f"{name}.w_{which}", matrix, ("stream", "embed", *axes), "norms", fan_in=2)
+    bias = -math.log(max(streams - 1, 1)) if which == "read" else 0.0
+    yield rows.vector(f"{name}.b_{which}", outputs, axes, "norms", Initializer("constant", value=bias))
+    yield rows.vector(f"{name}.{which}_scale", (1,), ("one",), "norms", _SCALE)
