@@ -1,7 +1,7 @@
 """Attention layers. Spec: moezoo.core.reference.attention."""
 
 import math
-from typing import assert_never
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,18 @@ from jax import lax
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.convolutional_attention import ConvolvedHeads
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kernels.attention import Chunk, attend_in_chunks, chunk_length, uses_chunk_kernel
-from moezoo.jax_backend.kv_cache import Attended, KVCache, RollingCache, SharedCache, Source
+from moezoo.jax_backend.kv_cache import (
+    Attended,
+    ConvolutionState,
+    ConvolvedCache,
+    KVCache,
+    RollingCache,
+    SharedCache,
+    Source,
+)
 from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
 from moezoo.jax_backend.positions import Documents, positions, rotate, same_document, same_side
 
@@ -140,15 +149,20 @@ class GroupedQueryAttention(nnx.Module):
         own_keys = spec.keys_of_layer is None
         if own_keys:
             self.w_key = weights.parameter("w_key")
-        if own_keys and not spec.values_from_keys:
+        own_values = own_keys and not spec.values_from_keys and spec.convolution is None
+        if own_values:
             self.w_value = weights.parameter("w_value")
         self.w_output = weights.parameter("w_output")
         if spec.qkv_bias:
             self.b_query = weights.parameter("b_query")
             if own_keys:
                 self.b_key = weights.parameter("b_key")
-            if own_keys and not spec.values_from_keys:
+            if own_values:
                 self.b_value = weights.parameter("b_value")
+        if spec.convolution is not None:
+            self.convolution = ConvolvedHeads(spec, weights.inside("convolution"))
+        if spec.key_temperature:
+            self.key_temperature = weights.parameter("key_temperature")
         if spec.value_norm is not None:
             self.value_norm = norm(spec.value_norm, weights.inside("value_norm"))
         if spec.qk_norm is not None:
@@ -170,7 +184,7 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        cache: KVCache | RollingCache | SharedCache | None = None,
+        cache: KVCache | RollingCache | ConvolvedCache | SharedCache | None = None,
         *,
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
@@ -179,20 +193,21 @@ class GroupedQueryAttention(nnx.Module):
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
-        query = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
-        if spec.qkv_bias:
-            query = query + self.b_query[...].astype(dtype)
         batch, length = x_BTD.shape[:2]
         position_T = positions(length, 0 if cache is None else cache.length, first_B, documents)
+        past = cache.state if isinstance(cache, ConvolvedCache) else None
+        real_BT = None if first_B is None else position_T >= 0
+        query, key, value, state = self._projected(x_BTD, past, real_BT, documents)
+        if isinstance(cache, ConvolvedCache):
+            cache = cache._replace(state=state)
         query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, position_T)
         if spec.temperature_tuning is not None:
             temperature_T = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))
             query = (query * temperature_T[..., None, None]).astype(dtype)
-        value = None
         if isinstance(cache, SharedCache):
             cache = cache.extend(length)
-        elif spec.keys_of_layer is None:
-            key, value = self._keys_and_values(x_BTD, position_T)
+        elif key is not None and value is not None:
+            key, value = self._keys_and_values(key, value, position_T)
             mixed = value
             if spec.value_residual and self.layer > 0:
                 assert first_value_BTMH is not None
@@ -223,24 +238,40 @@ class GroupedQueryAttention(nnx.Module):
             output = output + self.b_output[...].astype(dtype)
         return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
 
-    def _keys_and_values(self, x_BTD: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return keys after norm and rotation, and values before any value residual."""
+    def _projected(
+        self, x_BTD: jax.Array, past: ConvolutionState | None, real_BT: jax.Array | None, documents: Documents | None
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
+        """Spec: moezoo.core.reference.attention._projected; with the state of the convolution, None without one."""
         spec, dtype = self.spec, x_BTD.dtype
+        query = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype))
+        if spec.qkv_bias:
+            query = query + self.b_query[...].astype(dtype)
+        if spec.keys_of_layer is not None:
+            return query, None, None, None
         key = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_key[...].astype(dtype))
         if spec.qkv_bias:
             key = key + self.b_key[...].astype(dtype)
+        if spec.convolution is not None:
+            convolved: tuple[jax.Array, jax.Array, jax.Array, ConvolutionState]
+            convolved = self.convolution(x_BTD, query, key, past, real_BT, documents)
+            return convolved
         if spec.values_from_keys:
-            value = key
-        else:
-            value = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_value[...].astype(dtype))
-            if spec.qkv_bias:
-                value = value + self.b_value[...].astype(dtype)
+            return query, key, key, None
+        value = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_value[...].astype(dtype))
+        return query, key, value + self.b_value[...].astype(dtype) if spec.qkv_bias else value, None
+
+    def _keys_and_values(self, key: jax.Array, value: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return keys after norm and rotation, and values before any value residual."""
+        spec, dtype = self.spec, key.dtype
         if spec.value_norm is not None:
             value = self.value_norm(value)
         value = self._clipped(value)
         if spec.value_multiplier != 1:
             value = (value.astype(jnp.float32) * spec.value_multiplier).astype(dtype)
-        return self._rotated(key, None if spec.qk_norm is None else self.key_norm, position_T), value
+        key = self._rotated(key, None if spec.qk_norm is None else self.key_norm, position_T)
+        if spec.key_temperature:
+            key = (key * self.key_temperature[...].astype(jnp.float32)[:, None]).astype(dtype)
+        return key, value
 
     def _rotated(self, x: jax.Array, norm: RMSNorm | LayerNorm | None, position_T: jax.Array) -> jax.Array:
         """Normalize, clip and rotate queries or keys."""

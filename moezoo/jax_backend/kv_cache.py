@@ -89,6 +89,37 @@ class RollingCache(NamedTuple):
         return RollingCache(key_BSMH, value_BSMH, length), source
 
 
+class ConvolutionState(NamedTuple):
+    """The last inputs of the two convolutions of queries and keys, and delayed values of the last token."""
+
+    query_BSNH: jax.Array
+    key_BSMH: jax.Array
+    filtered_query_BSNH: jax.Array
+    filtered_key_BSMH: jax.Array
+    value_BSZ: jax.Array
+
+    def extend(self, *new: jax.Array) -> "ConvolutionState":
+        """Append T tokens, given in the order of the fields."""
+        return ConvolutionState._make(_latest(before, own) for before, own in zip(self, new, strict=True))
+
+
+class ConvolvedCache(NamedTuple):
+    """Keys and values of convolutional attention, and the state of its convolutions."""
+
+    kept: KVCache | RollingCache
+    state: ConvolutionState
+
+    @property
+    def length(self) -> jax.Array:
+        """Number of filled slots."""
+        return self.kept.length
+
+    def extend(self, key_BTMH: jax.Array, value_BTMH: jax.Array) -> tuple["ConvolvedCache", Source]:
+        """Append T tokens, as the cache that is kept does; the state is replaced by who computes it."""
+        kept, source = self.kept.extend(key_BTMH, value_BTMH)
+        return ConvolvedCache(kept, self.state), source
+
+
 class SharedCache(NamedTuple):
     """Number of tokens, for a layer that attends to the keys and values of another layer, or to nothing."""
 
@@ -187,7 +218,17 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | StateCache | ConvolutionCache | ScanCache
+Cache = (
+    KVCache
+    | RollingCache
+    | ConvolvedCache
+    | SharedCache
+    | LatentCache
+    | RecurrentCache
+    | StateCache
+    | ConvolutionCache
+    | ScanCache
+)
 
 
 class Caches(NamedTuple):
@@ -202,7 +243,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache)
+STATES = (RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -238,7 +279,11 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 key = jnp.zeros((batch, kept, heads, head_dim), dtype)
                 value = jnp.zeros((batch, kept, heads, value_dim), dtype)
                 kind = KVCache if reach is None else RollingCache
-                caches.append(kind(key, value, jnp.zeros((), jnp.int32)))
+                cache = kind(key, value, jnp.zeros((), jnp.int32))
+                if layer.attention.convolution is None:
+                    caches.append(cache)
+                else:
+                    caches.append(ConvolvedCache(cache, empty_convolution_state(layer.attention, batch, dtype)))
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, window=int(window)):
                 kept = min(size, window)
                 key = jnp.zeros((batch, kept, 1, rope_head_dim), dtype)
@@ -296,6 +341,15 @@ def empty_scan_cache(spec: MambaSpec, batch: int, dtype: jnp.dtype) -> ScanCache
     """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolution."""
     state = jnp.zeros((batch, spec.inner_dim, spec.state_dim), jnp.float32)
     return ScanCache(state, jnp.zeros((batch, spec.conv_width - 1, spec.inner_dim), dtype), jnp.zeros((), jnp.int32))
+
+
+def empty_convolution_state(spec: GroupedQueryAttentionSpec, batch: int, dtype: jnp.dtype) -> ConvolutionState:
+    """Return the state before the first token, of zeros; the layer must have a convolution."""
+    assert spec.convolution is not None
+    heads = ((spec.num_heads, spec.head_dim), (spec.num_kv_heads, spec.head_dim))
+    widths = (spec.convolution.conv_width - 1, spec.convolution.mix_width - 1)
+    inputs = [jnp.zeros((batch, width, *shape), dtype) for width in widths for shape in heads]
+    return ConvolutionState._make([*inputs, jnp.zeros((batch, 1, spec.num_kv_heads * spec.value_dim // 2), dtype)])
 
 
 def empty_convolution_cache(

@@ -54,6 +54,17 @@ def token_mean(value: jax.Array, real_P: jax.Array | None = None) -> jax.Array:
     return jnp.sum(jnp.where(real, value, 0.0), axis=0) / jnp.sum(real_P)
 
 
+def causal_windows(x: jax.Array, before: jax.Array, documents: Documents | None = None) -> list[jax.Array]:
+    """Spec: moezoo.core.reference.positions.causal_windows; `before`: the width - 1 earlier inputs."""
+    width, length = before.shape[1] + 1, x.shape[1]
+    padded = jnp.concatenate([before, x], axis=1)
+    inputs = [padded[:, start : start + length] for start in range(width)]
+    if documents is not None:
+        position = documents.position_BT.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+        inputs = [jnp.where(position >= width - 1 - start, own, 0) for start, own in enumerate(inputs)]
+    return inputs
+
+
 def within_documents(mask_TS: jax.Array, documents: Documents | None) -> jax.Array:
     """Spec: moezoo.core.reference.positions.within_documents."""
     return mask_TS if documents is None else mask_TS & same_document(documents.document_BT, documents.document_BT)

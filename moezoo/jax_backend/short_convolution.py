@@ -8,7 +8,7 @@ from moezoo.core.spec import ShortConvolutionSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
-from moezoo.jax_backend.positions import Documents, positions
+from moezoo.jax_backend.positions import Documents, causal_windows, positions
 
 
 class ShortConvolution(nnx.Module):
@@ -70,13 +70,8 @@ def causal_convolution(
     x: jax.Array, weight: jax.Array, before: jax.Array, documents: Documents | None = None
 ) -> jax.Array:
     """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
-    length = x.shape[1]
-    padded = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
     weight = weight.astype(jnp.float32)
-    inputs = [padded[:, start : start + length] for start in range(len(weight))]
-    if documents is not None:
-        position = documents.position_BT.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
-        inputs = [jnp.where(position >= len(weight) - 1 - start, own, 0.0) for start, own in enumerate(inputs)]
+    inputs = causal_windows(x.astype(jnp.float32), before.astype(jnp.float32), documents)
     rows = (own * row for own, row in zip(inputs, weight, strict=True))
     convolved: jax.Array = sum(rows, jnp.float32(0))
     return convolved

@@ -166,13 +166,14 @@ def _grown(spec: ModelSpec, caches: Caches, batch: int, size: int) -> Caches:
     """Enlarge the caches to `size` slots; filled slots stay where they are."""
 
     def enlarged(kept: Any, empty: Any) -> Any:
+        if isinstance(kept, tuple):
+            return type(kept)(*(enlarged(*pair) for pair in zip(kept, empty, strict=True)))
         if not isinstance(kept, mx.array) or kept.shape == empty.shape:
             return kept
         return mx.concatenate([kept, empty[:, kept.shape[1] :]], axis=1)
 
     layers: list[Cache] = [
-        type(cache)(*(enlarged(*pair) for pair in zip(cache, wanted, strict=True)))
-        for cache, wanted in zip(caches.layers, empty_cache(spec, batch, size), strict=True)
+        enlarged(cache, wanted) for cache, wanted in zip(caches.layers, empty_cache(spec, batch, size), strict=True)
     ]
     return Caches(layers, caches.first_B)
 

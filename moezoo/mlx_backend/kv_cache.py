@@ -87,6 +87,37 @@ class RollingCache(NamedTuple):
         return RollingCache(key_BSMH, value_BSMH, length), source
 
 
+class ConvolutionState(NamedTuple):
+    """The last inputs of the two convolutions of queries and keys, and delayed values of the last token."""
+
+    query_BSNH: mx.array
+    key_BSMH: mx.array
+    filtered_query_BSNH: mx.array
+    filtered_key_BSMH: mx.array
+    value_BSZ: mx.array
+
+    def extend(self, *new: mx.array) -> "ConvolutionState":
+        """Append T tokens, given in the order of the fields."""
+        return ConvolutionState._make(_latest(before, own) for before, own in zip(self, new, strict=True))
+
+
+class ConvolvedCache(NamedTuple):
+    """Keys and values of convolutional attention, and the state of its convolutions."""
+
+    kept: KVCache | RollingCache
+    state: ConvolutionState
+
+    @property
+    def length(self) -> int:
+        """Number of filled slots."""
+        return self.kept.length
+
+    def extend(self, key_BTMH: mx.array, value_BTMH: mx.array) -> tuple["ConvolvedCache", Source]:
+        """Append T tokens, as the cache that is kept does; the state is replaced by who computes it."""
+        kept, source = self.kept.extend(key_BTMH, value_BTMH)
+        return ConvolvedCache(kept, self.state), source
+
+
 class SharedCache(NamedTuple):
     """Number of tokens, for a layer that attends to the keys and values of another layer, or to nothing."""
 
@@ -185,7 +216,17 @@ class LatentCache(NamedTuple):
         )
 
 
-Cache = KVCache | RollingCache | SharedCache | LatentCache | RecurrentCache | StateCache | ConvolutionCache | ScanCache
+Cache = (
+    KVCache
+    | RollingCache
+    | ConvolvedCache
+    | SharedCache
+    | LatentCache
+    | RecurrentCache
+    | StateCache
+    | ConvolutionCache
+    | ScanCache
+)
 
 
 class Caches(NamedTuple):
@@ -205,7 +246,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache)
+STATES = (RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -239,7 +280,11 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 key = mx.zeros((batch, kept, heads, head_dim), dtype)
                 value = mx.zeros((batch, kept, heads, value_dim), dtype)
                 kind = KVCache if reach is None else RollingCache
-                caches.append(kind(key, value, 0))
+                cache = kind(key, value, 0)
+                if layer.attention.convolution is None:
+                    caches.append(cache)
+                else:
+                    caches.append(ConvolvedCache(cache, empty_convolution_state(layer.attention, batch, dtype)))
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, window=int(window)):
                 kept = min(size, window)
                 key = mx.zeros((batch, kept, 1, rope_head_dim), dtype)
@@ -295,6 +340,15 @@ def empty_scan_cache(spec: MambaSpec, batch: int, dtype: mx.Dtype) -> ScanCache:
     """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolution."""
     state = mx.zeros((batch, spec.inner_dim, spec.state_dim), mx.float32)
     return ScanCache(state, mx.zeros((batch, spec.conv_width - 1, spec.inner_dim), dtype), 0)
+
+
+def empty_convolution_state(spec: GroupedQueryAttentionSpec, batch: int, dtype: mx.Dtype) -> ConvolutionState:
+    """Return the state before the first token, of zeros; the layer must have a convolution."""
+    assert spec.convolution is not None
+    heads = ((spec.num_heads, spec.head_dim), (spec.num_kv_heads, spec.head_dim))
+    widths = (spec.convolution.conv_width - 1, spec.convolution.mix_width - 1)
+    inputs = [mx.zeros((batch, width, *shape), dtype) for width in widths for shape in heads]
+    return ConvolutionState._make([*inputs, mx.zeros((batch, 1, spec.num_kv_heads * spec.value_dim // 2), dtype)])
 
 
 def empty_convolution_cache(

@@ -52,6 +52,17 @@ def token_mean(value: mx.array, real_P: mx.array | None = None) -> mx.array:
     return mx.sum(mx.where(real, value, 0.0), axis=0) / average(mx.sum(real_P))
 
 
+def causal_windows(x: mx.array, before: mx.array, documents: Documents | None = None) -> list[mx.array]:
+    """Spec: moezoo.core.reference.positions.causal_windows; `before`: the width - 1 earlier inputs."""
+    width, length = before.shape[1] + 1, x.shape[1]
+    padded = mx.concatenate([before, x], axis=1)
+    inputs = [padded[:, start : start + length] for start in range(width)]
+    if documents is not None:
+        position = documents.position_BT.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+        inputs = [mx.where(position >= width - 1 - start, own, 0).astype(own.dtype) for start, own in enumerate(inputs)]
+    return inputs
+
+
 def within_documents(mask_TS: mx.array, documents: Documents | None) -> mx.array:
     """Spec: moezoo.core.reference.positions.within_documents."""
     return mask_TS if documents is None else mask_TS & same_document(documents.document_BT, documents.document_BT)

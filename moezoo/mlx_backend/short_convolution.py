@@ -7,7 +7,7 @@ from moezoo.core.spec import ShortConvolutionSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
-from moezoo.mlx_backend.positions import Documents, positions
+from moezoo.mlx_backend.positions import Documents, causal_windows, positions
 from moezoo.mlx_backend.quantization import as_array
 
 
@@ -69,12 +69,7 @@ class ShortConvolution(nn.Module):
 
 def causal_convolution(x: mx.array, weight: mx.array, before: mx.array, documents: Documents | None = None) -> mx.array:
     """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
-    length = x.shape[1]
-    padded = mx.concatenate([before, x], axis=1).astype(mx.float32)
     weight = as_array(weight).astype(mx.float32)
-    inputs = [padded[:, start : start + length] for start in range(len(weight))]
-    if documents is not None:
-        position = documents.position_BT.reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
-        inputs = [mx.where(position >= len(weight) - 1 - start, own, 0.0) for start, own in enumerate(inputs)]
+    inputs = causal_windows(x.astype(mx.float32), before.astype(mx.float32), documents)
     rows = (own * row for own, row in zip(inputs, weight, strict=True))
     return sum(rows, mx.array(0.0))

@@ -21,6 +21,7 @@ KINDS = (
     *("top_k", "sliding_window", "chunked_attention", "latent_attention", "sparse_attention", "gated_delta", "mamba2"),
     *(
         "lightning_attention",
+        "convolutional_attention",
         "short_convolution",
         "learned_positions",
         "shared_keys",
@@ -96,7 +97,9 @@ def test_sampled_text_is_what_the_reference_draws_of_the_whole_pass(twin):
         np.testing.assert_array_equal(found[:, step], expected, f"step {step}")
 
 
-@on_each_backend(["top_k", "sliding_window", "gated_delta", "delta_attention"], PIECES_ON_JAX)
+@on_each_backend(
+    ["top_k", "sliding_window", "gated_delta", "delta_attention", "convolutional_attention"], PIECES_ON_JAX
+)
 def test_prompts_in_pieces_and_grown_caches_give_the_same_text(twin, name, monkeypatch):
     model = built(twin, name)
     prompts = [np.tile(prompt, 4) for prompt in prompts_of(model.spec)]

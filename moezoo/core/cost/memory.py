@@ -283,6 +283,8 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
     match attention:
         case GroupedQueryAttentionSpec():
             both = (attention.num_heads + attention.num_kv_heads) * (attention.head_dim + attention.value_dim)
+            if attention.convolution is not None:  # three more of queries and keys: projected, filtered, mixed
+                both += 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
             return attention.num_heads, both // 2
         case LatentAttentionSpec():
             width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim

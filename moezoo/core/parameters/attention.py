@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import assert_never
 
-from moezoo.core.parameters.row import Initializer, Parameter, Rows
+from moezoo.core.parameters.row import ONES, Initializer, Parameter, Rows
 from moezoo.core.parameters.state_space import filters, lightning_rows, mamba2_rows, mamba_rows
 from moezoo.core.spec import (
     AttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
+    HeadConvolutionSpec,
     LatentAttentionSpec,
     LightningAttentionSpec,
     Mamba2Spec,
@@ -47,19 +48,23 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
     projected = [("query", n, h, "head")]
     if own_keys:
         projected.append(("key", m, h, "kv_head"))
-    if own_keys and not spec.values_from_keys:
+    if own_keys and not spec.values_from_keys and spec.convolution is None:
         projected.append(("value", m, z, "kv_head"))
     for which, heads, width, axis in projected:
         axes = ("embed", axis, "head_dim")
         yield rows.matrix(f"{name}.w_{which}", (d, heads, width), axes, "attention")
         if spec.qkv_bias:
             yield rows.vector(f"{name}.b_{which}", (heads, width), axes[1:], "attention")
+    if spec.convolution is not None:
+        yield from _head_convolution(rows, f"{name}.convolution", spec, spec.convolution)
     if spec.qk_norm is not None:
         for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head"))[: 2 if own_keys else 1]:
             if spec.qk_norm_over == "head":
                 yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, (h,), ("head_dim",))
             else:
                 yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, (heads, h), (axis, "head_dim"))
+    if spec.key_temperature:
+        yield rows.vector(f"{name}.key_temperature", (m,), ("kv_head",), "attention", ONES)
     if spec.value_norm is not None:
         yield from rows.norm(f"{name}.value_norm", spec.value_norm, (z,), ("head_dim",))
     if spec.value_residual and layer > 0:
@@ -75,6 +80,23 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
     yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
     if spec.output_bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
+
+
+def _head_convolution(
+    rows: Rows, name: str, spec: GroupedQueryAttentionSpec, convolution: HeadConvolutionSpec
+) -> Iterator[Parameter]:
+    h, z = spec.head_dim, spec.num_kv_heads * spec.value_dim // 2
+    for which, heads, axis in (("query", spec.num_heads, "head"), ("key", spec.num_kv_heads, "kv_head")):
+        axes, bias = ("source", axis, "head_dim", "head_dim"), (heads, h)
+        width, mixed = convolution.conv_width, convolution.mix_width
+        yield Parameter(f"{name}.{which}.conv", (width, heads, h), axes[:3], filters(width), True, "attention")
+        yield rows.vector(f"{name}.{which}.b_conv", bias, axes[1:3], "attention")
+        yield Parameter(f"{name}.{which}.mix", (mixed, heads, h, h), axes, filters(mixed * h), True, "attention")
+        yield rows.vector(f"{name}.{which}.b_mix", bias, axes[1:3], "attention")
+    for which in ("value", "value_before"):
+        yield rows.matrix(f"{name}.w_{which}", (rows.embed_dim, z), ("embed", "latent"), "attention")
+        if spec.qkv_bias:
+            yield rows.vector(f"{name}.b_{which}", (z,), ("latent",), "attention")
 
 
 def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parameter]:

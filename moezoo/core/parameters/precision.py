@@ -22,6 +22,7 @@ With `precision.compute: bfloat16`:
 | hyper-connections: weights of streams, their product and mixing matrix, sums of streams; result cast back | float32 |
 | scale of a layer's output; result cast back | float32 |
 | inputs of layers: sum of their two halves; result cast back | float32 |
+| convolutions of queries and keys, their means, temperature of keys; result cast back | float32 |
 | temperature of queries, multiplier and mix of values, function of the attention's gate; result cast back | float32 |
 | linear attention behind its projections: convolutions, decay, beta, state, gate; result cast back | float32 |
 | lightning attention behind its projections: silu, state, norm, gate; result cast back | float32 |

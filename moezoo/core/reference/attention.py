@@ -5,6 +5,7 @@ from typing import NamedTuple
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, adapter, inside
+from moezoo.core.reference.convolutional_attention import convolved, half_delayed_values
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents, rotate, within_documents
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
@@ -114,9 +115,9 @@ def grouped_query_attention(
 ) -> Attended:
     """Causal self-attention of T tokens at positions 0 .. T-1, or in each document: [B, T, D] -> [B, T, D].
 
-    Order: project (and add biases); normalize queries and keys if `qk_norm` and apply RoPE, or in the opposite order,
-    with `clip` before the rotation in both cases; multiply queries by their temperature; normalize, clip, scale and
-    mix values; attend; gate; apply the output projection.
+    Order: project (and add biases), and apply the `convolution`; normalize queries and keys if `qk_norm` and apply
+    RoPE, or in the opposite order, with `clip` before the rotation in both cases; multiply queries and keys by their
+    temperatures; normalize, clip, scale and mix values; attend; gate; apply the output projection.
 
     Args:
         first_value_BTMH: values of the model's first layer, mixed in by `value_residual`; the first layer itself has
@@ -126,17 +127,16 @@ def grouped_query_attention(
 
     Source: see GroupedQueryAttentionSpec.
     """
-    query = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
-    if spec.qkv_bias:
-        query = query + parameters["b_query"]
+    query, key, value = _projected(spec, parameters, x_BTD, documents)
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length) if documents is None else documents.position_BT
     query = _rotated(spec, inside(parameters, "query_norm"), query, position_T)
     if spec.temperature_tuning is not None:
         query = query * temperature(spec.temperature_tuning, position_T)[..., None, None]
-    value = None
     if source is None:
-        key, value = _keys_and_values(spec, parameters, x_BTD, position_T)
+        assert key is not None
+        assert value is not None
+        key, value = _keys_and_values(spec, parameters, key, value, position_T)
         mixed = value
         if "value_mix" in parameters:
             mix = parameters["value_mix"]
@@ -159,22 +159,38 @@ def grouped_query_attention(
     return Attended(output, value, None, source if spec.keys_of_layer is None else None)
 
 
-def _keys_and_values(
-    spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, position_T: Array
-) -> tuple[Array, Array]:
-    """Return keys after norm and rotation, and values before any value residual."""
+def _projected(
+    spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, documents: Documents | None
+) -> tuple[Array, Array | None, Array | None]:
+    """Return queries, keys and values as projected, or as the convolution makes them of the projected ones.
+
+    Without keys of its own, a layer has None in their place, and in that of values.
+    """
+    query = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
+    if spec.qkv_bias:
+        query = query + parameters["b_query"]
+    if spec.keys_of_layer is not None:
+        return query, None, None
     key = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
     if spec.qkv_bias:
         key = key + parameters["b_key"]
+    if spec.convolution is not None:
+        own = inside(parameters, "convolution")
+        return *convolved(own, query, key, documents), half_delayed_values(own, x_BTD, spec.num_kv_heads, documents)
     if spec.values_from_keys:
-        value = key
-    else:
-        value = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
-        if spec.qkv_bias:
-            value = value + parameters["b_value"]
+        return query, key, key
+    value = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
+    return query, key, value + parameters["b_value"] if spec.qkv_bias else value
+
+
+def _keys_and_values(
+    spec: GroupedQueryAttentionSpec, parameters: Parameters, key: Array, value: Array, position_T: Array
+) -> tuple[Array, Array]:
+    """Return keys after norm and rotation, and values before any value residual."""
     if spec.value_norm is not None:
         value = normalize(spec.value_norm, inside(parameters, "value_norm"), value)
     key = _rotated(spec, inside(parameters, "key_norm"), key, position_T)
+    key = key * parameters["key_temperature"][:, None] if spec.key_temperature else key
     return key, spec.value_multiplier * _clipped(spec, value)
 
 

@@ -63,6 +63,20 @@ def token_mean(value: Array, real_P: Array | None = None) -> Array:
     return np.mean(value if real_P is None else value[real_P], axis=0)
 
 
+def causal_windows(x: Array, width: int, documents: Documents | None = None) -> list[Array]:
+    """Return x of each token of the causal window: `x[t - (width - 1)], ..., x[t - 1], x[t]`, of the shape of x each.
+
+    Tokens before the first, of a sequence or of each of its documents, are zero.
+    """
+    batch, length, *features = x.shape
+    padded = np.concatenate([np.zeros((batch, width - 1, *features)), x], axis=1)
+    rows = [padded[:, start : start + length] for start in range(width)]
+    if documents is not None:
+        position = documents.position_BT.reshape(batch, length, *(1 for _ in features))
+        rows = [np.where(position >= width - 1 - start, row, 0.0) for start, row in enumerate(rows)]
+    return rows
+
+
 def within_documents(mask_TS: Array, documents: Documents | None) -> Array:
     """Return a mask of attention that is False between documents, if there are any: bool [T, S], or [B, T, S]."""
     return mask_TS if documents is None else mask_TS & same_document(documents.document_BT, documents.document_BT)

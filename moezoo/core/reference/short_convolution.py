@@ -1,10 +1,8 @@
 """Gated short convolutions: causal and depthwise."""
 
-import autograd.numpy as np
-
 from moezoo.core.reference import Array, Parameters, adapter
 from moezoo.core.reference.attention import Attended
-from moezoo.core.reference.positions import Documents
+from moezoo.core.reference.positions import Documents, causal_windows
 from moezoo.core.spec import ShortConvolutionSpec
 
 
@@ -21,12 +19,7 @@ def causal_convolution(x: Array, weight: Array, documents: Documents | None = No
 
     Source: So et al. 2021, arXiv 2109.08668 (Primer); Yang et al. 2024, arXiv 2412.06464, section 3.4.
     """
-    batch, length, *features = x.shape
-    padded = np.concatenate([np.zeros((batch, len(weight) - 1, *features)), x], axis=1)
-    rows = [padded[:, start : start + length] for start in range(len(weight))]
-    if documents is not None:
-        position = documents.position_BT.reshape(batch, length, *(1 for _ in features))
-        rows = [np.where(position >= len(weight) - 1 - start, row, 0.0) for start, row in enumerate(rows)]
+    rows = causal_windows(x, len(weight), documents)
     return sum(row * own for row, own in zip(rows, weight, strict=True))
 
 

@@ -16,6 +16,7 @@ from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     GroupedTopKChoiceSpec,
+    HeadConvolutionSpec,
     HeadSpec,
     HyperConnectionsSpec,
     LatentAttentionSpec,
@@ -226,6 +227,8 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         (f"qk norm{over}{after}", spec.qk_norm is not None),
         ("qkv bias", spec.qkv_bias),
         ("output bias", spec.output_bias),
+        (_head_convolution(spec.convolution), spec.convolution is not None),
+        ("temperature of keys", spec.key_temperature),
         (f"clipped to {spec.clip}", spec.clip is not None),
         ("sinks", spec.sinks),
         (f"{spec.gate} {'' if spec.gate_function == 'sigmoid' else 'softplus '}gate", spec.gate is not None),
@@ -240,6 +243,10 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         (f"keys and values of layer {spec.keys_of_layer}", spec.keys_of_layer is not None),
     )
     return [heads, _position(spec.position), *(word for word, there in extra if there)]
+
+
+def _head_convolution(spec: HeadConvolutionSpec | None) -> str:
+    return "" if spec is None else f"convolutions of {spec.conv_width} and {spec.mix_width}"
 
 
 def _moe(spec: MoESpec) -> str:

@@ -25,6 +25,20 @@ class TemperatureTuningSpec(Part):
     first: Annotated[int, Field(ge=0, le=1)] = 1
 
 
+class HeadConvolutionSpec(Part):
+    """Causal convolutions over the projected queries and keys, and values of which half are the token's before.
+
+    Two follow each other: a depthwise one over `conv_width` tokens, then one over `mix_width` tokens that mixes the
+    features of each head; both have biases, and both windows include the token itself. To their output is added what
+    they saw, queries averaged with their group's key, and keys with their group's mean query. The first half of a
+    token's values (all M heads as one row) is projected from the token, the second from the token before it. Source:
+    Figliolia et al. 2025 (compressed convolutional attention), arXiv 2510.04476; transformers 5.23, zaya.
+    """
+
+    conv_width: Annotated[int, Field(ge=2)] = 2
+    mix_width: Annotated[int, Field(ge=2)] = 2
+
+
 class GroupedQueryAttentionSpec(Part):
     """Causal attention whose N query heads share M key/value heads. Source: Ainslie et al. 2023, arXiv 2305.13245.
 
@@ -44,7 +58,8 @@ class GroupedQueryAttentionSpec(Part):
     are mixed with those of the model's first layer, `(1 - mix) * own + mix * first`; mix is learned, initially 0.5
     (Zhou et al. 2024, arXiv 2410.17897). `keys_of_layer`: KV sharing, keys and values are those of that earlier layer
     (index from 0, repeats expanded), and this layer has no key or value projections and no cache (Gemma 3n, 4; Brandon
-    et al. 2024, arXiv 2405.12981).
+    et al. 2024, arXiv 2405.12981). `convolution`: queries, keys and values mix those of the last tokens, before any
+    norm. `key_temperature`: keys, after norm and rotation, are multiplied by a learned number per head (both: ZAYA1).
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -73,6 +88,8 @@ class GroupedQueryAttentionSpec(Part):
     values_from_keys: bool = False
     value_residual: bool = False
     keys_of_layer: NonNegativeInt | None = None
+    convolution: HeadConvolutionSpec | None = None
+    key_temperature: bool = False
 
     @property
     def value_dim(self) -> int:
@@ -116,6 +133,8 @@ class GroupedQueryAttentionSpec(Part):
             "value_multiplier": self.value_multiplier != 1,
             "values_from_keys": self.values_from_keys,
             "value_residual": self.value_residual,
+            "convolution": self.convolution is not None,
+            "key_temperature": self.key_temperature,
         }
         for name, is_set in options.items():
             if is_set and self.keys_of_layer is not None:
@@ -124,7 +143,23 @@ class GroupedQueryAttentionSpec(Part):
                     f"is set, but with keys_of_layer = {self.keys_of_layer} the values are those of that layer",
                     "Remove one of the two",
                 )
+        if self.convolution is not None:
+            self._check_halves()
         return self
+
+    def _check_halves(self) -> None:
+        if self.values_from_keys:
+            raise impossible(
+                "values_from_keys",
+                "is true, but with a convolution half of the values are those of the token before",
+                "Remove one of the two",
+            )
+        if self.num_kv_heads * self.value_dim % 2:
+            raise impossible(
+                "convolution",
+                f"is set, but values of {self.num_kv_heads} heads of width {self.value_dim} have no halves",
+                "Use an even width",
+            )
 
 
 class IndexerSpec(Part):

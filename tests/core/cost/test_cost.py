@@ -371,6 +371,21 @@ def test_mamba_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
     assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
 
 
+def test_convolutional_attention_counts_filters_and_what_they_save():
+    option = "convolution: {conv_width: 3, mix_width: 2}, key_temperature: true"
+    config, plain = one_layer(GROUPED.replace("}", f", {option}}}")), one_layer()
+    n, m, h = 8, 2, 6
+    filters, biases = (n + m) * (3 * h + 2 * h * h), 2 * (n + m) * h
+    counts, before = (parameter_counts(each.model).by_role["attention"] for each in (config, plain))
+    assert counts == before + filters + biases + m
+    flops, others = (flops_per_token(each.model, 5, False) for each in (config, plain))
+    assert flops.attention_projections == others.attention_projections + 2 * filters
+    assert flops.attention_scores == others.attention_scores
+    assert kv_cache_bytes_per_token(config.model) == kv_cache_bytes_per_token(plain.model)
+    more = training_memory(config).activations - training_memory(plain).activations
+    assert more == 3 * 5 * 4 * 3 * (n + m) * h
+
+
 def test_short_convolution_counts_matrices_and_filter():
     config = one_layer("{kind: short_convolution, conv_width: 4, bias: true}")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)

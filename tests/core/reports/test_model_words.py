@@ -91,6 +91,10 @@ def spec_of(layer=None, **fields):
             MAMBA2 | {"num_groups": 2, "bias": True},
             "Mamba-2, 4 heads of 5, state of 3, 2 groups, convolution of 4, biases",
         ),
+        (
+            {"convolution": {"mix_width": 3}, "qk_norm": {}, "key_temperature": True},
+            "8 heads of 6, 2 key/value, RoPE 10,000, qk norm, convolutions of 2 and 3, temperature of keys",
+        ),
         ({"kind": "short_convolution"}, "short convolution of 3"),
         ({"kind": "short_convolution", "conv_width": 4, "bias": True}, "short convolution of 4, biases"),
     ],

@@ -160,6 +160,15 @@ CASES = {
         "model.layers[1].attention.keys_of_layer is 0, but that layer does not compute its own grouped_query keys "
         "(x.yaml). Use a layer with grouped_query attention and without keys_of_layer.",
     ),
+    "values_from_keys with a convolution": (
+        model(layer(HEADS | {"convolution": {}, "values_from_keys": True})),
+        f"{ATTENTION}.values_from_keys is true, but with a convolution half of the values are those of the token "
+        "before (x.yaml). Remove one of the two.",
+    ),
+    "a convolution with values that have no halves": (
+        model(layer(HEADS | {"num_heads": 3, "num_kv_heads": 1, "value_head_dim": 5, "convolution": {}})),
+        f"{ATTENTION}.convolution is set, but values of 1 heads of width 5 have no halves (x.yaml). Use an even width.",
+    ),
     "keys of a layer that itself uses keys_of_layer": (
         model(layer(), layer(HEADS | {"keys_of_layer": 0}), layer(HEADS | {"keys_of_layer": 1})),
         "model.layers[2].attention.keys_of_layer is 1, but that layer does not compute its own grouped_query keys "
