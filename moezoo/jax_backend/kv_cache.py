@@ -17,6 +17,7 @@ from moezoo.core.spec import (
     Mamba2Spec,
     MambaSpec,
     ModelSpec,
+    NGramEmbeddingsSpec,
     NoAttentionSpec,
     ShortConvolutionSpec,
 )
@@ -218,6 +219,29 @@ class LatentCache(NamedTuple):
         )
 
 
+class NGramState(NamedTuple):
+    """The last tokens of a sequence, one fewer than an n-gram has, and the last inputs of n-gram embeddings."""
+
+    token_BS: jax.Array
+    input_BSJD: jax.Array
+
+    def extend(self, token_BT: jax.Array, input_BTJD: jax.Array) -> "NGramState":
+        """Append T tokens."""
+        return NGramState(_latest(self.token_BS, token_BT), _latest(self.input_BSJD, input_BTJD))
+
+
+class NGramCache(NamedTuple):
+    """Cache of a layer with n-gram embeddings: that of its mixer, and theirs."""
+
+    mixer: "Cache"
+    ngrams: NGramState
+
+    @property
+    def length(self) -> jax.Array:
+        """Number of tokens."""
+        return self.mixer.length
+
+
 Cache = (
     KVCache
     | RollingCache
@@ -228,6 +252,7 @@ Cache = (
     | StateCache
     | ConvolutionCache
     | ScanCache
+    | NGramCache
 )
 
 
@@ -243,7 +268,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache)
+STATES = (RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache, NGramCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -305,6 +330,9 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(empty_convolution_cache(layer.attention, batch, spec.embed_dim, dtype))
             case _:
                 assert_never(layer.attention)
+        if layer.ngram_embeddings is not None:
+            state = empty_ngram_state(layer.ngram_embeddings, batch, spec.num_streams, spec.embed_dim, dtype)
+            caches[-1] = NGramCache(caches[-1], state)
     return caches
 
 
@@ -359,6 +387,14 @@ def empty_convolution_cache(
     return ConvolutionCache(jnp.zeros((batch, spec.conv_width - 1, embed_dim), dtype), jnp.zeros((), jnp.int32))
 
 
+def empty_ngram_state(
+    spec: NGramEmbeddingsSpec, batch: int, num_streams: int, embed_dim: int, dtype: jnp.dtype
+) -> NGramState:
+    """Return the state before the first token: contexts of the reset token, and zeros as inputs."""
+    token_BS = jnp.full((batch, spec.largest - 1), spec.reset_token, jnp.int32)
+    return NGramState(token_BS, jnp.zeros((batch, spec.reach, num_streams, embed_dim), dtype))
+
+
 def _latest(before: jax.Array, new: jax.Array) -> jax.Array:
-    """Return the last W - 1 of inputs [B, W - 1, ...] and T newer ones."""
+    """Return as many of the last inputs as there are `before` [B, S, ...], of those and T newer ones."""
     return jnp.concatenate([before, new], axis=1)[:, new.shape[1] :]

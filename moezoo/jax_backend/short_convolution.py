@@ -67,11 +67,11 @@ class ShortConvolution(nnx.Module):
 
 
 def causal_convolution(
-    x: jax.Array, weight: jax.Array, before: jax.Array, documents: Documents | None = None
+    x: jax.Array, weight: jax.Array, before: jax.Array, documents: Documents | None = None, *, dilation: int = 1
 ) -> jax.Array:
-    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
+    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after the inputs `before`, in float32."""
     weight = weight.astype(jnp.float32)
-    inputs = causal_windows(x.astype(jnp.float32), before.astype(jnp.float32), documents)
+    inputs = causal_windows(x.astype(jnp.float32), before.astype(jnp.float32), documents)[::dilation]
     rows = (own * row for own, row in zip(inputs, weight, strict=True))
     convolved: jax.Array = sum(rows, jnp.float32(0))
     return convolved

@@ -15,6 +15,7 @@ from moezoo.core.spec import (
     Mamba2Spec,
     MambaSpec,
     ModelSpec,
+    NGramEmbeddingsSpec,
     NoAttentionSpec,
     ShortConvolutionSpec,
 )
@@ -216,6 +217,29 @@ class LatentCache(NamedTuple):
         )
 
 
+class NGramState(NamedTuple):
+    """The last tokens of a sequence, one fewer than an n-gram has, and the last inputs of n-gram embeddings."""
+
+    token_BS: mx.array
+    input_BSJD: mx.array
+
+    def extend(self, token_BT: mx.array, input_BTJD: mx.array) -> "NGramState":
+        """Append T tokens."""
+        return NGramState(_latest(self.token_BS, token_BT), _latest(self.input_BSJD, input_BTJD))
+
+
+class NGramCache(NamedTuple):
+    """Cache of a layer with n-gram embeddings: that of its mixer, and theirs."""
+
+    mixer: "Cache"
+    ngrams: NGramState
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.mixer.length
+
+
 Cache = (
     KVCache
     | RollingCache
@@ -226,6 +250,7 @@ Cache = (
     | StateCache
     | ConvolutionCache
     | ScanCache
+    | NGramCache
 )
 
 
@@ -246,7 +271,7 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache)
+STATES = (RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache, NGramCache)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -304,6 +329,9 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(empty_convolution_cache(layer.attention, batch, spec.embed_dim, dtype))
             case _:
                 assert_never(layer.attention)
+        if layer.ngram_embeddings is not None:
+            state = empty_ngram_state(layer.ngram_embeddings, batch, spec.num_streams, spec.embed_dim, dtype)
+            caches[-1] = NGramCache(caches[-1], state)
     return caches
 
 
@@ -358,6 +386,14 @@ def empty_convolution_cache(
     return ConvolutionCache(mx.zeros((batch, spec.conv_width - 1, embed_dim), dtype), 0)
 
 
+def empty_ngram_state(
+    spec: NGramEmbeddingsSpec, batch: int, num_streams: int, embed_dim: int, dtype: mx.Dtype
+) -> NGramState:
+    """Return the state before the first token: contexts of the reset token, and zeros as inputs."""
+    token_BS = mx.full((batch, spec.largest - 1), spec.reset_token, mx.int32)
+    return NGramState(token_BS, mx.zeros((batch, spec.reach, num_streams, embed_dim), dtype))
+
+
 def _latest(before: mx.array, new: mx.array) -> mx.array:
-    """Return the last W - 1 of inputs [B, W - 1, ...] and T newer ones."""
+    """Return as many of the last inputs as there are `before` [B, S, ...], of those and T newer ones."""
     return mx.concatenate([before, new], axis=1)[:, new.shape[1] :]

@@ -14,10 +14,11 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
-from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, Shared, SharedCache
+from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, NGramCache, NGramState, Shared, SharedCache
 from moezoo.mlx_backend.layer_inputs import LayerInput
 from moezoo.mlx_backend.mixer import mix, mixer
 from moezoo.mlx_backend.moe import Exchange, MoE
+from moezoo.mlx_backend.ngram_embeddings import NGramEmbeddings
 from moezoo.mlx_backend.normalization import NormGate, norm
 from moezoo.mlx_backend.positions import Documents
 from moezoo.mlx_backend.random import fold_in, uniform
@@ -82,6 +83,7 @@ class Layer(nn.Module):
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         super().__init__()
         self.spec = spec
+        self.embed_dim = model.embed_dim
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.adapter = model.adapter
         if not isinstance(spec.attention, NoAttentionSpec):
@@ -90,6 +92,10 @@ class Layer(nn.Module):
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if not spec.mixer_only:
             self.feed_forward_residual = residual(model.residual, weights.inside("feed_forward_residual"))
+        if spec.ngram_embeddings is not None:
+            self.ngram_embeddings = NGramEmbeddings(
+                spec.ngram_embeddings, model.norm, model.vocab, weights.inside("ngram_embeddings")
+            )
         if spec.norm_placement != "parallel" and not spec.mixer_only:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.attention_norm_gate is not None:
@@ -120,7 +126,7 @@ class Layer(nn.Module):
     ) -> tuple[ResidualState, LayerOutput]:
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
-        streams = state.streams
+        streams, ngrams = self._with_ngrams(state.streams, inputs, key, index)
         if self.spec.has_mixer:
             streams = self.attention_stream(streams)
             x_BTD, connection = self.attention_residual.read(streams, 2 * index)
@@ -161,7 +167,30 @@ class Layer(nn.Module):
         first_value_BTMH = attended.value_BTMH if state.first_value_BTMH is None else state.first_value_BTMH
         previous = (state.previous_PE, state.previous_PZ) if routing is None else (routing.logits_PE, routing.state_PZ)
         state = ResidualState(streams, shortcut_BTD, first_value_BTMH, *previous)
-        return state, LayerOutput(routing, dispatched, attended.cache, attended.index_loss, attended.source)
+        cache = attended.cache
+        if cache is not None and ngrams is not None:
+            cache = NGramCache(cache, ngrams)
+        return state, LayerOutput(routing, dispatched, cache, attended.index_loss, attended.source)
+
+    def _with_ngrams(
+        self, streams: Streams, inputs: StepInputs, key: mx.array | None, index: int
+    ) -> tuple[Streams, NGramState | None]:
+        """Add the layer's n-gram embeddings, if it has any; return the streams, and their extended state."""
+        if self.spec.ngram_embeddings is None:
+            return streams, None
+        past, first_B, cached = None, None, 0
+        if inputs.caches is not None:
+            cache, first_B, cached = inputs.caches.layers[index], inputs.caches.first_B, inputs.caches.places
+            assert isinstance(cache, NGramCache)
+            past = cache.ngrams
+        x_BTJD = streams.reshape(*streams.shape[:2], -1, self.embed_dim)
+        out, state = self._block("ngram_embeddings", inputs, key)(
+            inputs.tokens_BT, x_BTJD, past, cached=cached, first_B=first_B, documents=inputs.documents
+        )
+        out = out.reshape(streams.shape)
+        if inputs.record is not None:
+            inputs.record[f"layers.{index}.ngram_embeddings"] = out
+        return streams + out, state
 
     def _attend(
         self,
@@ -175,6 +204,7 @@ class Layer(nn.Module):
         cache, first_B = None, None
         if inputs.caches is not None:
             cache, first_B = inputs.caches.layers[index], inputs.caches.first_B
+            cache = cache.mixer if isinstance(cache, NGramCache) else cache
             if inputs.caches.spent:
                 inputs.caches.layers[index] = SharedCache(inputs.caches.places)
         spec = self.spec.attention

@@ -22,6 +22,9 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         scale = self._multiplier()
+        if scale is not None and scale.ndim > self.axes:  # one for each stream
+            normed = rms_norm(_flat(x, self.axes), None, self.spec.epsilon).reshape(x.shape) * scale
+            return normed.astype(x.dtype)
         normed = rms_norm(_flat(x, self.axes), None if scale is None else scale.reshape(-1), self.spec.epsilon)
         return normed.reshape(x.shape).astype(x.dtype)
 
@@ -47,9 +50,13 @@ class LayerNorm(nn.Module):
         self.bias = weights.parameter("bias") if spec.bias else None
 
     def __call__(self, x: mx.array) -> mx.array:
-        scale = self.scale.astype(mx.float32).reshape(-1)
-        bias = None if self.bias is None else self.bias.astype(mx.float32).reshape(-1)
-        normed = mx.fast.layer_norm(_flat(x, self.axes), scale, bias, self.epsilon)
+        scale = self.scale.astype(mx.float32)
+        bias = None if self.bias is None else self.bias.astype(mx.float32)
+        if scale.ndim > self.axes:  # one for each stream
+            normed = mx.fast.layer_norm(_flat(x, self.axes), None, None, self.epsilon).reshape(x.shape) * scale
+            return (normed if bias is None else normed + bias).astype(x.dtype)
+        bias = None if bias is None else bias.reshape(-1)
+        normed = mx.fast.layer_norm(_flat(x, self.axes), scale.reshape(-1), bias, self.epsilon)
         return normed.reshape(x.shape).astype(x.dtype)
 
 

@@ -67,9 +67,11 @@ class ShortConvolution(nn.Module):
         return Attended(output, cache, None, None)
 
 
-def causal_convolution(x: mx.array, weight: mx.array, before: mx.array, documents: Documents | None = None) -> mx.array:
-    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after W - 1 earlier inputs, in float32."""
+def causal_convolution(
+    x: mx.array, weight: mx.array, before: mx.array, documents: Documents | None = None, *, dilation: int = 1
+) -> mx.array:
+    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after the inputs `before`, in float32."""
     weight = as_array(weight).astype(mx.float32)
-    inputs = causal_windows(x.astype(mx.float32), before.astype(mx.float32), documents)
+    inputs = causal_windows(x.astype(mx.float32), before.astype(mx.float32), documents)[::dilation]
     rows = (own * row for own, row in zip(inputs, weight, strict=True))
     return sum(rows, mx.array(0.0))

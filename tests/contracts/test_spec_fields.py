@@ -96,6 +96,9 @@ def test_backends_read_every_field_that_is_about_computing():
         "rank",
         "step_rank",
         "on",
+        "table_size",
+        "multiple",
+        "index",
     }
     for backend in BACKENDS:
         read: set[str] = set()

@@ -13,6 +13,7 @@ from moezoo.core.tokens import Floats
 
 # Intermediates of a layer in the order of the forward pass, each with the part of the model that computes it.
 PARTS = {
+    "ngram_embeddings": "n-gram embeddings",
     "attention": "attention",
     "moe.router.logits": "router",
     "moe.router.weight": "combine weights",

@@ -35,7 +35,8 @@ def parameter_counts(spec: ModelSpec) -> ParameterCounts:
     """Return total and active parameters: `active = stacked experts * active_experts / E + all others`.
 
     Both numbers include all embeddings (the table, and an untied head; a tied matrix counts once), norms and router
-    state. Active experts are counted without capacity drops. Raises SpecError: vocab_size is null.
+    state; but of the tables of n-gram embeddings, only the rows that a token looks up are active. Active experts are
+    counted without capacity drops. Raises SpecError: vocab_size is null.
 
     Source: active parameters as counted in Jiang et al. 2024, arXiv 2401.04088, section 2.
     Differs: Kaplan et al. 2020, arXiv 2001.08361, exclude embeddings from N; subtract `by_role["embeddings"]` for that.
@@ -50,6 +51,10 @@ def parameter_counts(spec: ModelSpec) -> ParameterCounts:
             moe = layers[int(row.name.split(".")[1])].moe
             assert moe is not None
             used = row.size * active_experts(moe) / moe.num_experts
+        elif row.name.endswith(".ngram_embeddings.weight"):
+            ngrams = layers[int(row.name.split(".")[1])].ngram_embeddings
+            assert ngrams is not None
+            used = Fraction(ngrams.dim)
         active[row.role] += round(used)
     return ParameterCounts(total, active)
 

@@ -6,6 +6,7 @@ from moezoo.core.parameters.adapter import with_factors
 from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.feed_forward import feed_forward_rows
 from moezoo.core.parameters.moe import moe_rows
+from moezoo.core.parameters.ngram_embeddings import ngram_embedding_rows
 from moezoo.core.parameters.residual import final_residual_rows, residual_rows
 from moezoo.core.parameters.row import ONES, Parameter, Rows
 from moezoo.core.spec import LayerSpec, LearnedPositionsSpec, ModelSpec, UntiedHeadSpec
@@ -53,6 +54,8 @@ def _norm_gate(rows: Rows, name: str, rank: int | None) -> Iterator[Parameter]:
 
 def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | None) -> Iterator[Parameter]:
     norm, shape, axes = rows.spec.norm, (rows.embed_dim,), ("embed",)
+    if layer.ngram_embeddings is not None:
+        yield from ngram_embedding_rows(rows, f"{name}.ngram_embeddings", layer.ngram_embeddings)
     if layer.has_mixer:
         yield from residual_rows(rows, f"{name}.attention_residual")
         yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)

@@ -14,6 +14,7 @@ from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.layer_inputs import layer_input
 from moezoo.core.reference.mixer import mix
 from moezoo.core.reference.moe import moe
+from moezoo.core.reference.ngram_embeddings import ngram_embeddings
 from moezoo.core.reference.normalization import norm_gate, normalize
 from moezoo.core.reference.positions import Documents
 from moezoo.core.reference.residual import Streams, read, write
@@ -96,7 +97,7 @@ def layer(
     `stream`: n + f(n) with n = norm(x). Factors multiply both terms. What is added is dropped out and multiplied by
     `multipliers.residual`; the model's `residual` says what reading and adding are. A layer with a `shortcut` has a
     feed-forward and a MoE, which both see norm(x) after attention; the MoE's output is added at the end of the next
-    layer. Then comes the layer's own input, if there is one, and last, the factor `output_scale`.
+    layer. First of all `ngram_embeddings` are added; at the end the layer's own input, and last, the `output_scale`.
 
     Args:
         parameters: the layer's own.
@@ -107,7 +108,7 @@ def layer(
     """
     spec, name, record = model.all_layers[index], f"layers.{index}", inputs.record
     key = None if inputs.key is None else fold_in(inputs.key, index)
-    streams, attended = state.streams, Attended(None, None, None)
+    streams, attended = _with_ngrams(model, index, parameters, state.streams, inputs), Attended(None, None, None)
     if not isinstance(spec.attention, NoAttentionSpec):
         x_BTD, add = _read(model, index, parameters, "attention", streams, key)
         seen_BTD, own = _norm_before(model, spec, parameters, "attention", x_BTD), inside(parameters, "attention")
@@ -139,6 +140,17 @@ def layer(
     previous = (state.previous_PE, state.previous_PZ) if routing is None else (routing.logits_PE, routing.state_PZ)
     state = ResidualState(streams, shortcut_BTD, first_value_BTMH, *previous)
     return state, LayerOutput(routing, attended.index_loss, attended.source)
+
+
+def _with_ngrams(model: ModelSpec, index: int, parameters: Parameters, streams: Streams, inputs: StepInputs) -> Streams:
+    """Add the layer's n-gram embeddings, if it has any, to the residual streams."""
+    spec, own = model.all_layers[index].ngram_embeddings, inside(parameters, "ngram_embeddings")
+    if spec is None:
+        return streams
+    x_BTJD = streams.reshape(*streams.shape[:2], -1, model.embed_dim)
+    out_BTJD = ngram_embeddings(spec, model.norm, model.vocab, own, inputs.tokens_BT, x_BTJD, inputs.documents)
+    out = inputs.record[f"layers.{index}.ngram_embeddings"] = out_BTJD.reshape(streams.shape)
+    return streams + out
 
 
 def _read(

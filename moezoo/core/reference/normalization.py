@@ -13,7 +13,8 @@ def normalize(spec: NormSpec, parameters: Parameters, x: Array, axes: int = 1) -
 
     Args:
         spec: the norm. `zero_centred` multiplies by `1 + scale`, `none` does not scale.
-        parameters: `scale` [D], and `bias` [D] of a layer norm; with two axes [N, H], over all heads of a token.
+        parameters: `scale` [D], and `bias` [D] of a layer norm; with two axes [N, H], over all heads of a token. They
+            may have more axes than the mean is over: each residual stream has its own.
         x: [..., D], or [..., N, H].
     """
     match spec:

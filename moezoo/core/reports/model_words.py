@@ -28,6 +28,7 @@ from moezoo.core.spec import (
     MambaSpec,
     ModelSpec,
     MoESpec,
+    NGramEmbeddingsSpec,
     NoAttentionSpec,
     NoPositionSpec,
     NormSpec,
@@ -180,7 +181,15 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
     ranks = {"attention": layer.attention_norm_gate, "feed-forward": layer.feed_forward_norm_gate}
     gates = [name for name, rank in ranks.items() if rank is not None]
     text = f"{text}; gated norm of {' and '.join(gates)}" if gates else text
-    return f"{text}; output scaled" if layer.output_scale else text
+    text = f"{text}; output scaled" if layer.output_scale else text
+    ngrams = layer.ngram_embeddings
+    return text if ngrams is None else f"{text}; before it {_ngrams(ngrams)}"
+
+
+def _ngrams(spec: NGramEmbeddingsSpec) -> str:
+    until = f" to {spec.largest}" if spec.largest > 2 else ""
+    tables = f"{spec.num_heads} tables of {spec.table_size:,} rows"
+    return f"embeddings of 2{until} tokens, {spec.dim} features from {tables}, convolution of {spec.conv_width}"
 
 
 def _feed_forward(spec: FeedForwardSpec) -> str:

@@ -65,6 +65,7 @@ from moezoo.core.spec.moe import (
     SharedSpec,
     ZeroComputationSpec,
 )
+from moezoo.core.spec.ngram_embeddings import NGramEmbeddingsSpec
 from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import (
     DynamicScalingSpec,
@@ -148,6 +149,7 @@ __all__ = [
     "MoESpec",
     "ModelSpec",
     "MultipliersSpec",
+    "NGramEmbeddingsSpec",
     "NoAttentionSpec",
     "NoPositionSpec",
     "NoisyTopKChoiceSpec",

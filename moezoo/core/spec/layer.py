@@ -9,6 +9,7 @@ from moezoo.core.spec.attention import AttentionSpec, NoAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import FeedForwardSpec
 from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
+from moezoo.core.spec.ngram_embeddings import NGramEmbeddingsSpec
 
 
 class BlockFactorsSpec(Part):
@@ -33,7 +34,8 @@ class LayerSpec(Part):
     layer is multiplied by a scalar that is not trained, 1 unless loaded from a checkpoint (Gemma 4). A layer may have
     one block only: `attention: {kind: none}` leaves a feed-forward, and `mixer_only` means that there is none
     (Nemotron-H). `attention_norm_gate`, `feed_forward_norm_gate`: rank of a gate on the normalized input y of that
-    block, `y * sigmoid(silu(y w_down) w_up)` (A.X-K2); null: none.
+    block, `y * sigmoid(silu(y w_down) w_up)` (A.X-K2); null: none. `ngram_embeddings` are added to the residual stream
+    before the layer.
     """
 
     repeat: PositiveInt = 1
@@ -48,6 +50,7 @@ class LayerSpec(Part):
     feed_forward_factors: BlockFactorsSpec = BlockFactorsSpec()
     attention_norm_gate: PositiveInt | None = None
     feed_forward_norm_gate: PositiveInt | None = None
+    ngram_embeddings: NGramEmbeddingsSpec | None = None
 
     @property
     def has_mixer(self) -> bool:

@@ -15,7 +15,7 @@ from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec
-from moezoo.core.spec.residual import ResidualSpec, SumResidualSpec, check_residual
+from moezoo.core.spec.residual import HyperConnectionsSpec, ResidualSpec, SumResidualSpec, check_residual
 from moezoo.core.spec.routing import RouterSpec
 
 MAX_LAYERS = 2_000
@@ -159,6 +159,7 @@ class ModelSpec(Part):
                 "Remove it, or add a layer",
             )
         check_residual(self.residual, self.layers, has_layer_inputs=self.layer_inputs is not None)
+        self._check_ngram_embeddings()
         self._check_later_layers()
         self._check_shared_layers()
         self._check_pooled_balance()
@@ -194,6 +195,23 @@ class ModelSpec(Part):
                     f"layers[{place}].moe.router.mlp.depth_average",
                     f"is true, but the router of the MoE layer before has no state of {router.mlp.hidden_dim}",
                     "Use the same mlp.hidden_dim in both, or remove it",
+                )
+
+    def _check_ngram_embeddings(self) -> None:
+        """Raise if n-gram embeddings share their hash functions, or end contexts behind a token that there is not."""
+        places: dict[int, int] = {}
+        for place, layer in enumerate(self.layers):
+            if layer.ngram_embeddings is None:
+                continue
+            path, index = f"layers[{place}].ngram_embeddings", layer.ngram_embeddings.index
+            if index in places or layer.repeat > 1:
+                where = f"layers[{places[index]}]" if index in places else f"{layer.repeat} layers, by repeat"
+                raise impossible(f"{path}.index", f"is {index}, as in {where}", "Number them from 0 on, in order")
+            places[index] = place
+            token = layer.ngram_embeddings.reset_token
+            if self.vocab_size is not None and token >= self.vocab_size:
+                raise impossible(
+                    f"{path}.reset_token", f"is {token}, but vocab_size is {self.vocab_size}", "Use a smaller one"
                 )
 
     def _check_shared_layers(self) -> None:
@@ -244,7 +262,8 @@ class ModelSpec(Part):
             "attention": True,
             "experts": bool(moes),
             "shared": any(moe.shared is not None for moe in moes),
-            "dense": self.layer_inputs is not None or any(layer.feed_forward is not None for layer in layers),
+            "dense": self.layer_inputs is not None
+            or any(layer.feed_forward is not None or layer.ngram_embeddings is not None for layer in layers),
             "router": bool(moes),
             "embedding": True,
             "head": isinstance(self.head, UntiedHeadSpec),
@@ -270,6 +289,11 @@ class ModelSpec(Part):
     def moes(self) -> tuple[tuple[int, MoESpec], ...]:
         """Each MoE layer's index in `all_layers` and its MoE spec, in order."""
         return tuple((index, layer.moe) for index, layer in enumerate(self.all_layers) if layer.moe is not None)
+
+    @property
+    def num_streams(self) -> int:
+        """Number of residual streams."""
+        return self.residual.num_streams if isinstance(self.residual, HyperConnectionsSpec) else 1
 
     @property
     def shared_layers(self) -> frozenset[int]:

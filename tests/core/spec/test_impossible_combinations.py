@@ -25,6 +25,7 @@ MODULES = (
     "spec.layer",
     "spec.model",
     "spec.moe",
+    "spec.ngram_embeddings",
     "spec.positions",
     "spec.residual",
     "spec.routing",
@@ -98,6 +99,7 @@ def pooled(second, coefficient=0.1):
 PARALLEL = {"kind": "parallel", "feed_forward": {"hidden_dim": 4}}
 NOISY = {"choice": {"kind": "noisy_top_k"}}
 POOLED = "has pooled_balance, which pools all layers that list it, but"
+NGRAMS = {"dim": 8, "heads": 2, "table_size": 11}
 EXPERT_CHOICE_LOSS = "but with choice expert_choice every expert takes equally many tokens (x.yaml). Remove it."
 HASH_LOSS = "but with choice hash the token ids alone determine the load (x.yaml). Remove it, or use"
 
@@ -116,6 +118,39 @@ CASES = {
         attention(gate_bias=True),
         f"{ATTENTION}.gate is null, but gate_function or gate_bias is set (x.yaml). Use gate: headwise or elementwise, "
         "or remove these options.",
+    ),
+    "n-gram embeddings whose features are not divisible": (
+        model(layer(ngram_embeddings=NGRAMS | {"dim": 6})),
+        "model.layers[0].ngram_embeddings.dim is 6, which is not divisible by the 4 heads of n = 2 to 3 (x.yaml). Use "
+        "a multiple of 4.",
+    ),
+    "n-gram embeddings with too many heads": (
+        model(layer(ngram_embeddings=NGRAMS | {"heads": 3000})),
+        "model.layers[0].ngram_embeddings.heads is 3000, 6000 of n = 2 to 3, at index 0 (x.yaml). Use at most 4096 in "
+        "all.",
+    ),
+    "n-gram embeddings with too many rows": (
+        model(layer(ngram_embeddings=NGRAMS | {"table_size": 2**30})),
+        "model.layers[0].ngram_embeddings.table_size is 1073741824, which makes 4294967330 rows (x.yaml). Use at most "
+        "2147483647.",
+    ),
+    "n-gram embeddings in parts that do not divide the rows": (
+        model(layer(ngram_embeddings=NGRAMS | {"parts": 7})),
+        "model.layers[0].ngram_embeddings.parts is 7, which does not divide the 60 rows (x.yaml). Use multiple: 7, or "
+        "other parts.",
+    ),
+    "two n-gram embeddings of one index": (
+        model(layer(ngram_embeddings=NGRAMS), layer(ngram_embeddings=NGRAMS)),
+        "model.layers[1].ngram_embeddings.index is 0, as in layers[0] (x.yaml). Number them from 0 on, in order.",
+    ),
+    "n-gram embeddings of repeated layers": (
+        model(layer(repeat=2, ngram_embeddings=NGRAMS)),
+        "model.layers[0].ngram_embeddings.index is 0, as in 2 layers, by repeat (x.yaml). Number them from 0 on, in "
+        "order.",
+    ),
+    "a reset_token beyond the vocabulary": (
+        model(layer(ngram_embeddings=NGRAMS | {"reset_token": 9}), vocab_size=9),
+        "model.layers[0].ngram_embeddings.reset_token is 9, but vocab_size is 9 (x.yaml). Use a smaller one.",
     ),
     "depth_scaled residual with layer_inputs": (
         model(residual={"kind": "depth_scaled"}, layer_inputs={"dim": 4}),
