@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moezoo.core.spec import DepthScaledResidualSpec, HyperConnectionsSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.spec import (
+    DepthScaledResidualSpec,
+    HyperConnectionsSpec,
+    ResidualSpec,
+    ScaledResidualSpec,
+    SumResidualSpec,
+)
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.hyper_connections import HyperConnection, MergedStreams, enter_streams
 
@@ -36,7 +42,34 @@ class OneStream(nnx.Module):
                 assert_never(self.spec)
 
 
-Residual = OneStream | HyperConnection
+class ScaledStream(nnx.Module):
+    """Spec: moezoo.core.reference.residual, `read` and `write` of one stream with scales and biases; in float32."""
+
+    def __init__(self, weights: Weights):
+        self.stream_scale, self.stream_bias = weights.parameter("stream_scale"), weights.parameter("stream_bias")
+        self.block_scale, self.block_bias = weights.parameter("block_scale"), weights.parameter("block_bias")
+
+    def read(self, x_BTD: jax.Array, block: int | jax.Array) -> tuple[jax.Array, Connection]:
+        """Spec: moezoo.core.reference.residual.read."""
+        return x_BTD, None
+
+    def write(self, x_BTD: jax.Array, connection: Connection, out_BTD: jax.Array, block: int | jax.Array) -> jax.Array:
+        """Spec: moezoo.core.reference.residual.write; cast back."""
+        stream_BTD = _scaled(x_BTD, self.stream_scale, self.stream_bias)
+        return (stream_BTD + _scaled(out_BTD, self.block_scale, self.block_bias)).astype(x_BTD.dtype)
+
+
+class ScaledEmbedding(nnx.Module):
+    """Spec: moezoo.core.reference.residual.enter, of one stream with scales and biases; in float32, cast back."""
+
+    def __init__(self, weights: Weights):
+        self.stream_scale, self.stream_bias = weights.parameter("stream_scale"), weights.parameter("stream_bias")
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return _scaled(x_BTD, self.stream_scale, self.stream_bias).astype(x_BTD.dtype)
+
+
+Residual = OneStream | ScaledStream | HyperConnection
 
 
 def residual(spec: ResidualSpec, weights: Weights) -> Residual:
@@ -44,16 +77,23 @@ def residual(spec: ResidualSpec, weights: Weights) -> Residual:
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
             return OneStream(spec)
+        case ScaledResidualSpec():
+            return ScaledStream(weights)
         case HyperConnectionsSpec():
             return HyperConnection(spec, weights)
         case _:
             assert_never(spec)
 
 
+def first_residual(spec: ResidualSpec, weights: Weights) -> ScaledEmbedding | None:
+    """Spec: moezoo.core.reference.residual.enter; what is trained of it, None: nothing."""
+    return ScaledEmbedding(weights) if isinstance(spec, ScaledResidualSpec) else None
+
+
 def final_residual(spec: ResidualSpec, weights: Weights) -> MergedStreams | None:
     """Spec: moezoo.core.reference.residual.leave; None: the stream as it is."""
     match spec:
-        case SumResidualSpec() | DepthScaledResidualSpec():
+        case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return None
         case HyperConnectionsSpec():
             return MergedStreams(spec, weights)
@@ -64,9 +104,13 @@ def final_residual(spec: ResidualSpec, weights: Weights) -> MergedStreams | None
 def enter(spec: ResidualSpec, x_BTD: jax.Array) -> Streams:
     """Spec: moezoo.core.reference.residual.enter."""
     match spec:
-        case SumResidualSpec() | DepthScaledResidualSpec():
+        case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return x_BTD
         case HyperConnectionsSpec():
             return enter_streams(spec, x_BTD)
         case _:
             assert_never(spec)
+
+
+def _scaled(x_BTD: jax.Array, scale_D: nnx.Param[jax.Array], bias_D: nnx.Param[jax.Array]) -> jax.Array:
+    return (x_BTD.astype(jnp.float32) + bias_D[...].astype(jnp.float32)) * scale_D[...].astype(jnp.float32)

@@ -5,7 +5,13 @@ from typing import Any, assert_never
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import DepthScaledResidualSpec, HyperConnectionsSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.spec import (
+    DepthScaledResidualSpec,
+    HyperConnectionsSpec,
+    ResidualSpec,
+    ScaledResidualSpec,
+    SumResidualSpec,
+)
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.hyper_connections import HyperConnection, MergedStreams, enter_streams
 
@@ -36,7 +42,36 @@ class OneStream(nn.Module):
                 assert_never(self.spec)
 
 
-Residual = OneStream | HyperConnection
+class ScaledStream(nn.Module):
+    """Spec: moezoo.core.reference.residual, `read` and `write` of one stream with scales and biases; in float32."""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        self.stream_scale, self.stream_bias = weights.parameter("stream_scale"), weights.parameter("stream_bias")
+        self.block_scale, self.block_bias = weights.parameter("block_scale"), weights.parameter("block_bias")
+
+    def read(self, x_BTD: mx.array, block: int) -> tuple[mx.array, Connection]:
+        """Spec: moezoo.core.reference.residual.read."""
+        return x_BTD, None
+
+    def write(self, x_BTD: mx.array, connection: Connection, out_BTD: mx.array, block: int) -> mx.array:
+        """Spec: moezoo.core.reference.residual.write; cast back."""
+        stream_BTD = _scaled(x_BTD, self.stream_scale, self.stream_bias)
+        return (stream_BTD + _scaled(out_BTD, self.block_scale, self.block_bias)).astype(x_BTD.dtype)
+
+
+class ScaledEmbedding(nn.Module):
+    """Spec: moezoo.core.reference.residual.enter, of one stream with scales and biases; in float32, cast back."""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        self.stream_scale, self.stream_bias = weights.parameter("stream_scale"), weights.parameter("stream_bias")
+
+    def __call__(self, x_BTD: mx.array) -> mx.array:
+        return _scaled(x_BTD, self.stream_scale, self.stream_bias).astype(x_BTD.dtype)
+
+
+Residual = OneStream | ScaledStream | HyperConnection
 
 
 def residual(spec: ResidualSpec, weights: Weights) -> Residual:
@@ -44,16 +79,23 @@ def residual(spec: ResidualSpec, weights: Weights) -> Residual:
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
             return OneStream(spec)
+        case ScaledResidualSpec():
+            return ScaledStream(weights)
         case HyperConnectionsSpec():
             return HyperConnection(spec, weights)
         case _:
             assert_never(spec)
 
 
+def first_residual(spec: ResidualSpec, weights: Weights) -> ScaledEmbedding | None:
+    """Spec: moezoo.core.reference.residual.enter; what is trained of it, None: nothing."""
+    return ScaledEmbedding(weights) if isinstance(spec, ScaledResidualSpec) else None
+
+
 def final_residual(spec: ResidualSpec, weights: Weights) -> MergedStreams | None:
     """Spec: moezoo.core.reference.residual.leave; None: the stream as it is."""
     match spec:
-        case SumResidualSpec() | DepthScaledResidualSpec():
+        case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return None
         case HyperConnectionsSpec():
             return MergedStreams(spec, weights)
@@ -64,9 +106,13 @@ def final_residual(spec: ResidualSpec, weights: Weights) -> MergedStreams | None
 def enter(spec: ResidualSpec, x_BTD: mx.array) -> Streams:
     """Spec: moezoo.core.reference.residual.enter."""
     match spec:
-        case SumResidualSpec() | DepthScaledResidualSpec():
+        case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return x_BTD
         case HyperConnectionsSpec():
             return enter_streams(spec, x_BTD)
         case _:
             assert_never(spec)
+
+
+def _scaled(x_BTD: mx.array, scale_D: mx.array, bias_D: mx.array) -> mx.array:
+    return (x_BTD.astype(mx.float32) + bias_D.astype(mx.float32)) * scale_D.astype(mx.float32)

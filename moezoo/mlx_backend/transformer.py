@@ -27,7 +27,7 @@ from moezoo.mlx_backend.moe import Exchange
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, EmbeddingPosition, packed_documents, positions
 from moezoo.mlx_backend.random import fold_in
-from moezoo.mlx_backend.residual import enter, final_residual
+from moezoo.mlx_backend.residual import enter, final_residual, first_residual
 from moezoo.mlx_backend.routing import Routing
 
 
@@ -78,6 +78,7 @@ class Transformer(nn.Module):
         self.layers = [
             Layer(layer, spec, weights.inside(f"layers.{index}"), index) for index, layer in enumerate(spec.all_layers)
         ]
+        self.first_residual = first_residual(spec.residual, weights.inside("first_residual"))
         self.final_residual = final_residual(spec.residual, weights.inside("final_residual"))
         self.final_norm = norm(spec.norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec) or spec.head.bias:
@@ -109,6 +110,7 @@ class Transformer(nn.Module):
         if record is not None:
             record["embedding"] = x_BTD
         inputs_BTLZ = None if self.spec.layer_inputs is None else self.layer_inputs(tokens_BT, x_BTD)
+        x_BTD = x_BTD if self.first_residual is None else self.first_residual(x_BTD)
         state, outputs = self._run_layers(ResidualState(enter(self.spec.residual, x_BTD)), inputs, inputs_BTLZ)
         x_BTD = state.streams if self.final_residual is None else self.final_residual(state.streams)
         x_BTD = self.final_norm(x_BTD if caches is None else x_BTD[:, -1:])

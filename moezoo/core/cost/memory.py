@@ -33,6 +33,7 @@ from moezoo.core.spec import (
     ModelSpec,
     NoAttentionSpec,
     PlainFeedForwardSpec,
+    ScaledResidualSpec,
     ShortConvolutionSpec,
     SumResidualSpec,
 )
@@ -201,7 +202,7 @@ def activation_bytes(
 def stream_bytes(spec: ModelSpec) -> int:
     """Return the bytes per token that are saved of several residual streams; see `training_memory`."""
     match spec.residual:
-        case SumResidualSpec() | DepthScaledResidualSpec():
+        case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return 0
         case HyperConnectionsSpec(num_streams=streams, sinkhorn_iterations=iterations):
             blocks = sum(int(layer.has_mixer) + int(not layer.mixer_only) for layer in spec.all_layers)

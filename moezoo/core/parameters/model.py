@@ -7,7 +7,7 @@ from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.feed_forward import feed_forward_rows
 from moezoo.core.parameters.moe import moe_rows
 from moezoo.core.parameters.ngram_embeddings import ngram_embedding_rows
-from moezoo.core.parameters.residual import final_residual_rows, residual_rows
+from moezoo.core.parameters.residual import final_residual_rows, first_residual_rows, residual_rows
 from moezoo.core.parameters.row import ONES, Parameter, Rows
 from moezoo.core.spec import LayerSpec, LearnedPositionsSpec, ModelSpec, UntiedHeadSpec
 
@@ -32,6 +32,7 @@ def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
         yield rows.matrix("layer_inputs.weight", (v, *shape), ("vocab", "layer", "latent"), "embeddings")
         yield rows.matrix("layer_inputs.w_context", (d, *shape), ("embed", "layer", "latent"), "feed-forward")
         yield from rows.norm("layer_inputs.norm", spec.norm, shape[1:], ("latent",))
+    yield from first_residual_rows(rows, "first_residual")
     previous: int | None = None
     for index, layer in enumerate(spec.all_layers):
         yield from _layer(rows, f"layers.{index}", layer, index, previous)

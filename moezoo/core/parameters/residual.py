@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from moezoo.core.parameters.row import Initializer, Parameter, Rows
-from moezoo.core.spec import HyperConnectionsSpec
+from moezoo.core.parameters.row import ONES, ZEROS, Initializer, Parameter, Rows
+from moezoo.core.spec import HyperConnectionsSpec, ScaledResidualSpec
 
 _SCALE = Initializer("constant", value=0.01)
 """Of what depends on the token (alpha). Source: Xie et al. 2025, arXiv 2512.24880; hy_v4 in transformers."""
@@ -18,12 +18,26 @@ def residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
         yield from _weights(rows, name, "write", spec.num_streams)
         if spec.sinkhorn_iterations is not None:
             yield from _weights(rows, name, "mix", spec.num_streams)
+    if isinstance(spec, ScaledResidualSpec):
+        yield from _scale_and_bias(rows, name, "stream")
+        yield from _scale_and_bias(rows, name, "block")
+
+
+def first_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
+    """Yield the rows of the first step, from the embeddings to the residual streams."""
+    if isinstance(rows.spec.residual, ScaledResidualSpec):
+        yield from _scale_and_bias(rows, name, "stream")
 
 
 def final_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
     """Yield the rows of the last step, from the residual streams to the final norm."""
     if isinstance(rows.spec.residual, HyperConnectionsSpec):
         yield from _weights(rows, name, "read", rows.spec.residual.num_streams)
+
+
+def _scale_and_bias(rows: Rows, name: str, which: str) -> Iterator[Parameter]:
+    for part, initializer in (("scale", ONES), ("bias", ZEROS)):
+        yield rows.vector(f"{name}.{which}_{part}", (rows.embed_dim,), ("embed",), "norms", initializer)
 
 
 def _weights(rows: Rows, name: str, which: str, streams: int) -> Iterator[Parameter]:

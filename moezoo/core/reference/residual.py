@@ -10,17 +10,25 @@ import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.hyper_connections import enter_streams, merge_streams, read_streams, write_streams
-from moezoo.core.spec import DepthScaledResidualSpec, HyperConnectionsSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.spec import (
+    DepthScaledResidualSpec,
+    HyperConnectionsSpec,
+    ResidualSpec,
+    ScaledResidualSpec,
+    SumResidualSpec,
+)
 
 Streams = Array
 Connection = Any
 
 
-def enter(spec: ResidualSpec, x_BTD: Array) -> Streams:
-    """Return the streams before the first block, of the embeddings."""
+def enter(spec: ResidualSpec, parameters: Parameters, x_BTD: Array) -> Streams:
+    """Return the streams before the first block, of the embeddings; `parameters`: those of `first_residual`."""
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
             return x_BTD
+        case ScaledResidualSpec():
+            return (x_BTD + parameters["stream_bias"]) * parameters["stream_scale"]
         case HyperConnectionsSpec():
             return enter_streams(spec, x_BTD)
         case _:
@@ -35,7 +43,7 @@ def read(spec: ResidualSpec, parameters: Parameters, streams: Streams, block: in
         block: index of the block in the model, 2 l for the mixer of layer l and 2 l + 1 for its feed-forward.
     """
     match spec:
-        case SumResidualSpec() | DepthScaledResidualSpec():
+        case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return streams, None
         case HyperConnectionsSpec():
             return read_streams(spec, parameters, streams)
@@ -64,6 +72,9 @@ def write(
         case DepthScaledResidualSpec():
             share = 1 / (block + 2)
             return streams * np.sqrt(1 - share) + out_BTD * np.sqrt(share)
+        case ScaledResidualSpec():
+            stream_BTD = (streams + parameters["stream_bias"]) * parameters["stream_scale"]
+            return stream_BTD + (out_BTD + parameters["block_bias"]) * parameters["block_scale"]
         case HyperConnectionsSpec():
             return write_streams(streams, connection, out_BTD)
         case _:
@@ -73,7 +84,7 @@ def write(
 def leave(spec: ResidualSpec, parameters: Parameters, streams: Streams) -> Array:
     """Return the input of the final norm [B, T, D]; `parameters`: those of `final_residual`."""
     match spec:
-        case SumResidualSpec() | DepthScaledResidualSpec():
+        case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return streams
         case HyperConnectionsSpec():
             return merge_streams(spec, parameters, streams)

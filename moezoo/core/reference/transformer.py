@@ -77,7 +77,7 @@ def forward(
     x_BTD = record["embedding"] = _embedded(spec, parameters, tokens_BT, documents)
     if spec.layer_inputs is not None:
         inputs_BTLZ = layer_inputs(spec.layer_inputs, spec.norm, inside(parameters, "layer_inputs"), tokens_BT, x_BTD)
-    state, outputs = ResidualState(enter(spec.residual, x_BTD)), []
+    state, outputs = ResidualState(enter(spec.residual, inside(parameters, "first_residual"), x_BTD)), []
     sources: dict[int, Source | None] = {}
     for index in range(len(spec.all_layers)):
         input_BTZ = None if spec.layer_inputs is None else inputs_BTLZ[:, :, index]

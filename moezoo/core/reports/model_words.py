@@ -38,6 +38,7 @@ from moezoo.core.spec import (
     RMSNormSpec,
     RoPESpec,
     RouterSpec,
+    ScaledResidualSpec,
     SharedExpertsSpec,
     ShortConvolutionSpec,
     SinusoidalPositionsSpec,
@@ -94,6 +95,8 @@ def _residual(spec: ResidualSpec) -> str:
             return "plain residual"
         case DepthScaledResidualSpec():
             return "depth-scaled residual"
+        case ScaledResidualSpec():
+            return "scaled residual"
         case HyperConnectionsSpec(num_streams=streams, sinkhorn_iterations=iterations):
             return f"{streams} residual streams, {'separate' if iterations is None else 'mixed'}"
         case _:

@@ -81,7 +81,13 @@ from moezoo.core.spec.positions import (
     SinusoidalPositionsSpec,
     YaRNScalingSpec,
 )
-from moezoo.core.spec.residual import DepthScaledResidualSpec, HyperConnectionsSpec, ResidualSpec, SumResidualSpec
+from moezoo.core.spec.residual import (
+    DepthScaledResidualSpec,
+    HyperConnectionsSpec,
+    ResidualSpec,
+    ScaledResidualSpec,
+    SumResidualSpec,
+)
 from moezoo.core.spec.routing import (
     ChoiceSpec,
     ExpertChoiceSpec,
@@ -168,6 +174,7 @@ __all__ = [
     "RouterMLPSpec",
     "RouterSpec",
     "RouterZLossSpec",
+    "ScaledResidualSpec",
     "SelectionBiasSpec",
     "SequenceBalanceLossSpec",
     "SharedExpertsSpec",

@@ -25,6 +25,16 @@ class DepthScaledResidualSpec(Part):
     kind: Literal["depth_scaled"] = "depth_scaled"
 
 
+class ScaledResidualSpec(Part):
+    """One stream, whose two terms have a learned bias and scale per feature: `(x + a) b + (f(x) + c) d`.
+
+    So have the embeddings, with which the stream begins. Source: Anthony et al. 2025 (ZAYA1), arXiv 2511.17127
+    (residual scaling); transformers 5.23, zaya.
+    """
+
+    kind: Literal["scaled"] = "scaled"
+
+
 class HyperConnectionsSpec(Part):
     """Several streams: a block reads a weighted sum of them, and adds its output to each with a weight of its own.
 
@@ -46,7 +56,9 @@ class HyperConnectionsSpec(Part):
 
 
 ResidualSpec = Annotated[
-    SumResidualSpec | DepthScaledResidualSpec | HyperConnectionsSpec, Field(discriminator="kind"), default_kind("sum")
+    SumResidualSpec | DepthScaledResidualSpec | ScaledResidualSpec | HyperConnectionsSpec,
+    Field(discriminator="kind"),
+    default_kind("sum"),
 ]
 
 
@@ -61,7 +73,7 @@ def check_residual(spec: ResidualSpec, layers: Sequence[LayerSpec], *, has_layer
             )
     shortcut = any(layer.shortcut for layer in layers)
     match spec:
-        case SumResidualSpec():
+        case SumResidualSpec() | ScaledResidualSpec():
             pass
         case DepthScaledResidualSpec():
             if has_layer_inputs or shortcut or any(layer.mixer_only or not layer.has_mixer for layer in layers):
