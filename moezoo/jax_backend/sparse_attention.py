@@ -37,8 +37,9 @@ class Indexer(nnx.Module):
         match self.position:
             case RoPESpec():
                 own = self.position.model_copy(update={"layout": spec.layout})
-                query_BTNH = rotate_first(own, self.rope_head_dim, query_BTNH, position_T)
-                key_BTH = rotate_first(own, self.rope_head_dim, key_BTH[:, :, None], position_T)[:, :, 0]
+                rotate_part = rotate_first if spec.rotated == "first" else rotate_last
+                query_BTNH = rotate_part(own, self.rope_head_dim, query_BTNH, position_T)
+                key_BTH = rotate_part(own, self.rope_head_dim, key_BTH[:, :, None], position_T)[:, :, 0]
             case NoPositionSpec():
                 pass
             case _:
@@ -50,6 +51,13 @@ def rotate_first(position: RoPESpec, rope_head_dim: int, x_BTNH: jax.Array, posi
     """Spec: moezoo.core.reference.sparse_attention.rotate_first."""
     rotated = rotate(position, x_BTNH[..., :rope_head_dim], position_T)
     return jnp.concatenate([rotated, x_BTNH[..., rope_head_dim:]], axis=-1)
+
+
+def rotate_last(position: RoPESpec, rope_head_dim: int, x_BTNH: jax.Array, position_T: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.rotate_last."""
+    start = x_BTNH.shape[-1] - rope_head_dim
+    rotated = rotate(position, x_BTNH[..., start:], position_T)
+    return jnp.concatenate([x_BTNH[..., :start], rotated], axis=-1)
 
 
 def index(query_BTNH: jax.Array, key_BSH: jax.Array, weight_BTN: jax.Array) -> jax.Array:
@@ -66,12 +74,23 @@ def choose_sources(index_BTS: jax.Array, mask_TS: jax.Array, top_k: int) -> jax.
 
 
 def attend_where(
-    query_BTMGH: jax.Array, key_BSMH: jax.Array, value_BSMH: jax.Array, mask_BTS: jax.Array, scale: float
+    query_BTMGH: jax.Array,
+    key_BSMH: jax.Array,
+    value_BSMH: jax.Array,
+    mask_BTS: jax.Array,
+    scale: float,
+    sink_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Spec: moezoo.core.reference.sparse_attention.attend_where."""
     score = scale * jnp.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH, preferred_element_type=jnp.float32)
-    weight = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], score, -jnp.inf), axis=-1)
+    score = jnp.where(mask_BTS[:, None, None], score, -jnp.inf)
+    if sink_N is not None:
+        sink_MG11 = jnp.broadcast_to(sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1), (*score.shape[:-1], 1))
+        score = jnp.concatenate([score, sink_MG11], axis=-1)
+    weight = jax.nn.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
     distribution_BTS = lax.stop_gradient(jnp.mean(weight, axis=(1, 2)))
+    if sink_N is not None:
+        distribution_BTS = distribution_BTS / jnp.sum(distribution_BTS, axis=-1, keepdims=True)
     weight = weight.astype(value_BSMH.dtype)
     attended = jnp.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH, preferred_element_type=jnp.float32)
     return attended.astype(value_BSMH.dtype), distribution_BTS

@@ -38,6 +38,8 @@ class LatentAttention(nn.Module):
         self.w_output = weights.parameter("w_output")
         if spec.gate is not None:
             self.w_gate = weights.parameter("w_gate")
+        if spec.sinks:
+            self.sink = weights.parameter("sink")
         if spec.bias:
             if spec.query_latent_dim is not None:
                 self.b_query_down = weights.parameter("b_query_down")
@@ -81,6 +83,7 @@ class LatentAttention(nn.Module):
                 index_key = cache.index_key_BSH
             key = mx.concatenate([value, rope_key], axis=-1)
         scale, loss = score_scale(spec), None
+        sink_N = self.sink.astype(mx.float32) if spec.sinks else None
         mask_TS = within_documents(self._mask(position_T, key.shape[1], slot_S, first_B, documents), documents)
         if spec.indexer is not None:
             assert index_query is not None
@@ -88,14 +91,14 @@ class LatentAttention(nn.Module):
             assert index_weight is not None
             index_BTS = index(index_query, index_key, index_weight)
             chosen_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
-            attended, distribution_BTS = attend_where(grouped, key, value, chosen_BTS, scale)
+            attended, distribution_BTS = attend_where(grouped, key, value, chosen_BTS, scale, sink_N)
             loss = index_loss(index_BTS, distribution_BTS, chosen_BTS, documents) if cache is None else None
         elif chosen_BTS is not None:
-            attended, _ = attend_where(grouped, key, value, chosen_BTS, scale)
+            attended, _ = attend_where(grouped, key, value, chosen_BTS, scale, sink_N)
         elif cache is None:
-            attended = attend_causally(expanded(spec), grouped, key, value, documents=documents)
+            attended = attend_causally(expanded(spec), grouped, key, value, sink_N, documents)
         else:
-            attended = attend(grouped, key, value, mask_TS, scale=scale)
+            attended = attend(grouped, key, value, mask_TS, scale=scale, sink_N=sink_N)
         if cache is None:
             out_BTNH = attended[:, :, :, 0]
         else:
@@ -106,9 +109,12 @@ class LatentAttention(nn.Module):
     def _output(self, out_BTNH: mx.array, x_BTD: mx.array, seen_BTZ: mx.array) -> mx.array:
         """Spec: moezoo.core.reference.latent_attention._output."""
         spec, dtype = self.spec, x_BTD.dtype
-        if spec.gate is not None:
+        if spec.gate == "headwise":
             gate_BTN = projection.einsum("BTD,DN->BTN", x_BTD, self.w_gate.astype(dtype)).astype(mx.float32)
             out_BTNH = (out_BTNH * mx.sigmoid(gate_BTN)[..., None]).astype(dtype)
+        if spec.gate == "elementwise":
+            gate_BTNH = projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_gate.astype(dtype))
+            out_BTNH = (out_BTNH * mx.sigmoid(gate_BTNH.astype(mx.float32))).astype(dtype)
         if spec.query_gate:
             gate_BTNH = projection.einsum("BTZ,ZNH->BTNH", seen_BTZ, self.w_query_gate.astype(dtype))
             out_BTNH = (out_BTNH * mx.sigmoid(gate_BTNH.astype(mx.float32))).astype(dtype)

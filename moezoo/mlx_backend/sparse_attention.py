@@ -36,8 +36,9 @@ class Indexer(nn.Module):
         match self.position:
             case RoPESpec():
                 own = self.position.model_copy(update={"layout": spec.layout})
-                query_BTNH = rotate_first(own, self.rope_head_dim, query_BTNH, position_T)
-                key_BTH = rotate_first(own, self.rope_head_dim, key_BTH[:, :, None], position_T)[:, :, 0]
+                rotate_part = rotate_first if spec.rotated == "first" else rotate_last
+                query_BTNH = rotate_part(own, self.rope_head_dim, query_BTNH, position_T)
+                key_BTH = rotate_part(own, self.rope_head_dim, key_BTH[:, :, None], position_T)[:, :, 0]
             case NoPositionSpec():
                 pass
             case _:
@@ -49,6 +50,13 @@ def rotate_first(position: RoPESpec, rope_head_dim: int, x_BTNH: mx.array, posit
     """Spec: moezoo.core.reference.sparse_attention.rotate_first."""
     rotated = rotate(position, x_BTNH[..., :rope_head_dim], position_T)
     return mx.concatenate([rotated, x_BTNH[..., rope_head_dim:]], axis=-1)
+
+
+def rotate_last(position: RoPESpec, rope_head_dim: int, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.sparse_attention.rotate_last."""
+    start = x_BTNH.shape[-1] - rope_head_dim
+    rotated = rotate(position, x_BTNH[..., start:], position_T)
+    return mx.concatenate([x_BTNH[..., :start], rotated], axis=-1)
 
 
 def index(query_BTNH: mx.array, key_BSH: mx.array, weight_BTN: mx.array) -> mx.array:
@@ -66,14 +74,25 @@ def choose_sources(index_BTS: mx.array, mask_TS: mx.array, top_k: int) -> mx.arr
 
 
 def attend_where(
-    query_BTMGH: mx.array, key_BSMH: mx.array, value_BSMH: mx.array, mask_BTS: mx.array, scale: float
+    query_BTMGH: mx.array,
+    key_BSMH: mx.array,
+    value_BSMH: mx.array,
+    mask_BTS: mx.array,
+    scale: float,
+    sink_N: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Spec: moezoo.core.reference.sparse_attention.attend_where; fused kernels do not return weights."""
     dtype = query_BTMGH.dtype
     query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
     score = scale * mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH)
-    weight = mx.softmax(mx.where(mask_BTS[:, None, None], score, -mx.inf), axis=-1, precise=True)
+    score = mx.where(mask_BTS[:, None, None], score, -mx.inf)
+    if sink_N is not None:
+        sink_MG11 = mx.broadcast_to(sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1), (*score.shape[:-1], 1))
+        score = mx.concatenate([score, sink_MG11], axis=-1)
+    weight = mx.softmax(score, axis=-1, precise=True)[..., : key_BSMH.shape[1]]
     distribution_BTS = mx.stop_gradient(mx.mean(weight, axis=(1, 2)))
+    if sink_N is not None:
+        distribution_BTS = distribution_BTS / mx.sum(distribution_BTS, axis=-1, keepdims=True)
     attended = mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH)
     return attended.astype(dtype), distribution_BTS
 

@@ -47,6 +47,8 @@ SPECS = {
     "window": spec_of(query_latent_dim=QUERY, window=3, latent_multiplier=1.5),
     "gate and norm of the rotated key": spec_of(gate="headwise", rope_key_norm=True, norm=RMSNormSpec(epsilon=1e-3)),
     "gate": spec_of(query_gate=True),
+    "gate of each feature, and sinks": spec_of(gate="elementwise", sinks=True),
+    "sinks beside chosen positions": spec_of(sinks=True, indexer=INDEXER.model_copy(update={"rotated": "last"})),
     "raw latent of queries": spec_of(
         query_latent_dim=QUERY, bias=True, raw_query_latent=True, query_gate=True, indexer=INDEXER
     ),
@@ -77,7 +79,9 @@ def values_of(spec: LatentAttentionSpec) -> dict[str, np.ndarray]:
     if spec.rope_key_norm:
         shapes["rope_key_norm.scale"] = (ROPE,)
     if spec.gate is not None:
-        shapes["w_gate"] = (D, N)
+        shapes["w_gate"] = (D, N) if spec.gate == "headwise" else (D, N, VALUE)
+    if spec.sinks:
+        shapes["sink"] = (N,)
     if spec.query_gate:
         shapes["w_query_gate"] = (seen, N, VALUE)
     if isinstance(spec.norm, LayerNormSpec):

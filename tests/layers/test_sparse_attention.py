@@ -44,9 +44,10 @@ def chosen(twin: Twin, index_BTS: np.ndarray, mask_TS: np.ndarray, top_k: int) -
     return expected
 
 
-@pytest.mark.parametrize("layout", ["half_split", "interleaved"])
-def test_indexer_and_its_index_match_the_reference(twin, layout):
-    spec, position = SPEC.model_copy(update={"layout": layout}), RoPESpec(base=50, layout="interleaved")
+@pytest.mark.parametrize(("layout", "rotated"), [("half_split", "first"), ("interleaved", "last")])
+def test_indexer_and_its_index_match_the_reference(twin, layout, rotated):
+    spec = SPEC.model_copy(update={"layout": layout, "rotated": rotated})
+    position = RoPESpec(base=50, layout="interleaved")
     module = twin.module("sparse_attention")
     position_T = np.arange(T) + 3
     arrays = [twin.array(each) for each in (X_BTD, SOURCE_BTZ, position_T)]
@@ -70,6 +71,16 @@ def test_only_the_first_features_are_rotated_and_by_the_indexers_own_layout():
         half = ROPE // 2  # pair 0 (features 0 and ROPE / 2) is rotated by t
         turned = math.cos(2) * before[:, 2, ..., 0] - math.sin(2) * before[:, 2, ..., half]
         assert_close(after[:, 2, ..., 0], turned, FLOAT64)
+
+
+def test_the_last_features_are_rotated_as_the_first_ones_would_be():
+    last, position_T = SPEC.model_copy(update={"rotated": "last"}), np.arange(T)
+    position, swapped = RoPESpec(), np.roll(np.arange(H), ROPE)  # the last features come first
+    values = VALUES | {name: VALUES[name][..., swapped] for name in VALUES if name != "w_weight"}
+    moved = indexer(SPEC, position, ROPE, values, X_BTD, SOURCE_BTZ, position_T)
+    found = indexer(last, position, ROPE, VALUES, X_BTD, SOURCE_BTZ, position_T)
+    for own, other in zip(found[:2], moved[:2], strict=True):
+        assert_close(other, np.roll(own, ROPE, axis=-1), FLOAT64)
 
 
 def test_index_matches_the_reference_and_its_formula(twin):

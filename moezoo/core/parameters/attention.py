@@ -122,8 +122,12 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
         yield from rows.norm(f"{name}.rope_key_norm", spec.norm, (o,), ("head_dim",))
     yield rows.matrix(f"{name}.w_key", (z, n, h), ("latent", "head", "head_dim"), "attention")
     yield rows.matrix(f"{name}.w_value", (z, n, v), ("latent", "head", "head_dim"), "attention")
-    if spec.gate is not None:
+    if spec.gate == "headwise":
         yield rows.matrix(f"{name}.w_gate", (d, n), ("embed", "head"), "attention")
+    if spec.gate == "elementwise":
+        yield rows.matrix(f"{name}.w_gate", (d, n, v), ("embed", "head", "head_dim"), "attention")
+    if spec.sinks:
+        yield rows.vector(f"{name}.sink", (n,), ("head",), "attention")
     yield rows.output(f"{name}.w_output", (n, v, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
     if spec.bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")

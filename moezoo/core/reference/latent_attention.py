@@ -31,8 +31,8 @@ def latent_attention(
 
     Order: project, and add the biases of `w_query_down`, `w_latent`, `w_rope_key` and `w_output` if the spec has them;
     normalize, also `k'` with `rope_key_norm`; multiply the latent by its constant; rotate; multiply both parts of a
-    query by its temperature; attend, to no more than `window` tokens; multiply by the sigmoid of `x w_gate_n` if there
-    is a gate.
+    query by its temperature; attend, to no more than `window` tokens, with a sink if there are `sinks`; multiply by the
+    sigmoid of `x w_gate_n`, a number or one for each feature, if there is a gate.
 
     The absorbed form computes the same numbers from latents alone, so a cache stores nothing else: `q_n . (c w_key_n) =
     (w_key_n q_n) . c`, and `sum_s a_s (c_s w_value_n) = (sum_s a_s c_s) w_value_n`. It is multi-query attention with
@@ -61,7 +61,9 @@ def latent_attention(
         own = inside(parameters, "indexer")
         index_BTS = index(*indexer(spec.indexer, spec.position, spec.rope_head_dim, own, x_BTD, source, position_T))
         mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
-    attended, distribution_BTS = attend_where(grouped, key, value, mask_BTS, score_scale(spec))
+    attended, distribution_BTS = attend_where(
+        grouped, key, value, mask_BTS, score_scale(spec), parameters["sink"] if spec.sinks else None
+    )
     if spec.indexer is not None:
         loss = index_loss(index_BTS, distribution_BTS, mask_BTS, documents)
     if absorbed:
@@ -74,8 +76,10 @@ def latent_attention(
 
 def _output(spec: LatentAttentionSpec, parameters: Parameters, out_BTNH: Array, x_BTD: Array, seen_BTZ: Array) -> Array:
     """Multiply the output of the heads by the sigmoid gates of the layer's input and of `seen_BTZ`, and project it."""
-    if spec.gate is not None:
+    if spec.gate == "headwise":
         out_BTNH = out_BTNH / (1 + np.exp(-adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_gate"])[..., None]))
+    if spec.gate == "elementwise":
+        out_BTNH = out_BTNH / (1 + np.exp(-adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_gate"])))
     if spec.query_gate:
         out_BTNH = out_BTNH / (1 + np.exp(-adapter.einsum("BTZ,ZNH->BTNH", seen_BTZ, parameters["w_query_gate"])))
     out_BTD = adapter.einsum("BTNH,NHD->BTD", out_BTNH, parameters["w_output"])

@@ -25,7 +25,7 @@ def indexer(
     Args:
         spec: N `num_heads` of width H.
         position: the position spec of the attention; its rotation is applied in the indexer's own `layout`.
-        rope_head_dim: number of leading features of queries and key that are rotated.
+        rope_head_dim: number of features of queries and key that are rotated, the `rotated` ones: first or last.
         parameters: `w_query` [Z, N, H], `w_key` [D, H], `key_norm`, `w_weight` [D, N].
         x_BTD: input of the attention layer.
         source_BTZ: the normalized low-rank queries of the attention; x_BTD where it has none.
@@ -47,8 +47,9 @@ def indexer(
     match position:
         case RoPESpec():
             own = position.model_copy(update={"layout": spec.layout})
-            query_BTNH = rotate_first(own, rope_head_dim, query_BTNH, position_T)
-            key_BTH = rotate_first(own, rope_head_dim, key_BTH[:, :, None], position_T)[:, :, 0]
+            rotate_part = rotate_first if spec.rotated == "first" else rotate_last
+            query_BTNH = rotate_part(own, rope_head_dim, query_BTNH, position_T)
+            key_BTH = rotate_part(own, rope_head_dim, key_BTH[:, :, None], position_T)[:, :, 0]
         case NoPositionSpec():
             pass
     return query_BTNH, key_BTH, weight_BTN
@@ -58,6 +59,13 @@ def rotate_first(position: RoPESpec, rope_head_dim: int, x_BTNH: Array, position
     """Apply `rotate` to the first `rope_head_dim` features as if they were the whole head."""
     rotated = rotate(position, x_BTNH[..., :rope_head_dim], position_T)
     return np.concatenate([rotated, x_BTNH[..., rope_head_dim:]], axis=-1)
+
+
+def rotate_last(position: RoPESpec, rope_head_dim: int, x_BTNH: Array, position_T: Array) -> Array:
+    """Apply `rotate` to the last `rope_head_dim` features as if they were the whole head."""
+    start = x_BTNH.shape[-1] - rope_head_dim
+    rotated = rotate(position, x_BTNH[..., start:], position_T)
+    return np.concatenate([x_BTNH[..., :start], rotated], axis=-1)
 
 
 def index(query_BTNH: Array, key_BSH: Array, weight_BTN: Array) -> Array:
@@ -88,7 +96,7 @@ def choose_sources(index_BTS: Array, mask_TS: Array, top_k: int) -> Array:
 
 
 def attend_where(
-    query_BTMGH: Array, key_BSMH: Array, value_BSMH: Array, mask_BTS: Array, scale: float
+    query_BTMGH: Array, key_BSMH: Array, value_BSMH: Array, mask_BTS: Array, scale: float, sink_N: Array | None = None
 ) -> tuple[Array, Array]:
     """Apply `attention.attend` with one mask per sequence, and return the attention weights averaged over heads too.
 
@@ -97,15 +105,24 @@ def attend_where(
         key_BSMH, value_BSMH: M heads; values may have another width than keys.
         mask_BTS: bool, at least one True per row.
         scale: multiplies the scores.
+        sink_N: attention sinks, as in `attend`.
 
     Returns:
-        [B, T, M, G, H], H the width of a value; and [B, T, S], the softmax averaged over all heads, without gradient.
+        [B, T, M, G, H], H the width of a value; and [B, T, S], the mean weights of all heads, over their sum,
+        which is less than 1 with sinks; without gradient.
     """
     score = scale * np.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH)
     score = np.where(mask_BTS[:, None, None], score, -np.inf)
-    weight = np.exp(score - np.max(score, axis=-1, keepdims=True))
-    weight = weight / np.sum(weight, axis=-1, keepdims=True)
-    return np.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH), np.mean(getval(weight), axis=(1, 2))
+    largest, total = np.max(score, axis=-1, keepdims=True), 0.0
+    if sink_N is not None:
+        sink_MG11 = sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1)
+        largest = np.maximum(largest, sink_MG11)
+        total = np.exp(sink_MG11 - largest)
+    weight = np.exp(score - largest)
+    weight = weight / (total + np.sum(weight, axis=-1, keepdims=True))
+    mean_BTS = np.mean(getval(weight), axis=(1, 2))
+    attended = np.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH)
+    return attended, mean_BTS / np.sum(mean_BTS, axis=-1, keepdims=True)
 
 
 def index_loss(index_BTS: Array, distribution_BTS: Array, mask_BTS: Array, documents: Documents | None = None) -> Array:

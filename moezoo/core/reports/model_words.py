@@ -135,6 +135,7 @@ def attention_in_words(spec: AttentionSpec) -> str:
                 (f"window {spec.window}", spec.window is not None),
                 ("norm of the rotated key", spec.rope_key_norm),
                 (f"{spec.gate} gate", spec.gate is not None),
+                ("sinks", spec.sinks),
                 ("queries of the raw latent too", spec.raw_query_latent),
                 ("gate of the query latent", spec.query_gate),
             )

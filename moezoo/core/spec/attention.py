@@ -168,16 +168,17 @@ class IndexerSpec(Part):
     `index(t, s) = sum over index heads of w_h(t) * relu(q_h(t) . k(s))`; the query attends to the `top_k` causal
     positions with the highest index (to all of them if there are fewer). The selection has no gradient; the indexer is
     trained with `loss_coefficient` times the KL divergence of its softmax from the attention's mean distribution over
-    the selected positions. The key, shared by all index heads, is normalized by `key_norm`; the first `rope_head_dim`
-    features of queries and key are rotated like the attention's, but with pairs arranged by `layout` (DeepSeek-V3.2
-    uses half-split here and interleaved in the attention; GLM-5 interleaves both). Source: DeepSeek-AI 2025
-    (DeepSeek-V3.2-Exp), eq. 1, 2 and 4.
+    the selected positions. The key, shared by all index heads, is normalized by `key_norm`; the first (or
+    last: `rotated`, HY-V4) `rope_head_dim` features of queries and key are rotated like the attention's, but with pairs
+    arranged by `layout` (DeepSeek-V3.2 uses half-split here and interleaved in the attention; GLM-5 interleaves both).
+    Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 1, 2 and 4.
     """
 
     num_heads: PositiveInt
     head_dim: PositiveInt
     top_k: PositiveInt
     layout: Literal["half_split", "interleaved"] = "half_split"
+    rotated: Literal["first", "last"] = "first"
     key_norm: NormSpec = LayerNormSpec(epsilon=1e-6)
     loss_coefficient: Annotated[float, Field(ge=0)] = 1.0
 
@@ -193,12 +194,13 @@ class LatentAttentionSpec(Part):
     constant on queries is part of `scale`, which multiplies the scores; null is `1 / sqrt(head_dim + rope_head_dim)`,
     and YaRN's mscale multiplies either. `rope_key_norm`: the shared key is normalized before its rotation. `window`:
     sliding window, each query attends to the last `window` tokens, itself included. `gate`: each head's output is
-    multiplied by the sigmoid of a projection of the layer's input (these three: dots3-note, transformers). With an
-    `indexer` a query attends only to the tokens that it chooses; with `indexer_of_layer`, to those that the indexer of
-    that earlier layer chose (index from 0, repeats expanded), and this layer has none (GLM-5.2; arXiv 2603.12201).
-    With `raw_query_latent` queries are projected from their latent twice over, normalized and as it is; with
-    `query_gate` the heads' output is multiplied by the sigmoid of another projection of what queries are projected
-    from, per feature (both: A.X-K2).
+    multiplied by the sigmoid of a projection of the layer's input (these three: dots3-note, transformers), or each of
+    its features is (`elementwise`; HY-V4). `sinks`: each head has a logit that takes part of its attention, as in
+    `grouped_query` (HY-V4). With an `indexer` a query attends only to the tokens that it chooses; with
+    `indexer_of_layer`, to those that the indexer of that earlier layer chose (index from 0, repeats expanded), and this
+    layer has none (GLM-5.2; arXiv 2603.12201). With `raw_query_latent` queries are projected from their latent twice
+    over, normalized and as it is; with `query_gate` the heads' output is multiplied by the sigmoid of another
+    projection of what queries are projected from, per feature (both: A.X-K2).
     """
 
     kind: Literal["latent"] = "latent"
@@ -216,7 +218,8 @@ class LatentAttentionSpec(Part):
     temperature_tuning: TemperatureTuningSpec | None = None
     rope_key_norm: bool = False
     window: PositiveInt | None = None
-    gate: Literal["headwise"] | None = None
+    gate: Literal["headwise", "elementwise"] | None = None
+    sinks: bool = False
     indexer: IndexerSpec | None = None
     indexer_of_layer: NonNegativeInt | None = None
     raw_query_latent: bool = False
