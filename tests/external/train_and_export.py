@@ -1,11 +1,13 @@
 """Train each family for ten steps and export it, for `check_export.py` to check with transformers and mlx-lm.
 
-    python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx] [--spelling hub|saved]
+    python tests/external/train_and_export.py OUT [CASE ...] [--backend jax|mlx] [--spelling hub|saved|designed]
     python tests/external/check_export.py OUT/*
 
 The first one runs in moezoo's environment, the second in one with torch and mlx-lm. A case is a fixture of
 tests/data/huggingface; by default one of every family. config.json has the format of the hub, or with `--spelling
-saved` that of transformers 5, beside which the export has mlx-lm's. Training starts from the fixture's weights, on
+saved` that of transformers 5, beside which the export has mlx-lm's. With `--spelling designed` only the fixture's spec
+counts, as if the model were designed here: it starts from random weights and is written as the first family that
+computes it. Else training starts from the fixture's weights, on
 random tokens, and changes every trainable parameter (AdamW, learning rate 1e-3), including the selection bias. Each
 exported folder also contains `expected.npz`: tokens, and moezoo's logits and greedy tokens for that folder.
 """
@@ -25,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import moezoo  # noqa: E402
 from moezoo.cli.main import main as command  # noqa: E402
+from moezoo.core.huggingface.family import family_of  # noqa: E402
+from moezoo.core.huggingface.fields import Fields  # noqa: E402
 from tests.huggingface.test_families import main_cases  # noqa: E402
 from tests.support.fixtures import read_fixture, write_checkpoint  # noqa: E402
 
@@ -36,7 +40,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("case", nargs="*")
     parser.add_argument("--backend", default="mlx")
-    parser.add_argument("--spelling", choices=["hub", "saved"], default="hub")
+    parser.add_argument("--spelling", choices=["hub", "saved", "designed"], default="hub")
     options = parser.parse_args()
     for case in options.case or main_cases():
         print(f"{case} ...", flush=True)
@@ -44,17 +48,23 @@ def main() -> int:
     return 0
 
 
-def train_and_export(case: str, out: Path, backend: str, spelling: Literal["hub", "saved"]) -> None:
+def train_and_export(case: str, out: Path, backend: str, spelling: Literal["hub", "saved", "designed"]) -> None:
     """Write the trained checkpoint of one case, and moezoo's outputs for it."""
     described = read_fixture(case).description["config"]
     vocab = int(described.get("text_config", described)["vocab_size"])
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_checkpoint(case, Path(scratch) / case, spelling=spelling)
+        folder = Path(scratch) / case
         np.save(folder.parent / "batches.npy", random.integers(0, vocab, (STEPS, BATCH, LENGTH), np.int32))
+        if spelling == "designed":
+            fields = Fields(described, case, read_fixture(case).description.get("max_length"))
+            start = {"model": family_of(fields).spec_of(fields).model_dump(mode="json")}
+        else:
+            start = {"init_from": str(write_checkpoint(case, folder, spelling=spelling))}
+        data = {"sources": [{"kind": "batches", "path": str(folder.parent / "batches.npy")}]}
         config = {
-            "init_from": str(folder),
-            "data": {"sources": [{"kind": "batches", "path": str(folder.parent / "batches.npy")}]},
+            **start,
+            "data": data | ({"tokenizer": {"kind": "ids", "vocab_size": vocab}} if spelling == "designed" else {}),
             "training": {"steps": STEPS, "batch_size": BATCH, "sequence_length": LENGTH},
             "optimizer": {"learning_rate": 1e-3, "schedule": {"kind": "constant"}},
         }

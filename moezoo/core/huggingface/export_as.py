@@ -2,25 +2,48 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from moezoo.core.errors import MoezooError, SpecError
+from moezoo.core.errors import SpecError
 from moezoo.core.files import write_atomically
 from moezoo.core.huggingface.export import into_new_folder, write_own_layout
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
-from moezoo.core.huggingface.family import Family, families
+from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.inverse.candidates import Candidate, candidates
+from moezoo.core.huggingface.inverse.leaves import leaves_of
+from moezoo.core.huggingface.inverse.solve import Solution, solve
 from moezoo.core.huggingface.layout import CONFIG, Description
 from moezoo.core.huggingface.ledger import first_rules
-from moezoo.core.spec import ModelSpec, with_repeats
+from moezoo.core.huggingface.mlx_config import with_mlx_spellings
+from moezoo.core.spec import LayerSpec, ModelSpec, PooledBalanceLossSpec, with_repeats
 
 Array = npt.NDArray[Any]
 
-# Spec fields that only affect training, by field name: checkpoints of a family do not contain them.
-_TRAINING_ONLY = ("losses", "jitter", "rate", "dispatch", "loss_coefficient", "dropout", "initializer", "precision")
+_MOST_NEAREST = 3  # families that are searched for the nearest one if none computes a model
+_MOST_NAMED = 4  # differences in an error
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Families whose files can have a model.
+
+    Fields:
+        families: names, the one that is written first.
+        nearest: if there is none, the family that comes nearest, and the values in which it differs.
+    """
+
+    families: tuple[str, ...]
+    nearest: Solution | None = None
+
+    @property
+    def obstacles(self) -> str:
+        """The values that stand in the way of the nearest family, in the words of the config; empty if none do."""
+        return "" if self.nearest is None else _obstacles(self.nearest)
 
 
 def export_as_family(
@@ -59,27 +82,23 @@ def export_as_family(
 
 def family_for(spec: ModelSpec, max_length: int) -> tuple[Family, dict[str, Any]]:
     """Return the first family that parses the same model back, and its config.json. Raises as `export_as_family`."""
-    nearest: list[str] = []
-    for family in {family.name: family for family in families().values()}.values():
-        config = None if family.config is None else family.config(spec)
-        if config is None:
-            continue
-        config |= {"model_type": family.name, "max_position_embeddings": max_length, "dtype": "float32"}
-        config |= {"vocab_size": spec.vocab, "hidden_size": spec.embed_dim, "num_hidden_layers": len(spec.all_layers)}
-        try:
-            read = family.spec_of(Fields(config, f"as {family.name}"))
-        except MoezooError as error:
-            nearest.append(f"{family.name} ({error})")
-            continue
-        difference = _difference(_inference_fields(read), _inference_fields(spec))
-        if difference is None:
-            return family, config
-        nearest.append(f"{family.name} has {difference}")
-    why = f": {'; '.join(nearest)}" if nearest else ""
+    wanted = _comparable(spec)
+    for candidate in _candidates(wanted):
+        solution = solve(candidate.family, wanted, {})
+        if solution.exact:
+            return candidate.family, _whole_config(solution, spec, max_length)
     raise SpecError(
-        f"no Hugging Face family that moezoo can export computes this model{why}. "
-        "Save it with format='moezoo', or change the model to fit one of these families."
+        f"no Hugging Face family computes this model. The nearest is {_obstacles(_nearest(wanted))}. Save it with "
+        "format='moezoo', or change the model to fit this family."
     )
+
+
+def exports(spec: ModelSpec) -> Exports:
+    """Return the families that compute a model, or else what stands in the way of the nearest."""
+    wanted = _comparable(spec)
+    solutions = [solve(candidate.family, wanted, {}) for candidate in _candidates(wanted)]
+    names = tuple(solution.family.name for solution in solutions if solution.exact)
+    return Exports(names) if names else Exports((), _nearest(wanted))
 
 
 def describe_as_family(spec: ModelSpec, max_length: int, where: str) -> Description:
@@ -89,23 +108,47 @@ def describe_as_family(spec: ModelSpec, max_length: int, where: str) -> Descript
     return Description(family, fields, family.spec_of(fields), family.tensors)
 
 
-def _inference_fields(spec: ModelSpec) -> Any:
-    """Return the spec as plain values, without the fields that only affect training."""
+def _comparable(spec: ModelSpec) -> ModelSpec:
+    """Return the spec without losses that no family has, and with equal layers in one entry."""
 
-    def kept(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: kept(inner) for key, inner in value.items() if key not in _TRAINING_ONLY}
-        return [kept(inner) for inner in value] if isinstance(value, list | tuple) else value
+    def with_their_losses(layer: LayerSpec) -> LayerSpec:
+        if layer.moe is None:
+            return layer
+        losses = tuple(loss for loss in layer.moe.losses if isinstance(loss, PooledBalanceLossSpec))
+        return layer.model_copy(update={"moe": layer.moe.model_copy(update={"losses": losses})})
 
-    return kept(spec.model_copy(update={"layers": with_repeats(spec.layers)}).model_dump())
+    layers = with_repeats([with_their_losses(layer) for layer in spec.layers])
+    return spec.model_copy(update={"layers": layers, "adapter": None})
 
 
-def _difference(read: Any, expected: Any, path: str = "") -> str | None:
-    """Return the first difference between two trees of plain values, or None."""
-    if isinstance(read, dict) and isinstance(expected, dict) and read.keys() == expected.keys():
-        pairs = [(f"{path}.{key}" if path else key, read[key], expected[key]) for key in read]
-    elif isinstance(read, list) and isinstance(expected, list) and len(read) == len(expected):
-        pairs = [(f"{path}[{index}]", *pair) for index, pair in enumerate(zip(read, expected, strict=True))]
-    else:
-        return None if read == expected else f"{path} {read!s:.60}, not {expected!s:.60}"
-    return next((found for name, left, right in pairs if (found := _difference(left, right, name))), None)
+def _candidates(wanted: ModelSpec) -> list[Candidate]:
+    return [each for each in candidates(wanted, leaves_of(wanted)) if each.possible]
+
+
+def _nearest(wanted: ModelSpec) -> Solution:
+    """Return the solution with the fewest differences, of the families that lack the least."""
+    tried = [solve(each.family, wanted, {}) for each in candidates(wanted, leaves_of(wanted))[:_MOST_NEAREST]]
+    return min(tried, key=lambda solution: (solution.problem is not None, len(solution.differences)))
+
+
+def _obstacles(solution: Solution) -> str:
+    """Return the family's name and the values in which it differs."""
+    if solution.problem is not None:
+        return f"{solution.family.name} ({solution.problem})"
+    named = [f"{each.path} {_shown(each.theirs)}, not {_shown(each.ours)}" for each in solution.differences]
+    more = f" and {len(named) - _MOST_NAMED} more" if named[_MOST_NAMED:] else ""
+    return f"{solution.family.name}, but for {'; '.join(named[:_MOST_NAMED])}{more}"
+
+
+def _shown(value: Any) -> str:
+    return f"{json.dumps(value, default=str):.60}"
+
+
+def _whole_config(solution: Solution, spec: ModelSpec, max_length: int) -> dict[str, Any]:
+    """Return the config.json: the fields that the family reads, and those that others read."""
+    family = solution.family
+    found = {"architectures": [family.causal_class], "model_type": family.name, "dtype": "float32", **solution.config}
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if name in family.harmless:
+            found.setdefault(name, max_length)
+    return with_mlx_spellings(family, Fields(found, f"as {family.name}"), spec)

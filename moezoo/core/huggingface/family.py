@@ -53,9 +53,9 @@ class Family:
         may_lack: a part of the spec, by its field's name, that published files lack if no name has this ending.
         later_layers_kept: keep layers beyond the model's last one verbatim (multi-token prediction).
         harmless: fields of config.json, besides those of every family, that do not affect the computation.
-        config: inverse of `spec`: returns fields of a config.json for a model designed in moezoo, or None if the family
-            cannot express it. Sizes with the same name in every family are added; `spec` must parse the same model
-            back from the result.
+        architecture: name of the class in transformers, if it is not the model type in camel case.
+        config: of the inverse of `spec`, which is derived (`inverse.solve`), the part that cannot be: returns fields of
+            a config.json for a model designed in moezoo.
     """
 
     model_types: tuple[str, ...]
@@ -67,7 +67,14 @@ class Family:
     may_lack: tuple[str, str] | None = None
     later_layers_kept: bool = False
     harmless: tuple[str, ...] = ()
-    config: Callable[[ModelSpec], dict[str, Any] | None] | None = None
+    architecture: str | None = None
+    config: Callable[[ModelSpec], dict[str, Any]] | None = None
+
+    @property
+    def causal_class(self) -> str:
+        """Name of the class in transformers that computes the model: `architectures` of a config.json."""
+        camel = "".join(word[:1].upper() + word[1:] for word in self.name.split("_"))
+        return self.architecture or f"{camel}ForCausalLM"
 
     @property
     def name(self) -> str:

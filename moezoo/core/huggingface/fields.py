@@ -112,8 +112,9 @@ class Fields:
         self.raw = dict(values)
         self._seen: dict[str, None] = {}
         self.notes: list[str] = []
+        values = {name: _with_floats(value) for name, value in values.items()}
         inner = values.get("text_config")
-        self._values: dict[str, Any] = dict(values)
+        self._values: dict[str, Any] = values
         if isinstance(inner, Mapping):
             self._values = dict(inner)
             if "tie_word_embeddings" in values:  # the outer value of a wrapper takes precedence
@@ -158,8 +159,8 @@ class Fields:
         """Return True if the field is present and not null; this counts as reading it."""
         return self.get(name) is not None
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the field's JSON value."""
+    def get(self, name: str, default: Any = None, likely: Sequence[Any] = ()) -> Any:
+        """Return the field's JSON value. `likely`: values with another effect than the default, for the inverse."""
         self._saw(name)
         value = self._values.get(name)
         return default if value is None else value
@@ -220,12 +221,26 @@ class Fields:
             raise self.refuse(name, f"one of {', '.join(known)}")
         return known[value]
 
-    def items(self, name: str, length: int, default: Sequence[Any] | None = None) -> list[Any]:
-        """Return a list field with one item per layer (`length`)."""
+    def items(
+        self, name: str, length: int, default: Sequence[Any] | None = None, known: Sequence[Any] = ()
+    ) -> list[Any]:
+        """Return a list field with one item per layer (`length`), each one of `known` if there are any."""
         value = self._required(name, None if default is None else list(default))
         if type(value) is not list or len(value) != length:
             raise self.refuse(name, f"a list of {length} items")
+        if known and any(item not in known for item in value):
+            raise self.refuse(name, f"each layer to be one of {', '.join(map(str, known))}")
         return list(value)
+
+    def counts(self, name: str, length: int, default: int | None = None) -> list[int]:
+        """Return an integer of at least 1 per layer (`length`), from a list or from one number for all layers."""
+        if not isinstance(self.get(name), list):
+            return [self.count(name, default)] * length
+        self.items(name, length)
+        numbers = self.integers(name)
+        if any(number < 1 for number in numbers):
+            raise self.refuse(name, "integers of at least 1")
+        return numbers
 
     def integers(self, name: str, default: Sequence[int] = ()) -> list[int]:
         """Return a field that is a list of integers, each at least 0."""
@@ -264,9 +279,9 @@ class Fields:
         if self.get(name):
             self.notes.append(f"{name} {self.get(name)} is not supported: moezoo trains without it")
 
-    def inside(self, name: str) -> "Fields | None":
+    def inside(self, name: str, default: Mapping[str, Any] | None = None) -> "Fields | None":
         """Return the fields of a nested object (`rope_scaling`), or None; call `finish` on them too."""
-        value = self.get(name)
+        value = self.get(name, default)
         if value is None:
             return None
         if not isinstance(value, Mapping):
@@ -316,6 +331,15 @@ class Fields:
         if value is None:
             raise SpecError(f"{name} is missing ({self.where}). Fetch the checkpoint's config.json again.")
         return value
+
+
+def _with_floats(value: Any) -> Any:
+    """Return JSON with the numbers that transformers writes as objects, such as `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _with_floats(inner) for name, inner in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _whole(value: Any) -> Any:

@@ -34,6 +34,7 @@ _OURS = f"{OURS}.moe.output_norm.scale"
 
 FAMILY = Family(
     model_types=("axk1",),
+    architecture="AXK1ForCausalLM",
     spec=spec,
     tensors=(
         *DEEPSEEK.tensors,

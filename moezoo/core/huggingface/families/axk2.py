@@ -52,6 +52,7 @@ def _queries(name: str) -> Fused:
 
 FAMILY = Family(
     model_types=("axk2",),
+    architecture="AXK2ForCausalLM",
     spec=spec,
     tensors=(
         *(rule for rule in DEEPSEEK.tensors if ".q_b_proj." not in rule.theirs and ".q_proj." not in rule.theirs),

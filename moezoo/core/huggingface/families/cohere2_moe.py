@@ -67,7 +67,9 @@ def _windows(fields: Fields, number: int, first_dense: int, dense_step: int) -> 
 
 def _norm(fields: Fields) -> NormSpec:
     epsilon = fields.number("layer_norm_eps", 1e-5)
-    return parts.rms_norm(fields) if "rms_norm_eps" in fields else LayerNormSpec(epsilon=epsilon, bias=False)
+    return (
+        parts.rms_norm(fields) if fields.get("rms_norm_eps") is not None else LayerNormSpec(epsilon=epsilon, bias=False)
+    )
 
 
 def _moe(fields: Fields) -> MoESpec:

@@ -32,7 +32,8 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _attention(fields: Fields, width: int, heads: int) -> GroupedQueryAttentionSpec:
-    inner = fields.inside("attn_config") or Fields({}, fields.where)
+    inner = fields.inside("attn_config", {})
+    assert inner is not None
     kv_heads = inner.count("kv_n_heads", 1)
     fields.expect("num_key_value_heads", kv_heads)
     # Trap: released files have rope_theta only in attn_config, where transformers 5.23 ignores it and uses 10,000.
@@ -50,8 +51,10 @@ def _attention(fields: Fields, width: int, heads: int) -> GroupedQueryAttentionS
 
 
 def _moe(fields: Fields) -> MoESpec:
-    inner = fields.inside("ffn_config") or Fields({}, fields.where)
-    activation = inner.inside("ffn_act_fn") or Fields({}, inner.where)
+    inner = fields.inside("ffn_config", {})
+    assert inner is not None
+    activation = inner.inside("ffn_act_fn", {})
+    assert activation is not None
     experts = parts.swiglu(activation, inner.count("ffn_hidden_size", 3584), name="name")
     activation.finish()
     name = "moe_normalize_expert_weights"

@@ -5,6 +5,7 @@ positions, only the softmax that an indexer is trained with here.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.families import deepseek_v32
@@ -140,8 +141,16 @@ def _moe(fields: Fields) -> MoESpec:
     return parts.grouped_sigmoid(fields).model_copy(update={"shared": shared})
 
 
+def config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the field that decides whether layers of full attention have an indexer, if all have the same."""
+    full = [each.attention for each in spec.layers if isinstance(each.attention, LatentAttentionSpec)]
+    sparse = {each.indexer is not None for each in full if each.window is None}
+    return {"use_dsa": sparse.pop()} if len(sparse) == 1 else {}
+
+
 FAMILY = Family(
     model_types=("dots3_note_text", "dots3_note"),
+    architecture="Dots3NoteForCausalLM",
     spec=spec,
     tensors=(
         *deepseek_v32.FAMILY.tensors,
@@ -150,5 +159,6 @@ FAMILY = Family(
     ),
     kept=("audio_encoder.*", "vision_encoder.*", "*audio_tower.*", "*vision_tower.*", "model.mtp.*"),
     later_layers_kept=True,
+    config=config,
     harmless=("audio_config", "head_dim", "max_position_embeddings", "vision_config"),
 )

@@ -50,6 +50,7 @@ _BIAS = f"{OURS}.moe.router.selection_bias"
 
 FAMILY = Family(
     model_types=("ernie4_5_moe",),
+    architecture="Ernie4_5_MoeForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,

@@ -55,9 +55,7 @@ def _indexer_types(fields: Fields, num_layers: int) -> list[str]:
     by_default = ["shared" if max(index - offset + 1, 0) % step else "full" for index in range(num_layers)]
     if pattern is not None:
         by_default = [letters.get(letter, letter) for letter in pattern]
-    types = fields.items("indexer_types", num_layers, by_default)
-    if any(kind not in letters.values() for kind in types):
-        raise fields.refuse("indexer_types", "each layer to be one of full, shared")
+    types = fields.items("indexer_types", num_layers, by_default, tuple(letters.values()))
     fields.agree("indexer_types", by_default, {"index_topk_pattern": None, "index_topk_freq": None})
     return types
 

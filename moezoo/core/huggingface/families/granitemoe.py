@@ -60,10 +60,17 @@ def scaled(fields: Fields, layers: Sequence[LayerSpec]) -> ModelSpec:
     return parts.model(fields, layers, norm=parts.rms_norm(fields)).model_copy(update={"multipliers": multipliers})
 
 
+def config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the model type: transformers has another class for models with a shared expert."""
+    shared = any(moe.shared is not None for _, moe in spec.moes)
+    return {"model_type": "granitemoeshared", "architectures": ["GraniteMoeSharedForCausalLM"]} if shared else {}
+
+
 MIXTURE, EXPERTS, SHARED = f"{LAYER}.block_sparse_moe", f"{OURS}.moe.experts", f"{OURS}.moe.shared"
 
 FAMILY = Family(
     model_types=("granitemoe", "granitemoeshared"),
+    architecture="GraniteMoeForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,
@@ -85,4 +92,5 @@ FAMILY = Family(
     mlx_lm=MlxLM(eight_bits=("*.self_attn.o_proj", "*.down_proj", "lm_head"), without=("granitemoeshared",)),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings",),
+    config=config,
 )

@@ -34,6 +34,7 @@ def _positions(fields: Fields, num_layers: int) -> list[PositionSpec]:
 
 FAMILY = Family(
     model_types=("granitemoe_swa",),
+    architecture="GraniteMoeSWAForCausalLM",
     spec=spec,
     tensors=(*GRANITE.tensors, Tensor(f"{LAYER}.self_attn.sinks", "n", f"{OURS}.attention.sink", "n")),
     kept=GRANITE.kept,

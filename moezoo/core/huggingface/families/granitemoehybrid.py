@@ -17,9 +17,8 @@ OLDER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}  # of
 def spec(fields: Fields) -> ModelSpec:
     number = fields.count("num_hidden_layers")
     name = fields.either("layer_types", "layers_block_type")
-    types = [OLDER_TYPES.get(kind, kind) for kind in fields.items(name, number, ["linear_attention"] * number)]
-    if any(kind not in OLDER_TYPES.values() for kind in types):
-        raise fields.refuse(name, f"each layer to be one of {', '.join((*OLDER_TYPES, *OLDER_TYPES.values()))}")
+    known = (*OLDER_TYPES, *OLDER_TYPES.values())
+    types = [OLDER_TYPES.get(kind, kind) for kind in fields.items(name, number, ["linear_attention"] * number, known)]
     found: dict[str, AttentionSpec] = {"linear_attention": _mamba2(fields), "full_attention": _attention(fields)}
     mixers = [found[kind] for kind in types]
     fields.expect("hidden_act", "silu")  # also of the convolutions
@@ -33,7 +32,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 def _attention(fields: Fields) -> GroupedQueryAttentionSpec:
     rope = parts.rope(fields)
-    rotated = fields.get("position_embedding_type") == "rope"  # anything else is no position
+    rotated = fields.get("position_embedding_type", likely=("rope", "nope")) == "rope"  # anything else is no position
     return parts.attention(fields, rope if rotated else NoPositionSpec(), **attention_options(fields))
 
 
@@ -57,6 +56,16 @@ def _mamba2(fields: Fields) -> Mamba2Spec:
     )
 
 
+def config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the fields of config.json that hold several values of the spec each."""
+    found = [
+        (each.attention.min_step, each.attention.max_step)
+        for each in spec.layers
+        if isinstance(each.attention, Mamba2Spec)
+    ]
+    return {"time_step_limit": parts.written_limits(*found[0])} if found else {}
+
+
 def mlx_config(spec: ModelSpec) -> dict[str, Any]:
     """Return fields of config.json as mlx-lm reads them: older words for layers, a word for no position."""
     mamba = next((each.attention for each in spec.layers if isinstance(each.attention, Mamba2Spec)), None)
@@ -73,6 +82,7 @@ DENSE = f"{OURS}.feed_forward"
 
 FAMILY = Family(
     model_types=("granitemoehybrid",),
+    architecture="GraniteMoeHybridForCausalLM",
     spec=spec,
     tensors=(
         *GRANITE.tensors,
@@ -88,4 +98,5 @@ FAMILY = Family(
     mlx_lm=MlxLM(config=mlx_config, eight_bits=GRANITE.mlx_lm.eight_bits),
     kept=GRANITE.kept,
     harmless=(*GRANITE.harmless, "mamba_chunk_size"),
+    config=config,
 )

@@ -33,9 +33,9 @@ def spec(fields: Fields) -> ModelSpec:
             shared=SharedExpertsSpec(num_experts=shared, hidden_dim=dense) if mixed else None,
         )
         for top_k, hidden, shared in zip(
-            parts.per_layer(fields, fields.either("moe_topk", "num_experts_per_tok"), num_layers, 1),
-            parts.per_layer(fields, "moe_intermediate_size", num_layers, dense),
-            parts.per_layer(fields, "num_shared_expert", num_layers, 1),
+            fields.counts(fields.either("moe_topk", "num_experts_per_tok"), num_layers, 1),
+            fields.counts("moe_intermediate_size", num_layers, dense),
+            fields.counts("num_shared_expert", num_layers, 1),
             strict=True,
         )
     ]
@@ -79,6 +79,7 @@ def _expect_released(fields: Fields) -> None:
 
 FAMILY = Family(
     model_types=("hunyuan_v1_moe", "hunyuan"),
+    architecture="HunYuanMoEV1ForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,

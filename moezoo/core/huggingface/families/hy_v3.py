@@ -48,6 +48,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 FAMILY = Family(
     model_types=("hy_v3",),
+    architecture="HYV3ForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,

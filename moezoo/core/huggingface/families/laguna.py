@@ -20,7 +20,7 @@ from moezoo.core.spec import (
 
 def spec(fields: Fields) -> ModelSpec:
     number = fields.count("num_hidden_layers")
-    heads = parts.per_layer(fields, "num_attention_heads_per_layer", number, fields.count("num_attention_heads", 48))
+    heads = fields.counts("num_attention_heads_per_layer", number, fields.count("num_attention_heads", 48))
     dense = parts.dense_by_type(fields, number, [index == 0 for index in range(number)])
     gate = _gate(fields)
     # In released files: what follows from the fields above, and options that transformers does not have.
@@ -52,7 +52,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 def _gate(fields: Fields) -> Literal["headwise", "elementwise"]:
     """Return the granularity of the gate, from `gating`."""
-    value = fields.get("gating", True)
+    value = fields.get("gating", True, likely=(True, "per-head", "per-element"))
     if value not in (True, "per-head", "per-element"):
         raise fields.refuse("gating", 'true, "per-head" or "per-element"')
     return "elementwise" if value == "per-element" else "headwise"

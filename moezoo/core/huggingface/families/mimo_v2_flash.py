@@ -107,6 +107,7 @@ def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
 
 FAMILY = Family(
     model_types=("mimo_v2_flash",),
+    architecture="MiMoV2FlashForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,

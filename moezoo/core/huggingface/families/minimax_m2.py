@@ -59,6 +59,7 @@ _BIAS = f"{OURS}.moe.router.selection_bias"
 
 FAMILY = Family(
     model_types=("minimax_m2",),
+    architecture="MiniMaxM2ForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,

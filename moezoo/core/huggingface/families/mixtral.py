@@ -1,12 +1,10 @@
 """Mixtral. Source: Jiang et al. 2024, arXiv 2401.04088; transformers, `mixtral`."""
 
-from typing import Any
-
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER
-from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec, MoESpec, RouterSpec
+from moezoo.core.spec import LayerSpec, ModelSpec, MoESpec, RouterSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -25,20 +23,6 @@ def spec(fields: Fields) -> ModelSpec:
     return parts.model(fields, [layer], norm=parts.rms_norm(fields, 1e-5))
 
 
-def config(spec: ModelSpec) -> dict[str, Any] | None:
-    layer = spec.layers[0]
-    if not isinstance(layer.attention, GroupedQueryAttentionSpec) or layer.moe is None:
-        return None
-    return {
-        **parts.common_config(spec, "MixtralForCausalLM"),
-        **parts.attention_config(layer.attention),
-        **parts.mixture_config(layer.moe, "intermediate_size"),
-        **parts.balance_config(layer.moe),
-        "num_local_experts": layer.moe.num_experts,
-        "sliding_window": layer.attention.window,
-    }
-
-
 FAMILY = Family(
     model_types=("mixtral",),
     spec=spec,
@@ -54,5 +38,4 @@ FAMILY = Family(
     mlx=parts.switch(f"{LAYER}.block_sparse_moe.switch_mlp"),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings",),
-    config=config,
 )

@@ -50,13 +50,13 @@ def _types(fields: Fields, known: tuple[str, ...]) -> list[str]:
     """Return each layer's block, from a list under either name, or from a pattern of letters."""
     name, older = fields.either("layers_block_type", "layer_types"), "hybrid_override_pattern"
     by_pattern = [LETTERS.get(letter, letter) for letter in fields.text(older, "ME*-")]
+    if name not in fields and not set(by_pattern) <= set(known):
+        raise fields.refuse(older, f"each layer to be one of {', '.join(LETTERS)}")
     listed = fields.get(name, by_pattern)
-    types = [OLDER_TYPES.get(str(kind), str(kind)) for kind in listed] if isinstance(listed, list) else []
-    if not types or any(kind not in known for kind in types):
-        raise fields.refuse(name if name in fields else older, f"each layer to be one of {', '.join(known)}")
+    number = fields.count("num_hidden_layers", len(listed) if isinstance(listed, list) else None)
+    types = [OLDER_TYPES.get(kind, kind) for kind in fields.items(name, number, by_pattern, (*known, *OLDER_TYPES))]
     if older in fields and by_pattern != types:
         raise fields.refuse(older, f"the layers of {name}")
-    fields.expect("num_hidden_layers", len(types))
     return types
 
 

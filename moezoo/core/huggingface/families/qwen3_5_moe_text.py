@@ -24,6 +24,7 @@ def spec(fields: Fields) -> ModelSpec:
 
 FAMILY = Family(
     model_types=("qwen3_5_moe_text", "qwen3_5_moe"),
+    architecture="Qwen3_5MoeForCausalLM",
     spec=spec,
     tensors=(
         *SHARED_TENSORS,

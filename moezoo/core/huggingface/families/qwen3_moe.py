@@ -1,12 +1,10 @@
 """Qwen3-MoE. Source: Qwen Team 2025, arXiv 2505.09388; transformers, `qwen3_moe`."""
 
-from typing import Any
-
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
-from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, MoESpec, RouterSpec
+from moezoo.core.spec import ModelSpec, MoESpec, RouterSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -34,30 +32,6 @@ def spec(fields: Fields) -> ModelSpec:
     return parts.model(fields, layers, norm=norm)
 
 
-def config(spec: ModelSpec) -> dict[str, Any] | None:
-    layers = spec.all_layers
-    attention = layers[0].attention
-    dense = [index for index, layer in enumerate(layers) if layer.moe is None]
-    if not isinstance(attention, GroupedQueryAttentionSpec) or not spec.moes:
-        return None
-    _, moe = spec.moes[0]
-    width = layers[dense[0]].feed_forward.hidden_dim if dense else moe.experts.hidden_dim  # type: ignore[union-attr]
-    return {
-        **parts.common_config(spec, "Qwen3MoeForCausalLM"),
-        **parts.attention_config(attention),
-        **parts.mixture_config(moe, "moe_intermediate_size"),
-        **parts.balance_config(moe),
-        "attention_bias": attention.output_bias,
-        "decoder_sparse_step": 1,
-        "intermediate_size": width,
-        "mlp_only_layers": dense,
-        "norm_topk_prob": moe.router.renormalize == "sum",
-        "num_experts": moe.num_experts,
-        "sliding_window": attention.window,
-        "use_sliding_window": attention.window is not None,
-    }
-
-
 FAMILY = Family(
     model_types=("qwen3_moe",),
     spec=spec,
@@ -73,5 +47,4 @@ FAMILY = Family(
     mlx=parts.switch(),
     kept=("*.rotary_emb.inv_freq",),
     harmless=("max_position_embeddings", "max_window_layers", "sliding_window"),
-    config=config,
 )

@@ -27,7 +27,6 @@ from moezoo.core.huggingface.parts.read import (
     layer_types,
     layout,
     model,
-    per_layer,
     pooled_balance,
     rms_norm,
     swiglu,
@@ -36,14 +35,9 @@ from moezoo.core.huggingface.parts.read import (
 from moezoo.core.huggingface.parts.rotations import (
     rope,
 )
-from moezoo.core.huggingface.parts.state_space import mamba2, mlx_mamba2, step_limits
+from moezoo.core.huggingface.parts.state_space import mamba2, mlx_mamba2, step_limits, written_limits
 from moezoo.core.huggingface.parts.write import (
-    attention_config,
-    balance_config,
-    common_config,
-    mixture_config,
     older_spellings,
-    rope_config,
 )
 
 __all__ = [
@@ -53,9 +47,6 @@ __all__ = [
     "PRE_NORMS",
     "absorbed",
     "attention",
-    "attention_config",
-    "balance_config",
-    "common_config",
     "dense_by_type",
     "dense_layers",
     "experts",
@@ -71,19 +62,17 @@ __all__ = [
     "layer_types",
     "layout",
     "mamba2",
-    "mixture_config",
     "mlx_mamba2",
     "model",
     "older_spellings",
-    "per_layer",
     "pooled_balance",
     "qk_norm",
     "rms_norm",
     "rope",
-    "rope_config",
     "router",
     "step_limits",
     "swiglu",
     "switch",
     "windows",
+    "written_limits",
 ]

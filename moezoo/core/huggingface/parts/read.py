@@ -166,22 +166,9 @@ def layer_types(
     older: Mapping[str, Any] = NO_OLDER,
 ) -> list[str]:
     """Return each layer's kind of attention; `default` follows from the fields `older` (see `Fields.agree`)."""
-    types = fields.items("layer_types", num_layers, default)
-    if any(kind not in known for kind in types):
-        raise fields.refuse("layer_types", f"each layer to be one of {', '.join(known)}")
+    types = fields.items("layer_types", num_layers, default, known)
     fields.agree("layer_types", default, older)
     return types
-
-
-def per_layer(fields: Fields, name: str, num_layers: int, default: int | None = None) -> list[int]:
-    """Return an integer of at least 1 per layer, from a list or from one number for all layers."""
-    if not isinstance(fields.get(name), list):
-        return [fields.count(name, default)] * num_layers
-    fields.items(name, num_layers)
-    numbers = fields.integers(name)
-    if any(number < 1 for number in numbers):
-        raise fields.refuse(name, "integers of at least 1")
-    return numbers
 
 
 def model(
@@ -251,8 +238,6 @@ def dense_by_type(
     `default` follows from the fields `older` (see `Fields.agree`).
     """
     by_default = ["dense" if is_dense else "sparse" for is_dense in default]
-    types = fields.items("mlp_layer_types", num_layers, by_default)
-    if any(kind not in ("dense", "sparse") for kind in types):
-        raise fields.refuse("mlp_layer_types", "each layer to be one of dense, sparse")
+    types = fields.items("mlp_layer_types", num_layers, by_default, ("dense", "sparse"))
     fields.agree("mlp_layer_types", by_default, older)
     return [kind == "dense" for kind in types]

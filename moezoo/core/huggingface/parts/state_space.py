@@ -1,9 +1,10 @@
 """State-space layers shared by several families: their tensor names, and how limits of steps are read."""
 
+import math
+from typing import Any
+
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
-
-INFINITE = float("inf")
 
 
 def mamba2(theirs: str, ours: str = "layers.{layer}.attention") -> tuple[Fused, ...]:
@@ -48,14 +49,19 @@ def mlx_mamba2(theirs: str, ours: str = "layers.{layer}.attention") -> tuple[Fus
     return (Fused(convolution.theirs, "x w 1", convolution.parts, convolution.sizes),)
 
 
+def written_limits(least: float, greatest: float | None) -> list[Any]:
+    """Return `time_step_limit` as transformers writes it; its inverse is `step_limits`."""
+    return [least, {"__float__": "Infinity"} if greatest is None else greatest]
+
+
 def step_limits(fields: Fields) -> tuple[float, float | None]:
-    """Return the least and the greatest step of `time_step_limit`; None is infinity, an object in transformers 5."""
-    limits = fields.get("time_step_limit")
+    """Return the least and the greatest step of `time_step_limit`; None is infinity."""
+    limits = fields.get("time_step_limit", likely=([0.0, 1.0],))
     if limits is None:
         return 0.0, None
     if not isinstance(limits, list):
         raise fields.refuse("time_step_limit", "two numbers")
-    numbers = [INFINITE if each == {"__float__": "Infinity"} else each for each in limits if each is not None]
+    numbers = [each for each in limits if each is not None]
     if len(numbers) != 2 or any(type(each) not in (int, float) or each < 0 for each in numbers):
         raise fields.refuse("time_step_limit", "two numbers of at least 0")
-    return float(numbers[0]), None if numbers[1] == INFINITE else float(numbers[1])
+    return float(numbers[0]), None if numbers[1] == math.inf else float(numbers[1])

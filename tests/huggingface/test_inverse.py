@@ -1,0 +1,84 @@
+"""From a spec alone, the fields of a config.json that a family reads as the same spec."""
+
+from typing import Any
+
+import pytest
+
+from moezoo.core.huggingface.export_as import exports
+from moezoo.core.huggingface.family import Family, families, family_of
+from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.inverse.candidates import candidates
+from moezoo.core.huggingface.inverse.leaves import leaves_of
+from moezoo.core.huggingface.inverse.rotations import rope_fields
+from moezoo.core.huggingface.inverse.solve import solve
+from moezoo.core.huggingface.parts import rope
+from moezoo.core.spec import ModelSpec, RoPESpec
+from tests.huggingface.release_configs import RELEASES
+from tests.support.fixtures import cases, read_fixture
+
+
+def configs() -> dict[str, dict[str, Any]]:
+    """Return the config.json of every fixture and release."""
+    found = {case: read_fixture(case).description["config"] for case in cases()}
+    return found | {f"{name} (release)": RELEASES[name]["config"] for name in RELEASES}
+
+
+def read(config: dict[str, Any]) -> tuple[Family, ModelSpec]:
+    fields = Fields(config, "config.json")
+    family = family_of(fields)
+    return family, family.spec_of(fields)
+
+
+CONFIGS = configs()
+
+
+def in_the_gate() -> list[str]:
+    """Return the first config of every family."""
+    found: dict[str, str] = {}
+    for name, config in CONFIGS.items():
+        found.setdefault(families()[Fields(config, name).model_type].name, name)
+    return list(found.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in in_the_gate() else pytest.param(name, marks=pytest.mark.release) for name in CONFIGS],
+)
+def test_a_config_is_derived_from_the_spec_alone(name: str) -> None:
+    family, spec = read(CONFIGS[name])
+    possible = [each.family for each in candidates(spec, leaves_of(spec)) if each.possible]
+    assert family in possible
+    assert len(possible) <= 4, "the cheap test lets too many families through"
+    solution = solve(family, spec, {})
+    assert solution.exact, (solution.problem, solution.differences)
+    again = family.spec_of(Fields(solution.config, "derived"))
+    assert leaves_of(again) == leaves_of(spec)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"kind": "linear", "factor": 2.0},
+        {"kind": "yarn", "factor": 4.0, "original_length": 64, "mscale": 0.7, "mscale_all_dim": 0.5},
+        {"kind": "llama3", "factor": 8.0, "original_length": 64, "low_frequency_factor": 1.5},
+        {"kind": "dynamic", "factor": 2.0, "original_length": 64, "length": 64},
+    ],
+)
+def test_the_fields_of_a_rotation_are_read_back(scaling: dict[str, Any] | None) -> None:
+    position = RoPESpec.model_validate({"base": 5e5, "fraction": 0.5, "scaling": scaling})
+    fields = Fields({"rope_parameters": rope_fields(position), "max_position_embeddings": 64}, "config.json")
+    assert rope(fields, fraction=1.0) == position
+
+
+def test_a_model_that_no_family_computes_names_the_nearest() -> None:
+    _, spec = read(CONFIGS["mixtral"])
+    for path, value in (("apply_to", "input"), ("renormalize", "none")):
+        moe = spec.layers[0].moe
+        assert moe is not None
+        router = moe.router.model_copy(update={path: value})
+        layer = spec.layers[0].model_copy(update={"moe": moe.model_copy(update={"router": router})})
+        found = exports(spec.model_copy(update={"layers": (layer,)}))
+        assert not found.families
+        assert found.obstacles.startswith("mixtral, but for model.layers[0].moe.router.")
+        assert path in found.obstacles
