@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moezoo.core.spec import HyperConnectionsSpec
+from moezoo.core.spec import GatedStreamsSpec, HyperConnectionsSpec
 from moezoo.jax_backend.arrays import Weights
 
 
@@ -66,7 +66,7 @@ class MergedStreams(nnx.Module):
         return _read(read_BTJ, x, self.spec.epsilon).astype(x_BTJD.dtype)
 
 
-def enter_streams(spec: HyperConnectionsSpec, x_BTD: jax.Array) -> jax.Array:
+def enter_streams(spec: HyperConnectionsSpec | GatedStreamsSpec, x_BTD: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.hyper_connections.enter_streams."""
     return jnp.repeat(x_BTD[:, :, None], spec.num_streams, axis=2)
 

@@ -23,7 +23,7 @@ from moezoo.jax_backend.ngram_embeddings import NGramEmbeddings
 from moezoo.jax_backend.normalization import NormGate, norm
 from moezoo.jax_backend.positions import Documents
 from moezoo.jax_backend.random import fold_in, uniform
-from moezoo.jax_backend.residual import Streams, residual
+from moezoo.jax_backend.residual import Connection, Streams, residual
 from moezoo.jax_backend.routing import Routing
 
 Record = dict[str, jax.Array]
@@ -85,19 +85,21 @@ class Layer(nnx.Module):
     def __init__(self, spec: LayerSpec, model: ModelSpec, weights: Weights, index: int):
         self.spec, self.name = spec, f"layers.{index}"
         self.embed_dim = model.embed_dim
+        self._unnormalized = spec.norm_placement in ("post", "stream") or not model.has_norms
         self.dropout, self.residual_multiplier = model.dropout, model.multipliers.residual
         self.adapter = model.adapter
         if not isinstance(spec.attention, NoAttentionSpec):
-            self.attention_residual = residual(model.residual, weights.inside("attention_residual"))
-            self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
+            self.attention_residual = residual(model.residual, model.norm, weights.inside("attention_residual"))
+            if model.has_norms:
+                self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
         if not spec.mixer_only:
-            self.feed_forward_residual = residual(model.residual, weights.inside("feed_forward_residual"))
+            self.feed_forward_residual = residual(model.residual, model.norm, weights.inside("feed_forward_residual"))
         if spec.ngram_embeddings is not None:
             self.ngram_embeddings = NGramEmbeddings(
                 spec.ngram_embeddings, model.norm, model.vocab, weights.inside("ngram_embeddings")
             )
-        if spec.norm_placement != "parallel" and not spec.mixer_only:
+        if spec.norm_placement != "parallel" and not spec.mixer_only and model.has_norms:
             self.feed_forward_norm = norm(model.norm, weights.inside("feed_forward_norm"))
         if spec.attention_norm_gate is not None:
             self.attention_norm_gate = NormGate(weights.inside("attention_norm_gate"))
@@ -127,6 +129,7 @@ class Layer(nnx.Module):
         """`index` may be traced where nothing is recorded, and nothing is cached."""
         name, record = f"layers.{index}", {} if inputs.record is None else inputs.record
         key = None if inputs.key is None else fold_in(inputs.key, index)
+        connection: Connection
         streams, ngrams = self._with_ngrams(state.streams, inputs, key, index)
         if self.spec.has_mixer:
             streams = self.attention_stream(streams)
@@ -233,7 +236,7 @@ class Layer(nnx.Module):
 
     def attention_input(self, x_BTD: jax.Array) -> jax.Array:
         """Norm before attention, unless it is one of the stream or after it; with its gate if there is one."""
-        normed = x_BTD if self.spec.norm_placement in ("post", "stream") else self.attention_norm(x_BTD)
+        normed = x_BTD if self._unnormalized else self.attention_norm(x_BTD)
         return normed if self.spec.attention_norm_gate is None else self.attention_norm_gate(normed)
 
     def attention_output(self, out_BTD: jax.Array) -> jax.Array:
@@ -254,7 +257,7 @@ class Layer(nnx.Module):
 
     def feed_forward_input(self, x_BTD: jax.Array) -> jax.Array:
         """As `attention_input`; not of a parallel layer, whose feed-forward has the input of attention."""
-        normed = x_BTD if self.spec.norm_placement in ("post", "stream") else self.feed_forward_norm(x_BTD)
+        normed = x_BTD if self._unnormalized else self.feed_forward_norm(x_BTD)
         return normed if self.spec.feed_forward_norm_gate is None else self.feed_forward_norm_gate(normed)
 
     def feed_forward_output(self, out_BTD: jax.Array) -> jax.Array:

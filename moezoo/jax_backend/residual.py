@@ -8,12 +8,15 @@ from flax import nnx
 
 from moezoo.core.spec import (
     DepthScaledResidualSpec,
+    GatedStreamsSpec,
     HyperConnectionsSpec,
+    NormSpec,
     ResidualSpec,
     ScaledResidualSpec,
     SumResidualSpec,
 )
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.gated_streams import GatedRead, GatedStreams
 from moezoo.jax_backend.hyper_connections import HyperConnection, MergedStreams, enter_streams
 
 Streams = jax.Array
@@ -69,10 +72,10 @@ class ScaledEmbedding(nnx.Module):
         return _scaled(x_BTD, self.stream_scale, self.stream_bias).astype(x_BTD.dtype)
 
 
-Residual = OneStream | ScaledStream | HyperConnection
+Residual = OneStream | ScaledStream | HyperConnection | GatedStreams
 
 
-def residual(spec: ResidualSpec, weights: Weights) -> Residual:
+def residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> Residual:
     """Spec: moezoo.core.reference.residual, `read` and `write`; of one block, whose own weights these are."""
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
@@ -81,6 +84,8 @@ def residual(spec: ResidualSpec, weights: Weights) -> Residual:
             return ScaledStream(weights)
         case HyperConnectionsSpec():
             return HyperConnection(spec, weights)
+        case GatedStreamsSpec():
+            return GatedStreams(norm, weights)
         case _:
             assert_never(spec)
 
@@ -90,13 +95,15 @@ def first_residual(spec: ResidualSpec, weights: Weights) -> ScaledEmbedding | No
     return ScaledEmbedding(weights) if isinstance(spec, ScaledResidualSpec) else None
 
 
-def final_residual(spec: ResidualSpec, weights: Weights) -> MergedStreams | None:
+def final_residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> MergedStreams | GatedRead | None:
     """Spec: moezoo.core.reference.residual.leave; None: the stream as it is."""
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return None
         case HyperConnectionsSpec():
             return MergedStreams(spec, weights)
+        case GatedStreamsSpec():
+            return GatedRead(norm, weights)
         case _:
             assert_never(spec)
 
@@ -106,7 +113,7 @@ def enter(spec: ResidualSpec, x_BTD: jax.Array) -> Streams:
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return x_BTD
-        case HyperConnectionsSpec():
+        case HyperConnectionsSpec() | GatedStreamsSpec():
             return enter_streams(spec, x_BTD)
         case _:
             assert_never(spec)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import HyperConnectionsSpec
+from moezoo.core.spec import GatedStreamsSpec, HyperConnectionsSpec
 from moezoo.mlx_backend.arrays import Weights
 
 
@@ -67,7 +67,7 @@ class MergedStreams(nn.Module):
         return _read(read_BTJ, x, self.spec.epsilon).astype(x_BTJD.dtype)
 
 
-def enter_streams(spec: HyperConnectionsSpec, x_BTD: mx.array) -> mx.array:
+def enter_streams(spec: HyperConnectionsSpec | GatedStreamsSpec, x_BTD: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.hyper_connections.enter_streams."""
     return mx.repeat(x_BTD[:, :, None], spec.num_streams, axis=2)
 

@@ -7,12 +7,15 @@ from mlx import nn
 
 from moezoo.core.spec import (
     DepthScaledResidualSpec,
+    GatedStreamsSpec,
     HyperConnectionsSpec,
+    NormSpec,
     ResidualSpec,
     ScaledResidualSpec,
     SumResidualSpec,
 )
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.gated_streams import GatedRead, GatedStreams
 from moezoo.mlx_backend.hyper_connections import HyperConnection, MergedStreams, enter_streams
 
 Streams = mx.array
@@ -71,10 +74,10 @@ class ScaledEmbedding(nn.Module):
         return _scaled(x_BTD, self.stream_scale, self.stream_bias).astype(x_BTD.dtype)
 
 
-Residual = OneStream | ScaledStream | HyperConnection
+Residual = OneStream | ScaledStream | HyperConnection | GatedStreams
 
 
-def residual(spec: ResidualSpec, weights: Weights) -> Residual:
+def residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> Residual:
     """Spec: moezoo.core.reference.residual, `read` and `write`; of one block, whose own weights these are."""
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec():
@@ -83,6 +86,8 @@ def residual(spec: ResidualSpec, weights: Weights) -> Residual:
             return ScaledStream(weights)
         case HyperConnectionsSpec():
             return HyperConnection(spec, weights)
+        case GatedStreamsSpec():
+            return GatedStreams(norm, weights)
         case _:
             assert_never(spec)
 
@@ -92,13 +97,15 @@ def first_residual(spec: ResidualSpec, weights: Weights) -> ScaledEmbedding | No
     return ScaledEmbedding(weights) if isinstance(spec, ScaledResidualSpec) else None
 
 
-def final_residual(spec: ResidualSpec, weights: Weights) -> MergedStreams | None:
+def final_residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> MergedStreams | GatedRead | None:
     """Spec: moezoo.core.reference.residual.leave; None: the stream as it is."""
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return None
         case HyperConnectionsSpec():
             return MergedStreams(spec, weights)
+        case GatedStreamsSpec():
+            return GatedRead(norm, weights)
         case _:
             assert_never(spec)
 
@@ -108,7 +115,7 @@ def enter(spec: ResidualSpec, x_BTD: mx.array) -> Streams:
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return x_BTD
-        case HyperConnectionsSpec():
+        case HyperConnectionsSpec() | GatedStreamsSpec():
             return enter_streams(spec, x_BTD)
         case _:
             assert_never(spec)

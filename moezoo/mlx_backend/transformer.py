@@ -79,8 +79,9 @@ class Transformer(nn.Module):
             Layer(layer, spec, weights.inside(f"layers.{index}"), index) for index, layer in enumerate(spec.all_layers)
         ]
         self.first_residual = first_residual(spec.residual, weights.inside("first_residual"))
-        self.final_residual = final_residual(spec.residual, weights.inside("final_residual"))
-        self.final_norm = norm(spec.norm, weights.inside("final_norm"))
+        self.final_residual = final_residual(spec.residual, spec.norm, weights.inside("final_residual"))
+        if spec.has_norms:
+            self.final_norm = norm(spec.norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec) or spec.head.bias:
             self.head = Head(spec.head, weights.inside("head"))
 
@@ -113,7 +114,8 @@ class Transformer(nn.Module):
         x_BTD = x_BTD if self.first_residual is None else self.first_residual(x_BTD)
         state, outputs = self._run_layers(ResidualState(enter(self.spec.residual, x_BTD)), inputs, inputs_BTLZ)
         x_BTD = state.streams if self.final_residual is None else self.final_residual(state.streams)
-        x_BTD = self.final_norm(x_BTD if caches is None else x_BTD[:, -1:])
+        x_BTD = x_BTD if caches is None else x_BTD[:, -1:]
+        x_BTD = self.final_norm(x_BTD) if self.spec.has_norms else x_BTD
         logits_BTV = self._logits(x_BTD, key)
         if record is not None:
             record |= {"final_norm": x_BTD, "logits": logits_BTV}

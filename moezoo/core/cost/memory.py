@@ -23,6 +23,7 @@ from moezoo.core.spec import (
     DepthScaledResidualSpec,
     FeedForwardSpec,
     GatedDeltaAttentionSpec,
+    GatedStreamsSpec,
     GroupedQueryAttentionSpec,
     HyperConnectionsSpec,
     LatentAttentionSpec,
@@ -208,6 +209,9 @@ def stream_bytes(spec: ModelSpec) -> int:
             blocks = sum(int(layer.has_mixer) + int(not layer.mixer_only) for layer in spec.all_layers)
             mixing = 0 if iterations is None else _FLOAT32_BYTES * 2 * iterations * streams**2
             return blocks * (COMPUTE_BYTES[compute_dtype(spec)] * streams * spec.embed_dim + mixing)
+        case GatedStreamsSpec(num_streams=streams, rank=rank):
+            blocks = sum(int(layer.has_mixer) + int(not layer.mixer_only) for layer in spec.all_layers)
+            return blocks * COMPUTE_BYTES[compute_dtype(spec)] * (3 * streams * spec.embed_dim + rank)
         case _:
             assert_never(spec.residual)
 

@@ -39,7 +39,8 @@ def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
         if layer.moe is not None:
             previous = layer.moe.num_choices
     yield from final_residual_rows(rows, "final_residual")
-    yield from rows.norm("final_norm", spec.norm, (d,), ("embed",))
+    if spec.has_norms:
+        yield from rows.norm("final_norm", spec.norm, (d,), ("embed",))
     if isinstance(spec.head, UntiedHeadSpec):
         yield rows.matrix("head.w_head", (d, v), ("embed", "vocab"), "embeddings")
     if spec.head.bias:
@@ -59,7 +60,8 @@ def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | 
         yield from ngram_embedding_rows(rows, f"{name}.ngram_embeddings", layer.ngram_embeddings)
     if layer.has_mixer:
         yield from residual_rows(rows, f"{name}.attention_residual")
-        yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
+        if rows.spec.has_norms:
+            yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
         yield from _norm_gate(rows, f"{name}.attention_norm_gate", layer.attention_norm_gate)
     yield from attention_rows(rows, f"{name}.attention", layer.attention, index)
     if layer.norm_placement == "sandwich" and layer.has_mixer:
@@ -67,7 +69,8 @@ def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | 
     if not layer.mixer_only:
         yield from residual_rows(rows, f"{name}.feed_forward_residual")
     if layer.norm_placement != "parallel" and not layer.mixer_only:
-        yield from rows.norm(f"{name}.feed_forward_norm", norm, shape, axes)
+        if rows.spec.has_norms:
+            yield from rows.norm(f"{name}.feed_forward_norm", norm, shape, axes)
         yield from _norm_gate(rows, f"{name}.feed_forward_norm_gate", layer.feed_forward_norm_gate)
     if layer.feed_forward is not None:
         yield from feed_forward_rows(rows, f"{name}.feed_forward", layer.feed_forward, "feed-forward")

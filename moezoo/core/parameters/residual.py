@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from moezoo.core.parameters.row import ONES, ZEROS, Initializer, Parameter, Rows
-from moezoo.core.spec import HyperConnectionsSpec, ScaledResidualSpec
+from moezoo.core.spec import GatedStreamsSpec, HyperConnectionsSpec, ScaledResidualSpec
 
 _SCALE = Initializer("constant", value=0.01)
 """Of what depends on the token (alpha). Source: Xie et al. 2025, arXiv 2512.24880; hy_v4 in transformers."""
@@ -21,6 +21,10 @@ def residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
     if isinstance(spec, ScaledResidualSpec):
         yield from _scale_and_bias(rows, name, "stream")
         yield from _scale_and_bias(rows, name, "block")
+    if isinstance(spec, GatedStreamsSpec):
+        yield from _gated(rows, name, spec)
+        shape = (spec.num_streams, rows.embed_dim, spec.num_streams)
+        yield rows.matrix(f"{name}.w_write", shape, ("stream", "embed", "stream"), "norms", fan_in=2)
 
 
 def first_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
@@ -33,6 +37,16 @@ def final_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
     """Yield the rows of the last step, from the residual streams to the final norm."""
     if isinstance(rows.spec.residual, HyperConnectionsSpec):
         yield from _weights(rows, name, "read", rows.spec.residual.num_streams)
+    if isinstance(rows.spec.residual, GatedStreamsSpec):
+        yield from _gated(rows, name, rows.spec.residual)
+
+
+def _gated(rows: Rows, name: str, spec: GatedStreamsSpec) -> Iterator[Parameter]:
+    """Yield the rows of the gated mean of the streams."""
+    j, d, z = spec.num_streams, rows.embed_dim, spec.rank
+    yield from rows.norm(f"{name}.norm", rows.spec.norm, (j, d), ("stream", "embed"))
+    yield rows.matrix(f"{name}.w_down", (j, d, z), ("stream", "embed", "latent"), "norms", fan_in=2)
+    yield rows.matrix(f"{name}.w_up", (z, j, d), ("latent", "stream", "embed"), "norms")
 
 
 def _scale_and_bias(rows: Rows, name: str, which: str) -> Iterator[Parameter]:

@@ -6,7 +6,7 @@ import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.normalization import rms_norm
-from moezoo.core.spec import HyperConnectionsSpec
+from moezoo.core.spec import GatedStreamsSpec, HyperConnectionsSpec
 
 
 class Connection(NamedTuple):
@@ -21,7 +21,7 @@ class Connection(NamedTuple):
     mix_BTIU: Array | None
 
 
-def enter_streams(spec: HyperConnectionsSpec, x_BTD: Array) -> Array:
+def enter_streams(spec: HyperConnectionsSpec | GatedStreamsSpec, x_BTD: Array) -> Array:
     """Return `num_streams` copies of the embeddings, [B, T, J, D]."""
     return np.repeat(x_BTD[:, :, None], spec.num_streams, axis=2)
 

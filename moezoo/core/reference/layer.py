@@ -162,7 +162,7 @@ def _read(
     factors = spec.attention_factors if block == "attention" else spec.feed_forward_factors
     if spec.norm_placement == "stream":
         streams = normalize(model.norm, inside(parameters, f"{block}_norm"), streams)
-    x_BTD, connection = read(model.residual, own, streams, number)
+    x_BTD, connection = read(model.residual, model.norm, own, streams, number)
     purpose = ATTENTION_DROPOUT if block == "attention" else FEED_FORWARD_DROPOUT
 
     def add(out_BTD: Array) -> Streams:
@@ -175,7 +175,7 @@ def _read(
 def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, x_BTD: Array) -> Array:
     """Norm of a block's input, unless it is one of the stream or after the block; with its gate if there is one."""
     normed = x_BTD
-    if spec.norm_placement not in ("post", "stream"):
+    if model.has_norms and spec.norm_placement not in ("post", "stream"):
         normed = normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
     rank = spec.attention_norm_gate if block == "attention" else spec.feed_forward_norm_gate
     return normed if rank is None else norm_gate(inside(parameters, f"{block}_norm_gate"), normed)

@@ -9,10 +9,13 @@ from typing import Any, assert_never
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters
+from moezoo.core.reference.gated_streams import read_gated, write_weights
 from moezoo.core.reference.hyper_connections import enter_streams, merge_streams, read_streams, write_streams
 from moezoo.core.spec import (
     DepthScaledResidualSpec,
+    GatedStreamsSpec,
     HyperConnectionsSpec,
+    NormSpec,
     ResidualSpec,
     ScaledResidualSpec,
     SumResidualSpec,
@@ -29,16 +32,19 @@ def enter(spec: ResidualSpec, parameters: Parameters, x_BTD: Array) -> Streams:
             return x_BTD
         case ScaledResidualSpec():
             return (x_BTD + parameters["stream_bias"]) * parameters["stream_scale"]
-        case HyperConnectionsSpec():
+        case HyperConnectionsSpec() | GatedStreamsSpec():
             return enter_streams(spec, x_BTD)
         case _:
             assert_never(spec)
 
 
-def read(spec: ResidualSpec, parameters: Parameters, streams: Streams, block: int) -> tuple[Array, Connection]:
+def read(
+    spec: ResidualSpec, norm: NormSpec, parameters: Parameters, streams: Streams, block: int
+) -> tuple[Array, Connection]:
     """Return the input of a block, before its norm, and what `write` needs beside its output.
 
     Args:
+        norm: the model's, of gated streams.
         parameters: the block's own, `layers.N.attention_residual` or `layers.N.feed_forward_residual`.
         block: index of the block in the model, 2 l for the mixer of layer l and 2 l + 1 for its feed-forward.
     """
@@ -47,6 +53,8 @@ def read(spec: ResidualSpec, parameters: Parameters, streams: Streams, block: in
             return streams, None
         case HyperConnectionsSpec():
             return read_streams(spec, parameters, streams)
+        case GatedStreamsSpec():
+            return read_gated(norm, parameters, streams), write_weights(norm, parameters, streams)
         case _:
             assert_never(spec)
 
@@ -77,16 +85,20 @@ def write(
             return stream_BTD + (out_BTD + parameters["block_bias"]) * parameters["block_scale"]
         case HyperConnectionsSpec():
             return write_streams(streams, connection, out_BTD)
+        case GatedStreamsSpec():
+            return streams + connection[..., None] * out_BTD[:, :, None]
         case _:
             assert_never(spec)
 
 
-def leave(spec: ResidualSpec, parameters: Parameters, streams: Streams) -> Array:
+def leave(spec: ResidualSpec, norm: NormSpec, parameters: Parameters, streams: Streams) -> Array:
     """Return the input of the final norm [B, T, D]; `parameters`: those of `final_residual`."""
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
             return streams
         case HyperConnectionsSpec():
             return merge_streams(spec, parameters, streams)
+        case GatedStreamsSpec():
+            return read_gated(norm, parameters, streams)
         case _:
             assert_never(spec)

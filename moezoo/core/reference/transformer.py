@@ -85,9 +85,9 @@ def forward(
         state, output = layer(spec, index, own, state, inputs, input_BTZ=input_BTZ, sources=sources)
         sources[index] = output.source
         outputs.append(output)
-    x_BTD = leave(spec.residual, inside(parameters, "final_residual"), state.streams)
-    x_BTD = record["final_norm"] = normalize(spec.norm, inside(parameters, "final_norm"), x_BTD)
-    logits_BTV = record["logits"] = _logits(spec, parameters, x_BTD)
+    x_BTD = leave(spec.residual, spec.norm, inside(parameters, "final_residual"), state.streams)
+    x_BTD = normalize(spec.norm, inside(parameters, "final_norm"), x_BTD) if spec.has_norms else x_BTD
+    record |= {"final_norm": x_BTD, "logits": (logits_BTV := _logits(spec, parameters, x_BTD))}
     return Forward(
         logits_BTV,
         [output.routing for output in outputs if output.routing is not None],

@@ -14,6 +14,7 @@ from moezoo.core.spec import (
     ExpertChoiceSpec,
     FeedForwardSpec,
     GatedDeltaAttentionSpec,
+    GatedStreamsSpec,
     GroupedQueryAttentionSpec,
     GroupedTopKChoiceSpec,
     HeadConvolutionSpec,
@@ -99,6 +100,8 @@ def _residual(spec: ResidualSpec) -> str:
             return "scaled residual"
         case HyperConnectionsSpec(num_streams=streams, sinkhorn_iterations=iterations):
             return f"{streams} residual streams, {'separate' if iterations is None else 'mixed'}"
+        case GatedStreamsSpec(num_streams=streams, rank=rank):
+            return f"{streams} residual streams, gated at rank {rank}"
         case _:
             assert_never(spec)
 

@@ -83,6 +83,7 @@ from moezoo.core.spec.positions import (
 )
 from moezoo.core.spec.residual import (
     DepthScaledResidualSpec,
+    GatedStreamsSpec,
     HyperConnectionsSpec,
     ResidualSpec,
     ScaledResidualSpec,
@@ -127,6 +128,7 @@ __all__ = [
     "FeedForwardSpec",
     "GatedDeltaAttentionSpec",
     "GatedFeedForwardSpec",
+    "GatedStreamsSpec",
     "GlobalBalanceLossSpec",
     "GroupedQueryAttentionSpec",
     "GroupedTopKChoiceSpec",

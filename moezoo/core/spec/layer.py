@@ -124,6 +124,22 @@ class LayerSpec(Part):
         return self
 
 
+def check_ngram_embeddings(layers: Sequence[LayerSpec], vocab_size: int | None) -> None:
+    """Raise if n-gram embeddings share their hash functions, or end contexts behind a token that there is not."""
+    places: dict[int, int] = {}
+    for place, layer in enumerate(layers):
+        if layer.ngram_embeddings is None:
+            continue
+        path, index = f"layers[{place}].ngram_embeddings", layer.ngram_embeddings.index
+        if index in places or layer.repeat > 1:
+            where = f"layers[{places[index]}]" if index in places else f"{layer.repeat} layers, by repeat"
+            raise impossible(f"{path}.index", f"is {index}, as in {where}", "Number them from 0 on, in order")
+        places[index] = place
+        token = layer.ngram_embeddings.reset_token
+        if vocab_size is not None and token >= vocab_size:
+            raise impossible(f"{path}.reset_token", f"is {token}, but vocab_size is {vocab_size}", "Use a smaller one")
+
+
 def with_repeats(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     """Merge equal consecutive layers into one, whose `repeat` is the sum of theirs."""
     found: list[LayerSpec] = []

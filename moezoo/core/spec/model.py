@@ -10,12 +10,18 @@ from moezoo.core.spec.adapter import AdapterRole, AdapterSpec
 from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import GatedFeedForwardSpec
-from moezoo.core.spec.layer import LayerSpec
+from moezoo.core.spec.layer import LayerSpec, check_ngram_embeddings
 from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec
-from moezoo.core.spec.residual import HyperConnectionsSpec, ResidualSpec, SumResidualSpec, check_residual
+from moezoo.core.spec.residual import (
+    GatedStreamsSpec,
+    HyperConnectionsSpec,
+    ResidualSpec,
+    SumResidualSpec,
+    check_residual,
+)
 from moezoo.core.spec.routing import RouterSpec
 
 MAX_LAYERS = 2_000
@@ -159,7 +165,7 @@ class ModelSpec(Part):
                 "Remove it, or add a layer",
             )
         check_residual(self.residual, self.layers, has_layer_inputs=self.layer_inputs is not None)
-        self._check_ngram_embeddings()
+        check_ngram_embeddings(self.layers, self.vocab_size)
         self._check_later_layers()
         self._check_shared_layers()
         self._check_pooled_balance()
@@ -195,23 +201,6 @@ class ModelSpec(Part):
                     f"layers[{place}].moe.router.mlp.depth_average",
                     f"is true, but the router of the MoE layer before has no state of {router.mlp.hidden_dim}",
                     "Use the same mlp.hidden_dim in both, or remove it",
-                )
-
-    def _check_ngram_embeddings(self) -> None:
-        """Raise if n-gram embeddings share their hash functions, or end contexts behind a token that there is not."""
-        places: dict[int, int] = {}
-        for place, layer in enumerate(self.layers):
-            if layer.ngram_embeddings is None:
-                continue
-            path, index = f"layers[{place}].ngram_embeddings", layer.ngram_embeddings.index
-            if index in places or layer.repeat > 1:
-                where = f"layers[{places[index]}]" if index in places else f"{layer.repeat} layers, by repeat"
-                raise impossible(f"{path}.index", f"is {index}, as in {where}", "Number them from 0 on, in order")
-            places[index] = place
-            token = layer.ngram_embeddings.reset_token
-            if self.vocab_size is not None and token >= self.vocab_size:
-                raise impossible(
-                    f"{path}.reset_token", f"is {token}, but vocab_size is {self.vocab_size}", "Use a smaller one"
                 )
 
     def _check_shared_layers(self) -> None:
@@ -293,7 +282,12 @@ class ModelSpec(Part):
     @property
     def num_streams(self) -> int:
         """Number of residual streams."""
-        return self.residual.num_streams if isinstance(self.residual, HyperConnectionsSpec) else 1
+        return self.residual.num_streams if isinstance(self.residual, HyperConnectionsSpec | GatedStreamsSpec) else 1
+
+    @property
+    def has_norms(self) -> bool:
+        """False if the residual streams are normalized as they are read, so that layers and head need no norm."""
+        return not isinstance(self.residual, GatedStreamsSpec)
 
     @property
     def shared_layers(self) -> frozenset[int]:

@@ -55,8 +55,22 @@ class HyperConnectionsSpec(Part):
     norm_epsilon: PositiveFloat = 1e-6
 
 
+class GatedStreamsSpec(Part):
+    """Several streams, of which a block reads a mean gated by feature, and to each of which it adds with a weight.
+
+    Streams are normalized by the model's norm, each with scales of its own, when they are read: layers have no other
+    norm before a block, and the model no final one. Gates are functions of all streams of the token through a vector
+    of `rank` features, weights through a matrix; they are each block's own. Source: Qwen Team 2026 (Qwen4;
+    transformers 5.23).
+    """
+
+    kind: Literal["gated_streams"] = "gated_streams"
+    num_streams: PositiveInt = 4
+    rank: PositiveInt
+
+
 ResidualSpec = Annotated[
-    SumResidualSpec | DepthScaledResidualSpec | ScaledResidualSpec | HyperConnectionsSpec,
+    SumResidualSpec | DepthScaledResidualSpec | ScaledResidualSpec | HyperConnectionsSpec | GatedStreamsSpec,
     Field(discriminator="kind"),
     default_kind("sum"),
 ]
@@ -83,7 +97,15 @@ def check_residual(spec: ResidualSpec, layers: Sequence[LayerSpec], *, has_layer
                     "single blocks",
                     "Remove one of the two",
                 )
-        case HyperConnectionsSpec():
+        case HyperConnectionsSpec() | GatedStreamsSpec():
+            for place, layer in enumerate(layers):
+                if isinstance(spec, GatedStreamsSpec) and layer.norm_placement != "pre":
+                    raise impossible(
+                        f"layers[{place}].norm_placement",
+                        f"is {layer.norm_placement}, but residual is gated_streams, whose streams are normalized as "
+                        "they are read",
+                        "Use norm_placement: pre",
+                    )
             parallel = any(layer.norm_placement == "parallel" for layer in layers)
             if has_layer_inputs or shortcut or parallel or any(layer.output_scale for layer in layers):
                 raise impossible(

@@ -162,6 +162,11 @@ CASES = {
         "model.residual is hyper_connections, but there are layer_inputs, a shortcut, an output_scale or parallel "
         "blocks, which add to one stream (x.yaml). Remove one of the two.",
     ),
+    "gated_streams with another norm": (
+        model(layer(norm_placement="sandwich"), residual={"kind": "gated_streams", "rank": 3}),
+        "model.layers[0].norm_placement is sandwich, but residual is gated_streams, whose streams are normalized as "
+        "they are read (x.yaml). Use norm_placement: pre.",
+    ),
     "qk_norm_after_rotation without qk_norm": (
         attention(qk_norm_after_rotation=True),
         f"{ATTENTION}.qk_norm is null, but qk_norm_over or qk_norm_after_rotation is set (x.yaml). Add qk_norm: {{}}, "
