@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moezoo.core.spec import (
+    CompressedAttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
@@ -22,6 +23,7 @@ from moezoo.core.spec import (
     ShortConvolutionSpec,
 )
 from moezoo.jax_backend.arrays import DTYPES
+from moezoo.jax_backend.entry_cache import CompressedCache, empty_compressed_cache, rolled
 
 
 class Attended(NamedTuple):
@@ -74,20 +76,11 @@ class RollingCache(NamedTuple):
 
         The first of them may still attend to the S - 1 slots before it.
         """
-        new, size = key_BTMH.shape[1], self.key_BSMH.shape[1]
-        length = self.length + new
-        if new == 1:
-            key_BSMH = lax.dynamic_update_slice(self.key_BSMH, key_BTMH, (0, self.length % size, 0, 0))
-            value_BSMH = lax.dynamic_update_slice(self.value_BSMH, value_BTMH, (0, self.length % size, 0, 0))
-            slot_S = self.length - (self.length - jnp.arange(size)) % size
-            return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, slot_S)
-        both = [
-            jnp.concatenate([jnp.roll(kept, -self.length, axis=1), more], axis=1)
-            for kept, more in ((self.key_BSMH, key_BTMH), (self.value_BSMH, value_BTMH))
-        ]
-        key_BSMH, value_BSMH = (jnp.roll(part[:, new:], length, axis=1) for part in both)
-        source = Source(both[0], both[1], self.length - size + jnp.arange(size + new))
-        return RollingCache(key_BSMH, value_BSMH, length), source
+        (key_BSMH, value_BSMH), seen, slot_S = rolled(
+            (self.key_BSMH, self.value_BSMH), (key_BTMH, value_BTMH), self.length
+        )
+        cache = RollingCache(key_BSMH, value_BSMH, self.length + key_BTMH.shape[1])
+        return cache, Source(seen[0], seen[1], slot_S)
 
 
 class ConvolutionState(NamedTuple):
@@ -253,6 +246,7 @@ Cache = (
     | ConvolutionCache
     | ScanCache
     | NGramCache
+    | CompressedCache
 )
 
 
@@ -268,7 +262,10 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache, NGramCache)
+STATES = (
+    *(RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache, NGramCache),
+    CompressedCache,
+)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -320,6 +317,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 latent = jnp.zeros((batch, size, latent_dim), dtype)
                 key = jnp.zeros((batch, size, rope_head_dim), dtype)
                 caches.append(LatentCache(latent, key, index_key, jnp.zeros((), jnp.int32)))
+            case CompressedAttentionSpec():
+                caches.append(empty_compressed_cache(layer.attention, batch, size, dtype))
             case GatedDeltaAttentionSpec() | Mamba2Spec():
                 caches.append(empty_recurrent_cache(layer.attention, batch, dtype))
             case LightningAttentionSpec():

@@ -9,7 +9,6 @@ from flax import nnx
 
 from moezoo.core.spec import (
     HeadSpec,
-    LatentAttentionSpec,
     ModelSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
@@ -148,11 +147,9 @@ class Transformer(nnx.Module):
             [output.dispatched for output in outputs if output.dispatched is not None],
             None if caches is None else Caches(extended, caches.first_B),
             [
-                (index, layer.attention.indexer.loss_coefficient, output.index_loss)
+                (index, layer.indexer.loss_coefficient, output.index_loss)
                 for index, (layer, output) in enumerate(zip(self.spec.all_layers, outputs, strict=True))
-                if isinstance(layer.attention, LatentAttentionSpec)
-                and layer.attention.indexer is not None
-                and output.index_loss is not None
+                if layer.indexer is not None and output.index_loss is not None
             ],
         )
 

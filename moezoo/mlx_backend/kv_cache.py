@@ -8,6 +8,7 @@ from typing import NamedTuple, assert_never
 import mlx.core as mx
 
 from moezoo.core.spec import (
+    CompressedAttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
@@ -20,6 +21,7 @@ from moezoo.core.spec import (
     ShortConvolutionSpec,
 )
 from moezoo.mlx_backend.arrays import DTYPES
+from moezoo.mlx_backend.entry_cache import CompressedCache, empty_compressed_cache, rolled
 
 
 class Attended(NamedTuple):
@@ -72,20 +74,11 @@ class RollingCache(NamedTuple):
 
         The first of them may still attend to the S - 1 slots before it.
         """
-        new, size = key_BTMH.shape[1], self.key_BSMH.shape[1]
-        length = self.length + new
-        if new == 1:
-            key_BSMH = mx.slice_update(self.key_BSMH, key_BTMH, mx.array([self.length % size]), (1,))
-            value_BSMH = mx.slice_update(self.value_BSMH, value_BTMH, mx.array([self.length % size]), (1,))
-            slot_S = self.length - (self.length - mx.arange(size)) % size
-            return RollingCache(key_BSMH, value_BSMH, length), Source(key_BSMH, value_BSMH, slot_S)
-        both = [
-            mx.concatenate([mx.roll(kept, -self.length, 1), more], axis=1)
-            for kept, more in ((self.key_BSMH, key_BTMH), (self.value_BSMH, value_BTMH))
-        ]
-        key_BSMH, value_BSMH = (mx.roll(part[:, new:], length, 1) for part in both)
-        source = Source(both[0], both[1], self.length - size + mx.arange(size + new))
-        return RollingCache(key_BSMH, value_BSMH, length), source
+        (key_BSMH, value_BSMH), seen, slot_S = rolled(
+            (self.key_BSMH, self.value_BSMH), (key_BTMH, value_BTMH), self.length
+        )
+        cache = RollingCache(key_BSMH, value_BSMH, self.length + key_BTMH.shape[1])
+        return cache, Source(seen[0], seen[1], slot_S)
 
 
 class ConvolutionState(NamedTuple):
@@ -251,6 +244,7 @@ Cache = (
     | ConvolutionCache
     | ScanCache
     | NGramCache
+    | CompressedCache
 )
 
 
@@ -271,7 +265,10 @@ class Caches(NamedTuple):
         return self.layers[0].length
 
 
-STATES = (RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache, NGramCache)
+STATES = (
+    *(RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache, NGramCache),
+    CompressedCache,
+)
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
 States = dict[int, Cache]
@@ -319,6 +316,8 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 latent = mx.zeros((batch, size, latent_dim), dtype)
                 key = mx.zeros((batch, size, rope_head_dim), dtype)
                 caches.append(LatentCache(latent, key, index_key, 0))
+            case CompressedAttentionSpec():
+                caches.append(empty_compressed_cache(layer.attention, batch, size, dtype))
             case GatedDeltaAttentionSpec() | Mamba2Spec():
                 caches.append(empty_recurrent_cache(layer.attention, batch, dtype))
             case LightningAttentionSpec():

@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx import nn
 
 from moezoo.core.spec import (
+    CompressedAttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
@@ -18,6 +19,7 @@ from moezoo.core.spec import (
 )
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.attention import GroupedQueryAttention
+from moezoo.mlx_backend.compressed_attention import CompressedAttention
 from moezoo.mlx_backend.delta_attention import GatedDeltaAttention
 from moezoo.mlx_backend.kv_cache import Attended, Cache, Shared
 from moezoo.mlx_backend.latent_attention import LatentAttention
@@ -37,6 +39,8 @@ def mixer(spec: MixerSpec, weights: Weights, index: int) -> nn.Module:
             return GatedDeltaAttention(spec, weights, index)
         case LatentAttentionSpec():
             return LatentAttention(spec, weights, index)
+        case CompressedAttentionSpec():
+            return CompressedAttention(spec, weights, index)
         case ShortConvolutionSpec():
             return ShortConvolution(spec, weights, index)
         case Mamba2Spec():

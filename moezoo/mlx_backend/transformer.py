@@ -8,7 +8,6 @@ from mlx import nn
 
 from moezoo.core.spec import (
     HeadSpec,
-    LatentAttentionSpec,
     ModelSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
@@ -145,11 +144,9 @@ class Transformer(nn.Module):
             [output.dispatched for output in outputs if output.routing is not None],
             None if caches is None else Caches(extended, caches.first_B),
             [
-                (index, layer.attention.indexer.loss_coefficient, output.index_loss)
+                (index, layer.indexer.loss_coefficient, output.index_loss)
                 for index, (layer, output) in enumerate(zip(self.spec.all_layers, outputs, strict=True))
-                if isinstance(layer.attention, LatentAttentionSpec)
-                and layer.attention.indexer is not None
-                and output.index_loss is not None
+                if layer.indexer is not None and output.index_loss is not None
             ],
         )
 

@@ -95,6 +95,7 @@ def test_backends_read_every_field_that_is_about_computing():
         "select_on",
         "rank",
         "step_rank",
+        "output_latent_dim",
         "on",
         "table_size",
         "multiple",

@@ -51,7 +51,7 @@ def on_each_backend(names, on_jax):
 
 
 def built(twin, name):
-    folder = COMBINATIONS if name == "delta_attention" else TINY
+    folder = COMBINATIONS if name in ("delta_attention", "sparse_attention") else TINY
     spec = load_config(folder / f"{name}.yaml").model
     if spec.vocab_size is None:
         spec = spec.model_copy(update={"vocab_size": 61})
@@ -98,7 +98,11 @@ def test_sampled_text_is_what_the_reference_draws_of_the_whole_pass(twin):
 
 
 @on_each_backend(
-    ["top_k", "sliding_window", "gated_delta", "delta_attention", "convolutional_attention"], PIECES_ON_JAX
+    [
+        *("top_k", "sliding_window", "gated_delta", "delta_attention", "convolutional_attention"),
+        "compressed_attention",
+    ],
+    PIECES_ON_JAX,
 )
 def test_prompts_in_pieces_and_grown_caches_give_the_same_text(twin, name, monkeypatch):
     model = built(twin, name)

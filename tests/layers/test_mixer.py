@@ -7,6 +7,7 @@ import numpy as np
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.mixer import mix
 from moezoo.core.spec import (
+    CompressedAttentionSpec,
     GatedDeltaAttentionSpec,
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
@@ -28,6 +29,15 @@ SPECS = (
     GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H),
     GatedDeltaAttentionSpec(num_key_heads=M, num_value_heads=N, key_head_dim=H, value_head_dim=H),
     LATENT,
+    CompressedAttentionSpec(
+        num_heads=N,
+        head_dim=H,
+        rope_head_dim=H,
+        query_latent_dim=D,
+        output_groups=M,
+        output_latent_dim=F,
+        window=2,
+    ),
     ShortConvolutionSpec(conv_width=3),
     Mamba2Spec(num_heads=N, head_dim=H, state_dim=H),
     MambaSpec(inner_dim=F, state_dim=H, step_rank=M),

@@ -9,6 +9,7 @@ from moezoo.core.cost.parameters import active_experts
 from moezoo.core.parameters import ROLES, Role, parameter_table
 from moezoo.core.spec import (
     AttentionSpec,
+    CompressedAttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
@@ -62,7 +63,8 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
 
     - scores of softmax attention: `2 (query width + value width) * visible positions` for each of the N heads: query
       times key and probability times value; `(T + 1) / 2` positions on average, fewer with a window or a chunk, and at
-      most `top_k` of them with an indexer, whose own scores cost `2 width * visible` for each of its heads;
+      most `top_k` of them with an indexer, whose own scores cost `2 width * visible` for each of its heads; compressed
+      entries count as positions, one for each complete group;
     - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head; of
       Mamba-2 two, `4 H F`; and of Mamba-1 two, `4 Z` for each channel.
 
@@ -115,6 +117,8 @@ def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSp
                 Fraction(0) if indexer is None else 2 * indexer.num_heads * indexer.head_dim * _visible(length, None)
             )
             return 2 * heads * width * chosen + index
+        case CompressedAttentionSpec():
+            return _compressed_score_flops(attention, length)
         case GatedDeltaAttentionSpec(num_value_heads=heads):
             return Fraction(6 * heads * attention.key_head_dim * attention.value_head_dim)
         case Mamba2Spec(num_heads=heads):
@@ -136,6 +140,23 @@ def _chosen(attention: LatentAttentionSpec, layers: Sequence[LayerSpec]) -> int 
     other = layers[attention.indexer_of_layer].attention
     assert isinstance(other, LatentAttentionSpec)
     return _chosen(other, layers)
+
+
+def _compressed_score_flops(attention: CompressedAttentionSpec, length: int) -> Fraction:
+    positions, index, compression = _visible(length, attention.window), Fraction(0), attention.compression
+    if compression is not None:
+        indexer = compression.indexer
+        positions += _entries(length, compression.ratio, None if indexer is None else indexer.top_k)
+        if indexer is not None:
+            index = 2 * indexer.num_heads * indexer.head_dim * _entries(length, compression.ratio, None)
+    return 4 * attention.num_heads * attention.head_dim * positions + index
+
+
+def _entries(length: int, ratio: int, most: int | None) -> Fraction:
+    """Return the mean number of complete groups of `ratio` tokens that a query sees, at most `most` of them."""
+    number = length // ratio if most is None else min(most, length // ratio)
+    total = ratio * number * (number - 1) // 2 + number * (length - ratio * number + 1)
+    return Fraction(total, length)
 
 
 def _visible(length: int, most: int | None, *, in_chunks: bool = False) -> Fraction:

@@ -20,6 +20,7 @@ from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.spec import (
     AttentionSpec,
+    CompressedAttentionSpec,
     DepthScaledResidualSpec,
     FeedForwardSpec,
     GatedDeltaAttentionSpec,
@@ -47,20 +48,28 @@ def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
 
     Per layer: keys and values, `2 c M H` if values are as wide as keys, 0 if the layer reuses another layer's; latent
     attention one latent and one rotated key, `c (Z + rope_head_dim)`, and the indexer's key; linear attention and short
-    convolutions nothing, their state has a fixed size. A layer with a window or chunks caches only the tokens that it
+    convolutions nothing, their state has a fixed size; compressed attention one key, and one entry for each `ratio`
+    tokens, with that of the indexer. A layer with a window or chunks caches only the tokens that it
     can attend to: `cache_bytes` takes that limit into account, this number does not.
 
     Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this); arXiv 2405.04434, table 1 (latent).
     """
     size = COMPUTE_BYTES[compute_dtype(spec)]
-    return sum(size * _cached_numbers(layer.attention) for layer in spec.all_layers)
+    return round(sum(size * _cached_numbers(layer.attention) for layer in spec.all_layers))
 
 
 def cache_bytes(spec: ModelSpec, length: int) -> int:
     """Return the KV-cache bytes of a sequence of `length` tokens; windows and chunks limit their layers' tokens."""
     size = COMPUTE_BYTES[compute_dtype(spec)]
     kept = [length if reach is None else min(length, reach) for reach in spec.reaches]
-    return sum(size * kept[index] * _cached_numbers(layer.attention) for index, layer in enumerate(spec.all_layers))
+    numbers = 0
+    for layer, tokens in zip(spec.all_layers, kept, strict=True):
+        if isinstance(layer.attention, CompressedAttentionSpec):
+            window = min(length, layer.attention.window)
+            numbers += window * layer.attention.head_dim + _entry_numbers(layer.attention, length)
+        else:
+            numbers += tokens * int(_cached_numbers(layer.attention))
+    return size * numbers
 
 
 def largest_context(spec: ModelSpec, free_bytes: int) -> int | None:
@@ -72,7 +81,16 @@ def largest_context(spec: ModelSpec, free_bytes: int) -> int | None:
     return bisect.bisect_right(fits, free_bytes, key=lambda length: cache_bytes(spec, length)) - 1
 
 
-def _cached_numbers(attention: AttentionSpec) -> int:
+def _entry_numbers(attention: CompressedAttentionSpec, length: int) -> int:
+    """Return the numbers of the compressed entries of `length` tokens, the indexer's included."""
+    if attention.compression is None:
+        return 0
+    indexer = attention.compression.indexer
+    width = attention.head_dim + (0 if indexer is None else indexer.head_dim)
+    return length // attention.compression.ratio * width
+
+
+def _cached_numbers(attention: AttentionSpec) -> Fraction | int:
     match attention:
         case GroupedQueryAttentionSpec(keys_of_layer=int()):
             return 0
@@ -80,6 +98,9 @@ def _cached_numbers(attention: AttentionSpec) -> int:
             return attention.num_kv_heads * (attention.head_dim + attention.value_dim)
         case LatentAttentionSpec(indexer=indexer):
             return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
+        case CompressedAttentionSpec(compression=compression):
+            ratio = 1 if compression is None else compression.ratio
+            return attention.head_dim + Fraction(_entry_numbers(attention, ratio), ratio)
         case GatedDeltaAttentionSpec() | LightningAttentionSpec() | Mamba2Spec() | MambaSpec():
             return 0
         case ShortConvolutionSpec() | NoAttentionSpec():
@@ -294,6 +315,8 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
         case LatentAttentionSpec():
             width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
             return attention.num_heads, attention.num_heads * width + attention.latent_dim
+        case CompressedAttentionSpec():
+            return attention.num_heads, (attention.num_heads + 1) * attention.head_dim + _entry_widths(attention)
         case GatedDeltaAttentionSpec():
             keys = 2 * attention.num_key_heads * attention.key_head_dim
             return 0, keys + 2 * attention.num_value_heads * attention.value_head_dim
@@ -310,6 +333,15 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
             return 0, 0
         case _:
             assert_never(attention)
+
+
+def _entry_widths(attention: CompressedAttentionSpec) -> int:
+    """Return the width of the two projections of the compressors, of which an attention's Q has a half."""
+    if attention.compression is None:
+        return 0
+    indexer = attention.compression.indexer
+    width = attention.head_dim + (0 if indexer is None else indexer.head_dim)
+    return (2 if attention.compression.overlap else 1) * width
 
 
 def hidden_arrays(spec: FeedForwardSpec) -> int:

@@ -7,6 +7,8 @@ from moezoo.core.parameters.row import ONES, Initializer, Parameter, Rows
 from moezoo.core.parameters.state_space import filters, lightning_rows, mamba2_rows, mamba_rows
 from moezoo.core.spec import (
     AttentionSpec,
+    CompressedAttentionSpec,
+    CompressionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     HeadConvolutionSpec,
@@ -15,6 +17,7 @@ from moezoo.core.spec import (
     Mamba2Spec,
     MambaSpec,
     NoAttentionSpec,
+    NormSpec,
     ShortConvolutionSpec,
 )
 
@@ -26,6 +29,8 @@ def attention_rows(rows: Rows, name: str, spec: AttentionSpec, layer: int) -> It
             yield from _grouped_query(rows, name, spec, layer)
         case LatentAttentionSpec():
             yield from _latent(rows, name, spec)
+        case CompressedAttentionSpec():
+            yield from _compressed(rows, name, spec)
         case GatedDeltaAttentionSpec():
             yield from _gated_delta(rows, name, spec)
         case ShortConvolutionSpec():
@@ -138,6 +143,37 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
         yield rows.matrix(f"{name}.indexer.w_key", (d, k), ("embed", "head_dim"), "attention")
         yield from rows.norm(f"{name}.indexer.key_norm", spec.indexer.key_norm, (k,), ("head_dim",))
         yield rows.matrix(f"{name}.indexer.w_weight", (d, i), ("embed", "head"), "attention")
+
+
+def _compressed(rows: Rows, name: str, spec: CompressedAttentionSpec) -> Iterator[Parameter]:
+    d, n, h, q = rows.embed_dim, spec.num_heads, spec.head_dim, spec.query_latent_dim
+    m, z = spec.output_groups, spec.output_latent_dim
+    yield rows.matrix(f"{name}.w_query_down", (d, q), ("embed", "latent"), "attention")
+    yield from rows.norm(f"{name}.query_norm", spec.norm, (q,), ("latent",))
+    yield rows.matrix(f"{name}.w_query", (q, n, h), ("latent", "head", "head_dim"), "attention")
+    yield rows.matrix(f"{name}.w_key", (d, h), ("embed", "head_dim"), "attention")
+    yield from rows.norm(f"{name}.key_norm", spec.norm, (h,), ("head_dim",))
+    yield rows.vector(f"{name}.sink", (n,), ("head",), "attention")
+    axes = ("group_head", "head_dim", "group", "latent")
+    yield rows.matrix(f"{name}.w_output_down", (n // m, h, m, z), axes, "attention", fan_in=2)
+    yield rows.output(f"{name}.w_output", (m, z, d), ("group", "latent", "embed"), "attention", fan_in=2)
+    if spec.compression is None:
+        return
+    yield from _compressor(rows, f"{name}.compressor", spec.compression, h, spec.norm)
+    if spec.compression.indexer is not None:
+        i, k = spec.compression.indexer.num_heads, spec.compression.indexer.head_dim
+        yield rows.matrix(f"{name}.indexer.w_query", (q, i, k), ("latent", "head", "head_dim"), "attention")
+        yield rows.matrix(f"{name}.indexer.w_weight", (d, i), ("embed", "head"), "attention")
+        norm = spec.compression.indexer.key_norm
+        yield from _compressor(rows, f"{name}.indexer.compressor", spec.compression, k, norm)
+
+
+def _compressor(rows: Rows, name: str, spec: CompressionSpec, width: int, norm: NormSpec) -> Iterator[Parameter]:
+    d, features = rows.embed_dim, (2 if spec.overlap else 1) * width
+    for which in ("key", "gate"):
+        yield rows.matrix(f"{name}.w_{which}", (d, features), ("embed", "head_dim"), "attention")
+    yield rows.vector(f"{name}.position_bias", (spec.ratio, features), ("source", "head_dim"), "attention")
+    yield from rows.norm(f"{name}.key_norm", norm, (width,), ("head_dim",))
 
 
 def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterator[Parameter]:

@@ -22,6 +22,7 @@ With `precision.compute: bfloat16`:
 | hyper-connections: weights of streams, their product and mixing matrix, sums of streams; result cast back | float32 |
 | gated streams: gates, their mean, weights, sums of streams; result cast back | float32 |
 | n-gram embeddings: gate, convolution and sum; result cast back | float32 |
+| compressed entries: bias, softmax and sum over their tokens; result cast back | float32 |
 | scale of a layer's output; result cast back | float32 |
 | inputs of layers: sum of their two halves; result cast back | float32 |
 | convolutions of queries and keys, their means, temperature of keys; result cast back | float32 |

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.attention import Attended, Source, grouped_query_attention
+from moezoo.core.reference.compressed_attention import compressed_attention
 from moezoo.core.reference.delta_attention import gated_delta_attention
 from moezoo.core.reference.latent_attention import latent_attention
 from moezoo.core.reference.lightning_attention import lightning_attention
@@ -12,6 +13,7 @@ from moezoo.core.reference.mamba2 import mamba2
 from moezoo.core.reference.positions import Documents
 from moezoo.core.reference.short_convolution import short_convolution
 from moezoo.core.spec import (
+    CompressedAttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     LatentAttentionSpec,
@@ -52,6 +54,8 @@ def mix(
             return latent_attention(spec, parameters, x_BTD, chosen_BTS=sources[other], documents=documents)
         case LatentAttentionSpec():
             return latent_attention(spec, parameters, x_BTD, documents=documents)
+        case CompressedAttentionSpec():
+            return compressed_attention(spec, parameters, x_BTD, documents=documents)
         case ShortConvolutionSpec():
             return short_convolution(spec, parameters, x_BTD, documents=documents)
         case Mamba2Spec():

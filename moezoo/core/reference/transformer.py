@@ -15,7 +15,6 @@ from moezoo.core.reference.positions import Documents, embedding_positions, pack
 from moezoo.core.reference.residual import enter, leave
 from moezoo.core.reference.routing import Routing
 from moezoo.core.spec import (
-    LatentAttentionSpec,
     ModelSpec,
     TiedHeadSpec,
     UntiedHeadSpec,
@@ -92,9 +91,9 @@ def forward(
         logits_BTV,
         [output.routing for output in outputs if output.routing is not None],
         [
-            (index, own.attention.indexer.loss_coefficient, output.index_loss)
+            (index, own.indexer.loss_coefficient, output.index_loss)
             for index, (own, output) in enumerate(zip(spec.all_layers, outputs, strict=True))
-            if isinstance(own.attention, LatentAttentionSpec) and own.attention.indexer is not None
+            if own.indexer is not None
         ],
     )
 

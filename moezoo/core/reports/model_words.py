@@ -9,6 +9,8 @@ from moezoo.core.spec import (
     AttentionSpec,
     BlockFactorsSpec,
     CapacitySpec,
+    CompressedAttentionSpec,
+    CompressionSpec,
     DepthScaledResidualSpec,
     DroplessSpec,
     ExpertChoiceSpec,
@@ -143,6 +145,10 @@ def attention_in_words(spec: AttentionSpec) -> str:
                 ("gate of the query latent", spec.query_gate),
             )
             parts.extend(word for word, there in extra if there)
+        case CompressedAttentionSpec():
+            parts = [f"{spec.num_heads} heads of {spec.head_dim}, 1 key as value, query latent {spec.query_latent_dim}"]
+            parts += [_position(spec.position), f"window {spec.window}", *_compression(spec.compression)]
+            parts.append(f"output in {spec.output_groups} groups of {spec.output_latent_dim}")
         case GatedDeltaAttentionSpec():
             values = f"{spec.num_value_heads} value heads of {spec.value_head_dim}"
             keys = f"{spec.num_key_heads} key heads of {spec.key_head_dim}"
@@ -166,6 +172,13 @@ def attention_in_words(spec: AttentionSpec) -> str:
         case _:
             assert_never(spec)
     return ", ".join(parts)
+
+
+def _compression(spec: CompressionSpec | None) -> list[str]:
+    if spec is None:
+        return []
+    chosen = "" if spec.indexer is None else f", top {spec.indexer.top_k} by an indexer"
+    return [f"entries of {spec.ratio} tokens{' and those before' if spec.overlap else ''}{chosen}"]
 
 
 def feed_forward_in_words(layer: LayerSpec) -> str:

@@ -12,7 +12,6 @@ from moezoo.core.spec.attention import (
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
     HeadConvolutionSpec,
-    IndexerSpec,
     LatentAttentionSpec,
     MixerSpec,
     NoAttentionSpec,
@@ -20,6 +19,7 @@ from moezoo.core.spec.attention import (
     TemperatureTuningSpec,
 )
 from moezoo.core.spec.base import Part, default_kind, impossible
+from moezoo.core.spec.compressed_attention import CompressedAttentionSpec, CompressionSpec
 from moezoo.core.spec.feed_forward import (
     ClampedSwiGLUSpec,
     ExpertsSpec,
@@ -27,6 +27,7 @@ from moezoo.core.spec.feed_forward import (
     GatedFeedForwardSpec,
     PlainFeedForwardSpec,
 )
+from moezoo.core.spec.indexer import IndexerSpec
 from moezoo.core.spec.layer import BlockFactorsSpec, LayerSpec, with_repeats
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
@@ -115,6 +116,8 @@ __all__ = [
     "ChoiceSpec",
     "ClampedSwiGLUSpec",
     "CommunicationBalanceLossSpec",
+    "CompressedAttentionSpec",
+    "CompressionSpec",
     "DepthScaledInitializerSpec",
     "DepthScaledResidualSpec",
     "DeviceBalanceLossSpec",

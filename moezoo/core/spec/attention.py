@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.base import Part, default_kind, impossible
-from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
+from moezoo.core.spec.compressed_attention import CompressedAttentionSpec
+from moezoo.core.spec.indexer import IndexerSpec
+from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import PositionSpec, RoPESpec
 from moezoo.core.spec.state_space import LightningAttentionSpec, Mamba2Spec, MambaSpec
 
@@ -162,27 +164,6 @@ class GroupedQueryAttentionSpec(Part):
             )
 
 
-class IndexerSpec(Part):
-    """Lightning indexer of DeepSeek sparse attention: selects the `top_k` earlier tokens each query attends to.
-
-    `index(t, s) = sum over index heads of w_h(t) * relu(q_h(t) . k(s))`; the query attends to the `top_k` causal
-    positions with the highest index (to all of them if there are fewer). The selection has no gradient; the indexer is
-    trained with `loss_coefficient` times the KL divergence of its softmax from the attention's mean distribution over
-    the selected positions. The key, shared by all index heads, is normalized by `key_norm`; the first (or
-    last: `rotated`, HY-V4) `rope_head_dim` features of queries and key are rotated like the attention's, but with pairs
-    arranged by `layout` (DeepSeek-V3.2 uses half-split here and interleaved in the attention; GLM-5 interleaves both).
-    Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 1, 2 and 4.
-    """
-
-    num_heads: PositiveInt
-    head_dim: PositiveInt
-    top_k: PositiveInt
-    layout: Literal["half_split", "interleaved"] = "half_split"
-    rotated: Literal["first", "last"] = "first"
-    key_norm: NormSpec = LayerNormSpec(epsilon=1e-6)
-    loss_coefficient: Annotated[float, Field(ge=0)] = 1.0
-
-
 class LatentAttentionSpec(Part):
     """Multi-head latent attention (MLA). Source: DeepSeek-AI 2024 (DeepSeek-V2), arXiv 2405.04434, section 2.1.
 
@@ -310,6 +291,7 @@ class NoAttentionSpec(Part):
 MixerSpec = (
     GroupedQueryAttentionSpec
     | LatentAttentionSpec
+    | CompressedAttentionSpec
     | GatedDeltaAttentionSpec
     | ShortConvolutionSpec
     | Mamba2Spec

@@ -5,9 +5,11 @@ from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from moezoo.core.spec.attention import AttentionSpec, NoAttentionSpec
+from moezoo.core.spec.attention import AttentionSpec, LatentAttentionSpec, NoAttentionSpec
 from moezoo.core.spec.base import Part, impossible
+from moezoo.core.spec.compressed_attention import CompressedAttentionSpec, CompressionSpec
 from moezoo.core.spec.feed_forward import FeedForwardSpec
+from moezoo.core.spec.indexer import IndexerSpec
 from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
 from moezoo.core.spec.ngram_embeddings import NGramEmbeddingsSpec
 
@@ -56,6 +58,17 @@ class LayerSpec(Part):
     def has_mixer(self) -> bool:
         """False if the layer is a feed-forward alone."""
         return not isinstance(self.attention, NoAttentionSpec)
+
+    @property
+    def indexer(self) -> IndexerSpec | None:
+        """The indexer of the layer's attention, if it has one of its own."""
+        match self.attention:
+            case LatentAttentionSpec(indexer=indexer):
+                return indexer
+            case CompressedAttentionSpec(compression=CompressionSpec(indexer=indexer)):
+                return indexer
+            case _:
+                return None
 
     @model_validator(mode="after")
     def _one_feed_forward(self) -> "LayerSpec":

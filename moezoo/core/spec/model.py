@@ -9,6 +9,7 @@ from moezoo.core.errors import SpecError
 from moezoo.core.spec.adapter import AdapterRole, AdapterSpec
 from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec
 from moezoo.core.spec.base import Part, impossible
+from moezoo.core.spec.compressed_attention import CompressedAttentionSpec
 from moezoo.core.spec.feed_forward import GatedFeedForwardSpec
 from moezoo.core.spec.layer import LayerSpec, check_ngram_embeddings
 from moezoo.core.spec.losses import PooledBalanceLossSpec
@@ -315,6 +316,8 @@ class ModelSpec(Part):
                     found[index].append(min(limits, default=None))
             if isinstance(attention, LatentAttentionSpec):
                 found[place].append(attention.window)
+            if isinstance(attention, CompressedAttentionSpec):
+                found[place].append(attention.window if attention.compression is None else None)
         return tuple(
             None if None in reaches else max((reach for reach in reaches if reach is not None), default=None)
             for reaches in found
@@ -346,7 +349,7 @@ class ModelSpec(Part):
         if isinstance(self.position, LearnedPositionsSpec):
             ends.append((self.position.max_length, "model.position.max_length"))
         for place, layer in enumerate(self.layers):
-            if isinstance(layer.attention, GroupedQueryAttentionSpec | LatentAttentionSpec):
+            if isinstance(layer.attention, GroupedQueryAttentionSpec | LatentAttentionSpec | CompressedAttentionSpec):
                 position = layer.attention.position
                 if isinstance(position, RoPESpec) and position.max_length is not None:
                     field = f"model.layers[{place}].attention.position.scaling.length"

@@ -386,6 +386,26 @@ def test_convolutional_attention_counts_filters_and_what_they_save():
     assert more == 3 * 5 * 4 * 3 * (n + m) * h
 
 
+def test_compressed_attention_counts_its_window_and_entries():
+    config = one_layer(
+        "{kind: compressed, num_heads: 4, head_dim: 6, rope_head_dim: 2, query_latent_dim: 7, output_groups: 2, "
+        "output_latent_dim: 5, window: 3, compression: {ratio: 2, overlap: true, "
+        "indexer: {num_heads: 3, head_dim: 4, top_k: 1, key_norm: {kind: rms}}}}"
+    )
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)
+    matrices = 20 * 7 + 7 * 4 * 6 + 20 * 6 + 2 * 6 * 2 * 5 + 2 * 5 * 20
+    matrices += 2 * 20 * 12 + 7 * 3 * 4 + 20 * 3 + 2 * 20 * 8
+    assert counts.by_role["attention"] == matrices + 4 + 2 * (12 + 8)
+    assert counts.by_role["norms"] == 3 * 20 + 7 + 6 + 6 + 4
+    assert flops.attention_projections == 2 * matrices
+    keys, chosen, visible = 1 + 2 + 3 + 3 + 3, 0 + 1 + 1 + 1 + 1, 0 + 1 + 1 + 2 + 2
+    assert flops.attention_scores == (4 * 4 * 6 * (keys + chosen) + 2 * 3 * 4 * visible) / 5
+    assert kv_cache_bytes_per_token(config.model) == 4 * (6 + (6 + 4) / 2)
+    assert cache_bytes(config.model, 5) == 4 * (3 * 6 + 2 * (6 + 4))
+    saved = 4 * (4 * 20 + 3 * (5 * 6 + 2 * (6 + 4))) + 4 * 4 * 5 + 4 * (2 * 28 + 20)
+    assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
+
+
 def test_short_convolution_counts_matrices_and_filter():
     config = one_layer("{kind: short_convolution, conv_width: 4, bias: true}")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)

@@ -9,6 +9,17 @@ from moezoo.core.spec import ModelSpec
 GROUPED = "4 heads of 6, 2 key/value, RoPE 10,000"
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 LATENT = {"kind": "latent", "num_heads": 4, "head_dim": 6, "rope_head_dim": 4, "value_head_dim": 5, "latent_dim": 7}
+COMPRESSED = {
+    "kind": "compressed",
+    "num_heads": 4,
+    "head_dim": 6,
+    "rope_head_dim": 2,
+    "query_latent_dim": 7,
+    "output_groups": 2,
+    "output_latent_dim": 5,
+    "window": 3,
+}
+INDEXER = {"num_heads": 3, "head_dim": 4, "top_k": 2}
 MAMBA2 = {"kind": "mamba2", "num_heads": 4, "head_dim": 5, "state_dim": 3}
 DELTA = {"kind": "gated_delta", "num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 3, "value_head_dim": 5}
 YARN = {"kind": "yarn", "factor": 4, "original_length": 16}
@@ -75,6 +86,20 @@ def spec_of(layer=None, **fields):
             LATENT | {"bias": True, "latent_multiplier": 1.5, "temperature_tuning": {}},
             "4 heads of 6 + 4, values of 5, latent 7, RoPE 10,000 interleaved, latent times 1.5, biases, "
             "temperature by position",
+        ),
+        (
+            COMPRESSED,
+            "4 heads of 6, 1 key as value, query latent 7, RoPE 10,000 interleaved, window 3, output in 2 groups of 5",
+        ),
+        (
+            COMPRESSED | {"compression": {"ratio": 4}},
+            "4 heads of 6, 1 key as value, query latent 7, RoPE 10,000 interleaved, window 3, entries of 4 tokens, "
+            "output in 2 groups of 5",
+        ),
+        (
+            COMPRESSED | {"compression": {"ratio": 4, "overlap": True, "indexer": INDEXER}},
+            "4 heads of 6, 1 key as value, query latent 7, RoPE 10,000 interleaved, window 3, entries of 4 tokens and "
+            "those before, top 2 by an indexer, output in 2 groups of 5",
         ),
         (DELTA, "gated delta, 4 value heads of 5, 2 key heads of 3, convolution of 4"),
         (

@@ -22,6 +22,7 @@ MODULES = (
     "distributed.mesh",
     "spec.adapter",
     "spec.attention",
+    "spec.compressed_attention",
     "spec.layer",
     "spec.model",
     "spec.moe",
@@ -44,6 +45,17 @@ LATENT = {
     "latent_dim": 7,
 }
 INDEXED = LATENT | {"indexer": {"num_heads": 1, "head_dim": 4, "top_k": 3}}
+COMPRESSED = {
+    "kind": "compressed",
+    "num_heads": 4,
+    "head_dim": 6,
+    "rope_head_dim": 4,
+    "query_latent_dim": 7,
+    "output_groups": 2,
+    "output_latent_dim": 5,
+    "window": 3,
+}
+NARROW = {"num_heads": 1, "head_dim": 2, "top_k": 3}
 DELTA = {"kind": "gated_delta", "num_key_heads": 3, "num_value_heads": 4, "key_head_dim": 5, "value_head_dim": 6}
 MAMBA2 = {"kind": "mamba2", "num_heads": 4, "head_dim": 5, "state_dim": 6}
 ATTENTION, ROUTER = "model.layers[0].attention", "model.layers[0].moe.router"
@@ -113,6 +125,20 @@ CASES = {
     "window and indexer of latent attention": (
         model(layer(LATENT | {"window": 3, "indexer": {"num_heads": 2, "head_dim": 4, "top_k": 2}})),
         f"{ATTENTION}.window is 3, but an indexer selects the positions (x.yaml). Set only one of them.",
+    ),
+    "heads that do not divide into output groups": (
+        model(layer(COMPRESSED | {"output_groups": 3})),
+        f"{ATTENTION}.num_heads is 4, which is not divisible by output_groups = 3 (x.yaml). Use a multiple of "
+        "output_groups.",
+    ),
+    "more rotated features than a head has": (
+        model(layer(COMPRESSED | {"rope_head_dim": 8})),
+        f"{ATTENTION}.rope_head_dim is 8, but a head has head_dim = 6 features (x.yaml). Use at most 6.",
+    ),
+    "compressed indexer heads narrower than what they rotate": (
+        model(layer(COMPRESSED | {"compression": {"ratio": 2, "indexer": NARROW}})),
+        f"{ATTENTION}.compression.indexer.head_dim is 2, but it rotates rope_head_dim = 4 features (x.yaml). Use at "
+        "least 4.",
     ),
     "gate_bias without gate": (
         attention(gate_bias=True),
@@ -258,7 +284,7 @@ CASES = {
         "one.",
     ),
     "an indexer with fewer features than it rotates": (
-        model(layer(LATENT | {"indexer": {"num_heads": 1, "head_dim": 2, "top_k": 3}})),
+        model(layer(LATENT | {"indexer": NARROW})),
         f"{ATTENTION}.indexer.head_dim is 2, but it rotates rope_head_dim = 4 features (x.yaml). Use at least 4.",
     ),
     "num_value_heads not divisible by num_key_heads": (

@@ -1,0 +1,29 @@
+"""Indexers of sparse attention as data."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from moezoo.core.spec.base import Part
+from moezoo.core.spec.norms import LayerNormSpec, NormSpec
+
+
+class IndexerSpec(Part):
+    """Lightning indexer of DeepSeek sparse attention: selects the `top_k` earlier tokens each query attends to.
+
+    `index(t, s) = sum over index heads of w_h(t) * relu(q_h(t) . k(s))`; the query attends to the `top_k` causal
+    positions with the highest index (to all of them if there are fewer). The selection has no gradient; the indexer is
+    trained with `loss_coefficient` times the KL divergence of its softmax from the attention's mean distribution over
+    the selected positions. The key, shared by all index heads, is normalized by `key_norm`; the first (or
+    last: `rotated`, HY-V4) `rope_head_dim` features of queries and key are rotated like the attention's, but with pairs
+    arranged by `layout` (DeepSeek-V3.2 uses half-split here and interleaved in the attention; GLM-5 interleaves both).
+    Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 1, 2 and 4.
+    """
+
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    top_k: PositiveInt
+    layout: Literal["half_split", "interleaved"] = "half_split"
+    rotated: Literal["first", "last"] = "first"
+    key_norm: NormSpec = LayerNormSpec(epsilon=1e-6)
+    loss_coefficient: Annotated[float, Field(ge=0)] = 1.0
